@@ -1,0 +1,112 @@
+"""How an image becomes the model's input: resolved once, the same in training, evaluation and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.recipe.schema import DataTable, NormalizeValues
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL_IMAGE = 64
+"""Up to this size (pixels) images are taken whole by default; above it the usual resize-then-crop of ImageNet holds."""
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """What pretrained weights were trained with, as their publisher states it."""
+
+    image_size: int
+    """Height and width of the input, pixels."""
+    resize: int
+    """Short side before the centre crop, pixels."""
+    interpolation: str
+    """nearest, bilinear or bicubic."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The deterministic part of the way from a decoded image to the model's input."""
+
+    channels: int
+    image_size: int
+    """Height and width of the input, pixels."""
+    resize: int | tuple[int, int] | None
+    """Short side, or (height, width), before the crop; None: no resize."""
+    crop: bool
+    """Centre crop to image_size after the resize."""
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, read back by :meth:`from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """Inverse of :meth:`to_dict` (JSON turns tuples into lists)."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def resolve_preprocessing(
+    data: DataTable,
+    weights: InputConfig | None,
+    native_size: int | None,
+    native_channels: int,
+    measure: Callable[[Preprocessing], tuple[tuple[float, ...], tuple[float, ...]]],
+) -> Preprocessing:
+    """Settle every value: the recipe's word first, then what the weights expect, then the data set's own.
+
+    ``measure`` gives the training images' mean and standard deviation per channel (pixels in 0..1) under a
+    preprocessing without normalisation; it is called only for ``normalize = "dataset"``.
+    """
+    channels = data.channels or (3 if weights else native_channels)
+    size = data.image_size or (weights.image_size if weights else native_size)
+    if size is None:
+        raise UserError("data.image_size must be given: neither the weights nor the data set say one")
+    if data.resize is not None:
+        resize = None if data.resize == "none" else data.resize if isinstance(data.resize, int) else tuple(data.resize)
+    elif weights:
+        resize = round(weights.resize * size / weights.image_size)
+    else:
+        resize = size if size <= SMALL_IMAGE else round(size / 0.875)
+    interpolation = data.interpolation or (weights.interpolation if weights else "bilinear")
+    plain = Preprocessing(channels, size, resize, data.crop == "center", interpolation, (0.0,) * channels, (1.0,) * channels)
+    mean, std = _normalization(data, weights, plain, measure)
+    for values in (mean, std):
+        if len(values) != channels:
+            raise UserError(
+                f"data.normalize: {len(values)} values for {channels} channels; give one value a channel"
+            )
+    return Preprocessing(**{**asdict(plain), "mean": mean, "std": std})
+
+
+def _normalization(
+    data: DataTable,
+    weights: InputConfig | None,
+    plain: Preprocessing,
+    measure: Callable[[Preprocessing], tuple[tuple[float, ...], tuple[float, ...]]],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, by ``data.normalize``."""
+    choice, channels = data.normalize, plain.channels
+    if isinstance(choice, NormalizeValues):
+        return tuple(choice.mean), tuple(choice.std)
+    if choice == "auto" and weights:
+        return _as_channels(weights.mean, channels), _as_channels(weights.std, channels)
+    if choice in ("auto", "half"):
+        return (0.5,) * channels, (0.5,) * channels
+    if choice == "imagenet":
+        return _as_channels(IMAGENET_MEAN, channels), _as_channels(IMAGENET_STD, channels)
+    if choice == "none":
+        return (0.0,) * channels, (1.0,) * channels
+    return measure(plain)
+
+
+def _as_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Colour values for a greyscale input: their average."""
+    return values if len(values) == channels else (sum(values) / len(values),) * channels

@@ -1,0 +1,494 @@
+"""The recipe language: one class a TOML table, one field a key.
+
+This module is the single home of every key: its name, type, unit, default, range and meaning. The
+loader, the checker, the JSON Schema, ``docs/recipes.md`` and the resolved recipe of every run are all
+derived from it. Nothing here imports torch, so that a recipe is checked in a fraction of a second.
+
+Units are the field's: epochs for periods of time, images for batch sizes, pixels for lengths,
+fractions (0..1) for probabilities and accuracies.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+"""A number from 0 to 1, both included."""
+
+NAME_PATTERN = r"^[^\W_][\w .+=,@-]{0,99}$"
+"""A name that is safe as one folder, one W&B name and one job name: letters, digits and ``_ .+=,@-``."""
+
+METRICS = (
+    "train/loss",
+    "train/accuracy",
+    "val/loss",
+    "val/accuracy",
+    "val/top5_accuracy",
+    "val/class_accuracy",
+)
+"""The figures of every epoch, as metrics.jsonl and the trackers call them.
+
+``class_accuracy`` is the mean over classes of the share of that class's images classified rightly.
+"""
+
+ValidationMetric = Literal["val/loss", "val/accuracy", "val/top5_accuracy", "val/class_accuracy"]
+Metric = Literal[
+    "train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/top5_accuracy", "val/class_accuracy"
+]
+Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "none"]
+
+
+class Table(BaseModel):
+    """Common rules of all tables: no unknown keys, no silent conversion of types, no later change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def describe(text: str, *, unit: str | None = None) -> Any:
+    """A field's meaning and unit, for the JSON Schema and the reference page."""
+    return Field(description=text, json_schema_extra={"unit": unit} if unit else None)
+
+
+class RecipeTable(Table):
+    """Name, seed and whereabouts of the experiment."""
+
+    name: Annotated[
+        str, Field(pattern=NAME_PATTERN), describe("Name of the experiment; its runs lie in <run_root>/<name>/.")
+    ]
+    description: Annotated[str, describe("One line for tables, reports and people.")] = ""
+    seed: Annotated[
+        int,
+        Field(ge=0, lt=2**32),
+        describe("Seeds initialisation, order of examples and augmentation. The split has a seed of its own."),
+    ] = 0
+    run_root: Annotated[str, Field(min_length=1), describe("Folder that receives the run directories.")] = "runs"
+
+
+class SplitTable(Table):
+    """How training, validation and test images are told apart. A function of the recipe alone."""
+
+    method: Annotated[
+        Literal["auto", "official", "stratified", "random", "alternate"],
+        describe(
+            "official: the data set's own validation list. stratified: the same share of every class. random: any "
+            "images. alternate: odd positions of the list validate, even ones train. "
+            "auto: official where there is one, else stratified."
+        ),
+    ] = "auto"
+    validation: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)],
+        describe("Share (0..1) or number of the training images kept for validation."),
+    ] = 0.1
+    test: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)],
+        describe("Share (0..1) or number of images kept for the test, where the data set has no test list of its own."),
+    ] = 0.2
+    seed: Annotated[
+        int, Field(ge=0, lt=2**32), describe("Seeds the drawing; apart from recipe.seed, so that seeds share a split.")
+    ] = 0
+
+
+class NormalizeValues(Table):
+    """Normalisation by stated values."""
+
+    mean: Annotated[list[float], Field(min_length=1, max_length=4), describe("Mean of each channel, pixels in 0..1.")]
+    std: Annotated[
+        list[Annotated[float, Field(gt=0)]],
+        Field(min_length=1, max_length=4),
+        describe("Deviation of each channel, pixels in 0..1."),
+    ]
+
+
+class DataTable(Table):
+    """Which images, how they are split, and how an image becomes the model's input."""
+
+    dataset: Annotated[
+        Literal["digits", "cifar10", "cifar100", "fashion_mnist", "caltech101", "imagefolder"],
+        describe("Name of the data set; `toolkit datasets` explains each."),
+    ]
+    root: Annotated[str, Field(min_length=1), describe("Folder of the data; `digits` needs none.")] = "data"
+    download: Annotated[bool, describe("Fetch the data where it is missing and can be fetched.")] = True
+    split: Annotated[SplitTable, describe("How training, validation and test images are told apart.")] = SplitTable()
+    images_per_class: Annotated[
+        int | None,
+        Field(ge=1),
+        describe("Keep only the first so many training and validation images of each class.", unit="images"),
+    ] = None
+    test_images_per_class: Annotated[
+        int | None, Field(ge=1), describe("Keep only the first so many test images of each class.", unit="images")
+    ] = None
+    background_class: Annotated[bool, describe("caltech101: keep BACKGROUND_Google as a class.")] = False
+    channels: Annotated[
+        Literal[1, 3] | None,
+        describe("Channels of the model's input; greyscale is repeated, colour averaged. Default: 3, digits and fashion_mnist 1."),
+    ] = None
+    image_size: Annotated[
+        Annotated[int, Field(ge=4, le=4096)] | None,
+        describe(
+            "Height and width of the model's input. Default: what the weights were trained with, else the data set's own.",
+            unit="pixels",
+        ),
+    ] = None
+    resize: Annotated[
+        Annotated[int, Field(ge=4, le=4096)]
+        | Annotated[list[Annotated[int, Field(ge=4, le=4096)]], Field(min_length=2, max_length=2)]
+        | Literal["none"]
+        | None,
+        describe(
+            "Before the crop: length of the short side, or [height, width] whatever the aspect, or none. "
+            "Default: what the weights expect, else image_size / 0.875 (small images: image_size).",
+            unit="pixels",
+        ),
+    ] = None
+    crop: Annotated[
+        Literal["center", "none"],
+        describe("Crop to image_size after the resize, or require that the resize gave that size."),
+    ] = "center"
+    interpolation: Annotated[
+        Literal["nearest", "bilinear", "bicubic"] | None,
+        describe("Of the resize. Default: what the weights expect, else bilinear."),
+    ] = None
+    normalize: Annotated[
+        Literal["auto", "imagenet", "half", "dataset", "none"] | NormalizeValues,
+        describe(
+            "auto: what the weights expect, else half. imagenet: its mean and deviation. half: 0.5 and 0.5. "
+            "dataset: computed from the training images. Or { mean = [...], std = [...] }."
+        ),
+    ] = "auto"
+    workers: Annotated[
+        int | Literal["auto"],
+        Field(union_mode="left_to_right"),
+        describe("Processes that prepare images, for each training process; auto: by the CPUs that were granted."),
+    ] = "auto"
+    on_bad_image: Annotated[
+        Literal["error", "skip"],
+        describe("A file that is no readable image: stop and name it, or leave it out everywhere and count it."),
+    ] = "error"
+    max_bad_fraction: Annotated[Fraction, describe("With on_bad_image = skip: refuse beyond this share.")] = 0.01
+    cache: Annotated[
+        Literal["auto", "off"],
+        describe("auto: work that cannot change (features of frozen layers) is done once and kept; off: nothing is."),
+    ] = "auto"
+
+    @model_validator(mode="after")
+    def _workers_not_negative(self) -> DataTable:
+        if isinstance(self.workers, int) and self.workers < 0:
+            raise ValueError("workers must be 0 or more, or 'auto'")
+        if self.normalize and isinstance(self.normalize, NormalizeValues):
+            if len(self.normalize.mean) != len(self.normalize.std):
+                raise ValueError("normalize: mean and std must have the same number of values")
+        return self
+
+
+class TransformEntry(BaseModel):
+    """One augmentation: a torchvision.transforms.v2 class by name, with that class's own arguments beside it."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    name: Annotated[str, describe("A class of torchvision.transforms.v2; `toolkit transforms` lists them.")]
+    apply_p: Annotated[Fraction, describe("Probability that it is applied to an image at all.")] = 1.0
+    at: Annotated[
+        Literal["before_resize", "before_crop", "crop", "resize_crop", "after_crop", "tensor"] | None,
+        describe(
+            "Where it stands: before_resize, before_crop (after the resize), crop (in place of the crop), "
+            "resize_crop (in place of both), after_crop, tensor (after scaling to 0..1, before normalisation). "
+            "Default: after_crop; for transforms that need a tensor, tensor."
+        ),
+    ] = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The class's own arguments."""
+        return dict(self.model_extra or {})
+
+
+class AugmentTable(Table):
+    """Random changes of the images, for each split apart, and mixing of examples."""
+
+    train: Annotated[list[TransformEntry], describe("Applied to training images, in this order.")] = []
+    validation: Annotated[list[TransformEntry], describe("Applied to validation images.")] = []
+    test: Annotated[list[TransformEntry], describe("Applied to test images.")] = []
+    auto_augment: Annotated[
+        str | None,
+        describe("A timm policy string such as rand-m9-mstd0.5, augmix-m3-w3 or original, after the crop."),
+    ] = None
+    random_erasing: Annotated[Fraction, describe("Probability that a rectangle of a training image is erased (after normalisation).")] = 0.0
+    mixup: Annotated[float, Field(ge=0), describe("Alpha of mixup's Beta(alpha, alpha); 0 is off (Zhang et al. 2018).")] = 0.0
+    cutmix: Annotated[float, Field(ge=0), describe("Alpha of CutMix's Beta(alpha, alpha); 0 is off (Yun et al. 2019).")] = 0.0
+    mix_p: Annotated[Fraction, describe("Probability that a batch is mixed at all.")] = 1.0
+    cutmix_share: Annotated[Fraction, describe("Where both are on: share of mixed batches that CutMix takes.")] = 0.5
+    label_smoothing: Annotated[
+        float, Field(ge=0, lt=1), describe("Probability mass spread evenly over all classes in the training loss.")
+    ] = 0.0
+
+
+class HeadTable(Table):
+    """The new classifier on top of the backbone."""
+
+    hidden: Annotated[list[Annotated[int, Field(ge=1)]], describe("Widths of hidden layers; none by default.")] = []
+    batch_norm: Annotated[bool, describe("Batch norm after each hidden layer.")] = False
+    activation: Annotated[Activation, describe("After each hidden layer.")] = "relu"
+    dropout: Annotated[Annotated[float, Field(ge=0, lt=1)], describe("Before the last layer, and after each hidden one.")] = 0.0
+    replaces: Annotated[
+        Literal["last_layer", "classifier"],
+        describe("last_layer: only the last Linear is replaced. classifier: all fully connected layers and the pooling before them (VGG, AlexNet)."),
+    ] = "last_layer"
+
+
+class ConvBlock(Table):
+    """One block of a ConvNet: a convolution and what follows it."""
+
+    channels: Annotated[int, Field(ge=1), describe("Output channels.")]
+    kernel: Annotated[int, Field(ge=1), describe("Kernel size.", unit="pixels")] = 3
+    stride: Annotated[int, Field(ge=1), describe("Stride.", unit="pixels")] = 1
+    padding: Annotated[int, Field(ge=0), describe("Zero padding.", unit="pixels")] = 1
+    batch_norm: Annotated[bool, describe("Batch norm in this block.")] = False
+    pool: Annotated[int, Field(ge=0), describe("Max pooling window and stride; 0 is none.", unit="pixels")] = 0
+    dropout: Annotated[Annotated[float, Field(ge=0, lt=1)], describe("Dropout at the place `order` gives it.")] = 0.0
+
+
+class ConvNetTable(Table):
+    """A ConvNet by description, for `source = "toolkit"`: blocks, flatten, head."""
+
+    blocks: Annotated[list[ConvBlock], Field(min_length=1), describe("The convolution blocks, input first.")]
+    order: Annotated[
+        list[Literal["conv", "norm", "pool", "act", "dropout"]],
+        Field(min_length=1),
+        describe("Order of the layers in a block."),
+    ] = ["conv", "norm", "act", "pool", "dropout"]
+    activation: Annotated[Activation, describe("Of all blocks.")] = "relu"
+    init: Annotated[
+        Literal["default", "gaussian"],
+        describe("default: PyTorch's. gaussian: weights of convolutions and linear layers from N(0, init_std), biases 0."),
+    ] = "default"
+    init_std: Annotated[float, Field(gt=0), describe("Standard deviation of the Gaussian.")] = 0.05
+
+    @model_validator(mode="after")
+    def _order_complete(self) -> ConvNetTable:
+        if len(set(self.order)) != len(self.order) or "conv" not in self.order:
+            raise ValueError("order must hold conv, and each layer once at most")
+        used = {"norm": any(b.batch_norm for b in self.blocks), "pool": any(b.pool for b in self.blocks),
+                "dropout": any(b.dropout for b in self.blocks)}
+        missing = [layer for layer, is_used in used.items() if is_used and layer not in self.order]
+        if missing:
+            raise ValueError(f"order leaves out {', '.join(missing)}, which a block asks for")
+        return self
+
+
+class ModelTable(Table):
+    """The architecture and its weights."""
+
+    source: Annotated[
+        Literal["toolkit", "torchvision", "timm"],
+        describe("Where the architecture comes from; toolkit: described in [model.convnet]."),
+    ]
+    name: Annotated[str, describe("Name of the architecture; `toolkit models` lists them. With source = toolkit: convnet.")] = "convnet"
+    weights: Annotated[
+        str,
+        describe(
+            "none; a torchvision weights name (IMAGENET1K_V2, DEFAULT); a timm tag (in1k, DEFAULT); "
+            "or file:PATH of a state dict (.safetensors, .pth, .pt), or package:NAME/PATH inside an installed package."
+        ),
+    ] = "none"
+    args: Annotated[
+        dict[str, Any], describe("Further arguments of the architecture's own constructor, such as drop_path_rate.")
+    ] = {}
+    stem: Annotated[
+        Literal["imagenet", "small"],
+        describe("small: ResNets begin with a 3x3 convolution of stride 1 and no pooling, for images of 32 pixels or so."),
+    ] = "imagenet"
+    convnet: Annotated[ConvNetTable | None, describe("The ConvNet, with source = toolkit.")] = None
+    head: Annotated[HeadTable, describe("The new classifier on top.")] = HeadTable()
+
+    @model_validator(mode="after")
+    def _convnet_where_due(self) -> ModelTable:
+        if self.source == "toolkit" and self.convnet is None:
+            raise ValueError("source = 'toolkit' needs a table [model.convnet] with its blocks")
+        if self.source != "toolkit" and self.convnet is not None:
+            raise ValueError(f"[model.convnet] needs source = 'toolkit', not {self.source!r}")
+        return self
+
+
+class TransferTable(Table):
+    """Which parameters train, and how fast."""
+
+    mode: Annotated[
+        Literal["scratch", "finetune", "feature_extractor", "frozen_classifier", "linear_probe", "gradual"],
+        describe(
+            "scratch, finetune: everything trains. feature_extractor: the backbone is frozen, every fully connected "
+            "layer trains. frozen_classifier: the reverse. linear_probe: only the new head trains. "
+            "gradual: as linear_probe, then stage after stage from the top."
+        ),
+    ] = "scratch"
+    freeze: Annotated[list[str], describe("Also freeze parameters whose name matches one of these patterns (features.0.*).")] = []
+    train: Annotated[list[str], describe("Also train parameters whose name matches one of these patterns; has the last word.")] = []
+    new_layer: Annotated[
+        Literal["train", "freeze"],
+        describe("frozen_classifier: whether the new last layer trains or stays at its random start too."),
+    ] = "train"
+    unfreeze_at: Annotated[
+        list[Annotated[int, Field(ge=1)]],
+        describe("gradual: the epochs at whose start one more stage, from the top, begins to train.", unit="epochs"),
+    ] = []
+    backbone_lr: Annotated[float, Field(gt=0), describe("Learning rate of the pretrained part, as a multiple of optimizer.lr.")] = 1.0
+    head_lr: Annotated[float, Field(gt=0), describe("Learning rate of the new head, as a multiple of optimizer.lr.")] = 1.0
+    layer_decay: Annotated[
+        float,
+        Field(gt=0, le=1),
+        describe("Learning rate of each stage, as a multiple of the stage above it (Clark et al. 2020, ELECTRA); 1 is off."),
+    ] = 1.0
+    frozen_batch_norm: Annotated[
+        Literal["fixed", "update"],
+        describe("Statistics of batch norms whose parameters are frozen: as they were loaded, or updated from the data."),
+    ] = "fixed"
+
+
+class OptimizerTable(Table):
+    """How parameters move."""
+
+    name: Annotated[str, describe("sgd, nag, adam, adamw (PyTorch's), or any timm optimiser; `toolkit optimizers` lists them.")] = "sgd"
+    lr: Annotated[float, Field(gt=0), describe("Learning rate, at its height.")]
+    momentum: Annotated[float | None, Field(ge=0, lt=1), describe("sgd, nag and optimisers that take one. Default 0.9 for sgd and nag.")] = None
+    weight_decay: Annotated[float, Field(ge=0), describe("L2 penalty (sgd, nag, adam) or decoupled decay (adamw and most others).")] = 0.0
+    decay_bias_and_norm: Annotated[bool, describe("Whether weight decay also acts on biases and normalisation layers.")] = True
+    args: Annotated[dict[str, Any], describe("Further arguments of the optimiser, such as betas = [0.9, 0.99] or eps.")] = {}
+
+
+class SchedulerTable(Table):
+    """The learning rate over time, as a function of epochs alone."""
+
+    name: Annotated[
+        Literal["constant", "step", "exponential", "cosine", "one_cycle", "plateau"],
+        describe("step: times gamma every step_size epochs. exponential: times gamma every epoch. plateau: times gamma when the metric rests."),
+    ] = "constant"
+    step_size: Annotated[int | None, Field(ge=1), describe("step: its period.", unit="epochs")] = None
+    gamma: Annotated[float | None, Field(gt=0, le=1), describe("step (default 0.1), exponential (0.95), plateau (0.1): the factor.")] = None
+    min_lr: Annotated[float, Field(ge=0), describe("cosine, plateau: never below this.")] = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0), describe("Linear rise from warmup_start x lr at the beginning.", unit="epochs")] = 0.0
+    warmup_start: Annotated[Fraction, describe("Where the rise begins, as a share of lr.")] = 0.01
+    metric: Annotated[Metric, describe("plateau: what it watches.")] = "val/loss"
+    patience: Annotated[int, Field(ge=0), describe("plateau: epochs without improvement that are tolerated.", unit="epochs")] = 5
+    threshold: Annotated[float, Field(ge=0), describe("plateau: smaller absolute changes are no improvement.")] = 1e-4
+    peak_at: Annotated[Annotated[float, Field(gt=0, lt=1)], describe("one_cycle: share of the epochs at which lr is reached (Smith 2018).")] = 0.3
+    start_factor: Annotated[float, Field(gt=0, le=1), describe("one_cycle: first learning rate, as a share of lr.")] = 0.04
+    end_factor: Annotated[float, Field(gt=0, le=1), describe("one_cycle: last learning rate, as a share of lr.")] = 4e-6
+
+    @model_validator(mode="after")
+    def _step_has_a_period(self) -> SchedulerTable:
+        if self.name == "step" and self.step_size is None:
+            raise ValueError("name = 'step' needs step_size (epochs)")
+        return self
+
+
+class TrainTable(Table):
+    """The loop."""
+
+    epochs: Annotated[int, Field(ge=1), describe("Passes over the training images, at most.", unit="epochs")]
+    batch_size: Annotated[
+        int,
+        Field(ge=1),
+        describe("Images per optimiser step, over all processes and accumulation steps.", unit="images"),
+    ]
+    eval_batch_size: Annotated[
+        int | None, Field(ge=1), describe("Images per evaluation step, over all processes. Default: batch_size.", unit="images")
+    ] = None
+    accumulation: Annotated[int, Field(ge=1), describe("Parts into which a batch is divided, one after the other, to save memory.")] = 1
+    drop_last: Annotated[bool, describe("Leave out the last, smaller batch of an epoch.")] = False
+    precision: Annotated[
+        Literal["auto", "no", "fp16", "bf16"],
+        describe("Mixed precision; auto: bf16 on GPUs that have it, else no."),
+    ] = "auto"
+    select: Annotated[ValidationMetric, describe("The figure by which the best epoch is chosen.")] = "val/accuracy"
+    clip_norm: Annotated[float | None, Field(gt=0), describe("Clip the gradient to this L2 norm.")] = None
+    ema: Annotated[
+        float | None,
+        Field(gt=0, lt=1),
+        describe("Decay, per step, of an exponential moving average of the weights, which is then what is evaluated and kept."),
+    ] = None
+    class_weights: Annotated[
+        Literal["none", "balanced"], describe("balanced: training loss weighted by the inverse frequency of the class.")
+    ] = "none"
+    sampling: Annotated[
+        Literal["shuffle", "balanced"],
+        describe("shuffle: every image once an epoch. balanced: classes drawn evenly, with replacement."),
+    ] = "shuffle"
+    sync_batch_norm: Annotated[bool, describe("Batch norm over the whole batch of all processes.")] = True
+    channels_last: Annotated[bool, describe("Memory format of images and convolutions; faster on most hardware.")] = True
+    compile: Annotated[bool, describe("Compile the model with torch.compile.")] = False
+    deterministic: Annotated[bool, describe("Only deterministic algorithms, also on a GPU (slower).")] = False
+    log_every: Annotated[int, Field(ge=0), describe("Also log loss and accuracy every so many steps; 0 is off.", unit="steps")] = 0
+
+
+class EarlyStoppingTable(Table):
+    """Stop when the metric no longer improves."""
+
+    patience: Annotated[int | None, Field(ge=1), describe("Epochs without improvement after which training stops; without it, never.", unit="epochs")] = None
+    metric: Annotated[Metric, describe("What is watched.")] = "val/loss"
+    min_delta: Annotated[float, Field(ge=0), describe("Smaller absolute changes are no improvement.")] = 0.0
+
+
+class CheckpointTable(Table):
+    """What is kept to go on after a stop."""
+
+    every_steps: Annotated[int, Field(ge=0), describe("Also within an epoch, every so many steps; 0 is off.", unit="steps")] = 0
+    every_minutes: Annotated[float, Field(ge=0), describe("Also within an epoch, after so much time; 0 is off.", unit="minutes")] = 15.0
+    keep: Annotated[int, Field(ge=1), describe("How many of the last checkpoints are kept.")] = 2
+    on_write_error: Annotated[
+        Literal["continue", "stop"],
+        describe("A checkpoint that cannot be written (disk full): go on with the one before, or stop."),
+    ] = "continue"
+
+
+class TrackingTable(Table):
+    """Who else is told: W&B, TensorBoard. The run directory is always written."""
+
+    trackers: Annotated[list[Literal["wandb", "tensorboard"]], describe("Which trackers; [] is none.")] = ["wandb"]
+    mode: Annotated[
+        Literal["auto", "online", "offline", "disabled"],
+        describe("W&B: auto is online where there is a login and a server, else offline. WANDB_MODE has precedence over auto."),
+    ] = "auto"
+    project: Annotated[str, Field(pattern=NAME_PATTERN), describe("W&B project.")] = "toolkit"
+    entity: Annotated[str | None, describe("W&B user or team; default: your own.")] = None
+    group: Annotated[str | None, describe("W&B group; default: the recipe's name.")] = None
+    run_name: Annotated[str | None, describe("W&B display name; default: recipe name and run id.")] = None
+    tags: Annotated[list[str], describe("W&B tags.")] = []
+    notes: Annotated[str, describe("W&B notes.")] = ""
+
+
+class Expectation(Table):
+    """A figure that a run of this recipe should reach, and who says so."""
+
+    at_least: Annotated[float | None, describe("Met when the figure is this or more.")] = None
+    at_most: Annotated[float | None, describe("Met when the figure is this or less.")] = None
+    value: Annotated[float | None, describe("Met when the figure is within tolerance of this.")] = None
+    tolerance: Annotated[float, Field(ge=0), describe("For value.")] = 0.0
+    seeds: Annotated[list[int], describe("Seeds for which it was stated; other seeds are not comparable. Empty: any.")] = []
+    source: Annotated[str, Field(min_length=1), describe("Where the figure comes from.")]
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Expectation:
+        if (self.at_least, self.at_most, self.value) == (None, None, None):
+            raise ValueError("give at_least, at_most, or value with tolerance")
+        return self
+
+
+class Recipe(Table):
+    """A whole recipe."""
+
+    recipe: RecipeTable
+    data: DataTable
+    augment: AugmentTable = AugmentTable()
+    model: ModelTable
+    transfer: TransferTable = TransferTable()
+    optimizer: OptimizerTable
+    scheduler: SchedulerTable = SchedulerTable()
+    train: TrainTable
+    early_stopping: EarlyStoppingTable = EarlyStoppingTable()
+    checkpoint: CheckpointTable = CheckpointTable()
+    tracking: TrackingTable = TrackingTable()
+    expect: Annotated[
+        dict[str, Expectation],
+        describe("Figures of summary.json's best model (test_accuracy, val_loss, ...) that a run should reach."),
+    ] = {}
