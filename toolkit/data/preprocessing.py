@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from toolkit.errors import UserError
@@ -50,7 +50,8 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """Inverse of :meth:`to_dict` (JSON turns tuples into lists)."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
 
 def resolve_preprocessing(
@@ -69,21 +70,25 @@ def resolve_preprocessing(
     size = data.image_size or (weights.image_size if weights else native_size)
     if size is None:
         raise UserError("data.image_size must be given: neither the weights nor the data set say one")
-    if data.resize is not None:
-        resize = None if data.resize == "none" else data.resize if isinstance(data.resize, int) else tuple(data.resize)
+    resize: int | tuple[int, int] | None
+    if data.resize == "none":
+        resize = None
+    elif isinstance(data.resize, list):
+        resize = (data.resize[0], data.resize[1])
+    elif data.resize is not None:
+        resize = data.resize
     elif weights:
         resize = round(weights.resize * size / weights.image_size)
     else:
         resize = size if size <= SMALL_IMAGE else round(size / 0.875)
     interpolation = data.interpolation or (weights.interpolation if weights else "bilinear")
-    plain = Preprocessing(channels, size, resize, data.crop == "center", interpolation, (0.0,) * channels, (1.0,) * channels)
+    zeros, ones = (0.0,) * channels, (1.0,) * channels
+    plain = Preprocessing(channels, size, resize, data.crop == "center", interpolation, zeros, ones)
     mean, std = _normalization(data, weights, plain, measure)
     for values in (mean, std):
         if len(values) != channels:
-            raise UserError(
-                f"data.normalize: {len(values)} values for {channels} channels; give one value a channel"
-            )
-    return Preprocessing(**{**asdict(plain), "mean": mean, "std": std})
+            raise UserError(f"data.normalize: {len(values)} values for {channels} channels; give one value a channel")
+    return replace(plain, mean=mean, std=std)
 
 
 def _normalization(

@@ -17,8 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Fraction = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1, both included."""
 
-NAME_PATTERN = r"^[^\W_][\w .+=,@-]{0,99}$"
-"""A name that is safe as one folder, one W&B name and one job name: letters, digits and ``_ .+=,@-``."""
+NAME_PATTERN = r"^[^\W_]([ .]?[\w+=,@-])*$"
+"""A name that is safe as one folder, one W&B name and one job name: letters, digits and ``_+=,@-``.
+
+A space or dot stands between two others only, so neither ``..`` nor one at the end is possible."""
+
+NAME_LENGTH = 100
 
 METRICS = (
     "train/loss",
@@ -34,9 +38,7 @@ METRICS = (
 """
 
 ValidationMetric = Literal["val/loss", "val/accuracy", "val/top5_accuracy", "val/class_accuracy"]
-Metric = Literal[
-    "train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/top5_accuracy", "val/class_accuracy"
-]
+Metric = Literal["train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/top5_accuracy", "val/class_accuracy"]
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "none"]
 
 
@@ -55,7 +57,9 @@ class RecipeTable(Table):
     """Name, seed and whereabouts of the experiment."""
 
     name: Annotated[
-        str, Field(pattern=NAME_PATTERN), describe("Name of the experiment; its runs lie in <run_root>/<name>/.")
+        str,
+        Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH),
+        describe("Name of the experiment; its runs lie in <run_root>/<name>/."),
     ]
     description: Annotated[str, describe("One line for tables, reports and people.")] = ""
     seed: Annotated[
@@ -122,12 +126,16 @@ class DataTable(Table):
     background_class: Annotated[bool, describe("caltech101: keep BACKGROUND_Google as a class.")] = False
     channels: Annotated[
         Literal[1, 3] | None,
-        describe("Channels of the model's input; greyscale is repeated, colour averaged. Default: 3, digits and fashion_mnist 1."),
+        describe(
+            "Channels of the model's input; greyscale is repeated, colour averaged. "
+            "Default: 3, digits and fashion_mnist 1."
+        ),
     ] = None
     image_size: Annotated[
         Annotated[int, Field(ge=4, le=4096)] | None,
         describe(
-            "Height and width of the model's input. Default: what the weights were trained with, else the data set's own.",
+            "Height and width of the model's input. "
+            "Default: what the weights were trained with, else the data set's own.",
             unit="pixels",
         ),
     ] = None
@@ -158,8 +166,7 @@ class DataTable(Table):
         ),
     ] = "auto"
     workers: Annotated[
-        int | Literal["auto"],
-        Field(union_mode="left_to_right"),
+        Annotated[int, Field(ge=0)] | Literal["auto"],
         describe("Processes that prepare images, for each training process; auto: by the CPUs that were granted."),
     ] = "auto"
     on_bad_image: Annotated[
@@ -173,12 +180,9 @@ class DataTable(Table):
     ] = "auto"
 
     @model_validator(mode="after")
-    def _workers_not_negative(self) -> DataTable:
-        if isinstance(self.workers, int) and self.workers < 0:
-            raise ValueError("workers must be 0 or more, or 'auto'")
-        if self.normalize and isinstance(self.normalize, NormalizeValues):
-            if len(self.normalize.mean) != len(self.normalize.std):
-                raise ValueError("normalize: mean and std must have the same number of values")
+    def _mean_and_std_alike(self) -> DataTable:
+        if isinstance(self.normalize, NormalizeValues) and len(self.normalize.mean) != len(self.normalize.std):
+            raise ValueError("normalize: mean and std must have the same number of values")
         return self
 
 
@@ -214,9 +218,15 @@ class AugmentTable(Table):
         str | None,
         describe("A timm policy string such as rand-m9-mstd0.5, augmix-m3-w3 or original, after the crop."),
     ] = None
-    random_erasing: Annotated[Fraction, describe("Probability that a rectangle of a training image is erased (after normalisation).")] = 0.0
-    mixup: Annotated[float, Field(ge=0), describe("Alpha of mixup's Beta(alpha, alpha); 0 is off (Zhang et al. 2018).")] = 0.0
-    cutmix: Annotated[float, Field(ge=0), describe("Alpha of CutMix's Beta(alpha, alpha); 0 is off (Yun et al. 2019).")] = 0.0
+    random_erasing: Annotated[
+        Fraction, describe("Probability that a rectangle of a training image is erased (after normalisation).")
+    ] = 0.0
+    mixup: Annotated[
+        float, Field(ge=0), describe("Alpha of mixup's Beta(alpha, alpha); 0 is off (Zhang et al. 2018).")
+    ] = 0.0
+    cutmix: Annotated[
+        float, Field(ge=0), describe("Alpha of CutMix's Beta(alpha, alpha); 0 is off (Yun et al. 2019).")
+    ] = 0.0
     mix_p: Annotated[Fraction, describe("Probability that a batch is mixed at all.")] = 1.0
     cutmix_share: Annotated[Fraction, describe("Where both are on: share of mixed batches that CutMix takes.")] = 0.5
     label_smoothing: Annotated[
@@ -230,10 +240,15 @@ class HeadTable(Table):
     hidden: Annotated[list[Annotated[int, Field(ge=1)]], describe("Widths of hidden layers; none by default.")] = []
     batch_norm: Annotated[bool, describe("Batch norm after each hidden layer.")] = False
     activation: Annotated[Activation, describe("After each hidden layer.")] = "relu"
-    dropout: Annotated[Annotated[float, Field(ge=0, lt=1)], describe("Before the last layer, and after each hidden one.")] = 0.0
+    dropout: Annotated[
+        Annotated[float, Field(ge=0, lt=1)], describe("Before the last layer, and after each hidden one.")
+    ] = 0.0
     replaces: Annotated[
         Literal["last_layer", "classifier"],
-        describe("last_layer: only the last Linear is replaced. classifier: all fully connected layers and the pooling before them (VGG, AlexNet)."),
+        describe(
+            "last_layer: only the last Linear is replaced. classifier: all fully connected layers "
+            "and the pooling before them (VGG, AlexNet)."
+        ),
     ] = "last_layer"
 
 
@@ -261,7 +276,9 @@ class ConvNetTable(Table):
     activation: Annotated[Activation, describe("Of all blocks.")] = "relu"
     init: Annotated[
         Literal["default", "gaussian"],
-        describe("default: PyTorch's. gaussian: weights of convolutions and linear layers from N(0, init_std), biases 0."),
+        describe(
+            "default: PyTorch's. gaussian: weights of convolutions and linear layers from N(0, init_std), biases 0."
+        ),
     ] = "default"
     init_std: Annotated[float, Field(gt=0), describe("Standard deviation of the Gaussian.")] = 0.05
 
@@ -269,8 +286,11 @@ class ConvNetTable(Table):
     def _order_complete(self) -> ConvNetTable:
         if len(set(self.order)) != len(self.order) or "conv" not in self.order:
             raise ValueError("order must hold conv, and each layer once at most")
-        used = {"norm": any(b.batch_norm for b in self.blocks), "pool": any(b.pool for b in self.blocks),
-                "dropout": any(b.dropout for b in self.blocks)}
+        used = {
+            "norm": any(b.batch_norm for b in self.blocks),
+            "pool": any(b.pool for b in self.blocks),
+            "dropout": any(b.dropout for b in self.blocks),
+        }
         missing = [layer for layer, is_used in used.items() if is_used and layer not in self.order]
         if missing:
             raise ValueError(f"order leaves out {', '.join(missing)}, which a block asks for")
@@ -284,7 +304,9 @@ class ModelTable(Table):
         Literal["toolkit", "torchvision", "timm"],
         describe("Where the architecture comes from; toolkit: described in [model.convnet]."),
     ]
-    name: Annotated[str, describe("Name of the architecture; `toolkit models` lists them. With source = toolkit: convnet.")] = "convnet"
+    name: Annotated[
+        str, describe("Name of the architecture; `toolkit models` lists them. With source = toolkit: convnet.")
+    ] = "convnet"
     weights: Annotated[
         str,
         describe(
@@ -297,7 +319,9 @@ class ModelTable(Table):
     ] = {}
     stem: Annotated[
         Literal["imagenet", "small"],
-        describe("small: ResNets begin with a 3x3 convolution of stride 1 and no pooling, for images of 32 pixels or so."),
+        describe(
+            "small: ResNets begin with a 3x3 convolution of stride 1 and no pooling, for images of 32 pixels or so."
+        ),
     ] = "imagenet"
     convnet: Annotated[ConvNetTable | None, describe("The ConvNet, with source = toolkit.")] = None
     head: Annotated[HeadTable, describe("The new classifier on top.")] = HeadTable()
@@ -322,8 +346,12 @@ class TransferTable(Table):
             "gradual: as linear_probe, then stage after stage from the top."
         ),
     ] = "scratch"
-    freeze: Annotated[list[str], describe("Also freeze parameters whose name matches one of these patterns (features.0.*).")] = []
-    train: Annotated[list[str], describe("Also train parameters whose name matches one of these patterns; has the last word.")] = []
+    freeze: Annotated[
+        list[str], describe("Also freeze parameters whose name matches one of these patterns (features.0.*).")
+    ] = []
+    train: Annotated[
+        list[str], describe("Also train parameters whose name matches one of these patterns; has the last word.")
+    ] = []
     new_layer: Annotated[
         Literal["train", "freeze"],
         describe("frozen_classifier: whether the new last layer trains or stays at its random start too."),
@@ -332,28 +360,46 @@ class TransferTable(Table):
         list[Annotated[int, Field(ge=1)]],
         describe("gradual: the epochs at whose start one more stage, from the top, begins to train.", unit="epochs"),
     ] = []
-    backbone_lr: Annotated[float, Field(gt=0), describe("Learning rate of the pretrained part, as a multiple of optimizer.lr.")] = 1.0
-    head_lr: Annotated[float, Field(gt=0), describe("Learning rate of the new head, as a multiple of optimizer.lr.")] = 1.0
+    backbone_lr: Annotated[
+        float, Field(gt=0), describe("Learning rate of the pretrained part, as a multiple of optimizer.lr.")
+    ] = 1.0
+    head_lr: Annotated[
+        float, Field(gt=0), describe("Learning rate of the new head, as a multiple of optimizer.lr.")
+    ] = 1.0
     layer_decay: Annotated[
         float,
         Field(gt=0, le=1),
-        describe("Learning rate of each stage, as a multiple of the stage above it (Clark et al. 2020, ELECTRA); 1 is off."),
+        describe(
+            "Learning rate of each stage, as a multiple of the stage above it (Clark et al. 2020, ELECTRA); 1 is off."
+        ),
     ] = 1.0
     frozen_batch_norm: Annotated[
         Literal["fixed", "update"],
-        describe("Statistics of batch norms whose parameters are frozen: as they were loaded, or updated from the data."),
+        describe(
+            "Statistics of batch norms whose parameters are frozen: as they were loaded, or updated from the data."
+        ),
     ] = "fixed"
 
 
 class OptimizerTable(Table):
     """How parameters move."""
 
-    name: Annotated[str, describe("sgd, nag, adam, adamw (PyTorch's), or any timm optimiser; `toolkit optimizers` lists them.")] = "sgd"
+    name: Annotated[
+        str, describe("sgd, nag, adam, adamw (PyTorch's), or any timm optimiser; `toolkit optimizers` lists them.")
+    ] = "sgd"
     lr: Annotated[float, Field(gt=0), describe("Learning rate, at its height.")]
-    momentum: Annotated[float | None, Field(ge=0, lt=1), describe("sgd, nag and optimisers that take one. Default 0.9 for sgd and nag.")] = None
-    weight_decay: Annotated[float, Field(ge=0), describe("L2 penalty (sgd, nag, adam) or decoupled decay (adamw and most others).")] = 0.0
-    decay_bias_and_norm: Annotated[bool, describe("Whether weight decay also acts on biases and normalisation layers.")] = True
-    args: Annotated[dict[str, Any], describe("Further arguments of the optimiser, such as betas = [0.9, 0.99] or eps.")] = {}
+    momentum: Annotated[
+        float | None, Field(ge=0, lt=1), describe("sgd, nag and optimisers that take one. Default 0.9 for sgd and nag.")
+    ] = None
+    weight_decay: Annotated[
+        float, Field(ge=0), describe("L2 penalty (sgd, nag, adam) or decoupled decay (adamw and most others).")
+    ] = 0.0
+    decay_bias_and_norm: Annotated[
+        bool, describe("Whether weight decay also acts on biases and normalisation layers.")
+    ] = True
+    args: Annotated[
+        dict[str, Any], describe("Further arguments of the optimiser, such as betas = [0.9, 0.99] or eps.")
+    ] = {}
 
 
 class SchedulerTable(Table):
@@ -361,18 +407,32 @@ class SchedulerTable(Table):
 
     name: Annotated[
         Literal["constant", "step", "exponential", "cosine", "one_cycle", "plateau"],
-        describe("step: times gamma every step_size epochs. exponential: times gamma every epoch. plateau: times gamma when the metric rests."),
+        describe(
+            "step: times gamma every step_size epochs. exponential: times gamma every epoch. "
+            "plateau: times gamma when the metric rests."
+        ),
     ] = "constant"
     step_size: Annotated[int | None, Field(ge=1), describe("step: its period.", unit="epochs")] = None
-    gamma: Annotated[float | None, Field(gt=0, le=1), describe("step (default 0.1), exponential (0.95), plateau (0.1): the factor.")] = None
+    gamma: Annotated[
+        float | None, Field(gt=0, le=1), describe("step (default 0.1), exponential (0.95), plateau (0.1): the factor.")
+    ] = None
     min_lr: Annotated[float, Field(ge=0), describe("cosine, plateau: never below this.")] = 0.0
-    warmup_epochs: Annotated[float, Field(ge=0), describe("Linear rise from warmup_start x lr at the beginning.", unit="epochs")] = 0.0
+    warmup_epochs: Annotated[
+        float, Field(ge=0), describe("Linear rise from warmup_start x lr at the beginning.", unit="epochs")
+    ] = 0.0
     warmup_start: Annotated[Fraction, describe("Where the rise begins, as a share of lr.")] = 0.01
     metric: Annotated[Metric, describe("plateau: what it watches.")] = "val/loss"
-    patience: Annotated[int, Field(ge=0), describe("plateau: epochs without improvement that are tolerated.", unit="epochs")] = 5
+    patience: Annotated[
+        int, Field(ge=0), describe("plateau: epochs without improvement that are tolerated.", unit="epochs")
+    ] = 5
     threshold: Annotated[float, Field(ge=0), describe("plateau: smaller absolute changes are no improvement.")] = 1e-4
-    peak_at: Annotated[Annotated[float, Field(gt=0, lt=1)], describe("one_cycle: share of the epochs at which lr is reached (Smith 2018).")] = 0.3
-    start_factor: Annotated[float, Field(gt=0, le=1), describe("one_cycle: first learning rate, as a share of lr.")] = 0.04
+    peak_at: Annotated[
+        Annotated[float, Field(gt=0, lt=1)],
+        describe("one_cycle: share of the epochs at which lr is reached (Smith 2018)."),
+    ] = 0.3
+    start_factor: Annotated[float, Field(gt=0, le=1), describe("one_cycle: first learning rate, as a share of lr.")] = (
+        0.04
+    )
     end_factor: Annotated[float, Field(gt=0, le=1), describe("one_cycle: last learning rate, as a share of lr.")] = 4e-6
 
     @model_validator(mode="after")
@@ -392,9 +452,13 @@ class TrainTable(Table):
         describe("Images per optimiser step, over all processes and accumulation steps.", unit="images"),
     ]
     eval_batch_size: Annotated[
-        int | None, Field(ge=1), describe("Images per evaluation step, over all processes. Default: batch_size.", unit="images")
+        int | None,
+        Field(ge=1),
+        describe("Images per evaluation step, over all processes. Default: batch_size.", unit="images"),
     ] = None
-    accumulation: Annotated[int, Field(ge=1), describe("Parts into which a batch is divided, one after the other, to save memory.")] = 1
+    accumulation: Annotated[
+        int, Field(ge=1), describe("Parts into which a batch is divided, one after the other, to save memory.")
+    ] = 1
     drop_last: Annotated[bool, describe("Leave out the last, smaller batch of an epoch.")] = False
     precision: Annotated[
         Literal["auto", "no", "fp16", "bf16"],
@@ -405,7 +469,10 @@ class TrainTable(Table):
     ema: Annotated[
         float | None,
         Field(gt=0, lt=1),
-        describe("Decay, per step, of an exponential moving average of the weights, which is then what is evaluated and kept."),
+        describe(
+            "Decay, per step, of an exponential moving average of the weights, "
+            "which is then what is evaluated and kept."
+        ),
     ] = None
     class_weights: Annotated[
         Literal["none", "balanced"], describe("balanced: training loss weighted by the inverse frequency of the class.")
@@ -415,16 +482,24 @@ class TrainTable(Table):
         describe("shuffle: every image once an epoch. balanced: classes drawn evenly, with replacement."),
     ] = "shuffle"
     sync_batch_norm: Annotated[bool, describe("Batch norm over the whole batch of all processes.")] = True
-    channels_last: Annotated[bool, describe("Memory format of images and convolutions; faster on most hardware.")] = True
+    channels_last: Annotated[bool, describe("Memory format of images and convolutions; faster on most hardware.")] = (
+        True
+    )
     compile: Annotated[bool, describe("Compile the model with torch.compile.")] = False
     deterministic: Annotated[bool, describe("Only deterministic algorithms, also on a GPU (slower).")] = False
-    log_every: Annotated[int, Field(ge=0), describe("Also log loss and accuracy every so many steps; 0 is off.", unit="steps")] = 0
+    log_every: Annotated[
+        int, Field(ge=0), describe("Also log loss and accuracy every so many steps; 0 is off.", unit="steps")
+    ] = 0
 
 
 class EarlyStoppingTable(Table):
     """Stop when the metric no longer improves."""
 
-    patience: Annotated[int | None, Field(ge=1), describe("Epochs without improvement after which training stops; without it, never.", unit="epochs")] = None
+    patience: Annotated[
+        int | None,
+        Field(ge=1),
+        describe("Epochs without improvement after which training stops; without it, never.", unit="epochs"),
+    ] = None
     metric: Annotated[Metric, describe("What is watched.")] = "val/loss"
     min_delta: Annotated[float, Field(ge=0), describe("Smaller absolute changes are no improvement.")] = 0.0
 
@@ -432,8 +507,12 @@ class EarlyStoppingTable(Table):
 class CheckpointTable(Table):
     """What is kept to go on after a stop."""
 
-    every_steps: Annotated[int, Field(ge=0), describe("Also within an epoch, every so many steps; 0 is off.", unit="steps")] = 0
-    every_minutes: Annotated[float, Field(ge=0), describe("Also within an epoch, after so much time; 0 is off.", unit="minutes")] = 15.0
+    every_steps: Annotated[
+        int, Field(ge=0), describe("Also within an epoch, every so many steps; 0 is off.", unit="steps")
+    ] = 0
+    every_minutes: Annotated[
+        float, Field(ge=0), describe("Also within an epoch, after so much time; 0 is off.", unit="minutes")
+    ] = 15.0
     keep: Annotated[int, Field(ge=1), describe("How many of the last checkpoints are kept.")] = 2
     on_write_error: Annotated[
         Literal["continue", "stop"],
@@ -447,9 +526,12 @@ class TrackingTable(Table):
     trackers: Annotated[list[Literal["wandb", "tensorboard"]], describe("Which trackers; [] is none.")] = ["wandb"]
     mode: Annotated[
         Literal["auto", "online", "offline", "disabled"],
-        describe("W&B: auto is online where there is a login and a server, else offline. WANDB_MODE has precedence over auto."),
+        describe(
+            "W&B: auto is online where there is a login and a server, else offline. "
+            "WANDB_MODE has precedence over auto."
+        ),
     ] = "auto"
-    project: Annotated[str, Field(pattern=NAME_PATTERN), describe("W&B project.")] = "toolkit"
+    project: Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH), describe("W&B project.")] = "toolkit"
     entity: Annotated[str | None, describe("W&B user or team; default: your own.")] = None
     group: Annotated[str | None, describe("W&B group; default: the recipe's name.")] = None
     run_name: Annotated[str | None, describe("W&B display name; default: recipe name and run id.")] = None
@@ -464,7 +546,9 @@ class Expectation(Table):
     at_most: Annotated[float | None, describe("Met when the figure is this or less.")] = None
     value: Annotated[float | None, describe("Met when the figure is within tolerance of this.")] = None
     tolerance: Annotated[float, Field(ge=0), describe("For value.")] = 0.0
-    seeds: Annotated[list[int], describe("Seeds for which it was stated; other seeds are not comparable. Empty: any.")] = []
+    seeds: Annotated[
+        list[int], describe("Seeds for which it was stated; other seeds are not comparable. Empty: any.")
+    ] = []
     source: Annotated[str, Field(min_length=1), describe("Where the figure comes from.")]
 
     @model_validator(mode="after")

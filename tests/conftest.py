@@ -1,0 +1,81 @@
+"""Surroundings of all tests: no network, one thread, and the real images where they are at hand."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch or wandb are imported anywhere, and inherited by every process that a test starts.
+os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true", HF_HUB_OFFLINE="1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+ARCHIVES = ("caltech101-a.tar", "caltech101-b.tar", "cifar10.tar.xz", "cifar10-original-subset.npz")
+
+SUBSET_CLASSES = (
+    "Faces", "Leopards", "Motorbikes", "accordion", "airplanes", "anchor", "bonsai", "butterfly", "car_side", "chair",
+)  # fmt: skip
+"""All in the first archive; every image of car_side is greyscale."""
+SUBSET_TRAIN, SUBSET_TEST = 8, 4
+"""Images of each class in the subset's train.txt and test.txt."""
+
+
+def _real_images() -> Path:
+    """Where the real images should be."""
+    return Path(os.environ.get("TOOLKIT_TEST_DATA", SHARED / "data"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with the archives of real images; the test is skipped where there is none."""
+    folder = _real_images()
+    missing = [name for name in ARCHIVES if not (folder / name).is_file()]
+    if missing:
+        pytest.skip(f"no real images: {folder} lacks {', '.join(missing)} (set TOOLKIT_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def caltech_subset(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with 10 classes of Caltech-101, 8 training and 4 test images each, in the original layout.
+
+    The lists keep the original's lines for BACKGROUND_Google, whose images are not there.
+    """
+    root = tmp_path_factory.mktemp("data")
+    home = root / "caltech101"
+    with tarfile.open(shared_data / "caltech101-a.tar") as archive:
+        wanted: list[str] = []
+        home.mkdir()
+        for name, count in (("train.txt", SUBSET_TRAIN), ("test.txt", SUBSET_TEST)):
+            file = archive.extractfile(f"caltech101/{name}")
+            assert file is not None
+            lines = file.read().decode().split()
+            kept = [line for c in SUBSET_CLASSES for line in [x for x in lines if x.startswith(f"{c}/")][:count]]
+            wanted += kept
+            background = [line for line in lines if line.startswith("BACKGROUND_Google/")]
+            (home / name).write_text("\n".join(kept + background) + "\n")
+        for line in wanted:
+            member = archive.extractfile(f"caltech101/101_ObjectCategories/{line}")
+            assert member is not None
+            path = home / "101_ObjectCategories" / line
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(member.read())
+    return root
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """On CI, where the real images lie beside the repository, a test that needs them must not skip."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    needs_images = "shared_data" in getattr(item, "fixturenames", ())
+    if report.skipped and needs_images and os.environ.get("CI") and SHARED.is_dir():
+        report.outcome = "failed"
+        report.longrepr = f"skipped although CI is set and {SHARED} exists: {report.longrepr}"

@@ -1,0 +1,187 @@
+"""Collections of images: modes, bad files, memory."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from toolkit.data.images import ArrayImages, BadImage, FileImages, check_images
+from toolkit.errors import RunFailed
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+BAD = {
+    "missing.jpg": (None, "no such file"),
+    "empty.jpg": (b"", "an empty file"),
+    "text.jpg": (b"<html>404</html>", "not an image of a known format"),
+    "cut.jpg": (jpeg()[: len(jpeg()) // 2], "damaged"),
+    "cut.png": (png()[: len(png()) // 2], "damaged"),
+    "header.png": (png()[:8], "not an image of a known format"),
+}
+GOOD = {
+    "fine.jpg": jpeg(),
+    "fine.png": png(),
+    "appended.jpg": jpeg() + b"\0" * 20,  # cameras do this
+    "appended.png": png() + b"\0" * 20,
+    "wrong suffix.jpg": png(),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> FileImages:
+    """Good and bad files, the bad ones first."""
+    contents = {name: content for name, (content, _) in BAD.items()} | GOOD
+    for name, content in contents.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    return FileImages(tmp_path, contents, 3)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_bad_files_are_found_and_good_ones_are_not_accused(folder: FileImages, decode: bool) -> None:
+    done: list[int] = []
+    found = check_images(folder, np.arange(len(folder)), decode=decode, threads=2, progress=done.append)
+    assert [folder.name(i) for i, _ in found] == list(BAD)
+    for (_, reason), (_, expected) in zip(found, BAD.values(), strict=True):
+        assert expected in reason
+    assert done[-1] == len(folder)
+
+
+def test_damage_in_the_middle_is_found_by_decoding_only(tmp_path: Path) -> None:
+    content = bytearray(png())
+    content[len(content) // 2] ^= 0xFF  # breaks a checksum, not the end
+    (tmp_path / "flipped.png").write_bytes(content)
+    images = FileImages(tmp_path, ["flipped.png"], 3)
+    assert check_images(images, np.arange(1), decode=False) == []
+    assert len(check_images(images, np.arange(1), decode=True)) == 1
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_loading_a_bad_file_names_it_and_survives_pickling(folder: FileImages, name: str) -> None:
+    with pytest.raises(BadImage) as caught:
+        folder.load(list(BAD).index(name))
+    assert caught.value.name == name
+    assert BAD[name][1] in caught.value.reason
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.name, copy.reason, str(copy)) == (name, caught.value.reason, str(caught.value))
+    assert isinstance(copy, RunFailed)
+
+
+def test_a_fault_of_the_machine_is_not_blamed_on_the_image(folder: FileImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With on_bad_image = skip a moment without file handles must not drop images."""
+
+    def fail(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(RunFailed, match="Too many open files") as caught:
+        folder.load(len(folder) - 1)
+    assert not isinstance(caught.value, BadImage)
+
+
+def test_every_mode_becomes_rgb_or_greyscale(tmp_path: Path) -> None:
+    colour = Image.fromarray(PIXELS)
+    sixteen_bits = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
+    made = {
+        "rgb.png": colour,
+        "grey.png": colour.convert("L"),
+        "palette.png": colour.convert("P"),
+        "alpha.png": colour.convert("RGBA"),
+        "grey alpha.png": colour.convert("LA"),
+        "bilevel.png": colour.convert("1"),
+        "cmyk.jpg": colour.convert("CMYK"),
+        "sixteen.png": sixteen_bits,
+    }
+    transparent = colour.convert("P")
+    transparent.info["transparency"] = bytes(range(256))
+    made["transparent palette.png"] = transparent
+    for name, image in made.items():
+        image.save(tmp_path / name)
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        images = FileImages(tmp_path, made, channels)
+        assert {images.load(i).mode for i in range(len(images))} == {mode}
+    grey = FileImages(tmp_path, made, 1).load(list(made).index("sixteen.png"))
+    assert np.asarray(grey).tolist() == [[0, 1, 255]]  # scaled, not clipped
+    images = FileImages(tmp_path, made, 3)
+    assert np.array_equal(np.asarray(images.load(0)), PIXELS)
+    opaque, through = (np.asarray(images.load(list(made).index(n))) for n in ("palette.png", "transparent palette.png"))
+    assert np.array_equal(opaque, through)
+
+
+def test_orientation_tags_are_not_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    Image.fromarray(PIXELS).save(tmp_path / "turned.jpg", exif=exif)
+    assert FileImages(tmp_path, ["turned.jpg"], 3).load(0).size == (60, 40)
+
+
+def test_names_may_be_any_that_the_system_allows(tmp_path: Path) -> None:
+    names = ["人/写真 1.png", "Käfer/Ähre.png", "new\nline.png", os.fsdecode(b"latin-\xe9.png"), "a" * 200 + ".png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    images = FileImages(tmp_path, names, 3)
+    assert [images.name(i) for i in range(len(images))] == names
+    assert [images.load(i).size for i in range(len(images))] == [(60, 40)] * len(names)
+    with pytest.raises(IndexError):
+        images.name(len(names))
+
+
+def test_arrays_are_images() -> None:
+    images = ArrayImages(PIXELS[None], "toy", 3)
+    assert len(images) == 1
+    assert images.name(0) == "toy/0"
+    assert np.array_equal(np.asarray(images.load(0)), PIXELS)
+    assert check_images(images, np.arange(1), decode=False) == []
+    with pytest.raises(ValueError, match="float64"):
+        ArrayImages(PIXELS[None].astype(float), "toy", 3)  # type: ignore[arg-type]
+
+
+N_LARGE = 1_300_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of private memory")
+def test_a_worker_copies_little_of_a_large_index() -> None:
+    """A forked worker reads every name: with Python objects, their reference counts would copy every page."""
+    images = FileImages(Path("data"), (f"train/n{i % 1000:08d}/image_{i:08d}.jpg" for i in range(N_LARGE)), 3)
+    assert sys.getsizeof(images._buffer) + images._buffer.nbytes + images._ends.nbytes < 70e6
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:  # the worker; it must not return into pytest
+        try:
+            before = _private_bytes()
+            ends_in_jpg = sum(images.name(i).endswith(".jpg") for i in range(0, N_LARGE, 3))
+            os.write(write_end, f"{ends_in_jpg} {_private_bytes() - before}".encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    count, growth = map(int, os.read(read_end, 100).split())
+    assert count == -(-N_LARGE // 3)
+    assert growth < 10e6
+
+
+def _private_bytes() -> int:
+    """Memory of this process that it shares with no other."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * sum(int(kb) for kb in re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE))

@@ -1,0 +1,162 @@
+"""Splits: disjoint, exact in number, a function of the recipe alone."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from toolkit.data.datasets import Dataset, open_dataset
+from toolkit.data.images import ArrayImages
+from toolkit.data.splits import check_splits, split_dataset, split_hash
+from toolkit.errors import UserError
+from toolkit.recipe.schema import DataTable, SplitTable
+
+
+def dataset(counts: list[int], **lists: list[int]) -> Dataset:
+    """Images of these many a class, classes interleaved at random; all in the training list unless told otherwise."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int64)
+    images = ArrayImages(np.zeros((len(labels), 2, 2), np.uint8), "toy", 1)
+    official = {name: np.array(indices, dtype=np.int64) for name, indices in lists.items()}
+    classes = [f"class {c}" for c in range(len(counts))]
+    return Dataset("toy", classes, images, labels, official or {"train": np.arange(len(labels))}, 2, 1)
+
+
+def table(
+    method: str = "auto", validation: float | int = 0.1, test: float | int = 0.2, seed: int = 0, **data: int
+) -> DataTable:
+    split = SplitTable.model_validate({"method": method, "validation": validation, "test": test, "seed": seed})
+    return DataTable.model_validate({"dataset": "digits", "split": split, **data})
+
+
+@pytest.mark.parametrize("method", ["auto", "stratified", "random", "alternate"])
+def test_splits_are_disjoint_complete_ordered_and_repeatable(method: str) -> None:
+    data = dataset([50, 31, 7])
+    splits = split_dataset(data, table(method))
+    assert sorted(np.concatenate(list(splits.values())).tolist()) == list(range(88))
+    assert all((np.diff(indices) > 0).all() for indices in splits.values())
+    again = split_dataset(data, table(method))
+    assert all(np.array_equal(splits[name], again[name]) for name in splits)
+
+
+def test_split_is_these_images_on_every_machine() -> None:
+    """Recorded once: a change would make new results incomparable with all before."""
+    splits = split_dataset(dataset([6, 4]), table("stratified", 0.25, 2))
+    assert {name: indices.tolist() for name, indices in splits.items()} == {"train": [2, 3, 4, 5, 8, 9], "validation": [0, 1], "test": [6, 7]}
+
+
+def test_shares_are_of_what_is_left_and_numbers_are_exact() -> None:
+    splits = split_dataset(dataset([1000, 797]), table())
+    assert {name: len(indices) for name, indices in splits.items()} == {"test": 359, "validation": 144, "train": 1294}
+    splits = split_dataset(dataset([1000, 797]), table(validation=100, test=97))
+    assert {name: len(indices) for name, indices in splits.items()} == {"test": 97, "validation": 100, "train": 1600}
+
+
+def test_stratified_takes_the_share_of_every_class_to_within_one_image() -> None:
+    counts = [534, 100, 33, 21, 10, 3]
+    data = dataset(counts)
+    splits = split_dataset(data, table("stratified", 0.5, 1, seed=3))
+    left = np.bincount(data.labels, minlength=6) - np.bincount(data.labels[splits["test"]], minlength=6)
+    taken = np.bincount(data.labels[splits["validation"]], minlength=6)
+    assert (np.abs(taken - left / 2) < 1).all()
+    assert taken.sum() == 350
+
+
+def test_seeds_draw_different_images_without_replacement() -> None:
+    data = dataset([40, 40])
+    drawn = [split_dataset(data, table("stratified", 0.5, seed=seed))["validation"] for seed in range(5)]
+    assert len({tuple(indices) for indices in drawn}) == 5
+    assert all(len(set(indices.tolist())) == len(indices) for indices in drawn)
+
+
+def test_alternate_takes_odd_positions_of_the_list_not_odd_indices() -> None:
+    data = dataset([10, 10], train=[4, 2, 9, 7, 0, 11, 12], test=[1, 3])
+    splits = split_dataset(data, table("alternate"))
+    assert splits["train"].tolist() == [4, 9, 0, 12]
+    assert splits["validation"].tolist() == [2, 7, 11]
+    assert splits["test"].tolist() == [1, 3]
+
+
+def test_official_lists_are_taken_as_they_are() -> None:
+    data = dataset([10, 10], train=list(range(12)), validation=[19, 12, 15], test=[13, 14])
+    for method in ("auto", "official"):
+        splits = split_dataset(data, table(method))
+        assert [splits[name].tolist() for name in splits] == [list(range(12)), [19, 12, 15], [13, 14]]
+
+
+def test_validation_list_is_not_trained_on_by_another_method() -> None:
+    data = dataset([10, 10], train=list(range(12)), validation=list(range(12, 18)), test=[18, 19])
+    splits = split_dataset(data, table("random", 0.25))
+    assert set(splits["train"].tolist()) | set(splits["validation"].tolist()) == set(range(12))
+
+
+def test_images_per_class_keeps_the_first_of_each_class_after_the_split() -> None:
+    data = dataset([30, 30, 30])
+    whole = split_dataset(data, table("stratified", 0.3))
+    few = split_dataset(data, table("stratified", 0.3, images_per_class=4, test_images_per_class=2))
+    for name, limit in (("train", 4), ("validation", 4), ("test", 2)):
+        expected = [i for c in range(3) for i in [i for i in whole[name] if data.labels[i] == c][:limit]]
+        assert few[name].tolist() == sorted(expected)
+
+
+def test_class_without_training_image_is_named() -> None:
+    data = dataset([10, 10, 1])
+    only = int(np.flatnonzero(data.labels == 2)[0])
+    lists = {"train": np.setdiff1d(np.arange(21), [only]), "test": np.array([only])}
+    without = Dataset("toy", data.classes, data.images, data.labels, lists, 2, 1)
+    with pytest.raises(UserError, match="1 of 3 classes without a training image: class 2"):
+        split_dataset(without, table("random", 0.1))
+
+
+def test_empty_splits_are_errors() -> None:
+    with pytest.raises(UserError, match=r"data.split.validation = 0.01 would take 0 of 8 images"):
+        split_dataset(dataset([5, 5]), table(validation=0.01))
+    with pytest.raises(UserError, match=r"data.split.test = 10 would take 10 of 10 images"):
+        split_dataset(dataset([5, 5]), table(test=10))
+    with pytest.raises(UserError, match="the test split of toy is empty"):
+        check_splits(dataset([3]), {"train": np.arange(3), "test": np.array([], dtype=np.int64)})
+
+
+def test_official_without_a_list_says_what_is_allowed() -> None:
+    with pytest.raises(UserError, match="no validation list of its own; allowed here: auto, stratified"):
+        split_dataset(dataset([5, 5]), table("official"))
+
+
+def test_hash_knows_images_classes_and_splits() -> None:
+    data = dataset([20, 20])
+    splits = split_dataset(data, table())
+    moved = {**splits, "train": splits["test"], "test": splits["train"]}
+    renamed = Dataset("toy", ["class 0", "other"], data.images, data.labels, data.lists, 2, 1)
+    hashes = {split_hash(data, splits), split_hash(data, moved), split_hash(renamed, splits)}
+    assert len(hashes) == 3
+    assert split_hash(data, split_dataset(data, table())) in hashes
+
+
+@pytest.mark.parametrize("method", ["alternate", "stratified", "random"])
+def test_caltech_official_lists_halve_into_2892_and_2892(shared_data: Path, tmp_path: Path, method: str) -> None:
+    """The counts of the reports, from the real lists and file names (the files themselves are empty here)."""
+    home = tmp_path / "caltech101"
+    for name in ("caltech101-a.tar", "caltech101-b.tar"):
+        with tarfile.open(shared_data / name) as archive:
+            for member in archive:
+                path = tmp_path / member.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if member.name.endswith(".txt"):
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    path.write_bytes(content.read())
+                elif member.isfile():
+                    path.touch()
+    split = SplitTable.model_validate({"method": method, "validation": 0.5})
+    recipe = DataTable(dataset="caltech101", root=str(tmp_path), split=split)
+    data = open_dataset(recipe)
+    splits = split_dataset(data, recipe)
+    assert len(data.classes) == 101
+    assert data.classes[:3] == ["Faces", "Faces_easy", "Leopards"]
+    assert {name: len(indices) for name, indices in splits.items()} == {"train": 2892, "validation": 2892, "test": 2893}
+    lines = [x for x in (home / "train.txt").read_text().split() if not x.startswith("BACKGROUND_Google/")]
+    assert len(lines) == 5784
+    if method == "alternate":
+        assert [data.images.name(int(i)) for i in splits["validation"]] == lines[1::2]

@@ -1,0 +1,338 @@
+"""Transforms: the recipe's list must do exactly what the same Compose written by hand does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from toolkit.data.images import ArrayImages
+from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from toolkit.data.transforms import (
+    DETERMINISTIC,
+    TENSOR_ONLY,
+    build_transform,
+    is_deterministic,
+    transform_names,
+    try_transform,
+)
+from toolkit.errors import UserError
+from toolkit.recipe.schema import AugmentTable
+
+HALF = (0.5, 0.5, 0.5)
+CIFAR = Preprocessing(3, 32, 32, True, "bilinear", HALF, HALF)
+CALTECH = Preprocessing(3, 224, 256, True, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
+SQUASHED = Preprocessing(3, 224, (256, 256), True, "bilinear", HALF, HALF)
+FLOAT = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+
+Entry = dict[str, Any]
+
+
+def photograph(height: int = 32, width: int = 32) -> Image.Image:
+    """Noise: any difference in what is done to it shows."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def augment(*train: Entry, **values: Any) -> AugmentTable:
+    return AugmentTable.model_validate({"train": list(train), **values})
+
+
+def same(ours: Callable[[Any], Tensor], by_hand: list[Any], image: Image.Image) -> None:
+    """Equal bit for bit, from the same torch seeds."""
+    compose = v2.Compose(by_hand)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        expected = compose(image)
+        torch.manual_seed(seed)
+        assert torch.equal(ours(image), expected.as_subclass(Tensor))
+
+
+FLIP = {"name": "RandomHorizontalFlip"}
+CROP = {"name": "RandomCrop", "padding": 4}
+GRAY = {"name": "RandomGrayscale", "p": 0.2}
+BLUR = {"name": "GaussianBlur", "kernel_size": 3, "apply_p": 0.5}
+JITTER = {"name": "ColorJitter", "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "apply_p": 0.4}
+V2_CROP, V2_FLIP, V2_GRAY = v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.RandomGrayscale(0.2)
+V2_BLUR = v2.RandomApply([v2.GaussianBlur(3)], p=0.5)
+V2_JITTER = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.4)
+
+ON_CIFAR: dict[str, tuple[list[Entry], list[Any]]] = {
+    # giunta, G7
+    "flip 0.3, rotation 20": (
+        [{**FLIP, "p": 0.3}, {"name": "RandomRotation", "degrees": [-20.0, 20.0]}],
+        [v2.RandomHorizontalFlip(0.3), v2.RandomRotation((-20.0, 20.0))],
+    ),
+    "flip 0.6": ([{**FLIP, "p": 0.6}], [v2.RandomHorizontalFlip(0.6)]),
+    "rotation 20": ([{"name": "RandomRotation", "degrees": 20}], [v2.RandomRotation(20)]),
+    "perspective": ([{"name": "RandomPerspective", "p": 1.0}], [v2.RandomPerspective(p=1.0)]),
+    "jitter": ([{"name": "ColorJitter", "brightness": 0.5, "hue": 0.3}], [v2.ColorJitter(brightness=0.5, hue=0.3)]),
+    # yildiz, Y3
+    **{f"flip {p}": ([{**FLIP, "p": p}], [v2.RandomHorizontalFlip(p)]) for p in (0.1, 0.3, 0.5, 0.7, 0.9)},
+    "crop": ([CROP], [V2_CROP]),
+    "crop, flip": ([CROP, FLIP], [V2_CROP, V2_FLIP]),
+    "gray": ([GRAY], [V2_GRAY]),
+    "crop, flip, gray": ([CROP, FLIP, GRAY], [V2_CROP, V2_FLIP, V2_GRAY]),
+    "jitter 0.4": ([JITTER], [V2_JITTER]),
+    "crop, flip, gray, blur": ([CROP, FLIP, GRAY, BLUR], [V2_CROP, V2_FLIP, V2_GRAY, V2_BLUR]),
+    "crop, flip, gray, blur, jitter": (
+        [CROP, FLIP, GRAY, BLUR, JITTER],
+        [V2_CROP, V2_FLIP, V2_GRAY, V2_BLUR, V2_JITTER],
+    ),
+    # colbertaldo, C4
+    "flip, rotation 15, jitter": (
+        [FLIP, {"name": "RandomRotation", "degrees": 15}, {k: v for k, v in JITTER.items() if k != "apply_p"}],
+        [V2_FLIP, v2.RandomRotation(15), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_CIFAR)
+def test_transform_sets_of_the_cifar_reports(name: str) -> None:
+    entries, by_hand = ON_CIFAR[name]
+    ours = build_transform("train", augment(*entries), CIFAR)
+    same(ours, [*by_hand, *FLOAT, v2.Normalize(HALF, HALF)], photograph())
+
+
+MEREU_JITTER = {"name": "ColorJitter", "brightness": 0.1, "contrast": 0.05, "saturation": 0.05, "hue": 0.1}
+EARLY = {"at": "before_crop"}
+V2_MEREU_JITTER = v2.ColorJitter(0.1, 0.05, 0.05, 0.1)
+MEREU: dict[str, tuple[list[Entry], list[Any]]] = {
+    "set 1": ([FLIP, MEREU_JITTER], [V2_FLIP, V2_MEREU_JITTER]),
+    "set 2": ([FLIP, {"name": "RandomRotation", "degrees": 30}], [V2_FLIP, v2.RandomRotation(30)]),
+    "set 3": (
+        [FLIP, {"name": "RandomRotation", "degrees": 30}, MEREU_JITTER],
+        [V2_FLIP, v2.RandomRotation(30), V2_MEREU_JITTER],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEREU)
+def test_transform_sets_of_mereu_stand_between_resize_and_crop(name: str) -> None:
+    entries, by_hand = MEREU[name]
+    ours = build_transform("train", augment(*({**entry, **EARLY} for entry in entries)), SQUASHED)
+    hand = [v2.Resize((256, 256)), *by_hand, v2.CenterCrop(224), *FLOAT, v2.Normalize(HALF, HALF)]
+    same(ours, hand, photograph(300, 200))
+
+
+MURABITO: dict[str, tuple[list[Entry], list[Any]]] = {
+    "centre crop": ([], [v2.CenterCrop(224)]),
+    "random crop": ([{"name": "RandomCrop", "at": "crop"}], [v2.RandomCrop(224)]),
+    "centre crop, flip": ([FLIP], [v2.CenterCrop(224), V2_FLIP]),
+    "centre crop, rotation": (
+        [{"name": "RandomRotation", "degrees": 180}],
+        [v2.CenterCrop(224), v2.RandomRotation(180)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MURABITO)
+def test_transform_sets_of_murabito(name: str) -> None:
+    entries, by_hand = MURABITO[name]
+    ours = build_transform("train", augment(*entries), CALTECH)
+    hand = [v2.Resize(256), *by_hand, *FLOAT, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    same(ours, hand, photograph(300, 400))
+
+
+def test_every_place_is_where_it_says() -> None:
+    table = augment(
+        {"name": "RandomRotation", "degrees": 5, "at": "before_resize"},
+        {"name": "GaussianNoise", "sigma": 0.05},  # needs a tensor: goes there by itself
+        {"name": "RandomVerticalFlip", "at": "after_crop"},
+        {"name": "RandomPerspective", "at": "before_crop"},
+        {"name": "RandomInvert", "at": "tensor"},
+        {"name": "RandomCrop", "at": "crop"},
+        random_erasing=0.5,
+    )
+    hand = [
+        v2.RandomRotation(5),
+        v2.Resize(256),
+        v2.RandomPerspective(),
+        v2.RandomCrop(224),
+        v2.RandomVerticalFlip(),
+        *FLOAT,
+        v2.GaussianNoise(sigma=0.05),
+        v2.RandomInvert(),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        v2.RandomErasing(0.5, value=0),
+    ]
+    same(build_transform("train", table, CALTECH), hand, photograph(280, 300))
+
+
+def test_resized_crop_replaces_both_and_names_are_enumerations() -> None:
+    table = augment(
+        {"name": "RandomResizedCrop", "at": "resize_crop", "scale": [0.3, 1.0], "interpolation": "bicubic"},
+        {"name": "AutoAugment", "policy": "cifar10"},
+    )
+    hand = [
+        v2.RandomResizedCrop(224, scale=(0.3, 1.0), interpolation=InterpolationMode.BICUBIC),
+        v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+        *FLOAT,
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ]
+    same(build_transform("train", table, CALTECH), hand, photograph(100, 300))
+
+
+def test_splits_have_their_own_lists_and_only_training_is_erased() -> None:
+    table = augment(FLIP, validation=[{"name": "Grayscale", "num_output_channels": 3}], random_erasing=1.0)
+    normal = [*FLOAT, v2.Normalize(HALF, HALF)]
+    same(build_transform("validation", table, CIFAR), [v2.Grayscale(3), *normal], photograph())
+    same(build_transform("test", table, CIFAR), normal, photograph())
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original"])
+def test_timm_policies_do_what_timm_does(policy: str) -> None:
+    timms = create_transform(
+        32, is_training=True, no_aug=False, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, color_jitter=0.0,
+        auto_augment=policy, interpolation="bilinear", mean=HALF, std=HALF,
+    )  # fmt: skip
+    timm_policy = next(step for step in timms.transforms if type(step).__module__ == "timm.data.auto_augment")
+    ours = build_transform("train", AugmentTable(auto_augment=policy), CIFAR)
+    assert ours.draws_from_python
+    hand = v2.Compose([timm_policy, *FLOAT, v2.Normalize(HALF, HALF)])
+    for seed in range(10):
+        results = []
+        for transform in (ours, hand):
+            random.seed(seed)
+            np.random.seed(seed)
+            results.append(transform(photograph()).as_subclass(Tensor))
+        assert torch.equal(*results)
+    assert not build_transform("validation", AugmentTable(auto_augment=policy), CIFAR).draws_from_python
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original"])
+def test_timm_policies_take_greyscale(policy: str) -> None:
+    grey = Preprocessing(1, 28, None, True, "bilinear", (0.3,), (0.2,))
+    transform = build_transform("train", AugmentTable(auto_augment=policy), grey)
+    for seed in range(40):
+        random.seed(seed)
+        np.random.seed(seed)
+        assert transform(photograph(28, 28)).shape == (1, 28, 28)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "RGB"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_image_becomes_the_channels_asked_for(mode: str, channels: int) -> None:
+    one = Preprocessing(channels, 32, 32, True, "bilinear", (0.5,) * channels, (0.5,) * channels)
+    result = build_transform("test", AugmentTable(), one)(photograph().convert(mode))
+    assert (result.shape, result.dtype, type(result)) == ((channels, 32, 32), torch.float32, Tensor)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "RandomHorizontalFlop"}, r"augment.train\[1\]: .*no 'RandomHorizontalFlop'; did you mean RandomHori"),
+        ({"name": "Zzz"}, r"has no 'Zzz' \(`toolkit transforms` lists all\)"),
+        ({"name": "functional"}, "has no 'functional'"),
+        ({"name": "RandomRotation", "degree": 3}, "RandomRotation takes no 'degree'; did you mean 'degrees'"),
+        ({"name": "RandomRotation"}, "RandomRotation cannot be made of no arguments: .*degrees"),
+        ({"name": "RandomRotation", "degrees": -3}, "RandomRotation cannot be made of degrees = -3"),
+        ({"name": "RandomRotation", "degrees": 3, "interpolation": "cubic"}, "'cubic' is not one of nearest"),
+        ({"name": "GaussianBlur", "kernel_size": 4}, "GaussianBlur cannot be made of kernel_size = 4"),
+        ({"name": "GaussianNoise", "at": "before_crop"}, "GaussianNoise needs a tensor"),
+        ({"name": "MixUp"}, "use augment.mixup"),
+        ({"name": "Lambda", "lambd": "print"}, "a recipe holds no code"),
+        ({"name": "FiveCrop"}, "gives several images"),
+    ],
+)
+def test_an_entry_that_cannot_be_names_itself_and_the_reason(entry: Entry, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_transform("train", augment(FLIP, entry), CIFAR)
+
+
+def test_only_one_transform_takes_the_place_of_the_crop() -> None:
+    with pytest.raises(UserError, match="only one transform"):
+        build_transform("train", augment({**CROP, "at": "crop"}, {**CROP, "at": "crop"}), CIFAR)
+    resized = {"name": "RandomResizedCrop", "at": "resize_crop"}
+    with pytest.raises(UserError, match="at = 'before_crop' has no place"):
+        build_transform("train", augment(resized, {**FLIP, "at": "before_crop"}), CIFAR)
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-zzz", "magic", ""])
+def test_policy_that_timm_does_not_know(policy: str) -> None:
+    if not policy:
+        assert not build_transform("train", AugmentTable(auto_augment=policy), CIFAR).draws_from_python
+        return
+    with pytest.raises(UserError, match="is not a policy that timm knows"):
+        build_transform("train", AugmentTable(auto_augment=policy), CIFAR)
+
+
+def test_wrong_size_is_told_with_both_sizes() -> None:
+    uncropped = Preprocessing(3, 32, 32, False, "bilinear", HALF, HALF)
+    transform = build_transform("test", AugmentTable(), uncropped)
+    assert transform(photograph(50, 50)).shape == (3, 32, 32)
+    with pytest.raises(UserError, match=r"32 x 64 pixels out of one of 50 x 100, but data.image_size is 32"):
+        transform(photograph(50, 100))
+
+
+def test_trying_a_transform_blames_the_recipe_and_leaves_random_states_alone() -> None:
+    images = ArrayImages(np.asarray(photograph())[None], "toy", 3)
+    torch.manual_seed(1)
+    before = torch.rand(1), random.random(), np.random.rand()
+    torch.manual_seed(1)
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    try_transform(build_transform("train", augment(CROP, auto_augment="rand-m9"), CIFAR), images, 0)
+    assert torch.rand(1) == before[0]
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+    too_large = build_transform("train", augment({"name": "RandomCrop", "size": 40}), CIFAR)
+    with pytest.raises(UserError, match=r"augment.train: RandomCrop fails on toy/0 \(32 x 32 pixels\)"):
+        try_transform(too_large, images, 0)
+
+
+# Arguments for those that have required ones.
+REQUIRED: dict[str, Entry] = {
+    "GaussianBlur": {"kernel_size": 3},
+    "JPEG": {"quality": 50},
+    "Pad": {"padding": 0},
+    "RandomAffine": {"degrees": 5},
+    "RandomPosterize": {"bits": 4},
+    "RandomResize": {"min_size": 32, "max_size": 33},
+    "RandomRotation": {"degrees": 5},
+    "RandomShortestSize": {"min_size": [32]},
+    "RandomSolarize": {"threshold": 128},
+    "RandomAdjustSharpness": {"sharpness_factor": 2.0},
+    "ScaleJitter": {"target_size": [32, 32], "scale_range": [1.0, 1.0]},
+    "Normalize": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    "RandomZoomOut": {"p": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", [n for n in transform_names() if n != "LinearTransformation"])
+def test_every_transform_on_offer_works_on_an_image(name: str) -> None:
+    """Each at its default place; LinearTransformation needs a matrix as large as the image squared."""
+    transform = build_transform("train", augment({"name": name, **REQUIRED.get(name, {})}), CIFAR)
+    if name == "RandomResize":
+        assert transform(photograph()).shape == (3, 32, 32)
+        return
+    assert transform(photograph()).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("name", sorted(DETERMINISTIC - {"LinearTransformation"}))
+def test_what_is_called_deterministic_draws_nothing(name: str) -> None:
+    entry = {"name": name, **REQUIRED.get(name, {}), **({"num_output_channels": 3} if name == "Grayscale" else {})}
+    transform = build_transform("train", augment(entry), CIFAR)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    transform(photograph())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+
+
+def test_deterministic_only_where_known_to_be() -> None:
+    assert is_deterministic("train", AugmentTable())
+    assert is_deterministic("train", augment({"name": "Grayscale", "num_output_channels": 3}))
+    assert not is_deterministic("train", augment(FLIP))
+    assert not is_deterministic("train", augment({"name": "Grayscale", "apply_p": 0.5}))
+    assert not is_deterministic("train", augment({"name": "SomethingNew"}))
+    for key, value in (("mixup", 0.2), ("cutmix", 1.0), ("random_erasing", 0.1), ("auto_augment", "rand-m9")):
+        table = AugmentTable.model_validate({key: value})
+        assert not is_deterministic("train", table)
+        assert is_deterministic("validation", table)
+    assert not is_deterministic("test", AugmentTable.model_validate({"test": [FLIP]}))
+    assert TENSOR_ONLY <= set(transform_names())

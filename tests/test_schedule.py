@@ -1,0 +1,103 @@
+"""Learning rates against torch's schedulers, which are stepped where ours are computed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from toolkit.engine.schedule import Patience, Plateau, learning_rate
+from toolkit.recipe.schema import SchedulerTable
+
+PEAK = 0.2
+
+
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+
+
+def stepped(make, epochs: int) -> list[float]:
+    """The learning rate of each epoch under a torch scheduler stepped once an epoch."""
+    sgd = optimizer()
+    scheduler = make(sgd)
+    rates = []
+    for _ in range(epochs):
+        rates.append(sgd.param_groups[0]["lr"])
+        sgd.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("table", "make"),
+    [
+        ({"name": "step", "step_size": 4, "gamma": 0.5}, lambda o: torch.optim.lr_scheduler.StepLR(o, 4, 0.5)),
+        ({"name": "step", "step_size": 3}, lambda o: torch.optim.lr_scheduler.StepLR(o, 3)),
+        ({"name": "exponential", "gamma": 0.9}, lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)),
+        (
+            {"name": "cosine", "min_lr": 0.01},
+            lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 12, eta_min=0.01),
+        ),
+        ({"name": "constant"}, lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
+    ],
+)
+def test_epoch_by_epoch_like_torch(table: dict, make) -> None:
+    ours = [learning_rate(SchedulerTable(**table), PEAK, epoch, 12) for epoch in range(12)]
+    assert ours == pytest.approx(stepped(make, 12), rel=1e-9)
+
+
+def test_step_and_exponential_hold_within_an_epoch_and_cosine_does_not() -> None:
+    for name, holds in (("step", True), ("exponential", True), ("cosine", False)):
+        table = SchedulerTable(name=name, step_size=1 if name == "step" else None)
+        assert (learning_rate(table, PEAK, 2.0, 10) == learning_rate(table, PEAK, 2.75, 10)) is holds
+
+
+def test_one_cycle_peaks_where_said() -> None:
+    table = SchedulerTable(name="one_cycle", peak_at=0.25, start_factor=0.1, end_factor=0.001)
+    rates = [learning_rate(table, PEAK, epoch / 10, 8) for epoch in range(81)]
+    assert rates[0] == pytest.approx(PEAK * 0.1)
+    assert rates[20] == pytest.approx(PEAK)
+    assert max(rates) == pytest.approx(PEAK)
+    assert rates[80] == pytest.approx(PEAK * 0.001)
+
+
+@pytest.mark.parametrize("name", ["constant", "step", "exponential", "cosine", "plateau"])
+def test_warmup_is_linear_and_then_gone(name: str) -> None:
+    table = SchedulerTable(name=name, step_size=5 if name == "step" else None, warmup_epochs=2.0, warmup_start=0.1)
+    plain = table.model_copy(update={"warmup_epochs": 0.0})
+    assert learning_rate(table, PEAK, 0, 10) == pytest.approx(0.1 * PEAK)
+    middle = learning_rate(plain, PEAK, 1, 10) if name in ("exponential",) else PEAK
+    assert learning_rate(table, PEAK, 1, 10) == pytest.approx(0.55 * middle)
+    if name != "cosine":  # cosine begins where the warm-up ends
+        assert learning_rate(table, PEAK, 3, 10) == learning_rate(plain, PEAK, 3, 10)
+    else:
+        assert learning_rate(table, PEAK, 2, 10) == pytest.approx(PEAK)
+
+
+def test_plateau_like_torch() -> None:
+    losses = [1.0, 0.9, 0.95, 0.93, 0.91, 0.92, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.49995, 0.7, 0.7]
+    sgd = optimizer()
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        sgd, factor=0.5, patience=2, threshold=1e-4, threshold_mode="abs", min_lr=0.04
+    )
+    table = SchedulerTable(name="plateau", gamma=0.5, patience=2, min_lr=0.04)
+    ours = Plateau(table)
+    for epoch, loss in enumerate(losses):
+        theirs.step(loss)
+        ours.update(loss)
+        assert learning_rate(table, PEAK, epoch, 99, ours.factor) == pytest.approx(sgd.param_groups[0]["lr"])
+    assert ours.factor < 0.5, "the sequence must have reduced it more than once"
+
+
+def test_patience_counts_epochs_without_enough_improvement() -> None:
+    patience = Patience(higher_is_better=True, min_delta=0.01)
+    assert [patience.update(v) for v in (0.5, 0.505, 0.52, 0.52, math.nan)] == [True, False, True, False, False]
+    assert patience.waited == 2
+    assert patience.best == 0.52
+
+
+def test_a_first_value_that_is_no_number_is_no_best() -> None:
+    patience = Patience(higher_is_better=False)
+    assert not patience.update(math.nan)
+    assert patience.update(3.0)

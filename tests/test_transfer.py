@@ -1,0 +1,377 @@
+"""Each transfer mode, on each kind of model: exactly what trains, and that what is frozen does not move by one bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from toolkit.errors import UserError
+from toolkit.models.build import BuiltModel, build_model
+from toolkit.models.prefix import frozen_prefix, prefix_features, prefix_is_exact
+from toolkit.models.stages import is_under
+from toolkit.models.stochastic import make_stateless
+from toolkit.models.transfer import Transfer, apply_transfer, new_groups, param_groups, parts_table
+from toolkit.recipe.schema import HeadTable, ModelTable, OptimizerTable, TransferTable
+
+CLASSES = 5
+SGD = OptimizerTable(lr=0.1, weight_decay=0.1)
+VGG_CONVOLUTIONS = [f"features.{i}" for i in (0, 1, 4, 5, 8, 9, 11, 12, 15, 16, 18, 19, 22, 23, 25, 26)]
+RESNET_BACKBONE = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
+
+# Model, its table, image size, all of its backbone, its classifier, its head, and its two stages below the head.
+MODELS: dict[str, tuple[ModelTable, int, list[str], list[str], str, list[list[str]]]] = {
+    "alexnet": (
+        ModelTable(source="torchvision", name="alexnet"),
+        64,
+        ["features.0", "features.3", "features.6", "features.8", "features.10"],
+        ["classifier.1", "classifier.4", "classifier.6"],
+        "classifier.6",
+        [["classifier.4"], ["classifier.1"]],
+    ),
+    "vgg11_bn": (  # giunta G9: two new linear layers in place of VGG's three
+        ModelTable(
+            source="torchvision",
+            name="vgg11_bn",
+            head=HeadTable(hidden=[512], batch_norm=True, replaces="classifier"),
+        ),
+        32,
+        VGG_CONVOLUTIONS,
+        ["classifier"],
+        "classifier",
+        [["features.25", "features.26"], ["features.22", "features.23"]],
+    ),
+    "resnet18": (
+        ModelTable(source="torchvision", name="resnet18"),
+        32,
+        RESNET_BACKBONE,
+        ["fc"],
+        "fc",
+        [["layer4"], ["layer3"]],
+    ),
+    "resnet50": (
+        ModelTable(source="torchvision", name="resnet50"),
+        32,
+        RESNET_BACKBONE,
+        ["fc"],
+        "fc",
+        [["layer4"], ["layer3"]],
+    ),
+    "tf_efficientnet_lite0": (
+        ModelTable(source="timm", name="tf_efficientnet_lite0"),
+        32,
+        ["conv_stem", "bn1", "blocks", "conv_head", "bn2"],
+        ["classifier"],
+        "classifier",
+        [["blocks.6", "conv_head", "bn2"], ["blocks.5"]],
+    ),
+    "vit_tiny_patch16_224": (
+        ModelTable(source="timm", name="vit_tiny_patch16_224"),
+        32,
+        ["cls_token", "pos_embed", "patch_embed", "blocks", "norm"],
+        ["head"],
+        "head",
+        [["blocks.11", "norm"], ["blocks.10"]],
+    ),
+}
+# What of backbone (B), classifier below the head (C) and head (H) trains in each mode.
+MODES: dict[str, tuple[TransferTable, str]] = {
+    "scratch": (TransferTable(mode="scratch"), "BCH"),
+    "finetune": (TransferTable(mode="finetune"), "BCH"),
+    "feature_extractor": (TransferTable(mode="feature_extractor"), "CH"),
+    "frozen_classifier": (TransferTable(mode="frozen_classifier"), "BH"),
+    "frozen_classifier, head too": (TransferTable(mode="frozen_classifier", new_layer="freeze"), "B"),
+    "linear_probe": (TransferTable(mode="linear_probe"), "H"),
+    "gradual": (TransferTable(mode="gradual", unfreeze_at=[2, 4]), "H"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+@cache
+def initial(name: str) -> tuple[BuiltModel, dict[str, torch.Tensor]]:
+    """A model is built once; tests that change it begin from a copy of its first state."""
+    table, size, *_ = MODELS[name]
+    built = build_model(table, CLASSES, 3, size)
+    return built, {key: value.clone() for key, value in built.module.state_dict().items()}
+
+
+def fresh(name: str) -> BuiltModel:
+    built, state = initial(name)
+    built.module.load_state_dict(state)
+    built.module.zero_grad(set_to_none=True)
+    return built
+
+
+def names_under(module: nn.Module, prefixes: list[str]) -> set[str]:
+    return {name for name, _ in module.named_parameters() if is_under(name, prefixes)}
+
+
+def expected_trainable(name: str, trains: str) -> list[str]:
+    _, _, backbone, classifier, head, _ = MODELS[name]
+    below = [part for part in classifier if part != head]
+    return (backbone if "B" in trains else []) + (below if "C" in trains else []) + ([head] if "H" in trains else [])
+
+
+def train_two_steps(
+    name: str, transfer: Transfer, groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer | None = None
+) -> torch.optim.Optimizer:
+    """An epoch of two steps on random images, with momentum and a strong weight decay."""
+    optimizer = optimizer or torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    size = MODELS[name][1]
+    transfer.train_mode()
+    for _ in range(2):
+        images, labels = torch.randn(4, 3, size, size), torch.randint(CLASSES, (4,))
+        F.cross_entropy(transfer.built.module(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_exactly_what_trains_moves(name: str, mode: str) -> None:
+    table, trains = MODES[mode]
+    built = fresh(name)
+    before = {key: value.clone() for key, value in built.module.state_dict().items()}
+    transfer = apply_transfer(built, table)
+    expected = names_under(built.module, expected_trainable(name, trains))
+    assert set(transfer.trainable) == expected
+
+    optimizer = train_two_steps(name, transfer, param_groups(built, table, SGD))
+
+    after = built.module.state_dict()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    statistics = {key for key in before if "running_" in key or "num_batches" in key}
+    assert moved - statistics == expected
+    owners = {key.rpartition(".")[0] for key in expected}
+    assert moved & statistics == {key for key in statistics if key.rpartition(".")[0] in owners}
+    parameters = dict(built.module.named_parameters())
+    assert {id(p) for p in optimizer.state} == {id(parameters[key]) for key in expected}
+    assert all(p.grad is None for key, p in parameters.items() if key not in expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradual_opens_stage_after_stage(name: str) -> None:
+    table, _ = MODES["gradual"]
+    head, (first, second) = MODELS[name][4], MODELS[name][5]
+    built = fresh(name)
+    transfer = apply_transfer(built, table)
+    groups = param_groups(built, table, SGD)
+    opened = {1: [head], 2: [head, *first], 3: [head, *first], 4: [head, *first, *second], 5: [head, *first, *second]}
+    for epoch, parts in opened.items():
+        assert transfer.unfreeze_for_epoch(epoch) == (epoch in (2, 4))
+        fresh_groups = new_groups(built, table, SGD, groups)
+        assert bool(fresh_groups) == (epoch in (2, 4))
+        groups += fresh_groups
+        expected = names_under(built.module, parts)
+        assert set(transfer.trainable) == expected
+        parameters = dict(built.module.named_parameters())
+        assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(parameters[key]) for key in expected)
+
+
+def test_gradual_trains_what_it_opened() -> None:
+    table, _ = MODES["gradual"]
+    built = fresh("resnet18")
+    transfer = apply_transfer(built, table)
+    groups = param_groups(built, table, SGD)
+    optimizer = train_two_steps("resnet18", transfer, groups)
+    before = {key: value.clone() for key, value in built.module.state_dict().items()}
+    assert transfer.unfreeze_for_epoch(2)
+    for group in new_groups(built, table, SGD, optimizer.param_groups):
+        optimizer.add_param_group(group)
+    train_two_steps("resnet18", transfer, [], optimizer)
+    moved = {key.split(".")[0] for key, value in built.module.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {"layer4", "fc"}
+
+
+def test_gradual_catches_up_after_a_restart() -> None:
+    """A run that continues at epoch 4 opens all that epochs 2 and 4 would have opened."""
+    table, _ = MODES["gradual"]
+    transfer = apply_transfer(fresh("resnet18"), table)
+    assert transfer.unfreeze_for_epoch(4)
+    assert {name.split(".")[0] for name in transfer.trainable} == {"layer3", "layer4", "fc"}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (TransferTable(mode="finetune", freeze=["layer9.*"]), "no parameter's name matches 'layer9.*'.*layer4, fc"),
+        (TransferTable(mode="linear_probe", train=["Layer4.*"]), "transfer.train: no parameter's name matches"),
+        (TransferTable(mode="linear_probe", freeze=["fc.*"]), "leaves nothing to train.*conv1/bn1, layer1"),
+        (TransferTable(mode="gradual"), "needs unfreeze_at"),
+        (TransferTable(mode="gradual", unfreeze_at=[1, 2, 3, 4, 5, 6]), "6 epochs, but there are 5 stages"),
+    ],
+)
+def test_mistakes_are_told(table: TransferTable, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        apply_transfer(fresh("resnet18"), table)
+
+
+def test_patterns_add_to_the_mode() -> None:
+    table = TransferTable(mode="linear_probe", train=["layer4.1.*", "*.bn1.weight"], freeze=["fc.bias"])
+    built = fresh("resnet18")
+    transfer = apply_transfer(built, table)
+    names = {name for name, _ in built.module.named_parameters()}
+    expected = {n for n in names if n.startswith("layer4.1.") or n.endswith(".bn1.weight")} | {"fc.weight"}
+    assert set(transfer.trainable) == expected
+
+
+def test_frozen_pattern_outlasts_gradual_unfreezing() -> None:
+    table = TransferTable(mode="gradual", unfreeze_at=[2], freeze=["layer4.0.*"])
+    transfer = apply_transfer(fresh("resnet18"), table)
+    transfer.unfreeze_for_epoch(2)
+    assert {name for name in transfer.trainable if name.startswith("layer4.0.")} == set()
+    assert any(name.startswith("layer4.1.") for name in transfer.trainable)
+
+
+def test_batch_norm_statistics_follow_the_data_where_asked() -> None:
+    table = TransferTable(mode="linear_probe", frozen_batch_norm="update")
+    built = fresh("resnet18")
+    before = {key: value.clone() for key, value in built.module.state_dict().items()}
+    transfer = apply_transfer(built, table)
+    train_two_steps("resnet18", transfer, param_groups(built, table, SGD))
+    moved = {key for key, value in built.module.state_dict().items() if not torch.equal(value, before[key])}
+    statistics = {key for key in before if "running_" in key or "num_batches" in key}
+    assert moved == statistics | {"fc.weight", "fc.bias"}
+
+
+def test_dropout_rests_with_the_layer_it_feeds() -> None:
+    """AlexNet's classifier is dropout.0, linear.1, relu.2, dropout.3, linear.4, relu.5, linear.6."""
+    built = fresh("alexnet")
+    classifier = built.module.get_submodule("classifier")
+    for mode, modes in (("linear_probe", [False, False]), ("feature_extractor", [True, True])):
+        transfer = apply_transfer(built, TransferTable(mode=mode))  # type: ignore[arg-type]
+        built.module.eval()
+        transfer.train_mode()
+        assert [classifier.get_submodule(i).training for i in ("0", "3")] == modes
+
+
+def test_vit_dropout_after_positions_rests_with_the_blocks() -> None:
+    table = ModelTable(source="timm", name="vit_tiny_patch16_224", args={"pos_drop_rate": 0.5, "drop_rate": 0.2})
+    built = build_model(table, CLASSES, 3, 32)
+    apply_transfer(built, TransferTable(mode="linear_probe"))
+    assert not built.module.get_submodule("pos_drop").training
+    assert built.module.get_submodule("head_drop").training
+
+
+def test_groups_carry_rates_by_stage() -> None:
+    """Layer decay 0.5, backbone a tenth, head double; biases and norms without weight decay in groups of their own."""
+    table = TransferTable(mode="finetune", backbone_lr=0.1, head_lr=2.0, layer_decay=0.5)
+    built = fresh("resnet18")
+    transfer = apply_transfer(built, table)
+    optimizer = OptimizerTable(lr=0.4, weight_decay=0.01, decay_bias_and_norm=False)
+    groups = param_groups(built, table, optimizer)
+    stages = ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
+    assert [group["name"] for group in groups] == [n for stage in stages for n in (stage, f"{stage} (no decay)")]
+    scales = [0.1 * 0.5**5, 0.1 * 0.5**4, 0.1 * 0.5**3, 0.1 * 0.5**2, 0.1 * 0.5, 2.0]
+    assert [group["lr_scale"] for group in groups[::2]] == pytest.approx(scales)
+    assert [group["lr"] for group in groups[1::2]] == pytest.approx([0.4 * scale for scale in scales])
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0] * 6
+    assert all(p.ndim <= 1 for group in groups[1::2] for p in group["params"])
+    assert all(p.ndim > 1 for group in groups[::2] for p in group["params"])
+    covered = [id(p) for group in groups for p in group["params"]]
+    assert sorted(covered) == sorted(id(p) for p in built.module.parameters())
+    rows = parts_table(built, transfer, table, optimizer)
+    assert [row.lr for row in rows] == pytest.approx([0.4 * scale for scale in scales])
+
+
+def test_parts_table_of_a_linear_probe() -> None:
+    """ResNet18 has 11,176,512 parameters below its last layer; stage sizes as published."""
+    built = fresh("resnet18")
+    table = TransferTable(mode="linear_probe")
+    rows = parts_table(built, apply_transfer(built, table), table, SGD)
+    assert [(row.name, row.parameters) for row in rows] == [
+        ("stem", 9_536),
+        ("layer1", 147_968),
+        ("layer2", 525_568),
+        ("layer3", 2_099_712),
+        ("layer4", 8_393_728),
+        ("head", 512 * CLASSES + CLASSES),
+    ]
+    assert sum(row.parameters for row in rows[:-1]) == 11_176_512
+    assert [row.trainable for row in rows] == [0, 0, 0, 0, 0, 512 * CLASSES + CLASSES]
+    assert [row.batch_norm for row in rows] == ["fixed"] * 5 + ["-"]
+    assert (rows[0].lr, rows[0].weight_decay, rows[-1].lr, rows[-1].weight_decay) == (0.0, 0.0, 0.1, 0.1)
+    for mode, word in (("finetune", "trained"), ("linear_probe", "updated")):
+        table = TransferTable(mode=mode, frozen_batch_norm="update")  # type: ignore[arg-type]
+        assert parts_table(built, apply_transfer(built, table), table, SGD)[1].batch_norm == word
+
+
+def test_a_new_small_stem_is_not_left_frozen() -> None:
+    table = ModelTable(source="torchvision", name="resnet18", weights="DEFAULT", stem="small")
+    built = build_model(table, CLASSES, 3, 32, load_weights=False)
+    with pytest.raises(UserError, match=r'conv1 is new .* transfer.train = \["conv1\.\*"\]'):
+        apply_transfer(built, TransferTable(mode="linear_probe"))
+    transfer = apply_transfer(built, TransferTable(mode="linear_probe", train=["conv1.*"]))
+    assert transfer.trainable == ["conv1.weight", "fc.weight", "fc.bias"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "tail"),
+    [
+        ("resnet18", "linear_probe", "fc"),
+        ("resnet18", "feature_extractor", "fc"),
+        ("alexnet", "feature_extractor", "classifier"),
+        ("alexnet", "linear_probe", "classifier.6"),
+        ("vgg11_bn", "linear_probe", "classifier"),
+        ("tf_efficientnet_lite0", "linear_probe", "classifier"),
+        ("vit_tiny_patch16_224", "linear_probe", "head"),
+        ("resnet18", "frozen_classifier", None),
+        ("vit_tiny_patch16_224", "finetune", None),
+    ],
+)
+def test_prefix_and_tail_are_the_model(name: str, mode: str, tail: str | None) -> None:
+    built = fresh(name)
+    transfer = apply_transfer(built, TransferTable(mode=mode))  # type: ignore[arg-type]
+    make_stateless(built.module, 0)
+    try:
+        assert frozen_prefix(transfer) == tail
+        if tail is None:
+            return
+        x = torch.randn(3, 3, MODELS[name][1], MODELS[name][1])
+        state = {key: value.clone() for key, value in built.module.state_dict().items()}
+        assert prefix_is_exact(built.module, tail, x)
+        assert all(torch.equal(value, state[key]) for key, value in built.module.state_dict().items())
+        features = prefix_features(built.module, tail, x)
+        built.module.eval()
+        assert torch.equal(built.module.get_submodule(tail)(features), built.module(x))
+    finally:
+        initial.cache_clear()  # dropout was replaced
+
+
+def test_dropout_before_the_last_layer_is_part_of_the_tail() -> None:
+    """VGG drops out the input of its last layer: features at that point change, those before the classifier do not."""
+    table = ModelTable(source="toolkit", convnet=_tiny_convnet(), head=HeadTable(dropout=0.5, hidden=[8]))
+    built = build_model(table, CLASSES, 3, 8)
+    transfer = apply_transfer(built, TransferTable(mode="linear_probe", freeze=["head.0.*"]))
+    assert transfer.trainable == ["head.3.weight", "head.3.bias"]
+    assert frozen_prefix(transfer) == "head"
+    assert prefix_is_exact(built.module, "head", torch.randn(4, 3, 8, 8))
+    assert not prefix_is_exact(built.module, "head.3", torch.randn(4, 3, 8, 8))
+
+
+def test_updated_batch_norm_leaves_no_prefix() -> None:
+    built = fresh("resnet18")
+    assert frozen_prefix(apply_transfer(built, TransferTable(mode="linear_probe", frozen_batch_norm="update"))) is None
+
+
+def test_a_tail_whose_output_is_not_the_models_is_found_out() -> None:
+    built = fresh("resnet18")
+    apply_transfer(built, TransferTable(mode="linear_probe"))
+    assert not prefix_is_exact(built.module, "layer4", torch.randn(2, 3, 32, 32))
+
+
+def _tiny_convnet() -> Any:
+    from toolkit.recipe.schema import ConvBlock, ConvNetTable
+
+    return ConvNetTable(blocks=[ConvBlock(channels=4, pool=2)])

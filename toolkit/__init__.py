@@ -1,0 +1,30 @@
+"""Distributed multi-GPU training for image classification: one TOML recipe, one command, one run directory.
+
+    from toolkit import load_recipe, fit, open_run
+    run = fit(load_recipe("recipes/quickstart.toml"))
+    run.summary["best"]["test_accuracy"]
+
+Heavy imports (torch) happen at first use only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "fit", "load_recipe", "open_run"]
+
+if TYPE_CHECKING:
+    from toolkit.engine.fit import fit
+    from toolkit.recipe import load_recipe
+    from toolkit.runs import open_run
+
+_HOMES = {"fit": "toolkit.engine.fit", "load_recipe": "toolkit.recipe", "open_run": "toolkit.runs"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'toolkit' has no attribute {name!r}")

@@ -1,0 +1,59 @@
+"""The `toolkit` command. Each subcommand imports what it needs only when called, so that help and checks are fast.
+
+Results go to stdout, talk to stderr. Exit status: 0 done, 2 bad input, 3 interrupted but resumable, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.errors import EXIT_FAILURE, EXIT_OK
+from toolkit.train import AsJson, Debug, Overrides, end, report_errors, train
+
+app = typer.Typer(
+    help="Train image classifiers from TOML recipes.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+app.command()(train)
+
+
+@app.command()
+def check(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: AsJson = False, debug: Debug = False) -> None:
+    """Hold a finished run against its recipe's [expect]: met, missed or not comparable. Exit status 1 where one is missed.
+
+    Example: toolkit check runs/quickstart/20260102-030405-abcd
+    """
+
+    def work() -> int:
+        from dataclasses import asdict
+
+        from toolkit.expect import check_expectations
+        from toolkit.runs import open_run
+
+        opened = open_run(run)
+        verdicts = check_expectations(opened.recipe, opened.summary)
+        if as_json:
+            print(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
+        else:
+            for verdict in verdicts:
+                print(verdict.line())
+            if not verdicts:
+                print("the recipe has no [expect] table: nothing to check")
+        return EXIT_FAILURE if any(verdict.verdict == "missed" for verdict in verdicts) else EXIT_OK
+
+    end(report_errors(work, debug=debug))
+
+
+def main() -> None:
+    """Entry of the `toolkit` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""The data sets: where each one's images, labels and official lists come from.
+
+Every data set is a plain :class:`Dataset`; what differs is only how it is found. Nothing is drawn at random here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from toolkit.data.images import ArrayImages, FileImages, Images
+from toolkit.data.order import Indices
+from toolkit.errors import UserError
+from toolkit.recipe.schema import DataTable
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+CALTECH_IMAGES, CALTECH_BACKGROUND = "101_ObjectCategories", "BACKGROUND_Google"
+CALTECH_SOURCE = "CaltechDATA (https://doi.org/10.22002/D1.20086, file caltech-101.zip)"
+
+_UNREADABLE = (RuntimeError, OSError, ValueError, AssertionError)
+"""What torchvision's classes raise for missing, damaged or half unpacked files, and for a failed download."""
+
+FOLDERS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+"""Names under which imagefolder looks for each list."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images with their labels, and the lists that the data set's authors made."""
+
+    name: str
+    classes: list[str]
+    """Names of the classes; a label is an index into them."""
+    images: Images
+    labels: Indices
+    """int64 [N]."""
+    lists: dict[str, Indices]
+    """Official lists, int64 indices each: "train" always, "validation" and "test" where there are some."""
+    native_size: int | None
+    """Height and width of all images in pixels; None where they differ."""
+    native_channels: int
+
+
+def open_dataset(table: DataTable) -> Dataset:
+    """The data set of a recipe. Raises UserError where it is missing or not laid out as it should be."""
+    return _OPENERS[table.dataset](table)
+
+
+def _open_digits(table: DataTable) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels (UCI), values 0..16 brought to 0..255."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    images = ArrayImages(pixels, "digits", table.channels or 1)
+    labels = digits.target.astype(np.int64)
+    return Dataset("digits", [str(d) for d in range(10)], images, labels, {"train": np.arange(len(labels))}, 8, 1)
+
+
+def _open_torchvision(table: DataTable) -> Dataset:
+    """cifar10, cifar100 and fashion_mnist, by torchvision's classes, which verify checksums of what they read."""
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}
+    train, test = _fetch(kind[table.dataset], table)
+    pixels = np.concatenate([np.asarray(train.data), np.asarray(test.data)])
+    labels = np.concatenate([np.asarray(train.targets), np.asarray(test.targets)]).astype(np.int64)
+    lists = {"train": np.arange(len(train)), "test": np.arange(len(train), len(labels))}
+    native_channels = 3 if pixels.ndim == 4 else 1
+    images = ArrayImages(pixels, table.dataset, table.channels or native_channels)
+    return Dataset(table.dataset, list(train.classes), images, labels, lists, pixels.shape[1], native_channels)
+
+
+def _fetch(kind: Callable[..., Any], table: DataTable) -> tuple[Any, Any]:
+    """Training and test part as torchvision reads them, downloaded first where they are missing and may be."""
+
+    def read(download: bool) -> tuple[Any, Any]:
+        return kind(table.root, train=True, download=download), kind(table.root, train=False, download=False)
+
+    try:
+        return read(download=False)
+    except _UNREADABLE as error:
+        if not table.download:
+            raise UserError(
+                f"{table.dataset} is not in data.root = {table.root!r}, or is incomplete, and data.download is false; "
+                "run once with --set data.download=true where there is a network, or copy the files there"
+            ) from error
+    try:
+        Path(table.root).mkdir(parents=True, exist_ok=True)
+        # Many processes may come here at once: one fetches, the others wait and then find the data.
+        with FileLock(Path(table.root) / f".{table.dataset}.lock"):
+            return read(download=True)
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{table.dataset} is not in data.root = {table.root!r}, or is damaged, and could not be downloaded: {error}; "
+            "remove what is there, or download it on a machine with a network and copy the folder, or set data.root "
+            "to where it is"
+        ) from error
+
+
+def _open_caltech101(table: DataTable) -> Dataset:
+    """Caltech-101 (Li et al. 2022) with the homework's train.txt and test.txt beside the images, or without."""
+    home = _caltech_home(Path(table.root))
+    folders = _class_folders(home / CALTECH_IMAGES)
+    if table.background_class and CALTECH_BACKGROUND not in folders:
+        raise UserError(f"data.background_class = true, but {home / CALTECH_IMAGES / CALTECH_BACKGROUND} is missing")
+    classes = [name for name in folders if name != CALTECH_BACKGROUND or table.background_class]
+    present = {name: _image_files(home / CALTECH_IMAGES, name) for name in classes}
+    with_lists = [(home / f"{name}.txt").is_file() for name in ("train", "test")]
+    if not any(with_lists):
+        paths = [path for name in classes for path in present[name]]
+        lists = {"train": np.arange(len(paths))}
+    elif all(with_lists):
+        train, test = (_caltech_list(home, name, present, table.background_class) for name in ("train", "test"))
+        paths = train + test
+        repeated = [path for path, count in Counter(paths).items() if count > 1]
+        if repeated:
+            raise UserError(f"{home / 'train.txt'} and test.txt together list {repeated[0]} more than once")
+        lists = {"train": np.arange(len(train)), "test": np.arange(len(train), len(paths))}
+    else:
+        found, other = ("train.txt", "test.txt") if with_lists[0] else ("test.txt", "train.txt")
+        raise UserError(f"{home} has {found} but not {other}: put both there, or neither to split all images")
+    index = {name: label for label, name in enumerate(classes)}
+    labels = np.array([index[path.partition("/")[0]] for path in paths], dtype=np.int64)
+    images = FileImages(home / CALTECH_IMAGES, paths, table.channels or 3)
+    return Dataset("caltech101", classes, images, labels, lists, None, 3)
+
+
+def _caltech_home(root: Path) -> Path:
+    """The folder that holds 101_ObjectCategories."""
+    for home in (root / "caltech101", root, root / "caltech-101"):
+        if (home / CALTECH_IMAGES).is_dir():
+            return home
+    raise UserError(
+        f"no folder {CALTECH_IMAGES} in data.root = {str(root)!r} or its subfolder caltech101. Caltech-101 is not "
+        f"downloaded by this program: get it from {CALTECH_SOURCE} and unpack it there"
+    )
+
+
+def _caltech_list(home: Path, name: str, present: dict[str, list[str]], background: bool) -> list[str]:
+    """Paths of one official list; lines of the background class are dropped unless it is wanted."""
+    lines = (home / f"{name}.txt").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    paths = [line.strip() for line in lines if line.strip()]
+    if not background:
+        paths = [path for path in paths if not path.startswith(f"{CALTECH_BACKGROUND}/")]
+    known = {path for files in present.values() for path in files}
+    missing = [path for path in paths if path not in known]
+    if missing:
+        raise UserError(
+            f"{home / f'{name}.txt'} lists {len(missing)} image(s) that are not in {home / CALTECH_IMAGES}: "
+            f"{missing[0]}{', ...' if len(missing) > 1 else ''}; unpack all of Caltech-101, or take the lines out"
+        )
+    return paths
+
+
+def _open_imagefolder(table: DataTable) -> Dataset:
+    """Folders of images, one a class: below train/ (and val/, test/), or below the root itself."""
+    root = Path(table.root)
+    if not root.is_dir():
+        raise UserError(f"data.root = {table.root!r} is not a folder; dataset = 'imagefolder' reads images from it")
+    folders = _list_folders(root)
+    classes = _class_folders(root / folders["train"])
+    index = {name: label for label, name in enumerate(classes)}
+    paths: list[str] = []
+    labels: list[Indices] = []
+    lists: dict[str, Indices] = {}
+    for split, folder in folders.items():
+        start = len(paths)
+        for name in _known_classes(root / folder, index):
+            found = _image_files(root, f"{folder}/{name}" if folder else name)
+            paths += found
+            labels.append(np.full(len(found), index[name], dtype=np.int64))
+        lists[split] = np.arange(start, len(paths))
+    images = FileImages(root, paths, table.channels or 3)
+    return Dataset("imagefolder", classes, images, np.concatenate(labels), lists, None, 3)
+
+
+def _list_folders(root: Path) -> dict[str, str]:
+    """Folder of each list that is there, relative to the root; "" for the root itself."""
+    found = {split: [name for name in names if (root / name).is_dir()] for split, names in FOLDERS.items()}
+    for names in found.values():
+        if len(names) > 1:
+            raise UserError(f"{root} has both {' and '.join(f'{name}/' for name in names)}; keep one of them")
+    present = {split: names[0] for split, names in found.items() if names}
+    if present and "train" not in present:
+        raise UserError(f"{root} has {', '.join(f'{name}/' for name in present.values())} but no train/")
+    return present or {"train": ""}
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """Names of the class folders, sorted by code point."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"{folder} has no class folders: images belong in {folder}/<class>/")
+    return names
+
+
+def _known_classes(folder: Path, index: dict[str, int]) -> list[str]:
+    """Class folders of one list; each must be a class of the training images."""
+    names = _class_folders(folder)
+    unknown = [name for name in names if name not in index]
+    if unknown:
+        raise UserError(
+            f"{folder} has class folders that the training images do not have: {', '.join(unknown[:10])}; "
+            "a model can only learn classes that it is trained on"
+        )
+    return names
+
+
+def _image_files(root: Path, folder: str) -> list[str]:
+    """Paths, relative to root, of the images anywhere below root/folder, sorted. Hidden files are not images."""
+    found: list[str] = []
+    for parent, _, files in os.walk(root / folder, followlinks=True):
+        prefix = os.path.relpath(parent, root)
+        found += [f"{prefix}/{f}" for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
+    if not found:
+        raise UserError(
+            f"the class folder {root / folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); fill or remove it"
+        )
+    return sorted(found)
+
+
+_OPENERS: dict[str, Callable[[DataTable], Dataset]] = {
+    "digits": _open_digits,
+    "cifar10": _open_torchvision,
+    "cifar100": _open_torchvision,
+    "fashion_mnist": _open_torchvision,
+    "caltech101": _open_caltech101,
+    "imagefolder": _open_imagefolder,
+}

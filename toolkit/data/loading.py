@@ -1,0 +1,328 @@
+"""Batches for training and evaluation, prepared by worker processes or taken from memory.
+
+What a batch holds is a function of (seed, epoch, step) alone: a worker seeds the random generators anew for every
+image, with a mix of (seed, epoch, draw). The number of workers, and which one does what, change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate, get_worker_info
+
+from toolkit.data.cpus import granted_cpus
+from toolkit.data.images import ArrayImages, Images
+from toolkit.data.order import Indices, MicroBatch, TrainPlan, hash64, plan_evaluation
+from toolkit.data.transforms import ImageTransform, random_states_kept
+from toolkit.errors import RunFailed, UserError
+
+MAX_WORKERS = 16
+SMALL_BYTES = 8 * 2**20
+"""Arrays up to this size (digits: 0.1 MB) are prepared faster than a worker process is asked for them."""
+
+_EVALUATION = -1
+"""Stands for the epoch where there is none: evaluation is the same every time."""
+
+
+class Batch(NamedTuple):
+    """Examples of one micro-batch: a process's own first, then partners to mix with."""
+
+    images: Tensor
+    """float32 [m, C, H, W] (features: [m, ...])."""
+    labels: Tensor
+    """int64 [m]."""
+    draws: Tensor
+    """int64 [m], see :meth:`toolkit.data.order.TrainPlan.epoch`; keys all that is random about an example."""
+
+
+class TrainSource(Protocol):
+    """What a training loop draws from."""
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
+        """Micro-batches of one epoch (counted from 0), from an optimiser step on."""
+        ...
+
+    def close(self) -> None:
+        """End worker processes."""
+        ...
+
+
+class _Request(NamedTuple):
+    """What a worker is asked for."""
+
+    epoch: int
+    positions: Indices
+    draws: Indices
+
+
+class _Failure(NamedTuple):
+    """Sent by a worker in place of a batch: PyTorch would rebuild exceptions from one string and lose their meaning."""
+
+    error: Exception
+
+
+class SplitImages(torch.utils.data.Dataset[Any]):
+    """One split's examples: a request gives the batch, images [m, C, H, W] and labels [m]."""
+
+    def __init__(
+        self, images: Images, labels: Indices, indices: Indices, transform: Callable[[Any], Tensor], seed: int
+    ) -> None:
+        self.images, self.labels, self.indices = images, labels, indices
+        self.transform, self.seed = transform, seed
+        self.draws_from_python = isinstance(transform, ImageTransform) and transform.draws_from_python
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Tensor:
+        """The input made of (epoch, position in the split, draw): float32 [C, H, W]. Seeds the global generators."""
+        epoch, position, draw = key
+        index = int(self.indices[position])
+        image = self.images.load(index)
+        seed = hash64(self.seed, epoch, draw)
+        torch.default_generator.manual_seed(seed)
+        if self.draws_from_python:
+            random.seed(seed)
+            np.random.seed(seed & 0xFFFFFFFF)
+        try:
+            return self.transform(image)
+        except UserError:
+            raise
+        except Exception as error:
+            failure = RunFailed(f"{self.images.name(index)}: the transforms failed: {error}")
+            failure.add_note(traceback.format_exc())
+            raise failure from error
+
+    def __getitems__(self, request: _Request) -> Batch | _Failure:
+        """A whole batch (PyTorch's fetcher calls this with what the batch sampler yields)."""
+        try:
+            if get_worker_info() is not None:
+                return self._batch(request)
+            with random_states_kept():
+                return self._batch(request)
+        except (RunFailed, UserError) as error:
+            return _Failure(error)
+
+    def _batch(self, request: _Request) -> Batch:
+        epoch, positions, draws = request
+        keys = zip(positions.tolist(), draws.tolist(), strict=True)
+        images = default_collate([self[epoch, position, draw] for position, draw in keys])
+        labels = self.labels[self.indices[positions]]
+        return Batch(images, torch.from_numpy(labels), torch.from_numpy(draws))
+
+
+class _Requests:
+    """A batch sampler that yields whatever it was last given."""
+
+    def __init__(self) -> None:
+        self.current: Iterable[_Request] = ()
+
+    def __iter__(self) -> Iterator[_Request]:
+        return iter(self.current)
+
+
+class _WorkerPool:
+    """A DataLoader whose worker processes live until :meth:`close`, and which answers requests in order."""
+
+    def __init__(self, split: SplitImages, workers: int, pin_memory: bool) -> None:
+        self._requests = _Requests()
+        self._loader: DataLoader[Any] | None = DataLoader(
+            split,
+            batch_sampler=self._requests,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            worker_init_fn=_start_worker if workers else None,
+            # fork shares the index and the array with the workers; elsewhere than on Linux it is not safe.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            generator=torch.Generator(),  # PyTorch draws a seed each epoch: not from the global generator
+        )
+
+    def answers(self, requests: Iterable[_Request]) -> Iterator[Batch]:
+        """A batch for each request. Raises BadImage, RunFailed and UserError as they were raised in the worker."""
+        if self._loader is None:
+            raise RuntimeError("the loader is closed")
+        self._requests.current = requests
+        for answer in self._loader:
+            if isinstance(answer, _Failure):
+                raise answer.error
+            yield answer
+
+    def close(self) -> None:
+        """End the worker processes; PyTorch does when nothing refers to the DataLoader."""
+        self._loader = None
+
+
+class TrainLoader:
+    """Training batches of one process."""
+
+    def __init__(self, split: SplitImages, plan: TrainPlan, workers: int, pin_memory: bool) -> None:
+        self.plan, self._pool = plan, _WorkerPool(split, workers, pin_memory)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
+        """Micro-batches of one epoch (counted from 0), from an optimiser step on; one epoch at a time.
+
+        Raises BadImage for an unreadable file, RunFailed where the transforms fail on an image.
+        """
+        # Workers run ahead of the loop, so the plan is made twice, once for each side.
+        ahead = (_Request(epoch, positions, draws) for _, positions, draws in self.plan.epoch(epoch, first_step))
+        planned = (micro for micro, _, _ in self.plan.epoch(epoch, first_step))
+        yield from zip(planned, self._pool.answers(ahead), strict=True)
+
+    def close(self) -> None:
+        """End worker processes."""
+        self._pool.close()
+
+
+class EvaluationBatch(NamedTuple):
+    """Examples of a split, each exactly once over all processes."""
+
+    positions: Indices
+    """Places in the split, int64 [m]."""
+    images: Tensor
+    """float32 [m, C, H, W] (features: [m, ...])."""
+    labels: Tensor
+    """int64 [m]."""
+
+
+class EvaluationLoader:
+    """This process's share of a split, the same at every iteration; processes may have different numbers of batches."""
+
+    def __init__(self, split: SplitImages, batches: list[Indices], workers: int, pin_memory: bool) -> None:
+        self.batches = batches
+        self._pool = _WorkerPool(split, min(workers, len(batches)), pin_memory)
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        requests = (_Request(_EVALUATION, positions, positions) for positions in self.batches)
+        for positions, batch in zip(self.batches, self._pool.answers(requests), strict=True):
+            yield EvaluationBatch(positions, batch.images, batch.labels)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def close(self) -> None:
+        """End worker processes."""
+        self._pool.close()
+
+
+def train_loader(
+    images: Images,
+    labels: Indices,
+    indices: Indices,
+    transform: Callable[[Any], Tensor],
+    plan: TrainPlan,
+    *,
+    workers: int,
+    pin_memory: bool,
+) -> TrainLoader:
+    """Training batches of the examples ``indices`` (into the data set), in the order of ``plan``."""
+    if plan.size != len(indices):
+        raise ValueError(f"the plan is for {plan.size} images, the split has {len(indices)}")
+    split = SplitImages(images, labels, indices, transform, plan.seed)
+    return TrainLoader(split, plan, workers, pin_memory)
+
+
+def evaluation_loader(
+    images: Images,
+    labels: Indices,
+    indices: Indices,
+    transform: Callable[[Any], Tensor],
+    *,
+    seed: int,
+    batch_size: int,
+    world: int,
+    rank: int,
+    workers: int,
+    pin_memory: bool,
+) -> EvaluationLoader:
+    """Batches of the examples ``indices``, cut among processes; ``batch_size`` counts images over all of them.
+
+    ``seed`` is of use only where the split's transform is random.
+    """
+    split = SplitImages(images, labels, indices, transform, seed)
+    return EvaluationLoader(split, plan_evaluation(len(indices), batch_size, world, rank), workers, pin_memory)
+
+
+class TensorLoader:
+    """Training batches taken from one tensor in memory, such as features of frozen layers; no workers."""
+
+    def __init__(self, features: Tensor, labels: Tensor, plan: TrainPlan) -> None:
+        """features [N, ...] and labels int64 [N] in the order of the split, on any one device."""
+        if not len(features) == len(labels) == plan.size:
+            raise ValueError(f"{len(features)} features, {len(labels)} labels, a plan for {plan.size}")
+        self.features, self.labels, self.plan = features, labels, plan
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
+        """As :meth:`TrainLoader.epoch`."""
+        for micro, positions, draws in self.plan.epoch(epoch, first_step):
+            index = torch.from_numpy(positions).to(self.features.device)
+            yield micro, Batch(self.features[index], self.labels[index.to(self.labels.device)], torch.from_numpy(draws))
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class TensorEvaluation:
+    """Evaluation batches taken from one tensor in memory."""
+
+    def __init__(self, features: Tensor, labels: Tensor, *, batch_size: int, world: int, rank: int) -> None:
+        """features [N, ...] and labels int64 [N] in the order of the split; batch_size over all processes."""
+        self.features, self.labels = features, labels
+        self.batches = plan_evaluation(len(features), batch_size, world, rank)
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        for positions in self.batches:
+            if len(positions):
+                rows = slice(int(positions[0]), int(positions[-1]) + 1)  # contiguous: a view, no copy
+                yield EvaluationBatch(positions, self.features[rows], self.labels[rows])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def worker_count(setting: int | str, images: Images, local_processes: int) -> int:
+    """Data workers for one of ``local_processes`` training processes on this machine, by ``data.workers``.
+
+    auto: the CPUs granted to this process, less one for itself, at most 16; none for small arrays.
+    """
+    if isinstance(setting, int):
+        return setting
+    if isinstance(images, ArrayImages) and images.pixels.nbytes <= SMALL_BYTES:
+        return 0
+    return max(0, min(granted_cpus(local_processes) - 1, MAX_WORKERS))
+
+
+def _as_is(batch: Any) -> Any:
+    """The collate function of a dataset that gives whole batches."""
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """Leave signals to the training process, which decides when to stop and still needs batches until then.
+
+    A scheduler or a terminal signals the whole process group. Only SIGTERM from the training process itself counts:
+    it is how Python ends its children. Workers whose parent has died end by themselves (PyTorch's watchdog).
+    """
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """Wait for SIGTERM; end the process when it comes from the parent."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

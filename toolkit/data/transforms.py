@@ -1,0 +1,280 @@
+"""From a decoded image to the model's input: the fixed way of :class:`Preprocessing` with the augmentations on it.
+
+Order: before_resize, resize, before_crop, crop, after_crop, timm's policy, float tensor in 0..1, tensor, normalisation,
+random erasing. The policy and the erasing are for training images only. All of torchvision.transforms.v2 draws from
+torch's default generator; timm's policies draw from Python's and numpy's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from toolkit.data.images import MODES, Images, to_mode
+from toolkit.data.preprocessing import Preprocessing
+from toolkit.errors import UserError
+from toolkit.recipe.schema import AugmentTable, TransformEntry
+
+TENSOR_ONLY = frozenset({"GaussianNoise", "LinearTransformation", "Normalize"})
+"""Transforms that need a tensor, and so stand after the scaling to 0..1 by default."""
+
+UNSUITABLE = {
+    "MixUp": "use augment.mixup",
+    "CutMix": "use augment.cutmix",
+    "Compose": "list its transforms one by one",
+    "RandomApply": "give the transform itself apply_p",
+    "RandomChoice": "it needs transforms inside it, which a recipe cannot say",
+    "RandomOrder": "it needs transforms inside it, which a recipe cannot say",
+    "Lambda": "it needs a function, and a recipe holds no code",
+    "FiveCrop": "it gives several images",
+    "TenCrop": "it gives several images",
+    "ToTensor": "the conversion to a tensor has its fixed place",
+    "ToImage": "the conversion to a tensor has its fixed place",
+    "ToPILImage": "the conversion to a tensor has its fixed place",
+    "PILToTensor": "the conversion to a tensor has its fixed place",
+    "ToPureTensor": "the conversion to a tensor has its fixed place",
+    "ToDtype": "the conversion to a tensor has its fixed place",
+    "ConvertImageDtype": "the conversion to a tensor has its fixed place",
+    "Transform": "it is the base class",
+    "UniformTemporalSubsample": "it is for videos",
+    "RandomIoUCrop": "it is for object detection",
+    "ClampBoundingBoxes": "it is for object detection",
+    "ClampKeyPoints": "it is for object detection",
+    "ConvertBoundingBoxFormat": "it is for object detection",
+    "SanitizeBoundingBoxes": "it is for object detection",
+    "SanitizeKeyPoints": "it is for object detection",
+    "SetClampingMode": "it is for object detection",
+}
+"""Transforms that make no sense for one labelled image, and what to do instead."""
+
+DETERMINISTIC = frozenset(
+    {"CenterCrop", "Grayscale", "Identity", "LinearTransformation", "Normalize", "Pad", "RGB", "Resize"}
+)
+"""Transforms known to draw no random numbers. What is not listed counts as random."""
+
+
+class ImageTransform:
+    """One split's way from a decoded image to the model's input."""
+
+    def __init__(self, split: str, steps: Sequence[Callable[[Any], Any]], preprocessing: Preprocessing) -> None:
+        self.split, self.steps = split, tuple(steps)
+        self.mode, self.size = MODES[preprocessing.channels], preprocessing.image_size
+        self.draws_from_python = any(type(step).__module__.startswith("timm.") for step in steps)
+        """Whether Python's and numpy's random states must be seeded beside torch's."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Pillow image of any size -> float32 [C, image_size, image_size].
+
+        Raises UserError where the result has another size.
+        """
+        result: Any = to_mode(image, self.mode)
+        for step in self.steps:
+            result = step(result)
+        tensor: Tensor = result.as_subclass(Tensor)
+        if tensor.shape[-2:] != (self.size, self.size):
+            height, width = tensor.shape[-2:]
+            raise UserError(
+                f"augment.{self.split}, data.resize and data.crop make an image of {height} x {width} pixels out of "
+                f"one of {image.height} x {image.width}, but data.image_size is {self.size}: set data.crop = 'center', "
+                f"or data.resize = [{self.size}, {self.size}]"
+            )
+        return tensor
+
+
+def build_transform(split: str, augment: AugmentTable, preprocessing: Preprocessing) -> ImageTransform:
+    """The transform of one split: "train", "validation" or "test".
+
+    Raises UserError, naming the entry, for an unknown transform, one that is of no use here, arguments that it
+    refuses, and more than one transform in place of the crop.
+    """
+    places: dict[str, list[Callable[[Any], Any]]] = {}
+    for number, entry in enumerate(_entries(split, augment)):
+        where = f"augment.{split}[{number}]"
+        place = entry.at or ("tensor" if entry.name in TENSOR_ONLY else "after_crop")
+        if entry.name in TENSOR_ONLY and place != "tensor":
+            raise UserError(f"{where}: {entry.name} needs a tensor; set at = 'tensor' or leave it out, not {place!r}")
+        places.setdefault(place, []).append(_build_entry(entry, where, preprocessing.image_size))
+    is_train = split == "train"
+    steps = [
+        *places.get("before_resize", []),
+        *_resize_and_crop(split, places, preprocessing),
+        *places.get("after_crop", []),
+        *([_policy(augment.auto_augment, preprocessing)] if is_train and augment.auto_augment else []),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        *places.get("tensor", []),
+        v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
+        *([v2.RandomErasing(p=augment.random_erasing)] if is_train and augment.random_erasing else []),
+    ]
+    return ImageTransform(split, steps, preprocessing)
+
+
+def resize_and_crop(preprocessing: Preprocessing) -> list[Callable[[Any], Any]]:
+    """The fixed part on Pillow images: resize (antialiased), then centre crop."""
+    return [*_resize(preprocessing), *_crop(preprocessing)]
+
+
+def is_deterministic(split: str, augment: AugmentTable) -> bool:
+    """Whether an image of this split gives the same input every time, as far as is known.
+
+    False in case of doubt: features of frozen layers are computed once only where this holds.
+    """
+    if split == "train" and (augment.auto_augment or augment.random_erasing or augment.mixup or augment.cutmix):
+        return False
+    return all(entry.name in DETERMINISTIC and entry.apply_p == 1 for entry in _entries(split, augment))
+
+
+def try_transform(transform: ImageTransform, images: Images, index: int) -> Tensor:
+    """Apply the transform to one image, with any failure told as the recipe's fault: UserError naming the step.
+
+    Meant for one image of each split before training; random states are left as they were. Raises BadImage where the
+    image itself is bad.
+    """
+    image = images.load(index)
+    result: Any = to_mode(image, transform.mode)
+    with random_states_kept():
+        for step in transform.steps:
+            try:
+                result = step(result)
+            except Exception as error:  # a transform's own words are the best there are
+                raise UserError(
+                    f"augment.{transform.split}: {type(step).__name__} fails on {images.name(index)} "
+                    f"({image.width} x {image.height} pixels): {error}"
+                ) from error
+        return transform(image)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Give the random states of torch (CPU), numpy and Python back as they were."""
+    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def _entries(split: str, augment: AugmentTable) -> list[TransformEntry]:
+    """The recipe's list for one split."""
+    return {"train": augment.train, "validation": augment.validation, "test": augment.test}[split]
+
+
+def _resize_and_crop(
+    split: str, places: dict[str, list[Callable[[Any], Any]]], preprocessing: Preprocessing
+) -> list[Callable[[Any], Any]]:
+    """Resize and crop, with what stands between them or in their place."""
+    both, crop = places.get("resize_crop", []), places.get("crop", [])
+    before_crop = places.get("before_crop", [])
+    if len(both) + len(crop) > 1:
+        raise UserError(f"augment.{split}: only one transform can take the crop's place (at = 'crop' or 'resize_crop')")
+    if both and before_crop:
+        raise UserError(f"augment.{split}: at = 'before_crop' has no place where another entry is at = 'resize_crop'")
+    return both or [*_resize(preprocessing), *before_crop, *(crop or _crop(preprocessing))]
+
+
+def _resize(preprocessing: Preprocessing) -> list[Callable[[Any], Any]]:
+    """Resize on Pillow images, which always antialias."""
+    if preprocessing.resize is None:
+        return []
+    size = preprocessing.resize
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    return [v2.Resize(size if isinstance(size, int) else list(size), interpolation=interpolation, antialias=True)]
+
+
+def _crop(preprocessing: Preprocessing) -> list[Callable[[Any], Any]]:
+    """The fixed centre crop."""
+    return [v2.CenterCrop(preprocessing.image_size)] if preprocessing.crop else []
+
+
+def _build_entry(entry: TransformEntry, where: str, image_size: int) -> Callable[[Any], Any]:
+    """One augmentation of the recipe."""
+    kind = _find(entry.name, where)
+    arguments = {name: _argument(name, value, where) for name, value in entry.arguments.items()}
+    parameters = inspect.signature(kind).parameters
+    unknown = [name for name in arguments if name not in parameters]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], parameters, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"{where}: {entry.name} takes no {unknown[0]!r}; {hint}It takes: {', '.join(parameters)}")
+    if "size" in parameters and "size" not in arguments:
+        arguments["size"] = (image_size, image_size)
+    try:
+        transform = kind(**arguments)
+    except Exception as error:  # the class's own checks: TypeError, ValueError, ...
+        raise UserError(f"{where}: {entry.name} cannot be made of {_spell(entry.arguments)}: {error}") from error
+    applied: Callable[[Any], Any] = transform if entry.apply_p == 1 else v2.RandomApply([transform], p=entry.apply_p)
+    return applied
+
+
+def _find(name: str, where: str) -> type[v2.Transform]:
+    """A class of torchvision.transforms.v2 by name."""
+    if name in UNSUITABLE:
+        raise UserError(f"{where}: {name} cannot be used here: {UNSUITABLE[name]}")
+    known = transform_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3, 0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"{where}: torchvision.transforms.v2 has no {name!r}{hint} (`toolkit transforms` lists all)")
+    kind: type[v2.Transform] = getattr(v2, name)
+    return kind
+
+
+def transform_names() -> list[str]:
+    """Names of the transforms that a recipe can use."""
+    public = {name: value for name, value in vars(v2).items() if inspect.isclass(value) and not name.startswith("_")}
+    return sorted(name for name, kind in public.items() if issubclass(kind, v2.Transform) and name not in UNSUITABLE)
+
+
+def _argument(name: str, value: Any, where: str) -> Any:
+    """A TOML value as torchvision takes it: enumerations by their name, tuples for arrays."""
+    kinds = {"interpolation": InterpolationMode, "policy": v2.AutoAugmentPolicy}
+    if name in kinds and isinstance(value, str):
+        try:
+            return kinds[name](value)
+        except ValueError:
+            allowed = ", ".join(member.value for member in kinds[name])
+            raise UserError(f"{where}: {name} = {value!r} is not one of {allowed}") from None
+    if isinstance(value, list):
+        return tuple(_argument("", item, where) for item in value)
+    return value
+
+
+def _spell(arguments: dict[str, Any]) -> str:
+    """Arguments for a message."""
+    return ", ".join(f"{name} = {value!r}" for name, value in arguments.items()) or "no arguments"
+
+
+def _policy(text: str, preprocessing: Preprocessing) -> Callable[[Any], Any]:
+    """timm's RandAugment, AugMix or AutoAugment policy, with the fill colour and shifts of timm's own training."""
+    from timm.data import auto_augment
+    from timm.data.transforms import str_to_pil_interp
+
+    fill = tuple(min(255, round(255 * mean)) for mean in preprocessing.mean)
+    settings: dict[str, Any] = {
+        "translate_const": int(preprocessing.image_size * 0.45),
+        "img_mean": fill if len(fill) > 1 else fill[0],
+        "interpolation": str_to_pil_interp(preprocessing.interpolation),
+    }
+    try:
+        if text.startswith("rand"):
+            return auto_augment.rand_augment_transform(text, settings)  # type: ignore[no-any-return]
+        if text.startswith("augmix"):
+            return auto_augment.augment_and_mix_transform(text, {**settings, "translate_pct": 0.3})  # type: ignore[no-any-return]
+        return auto_augment.auto_augment_transform(text, settings)  # type: ignore[no-any-return]
+    except Exception as error:  # timm asserts, or fails on what it cannot parse
+        raise UserError(
+            f"augment.auto_augment = {text!r} is not a policy that timm knows ({error or type(error).__name__}); "
+            "examples: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, v0, 3a"
+        ) from error

@@ -1,0 +1,117 @@
+"""What one sees while a run goes on: talk on stderr, the same lines in log.txt, a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Display:
+    """Speaks for the main process only; silent on the others."""
+
+    def __init__(self, *, speaks: bool) -> None:
+        self.speaks = speaks
+        self.log_file: Path | None = None
+        self.early_lines: list[str] = []
+        self.progress: Any = None
+
+    def say(self, text: str = "") -> None:
+        """Show text and keep it in log.txt (from the moment there is one; earlier lines are added then)."""
+        if not self.speaks:
+            return
+        if self.progress is not None:
+            self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+        self._log(text)
+
+    def log_to(self, path: Path) -> None:
+        """Keep what was and will be said in this file too."""
+        if self.speaks:
+            self.log_file = path
+            for line in self.early_lines:
+                self._log(line)
+            self.early_lines = []
+
+    def _log(self, text: str) -> None:
+        if self.log_file is None:
+            self.early_lines.append(text)
+            return
+        with contextlib.suppress(OSError), open(self.log_file, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    @contextlib.contextmanager
+    def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
+        """A progress bar where stderr is a terminal; nothing elsewhere."""
+        if not self.speaks or not sys.stderr.isatty():
+            yield Bar(None, 0)
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            self.progress = progress
+            try:
+                yield Bar(progress, progress.add_task(title, total=total, completed=done, speed=""))
+            finally:
+                self.progress = None
+
+
+class Bar:
+    """Progress of one epoch in images."""
+
+    def __init__(self, progress: Any, task: int) -> None:
+        self.progress, self.task = progress, task
+        self.started, self.seen = time.perf_counter(), 0
+
+    def advance(self, images: int) -> None:
+        """So many images more."""
+        if self.progress is None:
+            return
+        self.seen += images
+        speed = self.seen / max(time.perf_counter() - self.started, 1e-9)
+        self.progress.update(self.task, advance=images, speed=f"{speed:,.0f} images/s")
+
+
+def table(rows: list[tuple[str, ...]], header: tuple[str, ...], right: frozenset[int] = frozenset()) -> str:
+    """Plain text columns, numbers (columns in ``right``) aligned at the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    rule = tuple("-" * width for width in widths)
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(line(row) for row in [header, rule, *rows])
+
+
+def epoch_line(record: dict[str, Any], epochs: int, *, best: bool, images_per_s: float) -> str:
+    """epoch, learning rate, train loss and accuracy, validation loss and accuracy, BEST where it is."""
+    return (
+        f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  lr {record['lr']:.3g}"
+        f"  train loss {record['train/loss']:.4f} accuracy {record['train/accuracy']:.4f}"
+        f"  val loss {record['val/loss']:.4f} accuracy {record['val/accuracy']:.4f}"
+        f"  {images_per_s:,.0f} images/s" + ("  BEST" if best else "")
+    )
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The closing table: best and stopped model by validation and test."""
+    rows = []
+    for name in ("best", "stopped"):
+        model = summary[name]
+        figures = ("val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_class_accuracy")
+        rows.append((name, str(model["epoch"]), *(f"{model[figure]:.4f}" for figure in figures)))
+    header = ("model", "epoch", "val loss", "val accuracy", "test loss", "test accuracy", "test class accuracy")
+    return table(rows, header, frozenset(range(1, 7)))

@@ -1,0 +1,60 @@
+"""What a run ran on, for environment.json. No environment variables and no user name: nothing secret."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+import toolkit
+
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "pillow", "scikit-learn", "safetensors")
+
+
+def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions, devices, number of processes, command and git state."""
+    device = accelerator.device
+    return {
+        "toolkit": toolkit.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "precision": accelerator.mixed_precision,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "git": _git_state(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and whether files differ from it, of the folder the command was given in; None outside a repository."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

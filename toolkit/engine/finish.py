@@ -1,0 +1,125 @@
+"""The end of a run: the written weights are proven, the test set is touched once, the summary is written."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import numpy as np
+import torch
+
+from toolkit.engine.checkpoint import publish_best
+from toolkit.engine.evaluate import Evaluation
+from toolkit.engine.training import StopWanted, Training
+from toolkit.errors import Interrupted, RunFailed
+from toolkit.predict import load_model
+
+TOLERANCE = {"no": 1e-4, "bf16": 2e-2, "fp16": 1e-2}
+"""Relative difference of loss allowed between log and written file: sums in another order, in that precision."""
+
+
+def finish(training: Training) -> dict[str, Any]:
+    """Evaluate the best and the stopped model on test, write predictions and summary (a collective)."""
+    try:
+        best, stopped, test = _evaluate_both(training)
+    except StopWanted:
+        raise Interrupted(
+            "stopped in the final evaluation; the last checkpoint is whole. Go on with: toolkit train --resume "
+            f"{training.run.path if training.run else ''}"
+        ) from None
+    summary = _summary(training, best, stopped)
+    run = training.run
+    if run is not None and training.accelerator.is_main_process:
+        run.write_predictions(_prediction_rows(training, test))
+        run.write_json("summary.json", summary)
+    training.accelerator.wait_for_everyone()
+    return summary
+
+
+def _evaluate_both(training: Training) -> tuple[dict[str, Any], dict[str, Any], Evaluation]:
+    """Figures of the best model (from its file) and of the stopped one (from memory), and the best one's test outcome."""
+    position, run = training.position, training.run
+    assert position.best is not None
+    assert position.last is not None
+    assert run is not None
+    if training.accelerator.is_main_process:
+        publish_best(run.checkpoints, position.best["epoch"])
+    training.accelerator.wait_for_everyone()
+    written = load_model(run.checkpoints).module.to(training.accelerator.device)
+    if training.recipe.train.channels_last:
+        written.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = training.loaders.images
+    _prove(training, training.evaluate_network(written, images["validation"], "validation"))
+    test = training.evaluate_network(written, images["test"], "test")
+    best = _figures(position.best, test)
+    if position.best["epoch"] == position.last["epoch"]:
+        return best, dict(best), test
+    return best, _figures(position.last, training.evaluate("test")), test
+
+
+def _prove(training: Training, again: Evaluation) -> None:
+    """The written file must score on validation what the log said of its epoch."""
+    logged = training.position.best
+    assert logged is not None
+    measured = again.figures("val/")
+    allowed = TOLERANCE[training.accelerator.mixed_precision or "no"]
+    off = abs(measured["val/loss"] - logged["val/loss"]) / max(abs(logged["val/loss"]), 1e-6)
+    right = abs(measured["val/accuracy"] - logged["val/accuracy"]) * len(again.labels)
+    if off > allowed or right > 1 + allowed * len(again.labels):
+        raise RunFailed(
+            f"best.safetensors scores validation loss {measured['val/loss']:.6f} and accuracy "
+            f"{measured['val/accuracy']:.4f}, but the log says {logged['val/loss']:.6f} and "
+            f"{logged['val/accuracy']:.4f} for epoch {logged['epoch']}: the written model is not the one that was logged"
+        )
+    training.display.say(
+        f"best.safetensors evaluated again: validation loss {measured['val/loss']:.4f}, accuracy "
+        f"{measured['val/accuracy']:.4f}, as logged at epoch {logged['epoch']}"
+    )
+
+
+def _figures(record: dict[str, Any], test: Evaluation) -> dict[str, Any]:
+    """summary.json's entry for one model."""
+    validation = {key.replace("/", "_"): value for key, value in record.items() if key.startswith("val/")}
+    return {"epoch": record["epoch"], **validation, **test.figures("test_")}
+
+
+def _summary(training: Training, best: dict[str, Any], stopped: dict[str, Any]) -> dict[str, Any]:
+    position, setup = training.position, training.setup
+    parameters = list(setup.built.module.parameters())
+    return {
+        "best": best,
+        "stopped": stopped,
+        "train_loss": position.last["train/loss"] if position.last else None,
+        "train_accuracy": position.last["train/accuracy"] if position.last else None,
+        "epochs_run": position.epoch,
+        "stopped_early": position.stopped_early,
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "seconds": round(position.train_seconds, 3),
+        "images_per_s": round(position.train_images / max(position.train_seconds, 1e-9), 2),
+        "peak_memory_gib": round(peak_memory_gib(training.accelerator.device), 3),
+        "shortcuts": training.loaders.shortcuts,
+        "images": {name: len(indices) for name, indices in setup.splits.items()},
+        "images_left_out": len(setup.bad_images),
+        "processes": training.accelerator.num_processes,
+        "device": str(training.accelerator.device.type),
+        "precision": training.accelerator.mixed_precision,
+        "seed": training.recipe.recipe.seed,
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far by the main process: on its GPU, or resident on the CPU; GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _prediction_rows(training: Training, test: Evaluation) -> list[tuple[str, str, str, str]]:
+    dataset = training.setup.dataset
+    names = (dataset.images.name(int(index)) for index in training.setup.splits["test"])
+    columns = zip(names, test.labels, test.predictions, test.probabilities, strict=True)
+    return [
+        (name, dataset.classes[int(label)], dataset.classes[int(prediction)], f"{np.float32(probability):.6g}")
+        for name, label, prediction, probability in columns
+    ]

@@ -1,0 +1,168 @@
+"""From a recipe to a trained model in a run directory: `fit` is the whole story, top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+import toolkit
+from toolkit.data.order import check_batch_size, check_steps
+from toolkit.data.splits import SPLITS, split_hash
+from toolkit.engine.checkpoint import load_latest
+from toolkit.engine.display import Display, summary_table
+from toolkit.engine.environment import describe_environment
+from toolkit.engine.finish import finish
+from toolkit.engine.process import describe_processes, main_only, start
+from toolkit.engine.setup import Setup, describe, prepare
+from toolkit.engine.signals import StopRequest
+from toolkit.engine.training import Training
+from toolkit.errors import Interrupted, UserError
+from toolkit.expect import check_expectations
+from toolkit.predict import model_card
+from toolkit.recipe import Recipe, diff, resolved_toml
+from toolkit.runs import Run, create_run, latest_unfinished_run, open_run
+from toolkit.tracking import Tracking
+
+def fit(
+    recipe: Recipe,
+    *,
+    resume: str | os.PathLike[str] | None = None,
+    allow_changes: bool = False,
+    show_module: bool = False,
+) -> Run:
+    """Train what ``recipe`` says on the processes that a launcher has started (or this one) and return the run.
+
+    ``resume`` is a run directory, or ``"auto"`` for the recipe's youngest unfinished run (a new one where there is none).
+    ``allow_changes`` lets a run go on under a recipe that differs from the one it was started with.
+
+    Raises UserError (bad input, before training), RunFailed (e.g. a loss that is not finite) and Interrupted (stopped on
+    request, with a checkpoint written).
+    """
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        accelerator, display = _join_processes(recipe)
+        run = _run_to_resume(recipe, accelerator, resume, allow_changes)
+        checkpoint = None
+        if run is not None:
+            stack.enter_context(_locked(run, accelerator))
+            checkpoint = load_latest(run.checkpoints, display.say)
+        setup = prepare(recipe, accelerator, display, load_weights=checkpoint is None)
+        if run is None:
+            created = main_only(accelerator, lambda: str(create_run(recipe.recipe.run_root, recipe.recipe.name).path))
+            run = Run(Path(created))
+            stack.enter_context(_locked(run, accelerator))
+        stop.watch(run.path)
+        if accelerator.is_main_process:
+            _write_beginnings(setup, run)
+            display.log_to(run.log_file)
+        display.say(describe(setup, accelerator.mixed_precision, whole=show_module))
+        display.say(f"run directory {run.path}")
+        with _tracked(recipe, accelerator, run, display) as tracking:
+            training = Training(setup, run, tracking, stop, checkpoint)
+            training.run_epochs()
+            summary = finish(training)
+            tracking.summarise(summary)
+        training.close()
+        for line in _closing_lines(recipe, run, summary):
+            display.say(line)
+    return run
+
+
+def dry_run(recipe: Recipe, *, load_weights: bool = True, show_module: bool = False) -> None:
+    """Build everything and take one batch through forward and backward; nothing is written."""
+    accelerator, display = _join_processes(recipe)
+    setup = prepare(recipe, accelerator, display, load_weights=load_weights)
+    display.say(describe(setup, accelerator.mixed_precision, whole=show_module))
+    training = Training(setup, None, None, StopRequest(), None)
+    loss = training.try_one_batch()
+    training.close()
+    display.say(f"dry run: one batch forward and backward, loss {loss:.4f}; nothing was written")
+
+
+def _join_processes(recipe: Recipe) -> tuple[Accelerator, Display]:
+    """Join the processes and say who they are; check what depends on their number."""
+    accelerator = start(recipe.train, list(recipe.tracking.trackers))
+    check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.accumulation)
+    display = Display(speaks=accelerator.is_main_process)
+    for line in describe_processes(accelerator):
+        display.say(line)
+    return accelerator, display
+
+
+def _run_to_resume(
+    recipe: Recipe, accelerator: Accelerator, resume: str | os.PathLike[str] | None, allow_changes: bool
+) -> Run | None:
+    """The run to go on with, the same on every process (a collective); None: a new one."""
+    if resume is None:
+        return None
+
+    def choose() -> str | None:
+        if str(resume) == "auto":
+            run = latest_unfinished_run(recipe.recipe.run_root, recipe.recipe.name)
+        else:
+            run = open_run(resume)
+        if run is None:
+            return None
+        if run.is_finished:
+            raise UserError(f"{run.path} is finished: there is nothing to go on with")
+        changes = diff(run.recipe, recipe)
+        if changes and not allow_changes:
+            listed = "; ".join(f"{'.'.join(map(str, key))}: {old!r} -> {new!r}" for key, old, new in changes)
+            raise UserError(
+                f"{run.path} was started with another recipe ({listed}); "
+                "go on with its own recipe, or say --allow-changes"
+            )
+        return str(run.path)
+
+    path = main_only(accelerator, choose)
+    return None if path is None else Run(Path(path))
+
+
+@contextlib.contextmanager
+def _locked(run: Run, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the run directory; only the main process writes to it."""
+    lock = main_only(accelerator, run.lock, share=False)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+@contextlib.contextmanager
+def _tracked(recipe: Recipe, accelerator: Accelerator, run: Run, display: Display) -> Iterator[Tracking]:
+    """The trackers, closed with the run's true exit status."""
+    tracking = Tracking(accelerator, recipe, run.path, f"{recipe.recipe.name}-{run.id}", display.say)
+    status = 1
+    try:
+        yield tracking
+        status = 0
+    except Interrupted:
+        status = Interrupted.exit_status
+        raise
+    finally:
+        tracking.finish(status)
+
+
+def _write_beginnings(setup: Setup, run: Run) -> None:
+    """What can be said before training: recipe, environment, splits, how to rebuild the model."""
+    names = {split: [setup.dataset.images.name(int(i)) for i in setup.splits[split]] for split in SPLITS}
+    run.write_text("recipe.toml", resolved_toml(setup.recipe))
+    run.write_json("environment.json", describe_environment(setup.accelerator))
+    run.write_json("split.json", {"hash": split_hash(setup.dataset, setup.splits), "left_out": setup.bad_images, **names})
+    card = model_card(
+        setup.recipe.model, setup.dataset.classes, setup.preprocessing, setup.recipe.recipe.name, toolkit.__version__
+    )
+    run.write_json("checkpoints/model.json", card)
+
+
+def _closing_lines(recipe: Recipe, run: Run, summary: dict[str, Any]) -> list[str]:
+    """What one sees at the end, besides the table."""
+    lines = ["", summary_table(summary)]
+    lines += [verdict.line() for verdict in check_expectations(recipe, summary)]
+    return lines

@@ -1,0 +1,177 @@
+"""One epoch of training.
+
+The loss of a step is the mean over the images of the *whole* step, whatever the number of processes and accumulation
+parts: each process adds up its own images' losses and divides by the step's count, so that summing gradients over
+processes gives the gradient of one process holding everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from toolkit.data.mixing import MixSettings, mix
+from toolkit.data.order import MicroBatch
+from toolkit.engine.batchnorm import set_replicated
+from toolkit.engine.ema import WeightAverage
+from toolkit.engine.evaluate import to_device
+from toolkit.models.stochastic import Stochastic, example_keys
+
+
+@dataclass
+class Sums:
+    """Loss, right answers and images so far in an epoch: float64 [3] on the device, this process's share."""
+
+    values: Tensor
+
+    @classmethod
+    def zero(cls, device: torch.device) -> Sums:
+        """Nothing counted yet. (MPS has no float64; float32 there.)"""
+        return cls(torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device))
+
+    def add(self, losses: Tensor, right: Tensor) -> None:
+        """Count a micro-batch, without waiting for the device."""
+        count = torch.full_like(self.values[2], len(right))
+        self.values += torch.stack([losses.sum().to(self.values), right.sum().to(self.values), count])
+
+    def figures(self, accelerator: Accelerator) -> tuple[float, float]:
+        """Mean loss and accuracy over all processes (a collective)."""
+        loss, right, count = accelerator.reduce(self.values, reduction="sum").tolist()
+        return loss / max(count, 1), right / max(count, 1)
+
+
+@dataclass
+class TrainSettings:
+    """What the loop needs to know of the recipe."""
+
+    seed: int
+    classes: int
+    label_smoothing: float
+    mixing: MixSettings | None
+    clip_norm: float | None
+    channels_last: bool
+    class_weights: Tensor | None
+    """Weight of each class in the loss, float32 [K] on the device, mean 1 over the training images."""
+    steps_per_epoch: int
+    log_every: int
+
+
+@dataclass
+class Hooks:
+    """What the owner of the loop wants done within an epoch."""
+
+    set_lr: Callable[[float], None]
+    """Called before each step with the fractional epoch."""
+    after_step: Callable[[int, Sums], bool]
+    """Called after each step with the number of completed steps; True ends the epoch early."""
+    log_step: Callable[[int, float, float], None]
+    """Called every ``log_every`` steps with completed steps and the loss and accuracy since the last call."""
+
+
+@dataclass
+class Trainer:
+    """The parts that one optimiser step moves."""
+
+    accelerator: Accelerator
+    network: nn.Module
+    """The module whose parameters are stepped (a tail, where features of a frozen prefix are precomputed)."""
+    wrapped: nn.Module
+    """The same, as Accelerate wrapped it (DDP, autocast)."""
+    optimizer: Any
+    stochastic: Stochastic
+    ema: WeightAverage | None
+    settings: TrainSettings
+    finite: Tensor | None = None
+    """Whether the last step's loss was finite; read one step later, so that the device is never waited for."""
+
+    def train_epoch(self, loader: Any, epoch: int, first_step: int, sums: Sums, hooks: Hooks) -> bool:
+        """Train the epoch after ``epoch`` completed ones from ``first_step`` on; True where it ran to its end.
+
+        ``sums`` holds what the steps before ``first_step`` added, and is added to.
+        """
+        settings = self.settings
+        since_log = Sums.zero(self.accelerator.device)
+        for micro, batch in loader.epoch(epoch, first_step):
+            if micro.part == 0:
+                hooks.set_lr(epoch + micro.step / settings.steps_per_epoch)
+                step_losses: list[Tensor] = []
+            losses, right = self._forward_backward(micro, batch, epoch)
+            step_losses.append(losses.sum())
+            if not micro.replicated or self.accelerator.is_main_process:
+                sums.add(losses, right)
+                since_log.add(losses, right)
+            if not micro.is_last:
+                continue
+            self._update()
+            self.finite = _later(torch.stack(step_losses).sum().isfinite())
+            done = micro.step + 1
+            if settings.log_every and done % settings.log_every == 0:
+                hooks.log_step(done, *since_log.figures(self.accelerator))
+                since_log = Sums.zero(self.accelerator.device)
+            if hooks.after_step(done, sums):
+                return False
+        return True
+
+    def _forward_backward(self, micro: MicroBatch, batch: Any, epoch: int) -> tuple[Tensor, Tensor]:
+        """Losses and right answers [own] of this process's images; their gradients are added up."""
+        settings, accelerator = self.settings, self.accelerator
+        inputs = to_device(batch.images, accelerator.device, settings.channels_last)
+        labels = batch.labels.to(accelerator.device, non_blocking=True)
+        targets: Tensor = labels[: micro.own]
+        if settings.mixing is not None and micro.partners is not None:
+            soft = F.one_hot(labels, settings.classes).to(inputs.dtype)
+            key = (settings.seed, epoch, micro.step)
+            inputs, targets = mix(inputs, soft, micro.partners, micro.own, settings.mixing, key)
+        keys = example_keys(settings.seed, epoch, np.asarray(batch.draws[: micro.own]))
+        self.stochastic.set_keys(torch.from_numpy(keys).to(accelerator.device, non_blocking=True))
+        set_replicated(self.network, micro.replicated)
+        alone = micro.replicated or accelerator.num_processes == 1
+        with contextlib.nullcontext() if micro.is_last else accelerator.no_sync(self.wrapped):
+            logits = self.wrapped(inputs[: micro.own])
+            losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=settings.label_smoothing)
+            if settings.class_weights is not None:
+                losses = losses * settings.class_weights[labels[: micro.own]]
+            # DDP averages gradients over processes: times their number, it is the sum.
+            scale = (1 if alone else accelerator.num_processes) / micro.step_count
+            accelerator.backward(losses.sum() * scale)
+        right = logits.detach().argmax(1) == labels[: micro.own]
+        return losses.detach(), right
+
+    def _update(self) -> None:
+        """One optimiser step."""
+        if self.settings.clip_norm is not None:
+            parameters = [p for p in self.network.parameters() if p.requires_grad]
+            self.accelerator.clip_grad_norm_(parameters, self.settings.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.network)
+
+    def loss_was_finite(self) -> bool:
+        """Whether the loss of the step before was finite (waits for that step only)."""
+        if self.finite is None:
+            return True
+        if isinstance(self.finite, tuple):
+            value, event = self.finite
+            event.synchronize()
+            return bool(value)
+        return bool(self.finite)
+
+
+def _later(flag: Tensor) -> Any:
+    """Bring a device flag to the CPU without waiting: (pinned copy, event), or the flag itself on the CPU."""
+    if flag.device.type != "cuda":
+        return flag
+    copy = torch.empty((), dtype=flag.dtype, pin_memory=True)
+    copy.copy_(flag, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return copy, event

@@ -1,0 +1,174 @@
+"""The processes of a run: Accelerate, devices, precision, and a control channel that never waits for the GPU."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from toolkit.data.loading import granted_cpus
+from toolkit.errors import UserError
+from toolkit.recipe.schema import TrainTable
+
+T = TypeVar("T")
+
+
+def start(train: TrainTable, trackers: list[str]) -> Accelerator:
+    """Join the processes that the launcher started and settle device and precision, as the recipe says.
+
+    Raises a UserError where the launcher's settings contradict the recipe, or the precision is not to be had.
+    """
+    check_launcher(train)
+    _set_threads()
+    precision = resolve_precision(train.precision)
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not train.deterministic
+    return Accelerator(
+        cpu=not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"),
+        mixed_precision=precision,
+        log_with=trackers or None,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def check_launcher(train: TrainTable) -> None:
+    """Precision, accumulation and compilation come from the recipe alone; a launcher that says otherwise is refused."""
+    said = {
+        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no", "train.precision", train.precision),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            "gradient_accumulation_steps", "1", "train.accumulation", str(train.accumulation)),
+        "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "no", "train.compile", "inductor" if train.compile else "no"),
+    }  # fmt: skip
+    for variable, (setting, silent, key, wanted) in said.items():
+        found = os.environ.get(variable, silent).lower()
+        if found not in (silent, wanted.lower()):
+            raise UserError(
+                f"the launcher says {setting} = {found!r} ({variable}), the recipe says {key} = {wanted!r}; "
+                f"the recipe decides alone: take {setting} out of the Accelerate configuration, or change {key}"
+            )
+    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"),
+                           ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):  # fmt: skip
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise UserError(f"the launcher asks for {name}; this toolkit trains with DDP: take {name} out of its settings")
+
+
+def resolve_precision(wanted: str) -> str:
+    """auto: bf16 on a GPU that has it, else no. fp16 needs a GPU."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
+    if wanted == "auto":
+        return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if wanted == "fp16" and not on_gpu:
+        raise UserError("train.precision = 'fp16' needs a GPU, and none is used here: take 'no', 'bf16' or 'auto'")
+    if wanted == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
+        raise UserError("train.precision = 'bf16': this GPU has no bf16: take 'fp16', 'no' or 'auto'")
+    return wanted
+
+
+def local_processes() -> int:
+    """Training processes on this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _set_threads() -> None:
+    """Share the granted CPUs among the machine's processes, unless the user has said how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(granted_cpus(local_processes()))
+
+
+def describe_processes(accelerator: Accelerator) -> list[str]:
+    """One line a process: rank, host, device (a collective)."""
+    device = str(accelerator.device)
+    if accelerator.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(accelerator.device)})"
+    mine = f"rank {accelerator.process_index} of {accelerator.num_processes} on {socket.gethostname()}, device {device}"
+    return [str(line) for line in gather_objects(mine)]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """``value`` of every process, in order of rank (a collective)."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """The main process's ``value`` on every process (a collective)."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class Control:
+    """Once a step all processes agree whether to stop, to checkpoint, or to give up.
+
+    Each step's word is reduced in the background and read at the next step, over gloo on CPU memory, so that the GPU is
+    never waited for. All processes must call :meth:`exchange` equally often.
+    """
+
+    STOP, SAVE, NON_FINITE = 0, 1, 2
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self.pending: tuple[Any, torch.Tensor] | None = None
+
+    def exchange(self, *, stop: bool, save: bool, non_finite: bool) -> tuple[bool, bool, bool]:
+        """Give this step's word; get what any process said at the step before (alone: at this step)."""
+        word = torch.tensor([stop, save, non_finite], dtype=torch.int32)
+        if self.group is None:
+            return stop, save, non_finite
+        agreed = self.settle()
+        self.pending = (dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.group, async_op=True), word)
+        return agreed
+
+    def settle(self) -> tuple[bool, bool, bool]:
+        """Wait for the word that is on its way, if any, and return it."""
+        if self.pending is None:
+            return False, False, False
+        work, word = self.pending
+        work.wait()
+        self.pending = None
+        stop, save, non_finite = (bool(flag) for flag in word)
+        return stop, save, non_finite
+
+
+def main_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """``work()`` on the main process, then on the others (a collective); its failure there is raised on all."""
+    done = main_only(accelerator, lambda: [work()], share=False)
+    return done[0] if done else work()
+
+
+def main_only(accelerator: Accelerator, work: Callable[[], T], *, share: bool = True) -> T:
+    """``work()`` on the main process, its result on all (a collective); a UserError there is raised on all.
+
+    With ``share = False`` the others get None instead of the result, which then need not be picklable.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    error: UserError | None = None
+    result: Any = None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except UserError as failure:
+            error = failure
+    message, shared = broadcast_object((None if error is None else str(error), result if share else None))
+    if message is not None:
+        raise error or UserError(message)
+    return result if accelerator.is_main_process else shared  # type: ignore[no-any-return]
+
+
+def autocast_dtype(precision: str | None) -> torch.dtype | None:
+    """The low-precision type of mixed precision, None without it."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "no")

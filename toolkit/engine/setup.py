@@ -1,0 +1,169 @@
+"""From a recipe to everything that training needs: images, splits, preprocessing, model, transfer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from toolkit.data.datasets import Dataset, open_dataset
+from toolkit.data.images import check_images
+from toolkit.data.loading import granted_cpus
+from toolkit.data.order import steps_per_epoch
+from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing
+from toolkit.data.splits import SPLITS, check_splits, split_dataset
+from toolkit.data.statistics import channel_statistics
+from toolkit.engine.display import Display, table
+from toolkit.engine.process import broadcast_object, local_processes, main_first
+from toolkit.errors import UserError
+from toolkit.models.build import BuiltModel, build_model, expected_input
+from toolkit.models.stochastic import Stochastic, make_stateless
+from toolkit.models.transfer import Transfer, apply_transfer, parts_table
+from toolkit.recipe.schema import Recipe
+
+
+@dataclass
+class Setup:
+    """What a recipe amounts to on this machine."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    display: Display
+    dataset: Dataset
+    splits: dict[str, np.ndarray]
+    """Indices into the data set of "train", "validation" and "test", int64."""
+    preprocessing: Preprocessing
+    built: BuiltModel
+    transfer: Transfer
+    stochastic: Stochastic
+    bad_images: list[str]
+    """Names of images left out because they cannot be read."""
+
+    def labels(self, split: str) -> np.ndarray:
+        """Classes of a split's images, int64."""
+        labels: np.ndarray = self.dataset.labels[self.splits[split]]
+        return labels
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps an epoch."""
+        return steps_per_epoch(len(self.splits["train"]), self.recipe.train.batch_size, self.recipe.train.drop_last)
+
+
+def prepare(recipe: Recipe, accelerator: Accelerator, display: Display, *, load_weights: bool = True) -> Setup:
+    """Build everything. Raises UserError for what the user can mend, on all processes alike (a collective)."""
+    data = recipe.data
+    if data.channels is None and recipe.model.weights != "none":
+        data = data.model_copy(update={"channels": 3})
+    dataset = main_first(accelerator, lambda: open_dataset(data))
+    splits = split_dataset(dataset, recipe.data)
+    splits, bad_images = _without_bad_images(recipe, accelerator, display, dataset, splits)
+    preprocessing = resolve_preprocessing(
+        data,
+        expected_input(recipe.model),
+        dataset.native_size,
+        dataset.native_channels,
+        lambda plain: _measure(accelerator, display, dataset, splits["train"], plain),
+    )
+
+    def build() -> BuiltModel:
+        torch.manual_seed(recipe.recipe.seed)
+        return build_model(
+            recipe.model,
+            len(dataset.classes),
+            preprocessing.channels,
+            preprocessing.image_size,
+            load_weights=load_weights,
+        )
+
+    built = main_first(accelerator, build)  # weights are fetched once
+    transfer = apply_transfer(built, recipe.transfer)
+    stochastic = make_stateless(built.module, recipe.recipe.seed)
+    return Setup(
+        recipe, accelerator, display, dataset, splits, preprocessing, built, transfer, stochastic, bad_images
+    )
+
+
+def _measure(
+    accelerator: Accelerator, display: Display, dataset: Dataset, indices: np.ndarray, plain: Preprocessing
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the training images, computed by the main process (a collective)."""
+    values = None
+    if accelerator.is_main_process:
+        display.say(f"normalisation: computing mean and deviation of {len(indices)} training images")
+        values = channel_statistics(dataset.images, indices, plain, granted_cpus(local_processes()))
+    mean, std = broadcast_object(values)
+    return tuple(mean), tuple(std)
+
+
+def _without_bad_images(
+    recipe: Recipe, accelerator: Accelerator, display: Display, dataset: Dataset, splits: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Look for unreadable images before the first epoch, on the main process (a collective).
+
+    With on_bad_image = "error" files are opened but not decoded (cheap); with "skip" they are decoded, so that the same
+    ones are left out on every process.
+    """
+    skip = recipe.data.on_bad_image == "skip"
+    bad: list[tuple[int, str]] = []
+    if accelerator.is_main_process:
+        threads = granted_cpus(local_processes())
+        bad = check_images(dataset.images, np.concatenate([splits[name] for name in SPLITS]), decode=skip, threads=threads)
+    bad = broadcast_object(bad)
+    if not bad:
+        return splits, []
+    named = [f"{dataset.images.name(index)}: {reason}" for index, reason in bad]
+    shown = "; ".join(named[:5]) + ("; ..." if len(named) > 5 else "")
+    total = sum(len(indices) for indices in splits.values())
+    if not skip:
+        raise UserError(
+            f"{len(bad)} of {total} images cannot be read: {shown}. Mend or remove them, or set "
+            'data.on_bad_image = "skip"'
+        )
+    if len(bad) > recipe.data.max_bad_fraction * total:
+        raise UserError(
+            f"{len(bad)} of {total} images cannot be read, more than data.max_bad_fraction = "
+            f"{recipe.data.max_bad_fraction:g} allows to leave out: {shown}"
+        )
+    kept = {name: indices[~np.isin(indices, [index for index, _ in bad])] for name, indices in splits.items()}
+    check_splits(dataset, kept)
+    display.say(f"left out {len(bad)} unreadable images: {shown}")
+    return kept, named
+
+
+def describe(setup: Setup, precision: str, *, whole: bool) -> str:
+    """The structure before training: parts, parameters, images, steps, device and precision."""
+    recipe, built = setup.recipe, setup.built
+    module_text = f"\n{built.module}" if whole else ""
+    rows = parts_table(built, setup.transfer, recipe.transfer, recipe.optimizer)
+    cells = [
+        (
+            row.name,
+            f"{row.parameters:,}",
+            f"{row.trainable:,}",
+            f"{row.lr:.3g}" if row.trainable else "-",
+            f"{row.weight_decay:.3g}" if row.trainable else "-",
+            row.batch_norm,
+        )
+        for row in rows
+    ]
+    total, trainable = sum(row.parameters for row in rows), sum(row.trainable for row in rows)
+    cells.append(("all", f"{total:,}", f"{trainable:,}", "", "", ""))
+    header = ("part", "parameters", "trainable", "lr", "weight decay", "batch norm")
+    counts = ", ".join(f"{len(setup.splits[name]):,} {name}" for name in SPLITS)
+    size = setup.preprocessing.image_size
+    lines = [
+        f"model {recipe.model.source} {recipe.model.name}, weights {recipe.model.weights}, transfer {recipe.transfer.mode}"
+        + module_text,
+        *(f"  {note}" for note in built.notes),
+        table(cells, header, frozenset((1, 2, 3, 4))),
+        f"images {counts}; {len(setup.dataset.classes)} classes; input {setup.preprocessing.channels}x{size}x{size}",
+        f"batch size {recipe.train.batch_size} = {setup.accelerator.num_processes} processes x "
+        f"{recipe.train.accumulation} parts x "
+        f"{recipe.train.batch_size // setup.accelerator.num_processes // recipe.train.accumulation} images; "
+        f"{setup.steps} steps an epoch, {recipe.train.epochs} epochs",
+        f"device {setup.accelerator.device}, precision {precision}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""Stopping on request: a signal or a file sets a flag, and the loop saves at the next step with all processes agreed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+STOP_FILE = "stop"
+"""A file of this name in the run directory asks the run to stop, where signals do not arrive (batch systems)."""
+LOOK_EVERY_S = 1.0
+
+
+class StopRequest:
+    """Whether somebody wants the run to stop: SIGTERM, SIGINT, SIGUSR1, or the stop file.
+
+    A second SIGINT ends the process at once. Used as a context manager; the handlers that were there come back after it.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.folder: Path | None = None
+        self._looked = 0.0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason == "SIGINT":
+            os._exit(128 + number)
+        self.reason = signal.Signals(number).name
+
+    def watch(self, folder: Path) -> None:
+        """Also look for the stop file in ``folder``; one left there earlier is taken away."""
+        self.folder = folder
+        (folder / STOP_FILE).unlink(missing_ok=True)
+
+    def is_wanted(self) -> bool:
+        """Whether to stop. Looks at the file system once a second at most."""
+        if not self.reason and self.folder is not None and time.monotonic() - self._looked > LOOK_EVERY_S:
+            self._looked = time.monotonic()
+            if (self.folder / STOP_FILE).exists():
+                self.reason = f"the file {STOP_FILE}"
+        return bool(self.reason)

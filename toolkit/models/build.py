@@ -1,0 +1,228 @@
+"""From the recipe's [model] table to a module: architecture, weights, head, stages."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import timm.models.resnet
+import torchvision.models
+from torch import nn
+
+from toolkit.data.preprocessing import InputConfig
+from toolkit.errors import UserError
+from toolkit.models import timm_models, torchvision_models
+from toolkit.models.convnet import ConvNet
+from toolkit.models.head import build_head, with_dropout
+from toolkit.models.names import first_line
+from toolkit.models.probe import Probe, input_shape, is_logits, probe
+from toolkit.models.stages import Stage, find_stages, is_under
+from toolkit.models.weights import Loaded, State, fit_state, is_file_reference, locate, read_state
+from toolkit.recipe.schema import ModelTable
+
+STEM = "conv1"
+"""A ResNet's first convolution, in torchvision and timm."""
+
+
+@dataclass
+class BuiltModel:
+    """A model ready for transfer and training."""
+
+    module: nn.Module
+    """[N, channels, image_size, image_size] to logits [N, num_classes]; parameters have the library's own names."""
+    heads: tuple[str, ...]
+    """Dotted names of the last layers; more than one only in distilled transformers."""
+    classifier: list[str]
+    """Dotted names of the fully connected parts, the heads among them."""
+    stages: list[Stage]
+    """Input to output; every parameter is in exactly one; the last is the head."""
+    inputs: InputConfig | None
+    """What the weights were trained with; None without weights."""
+    notes: list[str]
+    """What a person should know about weights and head."""
+    new_stem: str | None
+    """Dotted name of a first convolution that starts at random although the rest is pretrained."""
+
+    @property
+    def head(self) -> str:
+        """Dotted name of the last layer."""
+        return self.heads[0]
+
+
+def build_model(
+    table: ModelTable, num_classes: int, channels: int, image_size: int, *, load_weights: bool = True
+) -> BuiltModel:
+    """Build a recipe's model; without ``load_weights`` the same architecture, nothing read or downloaded.
+
+    ``image_size`` is height and width in pixels. Raises UserError for unknown names and arguments, for weights that are
+    missing or of another architecture, and for images that the architecture cannot take.
+    """
+    module, heads = _construct(table, num_classes, channels, image_size)
+    if table.stem == "small":
+        _shrink_stem(module, table)
+    heads = _replace_head(table, module, heads, num_classes, channels, image_size)
+    loaded = _load(table, module, heads, image_size, load_weights)
+    _settle(table, module, heads, num_classes, channels, image_size)
+    stages, classifier = find_stages(module, heads), _classifier_parts(module, heads)
+    new_stem = STEM if STEM in loaded.new else None
+    return BuiltModel(module, heads, classifier, stages, expected_input(table), loaded.notes, new_stem)
+
+
+def expected_input(table: ModelTable) -> InputConfig | None:
+    """What the recipe's weights were trained with, as their publisher states it; nothing is built or downloaded."""
+    if table.weights == "none" or table.source == "toolkit":
+        return None
+    return timm_models.inputs(table) if table.source == "timm" else torchvision_models.inputs(table)
+
+
+def _construct(
+    table: ModelTable, num_classes: int, channels: int, image_size: int
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The architecture with random weights, and the dotted names of its last layers."""
+    if table.source == "toolkit":
+        assert table.convnet is not None
+        return ConvNet(table.convnet, table.head, num_classes, channels, image_size), ("head",)
+    if table.source == "timm":
+        return timm_models.construct(table, num_classes, channels, image_size)
+    return torchvision_models.construct(table, num_classes, channels, image_size)
+
+
+def _shrink_stem(module: nn.Module, table: ModelTable) -> None:
+    """A 3x3 convolution of stride 1 and no pooling, as He et al. (2016) use for CIFAR-10's 32 pixels."""
+    conv = getattr(module, STEM, None)
+    is_resnet = isinstance(module, torchvision.models.ResNet | timm.models.resnet.ResNet)
+    if not (is_resnet and isinstance(conv, nn.Conv2d) and conv.kernel_size == (7, 7)):
+        raise UserError(f"model.stem = 'small' needs a ResNet that begins with one 7x7 convolution, not {table.name}")
+    new = nn.Conv2d(conv.in_channels, conv.out_channels, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    module.set_submodule(STEM, new)
+    module.set_submodule("maxpool", nn.Identity())
+
+
+def _replace_head(
+    table: ModelTable, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
+) -> tuple[str, ...]:
+    """Put the recipe's head in place of the architecture's; its dotted names. The ConvNet has it already."""
+    head = table.head
+    if table.source == "toolkit":
+        return heads
+    if head.replaces == "classifier":
+        return (_replace_classifier(table, module, heads, num_classes, channels, image_size),)
+    if not head.hidden and not head.dropout:
+        return heads
+    for name in heads:
+        layer = module.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            raise UserError(
+                f"the last layer of {table.name} is a {type(layer).__name__}, not a Linear; "
+                "leave out model.head's hidden and dropout"
+            )
+        new = build_head(head, layer.in_features, num_classes) if head.hidden else with_dropout(layer, head.dropout)
+        module.set_submodule(name, new)
+    return heads
+
+
+def _replace_classifier(
+    table: ModelTable, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
+) -> str:
+    """Put the recipe's head in place of all fully connected layers and the pooling before them."""
+    if table.source != "torchvision" or not isinstance(getattr(module, "avgpool", None), nn.Module):
+        raise UserError(
+            f"model.head.replaces = 'classifier' needs a torchvision model that pools before its classifier, such as "
+            f"AlexNet or VGG; for {table.name} use 'last_layer'"
+        )
+    container = heads[0].split(".")[0]
+    module.set_submodule("avgpool", nn.Identity())
+    try:
+        features = input_shape(module, container, channels, image_size)
+    except Exception as error:
+        raise _unfit_size(table, image_size, error) from None
+    new = build_head(table.head, math.prod(features), num_classes)
+    module.set_submodule(container, new if len(features) == 1 else nn.Sequential(nn.Flatten(), new))
+    return container
+
+
+def _load(table: ModelTable, module: nn.Module, heads: tuple[str, ...], image_size: int, load_weights: bool) -> Loaded:
+    """Load the recipe's weights; head and changed stem may differ from them."""
+    may_differ = [*heads, *([STEM] if table.stem == "small" else [])]
+    is_file = is_file_reference(table.weights)
+    if table.source == "toolkit" and table.weights != "none" and not is_file:
+        raise UserError(
+            f"model.weights = {table.weights!r}: a ConvNet of one's own has none; use 'none' or 'file:PATH'"
+        )
+    if table.weights == "none" or (is_file and not load_weights):
+        return Loaded([], [])
+    if not load_weights:
+        return Loaded([f"weights {table.weights}: not loaded"], may_differ)
+    state = read_state(locate(table.weights)) if is_file else _published_state(table, image_size)
+    if table.source == "torchvision":
+        state = torchvision_models.adapt(module, state, image_size)
+    elif table.source == "timm" and is_file:
+        state = timm_models.adapt(table, module, state)
+    source = f"the weights {table.weights} of {table.name}" if not is_file else f"the weights file {table.weights}"
+    return fit_state(module, state, new=may_differ, source=source, ignored=torchvision_models.AUXILIARY)
+
+
+def _published_state(table: ModelTable, image_size: int) -> State:
+    if table.source == "timm":
+        return timm_models.published_state(table, image_size)
+    return torchvision_models.published_state(table)
+
+
+def _settle(
+    table: ModelTable, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
+) -> None:
+    """Check that images of this size become logits, and that all randomness is in layers that can be repeated."""
+    found = _probe(table, module, channels, image_size)
+    for make_repeatable in (timm_models.use_plain_attention, timm_models.use_dropout_layer):
+        if found.random and table.source == "timm":
+            make_repeatable(module, heads)
+            found = _probe(table, module, channels, image_size)
+    if found.random:
+        raise UserError(
+            f"{table.name} draws random numbers in a way that cannot be repeated on another number of processes "
+            f"({', '.join(found.random)}); leave out dropout and drop rates in model.args (or give 0, where the model "
+            "has some by default), and use model.head.dropout"
+        )
+    if not is_logits(found.output, num_classes):
+        raise UserError(f"{table.name} does not give one row of {num_classes} logits an image, so it is no classifier")
+
+
+def _probe(table: ModelTable, module: nn.Module, channels: int, image_size: int) -> Probe:
+    try:
+        return probe(module, channels, image_size)
+    except Exception as error:
+        raise _unfit_size(table, image_size, error) from None
+
+
+def _unfit_size(table: ModelTable, image_size: int, error: Exception) -> UserError:
+    return UserError(
+        f"{table.name} cannot take images of {image_size}x{image_size} pixels (too small, or no multiple of what it "
+        f"needs); choose another data.image_size. It said: {first_line(error)}"
+    )
+
+
+def _classifier_parts(module: nn.Module, heads: tuple[str, ...]) -> list[str]:
+    """The fully connected layers around the heads, under as few names as possible.
+
+    A norm layer before the last layer (ConvNeXt) belongs to the backbone, whatever part it is in.
+    """
+    parts: list[str] = ["pre_logits"] if _has_parameters(getattr(module, "pre_logits", None)) else []
+    for container in dict.fromkeys(head.split(".")[0] for head in heads):
+        inside = module.get_submodule(container)
+        linear = [
+            f"{container}.{name}" if name else container
+            for name, layer in inside.named_modules()
+            if isinstance(layer, nn.Linear)
+        ]
+        layers = tuple(dict.fromkeys([head for head in heads if is_under(head, (container,))] + linear))
+        names = [f"{container}.{name}" for name, _ in inside.named_parameters()]
+        if all(is_under(name, layers) for name in names):
+            parts.append(container)
+        else:
+            parts += [one for one in layers if not is_under(one, tuple(other for other in layers if other != one))]
+    return parts
+
+
+def _has_parameters(module: nn.Module | None) -> bool:
+    return module is not None and next(module.parameters(), None) is not None

@@ -1,0 +1,80 @@
+"""Plain ConvNets by description: blocks of convolution, batch norm, pooling, activation and dropout, then a head."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+from toolkit.errors import UserError
+from toolkit.models.head import ACTIVATIONS, build_head
+from toolkit.recipe.schema import ConvBlock, ConvNetTable, HeadTable
+
+
+class ConvNet(nn.Module):
+    """Blocks, flatten, head. Parameters are named ``blocks.<i>.conv``, ``blocks.<i>.norm`` and ``head``.
+
+    Raises UserError where the image is too small for a block.
+    """
+
+    def __init__(self, table: ConvNetTable, head: HeadTable, num_classes: int, channels: int, image_size: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential()
+        size = image_size
+        for number, block in enumerate(table.blocks, start=1):
+            self.blocks.append(_build_block(table, block, channels))
+            size = _size_after(table, block, size, number, image_size)
+            channels = block.channels
+        self.head = build_head(head, channels * size * size, num_classes)
+        if table.init == "gaussian":
+            _init_gaussian(self, table.init_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, channels, image_size, image_size] to logits [N, num_classes]."""
+        logits: Tensor = self.head(self.blocks(images).flatten(1))
+        return logits
+
+
+def _build_block(table: ConvNetTable, block: ConvBlock, channels: int) -> nn.Sequential:
+    """The block's layers in the order that the recipe gives."""
+    conv = nn.Conv2d(channels, block.channels, block.kernel, block.stride, block.padding)
+    width = channels
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for kind in table.order:
+        if kind == "conv":
+            layers["conv"], width = conv, block.channels
+        elif kind == "norm" and block.batch_norm:
+            layers["norm"] = nn.BatchNorm2d(width)
+        elif kind == "pool" and block.pool:
+            layers["pool"] = nn.MaxPool2d(block.pool)
+        elif kind == "act" and table.activation != "none":
+            layers["act"] = ACTIVATIONS[table.activation]()
+        elif kind == "dropout" and block.dropout:
+            layers["dropout"] = nn.Dropout(block.dropout)
+    return nn.Sequential(layers)
+
+
+def _size_after(table: ConvNetTable, block: ConvBlock, size: int, number: int, image_size: int) -> int:
+    """Height and width behind a block, in pixels."""
+    for kind in table.order:
+        before = size
+        if kind == "conv":
+            size = (size + 2 * block.padding - block.kernel) // block.stride + 1
+            layer = f"{block.kernel}x{block.kernel} convolution (padding {block.padding}, stride {block.stride})"
+        elif kind == "pool" and block.pool:
+            size //= block.pool
+            layer = f"{block.pool}x{block.pool} pooling"
+        if size < 1:
+            raise UserError(
+                f"image_size {image_size} is too small for [model.convnet]: only {before}x{before} pixels reach the "
+                f"{layer} of block {number} of {len(table.blocks)}; use larger images, padding, or fewer pools"
+            )
+    return size
+
+
+def _init_gaussian(module: nn.Module, std: float) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -1,0 +1,58 @@
+"""New classifiers: one linear layer, or hidden layers with batch norm, activation and dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from toolkit.recipe.schema import HeadTable
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "none": nn.Identity,
+}
+
+
+class DropoutLinear(nn.Linear):
+    """A linear layer with dropout on its input; its parameters have the names of a plain one."""
+
+    def __init__(self, in_features: int, out_features: int, p: float, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.drop = nn.Dropout(p)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_features] to [N, out_features]."""
+        return F.linear(self.drop(input), self.weight, self.bias)
+
+
+def build_head(table: HeadTable, in_features: int, num_classes: int) -> nn.Module:
+    """[N, in_features] to [N, num_classes]: Linear-[BatchNorm]-activation-[Dropout] a hidden width, then Linear."""
+    if not table.hidden and table.dropout:
+        return DropoutLinear(in_features, num_classes, table.dropout)
+    layers: list[nn.Module] = []
+    for width in table.hidden:
+        layers.append(nn.Linear(in_features, width))
+        if table.batch_norm:
+            layers.append(nn.BatchNorm1d(width))
+        layers.append(ACTIVATIONS[table.activation]())
+        if table.dropout:
+            layers.append(nn.Dropout(table.dropout))
+        in_features = width
+    last = nn.Linear(in_features, num_classes)
+    return nn.Sequential(*layers, last) if layers else last
+
+
+def with_dropout(layer: nn.Linear, p: float) -> DropoutLinear:
+    """The same linear layer, its parameters shared, with dropout on its input."""
+    with torch.device("meta"):
+        new = DropoutLinear(layer.in_features, layer.out_features, p, layer.bias is not None)
+    new.weight, new.bias = layer.weight, layer.bias
+    return new

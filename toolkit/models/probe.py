@@ -1,0 +1,103 @@
+"""What a model does with an input, found by running it without computing anything (on PyTorch's meta device)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from toolkit.models.stochastic import REPEATABLE
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One training forward pass of two images."""
+
+    output: Any
+    random: tuple[str, ...]
+    """Operations that drew random numbers outside modules whose masks the toolkit can repeat."""
+
+
+def probe(module: nn.Module, channels: int, image_size: int) -> Probe:
+    """Run two images through the module in training mode; its parameters, buffers and modes are left as they are.
+
+    Raises whatever the model raises for images of this size.
+    """
+    try:
+        return _probe_on(torch.device("meta"), module, channels, image_size)
+    except Exception:
+        # A few models look at values, which meta tensors do not have. Where the fault is real, it comes again.
+        return _probe_on(torch.device("cpu"), module, channels, image_size)
+
+
+def input_shape(module: nn.Module, name: str, channels: int, image_size: int) -> tuple[int, ...]:
+    """Shape, without the batch, of what reaches the submodule ``name``."""
+    shapes: list[tuple[int, ...]] = []
+    hook = module.get_submodule(name).register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[1:])))
+    try:
+        probe(module, channels, image_size)
+    except Exception:
+        # What stands behind may not fit yet: it is about to be replaced.
+        if not shapes:
+            raise
+    finally:
+        hook.remove()
+    return shapes[0]
+
+
+def _probe_on(device: torch.device, module: nn.Module, channels: int, image_size: int) -> Probe:
+    tensors = {name: tensor.detach().to(device) for name, tensor in module.named_parameters()}
+    tensors |= {name: tensor.detach().clone().to(device) for name, tensor in module.named_buffers()}
+    images = torch.zeros(2, channels, image_size, image_size, device=device)
+    recorder = _RandomRecorder()
+    with torch.no_grad(), _training_without_dropout(module), torch.random.fork_rng(devices=[]), recorder:
+        output = functional_call(module, tensors, (images,))
+    return Probe(output, tuple(dict.fromkeys(recorder.found)))
+
+
+@contextmanager
+def _training_without_dropout(module: nn.Module) -> Iterator[None]:
+    """Training mode, except for the modules that make_stateless replaces."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.train()
+    for submodule in modes:
+        if isinstance(submodule, REPEATABLE):
+            submodule.eval()
+    try:
+        yield
+    finally:
+        for submodule, mode in modes.items():
+            submodule.training = mode
+
+
+class _RandomRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operations that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and not _is_attention_without_dropout(func, args, kwargs):
+            self.found.append(str(func))
+        return func(*args, **kwargs)
+
+
+def _is_attention_without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Fused attention counts as random whatever its dropout; it is so only where dropout_p > 0."""
+    if "scaled_dot_product" not in str(func):
+        return False
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    return not given.get("dropout_p", 0.0)
+
+
+def is_logits(output: Any, num_classes: int) -> bool:
+    """Whether a probe's output is one tensor [2, num_classes]."""
+    return isinstance(output, Tensor) and tuple(output.shape) == (2, num_classes)

@@ -1,0 +1,172 @@
+"""timm's models by name and tag."""
+
+from __future__ import annotations
+
+import math
+import socket
+import sys
+import urllib.parse
+import urllib.request
+from typing import Any
+
+import timm
+from huggingface_hub import constants, try_to_load_from_cache
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from toolkit.data.preprocessing import InputConfig
+from toolkit.errors import UserError
+from toolkit.models.head import DropoutLinear, with_dropout
+from toolkit.models.names import check_arguments, first_line, unknown_name
+from toolkit.models.weights import State, is_file_reference, map_efficientnet_lite
+from toolkit.recipe.schema import ModelTable
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+
+
+def construct(table: ModelTable, num_classes: int, channels: int, image_size: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model with ``num_classes`` outputs, random weights, and the dotted names of its last layers."""
+    check_arguments(table.args)
+    arguments = {"num_classes": num_classes, "in_chans": channels, **_arguments(table, image_size)}
+    module = _create(_full_name(table), arguments)
+    return module, _last_layers(module)
+
+
+def published_state(table: ModelTable, image_size: int) -> State:
+    """The tag's weights as timm itself loads them, with the published classes and channels.
+
+    From the Hugging Face cache without asking the network, else downloaded.
+    """
+    name = _full_name(table)
+    config, arguments = get_pretrained_cfg(name), _arguments(table, image_size)
+    if not config.has_weights:
+        raise UserError(f"timm publishes no weights for {name}; use model.weights = 'none' or 'file:PATH'")
+    cached = _cached_file(config)
+    if cached is None and not _is_reachable(config):
+        raise _not_fetched(name, config, "no network")
+    overlay = {"pretrained_cfg_overlay": {"file": cached}} if cached else {}
+    try:
+        return _create(name, {**arguments, **overlay, "pretrained": True}).state_dict()
+    except UserError as error:  # the same arguments worked without weights
+        raise _not_fetched(name, config, str(error)) from None
+
+
+def _arguments(table: ModelTable, image_size: int) -> dict[str, Any]:
+    """The recipe's, and the image size for models in which it is built in."""
+    is_fixed = get_pretrained_cfg(_full_name(table)).fixed_input_size
+    return {**({"img_size": image_size} if is_fixed else {}), **table.args}
+
+
+def adapt(table: ModelTable, module: nn.Module, state: State) -> State:
+    """A file's names and position tables in the form of this module."""
+    if "_conv_stem.weight" in state and hasattr(module, "blocks"):
+        if not table.name.startswith("tf_efficientnet_lite"):
+            raise UserError(
+                f"{table.weights} holds EfficientNet-Lite weights converted from TensorFlow, which need its padding; "
+                f"use model.name = 'tf_efficientnet_lite0' (or 1, 2, ...), because in {table.name} they would compute "
+                "something else"
+            )
+        state = map_efficientnet_lite(state, module.blocks)  # type: ignore[arg-type]
+    own_filter = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    if own_filter is None:
+        return state
+    try:
+        return dict(own_filter(state, module))
+    except Exception:  # made for this architecture's files; what another's looks like is told by the check that follows
+        return state
+
+
+def inputs(table: ModelTable) -> InputConfig:
+    """What the weights were trained with; for weights from a file, what the architecture's default ones were."""
+    config = get_pretrained_cfg(_full_name(table))
+    size = config.input_size[-1]
+    return InputConfig(
+        image_size=size,
+        resize=math.floor(size / config.crop_pct),
+        interpolation=config.interpolation if config.interpolation in INTERPOLATIONS else "bicubic",
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+    )
+
+
+def use_plain_attention(module: nn.Module, heads: tuple[str, ...]) -> None:
+    """Attention with dropout step by step: the fused kernel draws masks that cannot be repeated."""
+    for layer in module.modules():
+        if getattr(layer, "fused_attn", False) and getattr(getattr(layer, "attn_drop", None), "p", 0.0) > 0.0:
+            layer.fused_attn = False  # type: ignore[assignment]
+
+
+def use_dropout_layer(module: nn.Module, heads: tuple[str, ...]) -> None:
+    """A layer in place of the dropout that some models apply, as a function, to the input of their last layer."""
+    rate = getattr(module, "drop_rate", 0.0)
+    layers = [module.get_submodule(head) for head in heads]
+    is_plain = all(isinstance(layer, nn.Linear) and not isinstance(layer, DropoutLinear) for layer in layers)
+    if isinstance(rate, float) and rate > 0.0 and is_plain:
+        module.drop_rate = 0.0  # type: ignore[assignment]
+        for head, layer in zip(heads, layers, strict=True):
+            assert isinstance(layer, nn.Linear)
+            module.set_submodule(head, with_dropout(layer, rate))
+
+
+def _full_name(table: ModelTable) -> str:
+    """Architecture, with the tag where one is named in ``name`` or ``weights``."""
+    base, _, tag = table.name.partition(".")
+    if ":" in base or not timm.is_model(base):
+        raise unknown_name("model.name", base, timm.list_models())
+    if table.weights not in ("none", "DEFAULT") and not is_file_reference(table.weights):
+        if tag and tag != table.weights:
+            raise UserError(f"model.name = {table.name!r} and model.weights = {table.weights!r} name different tags")
+        tag = table.weights
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags:
+        raise unknown_name("model.weights", tag, tags)
+    return f"{base}.{tag}" if tag else base
+
+
+def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """timm.create_model; models whose size is built in but cannot be chosen are known by their refusal."""
+    try:
+        module: nn.Module = timm.create_model(name, **arguments)
+    except Exception as error:  # whatever a constructor makes of its arguments
+        if isinstance(error, TypeError) and "img_size" in str(error) and "img_size" in arguments:
+            return _create(name, {key: value for key, value in arguments.items() if key != "img_size"})
+        raise UserError(f"timm's {name} cannot be built: {first_line(error)}") from None
+    return module
+
+
+def _cached_file(config: Any) -> str | None:
+    """The weights in the Hugging Face cache, where they are."""
+    if not config.hf_hub_id:
+        return None
+    repository, _, revision = config.hf_hub_id.partition("@")
+    names = (config.hf_hub_filename,) if config.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
+    found = (try_to_load_from_cache(repository, name, revision=revision or None) for name in names)
+    return next((path for path in found if isinstance(path, str)), None)
+
+
+def _is_reachable(config: Any) -> bool:
+    """Whether the publisher's host can be found at all: the hub's client would retry for most of a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True  # names are then looked up by the proxy
+    host = urllib.parse.urlparse(constants.ENDPOINT if config.hf_hub_id else config.url).hostname
+    try:
+        return bool(socket.getaddrinfo(host, 443))
+    except OSError:
+        return False
+
+
+def _not_fetched(name: str, config: Any, reason: str) -> UserError:
+    source = f"{constants.ENDPOINT}/{config.hf_hub_id}" if config.hf_hub_id else config.url
+    return UserError(
+        f"weights {name} could not be fetched ({reason}). Without a network: fetch them from {source} elsewhere and "
+        f"give model.weights = 'file:PATH', or bring the cache {constants.HF_HUB_CACHE} from a machine that has one"
+    )
+
+
+def _last_layers(module: nn.Module) -> tuple[str, ...]:
+    """Dotted names of what timm calls the classifier: one layer, or two in distilled transformers."""
+    classifier = module.get_classifier()  # type: ignore[operator]
+    layers = list(classifier) if isinstance(classifier, list | tuple | nn.ModuleList) else [classifier]
+    return tuple(name for name, layer in module.named_modules() if any(layer is one for one in layers))

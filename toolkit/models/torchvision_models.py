@@ -1,0 +1,125 @@
+"""torchvision's classification models by name and weights enum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+from toolkit.data.preprocessing import InputConfig
+from toolkit.errors import UserError
+from toolkit.models.names import check_arguments, first_line, unknown_name
+from toolkit.models.weights import State, map_densenet
+from toolkit.recipe.schema import ModelTable
+
+AUXILIARY = ("AuxLogits", "aux1", "aux2")
+"""Classifiers half-way through Inception and GoogLeNet, in their published weights; never built here."""
+
+
+def construct(table: ModelTable, num_classes: int, channels: int, image_size: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model with ``num_classes`` outputs, random weights, and the dotted name of its last layer."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if table.name not in known:
+        raise unknown_name("model.name", table.name, known)
+    check_arguments(table.args)
+    arguments = {**_own_arguments(table, channels, image_size), **table.args}
+    try:
+        module = torchvision.models.get_model(table.name, weights=None, num_classes=num_classes, **arguments)
+    except Exception as error:  # whatever a constructor makes of its arguments
+        raise UserError(f"torchvision's {table.name} cannot be built: {first_line(error)}") from None
+    if channels != 3:
+        _change_channels(module, channels)
+    return module, (_last_layer(module, num_classes),)
+
+
+def published_state(table: ModelTable) -> State:
+    """The weights the enum names, from torch's cache or downloaded."""
+    weights = _enum(table)
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except Exception as error:  # URLError, OSError, RuntimeError for a wrong hash, ...
+        target = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+        raise UserError(
+            f"weights {table.weights} of {table.name} could not be fetched ({first_line(error)}). Without a network: "
+            f"bring {weights.url} to {target}, or give model.weights = 'file:PATH'"
+        ) from None
+
+
+def adapt(module: nn.Module, state: State, image_size: int) -> State:
+    """Published names and position tables in the form of this module."""
+    state = map_densenet(state)
+    position = "encoder.pos_embedding"
+    is_other_size = (
+        isinstance(module, VisionTransformer)
+        and position in state
+        and (state[position].shape != module.encoder.pos_embedding.shape)
+    )
+    return dict(interpolate_embeddings(image_size, module.patch_size, state)) if is_other_size else state
+
+
+def inputs(table: ModelTable) -> InputConfig:
+    """What the weights were trained with; for weights from a file, what the architecture's default ones were."""
+    preset = _enum(table).transforms()
+    return InputConfig(
+        image_size=preset.crop_size[0],
+        resize=preset.resize_size[0],
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+
+
+def _enum(table: ModelTable) -> Any:
+    """The member of the weights enum; the default one for weights from a file."""
+    members = torchvision.models.get_model_weights(table.name)
+    if table.weights == "DEFAULT" or table.weights.startswith(("file:", "package:")):
+        return members.DEFAULT
+    if table.weights not in members.__members__:
+        raise unknown_name("model.weights", table.weights, list(members.__members__))
+    return members[table.weights]
+
+
+def _own_arguments(table: ModelTable, channels: int, image_size: int) -> dict[str, Any]:
+    """What torchvision's builders add by themselves when they load weights, and the size where it is built in."""
+    if table.name in ("inception_v3", "googlenet"):
+        # Their published weights were trained in TensorFlow, with another normalisation, which the module undoes.
+        is_pretrained = table.weights != "none"
+        return {
+            "aux_logits": False,
+            "init_weights": not is_pretrained,
+            "transform_input": is_pretrained and channels == 3,
+        }
+    if table.name.startswith("vit_"):
+        return {"image_size": image_size}
+    if table.name.startswith("maxvit_"):
+        return {"input_size": (image_size, image_size)}
+    return {}
+
+
+def _change_channels(module: nn.Module, channels: int) -> None:
+    """Another first convolution, for images of other than three channels."""
+    name, conv = next((n, layer) for n, layer in module.named_modules() if isinstance(layer, nn.Conv2d))
+    new = nn.Conv2d(
+        channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        bias=conv.bias is not None,
+    )
+    module.set_submodule(name, new)
+
+
+def _last_layer(module: nn.Module, num_classes: int) -> str:
+    """The last registered layer with as many outputs as there are classes."""
+    layers: list[str] = [
+        name
+        for name, layer in module.named_modules()
+        if (isinstance(layer, nn.Linear) and layer.out_features == num_classes)
+        or (isinstance(layer, nn.Conv2d) and layer.out_channels == num_classes)
+    ]
+    return layers[-1]

@@ -1,0 +1,240 @@
+"""Which parameters train, how fast, and in which mode each layer runs. Frozen means frozen.
+
+A frozen parameter has no gradient, no weight decay and no optimiser state. A module whose parameters are all frozen
+runs in evaluation mode: batch norm statistics stay as they were loaded, dropout and stochastic depth in it are off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from toolkit.errors import UserError
+from toolkit.models.build import BuiltModel
+from toolkit.models.stages import Stage, is_under
+from toolkit.recipe.schema import OptimizerTable, TransferTable
+
+
+@dataclass
+class Transfer:
+    """A model with its transfer mode applied."""
+
+    built: BuiltModel
+    table: TransferTable
+    frozen_by_pattern: frozenset[str]
+    """Names that ``freeze`` matched and ``train`` did not: gradual unfreezing passes them over."""
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Input to output."""
+        return self.built.stages
+
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the parameters that train now."""
+        return [name for name, p in self.built.module.named_parameters() if p.requires_grad]
+
+    def train_mode(self) -> None:
+        """Training mode for what trains, evaluation mode for what is frozen; call it before every training pass."""
+        module = self.built.module
+        module.train()
+        _rest_frozen(module)
+        if self.table.frozen_batch_norm == "update":
+            for layer in module.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.train()
+
+    def unfreeze_for_epoch(self, epoch: int) -> bool:
+        """At the start of an epoch (from 1): open the stages due by now, from the top. Whether anything changed.
+
+        Only ``gradual`` opens any. Where it did, the optimiser needs :func:`new_groups` and DDP must be wrapped anew.
+        """
+        due = sum(start <= epoch for start in self.table.unfreeze_at) if self.table.mode == "gradual" else 0
+        opened = self.stages[:-1][len(self.stages) - 1 - due :] if due else []
+        changed = False
+        for name, parameter in self.built.module.named_parameters():
+            is_due = any(stage.holds(name) for stage in opened) and name not in self.frozen_by_pattern
+            if is_due and not parameter.requires_grad:
+                parameter.requires_grad_(True)
+                changed = True
+        return changed
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """One line of the table that is shown before training."""
+
+    name: str
+    parameters: int
+    trainable: int
+    lr: float
+    """At its height; 0 where nothing trains."""
+    weight_decay: float
+    batch_norm: str
+    """How statistics run: trained, fixed, updated (frozen, but they follow the data); "-": there is none."""
+
+
+def apply_transfer(built: BuiltModel, table: TransferTable) -> Transfer:
+    """Set requires_grad throughout. Raises UserError for a pattern without a match, and where nothing would train."""
+    names = [name for name, _ in built.module.named_parameters()]
+    frozen, trained = _matches("freeze", table.freeze, names, built), _matches("train", table.train, names, built)
+    for name, parameter in built.module.named_parameters():
+        parameter.requires_grad_(name in trained or (_trains_by_mode(built, table, name) and name not in frozen))
+    transfer = Transfer(built, table, frozenset(frozen - trained))
+    if not transfer.trainable:
+        raise UserError(
+            f"transfer.mode = {table.mode!r} with freeze = {table.freeze} leaves nothing to train; "
+            f"the stages are {_listed(built)}"
+        )
+    _check_unfreezing(built, table)
+    _check_stem(built, transfer)
+    transfer.train_mode()
+    return transfer
+
+
+def _trains_by_mode(built: BuiltModel, table: TransferTable, name: str) -> bool:
+    """Whether a parameter trains (at the start), by the mode alone."""
+    is_head, is_classifier = is_under(name, built.heads), is_under(name, built.classifier)
+    match table.mode:
+        case "scratch" | "finetune":
+            return True
+        case "feature_extractor":
+            return is_classifier
+        case "frozen_classifier":
+            return not is_classifier or (is_head and table.new_layer == "train")
+        case "linear_probe" | "gradual":
+            return is_head
+
+
+def _matches(key: str, patterns: list[str], names: list[str], built: BuiltModel) -> set[str]:
+    """The names that any of the patterns matches; each must match one."""
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise UserError(
+                f"transfer.{key}: no parameter's name matches {pattern!r}; names are like {names[0]}, {names[-1]}, "
+                f"and the stages are {_listed(built)}"
+            )
+        found |= matched
+    return found
+
+
+def _listed(built: BuiltModel) -> str:
+    return ", ".join("/".join(stage.prefixes) for stage in built.stages)
+
+
+def _check_unfreezing(built: BuiltModel, table: TransferTable) -> None:
+    if table.mode != "gradual":
+        return
+    if not table.unfreeze_at:
+        raise UserError(
+            "transfer.mode = 'gradual' needs unfreeze_at: the epochs at which one more stage begins to train"
+        )
+    if len(table.unfreeze_at) > len(built.stages) - 1:
+        raise UserError(
+            f"transfer.unfreeze_at has {len(table.unfreeze_at)} epochs, but {len(built.stages) - 1} stages are below "
+            f"the head: {_listed(built)}"
+        )
+
+
+def _check_stem(built: BuiltModel, transfer: Transfer) -> None:
+    """A new first convolution must train: frozen at its random start it would spoil all that follows."""
+    stem = built.new_stem
+    if stem and not any(is_under(name, [stem]) for name in transfer.trainable):
+        raise UserError(
+            f"{stem} is new (model.stem = 'small') and would stay frozen at its random start; "
+            f'add transfer.train = ["{stem}.*"]'
+        )
+
+
+def _rest_frozen(module: nn.Module) -> None:
+    """Put what is frozen in evaluation mode, from ``module`` (not all frozen itself) down.
+
+    A child without parameters, such as dropout, works for the next child that has some, and rests with it.
+    """
+    children = list(module.children())
+    is_next_frozen = False
+    for child in reversed(children):
+        parameters = list(child.parameters())
+        if parameters:
+            is_next_frozen = not any(p.requires_grad for p in parameters)
+        if is_next_frozen:
+            child.eval()
+        else:
+            _rest_frozen(child)
+
+
+def new_groups(
+    built: BuiltModel, table: TransferTable, optimizer: OptimizerTable, groups: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Parameter groups for what trains and is in none of ``groups`` yet, stage by stage from the input.
+
+    Each has params, lr, weight_decay, name, and lr_scale: the multiple of optimizer.lr that a scheduler must keep.
+    """
+    known = {id(p) for group in groups for p in group["params"]}
+    found = []
+    for stage, lr_scale in zip(built.stages, _lr_scales(built, table), strict=True):
+        fresh = [
+            (name, p)
+            for name, p in built.module.named_parameters()
+            if stage.holds(name) and p.requires_grad and id(p) not in known
+        ]
+        plain = [p for _, p in fresh if optimizer.decay_bias_and_norm or p.ndim > 1]
+        exempt = [p for _, p in fresh if not optimizer.decay_bias_and_norm and p.ndim <= 1]
+        for params, decay, suffix in ((plain, optimizer.weight_decay, ""), (exempt, 0.0, " (no decay)")):
+            if params:
+                found.append(
+                    {
+                        "params": params,
+                        "lr": optimizer.lr * lr_scale,
+                        "lr_scale": lr_scale,
+                        "weight_decay": decay,
+                        "name": stage.name + suffix,
+                    }
+                )
+    return found
+
+
+def param_groups(built: BuiltModel, table: TransferTable, optimizer: OptimizerTable) -> list[dict[str, Any]]:
+    """Parameter groups of everything that trains now, each parameter once; see :func:`new_groups`."""
+    return new_groups(built, table, optimizer, [])
+
+
+def _lr_scales(built: BuiltModel, table: TransferTable) -> list[float]:
+    """Learning rate of each stage as a multiple of optimizer.lr, input first."""
+    below = len(built.stages) - 1
+    return [*(table.backbone_lr * table.layer_decay ** (below - index) for index in range(below)), table.head_lr]
+
+
+def parts_table(
+    built: BuiltModel, transfer: Transfer, table: TransferTable, optimizer: OptimizerTable
+) -> list[PartRow]:
+    """One row a stage, input first."""
+    scales = _lr_scales(built, table)
+    return [_row(built, stage, scale, table, optimizer) for stage, scale in zip(transfer.stages, scales, strict=True)]
+
+
+def _row(built: BuiltModel, stage: Stage, lr_scale: float, table: TransferTable, optimizer: OptimizerTable) -> PartRow:
+    inside = [p for name, p in built.module.named_parameters() if stage.holds(name)]
+    trainable = sum(p.numel() for p in inside if p.requires_grad)
+    return PartRow(
+        name=stage.name,
+        parameters=sum(p.numel() for p in inside),
+        trainable=trainable,
+        lr=optimizer.lr * lr_scale if trainable else 0.0,
+        weight_decay=optimizer.weight_decay if trainable else 0.0,
+        batch_norm=_batch_norm(built.module, stage, table),
+    )
+
+
+def _batch_norm(module: nn.Module, stage: Stage, table: TransferTable) -> str:
+    """How the batch norms of a stage run; more than one word where they differ."""
+    layers = [layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm) and stage.holds(name)]
+    frozen = "updated" if table.frozen_batch_norm == "update" else "fixed"
+    modes = ["trained" if any(p.requires_grad for p in layer.parameters()) else frozen for layer in layers]
+    return ", ".join(dict.fromkeys(modes)) or "-"

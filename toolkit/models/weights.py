@@ -1,0 +1,219 @@
+"""Weights from files: read without running code, names put right, and fitted to a model without silence."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from toolkit.errors import UserError
+from toolkit.models.stages import is_under
+
+State = dict[str, Tensor]
+
+SHOWN = 4
+"""So many names are listed in a message."""
+WRAPPED_AS = ("state_dict", "model", "model_state_dict", "module")
+"""Keys under which training programs keep the state dict."""
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+"""What DDP and torch.compile put before every name."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of a state dict."""
+
+    notes: list[str]
+    """What was kept, adapted and left out, for people."""
+    new: list[str]
+    """The parts that kept their random start."""
+
+
+def is_file_reference(weights: str) -> bool:
+    """Whether ``[model] weights`` names a file rather than published weights."""
+    return weights.startswith(("file:", "package:"))
+
+
+def locate(weights: str) -> Path:
+    """The file that ``file:PATH`` or ``package:NAME/PATH`` means; the package is found, never imported.
+
+    Raises UserError where there is none.
+    """
+    kind, _, reference = weights.partition(":")
+    path = Path(reference).expanduser() if kind == "file" else _locate_in_package(reference)
+    if not path.is_file():
+        raise UserError(f"model.weights = {weights!r}: there is no file {path}")
+    return path
+
+
+def _locate_in_package(reference: str) -> Path:
+    package, _, inner = reference.partition("/")
+    parts = PurePosixPath(inner).parts
+    if not package.isidentifier() or not parts or ".." in parts or inner.startswith("/"):
+        raise UserError(
+            f"model.weights = 'package:{reference}': write package:IMPORT_NAME/path/inside/the/package, without '..'"
+        )
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not folders:
+        raise UserError(
+            f"model.weights = 'package:{reference}': no package {package!r} is installed; install it with pip "
+            f"(its name there may have hyphens: {package.replace('_', '-')})"
+        )
+    found = [Path(folder, *parts) for folder in folders]
+    return next((path for path in found if path.is_file()), found[0])
+
+
+def read_state(path: Path) -> State:
+    """The tensors in a .safetensors file or a PyTorch checkpoint (.pth, .pt, .bin), by name, on the CPU.
+
+    A state dict within a checkpoint is found, prefixes of wrappers are taken off. Raises UserError for a damaged file,
+    and for a pickle that holds anything but tensors and plain values: loading it could run code.
+    """
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
+    for key in WRAPPED_AS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"weights file {path} holds no state dict (a mapping from names to tensors)")
+    return _without_wrappers(content)
+
+
+def _read_safetensors(path: Path) -> State:
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"weights file {path} cannot be read: {error}") from None
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"weights file {path} is damaged, or holds more than tensors and is refused because loading it could run "
+            f"code; save its state dict as .safetensors where you trust it ({reason})"
+        ) from None
+    except Exception as error:
+        raise UserError(f"weights file {path} cannot be read: {str(error).strip().splitlines()[0]}") from None
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> State:
+    for prefix in WRAPPER_PREFIXES * 2:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def fit_state(
+    module: nn.Module, state: State, *, new: Iterable[str], source: str, ignored: tuple[str, ...] = ()
+) -> Loaded:
+    """Load ``state`` into ``module``, all of it, except for the parts named in ``new`` where they do not fit.
+
+    ``ignored`` are prefixes of names that the architecture deliberately leaves out (auxiliary classifiers).
+    Raises UserError listing what else is missing, unexpected or of another shape; the module is then unchanged.
+    """
+    own = module.state_dict()
+    state = {name: tensor for name, tensor in state.items() if not is_under(name, ignored)}
+    notes, left_out = _adapt_first_convolution(module, own, state), []
+    for part in new:
+        inside = {name: tuple(tensor.shape) for name, tensor in state.items() if is_under(name, (part,))}
+        if inside == {name: tuple(tensor.shape) for name, tensor in own.items() if is_under(name, (part,))}:
+            notes.append(f"{part}: the layer in the weights fits and is kept")
+            continue
+        left_out.append(part)
+        notes.append(f"{part} is new; left out of the weights: {_listed(inside)}")
+        own = {name: tensor for name, tensor in own.items() if not is_under(name, (part,))}
+        state = {name: tensor for name, tensor in state.items() if name not in inside}
+    _check_fit(own, state, source)
+    module.load_state_dict(state, strict=False)
+    return Loaded(notes, left_out)
+
+
+def _adapt_first_convolution(module: nn.Module, own: State, state: State) -> list[str]:
+    """Weights for colour images in a model for grey ones: summed over the channels, as timm does."""
+    first = next((name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)), None)
+    name = f"{first}.weight"
+    if name not in own or name not in state or state[name].ndim != 4:
+        return []
+    theirs, ours = state[name].shape, own[name].shape
+    if theirs[1] == ours[1] or (theirs[0], *theirs[2:]) != (ours[0], *ours[2:]):
+        return []
+    from timm.models import adapt_input_conv
+
+    state[name] = adapt_input_conv(ours[1], state[name])
+    return [f"{name}: adapted from {theirs[1]} input channels to {ours[1]}"]
+
+
+def _check_fit(own: State, state: State, source: str) -> None:
+    """Raise UserError unless both hold the same names and shapes. Old files lack batch norm's counts of batches."""
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in own]
+    misshapen = [
+        f"{name} ({_shape(state[name].shape)} in the file, {_shape(own[name].shape)} in the model)"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(faults.values()):
+        text = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in faults.items() if names)
+        raise UserError(f"{source} belongs to another architecture: {text}")
+
+
+def map_efficientnet_lite(state: State, blocks: Iterable[Iterable[nn.Module]]) -> State:
+    """Names of the efficientnet_lite_pytorch package to those of timm's tf_efficientnet_lite models.
+
+    That package numbers all blocks in one list, timm (``blocks``) by stage and block. Only the first block has no
+    expansion, and in it batch norms are numbered differently.
+    """
+    flat = [f"blocks.{s}.{b}" for s, stage in enumerate(blocks) for b, _ in enumerate(stage)]
+    mapped: State = {}
+    for key, tensor in state.items():
+        parts = key.split(".")
+        if parts[0] == "_blocks" and len(parts) == 4 and int(parts[1]) < len(flat):
+            names = _EXPANDED if f"_blocks.{parts[1]}._expand_conv.weight" in state else _SEPARABLE
+            key = f"{flat[int(parts[1])]}.{names.get(parts[2], parts[2])}.{parts[3]}"
+        elif parts[0] in _OUTSIDE:
+            key = ".".join((_OUTSIDE[parts[0]], *parts[1:]))
+        mapped[key] = tensor
+    return mapped
+
+
+_OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_EXPANDED = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+
+def map_densenet(state: State) -> State:
+    """Names in torchvision's published DenseNet files (``denselayer1.norm.1``) to today's (``denselayer1.norm1``)."""
+    return {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", key): t for key, t in state.items()}
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} ({_shape(shape)})" for name, shape in shapes.items()) or "nothing, it has no such layer"
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(str(size) for size in shape)

@@ -1,0 +1,261 @@
+"""Build catalog.json. The only part of the recipe language that imports torch, and only when it is called."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import json
+import math
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+EXCLUDED_TRANSFORMS = {
+    "ClampBoundingBoxes": "is for bounding boxes",
+    "ClampKeyPoints": "is for key points",
+    "Compose": "is a container: list its transforms in the recipe instead",
+    "ConvertBoundingBoxFormat": "is for bounding boxes",
+    "ConvertImageDtype": "changes the type, which the toolkit does itself",
+    "CutMix": "mixes examples: use augment.cutmix",
+    "FiveCrop": "makes several images of one",
+    "Lambda": "runs code, and a recipe is data",
+    "LinearTransformation": "takes a matrix, which a recipe cannot hold",
+    "MixUp": "mixes examples: use augment.mixup",
+    "Normalize": "is done last by the toolkit: use data.normalize",
+    "PILToTensor": "changes the type, which the toolkit does itself",
+    "RandomApply": "is a container: use apply_p beside the transform's name",
+    "RandomChoice": "is a container: name one transform",
+    "RandomIoUCrop": "is for bounding boxes",
+    "RandomOrder": "is a container: list its transforms in the recipe instead",
+    "SanitizeBoundingBoxes": "is for bounding boxes",
+    "SanitizeKeyPoints": "is for key points",
+    "SetClampingMode": "is for bounding boxes",
+    "TenCrop": "makes several images of one",
+    "ToDtype": "changes the type, which the toolkit does itself",
+    "ToImage": "changes the type, which the toolkit does itself",
+    "ToPILImage": "changes the type, which the toolkit does itself",
+    "ToPureTensor": "changes the type, which the toolkit does itself",
+    "ToTensor": "changes the type, which the toolkit does itself",
+    "Transform": "is the base of the other classes",
+    "UniformTemporalSubsample": "is for videos",
+}
+"""Classes that make no sense on one image of a recipe, and why, as the error message says it."""
+
+OWN_OPTIMIZER_KEYS = {"self", "params", "lr", "weight_decay", "momentum", "nesterov", "maximize", "differentiable"}
+"""Arguments that a recipe gives in another way (lr, nag), or that would break training."""
+
+
+def generate() -> str:
+    """The text of catalog.json for the installed versions."""
+    import timm
+    import torch
+    import torchvision
+
+    inputs = _Inputs()
+    excluded_optimizers = _excluded_optimizers()
+    content = {
+        "versions": {module.__name__: _release(module.__version__) for module in (torch, torchvision, timm)},
+        "torchvision": {"models": _torchvision_models(inputs)},
+        "timm": {"models": _timm_models(inputs)},
+        "inputs": inputs.rows,
+        "transforms": _transforms(EXCLUDED_TRANSFORMS),
+        "excluded_transforms": EXCLUDED_TRANSFORMS,
+        "optimizers": _optimizers(excluded_optimizers),
+        "excluded_optimizers": excluded_optimizers,
+    }
+    return _layout(content) + "\n"
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that catalog.json is made from, without importing them."""
+    from importlib.metadata import version
+
+    return {name: _release(version(name)) for name in ("torch", "torchvision", "timm")}
+
+
+def _release(version: str) -> str:
+    """Without the local part: 2.11.0+cpu is 2.11.0."""
+    return str(version).split("+")[0]
+
+
+def _layout(value: Any, depth: int = 0) -> str:
+    """JSON with one entry a line down to the third level, so that changes can be read."""
+    if depth == 3 or not isinstance(value, dict | list) or not value:
+        return json.dumps(value, separators=(",", ":"))
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(json.dumps(item, separators=(",", ":")) for item in value) + "\n]"
+    return "{\n" + ",\n".join(f"{json.dumps(key)}:{_layout(item, depth + 1)}" for key, item in value.items()) + "\n}"
+
+
+class _Inputs:
+    """Input configurations, each kept once."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[Any]] = []
+        self._index: dict[str, int] = {}
+
+    def number(self, row: list[Any]) -> int:
+        key = json.dumps(row)
+        if key not in self._index:
+            self._index[key] = len(self.rows)
+            self.rows.append(row)
+        return self._index[key]
+
+
+def _torchvision_models(inputs: _Inputs) -> dict[str, dict[str, int]]:
+    """Weights of each classification model, the default first, with the number of their input configuration."""
+    from torchvision import models
+
+    found = {}
+    for name in sorted(models.list_models(module=models)):
+        weights = models.get_model_weights(name)
+        ordered = sorted(weights, key=lambda entry: (entry is not weights.DEFAULT, entry.name))
+        found[name] = {entry.name: inputs.number(_preset_row(entry.transforms())) for entry in ordered}
+    return found
+
+
+def _preset_row(preset: Any) -> list[Any]:
+    return [
+        preset.crop_size[0],
+        preset.resize_size[0],
+        preset.interpolation.value,
+        list(map(float, preset.mean)),
+        list(map(float, preset.std)),
+    ]
+
+
+def _timm_models(inputs: _Inputs) -> dict[str, dict[str, int]]:
+    """Tags of each architecture, the default first, with the number of their input configuration."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    found: dict[str, dict[str, int]] = {name: {} for name in sorted(timm.list_models())}
+    for full_name in timm.list_pretrained():
+        name, _, tag = full_name.partition(".")
+        default = get_pretrained_cfg(name)
+        row = inputs.number(_timm_row(get_pretrained_cfg(full_name)))
+        if default is not None and default.tag == tag:
+            found[name] = {tag: row, **found[name]}
+        else:
+            found[name][tag] = row
+    return found
+
+
+def _timm_row(config: Any) -> list[Any]:
+    size = config.input_size[-1]
+    resize = math.floor(size / (config.crop_pct or 0.875))
+    return [size, resize, config.interpolation, list(map(float, config.mean)), list(map(float, config.std))]
+
+
+def _transforms(excluded: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Arguments of each transform of single images."""
+    from torchvision.transforms import v2
+
+    classes = {name: value for name, value in vars(v2).items() if inspect.isclass(value)}
+    return {
+        name: {parameter.name: _argument(parameter) for parameter in _parameters(cls)}
+        for name, cls in sorted(classes.items())
+        if issubclass(cls, v2.Transform) and name not in excluded
+    }
+
+
+def _parameters(cls: type) -> Iterable[inspect.Parameter]:
+    skipped = ("self", "inplace")
+    parameters = inspect.signature(cls.__init__, eval_str=True).parameters.values()  # type: ignore[misc]
+    return [p for p in parameters if p.name not in skipped and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _argument(parameter: inspect.Parameter) -> dict[str, Any]:
+    """Kinds of TOML values that an argument takes (empty: not known), its default or that it is required."""
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        annotation = type(parameter.default)
+    argument: dict[str, Any] = {"kinds": sorted(_kinds(annotation)), "required": parameter.default is parameter.empty}
+    if parameter.default is not parameter.empty:
+        argument["default"] = _plain(parameter.default)
+    choices = _choices(annotation)
+    if choices:
+        argument["choices"] = choices
+    return argument
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The words that an argument takes, where they are a closed list."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(typing.get_args(annotation))
+    members = typing.get_args(annotation) or (annotation,)
+    return [str(item.value) for cls in members if inspect.isclass(cls) and issubclass(cls, enum.Enum) for item in cls]
+
+
+def _kinds(annotation: Any) -> set[str]:
+    """Names of the TOML kinds (integer, number, boolean, text, array) that an annotation admits."""
+    from numbers import Number
+
+    members = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Union else (annotation,)
+    if any(inspect.isclass(cls) and issubclass(cls, enum.Enum) for cls in members):
+        return {"text"}
+    simple = {int: "integer", float: "number", bool: "boolean", str: "text", Number: "number"}
+    found = {simple[member] for member in members if member in simple}
+    origins = [typing.get_origin(member) or member for member in members]
+    if any(inspect.isclass(o) and issubclass(o, typing.Sequence) and o is not str for o in origins):
+        found.add("array")
+    if typing.get_origin(annotation) is typing.Literal:
+        found.add("text")
+    return found - {"integer"} if "number" in found else found
+
+
+def _excluded_optimizers() -> dict[str, str]:
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    reasons = {}
+    for name in list_optimizers():
+        if name.startswith("bnb"):
+            reasons[name] = "needs the package bitsandbytes and a GPU"
+        elif name.startswith("fused"):
+            reasons[name] = "needs NVIDIA's apex"
+        elif get_optimizer_info(name).second_order:
+            reasons[name] = "needs second derivatives, which the training loop does not compute"
+    return reasons
+
+
+def _optimizers(excluded: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """sgd, nag, adam and adamw are PyTorch's; the others timm's."""
+    import torch
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    own = {
+        "sgd": (torch.optim.SGD, "Stochastic gradient descent with classical momentum."),
+        "nag": (torch.optim.SGD, "Stochastic gradient descent with Nesterov's accelerated gradient."),
+        "adam": (torch.optim.Adam, "Adam (Kingma & Ba 2015); weight decay is an L2 penalty."),
+        "adamw": (torch.optim.AdamW, "AdamW (Loshchilov & Hutter 2019); weight decay is decoupled."),
+    }
+    found = {name: _optimizer(cls, text) for name, (cls, text) in own.items()}
+    for name in sorted(set(list_optimizers()) - set(excluded) - set(own)):
+        info = get_optimizer_info(name)
+        found[name] = _optimizer(info.opt_class, info.description)
+    return found
+
+
+def _optimizer(cls: Any, description: str) -> dict[str, Any]:
+    if isinstance(cls, type):
+        parameters = {parameter.name: parameter for parameter in _parameters(cls)}
+    else:  # timm binds some options with functools.partial
+        parameters = dict(inspect.signature(cls).parameters)
+    args = {
+        name: _json_default(parameter.default)
+        for name, parameter in parameters.items()
+        if name not in OWN_OPTIMIZER_KEYS and parameter.kind is not parameter.VAR_KEYWORD
+    }
+    return {"momentum": "momentum" in parameters, "description": description, "args": args}
+
+
+def _json_default(value: Any) -> Any:
+    """The default as TOML has it; null for None and for what TOML cannot hold."""
+    plain = _plain(value)
+    return plain if isinstance(plain, bool | int | float | str | list) else None

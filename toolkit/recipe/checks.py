@@ -1,0 +1,299 @@
+"""Rules between keys: combinations that cannot work, or that surely were not meant. One small function a rule."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from toolkit.recipe import names
+from toolkit.recipe.catalog import weights_input
+from toolkit.recipe.diagnostics import Finding, dotted
+from toolkit.recipe.names import MODEL, SOURCE, WEIGHTS
+from toolkit.recipe.positions import Path
+from toolkit.recipe.schema import NormalizeValues, Recipe, SchedulerTable
+from toolkit.recipe.writing import toml_value
+
+MODE = ("transfer", "mode")
+EPOCHS = ("train", "epochs")
+GREY_DATASETS = ("digits", "fashion_mnist")
+NORMALIZATIONS = {
+    "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "half": ([0.5] * 3, [0.5] * 3),
+    "none": ([0.0] * 3, [1.0] * 3),
+}
+"""Mean and deviation of the named choices of data.normalize."""
+
+SCHEDULE_KEYS = {
+    "step_size": ("step",),
+    "gamma": ("step", "exponential", "plateau"),
+    "min_lr": ("cosine", "plateau"),
+    "metric": ("plateau",),
+    "patience": ("plateau",),
+    "threshold": ("plateau",),
+    "peak_at": ("one_cycle",),
+    "start_factor": ("one_cycle",),
+    "end_factor": ("one_cycle",),
+}
+"""The schedules that use each key; keys not listed are for all."""
+
+LONGEST_LABEL = 128
+"""W&B's limit for run names, groups and the like, in characters."""
+
+
+def mode_fits_weights(recipe: Recipe) -> Iterator[Finding]:
+    """Transfer modes that rest on pretrained weights have some; scratch has none."""
+    mode, weights = recipe.transfer.mode, recipe.model.weights
+    if mode == "scratch" and weights != "none":
+        hint = 'to use the weights set transfer.mode = "finetune", to start at random model.weights = "none"'
+        yield Finding(
+            'transfer.mode: "scratch" contradicts model.weights, which names pretrained ones', MODE, (WEIGHTS,), hint
+        )
+    elif mode == "finetune" and weights == "none":
+        message = 'transfer.mode: "finetune" without pretrained weights is the same as "scratch"'
+        yield Finding(message, MODE, (WEIGHTS,), "set model.weights", severity="warning")
+    elif mode not in ("scratch", "finetune") and weights == "none":
+        message = f'transfer.mode: "{mode}" needs pretrained weights, and model.weights is "none"'
+        yield Finding(message, MODE, (WEIGHTS,), 'set model.weights, or transfer.mode = "scratch"')
+
+
+def unfreezing_fits_mode(recipe: Recipe) -> Iterator[Finding]:
+    """unfreeze_at belongs to gradual, rises, and ends within the run."""
+    mode, at = recipe.transfer.mode, recipe.transfer.unfreeze_at
+    path = ("transfer", "unfreeze_at")
+    if mode == "gradual" and not at:
+        yield Finding('transfer.mode: "gradual" needs unfreeze_at', MODE, (path,), "for example unfreeze_at = [5, 10]")
+    if mode != "gradual" and at:
+        yield Finding(f'transfer.unfreeze_at: only mode "gradual" uses it, not "{mode}"', path, (MODE,), at="key")
+    if any(later <= earlier for earlier, later in pairwise(at)):
+        yield Finding("transfer.unfreeze_at: the epochs must rise", path)
+    if at and max(at) > recipe.train.epochs:
+        message = f"transfer.unfreeze_at: epoch {max(at)} is beyond the run's {recipe.train.epochs} epochs"
+        yield Finding(message, path, (EPOCHS,))
+
+
+def new_layer_fits_mode(recipe: Recipe) -> Iterator[Finding]:
+    """new_layer belongs to frozen_classifier."""
+    if recipe.transfer.new_layer == "freeze" and recipe.transfer.mode != "frozen_classifier":
+        message = f'transfer.new_layer: only mode "frozen_classifier" uses it, not "{recipe.transfer.mode}"'
+        yield Finding(message, ("transfer", "new_layer"), (MODE,), at="key")
+
+
+def head_fits_model(recipe: Recipe) -> Iterator[Finding]:
+    """Only AlexNet and VGG have a classifier of several layers to replace."""
+    model, path = recipe.model, ("model", "head", "replaces")
+    has_classifier = model.source == "torchvision" and model.name.startswith(("alexnet", "vgg"))
+    if model.head.replaces == "classifier" and not has_classifier:
+        message = (
+            f'model.head.replaces: "classifier" is for torchvision\'s alexnet and vgg, not {toml_value(model.name)}'
+        )
+        yield Finding(message, path, (MODEL, SOURCE), 'set "last_layer"')
+
+
+def stem_fits_model(recipe: Recipe) -> Iterator[Finding]:
+    """The small stem is for ResNets, and takes the place of a pretrained layer."""
+    model, path = recipe.model, ("model", "stem")
+    if model.stem != "small":
+        return
+    if not model.name.startswith(("resnet", "resnext", "wide_resnet")):
+        yield Finding(f'model.stem: "small" is for ResNets, not {toml_value(model.name)}', path, (MODEL, SOURCE))
+    elif model.weights != "none":
+        message = 'model.stem: "small" replaces the first convolution, whose pretrained weights are lost'
+        yield Finding(message, path, (WEIGHTS,), severity="warning")
+
+
+def channels_of(recipe: Recipe) -> int:
+    """Channels of the model's input: as said, else three for pretrained weights, else the data set's own."""
+    if recipe.data.channels:
+        return recipe.data.channels
+    return 1 if recipe.model.weights == "none" and recipe.data.dataset in GREY_DATASETS else 3
+
+
+def normalization_has_all_channels(recipe: Recipe) -> Iterator[Finding]:
+    """Stated means and deviations are as many as there are channels."""
+    values, channels = recipe.data.normalize, channels_of(recipe)
+    if isinstance(values, NormalizeValues) and len(values.mean) != channels:
+        related: tuple[Path, ...] = (("data", "channels"), ("data", "dataset"), WEIGHTS)
+        message = f"data.normalize: {len(values.mean)} values for {channels} channel{'s' if channels > 1 else ''}"
+        yield Finding(message, ("data", "normalize"), related, "give one value a channel")
+
+
+def normalization_fits_weights(recipe: Recipe) -> Iterator[Finding]:
+    """What the pretrained weights were trained with is what they are given."""
+    model, choice = recipe.model, recipe.data.normalize
+    if choice == "auto" or model.source == "toolkit" or channels_of(recipe) != 3:
+        return
+    expected = weights_input(model.source, model.name, model.weights)
+    if expected is None:
+        return
+    wanted = f"mean {toml_value(expected.mean)} and std {toml_value(expected.std)}"
+    if choice == "dataset":
+        given = "those of the training images"
+    else:
+        mean, std = (choice.mean, choice.std) if isinstance(choice, NormalizeValues) else NORMALIZATIONS[choice]
+        if _close(mean, expected.mean) and _close(std, expected.std):
+            return
+        given = f"mean {toml_value(mean)} and std {toml_value(std)}"
+    message = f"data.normalize: the weights {model.weights} of {model.name} expect {wanted}; the recipe gives {given}"
+    yield Finding(
+        message,
+        ("data", "normalize"),
+        (MODEL, SOURCE, WEIGHTS),
+        'normalize = "auto" follows the weights',
+        severity="warning",
+    )
+
+
+def _close(one: Any, other: Any) -> bool:
+    return len(one) == len(other) and all(abs(a - b) < 1e-3 for a, b in zip(one, other, strict=True))
+
+
+def warmup_fits_run(recipe: Recipe) -> Iterator[Finding]:
+    """The warm-up ends before the run does."""
+    warmup, epochs = recipe.scheduler.warmup_epochs, recipe.train.epochs
+    if warmup >= epochs:
+        message = f"scheduler.warmup_epochs: a warm-up of {warmup:g} epochs leaves nothing of a run of {epochs}"
+        yield Finding(message, ("scheduler", "warmup_epochs"), (EPOCHS,))
+
+
+def step_fits_run(recipe: Recipe) -> Iterator[Finding]:
+    """At least one step falls into the run."""
+    table, epochs = recipe.scheduler, recipe.train.epochs
+    if table.name == "step" and table.step_size is not None and table.step_size >= epochs:
+        message = f"scheduler.step_size: a step of {table.step_size} epochs never comes in a run of {epochs}"
+        yield Finding(message, ("scheduler", "step_size"), (EPOCHS, ("scheduler", "name")), severity="warning")
+
+
+def schedule_uses_keys(recipe: Recipe) -> Iterator[Finding]:
+    """Keys of another schedule have no effect."""
+    table, default = recipe.scheduler, SchedulerTable()
+    for key, users in SCHEDULE_KEYS.items():
+        if table.name not in users and getattr(table, key) != getattr(default, key):
+            message = f'scheduler.{key}: has no effect with name = "{table.name}"; it is for {" and ".join(users)}'
+            yield Finding(message, ("scheduler", key), (("scheduler", "name"),), severity="warning", at="key")
+
+
+def lowest_rate_is_below(recipe: Recipe) -> Iterator[Finding]:
+    """min_lr is no more than lr."""
+    low, high = recipe.scheduler.min_lr, recipe.optimizer.lr
+    if low > high and recipe.scheduler.name in SCHEDULE_KEYS["min_lr"]:
+        message = f"scheduler.min_lr: {low:g} is above optimizer.lr, {high:g}"
+        yield Finding(message, ("scheduler", "min_lr"), (("optimizer", "lr"), ("scheduler", "name")))
+
+
+def stopping_fits_run(recipe: Recipe) -> Iterator[Finding]:
+    """Early stopping can happen, and has a patience."""
+    table, epochs = recipe.early_stopping, recipe.train.epochs
+    path = ("early_stopping", "patience")
+    if table.patience is not None and table.patience >= epochs:
+        message = (
+            f"early_stopping.patience: {table.patience} epochs without improvement never come in a run of {epochs}"
+        )
+        yield Finding(message, path, (EPOCHS,), severity="warning")
+    if table.patience is None and table.min_delta:
+        message = "early_stopping.min_delta: has no effect without patience"
+        yield Finding(message, ("early_stopping", "min_delta"), (path,), severity="warning", at="key")
+
+
+def metric_is_measured_plainly(recipe: Recipe) -> Iterator[Finding]:
+    """Accuracy on mixed images, which have no single label, is not to be watched."""
+    mixes = [key for key in ("mixup", "cutmix") if getattr(recipe.augment, key)]
+    watched = {("early_stopping", "metric"): recipe.early_stopping.patience and recipe.early_stopping.metric}
+    if recipe.scheduler.name == "plateau":
+        watched["scheduler", "metric"] = recipe.scheduler.metric
+    for path, metric in watched.items():
+        if mixes and metric == "train/accuracy":
+            related: tuple[Path, ...] = (*(("augment", key) for key in mixes), ("early_stopping", "patience"))
+            message = f"{dotted(path)}: with {' and '.join(mixes)}, train/accuracy is measured on mixed images"
+            yield Finding(message, path, related, "watch a validation figure", severity="warning")
+
+
+def mixing_keys_have_effect(recipe: Recipe) -> Iterator[Finding]:
+    """mix_p and cutmix_share need something to mix."""
+    table = recipe.augment
+    related: tuple[Path, ...] = (("augment", "mixup"), ("augment", "cutmix"))
+    if table.mix_p != 1 and not (table.mixup or table.cutmix):
+        message = "augment.mix_p: has no effect without mixup or cutmix"
+        yield Finding(message, ("augment", "mix_p"), related, severity="warning", at="key")
+    if table.cutmix_share != 0.5 and not (table.mixup and table.cutmix):
+        message = "augment.cutmix_share: has no effect unless both mixup and cutmix are on"
+        yield Finding(message, ("augment", "cutmix_share"), related, severity="warning", at="key")
+
+
+def batch_divides(recipe: Recipe) -> Iterator[Finding]:
+    """The batch falls into equal parts."""
+    batch, parts = recipe.train.batch_size, recipe.train.accumulation
+    if batch % parts:
+        below, above = batch // parts * parts, (batch // parts + 1) * parts
+        hint = f"for example batch_size = {f'{below} or ' if below else ''}{above}"
+        message = f"train.batch_size: {batch} does not divide into {parts} equal parts (train.accumulation)"
+        yield Finding(message, ("train", "batch_size"), (("train", "accumulation"),), hint)
+
+
+def balance_is_not_doubled(recipe: Recipe) -> Iterator[Finding]:
+    """Balanced drawing and balanced weights together favour rare classes twice."""
+    if recipe.train.sampling == "balanced" and recipe.train.class_weights == "balanced":
+        message = 'train.class_weights: with sampling = "balanced" rare classes are favoured twice'
+        yield Finding(message, ("train", "class_weights"), (("train", "sampling"),), severity="warning")
+
+
+def data_keys_have_effect(recipe: Recipe) -> Iterator[Finding]:
+    """background_class is Caltech's."""
+    data = recipe.data
+    if data.background_class and data.dataset != "caltech101":
+        message = f'data.background_class: has no effect with dataset = "{data.dataset}"'
+        yield Finding(message, ("data", "background_class"), (("data", "dataset"),), severity="warning", at="key")
+
+
+def labels_are_one_line(recipe: Recipe) -> Iterator[Finding]:
+    """Names that others show, and paths, hold no line breaks or other control characters."""
+    tracking = recipe.tracking
+    labels: dict[Path, str | None] = {
+        ("tracking", key): getattr(tracking, key) for key in ("entity", "group", "run_name")
+    }
+    labels |= {("tracking", "tags", index): tag for index, tag in enumerate(tracking.tags)}
+    for path, text in labels.items():
+        longest = 64 if "tags" in path else LONGEST_LABEL
+        if text is not None and not 1 <= len(text) <= longest:
+            yield Finding(f"{dotted(path)}: expected text of 1 to {longest} characters, found {len(text)}", path)
+    labels |= {("recipe", "description"): recipe.recipe.description, ("recipe", "run_root"): recipe.recipe.run_root}
+    labels |= {("data", "root"): recipe.data.root, WEIGHTS: recipe.model.weights}
+    for path, text in labels.items():
+        if text and any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in text):
+            yield Finding(f"{dotted(path)}: line breaks and control characters are not allowed here", path)
+
+
+RULES = (
+    names.model_is_known,
+    names.weights_are_known,
+    names.model_arguments_are_free,
+    names.optimizer_is_known,
+    names.transforms_are_known,
+    names.policy_is_known,
+    names.figures_are_known,
+    mode_fits_weights,
+    unfreezing_fits_mode,
+    new_layer_fits_mode,
+    head_fits_model,
+    stem_fits_model,
+    normalization_has_all_channels,
+    normalization_fits_weights,
+    warmup_fits_run,
+    step_fits_run,
+    schedule_uses_keys,
+    lowest_rate_is_below,
+    stopping_fits_run,
+    metric_is_measured_plainly,
+    mixing_keys_have_effect,
+    batch_divides,
+    balance_is_not_doubled,
+    data_keys_have_effect,
+    labels_are_one_line,
+)
+
+
+def check(recipe: Recipe) -> Iterator[Finding]:
+    """All that is wrong or doubtful between the keys of a recipe whose tables are each valid."""
+    for rule in RULES:
+        yield from rule(recipe)

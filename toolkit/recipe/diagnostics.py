@@ -1,0 +1,128 @@
+"""What is wrong with a recipe, where, and what to do: one :class:`Diagnostic` a fault, shown as compilers do."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from toolkit.errors import UserError
+from toolkit.recipe.positions import Path
+from toolkit.recipe.writing import toml_key
+
+SHOWN = 30
+"""A message lists at most so many faults."""
+
+SOURCE_WIDTH = 110
+"""Longer source lines are shown as the part around the fault, in characters."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place in a recipe file or in a ``--set`` argument."""
+
+    file: str
+    """Path as the user knows it, or ``--set``."""
+    line: int
+    """From 1."""
+    column: int
+    """From 1, in characters."""
+    source_line: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.column}" if self.file == "--set" else f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault or doubt about a recipe's values, before it is known where in which file they stand."""
+
+    message: str
+    path: Path
+    related: tuple[Path, ...] = ()
+    """Other keys that it rests on."""
+    hint: str | None = None
+    severity: Literal["error", "warning"] = "error"
+    at: Literal["value", "key", "table"] = "value"
+    """Which place to show: the value, its key, or the table around (for what is missing)."""
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """A fault or doubt with its place, ready to be shown."""
+
+    severity: Literal["error", "warning"]
+    message: str
+    path: Path = ()
+    location: Location | None = None
+    hint: str | None = None
+    note: str | None = None
+    file: str | None = None
+    """The file it belongs to, where no place in it can be named."""
+
+    def __str__(self) -> str:
+        place = self.location or self.file
+        lines = [f"{place}: {self.severity}: {self.message}" if place else f"{self.severity}: {self.message}"]
+        if self.location:
+            lines += _excerpt(self.location)
+        lines += [f"  {kind}: {text}" for kind, text in (("hint", self.hint), ("note", self.note)) if text]
+        return "\n".join(printable(line) for line in lines)
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be used, with everything that is wrong with it."""
+
+    def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
+        super().__init__(diagnostics)
+        self.diagnostics = list(diagnostics)
+
+    def __str__(self) -> str:
+        errors = sum(item.severity == "error" for item in self.diagnostics)
+        shown = [str(item) for item in self.diagnostics[:SHOWN]]
+        if len(self.diagnostics) > SHOWN:
+            shown.append(f"... and {len(self.diagnostics) - SHOWN} more")
+        return "\n".join([*shown, f"{errors} error{'s' if errors != 1 else ''} in the recipe"])
+
+
+def dotted(path: Path) -> str:
+    """A key path as one writes it: ``augment.train[0].name``; parts that need quotes get them."""
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{toml_key(part)}" if text else toml_key(part)
+    return text
+
+
+def printable(text: str) -> str:
+    """Without control characters, which a hostile recipe could send to the terminal; tabs stay."""
+    return "".join(
+        char
+        if char == "\t" or unicodedata.category(char) not in ("Cc", "Cf", "Zl", "Zp", "Cs")
+        else "\N{REPLACEMENT CHARACTER}"
+        for char in text
+    )
+
+
+def _excerpt(location: Location) -> list[str]:
+    """The source line and a caret under the fault; a long line is cut to the part around it."""
+    text, column = location.source_line, location.column - 1
+    start = max(0, column - SOURCE_WIDTH // 2) if len(text) > SOURCE_WIDTH else 0
+    shown = text[start : start + SOURCE_WIDTH]
+    left, right = "..." if start else "", "..." if start + SOURCE_WIDTH < len(text) else ""
+    number = "" if location.file == "--set" else str(location.line)
+    margin = " " * len(number)
+    before = left + "".join(_blank(char) for char in text[start:column])
+    padding = before.replace("...", "   ", 1) if left else before
+    return [f"  {number} | {left}{shown}{right}", f"  {margin} | {padding}^"]
+
+
+def _blank(char: str) -> str:
+    """Blanks as wide as the character is on a terminal."""
+    if char == "\t":
+        return "\t"
+    if unicodedata.combining(char):
+        return ""
+    return "  " if unicodedata.east_asian_width(char) in "WF" else " "

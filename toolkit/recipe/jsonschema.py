@@ -1,0 +1,150 @@
+"""The recipe language as a JSON Schema, for completion and red underlines in editors (Taplo, Even Better TOML).
+
+``python -m toolkit.recipe.jsonschema`` writes ``recipe.schema.json``. A recipe refers to it in its first line,
+``#:schema PATH``. The schema judges one file alone, whose other values may be inherited: no table or key is
+required, except within lists, which are never merged. Rules between tables are left to ``toolkit validate``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from toolkit.recipe import catalog
+from toolkit.recipe.names import FIGURES, OWN_MODEL_KEYS
+from toolkit.recipe.schema import NAME_PATTERN, Recipe
+
+FILE = Path(__file__).parent / "recipe.schema.json"
+
+Schema = dict[str, Any]
+
+NAME_PATTERN_ECMA = r"^[^\s_.+=,@/\\-]([ .]?[^\s./\\])*$"
+"""NAME_PATTERN for validators whose ``\\w`` is ASCII only: never stricter, so that no valid name is underlined."""
+
+JSON_TYPES = {"text": "string", "number": "number", "integer": "integer", "boolean": "boolean", "array": "array"}
+
+
+def recipe_schema() -> Schema:
+    """The schema of a recipe file, Draft 7, without references."""
+    raw = Recipe.model_json_schema()
+    schema = _plain(raw, raw.get("$defs", {}), in_list=False)
+    tables = schema["properties"]
+    _name_models(tables["model"])
+    _name_optimizers(tables["optimizer"])
+    for split in ("train", "validation", "test"):
+        _name_transforms(tables["augment"]["properties"][split]["items"])
+    tables["expect"]["propertyNames"] = {"enum": list(FIGURES)}
+    extends = {"type": "string", "minLength": 1, "description": "Recipe to inherit from, relative to this file."}
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "Recipe",
+        "description": "What to train, for `toolkit train`; see docs/recipes.md.",
+        "type": "object",
+        "properties": {"extends": extends, **tables},
+        "additionalProperties": False,
+    }
+
+
+def schema_text() -> str:
+    """The text of recipe.schema.json: indented, lists of plain values on one line."""
+    text = json.dumps(recipe_schema(), indent=1, ensure_ascii=False)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\n\s*", " ", match.group()), text) + "\n"
+
+
+def _plain(node: Schema, definitions: Schema, *, in_list: bool) -> Schema:
+    """pydantic's schema without references, nulls, titles, and, outside lists, without required keys."""
+    node = dict(node)
+    if "$ref" in node:
+        node = {**definitions[node.pop("$ref").rsplit("/", 1)[1]], **node}
+    branches = [branch for branch in node.pop("anyOf", []) if branch != {"type": "null"}]
+    if len(branches) == 1:
+        node = {**branches[0], **node}
+        return _plain(node, definitions, in_list=in_list)
+    if branches:
+        node["anyOf"] = [_plain(branch, definitions, in_list=in_list) for branch in branches]
+    for key in ("title", *(() if in_list else ("required",))):
+        node.pop(key, None)
+    if node.get("default", ...) is None:
+        node.pop("default")
+    if node.get("pattern") == NAME_PATTERN:
+        node["pattern"] = NAME_PATTERN_ECMA
+    if isinstance(node.get("items"), dict):
+        node["items"] = _plain(node["items"], definitions, in_list=True)
+    if isinstance(node.get("additionalProperties"), dict):
+        node["additionalProperties"] = _plain(node["additionalProperties"], definitions, in_list=in_list)
+    if "properties" in node:
+        node["properties"] = {key: _key(value, definitions, in_list) for key, value in node["properties"].items()}
+    return node
+
+
+def _key(node: Schema, definitions: Schema, in_list: bool) -> Schema:
+    """A key: its unit also stands in the description, which is what editors show."""
+    key = _plain(node, definitions, in_list=in_list)
+    if "unit" in key:
+        key["description"] = f"{key['description']} Unit: {key['unit']}."
+    return key
+
+
+def _name_models(table: Schema) -> None:
+    """Known architectures, those of the source where the file says it."""
+    names = {source: catalog.model_names(source) for source in ("torchvision", "timm")}
+    names["toolkit"] = ["convnet"]
+    table["properties"]["name"]["enum"] = sorted(set().union(*names.values()))
+    table["properties"]["args"]["propertyNames"] = {"not": {"enum": list(OWN_MODEL_KEYS)}}
+    table["allOf"] = [
+        _when("source", [source], {"properties": {"name": {"enum": known}}}) for source, known in names.items()
+    ]
+
+
+def _name_optimizers(table: Schema) -> None:
+    """Known optimisers, and the arguments of the one that the file names."""
+    optimizers = catalog.optimizers()
+    table["properties"]["name"]["enum"] = list(optimizers)
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name, about in optimizers.items():
+        alike[tuple(about["args"])].append(name)
+    table["allOf"] = [
+        _when("name", names, {"properties": {"args": {"propertyNames": {"enum": list(args)}}}})
+        for args, names in alike.items()
+    ]
+
+
+def _name_transforms(entry: Schema) -> None:
+    """Known transforms, and the arguments of the one that the entry names."""
+    transforms = catalog.transforms()
+    own = list(entry["properties"])
+    entry["properties"]["name"]["enum"] = list(transforms)
+    entry["allOf"] = [
+        _when(
+            "name",
+            [name],
+            {
+                "properties": {key: _argument(about) for key, about in arguments.items()},
+                "propertyNames": {"enum": [*own, *arguments]},
+                "required": [key for key, about in arguments.items() if about["required"]],
+            },
+        )
+        for name, arguments in transforms.items()
+    ]
+
+
+def _argument(about: dict[str, Any]) -> Schema:
+    schema: Schema = {"type": [JSON_TYPES[kind] for kind in about["kinds"]]} if about["kinds"] else {}
+    if "choices" in about:
+        schema["enum"] = about["choices"]
+    if about.get("default") is not None:
+        schema["default"] = about["default"]
+    return schema
+
+
+def _when(key: str, values: list[str], then: Schema) -> Schema:
+    """A rule for tables in which the key has one of the values."""
+    return {"if": {"properties": {key: {"enum": values}}, "required": [key]}, "then": then}
+
+
+if __name__ == "__main__":
+    FILE.write_text(schema_text(), encoding="utf-8")
+    print(f"wrote {FILE}")

@@ -1,0 +1,116 @@
+"""From a TOML file to a Recipe: read, inherit, override, validate, check. Never imports torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from toolkit.recipe.checks import check
+from toolkit.recipe.diagnostics import Diagnostic, Finding, RecipeError
+from toolkit.recipe.positions import Path
+from toolkit.recipe.resolved import leaves, resolved_content, resolved_toml, with_defaults
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.sources import SET, Merged, Source, parse, parse_overrides, read_chain
+from toolkit.recipe.validation import MAX_ERRORS, validate
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe, where each of its values came from, and what is doubtful about it."""
+
+    recipe: Recipe
+    origins: dict[Path, str]
+    """For each key of the resolved recipe: ``file:line``, ``--set`` or ``default``."""
+    warnings: list[Diagnostic]
+
+    def annotated(self) -> str:
+        """The resolved recipe as TOML, with the origin of each value beside it."""
+        return resolved_toml(self.recipe, lambda path: self.origins[path])
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a TOML file. ``overrides`` are ``table.key=value`` with a TOML value, the last one wins.
+
+    Raises RecipeError with everything that is wrong; warnings are to be had from :func:`load`.
+    """
+    return load(path, overrides).recipe
+
+
+def loads_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a TOML text, which must not extend a file. Raises RecipeError."""
+    source = parse("<text>", text)
+    if "extends" in source.data:
+        place = source.location(("extends",), at_key=True)
+        raise RecipeError([Diagnostic("error", "a recipe given as text cannot extend a file", ("extends",), place)])
+    return _resolve([source, *parse_overrides(overrides)], source.name).recipe
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
+    """As :func:`load_recipe`, with the origins of values and the warnings."""
+    faults: list[Diagnostic] = []
+    files: list[Source] = []
+    arguments: list[Source] = []
+    try:
+        files = read_chain(path)
+    except RecipeError as error:
+        faults += error.diagnostics
+    try:
+        arguments = parse_overrides(overrides)
+    except RecipeError as error:
+        faults += error.diagnostics
+    if faults:
+        raise RecipeError(faults)
+    return _resolve([*files, *arguments], os.fspath(path))
+
+
+def _resolve(sources: Sequence[Source], name: str) -> Loaded:
+    """One recipe of all sources, the eldest first; ``name`` is what a fault without a place is said of."""
+    merged = Merged()
+    for source in sources:
+        merged.add(source)
+    verdict = validate(merged.data)
+    findings = list(verdict.findings)
+    if verdict.recipe is not None:
+        found = islice(check(verdict.recipe), MAX_ERRORS)
+        findings += [item for item in found if verdict.is_trusted([item.path, *item.related])]
+    diagnostics = sorted((_placed(item, merged, name) for item in findings), key=_reading_order)
+    if verdict.recipe is None or any(item.severity == "error" for item in diagnostics):
+        raise RecipeError(diagnostics)
+    recipe = with_defaults(verdict.recipe)
+    return Loaded(recipe, _origins(recipe, merged), diagnostics)
+
+
+def _placed(finding: Finding, merged: Merged, name: str) -> Diagnostic:
+    """The finding with the place of its key in the file, or argument, that gave it.
+
+    Where the key was not given, its default being at fault, the first related key that was given is shown.
+    """
+    path = finding.path[:-1] if finding.at == "table" else finding.path
+    shown = next((given for given in (path, *finding.related) if merged.has(given)), path)
+    source = merged.origin(shown)
+    location = source.location(shown, at_key=finding.at != "value") if source else None
+    note = source.note if source else None
+    file = None if location else name
+    return Diagnostic(finding.severity, finding.message, finding.path, location, finding.hint, note, file)
+
+
+def _reading_order(item: Diagnostic) -> tuple[bool, str, int, int]:
+    place = item.location
+    return (place is None, place.file, place.line, place.column) if place else (True, "", 0, 0)
+
+
+def _origins(recipe: Recipe, merged: Merged) -> dict[Path, str]:
+    return {path: _origin(path, merged) for path, _ in leaves(resolved_content(recipe))}
+
+
+def _origin(path: Path, merged: Merged) -> str:
+    """Where a value stands; a default has no entry of its own."""
+    source = merged.origins.get(path)
+    if source is None:
+        return DEFAULT
+    place = source.location(path, at_key=True)
+    return SET if source.name == SET or place is None else f"{place.file}:{place.line}"

@@ -1,0 +1,66 @@
+"""A recipe written out in full: as text, as a hash, as a list of differences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from toolkit.recipe.positions import Path
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.writing import toml_document
+
+MOMENTUM = 0.9
+"""Of sgd and nag, where the recipe gives none."""
+
+GAMMA = {"step": 0.1, "exponential": 0.95, "plateau": 0.1}
+"""Of the schedules that have a factor, where the recipe gives none."""
+
+HEADER = """\
+# Resolved recipe: every key with its value, defaults written out; a key that is absent is not set.
+# It is complete: it extends no other file and can be run as it stands.
+
+"""
+
+
+def with_defaults(recipe: Recipe) -> Recipe:
+    """The recipe with those defaults that depend on another key."""
+    optimizer, scheduler = recipe.optimizer, recipe.scheduler
+    if optimizer.momentum is None and optimizer.name in ("sgd", "nag"):
+        optimizer = optimizer.model_copy(update={"momentum": MOMENTUM})
+    if scheduler.gamma is None and scheduler.name in GAMMA:
+        scheduler = scheduler.model_copy(update={"gamma": GAMMA[scheduler.name]})
+    return recipe.model_copy(update={"optimizer": optimizer, "scheduler": scheduler})
+
+
+def resolved_content(recipe: Recipe) -> dict[str, Any]:
+    """All tables and keys as plain values, in the schema's order; keys that are not set are left out."""
+    return recipe.model_dump(exclude_none=True)
+
+
+def resolved_toml(recipe: Recipe, remark: Callable[[Path], str | None] = lambda path: None) -> str:
+    """The complete recipe as TOML; reading it gives an equal Recipe. ``remark`` may give a comment for a key."""
+    return HEADER + toml_document(resolved_content(recipe), remark)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 of the resolved content, 64 hexadecimal digits; the order of keys does not matter."""
+    content = json.dumps(resolved_content(recipe), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def diff(first: Recipe, second: Recipe) -> list[tuple[Path, Any, Any]]:
+    """Keys whose values differ, with both values; None where a key is not set. Lists are compared whole."""
+    one, two = dict(leaves(resolved_content(first))), dict(leaves(resolved_content(second)))
+    keys = [*one, *(path for path in two if path not in one)]
+    return [(path, one.get(path), two.get(path)) for path in keys if one.get(path) != two.get(path)]
+
+
+def leaves(content: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Key paths and values of all that is no table, and of empty tables."""
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value

@@ -1,0 +1,283 @@
+"""The schema's verdict on a recipe's values, in plain words and complete.
+
+pydantic stops at the first fault of some kinds, and the rules between tables need a whole recipe. So every fault is
+noted and mended with a placeholder until a recipe stands; what was mended is remembered as untrusted, and nothing
+that depends on it is reported.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import math
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from toolkit.recipe.catalog import nearest
+from toolkit.recipe.diagnostics import Finding, dotted
+from toolkit.recipe.positions import Path
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.wording import described, found, unwrapped
+
+MAX_ERRORS = 100
+"""So many errors of one round are looked at; nobody reads more, and a hostile recipe can have 50,000."""
+
+MAX_ROUNDS = 8
+
+PLACEHOLDERS: dict[tuple[str, str], Any] = {
+    ("Recipe", "recipe"): {"name": "placeholder"},
+    ("Recipe", "data"): {"dataset": "imagefolder"},
+    ("Recipe", "model"): {"source": "torchvision", "name": "resnet18"},
+    ("Recipe", "optimizer"): {"lr": 0.1},
+    ("Recipe", "train"): {"epochs": 1, "batch_size": 1},
+    ("RecipeTable", "name"): "placeholder",
+    ("DataTable", "dataset"): "imagefolder",
+    ("TransformEntry", "name"): "Identity",
+    ("ModelTable", "source"): "torchvision",
+    ("OptimizerTable", "lr"): 0.1,
+    ("TrainTable", "epochs"): 1,
+    ("TrainTable", "batch_size"): 1,
+    ("Expectation", "source"): "placeholder",
+}
+"""What stands in for a required key that is missing or wrong, by the schema's class and its field."""
+
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "optim": "optimizer",
+    "lr_scheduler": "scheduler",
+    "transforms": "augment",
+    "augmentation": "augment",
+    "arch": "name",
+    "architecture": "name",
+    "pretrained": "weights",
+}
+"""What other tools call some keys, where the spelling is too far from ours to be found by likeness."""
+
+
+@dataclass
+class Verdict:
+    """``recipe`` holds placeholders at the ``untrusted`` paths; None where nothing could be made of the values."""
+
+    recipe: Recipe | None = None
+    findings: list[Finding] = field(default_factory=list)
+    untrusted: set[Path] = field(default_factory=set)
+
+    def is_trusted(self, paths: Iterable[Path]) -> bool:
+        """Whether none of the values at, above or below these paths had to be mended."""
+        return not any(_touches(path, bad) for path in paths for bad in self.untrusted)
+
+
+def validate(values: dict[str, Any]) -> Verdict:
+    """Check values against the schema; all faults are found."""
+    verdict, data = Verdict(), copy.deepcopy(values)
+    for path, message in list(islice(_foreign_values(data), MAX_ERRORS)):
+        verdict.findings.append(Finding(f"{dotted(path)}: {message}", path))
+        place = _place(path, data)
+        is_known = place is not None and place.path == path
+        _mend(data, place if place and is_known else _Place(path, None, None, (), None), verdict)
+    for _ in range(MAX_ROUNDS):
+        try:
+            verdict.recipe = Recipe.model_validate(data)
+            break
+        except ValidationError as error:
+            # Unknown keys first: one that is a misspelling explains the absence of the right one.
+            errors = sorted(error.errors(include_url=False)[:MAX_ERRORS], key=lambda e: e["type"] != "extra_forbidden")
+            for item in errors:
+                _take_up(verdict, data, item)
+    return verdict
+
+
+def _foreign_values(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
+    """Values that TOML has and no recipe: found apart, since arguments of models and optimisers may be anything."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _foreign_values(item, (*path, key))
+    elif isinstance(value, datetime.date | datetime.time):
+        yield path, "a recipe has no dates and times; put text into quotes"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield path, f"expected a finite number, found {value}"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield path, "the number is too large (64 bits at most)"
+
+
+def _take_up(verdict: Verdict, data: dict[str, Any], error: Any) -> None:
+    """Note one error, unless it follows from a known one, and mend it."""
+    place = _place(error["loc"], data)
+    if place is None:
+        return
+    kind, path = error["type"], place.path
+    if kind == "value_error":  # a rule within a table, which runs once its values are mended
+        if verdict.is_trusted([path]):
+            verdict.findings.append(_broken_rule(place, str(error["ctx"]["error"])))
+        _mend(data, place, verdict)
+        return
+    known = verdict.untrusted if kind == "missing" else {finding.path for finding in verdict.findings}
+    if path not in known:
+        verdict.findings.append(_finding(place, error))
+    if kind == "extra_forbidden":
+        table = _at(data, path[:-1])
+        verdict.untrusted |= {(*path[:-1], name) for name in _similar(place)[:1] if name not in table}
+    _mend(data, place, verdict)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A key path, its value, and what the schema has there."""
+
+    path: Path
+    value: Any
+    annotation: Any
+    constraints: tuple[Any, ...]
+    table: type[BaseModel] | None
+    """The class that has the key."""
+
+
+def _place(loc: tuple[str | int, ...], data: Any) -> _Place | None:
+    """The key that a pydantic location means; None for a branch of a union that the value is not of.
+
+    pydantic's location has, besides keys, the name of the branch wherever the schema has a union.
+    """
+    annotation, constraints, table, path, value = Recipe, (), None, (), data
+    for part in loc:
+        annotation, inner = unwrapped(annotation)
+        constraints = (*constraints, *inner)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+            models = [member for member in typing.get_args(annotation) if _is_model(member)]
+            if not (models and isinstance(value, dict)):
+                break
+            if part != models[0].__name__:
+                return None
+            annotation = models[0]
+            continue
+        if _is_model(annotation):
+            table, entry = annotation, annotation.model_fields.get(part)
+            annotation, constraints = (entry.annotation, tuple(entry.metadata)) if entry else (None, ())
+        elif typing.get_args(annotation):
+            annotation, constraints, table = typing.get_args(annotation)[-1], (), None
+        else:
+            break
+        path, value = (*path, part), _child(value, part)
+    return _Place(path, value, annotation, constraints, table)
+
+
+def _finding(place: _Place, error: Any) -> Finding:
+    path, kind = place.path, error["type"]
+    if kind == "extra_forbidden":
+        what = f"table [{dotted(path)}]" if isinstance(error["input"], dict) else f"key {dotted(path)}"
+        return Finding(f"unknown {what}", path, hint=_unknown_hint(place), at="key")
+    if kind == "missing":
+        return _missing(place)
+    expected = "a table" if len(path) == 1 else described(place.annotation, place.constraints)
+    message = f"{dotted(path)}: expected {expected}, found {found(place.value)}"
+    return Finding(message, path, hint=_value_hint(place))
+
+
+def _missing(place: _Place) -> Finding:
+    path = place.path
+    if len(path) == 1:
+        keys = [name for name, entry in place.annotation.model_fields.items() if entry.is_required()]
+        return Finding(f"table [{path[0]}] is missing", path, hint=f"it needs at least {' and '.join(keys)}", at="key")
+    expected = described(place.annotation, place.constraints)
+    return Finding(f"{_owner(path[:-1])} lacks {path[-1]}: expected {expected}", path, at="table")
+
+
+def _unknown_hint(place: _Place) -> str:
+    assert place.table is not None, "only a table has unknown keys"
+    name, similar = place.path[-1], _similar(place)
+    if similar:
+        return "did you mean " + " or ".join(similar) + "?"
+    homes = [
+        table for table, entry in Recipe.model_fields.items() if name in getattr(entry.annotation, "model_fields", {})
+    ]
+    if homes:
+        return f"{name} belongs to " + " or ".join(f"[{home}]" for home in homes)
+    known = list(place.table.model_fields)
+    return (f"{_owner(place.path[:-1])} takes " if place.path[:-1] else "the tables are ") + ", ".join(known)
+
+
+def _similar(place: _Place) -> list[str]:
+    """Known keys of this table that resemble an unknown one."""
+    assert place.table is not None, "only a table has unknown keys"
+    name, known = str(place.path[-1]), place.table.model_fields
+    other = OTHER_NAMES.get(name)
+    return [other] if other in known else nearest(name, known, 2)
+
+
+def _value_hint(place: _Place) -> str | None:
+    value = place.value
+    if not isinstance(value, str):
+        return None
+    words = list(_words(place.annotation))
+    similar = nearest(value, words, 1)
+    if similar:
+        return f'did you mean "{similar[0]}"?'
+    expected = described(place.annotation, place.constraints)
+    is_plain = value in ("true", "false") or value.replace(".", "", 1).lstrip("+-").isdigit()
+    return f"without quotes: {value}" if is_plain and ("number" in expected or "true" in expected) else None
+
+
+def _words(annotation: Any) -> Iterator[str]:
+    """The words that an annotation admits."""
+    if typing.get_origin(annotation) is typing.Literal:
+        yield from (value for value in typing.get_args(annotation) if isinstance(value, str))
+    else:
+        for member in typing.get_args(annotation):
+            yield from _words(member)
+
+
+def _owner(path: Path) -> str:
+    """A table as one says it: ``[optimizer]``, ``augment.train[0]``."""
+    return f"[{dotted(path)}]" if all(isinstance(part, str) for part in path) else dotted(path)
+
+
+def _broken_rule(place: _Place, message: str) -> Finding:
+    """A rule within one table; shown at the key that the message begins with, if it does."""
+    first = message.split()[0].rstrip(":")
+    is_key = _is_model(place.annotation) and first in place.annotation.model_fields
+    path = (*place.path, first) if is_key else place.path
+    return Finding(f"{_owner(place.path)}: {message}", path, at="key")
+
+
+def _mend(data: dict[str, Any], place: _Place, verdict: Verdict) -> None:
+    """Put a placeholder for a bad value, else remove it, with the list or table around it where that needs it."""
+    path, name = place.path, str(place.path[-1])
+    placeholder = PLACEHOLDERS.get((place.table.__name__, name)) if place.table else None
+    entry = place.table.model_fields.get(name) if place.table else None
+    if entry is not None and entry.is_required() and placeholder is None:
+        path = path[:-1]
+    while isinstance(path[-1], int) or not isinstance(_at(data, path[:-1]), dict):
+        path = path[:-1]
+    verdict.untrusted |= {place.path, path}
+    table = _at(data, path[:-1])
+    table.pop(path[-1], None)
+    if placeholder is not None and path == place.path:
+        table[name] = copy.deepcopy(placeholder)
+
+
+def _at(data: Any, path: Path) -> Any:
+    for part in path:
+        data = _child(data, part)
+    return data
+
+
+def _child(value: Any, part: str | int) -> Any:
+    if isinstance(value, dict):
+        return value.get(part)
+    if isinstance(value, list) and isinstance(part, int) and part < len(value):
+        return value[part]
+    return None
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _touches(one: Path, other: Path) -> bool:
+    shorter = min(len(one), len(other))
+    return one[:shorter] == other[:shorter]

@@ -1,0 +1,230 @@
+"""The run directory: what is written where, and how it is read back. No other module knows its file names.
+
+    <run_root>/<recipe name>/<run id>/
+      recipe.toml        resolved, complete
+      environment.json   versions, devices, processes, command, git state
+      split.json         image names of each split, and a hash
+      metrics.jsonl      one object per logging step and epoch
+      summary.json       the figures a table needs (written at the end)
+      predictions.csv    test: path, label, prediction, probability (best model)
+      checkpoints/       best.safetensors, model.json, and what is needed to go on
+      log.txt            what was shown while it ran
+      wandb/ tensorboard/
+
+Every file is written under a temporary name, synced and moved into place (metrics.jsonl and log.txt grow instead).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from toolkit.errors import UserError
+from toolkit.recipe import Recipe, load_recipe
+
+PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write under a temporary name, sync to disk, move into place: readers see the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory. Reading needs no torch; a damaged or missing file is a UserError that names it."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """The folder's name, unique among the runs of a recipe."""
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of weights and of everything needed to go on."""
+        return self.path / "checkpoints"
+
+    @property
+    def best_weights(self) -> Path:
+        """State dict of the best epoch's model."""
+        return self.checkpoints / "best.safetensors"
+
+    @property
+    def log_file(self) -> Path:
+        """What was shown while it ran."""
+        return self.path / "log.txt"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe it was started with."""
+        return load_recipe(self.path / "recipe.toml")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The figures at the end; a UserError while there is none yet."""
+        return read_json(self.path / "summary.json")
+
+    @property
+    def model_card(self) -> dict[str, Any]:
+        """What ``best.safetensors`` needs to become a model again: architecture, classes, preprocessing."""
+        return read_json(self.checkpoints / "model.json")
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions, devices, command."""
+        return read_json(self.path / "environment.json")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its own end."""
+        return (self.path / "summary.json").exists()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl; a half-written last line (a killed run) is left out."""
+        records = []
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                if number < len(lines):
+                    raise UserError(f"{self.metrics_file}:{number}: damaged line") from None
+        return records
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that close an epoch."""
+        return [record for record in self.metrics() if "val/loss" in record]
+
+    def predictions(self) -> list[dict[str, str]]:
+        """Rows of predictions.csv, in the order of the data set."""
+        path = self.path / "predictions.csv"
+        if not path.exists():
+            raise UserError(f"{path} is missing: the run has not come to its end")
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def lock(self) -> FileLock:
+        """The right to write here; taken by one trainer at a time and freed by the system if that one dies."""
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.path} is in use by another trainer that still runs") from None
+        return lock
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write one JSON file of the run."""
+        write_atomically(self.path / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one text file of the run."""
+        write_atomically(self.path / name, text.encode())
+
+    def write_predictions(self, rows: Iterable[Sequence[object]]) -> None:
+        """Write predictions.csv: path, label, prediction, probability."""
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(PREDICTION_COLUMNS)
+        writer.writerows(rows)
+        self.write_text("predictions.csv", text.getvalue())
+
+    def append_metrics(self, record: dict[str, Any]) -> int:
+        """Add one line to metrics.jsonl and return the file's new length in bytes."""
+        with open(self.metrics_file, "ab") as file:
+            file.write((json.dumps(record) + "\n").encode())
+            file.flush()
+            return file.tell()
+
+    def truncate_metrics(self, length: int) -> None:
+        """Cut metrics.jsonl back to the ``length`` bytes that a checkpoint knew of."""
+        with open(self.metrics_file, "ab") as file:
+            file.truncate(length)
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object; a UserError where the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the run has not come that far") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: not a JSON object")
+    return value
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """The run directory at ``path``; a UserError where there is none."""
+    folder = Path(path)
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(f"{folder} is no run directory: it has no recipe.toml")
+    return Run(folder)
+
+
+def new_run_id() -> str:
+    """Start time and four random digits: sorts by time, does not collide."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def create_run(run_root: str, name: str) -> Run:
+    """A new, empty run directory; never one that was there before."""
+    parent = Path(run_root) / name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = parent / new_run_id()
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                continue
+        (path / "checkpoints").mkdir()
+    except OSError as error:
+        raise UserError(f"recipe.run_root: cannot create a run directory under {parent}: {error.strerror}") from None
+    return Run(path)
+
+
+def latest_unfinished_run(run_root: str, name: str) -> Run | None:
+    """The youngest run of a recipe that has a checkpoint folder and no summary yet."""
+    parent = Path(run_root) / name
+    pattern = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
+    if not parent.is_dir():
+        return None
+    runs = sorted((p for p in parent.iterdir() if pattern.fullmatch(p.name)), reverse=True)
+    return next((Run(p) for p in runs if (p / "recipe.toml").exists() and not Run(p).is_finished), None)

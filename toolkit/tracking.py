@@ -1,0 +1,193 @@
+"""W&B and TensorBoard through Accelerate's trackers. Best effort: metrics.jsonl is the truth, a tracker is a copy.
+
+W&B goes online where there is a login and a server that answers, else offline, never with a prompt. Whatever fails here
+is one warning, and training goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from accelerate import Accelerator
+
+from toolkit.recipe.schema import Recipe
+
+CONNECT_SECONDS = 3
+INIT_SECONDS = 30
+FINISH_SECONDS = 30
+
+
+class Tracking:
+    """The trackers of one run. All processes may hold one; only the main process's speaks."""
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, folder: Path, run_id: str, say: Callable[[str], None]):
+        self.accelerator = accelerator
+        self.names = list(recipe.tracking.trackers) if accelerator.is_main_process else []
+        self.say = say
+        self.failed = False
+        self.wandb_mode = ""
+        if "wandb" in self.names:
+            self.wandb_mode, why = wandb_mode(recipe.tracking.mode)
+            if self.wandb_mode == "disabled":
+                self.names.remove("wandb")
+            elif why:
+                say(f"W&B is offline: {why}. To upload later: wandb sync {folder / 'wandb'}/offline-run-*")
+        if self.names:
+            self._start(recipe, folder, run_id)
+
+    def _start(self, recipe: Recipe, folder: Path, run_id: str) -> None:
+        settings = wandb_settings(recipe, folder, run_id, self.wandb_mode)
+        config = flatten(recipe.model_dump(mode="json", exclude_none=True))
+        self.accelerator.log_with = _tracker_types(self.names)
+        try:
+            self._init(recipe, settings, config, folder)
+        except Exception as error:  # whatever a tracker raises must not end a training run
+            if self.wandb_mode != "online":
+                self._fail(error)
+                return
+            self.say(f"W&B did not answer ({_first_line(error)}); logging offline instead")
+            self.wandb_mode = settings["mode"] = "offline"
+            try:
+                self._init(recipe, settings, config, folder)
+            except Exception as second:
+                self._fail(second)
+
+    def _init(self, recipe: Recipe, wandb: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+        self.accelerator.project_configuration.set_directories(str(folder))
+        if "tensorboard" in self.names:
+            self.accelerator.project_configuration.logging_dir = str(folder)
+        self.accelerator.trackers = []
+        project = recipe.tracking.project if self.names == ["wandb"] else "tensorboard"
+        if self.names == ["wandb"]:
+            self.accelerator.init_trackers(project, config, {"wandb": wandb})
+        else:
+            # Accelerate gives all trackers one project name; TensorBoard takes it for a folder.
+            if "wandb" in self.names:
+                wandb = {**wandb, "project": recipe.tracking.project}
+            self.accelerator.init_trackers(project, _scalars(config), {"wandb": wandb})
+        if "wandb" in self.names:
+            run = self.accelerator.get_tracker("wandb", unwrap=True)
+            run.define_metric("epoch")
+            run.define_metric("*", step_metric="epoch")
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Pass on one line of metrics.jsonl; ``step`` is the number of optimiser steps so far."""
+        if not self.names or self.failed:
+            return
+        try:
+            self.accelerator.log(record, step=step)
+        except Exception as error:
+            self._fail(error)
+
+    def summarise(self, figures: dict[str, Any]) -> None:
+        """Put the run's final figures in W&B's summary."""
+        if "wandb" not in self.names or self.failed:
+            return
+        try:
+            self.accelerator.get_tracker("wandb", unwrap=True).summary.update(flatten(figures))
+        except Exception as error:
+            self._fail(error)
+
+    def finish(self, exit_code: int) -> None:
+        """Close the trackers with the run's true exit status (0 done, 3 interrupted, else failed)."""
+        if not self.names or self.failed:
+            return
+        try:
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "wandb":
+                    if exit_code == 3:
+                        tracker.tracker.mark_preempting()
+                    tracker.tracker.finish(exit_code=exit_code)
+                else:
+                    tracker.finish()
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.failed = True
+        self.say(f"warning: the trackers stopped ({_first_line(error)}); metrics.jsonl goes on")
+
+
+def wandb_settings(recipe: Recipe, folder: Path, run_id: str, mode: str) -> dict[str, Any]:
+    """Arguments of ``wandb.init``: the run goes on under its id however often it is resumed."""
+    import wandb
+
+    table = recipe.tracking
+    return {
+        "mode": mode,
+        "id": re.sub(r"[^\w-]", "-", run_id),
+        "resume": "allow",
+        "dir": str(folder),
+        "name": table.run_name or f"{recipe.recipe.name} {run_id}",
+        "group": table.group or recipe.recipe.name,
+        "entity": table.entity,
+        "tags": list(table.tags),
+        "notes": table.notes or recipe.recipe.description,
+        "settings": wandb.Settings(
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=False,
+            x_transaction_log_flush_interval=1,
+            silent=True,
+            console="off",
+        ),
+    }
+
+
+def wandb_mode(wanted: str) -> tuple[str, str]:
+    """online, offline or disabled, and why it is offline where that was not asked for. Never prompts."""
+    said = os.environ.get("WANDB_MODE", "").lower()
+    if wanted == "auto" and said in ("online", "offline", "disabled", "dryrun"):
+        return ("offline" if said == "dryrun" else said), ""
+    if wanted in ("offline", "disabled"):
+        return wanted, ""
+    import wandb
+
+    try:
+        known = wandb.login(prompt=False, verify=False)
+    except Exception as error:  # a malformed key raises one of several types
+        return "offline", f"the W&B login does not work ({_first_line(error)})"
+    if not known:
+        return "offline", "there is no W&B login"
+    server = urlparse(wandb.setup().settings.base_url)
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return "online", ""
+    try:
+        port = server.port or (443 if server.scheme == "https" else 80)
+        socket.create_connection((server.hostname or "", port), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        return "offline", f"its server {server.hostname} cannot be reached ({error})"
+    return "online", ""
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as ``table.key`` entries, which W&B shows as columns."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            flat.update(flatten(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def _scalars(config: dict[str, Any]) -> dict[str, Any]:
+    """What TensorBoard's hparams can hold: numbers and text."""
+    return {key: v if isinstance(v, (int, float, str, bool)) else str(v) for key, v in config.items()}
+
+
+def _tracker_types(names: list[str]) -> list[Any]:
+    from accelerate.utils import LoggerType
+
+    return [LoggerType(name) for name in names]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

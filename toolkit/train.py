@@ -1,0 +1,137 @@
+"""`python -m toolkit.train RECIPE`, under any launcher: read the recipe, train, show the outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from toolkit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
+
+if TYPE_CHECKING:
+    from toolkit.runs import Run
+
+OTHERS_WAIT_S = 3.0
+"""A fault that all processes find is shown by the first; others speak only if they outlive this."""
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key; the value is TOML, so text needs quotes."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of every error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
+
+
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="TOML file; may be left out with --resume RUN.")] = None,
+    set_: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="Run directory to go on with, or auto.")] = None,
+    allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Go on under an edited recipe.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build everything, try one batch, write nothing.")] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="With --dry-run: do not load pretrained weights.")
+    ] = False,
+    show_module: Annotated[bool, typer.Option("--show-module", help="Print the whole module before training.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train what a recipe describes, on the processes that the launcher has started.
+
+    Example: accelerate launch -m toolkit.train recipes/resnet50_caltech.toml --set train.epochs=5
+
+    Exit status: 0 done, 2 bad input, 3 interrupted but resumable, 1 anything else.
+    """
+
+    def work() -> int:
+        from toolkit.recipe import load
+
+        loaded = load(_recipe_path(recipe, resume), set_ or [])
+        if is_first_process():
+            for warning in loaded.warnings:
+                print(warning.render(), file=sys.stderr)
+        # torch is imported here, after the recipe was found good.
+        from toolkit.engine import fit
+
+        if dry_run:
+            fit.dry_run(loaded.recipe, load_weights=not random_weights, show_module=show_module)
+            return EXIT_OK
+        run = fit.fit(loaded.recipe, resume=resume, allow_changes=allow_changes, show_module=show_module)
+        if is_first_process():
+            show_outcome(run, as_json=as_json)
+        return EXIT_OK
+
+    end(report_errors(work, debug=debug))
+
+
+def _recipe_path(recipe: str | None, resume: str | None) -> str:
+    """The recipe named, or that of the run to go on with."""
+    if recipe is not None:
+        return recipe
+    if resume in (None, "auto"):
+        raise UserError("no recipe given: say which TOML file to train, e.g. toolkit train recipes/quickstart.toml")
+    return os.path.join(resume, "recipe.toml")
+
+
+def show_outcome(run: Run, *, as_json: bool) -> None:
+    """The table and the path of the run directory, or the summary as JSON, on stdout."""
+    from toolkit.engine.display import summary_table
+
+    if as_json:
+        print(json.dumps({"run": str(run.path), **run.summary}, indent=2))
+    else:
+        print(summary_table(run.summary))
+        print(run.path)
+
+
+def report_errors(work: Callable[[], int], *, debug: bool) -> int:
+    """Exit status of ``work``; our own errors as one message, others with their stack trace."""
+    try:
+        return work()
+    except (UserError, RunFailed, Interrupted) as error:
+        if debug:
+            traceback.print_exc()
+        speak(str(error))
+        return error.exit_status
+    except Exception:
+        speak(traceback.format_exc())
+        return EXIT_FAILURE
+
+
+def speak(message: str) -> None:
+    """Say what went wrong, once: a fault common to all processes is the first one's to tell."""
+    if is_first_process():
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(OTHERS_WAIT_S)
+        print(f"rank {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, by the launcher's word."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def end(status: int) -> NoReturn:
+    """Leave with ``status``. After a failure among several processes, at once: a collective may never return."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status not in (EXIT_OK, EXIT_BAD_INPUT) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(status)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """Entry of `python -m toolkit.train`."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(train)
+    app()
+
+
+if __name__ == "__main__":
+    main()
