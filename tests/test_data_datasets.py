@@ -203,7 +203,7 @@ def test_failing_download_gives_the_reason(tmp_path: Path, monkeypatch: pytest.M
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", fail)
-    with pytest.raises(UserError, match="could not be downloaded: .*no route to host"):
+    with pytest.raises(UserError, match=r"could not be downloaded: .*no route to host"):
         open_("cifar10", tmp_path / "new")
 
 
@@ -213,7 +213,7 @@ def test_damaged_data_is_told(tmp_path: Path) -> None:
     raw.mkdir(parents=True)
     for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (raw / f"{part}-ubyte").write_bytes(b"\0\0\x08\x01")
-    with pytest.raises(UserError, match="fashion_mnist is not in .* or is damaged"):
+    with pytest.raises(UserError, match=r"fashion_mnist is not in .*, or damaged"):
         open_("fashion_mnist", tmp_path)
 
 
@@ -245,7 +245,12 @@ def test_cifar10_is_its_images_in_their_order(tmp_path: Path, downloads: list[Pa
     data = open_("cifar10", tmp_path)
     real = np.load(shared_data / "cifar10-original-subset.npz")
     assert data.classes == real["class_names"].tolist()
-    assert (len(data.lists["train"]), len(data.lists["test"]), data.native_size, data.native_channels) == (5085, 1017, 32, 3)
+    assert (len(data.lists["train"]), len(data.lists["test"]), data.native_size, data.native_channels) == (
+        5085,
+        1017,
+        32,
+        3,
+    )
     for name, part in (("train", real["batch"] > 0), ("test", real["batch"] == 0)):
         assert np.array_equal(data.labels[data.lists[name]], real["labels"][part])
         first = int(data.lists[name][0])

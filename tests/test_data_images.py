@@ -155,7 +155,7 @@ def test_arrays_are_images() -> None:
     assert np.array_equal(np.asarray(images.load(0)), PIXELS)
     assert check_images(images, np.arange(1), decode=False) == []
     with pytest.raises(ValueError, match="float64"):
-        ArrayImages(PIXELS[None].astype(float), "toy", 3)  # type: ignore[arg-type]
+        ArrayImages(PIXELS[None].astype(float), "toy", 3)
 
 
 N_LARGE = 1_300_000

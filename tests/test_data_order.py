@@ -152,7 +152,9 @@ def test_evaluation_gives_every_position_to_exactly_one_process() -> None:
 @pytest.mark.parametrize(
     ("batch", "world", "accumulation", "nearest"), [(100, 8, 1, "96 or 104"), (3, 4, 1, "are 4"), (10, 2, 2, "8 or 12")]
 )
-def test_indivisible_batch_names_the_nearest_legal_sizes(batch: int, world: int, accumulation: int, nearest: str) -> None:
+def test_indivisible_batch_names_the_nearest_legal_sizes(
+    batch: int, world: int, accumulation: int, nearest: str
+) -> None:
     with pytest.raises(UserError, match=nearest):
         check_batch_size(batch, world, accumulation)
     check_batch_size(world * accumulation * 3, world, accumulation)

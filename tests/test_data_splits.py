@@ -44,7 +44,11 @@ def test_splits_are_disjoint_complete_ordered_and_repeatable(method: str) -> Non
 def test_split_is_these_images_on_every_machine() -> None:
     """Recorded once: a change would make new results incomparable with all before."""
     splits = split_dataset(dataset([6, 4]), table("stratified", 0.25, 2))
-    assert {name: indices.tolist() for name, indices in splits.items()} == {"train": [2, 3, 4, 5, 8, 9], "validation": [0, 1], "test": [6, 7]}
+    assert {name: indices.tolist() for name, indices in splits.items()} == {
+        "train": [2, 3, 4, 5, 8, 9],
+        "validation": [0, 1],
+        "test": [6, 7],
+    }
 
 
 def test_shares_are_of_what_is_left_and_numbers_are_exact() -> None:

@@ -237,9 +237,10 @@ def test_any_image_becomes_the_channels_asked_for(mode: str, channels: int) -> N
         ({"name": "RandomRotation", "degrees": 3, "interpolation": "cubic"}, "'cubic' is not one of nearest"),
         ({"name": "GaussianBlur", "kernel_size": 4}, "GaussianBlur cannot be made of kernel_size = 4"),
         ({"name": "GaussianNoise", "at": "before_crop"}, "GaussianNoise needs a tensor"),
-        ({"name": "MixUp"}, "use augment.mixup"),
-        ({"name": "Lambda", "lambd": "print"}, "a recipe holds no code"),
-        ({"name": "FiveCrop"}, "gives several images"),
+        ({"name": "MixUp"}, r"MixUp cannot be used, since it mixes examples: use augment.mixup"),
+        ({"name": "Lambda", "lambd": "print"}, "since it runs code"),
+        ({"name": "FiveCrop"}, "since it makes several images of one"),
+        ({"name": "Normalize", "mean": [0.5], "std": [0.5]}, r"use data.normalize"),
     ],
 )
 def test_an_entry_that_cannot_be_names_itself_and_the_reason(entry: Entry, message: str) -> None:
@@ -255,13 +256,29 @@ def test_only_one_transform_takes_the_place_of_the_crop() -> None:
         build_transform("train", augment(resized, {**FLIP, "at": "before_crop"}), CIFAR)
 
 
-@pytest.mark.parametrize("policy", ["rand-m9-zzz", "magic", ""])
-def test_policy_that_timm_does_not_know(policy: str) -> None:
-    if not policy:
-        assert not build_transform("train", AugmentTable(auto_augment=policy), CIFAR).draws_from_python
-        return
-    with pytest.raises(UserError, match="is not a policy that timm knows"):
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("magic", "'magic' is not a policy that timm knows"),
+        ("rand-m9-mstt0.5", "not a policy that timm knows .*Unknown RandAugment config section"),
+        ("rand-m9-tnothing", "'tnothing' says nothing"),
+        ("rand-mn", "'mn' says nothing"),
+        ("augmix-mm-w3", "'mm' says nothing"),
+    ],
+)
+def test_policy_that_timm_does_not_know(policy: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         build_transform("train", AugmentTable(auto_augment=policy), CIFAR)
+
+
+def test_the_largest_magnitudes_do_not_fail() -> None:
+    """timm's posterize asks for 0 bits there, which Pillow 13 refuses: training would stop at some random image."""
+    for policy in ("rand-m10-n20-p1-inc1", "augmix-m10-d9"):
+        transform = build_transform("train", AugmentTable(auto_augment=policy), CIFAR)
+        for seed in range(20):
+            random.seed(seed)
+            np.random.seed(seed)
+            assert transform(photograph()).isfinite().all()
 
 
 def test_wrong_size_is_told_with_both_sizes() -> None:
@@ -277,10 +294,10 @@ def test_trying_a_transform_blames_the_recipe_and_leaves_random_states_alone() -
     torch.manual_seed(1)
     before = torch.rand(1), random.random(), np.random.rand()
     torch.manual_seed(1)
-    states = random.getstate(), np.random.get_state()[1].tolist()
+    states = random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()
     try_transform(build_transform("train", augment(CROP, auto_augment="rand-m9"), CIFAR), images, 0)
     assert torch.rand(1) == before[0]
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+    assert (random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()) == states
     too_large = build_transform("train", augment({"name": "RandomCrop", "size": 40}), CIFAR)
     with pytest.raises(UserError, match=r"augment.train: RandomCrop fails on toy/0 \(32 x 32 pixels\)"):
         try_transform(too_large, images, 0)
@@ -299,29 +316,25 @@ REQUIRED: dict[str, Entry] = {
     "RandomSolarize": {"threshold": 128},
     "RandomAdjustSharpness": {"sharpness_factor": 2.0},
     "ScaleJitter": {"target_size": [32, 32], "scale_range": [1.0, 1.0]},
-    "Normalize": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
     "RandomZoomOut": {"p": 0.0},
 }
 
 
-@pytest.mark.parametrize("name", [n for n in transform_names() if n != "LinearTransformation"])
+@pytest.mark.parametrize("name", transform_names())
 def test_every_transform_on_offer_works_on_an_image(name: str) -> None:
-    """Each at its default place; LinearTransformation needs a matrix as large as the image squared."""
+    """Each at its default place."""
     transform = build_transform("train", augment({"name": name, **REQUIRED.get(name, {})}), CIFAR)
-    if name == "RandomResize":
-        assert transform(photograph()).shape == (3, 32, 32)
-        return
     assert transform(photograph()).shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize("name", sorted(DETERMINISTIC - {"LinearTransformation"}))
+@pytest.mark.parametrize("name", sorted(DETERMINISTIC.intersection(transform_names())))
 def test_what_is_called_deterministic_draws_nothing(name: str) -> None:
     entry = {"name": name, **REQUIRED.get(name, {}), **({"num_output_channels": 3} if name == "Grayscale" else {})}
     transform = build_transform("train", augment(entry), CIFAR)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()
     transform(photograph())
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+    assert (random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()) == states[1:]
 
 
 def test_deterministic_only_where_known_to_be() -> None:
@@ -335,4 +348,4 @@ def test_deterministic_only_where_known_to_be() -> None:
         assert not is_deterministic("train", table)
         assert is_deterministic("validation", table)
     assert not is_deterministic("test", AugmentTable.model_validate({"test": [FLIP]}))
-    assert TENSOR_ONLY <= set(transform_names())
+    assert set(transform_names()) >= TENSOR_ONLY

@@ -31,9 +31,9 @@ def messages(name: str) -> str:
 @pytest.mark.parametrize("name", RECIPES)
 def test_messages_are_as_expected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(FOLDER)
-    begin = time.perf_counter()
+    begin = time.process_time()
     found = messages(name)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     golden = Path(name).with_suffix(".txt")
     if os.environ.get("TOOLKIT_WRITE_GOLDEN"):
         golden.write_text(found, encoding="utf-8")

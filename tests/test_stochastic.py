@@ -207,7 +207,7 @@ def test_example_keys_are_distinct_and_stable() -> None:
     "model",
     [
         lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, drop_rate=0.2, drop_path_rate=0.3),
-        lambda: torchvision.models.swin_t(weights=None, stochastic_depth_prob=0.4),
+        lambda: torchvision.models.swin_t(weights=None),
         lambda: torchvision.models.mobilenet_v3_small(weights=None),
     ],
     ids=["vit", "swin", "mobilenet"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -92,9 +91,8 @@ MODES: dict[str, tuple[TransferTable, str]] = {
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _seeded() -> None:
     torch.manual_seed(0)
-    yield
 
 
 @cache
@@ -179,6 +177,22 @@ def test_gradual_opens_stage_after_stage(name: str) -> None:
         assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(parameters[key]) for key in expected)
 
 
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("feature_extractor", ["classifier"]),
+        ("frozen_classifier", [*VGG_CONVOLUTIONS, "classifier.6"]),
+        ("frozen_classifier, head too", VGG_CONVOLUTIONS),
+        ("linear_probe", ["classifier.6"]),
+    ],
+)
+def test_vgg_with_its_own_classifier(mode: str, expected: list[str]) -> None:
+    """All three fully connected layers of VGG11-BN; on the meta device, for its 129 million parameters."""
+    with torch.device("meta"):
+        built = build_model(ModelTable(source="torchvision", name="vgg11_bn"), CLASSES, 3, 32)
+    assert set(apply_transfer(built, MODES[mode][0]).trainable) == names_under(built.module, expected)
+
+
 def test_gradual_trains_what_it_opened() -> None:
     table, _ = MODES["gradual"]
     built = fresh("resnet18")
@@ -190,7 +204,9 @@ def test_gradual_trains_what_it_opened() -> None:
     for group in new_groups(built, table, SGD, optimizer.param_groups):
         optimizer.add_param_group(group)
     train_two_steps("resnet18", transfer, [], optimizer)
-    moved = {key.split(".")[0] for key, value in built.module.state_dict().items() if not torch.equal(value, before[key])}
+    moved = {
+        key.split(".")[0] for key, value in built.module.state_dict().items() if not torch.equal(value, before[key])
+    }
     assert moved == {"layer4", "fc"}
 
 
@@ -209,7 +225,10 @@ def test_gradual_catches_up_after_a_restart() -> None:
         (TransferTable(mode="linear_probe", train=["Layer4.*"]), "transfer.train: no parameter's name matches"),
         (TransferTable(mode="linear_probe", freeze=["fc.*"]), "leaves nothing to train.*conv1/bn1, layer1"),
         (TransferTable(mode="gradual"), "needs unfreeze_at"),
-        (TransferTable(mode="gradual", unfreeze_at=[1, 2, 3, 4, 5, 6]), "6 epochs, but there are 5 stages"),
+        (
+            TransferTable(mode="gradual", unfreeze_at=[1, 2, 3, 4, 5, 6]),
+            "6 epochs, but 5 stages are below the head: conv1/bn1",
+        ),
     ],
 )
 def test_mistakes_are_told(table: TransferTable, message: str) -> None:

@@ -79,13 +79,13 @@ def _recipe_path(recipe: str | None, resume: str | None) -> str:
 
 
 def show_outcome(run: Run, *, as_json: bool) -> None:
-    """The table and the path of the run directory, or the summary as JSON, on stdout."""
-    from toolkit.engine.display import summary_table
+    """The closing table and the path of the run directory, or the summary as JSON, on stdout."""
+    from toolkit.engine.fit import closing_text
 
     if as_json:
         print(json.dumps({"run": str(run.path), **run.summary}, indent=2))
     else:
-        print(summary_table(run.summary))
+        print(closing_text(run.recipe, run.summary))
         print(run.path)
 
 

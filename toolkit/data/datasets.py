@@ -100,7 +100,7 @@ def _fetch(kind: Callable[..., Any], table: DataTable) -> tuple[Any, Any]:
             return read(download=True)
     except _UNREADABLE as error:
         raise UserError(
-            f"{table.dataset} is not in data.root = {table.root!r}, or is damaged, and could not be downloaded: {error}; "
+            f"{table.dataset} is not in data.root = {table.root!r}, or damaged, and could not be downloaded: {error}; "
             "remove what is there, or download it on a machine with a network and copy the folder, or set data.root "
             "to where it is"
         ) from error

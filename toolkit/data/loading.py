@@ -147,17 +147,25 @@ class _WorkerPool:
         )
 
     def answers(self, requests: Iterable[_Request]) -> Iterator[Batch]:
-        """A batch for each request. Raises BadImage, RunFailed and UserError as they were raised in the worker."""
+        """A batch for each request. Raises BadImage, RunFailed and UserError as they were in the worker, and closes."""
         if self._loader is None:
             raise RuntimeError("the loader is closed")
         self._requests.current = requests
         for answer in self._loader:
             if isinstance(answer, _Failure):
+                self.close()
                 raise answer.error
             yield answer
 
     def close(self) -> None:
-        """End the worker processes; PyTorch does when nothing refers to the DataLoader."""
+        """End the worker processes now.
+
+        Left to the garbage collector (a traceback can keep a loader alive in a cycle), PyTorch tears the queues down
+        in any order, and then waits 5 seconds for each worker in turn.
+        """
+        iterator = None if self._loader is None else self._loader._iterator
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
         self._loader = None
 
 

@@ -10,56 +10,27 @@ from __future__ import annotations
 import difflib
 import inspect
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from toolkit.data.images import MODES, Images, to_mode
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
+from toolkit.recipe.catalog import excluded_transforms
 from toolkit.recipe.schema import AugmentTable, TransformEntry
 
-TENSOR_ONLY = frozenset({"GaussianNoise", "LinearTransformation", "Normalize"})
+TENSOR_ONLY = frozenset({"GaussianNoise"})
 """Transforms that need a tensor, and so stand after the scaling to 0..1 by default."""
 
-UNSUITABLE = {
-    "MixUp": "use augment.mixup",
-    "CutMix": "use augment.cutmix",
-    "Compose": "list its transforms one by one",
-    "RandomApply": "give the transform itself apply_p",
-    "RandomChoice": "it needs transforms inside it, which a recipe cannot say",
-    "RandomOrder": "it needs transforms inside it, which a recipe cannot say",
-    "Lambda": "it needs a function, and a recipe holds no code",
-    "FiveCrop": "it gives several images",
-    "TenCrop": "it gives several images",
-    "ToTensor": "the conversion to a tensor has its fixed place",
-    "ToImage": "the conversion to a tensor has its fixed place",
-    "ToPILImage": "the conversion to a tensor has its fixed place",
-    "PILToTensor": "the conversion to a tensor has its fixed place",
-    "ToPureTensor": "the conversion to a tensor has its fixed place",
-    "ToDtype": "the conversion to a tensor has its fixed place",
-    "ConvertImageDtype": "the conversion to a tensor has its fixed place",
-    "Transform": "it is the base class",
-    "UniformTemporalSubsample": "it is for videos",
-    "RandomIoUCrop": "it is for object detection",
-    "ClampBoundingBoxes": "it is for object detection",
-    "ClampKeyPoints": "it is for object detection",
-    "ConvertBoundingBoxFormat": "it is for object detection",
-    "SanitizeBoundingBoxes": "it is for object detection",
-    "SanitizeKeyPoints": "it is for object detection",
-    "SetClampingMode": "it is for object detection",
-}
-"""Transforms that make no sense for one labelled image, and what to do instead."""
-
-DETERMINISTIC = frozenset(
-    {"CenterCrop", "Grayscale", "Identity", "LinearTransformation", "Normalize", "Pad", "RGB", "Resize"}
-)
+DETERMINISTIC = frozenset({"CenterCrop", "Grayscale", "Identity", "Pad", "RGB", "Resize"})
 """Transforms known to draw no random numbers. What is not listed counts as random."""
 
 
@@ -220,8 +191,8 @@ def _build_entry(entry: TransformEntry, where: str, image_size: int) -> Callable
 
 def _find(name: str, where: str) -> type[v2.Transform]:
     """A class of torchvision.transforms.v2 by name."""
-    if name in UNSUITABLE:
-        raise UserError(f"{where}: {name} cannot be used here: {UNSUITABLE[name]}")
+    if name in excluded_transforms():
+        raise UserError(f"{where}: {name} cannot be used, since it {excluded_transforms()[name]}")
     known = transform_names()
     if name not in known:
         near = difflib.get_close_matches(name, known, 3, 0.5)
@@ -234,7 +205,8 @@ def _find(name: str, where: str) -> type[v2.Transform]:
 def transform_names() -> list[str]:
     """Names of the transforms that a recipe can use."""
     public = {name: value for name, value in vars(v2).items() if inspect.isclass(value) and not name.startswith("_")}
-    return sorted(name for name, kind in public.items() if issubclass(kind, v2.Transform) and name not in UNSUITABLE)
+    kinds = {name for name, kind in public.items() if issubclass(kind, v2.Transform)}
+    return sorted(kinds - excluded_transforms().keys())
 
 
 def _argument(name: str, value: Any, where: str) -> Any:
@@ -267,14 +239,34 @@ def _policy(text: str, preprocessing: Preprocessing) -> Callable[[Any], Any]:
         "img_mean": fill if len(fill) > 1 else fill[0],
         "interpolation": str_to_pil_interp(preprocessing.interpolation),
     }
+    parts = [part for part in text.split("-")[1:] if part not in ("tweights", "t3a", "t3aw")]
+    ignored = [part for part in parts if part.startswith("t") or not re.search(r"\d", part)]
+    if ignored:  # timm passes over a part without a number, and an unknown set of operations, in silence
+        raise UserError(f"augment.auto_augment = {text!r}: {ignored[0]!r} says nothing; {_POLICY_EXAMPLES}")
     try:
         if text.startswith("rand"):
-            return auto_augment.rand_augment_transform(text, settings)  # type: ignore[no-any-return]
-        if text.startswith("augmix"):
-            return auto_augment.augment_and_mix_transform(text, {**settings, "translate_pct": 0.3})  # type: ignore[no-any-return]
-        return auto_augment.auto_augment_transform(text, settings)  # type: ignore[no-any-return]
+            policy = auto_augment.rand_augment_transform(text, settings)
+        elif text.startswith("augmix"):
+            policy = auto_augment.augment_and_mix_transform(text, {**settings, "translate_pct": 0.3})
+        else:
+            policy = auto_augment.auto_augment_transform(text, settings)
     except Exception as error:  # timm asserts, or fails on what it cannot parse
         raise UserError(
             f"augment.auto_augment = {text!r} is not a policy that timm knows ({error or type(error).__name__}); "
-            "examples: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, v0, 3a"
+            f"{_POLICY_EXAMPLES}"
         ) from error
+    for operation in getattr(policy, "ops", None) or [each for several in policy.policy for each in several]:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+    made: Callable[[Any], Any] = policy
+    return made
+
+
+_POLICY_EXAMPLES = "examples: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, v0, 3a"
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's posterize, which asks for 0 bits at the largest magnitudes: black, but an error since Pillow 13."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -65,10 +65,11 @@ def _combine(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor, T
     return pooled, (m2s + counts * (means - pooled).square()).sum(0), total
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's SyncBatchNorm, which also works on the CPU and can be told that all processes hold the same images.
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm over all processes' images, which can also be told that all processes hold the same ones.
 
-    ``drop`` and ``act`` take over what timm's BatchNormAct2d does after normalising; parameter names stay as they were.
+    Not a subclass of torch's, which DDP refuses on the CPU. ``drop`` and ``act`` take over what timm's BatchNormAct2d
+    does after normalising; parameter names stay as they were.
     """
 
     replicated = False
@@ -79,36 +80,35 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any [n, C, ...] will do: the layer that this one replaces has had its input checked by the architecture."""
+
     def forward(self, input: Tensor) -> Tensor:
         """[n, C, ...] -> the same shape."""
         out: Tensor = self.act(self.drop(self._normalise(input)))
         return out
 
     def _normalise(self, x: Tensor) -> Tensor:
-        # While torch.compile or torch.export trace, and in evaluation, the parent's paths are right as they are.
-        if not self.training or self.replicated:
-            return _local(self, x)
-        if x.device.type != "cpu":
-            out: Tensor = super().forward(x)
-            return out
-        wide = x.float()
-        result, mean, variance, total = _SynchronisedNorm.apply(wide, self.weight, self.bias, self.eps)
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+        if not self.training or self.replicated or not dist.is_initialized():
+            return super().forward(x)
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked or 1)
+        if x.device.type == "cpu":
+            return self._on_cpu(x, rate)
+        group = dist.group.WORLD
+        arguments = (self.weight, self.bias, self.running_mean, self.running_var, self.eps, rate, group)
+        out: Tensor = FusedSyncBatchNorm.apply(x, *arguments, dist.get_world_size())  # type: ignore[no-untyped-call]
+        return out
+
+    def _on_cpu(self, x: Tensor, rate: float) -> Tensor:
+        result, mean, variance, total = _SynchronisedNorm.apply(x.float(), self.weight, self.bias, self.eps)
+        if self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
                 self.running_mean.lerp_(mean, rate)
                 self.running_var.lerp_(variance * (total / (total - 1)), rate)
-        return result.to(x.dtype)
-
-
-def _local(norm: SyncBatchNorm, x: Tensor) -> Tensor:
-    """Ordinary batch norm on this process's own images (nn.BatchNorm's rule)."""
-    if norm.training and norm.track_running_stats:
-        norm.num_batches_tracked.add_(1)
-    rate = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
-    use_batch = norm.training or norm.running_mean is None
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, use_batch, rate, norm.eps)
+        out: Tensor = result.to(x.dtype)
+        return out
 
 
 def synchronise(module: nn.Module) -> nn.Module:

@@ -29,6 +29,11 @@ class Display:
             print(text, file=sys.stderr, flush=True)
         self._log(text)
 
+    def note(self, text: str) -> None:
+        """Keep text in log.txt only."""
+        if self.speaks:
+            self._log(text)
+
     def log_to(self, path: Path) -> None:
         """Keep what was and will be said in this file too."""
         if self.speaks:

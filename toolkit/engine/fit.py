@@ -68,8 +68,7 @@ def fit(
             summary = finish(training)
             tracking.summarise(summary)
         training.close()
-        for line in _closing_lines(recipe, run, summary):
-            display.say(line)
+        display.note(closing_text(recipe, summary))
     return run
 
 
@@ -86,7 +85,7 @@ def dry_run(recipe: Recipe, *, load_weights: bool = True, show_module: bool = Fa
 
 def _join_processes(recipe: Recipe) -> tuple[Accelerator, Display]:
     """Join the processes and say who they are; check what depends on their number."""
-    accelerator = start(recipe.train, list(recipe.tracking.trackers))
+    accelerator = start(recipe.train)
     check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.accumulation)
     display = Display(speaks=accelerator.is_main_process)
     for line in describe_processes(accelerator):
@@ -161,8 +160,6 @@ def _write_beginnings(setup: Setup, run: Run) -> None:
     run.write_json("checkpoints/model.json", card)
 
 
-def _closing_lines(recipe: Recipe, run: Run, summary: dict[str, Any]) -> list[str]:
-    """What one sees at the end, besides the table."""
-    lines = ["", summary_table(summary)]
-    lines += [verdict.line() for verdict in check_expectations(recipe, summary)]
-    return lines
+def closing_text(recipe: Recipe, summary: dict[str, Any]) -> str:
+    """The closing table, and a line for each figure that the recipe expects."""
+    return "\n".join([summary_table(summary), *(v.line() for v in check_expectations(recipe, summary))])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from toolkit.data.loading import granted_cpus
@@ -19,22 +21,25 @@ from toolkit.recipe.schema import TrainTable
 T = TypeVar("T")
 
 
-def start(train: TrainTable, trackers: list[str]) -> Accelerator:
+def start(train: TrainTable) -> Accelerator:
     """Join the processes that the launcher started and settle device and precision, as the recipe says.
 
     Raises a UserError where the launcher's settings contradict the recipe, or the precision is not to be had.
     """
     check_launcher(train)
     _set_threads()
+    # Accelerate keeps one state a Python process; in a notebook the next fit may have another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
     precision = resolve_precision(train.precision)
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not train.deterministic
+    # The name since torch 2.15 is one that torch 2.11 and Accelerate do not know.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
     return Accelerator(
         cpu=not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"),
         mixed_precision=precision,
-        log_with=trackers or None,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-EXPANDED = frozenset({"features", "blocks", "layers", "trunk_output", "encoder", "classifier", "heads"})
-"""Names that torchvision gives to containers: their children are stages, not they."""
+EXPANDED = frozenset({"features", "blocks", "stages", "layers", "trunk_output", "encoder", "classifier", "heads"})
+"""Names that the libraries give to containers: their children are stages, not they."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def _shortest_prefixes(group: list[str], total: Counter[str]) -> tuple[str, ...]
 
 
 def _name(index: int, prefixes: tuple[str, ...]) -> str:
-    """The stage's first prefix; a beginning of several top-level parts is the "stem"."""
-    is_stem = index == 0 and len(prefixes) > 1 and "." not in prefixes[1]
-    return "stem" if is_stem else prefixes[0]
+    """The stage's first prefix; a beginning of several top-level parts is the "stem", "head" is kept for the head."""
+    if index == 0 and len(prefixes) > 1 and "." not in prefixes[1]:
+        return "stem"
+    return "neck" if prefixes[0] == "head" else prefixes[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import pickle
 import re
 from collections.abc import Iterable
@@ -208,7 +209,9 @@ def map_densenet(state: State) -> State:
 
 
 def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} ({_shape(shape)})" for name, shape in shapes.items()) or "nothing, it has no such layer"
+    """Names and shapes, the largest tensor first."""
+    largest_first = sorted(shapes.items(), key=lambda item: -math.prod(item[1]))
+    return ", ".join(f"{name} ({_shape(shape)})" for name, shape in largest_first) or "nothing, there is no such layer"
 
 
 def _first(names: list[str]) -> str:

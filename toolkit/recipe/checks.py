@@ -270,6 +270,7 @@ RULES = (
     names.model_arguments_are_free,
     names.optimizer_is_known,
     names.transforms_are_known,
+    names.places_are_free,
     names.policy_is_known,
     names.figures_are_known,
     mode_fits_weights,

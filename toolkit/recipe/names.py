@@ -53,6 +53,9 @@ OWN_OPTIMIZER_KEYS = {key: f"optimizer.{key}" for key in ("lr", "momentum", "wei
     "nesterov": 'optimizer.name = "nag"'
 }
 
+TENSOR_ONLY = ("GaussianNoise",)
+"""Transforms that cannot work on a Pillow image."""
+
 KINDS = {
     "text": "text",
     "number": "a number",
@@ -248,6 +251,28 @@ def _transform_argument(
         yield Finding(message, path, (name_path,), _did_you_mean(similar))
     elif argument == "p" and not 0 <= value <= 1:
         yield Finding(f"{dotted(path)}: expected a number from 0 to 1, found {found(value)}", path, (name_path,))
+
+
+def places_are_free(recipe: Recipe) -> Iterator[Finding]:
+    """One transform at most takes the crop's place, and what needs a tensor gets one."""
+    for split in ("train", "validation", "test"):
+        taken: Path | None = None
+        entries = getattr(recipe.augment, split)
+        takes_both = any(entry.at == "resize_crop" for entry in entries)
+        for index, entry in enumerate(entries):
+            path = ("augment", split, index, "at")
+            if entry.name in TENSOR_ONLY and entry.at not in (None, "tensor"):
+                yield Finding(
+                    f'{dotted(path)}: {entry.name} needs a tensor, so at = "tensor"', path, ((*path[:-1], "name"),)
+                )
+            if entry.at == "before_crop" and takes_both:
+                message = f'{dotted(path)}: there is no place before the crop where another entry is at "resize_crop"'
+                yield Finding(message, path, (("augment", split),))
+            if entry.at in ("crop", "resize_crop"):
+                if taken:
+                    message = f"{dotted(path)}: {dotted(taken)} takes the crop's place already"
+                    yield Finding(message, path, (("augment", split),), "only one transform can")
+                taken = taken or path
 
 
 def policy_is_known(recipe: Recipe) -> Iterator[Finding]:

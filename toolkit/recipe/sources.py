@@ -15,8 +15,8 @@ import tomli
 from toolkit.recipe.diagnostics import Diagnostic, Location, RecipeError, dotted
 from toolkit.recipe.positions import Path, Position, Span, scan
 
-MAX_BYTES = 128 * 1024
-"""Largest recipe file. A long recipe has 5 KB; the limit keeps hostile ones from taking time."""
+MAX_BYTES = 64 * 1024
+"""Of a recipe file and all that it extends. A long recipe has 5 KB; the limit keeps hostile ones from taking time."""
 
 MAX_PARENTS = 8
 MAX_NESTING = 12
@@ -25,7 +25,7 @@ MAX_NESTING = 12
 SET = "--set"
 _PLACE = re.compile(r"(?P<text>.*?) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)\Z", re.DOTALL)
 _BARE_WORD = re.compile(r"\s*(?P<word>[^\W\d][\w./:+-]*)\s*(?:#.*)?\Z")
-_DOTTED_RUN = re.compile(r"""(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){100}""")
+_DOTTED_RUN = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def read_chain(path: str | os.PathLike[str]) -> list[Source]:
     """A recipe file and all that it extends, the eldest first. Raises RecipeError."""
     sources: list[Source] = []
     seen: list[str] = []
-    name, asked_at, chain = os.fspath(path), None, []
+    chain: list[str] = []
+    name, asked_at, size = os.fspath(path), None, 0
     while True:
         real, chain = os.path.realpath(name) if "\0" not in name else name, [*chain, name]
         if real in seen:
@@ -105,6 +106,9 @@ def read_chain(path: str | os.PathLike[str]) -> list[Source]:
         seen.append(real)
         text = _read(name, asked_at, chain)
         note = f"inherited: {_chain(chain)}" if len(chain) > 1 else None
+        size += len(text.encode())
+        if size > MAX_BYTES:
+            raise _fault(f"the recipes together are larger than {MAX_BYTES // 1024} KiB", asked_at, name, note)
         source = parse(name, text, note)
         parent = source.data.pop("extends", None)
         sources.insert(0, source)

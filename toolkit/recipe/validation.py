@@ -143,7 +143,11 @@ def _place(loc: tuple[str | int, ...], data: Any) -> _Place | None:
 
     pydantic's location has, besides keys, the name of the branch wherever the schema has a union.
     """
-    annotation, constraints, table, path, value = Recipe, (), None, (), data
+    annotation: Any = Recipe
+    constraints: tuple[Any, ...] = ()
+    table: type[BaseModel] | None = None
+    path: Path = ()
+    value = data
     for part in loc:
         annotation, inner = unwrapped(annotation)
         constraints = (*constraints, *inner)

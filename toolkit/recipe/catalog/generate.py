@@ -166,11 +166,17 @@ def _parameters(cls: type) -> Iterable[inspect.Parameter]:
 
 
 def _argument(parameter: inspect.Parameter) -> dict[str, Any]:
-    """Kinds of TOML values that an argument takes (empty: not known), its default or that it is required."""
+    """Kinds of TOML values that an argument takes (empty: not known), its default or that it is required.
+
+    A missing size is data.image_size, so no size is required.
+    """
     annotation = parameter.annotation
     if annotation is parameter.empty:
         annotation = type(parameter.default)
-    argument: dict[str, Any] = {"kinds": sorted(_kinds(annotation)), "required": parameter.default is parameter.empty}
+    argument: dict[str, Any] = {
+        "kinds": sorted(_kinds(annotation)),
+        "required": parameter.default is parameter.empty and parameter.name != "size",
+    }
     if parameter.default is not parameter.empty:
         argument["default"] = _plain(parameter.default)
     choices = _choices(annotation)

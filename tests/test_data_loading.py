@@ -1,0 +1,411 @@
+"""Loading: the same batches whatever the workers and processes, and no worker ever hangs."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from toolkit.data.cpus import granted_cpus
+from toolkit.data.datasets import open_dataset
+from toolkit.data.images import ArrayImages, BadImage, FileImages
+from toolkit.data.loading import (
+    EvaluationLoader,
+    TensorEvaluation,
+    TensorLoader,
+    TrainLoader,
+    evaluation_loader,
+    train_loader,
+    worker_count,
+)
+from toolkit.data.order import TrainPlan, balanced_weights
+from toolkit.data.preprocessing import Preprocessing
+from toolkit.data.transforms import ImageTransform, build_transform
+from toolkit.errors import RunFailed, UserError
+from toolkit.recipe.schema import AugmentTable, DataTable
+
+N = 23
+PIXELS = np.random.default_rng(0).integers(0, 256, (N + 5, 8, 8, 3), dtype=np.uint8)
+LABELS = np.arange(N + 5, dtype=np.int64) % 4
+INDICES = np.arange(N + 5, dtype=np.int64)[5:][::-1].copy()  # a split is not the data set: positions are not indices
+PLAIN = Preprocessing(3, 8, None, True, "bilinear", (0.0,) * 3, (1.0,) * 3)
+RANDOM = AugmentTable.model_validate(
+    {"train": [{"name": "RandomCrop", "padding": 2}, {"name": "ColorJitter", "hue": 0.5}], "auto_augment": "rand-m9"}
+)
+
+
+def transform(augment: AugmentTable = RANDOM) -> ImageTransform:
+    return build_transform("train", augment, PLAIN)
+
+
+def loader(workers: int = 0, augment: AugmentTable = RANDOM, **plan: Any) -> TrainLoader:
+    images = ArrayImages(PIXELS, "toy", 3)
+    settings = {"size": N, "seed": 0, "batch_size": 6, **plan}
+    return train_loader(
+        images, LABELS, INDICES, transform(augment), TrainPlan(**settings), workers=workers, pin_memory=False
+    )
+
+
+def by_position(loaders: list[TrainLoader], epoch: int) -> Tensor:
+    """What each position's image became in an epoch, float32 [N, 3, 8, 8]; every one exactly once."""
+    result, seen = torch.full((N, 3, 8, 8), torch.nan), []
+    for one in loaders:
+        for micro, batch in one.epoch(epoch):
+            own = batch.draws[: micro.own]
+            result[own] = batch.images[: micro.own]
+            if not (micro.replicated and one.plan.rank):
+                seen += own.tolist()
+        one.close()
+    assert sorted(seen) == list(range(N))
+    return result
+
+
+def test_images_and_labels_belong_together() -> None:
+    for _, batch in loader(augment=AugmentTable()).epoch(0):
+        indices = INDICES[batch.draws.numpy()]
+        assert torch.equal(batch.labels, torch.from_numpy(LABELS[indices]))
+        torch.testing.assert_close(
+            batch.images, torch.from_numpy(PIXELS[indices] / np.float32(255)).permute(0, 3, 1, 2)
+        )
+
+
+def test_augmentation_does_not_depend_on_workers_processes_or_accumulation() -> None:
+    expected = by_position([loader()], 3)
+    assert torch.equal(by_position([loader(workers=1)], 3), expected)
+    assert torch.equal(by_position([loader(workers=2)], 3), expected)
+    assert torch.equal(by_position([loader(batch_size=4, accumulation=2)], 3), expected)
+    for world in (2, 3):
+        ranks = [loader(world=world, rank=rank, mixing=True) for rank in range(world)]
+        assert torch.equal(by_position(ranks, 3), expected)
+
+
+def test_augmentation_differs_between_epochs_and_seeds_and_comes_again() -> None:
+    one = loader()
+    first, second = by_position([loader()], 0), by_position([loader()], 1)
+    assert (first != second).flatten(1).any(1).all()
+    assert (first != by_position([loader(seed=1)], 0)).flatten(1).any(1).all()
+    assert torch.equal(torch.cat([b.images for _, b in one.epoch(0)]), torch.cat([b.images for _, b in one.epoch(0)]))
+
+
+def test_an_image_drawn_twice_is_augmented_in_two_ways() -> None:
+    weights = balanced_weights(LABELS[INDICES]) * (INDICES < 7)  # two images only
+    batches = [batch for _, batch in loader(weights=weights).epoch(0)]
+    images, draws = torch.cat([b.images for b in batches]), torch.cat([b.draws for b in batches])
+    assert draws.tolist() == list(range(N, 2 * N))
+    assert len({image.numpy().tobytes() for image in images}) == N
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_can_begin_at_any_step_and_be_left_at_any(workers: int) -> None:
+    one = loader(workers, accumulation=2)
+    whole = list(one.epoch(2))
+    for first in (0, 3, 1):
+        rest = []
+        for micro, batch in one.epoch(2, first):
+            rest.append((micro, batch))
+            if first == 3 and len(rest) == 1:
+                break  # the next epoch must not get what the workers prepared for this one
+        expected = [pair for pair in whole if pair[0].step >= first][: len(rest)]
+        assert [m.positions.tolist() for m, _ in rest] == [m.positions.tolist() for m, _ in expected]
+        assert all(torch.equal(b.images, e.images) for (_, b), (_, e) in zip(rest, expected, strict=True))
+    assert list(one.epoch(2, 100)) == []
+    one.close()
+
+
+def test_the_main_process_keeps_its_random_states() -> None:
+    for workers in (0, 1):
+        torch.manual_seed(5)
+        states = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()
+        one = loader(workers)
+        for _ in one.epoch(0):
+            pass
+        one.close()
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert (random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()) == states[1:]
+
+
+def test_partners_come_behind_the_own_examples() -> None:
+    for rank in (0, 1):
+        for micro, batch in loader(world=2, rank=rank, mixing=True).epoch(0):
+            assert len(batch.images) == len(batch.labels) == len(batch.draws) == len(micro.positions) >= micro.own
+            assert micro.partners is not None
+            assert micro.partners.max() < len(micro.positions)
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def evaluation(workers: int = 0, world: int = 1, rank: int = 0, batch_size: int = 5) -> EvaluationLoader:
+    images = ArrayImages(PIXELS, "toy", 3)
+    return evaluation_loader(
+        images, LABELS, INDICES, transform(), seed=0, batch_size=batch_size, world=world, rank=rank,
+        workers=workers, pin_memory=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_is_the_same_every_time_on_any_processes(workers: int) -> None:
+    """Even where the split's transform is random."""
+    alone = evaluation(workers)
+    once, again = (torch.cat([b.images for b in alone]) for _ in range(2))
+    assert torch.equal(once, again)
+    parts = [batch for rank in range(3) for batch in evaluation(workers, 3, rank)]
+    assert np.concatenate([b.positions for b in parts]).tolist() == list(range(N))
+    assert torch.equal(torch.cat([b.images for b in parts]), once)
+    assert torch.equal(torch.cat([b.labels for b in parts]), torch.from_numpy(LABELS[INDICES]))
+
+
+def test_a_process_without_examples_has_no_batches() -> None:
+    images = ArrayImages(PIXELS, "toy", 3)
+    share = evaluation_loader(
+        images, LABELS, INDICES[:1], transform(), seed=0, batch_size=4, world=3, rank=0, workers=2, pin_memory=False
+    )
+    assert list(share) == []
+
+
+# -- tensors in memory -------------------------------------------------------------------------------------------------
+
+
+def test_features_come_in_the_order_that_images_do() -> None:
+    features, labels = torch.arange(N, dtype=torch.float32)[:, None].expand(N, 4), torch.from_numpy(LABELS[INDICES])
+    for plan in ({"accumulation": 2}, {"world": 2, "rank": 1}, {"weights": balanced_weights(LABELS[INDICES])}):
+        settings = {"size": N, "seed": 0, "batch_size": 6, **plan}
+        tensors = TensorLoader(features, labels, TrainPlan(**settings))  # type: ignore[arg-type]
+        for (ours, ofs), (theirs, image) in zip(tensors.epoch(1, 1), loader(**plan).epoch(1, 1), strict=True):
+            assert ours.positions.tolist() == theirs.positions.tolist()
+            assert torch.equal(ofs.labels, image.labels)
+            assert torch.equal(ofs.draws, image.draws)
+            assert torch.equal(labels[ofs.images[:, 0].long()], ofs.labels)
+
+
+def test_features_are_evaluated_once_each() -> None:
+    features = torch.randn(N, 4)
+    for world in (1, 2, 3):
+        parts = [
+            b
+            for rank in range(world)
+            for b in TensorEvaluation(features, torch.arange(N), batch_size=5, world=world, rank=rank)
+        ]
+        assert torch.equal(torch.cat([b.images for b in parts]), features)
+        assert np.concatenate([b.positions for b in parts]).tolist() == torch.cat([b.labels for b in parts]).tolist()
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> FileImages:
+    """Twelve images, of which number 7 is cut off."""
+    names = [f"image {i}.png" for i in range(12)]
+    for i, name in enumerate(names):
+        Image.fromarray(PIXELS[i]).save(tmp_path / name)
+    content = (tmp_path / names[7]).read_bytes()
+    (tmp_path / names[7]).write_bytes(content[: len(content) // 2])
+    return FileImages(tmp_path, names, 3)
+
+
+def of_files(files: FileImages, workers: int, how: Any) -> Iterator[Any]:
+    plan = TrainPlan(size=12, seed=0, batch_size=2)
+    return train_loader(files, LABELS[:12], np.arange(12), how, plan, workers=workers, pin_memory=False).epoch(0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.timeout(30)
+def test_a_bad_image_ends_the_epoch_with_its_name(files: FileImages, workers: int) -> None:
+    with pytest.raises(BadImage) as caught:
+        list(of_files(files, workers, transform()))
+    assert caught.value.name == "image 7.png"
+    assert caught.value.reason.startswith("damaged")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_failing_transform_names_the_image_and_keeps_its_trace(files: FileImages, workers: int) -> None:
+    too_large = transform(AugmentTable.model_validate({"train": [{"name": "RandomCrop", "size": 9}]}))
+    with pytest.raises(RunFailed, match=r"image \d+.png: the transforms failed: Required crop size") as caught:
+        list(of_files(files, workers, too_large))
+    assert "Traceback" in caught.value.__notes__[0]
+    wrong_size = build_transform(
+        "train", AugmentTable(), Preprocessing(3, 9, None, False, "bilinear", *[(0.5,) * 3] * 2)
+    )
+    with pytest.raises(UserError, match=r"^augment.train, .*8 x 8 pixels .* but data.image_size is 9"):
+        list(of_files(files, workers, wrong_size))
+
+
+@pytest.mark.timeout(30)
+def test_workers_end_at_once_though_a_traceback_keeps_the_loader(files: FileImages) -> None:
+    """PyTorch's own way would wait 5 s for each of them: with 16 workers the other processes would time out."""
+    before = {child.pid for child in multiprocessing.active_children()}
+    kept = of_files(files, 2, transform())
+    with pytest.raises(BadImage):
+        list(kept)
+    assert {child.pid for child in multiprocessing.active_children()} <= before
+    one = loader(2)
+    epoch = one.epoch(0)
+    next(epoch)
+    start = time.monotonic()
+    one.close()
+    assert time.monotonic() - start < 4
+    assert {child.pid for child in multiprocessing.active_children()} <= before
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        next(one.epoch(0))
+
+
+# A process whose workers are asked for batches while signals come; run apart, so that pytest sees none of them.
+SIGNALLED = """
+import json, os, signal, sys, time
+import numpy as np
+from toolkit.data.images import ArrayImages
+from toolkit.data.loading import train_loader
+from toolkit.data.order import TrainPlan
+from toolkit.data.preprocessing import Preprocessing
+from toolkit.data.transforms import build_transform
+from toolkit.recipe.schema import AugmentTable
+
+mode = sys.argv[1]
+images = ArrayImages(np.zeros((64, 8, 8), np.uint8), "toy", 1)
+way = build_transform("train", AugmentTable(), Preprocessing(1, 8, None, True, "bilinear", (0.0,), (1.0,)))
+labels = np.zeros(64, np.int64)
+loader = train_loader(images, labels, np.arange(64), way, TrainPlan(size=64, seed=0, batch_size=2), workers=2,
+                      pin_memory=False)
+got = []
+for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+    signal.signal(getattr(signal, name), lambda number, frame: got.append(number))
+epoch = loader.epoch(0)
+next(epoch)
+children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+print(json.dumps(children), flush=True)
+if mode == "hang up":
+    time.sleep(60)
+while len(set(got)) < 4 and mode == "signals":
+    time.sleep(0.01)
+count = 1 + sum(1 for _ in epoch)
+print(json.dumps([count, sorted(set(got))]), flush=True)
+"""
+
+
+def start(mode: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """The process above, and the process ids of its workers."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED, mode], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    return process, [int(child) for child in json.loads(process.stdout.readline())]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@needs_linux
+def test_workers_leave_signals_to_the_training_process_and_still_end_with_it() -> None:
+    """A scheduler signals the whole group: the step under way must still get its batches."""
+    process, workers = start("signals")
+    assert len(workers) == 2
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        os.killpg(process.pid, number)
+    assert process.stdout is not None
+    count, got = json.loads(process.stdout.readline())
+    assert count == 32
+    assert len(got) == 4
+    # The loader is still referred to: Python ends the workers by SIGTERM, which counts when it comes from the parent.
+    assert process.wait(20) == 0
+    assert not any(alive(worker) for worker in workers)
+
+
+@needs_linux
+def test_workers_end_when_the_training_process_was_killed() -> None:
+    process, workers = start("hang up")
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(worker) for worker in workers)
+
+
+# -- how many workers --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine of 64 CPUs without quota or scheduler; the root of its file system."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_STEP_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def write(root: Path, **files: str) -> None:
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(content)
+
+
+def test_cpus_are_those_granted_divided_among_processes(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert granted_cpus(1, machine) == 64
+    assert granted_cpus(8, machine) == 8
+    assert granted_cpus(100, machine) == 1
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    assert granted_cpus(1, machine) == 12
+    assert granted_cpus(4, machine) == 3  # one task, which launched four processes
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2)")
+    assert granted_cpus(4, machine) == 12  # four tasks with twelve each
+
+
+def test_cpus_are_limited_by_quota(machine: Path) -> None:
+    write(machine, **{"sys/fs/cgroup/cpu.max": "max 100000\n", "proc/self/cgroup": "0::/job/step\n"})
+    assert granted_cpus(1, machine) == 64
+    write(machine, **{"sys/fs/cgroup/job/cpu.max": "600000 100000\n", "sys/fs/cgroup/job/step/cpu.max": "max 100000\n"})
+    assert granted_cpus(1, machine) == 6
+    assert granted_cpus(2, machine) == 3
+
+
+def test_cpus_are_limited_by_quota_of_version_1(machine: Path) -> None:
+    files = {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "250000\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}
+    write(machine, **files)
+    assert granted_cpus(1, machine) == 2
+    write(machine, **{"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"})
+    assert granted_cpus(1, machine) == 64
+
+
+def test_worker_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files, array = FileImages(tmp_path, ["1.png"], 3), ArrayImages(PIXELS, "toy", 3)
+    monkeypatch.setattr("toolkit.data.loading.granted_cpus", lambda processes: 64 // processes)
+    assert worker_count("auto", files, 8) == 7  # one CPU is the training process's own
+    assert worker_count("auto", files, 1) == 16
+    assert worker_count("auto", files, 64) == 0
+    assert worker_count("auto", array, 1) == 0
+    assert worker_count(3, array, 1) == 3
+
+
+def test_real_images_load(caltech_subset: Path) -> None:
+    data = open_dataset(DataTable(dataset="caltech101", root=str(caltech_subset)))
+    way = build_transform("train", AugmentTable(), Preprocessing(3, 64, 73, True, "bilinear", (0.5,) * 3, (0.5,) * 3))
+    one = train_loader(
+        data.images, data.labels, data.lists["train"], way, TrainPlan(size=80, seed=0, batch_size=32), workers=2,
+        pin_memory=False,
+    )  # fmt: skip
+    batches = [batch for _, batch in one.epoch(0)]
+    one.close()
+    assert [tuple(b.images.shape) for b in batches] == [(32, 3, 64, 64), (32, 3, 64, 64), (16, 3, 64, 64)]
+    assert torch.bincount(torch.cat([b.labels for b in batches])).tolist() == [8] * 10

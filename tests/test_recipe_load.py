@@ -1,0 +1,385 @@
+"""Loading: inheritance, overrides, origins, resolution; and that nothing hostile gets through."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from toolkit.errors import EXIT_BAD_INPUT
+from toolkit.recipe import Recipe, RecipeError, diff, load, load_recipe, loads_recipe, recipe_hash, resolved_toml
+from toolkit.recipe.resolved import resolved_content
+from toolkit.recipe.sources import MAX_BYTES
+from toolkit.recipe.writing import toml_value
+
+VALID = """\
+[recipe]
+name = "example"
+[data]
+dataset = "cifar10"
+split = { method = "random", validation = 1000 }
+[augment]
+train = [{ name = "RandomCrop", size = 32, padding = 4 }, { name = "ColorJitter", hue = 0.1, apply_p = 0.4 }]
+[model]
+source = "torchvision"
+name = "vgg11_bn"
+weights = "IMAGENET1K_V1"
+head = { hidden = [512, 256], batch_norm = true }
+[transfer]
+mode = "gradual"
+unfreeze_at = [2, 4]
+[optimizer]
+lr = 0.01
+args = { dampening = 0.1 }
+[scheduler]
+name = "step"
+step_size = 3
+[train]
+epochs = 5
+batch_size = 128
+[expect]
+test_accuracy = { value = 0.81, tolerance = 0.02, source = "a report" }
+"""
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Write NAME.toml files; gives the path of the first."""
+    for name, text in files.items():
+        (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+    return folder / f"{next(iter(files))}.toml"
+
+
+def errors(text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        loads_recipe(text, overrides)
+    return str(caught.value)
+
+
+def test_a_recipe_has_its_values_and_all_defaults() -> None:
+    recipe = loads_recipe(VALID)
+    assert (recipe.train.epochs, recipe.train.accumulation, recipe.data.split.validation) == (5, 1, 1000)
+    assert recipe.augment.train[0].arguments == {"size": 32, "padding": 4}
+    assert recipe.optimizer.momentum == 0.9
+    assert recipe.scheduler.gamma == 0.1
+
+
+def test_momentum_is_filled_in_for_sgd_and_nag_only() -> None:
+    plain = VALID.replace("args = { dampening = 0.1 }\n", "")
+    momenta = [
+        loads_recipe(plain, [f'optimizer.name="{name}"']).optimizer.momentum for name in ("sgd", "nag", "adamw", "lars")
+    ]
+    assert momenta == [0.9, 0.9, None, None]
+    assert loads_recipe(plain, ["optimizer.momentum=0.0"]).optimizer.momentum == 0
+
+
+def test_children_merge_tables_at_every_depth_and_replace_lists(tmp_path: Path) -> None:
+    child = 'extends = "parent.toml"\n[model]\nhead.hidden = [64]\n[augment]\ntrain = []\n[data.split]\nseed = 7\n'
+    recipe = load_recipe(write(tmp_path, child=child, parent=VALID))
+    assert recipe.model.head.hidden == [64]
+    assert recipe.model.head.batch_norm is True
+    assert recipe.augment.train == []
+    assert (recipe.data.split.seed, recipe.data.split.validation) == (7, 1000)
+
+
+def test_parents_are_relative_to_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "recipes").mkdir()
+    write(tmp_path / "base", root=VALID)
+    write(tmp_path / "base", middle='extends = "root.toml"\n[train]\nepochs = 6\n')
+    path = write(tmp_path / "recipes", child='extends = "../base/middle.toml"\n[recipe]\nseed = 3\n')
+    recipe = load_recipe(path)
+    assert (recipe.train.epochs, recipe.train.batch_size, recipe.recipe.seed) == (6, 128, 3)
+    monkeypatch.chdir(path.parent)
+    assert load_recipe("child.toml") == recipe
+
+
+def test_a_child_can_replace_a_table_by_a_word_and_back(tmp_path: Path) -> None:
+    words = {"grand": VALID + "\n[data.normalize]\nmean = [0.1, 0.2, 0.3]\nstd = [1, 1, 1]\n"}
+    words["parent"] = 'extends = "grand.toml"\n[data]\nnormalize = "half"\n'
+    write(tmp_path, **words)
+    assert load_recipe(tmp_path / "parent.toml").data.normalize == "half"
+    child = write(tmp_path, child='extends = "parent.toml"\n[data]\nnormalize = { mean = [0.5, 0.5, 0.5] }\n')
+    with pytest.raises(RecipeError, match=r"child\.toml:3:1: error: \[data.normalize\] lacks std"):
+        load_recipe(child)
+
+
+def test_too_many_parents_are_refused_with_the_chain(tmp_path: Path) -> None:
+    for number in range(12):
+        write(tmp_path, **{f"r{number}": f'extends = "r{number + 1}.toml"\n'})
+    with pytest.raises(RecipeError, match=r"more than 8 recipes extend one another(?s:.*)r0.toml extends \S*r1.toml"):
+        load_recipe(tmp_path / "r0.toml")
+
+
+def test_a_recipe_that_extends_itself_is_a_circle(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="extends leads back"):
+        load_recipe(write(tmp_path, own='extends = "./own.toml"\n'))
+
+
+def test_overrides_have_the_last_word_in_their_order(tmp_path: Path) -> None:
+    path = write(tmp_path, recipe=VALID)
+    recipe = load_recipe(path, ["train.epochs=9", 'optimizer."lr"=1e-3', "train.epochs = 7", "data.split={seed=2}"])
+    assert (recipe.train.epochs, recipe.optimizer.lr) == (7, 0.001)
+    assert (recipe.data.split.seed, recipe.data.split.validation) == (2, 1000)
+
+
+def test_faults_of_overrides_and_of_the_file_are_reported_together(tmp_path: Path) -> None:
+    path = write(tmp_path, recipe=VALID.replace("[train]", "[train"))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["model.name=vgg", "nonsense"])
+    assert [item.location is not None for item in caught.value.diagnostics] == [True] * 3
+
+
+def test_origins_name_file_and_line_override_or_default(tmp_path: Path) -> None:
+    path = write(tmp_path, child='extends = "parent.toml"\n[train]\nepochs = 6\n', parent=VALID)
+    loaded = load(path, ["recipe.seed=4"])
+    assert loaded.origins["train", "epochs"] == f"{path}:3"
+    assert loaded.origins["train", "batch_size"] == f"{tmp_path / 'parent.toml'}:24"
+    assert loaded.origins["model", "head", "batch_norm"] == f"{tmp_path / 'parent.toml'}:12"
+    assert loaded.origins["recipe", "seed"] == "--set"
+    assert loaded.origins["train", "accumulation"] == "default"
+    assert f"epochs = 6  # {path}:3\n" in loaded.annotated()
+    assert loads_recipe(loaded.annotated()) == loaded.recipe
+
+
+def test_warnings_do_not_stop_a_recipe(tmp_path: Path) -> None:
+    loaded = load(write(tmp_path, recipe=VALID), ["early_stopping.patience=5"])
+    assert [item.severity for item in loaded.warnings] == ["warning"]
+    assert loaded.recipe.early_stopping.patience == 5
+
+
+def test_resolved_recipe_is_complete_and_stands_alone(tmp_path: Path) -> None:
+    recipe = loads_recipe(VALID)
+    path = write(tmp_path, resolved=resolved_toml(recipe))
+    assert load_recipe(path) == recipe
+    assert not load(path).warnings
+    assert tomli.loads(path.read_text()) == recipe.model_dump(exclude_none=True)
+    assert all(origin.startswith(f"{path}:") for origin in load(path).origins.values())
+
+
+def test_hash_is_of_content_not_of_layout() -> None:
+    recipe = loads_recipe(VALID)
+    reordered = "\n# comment\n[".join(["", *reversed(VALID[1:].split("\n["))])
+    assert reordered.index("[expect]") < reordered.index("[recipe]")
+    assert recipe_hash(loads_recipe(reordered)) == recipe_hash(recipe)
+    assert recipe_hash(loads_recipe(resolved_toml(recipe))) == recipe_hash(recipe)
+    assert recipe_hash(loads_recipe(VALID, ["recipe.seed=1"])) != recipe_hash(recipe)
+    assert len(recipe_hash(recipe)) == 64
+    assert int(recipe_hash(recipe), 16) >= 0
+
+
+def test_diff_lists_what_differs() -> None:
+    first = loads_recipe(VALID)
+    second = loads_recipe(VALID, ["train.epochs=6", "train.ema=0.99", "model.head.hidden=[]"])
+    assert diff(first, first) == []
+    assert diff(first, second) == [
+        (("model", "head", "hidden"), [512, 256], []),
+        (("train", "epochs"), 5, 6),
+        (("train", "ema"), None, 0.99),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe[\0t\0", "is not UTF-8 text: byte 0xff in line 1"),
+        (b"[train]\nname = 'caf\xe9'", "byte 0xe9 in line 2"),
+        (b"#" * (MAX_BYTES + 1), "is larger than 64 KiB"),
+        (b"", r"table \[train\] is missing"),
+    ],
+)
+def test_unusable_files(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_unusable_paths(tmp_path: Path) -> None:
+    write(tmp_path, resnet50=VALID)
+    with pytest.raises(RecipeError, match=r"there is no recipe .*(?s:.*)did you mean .*resnet50\.toml"):
+        load_recipe(tmp_path / "resnet5.toml")
+    with pytest.raises(RecipeError, match="is a folder"):
+        load_recipe(tmp_path)
+    with pytest.raises(RecipeError, match=r"folder .*nowhere does not exist"):
+        load_recipe(tmp_path / "nowhere" / "r.toml")
+    for name in ("a\0b", "x" * 5000):
+        with pytest.raises(RecipeError):
+            load_recipe(name)
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    with pytest.raises(RecipeError, match="is no regular file"):
+        load_recipe(write(tmp_path, child='extends = "pipe"\n'))
+
+
+def test_a_mark_at_the_start_of_the_file_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + VALID.replace("\n", "\r\n").encode())
+    assert load_recipe(path) == loads_recipe(VALID)
+
+
+def test_a_large_chain_is_refused(tmp_path: Path) -> None:
+    half = "#" * (MAX_BYTES * 2 // 3) + "\n"
+    with pytest.raises(RecipeError, match="together are larger than 64 KiB"):
+        load_recipe(write(tmp_path, child=f'extends = "parent.toml"\n{half}', parent=half + VALID))
+
+
+def test_texts_cannot_extend_files() -> None:
+    assert "cannot extend a file" in errors('extends = "/etc/passwd"\n' + VALID)
+
+
+def test_recipe_errors_are_user_errors_with_status_2() -> None:
+    with pytest.raises(RecipeError) as caught:
+        loads_recipe("")
+    assert caught.value.exit_status == EXIT_BAD_INPUT == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/b", "a\\b", "a..b", ".a", "a.", "a ", " a", "a  b", "a\nb", "a\tb", "$(x)", "a;b", "a'b", "", "-a",
+     "_a", "a\u2028b", "x" * 101, "a*", "~", "a:b"],
+)  # fmt: skip
+def test_names_that_could_escape_are_refused(name: str) -> None:
+    recipe = tomli.loads(VALID)
+    recipe["recipe"]["name"] = name
+    assert "recipe.name: expected text that begins" in errors(VALID, f"recipe.name={_basic(name)}")
+    assert "tracking.project: expected" in errors(VALID, f"tracking.project={_basic(name)}")
+
+
+def _basic(text: str) -> str:
+    return '"' + "".join(f"\\U{ord(char):08x}" for char in text) + '"'
+
+
+@pytest.mark.parametrize("name", ["a", "resnet50-caltech", "Größe 3.5", "a.b c_d+e=f,g@h", "x" * 100, "実験1"])
+def test_names_that_are_safe_are_taken(name: str) -> None:
+    assert loads_recipe(VALID, [f'recipe.name="{name}"']).recipe.name == name
+
+
+HOSTILE = {
+    "brackets": "a = " + "[" * 60_000,
+    "nested lists": "a = " + "[" * 300 + "]" * 300,
+    "nested tables": "a = " + "{a=" * 20_000,
+    "dotted key": "a" + ".a" * 30_000 + " = 1",
+    "many dotted keys": "\n".join(f"a{i}" + ".a" * 90 + " = 1" for i in range(330)),
+    "many headers": "\n".join(f"[a{i}" + ".b" * 90 + "]" for i in range(330)),
+    "unknown keys": "\n".join(f"k{i} = 1" for i in range(6000)),
+    "unknown arguments": VALID + "[optimizer.args]\n" + "\n".join(f"k{i} = 1" for i in range(6000)),
+    "unknown transforms": VALID.replace("train = [", "train = [" + '{ name = "RandomRotate" },' * 2000),
+    "nameless transforms": VALID.replace("train = [", "train = [" + "{ nam = 1 }," * 4000),
+    "no numbers": VALID + "[model.args]\na = [" + "nan, " * 10_000 + "]",
+    "wrong list": VALID + "[tracking]\ntags = [" + "1, " * 20_000 + "]",
+    "figures": VALID + "[expect.x]\n" + "\n".join(f"k{i} = {{}}" for i in range(4000)),
+    "long integer": "a = " + "9" * 60_000,
+    "huge float": "a = 1e" + "9" * 1000,
+    "long name": VALID.replace('"example"', '"' + "a" * 60_000 + '"'),
+    "long model": VALID.replace('"vgg11_bn"', '"' + "resnet" * 10_000 + '"'),
+    "long policy": VALID.replace("[augment]", '[augment]\nauto_augment = "rand' + "-m9" * 20_000 + 'x"'),
+    "quotes": 'a = """' + '"" ' * 20_000 + '"""',
+    "open string": 'a = """' + '\\"' * 30_000,
+    "null characters": "\0" * 1000,
+    "escape sequence": 'a = "\x1b[31m"',
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_texts_are_refused_quickly(text: str) -> None:
+    begin = time.process_time()  # not the wall clock: other tests may share the processor
+    message = errors(text)
+    assert time.process_time() - begin < 1
+    assert len(message) < 20_000
+    assert all(char.isprintable() or char in "\n\t" for char in message)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text() | st.text(alphabet="[]{}=.\"'#\n\\ a1_-:", max_size=60))
+def test_any_text_gives_a_recipe_or_our_error(text: str) -> None:
+    if "\ud800" <= max(text, default="") <= "\udfff":
+        text = text.encode("utf-8", "replace").decode()
+    recipe_or_error(text)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_any_mutation_of_a_recipe_gives_a_recipe_or_our_error(data: st.DataObject) -> None:
+    """Spans of a valid recipe are removed, doubled, or replaced by fragments of TOML."""
+    text = VALID
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(text)))
+        end = min(len(text), start + data.draw(st.integers(0, 30)))
+        text = text[:start] + data.draw(st.sampled_from(FRAGMENTS) | st.just(text[start:end] * 2)) + text[end:]
+    recipe_or_error(text)
+
+
+FRAGMENTS = [
+    "",
+    "1",
+    "-1",
+    "nan",
+    '"x"',
+    "[",
+    "]",
+    "{}",
+    "\n[train]\n",
+    "\n",
+    "=",
+    "true",
+    "2020-01-01",
+    "[[1]]",
+    ".",
+    "0.5",
+]
+
+ODD_VALUES = (
+    st.integers() | st.floats() | st.booleans() | st.text(max_size=5) | st.just([]) | st.just({})
+    | st.lists(st.integers(0, 3), max_size=3) | st.sampled_from(["none", "auto", "DEFAULT", "cosine", "timm"])
+)  # fmt: skip
+KEYS = [
+    f"{table}.{key}"
+    for table, entry in Recipe.model_fields.items()
+    for key in getattr(entry.annotation, "model_fields", ["test_loss", "x"])
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(KEYS), ODD_VALUES), max_size=3))
+def test_any_value_of_any_key_gives_a_recipe_or_our_error(changes: list[tuple[str, Any]]) -> None:
+    recipe_or_error(VALID, [f"{key}={toml_value(value)}" for key, value in changes if "\n" not in toml_value(value)])
+
+
+def recipe_or_error(text: str, overrides: list[str] | None = None) -> None:
+    begin = time.process_time()
+    try:
+        recipe = loads_recipe(text, overrides or [])
+    except RecipeError as found:
+        recipe, error = None, found
+    if recipe is None:
+        assert error.diagnostics
+        assert str(error).endswith("in the recipe")
+    else:
+        again = loads_recipe(resolved_toml(recipe))
+        assert again == recipe
+        assert resolved_content(again) == resolved_content(recipe)
+        assert recipe_hash(again) == recipe_hash(recipe)
+    assert time.process_time() - begin < 1
+
+
+def test_nothing_here_imports_torch() -> None:
+    """A fresh process loads a recipe, every module of the language and its writers: no torch, and in no time."""
+    code = (
+        "import sys, time; begin = time.process_time()\n"
+        "from toolkit.recipe import load_recipe\n"
+        "load_recipe(sys.argv[1]); elapsed = time.process_time() - begin\n"
+        "import toolkit.recipe.jsonschema, toolkit.recipe.reference, toolkit.recipe.catalog.generate\n"
+        "heavy = {'torch', 'torchvision', 'timm', 'numpy', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(elapsed)"
+    )
+    recipe = Path(__file__).parent / "broken" / "35-finetune-without-weights.toml"
+    result = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 1

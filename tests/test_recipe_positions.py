@@ -1,0 +1,136 @@
+"""Places of keys and values in TOML texts, against tomli's values and against texts with known places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tomli
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolkit.recipe.positions import Path, Span, scan
+from toolkit.recipe.writing import toml_document, toml_key, toml_value
+
+SAMPLE = '''\
+# comment = 1
+top = 1
+"quo.ted" . 'lit' = [1, [2, "x] # no"], # ]
+    {e = 'q', f.g = """a""b"""""}, ]
+
+  [ table . sub ]  # header
+  date = 1979-05-27 07:32:00
+  "\\u00e9" = '''
+SAMPLE += "'''it's\n# no comment'''\n[[list]]\n[[list]]\nz = {}\n[list.inner]\nq = true\n"
+
+
+def test_known_places() -> None:
+    spans = scan(SAMPLE)
+    expected: dict[Path, tuple[int, int, int, int]] = {
+        ("top",): (2, 1, 2, 7),
+        ("quo.ted", "lit"): (3, 13, 3, 21),
+        ("quo.ted", "lit", 1, 1): (3, 29, 3, 29),
+        ("quo.ted", "lit", 2, "e"): (4, 6, 4, 10),
+        ("quo.ted", "lit", 2, "f", "g"): (4, 17, 4, 21),
+        ("table", "sub"): (6, 13, 6, 3),
+        ("table", "sub", "é"): (8, 3, 8, 14),
+        ("list", 0): (10, 3, 10, 1),
+        ("list", 1, "z"): (12, 1, 12, 5),
+        ("list", 1, "inner", "q"): (14, 1, 14, 5),
+    }
+    found = {path: spans[path] for path in expected}
+    assert {
+        path: (span.key.line, span.key.column, span.value.line, span.value.column) for path, span in found.items()
+    } == expected
+
+
+def test_windows_line_ends_do_not_move_anything() -> None:
+    assert scan(SAMPLE.replace("\n", "\r\n")) == scan(SAMPLE)
+
+
+KEYS = st.text(min_size=1, max_size=6) | st.sampled_from(["a", "b", "a.b", "with space", "é", '"', "'", "#", "="])
+SCALARS = (
+    st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False)
+    | st.booleans()
+    | st.text(max_size=12)
+    | st.sampled_from(['"""', "'''", "# not a comment", "]", "}", "a\nb", "\\", "\x7f"])
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=8
+)
+DOCUMENTS = st.dictionaries(KEYS, VALUES, max_size=4)
+
+
+def every_path(value: Any, path: Path = ()) -> list[Path]:
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, item in children for found in [(*path, key), *every_path(item, (*path, key))]]
+
+
+def surrogate_free(value: Any) -> bool:
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def text_at(text: str, span: Span, *, at_key: bool) -> str:
+    place = span.key if at_key else span.value
+    return text.split("\n")[place.line - 1][place.column - 1 :]
+
+
+@settings(max_examples=150, deadline=None)
+@given(DOCUMENTS.filter(surrogate_free), st.sampled_from(["", "# c [x] = \n\n", "\t \n"]))
+def test_every_value_of_tomli_has_a_place_that_begins_with_its_key(document: dict[str, Any], before: str) -> None:
+    text = before + toml_document(document)
+    parsed = tomli.loads(text)
+    assert parsed == document
+    spans = scan(text)
+    for path in every_path(parsed):
+        key, value = path[-1], parsed
+        for part in path:
+            value = value[part]
+        if isinstance(key, str):
+            assert text_at(text, spans[path], at_key=True).startswith(toml_key(key))
+        if not isinstance(value, dict | list):
+            assert text_at(text, spans[path], at_key=False).startswith(toml_value(value))
+
+
+@settings(max_examples=150, deadline=None)
+@given(DOCUMENTS.filter(surrogate_free))
+def test_toml_text_is_read_back_as_it_was(document: dict[str, Any]) -> None:
+    assert tomli.loads(toml_document(document)) == document
+    assert tomli.loads(f"value = {toml_value(document)}") == {"value": document}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_text_that_tomli_accepts_is_scanned_completely(data: st.DataObject) -> None:
+    """Lines drawn from all kinds of TOML syntax; what tomli refuses is not the scanner's business."""
+    lines = data.draw(st.lists(st.sampled_from(LINES), max_size=8))
+    text = "\n".join(lines)
+    try:
+        parsed = tomli.loads(text)
+    except tomli.TOMLDecodeError:
+        return
+    assert set(every_path(parsed)) <= set(scan(text))
+
+
+LINES = [
+    "a = 1 # x",
+    "b.c = 'x'",
+    '"b".d = """\n"two" lines\\\n  """',
+    "e = [\n 1, # one\n [ ], {x = 1, y.z = 2},\n]",
+    "[t]",
+    "[t.u]",
+    "[[l]]",
+    "[[l.m]]",
+    "f = { }",
+    "g = '''a''''",
+    "[ q . 'r' ]",
+    "h = -1.5e-3",
+    "i = 07:32:00",
+    "j = [ [[]], '#', \"]\" ]",
+    "",
+    "# [not] = a table",
+]

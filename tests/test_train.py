@@ -1,0 +1,249 @@
+"""From a recipe to a run directory, on the embedded digits and on real images."""
+
+from __future__ import annotations
+
+import json
+import struct
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli import toolkit
+
+from toolkit.data.datasets import open_dataset
+from toolkit.data.splits import split_dataset
+from toolkit.data.transforms import build_transform
+from toolkit.predict import load_model
+from toolkit.runs import Run, open_run
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SMALL = ("--set", "data.images_per_class=8", "--set", "data.test_images_per_class=5", "--set", "train.batch_size=16")
+"""A run on the digits that takes a second or two."""
+
+
+def train(tmp_path: Path, *arguments: str, recipe: str = "quickstart.toml") -> Run:
+    outcome = toolkit("train", RECIPES / recipe, "--set", f"recipe.run_root={json.dumps(str(tmp_path))}", *arguments)
+    assert outcome.status == 0, outcome.stderr
+    return open_run(outcome.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A short run with W&B offline, step-level logging and TensorBoard."""
+    settings = ["train.epochs=3", "train.log_every=2", 'tracking.trackers=["wandb", "tensorboard"]',
+                'tracking.tags=["tried"]', 'tracking.notes="a note"', 'tracking.project="testing"']  # fmt: skip
+    return train(tmp_path_factory.mktemp("runs"), *SMALL, *(part for s in settings for part in ("--set", s)))
+
+
+def test_the_run_directory_holds_what_it_should(run: Run) -> None:
+    names = {path.name for path in run.path.iterdir()}
+    assert {"recipe.toml", "environment.json", "split.json", "metrics.jsonl", "summary.json", "predictions.csv",
+            "log.txt", "checkpoints", "wandb"} <= names  # fmt: skip
+    assert run.recipe.train.epochs == 3, "the resolved recipe holds the override"
+    assert run.environment["processes"] == 1
+    assert "device cpu" in run.log_file.read_text()
+    assert not list(run.path.rglob("*.tmp"))
+
+
+def test_metrics_and_summary_use_the_agreed_names(run: Run) -> None:
+    epochs = run.epochs()
+    assert [record["epoch"] for record in epochs] == [1, 2, 3]
+    assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/top5_accuracy", "val/class_accuracy",
+            "lr"} <= set(epochs[0])  # fmt: skip
+    steps = [record for record in run.metrics() if "train/step_loss" in record]
+    assert [record["step"] for record in steps] == [2, 4, 7, 9, 12, 14], "every two of the five steps of an epoch"
+    summary = run.summary
+    for model in ("best", "stopped"):
+        assert {"epoch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_class_accuracy"} <= set(
+            summary[model]
+        )
+    assert {"parameters", "seconds", "images_per_s", "peak_memory_gib", "shortcuts"} <= set(summary)
+    assert summary["parameters"] == 98_250
+    best = max(epochs, key=lambda record: record["val/accuracy"])
+    assert summary["best"]["epoch"] == best["epoch"]
+    assert summary["stopped"]["epoch"] == 3
+
+
+def test_predictions_give_the_summary_s_accuracy_in_dataset_order(run: Run) -> None:
+    rows = run.predictions()
+    assert len(rows) == 50
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert right / len(rows) == pytest.approx(run.summary["best"]["test_accuracy"])
+    assert [row["path"] for row in rows] == json.loads((run.path / "split.json").read_text())["test"]
+
+
+def test_the_model_predicts_from_its_folder_alone(run: Run) -> None:
+    trained = load_model(run.checkpoints)
+    recipe = run.recipe
+    dataset = open_dataset(recipe.data)
+    transform = build_transform("test", recipe.augment, trained.preprocessing)
+    indices = split_dataset(dataset, recipe.data)["test"]
+    with torch.inference_mode():
+        logits = trained.module(torch.stack([transform(dataset.images.load(int(i))) for i in indices]))
+    predicted = [trained.classes[int(i)] for i in logits.argmax(1)]
+    assert predicted == [row["prediction"] for row in run.predictions()]
+
+
+def wandb_records(folder: Path) -> Iterator[Any]:
+    """Records of an offline run's transaction log: LevelDB's format around protobuf messages."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, position, message = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        _, size, kind = struct.unpack("<IHB", data[position : position + 7]) if left >= 7 else (0, 0, 0)
+        if kind == 0:
+            position += left
+            continue
+        message += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(message)
+            message = b""
+            yield record
+
+
+def test_wandb_holds_what_metrics_jsonl_holds(run: Run) -> None:
+    history, config, runs = [], {}, []
+    for record in wandb_records(run.path):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            items = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            history.append({key: value for key, value in items.items() if not key.startswith("_")})
+        elif kind == "config":
+            config |= {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.config.update}
+        elif kind == "run":
+            runs.append(record.run)
+            config |= {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.run.config.update}
+    assert history == run.metrics()
+    assert config["train.epochs"] == 3
+    assert config["optimizer.lr"] == 0.004
+    assert runs[0].project == "testing"
+    assert runs[0].run_group == "quickstart"
+    assert list(runs[0].tags) == ["tried"]
+    assert runs[0].notes == "a note"
+
+
+def test_tensorboard_holds_the_losses(run: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {path.parent for path in run.path.rglob("events.out.tfevents.*") if "val" not in path.parent.name}
+    events = EventAccumulator(str(folder)).Reload()
+    logged = [event.value for event in events.Scalars("val/loss")]
+    assert logged == pytest.approx([record["val/loss"] for record in run.epochs()], rel=1e-5)
+
+
+def test_a_token_in_the_environment_reaches_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "5ec12e7" * 5 + "abcde"
+    monkeypatch.setenv("WANDB_API_KEY", token)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + token)
+    run = train(tmp_path, *SMALL, "--set", "train.epochs=1")
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [path for path in files if token.encode() in path.read_bytes()]
+
+
+def test_two_runs_never_share_a_directory(tmp_path: Path) -> None:
+    fast = (*SMALL, "--set", "train.epochs=1", "--set", "tracking.trackers=[]")
+    assert train(tmp_path, *fast).path != train(tmp_path, *fast).path
+
+
+def test_expected_figures_are_met_missed_or_not_comparable(tmp_path: Path) -> None:
+    fast = (*SMALL, "--set", "train.epochs=1", "--set", "tracking.trackers=[]")
+    run = train(tmp_path, *fast, "--set", "data.test_images_per_class=5",
+                "--set", 'expect.parameters={ value = 98250, source = "counted" }')  # fmt: skip
+    assert "not comparable" in toolkit("check", run.path).stdout
+    whole = ("--set", "train.epochs=1", "--set", "tracking.trackers=[]", "--set", "augment.train=[]")
+    figures = (
+        'expect.parameters={ value = 98250, source = "counted" }',
+        'expect.val_loss={ at_most = 0.0, source = "a wish" }',
+        'expect.test_loss={ at_least = 0.0, seeds = [7], source = "another seed" }',
+    )
+    run = train(tmp_path, *whole, *(part for figure in figures for part in ("--set", figure)))
+    outcome = toolkit("check", run.path, "--json")
+    verdicts = {verdict["figure"]: verdict["verdict"] for verdict in json.loads(outcome.stdout)}
+    assert verdicts["parameters"] == "met"
+    assert verdicts["val_loss"] == "missed"
+    assert verdicts["test_loss"] == "not comparable"
+    assert outcome.status == 1, "a missed figure shows in the exit status"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    outcome = toolkit("train", RECIPES / "quickstart.toml", *SMALL, "--set", "optimizer.lr=1e30",
+                      "--set", 'optimizer.name="sgd"', "--set", 'scheduler.name="constant"',
+                      "--set", f"recipe.run_root={json.dumps(str(tmp_path))}")  # fmt: skip
+    assert outcome.status == 1
+    assert "not finite at epoch 1, step" in outcome.stderr
+    assert "1e+30" in outcome.stderr
+
+
+# -- real images ------------------------------------------------------------------------------------------------------
+
+
+def test_a_linear_probe_on_real_images_with_real_weights(tmp_path: Path, caltech_subset: Path) -> None:
+    """The shortcut (features once) and the plain way agree, and a few images a class suffice for a good probe."""
+    settings = ("--set", f"data.root={json.dumps(str(caltech_subset))}", "--set", "data.split.validation=0.25",
+                "--set", "train.batch_size=20", "--set", "train.epochs=6", "--set", "tracking.trackers=[]")  # fmt: skip
+    once = train(tmp_path, *settings, recipe="efficientnet_lite0_caltech.toml")
+    plain = train(tmp_path, *settings, "--set", 'data.cache="off"', recipe="efficientnet_lite0_caltech.toml")
+    assert "computed once" in once.summary["shortcuts"][0]
+    assert plain.summary["shortcuts"] == []
+    for mine, theirs in zip(once.epochs(), plain.epochs(), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    assert once.summary["best"]["test_accuracy"] >= 0.85
+
+
+@pytest.fixture(scope="session")
+def cifar_subset(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty training and five test images of each class of CIFAR-10 (JPEG), as folders."""
+    root = tmp_path_factory.mktemp("cifar")
+    with tarfile.open(shared_data / "cifar10.tar.xz", "r:xz") as archive:
+        for member in archive:
+            _, split, *rest = member.name.split("/")
+            limit = 20 if split == "train" else 5
+            if member.isfile() and int(Path(member.name).stem) < limit:
+                target = root / split / "/".join(rest)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file = archive.extractfile(member)
+                assert file is not None
+                target.write_bytes(file.read())
+    return root
+
+
+SHIPPED = sorted(path.name for path in RECIPES.glob("*.toml"))
+
+
+def test_all_recipes_are_tried() -> None:
+    wanted = {"quickstart", "resnet50_caltech", "resnet18_caltech", "alexnet_caltech_scratch",
+              "alexnet_caltech_finetune", "alexnet_caltech_feature_extractor", "alexnet_caltech_frozen_classifier",
+              "vgg16_caltech", "vgg11bn_cifar10_frozen", "vgg11bn_cifar10_finetune", "vgg11bn_cifar10_scratch",
+              "convnet_cifar10", "convnet_cifar10_batchnorm", "convnet_cifar10_dropout", "convnet_cifar10_augment",
+              "colbertaldo_fast", "colbertaldo_best", "efficientnet_lite0_caltech",
+              "efficientnet_lite0_caltech_finetune", "vit_small_caltech"}  # fmt: skip
+    assert {Path(name).stem for name in SHIPPED} >= wanted
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_passes_a_dry_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caltech_subset: Path, cifar_subset: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["train.batch_size=4", "train.drop_last=false"]
+    if "caltech" in name:
+        settings += [f"data.root={json.dumps(str(caltech_subset))}"]
+    elif name != "quickstart.toml":
+        # torchvision's CIFAR10 wants the original files, which are not to be had here; the same images as folders.
+        settings += ['data.dataset="imagefolder"', f"data.root={json.dumps(str(cifar_subset))}",
+                     "data.split.validation=0.2"]  # fmt: skip
+    if "images_per_class" in (RECIPES / name).read_text():
+        settings += ["data.images_per_class=6"]
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    outcome = toolkit("train", RECIPES / name, "--dry-run", "--random-weights", *arguments)
+    assert outcome.status == 0, outcome.stderr
+    assert "one batch forward and backward, loss" in outcome.stderr
+    assert list(tmp_path.iterdir()) == [], "a dry run writes nothing"
