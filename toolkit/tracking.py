@@ -59,18 +59,12 @@ class Tracking:
                 self._fail(second)
 
     def _init(self, recipe: Recipe, wandb: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-        self.accelerator.project_configuration.set_directories(str(folder))
-        if "tensorboard" in self.names:
-            self.accelerator.project_configuration.logging_dir = str(folder)
+        # Accelerate gives all trackers one project name, which TensorBoard takes for a folder.
+        self.accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
         self.accelerator.trackers = []
-        project = recipe.tracking.project if self.names == ["wandb"] else "tensorboard"
-        if self.names == ["wandb"]:
-            self.accelerator.init_trackers(project, config, {"wandb": wandb})
-        else:
-            # Accelerate gives all trackers one project name; TensorBoard takes it for a folder.
-            if "wandb" in self.names:
-                wandb = {**wandb, "project": recipe.tracking.project}
-            self.accelerator.init_trackers(project, _scalars(config), {"wandb": wandb})
+        if "tensorboard" in self.names:
+            config = _scalars(config)
+        self.accelerator.init_trackers(recipe.tracking.project, config, {"wandb": wandb})
         if "wandb" in self.names:
             run = self.accelerator.get_tracker("wandb", unwrap=True)
             run.define_metric("epoch")
