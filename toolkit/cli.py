@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
-from toolkit.train import AsJson, Debug, Overrides, end, report_errors, train
+from toolkit.train import AsJson, Debug, end, report_errors, train
 
 app = typer.Typer(
     help="Train image classifiers from TOML recipes.",
@@ -24,8 +24,10 @@ app.command()(train)
 
 
 @app.command()
-def check(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: AsJson = False, debug: Debug = False) -> None:
-    """Hold a finished run against its recipe's [expect]: met, missed or not comparable. Exit status 1 where one is missed.
+def check(
+    run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: AsJson = False, debug: Debug = False
+) -> None:
+    """Hold a run against its recipe's [expect]: met, missed or not comparable. Exit status 1 where a figure is missed.
 
     Example: toolkit check runs/quickstart/20260102-030405-abcd
     """

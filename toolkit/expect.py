@@ -24,7 +24,8 @@ class Verdict:
         """As shown at the end of a run."""
         measured = "-" if self.measured is None else f"{self.measured:.4f}"
         reason = f" ({self.reason})" if self.reason else ""
-        return f"expected {self.figure} {self.expected}, measured {measured}: {self.verdict}{reason}; source: {self.source}"
+        found = f"measured {measured}: {self.verdict}{reason}"
+        return f"expected {self.figure} {self.expected}, {found}; source: {self.source}"
 
 
 def check_expectations(recipe: Recipe, summary: dict[str, Any]) -> list[Verdict]:

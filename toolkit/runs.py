@@ -176,6 +176,7 @@ class Run:
         with open(self.metrics_file, "ab") as file:
             file.truncate(length)
 
+
 def read_json(path: Path) -> dict[str, Any]:
     """One JSON object; a UserError where the file is missing or damaged."""
     try:

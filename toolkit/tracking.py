@@ -28,7 +28,7 @@ class Tracking:
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe, folder: Path, run_id: str, say: Callable[[str], None]):
         self.accelerator = accelerator
-        self.names = list(recipe.tracking.trackers) if accelerator.is_main_process else []
+        self.names: list[str] = list(recipe.tracking.trackers) if accelerator.is_main_process else []
         self.say = say
         self.failed = False
         self.wandb_mode = ""

@@ -54,7 +54,7 @@ def train(
         loaded = load(_recipe_path(recipe, resume), set_ or [])
         if is_first_process():
             for warning in loaded.warnings:
-                print(warning.render(), file=sys.stderr)
+                print(warning, file=sys.stderr)
         # torch is imported here, after the recipe was found good.
         from toolkit.engine import fit
 

@@ -98,7 +98,7 @@ class SyncBatchNorm(_BatchNorm):
             return self._on_cpu(x, rate)
         group = dist.group.WORLD
         arguments = (self.weight, self.bias, self.running_mean, self.running_var, self.eps, rate, group)
-        out: Tensor = FusedSyncBatchNorm.apply(x, *arguments, dist.get_world_size())  # type: ignore[no-untyped-call]
+        out: Tensor = FusedSyncBatchNorm.apply(x, *arguments, dist.get_world_size())
         return out
 
     def _on_cpu(self, x: Tensor, rate: float) -> Tensor:

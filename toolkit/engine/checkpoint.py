@@ -91,7 +91,8 @@ def publish_best(folder: Path, epoch: int) -> Path:
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors state dict; a UserError where the file is missing or damaged."""
     try:
-        return load_file(path)
+        state: dict[str, torch.Tensor] = load_file(path)
+        return state
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the run has no best epoch yet") from None
     except Exception as error:  # safetensors raises its own, private exception types

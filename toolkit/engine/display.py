@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class Bar:
         self.progress.update(self.task, advance=images, speed=f"{speed:,.0f} images/s")
 
 
-def table(rows: list[tuple[str, ...]], header: tuple[str, ...], right: frozenset[int] = frozenset()) -> str:
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...], right: frozenset[int] = frozenset()) -> str:
     """Plain text columns, numbers (columns in ``right``) aligned at the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     rule = tuple("-" * width for width in widths)

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights (Polyak & Juditsky 1992), kept beside the model and swapped in to evaluate."""
+"""Exponential moving average of the weights (Polyak & Juditsky 1992), kept beside the model, swapped in to evaluate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Average of every trainable parameter; buffers (batch norm statistics) are averages already and stay the model's."""
+    """Average of every trainable parameter; buffers (batch norm statistics) are averages already: the model's stay."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -27,7 +27,7 @@ class WeightAverage:
     def update(self, module: nn.Module) -> None:
         """After an optimiser step: average = decay x average + (1 - decay) x weight."""
         current = dict(module.named_parameters())
-        weights = [current[name] for name in self.averages]
+        weights: list[Tensor] = [current[name] for name in self.averages]
         torch._foreach_lerp_(list(self.averages.values()), weights, 1 - self.decay)
 
     @contextmanager

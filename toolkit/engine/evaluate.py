@@ -56,8 +56,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate this process's share and join the shares (a collective).
 
-    ``batches`` gives (positions in the split, inputs, labels) for this process only; every position comes on exactly one
-    process, which is checked. The module is called without DDP, so shares may have different numbers of batches.
+    ``batches`` gives (positions in the split, inputs, labels) for this process only; every position comes on exactly
+    one process, which is checked. The module is called without DDP, so shares may have different numbers of batches.
     """
     module.eval()
     # Columns: count, loss, prediction, probability, top 5. Each process fills its own rows; their sum is the whole.

@@ -1,7 +1,7 @@
 """Frozen features computed once.
 
-Where transfer freezes everything up to one submodule (the tail) and what reaches it does not change from epoch to epoch,
-the tail's inputs are computed once and training goes on from there: the same losses, without the frozen layers.
+Where transfer freezes everything up to one submodule (the tail) and what reaches it does not change from epoch to
+epoch, the tail's inputs are computed once and training goes on from there: the same losses, without the frozen layers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compute_features(
     autocast_dtype: torch.dtype | None,
     channels_last: bool,
 ) -> Tensor:
-    """Inputs of ``tail`` for every example of a split, float32 [count, ...] on the CPU, on every process (a collective).
+    """Inputs of ``tail`` for every example of a split, float32 [count, ...] on the CPU of every process (a collective).
 
     ``batches`` are this process's share; ``module`` is left in evaluation mode.
     """
@@ -92,9 +92,10 @@ def available_memory() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, open(
-            "/sys/fs/cgroup/memory.current", encoding="ascii"
-        ) as used:
+        with (
+            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
+            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
+        ):
             free = min(free, int(limit.read()) - int(used.read()))
     except (OSError, ValueError, StopIteration):
         pass  # no such files here, or "max": no limit

@@ -37,7 +37,7 @@ def finish(training: Training) -> dict[str, Any]:
 
 
 def _evaluate_both(training: Training) -> tuple[dict[str, Any], dict[str, Any], Evaluation]:
-    """Figures of the best model (from its file) and of the stopped one (from memory), and the best one's test outcome."""
+    """Figures of the best model (from its file) and the stopped one (from memory), and the best one's test outcome."""
     position, run = training.position, training.run
     assert position.best is not None
     assert position.last is not None
@@ -47,7 +47,7 @@ def _evaluate_both(training: Training) -> tuple[dict[str, Any], dict[str, Any], 
     training.accelerator.wait_for_everyone()
     written = load_model(run.checkpoints).module.to(training.accelerator.device)
     if training.recipe.train.channels_last:
-        written.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        written.to(memory_format=torch.channels_last)
     images = training.loaders.images
     _prove(training, training.evaluate_network(written, images["validation"], "validation"))
     test = training.evaluate_network(written, images["test"], "test")
@@ -69,7 +69,7 @@ def _prove(training: Training, again: Evaluation) -> None:
         raise RunFailed(
             f"best.safetensors scores validation loss {measured['val/loss']:.6f} and accuracy "
             f"{measured['val/accuracy']:.4f}, but the log says {logged['val/loss']:.6f} and "
-            f"{logged['val/accuracy']:.4f} for epoch {logged['epoch']}: the written model is not the one that was logged"
+            f"{logged['val/accuracy']:.4f} for epoch {logged['epoch']}: the file is not the model that was logged"
         )
     training.display.say(
         f"best.safetensors evaluated again: validation loss {measured['val/loss']:.4f}, accuracy "

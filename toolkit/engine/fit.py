@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 import toolkit
-from toolkit.data.order import check_batch_size, check_steps
+from toolkit.data.order import check_batch_size
 from toolkit.data.splits import SPLITS, split_hash
 from toolkit.engine.checkpoint import load_latest
 from toolkit.engine.display import Display, summary_table
@@ -28,6 +28,7 @@ from toolkit.recipe import Recipe, diff, resolved_toml
 from toolkit.runs import Run, create_run, latest_unfinished_run, open_run
 from toolkit.tracking import Tracking
 
+
 def fit(
     recipe: Recipe,
     *,
@@ -37,11 +38,11 @@ def fit(
 ) -> Run:
     """Train what ``recipe`` says on the processes that a launcher has started (or this one) and return the run.
 
-    ``resume`` is a run directory, or ``"auto"`` for the recipe's youngest unfinished run (a new one where there is none).
+    ``resume`` is a run directory, or ``"auto"`` for the recipe's youngest unfinished run (a new one if there is none).
     ``allow_changes`` lets a run go on under a recipe that differs from the one it was started with.
 
-    Raises UserError (bad input, before training), RunFailed (e.g. a loss that is not finite) and Interrupted (stopped on
-    request, with a checkpoint written).
+    Raises UserError (bad input, before training), RunFailed (e.g. a loss that is not finite) and Interrupted (stopped
+    on request, with a checkpoint written).
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
@@ -64,6 +65,7 @@ def fit(
         display.say(f"run directory {run.path}")
         with _tracked(recipe, accelerator, run, display) as tracking:
             training = Training(setup, run, tracking, stop, checkpoint)
+            stack.callback(training.loaders.close)  # also after a failure, or workers would be waited for
             training.run_epochs()
             summary = finish(training)
             tracking.summarise(summary)
@@ -153,7 +155,9 @@ def _write_beginnings(setup: Setup, run: Run) -> None:
     names = {split: [setup.dataset.images.name(int(i)) for i in setup.splits[split]] for split in SPLITS}
     run.write_text("recipe.toml", resolved_toml(setup.recipe))
     run.write_json("environment.json", describe_environment(setup.accelerator))
-    run.write_json("split.json", {"hash": split_hash(setup.dataset, setup.splits), "left_out": setup.bad_images, **names})
+    run.write_json(
+        "split.json", {"hash": split_hash(setup.dataset, setup.splits), "left_out": setup.bad_images, **names}
+    )
     card = model_card(
         setup.recipe.model, setup.dataset.classes, setup.preprocessing, setup.recipe.recipe.name, toolkit.__version__
     )

@@ -65,7 +65,7 @@ def build_loaders(setup: Setup, guard: Guard, *, shortcuts: bool = True) -> Load
     train, validation = (_features(setup, tail, split, guard) for split in ("train", "validation"))
     count = len(train) + len(validation)
     shortcut = f"inputs of {tail} computed once for {count} images: all before it is frozen and nothing there is random"
-    setup.display.say(f"shortcut: {shortcut}; data.cache = \"off\" turns it off")
+    setup.display.say(f'shortcut: {shortcut}; data.cache = "off" turns it off')
     device = setup.accelerator.device
     labels = {split: torch.from_numpy(setup.labels(split)).to(device) for split in ("train", "validation")}
     source = TensorLoader(train.to(device), labels["train"], _plan(setup, mixing))
@@ -176,5 +176,3 @@ def _features(setup: Setup, tail: str, split: str, guard: Guard) -> Tensor:
         )
     loader.close()
     return features
-
-

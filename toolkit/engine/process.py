@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from toolkit.data.loading import granted_cpus
+from toolkit.data.cpus import granted_cpus
 from toolkit.errors import UserError
 from toolkit.recipe.schema import TrainTable
 
@@ -62,7 +62,9 @@ def check_launcher(train: TrainTable) -> None:
     for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"),
                            ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):  # fmt: skip
         if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise UserError(f"the launcher asks for {name}; this toolkit trains with DDP: take {name} out of its settings")
+            raise UserError(
+                f"the launcher asks for {name}; this toolkit trains with DDP: take {name} out of its settings"
+            )
 
 
 def resolve_precision(wanted: str) -> str:
@@ -125,7 +127,11 @@ class Control:
     STOP, SAVE, NON_FINITE = 0, 1, 2
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self.group: dist.ProcessGroup | None = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self.group = group
         self.pending: tuple[Any, torch.Tensor] | None = None
 
     def exchange(self, *, stop: bool, save: bool, non_finite: bool) -> tuple[bool, bool, bool]:

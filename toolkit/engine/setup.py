@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from toolkit.data.cpus import granted_cpus
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.images import check_images
-from toolkit.data.loading import granted_cpus
 from toolkit.data.order import steps_per_epoch
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing
 from toolkit.data.splits import SPLITS, check_splits, split_dataset
@@ -81,9 +81,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, display: Display, *, load_
     built = main_first(accelerator, build)  # weights are fetched once
     transfer = apply_transfer(built, recipe.transfer)
     stochastic = make_stateless(built.module, recipe.recipe.seed)
-    return Setup(
-        recipe, accelerator, display, dataset, splits, preprocessing, built, transfer, stochastic, bad_images
-    )
+    return Setup(recipe, accelerator, display, dataset, splits, preprocessing, built, transfer, stochastic, bad_images)
 
 
 def _measure(
@@ -110,7 +108,9 @@ def _without_bad_images(
     bad: list[tuple[int, str]] = []
     if accelerator.is_main_process:
         threads = granted_cpus(local_processes())
-        bad = check_images(dataset.images, np.concatenate([splits[name] for name in SPLITS]), decode=skip, threads=threads)
+        bad = check_images(
+            dataset.images, np.concatenate([splits[name] for name in SPLITS]), decode=skip, threads=threads
+        )
     bad = broadcast_object(bad)
     if not bad:
         return splits, []
@@ -155,8 +155,8 @@ def describe(setup: Setup, precision: str, *, whole: bool) -> str:
     counts = ", ".join(f"{len(setup.splits[name]):,} {name}" for name in SPLITS)
     size = setup.preprocessing.image_size
     lines = [
-        f"model {recipe.model.source} {recipe.model.name}, weights {recipe.model.weights}, transfer {recipe.transfer.mode}"
-        + module_text,
+        f"model {recipe.model.source} {recipe.model.name}, weights {recipe.model.weights}, "
+        f"transfer {recipe.transfer.mode}{module_text}",
         *(f"  {note}" for note in built.notes),
         table(cells, header, frozenset((1, 2, 3, 4))),
         f"images {counts}; {len(setup.dataset.classes)} classes; input {setup.preprocessing.channels}x{size}x{size}",

@@ -1,4 +1,4 @@
-"""Stopping on request: a signal or a file sets a flag, and the loop saves at the next step with all processes agreed."""
+"""Stopping on request: a signal or a file sets a flag; the loop saves at the next step, all processes agreed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOOK_EVERY_S = 1.0
 class StopRequest:
     """Whether somebody wants the run to stop: SIGTERM, SIGINT, SIGUSR1, or the stop file.
 
-    A second SIGINT ends the process at once. Used as a context manager; the handlers that were there come back after it.
+    A second SIGINT ends the process at once. Used as a context manager; the handlers from before come back after it.
     """
 
     def __init__(self) -> None:

@@ -19,8 +19,8 @@ from toolkit.engine.ema import WeightAverage
 from toolkit.engine.evaluate import Evaluation, evaluate
 from toolkit.engine.loaders import Loaders, build_loaders
 from toolkit.engine.loop import Hooks, Sums, Trainer, TrainSettings
-from toolkit.engine.position import Position, random_state, restore_random_state
 from toolkit.engine.optim import build_optimizer
+from toolkit.engine.position import Position, random_state, restore_random_state
 from toolkit.engine.process import Control, autocast_dtype, broadcast_object, gather_objects
 from toolkit.engine.schedule import Patience, Plateau, higher_is_better, learning_rate
 from toolkit.engine.setup import Setup
@@ -57,7 +57,7 @@ class Training:
             synchronise(setup.built.module)
         setup.built.module.to(self.accelerator.device)
         if self.recipe.train.channels_last:
-            setup.built.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            setup.built.module.to(memory_format=torch.channels_last)
         if checkpoint is not None:
             setup.built.module.load_state_dict(checkpoint["model"])
             self.position = Position(**checkpoint["position"])
@@ -88,13 +88,12 @@ class Training:
         )
         ema = None if recipe.train.ema is None else WeightAverage(network, recipe.train.ema)
         wrapped = self.accelerator.prepare_model(network)
-        return Trainer(
-            self.accelerator, network, wrapped, optimizer, self.setup.stochastic, ema, settings
-        )
+        return Trainer(self.accelerator, network, wrapped, optimizer, self.setup.stochastic, ema, settings)
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameter groups in the order in which they began to train, the same for a run that goes on."""
-        built, recipe, groups = self.setup.built, self.recipe, []
+        built, recipe = self.setup.built, self.recipe
+        groups: list[dict[str, Any]] = []
         for epoch in range(self.position.epoch + 1):
             self.setup.transfer.unfreeze_for_epoch(epoch + 1)
             groups += new_groups(built, recipe.transfer, recipe.optimizer, groups)
@@ -119,7 +118,9 @@ class Training:
         if trainer.ema is not None:
             trainer.ema.follow(trainer.network)
         trainer.wrapped = self.accelerator.prepare_model(self.accelerator.unwrap_model(trainer.wrapped))
-        self.display.say(f"epoch {epoch + 1}: {len(self.setup.transfer.trainable)} parameter tensors train from here on")
+        self.display.say(
+            f"epoch {epoch + 1}: {len(self.setup.transfer.trainable)} parameter tensors train from here on"
+        )
 
     # -- epochs -------------------------------------------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ class Training:
             )
 
     def evaluate(self, split: str) -> Evaluation:
-        """Evaluate the current model (the averaged weights, where the recipe asks for them) on a split (a collective)."""
+        """Evaluate the current model (with averaged weights, where the recipe asks for them) on a split (a collective)."""
         module = self.setup.built.module
         if self.accelerator.num_processes > 1 and not self.recipe.train.sync_batch_norm:
             average_statistics(module)
@@ -271,7 +272,7 @@ class Training:
     def _log_step(self, step: int, loss: float, accuracy: float) -> None:
         """Every train.log_every steps: one line, one record."""
         epoch = self.position.epoch + step / self.setup.steps
-        record = {
+        record: dict[str, Any] = {
             "epoch": epoch,
             "step": self.position.epoch * self.setup.steps + step,
             "lr": self._learning_rate(self.position.epoch + (step - 1) / self.setup.steps),

@@ -76,7 +76,7 @@ def _training_without_dropout(module: nn.Module) -> Iterator[None]:
             submodule.training = mode
 
 
-class _RandomRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _RandomRecorder(TorchDispatchMode):
     """Notes the operations that draw random numbers."""
 
     def __init__(self) -> None:
