@@ -70,6 +70,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['augment.train=[{name="GaussianNoise", at="after_crop"}]'],
         ['augment.train=[{name="GaussianNoise"}]'],
     ),
+    ("warning: model.convnet has no effect", [*PLAIN, "model.convnet={blocks=[{channels=4}]}"], CONVNET),
     ("error: model.weights: source", [*CONVNET, 'model.weights="DEFAULT"'], [*CONVNET, 'model.weights="file:a.pt"']),
     (
         "error: model.weights: expected a file",

@@ -91,6 +91,14 @@ def head_fits_model(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(message, path, (MODEL, SOURCE), 'set "last_layer"')
 
 
+def convnet_has_effect(recipe: Recipe) -> Iterator[Finding]:
+    """A described ConvNet, perhaps inherited, stands aside where the architecture comes from elsewhere."""
+    source = recipe.model.source
+    if source != "toolkit" and recipe.model.convnet is not None:
+        message = f'model.convnet has no effect with source = "{source}"'
+        yield Finding(message, ("model", "convnet"), (SOURCE,), severity="warning")
+
+
 def stem_fits_model(recipe: Recipe) -> Iterator[Finding]:
     """The small stem is for ResNets, and takes the place of a pretrained layer."""
     model, path = recipe.model, ("model", "stem")
@@ -277,6 +285,7 @@ RULES = (
     unfreezing_fits_mode,
     new_layer_fits_mode,
     head_fits_model,
+    convnet_has_effect,
     stem_fits_model,
     normalization_has_all_channels,
     normalization_fits_weights,

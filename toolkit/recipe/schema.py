@@ -330,8 +330,6 @@ class ModelTable(Table):
     def _convnet_where_due(self) -> ModelTable:
         if self.source == "toolkit" and self.convnet is None:
             raise ValueError("source = 'toolkit' needs a table [model.convnet] with its blocks")
-        if self.source != "toolkit" and self.convnet is not None:
-            raise ValueError(f"[model.convnet] needs source = 'toolkit', not {self.source!r}")
         return self
 
 

@@ -1,0 +1,197 @@
+"""Bad input: one clear message that says what to do, exit status 2, before any training, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli import toolkit
+from distributed import launch
+from PIL import Image
+
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
+
+
+def refused(tmp_path: Path, *settings: str, recipe: Path = QUICKSTART) -> str:
+    """The message with which training refuses; nothing may have been written."""
+    runs = tmp_path / "runs"
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    outcome = toolkit("train", recipe, "--set", f"recipe.run_root={json.dumps(str(runs))}", *arguments)
+    assert outcome.status == 2, outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stdout == ""
+    assert not runs.exists(), "a refused run leaves nothing behind"
+    return outcome.stderr
+
+
+def folder_of_images(root: Path, classes: dict[str, int]) -> Path:
+    """An imagefolder with so many small random images in each class."""
+    generator = np.random.default_rng(0)
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number:03d}.png")
+    return root
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    message = refused(tmp_path, recipe=tmp_path / "none.toml")
+    assert "none.toml" in message
+
+
+def test_no_recipe_at_all() -> None:
+    outcome = toolkit("train")
+    assert outcome.status == 2
+    assert "no recipe given" in outcome.stderr
+
+
+def test_broken_toml_is_located(tmp_path: Path) -> None:
+    recipe = tmp_path / "broken.toml"
+    recipe.write_text('[recipe]\nname = "x"\nseed = = 3\n')
+    assert f"{recipe}:3:8" in refused(tmp_path, recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("trainn.epochs=3", ["trainn", "train"]),
+        ("train.epoch=3", ["epoch", "epochs"]),
+        ('model={ source = "torchvision", name = "resnet05" }', ["resnet05", "resnet50"]),
+        ('model={ source = "timm", name = "vit_smal_patch16_224" }', ["vit_smal_patch16_224", "vit_small_patch16_224"]),
+        ('data.dataset="caltech_101"', ["caltech_101", "caltech101"]),
+        ('augment.train=[{ name = "RandomHorizontlFlip" }]', ["RandomHorizontlFlip", "RandomHorizontalFlip"]),
+        ('optimizer.name="adamww"', ["adamww", "adamw"]),
+        ('train.epochs="ten"', ["train.epochs", "whole number"]),
+        ('augment.train=[{ name = "RandomRotation", degree = 10 }]', ["degree", "degrees"]),
+        ('augment.train=[{ name = "RandomRotation" }]', ["degrees"]),
+        ('model={ source = "torchvision", name = "resnet50", weights = "IMAGENET1K_V3" }', ["IMAGENET1K_V2"]),
+    ],
+)
+def test_what_the_language_refuses(tmp_path: Path, setting: str, parts: list[str]) -> None:
+    message = refused(tmp_path, setting)
+    for part in parts:
+        assert part in message
+
+
+def test_a_data_root_that_is_not_there(tmp_path: Path) -> None:
+    message = refused(tmp_path, 'data.dataset="imagefolder"', f"data.root={json.dumps(str(tmp_path / 'no'))}")
+    assert str(tmp_path / "no") in message
+    assert "data.root" in message
+
+
+def test_caltech_says_where_to_get_it(tmp_path: Path) -> None:
+    message = refused(tmp_path, 'data.dataset="caltech101"', f"data.root={json.dumps(str(tmp_path))}")
+    assert "10.22002/D1.20086" in message
+
+
+def test_a_download_that_was_forbidden(tmp_path: Path) -> None:
+    root = f"data.root={json.dumps(str(tmp_path / 'cifar'))}"
+    message = refused(tmp_path, 'data.dataset="cifar10"', "data.download=false", root)
+    assert "data.download" in message
+
+
+def test_a_class_without_training_images(tmp_path: Path) -> None:
+    data = folder_of_images(tmp_path / "data", {"cat": 10, "dog": 10, "one": 1})
+    message = refused(tmp_path, 'data.dataset="imagefolder"', f"data.root={json.dumps(str(data))}",
+                      "data.image_size=16", "data.split.validation=0.5", 'data.split.method="random"',
+                      "data.split.seed=1", "data.split.test=0.4")  # fmt: skip
+    assert "one" in message
+    assert "training image" in message
+
+
+def test_fp16_on_a_cpu(tmp_path: Path) -> None:
+    assert "fp16" in refused(tmp_path, 'train.precision="fp16"')
+
+
+def test_weights_that_are_not_there(tmp_path: Path) -> None:
+    missing = tmp_path / "none.safetensors"
+    message = refused(tmp_path, f'model={{ source = "timm", name = "resnet18", weights = "file:{missing}" }}',
+                      'transfer.mode="finetune"')  # fmt: skip
+    assert "none.safetensors" in message
+
+
+def test_weights_of_another_architecture(tmp_path: Path) -> None:
+    weights = tmp_path / "other.pth"
+    torch.save({"conv.weight": torch.zeros(3, 3)}, weights)
+    message = refused(tmp_path, f'model={{ source = "timm", name = "resnet18", weights = "file:{weights}" }}',
+                      'transfer.mode="finetune"')  # fmt: skip
+    assert "another architecture" in message
+
+
+class Bomb:
+    """A pickle that runs code when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (open, (str(self.mark), "w"))
+
+
+def test_weights_that_carry_code_are_refused_and_do_not_run(tmp_path: Path) -> None:
+    weights, mark = tmp_path / "evil.pth", tmp_path / "ran"
+    weights.write_bytes(pickle.dumps({"state_dict": Bomb(mark)}))
+    refused(tmp_path, f'model={{ source = "timm", name = "resnet18", weights = "file:{weights}" }}',
+            'transfer.mode="finetune"')  # fmt: skip
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", None])
+def test_a_file_that_is_no_image_is_named_before_the_first_epoch(tmp_path: Path, content: bytes | None) -> None:
+    data = folder_of_images(tmp_path / "data", {"cat": 10, "dog": 10})
+    bad = data / "cat" / "004.png"
+    bad.write_bytes(bad.read_bytes()[:200] if content is None else content)
+    message = refused(tmp_path, 'data.dataset="imagefolder"', f"data.root={json.dumps(str(data))}",
+                      "data.image_size=16", "train.batch_size=4", "data.split.validation=0.2")  # fmt: skip
+    assert "004.png" in message
+    assert "on_bad_image" in message
+
+
+def two_processes(arguments: list[str]) -> tuple[int, str]:
+    outcome = toolkit(*arguments)
+    return outcome.status, outcome.stderr
+
+
+def test_a_batch_that_cannot_be_divided(tmp_path: Path) -> None:
+    settings = ["--set", "train.batch_size=30", "--set", "train.accumulation=2"]
+    settings += ["--set", f"recipe.run_root={json.dumps(str(tmp_path / 'runs'))}"]
+    for status, message in launch(2, two_processes, ["train", str(QUICKSTART), *settings]):
+        assert status == 2
+        assert "28 or 32" in message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "parts"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", ["bf16", "train.precision", "'no'"]),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", ["'4'", "train.accumulation", "'1'"]),
+        ("ACCELERATE_USE_FSDP", "true", ["FSDP"]),
+    ],
+)
+def test_a_launcher_that_contradicts_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, parts: list[str]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    message = refused(tmp_path, 'train.precision="no"')
+    for part in parts:
+        assert part in message
+
+
+def test_a_run_directory_to_resume_that_is_none(tmp_path: Path) -> None:
+    outcome = toolkit("train", QUICKSTART, "--resume", tmp_path)
+    assert outcome.status == 2
+    assert "no run directory" in outcome.stderr
+
+
+def test_a_run_root_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    root = f"recipe.run_root={json.dumps(str(tmp_path / 'file'))}"
+    outcome = toolkit("train", QUICKSTART, "--set", root)
+    assert outcome.status == 2
+    assert "recipe.run_root" in outcome.stderr
