@@ -1,0 +1,23 @@
+# What developers do often. Everything else is `toolkit --help`.
+PYTHON ?= .venv/bin/python
+
+.PHONY: check test slow generated quickstart
+
+check:  ## lint and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+test:  ## the default tests
+	$(PYTHON) -m pytest
+
+slow:  ## the long variants: kills, soaks, all architectures
+	$(PYTHON) -m pytest -m slow
+
+generated:  ## files made from the schema and the installed libraries
+	$(PYTHON) -m toolkit.recipe.catalog
+	$(PYTHON) -m toolkit.recipe.jsonschema
+	$(PYTHON) -m toolkit.recipe.reference
+
+quickstart:
+	$(PYTHON) -m toolkit.train recipes/quickstart.toml
