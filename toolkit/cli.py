@@ -5,12 +5,17 @@ Results go to stdout, talk to stderr. Exit status: 0 done, 2 bad input, 3 interr
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from toolkit.commands.look import data, doctor, plan
+from toolkit.commands.names import datasets, models, optimizers, transforms
+from toolkit.commands.recipes import diff, show, validate
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
 from toolkit.train import AsJson, Debug, end, report_errors, train
 
@@ -20,7 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
-app.command()(train)
+for command in (train, validate, show, diff, plan, data, models, transforms, optimizers, datasets, doctor):
+    app.command()(command)
 
 
 @app.command()
@@ -54,6 +60,10 @@ def check(
 
 def main() -> None:
     """Entry of the `toolkit` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the terminal's encoding lacks is no reason to fail.
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

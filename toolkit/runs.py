@@ -221,11 +221,16 @@ def create_run(run_root: str, name: str) -> Run:
     return Run(path)
 
 
-def latest_unfinished_run(run_root: str, name: str) -> Run | None:
-    """The youngest run of a recipe that has a checkpoint folder and no summary yet."""
+def runs_of(run_root: str, name: str) -> list[Run]:
+    """The run directories of a recipe, youngest first."""
     parent = Path(run_root) / name
     pattern = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
     if not parent.is_dir():
-        return None
-    runs = sorted((p for p in parent.iterdir() if pattern.fullmatch(p.name)), reverse=True)
-    return next((Run(p) for p in runs if (p / "recipe.toml").exists() and not Run(p).is_finished), None)
+        return []
+    folders = sorted((p for p in parent.iterdir() if pattern.fullmatch(p.name)), reverse=True)
+    return [Run(p) for p in folders if (p / "recipe.toml").exists()]
+
+
+def latest_unfinished_run(run_root: str, name: str) -> Run | None:
+    """The youngest run of a recipe that has a checkpoint folder and no summary yet."""
+    return next((run for run in runs_of(run_root, name) if not run.is_finished), None)

@@ -98,6 +98,8 @@ def report_errors(work: Callable[[], int], *, debug: bool) -> int:
             traceback.print_exc()
         speak(str(error))
         return error.exit_status
+    except BrokenPipeError:
+        raise  # whoever read stdout (head, less) has left: the command line ends quietly
     except Exception:
         speak(traceback.format_exc())
         return EXIT_FAILURE

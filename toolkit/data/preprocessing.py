@@ -54,6 +54,11 @@ class Preprocessing:
         return cls(**fields)
 
 
+def with_channels(data: DataTable, *, pretrained: bool) -> DataTable:
+    """The table with colour input where nothing is said of it and pretrained weights are used, which expect colour."""
+    return data.model_copy(update={"channels": 3}) if data.channels is None and pretrained else data
+
+
 def resolve_preprocessing(
     data: DataTable,
     weights: InputConfig | None,

@@ -12,7 +12,7 @@ from toolkit.data.cpus import granted_cpus
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.images import check_images
 from toolkit.data.order import steps_per_epoch
-from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing
+from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
 from toolkit.data.splits import SPLITS, check_splits, split_dataset
 from toolkit.data.statistics import channel_statistics
 from toolkit.engine.display import Display, table
@@ -54,9 +54,7 @@ class Setup:
 
 def prepare(recipe: Recipe, accelerator: Accelerator, display: Display, *, load_weights: bool = True) -> Setup:
     """Build everything. Raises UserError for what the user can mend, on all processes alike (a collective)."""
-    data = recipe.data
-    if data.channels is None and recipe.model.weights != "none":
-        data = data.model_copy(update={"channels": 3})
+    data = with_channels(recipe.data, pretrained=recipe.model.weights != "none")
     dataset = main_first(accelerator, lambda: open_dataset(data))
     splits = split_dataset(dataset, recipe.data)
     splits, bad_images = _without_bad_images(recipe, accelerator, display, dataset, splits)

@@ -1,0 +1,1 @@
+"""The subcommands of `toolkit`. Each imports what it needs only when called."""

@@ -1,0 +1,196 @@
+"""validate, show, diff: what a recipe says. None of them imports torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from toolkit.errors import EXIT_BAD_INPUT, EXIT_OK
+from toolkit.train import AsJson, Debug, Overrides, end, report_errors
+
+if TYPE_CHECKING:
+    from toolkit.recipe import Diagnostic, Recipe
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="TOML file.")]
+
+
+def validate(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="TOML files.")],
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check recipes and show all that is wrong.
+
+    In every way that needs neither data nor a GPU. One line a recipe on stdout, errors and warnings on stderr; with
+    --json everything on stdout. Exit status 2 if there is any error.
+
+    Example: toolkit validate recipes/*.toml
+    """
+
+    def work() -> int:
+        verdicts = {path: _verdict(path, set_ or []) for path in recipes}
+        if as_json:
+            _print_json([_verdict_json(path, found) for path, found in verdicts.items()])
+        for path, found in verdicts.items() if not as_json else ():
+            for item in found:
+                print(item, file=sys.stderr)
+            print(_verdict_line(path, found))
+        return EXIT_BAD_INPUT if any(_errors(found) for found in verdicts.values()) else EXIT_OK
+
+    end(report_errors(work, debug=debug))
+
+
+def _verdict(path: str, overrides: list[str]) -> list[Diagnostic]:
+    """Everything that is wrong or doubtful about one recipe."""
+    from toolkit.recipe import RecipeError, load
+
+    try:
+        return load(path, overrides).warnings
+    except RecipeError as error:
+        return error.diagnostics
+
+
+def _errors(found: list[Diagnostic]) -> int:
+    return sum(item.severity == "error" for item in found)
+
+
+def _verdict_line(path: str, found: list[Diagnostic]) -> str:
+    from toolkit.recipe.diagnostics import printable
+
+    errors = _errors(found)
+    counts = {"error": errors, "warning": len(found) - errors}
+    said = ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for word, count in counts.items() if count)
+    return printable(f"{path}: {said if errors else 'ok' + (f' ({said})' if said else '')}")
+
+
+def _verdict_json(path: str, found: list[Diagnostic]) -> dict[str, Any]:
+    return {"recipe": path, "ok": not _errors(found), "diagnostics": [_diagnostic_json(item) for item in found]}
+
+
+def _diagnostic_json(item: Diagnostic) -> dict[str, Any]:
+    from toolkit.recipe.diagnostics import dotted
+
+    place = item.location
+    return {
+        "severity": item.severity,
+        "message": item.message,
+        "key": dotted(item.path),
+        "file": place.file if place else item.file,
+        "line": place.line if place else None,
+        "column": place.column if place else None,
+        "hint": item.hint,
+        "note": item.note,
+    }
+
+
+def show(recipe: RecipePath, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Print a recipe resolved, with origins.
+
+    Every key with its value, and where that comes from: file and line, --set, or default.
+
+    Example: toolkit show recipes/resnet50_caltech.toml --set train.epochs=5
+    """
+
+    def work() -> int:
+        from toolkit.recipe import load
+        from toolkit.recipe.diagnostics import dotted
+        from toolkit.recipe.resolved import leaves, resolved_content
+
+        loaded = load(recipe, set_ or [])
+        for warning in loaded.warnings:
+            print(warning, file=sys.stderr)
+        if as_json:
+            values = leaves(resolved_content(loaded.recipe))
+            _print_json({dotted(path): {"value": value, "origin": loaded.origins[path]} for path, value in values})
+        else:
+            print(loaded.annotated(), end="")
+        return EXIT_OK
+
+    end(report_errors(work, debug=debug))
+
+
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="Recipe or run directory.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Recipe or run directory.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two recipes, or two runs.
+
+    Every key of the resolved recipes that differs, and every figure where both are finished runs.
+
+    Example: toolkit diff recipes/colbertaldo_fast.toml recipes/colbertaldo_best.toml
+    """
+
+    def work() -> int:
+        from toolkit.recipe import diff as differing
+        from toolkit.recipe.diagnostics import dotted
+
+        keys = [(dotted(path), one, two) for path, one, two in differing(_recipe_of(first), _recipe_of(second))]
+        figures = _differing_figures(first, second)
+        if as_json:
+            _print_json({"recipe": _pairs(keys), "figures": _pairs(figures)})
+            return EXIT_OK
+        for line in [_difference(*item) for item in keys] or ["the recipes are equal"]:
+            print(line)
+        for name, one, two in figures:
+            print(f"figure {name}: {_figure(one)} -> {_figure(two)}")
+        return EXIT_OK
+
+    end(report_errors(work, debug=debug))
+
+
+def _recipe_of(path: str) -> Recipe:
+    """The recipe in a file, or that of a run directory."""
+    from toolkit.recipe import load_recipe
+    from toolkit.runs import open_run
+
+    return open_run(path).recipe if Path(path).is_dir() else load_recipe(path)
+
+
+def _differing_figures(first: str, second: str) -> list[tuple[str, Any, Any]]:
+    """Figures of summary.json that differ, where both are finished runs."""
+    from toolkit.runs import Run
+
+    runs = [Run(Path(path)) for path in (first, second)]
+    if not all(run.path.is_dir() and run.is_finished for run in runs):
+        return []
+    one, two = (_figures(run.summary) for run in runs)
+    names = [*one, *(name for name in two if name not in one)]
+    return [(name, one.get(name), two.get(name)) for name in names if one.get(name) != two.get(name)]
+
+
+def _figures(summary: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The numbers of a summary by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in summary.items():
+        if isinstance(value, dict):
+            found |= _figures(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            found[prefix + key] = value
+    return found
+
+
+def _difference(key: str, one: Any, two: Any) -> str:
+    from toolkit.recipe.diagnostics import printable
+    from toolkit.recipe.writing import toml_value
+
+    shown = [toml_value(value) if value is not None else "(not set)" for value in (one, two)]
+    return printable(f"{key}: {shown[0]} -> {shown[1]}")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
+
+
+def _pairs(found: list[tuple[str, Any, Any]]) -> dict[str, list[Any]]:
+    return {key: [one, two] for key, one, two in found}
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,270 @@
+"""Is this machine fit to train? One line a question: what was found, ok, warn or fail, and what to do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+State = Literal["ok", "warn", "fail"]
+
+WANDB_SECONDS = 5.0
+"""W&B's client may ask its server who is logged in; longer than this is not waited for."""
+
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_GIB, DISK_GIB = 1.0, 5.0
+"""Less shared memory, or less room for runs, is warned of."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    state: State
+    found: str
+    advice: str = ""
+
+
+def examine(run_root: Path) -> list[Check]:
+    """Look at everything; nothing here raises, prompts or takes long. Nothing secret is read out."""
+    return [
+        python_version(),
+        *requirements(),
+        catalog_is_current(),
+        *gpus(),
+        *communication(),
+        cpus(),
+        shared_memory(),
+        run_root_is_writable(run_root),
+        wandb_login(),
+        slurm(),
+    ]
+
+
+def report_text(checks: list[Check]) -> str:
+    """The report for people: advice below what it is for, and the sum at the end."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.state:<4}  {check.name:<{width}}  {check.found}")
+        if check.advice:
+            lines.append(f"{'':<4}  {'':<{width}}  -> {check.advice}")
+    counts = {state: sum(check.state == state for check in checks) for state in ("ok", "warn", "fail")}
+    return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counts.items())])
+
+
+def python_version() -> Check:
+    """Python itself."""
+    return Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")
+
+
+def requirements() -> Iterator[Check]:
+    """The packages that the toolkit needs, in versions that it can use."""
+    from packaging.requirements import Requirement
+
+    try:
+        stated = metadata.requires("toolkit") or []
+    except metadata.PackageNotFoundError:
+        yield Check("packages", "warn", "the toolkit is not installed, only found", "pip install -e . in its folder")
+        return
+    for text in stated:
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield _requirement(requirement.name, str(requirement.specifier))
+
+
+def _requirement(name: str, specifier: str) -> Check:
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Check(name, "fail", "not installed", f'pip install "{name}{specifier}"')
+    if not SpecifierSet(specifier).contains(found, prereleases=True):
+        return Check(name, "fail", f"{found}, needed is {specifier}", f'pip install "{name}{specifier}"')
+    return Check(name, "ok", found)
+
+
+def catalog_is_current() -> Check:
+    """Whether `toolkit validate` speaks of the installed versions."""
+    from toolkit.recipe.catalog import catalog
+
+    recorded: dict[str, str] = catalog()["versions"]
+    other = [f"{name} {version}" for name, version in recorded.items() if _release(name) != version]
+    if not other:
+        return Check("name catalog", "ok", "of the installed versions")
+    return Check(
+        "name catalog",
+        "warn",
+        f"made with {', '.join(other)}; installed are others",
+        "names of models, weights and arguments may differ a little: python -m toolkit.recipe.catalog writes it anew",
+    )
+
+
+def _release(name: str) -> str:
+    """The installed version without a local part such as +cu128."""
+    try:
+        return metadata.version(name).split("+")[0]
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def gpus() -> Iterator[Check]:
+    """GPUs, what they can, and how they are connected."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield _no_gpu(torch.version.cuda)
+        yield Check("precision", "ok", "bf16 on the CPU; no fp16 without a GPU")
+        return
+    count = torch.cuda.device_count()
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        size = f"{properties.total_memory / 2**30:.0f} GiB, compute capability {properties.major}.{properties.minor}"
+        yield Check(f"GPU {index}", "ok", f"{properties.name}, {size}")
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    yield Check("precision", "ok", "bf16 and fp16" if bf16 else 'fp16, no bf16 (train.precision = "auto" takes none)')
+    if count > 1:
+        yield interconnect(count, topology())
+
+
+def _no_gpu(cuda: str | None) -> Check:
+    """What to do depends on whether there is a driver, and whether this torch could use it."""
+    if shutil.which("nvidia-smi") is None:
+        return Check("GPU", "warn", "none; training runs on the CPU", "take a machine with NVIDIA GPUs for real work")
+    if cuda is None:
+        return Check("GPU", "fail", "there is a driver, but this torch is built for the CPU", "install torch with CUDA")
+    return Check(
+        "GPU",
+        "fail",
+        f"there is a driver, but torch (CUDA {cuda}) cannot use it",
+        "compare nvidia-smi's CUDA version with torch's; look at CUDA_VISIBLE_DEVICES",
+    )
+
+
+def topology() -> str:
+    """What `nvidia-smi topo -m` says; empty where it cannot."""
+    return _output("nvidia-smi", "topo", "-m")
+
+
+def interconnect(count: int, table: str) -> Check:
+    """How the GPUs reach one another, by nvidia-smi's table: NV# is NVLink, PIX/PXB/PHB PCIe, NODE/SYS through CPUs."""
+    links = sorted(_links(count, table))
+    if not links:
+        return Check("interconnect", "warn", "not known", "nvidia-smi topo -m would tell")
+    found = ", ".join(links)
+    if any(link in ("SYS", "NODE", "PHB") for link in links):
+        advice = "some pairs talk through the CPU: gradients of large models take long; keep a job on GPUs of one side"
+        return Check("interconnect", "warn", found, advice)
+    return Check("interconnect", "ok", found)
+
+
+def _links(count: int, table: str) -> set[str]:
+    """The kinds of connection between pairs of GPUs."""
+    rows = [line.split() for line in table.splitlines()]
+    pairs = {word for row in rows if row and row[0].startswith("GPU") for word in row[1 : count + 1]}
+    return pairs - {"X"} - {f"GPU{index}" for index in range(count)}
+
+
+def communication() -> Iterator[Check]:
+    """The libraries by which processes talk: NCCL between GPUs, gloo between CPUs."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        yield Check("communication", "fail", "torch has no torch.distributed", "install an official build of torch")
+        return
+    if dist.is_gloo_available():
+        yield Check("gloo", "ok", "there")
+    else:
+        yield Check("gloo", "fail", "missing from torch", "install an official build of torch")
+    if dist.is_nccl_available():
+        version = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "there"
+        yield Check("NCCL", "ok", version)
+    elif torch.cuda.is_available():
+        yield Check("NCCL", "fail", "missing from torch", "several GPUs need it: install an official build of torch")
+    else:
+        yield Check("NCCL", "ok", "missing, and not needed without GPUs")
+
+
+def cpus() -> Check:
+    """CPUs that were granted, which is what workers are counted by."""
+    from toolkit.data.cpus import granted_cpus
+
+    granted, machine = granted_cpus(), os.cpu_count() or 1
+    found = f"{granted} granted of {machine}"
+    if granted == 1:
+        return Check("CPUs", "warn", found, "images will be prepared slowly: ask for more (SLURM: --cpus-per-task)")
+    return Check("CPUs", "ok", found)
+
+
+def shared_memory() -> Check:
+    """Room in which data workers hand over batches."""
+    if not SHARED_MEMORY.is_dir():
+        return Check("shared memory", "ok", f"{SHARED_MEMORY} does not exist here; workers use files instead")
+    free = shutil.disk_usage(SHARED_MEMORY).free / 2**30
+    found = f"{free:.1f} GiB free in {SHARED_MEMORY}"
+    if free < SHARED_GIB:
+        return Check("shared memory", "warn", found, "docker run --shm-size=8g or --ipc=host; else data.workers = 0")
+    return Check("shared memory", "ok", found)
+
+
+def run_root_is_writable(run_root: Path) -> Check:
+    """Whether runs can be written: tried in the folder, or in the nearest one above it that exists."""
+    absolute = run_root.absolute()
+    folder = next(path for path in (absolute, *absolute.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"tried")
+        free = shutil.disk_usage(folder).free / 2**30
+    except OSError as error:
+        return Check("run root", "fail", f"{run_root}: {error.strerror}", "set recipe.run_root to a folder of your own")
+    found = f"{run_root} can be written, {free:.0f} GiB free"
+    if free < DISK_GIB:
+        return Check("run root", "warn", found, "checkpoints may not fit: set recipe.run_root to a larger disk")
+    return Check("run root", "ok", found)
+
+
+def wandb_login() -> Check:
+    """What a run would do with tracking.mode = "auto". The key is never shown, and there is no prompt."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    from toolkit.tracking import wandb_mode
+
+    answers: list[tuple[str, str]] = []
+    asking = threading.Thread(target=lambda: answers.append(wandb_mode("auto")), daemon=True)
+    asking.start()
+    asking.join(WANDB_SECONDS)
+    if not answers:
+        return Check("W&B", "warn", f"no answer within {WANDB_SECONDS:.0f} s", "runs will be logged offline")
+    mode, why = answers[0]
+    if not why:
+        said = " (by WANDB_MODE)" if os.environ.get("WANDB_MODE") else ""
+        return Check("W&B", "ok", ("logged in, server reached" if mode == "online" and not said else mode) + said)
+    return Check("W&B", "warn", f"offline: {why}", "wandb login, or WANDB_MODE=offline where that is meant")
+
+
+def slurm() -> Check:
+    """The cluster's scheduler."""
+    if shutil.which("sbatch") is None:
+        return Check("SLURM", "ok", "not found; only jobs on a cluster need it")
+    version = _output("sbatch", "--version") or "found"
+    job = os.environ.get("SLURM_JOB_ID")
+    return Check("SLURM", "ok", version + (f", inside job {job}" if job else ""))
+
+
+def _output(*command: str) -> str:
+    """What a command prints, empty where it fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,280 @@
+"""A look through a recipe's images: counts, sizes, statistics, unreadable files, duplicates across splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from toolkit.data.cpus import granted_cpus
+from toolkit.data.datasets import Dataset, open_dataset
+from toolkit.data.images import BadImage
+from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
+from toolkit.data.splits import SPLITS, split_dataset
+from toolkit.data.statistics import channel_statistics
+from toolkit.models.build import expected_input
+from toolkit.recipe.diagnostics import printable
+from toolkit.recipe.schema import Recipe
+
+SHOWN = 10
+"""So many files, or pairs of files, are listed for people; JSON has all."""
+
+Sizes = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one image turned out to be."""
+
+    width: int
+    height: int
+    pixels: bytes
+    """Hash of size and decoded pixels: equal for equal images, whatever the file's name and metadata."""
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Images with the same pixels."""
+
+    across: dict[str, list[list[str]]]
+    """Groups of names that are in both splits of "train, test" and the like: leakage."""
+    within: dict[str, list[list[str]]]
+    """Groups of names within one split."""
+    contradicting: list[list[str]]
+    """Groups of names that are of more than one class."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that `toolkit data` shows."""
+
+    recipe: Recipe
+    dataset: Dataset
+    splits: dict[str, Sizes]
+    preprocessing: Preprocessing
+    """With the normalisation that training will use."""
+    counts: dict[str, Sizes]
+    """Images of each class in each split, int64 [classes]."""
+    sizes: Sizes
+    """Width and height of every readable image, pixels, int64 [n, 2]."""
+    mean: tuple[float, ...]
+    """Of the training images' channels, pixels in 0..1."""
+    std: tuple[float, ...]
+    unreadable: list[tuple[str, str]]
+    """Name and reason."""
+    duplicates: Duplicates
+    examples: dict[int, int]
+    """The first readable training image of each class, by class."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, safe to show."""
+        return [printable(name) for name in self.dataset.classes]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        width, height = (_spread(self.sizes[:, axis]) for axis in (0, 1))
+        return {
+            "recipe": self.recipe.recipe.name,
+            "dataset": self.dataset.name,
+            "images": {split: int(self.counts[split].sum()) for split in SPLITS},
+            "images_per_class": {
+                name: {split: int(self.counts[split][label]) for split in SPLITS}
+                for label, name in enumerate(self.classes)
+            },
+            "width": width,
+            "height": height,
+            "sizes": {f"{w}x{h}": count for (w, h), count in _common_sizes(self.sizes)},
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "unreadable": [{"name": printable(name), "reason": printable(why)} for name, why in self.unreadable],
+            "duplicates": {
+                "across_splits": _printable(self.duplicates.across),
+                "within_splits": _printable(self.duplicates.within),
+                "of_more_than_one_class": _printable({"": self.duplicates.contradicting})[""],
+            },
+        }
+
+
+def examine(recipe: Recipe, say: Callable[[str], None]) -> Report:
+    """Decode every image that the recipe uses, once or twice. Raises UserError where the data are missing."""
+    data = with_channels(recipe.data, pretrained=recipe.model.weights != "none")
+    dataset = open_dataset(data)
+    splits = split_dataset(dataset, data)
+    used = np.concatenate([splits[split] for split in SPLITS])
+    say(f"decoding {len(used):,} images of {dataset.name}")
+    seen, unreadable = look_at(dataset, used)
+    readable = {split: np.array([i for i in splits[split] if int(i) in seen], dtype=np.int64) for split in SPLITS}
+    preprocessing, mean, std = _statistics(recipe, dataset, readable["train"])
+    labels, classes = dataset.labels, len(dataset.classes)
+    examples: dict[int, int] = {}
+    for index in readable["train"]:
+        examples.setdefault(int(labels[index]), int(index))
+    return Report(
+        recipe=recipe,
+        dataset=dataset,
+        splits=splits,
+        preprocessing=preprocessing,
+        counts={split: np.bincount(labels[splits[split]], minlength=classes) for split in SPLITS},
+        sizes=np.array([(found.width, found.height) for found in seen.values()], dtype=np.int64).reshape(-1, 2),
+        mean=mean,
+        std=std,
+        unreadable=unreadable,
+        duplicates=find_duplicates(dataset, readable, seen),
+        examples=examples,
+    )
+
+
+def look_at(dataset: Dataset, indices: Sizes) -> tuple[dict[int, Seen], list[tuple[str, str]]]:
+    """What every readable image is, by index; names and reasons of the others."""
+
+    def look(index: int) -> Seen | str:
+        try:
+            image = dataset.images.load(index)
+        except BadImage as error:
+            return error.reason
+        head = f"{image.mode} {image.width} {image.height} ".encode()
+        return Seen(image.width, image.height, hashlib.blake2b(head + image.tobytes(), digest_size=16).digest())
+
+    numbers = [int(i) for i in indices]
+    with ThreadPoolExecutor(granted_cpus()) as pool:  # decoders and hashes release the interpreter lock
+        results = dict(zip(numbers, pool.map(look, numbers, chunksize=64), strict=True))
+    bad = [(dataset.images.name(i), found) for i, found in results.items() if isinstance(found, str)]
+    return {i: found for i, found in results.items() if isinstance(found, Seen)}, bad
+
+
+def find_duplicates(dataset: Dataset, splits: dict[str, Sizes], seen: dict[int, Seen]) -> Duplicates:
+    """Groups of images with equal pixels: across splits, within one, and of different classes."""
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for index, found in seen.items():
+        groups[found.pixels].append(index)
+    split_of = {int(index): split for split in SPLITS for index in splits[split]}
+    across: dict[str, list[list[str]]] = {f"{one}, {other}": [] for one, other in combinations(SPLITS, 2)}
+    within: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
+    contradicting = []
+    for members in (group for group in groups.values() if len(group) > 1):
+        names = {index: dataset.images.name(index) for index in members}
+        inside = {split: [names[i] for i in members if split_of[i] == split] for split in SPLITS}
+        for split in SPLITS:
+            if len(inside[split]) > 1:
+                within[split].append(inside[split])
+        for one, other in combinations(SPLITS, 2):
+            if inside[one] and inside[other]:
+                across[f"{one}, {other}"].append([*inside[one], *inside[other]])
+        if len({int(dataset.labels[i]) for i in members}) > 1:
+            contradicting.append(list(names.values()))
+    return Duplicates(across, within, contradicting)
+
+
+def _statistics(
+    recipe: Recipe, dataset: Dataset, train: Sizes
+) -> tuple[Preprocessing, tuple[float, ...], tuple[float, ...]]:
+    """Training's preprocessing, and the mean and deviation of its images before normalisation."""
+    data = with_channels(recipe.data, pretrained=recipe.model.weights != "none")
+    weights, size, channels = expected_input(recipe.model), dataset.native_size, dataset.native_channels
+    measured: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
+
+    def measure(plain: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        measured.append(channel_statistics(dataset.images, train, plain))
+        return measured[0]
+
+    by_data = data.model_copy(update={"normalize": "dataset"})
+    resolve_preprocessing(by_data, weights, size, channels, measure)
+    preprocessing = resolve_preprocessing(data, weights, size, channels, lambda plain: measured[0])
+    return preprocessing, *measured[0]
+
+
+def _spread(values: Sizes) -> dict[str, float]:
+    """Least, median, mean and greatest."""
+    if len(values) == 0:
+        return {}
+    return {
+        "min": int(values.min()),
+        "median": float(np.median(values)),
+        "mean": round(float(values.mean()), 2),
+        "max": int(values.max()),
+    }
+
+
+def _common_sizes(sizes: Sizes) -> list[tuple[tuple[int, int], int]]:
+    """The most frequent (width, height), with how often each comes."""
+    return Counter((int(w), int(h)) for w, h in sizes).most_common(SHOWN)
+
+
+def _printable(groups: dict[str, list[list[str]]]) -> dict[str, list[list[str]]]:
+    return {key: [[printable(name) for name in group] for group in found] for key, found in groups.items()}
+
+
+def report_text(report: Report) -> str:
+    """The report for people."""
+    figures = report.to_json()
+    total = {split: f"{figures['images'][split]:,}" for split in SPLITS}
+    lines = [
+        f"data set   {report.dataset.name}: {sum(figures['images'].values()):,} images used, "
+        f"{len(report.classes)} classes",
+        "images     " + ", ".join(f"{total[split]} {split}" for split in SPLITS),
+        *_class_lines(report),
+        *(f"{side:<10} {_spread_text(figures[side])} pixels" for side in ("width", "height") if figures[side]),
+        "sizes      " + ", ".join(f"{size} ({count:,})" for size, count in figures["sizes"].items()),
+        f"mean       {_values(report.mean)}",
+        f"std        {_values(report.std)}  (training images, resized and cropped, pixels in 0..1)",
+        f"normalised with mean {_values(report.preprocessing.mean)}, std {_values(report.preprocessing.std)}",
+        *_listed("unreadable", [f"{name}: {why}" for name, why in report.unreadable]),
+        *_duplicate_lines(report.duplicates),
+    ]
+    return "\n".join(printable(line) for line in lines)
+
+
+def _class_lines(report: Report) -> list[str]:
+    """Images of each class, the largest class first."""
+    from rich.cells import cell_len  # names may have characters that are two columns wide, or none
+
+    order = np.argsort(-sum(report.counts[split] for split in SPLITS), kind="stable")
+    width = max([len("class"), *(cell_len(name) for name in report.classes)])
+    rows = [("class", *SPLITS)]
+    rows += [(report.classes[c], *(str(report.counts[split][c]) for split in SPLITS)) for c in order]
+    return [
+        "  " + name + " " * (width - cell_len(name)) + "".join(f"{count:>12}" for count in counts)
+        for name, *counts in rows
+    ]
+
+
+def _duplicate_lines(found: Duplicates) -> list[str]:
+    lines = []
+    for pair, groups in found.across.items():
+        what = f"leakage    {len(groups)} images are in both {pair.replace(', ', ' and ')}"
+        lines += [what, *_examples(groups)] if groups else []
+    for split, groups in found.within.items():
+        what = f"repeated   {len(groups)} images are more than once in {split}"
+        lines += [what, *_examples(groups)] if groups else []
+    if found.contradicting:
+        what = f"labels     {len(found.contradicting)} images are of more than one class"
+        lines += [what, *_examples(found.contradicting)]
+    if not any(found.across.values()):
+        lines.append("leakage    none: no two splits share an image")
+    return lines
+
+
+def _examples(groups: list[list[str]]) -> list[str]:
+    shown = [f"  {' = '.join(group)}" for group in groups[:SHOWN]]
+    return shown + ([f"  ... and {len(groups) - SHOWN} more"] if len(groups) > SHOWN else [])
+
+
+def _listed(word: str, items: list[str]) -> list[str]:
+    more = [f"  ... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return [f"{word} {len(items) or 'none'}", *(f"  {item}" for item in items[:SHOWN]), *more]
+
+
+def _spread_text(spread: dict[str, float]) -> str:
+    return f"{spread['min']:g} to {spread['max']:g}, median {spread['median']:g}, mean {spread['mean']:g}"
+
+
+def _values(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
