@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import tempfile
 import traceback
@@ -35,7 +36,7 @@ def launch(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: flo
     try:
         for rank, (receive, _) in enumerate(pipes):
             assert receive.poll(timeout_s), f"rank {rank} gave no result within {timeout_s} s"
-            failed, result = receive.recv()
+            failed, result = pickle.loads(receive.recv_bytes())
             assert not failed, f"rank {rank} failed:\n{result}"
             results.append(result)
     finally:
@@ -74,6 +75,7 @@ def _run(rank: int, world: int, port: int, pipe: Any, work: Callable[..., Any], 
         "MASTER_PORT": str(port),
     }
     try:
-        pipe.send((False, work(*arguments)))
+        outcome = (False, work(*arguments))
     except Exception:
-        pipe.send((True, traceback.format_exc()))
+        outcome = (True, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(outcome))  # by value: a sent tensor would need this process alive
