@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from toolkit.recipe.schema import Recipe
 
 CONNECT_SECONDS = 3
-INIT_SECONDS = 30
+INIT_SECONDS = 15
 FINISH_SECONDS = 30
 
 
@@ -54,6 +54,9 @@ class Tracking:
             self.say(f"W&B did not answer ({_first_line(error)}); logging offline instead")
             self.wandb_mode = settings["mode"] = "offline"
             try:
+                import wandb
+
+                wandb.teardown()  # the client that waits for the server still holds the run's id
                 self._init(recipe, settings, config, folder)
             except Exception as second:
                 self._fail(second)
@@ -144,6 +147,7 @@ def wandb_mode(wanted: str) -> tuple[str, str]:
     import wandb
 
     try:
+        wandb.setup(wandb.Settings(silent=True))
         known = wandb.login(prompt=False, verify=False)
     except Exception as error:  # a malformed key raises one of several types
         return "offline", f"the W&B login does not work ({_first_line(error)})"
