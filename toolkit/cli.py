@@ -33,7 +33,9 @@ for command in (train, validate, show, diff, plan, data, models, transforms, opt
 def check(
     run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: AsJson = False, debug: Debug = False
 ) -> None:
-    """Hold a run against its recipe's [expect]: met, missed or not comparable. Exit status 1 where a figure is missed.
+    """Hold a run against its recipe's [expect].
+
+    Each figure is met, missed or not comparable. Exit status 1 where one is missed.
 
     Example: toolkit check runs/quickstart/20260102-030405-abcd
     """

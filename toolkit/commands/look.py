@@ -58,8 +58,8 @@ def data(
 ) -> None:
     """Look through a recipe's images.
 
-    Counts by class and split, sizes, channel statistics, unreadable files, duplicates across splits; and, as figures, the
-    class histogram and a contact sheet with one image a class, raw and normalised.
+    Counts by class and split, sizes, channel statistics, unreadable files, duplicates across splits; and figures:
+    the class histogram, and a contact sheet with one image a class, raw and normalised.
 
     Example: toolkit data recipes/resnet50_caltech.toml --out figures
     """
@@ -73,9 +73,12 @@ def data(
         from toolkit.inspect.data import examine, report_text
         from toolkit.inspect.figures import draw
 
-        report = examine(loaded.recipe, lambda text: print(text, file=sys.stderr))
+        def say(text: str) -> None:
+            print(text, file=sys.stderr)
+
+        report = examine(loaded.recipe, say)
         folder = out or Path("data-report") / loaded.recipe.recipe.name
-        files = draw(report, folder)
+        files = draw(report, folder, say)
         if as_json:
             print(json.dumps({**report.to_json(), "figures": [str(file) for file in files]}, indent=2))
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +38,28 @@ CAPTION = 22
 DPI = 150
 
 
-def draw(report: Report, folder: Path) -> list[Path]:
+def draw(report: Report, folder: Path, say: Callable[[str], None]) -> list[Path]:
     """Write all figures into ``folder`` and return their paths. Raises UserError where that cannot be done."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    with matplotlib.rc_context({"font.family": [name for name in FONTS if name in installed], "svg.fonttype": "path"}):
-        figures = {"class-histogram": histogram(report), "contact-sheet": contact_sheet(report)}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            written = [_save(figures["class-histogram"], folder / f"class-histogram.{kind}") for kind in ("png", "svg")]
-            return [*written, _save(figures["contact-sheet"], folder / "contact-sheet.png")]
-        except OSError as error:
-            raise UserError(f"the figures cannot be written to {folder}: {error.strerror}") from None
+    settings: Any = {"font.family": [name for name in FONTS if name in installed], "svg.fonttype": "path"}
+    with warnings.catch_warnings(record=True) as caught, matplotlib.rc_context(settings):
+        warnings.simplefilter("always")
+        files = _draw(report, folder)
+    glyphs = {int(found[1]) for item in caught if (found := re.match(r"Glyph (\d+)", str(item.message)))}
+    if glyphs:
+        shown = " ".join(chr(glyph) for glyph in sorted(glyphs)[:20])
+        say(f"the figures lack these characters, which no installed font has: {shown} (Noto Sans CJK has most)")
+    return files
+
+
+def _draw(report: Report, folder: Path) -> list[Path]:
+    bars, sheet = histogram(report), contact_sheet(report)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [_save(bars, folder / f"class-histogram.{kind}") for kind in ("png", "svg")]
+        return [*written, _save(sheet, folder / "contact-sheet.png")]
+    except OSError as error:
+        raise UserError(f"the figures cannot be written to {folder}: {error.strerror}") from None
 
 
 def _save(figure: Figure, path: Path) -> Path:

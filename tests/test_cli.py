@@ -1,0 +1,346 @@
+"""The command line: checking, showing, comparing, listing; habits of the shell; names that try to escape."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from cli import toolkit
+
+from toolkit.cli import app
+from toolkit.data.facts import FACTS
+from toolkit.engine.display import Display
+from toolkit.recipe import catalog, load_recipe
+from toolkit.recipe.schema import DataTable
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+QUICKSTART = RECIPES / "quickstart.toml"
+BROKEN = '[recipe]\nname = "x"\n[data]\ndataset = "digits"\n[model]\nsource = "timm"\nname = "resnet5O"\n' \
+         '[optimizer]\nname = "sgd"\nlr = -1.0\n[train]\nepochs = 1\nbatch_size = 8\nepoch = 3\n'  # fmt: skip
+"""Three faults: the model's name, the learning rate, an unknown key."""
+
+
+def commands() -> dict[str, Any]:
+    """The subcommands by name, as click (or Typer's own copy of it) has them."""
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
+
+
+# Help, documentation, completion
+
+
+def test_every_command_has_one_example_that_parses() -> None:
+    found = {}
+    for name, command in commands().items():
+        (example,) = re.findall(r"Example: (.+)", command.help or "")
+        found[name] = example
+    assert len(found) >= 12
+    for name, example in found.items():
+        words = [word.strip('"') for word in example.split()]
+        if words[0] == "toolkit":  # train's example starts the launcher
+            assert words[1] == name
+            commands()[name].make_context(name, words[2:])
+
+
+def test_documentation_speaks_of_every_command() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## `toolkit ([a-z-]+)", text, re.MULTILINE)
+    assert sorted(headings) == sorted(commands())
+
+
+def test_help_names_every_command_in_a_whole_sentence() -> None:
+    outcome = toolkit("--help")
+    assert outcome.status == 0
+    assert "\x1b" not in outcome.stdout
+    for name in commands():
+        (line,) = re.findall(rf"^  {name} +(.+)$", outcome.stdout, re.MULTILINE)
+        assert name == "train" or not line.endswith("..."), line
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["plan"], ["plan", "x.toml", "--processes", "none"], ["--bad"]])
+def test_wrong_usage_is_bad_input(arguments: list[str]) -> None:
+    outcome = toolkit(*arguments)
+    assert outcome.status == 2
+    assert outcome.stdout == ""
+    assert "Usage: " in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def run_apart(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`toolkit ARGUMENTS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "toolkit.cli", *arguments], capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+def test_completion_script_and_completion() -> None:
+    program = [sys.executable, "-c", "from toolkit.cli import app; app(prog_name='toolkit')"]
+
+    def complete(**environment: str) -> str:
+        done = subprocess.run(program, capture_output=True, text=True, env=os.environ | environment)
+        return done.stdout
+
+    assert "_TOOLKIT_COMPLETE=complete_bash" in complete(_TOOLKIT_COMPLETE="source_bash")
+    words = {"COMP_WORDS": "toolkit va", "COMP_CWORD": "1"}
+    assert complete(_TOOLKIT_COMPLETE="complete_bash", **words).split() == ["validate"]
+    shown = subprocess.run(
+        [*program, "--show-completion", "zsh"], capture_output=True, text=True,
+        env=os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+    )  # fmt: skip
+    assert "compdef" in shown.stdout
+
+
+def test_checks_and_lists_import_no_torch() -> None:
+    program = """
+import sys
+import toolkit.cli
+heavy = {"torch", "numpy", "pydantic", "rich", "matplotlib", "wandb"} & sys.modules.keys()
+assert not heavy, f"toolkit --help imports {heavy}"
+quickstart, other = sys.argv[1:]
+for arguments in (["validate", quickstart], ["show", quickstart], ["diff", quickstart, other], ["models", "vgg"],
+                  ["transforms"], ["optimizers"], ["datasets"]):
+    try:
+        toolkit.cli.app(arguments)
+    except SystemExit as end:
+        assert end.code == 0, arguments
+    assert "torch" not in sys.modules, arguments
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(QUICKSTART), str(RECIPES / "vgg16_caltech.toml")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+# validate
+
+
+def test_validate_accepts_every_shipped_recipe() -> None:
+    recipes = sorted(RECIPES.glob("*.toml"))
+    outcome = toolkit("validate", *map(str, recipes))
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.stdout == "".join(f"{path}: ok\n" for path in recipes)
+    assert len(recipes) >= 20
+
+
+def test_validate_shows_all_faults_of_all_recipes(tmp_path: Path) -> None:
+    broken, missing = tmp_path / "broken.toml", tmp_path / "missing.toml"
+    broken.write_text(BROKEN)
+    outcome = toolkit("validate", str(QUICKSTART), str(broken), str(missing))
+    assert outcome.status == 2
+    assert outcome.stdout.splitlines() == [f"{QUICKSTART}: ok", f"{broken}: 3 errors", f"{missing}: 1 error"]
+    for place in (f"{broken}:7:", f"{broken}:10:", f"{broken}:14:"):
+        assert place in outcome.stderr
+
+
+def test_validate_json_has_every_fault_with_its_place(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text(BROKEN)
+    outcome = toolkit("validate", "--json", str(QUICKSTART), str(broken))
+    assert outcome.status == 2
+    good, bad = json.loads(outcome.stdout)
+    assert good == {"recipe": str(QUICKSTART), "ok": True, "diagnostics": []}
+    assert [(d["key"], d["line"]) for d in bad["diagnostics"]] == [
+        ("model.name", 7), ("optimizer.lr", 10), ("train.epoch", 14)
+    ]  # fmt: skip
+    assert "resnet50" in bad["diagnostics"][0]["hint"]
+
+
+def test_validate_counts_warnings_but_passes() -> None:
+    outcome = toolkit("validate", str(QUICKSTART), "--set", "early_stopping.patience=50")
+    assert outcome.status == 0
+    assert outcome.stdout == f"{QUICKSTART}: ok (1 warning)\n"
+    assert "early_stopping.patience" in outcome.stderr
+
+
+# show and diff
+
+
+def test_show_tells_where_each_value_comes_from() -> None:
+    recipe = RECIPES / "resnet50_caltech.toml"
+    lines = recipe.read_text().splitlines()
+    batch = lines.index("batch_size = 64") + 1
+    outcome = toolkit("show", str(recipe), "--set", "train.epochs=7")
+    assert outcome.status == 0
+    assert f"batch_size = 64  # {recipe}:{batch}\n" in outcome.stdout
+    assert "epochs = 7  # --set\n" in outcome.stdout
+    assert "accumulation = 1  # default\n" in outcome.stdout
+    base = RECIPES / "base" / "caltech101.toml"
+    inherited = base.read_text().splitlines().index("drop_last = true") + 1
+    assert f"drop_last = true  # {base}:{inherited}\n" in outcome.stdout
+
+
+def test_what_show_prints_is_the_same_recipe(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.toml"
+    copy.write_text(toolkit("show", str(RECIPES / "vit_small_caltech.toml")).stdout)
+    assert load_recipe(copy) == load_recipe(RECIPES / "vit_small_caltech.toml")
+
+
+def test_show_json() -> None:
+    values = json.loads(toolkit("show", str(QUICKSTART), "--json", "--set", "train.epochs=7").stdout)
+    assert values["train.epochs"] == {"value": 7, "origin": "--set"}
+    assert values["recipe.seed"] == {"value": 0, "origin": "default"}
+
+
+def resolved(folder: Path, *settings: str) -> Path:
+    """A run directory as far as diff reads it."""
+    folder.mkdir()
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    (folder / "recipe.toml").write_text(toolkit("show", str(QUICKSTART), *overrides).stdout)
+    return folder
+
+
+def test_diff_of_recipes_and_of_runs(tmp_path: Path) -> None:
+    one, two = resolved(tmp_path / "one"), resolved(tmp_path / "two", "train.epochs=7", "train.ema=0.9")
+    assert toolkit("diff", str(QUICKSTART), str(one)).stdout == "the recipes are equal\n"
+    changed = "train.epochs: 20 -> 7\ntrain.ema: (not set) -> 0.9\n"
+    assert toolkit("diff", str(QUICKSTART), str(two)).stdout == changed
+    (one / "summary.json").write_text('{"best": {"test_accuracy": 0.5, "epoch": 3}, "seed": 0}')
+    (two / "summary.json").write_text('{"best": {"test_accuracy": 0.75, "epoch": 3}, "seed": 0}')
+    outcome = toolkit("diff", str(one), str(two))
+    assert outcome.stdout == changed + "figure best.test_accuracy: 0.5 -> 0.75\n"
+    found = json.loads(toolkit("diff", "--json", str(one), str(two)).stdout)
+    assert found == {
+        "recipe": {"train.epochs": [20, 7], "train.ema": [None, 0.9]},
+        "figures": {"best.test_accuracy": [0.5, 0.75]},
+    }
+
+
+def test_diff_refuses_what_is_neither(tmp_path: Path) -> None:
+    outcome = toolkit("diff", str(QUICKSTART), str(tmp_path))
+    assert outcome.status == 2
+    assert outcome.stderr == f"{tmp_path} is no run directory: it has no recipe.toml\n"
+
+
+# Lists
+
+
+def test_models_by_pattern_source_and_weights() -> None:
+    found = toolkit("models", "RESNET50", "--source", "torchvision").stdout
+    assert found == "torchvision  resnet50\ntorchvision  wide_resnet50_2\n"
+    with_weights = toolkit("models", "resnet50", "--source", "torchvision", "--weights").stdout.splitlines()
+    assert with_weights[0] == "torchvision  resnet50         IMAGENET1K_V2, IMAGENET1K_V1"
+    assert toolkit("models", "vgg1[13]").stdout.splitlines() == [
+        "torchvision  vgg11", "torchvision  vgg13", "timm         vgg11", "timm         vgg13"
+    ]  # fmt: skip
+    (entry,) = json.loads(toolkit("models", "alexnet", "--json").stdout)
+    assert entry["weights"][0]["image_size"] == 224
+    everything = toolkit("models").stdout.splitlines()
+    assert len(everything) == 1 + len(catalog.model_names("torchvision")) + len(catalog.model_names("timm"))
+
+
+def test_transforms_and_optimizers() -> None:
+    assert toolkit("transforms", "horizontal").stdout == "RandomHorizontalFlip  p = 0.5\n"
+    assert "degrees (required)" in toolkit("transforms", "randomrotation").stdout
+    assert toolkit("optimizers", "sgd").stdout.startswith("sgd ")
+    assert len(toolkit("optimizers").stdout.splitlines()) == len(catalog.optimizers())
+
+
+def test_datasets_are_those_of_the_schema_and_of_the_files() -> None:
+    names = DataTable.model_json_schema()["properties"]["dataset"]["enum"]
+    assert [line.split()[0] for line in toolkit("datasets").stdout.splitlines()] == names == list(FACTS)
+    from toolkit.data.datasets import open_dataset
+
+    digits, facts = open_dataset(DataTable(dataset="digits")), FACTS["digits"]
+    assert (len(digits.classes), len(digits.labels), digits.native_size, digits.native_channels) == (
+        facts.classes, (facts.images or (0, 0))[0], facts.size, facts.channels
+    )  # fmt: skip
+
+
+def test_nothing_found_names_the_nearest() -> None:
+    outcome = toolkit("models", "resnet5O")
+    assert outcome.status == 2
+    assert outcome.stdout == ""
+    assert "no model matches 'resnet5O'; did you mean resnet50" in outcome.stderr
+
+
+# Habits of the shell
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    program = f"{sys.executable} -m toolkit.cli models --json --weights | head -1"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[\n", "")
+
+
+def test_a_fault_has_no_stack_trace_unless_asked_for() -> None:
+    assert "Traceback" not in toolkit("show", "missing.toml").stderr
+    outcome = toolkit("show", "missing.toml", "--debug")
+    assert outcome.status == 2
+    assert "Traceback" in outcome.stderr
+    assert "there is no recipe missing.toml" in outcome.stderr
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_error(tmp_path: Path) -> None:
+    recipe = tmp_path / f"{'long-' * 40}日本.toml"
+    recipe.write_text(QUICKSTART.read_text())
+    done = run_apart("validate", str(recipe), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path}/{'long-' * 40}\\u65e5\\u672c.toml: ok\n"
+    shown = toolkit("validate", str(recipe))
+    assert shown.stdout == f"{recipe}: ok\n", "whole, not cut to the terminal's width"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_only_on_a_terminal_and_without_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(stream: io.StringIO) -> str:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Display(speaks=True).bar("epoch 1", 10) as bar:
+            bar.advance(10)
+        return stream.getvalue()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert shown(io.StringIO()) == ""
+    colour = re.compile(r"\x1b\[[\d;]*[34]\d[\d;]*m")
+    assert colour.search(shown(Terminal()))
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = shown(Terminal())
+    assert "epoch 1" in plain
+    assert not colour.search(plain)
+
+
+# Names that try to escape
+
+HOSTILE = ["..", "../x", "a/../../x", "/etc/x", "a/b", "a\\b", ".hidden", "-rf", "~", "x\ny", "x\0y", "x\x1b[2J",
+           "a..b", "$(touch x)", "`touch x`", "a;touch x", "a|b", "a'b", 'a"b', "x ", " x", "x.", "",
+           "a" * 101]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("command", ["train", "data", "plan"])
+def test_no_name_of_a_recipe_leaves_the_run_root(
+    name: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    outcome = toolkit(command, str(QUICKSTART), "--set", f"recipe.name={json.dumps(name)}")
+    assert outcome.status == 2
+    assert "recipe.name" in outcome.stderr
+    assert "\x1b" not in outcome.stderr
+    assert list(tmp_path.rglob("*")) == [work], "nothing was created"
+
+
+@pytest.mark.parametrize(
+    "argument", ["extends='/etc/passwd'", "recipe.name='x'\nrecipe.run_root='/'", "x", "=1", "a.b=1"]
+)
+def test_no_override_brings_in_another_file_or_line(
+    argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert toolkit("train", str(QUICKSTART), "--set", argument).status == 2
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,226 @@
+"""toolkit plan: figures that are known by formula, for every shipped recipe, without data, weights or network."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli import toolkit
+from torch import Tensor, nn
+
+from toolkit.engine.optim import build_optimizer
+from toolkit.inspect import cost
+from toolkit.inspect.cost import BY_IMAGES, BY_SHAPES, measure_step, optimizer_bytes
+from toolkit.recipe import load_recipe, resolved_toml
+from toolkit.recipe.schema import OptimizerTable
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+QUICKSTART = RECIPES / "quickstart.toml"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the plan asked the network for something")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def plan(recipe: Path, *arguments: str) -> dict[str, Any]:
+    outcome = toolkit("plan", str(recipe), "--json", *arguments)
+    assert outcome.status == 0, outcome.stderr
+    found: dict[str, Any] = json.loads(outcome.stdout)
+    return found
+
+
+def test_quickstart_by_formula() -> None:
+    found = plan(QUICKSTART, "--processes", "4")
+    assert found["images"] == {"train": 1294, "validation": 144, "test": 359}
+    assert (found["steps_per_epoch"], found["steps"]) == (21, 420), "1294 images in batches of 64, the last one smaller"
+    assert found["images_per_process"] == 16
+    convolutions = sum(9 * i * o + o for i, o in ((1, 32), (32, 64), (64, 128)))
+    parameters = convolutions + 2 * (32 + 64 + 128) + 512 * 10 + 10
+    assert found["parameters"] == found["trainable_parameters"] == parameters == 98_250
+    memory = found["memory"]
+    assert memory["weights"] == 4 * parameters + 2 * 4 * (32 + 64 + 128) + 3 * 8, "and the batch norms' statistics"
+    assert memory["gradients"] == 4 * parameters
+    assert memory["optimizer"] == 2 * 4 * parameters + 14 * 4, "AdamW: two moments, and a count for each of 14 tensors"
+    assert memory["images"] == 4 * 16 * 8 * 8
+    assert memory["total"] == sum(value for key, value in memory.items() if key != "total")
+    multiplications = 64 * 9 * 32 + 64 * 9 * 32 * 64 + 16 * 9 * 64 * 128 + 512 * 10
+    assert found["forward_flops_per_image"] == 2 * multiplications
+    assert found["measured_by"] == BY_SHAPES
+
+
+def test_known_models() -> None:
+    """Published figures: ResNet50's 25.6 million parameters, 1,000 classes' head replaced; 4.09 GMAC at 224 pixels."""
+    found = plan(RECIPES / "resnet50_caltech.toml", "--processes", "8")
+    assert found["parameters"] == 25_557_032 - (2048 * 1000 + 1000) + (2048 * 101 + 101)
+    assert found["forward_flops_per_image"] / 2e9 == pytest.approx(4.09, rel=0.01)
+    assert found["memory"]["optimizer"] == found["memory"]["gradients"], "one momentum buffer"
+    frozen = plan(RECIPES / "alexnet_caltech_feature_extractor.toml")
+    assert frozen["parameters"] > frozen["trainable_parameters"] > 0
+    assert frozen["memory"]["gradients"] == 4 * frozen["trainable_parameters"]
+    assert any("is frozen and fixed" in note for note in frozen["notes"])
+
+
+def shipped() -> list[Path]:
+    return sorted(RECIPES.glob("*.toml"))
+
+
+def test_the_shipped_recipes_are_found() -> None:
+    assert len(shipped()) >= 20
+
+
+@pytest.mark.parametrize("recipe", shipped(), ids=lambda path: path.stem)
+def test_every_shipped_recipe_without_its_data(recipe: Path, tmp_path: Path) -> None:
+    found = plan(recipe, "--set", f"data.root={json.dumps(str(tmp_path))}")
+    if load_recipe(recipe).data.dataset != "digits":
+        assert found["images"] is None
+        assert found["steps"] is None
+        assert "images and steps are left out" in found["notes"][0]
+    assert found["parameters"] >= found["trainable_parameters"] > 0
+    assert found["training_flops_per_image"] > found["forward_flops_per_image"] > 0
+    assert found["memory"]["activations"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_classes_are_asked_for_where_only_the_data_know(tmp_path: Path) -> None:
+    settings = ["--set", 'data.dataset="imagefolder"', "--set", f"data.root={json.dumps(str(tmp_path / 'no'))}",
+                "--set", "data.image_size=16"]  # fmt: skip
+    outcome = toolkit("plan", str(QUICKSTART), *settings)
+    assert outcome.status == 2
+    assert "--classes" in outcome.stderr
+    assert plan(QUICKSTART, *settings, "--classes", "7")["classes"] == 7
+
+
+def test_a_batch_that_does_not_divide_is_bad_input() -> None:
+    outcome = toolkit("plan", str(QUICKSTART), "--processes", "3")
+    assert outcome.status == 2
+    assert "the nearest are 63 or 66" in outcome.stderr
+
+
+def test_text_has_the_figures_and_says_how_they_were_found() -> None:
+    text = toolkit("plan", str(QUICKSTART)).stdout
+    assert "1,294 train, 144 validation, 359 test" in text
+    assert "98,250, of which 98,250 train" in text
+    assert BY_SHAPES in text
+    assert "no estimate: no finished run" in text
+
+
+def test_precision_halves_what_is_kept() -> None:
+    plain = plan(QUICKSTART, "--set", 'train.precision="no"')["memory"]
+    mixed = plan(QUICKSTART, "--set", 'train.precision="bf16"')["memory"]
+    assert 0.4 * plain["activations"] < mixed["activations"] < 0.7 * plain["activations"]
+    assert mixed["weights"] == plain["weights"]
+    averaged = plan(QUICKSTART, "--set", "train.ema=0.99")["memory"]
+    assert averaged["average"] == averaged["gradients"]
+
+
+# The measurement itself
+
+
+def two_layers() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+class Peeping(nn.Module):
+    """Looks at values, which fake tensors do not have."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        assert float(images.sum()) == 0
+        output: Tensor = self.inner(images)
+        return output
+
+
+@pytest.mark.parametrize("images", [2, 64])
+def test_activations_and_operations_by_formula(images: int) -> None:
+    step, by = measure_step(two_layers(), (images, 3, 4, 4), None)
+    assert by == BY_SHAPES
+    kept = images * (4 * 32 + 4 * 10 + 8) + 4  # the hidden layer, log-probabilities, labels; the loss's total weight
+    assert step.activations == kept
+    assert step.forward_flops == 2 * (48 * 32 + 32 * 10)
+    assert step.training_flops == step.forward_flops + 2 * (48 * 32 + 2 * 32 * 10), "no gradient for the images"
+
+
+def test_frozen_layers_keep_nothing() -> None:
+    module = two_layers()
+    for parameter in module[1].parameters():
+        parameter.requires_grad_(False)
+    step, _ = measure_step(module, (8, 3, 4, 4), None)
+    assert step.training_flops == step.forward_flops + 2 * 32 * 10
+
+
+def test_a_model_that_looks_at_values_is_measured_by_two_images() -> None:
+    module = two_layers()
+    expected, _ = measure_step(module, (64, 3, 4, 4), None)
+    step, by = measure_step(Peeping(module), (64, 3, 4, 4), None)
+    assert by == BY_IMAGES
+    assert step.activations == pytest.approx(expected.activations, rel=0.02)
+    assert step.forward_flops == expected.forward_flops
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lion", "lamb", "adafactor", "novograd", "sgdp"])
+def test_optimizer_state_is_what_a_real_step_allocates(name: str) -> None:
+    table = OptimizerTable(name=name, lr=0.1, momentum=0.9 if name == "sgd" else None)
+
+    def groups() -> list[dict[str, Any]]:
+        module = two_layers()
+        return [{"params": list(module.parameters()), "lr": 0.1, "weight_decay": 0.0}]
+
+    real = groups()
+    optimizer = build_optimizer(table, real)
+    for parameter in real[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    assert optimizer_bytes(table, groups()) == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_measuring_leaves_the_module_alone() -> None:
+    module = two_layers()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    cost.measure_step(module, (4, 3, 4, 4), torch.bfloat16)
+    assert all(p.grad is None for p in module.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+# Time
+
+
+def finished(root: Path, run_id: str, images_per_s: float, *settings: str) -> None:
+    """A finished run of the quickstart as far as the plan reads it."""
+    folder = root / "quickstart" / run_id
+    folder.mkdir(parents=True)
+    (folder / "recipe.toml").write_text(resolved_toml(load_recipe(QUICKSTART, settings)))
+    summary = {"images_per_s": images_per_s, "processes": 2, "device": "cpu"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "environment.json").write_text(json.dumps({"device": "cpu"}))
+
+
+def test_time_comes_from_the_youngest_like_run(tmp_path: Path) -> None:
+    here = ("--set", f"recipe.run_root={json.dumps(str(tmp_path))}")
+    finished(tmp_path, "20260101-000000-0000", 5000.0)
+    finished(tmp_path, "20260102-000000-0000", 1294.0)
+    finished(tmp_path, "20260103-000000-0000", 9999.0, "train.batch_size=32")
+    (tmp_path / "quickstart" / "20260104-000000-0000").mkdir()
+    (tmp_path / "quickstart" / "20260104-000000-0000" / "recipe.toml").write_text("damaged = [")
+    (tmp_path / "quickstart" / "20260104-000000-0000" / "summary.json").write_text("{}")
+    found = plan(QUICKSTART, "--processes", "4", *here)
+    assert found["throughput"]["images_per_s"] == 1294.0
+    assert found["throughput"]["run"].endswith("20260102-000000-0000")
+    assert found["seconds"] == pytest.approx(20 * 2 / 4), "20 epochs of 1 s on 2 processes, in proportion to 4"
+    text = toolkit("plan", str(QUICKSTART), "--processes", "4", *here).stdout
+    assert "10 s of training (1,294 images/s measured on 2 x cpu" in text
+    assert "in proportion to 4 processes" in text
+    assert plan(QUICKSTART, *here, "--set", "model.head.dropout=0.3")["throughput"] is None
