@@ -87,11 +87,11 @@ def test_the_model_predicts_from_its_folder_alone(run: Run) -> None:
     assert predicted == [row["prediction"] for row in run.predictions()]
 
 
-def wandb_records(folder: Path) -> Iterator[Any]:
+def wandb_records(folder: Path, fragment: str = "offline-run-*") -> Iterator[Any]:
     """Records of an offline run's transaction log: LevelDB's format around protobuf messages."""
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    (path,) = folder.glob(f"wandb/{fragment}/run-*.wandb")
     data, position, message = path.read_bytes(), 7, b""
     while position + 7 <= len(data):
         left = 32768 - position % 32768

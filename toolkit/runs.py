@@ -36,7 +36,7 @@ from toolkit.recipe import Recipe, load_recipe
 PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write under a temporary name, sync to disk, move into place: readers see the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -146,6 +146,8 @@ class Run:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{self.path} is in use by another trainer that still runs") from None
+        except OSError as error:
+            raise UserError(f"cannot write in {self.path}: {error.strerror}") from None
         return lock
 
     def write_json(self, name: str, value: object) -> None:
@@ -164,17 +166,25 @@ class Run:
         writer.writerows(rows)
         self.write_text("predictions.csv", text.getvalue())
 
-    def append_metrics(self, record: dict[str, Any]) -> int:
-        """Add one line to metrics.jsonl and return the file's new length in bytes."""
-        with open(self.metrics_file, "ab") as file:
-            file.write((json.dumps(record) + "\n").encode())
-            file.flush()
-            return file.tell()
-
-    def truncate_metrics(self, length: int) -> None:
-        """Cut metrics.jsonl back to the ``length`` bytes that a checkpoint knew of."""
-        with open(self.metrics_file, "ab") as file:
+    def write_metrics(self, length: int, lines: bytes) -> int:
+        """Cut metrics.jsonl back to ``length`` bytes, add ``lines``, and return its new length."""
+        self.metrics_file.touch()
+        with open(self.metrics_file, "r+b") as file:
             file.truncate(length)
+            file.seek(length)
+            file.write(lines)
+        return length + len(lines)
+
+    def sync_metrics(self) -> None:
+        """Bring metrics.jsonl to the disk, before a checkpoint tells its length."""
+        if self.metrics_file.exists():
+            with open(self.metrics_file, "rb") as file:
+                os.fsync(file.fileno())
+
+    def remove_temporary_files(self) -> None:
+        """Clear away what a killed trainer had half written; to be called with the lock held."""
+        for path in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+            path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

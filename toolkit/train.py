@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import sys
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 OTHERS_WAIT_S = 3.0
 """A fault that all processes find is shown by the first; others speak only if they outlive this."""
+
+LOSS_WAIT_S = 1.0
+"""Within this, a broken connection is followed by the word of who has failed or is lost."""
 
 Overrides = Annotated[
     list[str] | None,
@@ -93,25 +98,62 @@ def report_errors(work: Callable[[], int], *, debug: bool) -> int:
     """Exit status of ``work``; our own errors as one message, others with their stack trace."""
     try:
         return work()
-    except (UserError, RunFailed, Interrupted) as error:
+    except Interrupted as interrupted:  # all processes agree, so that one word is enough
+        if is_first_process():
+            print(interrupted, file=sys.stderr, flush=True)
+        return interrupted.exit_status
+    except (UserError, RunFailed) as error:
         if debug:
             traceback.print_exc()
         speak(str(error))
         return error.exit_status
     except BrokenPipeError:
         raise  # whoever read stdout (head, less) has left: the command line ends quietly
-    except Exception:
-        speak(traceback.format_exc())
+    except Exception as error:
+        speak(explain(error) or traceback.format_exc())
         return EXIT_FAILURE
 
 
+def explain(error: Exception) -> str | None:
+    """One line for faults of the surroundings, for which a stack trace is no help; None for others."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return f"cannot write {error.filename or 'a file'}: {error.strerror}"
+    peers = sys.modules.get("toolkit.engine.peers")  # else torch has not been imported either
+    if peers is None or not peers.is_loss(error):
+        return None
+    assert peers.current is not None
+    peers.current.told.wait(LOSS_WAIT_S)
+    return str(peers.loss_message())
+
+
 def speak(message: str) -> None:
-    """Say what went wrong, once: a fault common to all processes is the first one's to tell."""
-    if is_first_process():
-        print(message, file=sys.stderr, flush=True)
-    else:
+    """Say what went wrong, once: a fault common to all processes is the first one's to tell.
+
+    A process that only follows another's failure is silent, so that the message of that one stays the last.
+    """
+    rank, several = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    peers = sys.modules.get("toolkit.engine.peers")
+    watch = None if peers is None else peers.current
+    if watch is not None and not is_first_process():
+        watch.told.wait(OTHERS_WAIT_S)
+    elif not is_first_process():
         time.sleep(OTHERS_WAIT_S)
-        print(f"rank {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
+    if watch is not None and watch.told.is_set():
+        return
+    message = f"rank {rank}: {message}" if several else message
+    print(message, file=sys.stderr, flush=True)
+    tell_launcher(message)
+    if watch is not None:
+        watch.tell_failure()
+
+
+def tell_launcher(message: str) -> None:
+    """Leave the message where torchrun and accelerate launch look for it, to show it at their end."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 
 def is_first_process() -> bool:

@@ -102,7 +102,8 @@ class SyncBatchNorm(_BatchNorm):
         return out
 
     def _on_cpu(self, x: Tensor, rate: float) -> Tensor:
-        result, mean, variance, total = _SynchronisedNorm.apply(x.float(), self.weight, self.bias, self.eps)
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        result, mean, variance, total = _SynchronisedNorm.apply(wide, self.weight, self.bias, self.eps)
         if self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 self.running_mean.lerp_(mean, rate)
@@ -149,3 +150,19 @@ def average_statistics(module: nn.Module) -> None:
             for statistic in (child.running_mean, child.running_var):
                 dist.all_reduce(statistic)
                 statistic /= dist.get_world_size()
+
+
+def local_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers of the batch norms by name, which differ between processes where they are not synchronised."""
+    return {
+        f"{name}.{buffer}": tensor.detach().cpu()
+        for name, child in module.named_modules()
+        if isinstance(child, _BatchNorm)
+        for buffer, tensor in child.named_buffers(recurse=False)
+    }
+
+
+def restore_statistics(module: nn.Module, statistics: dict[str, Tensor]) -> None:
+    """Inverse of :func:`local_statistics`."""
+    for name, value in statistics.items():
+        module.get_buffer(name).copy_(value)

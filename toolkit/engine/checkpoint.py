@@ -1,84 +1,107 @@
 """Checkpoints that survive being killed at any moment.
 
-A checkpoint is a file of tensors and plain values plus a small JSON beside it, which is written last and holds the
-other's SHA-256: what has no such JSON, or does not match it, is not a checkpoint and the one before is used.
+A checkpoint is a file of tensors and plain values, and a small JSON that is written after it, names it and holds its
+SHA-256. What no JSON names, or does not match its checksum, is not a checkpoint, and the one before is used.
 
-    checkpoints/0007-000123.pt     epochs completed - steps into the next one
-    checkpoints/0007-000123.json   {"sha256": ..., "bytes": ..., "epoch": 7, "step": 123}
-    checkpoints/best-0005.safetensors   weights of the best epoch so far; the checkpoint names its epoch
-    checkpoints/best.safetensors        the same file, under the name that lasts
+    checkpoints/0007-000123.json            {"file": ..., "sha256": ..., "bytes": ..., "epoch": 7, "step": 123, ...}
+    checkpoints/0007-000123-5fe1ab0c.pt     epochs completed - steps into the next one - start of its checksum
+    checkpoints/best-0005.safetensors       weights of the best epoch so far; the checkpoint names its epoch
+    checkpoints/best.safetensors            the same file, under the name that lasts
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 
 from toolkit.errors import UserError
 from toolkit.runs import sync_folder, write_atomically
 
-NAME = re.compile(r"(\d{4,})-(\d{6,})\.json")
-BEST_NAME = re.compile(r"best-(\d{4,})\.safetensors")
-FORMAT = 1
+STEM = re.compile(r"\.?(\d{4,})-(\d{6,})[-.]")
+"""Epochs and steps at the beginning of a file's name; a temporary one has a dot before it."""
+FORMAT = 2
 """Version of the layout of a checkpoint's content."""
 
+Place = tuple[int, int]
+"""Completed epochs, and completed steps of the one under way."""
 
-def save_checkpoint(folder: Path, epoch: int, step: int, content: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint at ``step`` steps into the epoch after ``epoch`` completed ones; then drop the oldest.
 
-    Raises OSError (disk full, ...) with nothing changed but temporary files removed.
+def save_checkpoint(folder: Path, place: Place, content: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint and then drop the oldest; raises OSError (disk full, ...) with all that was there still whole.
+
+    The file of an earlier checkpoint at the same place is never overwritten: the JSON changes from one to the other.
     """
-    path = folder / f"{epoch:04d}-{step:06d}.pt"
-    _write(path, lambda temporary: torch.save({"format": FORMAT, **content}, temporary))
+    # Through memory: torch's own writer and safetensors' hide a full disk behind other exceptions.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    manifest_path = folder / f"{place[0]:04d}-{place[1]:06d}.json"
+    path = folder / f"{manifest_path.stem}-{digest[:8]}.pt"
+    write_atomically(path, buffer.getbuffer())
     manifest = {
-        "sha256": _sha256(path),
-        "bytes": path.stat().st_size,
-        "epoch": epoch,
-        "step": step,
+        "file": path.name,
+        "sha256": digest,
+        "bytes": len(buffer.getbuffer()),
+        "epoch": place[0],
+        "step": place[1],
         "best_epoch": content.get("best_epoch"),
     }
-    write_atomically(path.with_suffix(".json"), json.dumps(manifest).encode())
-    _drop_old(folder, keep)
+    write_atomically(manifest_path, json.dumps(manifest).encode())
+    _drop_old(folder, place, keep)
     return path
 
 
-def load_latest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """The youngest whole checkpoint, on the CPU, or None; a damaged one is named through ``warn`` and passed over."""
-    for manifest_path in sorted(folder.glob("*.json"), key=_order, reverse=True):
-        if not NAME.fullmatch(manifest_path.name):
-            continue
-        fault = _fault(manifest_path)
-        if fault:
-            warn(f"checkpoint {manifest_path.stem} is damaged ({fault}); the one before it is used")
-            continue
-        content: dict[str, Any] = torch.load(manifest_path.with_suffix(".pt"), map_location="cpu", weights_only=True)
-        if content["format"] != FORMAT:
-            raise UserError(f"{manifest_path.with_suffix('.pt')} was written by another version of this toolkit")
-        return content
+def find_latest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The file of the youngest whole checkpoint, or None; damaged and half-written ones are named through ``warn``."""
+    places = {place for path in folder.iterdir() if (place := _place(path)) is not None}
+    for place in sorted(places, reverse=True):
+        path, fault = _examine(folder / f"{place[0]:04d}-{place[1]:06d}.json")
+        if path is not None:
+            return path
+        warn(f"checkpoint {place[0]:04d}-{place[1]:06d} is damaged ({fault}); the one before it is used")
+    if places:
+        warn("no whole checkpoint is left: the run starts anew")
     return None
 
 
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU. A file that carries code, or of another version, is a UserError."""
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"{path} is refused: it holds more than tensors and plain values, or is no checkpoint "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} was written by another version of this toolkit: use that one, or start a new run")
+    return content
+
+
 def save_best(folder: Path, epoch: int, state: dict[str, torch.Tensor]) -> None:
-    """Write the weights of the best epoch so far, under that epoch's own name."""
+    """Write the weights of the best epoch so far, under that epoch's own name. Raises OSError (disk full, ...)."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    metadata = {"epoch": str(epoch), "format": "pt"}
-    _write(folder / f"best-{epoch:04d}.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
+    # One entry: safetensors writes several in a random order, and equal weights shall be equal files.
+    data = safetensors.torch.save(tensors, metadata={"epoch": str(epoch)})
+    write_atomically(_best_path(folder, epoch), data)
 
 
 def publish_best(folder: Path, epoch: int) -> Path:
     """Give the best epoch's weights the name ``best.safetensors``."""
     target, temporary = folder / "best.safetensors", folder / ".best.tmp"
     temporary.unlink(missing_ok=True)
-    source = folder / f"best-{epoch:04d}.safetensors"
+    source = _best_path(folder, epoch)
     try:
         os.link(source, temporary)
     except OSError:  # a file system without hard links
@@ -91,57 +114,57 @@ def publish_best(folder: Path, epoch: int) -> Path:
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors state dict; a UserError where the file is missing or damaged."""
     try:
-        state: dict[str, torch.Tensor] = load_file(path)
-        return state
+        tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the run has no best epoch yet") from None
     except Exception as error:  # safetensors raises its own, private exception types
         raise UserError(f"{path} is damaged: {error}") from None
+    return tensors
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+def _best_path(folder: Path, epoch: int) -> Path:
+    return folder / f"best-{epoch:04d}.safetensors"
 
 
-def _order(path: Path) -> tuple[int, int]:
-    match = NAME.fullmatch(path.name)
-    return (int(match[1]), int(match[2])) if match else (-1, -1)
+def _place(path: Path) -> Place | None:
+    match = STEM.match(path.name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
-def _fault(manifest_path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def _examine(manifest_path: Path) -> tuple[Path | None, str]:
+    """The file of a whole checkpoint; or None and what is wrong with it."""
     try:
         manifest = json.loads(manifest_path.read_text())
-        data = manifest_path.with_suffix(".pt")
-        if data.stat().st_size != manifest["bytes"]:
-            return f"{data.stat().st_size} bytes instead of {manifest['bytes']}"
-        return None if _sha256(data) == manifest["sha256"] else "its checksum differs"
+        path = manifest_path.with_name(Path(manifest["file"]).name)
+        size = path.stat().st_size
+        if size != manifest["bytes"]:
+            return None, f"{size} bytes instead of {manifest['bytes']}"
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        return None, f"half-written: {Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return str(error)
+        return None, str(error)
+    return (path, "") if digest == manifest["sha256"] else (None, "its checksum differs")
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _drop_old(folder: Path, place: Place, keep: int) -> None:
+    """Keep the ``keep`` checkpoints up to the one at ``place``, just written, and the best weights that they name.
 
-
-def _drop_old(folder: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints, and the best weights that none of those names any more."""
-    manifests = sorted((p for p in folder.glob("*.json") if NAME.fullmatch(p.name)), key=_order)
-    for old in manifests[:-keep]:
-        old.unlink(missing_ok=True)  # first the mark of completion, then the content
-        old.with_suffix(".pt").unlink(missing_ok=True)
-    named = {json.loads(path.read_text()).get("best_epoch") for path in manifests[-keep:] if _fault(path) is None}
-    newest = max((epoch for epoch in named if epoch is not None), default=0)
-    for path in folder.glob("best-*.safetensors"):
-        match = BEST_NAME.fullmatch(path.name)
-        if match and int(match[1]) < newest and int(match[1]) not in named:
+    Later ones are leftovers from before the run went back to an earlier checkpoint, because those were damaged.
+    """
+    manifests = sorted((_place(p), p) for p in folder.glob("*.json") if _place(p) is not None)
+    kept = [path for at, path in manifests if at is not None and at <= place][-keep:]
+    named = set(kept)
+    for path in kept:
+        try:
+            manifest = json.loads(path.read_text())
+            named |= {folder / Path(manifest["file"]).name, _best_path(folder, manifest["best_epoch"] or 0)}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: it names nothing
+    for _, path in manifests:  # first the marks of completion, then the content
+        if path not in named:
+            path.unlink(missing_ok=True)
+    for path in (*folder.glob("*.pt"), *folder.glob("best-*.safetensors")):
+        if path not in named:
             path.unlink(missing_ok=True)

@@ -42,6 +42,7 @@ def _evaluate_both(training: Training) -> tuple[dict[str, Any], dict[str, Any], 
     assert position.best is not None
     assert position.last is not None
     assert run is not None
+    training.finish_writing()
     if training.accelerator.is_main_process:
         publish_best(run.checkpoints, position.best["epoch"])
     training.accelerator.wait_for_everyone()

@@ -13,14 +13,15 @@ from accelerate import Accelerator
 import toolkit
 from toolkit.data.order import check_batch_size
 from toolkit.data.splits import SPLITS, split_hash
-from toolkit.engine.checkpoint import load_latest
+from toolkit.engine.checkpoint import find_latest, load_checkpoint
 from toolkit.engine.display import Display, summary_table
 from toolkit.engine.environment import describe_environment
 from toolkit.engine.finish import finish
-from toolkit.engine.process import describe_processes, main_only, start
+from toolkit.engine.peers import watch_peers
+from toolkit.engine.process import describe_processes, main_only, out_of_memory_explained, start
 from toolkit.engine.setup import Setup, describe, prepare
 from toolkit.engine.signals import StopRequest
-from toolkit.engine.training import Training
+from toolkit.engine.training import StopWanted, Training
 from toolkit.errors import Interrupted, UserError
 from toolkit.expect import check_expectations
 from toolkit.predict import model_card
@@ -47,11 +48,12 @@ def fit(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         accelerator, display = _join_processes(recipe)
+        peers = watch_peers()
         run = _run_to_resume(recipe, accelerator, resume, allow_changes)
         checkpoint = None
         if run is not None:
             stack.enter_context(_locked(run, accelerator))
-            checkpoint = load_latest(run.checkpoints, display.say)
+            checkpoint = _checkpoint_of(run, accelerator, display)
         setup = prepare(recipe, accelerator, display, load_weights=checkpoint is None)
         if run is None:
             created = main_only(accelerator, lambda: str(create_run(recipe.recipe.run_root, recipe.recipe.name).path))
@@ -63,12 +65,22 @@ def fit(
             display.log_to(run.log_file)
         display.say(describe(setup, accelerator.mixed_precision, whole=show_module))
         display.say(f"run directory {run.path}")
-        with _tracked(recipe, accelerator, run, display) as tracking:
-            training = Training(setup, run, tracking, stop, checkpoint)
-            stack.callback(training.loaders.close)  # also after a failure, or workers would be waited for
-            training.run_epochs()
-            summary = finish(training)
-            tracking.summarise(summary)
+        try:
+            with (
+                out_of_memory_explained(recipe.train, accelerator.num_processes),
+                _tracked(recipe, accelerator, run, display) as tracking,
+            ):
+                training = _training(setup, run, tracking, stop, checkpoint)
+                stack.callback(training.loaders.close)
+                training.run_epochs()
+                summary = finish(training)
+                tracking.summarise(summary)
+        except Interrupted:
+            if peers is not None:
+                peers.close()
+            raise
+        if peers is not None:
+            peers.close()
         training.close()
         display.note(closing_text(recipe, summary))
     return run
@@ -83,6 +95,16 @@ def dry_run(recipe: Recipe, *, load_weights: bool = True, show_module: bool = Fa
     loss = training.try_one_batch()
     training.close()
     display.say(f"dry run: one batch forward and backward, loss {loss:.4f}; nothing was written")
+
+
+def _training(
+    setup: Setup, run: Run, tracking: Tracking, stop: StopRequest, checkpoint: dict[str, Any] | None
+) -> Training:
+    """The training, built; computing the features of frozen layers can be interrupted."""
+    try:
+        return Training(setup, run, tracking, stop, checkpoint)
+    except StopWanted:
+        raise Interrupted(f"stopped before training; go on with: toolkit train --resume {run.path}") from None
 
 
 def _join_processes(recipe: Recipe) -> tuple[Accelerator, Display]:
@@ -111,7 +133,7 @@ def _run_to_resume(
             return None
         if run.is_finished:
             raise UserError(f"{run.path} is finished: there is nothing to go on with")
-        changes = diff(run.recipe, recipe)
+        changes = [change for change in diff(run.recipe, recipe) if change[0][0] != "slurm"]
         if changes and not allow_changes:
             listed = "; ".join(f"{'.'.join(map(str, key))}: {old!r} -> {new!r}" for key, old, new in changes)
             raise UserError(
@@ -122,6 +144,18 @@ def _run_to_resume(
 
     path = main_only(accelerator, choose)
     return None if path is None else Run(Path(path))
+
+
+def _checkpoint_of(run: Run, accelerator: Accelerator, display: Display) -> dict[str, Any] | None:
+    """What the run's youngest whole checkpoint holds, chosen by the main process (a collective)."""
+
+    def choose() -> Path | None:
+        path = find_latest(run.checkpoints, display.say)
+        run.remove_temporary_files()
+        return path
+
+    path = main_only(accelerator, choose)
+    return None if path is None else load_checkpoint(path)
 
 
 @contextlib.contextmanager

@@ -31,21 +31,45 @@ class Sums:
     """Loss, right answers and images so far in an epoch: float64 [3] on the device, this process's share."""
 
     values: Tensor
+    since_log: Tensor
+    """The same since the last logged step."""
 
     @classmethod
     def zero(cls, device: torch.device) -> Sums:
         """Nothing counted yet. (MPS has no float64; float32 there.)"""
-        return cls(torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device))
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        return cls(torch.zeros(3, dtype=kind, device=device), torch.zeros(3, dtype=kind, device=device))
 
     def add(self, losses: Tensor, right: Tensor) -> None:
         """Count a micro-batch, without waiting for the device."""
         count = torch.full_like(self.values[2], len(right))
-        self.values += torch.stack([losses.sum().to(self.values), right.sum().to(self.values), count])
+        more = torch.stack([losses.sum().to(self.values), right.sum().to(self.values), count])
+        self.values += more
+        self.since_log += more
 
     def figures(self, accelerator: Accelerator) -> tuple[float, float]:
         """Mean loss and accuracy over all processes (a collective)."""
-        loss, right, count = accelerator.reduce(self.values, reduction="sum").tolist()
-        return loss / max(count, 1), right / max(count, 1)
+        return _means(self.values, accelerator)
+
+    def figures_since_log(self, accelerator: Accelerator) -> tuple[float, float]:
+        """Mean loss and accuracy since the last call, over all processes (a collective)."""
+        figures = _means(self.since_log, accelerator)
+        self.since_log.zero_()
+        return figures
+
+    def state(self) -> list[float]:
+        """For a checkpoint: six numbers."""
+        return [*self.values.tolist(), *self.since_log.tolist()]
+
+    def add_state(self, state: list[float]) -> None:
+        """Add what :meth:`state` gave."""
+        self.values += torch.tensor(state[:3], dtype=torch.float64).to(self.values)
+        self.since_log += torch.tensor(state[3:], dtype=torch.float64).to(self.since_log)
+
+
+def _means(values: Tensor, accelerator: Accelerator) -> tuple[float, float]:
+    loss, right, count = accelerator.reduce(values, reduction="sum").tolist()
+    return loss / max(count, 1), right / max(count, 1)
 
 
 @dataclass
@@ -89,8 +113,10 @@ class Trainer:
     stochastic: Stochastic
     ema: WeightAverage | None
     settings: TrainSettings
-    finite: Tensor | None = None
-    """Whether the last step's loss was finite; read one step later, so that the device is never waited for."""
+    finite: Any = None
+    """Whether the last step's loss was finite: a flag on the CPU, or one on its way there (see :func:`_later`)."""
+    finite_before: Any = None
+    """The same of the step before."""
 
     def train_epoch(self, loader: Any, epoch: int, first_step: int, sums: Sums, hooks: Hooks) -> bool:
         """Train the epoch after ``epoch`` completed ones from ``first_step`` on; True where it ran to its end.
@@ -98,7 +124,6 @@ class Trainer:
         ``sums`` holds what the steps before ``first_step`` added, and is added to.
         """
         settings = self.settings
-        since_log = Sums.zero(self.accelerator.device)
         for micro, batch in loader.epoch(epoch, first_step):
             if micro.part == 0:
                 hooks.set_lr(epoch + micro.step / settings.steps_per_epoch)
@@ -107,15 +132,13 @@ class Trainer:
             step_losses.append(losses.sum())
             if not micro.replicated or self.accelerator.is_main_process:
                 sums.add(losses, right)
-                since_log.add(losses, right)
             if not micro.is_last:
                 continue
             self._update()
-            self.finite = _later(torch.stack(step_losses).sum().isfinite())
+            self.finite_before, self.finite = self.finite, _later(torch.stack(step_losses).sum().isfinite())
             done = micro.step + 1
             if settings.log_every and done % settings.log_every == 0:
-                hooks.log_step(done, *since_log.figures(self.accelerator))
-                since_log = Sums.zero(self.accelerator.device)
+                hooks.log_step(done, *sums.figures_since_log(self.accelerator))
             if hooks.after_step(done, sums):
                 return False
         return True
@@ -155,15 +178,15 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.network)
 
-    def loss_was_finite(self) -> bool:
-        """Whether the loss of the step before was finite (waits for that step only)."""
-        if self.finite is None:
+    def loss_was_finite(self, *, wait: bool = False) -> bool:
+        """Whether the last step's loss was finite; on a GPU the step before's, unless told to wait."""
+        flag = self.finite if wait or not isinstance(self.finite, tuple) else self.finite_before
+        if flag is None:
             return True
-        if isinstance(self.finite, tuple):
-            value, event = self.finite
+        if isinstance(flag, tuple):
+            flag, event = flag
             event.synchronize()
-            return bool(value)
-        return bool(self.finite)
+        return bool(flag)
 
 
 def _later(flag: Tensor) -> Any:

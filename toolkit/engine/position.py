@@ -30,7 +30,12 @@ class Position:
     train_images: int = 0
     """Images trained on, over all processes and sittings."""
     sums: list[list[float]] = field(default_factory=list)
-    """Loss, right answers and images of the epoch under way, for each process."""
+    """What each process had counted in the epoch under way, see :meth:`toolkit.engine.loop.Sums.state`."""
+
+    @property
+    def epochs_begun(self) -> int:
+        """Completed epochs and the one under way, if any."""
+        return self.epoch + (self.step > 0)
 
 
 def random_state() -> dict[str, Any]:

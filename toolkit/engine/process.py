@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from toolkit.data.cpus import granted_cpus
-from toolkit.errors import UserError
+from toolkit.errors import RunFailed, UserError
 from toolkit.recipe.schema import TrainTable
 
 T = TypeVar("T")
@@ -178,6 +179,25 @@ def main_only(accelerator: Accelerator, work: Callable[[], T], *, share: bool = 
     if message is not None:
         raise error or UserError(message)
     return result if accelerator.is_main_process else shared  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(train: TrainTable, processes: int) -> Iterator[None]:
+    """Inside, running out of memory becomes a RunFailed that says what to try."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_known and not any(some in str(error) for some in ("can't allocate memory", "out of memory")):
+            raise
+        at_once = train.batch_size // processes // train.accumulation
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunFailed(
+            f"out of memory with {at_once} images at once in each process (train.batch_size = {train.batch_size} over "
+            f"{processes} process(es) and train.accumulation = {train.accumulation}): {first:.200}\n"
+            "Try a larger train.accumulation (same experiment, fewer images at once), train.precision = 'bf16', a "
+            "smaller train.eval_batch_size, or a smaller train.batch_size"
+        ) from error
 
 
 def autocast_dtype(precision: str | None) -> torch.dtype | None:

@@ -13,6 +13,8 @@ from typing import Any
 STOP_FILE = "stop"
 """A file of this name in the run directory asks the run to stop, where signals do not arrive (batch systems)."""
 LOOK_EVERY_S = 1.0
+SAME_PRESS_S = 1.0
+"""Ctrl-C reaches a trainer twice, from the terminal and through the launcher; what comes so soon is one press."""
 
 
 class StopRequest:
@@ -25,6 +27,7 @@ class StopRequest:
         self.reason = ""
         self.folder: Path | None = None
         self._looked = 0.0
+        self._pressed: float | None = None
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -38,9 +41,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason == "SIGINT":
-            os._exit(128 + number)
-        self.reason = signal.Signals(number).name
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self._pressed is not None and now - self._pressed > SAME_PRESS_S:
+                os._exit(128 + number)
+            self._pressed = self._pressed or now
+        self.reason = self.reason or signal.Signals(number).name
 
     def watch(self, folder: Path) -> None:
         """Also look for the stop file in ``folder``; one left there earlier is taken away."""

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from toolkit.engine.batchnorm import average_statistics, synchronise
-from toolkit.engine.checkpoint import save_best, save_checkpoint
+from toolkit.data.splits import split_hash
+from toolkit.engine.batchnorm import average_statistics, local_statistics, restore_statistics, synchronise
+from toolkit.engine.building import build_trainer, unfreeze
 from toolkit.engine.display import Bar, epoch_line
-from toolkit.engine.ema import WeightAverage
 from toolkit.engine.evaluate import Evaluation, evaluate
+from toolkit.engine.journal import Journal
 from toolkit.engine.loaders import Loaders, build_loaders
-from toolkit.engine.loop import Hooks, Sums, Trainer, TrainSettings
-from toolkit.engine.optim import build_optimizer
+from toolkit.engine.loop import Hooks, Sums
 from toolkit.engine.position import Position, random_state, restore_random_state
 from toolkit.engine.process import Control, autocast_dtype, broadcast_object, gather_objects
 from toolkit.engine.schedule import Patience, Plateau, higher_is_better, learning_rate
 from toolkit.engine.setup import Setup
 from toolkit.engine.signals import StopRequest
-from toolkit.errors import Interrupted, RunFailed
-from toolkit.models.transfer import new_groups
+from toolkit.errors import Interrupted, RunFailed, UserError
 from toolkit.recipe import recipe_hash
 from toolkit.runs import Run
 from toolkit.tracking import Tracking
+
+ADVICE = (
+    "the last good checkpoint is kept. Try a smaller optimizer.lr, train.clip_norm, or scheduler.warmup_epochs"
+)
 
 
 class Training:
@@ -53,74 +56,23 @@ class Training:
         self.control = Control()
         self.bar = Bar(None, 0)
         self.saved_at = time.monotonic()
-        if self.accelerator.num_processes > 1 and self.recipe.train.sync_batch_norm:
-            synchronise(setup.built.module)
-        setup.built.module.to(self.accelerator.device)
-        if self.recipe.train.channels_last:
-            setup.built.module.to(memory_format=torch.channels_last)
+        self.journal = Journal(run if self.accelerator.is_main_process else None, self.recipe.checkpoint.keep)
+        self._place_model()
         if checkpoint is not None:
-            setup.built.module.load_state_dict(checkpoint["model"])
-            self.position = Position(**checkpoint["position"])
+            self._restore_model(checkpoint)
         self.loaders: Loaders = build_loaders(setup, self.guarded, shortcuts=run is not None)
-        self.trainer = self._build_trainer()
+        self.trainer = build_trainer(setup, self.loaders, self.position.epochs_begun)
         if checkpoint is not None:
-            self._restore(checkpoint)
+            self._restore_rest(checkpoint)
+        self.journal.begin(self.position.metrics_bytes, self.display.say)
 
-    # -- building -----------------------------------------------------------------------------------------------------
-
-    def _build_trainer(self) -> Trainer:
-        recipe, module = self.recipe, self.setup.built.module
-        network = module if self.loaders.tail is None else module.get_submodule(self.loaders.tail)
-        groups = self._groups()
-        optimizer = self.accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, groups))
-        if recipe.train.compile:
-            network.compile()
-        settings = TrainSettings(
-            seed=recipe.recipe.seed,
-            classes=len(self.setup.dataset.classes),
-            label_smoothing=recipe.augment.label_smoothing,
-            mixing=self.loaders.mixing,
-            clip_norm=recipe.train.clip_norm,
-            channels_last=recipe.train.channels_last,
-            class_weights=self._class_weights(),
-            steps_per_epoch=self.setup.steps,
-            log_every=recipe.train.log_every,
-        )
-        ema = None if recipe.train.ema is None else WeightAverage(network, recipe.train.ema)
-        wrapped = self.accelerator.prepare_model(network)
-        return Trainer(self.accelerator, network, wrapped, optimizer, self.setup.stochastic, ema, settings)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Parameter groups in the order in which they began to train, the same for a run that goes on."""
-        built, recipe = self.setup.built, self.recipe
-        groups: list[dict[str, Any]] = []
-        for epoch in range(self.position.epoch + 1):
-            self.setup.transfer.unfreeze_for_epoch(epoch + 1)
-            groups += new_groups(built, recipe.transfer, recipe.optimizer, groups)
-        return groups
-
-    def _class_weights(self) -> Tensor | None:
-        """Inverse class frequency, scaled so that the mean weight over the training images is 1."""
-        if self.recipe.train.class_weights == "none":
-            return None
-        counts = np.bincount(self.setup.labels("train"), minlength=len(self.setup.dataset.classes))
-        weights = len(self.setup.labels("train")) / (len(counts) * counts)
-        return torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
-
-    def _unfreeze(self, epoch: int) -> None:
-        """gradual: let more stages train from epoch ``epoch`` (0-based) on. DDP must be told, hence a new wrapping."""
-        if not self.setup.transfer.unfreeze_for_epoch(epoch + 1):
-            return
-        trainer = self.trainer
-        known = trainer.optimizer.param_groups
-        for group in new_groups(self.setup.built, self.recipe.transfer, self.recipe.optimizer, known):
-            trainer.optimizer.add_param_group(group)
-        if trainer.ema is not None:
-            trainer.ema.follow(trainer.network)
-        trainer.wrapped = self.accelerator.prepare_model(self.accelerator.unwrap_model(trainer.wrapped))
-        self.display.say(
-            f"epoch {epoch + 1}: {len(self.setup.transfer.trainable)} parameter tensors train from here on"
-        )
+    def _place_model(self) -> None:
+        module, train = self.setup.built.module, self.recipe.train
+        if self.accelerator.num_processes > 1 and train.sync_batch_norm:
+            synchronise(module)
+        module.to(self.accelerator.device)
+        if train.channels_last:
+            module.to(memory_format=torch.channels_last)
 
     # -- epochs -------------------------------------------------------------------------------------------------------
 
@@ -132,7 +84,9 @@ class Training:
         self._refuse_stop()
 
     def _epoch(self, epoch: int) -> None:
-        self._unfreeze(epoch)
+        if unfreeze(self.setup, self.trainer, epoch):
+            count = len(self.setup.transfer.trainable)
+            self.display.say(f"epoch {epoch + 1}: {count} parameter tensors train from here on")
         self.setup.transfer.train_mode()
         sums = self._sums_so_far()
         started, images_before = time.perf_counter(), self.position.train_images
@@ -162,6 +116,8 @@ class Training:
     def _close_epoch(self, epoch: int, record: dict[str, Any], speed: float) -> None:
         """Judge the epoch, write its line and a checkpoint."""
         position, recipe = self.position, self.recipe
+        if not math.isfinite(record["val/loss"]):
+            raise RunFailed(f"the validation loss is {record['val/loss']} at epoch {epoch + 1}; {ADVICE}")
         is_best = self.best.update(record[recipe.train.select])
         if is_best:
             position.best = record
@@ -171,11 +127,10 @@ class Training:
         if recipe.scheduler.name == "plateau":
             self.plateau.update(record[recipe.scheduler.metric])
         position.epoch, position.step, position.sums, position.last = epoch + 1, 0, [], record
-        if self.run is not None and self.accelerator.is_main_process:
-            if is_best:
-                with self._averaged_weights():
-                    save_best(self.run.checkpoints, epoch + 1, self.setup.built.module.state_dict())
-            position.metrics_bytes = self.run.append_metrics(record)
+        if is_best:
+            with self._averaged_weights():
+                self.journal.keep_best(epoch + 1, self.setup.built.module.state_dict())
+        self.journal.add_line(record)
         if self.tracking is not None:
             self.tracking.log(record, record["step"])
         self.save()
@@ -187,7 +142,7 @@ class Training:
             )
 
     def evaluate(self, split: str) -> Evaluation:
-        """Evaluate the current model (with averaged weights, where the recipe asks for them) on a split (a collective)."""
+        """Evaluate the current model, with averaged weights where the recipe says so, on a split (a collective)."""
         module = self.setup.built.module
         if self.accelerator.num_processes > 1 and not self.recipe.train.sync_batch_norm:
             average_statistics(module)
@@ -217,7 +172,7 @@ class Training:
         return sums.figures(self.accelerator)[0]
 
     def close(self) -> None:
-        """Let workers go and leave the process group, all together."""
+        """Let workers go and leave the process group, all together (a collective)."""
         self.loaders.close()
         self.accelerator.wait_for_everyone()
         if torch.distributed.is_initialized():
@@ -258,15 +213,14 @@ class Training:
     def _check_finite(self, epoch: int, step: int) -> None:
         """The last step's loss, which no later step has looked at (a collective)."""
         _, _, earlier = self.control.settle()
-        mine = not self.trainer.loss_was_finite()
-        if earlier or any(gather_objects(mine)):
+        if earlier or any(gather_objects(not self.trainer.loss_was_finite(wait=True))):
             self._fail_non_finite(epoch, step)
 
     def _fail_non_finite(self, epoch: int, step: int) -> None:
         lr = self._learning_rate(epoch + (step - 1) / self.setup.steps)
         raise RunFailed(
             f"the loss is not finite at epoch {epoch + 1}, step {step} of {self.setup.steps}, learning rate {lr:.3g}; "
-            "the last good checkpoint is kept. Try a smaller optimizer.lr, train.clip_norm, or scheduler.warmup_epochs"
+            + ADVICE
         )
 
     def _log_step(self, step: int, loss: float, accuracy: float) -> None:
@@ -282,8 +236,7 @@ class Training:
         self.display.say(
             f"epoch {self.position.epoch + 1} step {step}/{self.setup.steps}  loss {loss:.4f} accuracy {accuracy:.4f}"
         )
-        if self.run is not None and self.accelerator.is_main_process:
-            self.position.metrics_bytes = self.run.append_metrics(record)
+        self.journal.add_line(record)
         if self.tracking is not None:
             self.tracking.log(record, record["step"])
 
@@ -334,26 +287,44 @@ class Training:
         self.saved_at = time.monotonic()
         if self.run is None:
             return
-        mine = {"sums": [] if sums is None else sums.values.tolist(), "random": random_state()}
+        mine = {
+            "finite": self.trainer.loss_was_finite(wait=True),
+            "sums": [] if sums is None else sums.state(),
+            "random": random_state(),
+            "statistics": {} if self.recipe.train.sync_batch_norm else local_statistics(self.setup.built.module),
+        }
         everyone = gather_objects(mine)
+        if not all(each["finite"] for each in everyone):
+            self._fail_non_finite(self.position.epoch, self.position.step)
         self.position.sums = [each["sums"] for each in everyone] if sums is not None else []
+        self._written(lambda: self._write_checkpoint(everyone), "a checkpoint could not be written")
+
+    def finish_writing(self) -> None:
+        """At the end of a run nothing may be held back any more (a collective); RunFailed where the disk is full."""
+        self._written(self.journal.flush, "results could not be written", must=True)
+
+    def _written(self, write: Callable[[], None], trouble: str, *, must: bool = False) -> None:
+        """``write()`` on the main process; what the recipe says where the disk refuses (a collective)."""
         error = None
         if self.accelerator.is_main_process:
             try:
-                self._write_checkpoint([each["random"] for each in everyone])
+                write()
             except OSError as failure:
-                error = f"a checkpoint could not be written ({failure}); the one before it is kept"
+                error = f"{trouble} in {self.run.path if self.run else ''} ({failure.strerror or failure})"
         error = broadcast_object(error)
-        if error and self.recipe.checkpoint.on_write_error == "stop":
-            raise RunFailed(error)
+        if error and (must or self.recipe.checkpoint.on_write_error == "stop"):
+            raise RunFailed(f"{error}; the last whole checkpoint is kept. Make room, then go on with --resume")
         if error:
-            self.display.say(f"warning: {error}")
+            self.display.say(f"warning: {error}; the one before it is kept, and the run goes on")
 
-    def _write_checkpoint(self, random_states: list[Any]) -> None:
-        assert self.run is not None
+    def _write_checkpoint(self, everyone: list[dict[str, Any]]) -> None:
+        self.journal.flush()
+        self.position.metrics_bytes = self.journal.length
         scaler = self.accelerator.scaler
         content = {
             "recipe_hash": recipe_hash(self.recipe),
+            "batches": self._batches(),
+            "optimizer_name": self.recipe.optimizer.name,
             "best_epoch": self.position.best["epoch"] if self.position.best else None,
             "position": asdict(self.position),
             "patience": self.patience.state(),
@@ -363,17 +334,43 @@ class Training:
             "ema": {} if self.trainer.ema is None else self.trainer.ema.averages,
             "optimizer": self.trainer.optimizer.state_dict(),
             "scaler": {} if scaler is None else scaler.state_dict(),
-            "random": random_states,
+            "random": [each["random"] for each in everyone],
+            "statistics": [each["statistics"] for each in everyone],
         }
-        position = self.position
-        save_checkpoint(self.run.checkpoints, position.epoch, position.step, content, self.recipe.checkpoint.keep)
+        self.journal.save((self.position.epoch, self.position.step), content)
 
-    def _restore(self, checkpoint: dict[str, Any]) -> None:
+    def _batches(self) -> list[str | int | bool]:
+        """What the order of an epoch depends on: a step counts from its beginning only where all of this is equal."""
+        setup, train = self.setup, self.recipe.train
+        images = split_hash(setup.dataset, setup.splits)
+        return [images, self.recipe.recipe.seed, train.batch_size, train.drop_last, train.sampling]
+
+    def _restore_model(self, checkpoint: dict[str, Any]) -> None:
+        """The model and the position, which the loaders and the optimiser are built for."""
+        if checkpoint["optimizer_name"] != self.recipe.optimizer.name:
+            raise UserError(
+                f"the run was trained with optimizer.name = {checkpoint['optimizer_name']!r}, and its state does not "
+                f"fit {self.recipe.optimizer.name!r}: go on with the former, or start a new run"
+            )
+        try:
+            self.setup.built.module.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"the checkpoint's model is not that of the recipe: {reason:.300}") from None
+        self.position = Position(**checkpoint["position"])
+        if self.position.step and checkpoint["batches"] != self._batches():
+            self.position.step, self.position.sums = 0, []
+            self.display.say(f"the batches have changed: epoch {self.position.epoch + 1} begins anew")
+
+    def _restore_rest(self, checkpoint: dict[str, Any]) -> None:
         """Everything but the model and the position, which came earlier."""
         self.patience.load(checkpoint["patience"])
         self.best.load(checkpoint["best"])
         self.plateau.load(checkpoint["plateau"])
-        self.trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            self.trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as error:
+            raise UserError(f"the checkpoint's optimiser state does not fit the recipe: {error}") from None
         if self.trainer.ema is not None:
             for name, value in checkpoint["ema"].items():
                 self.trainer.ema.averages[name].copy_(value)
@@ -381,18 +378,17 @@ class Training:
             self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
         if len(checkpoint["random"]) == self.accelerator.num_processes:
             restore_random_state(checkpoint["random"][self.accelerator.process_index])
-        position = self.position
-        if self.run is not None and self.accelerator.is_main_process:
-            self.run.truncate_metrics(position.metrics_bytes)
-        self.display.say(f"going on after epoch {position.epoch}, step {position.step}")
+            restore_statistics(self.setup.built.module, checkpoint["statistics"][self.accelerator.process_index])
+        self.display.say(f"going on after epoch {self.position.epoch}, step {self.position.step}")
 
     def _sums_so_far(self) -> Sums:
         """What this process had counted in the epoch under way; with another number of processes, rank 0 takes all."""
         sums, saved = Sums.zero(self.accelerator.device), self.position.sums
         if len(saved) == self.accelerator.num_processes:
-            sums.values += torch.tensor(saved[self.accelerator.process_index]).to(sums.values)
-        elif saved and self.accelerator.is_main_process:
-            sums.values += torch.tensor(saved, dtype=torch.float64).sum(0).to(sums.values)
+            sums.add_state(saved[self.accelerator.process_index])
+        elif self.accelerator.is_main_process:
+            for state in saved:
+                sums.add_state(state)
         return sums
 
 

@@ -1,0 +1,263 @@
+"""Checkpoints: damage is recognised, code is refused, an edited recipe too; another number of processes goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_exact import assert_same_experiment
+from test_unkillable import outcome, undisturbed
+from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, write_recipe
+
+from toolkit.engine.checkpoint import (
+    find_latest,
+    load_checkpoint,
+    load_weights,
+    publish_best,
+    save_best,
+    save_checkpoint,
+)
+from toolkit.engine.loop import Trainer
+from toolkit.errors import UserError
+
+
+def saved(folder: Path, *places: tuple[int, int], keep: int = 9) -> list[Path]:
+    return [save_checkpoint(folder, place, {"value": torch.tensor(place)}, keep) for place in places]
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def lose_manifest(path: Path) -> None:
+    path.with_name(path.name[:11] + ".json").unlink()
+
+
+def empty_manifest(path: Path) -> None:
+    path.with_name(path.name[:11] + ".json").write_text("")
+
+
+def half_written(path: Path) -> None:
+    lose_manifest(path)
+    path.rename(path.with_name(f".{path.name}.123.tmp"))
+
+
+DAMAGES = [truncate, flip, Path.unlink, lose_manifest, empty_manifest, half_written]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_told_and_the_one_before_it_used(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    first, second = saved(tmp_path, (1, 0), (1, 3))
+    damage(second)
+    said: list[str] = []
+    assert find_latest(tmp_path, said.append) == first
+    (line,) = said
+    assert line.startswith("checkpoint 0001-000003 is damaged (")
+    assert load_checkpoint(first)["value"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("bits", range(8))
+def test_any_flipped_bit_is_found(tmp_path: Path, bits: int) -> None:
+    (path,) = saved(tmp_path, (1, 0))
+    data = path.read_bytes()
+    for position in range(bits, len(data), 97):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bits]) + data[position + 1 :])
+        assert find_latest(tmp_path, lambda _: None) is None
+    path.write_bytes(data)
+    assert find_latest(tmp_path, lambda _: None) == path
+
+
+def test_all_damaged_begins_anew_and_none_at_all_is_no_fault(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert find_latest(tmp_path, said.append) is None
+    assert said == []
+    for path in saved(tmp_path, (1, 0), (2, 0)):
+        truncate(path)
+    assert find_latest(tmp_path, said.append) is None
+    assert len(said) == 3
+    assert "the run starts anew" in said[-1]
+
+
+def test_the_last_are_kept_with_the_best_weights_they_name(tmp_path: Path) -> None:
+    for epoch in range(1, 6):
+        best = 2 if epoch < 5 else 5
+        if best == epoch:
+            save_best(tmp_path, epoch, {"w": torch.tensor([float(epoch)])})
+        save_checkpoint(tmp_path, (epoch, 0), {"best_epoch": best if epoch > 1 else None}, keep=2)
+        assert len(list(tmp_path.glob("*.pt"))) == len(list(tmp_path.glob("0*.json"))) == min(epoch, 2)
+    assert sorted(path.name for path in tmp_path.glob("best-*")) == ["best-0002.safetensors", "best-0005.safetensors"]
+    publish_best(tmp_path, 5)
+    assert load_weights(tmp_path / "best.safetensors")["w"].item() == 5
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_after_going_back_the_new_ones_count_as_the_last(tmp_path: Path, keep: int) -> None:
+    _, *damaged = saved(tmp_path, (3, 0), (4, 0), (5, 0))
+    for path in damaged:
+        flip(path)
+    for step in (1, 2):
+        (new,) = saved(tmp_path, (3, step), keep=keep)
+        assert find_latest(tmp_path, pytest.fail) == new
+
+
+def test_writing_again_at_the_same_place_never_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped twice in one evaluation, a run writes the same place again; killed there, the first one must be whole."""
+    first = save_checkpoint(tmp_path, (1, 0), {"value": 1}, keep=1)
+    replace = os.replace
+
+    def killed_before_the_manifest(source: Path, target: Path) -> None:
+        if str(target).endswith(".json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed_before_the_manifest)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, (1, 0), {"value": 2}, keep=1)
+    assert find_latest(tmp_path, pytest.fail) == first
+    monkeypatch.undo()
+    second = save_checkpoint(tmp_path, (1, 0), {"value": 3}, keep=1)
+    assert find_latest(tmp_path, pytest.fail) == second
+    assert len(list(tmp_path.glob("*.pt"))) == 1, "files that no manifest names are cleared away"
+
+
+class Bomb:
+    """A pickle that would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    bomb = {"format": 2, "model": Bomb(tmp_path / "exploded")}
+    torch.save(bomb, tmp_path / "torch.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(bomb, protocol=2))
+    for name in ("torch.pt", "plain.pt"):
+        with pytest.raises(UserError, match="more than tensors and plain values"):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def killed_run(folder: Path, world: int, count: int, *settings: str) -> Path:
+    """The recipe of a run that was killed after ``count`` steps (seven make an epoch)."""
+    recipe = write_recipe(folder, MUCH)
+
+    def prepare(rank: int) -> None:
+        at_call(Trainer, "_update", count, kill_self)
+
+    Trainers(world, folder, recipe, *settings, prepare=prepare).wait()
+    return recipe
+
+
+def go_on(folder: Path, world: int, *arguments: object) -> tuple[list[int], str]:
+    trainers = Trainers(world, folder, *arguments)
+    return trainers.wait(), trainers.text()
+
+
+def test_a_run_goes_on_from_the_one_before_a_damaged_one_and_from_none(tmp_path: Path) -> None:
+    plain = undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
+    for damaged, line in ((1, "is damaged (its checksum differs)"), (2, "the run starts anew")):
+        folder = tmp_path / str(damaged)
+        killed_run(folder, 1, 14, *EMA)
+        files = sorted(only_run(folder).checkpoints.glob("*.pt"))
+        assert len(files) == 2
+        for path in files[-damaged:]:
+            flip(path)
+        statuses, text = go_on(folder, 1, "--resume", only_run(folder).path)
+        assert statuses == [0], text
+        assert line in text
+        assert outcome(only_run(folder)) == plain
+
+
+def test_an_edited_recipe_is_refused_with_its_differences_unless_told(tmp_path: Path) -> None:
+    recipe = killed_run(tmp_path, 1, 14, *EMA)
+    edited = ("--set", "optimizer.lr=0.01", "--set", "train.epochs=4")
+    for resume in ("auto", only_run(tmp_path).path):
+        statuses, text = go_on(tmp_path, 1, recipe, *EMA, *edited, "--resume", resume)
+        assert statuses == [2]
+        assert "optimizer.lr: 0.05 -> 0.01" in text
+        assert "train.epochs: 5 -> 4" in text
+        assert "--allow-changes" in text
+    statuses, text = go_on(tmp_path, 1, recipe, *EMA, *edited, "--resume", "auto", "--allow-changes")
+    assert statuses == [0], text
+    assert [record["epoch"] for record in only_run(tmp_path).epochs()] == [1, 2, 3, 4]
+    assert only_run(tmp_path).recipe.optimizer.lr == 0.01
+
+
+@pytest.mark.parametrize(
+    ("setting", "status", "message"),
+    [
+        ('optimizer.name="nag"', 2, "its state does not fit 'nag'"),
+        ("model.head.hidden=[13]", 2, "the checkpoint's model is not that of the recipe"),
+        ("train.batch_size=20", 0, "the batches have changed: epoch 3 begins anew"),
+    ],
+)
+def test_changes_that_are_allowed_but_do_not_fit(tmp_path: Path, setting: str, status: int, message: str) -> None:
+    recipe = killed_run(tmp_path, 1, 19, *EMA)
+    statuses, text = go_on(tmp_path, 1, recipe, *EMA, "--set", setting, "--resume", "auto", "--allow-changes")
+    assert statuses == [status], text
+    assert message in text
+
+
+def test_a_finished_run_and_a_place_without_run_are_refused(tmp_path: Path) -> None:
+    undisturbed(tmp_path, 1, MUCH, *EMA)
+    assert "is finished" in go_on(tmp_path, 1, "--resume", only_run(tmp_path).path)[1]
+    assert "no-such" in go_on(tmp_path, 1, tmp_path / "recipe.toml", "--resume", tmp_path / "no-such")[1]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+def test_another_number_of_processes_goes_on_exactly_from_the_end_of_an_epoch(
+    tmp_path: Path, before: int, after: int
+) -> None:
+    settings = (*EMA, "--set", "checkpoint.every_steps=0", "--set", "train.batch_size=18")
+    plain = undisturbed(tmp_path / "plain", 1, MUCH, *settings)
+    killed_run(tmp_path / "killed", before, 16, *settings)
+    statuses, text = go_on(tmp_path / "killed", after, "--resume", only_run(tmp_path / "killed").path)
+    assert statuses == [0] * after, text
+    assert "going on after epoch 2, step 0" in text
+    assert_same_experiment(figures(only_run(tmp_path / "plain")), figures(only_run(tmp_path / "killed")))
+    assert plain["summary"]["best"]["epoch"] == only_run(tmp_path / "killed").summary["best"]["epoch"]
+
+
+def figures(run: Any) -> dict[str, Any]:
+    """As test_exact compares them."""
+    weights = {name: tensor.numpy() for name, tensor in load_weights(run.best_weights).items()}
+    return {"epochs": run.epochs(), "summary": run.summary, "predictions": run.predictions(), "weights": weights}
+
+
+def test_statistics_that_differ_between_processes_are_kept(tmp_path: Path) -> None:
+    """Without synchronised batch norm each process has its own until an evaluation averages them."""
+    settings = (*EMA, "--set", "train.sync_batch_norm=false")
+    plain = undisturbed(tmp_path / "plain", 2, MUCH, *settings)
+    killed_run(tmp_path / "killed", 2, 8, *settings)
+    statuses, text = go_on(tmp_path / "killed", 2, "--resume", only_run(tmp_path / "killed").path)
+    assert statuses == [0, 0], text
+    assert outcome(only_run(tmp_path / "killed")) == plain
+
+
+def test_no_token_in_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "5ec12e7" * 5 + "abcde"
+    monkeypatch.setenv("HF_TOKEN", "hf_" + token)
+    monkeypatch.setenv("WANDB_API_KEY", token)
+    killed_run(tmp_path, 1, 10, *EMA, "--set", 'tracking.trackers=["wandb"]')
+    files = [path for path in only_run(tmp_path).path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".pt" for path in files)
+    assert not [path for path in files if token.encode() in path.read_bytes()]
+    assert json.loads(next(only_run(tmp_path).checkpoints.glob("0*.json")).read_text())["sha256"]

@@ -1,0 +1,294 @@
+"""When one process of several fails, the others end soon and its message is the last; disk, memory, images."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_unkillable import outcome, undisturbed
+from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, write_recipe
+
+import toolkit.data.loading
+import toolkit.engine.checkpoint
+import toolkit.engine.evaluate
+import toolkit.runs
+from toolkit.engine.loop import Trainer
+
+LIMIT_S = 30
+
+
+def ended(
+    folder: Path, world: int, prepare: Callable[[int], None], *settings: str, text: str = MUCH
+) -> tuple[list[int], str]:
+    """Exit statuses and all that was shown, of trainers that must end by themselves within the time."""
+    settings = ("--set", f"train.batch_size={18 if world == 3 else 16}", *settings)
+    trainers = Trainers(world, folder, write_recipe(folder, text), *settings, prepare=prepare)
+    trainers.wait_until_first_ends()
+    statuses = trainers.wait(LIMIT_S)
+    return statuses, trainers.text()
+
+
+def fail_on(rank: int, place: str, act: Callable[[], None], mine: int) -> None:
+    owner, name = {"step": (Trainer, "_update"), "evaluation": (toolkit.engine.evaluate, "outcomes")}[place]
+    if mine == rank:
+        at_call(owner, name, 5, act)
+
+
+def blow() -> None:
+    raise ZeroDivisionError("a fault planted by the test")
+
+
+@pytest.mark.parametrize(("world", "rank", "place"), [(2, 0, "step"), (2, 1, "step"), (3, 1, "evaluation")])
+def test_an_exception_ends_all_and_is_the_last_thing_shown(tmp_path: Path, world: int, rank: int, place: str) -> None:
+    statuses, text = ended(tmp_path, world, functools.partial(fail_on, rank, place, blow), *EMA)
+    assert all(status != 0 for status in statuses), text
+    assert text.rstrip().endswith("ZeroDivisionError: a fault planted by the test")
+    assert f"rank {rank}: Traceback" in text
+    assert text.count("Traceback") == 1
+
+
+@pytest.mark.parametrize(("world", "rank"), [(2, 0), (2, 1), (3, 1)])
+def test_a_killed_process_ends_all_and_is_named(tmp_path: Path, world: int, rank: int) -> None:
+    statuses, text = ended(tmp_path, world, functools.partial(fail_on, rank, "step", kill_self), *EMA)
+    assert statuses[rank] == -signal.SIGKILL
+    assert all(status != 0 for status in statuses), text
+    last = text.strip().splitlines()[-1]
+    assert "ended without a word" in last
+    assert rank == 0 or f"rank {rank} ended without a word" in last
+    assert "Traceback" not in text
+
+
+def test_a_main_thread_that_notices_nothing_does_not_keep_the_process(tmp_path: Path) -> None:
+    """As where it waits for a GPU that waits for the lost process."""
+
+    def prepare(rank: int) -> None:
+        at_call(Trainer, "_update", 5, kill_self if rank == 1 else functools.partial(time.sleep, 100))
+
+    statuses, text = ended(tmp_path, 2, prepare, *EMA)
+    assert statuses == [1, -signal.SIGKILL]
+    assert "rank 1 ended without a word" in text.strip().splitlines()[-1]
+
+
+def test_the_launcher_is_given_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    ended(tmp_path, 1, functools.partial(fail_on, 0, "step", blow), *EMA)
+    assert "ZeroDivisionError: a fault planted by the test" in (tmp_path / "error.json").read_text()
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+IMAGES = """
+[model]
+source = "toolkit"
+[model.convnet]
+blocks = [{{ channels = 4 }}]
+"""
+
+
+def image_folder(root: Path) -> Path:
+    """Three classes of twenty noisy images of 12 x 12 pixels."""
+    for name in ("a", "b", "c"):
+        (root / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = np.random.default_rng(number).integers(0, 255, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number:02d}.png")
+    return root
+
+
+def damage_middle(path: Path) -> None:
+    """Damage that only decoding finds: both ends of the file are whole."""
+    data = bytearray(path.read_bytes())
+    middle = data.index(b"IDAT") + 20
+    data[middle : middle + 40] = bytes(40)
+    path.write_bytes(data)
+
+
+def images_settings(root: Path, *more: str) -> list[str]:
+    settings = ['data.dataset="imagefolder"', f'data.root="{root}"', "data.split={ validation = 0.2, test = 0.2 }",
+                "data.image_size=12", *more]  # fmt: skip
+    # The base recipe's limits are for the digits.
+    return [part for s in settings for part in ("--set", s)]
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2)])
+def test_a_damaged_image_in_mid_epoch_ends_all_and_is_named(tmp_path: Path, world: int, workers: int) -> None:
+    root = image_folder(tmp_path / "images")
+    for number in range(0, 20, 3):
+        damage_middle(root / "b" / f"{number:02d}.png")
+    statuses, text = ended(
+        tmp_path, world, lambda _: None, *images_settings(root, f"data.workers={workers}"), text=IMAGES
+    )
+    assert all(status != 0 for status in statuses), text
+    assert ".png: damaged (" in text.strip().splitlines()[-1]
+    assert "b/" in text.strip().splitlines()[-1]
+    assert "Traceback" not in text
+
+
+def test_skipping_leaves_out_the_same_images_everywhere_up_to_a_share(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images")
+    damage_middle(root / "a" / "07.png")
+    (root / "c" / "11.png").write_bytes((root / "c" / "11.png").read_bytes()[:100])
+    epochs = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        settings = images_settings(root, 'data.on_bad_image="skip"', "data.max_bad_fraction=0.05")
+        statuses, text = ended(folder, world, lambda _: None, *settings, text=IMAGES)
+        assert statuses == [0] * world, text
+        run = only_run(folder)
+        assert run.summary["images_left_out"] == 2
+        assert "left out 2 unreadable images" in text
+        epochs.append(run.epochs())
+    for one, two in zip(*epochs, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+    statuses, text = ended(
+        tmp_path / "3", 1, lambda _: None,
+        *images_settings(root, 'data.on_bad_image="skip"', "data.max_bad_fraction=0.02"), text=IMAGES,
+    )  # fmt: skip
+    assert statuses == [2]
+    assert "2 of 55 images cannot be read, more than data.max_bad_fraction = 0.02 allows" in text
+
+
+# -- disk -------------------------------------------------------------------------------------------------------------
+
+
+def full_disk(calls: range, rank: int) -> None:
+    """Some of the writes into checkpoints/ and metrics.jsonl find the disk full, half-way."""
+    original, count = toolkit.engine.checkpoint.write_atomically, [0]
+
+    def write(path: Path, data: bytes) -> None:
+        count[0] += 1
+        if count[0] in calls:
+            path.with_name(f".{path.name}.0.tmp").write_bytes(bytes(data)[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        original(path, data)
+
+    toolkit.engine.checkpoint.write_atomically = write  # type: ignore[assignment]
+    write_metrics, lines = toolkit.runs.Run.write_metrics, [0]
+
+    def write_half(run: Any, length: int, text: bytes) -> int:
+        lines[0] += 1
+        if lines[0] in calls:
+            write_metrics(run, length, text[: len(text) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_metrics(run, length, text)
+
+    toolkit.runs.Run.write_metrics = write_half  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_full_disk_is_a_warning_and_nothing_is_lost(tmp_path: Path, world: int) -> None:
+    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA)
+    statuses, text = ended(tmp_path / "full", world, functools.partial(full_disk, range(4, 12)), *EMA)
+    assert statuses == [0] * world, text
+    assert "warning: a checkpoint could not be written in" in text
+    assert "No space left on device" in text
+    assert outcome(only_run(tmp_path / "full")) == plain
+
+
+def test_a_full_disk_stops_the_run_where_that_is_asked_for(tmp_path: Path) -> None:
+    stop = ("--set", 'checkpoint.on_write_error="stop"')
+    plain = undisturbed(tmp_path / "plain", 2, MUCH, *EMA, *stop)
+    folder = tmp_path / "full"
+    statuses, text = ended(folder, 2, functools.partial(full_disk, range(9, 12)), *EMA, *stop)
+    assert statuses == [1, 1], text
+    assert "No space left on device" in text.strip().splitlines()[-1]
+    assert "Traceback" not in text
+    trainers = Trainers(2, folder, "--resume", only_run(folder).path)
+    assert trainers.wait() == [0, 0], trainers.text()
+    assert outcome(only_run(folder)) == plain
+
+
+def test_a_disk_that_stays_full_ends_with_a_message(tmp_path: Path) -> None:
+    statuses, text = ended(tmp_path, 2, functools.partial(full_disk, range(9, 10_000)), *EMA)
+    assert statuses == [1, 1], text
+    assert "results could not be written" in text.strip().splitlines()[-1]
+
+
+def test_a_real_full_disk(tmp_path: Path) -> None:
+    """A limit on the size of files, kept by the system: weights and lines fit in, checkpoints do not."""
+    import resource
+
+    def limited(rank: int) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+
+    statuses, text = ended(tmp_path, 1, limited, *EMA)
+    assert statuses == [0], text
+    assert "warning: a checkpoint could not be written" in text
+    assert "File too large" in text
+    assert not list(only_run(tmp_path).checkpoints.glob("*.pt"))
+    assert not list(only_run(tmp_path).checkpoints.glob(".*")), "nothing half-written stays"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_root_that_cannot_be_written_is_told_before_training(tmp_path: Path, world: int) -> None:
+    (tmp_path / "file").write_text("")
+    settings = (*EMA, "--set", f'recipe.run_root="{tmp_path}/file/runs"')
+    statuses, text = ended(tmp_path, world, lambda _: None, *settings)
+    assert statuses == [2] * world, text
+    assert "recipe.run_root: cannot create a run directory under" in text.strip().splitlines()[-1]
+
+
+def test_a_second_trainer_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, MUCH)
+    workers = (*EMA, "--set", "data.workers=2")
+    there = tmp_path / "there"
+
+    def slow(rank: int) -> None:
+        at_call(Trainer, "_update", 9, lambda: (there.touch(), time.sleep(60)))  # type: ignore[arg-type, func-returns-value]
+
+    first = Trainers(1, tmp_path, recipe, *workers, prepare=slow)
+    first.wait_until(there.exists)
+    second = Trainers(1, tmp_path / "second", "--resume", only_run(tmp_path).path)
+    assert second.wait() == [2]
+    assert "is in use by another trainer that still runs" in second.text()
+    first.signal(signal.SIGKILL)
+    first.wait()
+    third = Trainers(1, tmp_path / "third", "--resume", only_run(tmp_path).path)  # at once, though workers still end
+    assert third.wait() == [0], third.text()
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def no_memory(error: type[Exception], message: str, rank: int) -> None:
+    def fail() -> None:
+        raise error(message)
+
+    if rank == 1:
+        at_call(Trainer, "_forward_backward", 5, fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+        (RuntimeError, "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_out_of_memory_says_what_to_try(tmp_path: Path, error: type[Exception], message: str) -> None:
+    statuses, text = ended(tmp_path, 2, functools.partial(no_memory, error, message), *EMA)
+    assert all(status != 0 for status in statuses)
+    assert "rank 1: out of memory with 8 images at once in each process (train.batch_size = 16 over 2" in text
+    last = text.strip().splitlines()[-1]
+    assert all(key in last for key in ("train.accumulation", "train.precision", "train.batch_size"))
+    assert "Traceback" not in text
+
+
+def test_a_real_failing_allocation(tmp_path: Path) -> None:
+    def hungry(rank: int) -> None:
+        at_call(Trainer, "_forward_backward", 5, lambda: torch.empty(2**60))  # type: ignore[arg-type, return-value]
+
+    statuses, text = ended(tmp_path, 1, hungry, *EMA)
+    assert statuses == [1]
+    assert "out of memory with 16 images at once" in text

@@ -1,0 +1,173 @@
+"""Stopping on request: the step is finished, a checkpoint written, exit status 3 soon; the run goes on exactly."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train import wandb_records
+from test_unkillable import outcome, undisturbed
+from trainers import EMA, FROZEN, MUCH, Trainers, at_call, only_run, write_recipe
+
+import toolkit.engine.evaluate
+from toolkit.engine import features
+from toolkit.engine.loop import Trainer
+
+LIMIT_S = 10
+
+
+def mark(path: Path) -> None:
+    path.touch()
+    time.sleep(0.5)  # so that the signal arrives here, where the test wants it
+
+
+def mark_at(place: str, count: int, path: Path, rank: int) -> None:
+    """Have a process touch a file when it comes to a place, and stay there for a moment."""
+    owner, name = {
+        "step": (Trainer, "_update"),
+        "evaluation": (toolkit.engine.evaluate, "outcomes"),
+        "features": (features, "prefix_features"),
+    }[place]
+    if rank == 0:
+        at_call(owner, name, count, functools.partial(mark, path))
+
+
+def stopped(
+    folder: Path, world: int, text: str, place: str, count: int, request: Callable[[Trainers], None], *settings: str
+) -> Trainers:
+    """Trainers that were asked to stop when rank 0 was at a place; their statuses are checked."""
+    recipe = write_recipe(folder, text)
+    there = folder / "there"
+    there.unlink(missing_ok=True)
+    prepare = functools.partial(mark_at, place, count, there)
+    trainers = Trainers(world, folder, recipe, "--resume", "auto", *settings, prepare=prepare)
+    trainers.wait_until(there.exists)
+    request(trainers)
+    began = time.monotonic()
+    assert trainers.wait(30) == [3] * world, trainers.text()
+    assert time.monotonic() - began < LIMIT_S
+    assert "go on with: toolkit train --resume" in trainers.text().strip().splitlines()[-1]
+    return trainers
+
+
+def finished(folder: Path, world: int, *settings: str) -> dict[str, Any]:
+    run = only_run(folder)
+    trainers = Trainers(world, folder, "--resume", run.path, *settings)
+    assert trainers.wait() == [0] * world, trainers.text()
+    return outcome(run)
+
+
+def by_signal(number: int, *ranks: int) -> Callable[[Trainers], None]:
+    return lambda trainers: trainers.signal(number, *ranks)
+
+
+def test_each_signal_and_the_stop_file_in_steps_and_evaluations(tmp_path: Path) -> None:
+    plain = undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
+    folder = tmp_path / "stopped"
+
+    def stop_file(_: Trainers) -> None:
+        (only_run(folder).path / "stop").touch()
+        time.sleep(1.1)  # it is looked for once a second
+
+    for place, count, request, reason in (
+        ("step", 4, by_signal(signal.SIGTERM), "SIGTERM"),
+        ("evaluation", 2, by_signal(signal.SIGINT), "SIGINT"),
+        ("evaluation", 1, by_signal(signal.SIGUSR1), "SIGUSR1"),  # twice at the same place
+        ("step", 5, stop_file, "the file stop"),
+    ):
+        assert f"stopped by {reason}" in stopped(folder, 1, MUCH, place, count, request, *EMA).text()
+    assert finished(folder, 1) == plain
+    assert not (only_run(folder).path / "stop").exists()
+
+
+@pytest.mark.parametrize("place", ["step", "evaluation"])
+def test_of_two_processes_one_gets_the_signal(tmp_path: Path, place: str) -> None:
+    plain = undisturbed(tmp_path / "plain", 2, MUCH, *EMA)
+    stopped(tmp_path / "stopped", 2, MUCH, place, 4, by_signal(signal.SIGTERM, 1), *EMA)
+    assert finished(tmp_path / "stopped", 2) == plain
+
+
+def test_while_the_features_of_frozen_layers_are_computed(tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    trainers = stopped(folder, 1, FROZEN, "features", 3, by_signal(signal.SIGTERM))
+    assert "stopped before training" in trainers.text()
+    assert finished(folder, 1) == undisturbed(tmp_path / "plain", 1, FROZEN)
+
+
+def test_data_workers_leave_the_signal_to_the_trainer(tmp_path: Path) -> None:
+    """A terminal or scheduler signals the whole process group."""
+    settings = ("--set", "data.workers=2")
+
+    def all_of_the_group(trainers: Trainers) -> None:
+        pids = [trainers.processes[0].pid, *children(trainers.processes[0].pid)]
+        assert len(pids) >= 3
+        for pid in pids:
+            os.kill(int(pid or 0), signal.SIGTERM)
+
+    stopped(tmp_path / "stopped", 1, MUCH, "step", 4, all_of_the_group, *EMA, *settings)
+    kept = finished(tmp_path / "stopped", 1)
+    assert kept["weights"] == undisturbed(tmp_path / "plain", 1, MUCH, *EMA)["weights"]
+
+
+def children(pid: int | None) -> list[int]:
+    """Processes whose parent is ``pid``."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    return [child for child, parent in parents.items() if parent == pid]
+
+
+def test_a_second_sigint_ends_at_once_but_not_the_echo_of_the_first(tmp_path: Path) -> None:
+    recipe, there = write_recipe(tmp_path, MUCH), tmp_path / "there"
+
+    def slow_step(rank: int) -> None:
+        at_call(Trainer, "_update", 3, lambda: (there.touch(), time.sleep(8)))  # type: ignore[arg-type, func-returns-value]
+
+    trainers = Trainers(1, tmp_path, recipe, prepare=slow_step)
+    trainers.wait_until(there.exists)
+    trainers.signal(signal.SIGINT)
+    time.sleep(0.1)
+    trainers.signal(signal.SIGINT)  # what the launcher passes on of the same press
+    time.sleep(1.5)
+    assert trainers.processes[0].is_alive()
+    began = time.monotonic()
+    trainers.signal(signal.SIGINT)
+    assert trainers.wait(5) == [128 + signal.SIGINT]
+    assert time.monotonic() - began < 1
+    assert not only_run(tmp_path).is_finished
+
+
+def wandb_ids(folder: Path) -> Iterator[str]:
+    for fragment in sorted(folder.glob("wandb/offline-run-*")):
+        for record in wandb_records(folder, fragment.name):
+            if record.WhichOneof("record_type") == "run":
+                yield record.run.run_id
+
+
+def test_a_resumed_run_goes_on_under_its_wandb_id(tmp_path: Path) -> None:
+    tracked = ("--set", 'tracking.trackers=["wandb"]')
+    stopped(tmp_path, 1, MUCH, "step", 9, by_signal(signal.SIGTERM), *EMA, *tracked)
+    finished(tmp_path, 1)
+    run = only_run(tmp_path)
+    fragments = sorted(path.name for path in run.path.glob("wandb/offline-run-*"))
+    assert len(fragments) == 2
+    assert set(wandb_ids(run.path)) == {f"small-{run.id}"}
+    logged = [line for name in fragments for line in history(run.path, name)]
+    assert logged == run.metrics(), "each line once over both fragments"
+
+
+def history(folder: Path, fragment: str) -> Iterator[dict[str, Any]]:
+    for record in wandb_records(folder, fragment):
+        if record.WhichOneof("record_type") == "history":
+            items = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            yield {key: value for key, value in items.items() if not key.startswith("_")}

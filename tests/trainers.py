@@ -1,0 +1,237 @@
+"""Whole trainers (`toolkit train ...`) on one or more processes, forked so that torch is imported once; to be ended."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import sklearn.datasets
+import sklearn.model_selection
+import torch
+from distributed import free_port
+
+import toolkit.engine.fit
+import toolkit.tracking  # noqa: F401
+from toolkit.cli import app
+from toolkit.models.build import build_model
+from toolkit.recipe import loads_recipe
+from toolkit.runs import Run, open_run
+
+# All of this is imported, and the digits read, before processes are forked: once instead of in each.
+sklearn.datasets.load_digits()
+
+RECIPE = """
+[recipe]
+name = "small"
+run_root = "{root}"
+
+[data]
+dataset = "digits"
+images_per_class = 11
+test_images_per_class = 7
+split = {{ validation = 0.3, test = 0.2 }}
+
+[optimizer]
+name = "sgd"
+lr = 0.05
+momentum = 0.9
+
+[train]
+epochs = 5
+batch_size = 16
+eval_batch_size = 16
+log_every = 2
+precision = "no"
+
+[checkpoint]
+every_steps = 3
+every_minutes = 0.0
+
+[tracking]
+trackers = []
+
+"""
+
+MUCH = """
+[augment]
+train = [{{ name = "RandomAffine", degrees = 20 }}]
+mixup = 0.4
+label_smoothing = 0.1
+
+[model]
+source = "toolkit"
+
+[model.convnet]
+blocks = [
+  {{ channels = 6, batch_norm = true, pool = 2, dropout = 0.1 }},
+  {{ channels = 8, batch_norm = true, pool = 2 }},
+]
+
+[model.head]
+hidden = [12]
+dropout = 0.2
+
+[scheduler]
+name = "plateau"
+patience = 0
+gamma = 0.5
+warmup_epochs = 1.0
+"""
+"""Everything that has a state; with EMA below."""
+
+PRETRAINED = """
+[model]
+source = "toolkit"
+weights = "file:{root}/../weights.safetensors"
+
+[model.convnet]
+blocks = [{{ channels = 6, batch_norm = true, pool = 2 }}, {{ channels = 8, pool = 2 }}]
+"""
+
+FROZEN = f"""{PRETRAINED}
+[transfer]
+mode = "linear_probe"
+"""
+"""Features of the frozen layers are computed once."""
+
+GRADUAL = f"""{PRETRAINED}
+[transfer]
+mode = "gradual"
+unfreeze_at = [2, 4]
+"""
+
+EMA = ("--set", "train.ema=0.9", "--set", "train.clip_norm=1.0", "--set", 'train.select="val/loss"')
+"""For MUCH."""
+
+Prepare = Callable[[int], None]
+"""Run in each process, with its rank, before the command."""
+
+
+def write_recipe(folder: Path, text: str) -> Path:
+    """A recipe in ``folder`` whose runs go below it."""
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.toml"
+    path.write_text((RECIPE + text).format(root=folder / "runs"))
+    if PRETRAINED in text:
+        scratch = loads_recipe((RECIPE + PRETRAINED).format(root=folder / "runs"), ['model.weights="none"'])
+        torch.manual_seed(0)
+        module = build_model(scratch.model, 10, 3, 8).module
+        safetensors.torch.save_file(module.state_dict(), folder / "weights.safetensors")
+    return path
+
+
+def only_run(folder: Path) -> Run:
+    """The one run of :func:`write_recipe`'s recipe."""
+    (path,) = (folder / "runs" / "small").iterdir()
+    return open_run(path)
+
+
+class Trainers:
+    """The processes of one `toolkit train`; what they show goes to one file."""
+
+    def __init__(self, world: int, folder: Path, *arguments: object, prepare: Prepare | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        context, port = multiprocessing.get_context("fork"), free_port()
+        self.shown = folder / "shown.txt"
+        self.shown.write_text("")
+        texts = [str(argument) for argument in arguments]
+        self.processes = [
+            context.Process(target=_trainer, args=(rank, world, port, self.shown, texts, prepare))
+            for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def signal(self, number: int, *ranks: int) -> None:
+        """Send a signal to some of the processes, or to all."""
+        for rank in ranks or range(len(self.processes)):
+            pid = self.processes[rank].pid
+            if pid is not None and self.processes[rank].is_alive():
+                os.kill(pid, number)
+
+    def wait(self, timeout_s: float = 100) -> list[int]:
+        """Exit statuses in order of rank (negative: the signal that killed it); fails, and kills, after the time."""
+        deadline = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+        assert not late, f"ranks {late} still ran after {timeout_s} s:\n{self.text()}"
+        return [int(process.exitcode or 0) for process in self.processes]
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
+        """Wait for something to be true while they run."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {timeout_s} s in vain:\n{self.text()}"
+            assert any(process.is_alive() for process in self.processes), f"all have ended:\n{self.text()}"
+            time.sleep(0.02)
+
+    def wait_until_first_ends(self, timeout_s: float = 100) -> None:
+        """Wait for one of them to end, however it does."""
+        multiprocessing.connection.wait([process.sentinel for process in self.processes], timeout_s)
+
+    def text(self) -> str:
+        """What all have shown, in the order of time."""
+        return self.shown.read_text()
+
+
+def _trainer(
+    rank: int, world: int, port: int, shown: Path, arguments: list[str], prepare: Prepare | None
+) -> None:
+    descriptor = os.open(shown, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    if prepare is not None:
+        prepare(rank)
+    app(["train", *arguments])
+
+
+def at_call(owner: Any, name: str, count: int, act: Callable[[], None], *, after: bool = False) -> None:
+    """Have ``act`` happen before (or after) the ``count``-th call of ``owner.name`` in this process."""
+    original, calls = getattr(owner, name), [0]
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == count and not after:
+            act()
+        result = original(*arguments, **named)
+        if calls[0] == count and after:
+            act()
+        return result
+
+    setattr(owner, name, called)
+
+
+def after_seconds(seconds: float, act: Callable[[], None]) -> None:
+    """Have ``act`` happen in this process some time from now."""
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
+
+
+def kill_self() -> None:
+    """End as `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)

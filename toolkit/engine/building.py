@@ -1,0 +1,73 @@
+"""From a setup to the parts that training moves: parameter groups, optimiser, weight average, wrapped model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toolkit.engine.ema import WeightAverage
+from toolkit.engine.loaders import Loaders
+from toolkit.engine.loop import Trainer, TrainSettings
+from toolkit.engine.optim import build_optimizer
+from toolkit.engine.setup import Setup
+from toolkit.models.transfer import new_groups
+
+
+def build_trainer(setup: Setup, loaders: Loaders, epochs_begun: int) -> Trainer:
+    """The trainer of a run that has begun ``epochs_begun`` epochs (a collective); its model is on its device."""
+    recipe, module, accelerator = setup.recipe, setup.built.module, setup.accelerator
+    network = module if loaders.tail is None else module.get_submodule(loaders.tail)
+    groups = _groups(setup, max(epochs_begun, 1))
+    optimizer = accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, groups))
+    if recipe.train.compile:
+        network.compile()
+    settings = TrainSettings(
+        seed=recipe.recipe.seed,
+        classes=len(setup.dataset.classes),
+        label_smoothing=recipe.augment.label_smoothing,
+        mixing=loaders.mixing,
+        clip_norm=recipe.train.clip_norm,
+        channels_last=recipe.train.channels_last,
+        class_weights=_class_weights(setup),
+        steps_per_epoch=setup.steps,
+        log_every=recipe.train.log_every,
+    )
+    ema = None if recipe.train.ema is None else WeightAverage(network, recipe.train.ema)
+    wrapped = accelerator.prepare_model(network)
+    return Trainer(accelerator, network, wrapped, optimizer, setup.stochastic, ema, settings)
+
+
+def unfreeze(setup: Setup, trainer: Trainer, epoch: int) -> bool:
+    """gradual: let more stages train from epoch ``epoch`` (0-based) on; whether there were any (a collective)."""
+    if not setup.transfer.unfreeze_for_epoch(epoch + 1):
+        return False
+    known = trainer.optimizer.param_groups
+    for group in new_groups(setup.built, setup.recipe.transfer, setup.recipe.optimizer, known):
+        trainer.optimizer.add_param_group(group)
+    if trainer.ema is not None:
+        trainer.ema.follow(trainer.network)
+    # DDP looks at what trains only when it wraps.
+    trainer.wrapped = setup.accelerator.prepare_model(setup.accelerator.unwrap_model(trainer.wrapped))
+    return True
+
+
+def _groups(setup: Setup, epochs_begun: int) -> list[dict[str, Any]]:
+    """Parameter groups in the order in which they began to train: a checkpoint's optimiser state is in that order."""
+    groups: list[dict[str, Any]] = []
+    for epoch in range(epochs_begun):
+        setup.transfer.unfreeze_for_epoch(epoch + 1)
+        groups += new_groups(setup.built, setup.recipe.transfer, setup.recipe.optimizer, groups)
+    return groups
+
+
+def _class_weights(setup: Setup) -> Tensor | None:
+    """Inverse class frequency, scaled so that the mean weight over the training images is 1."""
+    if setup.recipe.train.class_weights == "none":
+        return None
+    labels = setup.labels("train")
+    counts = np.bincount(labels, minlength=len(setup.dataset.classes))
+    weights = len(labels) / (len(counts) * counts)
+    return torch.tensor(weights, dtype=torch.float32, device=setup.accelerator.device)

@@ -1,0 +1,72 @@
+"""What a run writes while it goes on: lines of metrics.jsonl, weights of the best epoch, checkpoints.
+
+A checkpoint tells the length of metrics.jsonl and the best epoch, so it is written after them. What a full disk refuses
+is kept in memory and tried again with the next checkpoint; no checkpoint is written before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from toolkit.engine.checkpoint import Place, save_best, save_checkpoint
+from toolkit.runs import Run
+
+
+class Journal:
+    """Writes for the main process of a run; on others (``run`` None) and in a dry run it does nothing."""
+
+    def __init__(self, run: Run | None, keep: int) -> None:
+        self.run, self.keep = run, keep
+        self.length = 0
+        """Bytes of metrics.jsonl."""
+        self.lines = b""
+        """Not yet in metrics.jsonl."""
+        self.best: tuple[int, dict[str, Tensor]] | None = None
+        """Epoch and weights not yet on disk."""
+
+    def begin(self, length: int, say: Callable[[str], None]) -> None:
+        """Cut metrics.jsonl back to the ``length`` that a checkpoint knew of; 0 for a run that starts."""
+        if self.run is None:
+            return
+        there = self.run.metrics_file.stat().st_size if self.run.metrics_file.exists() else 0
+        if there < length:
+            say(f"warning: metrics.jsonl has {there} of the {length} bytes that the checkpoint knew; lines are missing")
+        self.length = self.run.write_metrics(min(there, length), b"")
+
+    def add_line(self, record: dict[str, Any]) -> None:
+        """Add a record to metrics.jsonl, now or as soon as the disk takes it."""
+        if self.run is None:
+            return
+        self.lines += (json.dumps(record) + "\n").encode()
+        with contextlib.suppress(OSError):
+            self._write_lines()
+
+    def keep_best(self, epoch: int, state: dict[str, Tensor]) -> None:
+        """Hold a copy of the best epoch's weights for the next :meth:`flush`."""
+        if self.run is not None:
+            self.best = (epoch, {name: tensor.detach().cpu().clone() for name, tensor in state.items()})
+
+    def flush(self) -> None:
+        """Write all that is held. Raises OSError (disk full, ...) and then holds it still."""
+        if self.run is None:
+            return
+        self._write_lines()
+        self.run.sync_metrics()
+        if self.best is not None:
+            save_best(self.run.checkpoints, *self.best)
+            self.best = None
+
+    def save(self, place: Place, content: dict[str, Any]) -> None:
+        """Write a checkpoint, after a :meth:`flush`. Raises OSError with the one before it still whole."""
+        if self.run is not None:
+            save_checkpoint(self.run.checkpoints, place, content, self.keep)
+
+    def _write_lines(self) -> None:
+        if self.lines and self.run is not None:
+            self.length = self.run.write_metrics(self.length, self.lines)
+            self.lines = b""
