@@ -16,6 +16,7 @@ import typer
 from toolkit.commands.look import data, doctor, plan
 from toolkit.commands.names import datasets, models, optimizers, transforms
 from toolkit.commands.recipes import diff, show, validate
+from toolkit.commands.slurm import cancel, logs, status, submit
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
 from toolkit.train import AsJson, Debug, end, report_errors, train
 
@@ -27,6 +28,8 @@ app = typer.Typer(
 )
 for command in (train, validate, show, diff, plan, data, models, transforms, optimizers, datasets, doctor):
     app.command()(command)
+for job_command in (submit, status, logs, cancel):
+    app.command()(job_command)
 
 
 @app.command()

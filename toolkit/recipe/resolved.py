@@ -45,8 +45,12 @@ def resolved_toml(recipe: Recipe, remark: Callable[[Path], str | None] = lambda 
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 of the resolved content, 64 hexadecimal digits; the order of keys does not matter."""
-    content = json.dumps(resolved_content(recipe), sort_keys=True, separators=(",", ":"))
+    """SHA-256 of the resolved content, 64 hexadecimal digits; the order of keys does not matter.
+
+    [slurm] does not count: where a run was computed is no part of the experiment.
+    """
+    told = {table: value for table, value in resolved_content(recipe).items() if table != "slurm"}
+    content = json.dumps(told, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
 
 

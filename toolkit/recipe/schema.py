@@ -24,6 +24,12 @@ A space or dot stands between two others only, so neither ``..`` nor one at the 
 
 NAME_LENGTH = 100
 
+SLURM_WORD = r"^[\w.,@+-]+$"
+"""Names of partitions, accounts and the like."""
+
+SLURM_TIME = r"^(\d+|\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+(:[0-5]?\d(:[0-5]?\d)?)?)$"
+"""Time limits as sbatch reads them: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+
 METRICS = (
     "train/loss",
     "train/accuracy",
@@ -556,6 +562,65 @@ class Expectation(Table):
         return self
 
 
+class SlurmTable(Table):
+    """What `toolkit submit` asks of SLURM. Options of the command win over this table, this table over the profile."""
+
+    profile: Annotated[
+        str | None,
+        Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH),
+        describe("Name of a cluster profile, slurm/profiles/<name>.toml."),
+    ] = None
+    partition: Annotated[str | None, Field(pattern=SLURM_WORD), describe("Partition (queue), or several by comma.")] = (
+        None
+    )
+    account: Annotated[str | None, Field(pattern=SLURM_WORD), describe("Account that is charged.")] = None
+    qos: Annotated[str | None, Field(pattern=SLURM_WORD), describe("Quality of service.")] = None
+    constraint: Annotated[
+        str | None, Field(pattern=r"^[\w.,:&|*()\[\]@+-]+$"), describe("Features that the nodes must have: a100|h100.")
+    ] = None
+    nodes: Annotated[int | None, Field(ge=1, le=10_000), describe("Nodes. Default: 1.")] = None
+    gpus_per_node: Annotated[
+        int | None, Field(ge=0, le=64), describe("GPUs of each node, one training process each. Default: 0.")
+    ] = None
+    gpu_type: Annotated[str | None, Field(pattern=r"^[\w.-]+$"), describe("Kind of GPU, as the cluster calls it.")] = (
+        None
+    )
+    processes_per_node: Annotated[
+        int | None,
+        Field(ge=1, le=256),
+        describe("Without GPUs: training processes on each node. Default: 1."),
+    ] = None
+    cpus_per_task: Annotated[
+        int | None,
+        Field(ge=1, le=4096),
+        describe("CPUs of each node (there is one task a node), shared by its processes. Default: the cluster's."),
+    ] = None
+    memory: Annotated[
+        str | None, Field(pattern=r"^\d+[KMGT]?$"), describe("Memory of each node: 64G; plain numbers are megabytes.")
+    ] = None
+    time: Annotated[
+        str | None,
+        Field(pattern=SLURM_TIME),
+        describe("Time limit of one start of the job: 90 (minutes), 4:00:00 or 2-12:00:00 (days-hours)."),
+    ] = None
+    max_restarts: Annotated[
+        int | None, Field(ge=0, le=10_000), describe("How often the job may be requeued. Default: 50.")
+    ] = None
+    signal: Annotated[
+        Literal["USR1", "USR2", "HUP", "TERM"] | None,
+        describe("What SLURM sends before the time limit and on pre-emption. Default: USR1."),
+    ] = None
+    signal_before_s: Annotated[
+        int | None,
+        Field(ge=1, le=65535),
+        describe("How long before the time limit it is sent. Default: 120.", unit="seconds"),
+    ] = None
+    options: Annotated[
+        list[Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[\w.,:/@%+=&|*()\[\]-]+)?$")]] | None,
+        describe('Further options of sbatch, such as ["--exclusive", "--reservation=course"].'),
+    ] = None
+
+
 class Recipe(Table):
     """A whole recipe."""
 
@@ -570,6 +635,7 @@ class Recipe(Table):
     early_stopping: EarlyStoppingTable = EarlyStoppingTable()
     checkpoint: CheckpointTable = CheckpointTable()
     tracking: TrackingTable = TrackingTable()
+    slurm: Annotated[SlurmTable | None, describe("What a job on a cluster asks for.")] = None
     expect: Annotated[
         dict[str, Expectation],
         describe("Figures of summary.json's best model (test_accuracy, val_loss, ...) that a run should reach."),

@@ -1,0 +1,258 @@
+#!/usr/bin/env bash
+# A SLURM cluster of two nodes on this machine, to try submissions with: real daemons, a throw-away configuration.
+#
+#   slurm/local-cluster.sh start DIR             start it; DIR is a new or empty folder with a short absolute path
+#   . DIR/env.sh                                 in each shell that is to use it; then sbatch, squeue, toolkit submit ...
+#   slurm/local-cluster.sh status DIR
+#   slurm/local-cluster.sh kill-node DIR node2   node2 and everything on it dies
+#   slurm/local-cluster.sh start-node DIR node2  ... and comes back
+#   slurm/local-cluster.sh on DIR node2 COMMAND  run a command there, outside any job
+#   slurm/local-cluster.sh stop DIR              cancel all jobs and stop all daemons; DIR's logs stay
+#
+# Debian, Ubuntu: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge iproute2 util-linux procps
+#
+# Each node has NODE_CPUS (4) CPUs, 4 GB and NODE_GPUS (2) GPUs; these are only declared, nothing is limited, and the GPUs
+# are names without hardware. As root a node is a set of Linux namespaces with a host name, an address and processes of
+# its own; without the rights for that (or with CLUSTER_MODE=plain) the nodes are two daemons on 127.0.0.1.
+set -euo pipefail
+umask 022
+PATH=$PATH:/usr/sbin:/sbin
+
+fail() { echo "local-cluster: $*" >&2; exit 1; }
+[ $# -ge 2 ] || { sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+action=$1
+dir=$(realpath -m "$2")
+node=${3-}
+nodes="node1 node2"
+case $dir in *[!A-Za-z0-9/._-]*) fail "slurm.conf cannot take this folder's name: $dir" ;; esac
+[ ${#dir} -le 80 ] || fail "the path of a socket may not be so long: $dir"
+case $action in kill-node | start-node | on) case $node in node1 | node2) ;; *) fail "which node: node1 or node2?" ;; esac ;; esac
+for name in $(compgen -e | grep -E '^(SLURM|SBATCH|SRUN|SALLOC|SQUEUE)_' || true); do unset "$name"; done
+export SLURM_CONF=$dir/slurm.conf
+bridge=lc$(echo "$dir" | md5sum | head -c 6)                  # names of network devices are short
+mode() { cat "$dir/mode" 2>/dev/null || echo plain; }
+number() { echo "${1#node}"; }
+
+runs() {  # runs PIDFILE NAME: the process of that file, if it lives and bears that name
+    local pid
+    pid=$(cat "$1" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$2" ] &&
+        ! grep -q '^State:.*zombie' "/proc/$pid/status" && echo "$pid"
+}
+
+end_process() {  # end_process PIDFILE NAME
+    local pid
+    if pid=$(runs "$1" "$2"); then
+        kill "$pid" 2>/dev/null || true
+        for _ in $(seq 50); do runs "$1" "$2" >/dev/null || break; sleep 0.1; done
+        if runs "$1" "$2" >/dev/null; then kill -KILL "$pid"; fi
+    fi
+    rm -f "$1"
+}
+
+may_have_namespaces() {
+    [ "$(id -u)" = 0 ] && unshare --net --uts --mount --pid --fork --mount-proc sh -c \
+        'hostname probe && ip link add name p0 type bridge && ip link add name p1 type veth peer name p2' >/dev/null 2>&1
+}
+
+free_ports() {  # the first of three ports in a row that nobody listens on
+    local first
+    for _ in $(seq 100); do
+        first=$((30000 + RANDOM % 2000))
+        ss -Hltn 2>/dev/null | grep -qE ":($first|$((first + 1))|$((first + 2)))\b" || { echo $first; return; }
+    done
+    fail "no free ports"
+}
+
+free_net() {  # three bytes of a network that this machine has no route to
+    local net
+    for _ in $(seq 100); do
+        net=10.$((200 + RANDOM % 50)).$((RANDOM % 250))
+        ip -4 route show table all | grep -qF "${net%.*}." || { echo "$net"; return; }
+    done
+    fail "no free network 10.200-249.*"
+}
+
+configure() {  # configure MODE
+    local host port control address user i
+    host=$(uname -n); host=${host%%.*}; user=$(id -un); port=$(free_ports); control=127.0.0.1
+    echo "$1" >"$dir/mode"
+    if [ "$1" = net ]; then
+        free_net >"$dir/net"
+        control=$(cat "$dir/net").1
+        printf '%s\n' "127.0.0.1 localhost" "$control $host" "${control%.*}.11 node1" "${control%.*}.12 node2" >"$dir/hosts"
+        { grep -v '^hosts:' /etc/nsswitch.conf 2>/dev/null || true; echo "hosts: files"; } >"$dir/nsswitch.conf"
+    fi
+    {
+        cat <<CONF
+ClusterName=local
+SlurmctldHost=$host($control)
+SlurmctldPort=$port
+SlurmUser=$user
+SlurmdUser=$user
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job waits until its old credential has expired: 10 s here, two minutes by default.
+AuthInfo=socket=$dir/munge.socket,cred_expire=10
+StateSaveLocation=$dir/state
+SlurmdSpoolDir=$dir/spool/%n
+SlurmctldPidFile=$dir/run/slurmctld.pid
+SlurmdPidFile=$dir/run/slurmd.%n.pid
+SlurmctldLogFile=$dir/log/slurmctld.log
+SlurmdLogFile=$dir/log/slurmd.%n.log
+# No control groups, no MPI, no accounting; ended jobs are remembered for an hour.
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MinJobAge=3600
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+# What is declared counts, not the hardware; what cannot be had is refused at submission.
+SlurmdParameters=config_overrides
+EnforcePartLimits=ALL
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=5
+GresTypes=gpu
+CONF
+        for i in 1 2; do
+            address=127.0.0.1; [ "$1" = plain ] || { address=${control%.*}.1$i; host=node$i; }
+            echo "NodeName=node$i NodeHostname=$host NodeAddr=$address Port=$((port + i)) CPUs=${NODE_CPUS:-4}" \
+                "RealMemory=4096 Gres=gpu:${NODE_GPUS:-2} State=UNKNOWN"
+        done
+        echo "PartitionName=debug Nodes=node[1-2] Default=YES MaxTime=INFINITE DefaultTime=00:10:00 State=UP"
+    } >"$dir/slurm.conf"
+    # A pretended GPU must be a character device whose name ends in its number, or CUDA_VISIBLE_DEVICES is not set.
+    for i in $(seq 0 $((${NODE_GPUS:-2} - 1))); do ln -s /dev/null "$dir/dev/nvidia$i"; done
+    printf '%s\n' "AutoDetect=off" "Name=gpu Flags=nvidia_gpu_env File=$dir/dev/nvidia[0-$((${NODE_GPUS:-2} - 1))]" >"$dir/gres.conf"
+    echo "CgroupPlugin=cgroup/v1" >"$dir/cgroup.conf"
+    # This one machine's folders are shared by both nodes.
+    printf '%s\n' 'description = "slurm/local-cluster.sh"' 'shared = ["/"]' >"$dir/profiles/local.toml"
+    printf '%s\n' "export SLURM_CONF=$dir/slurm.conf" "export TOOLKIT_SLURM_PROFILES=$dir/profiles" \
+        "export TOOLKIT_PRETENDED_GPUS=1" >"$dir/env.sh"
+}
+
+init_of() {  # init_of NODE: the first process of its namespaces, as seen from here
+    local holder
+    holder=$(runs "$dir/run/$1.pid" unshare) && pgrep -P "$holder" | head -n 1 | grep .
+}
+
+raise_node() {  # namespaces for a node, and a cable to the bridge
+    local net init i
+    net=$(cat "$dir/net"); i=$(number "$1")
+    ip link del "$bridge-$i" 2>/dev/null || true
+    rm -f "$dir/run/$1.ready"
+    setsid unshare --net --uts --mount --pid --fork --kill-child --mount-proc bash -c '
+        hostname "$1"; ip link set lo up
+        mount --bind "$2/hosts" /etc/hosts
+        [ ! -e /etc/nsswitch.conf ] || mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf
+        touch "$2/run/$1.ready"
+        while :; do sleep 86400 & wait $!; done' init "$1" "$dir" </dev/null >"$dir/log/$1.log" 2>&1 &
+    echo $! >"$dir/run/$1.pid"
+    for _ in $(seq 100); do [ ! -e "$dir/run/$1.ready" ] || break; sleep 0.05; done
+    init=$(init_of "$1") || fail "no namespaces for $1: $(cat "$dir/log/$1.log")"
+    ip link add name "$bridge-$i" type veth peer name eth0 netns "$init"
+    ip link set "$bridge-$i" master "$bridge" up
+    nsenter -t "$init" -n ip addr add "$net.1$i/24" dev eth0
+    nsenter -t "$init" -n ip link set eth0 up
+}
+
+on_node() {  # on_node NODE COMMAND...
+    local init name=$1
+    shift
+    if [ "$(mode)" = plain ]; then "$@"; return; fi
+    init=$(init_of "$name") || fail "$name is not up"
+    nsenter -t "$init" --net --uts --mount --pid -- "$@"
+}
+
+start_node() {
+    mkdir -p "$dir/spool/$1"
+    if [ "$(mode)" = net ] && ! init_of "$1" >/dev/null; then raise_node "$1"; fi
+    on_node "$1" slurmd -N "$1" -f "$SLURM_CONF" </dev/null >"$dir/log/slurmd.$1.out" 2>&1 || fail "$(cat "$dir/log/slurmd.$1.out")"
+}
+
+kill_tree() {
+    local child
+    for child in $(pgrep -P "$1"); do kill_tree "$child"; done
+    kill -KILL "$1" 2>/dev/null || true
+}
+
+kill_node() {
+    local pid
+    if [ "$(mode)" = net ]; then
+        if pid=$(runs "$dir/run/$1.pid" unshare); then
+            kill -KILL "$pid"                                  # --kill-child: all in its namespace goes with it
+            for _ in $(seq 100); do runs "$dir/run/$1.pid" unshare >/dev/null || break; sleep 0.05; done
+        fi
+        ip link del "$bridge-$(number "$1")" 2>/dev/null || true
+    else
+        if pid=$(runs "$dir/run/slurmd.$1.pid" slurmd); then kill -KILL "$pid"; fi
+        for pid in $(pgrep -x slurmstepd || true); do          # steps of this node have its log open
+            if ls -l "/proc/$pid/fd" 2>/dev/null | grep -qF -- "-> $dir/log/slurmd.$1.log"; then kill_tree "$pid"; fi
+        done
+    fi
+    rm -rf "$dir/run/$1.pid" "$dir/run/slurmd.$1.pid" "${dir:?}/spool/$1"
+}
+
+start() {
+    local command chosen
+    for command in munged slurmctld slurmd sbatch srun ip nsenter pgrep ss; do
+        command -v $command >/dev/null || fail "no $command here; on Debian: apt-get install --no-install-recommends" \
+            "slurmctld slurmd slurm-client munge iproute2 util-linux procps"
+    done
+    if [ -e "$dir/slurm.conf" ]; then stop; fi
+    rm -rf "${dir:?}"/{run,log,state,spool,dev,profiles,munge.*,net,mode}
+    mkdir -p "$dir"/{run,log,state,spool,dev,profiles}
+    chosen=${CLUSTER_MODE:-$(if may_have_namespaces; then echo net; else echo plain; fi)}
+    configure "$chosen"
+    (umask 077; head -c 128 /dev/urandom >"$dir/munge.key")
+    trap 'code=$?; [ $code = 0 ] || stop; exit $code' EXIT
+    if [ "$chosen" = net ]; then
+        ip link del "$bridge" 2>/dev/null || true
+        ip link add name "$bridge" type bridge
+        ip addr add "$(cat "$dir/net").1/24" dev "$bridge"
+        ip link set "$bridge" up
+    fi
+    munged --force --socket="$dir/munge.socket" --key-file="$dir/munge.key" --log-file="$dir/log/munged.log" \
+        --pid-file="$dir/run/munged.pid" --seed-file="$dir/munge.seed" --num-threads=2 </dev/null >"$dir/log/munged.out" 2>&1 ||
+        fail "$(cat "$dir/log/munged.out")"
+    slurmctld -f "$SLURM_CONF" </dev/null >"$dir/log/slurmctld.out" 2>&1 || fail "$(cat "$dir/log/slurmctld.out")"
+    for node in $nodes; do start_node "$node"; done
+    for _ in $(seq 300); do
+        if [ "$(timeout 5 sinfo -h -N -t idle -o %N 2>/dev/null | sort -u | wc -l)" = 2 ]; then
+            echo "two nodes are idle ($chosen); now: . $dir/env.sh"
+            return
+        fi
+        sleep 0.1
+    done
+    tail -n 5 "$dir"/log/*.log >&2
+    fail "the nodes did not come up"
+}
+
+stop() {
+    if runs "$dir/run/slurmctld.pid" slurmctld >/dev/null; then
+        timeout 10 squeue -h -o %A 2>/dev/null | sort -u | xargs -r timeout 10 scancel --full >/dev/null 2>&1 || true
+        for _ in $(seq 80); do [ -n "$(timeout 5 squeue -h -t R,CG,PD -o %i 2>/dev/null)" ] || break; sleep 0.1; done
+    fi
+    for node in $nodes; do
+        [ "$(mode)" = net ] || end_process "$dir/run/slurmd.$node.pid" slurmd
+        kill_node "$node"
+    done
+    end_process "$dir/run/slurmctld.pid" slurmctld
+    end_process "$dir/run/munged.pid" munged
+    if [ "$(mode)" = net ]; then ip link del "$bridge" 2>/dev/null || true; fi
+}
+
+case $action in
+    start) start ;;
+    stop) stop ;;
+    status) timeout 10 sinfo -N -o '%N %t %c %G %E'; timeout 10 squeue ;;
+    kill-node) kill_node "$node" ;;
+    start-node) start_node "$node" ;;
+    on) shift 3; on_node "$node" "$@" ;;
+    *) fail "what is $action?" ;;
+esac

@@ -1,0 +1,278 @@
+"""Submission as far as it goes without a cluster: settings, scripts, refusals, states."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from cli import toolkit
+
+from toolkit.errors import UserError
+from toolkit.recipe import load_recipe, recipe_hash
+from toolkit.runs import Run
+from toolkit.slurm import script
+from toolkit.slurm.inside import take_run
+from toolkit.slurm.job import Job, QueueEntry, duration, state_of
+from toolkit.slurm.settings import find_profile, local_reason, read_profile, settle
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+QUICKSTART = str(REPOSITORY / "recipes" / "quickstart.toml")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("TOOLKIT_SLURM_PROFILES", raising=False)
+
+
+def profile(text: str, name: str = "lab") -> Path:
+    """A profile file in its place."""
+    path = Path("slurm/profiles") / f"{name}.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def submit(*arguments: str, status: int = 0) -> str:
+    """`toolkit submit quickstart ARGUMENTS`: the script, or what was said."""
+    outcome = toolkit("submit", QUICKSTART, *arguments)
+    assert outcome.status == status, outcome.stderr
+    assert not Path("runs").exists()
+    return outcome.stdout if status == 0 else outcome.stderr
+
+
+def test_template_is_current() -> None:
+    assert (REPOSITORY / "slurm" / "train.sbatch").read_text() == script.template()
+
+
+def test_scripts_are_bash() -> None:
+    many = submit("--seeds", "0,1", "--dry-run")
+    for text in (script.template(), submit("--dry-run"), many):
+        assert text.startswith("#!/bin/bash\n")
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        assert text.endswith(script.body())
+
+
+def test_example_profile_is_good() -> None:
+    assert read_profile(REPOSITORY / "slurm" / "profiles" / "example.toml").defaults.time == "4:00:00"
+
+
+def test_script_asks_for_what_was_said(tmp_path: Path) -> None:
+    profile('shared = ["/"]\n[defaults]\npartition = "gpu"\ntime = "1:00:00"\nsignal = "USR2"')
+    options = "--nodes 2 --gpus-per-node 4 --gpu-type a100 --cpus-per-task 16 --memory 64G --time 2-12 --profile lab"
+    text = submit(*options.split(), "--set", 'slurm.options=["--exclusive"]', "--dry-run")
+    lines = {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert lines >= {
+        "job-name=quickstart", "nodes=2", "ntasks-per-node=1", "gpus-per-node=a100:4", "cpus-per-task=16", "mem=64G",
+        "time=2-12", "partition=gpu", "requeue", "signal=B:USR2@120", "exclusive", "open-mode=append",
+        f"chdir={tmp_path}",
+    }  # fmt: skip
+    assert {"nodes=2", "gpus_per_node=4", "processes_per_node=4", "signal=USR2"} <= set(text.splitlines())
+
+
+def test_command_wins_over_recipe_over_profile() -> None:
+    profile('[defaults]\naccount = "profile"\nqos = "profile"\npartition = "profile"')
+    recipe = Path("mine.toml")
+    recipe.write_text(f'extends = "{QUICKSTART}"\n[slurm]\nprofile = "lab"\nqos = "recipe"\npartition = "recipe"\n')
+    table = settle(load_recipe(recipe, ['slurm.partition="command"'])).table
+    assert (table.account, table.qos, table.partition, table.nodes) == ("profile", "recipe", "command", 1)
+
+
+def test_slurm_table_is_no_part_of_the_experiment() -> None:
+    assert recipe_hash(load_recipe(QUICKSTART, ["slurm.nodes=3"])) == recipe_hash(load_recipe(QUICKSTART))
+
+
+@pytest.mark.parametrize("text", ["90", "4:00", "4:00:00", "2-12", "2-12:30", "2-12:30:15"])
+def test_time_limits(text: str) -> None:
+    assert f"#SBATCH --time={text}\n" in submit("--time", text, "--dry-run")
+
+
+@pytest.mark.parametrize("text", ["4h", "4 hours", "4:60:00", "-1", "1:2:3:4", "", "4:00:00\n#SBATCH --uid=0"])
+def test_bad_time_limits(text: str) -> None:
+    assert "slurm.time" in submit("--time", text, "--dry-run", status=2)
+
+
+def test_what_the_recipe_check_says_comes_first() -> None:
+    assert "did you mean epochs" in submit("--set", "train.epoch=3", "--nodes", "0", status=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodes", "0"], "slurm.nodes"),
+        (["--memory", "lots"], "slurm.memory"),
+        (["--partition", "gpu; rm -rf ~"], "slurm.partition"),
+        (["--account", "a\nb"], "slurm.account"),
+        (["--set", 'slurm.options=["--wrap=$(id)"]'], "slurm.options"),
+        (["--set", 'slurm.options=["rm"]'], "slurm.options"),
+        (["--set", "slurm.node=2"], "did you mean nodes"),
+        (["--gpus-per-node", "2", "--processes-per-node", "3"], "one process a GPU"),
+        (["--gpu-type", "a100"], "say how many"),
+        (["--processes-per-node", "3"], "batch_size"),
+        (["--seeds", "0,x"], "--seeds"),
+        (["--seeds", "0,0"], "same seed twice"),
+        (["--seeds", "0,1", "--name", "../up"], "--name"),
+        (["--profile", "lap"], "did you mean 'lab'"),
+    ],
+)
+def test_bad_input(arguments: list[str], words: str) -> None:
+    profile("")
+    assert words in submit(*arguments, "--dry-run", status=2)
+
+
+def test_no_slurm_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert "toolkit train" in submit(status=2)
+    assert "no SLURM" in submit("--seeds", "0,1", status=2)
+    assert "#SBATCH" in submit("--dry-run")
+
+
+def test_profile_faults_are_named() -> None:
+    path = profile('set_up = ["x"]\n[defaults]\npartitoin = "gpu"\ntime = "4h"')
+    with pytest.raises(UserError) as error:
+        read_profile(path)
+    text = str(error.value)
+    assert "did you mean setup" in text
+    assert "did you mean defaults.partition" in text
+    assert "defaults.time" in text
+    with pytest.raises(UserError, match=r"lab.toml.*line 1"):
+        read_profile(profile("not toml"))
+
+
+def test_secrets_do_not_get_into_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="looks like a secret"):
+        read_profile(profile('[variables]\nWANDB_API_KEY = "abc"'))
+    monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
+    assert "planted-secret" not in submit("--dry-run")
+
+
+def test_profile_reaches_the_script() -> None:
+    profile(
+        'setup = ["module load cuda"]\npython = "my python"\ncontainer = "apptainer exec x"\n[variables]\nA = "b c"'
+    )
+    lines = submit("--profile", "lab", "--dry-run").splitlines()
+    assert {"module load cuda", "python='my python'", "container='apptainer exec x'", "export A='b c'"} <= set(lines)
+
+
+def test_profiles_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "config" / "toolkit" / "slurm"
+    home.mkdir(parents=True)
+    (home / "home.toml").write_text("")
+    assert find_profile("home") == home / "home.toml"
+    monkeypatch.setenv("TOOLKIT_SLURM_PROFILES", str(tmp_path))
+    (tmp_path / "home.toml").write_text("")
+    assert find_profile("home") == tmp_path / "home.toml"
+
+
+def test_local_run_root_is_refused_for_several_nodes_only(tmp_path: Path) -> None:
+    profile(f'shared = ["{tmp_path}"]', "shared")
+    elsewhere = 'recipe.run_root="/tmp/nowhere"'
+    message = submit("--nodes", "2", "--set", elsewhere, "--dry-run", status=2)
+    assert "below /tmp" in message
+    assert "shared = [" in message
+    outcome = toolkit("submit", QUICKSTART, "--set", elsewhere, "--dry-run")
+    assert outcome.status == 0
+    assert "may not see it" in outcome.stderr
+    submit("--nodes", "2", "--profile", "shared", "--dry-run")
+
+
+def test_file_systems(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "d / ext4 rw 0 0\nd /home nfs4 rw 0 0\nd /home/my\\040disk xfs rw 0 0\n"
+        "d /fast tmpfs rw 0 0\nd /lustre lustre rw 0 0\n"
+    )
+    assert local_reason(Path("/home/me"), [], mounts) is None
+    assert local_reason(Path("/lustre/me"), [], mounts) is None
+    assert local_reason(Path("/home/my disk/x"), [], mounts) == (False, "is on a file system of this machine (xfs)")
+    assert local_reason(Path("/fast/x"), [], mounts) == (True, "is on a file system of this machine (tmpfs)")
+    assert local_reason(Path("/opt/x"), [], mounts) == (False, "is on a file system of this machine (ext4)")
+    assert local_reason(Path("/tmp/x"), [], mounts) == (True, "is below /tmp, which every machine has for itself")
+    assert local_reason(Path("/tmp/x"), ["/tmp"], mounts) is None
+
+
+def a_run(name: str = "20260102-030405-abcd", job: str | None = "7", array: Path | None = None) -> Run:
+    """A run directory as submission leaves it."""
+    path = Path("runs/quickstart") / name
+    (path / "slurm").mkdir(parents=True)
+    (path / "checkpoints").mkdir()
+    run = Run(path)
+    run.write_text("recipe.toml", Path(QUICKSTART).read_text())
+    if job is not None:
+        Job(run).write_record(job, array=array)
+    return run
+
+
+def entry(state: str, job: str = "7", reason: str = "None") -> dict[str, QueueEntry]:
+    """What squeue says."""
+    return {job: QueueEntry(job, state, reason, "3:59:00")}
+
+
+def test_states() -> None:
+    run = a_run()
+    job = Job(run)
+    pending = state_of(run, entry("PENDING", reason="Priority"))
+    assert (pending.state, pending.detail, pending.job, pending.requeued) == ("pending", "Priority", "7", 0)
+    (job.folder / "starts").write_text(f"7 0 {int(time.time()) - 100} node1\n")
+    run.metrics_file.write_text("".join(f'{{"epoch": {e}, "val/loss": 1.0}}\n' for e in (1, 2, 3, 4, 5)))
+    running = state_of(run, entry("RUNNING"))
+    assert (running.state, running.epoch, running.epochs) == ("running", 5, 20)
+    assert running.detail == "about 5 min to go, time limit in 3:59:00"  # 5 epochs in 100 s, 15 to go
+    job.leave_outcome(3, "stopped by the file stop")
+    assert state_of(run, entry("PENDING", reason="BeginTime")).requeued == 1
+    assert state_of(run, entry("FAILED")).state == "interrupted"
+    job.leave_outcome(1, "the loss is nan\nlook at optimizer.lr")
+    assert (state_of(run, {}).state, state_of(run, {}).detail) == ("failed", "look at optimizer.lr")
+    (job.folder / "cancelled").touch()
+    assert state_of(run, {}).state == "cancelled"
+    run.write_json("summary.json", {"best": {"test_accuracy": 0.5}})
+    assert (state_of(run, {}).state, state_of(run, {}).detail) == ("finished", "test accuracy 0.5000")
+
+
+def test_states_without_outcome() -> None:
+    run = a_run()
+    assert state_of(run, None).state == "unknown"
+    Job(run).log.write_text("something\nslurmstepd: error: out of memory\n\n")
+    failed = state_of(run, entry("OUT_OF_MEMORY"))
+    assert (failed.state, failed.detail) == ("failed", "OUT_OF_MEMORY: slurmstepd: error: out of memory")
+    assert state_of(run, entry("CANCELLED")).state == "cancelled"
+    local = a_run("20260102-030405-0000", job=None)
+    assert (state_of(local, None).state, state_of(local, None).detail) == ("failed", "no checkpoint")
+    lock = local.lock()
+    assert state_of(local, None).state == "running"
+    lock.release()
+
+
+def test_runs_of_an_array_are_taken_once() -> None:
+    folder = Path("runs/_arrays/a")
+    folder.mkdir(parents=True)
+    runs = [a_run(f"20260102-030405-000{index}", "30", folder) for index in range(3)]
+    Run(folder).write_json("runs.json", {"runs": [{"run": str(run.path)} for run in runs]})
+    runs[0].write_json("summary.json", {})
+    assert state_of(runs[1], {"30_0": entry("PENDING", "30_0", "Priority")["30_0"]}).state == "pending"
+    taken = [take_run(folder, "30", task) for task in ("0", "1", "2")]
+    assert taken == [runs[1], runs[2], None]
+    assert take_run(folder, "30", "1") == runs[2]  # requeued, the task gets its own again
+    assert state_of(runs[2], entry("RUNNING", "30_1")).state == "running"
+    assert take_run(folder, "31", "0") == runs[1]  # a later submission
+
+
+def test_status_logs_and_cancel_without_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    outcome = toolkit("status")
+    assert outcome.status == 2
+    assert "runs does not exist" in outcome.stderr
+    run = a_run(job=None)
+    run.log_file.write_text("epoch 1\n")
+    assert "no checkpoint" in toolkit("status").stdout
+    assert toolkit("logs", str(run.path)).stdout == "epoch 1\n"
+    outcome = toolkit("cancel", str(run.path))
+    assert outcome.status == 2
+    assert "not submitted" in outcome.stderr
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (5, 300, 7500)] == ["5 s", "5 min", "2 h 05 min"]

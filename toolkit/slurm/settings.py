@@ -1,0 +1,199 @@
+"""What a job asks for: options of the command win over the recipe's [slurm], which wins over the cluster's profile."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from toolkit.errors import UserError
+from toolkit.recipe.schema import Recipe, SlurmTable, Table
+
+DEFAULTS: dict[str, Any] = {
+    "nodes": 1,
+    "gpus_per_node": 0,
+    "max_restarts": 50,
+    "signal": "USR1",
+    "signal_before_s": 120,
+}
+"""Where neither command, recipe nor profile says anything."""
+
+SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+LOCAL_KINDS = ("tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "apfs", "zfs", "f2fs", "squashfs")
+"""File systems that belong to one machine, unless that machine exports them."""
+LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratch")
+"""Folders that every machine has for itself."""
+
+
+class Profile(Table):
+    """A cluster, as one TOML file says."""
+
+    description: str = ""
+    defaults: SlurmTable = SlurmTable()
+    """For what neither the command nor the recipe says."""
+    setup: list[str] = Field(default_factory=list)
+    """Lines of shell before training: modules, virtual environment."""
+    variables: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
+    """Exported before training; no secrets."""
+    python: Annotated[str | None, Field(min_length=1)] = None
+    """Python of the job. Default: the one that submits."""
+    container: Annotated[str, Field(pattern=r"^[^\n]*$")] = ""
+    """Put before python: apptainer exec --nv image.sif"""
+    scratch: Annotated[str | None, Field(pattern=r'^[^\n"`]+$')] = None
+    """Folder on each node for temporary files, $USER and $SLURM_JOB_ID allowed; becomes TMPDIR."""
+    shared: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Folders that all nodes see, though they look local."""
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Profile:
+        for name in self.variables:
+            if SECRET.search(name):
+                raise ValueError(
+                    f"variables.{name} looks like a secret, which must not stand in a script: export it in the shell "
+                    "that submits, or use netrc; jobs inherit both"
+                )
+        return self
+
+
+class Settings(Table):
+    """Everything that the script of a job is made of."""
+
+    table: SlurmTable
+    profile: Profile = Profile()
+    profile_name: str | None = None
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the job."""
+        return self.table.nodes or 1
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of each node."""
+        return self.table.gpus_per_node or 0
+
+    @property
+    def processes_per_node(self) -> int:
+        """Training processes on each node: one a GPU."""
+        return self.gpus or self.table.processes_per_node or 1
+
+    @property
+    def world(self) -> int:
+        """Training processes in all."""
+        return self.nodes * self.processes_per_node
+
+
+def settle(recipe: Recipe) -> Settings:
+    """The settings of a recipe whose [slurm] has the command's options in it already. Raises UserError."""
+    asked = recipe.slurm.model_dump(exclude_none=True) if recipe.slurm else {}
+    profile, name = Profile(), asked.get("profile")
+    if name is not None:
+        profile = read_profile(find_profile(name))
+    table = SlurmTable(**(DEFAULTS | profile.defaults.model_dump(exclude_none=True) | asked))
+    if table.gpus_per_node and table.processes_per_node not in (None, table.gpus_per_node):
+        raise UserError(
+            f"slurm.processes_per_node = {table.processes_per_node} with slurm.gpus_per_node = {table.gpus_per_node}: "
+            "a job with GPUs has one process a GPU; leave processes_per_node out"
+        )
+    if table.gpu_type and not table.gpus_per_node:
+        raise UserError(f"slurm.gpu_type = {table.gpu_type!r} without slurm.gpus_per_node: say how many GPUs")
+    return Settings(table=table, profile=profile, profile_name=name)
+
+
+def profile_folders() -> list[Path]:
+    """Where profiles are looked for, in this order."""
+    own = os.environ.get("TOOLKIT_SLURM_PROFILES")
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return [*([Path(own)] if own else []), Path("slurm/profiles"), home / "toolkit" / "slurm"]
+
+
+def find_profile(name: str) -> Path:
+    """The file of a profile. Raises UserError with the names that exist."""
+    folders = profile_folders()
+    for folder in folders:
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    known = sorted({file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.toml")})
+    near = difflib.get_close_matches(name, known, 1)
+    raise UserError(
+        f"no cluster profile {name!r}"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+        + f" Known: {', '.join(known) or 'none'}. Looked in {', '.join(map(str, folders))}; "
+        "slurm/profiles/example.toml is one to copy"
+    )
+
+
+def read_profile(path: Path) -> Profile:
+    """A profile file, checked. Raises UserError with everything that is wrong."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    try:
+        return Profile.model_validate(content)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {line}" for line in _faults(error))) from None
+
+
+def _faults(error: ValidationError) -> list[str]:
+    keys = [*Profile.model_fields, *(f"defaults.{key}" for key in SlurmTable.model_fields)]
+    lines = []
+    for fault in error.errors(include_url=False):
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, keys, 1)
+            lines.append(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+        else:
+            lines.append(f"{key}: {fault['msg']}" if key else fault["msg"].removeprefix("Value error, "))
+    return lines
+
+
+def check_places(settings: Settings, run_root: str, files: list[str]) -> list[str]:
+    """Warnings about folders that the nodes may not see. Raises UserError for several nodes and a local run root."""
+    root = Path(run_root).resolve()
+    why = local_reason(root, settings.profile.shared)
+    warnings = []
+    if why and settings.nodes > 1 and why[0]:
+        raise UserError(
+            f"recipe.run_root = {run_root!r}: {root} {why[1]}, and a job on {settings.nodes} nodes needs one folder "
+            "that all of them see. Name one on the shared file system; if this one is shared all the same, say so in "
+            f"the cluster's profile: shared = [{str(root)!r}]"
+        )
+    for name, place in (("recipe.run_root", root), *((f"recipe {file}", Path(file).resolve()) for file in files)):
+        found = local_reason(place, settings.profile.shared)
+        if found:
+            warnings.append(f"{name}: {place} {found[1]}; the nodes may not see it")
+    return warnings
+
+
+def local_reason(place: Path, shared: list[str], mounts: Path = Path("/proc/self/mounts")) -> tuple[bool, str] | None:
+    """Why ``place`` seems to be on one machine only, and whether that is sure; None where it is shared."""
+    if any(place.is_relative_to(Path(folder).resolve()) for folder in shared):
+        return None
+    own = os.environ.get("TMPDIR")
+    for folder in (*LOCAL_FOLDERS, *([own] if own else [])):
+        if place.is_relative_to(Path(folder).resolve()):
+            return True, f"is below {folder}, which every machine has for itself"
+    kind = file_system(place, mounts)
+    if kind in LOCAL_KINDS:
+        return kind in ("tmpfs", "ramfs"), f"is on a file system of this machine ({kind})"
+    return None
+
+
+def file_system(place: Path, mounts: Path) -> str:
+    """Kind of the file system that holds ``place``; empty where it is unknown."""
+    try:
+        lines = [line.split(" ")[1:3] for line in mounts.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return ""
+    found = [(len(point), kind) for point, kind in lines if place.is_relative_to(_unescaped(point))]
+    return max(found)[1] if found else ""
+
+
+def _unescaped(mount_point: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount_point)

@@ -1,0 +1,110 @@
+"""What every training process of a job runs: `python -m toolkit.slurm.task RUN`, under the launcher.
+
+It trains into a run directory that was made at submission, or goes on there, and leaves exit status and message in the
+directory, because launchers replace the status by one of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import typer
+
+from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
+from toolkit.runs import Run, open_run
+from toolkit.slurm.job import Job
+from toolkit.train import end, is_first_process, report_errors, show_outcome
+
+LOCK_WAIT_S = 180
+"""A job whose node failed may start again while its old processes are still ending elsewhere."""
+
+
+def work(run: Run) -> int:
+    """Train or go on, and note the outcome."""
+    try:
+        if is_first_process():
+            wait_for_lock(run, LOCK_WAIT_S)
+            _note_epochs(run)
+        recipe = run.recipe
+        # torch is imported here, after the recipe was found good.
+        from toolkit.engine import fit
+
+        check_gpus()
+        fit.fit(recipe, resume=run.path)
+    except (UserError, RunFailed, Interrupted) as error:
+        note(run, error.exit_status, str(error))
+        raise
+    except BaseException as error:
+        note(run, EXIT_FAILURE, f"{type(error).__name__}: {error}")
+        raise
+    note(run, EXIT_OK, "")
+    if is_first_process():
+        show_outcome(run, as_json=False)
+    return EXIT_OK
+
+
+def note(run: Run, status: int, message: str) -> None:
+    """Leave the outcome: the first process's, or what made another one fail before it."""
+    job = Job(run)
+    if is_first_process() or (status not in (EXIT_OK, Interrupted.exit_status) and job.outcome is None):
+        job.leave_outcome(status, message)
+
+
+def wait_for_lock(run: Run, seconds: float) -> None:
+    """Wait until nobody trains in the run directory any more. Raises UserError after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            run.lock().release()
+            return
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(2)
+
+
+def check_gpus() -> None:
+    """Hold the GPUs that PyTorch sees against those that were asked for. Raises UserError.
+
+    TOOLKIT_PRETENDED_GPUS is set on the local cluster, whose GPUs are names only.
+    """
+    import torch
+
+    asked = int(os.environ.get("TOOLKIT_GPUS", "0"))
+    seen = torch.cuda.device_count()
+    if asked and seen != asked and not os.environ.get("TOOLKIT_PRETENDED_GPUS"):
+        raise UserError(
+            f"SLURM granted {asked} GPU(s) on {os.uname().nodename}, PyTorch {torch.__version__} sees {seen}: the "
+            "driver, or the kind of PyTorch, does not fit; `toolkit doctor` on that node says more"
+        )
+
+
+def _note_epochs(run: Run) -> None:
+    """Epochs done before this start, for the estimate of the time to go."""
+    job = Job(run)
+    run.write_text(f"slurm/epochs-{max(1, len(job.starts))}", f"{len(run.epochs())}\n")
+
+
+def train_run(run: str) -> None:
+    """Train into the run directory RUN, or go on there."""
+    opened = open_run(run)
+    status = report_errors(lambda: work(opened), debug=False)
+    if status == Interrupted.exit_status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The outcome is noted; to the launcher any other status is a failure, with a page of stack traces.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_OK)
+    end(status)
+
+
+def main() -> None:
+    """Entry of `python -m toolkit.slurm.task RUN`."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(train_run)
+    app()
+
+
+if __name__ == "__main__":
+    main()
