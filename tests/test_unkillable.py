@@ -18,6 +18,7 @@ from trainers import EMA, FROZEN, GRADUAL, MUCH, Trainers, after_seconds, at_cal
 
 import toolkit.engine.checkpoint
 import toolkit.engine.evaluate
+import toolkit.engine.finish
 from toolkit.engine.loop import Trainer
 from toolkit.runs import Run
 
@@ -45,7 +46,7 @@ def kill_at(kind: str, moment: float, rank: int) -> None:
 
             toolkit.engine.checkpoint.write_atomically = write_half  # type: ignore[assignment]
         case "time":
-            after_seconds(0.2 + moment * 1.5, kill_self)
+            at_call(Trainer, "train_epoch", 1, lambda: after_seconds(0.05 + moment * 0.25, kill_self))
 
 
 def outcome(run: Run) -> dict[str, Any]:
@@ -78,11 +79,19 @@ def survive(folder: Path, world: int, text: str, kills: int, seed: int, *setting
         trainers.signal(signal.SIGKILL)  # as when a machine goes down
         statuses = trainers.wait()
         assert statuses[victim] == -signal.SIGKILL, trainers.text()
+        if kind != "file":  # some files are written before training, at each resumption
+            assert "run directory" in trainers.text(), "killed before training began"
         killed += 1
+        print(f"{world} process(es): kill {killed}, {kind}, after: {trainers.text().strip().splitlines()[-1]}")
     trainers = Trainers(world, folder, recipe, "--resume", "auto", *settings)
     assert trainers.wait() == [0] * world, trainers.text()
     assert "going on after epoch" in trainers.text()
     return outcome(only_run(folder))
+
+
+def epochs(kills: int) -> tuple[str, str]:
+    """Enough of them that no sitting gets to the end before it is killed."""
+    return "--set", f"train.epochs={4 + 2 * kills}"
 
 
 def _prepare(kind: str, moment: float, victim: int, rank: int) -> None:
@@ -92,20 +101,39 @@ def _prepare(kind: str, moment: float, victim: int, rank: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_killed_again_and_again_comes_out_the_same(tmp_path: Path, world: int) -> None:
-    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA)
-    assert survive(tmp_path / "killed", world, MUCH, 5, world, *EMA) == plain
+    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA, *epochs(5))
+    assert survive(tmp_path / "killed", world, MUCH, 5, world, *EMA, *epochs(5)) == plain
 
 
 @pytest.mark.parametrize("text", [FROZEN, GRADUAL], ids=["frozen features", "gradual"])
 def test_other_ways_of_training_come_out_the_same(tmp_path: Path, text: str) -> None:
-    settings = ("--set", "train.ema=0.9")
+    settings = ("--set", "train.ema=0.9", *epochs(3))
     plain = undisturbed(tmp_path / "plain", 1, text, *settings)
     assert bool(plain["summary"]["shortcuts"]) == (text is FROZEN)
     assert survive(tmp_path / "killed", 1, text, 3, 5, *settings) == plain
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_at_the_very_end_comes_out_the_same(tmp_path: Path, world: int) -> None:
+    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA)
+    recipe = write_recipe(tmp_path / "killed", MUCH)
+    for owner, name in ((toolkit.engine.finish, "publish_best"), (Run, "write_predictions")):
+        prepare = functools.partial(_kill_after, owner, name)
+        trainers = Trainers(world, tmp_path / "killed", recipe, "--resume", "auto", *EMA, prepare=prepare)
+        trainers.wait_until_first_ends()
+        trainers.signal(signal.SIGKILL)
+        assert trainers.wait()[0] == -signal.SIGKILL, trainers.text()
+    trainers = Trainers(world, tmp_path / "killed", recipe, "--resume", "auto", *EMA)
+    assert trainers.wait() == [0] * world, trainers.text()
+    assert outcome(only_run(tmp_path / "killed")) == plain
+
+
+def _kill_after(owner: Any, name: str, rank: int) -> None:
+    at_call(owner, name, 1, kill_self, after=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_killed_twenty_times_comes_out_the_same(tmp_path: Path, world: int) -> None:
-    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA)
-    assert survive(tmp_path / "killed", world, MUCH, 20, 7 + world, *EMA) == plain
+    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA, *epochs(20))
+    assert survive(tmp_path / "killed", world, MUCH, 20, 7 + world, *EMA, *epochs(20)) == plain

@@ -151,7 +151,8 @@ def tell_launcher(message: str) -> None:
     """Leave the message where torchrun and accelerate launch look for it, to show it at their end."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
+        # They show the call stack alone, which the message holds where it is of use.
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
