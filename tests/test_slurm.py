@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -216,7 +217,9 @@ def test_states() -> None:
     job = Job(run)
     pending = state_of(run, entry("PENDING", reason="Priority"))
     assert (pending.state, pending.detail, pending.job, pending.requeued) == ("pending", "Priority", "7", 0)
-    (job.folder / "starts").write_text(f"7 0 {int(time.time()) - 100} node1\n")
+    (job.folder / "starts").write_text(f"7 0 {int(time.time()) - 130} node1\n")
+    run.write_json("environment.json", {})
+    os.utime(run.path / "environment.json", (time.time() - 100,) * 2)
     run.metrics_file.write_text("".join(f'{{"epoch": {e}, "val/loss": 1.0}}\n' for e in (1, 2, 3, 4, 5)))
     running = state_of(run, entry("RUNNING"))
     assert (running.state, running.epoch, running.epochs) == ("running", 5, 20)

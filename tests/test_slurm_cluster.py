@@ -402,10 +402,11 @@ def test_gpus_and_cpus_follow_the_grant(place: Path) -> None:
     answer = subprocess.run(["sbatch", "--wait", "--nodes=2", str(other)], capture_output=True, text=True)
     assert answer.returncode == 2
     assert "asked for 1 node(s), SLURM gave 2" in log.read_text()
-    subprocess.run(["sbatch", "--wait", str(other)], check=True)
+    surroundings = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run(["sbatch", "--wait", str(other)], check=True, env=surroundings)
     granted = dict(line.split("=", 1) for line in log.read_text().splitlines() if re.match(r"[A-Z_]+=", line))
     assert granted["TOOLKIT_GPUS"] == granted["SLURM_GPUS_ON_NODE"] == "1"
-    assert granted["SLURM_CPUS_PER_TASK"] == "3"
+    assert granted["SLURM_CPUS_PER_TASK"] == granted["OMP_NUM_THREADS"] == "3"
     wait_for(run, "finished")
 
 

@@ -30,6 +30,11 @@ SLURM_WORD = r"^[\w.,@+-]+$"
 SLURM_TIME = r"^(\d+|\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+(:[0-5]?\d(:[0-5]?\d)?)?)$"
 """Time limits as sbatch reads them: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
 
+SLURM_FEATURES = r"^[\w.,:&|*()\[\]@+-]+$"
+SLURM_MEMORY = r"^\d+[KMGT]?$"
+SLURM_OPTION = r"^--[a-z][a-z-]*(=[\w.,:/@%+=&|*()\[\]-]+)?$"
+"""What can stand in a #SBATCH line as it is, without quotation marks or spaces."""
+
 METRICS = (
     "train/loss",
     "train/accuracy",
@@ -576,15 +581,13 @@ class SlurmTable(Table):
     account: Annotated[str | None, Field(pattern=SLURM_WORD), describe("Account that is charged.")] = None
     qos: Annotated[str | None, Field(pattern=SLURM_WORD), describe("Quality of service.")] = None
     constraint: Annotated[
-        str | None, Field(pattern=r"^[\w.,:&|*()\[\]@+-]+$"), describe("Features that the nodes must have: a100|h100.")
+        str | None, Field(pattern=SLURM_FEATURES), describe("Features that the nodes must have: a100|h100.")
     ] = None
     nodes: Annotated[int | None, Field(ge=1, le=10_000), describe("Nodes. Default: 1.")] = None
     gpus_per_node: Annotated[
         int | None, Field(ge=0, le=64), describe("GPUs of each node, one training process each. Default: 0.")
     ] = None
-    gpu_type: Annotated[str | None, Field(pattern=r"^[\w.-]+$"), describe("Kind of GPU, as the cluster calls it.")] = (
-        None
-    )
+    gpu_type: Annotated[str | None, Field(pattern=SLURM_WORD), describe("Kind of GPU, as the cluster calls it.")] = None
     processes_per_node: Annotated[
         int | None,
         Field(ge=1, le=256),
@@ -596,7 +599,7 @@ class SlurmTable(Table):
         describe("CPUs of each node (there is one task a node), shared by its processes. Default: the cluster's."),
     ] = None
     memory: Annotated[
-        str | None, Field(pattern=r"^\d+[KMGT]?$"), describe("Memory of each node: 64G; plain numbers are megabytes.")
+        str | None, Field(pattern=SLURM_MEMORY), describe("Memory of each node: 64G; plain numbers are megabytes.")
     ] = None
     time: Annotated[
         str | None,
@@ -616,7 +619,7 @@ class SlurmTable(Table):
         describe("How long before the time limit it is sent. Default: 120.", unit="seconds"),
     ] = None
     options: Annotated[
-        list[Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[\w.,:/@%+=&|*()\[\]-]+)?$")]] | None,
+        list[Annotated[str, Field(pattern=SLURM_OPTION)]] | None,
         describe('Further options of sbatch, such as ["--exclusive", "--reservation=course"].'),
     ] = None
 

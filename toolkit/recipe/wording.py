@@ -10,11 +10,30 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from toolkit.recipe.schema import NAME_PATTERN
+from toolkit.recipe.schema import (
+    NAME_PATTERN,
+    SLURM_FEATURES,
+    SLURM_MEMORY,
+    SLURM_OPTION,
+    SLURM_TIME,
+    SLURM_WORD,
+)
 from toolkit.recipe.writing import toml_value
 
 SHOWN = 60
 """Longer values are cut in messages, in characters."""
+
+
+PATTERNS = {
+    NAME_PATTERN: "text that begins with a letter or digit and goes on with letters, digits and _+=,@-, "
+    "single spaces and dots between them, 100 characters at most",
+    SLURM_WORD: "text of letters, digits and _.,@+-",
+    SLURM_FEATURES: "text of letters, digits and _.,:&|*()[]@+-",
+    SLURM_MEMORY: "a size such as 64G (K, M, G or T; alone, megabytes)",
+    SLURM_TIME: "a time such as 90 (minutes), 4:00:00 or 2-12:00:00 (days-hours)",
+    SLURM_OPTION: "an option of sbatch such as --exclusive or --mail-type=FAIL, without spaces or quotation marks",
+}
+"""What texts of a pattern look like."""
 
 
 def described(annotation: Any, constraints: tuple[Any, ...] = ()) -> str:
@@ -72,11 +91,9 @@ def _either(words: list[str]) -> str:
 
 
 def _text(constraints: tuple[Any, ...]) -> str:
-    if any(getattr(item, "pattern", None) == NAME_PATTERN for item in constraints):
-        return (
-            "text that begins with a letter or digit and goes on with letters, digits and _+=,@-, "
-            "single spaces and dots between them, 100 characters at most"
-        )
+    for item in constraints:
+        if getattr(item, "pattern", None) in PATTERNS:
+            return PATTERNS[item.pattern]
     return "text, not empty" if _bound(constraints, MinLen, "min_length") else "text"
 
 

@@ -260,7 +260,9 @@ def is_locked(run: Run) -> bool:
 def _progress(run: Run, starts: list[Start], entry: QueueEntry | None) -> str:
     """How long the training will take at the last start's pace, and how long SLURM allows."""
     said = []
-    begun = starts[-1].time if starts else None
+    # environment.json is written when training begins, after all imports.
+    environment = run.path / "environment.json"
+    begun = max(starts[-1].time, environment.stat().st_mtime) if starts and environment.exists() else None
     done, total = len(run.epochs()), run.recipe.train.epochs
     if begun is not None and done and run.metrics_file.stat().st_mtime > begun:
         at_start = _epochs_at(run, len(starts))

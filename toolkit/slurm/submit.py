@@ -227,7 +227,7 @@ def _refusal(stderr: str) -> str:
     words = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in stderr.splitlines()]
     said = "; ".join(line for line in words if line) or "no reason given"
     keys = next((keys for word, keys in OPTIONS.items() if word in said.lower()), None)
-    return f"sbatch refused the job: {said}" + (f"\nlook at {keys}" if keys else "") + "\nnothing was left behind"
+    return f"sbatch refused the job: {said}" + (f"\nlook at {keys}" if keys else "") + "\nnothing was submitted"
 
 
 def cancel(run: Run) -> str:
