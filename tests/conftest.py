@@ -14,6 +14,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Autograd makes its threads at the first backward pass, one for each kind of device it then sees. After a test with
+# fake GPUs it would see some, and no process could be forked any more; now it sees none.
+torch.zeros(1, requires_grad=True).sum().backward()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"

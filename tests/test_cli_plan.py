@@ -105,7 +105,8 @@ def test_a_batch_that_does_not_divide_is_bad_input() -> None:
     assert "the nearest are 63 or 66" in outcome.stderr
 
 
-def test_text_has_the_figures_and_says_how_they_were_found() -> None:
+def test_text_has_the_figures_and_says_how_they_were_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # no runs here to estimate from
     text = toolkit("plan", str(QUICKSTART)).stdout
     assert "1,294 train, 144 validation, 359 test" in text
     assert "98,250, of which 98,250 train" in text
