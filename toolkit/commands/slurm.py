@@ -46,7 +46,9 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Show the log and stay until the job has ended.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Check recipes, then train them on a SLURM cluster: one recipe as a job, several (or several seeds) as an array.
+    """Train recipes on a SLURM cluster.
+
+    One recipe is a job, several (or several seeds) are an array.
 
     Example: toolkit submit recipes/resnet50_caltech.toml --nodes 2 --gpus-per-node 4 --time 4:00:00 --profile lab
 
@@ -261,7 +263,7 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job has ended.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Print what a run's job has printed, all its starts one after the other.
+    """Print what a run's job has printed.
 
     Example: toolkit logs -f runs/quickstart/20260102-030405-abcd
     """
@@ -293,9 +295,9 @@ def _has_ended(path: Path) -> bool:
 
 
 def cancel(runs: Annotated[list[Path], typer.Argument(metavar="RUN...")], debug: Debug = False) -> None:
-    """Cancel the jobs of runs; they are not requeued. What is trained so far stays.
+    """Cancel the jobs of runs.
 
-    `toolkit train --resume RUN` goes on.
+    They are not requeued. What is trained so far stays: `toolkit train --resume RUN` goes on.
 
     Example: toolkit cancel runs/quickstart/20260102-030405-abcd
     """
