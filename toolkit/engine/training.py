@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,9 +31,7 @@ from toolkit.recipe import recipe_hash
 from toolkit.runs import Run
 from toolkit.tracking import Tracking
 
-ADVICE = (
-    "the last good checkpoint is kept. Try a smaller optimizer.lr, train.clip_norm, or scheduler.warmup_epochs"
-)
+ADVICE = "the last good checkpoint is kept. Try a smaller optimizer.lr, train.clip_norm, or scheduler.warmup_epochs"
 
 
 class Training:
@@ -323,7 +322,7 @@ class Training:
         scaler = self.accelerator.scaler
         content = {
             "recipe_hash": recipe_hash(self.recipe),
-            "batches": self._batches(),
+            "batches": self._batches,
             "optimizer_name": self.recipe.optimizer.name,
             "best_epoch": self.position.best["epoch"] if self.position.best else None,
             "position": asdict(self.position),
@@ -339,6 +338,7 @@ class Training:
         }
         self.journal.save((self.position.epoch, self.position.step), content)
 
+    @functools.cached_property
     def _batches(self) -> list[str | int | bool]:
         """What the order of an epoch depends on: a step counts from its beginning only where all of this is equal."""
         setup, train = self.setup, self.recipe.train
@@ -358,7 +358,7 @@ class Training:
             reason = " ".join(str(error).split())
             raise UserError(f"the checkpoint's model is not that of the recipe: {reason:.300}") from None
         self.position = Position(**checkpoint["position"])
-        if self.position.step and checkpoint["batches"] != self._batches():
+        if self.position.step and checkpoint["batches"] != self._batches:
             self.position.step, self.position.sums = 0, []
             self.display.say(f"the batches have changed: epoch {self.position.epoch + 1} begins anew")
 
