@@ -195,6 +195,16 @@ def wait_for_epoch(run: Run, epoch: int) -> None:
     wait_until(lambda: len(run.epochs()) >= epoch, lambda: Job(run).log.read_text())
 
 
+def sbatch(*arguments: str, **environment: str) -> tuple[str, int]:
+    """`sbatch ARGUMENTS` to the job's end: its id and exit status. (sbatch --wait looks every half minute only.)"""
+    surroundings = {name: value for name, value in (os.environ | environment).items() if value}
+    command = ["sbatch", "--parsable", *arguments]
+    job = subprocess.run(command, capture_output=True, text=True, check=True, env=surroundings).stdout.strip()
+    wait_for_end(job)
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+    return job, int(re.search(r" ExitCode=(\d+):", shown)[1])  # type: ignore[index]
+
+
 def local_run(recipe: str) -> Run:
     """The same recipe trained in this process, undisturbed."""
     outcome = toolkit("train", recipe, "--set", 'recipe.run_root="alone"')
@@ -395,15 +405,12 @@ def test_gpus_and_cpus_follow_the_grant(place: Path) -> None:
     for name in ("starts", "outcome", "log.txt"):
         (place / "other" / "slurm" / name).unlink(missing_ok=True)
     log = place / "other" / "slurm" / "log.txt"
-    answer = subprocess.run(["sbatch", "--wait", "--gpus-per-node=2", str(other)], capture_output=True, text=True)
-    assert answer.returncode == 2, answer.stderr
+    assert sbatch("--gpus-per-node=2", str(other))[1] == 2
     assert "asked for 1 GPU(s) on each node, SLURM gave 2" in log.read_text()
     assert Job(Run(place / "other")).outcome == (2, log.read_text().split("\n")[1])
-    answer = subprocess.run(["sbatch", "--wait", "--nodes=2", str(other)], capture_output=True, text=True)
-    assert answer.returncode == 2
+    assert sbatch("--nodes=2", str(other))[1] == 2
     assert "asked for 1 node(s), SLURM gave 2" in log.read_text()
-    surroundings = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    subprocess.run(["sbatch", "--wait", str(other)], check=True, env=surroundings)
+    assert sbatch(str(other), OMP_NUM_THREADS="")[1] == 0
     granted = dict(line.split("=", 1) for line in log.read_text().splitlines() if re.match(r"[A-Z_]+=", line))
     assert granted["TOOLKIT_GPUS"] == granted["SLURM_GPUS_ON_NODE"] == "1"
     assert granted["SLURM_CPUS_PER_TASK"] == granted["OMP_NUM_THREADS"] == "3"
@@ -443,20 +450,9 @@ def test_names_and_folders_with_spaces_and_metacharacters(place: Path, monkeypat
 
 def test_by_hand(place: Path) -> None:
     recipe = write("by-hand", epochs=1)
-    python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = [
-        "sbatch",
-        "--wait",
-        "--parsable",
-        "--cpus-per-task=1",
-        str(REPOSITORY / "slurm" / "train.sbatch"),
-        recipe,
-    ]
-    answer = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PATH": python}, timeout=DEADLINE_S
-    )
-    job = answer.stdout.strip()
-    assert answer.returncode == 0, Path(f"slurm-{job}.txt").read_text()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job, status = sbatch("--cpus-per-task=1", f"{REPOSITORY}/slurm/train.sbatch", recipe, PATH=path)
+    assert status == 0, Path(f"slurm-{job}.txt").read_text()
     run = submitted("by-hand")
     assert state_of(run, queue()).state == "finished"
     assert state_of(run, queue()).job == job

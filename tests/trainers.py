@@ -187,9 +187,7 @@ class Trainers:
         return self.shown.read_text()
 
 
-def _trainer(
-    rank: int, world: int, port: int, shown: Path, arguments: list[str], prepare: Prepare | None
-) -> None:
+def _trainer(rank: int, world: int, port: int, shown: Path, arguments: list[str], prepare: Prepare | None) -> None:
     descriptor = os.open(shown, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
