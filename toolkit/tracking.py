@@ -20,7 +20,8 @@ from toolkit.recipe.schema import Recipe
 
 CONNECT_SECONDS = 3
 INIT_SECONDS = 15
-FINISH_SECONDS = 30
+FINISH_SECONDS = 7
+"""A run asked to stop must be gone within 10 s. What the server has not taken by then stays on disk for `wandb sync`."""
 
 
 class Tracking:
