@@ -24,12 +24,15 @@ LIMIT_S = 10
 
 
 def mark(path: Path) -> None:
+    """Touch a file and stay until it is taken away: so the request arrives here, where the test wants it."""
     path.touch()
-    time.sleep(0.5)  # so that the signal arrives here, where the test wants it
+    deadline = time.monotonic() + 30
+    while path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def mark_at(place: str, count: int, path: Path, rank: int) -> None:
-    """Have a process touch a file when it comes to a place, and stay there for a moment."""
+    """Have a process touch a file when it comes to a place, and stay there until it is gone."""
     owner, name = {
         "step": (Trainer, "_update"),
         "evaluation": (toolkit.engine.evaluate, "outcomes"),
@@ -50,6 +53,7 @@ def stopped(
     trainers = Trainers(world, folder, recipe, "--resume", "auto", *settings, prepare=prepare)
     trainers.wait_until(there.exists)
     request(trainers)
+    there.unlink()
     began = time.monotonic()
     assert trainers.wait(30) == [3] * world, trainers.text()
     assert time.monotonic() - began < LIMIT_S

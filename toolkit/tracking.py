@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from toolkit.recipe.schema import Recipe
 
 CONNECT_SECONDS = 3
 INIT_SECONDS = 15
+OFFLINE_ATTEMPTS, OFFLINE_PAUSE_S = 5, 3.0
 FINISH_SECONDS = 7
-"""A run asked to stop must be gone within 10 s. What the server has not taken by then stays on disk for `wandb sync`."""
+"""A run asked to stop must be gone within 10 s. What the server has not taken stays on disk for `wandb sync`."""
 
 
 class Tracking:
@@ -54,13 +56,22 @@ class Tracking:
                 return
             self.say(f"W&B did not answer ({_first_line(error)}); logging offline instead")
             self.wandb_mode = settings["mode"] = "offline"
-            try:
-                import wandb
+            self._init_offline(recipe, settings, config, folder)
 
-                wandb.teardown()  # the client that waits for the server still holds the run's id
+    def _init_offline(self, recipe: Recipe, settings: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+        """After a server that takes no notice: the client that still waits for it holds the run's id for a while."""
+        import wandb
+
+        for attempt in range(OFFLINE_ATTEMPTS):
+            try:
+                wandb.teardown()
                 self._init(recipe, settings, config, folder)
-            except Exception as second:
-                self._fail(second)
+                return
+            except Exception as error:
+                if attempt == OFFLINE_ATTEMPTS - 1:
+                    self._fail(error)
+                else:
+                    time.sleep(OFFLINE_PAUSE_S)
 
     def _init(self, recipe: Recipe, wandb: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
         # Accelerate gives all trackers one project name, which TensorBoard takes for a folder.
