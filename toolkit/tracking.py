@@ -6,10 +6,13 @@ is one warning, and training goes on.
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
-import socket
+import ssl
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from toolkit.recipe.schema import Recipe
 
 CONNECT_SECONDS = 3
 INIT_SECONDS = 15
-OFFLINE_ATTEMPTS, OFFLINE_PAUSE_S = 5, 3.0
+OFFLINE_ATTEMPTS, OFFLINE_PAUSE_S = 10, 3.0
 FINISH_SECONDS = 7
 """A run asked to stop must be gone within 10 s. What the server has not taken stays on disk for `wandb sync`."""
 
@@ -166,14 +169,28 @@ def wandb_mode(wanted: str) -> tuple[str, str]:
     if not known:
         return "offline", "there is no W&B login"
     server = urlparse(wandb.setup().settings.base_url)
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return "online", ""
+    unheard = _unheard(server.geturl())
+    return ("offline", f"its server {server.hostname} {unheard}") if unheard else ("online", "")
+
+
+def _unheard(url: str) -> str:
+    """Why a server is as good as absent: no connection, or no answer in time. Empty where it said anything at all.
+
+    W&B's client would wait for such a server and hold the run's id meanwhile.
+    """
     try:
-        port = server.port or (443 if server.scheme == "https" else 80)
-        socket.create_connection((server.hostname or "", port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        return "offline", f"its server {server.hostname} cannot be reached ({error})"
-    return "online", ""
+        with urllib.request.urlopen(url, timeout=CONNECT_SECONDS):
+            return ""
+    except urllib.error.HTTPError:
+        return ""
+    except TimeoutError:
+        return f"did not answer within {CONNECT_SECONDS} s"
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLError):
+            return ""  # the client has certificates of its own
+        return f"cannot be reached ({error.reason})"
+    except (OSError, http.client.HTTPException) as error:
+        return f"cannot be reached ({error})"
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ image, with a mix of (seed, epoch, draw). The number of workers, and which one d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -29,6 +30,10 @@ from toolkit.errors import RunFailed, UserError
 MAX_WORKERS = 16
 SMALL_BYTES = 8 * 2**20
 """Arrays up to this size (digits: 0.1 MB) are prepared faster than a worker process is asked for them."""
+
+_LEFT_TO_TRAINER = {
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+}
 
 _EVALUATION = -1
 """Stands for the epoch where there is none: evaluation is the same every time."""
@@ -151,7 +156,9 @@ class _WorkerPool:
         if self._loader is None:
             raise RuntimeError("the loader is closed")
         self._requests.current = requests
-        for answer in self._loader:
+        with _signals_held():
+            iterator = iter(self._loader)  # starts the worker processes, the first time
+        for answer in iterator:
             if isinstance(answer, _Failure):
                 self.close()
                 raise answer.error
@@ -164,9 +171,11 @@ class _WorkerPool:
         in any order, and then waits 5 seconds for each worker in turn.
         """
         iterator = None if self._loader is None else self._loader._iterator
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
         self._loader = None
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            # PyTorch raises in here for a worker that a signal killed; it was to end anyway.
+            with contextlib.suppress(RuntimeError):
+                iterator._shutdown_workers()
 
 
 class TrainLoader:
@@ -316,16 +325,29 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Keep signals waiting while worker processes start, which do not yet leave them to the trainer."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker: int) -> None:
     """Leave signals to the training process, which decides when to stop and still needs batches until then.
 
     A scheduler or a terminal signals the whole process group. Only SIGTERM from the training process itself counts:
     it is how Python ends its children. Workers whose parent has died end by themselves (PyTorch's watchdog).
     """
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _LEFT_TO_TRAINER - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()
 
 
