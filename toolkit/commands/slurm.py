@@ -118,7 +118,7 @@ def _seeds(text: str | None) -> list[int] | None:
 def _checked_name(name: str | None) -> str | None:
     import re
 
-    from toolkit.recipe.schema import NAME_LENGTH, NAME_PATTERN
+    from toolkit.recipe.table import NAME_LENGTH, NAME_PATTERN
 
     if name is not None and (not re.match(NAME_PATTERN, name) or len(name) > NAME_LENGTH or "\n" in name):
         raise UserError(f"--name {name!r}: give letters, digits and _+=,@- ; it becomes a folder")

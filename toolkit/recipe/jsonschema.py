@@ -15,7 +15,8 @@ from typing import Any
 
 from toolkit.recipe import catalog
 from toolkit.recipe.names import FIGURES, OWN_MODEL_KEYS
-from toolkit.recipe.schema import NAME_PATTERN, Recipe
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.table import NAME_PATTERN
 
 FILE = Path(__file__).parent / "recipe.schema.json"
 

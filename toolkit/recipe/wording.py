@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from toolkit.recipe.schema import (
+from toolkit.recipe.table import (
     NAME_PATTERN,
     SLURM_FEATURES,
     SLURM_MEMORY,

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from toolkit.errors import UserError
-from toolkit.recipe.schema import Recipe, SlurmTable, Table
+from toolkit.recipe.schema import Recipe, SlurmTable
+from toolkit.recipe.table import Table
 
 DEFAULTS: dict[str, Any] = {
     "nodes": 1,
