@@ -1,7 +1,8 @@
-"""What a run ran on, for environment.json. No environment variables and no user name: nothing secret."""
+"""What a run ran on, for environment.json. No user name and, but for SLURM's job id, no environment variable."""
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -20,7 +21,7 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "pil
 
 
 def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Versions, devices, number of processes, command and git state."""
+    """Versions, devices, number of processes, command, git state, job."""
     device = accelerator.device
     return {
         "toolkit": toolkit.__version__,
@@ -35,6 +36,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         "precision": accelerator.mixed_precision,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git": _git_state(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -1,4 +1,4 @@
-"""The end of a run: the written weights are proven, the test set is touched once, the summary is written."""
+"""The end of a run: the written weights are proven, the test set is touched once, the summary is written last."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = {"no": 1e-4, "bf16": 2e-2, "fp16": 1e-2}
 
 
 def finish(training: Training) -> dict[str, Any]:
-    """Evaluate the best and the stopped model on test, write predictions and summary (a collective)."""
+    """Evaluate the best and the stopped model on test, write predictions, return the summary (a collective)."""
     try:
         best, stopped, test = _evaluate_both(training)
     except StopWanted:
@@ -31,9 +31,15 @@ def finish(training: Training) -> dict[str, Any]:
     run = training.run
     if run is not None and training.accelerator.is_main_process:
         run.write_predictions(_prediction_rows(training, test))
-        run.write_json("summary.json", summary)
     training.accelerator.wait_for_everyone()
     return summary
+
+
+def write_summary(training: Training, summary: dict[str, Any]) -> None:
+    """With this file the run is finished, so nothing comes after it: what is killed before is taken up again."""
+    if training.run is not None and training.accelerator.is_main_process:
+        training.run.write_json("summary.json", summary)
+    training.accelerator.wait_for_everyone()
 
 
 def _evaluate_both(training: Training) -> tuple[dict[str, Any], dict[str, Any], Evaluation]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 import toolkit
@@ -16,8 +17,8 @@ from toolkit.data.splits import SPLITS, split_hash
 from toolkit.engine.checkpoint import find_latest, load_checkpoint
 from toolkit.engine.display import Display, summary_table
 from toolkit.engine.environment import describe_environment
-from toolkit.engine.finish import finish
-from toolkit.engine.peers import watch_peers
+from toolkit.engine.finish import finish, write_summary
+from toolkit.engine.peers import PeerWatch, watch_peers
 from toolkit.engine.process import describe_processes, main_only, out_of_memory_explained, start
 from toolkit.engine.setup import Setup, describe, prepare
 from toolkit.engine.signals import StopRequest
@@ -26,7 +27,7 @@ from toolkit.errors import Interrupted, UserError
 from toolkit.expect import check_expectations
 from toolkit.predict import model_card
 from toolkit.recipe import Recipe, diff, resolved_toml
-from toolkit.runs import Run, create_run, latest_unfinished_run, open_run
+from toolkit.runs import Run, create_run, latest_unfinished_run, open_run, runs_of
 from toolkit.tracking import Tracking
 
 
@@ -39,7 +40,8 @@ def fit(
 ) -> Run:
     """Train what ``recipe`` says on the processes that a launcher has started (or this one) and return the run.
 
-    ``resume`` is a run directory, or ``"auto"`` for the recipe's youngest unfinished run (a new one if there is none).
+    ``resume`` is a run directory, or ``"auto"`` for the recipe's youngest unfinished run (a new one if there is none;
+    a requeued SLURM job that had finished its run gets that one back, untrained).
     ``allow_changes`` lets a run go on under a recipe that differs from the one it was started with.
 
     Raises UserError (bad input, before training), RunFailed (e.g. a loss that is not finite) and Interrupted (stopped
@@ -49,7 +51,10 @@ def fit(
         stop = stack.enter_context(StopRequest())
         accelerator, display = _join_processes(recipe)
         peers = watch_peers()
-        run = _run_to_resume(recipe, accelerator, resume, allow_changes)
+        if (finished := _finished_before_requeue(recipe, accelerator, display, resume)) is not None:
+            _leave(accelerator, peers)
+            return finished
+        run = _run_to_resume(recipe, accelerator, display, resume, allow_changes)
         checkpoint = None
         if run is not None:
             stack.enter_context(_locked(run, accelerator))
@@ -75,6 +80,8 @@ def fit(
                 training.run_epochs()
                 summary = finish(training)
                 tracking.summarise(summary)
+            display.note(closing_text(recipe, summary))
+            write_summary(training, summary)
         except Interrupted:
             if peers is not None:
                 peers.close()
@@ -82,7 +89,6 @@ def fit(
         if peers is not None:
             peers.close()
         training.close()
-        display.note(closing_text(recipe, summary))
     return run
 
 
@@ -117,8 +123,43 @@ def _join_processes(recipe: Recipe) -> tuple[Accelerator, Display]:
     return accelerator, display
 
 
+def _finished_before_requeue(
+    recipe: Recipe, accelerator: Accelerator, display: Display, resume: str | os.PathLike[str] | None
+) -> Run | None:
+    """The run that this SLURM job finished before it was started again, if any (a collective).
+
+    A job that loses its node as it ends is requeued; a new run would be the second one of a job that has done its work.
+    """
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    if str(resume) != "auto" or not job or restarts == "0":
+        return None
+
+    def find() -> str | None:
+        for run in runs_of(recipe.recipe.run_root, recipe.recipe.name):
+            if run.is_finished and run.environment.get("slurm_job") == job and not _changes(run, recipe):
+                display.say(f"{run.path} was finished by this job before it was requeued: nothing is left to do")
+                return str(run.path)
+        return None
+
+    path = main_only(accelerator, find)
+    return None if path is None else Run(Path(path))
+
+
+def _leave(accelerator: Accelerator, peers: PeerWatch | None) -> None:
+    """Without having trained (a collective)."""
+    if peers is not None:
+        peers.close()
+    accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _run_to_resume(
-    recipe: Recipe, accelerator: Accelerator, resume: str | os.PathLike[str] | None, allow_changes: bool
+    recipe: Recipe,
+    accelerator: Accelerator,
+    display: Display,
+    resume: str | os.PathLike[str] | None,
+    allow_changes: bool,
 ) -> Run | None:
     """The run to go on with, the same on every process (a collective); None: a new one."""
     if resume is None:
@@ -126,14 +167,17 @@ def _run_to_resume(
 
     def choose() -> str | None:
         if str(resume) == "auto":
-            run = latest_unfinished_run(recipe.recipe.run_root, recipe.recipe.name)
+            where = recipe.recipe.run_root, recipe.recipe.name
+            run = latest_unfinished_run(*where)
+            if run is None and (finished := runs_of(*where)):
+                display.say(f"{finished[0].path} is finished, so this is a new run")
         else:
             run = open_run(resume)
         if run is None:
             return None
         if run.is_finished:
             raise UserError(f"{run.path} is finished: there is nothing to go on with")
-        changes = [change for change in diff(run.recipe, recipe) if change[0][0] != "slurm"]
+        changes = _changes(run, recipe)
         if changes and not allow_changes:
             listed = "; ".join(f"{'.'.join(map(str, key))}: {old!r} -> {new!r}" for key, old, new in changes)
             raise UserError(
@@ -144,6 +188,11 @@ def _run_to_resume(
 
     path = main_only(accelerator, choose)
     return None if path is None else Run(Path(path))
+
+
+def _changes(run: Run, recipe: Recipe) -> list[tuple[tuple[str | int, ...], Any, Any]]:
+    """What differs between a run's recipe and this one; how it is submitted does not matter."""
+    return [change for change in diff(run.recipe, recipe) if change[0][0] != "slurm"]
 
 
 def _checkpoint_of(run: Run, accelerator: Accelerator, display: Display) -> dict[str, Any] | None:
