@@ -103,6 +103,14 @@ def test_pooling_may_be_the_layer_that_does_not_fit() -> None:
         build_model(ModelTable(source="toolkit", convnet=table), 10, 3, 8)
 
 
+def test_blocks_take_batch_norm_and_dropout_from_the_table_unless_they_say_otherwise() -> None:
+    blocks = [ConvBlock(channels=4), ConvBlock(channels=4, batch_norm=False, dropout=0.0)]
+    table = ConvNetTable(blocks=blocks, batch_norm=True, dropout=0.3)
+    built = build_model(ModelTable(source="toolkit", convnet=table), 10, 3, 8)
+    kinds = [[type(layer).__name__ for layer in built.module.get_submodule(f"blocks.{i}").children()] for i in (0, 1)]
+    assert kinds == [["Conv2d", "BatchNorm2d", "ReLU", "Dropout"], ["Conv2d", "ReLU"]]
+
+
 def test_order_of_a_block_and_grey_images() -> None:
     block = ConvBlock(channels=4, pool=2, batch_norm=True, dropout=0.5)
     order = ["norm", "act", "conv", "dropout", "pool"]

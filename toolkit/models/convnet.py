@@ -43,14 +43,14 @@ def _build_block(table: ConvNetTable, block: ConvBlock, channels: int) -> nn.Seq
     for kind in table.order:
         if kind == "conv":
             layers["conv"], width = conv, block.channels
-        elif kind == "norm" and block.batch_norm:
+        elif kind == "norm" and table.has_batch_norm(block):
             layers["norm"] = nn.BatchNorm2d(width)
         elif kind == "pool" and block.pool:
             layers["pool"] = nn.MaxPool2d(block.pool)
         elif kind == "act" and table.activation != "none":
             layers["act"] = ACTIVATIONS[table.activation]()
-        elif kind == "dropout" and block.dropout:
-            layers["dropout"] = nn.Dropout(block.dropout)
+        elif kind == "dropout" and table.dropout_of(block):
+            layers["dropout"] = nn.Dropout(table.dropout_of(block))
     return nn.Sequential(layers)
 
 

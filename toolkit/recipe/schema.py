@@ -238,15 +238,22 @@ class ConvBlock(Table):
     kernel: Annotated[int, Field(ge=1), describe("Kernel size.", unit="pixels")] = 3
     stride: Annotated[int, Field(ge=1), describe("Stride.", unit="pixels")] = 1
     padding: Annotated[int, Field(ge=0), describe("Zero padding.", unit="pixels")] = 1
-    batch_norm: Annotated[bool, describe("Batch norm in this block.")] = False
+    batch_norm: Annotated[bool | None, describe("Batch norm in this block. Default: the table's.")] = None
     pool: Annotated[int, Field(ge=0), describe("Max pooling window and stride; 0 is none.", unit="pixels")] = 0
-    dropout: Annotated[Annotated[float, Field(ge=0, lt=1)], describe("Dropout at the place `order` gives it.")] = 0.0
+    dropout: Annotated[
+        Annotated[float, Field(ge=0, lt=1)] | None,
+        describe("Dropout at the place `order` gives it. Default: the table's."),
+    ] = None
 
 
 class ConvNetTable(Table):
     """A ConvNet by description, for `source = "toolkit"`: blocks, flatten, head."""
 
     blocks: Annotated[list[ConvBlock], Field(min_length=1), describe("The convolution blocks, input first.")]
+    batch_norm: Annotated[bool, describe("Batch norm in every block that does not say otherwise.")] = False
+    dropout: Annotated[
+        Annotated[float, Field(ge=0, lt=1)], describe("Dropout in every block that does not say otherwise.")
+    ] = 0.0
     order: Annotated[
         list[Literal["conv", "norm", "pool", "act", "dropout"]],
         Field(min_length=1),
@@ -261,14 +268,22 @@ class ConvNetTable(Table):
     ] = "default"
     init_std: Annotated[float, Field(gt=0), describe("Standard deviation of the Gaussian.")] = 0.05
 
+    def has_batch_norm(self, block: ConvBlock) -> bool:
+        """Whether a block has batch norm, by its own word or the table's."""
+        return self.batch_norm if block.batch_norm is None else block.batch_norm
+
+    def dropout_of(self, block: ConvBlock) -> float:
+        """A block's dropout, by its own word or the table's."""
+        return self.dropout if block.dropout is None else block.dropout
+
     @model_validator(mode="after")
     def _order_complete(self) -> ConvNetTable:
         if len(set(self.order)) != len(self.order) or "conv" not in self.order:
             raise ValueError("order must hold conv, and each layer once at most")
         used = {
-            "norm": any(b.batch_norm for b in self.blocks),
+            "norm": any(self.has_batch_norm(b) for b in self.blocks),
             "pool": any(b.pool for b in self.blocks),
-            "dropout": any(b.dropout for b in self.blocks),
+            "dropout": any(self.dropout_of(b) for b in self.blocks),
         }
         missing = [layer for layer, is_used in used.items() if is_used and layer not in self.order]
         if missing:
