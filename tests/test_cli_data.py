@@ -14,8 +14,10 @@ from conftest import SUBSET_TEST, SUBSET_TRAIN
 from PIL import Image
 
 from toolkit.inspect.data import examine
-from toolkit.inspect.figures import CAPTION, COLOURS, GAP, TILE, contact_sheet, histogram
+from toolkit.inspect.figures import contact_sheet, histogram
 from toolkit.recipe import load_recipe
+from toolkit.report.samples import CAPTION, GAP, TILE
+from toolkit.report.style import SPLIT_COLOURS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CLASSES = ["$x_1$ & <b>", "ñandú", "日本"]
@@ -152,7 +154,7 @@ def test_histogram_has_a_bar_for_each_class_and_split() -> None:
     legend = upper.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["train (1,294)", "validation (144)"]
-    assert len(set(COLOURS.values())) == 3
+    assert len(set(SPLIT_COLOURS.values())) == 3
 
 
 def test_contact_sheet_shows_raw_and_normalised_images() -> None:

@@ -1,0 +1,108 @@
+"""Figures of a data set: the class histogram, and a contact sheet of one image a class, raw and normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from toolkit.report.style import DPI, SPLIT_COLOURS, columns_for, grid, short
+
+LABELLED = 250
+"""More classes are drawn without their names."""
+
+TILE, GAP = 96, 8
+"""Width and height of an image on a sheet, and the room around it; pixels."""
+CAPTION = 22
+"""Height of a class's name above its images, pixels."""
+
+Counts = npt.NDArray[np.int64]
+
+
+def class_histogram(title: str, names: Sequence[str], counts: Mapping[str, Counts]) -> Figure:
+    """Images per class: training and validation, stacked, above; test below.
+
+    ``counts`` has for "train", "validation" and "test" the images of each class, int64 [classes].
+    """
+    count, positions = len(names), np.arange(len(names))
+    width = min(max(7.0, 1.2 + 0.17 * count), 40.0)
+    longest = max(len(name) for name in names) if count <= LABELLED else 0
+    upright = count > 12 or count * longest > 90
+    labels_height = (0.075 * min(longest, 40) if upright else 0.3) + 0.2
+    figure = Figure(figsize=(width, 4.6 + labels_height), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    train, validation, test = (counts[split] for split in ("train", "validation", "test"))
+    _bars(upper, positions, train, "train")
+    _bars(upper, positions, validation, "validation", train)
+    _bars(lower, positions, test, "test")
+    for axes in (upper, lower):
+        axes.set_ylabel("images")
+        grid(axes)
+        axes.legend(loc="upper right", ncols=2)
+        axes.margins(x=0.6 / max(count, 1), y=0.18)
+    if count <= LABELLED:
+        small = {"fontsize": 7 if count > 40 else 9}
+        shown = [short(name, 40) for name in names]
+        lower.set_xticks(positions, shown, rotation=90 if upright else 0, parse_math=False, **small)
+    else:
+        lower.set_xlabel(f"{count} classes, in the order of the data set")
+    upper.set_title(title, parse_math=False)
+    return figure
+
+
+def _bars(axes: Axes, positions: Any, heights: Counts, split: str, bottom: Any = None) -> None:
+    total = int(heights.sum())
+    axes.bar(positions, heights, 0.8, bottom=bottom, color=SPLIT_COLOURS[split], label=f"{split} ({total:,})")
+
+
+def contact_sheet(
+    title: str,
+    names: Sequence[str],
+    raw: Sequence[Image.Image],
+    inputs: Sequence[Image.Image],
+    scale: tuple[float, float],
+) -> Figure:
+    """For each class an image, raw (left) and as the model gets it (right); ``scale`` is what black and white mean."""
+    cell = (2 * TILE + 3 * GAP, TILE + CAPTION + GAP)
+    columns = columns_for(len(names), cell[0] / cell[1])
+    rows = -(-len(names) // columns)
+    sheet = np.full((rows * cell[1] + GAP, columns * cell[0], 3), 255, dtype=np.uint8)
+    header = 0.75
+    inches = (max(sheet.shape[1] / DPI, 4.5), sheet.shape[0] / DPI + header)
+    figure = Figure(figsize=inches)
+    across = sheet.shape[1] / DPI / inches[0]
+    axes = figure.add_axes(((1 - across) / 2, 0, across, 1 - header / inches[1]))
+    for number, name in enumerate(names):
+        top, left = number // columns * cell[1], number % columns * cell[0] + GAP
+        axes.text(left, top + CAPTION - 5, short(name, 30), fontsize=6.5, parse_math=False)
+        for offset, image in ((0, raw[number]), (TILE + GAP // 2, inputs[number])):
+            paste(sheet, image, top + CAPTION, left + offset)
+    axes.imshow(sheet, interpolation="none")
+    axes.set_axis_off()
+    figure.text(0.5, 1 - 0.28 / inches[1], title, ha="center", va="center", fontsize=9, parse_math=False)
+    figure.text(0.5, 1 - 0.52 / inches[1], f"left raw, right normalised ({scale[0]:.2f} black, {scale[1]:.2f} white)",
+                ha="center", va="center", fontsize=7)  # fmt: skip
+    return figure
+
+
+def as_pictures(inputs: Sequence[npt.NDArray[np.float32]]) -> tuple[list[Image.Image], tuple[float, float]]:
+    """A model's inputs, float [C, H, W], as pictures on one scale; and the values shown as black and as white."""
+    low, high = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
+    scale = 255 / max(high - low, 1e-9)
+    pixels = [np.rint((x - low) * scale).astype(np.uint8).transpose(1, 2, 0) for x in inputs]
+    return [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p).convert("RGB") for p in pixels], (low, high)
+
+
+def paste(sheet: npt.NDArray[np.uint8], image: Image.Image, top: int, left: int) -> None:
+    """Put an image in the middle of a tile, as large as fits; small ones are enlarged pixel by pixel."""
+    factor = TILE / max(image.size)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    resampling = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
+    shown = np.asarray(image.convert("RGB").resize(size, resampling))
+    y, x = top + (TILE - size[1]) // 2, left + (TILE - size[0]) // 2
+    sheet[y : y + size[1], x : x + size[0]] = shown
