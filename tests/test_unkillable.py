@@ -1,15 +1,19 @@
 """Killed anywhere, a run goes on as if nothing had happened: the same bytes come out.
 
-Every sitting but the last is ended by SIGKILL, on one process or all, at a moment drawn at random: after some optimiser
-step, within an evaluation, before some rename or sync, with a checkpoint half written, or after some time.
+Every sitting but the last is ended by SIGKILL, on one process or all. The kills are spread over the whole run: one in
+each equal part of it, at a step drawn at random and there at a moment of a kind drawn at random. A kill counts only if
+this sitting has trained.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +23,22 @@ from trainers import EMA, FROZEN, GRADUAL, MUCH, Trainers, after_seconds, at_cal
 import toolkit.engine.checkpoint
 import toolkit.engine.evaluate
 import toolkit.engine.finish
+import toolkit.engine.fit
 from toolkit.engine.loop import Trainer
 from toolkit.runs import Run
+from toolkit.tracking import Tracking
 
 KINDS = ("step", "evaluation", "file", "half", "time")
+"""In a step (before it, between its gradient and its update, after it), before a batch of the next evaluation is
+counted, before one of the next syncs or renames, with the next checkpoint half written, after some milliseconds."""
+ON_MAIN = ("file", "half")
+"""Kinds that only the main process comes to."""
+STEPS = 7
+"""Of an epoch of the recipe."""
 
 
-def kill_at(kind: str, moment: float, rank: int) -> None:
-    """Prepare this process to end at a moment in 0..1 of what a sitting may last."""
-    match kind:
-        case "step":
-            at_call(Trainer, "_update", 1 + int(moment * 12), kill_self, after=True)
-        case "evaluation":
-            at_call(toolkit.engine.evaluate, "outcomes", 1 + int(moment * 8), kill_self)
-        case "file":
-            at_call(os, ["fsync", "replace"][int(moment * 100) % 2], 1 + int(moment * 25), kill_self)
-        case "half":
-            original, calls = toolkit.engine.checkpoint.write_atomically, [0]
-
-            def write_half(path: Path, data: bytes) -> None:
-                calls[0] += 1
-                if calls[0] == 1 + int(moment * 8):
-                    path.with_name(f".{path.name}.0.tmp").write_bytes(bytes(data)[: len(data) // 2])
-                    kill_self()
-                original(path, data)
-
-            toolkit.engine.checkpoint.write_atomically = write_half  # type: ignore[assignment]
-        case "time":
-            at_call(Trainer, "train_epoch", 1, lambda: after_seconds(0.05 + moment * 0.25, kill_self))
+def epochs(count: int) -> tuple[str, str]:
+    return "--set", f"train.epochs={count}"
 
 
 def outcome(run: Run) -> dict[str, Any]:
@@ -67,73 +59,236 @@ def undisturbed(folder: Path, world: int, text: str, *settings: str) -> dict[str
     return outcome(only_run(folder))
 
 
-def survive(folder: Path, world: int, text: str, kills: int, seed: int, *settings: str) -> dict[str, Any]:
-    """Run to the end with so many kills on the way, counting only sittings that were really ended by one."""
-    recipe, draw, killed = write_recipe(folder, text), random.Random(seed), 0
-    while killed < kills:
-        kind, moment = KINDS[killed % len(KINDS)], draw.random() / (1 + killed / 8)
-        victim = draw.randrange(world) if kind in ("step", "time") else 0
-        prepare = functools.partial(_prepare, kind, moment, victim)
-        trainers = Trainers(world, folder, recipe, "--resume", "auto", *settings, prepare=prepare)
+# -- kills over the whole run -----------------------------------------------------------------------------------------
+
+
+class Killer:
+    """Ends this process by SIGKILL at the first moment of a kind from some step of the run on."""
+
+    def __init__(self, kind: str, target: int, chance: float, note: Path) -> None:
+        self.kind, self.target, self.chance, self.note = kind, target, chance, note
+        self.steps = 0
+        """Begun in this sitting."""
+        self.is_armed = False
+        forward_backward = Trainer._forward_backward
+
+        def watched(trainer: Trainer, micro: Any, batch: Any, epoch: int) -> Any:
+            self.place = epoch * STEPS + micro.step
+            self.steps += 1
+            if self.place >= self.target and not self.is_armed:
+                self.is_armed = True
+                self._arm()
+            return forward_backward(trainer, micro, batch, epoch)
+
+        Trainer._forward_backward = watched  # type: ignore[method-assign]
+
+    def _arm(self) -> None:
+        match self.kind:
+            case "step" if self.chance < 1 / 3:
+                self._kill()
+            case "step":
+                at_call(Trainer, "_update", 1, self._kill, after=self.chance > 2 / 3)
+            case "evaluation":
+                at_call(toolkit.engine.evaluate, "outcomes", 1 + int(self.chance * 2), self._kill)
+            case "file":
+                at_call(os, ["fsync", "replace"][int(self.chance * 100) % 2], 1 + int(self.chance * 6), self._kill)
+            case "half":
+                write_half_at(1 + int(self.chance * 3), self._kill)
+            case "time":
+                after_seconds(self.chance * 0.03, self._kill)
+
+    def _kill(self) -> None:
+        self.note.write_text(json.dumps([self.kind, self.place, self.steps]))
+        kill_self()
+
+
+def write_half_at(count: int, act: Callable[[], None]) -> None:
+    """Half of a checkpoint's ``count``-th file is written, and ``act`` follows."""
+    original, calls = toolkit.engine.checkpoint.write_atomically, [0]
+
+    def write(path: Path, data: bytes) -> None:
+        calls[0] += 1
+        if calls[0] == count:
+            path.with_name(f".{path.name}.0.tmp").write_bytes(bytes(data)[: len(data) // 2])
+            act()
+        original(path, data)
+
+    toolkit.engine.checkpoint.write_atomically = write  # type: ignore[assignment]
+
+
+def prepare_killer(kind: str, target: int, chance: float, note: Path, victim: int, rank: int) -> None:
+    if rank == victim:
+        Killer(kind, target, chance, note)
+
+
+def survive(
+    folder: Path, world: int, text: str, kills: int, run_epochs: int, seed: int, *settings: str
+) -> dict[str, Any]:
+    """Run to the end with so many kills on the way, each in its own part of the run."""
+    recipe, note, draw = write_recipe(folder, text), folder / "kill.json", random.Random(seed)
+    kinds = [KINDS[number % len(KINDS)] for number in range(kills)]
+    draw.shuffle(kinds)
+    for number, kind in enumerate(kinds):
+        target = int((number + draw.random()) / kills * run_epochs * STEPS)
+        victim = 0 if kind in ON_MAIN else draw.randrange(world)
+        prepare = functools.partial(prepare_killer, kind, target, draw.random(), note, victim)
+        note.unlink(missing_ok=True)
+        trainers = Trainers(world, folder, recipe, "--resume", "auto", *epochs(run_epochs), *settings, prepare=prepare)
         trainers.wait_until_first_ends()
         trainers.signal(signal.SIGKILL)  # as when a machine goes down
         statuses = trainers.wait()
         assert statuses[victim] == -signal.SIGKILL, trainers.text()
-        if kind != "file":  # some files are written before training, at each resumption
-            assert "run directory" in trainers.text(), "killed before training began"
-        killed += 1
-        print(f"{world} process(es): kill {killed}, {kind}, after: {trainers.text().strip().splitlines()[-1]}")
-    trainers = Trainers(world, folder, recipe, "--resume", "auto", *settings)
+        told, place, steps = json.loads(note.read_text())
+        assert told == kind
+        assert place >= target
+        assert steps >= 1
+        print(f"{world} process(es), kill {number + 1} of {kills}: {kind} of rank {victim}, at step {place + 1} of "
+              f"{run_epochs * STEPS}, the sitting's {steps}.")  # fmt: skip
+    trainers = Trainers(world, folder, recipe, "--resume", "auto", *epochs(run_epochs), *settings)
     assert trainers.wait() == [0] * world, trainers.text()
     assert "going on after epoch" in trainers.text()
     return outcome(only_run(folder))
 
 
-def epochs(kills: int) -> tuple[str, str]:
-    """Enough of them that no sitting gets to the end before it is killed."""
-    return "--set", f"train.epochs={4 + 2 * kills}"
-
-
-def _prepare(kind: str, moment: float, victim: int, rank: int) -> None:
-    if rank == victim:
-        kill_at(kind, moment, rank)
-
-
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_run_killed_again_and_again_comes_out_the_same(tmp_path: Path, world: int) -> None:
-    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA, *epochs(5))
-    assert survive(tmp_path / "killed", world, MUCH, 5, world, *EMA, *epochs(5)) == plain
+def test_a_run_killed_twenty_times_comes_out_the_same(tmp_path: Path, world: int) -> None:
+    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA, *epochs(12))
+    assert survive(tmp_path / "killed", world, MUCH, 20, 12, world, *EMA) == plain
 
 
 @pytest.mark.parametrize("text", [FROZEN, GRADUAL], ids=["frozen features", "gradual"])
 def test_other_ways_of_training_come_out_the_same(tmp_path: Path, text: str) -> None:
-    settings = ("--set", "train.ema=0.9", *epochs(3))
-    plain = undisturbed(tmp_path / "plain", 1, text, *settings)
+    ema = ("--set", "train.ema=0.9")
+    plain = undisturbed(tmp_path / "plain", 1, text, *ema, *epochs(8))
     assert bool(plain["summary"]["shortcuts"]) == (text is FROZEN)
-    assert survive(tmp_path / "killed", 1, text, 3, 5, *settings) == plain
+    assert survive(tmp_path / "killed", 1, text, 5, 8, 5, *ema) == plain
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (2, 2)])
+def test_a_run_killed_a_hundred_times_comes_out_the_same(tmp_path: Path, world: int, workers: int) -> None:
+    settings = (*EMA, "--set", f"data.workers={workers}")
+    plain = undisturbed(tmp_path / "plain", world, MUCH, *settings, *epochs(60))
+    assert survive(tmp_path / "killed", world, MUCH, 100, 60, 10 + world + workers, *settings) == plain
+
+
+# -- kills at the beginning and at the end ----------------------------------------------------------------------------
+
+
+def kill_before_file_operation(count: int, begin: tuple[Any, str] | None, rank: int) -> None:
+    """End the main process before its ``count``-th sync or rename, counted from the first call of ``begin`` on."""
+    if rank != 0:
+        return
+    left = [count]
+
+    def counted(name: str) -> None:
+        original = getattr(os, name)
+
+        def operation(*arguments: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                kill_self()
+            return original(*arguments)
+
+        setattr(os, name, operation)
+
+    def arm() -> None:
+        counted("fsync")
+        counted("replace")
+
+    if begin is None:
+        arm()
+    else:
+        at_call(*begin, 1, arm)
+
+
+def killed(world: int, folder: Path, recipe: Path, prepare: Callable[[int], None], *settings: str) -> Trainers:
+    """Trainers that all end when the prepared one kills itself."""
+    trainers = Trainers(world, folder, recipe, "--resume", "auto", *settings, prepare=prepare)
+    trainers.wait_until_first_ends()
+    trainers.signal(signal.SIGKILL)
+    assert trainers.wait()[0] == -signal.SIGKILL, trainers.text()
+    return trainers
+
+
+def test_killed_before_each_file_operation_of_the_beginning(tmp_path: Path) -> None:
+    plain = undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
+    folder = tmp_path / "killed"
+    recipe = write_recipe(folder, MUCH)
+    for count in range(1, 13):  # four files, each synced, renamed, and its folder synced
+        trainers = killed(1, folder, recipe, functools.partial(kill_before_file_operation, count, None), *EMA)
+        assert "run directory" not in trainers.text(), "it has written more than its beginnings"
+    trainers = Trainers(1, folder, recipe, "--resume", "auto", *EMA)
+    assert trainers.wait() == [0], trainers.text()
+    (run,) = (Run(path) for path in (folder / "runs" / "small").iterdir() if (path / "recipe.toml").exists())
+    assert outcome(run) == plain
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_killed_at_the_very_end_comes_out_the_same(tmp_path: Path, world: int) -> None:
+def test_killed_before_each_file_operation_of_the_end(tmp_path: Path, world: int) -> None:
     plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA)
-    recipe = write_recipe(tmp_path / "killed", MUCH)
-    for owner, name in ((toolkit.engine.finish, "publish_best"), (Run, "write_predictions")):
-        prepare = functools.partial(_kill_after, owner, name)
-        trainers = Trainers(world, tmp_path / "killed", recipe, "--resume", "auto", *EMA, prepare=prepare)
-        trainers.wait_until_first_ends()
-        trainers.signal(signal.SIGKILL)
-        assert trainers.wait()[0] == -signal.SIGKILL, trainers.text()
-    trainers = Trainers(world, tmp_path / "killed", recipe, "--resume", "auto", *EMA)
+    folder, begin = tmp_path / "killed", (toolkit.engine.finish, "publish_best")
+    recipe = write_recipe(folder, MUCH)
+    for count in itertools.count(1):
+        killed(world, folder, recipe, functools.partial(kill_before_file_operation, count, begin), *EMA)
+        if only_run(folder).is_finished:
+            break
+    assert count == 8, "the name of the best weights, predictions.csv, and summary.json last of all"
+    assert outcome(only_run(folder)) == plain
+
+
+def after_the_summary(rank: int) -> None:
+    at_call(toolkit.engine.fit, "write_summary", 1, kill_self, after=True)
+
+
+def test_after_the_summary_a_run_is_finished_and_auto_says_so_and_begins_another(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, MUCH)
+    killed(1, tmp_path, recipe, after_the_summary, *EMA)
+    first = only_run(tmp_path)
+    log = first.log_file.read_text()
+    assert log.splitlines()[-1].startswith("stopped "), "the closing table is in the log"
+    trainers = Trainers(1, tmp_path, recipe, "--resume", "auto", *EMA)
+    assert trainers.wait() == [0], trainers.text()
+    assert f"{first.path} is finished, so this is a new run" in trainers.text()
+    second, _ = sorted((tmp_path / "runs" / "small").iterdir(), key=lambda path: path == first.path)
+    assert outcome(Run(second)) == outcome(first)
+    assert first.log_file.read_text() == log
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_requeued_job_that_had_finished_its_run_begins_no_other(
+    tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    recipe = write_recipe(tmp_path, MUCH)
+    killed(world, tmp_path, recipe, after_the_summary, *EMA)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    trainers = Trainers(world, tmp_path, recipe, "--resume", "auto", *EMA)
     assert trainers.wait() == [0] * world, trainers.text()
-    assert outcome(only_run(tmp_path / "killed")) == plain
+    first = only_run(tmp_path)
+    assert f"{first.path} was finished by this job before it was requeued: nothing is left to do" in trainers.text()
+    for variable, value, settings in (
+        ("SLURM_JOB_ID", "17", ("--set", "recipe.seed=1")),  # the job's second training
+        ("SLURM_JOB_ID", "18", ()),
+    ):
+        monkeypatch.setenv(variable, value)
+        trainers = Trainers(world, tmp_path, recipe, "--resume", "auto", *EMA, *settings)
+        assert trainers.wait() == [0] * world, trainers.text()
+        assert "so this is a new run" in trainers.text()
+
+
+def test_killed_when_the_trackers_were_closed_it_closes_them_again_and_finishes(tmp_path: Path) -> None:
+    tracked = (*EMA, "--set", 'tracking.trackers=["tensorboard"]')
+    plain = undisturbed(tmp_path / "plain", 1, MUCH, *tracked)
+    folder = tmp_path / "killed"
+    recipe = write_recipe(folder, MUCH)
+    killed(1, folder, recipe, functools.partial(_kill_after, Tracking, "finish"), *tracked)
+    assert not only_run(folder).is_finished
+    trainers = Trainers(1, folder, recipe, "--resume", "auto", *tracked)
+    assert trainers.wait() == [0], trainers.text()
+    assert outcome(only_run(folder)) == plain
 
 
 def _kill_after(owner: Any, name: str, rank: int) -> None:
     at_call(owner, name, 1, kill_self, after=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_run_killed_twenty_times_comes_out_the_same(tmp_path: Path, world: int) -> None:
-    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA, *epochs(20))
-    assert survive(tmp_path / "killed", world, MUCH, 20, 7 + world, *EMA, *epochs(20)) == plain
