@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -46,11 +46,16 @@ def loads_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
     if "extends" in source.data:
         place = source.location(("extends",), at_key=True)
         raise RecipeError([Diagnostic("error", "a recipe given as text cannot extend a file", ("extends",), place)])
-    return _resolve([source, *parse_overrides(overrides)], source.name).recipe
+    return resolve([source, *parse_overrides(overrides)], source.name).recipe
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
     """As :func:`load_recipe`, with the origins of values and the warnings."""
+    return resolve(read_sources(path, overrides), os.fspath(path))
+
+
+def read_sources(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[Source]:
+    """The files and arguments of a recipe, the eldest first. Raises RecipeError naming all that cannot be read."""
     faults: list[Diagnostic] = []
     files: list[Source] = []
     arguments: list[Source] = []
@@ -64,10 +69,10 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
         faults += error.diagnostics
     if faults:
         raise RecipeError(faults)
-    return _resolve([*files, *arguments], os.fspath(path))
+    return [*files, *arguments]
 
 
-def _resolve(sources: Sequence[Source], name: str) -> Loaded:
+def resolve(sources: Sequence[Source], name: str) -> Loaded:
     """One recipe of all sources, the eldest first; ``name`` is what a fault without a place is said of."""
     merged = Merged()
     for source in sources:
@@ -77,11 +82,16 @@ def _resolve(sources: Sequence[Source], name: str) -> Loaded:
     if verdict.recipe is not None:
         found = islice(check(verdict.recipe), MAX_ERRORS)
         findings += [item for item in found if verdict.is_trusted([item.path, *item.related])]
-    diagnostics = sorted((_placed(item, merged, name) for item in findings), key=_reading_order)
+    diagnostics = placed(findings, merged, name)
     if verdict.recipe is None or any(item.severity == "error" for item in diagnostics):
         raise RecipeError(diagnostics)
     recipe = with_defaults(verdict.recipe)
     return Loaded(recipe, _origins(recipe, merged), diagnostics)
+
+
+def placed(findings: Iterable[Finding], merged: Merged, name: str) -> list[Diagnostic]:
+    """The findings with their places, in the order in which one reads the files."""
+    return sorted((_placed(item, merged, name) for item in findings), key=_reading_order)
 
 
 def _placed(finding: Finding, merged: Merged, name: str) -> Diagnostic:

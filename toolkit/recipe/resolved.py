@@ -17,6 +17,9 @@ MOMENTUM = 0.9
 GAMMA = {"step": 0.1, "exponential": 0.95, "plateau": 0.1}
 """Of the schedules that have a factor, where the recipe gives none."""
 
+ASIDE = ("slurm", "study", "tracking", "checkpoint", "expect", "recipe.description", "recipe.run_root")
+"""Where and in what company a run is computed, who is told, what is expected: the run comes out the same."""
+
 HEADER = """\
 # Resolved recipe: every key with its value, defaults written out; a key that is absent is not set.
 # It is complete: it extends no other file and can be run as it stands.
@@ -47,9 +50,10 @@ def resolved_toml(recipe: Recipe, remark: Callable[[Path], str | None] = lambda 
 def recipe_hash(recipe: Recipe) -> str:
     """SHA-256 of the resolved content, 64 hexadecimal digits; the order of keys does not matter.
 
-    [slurm] does not count: where a run was computed is no part of the experiment.
+    What is no part of the experiment does not count: :data:`ASIDE`.
     """
-    told = {table: value for table, value in resolved_content(recipe).items() if table != "slurm"}
+    told = {table: value for table, value in resolved_content(recipe).items() if table not in ASIDE}
+    told["recipe"] = {key: value for key, value in told["recipe"].items() if f"recipe.{key}" not in ASIDE}
     content = json.dumps(told, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
 

@@ -3,19 +3,40 @@
     <run_root>/<recipe name>/         (the recipe name is the study's)
       study.json                      what varies, and the members known so far (a search adds to them)
       <run id>/                       run directories, as everywhere
+        assignment.json               the epoch to train to, where a search has set one
+        failed.json                   why it failed, until it is tried again
+        .claim                        held by the worker that trains it, freed by the system if that one dies
       table.csv table.md table.tex figures/
 
-Only the controller writes study.json; workers write in run directories alone.
+Only the controller writes study.json and assignment.json; workers write in run directories alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
+from toolkit.errors import UserError
+from toolkit.recipe.study import StudyTable
+from toolkit.runs import Run, read_json, write_atomically
+
 State = Literal["missing", "paused", "running", "finished", "failed"]
 """missing: no run directory yet. paused: it has one, nobody trains in it, it is not at its end."""
+
+FORMAT = 1
+"""Version of study.json."""
+
+FILE = "study.json"
+CLAIM = ".claim"
+ASSIGNMENT = "assignment.json"
+FAILURE = "failed.json"
 
 
 @dataclass(frozen=True)
@@ -28,7 +49,7 @@ class Member:
     changes: dict[str, Any]
     """Varied keys, dotted, with their values; without the seed."""
     hash: str
-    """Of its resolved recipe (:func:`toolkit.recipe.recipe_hash`); finds its run directory again."""
+    """Of its resolved recipe (:func:`toolkit.recipe.recipe_hash`); members of one hash share one run."""
     run: str | None = None
     """Name of its run directory in the study's folder, once there is one."""
     published: dict[str, float] = field(default_factory=dict)
@@ -38,7 +59,188 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """Why a run failed."""
+
+    message: str
+    """The last line is the cause."""
+    when: str = ""
+
+    @property
+    def line(self) -> str:
+        """The cause in one line."""
+        lines = self.message.strip().splitlines()
+        return lines[-1] if lines else "no reason is known"
+
+
+@dataclass(frozen=True)
 class StudyFolder:
     """A study on disk, as the table, the figures and the report read it."""
 
     path: Path
+
+    @property
+    def exists(self) -> bool:
+        """Whether a study was begun here."""
+        return (self.path / FILE).is_file()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The content of study.json; a UserError where there is none, or of another version."""
+        if not self.exists:
+            raise UserError(f"{self.path} is no study's folder: it has no {FILE} (toolkit study FILE makes one)")
+        record = read_json(self.path / FILE)
+        if record.get("format") != FORMAT:
+            raise UserError(f"{self.path / FILE} was written by another version of this toolkit")
+        return record
+
+    @property
+    def name(self) -> str:
+        """The study's name, which is its recipe's."""
+        return str(self.record["name"])
+
+    @property
+    def table(self) -> StudyTable:
+        """What varies, what was published, which columns: the [study] table of its file."""
+        return StudyTable.model_validate(self.record["study"])
+
+    @property
+    def members(self) -> list[Member]:
+        """All runs known so far, in the order of the table."""
+        known = {entry.name for entry in fields(Member)}
+        return [Member(**{key: item[key] for key in item if key in known}) for item in self.record["members"]]
+
+    @property
+    def has_search(self) -> bool:
+        """Whether members are added while it goes on."""
+        return self.record["search"] is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no members will be added and no assignment changed any more."""
+        return bool(self.record["complete"])
+
+    def run(self, member: Member) -> Run | None:
+        """The member's run directory, if it has one."""
+        return None if member.run is None else Run(self.path / member.run)
+
+    def state(self, member: Member) -> State:
+        """How far the member has come."""
+        run = self.run(member)
+        return "missing" if run is None or not run.path.is_dir() else state_of(run)
+
+    def write(self, record: dict[str, Any], members: list[Member]) -> None:
+        """Write study.json (the controller alone does). Raises UserError where the folder cannot be written."""
+        content = {"format": FORMAT, **record, "members": [asdict(member) for member in members]}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"recipe.run_root: cannot write in {self.path}: {error.strerror}") from None
+
+
+def state_of(run: Run) -> State:
+    """How far a run has come; ``running`` where a worker of a study holds it."""
+    if run.is_finished:
+        return "finished"
+    if is_claimed(run):
+        return "running"
+    return "failed" if failure_of(run) is not None else "paused"
+
+
+def failure_of(run: Run) -> Failure | None:
+    """Why a run failed, if it did."""
+    if not (run.path / FAILURE).exists():
+        return None
+    try:
+        found = read_json(run.path / FAILURE)
+        return Failure(str(found["message"]), str(found["when"]))
+    except (UserError, KeyError):
+        return Failure(f"{run.path / FAILURE} is damaged")
+
+
+def note_failure(run: Run, message: str) -> None:
+    """Leave the reason of a failure in the run directory, where the disk takes it."""
+    with contextlib.suppress(OSError):
+        run.write_json(FAILURE, {"message": message, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+
+def forget_failure(run: Run) -> None:
+    """Let a failed run be taken again."""
+    (run.path / FAILURE).unlink(missing_ok=True)
+
+
+def assigned_epoch(run: Run) -> int | None:
+    """The epoch that a search wants the run trained to; None: to its end."""
+    if not (run.path / ASSIGNMENT).exists():
+        return None
+    until = read_json(run.path / ASSIGNMENT)["until"]
+    return None if until is None else int(until)
+
+
+def assign(run: Run, until: int | None) -> None:
+    """Say to which epoch the run is to be trained (the controller alone does)."""
+    run.write_json(ASSIGNMENT, {"until": until})
+
+
+def epochs_done(run: Run) -> int:
+    """Epochs that the run's log has."""
+    records = run.epochs()
+    return int(records[-1]["epoch"]) if records else 0
+
+
+def is_open(run: Run) -> bool:
+    """Whether there is something to train, by the files alone; somebody may be at it."""
+    if run.is_finished or failure_of(run) is not None:
+        return False
+    until = assigned_epoch(run)
+    return until is None or epochs_done(run) < until
+
+
+def claim(run: Run, name: str = CLAIM) -> FileLock | None:
+    """The right to train the run; None where another worker has it.
+
+    Held beside the trainer's own lock, which the processes of the run take and which may be others than the worker.
+    """
+    lock = FileLock(run.path / name)
+    try:
+        # Whoever only looks holds it for an instant.
+        lock.acquire(timeout=LOOK_S, poll_interval=LOOK_S / 4)
+    except Timeout:
+        return None
+    return lock
+
+
+LOOK_S = 0.1
+"""Longer than looking whether a run is claimed takes."""
+
+
+def is_claimed(run: Run) -> bool:
+    """Whether a worker has the run at the moment."""
+    return is_held(run.path / CLAIM)
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds a lock file; without leaving a trace."""
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:
+        return False  # a folder that only others may write in: nothing is known
+    lock.release()
+    return False
+
+
+def open_runs(folder: StudyFolder) -> Iterator[Run]:
+    """The runs that have something to train, each once, in the order of the table."""
+    seen: set[str] = set()
+    for member in folder.members:
+        if member.run is not None and member.run not in seen:
+            seen.add(member.run)
+            run = Run(folder.path / member.run)
+            if is_open(run):
+                yield run
