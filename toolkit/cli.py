@@ -17,6 +17,7 @@ from toolkit.commands.look import data, doctor, plan
 from toolkit.commands.names import datasets, models, optimizers, transforms
 from toolkit.commands.recipes import diff, show, validate
 from toolkit.commands.slurm import cancel, logs, status, submit
+from toolkit.commands.study import study
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
 from toolkit.train import AsJson, Debug, end, report_errors, train
 
@@ -30,6 +31,8 @@ for command in (train, validate, show, diff, plan, data, models, transforms, opt
     app.command()(command)
 for job_command in (submit, status, logs, cancel):
     app.command()(job_command)
+for study_command in (study,):
+    app.command()(study_command)
 
 
 @app.command()

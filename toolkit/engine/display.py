@@ -11,10 +11,10 @@ from typing import Any
 
 
 class Display:
-    """Speaks for the main process only; silent on the others."""
+    """Speaks for the main process only; silent on the others. What it does not show goes to log.txt all the same."""
 
-    def __init__(self, *, speaks: bool) -> None:
-        self.speaks = speaks
+    def __init__(self, *, speaks: bool, shows: bool = True) -> None:
+        self.speaks, self.shows = speaks, shows
         self.log_file: Path | None = None
         self.early_lines: list[str] = []
         self.progress: Any = None
@@ -25,7 +25,7 @@ class Display:
             return
         if self.progress is not None:
             self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
+        elif self.shows:
             print(text, file=sys.stderr, flush=True)
         self._log(text)
 
@@ -52,7 +52,7 @@ class Display:
     @contextlib.contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
         """A progress bar where stderr is a terminal; nothing elsewhere."""
-        if not self.speaks or not sys.stderr.isatty():
+        if not self.speaks or not self.shows or not sys.stderr.isatty():
             yield Bar(None, 0)
             return
         from rich.console import Console

@@ -35,21 +35,25 @@ def fit(
     recipe: Recipe,
     *,
     resume: str | os.PathLike[str] | None = None,
+    until: int | None = None,
     allow_changes: bool = False,
     show_module: bool = False,
+    quiet: bool = False,
 ) -> Run:
     """Train what ``recipe`` says on the processes that a launcher has started (or this one) and return the run.
 
     ``resume`` is a run directory, or ``"auto"`` for the recipe's youngest unfinished run (a new one if there is none;
     a requeued SLURM job that had finished its run gets that one back, untrained).
-    ``allow_changes`` lets a run go on under a recipe that differs from the one it was started with.
+    ``until``: after this epoch the run pauses, unfinished, and another ``fit(resume=run)`` goes on as if there had been
+    no pause; None: to the recipe's end. ``allow_changes`` lets a run go on under a recipe that differs from the one it
+    was started with. ``quiet``: what is said goes to the run's log.txt alone.
 
     Raises UserError (bad input, before training), RunFailed (e.g. a loss that is not finite) and Interrupted (stopped
     on request, with a checkpoint written).
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        accelerator, display = _join_processes(recipe)
+        accelerator, display = _join_processes(recipe, quiet=quiet)
         peers = watch_peers()
         if (finished := _finished_before_requeue(recipe, accelerator, display, resume)) is not None:
             _leave(accelerator, peers)
@@ -77,11 +81,14 @@ def fit(
             ):
                 training = _training(setup, run, tracking, stop, checkpoint)
                 stack.callback(training.loaders.close)
-                training.run_epochs()
-                summary = finish(training)
-                tracking.summarise(summary)
-            display.note(closing_text(recipe, summary))
-            write_summary(training, summary)
+                summary = finish(training) if training.run_epochs(until) else None
+                if summary is not None:
+                    tracking.summarise(summary)
+            if summary is None:
+                display.say(f"paused after epoch {training.position.epoch}, as was asked")
+            else:
+                display.note(closing_text(recipe, summary))
+                write_summary(training, summary)
         except Interrupted:
             if peers is not None:
                 peers.close()
@@ -113,11 +120,11 @@ def _training(
         raise Interrupted(f"stopped before training; go on with: toolkit train --resume {run.path}") from None
 
 
-def _join_processes(recipe: Recipe) -> tuple[Accelerator, Display]:
+def _join_processes(recipe: Recipe, *, quiet: bool = False) -> tuple[Accelerator, Display]:
     """Join the processes and say who they are; check what depends on their number."""
     accelerator = start(recipe.train)
     check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.accumulation)
-    display = Display(speaks=accelerator.is_main_process)
+    display = Display(speaks=accelerator.is_main_process, shows=not quiet)
     for line in describe_processes(accelerator):
         display.say(line)
     return accelerator, display

@@ -75,12 +75,17 @@ class Training:
 
     # -- epochs -------------------------------------------------------------------------------------------------------
 
-    def run_epochs(self) -> None:
-        """Train until the recipe's epochs are done or early stopping ends them."""
-        position = self.position
-        while position.epoch < self.recipe.train.epochs and not position.stopped_early:
+    def run_epochs(self, until: int | None = None) -> bool:
+        """Train until the recipe's epochs are done or early stopping ends them; True then.
+
+        False where ``until`` epochs are done and more are to come another time; their checkpoint is written.
+        """
+        position, epochs = self.position, self.recipe.train.epochs
+        last = epochs if until is None else min(until, epochs)
+        while position.epoch < last and not position.stopped_early:
             self._epoch(position.epoch)
         self._refuse_stop()
+        return position.epoch >= epochs or position.stopped_early
 
     def _epoch(self, epoch: int) -> None:
         if unfreeze(self.setup, self.trainer, epoch):

@@ -1,0 +1,285 @@
+"""From a study's file to its runs: rows x zip x grid x seeds, each a complete recipe that was checked as any other.
+
+Needs no torch. All faults of all runs are reported at once, at their place in the study's file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path as FilePath
+from typing import Any
+
+from toolkit.recipe.diagnostics import Diagnostic, RecipeError
+from toolkit.recipe.load import placed, read_sources, resolve
+from toolkit.recipe.positions import Path, Position, Span
+from toolkit.recipe.resolved import leaves, recipe_hash, with_defaults
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.sources import Merged, Source
+from toolkit.recipe.study import Published, StudyRow, StudyTable
+from toolkit.recipe.validation import validate
+from toolkit.study.folder import Member
+from toolkit.study.forms import (
+    Combination,
+    Names,
+    Value,
+    Variable,
+    conditions,
+    dotted_leaves,
+    nested,
+    products,
+    read_variables,
+    same,
+    zipped,
+)
+from toolkit.study.rules import check_study
+
+STUDY: Path = ("study",)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A member of a study with its whole recipe."""
+
+    member: Member
+    recipe: Recipe
+
+
+@dataclass
+class Expansion:
+    """The runs of a study, in the order of its table."""
+
+    runs: list[PlannedRun] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    """Runs that are the same, for people."""
+    warnings: list[Diagnostic] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Different runs."""
+        return len({run.member.hash for run in self.runs})
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """A study as its file says it. ``merged`` is the recipe with [study], ``sources`` are without."""
+
+    path: str
+    sources: list[Source]
+    merged: Merged
+    table: StudyTable
+    base: Recipe
+    """The recipe that the runs change; keys that every run gives may hold placeholders."""
+
+    @property
+    def name(self) -> str:
+        """Of the study, and of the recipe of all its runs."""
+        return self.base.recipe.name
+
+    @property
+    def folder(self) -> FilePath:
+        """Where its runs go."""
+        return FilePath(self.base.recipe.run_root) / self.name
+
+    @cached_property
+    def base_values(self) -> dict[str, Any]:
+        """Dotted keys of the base with their values; None where a key is not set."""
+        content = self.base.model_copy(update={"study": None}).model_dump()
+        return {".".join(str(part) for part in path): value for path, value in leaves(content)}
+
+    def run(self, row: str, changes: Combination, seed: Value | None = None) -> tuple[PlannedRun, list[Diagnostic]]:
+        """One run, and what is doubtful about it. Raises RecipeError."""
+        sources = [*self.sources, *(self._source(key, value) for key, value in changes.items())]
+        if seed is not None:
+            sources.append(self._source("recipe.seed", seed))
+        if self.table.bohb is not None:
+            epochs = Value(self.table.bohb.max_epochs, (*STUDY, "bohb", "max_epochs"))
+            sources.append(self._source("train.epochs", epochs))
+        loaded = resolve(sources, self.path)
+        told = {key: value.value for key, value in changes.items() if key != "recipe.seed"}
+        member = Member(row, loaded.recipe.recipe.seed, told, recipe_hash(loaded.recipe))
+        return PlannedRun(member, loaded.recipe), loaded.warnings
+
+    def drawn(self, row: str, changes: Mapping[str, Any], seed: int | None = None) -> PlannedRun:
+        """The run of a configuration that a search proposes. Raises RecipeError."""
+        values = {key: Value(value, (*STUDY, "space", *key.split("."))) for key, value in changes.items()}
+        return self.run(row, values, None if seed is None else Value(seed, (*STUDY, "seeds")))[0]
+
+    def _source(self, key: str, value: Value) -> Source:
+        """A change as one more layer of the recipe, whose places are those in the study's file."""
+        origin = self.merged.origin(value.place) or self.sources[-1]
+        path, depth = tuple(key.split(".")), len(value.place)
+        spans = {(*path, *place[depth:]): span for place, span in origin.spans.items() if place[:depth] == value.place}
+        here = _nearest(origin, value.place)
+        named = _nearest(origin, tuple(part for part in value.place if isinstance(part, str))) or here
+        spans |= {path[:n]: Span(named.key, named.key) for n in range(1, len(path))}
+        spans[path] = Span(named.key, here.value)
+        return Source(origin.name, origin.lines, nested(key, value.value), spans, origin.note)
+
+
+def _nearest(origin: Source, place: Path) -> Span:
+    """The place, or that of the innermost entry around it that has one."""
+    while place and place not in origin.spans:
+        place = place[:-1]
+    return origin.spans.get(place) or Span(Position(1, 1), Position(1, 1))
+
+
+def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> StudyFile:
+    """A study's file, its [study] table checked. Raises RecipeError with everything that is wrong with that."""
+    sources = read_sources(path, overrides)
+    name = os.fspath(path)
+    merged = Merged()
+    for source in sources:
+        merged.add(source)
+    if "study" not in merged.data:
+        message = f"{name} has no [study] table: it is one run. To train it: toolkit train {name}"
+        raise RecipeError([Diagnostic("error", message)])
+    verdict = validate(merged.data)
+    # What else is wrong with the recipe is reported with its runs, which may give what it lacks.
+    findings = [item for item in verdict.findings if item.path[:1] in (STUDY, ("recipe",))]
+    recipe = verdict.recipe
+    if findings or recipe is None or recipe.study is None:
+        raise RecipeError(placed(findings or verdict.findings, merged, name))
+    bare = [replace(s, data={key: value for key, value in s.data.items() if key != "study"}) for s in sources]
+    study = StudyFile(name, bare, merged, recipe.study, with_defaults(recipe))
+    faults = list(check_study(study.table, merged.data["study"], study.base_values))
+    if faults:
+        raise RecipeError(placed(faults, merged, name))
+    return study
+
+
+def expand(study: StudyFile) -> Expansion:
+    """All runs that the file tells of; those of bohb come about while it goes on, so there are none.
+
+    Raises RecipeError with all faults of all runs.
+    """
+    found, faults = Expansion(), _Diagnostics()
+    seeds = _seeds(study)
+    for row, name, changes in () if study.table.bohb else _rows(study):
+        for seed in seeds:
+            try:
+                run, warnings = study.run(name, changes, seed)
+            except RecipeError as error:
+                faults.add(error.diagnostics, name)
+                break  # another seed has the same faults
+            found.runs.append(_with_published(run, study.table, row))
+            faults.warnings.add(warnings, name)
+    if faults.kept:
+        raise RecipeError(faults.kept)
+    found.warnings = faults.warnings.kept
+    found.runs, found.remarks = _without_doubles(found.runs)
+    return found
+
+
+class _Diagnostics:
+    """Diagnostics of many runs, each once, with the first row that has it."""
+
+    def __init__(self, *, has_warnings: bool = True) -> None:
+        self.kept: list[Diagnostic] = []
+        self.seen: set[tuple[str, str]] = set()
+        if has_warnings:
+            self.warnings = _Diagnostics(has_warnings=False)
+
+    def add(self, items: Sequence[Diagnostic], row: str) -> None:
+        """Keep those that are new."""
+        for item in items:
+            mark = (item.message, str(item.location))
+            if mark not in self.seen:
+                self.seen.add(mark)
+                self.kept.append(replace(item, note=item.note or f"in the row {row!r}"))
+
+
+def _seeds(study: StudyFile) -> list[Value | None]:
+    seeds, place = study.table.seeds, (*STUDY, "seeds")
+    if seeds is None:
+        return [None]
+    if isinstance(seeds, int):
+        first = study.base.recipe.seed
+        return [Value(seed, place) for seed in range(first, first + seeds)]
+    return [Value(seed, (*place, index)) for index, seed in enumerate(seeds)]
+
+
+def _rows(study: StudyFile) -> Iterator[tuple[StudyRow | None, str, Combination]]:
+    """Every line of the table: the row that it belongs to, its name, and what it changes."""
+    if study.table.random is not None:
+        yield from ((None, name, changes) for name, changes in _drawn(study))
+        return
+    grid, _ = read_variables(study.table.grid, (*STUDY, "grid"))
+    zip_, _ = read_variables(study.table.zip, (*STUDY, "zip"))
+    names = Names([*zip_, *grid])
+    for row, changes in _row_changes(study.table):
+        for step in zipped(zip_):
+            fixed = study.base_values | {key: value.value for key, value in (changes | step).items()}
+            for point in products(grid, fixed):
+                words = [row.name if row else "", names.of(step), names.of(point)]
+                yield row, ", ".join(filter(None, words)) or study.name, changes | step | point
+
+
+def _row_changes(table: StudyTable) -> Iterator[tuple[StudyRow | None, Combination]]:
+    if not table.rows:
+        yield None, {}
+    for number, row in enumerate(table.rows):
+        found = dotted_leaves(row.set, (*STUDY, "rows", number, "set"))
+        yield row, {leaf.key: Value(leaf.value, leaf.place) for leaf in found}
+
+
+def _drawn(study: StudyFile) -> Iterator[tuple[str, Combination]]:
+    """The configurations of a random search, which are known before it begins."""
+    from toolkit.study.space import random_configurations, read_space
+
+    assert study.table.random is not None
+    space = read_space(study.table.space, study.base_values)
+    places = {leaf.key: leaf.place for leaf in _space_leaves(study.table)}
+    variables = [Variable(parameter.key, places[parameter.key], ()) for parameter in space.parameters]
+    names = Names(variables)
+    for changes in random_configurations(space, study.table.random.runs, study.table.random.seed):
+        values = {key: Value(value, places[key]) for key, value in changes.items()}
+        yield names.plain(values), values
+
+
+def _space_leaves(table: StudyTable) -> list[Any]:
+    ends = frozenset({"uniform", "log_uniform", "integers", "choice", "when"})
+    return list(dotted_leaves(table.space, (*STUDY, "space"), ends))
+
+
+def _with_published(run: PlannedRun, table: StudyTable, row: StudyRow | None) -> PlannedRun:
+    """The run with what is published about it: its row's figures before those of the whole study."""
+    also = [item for item in table.published if _meets(item, run.recipe)]
+    figures: dict[str, float] = {}
+    for item in also:
+        figures |= {str(name): value for name, value in item.figures.items()}
+    sources = [row.source if row else "", *(item.source for item in also)]
+    notes = [row.note if row else "", *(item.note for item in also)]
+    member = replace(
+        run.member,
+        published=figures | {str(name): value for name, value in (row.published if row else {}).items()},
+        published_epochs={str(name): values for name, values in (row.published_epochs if row else {}).items()},
+        source=next(filter(None, sources), ""),
+        note=" ".join(filter(None, notes)),
+    )
+    return replace(run, member=member)
+
+
+def _meets(published: Published, recipe: Recipe) -> bool:
+    """Whether a run has the values that published figures are about."""
+    content = {".".join(str(part) for part in path): value for path, value in leaves(recipe.model_dump())}
+    wanted = conditions(published.where)
+    return all(any(same(content.get(key), value) for value in allowed) for key, allowed in wanted.items())
+
+
+def _without_doubles(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
+    """Lines that are the same run share it; the same line again is left out. With remarks on both."""
+    kept: list[PlannedRun] = []
+    first: dict[str, str] = {}
+    remarks: dict[str, None] = {}
+    for run in runs:
+        row = first.setdefault(run.member.hash, run.member.row)
+        if row != run.member.row:
+            remarks[f"rows {row!r} and {run.member.row!r} are the same run, which is trained once"] = None
+        elif any(other.member.hash == run.member.hash for other in kept):
+            remarks[f"row {row!r} is there twice; it is trained once"] = None
+            continue
+        kept.append(run)
+    return kept, list(remarks)

@@ -1,0 +1,165 @@
+"""Before a study goes on: its folder, its run directories, and whether they are this study's. Needs no torch.
+
+A run is found by the hash of its resolved recipe among the run directories of the folder, so that nothing is trained
+twice, however the study's file was edited in between. All run directories are made here, by the controller alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from toolkit.errors import UserError
+from toolkit.recipe import Recipe, diff, recipe_hash, resolved_toml
+from toolkit.recipe.diagnostics import dotted
+from toolkit.runs import Run, create_run, runs_of
+from toolkit.study.expand import Expansion, PlannedRun, StudyFile
+from toolkit.study.folder import Member, StudyFolder, epochs_done
+
+CONTROLLER = ".controller"
+LOCK_WAIT_S = 1.0
+"""Whoever looks whether a controller is there holds its lock for an instant."""
+
+
+@contextlib.contextmanager
+def controlled(study: StudyFile) -> Iterator[StudyFolder]:
+    """The study's folder, held by this process alone. Raises UserError where another has it or nobody can write."""
+    folder = StudyFolder(study.folder)
+    lock = FileLock(folder.path / CONTROLLER)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=LOCK_WAIT_S)
+    except Timeout:
+        raise UserError(
+            f"{folder.path} is under another `toolkit study` that still runs; to help it from here: "
+            f"toolkit study {study.path} --worker"
+        ) from None
+    except OSError as error:
+        raise UserError(f"recipe.run_root: cannot write in {folder.path}: {error.strerror}") from None
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def prepare(study: StudyFile, folder: StudyFolder, expansion: Expansion) -> list[str]:
+    """Make what is missing of the folder: study.json and a run directory for each run. Returns remarks.
+
+    Raises UserError where the folder holds another study, and then leaves everything as it is.
+    """
+    remarks = check_same_study(study, folder, expansion)
+    known = KnownRuns(folder)
+    members = [known.member(run) for run in expansion.runs]
+    if study.table.bohb is not None and folder.exists:
+        members = folder.members
+    folder.write(record_of(study, complete=study.table.bohb is None), members)
+    return remarks
+
+
+def record_of(study: StudyFile, *, complete: bool) -> dict[str, Any]:
+    """What study.json tells besides the members."""
+    return {
+        "name": study.name,
+        "file": os.path.abspath(study.path),
+        "study": study.table.model_dump(),
+        "search": search_of(study),
+        "complete": complete,
+    }
+
+
+def search_of(study: StudyFile) -> dict[str, Any] | None:
+    """What a search must keep from one start to the next: where it draws from, how, and the recipe around it."""
+    table = study.table
+    search = table.bohb or table.random
+    if search is None:
+        return None
+    # More trials, or more draws, continue the same search.
+    settings = search.model_dump(exclude={"trials", "runs"})
+    return {"space": table.space, "settings": settings, "recipe": recipe_hash(study.base)}
+
+
+class KnownRuns:
+    """The run directories of a study's folder by the hash of their recipes."""
+
+    def __init__(self, folder: StudyFolder) -> None:
+        self.folder = folder
+        self.by_hash: dict[str, Run] = {}
+        for run in runs_of(str(folder.path.parent), folder.path.name):
+            with contextlib.suppress(UserError):  # a damaged recipe is nobody's run
+                mark = recipe_hash(run.recipe)
+                other = self.by_hash.get(mark)
+                if other is None or _progress(run) > _progress(other):
+                    self.by_hash[mark] = run
+
+    def member(self, planned: PlannedRun) -> Member:
+        """The planned run with its run directory, which is made where there is none."""
+        run = self.by_hash.get(planned.member.hash) or self._create(planned.recipe)
+        self.by_hash[planned.member.hash] = run
+        return replace(planned.member, run=run.id)
+
+    def _create(self, recipe: Recipe) -> Run:
+        run = create_run(str(self.folder.path.parent), self.folder.path.name)
+        run.write_text("recipe.toml", resolved_toml(recipe))
+        return run
+
+
+def _progress(run: Run) -> tuple[bool, int]:
+    return run.is_finished, epochs_done(run)
+
+
+def check_same_study(study: StudyFile, folder: StudyFolder, expansion: Expansion) -> list[str]:
+    """Whether study.json, if there is one, is of this study. Raises UserError where it is of another.
+
+    Rows may be added and taken away; their runs stay where they are. A search must be the same.
+    """
+    if not folder.exists:
+        return []
+    record, mine = folder.record, search_of(study)
+    if record["search"] != mine:
+        raise UserError(_other_search(study, folder, record["search"], mine))
+    if study.table.bohb is not None:
+        return []
+    begun = [m for m in folder.members if (run := folder.run(m)) is not None and (run.is_finished or run.epochs())]
+    hashes = {run.member.hash for run in expansion.runs}
+    gone = [member for member in begun if member.hash not in hashes]
+    if begun and len(gone) == len(begun):
+        raise UserError(_other_runs(study, folder, gone, expansion))
+    return [f"{len(gone)} run(s) in {folder.path} belong to no row any more; they are left there"] if gone else []
+
+
+def _other_search(study: StudyFile, folder: StudyFolder, theirs: dict[str, Any] | None, mine: Any) -> str:
+    parts = {"space": "another space", "settings": "other settings", "recipe": "another recipe around the space"}
+    if theirs is None or mine is None:
+        what = "runs that are listed, not searched for" if theirs is None else "a search"
+    else:
+        what = " and ".join(words for key, words in parts.items() if theirs.get(key) != mine.get(key))
+    return (
+        f"{folder.path} holds a study with {what}. Give this one a recipe.name of its own in {study.path}, "
+        f"or move {folder.path} away"
+    )
+
+
+def _other_runs(study: StudyFile, folder: StudyFolder, gone: Iterable[Member], expansion: Expansion) -> str:
+    told = ""
+    old = folder.run(next(iter(gone)))
+    if old is not None and expansion.runs:
+        with contextlib.suppress(UserError):
+            changes = diff(old.recipe, expansion.runs[0].recipe)
+            told = "; ".join(f"{dotted(key)}: {one!r} -> {two!r}" for key, one, two in changes[:3])
+    return (
+        f"{folder.path} holds a study of other runs{f' ({told})' if told else ''}. Give this one a recipe.name of its "
+        f"own in {study.path}, or move {folder.path} away"
+    )
+
+
+def study_folder(path: Path) -> StudyFolder:
+    """The folder of a study that was begun; a UserError where there is none."""
+    folder = StudyFolder(path)
+    folder.record  # noqa: B018  (says what is wrong)
+    return folder

@@ -1,0 +1,179 @@
+"""What can be wrong with [study] before any run is looked at. One small function a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from toolkit.recipe.catalog import nearest
+from toolkit.recipe.diagnostics import Finding
+from toolkit.recipe.positions import Path
+from toolkit.recipe.study import StudyTable
+from toolkit.study.forms import (
+    MOST_COMBINATIONS,
+    Variable,
+    circle,
+    conditions,
+    count_products,
+    dotted_leaves,
+    read_variables,
+    uneven,
+)
+
+FORMS = ("rows", "grid", "zip", "seeds", "random", "bohb")
+FIXED = {
+    "recipe.name": "it is the study's name, which all its runs share",
+    "recipe.run_root": "all runs of a study lie in one folder",
+    "recipe.seed": "give study.seeds = [0, 1, 2], so that the table has mean and deviation over them",
+}
+"""Keys that cannot vary, and why."""
+
+RANGES = frozenset({"uniform", "log_uniform", "integers", "choice", "when"})
+
+
+def check_study(table: StudyTable, given: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[Finding]:
+    """All that is wrong. ``given`` is the table as the file has it, ``base`` the recipe's dotted keys and values."""
+    yield from _something_varies(table, given)
+    yield from _search_is_whole(table)
+    yield from _rows_have_own_names(table)
+    yield from _seeds_differ(table)
+    grid, faults = read_variables(table.grid, ("study", "grid"))
+    zip_, more = read_variables(table.zip, ("study", "zip"))
+    yield from [*faults, *more]
+    yield from _keys_vary_once(table, [*grid, *zip_])
+    yield from _conditions_can_hold(table, grid, zip_, base)
+    if not faults and not more:
+        yield from _size_is_sane(table, grid, zip_)
+    if table.space and (table.random or table.bohb):
+        yield from _space_is_right(table, base)
+
+
+def _something_varies(table: StudyTable, given: Mapping[str, Any]) -> Iterator[Finding]:
+    for form in ("rows", "grid", "zip", "space"):
+        if form in given and not given[form]:
+            yield Finding(f"study.{form} is empty, so that there is no run at all", ("study", form), at="key")
+    if not any(form in given for form in (*FORMS, "space")):
+        hint = 'for example [study.grid] with optimizer.lr = [0.1, 0.01], or [[study.rows]] with name = "..."'
+        message = f"[study] says nothing that varies: give one or more of {', '.join(FORMS)}"
+        yield Finding(message, ("study",), hint=hint, at="key")
+
+
+def _search_is_whole(table: StudyTable) -> Iterator[Finding]:
+    searches = [name for name in ("random", "bohb") if getattr(table, name) is not None]
+    if len(searches) == 2:
+        yield Finding("study: give random or bohb, not both", ("study", "bohb"), at="key")
+    if table.space and not searches:
+        hint = "for example [study.random] with runs = 20, or [study.bohb] with trials = 30"
+        yield Finding("study.space needs study.random or study.bohb to draw from it", ("study", "space"), hint=hint)
+    for name in searches:
+        if not table.space:
+            message = f"study.{name} needs [study.space] to draw from"
+            hint = "for example optimizer.lr = { log_uniform = [1e-6, 1e-1] }"
+            yield Finding(message, ("study", name), hint=hint, at="key")
+        for form in ("rows", "grid", "zip", *(["seeds"] if name == "bohb" else [])):
+            if getattr(table, form):
+                message = f"study.{form} does not combine with study.{name}, which draws every run from study.space"
+                yield Finding(message, ("study", form), at="key")
+
+
+def _rows_have_own_names(table: StudyTable) -> Iterator[Finding]:
+    names = [row.name for row in table.rows]
+    for number, name in enumerate(names):
+        if not name.strip():
+            yield Finding(f"study.rows[{number}].name is blank", ("study", "rows", number, "name"))
+        elif name in names[:number]:
+            message = f"study.rows[{number}].name: {name!r} is the name of row {names.index(name)} already"
+            yield Finding(message, ("study", "rows", number, "name"))
+
+
+def _seeds_differ(table: StudyTable) -> Iterator[Finding]:
+    seeds = table.seeds
+    if isinstance(seeds, list) and len(set(seeds)) < len(seeds):
+        yield Finding("study.seeds: the same seed twice", ("study", "seeds"))
+
+
+def _keys_vary_once(table: StudyTable, variables: list[Variable]) -> Iterator[Finding]:
+    homes = {variable.key: variable.place for variable in variables}
+    for variable in variables:
+        if homes[variable.key] != variable.place:
+            yield Finding(f"{variable.key} varies in study.grid and in study.zip", variable.place, at="key")
+    places = [(v.key, v.place) for v in variables]
+    places += [(leaf.key, leaf.place) for leaf in dotted_leaves(table.space, ("study", "space"), RANGES)]
+    for key, place in places:
+        if key in FIXED:
+            yield Finding(f"{key} cannot vary: {FIXED[key]}", place, at="key")
+        yield from _is_of_a_run(key, place)
+    for number, row in enumerate(table.rows):
+        for leaf in dotted_leaves(row.set, ("study", "rows", number, "set")):
+            yield from _is_of_a_run(leaf.key, leaf.place)
+            if leaf.key in ("recipe.name", "recipe.run_root") or (leaf.key == "recipe.seed" and table.seeds):
+                yield Finding(f"{leaf.key} cannot vary: {FIXED[leaf.key]}", leaf.place, at="key")
+            if any(leaf.key == key or leaf.key.startswith(f"{key}.") for key in homes):
+                message = f"{leaf.key} is set by the row {row.name!r} and varies in study.{homes_of(leaf.key, homes)}"
+                yield Finding(message, leaf.place, at="key")
+
+
+def homes_of(key: str, homes: Mapping[str, Path]) -> str:
+    """grid or zip, by where the key varies."""
+    return next(str(place[1]) for other, place in homes.items() if key == other or key.startswith(f"{other}."))
+
+
+def _is_of_a_run(key: str, place: Path) -> Iterator[Finding]:
+    table = key.split(".")[0]
+    if table in ("study", "slurm", "extends", "expect"):
+        yield Finding(f"{key} cannot vary: [{table}] is no part of a run", place, at="key")
+
+
+def _conditions_can_hold(
+    table: StudyTable, grid: list[Variable], zip_: list[Variable], base: Mapping[str, Any]
+) -> Iterator[Finding]:
+    rows = [leaf.key for row in table.rows for leaf in dotted_leaves(row.set, ())]
+    known = [*(v.key for v in grid), *(v.key for v in zip_), *rows, *base]
+    for variable in zip_:
+        if variable.when:
+            yield Finding(f"{variable.key}: a list of study.zip has no condition", variable.place, at="key")
+    for variable in grid:
+        for key in variable.when:
+            if key not in known:
+                near = nearest(key, known, 1)
+                hint = f"did you mean {near[0]}?" if near else None
+                yield Finding(f"{variable.key}: when {key}: no such key", (*variable.place, "when"), hint=hint)
+    looped = circle(grid)
+    if looped:
+        yield Finding(f"study.grid: the condition of {looped} leads back to itself", ("study", "grid"), at="key")
+    for number, item in enumerate(table.published):
+        for key in conditions(item.where):
+            if key not in known:
+                near = nearest(key, known, 1)
+                place: Path = ("study", "published", number, "where")
+                hint = f"did you mean {near[0]}?" if near else None
+                yield Finding(f"study.published[{number}].where: no such key {key}", place, hint=hint)
+
+
+def _size_is_sane(table: StudyTable, grid: list[Variable], zip_: list[Variable]) -> Iterator[Finding]:
+    wrong = uneven(zip_)
+    if wrong:
+        yield wrong
+        return
+    steps = len(zip_[0].values) if zip_ else 1
+    seeds = table.seeds if isinstance(table.seeds, int) else len(table.seeds or [1])
+    count = max(1, len(table.rows)) * steps * count_products(grid) * seeds
+    if count > MOST_COMBINATIONS:
+        message = f"study: {count:,} combinations; more than {MOST_COMBINATIONS:,} are never trained"
+        yield Finding(message, ("study", "grid"), hint="shorten the lists, or search: [study.random]", at="key")
+
+
+def _space_is_right(table: StudyTable, base: Mapping[str, Any]) -> Iterator[Finding]:
+    from toolkit.errors import UserError
+    from toolkit.study.space import read_space
+
+    try:
+        read_space(table.space, base)
+    except UserError as error:
+        for line in str(error).splitlines():
+            yield Finding(line, _place_named(line), at="key")
+
+
+def _place_named(line: str) -> Path:
+    """The key that a message begins with."""
+    return tuple(line.split(":")[0].split(" ")[0].split("."))
