@@ -249,7 +249,12 @@ def _write_beginnings(setup: Setup, run: Run) -> None:
         "split.json", {"hash": split_hash(setup.dataset, setup.splits), "left_out": setup.bad_images, **names}
     )
     card = model_card(
-        setup.recipe.model, setup.dataset.classes, setup.preprocessing, setup.recipe.recipe.name, toolkit.__version__
+        setup.recipe.model,
+        setup.dataset.classes,
+        setup.preprocessing,
+        setup.recipe.augment.test,
+        setup.recipe.recipe.name,
+        toolkit.__version__,
     )
     run.write_json("checkpoints/model.json", card)
 

@@ -1,0 +1,171 @@
+"""`toolkit evaluate`: summary.json's figures again, to the last bit, on any number of processes; and damaged runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+from cli import Outcome, toolkit
+from distributed import launch
+from finished import CONVNET, train, train_on_files
+from trainers import MUCH, Trainers, only_run, write_recipe
+
+from toolkit.runs import Run
+
+FIGURES = ("loss", "accuracy", "top5_accuracy", "class_accuracy")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Best before the end, batch norm, averaged weights: best and stopped model differ."""
+    return train_on_files(tmp_path_factory.mktemp("evaluate"), CONVNET, "train.ema=0.5", epochs=5)
+
+
+@pytest.fixture
+def copy(run: Run, tmp_path: Path) -> Run:
+    """The run, to be damaged."""
+    return Run(shutil.copytree(run.path, tmp_path / "copy"))
+
+
+def figures(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.status == 0, outcome.stderr
+    content = json.loads(outcome.stdout)
+    assert {each["verdict"] for model in content["figures"].values() for each in model.values()} == {"equal"}
+    return {
+        model: {name: each["evaluated"] for name, each in each_model.items()}
+        for model, each_model in content["figures"].items()
+    }
+
+
+@pytest.mark.parametrize(("split", "prefix"), [("test", "test_"), ("validation", "val_")])
+def test_the_summary_s_figures_come_out_equal(run: Run, split: str, prefix: str) -> None:
+    summary = run.summary
+    assert summary["best"]["epoch"] < summary["stopped"]["epoch"] == 5, "the two models are to differ"
+    found = figures(toolkit("evaluate", run.path, "--split", split, "--json"))
+    for model in ("best", "stopped"):
+        assert found[model] == {prefix + name: summary[model][prefix + name] for name in FIGURES}
+
+
+def test_it_says_so_in_words_and_compares_the_predictions(run: Run) -> None:
+    outcome = toolkit("evaluate", run.path)
+    assert outcome.status == 0
+    assert "predictions.csv: 50 of 50 rows are the same" in outcome.stdout
+    assert outcome.stdout.splitlines()[-1] == "all 8 figures equal those of summary.json"
+
+
+def test_several_processes_give_the_same_bits(run: Run) -> None:
+    first, *others = launch(3, toolkit, "evaluate", str(run.path), "--json")
+    assert figures(first)["best"]["test_loss"] == run.summary["best"]["test_loss"]
+    assert [other.stdout for other in others] == ["", ""], "one process speaks"
+
+
+def test_a_run_of_two_processes_is_reproduced_on_one_and_on_three(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, MUCH)
+    trainers = Trainers(2, tmp_path, recipe, "--set", "train.epochs=2", "--set", "train.eval_batch_size=10")
+    assert trainers.wait() == [0, 0], trainers.text()
+    path = str(only_run(tmp_path).path)
+    figures(toolkit("evaluate", path, "--json"))
+    figures(launch(3, toolkit, "evaluate", path, "--json")[0])
+
+
+def test_training_images_are_evaluated_too_but_nothing_was_recorded_of_them(run: Run) -> None:
+    outcome = toolkit("evaluate", run.path, "--split", "train")
+    assert outcome.status == 0
+    assert "train: 72 images" in outcome.stdout
+    assert "the run has recorded no figures of this" in outcome.stdout
+
+
+def test_weights_that_are_not_the_run_s_are_found_out(copy: Run) -> None:
+    state = safetensors.torch.load_file(copy.best_weights)
+    state["head.bias"] += 1.0 * (state["head.bias"] > 0)
+    safetensors.torch.save_file(state, copy.best_weights)
+    outcome = toolkit("evaluate", copy.path)
+    assert outcome.status == 1
+    assert "figures differ from summary.json: best test_loss" in outcome.stdout
+
+
+def test_where_the_last_checkpoint_is_gone_the_best_model_is_evaluated_alone(copy: Run) -> None:
+    for path in copy.checkpoints.glob("*.pt"):
+        path.unlink()
+    outcome = toolkit("evaluate", copy.path)
+    assert outcome.status == 0
+    assert "the stopped model was not evaluated: no checkpoint of epoch 5 is left" in outcome.stdout
+    assert "all 4 figures equal" in outcome.stdout
+
+
+def test_a_run_that_was_killed_is_evaluated_with_nothing_to_compare_with(copy: Run) -> None:
+    for name in ("summary.json", "predictions.csv", "checkpoints/best.safetensors"):
+        (copy.path / name).unlink()
+    outcome = toolkit("evaluate", copy.path)
+    assert outcome.status == 0, outcome.stderr
+    assert "the run has not come to its end: best-000" in outcome.stdout
+    assert "nothing to compare with" in outcome.stdout
+
+
+def test_images_that_have_moved_are_found_where_one_says(run: Run, tmp_path: Path) -> None:
+    data = Path(run.recipe.data.root)
+    moved = tmp_path / "moved"
+    data.rename(moved)
+    try:
+        refused = toolkit("evaluate", run.path)
+        figures(toolkit("evaluate", run.path, "--data-root", moved, "--json"))
+    finally:
+        moved.rename(data)
+    assert refused.status == 2
+    assert f"the images of {run.path} are not here" in refused.stderr
+    assert "--data-root FOLDER" in refused.stderr
+
+
+def test_images_that_were_lost_or_exchanged_are_named(run: Run, tmp_path: Path) -> None:
+    data = shutil.copytree(run.recipe.data.root, tmp_path / "data")
+    lost = min((data / "test" / "3").iterdir())
+    lost.unlink()
+    outcome = toolkit("evaluate", run.path, "--data-root", data)
+    assert outcome.status == 2
+    assert "1 of the 50 test images" in outcome.stderr
+    assert f"test/3/{lost.name}" in outcome.stderr
+    figures(toolkit("evaluate", run.path, "--split", "validation", "--data-root", data, "--json"))
+    (data / "train" / "extra").mkdir()
+    shutil.copy(min((data / "test" / "4").iterdir()), data / "train" / "extra")
+    outcome = toolkit("evaluate", run.path, "--data-root", data)
+    assert outcome.status == 2
+    assert "other classes now (11)" in outcome.stderr
+    assert "new: extra" in outcome.stderr
+
+
+def test_an_unknown_split_names_the_nearest(run: Run) -> None:
+    outcome = toolkit("evaluate", run.path, "--split", "val")
+    assert outcome.status == 2
+    assert outcome.stderr == "there is no split 'val': a run has train, validation, test; did you mean validation?\n"
+
+
+def test_data_sets_in_memory_are_reproduced_as_well(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, MUCH)
+    run = train(recipe, "train.epochs=2", "train.eval_batch_size=13")
+    found = figures(toolkit("evaluate", run.path, "--json"))
+    assert set(found["best"]) == {f"test_{name}" for name in FIGURES}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "recipe.toml").unlink(), "is no run directory: it has no recipe.toml"),
+        (lambda path: (path / "summary.json").write_text("{"), "summary.json is damaged"),
+        (lambda path: (path / "summary.json").write_text('{"best": 1}'), "summary.json is damaged: it has no figures"),
+        (lambda path: (path / "split.json").unlink(), "split.json is missing"),
+        (lambda path: (path / "split.json").write_text("{}"), "split.json is damaged"),
+        (lambda path: (path / "checkpoints" / "model.json").write_text("[]"), "model.json is damaged"),
+        (lambda path: (path / "checkpoints" / "best.safetensors").write_bytes(b"no"), "best.safetensors is damaged"),
+        (lambda path: shutil.rmtree(path / "checkpoints"), "the run has not finished an epoch yet"),
+    ],
+)
+def test_a_damaged_run_is_one_clear_message(copy: Run, damage: Any, message: str) -> None:
+    damage(copy.path)
+    outcome = toolkit("evaluate", copy.path)
+    assert outcome.status == 2
+    assert message in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1

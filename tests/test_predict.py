@@ -1,0 +1,255 @@
+"""`toolkit predict`: each image once, in order, as the run itself predicted it; bad files are named and left out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli import toolkit
+from distributed import launch, run_on
+from finished import CONVNET, train_on_files
+from PIL import Image
+from typer.testing import CliRunner
+
+from toolkit.cli import app
+from toolkit.predict import Predictions, collect, load_model, predict
+from toolkit.runs import Run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Trained on images that test time turns into negatives: the preprocessing must come from the run."""
+    folder = tmp_path_factory.mktemp("predict")
+    negative = 'augment.test=[{ name = "RandomInvert", p = 1.0 }]'
+    return train_on_files(folder, CONVNET, negative, 'augment.validation=[{ name = "Grayscale" }]', epochs=3)
+
+
+@pytest.fixture
+def copy(run: Run, tmp_path: Path) -> Run:
+    """The run, to be damaged."""
+    return Run(shutil.copytree(run.path, tmp_path / "copy"))
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def folder_of_test(run: Run) -> Path:
+    return Path(run.recipe.data.root) / "test"
+
+
+def as_the_run(run: Run) -> list[dict[str, str]]:
+    """predictions.csv in predict's form."""
+    root = Path(run.recipe.data.root)
+    return [
+        {"path": str(root / row["path"]), "prediction": row["prediction"], "probability": row["probability"]}
+        for row in run.predictions()
+    ]
+
+
+def test_the_test_images_are_predicted_as_in_predictions_csv(run: Run) -> None:
+    outcome = toolkit("predict", run.path, folder_of_test(run))
+    assert outcome.status == 0, outcome.stderr
+    assert rows(outcome.stdout) == as_the_run(run)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_give_every_row_once_and_in_order(run: Run, world: int) -> None:
+    first, *others = launch(world, toolkit, "predict", str(run.path), str(folder_of_test(run)), "--workers", "1")
+    assert rows(first.stdout) == as_the_run(run)
+    assert {other.stdout for other in others} == {""}
+
+
+def test_batch_size_and_workers_change_no_prediction(run: Run) -> None:
+    outcome = toolkit("predict", run.path, folder_of_test(run), "--batch-size", "7", "--workers", "2")
+    expected = as_the_run(run)
+    found = rows(outcome.stdout)
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in expected]
+    assert [float(row["probability"]) for row in found] == pytest.approx(
+        [float(row["probability"]) for row in expected], rel=1e-4
+    )
+
+
+def test_all_classes_are_ranked_and_their_probabilities_add_up(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "predictions.json"
+    outcome = toolkit("predict", run.path, folder_of_test(run), "--top-k", "99", "--format", "json", "-o", out)
+    assert outcome.status == 0
+    assert outcome.stdout == ""
+    found = json.loads(out.read_text())
+    assert [(one["path"], one["predictions"][0]["class"]) for one in found] == [
+        (row["path"], row["prediction"]) for row in as_the_run(run)
+    ]
+    for one in found:
+        probabilities = [each["probability"] for each in one["predictions"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1, abs=1e-4)
+        assert {each["class"] for each in one["predictions"]} == {str(digit) for digit in range(10)}
+
+
+def test_formats_say_the_same(run: Run) -> None:
+    arguments = ("predict", run.path, folder_of_test(run), "-k", "2", "--format")
+    table, whole, lines = (toolkit(*arguments, style).stdout for style in ("csv", "json", "jsonl"))
+    assert json.loads(whole) == [json.loads(line) for line in lines.splitlines()]
+    for row, entry in zip(rows(table), json.loads(whole), strict=True):
+        first, second = entry["predictions"]
+        assert list(row) == ["path", "prediction", "probability", "prediction_2", "probability_2"]
+        assert (row["path"], row["prediction"], row["prediction_2"]) == (entry["path"], first["class"], second["class"])
+        assert float(row["probability_2"]) == second["probability"]
+
+
+def test_lists_standard_input_and_single_files_mean_the_same_images(run: Run, tmp_path: Path) -> None:
+    expected = as_the_run(run)[:3]
+    paths = [row["path"] for row in expected]
+    listed = tmp_path / "list.txt"
+    listed.write_text("\r\n".join([paths[0], "", *paths[1:]]) + "\n")
+    alone = toolkit("predict", run.path, *paths).stdout
+    assert [row["path"] for row in rows(alone)] == paths
+    assert toolkit("predict", run.path, f"@{listed}").stdout == alone
+    assert toolkit("predict", run.path, "--list", listed).stdout == alone
+    piped = CliRunner().invoke(app, ["predict", str(run.path), "-"], input=listed.read_bytes())
+    assert piped.stdout == alone
+
+
+def test_bad_files_are_named_left_out_and_counted(run: Run, tmp_path: Path) -> None:
+    whole = sorted((folder_of_test(run) / "5").iterdir())[:2]
+    truncated, empty, text = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(truncated)
+    truncated.write_bytes(truncated.read_bytes()[:900])
+    empty.touch()
+    text.write_text("no image")
+    named = [whole[0], truncated, empty, tmp_path / "missing.png", text, whole[1]]
+    outcome = toolkit("predict", run.path, *named, "--batch-size", "2")
+    assert outcome.status == 1
+    assert [row["path"] for row in rows(outcome.stdout)] == [str(path) for path in whole]
+    lines = outcome.stderr.splitlines()
+    assert [line.split(": ")[0] for line in lines[:4]] == [str(path) for path in named[1:5]]
+    reasons = [line.split(": ", 1)[1] for line in lines[:4]]
+    assert reasons[0].startswith("damaged")
+    assert reasons[1:] == ["an empty file", "no such file", "not an image of a known format"]
+    assert lines[4] == "4 of 6 files could not be predicted; left out"
+
+
+def predict_with_gaps(path: str, images: list[str]) -> Predictions:
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+    device = torch.device("cpu")
+    return predict(load_model(path), images, device, top_k=1, batch_size=2, workers=0, world=world, rank=rank)
+
+
+def test_several_processes_know_of_all_bad_files(run: Run) -> None:
+    images = [str(path) for path in sorted((folder_of_test(run) / "5").iterdir())]
+    gaps = [*images[:2], "nowhere/1", *images[2:], "nowhere/2", "nowhere/3"]
+    one, two = run_on(2, predict_with_gaps, str(run.path), gaps)
+    assert one.faults == two.faults == [(2, "no such file"), (6, "no such file"), (7, "no such file")]
+    assert [path for path, _ in one.rows()] == images
+    assert list(one.rows()) == list(two.rows())
+
+
+def test_images_that_the_run_s_preprocessing_does_not_take_are_bad_files(tmp_path: Path) -> None:
+    run = train_on_files(tmp_path, CONVNET, 'data.resize="none"', 'data.crop="none"', "data.image_size=8")
+    large = tmp_path / "large.png"
+    Image.new("L", (30, 20)).save(large)
+    outcome = toolkit("predict", run.path, large, folder_of_test(run) / "1")
+    assert outcome.status == 1
+    assert f"{large}: " in outcome.stderr
+    assert "20 x 30 pixels" in outcome.stderr
+    assert len(rows(outcome.stdout)) == 5
+
+
+def test_folders_are_searched_to_the_bottom_and_hidden_files_are_not_seen(tmp_path: Path) -> None:
+    for name in ("b/deep/2.JPG", "a.png", ".hidden/x.png", "b/.y.png", "b/notes.txt", "c/3.webp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = collect([str(tmp_path)], bytes)
+    assert found == [str(tmp_path / name) for name in ("a.png", "b/deep/2.JPG", "c/3.webp")]
+
+
+def test_names_that_are_not_utf8_come_out_as_they_went_in(run: Run, tmp_path: Path) -> None:
+    odd = tmp_path / "caf\udce9.png"
+    shutil.copy(next((folder_of_test(run) / "2").iterdir()), odd)
+    out = tmp_path / "out.csv"
+    assert toolkit("predict", run.path, tmp_path, "-o", out).status == 0
+    assert b"caf\xe9.png" in out.read_bytes()
+
+
+def test_a_run_that_was_killed_predicts_with_its_best_epoch_so_far(copy: Run) -> None:
+    copy.best_weights.unlink()
+    outcome = toolkit("predict", copy.path, folder_of_test(copy))
+    assert outcome.status == 0
+    assert "the run has not come to its end: best-000" in outcome.stderr
+    assert rows(outcome.stdout) == as_the_run(copy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no image is named"),
+        (["--format", "jason", "x.png"], "--format jason: expected csv, json, jsonl; did you mean json?"),
+        (["@nowhere.txt"], "the list nowhere.txt cannot be read: No such file"),
+        (["-o", "nowhere/out.csv", "IMAGES"], "nowhere/out.csv cannot be written: No such file"),
+        (["EMPTY"], "holds no image (.jpg"),
+        (["@BINARY"], "is no text: it is to hold one path a line"),
+    ],
+)
+def test_a_user_s_mistake_is_one_message(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary").write_bytes(b"\x89PNG\r\n\x00\x00")
+    places = {
+        "IMAGES": str(folder_of_test(run)),
+        "EMPTY": str(tmp_path / "empty"),
+        "@BINARY": f"@{tmp_path / 'binary'}",
+    }
+    outcome = toolkit("predict", run.path, *(places.get(argument, argument) for argument in arguments))
+    assert outcome.status == 2
+    assert message in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1
+
+
+def no_model(path: Path) -> Any:
+    (path / "recipe.toml").unlink()
+    shutil.rmtree(path / "checkpoints")
+
+
+def no_epoch(path: Path) -> Any:
+    for file in (path / "checkpoints").glob("*.safetensors"):
+        file.unlink()
+
+
+def wrong_classes(path: Path) -> Any:
+    card = json.loads((path / "checkpoints" / "model.json").read_text())
+    card["classes"].append("another")
+    (path / "checkpoints" / "model.json").write_text(json.dumps(card))
+
+
+def old_card(path: Path) -> Any:
+    (path / "checkpoints" / "model.json").write_text('{"format": 0}')
+
+
+def cut_card(path: Path) -> Any:
+    (path / "checkpoints" / "model.json").write_text('{"format": 1, "classes": ["a"]}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "there is no such folder"),
+        (no_model, "holds no model: neither recipe.toml"),
+        (no_epoch, "the run has not finished an epoch yet, so it has no model"),
+        (wrong_classes, "does not belong to"),
+        (old_card, "was written by another version of this toolkit"),
+        (cut_card, "model.json is damaged"),
+    ],
+)
+def test_what_is_no_whole_model_is_refused_in_one_message(copy: Run, damage: Any, message: str) -> None:
+    images = folder_of_test(copy)
+    damage(copy.path)
+    outcome = toolkit("predict", copy.path, images)
+    assert outcome.status == 2
+    assert message in outcome.stderr

@@ -1,0 +1,208 @@
+"""evaluate, predict, explain: a trained model at work."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
+from toolkit.train import AsJson, Debug, end, is_first_process, report_errors
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from toolkit.predict import Predictions, TrainedModel
+    from toolkit.recipe.schema import TrainTable
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Run directory, or a folder that toolkit export --format safetensors made."),
+]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Where the images are now, if not where the recipe's data.root says.")
+]
+FORMATS = ("csv", "json", "jsonl")
+EXPLAINED = 64
+"""More images than this are not explained at once: each makes a file."""
+
+
+def say(text: str) -> None:
+    """A line on stderr, from the first process alone."""
+    if is_first_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def evaluate(
+    run: RunArgument,
+    split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
+    data_root: DataRoot = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a run's model again and compare with its summary.
+
+    Every figure that the run has recorded of this split is evaluated and compared: equal, different by rounding, or
+    different. Exit status 1 where one differs.
+
+    Example: toolkit evaluate runs/quickstart/20260102-030405-abcd --split validation
+
+    On several processes: accelerate launch -m toolkit evaluate RUN
+    """
+
+    def work() -> int:
+        from toolkit.runs import open_run
+
+        opened = open_run(run)
+        recipe = opened.recipe
+        # torch is imported here, after the run was found readable.
+        from toolkit.engine.joined import joined
+        from toolkit.evaluate import as_json as to_json
+        from toolkit.evaluate import check_split, evaluate_run
+
+        check_split(split)
+        with joined(recipe.train) as accelerator:
+            outcome = evaluate_run(opened, split, accelerator, say, data_root)
+            if accelerator.is_main_process:
+                print(to_json(opened, outcome) if as_json else outcome.text(), flush=True)
+        return EXIT_FAILURE if outcome.differs else EXIT_OK
+
+    end(report_errors(work, debug=debug))
+
+
+def predict(
+    run: ModelArgument,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATH...", help="Images, folders, @LIST (a text file, one path a line), - for stdin."),
+    ] = None,
+    list_: Annotated[
+        list[Path] | None, typer.Option("--list", help="Text file with one path a line; as @LIST.")
+    ] = None,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="So many most probable classes of each.")] = 1,
+    style: Annotated[str, typer.Option("--format", help="csv, json (one array) or jsonl (one object a line).")] = "csv",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; stdout by default.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at once in each process. Default: the run's own, or 64.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode images. Default: the CPUs granted less one.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Predict images with a run's best model.
+
+    Images go through the run's own preprocessing, which is kept with the weights. Files that cannot be read are named
+    on stderr and left out; the exit status is then 1.
+
+    Example: toolkit predict runs/quickstart/20260102-030405-abcd photos/ --top-k 5 -o predictions.csv
+
+    On several processes: accelerate launch -m toolkit predict RUN photos/
+    """
+
+    def work() -> int:
+        _check_style(style)
+        arguments = [*(paths or []), *(f"@{path}" for path in list_ or [])]
+        from toolkit.engine.joined import joined
+        from toolkit.predict import load_model
+
+        trained = load_model(run)
+        if trained.caution:
+            say(trained.caution)
+        settings = _settings(run)
+        if batch_size is not None:
+            settings = replace(settings, batch_size=batch_size)
+        with joined(settings.train) as accelerator:
+            predictions = _predict(trained, arguments, accelerator, settings, top_k, workers)
+            _hand_over(accelerator, predictions, style, out)
+        for fault in predictions.faults:
+            say(f"{predictions.paths[fault.position]}: {fault.reason}")
+        if predictions.faults:
+            say(f"{len(predictions.faults)} of {len(predictions.paths)} files could not be predicted; left out")
+        return EXIT_FAILURE if predictions.faults else EXIT_OK
+
+    end(report_errors(work, debug=debug))
+
+
+def _check_style(style: str) -> None:
+    from difflib import get_close_matches
+
+    if style not in FORMATS:
+        near = get_close_matches(style.lower(), FORMATS, 1)
+        raise UserError(
+            f"--format {style}: expected {', '.join(FORMATS)}{f'; did you mean {near[0]}?' if near else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How a model is run: as its run evaluated it; plainly, where it has left its run."""
+
+    train: TrainTable
+    batch_size: int
+    """Images at once in each process."""
+
+
+def _settings(path: Path) -> _Settings:
+    from toolkit.recipe.schema import TrainTable
+    from toolkit.runs import Run
+
+    if not ((path / "recipe.toml").is_file() and (path / "checkpoints").is_dir()):
+        return _Settings(TrainTable(epochs=1, batch_size=64, precision="no", channels_last=False), 64)
+    run = Run(path)
+    train = run.recipe.train
+    return _Settings(train, max(1, (train.eval_batch_size or train.batch_size) // int(run.environment["processes"])))
+
+
+def _predict(
+    trained: TrainedModel,
+    arguments: list[str],
+    accelerator: Accelerator,
+    settings: _Settings,
+    top_k: int,
+    workers: int | None,
+) -> Predictions:
+    from toolkit.data.cpus import granted_cpus
+    from toolkit.data.loading import MAX_WORKERS
+    from toolkit.engine.display import Display
+    from toolkit.engine.process import autocast_dtype, local_processes, main_only
+    from toolkit.predict import collect, predict
+
+    paths = main_only(accelerator, lambda: collect(arguments, sys.stdin.buffer.read))
+    with Display(speaks=accelerator.is_main_process).bar("images", len(paths)) as bar:
+        return predict(
+            trained,
+            paths,
+            accelerator.device,
+            top_k=top_k,
+            batch_size=settings.batch_size,
+            workers=min(granted_cpus(local_processes()) - 1, MAX_WORKERS) if workers is None else workers,
+            world=accelerator.num_processes,
+            rank=accelerator.process_index,
+            autocast_dtype=autocast_dtype(accelerator.mixed_precision),
+            channels_last=settings.train.channels_last,
+            advance=lambda images: bar.advance(images * accelerator.num_processes),
+        )
+
+
+def _hand_over(accelerator: Accelerator, predictions: Predictions, style: str, out: Path | None) -> None:
+    """The main process writes; the others learn of its failure (a collective)."""
+    from toolkit.engine.process import main_only
+    from toolkit.runs import write_atomically
+
+    def write() -> None:
+        text = predictions.text(style)
+        if out is None:
+            print(text, end="", flush=True)
+            return
+        try:
+            write_atomically(out, text.encode("utf-8", "surrogateescape"))
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror}") from None
+        say(f"{out}: {len(predictions.paths) - len(predictions.faults)} predictions")
+
+    main_only(accelerator, write)
