@@ -1,0 +1,158 @@
+"""For tests of augmentation in batches: photographs, and torchvision's word for the parameters that were drawn."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from toolkit.data.batched import _AUGMENT_STREAM, BatchAugmentation, batched_augmentation, keyed_uniforms
+from toolkit.data.batched_color import Blur, Erase, Grey, Jitter
+from toolkit.data.batched_moves import CenterCrop, Crop, Flip, Floats, IndexPass, Pad, Pass
+from toolkit.data.batched_warps import Affine, Perspective, WarpPass
+from toolkit.data.preprocessing import Preprocessing
+from toolkit.recipe.schema import AugmentTable
+
+ADJUST = (
+    functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation, functional.adjust_hue,
+)  # fmt: skip
+
+Entry = dict[str, Any]
+
+
+@functools.cache
+def photographs(n: int, height: int, width: int) -> list[Image.Image]:
+    """n different pieces of two photographs that come with scikit-learn."""
+    pictures = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    pieces = []
+    for i in range(n):
+        left, top = 23 * i % 200, 17 * i % 150
+        piece = pictures[i % 2].crop((left, top, left + 400, top + 250))
+        pieces.append(piece.resize((width, height), Image.Resampling.BILINEAR))
+    return pieces
+
+
+def batch(images: list[Image.Image], *, channels_last: bool = True) -> Tensor:
+    """uint8 [n, C, h, w]."""
+    pixels = torch.from_numpy(np.stack([np.atleast_3d(np.asarray(image)) for image in images])).permute(0, 3, 1, 2)
+    return pixels if channels_last else pixels.contiguous()
+
+
+def augmentation(*train: Entry, size: int = 224, channels: int = 3, seed: int = 0, **values: Any) -> BatchAugmentation:
+    """A training chain whose output is in 0..1, for images of any size."""
+    table = AugmentTable.model_validate({"train": list(train), **values})
+    preprocessing = Preprocessing(channels, size, None, True, "bilinear", (0.0,) * channels, (1.0,) * channels)
+    made = batched_augmentation(table, preprocessing, seed)
+    assert isinstance(made, BatchAugmentation), made
+    return made
+
+
+def numbers(augment: BatchAugmentation, epoch: int, draws: Floats | Any) -> Floats:
+    """The uniform numbers behind a batch, [m, slots]."""
+    return keyed_uniforms(
+        np.asarray(draws), sum(one.slots for one in augment.chain.all), _AUGMENT_STREAM, augment.seed, epoch
+    )
+
+
+def one_by_one(augment: BatchAugmentation, image: Image.Image, u: Floats) -> Tensor:
+    """torchvision's result for one image and the parameters that come of ``u`` [slots]: float32 [C, H, W] in 0..1.
+
+    Pillow images throughout, each transform after the other, as in a worker.
+    """
+    for one in augment.chain.passes:
+        image = after(one, image, u[None, : one.slots])
+        u = u[one.slots :]
+    pixels = functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
+    if augment.chain.erase is not None:
+        plan = augment.chain.erase.plan(u[None], (image.height, image.width))
+        if plan.applied[0]:
+            top, left, height, width = plan.table[0].astype(int).tolist()
+            value = torch.tensor(augment.chain.erase.value)[:, None, None]
+            pixels = functional.erase(pixels, top, left, height, width, value)
+    return pixels
+
+
+def after(one: Pass, image: Any, u: Floats) -> Any:
+    """An image after one pass, by torchvision; u: [1, slots]."""
+    size = (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[-2:])
+    match one:
+        case IndexPass():
+            start = 0
+            for step in one.steps:
+                image = moved(step, image, u[:, start : start + step.slots], one.fill)
+                start += step.slots
+            return image
+        case WarpPass():
+            own, flips = u[:, 1 : 1 + one.warp.slots], u[:, 1 + one.warp.slots :]
+            for number, flip in enumerate(one.before):
+                image = moved(flip, image, flips[:, number : number + 1], None)
+            image = warped(one, image, own, size) if u[0, 0] < one.p else image
+            for number, flip in enumerate(one.after):
+                image = moved(flip, image, flips[:, len(one.before) + number :], None)
+            return image
+    plan = one.plan(u, size)
+    if not plan.applied[0]:
+        return image
+    row = plan.table[0]
+    match one:
+        case Jitter():
+            used = (one.brightness, one.contrast, one.saturation, one.hue)
+            for kind in row[4:].astype(int).tolist():
+                image = image if used[kind] is None else ADJUST[kind](image, float(row[kind]))
+            return image
+        case Grey():
+            return functional.rgb_to_grayscale(image, num_output_channels=3)
+        case Blur():
+            return functional.gaussian_blur(image, list(one.kernel_size), [float(one.draw(u)[0])] * 2)
+        case Erase():
+            top, left, height, width = row.astype(int).tolist()
+            value = torch.tensor(one.value)[:, None, None]
+            return functional.erase(image, top, left, height, width, value.to(torch.uint8))
+    raise AssertionError(one)
+
+
+def moved(step: Any, image: Any, u: Floats, fill: tuple[float, ...] | None) -> Any:
+    """An image after a flip, a crop or padding."""
+    color = list(fill or (0.0,))
+    match step:
+        case Flip():
+            if not step.draw(u)[0]:
+                return image
+            return functional.vertical_flip(image) if step.vertical else functional.horizontal_flip(image)
+        case Crop():
+            if u[0, 0] >= step.p:
+                return image
+            (above, below), (before, behind) = step._paddings((image.height, image.width))
+            top, left = (int(corner[0]) for corner in step.draw(u, (image.height, image.width)))
+            image = functional.pad(image, [before, above, behind, below], color, step.mode)
+            return functional.crop(image, top, left, *step.size)
+        case CenterCrop():
+            return functional.center_crop(image, list(step.size))
+        case Pad():
+            left, right, above, below = step.padding
+            return functional.pad(image, [left, above, right, below], color, step.mode)
+    raise AssertionError(step)
+
+
+def warped(one: WarpPass, image: Any, u: Floats, size: tuple[int, int]) -> Any:
+    """An image after a rotation, an affine or a perspective transform."""
+    mode = InterpolationMode.BILINEAR if one.bilinear else InterpolationMode.NEAREST
+    rest: Entry = {"interpolation": mode, "fill": list(one.fill)}
+    warp = one.warp
+    if isinstance(warp, Perspective):
+        (height, width), corners = size, warp.draw(u, size)[0].tolist()
+        own = [[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]]
+        return functional.perspective(image, own, corners, **rest)
+    assert isinstance(warp, Affine)
+    rest["center"] = None if warp.center is None else list(warp.center)
+    angle, right, down, scale, shear_x, shear_y = warp.draw(u, size)[0].tolist()
+    if warp.turn < 0:
+        return functional.rotate(image, angle, **rest)
+    return functional.affine(image, angle, [int(right), int(down)], scale, [shear_x, shear_y], **rest)

@@ -1,0 +1,354 @@
+"""Augmentation in batches does to each image what torchvision does to it alone, whatever stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional
+
+from tests.batches import Entry, after, augmentation, batch, numbers, one_by_one, photographs
+from toolkit.data import batched_moves
+from toolkit.data.batched import BatchAugmentation, batched_augmentation, keyed_uniforms
+from toolkit.data.batched_color import Erase, Grey, _within
+from toolkit.data.batched_warps import WarpPass, _product
+from toolkit.data.images import ArrayImages
+from toolkit.data.order import hash64
+from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from toolkit.data.transforms import build_transform
+from toolkit.errors import UserError
+from toolkit.recipe.schema import AugmentTable
+
+ALLOWED = 2 / 255
+"""Mean absolute difference of an image to torchvision's, for pixels in 0..1."""
+EXACT = 1e-6
+
+FLIP: Entry = {"name": "RandomHorizontalFlip"}
+UPSIDE: Entry = {"name": "RandomVerticalFlip", "p": 0.3}
+TURN: Entry = {"name": "RandomRotation", "degrees": 30}
+SMOOTH_TURN: Entry = {"name": "RandomRotation", "degrees": [10.0, 90.0], "interpolation": "bilinear", "fill": 90}
+AFFINE: Entry = {
+    "name": "RandomAffine", "degrees": 15, "translate": [0.1, 0.2], "scale": [0.8, 1.3],
+    "shear": [-8.0, 8.0, -4.0, 4.0],
+}  # fmt: skip
+SMOOTH_AFFINE: Entry = {**AFFINE, "interpolation": "bilinear", "center": [8.0, 20.0], "fill": [200, 10, 60]}
+PERSPECTIVE: Entry = {"name": "RandomPerspective", "p": 1.0, "distortion_scale": 0.4}
+JITTER: Entry = {"name": "ColorJitter", "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.2}
+GREY: Entry = {"name": "RandomGrayscale", "p": 0.5}
+BLUR: Entry = {"name": "GaussianBlur", "kernel_size": [5, 9], "sigma": [0.1, 2.0]}
+ERASE: Entry = {"name": "RandomErasing", "p": 0.7, "value": [124.0, 116.0, 104.0], "at": "after_crop"}
+PAD: Entry = {"name": "Pad", "padding": [3, 1, 2, 6], "fill": 7}
+
+# Name: the transforms, the recipe's other keys, and whether every pixel must be equal.
+CHAINS: dict[str, tuple[list[Entry], dict[str, Any], bool]] = {
+    "nothing": ([], {}, True),
+    "flip": ([FLIP], {}, True),
+    "vertical flip": ([UPSIDE], {}, True),
+    "flip, at times": ([{**FLIP, "apply_p": 0.5}], {}, True),
+    "rotation": ([TURN], {}, False),
+    "bilinear rotation": ([SMOOTH_TURN], {}, False),
+    "affine": ([AFFINE], {}, False),
+    "bilinear affine": ([SMOOTH_AFFINE], {}, False),
+    "perspective": ([{**PERSPECTIVE, "interpolation": "nearest"}], {}, False),
+    "bilinear perspective": ([{**PERSPECTIVE, "apply_p": 0.6, "fill": 30}], {}, False),
+    "jitter": ([JITTER], {}, False),
+    "brightness": ([{"name": "ColorJitter", "brightness": [0.3, 1.8]}], {}, True),
+    "contrast": ([{"name": "ColorJitter", "contrast": [0.0, 2.0]}], {}, True),
+    "saturation": ([{"name": "ColorJitter", "saturation": 0.9}], {}, True),
+    "hue": ([{"name": "ColorJitter", "hue": 0.5, "apply_p": 0.8}], {}, False),
+    "grey": ([GREY], {}, True),
+    "all grey": ([{"name": "Grayscale", "num_output_channels": 3}], {}, True),
+    "blur": ([BLUR], {}, False),
+    "erasing": ([ERASE], {}, True),
+    "erasing after normalisation": ([FLIP], {"random_erasing": 0.8}, True),
+    # in a row
+    "flips": ([FLIP, UPSIDE], {}, True),
+    "flip, rotation": ([FLIP, TURN], {}, False),
+    "flips around a rotation": ([FLIP, UPSIDE, TURN, FLIP, UPSIDE], {}, False),
+    "two warps": ([TURN, FLIP, SMOOTH_AFFINE], {}, False),
+    "the usual": ([FLIP, TURN, JITTER, GREY, {**BLUR, "apply_p": 0.5}], {"random_erasing": 0.25}, False),
+    "all in another order": ([JITTER, ERASE, BLUR, PERSPECTIVE, GREY, FLIP], {}, False),
+}  # fmt: skip
+
+
+def differences(
+    augment: BatchAugmentation, images: list[Image.Image], *, channels_last: bool = True, epoch: int = 3
+) -> np.ndarray:
+    """Mean absolute difference of each image of a batch to torchvision's, pixels in 0..1."""
+    draws = np.arange(len(images)) * 7 + 1
+    made = augment(batch(images, channels_last=channels_last), epoch, draws)
+    assert made.dtype == torch.float32
+    alone = zip(images, numbers(augment, epoch, draws), strict=True)
+    expected = torch.stack([one_by_one(augment, image, u) for image, u in alone])
+    difference: np.ndarray = (made - expected).abs().mean((1, 2, 3)).numpy()
+    return difference
+
+
+@pytest.mark.parametrize("size", [32, 224])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_batch_gets_what_torchvision_gives_each_image(name: str, size: int) -> None:
+    entries, values, is_exact = CHAINS[name]
+    found = differences(augmentation(*entries, size=size, **values), photographs(12, size, size))
+    assert found.max() <= (EXACT if is_exact else ALLOWED), found
+
+
+def crop(**values: Any) -> Entry:
+    return {"name": "RandomCrop", **values}
+
+
+CROPS: dict[str, list[Entry]] = {
+    "centre": [],
+    "padded": [crop(padding=4)],
+    "padded unevenly, coloured": [crop(padding=[5, 0, 2, 9], fill=[9, 80, 200]), FLIP],
+    "reflected": [crop(padding=6, padding_mode="reflect"), FLIP],
+    "symmetric": [FLIP, crop(padding=6, padding_mode="symmetric")],
+    "edge": [crop(padding=[3, 5], padding_mode="edge")],
+    "at times": [crop(padding=8, apply_p=0.5)],
+    "in place of the crop": [crop(at="crop"), FLIP],
+    "after a flip": [{**FLIP, "at": "before_crop"}, crop(at="crop")],
+    "larger than the image": [crop(at="crop", pad_if_needed=True, fill=3)],
+    "two paddings of one colour": [{**PAD, "at": "before_crop"}, crop(at="crop", padding=5, fill=7)],
+    "two paddings of two colours": [{**PAD, "at": "before_crop"}, crop(at="crop", padding=5, fill=200)],
+}
+
+
+SIZES = [(name, *size) for name in CROPS for size in ((40, 48), (37, 32), (250, 250))]
+SIZES += [("larger than the image", 31, 45), ("centre", 31, 45)]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("name", "height", "width"), SIZES)
+def test_crops_and_padding_are_exact(name: str, height: int, width: int, channels_last: bool) -> None:
+    augment = augmentation(*CROPS[name], size=224 if height > 200 else 32)
+    found = differences(augment, photographs(9, height, width), channels_last=channels_last)
+    assert found.max() < EXACT
+
+
+def test_neighbouring_moves_are_one_pass_and_flips_part_of_a_warp() -> None:
+    chain = augmentation(crop(at="crop"), FLIP, UPSIDE, JITTER, FLIP, TURN, UPSIDE, GREY).chain
+    assert [type(one).__name__ for one in chain.passes] == ["IndexPass", "Jitter", "WarpPass", "Grey"]
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+def test_two_warps_in_one_would_not_be_what_torchvision_gives(interpolation: str) -> None:
+    """The reason why they stay two passes."""
+    augment = augmentation(
+        {**TURN, "interpolation": interpolation}, {**AFFINE, "interpolation": interpolation}, size=32
+    )
+    _, first, second = augment.chain.passes
+    assert isinstance(first, WarpPass)
+    assert isinstance(second, WarpPass)
+    images, u = photographs(12, 32, 32), numbers(augment, 0, np.arange(12))
+    plans = augment.plans(0, np.arange(12), (32, 32))
+    to_pixels = np.linalg.inv(np.array([[2 / 32, 0, -1], [0, 2 / 32, -1], [0, 0, 1]]))
+    joined = _product(plans[1].table.reshape(-1, 3, 3), to_pixels @ plans[2].table.reshape(-1, 3, 3)).reshape(-1, 9)
+    made = first.apply(batch(images), plans[1], torch.from_numpy(joined).float()) / 255
+    expected = torch.stack([one_by_one(augment, image, row) for image, row in zip(images, u, strict=True)])
+    assert (made - expected).abs().mean() > ALLOWED
+
+
+def test_without_randomness_the_pixels_are_those_of_the_workers_bit_for_bit() -> None:
+    images = photographs(6, 256, 300)
+    preprocessing = Preprocessing(3, 224, None, True, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
+    one_at_a_time = build_transform("train", AugmentTable(), preprocessing)
+    made = batched_augmentation(AugmentTable(), preprocessing, 0)
+    assert isinstance(made, BatchAugmentation)
+    expected = torch.stack([one_at_a_time(image) for image in images])
+    for channels_last in (True, False):
+        assert torch.equal(made(batch(images, channels_last=channels_last), 0, np.arange(6)), expected)
+    cropped = batch(images)[:, :, 16:240, 38:262]
+    assert torch.equal(made(cropped, 0, np.arange(6)), expected), "the centre crop may have been made already"
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_each_split_has_its_own_chain(split: str) -> None:
+    table = AugmentTable.model_validate({"train": [TURN], split: [{**FLIP, "p": 1.0}], "random_erasing": 1.0})
+    made = batched_augmentation(table, Preprocessing(3, 32, None, True, "bilinear", (0.0,) * 3, (1.0,) * 3), 0, split)
+    assert isinstance(made, BatchAugmentation)
+    pixels = batch(photographs(3, 32, 32))
+    assert torch.equal(made(pixels, 0, np.arange(3)), pixels.flip(3).float() * (1 / 255))
+
+
+def test_grey_images() -> None:
+    images = [image.convert("L") for image in photographs(5, 32, 32)]
+    augment = augmentation(crop(padding=4), FLIP, {**JITTER, "hue": 0.1}, GREY, TURN, size=32, channels=1)
+    draws = np.arange(5)
+    made = augment(batch(images), 0, draws)
+    for image, u, result in zip(images, numbers(augment, 0, draws), made, strict=True):
+        expected_image = image
+        for one in augment.chain.passes:
+            if not isinstance(one, Grey):
+                expected_image = after(one, expected_image, u[None, : one.slots])
+            u = u[one.slots :]
+        expected = functional.pil_to_tensor(expected_image).float() / 255
+        assert (result - expected).abs().mean() < ALLOWED
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_what_needs_float_works_on_float(size: int) -> None:
+    """at = "tensor": nothing is rounded, colours are in 0..1."""
+    entries = [{**FLIP, "p": 1.0}, {**SMOOTH_TURN, "fill": 0.4}, BLUR, {**ERASE, "p": 1.0, "value": 0.5}]
+    augment = augmentation(*({**entry, "at": "tensor"} for entry in entries), size=size)
+    images, draws = photographs(5, size, size), np.arange(5)
+    made = augment(batch(images), 0, draws)
+    for image, u, result in zip(images, numbers(augment, 0, draws), made, strict=True):
+        expected = functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
+        centre, warp, blur, erase = augment.chain.passes
+        assert centre.slots == 0
+        assert isinstance(warp, WarpPass)
+        assert isinstance(erase, Erase)
+        ours = u[None]
+        angle = float(warp.warp.draw(ours[:, 1:7], (size, size))[0, 0])  # type: ignore[attr-defined]
+        expected = functional.rotate(
+            functional.horizontal_flip(expected), angle, functional.InterpolationMode.BILINEAR, fill=[0.4]
+        )
+        expected = after(blur, expected, ours[:, warp.slots : warp.slots + blur.slots])
+        plan = erase.plan(ours[:, warp.slots + blur.slots :], (size, size))
+        top, left, height, width = plan.table[0].astype(int).tolist()
+        expected = functional.erase(expected, top, left, height, width, torch.tensor(0.5))
+        assert (result - expected).abs().max() < 1e-4
+
+
+# -- randomness --------------------------------------------------------------------------------------------------------
+
+EVERYTHING = [crop(padding=4), {**FLIP, "apply_p": 0.9}, AFFINE, UPSIDE, {**PERSPECTIVE, "p": 0.5}, JITTER, GREY,
+              {**BLUR, "apply_p": 0.5}, {**ERASE, "p": 0.5}]  # fmt: skip
+EVERYTHING += [{**SMOOTH_TURN, "at": "tensor", "apply_p": 0.5}]
+
+
+def test_the_numbers_are_hashes_of_their_keys() -> None:
+    draws = np.array([0, 5, 2**40, 12345678901])
+    expected = [[(hash64(9, 3, int(draw), slot) >> 11) * 2.0**-53 for slot in range(6)] for draw in draws]
+    assert np.array_equal(keyed_uniforms(draws, 6, 9, 3), expected)
+
+
+@pytest.mark.parametrize(("size", "count"), [(32, 200), (224, 7)])
+def test_an_example_is_the_same_bit_for_bit_in_any_company(size: int, count: int) -> None:
+    augment = augmentation(*EVERYTHING, size=size, random_erasing=0.5)
+    pixels, draws = batch(photographs(count, size, size)), np.arange(count) * 31
+    whole = augment(pixels, 2, draws)
+    order = np.random.default_rng(1).permutation(count)
+    for part in np.array_split(order, 5):  # as five processes would share a batch
+        assert torch.equal(augment(pixels[part], 2, draws[part]), whole[part])
+    for place in order[:3]:
+        alone = slice(int(place), int(place) + 1)
+        assert torch.equal(augment(pixels[alone], 2, draws[alone]), whole[alone])
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_change_nothing(two_threads: None) -> None:
+    augment, pixels = augmentation(*EVERYTHING, random_erasing=0.5), batch(photographs(4, 224, 224))
+    with_two = augment(pixels, 0, np.arange(4))
+    torch.set_num_threads(1)
+    assert torch.equal(augment(pixels, 0, np.arange(4)), with_two)
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_the_memory_format_changes_nothing_and_is_kept(size: int) -> None:
+    augment, images = augmentation(FLIP, JITTER, random_erasing=0.5, size=size), photographs(4, size, size)
+    made = augment(batch(images), 0, np.arange(4))
+    other = augment(batch(images, channels_last=False), 0, np.arange(4))
+    assert torch.equal(made, other)
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    assert other.is_contiguous()
+
+
+def test_the_images_given_are_left_as_they_are() -> None:
+    pixels = batch(photographs(4, 32, 32), channels_last=False)
+    before = pixels.clone()
+    augmentation({**ERASE, "p": 1.0}, *EVERYTHING, size=32)(pixels, 0, np.arange(4))
+    assert torch.equal(pixels, before)
+
+
+def test_seed_epoch_and_draw_all_matter_and_nothing_else() -> None:
+    pixels, draws = batch(photographs(1, 32, 32) * 8), np.arange(8)
+    augment = augmentation(*EVERYTHING, size=32)
+    made = augment(pixels, 0, draws)
+    torch.manual_seed(7)
+    np.random.seed(7)
+    assert torch.equal(augmentation(*EVERYTHING, size=32)(pixels, 0, draws), made)
+    assert torch.equal(augment(pixels, 0, torch.from_numpy(draws)), made)
+    assert len(torch.unique(made, dim=0)) == 8, "each draw has its own"
+    assert not torch.equal(augment(pixels, 1, draws), made)
+    assert not torch.equal(augmentation(*EVERYTHING, size=32, seed=1)(pixels, 0, draws), made)
+
+
+def test_the_two_ways_to_copy_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    augment, pixels = augmentation(crop(padding=9, fill=[1, 2, 3]), FLIP, UPSIDE), batch(photographs(5, 224, 224))
+    by_slices = augment(pixels, 0, np.arange(5))
+    monkeypatch.setattr(batched_moves, "LARGE", 2**40)
+    assert torch.equal(augment(pixels, 0, np.arange(5)), by_slices)
+
+
+def test_the_two_ways_to_erase_agree() -> None:
+    plan = Erase((0.02, 0.33), (0.3, 3.3), (0.0,), 0.7).plan(np.random.default_rng(0).random((50, 23)), (40, 30))
+    images = torch.ones(50, 1, 40, 30)
+    Erase((0.02, 0.33), (0.3, 3.3), (0.0,), 0.7).erase(images, plan, torch.empty(0))
+    assert torch.equal(_within(torch.from_numpy(plan.table), torch.Size((40, 30))), images == 0)
+
+
+# -- what is not made in batches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"name": "RandomResizedCrop", "at": "resize_crop"}, "augment.train[1]: RandomResizedCrop"),
+        ({"name": "ElasticTransform"}, "augment.train[1]: ElasticTransform"),
+        ({"name": "RandAugment"}, "augment.train[1]: RandAugment"),
+        ({**TURN, "expand": True}, "augment.train[1]: RandomRotation with expand"),
+        ({**TURN, "interpolation": "bicubic"}, "augment.train[1]: RandomRotation with interpolation = 'bicubic'"),
+        ({**JITTER, "at": "tensor"}, 'augment.train[1]: ColorJitter at = "tensor"'),
+        ({**FLIP, "at": "before_resize"}, 'augment.train[1]: RandomHorizontalFlip at = "before_resize"'),
+        ({"name": "RandomErasing", "value": "random"}, "augment.train[1]: RandomErasing with value = \"random\""),
+        ({"name": "CenterCrop", "apply_p": 0.5}, "augment.train[1]: CenterCrop with apply_p"),
+    ],
+)  # fmt: skip
+def test_what_prevents_it_is_named(entry: Entry, said: str) -> None:
+    table = AugmentTable.model_validate({"train": [FLIP, entry]})
+    assert batched_augmentation(table, Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3), 0) == said
+
+
+def test_a_policy_prevents_it() -> None:
+    table = AugmentTable.model_validate({"auto_augment": "rand-m9"})
+    preprocessing = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    assert batched_augmentation(table, preprocessing, 0) == "augment.auto_augment = 'rand-m9'"
+    assert isinstance(batched_augmentation(table, preprocessing, 0, "validation"), BatchAugmentation)
+
+
+def test_what_is_fixed_before_the_resize_is_no_concern_of_the_batch() -> None:
+    table = AugmentTable.model_validate({"train": [{**PAD, "at": "before_resize"}, FLIP]})
+    made = batched_augmentation(table, Preprocessing(3, 32, 40, True, "bilinear", (0.5,) * 3, (0.5,) * 3), 0)
+    assert isinstance(made, BatchAugmentation)
+    assert made(batch(photographs(2, 40, 40)), 0, np.arange(2)).shape == (2, 3, 32, 32)
+
+
+def test_images_of_the_wrong_size_are_refused() -> None:
+    pixels = batch(photographs(2, 32, 32))
+    with pytest.raises(UserError, match=r"34 x 36 pixels, but data.image_size is 32"):
+        augmentation({"name": "Pad", "padding": [2, 1]}, size=32)(pixels, 0, np.arange(2))
+    with pytest.raises(UserError, match=r"RandomCrop of 32 x 32 pixels from images of 20 x 30"):
+        augmentation(crop(at="crop"), size=32)(batch(photographs(2, 20, 30)), 0, np.arange(2))
+    with pytest.raises(UserError, match=r"images of different sizes"):
+        augmentation(crop(at="crop", apply_p=0.5), size=32)(batch(photographs(8, 40, 40)), 0, np.arange(8))
+
+
+def test_a_data_set_in_memory_goes_through_as_it_is() -> None:
+    """Fashion-MNIST and the like: uint8 [N, H, W]."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
+    augment = augmentation(size=28, channels=1)
+    expected = torch.stack(
+        [functional.pil_to_tensor(ArrayImages(pixels, "m", 1).load(i)).float() * (1 / 255) for i in range(6)]
+    )
+    assert torch.equal(augment(torch.from_numpy(pixels)[:, None], 0, np.arange(6)), expected)
