@@ -7,6 +7,8 @@
       metrics.jsonl      one object per logging step and epoch
       summary.json       the figures a table needs (written at the end)
       predictions.csv    test: path, label, prediction, probability (best model)
+      origins.json       for each key of the recipe where its value came from
+      figures/           SVG and PDF, for print; report.html: everything in one file
       checkpoints/       best.safetensors, model.json, and what is needed to go on
       log.txt            what was shown while it ran
       wandb/ tensorboard/
@@ -81,6 +83,21 @@ class Run:
         return self.checkpoints / "best.safetensors"
 
     @property
+    def first_layer(self) -> Path:
+        """The first convolution's weights before training, under their own name; absent where there is none."""
+        return self.checkpoints / "first_layer.safetensors"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the figures for print."""
+        return self.path / "figures"
+
+    @property
+    def report_file(self) -> Path:
+        """The report in one HTML file."""
+        return self.path / "report.html"
+
+    @property
     def log_file(self) -> Path:
         """What was shown while it ran."""
         return self.path / "log.txt"
@@ -109,6 +126,20 @@ class Run:
     def environment(self) -> dict[str, Any]:
         """Versions, devices, command."""
         return read_json(self.path / "environment.json")
+
+    @property
+    def split(self) -> dict[str, Any]:
+        """Names of the images of each split."""
+        return read_json(self.path / "split.json")
+
+    @property
+    def origins(self) -> dict[str, Any]:
+        """``file``, the recipe's own, and ``keys``: for each dotted key ``file:line``, --set or default.
+
+        Empty for a run that was not told.
+        """
+        path = self.path / "origins.json"
+        return read_json(path) if path.exists() else {}
 
     @property
     def is_finished(self) -> bool:

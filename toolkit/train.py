@@ -56,7 +56,8 @@ def train(
     def work() -> int:
         from toolkit.recipe import load
 
-        loaded = load(_recipe_path(recipe, resume), set_ or [])
+        path = _recipe_path(recipe, resume)
+        loaded = load(path, set_ or [])
         if is_first_process():
             for warning in loaded.warnings:
                 print(warning, file=sys.stderr)
@@ -66,7 +67,13 @@ def train(
         if dry_run:
             fit.dry_run(loaded.recipe, load_weights=not random_weights, show_module=show_module)
             return EXIT_OK
-        run = fit.fit(loaded.recipe, resume=resume, allow_changes=allow_changes, show_module=show_module)
+        run = fit.fit(
+            loaded.recipe,
+            resume=resume,
+            allow_changes=allow_changes,
+            show_module=show_module,
+            origins=loaded.told_origins(path),
+        )
         if is_first_process():
             show_outcome(run, as_json=as_json)
         return EXIT_OK

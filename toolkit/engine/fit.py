@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 import toolkit
 from toolkit.data.order import check_batch_size
@@ -27,7 +30,7 @@ from toolkit.errors import Interrupted, UserError
 from toolkit.expect import check_expectations
 from toolkit.predict import model_card
 from toolkit.recipe import Recipe, diff, resolved_toml
-from toolkit.runs import Run, create_run, latest_unfinished_run, open_run, runs_of
+from toolkit.runs import Run, create_run, latest_unfinished_run, open_run, runs_of, write_atomically
 from toolkit.tracking import Tracking
 
 
@@ -39,6 +42,7 @@ def fit(
     allow_changes: bool = False,
     show_module: bool = False,
     quiet: bool = False,
+    origins: dict[str, Any] | None = None,
 ) -> Run:
     """Train what ``recipe`` says on the processes that a launcher has started (or this one) and return the run.
 
@@ -46,7 +50,8 @@ def fit(
     a requeued SLURM job that had finished its run gets that one back, untrained).
     ``until``: after this epoch the run pauses, unfinished, and another ``fit(resume=run)`` goes on as if there had been
     no pause; None: to the recipe's end. ``allow_changes`` lets a run go on under a recipe that differs from the one it
-    was started with. ``quiet``: what is said goes to the run's log.txt alone.
+    was started with. ``quiet``: what is said goes to the run's log.txt alone. ``origins`` is what a new run keeps of
+    where the recipe's values came from (:meth:`toolkit.recipe.Loaded.told_origins`), for its report.
 
     Raises UserError (bad input, before training), RunFailed (e.g. a loss that is not finite) and Interrupted (stopped
     on request, with a checkpoint written).
@@ -68,9 +73,13 @@ def fit(
             created = main_only(accelerator, lambda: str(create_run(recipe.recipe.run_root, recipe.recipe.name).path))
             run = Run(Path(created))
             stack.enter_context(_locked(run, accelerator))
+            if origins is not None and accelerator.is_main_process:
+                run.write_json("origins.json", origins)
         stop.watch(run.path)
         if accelerator.is_main_process:
             _write_beginnings(setup, run)
+            if checkpoint is None:
+                _keep_first_layer(setup, run)
             display.log_to(run.log_file)
         display.say(describe(setup, accelerator.mixed_precision, whole=show_module))
         display.say(f"run directory {run.path}")
@@ -245,9 +254,14 @@ def _write_beginnings(setup: Setup, run: Run) -> None:
     names = {split: [setup.dataset.images.name(int(i)) for i in setup.splits[split]] for split in SPLITS}
     run.write_text("recipe.toml", resolved_toml(setup.recipe))
     run.write_json("environment.json", describe_environment(setup.accelerator))
-    run.write_json(
-        "split.json", {"hash": split_hash(setup.dataset, setup.splits), "left_out": setup.bad_images, **names}
-    )
+    count = len(setup.dataset.classes)
+    split = {
+        "hash": split_hash(setup.dataset, setup.splits),
+        "left_out": setup.bad_images,
+        "images_per_class": {name: np.bincount(setup.labels(name), minlength=count).tolist() for name in SPLITS},
+        **names,
+    }
+    run.write_json("split.json", split)
     card = model_card(
         setup.recipe.model,
         setup.dataset.classes,
@@ -257,6 +271,15 @@ def _write_beginnings(setup: Setup, run: Run) -> None:
         toolkit.__version__,
     )
     run.write_json("checkpoints/model.json", card)
+
+
+def _keep_first_layer(setup: Setup, run: Run) -> None:
+    """The first convolution's weights as training finds them, for a look at what it made of them."""
+    for name, layer in setup.built.module.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            weights = {f"{name}.weight": layer.weight.detach().float().contiguous()}
+            write_atomically(run.first_layer, safetensors.torch.save(weights))
+            return
 
 
 def closing_text(recipe: Recipe, summary: dict[str, Any]) -> str:

@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from toolkit.recipe.checks import check
-from toolkit.recipe.diagnostics import Diagnostic, Finding, RecipeError
+from toolkit.recipe.diagnostics import Diagnostic, Finding, RecipeError, dotted
 from toolkit.recipe.positions import Path
 from toolkit.recipe.resolved import leaves, resolved_content, resolved_toml, with_defaults
 from toolkit.recipe.schema import Recipe
@@ -30,6 +31,10 @@ class Loaded:
     def annotated(self) -> str:
         """The resolved recipe as TOML, with the origin of each value beside it."""
         return resolved_toml(self.recipe, lambda path: self.origins[path])
+
+    def told_origins(self, file: str | os.PathLike[str]) -> dict[str, Any]:
+        """For a run directory: the recipe's own ``file``, and the origin of each key by its dotted name."""
+        return {"file": os.fspath(file), "keys": {dotted(path): origin for path, origin in self.origins.items()}}
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

@@ -33,6 +33,7 @@ def begin(recipe: str, set_: Overrides = None) -> None:
             run = create_run(table.run_root, table.name)
             (run.path / "slurm").mkdir()
             run.write_text("recipe.toml", resolved_toml(loaded.recipe))
+            run.write_json("origins.json", loaded.told_origins(recipe))
             Job(run).write_record(job, log=Path(f"slurm-{job}.txt").resolve())
         print(run.path.resolve())
         return EXIT_OK
