@@ -1,20 +1,34 @@
-"""W&B's mode without a prompt, and a server that cannot be reached, or takes no notice. The client is the real one."""
+"""W&B's mode without a prompt; a server that is absent, or hangs; trackers that fail or hang. W&B's client is the real
+one; metrics.jsonl is complete whatever happens."""
 
 from __future__ import annotations
 
+import functools
 import json
+import signal
 import socket
-import subprocess
-import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import wandb  # noqa: F401 (before processes are forked: once, not in each)
+from accelerate.tracking import TensorBoardTracker
 from distributed import free_port
+from test_train import wandb_records
+from trainers import EMA, MUCH, Trainers, at_call, only_run, write_recipe
+from wandb_server import WandbServer, wandb_server
 
-from toolkit.tracking import wandb_mode
+import toolkit.tracking
+from toolkit.engine.loop import Trainer
+from toolkit.runs import Run
+from toolkit.tracking import BACKLOG, FINISH_SECONDS, LEAVE_SECONDS, Courier, wandb_mode
 
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
 KEY = "a" * 40
+LIMIT_S = 10
+"""A run asked to stop is gone within this time."""
 
 
 @pytest.fixture(autouse=True)
@@ -25,16 +39,61 @@ def _a_machine_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
-def train(tmp_path: Path) -> str:
-    """What a short run says; in a process of its own, since W&B's client keeps its settings for the whole process."""
-    settings = [f"recipe.run_root={json.dumps(str(tmp_path))}", "train.epochs=1", "data.images_per_class=8",
-                "data.test_images_per_class=5", "train.batch_size=16"]  # fmt: skip
-    impatient = "import toolkit.tracking, toolkit.train; toolkit.tracking.INIT_SECONDS = 2; toolkit.train.main()"
-    arguments = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, "-c", impatient, str(QUICKSTART), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine is no absent server; tests of what is absent set their own times."""
+    for name, seconds in (("CONNECT_SECONDS", 30), ("INIT_SECONDS", 60), ("FINISH_SECONDS", 60), ("LEAVE_SECONDS", 61)):
+        monkeypatch.setattr(toolkit.tracking, name, seconds)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waits at the end are cut, so that the rest of the limit is left to a slow machine."""
+    monkeypatch.setattr(toolkit.tracking, "FINISH_SECONDS", 1)
+    monkeypatch.setattr(toolkit.tracking, "LEAVE_SECONDS", 1.5)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """W&B's server as far as this machine knows."""
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+        yield server
+
+
+def tracked(*names: str) -> tuple[str, ...]:
+    return (*EMA, "--set", f"tracking.trackers={json.dumps(names)}")
+
+
+def begin(folder: Path, *settings: str, world: int = 1, prepare: Callable[[int], None] | None = None) -> Trainers:
+    return Trainers(world, folder, write_recipe(folder, MUCH), "--resume", "auto", *settings, prepare=prepare)
+
+
+def train(folder: Path, *settings: str, world: int = 1, prepare: Callable[[int], None] | None = None) -> str:
+    """What a run says that comes to its end."""
+    trainers = begin(folder, *(settings or tracked("wandb")), world=world, prepare=prepare)
+    assert trainers.wait() == [0] * world, trainers.text()
+    return trainers.text()
+
+
+def history(run: Run, fragment: str) -> list[dict[str, Any]]:
+    """What a folder of W&B's has on disk."""
+    records = (record for record in wandb_records(run.path, fragment) if record.WhichOneof("record_type") == "history")
+    lines = ({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.history.item} for r in records)
+    return [{key: value for key, value in line.items() if not key.startswith("_")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def metrics(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """metrics.jsonl of the run without trackers."""
+    folder = tmp_path_factory.mktemp("plain")
+    train(folder, *EMA)
+    return only_run(folder).metrics_file.read_bytes()
+
+
+# -- online, offline --------------------------------------------------------------------------------------------------
 
 
 def test_modes_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,23 +107,179 @@ def test_without_a_login_it_is_offline_and_says_how_to_upload(tmp_path: Path) ->
     said = train(tmp_path)
     assert "W&B is offline: there is no W&B login" in said
     assert "wandb sync" in said
-    assert list(tmp_path.glob("quickstart/*/wandb/offline-run-*/*.wandb"))
+    assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
 
 
 def test_a_server_that_is_not_there_leads_to_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
-    said = train(tmp_path)
-    assert "cannot be reached" in said
+    assert "cannot be reached" in train(tmp_path)
+    assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
 
 
 def test_a_server_that_takes_no_notice_leads_to_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolkit.tracking, "CONNECT_SECONDS", 1)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         said = train(tmp_path)
-    assert "W&B is offline: its server 127.0.0.1 did not answer within 3 s" in said
-    assert "the trackers stopped" not in said
-    assert list(tmp_path.glob("quickstart/*/wandb/offline-run-*/*.wandb"))
+    assert "W&B is offline: its server 127.0.0.1 did not answer within 1 s" in said
+    assert "warning" not in said
+    assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
+
+
+def test_a_server_that_answers_but_not_the_client_leads_to_an_offline_run(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toolkit.tracking, "INIT_SECONDS", 2)
+    server.hanging.add("graphql")
+    said = train(tmp_path)
+    assert server.hung
+    assert "W&B did not answer (" in said
+    assert "logging offline instead" in said
+    assert "warning" not in said
+    assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
+
+
+def test_of_two_processes_one_tracks_and_the_configuration_is_the_recipe(tmp_path: Path) -> None:
+    train(tmp_path, *tracked("wandb"), world=2)
+    run = only_run(tmp_path)
+    (fragment,) = run.path.glob("wandb/offline-run-*")
+    records = list(wandb_records(run.path, fragment.name))
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert {one.run_id for one in runs} == {f"small-{run.id}"}
+    assert history(run, fragment.name) == run.metrics()
+    updates = [item for record in records for item in (*record.run.config.update, *record.config.update)]
+    config = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in updates}
+    assert config["optimizer.lr"] == run.recipe.optimizer.lr
+    assert config["train.batch_size"] == 16, "of the whole, not of a process"
+
+
+# -- while the run goes on --------------------------------------------------------------------------------------------
+
+
+def stopped_at_step(
+    folder: Path, count: int, *settings: str, prepare: Callable[[int], None] = lambda rank: None
+) -> tuple[Trainers, float]:
+    """Trainers that got SIGTERM in a step, and how many seconds they took to end."""
+    there = folder / "there"
+
+    def stay() -> None:
+        there.touch()
+        deadline = time.monotonic() + 60
+        while there.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def prepare_all(rank: int) -> None:
+        prepare(rank)
+        at_call(Trainer, "_update", count, stay)
+
+    trainers = begin(folder, *settings, prepare=prepare_all)
+    trainers.wait_until(there.exists)
+    trainers.signal(signal.SIGTERM)
+    began = time.monotonic()
+    there.unlink()
+    assert trainers.wait(60) == [3], trainers.text()
+    return trainers, time.monotonic() - began
+
+
+def test_a_resumed_run_is_one_run_on_the_server(tmp_path: Path, server: WandbServer) -> None:
+    stopped_at_step(tmp_path, 9, *tracked("wandb"))
+    run = only_run(tmp_path)
+    (name,) = server.runs
+    assert name == f"small-{run.id}"
+    assert server.runs[name].exit_code == 3
+    train(tmp_path, *tracked("wandb"))
+    assert list(server.runs) == [name]
+    assert server.runs[name].lines() == run.metrics(), "each line once"
+    assert server.runs[name].exit_code == 0
+    assert server.runs[name].summary["best.test_accuracy"] == run.summary["best"]["test_accuracy"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_stops_answering_costs_a_warning(tmp_path: Path, server: WandbServer, metrics: bytes) -> None:
+    server.hanging.add("history")
+    trainers, seconds = stopped_at_step(tmp_path, 9, *tracked("wandb"))
+    assert seconds < LIMIT_S
+    assert "its server has not taken all; to upload the rest: wandb sync" in trainers.text()
+    said = train(tmp_path, *tracked("wandb"))
+    assert said.count("warning") == 1
+    run = only_run(tmp_path)
+    assert run.metrics_file.read_bytes() == metrics
+    fragments = sorted(path.name for path in run.path.glob("wandb/run-*"))
+    assert [line for fragment in fragments for line in history(run, fragment)] == run.metrics(), "all is on disk"
+
+
+def test_the_waits_of_trackers_leave_time_to_stop_within_the_limit() -> None:
+    assert FINISH_SECONDS < LEAVE_SECONDS <= LIMIT_S - 2
+
+
+def failing_log(count: int, rank: int) -> None:
+    def fail() -> None:
+        raise OSError("the tracker's disk is full")
+
+    at_call(TensorBoardTracker, "log", count, fail)
+
+
+def test_a_tracker_that_fails_costs_a_warning_and_the_others_go_on(tmp_path: Path, metrics: bytes) -> None:
+    said = train(tmp_path, *tracked("tensorboard", "wandb"), prepare=functools.partial(failing_log, 3))
+    assert said.count("warning: tensorboard gets no more (the tracker's disk is full); metrics.jsonl has it all") == 1
+    run = only_run(tmp_path)
+    assert run.metrics_file.read_bytes() == metrics
+    assert history(run, "offline-run-*") == run.metrics()
+
+
+def hanging_log(rank: int) -> None:
+    at_call(TensorBoardTracker, "log", 1, functools.partial(time.sleep, 10_000))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_tracker_that_hangs_stops_neither_training_nor_the_end(tmp_path: Path, metrics: bytes) -> None:
+    trainers, seconds = stopped_at_step(tmp_path, 9, *tracked("tensorboard"), prepare=hanging_log)
+    assert seconds < LIMIT_S
+    assert "warning: tensorboard gets no more (it did not close in time)" in trainers.text()
+    train(tmp_path, *tracked("tensorboard"), prepare=hanging_log)
+    assert only_run(tmp_path).metrics_file.read_bytes() == metrics
+
+
+class Recorder:
+    """A tracker that writes down what it is given; it waits before the first line until it is let go."""
+
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.lines: list[int] = []
+
+    def log(self, line: int) -> None:
+        self.go.wait(60)
+        self.lines.append(line)
+
+
+def test_a_courier_keeps_the_order_and_does_not_wait_for_a_slow_tracker() -> None:
+    tracker, said = Recorder(), []
+    courier = Courier(tracker, said.append)
+    for line in range(100):
+        courier.hand(functools.partial(Recorder.log, line=line))
+    assert tracker.lines == []
+    tracker.go.set()
+    courier.close(lambda tracker: tracker.lines.append(-1))
+    courier.wait(60)
+    assert tracker.lines == [*range(100), -1]
+    assert said == []
+
+
+def test_what_waits_for_a_slow_tracker_is_bounded() -> None:
+    tracker, said = Recorder(), []
+    courier = Courier(tracker, said.append)
+    for line in range(BACKLOG + 10):
+        courier.hand(functools.partial(Recorder.log, line=line))
+    assert said == [f"warning: recorder gets no more (it is {BACKLOG} lines behind); metrics.jsonl has it all"]
+    assert courier.calls.qsize() <= BACKLOG
+    tracker.go.set()
+    courier.close(lambda tracker: tracker.lines.append(-1))
+    courier.wait(60)
+    assert tracker.lines[-1] == -1
+    assert len(tracker.lines) < 3, "after a failure nothing but the end"

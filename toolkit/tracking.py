@@ -1,15 +1,17 @@
 """W&B and TensorBoard through Accelerate's trackers. Best effort: metrics.jsonl is the truth, a tracker is a copy.
 
-W&B goes online where there is a login and a server that answers, else offline, never with a prompt. Whatever fails here
-is one warning, and training goes on.
+W&B goes online where there is a login and a server that answers, else offline, never with a prompt. Each tracker has a
+thread of its own, so that training waits for none. Whatever fails here is one warning, and training goes on.
 """
 
 from __future__ import annotations
 
 import http.client
 import os
+import queue
 import re
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +22,7 @@ from urllib.parse import urlparse
 
 from accelerate import Accelerator
 
+from toolkit.errors import Interrupted
 from toolkit.recipe.schema import Recipe
 
 CONNECT_SECONDS = 3
@@ -27,6 +30,56 @@ INIT_SECONDS = 15
 OFFLINE_ATTEMPTS, OFFLINE_PAUSE_S = 10, 3.0
 FINISH_SECONDS = 7
 """A run asked to stop must be gone within 10 s. What the server has not taken stays on disk for `wandb sync`."""
+LEAVE_SECONDS = FINISH_SECONDS + 0.5
+"""For all trackers together, where one hangs in its own client."""
+BACKLOG = 100_000
+"""Lines that may wait for a tracker which is slow; about 50 MB."""
+
+Call = Callable[[Any], None]
+"""What is done with one of Accelerate's trackers."""
+
+
+class Courier:
+    """Makes the calls to one tracker, in order, in a thread: who hands them over does not wait."""
+
+    def __init__(self, tracker: Any, say: Callable[[str], None]) -> None:
+        self.tracker, self.say = tracker, say
+        self.failed = False
+        self.calls: queue.SimpleQueue[tuple[Call, bool]] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def hand(self, call: Call) -> None:
+        """Have a call made after those before it; none any more once one has failed."""
+        if self.calls.qsize() >= BACKLOG:
+            self._fail(f"it is {BACKLOG} lines behind")
+        if not self.failed:
+            self.calls.put((call, False))
+
+    def close(self, call: Call) -> None:
+        """Hand over the last call, which is made even after a failure."""
+        self.calls.put((call, True))
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the last call to be made, but no longer than this."""
+        self.thread.join(max(0.0, seconds))
+        if self.thread.is_alive():
+            self._fail("it did not close in time")
+
+    def _work(self) -> None:
+        is_last = False
+        while not is_last:
+            call, is_last = self.calls.get()
+            if is_last or not self.failed:
+                try:
+                    call(self.tracker)
+                except Exception as error:  # whatever a tracker raises must not end a training run
+                    self._fail(_first_line(error))
+
+    def _fail(self, reason: str) -> None:
+        if not self.failed:
+            self.failed = True
+            self.say(f"warning: {self.tracker.name} gets no more ({reason}); metrics.jsonl has it all")
 
 
 class Tracking:
@@ -36,7 +89,7 @@ class Tracking:
         self.accelerator = accelerator
         self.names: list[str] = list(recipe.tracking.trackers) if accelerator.is_main_process else []
         self.say = say
-        self.failed = False
+        self.couriers: list[Courier] = []
         self.wandb_mode = ""
         if "wandb" in self.names:
             self.wandb_mode, why = wandb_mode(recipe.tracking.mode)
@@ -76,6 +129,9 @@ class Tracking:
                 else:
                     time.sleep(OFFLINE_PAUSE_S)
 
+    def _fail(self, error: Exception) -> None:
+        self.say(f"warning: the trackers could not start ({_first_line(error)}); metrics.jsonl has it all")
+
     def _init(self, recipe: Recipe, wandb: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
         # Accelerate gives all trackers one project name, which TensorBoard takes for a folder.
         self.accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
@@ -87,43 +143,39 @@ class Tracking:
             run = self.accelerator.get_tracker("wandb", unwrap=True)
             run.define_metric("epoch")
             run.define_metric("*", step_metric="epoch")
+        self.couriers = [Courier(tracker, self.say) for tracker in self.accelerator.trackers]
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Pass on one line of metrics.jsonl; ``step`` is the number of optimiser steps so far."""
-        if not self.names or self.failed:
-            return
-        try:
-            self.accelerator.log(record, step=step)
-        except Exception as error:
-            self._fail(error)
+        for courier in self.couriers:
+            courier.hand(lambda tracker: tracker.log(record, step=step))
 
     def summarise(self, figures: dict[str, Any]) -> None:
         """Put the run's final figures in W&B's summary."""
-        if "wandb" not in self.names or self.failed:
-            return
-        try:
-            self.accelerator.get_tracker("wandb", unwrap=True).summary.update(flatten(figures))
-        except Exception as error:
-            self._fail(error)
+        for courier in self.couriers:
+            if courier.tracker.name == "wandb":
+                courier.hand(lambda tracker: tracker.tracker.summary.update(flatten(figures)))
 
     def finish(self, exit_code: int) -> None:
         """Close the trackers with the run's true exit status (0 done, 3 interrupted, else failed)."""
-        if not self.names or self.failed:
-            return
-        try:
-            for tracker in self.accelerator.trackers:
-                if tracker.name == "wandb":
-                    if exit_code == 3:
-                        tracker.tracker.mark_preempting()
-                    tracker.tracker.finish(exit_code=exit_code)
-                else:
-                    tracker.finish()
-        except Exception as error:
-            self._fail(error)
+        for courier in self.couriers:
+            courier.close(lambda tracker: _close(tracker, exit_code))
+        deadline = time.monotonic() + LEAVE_SECONDS
+        for courier in self.couriers:
+            courier.wait(deadline - time.monotonic())
 
-    def _fail(self, error: Exception) -> None:
-        self.failed = True
-        self.say(f"warning: the trackers stopped ({_first_line(error)}); metrics.jsonl goes on")
+
+def _close(tracker: Any, exit_code: int) -> None:
+    if tracker.name != "wandb":
+        tracker.finish()
+        return
+    if exit_code == Interrupted.exit_status:
+        tracker.tracker.mark_preempting()
+    try:
+        tracker.tracker.finish(exit_code=exit_code)
+    except TimeoutError:
+        folder = Path(tracker.tracker.dir).parent
+        raise TimeoutError(f"its server has not taken all; to upload the rest: wandb sync {folder}") from None
 
 
 def wandb_settings(recipe: Recipe, folder: Path, run_id: str, mode: str) -> dict[str, Any]:
@@ -144,7 +196,7 @@ def wandb_settings(recipe: Recipe, folder: Path, run_id: str, mode: str) -> dict
         "settings": wandb.Settings(
             init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,
-            finish_timeout_raises=False,
+            finish_timeout_raises=True,
             x_transaction_log_flush_interval=1,
             silent=True,
             console="off",

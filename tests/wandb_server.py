@@ -1,0 +1,168 @@
+"""A loopback server that W&B's real client takes for its own, as far as a run goes. What is sent is kept; it may hang.
+
+It shows what the client sends, not that W&B would accept it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+OPERATION = re.compile(r"\b(?:query|mutation)\s+([A-Za-z_]\w*)")
+
+
+@dataclass
+class ServerRun:
+    """What arrived of one run."""
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+
+    def lines(self) -> list[dict[str, Any]]:
+        """History as it was logged, without W&B's own keys."""
+        return [{key: value for key, value in line.items() if not key.startswith("_")} for line in self.history]
+
+
+class WandbServer(ThreadingHTTPServer):
+    """Answers POST requests unless ``hanging`` names their kind: "graphql" (all questions) or "history"."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.runs: dict[str, ServerRun] = {}
+        self.hanging: set[str] = set()
+        self.hung = 0
+        """Requests that were not answered in time."""
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def wait_while_hanging(self, kind: str) -> None:
+        """As a server that has stopped to answer."""
+        self.hung += kind in self.hanging
+        while kind in self.hanging:
+            time.sleep(0.05)
+
+    def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any] | None:
+        """The data of one GraphQL operation; None for one that is not known."""
+        name = variables.get("name") or ""
+        match operation:
+            case "Viewer":
+                return {"viewer": {"id": "1", "entity": "me", "username": "me", "email": "", "flags": "{}",
+                                   "teams": {"edges": []}}}  # fmt: skip
+            case "ServerFeaturesQuery":
+                return {"serverInfo": {"features": []}}
+            case "OrganizationCoreWeaveOrganizationID":
+                return {"entity": {"organization": None}}
+            case "RunResumeStatus":
+                bucket = self._bucket(name) if name in self.runs else None
+                return {"model": {"id": "p", "name": "p", "entity": {"id": "1", "name": "me"}, "bucket": bucket}}
+            case "UpsertBucket":
+                inserted = name not in self.runs
+                self.runs.setdefault(name, ServerRun())
+                return {"upsertBucket": {"bucket": self._bucket(name), "inserted": inserted}}
+            case "CreateRunFiles":
+                files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
+                return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
+        return None
+
+    def _bucket(self, name: str) -> dict[str, Any]:
+        run = self.runs[name]
+        project = {"id": "p", "name": "p", "entity": {"id": "1", "name": "me"}}
+        tail = json.dumps([json.dumps(line) for line in run.history[-1:]])
+        return {"id": name, "name": name, "displayName": name, "config": "{}", "sweepName": None, "project": project,
+                "summaryMetrics": json.dumps(run.summary), "historyLineCount": len(run.history), "historyTail": tail,
+                "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0, "wandbConfig": '{"t": 1}', "tags": [],
+                "group": None, "jobType": None, "notes": None, "state": "running"}  # fmt: skip
+
+    def take(self, name: str, body: dict[str, Any]) -> None:
+        """Keep what a file stream brings."""
+        run = self.runs.setdefault(name, ServerRun())
+        files = body.get("files") or {}
+        if "wandb-history.jsonl" in files:
+            chunk = files["wandb-history.jsonl"]
+            run.history[chunk["offset"] :] = [json.loads(line) for line in chunk["content"]]
+        for line in files.get("wandb-summary.json", {}).get("content", []):
+            run.summary = json.loads(line)
+        if body.get("complete"):
+            run.exit_code = body["exitcode"]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: WandbServer
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+    def do_GET(self) -> None:
+        self._send({})
+
+    def do_PUT(self) -> None:
+        self._body()
+        self._send({})
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if self.path == "/graphql":
+            self.server.wait_while_hanging("graphql")
+            asked = json.loads(body)
+            found = OPERATION.search(asked["query"])
+            operation = asked.get("operationName") or (found[1] if found else "")
+            data = self.server.answer(operation, asked.get("variables") or {})
+            error = {"errors": [{"message": f"{operation} is not known here"}]}
+            self._send({"data": data, **({} if data is not None else error)})
+        elif self.path.endswith("/file_stream"):
+            self.server.wait_while_hanging("history")
+            self.server.take(self.path.split("/")[-2], json.loads(body))
+            self._send({"exitcode": None, "limits": {}})
+        else:
+            self._send({})
+
+    def _body(self) -> bytes:
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            data = b""
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                data += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        coding = self.headers.get("Content-Encoding", "")
+        return gzip.decompress(data) if coding == "gzip" else zlib.decompress(data) if coding == "deflate" else data
+
+    def _send(self, content: dict[str, Any]) -> None:
+        data = json.dumps(content).encode()
+        try:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        except OSError:  # the client has left
+            self.close_connection = True
+
+
+@contextmanager
+def wandb_server() -> Iterator[WandbServer]:
+    """A server that listens until the end of the block."""
+    with WandbServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.hanging.clear()
+            server.shutdown()
