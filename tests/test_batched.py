@@ -320,6 +320,15 @@ def test_what_prevents_it_is_named(entry: Entry, said: str) -> None:
     assert batched_augmentation(table, Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3), 0) == said
 
 
+def test_the_recipe_has_the_last_word() -> None:
+    preprocessing = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    workers = AugmentTable.model_validate({"train": [FLIP], "on": "workers"})
+    assert batched_augmentation(workers, preprocessing, 0) == 'augment.on = "workers"'
+    device = AugmentTable.model_validate({"train": [{"name": "RandAugment"}], "on": "device"})
+    with pytest.raises(UserError, match=r"cannot be given augment.train\[0\]: RandAugment"):
+        batched_augmentation(device, preprocessing, 0)
+
+
 def test_a_policy_prevents_it() -> None:
     table = AugmentTable.model_validate({"auto_augment": "rand-m9"})
     preprocessing = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)

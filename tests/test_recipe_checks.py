@@ -56,6 +56,16 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['model.source="timm"', 'model.name="vit_base_patch16_xp_224"', *PLAIN],
     ),
     (
+        'error: augment.on: "device" cannot be, since batches cannot be given augment.train[0]: ElasticTransform',
+        ['augment.on="device"', 'augment.train=[{name="ElasticTransform"}]'],
+        ['augment.on="device"', 'augment.train=[{name="RandomRotation", degrees=3}]'],
+    ),
+    (
+        'error: augment.on: "device" cannot be, since batches cannot be given augment.auto_augment',
+        ['augment.on="device"', 'augment.auto_augment="rand-m9"'],
+        ['augment.on="auto"', 'augment.auto_augment="rand-m9"'],
+    ),
+    (
         "error: augment.train[1].at: augment.train[0].at takes the crop",
         ['augment.train=[{name="RandomCrop", at="crop"}, {name="RandomResizedCrop", at="resize_crop"}]'],
         ['augment.train=[{name="RandomCrop", at="crop"}]', 'augment.test=[{name="CenterCrop", at="crop"}]'],

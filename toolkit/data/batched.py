@@ -99,14 +99,17 @@ class BatchAugmentation:
 def batched_augmentation(
     augment: AugmentTable, preprocessing: Preprocessing, seed: int, split: str = "train"
 ) -> BatchAugmentation | str:
-    """The augmentations of a split for batches, or what prevents it, in words: the place in the recipe and the name.
+    """The augmentations of a split for batches, or why it has none (in words: the place in the recipe and the name).
 
-    Raises UserError as :func:`toolkit.data.transforms.build_transform`.
+    Raises UserError where augment.on = "device" and something prevents it, and as
+    :func:`toolkit.data.transforms.build_transform`.
     """
-    obstacle = why_not_batched(split, augment)
-    if obstacle is not None:
-        return obstacle
-    return BatchAugmentation(chain_of(split, augment, preprocessing), preprocessing, seed)
+    obstacle = 'augment.on = "workers"' if augment.on == "workers" else why_not_batched(split, augment)
+    if obstacle is None:
+        return BatchAugmentation(chain_of(split, augment, preprocessing), preprocessing, seed)
+    if augment.on == "device":
+        raise UserError(f'augment.on = "device", but batches cannot be given {obstacle}; set "auto" or "workers"')
+    return obstacle
 
 
 def keyed_uniforms(draws: Indices, n: int, *key: int) -> Floats:

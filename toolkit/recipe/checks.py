@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from toolkit.recipe import names
+from toolkit.recipe.batchable import why_not_batched
 from toolkit.recipe.catalog import weights_input
 from toolkit.recipe.diagnostics import Finding, dotted
 from toolkit.recipe.names import MODEL, SOURCE, WEIGHTS
@@ -229,6 +230,17 @@ def mixing_keys_have_effect(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(message, ("augment", "cutmix_share"), related, severity="warning", at="key")
 
 
+def augmentation_fits_device(recipe: Recipe) -> Iterator[Finding]:
+    """What shall be made for whole batches can be."""
+    if recipe.augment.on != "device":
+        return
+    for split in ("train", "validation", "test"):
+        obstacle = why_not_batched(split, recipe.augment)
+        if obstacle is not None:
+            message = f'augment.on: "device" cannot be, since batches cannot be given {obstacle}'
+            yield Finding(message, ("augment", "on"), (("augment", split),), 'set "auto" or "workers", or take it out')
+
+
 def batch_divides(recipe: Recipe) -> Iterator[Finding]:
     """The batch falls into equal parts."""
     batch, parts = recipe.train.batch_size, recipe.train.accumulation
@@ -296,6 +308,7 @@ RULES = (
     stopping_fits_run,
     metric_is_measured_plainly,
     mixing_keys_have_effect,
+    augmentation_fits_device,
     batch_divides,
     balance_is_not_doubled,
     data_keys_have_effect,

@@ -200,6 +200,14 @@ class AugmentTable(Table):
     random_erasing: Annotated[
         Fraction, describe("Probability that a rectangle of a training image is erased (after normalisation).")
     ] = 0.0
+    on: Annotated[
+        Literal["auto", "workers", "device"],
+        describe(
+            "device: for whole batches, where the model trains. workers: image by image, by data.workers. auto: device "
+            "where every transform of the split can be made so (the log names what prevents it), else workers. "
+            "The two draw other random numbers."
+        ),
+    ] = "auto"
     mixup: Annotated[
         float, Field(ge=0), describe("Alpha of mixup's Beta(alpha, alpha); 0 is off (Zhang et al. 2018).")
     ] = 0.0
