@@ -1,0 +1,184 @@
+"""What augmentation in batches draws is distributed as torchvision documents it, and as torchvision itself draws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from tests.batches import augmentation, numbers
+from toolkit.data.batched import keyed_uniforms
+from toolkit.data.batched_color import Blur, Erase, Grey, Jitter
+from toolkit.data.batched_moves import Crop, Flip, IndexPass
+from toolkit.data.batched_warps import Affine, Perspective, WarpPass
+
+N = 4000
+SIZE = (40, 60)
+Sample = npt.NDArray[np.float64]
+
+
+def uniforms(slots: int, key: int = 0) -> Sample:
+    return keyed_uniforms(np.arange(N), slots, key)
+
+
+def only_pass(**entry: Any) -> Any:
+    """The one pass that the transform becomes, of images that need no crop."""
+    passes = augmentation(entry, size=60).chain.passes
+    assert isinstance(passes[0], IndexPass)
+    return passes[1]
+
+
+def assert_uniform(sample: Sample, low: float, high: float) -> None:
+    """Kolmogorov-Smirnov against the uniform distribution; the bound fails once in a thousand samples."""
+    assert sample.min() >= low
+    assert sample.max() <= high
+    expected = (np.sort(sample) - low) / (high - low)
+    steps = np.arange(len(sample) + 1) / len(sample)
+    distance = max((steps[1:] - expected).max(), (expected - steps[:-1]).max())
+    assert distance < 1.95 / math.sqrt(len(sample))
+
+
+def assert_alike(ours: Sample, theirs: Sample) -> None:
+    """Kolmogorov-Smirnov between two samples; the bound fails once in a thousand pairs."""
+    places = np.union1d(ours, theirs)
+    shares = [np.searchsorted(np.sort(one), places, side="right") / len(one) for one in (ours, theirs)]
+    assert np.abs(shares[0] - shares[1]).max() < 1.95 * math.sqrt(1 / len(ours) + 1 / len(theirs))
+
+
+def assert_share(flags: npt.NDArray[np.bool_], p: float) -> None:
+    """Within four standard deviations of the share of a coin with this bias."""
+    assert abs(flags.mean() - p) <= 4 * math.sqrt(p * (1 - p) / len(flags))
+
+
+def theirs(transform: v2.Transform, n: int = N) -> list[dict[str, Any]]:
+    """torchvision's own parameters."""
+    torch.manual_seed(0)
+    image = torch.zeros(3, *SIZE)
+    return [transform.make_params([image]) for _ in range(n)]
+
+
+def test_the_uniform_numbers_are_uniform_and_independent() -> None:
+    u = keyed_uniforms(np.arange(200), 200, 1, 2)
+    assert_uniform(u.ravel()[:N], 0, 1)
+    assert_uniform(u.T.ravel()[:N], 0, 1)
+    correlations = np.corrcoef(u.T)[np.triu_indices(200, 1)]
+    assert np.abs(correlations).max() < 5.5 / math.sqrt(200)
+    assert abs(correlations.mean()) < 4 / math.sqrt(200 * len(correlations))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_probabilities(p: float) -> None:
+    for entry in ({"name": "RandomHorizontalFlip"}, {"name": "RandomVerticalFlip"}):
+        augment = augmentation({**entry, "p": p}, size=32)
+        flips = augment.chain.passes[0].steps[-1]  # type: ignore[attr-defined]
+        assert isinstance(flips, Flip)
+        assert_share(flips.draw(numbers(augment, 0, np.arange(N))), p)
+    for one in (
+        only_pass(name="RandomPerspective", p=p),
+        only_pass(name="RandomGrayscale", p=p),
+        only_pass(name="GaussianBlur", kernel_size=3, apply_p=p),
+        only_pass(name="ColorJitter", hue=0.1, apply_p=p),
+        only_pass(name="RandomRotation", degrees=10, apply_p=p),
+        only_pass(name="RandomErasing", p=p),
+    ):
+        assert_share(one.plan(uniforms(one.slots), SIZE).applied, p)
+    crop = augmentation({"name": "RandomCrop", "padding": 4, "apply_p": p}, size=32).chain.passes[0].steps[-1]  # type: ignore[attr-defined]
+    rows, _ = crop.maps(uniforms(3), (32, 32))
+    assert_share((rows != np.arange(32)).any(1), p * 8 / 9)  # the middle one of nine places is no change
+
+
+def test_both_probabilities_of_one_transform_count() -> None:
+    assert_share(only_pass(name="RandomGrayscale", p=0.5, apply_p=0.4).plan(uniforms(1), SIZE).applied, 0.2)
+
+
+def test_rotation_is_uniform() -> None:
+    one = only_pass(name="RandomRotation", degrees=[-20.0, 50.0])
+    assert isinstance(one, WarpPass)
+    assert isinstance(one.warp, Affine)
+    assert_uniform(one.warp.draw(uniforms(6), SIZE)[:, 0], -20, 50)
+
+
+def test_affine_is_drawn_as_torchvision_does() -> None:
+    arguments: dict[str, Any] = {"degrees": 15, "translate": [0.1, 0.4], "scale": [0.7, 1.2]}
+    arguments["shear"] = [-5.0, 9.0, 0.0, 3.0]
+    one = only_pass(name="RandomAffine", **arguments)
+    drawn = one.warp.draw(uniforms(6), SIZE)
+    expected = theirs(v2.RandomAffine(**arguments))
+    columns = [
+        np.array([[each["angle"], *each["translate"], each["scale"], *each["shear"]] for each in expected])[:, column]
+        for column in range(6)
+    ]
+    for ours, other in zip(drawn.T, columns, strict=True):
+        assert_alike(ours, other)
+    assert np.array_equal(drawn[:, 1:3], drawn[:, 1:3].round())
+    assert set(np.abs(drawn[:, 1])) == set(range(7))  # a tenth of 60 pixels
+
+
+def test_shear_of_two_numbers_is_along_x_alone() -> None:
+    drawn = only_pass(name="RandomAffine", degrees=0, shear=10).warp.draw(uniforms(6), SIZE)
+    assert_uniform(drawn[:, 4], -10, 10)
+    assert not drawn[:, [0, 1, 2, 5]].any()
+    assert (drawn[:, 3] == 1).all()
+
+
+@pytest.mark.parametrize("distortion", [0.0, 0.3, 1.0])
+def test_perspective_moves_each_corner_inwards(distortion: float) -> None:
+    height, width = SIZE
+    corners = Perspective(distortion).draw(uniforms(8), SIZE)
+    far_x, far_y = int(distortion * (width // 2)), int(distortion * (height // 2))
+    left, right, top, bottom = corners[:, [0, 3], 0], corners[:, 1:3, 0], corners[:, :2, 1], corners[:, 2:, 1]
+    assert (left.min(), left.max()) == (0, far_x)
+    assert (right.min(), right.max()) == (width - 1 - far_x, width - 1)
+    assert (top.min(), top.max()) == (0, far_y)
+    assert (bottom.min(), bottom.max()) == (height - 1 - far_y, height - 1)
+    for places in (left, top):
+        counts = np.bincount(places.ravel())
+        assert np.abs(counts - counts.mean()).max() <= 5 * math.sqrt(counts.mean())
+
+
+def test_crops_lie_anywhere_alike() -> None:
+    tops, lefts = Crop((32, 32), (4, 4, 2, 2), False, "constant", 1.0).draw(uniforms(3), (32, 32))
+    for places, count in ((tops, 5), (lefts, 9)):
+        counts = np.bincount(places, minlength=count)
+        assert len(counts) == count
+        assert np.abs(counts - N / count).max() <= 5 * math.sqrt(N / count)
+
+
+def test_jitter_factors_are_uniform_and_every_order_comes() -> None:
+    one = only_pass(name="ColorJitter", brightness=0.4, contrast=[0.5, 3.0], saturation=2.0, hue=[-0.1, 0.3])
+    assert isinstance(one, Jitter)
+    table = one.plan(uniforms(9), SIZE).table
+    for column, (low, high) in enumerate([(0.6, 1.4), (0.5, 3.0), (0.0, 3.0), (-0.1, 0.3)]):
+        assert_uniform(table[:, column], low, high)
+    orders, counts = np.unique(table[:, 4:], axis=0, return_counts=True)
+    assert [tuple(order) for order in orders] == list(itertools.permutations(range(4)))
+    assert np.abs(counts - N / 24).max() <= 5 * math.sqrt(N / 24)
+
+
+def test_blur_is_as_strong_as_said() -> None:
+    one = only_pass(name="GaussianBlur", kernel_size=5, sigma=[0.5, 1.5])
+    assert isinstance(one, Blur)
+    assert_uniform(one.draw(uniforms(2)), 0.5, 1.5)
+    weights = one.plan(uniforms(2), SIZE).table[:, :3]
+    assert np.allclose(weights[:, 0] + 2 * weights[:, 1:].sum(1), 1)
+    assert not Grey(0.0).plan(uniforms(1), SIZE).applied.any()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"scale": [0.1, 0.9], "ratio": [0.2, 8.0]}])
+def test_rectangles_to_erase_are_drawn_as_torchvision_does(arguments: dict[str, Any]) -> None:
+    one = only_pass(name="RandomErasing", p=1.0, **arguments)
+    assert isinstance(one, Erase)
+    plan = one.plan(uniforms(one.slots), SIZE)
+    expected = [each for each in theirs(v2.RandomErasing(p=1.0, **arguments)) if each["v"] is not None]
+    assert abs(plan.applied.mean() - len(expected) / N) < 0.01
+    drawn = plan.table[plan.applied]
+    for column, name in enumerate(("i", "j", "h", "w")):
+        assert_alike(drawn[:, column], np.array([each[name] for each in expected], dtype=np.float64))
+    assert (drawn[:, 0] + drawn[:, 2] <= SIZE[0]).all()
+    assert (drawn[:, 1] + drawn[:, 3] <= SIZE[1]).all()
