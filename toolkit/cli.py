@@ -18,6 +18,7 @@ from toolkit.commands.names import datasets, models, optimizers, transforms
 from toolkit.commands.recipes import diff, show, validate
 from toolkit.commands.slurm import cancel, logs, status, submit
 from toolkit.commands.study import study
+from toolkit.commands.table import table
 from toolkit.commands.use import evaluate, predict
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
 from toolkit.train import AsJson, Debug, end, report_errors, train
@@ -32,7 +33,7 @@ for command in (train, validate, show, diff, plan, data, models, transforms, opt
     app.command()(command)
 for job_command in (submit, status, logs, cancel):
     app.command()(job_command)
-for study_command in (study,):
+for study_command in (study, table):
     app.command()(study_command)
 for use_command in (evaluate, predict):
     app.command()(use_command)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from toolkit.errors import UserError
+from toolkit.study.forms import conditions, same
 
 Kind = Literal["uniform", "log_uniform", "integers", "choice"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -54,12 +55,12 @@ class Parameter:
 
     def position(self, option: Any) -> int:
         """Where a choice has an option."""
-        return next(index for index, value in enumerate(self.values) if _same(value, option))
+        return next(index for index, value in enumerate(self.values) if same(value, option))
 
     def can_be(self, value: Any) -> bool:
         """Whether the range has this value."""
         if self.kind == "choice":
-            return any(_same(value, option) for option in self.values)
+            return any(same(value, option) for option in self.values)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return is_number and self.values[0] <= value <= self.values[1]
 
@@ -94,7 +95,7 @@ class Space:
         varied = set(self.keys)
         return all(
             (key in changes or key not in varied)
-            and any(_same(changes.get(key, self.base.get(key)), allowed) for allowed in values)
+            and any(same(changes.get(key, self.base.get(key)), allowed) for allowed in values)
             for key, values in parameter.when.items()
         )
 
@@ -125,21 +126,27 @@ def read_space(table: Mapping[str, Any], base: Mapping[str, Any]) -> Space:
 
     Raises UserError with everything that is wrong.
     """
-    faults: list[str] = []
-    parameters: dict[str, Parameter] = {}
+    parameters = {parameter.key: parameter for parameter in read_parameters(table)}
+    faults = list(_faults_of_conditions(parameters, base))
+    if faults:
+        raise UserError("\n".join(faults))
+    return Space(tuple(_in_order(parameters)), base)
+
+
+def read_parameters(table: Mapping[str, Any]) -> list[Parameter]:
+    """The parameters of a [study.space] table, one by one. Raises UserError with everything that is wrong."""
+    faults, parameters = [], []
     for path, leaf in _leaves(table):
         key = ".".join(path)
         try:
-            parameters[key] = _parameter(key, leaf)
+            parameters.append(_parameter(key, leaf))
         except UserError as fault:
             faults.append(f"study.space.{key}: {fault}")
     if not table:
         faults.append(f"study.space is empty: give recipe keys with {FORMS}")
-    if not faults:
-        faults += _faults_of_conditions(parameters, base)
     if faults:
         raise UserError("\n".join(faults))
-    return Space(tuple(_in_order(parameters)), base)
+    return parameters
 
 
 def _leaves(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -170,7 +177,7 @@ def _parameter(key: str, leaf: Any) -> Parameter:
     when = leaf.get("when", {})
     if not isinstance(when, Mapping):
         raise UserError('when: expected recipe keys with values, such as when = { optimizer.name = "sgd" }')
-    return Parameter(key, kind, values, dict(_conditions(when)))
+    return Parameter(key, kind, values, conditions(when))
 
 
 def _checked(kind: Kind, values: Any) -> tuple[Any, ...]:
@@ -178,7 +185,7 @@ def _checked(kind: Kind, values: Any) -> tuple[Any, ...]:
     if not isinstance(values, list):
         raise UserError(f"{kind}: expected a list, found {values!r}")
     if kind == "choice":
-        if not values or any(_same(a, b) for i, a in enumerate(values) for b in values[:i]):
+        if not values or any(same(a, b) for i, a in enumerate(values) for b in values[:i]):
             raise UserError(f"choice: expected at least one value and none twice, found {values!r}")
         return tuple(values)
     number = int if kind == "integers" else (int, float)
@@ -189,14 +196,6 @@ def _checked(kind: Kind, values: Any) -> tuple[Any, ...]:
     if kind == "log_uniform" and values[0] <= 0:
         raise UserError(f"log_uniform: expected two numbers above 0, found {values!r}")
     return tuple(values) if kind == "integers" else tuple(float(v) for v in values)
-
-
-def _conditions(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _conditions(value, (*path, key))
-        else:
-            yield ".".join((*path, key)), tuple(value) if isinstance(value, list) else (value,)
 
 
 def _faults_of_conditions(parameters: Mapping[str, Parameter], base: Mapping[str, Any]) -> Iterator[str]:
@@ -234,8 +233,3 @@ def _in_order(parameters: Mapping[str, Parameter]) -> Iterator[Parameter]:
     while waiting:
         key = next(k for k, parameter in waiting.items() if not parameter.when.keys() & waiting.keys())
         yield waiting.pop(key)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equal as TOML values: true is not 1."""
-    return one == other and isinstance(one, bool) == isinstance(other, bool)

@@ -1,0 +1,59 @@
+"""table: what the runs of a study came to. Does not import torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.errors import EXIT_OK, UserError
+from toolkit.train import AsJson, Debug, end, report_errors
+
+
+def table(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study.")],
+    columns: Annotated[str | None, typer.Option(help="Figures by comma, such as val_loss,test_accuracy.")] = None,
+    by: Annotated[str | None, typer.Option(help="Recipe keys by comma: a row for each of their values.")] = None,
+    compare: Annotated[tuple[str, str] | None, typer.Option(help="Two rows, over the same seeds.")] = None,
+    intervals: Annotated[
+        bool, typer.Option("--intervals", help="Confidence intervals in place of standard deviations.")
+    ] = False,
+    figures: Annotated[bool, typer.Option("--figures", help="Also draw figures, SVG and PDF.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Print a study's table.
+
+    Mean and deviation over seeds, published figures beside, the best row by validation; also written into the folder
+    as table.csv, table.md, table.tex and runs.csv.
+
+    Example: toolkit table runs/giunta-dropout
+    """
+
+    def work() -> int:
+        from toolkit.study.folder import StudyFolder
+        from toolkit.study.output import Wanted, read_outcomes, terminal_text, to_json, write_tables
+
+        wanted = Wanted(_listed(columns), _listed(by), compare, intervals)
+        found = read_outcomes(StudyFolder(study), wanted)
+        print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if as_json else terminal_text(found))
+        try:
+            write_tables(found, study)
+        except UserError as error:  # somebody else's study can still be read
+            print(f"warning: {error}", file=sys.stderr)
+        if figures:
+            from toolkit.study.analysis import draw
+
+            for path in draw(found, study / "figures", lambda line: print(line, file=sys.stderr)):
+                print(path, file=sys.stderr)
+        return EXIT_OK
+
+    end(report_errors(work, debug=debug))
+
+
+def _listed(text: str | None) -> list[str]:
+    """Words by comma."""
+    return [] if text is None else [word.strip() for word in text.split(",") if word.strip()]

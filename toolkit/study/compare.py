@@ -1,0 +1,105 @@
+"""Two rows of a study over the same seeds: how much they differ, and whether that can be chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from toolkit.errors import UserError
+from toolkit.study.sheet import MINUS, Sheet
+from toolkit.study.statistics import Comparison, compare
+from toolkit.study.table import FORMATS, MISSING, Row, nearest, number
+
+NO_TEST = ("parameters",)
+"""Figures that do not depend on the seed."""
+
+
+def compare_rows(
+    rows: Sequence[Row], first: str, second: str, columns: Sequence[str], confidence: float
+) -> dict[str, Comparison]:
+    """First minus second of each figure, over the seeds of which both have a finished run.
+
+    Raises UserError where a row is not known or they have no seed in common.
+    """
+    one, other = _row(rows, first), _row(rows, second)
+    a, b = _by_seed(one), _by_seed(other)
+    seeds = [seed for seed in a if seed in b]
+    if not seeds:
+        raise UserError(f"--compare: {first!r} and {second!r} have no finished runs with the same seed")
+    found = {}
+    for column in columns:
+        pairs = [(a[s][column], b[s][column]) for s in seeds if column in a[s] and column in b[s]]
+        if pairs and column not in NO_TEST:
+            found[column] = compare([x for x, _ in pairs], [y for _, y in pairs], confidence)
+    return found
+
+
+def _row(rows: Sequence[Row], name: str) -> Row:
+    found = next((row for row in rows if row.name == name), None)
+    if found is None:
+        raise UserError(f"--compare {name!r}: the table has no such row{nearest(name, [row.name for row in rows])}")
+    return found
+
+
+def _by_seed(row: Row) -> dict[int, dict[str, float]]:
+    seeds = [result.member.seed for result in row.finished]
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"--compare {row.name!r}: the row has several runs of one seed; compare without --by")
+    return {result.member.seed: result.figures for result in row.finished}
+
+
+def comparison_sheet(found: dict[str, Comparison], first: str, second: str, confidence: float) -> Sheet:
+    """The comparison as cells."""
+    interval = f"{confidence * 100:g} % interval"
+    head = ["figure", "pairs", "mean difference", interval, "t-test p", "permutation p"]
+    cells = [[FORMATS[c].heading, *_cells(c, comparison)] for c, comparison in found.items()]
+    return Sheet(f"{first} {MINUS} {second}", head, cells, notes=_notes(list(found.values())))
+
+
+def _cells(column: str, comparison: Comparison) -> list[str]:
+    difference = comparison.difference
+    low, high = difference.interval or (None, None)
+    return [
+        str(difference.n),
+        number(column, difference.mean, signed=True, mean=True),
+        MISSING if low is None or high is None else f"[{_end(column, low)}, {_end(column, high)}]",
+        _p(comparison.t_test),
+        _p(comparison.exact),
+    ]
+
+
+def _end(column: str, value: float) -> str:
+    return number(column, value, signed=True, mean=True)
+
+
+def _p(value: float | None) -> str:
+    return MISSING if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _notes(found: Sequence[Comparison]) -> list[str]:
+    pairs = min((comparison.difference.n for comparison in found), default=0)
+    if pairs < 2:
+        return ["One seed: no significance is claimed; the difference may be chance."]
+    least = max(comparison.least_exact for comparison in found)
+    told = [
+        "Paired over the same seeds. t-test: two-sided, takes differences for normally distributed.",
+        f"Permutation: exact, two-sided; with {pairs} pairs it cannot be below {_p(least)}.",
+    ]
+    return (
+        [*told, "Each figure is a test of its own: of twenty, one has p < 0.05 by chance."] if len(found) > 1 else told
+    )
+
+
+def comparison_records(found: dict[str, Comparison]) -> dict[str, dict[str, object]]:
+    """The comparison for programs."""
+    return {
+        column: {
+            "pairs": comparison.difference.n,
+            "difference": comparison.difference.mean,
+            "std": comparison.difference.std,
+            "interval": comparison.difference.interval,
+            "t_test_p": comparison.t_test,
+            "permutation_p": comparison.exact,
+            "least_permutation_p": comparison.least_exact,
+        }
+        for column, comparison in found.items()
+    }

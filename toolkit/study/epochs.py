@@ -1,0 +1,109 @@
+"""Tables of a study epoch by epoch, in the reports' shapes: a column a row of the study, x after the stop."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from toolkit.recipe.study import StudyTable
+from toolkit.study.sheet import Sheet
+from toolkit.study.table import FORMATS, MISSING, Row, number, title
+
+STOPPED = "x"
+"""In the epochs after a run's last one."""
+
+
+def epoch_sheets(rows: Sequence[Row], table: StudyTable, name: str, figures: Sequence[str]) -> list[Sheet]:
+    """Of one figure, one table with a column a row; of several, for each row a table with a column a figure.
+
+    Published figures stand in a table of the same shape, or in columns beside. Empty where no run is finished.
+    """
+    done = [row for row in rows if row.finished]
+    if not done or not figures:
+        return []
+    if len(figures) == 1:
+        return _one_figure(rows, table, name, figures[0])
+    return [_one_row(row, table, name, figures) for row in done]
+
+
+def figures_by_epoch(rows: Sequence[Row], table: StudyTable) -> list[str]:
+    """What the study wants by epoch: its own figure, and those that were published so; none, where it wants none."""
+    wanted = table.output.per_epoch
+    published = [figure for row in rows for result in row.results for figure in result.member.published_epochs]
+    return list(dict.fromkeys([*sorted(published), wanted])) if wanted else []
+
+
+def mean_by_epoch(row: Row, figure: str) -> list[float]:
+    """The mean over a row's finished runs, as long as one of them trained."""
+    curves = [result.values(figure) for result in row.finished]
+    length = max((len(curve) for curve in curves), default=0)
+    return [statistics.fmean(curve[i] for curve in curves if len(curve) > i) for i in range(length)]
+
+
+def _one_figure(rows: Sequence[Row], table: StudyTable, name: str, figure: str) -> list[Sheet]:
+    columns = {row.name: mean_by_epoch(row, figure) for row in rows}
+    caption = f"{title(table, name)}: {FORMATS[_plain(figure)].heading} by epoch"
+    told = _notes(rows, [row.name for row in rows if not row.finished])
+    sheets = [_sheet(caption, columns, [figure] * len(columns), told)]
+    published = {row.name: row.results[0].member.published_epochs.get(figure, []) for row in rows}
+    if any(published.values()):
+        sheets.append(_sheet(f"{caption}, as published", published, [figure] * len(published), _source(table)))
+    return sheets
+
+
+def _one_row(row: Row, table: StudyTable, name: str, figures: Sequence[str]) -> Sheet:
+    columns, kinds = {}, []
+    published = row.results[0].member.published_epochs
+    for figure in figures:
+        heading = FORMATS[_plain(figure)].heading
+        columns[heading] = mean_by_epoch(row, figure)
+        kinds.append(figure)
+        if figure in published:
+            columns[f"{heading}, published"] = published[figure]
+            kinds.append(figure)
+    told = [*_notes([row], []), *(_source(table) if published else [])]
+    return _sheet(f"{title(table, name)}: {row.name}, by epoch", columns, kinds, told)
+
+
+def _sheet(caption: str, columns: dict[str, list[float]], figures: Sequence[str], notes: Sequence[str]) -> Sheet:
+    length = max(len(column) for column in columns.values())
+    cells = [[str(epoch + 1), *(_cell(column, epoch, figure) for column, figure in zip(columns.values(), figures,
+              strict=True))] for epoch in range(length)]  # fmt: skip
+    return Sheet(caption, ["epoch", *columns], cells, notes=notes)
+
+
+def _cell(column: Sequence[float], epoch: int, figure: str) -> str:
+    if not column:
+        return MISSING
+    return number(_plain(figure), column[epoch]) if epoch < len(column) else STOPPED
+
+
+def _notes(rows: Sequence[Row], missing: Sequence[str]) -> list[str]:
+    found = [f"{STOPPED}: after the last epoch of the run."]
+    if any(len(row.finished) > 1 for row in rows):
+        found.append("Mean over the finished runs of a row, in each epoch over those that trained it.")
+    if missing:
+        found.append(f"{MISSING}: no finished run: {', '.join(missing)}.")
+    return found
+
+
+def _source(table: StudyTable) -> list[str]:
+    return [f"Published: {table.source}."] if table.source else []
+
+
+def _plain(figure: str) -> str:
+    """``val/accuracy`` as the table's columns call it."""
+    return figure.replace("/", "_")
+
+
+def epoch_records(rows: Sequence[Row], figures: Sequence[str]) -> list[dict[str, object]]:
+    """One record an epoch of each row: the means, and the published figures where there are any."""
+    found: list[dict[str, object]] = []
+    for row in rows:
+        columns: dict[str, Sequence[float]] = {_plain(figure): mean_by_epoch(row, figure) for figure in figures}
+        published = row.results[0].member.published_epochs
+        columns |= {f"{_plain(figure)}_published": published[figure] for figure in figures if figure in published}
+        for epoch in range(max((len(column) for column in columns.values()), default=0)):
+            cells = {name: column[epoch] if epoch < len(column) else None for name, column in columns.items()}
+            found.append({"row": row.name, "epoch": epoch + 1, **cells})
+    return found

@@ -1,0 +1,147 @@
+"""All that a study's folder says, as one object, and the files that it is written to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.recipe.study import StudyTable
+from toolkit.runs import write_atomically
+from toolkit.study.compare import compare_rows, comparison_records, comparison_sheet
+from toolkit.study.epochs import epoch_records, epoch_sheets, figures_by_epoch
+from toolkit.study.folder import StudyFolder
+from toolkit.study.results import Result, read_results
+from toolkit.study.sheet import Sheet, csv_text, latex, markdown, text
+from toolkit.study.statistics import Comparison
+from toolkit.study.table import Row, best_first, build_rows, check_columns, records, sheet
+from toolkit.study.trials import Outcome, outcomes, trial_records, trial_sheet
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the caller wants otherwise than the study's file says."""
+
+    columns: Sequence[str] = ()
+    by: Sequence[str] = ()
+    compare: tuple[str, str] | None = None
+    intervals: bool = False
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """The outcome of a study, as far as it has come."""
+
+    name: str
+    table: StudyTable
+    results: Sequence[Result]
+    rows: Sequence[Row]
+    trials: Sequence[Outcome]
+    """Of a search in which each configuration is one run; else empty."""
+    columns: Sequence[str]
+    wanted: Wanted
+    comparison: dict[str, Comparison]
+
+    @property
+    def main(self) -> Sheet:
+        """The table itself."""
+        if self.trials:
+            return trial_sheet(self.trials, self.table, self.name, self.columns)
+        return sheet(self.rows, self.table, self.name, self.columns, intervals=self.wanted.intervals)
+
+    @property
+    def by_epoch(self) -> list[Sheet]:
+        """The tables epoch by epoch, where the study wants any."""
+        return epoch_sheets(self.rows, self.table, self.name, self.epoch_figures)
+
+    @property
+    def epoch_figures(self) -> list[str]:
+        """The figures of those tables."""
+        return [] if self.trials or self.wanted.by else figures_by_epoch(self.rows, self.table)
+
+    @property
+    def compared(self) -> list[Sheet]:
+        """The comparison of two rows, where one is wanted."""
+        if self.wanted.compare is None:
+            return []
+        return [comparison_sheet(self.comparison, *self.wanted.compare, self.table.output.confidence)]
+
+    @property
+    def records(self) -> list[dict[str, object]]:
+        """The table itself for programs."""
+        if self.trials:
+            return trial_records(self.trials, self.table, self.columns)
+        return records(self.rows, self.columns)
+
+
+def read_outcomes(folder: StudyFolder, wanted: Wanted) -> Outcomes:
+    """The outcome of the study in ``folder``. Raises UserError where there is none, or no such column, key or row."""
+    table, results = folder.table, read_results(folder)
+    columns = wanted.columns or table.output.columns
+    check_columns(columns)
+    rows = build_rows(results, table, wanted.by)
+    is_search = table.bohb is not None or table.random is not None
+    if is_search:
+        rows = best_first(rows, table.output.best_by)
+    single = all(len(row.results) == 1 for row in rows) and not wanted.by
+    trials = outcomes(results, table) if is_search and single else []
+    compared = compare_rows(rows, *wanted.compare, columns, table.output.confidence) if wanted.compare else {}
+    return Outcomes(folder.name, table, results, rows, trials, columns, wanted, compared)
+
+
+def terminal_text(found: Outcomes) -> str:
+    """All tables for a terminal."""
+    return "\n\n".join(text(part) for part in (found.main, *found.by_epoch, *found.compared))
+
+
+def to_json(found: Outcomes) -> dict[str, Any]:
+    """All tables for programs."""
+    return {
+        "name": found.name,
+        "description": found.table.description,
+        "source": found.table.source,
+        "note": found.table.note,
+        "notes": list(found.main.notes),
+        "trials" if found.trials else "rows": found.records,
+        "epochs": epoch_records(found.rows, found.epoch_figures),
+        "comparison": comparison_records(found.comparison),
+    }
+
+
+def write_tables(found: Outcomes, folder: Path) -> list[Path]:
+    """Write table.csv, table.md, table.tex, runs.csv and, where there are tables by epoch, epochs.csv.
+
+    Raises UserError where that cannot be done.
+    """
+    parts = [found.main, *found.by_epoch, *found.compared]
+    files = {
+        "table.csv": csv_text(found.records),
+        "table.md": f"# {found.name}\n\n" + "\n\n".join(markdown(part) for part in parts) + "\n",
+        "table.tex": "\n\n".join(latex(part) for part in parts) + "\n",
+        "runs.csv": csv_text(run_records(found.results)),
+    }
+    if found.epoch_figures:
+        files["epochs.csv"] = csv_text(epoch_records(found.rows, found.epoch_figures))
+    try:
+        for name, content in files.items():
+            write_atomically(folder / name, content.encode())
+    except OSError as error:
+        raise UserError(f"the tables cannot be written to {folder}: {error.strerror}") from None
+    return [folder / name for name in files]
+
+
+def run_records(results: Sequence[Result]) -> list[dict[str, object]]:
+    """Every run with its changes and all its figures, for programs."""
+    return [
+        {
+            "row": result.member.row,
+            "seed": result.member.seed,
+            **result.member.changes,
+            "state": result.state,
+            **result.figures,
+            "run": result.member.run,
+        }
+        for result in results
+    ]

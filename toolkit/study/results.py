@@ -1,0 +1,83 @@
+"""What the runs of a study came to, read from their run directories; nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.recipe.study import FIGURES
+from toolkit.study.folder import Member, State, StudyFolder, failure_of
+
+STOPPED = "stopped_"
+"""Figures of the last epoch's model; all others are of the best epoch's."""
+
+SPENT = {"epochs": "epochs_run", "seconds": "seconds", "images_per_second": "images_per_s", "parameters": "parameters"}
+"""Figures that are the run's, not a model's, and their names in summary.json."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One member of a study and what its run directory says."""
+
+    member: Member
+    state: State
+    figures: dict[str, float] = field(default_factory=dict)
+    """Those of :data:`FIGURES` that the run has; empty unless it is finished."""
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    """Records of the epochs trained so far, finished or not."""
+    stopped_early: bool = False
+    trouble: str = ""
+    """Why it has no figures, where that is known."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it counts."""
+        return self.state == "finished"
+
+    def values(self, metric: str) -> list[float]:
+        """A figure of metrics.jsonl after each epoch trained so far."""
+        return [float(record[metric]) for record in self.epochs if metric in record]
+
+
+def higher_is_better(figure: str) -> bool:
+    """Whether more of a figure is better: accuracies, not losses. Takes ``val/loss`` and ``val_loss`` alike."""
+    return not figure.endswith("loss")
+
+
+def best_of(values: Sequence[float], metric: str) -> float | None:
+    """The best of a metric's values; None of none."""
+    return (max if higher_is_better(metric) else min)(values, default=None)
+
+
+def read_results(folder: StudyFolder) -> list[Result]:
+    """All members of a study with what they came to, in the order of the table."""
+    return [_result(folder, member) for member in folder.members]
+
+
+def _result(folder: StudyFolder, member: Member) -> Result:
+    run, state = folder.run(member), folder.state(member)
+    if run is None or state == "missing":
+        return Result(member, "missing")
+    try:
+        epochs = run.epochs()
+        if state != "finished":
+            failure = failure_of(run) if state == "failed" else None
+            return Result(member, state, epochs=epochs, trouble=failure.line if failure else "")
+        summary = run.summary
+        return Result(member, state, _figures(summary, epochs), epochs, bool(summary.get("stopped_early")))
+    except UserError as fault:
+        return Result(member, "failed", trouble=str(fault))
+
+
+def _figures(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> dict[str, float]:
+    best, stopped = summary.get("best", {}), summary.get("stopped", {})
+    record: dict[str, Any] = next((r for r in epochs if r["epoch"] == best.get("epoch")), {})
+    sources: dict[str, Any] = {
+        **{f"train_{name}": record.get(f"train/{name}") for name in ("loss", "accuracy")},
+        **{key: value for key, value in best.items() if key.startswith(("val_", "test_"))},
+        **{f"{STOPPED}{key}": value for key, value in stopped.items()},
+        **{figure: summary.get(name) for figure, name in SPENT.items()},
+    }
+    return {figure: float(sources[figure]) for figure in FIGURES if isinstance(sources.get(figure), int | float)}

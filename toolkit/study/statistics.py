@@ -1,0 +1,89 @@
+"""Mean and spread over seeds, and what two rows over the same seeds say about each other."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtr, stdtrit
+
+MOST_EXACT = 16
+"""Pairs up to which all 2^n signs are tried."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure over the seeds of a row."""
+
+    mean: float
+    n: int
+    """Runs that it is the mean of."""
+    std: float | None
+    """Standard deviation of one run (n - 1 in the denominator); None of one run."""
+    half_width: float | None
+    """Of the confidence interval of the mean, by Student's t; None of one run."""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The confidence interval of the mean."""
+        return None if self.half_width is None else (self.mean - self.half_width, self.mean + self.half_width)
+
+
+def estimate(values: Sequence[float], confidence: float) -> Estimate:
+    """Mean, spread and confidence interval of at least one value."""
+    mean, n = statistics.fmean(values), len(values)
+    if n == 1:
+        return Estimate(mean, 1, None, None)
+    std = statistics.stdev(values)
+    return Estimate(mean, n, std, t_quantile(confidence, n - 1) * std / math.sqrt(n))
+
+
+def t_quantile(confidence: float, freedom: int) -> float:
+    """t with P(|T| <= t) = ``confidence``, for so many degrees of freedom."""
+    return float(stdtrit(freedom, (1 + confidence) / 2))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """First minus second, over the seeds that both have."""
+
+    difference: Estimate
+    t_test: float | None
+    """Two-sided p of the paired t-test; None of one pair, and where all differences are equal."""
+    exact: float | None
+    """Two-sided p of the exact permutation test of the mean difference (each pair's sign may turn); None of one pair,
+    and of more than :data:`MOST_EXACT`."""
+
+    @property
+    def least_exact(self) -> float:
+        """The smallest p that so few pairs can have: all differences of one sign."""
+        return float(min(1.0, 2.0 ** (1 - self.difference.n)))
+
+
+def compare(first: Sequence[float], second: Sequence[float], confidence: float) -> Comparison:
+    """Compare two rows pair by pair; the i-th values of both belong to one seed."""
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    difference = estimate(differences, confidence)
+    return Comparison(difference, _t_test(difference), _exact(differences))
+
+
+def _t_test(difference: Estimate) -> float | None:
+    if not difference.std:
+        return None
+    t = difference.mean / (difference.std / math.sqrt(difference.n))
+    return float(2 * stdtr(difference.n - 1, -abs(t)))
+
+
+def _exact(differences: Sequence[float]) -> float | None:
+    """The share of all assignments of signs whose sum is at least as far from 0 as the one seen (Fisher 1935)."""
+    n = len(differences)
+    if not 2 <= n <= MOST_EXACT:
+        return None
+    sums = np.zeros(1)
+    for value in differences:
+        sums = np.concatenate([sums + value, sums - value])
+    rounding = 1e-9 * sum(abs(value) for value in differences)
+    return float(np.mean(np.abs(sums) >= abs(math.fsum(differences)) - rounding))
