@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from toolkit.commands.export import export, publish
 from toolkit.commands.look import data, doctor, plan
 from toolkit.commands.names import datasets, models, optimizers, transforms
 from toolkit.commands.recipes import diff, show, validate
@@ -35,7 +36,7 @@ for job_command in (submit, status, logs, cancel):
     app.command()(job_command)
 for study_command in (study, table):
     app.command()(study_command)
-for use_command in (evaluate, predict):
+for use_command in (evaluate, predict, export, publish):
     app.command()(use_command)
 
 

@@ -106,7 +106,8 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
         recipe = str(card["recipe"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'model.json'} is damaged: {error}") from None
-    built = build_model(table, len(classes), preprocessing.channels, preprocessing.image_size, load_weights=False)
+    with torch.inference_mode(False):  # whatever holds where this is called: how a model is built looks at autograd
+        built = build_model(table, len(classes), preprocessing.channels, preprocessing.image_size, load_weights=False)
     state = load_weights(weights)
     try:
         built.module.load_state_dict(state)

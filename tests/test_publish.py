@@ -1,0 +1,167 @@
+"""`toolkit publish`: the folder, its model card, and the push by the real client to a stand-in for the Hub."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from cli import toolkit
+from finished import CONVNET, TIMM, train_on_files
+from hub import Hub
+from huggingface_hub import ModelCard, constants
+
+from toolkit.predict import load_model
+from toolkit.recipe import load_recipe
+from toolkit.runs import Run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train_on_files(tmp_path_factory.mktemp("publish"), CONVNET)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """The client is logged in at a Hub of its own."""
+    with Hub() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
+        yield server
+
+
+def card_of(folder: Path) -> Any:
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_card_s_front_matter_is_read_by_the_hub_s_own_library(run: Run, tmp_path: Path) -> None:
+    outcome = toolkit("publish", run.path, "lab/digits", "--license", "mit", "--no-push", "-o", tmp_path / "out")
+    assert outcome.status == 0, outcome.stderr
+    data = card_of(tmp_path / "out").data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "toolkit", "image-classification")
+    assert {"image-classification", "toolkit", "convnet", "scratch"} <= set(data.tags)
+    assert data.model_name == "digits"
+    best = run.summary["best"]
+    assert {result.metric_name: result.metric_value for result in data.eval_results} == {
+        "top-1 accuracy": round(best["test_accuracy"], 6),
+        "top-5 accuracy": round(best["test_top5_accuracy"], 6),
+        "mean accuracy of the classes": round(best["test_class_accuracy"], 6),
+    }
+    assert {(result.dataset_type, result.dataset_split) for result in data.eval_results} == {("imagefolder", "test")}
+
+
+def test_the_card_tells_data_recipe_figures_limits_and_licence(run: Run, tmp_path: Path) -> None:
+    toolkit("publish", run.path, "lab/digits", "--no-push", "-o", tmp_path / "out")
+    text = card_of(tmp_path / "out").text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Use", "## Data", "## Recipe", "## Figures", "## Limits", "## Licence",
+    ]  # fmt: skip
+    assert "72 train, 8 validation, 50 test" in text
+    assert "sgd, learning rate 0.02" in text
+    assert f"| cross-entropy | {run.summary['best']['val_loss']:.4f} | {run.summary['best']['test_loss']:.4f} |" in text
+    assert "Its author has stated no licence." in text
+
+
+def test_the_folder_predicts_as_the_run_does_and_names_no_path_of_this_machine(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert toolkit("publish", run.path, "lab/digits", "--no-push", "-o", folder).status == 0
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "model.safetensors", "model.json", "preprocessing.json", "recipe.toml",
+    }  # fmt: skip
+    images = Path(run.recipe.data.root) / "test" / "7"
+    assert toolkit("predict", folder, images).stdout == toolkit("predict", run.path, images).stdout
+    home = str(run.path.parents[2]).encode()
+    assert not [path for path in folder.iterdir() if home in path.read_bytes()]
+    assert load_recipe(folder / "recipe.toml").model == run.recipe.model
+
+
+def test_a_model_of_timm_goes_out_as_timm_reads_it(tmp_path: Path) -> None:
+    run = train_on_files(tmp_path, TIMM, size=32)
+    assert toolkit("publish", run.path, "lab/small", "--no-push").status == 0
+    folder = run.path / "publish"
+    assert card_of(folder).data.library_name == "timm"
+    assert 'timm.create_model("hf-hub:lab/small", pretrained=True)' in card_of(folder).text
+    module, images = timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), torch.rand(3, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(module(images), load_model(run.path).module(images))
+
+
+def test_where_there_is_a_login_everything_is_pushed(run: Run, hub: Hub, tmp_path: Path) -> None:
+    outcome = toolkit("publish", run.path, "lab/digits", "--private", "-o", tmp_path / "out")
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.stdout == f"{hub.url}/lab/digits\n"
+    pushed = hub.repositories["lab/digits"]
+    assert pushed == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.private["lab/digits"]
+    assert hub.tokens == {"Bearer hf_" + "x" * 34}
+
+
+def test_a_name_without_an_owner_is_the_user_s_own(run: Run, hub: Hub) -> None:
+    assert toolkit("publish", run.path, "digits").stdout == f"{hub.url}/lab/digits\n"
+    assert "README.md" in hub.repositories["lab/digits"]
+    assert not hub.private["lab/digits"]
+
+
+def test_what_the_hub_refuses_stays_ready_in_the_folder(run: Run, hub: Hub) -> None:
+    hub.refuse = True
+    outcome = toolkit("publish", run.path, "lab/digits")
+    assert outcome.status == 1
+    folder = run.path / "publish"
+    assert "lab/digits was not pushed (" in outcome.stderr
+    assert f"hf upload lab/digits {folder} ." in outcome.stderr
+    assert (folder / "README.md").is_file()
+    hub.refuse = False
+    assert toolkit("publish", run.path, "lab/digits").status == 0, "the folder is made anew"
+
+
+def test_without_a_login_the_folder_is_left_and_it_says_how_to_push(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert huggingface_hub.get_token() is None
+    outcome = toolkit("publish", run.path, "lab/digits", "-o", tmp_path / "out")
+    assert outcome.status == 0
+    assert outcome.stdout == f"{tmp_path / 'out'}\n"
+    assert "not pushed, since there is no login for the Hugging Face Hub" in outcome.stderr
+    assert f"hf auth login, then hf upload lab/digits {tmp_path / 'out'} ." in outcome.stderr
+    assert "no licence is stated; give one with --license" in outcome.stderr
+
+
+def test_a_secret_reaches_no_file(run: Run, hub: Hub, tmp_path: Path) -> None:
+    toolkit("publish", run.path, "lab/digits", "-o", tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").iterdir() if b"hf_" + b"x" * 34 in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a/b/c"], "is no name of a repository, such as lab/resnet50-caltech"),
+        (["lab/..digits"], "is no name of a repository"),
+        (["lab/digits", "--license", "MIT License"], "is no identifier of the Hub, such as mit, apache-2.0"),
+        (["lab/digits", "-o", "USED"], "is there already; name a new folder"),
+    ],
+)
+def test_a_user_s_mistake_is_one_message(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "used").write_text("")
+    places = {"USED": str(tmp_path / "used")}
+    outcome = toolkit("publish", run.path, *(places.get(argument, argument) for argument in arguments))
+    assert outcome.status == 2
+    assert message in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1
+
+
+def test_an_unfinished_run_has_nothing_to_publish(run: Run, tmp_path: Path) -> None:
+    copy = Run(shutil.copytree(run.path, tmp_path / "copy", ignore=shutil.ignore_patterns("publish")))
+    (copy.path / "summary.json").unlink()
+    outcome = toolkit("publish", copy.path, "lab/digits")
+    assert outcome.status == 2
+    assert "is not finished: it has no figures" in outcome.stderr
+    assert not (copy.path / "publish").exists()

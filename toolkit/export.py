@@ -1,0 +1,407 @@
+"""A trained model in the formats that other programs read, written beside its preprocessing and checked against itself.
+
+Every format is read back from its file, by the library that will read it elsewhere, and compared on 64 images in
+batches of several sizes before the folder gets its name: what cannot be trusted is not left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import json
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+
+import toolkit
+from toolkit.data.images import MODES
+from toolkit.errors import RunFailed, UserError
+from toolkit.evaluate import images_of
+from toolkit.models.names import first_line
+from toolkit.models.weights import is_file_reference
+from toolkit.predict import TrainedModel, load_model, model_card
+from toolkit.recipe.schema import ModelTable
+from toolkit.runs import Run, open_run
+
+IMAGES = 64
+BATCHES = (1, 5, 26, 32)
+"""The 64 images are compared in batches of these sizes, since the number of images must be free."""
+LIMIT = 1e-4
+"""Logits may differ by this much, at most."""
+WEIGHTS, ONNX, PROGRAM = "model.safetensors", "model.onnx", "model.pt2"
+
+Compute = Callable[[Tensor], Tensor]
+"""float32 [n, C, H, W] to logits [n, K]."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one format is written into a folder, and read back."""
+
+    write: Callable[[TrainedModel, Path], None]
+    read: Callable[[Path], Compute]
+    packages: tuple[str, ...] = ()
+    """Import names of what it needs beyond the toolkit's own dependencies."""
+
+
+@dataclass
+class Exported:
+    """What an export has written, and how it was checked."""
+
+    folder: Path
+    difference: float
+    """Largest absolute difference of a logit."""
+    images: str
+    """Which images were compared."""
+    notes: list[str] = field(default_factory=list)
+
+    def files(self) -> dict[str, int]:
+        """Name and size in bytes of each file."""
+        return {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
+
+
+def export(path: Path, name: str, folder: Path) -> Exported:
+    """Write the model of a run (or of an exported folder) as one of :data:`FORMATS` into a new folder.
+
+    Raises UserError for an unknown format, missing packages, a folder that is in use, a model that the format cannot
+    hold; RunFailed where the written model computes something else. The folder then does not come to be.
+    """
+    chosen = _format(name)
+    trained = load_model(path)
+    inputs, images = images_to_compare(path, trained)
+    with new_folder(folder) as unfinished:
+        difference = write_checked(chosen, trained, unfinished, inputs, name)
+    notes = [note for note in (trained.caution, _timm_note(trained, folder) if name == "timm" else None) if note]
+    return Exported(folder, difference, images, notes)
+
+
+def write_checked(chosen: Format, trained: TrainedModel, folder: Path, inputs: Tensor, name: str) -> float:
+    """Write model and preprocessing into ``folder`` and return the largest absolute difference of a logit."""
+    with _quiet():
+        try:
+            chosen.write(trained, folder)
+            compute = chosen.read(folder)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # exporters raise whatever the model's code provokes
+            raise RunFailed(f"{trained.table.name} cannot be exported as {name}: {first_line(error)}") from error
+        difference = _difference(trained, compute, inputs)
+    if not difference <= LIMIT:  # also where it is no number
+        raise RunFailed(
+            f"{trained.table.name} as {name} computes something else: logits differ by up to {difference:.2e}, more "
+            f"than {LIMIT:g}; nothing was written"
+        )
+    write_json(folder / "preprocessing.json", preprocessing_card(trained))
+    return difference
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name.lower(), FORMATS, 1, 0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--format {name}: expected {', '.join(FORMATS)}{hint}")
+    chosen = FORMATS[name]
+    missing = [package for package in chosen.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"--format {name} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            "pip install 'toolkit[export]'"
+        )
+    return chosen
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to be filled, which gets its name only when everything in it is well; else nothing is left of it.
+
+    With ``replace`` one of that name that is there already makes room for it then.
+    """
+    if not replace and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+        raise UserError(f"{folder} is there already; name a new folder, or remove that one")
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# -- the check --------------------------------------------------------------------------------------------------------
+
+
+def images_to_compare(path: Path, trained: TrainedModel) -> tuple[Tensor, str]:
+    """64 inputs, float32 [64, C, H, W], and what they are: images of the run, or noise where its data are gone."""
+    if not (path / "recipe.toml").is_file():
+        return _noise(trained), f"{IMAGES} synthetic images (the model has left its run)"
+    try:
+        return _of_run(open_run(path), trained), f"{IMAGES} images of the run's data"
+    except UserError:
+        return _noise(trained), f"{IMAGES} synthetic images (the run's data are not here)"
+
+
+def _of_run(run: Run, trained: TrainedModel) -> Tensor:
+    """Test images first; where they are fewer than 64, the others after them."""
+    inputs: list[Tensor] = []
+    for split in ("test", "validation", "train"):
+        dataset, indices = images_of(run, split, trained.classes)
+        transform = trained.transform
+        inputs += [transform(dataset.images.load(int(i))) for i in indices[: IMAGES - len(inputs)]]
+        if len(inputs) == IMAGES:
+            return torch.stack(inputs)
+    raise UserError(f"the run has only {len(inputs)} images")
+
+
+def _noise(trained: TrainedModel) -> Tensor:
+    """Uniform noise in 0..1, normalised as images are."""
+    wanted = trained.preprocessing
+    shape = (IMAGES, wanted.channels, wanted.image_size, wanted.image_size)
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (wanted.mean, wanted.std))
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) - mean) / std
+
+
+@torch.inference_mode()
+def _difference(trained: TrainedModel, compute: Compute, inputs: Tensor) -> float:
+    """Largest absolute difference of a logit over batches of several sizes."""
+    found = [(trained.module(part) - compute(part)).abs().max() for part in inputs.split(list(BATCHES))]
+    return float(torch.stack(found).max())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters speak of their own affairs; what matters is told by the check."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+# -- preprocessing ----------------------------------------------------------------------------------------------------
+
+
+def preprocessing_card(trained: TrainedModel) -> dict[str, Any]:
+    """Content of preprocessing.json: all that a program needs to know that is not in the model's file."""
+    wanted = trained.preprocessing
+    size = wanted.image_size
+    return {
+        "input": {"name": "images", "type": "float32", "shape": ["batch", wanted.channels, size, size]},
+        "output": {"name": "logits", "type": "float32", "shape": ["batch", len(trained.classes)]},
+        "steps": _steps(trained),
+        "torchvision.transforms.v2": [repr(step) for step in trained.transform.steps],
+        **wanted.to_dict(),
+        "classes": trained.classes,
+    }
+
+
+def _steps(trained: TrainedModel) -> list[str]:
+    """The way from an image file to the input, in words."""
+    wanted = trained.preprocessing
+    resize = wanted.resize
+    side = f"the shorter side to {resize}" if isinstance(resize, int) else f"to {resize} (height, width)"
+    return [
+        f"decode to {'RGB' if wanted.channels == 3 else 'greyscale'}, without EXIF orientation",
+        *([f"resize {side} pixels, {wanted.interpolation}, antialiased"] if resize is not None else []),
+        *([f"crop the centre, {wanted.image_size} x {wanted.image_size} pixels"] if wanted.crop else []),
+        *(
+            f"{entry.name} {entry.arguments or ''} (the recipe's own)".replace("  ", " ")
+            for entry in trained.transforms
+        ),
+        "divide by 255",
+        f"subtract the mean {list(wanted.mean)} and divide by the deviation {list(wanted.std)}, for each channel",
+    ]
+
+
+def write_json(path: Path, content: object) -> None:
+    """Indented, with characters as they are."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def portable(table: ModelTable) -> ModelTable:
+    """The table without paths of this machine."""
+    if not is_file_reference(table.weights):
+        return table
+    kind, _, path = table.weights.partition(":")
+    return table.model_copy(update={"weights": f"{kind}:{Path(path).name}" if kind == "file" else table.weights})
+
+
+# -- formats ----------------------------------------------------------------------------------------------------------
+
+
+def _sample(trained: TrainedModel) -> Tensor:
+    """Two inputs: with one, exporters would take the number of images for a constant."""
+    return _noise(trained)[:2]
+
+
+def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
+    """Weights and model.json: what `toolkit predict` and `load_model` read."""
+    safetensors.torch.save_file(_state(trained), folder / WEIGHTS)
+    card = model_card(
+        portable(trained.table),
+        trained.classes,
+        trained.preprocessing,
+        trained.transforms,
+        trained.recipe,
+        toolkit.__version__,
+    )
+    write_json(folder / "model.json", card)
+
+
+def _state(trained: TrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in trained.module.state_dict().items()}
+
+
+def _read_safetensors(folder: Path) -> Compute:
+    return load_model(folder).module
+
+
+def _batch() -> Any:
+    return torch.export.Dim("batch")
+
+
+def _write_program(trained: TrainedModel, folder: Path) -> None:
+    """A torch.export program (PT2 archive), which needs torch and none of the model's code."""
+    program = torch.export.export(trained.module, (_sample(trained),), dynamic_shapes=({0: _batch()},))
+    torch.export.save(program, folder / PROGRAM)
+
+
+def _read_program(folder: Path) -> Compute:
+    compute: Compute = torch.export.load(folder / PROGRAM).module()
+    return compute
+
+
+def _write_onnx(trained: TrainedModel, folder: Path) -> None:
+    """ONNX by way of torch.export; weights over 2 GB go to a file of their own beside it."""
+    program = torch.onnx.export(
+        trained.module,
+        (_sample(trained),),
+        dynamo=True,
+        dynamic_shapes=({0: _batch()},),
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    assert program is not None
+    program.save(folder / ONNX)
+
+
+def _read_onnx(folder: Path) -> Compute:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _write_timm(trained: TrainedModel, folder: Path) -> None:
+    """config.json and weights, as `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub want them."""
+    table = trained.table
+    if not fits_timm(table):
+        raise UserError(
+            f"--format timm is for models of timm as timm builds them; {table.source}'s {table.name}"
+            f"{'' if table.source != 'timm' else ' with a head or stem of its own'} is none: use safetensors, "
+            "torch-export or onnx"
+        )
+    safetensors.torch.save_file(_state(trained), folder / WEIGHTS)
+    write_json(folder / "config.json", _timm_config(trained))
+
+
+def fits_timm(table: ModelTable) -> bool:
+    """Whether timm alone can build the model; dropout before the last layer has no part in what is written."""
+    return table.source == "timm" and table.stem == "imagenet" and not table.head.hidden
+
+
+def _timm_config(trained: TrainedModel) -> dict[str, Any]:
+    module, wanted, count = trained.module, trained.preprocessing, len(trained.classes)
+    size = wanted.image_size
+    own: dict[str, Any] = getattr(module, "pretrained_cfg", {})
+    squashed = not isinstance(wanted.resize, int) and wanted.resize is not None
+    return {
+        "architecture": trained.table.name.partition(".")[0],
+        "num_classes": count,
+        "num_features": getattr(module, "num_features", None),
+        "label_names": trained.classes,
+        "model_args": _timm_arguments(trained),
+        "pretrained_cfg": {
+            **{key: own[key] for key in ("first_conv", "classifier", "fixed_input_size") if own.get(key)},
+            "custom_load": False,
+            "input_size": [wanted.channels, size, size],
+            "interpolation": wanted.interpolation,
+            "crop_pct": _crop_share(size, wanted.resize) if isinstance(wanted.resize, int) else 1.0,
+            "crop_mode": "squash" if squashed else "center",
+            "mean": list(wanted.mean),
+            "std": list(wanted.std),
+            "num_classes": count,
+        },
+    }
+
+
+def _crop_share(size: int, resize: int) -> float:
+    """timm's crop_pct, from which it computes floor(size / crop_pct) again: the share that gives back ``resize``."""
+    share = size / resize
+    return share if math.floor(size / share) == resize else size / (resize + 0.5)
+
+
+def _timm_arguments(trained: TrainedModel) -> dict[str, Any]:
+    """What timm's constructor is given beside the number of classes."""
+    import timm
+
+    wanted, table = trained.preprocessing, trained.table
+    arguments = {**({} if wanted.channels == 3 else {"in_chans": wanted.channels}), **table.args}
+    if not getattr(trained.module, "pretrained_cfg", {}).get("fixed_input_size"):
+        return arguments
+    sized = {**arguments, "img_size": wanted.image_size}
+    try:
+        timm.create_model(table.name.partition(".")[0], **sized)
+    except TypeError:  # its size is built in, but cannot be chosen
+        return arguments
+    return sized
+
+
+def _read_timm(folder: Path) -> Compute:
+    import timm
+
+    module: torch.nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return module.eval()
+
+
+def _timm_note(trained: TrainedModel, folder: Path) -> str | None:
+    """A word where timm's own transform, made from config.json, is not the run's; found by trying it on an image."""
+    import timm.data
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+    theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
+    size, mode = trained.preprocessing.image_size, MODES[trained.preprocessing.channels]
+    noise = np.random.default_rng(0).integers(0, 256, (size + 37, size + 11, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    with contextlib.suppress(UserError):  # a run may take images of one size only
+        ours, other = trained.transform(image), theirs(image)
+        if ours.shape == other.shape and torch.allclose(ours, other, atol=1e-5):
+            return None
+    return "timm's own transform, made from config.json, is not the run's: take preprocessing.json"
+
+
+FORMATS = {
+    "onnx": Format(_write_onnx, _read_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "torch-export": Format(_write_program, _read_program),
+    "safetensors": Format(_write_safetensors, _read_safetensors),
+    "timm": Format(_write_timm, _read_timm),
+}
