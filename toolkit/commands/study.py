@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolkit.train import Debug, Overrides, end, report_errors
+from toolkit.errors import EXIT_OK, UserError
+from toolkit.train import AsJson, Debug, Overrides, end, report_errors
+
+if TYPE_CHECKING:
+    from toolkit.study.expand import Expansion, StudyFile
 
 StudyPath = Annotated[str, typer.Argument(metavar="STUDY", help="TOML file with a [study] table.")]
 
@@ -15,26 +21,85 @@ StudyPath = Annotated[str, typer.Argument(metavar="STUDY", help="TOML file with 
 def study(
     study: StudyPath,
     set_: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the runs and their cost; train nothing.")] = False,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once. Default: one for each GPU, else one.")
+    ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try failed runs again.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Also start more than study.max_runs runs.")] = False,
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Only help a `toolkit study` that was started elsewhere.")
+    ] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Train all runs of a study.
+    """Train all runs of a study and print their table.
 
-    Example: toolkit study recipes/papers/mereu/table08.toml
+    What is finished is never trained again, and what was interrupted goes on: the same command does it.
 
-    Exit status: 0 all runs finished, 1 some failed, 2 bad input, 3 interrupted; the same command goes on.
+    Example: toolkit study recipes/papers/mereu/table08.toml --plan
+
+    Exit status: 0 all runs finished, 1 some failed, 2 bad input, 3 interrupted.
     """
 
     def work() -> int:
         from toolkit.study.expand import expand, read_study
 
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("toolkit study starts its processes itself: call it without a launcher")
         found = read_study(study, set_ or [])
+        if worker:
+            from toolkit.study.worker import main
+
+            return main(found.folder)
         expansion = expand(found)
         for warning in expansion.warnings:
             print(warning, file=sys.stderr)
         # torch is imported here, after everything was found good.
-        from toolkit.study.controller import run_study
-
-        return run_study(found, expansion, retry=retry)
+        remarks = _prove(found, expansion)
+        if plan:
+            _show_plan(found, expansion, remarks, as_json=as_json)
+            return EXIT_OK
+        for remark in [*expansion.remarks, *remarks]:
+            print(f"note: {remark}", file=sys.stderr)
+        _check_size(found, expansion, yes=yes)
+        return _run(found, expansion, parallel, retry=retry, as_json=as_json)
 
     end(report_errors(work, debug=debug))
+
+
+def _prove(study: StudyFile, expansion: Expansion) -> list[str]:
+    from toolkit.study.arrival import prove
+
+    return prove(study, expansion)
+
+
+def _show_plan(study: StudyFile, expansion: Expansion, remarks: list[str], *, as_json: bool) -> None:
+    from toolkit.study.plan import plan_study, plan_text
+
+    planned = plan_study(study, expansion, remarks)
+    print(json.dumps(planned.to_json(), indent=2) if as_json else plan_text(planned))
+
+
+def _check_size(study: StudyFile, expansion: Expansion, *, yes: bool) -> None:
+    limit = study.table.max_runs
+    count = study.table.bohb.trials if study.table.bohb else expansion.count
+    if count > limit and not yes:
+        raise UserError(
+            f"{study.path} has {count} runs, more than study.max_runs = {limit}; look at them with --plan, then say "
+            "--yes to start them, or raise study.max_runs"
+        )
+
+
+def _run(study: StudyFile, expansion: Expansion, parallel: int | None, *, retry: bool, as_json: bool) -> int:
+    from toolkit.study.controller import run_study
+    from toolkit.study.crew import gpus, slots_for
+    from toolkit.study.folder import StudyFolder
+    from toolkit.study.output import Wanted, read_outcomes, terminal_text, to_json, write_tables
+
+    slots = slots_for(parallel, study.table.gpus_per_run, study.table.runs_per_gpu, gpus())
+    status = run_study(study, expansion, slots, retry=retry)
+    outcomes = read_outcomes(StudyFolder(study.folder), Wanted())
+    write_tables(outcomes, study.folder)
+    print(json.dumps(to_json(outcomes), indent=2) if as_json else terminal_text(outcomes))
+    return status

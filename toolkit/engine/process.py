@@ -34,7 +34,7 @@ def start(train: TrainTable) -> Accelerator:
     precision = resolve_precision(train.precision)
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(train.deterministic)  # also off again, after another run in this process
     torch.backends.cudnn.benchmark = not train.deterministic
     # The name since torch 2.15 is one that torch 2.11 and Accelerate do not know.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
@@ -81,8 +81,9 @@ def resolve_precision(wanted: str) -> str:
 
 
 def local_processes() -> int:
-    """Training processes on this machine."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Training processes on this machine: of this run, and of those that a study trains beside it."""
+    beside = int(os.environ.get("TOOLKIT_RUNS_AT_ONCE", "1"))
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * beside)
 
 
 def _set_threads() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from toolkit.recipe.diagnostics import Diagnostic, RecipeError
-from toolkit.recipe.load import placed, read_sources, resolve
+from toolkit.recipe.load import Loaded, placed, read_sources, resolve
 from toolkit.recipe.positions import Path, Position, Span
 from toolkit.recipe.resolved import leaves, recipe_hash, with_defaults
 from toolkit.recipe.schema import Recipe
@@ -35,6 +35,7 @@ from toolkit.study.forms import (
     zipped,
 )
 from toolkit.study.rules import check_study
+from toolkit.study.space import KINDS, Space, random_configurations, read_space
 
 STUDY: Path = ("study",)
 
@@ -44,7 +45,14 @@ class PlannedRun:
     """A member of a study with its whole recipe."""
 
     member: Member
-    recipe: Recipe
+    loaded: Loaded
+    changes: Combination
+    """What the study changes for it, with the places in its file."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Resolved and checked, without [study]."""
+        return self.loaded.recipe
 
 
 @dataclass
@@ -89,8 +97,8 @@ class StudyFile:
         content = self.base.model_copy(update={"study": None}).model_dump()
         return {".".join(str(part) for part in path): value for path, value in leaves(content)}
 
-    def run(self, row: str, changes: Combination, seed: Value | None = None) -> tuple[PlannedRun, list[Diagnostic]]:
-        """One run, and what is doubtful about it. Raises RecipeError."""
+    def run(self, row: str, changes: Combination, seed: Value | None = None) -> PlannedRun:
+        """One run. Raises RecipeError."""
         sources = [*self.sources, *(self._source(key, value) for key, value in changes.items())]
         if seed is not None:
             sources.append(self._source("recipe.seed", seed))
@@ -100,12 +108,20 @@ class StudyFile:
         loaded = resolve(sources, self.path)
         told = {key: value.value for key, value in changes.items() if key != "recipe.seed"}
         member = Member(row, loaded.recipe.recipe.seed, told, recipe_hash(loaded.recipe))
-        return PlannedRun(member, loaded.recipe), loaded.warnings
+        return PlannedRun(member, loaded, changes)
 
-    def drawn(self, row: str, changes: Mapping[str, Any], seed: int | None = None) -> PlannedRun:
-        """The run of a configuration that a search proposes. Raises RecipeError."""
-        values = {key: Value(value, (*STUDY, "space", *key.split("."))) for key, value in changes.items()}
-        return self.run(row, values, None if seed is None else Value(seed, (*STUDY, "seeds")))[0]
+    @cached_property
+    def space(self) -> Space:
+        """What a search draws from."""
+        return read_space(self.table.space, self.base_values)
+
+    def drawn(self, changes: Mapping[str, Any], seed: Value | None = None) -> PlannedRun:
+        """The run of a configuration out of the space, named by its values. Raises RecipeError."""
+        ends = frozenset({*KINDS, "when"})
+        places = {leaf.key: leaf.place for leaf in dotted_leaves(self.table.space, (*STUDY, "space"), ends)}
+        names = Names([Variable(parameter.key, places[parameter.key], ()) for parameter in self.space.parameters])
+        values = {key: Value(value, places[key]) for key, value in changes.items()}
+        return self.run(names.plain(values), values, seed)
 
     def _source(self, key: str, value: Value) -> Source:
         """A change as one more layer of the recipe, whose places are those in the study's file."""
@@ -160,12 +176,12 @@ def expand(study: StudyFile) -> Expansion:
     for row, name, changes in () if study.table.bohb else _rows(study):
         for seed in seeds:
             try:
-                run, warnings = study.run(name, changes, seed)
+                run = study.run(name, changes, seed)
             except RecipeError as error:
                 faults.add(error.diagnostics, name)
                 break  # another seed has the same faults
             found.runs.append(_with_published(run, study.table, row))
-            faults.warnings.add(warnings, name)
+            faults.warnings.add(run.loaded.warnings, name)
     if faults.kept:
         raise RecipeError(faults.kept)
     found.warnings = faults.warnings.kept
@@ -227,21 +243,10 @@ def _row_changes(table: StudyTable) -> Iterator[tuple[StudyRow | None, Combinati
 
 def _drawn(study: StudyFile) -> Iterator[tuple[str, Combination]]:
     """The configurations of a random search, which are known before it begins."""
-    from toolkit.study.space import random_configurations, read_space
-
     assert study.table.random is not None
-    space = read_space(study.table.space, study.base_values)
-    places = {leaf.key: leaf.place for leaf in _space_leaves(study.table)}
-    variables = [Variable(parameter.key, places[parameter.key], ()) for parameter in space.parameters]
-    names = Names(variables)
-    for changes in random_configurations(space, study.table.random.runs, study.table.random.seed):
-        values = {key: Value(value, places[key]) for key, value in changes.items()}
-        yield names.plain(values), values
-
-
-def _space_leaves(table: StudyTable) -> list[Any]:
-    ends = frozenset({"uniform", "log_uniform", "integers", "choice", "when"})
-    return list(dotted_leaves(table.space, (*STUDY, "space"), ends))
+    for changes in random_configurations(study.space, study.table.random.runs, study.table.random.seed):
+        run = study.drawn(changes)
+        yield run.member.row, run.changes
 
 
 def _with_published(run: PlannedRun, table: StudyTable, row: StudyRow | None) -> PlannedRun:

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from toolkit.errors import UserError
-from toolkit.recipe import Recipe, diff, recipe_hash, resolved_toml
+from toolkit.recipe import diff, recipe_hash, resolved_toml
 from toolkit.recipe.diagnostics import dotted
 from toolkit.runs import Run, create_run, runs_of
 from toolkit.study.expand import Expansion, PlannedRun, StudyFile
@@ -54,7 +54,7 @@ def prepare(study: StudyFile, folder: StudyFolder, expansion: Expansion) -> list
     Raises UserError where the folder holds another study, and then leaves everything as it is.
     """
     remarks = check_same_study(study, folder, expansion)
-    known = KnownRuns(folder)
+    known = KnownRuns(folder, study.path)
     members = [known.member(run) for run in expansion.runs]
     if study.table.bohb is not None and folder.exists:
         members = folder.members
@@ -87,8 +87,8 @@ def search_of(study: StudyFile) -> dict[str, Any] | None:
 class KnownRuns:
     """The run directories of a study's folder by the hash of their recipes."""
 
-    def __init__(self, folder: StudyFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: StudyFolder, file: str = "") -> None:
+        self.folder, self.file = folder, file
         self.by_hash: dict[str, Run] = {}
         for run in runs_of(str(folder.path.parent), folder.path.name):
             with contextlib.suppress(UserError):  # a damaged recipe is nobody's run
@@ -99,13 +99,14 @@ class KnownRuns:
 
     def member(self, planned: PlannedRun) -> Member:
         """The planned run with its run directory, which is made where there is none."""
-        run = self.by_hash.get(planned.member.hash) or self._create(planned.recipe)
+        run = self.by_hash.get(planned.member.hash) or self._create(planned)
         self.by_hash[planned.member.hash] = run
         return replace(planned.member, run=run.id)
 
-    def _create(self, recipe: Recipe) -> Run:
+    def _create(self, planned: PlannedRun) -> Run:
         run = create_run(str(self.folder.path.parent), self.folder.path.name)
-        run.write_text("recipe.toml", resolved_toml(recipe))
+        run.write_json("origins.json", planned.loaded.told_origins(self.file))
+        run.write_text("recipe.toml", resolved_toml(planned.recipe))
         return run
 
 

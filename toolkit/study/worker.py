@@ -13,7 +13,7 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +33,13 @@ from toolkit.study.folder import (
     note_failure,
     open_runs,
 )
+from toolkit.study.launch import train_on_several
 from toolkit.study.prepare import CONTROLLER, study_folder
 from toolkit.train import explain
 
 POLL_S = 0.5
 ALONE_S = 60.0
-"""A search without a controller for so long is given up by its workers."""
+"""A study that needs a controller and has had none for so long is left by its workers."""
 
 
 @dataclass
@@ -66,35 +67,56 @@ def take_run(folder: StudyFolder) -> Claimed | None:
     return None
 
 
-def work(folder: StudyFolder, stop: StopRequest, *, after: Callable[[Run], None] = lambda run: None) -> int:
-    """Train until nothing is left that this worker could take. Exit status: 0, or 3 where it was stopped.
+Train = Callable[[Run], bool]
+"""Trains a claimed run; False where it failed. Raises Interrupted."""
 
-    ``after`` is called after each run, however it ended.
+Told = Callable[[Run], None]
+
+
+def _nothing(_: Run) -> None:
+    pass
+
+
+def work_through(
+    folder: StudyFolder, stop: StopRequest, train: Train, *, before: Told = _nothing, after: Told = _nothing
+) -> int:
+    """Train one run after the other as long as there is one to take. Exit status: 0, or 3 where it was stopped.
+
+    ``before`` and ``after`` are called around each run, however it ends.
     """
-    alone_since: float | None = None
     while not stop.is_wanted():
         claimed = take_run(folder)
-        if claimed is not None:
-            alone_since = None
-            try:
-                train(claimed.run)
-            except Interrupted:
-                return EXIT_INTERRUPTED
-            finally:
-                claimed.release()
-            after(claimed.run)
-            continue
-        if folder.is_complete:
+        if claimed is None:
+            return EXIT_OK
+        before(claimed.run)
+        try:
+            train(claimed.run)
+        except Interrupted:
+            return EXIT_INTERRUPTED
+        finally:
+            claimed.release()
+        after(claimed.run)
+    return EXIT_INTERRUPTED
+
+
+def serve(folder: StudyFolder, stop: StopRequest, train: Train, *, waits: bool, before: Told = _nothing) -> int:
+    """Train what there is to take, until no more can come. Exit status: 0, or 3 where it was stopped.
+
+    ``waits``: also for runs that others train, in case those die. A search is waited for while it has a controller.
+    """
+    heard = time.monotonic()
+    while work_through(folder, stop, train, before=before) == EXIT_OK:
+        if folder.is_complete and not (waits and any(open_runs(folder))):
             return EXIT_OK
         if is_held(folder.path / CONTROLLER):
-            alone_since = None
-        elif time.monotonic() - (alone_since := alone_since or time.monotonic()) > ALONE_S:
+            heard = time.monotonic()
+        elif time.monotonic() - heard > ALONE_S:
             return EXIT_OK
         time.sleep(POLL_S)
     return EXIT_INTERRUPTED
 
 
-def train(run: Run) -> bool:
+def train_here(run: Run) -> bool:
     """Train a claimed run in this process, to its end or as far as it is assigned. False where it failed.
 
     Whatever goes wrong with it is left in its directory; only Interrupted is raised.
@@ -115,6 +137,18 @@ def train(run: Run) -> bool:
     return True
 
 
+def trainer(processes: int, devices: Sequence[str], gpu_share: float, stop: StopRequest) -> Train:
+    """How a worker with these GPUs trains a run: itself, or by processes that it starts."""
+    if processes > 1:
+        return lambda run: train_on_several(run, processes, devices, stop)
+    if gpu_share < 1:
+        import torch
+
+        # What a run may take does not depend on who came first.
+        torch.cuda.set_per_process_memory_fraction(gpu_share)
+    return train_here
+
+
 def release_memory() -> None:
     """Give back what a run has held in this process, so that the next starts as in a fresh one."""
     gc.collect()
@@ -132,7 +166,7 @@ def main(path: Path) -> int:
     """Work on the study in ``path`` until nothing is left."""
     folder = study_folder(path)
     with StopRequest() as stop:
-        return work(folder, stop)
+        return serve(folder, stop, train_here, waits=False)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,255 @@
+"""What a study will take, before anything starts: its runs, how many are finished, and what the rest costs.
+
+The cost of a run is epochs x training images x arithmetic of an image. It becomes time where a finished run tells how
+fast this machine is: of the same model and batch, or else of another one, in proportion to the arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from toolkit.engine.display import table
+from toolkit.errors import UserError
+from toolkit.inspect.plan import Plan
+from toolkit.inspect.plan import plan as plan_run
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.study import BohbSearch
+from toolkit.recipe.writing import toml_value
+from toolkit.study.expand import Expansion, PlannedRun, StudyFile
+from toolkit.study.folder import State, StudyFolder, epochs_done, state_of
+from toolkit.study.prepare import KnownRuns
+
+LONGEST_CHANGES = 60
+"""Longer ones are cut in the text, in characters; --json has them whole."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes."""
+
+    epochs: int
+    """Left to train, at most."""
+    images: int | None
+    """Training images an epoch; None where the data are not on this machine."""
+    flops: float
+    """Floating point operations of an image, forward and backward."""
+    seconds_per_image: float | None
+    """Measured on runs of the same model and batch."""
+
+    @property
+    def arithmetic(self) -> float | None:
+        """Floating point operations left."""
+        return None if self.images is None else self.epochs * self.images * self.flops
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run of the plan."""
+
+    run: PlannedRun
+    state: State
+    cost: Cost
+
+
+@dataclass
+class StudyPlan:
+    """Everything that `toolkit study FILE --plan` shows."""
+
+    study: StudyFile
+    lines: list[Line]
+    search_epochs: int | None = None
+    """Of a search, whose runs come about while it goes on."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> list[Line]:
+        """Different runs that are not finished."""
+        lines = {line.run.member.hash: line for line in self.lines if line.state != "finished"}
+        return list(lines.values())
+
+    @property
+    def count(self) -> int:
+        """Different runs in all."""
+        return len({line.run.member.hash for line in self.lines})
+
+    @property
+    def arithmetic(self) -> float | None:
+        """Floating point operations left in all; None where the images are not known."""
+        each = [line.cost.arithmetic for line in self.left]
+        return None if None in each else sum(each)  # type: ignore[arg-type]
+
+    @property
+    def seconds(self) -> float | None:
+        """Training time left, one run after the other; None without a finished run to go by."""
+        measured = [line.cost for line in self.lines if line.cost.seconds_per_image is not None]
+        if not measured or self.arithmetic is None:
+            return None
+        per_flop = sum(c.seconds_per_image or 0.0 for c in measured) / sum(c.flops for c in measured)
+        return sum(_seconds(line.cost, per_flop) for line in self.left)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it; times in seconds."""
+        return {
+            "study": self.study.name,
+            "folder": str(self.study.folder),
+            "runs": self.count,
+            "finished": self.count - len(self.left),
+            "epochs_left": self.search_epochs or sum(line.cost.epochs for line in self.left),
+            "flops_left": self.arithmetic,
+            "seconds_left": self.seconds,
+            "members": [_line_json(line) for line in self.lines],
+            "notes": self.notes,
+        }
+
+
+def _seconds(cost: Cost, per_flop: float) -> float:
+    each = cost.seconds_per_image if cost.seconds_per_image is not None else cost.flops * per_flop
+    return cost.epochs * (cost.images or 0) * each
+
+
+def _line_json(line: Line) -> dict[str, Any]:
+    member = line.run.member
+    return {
+        "row": member.row,
+        "seed": member.seed,
+        "changes": member.changes,
+        "hash": member.hash,
+        "state": line.state,
+        "epochs_left": line.cost.epochs if line.state != "finished" else 0,
+        "images_per_epoch": line.cost.images,
+        "training_flops_per_image": line.cost.flops,
+    }
+
+
+def plan_study(study: StudyFile, expansion: Expansion, notes: Sequence[str] = ()) -> StudyPlan:
+    """Work out a study. Raises UserError for what training would refuse."""
+    costs = _Costs()
+    known = KnownRuns(StudyFolder(study.folder)).by_hash
+    lines = []
+    for run in expansion.runs:
+        there = known.get(run.member.hash)
+        state = state_of(there) if there is not None else "missing"
+        done = epochs_done(there) if there is not None else 0
+        lines.append(Line(run, state, costs.of(run.recipe, done)))
+    found = StudyPlan(study, lines, notes=[*expansion.remarks, *notes])
+    if study.table.bohb is not None:
+        found.search_epochs = epochs_of_search(study.table.bohb)
+    found.notes += costs.notes
+    return found
+
+
+class _Costs:
+    """Costs of runs; each model and batch is measured once."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Plan] = {}
+        self.notes: list[str] = []
+
+    def of(self, recipe: Recipe, done: int) -> Cost:
+        found = self._plan(recipe)
+        images = found.contents.images["train"] if found.contents.images else None
+        if found.contents.absent and not self.notes:
+            self.notes.append(f"the number of images is not known: {found.contents.absent}")
+        speed = 1 / found.speed.images_per_s if found.speed and found.speed.images_per_s else None
+        return Cost(max(0, recipe.train.epochs - done), images, found.step.training_flops, speed)
+
+    def _plan(self, recipe: Recipe) -> Plan:
+        train = recipe.train.model_dump(include={"batch_size", "accumulation", "precision", "drop_last", "compile"})
+        key = json.dumps([recipe.model.model_dump(), recipe.transfer.model_dump(), recipe.data.model_dump(), train])
+        if key not in self.known:
+            try:
+                self.known[key] = plan_run(recipe)
+            except UserError as error:
+                raise UserError(f"{error} (in a run of the study)") from None
+        return self.known[key]
+
+
+def epochs_of_search(table: BohbSearch) -> int:
+    """Epochs that BOHB trains, all in all, where no run stops early or fails."""
+    from toolkit.study.search import bracket_sizes, budgets
+
+    steps, sizes = budgets(table.min_epochs, table.max_epochs, table.eta), bracket_sizes(table)
+    total = 0.0
+    for bracket, size in enumerate(sizes):
+        trials, before = table.trials * size / sum(sizes), 0
+        for rung in range(bracket, len(steps)):
+            total += trials * (steps[rung] - before)
+            trials, before = trials / table.eta, steps[rung]
+    return round(total)
+
+
+def plan_text(found: StudyPlan) -> str:
+    """The plan for people."""
+    study = found.study
+    lines = [f"study {study.name} in {study.folder}"]
+    if study.table.source:
+        lines.append(f"repeats {study.table.source}")
+    if found.lines:
+        lines += ["", _rows_text(found), ""]
+    lines.append(_count_text(found))
+    lines.append(_cost_text(found))
+    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+
+
+def _rows_text(found: StudyPlan) -> str:
+    rows: dict[str, list[Line]] = {}
+    for line in found.lines:
+        rows.setdefault(line.run.member.row, []).append(line)
+    cells = [_row_cells(name, lines) for name, lines in rows.items()]
+    return table(cells, ("row", "runs", "finished", "epochs", "GFLOP", "changes"), frozenset((1, 2, 3, 4)))
+
+
+def _row_cells(name: str, lines: Sequence[Line]) -> tuple[str, ...]:
+    first = lines[0]
+    changes = ", ".join(f"{key} = {toml_value(value)}" for key, value in first.run.member.changes.items())
+    if len(changes) > LONGEST_CHANGES:
+        changes = changes[: LONGEST_CHANGES - 3] + "..."
+    finished = sum(line.state == "finished" for line in lines)
+    epochs = str(first.run.recipe.train.epochs)
+    return name, str(len(lines)), str(finished), epochs, f"{first.cost.flops / 1e9:.3g}", changes
+
+
+def _count_text(found: StudyPlan) -> str:
+    if found.search_epochs is not None and found.study.table.bohb is not None:
+        return f"up to {found.study.table.bohb.trials} configurations, {found.search_epochs:,} epochs in all"
+    states = Counter(line.state for line in {line.run.member.hash: line for line in found.lines}.values())
+    told = ", ".join(
+        f"{states[state]} {state}" for state in ("finished", "running", "paused", "failed") if states[state]
+    )
+    word = "run" if found.count == 1 else "runs"
+    return f"{found.count} {word}" + (f", of which {told}" if told else "")
+
+
+def _cost_text(found: StudyPlan) -> str:
+    left = found.left
+    if found.search_epochs is not None:
+        return "time: no estimate for a search"
+    if not left:
+        return "nothing is left to train"
+    epochs = sum(line.cost.epochs for line in left)
+    work = found.arithmetic
+    told = f"to train: {len(left)} runs, {epochs:,} epochs"
+    if work is not None:
+        images = sum(line.cost.epochs * (line.cost.images or 0) for line in left)
+        told += f", {images:,} images, {_flops(work)}"
+    seconds = found.seconds
+    if seconds is None:
+        return f"{told}; no estimate of time before a run of this study is finished"
+    return f"{told}; about {_duration(seconds)} one after another, by the speed of its finished runs"
+
+
+def _flops(count: float) -> str:
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e9:.3g} GFLOP"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
