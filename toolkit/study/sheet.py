@@ -54,7 +54,10 @@ def markdown(sheet: Sheet) -> str:
     """GitHub's Markdown; the best row in bold."""
     ruler = [":---" if column in sheet.left else "---:" for column in range(len(sheet.head))]
     body = [[_markdown(cell) for cell in row] for row in sheet.rows]
-    body = [[f"**{cell}**" for cell in row] if index in sheet.marked else row for index, row in enumerate(body)]
+    body = [
+        [f"**{cell}**" if cell else "" for cell in row] if index in sheet.marked else row
+        for index, row in enumerate(body)
+    ]
     lines = ["| " + " | ".join(row) + " |" for row in ([_markdown(cell) for cell in sheet.head], ruler, *body)]
     notes = [f"- {_markdown(note)}" for note in sheet.notes]
     return "\n".join([f"**{_markdown(sheet.title)}**", "", *lines, *(["", *notes] if notes else [])])
@@ -64,7 +67,10 @@ def latex(sheet: Sheet) -> str:
     """A table environment that needs the package booktabs; the best row in bold."""
     columns = "".join("l" if column in sheet.left else "r" for column in range(len(sheet.head)))
     body = [[_latex(cell) for cell in row] for row in sheet.rows]
-    body = [[rf"\textbf{{{cell}}}" for cell in row] if index in sheet.marked else row for index, row in enumerate(body)]
+    body = [
+        [rf"\textbf{{{cell}}}" if cell else "" for cell in row] if index in sheet.marked else row
+        for index, row in enumerate(body)
+    ]
     lines = [" & ".join(row) + r" \\" for row in body]
     notes = [rf"\\ {{\footnotesize {_latex(note)}}}" for note in sheet.notes]
     return "\n".join(

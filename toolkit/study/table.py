@@ -216,7 +216,9 @@ def notes(rows: Sequence[Row], table: StudyTable, *, compared: bool, intervals: 
     finished = [result for result in results if result.is_finished]
     found = [f"{len(finished)} of {len(results)} runs finished; only they count."]
     if any(row.is_best for row in rows):
-        found.append(f"Best by {table.output.best_by} (never by test): {next(r.name for r in rows if r.is_best)}.")
+        so_far = "" if len(finished) == len(results) else " so far"
+        best = next(row.name for row in rows if row.is_best)
+        found.append(f"Best{so_far} by {table.output.best_by} (never by test): {best}.")
     found += _about_spread(rows, table.output.confidence, intervals)
     if compared:
         found.append(f"Published: {table.source or 'see the study'}; diff.: measured {MINUS} published.")
