@@ -26,8 +26,7 @@ run_root = "{root}"
 [data]
 dataset = "digits"
 images_per_class = 11
-test_images_per_class = 7
-split = {{ validation = 0.3, test = 0.2 }}
+split = {{ validation = 0.44, test = 0.862, method = "random", seed = 2 }}
 cache = "off"
 
 [augment]
@@ -76,12 +75,17 @@ trackers = []
 """
 
 
+IMAGES = {"train": 109, "validation": 101, "test": 1549}
+"""All prime: nothing divides them, neither batches nor processes."""
+
+
 def trained(root: Path, batch_norm: bool, settings: tuple[str, ...]) -> dict[str, Any]:
     """Metrics, summary, predictions and best weights of one run (on each process the same)."""
     text = RECIPE.format(root=root, batch_norm=str(batch_norm).lower())
     with contextlib.redirect_stderr(io.StringIO()):
         run = fit(loads_recipe(text, settings))
     weights = {name: tensor.numpy() for name, tensor in load_weights(run.best_weights).items()}
+    assert run.summary["images"] == IMAGES
     return {"epochs": run.epochs(), "summary": run.summary, "predictions": run.predictions(), "weights": weights}
 
 
