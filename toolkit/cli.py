@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from toolkit.commands.bench import bench
 from toolkit.commands.export import export, publish
 from toolkit.commands.look import data, doctor, plan
 from toolkit.commands.names import datasets, models, optimizers, transforms
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
-for command in (train, validate, show, diff, plan, data, models, transforms, optimizers, datasets, doctor):
+for command in (train, validate, show, diff, plan, data, models, transforms, optimizers, datasets, doctor, bench):
     app.command()(command)
 for job_command in (submit, status, logs, cancel):
     app.command()(job_command)

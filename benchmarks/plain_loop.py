@@ -1,0 +1,203 @@
+"""The fair ordinary way: what a careful user writes by hand with PyTorch and torchvision, for the same recipe.
+
+A Dataset that opens each JPEG with Pillow, torchvision's transforms on each image, a DataLoader with worker processes,
+and the usual loop (forward, loss, backward, step, loss.item() for the progress line). The model is the recipe's own,
+built the same way; so are optimiser, precision and batch size. What the toolkit adds is left out: exact sampling,
+resuming, caches, batched augmentation.
+
+    python benchmarks/plain_loop.py recipes/resnet18_caltech.toml --steps 20 --repeats 5 [--set KEY=VALUE]
+
+prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from toolkit.data.datasets import open_dataset
+from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
+from toolkit.data.splits import split_dataset
+from toolkit.engine.optim import build_optimizer
+from toolkit.models.build import build_model, expected_input
+from toolkit.models.transfer import apply_transfer, new_groups
+from toolkit.recipe import load
+from toolkit.recipe.schema import Recipe
+
+
+class ImageList(Dataset[Any]):
+    """One split, image by image."""
+
+    def __init__(self, dataset: Any, indices: Any, transform: Any) -> None:
+        self.images, self.labels, self.indices, self.transform = dataset.images, dataset.labels, indices, transform
+        paths = getattr(dataset.images, "path", None)
+        self.path = paths if callable(paths) else None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
+        index = int(self.indices[position])
+        if self.path is not None:
+            with Image.open(self.path(index)) as file:
+                image = file.convert("RGB")
+        else:
+            image = self.images.load(index)
+        return self.transform(image), int(self.labels[index])
+
+
+def transform_of(recipe: Recipe, preprocessing: Preprocessing, *, train: bool) -> Any:
+    """Resize, augmentations, crop, tensor, normalise: torchvision's classes one after the other."""
+    places: dict[str, list[Any]] = {}
+    for entry in recipe.augment.train if train else []:
+        built = getattr(v2, entry.name)(**entry.arguments)
+        if entry.apply_p < 1:
+            built = v2.RandomApply([built], p=entry.apply_p)
+        places.setdefault(entry.at or "after_crop", []).append(built)
+    steps = [*places.get("before_resize", [])]
+    if "resize_crop" in places:
+        steps += places["resize_crop"]
+    else:
+        if preprocessing.resize is not None:
+            size = preprocessing.resize if isinstance(preprocessing.resize, int) else list(preprocessing.resize)
+            steps.append(v2.Resize(size, InterpolationMode(preprocessing.interpolation)))
+        steps += places.get("before_crop", [])
+        steps += places.get("crop", [v2.CenterCrop(preprocessing.image_size)] if preprocessing.crop else [])
+    steps += [*places.get("after_crop", []), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    return v2.Compose([*steps, v2.Normalize(list(preprocessing.mean), list(preprocessing.std))])
+
+
+class PlainLoop:
+    """Data, model and optimiser of a recipe, the ordinary way."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(recipe.recipe.seed)
+        data = with_channels(recipe.data, pretrained=recipe.model.weights != "none")
+        dataset = open_dataset(data)
+        self.splits = split_dataset(dataset, recipe.data)
+        self.preprocessing = resolve_preprocessing(
+            data,
+            expected_input(recipe.model),
+            dataset.native_size,
+            dataset.native_channels,
+            lambda plain: ((0.5,) * plain.channels, (0.5,) * plain.channels),
+        )
+        built = build_model(
+            recipe.model, len(dataset.classes), self.preprocessing.channels, self.preprocessing.image_size
+        )
+        self.transfer = apply_transfer(built, recipe.transfer)
+        self.model = built.module.to(self.device)
+        self.optimizer = build_optimizer(recipe.optimizer, new_groups(built, recipe.transfer, recipe.optimizer, []))
+        self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.augment.label_smoothing)
+        workers = max(1, len(os.sched_getaffinity(0)) - 1)
+        train = ImageList(dataset, self.splits["train"], transform_of(recipe, self.preprocessing, train=True))
+        validation = ImageList(
+            dataset, self.splits["validation"], transform_of(recipe, self.preprocessing, train=False)
+        )
+        common: dict[str, Any] = {
+            "batch_size": recipe.train.batch_size,
+            "num_workers": workers,
+            "pin_memory": self.device.type == "cuda",
+            "persistent_workers": True,
+        }
+        self.train_loader = DataLoader(train, shuffle=True, drop_last=recipe.train.drop_last, **common)
+        self.validation_loader = DataLoader(validation, **common)
+
+    def autocast(self) -> Any:
+        """bf16 where the recipe asks for it, or leaves it open and the GPU has it."""
+        precision = self.recipe.train.precision
+        if precision == "bf16" or (precision == "auto" and self.device.type == "cuda"):
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def endless(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Epoch after epoch of training batches."""
+        while True:
+            yield from self.train_loader
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """One optimiser step; its loss."""
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        self.optimizer.zero_grad()
+        with self.autocast():
+            loss = self.loss(self.model(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.item())
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Accuracy on the validation images, 0..1."""
+        self.model.eval()
+        right = 0
+        for images, labels in self.validation_loader:
+            with self.autocast():
+                right += int((self.model(images.to(self.device)).argmax(1).cpu() == labels).sum())
+        return right / len(self.splits["validation"])
+
+    def epochs(self, count: int) -> float:
+        """Train and validate so many epochs; the seconds they took."""
+        began = time.perf_counter()
+        for _ in range(count):
+            self.transfer.train_mode()
+            for images, labels in self.train_loader:
+                self.step(images, labels)
+            self.validate()
+        return time.perf_counter() - began
+
+
+def measure(recipe: Recipe, steps: int, repeats: int) -> dict[str, float]:
+    """Images a second of data alone and of training, medians after one repetition that is not counted."""
+    loop = PlainLoop(recipe)
+    loop.transfer.train_mode()
+    batches = loop.endless()
+    figures: dict[str, float] = {}
+    for name in ("data", "step"):
+        rates = []
+        for _ in range(repeats + 1):
+            began, images = time.perf_counter(), 0
+            for _ in range(steps):
+                batch, labels = next(batches)
+                images += len(batch)
+                if name == "step":
+                    loop.step(batch, labels)
+                else:
+                    batch.to(loop.device)
+            rates.append(images / (time.perf_counter() - began))
+        figures[f"{name}_images_per_s"] = statistics.median(rates[1:])
+    return figures
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=0, help="instead: seconds of so many whole epochs")
+    parser.add_argument("--set", action="append", default=[])
+    arguments = parser.parse_args()
+    recipe = load(arguments.recipe, arguments.set).recipe
+    if arguments.epochs:
+        print(json.dumps({"seconds": PlainLoop(recipe).epochs(arguments.epochs)}))
+    else:
+        print(json.dumps(measure(recipe, arguments.steps, arguments.repeats)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""bench: how fast a recipe trains here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.commands.recipes import RecipePath
+from toolkit.errors import EXIT_OK
+from toolkit.train import AsJson, Debug, Overrides, end, report_errors
+
+
+def bench(
+    recipe: RecipePath,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of one repetition, an epoch's at most.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions, whose median counts.")] = 5,
+    compare: Annotated[bool, typer.Option("--compare", help="Also measure benchmarks/plain_loop.py.")] = False,
+    peak_tflops: Annotated[float | None, typer.Option(help="Peak of the device, where it is not known.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the figures here, as JSON.")] = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure data, model and the whole step.
+
+    Images a second, the share of time spent waiting for data, memory, arithmetic. Nothing is trained for keeps.
+
+    Example: toolkit bench recipes/resnet18_caltech.toml --compare
+    """
+
+    def work() -> int:
+        from toolkit.recipe import load
+
+        loaded = load(recipe, set_ or [])
+        from toolkit import bench as module
+
+        speeds = module.bench(loaded.recipe, steps=steps, repeats=repeats, peak_tflops=peak_tflops)
+        plain = module.compare_with_plain_loop(recipe, set_ or [], speeds.steps, repeats) if compare else None
+        content = {**speeds.to_json(), **({"plain_loop": plain} if plain else {})}
+        if out is not None:
+            out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(content, indent=2) if as_json else module.bench_text(speeds, plain))
+        return EXIT_OK
+
+    end(report_errors(work, debug=debug))
