@@ -147,27 +147,31 @@ class _Proof:
         return ""
 
     def equal_runs(self, runs: Sequence[PlannedRun], known: set[str]) -> tuple[list[Dead], list[str]]:
-        """Runs that come to the same though their recipes differ: dead keys of grid and zip, remarks on rows.
+        """Runs that come to the same though their recipes differ: keys of grid and zip that are dead there; remarks.
 
         ``known``: keys that are dead everywhere, and have been told already.
         """
-        distinct = list({run.member.hash: run for run in runs}.values())
+        distinct = list({_mark(run.changes): run for run in runs}.values())
         dead: dict[str, Dead] = {}
         remarks = []
         for group in self.prints.groups([run.recipe for run in distinct]):
-            one, other = distinct[group[0]], distinct[group[1]]
-            keys = [key for key in {**one.changes, **other.changes} if self._differs_in(key, one, other)]
-            if all(_form(run, key) == "rows" for key in keys for run in (one, other) if key in run.changes):
+            alike = [distinct[index] for index in group]
+            one, other = alike[:2]
+            idle = [key for key in one.changes if self._is_idle(key, one, alike, distinct)]
+            for key in idle:
+                if key not in known:
+                    dead.setdefault(key, self._dead(key, (one, other), f"in the row {one.member.row!r}"))
+            if not idle:
                 remarks.append(f"rows {one.member.row!r} and {other.member.row!r} come to the same training")
-                continue
-            for key in keys:
-                if key not in known and key not in dead:
-                    dead[key] = self._dead(key, (one, other), f"in the row {one.member.row!r}")
         return list(dead.values()), remarks
 
-    def _differs_in(self, key: str, one: PlannedRun, other: PlannedRun) -> bool:
-        base = self.study.base_values
-        return not same(_value(one, key, base), _value(other, key, base))
+    def _is_idle(self, key: str, one: PlannedRun, alike: Sequence[PlannedRun], runs: Sequence[PlannedRun]) -> bool:
+        """Whether all runs that differ from ``one`` in this key alone come to the same as it does."""
+        if _form(one, key) == "rows":
+            return False
+        rest = _mark(one.changes, without=key)
+        siblings = [run for run in runs if key in run.changes and _mark(run.changes, without=key) == rest]
+        return len(siblings) > 1 and all(run in alike for run in siblings)
 
     # -- a space that is searched -------------------------------------------------------------------------------------
 
@@ -228,8 +232,8 @@ def _place(key: str) -> Path:
     return (*STUDY, "space", *key.split("."))
 
 
-def _mark(changes: Combination) -> str:
-    return repr({key: value.value for key, value in changes.items()})
+def _mark(changes: Combination, without: str = "") -> str:
+    return repr({key: value.value for key, value in changes.items() if key != without})
 
 
 def _varied(runs: Sequence[PlannedRun], base: Mapping[str, Any]) -> dict[str, list[Any]]:

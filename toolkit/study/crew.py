@@ -153,10 +153,15 @@ def _worker(path: str, slot: Slot, sharing: int, link: multiprocessing.connectio
     from toolkit.engine.signals import StopRequest
     from toolkit.study.worker import serve, trainer
 
+    def before(run: Run) -> None:
+        _say(f"takes {run.id}")
+        link.send(run.id)
+
+    _say(f"worker {slot.number}, process {os.getpid()} on {os.uname().nodename}, GPUs {', '.join(slot.devices) or '-'}")
     with StopRequest() as stop:
         threading.Thread(target=_watch_controller, args=(link,), daemon=True).start()
         train = trainer(slot.processes, slot.devices, slot.gpu_share, stop)
-        status = serve(StudyFolder(Path(path)), stop, train, waits=True, before=lambda run: link.send(run.id))
+        status = serve(StudyFolder(Path(path)), stop, train, waits=True, before=before)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -168,6 +173,10 @@ def _show_in(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def _watch_controller(link: multiprocessing.connection.Connection) -> None:

@@ -38,6 +38,9 @@ ELSEWHERE = {"root", "download", "workers", "cache", "on_bad_image", "max_bad_fr
 """Keys of [data] that say where images come from and how fast, not which they are or how they look."""
 
 SOME_CLASSES = 10
+LOOKS = {"channels", "image_size", "resize", "crop", "interpolation", "normalize"}
+"""Keys of [data] that say how images look, not which they are."""
+
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -298,7 +301,7 @@ def _loop_keys(recipe: Recipe) -> Any:
 
 
 PARTS = {
-    "images": Part(_data_keys, _images),
+    "images": Part(lambda r: [r.data.model_dump(exclude=ELSEWHERE | LOOKS), r.data.root], _images),
     "transforms": Part(lambda r: [_data_keys(r), _model_keys(r), r.augment], _transforms),
     "mixing": Part(lambda r: r.augment, _mixing),
     "model": Part(lambda r: [_model_keys(r), _shape_keys(r)], _model),

@@ -1,0 +1,119 @@
+"""Small studies on the digits, run within the test's process or in one of their own that can be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any
+
+import toolkit.study.controller
+import toolkit.study.plan  # noqa: F401  (imported before processes are forked: once instead of in each)
+from toolkit.cli import app
+from toolkit.runs import Run
+from toolkit.study.folder import StudyFolder
+
+BASE = """
+[recipe]
+name = "small"
+run_root = "{root}"
+
+[data]
+dataset = "digits"
+images_per_class = 8
+test_images_per_class = 5
+split = {{ validation = 0.3, test = 0.2 }}
+
+[model]
+source = "toolkit"
+
+[model.convnet]
+blocks = [{{ channels = 4, pool = 2 }}]
+
+[optimizer]
+name = "sgd"
+lr = 0.05
+
+[train]
+epochs = {epochs}
+batch_size = 16
+precision = "no"
+
+[checkpoint]
+every_steps = 2
+every_minutes = 0.0
+
+[tracking]
+trackers = []
+
+"""
+
+GRID = """
+[study]
+seeds = 2
+
+[study.grid]
+optimizer.lr = [0.2, 0.1, 0.05]
+optimizer.momentum = [0.5, 0.9]
+"""
+"""Twelve runs."""
+
+
+def write_study(folder: Path, study: str, *, epochs: int = 2, name: str = "study.toml") -> Path:
+    """A study's file in ``folder`` whose runs go below it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(BASE.format(root=folder / "runs", epochs=epochs) + study)
+    return path
+
+
+def study_folder(folder: Path) -> StudyFolder:
+    """The study's folder of :func:`write_study`."""
+    return StudyFolder(folder / "runs" / "small")
+
+
+def runs_of(folder: Path) -> Iterator[tuple[str, Run]]:
+    """Rows with seeds, and their runs."""
+    study = study_folder(folder)
+    for member in study.members:
+        run = study.run(member)
+        assert run is not None
+        yield f"{member.row}, seed {member.seed}", run
+
+
+def outcome(run: Run) -> dict[str, Any]:
+    """All of a run that must come out the same however it was run; what tells times is left out."""
+    unlike = {"seconds", "images_per_s", "peak_memory_gib"}
+    return {
+        "weights": run.best_weights.read_bytes(),
+        "metrics": run.metrics_file.read_bytes(),
+        "predictions": (run.path / "predictions.csv").read_bytes(),
+        "summary": {key: value for key, value in run.summary.items() if key not in unlike},
+    }
+
+
+def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
+    """:func:`outcome` of all runs of a study."""
+    return {title: outcome(run) for title, run in runs_of(folder)}
+
+
+def start(shown: Path, *arguments: object) -> ForkProcess:
+    """`toolkit ARGUMENTS` in a process of its own, forked, whose talk goes to a file."""
+    process = multiprocessing.get_context("fork").Process(target=_command, args=(shown, [str(a) for a in arguments]))
+    process.start()
+    return process
+
+
+def _command(shown: Path, arguments: Sequence[str]) -> None:
+    # The server that forks the test's own workers is no child of this process.
+    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    server._forkserver_pid = server._forkserver_address = server._forkserver_alive_fd = None
+    descriptor = os.open(shown, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    app(list(arguments))

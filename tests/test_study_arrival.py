@@ -1,0 +1,249 @@
+"""A study is refused where a value that it varies changes nothing of what is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from studies import BASE, write_study
+
+from toolkit.errors import UserError
+from toolkit.recipe import Recipe, loads_recipe
+from toolkit.recipe.resolved import leaves
+from toolkit.study.arrival import prove
+from toolkit.study.expand import expand, read_study
+from toolkit.study.fingerprint import PARTS, Fingerprints, _text
+
+
+def proven(folder: Path, study: str, *overrides: str) -> list[str]:
+    found = read_study(write_study(folder, study, epochs=6), overrides)
+    return prove(found, expand(found))
+
+
+def refusal(folder: Path, study: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        proven(folder, study, *overrides)
+    return str(caught.value)
+
+
+DEAD = {
+    "gamma of a constant schedule": (
+        "scheduler.gamma = [0.1, 0.5]", (), "scheduler.gamma varies (0.1, 0.5), but changes nothing: has no effect with"
+    ),
+    "min_delta without patience": (
+        "early_stopping.min_delta = [0.1, 0.2]", (), "early_stopping.min_delta varies (0.1, 0.2), but changes nothing: "
+        "has no effect without patience",
+    ),
+    "share of CutMix without CutMix": (
+        "augment.cutmix_share = [0.1, 0.5]", ("augment.mixup=0.2",), "augment.cutmix_share varies"
+    ),
+    "patience that never ends": ("early_stopping.patience = [6, 20]", (), "early_stopping.patience varies"),
+    "weight decay of nothing": (
+        "optimizer.weight_decay = [0.1, 0.2]",
+        ("optimizer.decay_bias_and_norm=false", 'transfer.freeze=["*.weight"]'),
+        "optimizer.weight_decay varies",
+    ),
+    "learning rate of a frozen backbone": (
+        "transfer.backbone_lr = [0.1, 0.5]", ('transfer.freeze=["blocks.*"]',), "transfer.backbone_lr varies"
+    ),
+    "deviation of weights drawn otherwise": ("model.convnet.init_std = [0.1, 0.5]", (), "model.convnet.init_std"),
+    "activation without hidden layers": ('model.head.activation = ["elu", "tanh"]', (), "model.head.activation varies"),
+    "a tracker's name": ('tracking.project = ["a", "b"]', (), "tracking.project varies"),
+    "rotation that never is": (
+        'augment.train = [[{ name = "RandomRotation", degrees = 9, apply_p = 0.0 }],'
+        ' [{ name = "RandomRotation", degrees = 5, apply_p = 0.0 }]]', (), "augment.train varies",
+    ),
+    "a split's share of data that have a list": ("data.max_bad_fraction = [0.1, 0.2]", (), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DEAD)
+def test_a_key_without_effect_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    text, overrides, said = DEAD[case]
+    if said is None:
+        assert proven(tmp_path, f"[study.grid]\n{text}\n", *overrides) == []
+        return
+    found = refusal(tmp_path, f"[study.grid]\n{text}\n", *overrides)
+    assert said in found
+    assert "study.toml:" in found
+
+
+ALIVE = {
+    "lr": ("optimizer.lr = [0.1, 0.2]", ()),
+    "weight decay": ("optimizer.weight_decay = [1e-5, 1e-4]", ()),
+    "momentum": ("optimizer.momentum = [0.5, 0.9]", ()),
+    "optimiser": ('optimizer.name = ["sgd", "nag", "adam", "lion"]', ()),
+    "betas": ("optimizer.args.betas = [[0.9, 0.99], [0.8, 0.99]]", ('optimizer.name="adamw"',)),
+    "period": ("scheduler.step_size = [2, 3]", ('scheduler.name="step"',)),
+    "gamma": ("scheduler.gamma = [0.1, 0.5]", ('scheduler.name="plateau"', "scheduler.patience=2")),
+    "warm-up": ("scheduler.warmup_epochs = [1.0, 2.0]", ()),
+    "patience": ("early_stopping.patience = [2, 4]", ()),
+    "share of CutMix": ("augment.cutmix_share = [0.1, 0.5]", ("augment.mixup=0.2", "augment.cutmix=0.2")),
+    "smoothing": ("augment.label_smoothing = [0.0, 0.1]", ()),
+    "transform": ('augment.train = [[], [{ name = "RandomRotation", degrees = 9 }]]', ()),
+    "degrees": (
+        'augment.train = [[{ name = "RandomRotation", degrees = 9 }], [{ name = "RandomRotation", degrees = 5 }]]', (),
+    ),
+    "size": ("data.image_size = [8, 12]", ()),
+    "normalisation": ('data.normalize = ["half", "none"]', ()),
+    "split": ("data.split.seed = [0, 1]", ()),
+    "share": ("data.split.validation = [0.2, 0.3]", ()),
+    "blocks": ("model.convnet.blocks = [[{ channels = 4 }], [{ channels = 5 }]]", ()),
+    "first values": ('model.convnet.init = ["default", "gaussian"]', ()),
+    "dropout": ("model.head.dropout = [0.1, 0.5]", ()),
+    "batch": ("train.batch_size = [8, 16]", ()),
+    "epochs": ("train.epochs = [2, 3]", ()),
+    "average": ("train.ema = [0.9, 0.99]", ()),
+    "selection": ('train.select = ["val/loss", "val/accuracy"]', ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ALIVE)
+def test_a_key_with_an_effect_passes(tmp_path: Path, case: str) -> None:
+    text, overrides = ALIVE[case]
+    assert proven(tmp_path, f"[study.grid]\n{text}\n", *overrides) == []
+
+
+def test_a_key_that_counts_in_some_runs_only_needs_a_condition(tmp_path: Path) -> None:
+    text = '[study.grid]\nscheduler.name = ["constant", "exponential"]\nscheduler.gamma = '
+    found = refusal(tmp_path, text + "[0.5, 0.9]\n")
+    assert "scheduler.gamma varies (0.5, 0.9), but changes nothing in the row 'constant, gamma 0.5'" in found
+    assert "let it vary only where it counts: scheduler.gamma = { values = [...], when = { ... } }" in found
+    assert proven(tmp_path, text + '{ values = [0.5, 0.9], when = { scheduler.name = "exponential" } }\n') == []
+
+
+def test_two_values_of_a_key_that_come_to_the_same_are_told(tmp_path: Path) -> None:
+    text = '[study.grid]\noptimizer.name = ["sgd", "adam", "adamw"]\n'
+    assert proven(tmp_path, text) == ["rows 'adam' and 'adamw' come to the same training"]
+    assert proven(tmp_path, text, "optimizer.weight_decay=0.01") == []
+
+
+def test_a_dead_key_does_not_hide_behind_one_that_goes_with_it(tmp_path: Path) -> None:
+    found = refusal(tmp_path, "[study.zip]\noptimizer.lr = [0.1, 0.2]\nscheduler.gamma = [0.1, 0.5]\n")
+    assert "scheduler.gamma varies" in found
+    assert "optimizer.lr varies" not in found
+
+
+def test_a_dead_key_of_rows_is_refused_and_what_is_but_logged_is_not(tmp_path: Path) -> None:
+    text = """
+        [[study.rows]]
+        name = "a"
+        set = {{ optimizer.lr = 0.1, {key} = {one} }}
+        [[study.rows]]
+        name = "b"
+        set = {{ optimizer.lr = 0.2, {key} = {other} }}
+        """
+    assert "scheduler.gamma varies" in refusal(tmp_path, text.format(key="scheduler.gamma", one=0.1, other=0.5))
+    assert proven(tmp_path, text.format(key="train.log_every", one=1, other=2)) == []
+
+
+def test_a_row_may_spell_out_a_default(tmp_path: Path) -> None:
+    text = """
+        [[study.rows]]
+        name = "none"
+        [[study.rows]]
+        name = "step"
+        set.scheduler = { name = "step", step_size = 2, gamma = 0.1 }
+        """
+    assert proven(tmp_path, text) == []
+
+
+def test_rows_that_come_to_the_same_are_told(tmp_path: Path) -> None:
+    text = """
+        [[study.rows]]
+        name = "never"
+        [[study.rows]]
+        name = "late"
+        set.early_stopping.patience = 20
+        [[study.rows]]
+        name = "soon"
+        set.early_stopping.patience = 2
+        """
+    assert proven(tmp_path, text) == ["rows 'never' and 'late' come to the same training"]
+
+
+SPACE = """
+[study.bohb]
+trials = 5
+min_epochs = 1
+max_epochs = 6
+
+[study.space]
+optimizer.lr = {{ log_uniform = [1e-4, 1e-1] }}
+optimizer.name = {{ choice = ["sgd", "adamw"] }}
+{more}
+"""
+
+
+def test_a_space_is_tried_at_both_ends_of_each_range(tmp_path: Path) -> None:
+    momentum = 'optimizer.momentum = { uniform = [0.1, 0.9], when = { optimizer.name = "sgd" } }'
+    assert proven(tmp_path, SPACE.format(more=momentum)) == []
+    assert "scheduler.gamma varies (0.1, 0.9)" in refusal(
+        tmp_path, SPACE.format(more="scheduler.gamma = { uniform = [0.1, 0.9] }")
+    )
+
+
+def test_a_space_whose_configurations_cannot_all_be_trained_is_refused_before_any_is(tmp_path: Path) -> None:
+    found = refusal(tmp_path, SPACE.format(more="optimizer.momentum = { uniform = [0.1, 0.9] }"))
+    assert "adamw" in found
+    assert "momentum" in found
+
+
+def test_a_choice_among_equals_is_refused(tmp_path: Path) -> None:
+    found = refusal(tmp_path, SPACE.format(more='scheduler.metric = { choice = ["val/loss", "train/loss"] }'))
+    assert 'scheduler.metric varies ("val/loss", "train/loss")' in found
+
+
+def test_a_run_that_cannot_be_built_is_told_with_its_row(tmp_path: Path) -> None:
+    found = refusal(
+        tmp_path, "[study.grid]\nmodel.convnet.blocks = [[{ channels = 4, pool = 2 }], [{ channels = 4, pool = 16 }]]\n"
+    )
+    assert "row 'blocks channels 4, pool 16': image_size 8 is too small" in found
+
+
+def test_a_bug_that_loses_a_value_on_its_way_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the notebook whose grid varied the weight decay while the optimiser was given a constant."""
+    import toolkit.study.fingerprint
+
+    real = toolkit.study.fingerprint.new_groups
+
+    def constant(*arguments: Any) -> Any:
+        return [{**group, "weight_decay": 5e-5} for group in real(*arguments)]
+
+    monkeypatch.setattr(toolkit.study.fingerprint, "new_groups", constant)
+    assert "optimizer.weight_decay varies" in refusal(tmp_path, "[study.grid]\noptimizer.weight_decay = [1e-5, 1e-4]\n")
+
+
+ELSEWHERE = {"slurm", "study", "expect", "tracking", "checkpoint"}
+"""Tables that are no part of what is trained."""
+
+NOT_TRAINED = {"recipe.name", "recipe.description", "recipe.run_root", "train.log_every", "data.download"}
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")
+def test_every_key_of_the_language_is_part_of_the_fingerprint_or_knowingly_not() -> None:
+    recipe = loads_recipe(BASE.format(root="runs", epochs=6))
+    content = recipe.model_copy(update={"study": None}).model_dump()
+    missing = set()
+    for path, _ in leaves(content):
+        key = ".".join(str(part) for part in path)
+        if path[0] not in ELSEWHERE and key not in NOT_TRAINED:
+            other = with_value(recipe, path, "something else")
+            if all(_text(part.depends(recipe)) == _text(part.depends(other)) for part in PARTS.values()):
+                missing.add(key)
+    assert missing == set()
+
+
+def with_value(table: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy with another value, unchecked."""
+    if len(path) > 1:
+        value = with_value(getattr(table, path[0]), path[1:], value)
+    return table.model_copy(update={path[0]: value})
+
+
+def test_equal_recipes_have_equal_fingerprints() -> None:
+    one, other = (loads_recipe(BASE.format(root="runs", epochs=6)) for _ in range(2))
+    assert isinstance(one, Recipe)
+    assert not Fingerprints().differ(one, other)
+    assert Fingerprints().groups([one, other]) == [[0, 1]]
