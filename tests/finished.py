@@ -84,6 +84,6 @@ def train_on_files(folder: Path, model: str, *settings: str, size: int = 16, epo
 
 def train(recipe: Path, *settings: str) -> Run:
     """`toolkit train RECIPE --set ...`."""
-    outcome = toolkit("train", recipe, *(part for setting in settings for part in ("--set", setting)))
+    outcome = toolkit("train", recipe, "--no-report", *(part for setting in settings for part in ("--set", setting)))
     assert outcome.status == 0, outcome.stderr
     return open_run(outcome.stdout.splitlines()[-1])

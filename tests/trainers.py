@@ -204,7 +204,7 @@ def _trainer(rank: int, world: int, port: int, shown: Path, arguments: list[str]
         }
     if prepare is not None:
         prepare(rank)
-    app(["train", *arguments])
+    app(["train", "--no-report", *arguments])
 
 
 def at_call(owner: Any, name: str, count: int, act: Callable[[], None], *, after: bool = False) -> None:

@@ -43,6 +43,7 @@ def train(
         bool, typer.Option("--random-weights", help="With --dry-run: do not load pretrained weights.")
     ] = False,
     show_module: Annotated[bool, typer.Option("--show-module", help="Print the whole module before training.")] = False,
+    report: Annotated[bool, typer.Option(help="Write figures and report.html at the end.")] = True,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -75,10 +76,25 @@ def train(
             origins=loaded.told_origins(path),
         )
         if is_first_process():
+            if report:
+                report_at_end(run)
             show_outcome(run, as_json=as_json)
         return EXIT_OK
 
     end(report_errors(work, debug=debug))
+
+
+def report_at_end(run: Run) -> None:
+    """Write the figures and the report of a finished run; whatever goes wrong with them costs one warning."""
+    try:
+        from toolkit.report.write import write_report
+
+        written = write_report(run, say=lambda line: print(line, file=sys.stderr))
+        for line in written.missing:
+            print(f"the report does not show {line}", file=sys.stderr)
+    except (Exception, KeyboardInterrupt) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(f"warning: no report ({reason}); to try again: toolkit report {run.path}", file=sys.stderr)
 
 
 def _recipe_path(recipe: str | None, resume: str | None) -> str:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from toolkit.report.measures import Counts
 from toolkit.report.style import DPI, SPLIT_COLOURS, columns_for, grid, short
 
 LABELLED = 250
@@ -20,8 +21,6 @@ TILE, GAP = 96, 8
 """Width and height of an image on a sheet, and the room around it; pixels."""
 CAPTION = 22
 """Height of a class's name above its images, pixels."""
-
-Counts = npt.NDArray[np.int64]
 
 
 def class_histogram(title: str, names: Sequence[str], counts: Mapping[str, Counts]) -> Figure:
@@ -98,11 +97,11 @@ def as_pictures(inputs: Sequence[npt.NDArray[np.float32]]) -> tuple[list[Image.I
     return [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p).convert("RGB") for p in pixels], (low, high)
 
 
-def paste(sheet: npt.NDArray[np.uint8], image: Image.Image, top: int, left: int) -> None:
-    """Put an image in the middle of a tile, as large as fits; small ones are enlarged pixel by pixel."""
-    factor = TILE / max(image.size)
+def paste(sheet: npt.NDArray[np.uint8], image: Image.Image, top: int, left: int, side: int = TILE) -> None:
+    """Put an image in the middle of a square, as large as fits; small ones are enlarged pixel by pixel."""
+    factor = side / max(image.size)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     resampling = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
     shown = np.asarray(image.convert("RGB").resize(size, resampling))
-    y, x = top + (TILE - size[1]) // 2, left + (TILE - size[0]) // 2
+    y, x = top + (side - size[1]) // 2, left + (side - size[0]) // 2
     sheet[y : y + size[1], x : x + size[0]] = shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import math
 import re
@@ -29,10 +30,19 @@ CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 SPLIT_COLOURS = {"train": BLUE, "validation": VERMILION, "test": GREEN}
 
 INK, GRID = "#1a1a1a", "#d9d9d9"
-"""Text and axes, and the lines behind the data. On a page they take the page's own colours."""
+"""Text and axes, and the lines behind the data."""
 
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans")
 """Tried in this order for each character, as far as they are installed."""
+
+PAGE_COLOURS = {
+    INK: "var(--ink)", GRID: "var(--line)", "#ffffff": "var(--paper)", BLUE: "var(--blue)", SKY: "var(--sky)",
+    GREEN: "var(--green)", ORANGE: "var(--orange)", VERMILION: "var(--vermilion)", PURPLE: "var(--purple)",
+}  # fmt: skip
+"""On a page, which may be dark."""
+
+NARROW = 350
+"""Points; a figure up to this width is shrunk to fit a phone, a wider one is scrolled so that it stays legible."""
 
 PRINT = ("svg", "pdf")
 DPI = 150
@@ -77,20 +87,28 @@ def save(figure: Figure, folder: Path, name: str, kinds: tuple[str, ...] = PRINT
         folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
             write_atomically(path, _bytes(figure, path.suffix[1:]))
+            figure.set_layout_engine("none")  # what the first format has laid out stays
     except OSError as error:
         raise UserError(f"the figures cannot be written to {folder}: {error.strerror}") from None
     return paths
 
 
-def page_svg(figure: Figure) -> str:
-    """The figure for an HTML page: an SVG element with text as text, in the page's colours and fonts, of any width."""
+def page_svg(figure: Figure, label: str) -> str:
+    """The figure for an HTML page: an SVG element with text as text, in the page's colours and font.
+
+    ``label`` says to those who cannot see it what it shows.
+    """
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         text = _bytes(figure, "svg", transparent=True).decode()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg [^>]*?)\s*(?:width="[^"]*"|height="[^"]*")', r"\1", text, count=1)
-    text = re.sub(r'(<svg [^>]*?)\s*(?:width="[^"]*"|height="[^"]*")', r"\1", text, count=1)
-    return text.replace(INK, "var(--ink)").replace(GRID, "var(--line)")
+    text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)
+    width = figure.get_figwidth() * 72
+    size = f"min-width:{1.1 * width if width > NARROW else 0:.0f}px;max-width:{1.6 * width:.0f}px"
+    text = text.replace("<svg ", f'<svg class="drawn" style="{size}" role="img" aria-label="{html.escape(label)}" ', 1)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # no id twice on a page
+    text = re.sub(r"font-family: [^;\"]*; ", "", text)
+    return re.sub(r"#[0-9a-f]{6}\b", lambda found: PAGE_COLOURS.get(found[0], found[0]), text)
 
 
 def _bytes(figure: Figure, kind: str, **settings: Any) -> bytes:

@@ -15,7 +15,7 @@ import typer
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.runs import Run, open_run
 from toolkit.slurm.job import Job
-from toolkit.train import end, is_first_process, report_errors, show_outcome
+from toolkit.train import end, is_first_process, report_at_end, report_errors, show_outcome
 
 LOCK_WAIT_S = 180
 """A job whose node failed may start again while its old processes are still ending elsewhere."""
@@ -41,6 +41,7 @@ def work(run: Run) -> int:
         raise
     note(run, EXIT_OK, "")
     if is_first_process():
+        report_at_end(run)
         show_outcome(run, as_json=False)
     return EXIT_OK
 

@@ -1,0 +1,226 @@
+"""All that a run directory says, as far as it can be read: what is missing or damaged is named, the rest is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from toolkit.engine.schedule import higher_is_better
+from toolkit.errors import UserError
+from toolkit.recipe import Recipe
+from toolkit.recipe.diagnostics import printable
+from toolkit.report.measures import Ints, Predictions
+from toolkit.runs import Run
+
+T = TypeVar("T")
+Record = dict[str, Any]
+
+SPLITS = ("train", "validation", "test")
+DAMAGE = (KeyError, TypeError, ValueError, OSError, AttributeError)
+"""What reading a file of the right name and the wrong content raises."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The weights of the first convolution."""
+
+    layer: str
+    before: npt.NDArray[np.float32]
+    """Before training, [filters, channels, height, width]."""
+    after: npt.NDArray[np.float32]
+    """Of the best epoch, same shape."""
+
+
+@dataclass
+class Facts:
+    """What is known of a run."""
+
+    run: Run
+    recipe: Recipe | None = None
+    origins: dict[str, str] = field(default_factory=dict)
+    """For each key of the recipe where its value came from; empty where the run does not say."""
+    summary: Record | None = None
+    environment: Record = field(default_factory=dict)
+    epochs: list[Record] = field(default_factory=list)
+    """Records that close an epoch."""
+    steps: list[Record] = field(default_factory=list)
+    """Records within epochs."""
+    card: Record = field(default_factory=dict)
+    """checkpoints/model.json"""
+    split: Record = field(default_factory=dict)
+    """split.json: names of the images by split, and more."""
+    predictions: Predictions | None = None
+    filters: Filters | None = None
+    missing: list[str] = field(default_factory=list)
+    """What cannot be shown, and why."""
+
+    @property
+    def name(self) -> str:
+        """Of the recipe."""
+        return self.recipe.recipe.name if self.recipe else self.run.path.resolve().parent.name
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the labels; empty where unknown."""
+        return list(self.card.get("classes", []))
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch whose model was kept."""
+        if self.summary:
+            return int(self.summary["best"]["epoch"])
+        metric = self.recipe.train.select if self.recipe else "val/accuracy"
+        sign = 1 if higher_is_better(metric) else -1
+        best = max(self.epochs, key=lambda record: sign * record.get(metric, -sign * math.inf))  # the first of equals
+        return int(best["epoch"])
+
+    @property
+    def last_epoch(self) -> int:
+        """The last epoch that came to its end."""
+        return int(self.epochs[-1]["epoch"])
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping ended the run."""
+        return bool(self.summary and self.summary.get("stopped_early"))
+
+    def attempt(self, what: str, read: Callable[[], T]) -> T | None:
+        """``read()``, or None with a line in ``missing`` that says what cannot be shown, and why."""
+        try:
+            return read()
+        except UserError as error:
+            self.missing.append(printable(f"{what}: {error}"))
+        except DAMAGE as error:
+            self.missing.append(printable(f"{what}: damaged ({type(error).__name__}: {error})"))
+        return None
+
+
+def gather(run: Run) -> Facts:
+    """Read a run. Raises UserError where it has no finished epoch to tell of."""
+    facts = Facts(run)
+    facts.recipe = facts.attempt("the recipe", lambda: run.recipe)
+    _read_metrics(facts)
+    if not facts.epochs:
+        raise UserError(
+            f"{run.path} has no finished epoch yet, so there is nothing to report ({_state(run)}); "
+            "`toolkit status` shows how far it is"
+        )
+    facts.summary = facts.attempt("figures of the test images", lambda: _checked_summary(run))
+    facts.environment = facts.attempt("the environment", lambda: run.environment) or {}
+    facts.card = facts.attempt("the names of the classes", lambda: _checked_card(run)) or {}
+    facts.split = facts.attempt("the lists of images", lambda: _checked_split(run)) or {}
+    facts.origins = facts.attempt("the origins of the recipe's values", lambda: run.origins) or {}
+    if facts.summary is not None or (run.path / "predictions.csv").exists():
+        facts.predictions = facts.attempt("predictions", lambda: _read_predictions(run, facts.classes))
+    facts.filters = facts.attempt("filters of the first layer", lambda: _read_filters(run))
+    return facts
+
+
+def _state(run: Run) -> str:
+    return "metrics.jsonl has no line of an epoch" if run.metrics_file.exists() else "it has no metrics.jsonl"
+
+
+def _read_metrics(facts: Facts) -> None:
+    """Lines of metrics.jsonl that can be read; the last one of a killed run may be half written."""
+    path = facts.run.metrics_file
+    text = facts.attempt("metrics", lambda: path.read_text(encoding="utf-8")) if path.exists() else None
+    lines = (text or "").splitlines()
+    bad = []
+    for number, line in enumerate(lines, 1):
+        record = _record(line)
+        if record is None:
+            bad += [number] if number < len(lines) else []
+        else:
+            (facts.epochs if "val/loss" in record else facts.steps).append(record)
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        facts.missing.append(f"{len(bad)} of {len(lines)} lines of metrics.jsonl: damaged (line {shown})")
+
+
+def _record(line: str) -> Record | None:
+    """The numbers of one line; None where it is damaged."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("epoch"), int | float):
+        return None
+    return _numbers(value)
+
+
+def _checked_summary(run: Run) -> Record:
+    """The summary, with numbers where there should be numbers."""
+    summary = run.summary
+    for model in ("best", "stopped"):
+        if not isinstance(summary.get(model), dict) or not isinstance(summary[model].get("epoch"), int):
+            raise UserError(f"{run.path / 'summary.json'} is damaged: it has no {model}.epoch")
+    texts = {key: str(summary[key]) for key in ("device", "precision") if key in summary}
+    tables = {
+        key: _numbers(summary[key]) for key in ("best", "stopped", "images") if isinstance(summary.get(key), dict)
+    }
+    return _numbers(summary) | texts | tables
+
+
+def _numbers(values: Record) -> Record:
+    return {key: value for key, value in values.items() if isinstance(value, int | float)}
+
+
+def _checked_card(run: Run) -> Record:
+    card = run.model_card
+    classes = card.get("classes")
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{run.checkpoints / 'model.json'} is damaged: it lists no classes")
+    return card
+
+
+def _checked_split(run: Run) -> Record:
+    split = run.split
+    for name in SPLITS:
+        if not isinstance(split.get(name), list):
+            raise UserError(f"{run.path / 'split.json'} is damaged: it has no list {name!r}")
+    return split
+
+
+def _read_predictions(run: Run, classes: list[str]) -> Predictions:
+    rows = run.predictions()
+    if not classes:
+        classes = sorted({row[column] for row in rows for column in ("label", "prediction")})
+    index = {name: number for number, name in enumerate(classes)}
+    labels, predictions, probabilities = [], [], []
+    for number, row in enumerate(rows, 2):
+        try:
+            labels.append(index[row["label"]])
+            predictions.append(index[row["prediction"]])
+            probabilities.append(float(row["probability"]))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{run.path / 'predictions.csv'} is damaged at line {number}") from None
+    if not rows:
+        raise UserError(f"{run.path / 'predictions.csv'} is damaged: it has no rows")
+    names = [row["path"] for row in rows]
+    return Predictions(names, classes, _ints(labels), _ints(predictions), np.array(probabilities, dtype=np.float64))
+
+
+def _ints(values: list[int]) -> Ints:
+    return np.array(values, dtype=np.int64)
+
+
+def _read_filters(run: Run) -> Filters:
+    """The first convolution's weights before and after training."""
+    from safetensors import SafetensorError, safe_open
+
+    if not run.first_layer.exists():
+        raise UserError(f"{run.first_layer} is missing: the model has no convolution, or an earlier version trained it")
+    try:
+        with safe_open(run.first_layer, "numpy") as file:
+            (layer,) = file.keys()
+            before = file.get_tensor(layer)
+        with safe_open(run.best_weights, "numpy") as file:
+            return Filters(layer, before, file.get_tensor(layer))
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{run.checkpoints}: the weights cannot be read ({error})") from None

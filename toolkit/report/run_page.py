@@ -1,0 +1,315 @@
+"""The page of a run: what its template shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from toolkit.expect import check_expectations
+from toolkit.recipe.diagnostics import printable
+from toolkit.report.curves import DECAYS, learning_rates
+from toolkit.report.facts import SPLITS, Facts, Record
+from toolkit.report.measures import (
+    Calibration,
+    Counts,
+    Predictions,
+    class_accuracy,
+    confusion_matrix,
+    confusions,
+    wilson_interval,
+)
+from toolkit.report.page import Cell, Column, Page, Row, Table, integer, name, number, percent, share
+from toolkit.report.recipe_table import recipe_table
+
+CONFUSIONS = 300
+"""Kinds of mistakes in the table, the most frequent."""
+
+Card = dict[str, str]
+
+
+@dataclass
+class Shown:
+    """What was drawn for the page, beside the run's own figures."""
+
+    svg: dict[str, str] = field(default_factory=dict)
+    """By the name of the figure."""
+    mistakes: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    scale: tuple[float, float] = (0.0, 1.0)
+    """What is black and what is white in the samples as the model gets them."""
+    effect_caption: str = ""
+    counts: Mapping[str, Counts] | None = None
+    """Images of each class by split."""
+    calibration: Calibration | None = None
+    files: Sequence[str] = ()
+    """The figures for print."""
+
+
+def run_page(facts: Facts, shown: Shown) -> Page:
+    """All that the page of a run says."""
+    found = facts.predictions
+    svg = {key: Markup(text) for key, text in shown.svg.items()}
+    content = {
+        "cards": list(_cards(facts)),
+        "models": _models(facts),
+        "verdicts": check_expectations(facts.recipe, facts.summary) if facts.recipe and facts.summary else [],
+        "charts": CHARTS,
+        "has_predictions": found is not None,
+        "by_class": _by_class(found, shown.counts) if found else None,
+        "confusions": _confusions(found) if found else None,
+        "calibration_text": _calibration_text(shown.calibration) if shown.calibration else "",
+        "reliability": svg.get("reliability", ""),
+        "mistakes": shown.mistakes,
+        "filters": svg.get("filters"),
+        "effect": svg.get("filter-effect"),
+        "effect_caption": shown.effect_caption,
+        "histogram": svg.get("class-histogram"),
+        "samples": shown.samples,
+        "scale": shown.scale,
+        "recipe": recipe_table(facts.recipe, facts.origins) if facts.recipe else Table([], []),
+        "environment": _environment(facts.environment),
+        "path": str(facts.run.path),
+        "figures": shown.files,
+    }
+    data = {"charts": _charts(facts), "cells": {"confusion": _cells(found)} if found else {}}
+    return Page("run.html", facts.name, _subtitles(facts), _sections(content), facts.missing, data, content)
+
+
+def _subtitles(facts: Facts) -> list[str]:
+    lines = [facts.recipe.recipe.description] if facts.recipe and facts.recipe.recipe.description else []
+    if facts.summary is None:
+        state = f"not finished; {facts.last_epoch} epochs done"
+    elif facts.stopped_early:
+        state = f"finished, stopped early after epoch {facts.last_epoch}"
+    else:
+        state = f"finished after {facts.last_epoch} epochs"
+    return [*lines, f"run {facts.run.path.resolve().name}: {state}"]
+
+
+def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Those that the template shows."""
+    has = bool(content["has_predictions"])
+    wanted = [
+        ("summary", "Summary", True),
+        ("curves", "Curves", True),
+        ("classes", "Classes", has),
+        ("confusion", "Confusion", has),
+        ("calibration", "Calibration", has),
+        ("mistakes", "Mistakes", bool(content["mistakes"])),
+        ("filters", "Filters", bool(content["filters"])),
+        ("data", "Data", bool(content["histogram"] or content["samples"])),
+        ("recipe", "Recipe", True),
+        ("environment", "Environment", True),
+        ("files", "Files", True),
+    ]
+    return [(key, title) for key, title, is_shown in wanted if is_shown]
+
+
+# -- summary ----------------------------------------------------------------------------------------------------------
+
+
+def _cards(facts: Facts) -> Iterator[Card]:
+    """The figures one asks for first."""
+    best = facts.summary["best"] if facts.summary else {}
+    figures = (
+        ("test accuracy", "test_accuracy", _interval(facts.predictions)),
+        ("mean over classes", "test_class_accuracy", "test accuracy by class, averaged"),
+        ("test top-5 accuracy", "test_top5_accuracy", ""),
+    )
+    for title, key, hint in figures:
+        if key in best:
+            yield _card(title, percent(best[key]), hint)
+    chosen = next(record for record in facts.epochs if record["epoch"] == facts.best_epoch)
+    if "val/accuracy" in chosen:
+        yield _card("validation accuracy", percent(chosen["val/accuracy"]), f"best epoch, {facts.best_epoch}")
+    planned = f"of {facts.recipe.train.epochs}" if facts.recipe else ""
+    yield _card("epochs", str(facts.last_epoch), f"{planned}{', stopped early' if facts.stopped_early else ''}")
+    if facts.summary:
+        yield from _costs(facts.summary)
+
+
+def _card(title: str, value: str, hint: str = "") -> Card:
+    return {"name": title, "value": value, "hint": hint}
+
+
+def _interval(found: Predictions | None) -> str:
+    if found is None:
+        return ""
+    low, high = wilson_interval(int(found.right.sum()), len(found.labels))
+    return f"{len(found.labels):,} images; 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+
+
+def _costs(summary: Record) -> Iterator[Card]:
+    if "parameters" in summary:
+        hint = f"{summary.get('trainable_parameters', 0):,} of them trained"
+        yield _card("parameters", f"{summary['parameters']:,}", hint)
+    images = summary.get("images", {})
+    if images:
+        yield _card(
+            "training images",
+            f"{images.get('train', 0):,}",
+            f"{images.get('validation', 0):,} validation, {images.get('test', 0):,} test",
+        )
+    if "seconds" in summary:
+        speed = f"{summary.get('images_per_s', 0):,.0f} images/s, {summary.get('processes')} process(es)"
+        yield _card("training time", duration(summary["seconds"]), speed)
+    if "device" in summary:
+        memory = f"{summary.get('peak_memory_gib', 0):.1f} GiB at most"
+        yield _card("device", summary["device"], f"precision {summary.get('precision')}, {memory}")
+    if "seed" in summary:
+        yield _card("seed", str(summary["seed"]))
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _models(facts: Facts) -> Table:
+    """Best and stopped model side by side."""
+    titles = ("val loss", "val accuracy", "test loss", "test accuracy", "test class accuracy", "test top-5")
+    columns = [Column("model"), Column("epoch", True), *(Column(title, True) for title in titles)]
+    rows = []
+    for model in ("best", "stopped") if facts.summary else ():
+        found = facts.summary[model]  # type: ignore[index]
+        losses = (number(found.get("val_loss")), number(found.get("test_loss")))
+        val, test, test_class, top5 = (
+            share(found.get(key))
+            for key in ("val_accuracy", "test_accuracy", "test_class_accuracy", "test_top5_accuracy")
+        )
+        cells = [Cell(model), integer(found["epoch"]), losses[0], val, losses[1], test, test_class, top5]
+        rows.append(Row(cells, "best" if model == "best" else ""))
+    return Table(columns, rows)
+
+
+def _environment(environment: Record) -> Table:
+    rows = []
+    for key, value in environment.items():
+        items = value.items() if isinstance(value, dict) else [("", value)]
+        for inner, item in items:
+            text = "-" if item is None else str(item)
+            rows.append(Row([Cell(printable(f"{key} {inner}".strip())), Cell(printable(text), name=True, code=True)]))
+    return Table([Column("what"), Column("value")], rows)
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+CHARTS = [("loss", "Loss"), ("accuracy", "Accuracy"), ("lr", "Learning rate")]
+"""Ids and captions."""
+
+
+def _charts(facts: Facts) -> dict[str, Any]:
+    best, last = facts.best_epoch, facts.last_epoch
+    marks = [{"x": best, "label": f"best: {best}", "row": 0}]
+    if last != best:
+        word = "stopped early" if facts.stopped_early else "last"
+        marks.append({"x": last, "label": f"{word}: {last}", "row": 1, "dash": "2 4"})
+    epoch = {"xLabel": "epoch", "whole": True, "marks": marks}
+    losses = [
+        _series(facts.epochs, "train/loss", "train", "var(--blue)", dash="6 4"),
+        _series(facts.epochs, "val/loss", "validation", "var(--vermilion)"),
+    ]
+    accuracies = [
+        _series(facts.epochs, "train/accuracy", "train", "var(--blue)", 100, dash="6 4"),
+        _series(facts.epochs, "val/accuracy", "validation", "var(--vermilion)", 100),
+        _series(facts.epochs, "val/class_accuracy", "validation, mean over classes", "var(--green)", 100, "2 3", False),
+        _series(facts.epochs, "val/top5_accuracy", "validation, top 5", "var(--purple)", 100, "9 3 2 3", False),
+    ]
+    points = learning_rates(facts)
+    rates = {"name": "learning rate", "x": [x for x, _ in points], "y": [y for _, y in points], "colour": "var(--blue)"}
+    is_log = facts.recipe is not None and facts.recipe.scheduler.name in DECAYS
+    return {
+        "loss": {**epoch, "yLabel": "cross-entropy (nats)", "series": losses, "canLog": True},
+        "accuracy": {**epoch, "yLabel": "accuracy (%)", "series": accuracies},
+        "lr": {"xLabel": "epochs done", "yLabel": "learning rate", "series": [rates], "canLog": True, "log": is_log,
+               "fromZero": True},
+    }  # fmt: skip
+
+
+def _series(
+    epochs: Sequence[Record], key: str, title: str, colour: str, scale: float = 1, dash: str = "", shown: bool = True
+) -> dict[str, Any]:
+    points = [(record["epoch"], scale * record[key]) for record in epochs if key in record]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    return {"name": title, "x": xs, "y": ys, "colour": colour, "dash": dash, "shown": shown}
+
+
+# -- test images ------------------------------------------------------------------------------------------------------
+
+
+def _by_class(found: Predictions, counts: Mapping[str, Counts] | None) -> Table:
+    """Accuracy of each class with its support, the best first, and what it is taken for."""
+    matrix = confusion_matrix(found)
+    accuracy, support = class_accuracy(matrix), matrix.sum(1)
+    trained = [("train images", "train"), ("validation images", "validation")] if counts else []
+    columns = [Column("class"), Column("accuracy", True), Column("right", True), Column("test images", True)]
+    columns += [*(Column(title, True) for title, _ in trained), Column("most often taken for")]
+    rows = []
+    for label in np.argsort(-np.nan_to_num(accuracy, nan=-1), kind="stable"):
+        wrong = matrix[label].copy()
+        wrong[label] = 0
+        other = int(wrong.argmax())
+        taken = f"{found.classes[other]} ({wrong[other]})" if wrong[other] else ""
+        cells = [
+            name(found.classes[label]),
+            share(float(accuracy[label]), bar=True),
+            integer(int(matrix[label, label])),
+        ]
+        cells += [integer(int(support[label])), *(integer(int(counts[split][label])) for _, split in trained if counts)]
+        rows.append(Row([*cells, name(taken)]))
+    return Table(columns, rows)
+
+
+def _confusions(found: Predictions) -> Table:
+    matrix = confusion_matrix(found)
+    support = matrix.sum(1)
+    columns = [Column("true class"), Column("predicted class"), Column("images", True), Column("of the class", True)]
+    rows = [
+        Row(
+            [
+                name(found.classes[one.label]),
+                name(found.classes[one.prediction]),
+                integer(one.count),
+                share(float(one.count / support[one.label])),
+            ]
+        )
+        for one in confusions(matrix)[:CONFUSIONS]
+    ]
+    return Table(columns, rows)
+
+
+def _cells(found: Predictions) -> dict[str, Any]:
+    """The confusion matrix for the script: only cells that are not zero."""
+    matrix = confusion_matrix(found)
+    rows, columns = np.nonzero(matrix)
+    cells = [[int(r), int(c), int(matrix[r, c])] for r, c in zip(rows, columns, strict=True)]
+    names = [printable(one) for one in found.classes]
+    return {"names": names, "support": matrix.sum(1).tolist(), "cells": cells}
+
+
+def _calibration_text(found: Calibration) -> str:
+    filled = found.counts > 0
+    weights = found.counts[filled] / found.counts.sum()
+    lean = float((weights * (found.confidence - found.accuracy)[filled]).sum())
+    word = "more" if lean > 0 else "less"
+    return (
+        f"Expected calibration error {percent(found.expected_error)}: so far is the predicted class's probability from "
+        f"the share of right answers, averaged over the images. On the whole the model is {percent(abs(lean))} "
+        f"{word} sure than right."
+    )
+
+
+def count_by_class(facts: Facts) -> dict[str, Counts]:
+    """Images of each class by split, as the run noted them; KeyError, TypeError or ValueError where it did not."""
+    noted = facts.split["images_per_class"]
+    counts = {split: np.array(noted[split], dtype=np.int64) for split in SPLITS}
+    if any(len(numbers) != len(facts.classes) for numbers in counts.values()):
+        raise ValueError("images_per_class does not fit the classes")
+    return counts

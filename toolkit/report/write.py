@@ -1,0 +1,192 @@
+"""A run's figures for print and its report in one HTML file, from the run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from toolkit.errors import UserError
+from toolkit.recipe.diagnostics import printable
+from toolkit.report import curves, outcome
+from toolkit.report.facts import SPLITS, Facts, gather
+from toolkit.report.filters import choose, effect_figure, filters_figure
+from toolkit.report.measures import calibration
+from toolkit.report.mistakes import COUNT, mistakes, mistakes_figure
+from toolkit.report.page import render
+from toolkit.report.pictures import SMALL, Pictures, data_uri, model_input, open_pictures, preprocessing_of
+from toolkit.report.run_page import Shown, count_by_class, run_page
+from toolkit.report.samples import as_pictures, class_histogram, contact_sheet
+from toolkit.report.style import PRINT, look, page_svg, save
+from toolkit.runs import Run, write_atomically
+
+ON_PAGE = {
+    "reliability": "Reliability diagram",
+    "class-histogram": "Images per class",
+    "filters": "Filters of the first layer before and after training",
+    "filter-effect": "Responses of single filters to an image",
+}
+"""Figures that the page shows as they are; what they are to a reader who cannot see them."""
+
+PHOTOGRAPHS = ("mistakes", "samples")
+"""Figures made of photographs: PNG instead of SVG."""
+
+GALLERY = 60
+"""Mistakes on the page."""
+THUMBNAIL = 180
+"""Longer side of a mistake's image on the page, pixels."""
+SAMPLES, SAMPLE = 200, 112
+"""At most so many classes are shown by an image, of so many pixels."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a report has left."""
+
+    report: Path | None
+    figures: list[Path]
+    missing: list[str]
+    """What could not be shown, and why."""
+
+
+def write_report(
+    run: Run,
+    output: Path | None = None,
+    *,
+    figures_only: bool = False,
+    data_root: str | None = None,
+    filters: Sequence[int] = (),
+    say: Callable[[str], None],
+) -> Written:
+    """Write a run's figures, and its page to ``output`` (report.html in the run directory by default).
+
+    ``data_root`` is where the images are, if no longer where the recipe says; ``filters`` are the numbers of those to
+    show on an image. Raises UserError where the run has no finished epoch, or nothing can be written.
+    """
+    facts = gather(run)
+    shown = Shown()
+    pictures = facts.attempt("images", lambda: open_pictures(facts, data_root))
+    files: list[Path] = []
+    with look(say):
+        for name, draw in _figures(facts, pictures, shown, filters):
+            figure = facts.attempt(f"figure {name}", draw)
+            if figure is None:
+                continue
+            if name in ON_PAGE and not figures_only:
+                shown.svg[name] = page_svg(figure, ON_PAGE[name])
+            files += save(figure, run.figures, name, ("png", "pdf") if name in PHOTOGRAPHS else PRINT)
+    if figures_only:
+        return Written(None, files, facts.missing)
+    shown.files = [file.name for file in files]
+    report = output or run.report_file
+    text = render(run_page(facts, shown))
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(report, text.encode(errors="replace"))
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {report}: {error.strerror}") from None
+    return Written(report, files, facts.missing)
+
+
+Draw = tuple[str, Callable[[], Figure]]
+
+
+def _figures(facts: Facts, pictures: Pictures | None, shown: Shown, chosen: Sequence[int]) -> Iterator[Draw]:
+    """Name of each figure, and what draws it; on the way, what the page needs beside."""
+    yield "loss", lambda: curves.loss_curves(facts)
+    yield "accuracy", lambda: curves.accuracy_curves(facts)
+    yield "learning-rate", lambda: curves.learning_rate_curve(facts)
+    if (found := facts.predictions) is not None:
+        shown.calibration = measured = calibration(found.probabilities, found.right)
+        yield "confusion", lambda: outcome.confusion_figure(f"{facts.name}: test images", found)
+        yield "class-accuracy", lambda: outcome.class_accuracy_figure(f"{facts.name}: test accuracy by class", found)
+        yield "reliability", lambda: outcome.reliability_figure(facts.name, measured)
+        yield from _mistakes(facts, pictures, shown)
+    if (filters := facts.filters) is not None:
+        yield "filters", lambda: filters_figure(facts.name, filters)
+        if pictures is not None:
+            yield "filter-effect", lambda: _effect(facts, pictures, shown, chosen)
+    shown.counts = counts = _counts(facts, pictures)
+    if counts is not None:
+        title = f"{facts.name}: images per class"
+        yield "class-histogram", lambda: class_histogram(title, _printable(facts.classes), counts)
+    if pictures is not None and facts.split:
+        yield "samples", lambda: _samples(facts, pictures, shown)
+
+
+def _mistakes(facts: Facts, pictures: Pictures | None, shown: Shown) -> Iterator[Draw]:
+    assert facts.predictions is not None
+    names = [facts.predictions.names[row] for row in facts.predictions.worst(GALLERY)]
+    images = {name: image for name in names if pictures and (image := pictures.load(name)) is not None}
+    worst = mistakes(facts.predictions, images, GALLERY)
+    shown.mistakes = [
+        {
+            "uri": data_uri(one.image, THUMBNAIL) if one.image else None,
+            "small": one.image is not None and max(one.image.size) <= SMALL,
+            "name": printable(one.name),
+            "label": printable(one.label),
+            "prediction": printable(one.prediction),
+            "probability": one.probability,
+        }
+        for one in worst
+    ]
+    if pictures is not None and (gone := len(names) - len(images)):
+        facts.missing.append(f"{gone} of {len(names)} images of the worst mistakes: gone or damaged")
+    if worst:
+        yield "mistakes", lambda: mistakes_figure(facts.name, worst[:COUNT])
+
+
+def _effect(facts: Facts, pictures: Pictures, shown: Shown, chosen: Sequence[int]) -> Figure:
+    """Chosen filters on the first test image that can be read."""
+    assert facts.filters is not None
+    numbers, which = choose(facts.filters, chosen)
+    names = facts.predictions.names if facts.predictions else facts.split.get("test", [])
+    for name in names:
+        image = pictures.load(name)
+        if image is not None:
+            shown.effect_caption = f"{which.capitalize()}, on {printable(name)}: orange is negative, purple positive."
+            given = model_input(preprocessing_of(facts), image)
+            return effect_figure(facts.name, facts.filters, numbers, image, given)
+    raise UserError("no test image can be read")
+
+
+def _counts(facts: Facts, pictures: Pictures | None) -> Any:
+    """Images of each class by split: as the run noted them, or else counted in the data set."""
+    if "images_per_class" in facts.split:
+        return facts.attempt("images per class", lambda: count_by_class(facts))
+    if pictures is None or not facts.split:
+        facts.missing.append("images per class: the run did not note them, and the data set is not at hand")
+        return None
+    return facts.attempt("images per class", lambda: {s: pictures.counts(facts.split[s]) for s in SPLITS})
+
+
+def _samples(facts: Facts, pictures: Pictures, shown: Shown) -> Figure:
+    """The first training image of each class, as it is and as the model gets it; for the page too."""
+    preprocessing = preprocessing_of(facts)
+    names: list[str] = []
+    raw: list[Image.Image] = []
+    for label, name in list(pictures.first_of_each_class(facts.split["train"]).items())[:SAMPLES]:
+        if (image := pictures.load(name)) is not None:
+            names.append(printable(pictures.dataset.classes[label]))
+            raw.append(image)
+    if not raw:
+        raise UserError("no training image can be read")
+    inputs, shown.scale = as_pictures([model_input(preprocessing, image) for image in raw])
+    shown.samples = [
+        {
+            "name": name,
+            "raw": data_uri(image, SAMPLE),
+            "input": data_uri(given, SAMPLE),
+            "small": max(image.size) <= SMALL,
+        }
+        for name, image, given in zip(names, raw, inputs, strict=True)
+    ]
+    return contact_sheet(f"{facts.name}: one training image a class", names, raw, inputs, shown.scale)
+
+
+def _printable(names: Sequence[str]) -> list[str]:
+    return [printable(name) for name in names]
