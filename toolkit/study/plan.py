@@ -17,11 +17,11 @@ from toolkit.errors import UserError
 from toolkit.inspect.plan import Plan
 from toolkit.inspect.plan import plan as plan_run
 from toolkit.recipe.schema import Recipe
-from toolkit.recipe.study import BohbSearch
 from toolkit.recipe.writing import toml_value
 from toolkit.study.expand import Expansion, PlannedRun, StudyFile
 from toolkit.study.folder import State, StudyFolder, epochs_done, state_of
 from toolkit.study.prepare import KnownRuns
+from toolkit.study.search import search_epochs
 
 LONGEST_CHANGES = 60
 """Longer ones are cut in the text, in characters; --json has them whole."""
@@ -137,7 +137,7 @@ def plan_study(study: StudyFile, expansion: Expansion, notes: Sequence[str] = ()
         lines.append(Line(run, state, costs.of(run.recipe, done)))
     found = StudyPlan(study, lines, notes=[*expansion.remarks, *notes])
     if study.table.bohb is not None:
-        found.search_epochs = epochs_of_search(study.table.bohb)
+        found.search_epochs = search_epochs(study.table.bohb)
     found.notes += costs.notes
     return found
 
@@ -166,20 +166,6 @@ class _Costs:
             except UserError as error:
                 raise UserError(f"{error} (in a run of the study)") from None
         return self.known[key]
-
-
-def epochs_of_search(table: BohbSearch) -> int:
-    """Epochs that BOHB trains, all in all, where no run stops early or fails."""
-    from toolkit.study.search import bracket_sizes, budgets
-
-    steps, sizes = budgets(table.min_epochs, table.max_epochs, table.eta), bracket_sizes(table)
-    total = 0.0
-    for bracket, size in enumerate(sizes):
-        trials, before = table.trials * size / sum(sizes), 0
-        for rung in range(bracket, len(steps)):
-            total += trials * (steps[rung] - before)
-            trials, before = trials / table.eta, steps[rung]
-    return round(total)
 
 
 def plan_text(found: StudyPlan) -> str:

@@ -145,7 +145,7 @@ class Bohb:
         """A trial's value within so many epochs (None: all it has): the best epoch's, as the run keeps that model."""
         return (max if self.maximise else min)(tried.values[:budget], default=None)
 
-    # -- successive halving, asynchronous (Li et al. 2020, ASHA) ------------------------------------------------------
+    # -- successive halving, asynchronous (after Li et al. 2020, ASHA) -------------------------------------------------
 
     @property
     def _may_propose(self) -> bool:
@@ -165,13 +165,18 @@ class Bohb:
         return None
 
     def _promotable_from(self, bracket: int, rung: int) -> Tried | None:
-        """The best configuration among the first 1/eta of a rung that has not gone on yet."""
+        """The best configuration of a rung that has not gone on, where fewer than 1/eta of them have.
+
+        ASHA lets all go on that are among the best 1/eta when they are asked about. Under a model that proposes better
+        and better ones nearly every one is, and most would be trained to the end; here the cost is known beforehand.
+        """
         ranked = self._ranked(bracket, rung)
         quota = len(ranked) // self.table.eta
         if not quota and self._is_last_word(bracket, rung):
             quota = 1
-        first = (tried for tried in ranked[:quota] if tried.rung == rung and tried.state in ("waiting", "ended"))
-        return next(first, None)
+        if sum(tried.rung > rung for tried in ranked) >= quota:
+            return None
+        return next((tried for tried in ranked if tried.rung == rung and tried.state in ("waiting", "ended")), None)
 
     def _is_last_word(self, bracket: int, rung: int) -> bool:
         """Whether no more results can come to a rung: then its best goes on, however few there are."""
@@ -201,21 +206,15 @@ class Bohb:
 
     def _add(self, changes: dict[str, Any]) -> Tried:
         number = len(self.trials)
-        bracket = self._bracket_of(number)
+        bracket = self._bracket(number)
         self.trials.append(Tried(number, bracket, dict(changes), rung=bracket))
         return self.trials[-1]
 
     def _assignment(self, tried: Tried) -> Assignment:
         return Assignment(tried.number, dict(tried.changes), self.budgets[tried.rung])
 
-    def _bracket_of(self, number: int) -> int:
-        """The bracket that is furthest behind its share of the trials, counting this one."""
-        taken = [
-            sum(tried.bracket == bracket for tried in self.trials[:number]) for bracket in range(len(self.brackets))
-        ]
-        total = sum(self.brackets)
-        behind = [size * (number + 1) / total - count for size, count in zip(self.brackets, taken, strict=True)]
-        return behind.index(max(behind))
+    def _bracket(self, number: int) -> int:
+        return share_out(self.brackets, number + 1)[number]
 
     def _new_configuration(self) -> dict[str, Any] | None:
         """A proposal that was not tried yet; None where many attempts give none."""
@@ -230,7 +229,7 @@ class Bohb:
         """What the model of the next trial's bracket proposes. Each proposal has its own random numbers."""
         number = len(self.trials)
         seed = int(np.random.SeedSequence([self.table.seed, number, attempt]).generate_state(1)[0])
-        trial = self._study(self._bracket_of(number), seed).ask()
+        trial = self._study(self._bracket(number), seed).ask()
         return self.space.configuration(lambda parameter: suggest(trial, parameter))
 
     def _study(self, bracket: int, seed: int) -> Study:
@@ -280,3 +279,27 @@ def bracket_sizes(table: BohbSearch) -> list[int]:
     while len(sizes) > 1 and table.trials * sizes[-1] / sum(sizes) <= ENOUGH:
         sizes.pop()
     return sizes
+
+
+def share_out(sizes: Sequence[int], trials: int) -> list[int]:
+    """The bracket of each trial in turn: the one that is furthest behind its share, counting this trial."""
+    brackets: list[int] = []
+    for number in range(1, trials + 1):
+        behind = [size * number / sum(sizes) - brackets.count(bracket) for bracket, size in enumerate(sizes)]
+        brackets.append(behind.index(max(behind)))
+    return brackets
+
+
+def search_epochs(table: BohbSearch) -> int:
+    """Epochs that a search trains in all, where no run fails or stops early."""
+    steps, brackets = (
+        budgets(table.min_epochs, table.max_epochs, table.eta),
+        share_out(bracket_sizes(table), table.trials),
+    )
+    total = 0
+    for bracket in set(brackets):
+        count, before = brackets.count(bracket), 0
+        for step in steps[bracket:]:
+            total += count * (step - before)
+            count, before = max(1, count // table.eta), step
+    return total
