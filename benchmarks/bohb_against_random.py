@@ -1,0 +1,129 @@
+"""BOHB with three workers against random search at equal epochs, on digits, over several seeds of the search.
+
+    python benchmarks/bohb_against_random.py [--seeds 5] [--workers 3] [--runs FOLDER] [--set KEY=VALUE]
+
+For each seed: recipes/studies/digits_bohb.toml, then recipes/studies/digits_random.toml with as many runs as the epochs
+that BOHB trained suffice for, rounded up. What is trained already in FOLDER is not trained again. Prints what each has
+found and the paired comparison, in Markdown, and writes the best so far against the epochs trained as SVG and PDF.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from toolkit.report.style import look, save
+from toolkit.study.analysis import incumbents
+from toolkit.study.figures import best_so_far
+from toolkit.study.folder import StudyFolder
+from toolkit.study.output import Outcomes, Wanted, read_outcomes
+from toolkit.study.sheet import Sheet, markdown
+from toolkit.study.statistics import compare
+
+STUDIES = Path(__file__).parent.parent / "recipes" / "studies"
+FIGURES = ("val_loss", "val_accuracy", "test_accuracy")
+
+
+def main() -> None:
+    """Train what is missing, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
+    pairs = []
+    for seed in range(options.seeds):
+        bohb = searched("bohb", seed, options, "bohb", [])
+        epochs = sum(len(result.epochs) for result in bohb.results)
+        assert bohb.table.bohb is not None
+        runs = math.ceil(epochs / bohb.table.bohb.max_epochs)
+        pairs.append((bohb, searched("random", seed, options, "random", [f"study.random.runs={runs}"])))
+    print(markdown(findings(pairs)), "\n")
+    print(markdown(comparison(pairs)))
+    draw(pairs, options.runs)
+
+
+def searched(kind: str, seed: int, options: argparse.Namespace, table: str, more: list[str]) -> Outcomes:
+    """What a search has found, after it was made or completed."""
+    name = f"digits-{kind}-{seed}"
+    settings = [f'recipe.name="{name}"', f'recipe.run_root="{options.runs}"', f"study.{table}.seed={seed}", *more]
+    command = [sys.executable, "-m", "toolkit", "study", str(STUDIES / f"digits_{kind}.toml")]
+    command += ["--parallel", str(options.workers)]
+    for setting in [*settings, *options.set]:
+        command += ["--set", setting]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return read_outcomes(StudyFolder(options.runs / name), Wanted())
+
+
+def best(found: Outcomes) -> dict[str, float]:
+    """Figures of the best finished run by the value sought."""
+    return found.trials[0].result.figures
+
+
+def findings(pairs: list[tuple[Outcomes, Outcomes]]) -> Sheet:
+    """A line a search."""
+    head = ["search", "seed", "configurations", "epochs trained", "val. loss", "val. acc. %", "test acc. %"]
+    rows = []
+    for seed, pair in enumerate(pairs):
+        for name, found in zip(("BOHB", "random"), pair, strict=True):
+            loss, accuracy, test = (best(found)[figure] for figure in FIGURES)
+            epochs = sum(len(result.epochs) for result in found.results)
+            cells = [f"{loss:.4f}", f"{accuracy * 100:.2f}", f"{test * 100:.2f}"]
+            rows.append([name, str(seed), str(len(found.results)), str(epochs), *cells])
+    return Sheet("The best configuration of each search", head, rows)
+
+
+def comparison(pairs: list[tuple[Outcomes, Outcomes]]) -> Sheet:
+    """BOHB minus random search over the seeds."""
+    head = [
+        "figure",
+        "BOHB, mean",
+        "random, mean",
+        "difference",
+        "95 % interval",
+        "t-test p",
+        "permutation p",
+        "better",
+    ]
+    rows = []
+    for figure in FIGURES:
+        ours, theirs = [best(one)[figure] for one, _ in pairs], [best(other)[figure] for _, other in pairs]
+        found = compare(ours, theirs, 0.95)
+        low, high = found.difference.interval or (math.nan, math.nan)
+        sign = -1 if figure.endswith("loss") else 1
+        better = sum(sign * (a - b) > 0 for a, b in zip(ours, theirs, strict=True))
+        rows.append([figure, f"{sum(ours) / len(ours):.4f}", f"{sum(theirs) / len(theirs):.4f}",
+                     f"{found.difference.mean:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{found.t_test or math.nan:.4f}",
+                     f"{found.exact or math.nan:.4f}", f"{better} of {len(pairs)}"])  # fmt: skip
+    return Sheet("BOHB against random search", head, rows)
+
+
+def draw(pairs: list[tuple[Outcomes, Outcomes]], folder: Path) -> None:
+    """The best value so far against the epochs trained: the mean over the seeds, from where all have one."""
+    curves = {
+        name: mean_of([incumbents(pair[index]) for pair in pairs])
+        for index, name in enumerate(("BOHB", "random search"))
+    }
+    with look(print):
+        figure = best_so_far(curves, "val/loss", f"Digits, mean of {len(pairs)} seeds")
+        figure.axes[0].set_yscale("log")
+        save(figure, folder, "bohb-against-random")
+
+
+def mean_of(searches: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The mean of step functions, at each place where one of them steps, while all of them last."""
+    first, last = max(points[0][0] for points in searches), min(points[-1][0] for points in searches)
+    places = sorted({cost for points in searches for cost, _ in points if first <= cost <= last})
+    return [(cost, sum(_at(points, cost) for points in searches) / len(searches)) for cost in places]
+
+
+def _at(points: list[tuple[float, float]], cost: float) -> float:
+    return [value for spent, value in points if spent <= cost][-1]
+
+
+if __name__ == "__main__":
+    main()
