@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import Entry, after, augmentation, batch, numbers, one_by_one, photographs
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from tests.batches import Entry, after, augmentation, batch, numbers, one_by_one, photographs
 from toolkit.data import batched_moves
 from toolkit.data.batched import BatchAugmentation, batched_augmentation, keyed_uniforms
 from toolkit.data.batched_color import Erase, Grey, _within

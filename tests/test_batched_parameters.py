@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from batches import augmentation, numbers
 from torchvision.transforms import v2
 
-from tests.batches import augmentation, numbers
 from toolkit.data.batched import keyed_uniforms
 from toolkit.data.batched_color import Blur, Erase, Grey, Jitter
 from toolkit.data.batched_moves import Crop, Flip, IndexPass
