@@ -22,6 +22,7 @@ from torch import Tensor
 from toolkit import export as exporting
 from toolkit.predict import TrainedModel, load_model
 from toolkit.runs import Run
+from toolkit.timm_config import crop_share
 
 VIT = """
 [model]
@@ -167,7 +168,7 @@ def test_timm_s_own_transform_is_the_run_s(runs: Callable[[str], Run], tmp_path:
 
 @pytest.mark.parametrize(("size", "resize"), [(224, 256), (224, 257), (299, 342), (16, 18), (7, 9), (160, 183)])
 def test_timm_s_crop_share_gives_back_the_resize(size: int, resize: int) -> None:
-    assert int(np.floor(size / exporting._crop_share(size, resize))) == resize
+    assert int(np.floor(size / crop_share(size, resize))) == resize
 
 
 def test_what_timm_s_transform_cannot_say_is_told(tmp_path: Path) -> None:

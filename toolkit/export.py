@@ -11,7 +11,6 @@ import difflib
 import importlib.util
 import json
 import logging
-import math
 import os
 import shutil
 import warnings
@@ -20,14 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import toolkit
-from toolkit.data.images import MODES
 from toolkit.errors import RunFailed, UserError
 from toolkit.evaluate import images_of
 from toolkit.models.names import first_line
@@ -35,6 +31,7 @@ from toolkit.models.weights import is_file_reference
 from toolkit.predict import TrainedModel, load_model, model_card
 from toolkit.recipe.schema import ModelTable
 from toolkit.runs import Run, open_run
+from toolkit.timm_config import fits_timm, timm_config, transform_note
 
 IMAGES = 64
 BATCHES = (1, 5, 26, 32)
@@ -84,7 +81,7 @@ def export(path: Path, name: str, folder: Path) -> Exported:
     inputs, images = images_to_compare(path, trained)
     with new_folder(folder) as unfinished:
         difference = write_checked(chosen, trained, unfinished, inputs, name)
-    notes = [note for note in (trained.caution, _timm_note(trained, folder) if name == "timm" else None) if note]
+    notes = [note for note in (trained.caution, transform_note(trained, folder) if name == "timm" else None) if note]
     return Exported(folder, difference, images, notes)
 
 
@@ -97,7 +94,7 @@ def write_checked(chosen: Format, trained: TrainedModel, folder: Path, inputs: T
         except (UserError, OSError):
             raise
         except Exception as error:  # exporters raise whatever the model's code provokes
-            raise RunFailed(f"{trained.table.name} cannot be exported as {name}: {first_line(error)}") from error
+            raise RunFailed(f"{trained.table.name} cannot be exported as {name}: {first_line(_root(error))}") from error
         difference = _difference(trained, compute, inputs)
     if not difference <= LIMIT:  # also where it is no number
         raise RunFailed(
@@ -106,6 +103,11 @@ def write_checked(chosen: Format, trained: TrainedModel, folder: Path, inputs: T
         )
     write_json(folder / "preprocessing.json", preprocessing_card(trained))
     return difference
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first of a chain of exceptions: exporters wrap it in advice for their own developers."""
+    return error if error.__cause__ is None else _root(error.__cause__)
 
 
 def _format(name: str) -> Format:
@@ -254,7 +256,7 @@ def _sample(trained: TrainedModel) -> Tensor:
 
 def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
     """Weights and model.json: what `toolkit predict` and `load_model` read."""
-    safetensors.torch.save_file(_state(trained), folder / WEIGHTS)
+    safetensors.torch.save_file(contiguous_state(trained), folder / WEIGHTS)
     card = model_card(
         portable(trained.table),
         trained.classes,
@@ -266,7 +268,8 @@ def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
     write_json(folder / "model.json", card)
 
 
-def _state(trained: TrainedModel) -> dict[str, Tensor]:
+def contiguous_state(trained: TrainedModel) -> dict[str, Tensor]:
+    """The state dict as safetensors takes it."""
     return {name: tensor.contiguous() for name, tensor in trained.module.state_dict().items()}
 
 
@@ -291,17 +294,31 @@ def _read_program(folder: Path) -> Compute:
 
 def _write_onnx(trained: TrainedModel, folder: Path) -> None:
     """ONNX by way of torch.export; weights over 2 GB go to a file of their own beside it."""
-    program = torch.onnx.export(
-        trained.module,
-        (_sample(trained),),
-        dynamo=True,
-        dynamic_shapes=({0: _batch()},),
-        input_names=["images"],
-        output_names=["logits"],
-        verbose=False,
-    )
+    with _plain_attention(trained.module):
+        program = torch.onnx.export(
+            trained.module,
+            (_sample(trained),),
+            dynamo=True,
+            dynamic_shapes=({0: _batch()},),
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
     assert program is not None
     program.save(folder / ONNX)
+
+
+@contextlib.contextmanager
+def _plain_attention(module: nn.Module) -> Iterator[None]:
+    """timm's attention step by step: torch 2.15 fails to take the fused kernel apart where it adds a bias (BEiT)."""
+    fused: list[Any] = [layer for layer in module.modules() if getattr(layer, "fused_attn", False)]
+    for layer in fused:
+        layer.fused_attn = False
+    try:
+        yield
+    finally:
+        for layer in fused:
+            layer.fused_attn = True
 
 
 def _read_onnx(folder: Path) -> Compute:
@@ -320,83 +337,15 @@ def _write_timm(trained: TrainedModel, folder: Path) -> None:
             f"{'' if table.source != 'timm' else ' with a head or stem of its own'} is none: use safetensors, "
             "torch-export or onnx"
         )
-    safetensors.torch.save_file(_state(trained), folder / WEIGHTS)
-    write_json(folder / "config.json", _timm_config(trained))
-
-
-def fits_timm(table: ModelTable) -> bool:
-    """Whether timm alone can build the model; dropout before the last layer has no part in what is written."""
-    return table.source == "timm" and table.stem == "imagenet" and not table.head.hidden
-
-
-def _timm_config(trained: TrainedModel) -> dict[str, Any]:
-    module, wanted, count = trained.module, trained.preprocessing, len(trained.classes)
-    size = wanted.image_size
-    own: dict[str, Any] = getattr(module, "pretrained_cfg", {})
-    squashed = not isinstance(wanted.resize, int) and wanted.resize is not None
-    return {
-        "architecture": trained.table.name.partition(".")[0],
-        "num_classes": count,
-        "num_features": getattr(module, "num_features", None),
-        "label_names": trained.classes,
-        "model_args": _timm_arguments(trained),
-        "pretrained_cfg": {
-            **{key: own[key] for key in ("first_conv", "classifier", "fixed_input_size") if own.get(key)},
-            "custom_load": False,
-            "input_size": [wanted.channels, size, size],
-            "interpolation": wanted.interpolation,
-            "crop_pct": _crop_share(size, wanted.resize) if isinstance(wanted.resize, int) else 1.0,
-            "crop_mode": "squash" if squashed else "center",
-            "mean": list(wanted.mean),
-            "std": list(wanted.std),
-            "num_classes": count,
-        },
-    }
-
-
-def _crop_share(size: int, resize: int) -> float:
-    """timm's crop_pct, from which it computes floor(size / crop_pct) again: the share that gives back ``resize``."""
-    share = size / resize
-    return share if math.floor(size / share) == resize else size / (resize + 0.5)
-
-
-def _timm_arguments(trained: TrainedModel) -> dict[str, Any]:
-    """What timm's constructor is given beside the number of classes."""
-    import timm
-
-    wanted, table = trained.preprocessing, trained.table
-    arguments = {**({} if wanted.channels == 3 else {"in_chans": wanted.channels}), **table.args}
-    if not getattr(trained.module, "pretrained_cfg", {}).get("fixed_input_size"):
-        return arguments
-    sized = {**arguments, "img_size": wanted.image_size}
-    try:
-        timm.create_model(table.name.partition(".")[0], **sized)
-    except TypeError:  # its size is built in, but cannot be chosen
-        return arguments
-    return sized
+    safetensors.torch.save_file(contiguous_state(trained), folder / WEIGHTS)
+    write_json(folder / "config.json", timm_config(trained))
 
 
 def _read_timm(folder: Path) -> Compute:
     import timm
 
-    module: torch.nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    module: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
     return module.eval()
-
-
-def _timm_note(trained: TrainedModel, folder: Path) -> str | None:
-    """A word where timm's own transform, made from config.json, is not the run's; found by trying it on an image."""
-    import timm.data
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
-    theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
-    size, mode = trained.preprocessing.image_size, MODES[trained.preprocessing.channels]
-    noise = np.random.default_rng(0).integers(0, 256, (size + 37, size + 11, 3), dtype=np.uint8)
-    image = Image.fromarray(noise).convert(mode)
-    with contextlib.suppress(UserError):  # a run may take images of one size only
-        ours, other = trained.transform(image), theirs(image)
-        if ours.shape == other.shape and torch.allclose(ours, other, atol=1e-5):
-            return None
-    return "timm's own transform, made from config.json, is not the run's: take preprocessing.json"
 
 
 FORMATS = {

@@ -13,12 +13,13 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 import toolkit
 from toolkit.data.facts import FACTS
 from toolkit.errors import RunFailed, UserError
-from toolkit.export import FORMATS, fits_timm, images_to_compare, new_folder, portable, write_checked
+from toolkit.export import FORMATS, images_to_compare, new_folder, portable, write_checked
 from toolkit.models.names import first_line
 from toolkit.models.weights import is_file_reference
 from toolkit.predict import TrainedModel, load_model
 from toolkit.recipe import Recipe, resolved_toml
 from toolkit.runs import Run, open_run
+from toolkit.timm_config import fits_timm
 
 FIGURES = {
     "accuracy": "top-1 accuracy",
