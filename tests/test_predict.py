@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from cli import toolkit
 from distributed import launch, run_on
@@ -19,7 +20,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from toolkit.cli import app
-from toolkit.predict import Predictions, collect, load_model, predict
+from toolkit.data.preprocessing import Preprocessing
+from toolkit.models.build import build_model
+from toolkit.predict import Predictions, collect, load_model, model_card, predict
+from toolkit.recipe.schema import ModelTable
 from toolkit.runs import Run
 
 
@@ -210,6 +214,16 @@ def test_a_user_s_mistake_is_one_message(run: Run, tmp_path: Path, arguments: li
     assert outcome.status == 2
     assert message in outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
+
+
+def test_a_model_that_asks_for_the_version_of_its_layers_is_loaded(tmp_path: Path) -> None:
+    table = ModelTable(source="torchvision", name="mnasnet0_5")
+    module = build_model(table, 3, 3, 32).module
+    plain = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    (tmp_path / "model.json").write_text(json.dumps(model_card(table, ["a", "b", "c"], plain, (), "none", "0")))
+    safetensors.torch.save_file(module.state_dict(), tmp_path / "model.safetensors")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(load_model(tmp_path).module(images), module.eval()(images))
 
 
 def no_model(path: Path) -> Any:

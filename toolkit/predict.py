@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,12 +109,18 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
         raise UserError(f"{folder / 'model.json'} is damaged: {error}") from None
     with torch.inference_mode(False):  # whatever holds where this is called: how a model is built looks at autograd
         built = build_model(table, len(classes), preprocessing.channels, preprocessing.image_size, load_weights=False)
-    state = load_weights(weights)
     try:
-        built.module.load_state_dict(state)
+        built.module.load_state_dict(_versioned(built.module, load_weights(weights)))
     except RuntimeError as error:
         raise UserError(f"{weights} does not belong to {folder / 'model.json'}: {error}") from None
     return TrainedModel(built.module.eval(), preprocessing, transforms, classes, table, recipe, weights)
+
+
+def _versioned(module: nn.Module, state: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """The state dict with the versions of its layers, which safetensors does not keep and MNASNet insists on."""
+    versioned = OrderedDict(state)
+    versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    return versioned
 
 
 def _model_folder(path: Path) -> Path:
