@@ -21,7 +21,7 @@ from toolkit.commands.recipes import diff, show, validate
 from toolkit.commands.slurm import cancel, logs, status, submit
 from toolkit.commands.study import study
 from toolkit.commands.table import table
-from toolkit.commands.use import evaluate, predict
+from toolkit.commands.use import evaluate, explain, predict
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
 from toolkit.train import AsJson, Debug, end, report_errors, train
 
@@ -37,7 +37,7 @@ for job_command in (submit, status, logs, cancel):
     app.command()(job_command)
 for study_command in (study, table):
     app.command()(study_command)
-for use_command in (evaluate, predict, export, publish):
+for use_command in (evaluate, predict, explain, export, publish):
     app.command()(use_command)
 
 

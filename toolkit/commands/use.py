@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from toolkit.train import AsJson, Debug, end, is_first_process, report_errors
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from toolkit.explain import Explanation, Subject
     from toolkit.predict import Predictions, TrainedModel
     from toolkit.recipe.schema import TrainTable
 
@@ -27,7 +29,8 @@ DataRoot = Annotated[
     Path | None, typer.Option(help="Where the images are now, if not where the recipe's data.root says.")
 ]
 FORMATS = ("csv", "json", "jsonl")
-EXPLAINED = 64
+WORST = 16
+EXPLAINED = 256
 """More images than this are not explained at once: each makes a file."""
 
 
@@ -206,3 +209,84 @@ def _hand_over(accelerator: Accelerator, predictions: Predictions, style: str, o
         say(f"{out}: {len(predictions.paths) - len(predictions.faults)} predictions")
 
     main_only(accelerator, write)
+
+
+def explain(
+    run: ModelArgument,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATH...", help="Images, folders, @LIST, - for stdin. Default: the worst mistakes."),
+    ] = None,
+    worst: Annotated[
+        int | None, typer.Option(min=1, help="So many of the run's worst mistakes on its test images. Default: 16.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer to look at. Default: the last that gives maps.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for the pictures. Default: RUN/figures/explain.")
+    ] = None,
+    data_root: DataRoot = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what predictions rest on (Grad-CAM).
+
+    One picture an image: the image as the model gets it, and a heat map of the evidence for the prediction, and for
+    the label where that is another class. Needs captum: pip install 'toolkit[explain]'.
+
+    Example: toolkit explain runs/quickstart/20260102-030405-abcd --worst 16
+    """
+
+    def work() -> int:
+        if paths and worst is not None:
+            raise UserError("name images, or ask for the worst mistakes, not both")
+        from toolkit.explain import explain_run, require_captum
+
+        require_captum()
+        from toolkit.predict import load_model
+
+        trained = load_model(run)
+        if trained.caution:
+            say(trained.caution)
+        subjects, count = _subjects(run, trained, paths, worst, data_root)
+        folder = out or run / "figures" / "explain"
+        place, found, files = explain_run(trained, subjects, layer, folder, say) if subjects else (None, [], [])
+        if place is not None:
+            say(f"layer {place.name}")
+        if as_json:
+            _print_explanations(trained, found, files)
+        else:
+            print(*files, sep="\n")
+        return EXIT_OK if len(subjects) == count else EXIT_FAILURE
+
+    end(report_errors(work, debug=debug))
+
+
+def _subjects(
+    run: Path, trained: TrainedModel, paths: list[str] | None, worst: int | None, data_root: Path | None
+) -> tuple[list[Subject], int]:
+    """The images to explain, and how many were asked for."""
+    from toolkit.explain import subjects_from_files, worst_mistakes
+    from toolkit.predict import collect
+    from toolkit.runs import open_run
+
+    if not paths:
+        found = worst_mistakes(open_run(run), trained, worst or WORST, data_root)
+        return found, len(found)
+    files = collect(paths, sys.stdin.buffer.read)
+    if len(files) > EXPLAINED:
+        raise UserError(f"{len(files)} images are more pictures than anybody looks at; name at most {EXPLAINED}")
+    return subjects_from_files(trained, files, say), len(files)
+
+
+def _print_explanations(trained: TrainedModel, found: list[Explanation], files: list[Path]) -> None:
+    rows = [
+        {
+            "path": each.subject.name,
+            "label": None if each.subject.label is None else trained.classes[each.subject.label],
+            "prediction": trained.classes[each.prediction],
+            "probability": round(each.probability, 6),
+            "picture": str(file),
+        }
+        for each, file in zip(found, files, strict=True)
+    ]
+    print(json.dumps(rows, indent=2))
