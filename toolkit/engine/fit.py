@@ -21,6 +21,7 @@ from toolkit.engine.checkpoint import find_latest, load_checkpoint
 from toolkit.engine.display import Display, summary_table
 from toolkit.engine.environment import describe_environment
 from toolkit.engine.finish import finish, write_summary
+from toolkit.engine.memory import keep_freed_memory
 from toolkit.engine.peers import PeerWatch, watch_peers
 from toolkit.engine.process import describe_processes, main_only, out_of_memory_explained, start
 from toolkit.engine.setup import Setup, describe, prepare
@@ -136,6 +137,8 @@ def _join_processes(recipe: Recipe, *, quiet: bool = False) -> tuple[Accelerator
     display = Display(speaks=accelerator.is_main_process, shows=not quiet)
     for line in describe_processes(accelerator):
         display.say(line)
+    if accelerator.device.type == "cpu" and keep_freed_memory():
+        display.say("freed memory is kept for the next step (glibc's mallopt; any MALLOC_ variable turns this off)")
     return accelerator, display
 
 

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from toolkit.data.cpus import granted_cpus
+from toolkit.engine.memory import keep_freed_memory
 from toolkit.errors import RunFailed, UserError
 from toolkit.recipe.schema import TrainTable
 
@@ -38,11 +39,14 @@ def start(train: TrainTable) -> Accelerator:
     torch.backends.cudnn.benchmark = not train.deterministic
     # The name since torch 2.15 is one that torch 2.11 and Accelerate do not know.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"),
         mixed_precision=precision,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+    if accelerator.device.type == "cpu":  # on a GPU tensors are not the C library's
+        keep_freed_memory()
+    return accelerator
 
 
 def check_launcher(train: TrainTable) -> None:

@@ -1,0 +1,56 @@
+"""The C library keeps what training frees, unless the user has said how memory is to be allocated."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from toolkit.engine.memory import is_settled_by_user
+
+PAGES = """
+import resource, torch
+from toolkit.engine.memory import keep_freed_memory
+if {kept}:
+    print(keep_freed_memory())
+torch.set_num_threads(1)
+for _ in range(20):  # glibc takes some rounds to come back to the same place
+    torch.ones(16_000_000)  # 64 MB, touched and freed
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(16_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(*, kept: bool) -> int:
+    """Page faults of filling a tensor ten times."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    code = [sys.executable, "-c", PAGES.format(kept=kept)]
+    lines = subprocess.run(code, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert lines[:-1] == ["True"] * kept
+    return int(lines[-1])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc: nothing is set")
+def test_freed_tensors_are_not_fetched_from_the_kernel_again() -> None:
+    assert page_faults(kept=False) > 10 * 10_000
+    assert page_faults(kept=True) < 1000
+
+
+@pytest.mark.parametrize(
+    ("environment", "settled"),
+    [
+        ({}, False),
+        ({"MALLOC_TRIM_THRESHOLD_": "131072"}, True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, True),
+        ({"GLIBC_TUNABLES": "glibc.pthread.rseq=0"}, False),
+        ({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"}, True),
+        ({"LD_PRELOAD": "/usr/lib/libother.so"}, False),
+    ],
+)
+def test_the_user_s_own_settings_are_left_alone(environment: dict[str, str], settled: bool) -> None:
+    assert is_settled_by_user(environment) is settled
