@@ -30,7 +30,7 @@ def test_figures_of_the_quickstart() -> None:
 
 def test_a_plain_loop_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench, "PLAIN_LOOP", tmp_path / "plain_loop.py")
-    with pytest.raises(UserError, match="needs the folder benchmarks/ of the sources"):
+    with pytest.raises(UserError, match="--compare needs plain_loop"):
         bench.compare_with_plain_loop("recipe.toml", [], 1, 1)
 
 

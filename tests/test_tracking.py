@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb  # noqa: F401 (before processes are forked: once, not in each)
+import wandb  # before processes are forked: once, not in each
 from accelerate.tracking import TensorBoardTracker
 from distributed import free_port
 from test_train import wandb_records
@@ -37,6 +37,7 @@ def _a_machine_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb.teardown()  # a client that other tests started would be the forked trainers' too, settings and all
 
 
 @pytest.fixture(autouse=True)
