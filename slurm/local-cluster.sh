@@ -14,12 +14,16 @@
 # Each node has NODE_CPUS (4) CPUs, 4 GB and NODE_GPUS (2) GPUs; these are only declared, nothing is limited, and the GPUs
 # are names without hardware. As root a node is a set of Linux namespaces with a host name, an address and processes of
 # its own; without the rights for that (or with CLUSTER_MODE=plain) the nodes are two daemons on 127.0.0.1.
+#
+# Jobs in the partition low give way to those in debug, the default: SLURM gives notice, and after PREEMPT_GRACE (60)
+# seconds requeues them. With CLUSTER_ACCOUNTING=1 the cluster keeps accounts, for sacct; that needs the packages
+# slurmdbd mariadb-server-core mariadb-client-core.
 set -euo pipefail
 umask 022
 PATH=$PATH:/usr/sbin:/sbin
 
 fail() { echo "local-cluster: $*" >&2; exit 1; }
-[ $# -ge 2 ] || { sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,21s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 action=$1
 dir=$(realpath -m "$2")
 node=${3-}
@@ -54,11 +58,13 @@ may_have_namespaces() {
         'hostname probe && ip link add name p0 type bridge && ip link add name p1 type veth peer name p2' >/dev/null 2>&1
 }
 
-free_ports() {  # the first of three ports in a row that nobody listens on
+listens() { ss -Hltn 2>/dev/null | grep -qE ":($1)\b"; }  # listens PORT|PORT|...
+
+free_ports() {  # the first of five ports in a row that nobody listens on
     local first
     for _ in $(seq 100); do
         first=$((30000 + RANDOM % 2000))
-        ss -Hltn 2>/dev/null | grep -qE ":($first|$((first + 1))|$((first + 2)))\b" || { echo $first; return; }
+        listens "$(seq -s '|' $first $((first + 4)))" || { echo $first; return; }
     done
     fail "no free ports"
 }
@@ -73,7 +79,7 @@ free_net() {  # three bytes of a network that this machine has no route to
 }
 
 configure() {  # configure MODE
-    local host port control address user i
+    local host port control machine address user i
     host=$(uname -n); host=${host%%.*}; user=$(id -un); port=$(free_ports); control=127.0.0.1
     echo "$1" >"$dir/mode"
     if [ "$1" = net ]; then
@@ -99,16 +105,17 @@ SlurmctldPidFile=$dir/run/slurmctld.pid
 SlurmdPidFile=$dir/run/slurmd.%n.pid
 SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/slurmd.%n.log
-# No control groups, no MPI, no accounting; ended jobs are remembered for an hour.
+# No control groups, no MPI; ended jobs are remembered for an hour.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
 MinJobAge=3600
+$(accounting "$control" $((port + 3)))
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 # What is declared counts, not the hardware; what cannot be had is refused at submission.
@@ -120,12 +127,16 @@ KillWait=5
 GresTypes=gpu
 CONF
         for i in 1 2; do
-            address=127.0.0.1; [ "$1" = plain ] || { address=${control%.*}.1$i; host=node$i; }
-            echo "NodeName=node$i NodeHostname=$host NodeAddr=$address Port=$((port + i)) CPUs=${NODE_CPUS:-4}" \
+            machine=$host; address=127.0.0.1
+            [ "$1" = plain ] || { machine=node$i; address=${control%.*}.1$i; }
+            echo "NodeName=node$i NodeHostname=$machine NodeAddr=$address Port=$((port + i)) CPUs=${NODE_CPUS:-4}" \
                 "RealMemory=4096 Gres=gpu:${NODE_GPUS:-2} State=UNKNOWN"
         done
-        echo "PartitionName=debug Nodes=node[1-2] Default=YES MaxTime=INFINITE DefaultTime=00:10:00 State=UP"
+        echo "PartitionName=DEFAULT Nodes=node[1-2] MaxTime=INFINITE DefaultTime=00:10:00 State=UP PreemptMode=OFF"
+        echo "PartitionName=debug Default=YES PriorityTier=10"
+        echo "PartitionName=low PriorityTier=1 PreemptMode=REQUEUE GraceTime=${PREEMPT_GRACE:-60}"
     } >"$dir/slurm.conf"
+    [ "${CLUSTER_ACCOUNTING-}" != 1 ] || configure_accounts "$host" "$control" $((port + 3)) "$user"
     # A pretended GPU must be a character device whose name ends in its number, or CUDA_VISIBLE_DEVICES is not set.
     for i in $(seq 0 $((${NODE_GPUS:-2} - 1))); do ln -s /dev/null "$dir/dev/nvidia$i"; done
     printf '%s\n' "AutoDetect=off" "Name=gpu Flags=nvidia_gpu_env File=$dir/dev/nvidia[0-$((${NODE_GPUS:-2} - 1))]" >"$dir/gres.conf"
@@ -134,6 +145,42 @@ CONF
     printf '%s\n' 'description = "slurm/local-cluster.sh"' 'shared = ["/"]' >"$dir/profiles/local.toml"
     printf '%s\n' "export SLURM_CONF=$dir/slurm.conf" "export TOOLKIT_SLURM_PROFILES=$dir/profiles" \
         "export TOOLKIT_PRETENDED_GPUS=1" >"$dir/env.sh"
+}
+
+accounting() {  # accounting ADDRESS PORT: lines of slurm.conf
+    if [ "${CLUSTER_ACCOUNTING-}" != 1 ]; then
+        printf '%s\n' JobAcctGatherType=jobacct_gather/none AccountingStorageType=accounting_storage/none
+    else
+        printf '%s\n' JobAcctGatherType=jobacct_gather/linux AccountingStorageType=accounting_storage/slurmdbd \
+            "AccountingStorageHost=$1" "AccountingStoragePort=$2" "AccountingStoragePass=$dir/munge.socket"
+    fi
+}
+
+configure_accounts() {  # configure_accounts HOST ADDRESS PORT USER
+    (umask 077; printf '%s\n' "DbdHost=$1" "DbdAddr=$2" "DbdPort=$3" "SlurmUser=$4" AuthType=auth/munge \
+        "AuthInfo=socket=$dir/munge.socket" "LogFile=$dir/log/slurmdbd.log" "PidFile=$dir/run/slurmdbd.pid" \
+        StorageType=accounting_storage/mysql StorageHost=127.0.0.1 "StoragePort=$(($3 + 1))" StorageUser=root \
+        StoragePass=none StorageLoc=slurm_acct_db CommitDelay=1 >"$dir/slurmdbd.conf")
+}
+
+start_accounts() {  # the database, its daemon, and the cluster's name in it
+    local port as=()
+    port=$(sed -n 's/^StoragePort=//p' "$dir/slurmdbd.conf")
+    [ "$(id -u)" != 0 ] || as=(--user=root)
+    mkdir -p "$dir/db"
+    mariadb-install-db --no-defaults "${as[@]}" --datadir="$dir/db" --auth-root-authentication-method=normal \
+        --skip-test-db </dev/null >"$dir/log/mariadb-install.log" 2>&1 || fail "$(cat "$dir/log/mariadb-install.log")"
+    setsid mariadbd --no-defaults "${as[@]}" --datadir="$dir/db" --socket="$dir/run/mariadb.sock" \
+        --pid-file="$dir/run/mariadbd.pid" --bind-address=127.0.0.1 --port="$port" --skip-grant-tables \
+        --innodb-buffer-pool-size=64M --innodb-log-file-size=16M --innodb-lock-wait-timeout=900 \
+        --log-error="$dir/log/mariadbd.log" </dev/null >/dev/null 2>&1 &
+    for _ in $(seq 600); do listens "$port" && break; sleep 0.1; done
+    slurmdbd </dev/null >"$dir/log/slurmdbd.out" 2>&1 || fail "$(cat "$dir/log/slurmdbd.out")"
+    for _ in $(seq 300); do
+        if timeout 10 sacctmgr -i add cluster local >"$dir/log/sacctmgr.out" 2>&1; then return; fi
+        sleep 0.2
+    done
+    fail "slurmdbd does not answer: $(cat "$dir/log/sacctmgr.out")"
 }
 
 init_of() {  # init_of NODE: the first process of its namespaces, as seen from here
@@ -204,8 +251,12 @@ start() {
         command -v $command >/dev/null || fail "no $command here; on Debian: apt-get install --no-install-recommends" \
             "slurmctld slurmd slurm-client munge iproute2 util-linux procps"
     done
+    for command in $([ "${CLUSTER_ACCOUNTING-}" != 1 ] || echo slurmdbd mariadbd mariadb-install-db sacctmgr); do
+        command -v "$command" >/dev/null || fail "no $command here; on Debian: apt-get install --no-install-recommends" \
+            "slurmdbd mariadb-server-core mariadb-client-core"
+    done
     if [ -e "$dir/slurm.conf" ]; then stop; fi
-    rm -rf "${dir:?}"/{run,log,state,spool,dev,profiles,munge.*,net,mode}
+    rm -rf "${dir:?}"/{run,log,state,spool,dev,profiles,db,munge.*,slurmdbd.conf,net,mode}
     mkdir -p "$dir"/{run,log,state,spool,dev,profiles}
     chosen=${CLUSTER_MODE:-$(if may_have_namespaces; then echo net; else echo plain; fi)}
     configure "$chosen"
@@ -220,6 +271,7 @@ start() {
     munged --force --socket="$dir/munge.socket" --key-file="$dir/munge.key" --log-file="$dir/log/munged.log" \
         --pid-file="$dir/run/munged.pid" --seed-file="$dir/munge.seed" --num-threads=2 </dev/null >"$dir/log/munged.out" 2>&1 ||
         fail "$(cat "$dir/log/munged.out")"
+    [ "${CLUSTER_ACCOUNTING-}" != 1 ] || start_accounts
     slurmctld -f "$SLURM_CONF" </dev/null >"$dir/log/slurmctld.out" 2>&1 || fail "$(cat "$dir/log/slurmctld.out")"
     for node in $nodes; do start_node "$node"; done
     for _ in $(seq 300); do
@@ -242,8 +294,7 @@ stop() {
         [ "$(mode)" = net ] || end_process "$dir/run/slurmd.$node.pid" slurmd
         kill_node "$node"
     done
-    end_process "$dir/run/slurmctld.pid" slurmctld
-    end_process "$dir/run/munged.pid" munged
+    for name in slurmctld slurmdbd mariadbd munged; do end_process "$dir/run/$name.pid" "$name"; done
     if [ "$(mode)" = net ]; then ip link del "$bridge" 2>/dev/null || true; fi
 }
 

@@ -12,6 +12,9 @@ os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true"
 
 import pytest
 import torch
+from slurm_cluster import cluster, place
+
+__all__ = ["cluster", "place"]
 
 torch.set_num_threads(1)
 # Autograd makes its threads at the first backward pass, one for each kind of device it then sees. After a test with

@@ -5,6 +5,19 @@ restarts=${SLURM_RESTART_COUNT:-0}                                      # not se
 say() { echo "$(date '+%F %T') job $job: $*"; }
 stop_with() { say "$2"; echo "$1"$'\n'"$2" >"$run/slurm/outcome"; exit "$1"; }
 
+# To stop means a file for the trainer, which then writes a checkpoint and ends with status 3. The file is touched again and
+# again because a trainer that is only starting takes an old one away. The signal comes to this shell or to the processes on
+# the nodes, as the cluster has it; a trainer that starts would die of it, and so would launchers: they are made deaf to it.
+asked=
+follow() {  # follow PID: wait for its end; status: its own
+    [ -n "$asked" ] || wait "$1"
+    while [ -n "$asked" ] && kill -0 "$1" 2>/dev/null; do touch "$run/stop"; sleep 1; done
+    wait "$1"
+}
+trap 'asked=1' "$signal" TERM
+export -f follow
+export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
+
 say "start $((restarts + 1)) on $SLURM_JOB_NODELIST, run directory $run"
 mkdir -p "$run/slurm"
 if [ -e "$run/summary.json" ]; then say "the run is finished already"; exit 0; fi
@@ -26,7 +39,7 @@ cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 threads=$((cpus / processes_per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 [ "$gpus_per_node" != 0 ] || export CUDA_VISIBLE_DEVICES=
-export run python container nodes processes_per_node gpus_per_node head port
+export run python container scratch nodes processes_per_node gpus_per_node head port signal
 
 on_each_node='
 complain() { echo "$(hostname): $1" >&2; printf "2\n%s\n" "$(hostname): $1" >"$run/slurm/outcome"; exit 2; }
@@ -34,37 +47,43 @@ complain() { echo "$(hostname): $1" >&2; printf "2\n%s\n" "$(hostname): $1" >"$r
 granted=${SLURM_GPUS_ON_NODE:-0}
 [ "$granted" = "$gpus_per_node" ] || complain "asked for $gpus_per_node GPU(s) on each node, SLURM gave $granted"
 export TOOLKIT_GPUS=$gpus_per_node
-if [ $((nodes * processes_per_node)) = 1 ]; then
-    exec $container "$python" -m toolkit.slurm.task "$run"      # one process needs no launcher
+if [ -n "$scratch" ]; then
+    export TMPDIR=$scratch/toolkit-$SLURM_JOB_ID                # this job has it for itself, and removes it
+    mkdir -p "$TMPDIR" || complain "cannot make the scratch folder $TMPDIR"
 fi
-where="--num_machines 1 --main_process_port 0"
-if [ "$nodes" != 1 ]; then
-    where="--num_machines $nodes --machine_rank $SLURM_NODEID --main_process_ip $head --main_process_port $port"
+launcher=                                                       # one process needs none
+if [ $((nodes * processes_per_node)) != 1 ]; then
+    launcher="-m accelerate.commands.launch --multi_gpu --num_processes $((nodes * processes_per_node)) --rdzv_backend static"
+    launcher="$launcher --same_network --gpu_ids all --mixed_precision no --dynamo_backend no --num_machines $nodes"
+    if [ "$nodes" = 1 ]; then
+        launcher="$launcher --main_process_port 0"
+    else
+        launcher="$launcher --machine_rank $SLURM_NODEID --main_process_ip $head --main_process_port $port"
+    fi
 fi
-exec $container "$python" -m accelerate.commands.launch --multi_gpu --num_processes $((nodes * processes_per_node)) \
-    $where --rdzv_backend static --same_network --gpu_ids all --mixed_precision no --dynamo_backend no \
-    -m toolkit.slurm.task "$run"
+asked=
+trap "asked=1" "$signal" TERM
+(trap "" "$signal" TERM; exec $container "$python" $launcher -m toolkit.slurm.task "$run") &
+follow $!
+status=$?
+[ -z "$scratch" ] || rm -rf "$TMPDIR"
+exit $status
 '
 
-# SLURM warns this shell; the stop file tells the trainer, which writes a checkpoint and ends with status 3. The file is
-# touched again and again because a trainer that is only starting takes an old one away.
-asked=
-trap 'asked=1' "$signal" TERM
 srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cpus" \
     --kill-on-bad-exit=1 bash -c "$on_each_node" &
-step=$!
-wait "$step"
-while [ -n "$asked" ] && kill -0 "$step" 2>/dev/null; do touch "$run/stop"; sleep 1; done
-wait "$step"
+follow $!
 status=$?
 [ ! -e "$run/slurm/outcome" ] || status=$(head -n 1 "$run/slurm/outcome")
 
-state=$(squeue --noheader --jobs="$job" --format=%T)
+again() { for _ in 1 2 3 4 5 6; do "$@" && return; sleep 10; done; return 1; }      # SLURM may be busy, or restart
+state=$(again squeue --noheader --jobs="$job" --format=%T)
+state=${state/SIGNALING/RUNNING}
 if [ "$status" = 3 ] && [ "$state" = RUNNING ] && [ ! -e "$run/slurm/cancelled" ]; then
     [ "$restarts" -lt "$max_restarts" ] || stop_with 3 "not requeued: max_restarts = $max_restarts is reached"
     say "checkpoint written, requeue"
     trap '' TERM
-    scontrol requeue "$job" && exit 3
+    again scontrol requeue "$job" && exit 3
 fi
 say "end with status $status"
 exit "$status"

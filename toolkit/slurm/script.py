@@ -73,7 +73,8 @@ def template() -> str:
         "##SBATCH --partition=gpu", "##SBATCH --account=me", "",
         "nodes=1                  # as above", "gpus_per_node=0          # as above; one training process a GPU",
         "processes_per_node=1     # with GPUs: their number", "max_restarts=50", "signal=USR1              # as above",
-        "python=python", "container=               # for instance: apptainer exec --nv image.sif", "",
+        "python=python", "container=               # for instance: apptainer exec --nv image.sif",
+        "scratch=                 # for instance: /scratch/$USER; the job's TMPDIR is a folder of its own there", "",
         "# module load cuda; source ~/venv/bin/activate", "",
         "# The run directory: a new one, or, for a job that was requeued, the one that it had.",
         'run=$($container "$python" -m toolkit.slurm.inside begin "$@") || exit',
@@ -147,13 +148,19 @@ def _surroundings(settings: Settings) -> list[str]:
     """Python, container, modules, variables, scratch: what the profile says of the cluster."""
     profile = settings.profile
     lines = [f"python={shlex.quote(profile.python or sys.executable)}", f"container={shlex.quote(profile.container)}"]
+    lines.append(f'scratch="{profile.scratch or ""}"')
     if settings.profile_name:
         lines.append(f"# profile {settings.profile_name}")
-    lines += profile.setup
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in profile.variables.items()]
-    if profile.scratch:
-        lines += [f'export TMPDIR="{profile.scratch}"', 'srun --ntasks-per-node=1 mkdir -p "$TMPDIR"']
-    return lines
+    if profile.setup:
+        lines += [_ON_ERROR, *profile.setup, "trap - ERR"]
+    return lines + [f"export {name}={shlex.quote(value)}" for name, value in profile.variables.items()]
+
+
+_ON_ERROR = (
+    'trap \'code=$?; [ "${#BASH_SOURCE[@]}" != 1 ] || '
+    '{ echo "status $code from the setup line: $(sed -n "${LINENO}p" "$0")"; exit 2; }\' ERR'
+)
+"""A setup line that fails ends the job. Within a file that is sourced, nothing: such files try things out."""
 
 
 if __name__ == "__main__":

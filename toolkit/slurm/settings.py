@@ -38,7 +38,7 @@ class Profile(Table):
     defaults: SlurmTable = SlurmTable()
     """For what neither the command nor the recipe says."""
     setup: list[str] = Field(default_factory=list)
-    """Lines of shell before training: modules, virtual environment."""
+    """Lines of shell before training: modules, virtual environment. One that fails ends the job."""
     variables: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
     """Exported before training; no secrets."""
     python: Annotated[str | None, Field(min_length=1)] = None
@@ -46,7 +46,7 @@ class Profile(Table):
     container: Annotated[str, Field(pattern=r"^[^\n]*$")] = ""
     """Put before python: apptainer exec --nv image.sif"""
     scratch: Annotated[str | None, Field(pattern=r'^[^\n"`]+$')] = None
-    """Folder on each node for temporary files, $USER and $SLURM_JOB_ID allowed; becomes TMPDIR."""
+    """Folder on each node, $USER and the like allowed; the job's TMPDIR is a folder of its own there, which it removes."""
     shared: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Folders that all nodes see, though they look local."""
 
