@@ -46,7 +46,7 @@ class Profile(Table):
     container: Annotated[str, Field(pattern=r"^[^\n]*$")] = ""
     """Put before python: apptainer exec --nv image.sif"""
     scratch: Annotated[str | None, Field(pattern=r'^[^\n"`]+$')] = None
-    """Folder on each node, $USER and the like allowed; the job's TMPDIR is a folder of its own there, which it removes."""
+    """Folder on each node, $USER and the like allowed; the job's TMPDIR is a folder there, which it removes."""
     shared: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Folders that all nodes see, though they look local."""
 
