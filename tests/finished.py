@@ -83,7 +83,7 @@ def train_on_files(folder: Path, model: str, *settings: str, size: int = 16, epo
 
 
 def train(recipe: Path, *settings: str) -> Run:
-    """`toolkit train RECIPE --set ...`."""
+    """`toolkit train RECIPE --no-report --set ...`."""
     outcome = toolkit("train", recipe, "--no-report", *(part for setting in settings for part in ("--set", setting)))
     assert outcome.status == 0, outcome.stderr
     return open_run(outcome.stdout.splitlines()[-1])

@@ -18,6 +18,7 @@ from toolkit.commands.export import export, publish
 from toolkit.commands.look import data, doctor, plan
 from toolkit.commands.names import datasets, models, optimizers, transforms
 from toolkit.commands.recipes import diff, show, validate
+from toolkit.commands.report import report
 from toolkit.commands.slurm import cancel, logs, status, submit
 from toolkit.commands.study import study
 from toolkit.commands.table import table
@@ -37,7 +38,7 @@ for job_command in (submit, status, logs, cancel):
     app.command()(job_command)
 for study_command in (study, table):
     app.command()(study_command)
-for use_command in (evaluate, predict, explain, export, publish):
+for use_command in (report, evaluate, predict, explain, export, publish):
     app.command()(use_command)
 
 

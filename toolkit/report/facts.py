@@ -111,7 +111,7 @@ def gather(run: Run) -> Facts:
             f"{run.path} has no finished epoch yet, so there is nothing to report ({_state(run)}); "
             "`toolkit status` shows how far it is"
         )
-    facts.summary = facts.attempt("figures of the test images", lambda: _checked_summary(run))
+    facts.summary = facts.attempt("figures of the test images", lambda: _checked_summary(facts))
     facts.environment = facts.attempt("the environment", lambda: run.environment) or {}
     facts.card = facts.attempt("the names of the classes", lambda: _checked_card(run)) or {}
     facts.split = facts.attempt("the lists of images", lambda: _checked_split(run)) or {}
@@ -154,12 +154,14 @@ def _record(line: str) -> Record | None:
     return _numbers(value)
 
 
-def _checked_summary(run: Run) -> Record:
+def _checked_summary(facts: Facts) -> Record:
     """The summary, with numbers where there should be numbers."""
-    summary = run.summary
+    file, summary = facts.run.path / "summary.json", facts.run.summary
     for model in ("best", "stopped"):
         if not isinstance(summary.get(model), dict) or not isinstance(summary[model].get("epoch"), int):
-            raise UserError(f"{run.path / 'summary.json'} is damaged: it has no {model}.epoch")
+            raise UserError(f"{file} is damaged: it has no {model}.epoch")
+        wrong = [key for key, value in summary[model].items() if not isinstance(value, int | float)]
+        facts.missing += [printable(f"{model}.{key}: {file} is damaged: that is no number") for key in wrong]
     texts = {key: str(summary[key]) for key in ("device", "precision") if key in summary}
     tables = {
         key: _numbers(summary[key]) for key in ("best", "stopped", "images") if isinstance(summary.get(key), dict)

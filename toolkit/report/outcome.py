@@ -84,7 +84,7 @@ def class_accuracy_figure(title: str, found: Predictions) -> Figure:
 
 def reliability_figure(title: str, found: Calibration) -> Figure:
     """Accuracy against confidence, bin by bin, and how many images each bin has."""
-    figure = Figure(figsize=(4.6, 5.0), layout="constrained")
+    figure = Figure(figsize=(3.9, 4.8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     left, width = found.edges[:-1], np.diff(found.edges)
     filled = found.counts > 0

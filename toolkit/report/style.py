@@ -41,7 +41,7 @@ PAGE_COLOURS = {
 }  # fmt: skip
 """On a page, which may be dark."""
 
-NARROW = 350
+NARROW = 290
 """Points; a figure up to this width is shrunk to fit a phone, a wider one is scrolled so that it stays legible."""
 
 PRINT = ("svg", "pdf")
@@ -104,7 +104,7 @@ def page_svg(figure: Figure, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
     text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)
     width = figure.get_figwidth() * 72
-    size = f"min-width:{1.1 * width if width > NARROW else 0:.0f}px;max-width:{1.6 * width:.0f}px"
+    size = f"min-width:{1.3 * width if width > NARROW else 0:.0f}px;max-width:{1.6 * width:.0f}px"
     text = text.replace("<svg ", f'<svg class="drawn" style="{size}" role="img" aria-label="{html.escape(label)}" ', 1)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # no id twice on a page
     text = re.sub(r"font-family: [^;\"]*; ", "", text)

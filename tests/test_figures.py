@@ -1,0 +1,203 @@
+"""What stands in the figures of a run whose figures are known."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from report_runs import HOSTILE, PREDICTIONS, VAL_ACCURACY, first_layer, write_run
+
+from toolkit.errors import UserError
+from toolkit.report import curves, outcome
+from toolkit.report.facts import Facts, Filters, gather
+from toolkit.report.filters import SHOWN, choose, effect_figure, filter_picture, filters_figure, response
+from toolkit.report.measures import Predictions, calibration
+from toolkit.report.mistakes import mistakes, mistakes_figure
+from toolkit.report.style import CYCLE, SPLIT_COLOURS, look, page_svg, save
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    return gather(write_run(tmp_path_factory.mktemp("known"), images=False))
+
+
+def predictions(facts: Facts) -> Predictions:
+    assert facts.predictions is not None
+    return facts.predictions
+
+
+def many_classes(count: int) -> Predictions:
+    """Each class has ten images, of which as many are right as its number's last digit."""
+    labels = np.repeat(np.arange(count), 10)
+    right = np.tile(np.arange(10), count) < labels % 10
+    predicted = np.where(right, labels, (labels + 1) % count)
+    names = [f"a rather long name of class {number}" for number in range(count)]
+    return Predictions([str(i) for i in range(10 * count)], names, labels, predicted, np.full(10 * count, 0.5))
+
+
+def test_curves_have_the_metrics_and_mark_best_and_stopping_epoch(facts: Facts) -> None:
+    for draw, scale, unit in ((curves.loss_curves, 1, "nats"), (curves.accuracy_curves, 100, "%")):
+        (axes,) = draw(facts).axes
+        train, validation, best, stop = axes.lines
+        expected = [1 - a for a in VAL_ACCURACY] if scale == 1 else [100 * a for a in VAL_ACCURACY]
+        assert list(validation.get_xdata()) == [1, 2, 3, 4, 5]
+        assert list(validation.get_ydata()) == pytest.approx(expected)
+        assert (list(best.get_xdata()), best.get_label()) == ([3, 3], "best: epoch 3")
+        assert (list(stop.get_xdata()), stop.get_label()) == ([5, 5], "stopped early: epoch 5")
+        assert axes.get_xlabel() == "epoch"
+        assert unit in axes.get_ylabel()
+        assert train.get_linestyle() != validation.get_linestyle(), "told apart without colours too"
+    (axes,) = curves.learning_rate_curve(facts).axes
+    assert list(axes.lines[0].get_xdata()) == [0, 1, 2, 3, 4], "the rate of an epoch is the one it begins with"
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([0.1, 0.1 / 2, 0.1 / 3, 0.1 / 4, 0.1 / 5])
+
+
+def test_confusion_matrix_with_few_classes_has_its_numbers(facts: Facts) -> None:
+    axes = outcome.confusion_figure("title", predictions(facts)).axes[0]
+    cells = {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in axes.texts}
+    assert cells == {(0, 0): "2", (0, 1): "1", (1, 1): "1", (1, 2): "1", (2, 2): "2"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == [HOSTILE[0][:23] + "…", *HOSTILE[1:]]
+    shares = np.asarray(axes.images[0].get_array().filled(0))
+    assert shares[0] == pytest.approx([200 / 3, 100 / 3, 0])
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 8.0), (101, 5.5)])
+def test_names_beside_a_confusion_matrix_do_not_overlap(count: int, size: float) -> None:
+    figure = outcome.confusion_figure("title", many_classes(count))
+    figure.draw_without_rendering()
+    for labels, vertical in ((figure.axes[0].get_yticklabels(), True), (figure.axes[0].get_xticklabels(), False)):
+        boxes = [label.get_window_extent() for label in labels]
+        assert len(boxes) == count
+        assert {label.get_fontsize() for label in labels} == {size}
+        ends = [(box.y1, box.y0) if vertical else (-box.x0, -box.x1) for box in boxes]
+        assert all(upper[1] >= lower[0] - 0.5 for upper, lower in pairwise(ends))
+
+
+def test_class_accuracy_is_sorted_and_shows_support(facts: Facts) -> None:
+    figure = outcome.class_accuracy_figure("title", predictions(facts))
+    (axes,) = figure.axes
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([100, 200 / 3, 50])
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        f"{HOSTILE[2]}  (2)", f"{HOSTILE[0]}  (3)", f"{HOSTILE[1]}  (2)"
+    ]  # fmt: skip
+    assert axes.lines[0].get_label() == "mean over classes: 72.2 %"
+
+
+def test_reliability_diagram(facts: Facts) -> None:
+    found = predictions(facts)
+    measured = calibration(found.probabilities, found.right)
+    upper, lower = outcome.reliability_figure("title", measured).axes
+    assert f"{100 * measured.expected_error:.1f} %" in upper.get_title()
+    assert sum(bar.get_height() for bar in lower.patches) == len(PREDICTIONS)
+    filled = measured.counts > 0
+    heights = [bar.get_height() for bar in upper.patches[: filled.sum()]]
+    assert heights == pytest.approx(list(measured.accuracy[filled]))
+
+
+def test_worst_mistakes_name_class_prediction_and_probability(facts: Facts) -> None:
+    worst = mistakes(predictions(facts), {}, 10)
+    assert [(one.label, one.prediction, one.probability) for one in worst] == [
+        (HOSTILE[0], HOSTILE[1], 0.9),
+        (HOSTILE[1], HOSTILE[2], 0.55),
+    ]
+    texts = [text.get_text() for text in mistakes_figure("title", worst).axes[0].texts]
+    assert texts[0].endswith("0.90")
+    assert "image not at hand" in texts
+
+
+# Filters
+
+
+def known_filters(count: int = 4) -> Filters:
+    before, after = first_layer()
+    return Filters(
+        "blocks.0.conv.weight", np.tile(before, (count // 4, 1, 1, 1)), np.tile(after, (count // 4, 1, 1, 1))
+    )
+
+
+def test_a_filter_is_drawn_on_its_own_scale_with_grey_for_zero() -> None:
+    weights = np.zeros((3, 1, 3), dtype=np.float32)
+    weights[:, 0, 0], weights[:, 0, 1] = 0.02, -0.01
+    assert filter_picture(weights, 3)[0].tolist() == [[255] * 3, [64] * 3, [128] * 3]
+    weights[0] *= -1
+    assert filter_picture(weights, 3)[0, 0].tolist() == [0, 255, 255], "three channels are red, green and blue"
+    assert filter_picture(np.array([[[1.0]], [[0.0]]], dtype=np.float32), 1).tolist() == [[[255] * 3]], "else the mean"
+
+
+def test_filters_before_and_after_stand_side_by_side_under_the_same_numbers() -> None:
+    before, after = filters_figure("title", known_filters()).axes
+    assert [(a.get_title(), [t.get_text() for t in a.texts]) for a in (before, after)] == [
+        ("before training", ["0", "1", "2", "3"]),
+        ("after training", ["0", "1", "2", "3"]),
+    ]
+    assert not np.array_equal(before.images[0].get_array(), after.images[0].get_array())
+    many = filters_figure("title", known_filters(400))
+    assert len(many.axes[0].texts) == SHOWN
+    assert f"first {SHOWN} of 400" in many.texts[0].get_text()
+
+
+def test_the_filters_shown_on_an_image() -> None:
+    filters = known_filters()
+    assert choose(filters)[0][0] == 2, "the one that has changed"
+    assert choose(filters, [3, 0])[0] == [3, 0]
+    unchanged = Filters("conv.weight", filters.before, filters.before)
+    strongest = int((filters.before**2).sum((1, 2, 3)).argmax())
+    assert choose(unchanged)[0][0] == strongest
+    assert "none has changed" in choose(unchanged)[1]
+    with pytest.raises(UserError, match=r"--filters 4: .* has 4 filters, numbered from 0 to 3"):
+        choose(filters, [4])
+
+
+def test_a_response_is_the_convolution() -> None:
+    image = np.random.default_rng(2).normal(size=(3, 9, 7)).astype(np.float32)
+    weights = first_layer()[0]
+    expected = torch.nn.functional.conv2d(torch.from_numpy(image)[None], torch.from_numpy(weights))[0].numpy()
+    for number in range(4):
+        assert response(weights[number], image) == pytest.approx(expected[number], abs=1e-5)
+
+
+def test_effect_of_filters(facts: Facts) -> None:
+    from PIL import Image
+
+    image = np.random.default_rng(3).normal(size=(3, 300, 300)).astype(np.float32)
+    figure = effect_figure("title", known_filters(), [2, 0], Image.new("L", (300, 300)), image)
+    shown = [axes.images[0].get_array().shape for axes in figure.axes if axes.images]
+    assert max(side for shape in shown[3:] for side in shape) <= 160, "large responses are thinned out"
+    assert [axes.get_title() for axes in figure.axes[1:3]] == ["filter 2", "filter 0"]
+
+
+# Files
+
+
+def test_files_for_print_and_for_a_page(facts: Facts, tmp_path: Path) -> None:
+    said: list[str] = []
+    with look(said.append):
+        figure = outcome.class_accuracy_figure(f"{facts.name}: <b>", predictions(facts))
+        page = page_svg(figure, 'what "it" is')
+        svg, pdf = save(figure, tmp_path / "deep" / "er", "name")
+        again = [path.read_bytes() for path in save(figure, tmp_path, "name")]
+    assert not said
+    assert pdf.read_bytes().startswith(b"%PDF-")
+    assert [svg.read_bytes(), pdf.read_bytes()] == again, "the same figure is the same file"
+    assert "<text" not in svg.read_text(), "print does not depend on installed fonts"
+    root = ElementTree.fromstring(page)
+    assert root.attrib["aria-label"] == 'what "it" is'
+    texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {f"{HOSTILE[0]}  (3)", f"{HOSTILE[1]}  (2)", "known: <b>"} <= texts, "as they are, and as text"
+    assert all("id" not in element.attrib for element in root.iter("{http://www.w3.org/2000/svg}g"))
+    assert "#1a1a1a" not in page, "the page's colours"
+
+
+def test_colours_are_okabe_and_itos_and_differ() -> None:
+    okabe_ito = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
+    assert set(CYCLE) <= okabe_ito
+    assert len(set(CYCLE)) == len(CYCLE)
+    assert len(set(SPLIT_COLOURS.values())) == 3
+    figure = Figure()
+    assert to_hex(figure.subplots().bar([0], [1], color=SPLIT_COLOURS["train"])[0].get_facecolor()) == "#0072b2"

@@ -1,0 +1,339 @@
+"""Reports in a real browser: headless Chromium opens them from disk."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli import toolkit
+from playwright.sync_api import Browser, Page, sync_playwright
+from report_runs import HOSTILE, write_run
+
+from toolkit.report import write
+from toolkit.runs import Run
+
+DESKTOP, PHONE = (1280, 900), (360, 740)
+PAGES = ("hostile", "caltech-like", "unfinished")
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One browser for all tests here; where there is none they skip, on CI they fail."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        missing = "no Chromium (Debian and Ubuntu: apt-get install --no-install-recommends chromium)"
+        if os.environ.get("CI"):
+            pytest.fail(f"CI is set, and there is {missing}")
+        pytest.skip(missing)
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Reports, by name."""
+    runs = {
+        "hostile": write_run(tmp_path_factory.mktemp("hostile")),
+        "caltech-like": _many_classes(tmp_path_factory.mktemp("many")),
+        "unfinished": write_run(tmp_path_factory.mktemp("unfinished"), images=False),
+    }
+    (runs["unfinished"].path / "summary.json").unlink()
+    (runs["unfinished"].path / "predictions.csv").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "save", lambda figure, folder, name, kinds: [folder / f"{name}.{k}" for k in kinds])
+        for run in runs.values():
+            assert toolkit("report", str(run.path)).status == 0
+    return {name: run.report_file for name, run in runs.items()}
+
+
+def _many_classes(folder: Path) -> Run:
+    """101 classes with two test images each, every tenth of which is taken for the next class."""
+    classes = [f"{'a rather long name of ' if number % 9 == 0 else ''}class {number:03d}" for number in range(101)]
+    test = [(i // 2, (i // 2 + 1) % 101 if i % 10 == 0 else i // 2, 0.5 + 0.49 * (i % 7) / 7) for i in range(202)]
+    return write_run(folder, classes, test=test)
+
+
+@pytest.fixture
+def opened(browser: Browser, files: dict[str, Path]) -> Iterator[Open]:
+    """Opens a report; at the end of the test nothing must have been complained of or asked for."""
+    troubles: list[str] = []
+    with ExitStack() as stack:
+
+        def open_(name: str = "hostile", size: tuple[int, int] = DESKTOP, theme: Any = "light") -> Page:
+            viewport: Any = {"width": size[0], "height": size[1]}
+            context = browser.new_context(viewport=viewport, color_scheme=theme, offline=True)
+            stack.callback(context.close)
+            page = context.new_page()
+            page.set_default_timeout(120_000)
+            page.on("console", lambda message: troubles.append(f"{message.type}: {message.text}"))
+            page.on("pageerror", lambda error: troubles.append(str(error)))
+            page.on("dialog", lambda dialog: (troubles.append(dialog.message), dialog.dismiss()))
+            page.on("request", lambda r: r.url.startswith("data:") or asked.append(r.url))
+            page.goto(files[name].as_uri())
+            page.wait_for_selector("html[data-ready]")
+            return page
+
+        asked: list[str] = []
+        yield open_
+    assert not troubles
+    assert all(url.startswith("file:") and Path(url).name == "report.html" for url in asked), asked
+
+
+# As a whole
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_renders_quietly_and_fits_desktop_and_phone(opened: Open, name: str) -> None:
+    for size in (DESKTOP, PHONE):
+        page = opened(name, size)
+        assert page.evaluate("document.documentElement.scrollWidth") <= size[0], "no horizontal scrolling"
+        wide = page.evaluate(
+            """() => [...document.querySelectorAll("main *")].filter((e) => {
+              const box = e.getBoundingClientRect();
+              return box.width > 0 && box.right > innerWidth + 1 && !e.closest(".scroll");
+            }).map((e) => e.outerHTML.slice(0, 80))"""
+        )
+        assert wide == [], "what is wider than the screen scrolls in a box of its own"
+        for image in page.query_selector_all("img"):
+            image.scroll_into_view_if_needed()
+            assert image.evaluate("(e) => e.decode().then(() => e.naturalWidth)") > 0
+
+
+def test_names_are_text(opened: Open) -> None:
+    page = opened()
+    assert page.locator("#by-class tbody td:first-child").all_inner_texts() == [HOSTILE[2], HOSTILE[0], HOSTILE[1]]
+    assert page.locator("img[src=x]").count() == 0
+
+
+CONTRAST = """() => {
+  const parse = (text) => { const c = text.match(/[\\d.]+/g).map(Number); return [c[0], c[1], c[2], c[3] ?? 1]; };
+  const light = (c) => [0, 1, 2].map((i) => c[i] / 255)
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (e) => {
+    for (; e; e = e.parentElement) {
+      const colour = parse(getComputedStyle(e).backgroundColor);
+      if (colour[3] === 1) return colour;
+    }
+    return [255, 255, 255, 1];
+  };
+  const poor = [];
+  let seen = 0;
+  for (const e of document.querySelectorAll("body *")) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+    if (!own || e.closest("script, style, .cells svg") || !e.getClientRects().length) continue;
+    const style = getComputedStyle(e);
+    const ink = parse(e.namespaceURI.endsWith("svg") ? style.fill : style.color);
+    const [a, b] = [light(ink), light(ground(e))];
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    seen += 1;
+    if (contrast < 4.5) poor.push(`${contrast.toFixed(2)} ${e.textContent.slice(0, 40)}`);
+  }
+  return [seen, [...new Set(poor)]];
+}"""
+"""Texts seen, and those whose contrast is less than WCAG 2.2 (1.4.3) asks for."""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_is_legible_in_both_themes(opened: Open, theme: str) -> None:
+    page = opened("hostile", DESKTOP, theme)
+    seen, poor = page.evaluate(CONTRAST)
+    assert seen > 300
+    assert poor == []
+
+
+def test_theme_is_the_systems_until_the_button_is_pressed(opened: Open) -> None:
+    grounds = {}
+    for theme in ("light", "dark"):
+        page = opened("hostile", DESKTOP, theme)
+        grounds[theme] = _ground(page)
+    page.get_by_role("button", name="Switch to the light theme").click()
+    assert _ground(page) == grounds["light"] != grounds["dark"]
+    page.reload()
+    assert _ground(page) == grounds["light"], "it is remembered"
+
+
+def _ground(page: Page) -> str:
+    return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+
+def test_text_is_large_enough_on_a_phone(opened: Open) -> None:
+    for name in ("hostile", "caltech-like"):
+        page = opened(name, PHONE)
+        sizes = page.evaluate(
+            """() => [...document.querySelectorAll("body *")].filter((e) =>
+              [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()) && e.getClientRects().length
+              && !e.closest("script, style")).map((e) => {
+                const svg = e.closest("svg");
+                const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
+                return [parseFloat(getComputedStyle(e).fontSize) * scale, e.textContent.slice(0, 40)];
+              })"""
+        )
+        assert len(sizes) > 300
+        assert [found for found in sizes if found[0] < 8.5] == [], "CSS pixels"
+
+
+def test_everything_can_be_reached_by_keyboard(opened: Open) -> None:
+    page = opened()
+    wanted = page.evaluate(
+        """() => {
+          const found = [...document.querySelectorAll("a[href], button, input, [tabindex='0']")];
+          found.forEach((e, i) => { e.dataset.stop = i; });
+          return found.filter((e) => e.getClientRects().length).length;
+        }"""
+    )
+    stops = []
+    for _ in range(wanted):
+        page.keyboard.press("Tab")
+        stop, outline = page.evaluate(
+            "() => [document.activeElement.dataset.stop, getComputedStyle(document.activeElement).outlineStyle]"
+        )
+        assert outline == "solid", "focus is seen"
+        stops.append(int(stop))
+    assert stops == list(range(wanted)), "once each, in the order of the page"
+    page.evaluate("scrollTo(0, 0); document.activeElement.blur()")
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "content"
+
+
+# Tables
+
+
+def test_tables_sort(opened: Open) -> None:
+    page = opened("caltech-like")
+    for column, title in enumerate(page.locator("#by-class th").all_inner_texts()):
+        header = page.locator("#by-class th").nth(column)
+        is_number = "number" in (header.get_attribute("class") or "")
+        for press, order in enumerate(("descending", "ascending") if is_number else ("ascending", "descending")):
+            if press:
+                header.locator("button").focus()
+                page.keyboard.press("Enter")
+            else:
+                header.locator("button").click()
+            assert header.get_attribute("aria-sort") == order
+            cells = page.locator(f"#by-class tbody td:nth-child({column + 1})").all_inner_texts()
+            values: list[Any] = [float(re.sub("[ %,]", "", cell)) for cell in cells] if is_number else cells
+            assert values == sorted(values, reverse=order == "descending"), title
+    assert page.locator("#by-class th[aria-sort=none]").count() == page.locator("#by-class th").count() - 1
+    assert page.locator("#by-class tbody tr").count() == 101
+
+
+def test_tables_and_galleries_filter(opened: Open) -> None:
+    page = opened("caltech-like")
+    box = page.locator("[data-filter=by-class]")
+    box.fill("LONG name 027")
+    shown = page.locator("#by-class tbody tr:visible")
+    assert [row.split("\t")[0] for row in shown.all_inner_texts()] == ["a rather long name of class 027"]
+    assert page.locator("[data-count=by-class]").inner_text() == "1 of 101 shown"
+    box.fill("")
+    assert shown.count() == 101
+    before = page.locator("#mistake-list li:visible").count()
+    page.locator("[data-filter=mistake-list]").fill("class 010")
+    after = page.locator("#mistake-list li:visible").all_inner_texts()
+    assert 0 < len(after) < before
+    assert all("class 010" in text for text in after)
+
+
+def test_recipe_shows_what_differs(opened: Open) -> None:
+    page = opened()
+    rows = page.locator("#recipe-table tbody tr:visible")
+    all_ = rows.count()
+    page.get_by_role("button", name="differs from default").click()
+    assert 5 < rows.count() < all_
+    assert page.locator("#recipe-table tr.default:visible").count() == 0
+    page.locator("[data-filter=recipe-table]").fill("train.epochs")
+    assert rows.count() == 1
+    page.get_by_role("button", name="all", exact=True).click()
+    page.locator("[data-filter=recipe-table]").fill("")
+    assert rows.count() == all_
+    tones = {page.locator(f"#recipe-table tr.{kind} td").first.evaluate("(e) => getComputedStyle(e).backgroundColor")
+             for kind in ("changed", "default")}  # fmt: skip
+    assert len(tones) == 2, "highlighted"
+
+
+# Curves
+
+
+def test_lines_of_a_chart_are_switched_on_and_off(opened: Open) -> None:
+    page = opened()
+    chart = page.locator("[data-chart=accuracy]")
+    lines = chart.locator("path.line")
+    assert lines.count() == 2
+    button = chart.get_by_role("button", name="validation, mean over classes")
+    assert button.get_attribute("aria-pressed") == "false"
+    button.click()
+    assert (lines.count(), button.get_attribute("aria-pressed")) == (3, "true")
+    for name in ("train", "validation", "validation, mean over classes"):
+        chart.get_by_role("button", name=name, exact=True).click()
+    assert lines.count() == 0
+
+
+def test_a_chart_tells_its_values(opened: Open) -> None:
+    page = opened()
+    chart = page.locator("[data-chart=accuracy]")
+    svg, readout = chart.locator("svg[tabindex]"), chart.locator(".readout")
+    box = svg.bounding_box()
+    assert box is not None
+    svg.hover(position={"x": 56 + (box["width"] - 66) / 2, "y": 100})
+    assert readout.inner_text() == "epoch 3: train 100, validation 90"
+    page.mouse.move(0, 0)
+    assert readout.inner_text() == ""
+    svg.focus()
+    told = []
+    for key in ("ArrowRight", "ArrowRight", "End", "ArrowLeft", "Home"):
+        page.keyboard.press(key)
+        told.append(readout.inner_text().split(":")[0])
+    assert told == ["epoch 1", "epoch 2", "epoch 5", "epoch 4", "epoch 1"]
+
+
+def test_loss_on_a_logarithmic_scale(opened: Open) -> None:
+    page = opened()
+    chart = page.locator("[data-chart=loss]")
+    before = chart.locator("path.line").first.get_attribute("d")
+    chart.get_by_role("button", name="logarithmic").click()
+    heights = _heights(chart.locator("path.line").first.get_attribute("d"))
+    assert before != chart.locator("path.line").first.get_attribute("d")
+    logs = np.log(1.5 / np.arange(1, 6))
+    slope = (heights[-1] - heights[0]) / (logs[-1] - logs[0])
+    assert heights == pytest.approx(list(heights[0] + slope * (logs - logs[0])), abs=0.11), "pixels, to one decimal"
+
+
+def _heights(path: str | None) -> list[float]:
+    return [float(point.split(" ")[1]) for point in re.split("[ML]", path or "")[1:]]
+
+
+def test_best_and_stopping_epoch_are_marked(opened: Open) -> None:
+    page = opened()
+    for chart in ("loss", "accuracy"):
+        texts = page.locator(f"[data-chart={chart}] svg[tabindex] text").all_text_contents()
+        assert {"best: 3", "stopped early: 5"} <= set(texts)
+
+
+# Confusion matrix
+
+
+def test_confusion_matrix_tells_its_cells(opened: Open) -> None:
+    page = opened()
+    svg, readout = page.locator("[data-cells] svg"), page.locator("[data-cells] .readout")
+    svg.focus()
+    assert readout.inner_text() == f"true {HOSTILE[0]}, predicted {HOSTILE[0]}: 2 of 3 images (66.67 %)"
+    page.keyboard.press("ArrowRight")
+    assert readout.inner_text() == f"true {HOSTILE[0]}, predicted {HOSTILE[1]}: 1 of 3 images (33.33 %)"
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowLeft")
+    assert readout.inner_text().startswith(f"true {HOSTILE[0]}, predicted {HOSTILE[0]}"), "it ends at the edges"
+    page.locator("[data-cells] rect.cell").last.hover(force=True)
+    assert readout.inner_text() == f"true {HOSTILE[2]}, predicted {HOSTILE[2]}: 2 of 2 images (100 %)"
