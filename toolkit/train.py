@@ -63,6 +63,8 @@ def train(
             for warning in loaded.warnings:
                 print(warning, file=sys.stderr)
         # torch is imported here, after the recipe was found good.
+        import psutil
+
         from toolkit.engine import fit
 
         if dry_run:
@@ -74,6 +76,7 @@ def train(
             allow_changes=allow_changes,
             show_module=show_module,
             origins=loaded.told_origins(path),
+            began=psutil.Process().create_time(),
         )
         if is_first_process():
             if report:

@@ -103,6 +103,7 @@ def _summary(training: Training, best: dict[str, Any], stopped: dict[str, Any]) 
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "seconds": round(position.train_seconds, 3),
+        "startup_seconds": training.startup_seconds,
         "images_per_s": round(position.train_images / max(position.train_seconds, 1e-9), 2),
         "peak_memory_gib": round(peak_memory_gib(training.accelerator.device), 3),
         "shortcuts": training.loaders.shortcuts,

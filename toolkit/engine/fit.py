@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def fit(
     show_module: bool = False,
     quiet: bool = False,
     origins: dict[str, Any] | None = None,
+    began: float | None = None,
 ) -> Run:
     """Train what ``recipe`` says on the processes that a launcher has started (or this one) and return the run.
 
@@ -52,11 +54,13 @@ def fit(
     ``until``: after this epoch the run pauses, unfinished, and another ``fit(resume=run)`` goes on as if there had been
     no pause; None: to the recipe's end. ``allow_changes`` lets a run go on under a recipe that differs from the one it
     was started with. ``quiet``: what is said goes to the run's log.txt alone. ``origins`` is what a new run keeps of
-    where the recipe's values came from (:meth:`toolkit.recipe.Loaded.told_origins`), for its report.
+    where the recipe's values came from (:meth:`toolkit.recipe.Loaded.told_origins`), for its report. ``began``: when
+    the command was given (seconds since 1970), for the time to the first step; None: now.
 
     Raises UserError (bad input, before training), RunFailed (e.g. a loss that is not finite) and Interrupted (stopped
     on request, with a checkpoint written).
     """
+    called = time.time()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         accelerator, display = _join_processes(recipe, quiet=quiet)
@@ -91,6 +95,7 @@ def fit(
             ):
                 training = _training(setup, run, tracking, stop, checkpoint)
                 stack.callback(training.loaders.close)
+                training.startup_seconds = _say_startup(display, called, called if began is None else began)
                 summary = finish(training) if training.run_epochs(until) else None
                 if summary is not None:
                     tracking.summarise(summary)
@@ -107,6 +112,14 @@ def fit(
             peers.close()
         training.close()
     return run
+
+
+def _say_startup(display: Display, called: float, began: float) -> float:
+    """Seconds from the command to the first step, which are also said."""
+    seconds = time.time() - began
+    imports = f", {called - began:.1f} s of them imports" if called > began else ""
+    display.say(f"ready for the first step after {round(seconds, 2):.1f} s{imports}")
+    return round(seconds, 2)
 
 
 def dry_run(recipe: Recipe, *, load_weights: bool = True, show_module: bool = False) -> None:

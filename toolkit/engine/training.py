@@ -55,6 +55,7 @@ class Training:
         self.control = Control()
         self.bar = Bar(None, 0)
         self.saved_at = time.monotonic()
+        self.startup_seconds = 0.0
         self.journal = Journal(run if self.accelerator.is_main_process else None, self.recipe.checkpoint.keep)
         self._place_model()
         if checkpoint is not None:
