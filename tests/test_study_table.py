@@ -108,6 +108,15 @@ def plain(shown: str) -> str:
     return shown.replace("\N{EN DASH}", "-").replace("\N{MINUS SIGN}", "-")
 
 
+def test_a_note_that_rows_share_is_told_once_with_all_of_them(tmp_path: Path) -> None:
+    runs = [FakeRun(name, note=note) for name, note in (("a", "torn"), ("b", ""), ("c", "torn"), ("d", "read"))]
+    outcome = toolkit("table", write_study(tmp_path / "small", {}, runs).path)
+    assert [line for line in outcome.stdout.splitlines() if line.endswith(("torn", "read"))] == [
+        "a; c: torn",
+        "d: read",
+    ]
+
+
 def test_text_over_seeds(tmp_path: Path) -> None:
     outcome = toolkit("table", seeded_study(tmp_path))
     assert outcome.status == 0

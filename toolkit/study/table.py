@@ -225,7 +225,8 @@ def notes(rows: Sequence[Row], table: StudyTable, *, compared: bool, intervals: 
     if table.note:
         found.append(table.note)
     told = {row.name: row.results[0].member for row in rows}
-    found += [f"{name}: {member.note}" for name, member in told.items() if member.note]
+    for note in dict.fromkeys(member.note for member in told.values() if member.note):
+        found.append(f"{'; '.join(name for name, member in told.items() if member.note == note)}: {note}")
     found += [f"{name}: published in {m.source}." for name, m in told.items() if m.source and m.source != table.source]
     return found + [f"{r.member.row}, seed {r.member.seed}: {r.state}: {r.trouble}" for r in results if r.trouble]
 
