@@ -107,7 +107,7 @@ def test_modes_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_login_it_is_offline_and_says_how_to_upload(tmp_path: Path) -> None:
     said = train(tmp_path)
     assert "W&B is offline: there is no W&B login" in said
-    assert "wandb sync" in said
+    assert f"To upload later: toolkit sync {only_run(tmp_path).path}" in said
     assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
 
 
@@ -204,7 +204,8 @@ def test_a_server_that_stops_answering_costs_a_warning(tmp_path: Path, server: W
     server.hanging.add("history")
     trainers, seconds = stopped_at_step(tmp_path, 9, *tracked("wandb"))
     assert seconds < LIMIT_S
-    assert "its server has not taken all; to upload the rest: wandb sync" in trainers.text()
+    path = only_run(tmp_path).path
+    assert f"its server has not taken all; to upload the rest: toolkit sync {path}" in trainers.text()
     said = train(tmp_path, *tracked("wandb"))
     assert said.count("warning") == 1
     run = only_run(tmp_path)

@@ -34,7 +34,7 @@ class ServerRun:
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Answers POST requests unless ``hanging`` names their kind: "graphql" (all questions) or "history"."""
+    """Answers POST requests unless ``hanging`` or ``refusing`` names their kind: "graphql" (questions) or "history"."""
 
     daemon_threads = True
 
@@ -42,6 +42,9 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.runs: dict[str, ServerRun] = {}
         self.hanging: set[str] = set()
+        self.refusing: set[str] = set()
+        self.asked = 0
+        """Questions so far."""
         self.hung = 0
         """Requests that were not answered in time."""
 
@@ -60,6 +63,8 @@ class WandbServer(ThreadingHTTPServer):
         """The data of one GraphQL operation; None for one that is not known."""
         name = variables.get("name") or ""
         match operation:
+            case "GetDefaultEntity":
+                return {"viewer": {"id": "1", "entity": "me", "defaultEntity": {"name": "me"}}}
             case "Viewer":
                 return {"viewer": {"id": "1", "entity": "me", "username": "me", "email": "", "flags": "{}",
                                    "teams": {"edges": []}}}  # fmt: skip
@@ -74,6 +79,12 @@ class WandbServer(ThreadingHTTPServer):
                 inserted = name not in self.runs
                 self.runs.setdefault(name, ServerRun())
                 return {"upsertBucket": {"bucket": self._bucket(name), "inserted": inserted}}
+            case "Run":
+                bucket = self._bucket(name) if name in self.runs else None
+                return {"project": {"id": "p", "internalId": "1", "run": bucket}}
+            case "RunHistoryKeys":
+                history = self.runs[name].history
+                return {"project": {"run": {"historyKeys": {"lastStep": history[-1]["_step"]} if history else None}}}
             case "CreateRunFiles":
                 files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
                 return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
@@ -119,6 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if self.path == "/graphql":
             self.server.wait_while_hanging("graphql")
+            self.server.asked += 1
             asked = json.loads(body)
             found = OPERATION.search(asked["query"])
             operation = asked.get("operationName") or (found[1] if found else "")
@@ -127,6 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send({"data": data, **({} if data is not None else error)})
         elif self.path.endswith("/file_stream"):
             self.server.wait_while_hanging("history")
+            if "history" in self.server.refusing:
+                self._send({"error": "no right to write"}, 401)
+                return
             self.server.take(self.path.split("/")[-2], json.loads(body))
             self._send({"exitcode": None, "limits": {}})
         else:
@@ -144,10 +159,10 @@ class _Handler(BaseHTTPRequestHandler):
         coding = self.headers.get("Content-Encoding", "")
         return gzip.decompress(data) if coding == "gzip" else zlib.decompress(data) if coding == "deflate" else data
 
-    def _send(self, content: dict[str, Any]) -> None:
+    def _send(self, content: dict[str, Any], status: int = 200) -> None:
         data = json.dumps(content).encode()
         try:
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from toolkit.commands.bench import bench
-from toolkit.commands.export import export, publish
+from toolkit.commands.export import export, publish, sync
 from toolkit.commands.look import data, doctor, plan
 from toolkit.commands.names import datasets, models, optimizers, transforms
 from toolkit.commands.recipes import diff, show, validate
@@ -38,7 +38,7 @@ for job_command in (submit, status, logs, cancel):
     app.command()(job_command)
 for study_command in (study, table):
     app.command()(study_command)
-for use_command in (report, evaluate, predict, explain, export, publish):
+for use_command in (report, evaluate, predict, explain, export, publish, sync):
     app.command()(use_command)
 
 

@@ -38,6 +38,10 @@ from toolkit.recipe import Recipe, load_recipe
 PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
 
 
+class RunInUse(UserError):
+    """A trainer works in the run directory at the moment."""
+
+
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write under a temporary name, sync to disk, move into place: readers see the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -176,7 +180,7 @@ class Run:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{self.path} is in use by another trainer that still runs") from None
+            raise RunInUse(f"{self.path} is in use by another trainer that still runs") from None
         except OSError as error:
             raise UserError(f"cannot write in {self.path}: {error.strerror}") from None
         return lock

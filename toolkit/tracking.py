@@ -29,7 +29,7 @@ CONNECT_SECONDS = 3
 INIT_SECONDS = 15
 OFFLINE_ATTEMPTS, OFFLINE_PAUSE_S = 10, 3.0
 FINISH_SECONDS = 7
-"""A run asked to stop must be gone within 10 s. What the server has not taken stays on disk for `wandb sync`."""
+"""A run asked to stop must be gone within 10 s. What the server has not taken stays on disk for `toolkit sync`."""
 LEAVE_SECONDS = FINISH_SECONDS + 0.5
 """For all trackers together, where one hangs in its own client."""
 BACKLOG = 100_000
@@ -96,7 +96,7 @@ class Tracking:
             if self.wandb_mode == "disabled":
                 self.names.remove("wandb")
             elif why:
-                say(f"W&B is offline: {why}. To upload later: wandb sync {folder / 'wandb'}/offline-run-*")
+                say(f"W&B is offline: {why}. To upload later: toolkit sync {folder}")
         if self.names:
             self._start(recipe, folder, run_id)
 
@@ -140,9 +140,7 @@ class Tracking:
             config = _scalars(config)
         self.accelerator.init_trackers(recipe.tracking.project, config, {"wandb": wandb})
         if "wandb" in self.names:
-            run = self.accelerator.get_tracker("wandb", unwrap=True)
-            run.define_metric("epoch")
-            run.define_metric("*", step_metric="epoch")
+            define_axes(self.accelerator.get_tracker("wandb", unwrap=True))
         self.couriers = [Courier(tracker, self.say) for tracker in self.accelerator.trackers]
 
     def log(self, record: dict[str, Any], step: int) -> None:
@@ -174,8 +172,14 @@ def _close(tracker: Any, exit_code: int) -> None:
     try:
         tracker.tracker.finish(exit_code=exit_code)
     except TimeoutError:
-        folder = Path(tracker.tracker.dir).parent
-        raise TimeoutError(f"its server has not taken all; to upload the rest: wandb sync {folder}") from None
+        run = Path(tracker.tracker.dir).parents[2]  # of RUN/wandb/run-TIME-ID/files
+        raise TimeoutError(f"its server has not taken all; to upload the rest: toolkit sync {run}") from None
+
+
+def define_axes(run: Any) -> None:
+    """Have W&B draw every figure over the epochs."""
+    run.define_metric("epoch")
+    run.define_metric("*", step_metric="epoch")
 
 
 def wandb_settings(recipe: Recipe, folder: Path, run_id: str, mode: str) -> dict[str, Any]:
@@ -211,18 +215,24 @@ def wandb_mode(wanted: str) -> tuple[str, str]:
         return ("offline" if said == "dryrun" else said), ""
     if wanted in ("offline", "disabled"):
         return wanted, ""
+    why = why_offline()
+    return ("offline", why) if why else ("online", "")
+
+
+def why_offline() -> str:
+    """Why W&B cannot be logged to from here; empty where it can. Never prompts."""
     import wandb
 
     try:
-        wandb.setup(wandb.Settings(silent=True))
+        wandb.setup(wandb.Settings(silent=True, mode="online"))  # whatever WANDB_MODE says
         known = wandb.login(prompt=False, verify=False)
     except Exception as error:  # a malformed key raises one of several types
-        return "offline", f"the W&B login does not work ({_first_line(error)})"
+        return f"the W&B login does not work ({_first_line(error)})"
     if not known:
-        return "offline", "there is no W&B login"
+        return "there is no W&B login"
     server = urlparse(wandb.setup().settings.base_url)
     unheard = _unheard(server.geturl())
-    return ("offline", f"its server {server.hostname} {unheard}") if unheard else ("online", "")
+    return f"its server {server.hostname} {unheard}" if unheard else ""
 
 
 def _unheard(url: str) -> str:

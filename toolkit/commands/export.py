@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from toolkit.commands.use import ModelArgument, RunArgument, say
-from toolkit.errors import EXIT_OK
+from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 from toolkit.train import AsJson, Debug, end, report_errors
 
 
@@ -77,5 +78,47 @@ def publish(
             say(f"not pushed, since {done.why_not}; {how_to_push(done.folder, repo)}")
         print(done.url or done.folder)
         return EXIT_OK
+
+    end(report_errors(work, debug=debug))
+
+
+def sync(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN...", help="Runs, studies, or folders of runs. Default: runs.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Upload runs to W&B that were tracked offline.
+
+    Each run is uploaded once, from its metrics.jsonl, under the id that it was trained with; one that is being trained
+    is left alone. What an upload did not bring over, or a run has got since, the same command brings later.
+
+    Example: toolkit sync runs/quickstart
+    """
+
+    def work() -> int:
+        from toolkit.slurm.job import find_runs
+        from toolkit.sync import NoServer
+        from toolkit.sync import sync as upload
+
+        folders = runs or [Path("runs")]
+        found = [run for folder in folders for run in find_runs(folder)]
+        if not found:
+            say(f"no runs in {', '.join(map(str, folders))}")
+        done = []
+        for run in found:
+            try:
+                done.append(upload(run))
+            except NoServer:
+                raise
+            except UserError as error:  # one that is damaged is no reason to leave the others
+                say(str(error))
+                continue
+            if not as_json:
+                print(done[-1].text(), flush=True)
+        if as_json:
+            print(json.dumps([asdict(each) for each in done], indent=2))
+        return EXIT_OK if len(done) == len(found) else EXIT_FAILURE
 
     end(report_errors(work, debug=debug))
