@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import wandb
-import wandb.apis.public  # noqa: F401
+import wandb.apis.public
 from cli import Outcome, toolkit
 from distributed import free_port, launch
 from test_tracking import KEY, stopped_at_step, tracked, train
@@ -44,6 +44,7 @@ def _a_machine_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb.teardown()  # a client that other tests started would be the forked processes' too
 
 
 @pytest.fixture
