@@ -43,10 +43,6 @@ epochs = {epochs}
 batch_size = 16
 precision = "no"
 
-[checkpoint]
-every_steps = 2
-every_minutes = 0.0
-
 [tracking]
 trackers = []
 

@@ -62,6 +62,8 @@ def train(
         if is_first_process():
             for warning in loaded.warnings:
                 print(warning, file=sys.stderr)
+        if loaded.recipe.study is not None:
+            raise UserError(f"{recipe} is a study of many runs: toolkit study {recipe}")
         # torch is imported here, after the recipe was found good.
         import psutil
 

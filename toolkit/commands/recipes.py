@@ -46,11 +46,12 @@ def validate(
 
 
 def _verdict(path: str, overrides: list[str]) -> list[Diagnostic]:
-    """Everything that is wrong or doubtful about one recipe."""
-    from toolkit.recipe import RecipeError, load
+    """Everything that is wrong or doubtful about one recipe, or about all runs of a study."""
+    from toolkit.recipe import RecipeError
+    from toolkit.study.expand import check_file
 
     try:
-        return load(path, overrides).warnings
+        return check_file(path, overrides)
     except RecipeError as error:
         return error.diagnostics
 

@@ -166,6 +166,14 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     return study
 
 
+def check_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[Diagnostic]:
+    """What is doubtful about a recipe, or about any run of a study. Raises RecipeError."""
+    sources = read_sources(path, overrides)
+    if not any("study" in source.data for source in sources):
+        return resolve(sources, os.fspath(path)).warnings
+    return expand(read_study(path, overrides)).warnings
+
+
 def expand(study: StudyFile) -> Expansion:
     """All runs that the file tells of; those of bohb come about while it goes on, so there are none.
 

@@ -1,0 +1,342 @@
+"""A study runs to its end from wherever it was left, in one process, and each run is what it would be alone."""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli import toolkit
+from studies import BASE, GRID, outcome, outcomes, runs_of, start, study_folder, write_study
+
+from toolkit.engine.fit import fit
+from toolkit.engine.training import Training
+from toolkit.errors import Interrupted
+from toolkit.recipe import load_recipe, loads_recipe
+from toolkit.runs import open_run
+from toolkit.study import worker
+from toolkit.study.folder import failure_of, state_of
+
+TWO = "[study.grid]\noptimizer.lr = [0.1, 0.05]\n"
+
+STATEFUL = """
+[augment]
+train = [{ name = "RandomAffine", degrees = 20 }]
+mixup = 0.4
+"""
+
+
+def study(path: Path, *arguments: str, status: int = 0) -> str:
+    """`toolkit study`, and what it has shown."""
+    result = toolkit("study", path, *arguments)
+    assert result.status == status, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+# -- pausing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_pauses_after_epochs_comes_out_the_same(tmp_path: Path) -> None:
+    text = BASE.format(root=tmp_path / "whole", epochs=4) + STATEFUL + '[scheduler]\nname = "cosine"\n'
+    whole = outcome(fit(loads_recipe(text)))
+    recipe = loads_recipe(text, [f'recipe.run_root="{tmp_path / "parts"}"'])
+    run = fit(recipe, until=1)
+    assert (len(run.epochs()), run.is_finished, state_of(run)) == (1, False, "paused")
+    for until, finished in ((1, False), (3, False), (None, True)):
+        run = fit(recipe, resume=run.path, until=until)
+        assert run.is_finished is finished
+    assert outcome(run) == whole
+
+
+def test_a_pause_behind_the_last_epoch_or_after_early_stopping_is_the_end(tmp_path: Path) -> None:
+    text = BASE.format(root=tmp_path, epochs=3)
+    assert fit(loads_recipe(text), until=3).is_finished
+    assert fit(loads_recipe(text), until=9).is_finished
+    stops = loads_recipe(text, ["early_stopping.patience=1", "early_stopping.min_delta=100.0"])
+    run = fit(stops, until=2)
+    assert (run.is_finished, run.summary["stopped_early"], len(run.epochs())) == (True, True, 2)
+
+
+def test_a_quiet_run_says_the_same_in_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = loads_recipe(BASE.format(root=tmp_path, epochs=1))
+    run = fit(recipe, quiet=True)
+    assert capfd.readouterr() == ("", "")
+    assert "epoch 1/1" in run.log_file.read_text()
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_run_of_a_study_is_what_it_is_alone(tmp_path: Path) -> None:
+    """Whatever ran before it in the process, deterministic algorithms and other optimisers included."""
+    path = write_study(
+        tmp_path,
+        STATEFUL
+        + """
+        [[study.rows]]
+        name = "deterministic"
+        set.train.deterministic = true
+        [[study.rows]]
+        name = "adamw"
+        set = { optimizer.name = "adamw", train.ema = 0.9, train.batch_size = 8 }
+        [[study.rows]]
+        name = "plain"
+        """,
+    )
+    study(path)
+    told = outcomes(tmp_path)
+    assert not torch.are_deterministic_algorithms_enabled()
+    alone = write_study(tmp_path / "alone", STATEFUL, name="recipe.toml")
+    assert toolkit("train", alone).status == 0
+    (run,) = (tmp_path / "alone" / "runs" / "small").iterdir()
+    assert outcome(open_run(run)) == told["plain, seed 0"]
+    assert told["plain, seed 0"]["weights"] != told["adamw, seed 0"]["weights"]
+
+
+def test_a_run_keeps_its_own_recipe_and_where_it_came_from(tmp_path: Path) -> None:
+    path = write_study(tmp_path, TWO, epochs=1)
+    study(path)
+    (_, run), _ = runs_of(tmp_path)
+    assert "study" not in (run.path / "recipe.toml").read_text()
+    assert load_recipe(run.path / "recipe.toml").optimizer.lr == 0.1
+    line = path.read_text().splitlines().index("optimizer.lr = [0.1, 0.05]") + 1
+    assert run.origins["keys"]["optimizer.lr"] == f"{path}:{line}"
+    assert run.origins["keys"]["optimizer.momentum"] == "default"
+
+
+def test_finished_runs_are_never_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_study(tmp_path, TWO, epochs=1)
+    study(path)
+    before = outcomes(tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a finished run was trained")
+
+    monkeypatch.setattr(worker, "fit", refuse)
+    assert "2 of 2 runs finished" in study(path)
+    assert outcomes(tmp_path) == before
+    # A study that is not known to the folder any more finds its runs by their recipes.
+    (study_folder(tmp_path).path / "study.json").unlink()
+    study(path)
+    assert outcomes(tmp_path) == before
+
+
+def test_rows_that_are_added_are_trained_and_the_others_are_not(tmp_path: Path) -> None:
+    path = write_study(tmp_path, TWO, epochs=1)
+    study(path)
+    before = {title: run.path for title, run in runs_of(tmp_path)}
+    write_study(tmp_path, "[study.grid]\noptimizer.lr = [0.2, 0.1, 0.05]\n", epochs=1)
+    study(path)
+    after = {title: run.path for title, run in runs_of(tmp_path)}
+    assert list(after) == ["lr 0.2, seed 0", "lr 0.1, seed 0", "lr 0.05, seed 0"]
+    assert all(after[title] == before[title] for title in before)
+    write_study(tmp_path, "[study.grid]\noptimizer.lr = [0.1]\n", epochs=1)
+    said = study(path)
+    assert "2 run(s) in" in said
+    assert all(run_path.exists() for run_path in after.values())
+
+
+def test_an_interrupted_study_goes_on_and_comes_out_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write_study(tmp_path / "whole", TWO, epochs=3)
+    study(whole)
+    path = write_study(tmp_path / "parts", TWO, epochs=3)
+    for count in (4, 8, 10):  # steps after which SIGTERM comes
+        with monkeypatch.context() as patch:
+            patch.setattr(Training, "_after_step", interrupting(count))
+            result = toolkit("study", path)
+        assert result.status == 3, result.stderr
+        assert "The same command goes on" in result.stderr
+    study(path)
+    assert outcomes(tmp_path / "parts") == outcomes(tmp_path / "whole")
+
+
+def interrupting(count: int) -> Any:
+    """Training's own _after_step, with SIGTERM at the ``count``-th call."""
+    calls, original = [0], Training._after_step
+
+    def after_step(self: Training, *arguments: Any) -> bool:
+        calls[0] += 1
+        if calls[0] == count:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *arguments)
+
+    return after_step
+
+
+def test_a_run_that_fails_does_not_end_the_study_and_is_retried_when_asked(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    path = write_study(
+        tmp_path,
+        f"""
+        [[study.rows]]
+        name = "needs a file"
+        set = {{ model.weights = "file:{weights}", transfer.mode = "finetune" }}
+        [[study.rows]]
+        name = "diverges"
+        set = {{ optimizer.lr = 1e30 }}
+        [[study.rows]]
+        name = "fine"
+        """,
+    )
+    said = study(path, status=1)
+    assert "needs a file, seed 0: failed: " in said
+    assert "weights.safetensors" in said
+    assert "diverges, seed 0: failed: the loss is not finite" in said
+    states = {title: state_of(run) for title, run in runs_of(tmp_path)}
+    assert list(states.values()) == ["failed", "failed", "finished"]
+    fine = outcome(dict(runs_of(tmp_path))["fine, seed 0"])
+    # Failed runs are shown again, and not tried again unless asked.
+    broken = {title: failure_of(run) for title, run in runs_of(tmp_path)}
+    study(path, status=1)
+    assert {title: failure_of(run) for title, run in runs_of(tmp_path)} == broken
+    import safetensors.torch
+
+    from toolkit.models.build import build_model
+
+    module = build_model(loads_recipe(BASE.format(root="r", epochs=1)).model, 10, 3, 8).module
+    safetensors.torch.save_file(module.state_dict(), weights)
+    said = study(path, "--retry", status=1)
+    states = {title: state_of(run) for title, run in runs_of(tmp_path)}
+    assert list(states.values()) == ["finished", "failed", "finished"]
+    assert outcome(dict(runs_of(tmp_path))["fine, seed 0"]) == fine
+
+
+def test_memory_does_not_grow_from_run_to_run(tmp_path: Path) -> None:
+    tensors = []
+
+    def count(run: Any) -> None:
+        gc.collect()
+        tensors.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+
+    from toolkit.engine.signals import StopRequest
+    from toolkit.study.expand import expand, read_study
+    from toolkit.study.prepare import controlled, prepare
+    from toolkit.study.worker import train_here, work_through
+
+    found = read_study(write_study(tmp_path, "[study]\nseeds = 5\n", epochs=1))
+    with StopRequest() as stop, controlled(found) as folder:
+        prepare(found, folder, expand(found))
+        assert work_through(folder, stop, train_here, after=count) == 0
+    assert len(tensors) == 5
+    assert tensors[1:] == [tensors[1]] * 4
+
+
+# -- what is refused, and what is printed -----------------------------------------------------------------------------
+
+
+def test_a_plan_counts_what_is_there_and_writes_nothing(tmp_path: Path) -> None:
+    path = write_study(tmp_path, GRID, epochs=1)
+    plan = json.loads(toolkit("study", path, "--plan", "--json").stdout)
+    assert not (tmp_path / "runs").exists()
+    assert (plan["runs"], plan["finished"], plan["epochs_left"], plan["seconds_left"]) == (12, 0, 12, None)
+    images = plan["members"][0]["images_per_epoch"]
+    flops = plan["members"][0]["training_flops_per_image"]
+    assert images == 10 * 8
+    assert plan["flops_left"] == pytest.approx(12 * images * flops)
+    text = toolkit("study", path, "--plan").stdout
+    assert "12 runs" in text
+    assert "lr 0.2, momentum 0.5" in text
+    write_study(tmp_path, TWO, epochs=1)
+    study(path)
+    write_study(tmp_path, "[study.grid]\noptimizer.lr = [0.2, 0.1, 0.05]\n", epochs=1)
+    plan = json.loads(toolkit("study", path, "--plan", "--json").stdout)
+    assert [member["state"] for member in plan["members"]] == ["missing", "finished", "finished"]
+    assert (plan["runs"], plan["finished"], plan["epochs_left"]) == (3, 2, 1)
+    speeds = [run.summary["images_per_s"] for _, run in runs_of(tmp_path)]
+    assert min(speeds) * 0.99 <= images / plan["seconds_left"] <= max(speeds) * 1.01
+    assert "about" in toolkit("study", path, "--plan").stdout
+
+
+def test_more_runs_than_stated_need_yes(tmp_path: Path) -> None:
+    path = write_study(tmp_path, "[study]\nmax_runs = 1\n" + TWO, epochs=1)
+    assert "has 2 runs, more than study.max_runs = 1" in study(path, status=2)
+    assert not (tmp_path / "runs").exists()
+    assert "2 runs" in toolkit("study", path, "--plan").stdout
+    study(path, "--yes")
+
+
+def test_a_folder_with_another_study_is_left_alone(tmp_path: Path) -> None:
+    path = write_study(tmp_path, TWO, epochs=1)
+    study(path)
+    kept = {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()}
+    other = write_study(tmp_path, "[study.grid]\noptimizer.lr = [0.5, 0.7]\n", epochs=1, name="other.toml")
+    said = study(other, status=2)
+    assert f"{study_folder(tmp_path).path} holds a study of other runs (optimizer.lr: 0.1 -> 0.5)" in said
+    assert "Give this one a recipe.name of its own" in said
+    search = "[study]\nrandom.runs = 2\nspace.optimizer.lr = { uniform = [0.1, 0.2] }\n"
+    said = study(write_study(tmp_path, search, epochs=1, name="search.toml"), status=2)
+    assert "holds a study with runs that are listed, not searched for" in said
+    assert {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()} == kept
+
+
+def test_two_searches_of_different_spaces_do_not_share_a_folder(tmp_path: Path) -> None:
+    text = "[study]\nrandom.runs = {runs}\nspace.optimizer.lr = {{ uniform = [0.1, {high}] }}\n"
+    path = write_study(tmp_path, text.format(runs=1, high=0.2), epochs=1)
+    study(path)
+    write_study(tmp_path, text.format(runs=1, high=0.3), epochs=1)
+    assert "holds a study with another space" in study(path, status=2)
+    write_study(tmp_path, text.format(runs=2, high=0.2), epochs=1)
+    study(path)
+    assert [state_of(run) for _, run in runs_of(tmp_path)] == ["finished", "finished"]
+
+
+@pytest.mark.parametrize("where", ["a file", "nowhere"])
+def test_storage_that_cannot_be_written_is_one_message(tmp_path: Path, where: str) -> None:
+    path = write_study(tmp_path, TWO, epochs=1)
+    (tmp_path / "file").write_text("")
+    root = {"a file": str(tmp_path / "file" / "runs"), "nowhere": "/proc/nowhere"}[where]
+    said = study(path, "--set", f'recipe.run_root="{root}"', status=2)
+    assert "recipe.run_root: cannot write in" in said
+    assert "Traceback" not in said
+
+
+def test_train_sends_a_study_to_its_own_command(tmp_path: Path) -> None:
+    path = write_study(tmp_path, TWO, epochs=1)
+    result = toolkit("train", path)
+    assert result.status == 2
+    assert f"is a study of many runs: toolkit study {path}" in result.stderr
+    assert "has no [study] table" in study(write_study(tmp_path, "", name="recipe.toml"), status=2)
+
+
+def test_a_study_is_under_one_controller_at_a_time(tmp_path: Path) -> None:
+    from toolkit.study.expand import read_study
+    from toolkit.study.prepare import controlled
+
+    path = write_study(tmp_path, TWO, epochs=1)
+    with controlled(read_study(path)):
+        assert "is under another `toolkit study` that still runs" in study(path, status=2)
+    study(path)
+
+
+def test_a_second_interrupt_ends_it_at_once(tmp_path: Path) -> None:
+    import os
+    import time
+
+    path = write_study(tmp_path, TWO, epochs=5000)
+    process = start(tmp_path / "shown.txt", "study", path)
+    try:
+        folder, deadline = study_folder(tmp_path), time.monotonic() + 100
+        while not (folder.exists and any(run.epochs() for _, run in runs_of(tmp_path))):
+            assert time.monotonic() < deadline, (tmp_path / "shown.txt").read_text()
+            time.sleep(0.05)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 3, (tmp_path / "shown.txt").read_text()
+    finally:
+        process.kill()
+    assert "stopped; 2 runs:" in (tmp_path / "shown.txt").read_text()
+
+
+def test_interrupted_is_raised_through_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise Interrupted("stopped")
+
+    path = write_study(tmp_path, TWO, epochs=1)
+    monkeypatch.setattr(worker, "fit", interrupted)
+    study(path, status=3)
+    assert all(state_of(run) == "paused" for _, run in runs_of(tmp_path))

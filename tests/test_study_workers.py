@@ -1,0 +1,345 @@
+"""Workers die, controllers die, and the study comes out as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cli import toolkit
+from studies import GRID, outcomes, runs_of, start, study_folder, write_study
+from trainers import Trainers
+
+from toolkit.engine.signals import StopRequest
+from toolkit.runs import Run
+from toolkit.study import crew
+from toolkit.study.crew import LOGS, Crew, Slot, slots_for
+from toolkit.study.folder import (
+    StudyFolder,
+    assign,
+    claim,
+    failure_of,
+    is_claimed,
+    is_open,
+    open_runs,
+    state_of,
+)
+from toolkit.study.launch import train_on_several, train_rank
+from toolkit.study.worker import serve, take_run, train_here
+
+WAIT_S = 200.0
+OFTEN = "[checkpoint]\nevery_steps = 2\nevery_minutes = 0.0\n"
+KILLS = 5
+
+
+def wait_until(condition: Callable[[], bool], shown: Path | None = None) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, shown.read_text() if shown else "waited in vain"
+        time.sleep(0.02)
+
+
+def progress(folder: StudyFolder) -> int:
+    """Rises as runs go on."""
+    if not folder.exists:
+        return 0
+    names = {member.run for member in folder.members if member.run is not None}
+    return sum(len((folder.path / name / "log.txt").read_text()) for name in names if _has_log(folder, name))
+
+
+def _has_log(folder: StudyFolder, name: str) -> bool:
+    return (folder.path / name / "log.txt").exists()
+
+
+def workers_of(folder: StudyFolder) -> list[int]:
+    """Process ids of the youngest worker in each place."""
+    found = []
+    for log in sorted((folder.path / LOGS).glob("*.txt")):
+        ids = re.findall(r"worker \d+, process (\d+)", log.read_text())
+        found += [int(ids[-1])] if ids else []
+    return found
+
+
+@contextlib.contextmanager
+def killing(folder: StudyFolder, kills: int, draw: random.Random) -> Iterator[list[int]]:
+    """In the background, kill a worker at random, ``kills`` times, each time after some run has gone on a little."""
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill() -> None:
+        seen = progress(folder)
+        while len(killed) < kills and not over.is_set():
+            if progress(folder) > seen and (victims := [pid for pid in workers_of(folder) if pid not in killed]):
+                over.wait(draw.random() * 0.3)
+                with contextlib.suppress(ProcessLookupError):
+                    victim = draw.choice(victims)
+                    os.kill(victim, signal.SIGKILL)
+                    killed.append(victim)
+                seen = progress(folder)
+            over.wait(0.02)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_grid_with_two_workers_killed_at_random_gives_the_same_table(tmp_path: Path) -> None:
+    """The controller too: the first one is killed, the second stopped by SIGTERM, the third comes to the end."""
+    whole = write_study(tmp_path / "whole", OFTEN + GRID, epochs=4)
+    assert toolkit("study", whole).status == 0
+    path = write_study(tmp_path / "killed", OFTEN + GRID, epochs=4)
+    folder, draw, shown = study_folder(tmp_path / "killed"), random.Random(6), tmp_path / "shown.txt"
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        controller = start(shown, "study", path, "--parallel", "2")
+        try:
+            before = progress(folder)
+            wait_until(lambda before=before: progress(folder) > before, shown)  # type: ignore[misc]
+            time.sleep(draw.random() * 0.5)
+            assert controller.pid is not None
+            os.kill(controller.pid, number)
+            controller.join(WAIT_S)
+        finally:
+            controller.kill()
+        assert controller.exitcode == (3 if number == signal.SIGTERM else -number), shown.read_text()
+        # Its workers have noticed, written a checkpoint, and left.
+        wait_until(lambda: not any(is_claimed(run) for _, run in runs_of(tmp_path / "killed")))
+    with killing(folder, KILLS, draw) as killed:
+        result = toolkit("study", path, "--parallel", "2")
+    assert result.status == 0, result.stderr
+    print(f"{len(killed)} workers killed\n{result.stderr}")
+    assert len(killed) >= 2
+    assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
+    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
+
+
+def figures(folder: Path) -> list[str]:
+    """The study's table without the columns that tell times."""
+    columns = "train_loss,train_accuracy,val_loss,val_accuracy,test_loss,test_accuracy,epochs"
+    return toolkit("table", study_folder(folder).path, "--columns", columns).stdout.splitlines()
+
+
+def test_a_search_with_two_workers_killed_at_random_is_finished(tmp_path: Path) -> None:
+    text = """
+        [study]
+        bohb = { trials = 12, min_epochs = 1, max_epochs = 4, eta = 2, startup_trials = 4 }
+        [study.space]
+        optimizer.lr = { log_uniform = [1e-3, 1.0] }
+        optimizer.name = { choice = ["sgd", "adamw"] }
+        optimizer.momentum = { uniform = [0.1, 0.9], when = { optimizer.name = "sgd" } }
+        """
+    path = write_study(tmp_path, OFTEN + text)
+    folder = study_folder(tmp_path)
+    with killing(folder, 3, random.Random(1)):
+        result = toolkit("study", path, "--parallel", "2")
+    assert result.status == 0, result.stderr
+    assert folder.is_complete
+    assert len(folder.members) == 12
+    epochs = [len(run.epochs()) for _, run in runs_of(tmp_path)]
+    assert set(epochs) <= {1, 2, 4}
+    assert 4 in epochs
+    assert 1 in epochs
+    for title, run in runs_of(tmp_path):
+        assert run.is_finished == (len(run.epochs()) == 4), title
+    before = outcomes_of_finished(tmp_path)
+    assert toolkit("study", path, "--parallel", "2").status == 0
+    assert outcomes_of_finished(tmp_path) == before
+    assert len(folder.members) == 12
+
+
+def outcomes_of_finished(folder: Path) -> dict[str, bytes]:
+    return {title: run.metrics_file.read_bytes() for title, run in runs_of(folder)}
+
+
+def test_a_search_with_one_worker_is_reproducible_also_when_it_is_interrupted(tmp_path: Path) -> None:
+    text = """
+        [study]
+        bohb = { trials = 9, min_epochs = 1, max_epochs = 4, eta = 2, startup_trials = 3, seed = 4 }
+        space.optimizer.lr = { log_uniform = [1e-3, 1.0] }
+        """
+    told = []
+    for name, stops in (("one", 0), ("two", 3)):
+        path = write_study(tmp_path / name, text)
+        for _ in range(stops):
+            controller = start(tmp_path / "shown.txt", "study", path)
+            before = progress(study_folder(tmp_path / name))
+            wait_until(lambda name=name, before=before: progress(study_folder(tmp_path / name)) > before)  # type: ignore[misc]
+            controller.kill()
+            controller.join()
+        assert toolkit("study", path).status == 0
+        told.append(outcomes_of_finished(tmp_path / name))
+    assert told[0] == told[1]
+
+
+# -- dealing with runs ------------------------------------------------------------------------------------------------
+
+
+def prepared(folder: Path, study: str, epochs: int = 1) -> StudyFolder:
+    """A study's folder with its run directories, nothing trained."""
+    from toolkit.study.expand import expand, read_study
+    from toolkit.study.prepare import controlled, prepare
+
+    found = read_study(write_study(folder, study, epochs=epochs))
+    with controlled(found) as there:
+        prepare(found, there, expand(found))
+    return there
+
+
+def test_workers_take_different_runs_and_leave_none(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, GRID)
+    taken = []
+    while (claimed := take_run(folder)) is not None:
+        taken.append(claimed)
+    assert len({claimed.run.id for claimed in taken}) == 12
+    assert all(state_of(claimed.run) == "running" for claimed in taken)
+    taken[3].release()
+    again = take_run(folder)
+    assert again is not None
+    assert again.run.id == taken[3].run.id
+
+
+def test_a_run_that_somebody_trains_by_hand_is_left_to_him(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, "[study]\nseeds = 1\n")
+    (run,) = open_runs(folder)
+    by_hand = run.lock()
+    assert take_run(folder) is None
+    by_hand.release()
+    assert take_run(folder) is not None
+
+
+def test_an_assignment_says_how_far_a_run_is_trained(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, "[study]\nseeds = 1\n", epochs=3)
+    (run,) = open_runs(folder)
+    for until, epochs in ((1, 1), (1, 1), (2, 2), (None, 3)):
+        assign(run, until)
+        with StopRequest() as stop:
+            assert serve(folder, stop, train_here, waits=False) == 0
+        assert len(run.epochs()) == epochs
+        assert not is_open(run)
+    assert run.is_finished
+
+
+def test_a_worker_by_the_command_line_helps_and_ends_with_the_study(tmp_path: Path) -> None:
+    path = write_study(tmp_path, "[study]\nseeds = 2\n", epochs=1)
+    assert "is no study's folder" in toolkit("study", path, "--worker").stderr
+    folder = prepared(tmp_path, "[study]\nseeds = 2\n")
+    assert toolkit("study", path, "--worker").status == 0
+    assert all(state_of(run) == "finished" for _, run in runs_of(tmp_path))
+    assert folder.is_complete
+
+
+def test_a_run_that_kills_its_worker_again_and_again_is_given_up(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, "[study]\nseeds = 1\n")
+    (run,) = open_runs(folder)
+    found = Crew(folder, [Slot(0)])
+
+    def die() -> str:
+        return found._note_death(crew.Worker(Slot(0), None, None, run.id), -signal.SIGKILL)  # type: ignore[arg-type]
+
+    assert "goes on from its last checkpoint" in die()
+    assert "goes on from its last checkpoint" in die()
+    (run.checkpoints / "0001-000000.json").write_text("{}")  # it has got further
+    assert "goes on from its last checkpoint" in die()
+    assert "goes on from its last checkpoint" in die()
+    assert failure_of(run) is None
+    assert "is given up" in die()
+    failure = failure_of(run)
+    assert failure is not None
+    assert "died 3 times without getting further (signal SIGKILL" in failure.line
+    assert not is_open(run)
+
+
+def test_a_claim_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, "[study]\nseeds = 1\n")
+    (run,) = open_runs(folder)
+    child = os.fork()
+    if child == 0:
+        claim(run)
+        (tmp_path / "claimed").touch()
+        time.sleep(WAIT_S)
+        os._exit(0)
+    wait_until((tmp_path / "claimed").exists)
+    assert is_claimed(run)
+    assert take_run(folder) is None
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert take_run(folder) is not None
+
+
+# -- devices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parallel", "gpus_per_run", "runs_per_gpu", "devices", "expected"),
+    [
+        (None, 1, 1, [], [((), 1, 1.0)]),
+        (3, 1, 1, [], [((), 1, 1.0)] * 3),
+        (None, 2, 2, [], [((), 1, 1.0)]),
+        (None, 1, 1, ["0"], [(("0",), 1, 1.0)]),
+        (None, 1, 1, ["0", "1"], [(("0",), 1, 1.0), (("1",), 1, 1.0)]),
+        (None, 1, 2, ["0", "1"], [(("0",), 1, 0.5), (("0",), 1, 0.5), (("1",), 1, 0.5), (("1",), 1, 0.5)]),
+        (None, 2, 1, ["0", "1", "2", "3", "4"], [(("0", "1"), 2, 1.0), (("2", "3"), 2, 1.0)]),
+        (None, 4, 1, ["a", "b"], [(("a", "b"), 2, 1.0)]),
+        (1, 1, 1, ["0", "1"], [(("0",), 1, 1.0)]),
+        (3, 1, 1, ["0", "1"], [(("0",), 1, 0.5), (("1",), 1, 1.0), (("0",), 1, 0.5)]),
+    ],
+)
+def test_the_machines_gpus_are_shared_out(
+    parallel: int | None,
+    gpus_per_run: int,
+    runs_per_gpu: int,
+    devices: list[str],
+    expected: list[tuple[tuple[str, ...], int, float]],
+) -> None:
+    found = slots_for(parallel, gpus_per_run, runs_per_gpu, devices)
+    assert [(slot.devices, slot.processes, slot.gpu_share) for slot in found] == expected
+    assert [slot.number for slot in found] == list(range(len(found)))
+
+
+def test_processes_of_a_run_on_several_devices_leave_their_failure_in_its_directory(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, '[[study.rows]]\nname = "a"\nset.optimizer.lr = 1e30\n')
+    (run,) = open_runs(folder)
+    with pytest.raises(Exception, match="not finite"):
+        train_rank(run.path, None)
+    failure = failure_of(run)
+    assert failure is not None
+    assert failure.line.startswith("the loss is not finite")
+
+
+@pytest.mark.slow
+def test_a_run_on_two_processes_is_launched_stopped_and_resumed(tmp_path: Path) -> None:
+    """torchrun, twice: stopped by the stop file after an epoch, then to the end; as two processes train it by hand."""
+    folder = prepared(tmp_path, "[study]\nseeds = 1\n", epochs=40)
+    (run,) = open_runs(folder)
+    assign(run, 2)
+    with StopRequest() as stop:
+        assert train_on_several(run, 2, (), stop)
+        assert len(run.epochs()) == 2
+        assign(run, None)
+        threading.Thread(target=_stop_after, args=(run, 4, stop)).start()
+        with pytest.raises(Exception, match="goes on with the study"):
+            train_on_several(run, 2, (), stop)
+    assert not run.is_finished
+    with StopRequest() as stop:
+        assert train_on_several(run, 2, (), stop), failure_of(run)
+    assert run.summary["processes"] == 2
+    alone = write_study(tmp_path / "alone", "", epochs=40, name="recipe.toml")
+    trainers = Trainers(2, tmp_path / "alone", alone)
+    assert trainers.wait() == [0, 0], trainers.text()
+    (path,) = (tmp_path / "alone" / "runs" / "small").iterdir()
+    assert Run(path).metrics_file.read_bytes() == run.metrics_file.read_bytes()
+
+
+def _stop_after(run: Run, epochs: int, stop: StopRequest) -> None:
+    wait_until(lambda: len(run.epochs()) >= epochs)
+    stop.reason = "the test"
