@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
-import sys
 from pathlib import Path
 
+from toolkit.errors import EXIT_INTERRUPTED
 from toolkit.report.style import look, save
 from toolkit.study.analysis import incumbents
+from toolkit.study.controller import run_study
+from toolkit.study.crew import slots_for
+from toolkit.study.expand import expand, read_study
 from toolkit.study.figures import best_so_far
 from toolkit.study.folder import StudyFolder
 from toolkit.study.output import Outcomes, Wanted, read_outcomes
@@ -51,12 +53,10 @@ def searched(kind: str, seed: int, options: argparse.Namespace, table: str, more
     """What a search has found, after it was made or completed."""
     name = f"digits-{kind}-{seed}"
     settings = [f'recipe.name="{name}"', f'recipe.run_root="{options.runs}"', f"study.{table}.seed={seed}", *more]
-    command = [sys.executable, "-m", "toolkit", "study", str(STUDIES / f"digits_{kind}.toml")]
-    command += ["--parallel", str(options.workers)]
-    for setting in [*settings, *options.set]:
-        command += ["--set", setting]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return read_outcomes(StudyFolder(options.runs / name), Wanted())
+    study = read_study(STUDIES / f"digits_{kind}.toml", [*settings, *options.set])
+    if run_study(study, expand(study), slots_for(options.workers, 1, 1, ())) == EXIT_INTERRUPTED:
+        raise SystemExit(EXIT_INTERRUPTED)
+    return read_outcomes(StudyFolder(study.folder), Wanted())
 
 
 def best(found: Outcomes) -> dict[str, float]:

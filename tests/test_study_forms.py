@@ -256,6 +256,42 @@ def test_keys_that_every_run_gives_may_be_missing_from_the_recipe(tmp_path: Path
     assert [run.recipe.optimizer.lr for run in expand(read_study(path)).runs] == [0.1, 0.2]
 
 
+EXPECT = '[expect]\ntest_accuracy = { at_least = 0.98, source = "the base" }\n'
+
+
+def promised(found: Expansion) -> list[float | None]:
+    """The least test accuracy that each run promises."""
+    return [run.recipe.expect["test_accuracy"].at_least if run.recipe.expect else None for run in found.runs]
+
+
+def test_an_inherited_promise_is_none_of_a_studys_runs(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(BASE.format(root=tmp_path, epochs=2) + EXPECT)
+    path = tmp_path / "study.toml"
+    path.write_text("""extends = "base.toml"
+        [[study.rows]]
+        name = "as it stands"
+        [[study.rows]]
+        name = "with its own"
+        set.optimizer.lr = 0.2
+        set.expect.test_accuracy = { at_least = 0.5, source = "a table" }
+        """)
+    found = expand(read_study(path))
+    assert promised(found) == [None, 0.5]
+    assert found.runs[1].member.changes == {"optimizer.lr": 0.2}
+    assert not found.remarks
+
+
+def test_a_files_own_promise_holds_for_runs_that_change_nothing_but_the_seed(tmp_path: Path) -> None:
+    found = expanded(tmp_path, EXPECT + "[study]\nseeds = 2\n")
+    assert promised(found) == [0.98, 0.98]
+    assert not found.remarks
+    found = expanded(
+        tmp_path, EXPECT + '[[study.rows]]\nname = "a"\n[[study.rows]]\nname = "b"\nset.optimizer.lr = 0.2\n'
+    )
+    assert promised(found) == [0.98, None]
+    assert found.remarks == ["[expect] is about the recipe as it stands; runs that change it are not held against it"]
+
+
 def test_what_is_no_part_of_the_experiment_does_not_make_another_run(tmp_path: Path) -> None:
     text = "[study]\nseeds = 1\n"
     hashes = {
@@ -309,6 +345,10 @@ MISTAKES = {
     "seed in grid": ("[study.grid]\nrecipe.seed = [1, 2]\n", "recipe.seed cannot vary: give study.seeds"),
     "name in grid": ('[study.grid]\nrecipe.name = ["a", "b"]\n', "recipe.name cannot vary"),
     "slurm in grid": ("[study.grid]\nslurm.nodes = [1, 2]\n", "slurm.nodes cannot vary: [slurm] is no part of a run"),
+    "promise in grid": (
+        "[study.grid]\nexpect.test_accuracy.at_least = [0.1, 0.2]\n",
+        "expect.test_accuracy.at_least cannot vary: [expect] is no part of a run",
+    ),
     "same seed": ("[study]\nseeds = [1, 1]\n", "study.seeds: the same seed twice"),
     "no seeds": ("[study]\nseeds = 0\n", "study.seeds"),
     "unknown condition": (

@@ -6,7 +6,7 @@ Needs no torch. All faults of all runs are reported at once, at their place in t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -38,6 +38,8 @@ from toolkit.study.rules import check_study
 from toolkit.study.space import KINDS, Space, random_configurations, read_space
 
 STUDY: Path = ("study",)
+ASIDE = ("recipe.seed", "expect.")
+"""Keys of a row that are not among its changes."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,11 @@ class Expansion:
 
 @dataclass(frozen=True)
 class StudyFile:
-    """A study as its file says it. ``merged`` is the recipe with [study], ``sources`` are without."""
+    """A study as its file says it. ``merged`` is the recipe with [study], ``sources`` are without.
+
+    [expect] is a promise about one recipe: an inherited one is left out of ``sources``, the file's own holds for the
+    runs that change nothing but the seed, and a row may state its own.
+    """
 
     path: str
     sources: list[Source]
@@ -99,14 +105,15 @@ class StudyFile:
 
     def run(self, row: str, changes: Combination, seed: Value | None = None) -> PlannedRun:
         """One run. Raises RecipeError."""
-        sources = [*self.sources, *(self._source(key, value) for key, value in changes.items())]
+        told = {key: value.value for key, value in changes.items() if not key.startswith(ASIDE)}
+        layers = (self._source(key, value) for key, value in changes.items())
+        sources = [*(_without(self.sources, "expect") if told else self.sources), *layers]
         if seed is not None:
             sources.append(self._source("recipe.seed", seed))
         if self.table.bohb is not None:
             epochs = Value(self.table.bohb.max_epochs, (*STUDY, "bohb", "max_epochs"))
             sources.append(self._source("train.epochs", epochs))
         loaded = resolve(sources, self.path)
-        told = {key: value.value for key, value in changes.items() if key != "recipe.seed"}
         member = Member(row, loaded.recipe.recipe.seed, told, recipe_hash(loaded.recipe))
         return PlannedRun(member, loaded, changes)
 
@@ -158,12 +165,17 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     recipe = verdict.recipe
     if findings or recipe is None or recipe.study is None:
         raise RecipeError(placed(findings or verdict.findings, merged, name))
-    bare = [replace(s, data={key: value for key, value in s.data.items() if key != "study"}) for s in sources]
+    inherited, own = [s for s in sources if s.note], [s for s in sources if not s.note]
+    bare = [*_without(inherited, "study", "expect"), *_without(own, "study")]
     study = StudyFile(name, bare, merged, recipe.study, with_defaults(recipe))
     faults = list(check_study(study.table, merged.data["study"], study.base_values))
     if faults:
         raise RecipeError(placed(faults, merged, name))
     return study
+
+
+def _without(sources: Iterable[Source], *tables: str) -> list[Source]:
+    return [replace(s, data={key: value for key, value in s.data.items() if key not in tables}) for s in sources]
 
 
 def check_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[Diagnostic]:
@@ -194,6 +206,9 @@ def expand(study: StudyFile) -> Expansion:
         raise RecipeError(faults.kept)
     found.warnings = faults.warnings.kept
     found.runs, found.remarks = _without_doubles(found.runs)
+    changed = any(run.member.changes for run in found.runs) or study.table.bohb
+    if changed and any("expect" in source.data for source in study.sources):
+        found.remarks.append("[expect] is about the recipe as it stands; runs that change it are not held against it")
     return found
 
 

@@ -28,6 +28,7 @@ from toolkit.study.folder import (
     assigned_epoch,
     claim,
     forget_failure,
+    is_claimed,
     is_held,
     is_open,
     note_failure,
@@ -57,7 +58,8 @@ class Claimed:
 def take_run(folder: StudyFolder) -> Claimed | None:
     """The first run that has something to train and that nobody trains; None where there is none at the moment."""
     for run in open_runs(folder):
-        lock = claim(run)
+        # Looking costs nothing; claiming waits a little for those who only look.
+        lock = None if is_claimed(run) else claim(run)
         if lock is None:
             continue
         # Between looking and claiming another worker may have done it; or somebody trains it without a claim.
