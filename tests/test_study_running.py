@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import signal
 from pathlib import Path
@@ -223,6 +224,37 @@ def test_memory_does_not_grow_from_run_to_run(tmp_path: Path) -> None:
         assert work_through(folder, stop, train_here, after=count) == 0
     assert len(tensors) == 5
     assert tensors[1:] == [tensors[1]] * 4
+
+
+def test_the_live_table_shows_progress_time_left_and_the_best_so_far(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from toolkit.study.board import Board
+    from toolkit.study.expand import expand, read_study
+    from toolkit.study.folder import claim
+    from toolkit.study.prepare import controlled, prepare
+
+    found = read_study(write_study(tmp_path, TWO, epochs=4))
+    with controlled(found) as folder:
+        prepare(found, folder, expand(found))
+    board = Board(folder)
+    (_, first), _ = runs_of(tmp_path)
+    lines = [
+        {"epoch": epoch, "val/loss": 1.0, "val/accuracy": value} for epoch, value in ((1, 0.5), (2, 0.75), (3, 0.625))
+    ]
+    first.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    board.started -= 30  # seconds; three of eight epochs took them
+    held = claim(first)
+    assert held is not None
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(board._table())
+    shown = console.export_text().splitlines()
+    held.release()
+    assert shown[0].startswith(
+        "2 runs: 1 running, 1 paused; 0:50 left; best so far val/accuracy 0.7500: lr 0.1, seed 0"
+    )
+    assert any(line.split() == ["lr", "0.1,", "seed", "0", "3/4", "0.7500"] for line in shown)
+    assert not any("lr 0.05, seed" in line for line in shown[1:])
 
 
 # -- what is refused, and what is printed -----------------------------------------------------------------------------

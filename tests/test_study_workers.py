@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import multiprocessing
 import os
 import random
 import re
@@ -13,13 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from cli import toolkit
 from studies import GRID, outcomes, runs_of, start, study_folder, write_study
 from trainers import Trainers
 
 from toolkit.engine.signals import StopRequest
 from toolkit.runs import Run
-from toolkit.study import crew
+from toolkit.study import crew, worker
 from toolkit.study.crew import LOGS, Crew, Slot, slots_for
 from toolkit.study.folder import (
     StudyFolder,
@@ -308,6 +311,50 @@ def test_the_machines_gpus_are_shared_out(
     found = slots_for(parallel, gpus_per_run, runs_per_gpu, devices)
     assert [(slot.devices, slot.processes, slot.gpu_share) for slot in found] == expected
     assert [slot.number for slot in found] == list(range(len(found)))
+
+
+def told_to_a_worker(folder: StudyFolder, slot: Slot, sharing: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What a worker process finds in its environment when it takes a run, and what it has set before."""
+    told = folder.path / "told.json"
+    limits: list[float] = []
+
+    def serve(*_: object, before: Callable[[Run], None], **__: object) -> int:
+        before(next(iter(open_runs(folder))))
+        names = ("CUDA_VISIBLE_DEVICES", crew.SHARING)
+        found = {name: os.environ[name] for name in names if name in os.environ}
+        told.write_text(json.dumps(found | {"memory": str(limits)}))
+        return 0
+
+    monkeypatch.setattr(worker, "serve", serve)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    context = multiprocessing.get_context("fork")
+    link, other = context.Pipe()
+    process = context.Process(target=crew._worker, args=(str(folder.path), slot, sharing, other))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert link.recv() == next(iter(open_runs(folder))).id
+    return dict(json.loads(told.read_text()))
+
+
+def test_a_worker_sees_its_gpus_alone_and_its_share_of_their_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    folder = prepared(tmp_path, "[study]\nseeds = 1\n")
+    (folder.path / LOGS).mkdir()
+    first, _, third, _ = slots_for(None, 1, 2, ["4", "5"])
+    assert told_to_a_worker(folder, first, 4, monkeypatch) == {
+        "CUDA_VISIBLE_DEVICES": "4",
+        crew.SHARING: "4",
+        "memory": "[0.5]",
+    }
+    assert told_to_a_worker(folder, third, 4, monkeypatch)["CUDA_VISIBLE_DEVICES"] == "5"
+    (several, _) = slots_for(None, 2, 1, ["4", "5", "6", "7"])
+    told = told_to_a_worker(folder, several, 2, monkeypatch)
+    assert (told["CUDA_VISIBLE_DEVICES"], told["memory"]) == ("4,5", "[]")
+    on_cpu = told_to_a_worker(folder, Slot(0), 3, monkeypatch)
+    assert (on_cpu["CUDA_VISIBLE_DEVICES"], on_cpu[crew.SHARING]) == ("4,5,6,7", "3")
 
 
 def test_processes_of_a_run_on_several_devices_leave_their_failure_in_its_directory(tmp_path: Path) -> None:
