@@ -22,6 +22,7 @@ from toolkit.study.expand import expand, read_study
 from toolkit.study.figures import best_so_far
 from toolkit.study.folder import StudyFolder
 from toolkit.study.output import Outcomes, Wanted, read_outcomes
+from toolkit.study.search import budgets
 from toolkit.study.sheet import Sheet, markdown
 from toolkit.study.statistics import compare
 
@@ -66,15 +67,32 @@ def best(found: Outcomes) -> dict[str, float]:
 
 def findings(pairs: list[tuple[Outcomes, Outcomes]]) -> Sheet:
     """A line a search."""
-    head = ["search", "seed", "configurations", "epochs trained", "val. loss", "val. acc. %", "test acc. %"]
+    head = [
+        "search",
+        "seed",
+        "configurations",
+        "epochs trained",
+        "if retrained",
+        "val. loss",
+        "val. acc. %",
+        "test acc. %",
+    ]
     rows = []
     for seed, pair in enumerate(pairs):
         for name, found in zip(("BOHB", "random"), pair, strict=True):
             loss, accuracy, test = (best(found)[figure] for figure in FIGURES)
             epochs = sum(len(result.epochs) for result in found.results)
             cells = [f"{loss:.4f}", f"{accuracy * 100:.2f}", f"{test * 100:.2f}"]
-            rows.append([name, str(seed), str(len(found.results)), str(epochs), *cells])
+            rows.append([name, str(seed), str(len(found.results)), str(epochs), str(if_retrained(found)), *cells])
     return Sheet("The best configuration of each search", head, rows)
+
+
+def if_retrained(found: Outcomes) -> int:
+    """Epochs that the search would have taken if every budget were trained from the first epoch on."""
+    table = found.table.bohb
+    steps = budgets(table.min_epochs, table.max_epochs, table.eta) if table else []
+    reached = [len(result.epochs) for result in found.results]
+    return sum(sum(step for step in steps if step < epochs) + epochs for epochs in reached)
 
 
 def comparison(pairs: list[tuple[Outcomes, Outcomes]]) -> Sheet:
