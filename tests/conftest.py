@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch or wandb are imported anywhere, and inherited by every process that a test starts.
 os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true", HF_HUB_OFFLINE="1")
+CACHES = Path(tempfile.mkdtemp(prefix="toolkit-cache-"))
+os.environ["TOOLKIT_CACHE"] = str(CACHES / "session")  # for fixtures that tests share
 
 import pytest
 import torch
@@ -31,6 +35,18 @@ SUBSET_CLASSES = (
 """All in the first archive; every image of car_side is greyscale."""
 SUBSET_TRAIN, SUBSET_TEST = 8, 4
 """Images of each class in the subset's train.txt and test.txt."""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test finds in the cache what another has computed."""
+    folder = Path(tempfile.mkdtemp(dir=CACHES)) / "cache"
+    monkeypatch.setenv("TOOLKIT_CACHE", str(folder))
+    return folder
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHES, ignore_errors=True)
 
 
 def _real_images() -> Path:

@@ -25,15 +25,14 @@ from toolkit.data.datasets import open_dataset
 from toolkit.data.images import ArrayImages, BadImage, FileImages
 from toolkit.data.loading import (
     EvaluationLoader,
-    TensorEvaluation,
-    TensorLoader,
     TrainLoader,
     evaluation_loader,
     train_loader,
     worker_count,
 )
-from toolkit.data.order import TrainPlan, balanced_weights
+from toolkit.data.order import TrainPlan, balanced_weights, plan_evaluation
 from toolkit.data.preprocessing import Preprocessing
+from toolkit.data.tensors import Rows, TensorEvaluation, TensorLoader
 from toolkit.data.transforms import ImageTransform, build_transform
 from toolkit.errors import RunFailed, UserError
 from toolkit.recipe.schema import AugmentTable, DataTable
@@ -184,7 +183,7 @@ def test_features_come_in_the_order_that_images_do() -> None:
     features, labels = torch.arange(N, dtype=torch.float32)[:, None].expand(N, 4), torch.from_numpy(LABELS[INDICES])
     for plan in ({"accumulation": 2}, {"world": 2, "rank": 1}, {"weights": balanced_weights(LABELS[INDICES])}):
         settings = {"size": N, "seed": 0, "batch_size": 6, **plan}
-        tensors = TensorLoader(features, labels, TrainPlan(**settings))  # type: ignore[arg-type]
+        tensors = TensorLoader(Rows([features], LABELS[INDICES]), TrainPlan(**settings))  # type: ignore[arg-type]
         for (ours, ofs), (theirs, image) in zip(tensors.epoch(1, 1), loader(**plan).epoch(1, 1), strict=True):
             assert ours.positions.tolist() == theirs.positions.tolist()
             assert torch.equal(ofs.labels, image.labels)
@@ -198,7 +197,7 @@ def test_features_are_evaluated_once_each() -> None:
         parts = [
             b
             for rank in range(world)
-            for b in TensorEvaluation(features, torch.arange(N), batch_size=5, world=world, rank=rank)
+            for b in TensorEvaluation(Rows([features], np.arange(N)), plan_evaluation(N, 5, world, rank))
         ]
         assert torch.equal(torch.cat([b.images for b in parts]), features)
         assert np.concatenate([b.positions for b in parts]).tolist() == torch.cat([b.labels for b in parts]).tolist()

@@ -225,7 +225,7 @@ def _loader(
 ) -> EvaluationLoader:
     """The batches of the run's own evaluation, dealt out among the processes of now."""
     processes = int(summary.get("processes") or run.environment["processes"])
-    size = recipe.train.eval_batch_size or recipe.train.batch_size
+    size = recipe.train.images_per_evaluation
     batches = [b for rank in range(processes) for b in plan_evaluation(len(indices), size, processes, rank)]
     return EvaluationLoader(
         SplitImages(

@@ -35,8 +35,12 @@ _LEFT_TO_TRAINER = {
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 }
 
-_EVALUATION = -1
+EVALUATION = -1
 """Stands for the epoch where there is none: evaluation is the same every time."""
+
+
+Finish = Callable[[Tensor, int, Tensor], Tensor]
+"""Makes the model's input, float32 [m, C, H, W] on its device, of bytes [m, h, w, C], an epoch and draws int64 [m]."""
 
 
 class Batch(NamedTuple):
@@ -70,7 +74,7 @@ class _Request(NamedTuple):
     draws: Indices
 
 
-class _Failure(NamedTuple):
+class Failure(NamedTuple):
     """Sent by a worker in place of a batch: PyTorch would rebuild exceptions from one string and lose their meaning."""
 
     error: Exception
@@ -105,7 +109,7 @@ class SplitImages(torch.utils.data.Dataset[Any]):
             failure.add_note(traceback.format_exc())
             raise failure from error
 
-    def __getitems__(self, request: _Request) -> Batch | _Failure:
+    def __getitems__(self, request: _Request) -> Batch | Failure:
         """A whole batch (PyTorch's fetcher calls this with what the batch sampler yields)."""
         try:
             if get_worker_info() is not None:
@@ -113,7 +117,7 @@ class SplitImages(torch.utils.data.Dataset[Any]):
             with random_states_kept():
                 return self._batch(request)
         except (RunFailed, UserError) as error:
-            return _Failure(error)
+            return Failure(error)
 
     def _batch(self, request: _Request) -> Batch:
         epoch, positions, draws = request
@@ -127,20 +131,21 @@ class _Requests:
     """A batch sampler that yields whatever it was last given."""
 
     def __init__(self) -> None:
-        self.current: Iterable[_Request] = ()
+        self.current: Iterable[Any] = ()
 
-    def __iter__(self) -> Iterator[_Request]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.current)
 
 
-class _WorkerPool:
+class WorkerPool:
     """A DataLoader whose worker processes live until :meth:`close`, and which answers requests in order."""
 
-    def __init__(self, split: SplitImages, workers: int, pin_memory: bool) -> None:
+    def __init__(self, split: torch.utils.data.Dataset[Any], workers: int, pin_memory: bool) -> None:
+        """``split.__getitems__`` turns a request into its answer, in a worker process; a Failure is raised."""
         self._requests = _Requests()
         self._loader: DataLoader[Any] | None = DataLoader(
             split,
-            batch_sampler=self._requests,  # type: ignore[arg-type]
+            batch_sampler=self._requests,
             num_workers=workers,
             collate_fn=_as_is,
             pin_memory=pin_memory,
@@ -151,7 +156,7 @@ class _WorkerPool:
             generator=torch.Generator(),  # PyTorch draws a seed each epoch: not from the global generator
         )
 
-    def answers(self, requests: Iterable[_Request]) -> Iterator[Batch]:
+    def answers(self, requests: Iterable[Any]) -> Iterator[Any]:
         """A batch for each request. Raises BadImage, RunFailed and UserError as they were in the worker, and closes."""
         if self._loader is None:
             raise RuntimeError("the loader is closed")
@@ -159,7 +164,7 @@ class _WorkerPool:
         with _signals_held():
             iterator = iter(self._loader)  # starts the worker processes, the first time
         for answer in iterator:
-            if isinstance(answer, _Failure):
+            if isinstance(answer, Failure):
                 self.close()
                 raise answer.error
             yield answer
@@ -181,8 +186,10 @@ class _WorkerPool:
 class TrainLoader:
     """Training batches of one process."""
 
-    def __init__(self, split: SplitImages, plan: TrainPlan, workers: int, pin_memory: bool) -> None:
-        self.plan, self._pool = plan, _WorkerPool(split, workers, pin_memory)
+    def __init__(
+        self, split: SplitImages, plan: TrainPlan, workers: int, pin_memory: bool, finish: Finish | None = None
+    ) -> None:
+        self.plan, self.finish, self._pool = plan, finish, WorkerPool(split, workers, pin_memory)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
         """Micro-batches of one epoch (counted from 0), from an optimiser step on; one epoch at a time.
@@ -190,9 +197,17 @@ class TrainLoader:
         Raises BadImage for an unreadable file, RunFailed where the transforms fail on an image.
         """
         # Workers run ahead of the loop, so the plan is made twice, once for each side.
-        ahead = (_Request(epoch, positions, draws) for _, positions, draws in self.plan.epoch(epoch, first_step))
-        planned = (micro for micro, _, _ in self.plan.epoch(epoch, first_step))
-        yield from zip(planned, self._pool.answers(ahead), strict=True)
+        plan = self.plan
+        ahead = (
+            _Request(plan.view(epoch), positions, plan.appearances(positions, draws))
+            for _, positions, draws in plan.epoch(epoch, first_step)
+        )
+        answers = self._pool.answers(ahead)
+        for (micro, _, draws), batch in zip(plan.epoch(epoch, first_step), answers, strict=True):
+            images = batch.images
+            if self.finish is not None:
+                images = self.finish(images, plan.view(epoch), batch.draws)
+            yield micro, Batch(images, batch.labels, torch.from_numpy(draws))
 
     def close(self) -> None:
         """End worker processes."""
@@ -213,14 +228,26 @@ class EvaluationBatch(NamedTuple):
 class EvaluationLoader:
     """This process's share of a split, the same at every iteration; processes may have different numbers of batches."""
 
-    def __init__(self, split: SplitImages, batches: list[Indices], workers: int, pin_memory: bool) -> None:
-        self.batches = batches
-        self._pool = _WorkerPool(split, min(workers, len(batches)), pin_memory)
+    def __init__(
+        self,
+        split: SplitImages,
+        batches: list[Indices],
+        workers: int,
+        pin_memory: bool,
+        finish: Finish | None = None,
+        view: int = EVALUATION,
+    ) -> None:
+        """``view`` stands for the epoch where the split's transform is random."""
+        self.batches, self.finish, self.view = batches, finish, view
+        self._pool = WorkerPool(split, min(workers, len(batches)), pin_memory)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        requests = (_Request(_EVALUATION, positions, positions) for positions in self.batches)
+        requests = (_Request(self.view, positions, positions) for positions in self.batches)
         for positions, batch in zip(self.batches, self._pool.answers(requests), strict=True):
-            yield EvaluationBatch(positions, batch.images, batch.labels)
+            images = batch.images
+            if self.finish is not None:
+                images = self.finish(images, self.view, batch.draws)
+            yield EvaluationBatch(positions, images, batch.labels)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -239,12 +266,16 @@ def train_loader(
     *,
     workers: int,
     pin_memory: bool,
+    finish: Finish | None = None,
 ) -> TrainLoader:
-    """Training batches of the examples ``indices`` (into the data set), in the order of ``plan``."""
+    """Training batches of the examples ``indices`` (into the data set), in the order of ``plan``.
+
+    ``transform`` makes the model's inputs, or bytes, uint8 [h, w, C], of one size that ``finish`` makes them of.
+    """
     if plan.size != len(indices):
         raise ValueError(f"the plan is for {plan.size} images, the split has {len(indices)}")
     split = SplitImages(images, labels, indices, transform, plan.seed)
-    return TrainLoader(split, plan, workers, pin_memory)
+    return TrainLoader(split, plan, workers, pin_memory, finish)
 
 
 def evaluation_loader(
@@ -266,46 +297,6 @@ def evaluation_loader(
     """
     split = SplitImages(images, labels, indices, transform, seed)
     return EvaluationLoader(split, plan_evaluation(len(indices), batch_size, world, rank), workers, pin_memory)
-
-
-class TensorLoader:
-    """Training batches taken from one tensor in memory, such as features of frozen layers; no workers."""
-
-    def __init__(self, features: Tensor, labels: Tensor, plan: TrainPlan) -> None:
-        """features [N, ...] and labels int64 [N] in the order of the split, on any one device."""
-        if not len(features) == len(labels) == plan.size:
-            raise ValueError(f"{len(features)} features, {len(labels)} labels, a plan for {plan.size}")
-        self.features, self.labels, self.plan = features, labels, plan
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
-        """As :meth:`TrainLoader.epoch`."""
-        for micro, positions, draws in self.plan.epoch(epoch, first_step):
-            index = torch.from_numpy(positions).to(self.features.device)
-            yield micro, Batch(self.features[index], self.labels[index.to(self.labels.device)], torch.from_numpy(draws))
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-class TensorEvaluation:
-    """Evaluation batches taken from one tensor in memory."""
-
-    def __init__(self, features: Tensor, labels: Tensor, *, batch_size: int, world: int, rank: int) -> None:
-        """features [N, ...] and labels int64 [N] in the order of the split; batch_size over all processes."""
-        self.features, self.labels = features, labels
-        self.batches = plan_evaluation(len(features), batch_size, world, rank)
-
-    def __iter__(self) -> Iterator[EvaluationBatch]:
-        for positions in self.batches:
-            if len(positions):
-                rows = slice(int(positions[0]), int(positions[-1]) + 1)  # contiguous: a view, no copy
-                yield EvaluationBatch(positions, self.features[rows], self.labels[rows])
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def close(self) -> None:
-        """Nothing to end."""
 
 
 def worker_count(setting: int | str, images: Images, local_processes: int) -> int:

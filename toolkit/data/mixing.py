@@ -62,7 +62,7 @@ def mix(
     mixed, kind, where = generator.random(3)
     if mixed >= settings.mix_p:
         return images[:own], targets[:own]
-    index = torch.from_numpy(partners).to(images.device)
+    index = torch.from_numpy(partners).to(images.device, non_blocking=True)
     use_cutmix = settings.cutmix > 0 and (settings.mixup == 0 or kind < settings.cutmix_share)
     alpha = settings.cutmix if use_cutmix else settings.mixup
     share = float(generator.beta(alpha, alpha))

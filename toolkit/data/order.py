@@ -171,6 +171,8 @@ class TrainPlan:
     mixing: bool = False
     weights: npt.NDArray[np.float64] | None = None
     """For sampling with replacement, see :func:`epoch_order`."""
+    views: int | None = None
+    """How many different augmented versions there are of each image; None: a new one each time."""
 
     @property
     def steps(self) -> int:
@@ -197,6 +199,14 @@ class TrainPlan:
         for micro in micro_batches:
             positions = order[micro.positions]
             yield micro, positions, positions if self.weights is None else self.size + micro.positions
+
+    def view(self, epoch: int) -> int:
+        """What keys the augmentation of an epoch, with the seed and :meth:`appearances`."""
+        return epoch if self.views is None else epoch % self.views
+
+    def appearances(self, positions: Indices, draws: Indices) -> Indices:
+        """What keys the augmentation of each example of an epoch: with views the image alone."""
+        return draws if self.views is None else positions
 
 
 def check_batch_size(batch_size: int, world: int, accumulation: int) -> None:

@@ -7,15 +7,19 @@ torch's default generator; timm's policies draw from Python's and numpy's.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
+import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -33,13 +37,32 @@ TENSOR_ONLY = frozenset({"GaussianNoise"})
 DETERMINISTIC = frozenset({"CenterCrop", "Grayscale", "Identity", "Pad", "RGB", "Resize"})
 """Transforms known to draw no random numbers. What is not listed counts as random."""
 
+CENTER_CROP = "centre crop"
+"""Begins the words for the fixed crop."""
+
+
+Step = tuple[Callable[[Any], Any], str | None]
+"""A step, and what it does to a Pillow image in words, where these settle it: no randomness, nothing else to know."""
+
 
 class ImageTransform:
     """One split's way from a decoded image to the model's input."""
 
-    def __init__(self, split: str, steps: Sequence[Callable[[Any], Any]], preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        split: str,
+        steps: Sequence[Callable[[Any], Any]],
+        preprocessing: Preprocessing,
+        fixed: Sequence[str] = (),
+        base: int = 0,
+    ) -> None:
         self.split, self.steps = split, tuple(steps)
-        self.mode, self.size = MODES[preprocessing.channels], preprocessing.image_size
+        self.mode: str | None = MODES[preprocessing.channels]
+        self.size = preprocessing.image_size
+        self.fixed = tuple(fixed)
+        """What the first steps do, in words, as far as an image always comes out of them the same."""
+        self.base = base
+        """How many of those come up to the resize, with the fixed crop where that is next."""
         self.draws_from_python = any(type(step).__module__.startswith("timm.") for step in steps)
         """Whether Python's and numpy's random states must be seeded beside torch's."""
 
@@ -48,18 +71,50 @@ class ImageTransform:
 
         Raises UserError where the result has another size.
         """
-        result: Any = to_mode(image, self.mode)
-        for step in self.steps:
+        tensor: Tensor = self.begin(image, len(self.steps)).as_subclass(Tensor)
+        self._check_size(image, (tensor.shape[-2], tensor.shape[-1]))
+        return tensor
+
+    def begin(self, image: Image.Image, count: int) -> Any:
+        """What the first ``count`` steps make of an image: a Pillow image, as long as these are among ``fixed``."""
+        result: Any = image if self.mode is None else to_mode(image, self.mode)
+        for step in self.steps[:count]:
             result = step(result)
-        tensor: Tensor = result.as_subclass(Tensor)
-        if tensor.shape[-2:] != (self.size, self.size):
-            height, width = tensor.shape[-2:]
+        return result
+
+    def pixels(self, image: Image.Image, count: int) -> npt.NDArray[np.uint8]:
+        """The same as bytes, [h, w, C], where these steps are among ``fixed``."""
+        array = np.array(self.begin(image, count))
+        return array if array.ndim == 3 else array[..., None]
+
+    def _check_size(self, image: Image.Image, made: tuple[int, int]) -> None:
+        if made != (self.size, self.size):
             raise UserError(
-                f"augment.{self.split}, data.resize and data.crop make an image of {height} x {width} pixels out of "
+                f"augment.{self.split}, data.resize and data.crop make an image of {made[0]} x {made[1]} pixels out of "
                 f"one of {image.height} x {image.width}, but data.image_size is {self.size}: set data.crop = 'center', "
                 f"or data.resize = [{self.size}, {self.size}]"
             )
-        return tensor
+
+    def after(self, count: int) -> ImageTransform:
+        """What is left to do where the first ``count`` steps are done."""
+        rest = copy.copy(self)
+        rest.steps, rest.fixed, rest.base, rest.mode = self.steps[count:], self.fixed[count:], 0, None
+        return rest
+
+
+class ByteTransform:
+    """The first steps of a transform, up to where all images are of one size, for what does the rest in batches."""
+
+    def __init__(self, transform: ImageTransform, count: int) -> None:
+        self.transform, self.count = transform, count
+        self.is_all = makes_floats(transform.after(count))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Pillow image -> uint8 [h, w, C]. Raises UserError where nothing will change the size, and it is wrong."""
+        pixels = self.transform.pixels(image, self.count)
+        if self.is_all:
+            self.transform._check_size(image, pixels.shape[:2])
+        return torch.from_numpy(pixels)
 
 
 def build_transform(split: str, augment: AugmentTable, preprocessing: Preprocessing) -> ImageTransform:
@@ -68,7 +123,7 @@ def build_transform(split: str, augment: AugmentTable, preprocessing: Preprocess
     Raises UserError, naming the entry, for an unknown transform, one that is of no use here, arguments that it
     refuses, and more than one transform in place of the crop.
     """
-    places: dict[str, list[Callable[[Any], Any]]] = {}
+    places: dict[str, list[Step]] = {}
     for number, entry in enumerate(_entries(split, augment)):
         where = f"augment.{split}[{number}]"
         place = entry.at or ("tensor" if entry.name in TENSOR_ONLY else "after_crop")
@@ -76,23 +131,32 @@ def build_transform(split: str, augment: AugmentTable, preprocessing: Preprocess
             raise UserError(f"{where}: {entry.name} needs a tensor; set at = 'tensor' or leave it out, not {place!r}")
         places.setdefault(place, []).append(_build_entry(entry, where, preprocessing.image_size))
     is_train = split == "train"
-    steps = [
+    on_images = [
         *places.get("before_resize", []),
         *_resize_and_crop(split, places, preprocessing),
         *places.get("after_crop", []),
+    ]
+    steps = [
+        *(step for step, _ in on_images),
         *([_policy(augment.auto_augment, preprocessing)] if is_train and augment.auto_augment else []),
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
-        *places.get("tensor", []),
+        *(step for step, _ in places.get("tensor", [])),
         v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
         *([v2.RandomErasing(p=augment.random_erasing)] if is_train and augment.random_erasing else []),
     ]
-    return ImageTransform(split, steps, preprocessing)
+    fixed = [text for text in takewhile(bool, (text for _, text in on_images)) if text]
+    return ImageTransform(split, steps, preprocessing, fixed, min(len(fixed), _base(places, preprocessing)))
 
 
 def resize_and_crop(preprocessing: Preprocessing) -> list[Callable[[Any], Any]]:
     """The fixed part on Pillow images: resize (antialiased), then centre crop."""
-    return [*_resize(preprocessing), *_crop(preprocessing)]
+    return [step for step, _ in (*_resize(preprocessing), *_crop(preprocessing))]
+
+
+def makes_floats(transform: ImageTransform) -> bool:
+    """Whether all that a transform does is to turn bytes into floats and to normalise them."""
+    return [type(step) for step in transform.steps] == [v2.ToImage, v2.ToDtype, v2.Normalize]
 
 
 def is_deterministic(split: str, augment: AugmentTable) -> bool:
@@ -112,7 +176,7 @@ def try_transform(transform: ImageTransform, images: Images, index: int) -> Tens
     image itself is bad.
     """
     image = images.load(index)
-    result: Any = to_mode(image, transform.mode)
+    result: Any = transform.begin(image, 0)
     with random_states_kept():
         for step in transform.steps:
             try:
@@ -142,9 +206,16 @@ def _entries(split: str, augment: AugmentTable) -> list[TransformEntry]:
     return {"train": augment.train, "validation": augment.validation, "test": augment.test}[split]
 
 
-def _resize_and_crop(
-    split: str, places: dict[str, list[Callable[[Any], Any]]], preprocessing: Preprocessing
-) -> list[Callable[[Any], Any]]:
+def _base(places: dict[str, list[Step]], preprocessing: Preprocessing) -> int:
+    """Steps before the resize, the resize, and the fixed crop where that comes next."""
+    count = len(places.get("before_resize", []))
+    if places.get("resize_crop"):
+        return count
+    count += len(_resize(preprocessing))
+    return count if places.get("before_crop") or places.get("crop") else count + len(_crop(preprocessing))
+
+
+def _resize_and_crop(split: str, places: dict[str, list[Step]], preprocessing: Preprocessing) -> list[Step]:
     """Resize and crop, with what stands between them or in their place."""
     both, crop = places.get("resize_crop", []), places.get("crop", [])
     before_crop = places.get("before_crop", [])
@@ -155,21 +226,25 @@ def _resize_and_crop(
     return both or [*_resize(preprocessing), *before_crop, *(crop or _crop(preprocessing))]
 
 
-def _resize(preprocessing: Preprocessing) -> list[Callable[[Any], Any]]:
+def _resize(preprocessing: Preprocessing) -> list[Step]:
     """Resize on Pillow images, which always antialias."""
     if preprocessing.resize is None:
         return []
     size = preprocessing.resize
     interpolation = InterpolationMode(preprocessing.interpolation)
-    return [v2.Resize(size if isinstance(size, int) else list(size), interpolation=interpolation, antialias=True)]
+    step = v2.Resize(size if isinstance(size, int) else list(size), interpolation=interpolation, antialias=True)
+    shown = f"short side {size}" if isinstance(size, int) else f"{size[0]} x {size[1]}"
+    return [(step, f"resize to {shown}, {preprocessing.interpolation}")]
 
 
-def _crop(preprocessing: Preprocessing) -> list[Callable[[Any], Any]]:
+def _crop(preprocessing: Preprocessing) -> list[Step]:
     """The fixed centre crop."""
-    return [v2.CenterCrop(preprocessing.image_size)] if preprocessing.crop else []
+    if not preprocessing.crop:
+        return []
+    return [(v2.CenterCrop(preprocessing.image_size), f"{CENTER_CROP} {preprocessing.image_size}")]
 
 
-def _build_entry(entry: TransformEntry, where: str, image_size: int) -> Callable[[Any], Any]:
+def _build_entry(entry: TransformEntry, where: str, image_size: int) -> Step:
     """One augmentation of the recipe."""
     kind = _find(entry.name, where)
     arguments = {name: _argument(name, value, where) for name, value in entry.arguments.items()}
@@ -185,8 +260,10 @@ def _build_entry(entry: TransformEntry, where: str, image_size: int) -> Callable
         transform = kind(**arguments)
     except Exception as error:  # the class's own checks: TypeError, ValueError, ...
         raise UserError(f"{where}: {entry.name} cannot be made of {_spell(entry.arguments)}: {error}") from error
-    applied: Callable[[Any], Any] = transform if entry.apply_p == 1 else v2.RandomApply([transform], p=entry.apply_p)
-    return applied
+    if entry.apply_p < 1:
+        return v2.RandomApply([transform], p=entry.apply_p), None
+    shown = json.dumps(arguments, sort_keys=True, default=str)
+    return transform, f"{entry.name} {shown}" if entry.name in DETERMINISTIC else None
 
 
 def _find(name: str, where: str) -> type[v2.Transform]:

@@ -22,8 +22,8 @@ def build_trainer(setup: Setup, loaders: Loaders, epochs_begun: int) -> Trainer:
     network = module if loaders.tail is None else module.get_submodule(loaders.tail)
     groups = _groups(setup, max(epochs_begun, 1))
     optimizer = accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, groups))
-    if recipe.train.compile:
-        network.compile()
+    if recipe.train.compile or recipe.train.cuda_graphs:
+        network.compile(mode="reduce-overhead" if recipe.train.cuda_graphs else None)
     settings = TrainSettings(
         seed=recipe.recipe.seed,
         classes=len(setup.dataset.classes),
@@ -32,6 +32,7 @@ def build_trainer(setup: Setup, loaders: Loaders, epochs_begun: int) -> Trainer:
         clip_norm=recipe.train.clip_norm,
         channels_last=recipe.train.channels_last,
         class_weights=_class_weights(setup),
+        cuda_graphs=recipe.train.cuda_graphs,
         steps_per_epoch=setup.steps,
         log_every=recipe.train.log_every,
     )

@@ -60,13 +60,17 @@ def evaluate(
     one process, which is checked. The module is called without DDP, so shares may have different numbers of batches.
     """
     module.eval()
+    forward = _Forward(module, device, autocast_dtype)
+    places: list[np.ndarray] = []
+    found: list[Tensor] = []  # left on the device until the end: nothing waits for it
+    for positions, inputs, targets in batches:
+        logits = forward(to_device(inputs, device, channels_last))
+        found.append(outcomes(logits.float(), targets.to(device, non_blocking=True)))
+        places.append(positions)
     # Columns: count, loss, prediction, probability, top 5. Each process fills its own rows; their sum is the whole.
     table = torch.zeros(len(labels), 5, dtype=torch.float64)
-    for positions, inputs, targets in batches:
-        inputs = to_device(inputs, device, channels_last)
-        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            logits = module(inputs)
-        table[torch.from_numpy(positions)] = outcomes(logits.float(), targets.to(device, non_blocking=True)).cpu()
+    if found:
+        table.index_add_(0, torch.from_numpy(np.concatenate(places)), torch.cat(found).cpu())
     if dist.is_initialized() and dist.get_world_size() > 1:
         shared = table.to(device) if dist.get_backend() == "nccl" else table
         dist.all_reduce(shared)
@@ -77,6 +81,28 @@ def evaluate(
     return Evaluation(
         losses.copy(), predictions.astype(np.int64), probabilities.copy(), in_top5.astype(bool), labels.astype(np.int64)
     )
+
+
+class _Forward:
+    """A module's logits, in as many parts as the device's memory needs; every part is in evaluation mode alike."""
+
+    def __init__(self, module: nn.Module, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+        self.module, self.device, self.autocast_dtype = module, device, autocast_dtype
+        self.most: int | None = None
+        """Examples that fit at once, as far as is known."""
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[n, ...] -> [n, K]. Raises OutOfMemoryError where not even one example fits."""
+        while True:
+            at_once = min(self.most or len(inputs), len(inputs))
+            try:
+                with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=bool(self.autocast_dtype)):
+                    parts = [self.module(part) for part in inputs.split(at_once)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except torch.OutOfMemoryError:
+                if at_once == 1:
+                    raise
+                self.most = (at_once + 1) // 2
 
 
 def outcomes(logits: Tensor, targets: Tensor) -> Tensor:

@@ -55,9 +55,12 @@ def _evaluate_both(training: Training) -> tuple[dict[str, Any], dict[str, Any], 
     written = load_model(run.checkpoints).module.to(training.accelerator.device)
     if training.recipe.train.channels_last:
         written.to(memory_format=torch.channels_last)
-    images = training.loaders.images
-    _prove(training, training.evaluate_network(written, images["validation"], "validation"))
-    test = training.evaluate_network(written, images["test"], "test")
+    features = training.loaders.features
+    if features is not None:
+        features.prove(written)
+    network = written if features is None else written.get_submodule(features.tail)
+    _prove(training, training.evaluate_network(network, "validation"))
+    test = training.evaluate_network(network, "test")
     best = _figures(position.best, test)
     if position.best["epoch"] == position.last["epoch"]:
         return best, dict(best), test

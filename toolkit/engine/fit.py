@@ -24,6 +24,7 @@ from toolkit.engine.environment import describe_environment
 from toolkit.engine.finish import finish, write_summary
 from toolkit.engine.memory import keep_freed_memory
 from toolkit.engine.peers import PeerWatch, watch_peers
+from toolkit.engine.precision import precision_line
 from toolkit.engine.process import describe_processes, main_only, out_of_memory_explained, start
 from toolkit.engine.setup import Setup, describe, prepare
 from toolkit.engine.signals import StopRequest
@@ -150,6 +151,7 @@ def _join_processes(recipe: Recipe, *, quiet: bool = False) -> tuple[Accelerator
     display = Display(speaks=accelerator.is_main_process, shows=not quiet)
     for line in describe_processes(accelerator):
         display.say(line)
+    display.say(precision_line(recipe.train.precision, accelerator.mixed_precision))
     if accelerator.device.type == "cpu" and keep_freed_memory():
         display.say("freed memory is kept for the next step (glibc's mallopt; any MALLOC_ variable turns this off)")
     return accelerator, display

@@ -2,81 +2,193 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from toolkit.data.loading import (
-    EvaluationLoader,
-    TensorEvaluation,
-    TensorLoader,
-    TrainSource,
-    evaluation_loader,
-    train_loader,
-    worker_count,
-)
+from toolkit.data.delivery import Delivery, Finish, plan_delivery
+from toolkit.data.loading import EVALUATION, EvaluationLoader, SplitImages, TrainSource, train_loader, worker_count
 from toolkit.data.mixing import MixSettings, mix_settings
-from toolkit.data.order import TrainPlan, balanced_weights, plan_evaluation
-from toolkit.data.transforms import build_transform, try_transform
-from toolkit.engine.features import compute_features, is_worthwhile, tail_of
-from toolkit.engine.process import autocast_dtype, local_processes
+from toolkit.data.order import Indices, TrainPlan, balanced_weights, plan_evaluation
+from toolkit.data.splits import SPLITS
+from toolkit.data.tensors import Rows, TensorEvaluation, TensorLoader
+from toolkit.data.transforms import ByteTransform, try_transform
+from toolkit.engine.features import Features, tail_of
+from toolkit.engine.image_cache import KeptImages, keep_images
+from toolkit.engine.keeping import Guard, Keeper
+from toolkit.engine.process import local_processes
 from toolkit.engine.setup import Setup
 
-Guard = Callable[[Any, int], Iterator[Any]]
-"""Wraps a stream of batches so that all processes can agree to stop; the number is how often they ask."""
+EVALUATION_ROWS, EVALUATION_BYTES = 4096, 64 * 2**20
+"""Features are evaluated as many at a time as there are in so many rows, or bytes, on each process."""
+
+Evaluated = EvaluationLoader | TensorEvaluation
+
+
+@dataclass
+class Images:
+    """Image batches of each split, from wherever its images are."""
+
+    setup: Setup
+    ways: dict[str, Delivery]
+    kept: KeptImages
+
+    def training(self, plan: TrainPlan) -> TrainSource:
+        """Training batches."""
+        rows = self._rows("train")
+        if rows is not None:
+            return TensorLoader(rows, plan)
+        split, finish = self._split("train")
+        return train_loader(
+            split.images,
+            split.labels,
+            split.indices,
+            split.transform,
+            plan,
+            workers=self._workers(),
+            pin_memory=self._pins,
+            finish=finish,
+        )
+
+    def evaluation(self, split: str, batches: list[Indices], view: int = EVALUATION) -> Evaluated:
+        """The given batches of a split, as positions in it."""
+        rows = self._rows(split)
+        if rows is not None:
+            return TensorEvaluation(rows, batches, view)
+        images, finish = self._split(split)
+        return EvaluationLoader(images, batches, self._workers(), self._pins, finish, view)
+
+    def _rows(self, split: str) -> Rows | None:
+        if split not in self.kept.rows:
+            return None
+        tensor, places = self.kept.rows[split]
+        device = self.setup.accelerator.device
+        return Rows(
+            [tensor],
+            self.setup.labels(split),
+            places[self.setup.splits[split]],
+            self._finish(self.ways[split]),
+            ahead=device if device.type == "cuda" and tensor.device.type == "cpu" else None,
+        )
+
+    def _split(self, split: str) -> tuple[SplitImages, Finish | None]:
+        """For data workers: what they do, and what is left to be done with their batches."""
+        way, done, images = self.ways[split], self.kept.done[split], self.kept.images[split]
+        rest = way.transform.after(done) if done else way.transform
+        transform: Any = rest
+        finish = None
+        # Without a cache even evaluation goes the plain way, image by image, which the others are held against.
+        if way.batched is not None and (done or not way.is_exact):
+            transform, finish = ByteTransform(rest, way.steps - done), self._finish(way)
+        setup = self.setup
+        seed = setup.recipe.recipe.seed
+        return SplitImages(images, setup.dataset.labels, setup.splits[split], transform, seed), finish
+
+    def _finish(self, way: Delivery) -> Finish:
+        return Finish(way, self.setup.accelerator.device, channels_last=self.setup.recipe.train.channels_last)
+
+    def _workers(self) -> int:
+        return worker_count(self.setup.recipe.data.workers, self.setup.dataset.images, local_processes())
+
+    @property
+    def _pins(self) -> bool:
+        return bool(self.setup.accelerator.device.type == "cuda")
 
 
 @dataclass
 class Loaders:
     """Sources of training and evaluation batches."""
 
+    setup: Setup
+    images: Images
     train: TrainSource
-    validation: EvaluationLoader | TensorEvaluation
-    """As training needs it after each epoch: features, where training has features."""
-    images: dict[str, EvaluationLoader]
-    """Images of "validation" and "test", for the final evaluation of whole models."""
-    rounds: dict[str, int]
-    """Batches of the process that has most of them, for each evaluated split."""
     mixing: MixSettings | None
-    tail: str | None
-    """Name of the submodule that trains on features; None: the whole module trains on images."""
-    shortcuts: list[str]
-    """What was left out because it cannot change, in words."""
+    features: Features | None
+    """Inputs of the tail, where only that trains."""
+    made: dict[str, tuple[Evaluated, int]] = field(default_factory=dict)
+
+    @property
+    def tail(self) -> str | None:
+        """Name of the submodule that trains on features; None: the whole module trains on images."""
+        return None if self.features is None else self.features.tail
+
+    @property
+    def shortcuts(self) -> list[str]:
+        """What was left out because it cannot change, in words."""
+        return [*([] if self.features is None else [self.features.words]), *self.images.kept.shortcuts]
+
+    def evaluation(self, split: str) -> tuple[Evaluated, int]:
+        """A split's batches, and how many the process with most of them has: features, where training has them.
+
+        A collective, the first time.
+        """
+        if split not in self.made:
+            self.made[split] = self._evaluation(split)
+        return self.made[split]
+
+    def _evaluation(self, split: str) -> tuple[Evaluated, int]:
+        accelerator, size = self.setup.accelerator, _eval_batch_size(self.setup)
+        rows = None if self.features is None else self.features.rows(split)
+        if rows is not None:
+            at_once = min(EVALUATION_ROWS, EVALUATION_BYTES // (rows[0][0].numel() * 4))
+            size = max(size, at_once * accelerator.num_processes)
+        count, world = len(self.setup.splits[split]), accelerator.num_processes
+        shares = [plan_evaluation(count, size, world, rank) for rank in range(world)]
+        mine, rounds = shares[accelerator.process_index], max(len(share) for share in shares)
+        if rows is None:
+            return self.images.evaluation(split, mine), rounds
+        return TensorEvaluation(Rows(rows, self.setup.labels(split)), mine), rounds
 
     def close(self) -> None:
-        """End all worker processes."""
-        for loader in (self.train, self.validation, *self.images.values()):
+        """End all worker processes, and let go of what is mapped into memory."""
+        for loader in (self.train, *(loader for loader, _ in self.made.values())):
             loader.close()
+        self.images.kept.forget()
+        if self.features is not None:
+            self.features.forget()
 
 
 def build_loaders(setup: Setup, guard: Guard, *, shortcuts: bool = True) -> Loaders:
     """Loaders for a setup whose model is on its device and has the weights it starts with (a collective)."""
-    images = {split: _evaluation(setup, split) for split in ("validation", "test")}
-    rounds = {split: _rounds(setup, split) for split in images}
-    mixing = mix_settings(setup.recipe.augment)
-    tail, reason = _usable_tail(setup) if shortcuts else (None, "")
+    recipe, images = setup.recipe, setup.dataset.images
+    arguments = recipe.augment, setup.preprocessing, recipe.recipe.seed, setup.dataset.native_size
+    ways = {split: plan_delivery(split, *arguments) for split in SPLITS}
+    for split, way in ways.items():
+        try_transform(way.transform, images, int(setup.splits[split][0]))
+        if way.obstacle and recipe.augment.on == "auto":
+            setup.display.say(f"{split} images are augmented one by one, by data workers: {way.obstacle}")
+    keeper = Keeper(setup, guard) if shortcuts and recipe.data.cache != "off" else None
+    source = Images(setup, ways, KeptImages.of(setup, ways))
+    features = _features(setup, source, keeper, guard)
+    passes = recipe.train.epochs if features is None else len(features.views("train"))
+    source.kept = keep_images(setup, ways, keeper, passes)
+    mixing = mix_settings(recipe.augment)
+    plan = _plan(setup, mixing)
+    if features is None:
+        return Loaders(setup, source, source.training(plan), mixing, None)
+    train = TensorLoader(Rows(features.rows("train"), setup.labels("train")), plan)
+    loaders = Loaders(setup, source, train, mixing, features)
+    loaders.evaluation("validation")
+    setup.display.say(f'shortcut: {features.words}; data.cache = "off" turns it off')
+    return loaders
+
+
+def _features(setup: Setup, images: Images, keeper: Keeper | None, guard: Guard) -> Features | None:
+    """Features of the frozen part, after trying it on two images; None, and why where that is of interest."""
+    tail = tail_of(setup.recipe, setup.transfer)
+    if tail is None or keeper is None:
+        return None
+    batched = {split: way.batched is not None and not way.is_exact for split, way in images.ways.items()}
+    features = Features(setup, tail, keeper, guard, images.evaluation, batched)
+    transform, first = images.ways["train"].transform, setup.splits["train"][:2]
+    two = [try_transform(transform, setup.dataset.images, int(i)) for i in first]
+    setup.transfer.train_mode()
+    reason = features.obstacle(torch.stack(two).to(setup.accelerator.device))
     if reason:
         setup.display.say(f"frozen features are not kept: {reason}")
-    if tail is None:
-        return Loaders(_training(setup, mixing), images["validation"], images, rounds, mixing, None, [])
-    train, validation = (_features(setup, tail, split, guard) for split in ("train", "validation"))
-    count = len(train) + len(validation)
-    shortcut = f"inputs of {tail} computed once for {count} images: all before it is frozen and nothing there is random"
-    setup.display.say(f'shortcut: {shortcut}; data.cache = "off" turns it off')
-    device = setup.accelerator.device
-    labels = {split: torch.from_numpy(setup.labels(split)).to(device) for split in ("train", "validation")}
-    source = TensorLoader(train.to(device), labels["train"], _plan(setup, mixing))
-    evaluation = TensorEvaluation(
-        validation.to(device),
-        labels["validation"],
-        batch_size=_eval_batch_size(setup),
-        world=setup.accelerator.num_processes,
-        rank=setup.accelerator.process_index,
-    )
-    return Loaders(source, evaluation, images, rounds, mixing, tail, [shortcut])
+        return None
+    return features
 
 
 def _plan(setup: Setup, mixing: MixSettings | None) -> TrainPlan:
@@ -91,88 +203,9 @@ def _plan(setup: Setup, mixing: MixSettings | None) -> TrainPlan:
         rank=setup.accelerator.process_index,
         mixing=mixing is not None,
         weights=balanced_weights(setup.labels("train")) if table.sampling == "balanced" else None,
+        views=setup.recipe.data.views,
     )
-
-
-def _training(setup: Setup, mixing: MixSettings | None) -> TrainSource:
-    transform = build_transform("train", setup.recipe.augment, setup.preprocessing)
-    indices = setup.splits["train"]
-    try_transform(transform, setup.dataset.images, int(indices[0]))
-    return train_loader(
-        setup.dataset.images,
-        setup.dataset.labels,
-        indices,
-        transform,
-        _plan(setup, mixing),
-        workers=_workers(setup),
-        pin_memory=setup.accelerator.device.type == "cuda",
-    )
-
-
-def _evaluation(setup: Setup, split: str) -> EvaluationLoader:
-    transform = build_transform(split, setup.recipe.augment, setup.preprocessing)
-    indices = setup.splits[split]
-    try_transform(transform, setup.dataset.images, int(indices[0]))
-    return evaluation_loader(
-        setup.dataset.images,
-        setup.dataset.labels,
-        indices,
-        transform,
-        seed=setup.recipe.recipe.seed,
-        batch_size=_eval_batch_size(setup),
-        world=setup.accelerator.num_processes,
-        rank=setup.accelerator.process_index,
-        workers=_workers(setup),
-        pin_memory=setup.accelerator.device.type == "cuda",
-    )
-
-
-def _rounds(setup: Setup, split: str) -> int:
-    world, count = setup.accelerator.num_processes, len(setup.splits[split])
-    return max(len(plan_evaluation(count, _eval_batch_size(setup), world, rank)) for rank in range(world))
 
 
 def _eval_batch_size(setup: Setup) -> int:
-    return setup.recipe.train.eval_batch_size or setup.recipe.train.batch_size
-
-
-def _workers(setup: Setup) -> int:
-    return worker_count(setup.recipe.data.workers, setup.dataset.images, local_processes())
-
-
-def _usable_tail(setup: Setup) -> tuple[str | None, str]:
-    """The tail to train on features of, after trying it on two images; else None, and why where that is of interest."""
-    tail = tail_of(setup.recipe, setup.transfer)
-    if tail is None:
-        return None, ""
-    transform = build_transform("train", setup.recipe.augment, setup.preprocessing)
-    two = [try_transform(transform, setup.dataset.images, int(i)) for i in setup.splits["train"][:2]]
-    sample = torch.stack(two).to(setup.accelerator.device)
-    count = len(setup.splits["train"]) + len(setup.splits["validation"])
-    setup.transfer.train_mode()
-    usable, reason = is_worthwhile(setup.built.module, tail, sample, count, local_processes())
-    return (tail if usable else None), reason
-
-
-def _features(setup: Setup, tail: str, split: str, guard: Guard) -> Tensor:
-    """The tail's inputs for one split, under that split's own transform (a collective)."""
-    loader = _evaluation(setup, split)
-    count = len(setup.splits[split])
-    with setup.display.bar(f"frozen features of {split}", count) as bar:
-
-        def counted() -> Iterator[Any]:
-            for batch in loader:
-                yield batch
-                bar.advance(len(batch.positions) * setup.accelerator.num_processes)
-
-        features = compute_features(
-            setup.built.module,
-            tail,
-            guard(counted(), _rounds(setup, split)),
-            count,
-            setup.accelerator.device,
-            autocast_dtype=autocast_dtype(setup.accelerator.mixed_precision),
-            channels_last=setup.recipe.train.channels_last,
-        )
-    loader.close()
-    return features
+    return setup.recipe.train.images_per_evaluation

@@ -8,8 +8,9 @@ processes gives the gradient of one process holding everything.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,45 @@ def _means(values: Tensor, accelerator: Accelerator) -> tuple[float, float]:
     return loss / max(count, 1), right / max(count, 1)
 
 
+class FiniteLosses:
+    """Finds the first step whose loss is not finite, without waiting for a GPU.
+
+    There a step's verdict is copied to the CPU behind its work, and read once it has come; only where more than
+    ``MOST`` are on their way is the oldest waited for, so that the CPU runs no further ahead than that.
+    """
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self.bad: int | None = None
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """After each step: its number and its loss (a scalar)."""
+        verdict = loss.isfinite()
+        if loss.device.type != "cuda":
+            self.waiting.append((step, verdict, None))
+            return
+        copy = torch.empty((), dtype=torch.bool, pin_memory=True)
+        copy.copy_(verdict, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.waiting.append((step, copy, event))
+
+    def first_bad(self, *, wait: bool = False) -> int | None:
+        """The first step known to have gone wrong; with ``wait`` all steps so far are known."""
+        while self.waiting:
+            step, verdict, event = self.waiting[0]
+            if event is not None and not event.query():
+                if not wait and len(self.waiting) <= self.MOST:
+                    break
+                event.synchronize()
+            self.waiting.popleft()
+            if self.bad is None and not verdict:
+                self.bad = step
+        return self.bad
+
+
 @dataclass
 class TrainSettings:
     """What the loop needs to know of the recipe."""
@@ -84,6 +124,7 @@ class TrainSettings:
     channels_last: bool
     class_weights: Tensor | None
     """Weight of each class in the loss, float32 [K] on the device, mean 1 over the training images."""
+    cuda_graphs: bool
     steps_per_epoch: int
     log_every: int
 
@@ -113,10 +154,7 @@ class Trainer:
     stochastic: Stochastic
     ema: WeightAverage | None
     settings: TrainSettings
-    finite: Any = None
-    """Whether the last step's loss was finite: a flag on the CPU, or one on its way there (see :func:`_later`)."""
-    finite_before: Any = None
-    """The same of the step before."""
+    finite: FiniteLosses = field(default_factory=FiniteLosses)
 
     def train_epoch(self, loader: Any, epoch: int, first_step: int, sums: Sums, hooks: Hooks) -> bool:
         """Train the epoch after ``epoch`` completed ones from ``first_step`` on; True where it ran to its end.
@@ -135,8 +173,8 @@ class Trainer:
             if not micro.is_last:
                 continue
             self._update()
-            self.finite_before, self.finite = self.finite, _later(torch.stack(step_losses).sum().isfinite())
             done = micro.step + 1
+            self.finite.add(done, torch.stack(step_losses).sum())
             if settings.log_every and done % settings.log_every == 0:
                 hooks.log_step(done, *sums.figures_since_log(self.accelerator))
             if hooks.after_step(done, sums):
@@ -153,9 +191,13 @@ class Trainer:
             soft = F.one_hot(labels, settings.classes).to(inputs.dtype)
             key = (settings.seed, epoch, micro.step)
             inputs, targets = mix(inputs, soft, micro.partners, micro.own, settings.mixing, key)
-        keys = example_keys(settings.seed, epoch, np.asarray(batch.draws[: micro.own]))
-        self.stochastic.set_keys(torch.from_numpy(keys).to(accelerator.device, non_blocking=True))
-        set_replicated(self.network, micro.replicated)
+        if self.stochastic.calls:
+            keys = example_keys(settings.seed, epoch, np.asarray(batch.draws[: micro.own]))
+            self.stochastic.set_keys(torch.from_numpy(keys).to(accelerator.device, non_blocking=True))
+        if accelerator.num_processes > 1:
+            set_replicated(self.network, micro.replicated)
+        if settings.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         alone = micro.replicated or accelerator.num_processes == 1
         with contextlib.nullcontext() if micro.is_last else accelerator.no_sync(self.wrapped):
             logits = self.wrapped(inputs[: micro.own])
@@ -177,24 +219,3 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.network)
-
-    def loss_was_finite(self, *, wait: bool = False) -> bool:
-        """Whether the last step's loss was finite; on a GPU the step before's, unless told to wait."""
-        flag = self.finite if wait or not isinstance(self.finite, tuple) else self.finite_before
-        if flag is None:
-            return True
-        if isinstance(flag, tuple):
-            flag, event = flag
-            event.synchronize()
-        return bool(flag)
-
-
-def _later(flag: Tensor) -> Any:
-    """Bring a device flag to the CPU without waiting: (pinned copy, event), or the flag itself on the CPU."""
-    if flag.device.type != "cuda":
-        return flag
-    copy = torch.empty((), dtype=flag.dtype, pin_memory=True)
-    copy.copy_(flag, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return copy, event

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from toolkit.data.cpus import granted_cpus
 from toolkit.engine.memory import keep_freed_memory
+from toolkit.engine.precision import on_gpu, resolve_precision
 from toolkit.errors import RunFailed, UserError
 from toolkit.recipe.schema import TrainTable
 
@@ -33,6 +34,8 @@ def start(train: TrainTable) -> Accelerator:
     # Accelerate keeps one state a Python process; in a notebook the next fit may have another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = resolve_precision(train.precision)
+    if train.cuda_graphs and not on_gpu():
+        raise UserError("train.cuda_graphs = true needs a GPU, and none is used here: leave it out")
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(train.deterministic)  # also off again, after another run in this process
@@ -40,7 +43,7 @@ def start(train: TrainTable) -> Accelerator:
     # The name since torch 2.15 is one that torch 2.11 and Accelerate do not know.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"),
+        cpu=not on_gpu(),
         mixed_precision=precision,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
@@ -55,7 +58,8 @@ def check_launcher(train: TrainTable) -> None:
         "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no", "train.precision", train.precision),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
             "gradient_accumulation_steps", "1", "train.accumulation", str(train.accumulation)),
-        "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "no", "train.compile", "inductor" if train.compile else "no"),
+        "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "no", "train.compile",
+            "inductor" if train.compile or train.cuda_graphs else "no"),
     }  # fmt: skip
     for variable, (setting, silent, key, wanted) in said.items():
         found = os.environ.get(variable, silent).lower()
@@ -70,18 +74,6 @@ def check_launcher(train: TrainTable) -> None:
             raise UserError(
                 f"the launcher asks for {name}; this toolkit trains with DDP: take {name} out of its settings"
             )
-
-
-def resolve_precision(wanted: str) -> str:
-    """auto: bf16 on a GPU that has it, else no. fp16 needs a GPU."""
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
-    if wanted == "auto":
-        return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    if wanted == "fp16" and not on_gpu:
-        raise UserError("train.precision = 'fp16' needs a GPU, and none is used here: take 'no', 'bf16' or 'auto'")
-    if wanted == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
-        raise UserError("train.precision = 'bf16': this GPU has no bf16: take 'fp16', 'no' or 'auto'")
-    return wanted
 
 
 def local_processes() -> int:

@@ -21,6 +21,7 @@ from toolkit.engine.evaluate import Evaluation, evaluate
 from toolkit.engine.journal import Journal
 from toolkit.engine.loaders import Loaders, build_loaders
 from toolkit.engine.loop import Hooks, Sums
+from toolkit.engine.optim import load_state
 from toolkit.engine.position import Position, random_state, restore_random_state
 from toolkit.engine.process import Control, autocast_dtype, broadcast_object, gather_objects
 from toolkit.engine.schedule import Patience, Plateau, higher_is_better, learning_rate
@@ -102,7 +103,7 @@ class Training:
         if not done:
             self._interrupt(sums)
         speed = (self.position.train_images - images_before) / max(time.perf_counter() - started, 1e-9)
-        self._check_finite(epoch, self.setup.steps)
+        self._check_finite(epoch)
         loss, accuracy = sums.figures(self.accelerator)
         record = {
             "epoch": epoch + 1,
@@ -152,16 +153,17 @@ class Training:
         if self.accelerator.num_processes > 1 and not self.recipe.train.sync_batch_norm:
             average_statistics(module)
         with self._averaged_weights():
-            if split == "validation":
-                network = module if self.loaders.tail is None else self.trainer.network
-                return self.evaluate_network(network, self.loaders.validation, split)
-            return self.evaluate_network(module, self.loaders.images[split], split)
+            return self.evaluate_network(self.trainer.network, split)
 
-    def evaluate_network(self, network: nn.Module, loader: Any, split: str) -> Evaluation:
-        """Evaluate any module on a split (a collective); StopWanted where somebody wants the run to stop."""
+    def evaluate_network(self, network: nn.Module, split: str) -> Evaluation:
+        """Evaluate a module that is like the one that trains on a split (a collective).
+
+        StopWanted where somebody wants the run to stop.
+        """
+        loader, rounds = self.loaders.evaluation(split)
         return evaluate(
             network,
-            self.guarded(loader, self.loaders.rounds[split]),
+            self.guarded(loader, rounds),
             self.setup.labels(split),
             self.accelerator.device,
             autocast_dtype=autocast_dtype(self.accelerator.mixed_precision),
@@ -205,23 +207,26 @@ class Training:
         stop, save, non_finite = self.control.exchange(
             stop=self.stop.is_wanted(),
             save=due and self.accelerator.is_main_process,
-            non_finite=not self.trainer.loss_was_finite(),
+            non_finite=self.trainer.finite.first_bad() is not None,
         )
         if non_finite:
-            self._fail_non_finite(epoch, step)
+            self._check_finite(epoch)
         if stop:
             return True
         if (save or (table.every_steps and step % table.every_steps == 0)) and step < self.setup.steps:
             self.save(sums)
         return False
 
-    def _check_finite(self, epoch: int, step: int) -> None:
-        """The last step's loss, which no later step has looked at (a collective)."""
-        _, _, earlier = self.control.settle()
-        if earlier or any(gather_objects(not self.trainer.loss_was_finite(wait=True))):
-            self._fail_non_finite(epoch, step)
+    def _check_finite(self, epoch: int) -> None:
+        """Fail where the loss of any step so far was not finite (a collective)."""
+        self.control.settle()
+        self._fail_where_bad(epoch, gather_objects(self.trainer.finite.first_bad(wait=True)))
 
-    def _fail_non_finite(self, epoch: int, step: int) -> None:
+    def _fail_where_bad(self, epoch: int, steps: list[int | None]) -> None:
+        """``steps``: of each process the first one whose loss was not finite, if any."""
+        step = min((step for step in steps if step is not None), default=None)
+        if step is None:
+            return
         lr = self._learning_rate(epoch + (step - 1) / self.setup.steps)
         raise RunFailed(
             f"the loss is not finite at epoch {epoch + 1}, step {step} of {self.setup.steps}, learning rate {lr:.3g}; "
@@ -293,14 +298,13 @@ class Training:
         if self.run is None:
             return
         mine = {
-            "finite": self.trainer.loss_was_finite(wait=True),
+            "bad_step": self.trainer.finite.first_bad(wait=True),
             "sums": [] if sums is None else sums.state(),
             "random": random_state(),
             "statistics": {} if self.recipe.train.sync_batch_norm else local_statistics(self.setup.built.module),
         }
         everyone = gather_objects(mine)
-        if not all(each["finite"] for each in everyone):
-            self._fail_non_finite(self.position.epoch, self.position.step)
+        self._fail_where_bad(self.position.epoch, [each["bad_step"] for each in everyone])
         self.position.sums = [each["sums"] for each in everyone] if sums is not None else []
         self._written(lambda: self._write_checkpoint(everyone), "a checkpoint could not be written")
 
@@ -374,7 +378,7 @@ class Training:
         self.best.load(checkpoint["best"])
         self.plateau.load(checkpoint["plateau"])
         try:
-            self.trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+            load_state(self.trainer.optimizer, checkpoint["optimizer"])
         except ValueError as error:
             raise UserError(f"the checkpoint's optimiser state does not fit the recipe: {error}") from None
         if self.trainer.ema is not None:

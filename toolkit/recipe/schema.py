@@ -154,9 +154,21 @@ class DataTable(Table):
     ] = "error"
     max_bad_fraction: Annotated[Fraction, describe("With on_bad_image = skip: refuse beyond this share.")] = 0.01
     cache: Annotated[
-        Literal["auto", "off"],
-        describe("auto: work that cannot change (features of frozen layers) is done once and kept; off: nothing is."),
+        Literal["auto", "off", "disk", "memory", "device"],
+        describe(
+            "Work that cannot change (decoding, resizing, features of frozen layers) is done once and kept in the "
+            "cache folder; its images are held on disk, in memory or on the device, or the next of these that has "
+            "room. auto: where it pays and fits. off: nothing is kept."
+        ),
     ] = "auto"
+    views: Annotated[
+        int | None,
+        Field(ge=1, le=1000),
+        describe(
+            "Only so many augmented versions of each training image, which take turns: epoch e has version e mod views. "
+            "Makes features of frozen layers possible with augmentation. Default: a new version each epoch."
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _mean_and_std_alike(self) -> DataTable:
@@ -454,7 +466,11 @@ class TrainTable(Table):
     eval_batch_size: Annotated[
         int | None,
         Field(ge=1),
-        describe("Images per evaluation step, over all processes. Default: batch_size.", unit="images"),
+        describe(
+            "Images per evaluation step, over all processes. Default: twice batch_size / accumulation; a GPU without "
+            "memory for so many takes them in smaller parts.",
+            unit="images",
+        ),
     ] = None
     accumulation: Annotated[
         int, Field(ge=1), describe("Parts into which a batch is divided, one after the other, to save memory.")
@@ -462,7 +478,7 @@ class TrainTable(Table):
     drop_last: Annotated[bool, describe("Leave out the last, smaller batch of an epoch.")] = False
     precision: Annotated[
         Literal["auto", "no", "fp16", "bf16"],
-        describe("Mixed precision; auto: bf16 on GPUs that have it, else no."),
+        describe("Mixed precision; auto: bf16 on GPUs that compute in it, else (and on CPUs) no; the log says why."),
     ] = "auto"
     select: Annotated[ValidationMetric, describe("The figure by which the best epoch is chosen.")] = "val/accuracy"
     clip_norm: Annotated[float | None, Field(gt=0), describe("Clip the gradient to this L2 norm.")] = None
@@ -486,10 +502,22 @@ class TrainTable(Table):
         True
     )
     compile: Annotated[bool, describe("Compile the model with torch.compile.")] = False
+    cuda_graphs: Annotated[
+        bool,
+        describe(
+            'Compile the model and replay its kernels as CUDA graphs (mode "reduce-overhead"): for small models, whose '
+            "kernels are over before the next is launched. GPUs only."
+        ),
+    ] = False
     deterministic: Annotated[bool, describe("Only deterministic algorithms, also on a GPU (slower).")] = False
     log_every: Annotated[
         int, Field(ge=0), describe("Also log loss and accuracy every so many steps; 0 is off.", unit="steps")
     ] = 0
+
+    @property
+    def images_per_evaluation(self) -> int:
+        """eval_batch_size, or its default: without gradients more fits than in training."""
+        return self.eval_batch_size or max(1, 2 * self.batch_size // self.accumulation)
 
 
 class EarlyStoppingTable(Table):

@@ -1,0 +1,82 @@
+"""How a split's images come to the model: which steps are done once, which for each image, which for whole batches.
+
+The choice depends on the recipe and the data set alone, never on what is kept where: a cache changes no pixel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.data.batched import BatchAugmentation, batched_augmentation
+from toolkit.data.batched_chain import Chain
+from toolkit.data.preprocessing import Preprocessing
+from toolkit.data.transforms import ImageTransform, build_transform, makes_floats
+from toolkit.errors import UserError
+from toolkit.recipe.schema import AugmentTable
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """One split's way."""
+
+    transform: ImageTransform
+    """The whole way, for one image."""
+    steps: int
+    """How many of its first steps come before ``batched``."""
+    batched: BatchAugmentation | None
+    """What makes model inputs of a batch of bytes, all of one size; None: the transform does all, image by image."""
+    is_exact: bool
+    """Whether ``batched`` gives the transform's own result to the last bit: then either may be used."""
+    obstacle: str
+    """What keeps random augmentations from being made in batches; "" where they are, or there are none."""
+
+
+def plan_delivery(
+    split: str, augment: AugmentTable, preprocessing: Preprocessing, seed: int, native_size: int | None
+) -> Delivery:
+    """How one split is delivered. ``native_size``: of all images of the data set, None where they differ.
+
+    Raises UserError for a recipe that asks for the impossible.
+    """
+    transform = build_transform(split, augment, preprocessing)
+    if makes_floats(transform.after(len(transform.fixed))):
+        plain = BatchAugmentation(Chain((), None), preprocessing, seed)
+        return Delivery(transform, len(transform.fixed), plain, True, "")
+    if augment.on == "workers":
+        return Delivery(transform, 0, None, False, "")
+    batched = batched_augmentation(augment, preprocessing, seed, split)
+    if isinstance(batched, str):
+        obstacle = batched
+    elif _is_uniform(transform, preprocessing, native_size):
+        return Delivery(transform, transform.base, batched, False, "")
+    else:
+        obstacle = f"augment.{split}: the images are of different sizes where the random transforms begin"
+    if augment.on == "device":
+        raise UserError(f'augment.on = "device" cannot be: {obstacle}; set "auto" or "workers"')
+    return Delivery(transform, 0, None, False, obstacle)
+
+
+def _is_uniform(transform: ImageTransform, preprocessing: Preprocessing, native_size: int | None) -> bool:
+    """Whether all images are of one size after the base steps."""
+    crops = preprocessing.crop and transform.base > 0 and transform.fixed[transform.base - 1].startswith("centre crop")
+    return crops or isinstance(preprocessing.resize, tuple) or native_size is not None
+
+
+class Finish:
+    """Model inputs of a batch of bytes, on the device."""
+
+    def __init__(self, delivery: Delivery, device: torch.device, *, channels_last: bool) -> None:
+        assert delivery.batched is not None
+        self.batched, self.device, self.channels_last = delivery.batched, device, channels_last
+
+    def __call__(self, pixels: Tensor, epoch: int, draws: Tensor) -> Tensor:
+        """uint8 [m, h, w, c] -> float32 [m, C, image_size, image_size]; greyscale is repeated where C is 3."""
+        images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        if images.shape[1] != self.batched.channels:
+            images = images.expand(-1, self.batched.channels, -1, -1)
+        if not self.channels_last:
+            images = images.contiguous()
+        return self.batched(images, epoch, draws)

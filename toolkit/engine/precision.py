@@ -1,0 +1,42 @@
+"""Mixed precision: what a recipe's choice comes to on this hardware, and why."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from toolkit.errors import UserError
+
+
+def on_gpu() -> bool:
+    """Whether this process trains on a GPU."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
+
+
+def resolve_precision(wanted: str) -> str:
+    """auto: bf16 on a GPU whose hardware computes in it, else no. fp16 needs a GPU.
+
+    On a CPU auto is always no: with bf16 autocast ResNet18 trained at 0.37 times the speed of fp32 on a CPU that has
+    AVX512_BF16 (AMD EPYC, 2 threads), so that the instructions alone are no reason to take it.
+    """
+    gpu = on_gpu()
+    if wanted == "auto":
+        return "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if wanted == "fp16" and not gpu:
+        raise UserError("train.precision = 'fp16' needs a GPU, and none is used here: take 'no', 'bf16' or 'auto'")
+    if wanted == "bf16" and gpu and not torch.cuda.is_bf16_supported():
+        raise UserError("train.precision = 'bf16': this GPU has no bf16: take 'fp16', 'no' or 'auto'")
+    return wanted
+
+
+def precision_line(wanted: str, precision: str) -> str:
+    """One line for the log: the precision, and where it comes from."""
+    if wanted != "auto":
+        return f"precision {precision}, as the recipe says"
+    if precision == "bf16":
+        return "precision bf16 (auto): the GPU computes in it"
+    if not on_gpu():
+        return "precision no (auto): on a CPU bf16 autocast is slower than fp32"
+    major, minor = torch.cuda.get_device_capability()
+    return f"precision no (auto): a GPU of compute capability {major}.{minor} has no bf16 units (from 8.0 on)"
