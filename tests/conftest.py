@@ -11,8 +11,7 @@ from pathlib import Path
 
 # Before torch or wandb are imported anywhere, and inherited by every process that a test starts.
 os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true", HF_HUB_OFFLINE="1")
-CACHES = Path(tempfile.mkdtemp(prefix="toolkit-cache-"))
-os.environ["TOOLKIT_CACHE"] = str(CACHES / "session")  # for fixtures that tests share
+os.environ["TOOLKIT_CACHE"] = tempfile.mkdtemp(prefix="toolkit-cache-")  # for fixtures that tests share
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ torch.set_num_threads(1)
 # fake GPUs it would see some, and no process could be forked any more; now it sees none.
 torch.zeros(1, requires_grad=True).sum().backward()
 
+CACHES = Path(os.environ["TOOLKIT_CACHE"])
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 ARCHIVES = ("caltech101-a.tar", "caltech101-b.tar", "cifar10.tar.xz", "cifar10-original-subset.npz")

@@ -14,6 +14,7 @@ nothing needs to be invalidated. Concurrent runs, and all processes of a machine
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -208,7 +209,7 @@ class EntryWriter:
 def try_lock(root: Path, name: str) -> FileLock | None:
     """The right to build an entry, to be released; None where another process has it. It ends with its process.
 
-    Raises OSError where the root cannot be written.
+    Raises OSError where the root cannot be written, or has no locks.
     """
     root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / f"{name}.lock", timeout=0)
@@ -216,6 +217,8 @@ def try_lock(root: Path, name: str) -> FileLock | None:
         lock.acquire()
     except Timeout:
         return None
+    except NotImplementedError as error:  # file systems without flock
+        raise OSError(errno.ENOTSUP, str(error)) from None
     return lock
 
 

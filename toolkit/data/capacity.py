@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 
 import torch
+
+from toolkit.data.cpus import cgroups
 
 MEMORY_SHARE = 0.4
 """What is kept may take this share of the memory that is free on the machine, over all its processes."""
@@ -16,20 +19,35 @@ DEVICE_SHARE = 0.3
 """The same of a GPU's free memory, before training has taken its own."""
 
 
-def available_memory() -> int:
-    """Bytes that can be taken without pushing anything out: the system's word, within this process's cgroup."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def available_memory(system: Path = Path("/")) -> int:
+    """Bytes that can be taken without pushing anything but file pages out: the least of the machine's and the cgroups'.
+
+    ``system`` is the root of the file system.
+    """
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        free = [_numbers(system / "proc/meminfo")["MemAvailable:"] * 1024]
+    for group in cgroups(system):
+        free += _left_in(group, "memory.max", "memory.current", "")
+    for group in cgroups(system, "memory"):
+        free += _left_in(group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    return min(free)
+
+
+def _left_in(group: Path, limit: str, used: str, prefix: str) -> list[int]:
+    """What a cgroup leaves, in bytes; [] where it sets no limit. Pages of files can be taken back."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-        with (
-            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
-            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
-        ):
-            free = min(free, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError, StopIteration):
-        pass  # no such files here, or "max": no limit
-    return free
+        left = int((group / limit).read_text(encoding="ascii")) - int((group / used).read_text(encoding="ascii"))
+        pages = _numbers(group / "memory.stat")
+    except (OSError, ValueError):  # no such files, or "max"
+        return []
+    return [left + pages.get(f"{prefix}inactive_file", 0) + pages.get(f"{prefix}active_file", 0)]
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1}
 
 
 def free_disk(folder: Path) -> int:

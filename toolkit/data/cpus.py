@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -26,17 +27,25 @@ def granted_cpus(local_processes: int = 1, system: Path = Path("/")) -> int:
 def _cgroup_quotas(system: Path) -> list[float]:
     """CPUs by the quota of this process's cgroup and of each above it (version 2), or of the root's (version 1)."""
     quotas = []
-    base = system / "sys/fs/cgroup"
-    try:
-        own = (system / "proc/self/cgroup").read_text(encoding="ascii").strip().rpartition("::")[2].strip("/")
-    except (OSError, ValueError):
-        own = ""
-    group = base / own
-    for folder in [group, *group.parents]:
+    for folder in cgroups(system):
         quotas += _quota(folder / "cpu.max", None)
-        if folder == base:
-            break
-    return quotas + _quota(base / "cpu/cpu.cfs_quota_us", base / "cpu/cpu.cfs_period_us")
+    version_1 = system / "sys/fs/cgroup/cpu"
+    return quotas + _quota(version_1 / "cpu.cfs_quota_us", version_1 / "cpu.cfs_period_us")
+
+
+def cgroups(system: Path = Path("/"), controller: str = "") -> list[Path]:
+    """Folders of this process's cgroup and of those above it; there may be no files in them.
+
+    ``controller``: "" for version 2, else the name of one of version 1, as "memory".
+    """
+    base, own = system / "sys/fs/cgroup" / controller, ""
+    with contextlib.suppress(OSError, ValueError):
+        for line in (system / "proc/self/cgroup").read_text(encoding="ascii").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):
+                own = path.strip("/")
+    group = base / own
+    return [folder for folder in [group, *group.parents] if folder.is_relative_to(base)]
 
 
 def _quota(quota_file: Path, period_file: Path | None) -> list[float]:

@@ -33,8 +33,10 @@ def frozen_part(setup: Setup, tail: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def feature_name(setup: Setup, frozen: dict[str, Any], split: str, view: int, batched: bool) -> str:
-    """The name of the entry for one split, in one augmented version; ``frozen`` is :func:`frozen_part`.
+def feature_name(setup: Setup, frozen: dict[str, Any], images: str, split: str, view: int, batched: bool) -> str:
+    """The name of the entry for one split, in one augmented version.
+
+    ``frozen`` is :func:`frozen_part`, ``images`` the identity of the split's images.
 
     The seed counts only where something is random; the recipe's batch size, head, optimiser and number of processes
     do not: studies over these share their features.
@@ -43,7 +45,7 @@ def feature_name(setup: Setup, frozen: dict[str, Any], split: str, view: int, ba
     if not is_deterministic(split, recipe.augment):
         random = {"seed": recipe.recipe.seed, "view": view, "batched": batched}
     key = {
-        "images": setup.dataset.images.identity(setup.splits[split]),
+        "images": images,
         "preprocessing": setup.preprocessing.to_dict(),
         "augment": _augmentations(split, recipe.augment),
         "random": random,

@@ -66,9 +66,13 @@ class Features:
         self.setup, self.tail, self.keeper, self.guard, self.loader = setup, tail, keeper, guard, loader
         self.batched, self.frozen = batched, frozen_part(setup, tail)
         self.made: dict[str, list[Tensor]] = {}
+        self.identities: dict[str, str] = {}
 
     def _name(self, split: str, view: int) -> str:
-        return feature_name(self.setup, self.frozen, split, view, self.batched[split])
+        setup = self.setup
+        if split not in self.identities:
+            self.identities[split] = setup.dataset.images.identity(setup.splits[split])
+        return feature_name(setup, self.frozen, self.identities[split], split, view, self.batched[split])
 
     @property
     def words(self) -> str:
@@ -93,15 +97,18 @@ class Features:
         one = prefix_features(module, tail, sample[:1])
         images = sum(len(counts[split]) * len(self.views(split)) for split in counts)
         need, free = one.numel() * 4 * images * local_processes(), available_memory()
-        fits = need <= free * MEMORY_SHARE or self._are_cached()
+        fits = need <= free * MEMORY_SHARE or not self.passes()
         if not all(gather_objects(fits)):
             return f"its features would take {gib(need)} of {gib(free)} free"
         return ""
 
-    def _are_cached(self) -> bool:
-        """Whether nothing needs to be computed (not a collective: each process looks for itself)."""
-        names = [self._name(split, view) for split in ("train", "validation") for view in self.views(split)]
-        return all((self.keeper.root / name / "entry.json").exists() for name in names)
+    def passes(self) -> int:
+        """How often the images of the split most needed have to be read for what the cache does not have.
+
+        Not a collective: each process looks for itself.
+        """
+        names = [[self._name(split, view) for view in self.views(split)] for split in ("train", "validation")]
+        return max(sum(not (self.keeper.root / n / "entry.json").exists() for n in of_split) for of_split in names)
 
     def rows(self, split: str) -> list[Tensor]:
         """For each version the inputs of a split's images, float32 [N, ...]: on the device where they fit."""

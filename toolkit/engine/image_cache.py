@@ -106,7 +106,7 @@ def _keep_part(
         size = expected_bytes(images, part) if setup.accelerator.is_local_main_process else 0
         reason = _why_not(setup, part, size, passes)
         if reason:
-            setup.display.say(f"images of {_listed(part.splits)} are decoded anew each time: {reason}")
+            setup.display.say(f"decoded images of {_listed(part.splits)} are not kept: {reason}")
             return
         entry = keeper.obtain(name, _filled(setup, part), size)
     if not all(gather_objects(entry is not None)) or entry is None:
@@ -151,7 +151,7 @@ def _why_not(setup: Setup, part: Part, size: int, passes: int) -> str:
     """Why data.cache = "auto" does not keep a part of about so many bytes; "" where it does (a collective)."""
     reason = ""
     if setup.recipe.data.cache == "auto" and passes < 2:
-        reason = "they are needed once only"
+        reason = "they are needed once at most"
     elif setup.recipe.data.cache == "auto" and not part.steps and size > available_memory() * MEMORY_SHARE:
         reason = f"{gib(size)} of decoded images are more to read than the files, and do not fit in memory"
     return next((each for each in gather_objects(reason) if each), "")

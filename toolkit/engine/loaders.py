@@ -161,7 +161,7 @@ def build_loaders(setup: Setup, guard: Guard, *, shortcuts: bool = True) -> Load
     keeper = Keeper(setup, guard) if shortcuts and recipe.data.cache != "off" else None
     source = Images(setup, ways, KeptImages.of(setup, ways))
     features = _features(setup, source, keeper, guard)
-    passes = recipe.train.epochs if features is None else len(features.views("train"))
+    passes = recipe.train.epochs if features is None else features.passes()
     source.kept = keep_images(setup, ways, keeper, passes)
     mixing = mix_settings(recipe.augment)
     plan = _plan(setup, mixing)

@@ -165,8 +165,8 @@ class DataTable(Table):
         int | None,
         Field(ge=1, le=1000),
         describe(
-            "Only so many augmented versions of each training image, which take turns: epoch e has version e mod views. "
-            "Makes features of frozen layers possible with augmentation. Default: a new version each epoch."
+            "Only so many augmented versions of each training image, which take turns: epoch e has version e mod "
+            "views. Makes features of frozen layers possible with augmentation. Default: a new version each epoch."
         ),
     ] = None
 
