@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from toolkit.commands.bench import bench
+from toolkit.commands.cache import cache
 from toolkit.commands.export import export, publish, sync
 from toolkit.commands.look import data, doctor, plan
 from toolkit.commands.names import datasets, models, optimizers, transforms
@@ -32,8 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
-for command in (train, validate, show, diff, plan, data, models, transforms, optimizers, datasets, doctor, bench):
+for command in (train, validate, show, diff, plan, data, models, transforms, optimizers, datasets, doctor):
     app.command()(command)
+for speed_command in (bench, cache):
+    app.command()(speed_command)
 for job_command in (submit, status, logs, cancel):
     app.command()(job_command)
 for study_command in (study, table):

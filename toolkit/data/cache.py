@@ -19,6 +19,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -46,6 +47,8 @@ ABANDONED_S = 600
 """A half-written entry that nobody has written to for so long, in seconds, is what a killed process left."""
 
 _PAGE = 4096
+_ENTRY = re.compile("(images|features)-[0-9a-f]{32}")
+_LEFTOVER = re.compile(rf"\.{_ENTRY.pattern}-\d+-[0-9a-f]{{8}}")
 _verified: dict[Path, tuple[int, int, int]] = {}
 """Data files that this process has checked, as they were then."""
 
@@ -95,18 +98,10 @@ def find_entry(root: Path, name: str) -> Entry | None:
 
     Looks at the header, its hash, the tables' hash and the size of the data; :func:`verify` looks at the data itself.
     """
-    folder = root / name
-    try:
-        facts = json.loads((folder / "entry.json").read_bytes())
-    except FileNotFoundError:
+    entry = _header(root / name)
+    if entry is None:
         return None
-    except (OSError, ValueError) as error:
-        raise DamagedEntry(f"entry.json cannot be read: {error}") from None
-    if not isinstance(facts, dict) or facts.pop("sha256", None) != _digest(facts):
-        raise DamagedEntry("the checksum of entry.json differs")
-    if facts.get("format") != FORMAT:
-        raise DamagedEntry("it was written by another version")
-    entry = Entry(folder, facts)
+    folder = entry.folder
     try:
         size = (folder / "data.bin").stat().st_size
         tables = hashlib.sha256((folder / "tables.npz").read_bytes()).hexdigest()
@@ -114,11 +109,28 @@ def find_entry(root: Path, name: str) -> Entry | None:
         raise DamagedEntry(f"{Path(error.filename).name}: {error.strerror}") from None
     if size != entry.size:
         raise DamagedEntry(f"data.bin has {size} bytes instead of {entry.size}")
-    if tables != facts["tables"]:
+    if tables != entry.facts["tables"]:
         raise DamagedEntry("the checksum of tables.npz differs")
     with contextlib.suppress(OSError):  # a cache that can only be read is of use too
         os.utime(folder / "entry.json")
     return entry
+
+
+def _header(folder: Path) -> Entry | None:
+    """What entry.json says; None where there is none. Raises DamagedEntry."""
+    try:
+        facts = json.loads((folder / "entry.json").read_bytes())
+    except FileNotFoundError:
+        if folder.is_dir():
+            raise DamagedEntry("entry.json is missing") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise DamagedEntry(f"entry.json cannot be read: {error}") from None
+    if not isinstance(facts, dict) or facts.pop("sha256", None) != _digest(facts):
+        raise DamagedEntry("the checksum of entry.json differs")
+    if facts.get("format") != FORMAT:
+        raise DamagedEntry("it was written by another version")
+    return Entry(folder, facts)
 
 
 def verify(entry: Entry) -> Iterator[int]:
@@ -235,6 +247,8 @@ def remove_leftovers(root: Path, name: str = "") -> int:
     """Remove what killed processes left half-written (of one entry, or all); bytes that this made free."""
     freed = 0
     for folder in root.glob(f".{name or '*'}-*"):
+        if not _LEFTOVER.fullmatch(folder.name):
+            continue
         try:
             newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
         except OSError:
@@ -243,6 +257,58 @@ def remove_leftovers(root: Path, name: str = "") -> int:
             freed += folder_size(folder)
             shutil.rmtree(folder, ignore_errors=True)
     return freed
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An entry as `toolkit cache` shows it, whole or not."""
+
+    name: str
+    kind: str
+    """images or features."""
+    data: str
+    """Name of the data set."""
+    images: int
+    what: str
+    """What was done once, in words; what is wrong with an entry that is damaged."""
+    bytes: int
+    used: float
+    """Time of last use, seconds since 1970."""
+
+
+def list_entries(root: Path) -> list[Listed]:
+    """All entries, the one used last first; looking at them is no use."""
+    found = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        if not _ENTRY.fullmatch(folder.name) or not folder.is_dir():
+            continue
+        try:
+            entry = _header(folder)
+            if entry is None:  # removed a moment ago
+                continue
+            facts = entry.facts
+        except DamagedEntry as error:
+            facts = {"what": f"damaged: {error}"}
+        told = str(facts.get("data", "")), int(facts.get("images", 0)), str(facts["what"])
+        used = next((p.stat().st_mtime for p in (folder / "entry.json", folder) if p.exists()), 0.0)
+        found.append(Listed(folder.name, folder.name.split("-")[0], *told, folder_size(folder), used))
+    return sorted(found, key=lambda one: one.used, reverse=True)
+
+
+def clean(root: Path, unused_s: float = 0) -> tuple[int, int]:
+    """Remove entries not used for so long, in seconds, and what killed processes left; entries and bytes removed.
+
+    Nothing else in the folder is touched, and nothing that a process is building. Processes that read an entry keep it.
+    Raises OSError where an entry cannot be removed.
+    """
+    doomed = [one for one in list_entries(root) if time.time() - one.used >= unused_s]
+    for one in doomed:
+        remove_entry(root / one.name)
+        lock = try_lock(root, one.name)
+        if lock is not None:
+            (root / f"{one.name}.lock").unlink(missing_ok=True)
+            lock.release()
+    return len(doomed), sum(one.bytes for one in doomed) + remove_leftovers(root)
 
 
 def folder_size(folder: Path) -> int:
