@@ -1,0 +1,409 @@
+"""Images kept on disk, in memory or on the device: the same pixels as without, for every shipped set of transforms."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from toolkit.data import capacity
+from toolkit.data.datasets import Dataset
+from toolkit.data.delivery import plan_delivery
+from toolkit.data.images import ArrayImages, FileImages
+from toolkit.data.order import TrainPlan
+from toolkit.data.preprocessing import resolve_preprocessing
+from toolkit.data.splits import SPLITS
+from toolkit.engine import image_cache, keeping
+from toolkit.engine.image_cache import KeptImages, keep_images
+from toolkit.engine.keeping import Keeper
+from toolkit.engine.loaders import Images
+from toolkit.engine.setup import Setup
+from toolkit.models.build import expected_input
+from toolkit.recipe import load_recipe, loads_recipe
+from toolkit.recipe.schema import Recipe
+from toolkit.study.expand import expand, read_study
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+COUNT = 12
+FLIP = '[augment]\ntrain = [{ name = "RandomHorizontalFlip" }]\n'
+ON_FILES = """
+[recipe]
+name = "toy"
+
+[model]
+source = "torchvision"
+name = "resnet18"
+
+[data]
+dataset = "imagefolder"
+root = "data"
+image_size = 32
+resize = 40
+workers = 0
+
+[optimizer]
+name = "sgd"
+lr = 0.1
+
+[train]
+epochs = 3
+batch_size = 4
+"""
+
+
+@dataclass
+class Said:
+    """Takes what is said."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def say(self, text: str = "") -> None:
+        self.lines.append(text)
+
+    def bar(self, *_: Any) -> Any:
+        from toolkit.engine.display import Display
+
+        return Display(speaks=False).bar("", 1)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEGs of different sizes, one of them greyscale, and a PNG with transparency."""
+    folder, random = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for i in range(COUNT):
+        noise = random.integers(0, 256, (6, 7, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((60 + 5 * i, 50 + 3 * (i % 5)), Image.Resampling.BICUBIC)
+        if i == 3:
+            image = image.convert("L")
+        if i == 5:
+            image.putalpha(128)
+            image.save(folder / f"{i}.png")
+        else:
+            image.save(folder / f"{i}.jpg")
+    return folder
+
+
+def files_of(folder: Path, channels: int = 3) -> FileImages:
+    return FileImages(folder, [f"{i}.png" if i == 5 else f"{i}.jpg" for i in range(COUNT)], channels)
+
+
+def setup_of(recipe: Recipe, images: Any, native: int | None) -> tuple[Setup, Said]:
+    """What a run would have of a recipe, apart from the model, on a few images in three splits."""
+    labels = np.arange(COUNT, dtype=np.int64) % 3
+    dataset = Dataset("toy", ["a", "b", "c"], images, labels, {}, native, 3)
+    splits = {"train": np.array([7, 1, 5, 3, 9]), "validation": np.array([0, 2, 4]), "test": np.array([11, 6, 8, 10])}
+    preprocessing = resolve_preprocessing(
+        recipe.data,
+        expected_input(recipe.model),
+        native,
+        3,
+        lambda plain: ((0.4,) * plain.channels, (0.2,) * plain.channels),
+    )
+    accelerator: Any = SimpleNamespace(
+        device=torch.device("cpu"),
+        is_main_process=True,
+        is_local_main_process=True,
+        num_processes=1,
+        process_index=0,
+        local_process_index=0,
+    )
+    said: Any = Said()
+    nothing: Any = None
+    return Setup(recipe, accelerator, said, dataset, splits, preprocessing, nothing, nothing, nothing, []), said
+
+
+def unguarded(batches: Iterable[Any], rounds: int) -> Iterator[Any]:
+    """Nobody wants to stop."""
+    yield from batches
+
+
+def batches_of(setup: Setup, cached: bool, passes: int = 3) -> tuple[dict[str, list[torch.Tensor]], KeptImages]:
+    """What the model would be given: two epochs of training, validation, test."""
+    recipe = setup.recipe
+    arguments = recipe.augment, setup.preprocessing, recipe.recipe.seed, setup.dataset.native_size
+    ways = {split: plan_delivery(split, *arguments) for split in SPLITS}
+    kept = keep_images(setup, ways, Keeper(setup, unguarded) if cached else None, passes)
+    images = Images(setup, ways, kept)
+    plan = TrainPlan(size=5, seed=1, batch_size=2, accumulation=1, drop_last=False, world=1, rank=0,
+                     views=recipe.data.views)  # fmt: skip
+    train = images.training(plan)
+    found = {"train": [batch.images.clone() for epoch in (0, 1) for _, batch in train.epoch(epoch)]}
+    train.close()
+    for split in ("validation", "test"):
+        loader = images.evaluation(split, [np.arange(2), np.arange(2, len(setup.splits[split]))])
+        found[split] = [batch.images.clone() for batch in loader]
+        loader.close()
+    return found, kept
+
+
+def assert_equal(one: dict[str, list[torch.Tensor]], other: dict[str, list[torch.Tensor]]) -> None:
+    for split in SPLITS:
+        for ours, theirs in zip(one[split], other[split], strict=True):
+            assert torch.equal(ours, theirs), split
+
+
+def shipped() -> dict[str, Recipe]:
+    """One recipe for each set of transforms that a shipped recipe or study has."""
+    found: dict[str, Recipe] = {}
+    for path in sorted(RECIPES.rglob("*.toml")):
+        if "base" in path.stem or path.parent.name == "base":
+            continue
+        is_study = "[study" in path.read_text()
+        recipes = [run.recipe for run in expand(read_study(path, [])).runs] if is_study else [load_recipe(path)]
+        for recipe in recipes:
+            data = recipe.data.model_dump(include={"image_size", "resize", "crop", "normalize"}, mode="json")
+            augment = recipe.augment.model_dump(exclude={"mixup", "cutmix", "label_smoothing"}, mode="json")
+            found.setdefault(json.dumps([data, augment], sort_keys=True), recipe)
+    return found
+
+
+def test_every_shipped_set_of_transforms_gives_the_same_pixels(photographs: Path, own_cache: Path) -> None:
+    """With random augmentation too: what is random about an image does not depend on where it comes from."""
+    random = np.random.default_rng(1)
+    sets = shipped()
+    assert len(sets) > 35
+    kinds = set()
+    for recipe in sets.values():
+        images: Any = files_of(photographs)
+        native = None
+        if recipe.data.dataset in ("cifar10", "digits"):
+            native = 8 if recipe.data.dataset == "digits" else 32
+            images = ArrayImages(random.integers(0, 256, (COUNT, native, native, 3), dtype=np.uint8), "toy", 3)
+        setup, _ = setup_of(recipe, images, native)
+        plain, _ = batches_of(setup, cached=False)
+        once, kept = batches_of(setup, cached=True)
+        assert_equal(plain, once)
+        kinds.add((bool(kept.rows), native is None))
+        if native is None:
+            assert kept.shortcuts, "photographs are always worth it"
+    assert kinds >= {(True, True), (True, False)}
+
+
+@pytest.mark.parametrize("tier", ["auto", "disk", "memory", "device"])
+@pytest.mark.parametrize("more", ["", FLIP, FLIP + 'on = "workers"\n'], ids=["plain", "batches", "workers"])
+def test_every_tier_gives_the_same_pixels_and_says_where_they_are(photographs: Path, tier: str, more: str) -> None:
+    setup, said = setup_of(loads_recipe(ON_FILES + more, [f'data.cache="{tier}"']), files_of(photographs), None)
+    plain, _ = batches_of(setup, cached=False)
+    assert said.text == ""
+    once, kept = batches_of(setup, cached=True)
+    assert_equal(plain, once)
+    where = {"auto": "held in memory", "disk": "read from disk", "memory": "held in memory",
+             "device": "held on the device"}[tier]  # fmt: skip
+    if (tier, "workers" in more) == ("device", True):
+        assert "train, validation, test are not held on the device" not in said.text
+    assert any(where in line for line in kept.shortcuts), said.text
+    assert all(line in said.text for line in kept.shortcuts)
+    again, kept = batches_of(setup, cached=True)
+    assert_equal(plain, again)
+    assert said.text.count("decoding images") == 1, "the second time they are found"
+
+
+def test_a_random_crop_keeps_whole_images_and_the_fixed_crop_is_made_of_them(photographs: Path) -> None:
+    """One entry serves all splits: what comes before the crop is the same."""
+    more = '[augment]\ntrain = [{ name = "RandomCrop", at = "crop" }]\n'
+    setup, _said = setup_of(loads_recipe(ON_FILES + more), files_of(photographs), None)
+    plain, _ = batches_of(setup, cached=False)
+    once, kept = batches_of(setup, cached=True)
+    assert_equal(plain, once)
+    assert len(kept.shortcuts) == 1
+    assert "train, validation, test" in kept.shortcuts[0]
+    assert "centre crop" not in kept.shortcuts[0]
+
+
+def test_greyscale_input_is_kept_with_one_channel(photographs: Path, own_cache: Path) -> None:
+    setup, _ = setup_of(loads_recipe(ON_FILES, ["data.channels=1"]), files_of(photographs, 1), None)
+    plain, _ = batches_of(setup, cached=False)
+    once, _ = batches_of(setup, cached=True)
+    assert_equal(plain, once)
+    (data,) = own_cache.glob("images-*/data.bin")
+    assert data.stat().st_size == COUNT * 32 * 32
+
+
+def test_views_take_turns(photographs: Path) -> None:
+    for more in (FLIP, FLIP + 'on = "workers"\n'):
+        setup, _ = setup_of(loads_recipe(ON_FILES + more, ["data.views=2"]), files_of(photographs), None)
+        plain, _ = batches_of(setup, cached=False)
+        once, _ = batches_of(setup, cached=True)
+        assert_equal(plain, once)
+    seen: dict[int, set[bytes]] = {0: set(), 1: set(), 2: set(), 3: set()}
+    ways = {split: plan_delivery(split, setup.recipe.augment, setup.preprocessing, 0, None) for split in SPLITS}
+    plan = TrainPlan(size=5, seed=1, batch_size=2, accumulation=1, drop_last=False, world=1, rank=0, views=2)
+    loader = Images(setup, ways, KeptImages.of(setup, ways)).training(plan)
+    for epoch, images in seen.items():
+        images |= {image.numpy().tobytes() for _, batch in loader.epoch(epoch) for image in batch.images}
+    loader.close()
+    assert seen[0] == seen[2]
+    assert seen[1] == seen[3]
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        (lambda folder: os.utime(folder / "2.jpg", (1, 1)), False),
+        (lambda folder: _rewrite(folder / "2.jpg"), False),
+        (lambda folder: None, True),
+    ],
+    ids=["touched", "other content, same size and time", "nothing"],
+)
+def test_data_that_changed_are_noticed(
+    tmp_path: Path, photographs: Path, own_cache: Path, change: Callable[[Path], Any], is_same: bool
+) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in photographs.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    setup, said = setup_of(loads_recipe(ON_FILES), files_of(folder), None)
+    batches_of(setup, cached=True)
+    change(folder)
+    plain, _ = batches_of(setup, cached=False)
+    once, _ = batches_of(setup, cached=True)
+    assert_equal(plain, once)
+    assert len(list(own_cache.glob("images-*/"))) == (1 if is_same else 2)
+    assert said.text.count("decoding images") == (1 if is_same else 2)
+
+
+def _rewrite(path: Path) -> None:
+    """Other content of the same length, with the old time of change."""
+    state, content = path.stat(), bytearray(path.read_bytes())
+    content[-20] ^= 0xFF
+    path.write_bytes(content)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_another_way_of_decoding_is_another_entry(
+    photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, _ = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
+    batches_of(setup, cached=True)
+    other, _ = setup_of(loads_recipe(ON_FILES, ["data.resize=48"]), files_of(photographs), None)
+    batches_of(other, cached=True)
+    monkeypatch.setattr("PIL.__version__", "0.0")
+    batches_of(setup, cached=True)
+    assert len(list(own_cache.glob("images-*/"))) == 3
+    same, said = setup_of(
+        loads_recipe(ON_FILES, ["optimizer.lr=0.5", 'data.normalize="half"']), files_of(photographs), None
+    )
+    batches_of(same, cached=True)
+    assert "decoding" not in said.text, "what comes later does not matter"
+
+
+def test_no_tier_is_chosen_that_does_not_fit(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 images of 32 x 32 x 3 bytes are 36 KiB: with 50 KiB free they fit neither into memory nor onto the device."""
+    plain, _ = batches_of(setup_of(loads_recipe(ON_FILES), files_of(photographs), None)[0], cached=False)
+    for module in (image_cache, capacity):
+        monkeypatch.setattr(module, "available_memory", lambda: 50 * 1024)
+    for tier, told in (("auto", ""), ("memory", "not held in memory"), ("device", "not held on the device")):
+        setup, said = setup_of(loads_recipe(ON_FILES, [f'data.cache="{tier}"']), files_of(photographs), None)
+        once, kept = batches_of(setup, cached=True)
+        assert_equal(plain, once)
+        assert "read from disk" in kept.shortcuts[0], tier
+        assert told in said.text
+
+
+def test_whole_images_that_do_not_fit_into_memory_are_not_kept(
+    photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The random crop comes first: what could be kept is larger than the files."""
+    more = '[augment]\ntrain = [{ name = "RandomResizedCrop", at = "resize_crop" }]\n'
+    monkeypatch.setattr(image_cache, "available_memory", lambda: 50 * 1024)
+    setup, said = setup_of(loads_recipe(ON_FILES + more), files_of(photographs), None)
+    plain, _ = batches_of(setup, cached=False)
+    once, kept = batches_of(setup, cached=True)
+    assert_equal(plain, once)
+    assert kept.done == {"train": 0, "validation": 2, "test": 2}
+    assert "decoded images of train are not kept" in said.text
+
+
+def test_a_device_that_runs_out_of_memory(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, said = setup_of(loads_recipe(ON_FILES, ['data.cache="device"']), files_of(photographs), None)
+    plain, _ = batches_of(setup, cached=False)
+
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        arguments = setup.recipe.augment, setup.preprocessing, 0, None
+        ways = {split: plan_delivery(split, *arguments) for split in SPLITS}
+        patched.setattr(torch.Tensor, "to", full)
+        kept = keep_images(setup, ways, Keeper(setup, unguarded), 3)
+    assert "it ran out of memory; they stay in memory or on disk" in said.text
+    assert "held in memory" in kept.shortcuts[0]
+    once, _ = batches_of(setup, cached=True)
+    assert_equal(plain, once)
+
+
+def test_what_is_needed_once_is_not_kept(photographs: Path, own_cache: Path) -> None:
+    setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
+    _, kept = batches_of(setup, cached=True, passes=1)
+    assert kept.shortcuts == []
+    assert "needed once at most" in said.text
+    assert not list(own_cache.glob("images-*/"))
+    asked, _ = setup_of(loads_recipe(ON_FILES, ['data.cache="disk"']), files_of(photographs), None)
+    assert batches_of(asked, cached=True, passes=1)[1].shortcuts, "but where the recipe asks for it"
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_damaged_entry_is_built_anew(photographs: Path, own_cache: Path, damage: str) -> None:
+    setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
+    plain, _ = batches_of(setup, cached=True)
+    (path,) = own_cache.glob("images-*/data.bin")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    os.utime(path, (1, 1))
+    path.write_bytes(content if damage == "flipped" else content[:-1])
+    once, kept = batches_of(setup, cached=True)
+    assert_equal(plain, once)
+    assert "is damaged" in said.text
+    assert "built anew" in said.text
+    assert kept.shortcuts
+
+
+def test_a_folder_that_cannot_be_written_costs_one_warning(photographs: Path, own_cache: Path) -> None:
+    own_cache.parent.mkdir(parents=True, exist_ok=True)
+    own_cache.write_text("a file is in the place of the folder")
+    setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
+    plain, _ = batches_of(setup, cached=False)
+    once, kept = batches_of(setup, cached=True)
+    assert_equal(plain, once)
+    assert kept.shortcuts == []
+    assert said.text.count("warning: ") == 1
+
+
+def test_a_disk_that_fills_up_costs_one_warning(
+    photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
+    plain, _ = batches_of(setup, cached=False)
+    monkeypatch.setattr(os, "pwrite", full)
+    once, kept = batches_of(setup, cached=True)
+    assert_equal(plain, once)
+    assert kept.shortcuts == []
+    assert said.text.count("warning: ") == 1
+    assert "No space left on device" in said.text
+    assert not [path for path in own_cache.iterdir() if path.suffix != ".lock"], "nothing half-written stays"
+
+
+def test_a_disk_without_room_is_left_alone(photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "free_disk", lambda folder: 50 * 1024)
+    setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
+    _, kept = batches_of(setup, cached=True)
+    assert kept.shortcuts == []
+    assert "have no room" in said.text
+    assert not list(own_cache.glob("*images-*/"))
