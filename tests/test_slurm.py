@@ -14,12 +14,15 @@ from toolkit.errors import UserError
 from toolkit.recipe import load_recipe, recipe_hash
 from toolkit.runs import Run
 from toolkit.slurm import script
-from toolkit.slurm.inside import take_run
+from toolkit.slurm.array import take_run
 from toolkit.slurm.job import Job, QueueEntry, duration, state_of
 from toolkit.slurm.settings import find_profile, local_reason, read_profile, settle
+from toolkit.study.folder import Member, StudyFolder, claim
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 QUICKSTART = str(REPOSITORY / "recipes" / "quickstart.toml")
+TWO_SEEDS = ("--set", "study.seeds=[0,1]")
+SPACE = "{ optimizer = { lr = { uniform = [0.1, 0.2] } } }"
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +53,11 @@ def test_template_is_current() -> None:
 
 
 def test_scripts_are_bash() -> None:
-    many = submit("--seeds", "0,1", "--dry-run")
-    for text in (script.template(), submit("--dry-run"), many):
+    many = submit(*TWO_SEEDS, "--parallel", "1", "--dry-run")
+    assert "#SBATCH --array=0-1%1\n" in many
+    search = submit("--set", f"study.space={SPACE}", "--set", "study.bohb.trials=9", "--parallel", "4", "--dry-run")
+    assert "#SBATCH --array=0-3\n" in search
+    for text in (script.template(), submit("--dry-run"), many, search):
         assert text.startswith("#!/bin/bash\n")
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
         assert text.endswith(script.body())
@@ -113,9 +119,11 @@ def test_what_the_recipe_check_says_comes_first() -> None:
         (["--gpus-per-node", "2", "--processes-per-node", "3"], "one process a GPU"),
         (["--gpu-type", "a100"], "say how many"),
         (["--processes-per-node", "3"], "batch_size"),
-        (["--seeds", "0,x"], "--seeds"),
-        (["--seeds", "0,0"], "same seed twice"),
-        (["--seeds", "0,1", "--name", "../up"], "--name"),
+        (["--parallel", "2"], "--parallel is for studies"),
+        (["--set", "study.seeds=[]"], "study.seeds"),
+        (["--set", "study.grid={ optimizer = { l = [1, 2] } }"], "did you mean lr"),
+        ([*TWO_SEEDS, "--set", "train.batch_size=33", "--processes-per-node", "2"], "batch_size"),
+        (["--set", f"study.space={SPACE}", "--set", "study.bohb.trials=9", "--nodes", "2"], "on one node"),
         (["--profile", "lap"], "did you mean 'lab'"),
     ],
 )
@@ -127,7 +135,7 @@ def test_bad_input(arguments: list[str], words: str) -> None:
 def test_no_slurm_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert "toolkit train" in submit(status=2)
-    assert "no SLURM" in submit("--seeds", "0,1", status=2)
+    assert "no SLURM" in submit(*TWO_SEEDS, status=2)
     assert "#SBATCH" in submit("--dry-run")
 
 
@@ -250,13 +258,16 @@ def test_states_without_outcome() -> None:
 
 
 def test_runs_of_an_array_are_taken_once() -> None:
-    folder = Path("runs/_arrays/a")
-    folder.mkdir(parents=True)
-    runs = [a_run(f"20260102-030405-000{index}", "30", folder) for index in range(3)]
-    Run(folder).write_json("runs.json", {"runs": [{"run": str(run.path)} for run in runs]})
+    folder = StudyFolder(Path("runs/quickstart"))
+    runs = [a_run(f"20260102-030405-000{index}", "30", folder.path) for index in range(4)]
+    members = [Member("row", seed, {}, str(seed), run.id) for seed, run in enumerate(runs)]
+    folder.write({"name": "quickstart", "study": {"seeds": 4}, "search": None, "complete": True}, members)
     runs[0].write_json("summary.json", {})
     assert state_of(runs[1], {"30_0": entry("PENDING", "30_0", "Priority")["30_0"]}).state == "pending"
+    lock = claim(runs[3])  # a worker of the study, somewhere else
+    assert lock is not None
     taken = [take_run(folder, "30", task) for task in ("0", "1", "2")]
+    lock.release()
     assert taken == [runs[1], runs[2], None]
     assert take_run(folder, "30", "1") == runs[2]  # requeued, the task gets its own again
     assert state_of(runs[2], entry("RUNNING", "30_1")).state == "running"

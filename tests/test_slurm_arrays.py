@@ -1,29 +1,58 @@
-"""Job arrays on a real SLURM cluster."""
+"""Studies as job arrays on a real SLURM cluster."""
 
 from __future__ import annotations
 
 import csv
+import os
 import re
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 from cli import toolkit
 from PIL import Image
-from slurm_cluster import submit, wait_for_end, wait_until, write
+from slurm_cluster import status_of, submit, wait_for_end, wait_until, write
 
-from toolkit.slurm.job import Job, find_runs, queue, state_of
+from toolkit.runs import Run
+from toolkit.slurm.array import array_record, study_runs
+from toolkit.slurm.job import Job, queue, state_of
+from toolkit.study.folder import StudyFolder
 
 pytestmark = pytest.mark.timeout(1800)
 
+SIX = """
+[[study.rows]]
+name = "images"
+set = { data.dataset = "imagefolder", data.root = "later", data.image_size = 8 }
+""" + "".join(f'[[study.rows]]\nname = "digits {n}"\nset = {{ optimizer.lr = 0.0{n} }}\n' for n in (1, 2, 3, 4, 6))
+SEARCH = """
+[study.space]
+optimizer.lr = { log_uniform = [1e-3, 1e-1] }
+[study.bohb]
+trials = 4
+min_epochs = 1
+max_epochs = 3
+"""
+
+
+def study(name: str, text: str) -> str:
+    """A study's file in the working folder."""
+    path = write(name, epochs=1, data='dataset = "digits"')
+    Path(path).write_text(Path(path).read_text() + text)
+    return path
+
 
 def test_array_of_six_goes_on_where_one_failed(place: Path) -> None:
-    good = write("good", epochs=1)
-    bad = write("bad", epochs=1, data='dataset = "imagefolder"\nroot = "later"\nimage_size = 8')
-    # Six runs: three recipes with two seeds, of which bad's first seed finds no images, since they are not there yet.
-    six = [good, bad, write("third", epochs=1)]
-    text = submit(*six, "--seeds", "0,1", "--parallel", "2", "--name", "six")
-    folder = Path("runs/_arrays/six")
-    array, table = re.search(r"array job (\d+), 6 run", text)[1], re.search(r"by job (\d+)", text)[1]  # type: ignore[index]
+    six = study("six", SIX)
+    _images(place / "later")
+    # The array is held until the images of one run are gone.
+    text = submit(six, "--parallel", "2", "--set", 'slurm.options=["--hold"]')
+    folder = StudyFolder(Path("runs/six"))
+    array, table = re.search(r"array job (\d+), 6 task", text)[1], re.search(r"by job (\d+)", text)[1]  # type: ignore[index]
+    (place / "later").rename("away")
+    runs = study_runs(folder)
+    subprocess.run(["scontrol", "release", array], check=True)
     most, seen = 0, set()
 
     def over() -> bool:
@@ -32,49 +61,132 @@ def test_array_of_six_goes_on_where_one_failed(place: Path) -> None:
         mine = {name: entry for name, entry in known.items() if name.split("_")[0] == array}
         most = max(most, sum(entry.state == "RUNNING" for entry in mine.values()))
         seen.update(entry.reason for entry in mine.values())
-        if not (place / "later").exists() and state_of(find_runs(folder)[2], known).state == "failed":
-            _images(place / "later")  # from here on the second seed of bad can be trained
         return not any(entry.is_active for entry in (*mine.values(), known[table]))
 
-    wait_until(over, lambda: toolkit("status", str(folder)).stdout)
+    wait_until(over, lambda: toolkit("status", str(folder.path)).stdout)
     assert most == 2
     assert "JobArrayTaskLimit" in seen
-    runs = find_runs(folder)
     states = [state_of(run, queue()) for run in runs]
-    assert [state.state for state in states].count("finished") >= 4
-    assert states[2].state == "failed"
-    assert "later" in states[2].detail
-    assert len(Job(runs[2]).starts) == 1  # a failed one is not requeued
-    assert {row["state"] for row in csv.DictReader((folder / "table.csv").open())} == {"finished", "failed"}
-    assert "of 6 runs finished" in (folder / "table.md").read_text()
-    before = {run.path: (run.path / "summary.json").stat().st_mtime_ns for run in runs if run.is_finished}
+    assert states[0].state == "failed"
+    assert "later" in states[0].detail
+    assert len(Job(runs[0]).starts) == 1  # a failed one is not requeued
+    assert [state.state for state in states[1:]] == ["finished"] * 5
+    assert f"array job {array}: " in toolkit("status", str(folder.path)).stdout
+    assert "failed" in (folder.path / "table.md").read_text()
+    before = [(run.path / "summary.json").stat().st_mtime_ns for run in runs[1:]]
 
-    text = submit(*six, "--seeds", "0,1", "--parallel", "2", "--name", "six")
-    again, table = re.search(r"array job (\d+), (\d) run", text), re.search(r"by job (\d+)", text)
-    assert again is not None
-    assert table is not None
-    assert int(again[2]) == 6 - len(before)
-    wait_for_end(again[1], table[1])
-    assert all(run.is_finished for run in runs), toolkit("status", str(folder)).stdout
-    assert all((path / "summary.json").stat().st_mtime_ns == time_ns for path, time_ns in before.items())
-    rows = list(csv.DictReader((folder / "table.csv").open()))
-    assert [(row["recipe"], row["seed"], row["state"]) for row in rows] == [
-        (name, seed, "finished") for name in ("good", "bad", "third") for seed in ("0", "1")
-    ]
+    (place / "away").rename("later")
+    text = submit(six, "--parallel", "2")
+    again, table = re.search(r"array job (\d+), 1 task", text)[1], re.search(r"by job (\d+)", text)[1]  # type: ignore[index]
+    outcome = toolkit("submit", six, "--profile", "local")
+    assert outcome.status == 2
+    assert f"array job {again} are still at work" in outcome.stderr
+    wait_for_end(again)
+    assert status_of(table) == 0
+    assert all(run.is_finished for run in runs), toolkit("status", str(folder.path)).stdout
+    assert [(run.path / "summary.json").stat().st_mtime_ns for run in runs[1:]] == before
+    rows = list(csv.DictReader((folder.path / "runs.csv").open()))
+    assert [row["row"].split(" ")[0] for row in rows] == ["images"] + ["digits"] * 5
+    assert {row["state"] for row in rows} == {"finished"}
     for row, run in zip(rows, runs, strict=True):
         assert float(row["test_accuracy"]) == run.summary["best"]["test_accuracy"]
-    assert "6 of 6 runs finished" in (folder / "table.md").read_text()
-    outcome = toolkit("submit", *six, "--seeds", "0,1", "--name", "six", "--profile", "local", "--time", "20")
+    outcome = toolkit("submit", six, "--profile", "local")
     assert outcome.status == 2
     assert "all 6 runs are finished" in outcome.stderr
 
 
 def _images(folder: Path) -> None:
-    """Black and white images in two folders, moved into place at once."""
-    temporary = folder.with_suffix(".new")
+    """Black and white images in two folders."""
     for split, count in (("train", 16), ("test", 4)):
         for shade, name in ((0, "black"), (255, "white")):
-            (temporary / split / name).mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for index in range(count):
-                Image.new("RGB", (8, 8), (shade, shade, shade)).save(temporary / split / name / f"{index}.png")
-    temporary.rename(folder)
+                Image.new("L", (8, 8), shade).save(folder / split / name / f"{index}.png")
+
+
+def test_a_search_goes_on_when_the_task_that_leads_it_ends(place: Path) -> None:
+    path = study("search", SEARCH)
+    text = submit(path, "--parallel", "2")
+    array, table = re.search(r"array job (\d+), 2 task", text)[1], re.search(r"by job (\d+)", text)[1]  # type: ignore[index]
+    folder = StudyFolder(Path("runs/search").resolve())
+    leaders: list[str] = []
+
+    def leads() -> bool:
+        logs = {name: _log(folder, array, name) for name in ("0", "1")}
+        leaders[:] = [name for name, log in logs.items() if "leads the search" in log]
+        return bool(leaders)
+
+    wait_until(leads, lambda: _log(folder, array, "0") + _log(folder, array, "1"))
+    leader, other = leaders[0], "1" if leaders[0] == "0" else "0"
+    # Held still, it cannot bring the search to its end before it is cancelled.
+    for pid in _processes(folder.path / "slurm" / f"{array}_{leader}"):
+        os.kill(pid, signal.SIGSTOP)
+    subprocess.run(["scancel", f"{array}_{leader}"], check=True)
+    wait_for_end(array)
+    assert status_of(table) == 0
+    told = _log(folder, array, "0") + _log(folder, array, "1")
+    assert "leads the search" in _log(folder, array, other), told
+    assert folder.is_complete, told
+    assert (queue() or {})[f"{array}_{other}"].state == "COMPLETED", told
+    runs = study_runs(folder)
+    assert len(runs) == 4
+    assert any(run.is_finished and len(run.epochs()) == 3 for run in runs)
+    assert {state_of(run, queue()).state for run in runs} == {"finished", "paused"}
+    # Not more was trained than a search by itself does: one configuration to the end, three for an epoch.
+    assert sorted(len(run.epochs()) for run in runs) == [1, 1, 1, 3]
+    assert "4 configurations, 1 trained to the end; 6 epochs" in (folder.path / "table.md").read_text()
+    outcome = toolkit("submit", path, "--profile", "local")
+    assert outcome.status == 2
+    assert "has tried all 4 configurations" in outcome.stderr
+
+
+def _log(folder: StudyFolder, array: str, task: str) -> str:
+    path = folder.path / "slurm" / f"log-{array}_{task}.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def _processes(place: Path) -> list[int]:
+    """Of the task, its leading process alone."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            command = (folder / "cmdline").read_bytes() if folder.name.isdigit() else b""
+        except OSError:
+            continue
+        if b"toolkit.slurm.search\0" + bytes(place) + b"\0" in command:
+            found.append(int(folder.name))
+    return found
+
+
+def test_a_cancelled_study_stays_cancelled_until_it_is_submitted_again(place: Path) -> None:
+    path = study("pair", "[study]\nseeds = 2\n")
+    submit(path, "--parallel", "1", "--set", 'slurm.options=["--hold"]')
+    folder = StudyFolder(Path("runs/pair").resolve())
+    record = array_record(folder.path)
+    assert record is not None
+    assert "2 pending (JobHeldUser)" in toolkit("status", str(folder.path)).stdout
+    assert f"cancelled job {record['job']}" in toolkit("cancel", str(folder.path)).stdout
+    wait_for_end(record["job"], record["table_job"])
+    assert [state_of(run, queue()).state for run in study_runs(folder)] == ["cancelled"] * 2
+    assert (folder.path / "table.md").exists()
+
+
+def test_a_refused_study_leaves_nothing_new(place: Path) -> None:
+    path = study("refused", "[study]\nseeds = 2\n")
+    for refused in (("--partition", "nope"), ("--nodes", "4")):
+        outcome = toolkit("submit", path, "--profile", "local", *refused)
+        assert outcome.status == 2
+        assert "nothing was submitted" in outcome.stderr
+        assert not Path("runs").exists()
+    # Neither where a study was begun before.
+    assert toolkit("study", path).status == 0
+    content = sorted(file for file in Path("runs").rglob("*") if "slurm" not in file.parts)
+    described = Path("runs/refused/study.json").read_bytes()
+    Path(path).write_text(Path(path).read_text().replace("seeds = 2", "seeds = 3"))
+    outcome = toolkit("submit", path, "--profile", "local", "--partition", "nope")
+    assert outcome.status == 2
+    assert Path("runs/refused/study.json").read_bytes() == described
+    assert sorted(file for file in Path("runs").rglob("*") if "slurm" not in file.parts) == content
+    assert all(
+        Run(folder).is_finished for folder in Path("runs/refused").iterdir() if (folder / "recipe.toml").exists()
+    )

@@ -301,9 +301,6 @@ def test_sbatch_refuses_and_nothing_is_left(place: Path) -> None:
         assert words in outcome.stderr
         assert f"slurm.{option[2:].replace('-', '_')}" in outcome.stderr
         assert not Path("runs").exists()
-    outcome = toolkit("submit", recipe, "--profile", "local", "--seeds", "0,1", "--partition", "nope")
-    assert outcome.status == 2
-    assert not [path for path in Path("runs").rglob("*") if path.is_file()]
 
 
 def test_wait_shows_the_log_and_returns_the_status(place: Path) -> None:

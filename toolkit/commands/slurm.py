@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 from toolkit.train import AsJson, Debug, Overrides, end, report_errors
 
 if TYPE_CHECKING:
-    from toolkit.recipe import Recipe
+    from toolkit.recipe.diagnostics import Diagnostic
     from toolkit.slurm.job import State
     from toolkit.slurm.submit import Submitted
 
@@ -24,11 +24,12 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 
 
 def submit(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="TOML files; several make an array.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|STUDY", help="TOML file; with a [study] table: an array.")],
     set_: Overrides = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds by comma; each recipe is trained with each.")] = None,
-    parallel: Annotated[int | None, typer.Option(min=1, help="Array: at most so many runs at a time.")] = None,
-    name: Annotated[str | None, typer.Option(help="Array: its name. Default: from the recipes.")] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Study: so many runs at a time. Default: all; for bohb, one.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Also submit more than study.max_runs runs.")] = False,
     profile: Annotated[str | None, typer.Option(help="Cluster profile.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node; one process each.")] = None,
@@ -46,13 +47,13 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Show the log and stay until the job has ended.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Train recipes on a SLURM cluster.
+    """Train a recipe, or all runs of a study, on a SLURM cluster.
 
-    One recipe is a job, several (or several seeds) are an array.
+    A recipe is a job, a study an array of jobs and a last one for its tables and figures.
 
     Example: toolkit submit recipes/resnet50_caltech.toml --nodes 2 --gpus-per-node 4 --time 4:00:00 --profile lab
 
-    A job that meets its time limit, is pre-empted or loses a node goes on by itself. An array that is submitted again
+    A job that meets its time limit, is pre-empted or loses a node goes on by itself. A study that is submitted again
     goes on with its runs that are not finished.
     """
     asked = {
@@ -63,108 +64,99 @@ def submit(
 
     def work() -> int:
         from toolkit.recipe.writing import toml_value
-        from toolkit.slurm import submit as slurm
+        from toolkit.study.expand import is_study
 
         options = [f"slurm.{key}={toml_value(value)}" for key, value in asked.items() if value is not None]
-        chosen = _load(recipes, [*(set_ or []), *options], _seeds(seeds))
-        settings, warnings = slurm.plan(chosen)
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        if dry_run:
-            _preview(chosen, settings, name, parallel)
-            return EXIT_OK
-        if len(chosen) == 1:
-            done = slurm.submit_run(chosen[0][1], settings)
+        overrides = [*(set_ or []), *options]
+        if is_study(recipe, overrides):
+            done = _submit_study(recipe, overrides, parallel, yes=yes, dry_run=dry_run)
+        elif parallel is not None:
+            raise UserError(f"--parallel is for studies; {recipe} has no [study] table, so it is one run")
         else:
-            done = slurm.submit_array(chosen, settings, name=_checked_name(name), parallel=parallel)
-        _tell(done, is_array=len(chosen) > 1)
+            done = _submit_run(recipe, overrides, dry_run=dry_run)
+        if done is None:
+            return EXIT_OK
+        _tell(done)
         return _wait(done) if wait else EXIT_OK
 
     end(report_errors(work, debug=debug))
 
 
-def _load(paths: list[str], overrides: list[str], seeds: list[int] | None) -> list[tuple[str, Recipe]]:
-    """Every recipe with every seed, checked as `toolkit validate` does; all that is wrong is said at once."""
-    from toolkit.recipe import RecipeError, load
-
-    faults, found = [], []
-    chosen: list[int | None] = [*seeds] if seeds else [None]
-    for path in paths:
-        for seed in chosen:
-            try:
-                loaded = load(path, [*overrides, *([] if seed is None else [f"recipe.seed={seed}"])])
-            except RecipeError as error:
-                faults += error.diagnostics
-                break
-            for warning in loaded.warnings if seed == chosen[0] else ():
-                print(warning, file=sys.stderr)
-            found.append((path, loaded.recipe))
-    if faults:
-        raise RecipeError(faults)
-    return found
-
-
-def _seeds(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise UserError(f"--seeds {text!r}: give whole numbers by comma, such as 0,1,2")
-    if len(set(parts)) != len(parts):
-        raise UserError(f"--seeds {text!r}: the same seed twice")
-    return [int(part) for part in parts]
-
-
-def _checked_name(name: str | None) -> str | None:
-    import re
-
-    from toolkit.recipe.table import NAME_LENGTH, NAME_PATTERN
-
-    if name is not None and (not re.match(NAME_PATTERN, name) or len(name) > NAME_LENGTH or "\n" in name):
-        raise UserError(f"--name {name!r}: give letters, digits and _+=,@- ; it becomes a folder")
-    return name
-
-
-def _preview(chosen: list[tuple[str, Recipe]], settings: Any, name: str | None, parallel: int | None) -> None:
-    from toolkit.slurm import script
+def _submit_run(path: str, overrides: list[str], *, dry_run: bool) -> Submitted | None:
+    from toolkit.recipe import load
     from toolkit.slurm import submit as slurm
 
-    if len(chosen) == 1:
-        print(slurm.preview(chosen[0][1], settings), end="")
-    else:
-        folder = slurm.array_folder(chosen, _checked_name(name))
-        print(script.array_script(settings, folder, folder.name, len(chosen), parallel), end="")
+    loaded = load(path, overrides)
+    settings, warnings = slurm.plan(path, loaded.recipe)
+    _warn(loaded.warnings, warnings)
+    if dry_run:
+        print(slurm.preview(loaded.recipe, settings), end="")
+        return None
+    return slurm.submit_run(loaded.recipe, settings, loaded.told_origins(path))
 
 
-def _tell(done: Submitted, *, is_array: bool) -> None:
-    what = f"array job {done.job}, {done.tasks} run(s)" if is_array else f"job {done.job}"
-    print(f"submitted {what}")
-    print(f"  {'folder' if is_array else 'run   '}  {done.path}")
-    print(f"  script  {done.script}")
-    if is_array:
-        print(f"  table   {done.path / 'table.md'}, " + (
-            f"by job {done.table_job} at the end" if done.table_job
-            else f"to be made by hand: python -m toolkit.slurm.inside table {done.path}"))  # fmt: skip
+def _submit_study(
+    path: str, overrides: list[str], parallel: int | None, *, yes: bool, dry_run: bool
+) -> Submitted | None:
+    from toolkit.commands.study import check_size
+    from toolkit.slurm import array
+    from toolkit.slurm.submit import require_slurm
+    from toolkit.study.expand import expand, read_study
+
+    study = read_study(path, overrides)
+    expansion = expand(study)
+    settings, warnings = array.plan_study(study, expansion)
+    _warn(expansion.warnings, [*expansion.remarks, *warnings])
+    if dry_run:
+        print(array.preview(study, expansion, settings, parallel), end="")
+        return None
+    check_size(study, expansion, yes=yes)
+    require_slurm()
+    # torch is imported here: before many hours are spent, each varied value is seen to arrive.
+    from toolkit.study.arrival import prove
+
+    _warn([], prove(study, expansion))
+    return array.submit_study(study, expansion, settings, parallel)
+
+
+def _warn(findings: Sequence[Diagnostic], remarks: Sequence[str]) -> None:
+    for finding in findings:
+        print(finding, file=sys.stderr)
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
+
+
+def _tell(done: Submitted) -> None:
+    if done.is_array:
+        table = (
+            f"tables and figures by job {done.table_job} at the end" if done.table_job else f"toolkit table {done.path}"
+        )
+        lines = [f"array job {done.job}, {done.tasks} task(s)", f"study   {done.path}", f"script  {done.script}",
+                 f"table   {table}", f"follow  toolkit status {done.path}"]  # fmt: skip
     else:
-        print(f"  log     {done.log}")
-    print(f"  follow  toolkit status {done.path}" if is_array else f"  follow  toolkit logs -f {done.path}")
-    print(f"  cancel  scancel {done.job}" if is_array else f"  cancel  toolkit cancel {done.path}", flush=True)
+        lines = [f"job {done.job}", f"run     {done.path}", f"script  {done.script}", f"log     {done.log}",
+                 f"follow  toolkit logs -f {done.path}"]  # fmt: skip
+    print("\n  ".join([f"submitted {lines[0]}", *lines[1:], f"cancel  toolkit cancel {done.path}"]), flush=True)
 
 
 def _wait(done: Submitted) -> int:
     """Follow to the end. Exit status: the job's; for an array 0 where all its runs are finished."""
+    from toolkit.runs import open_run
     from toolkit.slurm.job import Job, find_runs, queue
-    from toolkit.slurm.table import write_table
+    from toolkit.study.folder import StudyFolder, failure_of
 
-    runs = find_runs(done.path)
-    if len(runs) == 1 and done.log != done.path:
+    if not done.is_array:
         _follow(done.log, lambda: _is_over([done.job]))
-        outcome = Job(runs[0]).outcome
-        return EXIT_OK if runs[0].is_finished else outcome[0] if outcome and outcome[0] else EXIT_FAILURE
+        run = open_run(done.path)
+        outcome = Job(run).outcome
+        return EXIT_OK if run.is_finished else outcome[0] if outcome and outcome[0] else EXIT_FAILURE
     while not _is_over([done.job, *([done.table_job] if done.table_job else [])]):
         time.sleep(2 * POLL_S)
+    runs, folder = find_runs(done.path), StudyFolder(done.path)
     _show_states(runs, queue())
-    print(write_table(done.path))
+    _print_from(done.path / "slurm" / "table-log.txt", 0)
+    if folder.has_search:
+        return EXIT_OK if folder.is_complete and not any(map(failure_of, runs)) else EXIT_FAILURE
     return EXIT_OK if all(run.is_finished for run in runs) else EXIT_FAILURE
 
 
@@ -203,7 +195,7 @@ def _print_from(log: Path, position: int) -> int:
 
 
 def status(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Run, array, recipe's folder or run root.")] = Path(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Run, study, recipe's folder or run root.")] = Path(
         "runs"
     ),
     as_json: AsJson = False,
@@ -218,6 +210,7 @@ def status(
     """
 
     def work() -> int:
+        from toolkit.slurm.array import headline
         from toolkit.slurm.job import find_runs, queue, state_of
 
         runs = find_runs(path)
@@ -225,6 +218,9 @@ def status(
         if as_json:
             print(json.dumps([state_of(run, jobs).to_json() for run in runs], indent=2))
         elif runs:
+            said = headline(path, jobs)
+            if said is not None:
+                print(said)
             _show_states(runs, jobs)
         else:
             print(f"no runs in {path}")
@@ -294,8 +290,8 @@ def _has_ended(path: Path) -> bool:
     return state_of(open_run(path), jobs).state not in ("pending", "running", "unknown", "new")
 
 
-def cancel(runs: Annotated[list[Path], typer.Argument(metavar="RUN...")], debug: Debug = False) -> None:
-    """Cancel the jobs of runs.
+def cancel(runs: Annotated[list[Path], typer.Argument(metavar="RUN|STUDY...")], debug: Debug = False) -> None:
+    """Cancel the jobs of runs, or of whole studies.
 
     They are not requeued. What is trained so far stays: `toolkit train --resume RUN` goes on.
 
@@ -304,10 +300,12 @@ def cancel(runs: Annotated[list[Path], typer.Argument(metavar="RUN...")], debug:
 
     def work() -> int:
         from toolkit.runs import open_run
+        from toolkit.slurm.array import array_record, cancel_array
         from toolkit.slurm.submit import cancel as cancel_job
 
         for run in runs:
-            print(f"cancelled job {cancel_job(open_run(run))}: {run}")
+            number = cancel_array(run) if array_record(run) is not None else cancel_job(open_run(run))
+            print(f"cancelled job {number}: {run}")
         return EXIT_OK
 
     end(report_errors(work, debug=debug))

@@ -62,7 +62,7 @@ def study(
             return EXIT_OK
         for remark in [*expansion.remarks, *remarks]:
             print(f"note: {remark}", file=sys.stderr)
-        _check_size(found, expansion, yes=yes)
+        check_size(found, expansion, yes=yes)
         return _run(found, expansion, parallel, retry=retry, as_json=as_json)
 
     end(report_errors(work, debug=debug))
@@ -81,7 +81,8 @@ def _show_plan(study: StudyFile, expansion: Expansion, remarks: list[str], *, as
     print(json.dumps(planned.to_json(), indent=2) if as_json else plan_text(planned))
 
 
-def _check_size(study: StudyFile, expansion: Expansion, *, yes: bool) -> None:
+def check_size(study: StudyFile, expansion: Expansion, *, yes: bool) -> None:
+    """Raise a UserError where a study has more runs than it allows and nobody said --yes."""
     limit = study.table.max_runs
     count = study.table.bohb.trials if study.table.bohb else expansion.count
     if count > limit and not yes:

@@ -39,11 +39,11 @@ cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 threads=$((cpus / processes_per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 [ "$gpus_per_node" != 0 ] || export CUDA_VISIBLE_DEVICES=
-export run python container scratch nodes processes_per_node gpus_per_node head port signal
+export run task python container scratch nodes processes_per_node gpus_per_node head port signal
 
 on_each_node='
 complain() { echo "$(hostname): $1" >&2; printf "2\n%s\n" "$(hostname): $1" >"$run/slurm/outcome"; exit 2; }
-[ -e "$run/recipe.toml" ] || { echo "$(hostname) does not see $run: the run root must be on a file system that all nodes share" >&2; exit 2; }
+[ -d "$run/slurm" ] || { echo "$(hostname) does not see $run: the run root must be on a file system that all nodes share" >&2; exit 2; }
 granted=${SLURM_GPUS_ON_NODE:-0}
 [ "$granted" = "$gpus_per_node" ] || complain "asked for $gpus_per_node GPU(s) on each node, SLURM gave $granted"
 export TOOLKIT_GPUS=$gpus_per_node
@@ -63,7 +63,7 @@ if [ $((nodes * processes_per_node)) != 1 ]; then
 fi
 asked=
 trap "asked=1" "$signal" TERM
-(trap "" "$signal" TERM; exec $container "$python" $launcher -m toolkit.slurm.task "$run") &
+(trap "" "$signal" TERM; exec $container "$python" $launcher -m $task "$run") &
 follow $!
 status=$?
 [ -z "$scratch" ] || rm -rf "$TMPDIR"

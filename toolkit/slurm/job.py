@@ -1,7 +1,7 @@
 """A run as a job: what stands in its folder ``slurm/``, what SLURM says of it, and the state that follows from both.
 
-slurm/job.json       job id, script, log, when it was submitted, the array's folder if any
-slurm/train.sbatch   the script (a job array's lies in the array's folder)
+slurm/job.json       job id, log, when it was submitted, for a task of an array the study's folder
+slurm/train.sbatch   the script (a job array's lies in the study's folder)
 slurm/log.txt        what the job printed, all starts one after the other
 slurm/starts         one line a start: job id, restarts so far, time, nodes
 slurm/outcome        exit status of the last start, and its message
@@ -21,6 +21,7 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.runs import Run, read_json
+from toolkit.study.folder import assigned_epoch, failure_of, is_claimed, is_of_study
 
 GONE = "the job left no trace: its node failed, or it was ended from outside"
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD",
@@ -61,7 +62,7 @@ class State:
 
     run: str
     state: str
-    """finished, running, pending, interrupted, failed, cancelled, or new (never started)."""
+    """finished, running, pending, interrupted, paused, failed, cancelled, unknown, or new (never started)."""
     detail: str
     job: str | None
     requeued: int
@@ -90,6 +91,7 @@ class Job:
 
     def write_record(self, job: str, *, log: Path | None = None, array: Path | None = None) -> None:
         """Note a submission."""
+        self.folder.mkdir(exist_ok=True)
         (self.folder / "cancelled").unlink(missing_ok=True)
         content = {
             "job": job,
@@ -113,10 +115,17 @@ class Job:
         record = self.record
         if record is None:
             return None
-        if record["array"] is None:
-            return str(record["job"])
-        claim = self.folder / f"claim-{record['job']}"
+        return str(record["job"]) if record["array"] is None else self.claimed_by(str(record["job"]))
+
+    def claimed_by(self, array_job: str) -> str | None:
+        """The task of an array that has taken this run."""
+        claim = self.folder / f"claim-{array_job}"
         return claim.read_text(encoding="utf-8").strip() or None if claim.exists() else None
+
+    def is_part_of(self, array_job: str) -> bool:
+        """Whether it was last submitted with this array, and has not failed in it."""
+        record = self.record
+        return record is not None and str(record["job"]) == array_job and failure_of(self.run) is None
 
     @property
     def outcome(self) -> tuple[int, str] | None:
@@ -232,7 +241,7 @@ def _verdict(job: Job, entry: QueueEntry | None, slurm_answered: bool) -> tuple[
     if not slurm_answered:
         return "unknown", "SLURM does not answer"
     if job.current is None:
-        return "new", "its array ended before it was taken: submit again"
+        return "new", "no task of its array has taken it: submit again"
     ended = entry.state if entry else accounted_state(job.current) or ""
     if ended.startswith("CANCELLED"):
         return "cancelled", "scancel"
@@ -241,8 +250,14 @@ def _verdict(job: Job, entry: QueueEntry | None, slurm_answered: bool) -> tuple[
 
 
 def _without_slurm(run: Run) -> tuple[str, str]:
-    if is_locked(run):
+    if is_locked(run) or is_claimed(run):
         return "running", ""
+    failure = failure_of(run)
+    if failure is not None:
+        return "failed", failure.line
+    if is_of_study(run):
+        until = assigned_epoch(run)
+        return ("paused", f"the search has had it trained to epoch {until}") if until else ("new", "of a study")
     has_checkpoint = any(run.checkpoints.glob("*.pt"))
     return ("interrupted", f"toolkit train --resume {run.path}") if has_checkpoint else ("failed", "no checkpoint")
 
@@ -290,11 +305,9 @@ def duration(seconds: float) -> str:
 
 
 def find_runs(path: Path) -> list[Run]:
-    """The runs at, or below, a run directory, a recipe's folder, a run root or an array's folder; oldest first."""
+    """The runs at, or below, a run directory, a recipe's or study's folder, or a run root; oldest first."""
     if (path / "recipe.toml").is_file():
         return [Run(path)]
-    if (path / "runs.json").is_file():
-        return [Run(Path(item["run"])) for item in read_json(path / "runs.json")["runs"]]
     if not path.is_dir():
         raise UserError(f"{path} does not exist: name a run directory, or the folder that holds them (recipe.run_root)")
     found = {file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/recipe.toml")}

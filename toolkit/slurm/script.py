@@ -10,7 +10,9 @@ from pathlib import Path
 from toolkit.errors import UserError
 from toolkit.slurm.settings import Settings
 
-TABLE_MINUTES = 10
+TABLE_MINUTES = 30
+TRAIN = "task=toolkit.slurm.task"
+"""The module that a node's process runs, on one run."""
 BY_HAND = """\
 #!/bin/bash
 # One training on SLURM, by hand:
@@ -26,27 +28,41 @@ BY_HAND = """\
 def run_script(settings: Settings, run: Path, name: str) -> str:
     """The script that trains one run."""
     header = [*_header(settings, name), _option("output", _file(run / "slurm" / "log.txt"))]
-    return _script(header, settings, [f"run={shlex.quote(str(run))}"])
+    return _script(header, settings, _values(settings), [f"run={shlex.quote(str(run))}", TRAIN])
 
 
 def array_script(settings: Settings, folder: Path, name: str, tasks: int, parallel: int | None) -> str:
-    """The script of a job array whose tasks each take the next open run of ``folder`` and train it."""
-    throttle = "" if parallel is None else f"%{parallel}"
-    header = [
-        *_header(settings, name),
-        _option("output", _file(folder / "log") + "-%A_%a.txt"),
-        f"#SBATCH --array=0-{tasks - 1}{throttle}",
-    ]
+    """The script of a job array whose tasks each take the next open run of a study's ``folder`` and train it."""
+    header = _array_header(settings, folder, name, f"0-{tasks - 1}" + ("" if parallel is None else f"%{parallel}"))
     choose = [
         f'run=$($container "$python" -m toolkit.slurm.inside claim {shlex.quote(str(folder))}) || exit',
         'if [ -z "$run" ]; then echo "no open run is left"; exit 0; fi',
         'exec >>"$run/slurm/log.txt" 2>&1',
+        TRAIN,
     ]
-    return _script(header, settings, choose)
+    return _script(header, settings, _values(settings), choose)
+
+
+def search_script(settings: Settings, folder: Path, name: str, workers: int) -> str:
+    """The script of a job array whose tasks work together on a search, each as often as it must."""
+    header = _array_header(settings, folder, name, f"0-{workers - 1}")
+    # A task is one process, which starts others for its GPUs.
+    values = [line for line in _values(settings) if not line.startswith("processes_per_node=")]
+    choose = [
+        "processes_per_node=1",
+        f"run={shlex.quote(str(folder / 'slurm'))}/${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID",
+        "task=toolkit.slurm.search",
+    ]
+    return _script(header, settings, values, choose)
+
+
+def _array_header(settings: Settings, folder: Path, name: str, tasks: str) -> list[str]:
+    output = _option("output", _file(folder / "slurm" / "log") + "-%A_%a.txt")
+    return [*_header(settings, name), output, f"#SBATCH --array={tasks}"]
 
 
 def table_script(settings: Settings, folder: Path, name: str, array_job: str) -> str:
-    """The script that makes the table when all tasks of an array have ended."""
+    """The script that makes tables and figures when all tasks of an array have ended."""
     table = settings.table.model_copy(
         update={
             "nodes": 1, "gpus_per_node": 0, "gpu_type": None, "cpus_per_task": 1, "memory": None, "constraint": None,
@@ -56,10 +72,10 @@ def table_script(settings: Settings, folder: Path, name: str, array_job: str) ->
     small = settings.model_copy(update={"table": table})
     header = [
         *_header(small, f"{name}-table", requeue=False),
-        _option("output", _file(folder / "table-log.txt")),
+        _option("output", _file(folder / "slurm" / "table-log.txt")),
         f"#SBATCH --dependency=afterany:{array_job}",
     ]
-    command = f'exec $container "$python" -m toolkit.slurm.inside table {shlex.quote(str(folder))}'
+    command = f'exec $container "$python" -m toolkit.cli table {shlex.quote(str(folder))} --figures'
     return "\n".join(["#!/bin/bash", *header, "", *_surroundings(small), "", command, ""])
 
 
@@ -77,7 +93,7 @@ def template() -> str:
         "scratch=                 # for instance: /scratch/$USER; the job's TMPDIR is a folder of its own there", "",
         "# module load cuda; source ~/venv/bin/activate", "",
         "# The run directory: a new one, or, for a job that was requeued, the one that it had.",
-        'run=$($container "$python" -m toolkit.slurm.inside begin "$@") || exit',
+        'run=$($container "$python" -m toolkit.slurm.inside begin "$@") || exit', TRAIN,
     ]  # fmt: skip
     return "\n".join([BY_HAND + lines[0], *lines[1:], "", body()])
 
@@ -87,8 +103,8 @@ def body() -> str:
     return (files("toolkit.slurm") / "body.sh").read_text(encoding="utf-8")
 
 
-def _script(header: list[str], settings: Settings, choose: list[str]) -> str:
-    head = ["#!/bin/bash", "# Written by `toolkit submit`.", *header, "", *_values(settings)]
+def _script(header: list[str], settings: Settings, values: list[str], choose: list[str]) -> str:
+    head = ["#!/bin/bash", "# Written by `toolkit submit`.", *header, "", *values]
     return "\n".join([*head, *_surroundings(settings), "", *choose, "", body()])
 
 

@@ -11,10 +11,12 @@ import sys
 import time
 
 import typer
+from filelock import FileLock
 
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.runs import Run, open_run
 from toolkit.slurm.job import Job
+from toolkit.study.folder import claim, forget_failure, is_of_study, note_failure
 from toolkit.train import end, is_first_process, report_at_end, report_errors, show_outcome
 
 LOCK_WAIT_S = 180
@@ -23,10 +25,12 @@ LOCK_WAIT_S = 180
 
 def work(run: Run) -> int:
     """Train or go on, and note the outcome."""
+    claims = []
     try:
         if is_first_process():
-            wait_for_lock(run, LOCK_WAIT_S)
+            claims = wait_for_run(run, LOCK_WAIT_S)
             _note_epochs(run)
+            forget_failure(run)
         recipe = run.recipe
         # torch is imported here, after the recipe was found good.
         from toolkit.engine import fit
@@ -39,9 +43,13 @@ def work(run: Run) -> int:
     except BaseException as error:
         note(run, EXIT_FAILURE, f"{type(error).__name__}: {error}")
         raise
+    finally:
+        for lock in claims:
+            lock.release()
     note(run, EXIT_OK, "")
     if is_first_process():
-        report_at_end(run)
+        if not is_of_study(run):  # that has a table and figures of all its runs
+            report_at_end(run)
         show_outcome(run, as_json=False)
     return EXIT_OK
 
@@ -51,15 +59,23 @@ def note(run: Run, status: int, message: str) -> None:
     job = Job(run)
     if is_first_process() or (status not in (EXIT_OK, Interrupted.exit_status) and job.outcome is None):
         job.leave_outcome(status, message)
+        if is_of_study(run) and status not in (EXIT_OK, Interrupted.exit_status):
+            note_failure(run, message)
 
 
-def wait_for_lock(run: Run, seconds: float) -> None:
-    """Wait until nobody trains in the run directory any more. Raises UserError after ``seconds``."""
+def wait_for_run(run: Run, seconds: float) -> list[FileLock]:
+    """Wait until nobody trains in the run directory any more. Raises UserError after ``seconds``.
+
+    Returns what is to be held while training: a study's run must not be taken by workers of the study either.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:
             run.lock().release()
-            return
+            claims = [claim(run)] if is_of_study(run) else []
+            if None not in claims:
+                return [lock for lock in claims if lock is not None]
+            raise UserError(f"{run.path} is trained by a worker of its study elsewhere")
         except UserError:
             if time.monotonic() > deadline:
                 raise

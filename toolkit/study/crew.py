@@ -33,6 +33,9 @@ DEATHS = 3
 GRACE_S = 60.0
 """A worker without a controller has so long to write its checkpoint."""
 
+STOP_AGAIN_S = 2.0
+"""After so long without an end a worker is asked again."""
+
 SHARING = "TOOLKIT_RUNS_AT_ONCE"
 """Environment variable: runs that share this machine, see :func:`toolkit.engine.process.local_processes`."""
 
@@ -129,10 +132,11 @@ class Crew:
 
     def stop(self) -> None:
         """Ask all workers to write a checkpoint and end, and wait for that."""
-        for worker in self.workers.values():
-            worker.process.terminate()
-        for worker in self.workers.values():
-            worker.process.join()
+        while alive := [worker.process for worker in self.workers.values() if worker.process.exitcode is None]:
+            for process in alive:
+                process.terminate()
+            # One that has only just begun may have missed it.
+            multiprocessing.connection.wait([process.sentinel for process in alive], STOP_AGAIN_S)
 
     def wait(self, seconds: float) -> None:
         """Until a worker ends, or for so long."""

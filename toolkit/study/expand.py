@@ -149,6 +149,11 @@ def _nearest(origin: Source, place: Path) -> Span:
     return origin.spans.get(place) or Span(Position(1, 1), Position(1, 1))
 
 
+def is_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> bool:
+    """Whether a file, or what overrides it, has a [study] table. Raises RecipeError where it cannot be read."""
+    return any("study" in source.data for source in read_sources(path, overrides))
+
+
 def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> StudyFile:
     """A study's file, its [study] table checked. Raises RecipeError with everything that is wrong with that."""
     sources = read_sources(path, overrides)

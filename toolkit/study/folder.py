@@ -148,6 +148,11 @@ def state_of(run: Run) -> State:
     return "failed" if failure_of(run) is not None else "paused"
 
 
+def is_of_study(run: Run) -> bool:
+    """Whether the run directory lies in a study's folder."""
+    return (run.path.parent / FILE).is_file()
+
+
 def failure_of(run: Run) -> Failure | None:
     """Why a run failed, if it did."""
     if not (run.path / FAILURE).exists():

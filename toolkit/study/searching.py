@@ -27,16 +27,18 @@ class Search:
         for assignment in self.bohb.replay([self._replayed(member) for member in self.members]):
             self._assign(assignment)
 
-    def step(self, workers: int) -> bool:
+    def step(self, workers: int, in_all: int = 0) -> bool:
         """Tell what has come out since, and assign as much as ``workers``, or all that are at work, can take.
 
-        False where the search has come to its end.
+        ``in_all``: so many workers may come; one assignment lies ready for the next of them. False where the search has
+        come to its end.
         """
         for trial in list(self.under_way):
             self._tell(trial)
         busy = sum(is_claimed(self._run(trial)) for trial in self.under_way)
         # Workers on other nodes take what lies ready: one assignment more than all workers have.
-        while len(self.under_way) < max(workers, busy + 1 if busy > workers else 0):
+        ready = busy + 1 if busy > workers else min(busy + 1, in_all)
+        while len(self.under_way) < max(workers, ready):
             assignment = self.bohb.ask()
             if assignment is None:
                 break

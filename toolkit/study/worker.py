@@ -172,6 +172,6 @@ def main(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    from toolkit.train import end, report_errors
+    from toolkit.train import report_errors
 
-    end(report_errors(lambda: main(Path(sys.argv[1])), debug=False))
+    sys.exit(report_errors(lambda: main(Path(sys.argv[1])), debug=False))

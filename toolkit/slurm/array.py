@@ -1,0 +1,229 @@
+"""A study as a job array: its runs handed to SLURM, and what stands in the study's folder ``slurm/`` about that.
+
+slurm/job.json         ids of the array and of the job that follows it, when they were submitted
+slurm/train.sbatch     the array's script; slurm/table.sbatch: the following job's
+slurm/log-JOB_TASK.txt what a task printed before it had a run (of a search: all it printed); slurm/table-log.txt
+slurm/study.toml       of a search: the study as it was submitted
+slurm/JOB_TASK/        of a search: notes of a task, as runs have them in their own folders ``slurm/``
+
+A list of runs (rows, grid, random) becomes one task a run: each trains the next run that is open. The runs of a search
+come about while it goes on, so its tasks each work on it until it has come to its end (toolkit/study/pool.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit.data.order import check_batch_size
+from toolkit.errors import UserError
+from toolkit.recipe.study import BohbSearch
+from toolkit.recipe.writing import toml_document
+from toolkit.runs import Run, read_json, runs_of, write_atomically
+from toolkit.slurm.job import Job, QueueEntry, queue
+from toolkit.slurm.script import array_script, search_script, table_script
+from toolkit.slurm.settings import Settings, check_places, settle
+from toolkit.slurm.submit import Submitted, require_slurm, sbatch, scancel, undone_on_error
+from toolkit.study.expand import Expansion, StudyFile
+from toolkit.study.folder import FILE, StudyFolder, is_claimed
+from toolkit.study.prepare import CONTROLLER, controlled, prepare
+from toolkit.study.searching import check_search
+
+STUDY = "slurm/study.toml"
+
+
+def plan_study(study: StudyFile, expansion: Expansion) -> tuple[Settings, list[str]]:
+    """What every task asks for, and warnings. Raises UserError where the runs cannot be trained so."""
+    settings = settle(study.base)
+    remarks = []
+    if study.table.bohb is not None:
+        if settings.nodes > 1:
+            raise UserError(
+                f"slurm.nodes = {settings.nodes}: each run of a search is trained on one node; for more workers raise "
+                "--parallel or slurm.gpus_per_node"
+            )
+        check_search(study)
+    else:
+        for run in expansion.runs:
+            check_batch_size(run.recipe.train.batch_size, settings.world, run.recipe.train.accumulation)
+        ignored = [name for name in ("gpus_per_run", "runs_per_gpu") if getattr(study.table, name) != 1]
+        remarks = [
+            f"study.{name} is for `toolkit study`; a task of the array trains one run on the GPUs that [slurm] asks for"
+            for name in ignored
+        ]
+    return settings, [*remarks, *check_places(settings, study.base.recipe.run_root, [study.path])]
+
+
+def preview(study: StudyFile, expansion: Expansion, settings: Settings, parallel: int | None) -> str:
+    """The script, as it would be written for the first submission."""
+    return _script(study, settings, study.folder.absolute(), expansion.count, parallel)
+
+
+def submit_study(study: StudyFile, expansion: Expansion, settings: Settings, parallel: int | None) -> Submitted:
+    """Hand to SLURM all runs of a study that are not finished, ``parallel`` at a time, and a job for their table.
+
+    Failed runs of a list are tried again. Raises UserError where an array of this study is still at work, where nothing
+    is left to do, or where SLURM refuses; the folder is then as it was before.
+    """
+    require_slurm()
+    refuse_if_at_work(study.folder)
+    path = study.folder.absolute()
+    search, folder = study.table.bohb, StudyFolder(path)
+    script = path / "slurm" / "train.sbatch"
+    with undone_on_error(path), controlled(study):
+        with _as_it_was(path):
+            refuse_if_at_work(path)  # somebody may have submitted it in between
+            if search is not None:
+                _refuse_if_done(search, folder)
+            prepare(study, folder, expansion)
+            left = [] if search is not None else _left(folder)
+            (path / "slurm").mkdir(exist_ok=True)
+            if search is not None:
+                write_atomically(path / STUDY, toml_document(study.merged.data).encode())
+            tasks = len(left) or parallel or 1
+            write_atomically(script, _script(study, settings, path, tasks, parallel).encode())
+            number = sbatch(script)
+        for run in left:
+            Job(run).write_record(number, array=path)
+        table_job = _submit_table(settings, path, study.name, number)
+        record = {"job": number, "table_job": table_job, "submitted": time.time()}
+        Run(path).write_json("slurm/job.json", record)
+    return Submitted(number, script, path, path, is_array=True, tasks=tasks, table_job=table_job)
+
+
+def _script(study: StudyFile, settings: Settings, path: Path, tasks: int, parallel: int | None) -> str:
+    if study.table.bohb is not None:
+        return search_script(settings, path, study.name, parallel or 1)
+    return array_script(settings, path, study.name, tasks, parallel)
+
+
+def _left(folder: StudyFolder) -> list[Run]:
+    """The runs of a list that are to be trained. Raises UserError where there is none."""
+    runs = study_runs(folder)
+    left = [run for run in runs if not run.is_finished]
+    if not left:
+        raise UserError(f"all {len(runs)} runs are finished: toolkit table {folder.path}")
+    return left
+
+
+def _refuse_if_done(search: BohbSearch, folder: StudyFolder) -> None:
+    if folder.exists and folder.is_complete and len(folder.members) >= search.trials:
+        raise UserError(
+            f"the search has tried all {search.trials} configurations: toolkit table {folder.path}; to go on with it, "
+            "raise study.bohb.trials"
+        )
+
+
+@contextlib.contextmanager
+def _as_it_was(path: Path) -> Iterator[None]:
+    """After an error take away what was made of the study's folder, or restore study.json."""
+    known = {run.path for run in runs_of(str(path.parent), path.name)}
+    was_there = (path / "slurm").exists()
+    before = (path / FILE).read_bytes() if (path / FILE).exists() else None
+    try:
+        yield
+    except BaseException:
+        for run in runs_of(str(path.parent), path.name):
+            if run.path not in known:
+                shutil.rmtree(run.path)
+        if before is None:
+            for name in (FILE, CONTROLLER):
+                (path / name).unlink(missing_ok=True)
+            if not was_there:
+                shutil.rmtree(path / "slurm", ignore_errors=True)
+        else:
+            write_atomically(path / FILE, before)
+        raise
+
+
+def _submit_table(settings: Settings, path: Path, name: str, array_job: str) -> str | None:
+    """The job for tables and figures; where SLURM does not want it, they are left to the user."""
+    script = path / "slurm" / "table.sbatch"
+    write_atomically(script, table_script(settings, path, name, array_job).encode())
+    try:
+        return sbatch(script)
+    except UserError:
+        return None
+
+
+# -- what is known of it ----------------------------------------------------------------------------------------------
+
+
+def study_runs(folder: StudyFolder) -> list[Run]:
+    """The run directories of a study, each once, in the order of its table."""
+    names = dict.fromkeys(member.run for member in folder.members if member.run is not None)
+    return [Run(folder.path / name) for name in names]
+
+
+def array_record(path: Path) -> dict[str, Any] | None:
+    """What was noted when a study was submitted; None for one that was not."""
+    file = path / "slurm" / "job.json"
+    return read_json(file) if file.exists() and (path / FILE).exists() else None
+
+
+def tasks_of(job: str, jobs: Mapping[str, QueueEntry]) -> dict[str, QueueEntry]:
+    """The tasks of an array that SLURM remembers."""
+    return {name: entry for name, entry in jobs.items() if name.split("_")[0] == job}
+
+
+def refuse_if_at_work(path: Path) -> None:
+    """Raise a UserError where tasks of the study's last submission are in the queue or running."""
+    record = array_record(path)
+    if record is None:
+        return
+    jobs = queue()
+    if jobs is None:
+        raise UserError("SLURM does not answer (squeue), so it is not known which runs are still at work; try again")
+    alive = [name for name, entry in tasks_of(record["job"], jobs).items() if entry.is_active]
+    if alive:
+        raise UserError(
+            f"{len(alive)} task(s) of array job {record['job']} are still at work: toolkit status {path} shows them; "
+            f"submit again when they have ended, or cancel them: toolkit cancel {path}"
+        )
+
+
+def cancel_array(path: Path) -> str:
+    """Cancel all tasks of a study's array and return its id; the job for the table comes then. Raises UserError."""
+    number = str((array_record(path) or {})["job"])
+    marked = [run for run in study_runs(StudyFolder(path)) if not run.is_finished and Job(run).is_part_of(number)]
+    for run in marked:
+        run.write_text("slurm/cancelled", "")
+    scancel(number)
+    return number
+
+
+def headline(path: Path, jobs: Mapping[str, QueueEntry] | None) -> str | None:
+    """What SLURM says of a study's jobs, in a line; None for a study that was not submitted."""
+    record = array_record(path)
+    if record is None:
+        return None
+    parts = [f"array job {record['job']}: {_told(tasks_of(record['job'], jobs or {}))}"]
+    follower = record["table_job"]
+    if follower is not None:
+        parts.append(f"table job {follower}: {_told(tasks_of(follower, jobs or {}))}")
+    return "; ".join(parts)
+
+
+def _told(tasks: Mapping[str, QueueEntry]) -> str:
+    if not tasks:
+        return "SLURM does not know it any more"
+    reasons = {e.state: e.reason for e in tasks.values() if e.state == "PENDING" and e.reason != "None"}
+    counts = Counter(entry.state for entry in tasks.values())
+    told = [f"{count} {s.lower()}" + (f" ({reasons[s]})" if s in reasons else "") for s, count in counts.items()]
+    return ", ".join(told)
+
+
+def take_run(folder: StudyFolder, array_job: str, task: str) -> Run | None:
+    """The run that the task had before it was requeued, else the first that is open and that nobody has taken."""
+    runs = study_runs(folder)
+    name = f"{array_job}_{task}"
+    for run in runs:
+        if Job(run).claimed_by(array_job) == name:
+            return run
+    untaken = (run for run in runs if not run.is_finished and not is_claimed(run))
+    return next((run for run in untaken if Job(run).claim(array_job, name)), None)
