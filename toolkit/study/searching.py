@@ -37,7 +37,7 @@ class Search:
             self._tell(trial)
         busy = sum(is_claimed(self._run(trial)) for trial in self.under_way)
         # Workers on other nodes take what lies ready: one assignment more than all workers have.
-        ready = busy + 1 if busy > workers else min(busy + 1, in_all)
+        ready = min(busy + 1, in_all) if in_all else busy + 1 if busy > workers else 0
         while len(self.under_way) < max(workers, ready):
             assignment = self.bohb.ask()
             if assignment is None:

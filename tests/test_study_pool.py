@@ -1,0 +1,60 @@
+"""What a search assigns where workers come and go. Nothing is trained here (on a cluster: test_slurm_arrays.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from studies import write_study
+
+from toolkit.runs import Run
+from toolkit.study.expand import expand, read_study
+from toolkit.study.folder import StudyFolder, claim, open_runs
+from toolkit.study.prepare import CONTROLLER, controlled, prepare
+from toolkit.study.searching import Search
+
+SEARCH = """
+[study.space]
+optimizer.lr = { log_uniform = [1e-3, 1e-1] }
+[study.bohb]
+trials = 9
+min_epochs = 1
+max_epochs = 3
+"""
+
+
+def begun(tmp_path: Path) -> tuple[StudyFolder, Search]:
+    """A search in whose folder nothing was trained yet."""
+    study = read_study(write_study(tmp_path, SEARCH))
+    with controlled(study) as folder:
+        prepare(study, folder, expand(study))
+    return folder, Search(study, folder)
+
+
+def test_one_assignment_lies_ready_for_the_next_worker_and_no_more(tmp_path: Path) -> None:
+    folder, search = begun(tmp_path)
+    locks = []
+    for busy in range(4):
+        assert search.step(1, in_all=4)
+        assert len(search.under_way) == min(busy + 1, 4)
+        locks.append(next(lock for run in open_runs(folder) if (lock := claim(run))))
+    search.step(1, in_all=4)
+    assert len(search.under_way) == 4, "all four workers have something"
+    for lock in locks:
+        lock.release()
+
+
+def test_without_others_a_search_assigns_what_its_own_workers_can_take(tmp_path: Path) -> None:
+    folder, search = begun(tmp_path)
+    search.step(2)
+    locks = [claim(run) for run in open_runs(folder)]
+    search.step(2)
+    assert len(search.under_way) == len(locks) == 2
+
+
+def test_the_folder_has_one_leader(tmp_path: Path) -> None:
+    folder, _ = begun(tmp_path)
+    first = claim(Run(folder.path), CONTROLLER)
+    assert first is not None
+    assert claim(Run(folder.path), CONTROLLER) is None
+    first.release()
+    assert claim(Run(folder.path), CONTROLLER) is not None
