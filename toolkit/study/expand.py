@@ -185,9 +185,8 @@ def _without(sources: Iterable[Source], *tables: str) -> list[Source]:
 
 def check_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[Diagnostic]:
     """What is doubtful about a recipe, or about any run of a study. Raises RecipeError."""
-    sources = read_sources(path, overrides)
-    if not any("study" in source.data for source in sources):
-        return resolve(sources, os.fspath(path)).warnings
+    if not is_study(path, overrides):
+        return resolve(read_sources(path, overrides), os.fspath(path)).warnings
     return expand(read_study(path, overrides)).warnings
 
 
