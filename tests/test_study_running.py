@@ -283,6 +283,25 @@ def test_a_plan_counts_what_is_there_and_writes_nothing(tmp_path: Path) -> None:
     assert "about" in toolkit("study", path, "--plan").stdout
 
 
+def test_the_plan_of_a_search_counts_its_epochs_and_what_is_left_of_them(tmp_path: Path) -> None:
+    search = """
+        [study]
+        bohb = { trials = 4, min_epochs = 1, max_epochs = 2, eta = 2 }
+        space.optimizer.lr = { log_uniform = [1e-3, 1.0] }
+        """
+    path = write_study(tmp_path, search)
+    plan = json.loads(toolkit("study", path, "--plan", "--json").stdout)
+    # Four configurations for an epoch, two of them for one more.
+    assert (plan["epochs_left"], plan["seconds_left"]) == (6, None)
+    grid = json.loads(toolkit("study", write_study(tmp_path / "grid", TWO, epochs=3), "--plan", "--json").stdout)
+    assert plan["flops_left"] == grid["flops_left"]
+    assert "up to 4 configurations, 6 epochs in all" in toolkit("study", path, "--plan").stdout
+    study(path)
+    text = toolkit("study", path, "--plan").stdout
+    assert "nothing is left to train" in text
+    assert "6 epochs in all" in text
+
+
 def test_more_runs_than_stated_need_yes(tmp_path: Path) -> None:
     path = write_study(tmp_path, "[study]\nmax_runs = 1\n" + TWO, epochs=1)
     assert "has 2 runs, more than study.max_runs = 1" in study(path, status=2)

@@ -14,6 +14,7 @@ from toolkit.errors import UserError
 from toolkit.runs import Run
 from toolkit.study.folder import Member, State, StudyFolder, failure_of, state_of
 from toolkit.study.results import best_of, higher_is_better
+from toolkit.study.search import search_epochs
 
 REFRESH_S = 1.0
 SHOWN = 16
@@ -53,14 +54,14 @@ class Board:
         self.folder = folder
         table = folder.table
         self.metric = table.bohb.metric if table.bohb else table.output.best_by
-        self.has_end = table.bohb is None
+        self.search_epochs = None if table.bohb is None else search_epochs(table.bohb)
         self.started = time.monotonic()
         self.epochs: dict[str, int] = {}
         self.known: dict[str, tuple[Any, Seen]] = {}
         self.told: dict[str, State] = {}
         self.live: Any = None
         runs = self.look()
-        self.done_before = sum(seen.done for seen in runs.values())
+        self.done_before, _ = self._epochs(runs)
         self.told = {name: seen.state for name, seen in runs.items()}
 
     def look(self) -> dict[str, Seen]:
@@ -124,11 +125,17 @@ class Board:
         return "; ".join(parts)
 
     def _time_left(self, runs: dict[str, Seen]) -> list[str]:
-        done, total = sum(seen.done for seen in runs.values()), sum(seen.epochs for seen in runs.values())
+        done, total = self._epochs(runs)
         gained, spent = done - self.done_before, time.monotonic() - self.started
-        if not self.has_end or gained <= 0 or done >= total:
+        if gained <= 0 or done >= total:
             return []
         return [f"{_duration((total - done) * spent / gained)} left"]
+
+    def _epochs(self, runs: dict[str, Seen]) -> tuple[int, int]:
+        """Those that need not be trained any more, and all."""
+        if self.search_epochs is not None:
+            return sum(seen.epoch for seen in runs.values()), self.search_epochs
+        return sum(seen.done for seen in runs.values()), sum(seen.epochs for seen in runs.values())
 
     def _best(self, runs: dict[str, Seen]) -> list[str]:
         values = [(seen.value, seen) for seen in runs.values() if seen.value is not None]

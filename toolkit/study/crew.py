@@ -195,7 +195,8 @@ def _watch_controller(link: multiprocessing.connection.Connection) -> None:
 def slots_for(parallel: int | None, gpus_per_run: int, runs_per_gpu: int, devices: Sequence[str]) -> list[Slot]:
     """The workers of this machine: ``parallel`` of them, or one for each run that its GPUs have room for.
 
-    ``devices`` are the GPUs, as CUDA_VISIBLE_DEVICES names them; without any there is one worker by default.
+    ``devices`` are the GPUs, as CUDA_VISIBLE_DEVICES names them; without any there is one worker by default. Runs of
+    several GPUs share none.
     """
     if not devices:
         return [Slot(number) for number in range(parallel or 1)]
@@ -203,6 +204,8 @@ def slots_for(parallel: int | None, gpus_per_run: int, runs_per_gpu: int, device
     groups = [tuple(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)]
     places = groups if size > 1 else [group for group in groups for _ in range(runs_per_gpu)]
     count = parallel or len(places)
+    if size > 1:
+        count = min(count, len(groups))
     chosen = [groups[number % len(groups)] for number in range(count)] if parallel else places
     return [Slot(n, group, size, 1 / chosen.count(group)) for n, group in enumerate(chosen)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolkit.engine.display import table
@@ -17,6 +17,7 @@ from toolkit.errors import UserError
 from toolkit.inspect.plan import Plan
 from toolkit.inspect.plan import plan as plan_run
 from toolkit.recipe.schema import Recipe
+from toolkit.recipe.study import BohbSearch
 from toolkit.recipe.writing import toml_value
 from toolkit.study.expand import Expansion, PlannedRun, StudyFile
 from toolkit.study.folder import State, StudyFolder, epochs_done, state_of
@@ -61,8 +62,8 @@ class StudyPlan:
 
     study: StudyFile
     lines: list[Line]
-    search_epochs: int | None = None
-    """Of a search, whose runs come about while it goes on."""
+    search: Cost | None = None
+    """Of all that is left of a search, whose runs come about while it goes on; by a configuration of its space."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -72,6 +73,11 @@ class StudyPlan:
         return list(lines.values())
 
     @property
+    def costs(self) -> list[Cost]:
+        """Of what is left."""
+        return [line.cost for line in self.left] if self.search is None else [self.search]
+
+    @property
     def count(self) -> int:
         """Different runs in all."""
         return len({line.run.member.hash for line in self.lines})
@@ -79,17 +85,18 @@ class StudyPlan:
     @property
     def arithmetic(self) -> float | None:
         """Floating point operations left in all; None where the images are not known."""
-        each = [line.cost.arithmetic for line in self.left]
+        each = [cost.arithmetic for cost in self.costs]
         return None if None in each else sum(each)  # type: ignore[arg-type]
 
     @property
     def seconds(self) -> float | None:
         """Training time left, one run after the other; None without a finished run to go by."""
-        measured = [line.cost for line in self.lines if line.cost.seconds_per_image is not None]
+        costs = [line.cost for line in self.lines] if self.search is None else [self.search]
+        measured = [cost for cost in costs if cost.seconds_per_image is not None]
         if not measured or self.arithmetic is None:
             return None
         per_flop = sum(c.seconds_per_image or 0.0 for c in measured) / sum(c.flops for c in measured)
-        return sum(_seconds(line.cost, per_flop) for line in self.left)
+        return sum(_seconds(cost, per_flop) for cost in self.costs)
 
     def to_json(self) -> dict[str, Any]:
         """All of it; times in seconds."""
@@ -98,7 +105,7 @@ class StudyPlan:
             "folder": str(self.study.folder),
             "runs": self.count,
             "finished": self.count - len(self.left),
-            "epochs_left": self.search_epochs or sum(line.cost.epochs for line in self.left),
+            "epochs_left": sum(cost.epochs for cost in self.costs),
             "flops_left": self.arithmetic,
             "seconds_left": self.seconds,
             "members": [_line_json(line) for line in self.lines],
@@ -137,9 +144,19 @@ def plan_study(study: StudyFile, expansion: Expansion, notes: Sequence[str] = ()
         lines.append(Line(run, state, costs.of(run.recipe, done)))
     found = StudyPlan(study, lines, notes=[*expansion.remarks, *notes])
     if study.table.bohb is not None:
-        found.search_epochs = search_epochs(study.table.bohb)
+        found.search = _cost_of_search(study, study.table.bohb, costs)
     found.notes += costs.notes
     return found
+
+
+def _cost_of_search(study: StudyFile, table: BohbSearch, costs: _Costs) -> Cost:
+    """What is left, as if all configurations cost what the one with the first value of each range does."""
+    one = study.drawn(study.space.configuration(lambda parameter: parameter.values[0]))
+    folder = StudyFolder(study.folder)
+    runs = [run for member in folder.members if (run := folder.run(member))] if folder.exists else []
+    left = search_epochs(table) - sum(epochs_done(run) for run in runs)
+    complete = folder.exists and folder.is_complete and len(runs) >= table.trials
+    return replace(costs.of(one.recipe, 0), epochs=0 if complete else max(0, left))
 
 
 class _Costs:
@@ -200,8 +217,9 @@ def _row_cells(name: str, lines: Sequence[Line]) -> tuple[str, ...]:
 
 
 def _count_text(found: StudyPlan) -> str:
-    if found.search_epochs is not None and found.study.table.bohb is not None:
-        return f"up to {found.study.table.bohb.trials} configurations, {found.search_epochs:,} epochs in all"
+    table = found.study.table.bohb
+    if table is not None:
+        return f"up to {table.trials} configurations, {search_epochs(table):,} epochs in all"
     states = Counter(line.state for line in {line.run.member.hash: line for line in found.lines}.values())
     told = ", ".join(
         f"{states[state]} {state}" for state in ("finished", "running", "paused", "failed") if states[state]
@@ -211,16 +229,14 @@ def _count_text(found: StudyPlan) -> str:
 
 
 def _cost_text(found: StudyPlan) -> str:
-    left = found.left
-    if found.search_epochs is not None:
-        return "time: no estimate for a search"
-    if not left:
+    costs = found.costs
+    epochs = sum(cost.epochs for cost in costs)
+    if not epochs and not found.left:
         return "nothing is left to train"
-    epochs = sum(line.cost.epochs for line in left)
     work = found.arithmetic
-    told = f"to train: {len(left)} runs, {epochs:,} epochs"
+    told = f"to train: {epochs:,} epochs" if found.search else f"to train: {len(costs)} runs, {epochs:,} epochs"
     if work is not None:
-        images = sum(line.cost.epochs * (line.cost.images or 0) for line in left)
+        images = sum(cost.epochs * (cost.images or 0) for cost in costs)
         told += f", {images:,} images, {_flops(work)}"
     seconds = found.seconds
     if seconds is None:
