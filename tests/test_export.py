@@ -118,6 +118,17 @@ def test_an_exported_model_predicts_as_its_run(runs: Callable[[str], Run], tmp_p
     assert [float(row[2]) for row in rows] == pytest.approx([probability for _, probability in expected], rel=1e-4)
 
 
+def test_the_example_in_a_torch_export_is_two_images(runs: Callable[[str], Run], tmp_path: Path) -> None:
+    assert toolkit("export", runs("convnet").path, "--format", "torch-export", "-o", tmp_path / "out").status == 0
+    ((example,), _) = torch.export.load(tmp_path / "out" / "model.pt2").example_inputs
+    assert example.untyped_storage().nbytes() == 2 * 1 * 16 * 16 * 4
+
+
+def test_whoever_may_read_one_file_may_read_all(runs: Callable[[str], Run], tmp_path: Path) -> None:
+    assert toolkit("export", runs("timm").path, "--format", "timm", "-o", tmp_path / "out").status == 0
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
 def photo(width: int = 90, height: int = 61) -> Image.Image:
     noise = np.random.default_rng(1).integers(0, 256, (height // 6 + 1, width // 6 + 1, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)

@@ -251,12 +251,12 @@ def portable(table: ModelTable) -> ModelTable:
 
 def _sample(trained: TrainedModel) -> Tensor:
     """Two inputs: with one, exporters would take the number of images for a constant."""
-    return _noise(trained)[:2]
+    return _noise(trained)[:2].clone()  # a view would be saved with all that it is cut from
 
 
 def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
     """Weights and model.json: what `toolkit predict` and `load_model` read."""
-    safetensors.torch.save_file(contiguous_state(trained), folder / WEIGHTS)
+    _write_weights(trained, folder)
     card = model_card(
         portable(trained.table),
         trained.classes,
@@ -268,9 +268,9 @@ def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
     write_json(folder / "model.json", card)
 
 
-def contiguous_state(trained: TrainedModel) -> dict[str, Tensor]:
-    """The state dict as safetensors takes it."""
-    return {name: tensor.contiguous() for name, tensor in trained.module.state_dict().items()}
+def _write_weights(trained: TrainedModel, folder: Path) -> None:
+    state = {name: tensor.contiguous() for name, tensor in trained.module.state_dict().items()}
+    (folder / WEIGHTS).write_bytes(safetensors.torch.save(state))  # its save_file makes a file for the owner alone
 
 
 def _read_safetensors(folder: Path) -> Compute:
@@ -337,7 +337,7 @@ def _write_timm(trained: TrainedModel, folder: Path) -> None:
             f"{'' if table.source != 'timm' else ' with a head or stem of its own'} is none: use safetensors, "
             "torch-export or onnx"
         )
-    safetensors.torch.save_file(contiguous_state(trained), folder / WEIGHTS)
+    _write_weights(trained, folder)
     write_json(folder / "config.json", timm_config(trained))
 
 
