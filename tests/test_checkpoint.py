@@ -25,6 +25,7 @@ from toolkit.engine.checkpoint import (
 )
 from toolkit.engine.loop import Trainer
 from toolkit.errors import UserError
+from toolkit.models.build import build_model
 
 
 def saved(folder: Path, *places: tuple[int, int], keep: int = 9) -> list[Path]:
@@ -234,6 +235,35 @@ def test_another_number_of_processes_goes_on_exactly_from_the_end_of_an_epoch(
     assert "going on after epoch 2, step 0" in text
     assert_same_experiment(figures(only_run(tmp_path / "plain")), figures(only_run(tmp_path / "killed")))
     assert plain["summary"]["best"]["epoch"] == only_run(tmp_path / "killed").summary["best"]["epoch"]
+
+
+def compile_without_a_compiler(rank: int) -> None:
+    """Dynamo as ever, but its graphs are run as they are; that it was used is said."""
+    original = torch.nn.Module.compile
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        print("a graph was compiled", flush=True)
+        return graph.forward
+
+    torch.nn.Module.compile = lambda module: original(module, backend=backend)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("compiled", "world"), [(True, 1), (True, 2), (False, 2)])
+def test_compiled_and_distributed_weights_have_the_names_of_plain_ones(
+    tmp_path: Path, compiled: bool, world: int
+) -> None:
+    """What reads them is always the bare module, so that equal names are all that every pair of ways needs."""
+    settings = (*EMA, "--set", f"train.compile={str(compiled).lower()}", "--set", "train.epochs=2")
+    recipe = write_recipe(tmp_path, MUCH)
+    trainers = Trainers(world, tmp_path, recipe, *settings, prepare=compile_without_a_compiler)
+    assert trainers.wait(250) == [0] * world, trainers.text()
+    assert ("a graph was compiled" in trainers.text()) == compiled
+    run = only_run(tmp_path)
+    names = list(build_model(run.recipe.model, 10, 3, 8).module.state_dict())
+    path = find_latest(run.checkpoints, print)
+    assert path is not None
+    assert sorted(load_weights(run.best_weights)) == sorted(names)
+    assert list(load_checkpoint(path)["model"]) == names
 
 
 def figures(run: Any) -> dict[str, Any]:

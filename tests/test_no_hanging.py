@@ -21,8 +21,10 @@ from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, write_re
 import toolkit.data.loading
 import toolkit.engine.checkpoint
 import toolkit.engine.evaluate
+import toolkit.engine.setup
 import toolkit.runs
 from toolkit.engine.loop import Trainer
+from toolkit.models.build import BuiltModel
 
 LIMIT_S = 30
 
@@ -55,6 +57,23 @@ def test_an_exception_ends_all_and_is_the_last_thing_shown(tmp_path: Path, world
     assert text.rstrip().endswith("ZeroDivisionError: a fault planted by the test")
     assert f"rank {rank}: Traceback" in text
     assert text.count("Traceback") == 1
+
+
+def add_an_unused_parameter(rank: int) -> None:
+    original = toolkit.engine.setup.build_model
+
+    def build(*arguments: Any, **named: Any) -> BuiltModel:
+        built = original(*arguments, **named)
+        built.module.head.unused = torch.nn.Parameter(torch.zeros(3))
+        return built
+
+    toolkit.engine.setup.build_model = build
+
+
+def test_a_parameter_without_gradient_ends_the_run_with_its_cause(tmp_path: Path) -> None:
+    statuses, text = ended(tmp_path, 2, add_an_unused_parameter, *EMA)
+    assert all(status != 0 for status in statuses), text
+    assert "your module has parameters that were not used in producing loss" in text
 
 
 @pytest.mark.parametrize(("world", "rank"), [(2, 0), (2, 1), (3, 1)])

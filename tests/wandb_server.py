@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 import threading
 import time
 import zlib
@@ -47,6 +48,11 @@ class WandbServer(ThreadingHTTPServer):
         """Questions so far."""
         self.hung = 0
         """Requests that were not answered in time."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves is no fault."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
