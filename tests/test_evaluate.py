@@ -88,12 +88,15 @@ def test_weights_that_are_not_the_run_s_are_found_out(copy: Run) -> None:
     assert "figures differ from summary.json: best test_loss" in outcome.stdout
 
 
-def test_where_the_last_checkpoint_is_gone_the_best_model_is_evaluated_alone(copy: Run) -> None:
+@pytest.mark.parametrize("damage", [Path.unlink, Path.touch])
+def test_where_the_last_checkpoint_is_gone_the_best_model_is_evaluated_alone(copy: Run, damage: Any) -> None:
     for path in copy.checkpoints.glob("*.pt"):
-        path.unlink()
+        path.write_bytes(path.read_bytes()[:-1])
+        damage(path)
     outcome = toolkit("evaluate", copy.path)
     assert outcome.status == 0
-    assert "the stopped model was not evaluated: no checkpoint of epoch 5 is left" in outcome.stdout
+    assert "the stopped model was not evaluated: no whole checkpoint of epoch 5 is left" in outcome.stdout
+    assert outcome.stderr == ""
     assert "all 4 figures equal" in outcome.stdout
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,7 +166,6 @@ def evaluate_run(
     run: Run,
     split: str,
     accelerator: Accelerator,
-    say: Callable[[str], None],
     data_root: Path | None = None,
 ) -> Outcome:
     """Evaluate a run's best model, and the stopped one where its checkpoint is kept, on a split (a collective)."""
@@ -197,7 +195,7 @@ def evaluate_run(
         _compare(outcome, "best", best, summary, allowed)
         if split == "test" and run.is_finished:
             outcome.predictions_equal = _same_rows(run, best, trained.classes)
-        if _stopped_differs(summary) and _take_stopped(run, trained.module, summary, outcome, say):
+        if _stopped_differs(summary) and _take_stopped(run, trained.module, summary, outcome):
             _compare(outcome, "stopped", measure(trained.module), summary, allowed)
     finally:
         loader.close()
@@ -272,15 +270,13 @@ def _stopped_differs(summary: dict[str, Any]) -> bool:
     return bool(summary) and summary["stopped"]["epoch"] != summary["best"]["epoch"]
 
 
-def _take_stopped(
-    run: Run, module: nn.Module, summary: dict[str, Any], outcome: Outcome, say: Callable[[str], None]
-) -> bool:
+def _take_stopped(run: Run, module: nn.Module, summary: dict[str, Any], outcome: Outcome) -> bool:
     """Load the last epoch's weights from its checkpoint into the module; False, with a remark, where it is gone."""
     epoch = summary["stopped"]["epoch"]
-    path = find_latest(run.checkpoints, say)
+    path = find_latest(run.checkpoints, lambda warning: None)  # its words are for a run that goes on
     content = None if path is None else load_checkpoint(path)
     if content is None or content["position"]["epoch"] != epoch or content["position"]["step"]:
-        outcome.remarks.append(f"the stopped model was not evaluated: no checkpoint of epoch {epoch} is left")
+        outcome.remarks.append(f"the stopped model was not evaluated: no whole checkpoint of epoch {epoch} is left")
         return False
     module.load_state_dict(content["model"])
     named = dict(module.named_parameters()) | dict(module.named_buffers())

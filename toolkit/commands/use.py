@@ -69,7 +69,7 @@ def evaluate(
 
         check_split(split)
         with joined(recipe.train) as accelerator:
-            outcome = evaluate_run(opened, split, accelerator, say, data_root)
+            outcome = evaluate_run(opened, split, accelerator, data_root)
             if accelerator.is_main_process:
                 print(to_json(opened, outcome) if as_json else outcome.text(), flush=True)
         return EXIT_FAILURE if outcome.differs else EXIT_OK
