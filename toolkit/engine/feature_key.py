@@ -11,6 +11,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import toolkit
 from toolkit.data.cache import content_key
@@ -61,8 +62,13 @@ def _augmentations(split: str, augment: AugmentTable) -> dict[str, Any]:
 
 
 def _layers(module: nn.Module, tail: str) -> list[tuple[str, str, str]]:
-    """Name, class and settings of every layer but those of the tail."""
-    return [(n, type(m).__qualname__, m.extra_repr()) for n, m in module.named_modules() if not _is_within(n, tail)]
+    """Name, class and settings of every layer but those of the tail, the same on any number of processes."""
+    return [
+        # Synchronised batch norm differs from the plain one in training alone, and has empty places for timm's extras.
+        (n, "batch norm" if isinstance(m, _BatchNorm) else type(m).__qualname__, m.extra_repr())
+        for n, m in module.named_modules()
+        if not _is_within(n, tail) and not isinstance(m, nn.Identity)
+    ]
 
 
 def weights_hash(module: nn.Module, tail: str) -> str:
