@@ -54,6 +54,7 @@ DEAD = {
         'augment.train = [[{ name = "RandomRotation", degrees = 9, apply_p = 0.0 }],'
         ' [{ name = "RandomRotation", degrees = 5, apply_p = 0.0 }]]', (), "augment.train varies",
     ),
+    "versions of images that are not augmented": ("data.views = [1, 2]", (), "data.views varies"),
     "a split's share of data that have a list": ("data.max_bad_fraction = [0.1, 0.2]", (), None),
 }  # fmt: skip
 
@@ -85,6 +86,7 @@ ALIVE = {
     "degrees": (
         'augment.train = [[{ name = "RandomRotation", degrees = 9 }], [{ name = "RandomRotation", degrees = 5 }]]', (),
     ),
+    "versions": ("data.views = [1, 2]", ('augment.train=[{ name = "RandomRotation", degrees = 9 }]',)),
     "size": ("data.image_size = [8, 12]", ()),
     "normalisation": ('data.normalize = ["half", "none"]', ()),
     "split": ("data.split.seed = [0, 1]", ()),

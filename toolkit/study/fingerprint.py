@@ -22,7 +22,7 @@ from toolkit.data.facts import FACTS, known_classes
 from toolkit.data.mixing import mix_settings
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
 from toolkit.data.splits import split_dataset, split_hash
-from toolkit.data.transforms import build_transform
+from toolkit.data.transforms import build_transform, is_deterministic
 from toolkit.engine.optim import build_optimizer
 from toolkit.engine.schedule import gamma_of, learning_rate
 from toolkit.errors import UserError
@@ -133,6 +133,8 @@ def _transforms(recipe: Recipe) -> Hashable:
     for split in ("train", "validation", "test"):
         steps = build_transform(split, recipe.augment, preprocessing).steps
         told += [_ADDRESS.sub("", f"{step!r}") for step in steps if getattr(step, "p", 1) != 0]
+    if not is_deterministic("train", recipe.augment):
+        told.append(f"{recipe.data.views} versions")
     return tuple(told)
 
 
