@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 from PIL import Image
+from study_folders import FakeRun, write_study
 
 from toolkit.recipe import loads_recipe, resolved_toml
 from toolkit.runs import Run
+from toolkit.study.folder import StudyFolder
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "a'\"&amp; $x_1$", "plain"]
 """Names that folders can have, in their order."""
@@ -150,3 +152,34 @@ def _summary(test: Sequence[Any]) -> dict[str, Any]:
         "precision": "no",
         "seed": 0,
     }
+
+
+# A study
+
+TABLE: dict[str, Any] = {
+    "description": "Two <b>rates</b>",
+    "source": "mereu, table 14",
+    "grid": {"optimizer.lr": [0.1, 0.01]},
+}
+FIRST: dict[str, Any] = {"changes": {"optimizer.lr": 0.1}, "published": {"test_accuracy": 0.74}}
+SECOND: dict[str, Any] = {"changes": {"optimizer.lr": 0.01}, "published": {"test_accuracy": 0.30}}
+RUNS = [
+    FakeRun("lr 0.1", 0, val_accuracy=(0.3, 0.6, 0.8), test_accuracy=0.75, **FIRST),
+    FakeRun("lr 0.1", 1, val_accuracy=(0.3, 0.5, 0.7), test_accuracy=0.65, **FIRST),
+    FakeRun("lr 0.01", 0, val_accuracy=(0.2, 0.3, 0.4), test_accuracy=0.35, **SECOND),
+    FakeRun("lr 0.01", 1, val_accuracy=(0.2,), state="failed", failure="the loss is <nan>", **SECOND),
+]
+
+
+def small_study(path: Path) -> StudyFolder:
+    """Two rates over two seeds, of which one run failed."""
+    folder = write_study(path, TABLE, RUNS, name="rates")
+    for number, member in enumerate(folder.members):
+        run = folder.run(member)
+        assert run is not None
+        recipe = loads_recipe(RECIPE.format(root=json.dumps("data")))
+        run.write_text("recipe.toml", resolved_toml(recipe))
+        run.write_json(
+            "environment.json", {"python": "3.11.7", "host": f"node{number % 2}", "packages": {"torch": "2.15.0"}}
+        )
+    return folder

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from cli import toolkit
 from playwright.sync_api import Browser, Page, sync_playwright
-from report_runs import HOSTILE, write_run
+from report_runs import HOSTILE, small_study, write_run
 
 from toolkit.report import write
 from toolkit.runs import Run
 
 DESKTOP, PHONE = (1280, 900), (360, 740)
-PAGES = ("hostile", "caltech-like", "unfinished")
+PAGES = ("hostile", "caltech-like", "unfinished", "study")
 
 Open = Callable[..., Page]
 
@@ -54,7 +54,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         patch.setattr(write, "save", lambda figure, folder, name, kinds: [folder / f"{name}.{k}" for k in kinds])
         for run in runs.values():
             assert toolkit("report", str(run.path)).status == 0
-    return {name: run.report_file for name, run in runs.items()}
+    study = small_study(tmp_path_factory.mktemp("study"))
+    assert toolkit("report", str(study.path)).status == 0
+    return {**{name: run.report_file for name, run in runs.items()}, "study": study.path / "report.html"}
 
 
 def _many_classes(folder: Path) -> Run:
@@ -146,8 +148,9 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_is_legible_in_both_themes(opened: Open, theme: str) -> None:
-    page = opened("hostile", DESKTOP, theme)
+@pytest.mark.parametrize("name", ["hostile", "study"])
+def test_text_is_legible_in_both_themes(opened: Open, name: str, theme: str) -> None:
+    page = opened(name, DESKTOP, theme)
     seen, poor = page.evaluate(CONTRAST)
     assert seen > 300
     assert poor == []
@@ -169,7 +172,7 @@ def _ground(page: Page) -> str:
 
 
 def test_text_is_large_enough_on_a_phone(opened: Open) -> None:
-    for name in ("hostile", "caltech-like"):
+    for name in ("hostile", "caltech-like", "study"):
         page = opened(name, PHONE)
         sizes = page.evaluate(
             """() => [...document.querySelectorAll("body *")].filter((e) =>
@@ -184,8 +187,9 @@ def test_text_is_large_enough_on_a_phone(opened: Open) -> None:
         assert [found for found in sizes if found[0] < 8.5] == [], "CSS pixels"
 
 
-def test_everything_can_be_reached_by_keyboard(opened: Open) -> None:
-    page = opened()
+@pytest.mark.parametrize("name", ["hostile", "study"])
+def test_everything_can_be_reached_by_keyboard(opened: Open, name: str) -> None:
+    page = opened(name)
     wanted = page.evaluate(
         """() => {
           const found = [...document.querySelectorAll("a[href], button, input, [tabindex='0']")];
@@ -286,7 +290,7 @@ def test_a_chart_tells_its_values(opened: Open) -> None:
     svg, readout = chart.locator("svg[tabindex]"), chart.locator(".readout")
     box = svg.bounding_box()
     assert box is not None
-    svg.hover(position={"x": 56 + (box["width"] - 66) / 2, "y": 100})
+    svg.hover(position={"x": 62 + (box["width"] - 72) / 2, "y": 100})
     assert readout.inner_text() == "epoch 3: train 100, validation 90"
     page.mouse.move(0, 0)
     assert readout.inner_text() == ""
@@ -337,3 +341,45 @@ def test_confusion_matrix_tells_its_cells(opened: Open) -> None:
     assert readout.inner_text().startswith(f"true {HOSTILE[0]}, predicted {HOSTILE[0]}"), "it ends at the edges"
     page.locator("[data-cells] rect.cell").last.hover(force=True)
     assert readout.inner_text() == f"true {HOSTILE[2]}, predicted {HOSTILE[2]}: 2 of 2 images (100 %)"
+
+
+# Studies
+
+
+def test_curves_of_many_runs(opened: Open) -> None:
+    page = opened("study")
+    chart = page.locator("[data-chart=val-accuracy]")
+    svg, readout, lines = chart.locator("svg[tabindex]"), chart.locator(".readout"), chart.locator("path.line")
+    assert lines.count() == 4
+    box = svg.bounding_box()
+    assert box is not None
+    middle = 62 + (box["width"] - 72) / 2
+    svg.hover(position={"x": middle, "y": 40})
+    assert readout.inner_text() == "lr 0.1, seed 0, epoch 2: 60", "the nearest line"
+    svg.hover(position={"x": middle, "y": box["height"] - 40})
+    assert readout.inner_text() == "lr 0.01, seed 0, epoch 2: 30"
+    page.mouse.move(0, 0)
+    svg.focus()
+    told = []
+    for key in ("End", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowLeft", "Home"):
+        page.keyboard.press(key)
+        told.append(readout.inner_text())
+    assert told == [
+        "lr 0.1, seed 0, epoch 3: 80", "lr 0.1, seed 1, epoch 3: 70", "lr 0.01, seed 0, epoch 3: 40",
+        "lr 0.01, seed 0, epoch 3: 40", "lr 0.1, seed 1, epoch 3: 70", "lr 0.1, seed 1, epoch 2: 50",
+        "lr 0.1, seed 1, epoch 1: 30",
+    ]  # fmt: skip
+    chart.get_by_role("button", name="lr 0.1", exact=True).click()
+    assert lines.count() == 2, "a row's runs go together"
+
+
+def test_runs_of_a_study_are_selected_by_their_state(opened: Open) -> None:
+    page = opened("study")
+    rows = page.locator("#run-table tbody tr:visible")
+    assert rows.count() == 4
+    page.locator("#runs").get_by_role("button", name="failed").click()
+    assert [row.split("\t")[:3] for row in rows.all_inner_texts()] == [["lr 0.01", "1", "failed"]]
+    page.locator("#study-table th", has_text="test acc.").locator("button").click()
+    order = page.locator("#study-table tbody td:first-child").all_inner_texts()
+    assert order == ["lr 0.1", "lr 0.01"]
+    assert page.locator("#study-table tbody tr.best td").first.inner_text() == "lr 0.1"

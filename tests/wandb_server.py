@@ -42,6 +42,9 @@ class WandbServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.runs: dict[str, ServerRun] = {}
+        self.projects = ["toolkit"]
+        self.views: dict[str, dict[str, Any]] = {}
+        """Reports by their ids."""
         self.hanging: set[str] = set()
         self.refusing: set[str] = set()
         self.asked = 0
@@ -69,6 +72,25 @@ class WandbServer(ThreadingHTTPServer):
         """The data of one GraphQL operation; None for one that is not known."""
         name = variables.get("name") or ""
         match operation:
+            case "GetProjects":
+                names = [{"node": {"__typename": "Project", "id": name, "name": name, "entityName": "me",
+                                   "createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}}
+                         for name in self.projects]  # fmt: skip
+                page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+                return {"models": {"edges": names, "pageInfo": page}}
+            case "Runs":
+                wanted = json.loads(variables["filters"])["name"]["$in"]
+                nodes = [{"node": {**self._bucket(key), "projectId": "1"}, "cursor": key}
+                         for key in self.runs if key in wanted]  # fmt: skip
+                page = {"endCursor": None, "hasNextPage": False}
+                runs = {"edges": nodes, "pageInfo": page}
+                return {"project": {"internalId": "1", "runCount": len(nodes), "readOnly": False, "runs": runs}}
+            case "ProjectInternalId":
+                return {"project": {"id": "p", "internalId": "1"}}
+            case "upsertView":
+                return self._upsert_view(variables)
+            case "SpecificReport":
+                return {"view": self.views.get(variables["reportId"])}
             case "GetDefaultEntity":
                 return {"viewer": {"id": "1", "entity": "me", "defaultEntity": {"name": "me"}}}
             case "Viewer":
@@ -95,6 +117,16 @@ class WandbServer(ThreadingHTTPServer):
                 files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
                 return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
         return None
+
+    def _upsert_view(self, variables: dict[str, Any]) -> dict[str, Any]:
+        known = variables.get("id")
+        key = known or f"VmlldzoxMjM{len(self.views)}"
+        project = {"id": "p", "name": variables["projectName"], "entityName": variables["entityName"]}
+        view = {"id": key, "type": variables["type"], "name": variables["name"], "spec": variables["spec"],
+                "displayName": variables["displayName"], "description": variables["description"], "project": project,
+                "createdAt": "2026-01-01T00:00:00", "updatedAt": "2026-01-01T00:00:00"}  # fmt: skip
+        self.views[key] = view
+        return {"upsertView": {"view": view, "inserted": known is None}}
 
     def _bucket(self, name: str) -> dict[str, Any]:
         run = self.runs[name]

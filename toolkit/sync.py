@@ -57,7 +57,7 @@ def sync(run: Run) -> Synced:
     Raises NoServer where nothing can be uploaded from here; another UserError where the run is damaged; RunFailed where
     the server did not take all: the next call sends the rest.
     """
-    wandb_id = _wandb_id(run)
+    wandb_id = id_at_wandb(run)
     if wandb_id is None:
         return Synced(str(run.path), "untracked")
     try:
@@ -86,7 +86,7 @@ def _require_server() -> None:
         )
 
 
-def _wandb_id(run: Run) -> str | None:
+def id_at_wandb(run: Run) -> str | None:
     """The id under which W&B's client has logged the run here; None where it has not."""
     log = next(run.path.glob("wandb/*run-*/run-*.wandb"), None)
     return None if log is None else log.stem.removeprefix("run-")

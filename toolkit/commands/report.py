@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,8 +27,10 @@ def report(
         str | None, typer.Option(help="Where the images are, if not where the recipe says.", metavar="FOLDER")
     ] = None,
     filters: Annotated[
-        str | None, typer.Option(help="First-layer filters to show on an image, by number: 3,17.", metavar="NUMBERS")
+        str | None, typer.Option(help="RUN: first-layer filters to show on an image: 3,17.", metavar="NUMBERS")
     ] = None,
+    runs: Annotated[bool, typer.Option("--runs", help="STUDY: the reports of all its runs too.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="STUDY: a W&B report too; prints its link.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -40,21 +43,52 @@ def report(
     """
 
     def work() -> int:
-        from toolkit.report.write import write_report
-        from toolkit.runs import open_run
+        numbers = _numbers(filters)
+        if _is_study(path):
+            if filters is not None:
+                raise UserError("--filters is for a run: give one of the study's run directories")
+            from toolkit.report.write_study import read_study, write_study_report
 
-        written = write_report(
-            open_run(path),
-            output,
-            figures_only=figures_only,
-            data_root=data_root,
-            filters=_numbers(filters),
-            say=lambda line: print(line, file=sys.stderr),
-        )
+            found = read_study(path)
+            written = write_study_report(
+                found, path, output, figures_only=figures_only, runs=runs, data_root=data_root, say=_say
+            )
+            if wandb:
+                from toolkit.report.wandb_report import create_wandb_report
+
+                link = create_wandb_report(found, path)
+                written = replace(written, missing=[*written.missing, *link.missing], url=link.url)
+        else:
+            if runs or wandb:
+                option = "--runs" if runs else "--wandb"
+                raise UserError(f"{option} is for a study, and {path} is a run directory")
+            from toolkit.report.write import write_report
+            from toolkit.runs import Run
+
+            written = write_report(
+                Run(path), output, figures_only=figures_only, data_root=data_root, filters=numbers, say=_say
+            )
         _tell(written, as_json)
         return EXIT_OK
 
     end(report_errors(work, debug=debug))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _is_study(path: Path) -> bool:
+    """Whether it is a study's folder; False for a run directory, and a UserError for what is neither."""
+    from toolkit.study.folder import FILE
+
+    if (path / FILE).is_file():
+        return True
+    if (path / "recipe.toml").is_file():
+        return False
+    within = sorted((found for found in path.glob("*/recipe.toml")), reverse=True) if path.is_dir() else []
+    hint = f"; it has run directories, the youngest is {within[0].parent}" if within else ""
+    raise UserError(f"{path} is no run directory (no recipe.toml) and no study's folder (no {FILE}){hint}")
 
 
 def _tell(written: Written, as_json: bool) -> None:
@@ -64,9 +98,10 @@ def _tell(written: Written, as_json: bool) -> None:
     if as_json:
         figures = [str(file) for file in written.figures]
         report = None if written.report is None else str(written.report)
-        print(json.dumps({"report": report, "figures": figures, "missing": written.missing}, indent=2))
+        content = {"report": report, "figures": figures, "missing": written.missing, "wandb": written.url or None}
+        print(json.dumps(content, indent=2))
         return
-    for file in (*written.figures, *([written.report] if written.report else [])):
+    for file in (*written.figures, *filter(None, (written.report, written.url))):
         print(file)
 
 

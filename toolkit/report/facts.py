@@ -91,14 +91,19 @@ class Facts:
         return bool(self.summary and self.summary.get("stopped_early"))
 
     def attempt(self, what: str, read: Callable[[], T]) -> T | None:
-        """``read()``, or None with a line in ``missing`` that says what cannot be shown, and why."""
-        try:
-            return read()
-        except UserError as error:
-            self.missing.append(printable(f"{what}: {error}"))
-        except DAMAGE as error:
-            self.missing.append(printable(f"{what}: damaged ({type(error).__name__}: {error})"))
-        return None
+        """:func:`attempt`, with what failed in ``missing``."""
+        return attempt(self.missing, what, read)
+
+
+def attempt(missing: list[str], what: str, read: Callable[[], T]) -> T | None:
+    """``read()``, or None with a line in ``missing`` that says what cannot be shown, and why."""
+    try:
+        return read()
+    except UserError as error:
+        missing.append(printable(f"{what}: {error}"))
+    except DAMAGE as error:
+        missing.append(printable(f"{what}: damaged ({type(error).__name__}: {error})"))
+    return None
 
 
 def gather(run: Run) -> Facts:

@@ -41,6 +41,8 @@ class Cell:
     name: bool = False
     """May be long and be broken anywhere."""
     code: bool = False
+    link: str = ""
+    """A file beside the page, as a relative URL."""
 
 
 @dataclass(frozen=True)

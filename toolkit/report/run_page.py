@@ -71,7 +71,7 @@ def run_page(facts: Facts, shown: Shown) -> Page:
         "samples": shown.samples,
         "scale": shown.scale,
         "recipe": recipe_table(facts.recipe, facts.origins) if facts.recipe else Table([], []),
-        "environment": _environment(facts.environment),
+        "environment": environment_table(facts.environment),
         "path": str(facts.run.path),
         "figures": shown.files,
     }
@@ -189,7 +189,8 @@ def _models(facts: Facts) -> Table:
     return Table(columns, rows)
 
 
-def _environment(environment: Record) -> Table:
+def environment_table(environment: Record) -> Table:
+    """What a run was trained on, a line a fact."""
     rows = []
     for key, value in environment.items():
         items = value.items() if isinstance(value, dict) else [("", value)]

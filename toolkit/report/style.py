@@ -36,8 +36,9 @@ FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen H
 """Tried in this order for each character, as far as they are installed."""
 
 PAGE_COLOURS = {
-    INK: "var(--ink)", GRID: "var(--line)", "#ffffff": "var(--paper)", BLUE: "var(--blue)", SKY: "var(--sky)",
+    INK: "var(--ink)", BLACK: "var(--ink)", GRID: "var(--line)", "#ffffff": "var(--paper)", BLUE: "var(--blue)",
     GREEN: "var(--green)", ORANGE: "var(--orange)", VERMILION: "var(--vermilion)", PURPLE: "var(--purple)",
+    SKY: "var(--sky)",
 }  # fmt: skip
 """On a page, which may be dark."""
 
@@ -93,10 +94,11 @@ def save(figure: Figure, folder: Path, name: str, kinds: tuple[str, ...] = PRINT
     return paths
 
 
-def page_svg(figure: Figure, label: str) -> str:
+def page_svg(figure: Figure, label: str, *, is_light: bool = False) -> str:
     """The figure for an HTML page: an SVG element with text as text, in the page's colours and font.
 
-    ``label`` says to those who cannot see it what it shows.
+    ``label`` says to those who cannot see it what it shows. With ``is_light`` it is dark on white in either theme: for
+    colour scales, which are made for white.
     """
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         text = _bytes(figure, "svg", transparent=True).decode()
@@ -104,11 +106,12 @@ def page_svg(figure: Figure, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
     text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)
     width = figure.get_figwidth() * 72
-    size = f"min-width:{1.3 * width if width > NARROW else 0:.0f}px;max-width:{1.6 * width:.0f}px"
-    text = text.replace("<svg ", f'<svg class="drawn" style="{size}" role="img" aria-label="{html.escape(label)}" ', 1)
+    size = f"min-width:{1.22 * width if width > NARROW else 0:.0f}px;max-width:{1.6 * width:.0f}px"
+    kind = "drawn light" if is_light else "drawn"
+    text = text.replace("<svg ", f'<svg class="{kind}" style="{size}" role="img" aria-label="{html.escape(label)}" ', 1)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # no id twice on a page
     text = re.sub(r"font-family: [^;\"]*; ", "", text)
-    return re.sub(r"#[0-9a-f]{6}\b", lambda found: PAGE_COLOURS.get(found[0], found[0]), text)
+    return text if is_light else re.sub(r"#[0-9a-f]{6}\b", lambda found: PAGE_COLOURS.get(found[0], found[0]), text)
 
 
 def _bytes(figure: Figure, kind: str, **settings: Any) -> bytes:

@@ -51,6 +51,8 @@ class Written:
     figures: list[Path]
     missing: list[str]
     """What could not be shown, and why."""
+    url: str = ""
+    """Of the report on W&B, where one was asked for."""
 
 
 def write_report(
@@ -82,14 +84,18 @@ def write_report(
     if figures_only:
         return Written(None, files, facts.missing)
     shown.files = [file.name for file in files]
-    report = output or run.report_file
-    text = render(run_page(facts, shown))
-    try:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(report, text.encode(errors="replace"))
-    except OSError as error:
-        raise UserError(f"the report cannot be written to {report}: {error.strerror}") from None
+    report = write_page(render(run_page(facts, shown)), output or run.report_file)
     return Written(report, files, facts.missing)
+
+
+def write_page(text: str, path: Path) -> Path:
+    """Write a page, and give back where it is. Raises UserError where that cannot be done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode(errors="replace"))
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {path}: {error.strerror}") from None
+    return path
 
 
 Draw = tuple[str, Callable[[], Figure]]

@@ -69,6 +69,8 @@ def _result(folder: StudyFolder, member: Member) -> Result:
         return Result(member, state, _figures(summary, epochs), epochs, bool(summary.get("stopped_early")))
     except UserError as fault:
         return Result(member, "failed", trouble=str(fault))
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as fault:  # JSON of another shape
+        return Result(member, "failed", trouble=f"{run.path} is damaged ({type(fault).__name__}: {fault})")
 
 
 def _figures(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> dict[str, float]:

@@ -113,12 +113,14 @@ class Chart {
     this.spec = spec;
     this.svg = figure.querySelector("svg");
     this.readout = figure.querySelector(".readout");
-    this.shown = spec.series.map((series) => series.shown !== false);
+    this.groups = [...new Set(spec.series.map((series) => series.group ?? series.name))];
+    this.hidden = new Set(spec.series.filter((series) => series.shown === false).map((series) => series.name));
     this.log = Boolean(spec.log);
     this.cursor = null;
     const legend = figure.querySelector(".legend");
-    spec.series.forEach((series, index) => this.addToggle(legend, series, index));
+    const toggles = this.groups.map((group) => this.addToggle(legend, group));
     if (spec.canLog) this.addScale(legend);
+    if (toggles.length > 4) this.addAll(legend, toggles);
     this.svg.addEventListener("pointermove", (event) => this.point(event));
     this.svg.addEventListener("pointerdown", (event) => this.point(event));
     this.svg.addEventListener("pointerleave", () => this.moveTo(null));
@@ -127,16 +129,28 @@ class Chart {
     new ResizeObserver(() => this.draw()).observe(this.svg);
   }
 
-  addToggle(legend, series, index) {
-    const button = make(legend, "button", { type: "button", "aria-pressed": String(this.shown[index]) });
+  addToggle(legend, group) {
+    const button = make(legend, "button", { type: "button", "aria-pressed": String(!this.hidden.has(group)) });
     const swatch = make(button, "svg", { width: 26, height: 8, "aria-hidden": "true" });
-    make(swatch, "path", { d: "M0 4H26", style: this.stroke(series) });
-    button.append(series.name);
+    const first = this.spec.series.find((series) => (series.group ?? series.name) === group);
+    make(swatch, "path", { d: "M0 4H26", style: this.stroke(first) });
+    button.append(group);
     button.addEventListener("click", () => {
-      this.shown[index] = !this.shown[index];
-      button.setAttribute("aria-pressed", String(this.shown[index]));
+      if (!this.hidden.delete(group)) this.hidden.add(group);
+      button.setAttribute("aria-pressed", String(!this.hidden.has(group)));
       this.draw();
     });
+    return button;
+  }
+
+  addAll(legend, toggles) {
+    const button = make(legend, "button", { type: "button" }, "all or none");
+    button.addEventListener("click", () => {
+      this.hidden = this.hidden.size ? new Set() : new Set(this.groups);
+      toggles.forEach((toggle) => toggle.setAttribute("aria-pressed", String(!this.hidden.size)));
+      this.draw();
+    });
+    legend.prepend(button);
   }
 
   addScale(legend) {
@@ -150,11 +164,11 @@ class Chart {
   }
 
   stroke(series) {
-    return `fill:none;stroke:${series.colour};stroke-width:2;stroke-dasharray:${series.dash || "none"}`;
+    return `fill:none;stroke:${series.colour};stroke-width:${this.spec.many ? 1.5 : 2};stroke-dasharray:${series.dash || "none"}`;
   }
 
   visible() {
-    return this.spec.series.filter((_, index) => this.shown[index]);
+    return this.spec.series.filter((series) => !this.hidden.has(series.group ?? series.name));
   }
 
   positions() {
@@ -167,7 +181,7 @@ class Chart {
     if (!width) return;
     svg.replaceChildren();
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    const box = { left: 56, right: width - 10, top: 36, bottom: height - 38 };
+    const box = { left: 62, right: width - 10, top: 36, bottom: height - 38 };
     const series = this.visible();
     const values = series.flatMap((one) => one.y).filter((y) => y !== null && (!this.log || y > 0));
     const marks = (spec.marks || []).map((mark) => mark.x);
@@ -220,7 +234,7 @@ class Chart {
     make(this.svg, "text", place, mark.label);
   }
 
-  line(series, log) {
+  path(series, log) {
     let path = "", pen = "M";
     series.x.forEach((x, i) => {
       const y = series.y[i];
@@ -228,8 +242,13 @@ class Chart {
       path += `${pen}${this.x(x).toFixed(1)} ${this.y(y).toFixed(1)}`;
       pen = "L";
     });
+    return path;
+  }
+
+  line(series, log) {
+    const path = this.path(series, log);
     if (path) make(this.svg, "path", { d: path, class: "line", style: this.stroke(series) });
-    if (series.x.length > 40) return;
+    if (series.x.length > (this.spec.many ? 1 : 40)) return;
     series.x.forEach((x, i) => {
       const y = series.y[i];
       if (y === null || (log && y <= 0)) return;
@@ -266,6 +285,51 @@ class Chart {
       make(this.hair, "circle", { cx: this.x(x), cy: this.y(y), r: 4, style: `fill:${series.colour};stroke:var(--paper)` });
     }
     this.readout.textContent = `${this.spec.xName || this.spec.xLabel} ${format(x)}: ${parts.join(", ")}`;
+  }
+}
+
+// Curves of many runs: what is told is the one nearest to the pointer, or the one that the arrow keys go to.
+class Bundle extends Chart {
+  at(x) {
+    const points = this.visible().map((series) => ({ series, y: series.y[series.x.indexOf(x)] }));
+    const there = points.filter(({ y }) => y !== undefined && y !== null && !(this.log && y <= 0));
+    return there.sort((one, other) => one.y - other.y);
+  }
+
+  point(event) {
+    const height = event.clientY - this.svg.getBoundingClientRect().top;
+    const distance = ({ y }) => Math.abs(this.y(y) - height);
+    this.choose = (found) => found.reduce((a, b) => (distance(b) < distance(a) ? b : a));
+    super.point(event);
+  }
+
+  key(event) {
+    const step = { ArrowUp: 1, ArrowDown: -1 }[event.key], last = this.chosen;
+    this.choose = (found) => {
+      const index = found.findIndex(({ series }) => series === last);
+      return index < 0 ? found.at(-1) : found[Math.min(found.length - 1, Math.max(0, index + (step ?? 0)))];
+    };
+    if (step === undefined) { super.key(event); return; }
+    event.preventDefault();
+    this.moveTo(this.cursor ?? this.positions().at(-1) ?? null);
+  }
+
+  moveTo(x) {
+    const found = x === null ? [] : this.at(x);
+    this.cursor = x;
+    this.hair.replaceChildren();
+    if (!found.length) {
+      this.readout.textContent = "";
+      this.chosen = null;
+      return;
+    }
+    const { series, y } = (this.choose ?? ((all) => all.at(-1)))(found);
+    this.chosen = series;
+    make(this.hair, "path", { d: `M${this.x(x)} ${this.box.top}V${this.box.bottom}`, style: "stroke:var(--line)" });
+    const path = this.path(series, this.log);
+    make(this.hair, "path", { d: path, style: `${this.stroke(series)};stroke-width:5;stroke-dasharray:none` });
+    make(this.hair, "circle", { cx: this.x(x), cy: this.y(y), r: 6, style: `fill:${series.colour};stroke:var(--paper)` });
+    this.readout.textContent = `${series.name}, ${this.spec.xLabel} ${format(x)}: ${format(y)}`;
   }
 }
 
@@ -347,6 +411,9 @@ class Cells {
 setUpTheme();
 document.querySelectorAll("main table").forEach(setUpSorting);
 document.querySelectorAll("[data-filter]").forEach((input) => setUpFilter(input.dataset.filter));
-document.querySelectorAll("[data-chart]").forEach((figure) => new Chart(figure, data.charts[figure.dataset.chart]));
+document.querySelectorAll("[data-chart]").forEach((figure) => {
+  const spec = data.charts[figure.dataset.chart];
+  new (spec.many ? Bundle : Chart)(figure, spec);
+});
 document.querySelectorAll("[data-cells]").forEach((figure) => new Cells(figure, data.cells[figure.dataset.cells]));
 document.documentElement.dataset.ready = "true";

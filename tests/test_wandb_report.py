@@ -1,0 +1,180 @@
+"""toolkit report STUDY --wandb: W&B's real client and library, and a loopback server in the place of W&B's.
+
+It shows what is sent, not that W&B would draw it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from cli import Outcome, toolkit
+from report_runs import small_study, write_run
+from test_tracking import KEY
+from wandb_server import ServerRun, WandbServer, wandb_server
+
+from toolkit.report import write_study as written_study
+from toolkit.study.folder import StudyFolder
+
+
+@pytest.fixture(autouse=True)
+def _a_machine_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_ENTITY", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(written_study, "save", lambda figure, folder, name: [])
+    monkeypatch.setattr(written_study, "page_svg", lambda figure, label, is_light: "<svg></svg>")
+    wandb.teardown()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+        yield server
+        wandb.teardown()
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> StudyFolder:
+    """Four runs tracked by W&B, of which one failed in its second epoch."""
+    study = small_study(tmp_path / "study")
+    for key in ids(study):
+        folder = study.path / key / "wandb" / f"offline-run-20260101_000000-{key}"
+        folder.mkdir(parents=True)
+        (folder / f"run-{key}.wandb").touch()
+    return study
+
+
+def ids(study: StudyFolder) -> list[str]:
+    return [str(member.run) for member in study.members]
+
+
+def report(study: StudyFolder, *arguments: str) -> Outcome:
+    return toolkit("report", str(study.path), "--wandb", *arguments)
+
+
+def uploaded(server: WandbServer, keys: list[str]) -> None:
+    server.runs.update({key: ServerRun() for key in keys})
+
+
+def spec(server: WandbServer) -> dict[str, Any]:
+    (view,) = server.views.values()
+    found: dict[str, Any] = json.loads(view["spec"])
+    return found
+
+
+def blocks(server: WandbServer, kind: str) -> list[dict[str, Any]]:
+    return [block for block in spec(server)["blocks"] if block["type"] == kind]
+
+
+def test_table_curves_comparison_and_notes_over_the_runs_of_the_study(study: StudyFolder, server: WandbServer) -> None:
+    uploaded(server, [*ids(study), "somebody-elses"])
+    outcome = report(study)
+    assert outcome.status == 0, outcome.stderr
+    (view,) = server.views.values()
+    assert (view["displayName"], view["project"]["name"], view["project"]["entityName"]) == (
+        "Two b rates b", "toolkit", "me"
+    )  # fmt: skip
+    link = outcome.stdout.splitlines()[-1]
+    assert link.startswith(f"{server.url}/me/toolkit/reports/")
+    assert link.endswith(view["id"])
+    assert (study.path / "report.html").exists(), "the page that needs no server is written too"
+
+    texts = [block["content"] for block in blocks(server, "markdown-block")]
+    assert any("70.00 ± 7.07" in text and "74.00" in text for text in texts), "the table, published figures beside"
+    assert any("mereu, table 14" in text for text in texts), "notes"
+    grids = blocks(server, "panel-grid")
+    panels = [panel for grid in grids for panel in grid["metadata"]["panelBankSectionConfig"]["panels"]]
+    lines = [panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot"]
+    assert [line["metrics"] for line in lines] == [["train/loss"], ["val/loss"], ["val/accuracy"], ["lr"]]
+    assert {line["xAxis"] for line in lines} == {"epoch"}
+    assert lines[0]["overrideSeriesTitles"][f"{ids(study)[1]}:train/loss"] == "lr 0.1, seed 1"
+    kinds = [panel["viewType"] for panel in panels]
+    assert kinds.count("Bar Chart") == 2
+    assert {"Parallel Coordinates Plot", "Run Comparer"} <= set(kinds)
+    for grid in grids:
+        (runset,) = grid["metadata"]["runSets"]
+        assert (runset["project"]["entityName"], runset["project"]["name"]) == ("me", "toolkit")
+        assert _values(runset["filters"]) == [(("run", "name"), "IN", ids(study))], "pinned: later runs do not leak in"
+
+
+def _values(node: Any) -> list[tuple[tuple[str, str], str, Any]]:
+    """Key, operation and value of each filter within."""
+    if isinstance(node, list):
+        return [found for part in node for found in _values(part)]
+    if not isinstance(node, dict):
+        return []
+    if "key" in node and "value" in node:
+        return [((node["key"]["section"], node["key"]["name"]), node["op"], node["value"])]
+    return [found for part in node.values() for found in _values(part)]
+
+
+def test_the_next_call_writes_the_same_report_anew(study: StudyFolder, server: WandbServer) -> None:
+    uploaded(server, ids(study)[:2])
+    first = report(study)
+    assert "2 of 4 runs: not uploaded; toolkit sync" in first.stderr
+    uploaded(server, ids(study))
+    second = report(study)
+    assert second.stderr.count("not uploaded") == 0
+    assert first.stdout.splitlines()[-1] == second.stdout.splitlines()[-1]
+    assert len(server.views) == 1
+    (runset,) = blocks(server, "panel-grid")[0]["metadata"]["runSets"]
+    assert _values(runset["filters"])[0][2] == ids(study)
+    server.views.clear()
+    assert report(study).status == 0, "deleted on the server: a new one"
+    assert len(server.views) == 1
+
+
+def test_json_has_the_link(study: StudyFolder, server: WandbServer) -> None:
+    uploaded(server, ids(study))
+    outcome = report(study, "--json")
+    assert json.loads(outcome.stdout)["wandb"].startswith(server.url)
+
+
+# What stands in the way
+
+
+def test_no_login(study: StudyFolder) -> None:
+    outcome = report(study)
+    assert outcome.status == 2
+    assert outcome.stderr.splitlines()[-1].startswith("no W&B report: there is no W&B login. Log in with: wandb login")
+    assert "Traceback" not in outcome.stderr
+
+
+def test_no_server(study: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with wandb_server() as gone:
+        url = gone.url
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    outcome = report(study)
+    assert outcome.status == 2
+    assert "no W&B report: its server 127.0.0.1 cannot be reached" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_no_run_on_the_server(study: StudyFolder, server: WandbServer) -> None:
+    outcome = report(study)
+    assert outcome.status == 2
+    assert f"none of the study's runs is on W&B; toolkit sync {study.path} uploads them" in outcome.stderr
+
+
+def test_a_server_that_refuses(study: StudyFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded(server, ids(study))
+    monkeypatch.setattr(server, "_upsert_view", lambda variables: None)
+    outcome = report(study)
+    assert outcome.status == 1
+    assert "W&B did not take the report (" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_run_is_no_study(tmp_path: Path) -> None:
+    outcome = toolkit("report", str(write_run(tmp_path, images=False).path), "--wandb")
+    assert (outcome.status, "--wandb is for a study" in outcome.stderr) == (2, True)

@@ -1,0 +1,214 @@
+"""The page of a study: what its template shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from markupsafe import Markup
+
+from toolkit.recipe import Recipe
+from toolkit.recipe.diagnostics import printable
+from toolkit.report.facts import Record
+from toolkit.report.page import Cell, Column, Page, Row, Table, integer, name, number, percent, share
+from toolkit.report.recipe_table import BASE, OWN, recipe_table
+from toolkit.report.run_page import duration, environment_table
+from toolkit.runs import Run
+from toolkit.study.output import Outcomes
+from toolkit.study.results import Result, best_of
+from toolkit.study.sheet import MINUS, Sheet
+from toolkit.study.table import FORMATS, best_row, short_value
+from toolkit.study.table import title as title_of
+from toolkit.study.trials import search_metric, varied_keys
+
+COLOURS = ("blue", "vermilion", "green", "purple", "orange", "sky", "ink")
+DASHES = ("", "6 4", "2 3", "9 3 2 3")
+"""Rows have colours first and then dashes; 28 differ from each other."""
+
+CURVES = {"val/accuracy": "Validation accuracy", "val/loss": "Validation loss", "train/loss": "Training loss"}
+"""Figures drawn of all runs, with their captions."""
+
+SHOWN = 4
+"""Different values of one key that are shown, at most."""
+
+Card = dict[str, str]
+
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """What is known of a study beside its outcome."""
+
+    path: Path
+    recipe: Recipe | None
+    """Of one of its runs."""
+    origins: Record
+    """Of the same run: where its values came from."""
+    environments: Sequence[Record]
+    """Of all runs that say."""
+    missing: Sequence[str]
+    """What cannot be shown, and why."""
+
+
+def study_page(found: Outcomes, facts: StudyFacts, drawn: Sequence[tuple[str, str]], files: Sequence[str]) -> Page:
+    """All that the page of a study says; ``drawn``: figures as SVG elements with what they are."""
+    sheet = found.main
+    content = {
+        "cards": list(_cards(found)),
+        "table": as_table(sheet),
+        "notes": [printable(note) for note in sheet.notes],
+        "by_epoch": [{**vars(as_table(one)), "notes": [printable(n) for n in one.notes]} for one in found.by_epoch],
+        "charts": [(key.replace("/", "-"), caption) for key, caption in CURVES.items()],
+        "drawn": [{"svg": Markup(svg), "label": label} for svg, label in drawn],
+        "runs": run_table(found, facts.path),
+        "recipe": study_recipe(facts, found.results),
+        "environment": environment_table(merged(facts.environments)),
+        "path": str(facts.path),
+        "figures": files,
+    }
+    names = ("Summary", "Table", "Curves", *(["Figures"] if drawn else []), "Runs", "Recipe", "Environment", "Files")
+    sections = [(section.lower(), section) for section in names]
+    data = {"charts": {key.replace("/", "-"): bundle(found, key) for key in CURVES}, "cells": {}}
+    return Page("study.html", title_of(found.table, found.name), _subtitles(found, facts), sections,
+                [*facts.missing], data, content)  # fmt: skip
+
+
+def _subtitles(found: Outcomes, facts: StudyFacts) -> list[str]:
+    lines = [f"Repeats {found.table.source}"] if found.table.source else []
+    return [*lines, f"study {found.name} in {facts.path}"]
+
+
+def _cards(found: Outcomes) -> Iterator[Card]:
+    """The figures one asks for first."""
+    results, finished = found.results, [result for result in found.results if result.is_finished]
+    metric = search_metric(found.table).replace("/", "_")
+    best = best_row(found.rows, metric)
+    if best is not None:
+        for figure in dict.fromkeys((metric, metric.replace("val", "test", 1))):
+            if (estimate := best.figures.get(figure)) is not None:
+                shown = FORMATS[figure]
+                value = percent(estimate.mean) if shown.scale == 100 else f"{estimate.mean:.4f}"
+                yield {"name": f"best row: {figure.replace('_', ' ')}", "value": value, "hint": best.name}
+    rows = f"{len(found.rows)} {'configurations' if found.trials else 'rows'}"
+    yield {"name": "runs finished", "value": f"{len(finished)} of {len(results)}", "hint": rows}
+    epochs = sum(len(result.epochs) for result in results)
+    yield {"name": "epochs trained", "value": f"{epochs:,}", "hint": "in all runs together"}
+    seconds = [result.figures["seconds"] for result in finished if "seconds" in result.figures]
+    if seconds:
+        yield {"name": "training time", "value": duration(sum(seconds)), "hint": "of the finished runs together"}
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def as_table(sheet: Sheet) -> Table:
+    """A table of the study as one that sorts and filters."""
+    columns = [Column(head, index not in sheet.left) for index, head in enumerate(sheet.head)]
+    rows = []
+    for index, cells in enumerate(sheet.rows):
+        shown = [_cell(text, is_number=i not in sheet.left) for i, text in enumerate(cells)]
+        rows.append(Row(shown, "best" if index in sheet.marked else ""))
+    return Table(columns, rows, printable(sheet.title))
+
+
+def _cell(text: str, *, is_number: bool) -> Cell:
+    text = printable(text)
+    found = re.match(r"[+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?", text.replace(MINUS, "-")) if is_number else None
+    return Cell(text, float(found[0].replace(",", "")) if found else None, name=not is_number)
+
+
+def run_table(found: Outcomes, folder: Path) -> Table:
+    """A line a run: how far it is, what it came to, and the way to its own report."""
+    metric = search_metric(found.table)
+    is_share = FORMATS[metric.replace("/", "_")].scale == 100
+    columns = [Column("row"), Column("seed", True), Column("state"), Column("epochs", True)]
+    columns += [Column(f"best {metric}", True), Column("test accuracy", True), Column("training time, s", True)]
+    columns += [Column("run")]
+    rows = []
+    for result in found.results:
+        best = best_of(result.values(metric), metric)
+        cells = [name(result.member.row), integer(result.member.seed), Cell(result.state), integer(len(result.epochs))]
+        cells += [share(best) if is_share else number(best), share(result.figures.get("test_accuracy"))]
+        cells += [number(result.figures.get("seconds"), ".1f"), _link(result, folder)]
+        rows.append(Row(cells, result.state))
+    states = dict.fromkeys(result.state for result in found.results)
+    buttons = [("all", ""), *((state, state) for state in states)] if len(states) > 1 else []
+    return Table(columns, rows, buttons=buttons)
+
+
+def _link(result: Result, folder: Path) -> Cell:
+    run = result.member.run
+    if run is None:
+        return Cell("-")
+    report = Run(folder / run).report_file
+    return Cell(run, link=quote(f"{run}/{report.name}") if report.exists() else "", name=True)
+
+
+def study_recipe(facts: StudyFacts, results: Sequence[Result]) -> Table:
+    """The recipe that all runs share, with the keys highlighted that vary and their values."""
+    if facts.recipe is None:
+        return Table([], [])
+    values: dict[str, list[str]] = {}
+    for result in results:
+        for key, value in {**result.member.changes, "recipe.seed": result.member.seed}.items():
+            text = short_value(value)
+            if text not in values.setdefault(key, []):
+                values[key].append(text)
+    varied = [key for key in ("recipe.seed", *varied_keys(results)) if len(values.get(key, ())) > 1]
+    table = recipe_table(facts.recipe, dict(facts.origins))
+    rows = [_marked(row, values, varied) for row in table.rows]
+    text = "Highlighted: what varies over the runs, with its values. All else is as in the first run that can be read."
+    return Table(
+        table.columns, rows, text, [("all", ""), ("varies", OWN), ("differs from the defaults", f"{OWN} {BASE}")]
+    )
+
+
+def _marked(row: Row, values: Mapping[str, Sequence[str]], varied: Sequence[str]) -> Row:
+    key = row.cells[0].text
+    if key not in varied:
+        return Row(row.cells, BASE if row.kind in (OWN, BASE) else row.kind)
+    some = ", ".join(values[key][:SHOWN]) + (f", ... ({len(values[key])} values)" if len(values[key]) > SHOWN else "")
+    return Row([row.cells[0], Cell(printable(some), name=True, code=True), *row.cells[2:]], OWN)
+
+
+def merged(environments: Sequence[Record]) -> Record:
+    """What runs were trained on; where they differ, the different values."""
+    flat: dict[str, list[str]] = {}
+    for environment in environments:
+        for key, value in environment.items():
+            for inner, item in value.items() if isinstance(value, dict) else [("", value)]:
+                text = "-" if item is None else str(item)
+                known = flat.setdefault(f"{key} {inner}".strip(), [])
+                known += [text] if text not in known else []
+    return {key: _listed(values) for key, values in flat.items()}
+
+
+def _listed(values: Sequence[str]) -> str:
+    return " | ".join(values[:SHOWN]) + (f" | ... ({len(values)} values)" if len(values) > SHOWN else "")
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+def bundle(found: Outcomes, metric: str) -> dict[str, Any]:
+    """The curves of all runs, for the page's script."""
+    scale = FORMATS[metric.replace("/", "_")].scale
+    rows = list(dict.fromkeys(result.member.row for result in found.results))
+    series = []
+    for result in found.results:
+        points = [(r["epoch"], float(f"{r[metric] * scale:.5g}")) for r in result.epochs if metric in r]
+        if not points:
+            continue
+        index = rows.index(result.member.row)
+        row = printable(result.member.row)
+        series.append({
+            "name": f"{row}, seed {result.member.seed}", "group": row,
+            "x": [x for x, _ in points], "y": [y for _, y in points],
+            "colour": f"var(--{COLOURS[index % len(COLOURS)]})", "dash": DASHES[index // len(COLOURS) % len(DASHES)],
+        })  # fmt: skip
+    label = "cross-entropy (nats)" if metric.endswith("loss") else "accuracy (%)"
+    return {"xLabel": "epoch", "whole": True, "yLabel": label, "series": series, "many": True,
+            "canLog": metric.endswith("loss")}  # fmt: skip

@@ -1,0 +1,229 @@
+"""A study as a W&B report, made with W&B's own library: curves, comparison, table and notes over its runs alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import RunFailed, UserError
+from toolkit.models.names import first_line
+from toolkit.report.style import CYCLE
+from toolkit.runs import Run, read_json, write_atomically
+from toolkit.study.output import Outcomes
+from toolkit.study.results import Result
+from toolkit.study.sheet import markdown
+from toolkit.study.table import title
+from toolkit.study.trials import search_metric, varied_keys
+from toolkit.sync import id_at_wandb
+from toolkit.tracking import why_offline
+
+FILE = "wandb-report.json"
+"""In the study's folder: the report made before, which the next call writes anew."""
+CURVES = {"train/loss": "Training loss", "val/loss": "Validation loss", "val/accuracy": "Validation accuracy",
+          "lr": "Learning rate"}  # fmt: skip
+TITLE = 128
+"""Characters that W&B gives a title."""
+UNFIT = r"[/?#%\\<>]"
+"""Characters that the library would put into the link as they are, which breaks it."""
+SHOWN = 100
+"""Runs in one panel, which W&B cuts at ten unless told otherwise."""
+
+Place = tuple[str, str]
+"""Entity and project."""
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A run of the study that W&B knows."""
+
+    id: str
+    """W&B's."""
+    result: Result
+
+    @property
+    def name(self) -> str:
+        """Its line's, in the figures."""
+        return f"{self.result.member.row}, seed {self.result.member.seed}"
+
+
+@dataclass(frozen=True)
+class WandbReport:
+    """What was made."""
+
+    url: str
+    missing: list[str]
+    """Runs that W&B does not have, as sentences."""
+
+
+def create_wandb_report(found: Outcomes, folder: Path) -> WandbReport:
+    """Make the report of a study on W&B, or write it anew where it was made before.
+
+    It is pinned to the study's runs by their ids: later ones do not leak in. Raises UserError where there is no login,
+    no server that answers, or no run of the study on it; RunFailed where the server does not take the report.
+    """
+    reports = _library()
+    if why := why_offline():
+        raise UserError(
+            f"no W&B report: {why}. Log in with: wandb login (or set WANDB_API_KEY, and WANDB_BASE_URL for a server of "
+            "your own). The report in one HTML file needs neither"
+        )
+    import wandb
+
+    try:
+        api = wandb.Api()
+        tracked, missing = _tracked(found, folder, api)
+        if not tracked:
+            raise UserError(f"no W&B report: none of the study's runs is on W&B; toolkit sync {folder} uploads them")
+        report = _saved(reports, found, folder, tracked, missing)
+    except UserError:
+        raise
+    except Exception as error:  # of the client, of its HTTP library, of its schema
+        raise RunFailed(f"W&B did not take the report ({first_line(error)}); try again later") from error
+    return WandbReport(report.url, missing)
+
+
+def _library() -> Any:
+    logging.getLogger("wandb_workspaces").setLevel(logging.ERROR)
+    try:
+        import wandb_workspaces.reports.v2 as reports
+    except ImportError:
+        raise UserError("--wandb needs W&B's library for reports: pip install 'toolkit[wandb-report]'") from None
+    return reports
+
+
+def _tracked(found: Outcomes, folder: Path, api: Any) -> tuple[dict[Place, list[Tracked]], list[str]]:
+    """The study's runs that are on the server, by project; and a line about those that are not."""
+    asked: dict[Place, dict[str, Tracked]] = {}
+    untracked, seen = 0, set()
+    for result in found.results:
+        name = result.member.run
+        if name is None or name in seen or not result.epochs:
+            continue
+        seen.add(name)
+        run = Run(folder / name)
+        known = id_at_wandb(run)
+        if known is None:
+            untracked += 1
+            continue
+        table = run.recipe.tracking
+        place = (table.entity or str(api.default_entity), table.project)
+        asked.setdefault(place, {})[known] = Tracked(known, result)
+    there = {place: _on_server(api, place, list(runs)) for place, runs in asked.items()}
+    tracked = {place: [runs[key] for key in runs if key in there[place]] for place, runs in asked.items()}
+    absent = sum(len(runs) for runs in asked.values()) - sum(len(runs) for runs in tracked.values())
+    missing = [f"{untracked} of {len(seen)} runs: they were not tracked by W&B"] if untracked else []
+    missing += [f"{absent} of {len(seen)} runs: not uploaded; toolkit sync {folder}"] if absent else []
+    return {place: runs for place, runs in tracked.items() if runs}, missing
+
+
+def _on_server(api: Any, place: Place, ids: Sequence[str]) -> set[str]:
+    """Which of the runs the server has."""
+    try:
+        runs = api.runs("/".join(place), filters={"name": {"$in": list(ids)}}, per_page=min(max(len(ids), 1), 500))
+        return {str(run.id) for run in runs} & set(ids)
+    except ValueError as error:
+        if "not find project" not in str(error):
+            raise
+        return set()
+
+
+def _saved(reports: Any, found: Outcomes, folder: Path, tracked: dict[Place, list[Tracked]], missing: list[str]) -> Any:
+    entity, project = next(iter(tracked))
+    name = " ".join(re.sub(UNFIT, " ", title(found.table, found.name)).split())[:TITLE]
+    report = reports.Report(entity=entity, project=project, title=name)
+    report.description = f"{sum(map(len, tracked.values()))} runs of the study {found.name}"
+    report.blocks = _blocks(reports, found, tracked, missing)
+    report.id = _id_before(reports, folder, (entity, project))
+    report.save()
+    content = {"id": report.id, "entity": entity, "project": project, "url": report.url}
+    write_atomically(folder / FILE, (json.dumps(content, indent=2) + "\n").encode())
+    return report
+
+
+def _id_before(reports: Any, folder: Path, place: Place) -> str:
+    """The id of the report made before, if it is still there; else nothing, which makes a new one."""
+    if not (folder / FILE).exists():
+        return ""
+    try:
+        before = read_json(folder / FILE)
+        if (before["entity"], before["project"]) != place:
+            return ""
+        return str(reports.Report.from_url(before["url"]).id)
+    except Exception:  # deleted, or out of reach of this login: whatever the library raises then
+        return ""
+
+
+def _blocks(reports: Any, found: Outcomes, tracked: dict[Place, list[Tracked]], missing: Sequence[str]) -> list[Any]:
+    rows = list(dict.fromkeys(result.member.row for result in found.results))
+    runsets = [_runset(reports, place, runs, rows) for place, runs in tracked.items()]
+    every = [run for runs in tracked.values() for run in runs]
+    curves = [_curve(reports, metric, caption, every) for metric, caption in CURVES.items()]
+    return [
+        reports.H1("Table"),
+        reports.MarkdownBlock(markdown(found.main)),
+        reports.H1("Curves"),
+        reports.PanelGrid(runsets=runsets, panels=curves),
+        reports.H1("Comparison"),
+        reports.PanelGrid(runsets=runsets, panels=_comparison(reports, found)),
+        reports.H1("Notes"),
+        reports.MarkdownBlock(_notes(found, missing)),
+    ]
+
+
+def _runset(reports: Any, place: Place, runs: Sequence[Tracked], rows: Sequence[str]) -> Any:
+    """Just these runs, the seeds of a row in one colour."""
+    colours = {run.id: CYCLE[rows.index(run.result.member.row) % len(CYCLE)] for run in runs}
+    return reports.Runset(
+        entity=place[0],
+        project=place[1],
+        name="Runs of the study",
+        filters=f"Metric('ID') in {[run.id for run in runs]!r}",
+        run_settings={key: reports.RunSettings(color=colour) for key, colour in colours.items()},
+    )
+
+
+def _curve(reports: Any, metric: str, caption: str, runs: Sequence[Tracked]) -> Any:
+    return reports.LinePlot(
+        title=caption,
+        x="epoch",
+        y=[metric],
+        title_x="epoch",
+        max_runs_to_show=SHOWN,
+        smoothing_type="none",
+        line_titles={f"{run.id}:{metric}": run.name for run in runs},
+    )
+
+
+def _comparison(reports: Any, found: Outcomes) -> list[Any]:
+    metric = search_metric(found.table).replace("/", "_")
+    figures = dict.fromkeys((metric, metric.replace("val_", "test_")))
+    bars = [
+        reports.BarPlot(
+            title=f"Best epoch: {figure.replace('_', ' ')}",
+            metrics=[reports.SummaryMetric(f"best.{figure}")],
+            max_runs_to_show=SHOWN,
+            max_bars_to_show=SHOWN,
+        )
+        for figure in figures
+    ]
+    columns = [reports.ParallelCoordinatesPlotColumn(metric=reports.Config(key), display_name=key)
+               for key in varied_keys(found.results)]  # fmt: skip
+    outcome = reports.ParallelCoordinatesPlotColumn(metric=reports.SummaryMetric(f"best.{metric}"), display_name=metric)
+    parallel = [reports.ParallelCoordinatesPlot(columns=[*columns, outcome])] if columns else []
+    return [*bars, *parallel, reports.RunComparer(diff_only="split")]
+
+
+def _notes(found: Outcomes, missing: Sequence[str]) -> str:
+    lines = [f"Published figures: {found.table.source}."] if found.table.source else []
+    lines += [found.table.note] if found.table.note else []
+    lines += [f"Not in this report: {line}." for line in missing]
+    lines.append(
+        "The table was made by `toolkit report` from the run directories. Curves and bars are W&B's, over the study's "
+        "runs alone; a colour is a row of the table, as far as colours go."
+    )
+    return "\n\n".join(lines)
