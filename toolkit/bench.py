@@ -105,13 +105,13 @@ class _Timed:
 def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: float | None = None) -> Speeds:
     """Measure a recipe on the processes that a launcher has started (a collective).
 
-    Frozen features are not kept for this: every image goes through the whole model. Raises UserError where an epoch has
-    no step.
+    Images come from the cache where the recipe's training would take them from there (it is built first, if need be),
+    but not features: every image goes through the whole model. Raises UserError where an epoch has no step.
     """
     accelerator = start(recipe.train)
     display = Display(speaks=accelerator.is_main_process)
     setup = prepare(recipe, accelerator, display)
-    training = Training(setup, None, None, StopRequest(), None)
+    training = Training(setup, None, None, StopRequest(), None, "images")
     steps = min(steps, setup.steps)
     if steps < 1:
         raise UserError("an epoch of this recipe has no step: nothing to measure")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ EVALUATION_ROWS, EVALUATION_BYTES = 4096, 64 * 2**20
 """Features are evaluated as many at a time as there are in so many rows, or bytes, on each process."""
 
 Evaluated = EvaluationLoader | TensorEvaluation
+Shortcuts = Literal["all", "images", "none"]
 
 
 @dataclass
@@ -149,8 +150,11 @@ class Loaders:
             self.features.forget()
 
 
-def build_loaders(setup: Setup, guard: Guard, *, shortcuts: bool = True) -> Loaders:
-    """Loaders for a setup whose model is on its device and has the weights it starts with (a collective)."""
+def build_loaders(setup: Setup, guard: Guard, shortcuts: Shortcuts = "all") -> Loaders:
+    """Loaders for a setup whose model is on its device and has the weights it starts with (a collective).
+
+    shortcuts: what may be kept in the cache folder, as far as the recipe allows: images and features, images, nothing.
+    """
     recipe, images = setup.recipe, setup.dataset.images
     arguments = recipe.augment, setup.preprocessing, recipe.recipe.seed, setup.dataset.native_size
     ways = {split: plan_delivery(split, *arguments) for split in SPLITS}
@@ -158,9 +162,9 @@ def build_loaders(setup: Setup, guard: Guard, *, shortcuts: bool = True) -> Load
         try_transform(way.transform, images, int(setup.splits[split][0]))
         if way.obstacle and recipe.augment.on == "auto":
             setup.display.say(f"{split} images are augmented one by one, by data workers: {way.obstacle}")
-    keeper = Keeper(setup, guard) if shortcuts and recipe.data.cache != "off" else None
+    keeper = Keeper(setup, guard) if shortcuts != "none" and recipe.data.cache != "off" else None
     source = Images(setup, ways, KeptImages.of(setup, ways))
-    features = _features(setup, source, keeper, guard)
+    features = _features(setup, source, keeper, guard) if shortcuts == "all" else None
     passes = recipe.train.epochs if features is None else features.passes()
     source.kept = keep_images(setup, ways, keeper, passes)
     mixing = mix_settings(recipe.augment)

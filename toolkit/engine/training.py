@@ -19,7 +19,7 @@ from toolkit.engine.building import build_trainer, unfreeze
 from toolkit.engine.display import Bar, epoch_line
 from toolkit.engine.evaluate import Evaluation, evaluate
 from toolkit.engine.journal import Journal
-from toolkit.engine.loaders import Loaders, build_loaders
+from toolkit.engine.loaders import Loaders, Shortcuts, build_loaders
 from toolkit.engine.loop import Hooks, Sums
 from toolkit.engine.optim import load_state
 from toolkit.engine.position import Position, random_state, restore_random_state
@@ -45,6 +45,7 @@ class Training:
         tracking: Tracking | None,
         stop: StopRequest,
         checkpoint: dict[str, Any] | None,
+        shortcuts: Shortcuts = "all",
     ) -> None:
         self.setup, self.run, self.tracking, self.stop = setup, run, tracking, stop
         self.recipe, self.accelerator, self.display = setup.recipe, setup.accelerator, setup.display
@@ -61,7 +62,7 @@ class Training:
         self._place_model()
         if checkpoint is not None:
             self._restore_model(checkpoint)
-        self.loaders: Loaders = build_loaders(setup, self.guarded, shortcuts=run is not None)
+        self.loaders: Loaders = build_loaders(setup, self.guarded, shortcuts)
         self.trainer = build_trainer(setup, self.loaders, self.position.epochs_begun)
         if checkpoint is not None:
             self._restore_rest(checkpoint)

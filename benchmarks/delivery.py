@@ -1,0 +1,104 @@
+"""Augmented 224-pixel batches from Caltech-101 on one core: the toolkit's cache beside the fair ordinary way.
+
+The ordinary way is a DataLoader over Pillow and torchvision's transforms, image by image (benchmarks/plain_loop.py).
+Counted are images a second of CPU time, of this process and its workers, so that the figure is one of work done, not of
+idle cores. One thread, no training. The pass that builds the cache takes all splits, and so does the ordinary pass
+beside it; the passes after it are of training images.
+
+    python benchmarks/delivery.py recipes/resnet18_caltech.toml --set 'augment.train=[{name="RandomHorizontalFlip"}]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from plain_loop import ImageList, PlainLoop
+from torch.utils.data import DataLoader
+
+from toolkit.engine.display import Display
+from toolkit.engine.loaders import build_loaders
+from toolkit.engine.process import start
+from toolkit.engine.setup import prepare
+from toolkit.recipe import load
+from toolkit.recipe.schema import Recipe
+
+
+def cpu_seconds() -> float:
+    """CPU time so far, of this process and of the workers that have ended."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
+def images_per_core_second(batches: Callable[[], Iterable[torch.Tensor]]) -> float:
+    """Images a CPU second of one pass, and of what comes before its first batch."""
+    before, images = cpu_seconds(), 0
+    for batch in batches():
+        images += len(batch)
+    gc.collect()
+    return images / (cpu_seconds() - before)
+
+
+def measure(recipe: Recipe, passes: int) -> dict[str, Any]:
+    """Both ways, the ordinary one before and after, so that a machine that changes its speed shows."""
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    plain = PlainLoop(recipe)
+    train, validation = plain.train_loader.dataset, plain.validation_loader.dataset
+    test = ImageList(validation, plain.splits["test"], validation.transform)
+    setup = prepare(recipe, start(recipe.train), Display(speaks=True))
+    loaders: Any = None
+
+    def ordinary(*splits: Any) -> Iterator[torch.Tensor]:
+        for split in splits:
+            for images, _ in DataLoader(split, batch_size=recipe.train.batch_size, shuffle=split is train):
+                yield images
+
+    def building() -> Iterator[torch.Tensor]:
+        nonlocal loaders
+        loaders = build_loaders(setup, lambda batches, rounds: batches)
+        yield from later(0)
+        for split in ("validation", "test"):
+            for batch in loaders.evaluation(split)[0]:
+                yield batch.images
+
+    def later(epoch: int) -> Iterator[torch.Tensor]:
+        for _, batch in loaders.train.epoch(epoch):
+            yield batch.images
+
+    figures: dict[str, Any] = {"images": {name: len(indices) for name, indices in setup.splits.items()}}
+    figures["ordinary, all"] = images_per_core_second(lambda: ordinary(train, validation, test))
+    figures["building, all"] = images_per_core_second(building)
+    figures["ordinary"] = [images_per_core_second(lambda: ordinary(train))]
+    figures["cached"] = [images_per_core_second(lambda epoch=epoch: later(epoch)) for epoch in range(1, passes + 1)]
+    figures["ordinary"].append(images_per_core_second(lambda: ordinary(train)))
+    figures["ratio, pass that builds"] = figures["building, all"] / figures["ordinary, all"]
+    figures["ratio, later passes"] = statistics.median(figures["cached"]) / statistics.mean(figures["ordinary"])
+    figures["shortcuts"] = loaders.shortcuts
+    loaders.close()
+    return figures
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--set", action="append", default=[])
+    arguments = parser.parse_args()
+    plain = ["data.workers=0", 'model.weights="none"', 'transfer.mode="scratch"']
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TOOLKIT_CACHE"] = folder
+        print(json.dumps(measure(load(arguments.recipe, [*plain, *arguments.set]).recipe, arguments.passes)))
+
+
+if __name__ == "__main__":
+    main()
