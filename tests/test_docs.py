@@ -12,7 +12,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PITFALLS = 44
 
 
-def tests() -> set[str]:
+def names_of_tests() -> set[str]:
     """Names of all test functions."""
     texts = [path.read_text() for path in (ROOT / "tests").glob("test_*.py")]
     return {name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
@@ -23,7 +23,7 @@ def test_tests_modules_and_pages_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
     if page.name == "reliability.md":  # elsewhere such words are figures
         named = set(re.findall(r"`(test_\w+)`", text))
-        assert named <= tests(), named - tests()
+        assert named <= names_of_tests(), named - names_of_tests()
     paths = set(re.findall(r"`((?:tests|toolkit|launch|slurm|benchmarks)/[\w/.-]+\.(?:py|yaml|sh|md))`", text))
     assert [path for path in paths if not (ROOT / path).exists()] == []
     links = set(re.findall(r"\]\((?!https?:)([^)#\s]+)", text))
