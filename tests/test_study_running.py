@@ -335,6 +335,38 @@ def test_two_searches_of_different_spaces_do_not_share_a_folder(tmp_path: Path) 
     assert [state_of(run) for _, run in runs_of(tmp_path)] == ["finished", "finished"]
 
 
+SEARCH = (
+    "[study]\nbohb = { trials = 2, min_epochs = 1, max_epochs = 1 }\nspace.optimizer.lr = { uniform = [0.1, 0.2] }\n"
+)
+
+
+@pytest.mark.parametrize("text", [TWO, SEARCH], ids=["grid", "search"])
+def test_a_study_goes_on_where_the_recipe_language_has_got_a_key_since(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs are known by their recipes with the new key's default, not by a hash from before it."""
+    path = write_study(tmp_path, text, epochs=1)
+    study(path)
+    file = study_folder(tmp_path).path / "study.json"
+    record = json.loads(file.read_text())
+    for _, run in runs_of(tmp_path):
+        recipe = run.path / "recipe.toml"
+        recipe.write_text(recipe.read_text().replace("drop_last = false\n", ""))
+        assert "drop_last" not in recipe.read_text()
+    for member in record["members"]:
+        member["hash"] = "0" * 64
+    if record["search"]:
+        del record["search"]["recipe"]["train"]["drop_last"]
+    file.write_text(json.dumps(record))
+    before = outcomes(tmp_path)
+    monkeypatch.setattr(worker, "fit", None)
+    study(path)
+    assert outcomes(tmp_path) == before
+    if record["search"]:
+        said = study(path, "--set", "train.batch_size=8", status=2)
+        assert "holds a study with another recipe around the space" in said
+
+
 @pytest.mark.parametrize("where", ["a file", "nowhere"])
 def test_storage_that_cannot_be_written_is_one_message(tmp_path: Path, where: str) -> None:
     path = write_study(tmp_path, TWO, epochs=1)

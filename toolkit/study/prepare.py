@@ -16,8 +16,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from toolkit.errors import UserError
-from toolkit.recipe import diff, recipe_hash, resolved_toml
+from toolkit.recipe import Recipe, diff, recipe_hash, resolved_toml
 from toolkit.recipe.diagnostics import dotted
+from toolkit.recipe.resolved import resolved_content
 from toolkit.runs import Run, create_run, runs_of
 from toolkit.study.expand import Expansion, PlannedRun, StudyFile
 from toolkit.study.folder import Member, StudyFolder, epochs_done
@@ -81,7 +82,8 @@ def search_of(study: StudyFile) -> dict[str, Any] | None:
         return None
     # More trials, or more draws, continue the same search.
     settings = search.model_dump(exclude={"trials", "runs"})
-    return {"space": table.space, "settings": settings, "recipe": recipe_hash(study.base)}
+    recipe = resolved_content(study.base.model_copy(update={"study": None}))
+    return {"space": table.space, "settings": settings, "recipe": recipe}
 
 
 class KnownRuns:
@@ -121,29 +123,50 @@ def check_same_study(study: StudyFile, folder: StudyFolder, expansion: Expansion
     """
     if not folder.exists:
         return []
-    record, mine = folder.record, search_of(study)
-    if record["search"] != mine:
-        raise UserError(_other_search(study, folder, record["search"], mine))
+    differences = list(_differences(folder.record["search"], search_of(study)))
+    if differences:
+        raise UserError(
+            f"{folder.path} holds a study with {' and '.join(differences)}. Give this one a recipe.name of its own in "
+            f"{study.path}, or move {folder.path} away"
+        )
     if study.table.bohb is not None:
         return []
     begun = [m for m in folder.members if (run := folder.run(m)) is not None and (run.is_finished or run.epochs())]
     hashes = {run.member.hash for run in expansion.runs}
-    gone = [member for member in begun if member.hash not in hashes]
+    gone = [member for member in begun if _mark_of(folder, member) not in hashes]
     if begun and len(gone) == len(begun):
         raise UserError(_other_runs(study, folder, gone, expansion))
     return [f"{len(gone)} run(s) in {folder.path} belong to no row any more; they are left there"] if gone else []
 
 
-def _other_search(study: StudyFile, folder: StudyFolder, theirs: dict[str, Any] | None, mine: Any) -> str:
-    parts = {"space": "another space", "settings": "other settings", "recipe": "another recipe around the space"}
+def _differences(theirs: dict[str, Any] | None, mine: dict[str, Any] | None) -> Iterator[str]:
+    """In what the search of a folder is another one."""
     if theirs is None or mine is None:
-        what = "runs that are listed, not searched for" if theirs is None else "a search"
-    else:
-        what = " and ".join(words for key, words in parts.items() if theirs.get(key) != mine.get(key))
-    return (
-        f"{folder.path} holds a study with {what}. Give this one a recipe.name of its own in {study.path}, "
-        f"or move {folder.path} away"
-    )
+        if theirs != mine:
+            yield "runs that are listed, not searched for" if theirs is None else "a search"
+        return
+    if theirs["space"] != mine["space"]:
+        yield "another space"
+    if theirs["settings"] != mine["settings"]:
+        yield "other settings"
+    if _mark(theirs["recipe"]) != _mark(mine["recipe"]):
+        yield "another recipe around the space"
+
+
+def _mark(content: dict[str, Any]) -> str:
+    """The hash of a recipe that was written down, with the defaults of keys that have come since."""
+    try:
+        return recipe_hash(Recipe.model_validate(content))
+    except ValueError:
+        return ""
+
+
+def _mark_of(folder: StudyFolder, member: Member) -> str:
+    """A member's hash by its run directory, which also a later version of the toolkit reads."""
+    run = folder.run(member)
+    with contextlib.suppress(UserError):
+        return member.hash if run is None else recipe_hash(run.recipe)
+    return member.hash
 
 
 def _other_runs(study: StudyFile, folder: StudyFolder, gone: Iterable[Member], expansion: Expansion) -> str:
