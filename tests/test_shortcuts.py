@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 from finished import CONVNET, ON_FILES, digit_files, train_on_files
-from trainers import FROZEN, Trainers, kill_self, only_run, write_recipe
+from trainers import FROZEN, Trainers, at_call, kill_self, only_run, write_recipe
 
 from toolkit.data.cache import EntryWriter
 from toolkit.engine import features
@@ -249,3 +250,50 @@ def test_a_run_killed_while_it_builds_leaves_no_entry_and_no_lock(tmp_path: Path
     assert after.wait() == [0], after.text()
     assert len(entries(own_cache)) == 1
     assert "waiting" not in after.text()
+
+
+def on_a_machine_of_its_own(cache: Path, rank: int) -> None:
+    """Have each process believe that it is alone on its machine, whose cache nobody else sees."""
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TOOLKIT_CACHE": str(cache / str(rank))}
+
+
+@pytest.mark.parametrize("kind", ["images", "features"])
+def test_every_machine_keeps_its_own_and_all_train_alike(tmp_path: Path, own_cache: Path, kind: str) -> None:
+    data = digit_files(tmp_path / "data")
+    settings = ("--set", "train.epochs=2", "--set", "train.batch_size=12")
+    off = ("--set", 'data.cache="off"')
+    both = functools.partial(on_a_machine_of_its_own, own_cache)
+    ways: dict[str, tuple[int, tuple[str, ...], Any]] = {
+        "plain": (2, off, None), "one machine": (2, (), None), "two machines": (2, (), both)
+    }  # fmt: skip
+    for name, (world, more, prepare) in ways.items():
+        folder = tmp_path / name
+        recipe = image_run(folder, data) if kind == "images" else write_recipe(folder, FROZEN)
+        trainers = Trainers(world, folder, recipe, *settings, *more, prepare=prepare)
+        assert trainers.wait() == [0] * world, trainers.text()
+    plain, one, two = (only_run(tmp_path / name) for name in ways)
+    assert one.summary["shortcuts"]
+    assert two.metrics_file.read_bytes() == one.metrics_file.read_bytes()
+    if kind == "images":
+        assert plain.metrics_file.read_bytes() == one.metrics_file.read_bytes(), "to the last bit"
+    else:
+        assert_close(plain, one)
+    assert entries(own_cache / "0") == entries(own_cache / "1") == entries(own_cache) != []
+
+
+def stop_at_first_block(rank: int) -> None:
+    at_call(EntryWriter, "add", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+@pytest.mark.parametrize("kind", ["images", "features"])
+def test_a_run_can_be_stopped_while_it_builds(tmp_path: Path, own_cache: Path, kind: str) -> None:
+    if kind == "images":
+        recipe = image_run(tmp_path, digit_files(tmp_path / "data"))
+    else:
+        recipe = write_recipe(tmp_path, FROZEN)
+    stopped = Trainers(1, tmp_path, recipe, prepare=stop_at_first_block)
+    assert stopped.wait() == [3], stopped.text()
+    assert "stopped before training" in stopped.text()
+    after = Trainers(1, tmp_path, recipe, "--resume", "auto")
+    assert after.wait() == [0], after.text()
+    assert only_run(tmp_path).summary["shortcuts"]

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from toolkit.data import capacity
+from toolkit.data import cache, capacity
 from toolkit.data.datasets import Dataset
 from toolkit.data.delivery import plan_delivery
-from toolkit.data.images import ArrayImages, FileImages
+from toolkit.data.images import ArrayImages, BadImage, FileImages
 from toolkit.data.order import TrainPlan
 from toolkit.data.preprocessing import resolve_preprocessing
 from toolkit.data.splits import SPLITS
@@ -407,3 +407,48 @@ def test_a_disk_without_room_is_left_alone(photographs: Path, own_cache: Path, m
     assert kept.shortcuts == []
     assert "have no room" in said.text
     assert not list(own_cache.glob("*images-*/"))
+
+
+def spoiled(folder: Path, photographs: Path) -> FileImages:
+    """Copies of the photographs, one of which can be opened but not decoded."""
+    folder.mkdir()
+    for path in photographs.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    content = (folder / "7.jpg").read_bytes()
+    (folder / "7.jpg").write_bytes(content[: len(content) // 2])
+    return files_of(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_several_workers_build_an_entry(
+    photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Six blocks of two images, written by whoever is first."""
+    monkeypatch.setattr(image_cache, "BLOCK", 2)
+    setup, said = setup_of(loads_recipe(ON_FILES, [f"data.workers={workers}"]), files_of(photographs), None)
+    plain, _ = batches_of(setup, cached=False)
+    once, kept = batches_of(setup, cached=True)
+    assert_equal(plain, once)
+    assert kept.shortcuts
+    cache._verified.clear()
+    again, _ = batches_of(setup, cached=True)
+    assert_equal(plain, again)
+    assert said.text.count("decoding images") == 1
+    assert "damaged" not in said.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_decoded_is_named_while_an_entry_is_built(
+    tmp_path: Path, photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(image_cache, "BLOCK", 2)
+    images = spoiled(tmp_path / "spoiled", photographs)
+    setup, _ = setup_of(loads_recipe(ON_FILES, ['data.cache="disk"', f"data.workers={workers}"]), images, None)
+    monkeypatch.setattr(image_cache, "expected_bytes", lambda *_: 1000)  # or it is found while the size is guessed
+    with pytest.raises(BadImage, match=r"7\.jpg"):
+        batches_of(setup, cached=True)
+    assert [path.suffix for path in own_cache.iterdir()] == [".lock"]
+    (lock,) = own_cache.iterdir()
+    free = cache.try_lock(own_cache, lock.stem)
+    assert free is not None, "the right to build is given back"
+    free.release()
