@@ -14,6 +14,7 @@ from study_folders import FakeRun, write_study
 
 from toolkit.report import style, write
 from toolkit.report import write_study as written_study
+from toolkit.study import figures
 from toolkit.study.folder import StudyFolder
 
 
@@ -209,3 +210,14 @@ def test_options_of_the_other_kind_are_refused(study: StudyFolder, tmp_path: Pat
     assert "--filters is for a run" in report(study.path, "--filters", "1").stderr
     outcome = report(write_run(tmp_path / "deep", images=False).path, "--runs")
     assert (outcome.status, "--runs is for a study" in outcome.stderr) == (2, True)
+
+
+def test_a_long_title_is_not_cut() -> None:
+    title = (
+        "Optimiser x learning rate x weight decay x momentum x dropout on a frozen EfficientNet-Lite0: 23 finished runs"
+    )
+    drawn = figures.importance({"optimizer.learning_rate": 0.9, "optimizer.weight_decay": 0.1}, title)
+    drawn.draw_without_rendering()
+    box = drawn._suptitle.get_window_extent()  # type: ignore[union-attr]
+    assert box.x0 >= 0
+    assert box.x1 <= drawn.bbox.x1

@@ -133,7 +133,10 @@ def test_the_next_call_writes_the_same_report_anew(study: StudyFolder, server: W
     assert len(server.views) == 1
 
 
-def test_json_has_the_link(study: StudyFolder, server: WandbServer) -> None:
+def test_json_has_the_link_whatever_the_mode_of_training_is(
+    study: StudyFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     uploaded(server, ids(study))
     outcome = report(study, "--json")
     assert json.loads(outcome.stdout)["wandb"].startswith(server.url)

@@ -77,7 +77,7 @@ def study_page(found: Outcomes, facts: StudyFacts, drawn: Sequence[tuple[str, st
 
 
 def _subtitles(found: Outcomes, facts: StudyFacts) -> list[str]:
-    lines = [f"Repeats {found.table.source}"] if found.table.source else []
+    lines = [f"Source: {found.table.source}"] if found.table.source else []
     return [*lines, f"study {found.name} in {facts.path}"]
 
 

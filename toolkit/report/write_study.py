@@ -95,8 +95,8 @@ def _write_runs(found: Outcomes, folder: Path, data_root: str | None, say: Calla
 
 def _gather(found: Outcomes, folder: Path) -> StudyFacts:
     missing = _troubles(found)
-    runs = [Run(folder / name) for name in dict.fromkeys(r.member.run for r in found.results) if name is not None]
-    there = [run for run in runs if run.path.is_dir()]
+    begun = dict.fromkeys(result.member.run for result in found.results if result.epochs or result.is_finished)
+    there = [Run(folder / name) for name in begun if name is not None]
     read = _environments(there, missing)
     first = next((run for run in there if (run.path / "recipe.toml").exists()), None)
     if first is None:

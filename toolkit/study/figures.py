@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ WIDTH, HEIGHT = 6.3, 3.8
 """Inches: as wide as a page of text."""
 DASHES = ("-", "--", ":", "-.")
 """Told apart without colour too."""
+LINE = 64
+"""Characters of a title in one line."""
 LEGEND_ROWS = 14
 """More curves than this have no legend that can be read."""
 LOG_FROM = 50.0
@@ -126,7 +129,7 @@ def levels(
         axes.set_xscale("log")
     axes.set_xlabel(key, parse_math=False)
     axes.set_ylabel(label_of(metric).split(" ", 1)[1])
-    axes.set_title(title, parse_math=False)
+    axes.set_title(textwrap.fill(title, LINE), parse_math=False)
     axes.legend()
     grid(axes)
     return figure
@@ -141,7 +144,7 @@ def importance(shares: Mapping[str, float], title: str) -> Figure:
     axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
     axes.set_xlabel("share of the variance of the outcome (%), by fANOVA")
     axes.set_xlim(0, 108)
-    axes.set_title(title, parse_math=False)
+    _head(figure, title)
     for tick in axes.get_yticklabels():
         tick.set_parse_math(False)
     return figure
@@ -167,7 +170,7 @@ def parallel_coordinates(axes_: Sequence[Axis], outcome: Sequence[float], metric
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.margins(x=0.08)
     figure.colorbar(colour, ax=axes).set_label(label_of(metric))
-    axes.set_title(title, parse_math=False)
+    _head(figure, title)
     return figure
 
 
@@ -184,7 +187,7 @@ def best_so_far(
                   color=CYCLE[index % len(CYCLE)], linewidth=1.5, label=short(name, 40))  # fmt: skip
     axes.set_xlabel(cost)
     axes.set_ylabel(f"best {label_of(metric)}")
-    axes.set_title(title, parse_math=False)
+    axes.set_title(textwrap.fill(title, LINE), parse_math=False)
     if len(searches) > 1:
         axes.legend()
     grid(axes)
@@ -207,12 +210,17 @@ def _number_colours(values: Sequence[float], *, log: bool) -> ScalarMappable:
     return ScalarMappable(norm, ramp())
 
 
+def _head(figure: Figure, title: str) -> None:
+    """A title over the whole figure, on as many lines as it needs: axes may be narrow."""
+    figure.suptitle(textwrap.fill(title, LINE), fontsize=10, parse_math=False)
+
+
 def _epoch_axes(metric: str, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel("epoch")
     axes.set_ylabel(label_of(metric))
-    axes.set_title(title, parse_math=False)
+    axes.set_title(textwrap.fill(title, LINE), parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     grid(axes)
     return figure, axes
