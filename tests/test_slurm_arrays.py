@@ -50,6 +50,9 @@ def test_array_of_six_goes_on_where_one_failed(place: Path) -> None:
     text = submit(six, "--parallel", "2", "--set", 'slurm.options=["--hold"]')
     folder = StudyFolder(Path("runs/six"))
     array, table = re.search(r"array job (\d+), 6 task", text)[1], re.search(r"by job (\d+)", text)[1]  # type: ignore[index]
+    outcome = toolkit("submit", six, "--profile", "local")
+    assert outcome.status == 2
+    assert f"6 task(s) of array job {array} are still at work" in outcome.stderr
     (place / "later").rename("away")
     runs = study_runs(folder)
     subprocess.run(["scontrol", "release", array], check=True)
@@ -64,6 +67,7 @@ def test_array_of_six_goes_on_where_one_failed(place: Path) -> None:
         return not any(entry.is_active for entry in (*mine.values(), known[table]))
 
     wait_until(over, lambda: toolkit("status", str(folder.path)).stdout)
+    assert status_of(table) == 0
     assert most == 2
     assert "JobArrayTaskLimit" in seen
     states = [state_of(run, queue()) for run in runs]
@@ -76,13 +80,11 @@ def test_array_of_six_goes_on_where_one_failed(place: Path) -> None:
     before = [(run.path / "summary.json").stat().st_mtime_ns for run in runs[1:]]
 
     (place / "away").rename("later")
-    text = submit(six, "--parallel", "2")
-    again, table = re.search(r"array job (\d+), 1 task", text)[1], re.search(r"by job (\d+)", text)[1]  # type: ignore[index]
-    outcome = toolkit("submit", six, "--profile", "local")
-    assert outcome.status == 2
-    assert f"array job {again} are still at work" in outcome.stderr
-    wait_for_end(again)
-    assert status_of(table) == 0
+    outcome = toolkit("submit", six, "--parallel", "2", "--profile", "local", "--time", "30", "--wait")
+    assert outcome.status == 0, outcome.stderr
+    assert re.search(r"array job \d+, 1 task", outcome.stdout)
+    assert "best.safetensors" not in outcome.stdout, "states and table, not the logs of all runs"
+    assert "digits 6" in outcome.stdout
     assert all(run.is_finished for run in runs), toolkit("status", str(folder.path)).stdout
     assert [(run.path / "summary.json").stat().st_mtime_ns for run in runs[1:]] == before
     rows = list(csv.DictReader((folder.path / "runs.csv").open()))
