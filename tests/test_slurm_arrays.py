@@ -85,6 +85,7 @@ def test_array_of_six_goes_on_where_one_failed(place: Path) -> None:
     assert re.search(r"array job \d+, 1 task", outcome.stdout)
     assert "best.safetensors" not in outcome.stdout, "states and table, not the logs of all runs"
     assert "digits 6" in outcome.stdout
+    assert "digits 6" in (folder.path / "report.html").read_text()
     assert all(run.is_finished for run in runs), toolkit("status", str(folder.path)).stdout
     assert [(run.path / "summary.json").stat().st_mtime_ns for run in runs[1:]] == before
     rows = list(csv.DictReader((folder.path / "runs.csv").open()))
@@ -168,9 +169,11 @@ def test_a_cancelled_study_stays_cancelled_until_it_is_submitted_again(place: Pa
     assert record is not None
     assert "2 pending (JobHeldUser)" in toolkit("status", str(folder.path)).stdout
     assert f"cancelled job {record['job']}" in toolkit("cancel", str(folder.path)).stdout
-    wait_for_end(record["job"], record["table_job"])
+    wait_for_end(record["job"])
+    assert status_of(record["table_job"]) == 0, (folder.path / "slurm" / "table-log.txt").read_text()
     assert [state_of(run, queue()).state for run in study_runs(folder)] == ["cancelled"] * 2
     assert (folder.path / "table.md").exists()
+    assert (folder.path / "report.html").exists()
 
 
 def test_a_refused_study_leaves_nothing_new(place: Path) -> None:

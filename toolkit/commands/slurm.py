@@ -49,7 +49,7 @@ def submit(
 ) -> None:
     """Train a recipe, or all runs of a study, on a SLURM cluster.
 
-    A recipe is a job, a study an array of jobs and a last one for its tables and figures.
+    A recipe is a job, a study an array of jobs and a last one for its table and report.
 
     Example: toolkit submit recipes/resnet50_caltech.toml --nodes 2 --gpus-per-node 4 --time 4:00:00 --profile lab
 
@@ -129,7 +129,7 @@ def _warn(findings: Sequence[Diagnostic], remarks: Sequence[str]) -> None:
 def _tell(done: Submitted) -> None:
     if done.is_array:
         table = (
-            f"tables and figures by job {done.table_job} at the end" if done.table_job else f"toolkit table {done.path}"
+            f"table and report by job {done.table_job} at the end" if done.table_job else f"toolkit table {done.path}"
         )
         lines = [f"array job {done.job}, {done.tasks} task(s)", f"study   {done.path}", f"script  {done.script}",
                  f"table   {table}", f"follow  toolkit status {done.path}"]  # fmt: skip

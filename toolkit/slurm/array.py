@@ -65,7 +65,7 @@ def preview(study: StudyFile, expansion: Expansion, settings: Settings, parallel
 
 
 def submit_study(study: StudyFile, expansion: Expansion, settings: Settings, parallel: int | None) -> Submitted:
-    """Hand to SLURM all runs of a study that are not finished, ``parallel`` at a time, and a job for their table.
+    """Hand to SLURM all runs of a study that are not finished, ``parallel`` at a time, and a job for table and report.
 
     Failed runs of a list are tried again. Raises UserError where an array of this study is still at work, where nothing
     is left to do, or where SLURM refuses; the folder is then as it was before.
@@ -142,7 +142,7 @@ def _as_it_was(path: Path) -> Iterator[None]:
 
 
 def _submit_table(settings: Settings, path: Path, name: str, array_job: str) -> str | None:
-    """The job for tables and figures; where SLURM does not want it, they are left to the user."""
+    """The job for table and report; where SLURM does not want it, they are left to the user."""
     script = path / "slurm" / "table.sbatch"
     write_atomically(script, table_script(settings, path, name, array_job).encode())
     try:

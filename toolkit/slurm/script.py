@@ -62,7 +62,7 @@ def _array_header(settings: Settings, folder: Path, name: str, tasks: str) -> li
 
 
 def table_script(settings: Settings, folder: Path, name: str, array_job: str) -> str:
-    """The script that makes tables and figures when all tasks of an array have ended."""
+    """The script that makes table and report when all tasks of an array have ended."""
     table = settings.table.model_copy(
         update={
             "nodes": 1, "gpus_per_node": 0, "gpu_type": None, "cpus_per_task": 1, "memory": None, "constraint": None,
@@ -75,8 +75,9 @@ def table_script(settings: Settings, folder: Path, name: str, array_job: str) ->
         _option("output", _file(folder / "slurm" / "table-log.txt")),
         f"#SBATCH --dependency=afterany:{array_job}",
     ]
-    command = f'exec $container "$python" -m toolkit.cli table {shlex.quote(str(folder))} --figures'
-    return "\n".join(["#!/bin/bash", *header, "", *_surroundings(small), "", command, ""])
+    place = shlex.quote(str(folder))
+    commands = [f'$container "$python" -m toolkit.cli {command} {place} || exit' for command in ("table", "report")]
+    return "\n".join(["#!/bin/bash", *header, "", *_surroundings(small), "", *commands, ""])
 
 
 def template() -> str:
