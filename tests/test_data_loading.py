@@ -25,8 +25,8 @@ from toolkit.data.datasets import open_dataset
 from toolkit.data.images import ArrayImages, BadImage, FileImages
 from toolkit.data.loading import (
     EvaluationLoader,
+    SplitImages,
     TrainLoader,
-    evaluation_loader,
     train_loader,
     worker_count,
 )
@@ -149,11 +149,8 @@ def test_partners_come_behind_the_own_examples() -> None:
 
 
 def evaluation(workers: int = 0, world: int = 1, rank: int = 0, batch_size: int = 5) -> EvaluationLoader:
-    images = ArrayImages(PIXELS, "toy", 3)
-    return evaluation_loader(
-        images, LABELS, INDICES, transform(), seed=0, batch_size=batch_size, world=world, rank=rank,
-        workers=workers, pin_memory=False,
-    )  # fmt: skip
+    split = SplitImages(ArrayImages(PIXELS, "toy", 3), LABELS, INDICES, transform(), seed=0)
+    return EvaluationLoader(split, plan_evaluation(N, batch_size, world, rank), workers, pin_memory=False)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -169,11 +166,8 @@ def test_evaluation_is_the_same_every_time_on_any_processes(workers: int) -> Non
 
 
 def test_a_process_without_examples_has_no_batches() -> None:
-    images = ArrayImages(PIXELS, "toy", 3)
-    share = evaluation_loader(
-        images, LABELS, INDICES[:1], transform(), seed=0, batch_size=4, world=3, rank=0, workers=2, pin_memory=False
-    )
-    assert list(share) == []
+    split = SplitImages(ArrayImages(PIXELS, "toy", 3), LABELS, INDICES[:1], transform(), seed=0)
+    assert list(EvaluationLoader(split, plan_evaluation(1, 4, 3, 0), workers=2, pin_memory=False)) == []
 
 
 # -- tensors in memory -------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from toolkit.data.cpus import granted_cpus
 from toolkit.data.images import ArrayImages, Images
-from toolkit.data.order import Indices, MicroBatch, TrainPlan, hash64, plan_evaluation
+from toolkit.data.order import Indices, MicroBatch, TrainPlan, hash64
 from toolkit.data.transforms import ImageTransform, random_states_kept
 from toolkit.errors import RunFailed, UserError
 
@@ -276,27 +276,6 @@ def train_loader(
         raise ValueError(f"the plan is for {plan.size} images, the split has {len(indices)}")
     split = SplitImages(images, labels, indices, transform, plan.seed)
     return TrainLoader(split, plan, workers, pin_memory, finish)
-
-
-def evaluation_loader(
-    images: Images,
-    labels: Indices,
-    indices: Indices,
-    transform: Callable[[Any], Tensor],
-    *,
-    seed: int,
-    batch_size: int,
-    world: int,
-    rank: int,
-    workers: int,
-    pin_memory: bool,
-) -> EvaluationLoader:
-    """Batches of the examples ``indices``, cut among processes; ``batch_size`` counts images over all of them.
-
-    ``seed`` is of use only where the split's transform is random.
-    """
-    split = SplitImages(images, labels, indices, transform, seed)
-    return EvaluationLoader(split, plan_evaluation(len(indices), batch_size, world, rank), workers, pin_memory)
 
 
 def worker_count(setting: int | str, images: Images, local_processes: int) -> int:
