@@ -245,7 +245,7 @@ def compile_without_a_compiler(rank: int) -> None:
         print("a graph was compiled", flush=True)
         return graph.forward
 
-    torch.nn.Module.compile = lambda module: original(module, backend=backend)  # type: ignore[method-assign]
+    torch.nn.Module.compile = lambda module, **_: original(module, backend=backend)  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("compiled", "world"), [(True, 1), (True, 2), (False, 2)])

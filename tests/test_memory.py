@@ -31,7 +31,7 @@ def record_memory(path: Path, rank: int) -> None:
 
 def growth(folder: Path, epochs: int, workers: int) -> float:
     """Resident memory at the end over that after the warm-up."""
-    settings = ("--set", f"train.epochs={epochs}", "--set", f"data.workers={workers}")
+    settings = ("--set", f"train.epochs={epochs}", "--set", f"data.workers={workers}", "--set", 'data.cache="off"')
     prepare = functools.partial(record_memory, folder / "pages")
     trainers = Trainers(1, folder, write_recipe(folder, MUCH), *EMA, *settings, prepare=prepare)
     assert trainers.wait(280) == [0], trainers.text()

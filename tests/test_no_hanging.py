@@ -144,9 +144,8 @@ def test_a_damaged_image_in_mid_epoch_ends_all_and_is_named(tmp_path: Path, worl
     root = image_folder(tmp_path / "images")
     for number in range(0, 20, 3):
         damage_middle(root / "b" / f"{number:02d}.png")
-    statuses, text = ended(
-        tmp_path, world, lambda _: None, *images_settings(root, f"data.workers={workers}"), text=IMAGES
-    )
+    settings = images_settings(root, f"data.workers={workers}", 'data.cache="off"')
+    statuses, text = ended(tmp_path, world, lambda _: None, *settings, text=IMAGES)
     assert all(status != 0 for status in statuses), text
     assert ".png: damaged (" in text.strip().splitlines()[-1]
     assert "b/" in text.strip().splitlines()[-1]
@@ -260,7 +259,7 @@ def test_a_run_root_that_cannot_be_written_is_told_before_training(tmp_path: Pat
 
 def test_a_second_trainer_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, MUCH)
-    workers = (*EMA, "--set", "data.workers=2")
+    workers = (*EMA, "--set", "data.workers=2", "--set", 'data.cache="off"')
     there = tmp_path / "there"
 
     def slow(rank: int) -> None:

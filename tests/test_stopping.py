@@ -107,7 +107,7 @@ def test_while_the_features_of_frozen_layers_are_computed(tmp_path: Path) -> Non
 
 def test_data_workers_leave_the_signal_to_the_trainer(tmp_path: Path) -> None:
     """A terminal or scheduler signals the whole process group."""
-    settings = ("--set", "data.workers=2")
+    settings = ("--set", "data.workers=2", "--set", 'data.cache="off"')  # kept images need no workers
 
     def all_of_the_group(trainers: Trainers) -> None:
         pids = [trainers.processes[0].pid, *children(trainers.processes[0].pid)]

@@ -61,7 +61,7 @@ def test_metrics_and_summary_use_the_agreed_names(run: Run) -> None:
             summary[model]
         )
     assert {"parameters", "seconds", "images_per_s", "peak_memory_gib", "shortcuts"} <= set(summary)
-    assert 0 < summary["startup_seconds"] < 600
+    assert summary["startup_seconds"] > 0
     assert f"ready for the first step after {summary['startup_seconds']:.1f} s" in (run.path / "log.txt").read_text()
     assert summary["parameters"] == 98_250
     best = max(epochs, key=lambda record: record["val/accuracy"])

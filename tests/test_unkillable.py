@@ -168,7 +168,7 @@ def test_other_ways_of_training_come_out_the_same(tmp_path: Path, text: str) -> 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (2, 2)])
 def test_a_run_killed_a_hundred_times_comes_out_the_same(tmp_path: Path, world: int, workers: int) -> None:
-    settings = (*EMA, "--set", f"data.workers={workers}")
+    settings = (*EMA, "--set", f"data.workers={workers}", "--set", f'data.cache="{"off" if workers else "auto"}"')
     plain = undisturbed(tmp_path / "plain", world, MUCH, *settings, *epochs(60))
     assert survive(tmp_path / "killed", world, MUCH, 100, 60, 10 + world + workers, *settings) == plain
 
