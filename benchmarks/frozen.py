@@ -67,9 +67,11 @@ trackers = []
 GRID = """
 extends = "frozen.toml"
 
+[recipe]
+name = "frozen-grid"
+
 [study]
 grid = {{ "optimizer.lr" = [{rates}] }}
-output = "{folder}/study"
 """
 
 
@@ -90,24 +92,26 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     run = fit(loaded, quiet=True)
     once = time.perf_counter() - began
-    grid = grid_seconds(folder, arguments.runs)
-    return {
+    figures = {
         **settings,
         "images": {name: count for name, count in run.summary["images"].items() if name != "test"},
         "plain, one epoch, s": round(epoch, 2),
         f"plain, {arguments.epochs} epochs, s (multiplied)": round(epoch * arguments.epochs, 1),
         "toolkit, s": round(once, 2),
         "ratio": epoch * arguments.epochs / once,
-        f"toolkit, study of {arguments.runs} runs, s": round(grid, 1),
-        "ratio of the grid": arguments.runs * epoch * arguments.epochs / grid,
         "shortcuts": run.summary["shortcuts"],
     }
+    if arguments.runs:
+        grid = grid_seconds(folder, arguments.runs)
+        figures[f"toolkit, study of {arguments.runs} runs, s"] = round(grid, 1)
+        figures["ratio of the grid"] = arguments.runs * epoch * arguments.epochs / grid
+    return figures
 
 
 def grid_seconds(folder: Path, runs: int) -> float:
     """A study over the learning rate, with a cache folder of its own, from the command to the end."""
     rates = ", ".join(f"{0.001 * 1.5**number:.6f}" for number in range(runs))
-    (folder / "grid.toml").write_text(GRID.format(rates=rates, folder=folder))
+    (folder / "grid.toml").write_text(GRID.format(rates=rates))
     command = [sys.executable, "-m", "toolkit", "study", str(folder / "grid.toml"), "--parallel", "1"]
     environment = {**os.environ, "TOOLKIT_CACHE": str(folder / "another cache")}
     began = time.perf_counter()
@@ -126,7 +130,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=15, help="images of each class")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--plain-epochs", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=12)
+    parser.add_argument("--runs", type=int, default=12, help="of the grid; 0: no grid")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TOOLKIT_CACHE"] = str(Path(folder) / "cache")

@@ -48,10 +48,15 @@ def validate(
 def _verdict(path: str, overrides: list[str]) -> list[Diagnostic]:
     """Everything that is wrong or doubtful about one recipe, or about all runs of a study."""
     from toolkit.recipe import RecipeError
-    from toolkit.study.expand import check_file
+    from toolkit.recipe.load import read_sources, resolve
 
     try:
-        return check_file(path, overrides)
+        sources = read_sources(path, overrides)
+        if not any("study" in source.data for source in sources):
+            return resolve(sources, path).warnings
+        from toolkit.study.expand import expand, read_study  # with numpy, which a recipe's check does not wait for
+
+        return expand(read_study(path, overrides)).warnings
     except RecipeError as error:
         return error.diagnostics
 

@@ -183,13 +183,6 @@ def _without(sources: Iterable[Source], *tables: str) -> list[Source]:
     return [replace(s, data={key: value for key, value in s.data.items() if key not in tables}) for s in sources]
 
 
-def check_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[Diagnostic]:
-    """What is doubtful about a recipe, or about any run of a study. Raises RecipeError."""
-    if not is_study(path, overrides):
-        return resolve(read_sources(path, overrides), os.fspath(path)).warnings
-    return expand(read_study(path, overrides)).warnings
-
-
 def expand(study: StudyFile) -> Expansion:
     """All runs that the file tells of; those of bohb come about while it goes on, so there are none.
 
