@@ -11,6 +11,8 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+from trainers import outcome
+
 import toolkit.study.controller
 import toolkit.study.plan  # noqa: F401  (imported before processes are forked: once instead of in each)
 from toolkit.cli import app
@@ -79,17 +81,6 @@ def runs_of(folder: Path) -> Iterator[tuple[str, Run]]:
         run = study.run(member)
         assert run is not None
         yield f"{member.row}, seed {member.seed}", run
-
-
-def outcome(run: Run) -> dict[str, Any]:
-    """All of a run that must come out the same however it was run; what tells times is left out."""
-    unlike = {"seconds", "startup_seconds", "images_per_s", "peak_memory_gib"}
-    return {
-        "weights": run.best_weights.read_bytes(),
-        "metrics": run.metrics_file.read_bytes(),
-        "predictions": (run.path / "predictions.csv").read_bytes(),
-        "summary": {key: value for key, value in run.summary.items() if key not in unlike},
-    }
 
 
 def outcomes(folder: Path) -> dict[str, dict[str, Any]]:

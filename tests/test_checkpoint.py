@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from test_exact import assert_same_experiment
-from test_unkillable import outcome, undisturbed
-from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, write_recipe
+from test_unkillable import undisturbed
+from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, outcome, write_recipe
 
 from toolkit.engine.checkpoint import (
     find_latest,

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_unkillable import outcome, undisturbed
-from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, write_recipe
+from test_unkillable import undisturbed
+from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, outcome, write_recipe
 
 import toolkit.data.loading
 import toolkit.engine.checkpoint

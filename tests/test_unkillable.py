@@ -18,7 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainers import EMA, FROZEN, GRADUAL, MUCH, Trainers, after_seconds, at_call, kill_self, only_run, write_recipe
+from trainers import (
+    EMA,
+    FROZEN,
+    GRADUAL,
+    MUCH,
+    Trainers,
+    after_seconds,
+    at_call,
+    kill_self,
+    only_run,
+    outcome,
+    write_recipe,
+)
 
 import toolkit.engine.checkpoint
 import toolkit.engine.evaluate
@@ -39,17 +51,6 @@ STEPS = 7
 
 def epochs(count: int) -> tuple[str, str]:
     return "--set", f"train.epochs={count}"
-
-
-def outcome(run: Run) -> dict[str, Any]:
-    """All that must come out the same; what tells times is left out."""
-    unlike = {"seconds", "startup_seconds", "images_per_s", "peak_memory_gib"}
-    return {
-        "weights": run.best_weights.read_bytes(),
-        "metrics": run.metrics_file.read_bytes(),
-        "predictions": (run.path / "predictions.csv").read_bytes(),
-        "summary": {key: value for key, value in run.summary.items() if key not in unlike},
-    }
 
 
 def undisturbed(folder: Path, world: int, text: str, *settings: str) -> dict[str, Any]:

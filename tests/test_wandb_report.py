@@ -14,8 +14,7 @@ import pytest
 import wandb
 from cli import Outcome, toolkit
 from report_runs import small_study, write_run
-from test_tracking import KEY
-from wandb_server import ServerRun, WandbServer, wandb_server
+from wandb_server import KEY, ServerRun, WandbServer, logged_in_here, wandb_server, without_login
 
 from toolkit.report import write_study as written_study
 from toolkit.study.folder import StudyFolder
@@ -23,21 +22,16 @@ from toolkit.study.folder import StudyFolder
 
 @pytest.fixture(autouse=True)
 def _a_machine_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_ENTITY", "WANDB_PROJECT"):
+    without_login(monkeypatch, tmp_path)
+    for name in ("WANDB_MODE", "WANDB_ENTITY", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setattr(written_study, "save", lambda figure, folder, name: [])
     monkeypatch.setattr(written_study, "page_svg", lambda figure, label, is_light: "<svg></svg>")
-    wandb.teardown()
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    with wandb_server() as server:
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    with logged_in_here(monkeypatch) as server:
         yield server
         wandb.teardown()
 

@@ -135,6 +135,17 @@ def only_run(folder: Path) -> Run:
     return open_run(path)
 
 
+def outcome(run: Run) -> dict[str, Any]:
+    """All of a run that must come out the same however it was run; what tells times is left out."""
+    unlike = {"seconds", "startup_seconds", "images_per_s", "peak_memory_gib"}
+    return {
+        "weights": run.best_weights.read_bytes(),
+        "metrics": run.metrics_file.read_bytes(),
+        "predictions": (run.path / "predictions.csv").read_bytes(),
+        "summary": {key: value for key, value in run.summary.items() if key not in unlike},
+    }
+
+
 class Trainers:
     """The processes of one `toolkit train`; what they show goes to one file."""
 

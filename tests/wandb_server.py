@@ -16,7 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+KEY = "a" * 40
+"""What W&B's client takes for a key."""
 
 OPERATION = re.compile(r"\b(?:query|mutation)\s+([A-Za-z_]\w*)")
 
@@ -219,3 +225,23 @@ def wandb_server() -> Iterator[WandbServer]:
         finally:
             server.hanging.clear()
             server.shutdown()
+
+
+@contextmanager
+def logged_in_here(patch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """The same, and it is W&B's server as far as this process and those that it starts know."""
+    with wandb_server() as server:
+        patch.setenv("WANDB_API_KEY", KEY)
+        patch.setenv("WANDB_BASE_URL", server.url)
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        yield server
+
+
+def without_login(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """No login of the machine's, and no client that other tests started: forked processes would have it too."""
+    import wandb
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    wandb.teardown()
