@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plain_loop import ImageList, PlainLoop
+from plain_loop import ImageList, PlainLoop, pillow_as_it_comes
 from torch.utils.data import DataLoader
 
 from toolkit.engine.display import Display
@@ -58,9 +58,10 @@ def measure(recipe: Recipe, passes: int) -> dict[str, Any]:
     loaders: Any = None
 
     def ordinary(*splits: Any) -> Iterator[torch.Tensor]:
-        for split in splits:
-            for images, _ in DataLoader(split, batch_size=recipe.train.batch_size, shuffle=split is train):
-                yield images
+        with pillow_as_it_comes():
+            for split in splits:
+                for images, _ in DataLoader(split, batch_size=recipe.train.batch_size, shuffle=split is train):
+                    yield images
 
     def building() -> Iterator[torch.Tensor]:
         nonlocal loaders

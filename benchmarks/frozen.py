@@ -23,7 +23,7 @@ from typing import Any
 
 import safetensors.torch
 import torchvision
-from plain_loop import PlainLoop
+from plain_loop import PlainLoop, pillow_as_it_comes
 
 from toolkit.engine.fit import fit
 from toolkit.recipe import load
@@ -87,8 +87,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     loaded = load(recipe).recipe
 
     plain = PlainLoop(loaded)
-    plain.epochs(1)  # starts the workers and fills the page cache
-    epoch = plain.epochs(arguments.plain_epochs) / arguments.plain_epochs
+    with pillow_as_it_comes():
+        plain.epochs(1)  # starts the workers and fills the page cache
+        epoch = plain.epochs(arguments.plain_epochs) / arguments.plain_epochs
     began = time.perf_counter()
     run = fit(loaded, quiet=True)
     once = time.perf_counter() - began

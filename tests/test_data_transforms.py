@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from toolkit.data.images import ArrayImages
 from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from toolkit.data.resizing import resizing_kernel
 from toolkit.data.transforms import (
     DETERMINISTIC,
     TENSOR_ONLY,
@@ -45,9 +46,15 @@ def augment(*train: Entry, **values: Any) -> AugmentTable:
     return AugmentTable.model_validate({"train": list(train), **values})
 
 
+def as_tensor(step: Any) -> Callable[[Image.Image], Image.Image]:
+    """A step of torchvision's done to a tensor of bytes, and so by its kernel instead of by Pillow."""
+    return lambda image: v2.functional.to_pil_image(step(v2.functional.pil_to_tensor(image)))
+
+
 def same(ours: Callable[[Any], Tensor], by_hand: list[Any], image: Image.Image) -> None:
     """Equal bit for bit, from the same torch seeds."""
-    compose = v2.Compose(by_hand)
+    resizing = (v2.Resize, v2.RandomResizedCrop) if resizing_kernel() != "Pillow" else ()
+    compose = v2.Compose([as_tensor(step) if isinstance(step, resizing) else step for step in by_hand])
     for seed in range(10):
         torch.manual_seed(seed)
         expected = compose(image)

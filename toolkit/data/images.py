@@ -37,10 +37,12 @@ SAMPLED = 32
 
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 
+BLOCKS_KEPT = 4
+"""Blocks of memory that Pillow keeps of freed images. It gives them back to the system, and every new one costs page
+faults: a third of a JPEG's decoding."""
 
-# Pillow gives freed images back to the system, and every new one costs page faults: a third of a JPEG's decoding.
 if "PILLOW_BLOCKS_MAX" not in os.environ:
-    Image.core.set_blocks_max(4)  # type: ignore[attr-defined]
+    Image.core.set_blocks_max(BLOCKS_KEPT)  # type: ignore[attr-defined]
 
 
 class BadImage(RunFailed):

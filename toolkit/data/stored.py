@@ -22,6 +22,7 @@ from toolkit.data.cache import Block, Bytes, Entry, EntryWriter, content_key
 from toolkit.data.images import ArrayImages, Images
 from toolkit.data.loading import Failure
 from toolkit.data.order import Indices
+from toolkit.data.resizing import resizing_kernel
 from toolkit.data.tensors import as_tensor
 from toolkit.data.transforms import CENTER_CROP, ImageTransform
 from toolkit.errors import RunFailed, UserError
@@ -82,6 +83,7 @@ def part_key(images: Images, part: Part) -> dict[str, Any]:
         "steps": part.words,
         "pillow": [PIL.__version__, *(str(features.version(name)) for name in DECODERS)],
         "torchvision": torchvision.__version__,
+        "resize": resizing_kernel(),
     }
 
 

@@ -27,6 +27,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from toolkit.data.images import MODES, Images, to_mode
 from toolkit.data.preprocessing import Preprocessing
+from toolkit.data.resizing import RandomResizedCrop, Resize, as_bytes, is_same_on_bytes
 from toolkit.errors import UserError
 from toolkit.recipe.catalog import excluded_transforms
 from toolkit.recipe.schema import AugmentTable, TransformEntry
@@ -84,7 +85,18 @@ class ImageTransform:
 
     def pixels(self, image: Image.Image, count: int) -> npt.NDArray[np.uint8]:
         """The same as bytes, [h, w, C], where these steps are among ``fixed``."""
-        array = np.array(self.begin(image, count))
+        first = count
+        while first and is_same_on_bytes(self.steps[first - 1]):
+            first -= 1
+        begun = self.begin(image, first)
+        if first < count and begun.mode == "RGB":  # no way back to Pillow between the steps, nor after them
+            pixels = as_bytes(begun)
+            for step in self.steps[first:count]:
+                pixels = step(pixels)
+            return pixels.permute(1, 2, 0).contiguous().numpy()
+        for step in self.steps[first:count]:
+            begun = step(begun)
+        array = np.array(begun)
         return array if array.ndim == 3 else array[..., None]
 
     def _check_size(self, image: Image.Image, made: tuple[int, int]) -> None:
@@ -227,12 +239,12 @@ def _resize_and_crop(split: str, places: dict[str, list[Step]], preprocessing: P
 
 
 def _resize(preprocessing: Preprocessing) -> list[Step]:
-    """Resize on Pillow images, which always antialias."""
+    """Resize, antialiased."""
     if preprocessing.resize is None:
         return []
     size = preprocessing.resize
     interpolation = InterpolationMode(preprocessing.interpolation)
-    step = v2.Resize(size if isinstance(size, int) else list(size), interpolation=interpolation, antialias=True)
+    step = Resize(size if isinstance(size, int) else list(size), interpolation=interpolation, antialias=True)
     shown = f"short side {size}" if isinstance(size, int) else f"{size[0]} x {size[1]}"
     return [(step, f"resize to {shown}, {preprocessing.interpolation}")]
 
@@ -275,7 +287,8 @@ def _find(name: str, where: str) -> type[v2.Transform]:
         near = difflib.get_close_matches(name, known, 3, 0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"{where}: torchvision.transforms.v2 has no {name!r}{hint} (`toolkit transforms` lists all)")
-    kind: type[v2.Transform] = getattr(v2, name)
+    faster: dict[str, type[v2.Transform]] = {"Resize": Resize, "RandomResizedCrop": RandomResizedCrop}
+    kind: type[v2.Transform] = faster.get(name) or getattr(v2, name)
     return kind
 
 
