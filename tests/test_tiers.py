@@ -232,6 +232,55 @@ def test_greyscale_input_is_kept_with_one_channel(photographs: Path, own_cache: 
     assert data.stat().st_size == COUNT * 32 * 32
 
 
+CROPS = {
+    "in place of both": '{ name = "RandomResizedCrop", at = "resize_crop" }',
+    "of images that differ in size": '{ name = "RandomCrop", at = "crop" }',
+    "turned before": '{ name = "RandomRotation", degrees = 20, at = "before_resize" }',
+    "in strange colours": '{ name = "RandomSolarize", threshold = 128, at = "before_crop" }',
+}
+"""Transforms up to the crop that cannot be made in batches."""
+
+
+@pytest.mark.parametrize("crop", CROPS.values(), ids=CROPS)
+def test_what_must_be_made_one_by_one_ends_with_the_crop(photographs: Path, crop: str) -> None:
+    """From the crop on it goes in batches, and the crop is the same to the last bit as where all is made by workers."""
+    alone = f"[augment]\ntrain = [{crop}]\n"
+    by_workers, _ = batches_of(
+        setup_of(loads_recipe(ON_FILES + alone, ['augment.on="workers"']), files_of(photographs), None)[0], cached=False
+    )
+    for settings in ([], ["data.workers=2"]):
+        setup, _ = setup_of(loads_recipe(ON_FILES + alone, settings), files_of(photographs), None)
+        way = plan_delivery("train", setup.recipe.augment, setup.preprocessing, 0, None)
+        assert way.batched is not None
+        assert way.obstacle.startswith("augment.train")
+        for cached in (False, True):
+            assert_equal(by_workers, batches_of(setup, cached=cached)[0])
+
+    flipped = f'[augment]\ntrain = [{crop}, {{ name = "RandomHorizontalFlip" }}]\n'
+    setup, _ = setup_of(loads_recipe(ON_FILES + flipped), files_of(photographs), None)
+    found, _ = batches_of(setup, cached=True)
+    assert_equal(batches_of(setup, cached=False)[0], found)
+    pairs = list(zip(torch.cat(found["train"]), torch.cat(by_workers["train"]), strict=True))
+    flips = [torch.equal(image, plain.flip(2)) for image, plain in pairs]
+    assert [torch.equal(image, plain) for image, plain in pairs] == [not flip for flip in flips]
+    assert 0 < sum(flips) < len(flips)
+
+
+def test_one_by_one_to_the_end_where_sizes_differ_or_the_rest_needs_it(photographs: Path) -> None:
+    crop = '{ name = "RandomResizedCrop", at = "resize_crop" }'
+    for more in (
+        f'train = [{crop}, {{ name = "RandomSolarize", threshold = 128 }}]',
+        f'train = [{crop}]\nauto_augment = "rand-m9"',
+    ):
+        setup, _ = setup_of(loads_recipe(f"{ON_FILES}[augment]\n{more}\n"), files_of(photographs), None)
+        assert plan_delivery("train", setup.recipe.augment, setup.preprocessing, 0, None).batched is None
+    more = '[augment]\ntrain = [{ name = "RandomCrop", pad_if_needed = true }]\n'
+    setup, _ = setup_of(loads_recipe(ON_FILES + more, ['data.crop="none"']), files_of(photographs), None)
+    way = plan_delivery("train", setup.recipe.augment, setup.preprocessing, 0, None)
+    assert way.batched is None
+    assert "of different sizes" in way.obstacle
+
+
 def test_views_take_turns(photographs: Path) -> None:
     for more in (FLIP, FLIP + 'on = "workers"\n'):
         setup, _ = setup_of(loads_recipe(ON_FILES + more, ["data.views=2"]), files_of(photographs), None)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit.data.batched_chain import Chain, chain_of
+from toolkit.data.batched_chain import Chain, after_resize, chain_of
 from toolkit.data.batched_moves import Floats, Pass, Plan, memory_format
 from toolkit.data.order import Indices, hash64
 from toolkit.data.preprocessing import Preprocessing
@@ -106,7 +106,7 @@ def batched_augmentation(
     """
     obstacle = 'augment.on = "workers"' if augment.on == "workers" else why_not_batched(split, augment)
     if obstacle is None:
-        return BatchAugmentation(chain_of(split, augment, preprocessing), preprocessing, seed)
+        return BatchAugmentation(chain_of(after_resize(split, augment, preprocessing)), preprocessing, seed)
     if augment.on == "device":
         raise UserError(f'augment.on = "device", but batches cannot be given {obstacle}; set "auto" or "workers"')
     return obstacle

@@ -33,10 +33,13 @@ class Chain:
         return self.passes if self.erase is None else (*self.passes, self.erase)
 
 
-def chain_of(split: str, augment: AugmentTable, preprocessing: Preprocessing) -> Chain:
-    """The passes of a split whose transforms can all be made in batches (:mod:`toolkit.recipe.batchable`)."""
+def chain_of(steps: Sequence[Any]) -> Chain:
+    """The passes for the last steps of a split's transform, all of which can be made in batches.
+
+    :mod:`toolkit.recipe.batchable` says which can.
+    """
     builder = _Builder()
-    for step in _after_resize(split, augment, preprocessing):
+    for step in steps:
         if isinstance(step, v2.ToDtype):
             builder.bytes = False
         elif isinstance(step, v2.Normalize):
@@ -46,7 +49,7 @@ def chain_of(split: str, augment: AugmentTable, preprocessing: Preprocessing) ->
     return Chain(tuple(builder.passes), builder.erase)
 
 
-def _after_resize(split: str, augment: AugmentTable, preprocessing: Preprocessing) -> Sequence[Any]:
+def after_resize(split: str, augment: AugmentTable, preprocessing: Preprocessing) -> Sequence[Any]:
     """The steps of a split's transform that come after its resize."""
     fixed = sum(entry.at == "before_resize" for entry in getattr(augment, split))
     return build_transform(split, augment, preprocessing).steps[fixed + (preprocessing.resize is not None) :]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from toolkit.data.batched import BatchAugmentation, batched_augmentation
-from toolkit.data.batched_chain import Chain
+from toolkit.data.batched_chain import Chain, chain_of
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.transforms import ImageTransform, build_transform, makes_floats
 from toolkit.errors import UserError
+from toolkit.recipe.batchable import why_not_batched
 from toolkit.recipe.schema import AugmentTable
 
 
@@ -25,13 +26,18 @@ class Delivery:
     transform: ImageTransform
     """The whole way, for one image."""
     steps: int
-    """How many of its first steps come before ``batched``."""
+    """How many of its first steps come before ``batched``, image by image; random ones too, up to the crop."""
     batched: BatchAugmentation | None
     """What makes model inputs of a batch of bytes, all of one size; None: the transform does all, image by image."""
     is_exact: bool
     """Whether ``batched`` gives the transform's own result to the last bit: then either may be used."""
     obstacle: str
-    """What keeps random augmentations from being made in batches; "" where they are, or there are none."""
+    """What keeps random augmentations, or those up to the crop, from being made in batches; "" where nothing does."""
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the first steps always make the same of an image, so that they can be done once."""
+        return self.steps <= len(self.transform.fixed)
 
 
 def plan_delivery(
@@ -56,6 +62,9 @@ def plan_delivery(
         obstacle = f"augment.{split}: the images are of different sizes where the random transforms begin"
     if augment.on == "device":
         raise UserError(f'augment.on = "device" cannot be: {obstacle}; set "auto" or "workers"')
+    if why_not_batched(split, augment, after_crop=True) is None and _is_cropped(split, augment, preprocessing):
+        rest = BatchAugmentation(chain_of(transform.steps[transform.cropped :]), preprocessing, seed)
+        return Delivery(transform, transform.cropped, rest, False, obstacle)
     return Delivery(transform, 0, None, False, obstacle)
 
 
@@ -63,6 +72,12 @@ def _is_uniform(transform: ImageTransform, preprocessing: Preprocessing, native_
     """Whether all images are of one size after the base steps."""
     crops = preprocessing.crop and transform.base > 0 and transform.fixed[transform.base - 1].startswith("centre crop")
     return crops or isinstance(preprocessing.resize, tuple) or native_size is not None
+
+
+def _is_cropped(split: str, augment: AugmentTable, preprocessing: Preprocessing) -> bool:
+    """Whether all images are of one size after the crop, or what stands in its place."""
+    in_place = any(entry.at in ("crop", "resize_crop") for entry in getattr(augment, split))
+    return preprocessing.crop or in_place or isinstance(preprocessing.resize, tuple)
 
 
 class Finish:

@@ -56,6 +56,7 @@ class ImageTransform:
         preprocessing: Preprocessing,
         fixed: Sequence[str] = (),
         base: int = 0,
+        cropped: int = 0,
     ) -> None:
         self.split, self.steps = split, tuple(steps)
         self.mode: str | None = MODES[preprocessing.channels]
@@ -64,6 +65,8 @@ class ImageTransform:
         """What the first steps do, in words, as far as an image always comes out of them the same."""
         self.base = base
         """How many of those come up to the resize, with the fixed crop where that is next."""
+        self.cropped = cropped
+        """How many steps come up to the crop, or what stands in its place; they may be random."""
         self.draws_from_python = any(type(step).__module__.startswith("timm.") for step in steps)
         """Whether Python's and numpy's random states must be seeded beside torch's."""
 
@@ -84,7 +87,7 @@ class ImageTransform:
         return result
 
     def pixels(self, image: Image.Image, count: int) -> npt.NDArray[np.uint8]:
-        """The same as bytes, [h, w, C], where these steps are among ``fixed``."""
+        """The same as bytes, [h, w, C]; these steps, random or not, come before ToImage."""
         first = count
         while first and is_same_on_bytes(self.steps[first - 1]):
             first -= 1
@@ -110,7 +113,8 @@ class ImageTransform:
     def after(self, count: int) -> ImageTransform:
         """What is left to do where the first ``count`` steps are done."""
         rest = copy.copy(self)
-        rest.steps, rest.fixed, rest.base, rest.mode = self.steps[count:], self.fixed[count:], 0, None
+        rest.steps, rest.fixed, rest.mode = self.steps[count:], self.fixed[count:], None
+        rest.base, rest.cropped = 0, max(0, self.cropped - count)
         return rest
 
 
@@ -143,11 +147,8 @@ def build_transform(split: str, augment: AugmentTable, preprocessing: Preprocess
             raise UserError(f"{where}: {entry.name} needs a tensor; set at = 'tensor' or leave it out, not {place!r}")
         places.setdefault(place, []).append(_build_entry(entry, where, preprocessing.image_size))
     is_train = split == "train"
-    on_images = [
-        *places.get("before_resize", []),
-        *_resize_and_crop(split, places, preprocessing),
-        *places.get("after_crop", []),
-    ]
+    up_to_crop = [*places.get("before_resize", []), *_resize_and_crop(split, places, preprocessing)]
+    on_images = [*up_to_crop, *places.get("after_crop", [])]
     steps = [
         *(step for step, _ in on_images),
         *([_policy(augment.auto_augment, preprocessing)] if is_train and augment.auto_augment else []),
@@ -158,7 +159,8 @@ def build_transform(split: str, augment: AugmentTable, preprocessing: Preprocess
         *([v2.RandomErasing(p=augment.random_erasing)] if is_train and augment.random_erasing else []),
     ]
     fixed = [text for text in takewhile(bool, (text for _, text in on_images)) if text]
-    return ImageTransform(split, steps, preprocessing, fixed, min(len(fixed), _base(places, preprocessing)))
+    base = min(len(fixed), _base(places, preprocessing))
+    return ImageTransform(split, steps, preprocessing, fixed, base, len(up_to_crop))
 
 
 def resize_and_crop(preprocessing: Preprocessing) -> list[Callable[[Any], Any]]:

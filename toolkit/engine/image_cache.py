@@ -84,7 +84,11 @@ def _keep_array(setup: Setup, deliveries: dict[str, Delivery], kept: KeptImages)
     images = setup.dataset.images
     if not isinstance(images, ArrayImages):
         return list(deliveries)
-    plain = [s for s, way in deliveries.items() if way.batched and are_kept(images, way.transform, way.steps)]
+    plain = [
+        s
+        for s, way in deliveries.items()
+        if way.batched and way.is_fixed and are_kept(images, way.transform, way.steps)
+    ]
     if plain:
         tensor, places = array_tensor(images)
         tensor, tier = _on_tier(setup, tensor)

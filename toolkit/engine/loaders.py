@@ -161,7 +161,8 @@ def build_loaders(setup: Setup, guard: Guard, shortcuts: Shortcuts = "all") -> L
     for split, way in ways.items():
         try_transform(way.transform, images, int(setup.splits[split][0]))
         if way.obstacle and recipe.augment.on == "auto":
-            setup.display.say(f"{split} images are augmented one by one, by data workers: {way.obstacle}")
+            which = "augmented" if way.batched is None else "augmented up to the crop"
+            setup.display.say(f"{split} images are {which} one by one, by data workers: {way.obstacle}")
     keeper = Keeper(setup, guard) if shortcuts != "none" and recipe.data.cache != "off" else None
     source = Images(setup, ways, KeptImages.of(setup, ways))
     features = _features(setup, source, keeper, guard) if shortcuts == "all" else None

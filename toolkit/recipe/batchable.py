@@ -21,11 +21,18 @@ FIXED = frozenset({"CenterCrop", "Grayscale", "Identity", "Pad", "RGB", "Resize"
 """Transforms without randomness: before the resize they are done once, with it."""
 
 
-def why_not_batched(split: str, augment: AugmentTable) -> str | None:
-    """What keeps a split's augmentations ("train", "validation", "test") from being made in batches; None: nothing."""
+UP_TO_CROP = frozenset({"before_resize", "before_crop", "crop", "resize_crop"})
+"""Places from which a transform can change how large the crop's images are, or what is in them."""
+
+
+def why_not_batched(split: str, augment: AugmentTable, *, after_crop: bool = False) -> str | None:
+    """What keeps a split's augmentations ("train", "validation", "test") from being made in batches; None: nothing.
+
+    after_crop: looks only at those that stand after the crop.
+    """
     entries: Sequence[TransformEntry] = getattr(augment, split)
     for index, entry in enumerate(entries):
-        reason = _obstacle(entry)
+        reason = None if after_crop and entry.at in UP_TO_CROP else _obstacle(entry)
         if reason is not None:
             return f"augment.{split}[{index}]: {entry.name}{reason}"
     if split == "train" and augment.auto_augment is not None:

@@ -216,8 +216,9 @@ class AugmentTable(Table):
         Literal["auto", "workers", "device"],
         describe(
             "device: for whole batches, where the model trains. workers: image by image, by data.workers. auto: device "
-            "where every transform of the split can be made so (the log names what prevents it), else workers. "
-            "The two draw other random numbers."
+            "where every transform of the split can be made so (the log names what prevents it), else workers up to "
+            "the crop or, where what follows cannot be made for batches either, to the end. The two draw other random "
+            "numbers."
         ),
     ] = "auto"
     mixup: Annotated[

@@ -1,0 +1,153 @@
+"""A whole training step on images from disk: the toolkit beside timm's loader, model, optimiser and order of work.
+
+timm's train.py is not part of the package that pip installs; `as_timm` is our transcript of its loop with its own
+dataset, loader (create_loader, with persistent workers), AverageMeter and create_optimizer_v2, each with the settings
+of its command line's defaults but for --channels-last and --color-jitter 0. The toolkit is `toolkit bench`, its cache
+warm. Each way runs in a process of its own, in turns; both crop and flip at random (RandomResizedCrop 0.08 to 1), in
+fp32 on a CPU and in bf16 on a GPU.
+
+    python benchmarks/timm_loop.py --data data --model mobilenetv3_small_100 --batch 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RECIPE = """
+[recipe]
+name = "beside-timm"
+
+[data]
+dataset = "caltech101"
+root = "{data}"
+image_size = {size}
+normalize = "imagenet"
+
+[model]
+source = "timm"
+name = "{model}"
+
+[augment]
+train = [
+  {{ name = "RandomResizedCrop", at = "resize_crop" }},
+  {{ name = "RandomHorizontalFlip" }},
+]
+
+[optimizer]
+name = "sgd"
+lr = 0.01
+momentum = 0.9
+
+[train]
+epochs = 1
+batch_size = {batch}
+
+[tracking]
+trackers = []
+"""
+
+
+def as_timm(folder: Path, model_name: str, size: int, batch: int, steps: int, repeats: int) -> dict[str, float]:
+    """Images a second of data alone and of training, medians after one repetition that is not counted."""
+    import timm
+    import timm.data
+    import timm.optim
+    import timm.utils
+    import torch
+    from torch import nn
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader = timm.data.create_loader(
+        timm.data.create_dataset("", str(folder)), (3, size, size), batch, is_training=True, color_jitter=0,
+        num_workers=4 if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) - 1),
+        use_prefetcher=device.type == "cuda", device=device,
+    )  # fmt: skip
+    model = timm.create_model(model_name, num_classes=102).to(device, memory_format=torch.channels_last)
+    optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=0.01, momentum=0.9)
+    loss_of, losses = nn.CrossEntropyLoss(), timm.utils.AverageMeter()
+    model.train()
+
+    def endless() -> Any:
+        while True:
+            yield from loader
+
+    batches, rates = endless(), {"data": [], "step": []}
+    for name, found in rates.items():
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            for number in range(steps):
+                images, labels = next(batches)
+                images = images.to(device, memory_format=torch.channels_last)
+                if name == "data":
+                    continue
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    loss = loss_of(model(images), labels.to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if number % 50 == 0:  # its log interval
+                    losses.update(loss.item(), len(images))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            found.append(steps * batch / (time.perf_counter() - began))
+    return {f"{name}_images_per_s": statistics.median(found[1:]) for name, found in rates.items()}
+
+
+def toolkit_bench(recipe: Path, steps: int, repeats: int) -> dict[str, float]:
+    """The same of the toolkit."""
+    command = [sys.executable, "-m", "toolkit", "bench", str(recipe), "--json"]
+    command += ["--steps", str(steps), "--repeats", str(repeats)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return {name: found[name] for name in ("data_images_per_s", "step_images_per_s")}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder that holds caltech101")
+    parser.add_argument("--model", default="mobilenetv3_small_100")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only-timm", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    measured = arguments.steps, arguments.repeats
+    if arguments.only_timm:
+        folder = arguments.data / "caltech101" / "101_ObjectCategories"
+        print(json.dumps(as_timm(folder, arguments.model, arguments.size, arguments.batch, *measured)))
+        return
+    found: dict[str, list[dict[str, float]]] = {"toolkit": [], "timm": []}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TOOLKIT_CACHE"] = f"{folder}/cache"
+        recipe = Path(folder) / "recipe.toml"
+        recipe.write_text(
+            RECIPE.format(
+                data=arguments.data.absolute(), size=arguments.size, model=arguments.model, batch=arguments.batch
+            )
+        )
+        toolkit_bench(recipe, 1, 1)  # builds the cache
+        for _ in range(arguments.rounds):
+            found["toolkit"].append(toolkit_bench(recipe, *measured))
+            command = [sys.executable, *sys.argv, "--only-timm"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found["timm"].append(json.loads(done.stdout.splitlines()[-1]))
+    ratios = {
+        name: statistics.median(ours[name] / theirs[name] for ours, theirs in zip(*found.values(), strict=True))
+        for name in ("data_images_per_s", "step_images_per_s")
+    }
+    print(json.dumps({**found, "toolkit / timm, median over rounds": ratios}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
