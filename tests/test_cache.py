@@ -201,7 +201,7 @@ def test_the_command_lists_and_cleans(own_cache: Path) -> None:
     shown = toolkit("cache").stdout
     assert "decode" in shown
     assert "toy" in shown
-    assert "1 entries" in shown
+    assert "1 entry, " in shown
     (listed,) = json.loads(toolkit("cache", "--json").stdout)["entries"]
     assert listed["name"] == NAME
     assert listed["images"] == 3

@@ -18,7 +18,6 @@ from toolkit.data.images import ArrayImages
 from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from toolkit.data.resizing import resizing_kernel
 from toolkit.data.transforms import (
-    DETERMINISTIC,
     TENSOR_ONLY,
     build_transform,
     is_deterministic,
@@ -26,6 +25,7 @@ from toolkit.data.transforms import (
     try_transform,
 )
 from toolkit.errors import UserError
+from toolkit.recipe.batchable import FIXED
 from toolkit.recipe.schema import AugmentTable
 
 HALF = (0.5, 0.5, 0.5)
@@ -334,7 +334,7 @@ def test_every_transform_on_offer_works_on_an_image(name: str) -> None:
     assert transform(photograph()).shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize("name", sorted(DETERMINISTIC.intersection(transform_names())))
+@pytest.mark.parametrize("name", sorted(FIXED.intersection(transform_names())))
 def test_what_is_called_deterministic_draws_nothing(name: str) -> None:
     entry = {"name": name, **REQUIRED.get(name, {}), **({"num_output_channels": 3} if name == "Grayscale" else {})}
     transform = build_transform("train", augment(entry), CIFAR)

@@ -40,6 +40,10 @@ def cache(
     end(report_errors(work, debug=debug))
 
 
+def _entries(count: int) -> str:
+    return f"{count} {'entry' if count == 1 else 'entries'}"
+
+
 def _list(as_json: bool) -> None:
     from dataclasses import asdict
 
@@ -54,7 +58,7 @@ def _list(as_json: bool) -> None:
     if found:
         rows = [(_size(one.bytes), _moment(one.used), one.kind, one.data, f"{one.images:,}", one.what) for one in found]
         print(table(rows, ("size", "last used", "kind", "data", "images", "what"), frozenset((0, 4))))
-    print(f"{len(found)} entries, {_size(sum(one.bytes for one in found))} in {root}")
+    print(f"{_entries(len(found))}, {_size(sum(one.bytes for one in found))} in {root}")
 
 
 def _clean(unused_days: float, as_json: bool) -> None:
@@ -68,7 +72,7 @@ def _clean(unused_days: float, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"folder": str(root), "entries": count, "bytes": freed}))
     else:
-        print(f"removed {count} entries, {_size(freed)}, from {root}")
+        print(f"removed {_entries(count)}, {_size(freed)}, from {root}")
 
 
 def _size(count: float) -> str:

@@ -29,14 +29,12 @@ from toolkit.data.images import MODES, Images, to_mode
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.resizing import RandomResizedCrop, Resize, as_bytes, is_same_on_bytes
 from toolkit.errors import UserError
+from toolkit.recipe.batchable import FIXED, is_random
 from toolkit.recipe.catalog import excluded_transforms
 from toolkit.recipe.schema import AugmentTable, TransformEntry
 
 TENSOR_ONLY = frozenset({"GaussianNoise"})
 """Transforms that need a tensor, and so stand after the scaling to 0..1 by default."""
-
-DETERMINISTIC = frozenset({"CenterCrop", "Grayscale", "Identity", "Pad", "RGB", "Resize"})
-"""Transforms known to draw no random numbers. What is not listed counts as random."""
 
 CENTER_CROP = "centre crop"
 """Begins the words for the fixed crop."""
@@ -178,9 +176,8 @@ def is_deterministic(split: str, augment: AugmentTable) -> bool:
 
     False in case of doubt: features of frozen layers are computed once only where this holds.
     """
-    if split == "train" and (augment.auto_augment or augment.random_erasing or augment.mixup or augment.cutmix):
-        return False
-    return all(entry.name in DETERMINISTIC and entry.apply_p == 1 for entry in _entries(split, augment))
+    is_mixed = split == "train" and bool(augment.mixup or augment.cutmix)
+    return not is_mixed and not is_random(split, augment)
 
 
 def try_transform(transform: ImageTransform, images: Images, index: int) -> Tensor:
@@ -277,7 +274,7 @@ def _build_entry(entry: TransformEntry, where: str, image_size: int) -> Step:
     if entry.apply_p < 1:
         return v2.RandomApply([transform], p=entry.apply_p), None
     shown = json.dumps(arguments, sort_keys=True, default=str)
-    return transform, f"{entry.name} {shown}" if entry.name in DETERMINISTIC else None
+    return transform, f"{entry.name} {shown}" if entry.name in FIXED else None
 
 
 def _find(name: str, where: str) -> type[v2.Transform]:

@@ -18,7 +18,16 @@ BATCHED = GEOMETRIC | COLOR | {"GaussianBlur", "Identity", "RandomErasing"}
 """The transforms that can be made for a batch, each with the arguments that :func:`why_not_batched` lets pass."""
 
 FIXED = frozenset({"CenterCrop", "Grayscale", "Identity", "Pad", "RGB", "Resize"})
-"""Transforms without randomness: before the resize they are done once, with it."""
+"""Transforms known to draw no random numbers: before the resize they are done once, with it. All others count as
+random."""
+
+
+def is_random(split: str, augment: AugmentTable) -> bool:
+    """Whether an image of this split may look different from time to time, mixing apart."""
+    if split == "train" and (augment.auto_augment or augment.random_erasing):
+        return True
+    entries: Sequence[TransformEntry] = getattr(augment, split)
+    return any(entry.name not in FIXED or entry.apply_p < 1 for entry in entries)
 
 
 UP_TO_CROP = frozenset({"before_resize", "before_crop", "crop", "resize_crop"})

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from toolkit.recipe import names
-from toolkit.recipe.batchable import why_not_batched
+from toolkit.recipe.batchable import is_random, why_not_batched
 from toolkit.recipe.catalog import weights_input
 from toolkit.recipe.diagnostics import Finding, dotted
 from toolkit.recipe.names import MODEL, SOURCE, WEIGHTS
@@ -259,8 +259,11 @@ def balance_is_not_doubled(recipe: Recipe) -> Iterator[Finding]:
 
 
 def data_keys_have_effect(recipe: Recipe) -> Iterator[Finding]:
-    """background_class is Caltech's."""
+    """background_class is Caltech's, views are of random augmentation."""
     data = recipe.data
+    if data.views is not None and not is_random("train", recipe.augment):
+        message = "data.views: has no effect, since nothing random is done to training images: all views are the same"
+        yield Finding(message, ("data", "views"), (("augment", "train"),), severity="warning", at="key")
     if data.background_class and data.dataset != "caltech101":
         message = f'data.background_class: has no effect with dataset = "{data.dataset}"'
         yield Finding(message, ("data", "background_class"), (("data", "dataset"),), severity="warning", at="key")
