@@ -148,6 +148,25 @@ def test_transform_sets_of_murabito(name: str) -> None:
     same(ours, hand, photograph(300, 400))
 
 
+@pytest.mark.parametrize("size", [(500, 300), (300, 500), (20, 30), (256, 256)])
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        CALTECH,
+        SQUASHED,
+        Preprocessing(3, 300, 256, True, "bicubic", HALF, HALF),
+        Preprocessing(3, 64, None, True, "bilinear", HALF, HALF),
+    ],
+)
+def test_bytes_are_those_of_the_pillow_image(preprocessing: Preprocessing, size: tuple[int, int]) -> None:
+    """Done to a tensor of bytes or to a Pillow image, step by step; crops larger than the image too."""
+    transform = build_transform("test", AugmentTable(), preprocessing)
+    image = photograph(*size)
+    assert transform.fixed
+    for count in range(len(transform.fixed) + 1):
+        assert np.array_equal(transform.pixels(image, count), np.array(transform.begin(image, count))), count
+
+
 def test_every_place_is_where_it_says() -> None:
     table = augment(
         {"name": "RandomRotation", "degrees": 5, "at": "before_resize"},

@@ -89,6 +89,8 @@ class ImageTransform:
         first = count
         while first and is_same_on_bytes(self.steps[first - 1]):
             first -= 1
+        while first < count and not isinstance(self.steps[first], Resize):  # a crop alone is cheaper before
+            first += 1
         begun = self.begin(image, first)
         if first < count and begun.mode == "RGB":  # no way back to Pillow between the steps, nor after them
             pixels = as_bytes(begun)
