@@ -1,4 +1,4 @@
-"""Resizing of Pillow's colour images by PyTorch's vectorised kernel for bytes, in half the time Pillow takes.
+"""Resizing of Pillow's colour images by PyTorch's vectorised kernel for bytes, in a third of the time of Pillow.
 
 Both filter with the same triangle or cubic, antialiased, in whole numbers; the kernel's weights have fewer bits, so
 that on photographs a value in a thousand differs, by 1 of 255 (cubically three in a thousand, some by 2). Where the
@@ -50,6 +50,15 @@ class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
 def is_same_on_bytes(step: Any) -> bool:
     """Whether a step makes the same of a colour image as a tensor of bytes as of a Pillow image."""
     return isinstance(step, v2.CenterCrop) or (isinstance(step, Resize) and _is_for_kernel(step))
+
+
+def on_bytes(step: Any, pixels: Tensor) -> Tensor:
+    """What such a step makes of uint8 [3, h, w], without the detours of a transform that may be given anything."""
+    if isinstance(step, Resize):
+        resized: Tensor = functional.resize(pixels, step.size, step.interpolation, step.max_size, step.antialias)
+        return resized
+    cropped: Tensor = functional.center_crop(pixels, step.size)
+    return cropped
 
 
 def as_bytes(image: Image.Image) -> Tensor:

@@ -127,8 +127,11 @@ class Decoder(torch.utils.data.Dataset[Any]):
             pixels = [decode(self.images, self.part, int(i)) for i in indices]
             shapes = np.array([image.shape for image in pixels], dtype=np.int32)
             lengths = shapes.astype(np.int64).prod(1)
-            block = self.writer.add(np.concatenate([image.reshape(-1) for image in pixels]))
-            return Decoded(indices, block[0] + np.cumsum(lengths) - lengths, shapes, block)
+            starts, data = np.cumsum(lengths) - lengths, np.empty(lengths.sum(), dtype=np.uint8)
+            for image, start, length in zip(pixels, starts, lengths, strict=True):
+                data[start : start + length].reshape(image.shape)[...] = image
+            block = self.writer.add(data)
+            return Decoded(indices, block[0] + starts, shapes, block)
         except (RunFailed, UserError, OSError) as error:
             return Failure(error)
 

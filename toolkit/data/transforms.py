@@ -27,7 +27,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from toolkit.data.images import MODES, Images, to_mode
 from toolkit.data.preprocessing import Preprocessing
-from toolkit.data.resizing import RandomResizedCrop, Resize, as_bytes, is_same_on_bytes
+from toolkit.data.resizing import RandomResizedCrop, Resize, as_bytes, is_same_on_bytes, on_bytes
 from toolkit.errors import UserError
 from toolkit.recipe.batchable import FIXED, is_random
 from toolkit.recipe.catalog import excluded_transforms
@@ -95,8 +95,8 @@ class ImageTransform:
         if first < count and begun.mode == "RGB":  # no way back to Pillow between the steps, nor after them
             pixels = as_bytes(begun)
             for step in self.steps[first:count]:
-                pixels = step(pixels)
-            return pixels.permute(1, 2, 0).contiguous().numpy()
+                pixels = on_bytes(step, pixels)
+            return pixels.permute(1, 2, 0).numpy()
         for step in self.steps[first:count]:
             begun = step(begun)
         array = np.array(begun)
