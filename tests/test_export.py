@@ -153,7 +153,9 @@ def test_preprocessing_json_is_all_that_another_program_needs(runs: Callable[[st
     assert toolkit("export", run.path, "--format", "onnx", "-o", tmp_path / "out").status == 0
     card = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
     ours = load_model(run.path).transform(photo())
-    assert np.abs(by_hand(card, photo()) - ours.numpy()).max() < 1e-5
+    difference = np.abs(by_hand(card, photo()) - ours.numpy()) * np.max(card["std"]) * 255
+    assert difference.max() < 3  # of 255: Pillow's cubic filter is not the kernel's to the last bit
+    assert difference.mean() < 0.5
     assert card["steps"][1:3] == [
         "resize the shorter side to 20 pixels, bicubic, antialiased",
         "crop the centre, 16 x 16 pixels",
@@ -180,6 +182,13 @@ def test_timm_s_own_transform_is_the_run_s(runs: Callable[[str], Run], tmp_path:
 @pytest.mark.parametrize(("size", "resize"), [(224, 256), (224, 257), (299, 342), (16, 18), (7, 9), (160, 183)])
 def test_timm_s_crop_share_gives_back_the_resize(size: int, resize: int) -> None:
     assert int(np.floor(size / crop_share(size, resize))) == resize
+
+
+def test_timm_s_transform_of_colour_images_is_the_run_s_but_for_the_last_bit(tmp_path: Path) -> None:
+    run = train_on_files(tmp_path, TIMM, "data.resize=36", size=32)
+    outcome = toolkit("export", run.path, "--format", "timm", "-o", tmp_path / "out")
+    assert outcome.status == 0
+    assert "is not the run's" not in outcome.stderr
 
 
 def test_what_timm_s_transform_cannot_say_is_told(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from studies import write_study
 
 from toolkit.runs import Run
 from toolkit.study.expand import expand, read_study
-from toolkit.study.folder import StudyFolder, claim, open_runs
+from toolkit.study.folder import StudyFolder, claim, helping, open_runs
 from toolkit.study.prepare import CONTROLLER, controlled, prepare
 from toolkit.study.searching import Search
 
@@ -49,6 +52,29 @@ def test_without_others_a_search_assigns_what_its_own_workers_can_take(tmp_path:
     locks = [claim(run) for run in open_runs(folder)]
     search.step(2)
     assert len(search.under_way) == len(locks) == 2
+
+
+def test_who_helps_has_something_to_do_and_who_was_killed_has_not(tmp_path: Path) -> None:
+    folder, search = begun(tmp_path)
+    with helping(folder):
+        search.step(1)
+        assert len(search.under_way) == 2
+    context = multiprocessing.get_context("fork")
+    helper = context.Process(target=help_until_killed, args=(folder, started := context.Event()))
+    helper.start()
+    assert started.wait(30)
+    search.step(2)
+    assert len(search.under_way) == 3
+    helper.kill()
+    helper.join()
+    search.step(3)
+    assert len(search.under_way) == 3
+
+
+def help_until_killed(folder: StudyFolder, started: Event) -> None:
+    with helping(folder):
+        started.set()
+        time.sleep(60)
 
 
 def test_the_folder_has_one_leader(tmp_path: Path) -> None:

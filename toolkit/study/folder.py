@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -37,6 +39,7 @@ FILE = "study.json"
 CLAIM = ".claim"
 ASSIGNMENT = "assignment.json"
 FAILURE = "failed.json"
+HELPERS = ".helpers"
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,21 @@ def is_held(path: Path) -> bool:
         return False  # a folder that only others may write in: nothing is known
     lock.release()
     return False
+
+
+@contextlib.contextmanager
+def helping(folder: StudyFolder) -> Iterator[None]:
+    """As long as this lasts, the controller of a search has work for one more worker: one that it did not start."""
+    place = folder.path / HELPERS / f"{socket.gethostname()}-{os.getpid()}"
+    place.parent.mkdir(exist_ok=True)
+    with FileLock(place):
+        yield
+    place.unlink(missing_ok=True)
+
+
+def helpers(folder: StudyFolder) -> int:
+    """How many help at the moment; those that were killed do not count."""
+    return sum(is_held(place) for place in (folder.path / HELPERS).glob("*"))
 
 
 def open_runs(folder: StudyFolder) -> Iterator[Run]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from toolkit.runs import Run
 from toolkit.study.expand import StudyFile
-from toolkit.study.folder import Member, StudyFolder, assign, failure_of, is_claimed
+from toolkit.study.folder import Member, StudyFolder, assign, failure_of, helpers, is_claimed
 from toolkit.study.prepare import KnownRuns, record_of
 from toolkit.study.search import Assignment, Bohb, Known
 
@@ -28,7 +28,7 @@ class Search:
             self._assign(assignment)
 
     def step(self, workers: int, in_all: int = 0) -> bool:
-        """Tell what has come out since, and assign as much as ``workers``, or all that are at work, can take.
+        """Tell what has come out since, and assign as much as ``workers`` and those that help can take.
 
         ``in_all``: so many workers may come; one assignment lies ready for the next of them. False where the search has
         come to its end.
@@ -36,9 +36,8 @@ class Search:
         for trial in list(self.under_way):
             self._tell(trial)
         busy = sum(is_claimed(self._run(trial)) for trial in self.under_way)
-        # Workers on other nodes take what lies ready: one assignment more than all workers have.
-        ready = min(busy + 1, in_all) if in_all else busy + 1 if busy > workers else 0
-        while len(self.under_way) < max(workers, ready):
+        ready = min(busy + 1, in_all)
+        while len(self.under_way) < max(workers + helpers(self.folder), ready):
             assignment = self.bohb.ask()
             if assignment is None:
                 break

@@ -28,6 +28,7 @@ from toolkit.study.folder import (
     assigned_epoch,
     claim,
     forget_failure,
+    helping,
     is_claimed,
     is_held,
     is_open,
@@ -165,9 +166,9 @@ def release_memory() -> None:
 
 
 def main(path: Path) -> int:
-    """Work on the study in ``path`` until nothing is left."""
+    """Help with the study in ``path`` until nothing is left."""
     folder = study_folder(path)
-    with StopRequest() as stop:
+    with StopRequest() as stop, helping(folder):
         return serve(folder, stop, train_here, waits=False)
 
 
