@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from toolkit.data.batched_chain import Chain, after_resize, chain_of
-from toolkit.data.batched_moves import Floats, Pass, Plan, memory_format
+from toolkit.data.batched_moves import Floats, Pass, Plan
+from toolkit.data.gather import memory_format, put_rows, take_rows
 from toolkit.data.order import Indices, hash64
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
@@ -152,7 +153,7 @@ def _where_due(one: Pass, images: Tensor, plan: Plan, table: Tensor) -> Tensor:
     if not len(due):
         return images
     where = torch.from_numpy(due).to(images.device, non_blocking=True)
-    changed = one.apply(images[where], plan.of(due), table[where])
+    changed = one.apply(take_rows(images, where), plan.of(due), table[where])
     result = images.to(changed.dtype, copy=True)
-    result[where] = changed
+    put_rows(result, where, changed)
     return result

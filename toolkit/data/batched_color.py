@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.data.batched_moves import Floats, Places, Plan, Size, randint
+from toolkit.data.gather import put_rows, take_rows
 
 ATTEMPTS = 10
 """How often torchvision draws a rectangle to erase before it gives up."""
@@ -56,7 +57,8 @@ class Jitter:
                     images = _OPERATIONS[kind](images, table[:, kind, None, None, None])
                 elif len(due):
                     where = torch.from_numpy(due).to(images.device, non_blocking=True)
-                    images[where] = _OPERATIONS[kind](images[where], table[where, kind, None, None, None])
+                    some = take_rows(images, where)
+                    put_rows(images, where, _OPERATIONS[kind](some, table[where, kind, None, None, None]))
         return images
 
     @property

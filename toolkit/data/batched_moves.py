@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from toolkit.data.gather import memory_format
 from toolkit.errors import UserError
 
 Floats = npt.NDArray[np.float64]
@@ -283,11 +284,6 @@ def _run(line: Places) -> tuple[int, int, int]:
     steps = np.diff(line[first:end])
     step = int(steps[0]) if len(steps) else 1
     return first, end, step if abs(step) == 1 and (steps == step).all() and end - first == len(valid) else 0
-
-
-def memory_format(images: Tensor) -> torch.memory_format:
-    """channels_last where the channels of a pixel lie side by side."""
-    return torch.channels_last if images.shape[1] > 1 and images.stride(1) == 1 else torch.contiguous_format
 
 
 def randint(u: Floats, n: int | Places) -> Places:

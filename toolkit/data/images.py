@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,12 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from toolkit.data.cpus import granted_cpus
+from toolkit.data.jpeg import decode_jpeg
 from toolkit.errors import RunFailed
 
 MODES = {1: "L", 3: "RGB"}
@@ -66,6 +70,10 @@ class Images(Protocol):
         """Image i, fully decoded, in mode RGB or L. Raises BadImage."""
         ...
 
+    def decoded(self, i: int) -> Image.Image | Tensor:
+        """The same; or, where that is how it is at hand, its bytes: uint8 [h, w, 3], not to be written to."""
+        ...
+
     def name(self, i: int) -> str:
         """What image i is called in messages and lists: a path relative to the data's folder, or the like."""
         ...
@@ -89,6 +97,10 @@ class ArrayImages:
     def load(self, i: int) -> Image.Image:
         """Image i in the collection's mode."""
         return to_mode(Image.fromarray(self.pixels[i]), self.mode)
+
+    def decoded(self, i: int) -> Image.Image:
+        """The same."""
+        return self.load(i)
 
     def name(self, i: int) -> str:
         """The collection's name and the image's number."""
@@ -133,8 +145,18 @@ class FileImages:
 
     def load(self, i: int) -> Image.Image:
         """Read and decode image i. Raises BadImage for a missing, empty, truncated or non-image file."""
+        decoded = self.decoded(i)
+        return Image.fromarray(decoded.numpy()) if isinstance(decoded, Tensor) else decoded
+
+    def decoded(self, i: int) -> Image.Image | Tensor:
+        """The same, as bytes uint8 [h, w, 3] where it came so from the decoder."""
         try:
-            with Image.open(self.path(i)) as image:
+            with open(self.path(i), "rb") as file:
+                data = file.read()
+            pixels = decode_jpeg(data) if self.mode == "RGB" else None
+            if pixels is not None:
+                return torch.from_numpy(pixels)
+            with Image.open(io.BytesIO(data)) as image:
                 return to_mode(image, self.mode)
         except Exception as error:  # a damaged file can make a decoder raise nearly anything
             raise _fault(error, self.name(i), self.path(i)) from error

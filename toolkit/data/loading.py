@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from toolkit.data.cpus import granted_cpus
 from toolkit.data.images import ArrayImages, Images
 from toolkit.data.order import Indices, MicroBatch, TrainPlan, hash64
-from toolkit.data.transforms import ImageTransform, random_states_kept
+from toolkit.data.transforms import ByteTransform, ImageTransform, random_states_kept
 from toolkit.errors import RunFailed, UserError
 
 MAX_WORKERS = 16
@@ -89,12 +89,13 @@ class SplitImages(torch.utils.data.Dataset[Any]):
         self.images, self.labels, self.indices = images, labels, indices
         self.transform, self.seed = transform, seed
         self.draws_from_python = isinstance(transform, ImageTransform) and transform.draws_from_python
+        self.load = images.decoded if isinstance(transform, ByteTransform) else images.load
 
     def __getitem__(self, key: tuple[int, int, int]) -> Tensor:
         """The input made of (epoch, position in the split, draw): float32 [C, H, W]. Seeds the global generators."""
         epoch, position, draw = key
         index = int(self.indices[position])
-        image = self.images.load(index)
+        image = self.load(index)
         seed = hash64(self.seed, epoch, draw)
         torch.default_generator.manual_seed(seed)
         if self.draws_from_python:

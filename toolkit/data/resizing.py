@@ -30,9 +30,9 @@ class Resize(v2.Resize):  # type: ignore[misc]  # torchvision has no types
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """As torchvision's."""
-        if not (_is_colour(inpt) and _is_for_kernel(self)):
+        if not (_is_colour(inpt) and resizes_bytes(self)):
             return super().transform(inpt, params)
-        return _resized(inpt, self.size, self.interpolation, self.max_size)
+        return as_image(_resized(as_bytes(inpt), self.size, self.interpolation, self.max_size))
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
@@ -40,23 +40,37 @@ class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """As torchvision's."""
-        if not (_is_colour(inpt) and _is_for_kernel(self)):
+        if not (_is_colour(inpt) and resizes_bytes(self)):
             return super().transform(inpt, params)
         left, top = params["left"], params["top"]
         crop = inpt.crop((left, top, left + params["width"], top + params["height"]))
-        return _resized(crop, self.size, self.interpolation)
+        return as_image(_resized(as_bytes(crop), self.size, self.interpolation))
 
 
 def is_same_on_bytes(step: Any) -> bool:
     """Whether a step makes the same of a colour image as a tensor of bytes as of a Pillow image."""
-    return isinstance(step, v2.CenterCrop) or (isinstance(step, Resize) and _is_for_kernel(step))
+    return isinstance(step, v2.CenterCrop) or resizes_bytes(step)
+
+
+def resizes_bytes(step: Any) -> bool:
+    """Whether a step is a resize, or a crop with one, that the kernel does. Not without antialiasing: Pillow has it."""
+    is_resize = isinstance(step, Resize | RandomResizedCrop)
+    return is_resize and bool(step.antialias) and step.interpolation in _FILTERS and resizing_kernel() != "Pillow"
 
 
 def on_bytes(step: Any, pixels: Tensor) -> Tensor:
-    """What such a step makes of uint8 [3, h, w], without the detours of a transform that may be given anything."""
+    """What such a step makes of uint8 [3, h, w], without the detours of a transform that may be given anything.
+
+    A RandomResizedCrop draws its numbers from torch's generator as for a Pillow image.
+    """
     if isinstance(step, Resize):
-        resized: Tensor = functional.resize(pixels, step.size, step.interpolation, step.max_size, step.antialias)
-        return resized
+        return _resized(pixels, step.size, step.interpolation, step.max_size)
+    if isinstance(step, RandomResizedCrop):
+        box = step.make_params([pixels])
+        left, top = box["left"], box["top"]
+        crop = pixels[None, :, top : top + box["height"], left : left + box["width"]]
+        # A window of a larger image would be taken apart into channels first.
+        return _resized(crop.contiguous(memory_format=torch.channels_last)[0], step.size, step.interpolation)
     cropped: Tensor = functional.center_crop(pixels, step.size)
     return cropped
 
@@ -70,11 +84,11 @@ def _is_colour(image: Any) -> bool:
     return isinstance(image, Image.Image) and image.mode == "RGB"
 
 
-def _is_for_kernel(step: v2.Resize | v2.RandomResizedCrop) -> bool:
-    """Without antialiasing only tensors differ: Pillow always does it."""
-    return bool(step.antialias) and step.interpolation in _FILTERS and resizing_kernel() != "Pillow"
+def as_image(pixels: Tensor) -> Image.Image:
+    """Bytes uint8 [3, h, w] as a Pillow image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def _resized(image: Image.Image, size: Any, interpolation: Any, max_size: int | None = None) -> Image.Image:
-    resized = functional.resize(as_bytes(image), size, interpolation, max_size, antialias=True)
-    return Image.fromarray(resized.permute(1, 2, 0).numpy())
+def _resized(pixels: Tensor, size: Any, interpolation: Any, max_size: int | None = None) -> Tensor:
+    resized: Tensor = functional.resize(pixels, size, interpolation, max_size, antialias=True)
+    return resized

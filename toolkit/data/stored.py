@@ -20,6 +20,7 @@ from torch import Tensor
 
 from toolkit.data.cache import Block, Bytes, Entry, EntryWriter, content_key
 from toolkit.data.images import ArrayImages, Images
+from toolkit.data.jpeg import jpeg_decoder
 from toolkit.data.loading import Failure
 from toolkit.data.order import Indices
 from toolkit.data.resizing import resizing_kernel
@@ -82,6 +83,7 @@ def part_key(images: Images, part: Part) -> dict[str, Any]:
         "mode": part.transform.mode,
         "steps": part.words,
         "pillow": [PIL.__version__, *(str(features.version(name)) for name in DECODERS)],
+        "jpeg": jpeg_decoder(),
         "torchvision": torchvision.__version__,
         "resize": resizing_kernel(),
     }
@@ -101,7 +103,7 @@ def expected_bytes(images: Images, part: Part) -> int:
 
 def decode(images: Images, part: Part, index: int) -> Bytes:
     """One image as it is kept, uint8 [h, w, c]. Raises BadImage, RunFailed."""
-    image = images.load(index)
+    image = images.decoded(index)
     try:
         return part.transform.pixels(image, part.steps)
     except Exception as error:
@@ -151,7 +153,7 @@ class StoredImages:
     """The images of a part, mapped into memory: a collection as large as the data set, with those images in it."""
 
     def __init__(self, entry: Entry, part: Part, images: Images) -> None:
-        self.images, self._data = images, entry.data()
+        self.images, self._data = images, as_tensor(entry.data(), torch.uint8)
         tables = entry.tables()
         self._offsets, self._shapes = tables["offsets"], tables["shapes"]
         self._rows = np.full(len(images), -1, dtype=np.int64)
@@ -168,17 +170,18 @@ class StoredImages:
         """The identity of what the images were made of."""
         return self.images.identity(indices)
 
-    def pixels(self, i: int) -> Bytes:
-        """Image i as it was kept, uint8 [h, w, c], read-only."""
+    def decoded(self, i: int) -> Image.Image | Tensor:
+        """Image i as it was kept, uint8 [h, w, 3]; a grey one in mode L."""
         row = self._rows[i]
         height, width, channels = (int(n) for n in self._shapes[row])
         start = int(self._offsets[row])
-        return self._data[start : start + height * width * channels].reshape(height, width, channels)
+        pixels = self._data[start : start + height * width * channels].view(height, width, channels)
+        return pixels if channels == 3 else Image.fromarray(pixels[..., 0].numpy())
 
     def load(self, i: int) -> Image.Image:
         """Image i as it was kept, in mode RGB or L."""
-        pixels = self.pixels(i)
-        return Image.fromarray(pixels if pixels.shape[2] > 1 else pixels[..., 0])
+        decoded = self.decoded(i)
+        return Image.fromarray(decoded.numpy()) if isinstance(decoded, Tensor) else decoded
 
     def tensor(self) -> tuple[Tensor, Indices] | None:
         """All images as one tensor, uint8 [n, h, w, c], and the row of each image of the data set; else None.
@@ -188,7 +191,7 @@ class StoredImages:
         if (self._shapes != self._shapes[0]).any():
             return None
         height, width, channels = (int(n) for n in self._shapes[0])
-        images = as_tensor(self._data, torch.uint8).view(-1, height, width, channels)
+        images = self._data.view(-1, height, width, channels)
         places = np.where(self._rows >= 0, self._offsets[self._rows] // (height * width * channels), -1)
         return images, places
 

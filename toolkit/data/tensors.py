@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from toolkit.data.cache import Bytes
+from toolkit.data.gather import take_rows
 from toolkit.data.loading import EVALUATION, Batch, EvaluationBatch, Finish
 from toolkit.data.order import Indices, MicroBatch, TrainPlan
 
@@ -48,8 +49,7 @@ class Rows:
         """Rows [m, ...] of one view, and labels int64 [m]."""
         rows = self.views[view % len(self.views)]
         index = positions if self.places is None else self.places[positions]
-        labels = self.labels[_index(positions, self.labels)]
-        taken = rows[_index(index, rows)]
+        labels, taken = _taken(self.labels, positions), _taken(rows, index)
         return (taken.pin_memory().to(self.device, non_blocking=True) if self.runs_ahead else taken), labels
 
     def finished(self, rows: Tensor, view: int, draws: Indices) -> Tensor:
@@ -57,12 +57,14 @@ class Rows:
         return rows if self.finish is None else self.finish(rows, view, torch.from_numpy(draws))
 
 
-def _index(places: Indices, rows: Tensor) -> slice | Tensor:
-    """What takes these rows of a tensor: a slice, and so a view and no copy, where they are consecutive."""
+def _taken(rows: Tensor, places: Indices) -> Tensor:
+    """These rows: a view and no copy, where they are consecutive."""
     if len(places) and (np.diff(places) == 1).all():
-        return slice(int(places[0]), int(places[-1]) + 1)
+        return rows[int(places[0]) : int(places[-1]) + 1]
     index = torch.from_numpy(places)
-    return index.pin_memory().to(rows.device, non_blocking=True) if rows.device.type == "cuda" else index
+    if rows.device.type == "cuda":
+        index = index.pin_memory().to(rows.device, non_blocking=True)
+    return take_rows(rows, index)
 
 
 class TensorLoader:

@@ -27,7 +27,15 @@ from torchvision.transforms import InterpolationMode, v2
 
 from toolkit.data.images import MODES, Images, to_mode
 from toolkit.data.preprocessing import Preprocessing
-from toolkit.data.resizing import RandomResizedCrop, Resize, as_bytes, is_same_on_bytes, on_bytes
+from toolkit.data.resizing import (
+    RandomResizedCrop,
+    Resize,
+    as_bytes,
+    as_image,
+    is_same_on_bytes,
+    on_bytes,
+    resizes_bytes,
+)
 from toolkit.errors import UserError
 from toolkit.recipe.batchable import FIXED, is_random
 from toolkit.recipe.catalog import excluded_transforms
@@ -74,7 +82,7 @@ class ImageTransform:
         Raises UserError where the result has another size.
         """
         tensor: Tensor = self.begin(image, len(self.steps)).as_subclass(Tensor)
-        self._check_size(image, (tensor.shape[-2], tensor.shape[-1]))
+        self._check_size((image.height, image.width), (tensor.shape[-2], tensor.shape[-1]))
         return tensor
 
     def begin(self, image: Image.Image, count: int) -> Any:
@@ -84,29 +92,33 @@ class ImageTransform:
             result = step(result)
         return result
 
-    def pixels(self, image: Image.Image, count: int) -> npt.NDArray[np.uint8]:
-        """The same as bytes, [h, w, C]; these steps, random or not, come before ToImage."""
-        first = count
-        while first and is_same_on_bytes(self.steps[first - 1]):
-            first -= 1
-        while first < count and not isinstance(self.steps[first], Resize):  # a crop alone is cheaper before
-            first += 1
-        begun = self.begin(image, first)
-        if first < count and begun.mode == "RGB":  # no way back to Pillow between the steps, nor after them
-            pixels = as_bytes(begun)
-            for step in self.steps[first:count]:
-                pixels = on_bytes(step, pixels)
-            return pixels.permute(1, 2, 0).numpy()
-        for step in self.steps[first:count]:
-            begun = step(begun)
-        array = np.array(begun)
+    def pixels(self, image: Image.Image | Tensor, count: int) -> npt.NDArray[np.uint8]:
+        """The same as bytes, [h, w, C], not to be written to; these steps, random or not, come before ToImage.
+
+        image: Pillow image, or uint8 [h, w, 3]. It changes its form where a step asks for it, and no more.
+        """
+        at: Image.Image | Tensor = image
+        if isinstance(at, Tensor):
+            at = at.permute(2, 0, 1) if self.mode in ("RGB", None) else to_mode(Image.fromarray(at.numpy()), self.mode)
+        elif self.mode is not None:
+            at = to_mode(at, self.mode)
+        for step in self.steps[:count]:
+            if isinstance(at, Tensor):
+                at = on_bytes(step, at) if is_same_on_bytes(step) else step(as_image(at))
+            elif at.mode == "RGB" and resizes_bytes(step):
+                at = on_bytes(step, as_bytes(at))
+            else:
+                at = step(at)
+        if isinstance(at, Tensor):
+            return at.permute(1, 2, 0).numpy()
+        array = np.array(at)
         return array if array.ndim == 3 else array[..., None]
 
-    def _check_size(self, image: Image.Image, made: tuple[int, int]) -> None:
+    def _check_size(self, given: tuple[int, int], made: tuple[int, int]) -> None:
         if made != (self.size, self.size):
             raise UserError(
                 f"augment.{self.split}, data.resize and data.crop make an image of {made[0]} x {made[1]} pixels out of "
-                f"one of {image.height} x {image.width}, but data.image_size is {self.size}: set data.crop = 'center', "
+                f"one of {given[0]} x {given[1]}, but data.image_size is {self.size}: set data.crop = 'center', "
                 f"or data.resize = [{self.size}, {self.size}]"
             )
 
@@ -125,11 +137,15 @@ class ByteTransform:
         self.transform, self.count = transform, count
         self.is_all = makes_floats(transform.after(count))
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Pillow image -> uint8 [h, w, C]. Raises UserError where nothing will change the size, and it is wrong."""
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """Pillow image or uint8 [h, w, 3] -> uint8 [h, w, C].
+
+        Raises UserError where nothing will change the size any more, and it is wrong.
+        """
         pixels = self.transform.pixels(image, self.count)
         if self.is_all:
-            self.transform._check_size(image, pixels.shape[:2])
+            found = image.shape[:2] if isinstance(image, Tensor) else (image.height, image.width)
+            self.transform._check_size((found[0], found[1]), pixels.shape[:2])
         return torch.from_numpy(pixels)
 
 
