@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from toolkit.data.gather import memory_format, put_rows, take_rows
+from toolkit.data.tensors import as_tensor
 
 KINDS = {
     "bytes as they are kept": torch.randint(0, 256, (9, 6, 5, 3), dtype=torch.uint8),
@@ -36,6 +37,6 @@ def test_rows_are_taken_and_put_as_by_indexing(tensor: Tensor) -> None:
 def test_taking_no_rows_and_rows_of_read_only_memory() -> None:
     kept = np.arange(12, dtype=np.uint8).reshape(4, 3)
     kept.flags.writeable = False
-    rows = torch.frombuffer(kept.data, dtype=torch.uint8).view(4, 3)
+    rows = as_tensor(kept, torch.uint8).view(4, 3)
     assert take_rows(rows, torch.tensor([3, 1])).tolist() == [[9, 10, 11], [3, 4, 5]]
     assert take_rows(rows, torch.tensor([], dtype=torch.int64)).shape == (0, 3)

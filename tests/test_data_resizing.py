@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from toolkit.data.resizing import RandomResizedCrop, Resize, resizing_kernel
+from toolkit.data.resizing import RandomResizedCrop, Resize, as_bytes, on_bytes, resizing_kernel
 
 BILINEAR, BICUBIC, NEAREST = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, InterpolationMode.NEAREST
 SIZES = [(200, 300), (300, 200), (41, 500), (256, 256), (900, 1300), (1, 1)]
@@ -77,3 +77,19 @@ def test_without_vector_units_it_is_pillows(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_longest_side_is_kept_within_bounds() -> None:
     assert Resize(200, max_size=250)(picture((100, 300))).size == (250, 83)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (225, 226), (31, 33), (32, 500)])
+def test_a_centre_crop_of_bytes_is_torchvisions(size: tuple[int, int]) -> None:
+    step, image = v2.CenterCrop((32, 31)), picture(size)
+    assert torch.equal(on_bytes(step, as_bytes(image)), v2.functional.pil_to_tensor(step(image)))
+
+
+@pytest.mark.skipif(resizing_kernel() == "Pillow", reason="this processor has no kernel for bytes")
+def test_a_random_crop_of_bytes_is_that_of_the_image() -> None:
+    image, step = picture((200, 300)), RandomResizedCrop(64, scale=(0.05, 1.0))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        wanted = v2.functional.pil_to_tensor(step(image))
+        torch.manual_seed(seed)
+        assert torch.equal(on_bytes(step, as_bytes(image)), wanted)

@@ -71,8 +71,12 @@ def on_bytes(step: Any, pixels: Tensor) -> Tensor:
         crop = pixels[None, :, top : top + box["height"], left : left + box["width"]]
         # A window of a larger image would be taken apart into channels first.
         return _resized(crop.contiguous(memory_format=torch.channels_last)[0], step.size, step.interpolation)
-    cropped: Tensor = functional.center_crop(pixels, step.size)
-    return cropped
+    (height, width), (rows, columns) = pixels.shape[1:], step.size
+    if height < rows or width < columns:
+        padded: Tensor = functional.center_crop(pixels, step.size)
+        return padded
+    top, left = round((height - rows) / 2), round((width - columns) / 2)
+    return pixels[:, top : top + rows, left : left + columns]
 
 
 def as_bytes(image: Image.Image) -> Tensor:

@@ -1,0 +1,84 @@
+"""The faster decoder of JPEG files gives Pillow's bytes, and leaves to Pillow what is not plain."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import Tensor
+
+from toolkit.data import jpeg
+from toolkit.data.images import BadImage, FileImages
+from toolkit.data.jpeg import decode_jpeg, jpeg_decoder
+
+lacks_decoder = jpeg_decoder() == "Pillow" and not os.environ.get("CI")
+needs_simplejpeg = pytest.mark.skipif(lacks_decoder, reason='pip install -e ".[fast]" has the decoder')
+
+
+def photograph(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    small = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def as_jpeg(image: Image.Image, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("subsampling", [0, 1, 2], ids=["444", "422", "420"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(301, 203), (16, 16), (17, 1), (1, 1)])
+def test_it_gives_pillows_bytes(subsampling: int, progressive: bool, size: tuple[int, int]) -> None:
+    for quality in (10, 75, 100):
+        data = as_jpeg(photograph(*size), subsampling=subsampling, progressive=progressive, quality=quality)
+        found = decode_jpeg(data)
+        assert found is not None
+        assert np.array_equal(found, np.asarray(Image.open(io.BytesIO(data))))
+
+
+@needs_simplejpeg
+def test_what_is_not_plain_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = as_jpeg(photograph(64, 48))
+    others = {
+        "grey": as_jpeg(photograph(64, 48, "L")),
+        "CMYK": as_jpeg(photograph(64, 48, "CMYK")),
+        "truncated": whole[: len(whole) // 2],
+        "start only": whole[:3],
+        "empty": b"",
+        "a PNG": b"\x89PNG\r\n\x1a\n",
+    }
+    assert [name for name, data in others.items() if decode_jpeg(data) is not None] == []
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 - 1)
+    assert decode_jpeg(whole) is None
+
+
+@pytest.mark.parametrize("with_decoder", [True, False])
+def test_files_are_the_same_with_and_without_it(
+    with_decoder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_decoder:
+        monkeypatch.setattr(jpeg, "simplejpeg", None)
+        assert jpeg_decoder() == "Pillow"
+    elif lacks_decoder:
+        pytest.skip('pip install -e ".[fast]" has the decoder')
+    whole = as_jpeg(photograph(64, 48))
+    (tmp_path / "colour.jpg").write_bytes(whole)
+    (tmp_path / "grey.jpg").write_bytes(as_jpeg(photograph(64, 48, "L")))
+    (tmp_path / "cmyk.jpg").write_bytes(as_jpeg(photograph(64, 48, "CMYK")))
+    (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    names = ["colour.jpg", "grey.jpg", "cmyk.jpg", "truncated.jpg"]
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        images = FileImages(tmp_path, names, channels)
+        for i, name in enumerate(names[:3]):
+            wanted = np.asarray(Image.open(tmp_path / name).convert(mode))
+            assert np.array_equal(np.asarray(images.load(i)), wanted)
+            assert np.array_equal(np.asarray(images.decoded(i)), wanted)
+        assert isinstance(images.decoded(0), Tensor) == (with_decoder and mode == "RGB")
+        with pytest.raises(BadImage, match=r"truncated.jpg: damaged \(image file is truncated"):
+            images.load(3)
