@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 from cli import toolkit
+from torch import nn
 
 from toolkit import bench
 from toolkit.errors import UserError
@@ -26,6 +32,29 @@ def test_figures_of_the_quickstart() -> None:
     assert speeds.data_images_per_s > speeds.step_images_per_s
     assert speeds.utilisation is None
     assert "whole step" in bench.bench_text(speeds, {"step_images_per_s": speeds.step_images_per_s / 2})
+
+
+def test_a_convolution_in_groups_costs_a_group_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped = nn.Sequential(
+        nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Flatten(), nn.Linear(128, 2)
+    )
+    step = torch.randn(5, 8, 4, 4)
+    monkeypatch.setattr(bench, "_train", lambda *_: grouped(step).sum().backward())
+    pointwise, depthwise, linear = 2 * 8 * 8 * 16, 2 * 9 * 8 * 16, 2 * 128 * 2
+    counted = bench._flops(cast(Any, None), [(cast(Any, SimpleNamespace(own=5)), None)])
+    assert counted == 2 * pointwise + 3 * depthwise + 3 * linear  # the first layer's input needs no gradient
+
+
+def test_repetitions_go_on_in_the_stream() -> None:
+    epochs: list[int] = []
+
+    def epoch(number: int) -> Iterator[int]:
+        epochs.append(number)
+        yield from (10 * number, 10 * number + 1, 10 * number + 2)
+
+    stream = bench._Stream(SimpleNamespace(epoch=epoch))
+    assert [list(itertools.islice(stream.epoch(0), 2)) for _ in range(3)] == [[0, 1], [2, 10], [11, 12]]
+    assert epochs == [0, 1]
 
 
 def test_a_plain_loop_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

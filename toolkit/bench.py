@@ -5,6 +5,7 @@ Everything is measured warm, several times, and given as medians. Nothing is wri
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import resource
@@ -12,13 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from toolkit.data.order import MicroBatch
 from toolkit.engine.display import Display
@@ -82,21 +83,27 @@ class _Repeated:
         """Nothing to end."""
 
 
-class _Timed:
-    """A loader whose waiting time is added up."""
+class _Stream:
+    """A loader's epochs in one stream: a repetition goes on where the last one stopped, and pays for no new start.
+
+    The time spent waiting for batches is added up.
+    """
 
     def __init__(self, loader: Any) -> None:
         self.loader, self.seconds = loader, 0.0
+        self._batches = self._endless()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Any]]:
-        batches = self.loader.epoch(epoch, first_step)
+        """The next micro-batches, without end."""
         while True:
             began = time.perf_counter()
-            item = next(batches, None)
+            item = next(self._batches)
             self.seconds += time.perf_counter() - began
-            if item is None:
-                return
             yield item
+
+    def _endless(self) -> Iterator[tuple[MicroBatch, Any]]:
+        for epoch in itertools.count():
+            yield from self.loader.epoch(epoch)
 
     def close(self) -> None:
         """The loader is its owner's to end."""
@@ -133,16 +140,14 @@ def _measure(training: Training, steps: int, repeats: int, peak_tflops: float | 
     flops = _flops(training, first)
 
     def data() -> None:
-        for number, (micro, batch) in enumerate(loader.epoch(0)):
+        for _, batch in itertools.islice(stream.epoch(0), steps * table.accumulation):
             to_device(batch.images, device, table.channels_last)
-            if micro.is_last and number + 1 >= steps * table.accumulation:
-                return
 
-    waiting = _Timed(loader)
-    repeated = _Repeated(first, steps)
+    stream, repeated = _Stream(loader), _Repeated(first, steps)
     data_seconds = _median(data, repeats, device)
     model_seconds = _median(lambda: _train(training, repeated, steps), repeats, device)
-    step_seconds = _median(lambda: _train(training, waiting, steps), repeats, device)
+    stream.seconds = 0.0
+    step_seconds = _median(lambda: _train(training, stream, steps), repeats, device)
     rate = steps * per_step / step_seconds
     peak = peak_tflops or _peak(device, accelerator.mixed_precision)
     world = accelerator.num_processes
@@ -155,7 +160,7 @@ def _measure(training: Training, steps: int, repeats: int, peak_tflops: float | 
         data_images_per_s=steps * per_step / data_seconds,
         model_images_per_s=steps * table.batch_size / model_seconds,
         step_images_per_s=rate,
-        waiting_for_data=min(1.0, waiting.seconds / (repeats + 1) / step_seconds),
+        waiting_for_data=min(1.0, stream.seconds / (repeats + 1) / step_seconds),
         memory_mb=_memory_mb(device),
         gflop_per_image=flops / 1e9,
         utilisation=None if peak is None else flops * rate / world / (peak * 1e12),
@@ -210,9 +215,22 @@ def _wait_for(device: torch.device) -> None:
 def _flops(training: Training, first: list[tuple[MicroBatch, Any]]) -> float:
     """Floating point operations of forward and backward, for one image."""
     images = sum(micro.own for micro, _ in first)
-    with FlopCounterMode(display=False) as counter:
+    backward = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=backward) as counter:
         _train(training, _Repeated(first, 1), 1)
     return float(counter.get_total_flops() / max(images, 1))
+
+
+def _convolution_backward_flops(
+    made: Sequence[int], given: Sequence[int], weight: Sequence[int], *others: Any, **_: Any
+) -> int:
+    """As many again as forward for each gradient that is wanted; PyTorch's own count knows nothing of groups.
+
+    Shapes of the gradient, the input and the weight; then the arguments of aten::convolution_backward, as they come.
+    """
+    transposed, wanted = others[4], others[7]
+    once: int = conv_flop_count(list(given), list(weight), list(made), transposed=transposed)
+    return once * sum(map(bool, wanted[:2]))
 
 
 def _peak(device: torch.device, precision: str) -> float | None:

@@ -17,8 +17,8 @@ def on_gpu() -> bool:
 def resolve_precision(wanted: str) -> str:
     """auto: bf16 on a GPU whose hardware computes in it, else no. fp16 needs a GPU.
 
-    On a CPU auto is always no: with bf16 autocast ResNet18 trained at 0.37 times the speed of fp32 on a CPU that has
-    AVX512_BF16 (AMD EPYC, 2 threads), so that the instructions alone are no reason to take it.
+    On a CPU auto is always no, also where it has bf16 units: some models train twice as fast in bf16 there, others at
+    half the speed (benchmarks/README.md), and what a recipe computes should not hang on a stopwatch.
     """
     gpu = on_gpu()
     if wanted == "auto":
@@ -37,6 +37,6 @@ def precision_line(wanted: str, precision: str) -> str:
     if precision == "bf16":
         return "precision bf16 (auto): the GPU computes in it"
     if not on_gpu():
-        return "precision no (auto): on a CPU bf16 autocast is slower than fp32"
+        return "precision no (auto): on a CPU bf16 is faster for some models, slower for others; toolkit bench tells"
     major, minor = torch.cuda.get_device_capability()
     return f"precision no (auto): a GPU of compute capability {major}.{minor} has no bf16 units (from 8.0 on)"
