@@ -51,6 +51,20 @@ def test_every_warning_and_failure_says_what_to_do(tmp_path: Path) -> None:
     assert [c["name"] for c in checks if c["state"] != "ok" and not c["advice"]] == []
 
 
+def test_a_faster_decoder_is_named_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name not in installed:
+            raise doctor.metadata.PackageNotFoundError(name)
+        return "1.9.0"
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    installed: set[str] = set()
+    assert (doctor.decoder().state, doctor.decoder().found) == ("ok", "decoded by Pillow")
+    assert "pip install simplejpeg" in doctor.decoder().advice
+    installed.add("simplejpeg")
+    assert (doctor.decoder().found, doctor.decoder().advice) == ("decoded by simplejpeg 1.9.0", "")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
 def test_a_driver_that_torch_cannot_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(doctor.gpus()).state == "warn"

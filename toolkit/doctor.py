@@ -40,6 +40,7 @@ def examine(run_root: Path) -> list[Check]:
         python_version(),
         *requirements(),
         catalog_is_current(),
+        decoder(),
         *gpus(),
         *communication(),
         cpus(),
@@ -108,6 +109,15 @@ def catalog_is_current() -> Check:
         f"made with {', '.join(other)}; installed are others",
         "names of models, weights and arguments may differ a little: python -m toolkit.recipe.catalog writes it anew",
     )
+
+
+def decoder() -> Check:
+    """What decodes JPEG files."""
+    try:
+        return Check("JPEG files", "ok", f"decoded by simplejpeg {metadata.version('simplejpeg')}")
+    except metadata.PackageNotFoundError:
+        faster = "pip install simplejpeg: the same pixels in two thirds of the time"
+        return Check("JPEG files", "ok", "decoded by Pillow", faster)
 
 
 def _release(name: str) -> str:

@@ -5,6 +5,8 @@ The choice depends on the recipe and the data set alone, never on what is kept w
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,15 +85,34 @@ def _is_cropped(split: str, augment: AugmentTable, preprocessing: Preprocessing)
 class Finish:
     """Model inputs of a batch of bytes, on the device."""
 
-    def __init__(self, delivery: Delivery, device: torch.device, *, channels_last: bool) -> None:
+    def __init__(
+        self, delivery: Delivery, device: torch.device, *, channels_last: bool, beside_workers: bool = False
+    ) -> None:
+        """beside_workers: data workers may hold the other cores meanwhile."""
         assert delivery.batched is not None
         self.batched, self.device, self.channels_last = delivery.batched, device, channels_last
+        self.on_one_thread = beside_workers and device.type == "cpu"
 
     def __call__(self, pixels: Tensor, epoch: int, draws: Tensor) -> Tensor:
         """uint8 [m, h, w, c] -> float32 [m, C, image_size, image_size]; greyscale is repeated where C is 3."""
+        with _one_thread() if self.on_one_thread else contextlib.nullcontext():
+            return self._finished(pixels, epoch, draws)
+
+    def _finished(self, pixels: Tensor, epoch: int, draws: Tensor) -> Tensor:
         images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         if images.shape[1] != self.batched.channels:
             images = images.expand(-1, self.batched.channels, -1, -1)
         if not self.channels_last:
             images = images.contiguous()
         return self.batched(images, epoch, draws)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations on single images are short: a second thread that waits for a worker's core holds up each of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

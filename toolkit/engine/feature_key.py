@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import toolkit
 from toolkit.data.cache import content_key
+from toolkit.data.jpeg import jpeg_decoder
 from toolkit.data.resizing import resizing_kernel
 from toolkit.data.transforms import is_deterministic
 from toolkit.engine.setup import Setup
@@ -31,7 +32,7 @@ def frozen_part(setup: Setup, tail: str) -> dict[str, Any]:
         "tail": tail,
         "numbers": _numbers(setup),
         "versions": [toolkit.__version__, timm.__version__, np.__version__, PIL.__version__,
-                     torch.__version__, torchvision.__version__, resizing_kernel()],
+                     torch.__version__, torchvision.__version__, resizing_kernel(), jpeg_decoder()],
     }  # fmt: skip
 
 

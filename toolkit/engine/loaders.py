@@ -81,13 +81,15 @@ class Images:
         finish = None
         # Without a cache even evaluation goes the plain way, image by image, which the others are held against.
         if way.batched is not None and (done or not way.is_exact):
-            transform, finish = ByteTransform(rest, way.steps - done), self._finish(way)
+            transform = ByteTransform(rest, way.steps - done)
+            finish = self._finish(way, beside_workers=self._workers() > 0)
         setup = self.setup
         seed = setup.recipe.recipe.seed
         return SplitImages(images, setup.dataset.labels, setup.splits[split], transform, seed), finish
 
-    def _finish(self, way: Delivery) -> Finish:
-        return Finish(way, self.setup.accelerator.device, channels_last=self.setup.recipe.train.channels_last)
+    def _finish(self, way: Delivery, *, beside_workers: bool = False) -> Finish:
+        channels_last = self.setup.recipe.train.channels_last
+        return Finish(way, self.setup.accelerator.device, channels_last=channels_last, beside_workers=beside_workers)
 
     def _workers(self) -> int:
         return worker_count(self.setup.recipe.data.workers, self.setup.dataset.images, local_processes())
