@@ -56,6 +56,19 @@ def test_what_is_not_plain_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) ->
     assert [name for name, data in others.items() if decode_jpeg(data) is not None] == []
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 - 1)
     assert decode_jpeg(whole) is None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert decode_jpeg(whole) is not None
+
+
+@needs_simplejpeg
+def test_a_decoder_that_breaks_down_is_no_verdict_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(data: bytes) -> None:
+        raise RuntimeError("out of handles")
+
+    monkeypatch.setattr(jpeg.simplejpeg, "decode_jpeg", broken)
+    image = photograph(64, 48)
+    (tmp_path / "a.jpg").write_bytes(as_jpeg(image, quality=95))
+    assert FileImages(tmp_path, ["a.jpg"], 3).load(0).size == image.size
 
 
 @pytest.mark.parametrize("with_decoder", [True, False])

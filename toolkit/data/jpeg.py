@@ -35,7 +35,7 @@ def decode_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
         if colorspace != "YCbCr" or (limit is not None and height * width > limit):
             return None
         pixels: Any = simplejpeg.decode_jpeg(data)
-    except ValueError:
+    except Exception:  # whatever it is that simplejpeg cannot do: Pillow can, or says why not
         return None
     whole: npt.NDArray[np.uint8] = pixels
     return whole
