@@ -1,7 +1,7 @@
 """What writing the cache costs in memory that the system hands out for the first time, and in memory it has just freed.
 
-Each round writes as many blocks as `--mb` says to a new file, 32 images of 224 pixels a block, and removes it. A virtual
-machine that gives freed memory back to its host pays for each page of the first round, and of any after a pause.
+Each round writes as many blocks as `--mb` says to a new file, 32 images of 224 pixels a block, and removes it. A
+virtual machine that gives freed memory back to its host pays for each page of the first round, and after a pause.
 
     python benchmarks/fresh_memory.py --folder /tmp --mb 1000
 """
