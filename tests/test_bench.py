@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +36,15 @@ def test_figures_of_the_quickstart() -> None:
     assert speeds.data_images_per_s > speeds.step_images_per_s
     assert speeds.utilisation is None
     assert "whole step" in bench.bench_text(speeds, {"step_images_per_s": speeds.step_images_per_s / 2})
+
+
+def test_processes_of_a_launcher_measure_together_and_one_speaks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "toolkit", "bench"]
+    command += [str(QUICKSTART), "--steps", "2", "--repeats", "1", "--json", "-o", str(tmp_path / "figures.json")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "figures.json").read_text())
 
 
 def test_a_convolution_in_groups_costs_a_group_each(monkeypatch: pytest.MonkeyPatch) -> None:

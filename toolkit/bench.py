@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from toolkit.data.order import MicroBatch
@@ -126,6 +127,11 @@ def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: flo
         return _measure(training, steps, repeats, peak_tflops)
     finally:
         training.close()
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that a launcher has started."""
+    return bool(PartialState().is_main_process)
 
 
 def _measure(training: Training, steps: int, repeats: int, peak_tflops: float | None) -> Speeds:

@@ -38,6 +38,8 @@ def bench(
         from toolkit import bench as module
 
         speeds = module.bench(loaded.recipe, steps=steps, repeats=repeats, peak_tflops=peak_tflops)
+        if not module.is_main_process():  # the figures are the same on all
+            return EXIT_OK
         plain = module.compare_with_plain_loop(recipe, set_ or [], speeds.steps, repeats) if compare else None
         content = {**speeds.to_json(), **({"plain_loop": plain} if plain else {})}
         if out is not None:
