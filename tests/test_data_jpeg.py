@@ -71,15 +71,13 @@ def test_a_decoder_that_breaks_down_is_no_verdict_on_the_file(tmp_path: Path, mo
     assert FileImages(tmp_path, ["a.jpg"], 3).load(0).size == image.size
 
 
-@pytest.mark.parametrize("with_decoder", [True, False])
+@pytest.mark.parametrize("with_decoder", [pytest.param(True, marks=needs_simplejpeg), False])
 def test_files_are_the_same_with_and_without_it(
     with_decoder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not with_decoder:
         monkeypatch.setattr(jpeg, "simplejpeg", None)
         assert jpeg_decoder() == "Pillow"
-    elif lacks_decoder:
-        pytest.skip('pip install -e ".[fast]" has the decoder')
     whole = as_jpeg(photograph(64, 48))
     (tmp_path / "colour.jpg").write_bytes(whole)
     (tmp_path / "grey.jpg").write_bytes(as_jpeg(photograph(64, 48, "L")))

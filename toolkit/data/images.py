@@ -145,8 +145,7 @@ class FileImages:
 
     def load(self, i: int) -> Image.Image:
         """Read and decode image i. Raises BadImage for a missing, empty, truncated or non-image file."""
-        decoded = self.decoded(i)
-        return Image.fromarray(decoded.numpy()) if isinstance(decoded, Tensor) else decoded
+        return as_picture(self.decoded(i))
 
     def decoded(self, i: int) -> Image.Image | Tensor:
         """The same, as bytes uint8 [h, w, 3] where it came so from the decoder."""
@@ -193,6 +192,11 @@ class FileImages:
             raise _fault(error, self.name(i), self.path(i)) from error
         if not is_whole:
             self.load(i)
+
+
+def as_picture(decoded: Image.Image | Tensor) -> Image.Image:
+    """What :meth:`Images.decoded` gives, as a Pillow image."""
+    return Image.fromarray(decoded.numpy()) if isinstance(decoded, Tensor) else decoded
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:

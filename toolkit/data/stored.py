@@ -19,7 +19,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from toolkit.data.cache import Block, Bytes, Entry, EntryWriter, content_key
-from toolkit.data.images import ArrayImages, Images
+from toolkit.data.images import ArrayImages, Images, as_picture
 from toolkit.data.jpeg import jpeg_decoder
 from toolkit.data.loading import Failure
 from toolkit.data.order import Indices
@@ -180,8 +180,7 @@ class StoredImages:
 
     def load(self, i: int) -> Image.Image:
         """Image i as it was kept, in mode RGB or L."""
-        decoded = self.decoded(i)
-        return Image.fromarray(decoded.numpy()) if isinstance(decoded, Tensor) else decoded
+        return as_picture(self.decoded(i))
 
     def tensor(self) -> tuple[Tensor, Indices] | None:
         """All images as one tensor, uint8 [n, h, w, c], and the row of each image of the data set; else None.

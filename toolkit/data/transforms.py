@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from toolkit.data.images import MODES, Images, to_mode
+from toolkit.data.images import MODES, Images, as_picture, to_mode
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.resizing import (
     RandomResizedCrop,
@@ -97,11 +97,11 @@ class ImageTransform:
 
         image: Pillow image, or uint8 [h, w, 3]. It changes its form where a step asks for it, and no more.
         """
-        at: Image.Image | Tensor = image
-        if isinstance(at, Tensor):
-            at = at.permute(2, 0, 1) if self.mode in ("RGB", None) else to_mode(Image.fromarray(at.numpy()), self.mode)
-        elif self.mode is not None:
-            at = to_mode(at, self.mode)
+        at: Image.Image | Tensor
+        if isinstance(image, Tensor) and self.mode in ("RGB", None):
+            at = image.permute(2, 0, 1)
+        else:
+            at = self.begin(as_picture(image), 0)
         for step in self.steps[:count]:
             if isinstance(at, Tensor):
                 at = on_bytes(step, at) if is_same_on_bytes(step) else step(as_image(at))
