@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from cli import toolkit
 from torch import Tensor, nn
 
+from toolkit import bench
 from toolkit.engine.optim import build_optimizer
 from toolkit.inspect import cost
 from toolkit.inspect.cost import BY_IMAGES, BY_SHAPES, measure_step, optimizer_bytes
-from toolkit.recipe import load_recipe, resolved_toml
+from toolkit.recipe import load, load_recipe, resolved_toml
 from toolkit.recipe.schema import OptimizerTable
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -225,3 +227,30 @@ def test_time_comes_from_the_youngest_like_run(tmp_path: Path) -> None:
     assert "10 s of training (1,294 images/s measured on 2 x cpu" in text
     assert "in proportion to 4 processes" in text
     assert plan(QUICKSTART, *here, "--set", "model.head.dropout=0.3")["throughput"] is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["alexnet", "resnet18", "resnet50", "resnext50_32x4d", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small",
+     "efficientnet_b0", "shufflenet_v2_x1_0", "convnext_tiny"],
+)  # fmt: skip
+def test_operations_of_known_architectures(name: str) -> None:
+    """torchvision states multiply-adds per image; backward costs twice the forward pass, less the input's gradient."""
+    weights = next(iter(torchvision.models.get_model_weights(name)))
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+    step, measured_by = measure_step(model, (2, 3, 224, 224), None)
+    assert measured_by == BY_SHAPES
+    # torchvision rounds to three decimals of a GMAC.
+    assert step.forward_flops / 2e9 == pytest.approx(weights.meta["_ops"], abs=6e-4)
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    side = (224 + 2 * first.padding[0] - first.kernel_size[0]) // first.stride[0] + 1
+    first_layer = 2 * first.weight.numel() * side**2
+    assert step.training_flops == pytest.approx(3 * step.forward_flops - first_layer, rel=1e-9)
+
+
+def test_plan_and_bench_count_the_same_operations() -> None:
+    recipe, few = RECIPES / "quickstart.toml", ["train.batch_size=16", "data.images_per_class=8"]
+    measured = bench.bench(load(recipe, few).recipe, steps=1, repeats=1)
+    planned = plan(recipe, *(part for setting in few for part in ("--set", setting)))
+    assert planned["training_flops_per_image"] / 1e9 == pytest.approx(measured.gflop_per_image, rel=1e-9)

@@ -13,14 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from toolkit.data.order import MicroBatch
 from toolkit.engine.display import Display
@@ -31,6 +30,7 @@ from toolkit.engine.setup import prepare
 from toolkit.engine.signals import StopRequest
 from toolkit.engine.training import Training
 from toolkit.errors import RunFailed, UserError
+from toolkit.inspect.cost import flop_counter
 from toolkit.recipe.schema import Recipe
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "V100": 125.0, "T4": 65.0}
@@ -221,22 +221,9 @@ def _wait_for(device: torch.device) -> None:
 def _flops(training: Training, first: list[tuple[MicroBatch, Any]]) -> float:
     """Floating point operations of forward and backward, for one image."""
     images = sum(micro.own for micro, _ in first)
-    backward = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
-    with FlopCounterMode(display=False, custom_mapping=backward) as counter:
+    with flop_counter() as counter:
         _train(training, _Repeated(first, 1), 1)
     return float(counter.get_total_flops() / max(images, 1))
-
-
-def _convolution_backward_flops(
-    made: Sequence[int], given: Sequence[int], weight: Sequence[int], *others: Any, **_: Any
-) -> int:
-    """As many again as forward for each gradient that is wanted; PyTorch's own count knows nothing of groups.
-
-    Shapes of the gradient, the input and the weight; then the arguments of aten::convolution_backward, as they come.
-    """
-    transposed, wanted = others[4], others[7]
-    once: int = conv_flop_count(list(given), list(weight), list(made), transposed=transposed)
-    return once * sum(map(bool, wanted[:2]))
 
 
 def _peak(device: torch.device, precision: str) -> float | None:

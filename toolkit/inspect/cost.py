@@ -7,7 +7,7 @@ and without memory. Where a model looks at values, which fake tensors do not hav
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from toolkit.engine.optim import build_optimizer
 from toolkit.models.build import BuiltModel
@@ -86,7 +86,7 @@ def _run(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype
     own.add(_storage_key(images))
     autocast = torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext()
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         with hooks, autocast:
             logits = functional_call(module, state, (images,))
             loss = nn.functional.cross_entropy(logits.float(), labels)
@@ -95,6 +95,27 @@ def _run(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype
         training = counter.get_total_flops()
     activations = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
     return Step(activations, forward / shape[0], training / shape[0])
+
+
+def flop_counter() -> FlopCounterMode:
+    """Context that counts floating point operations; one multiplication and one addition count as two.
+
+    PyTorch's counter ignores the groups of a convolution in the backward pass and so overstates depthwise convolutions.
+    """
+    backward = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    return FlopCounterMode(display=False, custom_mapping=backward)
+
+
+def _convolution_backward_flops(
+    grad_output: Sequence[int], inputs: Sequence[int], weight: Sequence[int], *others: Any, **_: Any
+) -> int:
+    """One forward pass worth of operations for each of the two gradients (input, weight) that is computed.
+
+    Takes the shapes of the output gradient, input and weight, then the other arguments of aten::convolution_backward.
+    """
+    transposed, output_mask = others[4], others[7]
+    once: int = conv_flop_count(list(inputs), list(weight), list(grad_output), transposed=transposed)
+    return once * sum(map(bool, output_mask[:2]))
 
 
 def _fresh_state(module: nn.Module) -> dict[str, Tensor]:
