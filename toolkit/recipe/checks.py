@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+from toolkit.data.facts import FACTS
+from toolkit.errors import UserError
 from toolkit.recipe import names
-from toolkit.recipe.batchable import is_random, why_not_batched
+from toolkit.recipe.batchable import UP_TO_CROP, is_random, why_not_batched
 from toolkit.recipe.catalog import weights_input
 from toolkit.recipe.diagnostics import Finding, dotted
+from toolkit.recipe.image_size import convnet_output_size, input_size
 from toolkit.recipe.names import MODEL, SOURCE, WEIGHTS
 from toolkit.recipe.positions import Path
 from toolkit.recipe.schema import NormalizeValues, Recipe, SchedulerTable
@@ -18,7 +21,7 @@ from toolkit.recipe.writing import toml_value
 
 MODE = ("transfer", "mode")
 EPOCHS = ("train", "epochs")
-GREY_DATASETS = ("digits", "fashion_mnist")
+IMAGE_SIZE = ("data", "image_size")
 NORMALIZATIONS = {
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     "half": ([0.5] * 3, [0.5] * 3),
@@ -112,11 +115,59 @@ def stem_fits_model(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(message, path, (WEIGHTS,), severity="warning")
 
 
+def image_size_is_known(recipe: Recipe) -> Iterator[Finding]:
+    """Images of different sizes and no pretrained weights: only the recipe can state the size of the input."""
+    has_expected_size = recipe.model.source != "toolkit" and recipe.model.weights != "none"
+    if input_size(recipe) is None and not has_expected_size:
+        message = f'data.image_size: must be given, since the images of "{recipe.data.dataset}" differ in size'
+        related = (("data", "dataset"), MODEL, WEIGHTS)
+        yield Finding(message, IMAGE_SIZE, related, "for example image_size = 224", at="table")
+
+
+def images_reach_every_layer(recipe: Recipe) -> Iterator[Finding]:
+    """The images are large enough for every convolution and pooling of [model.convnet]."""
+    size, model = input_size(recipe), recipe.model
+    if model.source != "toolkit" or model.convnet is None or size is None:
+        return
+    try:
+        convnet_output_size(model.convnet, size)
+    except UserError as error:
+        yield Finding(f"model.convnet.blocks: {error}", ("model", "convnet", "blocks"), (IMAGE_SIZE,))
+
+
+def resize_gives_image_size(recipe: Recipe) -> Iterator[Finding]:
+    """Without a crop, the resize must give images of data.image_size."""
+    data, size = recipe.data, input_size(recipe)
+    augment = recipe.augment
+    changes = any(e.at in UP_TO_CROP for split in ("train", "validation", "test") for e in getattr(augment, split))
+    if data.crop != "none" or data.resize in (None, "none") or size is None or changes:
+        return
+    resized = data.resize if isinstance(data.resize, list) else [data.resize, data.resize]
+    if resized != [size, size]:
+        shown = " x ".join(map(str, resized)) if isinstance(data.resize, list) else f"a short side of {data.resize}"
+        message = f'data.resize: with crop = "none" images would have {shown} pixels, but the model takes {size} x {size}'
+        yield Finding(message, ("data", "resize"), (("data", "crop"), IMAGE_SIZE), 'set crop = "center"')
+
+
+def splits_leave_images(recipe: Recipe) -> Iterator[Finding]:
+    """Numbers of validation and test images are below the data set's size, where that is known."""
+    images, split = FACTS[recipe.data.dataset].images, recipe.data.split
+    if images is None:
+        return
+    taken = {"validation": split.validation, "test": 0 if images[1] else split.test}
+    counts = {key: value for key, value in taken.items() if isinstance(value, int)}
+    if sum(counts.values()) >= images[0]:
+        asked = " and ".join(f"{count} for {key}" for key, count in counts.items() if count)
+        key = max(counts, key=lambda name: counts[name])
+        message = f"data.split.{key}: {asked} of {images[0]} images leaves none for training"
+        yield Finding(message, ("data", "split", key), (("data", "dataset"),))
+
+
 def channels_of(recipe: Recipe) -> int:
     """Channels of the model's input: as said, else three for pretrained weights, else the data set's own."""
     if recipe.data.channels:
         return recipe.data.channels
-    return 1 if recipe.model.weights == "none" and recipe.data.dataset in GREY_DATASETS else 3
+    return FACTS[recipe.data.dataset].channels if recipe.model.weights == "none" else 3
 
 
 def normalization_has_all_channels(recipe: Recipe) -> Iterator[Finding]:
@@ -302,6 +353,10 @@ RULES = (
     head_fits_model,
     convnet_has_effect,
     stem_fits_model,
+    image_size_is_known,
+    images_reach_every_layer,
+    resize_gives_image_size,
+    splits_leave_images,
     normalization_has_all_channels,
     normalization_fits_weights,
     warmup_fits_run,

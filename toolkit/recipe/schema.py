@@ -356,7 +356,8 @@ class TransferTable(Table):
         describe(
             "scratch, finetune: everything trains. feature_extractor: the backbone is frozen, every fully connected "
             "layer trains. frozen_classifier: the reverse. linear_probe: only the new head trains. "
-            "gradual: as linear_probe, then stage after stage from the top."
+            "gradual: as linear_probe, then stage after stage from the top. "
+            "Default: finetune where model.weights names pretrained ones, else scratch."
         ),
     ] = "scratch"
     freeze: Annotated[
@@ -646,6 +647,17 @@ class SlurmTable(Table):
 
 class Recipe(Table):
     """A whole recipe."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pretrained_weights_are_finetuned(cls, content: Any) -> Any:
+        """The default of transfer.mode depends on model.weights."""
+        model, transfer = (content.get(key, {}) for key in ("model", "transfer")) if isinstance(content, dict) else ({}, {})
+        if not (isinstance(model, dict) and isinstance(transfer, dict)):
+            return content
+        if model.get("weights", "none") == "none" or "mode" in transfer:
+            return content
+        return {**content, "transfer": {**transfer, "mode": "finetune"}}
 
     recipe: RecipeTable
     data: DataTable

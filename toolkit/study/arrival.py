@@ -12,7 +12,7 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from toolkit.errors import UserError
 from toolkit.recipe.diagnostics import Finding, RecipeError, dotted
@@ -255,8 +255,13 @@ def _value(run: PlannedRun, key: str, base: Mapping[str, Any]) -> Any:
 
 
 def _others(run: PlannedRun, key: str) -> list[Any]:
-    """Other values than the run's, for numbers."""
+    """Other values than the run's: numbers nearby, the opposite, or the other options of a choice."""
     value = run.changes[key].value
+    if isinstance(value, str):
+        table, _, name = key.partition(".")
+        field = getattr(Recipe.model_fields[table].annotation, "model_fields", {}).get(name)
+        options = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
+        return [option for option in options if option != value]
     if isinstance(value, bool):
         return [not value]
     return [value / 2, value * 2] if isinstance(value, float) else [value + 1] if isinstance(value, int) else []
