@@ -17,9 +17,12 @@ from cli import toolkit
 
 from toolkit.cli import app
 from toolkit.data.facts import FACTS
+from toolkit.data.preprocessing import resolve_preprocessing, with_channels
 from toolkit.engine.display import Display
+from toolkit.models.build import expected_input
 from toolkit.recipe import catalog, load_recipe
 from toolkit.recipe.schema import DataTable
+from toolkit.recipe.writing import toml_value
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -189,6 +192,25 @@ def test_show_json() -> None:
     values = json.loads(toolkit("show", str(QUICKSTART), "--json", "--set", "train.epochs=7").stdout)
     assert values["train.epochs"] == {"value": 7, "origin": "--set"}
     assert values["recipe.seed"] == {"value": 0, "origin": "default"}
+
+
+@pytest.mark.parametrize("name", ["quickstart", "vit_small_caltech", "resnet50_caltech", "efficientnet_lite0_caltech"])
+def test_show_tells_what_the_open_keys_of_the_input_become(name: str) -> None:
+    """The same values as training resolves from the libraries' own configurations."""
+    recipe = load_recipe(RECIPES / f"{name}.toml")
+    weights = expected_input(recipe.model)
+    facts = FACTS[recipe.data.dataset]
+    data = with_channels(recipe.data, pretrained=weights is not None)
+    trained = resolve_preprocessing(data, weights, facts.size, facts.channels, lambda plain: (plain.mean, plain.std))
+    shown = json.loads(toolkit("show", str(RECIPES / f"{name}.toml"), "--json").stdout)
+    entries = {key: shown[f"data.{key}"] for key in ("image_size", "channels", "resize", "interpolation")}
+    values = {key: entry.get("becomes", entry)["value"] for key, entry in entries.items()}
+    assert values == {key: getattr(trained, key) for key in values}
+    if recipe.data.normalize == "auto":
+        becomes = {"mean": list(trained.mean), "std": list(trained.std)}
+        assert shown["data.normalize"]["becomes"]["value"] == becomes
+        text = toolkit("show", str(RECIPES / f"{name}.toml")).stdout
+        assert f"# normalize = {toml_value(becomes)}  # " in text
 
 
 def resolved(folder: Path, *settings: str) -> Path:

@@ -97,7 +97,8 @@ def _diagnostic_json(item: Diagnostic) -> dict[str, Any]:
 def show(recipe: RecipePath, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Print a recipe resolved, with origins.
 
-    Every key with its value, and where that comes from: file and line, --set, or default.
+    Every key with its value, and where that comes from: file and line, --set, or default. Keys of [data] that are left
+    open are followed by what the pretrained weights or the data set make of them.
 
     Example: toolkit show recipes/resnet50_caltech.toml --set train.epochs=5
     """
@@ -110,14 +111,64 @@ def show(recipe: RecipePath, set_: Overrides = None, as_json: AsJson = False, de
         loaded = load(recipe, set_ or [])
         for warning in loaded.warnings:
             print(warning, file=sys.stderr)
+        known = _known_input(loaded.recipe)
         if as_json:
             values = leaves(resolved_content(loaded.recipe))
-            _print_json({dotted(path): {"value": value, "origin": loaded.origins[path]} for path, value in values})
+            keys = {dotted(path): {"value": value, "origin": loaded.origins[path]} for path, value in values}
+            for key, (value, origin) in known.items():
+                entry = keys.setdefault(f"data.{key}", {"value": None, "origin": "default"})
+                entry["becomes"] = {"value": value, "origin": origin}
+            _print_json(keys)
         else:
-            print(loaded.annotated(), end="")
+            print(_with_comments(loaded.annotated(), known), end="")
         return EXIT_OK
 
     end(report_errors(work, debug=debug))
+
+
+def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
+    """Keys of [data] that the recipe leaves open: what the pretrained weights or the data set make of them, and which.
+
+    Weights from a file are taken to expect what the architecture's default weights do, as in training.
+    """
+    from toolkit.data.facts import FACTS
+    from toolkit.data.preprocessing import InputConfig, resolve_preprocessing, with_channels
+    from toolkit.recipe.catalog import weights_input
+
+    model, facts = recipe.model, FACTS[recipe.data.dataset]
+    is_pretrained, is_file = model.weights != "none", model.weights.startswith(("file:", "package:"))
+    expected = None
+    if is_pretrained and model.source != "toolkit":
+        expected = weights_input(model.source, model.name, "DEFAULT" if is_file else model.weights)
+        if expected is None:
+            return {}
+    found = resolve_preprocessing(
+        with_channels(recipe.data, pretrained=is_pretrained),
+        None if expected is None else InputConfig(**expected._asdict()),
+        facts.size,
+        facts.channels,
+        lambda plain: (plain.mean, plain.std),
+    )
+    weights = f"from {model.name}'s default weights" if is_file else f"from the weights {model.weights}"
+    native = weights if expected else "from the data set"
+    usual = weights if expected else "default without pretrained weights"
+    known = {
+        "image_size": (found.image_size, native),
+        "channels": (found.channels, native),
+        "resize": (found.resize or "none", usual),
+        "interpolation": (found.interpolation, usual),
+        "normalize": ({"mean": list(found.mean), "std": list(found.std)}, usual),
+    }
+    return {key: value for key, value in known.items() if getattr(recipe.data, key) in (None, "auto")}
+
+
+def _with_comments(text: str, known: dict[str, tuple[Any, str]]) -> str:
+    """A resolved recipe with what its open keys become, as comments at the end of [data]: the recipe stays the same."""
+    from toolkit.recipe.writing import toml_value
+
+    end = text.index("\n\n", text.index("\n[data]\n"))
+    lines = [f"\n# {key} = {toml_value(value)}  # {origin}" for key, (value, origin) in known.items()]
+    return text[:end] + "".join(lines) + text[end:]
 
 
 def diff(

@@ -145,7 +145,9 @@ def resize_gives_image_size(recipe: Recipe) -> Iterator[Finding]:
     resized = data.resize if isinstance(data.resize, list) else [data.resize, data.resize]
     if resized != [size, size]:
         shown = " x ".join(map(str, resized)) if isinstance(data.resize, list) else f"a short side of {data.resize}"
-        message = f'data.resize: with crop = "none" images would have {shown} pixels, but the model takes {size} x {size}'
+        message = (
+            f'data.resize: with crop = "none" images would have {shown} pixels, but the model takes {size} x {size}'
+        )
         yield Finding(message, ("data", "resize"), (("data", "crop"), IMAGE_SIZE), 'set crop = "center"')
 
 

@@ -652,7 +652,9 @@ class Recipe(Table):
     @classmethod
     def _pretrained_weights_are_finetuned(cls, content: Any) -> Any:
         """The default of transfer.mode depends on model.weights."""
-        model, transfer = (content.get(key, {}) for key in ("model", "transfer")) if isinstance(content, dict) else ({}, {})
+        model, transfer = (
+            (content.get(key, {}) for key in ("model", "transfer")) if isinstance(content, dict) else ({}, {})
+        )
         if not (isinstance(model, dict) and isinstance(transfer, dict)):
             return content
         if model.get("weights", "none") == "none" or "mode" in transfer:
