@@ -1,6 +1,6 @@
 """Augmented 224-pixel batches from Caltech-101 on one core: the toolkit's cache beside the fair ordinary way.
 
-The ordinary way is a DataLoader over Pillow and torchvision's transforms, image by image (benchmarks/plain_loop.py).
+The ordinary way is a DataLoader over Pillow and torchvision's transforms, image by image (toolkit/plain_loop.py).
 Counted are images a second of CPU time, of this process and its workers, so that the figure is one of work done, not of
 idle cores. One thread, no training. The pass that builds the cache takes all splits, and so does the ordinary pass
 beside it; the passes after it are of training images.
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plain_loop import ImageList, PlainLoop, pillow_as_it_comes
 from torch.utils.data import DataLoader
 
 from toolkit.engine.display import Display
 from toolkit.engine.loaders import build_loaders
 from toolkit.engine.process import start
 from toolkit.engine.setup import prepare
+from toolkit.plain_loop import ImageList, PlainLoop, pillow_as_it_comes
 from toolkit.recipe import load
 from toolkit.recipe.schema import Recipe
 

@@ -1,6 +1,6 @@
 """A frozen backbone over many epochs, and a grid of such runs: the toolkit's features computed once beside a loop.
 
-The plain loop (benchmarks/plain_loop.py) sends every image through the whole network in every epoch. Some of its epochs
+The plain loop (toolkit/plain_loop.py) sends every image through the whole network in every epoch. Some of its epochs
 are measured and their time is multiplied, since all are alike. The toolkit's run is measured whole, from an empty cache
 to the summary, once with fit() in this process and then as `toolkit study` over 12 learning rates, whose time contains
 starting Python, importing PyTorch and the tables. Both use all cores.
@@ -23,9 +23,9 @@ from typing import Any
 
 import safetensors.torch
 import torchvision
-from plain_loop import PlainLoop, pillow_as_it_comes
 
 from toolkit.engine.fit import fit
+from toolkit.plain_loop import PlainLoop, pillow_as_it_comes
 from toolkit.recipe import load
 
 RECIPE = """

@@ -18,7 +18,7 @@ from cli import toolkit
 from torch import nn
 
 from toolkit import bench
-from toolkit.errors import UserError
+from toolkit.errors import RunFailed
 from toolkit.recipe import load
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
@@ -70,10 +70,14 @@ def test_repetitions_go_on_in_the_stream() -> None:
     assert epochs == [0, 1]
 
 
-def test_a_plain_loop_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench, "PLAIN_LOOP", tmp_path / "plain_loop.py")
-    with pytest.raises(UserError, match="--compare needs plain_loop"):
-        bench.compare_with_plain_loop("recipe.toml", [], 1, 1)
+def test_comparing_with_the_plain_loop_needs_no_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop is a module of the package, so that --compare works from an installed one, in any folder."""
+    monkeypatch.chdir(tmp_path)
+    few = ["train.batch_size=16", "data.images_per_class=8"]
+    found = bench.compare_with_plain_loop(str(QUICKSTART), few, 1, 1)
+    assert found["step_images_per_s"] > 0
+    with pytest.raises(RunFailed, match="the plain loop failed"):
+        bench.compare_with_plain_loop(str(QUICKSTART), ["train.epochs=0"], 1, 1)
 
 
 def test_a_recipe_that_is_wrong_is_not_measured(tmp_path: Path) -> None:

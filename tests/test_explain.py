@@ -222,4 +222,4 @@ def test_a_user_s_mistake_is_one_message(run: Run, copy: Run, monkeypatch: pytes
     assert "has made no mistake on its test images: name images to explain" in message(copy.path)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "captum" else find(name))
-    assert "needs captum, which is not installed: pip install 'toolkit[explain]'" in message(run.path)
+    assert "needs captum, which is not installed: pip install captum" in message(run.path)

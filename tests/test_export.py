@@ -291,8 +291,17 @@ def test_missing_packages_are_named_with_the_command(
     outcome = toolkit("export", runs("convnet").path, "--format", "onnx", "-o", tmp_path / "out")
     assert outcome.status == 2
     assert outcome.stderr == (
-        "--format onnx needs onnxscript, onnxruntime, which are not installed: pip install 'toolkit[export]'\n"
+        "--format onnx needs onnxscript, onnxruntime, which are not installed: pip install onnxscript onnxruntime\n"
     )
+
+
+def test_an_earlier_export_in_the_run_is_replaced(runs: Callable[[str], Run]) -> None:
+    """As toolkit publish does: only a folder that the user names must be new."""
+    run = runs("convnet")
+    for _ in range(2):
+        assert toolkit("export", run.path, "--format", "safetensors").status == 0
+        assert (run.path / "export" / "safetensors" / "model.safetensors").is_file()
+        (run.path / "export" / "safetensors" / "model.safetensors").write_bytes(b"old")
 
 
 def test_a_folder_in_use_and_a_place_that_cannot_be_written_are_refused(
@@ -303,7 +312,7 @@ def test_a_folder_in_use_and_a_place_that_cannot_be_written_are_refused(
     run = runs("convnet")
     outcome = toolkit("export", run.path, "--format", "safetensors", "-o", tmp_path / "used")
     assert outcome.status == 2
-    assert "is there already; name a new folder, or remove that one" in outcome.stderr
+    assert "already exists; name a new folder with --out, or remove that one" in outcome.stderr
     outcome = toolkit("export", run.path, "--format", "safetensors", "-o", tmp_path / "used" / "file" / "out")
     assert outcome.status == 2
     assert "cannot be written: Not a directory" in outcome.stderr

@@ -102,8 +102,13 @@ def test_where_there_is_a_login_everything_is_pushed(run: Run, hub: Hub, tmp_pat
     assert hub.tokens == {"Bearer hf_" + "x" * 34}
 
 
-def test_a_name_without_an_owner_is_the_user_s_own(run: Run, hub: Hub) -> None:
-    assert toolkit("publish", run.path, "digits").stdout == f"{hub.url}/lab/digits\n"
+def test_a_name_without_an_owner_is_refused_before_anything_is_written(run: Run, hub: Hub) -> None:
+    shutil.rmtree(run.path / "publish", ignore_errors=True)
+    outcome = toolkit("publish", run.path, "digits")
+    assert outcome.status == 2
+    assert outcome.stderr == "REPO 'digits' lacks its owner: give OWNER/NAME, such as lab/digits\n"
+    assert not (run.path / "publish").exists()
+    assert toolkit("publish", run.path, "lab/digits").stdout == f"{hub.url}/lab/digits\n"
     assert "README.md" in hub.repositories["lab/digits"]
     assert not hub.private["lab/digits"]
 
@@ -132,7 +137,7 @@ def test_without_a_login_the_folder_is_left_and_it_says_how_to_push(
     assert outcome.stdout == f"{tmp_path / 'out'}\n"
     assert "not pushed, since there is no login for the Hugging Face Hub" in outcome.stderr
     assert f"hf auth login, then hf upload lab/digits {tmp_path / 'out'} ." in outcome.stderr
-    assert "no licence is stated; give one with --license" in outcome.stderr
+    assert "no license is stated; give one with --license" in outcome.stderr
 
 
 def test_a_secret_reaches_no_file(run: Run, hub: Hub, tmp_path: Path) -> None:
@@ -146,7 +151,7 @@ def test_a_secret_reaches_no_file(run: Run, hub: Hub, tmp_path: Path) -> None:
         (["a/b/c"], "is no name of a repository, such as lab/resnet50-caltech"),
         (["lab/..digits"], "is no name of a repository"),
         (["lab/digits", "--license", "MIT License"], "is no identifier of the Hub, such as mit, apache-2.0"),
-        (["lab/digits", "-o", "USED"], "is there already; name a new folder"),
+        (["lab/digits", "-o", "USED"], "already exists; name a new folder"),
     ],
 )
 def test_a_user_s_mistake_is_one_message(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:

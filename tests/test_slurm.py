@@ -64,7 +64,10 @@ def test_scripts_are_bash() -> None:
 
 
 def test_example_profile_is_good() -> None:
-    assert read_profile(REPOSITORY / "slurm" / "profiles" / "example.toml").defaults.time == "4:00:00"
+    """It is part of the package, so that --profile example works wherever the package is installed."""
+    found = find_profile("example")
+    assert found == Path(script.__file__).parent / "profiles" / "example.toml"
+    assert read_profile(found).defaults.time == "4:00:00"
 
 
 def test_script_asks_for_what_was_said(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +34,6 @@ from toolkit.recipe.schema import Recipe
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "V100": 125.0, "T4": 65.0}
 """Dense matrix arithmetic of 16-bit floats, as the makers state it; found by a word of the device's name."""
-
-PLAIN_LOOP = Path(__file__).resolve().parent.parent / "benchmarks" / "plain_loop.py"
 
 
 @dataclass(frozen=True)
@@ -247,29 +244,15 @@ def _memory_mb(device: torch.device) -> float:
 
 
 def compare_with_plain_loop(recipe: str, overrides: list[str], steps: int, repeats: int) -> dict[str, Any]:
-    """What benchmarks/plain_loop.py measures for the same recipe in a process of its own.
+    """What :mod:`toolkit.plain_loop` measures for the same recipe in a process of its own.
 
-    Raises UserError where the folder benchmarks/ is not at hand (a package installed without its sources), RunFailed
-    where the loop fails.
+    Raises RunFailed if that process fails.
     """
-    if not PLAIN_LOOP.is_file():
-        raise UserError(
-            f"--compare needs {PLAIN_LOOP.name} of the sources' benchmarks folder; it is not at {PLAIN_LOOP}"
-        )
-    settings = [part for setting in overrides for part in ("--set", setting)]
-    command = [
-        sys.executable,
-        str(PLAIN_LOOP),
-        str(recipe),
-        "--steps",
-        str(steps),
-        "--repeats",
-        str(repeats),
-        *settings,
-    ]
+    command = [sys.executable, "-m", "toolkit.plain_loop", recipe, "--steps", str(steps), "--repeats", str(repeats)]
+    command += [part for setting in overrides for part in ("--set", setting)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RunFailed(f"{PLAIN_LOOP.name} failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise RunFailed(f"the plain loop failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +17,7 @@ from toolkit.commands.cache import cache
 from toolkit.commands.export import export, publish, sync
 from toolkit.commands.look import data, doctor, plan
 from toolkit.commands.names import datasets, models, optimizers, transforms
+from toolkit.commands.options import RunPath
 from toolkit.commands.recipes import diff, show, validate
 from toolkit.commands.report import report
 from toolkit.commands.slurm import cancel, logs, status, submit
@@ -27,8 +27,16 @@ from toolkit.commands.use import evaluate, explain, predict
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
 from toolkit.train import AsJson, Debug, end, report_errors, train
 
+
+def _print_version(is_given: bool) -> None:
+    if is_given:
+        from toolkit import __version__
+
+        print(f"toolkit {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
-    help="Train image classifiers from TOML recipes.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -45,15 +53,22 @@ for use_command in (report, evaluate, predict, explain, export, publish, sync):
     app.command()(use_command)
 
 
-@app.command()
-def check(
-    run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: AsJson = False, debug: Debug = False
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    """Hold a run against its recipe's [expect].
+    """Train image classifiers from TOML recipes."""
 
-    Each figure is met, missed or not comparable. Exit status 1 where one is missed.
 
-    Example: toolkit check runs/quickstart/20260102-030405-abcd
+@app.command()
+def check(run: RunPath, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Compare a run's metrics with its recipe's [expect] table.
+
+    Each metric is met, missed or not comparable. Exit status 1 if one is missed.
+
+    Example: toolkit check runs/quickstart
     """
 
     def work() -> int:

@@ -88,7 +88,7 @@ class Layer:
 def require_captum() -> None:
     """Raise UserError where captum is not installed."""
     if importlib.util.find_spec("captum") is None:
-        raise UserError("toolkit explain needs captum, which is not installed: pip install 'toolkit[explain]'")
+        raise UserError("toolkit explain needs captum, which is not installed: pip install captum")
 
 
 # -- which images -----------------------------------------------------------------------------------------------------

@@ -70,8 +70,10 @@ class Exported:
         return {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
 
 
-def export(path: Path, name: str, folder: Path) -> Exported:
+def export(path: Path, name: str, folder: Path | None = None) -> Exported:
     """Write the model of a run (or of an exported folder) as one of :data:`FORMATS` into a new folder.
+
+    ``folder`` must be new or empty; by default ``path/export/name``, which replaces an earlier export.
 
     Raises UserError for an unknown format, missing packages, a folder that is in use, a model that the format cannot
     hold; RunFailed where the written model computes something else. The folder then does not come to be.
@@ -79,10 +81,11 @@ def export(path: Path, name: str, folder: Path) -> Exported:
     chosen = _format(name)
     trained = load_model(path)
     inputs, images = images_to_compare(path, trained)
-    with new_folder(folder) as unfinished:
+    target = folder or path / "export" / name
+    with new_folder(target, replace=folder is None) as unfinished:
         difference = write_checked(chosen, trained, unfinished, inputs, name)
-    notes = [note for note in (trained.caution, transform_note(trained, folder) if name == "timm" else None) if note]
-    return Exported(folder, difference, images, notes)
+    notes = [note for note in (trained.caution, transform_note(trained, target) if name == "timm" else None) if note]
+    return Exported(target, difference, images, notes)
 
 
 def write_checked(chosen: Format, trained: TrainedModel, folder: Path, inputs: Tensor, name: str) -> float:
@@ -120,7 +123,7 @@ def _format(name: str) -> Format:
     if missing:
         raise UserError(
             f"--format {name} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            "pip install 'toolkit[export]'"
+            f"pip install {' '.join(missing)}"
         )
     return chosen
 
@@ -132,7 +135,7 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     With ``replace`` one of that name that is there already makes room for it then.
     """
     if not replace and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
-        raise UserError(f"{folder} is there already; name a new folder, or remove that one")
+        raise UserError(f"{folder} already exists; name a new folder with --out, or remove that one")
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         unfinished.mkdir(parents=True)

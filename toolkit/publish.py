@@ -75,6 +75,8 @@ def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, priv
 
 
 def _check_names(repo: str, license_id: str) -> None:
+    if "/" not in repo:
+        raise UserError(f"REPO {repo!r} lacks its owner: give OWNER/NAME, such as lab/{repo or 'digits'}")
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -111,7 +113,6 @@ def _cannot_push() -> str:
 def _push(folder: Path, repo: str, private: bool) -> str:
     api = HfApi()
     try:
-        # The endpoint may answer with another name: the user's own goes before one that has no owner.
         made = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=f"By toolkit {toolkit.__version__}")
     except Exception as error:  # the client's, its HTTP library's, the system's: all mean that it is not there

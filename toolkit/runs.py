@@ -266,6 +266,23 @@ def create_run(run_root: str, name: str) -> Run:
     return Run(path)
 
 
+def newest_run(path: str | os.PathLike[str]) -> Path:
+    """The run directory that a command's argument means.
+
+    A recipe's folder (``runs/quickstart``) means its newest run, ``latest`` the newest run of all recipes in ``runs/``.
+    Any other path is returned as it is.
+    """
+    folder = Path(path)
+    if str(path) == "latest" and not folder.exists():
+        root = Path("runs")
+        found = [run for child in root.iterdir() for run in runs_of(str(root), child.name)] if root.is_dir() else []
+        return max(found, key=lambda run: run.id).path if found else folder
+    if (folder / "recipe.toml").exists() or (folder / "study.json").exists() or not folder.is_dir():
+        return folder
+    found = runs_of(str(folder.parent), folder.name)
+    return found[0].path if found else folder
+
+
 def runs_of(run_root: str, name: str) -> list[Run]:
     """The run directories of a recipe, youngest first."""
     parent = Path(run_root) / name

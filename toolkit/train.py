@@ -30,14 +30,23 @@ Overrides = Annotated[
     typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key; the value is TOML, so text needs quotes."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of every error.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
 
 
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="TOML file; may be left out with --resume RUN.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="TOML file; not needed with --resume RUN.")
+    ] = None,
     set_: Overrides = None,
-    resume: Annotated[str | None, typer.Option(help="Run directory to go on with, or auto.")] = None,
-    allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Go on under an edited recipe.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN", help="Run to resume (as for toolkit evaluate), or auto: the newest unfinished one."
+        ),
+    ] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume although the recipe was edited.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build everything, try one batch, write nothing.")] = False,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="With --dry-run: do not load pretrained weights.")

@@ -8,18 +8,24 @@ from typing import Annotated
 
 import typer
 
-from toolkit.commands.recipes import RecipePath
+from toolkit.commands.options import RecipePath
 from toolkit.errors import EXIT_OK
 from toolkit.train import AsJson, Debug, Overrides, end, report_errors
 
 
 def bench(
     recipe: RecipePath,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of one repetition, an epoch's at most.")] = 20,
-    repeats: Annotated[int, typer.Option(min=1, help="Repetitions, whose median counts.")] = 5,
-    compare: Annotated[bool, typer.Option("--compare", help="Also measure benchmarks/plain_loop.py.")] = False,
-    peak_tflops: Annotated[float | None, typer.Option(help="Peak of the device, where it is not known.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the figures here, as JSON.")] = None,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps per repetition, at most one epoch.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Repetitions; the median is reported.")] = 5,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also measure a plain PyTorch loop on the same recipe.")
+    ] = False,
+    peak_tflops: Annotated[
+        float | None, typer.Option(metavar="TFLOPS", help="Peak of the device, if it is not known.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the results to this JSON file.")
+    ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
     debug: Debug = False,

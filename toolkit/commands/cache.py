@@ -13,9 +13,9 @@ from toolkit.train import AsJson, Debug, end, report_errors
 
 
 def cache(
-    action: Annotated[Literal["list", "clean"], typer.Argument(help="list or clean.")] = "list",
+    action: Annotated[Literal["list", "clean"], typer.Argument(metavar="ACTION", help="list or clean.")] = "list",
     unused_days: Annotated[
-        float, typer.Option(min=0, help="With clean: only what no run has used for so many days.")
+        float, typer.Option(min=0, metavar="DAYS", help="With clean: only entries unused for this many days.")
     ] = 0,
     as_json: AsJson = False,
     debug: Debug = False,

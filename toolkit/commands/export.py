@@ -9,15 +9,18 @@ from typing import Annotated
 
 import typer
 
-from toolkit.commands.use import ModelArgument, RunArgument, say
+from toolkit.commands.options import ModelPath, RunPath
+from toolkit.commands.use import say
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 from toolkit.train import AsJson, Debug, end, report_errors
 
 
 def export(
-    run: ModelArgument,
-    style: Annotated[str, typer.Option("--format", help="onnx, torch-export, safetensors or timm.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder to make. Default: RUN/export/FORMAT.")] = None,
+    run: ModelPath,
+    style: Annotated[str, typer.Option("--format", metavar="FORMAT", help="onnx, torch-export, safetensors or timm.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Folder to write. Default: RUN/export/FORMAT.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -33,7 +36,7 @@ def export(
         from toolkit.export import LIMIT
         from toolkit.export import export as write
 
-        done = write(run, style, out or run / "export" / style)
+        done = write(run, style, out)
         for note in done.notes:
             say(note)
         if as_json:
@@ -49,14 +52,16 @@ def export(
 
 
 def publish(
-    run: RunArgument,
+    run: RunPath,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Repository of the Hugging Face Hub, OWNER/NAME.")],
     license_: Annotated[
-        str, typer.Option("--license", help="The Hub's identifier of the licence you give: mit, apache-2.0, ...")
+        str, typer.Option("--license", metavar="ID", help="The Hub's identifier of the license: mit, apache-2.0, ...")
     ] = "unknown",
-    private: Annotated[bool, typer.Option("--private", help="Seen by you, or your organisation, alone.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Visible only to you or your organization.")] = False,
     no_push: Annotated[bool, typer.Option("--no-push", help="Only write the folder.")] = False,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder to make. Default: RUN/publish.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Folder to write. Default: RUN/publish.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Publish a run's best model on the Hugging Face Hub.
@@ -73,7 +78,7 @@ def publish(
 
         done = write(run, repo, out, license_id=license_, private=private, push=not no_push)
         if license_ == "unknown":
-            say("the card says that no licence is stated; give one with --license")
+            say("the card says that no license is stated; give one with --license")
         if done.url is None:
             say(f"not pushed, since {done.why_not}; {how_to_push(done.folder, repo)}")
         print(done.url or done.folder)
@@ -84,7 +89,7 @@ def publish(
 
 def sync(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUN...", help="Runs, studies, or folders of runs. Default: runs.")
+        list[Path] | None, typer.Argument(metavar="PATH", help="Runs, studies, or folders of runs. Default: runs.")
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,

@@ -9,15 +9,17 @@ from typing import Annotated
 
 import typer
 
-from toolkit.commands.recipes import RecipePath
+from toolkit.commands.options import RecipePath
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
 from toolkit.train import AsJson, Debug, Overrides, end, report_errors
 
 
 def plan(
     recipe: RecipePath,
-    processes: Annotated[int, typer.Option(min=1, help="Training processes, one a GPU.")] = 1,
-    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes, where the data are not here.")] = None,
+    processes: Annotated[int, typer.Option(min=1, metavar="N", help="Training processes, one per GPU.")] = 1,
+    classes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of classes, if the data are not here.")
+    ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -50,7 +52,8 @@ def plan(
 def data(
     recipe: RecipePath,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the figures; ./data-report/<recipe name> by default.")
+        Path | None,
+        typer.Option("-o", "--out", metavar="FOLDER", help="Folder of the figures. Default: data-report/RECIPE_NAME."),
     ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
@@ -91,7 +94,9 @@ def data(
 
 
 def doctor(
-    run_root: Annotated[Path, typer.Option(help="Folder that is to receive run directories.")] = Path("runs"),
+    run_root: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that will hold the run directories.")] = Path(
+        "runs"
+    ),
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

@@ -13,13 +13,15 @@ from toolkit.errors import EXIT_OK, UserError
 from toolkit.train import AsJson, Debug, end, report_errors
 
 Pattern = Annotated[
-    str | None, typer.Argument(help="Part of a name, or a pattern with * and ?; upper and lower case are the same.")
+    str | None, typer.Argument(metavar="PATTERN", help="Part of a name, or a pattern with * and ?; case is ignored.")
 ]
 
 
 def models(
     pattern: Pattern = None,
-    source: Annotated[str | None, typer.Option(help="Only those of torchvision, timm or toolkit.")] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Only models of torchvision, timm or toolkit.")
+    ] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Also the pretrained weights, the default first.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from toolkit.commands.options import RecipePath
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_OK
 from toolkit.train import AsJson, Debug, Overrides, end, report_errors
 
 if TYPE_CHECKING:
     from toolkit.recipe import Diagnostic, Recipe
 
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="TOML file.")]
-
 
 def validate(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="TOML files.")],
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE", help="TOML files.")],
     set_: Overrides = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -172,8 +171,8 @@ def _with_comments(text: str, known: dict[str, tuple[Any, str]]) -> str:
 
 
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="Recipe or run directory.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Recipe or run directory.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="Recipe, or run as for toolkit evaluate.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Recipe, or run as for toolkit evaluate.")],
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

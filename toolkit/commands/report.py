@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolkit.commands.options import DataRoot, RunOrStudyPath
 from toolkit.errors import EXIT_OK, UserError
 from toolkit.train import AsJson, Debug, end, report_errors
 
@@ -18,14 +19,12 @@ if TYPE_CHECKING:
 
 
 def report(
-    path: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="Run directory, or folder of a study.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The HTML file; report.html in the folder by default.")
+    path: RunOrStudyPath,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="HTML file. Default: report.html in the folder.")
     ] = None,
     figures_only: Annotated[bool, typer.Option("--figures-only", help="Only the figures for print.")] = False,
-    data_root: Annotated[
-        str | None, typer.Option(help="Where the images are, if not where the recipe says.", metavar="FOLDER")
-    ] = None,
+    data_root: DataRoot = None,
     filters: Annotated[
         str | None, typer.Option(help="RUN: first-layer filters to show on an image: 3,17.", metavar="NUMBERS")
     ] = None,
@@ -44,6 +43,7 @@ def report(
 
     def work() -> int:
         numbers = _numbers(filters)
+        images = None if data_root is None else str(data_root)
         if _is_study(path):
             if filters is not None:
                 raise UserError("--filters is for a run: give one of the study's run directories")
@@ -51,7 +51,7 @@ def report(
 
             found = read_study(path)
             written = write_study_report(
-                found, path, output, figures_only=figures_only, runs=runs, data_root=data_root, say=_say
+                found, path, out, figures_only=figures_only, runs=runs, data_root=images, say=_say
             )
             if wandb:
                 from toolkit.report.wandb_report import create_wandb_report
@@ -66,7 +66,7 @@ def report(
             from toolkit.runs import Run
 
             written = write_report(
-                Run(path), output, figures_only=figures_only, data_root=data_root, filters=numbers, say=_say
+                Run(path), out, figures_only=figures_only, data_root=images, filters=numbers, say=_say
             )
         _tell(written, as_json)
         return EXIT_OK
@@ -86,9 +86,7 @@ def _is_study(path: Path) -> bool:
         return True
     if (path / "recipe.toml").is_file():
         return False
-    within = sorted((found for found in path.glob("*/recipe.toml")), reverse=True) if path.is_dir() else []
-    hint = f"; it has run directories, the youngest is {within[0].parent}" if within else ""
-    raise UserError(f"{path} is no run directory (no recipe.toml) and no study's folder (no {FILE}){hint}")
+    raise UserError(f"{path} is no run directory (no recipe.toml) and no study's folder (no {FILE})")
 
 
 def _tell(written: Written, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from toolkit.commands.options import RunPath, chosen_run
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 from toolkit.train import AsJson, Debug, Overrides, end, report_errors
 
@@ -20,29 +21,34 @@ if TYPE_CHECKING:
     from toolkit.slurm.submit import Submitted
 
 POLL_S = 1.0
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 
 
 def submit(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|STUDY", help="TOML file; with a [study] table: an array.")],
     set_: Overrides = None,
     parallel: Annotated[
-        int | None, typer.Option(min=1, help="Study: so many runs at a time. Default: all; for bohb, one.")
+        int | None, typer.Option(min=1, metavar="N", help="Study: runs at once. Default: all; for bohb, one.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Also submit more than study.max_runs runs.")] = False,
-    profile: Annotated[str | None, typer.Option(help="Cluster profile.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node; one process each.")] = None,
-    gpu_type: Annotated[str | None, typer.Option(help="Kind of GPU.")] = None,
-    processes_per_node: Annotated[int | None, typer.Option(help="Without GPUs: processes on each node.")] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(help="CPUs of each node.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory of each node, e.g. 64G.")] = None,
-    limit: Annotated[str | None, typer.Option("--time", help="Time limit of one start, e.g. 4:00:00.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Account.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
-    constraint: Annotated[str | None, typer.Option(help="Features of the nodes.")] = None,
-    max_restarts: Annotated[int | None, typer.Option(help="How often the job may be requeued.")] = None,
+    profile: Annotated[str | None, typer.Option(metavar="NAME", help="Cluster profile.")] = None,
+    nodes: Annotated[int | None, typer.Option(metavar="N", help="Number of nodes.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(metavar="N", help="GPUs per node, one process each.")] = None,
+    gpu_type: Annotated[str | None, typer.Option(metavar="TYPE", help="GPU type.")] = None,
+    processes_per_node: Annotated[
+        int | None, typer.Option(metavar="N", help="Without GPUs: processes per node.")
+    ] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(metavar="N", help="CPUs per node.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory per node, e.g. 64G.")] = None,
+    limit: Annotated[
+        str | None, typer.Option("--time", metavar="TIME", help="Time limit of each start, e.g. 4:00:00.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="Account.")] = None,
+    qos: Annotated[str | None, typer.Option(metavar="NAME", help="Quality of service.")] = None,
+    constraint: Annotated[
+        str | None, typer.Option(metavar="FEATURES", help="Features that the nodes must have.")
+    ] = None,
+    max_restarts: Annotated[int | None, typer.Option(metavar="N", help="How often the job may be requeued.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; submit and write nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Show the log and stay until the job has ended.")] = False,
     debug: Debug = False,
@@ -256,7 +262,7 @@ def _state_row(state: State) -> tuple[str, str, str, str, str, str]:
 
 def logs(
     run: RunPath,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job has ended.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Follow the log until the job has ended.")] = False,
     debug: Debug = False,
 ) -> None:
     """Print what a run's job has printed.
@@ -290,7 +296,13 @@ def _has_ended(path: Path) -> bool:
     return state_of(open_run(path), jobs).state not in ("pending", "running", "unknown", "new")
 
 
-def cancel(runs: Annotated[list[Path], typer.Argument(metavar="RUN|STUDY...")], debug: Debug = False) -> None:
+def cancel(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN|STUDY", parser=chosen_run, help="Runs as for toolkit evaluate, or studies."),
+    ],
+    debug: Debug = False,
+) -> None:
     """Cancel the jobs of runs, or of whole studies.
 
     They are not requeued. What is trained so far stays: `toolkit train --resume RUN` goes on.

@@ -23,12 +23,12 @@ def study(
     set_: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print the runs and their cost; train nothing.")] = False,
     parallel: Annotated[
-        int | None, typer.Option(min=1, help="Runs at once. Default: one for each GPU, else one.")
+        int | None, typer.Option(min=1, metavar="N", help="Runs at once. Default: one per GPU, else one.")
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try failed runs again.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Also start more than study.max_runs runs.")] = False,
     worker: Annotated[
-        bool, typer.Option("--worker", help="Only help a `toolkit study` that was started elsewhere.")
+        bool, typer.Option("--worker", help="Only take runs of a `toolkit study` that was started elsewhere.")
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,

@@ -14,10 +14,17 @@ from toolkit.train import AsJson, Debug, end, report_errors
 
 
 def table(
-    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study.")],
-    columns: Annotated[str | None, typer.Option(help="Figures by comma, such as val_loss,test_accuracy.")] = None,
-    by: Annotated[str | None, typer.Option(help="Recipe keys by comma: a row for each of their values.")] = None,
-    compare: Annotated[tuple[str, str] | None, typer.Option(help="Two rows, over the same seeds.")] = None,
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study's folder.")],
+    columns: Annotated[
+        str | None, typer.Option(metavar="METRICS", help="Metrics separated by commas, such as val_loss,test_accuracy.")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="KEYS", help="Recipe keys separated by commas; one row for each of their values."),
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="ROW ROW", help="Compare two rows over the same seeds.")
+    ] = None,
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Confidence intervals in place of standard deviations.")
     ] = False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolkit.commands.options import DataRoot, ModelPath, RunPath
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 from toolkit.train import AsJson, Debug, end, is_first_process, report_errors
 
@@ -20,14 +21,6 @@ if TYPE_CHECKING:
     from toolkit.predict import Predictions, TrainedModel
     from toolkit.recipe.schema import TrainTable
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
-ModelArgument = Annotated[
-    Path,
-    typer.Argument(metavar="RUN", help="Run directory, or a folder that toolkit export --format safetensors made."),
-]
-DataRoot = Annotated[
-    Path | None, typer.Option(help="Where the images are now, if not where the recipe's data.root says.")
-]
 FORMATS = ("csv", "json", "jsonl")
 WORST = 16
 EXPLAINED = 256
@@ -41,8 +34,8 @@ def say(text: str) -> None:
 
 
 def evaluate(
-    run: RunArgument,
-    split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
+    run: RunPath,
+    split: Annotated[str, typer.Option(metavar="SPLIT", help="test, validation or train.")] = "test",
     data_root: DataRoot = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -78,22 +71,33 @@ def evaluate(
 
 
 def predict(
-    run: ModelArgument,
+    run: ModelPath,
     paths: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PATH...", help="Images, folders, @LIST (a text file, one path a line), - for stdin."),
+        typer.Argument(
+            metavar="PATH", help="Images, folders, @LIST (a text file with one path per line), - for stdin."
+        ),
     ] = None,
     list_: Annotated[
-        list[Path] | None, typer.Option("--list", help="Text file with one path a line; as @LIST.")
+        list[Path] | None,
+        typer.Option("--list", metavar="FILE", help="Text file with one path per line; the same as @FILE."),
     ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="So many most probable classes of each.")] = 1,
-    style: Annotated[str, typer.Option("--format", help="csv, json (one array) or jsonl (one object a line).")] = "csv",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; stdout by default.")] = None,
+    top_k: Annotated[
+        int, typer.Option("-k", "--top-k", min=1, metavar="K", help="Number of most probable classes per image.")
+    ] = 1,
+    style: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="csv, json (one array) or jsonl (one object per line).")
+    ] = "csv",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="File to write. Default: stdout.")
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images at once in each process. Default: the run's own, or 64.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Images at once in each process. Default: the run's own, or 64."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode images. Default: the CPUs granted less one.")
+        int | None,
+        typer.Option(min=0, metavar="N", help="Processes that decode images. Default: the granted CPUs minus one."),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -212,17 +216,21 @@ def _hand_over(accelerator: Accelerator, predictions: Predictions, style: str, o
 
 
 def explain(
-    run: ModelArgument,
+    run: ModelPath,
     paths: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PATH...", help="Images, folders, @LIST, - for stdin. Default: the worst mistakes."),
+        typer.Argument(metavar="PATH", help="Images, folders, @LIST, - for stdin. Default: the worst mistakes."),
     ] = None,
     worst: Annotated[
-        int | None, typer.Option(min=1, help="So many of the run's worst mistakes on its test images. Default: 16.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Number of the run's worst mistakes on its test images. Default: 16."),
     ] = None,
-    layer: Annotated[str | None, typer.Option(help="Layer to look at. Default: the last that gives maps.")] = None,
+    layer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Layer to explain. Default: the last with spatial maps.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Folder for the pictures. Default: RUN/figures/explain.")
+        Path | None,
+        typer.Option("-o", "--out", metavar="FOLDER", help="Folder of the images. Default: RUN/figures/explain."),
     ] = None,
     data_root: DataRoot = None,
     as_json: AsJson = False,
@@ -231,7 +239,7 @@ def explain(
     """Show what predictions rest on (Grad-CAM).
 
     One picture an image: the image as the model gets it, and a heat map of the evidence for the prediction, and for
-    the label where that is another class. Needs captum: pip install 'toolkit[explain]'.
+    the label where that is another class. Needs captum: pip install captum.
 
     Example: toolkit explain runs/quickstart/20260102-030405-abcd --worst 16
     """

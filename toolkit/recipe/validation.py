@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import datetime
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ from toolkit.recipe.diagnostics import Finding, dotted
 from toolkit.recipe.positions import Path
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.wording import described, found, unwrapped
+from toolkit.recipe.writing import toml_value
 
 MAX_ERRORS = 100
 """So many errors of one round are looked at; nobody reads more, and a hostile recipe can have 50,000."""
@@ -196,13 +198,19 @@ def _unknown_hint(place: _Place) -> str:
     name, similar = place.path[-1], _similar(place)
     if similar:
         return "did you mean " + " or ".join(similar) + "?"
-    homes = [
-        table for table, entry in Recipe.model_fields.items() if name in getattr(entry.annotation, "model_fields", {})
-    ]
+    homes = _tables_with(str(name))
     if homes:
         return f"{name} belongs to " + " or ".join(f"[{home}]" for home in homes)
+    elsewhere = [f"{home}.{OTHER_NAMES[str(name)]}" for home in _tables_with(OTHER_NAMES.get(str(name), ""))]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
     known = list(place.table.model_fields)
     return (f"{_owner(place.path[:-1])} takes " if place.path[:-1] else "the tables are ") + ", ".join(known)
+
+
+def _tables_with(key: str) -> list[str]:
+    """The tables that have a key of this name."""
+    return [t for t, entry in Recipe.model_fields.items() if key in getattr(entry.annotation, "model_fields", {})]
 
 
 def _similar(place: _Place) -> list[str]:
@@ -217,6 +225,8 @@ def _value_hint(place: _Place) -> str | None:
     value = place.value
     if not isinstance(value, str):
         return None
+    if place.path == ("data", "dataset") and (os.sep in value or value.startswith((".", "~"))):
+        return f'for your own images: dataset = "imagefolder" and root = {toml_value(value)}'
     words = list(_words(place.annotation))
     similar = nearest(value, words, 1)
     if similar:

@@ -92,7 +92,7 @@ def _library() -> Any:
     try:
         import wandb_workspaces.reports.v2 as reports
     except ImportError:
-        raise UserError("--wandb needs W&B's library for reports: pip install 'toolkit[wandb-report]'") from None
+        raise UserError("--wandb needs W&B's library for reports: pip install wandb-workspaces") from None
     return reports
 
 

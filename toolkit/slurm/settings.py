@@ -106,11 +106,15 @@ def settle(recipe: Recipe) -> Settings:
     return Settings(table=table, profile=profile, profile_name=name)
 
 
+SHIPPED_PROFILES = Path(__file__).parent / "profiles"
+"""Profiles that are part of the package."""
+
+
 def profile_folders() -> list[Path]:
     """Where profiles are looked for, in this order."""
     own = os.environ.get("TOOLKIT_SLURM_PROFILES")
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return [*([Path(own)] if own else []), Path("slurm/profiles"), home / "toolkit" / "slurm"]
+    return [*([Path(own)] if own else []), Path("slurm/profiles"), home / "toolkit" / "slurm", SHIPPED_PROFILES]
 
 
 def find_profile(name: str) -> Path:
@@ -125,7 +129,7 @@ def find_profile(name: str) -> Path:
         f"no cluster profile {name!r}"
         + (f"; did you mean {near[0]!r}?" if near else "")
         + f" Known: {', '.join(known) or 'none'}. Looked in {', '.join(map(str, folders))}; "
-        "slurm/profiles/example.toml is one to copy"
+        f"{SHIPPED_PROFILES / 'example.toml'} is an example to copy into one of these folders"
     )
 
 

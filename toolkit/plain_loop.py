@@ -5,7 +5,7 @@ and the usual loop (forward, loss, backward, step, loss.item() for the progress 
 built the same way; so are optimiser, precision and batch size. What the toolkit adds is left out: exact sampling,
 resuming, caches, batched augmentation.
 
-    python benchmarks/plain_loop.py recipes/resnet18_caltech.toml --steps 20 --repeats 5 [--set KEY=VALUE]
+    python -m toolkit.plain_loop recipes/resnet18_caltech.toml --steps 20 --repeats 5 [--set KEY=VALUE]
 
 prints one line of JSON.
 """
@@ -84,11 +84,11 @@ def transform_of(recipe: Recipe, preprocessing: Preprocessing, *, train: bool) -
 @contextlib.contextmanager
 def pillow_as_it_comes() -> Iterator[None]:
     """Pillow's own way with memory: that the toolkit has it keep freed images is a part of what is compared."""
-    Image.core.set_blocks_max(0)
+    Image.core.set_blocks_max(0)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        Image.core.set_blocks_max(BLOCKS_KEPT)
+        Image.core.set_blocks_max(BLOCKS_KEPT)  # type: ignore[attr-defined]
 
 
 class PlainLoop:

@@ -1,0 +1,53 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.train import is_first_process
+
+
+def chosen_run(text: str) -> Path:
+    """The run directory that an argument means; the choice is logged where it is not the argument itself."""
+    from toolkit.runs import newest_run  # pydantic, which `toolkit --help` does not wait for
+
+    path = newest_run(text)
+    if path != Path(text) and is_first_process():
+        print(f"run {path}", file=sys.stderr)
+    return path
+
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="TOML file.")]
+RunPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        parser=chosen_run,
+        help="Run directory, a recipe's folder (runs/quickstart: its newest run), or latest.",
+    ),
+]
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        parser=chosen_run,
+        help="Run directory, a recipe's folder (runs/quickstart: its newest run), or latest; "
+        "or a folder written by toolkit export --format safetensors.",
+    ),
+]
+RunOrStudyPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN|STUDY",
+        parser=chosen_run,
+        help="Run directory, a recipe's folder for its newest run, latest, or a study's folder.",
+    ),
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Folder of the images, if they are no longer in the recipe's data.root."),
+]
