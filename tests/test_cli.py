@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,57 @@ def test_documentation_speaks_of_every_command() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## `toolkit ([a-z-]+)", text, re.MULTILINE)
     assert sorted(headings) == sorted(commands())
+
+
+def test_version() -> None:
+    outcome = toolkit("--version")
+    assert (outcome.status, outcome.stdout) == (0, f"toolkit {version('toolkit')}\n")
+
+
+SHARED = {"-o": ["-o", "--out"], "--out": ["-o", "--out"], "--json": ["--json"], "--debug": ["--debug"]}
+"""Options that mean the same in every command, with all their names."""
+
+
+def test_options_are_alike_in_all_commands() -> None:
+    for name, command in commands().items():
+        values = [param for param in command.params if not getattr(param, "is_flag", False)]
+        for param in values:
+            assert param.metavar, f"{name}: {param.name} has no placeholder of its own in the help"
+            assert param.metavar == param.metavar.upper(), f"{name}: {param.name}"
+        for param in command.params:
+            for option in param.opts:
+                if option in SHARED:
+                    assert param.opts == SHARED[option], f"{name}: {param.opts}"
+        opts = {option for param in command.params for option in param.opts}
+        assert "--debug" in opts, name
+        assert "--json" in opts or name == "logs", name  # logs prints a file as it is
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Run directories of two recipes as far as their recipes; the one of b is the newer."""
+    monkeypatch.chdir(tmp_path)
+    paths = "runs/a/20260101-000000-0000", "runs/b/20260102-000000-0000"
+    for path, older in (*((path, False) for path in paths), ("runs/a/20251231-000000-0000", True)):
+        Path(path).mkdir(parents=True)
+        epochs = 9 if older else 7
+        text = toolkit("show", str(QUICKSTART), "--set", f"train.epochs={epochs}", "--set", f'recipe.name="{path[5]}"')
+        (Path(path) / "recipe.toml").write_text(text.stdout)
+    return paths
+
+
+def test_a_recipe_s_folder_means_its_newest_run_and_latest_the_newest_of_all(two_runs: tuple[str, str]) -> None:
+    newest_a, newest_b = two_runs
+    for argument, expected in (("runs/a", newest_a), ("runs/b/", newest_b), ("latest", newest_b)):
+        outcome = toolkit("evaluate", argument)
+        assert outcome.stderr.startswith(f"run {expected}\n"), "the choice is logged"
+        assert expected in outcome.stderr.splitlines()[-1], "and is what the command works on"
+    assert toolkit("diff", "runs/a", newest_a).stdout == "the recipes are equal\n"
+    assert 'recipe.name: "a" -> "b"' in toolkit("diff", "runs/a", "latest").stdout
+    for command in ("predict", "explain", "export", "publish", "report", "check", "logs", "cancel", "train"):
+        arguments = {"predict": ["x.png"], "publish": ["lab/x"], "export": ["--format", "onnx"]}.get(command, [])
+        words = ["--resume", "runs/a"] if command == "train" else ["runs/a", *arguments]
+        assert f"run {newest_a}\n" in toolkit(command, *words).stderr, command
 
 
 def test_help_names_every_command_in_a_whole_sentence() -> None:

@@ -64,9 +64,11 @@ def train(
     """
 
     def work() -> int:
+        from toolkit.commands.options import chosen_run
         from toolkit.recipe import load
 
-        path = _recipe_path(recipe, resume)
+        run_to_resume = resume if resume in (None, "auto") else str(chosen_run(resume))
+        path = _recipe_path(recipe, run_to_resume)
         loaded = load(path, set_ or [])
         if is_first_process():
             for warning in loaded.warnings:
@@ -83,7 +85,7 @@ def train(
             return EXIT_OK
         run = fit.fit(
             loaded.recipe,
-            resume=resume,
+            resume=run_to_resume,
             allow_changes=allow_changes,
             show_module=show_module,
             origins=loaded.told_origins(path),

@@ -62,6 +62,7 @@ def publish(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Folder to write. Default: RUN/publish.")
     ] = None,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Publish a run's best model on the Hugging Face Hub.
@@ -81,7 +82,10 @@ def publish(
             say("the card says that no license is stated; give one with --license")
         if done.url is None:
             say(f"not pushed, since {done.why_not}; {how_to_push(done.folder, repo)}")
-        print(done.url or done.folder)
+        if as_json:
+            print(json.dumps({"folder": str(done.folder), "url": done.url, "why_not_pushed": done.why_not}, indent=2))
+        else:
+            print(done.url or done.folder)
         return EXIT_OK
 
     end(report_errors(work, debug=debug))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolkit.commands.options import RecipePath
+from toolkit.commands.options import RecipePath, chosen_run
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_OK
 from toolkit.train import AsJson, Debug, Overrides, end, report_errors
 
@@ -171,8 +171,12 @@ def _with_comments(text: str, known: dict[str, tuple[Any, str]]) -> str:
 
 
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="Recipe, or run as for toolkit evaluate.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Recipe, or run as for toolkit evaluate.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="A", parser=chosen_run, help="Recipe, or run as for toolkit evaluate.")
+    ],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", parser=chosen_run, help="Recipe, or run as for toolkit evaluate.")
+    ],
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -201,19 +205,19 @@ def diff(
     end(report_errors(work, debug=debug))
 
 
-def _recipe_of(path: str) -> Recipe:
+def _recipe_of(path: Path) -> Recipe:
     """The recipe in a file, or that of a run directory."""
     from toolkit.recipe import load_recipe
     from toolkit.runs import open_run
 
-    return open_run(path).recipe if Path(path).is_dir() else load_recipe(path)
+    return load_recipe(path) if path.is_file() else open_run(path).recipe
 
 
-def _differing_figures(first: str, second: str) -> list[tuple[str, Any, Any]]:
+def _differing_figures(first: Path, second: Path) -> list[tuple[str, Any, Any]]:
     """Figures of summary.json that differ, where both are finished runs."""
     from toolkit.runs import Run
 
-    runs = [Run(Path(path)) for path in (first, second)]
+    runs = [Run(first), Run(second)]
     if not all(run.path.is_dir() and run.is_finished for run in runs):
         return []
     one, two = (_figures(run.summary) for run in runs)

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +52,7 @@ def submit(
     max_restarts: Annotated[int | None, typer.Option(metavar="N", help="How often the job may be requeued.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; submit and write nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Show the log and stay until the job has ended.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe, or all runs of a study, on a SLURM cluster.
@@ -82,7 +84,7 @@ def submit(
             done = _submit_run(recipe, overrides, dry_run=dry_run)
         if done is None:
             return EXIT_OK
-        _tell(done)
+        _tell(done, as_json=as_json)
         return _wait(done) if wait else EXIT_OK
 
     end(report_errors(work, debug=debug))
@@ -132,7 +134,11 @@ def _warn(findings: Sequence[Diagnostic], remarks: Sequence[str]) -> None:
         print(f"warning: {remark}", file=sys.stderr)
 
 
-def _tell(done: Submitted) -> None:
+def _tell(done: Submitted, *, as_json: bool) -> None:
+    if as_json:
+        record = {**asdict(done), "path": str(done.path), "script": str(done.script), "log": str(done.log)}
+        print(json.dumps(record, indent=2), flush=True)
+        return
     if done.is_array:
         table = (
             f"table and report by job {done.table_job} at the end" if done.table_job else f"toolkit table {done.path}"
@@ -301,6 +307,7 @@ def cancel(
         list[Path],
         typer.Argument(metavar="RUN|STUDY", parser=chosen_run, help="Runs as for toolkit evaluate, or studies."),
     ],
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Cancel the jobs of runs, or of whole studies.
@@ -315,9 +322,14 @@ def cancel(
         from toolkit.slurm.array import array_record, cancel_array
         from toolkit.slurm.submit import cancel as cancel_job
 
+        cancelled = []
         for run in runs:
             number = cancel_array(run) if array_record(run) is not None else cancel_job(open_run(run))
-            print(f"cancelled job {number}: {run}")
+            cancelled.append({"path": str(run), "job": str(number)})
+            if not as_json:
+                print(f"cancelled job {number}: {run}")
+        if as_json:
+            print(json.dumps(cancelled, indent=2))
         return EXIT_OK
 
     end(report_errors(work, debug=debug))

@@ -91,6 +91,7 @@ def predict(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE", help="File to write. Default: stdout.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Images at once in each process. Default: the run's own, or 64."),
@@ -112,7 +113,8 @@ def predict(
     """
 
     def work() -> int:
-        _check_style(style)
+        chosen = "json" if as_json else style
+        _check_style(chosen)
         arguments = [*(paths or []), *(f"@{path}" for path in list_ or [])]
         from toolkit.engine.joined import joined
         from toolkit.predict import load_model
@@ -125,7 +127,7 @@ def predict(
             settings = replace(settings, batch_size=batch_size)
         with joined(settings.train) as accelerator:
             predictions = _predict(trained, arguments, accelerator, settings, top_k, workers)
-            _hand_over(accelerator, predictions, style, out)
+            _hand_over(accelerator, predictions, chosen, out)
         for fault in predictions.faults:
             say(f"{predictions.paths[fault.position]}: {fault.reason}")
         if predictions.faults:
