@@ -112,6 +112,14 @@ def test_a_recipe_s_folder_means_its_newest_run_and_latest_the_newest_of_all(two
         assert f"run {newest_a}\n" in toolkit(command, *words).stderr, command
 
 
+def test_documentation_lists_the_commands_that_take_overrides() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    (sentence,) = re.findall(r"\*\*Overrides\.\*\* (.+?) take `--set", text, re.DOTALL)
+    documented = re.findall(r"`([a-z]+)`", sentence)
+    takes = [name for name, command in commands().items() if any("--set" in param.opts for param in command.params)]
+    assert sorted(documented) == sorted(takes)
+
+
 def test_help_names_every_command_in_a_whole_sentence() -> None:
     outcome = toolkit("--help")
     assert outcome.status == 0

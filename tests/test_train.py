@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import tarfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +253,15 @@ def test_every_shipped_recipe_passes_a_dry_run(
     assert outcome.status == 0, outcome.stderr
     assert "one batch forward and backward, loss" in outcome.stderr
     assert list(tmp_path.iterdir()) == [], "a dry run writes nothing"
+
+
+def test_documentation_lists_every_file_of_a_run(run: Run) -> None:
+    table = (RECIPES.parent / "docs" / "runs.md").read_text(encoding="utf-8").split("\n\n")
+    (rows,) = [block for block in table if block.startswith("| file |")]
+    documented = [name for row in rows.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    documented += [f"checkpoints/{name}" for name in documented if name.startswith("*")]
+    left = [path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()]
+    assert any(name.startswith("figures/") for name in left), "with the report"
+    for name in left:
+        folders = [pattern for pattern in documented if pattern.endswith("/") and name.startswith(pattern)]
+        assert folders or any(fnmatch(name, pattern) for pattern in documented), name
