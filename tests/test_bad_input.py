@@ -85,7 +85,9 @@ def test_a_data_root_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_caltech_says_where_to_get_it(tmp_path: Path) -> None:
-    message = refused(tmp_path, 'data.dataset="caltech101"', f"data.root={json.dumps(str(tmp_path))}")
+    message = refused(
+        tmp_path, 'data.dataset="caltech101"', "data.image_size=64", f"data.root={json.dumps(str(tmp_path))}"
+    )
     assert "10.22002/D1.20086" in message
 
 

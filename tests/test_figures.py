@@ -93,7 +93,7 @@ def test_reliability_diagram(facts: Facts) -> None:
     found = predictions(facts)
     measured = calibration(found.probabilities, found.right)
     upper, lower = outcome.reliability_figure("title", measured).axes
-    assert f"{100 * measured.expected_error:.1f} %" in upper.get_title()
+    assert f"{100 * measured.expected_error:.2f} %" in upper.get_title(), "as in the page's text"
     assert sum(bar.get_height() for bar in lower.patches) == len(PREDICTIONS)
     filled = measured.counts > 0
     heights = [bar.get_height() for bar in upper.patches[: filled.sum()]]

@@ -383,3 +383,61 @@ def test_runs_of_a_study_are_selected_by_their_state(opened: Open) -> None:
     order = page.locator("#study-table tbody td:first-child").all_inner_texts()
     assert order == ["lr 0.1", "lr 0.01"]
     assert page.locator("#study-table tbody tr.best td").first.inner_text() == "lr 0.1"
+
+
+# Layout
+
+
+def test_curves_stand_at_one_height(opened: Open) -> None:
+    """However many rows their legends take."""
+    for size in (DESKTOP, (1000, 900)):
+        page = opened("hostile", size)
+        tops = page.evaluate("""() => [...document.querySelectorAll("#curves .chart > svg")].map((svg) => {
+            const box = svg.getBoundingClientRect(); return [Math.round(box.top), Math.round(box.height)]; })""")
+        by_top = {top for top, _ in tops}
+        rows = -(-len(tops) // max(1, min(3, (size[0] - 32) // 368)))
+        assert len(by_top) == rows, tops
+        assert len({height for _, height in tops}) == 1
+
+
+@pytest.mark.parametrize("values", [[5e-4, 4e-4, 4.5e-4], [1e-7, 3e-7], [1234567.0, 7654321.0]])
+def test_ticks_leave_the_axis_title_free(opened: Open, values: list[float]) -> None:
+    page = opened("hostile")
+    page.evaluate(
+        """(values) => {
+          const figure = document.querySelector('[data-chart="loss"]').cloneNode(true);
+          figure.querySelector(".legend").replaceChildren();
+          figure.id = "probe";
+          document.querySelector("#curves").append(figure);
+          const series = { name: "s", x: values.map((_, i) => i), y: values, colour: "black" };
+          new Chart(figure, { xLabel: "x", yLabel: "a title", series: [series] });
+        }""",
+        values,
+    )
+    page.wait_for_selector("#probe > svg > text")
+    boxes = page.evaluate("""() => [...document.querySelectorAll("#probe > svg > text")].map((text) => {
+        const box = text.getBoundingClientRect();
+        return [text.textContent, box.left, box.right, text.hasAttribute("transform")]; })""")
+    (title,) = [box for box in boxes if box[3]]
+    ticks = [box for box in boxes if not box[3] and box[0] != "x"]
+    assert len(ticks) >= 4
+    assert all(left >= title[2] for _, left, _, _ in ticks if left < title[2] + 200), boxes
+
+
+def test_a_small_confusion_matrix_fills_its_card_and_fits_a_phone(opened: Open, files: dict[str, Path]) -> None:
+    page = opened("hostile", PHONE)
+    svg = "document.querySelector('[data-cells] svg').getBoundingClientRect()"
+    assert page.evaluate(f"{svg}.right") <= PHONE[0], "no column is cut off"
+    wide = opened("hostile")
+    side = wide.evaluate("Number(document.querySelector('[data-cells] rect.cell').getAttribute('width'))")
+    assert side == 44
+    beside = wide.evaluate("document.getElementById('confusions').getBoundingClientRect().left")
+    assert beside > wide.evaluate(f"{svg}.right"), "the list of mistakes stands beside it"
+
+
+def test_what_scrolls_sideways_says_so_on_a_phone(opened: Open) -> None:
+    page = opened("caltech-like", PHONE)
+    assert page.is_visible("#confusion .hint")
+    shadow = page.evaluate("getComputedStyle(document.querySelector('#confusion .scroll')).backgroundImage")
+    assert shadow.count("linear-gradient") == 4
+    assert not opened("caltech-like").is_visible("#confusion .hint")

@@ -203,7 +203,7 @@ def test_what_is_neither_run_nor_study(tmp_path: Path) -> None:
     write_run(tmp_path / "deep", images=False)
     outcome = report(tmp_path / "deep")
     assert outcome.status == 2
-    assert f"it has run directories, the youngest is {tmp_path / 'deep' / 'run'}" in outcome.stderr
+    assert f"it has run directories, the newest is {tmp_path / 'deep' / 'run'}" in outcome.stderr
 
 
 def test_options_of_the_other_kind_are_refused(study: StudyFolder, tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ def _is_study(path: Path) -> bool:
         return True
     if (path / "recipe.toml").is_file():
         return False
-    raise UserError(f"{path} is no run directory (no recipe.toml) and no study's folder (no {FILE})")
+    within = sorted(path.glob("*/recipe.toml"), reverse=True) if path.is_dir() else []
+    hint = f"; it has run directories, the newest is {within[0].parent}" if within else ""
+    raise UserError(f"{path} is no run directory (no recipe.toml) and no study's folder (no {FILE}){hint}")
 
 
 def _tell(written: Written, as_json: bool) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.errors import UserError
+from toolkit.formatting import plural
 
 Indices = npt.NDArray[np.int64]
 
@@ -217,8 +218,9 @@ def check_batch_size(batch_size: int, world: int, accumulation: int) -> None:
     below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
     nearest = f"{below} or {above}" if below else str(above)
     raise UserError(
-        f"train.batch_size = {batch_size} cannot be divided evenly among {world} process(es) x {accumulation} "
-        f"accumulation part(s): it must be a multiple of {unit}; the nearest are {nearest}"
+        f"train.batch_size = {batch_size} cannot be divided evenly among {plural(world, 'process', 'processes')} x "
+        f"{plural(accumulation, 'accumulation step')}: it must be a multiple of {unit}; the nearest are "
+        f"{nearest}"
     )
 
 

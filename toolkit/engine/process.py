@@ -19,6 +19,7 @@ from toolkit.data.cpus import granted_cpus
 from toolkit.engine.memory import keep_freed_memory
 from toolkit.engine.precision import on_gpu, resolve_precision
 from toolkit.errors import RunFailed, UserError
+from toolkit.formatting import plural
 from toolkit.recipe.schema import TrainTable
 
 T = TypeVar("T")
@@ -191,7 +192,8 @@ def out_of_memory_explained(train: TrainTable, processes: int) -> Iterator[None]
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunFailed(
             f"out of memory with {at_once} images at once in each process (train.batch_size = {train.batch_size} over "
-            f"{processes} process(es) and train.accumulation = {train.accumulation}): {first:.200}\n"
+            f"{plural(processes, 'process', 'processes')} and train.accumulation = {train.accumulation}): "
+            f"{first:.200}\n"
             "Try a larger train.accumulation (same experiment, fewer images at once), train.precision = 'bf16', a "
             "smaller train.eval_batch_size, or a smaller train.batch_size"
         ) from error

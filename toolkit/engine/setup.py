@@ -18,6 +18,7 @@ from toolkit.data.statistics import channel_statistics
 from toolkit.engine.display import Display, table
 from toolkit.engine.process import broadcast_object, local_processes, main_first
 from toolkit.errors import UserError
+from toolkit.formatting import plural
 from toolkit.models.build import BuiltModel, build_model, expected_input
 from toolkit.models.stochastic import Stochastic, make_stateless
 from toolkit.models.transfer import Transfer, apply_transfer, parts_table
@@ -157,11 +158,12 @@ def describe(setup: Setup, precision: str, *, whole: bool) -> str:
         f"transfer {recipe.transfer.mode}{module_text}",
         *(f"  {note}" for note in built.notes),
         table(cells, header, frozenset((1, 2, 3, 4))),
-        f"images {counts}; {len(setup.dataset.classes)} classes; input {setup.preprocessing.channels}x{size}x{size}",
+        f"images {counts}; {plural(len(setup.dataset.classes), 'class', 'classes')}; "
+        f"input {setup.preprocessing.channels}x{size}x{size}",
         f"batch size {recipe.train.batch_size} = {setup.accelerator.num_processes} processes x "
         f"{recipe.train.accumulation} parts x "
         f"{recipe.train.batch_size // setup.accelerator.num_processes // recipe.train.accumulation} images; "
-        f"{setup.steps} steps an epoch, {recipe.train.epochs} epochs",
+        f"{plural(setup.steps, 'step')} per epoch, {plural(recipe.train.epochs, 'epoch')}",
         f"device {setup.accelerator.device}, precision {precision}",
     ]
     return "\n".join(lines)

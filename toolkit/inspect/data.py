@@ -19,6 +19,7 @@ from toolkit.data.images import BadImage
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
 from toolkit.data.splits import SPLITS, split_dataset
 from toolkit.data.statistics import channel_statistics
+from toolkit.formatting import plural
 from toolkit.models.build import expected_input
 from toolkit.recipe.diagnostics import printable
 from toolkit.recipe.schema import Recipe
@@ -217,8 +218,8 @@ def report_text(report: Report) -> str:
     figures = report.to_json()
     total = {split: f"{figures['images'][split]:,}" for split in SPLITS}
     lines = [
-        f"data set   {report.dataset.name}: {sum(figures['images'].values()):,} images used, "
-        f"{len(report.classes)} classes",
+        f"data set   {report.dataset.name}: {plural(sum(figures['images'].values()), 'image')} used, "
+        + plural(len(report.classes), "class", "classes"),
         "images     " + ", ".join(f"{total[split]} {split}" for split in SPLITS),
         *_class_lines(report),
         *(f"{side:<10} {_spread_text(figures[side])} pixels" for side in ("width", "height") if figures[side]),

@@ -16,6 +16,7 @@ from toolkit.data.splits import split_dataset
 from toolkit.engine.features import tail_of
 from toolkit.engine.process import autocast_dtype
 from toolkit.errors import UserError
+from toolkit.formatting import plural
 from toolkit.inspect.cost import Memory, Step, measure_memory, measure_step
 from toolkit.models.build import BuiltModel, build_model, expected_input
 from toolkit.models.transfer import Transfer, apply_transfer
@@ -289,8 +290,8 @@ def _memory_rows(memory: Memory) -> list[tuple[str, int]]:
 def _steps_text(found: Plan) -> str:
     epochs = found.recipe.train.epochs
     if found.steps is None:
-        return f"{epochs} epochs"
-    return f"{found.steps:,} an epoch, {found.steps * epochs:,} in {epochs} epochs"
+        return plural(epochs, "epoch")
+    return f"{found.steps:,} per epoch, {found.steps * epochs:,} in {plural(epochs, 'epoch')}"
 
 
 def _time_text(found: Plan) -> str:

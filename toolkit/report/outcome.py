@@ -7,7 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from toolkit.formatting import plural
 from toolkit.report.measures import Calibration, Ints, Predictions, class_accuracy, confusion_matrix
+from toolkit.report.page import percent
 from toolkit.report.style import BLUE, GRID, INK, ORANGE, SKY, VERMILION, grid, short
 
 COUNTED = 25
@@ -76,7 +78,7 @@ def class_accuracy_figure(title: str, found: Predictions) -> Figure:
     axes.set_xlim(0, 100)
     grid(axes, "x")
     axes.set_xlabel("accuracy (%)")
-    axes.set_ylabel("class (test images)" if labelled else f"{len(order)} classes")
+    axes.set_ylabel("class (test images)" if labelled else plural(len(order), "class", "classes"))
     figure.legend(loc="outside lower right")
     axes.set_title(title, parse_math=False)
     return figure
@@ -91,12 +93,12 @@ def reliability_figure(title: str, found: Calibration) -> Figure:
     upper.bar(left[filled], found.accuracy[filled], width[filled], align="edge", color=BLUE, edgecolor="white",
               linewidth=0.5, label="accuracy of the bin")  # fmt: skip
     gap = (found.confidence - found.accuracy)[filled]
-    upper.bar(left[filled], gap, width[filled], bottom=found.accuracy[filled], align="edge", color="none",
-              edgecolor=ORANGE, hatch="////", linewidth=0.8, label="gap to its confidence")  # fmt: skip
+    upper.bar(left[filled], gap, width[filled], bottom=found.accuracy[filled], align="edge", color=ORANGE,
+              edgecolor="white", linewidth=0.5, alpha=0.75, label="gap to its confidence")  # fmt: skip
     upper.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1.0, label="perfectly calibrated")
     upper.set_ylabel("accuracy")
     upper.set_ylim(0, 1)
-    upper.set_title(f"{title}\nexpected calibration error {100 * found.expected_error:.1f} %", parse_math=False)
+    upper.set_title(f"{title}\nexpected calibration error {percent(found.expected_error)}", parse_math=False)
     lower.bar(left, found.counts, width, align="edge", color=SKY, edgecolor="white", linewidth=0.5)
     lower.set_ylabel("images")
     lower.set_xlabel("probability of the predicted class")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -78,6 +79,24 @@ def model_input(preprocessing: Preprocessing, image: Image.Image) -> npt.NDArray
 
     transform = build_transform("test", AugmentTable(), preprocessing)
     found: npt.NDArray[np.float32] = transform(to_mode(image, MODES[preprocessing.channels])).numpy()
+    return found
+
+
+def augmented_input(
+    facts: Facts, preprocessing: Preprocessing, image: Image.Image, seed: int
+) -> npt.NDArray[np.float32]:
+    """An image as a training input with one draw of the recipe's augmentation, float32 [C, H, W]; mixing left out."""
+    import torch
+
+    from toolkit.data.transforms import build_transform, random_states_kept
+
+    assert facts.recipe is not None, "the images were found by it"
+    transform = build_transform("train", facts.recipe.augment, preprocessing)
+    with random_states_kept():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        found: npt.NDArray[np.float32] = transform(to_mode(image, MODES[preprocessing.channels])).numpy()
     return found
 
 

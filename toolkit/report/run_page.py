@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from toolkit.expect import check_expectations
+from toolkit.formatting import plural
 from toolkit.recipe.diagnostics import printable
 from toolkit.report.curves import DECAYS, learning_rates
 from toolkit.report.facts import SPLITS, Facts, Record
@@ -82,11 +83,11 @@ def run_page(facts: Facts, shown: Shown) -> Page:
 def _subtitles(facts: Facts) -> list[str]:
     lines = [facts.recipe.recipe.description] if facts.recipe and facts.recipe.recipe.description else []
     if facts.summary is None:
-        state = f"not finished; {facts.last_epoch} epochs done"
+        state = f"not finished; {plural(facts.last_epoch, 'epoch')} done"
     elif facts.stopped_early:
         state = f"finished, stopped early after epoch {facts.last_epoch}"
     else:
-        state = f"finished after {facts.last_epoch} epochs"
+        state = f"finished after {plural(facts.last_epoch, 'epoch')}"
     return [*lines, f"run {facts.run.path.resolve().name}: {state}"]
 
 
@@ -140,7 +141,7 @@ def _interval(found: Predictions | None) -> str:
     if found is None:
         return ""
     low, high = wilson_interval(int(found.right.sum()), len(found.labels))
-    return f"{len(found.labels):,} images; 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+    return f"{plural(len(found.labels), 'image')}; 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
 
 
 def _costs(summary: Record) -> Iterator[Card]:
@@ -155,7 +156,8 @@ def _costs(summary: Record) -> Iterator[Card]:
             f"{images.get('validation', 0):,} validation, {images.get('test', 0):,} test",
         )
     if "seconds" in summary:
-        speed = f"{summary.get('images_per_s', 0):,.0f} images/s, {summary.get('processes')} process(es)"
+        processes = plural(summary.get("processes", 0), "process", "processes")
+        speed = f"{summary.get('images_per_s', 0):,.0f} images/s, {processes}"
         yield _card("training time", duration(summary["seconds"]), speed)
     if "device" in summary:
         memory = f"{summary.get('peak_memory_gib', 0):.1f} GiB at most"
@@ -299,11 +301,11 @@ def _calibration_text(found: Calibration) -> str:
     filled = found.counts > 0
     weights = found.counts[filled] / found.counts.sum()
     lean = float((weights * (found.confidence - found.accuracy)[filled]).sum())
-    word = "more" if lean > 0 else "less"
+    side = "above its accuracy: it is overconfident" if lean > 0 else "below its accuracy: it is underconfident"
     return (
-        f"Expected calibration error {percent(found.expected_error)}: so far is the predicted class's probability from "
-        f"the share of right answers, averaged over the images. On the whole the model is {percent(abs(lean))} "
-        f"{word} sure than right."
+        f"Expected calibration error {percent(found.expected_error)}: the absolute difference between confidence (the "
+        "probability of the predicted class) and accuracy in each bin, averaged over the images. On average the "
+        f"model's confidence is {percent(abs(lean))} {side}."
     )
 
 

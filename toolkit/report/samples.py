@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from toolkit.formatting import plural
 from toolkit.report.measures import Counts
 from toolkit.report.style import DPI, SPLIT_COLOURS, columns_for, grid, short
 
@@ -49,7 +50,7 @@ def class_histogram(title: str, names: Sequence[str], counts: Mapping[str, Count
         shown = [short(name, 40) for name in names]
         lower.set_xticks(positions, shown, rotation=90 if upright else 0, parse_math=False, **small)
     else:
-        lower.set_xlabel(f"{count} classes, in the order of the data set")
+        lower.set_xlabel(f"{plural(count, 'class', 'classes')}, in the order of the data set")
     upper.set_title(title, parse_math=False)
     return figure
 
@@ -65,13 +66,19 @@ def contact_sheet(
     raw: Sequence[Image.Image],
     inputs: Sequence[Image.Image],
     scale: tuple[float, float],
+    augmented: Sequence[Image.Image] = (),
 ) -> Figure:
-    """For each class an image, raw (left) and as the model gets it (right); ``scale`` is what black and white mean."""
-    cell = (2 * TILE + 3 * GAP, TILE + CAPTION + GAP)
+    """One image per class: the file, the model's input in evaluation and, if given, an augmented training input.
+
+    ``scale`` holds the input values that are shown as black and as white.
+    """
+    rows_of_images = [raw, inputs, *([augmented] if augmented else [])]
+    cell = (len(rows_of_images) * (TILE + GAP) + GAP, TILE + CAPTION + GAP)
     columns = columns_for(len(names), cell[0] / cell[1])
     rows = -(-len(names) // columns)
     sheet = np.full((rows * cell[1] + GAP, columns * cell[0], 3), 255, dtype=np.uint8)
     header = 0.75
+    kinds = "file, model input, augmented input" if augmented else "file, model input"
     inches = (max(sheet.shape[1] / DPI, 4.5), sheet.shape[0] / DPI + header)
     figure = Figure(figsize=inches)
     across = sheet.shape[1] / DPI / inches[0]
@@ -79,12 +86,12 @@ def contact_sheet(
     for number, name in enumerate(names):
         top, left = number // columns * cell[1], number % columns * cell[0] + GAP
         axes.text(left, top + CAPTION - 5, short(name, 30), fontsize=6.5, parse_math=False)
-        for offset, image in ((0, raw[number]), (TILE + GAP // 2, inputs[number])):
-            paste(sheet, image, top + CAPTION, left + offset)
+        for column, images in enumerate(rows_of_images):
+            paste(sheet, images[number], top + CAPTION, left + column * (TILE + GAP // 2))
     axes.imshow(sheet, interpolation="none")
     axes.set_axis_off()
     figure.text(0.5, 1 - 0.28 / inches[1], title, ha="center", va="center", fontsize=9, parse_math=False)
-    figure.text(0.5, 1 - 0.52 / inches[1], f"left raw, right normalised ({scale[0]:.2f} black, {scale[1]:.2f} white)",
+    figure.text(0.5, 1 - 0.52 / inches[1], f"{kinds} ({scale[0]:.2f} black, {scale[1]:.2f} white)",
                 ha="center", va="center", fontsize=7)  # fmt: skip
     return figure
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from toolkit.errors import UserError
+from toolkit.recipe.batchable import is_random
 from toolkit.recipe.diagnostics import printable
 from toolkit.report import curves, outcome
 from toolkit.report.facts import SPLITS, Facts, gather
@@ -18,7 +19,15 @@ from toolkit.report.filters import choose, effect_figure, filters_figure
 from toolkit.report.measures import calibration
 from toolkit.report.mistakes import COUNT, mistakes, mistakes_figure
 from toolkit.report.page import render
-from toolkit.report.pictures import SMALL, Pictures, data_uri, model_input, open_pictures, preprocessing_of
+from toolkit.report.pictures import (
+    SMALL,
+    Pictures,
+    augmented_input,
+    data_uri,
+    model_input,
+    open_pictures,
+    preprocessing_of,
+)
 from toolkit.report.run_page import Shown, count_by_class, run_page
 from toolkit.report.samples import as_pictures, class_histogram, contact_sheet
 from toolkit.report.style import PRINT, look, page_svg, save
@@ -181,17 +190,24 @@ def _samples(facts: Facts, pictures: Pictures, shown: Shown) -> Figure:
             raw.append(image)
     if not raw:
         raise UserError("no training image can be read")
-    inputs, shown.scale = as_pictures([model_input(preprocessing, image) for image in raw])
+    arrays = [model_input(preprocessing, image) for image in raw]
+    is_augmented = facts.recipe is not None and is_random("train", facts.recipe.augment)
+    if is_augmented:
+        arrays += [augmented_input(facts, preprocessing, image, seed) for seed, image in enumerate(raw)]
+    found, shown.scale = as_pictures(arrays)
+    inputs, augmented = found[: len(raw)], found[len(raw) :]
     shown.samples = [
         {
             "name": name,
             "raw": data_uri(image, SAMPLE),
-            "input": data_uri(given, SAMPLE),
+            "input": data_uri(inputs[number], SAMPLE),
+            "augmented": data_uri(augmented[number], SAMPLE) if is_augmented else None,
             "small": max(image.size) <= SMALL,
         }
-        for name, image, given in zip(names, raw, inputs, strict=True)
+        for number, (name, image) in enumerate(zip(names, raw, strict=True))
     ]
-    return contact_sheet(f"{facts.name}: one training image a class", names, raw, inputs, shown.scale)
+    title = f"{facts.name}: one training image per class"
+    return contact_sheet(title, names, raw, inputs, shown.scale, augmented)
 
 
 def _printable(names: Sequence[str]) -> list[str]:

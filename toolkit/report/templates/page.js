@@ -104,7 +104,7 @@ function ticks(low, high, wanted) {
 function format(value) {
   if (value === null || !Number.isFinite(value)) return "-";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(2);
+  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(2).replace(/\.?0*e/, "e");
   return String(Number(value.toPrecision(4)));
 }
 
@@ -181,7 +181,7 @@ class Chart {
     if (!width) return;
     svg.replaceChildren();
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    const box = { left: 62, right: width - 10, top: 36, bottom: height - 38 };
+    const box = { right: width - 10, top: 36, bottom: height - 38 };
     const series = this.visible();
     const values = series.flatMap((one) => one.y).filter((y) => y !== null && (!this.log || y > 0));
     const marks = (spec.marks || []).map((mark) => mark.x);
@@ -193,10 +193,13 @@ class Chart {
     if (log) [low, high] = [Math.log10(low), Math.log10(high)];
     const room = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
     [low, high] = [spec.fromZero && !log ? 0 : low - room, high + room];
+    const levels = log ? this.decades(low, high) : ticks(low, high, 5);
+    // Room for the longest tick label (12 px font) beside the axis title.
+    box.left = 30 + 7.2 * Math.max(3, ...levels.map((value) => format(value).length));
     this.x = (value) => box.left + ((value - left) / (right - left)) * (box.right - box.left);
     this.y = (value) => box.bottom - (((log ? Math.log10(value) : value) - low) / (high - low)) * (box.bottom - box.top);
     this.box = box;
-    this.axes(log ? this.decades(low, high) : ticks(low, high, 5), ticks(left, right, Math.max(2, width / 90)));
+    this.axes(levels, ticks(left, right, Math.max(2, width / 90)));
     for (const mark of spec.marks || []) this.mark(mark);
     for (const one of series) this.line(one, log);
     this.hair = make(svg, "g");
@@ -341,11 +344,14 @@ class Cells {
     this.svg = figure.querySelector("svg");
     this.readout = figure.querySelector(".readout");
     this.count = spec.names.length;
-    this.side = this.count <= 25 ? 34 : this.count <= 60 ? 18 : this.count <= 250 ? 10 : 3;
     this.named = this.count <= 250;
-    this.font = Math.min(12, this.side);
     const longest = Math.min(26, Math.max(...spec.names.map((name) => name.length)));
+    const smallest = this.count <= 25 ? 26 : this.count <= 60 ? 18 : this.count <= 250 ? 10 : 3;
+    this.font = Math.min(12, smallest);
     this.room = this.named ? 14 + longest * this.font * 0.58 : 14;
+    // As large as the page has room for, up to 44 px per cell; below the smallest legible size the matrix scrolls.
+    const available = figure.clientWidth - this.room - 4;
+    this.side = Math.max(smallest, Math.min(44, Math.floor(available / this.count)));
     this.values = new Map(spec.cells.map(([row, column, value]) => [row * this.count + column, value]));
     this.place = [0, 0];
     this.draw();
