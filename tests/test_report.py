@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -11,12 +13,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli import Outcome, toolkit
 from finished import CONVNET, digit_files, train_on_files
 from matplotlib.figure import Figure
+from PIL import Image
 from report_runs import HOSTILE, SCRIPT, write_run
 
+from toolkit.formatting import plural
 from toolkit.report import write
 from toolkit.runs import Run
 
@@ -355,3 +360,25 @@ def _small(folder: Path) -> list[str]:
              "data.test_images_per_class=3", "tracking.trackers=[]", "data.workers=0",
              "model.convnet.blocks=[{channels=2, pool=4}]")  # fmt: skip
     return [part for setting in given for part in ("--set", setting)]
+
+
+def test_samples_are_shown_as_they_are_trained_on(tmp_path: Path) -> None:
+    """File, evaluation input and one with the recipe's augmentation, which here turns images upside down."""
+    run = train_on_files(tmp_path, CONVNET, 'augment.train=[{ name = "RandomVerticalFlip", p = 1.0 }]')
+    text = page(report(run.path))
+    samples = re.findall(r'<li><div class="images">(.+?)</div><b>(\d)</b></li>', text)
+    assert [name for _, name in samples] == [str(digit) for digit in range(10)]
+    for images, _ in samples:
+        _, plain, augmented = (_pixels(uri) for uri in re.findall(r'src="data:image/png;base64,([^"]+)"', images))
+        assert np.abs(augmented - plain[::-1]).max() <= 1
+        assert np.abs(augmented - plain).max() > 1
+
+
+def _pixels(base64_png: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(base64_png))), dtype=np.int64)
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 processes"), (1, "1 process"), (2, "2 processes")])
+def test_counts_come_with_the_right_form_of_their_noun(count: int, text: str) -> None:
+    assert plural(count, "process", "processes") == text
+    assert plural(count, "epoch") == text.replace("processes", "epochs").replace("process", "epoch")
