@@ -1,4 +1,4 @@
-"""Orientation and range of values from end to end: training, evaluation, prediction, report, export read files alike."""
+"""Orientation and range of values from end to end: training, evaluation, prediction, report and export agree."""
 
 from __future__ import annotations
 
