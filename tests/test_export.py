@@ -156,7 +156,8 @@ def test_preprocessing_json_is_all_that_another_program_needs(runs: Callable[[st
     difference = np.abs(by_hand(card, photo()) - ours.numpy()) * np.max(card["std"]) * 255
     assert difference.max() < 3  # of 255: Pillow's cubic filter is not the kernel's to the last bit
     assert difference.mean() < 0.5
-    assert card["steps"][1:3] == [
+    assert card["steps"][1:4] == [
+        "turn the image upright by its EXIF orientation",
         "resize the shorter side to 20 pixels, bicubic, antialiased",
         "crop the centre, 16 x 16 pixels",
     ]

@@ -149,6 +149,7 @@ def test_a_damaged_image_in_mid_epoch_ends_all_and_is_named(tmp_path: Path, worl
     assert all(status != 0 for status in statuses), text
     assert ".png: damaged (" in text.strip().splitlines()[-1]
     assert "b/" in text.strip().splitlines()[-1]
+    assert 'data.on_bad_image = "skip"' in text.strip().splitlines()[-1]
     assert "Traceback" not in text
 
 

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from toolkit.cli import app
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.models.build import build_model
+from toolkit.names import decode_name
 from toolkit.predict import Predictions, collect, load_model, model_card, predict
 from toolkit.recipe.schema import ModelTable
 from toolkit.runs import Run
@@ -175,12 +176,15 @@ def test_folders_are_searched_to_the_bottom_and_hidden_files_are_not_seen(tmp_pa
     assert found == [str(tmp_path / name) for name in ("a.png", "b/deep/2.JPG", "c/3.webp")]
 
 
-def test_names_that_are_not_utf8_come_out_as_they_went_in(run: Run, tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_can_be_read_back_from_the_file(run: Run, tmp_path: Path) -> None:
     odd = tmp_path / "caf\udce9.png"
     shutil.copy(next((folder_of_test(run) / "2").iterdir()), odd)
     out = tmp_path / "out.csv"
     assert toolkit("predict", run.path, tmp_path, "-o", out).status == 0
-    assert b"caf\xe9.png" in out.read_bytes()
+    with open(out, newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["path"].endswith("/caf%E9.png")
+    assert decode_name(row["path"]) == str(odd)
 
 
 def test_a_run_that_was_killed_predicts_with_its_best_epoch_so_far(copy: Run) -> None:

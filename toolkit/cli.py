@@ -5,9 +5,7 @@ Results go to stdout, talk to stderr. Exit status: 0 done, 2 bad input, 3 interr
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from typing import Annotated
 
 import typer
@@ -25,7 +23,7 @@ from toolkit.commands.study import study
 from toolkit.commands.table import table
 from toolkit.commands.use import evaluate, explain, predict
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
-from toolkit.train import AsJson, Debug, end, report_errors, train
+from toolkit.train import AsJson, Debug, end, report_errors, show_any_name, train
 
 
 def _print_version(is_given: bool) -> None:
@@ -93,10 +91,7 @@ def check(run: RunPath, as_json: AsJson = False, debug: Debug = False) -> None:
 
 def main() -> None:
     """Entry of the `toolkit` command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A name that the terminal's encoding lacks is no reason to fail.
-            stream.reconfigure(errors="backslashreplace")
+    show_any_name()
     app()
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.loading import EvaluationLoader, SplitImages, worker_count
 from toolkit.data.order import Indices, plan_evaluation
-from toolkit.data.preprocessing import with_channels
+from toolkit.data.preprocessing import as_trained, with_channels
 from toolkit.data.splits import SPLITS, split_hash
 from toolkit.data.transforms import build_transform
 from toolkit.engine.checkpoint import find_latest, load_checkpoint
@@ -101,16 +101,17 @@ def check_split(split: str) -> None:
     raise UserError(f"there is no split {split!r}: a run has {', '.join(SPLITS)}{hint}")
 
 
-def images_of(run: Run, split: str, classes: list[str], data_root: Path | None = None) -> tuple[Dataset, Indices]:
+def images_of(run: Run, split: str, trained: TrainedModel, data_root: Path | None = None) -> tuple[Dataset, Indices]:
     """The data set of a run and the places in it of one split's images, found by the names in split.json.
 
     Nothing is downloaded. ``data_root`` says where the data are now, if not where the recipe says. Raises UserError
     where images are gone or are others than the run's.
     """
     check_split(split)
-    recipe, names = run.recipe, _names(run)
+    recipe, names, classes = run.recipe, _names(run), trained.classes
     moved = {} if data_root is None else {"root": str(data_root)}
     wanted = with_channels(recipe.data, pretrained=recipe.model.weights != "none")
+    wanted = as_trained(wanted, trained.preprocessing)
     try:
         dataset = open_dataset(wanted.model_copy(update={"download": False, **moved}))
     except UserError as error:
@@ -172,7 +173,7 @@ def evaluate_run(
     check_split(split)
     trained, recipe = load_model(run.path), run.recipe
     summary = _summary(run)
-    dataset, indices = images_of(run, split, trained.classes, data_root)
+    dataset, indices = images_of(run, split, trained, data_root)
     outcome = Outcome(split, len(indices))
     loader = _loader(run, recipe, summary, trained, dataset, indices, split, accelerator)
 

@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from toolkit.data.images import BadImage, FileImages
+from toolkit.data.images import BadImage
 from toolkit.errors import UserError
 from toolkit.evaluate import images_of
 from toolkit.models.names import first_line
@@ -96,13 +96,13 @@ def require_captum() -> None:
 
 def subjects_from_files(trained: TrainedModel, paths: Sequence[str], say: Callable[[str], None]) -> list[Subject]:
     """Images from files; what cannot be read is said and left out."""
-    images, transform = FileImages(Path(), paths, trained.preprocessing.channels), trained.transform
+    images, transform = trained.files(paths), trained.transform
     found = []
-    for index, path in enumerate(paths):
+    for index in range(len(images)):
         try:
-            found.append(Subject(path, transform(images.load(index)), None))
+            found.append(Subject(images.name(index), transform(images.load(index)), None))
         except (BadImage, UserError) as error:
-            say(str(error) if isinstance(error, BadImage) else f"{path}: {error}")
+            say(str(error) if isinstance(error, BadImage) else f"{images.name(index)}: {error}")
     return found
 
 
@@ -118,7 +118,7 @@ def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path 
         raise UserError(f"{run.path / 'predictions.csv'} is damaged: {error}") from None
     if not wrong:
         raise UserError(f"{run.path} has made no mistake on its test images: name images to explain")
-    dataset, indices = images_of(run, "test", trained.classes, data_root)
+    dataset, indices = images_of(run, "test", trained, data_root)
     images, transform = dataset.images, trained.transform
     place = {images.name(int(index)): int(index) for index in indices}
     wrong.sort(key=lambda mistake: -mistake[0])

@@ -166,7 +166,7 @@ def _of_run(run: Run, trained: TrainedModel) -> Tensor:
     """Test images first; where they are fewer than 64, the others after them."""
     inputs: list[Tensor] = []
     for split in ("test", "validation", "train"):
-        dataset, indices = images_of(run, split, trained.classes)
+        dataset, indices = images_of(run, split, trained)
         transform = trained.transform
         inputs += [transform(dataset.images.load(int(i))) for i in indices[: IMAGES - len(inputs)]]
         if len(inputs) == IMAGES:
@@ -224,7 +224,9 @@ def _steps(trained: TrainedModel) -> list[str]:
     resize = wanted.resize
     side = f"the shorter side to {resize}" if isinstance(resize, int) else f"to {resize} (height, width)"
     return [
-        f"decode to {'RGB' if wanted.channels == 3 else 'greyscale'}, without EXIF orientation",
+        f"decode to {'RGB' if wanted.channels == 3 else 'greyscale'}",
+        *(["turn the image upright by its EXIF orientation"] if wanted.exif == "apply" else []),
+        *([_scaling(wanted.value_range)] if wanted.value_range is not None else []),
         *([f"resize {side} pixels, {wanted.interpolation}, antialiased"] if resize is not None else []),
         *([f"crop the centre, {wanted.image_size} x {wanted.image_size} pixels"] if wanted.crop else []),
         *(
@@ -234,6 +236,11 @@ def _steps(trained: TrainedModel) -> list[str]:
         "divide by 255",
         f"subtract the mean {list(wanted.mean)} and divide by the deviation {list(wanted.std)}, for each channel",
     ]
+
+
+def _scaling(value_range: tuple[float, float]) -> str:
+    black, white = value_range
+    return f"in files with more than 8 bits per sample: {black:g} to 0, {white:g} to 255, rounded and clipped"
 
 
 def write_json(path: Path, content: object) -> None:

@@ -30,6 +30,7 @@ from toolkit.engine.checkpoint import load_weights
 from toolkit.engine.evaluate import to_device
 from toolkit.errors import UserError
 from toolkit.models.build import build_model
+from toolkit.names import encode_name
 from toolkit.recipe.schema import AugmentTable, ModelTable, TransformEntry
 
 FORMAT = 1
@@ -59,6 +60,11 @@ class TrainedModel:
     def transform(self) -> ImageTransform:
         """From a decoded image to one input, as the run's test images went."""
         return build_transform("test", AugmentTable(test=list(self.transforms)), self.preprocessing)
+
+    def files(self, paths: Sequence[str]) -> FileImages:
+        """Image files, read as the run read its own; ``load(i)`` gives what :attr:`transform` takes."""
+        wanted = self.preprocessing
+        return FileImages(Path(), paths, wanted.channels, exif=wanted.exif, value_range=wanted.value_range)
 
     @property
     def caution(self) -> str | None:
@@ -213,6 +219,7 @@ class Predictions:
     """The most probable classes of each image, in the order of the paths, the same on every process."""
 
     paths: list[str]
+    """Encoded by :func:`toolkit.names.encode_name`, as in all files."""
     classes: list[str]
     ranking: npt.NDArray[np.int64]
     """Classes by falling probability, [N, k]."""
@@ -263,8 +270,8 @@ class _Inputs(NamedTuple):
 class _Files(Dataset[Any]):
     """Image files as inputs of a model; a request for positions gives :class:`_Inputs`."""
 
-    def __init__(self, paths: Sequence[str], transform: ImageTransform, channels: int) -> None:
-        self.images, self.transform = FileImages(Path(), paths, channels), transform
+    def __init__(self, images: FileImages, transform: ImageTransform) -> None:
+        self.images, self.transform = images, transform
 
     def __getitems__(self, positions: list[int]) -> _Inputs:
         """A batch; what cannot be read, or not be made an input, is told instead."""
@@ -331,13 +338,13 @@ def predict(
         advance(len(positions) + len(bad))
     table, faults = _joined(table, faults, device)
     ranking, probabilities = table.numpy()[:, :top_k].astype(np.int64), table.numpy()[:, top_k:]
-    return Predictions(list(paths), trained.classes, ranking, probabilities, faults)
+    return Predictions([encode_name(path) for path in paths], trained.classes, ranking, probabilities, faults)
 
 
 def _loader(
     trained: TrainedModel, paths: Sequence[str], batches: list[list[int]], workers: int
 ) -> DataLoader[Any] | Iterator[_Inputs]:
-    files = _Files(paths, trained.transform, trained.preprocessing.channels)
+    files = _Files(trained.files(paths), trained.transform)
     workers = min(workers, len(batches))
     return DataLoader(
         files,

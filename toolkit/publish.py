@@ -38,6 +38,9 @@ TITLES = {
 }
 """What data sets are called by people."""
 
+MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]")
+"""Characters that Markdown would take for more than text."""
+
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -209,7 +212,9 @@ def _use(trained: TrainedModel, repo: str) -> str:
 
 def _data(recipe: Recipe, trained: TrainedModel, summary: dict[str, Any]) -> str:
     counts = ", ".join(f"{count:,} {split}" for split, count in summary["images"].items())
-    names = ", ".join(trained.classes[:20]) + (", ..." if len(trained.classes) > 20 else "")
+    names = ", ".join(MARKDOWN.sub(r"\\\g<0>", name) for name in trained.classes[:20]) + (
+        ", ..." if len(trained.classes) > 20 else ""
+    )
     wanted = trained.preprocessing
     lines = [
         f"{_dataset(recipe)}. {len(trained.classes)} classes ({names}).",

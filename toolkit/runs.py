@@ -186,8 +186,9 @@ class Run:
         return lock
 
     def write_json(self, name: str, value: object) -> None:
-        """Write one JSON file of the run."""
-        write_atomically(self.path / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        """Write one JSON file of the run. Bytes that are not UTF-8 (in a path or a command) become escapes of JSON."""
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.path / name, text.encode(errors="backslashreplace"))
 
     def write_text(self, name: str, text: str) -> None:
         """Write one text file of the run."""

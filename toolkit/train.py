@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
+from toolkit.names import visible
 
 if TYPE_CHECKING:
     from toolkit.runs import Run
@@ -179,7 +181,7 @@ def speak(message: str) -> None:
         time.sleep(OTHERS_WAIT_S)
     if watch is not None and watch.told.is_set():
         return
-    message = f"rank {rank}: {message}" if several else message
+    message = visible(f"rank {rank}: {message}" if several else message)
     print(message, file=sys.stderr, flush=True)
     tell_launcher(message)
     if watch is not None:
@@ -210,8 +212,16 @@ def end(status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
+def show_any_name() -> None:
+    """Make stdout and stderr show a name that the terminal's encoding lacks, escaped, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Entry of `python -m toolkit.train`."""
+    show_any_name()
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(train)
     app()

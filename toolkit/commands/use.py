@@ -12,6 +12,7 @@ import typer
 
 from toolkit.commands.options import DataRoot, ModelPath, RunPath
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
+from toolkit.names import visible
 from toolkit.train import AsJson, Debug, end, is_first_process, report_errors
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ EXPLAINED = 256
 def say(text: str) -> None:
     """A line on stderr, from the first process alone."""
     if is_first_process():
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 def evaluate(
@@ -209,7 +210,7 @@ def _hand_over(accelerator: Accelerator, predictions: Predictions, style: str, o
             print(text, end="", flush=True)
             return
         try:
-            write_atomically(out, text.encode("utf-8", "surrogateescape"))
+            write_atomically(out, text.encode(errors="backslashreplace"))
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}") from None
         say(f"{out}: {len(predictions.paths) - len(predictions.faults)} predictions")

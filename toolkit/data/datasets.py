@@ -8,16 +8,17 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
-from toolkit.data.images import ArrayImages, FileImages, Images
+from toolkit.data.images import CANNOT_READ, HAS_CHANGED, ArrayImages, FileImages, Images
 from toolkit.data.order import Indices
 from toolkit.errors import UserError
+from toolkit.names import encode_name
 from toolkit.recipe.schema import DataTable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -38,7 +39,7 @@ class Dataset:
 
     name: str
     classes: list[str]
-    """Names of the classes; a label is an index into them."""
+    """Names of the classes, encoded by :func:`toolkit.names.encode_name`; a label is an index into them."""
     images: Images
     labels: Indices
     """int64 [N]."""
@@ -51,7 +52,8 @@ class Dataset:
 
 def open_dataset(table: DataTable) -> Dataset:
     """The data set of a recipe. Raises UserError where it is missing or not laid out as it should be."""
-    return _OPENERS[table.dataset](table)
+    dataset = _OPENERS[table.dataset](table)
+    return replace(dataset, classes=[encode_name(name) for name in dataset.classes])
 
 
 def _open_digits(table: DataTable) -> Dataset:
@@ -130,7 +132,7 @@ def _open_caltech101(table: DataTable) -> Dataset:
         raise UserError(f"{home} has {found} but not {other}: put both there, or neither to split all images")
     index = {name: label for label, name in enumerate(classes)}
     labels = np.array([index[path.partition("/")[0]] for path in paths], dtype=np.int64)
-    images = FileImages(home / CALTECH_IMAGES, paths, table.channels or 3)
+    images = _files(home / CALTECH_IMAGES, paths, table)
     return Dataset("caltech101", classes, images, labels, lists, None, 3)
 
 
@@ -179,8 +181,14 @@ def _open_imagefolder(table: DataTable) -> Dataset:
             paths += found
             labels.append(np.full(len(found), index[name], dtype=np.int64))
         lists[split] = np.arange(start, len(paths))
-    images = FileImages(root, paths, table.channels or 3)
+    images = _files(root, paths, table)
     return Dataset("imagefolder", classes, images, np.concatenate(labels), lists, None, 3)
+
+
+def _files(root: Path, paths: list[str], table: DataTable) -> FileImages:
+    """Image files, to be read as the table says."""
+    advice = CANNOT_READ if table.on_bad_image == "error" else HAS_CHANGED
+    return FileImages(root, paths, table.channels or 3, exif=table.exif, value_range=table.known_range, advice=advice)
 
 
 def _list_folders(root: Path) -> dict[str, str]:

@@ -10,6 +10,9 @@ from toolkit.errors import UserError
 from toolkit.recipe.schema import DataTable, NormalizeValues
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BEFORE_EXIF: dict[str, Any] = {"exif": "ignore", "value_range": (0, 65535)}
+"""What held for models whose card does not say: those trained before cards had these fields."""
+
 SMALL_IMAGE = 64
 """Up to this size (pixels) images are taken whole by default; above it the usual resize-then-crop of ImageNet holds."""
 
@@ -42,6 +45,10 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    exif: str = "apply"
+    """apply or ignore: whether image files are turned upright by the orientation that they state."""
+    value_range: tuple[float, float] | None = None
+    """Values of black and white in files with more than 8 bits per sample; None: training saw no such file."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, read back by :meth:`from_dict`."""
@@ -51,12 +58,19 @@ class Preprocessing:
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """Inverse of :meth:`to_dict` (JSON turns tuples into lists)."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
+        return cls(**BEFORE_EXIF | fields)
 
 
 def with_channels(data: DataTable, *, pretrained: bool) -> DataTable:
     """The table with colour input where nothing is said of it and pretrained weights are used, which expect colour."""
     return data.model_copy(update={"channels": 3}) if data.channels is None and pretrained else data
+
+
+def as_trained(data: DataTable, preprocessing: Preprocessing) -> DataTable:
+    """The table with the way in which a trained model's image files were read."""
+    found = preprocessing.value_range
+    value_range = "auto" if found is None else list(found)
+    return data.model_copy(update={"exif": preprocessing.exif, "value_range": value_range})
 
 
 def resolve_preprocessing(
@@ -88,7 +102,8 @@ def resolve_preprocessing(
         resize = size if size <= SMALL_IMAGE else round(size / 0.875)
     interpolation = data.interpolation or (weights.interpolation if weights else "bilinear")
     zeros, ones = (0.0,) * channels, (1.0,) * channels
-    plain = Preprocessing(channels, size, resize, data.crop == "center", interpolation, zeros, ones)
+    crop = data.crop == "center"
+    plain = Preprocessing(channels, size, resize, crop, interpolation, zeros, ones, data.exif, data.known_range)
     mean, std = _normalization(data, weights, plain, measure)
     for values in (mean, std):
         if len(values) != channels:

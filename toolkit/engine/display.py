@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from toolkit.names import visible
+
 
 class Display:
     """Speaks for the main process only; silent on the others. What it does not show goes to log.txt all the same."""
@@ -23,6 +25,7 @@ class Display:
         """Show text and keep it in log.txt (from the moment there is one; earlier lines are added then)."""
         if not self.speaks:
             return
+        text = visible(text)
         if self.progress is not None:
             self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self.shows:
@@ -32,7 +35,7 @@ class Display:
     def note(self, text: str) -> None:
         """Keep text in log.txt only."""
         if self.speaks:
-            self._log(text)
+            self._log(visible(text))
 
     def log_to(self, path: Path) -> None:
         """Keep what was and will be said in this file too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,11 +10,12 @@ from accelerate import Accelerator
 
 from toolkit.data.cpus import granted_cpus
 from toolkit.data.datasets import Dataset, open_dataset
-from toolkit.data.images import check_images
+from toolkit.data.images import Checked, FileImages, check_images
 from toolkit.data.order import steps_per_epoch
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
 from toolkit.data.splits import SPLITS, check_splits, split_dataset
 from toolkit.data.statistics import channel_statistics
+from toolkit.data.values import choose_range, range_words
 from toolkit.engine.display import Display, table
 from toolkit.engine.process import broadcast_object, local_processes, main_first
 from toolkit.errors import UserError
@@ -58,7 +59,12 @@ def prepare(recipe: Recipe, accelerator: Accelerator, display: Display, *, load_
     data = with_channels(recipe.data, pretrained=recipe.model.weights != "none")
     dataset = main_first(accelerator, lambda: open_dataset(data))
     splits = split_dataset(dataset, recipe.data)
-    splits, bad_images = _without_bad_images(recipe, accelerator, display, dataset, splits)
+    checked = _check_images(recipe, accelerator, dataset, splits)
+    splits, bad_images = _without_bad_images(recipe, display, dataset, splits, checked.bad)
+    if isinstance(dataset.images, FileImages) and (value_range := choose_range(checked.extents)) is not None:
+        display.say(range_words(checked.extents, value_range))
+        dataset = replace(dataset, images=dataset.images.with_range(value_range))
+        data = data.model_copy(update={"value_range": list(value_range)})
     preprocessing = resolve_preprocessing(
         data,
         expected_input(recipe.model),
@@ -95,28 +101,36 @@ def _measure(
     return tuple(mean), tuple(std)
 
 
-def _without_bad_images(
-    recipe: Recipe, accelerator: Accelerator, display: Display, dataset: Dataset, splits: dict[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], list[str]]:
+def _check_images(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, splits: dict[str, np.ndarray]) -> Checked:
     """Look for unreadable images before the first epoch, on the main process (a collective).
 
     With on_bad_image = "error" files are opened but not decoded (cheap); with "skip" they are decoded, so that the same
-    ones are left out on every process.
+    ones are left out on every process. Files with more than 8 bits per sample are decoded where the range of their
+    values is to be found.
     """
-    skip = recipe.data.on_bad_image == "skip"
-    bad: list[tuple[int, str]] = []
+    checked = Checked([], [])
     if accelerator.is_main_process:
-        threads = granted_cpus(local_processes())
-        bad = check_images(
-            dataset.images, np.concatenate([splits[name] for name in SPLITS]), decode=skip, threads=threads
-        )
-    bad = broadcast_object(bad)
+        every = np.concatenate([splits[name] for name in SPLITS])
+        decode, threads = recipe.data.on_bad_image == "skip", granted_cpus(local_processes())
+        checked = check_images(dataset.images, every, decode=decode, threads=threads)
+    found: Checked = broadcast_object(checked)
+    return found
+
+
+def _without_bad_images(
+    recipe: Recipe,
+    display: Display,
+    dataset: Dataset,
+    splits: dict[str, np.ndarray],
+    bad: list[tuple[int, str]],
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The splits without bad images, and the names of these. Raises UserError where that is not wanted."""
     if not bad:
         return splits, []
     named = [f"{dataset.images.name(index)}: {reason}" for index, reason in bad]
     shown = "; ".join(named[:5]) + ("; ..." if len(named) > 5 else "")
     total = sum(len(indices) for indices in splits.values())
-    if not skip:
+    if recipe.data.on_bad_image != "skip":
         raise UserError(
             f"{len(bad)} of {total} images cannot be read: {shown}. Mend or remove them, or set "
             'data.on_bad_image = "skip"'

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from toolkit.data.cpus import granted_cpus
 from toolkit.data.datasets import Dataset, open_dataset
-from toolkit.data.images import BadImage
+from toolkit.data.images import BadImage, FileImages, check_images
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
 from toolkit.data.splits import SPLITS, split_dataset
 from toolkit.data.statistics import channel_statistics
+from toolkit.data.values import choose_range, range_words
 from toolkit.formatting import plural
 from toolkit.models.build import expected_input
 from toolkit.recipe.diagnostics import printable
@@ -111,6 +112,11 @@ def examine(recipe: Recipe, say: Callable[[str], None]) -> Report:
     splits = split_dataset(dataset, data)
     used = np.concatenate([splits[split] for split in SPLITS])
     say(f"decoding {len(used):,} images of {dataset.name}")
+    if isinstance(dataset.images, FileImages):
+        extents = check_images(dataset.images, used, decode=False).extents
+        if (value_range := choose_range(extents)) is not None:
+            say(range_words(extents, value_range))
+            dataset = replace(dataset, images=dataset.images.with_range(value_range))
     seen, unreadable = look_at(dataset, used)
     readable = {split: np.array([i for i in splits[split] if int(i) in seen], dtype=np.int64) for split in SPLITS}
     preprocessing, mean, std = _statistics(recipe, dataset, readable["train"])

@@ -144,6 +144,21 @@ class DataTable(Table):
             "dataset: computed from the training images. Or { mean = [...], std = [...] }."
         ),
     ] = "auto"
+    exif: Annotated[
+        Literal["apply", "ignore"],
+        describe(
+            "The orientation that cameras and phones store in image files. apply: images are turned upright, as people "
+            "see them. ignore: pixels stay as they are stored, as in torchvision and timm."
+        ),
+    ] = "apply"
+    value_range: Annotated[
+        Annotated[list[float], Field(min_length=2, max_length=2)] | Literal["auto"],
+        describe(
+            "[BLACK, WHITE]: the values that become 0 and 255 in images with more than 8 bits per sample (16-bit, "
+            "32-bit, float). auto: one range for the whole data set, by its largest value: 0 to 255, 1023, 4095, 16383 "
+            "or 65535; float images 0 to 1; training does not begin where the values leave this in doubt."
+        ),
+    ] = "auto"
     workers: Annotated[
         Annotated[int, Field(ge=0)] | Literal["auto"],
         describe("Processes that prepare images, for each training process; auto: by the CPUs that were granted."),
@@ -175,6 +190,17 @@ class DataTable(Table):
         if isinstance(self.normalize, NormalizeValues) and len(self.normalize.mean) != len(self.normalize.std):
             raise ValueError("normalize: mean and std must have the same number of values")
         return self
+
+    @model_validator(mode="after")
+    def _black_below_white(self) -> DataTable:
+        if self.value_range != "auto" and not self.value_range[0] < self.value_range[1]:
+            raise ValueError("value_range: the first value, of black, must be smaller than the second, of white")
+        return self
+
+    @property
+    def known_range(self) -> tuple[float, float] | None:
+        """``value_range`` as two numbers; None: it is still to be found."""
+        return None if self.value_range == "auto" else (self.value_range[0], self.value_range[1])
 
 
 class TransformEntry(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import random
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from PIL import Image
 
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.images import MODES, BadImage, to_mode
-from toolkit.data.preprocessing import Preprocessing, with_channels
+from toolkit.data.preprocessing import Preprocessing, as_trained, with_channels
 from toolkit.errors import UserError
 from toolkit.report.facts import SPLITS, Facts
 from toolkit.report.measures import Ints
@@ -64,6 +65,8 @@ def open_pictures(facts: Facts, data_root: str | None = None) -> Pictures:
     if facts.recipe is None:
         raise UserError("the recipe, which says where they are, cannot be read")
     table = with_channels(facts.recipe.data, pretrained=facts.recipe.model.weights != "none")
+    with contextlib.suppress(UserError):  # a damaged card: as the recipe says
+        table = as_trained(table, preprocessing_of(facts))
     changes = {"download": False} | ({"root": data_root} if data_root is not None else {})
     dataset = open_dataset(table.model_copy(update=changes))
     if facts.classes and dataset.classes != facts.classes:

@@ -38,7 +38,7 @@ ELSEWHERE = {"root", "download", "workers", "cache", "on_bad_image", "max_bad_fr
 """Keys of [data] that say where images come from and how fast, not which they are or how they look."""
 
 SOME_CLASSES = 10
-LOOKS = {"channels", "image_size", "resize", "crop", "interpolation", "normalize"}
+LOOKS = {"channels", "image_size", "resize", "crop", "interpolation", "normalize", "exif", "value_range"}
 """Keys of [data] that say how images look, not which they are."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")

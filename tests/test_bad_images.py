@@ -1,0 +1,165 @@
+"""Images that only decoding finds damaged: the file and the key that skips it are named, whenever it comes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli import Outcome, toolkit
+from finished import CONVNET, ON_FILES
+from PIL import Image
+
+from toolkit.data.datasets import open_dataset
+from toolkit.data.images import FileImages, check_images
+from toolkit.data.loading import SplitImages
+from toolkit.data.order import Indices
+from toolkit.data.splits import split_dataset
+from toolkit.recipe import load_recipe
+from toolkit.runs import Run, open_run
+
+SKIP = 'data.on_bad_image = "skip"'
+PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def damaged(kind: str) -> bytes:
+    """A file whose header and, in PNG, end are whole, and whose pixels are not."""
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, kind)
+    data = file.getvalue()
+    if kind == "PNG":
+        middle = data.index(b"IDAT") + 20
+        return data[:middle] + bytes(40) + data[middle + 40 :]
+    return data[: len(data) * 9 // 10]
+
+
+KINDS = {"png": "PNG", "bmp": "BMP", "gif": "GIF", "tiff": "TIFF", "ppm": "PPM"}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two classes of 12 images of 16 x 16 pixels."""
+    root = tmp_path / "data"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number:02d}.png")
+    return root
+
+
+def arguments(tmp_path: Path, *settings: str) -> list[str]:
+    path = tmp_path / "recipe.toml"
+    places = {"runs": json.dumps(str(tmp_path / "runs")), "data": json.dumps(str(tmp_path / "data"))}
+    path.write_text(ON_FILES.format(**places, size=16, epochs=2) + CONVNET)
+    given = ("data.split={ validation = 0.25, test = 0.25 }", "train.batch_size=4", *settings)
+    return ["train", str(path), "--no-report", *(part for setting in given for part in ("--set", setting))]
+
+
+def fails(outcome: Outcome, name: str) -> str:
+    """The last line of a command that names the image and the key."""
+    assert outcome.status in (1, 2), outcome.stderr
+    last = outcome.stderr.strip().splitlines()[-1]
+    assert f"{name}: damaged (" in last
+    assert SKIP in last
+    assert "Traceback" not in outcome.stderr
+    return last
+
+
+def trained(tmp_path: Path, *settings: str) -> Run:
+    outcome = toolkit(*arguments(tmp_path, *settings))
+    assert outcome.status == 0, outcome.stderr
+    return open_run(outcome.stdout.splitlines()[-1])
+
+
+def in_split(tmp_path: Path, split: str) -> list[str]:
+    """Names of the images of a split of the recipe."""
+    _, path, _, *settings = arguments(tmp_path)
+    table = load_recipe(path, settings[1::2]).data
+    dataset = open_dataset(table)
+    return [dataset.images.name(int(i)) for i in split_dataset(dataset, table)[split]]
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_formats_whose_damage_opening_does_not_show(data: Path, tmp_path: Path, suffix: str) -> None:
+    bad = data / "a" / f"broken.{suffix}"
+    bad.write_bytes(damaged(KINDS[suffix]))
+    images = FileImages(data, [f"a/broken.{suffix}"], 3)
+    assert check_images(images, np.arange(1), decode=False).bad == []
+    assert len(check_images(images, np.arange(1), decode=True).bad) == 1
+    fails(toolkit(*arguments(tmp_path, 'data.cache="off"')), f"a/broken.{suffix}")
+    run = trained(tmp_path, 'data.on_bad_image="skip"', "data.max_bad_fraction=0.1")
+    assert run.summary["images_left_out"] == 1
+    assert [line.partition(":")[0] for line in run.split["left_out"]] == [f"a/broken.{suffix}"]
+
+
+@pytest.mark.parametrize("cache", ["off", "disk"])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_in_workers_and_in_the_cache_for_every_split(
+    data: Path, tmp_path: Path, split: str, workers: int, cache: str
+) -> None:
+    name = in_split(tmp_path, split)[-1]  # the first image of a split is tried before training
+    (data / name).write_bytes(damaged("PNG"))
+    fails(toolkit(*arguments(tmp_path, f"data.cache={json.dumps(cache)}", f"data.workers={workers}")), name)
+
+
+@pytest.mark.parametrize("settings", [('data.normalize="dataset"',), ()])
+def test_before_the_first_step(data: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """By the statistics of the training images, and by the first image of a split that is tried."""
+    names = in_split(tmp_path, "train")
+    name = names[-1] if settings else names[0]
+    (data / name).write_bytes(damaged("PNG"))
+    fails(toolkit(*arguments(tmp_path, *settings), "--dry-run"), name)
+
+
+def test_after_training(data: Path, tmp_path: Path) -> None:
+    """evaluate names it; predict and explain leave it out, say so, and end with 1."""
+    run = trained(tmp_path)
+    name = run.split["test"][1]
+    (data / name).write_bytes(damaged("PNG"))
+    fails(toolkit("evaluate", str(run.path)), name)
+    outcome = toolkit("predict", str(run.path), str(data / name), str(data / run.split["test"][0]))
+    assert outcome.status == 1
+    assert f"{data / name}: damaged (" in outcome.stderr
+    assert len(outcome.stdout.splitlines()) == 2
+    assert "cannot be read" not in toolkit("report", str(run.path)).stderr
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], count: int) -> None:
+    """Have something happen before the ``count``-th batch is made."""
+    original, calls = SplitImages.__getitems__, [0]
+
+    def called(self: SplitImages, request: tuple[Indices, ...]) -> object:
+        calls[0] += 1
+        if calls[0] == count:
+            act()
+        return original(self, request)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SplitImages, "__getitems__", called)
+
+
+def test_with_skip_nothing_is_left_out_after_the_beginning(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What becomes unreadable in the middle of a run ends it; with the image back, it comes to what it would have."""
+    settings = ('data.on_bad_image="skip"', 'data.cache="off"', "checkpoint.every_steps=1")
+    wanted = trained(tmp_path, *settings)
+    name = wanted.split["train"][3]
+    whole, kept = (data / name).read_bytes(), (data / name).stat()
+    with monkeypatch.context() as patched:
+        breaking(patched, lambda: (data / name).write_bytes(damaged("PNG")) and None, 4)  # after an epoch's first step
+        last = fails(toolkit(*arguments(tmp_path, *settings)), name)
+    assert "could be read then" in last
+    (path,) = (p for p in wanted.path.parent.iterdir() if p != wanted.path)
+    (data / name).write_bytes(whole)
+    os.utime(data / name, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    outcome = toolkit("train", "--resume", str(path), "--no-report")
+    assert outcome.status == 0, outcome.stderr
+    found = open_run(path)
+    assert found.best_weights.read_bytes() == wanted.best_weights.read_bytes()
+    assert found.split == wanted.split

@@ -1,0 +1,167 @@
+"""Orientation and range of values from end to end: training, evaluation, prediction, report and export agree."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli import toolkit
+from finished import CONVNET, ON_FILES, train
+from PIL import Image
+
+from toolkit.predict import load_model
+from toolkit.report.facts import gather
+from toolkit.report.pictures import open_pictures
+from toolkit.runs import Run
+
+SIZE = 16
+IMAGES = 10
+
+
+def shape(label: int, number: int) -> np.ndarray:
+    """0..1, [16, 16]: class 0 is bright above, class 1 on the left, a turn by 90 degrees apart."""
+    values = np.full((SIZE, SIZE), 0.2)
+    values[: SIZE // 2] = 0.95
+    values += np.random.default_rng(number).uniform(-0.05, 0.05, values.shape)
+    return values if label == 0 else values.T
+
+
+def recipe(folder: Path, channels: int) -> Path:
+    places = {"runs": json.dumps(str(folder / "runs")), "data": json.dumps(str(folder / "data"))}
+    text = ON_FILES.format(**places, size=SIZE, epochs=3).replace("workers = 0", f"workers = 0\nchannels = {channels}")
+    (folder / "recipe.toml").write_text(text + CONVNET)
+    return folder / "recipe.toml"
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs of a phone: each is stored as its tag says, so that the two classes are one without the tags."""
+    folder = tmp_path_factory.mktemp("turned")
+    for label in (0, 1):
+        (folder / "data" / str(label)).mkdir(parents=True)
+        for number in range(IMAGES):
+            pixels = (shape(label, number) * 255).astype(np.uint8)[..., None].repeat(3, 2)
+            exif = Image.Exif()
+            exif[0x0112] = (1, 6, 3, 8)[number % 4]
+            stored = np.ascontiguousarray(np.rot90(pixels, number % 4))
+            suffix = ("jpg", "png", "tiff", "webp")[number // 2 % 4]
+            Image.fromarray(stored).save(folder / "data" / str(label) / f"{number}.{suffix}", exif=exif)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(turned: Path) -> Run:
+    return train(recipe(turned, 3))
+
+
+def test_the_card_the_recipe_and_the_export_say_it(run: Run, turned: Path, tmp_path: Path) -> None:
+    assert run.model_card["preprocessing"]["exif"] == "apply"
+    assert run.recipe.data.exif == "apply"
+    assert "exif = " in (run.path / "recipe.toml").read_text()
+    outcome = toolkit("export", run.path, "--format", "safetensors", "-o", tmp_path / "out")
+    assert outcome.status == 0, outcome.stderr
+    steps = json.loads((tmp_path / "out" / "preprocessing.json").read_text())["steps"]
+    assert steps[1] == "turn the image upright by its EXIF orientation"
+    ignoring = train(recipe(turned, 3), 'data.exif="ignore"')
+    assert ignoring.model_card["preprocessing"]["exif"] == "ignore"
+    assert toolkit("export", ignoring.path, "--format", "safetensors", "-o", tmp_path / "other").status == 0
+    assert "EXIF" not in (tmp_path / "other" / "preprocessing.json").read_text()
+    assert "are the same" in toolkit("evaluate", ignoring.path).stdout
+
+
+@pytest.mark.parametrize("cache", ["off", "disk"])
+@pytest.mark.parametrize("rule", ["apply", "ignore"])
+def test_training_sees_what_prediction_sees(turned: Path, cache: str, rule: str, tmp_path: Path) -> None:
+    """predictions.csv by the run's own loaders, kept images or not, and by predict from the files."""
+    trained = train(recipe(turned, 3), f"data.cache={json.dumps(cache)}", f"data.exif={json.dumps(rule)}")
+    rows = trained.predictions()
+    files = [turned / "data" / row["path"] for row in rows]
+    outcome = toolkit("predict", trained.path, *files)
+    found = list(csv.DictReader(outcome.stdout.splitlines()))
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in rows]
+    for one, other in zip(found, rows, strict=True):
+        assert float(one["probability"]) == pytest.approx(float(other["probability"]), abs=2e-6)
+    if rule == "apply":  # without the tags the classes cannot be told apart
+        assert trained.summary["best"]["val_accuracy"] == 1
+
+
+def test_the_report_shows_images_upright(run: Run, turned: Path) -> None:
+    pictures = open_pictures(gather(run))
+    for label in ("0", "1"):
+        names = [name for name in run.split["train"] if name.startswith(f"{label}/")]
+        for name in names:
+            image = pictures.load(name)
+            assert image is not None
+            wanted = shape(int(label), int(Path(name).stem)) * 255
+            assert np.abs(np.asarray(image.convert("L")).astype(float) - wanted).mean() < 8, name
+
+
+def test_a_card_from_before_the_key_means_what_was_done_then(run: Run, tmp_path: Path) -> None:
+    card: dict[str, Any] = run.model_card
+    del card["preprocessing"]["exif"], card["preprocessing"]["value_range"]
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    (tmp_path / "best.safetensors").write_bytes(run.best_weights.read_bytes())
+    wanted = load_model(tmp_path).preprocessing
+    assert (wanted.exif, wanted.value_range) == ("ignore", (0, 65535))
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of a 12-bit sensor in 16-bit PNG and int32 TIFF; `>> 8` would leave them black."""
+    folder = tmp_path_factory.mktemp("deep")
+    for label in (0, 1):
+        (folder / "data" / str(label)).mkdir(parents=True)
+        for number in range(IMAGES):
+            values = np.rint(shape(label, number) * 4095)
+            path = folder / "data" / str(label) / str(number)
+            if number % 2:
+                Image.fromarray(values.astype(np.uint16)).save(f"{path}.png")
+            else:
+                Image.fromarray(values.astype(np.int32)).save(f"{path}.tiff")
+    return folder
+
+
+def test_twelve_bits_are_learned_and_one_image_alone_is_read_like_all(deep: Path) -> None:
+    outcome = toolkit("train", recipe(deep, 1), "--no-report", "--set", 'data.normalize="dataset"')
+    assert outcome.status == 0, outcome.stderr
+    assert "20 images have more than 8 bits per sample, with values from" in outcome.stderr
+    assert "0 is black and 4095 is white in all of them" in outcome.stderr
+    run = Run(Path(outcome.stdout.splitlines()[-1]))
+    card = run.model_card["preprocessing"]
+    assert card["value_range"] == [0, 4095]
+    assert card["mean"][0] == pytest.approx((0.2 + 0.95) / 2, abs=0.02)
+    assert run.summary["best"]["val_accuracy"] == 1
+    assert "equal those of summary.json" in toolkit("evaluate", run.path).stdout
+    rows = run.predictions()
+    for row in rows:
+        (line,) = csv.DictReader(toolkit("predict", run.path, deep / "data" / row["path"]).stdout.splitlines())
+        assert line["prediction"] == row["prediction"]
+        assert float(line["probability"]) == pytest.approx(float(row["probability"]), abs=2e-6)
+    found = json.loads(toolkit("data", recipe(deep, 1), "--json").stdout)
+    assert found["mean"][0] == pytest.approx(card["mean"][0], abs=0.01)  # of the training images, all in one split
+    assert found["unreadable"] == []
+
+
+def test_values_in_doubt_stop_before_training_and_a_range_settles_them(deep: Path, tmp_path: Path) -> None:
+    for path in (deep / "data").glob("*/*.png"):
+        values = np.asarray(Image.open(path)).astype(np.float32) / 100
+        Image.fromarray(values).save(tmp_path / f"{path.parent.name}{path.stem}.tiff")
+    other = tmp_path / "float"
+    for file in tmp_path.glob("*.tiff"):
+        (other / "data" / file.name[0]).mkdir(parents=True, exist_ok=True)
+        file.rename(other / "data" / file.name[0] / file.name)
+    path = recipe(other, 1)
+    outcome = toolkit("train", path, "--no-report", "--set", "train.batch_size=4")
+    assert outcome.status == 2
+    assert "10 images have float samples of more than 8 bits" in outcome.stderr
+    assert "set data.value_range = [BLACK, WHITE]" in outcome.stderr
+    assert not (other / "runs").exists()
+    run = train(path, "data.value_range=[0, 40.95]", "train.batch_size=4")
+    assert run.model_card["preprocessing"]["value_range"] == [0, 40.95]
+    outcome = toolkit("train", path, "--set", "data.value_range=[1, 1]")
+    assert outcome.status == 2
+    assert "value_range: the first value, of black, must be smaller than the second" in outcome.stderr

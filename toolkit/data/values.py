@@ -1,0 +1,175 @@
+"""Image files with more than 8 bits per sample: which range of values becomes 0..255.
+
+An 8-bit file needs no decision: 0 is black and 255 is white. Files with 16-bit, 32-bit or floating-point samples often
+do not say which value is white (a 12-bit sensor is stored in 16 bits). One range therefore holds for a whole data set,
+and the model card keeps it: an image is never stretched by its own values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from toolkit.errors import UserError
+
+Kind = Literal["integer", "float", "color"]
+"""Greyscale with integer samples of 16 or 32 bits, greyscale with float samples, several channels of 16 bits."""
+
+Range = tuple[float, float]
+"""The values of black and of white."""
+
+DEPTHS = (8, 10, 12, 14, 16)
+"""Bits that cameras and scanners give a sample."""
+
+WHITE_16 = 65535
+FULL: Range = (0, WHITE_16)
+"""The whole range of 16 bits."""
+
+LEAST_USED = 0.25
+"""A range is only assumed where the largest value reaches this share of it."""
+
+_SIXTEEN_BITS = re.compile(r";16[BLN]$")
+"""Ends the name by which Pillow calls 16-bit samples. Of images with several channels it keeps the upper 8 bits."""
+
+
+class UnclearValues(ValueError):
+    """An image whose values cannot be brought to 0..255, with the reason."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The smallest and the largest value of images of one kind."""
+
+    kind: Kind
+    low: float
+    high: float
+    name: str
+    """The image with the largest value."""
+    images: int = 1
+
+
+def sample_kind(image: Image.Image) -> Kind | None:
+    """What kind of samples an image has that was opened and not loaded yet; None: at most 8 bits, or one bit."""
+    if image.mode.startswith("I"):
+        return "integer"
+    if image.mode == "F":
+        return "float"
+    for tile in getattr(image, "tile", ()):
+        names = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if any(isinstance(name, str) and _SIXTEEN_BITS.search(name) for name in names):
+            return "color"
+    return None
+
+
+def states_maximum(image: Image.Image) -> bool:
+    """Whether the file of an image that is not loaded yet states which value is white: PGM does, in its header.
+
+    Pillow has then brought it to 65535, and no other range holds for this file.
+    """
+    return image.format == "PPM" and any(tile[0] in ("ppm", "ppm_plain") for tile in getattr(image, "tile", ()))
+
+
+def extent_of(image: Image.Image, kind: Kind, name: str) -> Extent:
+    """Smallest and largest value of a loaded image. Raises UnclearValues for NaN and infinity."""
+    if kind == "color":
+        pixels = np.asarray(image)
+        if image.getbands()[-1] in ("A", "a"):  # alpha is no color
+            pixels = pixels[..., :-1]
+        return Extent(kind, 257.0 * int(pixels.min()), 257.0 * int(pixels.max()), name)
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
+        raise UnclearValues("it has values that are no finite numbers (NaN or infinity)")
+    return Extent(kind, float(values.min()), float(values.max()), name)
+
+
+def joined(extents: Iterable[Extent]) -> list[Extent]:
+    """The extents of many images, one for each kind."""
+    found: dict[Kind, Extent] = {}
+    for one in extents:
+        known = found.get(one.kind)
+        if known is None:
+            found[one.kind] = one
+            continue
+        name = one.name if one.high > known.high else known.name
+        found[one.kind] = Extent(
+            one.kind, min(one.low, known.low), max(one.high, known.high), name, one.images + known.images
+        )
+    return [found[kind] for kind in sorted(found)]
+
+
+def choose_range(extents: list[Extent]) -> Range | None:
+    """The range of values for a data set with these extents, one of each kind; None where all its images have 8 bits.
+
+    Integer samples: 0 to the largest value of the fewest bits (8, 10, 12, 14 or 16) that hold all images. Float
+    samples: 0 to 1. Raises UserError where the values do not fit, or do not reach a quarter of that range.
+    """
+    if not extents:
+        return None
+    if len({one.kind == "float" for one in extents}) > 1:
+        raise UserError(
+            f"data.value_range cannot be found: {extents[0].name} and {extents[1].name} have samples of different "
+            "kinds (integer and floating point), and one range must hold for all images; convert the images to 8 bits, "
+            "or to one kind"
+        )
+    whole = joined(replace(one, kind=extents[0].kind) for one in extents)[0]
+    has_color = any(one.kind == "color" for one in extents)
+    chosen: Range = (0.0, 1.0)
+    if whole.kind != "float":
+        chosen = (0, next((2**bits - 1 for bits in DEPTHS if whole.high < 2**bits), 65535))
+    is_known = chosen[0] <= whole.low and LEAST_USED * chosen[1] < whole.high <= chosen[1]
+    if is_known and not (has_color and chosen != FULL):
+        return chosen
+    example = f"{whole.name} has the largest"
+    if has_color:
+        raise UserError(
+            f"data.value_range cannot be found: {whole.images} images have 16 bits per sample, with values up to "
+            f"about {whole.high:g} ({example}). Of 16-bit color images Pillow reads only the upper 8 bits, so that "
+            "these would be nearly black: convert them to 8 bits, or accept that with data.value_range = [0, 65535]"
+        )
+    raise UserError(
+        f"data.value_range cannot be found: {whole.images} images have {whole.kind} samples of more than 8 bits, "
+        f"with values from {whole.low:g} to {whole.high:g} ({example}), and their files do not say which value is "
+        "white; set data.value_range = [BLACK, WHITE], or convert the images to 8 bits"
+    )
+
+
+def range_words(extents: list[Extent], chosen: Range) -> str:
+    """One line for the log."""
+    count, low, high = sum(e.images for e in extents), min(e.low for e in extents), max(e.high for e in extents)
+    return (
+        f"{count:,} images have more than 8 bits per sample, with values from {low:g} to {high:g}: {chosen[0]:g} is "
+        f"black and {chosen[1]:g} is white in all of them (data.value_range sets another range)"
+    )
+
+
+def to_bytes(image: Image.Image, kind: Kind, value_range: Range | None) -> Image.Image:
+    """A loaded image with samples of 8 bits, mode L; one of kind color as it is.
+
+    ``value_range[0]`` becomes 0, ``value_range[1]`` 255, what lies between is rounded, what lies beyond is clipped.
+    With None an image is accepted only where its values leave no doubt that they are 16-bit ones. Raises UnclearValues.
+    """
+    if value_range is None:
+        whole = extent_of(image, kind, "")
+        if kind == "float" or whole.low < 0 or not LEAST_USED * WHITE_16 < whole.high <= WHITE_16:
+            raise UnclearValues(
+                f"it has {kind} samples of more than 8 bits, with values from {whole.low:g} to {whole.high:g}, and "
+                "which value is white is not known; convert it to 8 bits"
+            )
+        value_range = FULL
+    if kind == "color":
+        if value_range != FULL:
+            raise UnclearValues(
+                "it has 16-bit color samples, of which only the upper 8 bits can be read, and data.value_range is "
+                f"[{value_range[0]:g}, {value_range[1]:g}]; convert it to 8 bits"
+            )
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise UnclearValues("it has values that are no finite numbers (NaN or infinity)")
+    low, high = value_range
+    return Image.fromarray(np.rint((values - low) * 255 / (high - low)).clip(0, 255).astype(np.uint8))
