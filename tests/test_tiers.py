@@ -275,6 +275,7 @@ def test_one_by_one_to_the_end_where_sizes_differ_or_the_rest_needs_it(photograp
         setup, _ = setup_of(loads_recipe(f"{ON_FILES}[augment]\n{more}\n"), files_of(photographs), None)
         assert plan_delivery("train", setup.recipe.augment, setup.preprocessing, 0, None).batched is None
     more = '[augment]\ntrain = [{ name = "RandomCrop", pad_if_needed = true }]\n'
+    more += 'validation = [{ name = "CenterCrop" }]\ntest = [{ name = "CenterCrop" }]\n'
     setup, _ = setup_of(loads_recipe(ON_FILES + more, ['data.crop="none"']), files_of(photographs), None)
     way = plan_delivery("train", setup.recipe.augment, setup.preprocessing, 0, None)
     assert way.batched is None

@@ -10,7 +10,7 @@ from typing import Any
 from toolkit.data.facts import FACTS
 from toolkit.errors import UserError
 from toolkit.recipe import names
-from toolkit.recipe.batchable import UP_TO_CROP, is_random, why_not_batched
+from toolkit.recipe.batchable import is_random, why_not_batched
 from toolkit.recipe.catalog import weights_input
 from toolkit.recipe.diagnostics import Finding, dotted
 from toolkit.recipe.image_size import convnet_output_size, input_size
@@ -138,9 +138,9 @@ def images_reach_every_layer(recipe: Recipe) -> Iterator[Finding]:
 def resize_gives_image_size(recipe: Recipe) -> Iterator[Finding]:
     """Without a crop, the resize must give images of data.image_size."""
     data, size = recipe.data, input_size(recipe)
-    augment = recipe.augment
-    changes = any(e.at in UP_TO_CROP for split in ("train", "validation", "test") for e in getattr(augment, split))
-    if data.crop != "none" or data.resize in (None, "none") or size is None or changes:
+    # A split with transforms of its own may get its size from them.
+    is_plain = not (recipe.augment.train and recipe.augment.validation and recipe.augment.test)
+    if data.crop != "none" or data.resize in (None, "none") or size is None or not is_plain:
         return
     resized = data.resize if isinstance(data.resize, list) else [data.resize, data.resize]
     if resized != [size, size]:
