@@ -26,8 +26,8 @@ from toolkit.recipe.table import (
     Activation,
     Fraction,
     Metric,
+    Selection,
     Table,
-    ValidationMetric,
     describe,
 )
 
@@ -61,12 +61,18 @@ class SplitTable(Table):
         ),
     ] = "auto"
     validation: Annotated[
-        Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)],
-        describe("Share (0..1) or number of the training images kept for validation."),
+        Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)],
+        describe(
+            "Share (0..1) or number of the training images kept for validation. 0: no validation split, whatever the "
+            'method; needs train.select = "last".'
+        ),
     ] = 0.1
     test: Annotated[
-        Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)],
-        describe("Share (0..1) or number of images kept for the test, where the data set has no test list of its own."),
+        Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)],
+        describe(
+            "Share (0..1) or number of images kept for the test, where the data set has no test list of its own. "
+            "0: no test split; a test list of the data set's own is not used either."
+        ),
     ] = 0.2
     seed: Annotated[
         int, Field(ge=0, lt=2**32), describe("Seeds the drawing; apart from recipe.seed, so that seeds share a split.")
@@ -508,18 +514,28 @@ class TrainTable(Table):
         Literal["auto", "no", "fp16", "bf16"],
         describe("Mixed precision; auto: bf16 on GPUs that compute in it, else (and on CPUs) no; the log says why."),
     ] = "auto"
-    select: Annotated[ValidationMetric, describe("The figure by which the best epoch is chosen.")] = "val/accuracy"
+    select: Annotated[
+        Selection,
+        describe(
+            "How the epoch whose weights are kept is chosen: the best by this figure (equal accuracies are decided by "
+            "val/loss, equal losses by val/accuracy, then the earlier epoch wins), or last, the last one."
+        ),
+    ] = "val/accuracy"
     clip_norm: Annotated[float | None, Field(gt=0), describe("Clip the gradient to this L2 norm.")] = None
     ema: Annotated[
         float | None,
         Field(gt=0, lt=1),
         describe(
-            "Decay, per step, of an exponential moving average of the weights, "
-            "which is then what is evaluated and kept."
+            "Decay, per step, of an exponential moving average of the weights, which is then what is evaluated and "
+            "kept. It rises to this value from 0 (at step n it is at most 1 - n ** (-2/3), as timm's ModelEmaV3)."
         ),
     ] = None
     class_weights: Annotated[
-        Literal["none", "balanced"], describe("balanced: training loss weighted by the inverse frequency of the class.")
+        Literal["none", "balanced"],
+        describe(
+            "balanced: training loss weighted by the inverse frequency of the class; of a mixed or smoothed target "
+            "each class's share by its own weight, as torch's cross_entropy does."
+        ),
     ] = "none"
     sampling: Annotated[
         Literal["shuffle", "balanced"],
