@@ -1,7 +1,7 @@
 """Batches too small for batch norm, found before training instead of at the end of the first epoch.
 
-Batch norm in training mode needs more than one value per channel. A convolution's output has many for each image; what
-follows global pooling or a linear layer has one. There a part of a batch that holds a single image cannot be trained on.
+Batch norm in training mode needs more than one value per channel. A convolution's output has many for each image; the
+output of global pooling or a linear layer has one: a part of a batch that is a single image cannot be trained on there.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def single_value_norms(built: BuiltModel, transfer: Transfer, epochs: int, chann
         return hook
 
     norms = [(name, layer) for name, layer in module.named_modules() if name in training]
-    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in norms]  # type: ignore[arg-type]
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in norms]
     try:
         images = 2
         probe(module, channels, image_size)
@@ -111,6 +111,7 @@ def _other_sizes(images: int, train: TrainTable, world: int) -> list[int]:
     def fits(size: int) -> bool:
         return not any(_is_lone(count, train, world) for count in _step_sizes(images, size, train.drop_last))
 
-    below = next((size for size in range(train.batch_size - unit, 0, -unit) if fits(size)), None)
+    highest = min(train.batch_size - unit, images // unit * unit)
+    below = next((size for size in range(highest, 0, -unit) if fits(size)), None)
     above = next((size for size in range(train.batch_size + unit, images + unit, unit) if fits(size)), None)
     return [size for size in (below, above) if size is not None]

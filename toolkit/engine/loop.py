@@ -24,6 +24,8 @@ from toolkit.data.order import MicroBatch
 from toolkit.engine.batchnorm import set_replicated
 from toolkit.engine.ema import WeightAverage
 from toolkit.engine.evaluate import to_device
+from toolkit.errors import RunFailed
+from toolkit.models.names import first_line
 from toolkit.models.stochastic import Stochastic, example_keys
 
 
@@ -222,7 +224,15 @@ class Trainer:
         if self.settings.clip_norm is not None:
             parameters = [p for p in self.network.parameters() if p.requires_grad]
             self.accelerator.clip_grad_norm_(parameters, self.settings.clip_norm)
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise RunFailed(
+                f"the optimizer cannot take a step: {first_line(error)}. Lower optimizer.lr, optimizer.weight_decay, "
+                "transfer.head_lr, transfer.backbone_lr, or what optimizer.args gives"
+            ) from error
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.network, number)
