@@ -24,7 +24,7 @@ from toolkit.recipe.table import Fraction, Table, ValidationMetric, describe
 MAX_RUNS = 200
 """A study of more runs starts only when the user says yes to their number."""
 
-MOST_TRIALS = 100_000
+MOST_TRIALS = 10_000
 """Configurations of a search, at most."""
 
 FIGURES = (
