@@ -120,7 +120,27 @@ def test_empty_splits_are_errors() -> None:
     with pytest.raises(UserError, match=r"data.split.test = 10 would take 10 of 10 images"):
         split_dataset(dataset([5, 5]), table(test=10))
     with pytest.raises(UserError, match="the test split of toy is empty"):
-        check_splits(dataset([3]), {"train": np.arange(3), "test": np.array([], dtype=np.int64)})
+        check_splits(dataset([3]), {"train": np.arange(3), "test": np.array([], dtype=np.int64)}, ["train", "test"])
+
+
+@pytest.mark.parametrize("method", ["auto", "stratified", "random", "alternate"])
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_splits_can_be_left_out(method: str, zero: float) -> None:
+    """All images train then; and the other split is what it would be anyway."""
+    data = dataset([50, 31, 7])
+    splits = split_dataset(data, table(method, validation=zero, test=zero))
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [88, 0, 0]
+    only_test = split_dataset(data, table(method, validation=zero))
+    assert np.array_equal(only_test["test"], split_dataset(data, table(method))["test"])
+    assert len(only_test["train"]) + len(only_test["test"]) == 88
+    assert len(split_dataset(data, table(method, test=zero))["test"]) == 0
+
+
+def test_official_lists_of_splits_that_are_left_out_are_not_trained_on() -> None:
+    data = dataset([5, 5], train=list(range(6)), validation=[6, 7], test=[8, 9])
+    splits = split_dataset(data, table(validation=0, test=0))
+    assert {name: indices.tolist() for name, indices in splits.items()} == {
+        "train": list(range(6)), "validation": [], "test": []}  # fmt: skip
 
 
 def test_official_without_a_list_says_what_is_allowed() -> None:

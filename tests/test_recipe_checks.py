@@ -279,6 +279,36 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ["augment.cutmix_share=0.3", "augment.mixup=1.0"],
         ["augment.cutmix_share=0.3", "augment.mixup=1.0", "augment.cutmix=1.0"],
     ),
+    (
+        'error: train.select: "val/accuracy" needs validation images',
+        ["data.split.validation=0"],
+        ["data.split.validation=0", 'train.select="last"'],
+    ),
+    (
+        'error: train.select: "last" keeps the last epoch, and early stopping ends',
+        ['train.select="last"', "early_stopping.patience=3"],
+        ['train.select="last"'],
+    ),
+    (
+        'error: scheduler.metric: "val/loss" is not measured with data.split.validation = 0',
+        ["data.split.validation=0", 'train.select="last"', 'scheduler.name="plateau"'],
+        ["data.split.validation=0", 'train.select="last"', 'scheduler={name="plateau", metric="train/loss"}'],
+    ),
+    (
+        "warning: augment.validation: has no effect with data.split.validation = 0",
+        ["data.split.validation=0", 'train.select="last"', 'augment.validation=[{name="RandomRotation", degrees=9}]'],
+        ['augment.validation=[{name="RandomRotation", degrees=9}]'],
+    ),
+    (
+        "warning: data.test_images_per_class: has no effect with data.split.test = 0",
+        ["data.split.test=0", "data.test_images_per_class=3"],
+        ["data.test_images_per_class=3"],
+    ),
+    (
+        "warning: expect.stopped_val_loss: is not compared, since data.split.validation = 0",
+        ["data.split.validation=0.0", 'train.select="last"', 'expect.stopped_val_loss={at_most=1.0, source="x"}'],
+        ['expect.stopped_val_loss={at_most=1.0, source="x"}'],
+    ),
     ("error: train.batch_size: 64 does not divide into 5", ["train.accumulation=5"], ["train.accumulation=4"]),
     (
         "warning: train.class_weights",

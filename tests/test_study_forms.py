@@ -321,10 +321,13 @@ MISTAKES = {
     "unknown form": ("[study]\ngird.optimizer.lr = [0.1]\n", "did you mean grid?"),
     "unknown key": ("[study.grid]\noptimizer.lrr = [0.1, 0.2]\n", "unknown key optimizer.lrr"),
     "unknown table": ("[study.grid]\noptimiser.lr = [0.1]\n", "unknown table [optimiser]"),
-    "wrong value": ("[study.grid]\noptimizer.lr = [0.1, -1]\n", "optimizer.lr: expected a number > 0, found -1"),
+    "wrong value": (
+        "[study.grid]\noptimizer.lr = [0.1, -1]\n",
+        "optimizer.lr: expected a number > 0 and <= 1e+30, found -1",
+    ),
     "wrong type": (
         '[study.grid]\noptimizer.lr = ["0.1"]\n',
-        'optimizer.lr: expected a number > 0, found the text "0.1"',
+        'optimizer.lr: expected a number > 0 and <= 1e+30, found the text "0.1"',
     ),
     "row without a name": ("[[study.rows]]\nset.optimizer.lr = 0.1\n", "study.rows[0] lacks name"),
     "blank name": ('[[study.rows]]\nname = " "\n', "study.rows[0].name is blank"),
@@ -412,7 +415,7 @@ def test_a_fault_is_shown_at_its_place_in_the_studys_file(tmp_path: Path) -> Non
     said = message(tmp_path, "[study.grid]\noptimizer.lr = [0.1, 0.2, -3.0]\n")
     path = tmp_path / "study.toml"
     line = path.read_text().splitlines().index("optimizer.lr = [0.1, 0.2, -3.0]") + 1
-    assert f"{path}:{line}:27: error: optimizer.lr: expected a number > 0, found -3.0" in said
+    assert f"{path}:{line}:27: error: optimizer.lr: expected a number > 0 and <= 1e+30, found -3.0" in said
     assert "in the row 'lr -3'" in said
 
 

@@ -171,6 +171,11 @@ def evaluate_run(
 ) -> Outcome:
     """Evaluate a run's best model, and the stopped one where its checkpoint is kept, on a split (a collective)."""
     check_split(split)
+    if not _names(run)[split]:
+        others = [other for other in SPLITS if _names(run)[other]]
+        raise UserError(
+            f"{run.path} has no {split} images (data.split.{split}); evaluate others: --split {' or '.join(others)}"
+        )
     trained, recipe = load_model(run.path), run.recipe
     summary = _summary(run)
     dataset, indices = images_of(run, split, trained, data_root)

@@ -108,6 +108,8 @@ def subjects_from_files(trained: TrainedModel, paths: Sequence[str], say: Callab
 
 def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path | None = None) -> list[Subject]:
     """The test images that the run was most sure of, and wrong about, by predictions.csv; the worst first."""
+    if not run.has_test:
+        raise UserError(f"{run.path} has no test images whose mistakes could be shown: name images to explain")
     try:
         wrong = [
             (float(row["probability"]), row["path"], trained.classes.index(row["label"]))

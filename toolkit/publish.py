@@ -160,15 +160,16 @@ def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any]
             metric_value=round(summary["best"][f"test_{name}"], 6),
         )
         for name, words in FIGURES.items()
+        if f"test_{name}" in summary["best"]
     ]
     data = ModelCardData(
         license=license_id,
         library_name="timm" if fits_timm(trained.table) else "toolkit",
         pipeline_tag="image-classification",
         tags=["image-classification", recipe.model.source, recipe.model.name, recipe.transfer.mode],
-        metrics=["accuracy"],
+        metrics=["accuracy"] if results else None,
         model_name=title,
-        eval_results=results,
+        eval_results=results or None,
         base_model=_base_model(recipe),
     )
     return str(data.to_yaml())
@@ -211,14 +212,16 @@ def _use(trained: TrainedModel, repo: str) -> str:
 
 
 def _data(recipe: Recipe, trained: TrainedModel, summary: dict[str, Any]) -> str:
-    counts = ", ".join(f"{count:,} {split}" for split, count in summary["images"].items())
+    counts = ", ".join(f"{count:,} {split}" for split, count in summary["images"].items() if count)
+    split = recipe.data.split
+    drawn = f"validation by `{split.method}` with seed {split.seed}" if summary["images"]["validation"] else ""
     names = ", ".join(MARKDOWN.sub(r"\\\g<0>", name) for name in trained.classes[:20]) + (
         ", ..." if len(trained.classes) > 20 else ""
     )
     wanted = trained.preprocessing
     lines = [
         f"{_dataset(recipe)}. {len(trained.classes)} classes ({names}).",
-        f"Images: {counts}; validation by `{recipe.data.split.method}` with seed {recipe.data.split.seed}.",
+        f"Images: {counts}; {drawn or 'none were kept for validation'}.",
         f"Input: {wanted.channels} x {wanted.image_size} x {wanted.image_size}.",
     ]
     if recipe.data.images_per_class or recipe.data.test_images_per_class:
@@ -248,18 +251,20 @@ def _recipe(recipe: Recipe, summary: dict[str, Any]) -> str:
 
 
 def _figures(recipe: Recipe, summary: dict[str, Any]) -> str:
-    best = summary["best"]
-    rows = [
-        f"| {words} | {best[f'val_{name}']:.4f} | {best[f'test_{name}']:.4f} |"
-        for name, words in {"loss": "cross-entropy", **FIGURES}.items()
-    ]
-    lines = [
-        "## Figures\n",
-        "| | validation | test |\n|---|---|---|",
-        *rows,
-        f"\nOne run with one seed. The epoch was chosen on the validation images by `{recipe.train.select}`; the test "
-        "images were evaluated once, at the end.",
-    ]
+    best, select = summary["best"], recipe.train.select
+    splits = {short: name for short, name in (("val", "validation"), ("test", "test")) if f"{short}_loss" in best}
+    lines = ["## Figures\n"]
+    if splits:
+        lines += [f"| | {' | '.join(splits.values())} |", "|---" * (len(splits) + 1) + "|"]
+        for name, words in {"loss": "cross-entropy", **FIGURES}.items():
+            cells = " | ".join(f"{best[f'{short}_{name}']:.4f}" for short in splits)
+            lines.append(f"| {words} | {cells} |")
+        lines.append("")
+    chosen = "It is the last epoch's model"
+    if select != "last":
+        chosen = f"The epoch was chosen on the validation images by `{select}`"
+    tested = "the test images were evaluated once, at the end" if "test" in splits else "no images were kept for a test"
+    lines.append(f"One run with one seed. {chosen}; {tested}.")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@
       split.json         image names of each split, and a hash
       metrics.jsonl      one object per logging step and epoch
       summary.json       the figures a table needs (written at the end)
-      predictions.csv    test: path, label, prediction, probability (best model)
+      predictions.csv    test: path, label, prediction, probability (best model); none without a test split
       origins.json       for each key of the recipe where its value came from
       figures/           SVG and PDF, for print; report.html: everything in one file
       checkpoints/       best.safetensors, model.json, and what is needed to go on
@@ -150,6 +150,14 @@ class Run:
         """Whether the run came to its own end."""
         return (self.path / "summary.json").exists()
 
+    @property
+    def has_test(self) -> bool:
+        """Whether the run set images aside for the test; true also where split.json does not say."""
+        try:
+            return self.split.get("test") != []
+        except UserError:
+            return True
+
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl; a half-written last line (a killed run) is left out."""
         records = []
@@ -164,11 +172,13 @@ class Run:
 
     def epochs(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that close an epoch."""
-        return [record for record in self.metrics() if "val/loss" in record]
+        return [record for record in self.metrics() if "train/loss" in record]
 
     def predictions(self) -> list[dict[str, str]]:
         """Rows of predictions.csv, in the order of the data set."""
         path = self.path / "predictions.csv"
+        if not path.exists() and not self.has_test:
+            raise UserError(f"{self.path} has no test images, so it has no predictions.csv (data.split.test)")
         if not path.exists():
             raise UserError(f"{path} is missing: the run has not come to its end")
         with open(path, newline="", encoding="utf-8") as file:

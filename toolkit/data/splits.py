@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,18 +32,25 @@ def split_dataset(dataset: Dataset, table: DataTable) -> dict[str, Indices]:
     images come out of the remaining training images by ``split.method``. With any method but official, a validation
     list of the data set's own stays unused: its authors set those images aside from training.
 
-    Raises UserError where a split or a class's training images would be empty.
+    With ``split.validation`` or ``split.test`` = 0 that split is empty: nothing is drawn for it, and a list of the data
+    set's own is not used.
+
+    Raises UserError where another split or a class's training images would be empty.
     """
     split, lists, labels = table.split, dataset.lists, dataset.labels
     method = _method(dataset, split)
     train = lists["train"]
-    if "test" in lists:
+    if split.test == 0:
+        test = np.array([], dtype=np.int64)
+    elif "test" in lists:
         test = lists["test"]
     else:
         method_for_test = "random" if method == "random" else "stratified"
         chosen = _choose(labels[train], method_for_test, split.test, "data.split.test", split.seed, _TEST)
         train, test = train[~chosen], train[chosen]
-    if method == "official":
+    if split.validation == 0:
+        validation = np.array([], dtype=np.int64)
+    elif method == "official":
         validation = lists["validation"]
     else:
         chosen = _choose(labels[train], method, split.validation, "data.split.validation", split.seed, _VALIDATION)
@@ -52,14 +60,15 @@ def split_dataset(dataset: Dataset, table: DataTable) -> dict[str, Indices]:
         "validation": _first_of_each_class(validation, labels, table.images_per_class),
         "test": _first_of_each_class(test, labels, table.test_images_per_class),
     }
-    check_splits(dataset, splits)
+    left_out = {name for name in ("validation", "test") if getattr(split, name) == 0}
+    check_splits(dataset, splits, [name for name in SPLITS if name not in left_out])
     return splits
 
 
-def check_splits(dataset: Dataset, splits: dict[str, Indices]) -> None:
-    """Raise UserError where a split is empty or a class has no training image."""
-    for name, indices in splits.items():
-        if len(indices) == 0:
+def check_splits(dataset: Dataset, splits: dict[str, Indices], needed: Sequence[str]) -> None:
+    """Raise UserError where a ``needed`` split is empty or a class has no training image."""
+    for name in needed:
+        if len(splits[name]) == 0:
             raise UserError(
                 f"the {name} split of {dataset.name} is empty: see data.split.validation, data.split.test "
                 f"({len(dataset.labels)} images in all)"

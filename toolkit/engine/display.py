@@ -105,21 +105,24 @@ def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...], right: froze
 
 
 def epoch_line(record: dict[str, Any], epochs: int, *, best: bool, images_per_s: float) -> str:
-    """epoch, learning rate, train loss and accuracy, validation loss and accuracy, BEST where it is."""
+    """epoch, learning rate, train loss and accuracy, validation loss and accuracy (if any), BEST where it is."""
+    validation = ""
+    if "val/loss" in record:
+        validation = f"  val loss {record['val/loss']:.4f} accuracy {record['val/accuracy']:.4f}"
     return (
         f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  lr {record['lr']:.3g}"
         f"  train loss {record['train/loss']:.4f} accuracy {record['train/accuracy']:.4f}"
-        f"  val loss {record['val/loss']:.4f} accuracy {record['val/accuracy']:.4f}"
-        f"  {images_per_s:,.0f} images/s" + ("  BEST" if best else "")
+        f"{validation}  {images_per_s:,.0f} images/s" + ("  BEST" if best else "")
     )
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The closing table: best and stopped model by validation and test."""
-    rows = []
-    for name in ("best", "stopped"):
-        model = summary[name]
-        figures = ("val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_class_accuracy")
-        rows.append((name, str(model["epoch"]), *(f"{model[figure]:.4f}" for figure in figures)))
-    header = ("model", "epoch", "val loss", "val accuracy", "test loss", "test accuracy", "test class accuracy")
-    return table(rows, header, frozenset(range(1, 7)))
+    """The closing table: best and stopped model by validation and test, as far as the run has these splits."""
+    known = ("val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_class_accuracy")
+    figures = [figure for figure in known if figure in summary["best"]]
+    rows = [
+        (name, str(summary[name]["epoch"]), *(f"{summary[name][figure]:.4f}" for figure in figures))
+        for name in ("best", "stopped")
+    ]
+    header = ("model", "epoch", *(figure.replace("_", " ") for figure in figures))
+    return table(rows, header, frozenset(range(1, len(header))))

@@ -78,9 +78,14 @@ class Features:
     def words(self) -> str:
         """The shortcut that this is."""
         versions = len(self.views("train"))
-        images = sum(len(self.setup.splits[split]) for split in ("train", "validation"))
+        images = sum(len(self.setup.splits[split]) for split in self._used)
         each = f", {versions} versions of each training image" if versions > 1 else ""
         return f"inputs of {self.tail} computed once for {images} images{each}: all before it is frozen"
+
+    @property
+    def _used(self) -> list[str]:
+        """The splits whose features every epoch needs."""
+        return [split for split in ("train", "validation") if self.setup.has(split)]
 
     def views(self, split: str) -> list[int]:
         """The augmented versions of a split's images that features are computed of."""
@@ -107,7 +112,7 @@ class Features:
 
         Not a collective: each process looks for itself.
         """
-        names = [[self._name(split, view) for view in self.views(split)] for split in ("train", "validation")]
+        names = [[self._name(split, view) for view in self.views(split)] for split in self._used]
         return max(sum(not (self.keeper.root / n / "entry.json").exists() for n in of_split) for of_split in names)
 
     def rows(self, split: str) -> list[Tensor]:
@@ -166,14 +171,15 @@ class Features:
     def prove(self, written: nn.Module) -> None:
         """Raise RunFailed unless ``written``, a whole model, has the frozen part that the features come from.
 
-        Its weights must be the same to the last bit, and from some validation images it must make the features that
-        were used, up to what a device's choice of algorithms may change.
+        Its weights must be the same to the last bit, and from some images (of the last split used in every epoch) it
+        must make the features that were used, up to what a device's choice of algorithms may change.
         """
         setup, tail = self.setup, self.tail
         fault = weights_hash(written, tail) != self.frozen["weights"]
         if not fault:
-            used = self.made["validation"][0][: chunk_size(setup.preprocessing.image_size)].cpu()
-            loader = self.loader("validation", [np.arange(len(used))], EVALUATION)
+            split = self._used[-1]
+            used = self.made[split][0][: chunk_size(setup.preprocessing.image_size)].cpu()
+            loader = self.loader(split, [np.arange(len(used))], self.views(split)[0])
             images = next(iter(loader)).images
             loader.close()
             dtype = autocast_dtype(setup.accelerator.mixed_precision)

@@ -1,4 +1,8 @@
-"""The end of a run: the written weights are proven, the test set is touched once, the summary is written last."""
+"""The end of a run: the written weights are proven, the test set is touched once, the summary is written last.
+
+A run may have no validation images: then the written weights are compared with those in memory. It may have no test
+images: then there are no test figures and no predictions.csv.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from toolkit.engine.checkpoint import publish_best
 from toolkit.engine.evaluate import Evaluation
@@ -29,7 +34,7 @@ def finish(training: Training) -> dict[str, Any]:
         ) from None
     summary = _summary(training, best, stopped)
     run = training.run
-    if run is not None and training.accelerator.is_main_process:
+    if run is not None and test is not None and training.accelerator.is_main_process:
         run.write_predictions(_prediction_rows(training, test))
     training.accelerator.wait_for_everyone()
     return summary
@@ -42,8 +47,11 @@ def write_summary(training: Training, summary: dict[str, Any]) -> None:
     training.accelerator.wait_for_everyone()
 
 
-def _evaluate_both(training: Training) -> tuple[dict[str, Any], dict[str, Any], Evaluation]:
-    """Figures of the best model (from its file) and the stopped one (from memory), and the best one's test outcome."""
+def _evaluate_both(training: Training) -> tuple[dict[str, Any], dict[str, Any], Evaluation | None]:
+    """Figures of the best model (from its file) and the stopped one (from memory), and the best one's test outcome.
+
+    The outcome is None for a run without test images.
+    """
     position, run = training.position, training.run
     assert position.best is not None
     assert position.last is not None
@@ -59,12 +67,30 @@ def _evaluate_both(training: Training) -> tuple[dict[str, Any], dict[str, Any], 
     if features is not None:
         features.prove(written)
     network = written if features is None else written.get_submodule(features.tail)
-    _prove(training, training.evaluate_network(network, "validation"))
-    test = training.evaluate_network(network, "test")
+    if training.setup.has("validation"):
+        _prove(training, training.evaluate_network(network, "validation"))
+    else:
+        _prove_equal(training, written)
+    has_test = training.setup.has("test")
+    test = training.evaluate_network(network, "test") if has_test else None
     best = _figures(position.best, test)
     if position.best["epoch"] == position.last["epoch"]:
         return best, dict(best), test
-    return best, _figures(position.last, training.evaluate("test")), test
+    return best, _figures(position.last, training.evaluate("test") if has_test else None), test
+
+
+def _prove_equal(training: Training, written: nn.Module) -> None:
+    """Without validation images: the written file must hold the last epoch's weights, which are in memory, exactly."""
+    with training.averaged_weights():
+        trained = training.setup.built.module.state_dict()
+        found = written.state_dict()
+        unlike = [name for name, value in trained.items() if not torch.equal(value, found[name])]
+    if unlike:
+        raise RunFailed(
+            f"best.safetensors does not hold the weights of the last epoch: {', '.join(unlike[:3])} "
+            f"{'differs' if len(unlike) == 1 else 'differ'}"
+        )
+    training.display.say("best.safetensors read again: it holds the weights of the last epoch")
 
 
 def _prove(training: Training, again: Evaluation) -> None:
@@ -87,10 +113,10 @@ def _prove(training: Training, again: Evaluation) -> None:
     )
 
 
-def _figures(record: dict[str, Any], test: Evaluation) -> dict[str, Any]:
-    """summary.json's entry for one model."""
+def _figures(record: dict[str, Any], test: Evaluation | None) -> dict[str, Any]:
+    """summary.json's entry for one model; ``test`` is None without test images."""
     validation = {key.replace("/", "_"): value for key, value in record.items() if key.startswith("val/")}
-    return {"epoch": record["epoch"], **validation, **test.figures("test_")}
+    return {"epoch": record["epoch"], **validation, **({} if test is None else test.figures("test_"))}
 
 
 def _summary(training: Training, best: dict[str, Any], stopped: dict[str, Any]) -> dict[str, Any]:

@@ -128,9 +128,10 @@ def dry_run(recipe: Recipe, *, load_weights: bool = True, show_module: bool = Fa
     accelerator, display = _join_processes(recipe)
     setup = prepare(recipe, accelerator, display, load_weights=load_weights)
     display.say(describe(setup, accelerator.mixed_precision, whole=show_module))
-    training = Training(setup, None, None, StopRequest(), None, "none")
-    loss = training.try_one_batch()
-    training.close()
+    with out_of_memory_explained(recipe.train, accelerator.num_processes):
+        training = Training(setup, None, None, StopRequest(), None, "none")
+        loss = training.try_one_batch()
+        training.close()
     display.say(f"dry run: one batch forward and backward, loss {loss:.4f}; nothing was written")
 
 

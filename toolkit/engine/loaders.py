@@ -159,7 +159,7 @@ def build_loaders(setup: Setup, guard: Guard, shortcuts: Shortcuts = "all") -> L
     """
     recipe, images = setup.recipe, setup.dataset.images
     arguments = recipe.augment, setup.preprocessing, recipe.recipe.seed, setup.dataset.native_size
-    ways = {split: plan_delivery(split, *arguments) for split in SPLITS}
+    ways = {split: plan_delivery(split, *arguments) for split in SPLITS if setup.has(split)}
     for split, way in ways.items():
         try_transform(way.transform, images, int(setup.splits[split][0]))
         if way.obstacle and recipe.augment.on == "auto":
@@ -176,7 +176,8 @@ def build_loaders(setup: Setup, guard: Guard, shortcuts: Shortcuts = "all") -> L
         return Loaders(setup, source, source.training(plan), mixing, None)
     train = TensorLoader(Rows(features.rows("train"), setup.labels("train")), plan)
     loaders = Loaders(setup, source, train, mixing, features)
-    loaders.evaluation("validation")
+    if setup.has("validation"):
+        loaders.evaluation("validation")
     setup.display.say(f'shortcut: {features.words}; data.cache = "off" turns it off')
     return loaders
 

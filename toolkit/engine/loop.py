@@ -24,6 +24,8 @@ from toolkit.data.order import MicroBatch
 from toolkit.engine.batchnorm import set_replicated
 from toolkit.engine.ema import WeightAverage
 from toolkit.engine.evaluate import to_device
+from toolkit.errors import RunFailed
+from toolkit.models.names import first_line
 from toolkit.models.stochastic import Stochastic, example_keys
 
 
@@ -70,7 +72,9 @@ class Sums:
 
 def _means(values: Tensor, accelerator: Accelerator) -> tuple[float, float]:
     loss, right, count = accelerator.reduce(values, reduction="sum").tolist()
-    return loss / max(count, 1), right / max(count, 1)
+    if count == 0:
+        raise AssertionError("a mean over no images")
+    return loss / count, right / count
 
 
 class FiniteLosses:
@@ -172,8 +176,8 @@ class Trainer:
                 sums.add(losses, right)
             if not micro.is_last:
                 continue
-            self._update()
             done = micro.step + 1
+            self._update(epoch * settings.steps_per_epoch + done)
             self.finite.add(done, torch.stack(step_losses).sum())
             if settings.log_every and done % settings.log_every == 0:
                 hooks.log_step(done, *sums.figures_since_log(self.accelerator))
@@ -201,21 +205,34 @@ class Trainer:
         alone = micro.replicated or accelerator.num_processes == 1
         with contextlib.nullcontext() if micro.is_last else accelerator.no_sync(self.wrapped):
             logits = self.wrapped(inputs[: micro.own])
-            losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=settings.label_smoothing)
-            if settings.class_weights is not None:
-                losses = losses * settings.class_weights[labels[: micro.own]]
+            # Each class's share of a soft target has that class's weight.
+            losses = F.cross_entropy(
+                logits,
+                targets,
+                weight=settings.class_weights,
+                reduction="none",
+                label_smoothing=settings.label_smoothing,
+            )
             # DDP averages gradients over processes: times their number, it is the sum.
             scale = (1 if alone else accelerator.num_processes) / micro.step_count
             accelerator.backward(losses.sum() * scale)
         right = logits.detach().argmax(1) == labels[: micro.own]
         return losses.detach(), right
 
-    def _update(self) -> None:
-        """One optimiser step."""
+    def _update(self, number: int) -> None:
+        """One optimizer step, the run's ``number``-th, from 1."""
         if self.settings.clip_norm is not None:
             parameters = [p for p in self.network.parameters() if p.requires_grad]
             self.accelerator.clip_grad_norm_(parameters, self.settings.clip_norm)
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise RunFailed(
+                f"the optimizer cannot take a step: {first_line(error)}. Lower optimizer.lr, optimizer.weight_decay, "
+                "transfer.head_lr, transfer.backbone_lr, or what optimizer.args gives"
+            ) from error
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update(self.network)
+            self.ema.update(self.network, number)

@@ -76,6 +76,24 @@ def higher_is_better(metric: str) -> bool:
     return not metric.endswith("loss")
 
 
+def epoch_rank(record: dict[str, Any], select: str) -> tuple[float, float]:
+    """Sorts the records of epochs by ``train.select``, the best one last.
+
+    Equal accuracies are decided by the validation loss, equal losses by the validation accuracy. With ``last`` later
+    epochs are better. Figures that a record does not have count as the worst.
+    """
+    if select == "last":
+        return float(record["epoch"]), 0.0
+
+    def rank(metric: str) -> float:
+        value = float(record.get(metric, math.nan))
+        if math.isnan(value):
+            return -math.inf
+        return value if higher_is_better(metric) else -value
+
+    return rank(select), rank("val/accuracy" if select == "val/loss" else "val/loss")
+
+
 @dataclass
 class Patience:
     """Counts epochs without improvement of one metric; used by early stopping and by the plateau schedule."""

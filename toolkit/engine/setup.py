@@ -11,12 +11,14 @@ from accelerate import Accelerator
 from toolkit.data.cpus import granted_cpus
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.images import Checked, FileImages, check_images
-from toolkit.data.order import steps_per_epoch
+from toolkit.data.order import check_steps, steps_per_epoch
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
 from toolkit.data.splits import SPLITS, check_splits, split_dataset
 from toolkit.data.statistics import channel_statistics
 from toolkit.data.values import choose_range, range_words
 from toolkit.engine.display import Display, table
+from toolkit.engine.ema import short_run_warning
+from toolkit.engine.lone_image import check_lone_images
 from toolkit.engine.process import broadcast_object, local_processes, main_first
 from toolkit.errors import UserError
 from toolkit.formatting import plural
@@ -48,6 +50,10 @@ class Setup:
         labels: np.ndarray = self.dataset.labels[self.splits[split]]
         return labels
 
+    def has(self, split: str) -> bool:
+        """Whether a split has images: validation and test may have none."""
+        return len(self.splits[split]) > 0
+
     @property
     def steps(self) -> int:
         """Optimiser steps an epoch."""
@@ -61,6 +67,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, display: Display, *, load_
     splits = split_dataset(dataset, recipe.data)
     checked = _check_images(recipe, accelerator, dataset, splits)
     splits, bad_images = _without_bad_images(recipe, display, dataset, splits, checked.bad)
+    check_steps(len(splits["train"]), recipe.train.batch_size, recipe.train.drop_last)
     if isinstance(dataset.images, FileImages) and (value_range := choose_range(checked.extents)) is not None:
         display.say(range_words(checked.extents, value_range))
         dataset = replace(dataset, images=dataset.images.with_range(value_range))
@@ -85,8 +92,15 @@ def prepare(recipe: Recipe, accelerator: Accelerator, display: Display, *, load_
 
     built = main_first(accelerator, build)  # weights are fetched once
     transfer = apply_transfer(built, recipe.transfer)
+    images, world = len(splits["train"]), accelerator.num_processes
+    check_lone_images(built, transfer, recipe.train, images, world, preprocessing.channels, preprocessing.image_size)
     stochastic = make_stateless(built.module, recipe.recipe.seed)
-    return Setup(recipe, accelerator, display, dataset, splits, preprocessing, built, transfer, stochastic, bad_images)
+    setup = Setup(recipe, accelerator, display, dataset, splits, preprocessing, built, transfer, stochastic, bad_images)
+    if recipe.train.ema is not None:
+        warning = short_run_warning(recipe.train.ema, setup.steps * recipe.train.epochs)
+        if warning:
+            display.say(warning)
+    return setup
 
 
 def _measure(
@@ -141,7 +155,7 @@ def _without_bad_images(
             f"{recipe.data.max_bad_fraction:g} allows to leave out: {shown}"
         )
     kept = {name: indices[~np.isin(indices, [index for index, _ in bad])] for name, indices in splits.items()}
-    check_splits(dataset, kept)
+    check_splits(dataset, kept, [name for name in SPLITS if len(splits[name])])
     display.say(f"left out {len(bad)} unreadable images: {shown}")
     return kept, named
 

@@ -24,7 +24,7 @@ from toolkit.engine.loop import Hooks, Sums
 from toolkit.engine.optim import load_state
 from toolkit.engine.position import Position, random_state, restore_random_state
 from toolkit.engine.process import Control, autocast_dtype, broadcast_object, gather_objects
-from toolkit.engine.schedule import Patience, Plateau, higher_is_better, learning_rate
+from toolkit.engine.schedule import Patience, Plateau, epoch_rank, higher_is_better, learning_rate
 from toolkit.engine.setup import Setup
 from toolkit.engine.signals import StopRequest
 from toolkit.errors import Interrupted, RunFailed, UserError
@@ -52,7 +52,6 @@ class Training:
         self.position = Position()
         table = self.recipe.early_stopping
         self.patience = Patience(higher_is_better(table.metric), table.min_delta)
-        self.best = Patience(higher_is_better(self.recipe.train.select))
         self.plateau = Plateau(self.recipe.scheduler)
         self.control = Control()
         self.bar = Bar(None, 0)
@@ -114,7 +113,10 @@ class Training:
             "train/accuracy": accuracy,
         }
         try:
-            record |= self.evaluate("validation").figures("val/")
+            if self.setup.has("validation"):
+                record |= self.evaluate("validation").figures("val/")
+            else:
+                self._average_statistics()
         except StopWanted:
             self.position.step = self.setup.steps
             self._interrupt(sums)
@@ -123,37 +125,49 @@ class Training:
     def _close_epoch(self, epoch: int, record: dict[str, Any], speed: float) -> None:
         """Judge the epoch, write its line and a checkpoint."""
         position, recipe = self.position, self.recipe
-        if not math.isfinite(record["val/loss"]):
+        if not math.isfinite(record.get("val/loss", 0.0)):
             raise RunFailed(f"the validation loss is {record['val/loss']} at epoch {epoch + 1}; {ADVICE}")
-        is_best = self.best.update(record[recipe.train.select])
+        is_best = self._is_best(record)
         if is_best:
             position.best = record
-        self.patience.update(record[recipe.early_stopping.metric])
+        if recipe.early_stopping.metric in record:
+            self.patience.update(record[recipe.early_stopping.metric])
         limit = recipe.early_stopping.patience
         position.stopped_early = limit is not None and self.patience.waited >= limit
         if recipe.scheduler.name == "plateau":
             self.plateau.update(record[recipe.scheduler.metric])
         position.epoch, position.step, position.sums, position.last = epoch + 1, 0, [], record
         if is_best:
-            with self._averaged_weights():
+            with self.averaged_weights():
                 self.journal.keep_best(epoch + 1, self.setup.built.module.state_dict())
         self.journal.add_line(record)
         if self.tracking is not None:
             self.tracking.log(record, record["step"])
         self.save()
-        self.display.say(epoch_line(record, recipe.train.epochs, best=is_best, images_per_s=speed))
+        marked = is_best and recipe.train.select != "last"
+        self.display.say(epoch_line(record, recipe.train.epochs, best=marked, images_per_s=speed))
         if position.stopped_early:
             self.display.say(
                 f"stopped: {recipe.early_stopping.metric} has not improved by more than "
                 f"{recipe.early_stopping.min_delta:g} for {limit} epochs"
             )
 
+    def _is_best(self, record: dict[str, Any]) -> bool:
+        """Whether an epoch's weights are to be kept: it is better than all before it, or the last one is wanted."""
+        select, best = self.recipe.train.select, self.position.best
+        if select == "last":
+            return bool(record["epoch"] == self.recipe.train.epochs)
+        return best is None or epoch_rank(record, select) > epoch_rank(best, select)
+
+    def _average_statistics(self) -> None:
+        """Make unsynchronized batch norm statistics the same on all processes (a collective)."""
+        if self.accelerator.num_processes > 1 and not self.recipe.train.sync_batch_norm:
+            average_statistics(self.setup.built.module)
+
     def evaluate(self, split: str) -> Evaluation:
         """Evaluate the current model, with averaged weights where the recipe says so, on a split (a collective)."""
-        module = self.setup.built.module
-        if self.accelerator.num_processes > 1 and not self.recipe.train.sync_batch_norm:
-            average_statistics(module)
-        with self._averaged_weights():
+        self._average_statistics()
+        with self.averaged_weights():
             return self.evaluate_network(self.trainer.network, split)
 
     def evaluate_network(self, network: nn.Module, split: str) -> Evaluation:
@@ -257,7 +271,8 @@ class Training:
         with self.display.bar(f"epoch {epoch + 1}/{self.recipe.train.epochs}", total, done) as bar:
             yield bar
 
-    def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model has its averaged weights, where the recipe asks for an average."""
         ema = self.trainer.ema
         return contextlib.nullcontext() if ema is None else ema.swapped_in(self.trainer.network)
 
@@ -338,7 +353,6 @@ class Training:
             "best_epoch": self.position.best["epoch"] if self.position.best else None,
             "position": asdict(self.position),
             "patience": self.patience.state(),
-            "best": self.best.state(),
             "plateau": self.plateau.state(),
             "model": self.setup.built.module.state_dict(),
             "ema": {} if self.trainer.ema is None else self.trainer.ema.averages,
@@ -376,7 +390,6 @@ class Training:
     def _restore_rest(self, checkpoint: dict[str, Any]) -> None:
         """Everything but the model and the position, which came earlier."""
         self.patience.load(checkpoint["patience"])
-        self.best.load(checkpoint["best"])
         self.plateau.load(checkpoint["plateau"])
         try:
             load_state(self.trainer.optimizer, checkpoint["optimizer"])

@@ -55,8 +55,16 @@ def build_model(
     """Build a recipe's model; without ``load_weights`` the same architecture, nothing read or downloaded.
 
     ``image_size`` is height and width in pixels. Raises UserError for unknown names and arguments, for weights that are
-    missing or of another architecture, and for images that the architecture cannot take.
+    missing or of another architecture, for images that the architecture cannot take, and for models that PyTorch or the
+    machine's memory cannot hold.
     """
+    try:
+        return _built(table, num_classes, channels, image_size, load_weights)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise UserError(f"{table.name} cannot be built as [model] describes it: {first_line(error)}") from error
+
+
+def _built(table: ModelTable, num_classes: int, channels: int, image_size: int, load_weights: bool) -> BuiltModel:
     module, heads = _construct(table, num_classes, channels, image_size)
     if table.stem == "small":
         _shrink_stem(module, table)

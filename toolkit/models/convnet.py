@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from toolkit.models.head import ACTIVATIONS, build_head
+from toolkit.models.head import ACTIVATIONS, build_head, check_memory
 from toolkit.recipe.image_size import convnet_output_size
 from toolkit.recipe.schema import ConvBlock, ConvNetTable, HeadTable
 
@@ -20,7 +20,9 @@ class ConvNet(nn.Module):
     def __init__(self, table: ConvNetTable, head: HeadTable, num_classes: int, channels: int, image_size: int) -> None:
         super().__init__()
         self.blocks = nn.Sequential()
-        size = convnet_output_size(table, image_size)
+        size, widths = convnet_output_size(table, image_size), [channels, *(block.channels for block in table.blocks)]
+        weights = sum(a * b.channels * b.kernel**2 for a, b in zip(widths, table.blocks, strict=False))
+        check_memory(weights, "the convolutions of [model.convnet]")
         for block in table.blocks:
             self.blocks.append(_build_block(table, block, channels))
             channels = block.channels

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from toolkit.data.capacity import available_memory, gib
+from toolkit.errors import UserError
 from toolkit.recipe.schema import HeadTable
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -35,6 +38,8 @@ class DropoutLinear(nn.Linear):
 
 def build_head(table: HeadTable, in_features: int, num_classes: int) -> nn.Module:
     """[N, in_features] to [N, num_classes]: Linear-[BatchNorm]-activation-[Dropout] a hidden width, then Linear."""
+    widths = [in_features, *table.hidden, num_classes]
+    check_memory(sum(a * b for a, b in pairwise(widths)), f"a head with hidden layers of {table.hidden}")
     if not table.hidden and table.dropout:
         return DropoutLinear(in_features, num_classes, table.dropout)
     layers: list[nn.Module] = []
@@ -48,6 +53,19 @@ def build_head(table: HeadTable, in_features: int, num_classes: int) -> nn.Modul
         in_features = width
     last = nn.Linear(in_features, num_classes)
     return nn.Sequential(*layers, last) if layers else last
+
+
+def check_memory(weights: int, what: str) -> None:
+    """Raise UserError where so many float32 weights and their gradients do not fit; nothing on the meta device.
+
+    The system may grant more memory than there is, and end the process when it is written to.
+    """
+    need = 2 * 4 * weights
+    if torch.get_default_device().type != "meta" and need > (free := available_memory()):
+        raise UserError(
+            f"{what} has {weights:,} weights, {gib(need)} with their gradients, and {gib(free)} of memory are free: "
+            "make it smaller"
+        )
 
 
 def with_dropout(layer: nn.Linear, p: float) -> DropoutLinear:

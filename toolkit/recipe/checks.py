@@ -22,6 +22,8 @@ from toolkit.recipe.writing import toml_value
 MODE = ("transfer", "mode")
 EPOCHS = ("train", "epochs")
 IMAGE_SIZE = ("data", "image_size")
+SELECT = ("train", "select")
+VALIDATION = ("data", "split", "validation")
 NORMALIZATIONS = {
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     "half": ([0.5] * 3, [0.5] * 3),
@@ -258,6 +260,47 @@ def stopping_fits_run(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(message, ("early_stopping", "min_delta"), (path,), severity="warning", at="key")
 
 
+def selection_is_measured(recipe: Recipe) -> Iterator[Finding]:
+    """Nothing rests on figures of a validation split that is left out; the last epoch leaves nothing to choose."""
+    select = recipe.train.select
+    if select == "last" and recipe.early_stopping.patience is not None:
+        message = (
+            'train.select: "last" keeps the last epoch, and early stopping ends a run some epochs after its best one: '
+            "the two contradict each other"
+        )
+        hint = "leave out early_stopping.patience, or select by a validation figure"
+        yield Finding(message, SELECT, (("early_stopping", "patience"),), hint)
+    if recipe.data.split.validation != 0:
+        return
+    if select != "last":
+        message = f"train.select: {toml_value(select)} needs validation images, and data.split.validation is 0"
+        yield Finding(message, SELECT, (VALIDATION,), 'set train.select = "last", or keep some images for validation')
+    if recipe.scheduler.name == "plateau" and recipe.scheduler.metric.startswith("val/"):
+        message = (
+            f"scheduler.metric: {toml_value(recipe.scheduler.metric)} is not measured with data.split.validation = 0"
+        )
+        path = ("scheduler", "metric")
+        yield Finding(message, path, (VALIDATION, ("scheduler", "name")), 'set "train/loss", or take another schedule')
+    if recipe.augment.validation:
+        message = "augment.validation: has no effect with data.split.validation = 0"
+        yield Finding(message, ("augment", "validation"), (VALIDATION,), severity="warning", at="key")
+
+
+def expectations_are_measured(recipe: Recipe) -> Iterator[Finding]:
+    """[expect] of a figure on a split that is left out is never compared."""
+    for split, prefix in (("validation", "val_"), ("test", "test_")):
+        path = ("data", "split", split)
+        if getattr(recipe.data.split, split) != 0:
+            continue
+        if split == "test" and recipe.data.test_images_per_class is not None:
+            message = "data.test_images_per_class: has no effect with data.split.test = 0"
+            yield Finding(message, ("data", "test_images_per_class"), (path,), severity="warning", at="key")
+        for figure in recipe.expect:
+            if figure.removeprefix("stopped_").startswith(prefix):
+                message = f"expect.{figure}: is not compared, since data.split.{split} = 0"
+                yield Finding(message, ("expect", figure), (path,), severity="warning", at="key")
+
+
 def metric_is_measured_plainly(recipe: Recipe) -> Iterator[Finding]:
     """Accuracy on mixed images, which have no single label, is not to be watched."""
     mixes = [key for key in ("mixup", "cutmix") if getattr(recipe.augment, key)]
@@ -366,6 +409,8 @@ RULES = (
     schedule_uses_keys,
     lowest_rate_is_below,
     stopping_fits_run,
+    selection_is_measured,
+    expectations_are_measured,
     metric_is_measured_plainly,
     mixing_keys_have_effect,
     augmentation_fits_device,

@@ -26,10 +26,13 @@ from toolkit.recipe.table import (
     Activation,
     Fraction,
     Metric,
+    Selection,
     Table,
-    ValidationMetric,
     describe,
 )
+
+MOST_CHANNELS = 65_536
+"""Channels of a convolution and width of a hidden layer, at most."""
 
 
 class RecipeTable(Table):
@@ -61,12 +64,18 @@ class SplitTable(Table):
         ),
     ] = "auto"
     validation: Annotated[
-        Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)],
-        describe("Share (0..1) or number of the training images kept for validation."),
+        Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)],
+        describe(
+            "Share (0..1) or number of the training images kept for validation. 0: no validation split, whatever the "
+            'method; needs train.select = "last".'
+        ),
     ] = 0.1
     test: Annotated[
-        Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)],
-        describe("Share (0..1) or number of images kept for the test, where the data set has no test list of its own."),
+        Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)],
+        describe(
+            "Share (0..1) or number of images kept for the test, where the data set has no test list of its own. "
+            "0: no test split; a test list of the data set's own is not used either."
+        ),
     ] = 0.2
     seed: Annotated[
         int, Field(ge=0, lt=2**32), describe("Seeds the drawing; apart from recipe.seed, so that seeds share a split.")
@@ -76,9 +85,13 @@ class SplitTable(Table):
 class NormalizeValues(Table):
     """Normalisation by stated values."""
 
-    mean: Annotated[list[float], Field(min_length=1, max_length=4), describe("Mean of each channel, pixels in 0..1.")]
+    mean: Annotated[
+        list[Annotated[float, Field(ge=-10, le=10)]],
+        Field(min_length=1, max_length=4),
+        describe("Mean of each channel, pixels in 0..1."),
+    ]
     std: Annotated[
-        list[Annotated[float, Field(gt=0)]],
+        list[Annotated[float, Field(ge=1e-4, le=1e4)]],
         Field(min_length=1, max_length=4),
         describe("Deviation of each channel, pixels in 0..1."),
     ]
@@ -160,7 +173,7 @@ class DataTable(Table):
         ),
     ] = "auto"
     workers: Annotated[
-        Annotated[int, Field(ge=0)] | Literal["auto"],
+        Annotated[int, Field(ge=0, le=1024)] | Literal["auto"],
         describe("Processes that prepare images, for each training process; auto: by the CPUs that were granted."),
     ] = "auto"
     on_bad_image: Annotated[
@@ -248,10 +261,10 @@ class AugmentTable(Table):
         ),
     ] = "auto"
     mixup: Annotated[
-        float, Field(ge=0), describe("Alpha of mixup's Beta(alpha, alpha); 0 is off (Zhang et al. 2018).")
+        float, Field(ge=0, le=1000), describe("Alpha of mixup's Beta(alpha, alpha); 0 is off (Zhang et al. 2018).")
     ] = 0.0
     cutmix: Annotated[
-        float, Field(ge=0), describe("Alpha of CutMix's Beta(alpha, alpha); 0 is off (Yun et al. 2019).")
+        float, Field(ge=0, le=1000), describe("Alpha of CutMix's Beta(alpha, alpha); 0 is off (Yun et al. 2019).")
     ] = 0.0
     mix_p: Annotated[Fraction, describe("Probability that a batch is mixed at all.")] = 1.0
     cutmix_share: Annotated[Fraction, describe("Where both are on: share of mixed batches that CutMix takes.")] = 0.5
@@ -263,7 +276,9 @@ class AugmentTable(Table):
 class HeadTable(Table):
     """The new classifier on top of the backbone."""
 
-    hidden: Annotated[list[Annotated[int, Field(ge=1)]], describe("Widths of hidden layers; none by default.")] = []
+    hidden: Annotated[
+        list[Annotated[int, Field(ge=1, le=MOST_CHANNELS)]], describe("Widths of hidden layers; none by default.")
+    ] = []
     batch_norm: Annotated[bool, describe("Batch norm after each hidden layer.")] = False
     activation: Annotated[Activation, describe("After each hidden layer.")] = "relu"
     dropout: Annotated[
@@ -281,16 +296,24 @@ class HeadTable(Table):
 class ConvBlock(Table):
     """One block of a ConvNet: a convolution and what follows it."""
 
-    channels: Annotated[int, Field(ge=1), describe("Output channels.")]
-    kernel: Annotated[int, Field(ge=1), describe("Kernel size.", unit="pixels")] = 3
-    stride: Annotated[int, Field(ge=1), describe("Stride.", unit="pixels")] = 1
-    padding: Annotated[int, Field(ge=0), describe("Zero padding.", unit="pixels")] = 1
+    channels: Annotated[int, Field(ge=1, le=MOST_CHANNELS), describe("Output channels.")]
+    kernel: Annotated[int, Field(ge=1, le=63), describe("Kernel size.", unit="pixels")] = 3
+    stride: Annotated[int, Field(ge=1, le=4096), describe("Stride.", unit="pixels")] = 1
+    padding: Annotated[int, Field(ge=0, le=63), describe("Zero padding; kernel at most.", unit="pixels")] = 1
     batch_norm: Annotated[bool | None, describe("Batch norm in this block. Default: the table's.")] = None
-    pool: Annotated[int, Field(ge=0), describe("Max pooling window and stride; 0 is none.", unit="pixels")] = 0
+    pool: Annotated[int, Field(ge=0, le=4096), describe("Max pooling window and stride; 0 is none.", unit="pixels")] = 0
     dropout: Annotated[
         Annotated[float, Field(ge=0, lt=1)] | None,
         describe("Dropout at the place `order` gives it. Default: the table's."),
     ] = None
+
+    @model_validator(mode="after")
+    def _padding_sees_pixels(self) -> ConvBlock:
+        if self.padding > self.kernel:
+            raise ValueError(
+                f"padding = {self.padding} is more than kernel = {self.kernel}: the border would be all zero"
+            )
+        return self
 
 
 class ConvNetTable(Table):
@@ -313,7 +336,7 @@ class ConvNetTable(Table):
             "default: PyTorch's. gaussian: weights of convolutions and linear layers from N(0, init_std), biases 0."
         ),
     ] = "default"
-    init_std: Annotated[float, Field(gt=0), describe("Standard deviation of the Gaussian.")] = 0.05
+    init_std: Annotated[float, Field(gt=0, le=1000), describe("Standard deviation of the Gaussian.")] = 0.05
 
     def has_batch_norm(self, block: ConvBlock) -> bool:
         """Whether a block has batch norm, by its own word or the table's."""
@@ -401,10 +424,10 @@ class TransferTable(Table):
         describe("gradual: the epochs at whose start one more stage, from the top, begins to train.", unit="epochs"),
     ] = []
     backbone_lr: Annotated[
-        float, Field(gt=0), describe("Learning rate of the pretrained part, as a multiple of optimizer.lr.")
+        float, Field(gt=0, le=1e6), describe("Learning rate of the pretrained part, as a multiple of optimizer.lr.")
     ] = 1.0
     head_lr: Annotated[
-        float, Field(gt=0), describe("Learning rate of the new head, as a multiple of optimizer.lr.")
+        float, Field(gt=0, le=1e6), describe("Learning rate of the new head, as a multiple of optimizer.lr.")
     ] = 1.0
     layer_decay: Annotated[
         float,
@@ -427,12 +450,12 @@ class OptimizerTable(Table):
     name: Annotated[
         str, describe("sgd, nag, adam, adamw (PyTorch's), or any timm optimiser; `toolkit optimizers` lists them.")
     ] = "sgd"
-    lr: Annotated[float, Field(gt=0), describe("Learning rate, at its height.")]
+    lr: Annotated[float, Field(gt=0, le=1e30), describe("Learning rate, at its height.")]
     momentum: Annotated[
         float | None, Field(ge=0, lt=1), describe("sgd, nag and optimisers that take one. Default 0.9 for sgd and nag.")
     ] = None
     weight_decay: Annotated[
-        float, Field(ge=0), describe("L2 penalty (sgd, nag, adam) or decoupled decay (adamw and most others).")
+        float, Field(ge=0, le=1e6), describe("L2 penalty (sgd, nag, adam) or decoupled decay (adamw and most others).")
     ] = 0.0
     decay_bias_and_norm: Annotated[
         bool, describe("Whether weight decay also acts on biases and normalisation layers.")
@@ -485,7 +508,9 @@ class SchedulerTable(Table):
 class TrainTable(Table):
     """The loop."""
 
-    epochs: Annotated[int, Field(ge=1), describe("Passes over the training images, at most.", unit="epochs")]
+    epochs: Annotated[
+        int, Field(ge=1, le=1_000_000), describe("Passes over the training images, at most.", unit="epochs")
+    ]
     batch_size: Annotated[
         int,
         Field(ge=1),
@@ -508,18 +533,28 @@ class TrainTable(Table):
         Literal["auto", "no", "fp16", "bf16"],
         describe("Mixed precision; auto: bf16 on GPUs that compute in it, else (and on CPUs) no; the log says why."),
     ] = "auto"
-    select: Annotated[ValidationMetric, describe("The figure by which the best epoch is chosen.")] = "val/accuracy"
+    select: Annotated[
+        Selection,
+        describe(
+            "How the epoch whose weights are kept is chosen: the best by this figure (equal accuracies are decided by "
+            "val/loss, equal losses by val/accuracy, then the earlier epoch wins), or last, the last one."
+        ),
+    ] = "val/accuracy"
     clip_norm: Annotated[float | None, Field(gt=0), describe("Clip the gradient to this L2 norm.")] = None
     ema: Annotated[
         float | None,
         Field(gt=0, lt=1),
         describe(
-            "Decay, per step, of an exponential moving average of the weights, "
-            "which is then what is evaluated and kept."
+            "Decay, per step, of an exponential moving average of the weights, which is then what is evaluated and "
+            "kept. It rises to this value from 0 (at step n it is at most 1 - n ** (-2/3), as timm's ModelEmaV3)."
         ),
     ] = None
     class_weights: Annotated[
-        Literal["none", "balanced"], describe("balanced: training loss weighted by the inverse frequency of the class.")
+        Literal["none", "balanced"],
+        describe(
+            "balanced: training loss weighted by the inverse frequency of the class; of a mixed or smoothed target "
+            "each class's share by its own weight, as torch's cross_entropy does."
+        ),
     ] = "none"
     sampling: Annotated[
         Literal["shuffle", "balanced"],

@@ -24,6 +24,9 @@ from toolkit.recipe.table import Fraction, Table, ValidationMetric, describe
 MAX_RUNS = 200
 """A study of more runs starts only when the user says yes to their number."""
 
+MOST_TRIALS = 10_000
+"""Configurations of a search, at most."""
+
 FIGURES = (
     "train_loss",
     "train_accuracy",
@@ -93,7 +96,7 @@ class StudyRow(Table):
 class RandomSearch(Table):
     """Configurations drawn at random from [study.space] (Bergstra and Bengio 2012)."""
 
-    runs: Annotated[int, Field(ge=1), describe("Configurations to draw.")]
+    runs: Annotated[int, Field(ge=1, le=MOST_TRIALS), describe("Configurations to draw.")]
     seed: Annotated[int, Field(ge=0, lt=2**32), describe("Seeds the drawing.")] = 0
 
 
@@ -104,7 +107,7 @@ class BohbSearch(Table):
     1/eta of them go on to eta times as many, and so on up to ``max_epochs`` (Li et al. 2018, Hyperband).
     """
 
-    trials: Annotated[int, Field(ge=1), describe("Configurations to try, at any budget.")]
+    trials: Annotated[int, Field(ge=1, le=MOST_TRIALS), describe("Configurations to try, at any budget.")]
     min_epochs: Annotated[int, Field(ge=1), describe("Smallest budget.", unit="epochs")] = 3
     max_epochs: Annotated[int, Field(ge=1), describe("Largest budget; train.epochs of every run.", unit="epochs")] = 30
     eta: Annotated[int, Field(ge=2), describe("1/eta of the configurations go on to the next budget.")] = 3

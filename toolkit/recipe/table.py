@@ -34,6 +34,9 @@ Metric = Literal["train/loss", "train/accuracy", "val/loss", "val/accuracy", "va
 ``class_accuracy`` is the mean over classes of the share of that class's images classified rightly.
 """
 
+Selection = Literal["val/loss", "val/accuracy", "val/top5_accuracy", "val/class_accuracy", "last"]
+"""By which figure the kept epoch is chosen; ``last``: it is the last one, whatever the figures."""
+
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "none"]
 
 

@@ -68,6 +68,8 @@ def _empty(x: str, y: str) -> tuple[Figure, Axes]:
 def _lines(axes: Axes, epochs: Sequence[Record], figure: str, scale: float) -> None:
     for split, prefix, style in (("train", "train", "--"), ("validation", "val", "-")):
         points = [(r["epoch"], r[f"{prefix}/{figure}"] * scale) for r in epochs if f"{prefix}/{figure}" in r]
+        if not points:
+            continue
         xs, ys = [x for x, _ in points], [y for _, y in points]
         axes.plot(xs, ys, style, color=SPLIT_COLOURS[split], linewidth=1.6, label=split, **_marks(len(points)))
 
@@ -80,7 +82,7 @@ def _marks(count: int) -> dict[str, Any]:
 def _finish(axes: Axes, facts: Facts, title: str) -> None:
     """Best and stopping epoch, legend and title."""
     best, last = facts.best_epoch, facts.last_epoch
-    axes.axvline(best, color=INK, linewidth=1.0, linestyle="-", label=f"best: epoch {best}")
+    axes.axvline(best, color=INK, linewidth=1.0, linestyle="-", label=f"{facts.best_word}: epoch {best}")
     if last != best:
         word = "stopped early" if facts.stopped_early else "last"
         axes.axvline(last, color=INK, linewidth=1.0, linestyle=":", label=f"{word}: epoch {last}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from toolkit.engine.schedule import higher_is_better
+from toolkit.engine.schedule import epoch_rank
 from toolkit.errors import UserError
 from toolkit.recipe import Recipe
 from toolkit.recipe.diagnostics import printable
@@ -75,10 +74,14 @@ class Facts:
         """The epoch whose model was kept."""
         if self.summary:
             return int(self.summary["best"]["epoch"])
-        metric = self.recipe.train.select if self.recipe else "val/accuracy"
-        sign = 1 if higher_is_better(metric) else -1
-        best = max(self.epochs, key=lambda record: sign * record.get(metric, -sign * math.inf))  # the first of equals
+        select = self.recipe.train.select if self.recipe else "val/accuracy"
+        best = max(self.epochs, key=lambda record: epoch_rank(record, select))  # the first of equals
         return int(best["epoch"])
+
+    @property
+    def best_word(self) -> str:
+        """What marks that epoch in figures."""
+        return "last" if self.recipe and self.recipe.train.select == "last" else "best"
 
     @property
     def last_epoch(self) -> int:
@@ -121,7 +124,7 @@ def gather(run: Run) -> Facts:
     facts.card = facts.attempt("the names of the classes", lambda: _checked_card(run)) or {}
     facts.split = facts.attempt("the lists of images", lambda: _checked_split(run)) or {}
     facts.origins = facts.attempt("the origins of the recipe's values", lambda: run.origins) or {}
-    if facts.summary is not None or (run.path / "predictions.csv").exists():
+    if (facts.summary is not None and run.has_test) or (run.path / "predictions.csv").exists():
         facts.predictions = facts.attempt("predictions", lambda: _read_predictions(run, facts.classes))
     facts.filters = facts.attempt("filters of the first layer", lambda: _read_filters(run))
     return facts
@@ -142,7 +145,7 @@ def _read_metrics(facts: Facts) -> None:
         if record is None:
             bad += [number] if number < len(lines) else []
         else:
-            (facts.epochs if "val/loss" in record else facts.steps).append(record)
+            (facts.epochs if "train/loss" in record else facts.steps).append(record)
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         facts.missing.append(f"{len(bad)} of {len(lines)} lines of metrics.jsonl: damaged (line {shown})")

@@ -126,7 +126,9 @@ def _cards(facts: Facts) -> Iterator[Card]:
             yield _card(title, percent(best[key]), hint)
     chosen = next(record for record in facts.epochs if record["epoch"] == facts.best_epoch)
     if "val/accuracy" in chosen:
-        yield _card("validation accuracy", percent(chosen["val/accuracy"]), f"best epoch, {facts.best_epoch}")
+        yield _card(
+            "validation accuracy", percent(chosen["val/accuracy"]), f"{facts.best_word} epoch, {facts.best_epoch}"
+        )
     planned = f"of {facts.recipe.train.epochs}" if facts.recipe else ""
     yield _card("epochs", str(facts.last_epoch), f"{planned}{', stopped early' if facts.stopped_early else ''}")
     if facts.summary:
@@ -210,7 +212,7 @@ CHARTS = [("loss", "Loss"), ("accuracy", "Accuracy"), ("lr", "Learning rate")]
 
 def _charts(facts: Facts) -> dict[str, Any]:
     best, last = facts.best_epoch, facts.last_epoch
-    marks = [{"x": best, "label": f"best: {best}", "row": 0}]
+    marks = [{"x": best, "label": f"{facts.best_word}: {best}", "row": 0}]
     if last != best:
         word = "stopped early" if facts.stopped_early else "last"
         marks.append({"x": last, "label": f"{word}: {last}", "row": 1, "dash": "2 4"})
@@ -229,11 +231,16 @@ def _charts(facts: Facts) -> dict[str, Any]:
     rates = {"name": "learning rate", "x": [x for x, _ in points], "y": [y for _, y in points], "colour": "var(--blue)"}
     is_log = facts.recipe is not None and facts.recipe.scheduler.name in DECAYS
     return {
-        "loss": {**epoch, "yLabel": "cross-entropy (nats)", "series": losses, "canLog": True},
-        "accuracy": {**epoch, "yLabel": "accuracy (%)", "series": accuracies},
+        "loss": {**epoch, "yLabel": "cross-entropy (nats)", "series": _filled(losses), "canLog": True},
+        "accuracy": {**epoch, "yLabel": "accuracy (%)", "series": _filled(accuracies)},
         "lr": {"xLabel": "epochs done", "yLabel": "learning rate", "series": [rates], "canLog": True, "log": is_log,
                "fromZero": True},
     }  # fmt: skip
+
+
+def _filled(series: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those that have no point: a run may have no validation split."""
+    return [one for one in series if one["x"]]
 
 
 def _series(

@@ -156,17 +156,17 @@ def _mistakes(facts: Facts, pictures: Pictures | None, shown: Shown) -> Iterator
 
 
 def _effect(facts: Facts, pictures: Pictures, shown: Shown, chosen: Sequence[int]) -> Figure:
-    """Chosen filters on the first test image that can be read."""
+    """Chosen filters on the first test image that can be read; of a run without test images on another one."""
     assert facts.filters is not None
     numbers, which = choose(facts.filters, chosen)
     names = facts.predictions.names if facts.predictions else facts.split.get("test", [])
-    for name in names:
+    for name in names or [*facts.split.get("validation", []), *facts.split.get("train", [])]:
         image = pictures.load(name)
         if image is not None:
             shown.effect_caption = f"{which.capitalize()}, on {printable(name)}: orange is negative, purple positive."
             given = model_input(preprocessing_of(facts), image)
             return effect_figure(facts.name, facts.filters, numbers, image, given)
-    raise UserError("no test image can be read")
+    raise UserError("no image can be read")
 
 
 def _counts(facts: Facts, pictures: Pictures | None) -> Any:

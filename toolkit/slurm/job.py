@@ -203,7 +203,8 @@ def state_of(run: Run, jobs: dict[str, QueueEntry] | None) -> State:
         detail = _progress(run, starts, entry)
     if state == "finished":
         best = run.summary.get("best", {})
-        detail = f"test accuracy {best['test_accuracy']:.4f}" if "test_accuracy" in best else ""
+        figures = {"test accuracy": "test_accuracy", "validation accuracy": "val_accuracy"}
+        detail = next((f"{name} {best[key]:.4f}" for name, key in figures.items() if key in best), "")
     number = current or (str(record["job"]) if record else None)
     requeued = max((start.restarts for start in starts), default=0)
     if state == "pending" and starts:

@@ -297,14 +297,16 @@ def _meets(published: Published, recipe: Recipe) -> bool:
 def _without_doubles(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
     """Lines that are the same run share it; the same line again is left out. With remarks on both."""
     kept: list[PlannedRun] = []
+    hashes: set[str] = set()
     first: dict[str, str] = {}
     remarks: dict[str, None] = {}
     for run in runs:
         row = first.setdefault(run.member.hash, run.member.row)
         if row != run.member.row:
             remarks[f"rows {row!r} and {run.member.row!r} are the same run, which is trained once"] = None
-        elif any(other.member.hash == run.member.hash for other in kept):
+        elif run.member.hash in hashes:
             remarks[f"row {row!r} is there twice; it is trained once"] = None
             continue
         kept.append(run)
+        hashes.add(run.member.hash)
     return kept, list(remarks)

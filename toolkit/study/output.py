@@ -13,7 +13,7 @@ from toolkit.runs import write_atomically
 from toolkit.study.compare import compare_rows, comparison_records, comparison_sheet
 from toolkit.study.epochs import epoch_records, epoch_sheets, figures_by_epoch
 from toolkit.study.folder import StudyFolder
-from toolkit.study.results import Result, read_results
+from toolkit.study.results import STOPPED, Result, read_results
 from toolkit.study.sheet import Sheet, csv_text, latex, markdown, text
 from toolkit.study.statistics import Comparison
 from toolkit.study.table import Row, best_first, build_rows, check_columns, records, sheet
@@ -79,7 +79,7 @@ class Outcomes:
 def read_outcomes(folder: StudyFolder, wanted: Wanted) -> Outcomes:
     """The outcome of the study in ``folder``. Raises UserError where there is none, or no such column, key or row."""
     table, results = folder.table, read_results(folder)
-    columns = wanted.columns or table.output.columns
+    columns = wanted.columns or _measured(table.output.columns, results)
     check_columns(columns)
     rows = build_rows(results, table, wanted.by)
     is_search = table.bohb is not None or table.random is not None
@@ -89,6 +89,17 @@ def read_outcomes(folder: StudyFolder, wanted: Wanted) -> Outcomes:
     trials = outcomes(results, table) if is_search and single else []
     compared = compare_rows(rows, *wanted.compare, columns, table.output.confidence) if wanted.compare else {}
     return Outcomes(folder.name, table, results, rows, trials, columns, wanted, compared)
+
+
+def _measured(columns: Sequence[str], results: Sequence[Result]) -> Sequence[str]:
+    """The study's columns without those of a split that no finished run has."""
+    finished = [result for result in results if result.is_finished]
+
+    def has(column: str) -> bool:
+        split = column.removeprefix(STOPPED).split("_")[0]
+        return split not in ("val", "test") or any(column in result.figures for result in finished)
+
+    return [column for column in columns if has(column)] if finished else columns
 
 
 def terminal_text(found: Outcomes) -> str:

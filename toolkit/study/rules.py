@@ -34,6 +34,7 @@ RANGES = frozenset({"uniform", "log_uniform", "integers", "choice", "when"})
 def check_study(table: StudyTable, given: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[Finding]:
     """All that is wrong. ``given`` is the table as the file has it, ``base`` the recipe's dotted keys and values."""
     yield from _something_varies(table, given)
+    yield from _figures_are_measured(table, given, base)
     yield from _search_is_whole(table)
     yield from _rows_have_own_names(table)
     yield from _seeds_differ(table)
@@ -56,6 +57,26 @@ def _something_varies(table: StudyTable, given: Mapping[str, Any]) -> Iterator[F
         hint = 'for example [study.grid] with optimizer.lr = [0.1, 0.01], or [[study.rows]] with name = "..."'
         message = f"[study] says nothing that varies: give one or more of {', '.join(FORMS)}"
         yield Finding(message, ("study",), hint=hint, at="key")
+
+
+def _figures_are_measured(table: StudyTable, given: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[Finding]:
+    """Columns, marks and searches by figures of a split that all runs leave out."""
+    varied = {leaf.key for form in (table.grid, table.zip, table.space) for leaf in dotted_leaves(form, ())}
+    varied |= {leaf.key for row in table.rows for leaf in dotted_leaves(row.set, ())}
+    output = given.get("output", {})
+    for split, short in (("validation", "val"), ("test", "test")):
+        key = f"data.split.{split}"
+        if base.get(key) != 0 or any(leaf == key or leaf.startswith(f"{key}.") for leaf in varied):
+            continue
+        named: list[tuple[Path, str]] = []
+        named += [(("study", "output", "columns", i), name) for i, name in enumerate(output.get("columns", []))]
+        named += [(("study", "output", one), output[one]) for one in ("best_by", "per_epoch") if one in output]
+        if table.bohb is not None:
+            named.append((("study", "bohb", "metric"), table.bohb.metric))
+        for path, figure in named:
+            if figure.removeprefix("stopped_").replace("/", "_").startswith(f"{short}_"):
+                message = f"{path[1]}.{path[2]}: no run has {figure}, since {key} = 0"
+                yield Finding(f"study.{message}", path, hint=f"take a training figure, or give {key} another value")
 
 
 def _search_is_whole(table: StudyTable) -> Iterator[Finding]:

@@ -93,16 +93,26 @@ def build_rows(results: Sequence[Result], table: StudyTable, by: Sequence[str] =
 
 
 def best_row(rows: Sequence[Row], figure: str) -> Row | None:
-    """The row with the best mean of a validation figure; the first of equals, None where nothing is finished."""
-    sign = -1 if higher_is_better(figure) else 1
-    return min((r for r in rows if figure in r.figures), key=lambda r: sign * r.figures[figure].mean, default=None)
+    """The row with the best mean of a validation figure; None where no finished run has it.
+
+    Equal accuracies are decided by the validation loss, equal losses by the accuracy; then the first of equals wins.
+    """
+    return min((r for r in rows if figure in r.figures), key=lambda r: _rank(r, figure), default=None)
 
 
 def best_first(rows: Sequence[Row], metric: str) -> list[Row]:
-    """The rows by a validation figure; those without a finished run last, in their own order."""
+    """The rows by a validation figure, ties as in :func:`best_row`; those without it last, in their own order."""
     figure = metric.replace("/", "_")
-    sign = -1 if higher_is_better(figure) else 1
-    return sorted(rows, key=lambda r: sign * r.figures[figure].mean if figure in r.figures else math.inf)
+    return sorted(rows, key=lambda r: _rank(r, figure))
+
+
+def _rank(row: Row, figure: str) -> tuple[float, ...]:
+    """Sorts rows, the best first."""
+    second = "val_accuracy" if figure == "val_loss" else "val_loss"
+    return tuple(
+        (-1 if higher_is_better(name) else 1) * row.figures[name].mean if name in row.figures else math.inf
+        for name in (figure, second)
+    )
 
 
 def _estimates(group: Sequence[Result], confidence: float) -> dict[str, Estimate]:

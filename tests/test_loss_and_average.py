@@ -1,0 +1,282 @@
+"""The weights of classes under mixing, the average of the weights, and runs that would train nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from cli import toolkit
+from finished import CONVNET, train
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from toolkit.data.mixing import MixSettings
+from toolkit.data.order import TrainPlan
+from toolkit.engine.ema import WeightAverage, decay_at, short_run_warning
+from toolkit.engine.loop import Hooks, Sums, Trainer, TrainSettings, _means
+from toolkit.models.stochastic import Stochastic
+
+IMAGES, CLASSES = 400, 2
+
+
+# -- class weights ----------------------------------------------------------------------------------------------------
+
+
+class Loader:
+    """90 % of the images are of class 0."""
+
+    def __init__(self, mixing: bool) -> None:
+        self.plan = TrainPlan(size=IMAGES, seed=0, batch_size=40, mixing=mixing)
+        self.labels = (torch.arange(IMAGES) % 10 == 0).long()
+        self.images = torch.randn(IMAGES, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def epoch(self, epoch: int, first_step: int) -> Any:
+        for micro, positions, draws in self.plan.epoch(epoch, first_step):
+            chosen = torch.from_numpy(positions)
+            yield micro, SimpleNamespace(images=self.images[chosen], labels=self.labels[chosen], draws=draws)
+
+
+class Constant(nn.Module):
+    """The same logits for every image."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits.expand(len(images), -1)
+
+
+def gradient(mixing: MixSettings | None, *, smoothing: float = 0.0, weights: Tensor | None, logits: Tensor) -> Tensor:
+    """Of one epoch's mean loss by the logits: minus the weighted mass of each class's target, plus its prediction."""
+    module, accelerator = Constant(logits.clone()), Accelerator(cpu=True)
+    steps = 10
+    settings = TrainSettings(
+        seed=0, classes=CLASSES, label_smoothing=smoothing, mixing=mixing, clip_norm=None, channels_last=False,
+        class_weights=weights, cuda_graphs=False, steps_per_epoch=steps, log_every=0,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
+    trainer = Trainer(accelerator, module, module, optimizer, Stochastic(0, 0), None, settings)
+    hooks = Hooks(lambda epoch: None, lambda step, sums: False, lambda *_: None)
+    sums = Sums.zero(accelerator.device)
+    trainer.train_epoch(Loader(mixing is not None), 0, 0, sums, hooks)
+    return (logits - module.logits.detach()) / (1e-4 * steps)
+
+
+WEIGHTS = torch.tensor([1 / 1.8, 5.0])
+"""Inverse frequency of 9:1, with mean 1 over the images."""
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [None, MixSettings(1.0, 0.0, 1.0, 0.5), MixSettings(0.0, 1.0, 1.0, 0.5), MixSettings(0.4, 1.0, 0.8, 0.5)],
+    ids=["none", "mixup", "cutmix", "both"],
+)
+def test_balanced_weights_give_each_class_half_of_the_loss(mixing: MixSettings | None) -> None:
+    """At equal logits the gradient of each is (mass of both targets) / 2 - (mass of its own): 0 where they are equal.
+
+    Weighting an image's whole loss by its own label gave 0.69 : 0.31 under mixup.
+    """
+    found = gradient(mixing, weights=WEIGHTS, logits=torch.zeros(CLASSES))
+    assert found.abs().max() < 1e-3
+    unweighted = gradient(mixing, weights=None, logits=torch.zeros(CLASSES))
+    assert unweighted.tolist() == pytest.approx([-0.4, 0.4], abs=1e-2), "0.5 - 0.9 and 0.5 - 0.1"
+
+
+def test_label_smoothing_is_weighted_as_torch_does() -> None:
+    """Hard labels: torch's own cross-entropy over all images at once."""
+    logits = torch.tensor([0.3, -0.2], requires_grad=True)
+    labels = Loader(mixing=False).labels
+    losses = nn.functional.cross_entropy(
+        logits.expand(IMAGES, -1), labels, weight=WEIGHTS, label_smoothing=0.2, reduction="sum"
+    )
+    (expected,) = torch.autograd.grad(losses / IMAGES, logits)
+    found = gradient(None, smoothing=0.2, weights=WEIGHTS, logits=logits.detach())
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_smoothed_mixed_targets_are_weighted_class_by_class() -> None:
+    """With equal logits the gradient tells the weighted mass of the targets, which mixing leaves as it is."""
+    smoothing = 0.2
+    shares = torch.tensor([0.9, 0.1]) * (1 - smoothing) + smoothing / CLASSES
+    mass = shares * WEIGHTS
+    expected = mass.sum() / 2 - mass
+    found = gradient(MixSettings(1.0, 0.0, 1.0, 0.5), smoothing=smoothing, weights=WEIGHTS, logits=torch.zeros(2))
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=2e-3)
+
+
+def test_a_mean_over_no_images_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="no images"):
+        _means(torch.zeros(3, dtype=torch.float64), Accelerator(cpu=True))
+
+
+# -- average of the weights -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.9999])
+def test_the_average_is_that_of_timms_ema_with_warmup(decay: float) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(5, 3)
+    ours, theirs = WeightAverage(module, decay), ModelEmaV3(module, decay=decay, use_warmup=True)
+    for update in range(1, 60):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ours.update(module, update)
+        theirs.update(module, step=update)
+        assert decay_at(decay, update) == pytest.approx(theirs.get_decay(update), abs=1e-12)
+    for name, value in theirs.module.state_dict().items():
+        torch.testing.assert_close(ours.averages[name], value)
+    assert decay_at(decay, 1) == 0.0, "nothing of the start is left after the first update"
+    assert decay_at(decay, 10**9) == decay
+
+
+def test_an_average_over_more_steps_than_the_run_has_is_warned_of() -> None:
+    assert short_run_warning(0.9, 31) is None
+    assert short_run_warning(0.9, 25) is not None
+    assert short_run_warning(0.999, 105) == (
+        "warning: train.ema = 0.999 is an average over about 1,000 steps, and the run has 105: the decay rises to "
+        "0.955 only, an average over the last 22 or so"
+    )
+
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+SMALL = ("tracking={trackers=[]}", "train.epochs=5")
+
+
+def test_a_short_run_is_not_evaluated_with_its_random_start(tmp_path: Path) -> None:
+    """The quickstart for 5 epochs: without the ramp its averaged weights scored 0.10, by chance."""
+    run = train(RECIPES / "quickstart.toml", f'recipe.run_root="{tmp_path}"', *SMALL, "train.ema=0.999")
+    assert run.summary["stopped"]["test_accuracy"] > 0.95
+    assert "warning: train.ema = 0.999 is an average over about 1,000 steps" in run.log_file.read_text()
+
+
+# -- nothing to train on ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["--dry-run", "--no-report"])
+def test_a_batch_larger_than_the_data_without_the_last_batch_is_refused(tmp_path: Path, mode: str) -> None:
+    settings = ("train.batch_size=2000", "train.drop_last=true", f'recipe.run_root="{tmp_path}"', *SMALL)
+    outcome = toolkit(
+        "train", RECIPES / "quickstart.toml", mode, *(part for setting in settings for part in ("--set", setting))
+    )
+    assert outcome.status == 2
+    last = outcome.stderr.splitlines()[-1]
+    assert last.startswith("train.drop_last = true leaves nothing to train on: 1294 training images are fewer than one")
+    assert "set train.batch_size to 1294 or less" in last
+    assert not list(tmp_path.iterdir()), "no run directory"
+
+
+# -- one image and batch norm -----------------------------------------------------------------------------------------
+
+HEAD = CONVNET + "\n[model.head]\nhidden = [8]\nbatch_norm = true\n"
+DIGITS = """
+[recipe]
+name = "lone"
+run_root = "{root}"
+[data]
+dataset = "digits"
+images_per_class = {images}
+test_images_per_class = 3
+split = {{ validation = 30, test = 0.2 }}
+[optimizer]
+name = "sgd"
+lr = 0.05
+[train]
+epochs = 1
+batch_size = 16
+precision = "no"
+[tracking]
+trackers = []
+"""
+
+
+def lone(tmp_path: Path, model: str, *settings: str, mode: str = "--dry-run", images: int = 9) -> tuple[int, str]:
+    """Status and last line of a run over ``images`` of each of 10 classes."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(DIGITS.format(root=tmp_path / "runs", images=images) + model)
+    outcome = toolkit("train", path, mode, *(part for setting in settings for part in ("--set", setting)))
+    return outcome.status, outcome.stderr.splitlines()[-1]
+
+
+def test_a_last_batch_of_one_image_is_predicted_with_sizes_that_avoid_it(tmp_path: Path) -> None:
+    """90 training images in batches of 89."""
+    status, said = lone(tmp_path, HEAD, "train.batch_size=89")
+    assert status == 2
+    assert said == (
+        "the last batch of an epoch has 1 image (90 training images, train.batch_size = 89), and batch norm needs more "
+        "than one value per channel: head.1 would get one. Set train.batch_size = 88 or 90, or train.drop_last = true"
+    )
+    for remedy in ("train.batch_size=88", "train.batch_size=90", "train.drop_last=true"):
+        settings = ["train.batch_size=89"] * remedy.startswith("train.drop") + [remedy]
+        status, said = lone(tmp_path, HEAD, *settings, mode="--no-report")
+        assert status == 0, said
+
+
+def test_parts_of_one_image_are_predicted_too(tmp_path: Path) -> None:
+    status, said = lone(tmp_path, HEAD, "train.batch_size=16", "train.accumulation=16")
+    assert status == 2
+    assert said.startswith("every batch has 16 images, of which a forward pass gets 1 (90 training images")
+    assert "a smaller train.accumulation" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (CONVNET, ["train.batch_size=89"]),
+        (CONVNET.replace("batch_norm = true", "batch_norm = false"), ["train.batch_size=89"]),
+        (HEAD.replace("batch_norm = true\n", "batch_norm = false\n"), ["train.batch_size=89"]),
+    ],
+    ids=["batch norm over pixels", "none", "none in the head"],
+)
+def test_a_model_that_can_train_on_one_image_is_not_refused(tmp_path: Path, model: str, settings: list[str]) -> None:
+    status, said = lone(tmp_path, model, *settings, mode="--no-report")
+    assert status == 0, said
+
+
+def test_frozen_batch_norm_can_take_one_image_unless_its_statistics_are_updated(tmp_path: Path) -> None:
+    from toolkit.runs import open_run
+
+    lone(tmp_path, HEAD, mode="--no-report")
+    (folder,) = (tmp_path / "runs" / "lone").iterdir()
+    frozen = ['transfer.mode="linear_probe"', f'model.weights="file:{open_run(folder).best_weights}"',
+              "data.channels=1", 'transfer.freeze=["head.0.*", "head.1.*"]', "train.batch_size=89"]  # fmt: skip
+    assert lone(tmp_path, HEAD, *frozen, mode="--no-report")[0] == 0
+    status, said = lone(tmp_path, HEAD, *frozen, 'transfer.frozen_batch_norm="update"')
+    assert (status, "head.1 would get one" in said) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("world", "sync", "accumulation", "count", "is_lone"),
+    [
+        (1, True, 1, 1, True), (1, True, 1, 2, False), (1, True, 4, 7, True), (1, True, 4, 8, False),
+        (2, True, 1, 2, False), (2, False, 1, 2, True), (2, False, 1, 3, True), (2, False, 1, 4, False),
+        (4, True, 1, 1, True), (4, False, 1, 3, False), (4, False, 2, 7, True), (4, True, 2, 7, False),
+    ],
+)  # fmt: skip
+def test_a_norm_sees_as_many_images_as_the_plan_gives_it(
+    world: int, sync: bool, accumulation: int, count: int, is_lone: bool
+) -> None:
+    """Against the plan itself: of a part that all processes share, synchronized batch norm sees the sum."""
+    from toolkit.data.order import plan_epoch
+    from toolkit.engine.lone_image import _is_lone
+    from toolkit.recipe.schema import TrainTable
+
+    table = TrainTable(epochs=1, batch_size=count, accumulation=accumulation, sync_batch_norm=sync)
+    assert _is_lone(count, table, world) == is_lone
+    plans = [
+        list(plan_epoch(count, batch_size=count, accumulation=accumulation, drop_last=False, world=world, rank=rank,
+                        mixing=False))
+        for rank in range(world)
+    ]  # fmt: skip
+    seen = []
+    for parts in zip(*plans, strict=True):
+        shared = sync and world > 1 and not parts[0].replicated
+        seen += [sum(micro.own for micro in parts)] if shared else [micro.own for micro in parts]
+    assert (min(seen) == 1) == is_lone
+    assert np.min(seen) >= 1

@@ -1,0 +1,309 @@
+"""Which epoch is kept, and runs that have no validation or no test split, through every command that reads a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from cli import toolkit
+from finished import CONVNET, train
+from PIL import Image
+
+from toolkit.engine.schedule import epoch_rank
+from toolkit.recipe import loads_recipe
+from toolkit.report.facts import gather
+from toolkit.runs import Run, open_run
+
+DIGITS = """
+[recipe]
+name = "chosen"
+run_root = {runs}
+
+[data]
+dataset = "digits"
+images_per_class = 20
+test_images_per_class = 6
+
+[optimizer]
+name = "sgd"
+lr = 0.05
+momentum = 0.9
+
+[train]
+epochs = 3
+batch_size = 50
+precision = "no"
+
+[tracking]
+trackers = []
+"""
+NONE = ("data.split.validation=0", "data.split.test=0", 'train.select="last"')
+
+
+def write(folder: Path, more: str = "") -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(DIGITS.format(runs=json.dumps(str(folder / "runs"))) + CONVNET + more)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run on all images: no validation, no test."""
+    return train(write(tmp_path_factory.mktemp("bare")), *NONE)
+
+
+# -- ties -------------------------------------------------------------------------------------------------------------
+
+
+def record(epoch: int, loss: float, accuracy: float) -> dict[str, float]:
+    return {"epoch": epoch, "val/loss": loss, "val/accuracy": accuracy, "val/class_accuracy": accuracy}
+
+
+@pytest.mark.parametrize(
+    ("select", "best"),
+    [("val/accuracy", 3), ("val/class_accuracy", 3), ("val/loss", 4), ("last", 5), ("val/top5_accuracy", 1)],
+)
+def test_equal_accuracies_are_decided_by_loss_and_equal_losses_by_accuracy(select: str, best: int) -> None:
+    """Epochs 2, 3 and 5 have the best accuracy, 3 and 5 of them with the lower loss; 4 and 1 the least loss.
+
+    None of them has a top-5 accuracy, so that the loss alone decides and the first of equals is taken.
+    """
+    epochs = [record(1, 0.01, 0.8), record(2, 0.05, 1.0), record(3, 0.02, 1.0), record(4, 0.01, 0.9),
+              record(5, 0.02, 1.0)]  # fmt: skip
+    assert max(epochs, key=lambda r: epoch_rank(r, select))["epoch"] == best
+
+
+def test_a_run_keeps_the_lower_loss_of_equal_accuracies(tmp_path: Path) -> None:
+    """Ten validation images: many epochs have the same accuracy, and not the first of them is the best."""
+    run = train(write(tmp_path), "data.split.validation=10", "train.epochs=8")
+    epochs, best = run.epochs(), run.summary["best"]
+    highest = max(r["val/accuracy"] for r in epochs)
+    tied = [r for r in epochs if r["val/accuracy"] == highest]
+    assert len(tied) > 1
+    lowest = min(tied, key=lambda r: r["val/loss"])
+    assert lowest["epoch"] != tied[0]["epoch"], "else the first of equals would be right as well"
+    assert (best["epoch"], best["val_loss"], best["val_accuracy"]) == (
+        lowest["epoch"], lowest["val/loss"], highest)  # fmt: skip
+    assert gather(run).best_epoch == best["epoch"]
+    (run.path / "summary.json").unlink()
+    assert gather(run).best_epoch == best["epoch"], "as a report on an unfinished run finds it"
+
+
+# -- the last epoch ---------------------------------------------------------------------------------------------------
+
+
+def test_the_last_epoch_is_kept_whatever_validation_says(tmp_path: Path) -> None:
+    """The learning rate is raised so that the last epoch is not the best one."""
+    settings = ("train.epochs=4", "optimizer.lr=0.3", 'scheduler={name="one_cycle", peak_at=0.9, start_factor=0.05}')
+    run = train(write(tmp_path), *settings, 'train.select="last"')
+    assert run.summary["best"] == run.summary["stopped"]
+    assert run.summary["best"]["epoch"] == 4
+    chosen = train(write(tmp_path), *settings).summary
+    assert chosen["best"]["epoch"] != 4
+    assert chosen["stopped"] == run.summary["stopped"], "the same training"
+
+
+def test_a_run_without_validation_goes_on_after_a_pause_as_if_there_had_been_none(tmp_path: Path) -> None:
+    from toolkit.engine.fit import fit
+
+    recipe = loads_recipe(write(tmp_path).read_text(), [*NONE, "train.ema=0.9"])
+    whole = fit(recipe, quiet=True)
+    paused = fit(recipe, quiet=True, until=2)
+    assert not paused.is_finished
+    resumed = fit(recipe, quiet=True, resume=paused.path)
+    assert resumed.best_weights.read_bytes() == whole.best_weights.read_bytes()
+    assert resumed.metrics_file.read_bytes() == whole.metrics_file.read_bytes()
+
+
+def test_written_weights_other_than_the_last_epochs_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without validation images the file is compared with memory, tensor by tensor."""
+    from toolkit.engine import journal
+
+    def spoiled(folder: Path, epoch: int, state: dict[str, torch.Tensor]) -> None:
+        saved(folder, epoch, {name: value + (name == "head.bias") * 1e-6 for name, value in state.items()})
+
+    saved = journal.save_best
+    monkeypatch.setattr(journal, "save_best", spoiled)
+    outcome = toolkit("train", write(tmp_path), "--no-report", *(part for s in NONE for part in ("--set", s)))
+    assert outcome.status == 1
+    assert "best.safetensors does not hold the weights of the last epoch: head.bias differs" in outcome.stderr
+
+
+# -- no validation, no test -------------------------------------------------------------------------------------------
+
+
+def test_all_images_train(bare: Run) -> None:
+    split, summary = bare.split, bare.summary
+    assert [len(split[name]) for name in ("train", "validation", "test")] == [200, 0, 0]
+    assert summary["images"] == {"train": 200, "validation": 0, "test": 0}
+    assert summary["best"] == summary["stopped"] == {"epoch": 3}
+    assert not (bare.path / "predictions.csv").exists()
+    assert [sorted(r) for r in bare.epochs()] == [["epoch", "lr", "step", "train/accuracy", "train/loss"]] * 3
+    log = bare.log_file.read_text()
+    assert "val loss" not in log
+    assert "BEST" not in log
+    assert "it holds the weights of the last epoch" in log
+
+
+def test_only_one_of_the_two_may_be_left_out(tmp_path: Path) -> None:
+    no_validation = train(write(tmp_path), "data.split.validation=0", 'train.select="last"').summary
+    assert set(no_validation["best"]) == {
+        "epoch", "test_loss", "test_accuracy", "test_top5_accuracy", "test_class_accuracy"}  # fmt: skip
+    no_test = train(write(tmp_path), "data.split.test=0").summary
+    assert set(no_test["best"]) == {
+        "epoch", "val_loss", "val_accuracy", "val_top5_accuracy", "val_class_accuracy"}  # fmt: skip
+    assert no_test["images"]["test"] == 0
+
+
+def test_evaluate_names_the_splits_that_there_are(bare: Run) -> None:
+    outcome = toolkit("evaluate", bare.path)
+    assert outcome.status == 2
+    assert outcome.stderr == f"{bare.path} has no test images (data.split.test); evaluate others: --split train\n"
+    found = json.loads(toolkit("evaluate", bare.path, "--split", "train", "--json").stdout)
+    assert found["images"] == 200
+    assert found["figures"]["best"]["train_accuracy"]["evaluated"] > 0.3
+
+
+def test_predict_gives_the_classes_of_images(bare: Run, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    rows = toolkit("predict", bare.path, tmp_path / "a.png").stdout.splitlines()
+    assert rows[0] == "path,prediction,probability"
+    assert rows[1].split(",")[1] in "0123456789"
+
+
+def test_the_report_leaves_out_what_there_is_not(bare: Run) -> None:
+    outcome = toolkit("report", bare.path)
+    assert outcome.status == 0, outcome.stderr
+    assert "does not show" not in outcome.stderr
+    page = bare.report_file.read_text()
+    charts = json.loads(page.split('<script type="application/json" id="page-data">')[1].split("</script>")[0])[
+        "charts"
+    ]
+    assert [series["name"] for series in charts["loss"]["series"]] == ["train"]
+    assert charts["loss"]["marks"][0]["label"] == "last: 3"
+    assert "0 validation, 0 test" in page
+
+
+def test_status_explain_export_and_publish(bare: Run, tmp_path: Path) -> None:
+    assert "finished  3/3" in toolkit("status", bare.path).stdout
+    outcome = toolkit("explain", bare.path)
+    assert outcome.status == 2
+    assert "no test images whose mistakes could be shown: name images to explain" in outcome.stderr
+    exported = toolkit("export", bare.path, "--format", "safetensors", "-o", tmp_path / "exported")
+    assert exported.status == 0, exported.stderr
+    state = safetensors.torch.load_file(tmp_path / "exported" / "model.safetensors")
+    ours = safetensors.torch.load_file(bare.best_weights)
+    assert all(torch.equal(value, ours[name]) for name, value in state.items())
+    published = toolkit("publish", bare.path, "lab/digits", "--no-push", "-o", tmp_path / "published")
+    assert published.status == 0, published.stderr
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "Images: 200 train; none were kept for validation." in card
+    assert "It is the last epoch's model; no images were kept for a test." in card
+
+
+def test_a_card_of_a_run_with_one_of_the_splits_has_its_column(tmp_path: Path) -> None:
+    run = train(write(tmp_path), "data.split.test=0")
+    toolkit("publish", run.path, "lab/digits", "--no-push", "-o", tmp_path / "published")
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "| | validation |\n|---|---|\n| cross-entropy |" in card
+    assert f"| top-1 accuracy | {run.summary['best']['val_accuracy']:.4f} |" in card
+
+
+def test_data_and_plan_count_all_images_as_training_images(tmp_path: Path) -> None:
+    settings = [part for setting in NONE for part in ("--set", setting)]
+    recipe = write(tmp_path)
+    assert "images     200 train, 0 validation, 0 test" in toolkit("data", recipe, *settings).stdout
+    plan = json.loads(toolkit("plan", recipe, "--json", *settings).stdout)
+    assert (plan["images"]["train"], plan["steps_per_epoch"]) == (200, 4)
+
+
+def test_frozen_features_are_used_without_validation(bare: Run, tmp_path: Path) -> None:
+    more = ('transfer.mode="linear_probe"', f'model.weights="file:{bare.best_weights}"', "data.channels=1")
+    run = train(write(tmp_path), *NONE, *more)
+    assert any("computed once for 200 images" in words for words in run.summary["shortcuts"])
+    plain = train(write(tmp_path), *NONE, *more, 'data.cache="off"')
+    ours, theirs = run.epochs()[-1]["train/loss"], plain.epochs()[-1]["train/loss"]
+    assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_trackers_get_the_figures_that_there_are(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(write(tmp_path), *NONE, 'tracking.trackers=["tensorboard", "wandb"]', 'tracking.mode="offline"')
+    assert list((run.path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert "warning" not in run.log_file.read_text()
+    tags: set[str] = set()
+    for file in (run.path / "tensorboard").rglob("events*"):
+        events = EventAccumulator(os.fspath(file))
+        events.Reload()
+        tags |= set(events.Tags()["scalars"])
+    assert {"train/loss", "train/accuracy", "lr"} <= tags
+    assert not any(tag.startswith("val/") for tag in tags)
+
+
+def test_expected_figures_of_a_split_that_is_left_out_do_not_compare(tmp_path: Path) -> None:
+    recipe = write(tmp_path, '\n[expect]\ntest_accuracy = { at_least = 0.1, source = "here" }\n')
+    settings = [part for setting in NONE for part in ("--set", setting)]
+    checked = toolkit("validate", recipe, *settings)
+    assert checked.status == 0
+    assert (
+        "warning: expect.test_accuracy: is not compared, since data.split.test = 0" in checked.stdout + checked.stderr
+    )
+    run = train(recipe, *NONE)
+    assert "measured -: not comparable (the run has no such figure)" in run.log_file.read_text()
+
+
+# -- studies ----------------------------------------------------------------------------------------------------------
+
+
+def study(folder: Path, more: str) -> Path:
+    """A study whose runs have no validation and no test images, unless ``more`` says otherwise."""
+    path = write(folder)
+    text = path.read_text().replace("precision =", 'select = "last"\nprecision =')
+    text = text.replace("test_images_per_class = 6", "split = { validation = 0, test = 0 }")
+    path.write_text(text + more)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('grid.optimizer.lr = [0.1, 0.2]\noutput.columns = ["train_loss", "val_loss"]',
+         "study.output.columns: no run has val_loss, since data.split.validation = 0"),
+        ('grid.optimizer.lr = [0.1, 0.2]\noutput.columns = ["stopped_test_accuracy"]',
+         "study.output.columns: no run has stopped_test_accuracy, since data.split.test = 0"),
+        ('grid.optimizer.lr = [0.1, 0.2]\noutput.per_epoch = "val/loss"',
+         "study.output.per_epoch: no run has val/loss, since data.split.validation = 0"),
+        ("space.optimizer.lr = { uniform = [0.1, 0.2] }\nbohb = { trials = 3, min_epochs = 1, max_epochs = 3 }",
+         "study.bohb.metric: no run has val/accuracy, since data.split.validation = 0"),
+    ],
+)  # fmt: skip
+def test_a_study_is_refused_columns_and_metrics_that_no_run_has(tmp_path: Path, text: str, message: str) -> None:
+    outcome = toolkit("validate", study(tmp_path, f"\n[study]\n{text}\n"))
+    assert outcome.status == 2
+    assert message in outcome.stdout + outcome.stderr
+
+
+def test_a_study_whose_runs_differ_in_it_may_have_the_columns(tmp_path: Path) -> None:
+    text = '\n[study]\ngrid.data.split.validation = [0, 0.1]\noutput.columns = ["train_loss", "val_loss"]\n'
+    outcome = toolkit("validate", study(tmp_path, text))
+    assert outcome.status == 0, outcome.stdout + outcome.stderr
+
+
+def test_the_table_of_a_study_has_the_columns_that_its_runs_have(tmp_path: Path) -> None:
+    recipe = study(tmp_path, "\n[study]\ngrid.optimizer.lr = [0.01, 0.1]\n")
+    outcome = toolkit("study", recipe)
+    assert outcome.status == 0, outcome.stderr
+    table = toolkit("table", tmp_path / "runs" / "chosen").stdout
+    heading = next(line for line in table.splitlines() if line.startswith("setting"))
+    assert heading.split() == ["setting", "train", "loss", "train", "acc.", "%", "epochs", "seconds", "images/s"]
+    report = toolkit("report", tmp_path / "runs" / "chosen")
+    assert report.status == 0, report.stderr
+    assert open_run(next((tmp_path / "runs" / "chosen").glob("*/recipe.toml")).parent).is_finished
