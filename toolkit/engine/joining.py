@@ -149,7 +149,9 @@ class _Joining(threading.Thread):
             self.error = error
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.error = RunFailed(f"the processes could not join: {first:.300} ({self.state()}). {_advice(self.place)}")
+            self.error = RunFailed(
+                f"the processes could not join: {first:.300} ({self.state()}). {_advice(self.place)}"
+            )
         self.finished.set()
 
     def _join(self) -> None:
@@ -208,7 +210,9 @@ class _Joining(threading.Thread):
         entry = json.dumps(vars(self.members[place.rank]))
         agreed = roll.compare_set("world", "", f"{place.world} (rank {place.rank} on {socket.gethostname()})").decode()
         if int(agreed.split()[0]) != place.world:
-            self._refuse(roll, f"WORLD_SIZE is {place.world} for rank {place.rank} on {socket.gethostname()}, but {agreed}")
+            self._refuse(
+                roll, f"WORLD_SIZE is {place.world} for rank {place.rank} on {socket.gethostname()}, but {agreed}"
+            )
         if roll.add(f"entries/{place.rank}", 1) > 1:
             other = Member(**json.loads(roll.get(f"rank/{place.rank}")))
             self._refuse(roll, f"RANK={place.rank} was given to two processes: {other}; {self.members[place.rank]}")

@@ -10,11 +10,12 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import psutil
+from typing import TYPE_CHECKING
 
 from toolkit.errors import UserError
-from toolkit.recipe.schema import TrainTable
+
+if TYPE_CHECKING:
+    from toolkit.recipe.schema import TrainTable
 
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables in which MPI's launchers give the number of processes; Accelerate joins these itself, on CPUs only."""
@@ -180,6 +181,8 @@ def accelerate_options() -> argparse.Namespace | None:
 
 
 def _ancestor_commands() -> Iterator[list[str]]:
+    import psutil
+
     with contextlib.suppress(psutil.Error):
         for ancestor in psutil.Process().parents():
             yield ancestor.cmdline()
@@ -200,9 +203,9 @@ def _check_task_count() -> None:
     """srun and mpirun start every task alike: without the variables of torchrun each would train alone."""
     if os.environ.get("WORLD_SIZE"):
         return
-    tasks = _positive("SLURM_STEP_NUM_TASKS")
-    if "SLURM_STEP_ID" in os.environ and tasks > 1 and not any(_positive(name) > 1 for name in MPI_SIZES):
-        nodes = max(1, _positive("SLURM_STEP_NUM_NODES"))
+    tasks = positive_number("SLURM_STEP_NUM_TASKS")
+    if "SLURM_STEP_ID" in os.environ and tasks > 1 and not any(positive_number(name) > 1 for name in MPI_SIZES):
+        nodes = max(1, positive_number("SLURM_STEP_NUM_NODES"))
         here = (
             f"srun --ntasks 1 torchrun --standalone --nproc-per-node {tasks} -m toolkit.train RECIPE"
             if nodes == 1
@@ -214,19 +217,19 @@ def _check_task_count() -> None:
             f"--gpus-per-node), or {here}; to train on one process: srun --ntasks 1"
         )
     for name in MPI_SIZES:
-        if _positive(name) > 1:
+        if positive_number(name) > 1:
             from toolkit.engine.precision import on_gpu
 
             if on_gpu():  # on CPUs Accelerate joins them
                 raise UserError(
-                    f"mpirun started {_positive(name)} processes, each of which would train alone in a run directory of "
-                    f"its own: with GPUs use torchrun --nproc-per-node {_positive(name)} -m toolkit.train RECIPE"
+                    f"mpirun started {positive_number(name)} processes, each of which would train alone in a run directory of "
+                    f"its own: with GPUs use torchrun --nproc-per-node {positive_number(name)} -m toolkit.train RECIPE"
                 )
 
 
 def unused_tasks_line() -> str | None:
     """A line for a job whose tasks were not started: one process in a batch script of several tasks, without srun."""
-    tasks = _positive("SLURM_NTASKS")
+    tasks = positive_number("SLURM_NTASKS")
     if tasks < 2 or "SLURM_STEP_ID" in os.environ or is_distributed():
         return None
     return (
@@ -236,7 +239,7 @@ def unused_tasks_line() -> str | None:
     )
 
 
-def _positive(name: str) -> int:
-    """A whole number from the environment; 0 where there is none."""
+def positive_number(name: str) -> int:
+    """A whole number from the environment; 0 where there is none. Never raises."""
     text = os.environ.get(name, "")
     return int(text) if text.isascii() and text.isdigit() else 0

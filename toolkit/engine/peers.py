@@ -176,7 +176,9 @@ class PeerWatch:
                 )  # fmt: skip
             noticed[neighbor] = silence
         elif neighbor in noticed and silence < NOTICE_S:
-            print(f"{self._name(neighbor)} answers again after {noticed.pop(neighbor):.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{self._name(neighbor)} answers again after {noticed.pop(neighbor):.0f} s", file=sys.stderr, flush=True
+            )
 
     def _name(self, rank: int) -> str:
         return f"rank {rank}" + (f" ({self.names[rank]})" if rank in self.names else "")
