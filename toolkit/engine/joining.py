@@ -1,6 +1,7 @@
 """How the processes of a run find each other, within a time limit and with the missing ones named.
 
-Everything that may block happens in a thread: the main thread sees signals and the time limit whatever the network does.
+Everything that may block happens in a thread, so that the main thread sees signals and the time limit whatever the
+network does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import psutil
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from toolkit.engine.launcher import Place
 from toolkit.engine.peers import watch_peers
@@ -121,8 +123,8 @@ def time_limit(place: Place) -> float:
 def _advice(place: Place) -> str:
     return (
         f"Check that exactly WORLD_SIZE = {place.world} processes were started, each with a RANK of its own, and that "
-        f"all of them reach MASTER_ADDR:MASTER_PORT = {place.address}:{place.port}; where processes need longer to start, "
-        f"set {TIMEOUT_VARIABLE} to more seconds"
+        f"all of them reach MASTER_ADDR:MASTER_PORT = {place.address}:{place.port}; where processes need longer to "
+        f"start, set {TIMEOUT_VARIABLE} to more seconds"
     )
 
 
@@ -157,9 +159,9 @@ class _Joining(threading.Thread):
     def _join(self) -> None:
         store, number = self._connect(), next(_joins)
         self.is_connected = True
-        self._call_roll(dist.PrefixStore(f"toolkit/join/{number}", store))
+        self._call_roll(PrefixStore(f"toolkit/join/{number}", store))
         store.set_timeout(STORE_TIMEOUT)
-        group_store = dist.PrefixStore(f"toolkit/group/{number}", store)
+        group_store = PrefixStore(f"toolkit/group/{number}", store)
         place = self.place
         dist.init_process_group(self.backend, store=group_store, rank=place.rank, world_size=place.world)
         watch_peers(self.stop, {rank: str(member) for rank, member in self.members.items()})
@@ -174,7 +176,7 @@ class _Joining(threading.Thread):
             if not serves:
                 self._wait_for_server()
             try:
-                _stores[where] = dist.TCPStore(
+                _stores[where] = TCPStore(
                     *where, place.world, serves, timeout=self.limit, wait_for_workers=False, multi_tenant=True
                 )
             except dist.DistError as error:
@@ -208,11 +210,10 @@ class _Joining(threading.Thread):
         place = self.place
         self.members[place.rank] = Member(socket.gethostname(), os.getpid(), _namespace())
         entry = json.dumps(vars(self.members[place.rank]))
-        agreed = roll.compare_set("world", "", f"{place.world} (rank {place.rank} on {socket.gethostname()})").decode()
-        if int(agreed.split()[0]) != place.world:
-            self._refuse(
-                roll, f"WORLD_SIZE is {place.world} for rank {place.rank} on {socket.gethostname()}, but {agreed}"
-            )
+        mine = f"{place.world} for rank {place.rank} on {socket.gethostname()}"
+        first = roll.compare_set("world", "", mine).decode()
+        if int(first.split()[0]) != place.world:
+            self._refuse(roll, f"WORLD_SIZE is {mine}, but {first}")
         if roll.add(f"entries/{place.rank}", 1) > 1:
             other = Member(**json.loads(roll.get(f"rank/{place.rank}")))
             self._refuse(roll, f"RANK={place.rank} was given to two processes: {other}; {self.members[place.rank]}")
@@ -255,7 +256,8 @@ class _Joining(threading.Thread):
         joined = "; ".join(f"rank {rank} ({members[rank]})" for rank in sorted(members)[:8])
         more = f" and {len(members) - 8} more" if len(members) > 8 else ""
         if missing:
-            return f"{_ranks(missing)} of {place.world} not joined; joined: {joined}{more}"
+            have = "has" if len(missing) == 1 else "have"
+            return f"{_ranks(missing)} of {place.world} {have} not joined; joined: {joined}{more}"
         return f"all {place.world} ranks have joined ({joined}{more}), but their connections are not complete"
 
     def ended(self) -> str | None:

@@ -1,4 +1,4 @@
-"""What the launcher (torchrun, accelerate launch, srun, mpirun) asked for, as far as a process that it started can tell.
+"""What the launcher (torchrun, accelerate launch, srun, mpirun) asked for, as seen from a process that it started.
 
 torch is not imported here, so that a mistake is reported at once.
 """
@@ -52,8 +52,9 @@ def read_place() -> Place | None:
     if missing:
         given = [f"{name}={os.environ[name]}" for name in needed if name not in missing]
         raise UserError(
-            f"the environment has {', '.join(given)} but not {', '.join(missing)}: a process of a distributed run needs "
-            "all of them. Start it with torchrun or accelerate launch, which set them, or unset them to train alone"
+            f"the environment has {', '.join(given)} but not {', '.join(missing)}: a process of a distributed run "
+            "needs all of them. Start it with torchrun or accelerate launch, which set them, or unset them to train "
+            "alone"
         )
     local_world = _number("LOCAL_WORLD_SIZE", 1, world, world)
     address = os.environ["MASTER_ADDR"].strip()
@@ -138,8 +139,8 @@ def _check_accelerate_count(options: argparse.Namespace) -> None:
     program = "-m toolkit.train RECIPE"
     cpu = "ACCELERATE_USE_CPU=true " if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else ""
     raise UserError(
-        f"accelerate launch was asked for {asked} processes but started only this one: with --cpu, with distributed_type "
-        "NO or MULTI_CPU, and where it finds fewer than two GPUs it starts several only through MPI. "
+        f"accelerate launch was asked for {asked} processes but started only this one: with --cpu, with "
+        "distributed_type NO or MULTI_CPU, and where it finds fewer than two GPUs it starts several only through MPI. "
         f"This command starts {asked}: {cpu}torchrun --nproc-per-node {asked} {program} "
         f"(or accelerate launch --config_file launch/cpu.yaml --num_processes {asked} {program}); "
         "to train on one process, give --num_processes 1"
@@ -164,8 +165,8 @@ def _asked_processes(options: argparse.Namespace) -> int | None:
 def accelerate_options() -> argparse.Namespace | None:
     """The options given to the `accelerate launch` that started this process; None if none did.
 
-    What is given explicitly cannot be told from the environment: Accelerate sets the same variables for a default, and
-    none for --num_processes and --gradient_accumulation_steps. So the command lines of this process's ancestors are read.
+    The environment does not tell: Accelerate sets the same variables for a default as for an explicit option, and none
+    for --num_processes and --gradient_accumulation_steps. So the command lines of this process's ancestors are read.
     """
     if "ACCELERATE_DYNAMO_MODE" not in os.environ:  # accelerate launch always sets it
         return None
@@ -212,9 +213,10 @@ def _check_task_count() -> None:
             else "sbatch slurm/train.sbatch RECIPE, with its values changed to that"
         )
         raise UserError(
-            f"srun started {tasks} tasks, each of which would train alone in a run directory of its own. To train one run "
-            f"on {tasks} processes: toolkit submit RECIPE --nodes {nodes} --processes-per-node {-(-tasks // nodes)} (or "
-            f"--gpus-per-node), or {here}; to train on one process: srun --ntasks 1"
+            f"srun started {tasks} tasks, each of which would train alone in a run directory of its own. To train "
+            f"one run on {tasks} processes: toolkit submit RECIPE --nodes {nodes} "
+            f"--processes-per-node {-(-tasks // nodes)} (or --gpus-per-node), or {here}; to train on one "
+            "process: srun --ntasks 1"
         )
     for name in MPI_SIZES:
         if positive_number(name) > 1:
@@ -222,8 +224,9 @@ def _check_task_count() -> None:
 
             if on_gpu():  # on CPUs Accelerate joins them
                 raise UserError(
-                    f"mpirun started {positive_number(name)} processes, each of which would train alone in a run directory of "
-                    f"its own: with GPUs use torchrun --nproc-per-node {positive_number(name)} -m toolkit.train RECIPE"
+                    f"mpirun started {positive_number(name)} processes, each of which would train alone in a run "
+                    f"directory of its own: with GPUs use torchrun --nproc-per-node {positive_number(name)} "
+                    "-m toolkit.train RECIPE"
                 )
 
 
@@ -233,8 +236,8 @@ def unused_tasks_line() -> str | None:
     if tasks < 2 or "SLURM_STEP_ID" in os.environ or is_distributed():
         return None
     return (
-        f"note: SLURM granted {tasks} tasks, but this is a single process: it was started without srun. To train on {tasks} "
-        f"processes: toolkit submit RECIPE --processes-per-node {tasks} (or --gpus-per-node), or in this job "
+        f"note: SLURM granted {tasks} tasks, but this is a single process: it was started without srun. To train on "
+        f"{tasks} processes: toolkit submit RECIPE --processes-per-node {tasks} (or --gpus-per-node), or in this job "
         f"torchrun --nproc-per-node {tasks} -m toolkit.train RECIPE"
     )
 

@@ -2,10 +2,11 @@
 
 The processes form a ring, over gloo: each listens to both of its neighbors by rank, and tells them every second that it
 lives. What one process has to say to all (it fails, a neighbor is lost, a stop was requested) is passed on in both
-directions, so that no single process that is gone or silent can keep it from the others. A process that fails says why,
-passes "failed" on, and exits; one that is killed breaks the connections, which its neighbors pass on as "lost"; one that is
-stopped or whose machine hangs is noticed by its silence. Nobody waits for a lost process, also where a main thread hangs in
-a call that would never notice (NCCL on a GPU). A silent one is waited for, as it may come back, until a stop is requested.
+directions, so that no single process that is gone or silent can keep it from the others. A process that fails says
+why, passes "failed" on, and exits; one that is killed breaks the connections, which its neighbors pass on as "lost";
+one that is stopped or whose machine hangs is noticed by its silence. Nobody waits for a lost process, also where a main
+thread hangs in a call that would never notice (NCCL on a GPU). A silent one is waited for, as it may come back, until a
+stop is requested.
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ class PeerWatch:
         elif silence > NOTICE_S and self.rank == (neighbor - 1) % self.world:  # one of its two neighbors reports
             if neighbor not in noticed:
                 print(
-                    f"warning: {self._name(neighbor)} has not answered for {silence:.0f} s: it is stopped, or its machine "
-                    "swaps or is cut off; the other processes wait for it",
+                    f"warning: {self._name(neighbor)} has not answered for {silence:.0f} s: it is stopped, or its "
+                    "machine swaps or is cut off; the other processes wait for it",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
             noticed[neighbor] = silence
@@ -215,8 +216,9 @@ def loss_message() -> str:
     """What to say where a process ended without a word of its own, or is silent."""
     if current is not None and current.is_silent and current.lost is not None:
         return (
-            f"{current._name(current.lost)} has not answered for {SILENT_S:.0f} s after a stop was requested (it is stopped, "
-            "or its machine hangs), so this one ends without it; the last checkpoint is kept, and --resume continues it"
+            f"{current._name(current.lost)} has not answered for {SILENT_S:.0f} s and a stop was requested "
+            "(it is stopped, or its machine hangs), so this one ends without it; the last checkpoint is kept, and "
+            "--resume continues it"
         )
     who = "another process" if current is None or current.lost is None else f"rank {current.lost}"
     return f"{who} ended without a word (killed, or out of memory), so this one ends too; the last checkpoint is kept"

@@ -63,8 +63,8 @@ def start(train: TrainTable, stop: StopRequest | None = None) -> Accelerator:
 def check_launcher(train: TrainTable, precision: str) -> None:
     """Precision, accumulation and compilation come from the recipe alone; a launcher that says otherwise is refused.
 
-    ``precision``: what train.precision is on this hardware. What an explicit option of `accelerate launch` leaves no trace of
-    here is checked by :func:`toolkit.engine.launcher.check_launch`.
+    ``precision``: what train.precision is on this hardware. Options of `accelerate launch` that leave no trace in the
+    environment are checked by :func:`toolkit.engine.launcher.check_launch`.
     """
     said = {
         "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no", "train.precision", precision),
