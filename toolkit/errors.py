@@ -25,3 +25,8 @@ class Interrupted(Exception):
     """Stopped on request after a checkpoint was written: exit status 3, resumable."""
 
     exit_status = EXIT_INTERRUPTED
+
+    def __init__(self, message: str, *, agreed: bool = True) -> None:
+        """``agreed``: all processes of the run end for the same reason, so that the first one's message is enough."""
+        super().__init__(message)
+        self.agreed = agreed

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from toolkit.engine.launcher import check_launch, is_distributed, read_place
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.names import visible
 
@@ -69,6 +70,7 @@ def train(
         from toolkit.commands.options import chosen_run
         from toolkit.recipe import load
 
+        read_place()  # refuses what the launcher should not have set before anything else looks at it
         run_to_resume = resume if resume in (None, "auto") else str(chosen_run(resume))
         path = _recipe_path(recipe, run_to_resume)
         loaded = load(path, set_ or [])
@@ -77,6 +79,7 @@ def train(
                 print(warning, file=sys.stderr)
         if loaded.recipe.study is not None:
             raise UserError(f"{recipe} is a study of many runs: toolkit study {recipe}")
+        check_launch(loaded.recipe.train)
         # torch is imported here, after the recipe was found good.
         import psutil
 
@@ -139,8 +142,8 @@ def report_errors(work: Callable[[], int], *, debug: bool) -> int:
     """Exit status of ``work``; our own errors as one message, others with their stack trace."""
     try:
         return work()
-    except Interrupted as interrupted:  # all processes agree, so that one word is enough
-        if is_first_process():
+    except Interrupted as interrupted:
+        if is_first_process() or not interrupted.agreed:
             print(interrupted, file=sys.stderr, flush=True)
         return interrupted.exit_status
     except (UserError, RunFailed) as error:
@@ -172,7 +175,7 @@ def speak(message: str) -> None:
 
     A process that only follows another's failure is silent, so that the message of that one stays the last.
     """
-    rank, several = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    rank, several = os.environ.get("RANK", "0"), is_distributed()
     peers = sys.modules.get("toolkit.engine.peers")
     watch = None if peers is None else peers.current
     if watch is not None and not is_first_process():
@@ -207,7 +210,7 @@ def end(status: int) -> NoReturn:
     """Leave with ``status``. After a failure among several processes, at once: a collective may never return."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if status not in (EXIT_OK, EXIT_BAD_INPUT) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if status not in (EXIT_OK, EXIT_BAD_INPUT) and is_distributed():
         os._exit(status)
     raise typer.Exit(status)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolkit.engine.launcher import is_distributed
 from toolkit.errors import EXIT_OK, UserError
 from toolkit.train import AsJson, Debug, Overrides, end, report_errors
 
@@ -45,7 +45,7 @@ def study(
     def work() -> int:
         from toolkit.study.expand import expand, read_study
 
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if is_distributed():
             raise UserError("toolkit study starts its processes itself: call it without a launcher")
         found = read_study(study, set_ or [])
         if worker:

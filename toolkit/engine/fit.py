@@ -22,6 +22,7 @@ from toolkit.engine.checkpoint import find_latest, load_checkpoint
 from toolkit.engine.display import Display, summary_table
 from toolkit.engine.environment import describe_environment
 from toolkit.engine.finish import finish, write_summary
+from toolkit.engine.launcher import unused_tasks_line
 from toolkit.engine.memory import keep_freed_memory
 from toolkit.engine.peers import PeerWatch, watch_peers
 from toolkit.engine.precision import precision_line
@@ -64,8 +65,8 @@ def fit(
     called = time.time()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        accelerator, display = _join_processes(recipe, quiet=quiet)
-        peers = watch_peers()
+        accelerator, display = _join_processes(recipe, stop, quiet=quiet)
+        peers = watch_peers(stop)
         if (finished := _finished_before_requeue(recipe, accelerator, display, resume)) is not None:
             _leave(accelerator, peers)
             return finished
@@ -145,11 +146,15 @@ def _training(
         raise Interrupted(f"stopped before training; go on with: toolkit train --resume {run.path}") from None
 
 
-def _join_processes(recipe: Recipe, *, quiet: bool = False) -> tuple[Accelerator, Display]:
+def _join_processes(
+    recipe: Recipe, stop: StopRequest | None = None, *, quiet: bool = False
+) -> tuple[Accelerator, Display]:
     """Join the processes and say who they are; check what depends on their number."""
-    accelerator = start(recipe.train)
+    accelerator = start(recipe.train, stop)
     check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.accumulation)
     display = Display(speaks=accelerator.is_main_process, shows=not quiet)
+    if line := unused_tasks_line():
+        display.say(line)
     for line in describe_processes(accelerator):
         display.say(line)
     display.say(precision_line(recipe.train.precision, accelerator.mixed_precision))

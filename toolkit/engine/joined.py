@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from toolkit.engine.launcher import check_launch
 from toolkit.engine.peers import watch_peers
 from toolkit.engine.process import start
 from toolkit.recipe.schema import TrainTable
@@ -19,6 +20,7 @@ def joined(train: TrainTable) -> Iterator[Accelerator]:
 
     Device and precision are those that training by ``train`` would have here. When one process fails, the others end.
     """
+    check_launch(train)
     accelerator = start(train)
     peers = watch_peers()
     yield accelerator

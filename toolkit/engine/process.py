@@ -16,8 +16,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from toolkit.data.cpus import granted_cpus
+from toolkit.engine.joining import join
+from toolkit.engine.launcher import positive_number, read_place
 from toolkit.engine.memory import keep_freed_memory
 from toolkit.engine.precision import on_gpu, resolve_precision
+from toolkit.engine.signals import StopRequest
 from toolkit.errors import RunFailed, UserError
 from toolkit.formatting import plural
 from toolkit.recipe.schema import TrainTable
@@ -25,16 +28,18 @@ from toolkit.recipe.schema import TrainTable
 T = TypeVar("T")
 
 
-def start(train: TrainTable) -> Accelerator:
+def start(train: TrainTable, stop: StopRequest | None = None) -> Accelerator:
     """Join the processes that the launcher started and settle device and precision, as the recipe says.
 
-    Raises a UserError where the launcher's settings contradict the recipe, or the precision is not to be had.
+    Raises a UserError where the launcher's settings contradict the recipe, or the precision is not to be had; RunFailed
+    where a process does not join in time; Interrupted where ``stop`` is requested before all have joined.
     """
-    check_launcher(train)
+    place = read_place()
     _set_threads()
     # Accelerate keeps one state a Python process; in a notebook the next fit may have another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = resolve_precision(train.precision)
+    check_launcher(train, precision)
     if train.cuda_graphs and not on_gpu():
         raise UserError("train.cuda_graphs = true needs a GPU, and none is used here: leave it out")
     if train.deterministic:
@@ -43,6 +48,8 @@ def start(train: TrainTable) -> Accelerator:
     torch.backends.cudnn.benchmark = not train.deterministic
     # The name since torch 2.15 is one that torch 2.11 and Accelerate do not know.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
+    if place is not None and not dist.is_initialized():
+        join(place, "nccl" if on_gpu() else "gloo", stop)
     accelerator = Accelerator(
         cpu=not on_gpu(),
         mixed_precision=precision,
@@ -53,10 +60,14 @@ def start(train: TrainTable) -> Accelerator:
     return accelerator
 
 
-def check_launcher(train: TrainTable) -> None:
-    """Precision, accumulation and compilation come from the recipe alone; a launcher that says otherwise is refused."""
+def check_launcher(train: TrainTable, precision: str) -> None:
+    """Precision, accumulation and compilation come from the recipe alone; a launcher that says otherwise is refused.
+
+    ``precision``: what train.precision is on this hardware. Options of `accelerate launch` that leave no trace in the
+    environment are checked by :func:`toolkit.engine.launcher.check_launch`.
+    """
     said = {
-        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no", "train.precision", train.precision),
+        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no", "train.precision", precision),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
             "gradient_accumulation_steps", "1", "train.accumulation", str(train.accumulation)),
         "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "no", "train.compile",
@@ -65,8 +76,10 @@ def check_launcher(train: TrainTable) -> None:
     for variable, (setting, silent, key, wanted) in said.items():
         found = os.environ.get(variable, silent).lower()
         if found not in (silent, wanted.lower()):
+            is_auto = key == "train.precision" and train.precision == "auto"
+            recipe = f"'auto', which is {wanted!r} on this machine" if is_auto else repr(wanted)
             raise UserError(
-                f"the launcher says {setting} = {found!r} ({variable}), the recipe says {key} = {wanted!r}; "
+                f"the launcher says {setting} = {found!r} ({variable}), the recipe says {key} = {recipe}; "
                 f"the recipe decides alone: take {setting} out of the Accelerate configuration, or change {key}"
             )
     for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"),
@@ -80,7 +93,7 @@ def check_launcher(train: TrainTable) -> None:
 def local_processes() -> int:
     """Training processes on this machine: of this run, and of those that a study trains beside it."""
     beside = int(os.environ.get("TOOLKIT_RUNS_AT_ONCE", "1"))
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * beside)
+    return max(1, (positive_number("LOCAL_WORLD_SIZE") or 1) * beside)
 
 
 def _set_threads() -> None:

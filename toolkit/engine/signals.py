@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -29,14 +31,26 @@ class StopRequest:
         self._looked = 0.0
         self._pressed: float | None = None
         self._old: dict[int, Any] = {}
+        self._wakeup: tuple[socket.socket, socket.socket] | None = None
+        self._old_wakeup = -1
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 self._old[number] = signal.signal(number, self._handle)
+            # A handler runs only between two steps of the main thread's Python code, which may wait in a collective for
+            # ever; the numbers of signals that arrive are written here at once, for other threads to read.
+            self._wakeup = socket.socketpair()
+            for end in self._wakeup:
+                end.setblocking(False)
+            self._old_wakeup = signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(self._old_wakeup)
+            for end in self._wakeup:
+                end.close()
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
@@ -54,7 +68,11 @@ class StopRequest:
         (folder / STOP_FILE).unlink(missing_ok=True)
 
     def is_wanted(self) -> bool:
-        """Whether to stop. Looks at the file system once a second at most."""
+        """Whether to stop, in any thread. Looks at the file system once a second at most."""
+        if not self.reason and self._wakeup is not None:
+            with contextlib.suppress(OSError):  # nothing to read, or closed
+                arrived = [number for number in self._wakeup[0].recv(1024) if number in self._old]
+                self.reason = self.reason or next((signal.Signals(number).name for number in arrived), "")
         if not self.reason and self.folder is not None and time.monotonic() - self._looked > LOOK_EVERY_S:
             self._looked = time.monotonic()
             if (self.folder / STOP_FILE).exists():

@@ -6,6 +6,7 @@ directory, because launchers replace the status by one of their own.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ import time
 import typer
 from filelock import FileLock
 
+from toolkit.engine.launcher import is_distributed
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.runs import Run, open_run
 from toolkit.slurm.job import Job
@@ -33,9 +35,13 @@ def work(run: Run) -> int:
             forget_failure(run)
         recipe = run.recipe
         # torch is imported here, after the recipe was found good.
-        from toolkit.engine import fit
+        from toolkit.engine import fit, peers
+        from toolkit.engine.joining import SEVERAL_MACHINES_S, TIMEOUT_VARIABLE
 
         check_gpus()
+        # The first process may have waited for its lock.
+        os.environ.setdefault(TIMEOUT_VARIABLE, str(SEVERAL_MACHINES_S))
+        peers.on_leave = functools.partial(note, run)
         fit.fit(recipe, resume=run.path)
     except (UserError, RunFailed, Interrupted) as error:
         note(run, error.exit_status, str(error))
@@ -108,7 +114,7 @@ def train_run(run: str) -> None:
     """Train into the run directory RUN, or go on there."""
     opened = open_run(run)
     status = report_errors(lambda: work(opened), debug=False)
-    if status == Interrupted.exit_status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if status == Interrupted.exit_status and is_distributed():
         # The outcome is noted; to the launcher any other status is a failure, with a page of stack traces.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,0 +1,248 @@
+"""What the launcher (torchrun, accelerate launch, srun, mpirun) asked for, as seen from a process that it started.
+
+torch is not imported here, so that a mistake is reported at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from toolkit.errors import UserError
+
+if TYPE_CHECKING:
+    from toolkit.recipe.schema import TrainTable
+
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables in which MPI's launchers give the number of processes; Accelerate joins these itself, on CPUs only."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process's place among those of the run, from torchrun's environment variables."""
+
+    rank: int
+    world: int
+    """Number of processes of the run."""
+    local_rank: int
+    address: str
+    port: int
+    """Where rank 0, or torchrun's agent, serves the store through which the processes find each other."""
+    is_on_one_machine: bool
+    """Whether all processes of the run are on this machine."""
+
+
+def read_place() -> Place | None:
+    """This process's place from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; None: it trains alone.
+
+    Raises UserError where a variable is missing, not a number, or out of range.
+    """
+    if not any(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return None
+    world = _number("WORLD_SIZE", 1, None, 1)
+    rank = _number("RANK", 0, world - 1, 0)
+    if world == 1 and not os.environ.get("LOCAL_RANK"):
+        return None
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        given = [f"{name}={os.environ[name]}" for name in needed if name not in missing]
+        raise UserError(
+            f"the environment has {', '.join(given)} but not {', '.join(missing)}: a process of a distributed run "
+            "needs all of them. Start it with torchrun or accelerate launch, which set them, or unset them to train "
+            "alone"
+        )
+    local_world = _number("LOCAL_WORLD_SIZE", 1, world, world)
+    address = os.environ["MASTER_ADDR"].strip()
+    is_loopback = address in ("localhost", "::1") or address.startswith("127.")
+    return Place(
+        rank,
+        world,
+        _number("LOCAL_RANK", 0, local_world - 1, 0),
+        address,
+        _number("MASTER_PORT", 1, 65535, 1),
+        is_loopback or ("LOCAL_WORLD_SIZE" in os.environ and local_world == world),
+    )
+
+
+def _number(name: str, lowest: int, highest: int | None, default: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if name == "MASTER_PORT" and text == "0":
+        raise UserError(
+            "MASTER_PORT = 0: the processes cannot find each other at a port that each chooses for itself. "
+            "With torchrun, use --standalone instead of --master-port 0, or give a free port, e.g. --master-port 29501"
+        )
+    if not text.isascii() or not text.isdigit():
+        raise UserError(f"{name} = {text!r} in the environment is not a whole number; the launcher sets it")
+    value = int(text)
+    if value < lowest or (highest is not None and value > highest):
+        sizes = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE", "LOCAL_WORLD_SIZE": "WORLD_SIZE"}
+        limit = f"from {lowest} to {highest}" if highest is not None else f"{lowest} or more"
+        size = f" ({sizes[name]} is {os.environ.get(sizes[name], 'not set')})" if name in sizes else ""
+        raise UserError(f"{name} = {value} in the environment is out of range: it must be {limit}{size}")
+    return value
+
+
+def is_distributed() -> bool:
+    """Whether WORLD_SIZE says that this is one process of several. Never raises: error handling asks, too."""
+    text = os.environ.get("WORLD_SIZE", "").strip()
+    return text.isascii() and text.isdigit() and int(text) > 1
+
+
+def check_launch(train: TrainTable) -> None:
+    """Compare what the launcher was asked for with the recipe and with the number of processes.
+
+    Raises UserError where an option of `accelerate launch` contradicts the recipe, and where several processes were
+    asked for and each would train alone.
+    """
+    options = accelerate_options()
+    if options is not None:
+        _check_options(options, train)
+        _check_accelerate_count(options)
+    _check_task_count()
+
+
+def _check_options(options: argparse.Namespace, train: TrainTable) -> None:
+    """Options that Accelerate drops without a word, or whose default cannot be told from a choice."""
+    compiled = "inductor" if train.compile or train.cuda_graphs else "no"
+    accumulation, clip_norm = options.gradient_accumulation_steps, options.gradient_clipping
+    said = [
+        # Only 'no' must be looked for here: other values are in the environment, whoever set them.
+        ("--mixed_precision no", options.mixed_precision == "no" and train.precision not in ("no", "auto"),
+         f"train.precision = {train.precision!r}"),
+        ("--dynamo_backend no", options.dynamo_backend == "no" and compiled != "no",
+         "train.compile = true" if train.compile else "train.cuda_graphs = true"),
+        (f"--gradient_accumulation_steps {accumulation}", accumulation not in (None, train.accumulation),
+         f"train.accumulation = {train.accumulation}"),
+        (f"--gradient_clipping {clip_norm}", clip_norm not in (None, train.clip_norm),
+         "no train.clip_norm" if train.clip_norm is None else f"train.clip_norm = {train.clip_norm:g}"),
+    ]  # fmt: skip
+    for option, contradicts, recipe in said:
+        if contradicts:
+            raise UserError(
+                f"accelerate launch was given {option}, but the recipe has {recipe}; only the recipe decides this: "
+                f"leave {option} out, or change the recipe (--set)"
+            )
+
+
+def _check_accelerate_count(options: argparse.Namespace) -> None:
+    """`accelerate launch --num_processes N` starts one process and says nothing, unless told --multi_gpu."""
+    asked = _asked_processes(options)
+    if asked is None or asked < 2 or os.environ.get("RANK") or any(os.environ.get(name) for name in MPI_SIZES):
+        return
+    program = "-m toolkit.train RECIPE"
+    cpu = "ACCELERATE_USE_CPU=true " if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else ""
+    raise UserError(
+        f"accelerate launch was asked for {asked} processes but started only this one: with --cpu, with "
+        "distributed_type NO or MULTI_CPU, and where it finds fewer than two GPUs it starts several only through MPI. "
+        f"This command starts {asked}: {cpu}torchrun --nproc-per-node {asked} {program} "
+        f"(or accelerate launch --config_file launch/cpu.yaml --num_processes {asked} {program}); "
+        "to train on one process, give --num_processes 1"
+    )
+
+
+def _asked_processes(options: argparse.Namespace) -> int | None:
+    """The number of processes by --num_processes or, without it, by Accelerate's configuration file."""
+    if options.num_processes is not None:
+        return int(options.num_processes)
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    # As Accelerate does: the default file is not read with --cpu.
+    if options.config_file is None and (options.cpu or not os.path.isfile(default_config_file)):
+        return None
+    with contextlib.suppress(Exception):  # a file that Accelerate could read, but, for instance, by a relative path
+        count: int | None = load_config_from_file(options.config_file).num_processes
+        return count
+    return None
+
+
+def accelerate_options() -> argparse.Namespace | None:
+    """The options given to the `accelerate launch` that started this process; None if none did.
+
+    The environment does not tell: Accelerate sets the same variables for a default as for an explicit option, and none
+    for --num_processes and --gradient_accumulation_steps. So the command lines of this process's ancestors are read.
+    """
+    if "ACCELERATE_DYNAMO_MODE" not in os.environ:  # accelerate launch always sets it
+        return None
+    for command in _ancestor_commands():
+        arguments = _launch_arguments(command)
+        if arguments is not None:
+            from accelerate.commands.launch import launch_command_parser
+
+            with contextlib.suppress(SystemExit, argparse.ArgumentError):  # another version's options
+                options: argparse.Namespace = launch_command_parser().parse_args(arguments)
+                return options
+    return None
+
+
+def _ancestor_commands() -> Iterator[list[str]]:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        for ancestor in psutil.Process().parents():
+            yield ancestor.cmdline()
+
+
+def _launch_arguments(command: list[str]) -> list[str] | None:
+    """What follows `accelerate launch`, `accelerate-launch` or `-m accelerate.commands.launch` in a command line."""
+    for position, word in enumerate(command[:4]):
+        name = os.path.basename(word)
+        if name == "accelerate-launch" or (word == "accelerate.commands.launch" and command[position - 1] == "-m"):
+            return command[position + 1 :]
+        if name in ("accelerate", "accelerate.commands.accelerate_cli") and command[position + 1 :][:1] == ["launch"]:
+            return command[position + 2 :]
+    return None
+
+
+def _check_task_count() -> None:
+    """srun and mpirun start every task alike: without the variables of torchrun each would train alone."""
+    if os.environ.get("WORLD_SIZE"):
+        return
+    tasks = positive_number("SLURM_STEP_NUM_TASKS")
+    if "SLURM_STEP_ID" in os.environ and tasks > 1 and not any(positive_number(name) > 1 for name in MPI_SIZES):
+        nodes = max(1, positive_number("SLURM_STEP_NUM_NODES"))
+        here = (
+            f"srun --ntasks 1 torchrun --standalone --nproc-per-node {tasks} -m toolkit.train RECIPE"
+            if nodes == 1
+            else "sbatch slurm/train.sbatch RECIPE, with its values changed to that"
+        )
+        raise UserError(
+            f"srun started {tasks} tasks, each of which would train alone in a run directory of its own. To train "
+            f"one run on {tasks} processes: toolkit submit RECIPE --nodes {nodes} "
+            f"--processes-per-node {-(-tasks // nodes)} (or --gpus-per-node), or {here}; to train on one "
+            "process: srun --ntasks 1"
+        )
+    for name in MPI_SIZES:
+        if positive_number(name) > 1:
+            from toolkit.engine.precision import on_gpu
+
+            if on_gpu():  # on CPUs Accelerate joins them
+                raise UserError(
+                    f"mpirun started {positive_number(name)} processes, each of which would train alone in a run "
+                    f"directory of its own: with GPUs use torchrun --nproc-per-node {positive_number(name)} "
+                    "-m toolkit.train RECIPE"
+                )
+
+
+def unused_tasks_line() -> str | None:
+    """A line for a job whose tasks were not started: one process in a batch script of several tasks, without srun."""
+    tasks = positive_number("SLURM_NTASKS")
+    if tasks < 2 or "SLURM_STEP_ID" in os.environ or is_distributed():
+        return None
+    return (
+        f"note: SLURM granted {tasks} tasks, but this is a single process: it was started without srun. To train on "
+        f"{tasks} processes: toolkit submit RECIPE --processes-per-node {tasks} (or --gpus-per-node), or in this job "
+        f"torchrun --nproc-per-node {tasks} -m toolkit.train RECIPE"
+    )
+
+
+def positive_number(name: str) -> int:
+    """A whole number from the environment; 0 where there is none. Never raises."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() else 0
