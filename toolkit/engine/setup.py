@@ -13,7 +13,7 @@ from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.images import Checked, FileImages, check_images
 from toolkit.data.order import steps_per_epoch
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
-from toolkit.data.splits import SPLITS, check_splits, split_dataset
+from toolkit.data.splits import SPLITS, check_splits, describe_splits, split_dataset
 from toolkit.data.statistics import channel_statistics
 from toolkit.data.values import choose_range, range_words
 from toolkit.engine.display import Display, table
@@ -59,6 +59,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, display: Display, *, load_
     data = with_channels(recipe.data, pretrained=recipe.model.weights != "none")
     dataset = main_first(accelerator, lambda: open_dataset(data))
     splits = split_dataset(dataset, recipe.data)
+    for note in (*dataset.notes, describe_splits(dataset, recipe.data)):
+        display.say(note)
     checked = _check_images(recipe, accelerator, dataset, splits)
     splits, bad_images = _without_bad_images(recipe, display, dataset, splits, checked.bad)
     if isinstance(dataset.images, FileImages) and (value_range := choose_range(checked.extents)) is not None:
@@ -141,7 +143,7 @@ def _without_bad_images(
             f"{recipe.data.max_bad_fraction:g} allows to leave out: {shown}"
         )
     kept = {name: indices[~np.isin(indices, [index for index, _ in bad])] for name, indices in splits.items()}
-    check_splits(dataset, kept)
+    check_splits(dataset, kept, [name for name in SPLITS if len(splits[name])])
     display.say(f"left out {len(bad)} unreadable images: {shown}")
     return kept, named
 
