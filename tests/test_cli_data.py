@@ -105,6 +105,7 @@ def test_text_shows_names_as_they_are(images: Path, tmp_path: Path, monkeypatch:
     assert [row.rsplit(maxsplit=3)[0].strip() for row in rows] == CLASSES
     assert rows[2].index("4") + len("日本") == rows[1].index("4"), "each of two characters is two columns wide"
     assert "leakage    1 images are in both train and test" in outcome.stdout
+    assert "note       splits by folders: train is train/, validation is val/, test is test/\n" in outcome.stdout
     assert "train/日本/0.png = test/日本/0.bmp" in outcome.stdout
     paths = [Path(line) for line in outcome.stdout.splitlines()[-3:]]
     assert [str(path) for path in paths] == [
@@ -171,6 +172,28 @@ def test_contact_sheet_shows_raw_and_normalised_images() -> None:
     right = sheet[CAPTION : CAPTION + TILE, GAP + TILE + GAP // 2 :][:, :TILE, 0]
     assert np.abs(right.astype(int) - raw).max() <= 1, "0..1 divided by 0.5 is 0..2, shown from black to white"
     assert any(re.search(r"0\.00 black, 2\.00 white", text.get_text()) for text in figure.texts)
+
+
+def test_drawing_is_bounded_for_any_number_of_classes(tmp_path: Path) -> None:
+    """Of 600 classes 200 are on the contact sheet, evenly spread; the histogram has all, as one outline a split."""
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 3, 8, 8), dtype=np.uint8)
+    for label, images in enumerate(pixels):
+        for number, image in enumerate(images):
+            path = tmp_path / "d" / ("train", "val", "test")[number] / f"{label:03d}" / "0.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(image).save(path)
+    given = ['data.dataset="imagefolder"', f"data.root={json.dumps(str(tmp_path / 'd'))}", "data.image_size=8"]
+    report = examine(load_recipe(RECIPES / "quickstart.toml", given), lambda text: None)
+    figure = contact_sheet(report)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == [f"{label:03d}" for label in range(0, 600, 3)]
+    assert any("200 of 600 classes" in text.get_text() for text in figure.texts)
+    upper, lower = histogram(report).axes
+    assert [len(axes.patches) for axes in (upper, lower)] == [2, 1]
+    train, validation = (patch.get_data() for patch in upper.patches)
+    assert train.values.tolist() == validation.baseline.tolist() == [1] * 600
+    assert validation.values.tolist() == [2] * 600
+    assert (validation.edges[0], validation.edges[-1]) == (-0.5, 599.5)
 
 
 def test_real_images(caltech_subset: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_imagefolder_reads_lists_from_folders_with_classes_sorted(tmp_path: Path
 
 @pytest.mark.parametrize("name", ["val", "validation", "valid"])
 def test_imagefolder_knows_three_names_for_validation(tmp_path: Path, name: str) -> None:
-    data = open_("imagefolder", make(tmp_path, "train/a/1.png", f"{name}/a/2.png"))
+    data = open_("imagefolder", make(tmp_path, "train/a/1.png", f"{name}/a/2.png", "train/b/1.png"))
     assert shades(data, data.lists["validation"]) == [1]
 
 
@@ -77,11 +77,15 @@ def test_imagefolder_without_train_is_one_pool(tmp_path: Path) -> None:
 
 
 def test_imagefolder_leaves_out_what_is_no_image(tmp_path: Path) -> None:
-    make(tmp_path, "train/a/1.png", "train/a/._1.png", "train/.git/2.png")
+    make(tmp_path, "train/a/1.png", "train/b/1.png", "train/a/._1.png", "train/.git/2.png")
     (tmp_path / "train/a/Thumbs.db").touch()
     (tmp_path / "train/readme.txt").touch()
     data = open_("imagefolder", tmp_path)
-    assert (data.classes, len(data.images)) == (["a"], 1)
+    assert (data.classes, len(data.images)) == (["a", "b"], 2)
+    assert data.notes[-1] == (
+        "left out of the images: 1 .db file (train/a/Thumbs.db), 1 .txt file (train/readme.txt), "
+        "1 hidden file (train/a/._1.png), 1 hidden folder (train/.git)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.images import ArrayImages
-from toolkit.data.splits import check_splits, split_dataset, split_hash
+from toolkit.data.splits import check_splits, describe_splits, split_dataset, split_hash
 from toolkit.errors import UserError
 from toolkit.recipe.schema import DataTable, SplitTable
 
@@ -25,7 +26,7 @@ def dataset(counts: list[int], **lists: list[int]) -> Dataset:
 
 
 def table(
-    method: str = "auto", validation: float | int = 0.1, test: float | int = 0.2, seed: int = 0, **data: int
+    method: str = "auto", validation: float | int = 0.1, test: float | int | str = "auto", seed: int = 0, **data: int
 ) -> DataTable:
     split = SplitTable.model_validate({"method": method, "validation": validation, "test": test, "seed": seed})
     return DataTable.model_validate({"dataset": "digits", "split": split, **data})
@@ -141,6 +142,40 @@ def test_official_lists_of_splits_that_are_left_out_are_not_trained_on() -> None
     splits = split_dataset(data, table(validation=0, test=0))
     assert {name: indices.tolist() for name, indices in splits.items()} == {
         "train": list(range(6)), "validation": [], "test": []}  # fmt: skip
+
+
+def test_by_default_a_validation_list_without_a_test_list_means_no_test() -> None:
+    """No training image is silently set aside; a stated share is."""
+    data = dataset([10, 10], train=list(range(12)), validation=list(range(12, 20)))
+    splits = split_dataset(data, table())
+    assert [splits[name].tolist() for name in splits] == [list(range(12)), list(range(12, 20)), []]
+    assert describe_splits(data, table()) == (
+        "splits: validation is the data set's own list; test is none (the data set has a validation list but no "
+        "test list; data.split.test = 0.2 would draw one)"
+    )
+    drawn = split_dataset(data, table(test=3))
+    assert [len(drawn[name]) for name in drawn] == [9, 8, 3]
+    assert sorted([*drawn["train"], *drawn["test"]]) == list(range(12))
+    with pytest.raises(UserError, match="the validation split of toy is empty"):
+        split_dataset(dataset([10, 10], train=list(range(20)), validation=[]), table())
+
+
+@pytest.mark.parametrize(
+    ("lists", "settings", "line"),
+    [
+        ({}, {}, "validation is 0.1 (stratified) of the training images; test is 0.2 of the training images"),
+        ({"test": [0]}, {"validation": 5, "method": "random"},
+         "validation is 5 (random) of the training images; test is the data set's own list"),
+        ({"test": [0], "validation": [1]}, {"method": "alternate"},
+         "validation is every second one of the training images; its own validation list is not used; test is the "
+         "data set's own list"),
+    ],
+)  # fmt: skip
+def test_the_log_says_where_the_splits_come_from(
+    lists: dict[str, list[int]], settings: dict[str, Any], line: str
+) -> None:
+    data = dataset([10, 10], train=list(range(2, 20)), **lists)
+    assert describe_splits(data, table(**settings)) == f"splits: {line}"
 
 
 def test_official_without_a_list_says_what_is_allowed() -> None:

@@ -21,11 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from toolkit.data.datasets import IMAGE_SUFFIXES
 from toolkit.data.images import BadImage, FileImages
 from toolkit.data.order import hash64
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.transforms import ImageTransform, build_transform, random_states_kept
+from toolkit.data.walk import FORMATS, ImageWalk
 from toolkit.engine.checkpoint import load_weights
 from toolkit.engine.evaluate import to_device
 from toolkit.errors import UserError
@@ -155,11 +155,14 @@ def _weights_in(folder: Path) -> Path:
 # -- which images -----------------------------------------------------------------------------------------------------
 
 
-def collect(arguments: Sequence[str], read_stdin: Callable[[], bytes]) -> list[str]:
+def collect(
+    arguments: Sequence[str], read_stdin: Callable[[], bytes], say: Callable[[str], None] = lambda text: None
+) -> list[str]:
     """Paths of the images that the arguments mean, in their order.
 
     An argument is an image, a folder (every image below it, sorted), ``@LIST`` (a text file with one image or folder a
-    line) or ``-`` (the same from standard input). Raises UserError where nothing is named.
+    line) or ``-`` (the same from standard input). ``say`` receives a line on what is left out of a folder. Raises
+    UserError where nothing is named.
     """
     found: list[str] = []
     for argument in arguments:
@@ -169,7 +172,7 @@ def collect(arguments: Sequence[str], read_stdin: Callable[[], bytes]) -> list[s
             lines = _lines(_read_list(argument[1:]), argument[1:])
         else:
             lines = [argument]
-        found += [path for line in lines for path in _expand(line)]
+        found += [path for line in lines for path in _expand(line, say)]
     if not found:
         raise UserError("no image is named: give images, folders, @LIST (one a line), or - for standard input")
     return found
@@ -189,18 +192,17 @@ def _lines(content: bytes, source: str) -> list[str]:
     return [os.fsdecode(line.rstrip(b"\r")) for line in content.split(b"\n") if line.strip()]
 
 
-def _expand(path: str) -> list[str]:
+def _expand(path: str, say: Callable[[str], None]) -> list[str]:
     """A folder's images, at any depth, sorted; hidden files and folders are not looked at. Anything else is itself."""
     if not os.path.isdir(path):
         return [path]
-    found: list[str] = []
-    for parent, folders, files in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = (name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
-        found += [os.path.join(parent, name) for name in images]
+    walk = ImageWalk(path)
+    found = [os.path.join(path, name) for name in walk.images("", "")]
+    for note in walk.notes():
+        say(f"{path}: {note}")
     if not found:
-        raise UserError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    return sorted(found)
+        raise UserError(f"{path} holds no image {FORMATS}")
+    return found
 
 
 # -- prediction -------------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def _predict(
     from toolkit.engine.process import autocast_dtype, local_processes, main_only
     from toolkit.predict import collect, predict
 
-    paths = main_only(accelerator, lambda: collect(arguments, sys.stdin.buffer.read))
+    paths = main_only(accelerator, lambda: collect(arguments, sys.stdin.buffer.read, say))
     with Display(speaks=accelerator.is_main_process).bar("images", len(paths)) as bar:
         return predict(
             trained,
@@ -283,7 +283,7 @@ def _subjects(
     if not paths:
         found = worst_mistakes(open_run(run), trained, worst or WORST, data_root)
         return found, len(found)
-    files = collect(paths, sys.stdin.buffer.read)
+    files = collect(paths, sys.stdin.buffer.read, say)
     if len(files) > EXPLAINED:
         raise UserError(f"{len(files)} images are more pictures than anybody looks at; name at most {EXPLAINED}")
     return subjects_from_files(trained, files, say), len(files)

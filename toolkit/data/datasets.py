@@ -5,7 +5,6 @@ Every data set is a plain :class:`Dataset`; what differs is only how it is found
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,22 +14,19 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from toolkit.data.folders import read_layout
 from toolkit.data.images import CANNOT_READ, HAS_CHANGED, ArrayImages, FileImages, Images
 from toolkit.data.order import Indices
+from toolkit.data.walk import ImageWalk
 from toolkit.errors import UserError
-from toolkit.names import encode_name
+from toolkit.names import encode_name, visible
 from toolkit.recipe.schema import DataTable
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 CALTECH_IMAGES, CALTECH_BACKGROUND = "101_ObjectCategories", "BACKGROUND_Google"
 CALTECH_SOURCE = "CaltechDATA (https://doi.org/10.22002/D1.20086, file caltech-101.zip)"
 
 _UNREADABLE = (RuntimeError, OSError, ValueError, AssertionError)
 """What torchvision's classes raise for missing, damaged or half unpacked files, and for a failed download."""
-
-FOLDERS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
-"""Names under which imagefolder looks for each list."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +44,15 @@ class Dataset:
     native_size: int | None
     """Height and width of all images in pixels; None where they differ."""
     native_channels: int
+    notes: tuple[str, ...] = ()
+    """How its folders were read and what was left out: lines for the log."""
 
 
 def open_dataset(table: DataTable) -> Dataset:
     """The data set of a recipe. Raises UserError where it is missing or not laid out as it should be."""
     dataset = _OPENERS[table.dataset](table)
-    return replace(dataset, classes=[encode_name(name) for name in dataset.classes])
+    classes, notes = [encode_name(name) for name in dataset.classes], tuple(map(visible, dataset.notes))
+    return replace(dataset, classes=classes, notes=notes)
 
 
 def _open_digits(table: DataTable) -> Dataset:
@@ -111,11 +110,18 @@ def _fetch(kind: Callable[..., Any], table: DataTable) -> tuple[Any, Any]:
 def _open_caltech101(table: DataTable) -> Dataset:
     """Caltech-101 (Li et al. 2022) with the homework's train.txt and test.txt beside the images, or without."""
     home = _caltech_home(Path(table.root))
-    folders = _class_folders(home / CALTECH_IMAGES)
+    walk = ImageWalk(home / CALTECH_IMAGES)
+    folders = walk.above_classes("").folders
     if table.background_class and CALTECH_BACKGROUND not in folders:
         raise UserError(f"data.background_class = true, but {home / CALTECH_IMAGES / CALTECH_BACKGROUND} is missing")
     classes = [name for name in folders if name != CALTECH_BACKGROUND or table.background_class]
-    present = {name: _image_files(home / CALTECH_IMAGES, name) for name in classes}
+    present = {name: walk.images(name, name) for name in classes}
+    empty = [name for name, files in present.items() if not files]
+    if len(classes) < 2 or empty:
+        raise UserError(
+            f"{home / CALTECH_IMAGES} is incomplete: it has {len(classes)} class folder(s)"
+            f"{f', and {empty[0]} holds no image' if empty else ''}; unpack all of Caltech-101"
+        )
     with_lists = [(home / f"{name}.txt").is_file() for name in ("train", "test")]
     if not any(with_lists):
         paths = [path for name in classes for path in present[name]]
@@ -133,7 +139,7 @@ def _open_caltech101(table: DataTable) -> Dataset:
     index = {name: label for label, name in enumerate(classes)}
     labels = np.array([index[path.partition("/")[0]] for path in paths], dtype=np.int64)
     images = _files(home / CALTECH_IMAGES, paths, table)
-    return Dataset("caltech101", classes, images, labels, lists, None, 3)
+    return Dataset("caltech101", classes, images, labels, lists, None, 3, tuple(walk.notes()))
 
 
 def _caltech_home(root: Path) -> Path:
@@ -164,77 +170,31 @@ def _caltech_list(home: Path, name: str, present: dict[str, list[str]], backgrou
 
 
 def _open_imagefolder(table: DataTable) -> Dataset:
-    """Folders of images, one a class: below train/ (and val/, test/), or below the root itself."""
+    """Folders of images, one a class: below the folder of each split, or below the root itself."""
     root = Path(table.root)
     if not root.is_dir():
         raise UserError(f"data.root = {table.root!r} is not a folder; dataset = 'imagefolder' reads images from it")
-    folders = _list_folders(root)
-    classes = _class_folders(root / folders["train"])
-    index = {name: label for label, name in enumerate(classes)}
+    unread = [split for split in ("validation", "test") if getattr(table.split, split) == 0]
+    layout = read_layout(root, table.class_folders, unread)
+    index = {name: label for label, name in enumerate(layout.classes)}
     paths: list[str] = []
     labels: list[Indices] = []
     lists: dict[str, Indices] = {}
-    for split, folder in folders.items():
+    for split, classes in layout.files.items():
         start = len(paths)
-        for name in _known_classes(root / folder, index):
-            found = _image_files(root, f"{folder}/{name}" if folder else name)
-            paths += found
-            labels.append(np.full(len(found), index[name], dtype=np.int64))
+        for name, files in classes.items():
+            paths += files
+            labels.append(np.full(len(files), index[name], dtype=np.int64))
         lists[split] = np.arange(start, len(paths))
-    images = _files(root, paths, table)
-    return Dataset("imagefolder", classes, images, np.concatenate(labels), lists, None, 3)
+    images = _files(layout.root, paths, table)
+    notes = tuple(layout.notes)
+    return Dataset("imagefolder", layout.classes, images, np.concatenate(labels), lists, None, 3, notes)
 
 
 def _files(root: Path, paths: list[str], table: DataTable) -> FileImages:
     """Image files, to be read as the table says."""
     advice = CANNOT_READ if table.on_bad_image == "error" else HAS_CHANGED
     return FileImages(root, paths, table.channels or 3, exif=table.exif, value_range=table.known_range, advice=advice)
-
-
-def _list_folders(root: Path) -> dict[str, str]:
-    """Folder of each list that is there, relative to the root; "" for the root itself."""
-    found = {split: [name for name in names if (root / name).is_dir()] for split, names in FOLDERS.items()}
-    for names in found.values():
-        if len(names) > 1:
-            raise UserError(f"{root} has both {' and '.join(f'{name}/' for name in names)}; keep one of them")
-    present = {split: names[0] for split, names in found.items() if names}
-    if present and "train" not in present:
-        raise UserError(f"{root} has {', '.join(f'{name}/' for name in present.values())} but no train/")
-    return present or {"train": ""}
-
-
-def _class_folders(folder: Path) -> list[str]:
-    """Names of the class folders, sorted by code point."""
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise UserError(f"{folder} has no class folders: images belong in {folder}/<class>/")
-    return names
-
-
-def _known_classes(folder: Path, index: dict[str, int]) -> list[str]:
-    """Class folders of one list; each must be a class of the training images."""
-    names = _class_folders(folder)
-    unknown = [name for name in names if name not in index]
-    if unknown:
-        raise UserError(
-            f"{folder} has class folders that the training images do not have: {', '.join(unknown[:10])}; "
-            "a model can only learn classes that it is trained on"
-        )
-    return names
-
-
-def _image_files(root: Path, folder: str) -> list[str]:
-    """Paths, relative to root, of the images anywhere below root/folder, sorted. Hidden files are not images."""
-    found: list[str] = []
-    for parent, _, files in os.walk(root / folder, followlinks=True):
-        prefix = os.path.relpath(parent, root)
-        found += [f"{prefix}/{f}" for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
-    if not found:
-        raise UserError(
-            f"the class folder {root / folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); fill or remove it"
-        )
-    return sorted(found)
 
 
 _OPENERS: dict[str, Callable[[DataTable], Dataset]] = {

@@ -7,10 +7,11 @@ import errno
 import hashlib
 import io
 import os
+import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,7 @@ _FILE_FAULTS = {
     errno.ENAMETOOLONG: "a path that is too long",
     errno.ELOOP: "a circle of links",
     errno.EISDIR: "a folder, not a file",
+    errno.ENXIO: "a pipe, socket or device, not a file",
     errno.EACCES: "not readable (permission denied)",
     errno.EPERM: "not readable (permission denied)",
 }
@@ -201,7 +203,7 @@ class FileImages:
     def decoded(self, i: int) -> Image.Image | Tensor:
         """The same, as bytes uint8 [h, w, 3] where it came so from the decoder."""
         try:
-            with open(self.path(i), "rb") as file:
+            with _open(self.path(i)) as file:
                 data = file.read()
             pixels = decode_jpeg(data) if self.mode == "RGB" else None
             if pixels is None:
@@ -246,7 +248,7 @@ class FileImages:
         been set; for that it is decoded.
         """
         try:
-            with open(self.path(i), "rb") as file, Image.open(file) as image:
+            with _open(self.path(i)) as file, Image.open(file) as image:
                 end = {"JPEG": JPEG_END, "PNG": PNG_END}.get(image.format or "", b"")
                 is_settled = self.value_range is not None or states_maximum(image)
                 kind = None if is_settled else sample_kind(image)
@@ -332,6 +334,14 @@ def check_images(
             extents = joined([*extents, *(one for one in found if isinstance(one, Extent))])
             progress(start + len(chunk))
     return Checked(bad, extents)
+
+
+def _open(path: str) -> BinaryIO:
+    """Open an image file. What is not a file is refused: opening a pipe would wait until somebody writes to it."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), path)
+    return open(path, "rb")
 
 
 def _reason(error: Exception, number: int | None, path: str) -> str:

@@ -19,6 +19,9 @@ from toolkit.recipe.schema import DataTable, SplitTable
 
 SPLITS = ("train", "validation", "test")
 
+AUTO_TEST = 0.2
+"""Share of the images that is tested on by default where the data set has no list of its own but for training."""
+
 _VALIDATION, _TEST = 1, 2
 """Keys that keep the two drawings apart."""
 
@@ -28,9 +31,10 @@ Mask = npt.NDArray[np.bool_]
 def split_dataset(dataset: Dataset, table: DataTable) -> dict[str, Indices]:
     """Indices into the data set of each split: "train", "validation", "test", int64.
 
-    The test images are the data set's own list where there is one, else drawn by ``split.test``; then the validation
-    images come out of the remaining training images by ``split.method``. With any method but official, a validation
-    list of the data set's own stays unused: its authors set those images aside from training.
+    The test images are the data set's own list where there is one, else drawn by ``split.test`` (with "auto" none from
+    a data set that has a validation list); then the validation images come out of the remaining training images by
+    ``split.method``. With any method but official, a validation list of the data set's own stays unused: its authors
+    set those images aside from training.
 
     With ``split.validation`` or ``split.test`` = 0 that split is empty: nothing is drawn for it, and a list of the data
     set's own is not used.
@@ -40,13 +44,14 @@ def split_dataset(dataset: Dataset, table: DataTable) -> dict[str, Indices]:
     split, lists, labels = table.split, dataset.lists, dataset.labels
     method = _method(dataset, split)
     train = lists["train"]
-    if split.test == 0:
+    test_share = share_of_test(dataset, split)
+    if test_share == 0:
         test = np.array([], dtype=np.int64)
     elif "test" in lists:
         test = lists["test"]
     else:
         method_for_test = "random" if method == "random" else "stratified"
-        chosen = _choose(labels[train], method_for_test, split.test, "data.split.test", split.seed, _TEST)
+        chosen = _choose(labels[train], method_for_test, test_share, "data.split.test", split.seed, _TEST)
         train, test = train[~chosen], train[chosen]
     if split.validation == 0:
         validation = np.array([], dtype=np.int64)
@@ -60,9 +65,38 @@ def split_dataset(dataset: Dataset, table: DataTable) -> dict[str, Indices]:
         "validation": _first_of_each_class(validation, labels, table.images_per_class),
         "test": _first_of_each_class(test, labels, table.test_images_per_class),
     }
-    left_out = {name for name in ("validation", "test") if getattr(split, name) == 0}
-    check_splits(dataset, splits, [name for name in SPLITS if name not in left_out])
+    shares = {"train": 1, "validation": split.validation, "test": test_share}
+    check_splits(dataset, splits, [name for name in SPLITS if shares[name]])
     return splits
+
+
+def share_of_test(dataset: Dataset, split: SplitTable) -> float | int:
+    """``split.test`` with "auto" resolved: 0 for a data set with a validation list but no test list, else 0.2."""
+    if split.test != "auto":
+        return split.test
+    return 0 if "validation" in dataset.lists and "test" not in dataset.lists else AUTO_TEST
+
+
+def describe_splits(dataset: Dataset, table: DataTable) -> str:
+    """Where the images of each split come from: one line for the log."""
+    split, method = table.split, _method(dataset, table.split)
+    share = share_of_test(dataset, split)
+    if split.validation == 0:
+        validation = "none (data.split.validation = 0)"
+    elif method == "official":
+        validation = "the data set's own list"
+    else:
+        amount = "every second one" if method == "alternate" else f"{split.validation:g} ({method})"
+        unused = "; its own validation list is not used" if "validation" in dataset.lists else ""
+        validation = f"{amount} of the training images{unused}"
+    if share == 0:
+        why = "the data set has a validation list but no test list; data.split.test = 0.2 would draw one"
+        test = f"none ({why if split.test == 'auto' else 'data.split.test = 0'})"
+    elif "test" in dataset.lists:
+        test = "the data set's own list"
+    else:
+        test = f"{share:g} of the training images"
+    return f"splits: validation is {validation}; test is {test}"
 
 
 def check_splits(dataset: Dataset, splits: dict[str, Indices], needed: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.images import Checked, FileImages, check_images
 from toolkit.data.order import check_steps, steps_per_epoch
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
-from toolkit.data.splits import SPLITS, check_splits, split_dataset
+from toolkit.data.splits import SPLITS, check_splits, describe_splits, split_dataset
 from toolkit.data.statistics import channel_statistics
 from toolkit.data.values import choose_range, range_words
 from toolkit.engine.display import Display, table
@@ -65,6 +65,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, display: Display, *, load_
     data = with_channels(recipe.data, pretrained=recipe.model.weights != "none")
     dataset = main_first(accelerator, lambda: open_dataset(data))
     splits = split_dataset(dataset, recipe.data)
+    for note in (*dataset.notes, describe_splits(dataset, recipe.data)):
+        display.say(note)
     checked = _check_images(recipe, accelerator, dataset, splits)
     splits, bad_images = _without_bad_images(recipe, display, dataset, splits, checked.bad)
     check_steps(len(splits["train"]), recipe.train.batch_size, recipe.train.drop_last)

@@ -17,7 +17,7 @@ from toolkit.data.cpus import granted_cpus
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.images import BadImage, FileImages, check_images
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
-from toolkit.data.splits import SPLITS, split_dataset
+from toolkit.data.splits import SPLITS, describe_splits, split_dataset
 from toolkit.data.statistics import channel_statistics
 from toolkit.data.values import choose_range, range_words
 from toolkit.formatting import plural
@@ -74,6 +74,8 @@ class Report:
     duplicates: Duplicates
     examples: dict[int, int]
     """The first readable training image of each class, by class."""
+    notes: tuple[str, ...] = ()
+    """How the folders were read, what was left out, and where the splits come from."""
 
     @property
     def classes(self) -> list[str]:
@@ -86,6 +88,7 @@ class Report:
         return {
             "recipe": self.recipe.recipe.name,
             "dataset": self.dataset.name,
+            "notes": list(self.notes),
             "images": {split: int(self.counts[split].sum()) for split in SPLITS},
             "images_per_class": {
                 name: {split: int(self.counts[split][label]) for split in SPLITS}
@@ -136,6 +139,7 @@ def examine(recipe: Recipe, say: Callable[[str], None]) -> Report:
         unreadable=unreadable,
         duplicates=find_duplicates(dataset, readable, seen),
         examples=examples,
+        notes=(*dataset.notes, describe_splits(dataset, data)),
     )
 
 
@@ -227,6 +231,7 @@ def report_text(report: Report) -> str:
         f"data set   {report.dataset.name}: {plural(sum(figures['images'].values()), 'image')} used, "
         + plural(len(report.classes), "class", "classes"),
         "images     " + ", ".join(f"{total[split]} {split}" for split in SPLITS),
+        *(f"note       {note}" for note in report.notes),
         *_class_lines(report),
         *(f"{side:<10} {_spread_text(figures[side])} pixels" for side in ("width", "height") if figures[side]),
         "sizes      " + ", ".join(f"{size} ({count:,})" for size, count in figures["sizes"].items()),

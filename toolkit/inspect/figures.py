@@ -14,6 +14,9 @@ from toolkit.recipe.schema import AugmentTable
 from toolkit.report import samples
 from toolkit.report.style import look, save
 
+SHEET_CLASSES = 200
+"""Classes on a contact sheet at most: more cannot be looked at, and drawing time grows with each."""
+
 
 def draw(report: Report, folder: Path, say: Callable[[str], None]) -> list[Path]:
     """Write all figures into ``folder`` and return their paths. Raises UserError where that cannot be done."""
@@ -32,11 +35,17 @@ def histogram(report: Report) -> Figure:
 
 
 def contact_sheet(report: Report) -> Figure:
-    """For each class its first training image, raw (left) and as the model gets it (right)."""
+    """For each class its first training image, raw (left) and as the model gets it (right).
+
+    Of more than SHEET_CLASSES classes so many are shown, spread evenly over the order of the data set.
+    """
     labels = sorted(report.examples)
+    title = f"{report.recipe.recipe.name}: one image a class"
+    if len(labels) > SHEET_CLASSES:
+        title += f", of {SHEET_CLASSES} of {len(labels):,} classes"
+        labels = [labels[number * len(labels) // SHEET_CLASSES] for number in range(SHEET_CLASSES)]
     raw = [report.dataset.images.load(report.examples[label]) for label in labels]
     transform = build_transform("test", AugmentTable(), report.preprocessing)
     mode = MODES[report.preprocessing.channels]
     inputs, scale = samples.as_pictures([transform(to_mode(image, mode)).numpy() for image in raw])
-    title = f"{report.recipe.recipe.name}: one image a class"
     return samples.contact_sheet(title, [report.classes[label] for label in labels], raw, inputs, scale)

@@ -355,7 +355,7 @@ def balance_is_not_doubled(recipe: Recipe) -> Iterator[Finding]:
 
 
 def data_keys_have_effect(recipe: Recipe) -> Iterator[Finding]:
-    """background_class is Caltech's, views are of random augmentation."""
+    """background_class is Caltech's, class_folders is imagefolder's, views are of random augmentation."""
     data = recipe.data
     if data.views is not None and not is_random("train", recipe.augment):
         message = "data.views: has no effect, since nothing random is done to training images: all views are the same"
@@ -363,6 +363,9 @@ def data_keys_have_effect(recipe: Recipe) -> Iterator[Finding]:
     if data.background_class and data.dataset != "caltech101":
         message = f'data.background_class: has no effect with dataset = "{data.dataset}"'
         yield Finding(message, ("data", "background_class"), (("data", "dataset"),), severity="warning", at="key")
+    if data.class_folders != "auto" and data.dataset != "imagefolder":
+        message = f'data.class_folders: has no effect with dataset = "{data.dataset}"'
+        yield Finding(message, ("data", "class_folders"), (("data", "dataset"),), severity="warning", at="key")
 
 
 def labels_are_one_line(recipe: Recipe) -> Iterator[Finding]:

@@ -71,12 +71,13 @@ class SplitTable(Table):
         ),
     ] = 0.1
     test: Annotated[
-        Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)],
+        Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)] | Literal["auto"],
         describe(
             "Share (0..1) or number of images kept for the test, where the data set has no test list of its own. "
-            "0: no test split; a test list of the data set's own is not used either."
+            "0: no test split; a test list of the data set's own is not used either. auto: 0.2, but no test split if the "
+            "data set has a validation list and no test list."
         ),
-    ] = 0.2
+    ] = "auto"
     seed: Annotated[
         int, Field(ge=0, lt=2**32), describe("Seeds the drawing; apart from recipe.seed, so that seeds share a split.")
     ] = 0
@@ -115,6 +116,14 @@ class DataTable(Table):
     test_images_per_class: Annotated[
         int | None, Field(ge=1), describe("Keep only the first so many test images of each class.", unit="images")
     ] = None
+    class_folders: Annotated[
+        Literal["auto", "top", "leaf"],
+        describe(
+            "imagefolder: which folders are classes. top: those directly in data.root or in a split's folder, with all "
+            'images below them. leaf: every folder that holds images itself, named by its path, such as "a/abbey". '
+            "auto: top, but refuse folders in which only further folders hold images."
+        ),
+    ] = "auto"
     background_class: Annotated[bool, describe("caltech101: keep BACKGROUND_Google as a class.")] = False
     channels: Annotated[
         Literal[1, 3] | None,
