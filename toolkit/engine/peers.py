@@ -120,4 +120,5 @@ def is_loss(error: BaseException) -> bool:
 def loss_message() -> str:
     """What to say where a process ended without a word of its own."""
     who = "another process" if current is None or current.lost is None else f"rank {current.lost}"
-    return f"{who} ended without a word (killed, or out of memory), so this one ends too; the last checkpoint is kept"
+    lost = f"{who} ended without a word (killed, or out of memory), so this one ends too"
+    return f"{lost}; checkpoints written so far are kept"

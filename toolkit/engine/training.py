@@ -16,6 +16,7 @@ from torch import nn
 from toolkit.data.splits import split_hash
 from toolkit.engine.batchnorm import average_statistics, local_statistics, restore_statistics, synchronise
 from toolkit.engine.building import build_trainer, unfreeze
+from toolkit.engine.checkpoint import Place, first_not_finite
 from toolkit.engine.display import Bar, epoch_line
 from toolkit.engine.evaluate import Evaluation, evaluate
 from toolkit.engine.journal import Journal
@@ -24,6 +25,7 @@ from toolkit.engine.loop import Hooks, Sums
 from toolkit.engine.optim import load_state
 from toolkit.engine.position import Position, random_state, restore_random_state
 from toolkit.engine.process import Control, autocast_dtype, broadcast_object, gather_objects
+from toolkit.engine.resume import stored_recipe
 from toolkit.engine.schedule import Patience, Plateau, higher_is_better, learning_rate
 from toolkit.engine.setup import Setup
 from toolkit.engine.signals import StopRequest
@@ -32,7 +34,7 @@ from toolkit.recipe import recipe_hash
 from toolkit.runs import Run
 from toolkit.tracking import Tracking
 
-ADVICE = "the last good checkpoint is kept. Try a smaller optimizer.lr, train.clip_norm, or scheduler.warmup_epochs"
+ADVICE = "Try a smaller optimizer.lr, train.clip_norm, or scheduler.warmup_epochs"
 
 
 class Training:
@@ -58,6 +60,9 @@ class Training:
         self.bar = Bar(None, 0)
         self.saved_at = time.monotonic()
         self.startup_seconds = 0.0
+        self.is_saved = checkpoint is not None
+        """Whether the last attempt to write a checkpoint succeeded."""
+        self.resumed_under_changes: Place | None = None
         self.journal = Journal(run if self.accelerator.is_main_process else None, self.recipe.checkpoint.keep)
         self._place_model()
         if checkpoint is not None:
@@ -124,7 +129,8 @@ class Training:
         """Judge the epoch, write its line and a checkpoint."""
         position, recipe = self.position, self.recipe
         if not math.isfinite(record["val/loss"]):
-            raise RunFailed(f"the validation loss is {record['val/loss']} at epoch {epoch + 1}; {ADVICE}")
+            reason = f"the validation loss is {record['val/loss']} at epoch {epoch + 1}"
+            raise self._not_finite(reason, (epoch, self.setup.steps))
         is_best = self.best.update(record[recipe.train.select])
         if is_best:
             position.best = record
@@ -229,9 +235,30 @@ class Training:
         if step is None:
             return
         lr = self._learning_rate(epoch + (step - 1) / self.setup.steps)
-        raise RunFailed(
-            f"the loss is not finite at epoch {epoch + 1}, step {step} of {self.setup.steps}, learning rate {lr:.3g}; "
-            + ADVICE
+        reason = (
+            f"the loss is not finite at epoch {epoch + 1}, step {step} of {self.setup.steps}, learning rate {lr:.3g}"
+        )
+        raise self._not_finite(reason, (epoch, step - 1))
+
+    def _not_finite(self, reason: str, place: Place) -> RunFailed:
+        """The failure, and a mark on the checkpoint at ``place``, whose weights led to it (a collective).
+
+        One of the end of an epoch is not marked, for its validation loss was finite, nor one that this process resumed
+        from under changes: the fault may be theirs.
+        """
+        if place[1] and place != self.resumed_under_changes:
+            self.journal.refuse(place, reason)
+        return RunFailed(f"{reason}; {self.kept_text()}. {ADVICE}")
+
+    def kept_text(self) -> str:
+        """Which checkpoint there is to go on from, in words (a collective)."""
+        place = broadcast_object(self.journal.latest())
+        if place is None:
+            return "there is no checkpoint to go on from"
+        return (
+            f"the checkpoint of epoch {place[0]}, step {place[1]} is kept"
+            if place[1]
+            else (f"the checkpoint of the end of epoch {place[0]} is kept")
         )
 
     def _log_step(self, step: int, loss: float, accuracy: float) -> None:
@@ -277,6 +304,11 @@ class Training:
         if stop:
             raise StopWanted
 
+    def accept_changes(self) -> None:
+        """After resuming under changes: from here on the checkpoint is one of the changed recipe and data."""
+        self.resumed_under_changes = (self.position.epoch, self.position.step)
+        self.save(self._sums_so_far() if self.position.step else None)
+
     def _interrupt(self, sums: Sums) -> None:
         """Save and leave with exit status 3."""
         self.control.settle()
@@ -291,30 +323,58 @@ class Training:
     def _stopped_message(self) -> str:
         path = self.run.path if self.run else ""
         reason = next((r for r in gather_objects(self.stop.reason) if r), "a request")
-        return f"stopped by {reason} after a checkpoint was written; go on with: toolkit train --resume {path}"
+        saved = "after a checkpoint was written" if self.is_saved else f"without a new checkpoint; {self.kept_text()}"
+        return f"stopped by {reason} {saved}; go on with: toolkit train --resume {path}"
 
     def save(self, sums: Sums | None = None) -> None:
-        """Write a checkpoint (a collective); ``sums`` are those of an epoch under way."""
+        """Write a checkpoint (a collective); ``sums`` are those of an epoch under way.
+
+        RunFailed where weights or optimizer state are not finite: what was written before stays.
+        """
         self.saved_at = time.monotonic()
         if self.run is None:
             return
         mine = {
             "bad_step": self.trainer.finite.first_bad(wait=True),
+            "not_finite": first_not_finite(self._state_tensors()),
             "sums": [] if sums is None else sums.state(),
             "random": random_state(),
             "statistics": {} if self.recipe.train.sync_batch_norm else local_statistics(self.setup.built.module),
         }
         everyone = gather_objects(mine)
         self._fail_where_bad(self.position.epoch, [each["bad_step"] for each in everyone])
+        if (name := next((each["not_finite"] for each in everyone if each["not_finite"]), None)) is not None:
+            where = f"epoch {self.position.epochs_begun}" + (
+                f", step {self.position.step}" if self.position.step else ""
+            )
+            reason = f"{name} is not finite after {where}, so that no checkpoint of this is written"
+            raise RunFailed(f"{reason}; {self.kept_text()}. {ADVICE}")
         self.position.sums = [each["sums"] for each in everyone] if sums is not None else []
-        self._written(lambda: self._write_checkpoint(everyone), "a checkpoint could not be written")
+        self.is_saved = self._written(lambda: self._write_checkpoint(everyone), "a checkpoint could not be written")
+
+    def _state_tensors(self) -> dict[str, torch.Tensor]:
+        """What must be finite in a good checkpoint, by a name for people.
+
+        Of the buffers the statistics of batch norm alone: others may be infinite by design, such as attention masks.
+        """
+        module, trainer = self.setup.built.module, self.trainer
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        tensors: dict[str, torch.Tensor] = {name: parameter.detach() for parameter, name in names.items()}
+        tensors |= {n: b for n, b in module.named_buffers() if n.endswith(("running_mean", "running_var"))}
+        if trainer.ema is not None:
+            tensors |= {f"the average of {name}": value for name, value in trainer.ema.averages.items()}
+        for parameter, state in trainer.optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"the optimizer's {key} of {names.get(parameter, 'a parameter')}"] = value
+        return tensors
 
     def finish_writing(self) -> None:
         """At the end of a run nothing may be held back any more (a collective); RunFailed where the disk is full."""
         self._written(self.journal.flush, "results could not be written", must=True)
 
-    def _written(self, write: Callable[[], None], trouble: str, *, must: bool = False) -> None:
-        """``write()`` on the main process; what the recipe says where the disk refuses (a collective)."""
+    def _written(self, write: Callable[[], None], trouble: str, *, must: bool = False) -> bool:
+        """``write()`` on the main process, and whether it could; what the recipe says where not (a collective)."""
         error = None
         if self.accelerator.is_main_process:
             try:
@@ -323,9 +383,10 @@ class Training:
                 error = f"{trouble} in {self.run.path if self.run else ''} ({failure.strerror or failure})"
         error = broadcast_object(error)
         if error and (must or self.recipe.checkpoint.on_write_error == "stop"):
-            raise RunFailed(f"{error}; the last whole checkpoint is kept. Make room, then go on with --resume")
+            raise RunFailed(f"{error}; {self.kept_text()}. Make room, then go on with --resume")
         if error:
-            self.display.say(f"warning: {error}; the one before it is kept, and the run goes on")
+            self.display.say(f"warning: {error}; {self.kept_text()}, and the run goes on")
+        return not error
 
     def _write_checkpoint(self, everyone: list[dict[str, Any]]) -> None:
         self.journal.flush()
@@ -333,9 +394,13 @@ class Training:
         scaler = self.accelerator.scaler
         content = {
             "recipe_hash": recipe_hash(self.recipe),
+            "recipe": stored_recipe(self.recipe),
             "batches": self._batches,
+            "drawn": self.setup.drawn,
+            "classes": list(self.setup.dataset.classes),
             "optimizer_name": self.recipe.optimizer.name,
             "best_epoch": self.position.best["epoch"] if self.position.best else None,
+            "best_weights": self.journal.best_weights,
             "position": asdict(self.position),
             "patience": self.patience.state(),
             "best": self.best.state(),
@@ -369,6 +434,7 @@ class Training:
             reason = " ".join(str(error).split())
             raise UserError(f"the checkpoint's model is not that of the recipe: {reason:.300}") from None
         self.position = Position(**checkpoint["position"])
+        self.journal.best_weights = checkpoint.get("best_weights")
         if self.position.step and checkpoint["batches"] != self._batches:
             self.position.step, self.position.sums = 0, []
             self.display.say(f"the batches have changed: epoch {self.position.epoch + 1} begins anew")
@@ -376,7 +442,8 @@ class Training:
     def _restore_rest(self, checkpoint: dict[str, Any]) -> None:
         """Everything but the model and the position, which came earlier."""
         self.patience.load(checkpoint["patience"])
-        self.best.load(checkpoint["best"])
+        if not checkpoint.get("best_lost"):
+            self.best.load(checkpoint["best"])
         self.plateau.load(checkpoint["plateau"])
         try:
             load_state(self.trainer.optimizer, checkpoint["optimizer"])
@@ -390,7 +457,20 @@ class Training:
         if len(checkpoint["random"]) == self.accelerator.num_processes:
             restore_random_state(checkpoint["random"][self.accelerator.process_index])
             restore_statistics(self.setup.built.module, checkpoint["statistics"][self.accelerator.process_index])
+        if checkpoint.get("best_lost"):
+            self._choose_best_anew()
         self.display.say(f"going on after epoch {self.position.epoch}, step {self.position.step}")
+
+    def _choose_best_anew(self) -> None:
+        """Where the best weights are lost: the last epoch is the best so far, if its weights are those of now."""
+        position = self.position
+        position.best, self.journal.best_weights = None, None
+        if position.step == 0 and position.last is not None:
+            position.best = position.last
+            self.best.update(position.last[self.recipe.train.select])
+            with self._averaged_weights():
+                self.journal.keep_best(position.epoch, self.setup.built.module.state_dict())
+        self.display.say(f"the best epoch is chosen among those from epoch {position.epoch + (position.step > 0)} on")
 
     def _sums_so_far(self) -> Sums:
         """What this process had counted in the epoch under way; with another number of processes, rank 0 takes all."""
