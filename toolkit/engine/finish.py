@@ -53,9 +53,9 @@ def _evaluate_both(training: Training) -> tuple[dict[str, Any], dict[str, Any], 
     epoch = position.best["epoch"]
     if fault := broadcast_object(training.journal.best_fault(epoch)):
         raise RunFailed(
-            f"there is no best model to test: {best_path(run.checkpoints, epoch)} is damaged ({fault}). Put back the file "
-            f"if you have a copy. Then, or without it: toolkit train --resume {run.path}, which goes back to the newest "
-            "checkpoint whose best weights are whole"
+            f"there is no best model to test: {best_path(run.checkpoints, epoch)} is damaged ({fault}). Put back the "
+            f"file if you have a copy. Then, or without it: toolkit train --resume {run.path}, which goes back to the "
+            "newest checkpoint whose best weights are whole"
         )
     if training.accelerator.is_main_process:
         publish_best(run.checkpoints, epoch)

@@ -18,6 +18,7 @@ from torch import nn
 import toolkit
 from toolkit.data.order import check_batch_size
 from toolkit.data.splits import SPLITS, split_hash
+from toolkit.engine.changes import write_file_facts
 from toolkit.engine.display import Display, summary_table
 from toolkit.engine.environment import describe_environment
 from toolkit.engine.finish import finish, write_summary
@@ -25,7 +26,7 @@ from toolkit.engine.memory import keep_freed_memory
 from toolkit.engine.peers import PeerWatch, watch_peers
 from toolkit.engine.precision import precision_line
 from toolkit.engine.process import describe_processes, main_only, out_of_memory_explained, start
-from toolkit.engine.resume import Resumption, find_resumption, write_file_facts
+from toolkit.engine.resume import Resumption, find_resumption
 from toolkit.engine.setup import Setup, describe, prepare
 from toolkit.engine.signals import StopRequest
 from toolkit.engine.training import StopWanted, Training

@@ -15,8 +15,8 @@ from torch import nn
 
 from toolkit.data.splits import split_hash
 from toolkit.engine.batchnorm import average_statistics, local_statistics, restore_statistics, synchronise
-from toolkit.engine.building import build_trainer, unfreeze
-from toolkit.engine.checkpoint import Place, first_not_finite
+from toolkit.engine.building import build_trainer, state_tensors, unfreeze
+from toolkit.engine.checkpoint import Place, best_path, first_not_finite, load_weights
 from toolkit.engine.display import Bar, epoch_line
 from toolkit.engine.evaluate import Evaluation, evaluate
 from toolkit.engine.journal import Journal
@@ -306,8 +306,35 @@ class Training:
 
     def accept_changes(self) -> None:
         """After resuming under changes: from here on the checkpoint is one of the changed recipe and data."""
-        self.resumed_under_changes = (self.position.epoch, self.position.step)
-        self.save(self._sums_so_far() if self.position.step else None)
+        position = self.position
+        self.resumed_under_changes = (position.epoch, position.step)
+        if position.best is not None:
+            self._score_again(position.best)
+        self.save(self._sums_so_far() if position.step else None)
+
+    def _score_again(self, best: dict[str, Any]) -> None:
+        """Validate the best epoch and the last one as validation is now, to compare the epochs to come with them."""
+        position, module = self.position, self.setup.built.module
+        now = self.evaluate("validation").figures("val/") if position.step == 0 else {}
+        if position.step == 0 and best["epoch"] == position.epoch:
+            scored = best | now
+        else:
+            assert self.run is not None
+            state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            module.load_state_dict(load_weights(best_path(self.run.checkpoints, best["epoch"])))
+            scored = best | self.evaluate_network(self.trainer.network, "validation").figures("val/")
+            module.load_state_dict(state)
+        if position.last is not None and position.step == 0:
+            position.last = position.last | now
+        self.best = Patience(higher_is_better(self.recipe.train.select))
+        self.best.update(scored[self.recipe.train.select])
+        if scored != best:
+            position.best = scored
+            self.patience.best, self.patience.waited = scored[self.recipe.early_stopping.metric], 0
+            self.display.say(
+                f"validated again under the changes: epoch {best['epoch']}, the best so far, has "
+                f"loss {scored['val/loss']:.4f} and accuracy {scored['val/accuracy']:.4f}; patience counts anew"
+            )
 
     def _interrupt(self, sums: Sums) -> None:
         """Save and leave with exit status 3."""
@@ -336,7 +363,7 @@ class Training:
             return
         mine = {
             "bad_step": self.trainer.finite.first_bad(wait=True),
-            "not_finite": first_not_finite(self._state_tensors()),
+            "not_finite": first_not_finite(state_tensors(self.setup.built.module, self.trainer)),
             "sums": [] if sums is None else sums.state(),
             "random": random_state(),
             "statistics": {} if self.recipe.train.sync_batch_norm else local_statistics(self.setup.built.module),
@@ -351,23 +378,6 @@ class Training:
             raise RunFailed(f"{reason}; {self.kept_text()}. {ADVICE}")
         self.position.sums = [each["sums"] for each in everyone] if sums is not None else []
         self.is_saved = self._written(lambda: self._write_checkpoint(everyone), "a checkpoint could not be written")
-
-    def _state_tensors(self) -> dict[str, torch.Tensor]:
-        """What must be finite in a good checkpoint, by a name for people.
-
-        Of the buffers the statistics of batch norm alone: others may be infinite by design, such as attention masks.
-        """
-        module, trainer = self.setup.built.module, self.trainer
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        tensors: dict[str, torch.Tensor] = {name: parameter.detach() for parameter, name in names.items()}
-        tensors |= {n: b for n, b in module.named_buffers() if n.endswith(("running_mean", "running_var"))}
-        if trainer.ema is not None:
-            tensors |= {f"the average of {name}": value for name, value in trainer.ema.averages.items()}
-        for parameter, state in trainer.optimizer.state.items():
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"the optimizer's {key} of {names.get(parameter, 'a parameter')}"] = value
-        return tensors
 
     def finish_writing(self) -> None:
         """At the end of a run nothing may be held back any more (a collective); RunFailed where the disk is full."""
