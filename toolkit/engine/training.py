@@ -255,11 +255,9 @@ class Training:
         place = broadcast_object(self.journal.latest())
         if place is None:
             return "there is no checkpoint to go on from"
-        return (
-            f"the checkpoint of epoch {place[0]}, step {place[1]} is kept"
-            if place[1]
-            else (f"the checkpoint of the end of epoch {place[0]} is kept")
-        )
+        epoch, step = place
+        where = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
+        return f"the checkpoint of {where} is kept"
 
     def _log_step(self, step: int, loss: float, accuracy: float) -> None:
         """Every train.log_every steps: one line, one record."""
