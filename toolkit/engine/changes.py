@@ -31,6 +31,8 @@ Splits = dict[str, Indices]
 
 SHOWN = 3
 """So many images of each kind of difference are named."""
+CHUNK = 1024
+"""Files that a thread looks at before it takes more."""
 
 
 class Difference:
@@ -147,6 +149,8 @@ class FileFacts:
         self.names, self.images, self.files, self.sample = names, images, files, sample
         self.rows = {name: row for row, name in enumerate(names)}
         self.index = {images.name(i): i for i in range(len(images))}
+        self.is_current = False
+        """Whether :meth:`replaced` has found every file that is still there as it was."""
 
     @classmethod
     def read(cls, run: Run, trained: str, dataset: Dataset, record: dict[str, list[str]]) -> FileFacts | None:
@@ -179,6 +183,7 @@ class FileFacts:
         places = np.array([self.index.get(name, -1) for name in self.names], dtype=np.int64)
         there = np.flatnonzero(places >= 0)
         other_size, other_time = (self.files[there] != _stat(self.images, places[there])).T
+        self.is_current = not other_time.any()
         if not other_time.all():
             return [self.names[row] for row in there[other_size | other_time]]
         rows = _sampled(len(self.names))
@@ -191,18 +196,15 @@ class FileFacts:
 def _stat(images: FileImages, indices: Indices) -> npt.NDArray[np.int64]:
     """Size in bytes and time of change in nanoseconds of these files, int64 [n, 2]; -1 for one that is gone."""
 
-    def look(i: int) -> tuple[int, int]:
-        try:
-            state = os.stat(images.path(i))
-        except OSError:
-            return -1, -1
-        return state.st_size, state.st_mtime_ns
+    def look(start: int) -> None:
+        for row in range(start, min(start + CHUNK, len(indices))):
+            with contextlib.suppress(OSError):
+                state = os.stat(images.path(int(indices[row])))
+                found[row] = state.st_size, state.st_mtime_ns
 
-    found = np.empty((len(indices), 2), dtype=np.int64)
+    found = np.full((len(indices), 2), -1, dtype=np.int64)
     with ThreadPoolExecutor(8) as pool:  # a network file system answers several at once
-        for start in range(0, len(indices), 1024):
-            chunk = indices[start : start + 1024].tolist()
-            found[start : start + len(chunk)] = list(pool.map(look, chunk))
+        list(pool.map(look, range(0, len(indices), CHUNK)))
     return found
 
 

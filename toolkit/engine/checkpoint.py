@@ -89,7 +89,7 @@ def find_latest(folder: Path, warn: Callable[[str], None], *, with_best: bool = 
     for place in places:
         manifest = folder / _manifest_name(place)
         path, fault = _examine(manifest)
-        problem = f"is damaged ({fault})"
+        problem = f"is {'left aside' if _is_refused(manifest) else 'damaged'} ({fault})"
         if path is not None:
             weights, fault = _examine_best(manifest) if with_best else (manifest, "")
             if not fault:
@@ -119,13 +119,14 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of a tensor that holds an infinite value or a NaN, if any. Each device is waited for once."""
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
+        if tensor.is_floating_point():
             groups[tensor.device, tensor.dtype][name] = tensor
     for group in groups.values():
-        largest = torch.stack(torch._foreach_norm(list(group.values()), float("inf")))
-        if not largest.isfinite().all():
-            bad = largest.isfinite().logical_not().nonzero()[0]
-            return list(group)[int(bad)]
+        # A sum is fast, and finite only if all values are; one of large finite values may overflow.
+        doubtful = torch.stack([tensor.sum() for tensor in group.values()]).isfinite().logical_not().tolist()
+        for name, is_doubtful in zip(group, doubtful, strict=True):
+            if is_doubtful and not group[name].isfinite().all():
+                return name
     return None
 
 

@@ -276,7 +276,8 @@ def _write_beginnings(setup: Setup, run: Run, resumption: Resumption | None) -> 
     if resumption is not None and resumption.data_changed:
         run.keep_split()
     run.write_json("split.json", split)
-    write_file_facts(run, setup.dataset, setup.splits)
+    if resumption is None or resumption.data_changed or not resumption.files_known:
+        write_file_facts(run, setup.dataset, setup.splits)
     card = model_card(
         setup.recipe.model,
         setup.dataset.classes,

@@ -45,6 +45,8 @@ class Resumption:
     allow_changes: bool
     recipe_changed: bool = False
     """Whether the recipe is not that of the checkpoint, which was allowed."""
+    files_known: bool = False
+    """Whether what is kept of the image files still holds (main process)."""
     data_changed: bool = False
     """Whether the images or their splits are not those of the checkpoint, which was allowed."""
 
@@ -90,6 +92,7 @@ class Resumption:
         record = self._record(trained)
         files = None if record is None else FileFacts.read(self.run, trained, dataset, record)
         replaced = [] if files is None else files.replaced()
+        self.files_known = files is not None and files.is_current
         if now == self.checkpoint.get("drawn", trained) and not replaced:
             return (drawn if now == trained else self._recorded(record, dataset, trained)), False
         if record is None:
