@@ -569,7 +569,13 @@ class CheckpointTable(Table):
     every_minutes: Annotated[
         float, Field(ge=0), describe("Also within an epoch, after so much time; 0 is off.", unit="minutes")
     ] = 15.0
-    keep: Annotated[int, Field(ge=1), describe("How many of the last checkpoints are kept.")] = 2
+    keep: Annotated[
+        int,
+        Field(ge=1),
+        describe(
+            "How many of the last checkpoints are kept. Within an epoch at least 2: the next step proves the newest."
+        ),
+    ] = 2
     on_write_error: Annotated[
         Literal["continue", "stop"],
         describe("A checkpoint that cannot be written (disk full): go on with the one before, or stop."),
