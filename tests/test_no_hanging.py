@@ -211,6 +211,7 @@ def test_a_full_disk_is_a_warning_and_nothing_is_lost(tmp_path: Path, world: int
     assert statuses == [0] * world, text
     assert "warning: a checkpoint could not be written in" in text
     assert "No space left on device" in text
+    assert "(No space left on device); the checkpoint of epoch 1, step 3 is kept, and the run goes on" in text
     assert outcome(only_run(tmp_path / "full")) == plain
 
 
@@ -244,7 +245,8 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
     statuses, text = ended(tmp_path, 1, limited, *EMA)
     assert statuses == [0], text
     assert "warning: a checkpoint could not be written" in text
-    assert "File too large" in text
+    assert "(File too large); there is no checkpoint to go on from, and the run goes on" in text
+    assert "checkpoint of" not in text
     assert not list(only_run(tmp_path).checkpoints.glob("*.pt"))
     assert not list(only_run(tmp_path).checkpoints.glob(".*")), "nothing half-written stays"
 

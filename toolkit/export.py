@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ import toolkit
 from toolkit.errors import RunFailed, UserError
 from toolkit.evaluate import images_of
 from toolkit.models.names import first_line
-from toolkit.models.weights import is_file_reference
+from toolkit.models.weights import is_file_reference, pack_state
 from toolkit.predict import TrainedModel, load_model, model_card
 from toolkit.recipe.schema import ModelTable
 from toolkit.runs import Run, open_run
@@ -279,8 +278,8 @@ def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
 
 
 def _write_weights(trained: TrainedModel, folder: Path) -> None:
-    state = {name: tensor.contiguous() for name, tensor in trained.module.state_dict().items()}
-    (folder / WEIGHTS).write_bytes(safetensors.torch.save(state))  # its save_file makes a file for the owner alone
+    # safetensors' save_file would make a file that only its owner can read.
+    (folder / WEIGHTS).write_bytes(pack_state(trained.module.state_dict()))
 
 
 def _read_safetensors(folder: Path) -> Compute:

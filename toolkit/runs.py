@@ -3,7 +3,7 @@
     <run_root>/<recipe name>/<run id>/
       recipe.toml        resolved, complete
       environment.json   versions, devices, processes, command, git state
-      split.json         image names of each split, and a hash
+      split.json         image names of each split, and a hash; split-1.json, ...: those before the data changed
       metrics.jsonl      one object per logging step and epoch
       summary.json       the figures a table needs (written at the end)
       predictions.csv    test: path, label, prediction, probability (best model); none without a test split
@@ -25,7 +25,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,26 @@ class Run:
     def split(self) -> dict[str, Any]:
         """Names of the images of each split."""
         return read_json(self.path / "split.json")
+
+    def splits(self) -> Iterator[dict[str, Any]]:
+        """split.json, then those from before the data changed; a UserError where one is missing or damaged."""
+        yield self.split
+        for path in self._earlier_splits():
+            yield read_json(path)
+
+    def keep_split(self) -> None:
+        """Before split.json is written anew: keep the one that is there as split-1.json, split-2.json, ..."""
+        path = self.path / "split.json"
+        if path.exists():
+            write_atomically(self.path / f"split-{len(self._earlier_splits()) + 1}.json", path.read_bytes())
+
+    def _earlier_splits(self) -> list[Path]:
+        return sorted(self.path.glob("split-*.json"))
+
+    @property
+    def file_facts(self) -> Path:
+        """Size and time of change of each image file as it was when training began."""
+        return self.checkpoints / "files.safetensors"
 
     @property
     def origins(self) -> dict[str, Any]:

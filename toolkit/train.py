@@ -48,7 +48,7 @@ def train(
         ),
     ] = None,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Resume although the recipe was edited.")
+        bool, typer.Option("--allow-changes", help="Resume although the recipe or the data changed.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build everything, try one batch, write nothing.")] = False,
     random_weights: Annotated[
@@ -81,8 +81,6 @@ def train(
             raise UserError(f"{recipe} is a study of many runs: toolkit study {recipe}")
         check_launch(loaded.recipe.train)
         # torch is imported here, after the recipe was found good.
-        import psutil
-
         from toolkit.engine import fit
 
         if dry_run:
@@ -94,7 +92,7 @@ def train(
             allow_changes=allow_changes,
             show_module=show_module,
             origins=loaded.told_origins(path),
-            began=psutil.Process().create_time(),
+            began=process_start(),
         )
         if is_first_process():
             if report:
@@ -103,6 +101,19 @@ def train(
         return EXIT_OK
 
     end(report_errors(work, debug=debug))
+
+
+def process_start() -> float:
+    """When this process began, on the clock of time.monotonic(): a wall clock may be set back meanwhile."""
+    try:
+        with open("/proc/self/stat", encoding="utf-8") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])  # since the machine started, see proc(5)
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):  # not Linux
+        import psutil
+
+        age = time.time() - psutil.Process().create_time()
+    return time.monotonic() - max(age, 0.0)
 
 
 def report_at_end(run: Run) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolkit.engine.ema import WeightAverage
 from toolkit.engine.loaders import Loaders
@@ -53,6 +53,23 @@ def unfreeze(setup: Setup, trainer: Trainer, epoch: int) -> bool:
     # DDP looks at what trains only when it wraps.
     trainer.wrapped = setup.accelerator.prepare_model(setup.accelerator.unwrap_model(trainer.wrapped))
     return True
+
+
+def state_tensors(module: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
+    """What must be finite in a good checkpoint, by a name for people.
+
+    Of the buffers the statistics of batch norm alone: others may be infinite by design, such as attention masks.
+    """
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    tensors = {name: parameter.detach() for parameter, name in names.items()}
+    tensors |= {name: b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    if trainer.ema is not None:
+        tensors |= {f"the average of {name}": value for name, value in trainer.ema.averages.items()}
+    for parameter, state in trainer.optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"the optimizer's {key} of {names.get(parameter, 'a parameter')}"] = value
+    return tensors
 
 
 def _groups(setup: Setup, epochs_begun: int) -> list[dict[str, Any]]:

@@ -1,7 +1,11 @@
 """Checkpoints that survive being killed at any moment.
 
 A checkpoint is a file of tensors and plain values, and a small JSON that is written after it, names it and holds its
-SHA-256. What no JSON names, or does not match its checksum, is not a checkpoint, and the one before is used.
+SHA-256. What no JSON names, or does not match its checksum, is not a checkpoint, and the one before is used. The JSON
+also has the SHA-256 of the best weights so far: without them a run could not finish from that checkpoint.
+
+A checkpoint within an epoch is proven good by the next step, which must have a finite loss; until then the one before
+it is kept as well. One whose next loss is not finite gets the key "refused" in its JSON and is not used.
 
     checkpoints/0007-000123.json            {"file": ..., "sha256": ..., "bytes": ..., "epoch": 7, "step": 123, ...}
     checkpoints/0007-000123-5fe1ab0c.pt     epochs completed - steps into the next one - start of its checksum
@@ -11,6 +15,7 @@ SHA-256. What no JSON names, or does not match its checksum, is not a checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,14 +23,17 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from toolkit.errors import UserError
+from toolkit.models.weights import has_its_digest, pack_state
 from toolkit.runs import sync_folder, write_atomically
 
 STEM = re.compile(r"\.?(\d{4,})-(\d{6,})[-.]")
@@ -37,6 +45,14 @@ Place = tuple[int, int]
 """Completed epochs, and completed steps of the one under way."""
 
 
+class BestWeightsLost(UserError):
+    """There are whole checkpoints, but the best weights of none: ``path`` is the newest of these checkpoints."""
+
+    def __init__(self, path: Path, weights: Path, fault: str) -> None:
+        super().__init__(f"{weights} is lost ({fault}), and every checkpoint that is left needs it")
+        self.path, self.weights = path, weights
+
+
 def save_checkpoint(folder: Path, place: Place, content: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint and then drop the oldest; raises OSError (disk full, ...) with all that was there still whole.
 
@@ -46,7 +62,7 @@ def save_checkpoint(folder: Path, place: Place, content: dict[str, Any], keep: i
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-    manifest_path = folder / f"{place[0]:04d}-{place[1]:06d}.json"
+    manifest_path = folder / _manifest_name(place)
     path = folder / f"{manifest_path.stem}-{digest[:8]}.pt"
     write_atomically(path, buffer.getbuffer())
     manifest = {
@@ -56,22 +72,61 @@ def save_checkpoint(folder: Path, place: Place, content: dict[str, Any], keep: i
         "epoch": place[0],
         "step": place[1],
         "best_epoch": content.get("best_epoch"),
+        "best_weights": content.get("best_weights"),
     }
     write_atomically(manifest_path, json.dumps(manifest).encode())
     _drop_old(folder, place, keep)
     return path
 
 
-def find_latest(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The file of the youngest whole checkpoint, or None; damaged and half-written ones are named through ``warn``."""
-    places = {place for path in folder.iterdir() if (place := _place(path)) is not None}
-    for place in sorted(places, reverse=True):
-        path, fault = _examine(folder / f"{place[0]:04d}-{place[1]:06d}.json")
+def find_latest(folder: Path, warn: Callable[[str], None], *, with_best: bool = False) -> Path | None:
+    """The file of the newest whole checkpoint, or None. Those that cannot be used are named through ``warn``.
+
+    ``with_best``: the best weights that it names must be whole as well. Raises BestWeightsLost where this leaves none.
+    """
+    places = sorted({place for path in folder.iterdir() if (place := place_of(path)) is not None}, reverse=True)
+    lost: BestWeightsLost | None = None
+    for place in places:
+        manifest = folder / _manifest_name(place)
+        path, fault = _examine(manifest)
+        problem = f"is {'left aside' if _is_refused(manifest) else 'damaged'} ({fault})"
         if path is not None:
-            return path
-        warn(f"checkpoint {place[0]:04d}-{place[1]:06d} is damaged ({fault}); the one before it is used")
+            weights, fault = _examine_best(manifest) if with_best else (manifest, "")
+            if not fault:
+                return path
+            lost = lost or BestWeightsLost(path, weights, fault)
+            problem = f"is left aside, for {weights.name} is {fault}"
+        next_try = "" if place == places[-1] else "; the one before it is tried"
+        warn(f"checkpoint {manifest.stem} {problem}{next_try}")
+    if lost is not None:
+        raise lost
     if places:
         warn("no whole checkpoint is left: the run starts anew")
+    return None
+
+
+def refuse_checkpoint(folder: Path, place: Place, reason: str) -> None:
+    """Mark the checkpoint at ``place``, if there is one, as not to be used. Raises OSError (disk full, ...)."""
+    path = folder / _manifest_name(place)
+    try:
+        manifest = json.loads(path.read_text())
+        write_atomically(path, json.dumps({**manifest, "refused": reason}).encode())
+    except (FileNotFoundError, ValueError, TypeError):
+        return  # none, or a damaged one, which is not used either
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of a tensor that holds an infinite value or a NaN, if any. Each device is waited for once."""
+    groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            groups[tensor.device, tensor.dtype][name] = tensor
+    for group in groups.values():
+        # A sum is fast, and finite only if all values are; one of large finite values may overflow.
+        doubtful = torch.stack([tensor.sum() for tensor in group.values()]).isfinite().logical_not().tolist()
+        for name, is_doubtful in zip(group, doubtful, strict=True):
+            if is_doubtful and not group[name].isfinite().all():
+                return name
     return None
 
 
@@ -89,19 +144,36 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def save_best(folder: Path, epoch: int, state: dict[str, torch.Tensor]) -> None:
-    """Write the weights of the best epoch so far, under that epoch's own name. Raises OSError (disk full, ...)."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    # One entry: safetensors writes several in a random order, and equal weights shall be equal files.
-    data = safetensors.torch.save(tensors, metadata={"epoch": str(epoch)})
-    write_atomically(_best_path(folder, epoch), data)
+def save_best(folder: Path, epoch: int, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write the weights of the best epoch so far, under that epoch's own name. Raises OSError (disk full, ...).
+
+    Returns what a checkpoint's JSON says of the file: its size in bytes and its SHA-256.
+    """
+    data = pack_state(state, epoch=epoch)
+    write_atomically(best_path(folder, epoch), data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def best_fault(folder: Path, epoch: int, facts: dict[str, Any] | None) -> str:
+    """What is wrong with the best weights of ``epoch``, "" if nothing. ``facts`` are those of :func:`save_best`.
+
+    None (a checkpoint of an earlier version): only a missing file is seen.
+    """
+    facts = facts or {}
+    path = best_path(folder, epoch)
+    try:
+        return _file_fault(path, facts.get("bytes"), facts.get("sha256"))
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
 
 
 def publish_best(folder: Path, epoch: int) -> Path:
     """Give the best epoch's weights the name ``best.safetensors``."""
     target, temporary = folder / "best.safetensors", folder / ".best.tmp"
     temporary.unlink(missing_ok=True)
-    source = _best_path(folder, epoch)
+    source = best_path(folder, epoch)
     try:
         os.link(source, temporary)
     except OSError:  # a file system without hard links
@@ -112,21 +184,26 @@ def publish_best(folder: Path, epoch: int) -> Path:
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors state dict; a UserError where the file is missing or damaged."""
+    """A safetensors state dict; a UserError where the file is missing or damaged, as its own digest shows."""
     try:
         tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
+        is_intact = has_its_digest(path, tensors)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the run has no best epoch yet") from None
     except Exception as error:  # safetensors raises its own, private exception types
         raise UserError(f"{path} is damaged: {error}") from None
+    if not is_intact:
+        raise UserError(f"{path} is damaged: its checksum differs; bring back a copy, or train again")
     return tensors
 
 
-def _best_path(folder: Path, epoch: int) -> Path:
+def best_path(folder: Path, epoch: int) -> Path:
+    """Where the weights of the best epoch lie."""
     return folder / f"best-{epoch:04d}.safetensors"
 
 
-def _place(path: Path) -> Place | None:
+def place_of(path: Path) -> Place | None:
+    """The place that a checkpoint's file name tells; None for another file."""
     match = STEM.match(path.name)
     return (int(match[1]), int(match[2])) if match else None
 
@@ -136,30 +213,52 @@ def _examine(manifest_path: Path) -> tuple[Path | None, str]:
     try:
         manifest = json.loads(manifest_path.read_text())
         path = manifest_path.with_name(Path(manifest["file"]).name)
-        size = path.stat().st_size
-        if size != manifest["bytes"]:
-            return None, f"{size} bytes instead of {manifest['bytes']}"
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        fault = manifest.get("refused") or _file_fault(path, manifest["bytes"], manifest["sha256"])
     except FileNotFoundError as error:
         return None, f"half-written: {Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, str(error)
-    return (path, "") if digest == manifest["sha256"] else (None, "its checksum differs")
+    return (None, fault) if fault else (path, "")
+
+
+def _examine_best(manifest_path: Path) -> tuple[Path, str]:
+    """The best weights that a whole checkpoint names, and what is wrong with them ("": nothing, or it names none)."""
+    manifest = json.loads(manifest_path.read_text())
+    epoch, folder = manifest.get("best_epoch"), manifest_path.parent
+    if not isinstance(epoch, int):
+        return manifest_path, ""
+    return best_path(folder, epoch), best_fault(folder, epoch, manifest.get("best_weights"))
+
+
+def _file_fault(path: Path, size: int | None, sha256: str | None) -> str:
+    """How a file differs from what is known of it; "" if it does not. Raises OSError."""
+    found = path.stat().st_size
+    if size is not None and found != size:
+        return f"{found} bytes instead of {size}"
+    with open(path, "rb") as file:
+        digest = sha256 and hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if digest == sha256 else "its checksum differs"
+
+
+def _manifest_name(place: Place) -> str:
+    return f"{place[0]:04d}-{place[1]:06d}.json"
 
 
 def _drop_old(folder: Path, place: Place, keep: int) -> None:
     """Keep the ``keep`` checkpoints up to the one at ``place``, just written, and the best weights that they name.
 
-    Later ones are leftovers from before the run went back to an earlier checkpoint, because those were damaged.
+    Within an epoch at least two are kept: the loss after the new one is not known yet. Later ones are leftovers from
+    before the run went back to an earlier checkpoint, because those were damaged or refused.
     """
-    manifests = sorted((_place(p), p) for p in folder.glob("*.json") if _place(p) is not None)
-    kept = [path for at, path in manifests if at is not None and at <= place][-keep:]
+    if place[1]:
+        keep = max(keep, 2)
+    manifests = sorted((place_of(p), p) for p in folder.glob("*.json") if place_of(p) is not None)
+    kept = [path for at, path in manifests if at is not None and at <= place and not _is_refused(path)][-keep:]
     named = set(kept)
     for path in kept:
         try:
             manifest = json.loads(path.read_text())
-            named |= {folder / Path(manifest["file"]).name, _best_path(folder, manifest["best_epoch"] or 0)}
+            named |= {folder / Path(manifest["file"]).name, best_path(folder, manifest["best_epoch"] or 0)}
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: it names nothing
     for _, path in manifests:  # first the marks of completion, then the content
@@ -168,3 +267,9 @@ def _drop_old(folder: Path, place: Place, keep: int) -> None:
     for path in (*folder.glob("*.pt"), *folder.glob("best-*.safetensors")):
         if path not in named:
             path.unlink(missing_ok=True)
+
+
+def _is_refused(manifest_path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged: it counts as it always did
+        return bool(json.loads(manifest_path.read_text()).get("refused"))
+    return False

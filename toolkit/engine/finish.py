@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from toolkit.engine.checkpoint import publish_best
+from toolkit.engine.checkpoint import best_path, publish_best
 from toolkit.engine.evaluate import Evaluation
+from toolkit.engine.process import broadcast_object
 from toolkit.engine.training import StopWanted, Training
 from toolkit.errors import Interrupted, RunFailed
 from toolkit.predict import load_model
@@ -29,7 +30,7 @@ def finish(training: Training) -> dict[str, Any]:
         best, stopped, test = _evaluate_both(training)
     except StopWanted:
         raise Interrupted(
-            "stopped in the final evaluation; the last checkpoint is whole. Go on with: toolkit train --resume "
+            f"stopped in the final evaluation; {training.kept_text()}. Go on with: toolkit train --resume "
             f"{training.run.path if training.run else ''}"
         ) from None
     summary = _summary(training, best, stopped)
@@ -57,8 +58,15 @@ def _evaluate_both(training: Training) -> tuple[dict[str, Any], dict[str, Any], 
     assert position.last is not None
     assert run is not None
     training.finish_writing()
+    epoch = position.best["epoch"]
+    if fault := broadcast_object(training.journal.best_fault(epoch)):
+        raise RunFailed(
+            f"there is no best model to test: {best_path(run.checkpoints, epoch)} is damaged ({fault}). Put back the "
+            f"file if you have a copy. Then, or without it: toolkit train --resume {run.path}, which goes back to the "
+            "newest checkpoint whose best weights are whole"
+        )
     if training.accelerator.is_main_process:
-        publish_best(run.checkpoints, position.best["epoch"])
+        publish_best(run.checkpoints, epoch)
     training.accelerator.wait_for_everyone()
     written = load_model(run.checkpoints).module.to(training.accelerator.device)
     if training.recipe.train.channels_last:

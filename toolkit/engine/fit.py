@@ -18,7 +18,7 @@ from torch import nn
 import toolkit
 from toolkit.data.order import check_batch_size
 from toolkit.data.splits import SPLITS, split_hash
-from toolkit.engine.checkpoint import find_latest, load_checkpoint
+from toolkit.engine.changes import write_file_facts
 from toolkit.engine.display import Display, summary_table
 from toolkit.engine.environment import describe_environment
 from toolkit.engine.finish import finish, write_summary
@@ -27,6 +27,7 @@ from toolkit.engine.memory import keep_freed_memory
 from toolkit.engine.peers import PeerWatch, watch_peers
 from toolkit.engine.precision import precision_line
 from toolkit.engine.process import describe_processes, main_only, out_of_memory_explained, start
+from toolkit.engine.resume import Resumption, find_resumption
 from toolkit.engine.setup import Setup, describe, prepare
 from toolkit.engine.signals import StopRequest
 from toolkit.engine.training import StopWanted, Training
@@ -55,14 +56,15 @@ def fit(
     a requeued SLURM job that had finished its run gets that one back, untrained).
     ``until``: after this epoch the run pauses, unfinished, and another ``fit(resume=run)`` goes on as if there had been
     no pause; None: to the recipe's end. ``allow_changes`` lets a run go on under a recipe that differs from the one it
-    was started with. ``quiet``: what is said goes to the run's log.txt alone. ``origins`` is what a new run keeps of
-    where the recipe's values came from (:meth:`toolkit.recipe.Loaded.told_origins`), for its report. ``began``: when
-    the command was given (seconds since 1970), for the time to the first step; None: now.
+    was started with, and with data that changed since; images that were trained then stay out of validation and test.
+    ``quiet``: what is said goes to the run's log.txt alone. ``origins`` is what a new run keeps of where the recipe's
+    values came from (:meth:`toolkit.recipe.Loaded.told_origins`), for its report. ``began``: when the command was
+    given, on the clock of time.monotonic(), for the time to the first step; None: now.
 
     Raises UserError (bad input, before training), RunFailed (e.g. a loss that is not finite) and Interrupted (stopped
     on request, with a checkpoint written).
     """
-    called = time.time()
+    called = time.monotonic()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         accelerator, display = _join_processes(recipe, stop, quiet=quiet)
@@ -71,11 +73,12 @@ def fit(
             _leave(accelerator, peers)
             return finished
         run = _run_to_resume(recipe, accelerator, display, resume, allow_changes)
-        checkpoint = None
+        resumption = None
         if run is not None:
             stack.enter_context(_locked(run, accelerator))
-            checkpoint = _checkpoint_of(run, accelerator, display)
-        setup = prepare(recipe, accelerator, display, load_weights=checkpoint is None)
+            resumption = find_resumption(run, recipe, accelerator, display, allow_changes)
+        settle = None if resumption is None else resumption.settle
+        setup = prepare(recipe, accelerator, display, load_weights=resumption is None, settle=settle)
         if run is None:
             created = main_only(accelerator, lambda: str(create_run(recipe.recipe.run_root, recipe.recipe.name).path))
             run = Run(Path(created))
@@ -84,8 +87,8 @@ def fit(
                 run.write_json("origins.json", origins)
         stop.watch(run.path)
         if accelerator.is_main_process:
-            _write_beginnings(setup, run)
-            if checkpoint is None:
+            _write_beginnings(setup, run, resumption)
+            if resumption is None:
                 _keep_first_layer(setup, run)
             display.log_to(run.log_file)
         display.say(describe(setup, accelerator.mixed_precision, whole=show_module))
@@ -95,7 +98,7 @@ def fit(
                 out_of_memory_explained(recipe.train, accelerator.num_processes),
                 _tracked(recipe, accelerator, run, display) as tracking,
             ):
-                training = _training(setup, run, tracking, stop, checkpoint)
+                training = _training(setup, run, tracking, stop, resumption)
                 stack.callback(training.loaders.close)
                 training.startup_seconds = _say_startup(display, called, called if began is None else began)
                 summary = finish(training) if training.run_epochs(until) else None
@@ -118,7 +121,7 @@ def fit(
 
 def _say_startup(display: Display, called: float, began: float) -> float:
     """Seconds from the command to the first step, which are also said."""
-    seconds = time.time() - began
+    seconds = time.monotonic() - began
     imports = f", {called - began:.1f} s of them imports" if called > began else ""
     display.say(f"ready for the first step after {round(seconds, 2):.1f} s{imports}")
     return round(seconds, 2)
@@ -136,12 +139,13 @@ def dry_run(recipe: Recipe, *, load_weights: bool = True, show_module: bool = Fa
     display.say(f"dry run: one batch forward and backward, loss {loss:.4f}; nothing was written")
 
 
-def _training(
-    setup: Setup, run: Run, tracking: Tracking, stop: StopRequest, checkpoint: dict[str, Any] | None
-) -> Training:
+def _training(setup: Setup, run: Run, tracking: Tracking, stop: StopRequest, resumption: Resumption | None) -> Training:
     """The training, built; computing the features of frozen layers can be interrupted."""
     try:
-        return Training(setup, run, tracking, stop, checkpoint)
+        training = Training(setup, run, tracking, stop, None if resumption is None else resumption.checkpoint)
+        if resumption is not None and resumption.changed:
+            training.accept_changes()
+        return training
     except StopWanted:
         raise Interrupted(f"stopped before training; go on with: toolkit train --resume {run.path}") from None
 
@@ -235,18 +239,6 @@ def _changes(run: Run, recipe: Recipe) -> list[tuple[tuple[str | int, ...], Any,
     return [change for change in diff(run.recipe, recipe) if change[0][0] != "slurm"]
 
 
-def _checkpoint_of(run: Run, accelerator: Accelerator, display: Display) -> dict[str, Any] | None:
-    """What the run's youngest whole checkpoint holds, chosen by the main process (a collective)."""
-
-    def choose() -> Path | None:
-        path = find_latest(run.checkpoints, display.say)
-        run.remove_temporary_files()
-        return path
-
-    path = main_only(accelerator, choose)
-    return None if path is None else load_checkpoint(path)
-
-
 @contextlib.contextmanager
 def _locked(run: Run, accelerator: Accelerator) -> Iterator[None]:
     """Hold the run directory; only the main process writes to it."""
@@ -273,10 +265,12 @@ def _tracked(recipe: Recipe, accelerator: Accelerator, run: Run, display: Displa
         tracking.finish(status)
 
 
-def _write_beginnings(setup: Setup, run: Run) -> None:
+def _write_beginnings(setup: Setup, run: Run, resumption: Resumption | None) -> None:
     """What can be said before training: recipe, environment, splits, how to rebuild the model."""
     names = {split: [setup.dataset.images.name(int(i)) for i in setup.splits[split]] for split in SPLITS}
-    run.write_text("recipe.toml", resolved_toml(setup.recipe))
+    # An equal one stays as it is: the hash in a checkpoint of an earlier version is of its text, without newer keys.
+    if resumption is None or diff(run.recipe, setup.recipe):
+        run.write_text("recipe.toml", resolved_toml(setup.recipe))
     run.write_json("environment.json", describe_environment(setup.accelerator))
     count = len(setup.dataset.classes)
     split = {
@@ -285,7 +279,11 @@ def _write_beginnings(setup: Setup, run: Run) -> None:
         "images_per_class": {name: np.bincount(setup.labels(name), minlength=count).tolist() for name in SPLITS},
         **names,
     }
+    if resumption is not None and resumption.data_changed:
+        run.keep_split()
     run.write_json("split.json", split)
+    if resumption is None or resumption.data_changed or not resumption.files_known:
+        write_file_facts(run, setup.dataset, setup.splits)
     card = model_card(
         setup.recipe.model,
         setup.dataset.classes,

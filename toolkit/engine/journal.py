@@ -13,7 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
-from toolkit.engine.checkpoint import Place, save_best, save_checkpoint
+from toolkit.engine.checkpoint import (
+    Place,
+    best_fault,
+    find_latest,
+    place_of,
+    refuse_checkpoint,
+    save_best,
+    save_checkpoint,
+)
 from toolkit.runs import Run
 
 
@@ -28,6 +36,8 @@ class Journal:
         """Not yet in metrics.jsonl."""
         self.best: tuple[int, dict[str, Tensor]] | None = None
         """Epoch and weights not yet on disk."""
+        self.best_weights: dict[str, Any] | None = None
+        """Size and checksum of the best weights on disk, see :func:`toolkit.engine.checkpoint.save_best`."""
 
     def begin(self, length: int, say: Callable[[str], None]) -> None:
         """Cut metrics.jsonl back to the ``length`` that a checkpoint knew of; 0 for a run that starts."""
@@ -58,13 +68,28 @@ class Journal:
         self._write_lines()
         self.run.sync_metrics()
         if self.best is not None:
-            save_best(self.run.checkpoints, *self.best)
+            self.best_weights = save_best(self.run.checkpoints, *self.best)
             self.best = None
 
     def save(self, place: Place, content: dict[str, Any]) -> None:
         """Write a checkpoint, after a :meth:`flush`. Raises OSError with the one before it still whole."""
         if self.run is not None:
             save_checkpoint(self.run.checkpoints, place, content, self.keep)
+
+    def refuse(self, place: Place, reason: str) -> None:
+        """Mark the checkpoint at ``place``, if there is one, as not to be used."""
+        if self.run is not None:
+            with contextlib.suppress(OSError):
+                refuse_checkpoint(self.run.checkpoints, place, reason)
+
+    def latest(self) -> Place | None:
+        """The place of the newest checkpoint that can be used, None where there is none."""
+        path = None if self.run is None else find_latest(self.run.checkpoints, lambda _: None)
+        return None if path is None else place_of(path)
+
+    def best_fault(self, epoch: int) -> str:
+        """What is wrong with the best weights on disk; "" if nothing."""
+        return "" if self.run is None else best_fault(self.run.checkpoints, epoch, self.best_weights)
 
     def _write_lines(self) -> None:
         if self.lines and self.run is not None:

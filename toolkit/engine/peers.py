@@ -221,4 +221,5 @@ def loss_message() -> str:
             "--resume continues it"
         )
     who = "another process" if current is None or current.lost is None else f"rank {current.lost}"
-    return f"{who} ended without a word (killed, or out of memory), so this one ends too; the last checkpoint is kept"
+    lost = f"{who} ended without a word (killed, or out of memory), so this one ends too"
+    return f"{lost}; checkpoints written so far are kept"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.images import Checked, FileImages, check_images
 from toolkit.data.order import check_steps, steps_per_epoch
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
-from toolkit.data.splits import SPLITS, check_splits, describe_splits, split_dataset
+from toolkit.data.splits import SPLITS, check_splits, describe_splits, split_dataset, split_hash
 from toolkit.data.statistics import channel_statistics
 from toolkit.data.values import choose_range, range_words
 from toolkit.engine.display import Display, table
@@ -44,6 +45,8 @@ class Setup:
     stochastic: Stochastic
     bad_images: list[str]
     """Names of images left out because they cannot be read."""
+    drawn: str = ""
+    """Hash of the splits as the recipe draws them; a resumed run whose data changed may have others."""
 
     def labels(self, split: str) -> np.ndarray:
         """Classes of a split's images, int64."""
@@ -60,8 +63,18 @@ class Setup:
         return steps_per_epoch(len(self.splits["train"]), self.recipe.train.batch_size, self.recipe.train.drop_last)
 
 
-def prepare(recipe: Recipe, accelerator: Accelerator, display: Display, *, load_weights: bool = True) -> Setup:
-    """Build everything. Raises UserError for what the user can mend, on all processes alike (a collective)."""
+def prepare(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    display: Display,
+    *,
+    load_weights: bool = True,
+    settle: Callable[[Dataset, dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
+) -> Setup:
+    """Build everything. Raises UserError for what the user can mend, on all processes alike (a collective).
+
+    ``settle`` gets the data set and the splits that the recipe draws, and returns those to use.
+    """
     data = with_channels(recipe.data, pretrained=recipe.model.weights != "none")
     dataset = main_first(accelerator, lambda: open_dataset(data))
     splits = split_dataset(dataset, recipe.data)
@@ -69,11 +82,14 @@ def prepare(recipe: Recipe, accelerator: Accelerator, display: Display, *, load_
         display.say(note)
     checked = _check_images(recipe, accelerator, dataset, splits)
     splits, bad_images = _without_bad_images(recipe, display, dataset, splits, checked.bad)
-    check_steps(len(splits["train"]), recipe.train.batch_size, recipe.train.drop_last)
     if isinstance(dataset.images, FileImages) and (value_range := choose_range(checked.extents)) is not None:
         display.say(range_words(checked.extents, value_range))
         dataset = replace(dataset, images=dataset.images.with_range(value_range))
         data = data.model_copy(update={"value_range": list(value_range)})
+    drawn = split_hash(dataset, splits)
+    if settle is not None:
+        splits = settle(dataset, splits)
+    check_steps(len(splits["train"]), recipe.train.batch_size, recipe.train.drop_last)
     preprocessing = resolve_preprocessing(
         data,
         expected_input(recipe.model),
@@ -97,7 +113,19 @@ def prepare(recipe: Recipe, accelerator: Accelerator, display: Display, *, load_
     images, world = len(splits["train"]), accelerator.num_processes
     check_lone_images(built, transfer, recipe.train, images, world, preprocessing.channels, preprocessing.image_size)
     stochastic = make_stateless(built.module, recipe.recipe.seed)
-    setup = Setup(recipe, accelerator, display, dataset, splits, preprocessing, built, transfer, stochastic, bad_images)
+    setup = Setup(
+        recipe,
+        accelerator,
+        display,
+        dataset,
+        splits,
+        preprocessing,
+        built,
+        transfer,
+        stochastic,
+        bad_images,
+        drawn,
+    )
     if recipe.train.ema is not None:
         warning = short_run_warning(recipe.train.ema, setup.steps * recipe.train.epochs)
         if warning:

@@ -15,7 +15,8 @@ from torch import nn
 
 from toolkit.data.splits import split_hash
 from toolkit.engine.batchnorm import average_statistics, local_statistics, restore_statistics, synchronise
-from toolkit.engine.building import build_trainer, unfreeze
+from toolkit.engine.building import build_trainer, state_tensors, unfreeze
+from toolkit.engine.checkpoint import Place, best_path, first_not_finite, load_weights
 from toolkit.engine.display import Bar, epoch_line
 from toolkit.engine.evaluate import Evaluation, evaluate
 from toolkit.engine.journal import Journal
@@ -24,6 +25,7 @@ from toolkit.engine.loop import Hooks, Sums
 from toolkit.engine.optim import load_state
 from toolkit.engine.position import Position, random_state, restore_random_state
 from toolkit.engine.process import Control, autocast_dtype, broadcast_object, gather_objects
+from toolkit.engine.resume import stored_recipe
 from toolkit.engine.schedule import Patience, Plateau, epoch_rank, higher_is_better, learning_rate
 from toolkit.engine.setup import Setup
 from toolkit.engine.signals import StopRequest
@@ -32,7 +34,7 @@ from toolkit.recipe import recipe_hash
 from toolkit.runs import Run
 from toolkit.tracking import Tracking
 
-ADVICE = "the last good checkpoint is kept. Try a smaller optimizer.lr, train.clip_norm, or scheduler.warmup_epochs"
+ADVICE = "Try a smaller optimizer.lr, train.clip_norm, or scheduler.warmup_epochs"
 
 
 class Training:
@@ -57,6 +59,9 @@ class Training:
         self.bar = Bar(None, 0)
         self.saved_at = time.monotonic()
         self.startup_seconds = 0.0
+        self.is_saved = checkpoint is not None
+        """Whether the last attempt to write a checkpoint succeeded."""
+        self.resumed_under_changes: Place | None = None
         self.journal = Journal(run if self.accelerator.is_main_process else None, self.recipe.checkpoint.keep)
         self._place_model()
         if checkpoint is not None:
@@ -126,7 +131,8 @@ class Training:
         """Judge the epoch, write its line and a checkpoint."""
         position, recipe = self.position, self.recipe
         if not math.isfinite(record.get("val/loss", 0.0)):
-            raise RunFailed(f"the validation loss is {record['val/loss']} at epoch {epoch + 1}; {ADVICE}")
+            reason = f"the validation loss is {record['val/loss']} at epoch {epoch + 1}"
+            raise self._not_finite(reason, (epoch, self.setup.steps))
         is_best = self._is_best(record)
         if is_best:
             position.best = record
@@ -243,10 +249,29 @@ class Training:
         if step is None:
             return
         lr = self._learning_rate(epoch + (step - 1) / self.setup.steps)
-        raise RunFailed(
-            f"the loss is not finite at epoch {epoch + 1}, step {step} of {self.setup.steps}, learning rate {lr:.3g}; "
-            + ADVICE
+        reason = (
+            f"the loss is not finite at epoch {epoch + 1}, step {step} of {self.setup.steps}, learning rate {lr:.3g}"
         )
+        raise self._not_finite(reason, (epoch, step - 1))
+
+    def _not_finite(self, reason: str, place: Place) -> RunFailed:
+        """The failure, and a mark on the checkpoint at ``place``, whose weights led to it (a collective).
+
+        One of the end of an epoch is not marked, for its validation loss was finite, nor one that this process resumed
+        from under changes: the fault may be theirs.
+        """
+        if place[1] and place != self.resumed_under_changes:
+            self.journal.refuse(place, reason)
+        return RunFailed(f"{reason}; {self.kept_text()}. {ADVICE}")
+
+    def kept_text(self) -> str:
+        """Which checkpoint there is to go on from, in words (a collective)."""
+        place = broadcast_object(self.journal.latest())
+        if place is None:
+            return "there is no checkpoint to go on from"
+        epoch, step = place
+        where = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
+        return f"the checkpoint of {where} is kept"
 
     def _log_step(self, step: int, loss: float, accuracy: float) -> None:
         """Every train.log_every steps: one line, one record."""
@@ -292,6 +317,38 @@ class Training:
         if stop:
             raise StopWanted
 
+    def accept_changes(self) -> None:
+        """After resuming under changes: from here on the checkpoint is one of the changed recipe and data."""
+        position = self.position
+        self.resumed_under_changes = (position.epoch, position.step)
+        if position.best is not None:
+            self._score_again(position.best)
+        self.save(self._sums_so_far() if position.step else None)
+
+    def _score_again(self, best: dict[str, Any]) -> None:
+        """Validate the best epoch and the last one as validation is now, to compare the epochs to come with them."""
+        position, module = self.position, self.setup.built.module
+        now = self.evaluate("validation").figures("val/") if position.step == 0 else {}
+        if position.step == 0 and best["epoch"] == position.epoch:
+            scored = best | now
+        else:
+            assert self.run is not None
+            state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            module.load_state_dict(load_weights(best_path(self.run.checkpoints, best["epoch"])))
+            scored = best | self.evaluate_network(self.trainer.network, "validation").figures("val/")
+            module.load_state_dict(state)
+        if position.last is not None and position.step == 0:
+            position.last = position.last | now
+        self.best = Patience(higher_is_better(self.recipe.train.select))
+        self.best.update(scored[self.recipe.train.select])
+        if scored != best:
+            position.best = scored
+            self.patience.best, self.patience.waited = scored[self.recipe.early_stopping.metric], 0
+            self.display.say(
+                f"validated again under the changes: epoch {best['epoch']}, the best so far, has "
+                f"loss {scored['val/loss']:.4f} and accuracy {scored['val/accuracy']:.4f}; patience counts anew"
+            )
+
     def _interrupt(self, sums: Sums) -> None:
         """Save and leave with exit status 3."""
         self.control.settle()
@@ -306,30 +363,41 @@ class Training:
     def _stopped_message(self) -> str:
         path = self.run.path if self.run else ""
         reason = next((r for r in gather_objects(self.stop.reason) if r), "a request")
-        return f"stopped by {reason} after a checkpoint was written; go on with: toolkit train --resume {path}"
+        saved = "after a checkpoint was written" if self.is_saved else f"without a new checkpoint; {self.kept_text()}"
+        return f"stopped by {reason} {saved}; go on with: toolkit train --resume {path}"
 
     def save(self, sums: Sums | None = None) -> None:
-        """Write a checkpoint (a collective); ``sums`` are those of an epoch under way."""
+        """Write a checkpoint (a collective); ``sums`` are those of an epoch under way.
+
+        RunFailed where weights or optimizer state are not finite: what was written before stays.
+        """
         self.saved_at = time.monotonic()
         if self.run is None:
             return
         mine = {
             "bad_step": self.trainer.finite.first_bad(wait=True),
+            "not_finite": first_not_finite(state_tensors(self.setup.built.module, self.trainer)),
             "sums": [] if sums is None else sums.state(),
             "random": random_state(),
             "statistics": {} if self.recipe.train.sync_batch_norm else local_statistics(self.setup.built.module),
         }
         everyone = gather_objects(mine)
         self._fail_where_bad(self.position.epoch, [each["bad_step"] for each in everyone])
+        if (name := next((each["not_finite"] for each in everyone if each["not_finite"]), None)) is not None:
+            where = f"epoch {self.position.epochs_begun}" + (
+                f", step {self.position.step}" if self.position.step else ""
+            )
+            reason = f"{name} is not finite after {where}, so that no checkpoint of this is written"
+            raise RunFailed(f"{reason}; {self.kept_text()}. {ADVICE}")
         self.position.sums = [each["sums"] for each in everyone] if sums is not None else []
-        self._written(lambda: self._write_checkpoint(everyone), "a checkpoint could not be written")
+        self.is_saved = self._written(lambda: self._write_checkpoint(everyone), "a checkpoint could not be written")
 
     def finish_writing(self) -> None:
         """At the end of a run nothing may be held back any more (a collective); RunFailed where the disk is full."""
         self._written(self.journal.flush, "results could not be written", must=True)
 
-    def _written(self, write: Callable[[], None], trouble: str, *, must: bool = False) -> None:
-        """``write()`` on the main process; what the recipe says where the disk refuses (a collective)."""
+    def _written(self, write: Callable[[], None], trouble: str, *, must: bool = False) -> bool:
+        """``write()`` on the main process, and whether it could; what the recipe says where not (a collective)."""
         error = None
         if self.accelerator.is_main_process:
             try:
@@ -338,9 +406,10 @@ class Training:
                 error = f"{trouble} in {self.run.path if self.run else ''} ({failure.strerror or failure})"
         error = broadcast_object(error)
         if error and (must or self.recipe.checkpoint.on_write_error == "stop"):
-            raise RunFailed(f"{error}; the last whole checkpoint is kept. Make room, then go on with --resume")
+            raise RunFailed(f"{error}; {self.kept_text()}. Make room, then go on with --resume")
         if error:
-            self.display.say(f"warning: {error}; the one before it is kept, and the run goes on")
+            self.display.say(f"warning: {error}; {self.kept_text()}, and the run goes on")
+        return not error
 
     def _write_checkpoint(self, everyone: list[dict[str, Any]]) -> None:
         self.journal.flush()
@@ -348,9 +417,13 @@ class Training:
         scaler = self.accelerator.scaler
         content = {
             "recipe_hash": recipe_hash(self.recipe),
+            "recipe": stored_recipe(self.recipe),
             "batches": self._batches,
+            "drawn": self.setup.drawn,
+            "classes": list(self.setup.dataset.classes),
             "optimizer_name": self.recipe.optimizer.name,
             "best_epoch": self.position.best["epoch"] if self.position.best else None,
+            "best_weights": self.journal.best_weights,
             "position": asdict(self.position),
             "patience": self.patience.state(),
             "plateau": self.plateau.state(),
@@ -383,6 +456,7 @@ class Training:
             reason = " ".join(str(error).split())
             raise UserError(f"the checkpoint's model is not that of the recipe: {reason:.300}") from None
         self.position = Position(**checkpoint["position"])
+        self.journal.best_weights = checkpoint.get("best_weights")
         if self.position.step and checkpoint["batches"] != self._batches:
             self.position.step, self.position.sums = 0, []
             self.display.say(f"the batches have changed: epoch {self.position.epoch + 1} begins anew")
@@ -403,7 +477,19 @@ class Training:
         if len(checkpoint["random"]) == self.accelerator.num_processes:
             restore_random_state(checkpoint["random"][self.accelerator.process_index])
             restore_statistics(self.setup.built.module, checkpoint["statistics"][self.accelerator.process_index])
+        if checkpoint.get("best_lost"):
+            self._choose_best_anew()
         self.display.say(f"going on after epoch {self.position.epoch}, step {self.position.step}")
+
+    def _choose_best_anew(self) -> None:
+        """Where the best weights are lost: the last epoch is the best so far, if its weights are those of now."""
+        position = self.position
+        position.best, self.journal.best_weights = None, None
+        if position.step == 0 and position.last is not None and self._is_best(position.last):
+            position.best = position.last
+            with self.averaged_weights():
+                self.journal.keep_best(position.epoch, self.setup.built.module.state_dict())
+        self.display.say(f"the best epoch is chosen among those from epoch {position.epoch + (position.step > 0)} on")
 
     def _sums_so_far(self) -> Sums:
         """What this process had counted in the epoch under way; with another number of processes, rank 0 takes all."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import math
 import pickle
 import re
@@ -12,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
@@ -27,6 +29,8 @@ WRAPPED_AS = ("state_dict", "model", "model_state_dict", "module")
 """Keys under which training programs keep the state dict."""
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 """What DDP and torch.compile put before every name."""
+METADATA = "toolkit"
+"""Entry of a .safetensors file's metadata that holds a digest of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,45 @@ def read_state(path: Path) -> State:
 
 def _read_safetensors(path: Path) -> State:
     try:
-        return dict(load_file(path))
+        state = dict(load_file(path))
+        is_intact = has_its_digest(path, state)
     except (SafetensorError, OSError) as error:
         raise UserError(f"weights file {path} cannot be read: {error}") from None
+    if not is_intact:
+        raise UserError(f"weights file {path} is damaged: its checksum differs")
+    return state
+
+
+def pack_state(state: State, **facts: Any) -> bytes:
+    """The content of a .safetensors file that carries a digest of its tensors, and ``facts`` (plain values)."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # One entry: safetensors writes several in a random order, and equal weights shall be equal files.
+    data: bytes = save(tensors, metadata={METADATA: json.dumps({**facts, "sha256": _digest(tensors)})})
+    return data
+
+
+def has_its_digest(path: Path, state: State) -> bool:
+    """Whether ``state``, read from ``path``, has the digest stored there; True for a file without one.
+
+    Raises SafetensorError or OSError where the file cannot be read.
+    """
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(METADATA)
+    if text is None:
+        return True
+    try:
+        return bool(json.loads(text)["sha256"] == _digest(state))
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _digest(state: State) -> str:
+    """SHA-256 (hex) of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _unpickle(path: Path) -> Any:

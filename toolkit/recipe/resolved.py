@@ -52,10 +52,24 @@ def recipe_hash(recipe: Recipe) -> str:
 
     What is no part of the experiment does not count: :data:`ASIDE`.
     """
-    told = {table: value for table, value in resolved_content(recipe).items() if table not in ASIDE}
-    told["recipe"] = {key: value for key, value in told["recipe"].items() if f"recipe.{key}" not in ASIDE}
-    content = json.dumps(told, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(content.encode()).hexdigest()
+    return content_hash(resolved_content(recipe))
+
+
+def content_hash(content: dict[str, Any]) -> str:
+    """The same of a resolved recipe's content as a file has it, with the keys of the version that wrote it."""
+    counted = {table: value for table, value in content.items() if table not in ASIDE}
+    counted["recipe"] = {key: value for key, value in counted["recipe"].items() if f"recipe.{key}" not in ASIDE}
+    text = json.dumps(counted, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def experiment_diff(first: Recipe, second: Recipe) -> list[tuple[Path, Any, Any]]:
+    """The differences (see :func:`diff`) that make it another experiment; what is in :data:`ASIDE` is left out."""
+    return [
+        change
+        for change in diff(first, second)
+        if not {str(change[0][0]), ".".join(map(str, change[0][:2]))} & {*ASIDE}
+    ]
 
 
 def diff(first: Recipe, second: Recipe) -> list[tuple[Path, Any, Any]]:

@@ -73,9 +73,9 @@ class SplitTable(Table):
     test: Annotated[
         Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)] | Literal["auto"],
         describe(
-            "Share (0..1) or number of images kept for the test, where the data set has no test list of its own. "
-            "0: no test split; a test list of the data set's own is not used either. auto: 0.2, but no test split if the "
-            "data set has a validation list and no test list."
+            "Share (0..1) or number of images kept for the test, if the data set has no test list of its own. "
+            "0: no test split; a test list of the data set's own is not used either. auto: 0.2, but no test split if "
+            "the data set has a validation list and no test list."
         ),
     ] = "auto"
     seed: Annotated[
@@ -613,7 +613,13 @@ class CheckpointTable(Table):
     every_minutes: Annotated[
         float, Field(ge=0), describe("Also within an epoch, after so much time; 0 is off.", unit="minutes")
     ] = 15.0
-    keep: Annotated[int, Field(ge=1), describe("How many of the last checkpoints are kept.")] = 2
+    keep: Annotated[
+        int,
+        Field(ge=1),
+        describe(
+            "How many of the last checkpoints are kept. Within an epoch at least 2: the next step proves the newest."
+        ),
+    ] = 2
     on_write_error: Annotated[
         Literal["continue", "stop"],
         describe("A checkpoint that cannot be written (disk full): go on with the one before, or stop."),

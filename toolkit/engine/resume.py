@@ -1,0 +1,206 @@
+"""Before a run is resumed: its recipe and its data are compared with those that its checkpoint was trained with.
+
+A recipe edited inside the run directory, a checkpoint of another run, and data that changed in between are refused with
+their differences. ``--allow-changes`` accepts them; images that were trained then stay out of validation and test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from accelerate import Accelerator
+
+from toolkit.data.datasets import Dataset
+from toolkit.data.splits import SPLITS, check_splits, split_hash
+from toolkit.engine.changes import Difference, FileFacts, Splits
+from toolkit.engine.checkpoint import BestWeightsLost, find_latest, load_checkpoint
+from toolkit.engine.display import Display
+from toolkit.engine.process import main_only
+from toolkit.errors import UserError
+from toolkit.recipe import Recipe, recipe_hash
+from toolkit.recipe.resolved import content_hash, experiment_diff, resolved_content
+from toolkit.runs import Run
+
+ADVICE = (
+    "Bring back what the run was trained with, or start a new run, or say --allow-changes, which keeps the images that "
+    "were trained out of validation and test"
+)
+
+
+@dataclass
+class Resumption:
+    """A run that is resumed from a checkpoint."""
+
+    run: Run
+    recipe: Recipe
+    checkpoint: dict[str, Any]
+    accelerator: Accelerator
+    display: Display
+    allow_changes: bool
+    recipe_changed: bool = False
+    """Whether the recipe is not that of the checkpoint, which was allowed."""
+    files_known: bool = False
+    """Whether what is kept of the image files still holds (main process)."""
+    data_changed: bool = False
+    """Whether the images or their splits are not those of the checkpoint, which was allowed."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything changed that the next checkpoint must know of."""
+        return self.recipe_changed or self.data_changed or bool(self.checkpoint.get("best_lost"))
+
+    def compare_recipe(self) -> None:
+        """Raise UserError where the recipe is not that of the checkpoint, unless this is allowed (a collective)."""
+        self.recipe_changed = main_only(self.accelerator, self._compare_recipe)
+
+    def _compare_recipe(self) -> bool:
+        stored = self.checkpoint.get("recipe")
+        if stored is None:  # written by a version that kept the hash alone
+            hashes = {recipe_hash(self.recipe), content_hash(_plain_recipe(self.run))}
+            if self.checkpoint["recipe_hash"] in hashes:
+                return False
+            listed = "only the hash of its recipe was kept, so the differences cannot be named"
+        else:
+            changes = experiment_diff(_validated(stored), self.recipe)
+            if not changes:
+                return False
+            listed = "; ".join(f"{'.'.join(map(str, key))}: {old!r} -> {new!r}" for key, old, new in changes)
+        if not self.allow_changes:
+            raise UserError(
+                f"the checkpoint of {self.run.path} was written under another recipe ({listed}): recipe.toml was "
+                "edited, or the checkpoint is another run's. Undo this, or say --allow-changes"
+            )
+        self.display.say(f"the recipe has changed since the checkpoint was written ({listed})")
+        return True
+
+    def settle(self, dataset: Dataset, drawn: Splits) -> Splits:
+        """The splits to go on with (a collective); ``drawn`` are those that the recipe gives with the data of now.
+
+        Raises UserError where data or splits are not those of the checkpoint, unless this is allowed.
+        """
+        splits, self.data_changed = main_only(self.accelerator, lambda: self._settle(dataset, drawn))
+        return splits
+
+    def _settle(self, dataset: Dataset, drawn: Splits) -> tuple[Splits, bool]:
+        now, trained = split_hash(dataset, drawn), self.checkpoint["batches"][0]
+        record = self._record(trained)
+        files = None if record is None else FileFacts.read(self.run, trained, dataset, record)
+        replaced = [] if files is None else files.replaced()
+        self.files_known = files is not None and files.is_current
+        if now == self.checkpoint.get("drawn", trained) and not replaced:
+            return (drawn if now == trained else self._recorded(record, dataset, trained)), False
+        if record is None:
+            raise UserError(
+                f"the data or the splits of {self.run.path} have changed since its checkpoint was written, and "
+                "split.json, which would say what was trained, is missing or damaged. Start a new run"
+            )
+        difference = Difference(record, dataset, drawn, self._classes(), files)
+        if not self.allow_changes:
+            raise UserError(f"the data of {self.run.path} have changed since it was trained: {difference}. {ADVICE}")
+        difference.check_outputs()
+        before = self._recipe_before()
+        same_rules = all(
+            getattr(before.data, key) == getattr(self.recipe.data, key)
+            for key in ("split", "images_per_class", "test_images_per_class")
+        )
+        splits = difference.kept_apart(self._ever_trained(), same_rules)
+        check_splits(dataset, splits, [name for name in SPLITS if len(drawn[name])])
+        self.display.say(f"the data have changed since the checkpoint was written: {difference}")
+        counts = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
+        self.display.say(f"trained images stay out of validation and test: now {counts}")
+        return splits, True
+
+    def _record(self, trained: str) -> dict[str, list[str]] | None:
+        """Names of the images of each split as the checkpoint was trained with them; None where they are not known."""
+        with contextlib.suppress(UserError):
+            for split in self.run.splits():
+                if split.get("hash") == trained:
+                    return _names(split)
+        return None
+
+    def _recorded(self, record: dict[str, list[str]] | None, dataset: Dataset, trained: str) -> Splits:
+        """The splits of a run whose data changed earlier: those that were settled then, not those drawn now."""
+        index = {dataset.images.name(i): i for i in range(len(dataset.images))}
+        names = record or {}
+        if record is not None and all(name in index for split in SPLITS for name in names[split]):
+            splits = {s: np.array([index[name] for name in names[s]], dtype=np.int64) for s in SPLITS}
+            if split_hash(dataset, splits) == trained:
+                return splits
+        raise UserError(f"{self.run.path / 'split.json'} is not the one that the checkpoint was trained with")
+
+    def _ever_trained(self) -> set[str]:
+        """Names of all images that were in a training split since the run began."""
+        return {name for split in self.run.splits() for name in _names(split)["train"]}
+
+    def _classes(self) -> list[str]:
+        return list(self.checkpoint.get("classes") or self.run.model_card.get("classes") or [])
+
+    def _recipe_before(self) -> Recipe:
+        stored = self.checkpoint.get("recipe")
+        return self.run.recipe if stored is None else _validated(stored)
+
+
+def find_resumption(
+    run: Run, recipe: Recipe, accelerator: Accelerator, display: Display, allow_changes: bool
+) -> Resumption | None:
+    """What there is to resume from: the newest whole checkpoint, chosen by the main process; None (a collective).
+
+    Raises UserError where it was written under another recipe, or where the best weights of all checkpoints are lost,
+    unless changes are allowed.
+    """
+
+    def choose() -> tuple[Path | None, bool]:
+        run.remove_temporary_files()
+        try:
+            return find_latest(run.checkpoints, display.say, with_best=True), False
+        except BestWeightsLost as lost:
+            if not allow_changes:
+                raise UserError(
+                    f"{lost}. Bring back the file, or start a new run, or say --allow-changes: then the best epoch is "
+                    "chosen among the last one and those to come"
+                ) from None
+            return lost.path, True
+
+    path, best_lost = main_only(accelerator, choose)
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path) | {"best_lost": best_lost}
+    resumption = Resumption(run, recipe, checkpoint, accelerator, display, allow_changes)
+    resumption.compare_recipe()
+    return resumption
+
+
+def _names(split: dict[str, Any]) -> dict[str, list[str]]:
+    """The lists of split.json. Raises UserError where one is missing."""
+    names = {name: split.get(name) for name in SPLITS}
+    if not all(isinstance(value, list) and all(isinstance(n, str) for n in value) for value in names.values()):
+        raise UserError("split.json is damaged: it does not list the images of every split")
+    return cast("dict[str, list[str]]", names)
+
+
+def stored_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as a checkpoint holds it."""
+    return json.dumps(resolved_content(recipe))
+
+
+def _validated(stored: str) -> Recipe:
+    """The recipe of a checkpoint, with the defaults of keys that have come since."""
+    try:
+        return Recipe.model_validate(json.loads(stored))
+    except ValueError:
+        raise UserError(
+            "the checkpoint was written under a recipe that this version of the toolkit does not know: use the version "
+            "that began the run, or start a new run"
+        ) from None
+
+
+def _plain_recipe(run: Run) -> dict[str, Any]:
+    """recipe.toml as it was written, without the defaults of keys that have come since."""
+    with open(run.path / "recipe.toml", "rb") as file:
+        return tomllib.load(file)
