@@ -280,3 +280,22 @@ def test_a_norm_sees_as_many_images_as_the_plan_gives_it(
         seen += [sum(micro.own for micro in parts)] if shared else [micro.own for micro in parts]
     assert (min(seen) == 1) == is_lone
     assert np.min(seen) >= 1
+
+
+@pytest.mark.parametrize("sync", ["true", "false"])
+def test_synchronized_batch_norm_counts_the_images_of_all_processes(tmp_path: Path, sync: str) -> None:
+    """A last batch of two images on two processes: one for each, which only synchronized batch norm can take."""
+    from trainers import Trainers
+
+    path = tmp_path / "recipe.toml"
+    path.write_text(DIGITS.format(root=tmp_path / "runs", images=9) + HEAD)
+    trainers = Trainers(2, tmp_path, path, "--set", "train.batch_size=44", "--set", f"train.sync_batch_norm={sync}")
+    statuses = trainers.wait()
+    if sync == "true":
+        assert statuses == [0, 0], trainers.text()
+        return
+    assert statuses == [2, 2]
+    assert (
+        "the last batch of an epoch has 2 images, of which a forward pass gets 1 (90 training images, train.batch_size "
+        "= 44, 2 processes)" in trainers.text()
+    )

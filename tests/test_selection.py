@@ -46,6 +46,7 @@ NONE = ("data.split.validation=0", "data.split.test=0", 'train.select="last"')
 
 
 def write(folder: Path, more: str = "") -> Path:
+    folder.mkdir(exist_ok=True)
     path = folder / "recipe.toml"
     path.write_text(DIGITS.format(runs=json.dumps(str(folder / "runs"))) + CONVNET + more)
     return path
@@ -307,3 +308,24 @@ def test_the_table_of_a_study_has_the_columns_that_its_runs_have(tmp_path: Path)
     report = toolkit("report", tmp_path / "runs" / "chosen")
     assert report.status == 0, report.stderr
     assert open_run(next((tmp_path / "runs" / "chosen").glob("*/recipe.toml")).parent).is_finished
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sync", ["true", "false"])
+def test_two_processes_train_on_all_images(tmp_path: Path, sync: str) -> None:
+    """Without synchronization the statistics of batch norm differ between them, and are averaged all the same."""
+    from trainers import Trainers
+
+    settings = [part for one in (*NONE, f"train.sync_batch_norm={sync}", "train.ema=0.9") for part in ("--set", one)]
+    trainers = Trainers(2, tmp_path, write(tmp_path), *settings)
+    assert trainers.wait() == [0, 0], trainers.text()
+    (folder,) = (tmp_path / "runs" / "chosen").iterdir()
+    run = open_run(folder)
+    assert run.summary["best"] == {"epoch": 3}
+    assert "it holds the weights of the last epoch" in run.log_file.read_text()
+    if sync == "true":
+        alone = train(write(tmp_path / "alone"), *NONE, "train.ema=0.9")
+        losses = [[r["train/loss"] for r in each.epochs()] for each in (run, alone)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
