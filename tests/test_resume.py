@@ -185,7 +185,7 @@ def copy_and_replace(data: Path) -> None:
 CHANGES = {
     add: "3 image(s) added: c0/00-new.bmp, c0/01-new.bmp, c0/02-new.bmp",
     remove: "3 image(s) removed: c2/0",
-    relabel: "4 image(s) moved: c0/00.bmp -> c3/100.bmp, c0/01.bmp -> c3/101.bmp, c0/02.bmp -> c3/102.bmp, ...",
+    relabel: "4 image(s) moved: c0/00.bmp -> c3/100.bmp, c0/01.bmp -> c3/101.bmp, c0/02.bmp -> c3/102.bmp and 1 more",
     relabel_under_the_same_name: "2 image(s) moved: c0/13.bmp -> c1/13.bmp, c0/14.bmp -> c1/14.bmp",
     swap: "2 image(s) moved: c1/03.bmp -> c0/03.bmp, c0/03.bmp -> c1/03.bmp",
     rename_class: "1 class(es) gone: c3; 1 new class(es): c4; 15 image(s) moved: c3/00.bmp -> c4/00.bmp",
