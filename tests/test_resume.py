@@ -185,7 +185,7 @@ def copy_and_replace(data: Path) -> None:
 CHANGES = {
     add: "3 image(s) added: c0/00-new.bmp, c0/01-new.bmp, c0/02-new.bmp",
     remove: "3 image(s) removed: c2/0",
-    relabel: "4 image(s) moved: c0/00.bmp -> c3/100.bmp, c0/01.bmp -> c3/101.bmp, c0/02.bmp -> c3/102.bmp, ...",
+    relabel: "4 image(s) moved: c0/00.bmp -> c3/100.bmp, c0/01.bmp -> c3/101.bmp, c0/02.bmp -> c3/102.bmp and 1 more",
     relabel_under_the_same_name: "2 image(s) moved: c0/13.bmp -> c1/13.bmp, c0/14.bmp -> c1/14.bmp",
     swap: "2 image(s) moved: c1/03.bmp -> c0/03.bmp, c0/03.bmp -> c1/03.bmp",
     rename_class: "1 class(es) gone: c3; 1 new class(es): c4; 15 image(s) moved: c3/00.bmp -> c4/00.bmp",
@@ -346,6 +346,22 @@ def test_a_recipe_edited_inside_the_run_is_refused_with_its_differences(recipe: 
     resumed(run, until=2, allow_changes=True)
     resumed(run)  # from here on the checkpoint is one of the edited recipe
     assert [(record["epoch"], record["lr"]) for record in run.epochs()] == [(1, 0.05), (2, 0.05), (3, 0.01)]
+
+
+def test_fewer_epochs_than_were_trained_finish_with_the_last_one_where_this_is_wanted(recipe: Recipe) -> None:
+    last = changed(recipe, train__select="last")
+    run = paused(last, 3)
+    resumed(run, changed(last, train__epochs=2), allow_changes=True)
+    assert run.summary["best"]["epoch"] == run.summary["epochs_run"] == 3
+
+
+def test_images_taken_from_validation_and_test_for_good(recipe: Recipe) -> None:
+    """Resumed without validation and test, on all images."""
+    run = paused(recipe)
+    none = {**resolved_content(recipe)["data"]["split"], "validation": 0, "test": 0}
+    resumed(run, changed(recipe, data__split=none, train__select="last"), allow_changes=True)
+    assert len(run.split["train"]) == CLASSES * EACH
+    assert run.summary["best"]["epoch"] == 4
 
 
 def test_an_edit_that_does_not_change_the_experiment_is_no_matter(recipe: Recipe) -> None:
@@ -587,8 +603,8 @@ def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(
     recipe = changed(recipe, optimizer__name="adamw", optimizer__momentum=None, checkpoint__every_steps=2)
     update, count = Trainer._update, itertools.count(1)
 
-    def spoil(trainer: Trainer) -> None:
-        update(trainer)
+    def spoil(trainer: Trainer, number: int) -> None:
+        update(trainer, number)
         if next(count) == STEPS + 2:
             parameter = dict(trainer.network.named_parameters())["head.weight"]
             state = trainer.optimizer.state[parameter]
@@ -621,8 +637,8 @@ def test_stopped_with_a_full_disk_it_says_which_checkpoint_there_is(
         monkeypatch.setattr(checkpoint_module, "write_atomically", full)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    update, count = Trainer._update, itertools.count(1)
-    monkeypatch.setattr(Trainer, "_update", lambda trainer: (update(trainer), next(count) == first and stop()))
+    monkeypatch.setattr(Trainer, "_update", Trainer._update)  # undone at the end
+    at_call(Trainer, "_update", first, stop, after=True)
     with pytest.raises(Interrupted, match=f"stopped by SIGTERM without a new checkpoint; {kept}; go on with"):
         fit(recipe, quiet=True)
 

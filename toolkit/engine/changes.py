@@ -122,7 +122,8 @@ def _moved(gone: list[str], new: list[str], files: FileFacts | None) -> dict[str
 def _listed(kind: str, names: list[str]) -> str:
     if not names:
         return ""
-    return f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{more}"
 
 
 # -- size and time of change of image files ---------------------------------------------------------------------------

@@ -162,7 +162,7 @@ class Training:
         """Whether an epoch's weights are to be kept: it is better than all before it, or the last one is wanted."""
         select, best = self.recipe.train.select, self.position.best
         if select == "last":
-            return bool(record["epoch"] == self.recipe.train.epochs)
+            return bool(record["epoch"] >= self.recipe.train.epochs)
         return best is None or epoch_rank(record, select) > epoch_rank(best, select)
 
     def _average_statistics(self) -> None:
@@ -321,8 +321,9 @@ class Training:
         """After resuming under changes: from here on the checkpoint is one of the changed recipe and data."""
         position = self.position
         self.resumed_under_changes = (position.epoch, position.step)
-        if position.best is not None:
+        if position.best is not None and self.setup.has("validation"):
             self._score_again(position.best)
+        self._take_last_if_best()
         self.save(self._sums_so_far() if position.step else None)
 
     def _score_again(self, best: dict[str, Any]) -> None:
@@ -339,11 +340,9 @@ class Training:
             module.load_state_dict(state)
         if position.last is not None and position.step == 0:
             position.last = position.last | now
-        self.best = Patience(higher_is_better(self.recipe.train.select))
-        self.best.update(scored[self.recipe.train.select])
         if scored != best:
             position.best = scored
-            self.patience.best, self.patience.waited = scored[self.recipe.early_stopping.metric], 0
+            self.patience.best, self.patience.waited = scored.get(self.recipe.early_stopping.metric), 0
             self.display.say(
                 f"validated again under the changes: epoch {best['epoch']}, the best so far, has "
                 f"loss {scored['val/loss']:.4f} and accuracy {scored['val/accuracy']:.4f}; patience counts anew"
@@ -481,14 +480,19 @@ class Training:
             self._choose_best_anew()
         self.display.say(f"going on after epoch {self.position.epoch}, step {self.position.step}")
 
-    def _choose_best_anew(self) -> None:
-        """Where the best weights are lost: the last epoch is the best so far, if its weights are those of now."""
+    def _take_last_if_best(self) -> None:
+        """Keep the weights of now if they are those of the last epoch, and this is the best under the recipe of now."""
         position = self.position
-        position.best, self.journal.best_weights = None, None
         if position.step == 0 and position.last is not None and self._is_best(position.last):
             position.best = position.last
             with self.averaged_weights():
                 self.journal.keep_best(position.epoch, self.setup.built.module.state_dict())
+
+    def _choose_best_anew(self) -> None:
+        """Where the best weights are lost: the last epoch is the best so far, if its weights are those of now."""
+        position = self.position
+        position.best, self.journal.best_weights = None, None
+        self._take_last_if_best()
         self.display.say(f"the best epoch is chosen among those from epoch {position.epoch + (position.step > 0)} on")
 
     def _sums_so_far(self) -> Sums:
