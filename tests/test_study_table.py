@@ -214,11 +214,19 @@ def test_the_best_row_is_chosen_by_validation(tmp_path: Path) -> None:
 
 def test_best_and_stopped_figures(tmp_path: Path) -> None:
     """The best epoch is the second; training figures are that epoch's too, ``stopped_`` are of the last."""
-    run = FakeRun("a", val_accuracy=[0.5, 0.7, 0.6], test_accuracy=0.66)
+    run = FakeRun("a", val_accuracy=[0.5, 0.7, 0.6], test_accuracy=0.66, published={"stopped_train_loss": 0.3})
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, [run]).path
-    columns = "train_loss,val_loss,val_accuracy,test_accuracy,stopped_val_accuracy,stopped_test_accuracy,epochs,seconds"
+    expected = {
+        "train_loss": 0.25, "train_accuracy": 0.75, "val_loss": 0.3, "val_accuracy": 0.7, "test_accuracy": 0.66,
+        "stopped_train_loss": 0.35, "stopped_train_accuracy": 0.65, "stopped_val_accuracy": 0.6,
+        "stopped_test_accuracy": 0.65, "epochs": 3, "seconds": 7.5,
+    }  # fmt: skip
+    columns = ",".join(expected)
     (row,) = json.loads(toolkit("table", folder, "--columns", columns, "--json").stdout)["rows"]
-    assert [row[name] for name in columns.split(",")] == pytest.approx([0.25, 0.3, 0.7, 0.66, 0.6, 0.65, 3, 7.5])
+    assert [row[name] for name in expected] == pytest.approx(list(expected.values()))
+    assert row["stopped_train_loss_difference"] == pytest.approx(0.05), "of the last epoch, not of the best"
+    shown = toolkit("table", folder, "--columns", columns).stdout
+    assert re.search(r"stopped train loss +published +diff\. +stopped train acc\. %", shown)
 
 
 def test_grouping_by_a_key(tmp_path: Path) -> None:

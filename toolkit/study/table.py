@@ -41,6 +41,8 @@ FORMATS: dict[str, Shown] = {
     **_accuracies("train", "train"),
     **_accuracies("val", "val."),
     **_accuracies("test", "test"),
+    "stopped_train_loss": Shown("stopped train loss", 4),
+    **_accuracies("stopped_train", "stopped train"),
     **_accuracies("stopped_val", "stopped val."),
     **_accuracies("stopped_test", "stopped test"),
     "epochs": Shown("epochs", 0),
