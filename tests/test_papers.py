@@ -309,7 +309,8 @@ SPOTS: list[tuple[str, str, dict[str, float]]] = [
     ("murabito/scratch", "lr 0.05, 50 epochs, step 35",
      {"stopped_train_loss": 0.02, "val_accuracy": 0.55, "test_accuracy": 0.54}),
     ("murabito/pretrained", "lr 0.005, 30 epochs, step 25", {"stopped_train_loss": 0.002, "val_accuracy": 0.853}),
-    ("murabito/freezing", "only convolutional", {"stopped_train_loss": 2.0, "val_accuracy": 0.49, "test_accuracy": 0.48}),
+    ("murabito/freezing", "only convolutional",
+     {"stopped_train_loss": 2.0, "val_accuracy": 0.49, "test_accuracy": 0.48}),
     ("murabito/transforms", "centre crop, rotation 180", {"stopped_train_loss": 0.07, "test_accuracy": 0.64}),
     ("murabito/resnet18", "ResNet18", {"stopped_train_loss": 0.0046, "val_accuracy": 0.9381}),
 ]  # fmt: skip

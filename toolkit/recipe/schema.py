@@ -497,7 +497,11 @@ class SchedulerTable(Table):
     patience: Annotated[
         int, Field(ge=0), describe("plateau: epochs without improvement that are tolerated.", unit="epochs")
     ] = 5
-    threshold: Annotated[float, Field(ge=0), describe("plateau: smaller absolute changes are no improvement.")] = 1e-4
+    threshold: Annotated[float, Field(ge=0), describe("plateau: smaller changes are no improvement.")] = 1e-4
+    threshold_mode: Annotated[
+        Literal["rel", "abs"],
+        describe("plateau: threshold is a share of the best value so far (rel) or in units of the metric (abs)."),
+    ] = "rel"
     peak_at: Annotated[
         Annotated[float, Field(gt=0, lt=1)],
         describe("one_cycle: share of the epochs at which lr is reached (Smith 2018)."),
