@@ -79,7 +79,11 @@ class SplitTable(Table):
         ),
     ] = "auto"
     seed: Annotated[
-        int, Field(ge=0, lt=2**32), describe("Seeds the drawing; apart from recipe.seed, so that seeds share a split.")
+        Annotated[int, Field(ge=0, lt=2**32)] | Literal["recipe.seed"],
+        describe(
+            'Seeds the drawing; apart from recipe.seed, so that runs of several seeds share one split. "recipe.seed": '
+            "the same number, so that each seed has a split of its own."
+        ),
     ] = 0
 
 
