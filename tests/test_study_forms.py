@@ -92,6 +92,24 @@ def test_rows_have_their_own_names_and_published_figures(tmp_path: Path) -> None
     assert (slow.row, slow.changes, slow.published) == ("slow", {}, {})
 
 
+def test_a_published_figure_may_be_a_mean_over_several_runs(tmp_path: Path) -> None:
+    text = """
+        [study]
+        published = [{{ where = {{}}, figures = {{ val_accuracy = {{ mean = 0.8, std = 0.01, n = 3 }} }} }}]
+        [[study.rows]]
+        name = "fast"
+        published = {{ test_accuracy = {{ mean = 0.7591, std = 0.0034, n = {n} }}, val_loss = 0.5 }}
+        """
+    (run,) = expanded(tmp_path, text.format(n=10)).runs
+    assert run.member.published == {"val_accuracy": 0.8, "test_accuracy": 0.7591, "val_loss": 0.5}
+    assert run.member.published_spread == {
+        "val_accuracy": {"std": 0.01, "n": 3}, "test_accuracy": {"std": 0.0034, "n": 10}
+    }  # fmt: skip
+    assert "published.test_accuracy.n: expected a whole number >= 2, found 1" in message(tmp_path, text.format(n=1))
+    wrong = text.format(n=10).replace("val_loss = 0.5", 'val_loss = "0.5"')
+    assert "expected a number or a table { mean = ..., std = ..., n = ... }" in message(tmp_path, wrong)
+
+
 def test_forms_combine_rows_zip_grid_seeds(tmp_path: Path) -> None:
     found = rows(
         tmp_path,

@@ -44,7 +44,9 @@ def split_dataset(dataset: Dataset, table: DataTable) -> dict[str, Indices]:
     split, lists, labels = table.split, dataset.lists, dataset.labels
     seed = split.seed
     if not isinstance(seed, int):
-        raise ValueError('data.split.seed = "recipe.seed" must be resolved first: toolkit.recipe.resolved.with_defaults')
+        raise ValueError(
+            'data.split.seed = "recipe.seed" must be resolved first: toolkit.recipe.resolved.with_defaults'
+        )
     method = _method(dataset, split)
     train = lists["train"]
     test_share = share_of_test(dataset, split)
