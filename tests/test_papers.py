@@ -23,6 +23,7 @@ from PIL import Image
 from toolkit.engine.fit import dry_run
 from toolkit.models.build import build_model
 from toolkit.models.transfer import apply_transfer
+from toolkit.recipe import load_recipe
 from toolkit.recipe.schema import Recipe
 from toolkit.study.expand import Expansion, PlannedRun, StudyFile, expand, read_study
 from toolkit.study.folder import Member
@@ -63,8 +64,8 @@ RUNS = {
     "mereu/table12": 2 * 3,
     "mereu/table13": 3 + 3,
     "mereu/table14": 3 + 3,
-    "colbertaldo/models": 2,
-    "colbertaldo/seeds": 10,
+    "colbertaldo/models": 3,
+    "colbertaldo/seeds": 10 + 10,
     "murabito/scratch": 6,
     "murabito/pretrained": 7,
     "murabito/freezing": 3,
@@ -304,8 +305,10 @@ SPOTS: list[tuple[str, str, dict[str, float]]] = [
     ("mereu/table12", "fine-tuning, AdamW", five(0.1274, 0.9405, 1.1845, 0.7414, 0.7535)),
     ("mereu/table13", "fine-tuning, SGD, lr 1.33e-2", five(0.0042, 0.9955, 0.3025, 0.9274, 0.9416)),
     ("mereu/table14", "fine-tuning, SGD, lr 4.61e-2", five(0.0038, 0.9959, 0.1864, 0.9523, 0.9585)),
-    ("colbertaldo/models", "A: fast", {"test_accuracy": 0.7536}),
-    ("colbertaldo/models", "B: batch norm, dropout, augmentation", {"test_accuracy": 0.83}),
+    ("colbertaldo/models", "A: fast", {"stopped_test_accuracy": 0.7536}),
+    ("colbertaldo/models", "B: batch norm, dropout, augmentation; 60 epochs", {"stopped_test_accuracy": 0.83}),
+    ("colbertaldo/models", "B: batch norm, dropout, augmentation; normalized by 0.5, 100 epochs",
+     {"stopped_test_accuracy": 0.85}),
     ("murabito/scratch", "lr 0.05, 50 epochs, step 35",
      {"stopped_train_loss": 0.02, "val_accuracy": 0.55, "test_accuracy": 0.54}),
     ("murabito/pretrained", "lr 0.005, 30 epochs, step 25", {"stopped_train_loss": 0.002, "val_accuracy": 0.853}),
@@ -321,10 +324,37 @@ def test_published_figures_stand_in_their_row(name: str, row: str, figures: dict
     assert member(name, row).published == figures
 
 
-def test_every_seed_has_the_published_mean() -> None:
+def test_ten_seeds_are_run_on_one_split_and_on_a_split_each() -> None:
     runs = expansion("colbertaldo/seeds").runs
-    assert [run.member.seed for run in runs] == list(range(42, 52))
-    assert [run.member.published for run in runs] == [{"test_accuracy": 0.7591}] * 10
+    assert [run.member.seed for run in runs] == [*range(42, 52)] * 2
+    assert [run.recipe.data.split.seed for run in runs] == [0] * 10 + [*range(42, 52)]
+
+
+def test_ten_seeds_have_the_published_mean_deviation_and_number() -> None:
+    for run in expansion("colbertaldo/seeds").runs:
+        assert run.member.published == {"stopped_test_accuracy": 0.7591}
+        assert run.member.published_spread == {"stopped_test_accuracy": {"std": 0.0034, "n": 10}}
+    assert not re.search(r"\d", study_file("colbertaldo/seeds").table.description), "the heading has no figures"
+
+
+def test_colbertaldo_evaluates_the_model_after_the_last_epoch() -> None:
+    for name in ("colbertaldo/models", "colbertaldo/seeds"):
+        assert "stopped_test_accuracy" in study_file(name).table.output.columns
+        assert {tuple(run.member.published) for run in expansion(name).runs} == {("stopped_test_accuracy",)}
+    for name, value in (("fast", 0.7591), ("best", 0.83)):
+        expect = load_recipe(REPOSITORY / "recipes" / f"colbertaldo_{name}.toml").expect
+        assert {figure: expected.value for figure, expected in expect.items()} == {"stopped_test_accuracy": value}
+
+
+def test_colbertaldos_two_figures_of_his_second_network_are_two_rows() -> None:
+    """85 % in 100 epochs with pixels normalized by 0.5; 83 % in 60 with the training images' mean and deviation."""
+    runs = [run for run in expansion("colbertaldo/models").runs if run.recipe.scheduler.name == "plateau"]
+    told = [
+        (run.recipe.train.epochs, run.recipe.data.normalize, run.member.published["stopped_test_accuracy"])
+        for run in runs
+    ]
+    assert told == [(60, "dataset", 0.83), (100, "half", 0.85)]
+    assert {(run.recipe.scheduler.threshold, run.recipe.scheduler.threshold_mode) for run in runs} == {(1e-4, "rel")}
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("murabito/")])
@@ -411,7 +441,7 @@ NETWORKS: dict[tuple[str, str], tuple[int, int]] = {
     ("yildiz/vgg11bn", "fine-tuned"): (VGG11_CONVOLUTIONS + VGG11_YILDIZ, VGG11_CONVOLUTIONS + VGG11_YILDIZ),
     ("yildiz/vgg11bn", "from scratch"): (VGG11_CONVOLUTIONS + VGG11_YILDIZ, VGG11_CONVOLUTIONS + VGG11_YILDIZ),
     ("colbertaldo/models", "A: fast"): (5_295_242, 5_295_242),
-    ("colbertaldo/models", "B: batch norm, dropout, augmentation"): (5_879_946, 5_879_946),
+    ("colbertaldo/models", "B: batch norm, dropout, augmentation; 60 epochs"): (5_879_946, 5_879_946),
     ("mereu/figure02", "default values"): (ALEXNET, ALEXNET),
     ("mereu/table07", "SGD, lr 1e-3, wd 5e-3"): (ALEXNET, ALEXNET),
     ("mereu/table08", "SGD, lr 1e-3, wd 5e-3"): (ALEXNET, ALEXNET - ALEXNET_CONVOLUTIONS),
@@ -428,7 +458,7 @@ NETWORKS: dict[tuple[str, str], tuple[int, int]] = {
 QUICK = {
     ("giunta/dropout", "dropout 0.5"),
     ("yildiz/vgg11bn", "frozen"),
-    ("colbertaldo/models", "B: batch norm, dropout, augmentation"),
+    ("colbertaldo/models", "B: batch norm, dropout, augmentation; 60 epochs"),
     ("mereu/table09", "all FC frozen, SGD, lr 1e-3"),
     ("murabito/resnet18", "ResNet18"),
 }
