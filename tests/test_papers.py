@@ -379,6 +379,10 @@ EPOCHS: list[tuple[str, str, str, int, dict[int, float]]] = [
     ("murabito/pretrained", "lr 0.01, 20 epochs, step 15", "train/loss", 20, {1: 2.9812, 20: 0.0057}),
     ("murabito/freezing", "only fully connected", "val/accuracy", 20, {15: 0.8489}),
     ("murabito/freezing", "only convolutional", "val/accuracy", 20, {1: 0.0747, 19: 0.4938}),
+    ("murabito/freezing", "only fully connected", "train/loss", 20, {1: 2.9148, 16: 0.0155, 17: 0.0174, 20: 0.0142}),
+    ("murabito/freezing", "only convolutional", "train/loss", 20, {1: 4.6834, 16: 2.1546, 20: 2.0172}),
+    ("murabito/transforms", "centre crop, rotation 180", "train/loss", 20, {1: 3.6166, 15: 0.2246, 20: 0.0636}),
+    ("murabito/transforms", "centre crop, rotation 180", "val/accuracy", 20, {1: 0.4308, 18: 0.7019, 20: 0.7006}),
     ("murabito/resnet18", "ResNet18", "val/accuracy", 30, {1: 0.684, 22: 0.9381}),
 ]
 
