@@ -24,6 +24,7 @@ from toolkit.engine.fit import dry_run
 from toolkit.models.build import build_model
 from toolkit.models.transfer import apply_transfer
 from toolkit.recipe import load_recipe
+from toolkit.recipe.resolved import diff
 from toolkit.recipe.schema import Recipe
 from toolkit.study.expand import Expansion, PlannedRun, StudyFile, expand, read_study
 from toolkit.study.folder import Member
@@ -246,6 +247,32 @@ def test_the_constant_weight_decay_of_the_notebook_is_told_beside_its_rows() -> 
             is_told = "weight decay 5e-5" in run.member.note
             assert is_told == (run.recipe.optimizer.name in ("sgd", "nag")), run.member.row
             assert f"wd {run.recipe.optimizer.weight_decay:.0e}".replace("e-0", "e-") in run.member.row, "it arrives"
+
+
+@pytest.mark.parametrize("name", [*RUNS, *sorted(SEARCHES)])
+def test_every_run_is_in_fp32_as_in_the_reports(name: str) -> None:
+    recipes = [run.recipe for run in expansion(name).runs] or [study_file(name).base]
+    assert {recipe.train.precision for recipe in recipes} == {"no"}
+
+
+@pytest.mark.parametrize(
+    ("name", "study", "row", "best"),
+    [
+        ("resnet50_caltech", "mereu/table14", "fine-tuning, SGD, lr 4.61e-2", (0.9523, 0.9585)),
+        ("vgg16_caltech", "mereu/table13", "fine-tuning, SGD, lr 1.33e-2", (0.9274, 0.9416)),
+    ],
+)
+def test_a_recipe_of_mereus_best_run_is_the_row_of_his_table(
+    name: str, study: str, row: str, best: tuple[float, float]
+) -> None:
+    """Third augmentation set, squashed to 256 x 256, batch 64, the epoch with the least validation loss, fp32."""
+    recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.toml")
+    assert diff(recipe.model_copy(update={"recipe": planned(study, row).recipe.recipe, "expect": {}}),
+                planned(study, row).recipe) == []  # fmt: skip
+    assert [step.name for step in recipe.augment.train] == ["RandomHorizontalFlip", "RandomRotation", "ColorJitter"]
+    assert (recipe.data.resize, recipe.train.select, recipe.train.batch_size) == ([256, 256], "val/loss", 64)
+    assert (recipe.expect["val_accuracy"].value, recipe.expect["test_accuracy"].value) == best
+    assert two(*best).items() <= member(study, row).published.items()
 
 
 # -- published figures ------------------------------------------------------------------------------------------------
