@@ -60,9 +60,9 @@ RUNS = {
     "mereu/table07": 3 * 3 * 3,
     "mereu/table08": 3 * 3 * 3,
     "mereu/table09": 2 * 2 * 3,
-    "mereu/table10": 2 * 3,
-    "mereu/table11": 2 * 3,
-    "mereu/table12": 2 * 3,
+    "mereu/table10": 2 * 3 + 1,  # one with the aspect ratio kept
+    "mereu/table11": 2 * 3 + 1,
+    "mereu/table12": 2 * 3 + 1,
     "mereu/table13": 3 + 3,
     "mereu/table14": 3 + 3 + 3,  # feature extractors also with fixed batch norm statistics
     "colbertaldo/models": 3,
@@ -216,6 +216,7 @@ def test_the_page_tells_of_every_row_and_every_study() -> None:
 
 
 def test_the_grid_is_every_combination() -> None:
+    assert "4 x 2 x 3 x 3 x 2 = 144 combinations, not 72" in study_file("giunta/grid").table.note
     recipes = [run.recipe for run in expansion("giunta/grid").runs]
     assert Counter(recipe.train.epochs for recipe in recipes) == {5: 36, 10: 36, 30: 36, 50: 36}
     assert {recipe.train.batch_size for recipe in recipes} == {200, 400}
@@ -239,6 +240,37 @@ def test_mereus_runs_keep_to_mereus_protocol() -> None:
             size = {"mereu/table13": 64, "mereu/table14": 64}.get(name, 256)
             assert recipe.train.batch_size == size or name == "mereu/table06"
             assert recipe.data.normalize == ("half" if recipe.transfer.mode == "scratch" else "imagenet")
+
+
+@pytest.mark.parametrize("table", [10, 11, 12])
+def test_augmented_images_are_squashed_and_one_row_keeps_the_aspect_ratio(table: int) -> None:
+    *rows, kept = expansion(f"mereu/table{table}").runs
+    assert [run.recipe.data.resize for run in rows] == [[256, 256]] * 6
+    plain = [*expansion("mereu/table07").runs, *expansion("mereu/table08").runs]
+    assert {run.recipe.data.resize for run in plain} == {256}
+    assert diff(rows[0].recipe, kept.recipe) == [(("data", "resize"), [256, 256], 256)], "fine-tuning with SGD"
+    assert not kept.member.published
+    note = study_file(f"mereu/table{table}").table.note
+    assert "for training, validation and test alike; tables 7 and 8 resize the short side to 256" in note
+
+
+@pytest.mark.parametrize("name", [f"mereu/table{table:02}" for table in range(1, 15)])
+def test_no_published_train_accuracy_is_above_the_share_of_images_in_whole_batches(name: str) -> None:
+    """2,892 training images; the last batch is dropped, and right answers were divided by all images."""
+    note = study_file(name).table.note
+    assert "Published train accuracies are right answers divided by all 2,892 training images" in note
+    for run in expansion(name).runs:
+        size = run.recipe.train.batch_size
+        ceiling = round(2892 // size * size / 2892, 4)
+        assert run.recipe.train.drop_last
+        assert run.member.published.get("train_accuracy", 0.0) <= ceiling
+        assert f"{ceiling:.4f}" in note
+
+
+def test_published_train_accuracies_stand_at_their_ceiling() -> None:
+    """45 batches of 64 images are 2,880 of 2,892."""
+    found = [run.member.published.get("train_accuracy") for run in expansion("mereu/table14").runs]
+    assert found.count(round(2880 / 2892, 4)) == 3
 
 
 def test_the_constant_weight_decay_of_the_notebook_is_told_beside_its_rows() -> None:
