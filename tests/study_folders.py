@@ -24,6 +24,7 @@ class FakeRun:
     test_accuracy: float = 0.5
     state: str = "finished"
     published: dict[str, float] = field(default_factory=dict)
+    published_spread: dict[str, dict[str, float]] = field(default_factory=dict)
     published_epochs: dict[str, list[float]] = field(default_factory=dict)
     note: str = ""
     failure: str = "the loss is nan"
@@ -50,7 +51,8 @@ def _write_run(path: Path, number: int, run: FakeRun) -> Member:
         if run.state == "failed":
             (path / name / "failed.json").write_text(json.dumps({"message": run.failure, "when": ""}))
     return Member(
-        run.row, run.seed, run.changes, f"{number:064x}", name, run.published, run.published_epochs, "", run.note
+        run.row, run.seed, run.changes, f"{number:064x}", name, run.published, run.published_spread,
+        run.published_epochs, "", run.note,
     )  # fmt: skip
 
 

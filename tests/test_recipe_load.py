@@ -63,6 +63,18 @@ def errors(text: str, *overrides: str) -> str:
     return str(caught.value)
 
 
+def test_expectations_are_not_inherited(tmp_path: Path) -> None:
+    """Merged, the child would promise an accuracy of at least 0.8 and at most 0.6."""
+    expect = '[expect]\nval_accuracy = {{ {bound}, source = "x" }}\n'
+    (tmp_path / "parent.toml").write_text(VALID.split("[expect]")[0] + expect.format(bound="at_most = 0.6"))
+    child = tmp_path / "child.toml"
+    child.write_text('extends = "parent.toml"\n')
+    assert load_recipe(child).expect == {}
+    child.write_text('extends = "parent.toml"\n' + expect.format(bound="at_least = 0.8"))
+    expected = load_recipe(child).expect["val_accuracy"]
+    assert (expected.at_least, expected.at_most) == (0.8, None)
+
+
 def test_a_recipe_has_its_values_and_all_defaults() -> None:
     recipe = loads_recipe(VALID)
     assert (recipe.train.epochs, recipe.train.accumulation, recipe.data.split.validation) == (5, 1, 1000)

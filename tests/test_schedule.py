@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -75,19 +76,37 @@ def test_warmup_is_linear_and_then_gone(name: str) -> None:
         assert learning_rate(table, PEAK, 2, 10) == pytest.approx(PEAK)
 
 
-def test_plateau_like_torch() -> None:
-    losses = [1.0, 0.9, 0.95, 0.93, 0.91, 0.92, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.49995, 0.7, 0.7]
+LOSSES = [1.0, 0.9, 0.95, 0.93, 0.91, 0.92, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.49995, 0.7, 0.7]
+
+
+def reductions(threshold: dict[str, Any], metric: str, values: list[float]) -> list[float]:
+    """The learning rate after each value, which must be that of PyTorch's scheduler."""
     sgd = optimizer()
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        sgd, factor=0.5, patience=2, threshold=1e-4, threshold_mode="abs", min_lr=0.04
+        sgd, "min" if metric == "val/loss" else "max", factor=0.5, patience=2, min_lr=0.04, **threshold
     )
-    table = SchedulerTable(name="plateau", gamma=0.5, patience=2, min_lr=0.04)
-    ours = Plateau(table)
-    for epoch, loss in enumerate(losses):
-        theirs.step(loss)
-        ours.update(loss)
-        assert learning_rate(table, PEAK, epoch, 99, ours.factor) == pytest.approx(sgd.param_groups[0]["lr"])
-    assert ours.factor < 0.5, "the sequence must have reduced it more than once"
+    table = SchedulerTable(name="plateau", metric=metric, gamma=0.5, patience=2, min_lr=0.04, **threshold)
+    ours, rates = Plateau(table), []
+    for epoch, value in enumerate(values):
+        theirs.step(value)
+        ours.update(value)
+        rates.append(learning_rate(table, PEAK, epoch, 99, ours.factor))
+        assert rates[-1] == pytest.approx(sgd.param_groups[0]["lr"])
+    return rates
+
+
+@pytest.mark.parametrize("threshold", [{}, {"threshold_mode": "abs"}, {"threshold": 0.02}], ids=str)
+def test_plateau_like_torch(threshold: dict[str, Any]) -> None:
+    assert min(reductions(threshold, "val/loss", LOSSES)) < 0.5 * PEAK, "it must have been reduced more than once"
+    reductions(threshold, "val/accuracy", [1 - loss / 2 for loss in LOSSES])
+
+
+def test_the_plateau_threshold_is_relative_unless_the_recipe_says_otherwise() -> None:
+    """The second loss is lower by 0.0002: more than 1e-4, but less than 1e-4 of 3."""
+    losses = [3.0, 2.9998, 2.9998, 2.9998]
+    assert reductions({"threshold_mode": "abs"}, "val/loss", losses) == [PEAK] * 4
+    assert reductions({"threshold_mode": "rel"}, "val/loss", losses) == [PEAK] * 3 + [PEAK / 2]
+    assert reductions({}, "val/loss", losses) == [PEAK] * 3 + [PEAK / 2]
 
 
 def test_patience_counts_epochs_without_enough_improvement() -> None:

@@ -78,6 +78,9 @@ ALIVE = {
     "betas": ("optimizer.args.betas = [[0.9, 0.99], [0.8, 0.99]]", ('optimizer.name="adamw"',)),
     "period": ("scheduler.step_size = [2, 3]", ('scheduler.name="step"',)),
     "gamma": ("scheduler.gamma = [0.1, 0.5]", ('scheduler.name="plateau"', "scheduler.patience=2")),
+    "threshold's mode": (
+        'scheduler.threshold_mode = ["rel", "abs"]', ('scheduler.name="plateau"', "scheduler.patience=2"),
+    ),
     "warm-up": ("scheduler.warmup_epochs = [1.0, 2.0]", ()),
     "patience": ("early_stopping.patience = [2, 4]", ()),
     "share of CutMix": ("augment.cutmix_share = [0.1, 0.5]", ("augment.mixup=0.2", "augment.cutmix=0.2")),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from studies import BASE, write_study
 
+from toolkit.data.datasets import open_dataset
+from toolkit.data.splits import split_dataset
 from toolkit.recipe import RecipeError, load_recipe, recipe_hash
 from toolkit.study.expand import Expansion, expand, read_study
 
@@ -90,6 +92,24 @@ def test_rows_have_their_own_names_and_published_figures(tmp_path: Path) -> None
     assert (slow.row, slow.changes, slow.published) == ("slow", {}, {})
 
 
+def test_a_published_figure_may_be_a_mean_over_several_runs(tmp_path: Path) -> None:
+    text = """
+        [study]
+        published = [{{ where = {{}}, figures = {{ val_accuracy = {{ mean = 0.8, std = 0.01, n = 3 }} }} }}]
+        [[study.rows]]
+        name = "fast"
+        published = {{ test_accuracy = {{ mean = 0.7591, std = 0.0034, n = {n} }}, val_loss = 0.5 }}
+        """
+    (run,) = expanded(tmp_path, text.format(n=10)).runs
+    assert run.member.published == {"val_accuracy": 0.8, "test_accuracy": 0.7591, "val_loss": 0.5}
+    assert run.member.published_spread == {
+        "val_accuracy": {"std": 0.01, "n": 3}, "test_accuracy": {"std": 0.0034, "n": 10}
+    }  # fmt: skip
+    assert "published.test_accuracy.n: expected a whole number >= 2, found 1" in message(tmp_path, text.format(n=1))
+    wrong = text.format(n=10).replace("val_loss = 0.5", 'val_loss = "0.5"')
+    assert "expected a number or a table { mean = ..., std = ..., n = ... }" in message(tmp_path, wrong)
+
+
 def test_forms_combine_rows_zip_grid_seeds(tmp_path: Path) -> None:
     found = rows(
         tmp_path,
@@ -112,6 +132,27 @@ def test_forms_combine_rows_zip_grid_seeds(tmp_path: Path) -> None:
 
 def test_a_number_of_seeds_counts_from_the_recipes_own(tmp_path: Path) -> None:
     assert [seed for _, seed in rows(tmp_path, "[study]\nseeds = 3\n", "recipe.seed=5")] == [5, 6, 7]
+
+
+def test_seeds_share_a_split_or_have_one_each(tmp_path: Path) -> None:
+    found = expanded(
+        tmp_path,
+        """
+        [study]
+        seeds = [7, 8]
+        [[study.rows]]
+        name = "one split"
+        [[study.rows]]
+        name = "own splits"
+        set.data.split.seed = "recipe.seed"
+        """,
+    )
+    told = [(run.member.row, run.recipe.recipe.seed, run.recipe.data.split.seed) for run in found.runs]
+    assert told == [("one split", 7, 0), ("one split", 8, 0), ("own splits", 7, 7), ("own splits", 8, 8)]
+    dataset = open_dataset(found.runs[0].recipe.data)
+    validated = [split_dataset(dataset, run.recipe.data)["validation"].tolist() for run in found.runs]
+    assert validated[0] == validated[1]
+    assert validated[2] != validated[3]
 
 
 def test_a_conditional_key_varies_only_where_its_condition_holds(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli import toolkit
+from scipy import stats
 from study_folders import FakeRun, write_study
 
 from toolkit.study.sheet import Sheet, latex, markdown, text, width
-from toolkit.study.statistics import compare, estimate, t_quantile
+from toolkit.study.statistics import compare, estimate, t_quantile, welch
 
 COLUMNS = ["train_loss", "val_accuracy", "test_accuracy", "epochs"]
 
@@ -214,11 +216,54 @@ def test_the_best_row_is_chosen_by_validation(tmp_path: Path) -> None:
 
 def test_best_and_stopped_figures(tmp_path: Path) -> None:
     """The best epoch is the second; training figures are that epoch's too, ``stopped_`` are of the last."""
-    run = FakeRun("a", val_accuracy=[0.5, 0.7, 0.6], test_accuracy=0.66)
+    run = FakeRun("a", val_accuracy=[0.5, 0.7, 0.6], test_accuracy=0.66, published={"stopped_train_loss": 0.3})
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, [run]).path
-    columns = "train_loss,val_loss,val_accuracy,test_accuracy,stopped_val_accuracy,stopped_test_accuracy,epochs,seconds"
+    expected = {
+        "train_loss": 0.25, "train_accuracy": 0.75, "val_loss": 0.3, "val_accuracy": 0.7, "test_accuracy": 0.66,
+        "stopped_train_loss": 0.35, "stopped_train_accuracy": 0.65, "stopped_val_accuracy": 0.6,
+        "stopped_test_accuracy": 0.65, "epochs": 3, "seconds": 7.5,
+    }  # fmt: skip
+    columns = ",".join(expected)
     (row,) = json.loads(toolkit("table", folder, "--columns", columns, "--json").stdout)["rows"]
-    assert [row[name] for name in columns.split(",")] == pytest.approx([0.25, 0.3, 0.7, 0.66, 0.6, 0.65, 3, 7.5])
+    assert [row[name] for name in expected] == pytest.approx(list(expected.values()))
+    assert row["stopped_train_loss_difference"] == pytest.approx(0.05), "of the last epoch, not of the best"
+    shown = toolkit("table", folder, "--columns", columns).stdout
+    assert re.search(r"stopped train loss +published +diff\. +stopped train acc\. %", shown)
+
+
+def test_a_published_mean_is_compared_by_welchs_test(tmp_path: Path) -> None:
+    values = [0.7610, 0.7575, 0.7655]
+    spread = {"test_accuracy": {"std": 0.0034, "n": 10}}
+    runs = [
+        FakeRun("a", seed, test_accuracy=value, published={"test_accuracy": 0.7591}, published_spread=spread)
+        for seed, value in enumerate(values)
+    ]
+    runs += [FakeRun("b", test_accuracy=0.7, published={"test_accuracy": 0.7591}, published_spread=spread)]
+    runs += [FakeRun("c", state="missing", published={"test_accuracy": 0.7591}, published_spread=spread)]
+    folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, runs).path
+    arguments = ("table", folder, "--columns", "test_accuracy")
+    a, b, _ = json.loads(toolkit(*arguments, "--json").stdout)["rows"]
+    theirs = stats.ttest_ind_from_stats(np.mean(values), np.std(values, ddof=1), 3, 0.7591, 0.0034, 10, equal_var=False)
+    assert a["test_accuracy_welch_p"] == pytest.approx(theirs.pvalue)
+    assert (a["test_accuracy_published_std"], a["test_accuracy_published_n"]) == (0.0034, 10)
+    assert b["test_accuracy_welch_p"] is None, "one run has no spread"
+    shown = plain(toolkit(*arguments).stdout)
+    assert "76.13 ± 0.40  75.91 ± 0.34  +0.22" in shown
+    assert (
+        "a, test acc. %: the published mean is of 10 runs. Welch's t-test, measured - published over 3 and 10 runs: "
+        f"+0.22, 95 % interval [-0.60, +1.05], p {theirs.pvalue:.4f}." in shown
+    )
+    assert "b, test acc. %: the published mean is of 10 runs; Welch's t-test needs two runs or more here" in shown
+
+
+def test_welchs_test_has_scipys_interval() -> None:
+    one, other = [3.1, 2.9, 3.6, 3.3], [2.5, 2.7, 1.9]
+    found = welch(estimate(one, 0.95), estimate(other, 0.95))
+    theirs = stats.ttest_ind(one, other, equal_var=False)
+    assert found is not None
+    assert (found.p, found.freedom) == pytest.approx((theirs.pvalue, theirs.df))
+    assert found.interval(0.9) == pytest.approx(tuple(theirs.confidence_interval(0.9)))
+    assert welch(estimate([1.0, 1.0], 0.95), estimate([2.0, 2.0], 0.95)) is None, "no spread, no test"
 
 
 def test_grouping_by_a_key(tmp_path: Path) -> None:

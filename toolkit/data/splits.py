@@ -42,6 +42,11 @@ def split_dataset(dataset: Dataset, table: DataTable) -> dict[str, Indices]:
     Raises UserError where another split or a class's training images would be empty.
     """
     split, lists, labels = table.split, dataset.lists, dataset.labels
+    seed = split.seed
+    if not isinstance(seed, int):
+        raise ValueError(
+            'data.split.seed = "recipe.seed" must be resolved first: toolkit.recipe.resolved.with_defaults'
+        )
     method = _method(dataset, split)
     train = lists["train"]
     test_share = share_of_test(dataset, split)
@@ -51,14 +56,14 @@ def split_dataset(dataset: Dataset, table: DataTable) -> dict[str, Indices]:
         test = lists["test"]
     else:
         method_for_test = "random" if method == "random" else "stratified"
-        chosen = _choose(labels[train], method_for_test, test_share, "data.split.test", split.seed, _TEST)
+        chosen = _choose(labels[train], method_for_test, test_share, "data.split.test", seed, _TEST)
         train, test = train[~chosen], train[chosen]
     if split.validation == 0:
         validation = np.array([], dtype=np.int64)
     elif method == "official":
         validation = lists["validation"]
     else:
-        chosen = _choose(labels[train], method, split.validation, "data.split.validation", split.seed, _VALIDATION)
+        chosen = _choose(labels[train], method, split.validation, "data.split.validation", seed, _VALIDATION)
         train, validation = train[~chosen], train[chosen]
     splits = {
         "train": _first_of_each_class(train, labels, table.images_per_class),

@@ -100,6 +100,8 @@ class Patience:
 
     higher_is_better: bool
     min_delta: float = 0.0
+    relative: bool = False
+    """Whether ``min_delta`` is a share of the best value so far instead of a difference."""
     best: float | None = None
     waited: int = 0
     """Epochs since the last improvement."""
@@ -108,10 +110,9 @@ class Patience:
         """Take one epoch's value; True where it improves on the best by more than ``min_delta``."""
         if self.best is None:
             improved = not math.isnan(value)
-        elif self.higher_is_better:
-            improved = value > self.best + self.min_delta
         else:
-            improved = value < self.best - self.min_delta
+            delta = self.min_delta * self.best if self.relative else self.min_delta
+            improved = value > self.best + delta if self.higher_is_better else value < self.best - delta
         if improved:
             self.best, self.waited = value, 0
         else:
@@ -130,12 +131,13 @@ class Patience:
 class Plateau:
     """ReduceLROnPlateau: after ``patience`` + 1 epochs without improvement the factor is multiplied by gamma.
 
-    Same rule as ``torch.optim.lr_scheduler.ReduceLROnPlateau(threshold_mode="abs", cooldown=0)``.
+    Same rule as ``torch.optim.lr_scheduler.ReduceLROnPlateau`` with the same threshold mode and ``cooldown=0``.
     """
 
     def __init__(self, table: SchedulerTable) -> None:
         self.gamma, self.patience = gamma_of(table), table.patience
-        self.watch = Patience(higher_is_better(table.metric), table.threshold)
+        relative = table.threshold_mode == "rel"
+        self.watch = Patience(higher_is_better(table.metric), table.threshold, relative)
         self.factor = 1.0
 
     def update(self, value: float) -> None:

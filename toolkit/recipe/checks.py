@@ -38,6 +38,7 @@ SCHEDULE_KEYS = {
     "metric": ("plateau",),
     "patience": ("plateau",),
     "threshold": ("plateau",),
+    "threshold_mode": ("plateau",),
     "peak_at": ("one_cycle",),
     "start_factor": ("one_cycle",),
     "end_factor": ("one_cycle",),

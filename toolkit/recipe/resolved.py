@@ -28,13 +28,17 @@ HEADER = """\
 
 
 def with_defaults(recipe: Recipe) -> Recipe:
-    """The recipe with those defaults that depend on another key."""
+    """The recipe with those values that depend on another key."""
     optimizer, scheduler = recipe.optimizer, recipe.scheduler
     if optimizer.momentum is None and optimizer.name in ("sgd", "nag"):
         optimizer = optimizer.model_copy(update={"momentum": MOMENTUM})
     if scheduler.gamma is None and scheduler.name in GAMMA:
         scheduler = scheduler.model_copy(update={"gamma": GAMMA[scheduler.name]})
-    return recipe.model_copy(update={"optimizer": optimizer, "scheduler": scheduler})
+    data = recipe.data
+    if data.split.seed == "recipe.seed":
+        split = data.split.model_copy(update={"seed": recipe.recipe.seed})
+        data = data.model_copy(update={"split": split})
+    return recipe.model_copy(update={"data": data, "optimizer": optimizer, "scheduler": scheduler})
 
 
 def resolved_content(recipe: Recipe) -> dict[str, Any]:

@@ -79,7 +79,11 @@ class SplitTable(Table):
         ),
     ] = "auto"
     seed: Annotated[
-        int, Field(ge=0, lt=2**32), describe("Seeds the drawing; apart from recipe.seed, so that seeds share a split.")
+        Annotated[int, Field(ge=0, lt=2**32)] | Literal["recipe.seed"],
+        describe(
+            'Seeds the drawing; apart from recipe.seed, so that runs of several seeds share one split. "recipe.seed": '
+            "the same number, so that each seed has a split of its own."
+        ),
     ] = 0
 
 
@@ -497,7 +501,11 @@ class SchedulerTable(Table):
     patience: Annotated[
         int, Field(ge=0), describe("plateau: epochs without improvement that are tolerated.", unit="epochs")
     ] = 5
-    threshold: Annotated[float, Field(ge=0), describe("plateau: smaller absolute changes are no improvement.")] = 1e-4
+    threshold: Annotated[float, Field(ge=0), describe("plateau: smaller changes are no improvement.")] = 1e-4
+    threshold_mode: Annotated[
+        Literal["rel", "abs"],
+        describe("plateau: threshold is a share of the best value so far (rel) or in units of the metric (abs)."),
+    ] = "rel"
     peak_at: Annotated[
         Annotated[float, Field(gt=0, lt=1)],
         describe("one_cycle: share of the epochs at which lr is reached (Smith 2018)."),

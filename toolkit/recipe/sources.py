@@ -92,7 +92,7 @@ class Merged:
 
 
 def read_chain(path: str | os.PathLike[str]) -> list[Source]:
-    """A recipe file and all that it extends, the eldest first. Raises RecipeError."""
+    """A recipe file and all that it extends, the eldest first; parents without [expect]. Raises RecipeError."""
     sources: list[Source] = []
     seen: list[str] = []
     chain: list[str] = []
@@ -111,6 +111,8 @@ def read_chain(path: str | os.PathLike[str]) -> list[Source]:
             raise _fault(f"the recipes together are larger than {MAX_BYTES // 1024} KiB", asked_at, name, note)
         source = parse(name, text, note)
         parent = source.data.pop("extends", None)
+        if len(chain) > 1:  # [expect] is a promise about one recipe, not about those that extend it
+            source.data.pop("expect", None)
         sources.insert(0, source)
         if parent is None:
             return sources

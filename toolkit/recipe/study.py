@@ -38,6 +38,8 @@ FIGURES = (
     "test_accuracy",
     "test_top5_accuracy",
     "test_class_accuracy",
+    "stopped_train_loss",
+    "stopped_train_accuracy",
     "stopped_val_accuracy",
     "stopped_test_accuracy",
     "epochs",
@@ -58,6 +60,8 @@ Figure = Literal[
     "test_accuracy",
     "test_top5_accuracy",
     "test_class_accuracy",
+    "stopped_train_loss",
+    "stopped_train_accuracy",
     "stopped_val_accuracy",
     "stopped_test_accuracy",
     "epochs",
@@ -71,11 +75,25 @@ Keys = dict[str, Any]
 """Recipe keys, nested as in a recipe, with what the field's description says at their ends."""
 
 
+class PublishedMean(Table):
+    """A published mean over several runs."""
+
+    mean: Annotated[float, describe("Mean over the runs; accuracies as fractions.")]
+    std: Annotated[float, Field(ge=0), describe("Standard deviation of one run, n - 1 in the denominator.")]
+    n: Annotated[int, Field(ge=2), describe("Number of runs.")]
+
+
+PublishedFigures = dict[Figure, float | PublishedMean]
+"""Published figures, of one run or as mean, standard deviation and number of runs."""
+
+_FIGURES = "Published figures; accuracies as fractions. Of several runs: { mean = ..., std = ..., n = ... }."
+
+
 class Published(Table):
     """What a publication reports about the runs with certain values."""
 
     where: Annotated[Keys, describe("Recipe keys and the values that a run must have; {} is every run.")] = {}
-    figures: Annotated[dict[Figure, float], describe("Published figures; accuracies as fractions.")]
+    figures: Annotated[PublishedFigures, describe(_FIGURES)]
     source: Annotated[str, describe("Where it is published.")] = ""
     note: Annotated[str, describe("What a reader should know: contradictions, unclear settings.")] = ""
 
@@ -85,7 +103,7 @@ class StudyRow(Table):
 
     name: Annotated[str, Field(min_length=1, max_length=120), describe("As it stands in the table.")]
     set: Annotated[Keys, describe("Recipe keys and their values in this row.")] = {}
-    published: Annotated[dict[Figure, float], describe("Published figures; accuracies as fractions.")] = {}
+    published: Annotated[PublishedFigures, describe(_FIGURES)] = {}
     published_epochs: Annotated[
         dict[EpochFigure, list[float]], describe("Published figures epoch by epoch, the first epoch first.")
     ] = {}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from toolkit.errors import UserError
 from toolkit.study.sheet import MINUS, Sheet
 from toolkit.study.statistics import Comparison, compare
-from toolkit.study.table import FORMATS, MISSING, Row, nearest, number
+from toolkit.study.table import FORMATS, MISSING, Row, nearest, number, p_value
 
 NO_TEST = ("parameters",)
 """Figures that do not depend on the seed."""
@@ -62,17 +62,13 @@ def _cells(column: str, comparison: Comparison) -> list[str]:
         str(difference.n),
         number(column, difference.mean, signed=True, mean=True),
         MISSING if low is None or high is None else f"[{_end(column, low)}, {_end(column, high)}]",
-        _p(comparison.t_test),
-        _p(comparison.exact),
+        p_value(comparison.t_test),
+        p_value(comparison.exact),
     ]
 
 
 def _end(column: str, value: float) -> str:
     return number(column, value, signed=True, mean=True)
-
-
-def _p(value: float | None) -> str:
-    return MISSING if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
 def _notes(found: Sequence[Comparison]) -> list[str]:
@@ -82,7 +78,7 @@ def _notes(found: Sequence[Comparison]) -> list[str]:
     least = max(comparison.least_exact for comparison in found)
     told = [
         "Paired over the same seeds. t-test: two-sided, takes differences for normally distributed.",
-        f"Permutation: exact, two-sided; with {pairs} pairs it cannot be below {_p(least)}.",
+        f"Permutation: exact, two-sided; with {pairs} pairs it cannot be below {p_value(least)}.",
     ]
     return (
         [*told, "Each figure is a test of its own: of twenty, one has p < 0.05 by chance."] if len(found) > 1 else told

@@ -18,7 +18,7 @@ from toolkit.recipe.positions import Path, Position, Span
 from toolkit.recipe.resolved import leaves, recipe_hash, with_defaults
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.sources import Merged, Source
-from toolkit.recipe.study import Published, StudyRow, StudyTable
+from toolkit.recipe.study import Published, PublishedFigures, PublishedMean, StudyRow, StudyTable
 from toolkit.recipe.validation import validate
 from toolkit.study.folder import Member
 from toolkit.study.forms import (
@@ -272,14 +272,19 @@ def _drawn(study: StudyFile) -> Iterator[tuple[str, Combination]]:
 def _with_published(run: PlannedRun, table: StudyTable, row: StudyRow | None) -> PlannedRun:
     """The run with what is published about it: its row's figures before those of the whole study."""
     also = [item for item in table.published if _meets(item, run.recipe)]
-    figures: dict[str, float] = {}
+    figures: PublishedFigures = {}
     for item in also:
-        figures |= {str(name): value for name, value in item.figures.items()}
+        figures |= item.figures
+    figures |= row.published if row else {}
+    several = {str(name): value for name, value in figures.items() if isinstance(value, PublishedMean)}
     sources = [row.source if row else "", *(item.source for item in also)]
     notes = [row.note if row else "", *(item.note for item in also)]
     member = replace(
         run.member,
-        published=figures | {str(name): value for name, value in (row.published if row else {}).items()},
+        published={
+            str(name): value.mean if isinstance(value, PublishedMean) else value for name, value in figures.items()
+        },
+        published_spread={name: {"std": value.std, "n": value.n} for name, value in several.items()},
         published_epochs={str(name): values for name, values in (row.published_epochs if row else {}).items()},
         source=next(filter(None, sources), ""),
         note=" ".join(filter(None, notes)),

@@ -280,8 +280,8 @@ def _schedule(recipe: Recipe) -> Hashable:
     table, epochs = recipe.scheduler, recipe.train.epochs
     curve = tuple(learning_rate(table, recipe.optimizer.lr, step / 4, epochs) for step in range(4 * epochs))
     falls = table.name == "plateau" and gamma_of(table) < 1 and table.patience < epochs
-    plateau = (table.metric, gamma_of(table), table.patience, table.threshold, table.min_lr) if falls else None
-    return curve, plateau
+    rule = (table.metric, gamma_of(table), table.patience, table.threshold, table.threshold_mode, table.min_lr)
+    return curve, rule if falls else None
 
 
 def _stopping(recipe: Recipe) -> Hashable:

@@ -56,6 +56,9 @@ class Member:
     run: str | None = None
     """Name of its run directory in the study's folder, once there is one."""
     published: dict[str, float] = field(default_factory=dict)
+    """Published figures of this run, or means over several runs."""
+    published_spread: dict[str, dict[str, float]] = field(default_factory=dict)
+    """``std`` and ``n`` of those that are means over several runs."""
     published_epochs: dict[str, list[float]] = field(default_factory=dict)
     source: str = ""
     note: str = ""

@@ -76,8 +76,10 @@ def _result(folder: StudyFolder, member: Member) -> Result:
 def _figures(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> dict[str, float]:
     best, stopped = summary.get("best", {}), summary.get("stopped", {})
     record: dict[str, Any] = next((r for r in epochs if r["epoch"] == best.get("epoch")), {})
+    last: dict[str, Any] = epochs[-1] if epochs else {}
     sources: dict[str, Any] = {
         **{f"train_{name}": record.get(f"train/{name}") for name in ("loss", "accuracy")},
+        **{f"{STOPPED}train_{name}": last.get(f"train/{name}") for name in ("loss", "accuracy")},
         **{key: value for key, value in best.items() if key.startswith(("val_", "test_"))},
         **{f"{STOPPED}{key}": value for key, value in stopped.items()},
         **{figure: summary.get(name) for figure, name in SPENT.items()},

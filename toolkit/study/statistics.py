@@ -41,9 +41,40 @@ def estimate(values: Sequence[float], confidence: float) -> Estimate:
     return Estimate(mean, n, std, t_quantile(confidence, n - 1) * std / math.sqrt(n))
 
 
-def t_quantile(confidence: float, freedom: int) -> float:
+def t_quantile(confidence: float, freedom: float) -> float:
     """t with P(|T| <= t) = ``confidence``, for so many degrees of freedom."""
     return float(stdtrit(freedom, (1 + confidence) / 2))
+
+
+@dataclass(frozen=True)
+class Welch:
+    """First minus second mean of two independent samples whose variances may differ (Welch 1947)."""
+
+    difference: float
+    error: float
+    """Standard error of the difference."""
+    freedom: float
+    """Degrees of freedom (Welch and Satterthwaite)."""
+    p: float
+    """Two-sided."""
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """The confidence interval of the difference."""
+        half_width = t_quantile(confidence, self.freedom) * self.error
+        return self.difference - half_width, self.difference + half_width
+
+
+def welch(first: Estimate, second: Estimate) -> Welch | None:
+    """Welch's t-test of two means; None where one of them is of one run, or where neither varies."""
+    if first.std is None or second.std is None:
+        return None
+    a, b = first.std**2 / first.n, second.std**2 / second.n
+    if a + b == 0:
+        return None
+    error = math.sqrt(a + b)
+    freedom = (a + b) ** 2 / (a**2 / (first.n - 1) + b**2 / (second.n - 1))
+    difference = first.mean - second.mean
+    return Welch(difference, error, freedom, float(2 * stdtr(freedom, -abs(difference) / error)))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.recipe.study import FIGURES, StudyTable
+from toolkit.study.folder import Member
 from toolkit.study.forms import label
 from toolkit.study.results import Result, higher_is_better
 from toolkit.study.sheet import DASH, MINUS, Sheet
-from toolkit.study.statistics import Estimate, estimate
+from toolkit.study.statistics import Estimate, estimate, welch
 
 MISSING = DASH
 """In place of a figure that there is not."""
@@ -41,6 +42,8 @@ FORMATS: dict[str, Shown] = {
     **_accuracies("train", "train"),
     **_accuracies("val", "val."),
     **_accuracies("test", "test"),
+    "stopped_train_loss": Shown("stopped train loss", 4),
+    **_accuracies("stopped_train", "stopped train"),
     **_accuracies("stopped_val", "stopped val."),
     **_accuracies("stopped_test", "stopped test"),
     "epochs": Shown("epochs", 0),
@@ -68,8 +71,18 @@ class Row:
     @property
     def published(self) -> dict[str, float]:
         """Published figures; none where the runs have different ones."""
-        first = self.results[0].member.published
-        return first if all(result.member.published == first for result in self.results) else {}
+        first = self.results[0].member
+        return first.published if all(_same_published(result.member, first) for result in self.results) else {}
+
+    @property
+    def published_spread(self) -> dict[str, Estimate]:
+        """Those published figures that are means over several runs."""
+        spread = self.results[0].member.published_spread
+        return {
+            figure: Estimate(value, int(spread[figure]["n"]), spread[figure]["std"], None)
+            for figure, value in self.published.items()
+            if figure in spread
+        }
 
     @property
     def open(self) -> str:
@@ -78,6 +91,10 @@ class Row:
         if len(self.results) == 1:
             return next(iter(states), "")
         return ", ".join(f"{count} {state}" for state, count in states.items())
+
+
+def _same_published(one: Member, other: Member) -> bool:
+    return one.published == other.published and one.published_spread == other.published_spread
 
 
 def build_rows(results: Sequence[Result], table: StudyTable, by: Sequence[str] = ()) -> list[Row]:
@@ -179,6 +196,7 @@ def sheet(rows: Sequence[Row], table: StudyTable, name: str, columns: Sequence[s
         cells.append([*line, *([row.open] if unfinished else [])])
     marked = frozenset(index for index, row in enumerate(rows) if row.is_best)
     told = notes(rows, table, compared=bool(compared), intervals=intervals)
+    told += [line for row in rows for column in columns for line in _against_several(row, column, table)]
     return Sheet(title(table, name), head, cells, marked, told, frozenset({0, len(head) - 1} if unfinished else {0}))
 
 
@@ -212,7 +230,34 @@ def _published(row: Row, column: str) -> tuple[str, str]:
     if published is None:
         return "", ""
     difference = number(column, found.mean - published, signed=True, mean=True) if found else MISSING
-    return number(column, published), difference
+    shown, several = number(column, published), row.published_spread.get(column)
+    if several is not None and several.std is not None:
+        shown += f" ± {number(column, several.std, mean=True)}"
+    return shown, difference
+
+
+def _against_several(row: Row, column: str, table: StudyTable) -> list[str]:
+    """A measured mean against a published one over several runs, by Welch's t-test."""
+    published, found = row.published_spread.get(column), row.figures.get(column)
+    if published is None:
+        return []
+    what = f"{row.name}, {FORMATS[column].heading}: the published mean is of {published.n} runs"
+    if found is None:
+        return [f"{what}."]
+    test = welch(found, published)
+    if test is None:
+        return [f"{what}; Welch's t-test needs two runs or more here, and figures that vary."]
+    low, high = (number(column, end, signed=True, mean=True) for end in test.interval(table.output.confidence))
+    return [
+        f"{what}. Welch's t-test, measured {MINUS} published over {found.n} and {published.n} runs: "
+        f"{number(column, test.difference, signed=True, mean=True)}, "
+        f"{table.output.confidence * 100:g} % interval [{low}, {high}], p {p_value(test.p)}."
+    ]
+
+
+def p_value(p: float | None) -> str:
+    """A p-value as a cell."""
+    return MISSING if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
 def _count(row: Row) -> str:
@@ -289,4 +334,12 @@ def _record(row: Row, columns: Sequence[str]) -> dict[str, object]:
             published = row.published[column]
             record[f"{column}_published"] = published
             record[f"{column}_difference"] = found.mean - published if found else None
+        several = row.published_spread.get(column)
+        if several is not None:
+            test = welch(found, several) if found else None
+            record |= {
+                f"{column}_published_std": several.std,
+                f"{column}_published_n": several.n,
+                f"{column}_welch_p": test.p if test else None,
+            }
     return record
