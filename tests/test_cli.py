@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -165,6 +170,7 @@ def test_completion_script_and_completion() -> None:
 def test_checks_and_lists_import_no_torch() -> None:
     program = """
 import sys
+import termios
 import toolkit.cli
 heavy = {"torch", "numpy", "pydantic", "rich", "matplotlib", "wandb"} & sys.modules.keys()
 assert not heavy, f"toolkit --help imports {heavy}"
@@ -426,3 +432,27 @@ def test_no_override_brings_in_another_file_or_line(
     monkeypatch.chdir(tmp_path)
     assert toolkit("train", str(QUICKSTART), "--set", argument).status == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_shows_loss_time_left_for_all_epochs_and_evaluation(tmp_path: Path) -> None:
+    """On a terminal; log.txt has none of it. A beginner's first lines do not mention the C library."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+    command = [sys.executable, "-m", "toolkit.train", str(QUICKSTART), "--no-report", "--set", "train.epochs=2",
+               "--set", f"recipe.run_root={json.dumps(str(tmp_path))}"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    process = subprocess.Popen(command, stderr=slave, stdout=subprocess.PIPE, env=environment)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal's other end is closed
+        while chunk := os.read(master, 65536):
+            shown += chunk
+    assert process.wait(60) == 0
+    text = shown.decode(errors="replace")
+    assert re.search(r"epoch [12]/2.*images/s.*loss \d+\.\d{4}", text)
+    assert "left for all epochs" in text
+    assert "evaluating on validation" in text
+    assert "evaluating on test" in text
+    assert "glibc" not in text
+    (run,) = (tmp_path / "quickstart").iterdir()
+    assert "left for all epochs" not in (run / "log.txt").read_text()

@@ -6,6 +6,8 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +20,10 @@ from trainers import EMA, FROZEN, MUCH, Trainers, at_call, only_run, outcome, wr
 
 import toolkit.engine.evaluate
 from toolkit.engine import features
+from toolkit.engine.fit import fit
 from toolkit.engine.loop import Trainer
+from toolkit.errors import UserError
+from toolkit.recipe import load
 
 LIMIT_S = 10
 
@@ -175,3 +180,36 @@ def history(folder: Path, fragment: str) -> Iterator[dict[str, Any]]:
         if record.WhichOneof("record_type") == "history":
             items = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
             yield {key: value for key, value in items.items() if not key.startswith("_")}
+
+
+def test_ctrl_c_is_acknowledged_at_once(tmp_path: Path) -> None:
+    """Before the step that is under way has ended: here it is held up by a sleep in the handler's own process."""
+    code = (
+        "import os, signal, time\n"
+        "from toolkit.engine.signals import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    began = time.monotonic()\n"
+        "    while not stop.reason and time.monotonic() - began < 30: pass\n"
+        "    os.write(2, b'step ends')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    first, second = done.stderr.strip().splitlines()
+    assert first == "stopping: a checkpoint is written after this step (Ctrl-C again ends at once, without one)"
+    assert second == "step ends"
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, "RANK": "1"}
+    )
+    assert other.stderr == "step ends", "one process of several speaks"
+
+
+def test_an_edited_recipe_is_refused_with_the_commands_to_give(tmp_path: Path) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
+    few = [f'recipe.run_root="{tmp_path}"', "data.images_per_class=8", "train.batch_size=16", "train.epochs=2"]
+    run = fit(load(recipe, few).recipe, until=1, quiet=True)
+    with pytest.raises(UserError) as refused:
+        fit(load(recipe, [*few, "optimizer.lr=0.5"]).recipe, resume="auto", quiet=True)
+    text = str(refused.value)
+    assert f"To resume it with its own recipe: toolkit train --resume {run.path}." in text
+    assert "add --allow-changes" in text
+    assert "leave out --resume" in text

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from toolkit.names import visible
+
+NOTE_EVERY_S = 0.5
+"""Reading a loss waits for the device, so that it is shown only so often."""
 
 
 class Display:
@@ -67,29 +70,34 @@ class Display:
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             self.progress = progress
             try:
-                yield Bar(progress, progress.add_task(title, total=total, completed=done, speed=""))
+                yield Bar(progress, progress.add_task(title, total=total, completed=done, speed="", note=""))
             finally:
                 self.progress = None
 
 
 class Bar:
-    """Progress of one epoch in images."""
+    """Progress in images."""
 
     def __init__(self, progress: Any, task: int) -> None:
         self.progress, self.task = progress, task
         self.started, self.seen = time.perf_counter(), 0
+        self.noted = 0.0
 
-    def advance(self, images: int) -> None:
-        """So many images more."""
+    def advance(self, images: int, note: Callable[[], str] | None = None) -> None:
+        """Count images. ``note`` gives a text for the end of the line; it is called every half second at most."""
         if self.progress is None:
             return
         self.seen += images
         speed = self.seen / max(time.perf_counter() - self.started, 1e-9)
         self.progress.update(self.task, advance=images, speed=f"{speed:,.0f} images/s")
+        if note is not None and time.perf_counter() - self.noted > NOTE_EVERY_S:
+            self.progress.update(self.task, note=note())
+            self.noted = time.perf_counter()
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...], right: frozenset[int] = frozenset()) -> str:

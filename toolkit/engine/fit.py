@@ -23,7 +23,6 @@ from toolkit.engine.display import Display, summary_table
 from toolkit.engine.environment import describe_environment
 from toolkit.engine.finish import finish, write_summary
 from toolkit.engine.launcher import unused_tasks_line
-from toolkit.engine.memory import keep_freed_memory
 from toolkit.engine.peers import PeerWatch, watch_peers
 from toolkit.engine.precision import precision_line
 from toolkit.engine.process import describe_processes, main_only, out_of_memory_explained, start
@@ -162,8 +161,6 @@ def _join_processes(
     for line in describe_processes(accelerator):
         display.say(line)
     display.say(precision_line(recipe.train.precision, accelerator.mixed_precision))
-    if accelerator.device.type == "cpu" and keep_freed_memory():
-        display.say("freed memory is kept for the next step (glibc's mallopt; any MALLOC_ variable turns this off)")
     return accelerator, display
 
 
@@ -225,8 +222,9 @@ def _run_to_resume(
         if changes and not allow_changes:
             listed = "; ".join(f"{'.'.join(map(str, key))}: {old!r} -> {new!r}" for key, old, new in changes)
             raise UserError(
-                f"{run.path} was started with another recipe ({listed}); "
-                "go on with its own recipe, or say --allow-changes"
+                f"{run.path} was started with another recipe ({listed}). To resume it with its own recipe: "
+                f"toolkit train --resume {run.path}. To resume it with the edited one: add --allow-changes. To start a "
+                "new run: leave out --resume"
             )
         return str(run.path)
 

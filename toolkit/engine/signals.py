@@ -19,6 +19,10 @@ SAME_PRESS_S = 1.0
 """Ctrl-C reaches a trainer twice, from the terminal and through the launcher; what comes so soon is one press."""
 
 
+ACKNOWLEDGED = "\nstopping: a checkpoint is written after this step (Ctrl-C again ends at once, without one)\n"
+"""Shown when Ctrl-C is pressed, before the step that is under way has ended."""
+
+
 class StopRequest:
     """Whether somebody wants the run to stop: SIGTERM, SIGINT, SIGUSR1, or the stop file.
 
@@ -59,6 +63,10 @@ class StopRequest:
         if number == signal.SIGINT:
             if self._pressed is not None and now - self._pressed > SAME_PRESS_S:
                 os._exit(128 + number)
+            if self._pressed is None and os.environ.get("RANK", "0") == "0":
+                # os.write, since a handler may interrupt a print and must not touch its buffer.
+                with contextlib.suppress(OSError):
+                    os.write(2, ACKNOWLEDGED.encode())
             self._pressed = self._pressed or now
         self.reason = self.reason or signal.Signals(number).name
 

@@ -30,6 +30,7 @@ from toolkit.engine.schedule import Patience, Plateau, epoch_rank, higher_is_bet
 from toolkit.engine.setup import Setup
 from toolkit.engine.signals import StopRequest
 from toolkit.errors import Interrupted, RunFailed, UserError
+from toolkit.formatting import duration
 from toolkit.recipe import recipe_hash
 from toolkit.runs import Run
 from toolkit.tracking import Tracking
@@ -59,6 +60,8 @@ class Training:
         self.bar = Bar(None, 0)
         self.saved_at = time.monotonic()
         self.startup_seconds = 0.0
+        self.first_image: tuple[float, int] | None = None
+        """When the time left was first estimated, and how many images were trained by then."""
         self.is_saved = checkpoint is not None
         """Whether the last attempt to write a checkpoint succeeded."""
         self.resumed_under_changes: Place | None = None
@@ -182,14 +185,16 @@ class Training:
         StopWanted where somebody wants the run to stop.
         """
         loader, rounds = self.loaders.evaluation(split)
-        return evaluate(
-            network,
-            self.guarded(loader, rounds),
-            self.setup.labels(split),
-            self.accelerator.device,
-            autocast_dtype=autocast_dtype(self.accelerator.mixed_precision),
-            channels_last=self.recipe.train.channels_last,
-        )
+        labels = self.setup.labels(split)
+        with self.display.bar(f"evaluating on {split}", len(labels)) as bar:
+            return evaluate(
+                network,
+                self._shown(bar, self.guarded(loader, rounds)),
+                labels,
+                self.accelerator.device,
+                autocast_dtype=autocast_dtype(self.accelerator.mixed_precision),
+                channels_last=self.recipe.train.channels_last,
+            )
 
     def try_one_batch(self) -> float:
         """One batch forward and backward; its loss."""
@@ -222,7 +227,7 @@ class Training:
         count = min(batch_size, len(self.setup.splits["train"]) - (step - 1) * batch_size)
         position.step = step
         position.train_images += count
-        self.bar.advance(count)
+        self.bar.advance(count, lambda: self._progress_note(epoch, step, sums))
         table = self.recipe.checkpoint
         due = bool(table.every_minutes) and time.monotonic() - self.saved_at > table.every_minutes * 60
         stop, save, non_finite = self.control.exchange(
@@ -289,6 +294,26 @@ class Training:
         self.journal.add_line(record)
         if self.tracking is not None:
             self.tracking.log(record, record["step"])
+
+    def _shown(self, bar: Bar, batches: Iterable[Any]) -> Iterator[Any]:
+        """Batches of an evaluation, counted in a progress bar; the other processes are taken to be as far."""
+        for batch in batches:
+            yield batch
+            bar.advance(len(batch[0]) * self.accelerator.num_processes)
+
+    def _progress_note(self, epoch: int, step: int, sums: Sums) -> str:
+        """This process's mean loss in the epoch so far, and the time left for the whole run at the speed so far."""
+        loss, _, count = sums.values.tolist()
+        images, train = len(self.setup.splits["train"]), self.recipe.train
+        done = epoch * images + min(step * train.batch_size, images)
+        if self.first_image is None:
+            self.first_image = (time.perf_counter(), done)
+        began, before = self.first_image
+        shown = f"loss {loss / count:.4f}"
+        if done == before:
+            return shown
+        left = (train.epochs * images - done) * (time.perf_counter() - began) / (done - before)
+        return f"{shown}, {duration(left)} left for all epochs"
 
     @contextlib.contextmanager
     def _progress(self, epoch: int) -> Iterator[Bar]:

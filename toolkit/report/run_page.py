@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from toolkit.expect import check_expectations
-from toolkit.formatting import plural
+from toolkit.formatting import duration, plural
 from toolkit.recipe.diagnostics import printable
 from toolkit.report.curves import DECAYS, learning_rates
 from toolkit.report.facts import SPLITS, Facts, Record
@@ -166,14 +166,6 @@ def _costs(summary: Record) -> Iterator[Card]:
         yield _card("device", summary["device"], f"precision {summary.get('precision')}, {memory}")
     if "seed" in summary:
         yield _card("seed", str(summary["seed"]))
-
-
-def duration(seconds: float) -> str:
-    """A time for people."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _models(facts: Facts) -> Table:

@@ -11,12 +11,13 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from toolkit.formatting import duration
 from toolkit.recipe import Recipe
 from toolkit.recipe.diagnostics import printable
 from toolkit.report.facts import Record
 from toolkit.report.page import Cell, Column, Page, Row, Table, integer, name, number, percent, share
 from toolkit.report.recipe_table import BASE, OWN, recipe_table
-from toolkit.report.run_page import duration, environment_table
+from toolkit.report.run_page import environment_table
 from toolkit.runs import Run
 from toolkit.study.output import Outcomes
 from toolkit.study.results import Result, best_of
