@@ -150,6 +150,7 @@ class _Joining(threading.Thread):
         except (UserError, RunFailed) as error:
             self.error = error
         except Exception as error:
+            time.sleep(5 * POLL_S)  # the main thread may see meanwhile that it is the consequence of a process's end
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.error = RunFailed(
                 f"the processes could not join: {first:.300} ({self.state()}). {_advice(self.place)}"

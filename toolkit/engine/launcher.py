@@ -114,7 +114,7 @@ def _check_options(options: argparse.Namespace, train: TrainTable) -> None:
     accumulation, clip_norm = options.gradient_accumulation_steps, options.gradient_clipping
     said = [
         # Only 'no' must be looked for here: other values are in the environment, whoever set them.
-        ("--mixed_precision no", options.mixed_precision == "no" and train.precision not in ("no", "auto"),
+        ("--mixed_precision no", options.mixed_precision == "no" and _precision(train) != "no",
          f"train.precision = {train.precision!r}"),
         ("--dynamo_backend no", options.dynamo_backend == "no" and compiled != "no",
          "train.compile = true" if train.compile else "train.cuda_graphs = true"),
@@ -129,6 +129,12 @@ def _check_options(options: argparse.Namespace, train: TrainTable) -> None:
                 f"accelerate launch was given {option}, but the recipe has {recipe}; only the recipe decides this: "
                 f"leave {option} out, or change the recipe (--set)"
             )
+
+
+def _precision(train: TrainTable) -> str:
+    from toolkit.engine.precision import resolve_precision
+
+    return resolve_precision(train.precision)
 
 
 def _check_accelerate_count(options: argparse.Namespace) -> None:
@@ -204,30 +210,22 @@ def _check_task_count() -> None:
     """srun and mpirun start every task alike: without the variables of torchrun each would train alone."""
     if os.environ.get("WORLD_SIZE"):
         return
-    tasks = positive_number("SLURM_STEP_NUM_TASKS")
-    if "SLURM_STEP_ID" in os.environ and tasks > 1 and not any(positive_number(name) > 1 for name in MPI_SIZES):
-        nodes = max(1, positive_number("SLURM_STEP_NUM_NODES"))
-        here = (
-            f"srun --ntasks 1 torchrun --standalone --nproc-per-node {tasks} -m toolkit.train RECIPE"
-            if nodes == 1
-            else "sbatch slurm/train.sbatch RECIPE, with its values changed to that"
-        )
-        raise UserError(
-            f"srun started {tasks} tasks, each of which would train alone in a run directory of its own. To train "
-            f"one run on {tasks} processes: toolkit submit RECIPE --nodes {nodes} "
-            f"--processes-per-node {-(-tasks // nodes)} (or --gpus-per-node), or {here}; to train on one "
-            "process: srun --ntasks 1"
-        )
-    for name in MPI_SIZES:
-        if positive_number(name) > 1:
-            from toolkit.engine.precision import on_gpu
+    mpi = max(positive_number(name) for name in MPI_SIZES)
+    tasks = positive_number("SLURM_STEP_NUM_TASKS") if "SLURM_STEP_ID" in os.environ else 0
+    if mpi > 1:
+        from toolkit.engine.precision import on_gpu
 
-            if on_gpu():  # on CPUs Accelerate joins them
-                raise UserError(
-                    f"mpirun started {positive_number(name)} processes, each of which would train alone in a run "
-                    f"directory of its own: with GPUs use torchrun --nproc-per-node {positive_number(name)} "
-                    "-m toolkit.train RECIPE"
-                )
+        if on_gpu():  # on CPUs Accelerate joins them
+            raise UserError(
+                f"mpirun started {mpi} processes, each of which would train alone in a run directory of its own: with GPUs "
+                f"use torchrun --nproc-per-node {mpi} -m toolkit.train RECIPE"
+            )
+    elif tasks > 1:
+        raise UserError(
+            f"srun started {tasks} tasks, each of which would train alone in a run directory of its own. To train one run "
+            f"on {tasks} processes: {_commands_for(tasks, 'SLURM_STEP_NUM_NODES', 'srun --ntasks 1 ')}. "
+            "To train on one process: srun --ntasks 1"
+        )
 
 
 def unused_tasks_line() -> str | None:
@@ -237,9 +235,16 @@ def unused_tasks_line() -> str | None:
         return None
     return (
         f"note: SLURM granted {tasks} tasks, but this is a single process: it was started without srun. To train on "
-        f"{tasks} processes: toolkit submit RECIPE --processes-per-node {tasks} (or --gpus-per-node), or in this job "
-        f"torchrun --nproc-per-node {tasks} -m toolkit.train RECIPE"
+        f"{tasks} processes: {_commands_for(tasks, 'SLURM_JOB_NUM_NODES', '')}"
     )
+
+
+def _commands_for(tasks: int, nodes_variable: str, prefix: str) -> str:
+    """How to start ``tasks`` processes of one run on the nodes that SLURM granted."""
+    nodes = max(1, positive_number(nodes_variable))
+    here = f"{prefix}torchrun --standalone --nproc-per-node {tasks} -m toolkit.train RECIPE"
+    submit = f"toolkit submit RECIPE --nodes {nodes} --processes-per-node {-(-tasks // nodes)} (or --gpus-per-node)"
+    return f"{submit}, or in this job {here}" if nodes == 1 else submit
 
 
 def positive_number(name: str) -> int:

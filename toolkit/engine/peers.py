@@ -139,7 +139,9 @@ class PeerWatch:
                 return
             self.lost, self.is_silent = rank, word == SILENT
         if self.leaving is None:
-            self.leaving = threading.Timer(GRACE_S, self._leave)
+            # One neighbor of a lost process ends first, so that its message is the only one.
+            is_first = word == FAILED or self.rank == (rank - 1) % self.world
+            self.leaving = threading.Timer(GRACE_S if is_first else GRACE_S + SEND_S, self._leave)
             self.leaving.daemon = True
             self.leaving.start()
         self._send(word, rank)
