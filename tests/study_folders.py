@@ -76,6 +76,8 @@ def _summary(records: Sequence[Mapping[str, float]], test_accuracy: float) -> di
         "epochs_run": len(records),
         "stopped_early": False,
         "parameters": 1234,
+        "images": {"train": 2892},
+        "images_per_epoch": 2560,
         "seconds": 2.5 * len(records),
         "images_per_s": 400.0,
     }

@@ -172,6 +172,14 @@ def test_a_batch_larger_than_the_data_without_the_last_batch_is_refused(tmp_path
     assert not list(tmp_path.iterdir()), "no run directory"
 
 
+def test_the_summary_says_how_many_images_an_epoch_trains_on(tmp_path: Path) -> None:
+    """1,294 images: two whole batches of 500; train accuracy is a share of these 1,000."""
+    settings = ("train.batch_size=500", "train.drop_last=true", f'recipe.run_root="{tmp_path}"', "train.epochs=1")
+    run = train(RECIPES / "quickstart.toml", *settings, "tracking={trackers=[]}")
+    assert (run.summary["images_per_epoch"], run.summary["images"]["train"]) == (1000, 1294)
+    assert run.epochs()[0]["train/accuracy"] * 1000 == pytest.approx(round(run.epochs()[0]["train/accuracy"] * 1000))
+
+
 # -- one image and batch norm -----------------------------------------------------------------------------------------
 
 HEAD = CONVNET + "\n[model.head]\nhidden = [8]\nbatch_norm = true\n"

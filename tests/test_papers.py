@@ -263,7 +263,8 @@ def test_no_published_train_accuracy_is_above_the_share_of_images_in_whole_batch
         size = run.recipe.train.batch_size
         ceiling = round(2892 // size * size / 2892, 4)
         assert run.recipe.train.drop_last
-        assert run.member.published.get("train_accuracy", 0.0) <= ceiling
+        figure = "train_accuracy_all_images" if name == "mereu/table06" else "train_accuracy"
+        assert run.member.published.get(figure, 0.0) <= ceiling
         assert f"{ceiling:.4f}" in note
 
 
@@ -354,7 +355,8 @@ SPOTS: list[tuple[str, str, dict[str, float]]] = [
     ("mereu/table03", "NAG, lr 5e-2, wd 5e-5", five(1.2202, 0.6449, 2.5832, 0.4599, 0.4608)),
     ("mereu/table04", "AdamW, lr 1e-4, wd 5e-1", five(1.3889, 0.6141, 2.3641, 0.4934, 0.5095)),
     ("mereu/table05", "AdamW, step 15, gamma 0.7", five(1.2982, 0.6366, 2.4105, 0.4896, 0.5054)),
-    ("mereu/table06", "batch 64", five(1.3262, 0.6518, 2.2465, 0.5207, 0.5216)),
+    ("mereu/table06", "batch 64",
+     {"train_loss": 1.3262, "train_accuracy_all_images": 0.6518} | two(0.5207, 0.5216) | {"val_loss": 2.2465}),
     ("mereu/table07", "SGD, lr 5e-3, wd 5e-4", five(0.1441, 0.9326, 0.6397, 0.8330, 0.8272)),
     ("mereu/table07", "AdamW, lr 5e-5, wd 5e-4", five(0.0357, 0.9661, 0.7452, 0.8247, 0.8137)),
     ("mereu/table08", "NAG, lr 5e-3, wd 5e-3", five(0.0299, 0.9710, 0.5655, 0.8413, 0.8438)),

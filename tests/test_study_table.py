@@ -219,7 +219,8 @@ def test_best_and_stopped_figures(tmp_path: Path) -> None:
     run = FakeRun("a", val_accuracy=[0.5, 0.7, 0.6], test_accuracy=0.66, published={"stopped_train_loss": 0.3})
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, [run]).path
     expected = {
-        "train_loss": 0.25, "train_accuracy": 0.75, "val_loss": 0.3, "val_accuracy": 0.7, "test_accuracy": 0.66,
+        "train_loss": 0.25, "train_accuracy": 0.75, "train_accuracy_all_images": 0.75 * 2560 / 2892,
+        "val_loss": 0.3, "val_accuracy": 0.7, "test_accuracy": 0.66,
         "stopped_train_loss": 0.35, "stopped_train_accuracy": 0.65, "stopped_val_accuracy": 0.6,
         "stopped_test_accuracy": 0.65, "epochs": 3, "seconds": 7.5,
     }  # fmt: skip

@@ -63,6 +63,7 @@ def test_metrics_and_summary_use_the_agreed_names(run: Run) -> None:
             summary[model]
         )
     assert {"parameters", "seconds", "images_per_s", "peak_memory_gib", "shortcuts"} <= set(summary)
+    assert summary["images_per_epoch"] == summary["images"]["train"], "no batch is dropped"
     assert summary["startup_seconds"] > 0
     assert f"ready for the first step after {summary['startup_seconds']:.1f} s" in (run.path / "log.txt").read_text()
     assert summary["parameters"] == 98_250

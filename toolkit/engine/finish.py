@@ -145,6 +145,7 @@ def _summary(training: Training, best: dict[str, Any], stopped: dict[str, Any]) 
         "peak_memory_gib": round(peak_memory_gib(training.accelerator.device), 3),
         "shortcuts": training.loaders.shortcuts,
         "images": {name: len(indices) for name, indices in setup.splits.items()},
+        "images_per_epoch": min(len(setup.splits["train"]), setup.steps * training.recipe.train.batch_size),
         "images_left_out": len(setup.bad_images),
         "processes": training.accelerator.num_processes,
         "device": str(training.accelerator.device.type),

@@ -30,6 +30,7 @@ MOST_TRIALS = 10_000
 FIGURES = (
     "train_loss",
     "train_accuracy",
+    "train_accuracy_all_images",
     "val_loss",
     "val_accuracy",
     "val_top5_accuracy",
@@ -52,6 +53,7 @@ FIGURES = (
 Figure = Literal[
     "train_loss",
     "train_accuracy",
+    "train_accuracy_all_images",
     "val_loss",
     "val_accuracy",
     "val_top5_accuracy",

@@ -80,8 +80,15 @@ def _figures(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> dict[str,
     sources: dict[str, Any] = {
         **{f"train_{name}": record.get(f"train/{name}") for name in ("loss", "accuracy")},
         **{f"{STOPPED}train_{name}": last.get(f"train/{name}") for name in ("loss", "accuracy")},
+        "train_accuracy_all_images": _of_all_images(record.get("train/accuracy"), summary),
         **{key: value for key, value in best.items() if key.startswith(("val_", "test_"))},
         **{f"{STOPPED}{key}": value for key, value in stopped.items()},
         **{figure: summary.get(name) for figure, name in SPENT.items()},
     }
     return {figure: float(sources[figure]) for figure in FIGURES if isinstance(sources.get(figure), int | float)}
+
+
+def _of_all_images(accuracy: float | None, summary: dict[str, Any]) -> float | None:
+    """Right answers of an epoch divided by all training images, also by those of a last batch that is dropped."""
+    seen, images = summary.get("images_per_epoch"), summary.get("images", {}).get("train")
+    return accuracy * seen / images if accuracy is not None and seen and images else None

@@ -40,6 +40,7 @@ FORMATS: dict[str, Shown] = {
     "val_loss": Shown("val. loss", 4),
     "test_loss": Shown("test loss", 4),
     **_accuracies("train", "train"),
+    "train_accuracy_all_images": Shown("train acc. of all images %", 2, 100.0),
     **_accuracies("val", "val."),
     **_accuracies("test", "test"),
     "stopped_train_loss": Shown("stopped train loss", 4),
