@@ -74,14 +74,14 @@ def fit(
         run = _run_to_resume(recipe, accelerator, display, resume, allow_changes)
         resumption = None
         if run is not None:
-            stack.enter_context(_locked(run, accelerator))
+            stack.enter_context(_locked(run, accelerator, display))
             resumption = find_resumption(run, recipe, accelerator, display, allow_changes)
         settle = None if resumption is None else resumption.settle
         setup = prepare(recipe, accelerator, display, load_weights=resumption is None, settle=settle)
         if run is None:
             created = main_only(accelerator, lambda: str(create_run(recipe.recipe.run_root, recipe.recipe.name).path))
             run = Run(Path(created))
-            stack.enter_context(_locked(run, accelerator))
+            stack.enter_context(_locked(run, accelerator, display))
             if origins is not None and accelerator.is_main_process:
                 run.write_json("origins.json", origins)
         stop.watch(run.path)
@@ -238,9 +238,9 @@ def _changes(run: Run, recipe: Recipe) -> list[tuple[tuple[str | int, ...], Any,
 
 
 @contextlib.contextmanager
-def _locked(run: Run, accelerator: Accelerator) -> Iterator[None]:
+def _locked(run: Run, accelerator: Accelerator, display: Display) -> Iterator[None]:
     """Hold the run directory; only the main process writes to it."""
-    lock = main_only(accelerator, run.lock, share=False)
+    lock = main_only(accelerator, lambda: run.lock(display.say), share=False)
     try:
         yield
     finally:
@@ -266,6 +266,7 @@ def _tracked(recipe: Recipe, accelerator: Accelerator, run: Run, display: Displa
 def _write_beginnings(setup: Setup, run: Run, resumption: Resumption | None) -> None:
     """What can be said before training: recipe, environment, splits, how to rebuild the model."""
     names = {split: [setup.dataset.images.name(int(i)) for i in setup.splits[split]] for split in SPLITS}
+    run.checkpoints.mkdir(exist_ok=True)  # somebody may have removed it
     # An equal one stays as it is: the hash in a checkpoint of an earlier version is of its text, without newer keys.
     if resumption is None or diff(run.recipe, setup.recipe):
         run.write_text("recipe.toml", resolved_toml(setup.recipe))

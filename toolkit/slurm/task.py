@@ -12,10 +12,10 @@ import sys
 import time
 
 import typer
-from filelock import FileLock
 
 from toolkit.engine.launcher import is_distributed
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
+from toolkit.locks import Lock
 from toolkit.runs import Run, open_run
 from toolkit.slurm.job import Job
 from toolkit.study.folder import claim, forget_failure, is_of_study, note_failure
@@ -69,7 +69,7 @@ def note(run: Run, status: int, message: str) -> None:
             note_failure(run, message)
 
 
-def wait_for_run(run: Run, seconds: float) -> list[FileLock]:
+def wait_for_run(run: Run, seconds: float) -> list[Lock]:
     """Wait until nobody trains in the run directory any more. Raises UserError after ``seconds``.
 
     Returns what is to be held while training: a study's run must not be taken by workers of the study either.
