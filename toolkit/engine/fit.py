@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from toolkit.engine.resume import Resumption, find_resumption
 from toolkit.engine.setup import Setup, describe, prepare
 from toolkit.engine.signals import StopRequest
 from toolkit.engine.training import StopWanted, Training
-from toolkit.errors import Interrupted, UserError
+from toolkit.errors import Interrupted, RunFailed, UserError
 from toolkit.expect import check_expectations
 from toolkit.predict import model_card
 from toolkit.recipe import Recipe, diff, resolved_toml
@@ -108,9 +109,13 @@ def fit(
             else:
                 display.note(closing_text(recipe, summary))
                 write_summary(training, summary)
-        except Interrupted:
+        except Interrupted as interrupted:
+            display.note(str(interrupted))
             if peers is not None:
                 peers.close()
+            raise
+        except Exception as error:  # the terminal that shows it may be gone
+            display.note(str(error) if isinstance(error, UserError | RunFailed) else traceback.format_exc())
             raise
         if peers is not None:
             peers.close()

@@ -19,6 +19,7 @@ from toolkit.locks import Lock
 from toolkit.runs import Run, open_run
 from toolkit.slurm.job import Job
 from toolkit.study.folder import claim, forget_failure, is_of_study, note_failure
+from toolkit.terminal import open_closed_streams, outliving_terminal
 from toolkit.train import end, is_first_process, report_at_end, report_errors, show_outcome
 
 LOCK_WAIT_S = 180
@@ -113,7 +114,8 @@ def _note_epochs(run: Run) -> None:
 def train_run(run: str) -> None:
     """Train into the run directory RUN, or go on there."""
     opened = open_run(run)
-    status = report_errors(lambda: work(opened), debug=False)
+    with outliving_terminal():
+        status = report_errors(lambda: work(opened), debug=False)
     if status == Interrupted.exit_status and is_distributed():
         # The outcome is noted; to the launcher any other status is a failure, with a page of stack traces.
         sys.stdout.flush()
@@ -124,6 +126,7 @@ def train_run(run: str) -> None:
 
 def main() -> None:
     """Entry of `python -m toolkit.slurm.task RUN`."""
+    open_closed_streams()
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(train_run)
     app()
