@@ -120,7 +120,7 @@ def _acquire_lease(
         is_alive = seen != first
         if timeout is not None and waited >= timeout and is_alive:
             raise Timeout(lease.lock_file)
-        if waited > 1 and not is_announced and not is_alive:
+        if waited > LEASE_S / 60 and not is_announced and not is_alive:
             say(f"{lease.lock_file} is there: waiting up to {LEASE_S:g} s to see whether its holder is alive")
             is_announced = True
         time.sleep(min(0.25, LEASE_S / 20))
