@@ -158,7 +158,10 @@ def test_data_sets_in_memory_are_reproduced_as_well(tmp_path: Path) -> None:
     [
         (lambda path: (path / "recipe.toml").unlink(), "is no run directory: it has no recipe.toml"),
         (lambda path: (path / "summary.json").write_text("{"), "summary.json is damaged"),
-        (lambda path: (path / "summary.json").write_text('{"best": 1}'), "summary.json is damaged: it has no figures"),
+        (
+            lambda path: (path / "summary.json").write_text('{"best": 1}'),
+            "summary.json is damaged: best is no JSON object",
+        ),
         (lambda path: (path / "split.json").unlink(), "split.json is missing"),
         (lambda path: (path / "split.json").write_text("{}"), "split.json is damaged"),
         (lambda path: (path / "checkpoints" / "model.json").write_text("[]"), "model.json is damaged"),

@@ -242,7 +242,7 @@ def test_states() -> None:
     assert (state_of(run, {}).state, state_of(run, {}).detail) == ("failed", "look at optimizer.lr")
     (job.folder / "cancelled").touch()
     assert state_of(run, {}).state == "cancelled"
-    run.write_json("summary.json", {"best": {"test_accuracy": 0.5}})
+    run.write_json("summary.json", {"best": {"epoch": 1, "test_accuracy": 0.5}, "stopped": {"epoch": 2}})
     assert (state_of(run, {}).state, state_of(run, {}).detail) == ("finished", "test accuracy 0.5000")
 
 
@@ -264,7 +264,8 @@ def test_runs_of_an_array_are_taken_once() -> None:
     folder = StudyFolder(Path("runs/quickstart"))
     runs = [a_run(f"20260102-030405-000{index}", "30", folder.path) for index in range(4)]
     members = [Member("row", seed, {}, str(seed), run.id) for seed, run in enumerate(runs)]
-    folder.write({"name": "quickstart", "study": {"seeds": 4}, "search": None, "complete": True}, members)
+    record = {"name": "quickstart", "file": "s.toml", "study": {"seeds": 4}, "search": None, "complete": True}
+    folder.write(record, members)
     runs[0].write_json("summary.json", {})
     assert state_of(runs[1], {"30_0": entry("PENDING", "30_0", "Priority")["30_0"]}).state == "pending"
     lock = claim(runs[3])  # a worker of the study, somewhere else

@@ -145,7 +145,7 @@ def test_a_folder_s_runs_are_all_seen_to_and_a_damaged_one_is_named(run: Run, se
     damaged.metrics_file.write_text("half a li\n" + damaged.metrics_file.read_text())
     outcome = sync(run.path.parents[1], "--json")
     assert outcome.status == 1
-    assert outcome.stderr == f"{damaged.metrics_file}:1: damaged line\n"
+    assert outcome.stderr == f"{damaged.metrics_file}:1: damaged line (Expecting value: line 1 column 1 (char 0))\n"
     found = {Path(one["run"]).name: one for one in json.loads(outcome.stdout)}
     assert {name: one["state"] for name, one in found.items()} == {run.id: "uploaded", "untracked": "untracked"}
     assert found[run.id]["lines"] == len(run.metrics())

@@ -23,6 +23,7 @@ from toolkit.commands.study import study
 from toolkit.commands.table import table
 from toolkit.commands.use import evaluate, explain, predict
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
+from toolkit.terminal import open_closed_streams
 from toolkit.train import AsJson, Debug, end, report_errors, show_any_name, train
 
 
@@ -91,6 +92,7 @@ def check(run: RunPath, as_json: AsJson = False, debug: Debug = False) -> None:
 
 def main() -> None:
     """Entry of the `toolkit` command."""
+    open_closed_streams()
     show_any_name()
     app()
 

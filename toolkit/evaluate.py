@@ -28,8 +28,9 @@ from toolkit.engine.evaluate import Evaluation, evaluate
 from toolkit.engine.process import autocast_dtype, local_processes
 from toolkit.errors import UserError
 from toolkit.predict import TrainedModel, load_model
+from toolkit.reading import DamagedFile
 from toolkit.recipe import Recipe
-from toolkit.runs import Run, read_json
+from toolkit.runs import Run
 
 PREFIXES = {"validation": "val_", "test": "test_"}
 """Of a split's figures in summary.json; it has none of the training images without augmentation."""
@@ -108,7 +109,7 @@ def images_of(run: Run, split: str, trained: TrainedModel, data_root: Path | Non
     where images are gone or are others than the run's.
     """
     check_split(split)
-    recipe, names, classes = run.recipe, _names(run), trained.classes
+    recipe, names, classes = run.recipe, run.split, trained.classes
     moved = {} if data_root is None else {"root": str(data_root)}
     wanted = with_channels(recipe.data, pretrained=recipe.model.weights != "none")
     wanted = as_trained(wanted, trained.preprocessing)
@@ -132,14 +133,6 @@ def images_of(run: Run, split: str, trained: TrainedModel, data_root: Path | Non
         )
     _check_hash(run, dataset, names, index)
     return dataset, _places(names[split], index)
-
-
-def _names(run: Run) -> dict[str, Any]:
-    """split.json: names of each split's images, and a hash."""
-    names = read_json(run.path / "split.json")
-    if not all(isinstance(names.get(split), list) for split in SPLITS) or "hash" not in names:
-        raise UserError(f"{run.path / 'split.json'} is damaged: it does not list the images of every split")
-    return names
 
 
 def _first_difference(now: list[str], then: list[str]) -> str:
@@ -171,13 +164,13 @@ def evaluate_run(
 ) -> Outcome:
     """Evaluate a run's best model, and the stopped one where its checkpoint is kept, on a split (a collective)."""
     check_split(split)
-    if not _names(run)[split]:
-        others = [other for other in SPLITS if _names(run)[other]]
+    if not run.split[split]:
+        others = [other for other in SPLITS if run.split[other]]
         raise UserError(
             f"{run.path} has no {split} images (data.split.{split}); evaluate others: --split {' or '.join(others)}"
         )
     trained, recipe = load_model(run.path), run.recipe
-    summary = _summary(run)
+    summary = run.summary if run.is_finished else {}
     dataset, indices = images_of(run, split, trained, data_root)
     outcome = Outcome(split, len(indices))
     loader = _loader(run, recipe, summary, trained, dataset, indices, split, accelerator)
@@ -209,14 +202,6 @@ def evaluate_run(
     return outcome
 
 
-def _summary(run: Run) -> dict[str, Any]:
-    """summary.json; {} where the run is not finished."""
-    summary = run.summary if run.is_finished else {}
-    if summary and not all(isinstance(summary.get(model), dict) for model in ("best", "stopped")):
-        raise UserError(f"{run.path / 'summary.json'} is damaged: it has no figures of the best and the stopped model")
-    return summary
-
-
 def _loader(
     run: Run,
     recipe: Recipe,
@@ -228,7 +213,7 @@ def _loader(
     accelerator: Accelerator,
 ) -> EvaluationLoader:
     """The batches of the run's own evaluation, dealt out among the processes of now."""
-    processes = int(summary.get("processes") or run.environment["processes"])
+    processes = summary.get("processes") or run.processes
     size = recipe.train.images_per_evaluation
     batches = [b for rank in range(processes) for b in plan_evaluation(len(indices), size, processes, rank)]
     return EvaluationLoader(
@@ -267,8 +252,10 @@ def _verdict(value: float, recorded: float | None, loss_is_close: bool) -> str:
 
 def _same_rows(run: Run, found: Evaluation, classes: list[str]) -> int:
     """How many rows of predictions.csv have this prediction."""
-    predicted = (classes[int(index)] for index in found.predictions)
-    return sum(row["prediction"] == now for row, now in zip(run.predictions(), predicted, strict=True))
+    rows, predicted = run.predictions(), [classes[int(index)] for index in found.predictions]
+    if len(rows) != len(predicted):
+        raise DamagedFile(run.path / "predictions.csv", f"{len(rows)} rows of {len(predicted)} test images")
+    return sum(row["prediction"] == now for row, now in zip(rows, predicted, strict=True))
 
 
 def _stopped_differs(summary: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from toolkit.errors import UserError
 from toolkit.evaluate import images_of
 from toolkit.models.names import first_line
 from toolkit.predict import TrainedModel
+from toolkit.reading import DamagedFile
 from toolkit.report.style import look, save, short
 from toolkit.runs import Run
 
@@ -116,8 +117,8 @@ def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path 
             for row in run.predictions()
             if row["prediction"] != row["label"]
         ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{run.path / 'predictions.csv'} is damaged: {error}") from None
+    except ValueError as error:
+        raise DamagedFile(run.path / "predictions.csv", error) from None
     if not wrong:
         raise UserError(f"{run.path} has made no mistake on its test images: name images to explain")
     dataset, indices = images_of(run, "test", trained, data_root)

@@ -12,12 +12,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,6 +32,7 @@ from toolkit.engine.evaluate import to_device
 from toolkit.errors import UserError
 from toolkit.models.build import build_model
 from toolkit.names import encode_name
+from toolkit.reading import DamagedFile, Shape, check_shape, read_json
 from toolkit.recipe.schema import AugmentTable, ModelTable, TransformEntry
 
 FORMAT = 1
@@ -38,6 +40,28 @@ FORMAT = 1
 
 WEIGHTS = ("best.safetensors", "model.safetensors")
 """Names of the weights in a run and in what `toolkit export` writes."""
+
+
+class _Preprocessing(Shape):
+    """The table ``preprocessing`` of model.json."""
+
+    channels: Literal[1, 3]
+    image_size: int = Field(ge=1, le=10_000)
+    resize: int | list[int] | None
+    crop: bool
+    interpolation: Literal["nearest", "bilinear", "bicubic"]
+    mean: list[float]
+    std: list[float]
+
+
+class _Card(Shape):
+    """model.json."""
+
+    recipe: str
+    model: dict[str, Any]
+    classes: list[str] = Field(min_length=1)
+    preprocessing: _Preprocessing
+    transforms: list[dict[str, Any]] = Field([])
 
 
 @dataclass(frozen=True)
@@ -99,25 +123,27 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
 
     Raises UserError where a file is missing, damaged, or does not belong to the other.
     """
-    from toolkit.runs import read_json
-
     folder = _model_folder(Path(path))
     weights = _weights_in(folder)
     card = read_json(folder / "model.json")
+    if card.get("format") != FORMAT:
+        raise UserError(f"{folder / 'model.json'} was written by another version of this toolkit")
+    check_shape(folder / "model.json", card, _Card)
     try:
-        if card["format"] != FORMAT:
-            raise UserError(f"{folder / 'model.json'} was written by another version of this toolkit")
         preprocessing = Preprocessing.from_dict(card["preprocessing"])
+        if not len(preprocessing.mean) == len(preprocessing.std) == preprocessing.channels or 0 in preprocessing.std:
+            raise ValueError("preprocessing.mean and preprocessing.std do not fit the channels")
         table, classes = ModelTable.model_validate(card["model"]), list(card["classes"])
         transforms = tuple(TransformEntry.model_validate(entry) for entry in card.get("transforms", []))
         recipe = str(card["recipe"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'model.json'} is damaged: {error}") from None
-    with torch.inference_mode(False):  # whatever holds where this is called: how a model is built looks at autograd
-        built = build_model(table, len(classes), preprocessing.channels, preprocessing.image_size, load_weights=False)
+        raise DamagedFile(folder / "model.json", error) from None
+    size = preprocessing.image_size
     try:
+        with torch.inference_mode(False):  # whatever holds where this is called: how a model is built looks at autograd
+            built = build_model(table, len(classes), preprocessing.channels, size, load_weights=False)
         built.module.load_state_dict(_versioned(built.module, load_weights(weights)))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise UserError(f"{weights} does not belong to {folder / 'model.json'}: {error}") from None
     return TrainedModel(built.module.eval(), preprocessing, transforms, classes, table, recipe, weights)
 

@@ -17,6 +17,7 @@ from toolkit.export import FORMATS, images_to_compare, new_folder, portable, wri
 from toolkit.models.names import first_line
 from toolkit.models.weights import is_file_reference
 from toolkit.predict import TrainedModel, load_model
+from toolkit.reading import DamagedFile
 from toolkit.recipe import Recipe, resolved_toml
 from toolkit.runs import Run, open_run
 from toolkit.timm_config import fits_timm
@@ -71,7 +72,10 @@ def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, priv
     with new_folder(target, replace=folder is None) as unfinished:
         write_checked(FORMATS[name], trained, unfinished, inputs, name)
         (unfinished / "recipe.toml").write_text(resolved_toml(shareable(recipe)), encoding="utf-8")
-        card = model_card(run, trained, recipe, summary, repo, license_id)
+        try:
+            card = model_card(run, trained, recipe, summary, repo, license_id)
+        except KeyError as key:
+            raise DamagedFile(run.path / "summary.json", f"it has no {key}") from None
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     why_not = _cannot_push() if push else "that was not asked for"
     return Published(target, None if why_not else _push(target, repo, private), why_not)

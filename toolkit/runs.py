@@ -24,22 +24,89 @@ import json
 import os
 import re
 import secrets
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
+from pydantic import ConfigDict, Field
 
-from toolkit.errors import UserError
+from toolkit.errors import EXIT_FAILURE, UserError
+from toolkit.locks import Lock, acquire
+from toolkit.reading import DamagedFile, Shape, read_bytes, read_csv, read_json, read_json_lines
 from toolkit.recipe import Recipe, load_recipe
 
 PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
+RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
+
+Number = int | float | None
 
 
 class RunInUse(UserError):
     """A trainer works in the run directory at the moment."""
+
+
+class _Figures(Shape):
+    """summary.json's entry for one model: its epoch and metrics."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, int | float]
+    epoch: int = Field(ge=0)
+
+
+class _Summary(Shape):
+    """summary.json. Only the metrics of the two models are always there; earlier versions wrote fewer keys."""
+
+    best: _Figures
+    stopped: _Figures
+    train_loss: Number = None
+    train_accuracy: Number = None
+    epochs_run: int = Field(0, ge=0)
+    stopped_early: bool = False
+    parameters: int = Field(0, ge=0)
+    trainable_parameters: int = Field(0, ge=0)
+    seconds: float = 0
+    startup_seconds: Number = None
+    images_per_s: float = 0
+    images: dict[str, int] = Field({})
+    processes: int = Field(1, ge=1)
+    device: str = ""
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    seed: int = 0
+
+
+class _Environment(Shape):
+    """environment.json, as far as programs read it."""
+
+    processes: int = Field(1, ge=1)
+    slurm_job: str | None = None
+
+
+class _Split(Shape):
+    """split.json: names of the images of each split."""
+
+    hash: str
+    train: list[str]
+    validation: list[str]
+    test: list[str]
+
+
+class _Record(Shape):
+    """A line of metrics.jsonl."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, int | float]
+    epoch: float = Field(ge=0, allow_inf_nan=False)
+
+
+class _Origins(Shape):
+    """origins.json."""
+
+    file: str
+    keys: dict[str, str]
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
@@ -119,7 +186,7 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """The figures at the end; a UserError while there is none yet."""
-        return read_json(self.path / "summary.json")
+        return read_json(self.path / "summary.json", _Summary)
 
     @property
     def model_card(self) -> dict[str, Any]:
@@ -129,24 +196,29 @@ class Run:
     @property
     def environment(self) -> dict[str, Any]:
         """Versions, devices, command."""
-        return read_json(self.path / "environment.json")
+        return read_json(self.path / "environment.json", _Environment)
+
+    @property
+    def processes(self) -> int:
+        """How many processes trained it, 1 where it does not say."""
+        return int(self.environment.get("processes", 1))
 
     @property
     def split(self) -> dict[str, Any]:
         """Names of the images of each split."""
-        return read_json(self.path / "split.json")
+        return read_json(self.path / "split.json", _Split)
 
     def splits(self) -> Iterator[dict[str, Any]]:
         """split.json, then those from before the data changed; a UserError where one is missing or damaged."""
         yield self.split
         for path in self._earlier_splits():
-            yield read_json(path)
+            yield read_json(path, _Split)
 
     def keep_split(self) -> None:
         """Before split.json is written anew: keep the one that is there as split-1.json, split-2.json, ..."""
         path = self.path / "split.json"
         if path.exists():
-            write_atomically(self.path / f"split-{len(self._earlier_splits()) + 1}.json", path.read_bytes())
+            write_atomically(self.path / f"split-{len(self._earlier_splits()) + 1}.json", read_bytes(path))
 
     def _earlier_splits(self) -> list[Path]:
         return sorted(self.path.glob("split-*.json"))
@@ -163,7 +235,7 @@ class Run:
         Empty for a run that was not told.
         """
         path = self.path / "origins.json"
-        return read_json(path) if path.exists() else {}
+        return read_json(path, _Origins) if path.exists() else {}
 
     @property
     def is_finished(self) -> bool:
@@ -181,14 +253,15 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl; a half-written last line (a killed run) is left out."""
         records = []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number < len(lines):
-                    raise UserError(f"{self.metrics_file}:{number}: damaged line") from None
+        for number, record in enumerate(self.metric_lines(), 1):
+            if isinstance(record, ValueError):
+                raise UserError(f"{self.metrics_file}:{number}: damaged line ({record})")
+            records.append(record)
         return records
+
+    def metric_lines(self) -> Iterator[dict[str, Any] | ValueError]:
+        """Each line of metrics.jsonl, or what is wrong with it; nothing where there is no such file."""
+        return read_json_lines(self.metrics_file, _Record) if os.path.lexists(self.metrics_file) else iter(())
 
     def epochs(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that close an epoch."""
@@ -199,21 +272,30 @@ class Run:
         path = self.path / "predictions.csv"
         if not path.exists() and not self.has_test:
             raise UserError(f"{self.path} has no test images, so it has no predictions.csv (data.split.test)")
-        if not path.exists():
-            raise UserError(f"{path} is missing: the run has not come to its end")
-        with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        rows = read_csv(path, PREDICTION_COLUMNS)
+        for number, row in enumerate(rows, 1):
+            if not _is_share(row["probability"]):
+                raise DamagedFile(path, f"row {number} has the probability {row['probability'][:20]!r}")
+        return rows
 
-    def lock(self) -> FileLock:
-        """The right to write here; taken by one trainer at a time and freed by the system if that one dies."""
-        lock = FileLock(self.path / ".lock")
+    def lock(self, say: Callable[[str], None] = lambda line: None) -> Lock:
+        """The right to write here, for one trainer at a time, see :mod:`toolkit.locks`.
+
+        Raises RunInUse where another has it, and another UserError where nothing can be written. A trainer that loses
+        it (its machine stood still so long that another took over) ends at once: two must not write.
+        """
+
+        def end() -> None:
+            print(f"{self.path}: another trainer may have taken over this run, so this one ends", file=sys.stderr)
+            os._exit(EXIT_FAILURE)
+
+
         try:
-            lock.acquire(timeout=0)
+            return acquire(self.path / ".lock", on_loss=end, say=say)
         except Timeout:
             raise RunInUse(f"{self.path} is in use by another trainer that still runs") from None
         except OSError as error:
             raise UserError(f"cannot write in {self.path}: {error.strerror}") from None
-        return lock
 
     def write_json(self, name: str, value: object) -> None:
         """Write one JSON file of the run. Bytes that are not UTF-8 (in a path or a command) become escapes of JSON."""
@@ -253,17 +335,12 @@ class Run:
             path.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object; a UserError where the file is missing or damaged."""
+def _is_share(text: str) -> bool:
+    """Whether a text is a number from 0 to 1."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the run has not come that far") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: not a JSON object")
-    return value
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -317,10 +394,9 @@ def newest_run(path: str | os.PathLike[str]) -> Path:
 def runs_of(run_root: str, name: str) -> list[Run]:
     """The run directories of a recipe, youngest first."""
     parent = Path(run_root) / name
-    pattern = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
     if not parent.is_dir():
         return []
-    folders = sorted((p for p in parent.iterdir() if pattern.fullmatch(p.name)), reverse=True)
+    folders = sorted((p for p in parent.iterdir() if RUN_ID.fullmatch(p.name)), reverse=True)
     return [Run(p) for p in folders if (p / "recipe.toml").exists()]
 
 

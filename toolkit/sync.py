@@ -15,7 +15,8 @@ from typing import Any
 
 from toolkit.errors import EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.models.names import first_line
-from toolkit.runs import Run, RunInUse, read_json, write_atomically
+from toolkit.reading import Shape, read_bytes, read_json
+from toolkit.runs import Run, RunInUse, write_atomically
 from toolkit.tracking import define_axes, flatten, wandb_settings, why_offline
 
 INIT_SECONDS = 60
@@ -47,6 +48,13 @@ class Synced:
         return f"{self.run}: was not tracked by W&B; nothing to upload"
 
 
+class _Marker(Shape):
+    """wandb/synced.json: what was uploaded, and where to."""
+
+    digest: str
+    url: str | None = None
+
+
 class NoServer(UserError):
     """There is no login, or no server that answers."""
 
@@ -66,7 +74,7 @@ def sync(run: Run) -> Synced:
         return Synced(str(run.path), "training")
     try:
         digest, marker = _digest(run), run.path / "wandb" / "synced.json"
-        done = read_json(marker) if marker.exists() else {}
+        done = read_json(marker, _Marker) if marker.exists() else {}
         if done.get("digest") == digest:
             return Synced(str(run.path), "already", url=done.get("url"))
         _require_server()
@@ -95,7 +103,7 @@ def id_at_wandb(run: Run) -> str | None:
 def _digest(run: Run) -> str:
     """Of all that is uploaded: changes when the run goes on."""
     files = (run.path / "recipe.toml", run.metrics_file, run.path / "summary.json")
-    return hashlib.sha256(b"\0".join(path.read_bytes() if path.exists() else b"" for path in files)).hexdigest()
+    return hashlib.sha256(b"\0".join(read_bytes(path) if path.exists() else b"" for path in files)).hexdigest()
 
 
 def _upload(run: Run, wandb_id: str) -> Synced:

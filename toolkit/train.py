@@ -18,6 +18,7 @@ import typer
 from toolkit.engine.launcher import check_launch, is_distributed, read_place
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.names import visible
+from toolkit.terminal import open_closed_streams, outliving_terminal
 
 if TYPE_CHECKING:
     from toolkit.runs import Run
@@ -27,6 +28,9 @@ OTHERS_WAIT_S = 3.0
 
 LOSS_WAIT_S = 1.0
 """Within this, a broken connection is followed by the word of who has failed or is lost."""
+
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO)
+"""Errors of the system at a file that its owner can mend."""
 
 Overrides = Annotated[
     list[str] | None,
@@ -100,7 +104,9 @@ def train(
             show_outcome(run, as_json=as_json)
         return EXIT_OK
 
-    end(report_errors(work, debug=debug))
+    with outliving_terminal():
+        status = report_errors(work, debug=debug)
+    end(status)
 
 
 def process_start() -> float:
@@ -173,6 +179,8 @@ def explain(error: Exception) -> str | None:
     """One line for faults of the surroundings, for which a stack trace is no help; None for others."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return f"cannot write {error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, OSError) and error.filename is not None and error.errno in NO_ACCESS:
+        return f"cannot use {error.filename}: {error.strerror}"
     peers = sys.modules.get("toolkit.engine.peers")  # else torch has not been imported either
     if peers is None or not peers.is_loss(error):
         return None
@@ -235,6 +243,7 @@ def show_any_name() -> None:
 
 def main() -> None:
     """Entry of `python -m toolkit.train`."""
+    open_closed_streams()
     show_any_name()
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(train)

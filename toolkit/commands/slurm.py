@@ -198,6 +198,9 @@ def _follow(log: Path, is_over: Callable[[], bool]) -> None:
 def _print_from(log: Path, position: int) -> int:
     if not log.exists():
         return position
+    from toolkit.reading import require_file
+
+    require_file(log)
     with open(log, "rb") as file:
         file.seek(position)
         text = file.read()
@@ -223,14 +226,17 @@ def status(
 
     def work() -> int:
         from toolkit.slurm.array import headline
-        from toolkit.slurm.job import find_runs, queue, state_of
+        from toolkit.slurm.job import find_runs, queue, state_or_damage
 
         runs = find_runs(path)
         jobs = queue()
         if as_json:
-            print(json.dumps([state_of(run, jobs).to_json() for run in runs], indent=2))
+            print(json.dumps([state_or_damage(run, jobs).to_json() for run in runs], indent=2))
         elif runs:
-            said = headline(path, jobs)
+            try:
+                said = headline(path, jobs)
+            except UserError as error:
+                said = str(error)
             if said is not None:
                 print(said)
             _show_states(runs, jobs)
@@ -243,10 +249,10 @@ def status(
 
 def _show_states(runs: list[Any], jobs: Any) -> None:
     from toolkit.recipe.diagnostics import printable
-    from toolkit.slurm.job import state_of
+    from toolkit.slurm.job import state_or_damage
 
     rows = [("run", "job", "state", "epoch", "requeued", "")]
-    rows += [_state_row(state_of(run, jobs)) for run in runs]
+    rows += [_state_row(state_or_damage(run, jobs)) for run in runs]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
@@ -260,7 +266,7 @@ def _state_row(state: State) -> tuple[str, str, str, str, str, str]:
         f"{path.parent.name}/{path.name}",
         state.job or "-",
         state.state,
-        f"{state.epoch}/{state.epochs}",
+        f"{state.epoch}/{state.epochs}" if state.state != "damaged" else "-",
         times if state.requeued else "-",
         state.detail,
     )

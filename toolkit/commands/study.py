@@ -10,6 +10,7 @@ import typer
 
 from toolkit.engine.launcher import is_distributed
 from toolkit.errors import EXIT_OK, UserError
+from toolkit.terminal import outliving_terminal
 from toolkit.train import AsJson, Debug, Overrides, end, report_errors
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ def study(
         check_size(found, expansion, yes=yes)
         return _run(found, expansion, parallel, retry=retry, as_json=as_json)
 
-    end(report_errors(work, debug=debug))
+    with outliving_terminal():
+        status = report_errors(work, debug=debug)
+    end(status)
 
 
 def _prove(study: StudyFile, expansion: Expansion) -> list[str]:

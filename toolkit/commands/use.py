@@ -165,7 +165,7 @@ def _settings(path: Path) -> _Settings:
         return _Settings(TrainTable(epochs=1, batch_size=64, precision="no", channels_last=False), 64)
     run = Run(path)
     train = run.recipe.train
-    return _Settings(train, max(1, train.images_per_evaluation // int(run.environment["processes"])))
+    return _Settings(train, max(1, train.images_per_evaluation // run.processes))
 
 
 def _predict(

@@ -14,7 +14,6 @@ nothing needs to be invalidated. Concurrent runs, and all processes of a machine
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import multiprocessing
@@ -33,9 +32,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from toolkit.data.cpus import granted_cpus
+from toolkit.locks import Lock, acquire
 
 Bytes = npt.NDArray[np.uint8]
 Block = tuple[int, int, int]
@@ -218,20 +218,16 @@ class EntryWriter:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def try_lock(root: Path, name: str) -> FileLock | None:
+def try_lock(root: Path, name: str) -> Lock | None:
     """The right to build an entry, to be released; None where another process has it. It ends with its process.
 
-    Raises OSError where the root cannot be written, or has no locks.
+    Raises OSError where the root cannot be written.
     """
     root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / f"{name}.lock", timeout=0)
     try:
-        lock.acquire()
+        return acquire(root / f"{name}.lock")
     except Timeout:
         return None
-    except NotImplementedError as error:  # file systems without flock
-        raise OSError(errno.ENOTSUP, str(error)) from None
-    return lock
 
 
 def remove_entry(folder: Path) -> None:

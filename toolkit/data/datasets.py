@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from toolkit.data.folders import read_layout
 from toolkit.data.images import CANNOT_READ, HAS_CHANGED, ArrayImages, FileImages, Images
 from toolkit.data.order import Indices
 from toolkit.data.walk import ImageWalk
 from toolkit.errors import UserError
+from toolkit.locks import held
 from toolkit.names import encode_name, visible
 from toolkit.recipe.schema import DataTable
 
@@ -97,7 +97,7 @@ def _fetch(kind: Callable[..., Any], table: DataTable) -> tuple[Any, Any]:
     try:
         Path(table.root).mkdir(parents=True, exist_ok=True)
         # Many processes may come here at once: one fetches, the others wait and then find the data.
-        with FileLock(Path(table.root) / f".{table.dataset}.lock"):
+        with held(Path(table.root) / f".{table.dataset}.lock"):
             return read(download=True)
     except _UNREADABLE as error:
         raise UserError(

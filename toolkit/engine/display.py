@@ -31,8 +31,9 @@ class Display:
         text = visible(text)
         if self.progress is not None:
             self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        elif self.shows:
-            print(text, file=sys.stderr, flush=True)
+        elif self.shows and sys.stderr is not None:
+            with contextlib.suppress(OSError):  # nobody reads it any more: log.txt has it
+                print(text, file=sys.stderr, flush=True)
         self._log(text)
 
     def note(self, text: str) -> None:
@@ -58,7 +59,7 @@ class Display:
     @contextlib.contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
         """A progress bar where stderr is a terminal; nothing elsewhere."""
-        if not self.speaks or not self.shows or not sys.stderr.isatty():
+        if not self.speaks or not self.shows or sys.stderr is None or not sys.stderr.isatty():
             yield Bar(None, 0)
             return
         from rich.console import Console

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from toolkit.engine.resume import Resumption, find_resumption
 from toolkit.engine.setup import Setup, describe, prepare
 from toolkit.engine.signals import StopRequest
 from toolkit.engine.training import StopWanted, Training
-from toolkit.errors import Interrupted, UserError
+from toolkit.errors import Interrupted, RunFailed, UserError
 from toolkit.expect import check_expectations
 from toolkit.predict import model_card
 from toolkit.recipe import Recipe, diff, resolved_toml
@@ -74,14 +75,14 @@ def fit(
         run = _run_to_resume(recipe, accelerator, display, resume, allow_changes)
         resumption = None
         if run is not None:
-            stack.enter_context(_locked(run, accelerator))
+            stack.enter_context(_locked(run, accelerator, display))
             resumption = find_resumption(run, recipe, accelerator, display, allow_changes)
         settle = None if resumption is None else resumption.settle
         setup = prepare(recipe, accelerator, display, load_weights=resumption is None, settle=settle)
         if run is None:
             created = main_only(accelerator, lambda: str(create_run(recipe.recipe.run_root, recipe.recipe.name).path))
             run = Run(Path(created))
-            stack.enter_context(_locked(run, accelerator))
+            stack.enter_context(_locked(run, accelerator, display))
             if origins is not None and accelerator.is_main_process:
                 run.write_json("origins.json", origins)
         stop.watch(run.path)
@@ -108,9 +109,13 @@ def fit(
             else:
                 display.note(closing_text(recipe, summary))
                 write_summary(training, summary)
-        except Interrupted:
+        except Interrupted as interrupted:
+            display.note(str(interrupted))
             if peers is not None:
                 peers.close()
+            raise
+        except Exception as error:  # the terminal that shows it may be gone
+            display.note(str(error) if isinstance(error, UserError | RunFailed) else traceback.format_exc())
             raise
         if peers is not None:
             peers.close()
@@ -238,9 +243,9 @@ def _changes(run: Run, recipe: Recipe) -> list[tuple[tuple[str | int, ...], Any,
 
 
 @contextlib.contextmanager
-def _locked(run: Run, accelerator: Accelerator) -> Iterator[None]:
+def _locked(run: Run, accelerator: Accelerator, display: Display) -> Iterator[None]:
     """Hold the run directory; only the main process writes to it."""
-    lock = main_only(accelerator, run.lock, share=False)
+    lock = main_only(accelerator, lambda: run.lock(display.say), share=False)
     try:
         yield
     finally:
@@ -266,6 +271,7 @@ def _tracked(recipe: Recipe, accelerator: Accelerator, run: Run, display: Displa
 def _write_beginnings(setup: Setup, run: Run, resumption: Resumption | None) -> None:
     """What can be said before training: recipe, environment, splits, how to rebuild the model."""
     names = {split: [setup.dataset.images.name(int(i)) for i in setup.splits[split]] for split in SPLITS}
+    run.checkpoints.mkdir(exist_ok=True)  # somebody may have removed it
     # An equal one stays as it is: the hash in a checkpoint of an earlier version is of its text, without newer keys.
     if resumption is None or diff(run.recipe, setup.recipe):
         run.write_text("recipe.toml", resolved_toml(setup.recipe))

@@ -8,8 +8,6 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from toolkit.data.cache import (
     DamagedEntry,
     Entry,
@@ -24,6 +22,7 @@ from toolkit.data.cache import (
 from toolkit.data.capacity import DISK_SHARE, free_disk, gib
 from toolkit.engine.process import gather_objects
 from toolkit.engine.setup import Setup
+from toolkit.locks import Lock
 
 Guard = Callable[[Any, int], Iterator[Any]]
 """Wraps a stream of batches so that all processes can agree to stop; the number is how often they ask."""
@@ -64,7 +63,7 @@ class Keeper:
 
         Another run that has that right is waited for (a collective).
         """
-        locks: list[FileLock] = []
+        locks: list[Lock] = []
         work = self._claimed(name, locks) if self.setup.accelerator.is_main_process and not self.is_broken else None
         try:
             self._done(work)
@@ -126,7 +125,7 @@ class Keeper:
 
     def _built(self, name: str, fill: Fill, size: int) -> Work:
         """A whole entry, built under its lock where there is none."""
-        locks: list[FileLock] = []
+        locks: list[Lock] = []
         try:
             entry = yield from self._claimed(name, locks)
             if entry is None and locks:
@@ -136,7 +135,7 @@ class Keeper:
             for lock in locks:
                 lock.release()
 
-    def _claimed(self, name: str, locks: list[FileLock]) -> Work:
+    def _claimed(self, name: str, locks: list[Lock]) -> Work:
         """A whole entry, or None with its lock; without lock where there is none to be had."""
         waits = False
         while True:

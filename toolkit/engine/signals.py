@@ -26,7 +26,9 @@ ACKNOWLEDGED = "\nstopping: a checkpoint is written after this step (Ctrl-C agai
 class StopRequest:
     """Whether somebody wants the run to stop: SIGTERM, SIGINT, SIGUSR1, or the stop file.
 
-    A second SIGINT ends the process at once. Used as a context manager; the handlers from before come back after it.
+    SIGHUP, from a terminal that hangs up, is ignored as with nohup; but torchrun passes on its own and kills its
+    processes 30 s later, so there it is a request to stop. A second SIGINT ends the process at once. Used as a context
+    manager; the handlers from before come back after it.
     """
 
     def __init__(self) -> None:
@@ -42,6 +44,9 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 self._old[number] = signal.signal(number, self._handle)
+            is_under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+            hangup = self._handle if is_under_torchrun else signal.SIG_IGN
+            self._old[signal.SIGHUP] = signal.signal(signal.SIGHUP, hangup)
             # A handler runs only between two steps of the main thread's Python code, which may wait in a collective for
             # ever; the numbers of signals that arrive are written here at once, for other threads to read.
             self._wakeup = socket.socketpair()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from toolkit.engine.schedule import epoch_rank
 from toolkit.errors import UserError
+from toolkit.reading import read_json, require_file
 from toolkit.recipe import Recipe
 from toolkit.recipe.diagnostics import printable
 from toolkit.report.measures import Ints, Predictions
@@ -21,7 +21,7 @@ T = TypeVar("T")
 Record = dict[str, Any]
 
 SPLITS = ("train", "validation", "test")
-DAMAGE = (KeyError, TypeError, ValueError, OSError, AttributeError)
+DAMAGE = (LookupError, TypeError, ValueError, OSError, AttributeError, ArithmeticError, RecursionError, RuntimeError)
 """What reading a file of the right name and the wrong content raises."""
 
 
@@ -122,7 +122,7 @@ def gather(run: Run) -> Facts:
     facts.summary = facts.attempt("figures of the test images", lambda: _checked_summary(facts))
     facts.environment = facts.attempt("the environment", lambda: run.environment) or {}
     facts.card = facts.attempt("the names of the classes", lambda: _checked_card(run)) or {}
-    facts.split = facts.attempt("the lists of images", lambda: _checked_split(run)) or {}
+    facts.split = facts.attempt("the lists of images", lambda: run.split) or {}
     facts.origins = facts.attempt("the origins of the recipe's values", lambda: run.origins) or {}
     if (facts.summary is not None and run.has_test) or (run.path / "predictions.csv").exists():
         facts.predictions = facts.attempt("predictions", lambda: _read_predictions(run, facts.classes))
@@ -136,35 +136,21 @@ def _state(run: Run) -> str:
 
 def _read_metrics(facts: Facts) -> None:
     """Lines of metrics.jsonl that can be read; the last one of a killed run may be half written."""
-    path = facts.run.metrics_file
-    text = facts.attempt("metrics", lambda: path.read_text(encoding="utf-8")) if path.exists() else None
-    lines = (text or "").splitlines()
-    bad = []
-    for number, line in enumerate(lines, 1):
-        record = _record(line)
-        if record is None:
-            bad += [number] if number < len(lines) else []
-        else:
+    lines = facts.attempt("metrics", lambda: list(facts.run.metric_lines())) or []
+    bad = [number for number, line in enumerate(lines, 1) if isinstance(line, ValueError)]
+    for line in lines:
+        if not isinstance(line, ValueError):
+            record = _numbers(line)
             (facts.epochs if "train/loss" in record else facts.steps).append(record)
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         facts.missing.append(f"{len(bad)} of {len(lines)} lines of metrics.jsonl: damaged (line {shown})")
 
 
-def _record(line: str) -> Record | None:
-    """The numbers of one line; None where it is damaged."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("epoch"), int | float):
-        return None
-    return _numbers(value)
-
-
 def _checked_summary(facts: Facts) -> Record:
     """The summary, with numbers where there should be numbers."""
-    file, summary = facts.run.path / "summary.json", facts.run.summary
+    file = facts.run.path / "summary.json"
+    summary = read_json(file)  # what is whole of a damaged one is shown
     for model in ("best", "stopped"):
         if not isinstance(summary.get(model), dict) or not isinstance(summary[model].get("epoch"), int):
             raise UserError(f"{file} is damaged: it has no {model}.epoch")
@@ -187,14 +173,6 @@ def _checked_card(run: Run) -> Record:
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise UserError(f"{run.checkpoints / 'model.json'} is damaged: it lists no classes")
     return card
-
-
-def _checked_split(run: Run) -> Record:
-    split = run.split
-    for name in SPLITS:
-        if not isinstance(split.get(name), list):
-            raise UserError(f"{run.path / 'split.json'} is damaged: it has no list {name!r}")
-    return split
 
 
 def _read_predictions(run: Run, classes: list[str]) -> Predictions:
@@ -226,6 +204,8 @@ def _read_filters(run: Run) -> Filters:
 
     if not run.first_layer.exists():
         raise UserError(f"{run.first_layer} is missing: the model has no convolution, or an earlier version trained it")
+    for path in (run.first_layer, run.best_weights):
+        require_file(path)
     try:
         with safe_open(run.first_layer, "numpy") as file:
             (layer,) = file.keys()

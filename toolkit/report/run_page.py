@@ -124,7 +124,7 @@ def _cards(facts: Facts) -> Iterator[Card]:
     for title, key, hint in figures:
         if key in best:
             yield _card(title, percent(best[key]), hint)
-    chosen = next(record for record in facts.epochs if record["epoch"] == facts.best_epoch)
+    chosen: Record = next((record for record in facts.epochs if record["epoch"] == facts.best_epoch), {})
     if "val/accuracy" in chosen:
         yield _card(
             "validation accuracy", percent(chosen["val/accuracy"]), f"{facts.best_word} epoch, {facts.best_epoch}"

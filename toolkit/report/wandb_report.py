@@ -12,8 +12,9 @@ from typing import Any
 
 from toolkit.errors import RunFailed, UserError
 from toolkit.models.names import first_line
+from toolkit.reading import read_json
 from toolkit.report.style import CYCLE
-from toolkit.runs import Run, read_json, write_atomically
+from toolkit.runs import Run, write_atomically
 from toolkit.study.output import Outcomes
 from toolkit.study.results import Result
 from toolkit.study.sheet import markdown

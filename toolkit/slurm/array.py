@@ -22,9 +22,10 @@ from typing import Any
 
 from toolkit.data.order import check_batch_size
 from toolkit.errors import UserError
+from toolkit.reading import Shape, read_bytes, read_json
 from toolkit.recipe.study import BohbSearch
 from toolkit.recipe.writing import toml_document
-from toolkit.runs import Run, read_json, runs_of, write_atomically
+from toolkit.runs import Run, runs_of, write_atomically
 from toolkit.slurm.job import Job, QueueEntry, queue
 from toolkit.slurm.script import array_script, search_script, table_script
 from toolkit.slurm.settings import Settings, check_places, settle
@@ -124,7 +125,7 @@ def _as_it_was(path: Path) -> Iterator[None]:
     """After an error take away what was made of the study's folder, or restore study.json."""
     known = {run.path for run in runs_of(str(path.parent), path.name)}
     was_there = (path / "slurm").exists()
-    before = (path / FILE).read_bytes() if (path / FILE).exists() else None
+    before = read_bytes(path / FILE) if (path / FILE).exists() else None
     try:
         yield
     except BaseException:
@@ -160,10 +161,17 @@ def study_runs(folder: StudyFolder) -> list[Run]:
     return [Run(folder.path / name) for name in names]
 
 
+class _ArrayRecord(Shape):
+    """slurm/job.json in a study's folder."""
+
+    job: str
+    table_job: str | None = None
+
+
 def array_record(path: Path) -> dict[str, Any] | None:
     """What was noted when a study was submitted; None for one that was not."""
     file = path / "slurm" / "job.json"
-    return read_json(file) if file.exists() and (path / FILE).exists() else None
+    return read_json(file, _ArrayRecord) if file.exists() and (path / FILE).exists() else None
 
 
 def tasks_of(job: str, jobs: Mapping[str, QueueEntry]) -> dict[str, QueueEntry]:
@@ -203,7 +211,7 @@ def headline(path: Path, jobs: Mapping[str, QueueEntry] | None) -> str | None:
     if record is None:
         return None
     parts = [f"array job {record['job']}: {_told(tasks_of(record['job'], jobs or {}))}"]
-    follower = record["table_job"]
+    follower = record.get("table_job")
     if follower is not None:
         parts.append(f"table job {follower}: {_told(tasks_of(follower, jobs or {}))}")
     return "; ".join(parts)

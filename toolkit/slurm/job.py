@@ -11,7 +11,9 @@ slurm/claim-JOB      the task of array JOB that has taken this run
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -20,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.runs import Run, read_json
+from toolkit.locks import lease_is_held
+from toolkit.reading import Shape, read_bytes, read_json, read_text, require_file
+from toolkit.runs import RUN_ID, Run
 from toolkit.study.folder import assigned_epoch, failure_of, is_claimed, is_of_study
 
 GONE = "the job left no trace: its node failed, or it was ended from outside"
@@ -62,7 +66,7 @@ class State:
 
     run: str
     state: str
-    """finished, running, pending, interrupted, paused, failed, cancelled, unknown, or new (never started)."""
+    """finished, running, pending, interrupted, paused, failed, cancelled, unknown, new (never started), or damaged."""
     detail: str
     job: str | None
     requeued: int
@@ -72,6 +76,14 @@ class State:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+
+class _Record(Shape):
+    """slurm/job.json."""
+
+    job: str
+    log: str
+    array: str | None
 
 
 class Job:
@@ -87,7 +99,7 @@ class Job:
     def record(self) -> dict[str, Any] | None:
         """What was noted at submission; None for runs that were never submitted."""
         path = self.folder / "job.json"
-        return read_json(path) if path.exists() else None
+        return read_json(path, _Record) if path.exists() else None
 
     def write_record(self, job: str, *, log: Path | None = None, array: Path | None = None) -> None:
         """Note a submission."""
@@ -105,9 +117,13 @@ class Job:
     def starts(self) -> list[Start]:
         """Every start, the first one first; a half-written line is left out."""
         path = self.folder / "starts"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        fields = [line.split(" ", 3) for line in lines]
-        return [Start(f[0], int(f[1]), float(f[2]), f[3]) for f in fields if len(f) == 4]
+        lines = read_text(path).splitlines() if path.exists() else []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                job, restarts, when, nodes = line.split(" ", 3)
+                found.append(Start(job, int(restarts), float(when), nodes))
+        return found
 
     @property
     def current(self) -> str | None:
@@ -120,7 +136,7 @@ class Job:
     def claimed_by(self, array_job: str) -> str | None:
         """The task of an array that has taken this run."""
         claim = self.folder / f"claim-{array_job}"
-        return claim.read_text(encoding="utf-8").strip() or None if claim.exists() else None
+        return read_text(claim).strip() or None if claim.exists() else None
 
     def is_part_of(self, array_job: str) -> bool:
         """Whether it was last submitted with this array, and has not failed in it."""
@@ -133,8 +149,8 @@ class Job:
         path = self.folder / "outcome"
         if not path.exists():
             return None
-        status, _, message = path.read_text(encoding="utf-8", errors="replace").partition("\n")
-        return (int(status), message.strip()) if status.strip().isdigit() else None
+        status, _, message = read_bytes(path).decode(errors="replace").partition("\n")
+        return (int(status), message.strip()) if re.fullmatch(r"[0-9]{1,3}", status.strip()) else None
 
     def leave_outcome(self, status: int, message: str) -> None:
         """Note how a start ended."""
@@ -159,6 +175,7 @@ class Job:
         path = Path((self.record or {}).get("log") or self.log)
         if not path.exists():
             return ""
+        require_file(path)
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 20_000))
             lines = file.read().decode(errors="replace").splitlines()
@@ -191,6 +208,17 @@ def accounted_state(job: str) -> str | None:
     return words[0] if answer.returncode == 0 and words else None
 
 
+def state_or_damage(run: Run, jobs: dict[str, QueueEntry] | None) -> State:
+    """As :func:`state_of`; a run directory that cannot be read is ``damaged``, with the problem as its detail."""
+    try:
+        return state_of(run, jobs)
+    except UserError as error:
+        return State(str(run.path), "damaged", str(error).strip().splitlines()[0], None, 0, 0, 0)
+    except OSError as error:
+        problem = f"{error.filename or run.path} cannot be read: {error.strerror}"
+        return State(str(run.path), "damaged", problem, None, 0, 0, 0)
+
+
 def state_of(run: Run, jobs: dict[str, QueueEntry] | None) -> State:
     """The state of a run, from its directory and from what :func:`queue` said."""
     job, recipe = Job(run), run.recipe
@@ -202,7 +230,7 @@ def state_of(run: Run, jobs: dict[str, QueueEntry] | None) -> State:
     if state == "running":
         detail = _progress(run, starts, entry)
     if state == "finished":
-        best = run.summary.get("best", {})
+        best = run.summary["best"]
         figures = {"test accuracy": "test_accuracy", "validation accuracy": "val_accuracy"}
         detail = next((f"{name} {best[key]:.4f}" for name, key in figures.items() if key in best), "")
     number = current or (str(record["job"]) if record else None)
@@ -264,7 +292,9 @@ def _without_slurm(run: Run) -> tuple[str, str]:
 
 
 def is_locked(run: Run) -> bool:
-    """Whether a process of this machine trains in the run directory (Linux)."""
+    """Whether a process of this machine, or one of any machine that holds a lease, trains in the run directory."""
+    if lease_is_held(run.path / ".lock"):
+        return True
     try:
         found = os.stat(run.path / ".lock")
         locks = Path("/proc/locks").read_text(encoding="ascii")
@@ -293,8 +323,8 @@ def _progress(run: Run, starts: list[Start], entry: QueueEntry | None) -> str:
 def _epochs_at(run: Run, start: int) -> int:
     """Epochs that were done when start number ``start`` began, as the task noted them."""
     path = run.path / "slurm" / f"epochs-{start}"
-    text = path.read_text(encoding="ascii").strip() if path.exists() else ""
-    return int(text) if text.isdigit() else 0
+    text = read_text(path).strip() if path.exists() else ""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
 
 
 def duration(seconds: float) -> str:
@@ -312,4 +342,7 @@ def find_runs(path: Path) -> list[Run]:
     if not path.is_dir():
         raise UserError(f"{path} does not exist: name a run directory, or the folder that holds them (recipe.run_root)")
     found = {file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/recipe.toml")}
+    # A run that has lost its recipe is still one to be told of.
+    found |= {folder.parent for depth in ("*", "*/*") for folder in path.glob(f"{depth}/checkpoints")
+              if RUN_ID.fullmatch(folder.parent.name)}  # fmt: skip
     return [Run(folder) for folder in sorted(found, key=lambda folder: folder.name)]

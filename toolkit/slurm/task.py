@@ -12,13 +12,14 @@ import sys
 import time
 
 import typer
-from filelock import FileLock
 
 from toolkit.engine.launcher import is_distributed
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
+from toolkit.locks import Lock
 from toolkit.runs import Run, open_run
 from toolkit.slurm.job import Job
 from toolkit.study.folder import claim, forget_failure, is_of_study, note_failure
+from toolkit.terminal import open_closed_streams, outliving_terminal
 from toolkit.train import end, is_first_process, report_at_end, report_errors, show_outcome
 
 LOCK_WAIT_S = 180
@@ -69,7 +70,7 @@ def note(run: Run, status: int, message: str) -> None:
             note_failure(run, message)
 
 
-def wait_for_run(run: Run, seconds: float) -> list[FileLock]:
+def wait_for_run(run: Run, seconds: float) -> list[Lock]:
     """Wait until nobody trains in the run directory any more. Raises UserError after ``seconds``.
 
     Returns what is to be held while training: a study's run must not be taken by workers of the study either.
@@ -113,7 +114,8 @@ def _note_epochs(run: Run) -> None:
 def train_run(run: str) -> None:
     """Train into the run directory RUN, or go on there."""
     opened = open_run(run)
-    status = report_errors(lambda: work(opened), debug=False)
+    with outliving_terminal():
+        status = report_errors(lambda: work(opened), debug=False)
     if status == Interrupted.exit_status and is_distributed():
         # The outcome is noted; to the launcher any other status is a failure, with a page of stack traces.
         sys.stdout.flush()
@@ -124,6 +126,7 @@ def train_run(run: str) -> None:
 
 def main() -> None:
     """Entry of `python -m toolkit.slurm.task RUN`."""
+    open_closed_streams()
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(train_run)
     app()

@@ -73,6 +73,14 @@ class Board:
         return found
 
     def _seen(self, member: Member, run: Run) -> Seen:
+        """What a run's files say; a run whose files are damaged counts as failed."""
+        try:
+            return self._read(member, run)
+        except UserError as error:
+            trouble = str(error).strip().splitlines()[0]
+            return Seen(member.row, member.seed, "failed", 0, self.epochs.get(run.id, 0), None, None, trouble)
+
+    def _read(self, member: Member, run: Run) -> Seen:
         state = state_of(run)
         size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
         known = self.known.get(run.id)
@@ -86,8 +94,7 @@ class Board:
         failure = failure_of(run) if state == "failed" else None
         test = None
         if state == "finished":
-            with contextlib.suppress(UserError, KeyError):
-                test = float(run.summary["best"]["test_accuracy"])
+            test = run.summary["best"].get("test_accuracy")
         seen = Seen(
             member.row, member.seed, state, epoch, self.epochs[run.id], best_of(values, self.metric), test,
             failure.line if failure else "",

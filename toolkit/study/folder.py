@@ -23,11 +23,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
+from pydantic import Field
 
 from toolkit.errors import UserError
+from toolkit.locks import Lock, acquire, held, is_held
+from toolkit.reading import DamagedFile, Shape, check_shape, read_json
 from toolkit.recipe.study import StudyTable
-from toolkit.runs import Run, read_json, write_atomically
+from toolkit.runs import RUN_ID, Run, write_atomically
 
 State = Literal["missing", "paused", "running", "finished", "failed"]
 """missing: no run directory yet. paused: it has one, nobody trains in it, it is not at its end."""
@@ -64,6 +67,44 @@ class Member:
     note: str = ""
 
 
+class _Member(Shape):
+    """An entry of study.json's members."""
+
+    row: str
+    seed: int
+    changes: dict[str, Any]
+    hash: str
+    run: str | None = Field(None, pattern=f"^{RUN_ID.pattern}$")
+    published: dict[str, float] = Field({})
+    published_epochs: dict[str, list[float]] = Field({})
+    source: str = ""
+    note: str = ""
+
+
+class _Study(Shape):
+    """study.json."""
+
+    name: str
+    file: str
+    study: dict[str, Any]
+    search: dict[str, Any] | None
+    complete: bool
+    members: list[_Member]
+
+
+class _Failure(Shape):
+    """failed.json."""
+
+    message: str
+    when: str
+
+
+class _Assignment(Shape):
+    """assignment.json."""
+
+    until: int | None
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a run failed."""
@@ -98,7 +139,7 @@ class StudyFolder:
         record = read_json(self.path / FILE)
         if record.get("format") != FORMAT:
             raise UserError(f"{self.path / FILE} was written by another version of this toolkit")
-        return record
+        return check_shape(self.path / FILE, record, _Study)
 
     @property
     def name(self) -> str:
@@ -108,7 +149,10 @@ class StudyFolder:
     @property
     def table(self) -> StudyTable:
         """What varies, what was published, which columns: the [study] table of its file."""
-        return StudyTable.model_validate(self.record["study"])
+        try:
+            return StudyTable.model_validate(self.record["study"])
+        except ValueError as error:
+            raise DamagedFile(self.path / FILE, error) from None
 
     @property
     def members(self) -> list[Member]:
@@ -164,10 +208,10 @@ def failure_of(run: Run) -> Failure | None:
     if not (run.path / FAILURE).exists():
         return None
     try:
-        found = read_json(run.path / FAILURE)
-        return Failure(str(found["message"]), str(found["when"]))
-    except (UserError, KeyError):
-        return Failure(f"{run.path / FAILURE} is damaged")
+        found = read_json(run.path / FAILURE, _Failure)
+        return Failure(found["message"], found["when"])
+    except UserError as error:
+        return Failure(str(error))
 
 
 def note_failure(run: Run, message: str) -> None:
@@ -185,8 +229,8 @@ def assigned_epoch(run: Run) -> int | None:
     """The epoch that a search wants the run trained to; None: to its end."""
     if not (run.path / ASSIGNMENT).exists():
         return None
-    until = read_json(run.path / ASSIGNMENT)["until"]
-    return None if until is None else int(until)
+    until: int | None = read_json(run.path / ASSIGNMENT, _Assignment)["until"]
+    return until
 
 
 def assign(run: Run, until: int | None) -> None:
@@ -208,18 +252,16 @@ def is_open(run: Run) -> bool:
     return until is None or epochs_done(run) < until
 
 
-def claim(run: Run, name: str = CLAIM) -> FileLock | None:
+def claim(run: Run, name: str = CLAIM) -> Lock | None:
     """The right to train the run; None where another worker has it.
 
     Held beside the trainer's own lock, which the processes of the run take and which may be others than the worker.
     """
-    lock = FileLock(run.path / name)
     try:
         # Whoever only looks holds it for an instant.
-        lock.acquire(timeout=LOOK_S, poll_interval=LOOK_S / 4)
+        return acquire(run.path / name, LOOK_S)
     except Timeout:
         return None
-    return lock
 
 
 LOOK_S = 0.1
@@ -231,27 +273,12 @@ def is_claimed(run: Run) -> bool:
     return is_held(run.path / CLAIM)
 
 
-def is_held(path: Path) -> bool:
-    """Whether somebody holds a lock file; without leaving a trace."""
-    if not path.exists():
-        return False
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:
-        return False  # a folder that only others may write in: nothing is known
-    lock.release()
-    return False
-
-
 @contextlib.contextmanager
 def helping(folder: StudyFolder) -> Iterator[None]:
     """As long as this lasts, the controller of a search has work for one more worker: one that it did not start."""
     place = folder.path / HELPERS / f"{socket.gethostname()}-{os.getpid()}"
     place.parent.mkdir(exist_ok=True)
-    with FileLock(place):
+    with held(place):
         yield
     place.unlink(missing_ok=True)
 
@@ -262,11 +289,19 @@ def helpers(folder: StudyFolder) -> int:
 
 
 def open_runs(folder: StudyFolder) -> Iterator[Run]:
-    """The runs that have something to train, each once, in the order of the table."""
+    """The runs that have something to train, each once, in the order of the table.
+
+    One whose files are damaged is noted as failed: it must not keep the others from being trained.
+    """
     seen: set[str] = set()
     for member in folder.members:
         if member.run is not None and member.run not in seen:
             seen.add(member.run)
             run = Run(folder.path / member.run)
-            if is_open(run):
+            try:
+                is_wanted = is_open(run)
+            except UserError as error:
+                note_failure(run, str(error))
+                continue
+            if is_wanted:
                 yield run

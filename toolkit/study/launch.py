@@ -18,6 +18,7 @@ from toolkit.engine.signals import STOP_FILE, StopRequest
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted
 from toolkit.runs import Run, open_run
 from toolkit.study.folder import assigned_epoch, failure_of, forget_failure, note_failure
+from toolkit.terminal import open_closed_streams
 
 OUTPUT = "launcher.txt"
 """In the run directory: what the launcher and its processes have shown."""
@@ -86,6 +87,7 @@ def main() -> None:
     """Entry of `python -m toolkit.study.launch RUN [EPOCH]`."""
     from toolkit.train import report_errors
 
+    open_closed_streams()
     until = int(sys.argv[2]) if len(sys.argv) > 2 else None
     status = report_errors(lambda: train_rank(Path(sys.argv[1]), until), debug=False)
     sys.stdout.flush()

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from filelock import FileLock
-
 from toolkit.engine.signals import StopRequest
 from toolkit.errors import EXIT_INTERRUPTED, EXIT_OK
+from toolkit.locks import Lock
 from toolkit.runs import Run
 from toolkit.study.crew import Crew, Slot
 from toolkit.study.expand import StudyFile
@@ -41,7 +40,7 @@ def work_together(
     worker of this process can live.
     """
     crew = Crew(folder, slots)
-    lock: FileLock | None = None
+    lock: Lock | None = None
     search: Search | None = None
     try:
         while not stop.is_wanted():
@@ -64,7 +63,7 @@ def work_together(
             lock.release()
 
 
-def _lead(study: StudyFile, folder: StudyFolder) -> tuple[FileLock | None, Search | None]:
+def _lead(study: StudyFile, folder: StudyFolder) -> tuple[Lock | None, Search | None]:
     """The lock and the search where nobody else leads it."""
     lock = claim(Run(folder.path), CONTROLLER)
     return (None, None) if lock is None else (lock, Search(study, folder))

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from toolkit.errors import UserError
+from toolkit.locks import acquire
 from toolkit.recipe import Recipe, diff, recipe_hash, resolved_toml
 from toolkit.recipe.diagnostics import dotted
 from toolkit.recipe.resolved import resolved_content
@@ -32,10 +34,9 @@ LOCK_WAIT_S = 1.0
 def controlled(study: StudyFile) -> Iterator[StudyFolder]:
     """The study's folder, held by this process alone. Raises UserError where another has it or nobody can write."""
     folder = StudyFolder(study.folder)
-    lock = FileLock(folder.path / CONTROLLER)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=LOCK_WAIT_S)
+        lock = acquire(folder.path / CONTROLLER, LOCK_WAIT_S, say=lambda line: print(line, file=sys.stderr))
     except Timeout:
         raise UserError(
             f"{folder.path} is under another `toolkit study` that still runs; to help it from here: "

@@ -57,10 +57,11 @@ def read_results(folder: StudyFolder) -> list[Result]:
 
 
 def _result(folder: StudyFolder, member: Member) -> Result:
-    run, state = folder.run(member), folder.state(member)
-    if run is None or state == "missing":
-        return Result(member, "missing")
+    run = folder.run(member)
     try:
+        state = folder.state(member)
+        if run is None or state == "missing":
+            return Result(member, "missing")
         epochs = run.epochs()
         if state != "finished":
             failure = failure_of(run) if state == "failed" else None
@@ -68,9 +69,9 @@ def _result(folder: StudyFolder, member: Member) -> Result:
         summary = run.summary
         return Result(member, state, _figures(summary, epochs), epochs, bool(summary.get("stopped_early")))
     except UserError as fault:
-        return Result(member, "failed", trouble=str(fault))
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as fault:  # JSON of another shape
-        return Result(member, "failed", trouble=f"{run.path} is damaged ({type(fault).__name__}: {fault})")
+        return Result(member, "failed", trouble=str(fault).strip().splitlines()[0])
+    except OSError as fault:
+        return Result(member, "failed", trouble=f"{fault.filename or folder.path} cannot be read: {fault.strerror}")
 
 
 def _figures(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> dict[str, float]:

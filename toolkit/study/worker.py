@@ -17,11 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from toolkit.engine.fit import fit
 from toolkit.engine.signals import StopRequest
 from toolkit.errors import EXIT_INTERRUPTED, EXIT_OK, Interrupted, RunFailed, UserError
+from toolkit.locks import Lock, is_held
 from toolkit.runs import Run
 from toolkit.study.folder import (
     StudyFolder,
@@ -30,7 +29,6 @@ from toolkit.study.folder import (
     forget_failure,
     helping,
     is_claimed,
-    is_held,
     is_open,
     note_failure,
     open_runs,
@@ -49,7 +47,7 @@ class Claimed:
     """A run that this worker alone may train."""
 
     run: Run
-    lock: FileLock
+    lock: Lock
 
     def release(self) -> None:
         """Leave it to others."""

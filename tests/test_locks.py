@@ -1,0 +1,227 @@
+"""Locks where the file system has no flock: a live holder is told from a dead one, on this host and on others."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+import pytest
+from filelock import Timeout
+from test_unkillable import undisturbed
+from trainers import EMA, MUCH, Trainers, at_call, only_run, outcome, write_recipe
+
+from toolkit import locks
+from toolkit.data.cache import try_lock
+from toolkit.engine.loop import Trainer
+from toolkit.locks import acquire, held, is_held
+from toolkit.runs import Run, RunInUse
+from toolkit.slurm.job import is_locked
+from toolkit.study.folder import StudyFolder, claim, helpers, helping, is_claimed
+
+LEASE_S = 1.0
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=lambda number: errno.errorcode[number])
+def no_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without flock, as Lustre, NFS and others say it; here and in processes that are forked."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(locks, "LEASE_S", LEASE_S)
+
+
+class Holder:
+    """Another process that takes a lock, on this host or under another host's name."""
+
+    def __init__(self, folder: Path, take: Callable[[], object], host: str | None = None) -> None:
+        there = folder / "holder-is-there"
+        there.unlink(missing_ok=True)
+
+        def hold() -> None:
+            if host is not None:
+                socket.gethostname = lambda: host
+            self.kept = take()
+            there.touch()
+            time.sleep(60)
+
+        self.process: ForkProcess = multiprocessing.get_context("fork").Process(target=hold)
+        self.process.start()
+        deadline = time.monotonic() + 20
+        while not there.exists():
+            assert time.monotonic() < deadline
+            assert self.process.is_alive()
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+@pytest.fixture
+def holders() -> Iterator[Callable[..., Holder]]:
+    """Makes holders, and ends them after the test."""
+    made: list[Holder] = []
+
+    def make(*arguments: object, **named: object) -> Holder:
+        made.append(Holder(*arguments, **named))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for holder in made:
+        holder.kill()
+
+
+def seconds(action: Callable[[], object]) -> float:
+    began = time.monotonic()
+    action()
+    return time.monotonic() - began
+
+
+@pytest.mark.usefixtures("no_flock")
+@pytest.mark.parametrize("no_flock", [errno.ENOSYS], indirect=True)
+@pytest.mark.parametrize("host", [None, "node7"])
+def test_a_live_holder_keeps_it(tmp_path: Path, holders: Callable[..., Holder], host: str | None) -> None:
+    path = tmp_path / "lock"
+    holders(tmp_path, lambda: acquire(path), host=host)
+    time.sleep(1.2 * LEASE_S)  # it is touched meanwhile
+    assert is_held(path)
+    with pytest.raises(Timeout):
+        acquire(path)
+    with pytest.raises(Timeout):
+        acquire(path, 2 * LEASE_S)
+    assert is_held(path)
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_killed_holder_of_this_host_frees_it_at_once(tmp_path: Path, holders: Callable[..., Holder]) -> None:
+    path = tmp_path / "lock"
+    holder = holders(tmp_path, lambda: acquire(path))
+    assert is_held(path)
+    holder.kill()
+    assert not is_held(path)
+    assert seconds(lambda: acquire(path).release()) < LEASE_S / 2
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_the_process_id_of_a_dead_holder_may_belong_to_another_process_now(
+    tmp_path: Path, holders: Callable[..., Holder]
+) -> None:
+    path, lease = tmp_path / "lock", tmp_path / "lock.lease"
+    holder = holders(tmp_path, lambda: acquire(path))
+    holder.kill()
+    lines = lease.read_text().splitlines()
+    place = lines.index(next(line for line in lines if str(holder.process.pid) in line))
+    lines[place] = lines[place].replace(str(holder.process.pid), str(os.getpid()))
+    lease.write_text("\n".join(lines) + "\n")
+    assert not is_held(path)
+    assert seconds(lambda: acquire(path).release()) < LEASE_S / 2
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_dead_holder_of_another_host_loses_it_when_its_time_is_over(
+    tmp_path: Path, holders: Callable[..., Holder]
+) -> None:
+    path = tmp_path / "lock"
+    holders(tmp_path, lambda: acquire(path), host="node7").kill()
+    assert is_held(path), "nothing can be known yet"
+    said: list[str] = []
+    assert LEASE_S <= seconds(lambda: acquire(path, say=said.append).release()) < 3 * LEASE_S
+    assert said == [f"{path}.lease is there: waiting up to {LEASE_S:g} s to see whether its holder is alive"]
+    assert not is_held(path)
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_every_lock_is_freed_by_the_death_of_its_holder(tmp_path: Path, holders: Callable[..., Holder]) -> None:
+    run, folder = Run(tmp_path / "run"), StudyFolder(tmp_path)
+    run.path.mkdir()
+
+    def trainer() -> object:
+        return run.lock(), claim(run), try_lock(tmp_path, "entry")
+
+    def helper() -> object:
+        context = helping(folder)
+        context.__enter__()
+        return context
+
+    holder, second = holders(tmp_path, trainer), holders(tmp_path, helper)
+    assert (is_locked(run), is_claimed(run), helpers(folder)) == (True, True, 1)
+    with pytest.raises(RunInUse):
+        run.lock()
+    assert claim(run) is None
+    assert try_lock(tmp_path, "entry") is None
+    holder.kill()
+    second.kill()
+    assert (is_locked(run), is_claimed(run), helpers(folder)) == (False, False, 0)
+    kept = [run.lock(), claim(run), try_lock(tmp_path, "entry")]
+    for lock in kept:
+        assert lock is not None
+        lock.release()
+    with held(tmp_path / "entry.lock"):
+        assert try_lock(tmp_path, "entry") is None
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_trainer_that_stood_still_while_another_took_over_ends_at_once(
+    tmp_path: Path, holders: Callable[..., Holder]
+) -> None:
+    run = Run(tmp_path)
+    holder = holders(tmp_path, run.lock, host="node7")
+    assert holder.process.pid is not None
+    os.kill(holder.process.pid, signal.SIGSTOP)
+    run.lock().release()
+    lock = run.lock()
+    os.kill(holder.process.pid, signal.SIGCONT)
+    holder.process.join(3 * LEASE_S)
+    assert holder.process.exitcode == 1
+    lock.release()
+
+
+def test_a_lease_of_a_host_without_flock_holds_on_one_that_has_it(
+    tmp_path: Path, holders: Callable[..., Holder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lock"
+
+    def take() -> object:
+        def flock(descriptor: int, operation: int) -> None:
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        fcntl.flock = flock  # type: ignore[assignment]
+        return acquire(path)
+
+    holder = holders(tmp_path, take)
+    with pytest.raises(Timeout):
+        acquire(path)
+    holder.kill()
+    acquire(path).release()
+
+
+@pytest.mark.usefixtures("no_flock")
+@pytest.mark.parametrize("no_flock", [errno.ENOSYS], indirect=True)
+def test_a_requeued_job_takes_over_the_run_of_a_dead_node(tmp_path: Path) -> None:
+    recipe, there, folder = write_recipe(tmp_path / "job", MUCH), tmp_path / "there", tmp_path / "job"
+
+    def on_other_node(rank: int) -> None:
+        socket.gethostname = lambda: "node7"
+        at_call(Trainer, "_update", 9, lambda: (there.touch(), time.sleep(60)))  # type: ignore[arg-type, func-returns-value]
+
+    first = Trainers(1, folder, recipe, *EMA, prepare=on_other_node)
+    first.wait_until(there.exists)
+    second = Trainers(1, folder / "second", "--resume", only_run(folder).path)
+    assert second.wait() == [2]
+    assert "is in use by another trainer that still runs" in second.text()
+    first.signal(signal.SIGKILL)
+    first.wait()
+    third = Trainers(1, folder / "third", "--resume", only_run(folder).path)
+    assert third.wait() == [0], third.text()
+    assert "to see whether its holder is alive" in third.text()
+    assert outcome(only_run(folder)) == undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
