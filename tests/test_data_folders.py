@@ -113,7 +113,7 @@ def test_train_and_val_train_on_all_training_images_and_test_on_none(tmp_path: P
         (["train/1.jpg", "test/1.jpg", "cat/1.jpg", "dog/1.jpg"], ["splits (test/, train/)", "(cat/, dog/)"]),
         (["train/cat.0.jpg", "train/dog.0.jpg", "test/1.jpg"], ["train has no class folders", "2 images directly"]),
         (["train/a/1.jpg", "train/b/1.jpg", "test/1.jpg"],
-         ["test has no class folders", "1 image directly", "move test/ out of data.root"]),
+         ["test has no class folders", "1 image directly", "set data.split.test = 0: then test/ is not read"]),
         (["seg_train/seg_train/a/1.jpg", "seg_test/seg_test/a/1.jpg", "seg_pred/seg_pred/1.jpg"],
          ["seg_test/, seg_train/ may be splits", "rename them to train/, val/ and test/"]),
         (["train2017/1.jpg", "val2017/1.jpg"], ["train2017/, val2017/ may be splits"]),
@@ -259,7 +259,25 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
         "val has class folders that the training images do not have: images, and none that they have (n1, n2)"
         in message
     )
-    assert "val/<class>/, or move it out of data.root" in message
+    assert "val/<class>/, or set data.split.validation = 0: then it is not read" in message
+
+
+def test_folders_of_splits_that_are_left_out_are_not_read(tmp_path: Path) -> None:
+    """So unsorted images need not be moved away."""
+    make(tmp_path, *(f"train/{name}/images/{i}.JPEG" for name in ("n1", "n2") for i in range(5)))
+    make(tmp_path, "val/images/1.JPEG", "test/1.JPEG")
+    recipe = table(tmp_path, split={"validation": 0, "test": 0})
+    data = open_dataset(recipe)
+    assert {name: len(indices) for name, indices in split_dataset(data, recipe).items()} == {
+        "train": 10, "validation": 0, "test": 0}  # fmt: skip
+    assert data.notes[1:3] == (
+        "val/ is not read: data.split.validation is 0",
+        "test/ is not read: data.split.test is 0",
+    )
+    (tmp_path / "test/1.JPEG").unlink()
+    (tmp_path / "test").rmdir()
+    recipe = table(tmp_path, split={"validation": 0})
+    assert len(split_dataset(open_dataset(recipe), recipe)["train"]) == 10, "no test is drawn either: there is val/"
 
 
 def test_splits_within_classes(tmp_path: Path) -> None:
@@ -455,6 +473,7 @@ def test_training_on_a_wrapped_train_and_val(tmp_path: Path) -> None:
     settings = {
         "recipe.run_root": str(tmp_path / "runs"), "data.dataset": "imagefolder", "data.root": str(tmp_path / "zip"),
         "data.split.test": "auto", "data.image_size": 8, "train.epochs": 1, "train.batch_size": 8,
+        "tracking.trackers": [],
     }  # fmt: skip
     given = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     outcome = toolkit("train", QUICKSTART, *given)

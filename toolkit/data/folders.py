@@ -47,8 +47,8 @@ def read_layout(root: Path, class_folders: str = "auto", unread: Collection[str]
     """The images of a folder data set by split and class, whatever usual names the folders have.
 
     ``class_folders`` says which folders are classes: "top", those directly in the root or the split's folder; "leaf",
-    every folder that holds images itself; "auto", the top ones where no other reading makes sense. Splits in
-    ``unread`` are not looked at. Raises UserError for every layout that is not clear.
+    every folder that holds images itself; "auto", the top ones where no other reading makes sense. Folders of splits
+    in ``unread`` are not looked into, and count as empty. Raises UserError for every layout that is not clear.
     """
     root, notes = _unwrapped(root, lambda only: split_of(only) is not None)
     splits, more = _split_folders(root)
@@ -62,12 +62,13 @@ def read_layout(root: Path, class_folders: str = "auto", unread: Collection[str]
         walk.above_classes("")
     files: dict[str, dict[str, list[str]]] = {}
     for split, folder in splits.items():
+        files[split] = {}
         if split not in unread:
-            files[split], more = _classes(walk, folder, class_folders, files.get("train", {}))
+            files[split], more = _classes(walk, folder, class_folders, files["train"])
             notes += more
     classes = sorted(files["train"])
     for split in files:
-        _check_known(root / splits[split], list(files[split]), classes)
+        _check_known(split, root / splits[split], list(files[split]), classes)
     if len(classes) < 2:
         raise UserError(
             f"{root / splits['train']} holds only one class, {classes[0]}/ "
@@ -77,7 +78,7 @@ def read_layout(root: Path, class_folders: str = "auto", unread: Collection[str]
         )
     for split in files:
         absent = [name for name in classes if name not in files[split]]
-        if absent:
+        if absent and split not in unread:
             notes.append(
                 f"{splits[split]}/ has no images of {len(absent)} of {len(classes)} classes: {_shown(absent, '')}"
             )
@@ -165,7 +166,8 @@ def _classes(
     path, listing = Path(walk.root, folder), walk.above_classes(folder)
     if not listing.folders:
         held = f"it holds {plural(len(listing.images), 'image')} directly" if listing.images else "it is empty"
-        away = f". If they have no labels, move {folder}/ out of data.root" if known else ""
+        split = split_of(folder.partition("/")[0])
+        away = f". If they have no labels, set data.split.{split} = 0: then {folder}/ is not read" if known else ""
         raise UserError(f"{path} has no class folders, {held}: images belong in {path}/<class>/{away}")
     found = {name: walk.images(join(folder, name), join(folder, name)) for name in listing.folders}
     if not all(found.values()):
@@ -235,7 +237,7 @@ def _check_depth(path: Path, below: dict[str, Counter[str]]) -> None:
     )
 
 
-def _check_known(folder: Path, names: list[str], classes: list[str]) -> None:
+def _check_known(split: str, folder: Path, names: list[str], classes: list[str]) -> None:
     """Raise UserError where a split's class folders are not all classes of the training images."""
     unknown = sorted(set(names) - set(classes))
     if not unknown:
@@ -243,7 +245,8 @@ def _check_known(folder: Path, names: list[str], classes: list[str]) -> None:
     if len(unknown) == len(names):
         raise UserError(
             f"{folder} has class folders that the training images do not have: {_shown(unknown, '')}, and none that "
-            f"they have ({_shown(classes, '')}). Sort its images into {folder}/<class>/, or move it out of data.root"
+            f"they have ({_shown(classes, '')}). Sort its images into {folder}/<class>/, or set "
+            f"data.split.{split} = 0: then it is not read"
         )
     raise UserError(
         f"{folder} has class folders that the training images do not have: {', '.join(unknown[:10])}; "
