@@ -289,7 +289,6 @@ class Run:
             print(f"{self.path}: another trainer may have taken over this run, so this one ends", file=sys.stderr)
             os._exit(EXIT_FAILURE)
 
-
         try:
             return acquire(self.path / ".lock", on_loss=end, say=say)
         except Timeout:

@@ -217,13 +217,13 @@ def _check_task_count() -> None:
 
         if on_gpu():  # on CPUs Accelerate joins them
             raise UserError(
-                f"mpirun started {mpi} processes, each of which would train alone in a run directory of its own: with GPUs "
-                f"use torchrun --nproc-per-node {mpi} -m toolkit.train RECIPE"
+                f"mpirun started {mpi} processes, each of which would train alone in a run directory of its own: with "
+                f"GPUs use torchrun --nproc-per-node {mpi} -m toolkit.train RECIPE"
             )
     elif tasks > 1:
         raise UserError(
-            f"srun started {tasks} tasks, each of which would train alone in a run directory of its own. To train one run "
-            f"on {tasks} processes: {_commands_for(tasks, 'SLURM_STEP_NUM_NODES', 'srun --ntasks 1 ')}. "
+            f"srun started {tasks} tasks, each of which would train alone in a run directory of its own. To train one "
+            f"run on {tasks} processes: {_commands_for(tasks, 'SLURM_STEP_NUM_NODES', 'srun --ntasks 1 ')}. "
             "To train on one process: srun --ntasks 1"
         )
 
