@@ -9,7 +9,7 @@ check:  ## lint and types
 	$(PYTHON) -m mypy
 
 test:  ## the default tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 slow:  ## the long variants: kills, soaks, all architectures
 	$(PYTHON) -m pytest -m slow
