@@ -70,8 +70,8 @@ def _built(table: ModelTable, num_classes: int, channels: int, image_size: int, 
         _shrink_stem(module, table)
     heads = _replace_head(table, module, heads, num_classes, channels, image_size)
     loaded = _load(table, module, heads, image_size, load_weights)
-    _settle(table, module, heads, num_classes, channels, image_size)
-    stages, classifier = find_stages(module, heads), _classifier_parts(module, heads)
+    used = _settle(table, module, heads, num_classes, channels, image_size)
+    stages, classifier = find_stages(module, heads, used), _classifier_parts(module, heads)
     new_stem = STEM if STEM in loaded.new else None
     return BuiltModel(module, heads, classifier, stages, expected_input(table), loaded.notes, new_stem)
 
@@ -179,8 +179,11 @@ def _published_state(table: ModelTable, image_size: int) -> State:
 
 def _settle(
     table: ModelTable, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
-) -> None:
-    """Check that images of this size become logits, and that all randomness is in layers that can be repeated."""
+) -> tuple[str, ...]:
+    """Check that images of this size become logits, and that all randomness is in layers that can be repeated.
+
+    Returns the names of the parameters in the order of their first use.
+    """
     found = _probe(table, module, channels, image_size)
     for make_repeatable in (timm_models.use_plain_attention, timm_models.use_dropout_layer):
         if found.random and table.source == "timm":
@@ -194,6 +197,7 @@ def _settle(
         )
     if not is_logits(found.output, num_classes):
         raise UserError(f"{table.name} does not give one row of {num_classes} logits an image, so it is no classifier")
+    return found.used
 
 
 def _probe(table: ModelTable, module: nn.Module, channels: int, image_size: int) -> Probe:

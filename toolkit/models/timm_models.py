@@ -18,6 +18,7 @@ from toolkit.data.preprocessing import InputConfig
 from toolkit.errors import UserError
 from toolkit.models.head import DropoutLinear, with_dropout
 from toolkit.models.names import check_arguments, first_line, unknown_name
+from toolkit.models.stages import is_under
 from toolkit.models.weights import State, is_file_reference, map_efficientnet_lite
 from toolkit.recipe.schema import ModelTable
 
@@ -166,7 +167,16 @@ def _not_fetched(name: str, config: Any, reason: str) -> UserError:
 
 
 def _last_layers(module: nn.Module) -> tuple[str, ...]:
-    """Dotted names of what timm calls the classifier: one layer, or two in distilled transformers."""
+    """Dotted names of the classifiers: those that the pretrained configuration lists, and what timm returns beside them.
+
+    The configuration names the very last layer, where ``get_classifier`` may return a head of several layers, and
+    names classifiers that it leaves out (VOLO's ``aux_head``).
+    """
     classifier = module.get_classifier()  # type: ignore[operator]
     layers = list(classifier) if isinstance(classifier, list | tuple | nn.ModuleList) else [classifier]
-    return tuple(name for name, layer in module.named_modules() if any(layer is one for one in layers))
+    returned = [name for name, layer in module.named_modules() if any(layer is one for one in layers)]
+    known = {name for name, layer in module.named_modules() if next(layer.parameters(), None) is not None}
+    stated = module.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
+    listed = [name for name in ((stated,) if isinstance(stated, str) else stated) if name in known]
+    listed = [name for name in listed if not any(one != name and is_under(one, (name,)) for one in returned)]
+    return tuple(dict.fromkeys([*listed, *(one for one in returned if not any(is_under(x, (one,)) for x in listed))]))
