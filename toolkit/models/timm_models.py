@@ -80,13 +80,15 @@ def adapt(table: ModelTable, module: nn.Module, state: State) -> State:
 def inputs(table: ModelTable) -> InputConfig:
     """What the weights were trained with; for weights from a file, what the architecture's default ones were."""
     config = get_pretrained_cfg(_full_name(table))
-    size = config.input_size[-1]
+    height, size = config.input_size[-2:]
     return InputConfig(
         image_size=size,
         resize=math.floor(size / config.crop_pct),
         interpolation=config.interpolation if config.interpolation in INTERPOLATIONS else "bicubic",
         mean=tuple(config.mean),
         std=tuple(config.std),
+        crop_mode=config.crop_mode,
+        height=height if height != size else None,
     )
 
 

@@ -129,6 +129,9 @@ def _model_finding(message: str, similar: list[str], hint: str | None = None) ->
 def weights_are_known(recipe: Recipe) -> Iterator[Finding]:
     """The weights are none, a file, or among those of the architecture."""
     model = recipe.model
+    if model.weights_key is not None and not model.weights.startswith(("file:", "package:")):
+        message = f"model.weights_key: has no meaning with weights = {toml_value(model.weights)}, which is not a file"
+        yield Finding(message, ("model", "weights_key"), (WEIGHTS,), "remove it, or name a file in model.weights")
     if model.weights == "none":
         return
     if model.weights.startswith(("file:", "package:")):

@@ -142,9 +142,11 @@ def _timm_models(inputs: _Inputs) -> dict[str, dict[str, int]]:
 
 
 def _timm_row(config: Any) -> list[Any]:
-    size = config.input_size[-1]
+    height, size = config.input_size[-2:]
     resize = math.floor(size / (config.crop_pct or 0.875))
-    return [size, resize, config.interpolation, list(map(float, config.mean)), list(map(float, config.std))]
+    row = [size, resize, config.interpolation, list(map(float, config.mean)), list(map(float, config.std))]
+    is_usual = config.crop_mode == "center" and height == size
+    return row if is_usual else [*row, config.crop_mode, height if height != size else None]
 
 
 def _transforms(excluded: dict[str, str]) -> dict[str, dict[str, Any]]:
