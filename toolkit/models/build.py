@@ -206,8 +206,9 @@ def _settle(
     if found.random:
         raise UserError(
             f"{table.name} draws random numbers in a way that cannot be repeated on another number of processes "
-            f"({', '.join(found.random)}); leave out dropout and drop rates in model.args (or give 0, where the model "
-            "has some by default), and use model.head.dropout"
+            f"({', '.join(found.random)}); leave out dropout, drop rates and random positions (rope_*_coords) in "
+            "model.args (or give 0, or 1 for rope_rescale_coords, "
+            "where the model has some by default), and use model.head.dropout"
         )
     if not is_logits(found.output, num_classes):
         raise UserError(f"{table.name} does not give one row of {num_classes} logits an image, so it is no classifier")

@@ -10,8 +10,15 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-EXPANDED = frozenset({"features", "blocks", "stages", "layers", "trunk_output", "encoder", "classifier", "heads"})
+EXPANDED = frozenset({"features", "blocks", "stages", "layers", "trunk_output", "encoder", "classifier", "heads"}) | {
+    "transformers",
+    "dense_stages",
+}
 """Names that the libraries give to containers: their children are stages, not they."""
+
+
+FEWEST = 2
+"""So few groups, stated by timm, are no grouping."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,10 @@ def find_stages(module: nn.Module, heads: tuple[str, ...], used: Sequence[str]) 
     """
     names = [name for name, _ in module.named_parameters()]
     kept = {name for name in names if not is_under(name, heads)}
-    groups = _timm_groups(module) or _child_groups(module)
-    parts = _parts(module, [[name for name in group if name in kept] for group in groups], _count_prefixes(names), used)
+    groups = [[name for name in group if name in kept] for group in _timm_groups(module)]
+    if sum(map(bool, groups)) <= FEWEST:  # not even a stem, some blocks, and what follows them
+        groups = [[name for name in group if name in kept] for group in _child_groups(module)]
+    parts = _parts(module, groups, _count_prefixes(names), used)
     prefixes = [tuple(part.prefix for part in stage) for stage in _join(parts)]
     stages = [Stage(_name(index, parts), parts) for index, parts in enumerate(prefixes)]
     return [*stages, Stage("head", heads)]

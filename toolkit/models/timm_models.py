@@ -30,6 +30,8 @@ def construct(table: ModelTable, num_classes: int, channels: int, image_size: in
     check_arguments(table.args)
     arguments = {"num_classes": num_classes, "in_chans": channels, **_arguments(table, image_size)}
     module = _create(_full_name(table), arguments)
+    if not hasattr(module, "get_classifier"):
+        raise UserError(f"timm's {table.name} has no classifier; name another architecture")
     return module, _last_layers(module)
 
 

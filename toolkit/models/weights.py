@@ -174,7 +174,14 @@ def _read_safetensors(path: Path) -> State:
 
 def pack_state(state: State, **facts: Any) -> bytes:
     """The content of a .safetensors file that carries a digest of its tensors, and ``facts`` (plain values)."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors: State = {}
+    storages: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses names that share memory, such as those of a layer that several of CoaT's blocks share.
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     # One entry: safetensors writes several in a random order, and equal weights shall be equal files.
     data: bytes = save(tensors, metadata={METADATA: json.dumps({**facts, "sha256": _digest(tensors)})})
     return data

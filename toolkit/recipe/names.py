@@ -112,7 +112,9 @@ def model_is_known(recipe: Recipe) -> Iterator[Finding]:
         return
     other = "timm" if source == "torchvision" else "torchvision"
     base, _, tag = name.partition(".")
-    if name in catalog.model_names(other):
+    if source == "timm" and base in catalog.excluded_models():
+        yield _model_finding(f"{base} {catalog.excluded_models()[base]}", catalog.nearest(base, known))
+    elif name in catalog.model_names(other):
         yield _model_finding(f"{source} has no model {toml_value(name)}, {other} has", [], f'source = "{other}"')
     elif tag and base in known:
         hint = f'name = "{base}", weights = {toml_value(tag)}'

@@ -54,6 +54,12 @@ def model_names(source: str) -> list[str]:
     return list(catalog()[source]["models"])
 
 
+def excluded_models() -> dict[str, str]:
+    """Architectures of timm that a recipe cannot name, and why."""
+    reasons: dict[str, str] = catalog()["excluded_models"]
+    return reasons
+
+
 def weights_names(source: str, model: str) -> list[str]:
     """Names of the pretrained weights of an architecture, the default first; empty where there are none."""
     return list(catalog()[source]["models"][model])
