@@ -89,7 +89,9 @@ def check_explained(model: TrainedModel, built: BuiltModel) -> None:
     layer = find_layer(model, sample)
     modules = dict(model.module.named_modules())
     order = list(modules)
-    owners = [name for name in order[: order.index(layer.name) + 1] if next(modules[name].parameters(False), None) is not None]
+    owners = [
+        name for name in order[: order.index(layer.name) + 1] if next(modules[name].parameters(False), None) is not None
+    ]
     inside = [name for name in order if is_under(name, (layer.name,))]
     last = [name for name in inside if next(modules[name].parameters(False), None) is not None] or owners
     names = [f"{last[-1]}.{name}" for name, _ in modules[last[-1]].named_parameters(recurse=False)]

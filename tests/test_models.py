@@ -306,7 +306,7 @@ def test_no_auxiliary_classifiers(name: str) -> None:
 
 
 def test_every_classifier_of_the_pretrained_configuration_is_a_head(tmp_path: Path) -> None:
-    """VOLO's second one trains in a linear probe, and weights for 1000 classes fit a model for 7 (volo_d1_224's size)."""
+    """VOLO's second one trains in a linear probe, and weights for 1000 classes fit a model for 7."""
     published = timm.create_model("volo_d1_224", img_size=64)
     save_file(published.state_dict(), tmp_path / "volo.safetensors")
     built = build_model(tm("volo_d1_224", weights=f"file:{tmp_path / 'volo.safetensors'}"), 7, 3, 64)
@@ -424,7 +424,11 @@ def test_other_randomness_is_refused(table: ModelTable) -> None:
         (tv("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),
         (tm("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),
         (tm("resnet18", args={"num_classes": 3}), 32, r"model.args.num_classes cannot be given: the data set decides"),
-        (tm("resnet18", args={"no_jit": True}), 32, r"args.no_jit cannot be given: it is a switch of the library's loader"),
+        (
+            tm("resnet18", args={"no_jit": True}),
+            32,
+            r"args.no_jit cannot be given: it is a switch of the library's loader",
+        ),
         (tm("resnet18", args={"kwargs_filter": []}), 32, r"args.kwargs_filter cannot be given"),
         (tm("resnet18", args={"features_only": True}), 32, r"features_only cannot be given: a classifier is needed"),
         (tv("alexnet"), 32, r"alexnet cannot take images of 32x32 pixels"),
@@ -623,7 +627,7 @@ def test_which_of_several_models_in_a_file_is_told_and_can_be_chosen(
     with pytest.raises(UserError, match=r"'ema': weights file .* has no such entry \(state_dict, state_dict_ema\)"):
         build("both.pth", "ema")
     torch.save({"teacher": average, "student": resnet_state}, tmp_path / "unusual.pth")
-    with pytest.raises(UserError, match="several state dicts, teacher, student; name one as model.weights_key"):
+    with pytest.raises(UserError, match=r"several state dicts, teacher, student; name one as model\.weights_key"):
         build("unusual.pth")
     assert same_backbone(build("unusual.pth", "student").module, resnet_state)
     pair = {f"module.encoder_q.{key}": value for key, value in resnet_state.items()}

@@ -1,4 +1,4 @@
-"""Inputs of pretrained weights: for every published name what timm's and torchvision's own transforms make of an image."""
+"""Inputs of pretrained weights: for every published name, what timm's and torchvision's own transforms make."""
 
 from __future__ import annotations
 
@@ -119,8 +119,6 @@ def weights(tag: str) -> InputConfig:
     found = expected_input(ModelTable(source="timm", name=name, weights=weights))
     assert found is not None
     return found
-
-
 
 
 def test_images_of_another_size_keep_the_mode_of_the_weights() -> None:

@@ -30,8 +30,8 @@ class InputConfig:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_mode: str = "center"
-    """center: the short side becomes ``resize``. squash: both sides do, whatever the aspect. border: the long side does,
-    and the image is padded with its mean color to the input's size."""
+    """center: the short side becomes ``resize``. squash: both sides do, whatever the aspect. border: the long side
+    does, and the image is padded to the input's size with the mean color."""
     height: int | None = None
     """Height of an input that is not square, pixels."""
 
@@ -55,7 +55,7 @@ class Preprocessing:
     value_range: tuple[float, float] | None = None
     """Values of black and white in files with more than 8 bits per sample; None: training saw no such file."""
     border: tuple[int, ...] | None = None
-    """Color, 0..255 per channel, that pads images to image_size where ``resize`` is their long side; None: it is not."""
+    """Color, 0..255 per channel, that pads images whose long side is ``resize``; None: it is their short side."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, read back by :meth:`from_dict`."""

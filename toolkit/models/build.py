@@ -177,7 +177,7 @@ def _load(table: ModelTable, module: nn.Module, heads: tuple[str, ...], image_si
 
 
 def _file_state(table: ModelTable, module: nn.Module, source: str) -> tuple[State, list[str]]:
-    """The state dict in the recipe's weights file, its names as the module has them where a prefix is all that differs."""
+    """The state dict in the recipe's weights file, without a prefix of its names that the module does not have."""
     path, key = locate(table.weights), table.weights_key
     state, notes = read_state(path, key)
     is_prefix = key is not None and any(is_under(name, (key,)) for name in state)

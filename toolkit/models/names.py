@@ -9,6 +9,7 @@ from typing import Any
 from toolkit.errors import UserError
 from toolkit.recipe.names import OWN_MODEL_KEYS
 
+
 def unknown_name(key: str, name: str, known: Collection[str]) -> UserError:
     """An error for a name that is not among ``known``: names the nearest ones, or all where they are few."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

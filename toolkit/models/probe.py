@@ -124,17 +124,17 @@ class _Recorder(TorchDispatchMode):
         for argument in tree_leaves((args, kwargs)):
             if id(argument) in self._unused:
                 self.used.append(self._unused.pop(id(argument)))
-        if torch.Tag.nondeterministic_seeded in func.tags and not _is_attention_without_dropout(func, args, kwargs):
+        if torch.Tag.nondeterministic_seeded in func.tags and not _is_settled(func, args, kwargs):
             self.random.append(str(func))
         return func(*args, **kwargs)
 
 
-def _is_attention_without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Fused attention counts as random whatever its dropout; it is so only where dropout_p > 0."""
-    if "scaled_dot_product" not in str(func):
-        return False
+def _is_settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation that can be random is not: attention without dropout, a range of one number."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    return not given.get("dropout_p", 0.0)
+    if "scaled_dot_product" in str(func):
+        return not given.get("dropout_p", 0.0)
+    return str(func).startswith("aten.uniform_") and bool(given.get("from", 0.0) == given.get("to", 1.0))
 
 
 def is_logits(output: Any, num_classes: int) -> bool:

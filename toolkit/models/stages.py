@@ -137,7 +137,9 @@ def _without_containers(module: nn.Module, prefix: str, steps: dict[str, int]) -
     is_apart = any(min(inside) < step < max(inside) for step in others)
     if not isinstance(found, nn.ModuleList | nn.ModuleDict) or not is_apart:
         return [prefix]
-    children = [f"{prefix}.{name}" for name, child in found.named_children() if next(child.parameters(), None) is not None]
+    children = [
+        f"{prefix}.{name}" for name, child in found.named_children() if next(child.parameters(), None) is not None
+    ]
     return [inner for child in children for inner in _without_containers(module, child, steps)]
 
 

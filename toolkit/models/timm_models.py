@@ -171,7 +171,7 @@ def _not_fetched(name: str, config: Any, reason: str) -> UserError:
 
 
 def _last_layers(module: nn.Module) -> tuple[str, ...]:
-    """Dotted names of the classifiers: those that the pretrained configuration lists, and what timm returns beside them.
+    """Dotted names of the classifiers: those in the pretrained configuration, and what timm returns beside them.
 
     The configuration names the very last layer, where ``get_classifier`` may return a head of several layers, and
     names classifiers that it leaves out (VOLO's ``aux_head``).

@@ -88,7 +88,9 @@ def read_state(path: Path, key: str | None = None) -> tuple[State, list[str]]:
     if _is_state(content):
         entries, chosen, state = [], None, dict(content)
     else:
-        entries = [str(name) for name, entry in content.items() if _is_state(entry)] if isinstance(content, dict) else []
+        entries = (
+            [str(name) for name, entry in content.items() if _is_state(entry)] if isinstance(content, dict) else []
+        )
         chosen = _choose_entry(path, entries, key)
         state = dict(content[chosen])
     if key is not None and key != chosen and not any(is_under(name, (key,)) for name in state):
@@ -99,7 +101,9 @@ def read_state(path: Path, key: str | None = None) -> tuple[State, list[str]]:
         )
     others = ", ".join(name for name in entries if name != chosen)
     is_silent = not others or key == chosen
-    return state, [] if is_silent else [f"{chosen} is taken from the weights file, not {others} (see model.weights_key)"]
+    return state, [] if is_silent else [
+        f"{chosen} is taken from the weights file, not {others} (see model.weights_key)"
+    ]
 
 
 def _choose_entry(path: Path, entries: list[str], key: str | None) -> str:

@@ -132,7 +132,9 @@ def image_size_is_known(recipe: Recipe) -> Iterator[Finding]:
             f"data.image_size: must be given, since the weights were trained on {expected.height} x "
             f"{expected.image_size} pixels (height x width), but inputs are square; images are squashed to them"
         )
-        yield Finding(message, IMAGE_SIZE, (MODEL, WEIGHTS), f"for example image_size = {expected.image_size}", at="table")
+        yield Finding(
+            message, IMAGE_SIZE, (MODEL, WEIGHTS), f"for example image_size = {expected.image_size}", at="table"
+        )
 
 
 def images_reach_every_layer(recipe: Recipe) -> Iterator[Finding]:

@@ -151,7 +151,8 @@ class DataTable(Table):
         | None,
         describe(
             "Before the crop: length of the short side, or [height, width] whatever the aspect, or none. "
-            "Default: what the weights expect (some fix both sides, or the long side and pad the image), else image_size / 0.875 (small images: image_size).",
+            "Default: what the weights expect (some fix both sides, or the long side and pad the image), "
+            "else image_size / 0.875 (small images: image_size).",
             unit="pixels",
         ),
     ] = None

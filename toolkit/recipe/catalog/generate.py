@@ -93,7 +93,7 @@ def excluded_models() -> dict[str, str]:
     import timm
 
     reason = "encodes images for a language model and has no classifier"
-    return {name: reason for name in sorted(timm.list_models("*_enc"))}
+    return dict.fromkeys(sorted(timm.list_models("*_enc")), reason)
 
 
 class _Inputs:
