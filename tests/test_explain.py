@@ -133,10 +133,13 @@ def test_the_heat_lies_where_the_evidence_is_and_the_label_s_is_shown_where_it_i
         ("timm", "test_convnext", "channels_first", None),
         ("timm", "test_efficientnet", "channels_first", None),
         ("timm", "swin_tiny_patch4_window7_224", "channels_last", None),
+        ("timm", "crossvit_tiny_240", "tokens", "blocks.2.fusion.1.norm1"),
+        ("timm", "pit_ti_distilled_224", "tokens", "transformers.2.blocks.3.norm1"),
+        ("timm", "volo_d1_224", "tokens", "norm"),
     ],
 )
 def test_the_last_layer_with_maps_that_matter_is_found(source: str, name: str, kind: str, expected: str | None) -> None:
-    size = 224 if "swin" in name else 64
+    size = 240 if "crossvit" in name else 224 if "swin" in name else 64
     model = built(source, name, size)
     inputs = images(1, size)
     layer = find_layer(model, inputs[0])
@@ -217,7 +220,7 @@ def test_a_user_s_mistake_is_one_message(run: Run, copy: Run, monkeypatch: pytes
     table.write_text("\n".join([header, "elsewhere.png,0,1,0.999999", first, *rest]) + "\n")
     assert "predictions.csv is damaged: elsewhere.png is no test image" in message(copy.path)
     table.write_text(f"{header}\n{first.split(',')[0]},0,1,likely\n")
-    assert "predictions.csv is damaged: could not convert" in message(copy.path)
+    assert "predictions.csv is damaged: row 1 has the probability 'likely'" in message(copy.path)
     table.write_text(header + "\n")
     assert "has made no mistake on its test images: name images to explain" in message(copy.path)
     find = importlib.util.find_spec

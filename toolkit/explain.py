@@ -29,8 +29,19 @@ from toolkit.runs import Run
 
 AT_ONCE = 16
 """Images through the model together."""
-SKIPPED = (nn.Identity, nn.Dropout, nn.Flatten, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-"""Layers that make no features of their own, and so are no place to look."""
+MOST_PREFIX_TOKENS = 2
+"""A class token and a distillation token: more only where the model says so."""
+SKIPPED = (
+    nn.Identity,
+    nn.Linear,
+    nn.Dropout,
+    nn.Flatten,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+)
+"""Layers that make no features of their own, or are part of a layer that ends later, and so are no place to look."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +154,11 @@ def find_layer(trained: TrainedModel, sample: Tensor, wanted: str | None = None)
     outputs = _outputs(trained.module, sample)
     if wanted is not None:
         return _named(trained, wanted, outputs)
-    for name, output in reversed(outputs):
-        layer = _as_layer(trained.module, name, output)
-        if layer is not None and _is_place_to_look(trained.module, name) and _matters(trained, layer, sample):
-            return layer
+    layers = [_as_layer(trained.module, name, output) for name, output in outputs]
+    candidates = [layer for layer in layers if layer is not None and _is_place_to_look(trained.module, layer.name)]
+    found = _last_that_matters(trained.module, candidates, sample)
+    if found is not None:
+        return found
     raise UserError(
         f"{trained.table.name} has no layer that gives maps of more than one place; name one with --layer "
         f"(there is {', '.join(name for name, _ in outputs[-6:])}, ...)"
@@ -184,8 +196,9 @@ def _as_layer(module: nn.Module, name: str, output: Tensor) -> Layer | None:
     if len(shape) == 4 and shape[0] == 1 and shape[1] == shape[2] > 1:
         return Layer(name, "channels_last")
     if len(shape) == 3 and shape[0] == 1:
-        declared = int(getattr(module, "num_prefix_tokens", 1 if hasattr(module, "class_token") else 0))
-        for prefix in (declared, 0):
+        # Class tokens and registers stand first. Where the model does not say how many, the fewest that leave a square.
+        declared = int(getattr(module, "num_prefix_tokens", 0))
+        for prefix in (declared, *range(MOST_PREFIX_TOKENS + 1)):
             places = shape[1] - prefix
             if places > 1 and math.isqrt(places) ** 2 == places:
                 return Layer(name, "tokens", prefix)
@@ -199,16 +212,27 @@ def _is_place_to_look(module: nn.Module, name: str) -> bool:
     return not isinstance(layer, SKIPPED) and not inside
 
 
-def _matters(trained: TrainedModel, layer: Layer, sample: Tensor) -> bool:
-    """Whether the prediction depends on the layer's maps, as it does not on patches behind the last attention."""
-    with _maps_of(trained.module, layer) as maps:
-        kept: list[Tensor] = []
-        handle = maps.register_forward_hook(lambda _, arguments, output: kept.append(output))
+def _last_that_matters(module: nn.Module, layers: Sequence[Layer], sample: Tensor) -> Layer | None:
+    """The last layer on whose maps the prediction depends, as it does not on patches behind the last attention."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, arguments: Any, output: Tensor) -> None:
+            kept[name] = output
+
+        return hook
+
+    handles = [module.get_submodule(layer.name).register_forward_hook(keep(layer.name)) for layer in layers]
+    try:
         with torch.enable_grad():
-            score = trained.module(sample[None]).max()
-            (gradient,) = torch.autograd.grad(score, kept, allow_unused=True)
-        handle.remove()
-    return gradient is not None and bool(gradient.abs().max() > 0)
+            score = module(sample[None].detach().requires_grad_()).max()
+            gradients = torch.autograd.grad(score, list(kept.values()), allow_unused=True) if kept else ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    slopes = dict(zip(kept, gradients, strict=True))
+    matter = [layer for layer in layers if slopes[layer.name] is not None and layer.to_maps(slopes[layer.name]).any()]
+    return matter[-1] if matter else None
 
 
 def _named(trained: TrainedModel, wanted: str, outputs: list[tuple[str, Tensor]]) -> Layer:

@@ -221,13 +221,15 @@ def _steps(trained: TrainedModel) -> list[str]:
     """The way from an image file to the input, in words."""
     wanted = trained.preprocessing
     resize = wanted.resize
-    side = f"the shorter side to {resize}" if isinstance(resize, int) else f"to {resize} (height, width)"
+    which = "shorter" if wanted.border is None else "longer"
+    side = f"the {which} side to {resize}" if isinstance(resize, int) else f"to {resize} (height, width)"
+    padding = "" if wanted.border is None else f", padding what is smaller with the color {list(wanted.border)}"
     return [
         f"decode to {'RGB' if wanted.channels == 3 else 'greyscale'}",
         *(["turn the image upright by its EXIF orientation"] if wanted.exif == "apply" else []),
         *([_scaling(wanted.value_range)] if wanted.value_range is not None else []),
         *([f"resize {side} pixels, {wanted.interpolation}, antialiased"] if resize is not None else []),
-        *([f"crop the centre, {wanted.image_size} x {wanted.image_size} pixels"] if wanted.crop else []),
+        *([f"crop the centre, {wanted.image_size} x {wanted.image_size} pixels{padding}"] if wanted.crop else []),
         *(
             f"{entry.name} {entry.arguments or ''} (the recipe's own)".replace("  ", " ")
             for entry in trained.transforms

@@ -29,7 +29,9 @@ def timm_config(trained: TrainedModel) -> dict[str, Any]:
     module, wanted, count = trained.module, trained.preprocessing, len(trained.classes)
     size = wanted.image_size
     own: dict[str, Any] = getattr(module, "pretrained_cfg", {})
-    squashed = not isinstance(wanted.resize, int) and wanted.resize is not None
+    is_squashed = wanted.resize is not None and not isinstance(wanted.resize, int)
+    mode = "squash" if is_squashed else "center" if wanted.border is None else "border"
+    side = wanted.resize[0] if isinstance(wanted.resize, tuple) else wanted.resize or size
     return {
         "architecture": trained.table.name.partition(".")[0],
         "num_classes": count,
@@ -41,8 +43,8 @@ def timm_config(trained: TrainedModel) -> dict[str, Any]:
             "custom_load": False,
             "input_size": [wanted.channels, size, size],
             "interpolation": wanted.interpolation,
-            "crop_pct": crop_share(size, wanted.resize) if isinstance(wanted.resize, int) else 1.0,
-            "crop_mode": "squash" if squashed else "center",
+            "crop_pct": crop_share(size, side),
+            "crop_mode": mode,
             "mean": list(wanted.mean),
             "std": list(wanted.std),
             "num_classes": count,

@@ -22,13 +22,18 @@ class InputConfig:
     """What pretrained weights were trained with, as their publisher states it."""
 
     image_size: int
-    """Height and width of the input, pixels."""
+    """Height and width of the input, pixels; the width where it is not square."""
     resize: int
-    """Short side before the centre crop, pixels."""
+    """Side before the center crop, pixels: which side, says ``crop_mode``."""
     interpolation: str
     """nearest, bilinear or bicubic."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_mode: str = "center"
+    """center: the short side becomes ``resize``. squash: both sides do, whatever the aspect. border: the long side
+    does, and the image is padded to the input's size with the mean color."""
+    height: int | None = None
+    """Height of an input that is not square, pixels."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Preprocessing:
     image_size: int
     """Height and width of the input, pixels."""
     resize: int | tuple[int, int] | None
-    """Short side, or (height, width), before the crop; None: no resize."""
+    """Short side (long side with ``border``), or (height, width), before the crop; None: no resize."""
     crop: bool
     """Centre crop to image_size after the resize."""
     interpolation: str
@@ -49,6 +54,8 @@ class Preprocessing:
     """apply or ignore: whether image files are turned upright by the orientation that they state."""
     value_range: tuple[float, float] | None = None
     """Values of black and white in files with more than 8 bits per sample; None: training saw no such file."""
+    border: tuple[int, ...] | None = None
+    """Color, 0..255 per channel, that pads images whose long side is ``resize``; None: it is their short side."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, read back by :meth:`from_dict`."""
@@ -89,7 +96,13 @@ def resolve_preprocessing(
     size = data.image_size or (weights.image_size if weights else native_size)
     if size is None:
         raise UserError("data.image_size must be given: neither the weights nor the data set say one")
+    if weights and weights.height and not data.image_size:
+        raise UserError(
+            f"data.image_size must be given: the weights were trained on images of {weights.height}x"
+            f"{weights.image_size} pixels (height x width), but inputs here are square; images are squashed to them"
+        )
     resize: int | tuple[int, int] | None
+    border: tuple[int, ...] | None = None
     if data.resize == "none":
         resize = None
     elif isinstance(data.resize, list):
@@ -97,13 +110,16 @@ def resolve_preprocessing(
     elif data.resize is not None:
         resize = data.resize
     elif weights:
-        resize = round(weights.resize * size / weights.image_size)
+        side = round(weights.resize * size / weights.image_size)
+        resize = (side, side) if weights.crop_mode == "squash" else side
+        if weights.crop_mode == "border":
+            border = tuple(round(255 * value) for value in _as_channels(weights.mean, channels))
     else:
         resize = size if size <= SMALL_IMAGE else round(size / 0.875)
     interpolation = data.interpolation or (weights.interpolation if weights else "bilinear")
     zeros, ones = (0.0,) * channels, (1.0,) * channels
     crop = data.crop == "center"
-    plain = Preprocessing(channels, size, resize, crop, interpolation, zeros, ones, data.exif, data.known_range)
+    plain = Preprocessing(channels, size, resize, crop, interpolation, zeros, ones, data.exif, data.known_range, border)
     mean, std = _normalization(data, weights, plain, measure)
     for values in (mean, std):
         if len(values) != channels:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
+from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
@@ -261,15 +262,22 @@ def _resize(preprocessing: Preprocessing) -> list[Step]:
         return []
     size = preprocessing.resize
     interpolation = InterpolationMode(preprocessing.interpolation)
+    if preprocessing.border is not None:
+        keep = ResizeKeepRatio(size, longest=1.0, interpolation=preprocessing.interpolation)
+        return [(keep, f"resize to long side {size}, {preprocessing.interpolation}")]
     step = Resize(size if isinstance(size, int) else list(size), interpolation=interpolation, antialias=True)
     shown = f"short side {size}" if isinstance(size, int) else f"{size[0]} x {size[1]}"
     return [(step, f"resize to {shown}, {preprocessing.interpolation}")]
 
 
 def _crop(preprocessing: Preprocessing) -> list[Step]:
-    """The fixed centre crop."""
+    """The fixed center crop."""
     if not preprocessing.crop:
         return []
+    if preprocessing.border is not None:
+        color = list(preprocessing.border)
+        crop = CenterCropOrPad(preprocessing.image_size, fill=color)
+        return [(crop, f"{CENTER_CROP} {preprocessing.image_size}, padded with {color}")]
     return [(v2.CenterCrop(preprocessing.image_size), f"{CENTER_CROP} {preprocessing.image_size}")]
 
 

@@ -17,7 +17,7 @@ from toolkit.models.head import build_head, with_dropout
 from toolkit.models.names import first_line
 from toolkit.models.probe import Probe, input_shape, is_logits, probe
 from toolkit.models.stages import Stage, find_stages, is_under
-from toolkit.models.weights import Loaded, State, fit_state, is_file_reference, locate, read_state
+from toolkit.models.weights import Loaded, State, fit_state, is_file_reference, locate, read_state, without_prefix
 from toolkit.recipe.schema import ModelTable
 
 STEM = "conv1"
@@ -70,8 +70,8 @@ def _built(table: ModelTable, num_classes: int, channels: int, image_size: int, 
         _shrink_stem(module, table)
     heads = _replace_head(table, module, heads, num_classes, channels, image_size)
     loaded = _load(table, module, heads, image_size, load_weights)
-    _settle(table, module, heads, num_classes, channels, image_size)
-    stages, classifier = find_stages(module, heads), _classifier_parts(module, heads)
+    used = _settle(table, module, heads, num_classes, channels, image_size)
+    stages, classifier = find_stages(module, heads, used), _classifier_parts(module, heads)
     new_stem = STEM if STEM in loaded.new else None
     return BuiltModel(module, heads, classifier, stages, expected_input(table), loaded.notes, new_stem)
 
@@ -162,13 +162,27 @@ def _load(table: ModelTable, module: nn.Module, heads: tuple[str, ...], image_si
         return Loaded([], [])
     if not load_weights:
         return Loaded([f"weights {table.weights}: not loaded"], may_differ)
-    state = read_state(locate(table.weights)) if is_file else _published_state(table, image_size)
+    source = f"the weights file {table.weights}" if is_file else f"the weights {table.weights} of {table.name}"
+    notes: list[str] = []
+    if is_file:
+        state, notes = _file_state(table, module, source)
+    else:
+        state = _published_state(table, image_size)
     if table.source == "torchvision":
         state = torchvision_models.adapt(module, state, image_size)
     elif table.source == "timm" and is_file:
         state = timm_models.adapt(table, module, state)
-    source = f"the weights {table.weights} of {table.name}" if not is_file else f"the weights file {table.weights}"
-    return fit_state(module, state, new=may_differ, source=source, ignored=torchvision_models.AUXILIARY)
+    loaded = fit_state(module, state, new=may_differ, source=source, ignored=torchvision_models.AUXILIARY)
+    return Loaded([*notes, *loaded.notes], loaded.new)
+
+
+def _file_state(table: ModelTable, module: nn.Module, source: str) -> tuple[State, list[str]]:
+    """The state dict in the recipe's weights file, without a prefix of its names that the module does not have."""
+    path, key = locate(table.weights), table.weights_key
+    state, notes = read_state(path, key)
+    is_prefix = key is not None and any(is_under(name, (key,)) for name in state)
+    state, more = without_prefix(module, state, key if is_prefix else None, source)
+    return state, [*notes, *more]
 
 
 def _published_state(table: ModelTable, image_size: int) -> State:
@@ -179,8 +193,11 @@ def _published_state(table: ModelTable, image_size: int) -> State:
 
 def _settle(
     table: ModelTable, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
-) -> None:
-    """Check that images of this size become logits, and that all randomness is in layers that can be repeated."""
+) -> tuple[str, ...]:
+    """Check that images of this size become logits, and that all randomness is in layers that can be repeated.
+
+    Returns the names of the parameters in the order of their first use.
+    """
     found = _probe(table, module, channels, image_size)
     for make_repeatable in (timm_models.use_plain_attention, timm_models.use_dropout_layer):
         if found.random and table.source == "timm":
@@ -189,11 +206,13 @@ def _settle(
     if found.random:
         raise UserError(
             f"{table.name} draws random numbers in a way that cannot be repeated on another number of processes "
-            f"({', '.join(found.random)}); leave out dropout and drop rates in model.args (or give 0, where the model "
-            "has some by default), and use model.head.dropout"
+            f"({', '.join(found.random)}); leave out dropout, drop rates and random positions (rope_*_coords) in "
+            "model.args (or give 0, or 1 for rope_rescale_coords, "
+            "where the model has some by default), and use model.head.dropout"
         )
     if not is_logits(found.output, num_classes):
         raise UserError(f"{table.name} does not give one row of {num_classes} logits an image, so it is no classifier")
+    return found.used
 
 
 def _probe(table: ModelTable, module: nn.Module, channels: int, image_size: int) -> Probe:

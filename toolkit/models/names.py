@@ -7,22 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from toolkit.errors import UserError
-
-RESERVED = {
-    "num_classes": "the data set decides it",
-    "in_chans": "data.channels decides it",
-    "img_size": "data.image_size decides it",
-    "image_size": "data.image_size decides it",
-    "input_size": "data.image_size decides it",
-    "aux_logits": "auxiliary classifiers are not trained",
-    "pretrained": "use model.weights",
-    "weights": "use model.weights",
-    "checkpoint_path": "use model.weights = 'file:PATH'",
-    "pretrained_cfg": "use model.weights",
-    "pretrained_cfg_overlay": "use model.weights",
-    "features_only": "a classifier is needed",
-}
-"""Arguments of constructors that the recipe says elsewhere."""
+from toolkit.recipe.names import OWN_MODEL_KEYS
 
 
 def unknown_name(key: str, name: str, known: Collection[str]) -> UserError:
@@ -33,10 +18,10 @@ def unknown_name(key: str, name: str, known: Collection[str]) -> UserError:
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
-    """Raise UserError for arguments that other keys of the recipe decide."""
+    """Raise UserError for arguments that other keys of the recipe decide, or that only steer the library's loader."""
     for name in arguments:
-        if name in RESERVED:
-            raise UserError(f"model.args.{name} cannot be given: {RESERVED[name]}")
+        if name in OWN_MODEL_KEYS:
+            raise UserError(f"model.args.{name} cannot be given: {OWN_MODEL_KEYS[name]}")
 
 
 def first_line(error: BaseException) -> str:

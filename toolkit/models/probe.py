@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from toolkit.models.stochastic import REPEATABLE
 
@@ -22,6 +22,8 @@ class Probe:
     output: Any
     random: tuple[str, ...]
     """Operations that drew random numbers outside modules whose masks the toolkit can repeat."""
+    used: tuple[str, ...]
+    """Names of the parameters that the pass used, in the order of their first use."""
 
 
 def probe(module: nn.Module, channels: int, image_size: int) -> Probe:
@@ -52,13 +54,45 @@ def input_shape(module: nn.Module, name: str, channels: int, image_size: int) ->
 
 
 def _probe_on(device: torch.device, module: nn.Module, channels: int, image_size: int) -> Probe:
-    tensors = {name: tensor.detach().to(device) for name, tensor in module.named_parameters()}
-    tensors |= {name: tensor.detach().clone().to(device) for name, tensor in module.named_buffers()}
     images = torch.zeros(2, channels, image_size, image_size, device=device)
-    recorder = _RandomRecorder()
-    with torch.no_grad(), _training_without_dropout(module), torch.random.fork_rng(devices=[]), recorder:
-        output = functional_call(module, tensors, (images,))
-    return Probe(output, tuple(dict.fromkeys(recorder.found)))
+    with (
+        torch.no_grad(),
+        _training_without_dropout(module),
+        torch.random.fork_rng(devices=[]),
+        _copies_on(device, module),
+        _Recorder(module) as recorder,
+    ):
+        output = module(images)
+    return Probe(output, tuple(dict.fromkeys(recorder.random)), tuple(recorder.used))
+
+
+@contextmanager
+def _copies_on(device: torch.device, module: nn.Module) -> Iterator[None]:
+    """Inside, the module holds copies of its tensors on ``device``; afterwards the very same tensors as before.
+
+    Each place is swapped once, even in submodules that are registered under several names, which
+    torch.func.functional_call does not restore.
+    """
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (tensors, name, tensor)
+        for submodule in module.modules()
+        for tensors in (submodule._parameters, submodule._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    copies: dict[int, Tensor] = {}
+    for _, _, tensor in places:
+        if isinstance(tensor, nn.Parameter):
+            copies[id(tensor)] = nn.Parameter(tensor.detach().to(device), tensor.requires_grad)
+        else:
+            copies[id(tensor)] = tensor.detach().clone().to(device)
+    try:
+        for tensors, name, tensor in places:
+            tensors[name] = copies[id(tensor)]
+        yield
+    finally:
+        for tensors, name, tensor in places:
+            tensors[name] = tensor
 
 
 @contextmanager
@@ -76,26 +110,31 @@ def _training_without_dropout(module: nn.Module) -> Iterator[None]:
             submodule.training = mode
 
 
-class _RandomRecorder(TorchDispatchMode):
-    """Notes the operations that draw random numbers."""
+class _Recorder(TorchDispatchMode):
+    """Notes the operations that draw random numbers, and which parameters are used in which order."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[str] = []
+        self.random: list[str] = []
+        self.used: list[str] = []
+        self._unused = {id(parameter): name for name, parameter in module.named_parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and not _is_attention_without_dropout(func, args, kwargs):
-            self.found.append(str(func))
+        for argument in tree_leaves((args, kwargs)):
+            if id(argument) in self._unused:
+                self.used.append(self._unused.pop(id(argument)))
+        if torch.Tag.nondeterministic_seeded in func.tags and not _is_settled(func, args, kwargs):
+            self.random.append(str(func))
         return func(*args, **kwargs)
 
 
-def _is_attention_without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Fused attention counts as random whatever its dropout; it is so only where dropout_p > 0."""
-    if "scaled_dot_product" not in str(func):
-        return False
+def _is_settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation that can be random is not: attention without dropout, a range of one number."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    return not given.get("dropout_p", 0.0)
+    if "scaled_dot_product" in str(func):
+        return not given.get("dropout_p", 0.0)
+    return str(func).startswith("aten.uniform_") and bool(given.get("from", 0.0) == given.get("to", 1.0))
 
 
 def is_logits(output: Any, num_classes: int) -> bool:

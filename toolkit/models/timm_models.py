@@ -18,6 +18,7 @@ from toolkit.data.preprocessing import InputConfig
 from toolkit.errors import UserError
 from toolkit.models.head import DropoutLinear, with_dropout
 from toolkit.models.names import check_arguments, first_line, unknown_name
+from toolkit.models.stages import is_under
 from toolkit.models.weights import State, is_file_reference, map_efficientnet_lite
 from toolkit.recipe.schema import ModelTable
 
@@ -29,6 +30,8 @@ def construct(table: ModelTable, num_classes: int, channels: int, image_size: in
     check_arguments(table.args)
     arguments = {"num_classes": num_classes, "in_chans": channels, **_arguments(table, image_size)}
     module = _create(_full_name(table), arguments)
+    if not hasattr(module, "get_classifier"):
+        raise UserError(f"timm's {table.name} has no classifier; name another architecture")
     return module, _last_layers(module)
 
 
@@ -79,13 +82,15 @@ def adapt(table: ModelTable, module: nn.Module, state: State) -> State:
 def inputs(table: ModelTable) -> InputConfig:
     """What the weights were trained with; for weights from a file, what the architecture's default ones were."""
     config = get_pretrained_cfg(_full_name(table))
-    size = config.input_size[-1]
+    height, size = config.input_size[-2:]
     return InputConfig(
         image_size=size,
         resize=math.floor(size / config.crop_pct),
         interpolation=config.interpolation if config.interpolation in INTERPOLATIONS else "bicubic",
         mean=tuple(config.mean),
         std=tuple(config.std),
+        crop_mode=config.crop_mode,
+        height=height if height != size else None,
     )
 
 
@@ -166,7 +171,16 @@ def _not_fetched(name: str, config: Any, reason: str) -> UserError:
 
 
 def _last_layers(module: nn.Module) -> tuple[str, ...]:
-    """Dotted names of what timm calls the classifier: one layer, or two in distilled transformers."""
+    """Dotted names of the classifiers: those in the pretrained configuration, and what timm returns beside them.
+
+    The configuration names the very last layer, where ``get_classifier`` may return a head of several layers, and
+    names classifiers that it leaves out (VOLO's ``aux_head``).
+    """
     classifier = module.get_classifier()  # type: ignore[operator]
     layers = list(classifier) if isinstance(classifier, list | tuple | nn.ModuleList) else [classifier]
-    return tuple(name for name, layer in module.named_modules() if any(layer is one for one in layers))
+    returned = [name for name, layer in module.named_modules() if any(layer is one for one in layers)]
+    known = {name for name, layer in module.named_modules() if next(layer.parameters(), None) is not None}
+    stated = module.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
+    listed = [name for name in ((stated,) if isinstance(stated, str) else stated) if name in known]
+    listed = [name for name in listed if not any(one != name and is_under(one, (name,)) for one in returned)]
+    return tuple(dict.fromkeys([*listed, *(one for one in returned if not any(is_under(x, (one,)) for x in listed))]))

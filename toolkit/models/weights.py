@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,9 +27,7 @@ State = dict[str, Tensor]
 SHOWN = 4
 """So many names are listed in a message."""
 WRAPPED_AS = ("state_dict", "model", "model_state_dict", "module")
-"""Keys under which training programs keep the state dict."""
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-"""What DDP and torch.compile put before every name."""
+"""Entries of a checkpoint that hold the weights in training, best first; others are averages or other models."""
 METADATA = "toolkit"
 """Entry of a .safetensors file's metadata that holds a digest of its tensors."""
 
@@ -78,20 +77,92 @@ def _locate_in_package(reference: str) -> Path:
     return next((path for path in found if path.is_file()), found[0])
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path, key: str | None = None) -> tuple[State, list[str]]:
     """The tensors in a .safetensors file or a PyTorch checkpoint (.pth, .pt, .bin), by name, on the CPU.
 
-    A state dict within a checkpoint is found, prefixes of wrappers are taken off. Raises UserError for a damaged file,
-    and for a pickle that holds anything but tensors and plain values: loading it could run code.
+    A state dict within a checkpoint is found; ``key`` names the entry where there are several, else the first of
+    WRAPPED_AS is taken. The list tells of such a choice. Raises UserError for a damaged file, for entries that leave
+    no clear choice, and for a pickle that holds anything but tensors and plain values: loading it could run code.
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
-    for key in WRAPPED_AS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if _is_state(content):
+        entries, chosen, state = [], None, dict(content)
+    else:
+        entries = (
+            [str(name) for name, entry in content.items() if _is_state(entry)] if isinstance(content, dict) else []
+        )
+        chosen = _choose_entry(path, entries, key)
+        state = dict(content[chosen])
+    if key is not None and key != chosen and not any(is_under(name, (key,)) for name in state):
+        heads = dict.fromkeys(name.split(".")[0] for name in state)
+        raise UserError(
+            f"model.weights_key = {key!r}: weights file {path} has no such entry ({', '.join(entries) or 'none'}), and "
+            f"no name in it begins with {key}. ({_first(list(heads))})"
+        )
+    others = ", ".join(name for name in entries if name != chosen)
+    is_silent = not others or key == chosen
+    return state, [] if is_silent else [
+        f"{chosen} is taken from the weights file, not {others} (see model.weights_key)"
+    ]
+
+
+def _choose_entry(path: Path, entries: list[str], key: str | None) -> str:
+    """The entry named by ``key``, else the usual one, else the only one."""
+    if not entries:
         raise UserError(f"weights file {path} holds no state dict (a mapping from names to tensors)")
-    return _without_wrappers(content)
+    usual = [name for name in (key, *WRAPPED_AS) if name in entries]
+    if not usual and len(entries) > 1:
+        raise UserError(
+            f"weights file {path} holds several state dicts, {', '.join(entries)}; name one as model.weights_key"
+        )
+    return str([*usual, *entries][0])
+
+
+def _is_state(content: Any) -> bool:
+    """Whether this is a mapping from names to tensors."""
+    return isinstance(content, dict) and bool(content) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def without_prefix(module: nn.Module, state: State, key: str | None, source: str) -> tuple[State, list[str]]:
+    """The state dict without the prefix that a wrapper put before the module's names (``module.``, ``backbone.``).
+
+    The prefix is ``key``, or the one under which most of the module's names are found. Names beside it stay as they
+    are where the module has them (a classifier beside ``backbone.``), and are left out and listed where not. Raises
+    UserError where several prefixes fit equally well.
+    """
+    own = set(module.state_dict())
+    found: Counter[str] = Counter()
+    for name in state:
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            if ".".join(parts[depth:]) in own:
+                found["".join(f"{part}." for part in parts[:depth])] += 1
+    # Fewer than half match by accident: the names are another library's, which `adapt` may know.
+    best = [prefix for prefix, count in found.items() if count == max(found.values()) and 2 * count >= len(own)]
+    if key is not None:
+        prefix = f"{key}."
+    elif len(best) > 1 and "" not in best:
+        names = ", ".join(one.removesuffix(".") for one in best)
+        raise UserError(f"{source} holds several models that fit, under {names}; name one as model.weights_key")
+    else:
+        prefix = "" if "" in best or not best else best[0]
+    if not prefix:
+        return _without_common_prefix(state), []
+    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    beside = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    kept = {name: tensor for name, tensor in beside.items() if name in own and name not in inside}
+    left_out = [name for name in beside if name not in kept]
+    notes = [f"the names in the weights file begin with {prefix}"]
+    notes += [f"left out, since not under {prefix}: {_first(left_out)}"] if left_out else []
+    return {**inside, **kept}, notes
+
+
+def _without_common_prefix(state: State) -> State:
+    """Without what DDP and torch.compile put before every name, where the names are another library's."""
+    for prefix in ("module.", "_orig_mod.") * 2:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def _read_safetensors(path: Path) -> State:
@@ -107,7 +178,14 @@ def _read_safetensors(path: Path) -> State:
 
 def pack_state(state: State, **facts: Any) -> bytes:
     """The content of a .safetensors file that carries a digest of its tensors, and ``facts`` (plain values)."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors: State = {}
+    storages: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses names that share memory, such as those of a layer that several of CoaT's blocks share.
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     # One entry: safetensors writes several in a random order, and equal weights shall be equal files.
     data: bytes = save(tensors, metadata={METADATA: json.dumps({**facts, "sha256": _digest(tensors)})})
     return data
@@ -148,13 +226,6 @@ def _unpickle(path: Path) -> Any:
         ) from None
     except Exception as error:
         raise UserError(f"weights file {path} cannot be read: {str(error).strip().splitlines()[0]}") from None
-
-
-def _without_wrappers(state: dict[str, Tensor]) -> State:
-    for prefix in WRAPPER_PREFIXES * 2:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
 
 
 def fit_state(

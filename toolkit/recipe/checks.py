@@ -125,6 +125,16 @@ def image_size_is_known(recipe: Recipe) -> Iterator[Finding]:
         message = f'data.image_size: must be given, since the images of "{recipe.data.dataset}" differ in size'
         related = (("data", "dataset"), MODEL, WEIGHTS)
         yield Finding(message, IMAGE_SIZE, related, "for example image_size = 224", at="table")
+    model = recipe.model
+    expected = weights_input(model.source, model.name, model.weights) if has_expected_size else None
+    if recipe.data.image_size is None and expected and expected.height:
+        message = (
+            f"data.image_size: must be given, since the weights were trained on {expected.height} x "
+            f"{expected.image_size} pixels (height x width), but inputs are square; images are squashed to them"
+        )
+        yield Finding(
+            message, IMAGE_SIZE, (MODEL, WEIGHTS), f"for example image_size = {expected.image_size}", at="table"
+        )
 
 
 def images_reach_every_layer(recipe: Recipe) -> Iterator[Finding]:

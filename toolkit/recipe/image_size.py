@@ -16,7 +16,7 @@ def input_size(recipe: Recipe) -> int | None:
     if model.source == "toolkit" or model.weights == "none":
         return FACTS[data.dataset].size
     expected = weights_input(model.source, model.name, model.weights)
-    return None if expected is None else expected.image_size
+    return None if expected is None or expected.height else expected.image_size
 
 
 def convnet_output_size(table: ConvNetTable, image_size: int) -> int:

@@ -30,24 +30,47 @@ FIGURES = (
 )
 """What [expect] can speak of: the figures of summary.json."""
 
+_WEIGHTS_KEY = "model.weights says which weights are loaded"
+_LOADER = "it is a switch of the library's loader, not an argument of the architecture; remove it"
 OWN_MODEL_KEYS = {
-    "pretrained": "model.weights",
-    "weights": "model.weights",
-    "checkpoint_path": "model.weights",
-    "pretrained_cfg": "model.weights",
-    "pretrained_cfg_overlay": "model.weights",
-    "pretrained_strict": "model.weights",
-    "cache_dir": None,
-    "num_classes": "the data set's classes",
-    "in_chans": "data.channels",
-    "img_size": "data.image_size",
-    "input_size": "data.image_size",
-    "features_only": None,
-    "scriptable": None,
-    "exportable": None,
-    "progress": None,
+    "num_classes": "the data set decides it",
+    "in_chans": "data.channels decides it",
+    "img_size": "data.image_size decides it",
+    "image_size": "data.image_size decides it",
+    "input_size": "data.image_size decides it",
+    "aux_logits": "auxiliary classifiers are not trained",
+    "pretrained": _WEIGHTS_KEY,
+    "weights": _WEIGHTS_KEY,
+    "checkpoint_path": _WEIGHTS_KEY,
+    "pretrained_cfg": _WEIGHTS_KEY,
+    "pretrained_cfg_overlay": _WEIGHTS_KEY,
+    "features_only": "a classifier is needed, not its features; remove it",
+    "out_indices": "a classifier is needed, not its features; remove it",
+    "feature_cfg": "a classifier is needed, not its features; remove it",
+    "feature_cls": "a classifier is needed, not its features; remove it",
+    "pruned": "name the pruned architecture instead, such as efficientnet_b1_pruned",
+    "model_name": "use model.name",
+    "variant": "use model.name",
+    "device": "the launcher decides it",
+    "dtype": "train.precision decides it",
+    **dict.fromkeys(
+        (
+            "pretrained_strict",
+            "pretrained_filter_fn",
+            "pretrained_model_args",
+            "model_cls",
+            "model_cfg",
+            "kwargs_filter",
+            "cache_dir",
+            "scriptable",
+            "exportable",
+            "no_jit",
+            "progress",
+        ),
+        _LOADER,
+    ),
 }
-"""Arguments of model constructors that a recipe says in another way, or that could load or fetch files."""
+"""Arguments that a recipe says in another way, or that are no arguments of an architecture's constructor, and why."""
 
 OWN_OPTIMIZER_KEYS = {key: f"optimizer.{key}" for key in ("lr", "momentum", "weight_decay")} | {
     "nesterov": 'optimizer.name = "nag"'
@@ -89,7 +112,9 @@ def model_is_known(recipe: Recipe) -> Iterator[Finding]:
         return
     other = "timm" if source == "torchvision" else "torchvision"
     base, _, tag = name.partition(".")
-    if name in catalog.model_names(other):
+    if source == "timm" and base in catalog.excluded_models():
+        yield _model_finding(f"{base} {catalog.excluded_models()[base]}", catalog.nearest(base, known))
+    elif name in catalog.model_names(other):
         yield _model_finding(f"{source} has no model {toml_value(name)}, {other} has", [], f'source = "{other}"')
     elif tag and base in known:
         hint = f'name = "{base}", weights = {toml_value(tag)}'
@@ -106,6 +131,9 @@ def _model_finding(message: str, similar: list[str], hint: str | None = None) ->
 def weights_are_known(recipe: Recipe) -> Iterator[Finding]:
     """The weights are none, a file, or among those of the architecture."""
     model = recipe.model
+    if model.weights_key is not None and not model.weights.startswith(("file:", "package:")):
+        message = f"model.weights_key: has no meaning with weights = {toml_value(model.weights)}, which is not a file"
+        yield Finding(message, ("model", "weights_key"), (WEIGHTS,), "remove it, or name a file in model.weights")
     if model.weights == "none":
         return
     if model.weights.startswith(("file:", "package:")):
@@ -148,9 +176,8 @@ def model_arguments_are_free(recipe: Recipe) -> Iterator[Finding]:
     """model.args does not say what other keys say, nor load files."""
     for name in recipe.model.args:
         if name in OWN_MODEL_KEYS:
-            place = OWN_MODEL_KEYS[name]
-            hint = f"it comes from {place}" if place else "remove it"
-            yield Finding(f"model.args: {name} cannot be given here", ("model", "args", name), hint=hint, at="key")
+            path = ("model", "args", name)
+            yield Finding(f"model.args: {name} cannot be given here", path, hint=OWN_MODEL_KEYS[name], at="key")
     if recipe.model.args and recipe.model.source == "toolkit":
         yield Finding(
             'model.args: has no effect with source = "toolkit"',

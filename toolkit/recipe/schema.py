@@ -151,7 +151,8 @@ class DataTable(Table):
         | None,
         describe(
             "Before the crop: length of the short side, or [height, width] whatever the aspect, or none. "
-            "Default: what the weights expect, else image_size / 0.875 (small images: image_size).",
+            "Default: what the weights expect (some fix both sides, or the long side and pad the image), "
+            "else image_size / 0.875 (small images: image_size).",
             unit="pixels",
         ),
     ] = None
@@ -391,6 +392,13 @@ class ModelTable(Table):
             "or file:PATH of a state dict (.safetensors, .pth, .pt), or package:NAME/PATH inside an installed package."
         ),
     ] = "none"
+    weights_key: Annotated[
+        str | None,
+        describe(
+            "For a weights file that holds more than one model: the entry to take (state_dict_ema), or the prefix of "
+            "its parameters' names (module.encoder_q). Default: state_dict, model, ..., and the one prefix that fits."
+        ),
+    ] = None
     args: Annotated[
         dict[str, Any], describe("Further arguments of the architecture's own constructor, such as drop_path_rate.")
     ] = {}

@@ -22,10 +22,14 @@ class Input(NamedTuple):
     image_size: int
     """Height and width of the input, pixels."""
     resize: int
-    """Short side before the centre crop, pixels."""
+    """Side before the center crop, pixels: which side, says ``crop_mode``."""
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_mode: str = "center"
+    """center: the short side becomes ``resize``; squash: both sides; border: the long side, and the rest is padded."""
+    height: int | None = None
+    """Height of an input that is not square, pixels; image_size is then its width."""
 
 
 @cache
@@ -50,6 +54,12 @@ def model_names(source: str) -> list[str]:
     return list(catalog()[source]["models"])
 
 
+def excluded_models() -> dict[str, str]:
+    """Architectures of timm that a recipe cannot name, and why."""
+    reasons: dict[str, str] = catalog()["excluded_models"]
+    return reasons
+
+
 def weights_names(source: str, model: str) -> list[str]:
     """Names of the pretrained weights of an architecture, the default first; empty where there are none."""
     return list(catalog()[source]["models"][model])
@@ -62,8 +72,8 @@ def weights_input(source: str, model: str, weights: str) -> Input | None:
         weights = next(iter(known))
     if weights not in known:
         return None
-    size, resize, interpolation, mean, std = catalog()["inputs"][known[weights]]
-    return Input(size, resize, interpolation, tuple(mean), tuple(std))
+    size, resize, interpolation, mean, std, *rest = catalog()["inputs"][known[weights]]
+    return Input(size, resize, interpolation, tuple(mean), tuple(std), *rest)
 
 
 def transforms() -> dict[str, dict[str, dict[str, Any]]]:

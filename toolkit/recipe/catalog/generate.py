@@ -57,6 +57,7 @@ def generate() -> str:
         "versions": {module.__name__: _release(module.__version__) for module in (torch, torchvision, timm)},
         "torchvision": {"models": _torchvision_models(inputs)},
         "timm": {"models": _timm_models(inputs)},
+        "excluded_models": excluded_models(),
         "inputs": inputs.rows,
         "transforms": _transforms(EXCLUDED_TRANSFORMS),
         "excluded_transforms": EXCLUDED_TRANSFORMS,
@@ -85,6 +86,14 @@ def _layout(value: Any, depth: int = 0) -> str:
     if isinstance(value, list):
         return "[\n" + ",\n".join(json.dumps(item, separators=(",", ":")) for item in value) + "\n]"
     return "{\n" + ",\n".join(f"{json.dumps(key)}:{_layout(item, depth + 1)}" for key, item in value.items()) + "\n}"
+
+
+def excluded_models() -> dict[str, str]:
+    """Architectures of timm that a recipe cannot name, and why."""
+    import timm
+
+    reason = "encodes images for a language model and has no classifier"
+    return dict.fromkeys(sorted(timm.list_models("*_enc")), reason)
 
 
 class _Inputs:
@@ -129,9 +138,12 @@ def _timm_models(inputs: _Inputs) -> dict[str, dict[str, int]]:
     import timm
     from timm.models import get_pretrained_cfg
 
-    found: dict[str, dict[str, int]] = {name: {} for name in sorted(timm.list_models())}
+    excluded = excluded_models()
+    found: dict[str, dict[str, int]] = {name: {} for name in sorted(timm.list_models()) if name not in excluded}
     for full_name in timm.list_pretrained():
         name, _, tag = full_name.partition(".")
+        if name in excluded:
+            continue
         default = get_pretrained_cfg(name)
         row = inputs.number(_timm_row(get_pretrained_cfg(full_name)))
         if default is not None and default.tag == tag:
@@ -142,9 +154,11 @@ def _timm_models(inputs: _Inputs) -> dict[str, dict[str, int]]:
 
 
 def _timm_row(config: Any) -> list[Any]:
-    size = config.input_size[-1]
+    height, size = config.input_size[-2:]
     resize = math.floor(size / (config.crop_pct or 0.875))
-    return [size, resize, config.interpolation, list(map(float, config.mean)), list(map(float, config.std))]
+    row = [size, resize, config.interpolation, list(map(float, config.mean)), list(map(float, config.std))]
+    is_usual = config.crop_mode == "center" and height == size
+    return row if is_usual else [*row, config.crop_mode, height if height != size else None]
 
 
 def _transforms(excluded: dict[str, str]) -> dict[str, dict[str, Any]]:

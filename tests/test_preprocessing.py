@@ -1,0 +1,170 @@
+"""Inputs of pretrained weights: for every published name, what timm's and torchvision's own transforms make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from timm.models import get_pretrained_cfg
+from torch import Tensor
+
+from toolkit.data import resizing
+from toolkit.data.preprocessing import InputConfig, Preprocessing, resolve_preprocessing
+from toolkit.data.transforms import build_transform
+from toolkit.errors import UserError
+from toolkit.export import _steps
+from toolkit.models.build import expected_input
+from toolkit.predict import TrainedModel
+from toolkit.recipe import catalog
+from toolkit.recipe.schema import AugmentTable, DataTable, ModelTable
+from toolkit.timm_config import timm_config
+
+NO_SQUARE = {f"vit_{size}_patch16_sapiens2.fb" for size in ("base", "large", "huge", "giant", "5b")}
+"""Their input is 1024 x 768 pixels."""
+Geometry = tuple[int, int, int, str, str]
+
+
+def resolved(weights: InputConfig | None, **data: object) -> Preprocessing:
+    table = DataTable.model_validate({"dataset": "imagefolder", **data})
+    return resolve_preprocessing(table, weights, None, 3, lambda plain: pytest.fail("nothing is to be measured"))
+
+
+def photographs() -> Iterator[Image.Image]:
+    """A wide one and a tall one, with structure at all scales up to their edges."""
+    for height, width in ((61, 150), (143, 64)):
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        pixels[: height // 3] //= 4
+        pixels[:, : width // 3, 0] = 255
+        yield Image.fromarray(pixels)
+
+
+def assert_same_inputs(ours: Preprocessing, theirs: Callable[[Image.Image], Tensor]) -> None:
+    mine = build_transform("test", AugmentTable(), ours)
+    for image in photographs():
+        torch.testing.assert_close(mine(image), theirs(image), rtol=0, atol=1e-6 / min(ours.std))
+
+
+@pytest.fixture
+def pillow_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides with Pillow's kernel, so that pixels are equal and not only close."""
+    monkeypatch.setattr(resizing, "resizing_kernel", lambda: "Pillow")
+
+
+@pytest.mark.usefixtures("pillow_resizes")
+def test_every_timm_tag_is_fed_as_timm_feeds_it() -> None:
+    """Parameters of all tags; pixels of a wide and a tall image for one tag of each geometry."""
+    tried: dict[Geometry, str] = {}
+    modes = {"center": 0, "squash": 0, "border": 0}
+    for tag in timm.list_pretrained():
+        config = resolve_data_config(pretrained_cfg=get_pretrained_cfg(tag).to_dict())
+        name, _, weights = tag.partition(".")
+        ours = expected_input(ModelTable(source="timm", name=name, weights=weights))
+        assert ours is not None
+        _, height, width = config["input_size"]
+        wanted = InputConfig(
+            width,
+            math.floor(width / config["crop_pct"]),
+            config["interpolation"],
+            tuple(config["mean"]),
+            tuple(config["std"]),
+            config["crop_mode"],
+            height if height != width else None,
+        )
+        assert ours == wanted, tag
+        listed = catalog.weights_input("timm", name, weights)
+        assert listed is not None
+        assert InputConfig(**listed._asdict()) == ours, tag
+        modes[config["crop_mode"]] += 1
+        assert (height != width) == (tag in NO_SQUARE)
+        geometry = (height, width, ours.resize, ours.crop_mode, ours.interpolation)
+        if geometry not in tried and height == width:
+            tried[geometry] = tag
+            assert_same_inputs(resolved(ours), create_transform(**config))
+    assert modes["squash"] >= 131
+    assert modes["border"] >= 6
+    assert len(tried) > 80
+
+
+@pytest.mark.usefixtures("pillow_resizes")
+def test_all_torchvision_weights_are_fed_as_torchvision_feeds_them() -> None:
+    tried = set()
+    count = 0
+    for name in torchvision.models.list_models(module=torchvision.models):
+        for entry in torchvision.models.get_model_weights(name):
+            count += 1
+            ours = expected_input(ModelTable(source="torchvision", name=name, weights=entry.name))
+            assert ours is not None
+            preset = entry.transforms()
+            assert (ours.image_size, ours.resize) == (preset.crop_size[0], preset.resize_size[0]), entry
+            assert (ours.interpolation, ours.mean, ours.std) == (
+                preset.interpolation.value,
+                tuple(preset.mean),
+                tuple(preset.std),
+            )
+            if ours not in tried:
+                tried.add(ours)
+                assert_same_inputs(resolved(ours), preset)
+    assert count >= 115
+
+
+def weights(tag: str) -> InputConfig:
+    name, _, weights = tag.partition(".")
+    found = expected_input(ModelTable(source="timm", name=name, weights=weights))
+    assert found is not None
+    return found
+
+
+def test_images_of_another_size_keep_the_mode_of_the_weights() -> None:
+    squash = next(tag for tag in timm.list_pretrained() if get_pretrained_cfg(tag).crop_mode == "squash")
+    config = get_pretrained_cfg(squash)
+    side = round(math.floor(config.input_size[-1] / config.crop_pct) * 128 / config.input_size[-1])
+    assert resolved(weights(squash), image_size=128).resize == (side, side)
+    border = next(tag for tag in timm.list_pretrained() if get_pretrained_cfg(tag).crop_mode == "border")
+    half = resolved(weights(border), image_size=196)
+    assert (half.resize, half.border) == (196, tuple(round(255 * value) for value in get_pretrained_cfg(border).mean))
+    mean = half.border
+    assert mean is not None
+    image = Image.new("RGB", (100, 50), (9, 9, 9))
+    made = build_transform("test", AugmentTable(), half).begin(image, 2)
+    assert made.size == (196, 196)
+    assert made.getpixel((98, 48)) == mean
+    assert made.getpixel((98, 49)) == made.getpixel((98, 146)) == (9, 9, 9)
+    assert made.getpixel((98, 147)) == mean
+
+
+def test_a_recipe_s_own_resize_takes_the_place_of_the_mode() -> None:
+    border = next(tag for tag in timm.list_pretrained() if get_pretrained_cfg(tag).crop_mode == "border")
+    own = resolved(weights(border), image_size=64, resize=72)
+    assert (own.resize, own.border) == (72, None)
+
+
+def test_weights_for_images_that_are_not_square_need_an_image_size() -> None:
+    sapiens = weights("vit_base_patch16_sapiens2.fb")
+    with pytest.raises(UserError, match=r"trained on images of 1024x768 pixels \(height x width\)"):
+        resolved(sapiens)
+    assert resolved(sapiens, image_size=384).resize == (384, 384)
+
+
+@pytest.mark.parametrize("mode", ["squash", "border"])
+def test_the_mode_travels_with_an_exported_model(mode: str) -> None:
+    """timm makes the same transform of config.json, and preprocessing.json says it in words."""
+    ours = resolved(InputConfig(64, 72, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), mode))
+    assert Preprocessing.from_dict(ours.to_dict()) == ours
+    table = ModelTable(source="timm", name="test_resnet")
+    module = timm.create_model("test_resnet", num_classes=2)
+    trained = TrainedModel(module, ours, (), ["a", "b"], table, "none", None)  # type: ignore[arg-type]
+    config = timm_config(trained)["pretrained_cfg"]
+    assert config["crop_mode"] == mode
+    theirs = create_transform(**resolve_data_config(pretrained_cfg=config))
+    for image in photographs():
+        difference = (build_transform("test", AugmentTable(), ours)(image) - theirs(image)).abs()
+        assert float(difference.mean()) < 0.02
+    said = "resize to (72, 72) (height, width) pixels" if mode == "squash" else "padding what is smaller with the color"
+    assert any(said in step for step in _steps(trained))
