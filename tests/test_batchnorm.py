@@ -10,7 +10,7 @@ from distributed import run_on
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from toolkit.engine.batchnorm import SyncBatchNorm, average_statistics, set_replicated, synchronise
+from toolkit.engine.batchnorm import SyncBatchNorm, average_statistics, replace_batch_norms, set_replicated
 
 SHARES = {2: [(0, 5), (5, 7)], 3: [(0, 1), (1, 3), (3, 7)]}
 """Uneven shares of a batch of seven."""
@@ -41,7 +41,7 @@ def train_step(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def share_of(kind: str) -> dict[str, Tensor]:
     low, high = SHARES[dist.get_world_size()][dist.get_rank()]
-    return train_step(synchronise(make(kind)), batch(kind)[low:high])
+    return train_step(replace_batch_norms(make(kind)), batch(kind)[low:high])
 
 
 @pytest.mark.parametrize("kind", ["1d", "2d", "timm"])
@@ -59,7 +59,7 @@ def test_uneven_shares_give_what_the_whole_batch_gives(kind: str, world: int) ->
 
 
 def replicated() -> dict[str, Tensor]:
-    module = synchronise(make("2d"))
+    module = replace_batch_norms(make("2d"))
     set_replicated(module, True)
     return train_step(module, batch("2d")[:2])
 
@@ -74,7 +74,7 @@ def test_a_replicated_batch_is_counted_once() -> None:
 def test_synchronising_keeps_names_values_and_timm_activation() -> None:
     module = make("timm")
     names = list(module.state_dict())
-    changed = synchronise(module)
+    changed = replace_batch_norms(module)
     assert isinstance(changed[0], SyncBatchNorm)
     assert list(changed.state_dict()) == names
     assert (changed.eval()(batch("timm")) >= 0).all(), "the ReLU of BatchNormAct2d must stay"
@@ -96,7 +96,7 @@ def test_average_statistics() -> None:
 def resnet_gradient() -> Tensor:
     """Gradient of ResNet18's mean loss over eight images, of which this process holds its share, in float64."""
     torch.manual_seed(0)
-    module = synchronise(torchvision.models.resnet18(num_classes=5).double())
+    module = replace_batch_norms(torchvision.models.resnet18(num_classes=5).double())
     images = torch.randn((8, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
