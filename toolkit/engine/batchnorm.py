@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-PIECE_ROWS = 1024
-"""At most so many numbers are added one after the other in float32. Fewer are more exact, and slower."""
+PIECE_ROWS = 64, 1024
+"""So many numbers, at least and at most, are added one after the other in float32. Fewer are more exact, and slower."""
 
 PIECE_CHANNELS = 1024
 """About so many sums are taken side by side: fewer calls for the same number of rows, and they fit in the L1 cache."""
@@ -64,7 +64,13 @@ class _CpuBatchNorm(torch.autograd.Function):
             slope = -factor * scale * mean_weighted
             shift = -factor * mean_grad - slope * mean
             grad_input = _linear(x, grad, torch.stack([slope, shift, factor]))
-        return grad_input, (None if weight is None else weight_grad), (None if weight is None else bias_grad), None, None
+        return (
+            grad_input,
+            (None if weight is None else weight_grad),
+            (None if weight is None else bias_grad),
+            None,
+            None,
+        )
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:
@@ -98,7 +104,8 @@ def _pieces(x: Tensor) -> list[Tensor]:
     positions = x.numel() // channels
     side_by_side = math.gcd(positions, max(PIECE_CHANNELS // channels, 1))
     rows = x.movedim(1, -1).reshape(positions // side_by_side, side_by_side * channels)
-    return list(rows.split(PIECE_ROWS))
+    fewest, most = PIECE_ROWS
+    return list(rows.split(min(max(len(rows) // 8, fewest), most)))
 
 
 def _statistics(x: Tensor) -> Tensor:

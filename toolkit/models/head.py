@@ -45,7 +45,11 @@ def build_head(table: HeadTable, in_features: int, num_classes: int) -> nn.Modul
     widths = [in_features, *table.hidden, num_classes]
     check_memory(sum(a * b for a, b in pairwise(widths)), f"a head with hidden layers of {table.hidden}")
     if not table.hidden:
-        last = DropoutLinear(in_features, num_classes, table.dropout) if table.dropout else nn.Linear(in_features, num_classes)
+        last = (
+            DropoutLinear(in_features, num_classes, table.dropout)
+            if table.dropout
+            else nn.Linear(in_features, num_classes)
+        )
         return nn.Sequential(nn.BatchNorm1d(in_features, eps=1e-6, affine=False), last) if table.batch_norm else last
     layers: list[nn.Module] = []
     for width in table.hidden:

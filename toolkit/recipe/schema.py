@@ -301,7 +301,9 @@ class HeadTable(Table):
     ] = False
     bias: Annotated[
         Literal["auto"] | bool,
-        describe("Whether hidden layers have a bias. auto: where no batch norm follows. The last layer always has one."),
+        describe(
+            "Whether hidden layers have a bias. auto: where no batch norm follows. The last layer always has one."
+        ),
     ] = "auto"
     activation: Annotated[Activation, describe("After each hidden layer.")] = "relu"
     dropout: Annotated[
