@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +13,8 @@ from distributed import run_on
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from toolkit.engine.batchnorm import SyncBatchNorm, average_statistics, set_replicated, synchronise
+from toolkit.engine import batchnorm
+from toolkit.engine.batchnorm import SyncBatchNorm, average_statistics, replace_batch_norms, set_replicated
 
 SHARES = {2: [(0, 5), (5, 7)], 3: [(0, 1), (1, 3), (3, 7)]}
 """Uneven shares of a batch of seven."""
@@ -41,7 +45,7 @@ def train_step(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def share_of(kind: str) -> dict[str, Tensor]:
     low, high = SHARES[dist.get_world_size()][dist.get_rank()]
-    return train_step(synchronise(make(kind)), batch(kind)[low:high])
+    return train_step(replace_batch_norms(make(kind)), batch(kind)[low:high])
 
 
 @pytest.mark.parametrize("kind", ["1d", "2d", "timm"])
@@ -59,7 +63,7 @@ def test_uneven_shares_give_what_the_whole_batch_gives(kind: str, world: int) ->
 
 
 def replicated() -> dict[str, Tensor]:
-    module = synchronise(make("2d"))
+    module = replace_batch_norms(make("2d"))
     set_replicated(module, True)
     return train_step(module, batch("2d")[:2])
 
@@ -74,10 +78,120 @@ def test_a_replicated_batch_is_counted_once() -> None:
 def test_synchronising_keeps_names_values_and_timm_activation() -> None:
     module = make("timm")
     names = list(module.state_dict())
-    changed = synchronise(module)
+    changed = replace_batch_norms(module)
     assert isinstance(changed[0], SyncBatchNorm)
     assert list(changed.state_dict()) == names
     assert (changed.eval()(batch("timm")) >= 0).all(), "the ReLU of BatchNormAct2d must stay"
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def as_view(x: Tensor) -> Tensor:
+    """Neither contiguous nor channels_last."""
+    return torch.cat([x, x], dim=-1)[..., : x.shape[-1]]
+
+
+def results(norm: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    out = norm(x)
+    out.backward(grad)
+    found = {"out": out, "input gradient": x.grad, **dict(norm.named_buffers())}
+    found |= {f"{name} gradient": p.grad for name, p in norm.named_parameters()}
+    return {name: value.detach().double() for name, value in found.items() if name != "num_batches_tracked"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "laid_out"),
+    [
+        ((64, 32, 8, 8), channels_last),
+        ((60, 32, 8, 8), channels_last),  # 3840 positions: no power of two
+        ((13, 5, 17, 7), channels_last),  # 1547 = 7 x 13 x 17
+        ((8, 64, 112, 112), channels_last),
+        ((3, 2048, 7, 7), channels_last),
+        ((16, 9, 1, 1), channels_last),
+        ((8, 16, 64, 64), as_view),
+        ((8, 16, 64, 64), Tensor.contiguous),
+        ((50_000, 12), Tensor.contiguous),  # tokens of a whole batch, as LeViT has them
+        ((8, 40, 31), Tensor.contiguous),
+    ],
+)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("mean", [1.0, 30.0])
+def test_on_one_process_its_error_is_that_of_the_contiguous_kernel(
+    shape: tuple[int, ...], laid_out: Callable[[Tensor], Tensor], affine: bool, mean: float
+) -> None:
+    """Within a factor of ten of that kernel's distance from float64; the one for channels_last is up to 1000 times off."""
+    torch.manual_seed(0)
+    kind = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
+    norm = kind(shape[1], affine=affine)
+    if affine:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -1, 1)
+    x, grad = torch.randn(shape) * 2 + mean, torch.randn(shape) + 0.3
+    true = results(copy.deepcopy(norm).double(), x.double(), grad.double())
+    rows = (lambda t: t.T[None].contiguous()) if len(shape) == 2 else (lambda t: t)  # [n, C] -> [1, C, n]
+    contiguous = results(copy.deepcopy(norm), rows(x), rows(grad))
+    found = results(replace_batch_norms(copy.deepcopy(norm)), laid_out(x), laid_out(grad))
+    for key, value in true.items():
+        reference = contiguous[key][0].T if len(shape) == 2 and contiguous[key].dim() == 3 else contiguous[key]
+        error, usual = (found[key] - value).abs().max(), (reference - value).abs().max()
+        assert error <= 10 * usual + 1e-7 * value.abs().max(), key
+
+
+def test_pieces_that_differ_in_size_are_weighted_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batchnorm, "PIECE_ROWS", (4, 4))
+    monkeypatch.setattr(batchnorm, "PIECE_CHANNELS", 6)
+    x = channels_last(torch.randn(5, 3, 3, 2, dtype=torch.float64) * torch.arange(1, 6).view(5, 1, 1, 1))
+    assert [piece.shape for piece in batchnorm._pieces(x)] == [(4, 6), (4, 6), (4, 6), (3, 6)]
+    mean, variance = batchnorm._statistics(x)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(variance, x.var((0, 2, 3), correction=0))
+
+
+def test_in_bf16_it_is_exact_up_to_the_rounding_of_its_values() -> None:
+    torch.manual_seed(0)
+    x, grad = (channels_last(torch.randn(16, 8, 32, 32).bfloat16()) for _ in range(2))
+    true = results(nn.BatchNorm2d(8).double(), x.double(), grad.double())
+    for key, value in results(replace_batch_norms(nn.BatchNorm2d(8)), x, grad).items():
+        assert (value - true[key]).abs().max() <= 2**-8 * true[key].abs().max(), key
+
+
+def test_one_value_a_channel_is_refused_as_pytorch_does() -> None:
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        replace_batch_norms(nn.BatchNorm2d(3))(channels_last(torch.randn(1, 3, 1, 1)))
+
+
+def test_in_evaluation_it_gives_pytorch_s_bits() -> None:
+    norm = make("timm").eval()
+    x = channels_last(batch("timm"))
+    expected = norm(x)
+    assert torch.equal(replace_batch_norms(norm)(x), expected)
+
+
+def test_without_synchronization_each_process_has_its_own_statistics() -> None:
+    low_high = SHARES[2]
+    for share, (low, high) in zip(run_on(2, own_share), low_high, strict=True):
+        alone = train_step(make("2d"), batch("2d")[low:high])
+        for key, value in alone.items():
+            torch.testing.assert_close(share[key], value, rtol=2e-4, atol=2e-5)
+
+
+def own_share() -> dict[str, Tensor]:
+    low, high = SHARES[dist.get_world_size()][dist.get_rank()]
+    return train_step(replace_batch_norms(make("2d"), synchronized=False), channels_last(batch("2d")[low:high]))
+
+
+@pytest.mark.slow
+def test_compiled_it_is_as_exact() -> None:
+    torch.manual_seed(0)
+    x, grad = channels_last(torch.randn(64, 32, 8, 8) * 2 + 1), channels_last(torch.randn(64, 32, 8, 8) + 0.3)
+    true = results(nn.BatchNorm2d(32).double(), x.double(), grad.double())
+    norm = replace_batch_norms(nn.BatchNorm2d(32))
+    norm.compile()
+    for key, value in results(norm, x, grad).items():
+        assert (value - true[key]).abs().max() <= 1e-6 * true[key].abs().max(), key
 
 
 def averaged() -> list[Tensor]:
@@ -96,7 +210,7 @@ def test_average_statistics() -> None:
 def resnet_gradient() -> Tensor:
     """Gradient of ResNet18's mean loss over eight images, of which this process holds its share, in float64."""
     torch.manual_seed(0)
-    module = synchronise(torchvision.models.resnet18(num_classes=5).double())
+    module = replace_batch_norms(torchvision.models.resnet18(num_classes=5).double())
     images = torch.randn((8, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0

@@ -16,7 +16,7 @@ from toolkit.data.order import plan_evaluation
 from toolkit.engine.checkpoint import load_weights
 from toolkit.engine.evaluate import evaluate
 from toolkit.engine.fit import fit  # imported before the processes are forked, once for all
-from toolkit.recipe import loads_recipe
+from toolkit.recipe import load_recipe, loads_recipe
 
 RECIPE = """
 [recipe]
@@ -64,7 +64,6 @@ batch_size = 12
 clip_norm = 1.0
 ema = 0.9
 select = "val/loss"
-precision = "no"
 
 [early_stopping]
 metric = "val/loss"
@@ -103,6 +102,39 @@ def assert_same_experiment(one: dict[str, Any], other: dict[str, Any]) -> None:
     for name, weight in one["weights"].items():
         np.testing.assert_allclose(weight, other["weights"][name], rtol=1e-5, atol=1e-5, err_msg=name)
     assert [row["path"] for row in one["predictions"]] == [row["path"] for row in other["predictions"]]
+
+
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
+SMOOTH = (  # a network without ReLU and max pooling, whose gradient jumps where two values are equal up to rounding
+    'model.convnet.activation="gelu"',
+    "model.convnet.blocks=[{channels=32,batch_norm=true},{channels=64,batch_norm=true,stride=2}]",
+)
+
+
+def quickstart(root: Path, settings: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The epochs of the shipped recipe."""
+    common = (f'recipe.run_root="{root}"', "tracking.trackers=[]", "train.batch_size=60")
+    with contextlib.redirect_stderr(io.StringIO()):
+        return fit(load_recipe(QUICKSTART, (*common, *settings))).epochs()
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        pytest.param(("train.epochs=2", 'optimizer.name="sgd"'), 1e-5, id="sgd"),
+        pytest.param(("train.epochs=2", *SMOOTH), 1e-5, id="adamw, smooth"),
+        # Where ReLU or max pooling decides otherwise on another number of processes, AdamW amplifies it.
+        pytest.param(("train.epochs=1",), 1e-2, id="as it is"),
+    ],
+)
+def test_the_quickstart_on_one_two_and_three_processes(
+    tmp_path: Path, settings: tuple[str, ...], tolerance: float
+) -> None:
+    one, *others = (launch(world, quickstart, tmp_path / str(world), settings)[0] for world in (1, 2, 3))
+    for other in others:
+        for mine, theirs in zip(one, other, strict=True):
+            for key in ("train/loss", "val/loss"):
+                assert mine[key] == pytest.approx(theirs[key], rel=tolerance), f"{key} of epoch {mine['epoch']}"
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])

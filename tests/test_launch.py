@@ -36,7 +36,7 @@ def started(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess[s
         "data.test_images_per_class": 5,
         "train.batch_size": 16,
         "tracking.trackers": [],
-        # Not AdamW: a bias before batch norm has no true gradient, and Adam makes full steps of its rounding noise.
+        # Not AdamW, which amplifies rounding.
         "optimizer.name": "sgd",
     }
     arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]

@@ -22,8 +22,9 @@ from toolkit.errors import UserError
 from toolkit.models import timm_models
 from toolkit.models.build import BuiltModel, build_model, expected_input
 from toolkit.models.names import check_arguments
+from toolkit.models.prefix import frozen_prefix
 from toolkit.models.probe import probe
-from toolkit.models.transfer import apply_transfer, param_groups
+from toolkit.models.transfer import apply_transfer, param_groups, parts_table
 from toolkit.models.weights import locate, map_densenet, read_state
 from toolkit.recipe.schema import ConvBlock, ConvNetTable, HeadTable, ModelTable, OptimizerTable, TransferTable
 
@@ -58,7 +59,7 @@ def assert_stages_cover(built: BuiltModel) -> None:
 def giunta(batch_norm: bool) -> ModelTable:
     widths = [128, 512, 512, 512, 512]
     blocks = [ConvBlock(channels=width, pool=2, batch_norm=batch_norm) for width in widths]
-    return ModelTable(source="toolkit", convnet=ConvNetTable(blocks=blocks, order=POOL_FIRST))
+    return ModelTable(source="toolkit", convnet=ConvNetTable(blocks=blocks, order=POOL_FIRST, bias=True))
 
 
 @pytest.mark.parametrize(("batch_norm", "parameters"), [(False, 7_678_474), (True, 7_682_826)])
@@ -69,6 +70,39 @@ def test_giunta_convnet(batch_norm: bool, parameters: int) -> None:
     assert [stage.name for stage in built.stages] == [*(f"blocks.{i}" for i in range(5)), "head"]
     layers = [type(layer).__name__ for layer in built.module.get_submodule("blocks.0").children()]
     assert layers == ["Conv2d", *(["BatchNorm2d"] if batch_norm else []), "MaxPool2d", "ReLU"]
+
+
+@pytest.mark.parametrize(
+    ("order", "activation", "dropout", "bias"),
+    [
+        (["conv", "norm", "act", "pool", "dropout"], "relu", 0.5, False),
+        (["conv", "pool", "norm", "act", "dropout"], "relu", 0.5, False),  # max pooling only moves the bias on
+        (["conv", "act", "norm", "pool", "dropout"], "relu", 0.0, True),
+        (["conv", "act", "norm", "pool", "dropout"], "none", 0.0, False),
+        (["conv", "dropout", "norm", "act", "pool"], "relu", 0.5, True),
+        (["conv", "dropout", "norm", "act", "pool"], "relu", 0.0, False),
+        (["norm", "conv", "act", "pool", "dropout"], "relu", 0.0, True),
+    ],
+)
+def test_a_convolution_has_a_bias_unless_batch_norm_takes_it_away(
+    order: list[Any], activation: Any, dropout: float, bias: bool
+) -> None:
+    blocks = [ConvBlock(channels=4, batch_norm=True, pool=2, dropout=dropout), ConvBlock(channels=5)]
+    keys: dict[str, Any] = {"blocks": blocks, "order": order, "activation": activation}
+    table = ModelTable(source="toolkit", convnet=ConvNetTable(**keys))
+    built = build_model(table, 3, 1, 8).module
+    assert (built.get_submodule("blocks.0.conv").bias is not None) == bias
+    assert built.get_submodule("blocks.1.conv").bias is not None, "no batch norm in this block"
+    for wanted in (True, False):
+        table = ModelTable(source="toolkit", convnet=ConvNetTable(**keys, bias=wanted))
+        built = build_model(table, 3, 1, 8).module
+        assert all((built.get_submodule(f"blocks.{i}.conv").bias is not None) == wanted for i in (0, 1))
+    # In float64, a bias that auto leaves out has no gradient, and one that it keeps has.
+    module = build_model(ModelTable(source="toolkit", convnet=ConvNetTable(**keys, bias=True)), 3, 1, 8).module.double()
+    torch.manual_seed(0)
+    module(torch.randn(6, 1, 8, 8, dtype=torch.float64)).square().sum().backward()
+    largest = module.get_submodule("blocks.0.conv").bias.grad.abs().max()  # type: ignore[union-attr]
+    assert (largest > 1e-6) == bias, largest
 
 
 def colbertaldo(norms: set[int], pools: set[int]) -> ConvNetTable:
@@ -143,11 +177,12 @@ def test_gaussian_initialisation() -> None:
 def test_vgg_head_of_giunta_and_yildiz() -> None:
     """At 32 pixels VGG11-BN's convolutions leave 512x1x1: Linear(512,512)-BN-ReLU-Linear(512,10), and 512-256-10."""
     for width in (512, 256):
-        head = HeadTable(hidden=[width], batch_norm=True, replaces="classifier")
+        head = HeadTable(hidden=[width], batch_norm=True, bias=True, replaces="classifier")
         built = build_model(tv("vgg11_bn", head=head), 10, 3, 32)
         layers = list(built.module.get_submodule("classifier"))  # type: ignore[call-overload]
         assert [type(layer).__name__ for layer in layers] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
         assert [(layers[i].in_features, layers[i].out_features) for i in (0, 3)] == [(512, width), (width, 10)]
+        assert layers[0].bias is not None
         assert isinstance(built.module.avgpool, nn.Identity)
         assert (built.heads, built.classifier) == (("classifier",), ["classifier"])
         assert built.module(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
@@ -165,6 +200,43 @@ def test_head_with_dropout_alone_keeps_the_names() -> None:
     assert list(plain.state_dict()) == list(dropped.state_dict())
     features = torch.ones(200, 512)
     assert not torch.equal(dropped.fc(features)[0], dropped.fc(features)[1])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("source", [tv, tm])
+def test_head_of_batch_norm_and_one_linear_layer(source: Callable[..., ModelTable], dropout: float) -> None:
+    """As MAE's linear probe: batch norm without parameters, eps 1e-6, then the linear layer."""
+    built = build_model(source("resnet18", head=HeadTable(batch_norm=True, dropout=dropout)), 10, 3, 32)
+    norm, linear = built.module.get_submodule("fc").children()
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert (norm.affine, norm.eps, norm.num_features) == (False, 1e-6, 512)
+    assert isinstance(linear, nn.Linear)
+    assert linear.bias is not None
+    assert count(built.module.get_submodule("fc")) == 512 * 10 + 10
+    assert (built.heads, built.classifier) == (("fc",), ["fc"])
+    assert_stages_cover(built)
+    transfer = apply_transfer(built, TransferTable(mode="linear_probe"))
+    transfer.train_mode()
+    assert transfer.trainable == ["fc.1.weight", "fc.1.bias"]
+    assert [norm.training, built.module.get_submodule("bn1").training] == [True, False]
+    rows = parts_table(built, transfer, TransferTable(mode="linear_probe"), OptimizerTable(lr=0.1))
+    assert [rows[0].batch_norm, rows[-1].batch_norm] == ["fixed", "updated"]
+    assert frozen_prefix(transfer) == "fc", "the norm sees features that may be kept"
+
+
+def test_hidden_layers_before_batch_norm_have_no_bias_by_default() -> None:
+    heads = {bias: HeadTable(hidden=[7, 6], batch_norm=True, bias=bias) for bias in ("auto", True, False)}
+    heads["without"] = HeadTable(hidden=[7, 6])
+    found = {}
+    for name, head in heads.items():
+        module = build_model(tv("resnet18", head=head), 10, 3, 32).module.get_submodule("fc")
+        found[name] = [layer.bias is not None for layer in module.children() if isinstance(layer, nn.Linear)]
+    assert found == {
+        "auto": [False, False, True],
+        True: [True, True, True],
+        False: [False, False, True],
+        "without": [True, True, True],
+    }
 
 
 def test_hidden_layers_in_a_timm_model() -> None:

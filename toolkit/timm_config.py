@@ -21,7 +21,7 @@ from toolkit.recipe.schema import ModelTable
 
 def fits_timm(table: ModelTable) -> bool:
     """Whether timm alone can build the model; dropout before the last layer has no part in what is written."""
-    return table.source == "timm" and table.stem == "imagenet" and not table.head.hidden
+    return table.source == "timm" and table.stem == "imagenet" and not (table.head.hidden or table.head.batch_norm)
 
 
 def timm_config(trained: TrainedModel) -> dict[str, Any]:

@@ -1,68 +1,188 @@
-"""Batch norm over the whole batch of all processes, on any device.
+"""Batch norm that sums exactly on CPUs, and over the whole batch of all processes on any device.
 
-torch's SyncBatchNorm has no CPU kernel. Here the CPU path is written out, so that training on one and on several
-processes can be compared without a GPU; on a GPU torch's fused kernels are used.
+PyTorch's CPU kernel for channels_last sums all positions of a channel one after the other in float32. Its rounding error
+grows with the size of the batch, and a run on one process is then less exact than one on two. Here the sums are taken
+over short pieces, which are added in float64. torch's SyncBatchNorm has no CPU kernel either, so both cases share one
+function on CPUs. On a GPU torch's fused kernels are used. What it costs: benchmarks/README.md.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+PIECE_ROWS = 64, 1024
+"""So many numbers, at least and at most, are added one after the other in float32. Fewer are more exact, and slower."""
 
-class _SynchronisedNorm(torch.autograd.Function):
-    """Normalise [n, C, ...] by mean and variance over n and all processes (Ioffe & Szegedy 2015, arXiv:1502.03167)."""
+PIECE_CHANNELS = 1024
+"""About so many sums are taken side by side: fewer calls for the same number of rows, and they fit in the L1 cache."""
+
+
+class _CpuBatchNorm(torch.autograd.Function):
+    """Normalize [n, C, ...] by mean and variance over n and ``processes`` (Ioffe & Szegedy 2015, arXiv:1502.03167).
+
+    Returns the output in the type of ``x``, and in float64 mean and biased variance [2, C] and the number of values of
+    each channel [1].
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-        axes = [0, *range(2, x.dim())]
-        count = x.new_full((1,), x.numel() / x.shape[1])
-        local_mean = x.mean(axes)
-        local_m2 = (x - _channels(local_mean, x)).square().sum(axes)
-        mean, m2, total = _combine(local_mean, local_m2, count)
-        variance = m2 / total
-        scale = (variance + eps).rsqrt()
-        normalised = (x - _channels(mean, x)) * _channels(scale, x)
-        ctx.save_for_backward(normalised, scale, weight, total)
-        ctx.mark_non_differentiable(mean, variance, total)
-        out = normalised if weight is None else normalised * _channels(weight, x)
-        return (out if bias is None else out + _channels(bias, x)), mean, variance, total
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, processes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        statistics = (_OPAQUE_STATISTICS if torch.compiler.is_compiling() else _statistics)(x)
+        count = statistics.new_full((1,), x.numel() / x.shape[1])
+        if processes > 1:
+            statistics, count = _combine_processes(statistics, count, processes)
+        mean, variance = statistics.to(_at_least_float32(x))
+        out = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        ctx.eps, ctx.processes = eps, processes
+        ctx.save_for_backward(x, weight, statistics, count)
+        ctx.mark_non_differentiable(statistics, count)
+        return out, statistics, count
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        normalised, scale, weight, total = ctx.saved_tensors
-        grad = gradients[0]
-        axes = [0, *range(2, grad.dim())]
-        bias_grad = grad.sum(axes)
-        weight_grad = (grad * normalised).sum(axes)
-        if weight is not None:
-            grad = grad * _channels(weight, grad)
-        sums = torch.stack([grad.sum(axes), (grad * normalised).sum(axes)])
-        dist.all_reduce(sums)
-        sums /= total
-        grad = (grad - _channels(sums[0], grad) - normalised * _channels(sums[1], grad)) * _channels(scale, grad)
-        return grad, (None if weight is None else weight_grad), (None if weight is None else bias_grad), None
+        x, weight, statistics, count = ctx.saved_tensors
+        grad, (mean, variance) = gradients[0], statistics
+        scale = (variance + ctx.eps).rsqrt()
+        sums = (_OPAQUE_GRADIENT_SUMS if torch.compiler.is_compiling() else _gradient_sums)(grad, x, mean, scale)
+        weight_grad, bias_grad = sums.to(_at_least_float32(x), copy=True)  # of this process alone
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            if ctx.processes > 1:
+                dist.all_reduce(sums)
+            # scale * weight * (grad - mean(grad) - normalized * mean(grad * normalized)), with the terms in x together
+            factor = scale if weight is None else scale * weight
+            mean_weighted, mean_grad = sums / count
+            slope = -factor * scale * mean_weighted
+            shift = -factor * mean_grad - slope * mean
+            grad_input = _linear(x, grad, torch.stack([slope, shift, factor]))
+        return (
+            grad_input,
+            (None if weight is None else weight_grad),
+            (None if weight is None else bias_grad),
+            None,
+            None,
+        )
 
 
-def _channels(values: Tensor, like: Tensor) -> Tensor:
-    """[C] -> [1, C, 1, ...], to broadcast over ``like``."""
-    return values.reshape(1, -1, *([1] * (like.dim() - 2)))
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
-def _combine(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, sum of squared deviations and count over all processes, without cancellation (Chan et al. 1979)."""
-    mine = torch.cat([mean, m2, count])
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+def _is_summed_inexactly(x: Tensor) -> bool:
+    """Whether PyTorch's CPU kernels sum ``x`` in float32 although its values are more exact than that sum.
+
+    For contiguous tensors [n, C, ...] they use float64. In bf16 the values' own rounding is larger than that of the sum.
+    """
+    return x.dtype == torch.float32 and (_is_channels_innermost(x) or not x.is_contiguous())
+
+
+def _is_channels_innermost(x: Tensor) -> bool:
+    """Whether ``x`` is [n, C], or [n, C, h, w] in channels_last."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.dim() == 2 and x.is_contiguous()
+
+
+def _pieces(x: Tensor) -> list[Tensor]:
+    """``x`` [n, C, ...] as tensors that PyTorch's kernels sum exactly.
+
+    Where channels are innermost: views [rows, k * C] whose column j holds values of channel j % C. Else ``x`` itself,
+    contiguous and in float32 or float64.
+    """
+    if not _is_channels_innermost(x):
+        return [x.to(_at_least_float32(x)).contiguous()]
+    channels = x.shape[1]
+    positions = x.numel() // channels
+    side_by_side = math.gcd(positions, max(PIECE_CHANNELS // channels, 1))
+    rows = x.movedim(1, -1).reshape(positions // side_by_side, side_by_side * channels)
+    fewest, most = PIECE_ROWS
+    return list(rows.split(min(max(len(rows) // 8, fewest), most)))
+
+
+def _statistics(x: Tensor) -> Tensor:
+    """[2, C] in float64: mean and biased variance of ``x`` [n, C, ...]."""
+    pieces = _pieces(x)
+    # Their type is that of the results; they are not used otherwise.
+    running = None if x.dtype == _at_least_float32(x) else torch.zeros(pieces[0].shape[1])
+    found = [each for piece in pieces for each in torch.batch_norm_update_stats(piece, running, running, 0.0)]
+    means, variances = torch.cat(found).double().view(len(pieces), 2, -1, x.shape[1]).unbind(1)  # each [pieces, k, C]
+    counts = torch.tensor([piece.shape[0] for piece in pieces], dtype=torch.float64).view(-1, 1, 1)
+    return _combine(means, variances, counts)
+
+
+def _combine(means: Tensor, variances: Tensor, counts: Tensor) -> Tensor:
+    """[2, C]: mean and biased variance of m x k parts, of their [m, k, C] and relative sizes [m, 1, 1].
+
+    Without cancellation (Chan et al. 1979).
+    """
+    shares = counts / (counts.sum() * means.shape[1])
+    mean = (means * shares).sum((0, 1))
+    return torch.stack([mean, ((variances + (means - mean).square()) * shares).sum((0, 1))])
+
+
+def _combine_processes(statistics: Tensor, count: Tensor, processes: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [2, C] and count [1] of all processes together (a collective)."""
+    mine = torch.cat([statistics.flatten(), count])
+    everyone = [torch.empty_like(mine) for _ in range(processes)]
     dist.all_gather(everyone, mine)
-    means, m2s, counts = torch.stack(everyone).split([mean.numel(), mean.numel(), 1], dim=1)
-    total = counts.sum(0)
-    pooled = (means * counts).sum(0) / total
-    return pooled, (m2s + counts * (means - pooled).square()).sum(0), total
+    channels = statistics.shape[1]
+    means, variances, counts = torch.stack(everyone).unsqueeze(1).split([channels, channels, 1], dim=2)
+    return _combine(means, variances, counts), counts.sum().view(1)
+
+
+def _gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """[2, C] in float64: sums of the gradient times the normalized input, and of the gradient."""
+    pieces, grad_pieces = _pieces(x), _pieces(_laid_out_like(x, grad))
+    repeats = pieces[0].shape[1] // x.shape[1]
+    wide = _at_least_float32(x)
+    mean, scale = torch.stack([mean, scale]).to(wide).repeat(1, repeats)
+    weight = None if x.dtype == wide else torch.ones_like(mean)  # its type is that of the sums
+    only_sums = [False, True, True]
+    found = [
+        each
+        for piece, grad_piece in zip(pieces, grad_pieces, strict=True)
+        for each in torch.ops.aten.native_batch_norm_backward(
+            grad_piece, piece, weight, None, None, mean, scale, True, 0.0, only_sums
+        )[1:]
+    ]
+    return torch.cat(found).double().view(len(pieces), 2, repeats, -1).sum((0, 2))
+
+
+def _laid_out_like(x: Tensor, grad: Tensor) -> Tensor:
+    if x.dim() == 4 and _is_channels_innermost(x):
+        return grad.contiguous(memory_format=torch.channels_last)
+    return grad.contiguous()
+
+
+def _linear(x: Tensor, grad: Tensor, coefficients: Tensor) -> Tensor:
+    """``slope * x + shift + factor * grad`` in the type of ``x``, of [slope, shift, factor] [3, C]."""
+    wide = _at_least_float32(x)
+    slope, shift, factor = coefficients.to(wide).view(3, -1, *[1] * (x.dim() - 2))
+    return torch.addcmul(shift, x.to(wide), slope).addcmul_(grad.to(wide), factor).to(x.dtype)
+
+
+# torch.compile would unroll the loops over pieces, of which there can be hundreds.
+_OPAQUE_STATISTICS = torch.library.custom_op("toolkit::batch_norm_statistics", _statistics, mutates_args=())
+_OPAQUE_GRADIENT_SUMS = torch.library.custom_op("toolkit::batch_norm_gradient_sums", _gradient_sums, mutates_args=())
+
+
+@_OPAQUE_STATISTICS.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+
+@_OPAQUE_GRADIENT_SUMS.register_fake
+def _(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty((2, x.shape[1]), dtype=torch.float64)
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -71,6 +191,9 @@ class SyncBatchNorm(_BatchNorm):
     Not a subclass of torch's, which DDP refuses on the CPU. ``drop`` and ``act`` take over what timm's BatchNormAct2d
     does after normalising; parameter names stay as they were.
     """
+
+    synchronized = True
+    """False: each process normalizes by its own images alone."""
 
     replicated = False
     """Set while every process computes the same whole micro-batch: then the local statistics are the global ones."""
@@ -89,47 +212,55 @@ class SyncBatchNorm(_BatchNorm):
         return out
 
     def _normalise(self, x: Tensor) -> Tensor:
-        if not self.training or self.replicated or not dist.is_initialized():
+        is_distributed = self.synchronized and not self.replicated and dist.is_initialized()
+        processes = dist.get_world_size() if is_distributed else 1
+        on_cpu = x.device.type == "cpu"
+        is_exact = not on_cpu or not _is_summed_inexactly(x)
+        has_one_value = x.numel() == x.shape[1]  # PyTorch has an error message for this
+        if not self.training or (processes == 1 and (is_exact or has_one_value)):
             return super().forward(x)
         if self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked or 1)
-        if x.device.type == "cpu":
-            return self._on_cpu(x, rate)
+        if on_cpu:
+            return self._on_cpu(x, rate, processes)
         group = dist.group.WORLD
         arguments = (self.weight, self.bias, self.running_mean, self.running_var, self.eps, rate, group)
-        out: Tensor = FusedSyncBatchNorm.apply(x, *arguments, dist.get_world_size())
+        out: Tensor = FusedSyncBatchNorm.apply(x, *arguments, processes)
         return out
 
-    def _on_cpu(self, x: Tensor, rate: float) -> Tensor:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        result, mean, variance, total = _SynchronisedNorm.apply(wide, self.weight, self.bias, self.eps)
+    def _on_cpu(self, x: Tensor, rate: float, processes: int) -> Tensor:
+        out: Tensor
+        out, statistics, count = _CpuBatchNorm.apply(x, self.weight, self.bias, self.eps, processes)
         if self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                self.running_mean.lerp_(mean, rate)
-                self.running_var.lerp_(variance * (total / (total - 1)), rate)
-        out: Tensor = result.to(x.dtype)
+                mean, variance = statistics
+                self.running_mean.lerp_(mean.to(self.running_mean), rate)
+                self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), rate)
         return out
 
 
-def synchronise(module: nn.Module) -> nn.Module:
-    """Replace every batch norm inside ``module`` by a synchronised one with the same parameters and names."""
+def replace_batch_norms(module: nn.Module, *, synchronized: bool = True) -> nn.Module:
+    """Replace every batch norm inside ``module`` by one of ours with the same parameters and names.
+
+    With ``synchronized``, statistics are those of all processes' images, otherwise those of each process's own.
+    """
     if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
-        return _convert(module)
+        return _convert(module, synchronized)
     for name, child in module.named_children():
-        replacement = synchronise(child)
+        replacement = replace_batch_norms(child, synchronized=synchronized)
         if replacement is not child:
             setattr(module, name, replacement)
     return module
 
 
-def _convert(norm: _BatchNorm) -> SyncBatchNorm:
+def _convert(norm: _BatchNorm, synchronized: bool) -> SyncBatchNorm:
     new = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     if norm.affine:
         new.weight, new.bias = norm.weight, norm.bias
     new.running_mean, new.running_var = norm.running_mean, norm.running_var
     new.num_batches_tracked = norm.num_batches_tracked
-    new.training = norm.training
+    new.training, new.synchronized = norm.training, synchronized
     for extra in ("drop", "act"):
         if isinstance(getattr(norm, extra, None), nn.Module):
             setattr(new, extra, getattr(norm, extra))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from toolkit.data.splits import split_hash
-from toolkit.engine.batchnorm import average_statistics, local_statistics, restore_statistics, synchronise
+from toolkit.engine.batchnorm import average_statistics, local_statistics, replace_batch_norms, restore_statistics
 from toolkit.engine.building import build_trainer, state_tensors, unfreeze
 from toolkit.engine.checkpoint import Place, best_path, first_not_finite, load_weights
 from toolkit.engine.display import Bar, epoch_line
@@ -77,8 +77,9 @@ class Training:
 
     def _place_model(self) -> None:
         module, train = self.setup.built.module, self.recipe.train
-        if self.accelerator.num_processes > 1 and train.sync_batch_norm:
-            synchronise(module)
+        synchronized = self.accelerator.num_processes > 1 and train.sync_batch_norm
+        if synchronized or self.accelerator.device.type == "cpu":  # on CPUs ours also sums more exactly
+            replace_batch_norms(module, synchronized=synchronized)
         module.to(self.accelerator.device)
         if train.channels_last:
             module.to(memory_format=torch.channels_last)

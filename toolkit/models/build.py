@@ -116,16 +116,17 @@ def _replace_head(
         return heads
     if head.replaces == "classifier":
         return (_replace_classifier(table, module, heads, num_classes, channels, image_size),)
-    if not head.hidden and not head.dropout:
+    if not head.hidden and not head.batch_norm and not head.dropout:
         return heads
     for name in heads:
         layer = module.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise UserError(
                 f"the last layer of {table.name} is a {type(layer).__name__}, not a Linear; "
-                "leave out model.head's hidden and dropout"
+                "leave out model.head's hidden, batch_norm and dropout"
             )
-        new = build_head(head, layer.in_features, num_classes) if head.hidden else with_dropout(layer, head.dropout)
+        is_same_layer = not head.hidden and not head.batch_norm
+        new = with_dropout(layer, head.dropout) if is_same_layer else build_head(head, layer.in_features, num_classes)
         module.set_submodule(name, new)
     return heads
 

@@ -38,7 +38,7 @@ class ConvNet(nn.Module):
 
 def _build_block(table: ConvNetTable, block: ConvBlock, channels: int) -> nn.Sequential:
     """The block's layers in the order that the recipe gives."""
-    conv = nn.Conv2d(channels, block.channels, block.kernel, block.stride, block.padding)
+    conv = nn.Conv2d(channels, block.channels, block.kernel, block.stride, block.padding, bias=table.has_bias(block))
     width = channels
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for kind in table.order:

@@ -1,4 +1,4 @@
-"""New classifiers: one linear layer, or hidden layers with batch norm, activation and dropout."""
+"""New classifiers: one linear layer, with batch norm before it, or hidden layers with batch norm, activation and dropout."""
 
 from __future__ import annotations
 
@@ -37,22 +37,30 @@ class DropoutLinear(nn.Linear):
 
 
 def build_head(table: HeadTable, in_features: int, num_classes: int) -> nn.Module:
-    """[N, in_features] to [N, num_classes]: Linear-[BatchNorm]-activation-[Dropout] a hidden width, then Linear."""
+    """[N, in_features] to [N, num_classes]: Linear-[BatchNorm]-activation-[Dropout] a hidden width, then Linear.
+
+    Without hidden widths: [BatchNorm]-[Dropout]-Linear, the batch norm without weight and bias, which the linear layer has
+    anyway (He et al. 2022, Masked Autoencoders, arXiv:2111.06377, and their code's linear probe).
+    """
     widths = [in_features, *table.hidden, num_classes]
     check_memory(sum(a * b for a, b in pairwise(widths)), f"a head with hidden layers of {table.hidden}")
-    if not table.hidden and table.dropout:
-        return DropoutLinear(in_features, num_classes, table.dropout)
+    if not table.hidden:
+        last = (
+            DropoutLinear(in_features, num_classes, table.dropout)
+            if table.dropout
+            else nn.Linear(in_features, num_classes)
+        )
+        return nn.Sequential(nn.BatchNorm1d(in_features, eps=1e-6, affine=False), last) if table.batch_norm else last
     layers: list[nn.Module] = []
     for width in table.hidden:
-        layers.append(nn.Linear(in_features, width))
+        layers.append(nn.Linear(in_features, width, bias=table.has_bias))
         if table.batch_norm:
             layers.append(nn.BatchNorm1d(width))
         layers.append(ACTIVATIONS[table.activation]())
         if table.dropout:
             layers.append(nn.Dropout(table.dropout))
         in_features = width
-    last = nn.Linear(in_features, num_classes)
-    return nn.Sequential(*layers, last) if layers else last
+    return nn.Sequential(*layers, nn.Linear(in_features, num_classes))
 
 
 def check_memory(weights: int, what: str) -> None:

@@ -234,7 +234,14 @@ def _row(built: BuiltModel, stage: Stage, lr_scale: float, table: TransferTable,
 
 def _batch_norm(module: nn.Module, stage: Stage, table: TransferTable) -> str:
     """How the batch norms of a stage run; more than one word where they differ."""
+    stage_trains = any(p.requires_grad for name, p in module.named_parameters() if stage.holds(name))
+
+    def mode(layer: _BatchNorm) -> str:
+        if any(p.requires_grad for p in layer.parameters()):
+            return "trained"
+        has_live_statistics = stage_trains and not layer.affine  # without parameters it follows its surroundings
+        return "updated" if has_live_statistics or table.frozen_batch_norm == "update" else "fixed"
+
     layers = [layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm) and stage.holds(name)]
-    frozen = "updated" if table.frozen_batch_norm == "update" else "fixed"
-    modes = ["trained" if any(p.requires_grad for p in layer.parameters()) else frozen for layer in layers]
+    modes = [mode(layer) for layer in layers]
     return ", ".join(dict.fromkeys(modes)) or "-"

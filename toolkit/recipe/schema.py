@@ -293,7 +293,19 @@ class HeadTable(Table):
     hidden: Annotated[
         list[Annotated[int, Field(ge=1, le=MOST_CHANNELS)]], describe("Widths of hidden layers; none by default.")
     ] = []
-    batch_norm: Annotated[bool, describe("Batch norm after each hidden layer.")] = False
+    batch_norm: Annotated[
+        bool,
+        describe(
+            "Batch norm after each hidden layer. Without hidden layers: one before the last layer, without weight and "
+            "bias and with eps 1e-6, as MAE's linear probe has it (He et al. 2022)."
+        ),
+    ] = False
+    bias: Annotated[
+        Literal["auto"] | bool,
+        describe(
+            "Whether hidden layers have a bias. auto: where no batch norm follows. The last layer always has one."
+        ),
+    ] = "auto"
     activation: Annotated[Activation, describe("After each hidden layer.")] = "relu"
     dropout: Annotated[
         Annotated[float, Field(ge=0, lt=1)], describe("Before the last layer, and after each hidden one.")
@@ -305,6 +317,11 @@ class HeadTable(Table):
             "and the pooling before them (VGG, AlexNet)."
         ),
     ] = "last_layer"
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether hidden layers have a bias."""
+        return not self.batch_norm if self.bias == "auto" else self.bias
 
 
 class ConvBlock(Table):
@@ -335,6 +352,13 @@ class ConvNetTable(Table):
 
     blocks: Annotated[list[ConvBlock], Field(min_length=1), describe("The convolution blocks, input first.")]
     batch_norm: Annotated[bool, describe("Batch norm in every block that does not say otherwise.")] = False
+    bias: Annotated[
+        Literal["auto"] | bool,
+        describe(
+            "Whether convolutions have a bias. auto: not where batch norm follows with nothing but pooling between, "
+            "as it takes any bias away again."
+        ),
+    ] = "auto"
     dropout: Annotated[
         Annotated[float, Field(ge=0, lt=1)], describe("Dropout in every block that does not say otherwise.")
     ] = 0.0
@@ -355,6 +379,16 @@ class ConvNetTable(Table):
     def has_batch_norm(self, block: ConvBlock) -> bool:
         """Whether a block has batch norm, by its own word or the table's."""
         return self.batch_norm if block.batch_norm is None else block.batch_norm
+
+    def has_bias(self, block: ConvBlock) -> bool:
+        """Whether a block's convolution has a bias."""
+        if self.bias != "auto":
+            return self.bias
+        if not self.has_batch_norm(block) or self.order.index("norm") < self.order.index("conv"):
+            return True
+        between = self.order[self.order.index("conv") : self.order.index("norm")]
+        has_activation = "act" in between and self.activation != "none"
+        return has_activation or ("dropout" in between and self.dropout_of(block) > 0)
 
     def dropout_of(self, block: ConvBlock) -> float:
         """A block's dropout, by its own word or the table's."""
