@@ -171,7 +171,8 @@ def fault_of(name: str, arguments: tuple[object, ...], run: Path, healthy: Path)
         return outcome.stderr.strip().splitlines()[-1], outcome
     if outcome.status not in (0, 1, 2):
         return f"exit status {outcome.status}", outcome
-    if outcome.status and not outcome.stderr.strip() and name != "check":
+    # An expectation that is missed, or metrics that differ, are results on stdout.
+    if outcome.status and not outcome.stderr.strip() and name not in ("check", "evaluate"):
         return "it failed without a message", outcome
     if name.startswith("status"):
         if outcome.status != 0:
@@ -184,10 +185,11 @@ def fault_of(name: str, arguments: tuple[object, ...], run: Path, healthy: Path)
 
 def damaged_copy(original: Run, healthy: Run, folder: Path, file: str, kind: str, seed: int) -> Path:
     """A copy of a run in ``folder``/runs/NAME/ID, with one file damaged, beside a healthy one."""
-    shutil.rmtree(folder, ignore_errors=True)
     target = folder / "runs" / original.path.parent.name / original.id
+    shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(original.path, target, symlinks=True)
-    shutil.copytree(healthy.path, target.parent / healthy.id, symlinks=True)
+    if not (target.parent / healthy.id).exists():
+        shutil.copytree(healthy.path, target.parent / healthy.id, symlinks=True)
     KINDS[kind](target / file, Random(f"{file} {kind} {seed}"))
     return target
 

@@ -231,7 +231,9 @@ def test_states() -> None:
     (job.folder / "starts").write_text(f"7 0 {int(time.time()) - 130} node1\n")
     run.write_json("environment.json", {})
     os.utime(run.path / "environment.json", (time.time() - 100,) * 2)
-    run.metrics_file.write_text("".join(f'{{"epoch": {e}, "val/loss": 1.0}}\n' for e in (1, 2, 3, 4, 5)))
+    run.metrics_file.write_text(
+        "".join(f'{{"epoch": {e}, "train/loss": 1.0, "val/loss": 1.0}}\n' for e in (1, 2, 3, 4, 5))
+    )
     running = state_of(run, entry("RUNNING"))
     assert (running.state, running.epoch, running.epochs) == ("running", 5, 20)
     assert running.detail == "about 5 min to go, time limit in 3:59:00"  # 5 epochs in 100 s, 15 to go

@@ -18,6 +18,7 @@ Every file is written under a temporary name, synced and moved into place (metri
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -42,7 +43,7 @@ from toolkit.recipe import Recipe, load_recipe
 PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 
-Number = int | float | None
+Number = float | None
 
 
 class RunInUse(UserError):
@@ -53,7 +54,7 @@ class _Figures(Shape):
     """summary.json's entry for one model: its epoch and metrics."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-    __pydantic_extra__: dict[str, int | float]
+    __pydantic_extra__: dict[str, float]
     epoch: int = Field(ge=0)
 
 
@@ -98,7 +99,7 @@ class _Record(Shape):
     """A line of metrics.jsonl."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-    __pydantic_extra__: dict[str, int | float]
+    __pydantic_extra__: dict[str, float]
     epoch: float = Field(ge=0, allow_inf_nan=False)
 
 
@@ -345,7 +346,11 @@ def _is_share(text: str) -> bool:
 def open_run(path: str | os.PathLike[str]) -> Run:
     """The run directory at ``path``; a UserError where there is none."""
     folder = Path(path)
-    if not (folder / "recipe.toml").is_file():
+    try:
+        is_run = (folder / "recipe.toml").is_file()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+    if not is_run:
         raise UserError(f"{folder} is no run directory: it has no recipe.toml")
     return Run(folder)
 
@@ -384,10 +389,12 @@ def newest_run(path: str | os.PathLike[str]) -> Path:
         root = Path("runs")
         found = [run for child in root.iterdir() for run in runs_of(str(root), child.name)] if root.is_dir() else []
         return max(found, key=lambda run: run.id).path if found else folder
-    if (folder / "recipe.toml").exists() or (folder / "study.json").exists() or not folder.is_dir():
+    if any(os.path.exists(folder / name) for name in ("recipe.toml", "study.json")) or not os.path.isdir(folder):
         return folder
-    found = runs_of(str(folder.parent), folder.name)
-    return found[0].path if found else folder
+    with contextlib.suppress(OSError):  # what cannot be read is said of where it is opened
+        found = runs_of(str(folder.parent), folder.name)
+        return found[0].path if found else folder
+    return folder
 
 
 def runs_of(run_root: str, name: str) -> list[Run]:

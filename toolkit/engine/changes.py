@@ -25,6 +25,7 @@ from toolkit.data.images import SAMPLED, FileImages
 from toolkit.data.order import Indices
 from toolkit.data.splits import SPLITS, split_hash
 from toolkit.errors import UserError
+from toolkit.reading import require_file
 from toolkit.runs import Run, write_atomically
 
 Splits = dict[str, Indices]
@@ -158,10 +159,11 @@ class FileFacts:
         """What was kept of a record's files; None where nothing was, and where images are no files."""
         names = [name for split in SPLITS for name in record[split]]
         try:
+            require_file(run.file_facts)
             with safe_open(run.file_facts, "numpy") as file:
                 files, sample = file.get_tensor("files"), file.get_tensor("sample")
                 is_ours = (file.metadata() or {}).get("split") == trained
-        except (OSError, SafetensorError):
+        except (OSError, UserError, SafetensorError):
             return None
         fits = files.shape == (len(names), 2) and sample.shape == (len(_sampled(len(names))), 32)
         if not (is_ours and fits and isinstance(dataset.images, FileImages)):

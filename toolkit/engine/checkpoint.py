@@ -30,10 +30,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.models.weights import has_its_digest, pack_state
+from toolkit.reading import DamagedFile, MissingFile, Shape, read_json, require_file
 from toolkit.runs import sync_folder, write_atomically
 
 STEM = re.compile(r"\.?(\d{4,})-(\d{6,})[-.]")
@@ -43,6 +45,24 @@ FORMAT = 2
 
 Place = tuple[int, int]
 """Completed epochs, and completed steps of the one under way."""
+
+
+class _File(Shape):
+    """Size and SHA-256 of a file."""
+
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class _Manifest(_File):
+    """The JSON of a checkpoint."""
+
+    file: str
+    epoch: int = Field(ge=0)
+    step: int = Field(ge=0)
+    best_epoch: int | None = Field(None, ge=1)
+    best_weights: _File | None = None
+    refused: str | None = None
 
 
 class BestWeightsLost(UserError):
@@ -84,7 +104,9 @@ def find_latest(folder: Path, warn: Callable[[str], None], *, with_best: bool = 
 
     ``with_best``: the best weights that it names must be whole as well. Raises BestWeightsLost where this leaves none.
     """
-    places = sorted({place for path in folder.iterdir() if (place := place_of(path)) is not None}, reverse=True)
+    places = sorted({place for path in folder.glob("*") if (place := place_of(path)) is not None}, reverse=True)
+    if not folder.is_dir():
+        warn(f"{folder} is missing: the run starts anew")
     lost: BestWeightsLost | None = None
     for place in places:
         manifest = folder / _manifest_name(place)
@@ -109,9 +131,9 @@ def refuse_checkpoint(folder: Path, place: Place, reason: str) -> None:
     """Mark the checkpoint at ``place``, if there is one, as not to be used. Raises OSError (disk full, ...)."""
     path = folder / _manifest_name(place)
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path, _Manifest)
         write_atomically(path, json.dumps({**manifest, "refused": reason}).encode())
-    except (FileNotFoundError, ValueError, TypeError):
+    except UserError:
         return  # none, or a damaged one, which is not used either
 
 
@@ -132,6 +154,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's content, on the CPU. A file that carries code, or of another version, is a UserError."""
+    require_file(path)
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -185,13 +208,12 @@ def publish_best(folder: Path, epoch: int) -> Path:
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors state dict; a UserError where the file is missing or damaged, as its own digest shows."""
+    require_file(path)
     try:
         tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
         is_intact = has_its_digest(path, tensors)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the run has no best epoch yet") from None
     except Exception as error:  # safetensors raises its own, private exception types
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise DamagedFile(path, error) from None
     if not is_intact:
         raise UserError(f"{path} is damaged: its checksum differs; bring back a copy, or train again")
     return tensors
@@ -211,19 +233,23 @@ def place_of(path: Path) -> Place | None:
 def _examine(manifest_path: Path) -> tuple[Path | None, str]:
     """The file of a whole checkpoint; or None and what is wrong with it."""
     try:
-        manifest = json.loads(manifest_path.read_text())
+        manifest = read_json(manifest_path, _Manifest)
         path = manifest_path.with_name(Path(manifest["file"]).name)
+        if (manifest["epoch"], manifest["step"]) != place_of(manifest_path):
+            return None, f"it says epoch {manifest['epoch']} and step {manifest['step']}, unlike its name"
         fault = manifest.get("refused") or _file_fault(path, manifest["bytes"], manifest["sha256"])
+    except MissingFile:
+        return None, f"half-written: {manifest_path.name} is missing"
     except FileNotFoundError as error:
         return None, f"half-written: {Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, UserError) as error:
         return None, str(error)
     return (None, fault) if fault else (path, "")
 
 
 def _examine_best(manifest_path: Path) -> tuple[Path, str]:
     """The best weights that a whole checkpoint names, and what is wrong with them ("": nothing, or it names none)."""
-    manifest = json.loads(manifest_path.read_text())
+    manifest = read_json(manifest_path, _Manifest)
     epoch, folder = manifest.get("best_epoch"), manifest_path.parent
     if not isinstance(epoch, int):
         return manifest_path, ""
@@ -233,6 +259,8 @@ def _examine_best(manifest_path: Path) -> tuple[Path, str]:
 def _file_fault(path: Path, size: int | None, sha256: str | None) -> str:
     """How a file differs from what is known of it; "" if it does not. Raises OSError."""
     found = path.stat().st_size
+    if not path.is_file():
+        return "not a regular file"
     if size is not None and found != size:
         return f"{found} bytes instead of {size}"
     with open(path, "rb") as file:
@@ -257,9 +285,9 @@ def _drop_old(folder: Path, place: Place, keep: int) -> None:
     named = set(kept)
     for path in kept:
         try:
-            manifest = json.loads(path.read_text())
-            named |= {folder / Path(manifest["file"]).name, best_path(folder, manifest["best_epoch"] or 0)}
-        except (OSError, ValueError, KeyError, TypeError):
+            manifest = read_json(path, _Manifest)
+            named |= {folder / Path(manifest["file"]).name, best_path(folder, manifest.get("best_epoch") or 0)}
+        except UserError:
             continue  # damaged: it names nothing
     for _, path in manifests:  # first the marks of completion, then the content
         if path not in named:
@@ -270,6 +298,6 @@ def _drop_old(folder: Path, place: Place, keep: int) -> None:
 
 
 def _is_refused(manifest_path: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged: it counts as it always did
-        return bool(json.loads(manifest_path.read_text()).get("refused"))
+    with contextlib.suppress(UserError):  # damaged: it counts as it always did
+        return bool(read_json(manifest_path, _Manifest).get("refused"))
     return False

@@ -113,6 +113,14 @@ class KnownRuns:
         return run
 
 
+def _has_begun(run: Run) -> bool:
+    """Whether it has a finished epoch, or files that cannot be read."""
+    try:
+        return run.is_finished or bool(run.epochs())
+    except UserError:
+        return True
+
+
 def _progress(run: Run) -> tuple[bool, int]:
     return run.is_finished, epochs_done(run)
 
@@ -132,7 +140,7 @@ def check_same_study(study: StudyFile, folder: StudyFolder, expansion: Expansion
         )
     if study.table.bohb is not None:
         return []
-    begun = [m for m in folder.members if (run := folder.run(m)) is not None and (run.is_finished or run.epochs())]
+    begun = [m for m in folder.members if (run := folder.run(m)) is not None and _has_begun(run)]
     hashes = {run.member.hash for run in expansion.runs}
     gone = [member for member in begun if _mark_of(folder, member) not in hashes]
     if begun and len(gone) == len(begun):
