@@ -122,7 +122,7 @@ def results(norm: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
 def test_on_one_process_its_error_is_that_of_the_contiguous_kernel(
     shape: tuple[int, ...], laid_out: Callable[[Tensor], Tensor], affine: bool, mean: float
 ) -> None:
-    """Within a factor of ten of that kernel's distance from float64; the one for channels_last is up to 1000 times off."""
+    """Within a factor of ten of that kernel's distance from float64; channels_last is up to 1000 times off."""
     torch.manual_seed(0)
     kind = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
     norm = kind(shape[1], affine=affine)

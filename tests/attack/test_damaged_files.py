@@ -67,7 +67,8 @@ def test_reads_of_damaged_runs(original: Run, healthy: Run, folder: Path, tmp_pa
         shutil.rmtree(out, ignore_errors=True)
     print(f"\n{READS} reads of {len(everything)} possible: {dict(counts)}, {len(faults)} wrong")
     assert not faults, "\n".join(faults)
-    assert counts["exit status 0"] and counts["exit status 2"], "the damage must reach some of the commands"
+    assert counts["exit status 0"], "some damage must leave a command unharmed"
+    assert counts["exit status 2"], "the damage must reach some of the commands"
 
 
 def test_reads_of_damaged_studies(tmp_path: Path) -> None:
@@ -105,4 +106,5 @@ def test_reads_of_damaged_studies(tmp_path: Path) -> None:
             faults.append(f"{file}, {kind}, {name}: exit status {outcome.status}: {outcome.stderr.strip()[-300:]}")
     print(f"\n{STUDY_READS} reads of {len(everything)} possible: {json.dumps(counts)}, {len(faults)} wrong")
     assert not faults, "\n".join(faults)
-    assert counts["exit status 0"] and counts["exit status 2"], "the damage must reach some of the commands"
+    assert counts["exit status 0"], "some damage must leave a command unharmed"
+    assert counts["exit status 2"], "the damage must reach some of the commands"

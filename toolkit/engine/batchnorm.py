@@ -1,7 +1,7 @@
 """Batch norm that sums exactly on CPUs, and over the whole batch of all processes on any device.
 
-PyTorch's CPU kernel for channels_last sums all positions of a channel one after the other in float32. Its rounding error
-grows with the size of the batch, and a run on one process is then less exact than one on two. Here the sums are taken
+PyTorch's CPU kernel for channels_last sums all positions of a channel one after the other in float32. Its rounding
+error grows with the size of the batch, and a run on one process is then less exact than one on two. Here the sums are taken
 over short pieces, which are added in float64. torch's SyncBatchNorm has no CPU kernel either, so both cases share one
 function on CPUs. On a GPU torch's fused kernels are used. What it costs: benchmarks/README.md.
 """
@@ -80,7 +80,7 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
 def _is_summed_inexactly(x: Tensor) -> bool:
     """Whether PyTorch's CPU kernels sum ``x`` in float32 although its values are more exact than that sum.
 
-    For contiguous tensors [n, C, ...] they use float64. In bf16 the values' own rounding is larger than that of the sum.
+    For contiguous tensors [n, C, ...] they use float64. In bf16 the values' own rounding exceeds that of the sum.
     """
     return x.dtype == torch.float32 and (_is_channels_innermost(x) or not x.is_contiguous())
 

@@ -1,4 +1,4 @@
-"""New classifiers: one linear layer, with batch norm before it, or hidden layers with batch norm, activation and dropout."""
+"""New classifiers: a linear layer, with batch norm before it, or hidden layers with batch norm and dropout."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class DropoutLinear(nn.Linear):
 def build_head(table: HeadTable, in_features: int, num_classes: int) -> nn.Module:
     """[N, in_features] to [N, num_classes]: Linear-[BatchNorm]-activation-[Dropout] a hidden width, then Linear.
 
-    Without hidden widths: [BatchNorm]-[Dropout]-Linear, the batch norm without weight and bias, which the linear layer has
-    anyway (He et al. 2022, Masked Autoencoders, arXiv:2111.06377, and their code's linear probe).
+    Without hidden widths: [BatchNorm]-[Dropout]-Linear, the batch norm without weight and bias, which the linear layer
+    has anyway (He et al. 2022, Masked Autoencoders, arXiv:2111.06377, and their code's linear probe).
     """
     widths = [in_features, *table.hidden, num_classes]
     check_memory(sum(a * b for a, b in pairwise(widths)), f"a head with hidden layers of {table.hidden}")
