@@ -1,9 +1,9 @@
 """Batch norm that sums exactly on CPUs, and over the whole batch of all processes on any device.
 
 PyTorch's CPU kernel for channels_last sums all positions of a channel one after the other in float32. Its rounding
-error grows with the size of the batch, and a run on one process is then less exact than one on two. Here the sums are taken
-over short pieces, which are added in float64. torch's SyncBatchNorm has no CPU kernel either, so both cases share one
-function on CPUs. On a GPU torch's fused kernels are used. What it costs: benchmarks/README.md.
+error grows with the size of the batch, and a run on one process is then less exact than one on two. Here the sums are
+taken over short pieces, which are added in float64. torch's SyncBatchNorm has no CPU kernel either, so both cases share
+one function on CPUs. On a GPU torch's fused kernels are used. What it costs: benchmarks/README.md.
 """
 
 from __future__ import annotations
