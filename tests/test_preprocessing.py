@@ -79,8 +79,11 @@ def test_every_timm_tag_is_fed_as_timm_feeds_it() -> None:
         )
         assert ours == wanted, tag
         listed = catalog.weights_input("timm", name, weights)
-        assert listed is not None
-        assert InputConfig(**listed._asdict()) == ours, tag
+        if name in catalog.excluded_models():
+            assert listed is None
+        else:
+            assert listed is not None
+            assert InputConfig(**listed._asdict()) == ours, tag
         modes[config["crop_mode"]] += 1
         assert (height != width) == (tag in NO_SQUARE)
         geometry = (height, width, ours.resize, ours.crop_mode, ours.interpolation)

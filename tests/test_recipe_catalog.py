@@ -37,9 +37,9 @@ def test_known_facts() -> None:
     vit = catalog.weights_input("timm", "vit_small_patch16_224", "augreg_in21k_ft_in1k")
     assert vit is not None
     assert (vit.image_size, vit.resize, vit.interpolation, vit.mean) == (224, 248, "bicubic", (0.5, 0.5, 0.5))
-    siglip = catalog.weights_input("timm", "vit_base_patch16_siglip_384", "webli")
-    assert siglip is not None
-    assert (siglip.image_size, siglip.resize, siglip.crop_mode) == (384, 426, "squash")
+    squashed = catalog.weights_input("timm", "convnext_base", "fb_in22k_ft_in1k_384")
+    assert squashed is not None
+    assert (squashed.image_size, squashed.resize, squashed.crop_mode) == (384, 384, "squash")
     assert catalog.weights_input("timm", "vit_small_patch16_224", "none") is None
     assert catalog.weights_input("timm", "no_such_model", "DEFAULT") is None
     assert "efficientnet_lite0" in catalog.model_names("timm")

@@ -56,6 +56,26 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['model.source="timm"', 'model.name="vit_base_patch16_xp_224"', *PLAIN],
     ),
     (
+        "error: model.name: qwen3_vit_88m_enc encodes images for a language model and has no classifier",
+        ['model.source="timm"', 'model.name="qwen3_vit_88m_enc"', "data.image_size=224", *PLAIN],
+        ['model.source="timm"', 'model.name="qwen3_vit_88m"', "data.image_size=224", *PLAIN],
+    ),
+    (
+        "error: model.weights_key: has no meaning with weights",
+        ['model.weights_key="state_dict_ema"'],
+        ['model.weights_key="state_dict_ema"', 'model.weights="file:w.pth"'],
+    ),
+    (
+        "error: model.args: kwargs_filter cannot be given here",
+        ["model.args={kwargs_filter=['in_chans']}"],
+        ["model.args={drop_path_rate=0.1}"],
+    ),
+    (
+        "error: data.image_size: must be given, since the weights were trained on 1024 x 768 pixels",
+        ['model.source="timm"', 'model.name="vit_base_patch16_sapiens2"', 'model.weights="fb"'],
+        ['model.source="timm"', 'model.name="vit_base_patch16_sapiens2"', 'model.weights="fb"', "data.image_size=384"],
+    ),
+    (
         'error: augment.on: "device" cannot be, since batches cannot be given augment.train[0]: ElasticTransform',
         ['augment.on="device"', 'augment.train=[{name="ElasticTransform"}]'],
         ['augment.on="device"', 'augment.train=[{name="RandomRotation", degrees=3}]'],
