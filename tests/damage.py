@@ -69,7 +69,7 @@ def _null_line(data: bytes, random: Random) -> bytes:
 
 def _lost_line(data: bytes, random: Random) -> bytes:
     lines = data.splitlines(keepends=True)
-    del lines[random.randrange(len(lines)) :]
+    del lines[random.randrange(len(lines) or 1) :]
     return b"".join(lines)
 
 
@@ -155,6 +155,7 @@ def reading_commands(run: Path, image: Path, out: Path) -> dict[str, tuple[objec
         "export": ("export", run, "--format", "safetensors", "-o", out / "export"),
         "publish": ("publish", run, "lab/x", "--no-push", "-o", out / "publish"),
         "sync": ("sync", run),
+        "diff": ("diff", run, run),
         "validate": ("validate", run / "recipe.toml"),
         "train --resume": ("train", "--resume", run, "--no-report"),
     }

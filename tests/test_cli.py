@@ -292,8 +292,9 @@ def test_diff_of_recipes_and_of_runs(tmp_path: Path) -> None:
     assert toolkit("diff", str(QUICKSTART), str(one)).stdout == "the recipes are equal\n"
     changed = "train.epochs: 20 -> 7\ntrain.ema: (not set) -> 0.9\n"
     assert toolkit("diff", str(QUICKSTART), str(two)).stdout == changed
-    (one / "summary.json").write_text('{"best": {"test_accuracy": 0.5, "epoch": 3}, "seed": 0}')
-    (two / "summary.json").write_text('{"best": {"test_accuracy": 0.75, "epoch": 3}, "seed": 0}')
+    for folder, accuracy in ((one, 0.5), (two, 0.75)):
+        summary = {"best": {"test_accuracy": accuracy, "epoch": 3}, "stopped": {"epoch": 7}, "seed": 0}
+        (folder / "summary.json").write_text(json.dumps(summary))
     outcome = toolkit("diff", str(one), str(two))
     assert outcome.stdout == changed + "figure best.test_accuracy: 0.5 -> 0.75\n"
     found = json.loads(toolkit("diff", "--json", str(one), str(two)).stdout)

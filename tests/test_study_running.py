@@ -241,7 +241,8 @@ def test_the_live_table_shows_progress_time_left_and_the_best_so_far(tmp_path: P
     board = Board(folder)
     (_, first), _ = runs_of(tmp_path)
     lines = [
-        {"epoch": epoch, "val/loss": 1.0, "val/accuracy": value} for epoch, value in ((1, 0.5), (2, 0.75), (3, 0.625))
+        {"epoch": epoch, "train/loss": 1.0, "val/loss": 1.0, "val/accuracy": value}
+        for epoch, value in ((1, 0.5), (2, 0.75), (3, 0.625))
     ]
     first.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     board.started -= 30  # seconds; three of eight epochs took them

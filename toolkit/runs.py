@@ -69,9 +69,9 @@ class _Summary(Shape):
     stopped_early: bool = False
     parameters: int = Field(0, ge=0)
     trainable_parameters: int = Field(0, ge=0)
-    seconds: float = 0
+    seconds: float = Field(0, ge=0, allow_inf_nan=False)
     startup_seconds: Number = None
-    images_per_s: float = 0
+    images_per_s: float = Field(0, ge=0, allow_inf_nan=False)
     images: dict[str, int] = Field({})
     processes: int = Field(1, ge=1)
     device: str = ""

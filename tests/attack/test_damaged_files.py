@@ -37,7 +37,7 @@ def original(folder: Path) -> Run:
     """A finished run with everything that a run directory can hold."""
     run = train_on_files(folder, CONVNET, epochs=2)
     (run.path / "wandb" / "offline-run-1").mkdir(parents=True)
-    (run.path / "wandb" / "offline-run-1" / "run-abc.wandb").write_bytes(b"")
+    (run.path / "wandb" / "offline-run-1" / "run-abc.wandb").write_bytes(b":W&B\0\0\0")
     run.write_json("wandb/synced.json", {"digest": "0" * 64, "url": None})
     (run.path / "slurm").mkdir()
     run.write_json("slurm/job.json", {"job": "7", "submitted": 0.0, "log": str(run.log_file), "array": None})
@@ -67,8 +67,7 @@ def test_reads_of_damaged_runs(original: Run, healthy: Run, folder: Path, tmp_pa
         shutil.rmtree(out, ignore_errors=True)
     print(f"\n{READS} reads of {len(everything)} possible: {dict(counts)}, {len(faults)} wrong")
     assert not faults, "\n".join(faults)
-    assert counts["exit status 0"], "some damage must leave a command unharmed"
-    assert counts["exit status 2"], "the damage must reach some of the commands"
+    assert min(counts["exit status 0"], counts["exit status 2"]) > 0, "the damage must reach some of the commands"
 
 
 def test_reads_of_damaged_studies(tmp_path: Path) -> None:
@@ -78,7 +77,9 @@ def test_reads_of_damaged_studies(tmp_path: Path) -> None:
     runs = [run for member in made.members if (run := made.run(member)) is not None]
     assign(runs[0], 1)
     runs[1].write_json("failed.json", {"message": "out of memory", "when": ""})
-    names = ["study.json", *(str(file) for run in runs for file in (f"{run.id}/{name}" for name in files_of(run.path)))]
+    read = ("recipe.toml", "metrics.jsonl", "summary.json", "environment.json", "origins.json")
+    names = ["study.json", f"{runs[0].id}/assignment.json", f"{runs[1].id}/failed.json"]
+    names += [f"{run.id}/{name}" for run in runs for name in read]
     commands = {
         "table": ("table", made.path),
         "table --json": ("table", made.path, "--json", "--by", "recipe.seed"),
@@ -106,5 +107,4 @@ def test_reads_of_damaged_studies(tmp_path: Path) -> None:
             faults.append(f"{file}, {kind}, {name}: exit status {outcome.status}: {outcome.stderr.strip()[-300:]}")
     print(f"\n{STUDY_READS} reads of {len(everything)} possible: {json.dumps(counts)}, {len(faults)} wrong")
     assert not faults, "\n".join(faults)
-    assert counts["exit status 0"], "some damage must leave a command unharmed"
-    assert counts["exit status 2"], "the damage must reach some of the commands"
+    assert min(counts["exit status 0"], counts["exit status 2"]) > 0, "the damage must reach some of the commands"

@@ -225,6 +225,8 @@ def find_speed(recipe: Recipe) -> Speed | None:
         try:
             if run.is_finished and _is_alike(run.recipe, recipe):
                 summary = run.summary
+                if summary["images_per_s"] == 0:
+                    continue
                 return Speed(
                     summary["images_per_s"], str(run.path), summary["processes"], str(_device(run, summary["device"]))
                 )
