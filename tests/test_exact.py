@@ -121,9 +121,9 @@ def quickstart(root: Path, settings: tuple[str, ...]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
-        pytest.param(("train.epochs=2", 'optimizer.name="sgd"'), 1e-5, id="sgd"),
         pytest.param(("train.epochs=2", *SMOOTH), 1e-5, id="adamw, smooth"),
-        # Where ReLU or max pooling decides otherwise on another number of processes, AdamW amplifies it.
+        # ReLU or max pooling may decide otherwise where two values are equal up to rounding; AdamW amplifies it.
+        pytest.param(("train.epochs=2", 'optimizer.name="sgd"'), 1e-4, id="sgd"),
         pytest.param(("train.epochs=1",), 1e-2, id="as it is"),
     ],
 )

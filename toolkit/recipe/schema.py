@@ -619,7 +619,13 @@ class TrainTable(Table):
         Literal["shuffle", "balanced"],
         describe("shuffle: every image once an epoch. balanced: classes drawn evenly, with replacement."),
     ] = "shuffle"
-    sync_batch_norm: Annotated[bool, describe("Batch norm over the whole batch of all processes.")] = True
+    sync_batch_norm: Annotated[
+        bool,
+        describe(
+            "Batch norm over the whole batch of all processes. false: each process normalizes by its own images, so "
+            "that another number of processes is another experiment."
+        ),
+    ] = True
     channels_last: Annotated[bool, describe("Memory format of images and convolutions; faster on most hardware.")] = (
         True
     )
