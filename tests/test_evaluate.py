@@ -21,8 +21,10 @@ FIGURES = ("loss", "accuracy", "top5_accuracy", "class_accuracy")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Best before the end, batch norm, averaged weights: best and stopped model differ."""
-    return train_on_files(tmp_path_factory.mktemp("evaluate"), CONVNET, "train.ema=0.5", epochs=5)
+    """Batch norm, averaged weights, and a learning rate that rises until the last epoch is not the best one."""
+    rising = 'scheduler={ name = "one_cycle", peak_at = 0.9, start_factor = 0.05 }'
+    settings = ("train.ema=0.5", "optimizer.lr=5.0", rising)
+    return train_on_files(tmp_path_factory.mktemp("evaluate"), CONVNET, *settings, epochs=5)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_equal_accuracies_are_decided_by_loss_and_equal_losses_by_accuracy(selec
 
 def test_a_run_keeps_the_lower_loss_of_equal_accuracies(tmp_path: Path) -> None:
     """Ten validation images: many epochs have the same accuracy, and not the first of them is the best."""
-    run = train(write(tmp_path), "data.split.validation=10", "train.epochs=8")
+    run = train(write(tmp_path), "data.split.validation=10", "train.epochs=20")
     epochs, best = run.epochs(), run.summary["best"]
     highest = max(r["val/accuracy"] for r in epochs)
     tied = [r for r in epochs if r["val/accuracy"] == highest]
