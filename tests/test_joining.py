@@ -1,0 +1,248 @@
+"""Starting: every mistake of a launcher is one message within the time limit, which names what was waited for."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from distributed import free_port
+from trainers import MUCH, Trainers, after_seconds, at_call, kill_self, only_run, write_recipe
+
+from toolkit.engine import joining
+from toolkit.engine.launcher import Place, read_place
+from toolkit.errors import UserError
+
+GOOD = {
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node7",
+    "MASTER_PORT": "29500",
+}
+
+
+def in_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name in GOOD:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_place_that_torchrun_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_environment(monkeypatch, GOOD)
+    assert read_place() == Place(1, 4, 1, "node7", 29500, is_on_one_machine=False)
+    in_environment(monkeypatch, GOOD | {"LOCAL_WORLD_SIZE": "4"})
+    assert read_place() == Place(1, 4, 1, "node7", 29500, is_on_one_machine=True)
+
+
+@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"RANK": "0"}])
+def test_without_a_launcher_a_process_trains_alone(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    in_environment(monkeypatch, variables)
+    assert read_place() is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"RANK": "x"}, "RANK = 'x' in the environment is not a whole number"),
+        ({"RANK": "1.0"}, "RANK = '1.0' in the environment is not a whole number"),
+        ({"RANK": "-1"}, "RANK = '-1' in the environment is not a whole number"),
+        ({"RANK": "4"}, "RANK = 4 in the environment is out of range: it must be from 0 to 3 (WORLD_SIZE is 4)"),
+        ({"RANK": ""}, "but not RANK: a process of a distributed run needs all of them"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' in the environment is not a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE = 0 in the environment is out of range: it must be 1 or more"),
+        ({"WORLD_SIZE": ""}, "RANK = 1 in the environment is out of range: it must be from 0 to 0 (WORLD_SIZE is"),
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK = 'one' in the environment is not a whole number"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK = 2 in the environment is out of range: it must be from 0 to 1"),
+        ({"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE = 5 in the environment is out of range: it must be from 1 to 4"),
+        ({"MASTER_ADDR": ""}, "but not MASTER_ADDR"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT = 'http' in the environment is not a whole number"),
+        (
+            {"MASTER_PORT": "65536"},
+            "MASTER_PORT = 65536 in the environment is out of range: it must be from 1 to 65535",
+        ),
+        ({"MASTER_PORT": "0"}, "use --standalone instead of --master-port 0"),
+    ],
+)
+def test_variables_that_cannot_be(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], words: str) -> None:
+    in_environment(monkeypatch, GOOD | changes)
+    with pytest.raises(UserError, match=re.escape(words)):
+        read_place()
+
+
+def test_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    several, one = (Place(0, 2, 0, "node7", 29500, is_on_one_machine=one) for one in (False, True))
+    monkeypatch.delenv("TOOLKIT_JOIN_TIMEOUT", raising=False)
+    assert (joining.time_limit(one), joining.time_limit(several)) == (30, 600)
+    monkeypatch.setenv("TOOLKIT_JOIN_TIMEOUT", "7.5")
+    assert joining.time_limit(one) == 7.5
+    for bad in ("soon", "0", "-3", "nan", "inf"):
+        monkeypatch.setenv("TOOLKIT_JOIN_TIMEOUT", bad)
+        with pytest.raises(UserError, match="give the seconds"):
+            joining.time_limit(one)
+
+
+def test_lists_of_ranks() -> None:
+    assert joining._ranks([3]) == "rank 3"
+    assert joining._ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
+
+
+# -- real processes ---------------------------------------------------------------------------------------------------
+
+
+def started(folder: Path, world: int, prepare: Callable[[int], None], *settings: str) -> Trainers:
+    return Trainers(world, folder, write_recipe(folder, MUCH), *settings, prepare=prepare)
+
+
+def ended(
+    folder: Path, world: int, prepare: Callable[[int], None], *settings: str, within_s: float = 20
+) -> tuple[list[int], str]:
+    """Exit statuses and all that was shown, of trainers that must end by themselves within the time."""
+    trainers = started(folder, world, prepare, *settings)
+    statuses = trainers.wait(within_s)
+    return statuses, trainers.text()
+
+
+def variables(**values: str) -> Callable[[int], None]:
+    return lambda rank: os.environ.update(values)
+
+
+def test_a_world_size_that_is_too_large_names_the_missing_rank(tmp_path: Path) -> None:
+    statuses, text = ended(tmp_path, 2, variables(WORLD_SIZE="4", TOOLKIT_JOIN_TIMEOUT="4"))
+    assert statuses == [1, 1]
+    joined = rf"joined: rank 0 \({re.escape(socket.gethostname())}, process \d+\); rank 1 \(\S+, process \d+\)"
+    notice = rf"rank 0: ranks 2-3 of 4 have not joined; {joined}; waiting up to 4 s \(TOOLKIT_JOIN_TIMEOUT\)"
+    assert len(re.findall(notice, text)) == 1
+    assert re.search(rf"rank 0: gave up after 4 s: ranks 2-3 of 4 have not joined; {joined}\. Check that", text)
+    assert "WORLD_SIZE = 4" in text
+    assert "Traceback" not in text
+
+
+def test_a_rank_given_twice_is_refused_at_once(tmp_path: Path) -> None:
+    def twice(rank: int) -> None:
+        os.environ["RANK"] = str(min(rank, 1))
+
+    statuses, text = ended(tmp_path, 3, twice)
+    assert statuses == [2, 2, 2]
+    pair = r"RANK=1 was given to two processes: \S+, process (\d+); \S+, process (\d+)\."
+    first = re.search(pair, text)
+    assert first is not None, text
+    assert first[1] != first[2]
+
+
+def test_processes_that_disagree_about_the_world_size_are_refused_at_once(tmp_path: Path) -> None:
+    def more(rank: int) -> None:
+        os.environ["WORLD_SIZE"] = str(3 - rank)
+
+    statuses, text = ended(tmp_path, 2, more)
+    assert statuses == [2, 2]
+    assert re.search(
+        r"WORLD_SIZE is (2 for rank 1|3 for rank 0) on \S+, but (2 for rank 1|3 for rank 0) on \S+\.", text
+    )
+
+
+def test_without_rank_0_the_address_is_named(tmp_path: Path) -> None:
+    def first_is_gone(rank: int) -> None:
+        os.environ["TOOLKIT_JOIN_TIMEOUT"] = "3"
+        if rank == 0:
+            os._exit(0)
+
+    statuses, text = ended(tmp_path, 2, first_is_gone)
+    assert statuses == [0, 1]
+    assert re.search(
+        r"gave up after 3 s: rank 1 of 2 cannot reach rank 0 at MASTER_ADDR:MASTER_PORT = 127\.0\.0\.1:\d+ "
+        r"\(Connection refused\)", text,
+    )  # fmt: skip
+
+
+def test_an_unknown_host_is_said(tmp_path: Path) -> None:
+    statuses, text = ended(
+        tmp_path, 2, lambda rank: os.environ.update(MASTER_ADDR="no-such-host.invalid", TOOLKIT_JOIN_TIMEOUT="3")
+    )
+    assert statuses[1] == 1
+    assert "(no-such-host.invalid is not a known host)" in text
+
+
+def test_a_taken_port_is_said_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        statuses, text = ended(tmp_path, 2, variables(MASTER_PORT=port, TOOLKIT_JOIN_TIMEOUT="3"))
+    assert statuses == [2, 1]
+    assert f"rank 0: port {port} of this machine ({socket.gethostname()}) is in use" in text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_killed_while_another_joins_ends_that_one_too(tmp_path: Path, rank: int) -> None:
+    """Rank 2 is never there, so that both wait; rank 0 serves the store."""
+
+    def kill_one(mine: int) -> None:
+        os.environ["WORLD_SIZE"] = "3"
+        if mine == rank:
+            after_seconds(3, kill_self)
+
+    statuses, text = ended(tmp_path, 2, kill_one)
+    assert statuses[rank] == -signal.SIGKILL
+    assert statuses[1 - rank] == 1
+    assert re.search(rf"rank {rank} \(\S+, process \d+\) ended while the processes were joining", text)
+
+
+def test_a_process_killed_before_its_connections_are_made_ends_the_others(tmp_path: Path) -> None:
+    def kill_late(rank: int) -> None:
+        if rank == 1:
+            at_call(joining, "watch_peers", 1, kill_self)
+
+    statuses, text = ended(tmp_path, 3, kill_late, "--set", "train.batch_size=18")
+    assert statuses[1] == -signal.SIGKILL
+    assert statuses[0] == statuses[2] == 1
+    assert re.search(r"rank 1 \(\S+, process \d+\) ended while the processes were joining", text)
+
+
+def test_a_store_that_hangs_does_not_hold_the_others_longer_than_the_limit(tmp_path: Path) -> None:
+    def stop_first(rank: int) -> None:
+        os.environ |= {"WORLD_SIZE": "3", "TOOLKIT_JOIN_TIMEOUT": "5"}
+        if rank == 0:
+            after_seconds(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+    trainers = started(tmp_path, 2, stop_first)
+    trainers.wait_until(lambda: not trainers.processes[1].is_alive(), 20)
+    assert trainers.processes[1].exitcode == 1
+    assert "rank 1: gave up after 5 s: rank 2 of 3 has not joined" in trainers.text()
+    trainers.signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_while_joining_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(joining, "NOTICE_S", 0.2)
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    trainers = started(tmp_path, 1, variables(**place, MASTER_PORT=str(free_port())))
+    trainers.wait_until(lambda: "has not joined" in trainers.text())
+    began = time.monotonic()
+    trainers.signal(number)
+    assert trainers.wait(10) == [3]
+    assert time.monotonic() - began < 3
+    name = signal.Signals(number).name
+    last = trainers.text().strip().splitlines()[-1]
+    assert last.startswith(
+        f"stopped by {name} while the processes were joining (rank 1 of 2 has not joined; joined: rank 0"
+    )
+
+
+def test_a_process_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "NOTICE_S", 0.2)
+
+    def late(rank: int) -> None:
+        time.sleep(3 * rank)
+
+    statuses, text = ended(tmp_path, 2, late, "--set", "train.epochs=2", within_s=60)
+    assert statuses == [0, 0], text
+    assert "rank 1 of 2 has not joined" in text
+    assert only_run(tmp_path).environment["processes"] == 2
