@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 
 from toolkit.recipe import catalog
-from toolkit.recipe.catalog.generate import EXCLUDED_TRANSFORMS, generate, installed_versions
-
-
-def same_versions() -> None:
-    recorded, installed = catalog.catalog()["versions"], installed_versions()
-    if recorded != installed:
-        message = (
-            f"catalog.json is of {recorded}, installed are {installed}; python -m toolkit.recipe.catalog writes it anew"
-        )
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
+from toolkit.recipe.catalog.generate import EXCLUDED_TRANSFORMS, generate
 
 
 def test_catalog_is_current() -> None:
-    same_versions()
-    assert generate() == catalog.FILE.read_text(encoding="utf-8"), "run python -m toolkit.recipe.catalog"
+    recorded, generated = catalog.catalog(), json.loads(generate())
+    versions = recorded["versions"], generated["versions"]
+    parts = {*recorded, *generated} - {"versions"}
+    changed = sorted(part for part in parts if recorded.get(part) != generated.get(part))
+    if changed and versions[0] != versions[1] and not os.environ.get("CI"):
+        pytest.skip(f"catalog.json was generated with {versions[0]}; with {versions[1]} these parts differ: {changed}")
+    assert not changed, "run python -m toolkit.recipe.catalog"
 
 
 def test_known_facts() -> None:
@@ -46,7 +41,6 @@ def test_known_facts() -> None:
 
 
 def test_transforms_take_what_the_catalog_says() -> None:
-    same_versions()
     from torchvision.transforms import v2
 
     required = {"integer": 8, "number": 0.5, "array": [8, 8], "text": "x", "boolean": True}
@@ -64,7 +58,6 @@ def test_transforms_take_what_the_catalog_says() -> None:
 
 
 def test_optimizers_take_what_the_catalog_says() -> None:
-    same_versions()
     import torch
     from timm.optim import create_optimizer_v2, list_optimizers
 
