@@ -291,3 +291,11 @@ def test_no_token_in_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert any(path.suffix == ".pt" for path in files)
     assert not [path for path in files if token.encode() in path.read_bytes()]
     assert json.loads(next(only_run(tmp_path).checkpoints.glob("0*.json")).read_text())["sha256"]
+
+
+def test_weights_in_a_folder_whose_name_is_not_utf8_are_not_called_damaged(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"r\xff")
+    folder.mkdir()
+    (folder / "best.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"best\.safetensors: .* rename the folder"):
+        load_weights(folder / "best.safetensors")

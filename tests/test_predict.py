@@ -230,6 +230,18 @@ def test_a_model_that_asks_for_the_version_of_its_layers_is_loaded(tmp_path: Pat
     assert torch.equal(load_model(tmp_path).module(images), module.eval()(images))
 
 
+def test_a_card_of_an_earlier_version_means_a_convnet_with_biases(tmp_path: Path) -> None:
+    layers = {"convnet": {"blocks": [{"channels": 4, "batch_norm": True}], "bias": True}, "head": {"bias": True}}
+    table = ModelTable.model_validate({"source": "toolkit", **layers})
+    module = build_model(table, 3, 3, 8).module
+    plain = Preprocessing(3, 8, 8, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    card = model_card(table, ["a", "b", "c"], plain, (), "none", "0")
+    del card["model"]["convnet"]["bias"], card["model"]["head"]["bias"]
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    safetensors.torch.save_file(module.state_dict(), tmp_path / "model.safetensors")
+    assert load_model(tmp_path).table == table
+
+
 def no_model(path: Path) -> Any:
     (path / "recipe.toml").unlink()
     shutil.rmtree(path / "checkpoints")

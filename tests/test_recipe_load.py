@@ -20,6 +20,7 @@ from toolkit.recipe.resolved import resolved_content
 from toolkit.recipe.sources import MAX_BYTES
 from toolkit.recipe.writing import toml_value
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 VALID = """\
 [recipe]
 name = "example"
@@ -174,6 +175,19 @@ def test_resolved_recipe_is_complete_and_stands_alone(tmp_path: Path) -> None:
     assert not load(path).warnings
     assert tomli.loads(path.read_text()) == recipe.model_dump(exclude_none=True)
     assert all(origin.startswith(f"{path}:") for origin in load(path).origins.values())
+
+
+def test_keys_that_an_earlier_version_did_not_have_mean_what_it_did() -> None:
+    text = (RECIPES / "quickstart.toml").read_text(encoding="utf-8")
+    plateau = 'scheduler={name="plateau", threshold_mode="abs"}'
+    settings = ['data.exif="ignore"', "data.value_range=[0, 65535]", "model.convnet.bias=true", "model.head.bias=true"]
+    recipe = loads_recipe(text, [plateau, *settings])
+    new_keys = ("exif = ", "value_range = ", "threshold_mode = ", "bias = ")
+    lines = resolved_toml(recipe).splitlines(keepends=True)
+    earlier = [line for line in lines if not line.startswith(new_keys)]
+    assert len(lines) - len(earlier) == 5
+    assert loads_recipe("".join(earlier)) == recipe
+    assert loads_recipe("".join(earlier[2:])) == loads_recipe(text, ['scheduler.name="plateau"'])
 
 
 def test_hash_is_of_content_not_of_layout() -> None:

@@ -33,6 +33,7 @@ from toolkit.errors import UserError
 from toolkit.models.build import build_model
 from toolkit.names import encode_name
 from toolkit.reading import DamagedFile, Shape, check_shape, read_json
+from toolkit.recipe.resolved import fill_in_earlier_model
 from toolkit.recipe.schema import AugmentTable, ModelTable, TransformEntry
 
 FORMAT = 1
@@ -133,6 +134,7 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
         preprocessing = Preprocessing.from_dict(card["preprocessing"])
         if not len(preprocessing.mean) == len(preprocessing.std) == preprocessing.channels or 0 in preprocessing.std:
             raise ValueError("preprocessing.mean and preprocessing.std do not fit the channels")
+        fill_in_earlier_model(card["model"])
         table, classes = ModelTable.model_validate(card["model"]), list(card["classes"])
         transforms = tuple(TransformEntry.model_validate(entry) for entry in card.get("transforms", []))
         recipe = str(card["recipe"])

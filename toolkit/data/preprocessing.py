@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.recipe.resolved import BEFORE
 from toolkit.recipe.schema import DataTable, NormalizeValues
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BEFORE_EXIF: dict[str, Any] = {"exif": "ignore", "value_range": (0, 65535)}
-"""What held for models whose card does not say: those trained before cards had these fields."""
 
 SMALL_IMAGE = 64
 """Up to this size (pixels) images are taken whole by default; above it the usual resize-then-crop of ImageNet holds."""
@@ -64,8 +63,10 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """Inverse of :meth:`to_dict` (JSON turns tuples into lists)."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**BEFORE_EXIF | fields)
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in {**BEFORE["data"], **values}.items()
+        }
+        return cls(**fields)
 
 
 def with_channels(data: DataTable, *, pretrained: bool) -> DataTable:

@@ -209,6 +209,8 @@ def publish_best(folder: Path, epoch: int) -> Path:
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors state dict; a UserError where the file is missing or damaged, as its own digest shows."""
     require_file(path)
+    if any("\udc80" <= char <= "\udcff" for char in str(path)):  # bytes that are not UTF-8
+        raise UserError(f"{path}: safetensors opens no path that is not UTF-8; rename the folder")
     try:
         tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
         is_intact = has_its_digest(path, tensors)

@@ -24,7 +24,7 @@ from toolkit.engine.display import Display
 from toolkit.engine.process import main_only
 from toolkit.errors import UserError
 from toolkit.recipe import Recipe, recipe_hash
-from toolkit.recipe.resolved import content_hash, experiment_diff, resolved_content
+from toolkit.recipe.resolved import content_hash, experiment_diff, fill_in_earlier_defaults, resolved_content
 from toolkit.runs import Run
 
 ADVICE = (
@@ -190,9 +190,11 @@ def stored_recipe(recipe: Recipe) -> str:
 
 
 def _validated(stored: str) -> Recipe:
-    """The recipe of a checkpoint, with the defaults of keys that have come since."""
+    """The recipe of a checkpoint; keys that have come since mean what the version that wrote it did."""
     try:
-        return Recipe.model_validate(json.loads(stored))
+        content = json.loads(stored)
+        fill_in_earlier_defaults(content)
+        return Recipe.model_validate(content)
     except ValueError:
         raise UserError(
             "the checkpoint was written under a recipe that this version of the toolkit does not know: use the version "

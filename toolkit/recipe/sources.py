@@ -14,6 +14,7 @@ import tomli
 
 from toolkit.recipe.diagnostics import Diagnostic, Location, RecipeError, dotted
 from toolkit.recipe.positions import Path, Position, Span, scan
+from toolkit.recipe.resolved import fill_in_earlier_defaults, is_resolved
 
 MAX_BYTES = 64 * 1024
 """Of a recipe file and all that it extends. A long recipe has 5 KB; the limit keeps hostile ones from taking time."""
@@ -140,6 +141,8 @@ def parse(name: str, text: str, note: str | None = None) -> Source:
     if deep:
         message = f"{dotted(deep[:4])}: nested more than {MAX_NESTING} levels deep"
         raise RecipeError([Diagnostic("error", message, file=name, note=note)])
+    if is_resolved(text):
+        fill_in_earlier_defaults(data)
     return Source(name, lines, data, scan(text), note)
 
 
