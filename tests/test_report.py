@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from report_runs import HOSTILE, SCRIPT, write_run
 
-from toolkit.formatting import plural
+from toolkit.formatting import batch_split, plural
 from toolkit.report import write
 from toolkit.runs import Run
 
@@ -382,3 +382,16 @@ def _pixels(base64_png: str) -> np.ndarray:
 def test_counts_come_with_the_right_form_of_their_noun(count: int, text: str) -> None:
     assert plural(count, "process", "processes") == text
     assert plural(count, "epoch") == text.replace("processes", "epochs").replace("process", "epoch")
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "text"),
+    [
+        (1, 1, "64"),
+        (2, 1, "64 = 2 processes x 32 images"),
+        (1, 4, "64 = 4 accumulation steps x 16 images"),
+        (2, 32, "64 = 2 processes x 32 accumulation steps x 1 image"),
+    ],
+)
+def test_what_becomes_of_a_batch(processes: int, accumulation: int, text: str) -> None:
+    assert batch_split(64, processes, accumulation) == text

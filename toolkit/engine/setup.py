@@ -22,7 +22,7 @@ from toolkit.engine.ema import short_run_warning
 from toolkit.engine.lone_image import check_lone_images
 from toolkit.engine.process import broadcast_object, local_processes, main_first
 from toolkit.errors import UserError
-from toolkit.formatting import plural
+from toolkit.formatting import batch_split, plural
 from toolkit.models.build import BuiltModel, build_model, expected_input
 from toolkit.models.stochastic import Stochastic, make_stateless
 from toolkit.models.transfer import Transfer, apply_transfer, parts_table
@@ -192,7 +192,7 @@ def _without_bad_images(
 
 def describe(setup: Setup, precision: str, *, whole: bool) -> str:
     """The structure before training: parts, parameters, images, steps, device and precision."""
-    recipe, built = setup.recipe, setup.built
+    recipe, train, built = setup.recipe, setup.recipe.train, setup.built
     module_text = f"\n{built.module}" if whole else ""
     rows = parts_table(built, setup.transfer, recipe.transfer, recipe.optimizer)
     cells = [
@@ -218,10 +218,8 @@ def describe(setup: Setup, precision: str, *, whole: bool) -> str:
         table(cells, header, frozenset((1, 2, 3, 4))),
         f"images {counts}; {plural(len(setup.dataset.classes), 'class', 'classes')}; "
         f"input {setup.preprocessing.channels}x{size}x{size}",
-        f"batch size {recipe.train.batch_size} = {setup.accelerator.num_processes} processes x "
-        f"{recipe.train.accumulation} parts x "
-        f"{recipe.train.batch_size // setup.accelerator.num_processes // recipe.train.accumulation} images; "
-        f"{plural(setup.steps, 'step')} per epoch, {plural(recipe.train.epochs, 'epoch')}",
+        f"batch size {batch_split(train.batch_size, setup.accelerator.num_processes, train.accumulation)}; "
+        f"{plural(setup.steps, 'step')} per epoch, {plural(train.epochs, 'epoch')}",
         f"device {setup.accelerator.device}, precision {precision}",
     ]
     return "\n".join(lines)

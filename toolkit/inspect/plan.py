@@ -16,7 +16,7 @@ from toolkit.data.splits import split_dataset
 from toolkit.engine.features import tail_of
 from toolkit.engine.process import autocast_dtype
 from toolkit.errors import UserError
-from toolkit.formatting import plural
+from toolkit.formatting import batch_split, plural
 from toolkit.inspect.cost import Memory, Step, measure_memory, measure_step
 from toolkit.models.build import BuiltModel, build_model, expected_input
 from toolkit.models.transfer import Transfer, apply_transfer
@@ -262,8 +262,7 @@ def plan_text(found: Plan) -> str:
         ("classes", f"{contents.classes}"),
         ("input", f"{found.preprocessing.channels} x {size} x {size}"),
         ("steps", _steps_text(found)),
-        ("batch", f"{train.batch_size} = {found.processes} processes x {train.accumulation} parts x "
-                  f"{found.micro_batch} images"),
+        ("batch", batch_split(train.batch_size, found.processes, train.accumulation)),
         ("parameters", f"{found.parameters:,}, of which {found.trainable:,} train"),
         ("precision", found.precision),
         ("memory", f"{_size(memory.total)} on each device, measured by {found.measured_by}"),
