@@ -180,7 +180,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], bool], No
 def test_precision_on_a_cpu() -> None:
     assert resolve_precision("auto") == "no"
     assert resolve_precision("bf16") == "bf16"
-    why = "on a CPU bf16 is faster for some models, slower for others (toolkit bench measures it)"
+    why = "on a CPU bf16 is faster for some models, slower for others (see toolkit bench)"
     assert precision_line("auto", "no") == f"precision no (auto): {why}"
     assert precision_line("bf16", "bf16") == "precision bf16, as the recipe says"
     with pytest.raises(UserError, match="'fp16' needs a GPU"):

@@ -37,6 +37,6 @@ def precision_line(wanted: str, precision: str) -> str:
     if precision == "bf16":
         return "precision bf16 (auto): the GPU computes in it"
     if not on_gpu():
-        return "precision no (auto): on a CPU bf16 is faster for some models, slower for others (toolkit bench measures it)"
+        return "precision no (auto): on a CPU bf16 is faster for some models, slower for others (see toolkit bench)"
     major, minor = torch.cuda.get_device_capability()
     return f"precision no (auto): a GPU of compute capability {major}.{minor} has no bf16 units (from 8.0 on)"
