@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from toolkit.data.batched import keyed_uniforms
 from toolkit.data.batched_color import Blur, Erase, Grey, Jitter
 from toolkit.data.batched_moves import Crop, Flip, IndexPass
-from toolkit.data.batched_warps import Affine, Perspective, WarpPass
+from toolkit.data.batched_warps import Affine, Perspective, WarpPass, perspective_matrices
 
 N = 4000
 SIZE = (40, 60)
@@ -140,6 +140,22 @@ def test_perspective_moves_each_corner_inwards(distortion: float) -> None:
     for places in (left, top):
         counts = np.bincount(places.ravel())
         assert np.abs(counts - counts.mean()).max() <= 5 * math.sqrt(counts.mean())
+
+
+def test_perspectives_that_take_the_origin_to_infinity() -> None:
+    moves = np.array(list(itertools.product(range(3), repeat=8))).reshape(-1, 4, 2)
+    corners = moves + np.array([[0, 0], [5, 0], [5, 5], [0, 5]])  # all that an image of 8 x 8 pixels can have
+    matrices = perspective_matrices(corners, (8, 8))
+    assert (np.abs(matrices[:, 2, 2]) < 1e-9).any()
+    x, y, w = np.moveaxis(matrices @ np.concatenate([corners, np.ones((len(corners), 4, 1))], 2).swapaxes(1, 2), 1, 0)
+    assert np.allclose(x / w, [0, 7, 7, 0])
+    assert np.allclose(y / w, [0, 0, 7, 7])
+    for interpolation in ("nearest", "bilinear"):
+        augment = augmentation({"name": "RandomPerspective", "p": 1.0, "interpolation": interpolation}, size=8)
+        made = augment(torch.full((N, 3, 8, 8), 255, dtype=torch.uint8), 0, torch.arange(N))
+        assert made.min() == 0
+        assert made.max() == 1
+        assert made.isfinite().all()
 
 
 def test_crops_lie_anywhere_alike() -> None:

@@ -110,7 +110,8 @@ class Perspective:
 def perspective_matrices(corners: Places, size: Size) -> Floats:
     """The maps that take each of ``corners`` [m, 4, 2] to the image's own corner: [m, 3, 3].
 
-    (x, y) -> ((ax + by + c) / (gx + hy + 1), (dx + ey + f) / (gx + hy + 1)): eight equations for eight numbers.
+    (x, y) -> ((ax + by + c) / (gx + hy + 1), (dx + ey + f) / (gx + hy + 1)): eight equations for eight numbers. A map
+    that takes (0, 0) to infinity has 0 instead of the 1, which the equations do not allow (torchvision fails there).
     """
     height, width = size
     own = np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]], dtype=np.float64)
@@ -121,8 +122,12 @@ def perspective_matrices(corners: Places, size: Size) -> Floats:
         equations[:, rows, columns], equations[:, rows, columns + 1], equations[:, rows, columns + 2] = x, y, 1
         equations[:, rows, 6], equations[:, rows, 7] = -own[:, axis] * x, -own[:, axis] * y
     wanted = np.broadcast_to(own.reshape(8, 1), (len(corners), 8, 1))
-    solved = np.linalg.solve(equations, wanted)[..., 0]
-    return np.concatenate([solved, np.ones((len(corners), 1))], 1).reshape(-1, 3, 3)
+    has_one = np.linalg.det(equations) != 0
+    matrices = np.ones((len(corners), 9))
+    matrices[has_one, :8] = np.linalg.solve(equations[has_one], wanted[has_one])[..., 0]
+    if not has_one.all():  # the null space of the homogeneous equations
+        matrices[~has_one] = np.linalg.svd(np.concatenate([equations, -wanted], 2)[~has_one])[2][:, -1]
+    return matrices.reshape(-1, 3, 3)
 
 
 @dataclass(frozen=True)
@@ -202,4 +207,5 @@ def _grid(matrices: Tensor, size: Size, *, projective: bool) -> Tensor:
             torch.div(lines[axis], lines[2], out=grid[..., axis])
         else:
             grid[..., axis] = lines[axis]
-    return grid
+    # What is at infinity is outside. grid_sample may multiply it by a weight of 0, which would give NaN.
+    return grid.nan_to_num_(2.0, 2.0, -2.0) if projective else grid
