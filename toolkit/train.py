@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from toolkit.engine.launcher import check_launch, is_distributed, read_place
-from toolkit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
+from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.names import visible
 from toolkit.terminal import open_closed_streams, outliving_terminal
 
@@ -226,10 +226,13 @@ def is_first_process() -> bool:
 
 
 def end(status: int) -> NoReturn:
-    """Leave with ``status``. After a failure among several processes, at once: a collective may never return."""
+    """Leave with ``status``. After a failure among several processes, at once.
+
+    A collective may never return, and where a thread is in one the interpreter's end may be an abort (status -6).
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if status not in (EXIT_OK, EXIT_BAD_INPUT) and is_distributed():
+    if status != EXIT_OK and is_distributed():
         os._exit(status)
     raise typer.Exit(status)
 

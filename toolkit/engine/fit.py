@@ -139,7 +139,9 @@ def dry_run(recipe: Recipe, *, load_weights: bool = True, show_module: bool = Fa
     with out_of_memory_explained(recipe.train, accelerator.num_processes):
         training = Training(setup, None, None, StopRequest(), None, "none")
         loss = training.try_one_batch()
-        training.close()
+    if (peers := watch_peers()) is not None:
+        peers.close()
+    training.close()
     display.say(f"dry run: one batch forward and backward, loss {loss:.4f}; nothing was written")
 
 

@@ -17,8 +17,15 @@ from toolkit.errors import UserError
 if TYPE_CHECKING:
     from toolkit.recipe.schema import TrainTable
 
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables in which MPI's launchers give the number of processes; Accelerate joins these itself, on CPUs only."""
+MPI_VARIABLES = {
+    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"),
+    "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK"),
+}
+"""torchrun's variables and what Open MPI, MPICH (also Intel MPI) and MVAPICH2 call them."""
+MPI_PORT = "29500"
+"""MASTER_PORT under mpirun, which sets none; torchrun's default, too."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,10 @@ class Place:
 def read_place() -> Place | None:
     """This process's place from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; None: it trains alone.
 
-    Raises UserError where a variable is missing, not a number, or out of range.
+    Under mpirun these are first set from MPI's own variables. Raises UserError where a variable is missing, not a
+    number, or out of range.
     """
+    _translate_mpi_variables()
     if not any(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return None
     world = _number("WORLD_SIZE", 1, None, 1)
@@ -67,6 +76,34 @@ def read_place() -> Place | None:
         _number("MASTER_PORT", 1, 65535, 1),
         is_loopback or ("LOCAL_WORLD_SIZE" in os.environ and local_world == world),
     )
+
+
+def _translate_mpi_variables() -> None:
+    """Set torchrun's variables to what mpirun says, because every other module reads only those.
+
+    Accelerate would do this too, but only on CPUs, without a time limit, and after rank and number were first needed.
+    """
+    if any(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) or _mpi_size() < 2:
+        return
+    found = {name: next((os.environ[some] for some in theirs if os.environ.get(some)), None)
+             for name, theirs in MPI_VARIABLES.items()}  # fmt: skip
+    values = {name: value for name, value in found.items() if value is not None}
+    if len(values) < len(MPI_VARIABLES):
+        return  # check_launch refuses this
+    if values["LOCAL_WORLD_SIZE"] == values["WORLD_SIZE"]:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    elif not os.environ.get("MASTER_ADDR"):
+        raise UserError(
+            f"mpirun started {values['WORLD_SIZE']} processes on several machines, but MASTER_ADDR is not set: set it "
+            "to a host name of the machine of rank 0 that the others can reach, e.g. mpirun -x MASTER_ADDR=HOST"
+        )
+    os.environ.setdefault("MASTER_PORT", MPI_PORT)
+    os.environ.update(values)
+
+
+def _mpi_size() -> int:
+    """The number of processes that mpirun started; 0 without mpirun."""
+    return max(positive_number(name) for name in MPI_VARIABLES["WORLD_SIZE"])
 
 
 def _number(name: str, lowest: int, highest: int | None, default: int) -> int:
@@ -109,26 +146,44 @@ def check_launch(train: TrainTable) -> None:
 
 
 def _check_options(options: argparse.Namespace, train: TrainTable) -> None:
-    """Options that Accelerate drops without a word, or whose default cannot be told from a choice."""
-    compiled = "inductor" if train.compile or train.cuda_graphs else "no"
+    """Refuse options that contradict the recipe and that Accelerate does not put into the environment.
+
+    Other values than 'no' of --mixed_precision and --dynamo_backend are in the environment, also those of a
+    configuration file: see :func:`toolkit.engine.process.check_launcher`.
+    """
+    is_compiled = train.compile or train.cuda_graphs
     accumulation, clip_norm = options.gradient_accumulation_steps, options.gradient_clipping
-    said = [
-        # Only 'no' must be looked for here: other values are in the environment, whoever set them.
-        ("--mixed_precision no", options.mixed_precision == "no" and _precision(train) != "no",
-         f"train.precision = {train.precision!r}"),
-        ("--dynamo_backend no", options.dynamo_backend == "no" and compiled != "no",
-         "train.compile = true" if train.compile else "train.cuda_graphs = true"),
-        (f"--gradient_accumulation_steps {accumulation}", accumulation not in (None, train.accumulation),
+    contradictions = [
+        ("mixed_precision", "no", options.mixed_precision == "no" and _precision(train) != "no",
+         precision_in_recipe(train.precision, _precision(train))),
+        ("dynamo_backend", "no", options.dynamo_backend == "no" and is_compiled, compile_in_recipe(train)),
+        ("gradient_accumulation_steps", accumulation, accumulation not in (None, train.accumulation),
          f"train.accumulation = {train.accumulation}"),
-        (f"--gradient_clipping {clip_norm}", clip_norm not in (None, train.clip_norm),
+        ("gradient_clipping", clip_norm, clip_norm not in (None, train.clip_norm),
          "no train.clip_norm" if train.clip_norm is None else f"train.clip_norm = {train.clip_norm:g}"),
     ]  # fmt: skip
-    for option, contradicts, recipe in said:
+    for option, value, contradicts, recipe in contradictions:
         if contradicts:
-            raise UserError(
-                f"accelerate launch was given {option}, but the recipe has {recipe}; only the recipe decides this: "
-                f"leave {option} out, or change the recipe (--set)"
-            )
+            raise UserError(contradiction(option, value, recipe))
+
+
+def contradiction(option: str, value: object, recipe: str) -> str:
+    """The message about an option of `accelerate launch`, or a line of its configuration file, that is refused."""
+    return (
+        f"accelerate launch was given {option} = {value}, but the recipe has {recipe}. These settings come from the "
+        f"recipe alone: leave out --{option} (or the line {option} of Accelerate's configuration file), or change the "
+        "recipe, for instance with --set"
+    )
+
+
+def precision_in_recipe(key: str, precision: str) -> str:
+    """train.precision as a message shows it. ``precision``: what the key means on this machine."""
+    return f"train.precision = {key!r}" + (f", which means {precision!r} on this machine" if key == "auto" else "")
+
+
+def compile_in_recipe(train: TrainTable) -> str:
+    """The key that makes the toolkit compile the model, or that it does not, as a message shows it."""
+    return "train.cuda_graphs = true" if train.cuda_graphs else f"train.compile = {str(train.compile).lower()}"
 
 
 def _precision(train: TrainTable) -> str:
@@ -138,16 +193,16 @@ def _precision(train: TrainTable) -> str:
 
 
 def _check_accelerate_count(options: argparse.Namespace) -> None:
-    """`accelerate launch --num_processes N` starts one process and says nothing, unless told --multi_gpu."""
+    """`accelerate launch --num_processes N` starts one process and does not say so, unless --multi_gpu is given."""
     asked = _asked_processes(options)
-    if asked is None or asked < 2 or os.environ.get("RANK") or any(os.environ.get(name) for name in MPI_SIZES):
+    if asked is None or asked < 2 or os.environ.get("RANK") or _mpi_size() > 1:
         return
     program = "-m toolkit.train RECIPE"
     cpu = "ACCELERATE_USE_CPU=true " if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else ""
     raise UserError(
         f"accelerate launch was asked for {asked} processes but started only this one: with --cpu, with "
         "distributed_type NO or MULTI_CPU, and where it finds fewer than two GPUs it starts several only through MPI. "
-        f"This command starts {asked}: {cpu}torchrun --nproc-per-node {asked} {program} "
+        f"This command starts {asked}: {cpu}torchrun --standalone --nproc-per-node {asked} {program} "
         f"(or accelerate launch --config_file launch/cpu.yaml --num_processes {asked} {program}); "
         "to train on one process, give --num_processes 1"
     )
@@ -207,24 +262,20 @@ def _launch_arguments(command: list[str]) -> list[str] | None:
 
 
 def _check_task_count() -> None:
-    """srun and mpirun start every task alike: without the variables of torchrun each would train alone."""
+    """srun starts every task alike, without the variables of torchrun: each would train alone."""
     if os.environ.get("WORLD_SIZE"):
         return
-    mpi = max(positive_number(name) for name in MPI_SIZES)
     tasks = positive_number("SLURM_STEP_NUM_TASKS") if "SLURM_STEP_ID" in os.environ else 0
-    if mpi > 1:
-        from toolkit.engine.precision import on_gpu
-
-        if on_gpu():  # on CPUs Accelerate joins them
-            raise UserError(
-                f"mpirun started {mpi} processes, each of which would train alone in a run directory of its own: with "
-                f"GPUs use torchrun --nproc-per-node {mpi} -m toolkit.train RECIPE"
-            )
-    elif tasks > 1:
+    if tasks > 1:
         raise UserError(
             f"srun started {tasks} tasks, each of which would train alone in a run directory of its own. To train one "
             f"run on {tasks} processes: {_commands_for(tasks, 'SLURM_STEP_NUM_NODES', 'srun --ntasks 1 ')}. "
             "To train on one process: srun --ntasks 1"
+        )
+    if (size := _mpi_size()) > 1:
+        raise UserError(
+            f"an MPI launcher started {size} processes but gave them no local rank, so each would train alone in a run "
+            f"directory of its own: use torchrun --standalone --nproc-per-node {size} -m toolkit.train RECIPE"
         )
 
 

@@ -17,7 +17,13 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from toolkit.data.cpus import granted_cpus
 from toolkit.engine.joining import join
-from toolkit.engine.launcher import positive_number, read_place
+from toolkit.engine.launcher import (
+    compile_in_recipe,
+    contradiction,
+    positive_number,
+    precision_in_recipe,
+    read_place,
+)
 from toolkit.engine.memory import keep_freed_memory
 from toolkit.engine.precision import on_gpu, resolve_precision
 from toolkit.engine.signals import StopRequest
@@ -63,25 +69,20 @@ def start(train: TrainTable, stop: StopRequest | None = None) -> Accelerator:
 def check_launcher(train: TrainTable, precision: str) -> None:
     """Precision, accumulation and compilation come from the recipe alone; a launcher that says otherwise is refused.
 
-    ``precision``: what train.precision is on this hardware. Options of `accelerate launch` that leave no trace in the
+    ``precision``: what train.precision means on this machine. Options of `accelerate launch` that are not in the
     environment are checked by :func:`toolkit.engine.launcher.check_launch`.
     """
-    said = {
-        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no", "train.precision", precision),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-            "gradient_accumulation_steps", "1", "train.accumulation", str(train.accumulation)),
-        "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "no", "train.compile",
-            "inductor" if train.compile or train.cuda_graphs else "no"),
-    }  # fmt: skip
-    for variable, (setting, silent, key, wanted) in said.items():
-        found = os.environ.get(variable, silent).lower()
-        if found not in (silent, wanted.lower()):
-            is_auto = key == "train.precision" and train.precision == "auto"
-            recipe = f"'auto', which is {wanted!r} on this machine" if is_auto else repr(wanted)
-            raise UserError(
-                f"the launcher says {setting} = {found!r} ({variable}), the recipe says {key} = {recipe}; "
-                f"the recipe decides alone: take {setting} out of the Accelerate configuration, or change {key}"
-            )
+    compiled = "inductor" if train.compile or train.cuda_graphs else "no"
+    settings = [
+        # option, its default (which Accelerate also sets where nobody gave it), the recipe's value and key
+        ("mixed_precision", "no", precision, precision_in_recipe(train.precision, precision)),
+        ("gradient_accumulation_steps", "1", str(train.accumulation), f"train.accumulation = {train.accumulation}"),
+        ("dynamo_backend", "no", compiled, compile_in_recipe(train)),
+    ]
+    for option, default, wanted, recipe in settings:
+        found = os.environ.get(f"ACCELERATE_{option.upper()}", default).lower()
+        if found not in (default, wanted):
+            raise UserError(contradiction(option, found, recipe))
     for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"),
                            ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):  # fmt: skip
         if os.environ.get(variable, "false").lower() in ("true", "1"):
