@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +25,7 @@ import toolkit.engine.checkpoint
 import toolkit.engine.evaluate
 import toolkit.engine.setup
 import toolkit.runs
+from toolkit.engine import peers
 from toolkit.engine.loop import Trainer
 from toolkit.models.build import BuiltModel
 
@@ -96,6 +99,67 @@ def test_a_main_thread_that_notices_nothing_does_not_keep_the_process(tmp_path: 
     statuses, text = ended(tmp_path, 2, prepare, *EMA)
     assert statuses == [1, -signal.SIGKILL]
     assert "rank 1 ended without a word" in text.strip().splitlines()[-1]
+
+
+# -- silent processes -------------------------------------------------------------------------------------------------
+
+
+def stop_self_at_step(count: int, rank: int, mine: int) -> None:
+    """Have one rank stop, as by SIGSTOP or on a machine that hangs, before its ``count``-th step."""
+    if mine == rank:
+        at_call(Trainer, "_update", count, functools.partial(os.kill, os.getpid(), signal.SIGSTOP))
+
+
+def with_a_stopped_rank(folder: Path, world: int, rank: int) -> Trainers:
+    """Trainers of which one has stopped in its fifth step, after the checkpoint of the third."""
+    settings = ("--set", f"train.batch_size={18 if world == 3 else 16}", *EMA)
+    prepare = functools.partial(stop_self_at_step, 5, rank)
+    trainers = Trainers(world, folder, write_recipe(folder, MUCH), *settings, prepare=prepare)
+    stopped = psutil.Process(trainers.processes[rank].pid)
+    trainers.wait_until(lambda: stopped.status() == psutil.STATUS_STOPPED)
+    return trainers
+
+
+@pytest.mark.parametrize(("world", "rank"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.slow)])
+def test_after_a_stop_request_a_silent_process_is_named_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, rank: int
+) -> None:
+    monkeypatch.setattr(peers, "SILENT_S", 3.0)
+    monkeypatch.setattr(peers, "GRACE_S", 2.0)
+    trainers = with_a_stopped_rank(tmp_path, world, rank)
+    others = [other for other in range(world) if other != rank]
+    began = time.monotonic()
+    trainers.signal(signal.SIGTERM, others[0])
+    trainers.wait_until(lambda: not any(trainers.processes[other].is_alive() for other in others))
+    assert time.monotonic() - began < 3 + 2 + peers.SEND_S + 4
+    assert [trainers.processes[other].exitcode for other in others] == [3] * len(others)
+    who = rf"rank {rank} \(\S+, process {trainers.processes[rank].pid}\)"
+    message = rf"rank \d: {who} has not answered for 3 s and a stop was requested .* --resume continues it"
+    assert len(re.findall(message, trainers.text())) == 1, trainers.text()
+    trainers.signal(signal.SIGCONT, rank)
+    assert trainers.wait(LIMIT_S)[rank] not in (0, -signal.SIGKILL), "it ends by itself once it is continued"
+    assert "Traceback" not in trainers.text()
+    run = only_run(tmp_path)
+    resumed = Trainers(world, tmp_path / "resumed", "--resume", run.path)
+    assert resumed.wait() == [0] * world, resumed.text()
+    assert "going on after epoch 0, step 3" in resumed.text()
+    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA) if world == 2 else None
+    assert plain is None or outcome(run) == plain, "equality to the last bit holds for up to two processes"
+    assert run.is_finished
+
+
+def test_without_a_stop_request_a_silent_process_is_named_and_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "NOTICE_S", 3.0)
+    trainers = with_a_stopped_rank(tmp_path, 2, 1)
+    warning = rf"warning: rank 1 \(\S+, process {trainers.processes[1].pid}\) has not answered for \d+ s: it is stopped"
+    trainers.wait_until(lambda: re.search(warning, trainers.text()) is not None)
+    trainers.signal(signal.SIGCONT, 1)
+    assert trainers.wait() == [0, 0], trainers.text()
+    assert len(re.findall(warning, trainers.text())) == 1
+    assert re.search(r"rank 1 \(\S+, process \d+\) answers again after \d+ s", trainers.text())
+    assert outcome(only_run(tmp_path)) == undisturbed(tmp_path / "plain", 2, MUCH, *EMA)
 
 
 def test_the_launcher_is_given_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ OTHERS_WAIT_S = 3.0
 """A fault that all processes find is shown by the first; others speak only if they outlive this."""
 
 LOSS_WAIT_S = 1.0
-"""Within this, a broken connection is followed by the word of who has failed or is lost."""
+"""Within this, a broken connection is followed by the message about who has failed or is lost."""
 
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO)
 """Errors of the system at a file that its owner can mend."""
@@ -185,7 +185,7 @@ def explain(error: Exception) -> str | None:
     if peers is None or not peers.is_loss(error):
         return None
     assert peers.current is not None
-    peers.current.told.wait(LOSS_WAIT_S)
+    peers.current.failure_reported.wait(LOSS_WAIT_S)
     return str(peers.loss_message())
 
 
@@ -198,16 +198,16 @@ def speak(message: str) -> None:
     peers = sys.modules.get("toolkit.engine.peers")
     watch = None if peers is None else peers.current
     if watch is not None and not is_first_process():
-        watch.told.wait(OTHERS_WAIT_S)
+        watch.failure_reported.wait(OTHERS_WAIT_S)
     elif not is_first_process():
         time.sleep(OTHERS_WAIT_S)
-    if watch is not None and watch.told.is_set():
+    if watch is not None and watch.failure_reported.is_set():
         return
     message = visible(f"rank {rank}: {message}" if several else message)
     print(message, file=sys.stderr, flush=True)
     tell_launcher(message)
     if watch is not None:
-        watch.tell_failure()
+        watch.report_failure()
 
 
 def tell_launcher(message: str) -> None:

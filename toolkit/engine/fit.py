@@ -23,7 +23,7 @@ from toolkit.engine.changes import write_file_facts
 from toolkit.engine.display import Display, summary_table
 from toolkit.engine.environment import describe_environment
 from toolkit.engine.finish import finish, write_summary
-from toolkit.engine.launcher import unused_tasks_line
+from toolkit.engine.launcher import unused_precision_line, unused_tasks_line
 from toolkit.engine.peers import PeerWatch, watch_peers
 from toolkit.engine.precision import precision_line
 from toolkit.engine.process import describe_processes, main_only, out_of_memory_explained, start
@@ -168,6 +168,8 @@ def _join_processes(
     for line in describe_processes(accelerator):
         display.say(line)
     display.say(precision_line(recipe.train.precision, accelerator.mixed_precision))
+    if accelerator.is_main_process and (line := unused_precision_line(accelerator.mixed_precision)):
+        display.say(line)
     return accelerator, display
 
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 
@@ -212,15 +212,34 @@ def _asked_processes(options: argparse.Namespace) -> int | None:
     """The number of processes by --num_processes or, without it, by Accelerate's configuration file."""
     if options.num_processes is not None:
         return int(options.num_processes)
+    configuration = _configuration(options)
+    return None if configuration is None else int(configuration.num_processes)
+
+
+def _configuration(options: argparse.Namespace) -> Any:
+    """The configuration file that `accelerate launch` has read; None without one."""
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
     # As Accelerate does: the default file is not read with --cpu.
     if options.config_file is None and (options.cpu or not os.path.isfile(default_config_file)):
         return None
-    with contextlib.suppress(Exception):  # a file that Accelerate could read, but, for instance, by a relative path
-        count: int | None = load_config_from_file(options.config_file).num_processes
-        return count
+    with contextlib.suppress(Exception):  # Accelerate could read it: it may be given by a relative path
+        return load_config_from_file(options.config_file)
     return None
+
+
+def unused_precision_line(precision: str) -> str | None:
+    """A line where Accelerate's configuration file says mixed_precision: no, and ``precision`` is used all the same.
+
+    It is no reason to refuse: `accelerate config` writes it where nobody asked for it.
+    """
+    options = accelerate_options() if precision != "no" else None
+    if options is None or options.mixed_precision is not None:
+        return None
+    configuration = _configuration(options)
+    if configuration is None or str(configuration.mixed_precision) != "no":
+        return None
+    return f"note: Accelerate's configuration file says mixed_precision: no, but the recipe decides: {precision}"
 
 
 def accelerate_options() -> argparse.Namespace | None:
