@@ -176,10 +176,18 @@ def test_several_processes_that_were_not_started(launched: Launched, cpu: bool) 
     with pytest.raises(UserError) as refused:
         check_launch(trained())
     text = str(refused.value)
-    assert "accelerate launch was asked for 2 processes but started only this one" in text
+    assert "accelerate launch was asked for 2 processes but started only this process" in text
     command = "torchrun --standalone --nproc-per-node 2 -m toolkit.train RECIPE"
     assert f"This command starts 2: {'ACCELERATE_USE_CPU=true ' if cpu else ''}{command}" in text
     assert "accelerate launch --config_file launch/cpu.yaml --num_processes 2 -m toolkit.train RECIPE" in text
+
+
+def test_several_machines_each_of_which_would_train_alone(launched: Launched) -> None:
+    launched("--num_machines", "2", "--machine_rank", "0", "--main_process_ip", "node1")
+    with pytest.raises(UserError) as refused:
+        check_launch(trained())
+    assert "accelerate launch was asked for 2 machines but started only this process" in str(refused.value)
+    assert "launch/nodes.yaml --num_machines 2 -m toolkit.train RECIPE" in str(refused.value)
 
 
 def test_several_processes_that_were_started(launched: Launched) -> None:
@@ -192,11 +200,11 @@ def test_several_processes_in_a_configuration_file(
 ) -> None:
     path = configuration(tmp_path / "default.yaml", num_processes=3)
     launched("--config_file", str(path))
-    with pytest.raises(UserError, match="was asked for 3 processes but started only this one"):
+    with pytest.raises(UserError, match="was asked for 3 processes but started only this process"):
         check_launch(trained())
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(path))
     launched()
-    with pytest.raises(UserError, match="was asked for 3 processes but started only this one"):
+    with pytest.raises(UserError, match="was asked for 3 processes but started only this process"):
         check_launch(trained())
     launched("--cpu")  # Accelerate does not read the default file then
     check_launch(trained())
@@ -223,7 +231,7 @@ def test_the_command_line_of_a_real_accelerate_launch_is_read(tmp_path: Path) ->
     recipe = write_recipe(tmp_path, MUCH)
     command = [str(BIN / "accelerate"), "launch", "--num_processes", "2", "-m", "toolkit.train", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "accelerate launch was asked for 2 processes but started only this one" in done.stderr
+    assert "accelerate launch was asked for 2 processes but started only this process" in done.stderr
     assert "returned non-zero exit status 2" in done.stderr
     assert not list((tmp_path / "runs").iterdir())
 
@@ -237,7 +245,11 @@ def test_the_command_line_of_a_real_accelerate_launch_is_read(tmp_path: Path) ->
         (["--gradient_accumulation_steps", "4"], "train.epochs=1", "was given gradient_accumulation_steps = 4, but"),
         (["--gradient_clipping", "2"], "train.epochs=1", "was given gradient_clipping = 2.0, but"),
         (["--dynamo_backend", "inductor"], "train.epochs=1", "was given dynamo_backend = inductor, but"),
-        (["--num_processes", "2", "--cpu"], "train.epochs=1", "was asked for 2 processes but started only this one"),
+        (
+            ["--num_processes", "2", "--cpu"],
+            "train.epochs=1",
+            "was asked for 2 processes but started only this process",
+        ),
     ],
 )
 def test_options_of_a_real_accelerate_launch(tmp_path: Path, options: list[str], setting: str, words: str) -> None:

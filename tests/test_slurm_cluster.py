@@ -313,3 +313,22 @@ def test_wait_shows_the_log_and_returns_the_status(place: Path) -> None:
     state = state_of(submitted("waiting"), queue())
     assert state.state == "failed"
     assert "nowhere" in state.detail
+
+
+def test_tasks_of_srun_are_refused(place: Path) -> None:
+    """Each of them would train a run of its own."""
+    command = ["srun", "--nodes", "1", "--ntasks", "2", sys.executable, "-m", "toolkit.train", write("tasks", epochs=1)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "srun started 2 tasks, each of which would train alone" in done.stderr
+    assert "srun --ntasks 1 torchrun --standalone --nproc-per-node 2 -m toolkit.train RECIPE" in done.stderr
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_the_command_that_the_refusal_of_tasks_gives_trains_one_run(place: Path) -> None:
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+    command = ["srun", "--ntasks", "1", *torchrun, "-m", "toolkit.train", write("tasks", epochs=1)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert submitted("tasks").summary["processes"] == 2

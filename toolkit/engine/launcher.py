@@ -194,26 +194,36 @@ def _precision(train: TrainTable) -> str:
 
 def _check_accelerate_count(options: argparse.Namespace) -> None:
     """`accelerate launch --num_processes N` starts one process and does not say so, unless --multi_gpu is given."""
-    asked = _asked_processes(options)
-    if asked is None or asked < 2 or os.environ.get("RANK") or _mpi_size() > 1:
+    if os.environ.get("RANK") or _mpi_size() > 1:
+        return
+    processes, machines = _asked_for(options, "num_processes"), _asked_for(options, "num_machines")
+    if max(processes, machines) < 2:
         return
     program = "-m toolkit.train RECIPE"
     cpu = "ACCELERATE_USE_CPU=true " if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else ""
+    if machines > 1:
+        asked = f"{machines} machines"
+        command = f"{cpu}accelerate launch --config_file launch/nodes.yaml --num_machines {machines} {program}"
+    else:
+        asked = f"{processes} processes"
+        command = (
+            f"{cpu}torchrun --standalone --nproc-per-node {processes} {program} "
+            f"(or accelerate launch --config_file launch/cpu.yaml --num_processes {processes} {program})"
+        )
     raise UserError(
-        f"accelerate launch was asked for {asked} processes but started only this one: with --cpu, with "
-        "distributed_type NO or MULTI_CPU, and where it finds fewer than two GPUs it starts several only through MPI. "
-        f"This command starts {asked}: {cpu}torchrun --standalone --nproc-per-node {asked} {program} "
-        f"(or accelerate launch --config_file launch/cpu.yaml --num_processes {asked} {program}); "
-        "to train on one process, give --num_processes 1"
+        f"accelerate launch was asked for {asked} but started only this process, which would train alone: with --cpu, "
+        "with distributed_type NO or MULTI_CPU, and where it finds fewer than two GPUs it starts several only through "
+        f"MPI. This command starts {asked}: {command}; to train on one process, give --num_processes 1 "
+        "--num_machines 1"
     )
 
 
-def _asked_processes(options: argparse.Namespace) -> int | None:
-    """The number of processes by --num_processes or, without it, by Accelerate's configuration file."""
-    if options.num_processes is not None:
-        return int(options.num_processes)
-    configuration = _configuration(options)
-    return None if configuration is None else int(configuration.num_processes)
+def _asked_for(options: argparse.Namespace, name: str) -> int:
+    """num_processes or num_machines by the option or, without it, by Accelerate's configuration file; 0: by neither."""
+    value = getattr(options, name)
+    if value is None and (configuration := _configuration(options)) is not None:
+        value = getattr(configuration, name)
+    return int(value or 0)
 
 
 def _configuration(options: argparse.Namespace) -> Any:
