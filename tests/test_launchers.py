@@ -178,7 +178,7 @@ def test_several_processes_that_were_not_started(launched: Launched, cpu: bool) 
     text = str(refused.value)
     assert "accelerate launch was asked for 2 processes but started only this process" in text
     command = "torchrun --standalone --nproc-per-node 2 -m toolkit.train RECIPE"
-    assert f"This command starts 2: {'ACCELERATE_USE_CPU=true ' if cpu else ''}{command}" in text
+    assert f"This command starts 2 processes: {'ACCELERATE_USE_CPU=true ' if cpu else ''}{command}" in text
     assert "accelerate launch --config_file launch/cpu.yaml --num_processes 2 -m toolkit.train RECIPE" in text
 
 
