@@ -242,12 +242,12 @@ def test_the_command_line_of_a_real_accelerate_launch_is_read(tmp_path: Path) ->
     [
         (["--mixed_precision", "no"], 'train.precision="bf16"', "was given mixed_precision = no, but"),
         (["--mixed_precision", "bf16"], 'train.precision="auto"', "was given mixed_precision = bf16, but"),
-        (["--gradient_accumulation_steps", "4"], "train.epochs=1", "was given gradient_accumulation_steps = 4, but"),
-        (["--gradient_clipping", "2"], "train.epochs=1", "was given gradient_clipping = 2.0, but"),
-        (["--dynamo_backend", "inductor"], "train.epochs=1", "was given dynamo_backend = inductor, but"),
+        (["--gradient_accumulation_steps", "4"], "train.epochs=3", "was given gradient_accumulation_steps = 4, but"),
+        (["--gradient_clipping", "2"], "train.epochs=3", "was given gradient_clipping = 2.0, but"),
+        (["--dynamo_backend", "inductor"], "train.epochs=3", "was given dynamo_backend = inductor, but"),
         (
             ["--num_processes", "2", "--cpu"],
-            "train.epochs=1",
+            "train.epochs=3",
             "was asked for 2 processes but started only this process",
         ),
     ],
