@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import typer
 from cli import toolkit
+from study_folders import FakeRun, write_study
 
 from toolkit.cli import app
 from toolkit.data.facts import FACTS
@@ -115,6 +116,29 @@ def test_a_recipe_s_folder_means_its_newest_run_and_latest_the_newest_of_all(two
         arguments = {"predict": ["x.png"], "publish": ["lab/x"], "export": ["--format", "onnx"]}.get(command, [])
         words = ["--resume", "runs/a"] if command == "train" else ["runs/a", *arguments]
         assert f"run {newest_a}\n" in toolkit(command, *words).stderr, command
+
+
+def test_status_and_sync_take_latest_too(two_runs: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = json.loads(toolkit("status", "latest", "--json").stdout)
+    assert [row["run"] for row in shown] == [two_runs[1]]
+    uploaded: list[Path] = []
+    monkeypatch.setattr("toolkit.sync.sync", lambda run: uploaded.append(run.path))
+    toolkit("sync", "latest", "--debug")
+    assert uploaded == [Path(two_runs[1])]
+
+
+def test_status_of_a_study_has_a_row_for_each_of_its_runs(tmp_path: Path) -> None:
+    runs = [FakeRun("lr 0.1", 0), FakeRun("lr 0.2", 0), FakeRun("lr 0.2", 1)]
+    folder = write_study(tmp_path / "small", {"seeds": 2}, runs)
+    expected = sorted(f"small/{member.run}" for member in folder.members)
+    for name in expected:
+        (tmp_path / name / "recipe.toml").write_text(QUICKSTART.read_text())
+    shown = json.loads(toolkit("status", tmp_path / "small", "--json").stdout)
+    assert len(expected) == 3
+    assert sorted(row["run"].removeprefix(f"{tmp_path}/") for row in shown) == expected
+    assert {row["state"] for row in shown} == {"finished"}
+    text = toolkit("status", tmp_path / "small").stdout
+    assert all(run in text for run in expected)
 
 
 def test_documentation_lists_the_commands_that_take_overrides() -> None:

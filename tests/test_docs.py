@@ -30,6 +30,14 @@ def test_tests_modules_and_pages_that_are_named_exist(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize(
+    "file", [*PAGES, *sorted((ROOT / "toolkit").rglob("*.py"))], ids=lambda file: str(file.relative_to(ROOT))
+)
+def test_no_install_command_asks_the_package_index_for_this_project(file: Path) -> None:
+    """There the name is another project's: `pip install 'toolkit[explain]'` would install a stranger's package."""
+    assert re.findall(r"pip install [^`\n]*?(?<![\w./-])toolkit(?![\w-])[^`\n]*", file.read_text()) == []
+
+
 def test_every_known_pitfall_has_its_row() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text()
     rows = {

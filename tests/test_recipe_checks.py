@@ -330,6 +330,23 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['expect.stopped_val_loss={at_most=1.0, source="x"}'],
     ),
     ("error: train.batch_size: 64 does not divide into 5", ["train.accumulation=5"], ["train.accumulation=4"]),
+    (  # 1797 digits without 359 for the test and 144 for validation
+        "error: train.batch_size: 1295 is more than the 1294 training images",
+        [*CONVNET, 'data.dataset="digits"', "train.drop_last=true", "train.batch_size=1295"],
+        [*CONVNET, 'data.dataset="digits"', "train.drop_last=true", "train.batch_size=1294"],
+    ),
+    (
+        "error: train.batch_size: 899 is more than the 898 training images",
+        [
+            *CONVNET,
+            'data.dataset="digits"',
+            "train.drop_last=true",
+            "train.batch_size=899",
+            "data.split.validation=899",
+            "data.split.test=0",
+        ],
+        [*CONVNET, 'data.dataset="digits"', "train.batch_size=899", "data.split.validation=899", "data.split.test=0"],
+    ),
     (
         "warning: train.class_weights",
         ['train.sampling="balanced"', 'train.class_weights="balanced"'],

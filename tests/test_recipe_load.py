@@ -84,6 +84,15 @@ def test_a_recipe_has_its_values_and_all_defaults() -> None:
     assert recipe.scheduler.gamma == 0.1
 
 
+def test_the_transfer_mode_follows_the_weights_unless_it_is_given() -> None:
+    from test_recipe_checks import BASE
+
+    unsaid = BASE.replace('mode = "finetune"\n', "")
+    assert loads_recipe(unsaid).transfer.mode == "finetune"
+    assert loads_recipe(unsaid, ['model.weights="none"', "data.image_size=32"]).transfer.mode == "scratch"
+    assert loads_recipe(unsaid, ['transfer.mode="linear_probe"']).transfer.mode == "linear_probe"
+
+
 def test_momentum_is_filled_in_for_sgd_and_nag_only() -> None:
     plain = VALID.replace("args = { dampening = 0.1 }\n", "")
     momenta = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,15 @@ def test_profiles_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TOOLKIT_SLURM_PROFILES", str(tmp_path))
     (tmp_path / "home.toml").write_text("")
     assert find_profile("home") == tmp_path / "home.toml"
+
+
+def test_the_profiles_that_the_package_brings_are_found_in_any_folder(tmp_path: Path) -> None:
+    """They are files of the package, so that --profile works from an installed one."""
+    shipped = find_profile("example")
+    assert Path.cwd() == tmp_path
+    assert shipped == Path(script.__file__).parent / "profiles" / "example.toml"
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    assert "profiles/*.toml" in project["tool"]["setuptools"]["package-data"]["toolkit.slurm"]
 
 
 def test_local_run_root_is_refused_for_several_nodes_only(tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def publish(
 
 def sync(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="PATH", help="Runs, studies, or folders of runs. Default: runs.")
+        list[Path] | None,
+        typer.Argument(metavar="PATH", help="Runs, studies, run roots, or latest. Default: runs."),
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,

@@ -210,9 +210,7 @@ def _print_from(log: Path, position: int) -> int:
 
 
 def status(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Run, study, recipe's folder or run root.")] = Path(
-        "runs"
-    ),
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Run, study, folder of runs, or latest.")] = Path("runs"),
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

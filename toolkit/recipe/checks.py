@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator
 from itertools import pairwise
+from math import floor
 from typing import Any
 
 from toolkit.data.facts import FACTS
@@ -176,6 +177,30 @@ def splits_leave_images(recipe: Recipe) -> Iterator[Finding]:
         key = max(counts, key=lambda name: counts[name])
         message = f"data.split.{key}: {asked} of {images[0]} images leaves none for training"
         yield Finding(message, ("data", "split", key), (("data", "dataset"),))
+
+
+def an_epoch_has_a_step(recipe: Recipe) -> Iterator[Finding]:
+    """With drop_last, one batch is no larger than the training images, where their number is known."""
+    images, split, table = FACTS[recipe.data.dataset].images, recipe.data.split, recipe.train
+    if images is None or not table.drop_last:
+        return
+    count = images[0]
+    if not images[1]:
+        count -= _taken(0.2 if split.test == "auto" else split.test, count)
+    count -= count // 2 if split.method == "alternate" and split.validation else _taken(split.validation, count)
+    if 0 < count < table.batch_size:
+        message = (
+            f"train.batch_size: {table.batch_size} is more than the {count} training images, and train.drop_last "
+            "leaves out a batch that is not full: an epoch would have no step"
+        )
+        related = (("train", "drop_last"), ("data", "dataset"))
+        hint = f"set train.batch_size to {count} or less, or train.drop_last = false"
+        yield Finding(message, ("train", "batch_size"), related, hint)
+
+
+def _taken(share: float, images: int) -> int:
+    """Images that a share (0..1) or number takes, as toolkit.data.splits counts them."""
+    return share if isinstance(share, int) else floor(share * images + 0.5)
 
 
 def channels_of(recipe: Recipe) -> int:
@@ -416,6 +441,7 @@ RULES = (
     images_reach_every_layer,
     resize_gives_image_size,
     splits_leave_images,
+    an_epoch_has_a_step,
     normalization_has_all_channels,
     normalization_fits_weights,
     warmup_fits_run,

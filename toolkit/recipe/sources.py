@@ -25,7 +25,7 @@ MAX_NESTING = 12
 
 SET = "--set"
 _PLACE = re.compile(r"(?P<text>.*?) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)\Z", re.DOTALL)
-_BARE_WORD = re.compile(r"\s*(?P<word>[^\W\d][\w./:+-]*)\s*(?:#.*)?\Z")
+_BARE_WORD = re.compile(r"\s*(?P<word>(?:[^\W\d]|~?/|\.\.?/)[\w./:+~-]*)\s*(?:#.*)?\Z")
 _DOTTED_RUN = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from toolkit.errors import UserError
 from toolkit.locks import lease_is_held
 from toolkit.reading import Shape, read_bytes, read_json, read_text, require_file
-from toolkit.runs import RUN_ID, Run
+from toolkit.runs import RUN_ID, Run, newest_run
 from toolkit.study.folder import assigned_epoch, failure_of, is_claimed, is_of_study
 
 GONE = "the job left no trace: its node failed, or it was ended from outside"
@@ -336,9 +336,14 @@ def duration(seconds: float) -> str:
 
 
 def find_runs(path: Path) -> list[Run]:
-    """The runs at, or below, a run directory, a recipe's or study's folder, or a run root; oldest first."""
+    """The runs at, or below, a run directory, a recipe's or study's folder, or a run root; oldest first.
+
+    ``latest`` is the newest run below ``runs/``, as in the commands for one run.
+    """
     if (path / "recipe.toml").is_file():
         return [Run(path)]
+    if not path.exists() and (newest := newest_run(path)) != path:
+        return [Run(newest)]
     if not path.is_dir():
         raise UserError(f"{path} does not exist: name a run directory, or the folder that holds them (recipe.run_root)")
     found = {file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/recipe.toml")}
