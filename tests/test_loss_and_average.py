@@ -161,14 +161,20 @@ def test_a_short_run_is_not_evaluated_with_its_random_start(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("mode", ["--dry-run", "--no-report"])
 def test_a_batch_larger_than_the_data_without_the_last_batch_is_refused(tmp_path: Path, mode: str) -> None:
-    settings = ("train.batch_size=2000", "train.drop_last=true", f'recipe.run_root="{tmp_path}"', *SMALL)
+    settings = (
+        "data.images_per_class=20",
+        "train.batch_size=300",
+        "train.drop_last=true",
+        f'recipe.run_root="{tmp_path}"',
+        *SMALL,
+    )
     outcome = toolkit(
         "train", RECIPES / "quickstart.toml", mode, *(part for setting in settings for part in ("--set", setting))
     )
     assert outcome.status == 2
     last = outcome.stderr.splitlines()[-1]
-    assert last.startswith("train.drop_last = true leaves nothing to train on: 1294 training images are fewer than one")
-    assert "set train.batch_size to 1294 or less" in last
+    assert last.startswith("train.drop_last = true leaves nothing to train on: 200 training images are fewer than one")
+    assert "set train.batch_size to 200 or less" in last
     assert not list(tmp_path.iterdir()), "no run directory"
 
 
