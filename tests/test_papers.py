@@ -28,6 +28,8 @@ from toolkit.recipe.resolved import diff
 from toolkit.recipe.schema import Recipe
 from toolkit.study.expand import Expansion, PlannedRun, StudyFile, expand, read_study
 from toolkit.study.folder import Member
+from toolkit.study.forms import dotted_leaves
+from toolkit.study.space import KINDS
 
 PAPERS = REPOSITORY / "recipes" / "papers"
 REPORTS = {
@@ -655,3 +657,50 @@ def test_every_network_passes_a_dry_run(
     loss = re.search(r"one batch forward and backward, loss ([\d.]+)", capfd.readouterr().err)
     assert loss is not None
     assert 0 < float(loss[1]) < 100
+
+
+# -- where values come from -------------------------------------------------------------------------------------------
+
+UNMARKED = ("recipe.", "tracking.", "expect.", "assumptions.", "data.root")
+"""Names, places and promises, which no report has to state."""
+
+
+def keys_set(name: str) -> set[str]:
+    """Dotted keys that the files of a study, its rows or its search set."""
+    study = study_file(name)
+    given = {leaf.key for source in study.sources for leaf in dotted_leaves(source.data, ())}
+    given |= {key for run in expansion(name).runs for key in run.changes}
+    given |= {leaf.key for leaf in dotted_leaves(study.table.space, (), frozenset({*KINDS, "when"}))}
+    return {key for key in given if not key.startswith(UNMARKED) and key != "extends"}
+
+
+def covers(mark: str, key: str) -> bool:
+    """Whether a mark is of the key or of a table that it is in."""
+    return key == mark or key.startswith(f"{mark}.")
+
+
+@pytest.mark.parametrize("name", [*RUNS, *sorted(SEARCHES)])
+def test_every_key_that_a_study_sets_says_where_its_value_comes_from(name: str) -> None:
+    keys, marks = keys_set(name), study_file(name).base.assumptions
+    assert len(keys) > 10
+    assert {key for key in keys if not any(covers(mark, key) for mark in marks)} == set(), "not marked"
+    assert {mark for mark in marks if not any(covers(mark, key) for key in keys)} == set(), "marks of keys not set"
+
+
+@pytest.mark.parametrize("handle", REPORTS)
+def test_every_report_has_claims_with_their_place(handle: str) -> None:
+    claims = [claim for name in RUNS if name.startswith(handle) for claim in study_file(name).table.claims]
+    assert claims
+    assert all(claim.source.startswith(f"{handle}, ") for claim in claims)
+
+
+def test_a_study_of_a_part_of_the_data_says_that_it_does_not_compare() -> None:
+    def reasons(*settings: str) -> set[str]:
+        study = read_study(PAPERS / "murabito" / "freezing.toml", settings)
+        return {run.member.not_comparable for run in expand(study).runs}
+
+    assert reasons() == {""}
+    assert reasons("optimizer.momentum=0.8") == {""}, "no condition of the comparison"
+    assert reasons("data.images_per_class=5") == {"the run used part of the images"}
+    assert reasons("train.epochs=3") == {"train.epochs is 3, not 20"}
+    assert reasons("data.background_class=true") == {"data.background_class is True, not False"}

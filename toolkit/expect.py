@@ -5,7 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.recipe.resolved import leaves, resolved_content
 from toolkit.recipe.schema import Expectation, Recipe
+
+CONDITIONS = (
+    "data.dataset",
+    "data.class_folders",
+    "data.background_class",
+    "data.split.method",
+    "data.split.validation",
+    "data.split.test",
+    "model.weights",
+    "transfer.mode",
+    "train.epochs",
+)
+"""Keys that must have their published values for a comparison: data, classes, weights, epochs."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +70,28 @@ def _measured(summary: dict[str, Any], figure: str) -> float | None:
 def _not_comparable(recipe: Recipe, expected: Expectation, measured: float | None) -> str:
     if measured is None:
         return "the run has no such figure"
-    if recipe.data.images_per_class or recipe.data.test_images_per_class:
-        return "the run used part of the images"
+    if reason := different_conditions(recipe):
+        return reason
     if expected.seeds and recipe.recipe.seed not in expected.seeds:
         return f"stated for seed {', '.join(map(str, expected.seeds))}, this run has {recipe.recipe.seed}"
     return ""
+
+
+def different_conditions(recipe: Recipe, stated: Recipe | None = None) -> str:
+    """Why figures of a recipe do not compare with a published one; empty where they do.
+
+    ``stated`` is the recipe that the published figure is of. Without it only the number of images is looked at.
+    """
+    if recipe.data.images_per_class or recipe.data.test_images_per_class:
+        return "the run used part of the images"
+    if stated is None:
+        return ""
+    now, then = (dict(leaves(resolved_content(one))) for one in (recipe, stated))
+    paths = [tuple(key.split(".")) for key in CONDITIONS]
+    if "imagefolder" in (recipe.data.dataset, stated.data.dataset):
+        paths.append(("data", "root"))
+    changed = [path for path in paths if now.get(path) != then.get(path)]
+    return ", ".join(f"{'.'.join(p)} is {now.get(p, 'unset')}, not {then.get(p, 'unset')}" for p in changed)
 
 
 def _is_met(expected: Expectation, measured: float) -> bool:

@@ -810,3 +810,11 @@ class Recipe(Table):
         dict[str, Expectation],
         describe("Figures of summary.json's best model (test_accuracy, val_loss, ...) that a run should reach."),
     ] = {}
+    assumptions: Annotated[
+        dict[str, Annotated[str, Field(pattern=r"^(report|homework|ours)(: .+)?$")]],
+        Field(exclude=True),
+        describe(
+            'Where the values of a replication come from, by dotted key or table ("model.convnet" = "report"): report, '
+            "homework (its sheet, template or public notebook) or ours, with an optional remark after a colon."
+        ),
+    ] = {}

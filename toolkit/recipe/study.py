@@ -72,6 +72,21 @@ Figure = Literal[
     "images_per_second",
 ]
 
+Outcome = Literal[
+    "train_loss",
+    "train_accuracy",
+    "train_accuracy_all_images",
+    "val_loss",
+    "val_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "stopped_train_loss",
+    "stopped_train_accuracy",
+    "stopped_val_accuracy",
+    "stopped_test_accuracy",
+]
+"""Columns of which claims are made: less loss is better, more accuracy is."""
+
 EpochFigure = Literal["train/loss", "train/accuracy", "val/loss", "val/accuracy"]
 Keys = dict[str, Any]
 """Recipe keys, nested as in a recipe, with what the field's description says at their ends."""
@@ -169,6 +184,29 @@ class StudyOutput(Table):
     confidence: Annotated[Fraction, describe("Of the intervals over seeds (Student's t).")] = 0.95
 
 
+class Claim(Table):
+    """A statement of a publication about two groups of runs, which the study's runs confirm or refute."""
+
+    statement: Annotated[str, Field(min_length=1), describe("What the publication says.")]
+    source: Annotated[str, describe("Where it says so.")] = ""
+    metric: Annotated[Outcome, describe("The column that is compared.")]
+    better: Annotated[str | Keys, describe("Name of a row, or recipe keys with the values of a group of runs.")]
+    than: Annotated[
+        list[str] | Keys,
+        describe("Names of rows, or keys with the values of another group; [] is every other row of the study."),
+    ] = []
+    holds: Annotated[
+        bool, describe("false: the publication says that it is not better, by more than the margin, than the others.")
+    ] = True
+    margin: Annotated[float, Field(ge=0), describe("How much better it is claimed to be, at least.")] = 0.0
+
+    @model_validator(mode="after")
+    def _two_groups_of_one_kind(self) -> Claim:
+        if isinstance(self.better, str) != isinstance(self.than, list):
+            raise ValueError("better and than are both names of rows, or both recipe keys with values")
+        return self
+
+
 class StudyTable(Table):
     """What varies over the runs of a study. Forms combine: rows x zip x grid x seeds."""
 
@@ -197,6 +235,7 @@ class StudyTable(Table):
     random: Annotated[RandomSearch | None, describe("Random search over the space.")] = None
     bohb: Annotated[BohbSearch | None, describe("BOHB over the space.")] = None
     published: Annotated[list[Published], describe("Published figures of single runs of a grid.")] = []
+    claims: Annotated[list[Claim], describe("Statements of the publication that the runs are to confirm.")] = []
     output: Annotated[StudyOutput, describe("The shape of the table.")] = StudyOutput()
     max_runs: Annotated[int, Field(ge=1), describe("More runs than this start only with --yes.")] = MAX_RUNS
     gpus_per_run: Annotated[int, Field(ge=1), describe("GPUs that one run trains on, where there are any.")] = 1

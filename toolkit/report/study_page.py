@@ -61,6 +61,7 @@ def study_page(found: Outcomes, facts: StudyFacts, drawn: Sequence[tuple[str, st
         "cards": list(_cards(found)),
         "table": as_table(sheet),
         "notes": [printable(note) for note in sheet.notes],
+        "judged": [{**vars(as_table(one)), "notes": [printable(n) for n in one.notes]} for one in found.judged],
         "by_epoch": [{**vars(as_table(one)), "notes": [printable(n) for n in one.notes]} for one in found.by_epoch],
         "charts": [(key.replace("/", "-"), caption) for key, caption in CURVES.items()],
         "drawn": [{"svg": Markup(svg), "label": label} for svg, label in drawn],

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
+from toolkit.expect import different_conditions
 from toolkit.recipe.diagnostics import Diagnostic, RecipeError
 from toolkit.recipe.load import Loaded, placed, read_sources, resolve
 from toolkit.recipe.positions import Path, Position, Span
@@ -34,7 +35,7 @@ from toolkit.study.forms import (
     same,
     zipped,
 )
-from toolkit.study.rules import check_study
+from toolkit.study.rules import check_claims, check_study
 from toolkit.study.space import KINDS, Space, random_configurations, read_space
 
 STUDY: Path = ("study",)
@@ -86,6 +87,13 @@ class StudyFile:
     table: StudyTable
     base: Recipe
     """The recipe that the runs change; keys that every run gives may hold placeholders."""
+    stating: int | None = None
+    """How many of ``sources`` there are up to the last that states published figures; None: all."""
+
+    @property
+    def stating_sources(self) -> list[Source]:
+        """The sources that published figures are about."""
+        return self.sources[: self.stating]
 
     @property
     def name(self) -> str:
@@ -172,7 +180,10 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         raise RecipeError(placed(findings or verdict.findings, merged, name))
     inherited, own = [s for s in sources if s.note], [s for s in sources if not s.note]
     bare = [*_without(inherited, "study", "expect"), *_without(own, "study")]
-    study = StudyFile(name, bare, merged, recipe.study, with_defaults(recipe))
+    last = max(
+        (n for n, s in enumerate(sources, 1) if {"rows", "published"} & s.data.get("study", {}).keys()), default=0
+    )
+    study = StudyFile(name, bare, merged, recipe.study, with_defaults(recipe), last or None)
     faults = list(check_study(study.table, merged.data["study"], study.base_values))
     if faults:
         raise RecipeError(placed(faults, merged, name))
@@ -197,10 +208,13 @@ def expand(study: StudyFile) -> Expansion:
             except RecipeError as error:
                 faults.add(error.diagnostics, name)
                 break  # another seed has the same faults
-            found.runs.append(_with_published(run, study.table, row))
+            found.runs.append(_compared(study, _with_published(run, study.table, row), seed))
             faults.warnings.add(run.loaded.warnings, name)
     if faults.kept:
         raise RecipeError(faults.kept)
+    wrong = list(check_claims(study.table, [run.member for run in found.runs]))
+    if wrong:
+        raise RecipeError(placed(wrong, study.merged, study.path))
     found.warnings = faults.warnings.kept
     found.runs, found.remarks = _without_doubles(found.runs)
     changed = any(run.member.changes for run in found.runs) or study.table.bohb
@@ -290,6 +304,24 @@ def _with_published(run: PlannedRun, table: StudyTable, row: StudyRow | None) ->
         note=" ".join(filter(None, notes)),
     )
     return replace(run, member=member)
+
+
+def _compared(study: StudyFile, run: PlannedRun, seed: Value | None) -> PlannedRun:
+    """The run with the reason why its figures do not compare with the published ones.
+
+    Published figures belong to the recipe as it is up to the file that states them: a file that extends it, or --set,
+    may change the conditions.
+    """
+    if not run.member.published:
+        return run
+    stating = StudyFile(study.path, study.stating_sources, study.merged, study.table, study.base)
+    stated = run.recipe
+    if len(stating.sources) < len(study.sources):
+        try:
+            stated = stating.run(run.member.row, run.changes, seed).recipe
+        except RecipeError:
+            return replace(run, member=replace(run.member, not_comparable="its recipe is incomplete without --set"))
+    return replace(run, member=replace(run.member, not_comparable=different_conditions(run.recipe, stated)))
 
 
 def _meets(published: Published, recipe: Recipe) -> bool:

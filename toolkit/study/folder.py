@@ -65,6 +65,8 @@ class Member:
     published_epochs: dict[str, list[float]] = field(default_factory=dict)
     source: str = ""
     note: str = ""
+    not_comparable: str = ""
+    """Why the run's figures do not compare with the published ones; empty where they do."""
 
 
 class _Member(Shape):
@@ -79,6 +81,7 @@ class _Member(Shape):
     published_epochs: dict[str, list[float]] = Field({})
     source: str = ""
     note: str = ""
+    not_comparable: str = ""
 
 
 class _Study(Shape):
@@ -87,6 +90,7 @@ class _Study(Shape):
     name: str
     file: str
     study: dict[str, Any]
+    assumptions: dict[str, str] = Field({})
     search: dict[str, Any] | None
     complete: bool
     members: list[_Member]
@@ -153,6 +157,11 @@ class StudyFolder:
             return StudyTable.model_validate(self.record["study"])
         except ValueError as error:
             raise DamagedFile(self.path / FILE, error) from None
+
+    @property
+    def assumptions(self) -> dict[str, str]:
+        """Where the values of keys come from: the [assumptions] of the study's file."""
+        return dict(self.record.get("assumptions", {}))
 
     @property
     def members(self) -> list[Member]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.recipe.study import StudyTable
 from toolkit.runs import write_atomically
+from toolkit.study.agreement import Agreement, agreement_sheet, agreements
+from toolkit.study.claims import Judged, claim_records, claims_sheet, judge_claims
 from toolkit.study.compare import compare_rows, comparison_records, comparison_sheet
 from toolkit.study.epochs import epoch_records, epoch_sheets, figures_by_epoch
 from toolkit.study.folder import StudyFolder
@@ -43,13 +45,28 @@ class Outcomes:
     columns: Sequence[str]
     wanted: Wanted
     comparison: dict[str, Comparison]
+    assumptions: Mapping[str, str] = field(default_factory=dict)
+    """Where the values of keys come from."""
+    claims: Sequence[Judged] = ()
 
     @property
     def main(self) -> Sheet:
         """The table itself."""
         if self.trials:
             return trial_sheet(self.trials, self.table, self.name, self.columns)
-        return sheet(self.rows, self.table, self.name, self.columns, intervals=self.wanted.intervals)
+        main = sheet(self.rows, self.table, self.name, self.columns, intervals=self.wanted.intervals)
+        return replace(main, notes=[*main.notes, *_our_assumptions(self.assumptions)])
+
+    @property
+    def agreement(self) -> list[Agreement]:
+        """How far the rows agree with the published ones."""
+        return [] if self.trials else agreements(self.rows, self.columns)
+
+    @property
+    def judged(self) -> list[Sheet]:
+        """The agreement and the verdicts on claims, where there are any."""
+        found = [agreement_sheet(self.agreement)] if self.agreement else []
+        return [*found, *([claims_sheet(self.claims, self.table.output.confidence)] if self.claims else [])]
 
     @property
     def by_epoch(self) -> list[Sheet]:
@@ -88,7 +105,17 @@ def read_outcomes(folder: StudyFolder, wanted: Wanted) -> Outcomes:
     single = all(len(row.results) == 1 for row in rows) and not wanted.by
     trials = outcomes(results, table) if is_search and single else []
     compared = compare_rows(rows, *wanted.compare, columns, table.output.confidence) if wanted.compare else {}
-    return Outcomes(folder.name, table, results, rows, trials, columns, wanted, compared)
+    claims = judge_claims(folder, table, results)
+    return Outcomes(
+        folder.name, table, results, rows, trials, columns, wanted, compared, folder.assumptions, claims
+    )  # fmt: skip
+
+
+def _our_assumptions(assumptions: Mapping[str, str]) -> list[str]:
+    """The keys that the publication does not state, as a note."""
+    ours = {key: value.partition(": ")[2] for key, value in assumptions.items() if value.partition(":")[0] == "ours"}
+    told = "; ".join(f"{key} ({remark})" if remark else key for key, remark in ours.items())
+    return [f"Not stated by the publication, our assumption: {told}."] if told else []
 
 
 def _measured(columns: Sequence[str], results: Sequence[Result]) -> Sequence[str]:
@@ -104,7 +131,7 @@ def _measured(columns: Sequence[str], results: Sequence[Result]) -> Sequence[str
 
 def terminal_text(found: Outcomes) -> str:
     """All tables for a terminal."""
-    return "\n\n".join(text(part) for part in (found.main, *found.by_epoch, *found.compared))
+    return "\n\n".join(text(part) for part in (found.main, *found.judged, *found.by_epoch, *found.compared))
 
 
 def to_json(found: Outcomes) -> dict[str, Any]:
@@ -116,6 +143,9 @@ def to_json(found: Outcomes) -> dict[str, Any]:
         "note": found.table.note,
         "notes": list(found.main.notes),
         "trials" if found.trials else "rows": found.records,
+        "assumptions": dict(found.assumptions),
+        "agreement": [asdict(one) for one in found.agreement],
+        "claims": claim_records(found.claims),
         "epochs": epoch_records(found.rows, found.epoch_figures),
         "comparison": comparison_records(found.comparison),
     }
@@ -126,13 +156,15 @@ def write_tables(found: Outcomes, folder: Path) -> list[Path]:
 
     Raises UserError where that cannot be done.
     """
-    parts = [found.main, *found.by_epoch, *found.compared]
+    parts = [found.main, *found.judged, *found.by_epoch, *found.compared]
     files = {
         "table.csv": csv_text(found.records),
         "table.md": f"# {found.name}\n\n" + "\n\n".join(markdown(part) for part in parts) + "\n",
         "table.tex": "\n\n".join(latex(part) for part in parts) + "\n",
         "runs.csv": csv_text(run_records(found.results)),
     }
+    if found.claims:
+        files["claims.csv"] = csv_text(claim_records(found.claims))
     if found.epoch_figures:
         files["epochs.csv"] = csv_text(epoch_records(found.rows, found.epoch_figures))
     try:

@@ -70,6 +70,7 @@ def record_of(study: StudyFile, *, complete: bool) -> dict[str, Any]:
         "name": study.name,
         "file": os.path.abspath(study.path),
         "study": study.table.model_dump(),
+        "assumptions": study.base.assumptions,
         "search": search_of(study),
         "complete": complete,
     }

@@ -28,6 +28,8 @@ class Result:
     epochs: list[dict[str, Any]] = field(default_factory=list)
     """Records of the epochs trained so far, finished or not."""
     stopped_early: bool = False
+    images: dict[str, int] = field(default_factory=dict)
+    """Images of each split."""
     trouble: str = ""
     """Why it has no figures, where that is known."""
 
@@ -67,7 +69,14 @@ def _result(folder: StudyFolder, member: Member) -> Result:
             failure = failure_of(run) if state == "failed" else None
             return Result(member, state, epochs=epochs, trouble=failure.line if failure else "")
         summary = run.summary
-        return Result(member, state, _figures(summary, epochs), epochs, bool(summary.get("stopped_early")))
+        return Result(
+            member,
+            state,
+            _figures(summary, epochs),
+            epochs,
+            bool(summary.get("stopped_early")),
+            {str(name): int(count) for name, count in summary.get("images", {}).items()},
+        )
     except UserError as fault:
         return Result(member, "failed", trouble=str(fault).strip().splitlines()[0])
     except OSError as fault:

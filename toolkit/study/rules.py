@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from toolkit.recipe.catalog import nearest
 from toolkit.recipe.diagnostics import Finding
 from toolkit.recipe.positions import Path
 from toolkit.recipe.study import StudyTable
+from toolkit.study.folder import Member
 from toolkit.study.forms import (
     MOST_COMBINATIONS,
     Variable,
@@ -17,6 +18,7 @@ from toolkit.study.forms import (
     count_products,
     dotted_leaves,
     read_variables,
+    same,
     uneven,
 )
 
@@ -47,6 +49,40 @@ def check_study(table: StudyTable, given: Mapping[str, Any], base: Mapping[str, 
         yield from _size_is_sane(table, grid, zip_)
     if table.space and (table.random or table.bohb):
         yield from _space_is_right(table, base)
+
+
+def check_claims(table: StudyTable, members: Sequence[Member]) -> Iterator[Finding]:
+    """What is wrong with the study's claims: rows, runs or columns that there are not."""
+    rows = list(dict.fromkeys(member.row for member in members))
+    for number, claim in enumerate(table.claims):
+        place: Path = ("study", "claims", number)
+        if table.bohb is not None or table.random is not None:
+            yield Finding("study.claims: a search has no rows that are known beforehand", place, at="key")
+            return
+        if claim.metric not in table.output.columns:
+            hint = "add it to study.output.columns"
+            yield Finding(f"study.claims: {claim.metric} is not a column of the table", (*place, "metric"), hint=hint)
+        if isinstance(claim.better, str) and isinstance(claim.than, list):
+            for name in (claim.better, *claim.than):
+                if name not in rows:
+                    key = "better" if name == claim.better else "than"
+                    near = nearest(name, rows, 1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"the rows are: {', '.join(rows)}"
+                    yield Finding(f"study.claims: there is no row {name!r}", (*place, key), hint=hint)
+            if claim.better in claim.than or rows == [claim.better]:
+                yield Finding("study.claims: a row is compared with itself", (*place, "than"))
+            continue
+        for key, group in (("better", claim.better), ("than", claim.than)):
+            if isinstance(group, dict) and not any(in_group(member, group) for member in members):
+                yield Finding(f"study.claims: no run has the values of {key}", (*place, key))
+
+
+def in_group(member: Member, group: Mapping[str, Any]) -> bool:
+    """Whether the study gave a run the values of these recipe keys."""
+    return all(
+        key in member.changes and any(same(member.changes[key], value) for value in allowed)
+        for key, allowed in conditions(group).items()
+    )
 
 
 def _something_varies(table: StudyTable, given: Mapping[str, Any]) -> Iterator[Finding]:

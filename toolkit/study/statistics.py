@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import bdtr, betaincinv, nctdtr, stdtr, stdtrit
 
 MOST_EXACT = 16
 """Pairs up to which all 2^n signs are tried."""
@@ -118,3 +118,56 @@ def _exact(differences: Sequence[float]) -> float | None:
         sums = np.concatenate([sums + value, sums - value])
     rounding = 1e-9 * sum(abs(value) for value in differences)
     return float(np.mean(np.abs(sums) >= abs(math.fsum(differences)) - rounding))
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Two models on the same test images: accuracy of the first minus that of the second."""
+
+    first_only: int
+    """Images that only the first gets right."""
+    second_only: int
+    images: int
+
+    @property
+    def difference(self) -> float:
+        """Of the two accuracies."""
+        return (self.first_only - self.second_only) / self.images
+
+    @property
+    def p(self) -> float:
+        """Two-sided p of the exact test (McNemar 1947): binomial, each image that one alone gets right is a toss."""
+        n = self.first_only + self.second_only
+        return min(1.0, 2 * float(bdtr(min(self.first_only, self.second_only), n, 0.5)))
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Of the difference, given how many images one alone gets right (Clopper and Pearson 1934).
+
+        It leaves out 0 exactly where p is below 1 - confidence. Where no image is of that kind it is [0, 0].
+        """
+        k, n, tail = self.first_only, self.first_only + self.second_only, (1 - confidence) / 2
+        low = float(betaincinv(k, n - k + 1, tail)) if k else 0.0
+        high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
+        return (2 * low - 1) * n / self.images, (2 * high - 1) * n / self.images
+
+
+POWER = 0.8
+"""Chance of a decision that :func:`pairs_needed` asks for."""
+
+MOST_PAIRS = 1000
+
+
+def pairs_needed(effect: float, std: float, confidence: float, *, samples: int = 1) -> int | None:
+    """Seeds with which a two-sided t-test finds ``effect`` with a chance of :data:`POWER`, if it is the true one.
+
+    ``std`` is that of a paired difference; of two independent samples (``samples = 2``) the root of the sum of their
+    variances. None where more than :data:`MOST_PAIRS` are needed.
+    """
+    if effect == 0:
+        return None
+    for n in range(2, MOST_PAIRS + 1):
+        freedom = samples * (n - 1)
+        shift = abs(effect) * math.sqrt(n) / std if std else math.inf
+        if math.isinf(shift) or 1 - float(nctdtr(freedom, shift, t_quantile(confidence, freedom))) >= POWER:
+            return n
+    return None

@@ -76,6 +76,11 @@ class Row:
         return first.published if all(_same_published(result.member, first) for result in self.results) else {}
 
     @property
+    def not_comparable(self) -> str:
+        """Why the row's figures do not compare with the published ones; empty where they do."""
+        return next((result.member.not_comparable for result in self.results if result.member.not_comparable), "")
+
+    @property
     def published_spread(self) -> dict[str, Estimate]:
         """Those published figures that are means over several runs."""
         spread = self.results[0].member.published_spread
@@ -231,6 +236,8 @@ def _published(row: Row, column: str) -> tuple[str, str]:
     if published is None:
         return "", ""
     difference = number(column, found.mean - published, signed=True, mean=True) if found else MISSING
+    if row.not_comparable:
+        difference = f"not comparable: {row.not_comparable}"
     shown, several = number(column, published), row.published_spread.get(column)
     if several is not None and several.std is not None:
         shown += f" ± {number(column, several.std, mean=True)}"
@@ -240,7 +247,7 @@ def _published(row: Row, column: str) -> tuple[str, str]:
 def _against_several(row: Row, column: str, table: StudyTable) -> list[str]:
     """A measured mean against a published one over several runs, by Welch's t-test."""
     published, found = row.published_spread.get(column), row.figures.get(column)
-    if published is None:
+    if published is None or row.not_comparable:
         return []
     what = f"{row.name}, {FORMATS[column].heading}: the published mean is of {published.n} runs"
     if found is None:
@@ -321,6 +328,7 @@ def _record(row: Row, columns: Sequence[str]) -> dict[str, object]:
         "finished": len(row.finished),
         "best": row.is_best,
         "open": row.open,
+        **({"not_comparable": row.not_comparable} if row.not_comparable else {}),
     }
     for column in columns:
         found = row.figures.get(column)
@@ -334,10 +342,10 @@ def _record(row: Row, columns: Sequence[str]) -> dict[str, object]:
         if column in row.published:
             published = row.published[column]
             record[f"{column}_published"] = published
-            record[f"{column}_difference"] = found.mean - published if found else None
+            record[f"{column}_difference"] = found.mean - published if found and not row.not_comparable else None
         several = row.published_spread.get(column)
         if several is not None:
-            test = welch(found, several) if found else None
+            test = welch(found, several) if found and not row.not_comparable else None
             record |= {
                 f"{column}_published_std": several.std,
                 f"{column}_published_n": several.n,

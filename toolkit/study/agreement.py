@@ -1,0 +1,102 @@
+"""How far a study's rows agree with the published ones, in one number each."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from toolkit.study.results import STOPPED
+from toolkit.study.sheet import Sheet
+from toolkit.study.table import FORMATS, MISSING, Row, number
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One column of the rows that compare with published figures."""
+
+    figure: str
+    rows: int
+    rank_correlation: float | None
+    """Spearman's; None of fewer than three rows and where all figures are equal."""
+    mean_difference: float
+    """Mean of the absolute differences."""
+    within: float | None
+    """Share of the rows whose difference is at most twice the noise of one run; None where that is not known."""
+    noise: str
+    """What the noise is: ``seeds``, ``published seeds``, ``test images``, or several of them."""
+
+
+def agreements(rows: Sequence[Row], columns: Sequence[str]) -> list[Agreement]:
+    """The agreement of each column of accuracies or losses of which two rows or more have published figures."""
+    found = []
+    for column in columns:
+        compared = [r for r in rows if not r.not_comparable and column in r.published and column in r.figures]
+        if len(compared) > 1 and column.endswith(("_accuracy", "_loss")):
+            found.append(_agreement(column, compared))
+    return found
+
+
+def _agreement(column: str, rows: Sequence[Row]) -> Agreement:
+    ours, theirs = [row.figures[column].mean for row in rows], [row.published[column] for row in rows]
+    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    noises = [_noise(row, column) for row in rows]
+    known = [(d, *noise) for d, noise in zip(differences, noises, strict=True) if noise is not None]
+    return Agreement(
+        column,
+        len(rows),
+        _spearman(ours, theirs),
+        sum(differences) / len(differences),
+        sum(d <= 2 * noise for d, noise, _ in known) / len(known) if len(known) == len(rows) else None,
+        ", ".join(dict.fromkeys(name for *_, name in known)),
+    )
+
+
+def _noise(row: Row, column: str) -> tuple[float, str] | None:
+    """Standard deviation of one run and where it is from; of the test images alone it is a lower bound."""
+    measured, published = row.figures[column], row.published_spread.get(column)
+    if measured.std is not None:
+        return measured.std, "seeds"
+    if published is not None and published.std is not None:
+        return published.std, "published seeds"
+    split, _, kind = column.removeprefix(STOPPED).partition("_")
+    images = next((r.images[split] for r in row.finished if r.images.get(split)), 0)
+    if kind != "accuracy" or split == "train" or not images:
+        return None
+    return math.sqrt(
+        measured.mean * (1 - measured.mean) / images
+    ), f"{'test' if split == 'test' else 'validation'} images"
+
+
+def _spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
+    if len(one) < 3:
+        return None
+    from scipy.stats import spearmanr  # slow to load
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of constant input, which gives nan
+        found = float(spearmanr(one, other).statistic)
+    return None if math.isnan(found) else found
+
+
+def agreement_sheet(found: Sequence[Agreement]) -> Sheet:
+    """The agreement as cells."""
+    head = ["column", "rows", "rank correlation", "mean abs. diff.", "within noise", "noise from"]
+    rows = [
+        [
+            FORMATS[one.figure].heading,
+            str(one.rows),
+            MISSING if one.rank_correlation is None else number("val_loss", one.rank_correlation, signed=True),
+            number(one.figure, one.mean_difference, mean=True),
+            MISSING if one.within is None else f"{100 * one.within:.0f} %",
+            one.noise or MISSING,
+        ]
+        for one in found
+    ]
+    notes = [
+        "Rank correlation: Spearman's, of measured and published figures over the rows that compare.",
+        "Within noise: share of the rows that differ by at most two standard deviations of one run: over its seeds if "
+        "it has several, else as published, else the binomial one of the images, which leaves out what seeds do.",
+    ]
+    return Sheet("Agreement with the published figures", head, rows, notes=notes, left=frozenset({0, 5}))

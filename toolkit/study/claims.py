@@ -1,0 +1,240 @@
+"""Claims of a publication, judged by the runs of a study: reproduced, not reproduced or undecidable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from toolkit.errors import UserError
+from toolkit.recipe.study import Claim, StudyTable
+from toolkit.study.folder import StudyFolder
+from toolkit.study.forms import conditions
+from toolkit.study.results import Result, higher_is_better
+from toolkit.study.rules import in_group
+from toolkit.study.sheet import Sheet
+from toolkit.study.statistics import McNemar, estimate, pairs_needed, welch
+from toolkit.study.table import FORMATS, MISSING, number
+
+Outcome = Literal["reproduced", "not reproduced", "undecidable"]
+Interval = tuple[float, float]
+Rights = Callable[[Result], dict[str, bool]]
+"""Whether the predictions of a run are right, by test image; empty where they cannot be read."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """How much better one group of runs is than another; positive is better, also of losses."""
+
+    than: str
+    effect: float | None = None
+    """None where a group has no finished run."""
+    runs: str = ""
+    """What the effect is over: ``3 pairs``, ``2 and 3 runs``, ``1 run each``."""
+    over_seeds: Interval | None = None
+    over_images: Interval | None = None
+    refuting: Interval | None = None
+    """The interval that decides against the claim: wider where there are several contrasts."""
+    needed: int | None = None
+    """Seeds that would decide with a power of 80 %, if effect and spread are the true ones."""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim with its verdict and the contrast that decides it."""
+
+    claim: Claim
+    verdict: Outcome
+    contrast: Contrast
+
+
+def judge_claims(folder: StudyFolder, table: StudyTable, results: Sequence[Result]) -> list[Judged]:
+    """A verdict on each claim of the study. Reads predictions.csv where a row has one run."""
+
+    def rights(result: Result) -> dict[str, bool]:
+        run = folder.run(result.member)
+        try:
+            return {row["path"]: row["label"] == row["prediction"] for row in run.predictions()} if run else {}
+        except (UserError, OSError):
+            return {}
+
+    return [judge(claim, results, table.output.confidence, rights) for claim in table.claims]
+
+
+def judge(claim: Claim, results: Sequence[Result], confidence: float, rights: Rights) -> Judged:
+    """The verdict on one claim.
+
+    A claim over several rows is reproduced where each contrast confirms it, and not reproduced where one refutes it
+    at a level that is divided by their number (Bonferroni).
+    """
+    one = [r for r in results if _is_in(r, claim.better)]
+    others = _others(claim, results)
+    strict = 1 - (1 - confidence) / max(1, len(others))
+    contrasts = [_contrast(claim, one, name, runs, (confidence, strict), rights) for name, runs in others]
+    verdicts = [_verdict(claim, contrast) for contrast in contrasts]
+    wanted: Outcome = (
+        "not reproduced" if "not reproduced" in verdicts
+        else "undecidable" if "undecidable" in verdicts or not verdicts
+        else "reproduced"
+    )  # fmt: skip
+    deciding = [c for c, verdict in zip(contrasts, verdicts, strict=True) if verdict == wanted] or [Contrast("")]
+    sign = 1 if claim.holds else -1
+    weakest = min(deciding, key=lambda c: math.inf if c.effect is None else sign * c.effect)
+    return Judged(claim, wanted, weakest)
+
+
+def _is_in(result: Result, group: str | dict[str, Any]) -> bool:
+    return result.member.row == group if isinstance(group, str) else in_group(result.member, group)
+
+
+def _others(claim: Claim, results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+    """The groups that the better one is compared with, by name."""
+    if isinstance(claim.than, dict):
+        name = ", ".join(f"{key} {' or '.join(map(str, values))}" for key, values in conditions(claim.than).items())
+        return [(name, [r for r in results if _is_in(r, claim.than)])]
+    names = claim.than or dict.fromkeys(r.member.row for r in results if r.member.row != claim.better)
+    return [(name, [r for r in results if r.member.row == name]) for name in names]
+
+
+def _values(claim: Claim, runs: Sequence[Result]) -> dict[tuple[Any, ...], float]:
+    """Figures of the finished runs by what pairs them: the seed and, of groups by keys, all other varied keys."""
+    found = {}
+    for run in runs:
+        keys = set() if isinstance(claim.better, str) else {*conditions(claim.better), *conditions(_keys(claim.than))}
+        changes = run.member.changes.items() if keys else ()
+        mark = (run.member.seed, *sorted((key, repr(value)) for key, value in changes if key not in keys))
+        if claim.metric in run.figures:
+            found[mark] = run.figures[claim.metric] * (1 if higher_is_better(claim.metric) else -1)
+    return found
+
+
+def _keys(group: list[str] | dict[str, Any]) -> dict[str, Any]:
+    return group if isinstance(group, dict) else {}
+
+
+def _contrast(
+    claim: Claim,
+    one: Sequence[Result],
+    name: str,
+    other: Sequence[Result],
+    levels: tuple[float, float],
+    rights: Rights,
+) -> Contrast:
+    a, b = _values(claim, one), _values(claim, other)
+    if not a or not b:
+        missing = "the first group" if not a else name
+        return Contrast(name, reason=f"{missing} has no finished run with this figure")
+    shared = [mark for mark in a if mark in b]
+    if len(shared) > 1:
+        return _paired(claim, name, [a[mark] - b[mark] for mark in shared], levels)
+    if len(a) > 1 and len(b) > 1:
+        return _unpaired(claim, name, list(a.values()), list(b.values()), levels)
+    mark = shared[0] if shared else None
+    effect = (a[mark] - b[mark]) if mark else sum(a.values()) / len(a) - sum(b.values()) / len(b)
+    if len(a) == len(b) == 1 and claim.metric == "test_accuracy":
+        mine, theirs = (next(r for r in runs if claim.metric in r.figures) for runs in (one, other))
+        return _over_images(name, effect, rights(mine), rights(theirs), levels)
+    what = "1 run each" if len(a) == len(b) == 1 else f"{len(a)} and {len(b)} runs"
+    return Contrast(name, effect, what, reason="two seeds a row or more are needed")
+
+
+def _paired(claim: Claim, name: str, differences: Sequence[float], levels: tuple[float, float]) -> Contrast:
+    found, wider = (estimate(differences, level) for level in levels)
+    runs = f"{found.n} pairs"
+    if not found.std:
+        return Contrast(name, found.mean, runs, reason="the differences do not vary")
+    needed = pairs_needed(found.mean - claim.margin, found.std, levels[0])
+    return Contrast(name, found.mean, runs, found.interval, None, wider.interval, needed)
+
+
+def _unpaired(
+    claim: Claim, name: str, one: Sequence[float], other: Sequence[float], levels: tuple[float, float]
+) -> Contrast:
+    a, b = estimate(one, levels[0]), estimate(other, levels[0])
+    runs, test = f"{a.n} and {b.n} runs", welch(a, b)
+    if test is None:
+        return Contrast(name, a.mean - b.mean, runs, reason="the figures do not vary")
+    spread = math.hypot(a.std or 0.0, b.std or 0.0)
+    needed = pairs_needed(test.difference - claim.margin, spread, levels[0], samples=2)
+    return Contrast(name, test.difference, runs, test.interval(levels[0]), None, test.interval(levels[1]), needed)
+
+
+def _over_images(
+    name: str, effect: float, mine: dict[str, bool], theirs: dict[str, bool], levels: tuple[float, float]
+) -> Contrast:
+    """Two single runs by McNemar's test: how sure the difference of these two models is, not of the two recipes."""
+    if not mine or mine.keys() != theirs.keys():
+        return Contrast(name, effect, "1 run each", reason="no predictions on the same test images")
+    test = McNemar(
+        sum(right and not theirs[path] for path, right in mine.items()),
+        sum(not right and theirs[path] for path, right in mine.items()),
+        len(mine),
+    )
+    reason = f"McNemar's exact test: p {test.p:.4f}; of these two models, since the spread over seeds is not known"
+    found, wider = (test.interval(level) for level in levels)
+    return Contrast(name, test.difference, "1 run each", None, found, wider, None, reason)
+
+
+def _verdict(claim: Claim, contrast: Contrast) -> Outcome:
+    interval = contrast.over_seeds or contrast.over_images
+    if interval is None or contrast.refuting is None:
+        return "undecidable"
+    if claim.holds:
+        confirmed, refuted = interval[0] > claim.margin, contrast.refuting[1] < claim.margin
+    else:
+        confirmed, refuted = interval[1] <= claim.margin, contrast.refuting[0] > claim.margin
+    return "reproduced" if confirmed else "not reproduced" if refuted else "undecidable"
+
+
+# -- as cells and records ---------------------------------------------------------------------------------------------
+
+
+def claims_sheet(judged: Sequence[Judged], confidence: float) -> Sheet:
+    """The verdicts as cells."""
+    level = f"{confidence * 100:g} %"
+    head = ["claim", "verdict", "column", "compared with", "effect", "runs", f"{level} over seeds",
+            f"{level} over test images", "seeds to decide"]  # fmt: skip
+    rows, notes = [], []
+    for one in judged:
+        claim, found = one.claim, one.contrast
+        effect = MISSING if found.effect is None else number(claim.metric, found.effect, signed=True, mean=True)
+        needed = MISSING if found.needed is None or one.verdict != "undecidable" else str(found.needed)
+        intervals = [_interval(claim, found.over_seeds), _interval(claim, found.over_images)]
+        heading = FORMATS[claim.metric].heading
+        cells = [claim.statement, one.verdict, heading, found.than, effect, found.runs or MISSING, *intervals, needed]
+        rows.append(cells)
+        if claim.source or found.reason:
+            notes.append(f"{claim.statement}: {'; '.join(filter(None, (claim.source, found.reason)))}.")
+    about = (
+        "Effect: how much better, above 0, the claim's first row is; of a loss, how much less. Of several rows the "
+        "deciding one is shown. Paired (t) where the seeds are the same, and of groups all other varied keys; else Welch."
+    )
+    notes.insert(0, about)
+    notes.append(
+        "Seeds to decide: for a t-test with a power of 80 %, if effect and spread seen here are the true ones."
+    )
+    return Sheet("Claims", head, rows, notes=notes, left=frozenset({0, 1, 2, 3}))
+
+
+def _interval(claim: Claim, interval: Interval | None) -> str:
+    if interval is None:
+        return MISSING
+    low, high = (number(claim.metric, end, signed=True, mean=True) for end in interval)
+    return f"[{low}, {high}]"
+
+
+def claim_records(judged: Sequence[Judged]) -> list[dict[str, object]]:
+    """The verdicts for programs; effects and intervals as plain numbers."""
+    records: list[dict[str, object]] = []
+    for one in judged:
+        found = one.contrast
+        seeds, images = found.over_seeds or (None, None), found.over_images or (None, None)
+        records.append({
+            "claim": one.claim.statement, "source": one.claim.source, "verdict": one.verdict,
+            "metric": one.claim.metric, "compared_with": found.than, "effect": found.effect, "runs": found.runs,
+            "seeds_low": seeds[0], "seeds_high": seeds[1], "images_low": images[0], "images_high": images[1],
+            "seeds_to_decide": found.needed if one.verdict == "undecidable" else None, "reason": found.reason,
+        })  # fmt: skip
+    return records
