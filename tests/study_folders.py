@@ -28,6 +28,10 @@ class FakeRun:
     published_epochs: dict[str, list[float]] = field(default_factory=dict)
     note: str = ""
     failure: str = "the loss is nan"
+    not_comparable: str = ""
+    right: Sequence[bool] = ()
+    """Whether the prediction of each test image is right; empty: no predictions.csv."""
+    images: dict[str, int] = field(default_factory=lambda: {"train": 2892})
 
 
 def write_study(path: Path, study: Mapping[str, Any], runs: Sequence[FakeRun], name: str = "small") -> StudyFolder:
@@ -47,12 +51,16 @@ def _write_run(path: Path, number: int, run: FakeRun) -> Member:
         records = [_epoch(epoch, value) for epoch, value in enumerate(run.val_accuracy, 1)]
         (path / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         if run.state == "finished":
-            (path / name / "summary.json").write_text(json.dumps(_summary(records, run.test_accuracy)))
+            summary = _summary(records, run.test_accuracy) | {"images": run.images}
+            (path / name / "summary.json").write_text(json.dumps(summary))
+        if run.right:
+            lines = [f"{number}.jpg,cat,{'cat' if right else 'dog'},0.5" for number, right in enumerate(run.right)]
+            (path / name / "predictions.csv").write_text("\n".join(["path,label,prediction,probability", *lines, ""]))
         if run.state == "failed":
             (path / name / "failed.json").write_text(json.dumps({"message": run.failure, "when": ""}))
     return Member(
         run.row, run.seed, run.changes, f"{number:064x}", name, run.published, run.published_spread,
-        run.published_epochs, "", run.note,
+        run.published_epochs, "", run.note, run.not_comparable,
     )  # fmt: skip
 
 
@@ -76,7 +84,6 @@ def _summary(records: Sequence[Mapping[str, float]], test_accuracy: float) -> di
         "epochs_run": len(records),
         "stopped_early": False,
         "parameters": 1234,
-        "images": {"train": 2892},
         "images_per_epoch": 2560,
         "seconds": 2.5 * len(records),
         "images_per_s": 400.0,

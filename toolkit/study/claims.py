@@ -209,7 +209,7 @@ def claims_sheet(judged: Sequence[Judged], confidence: float) -> Sheet:
             notes.append(f"{claim.statement}: {'; '.join(filter(None, (claim.source, found.reason)))}.")
     about = (
         "Effect: how much better, above 0, the claim's first row is; of a loss, how much less. Of several rows the "
-        "deciding one is shown. Paired (t) where the seeds are the same, and of groups all other varied keys; else Welch."
+        "deciding one is shown. Paired (t) where the seeds are the same, and of groups other varied keys; else Welch."
     )
     notes.insert(0, about)
     notes.append(
