@@ -172,7 +172,7 @@ def published_rows(not_comparable: str = "") -> list[FakeRun]:
 
 
 def test_agreement_of_single_runs(tmp_path: Path) -> None:
-    """Ranks 1 2 3 and 1 3 2: 1 - 6 * 2 / 24. Binomial errors 0.05, 0.049, 0.04: 0.02 is within two, 0.15, 0.1 aren't."""
+    """Ranks 1 2 3 and 1 3 2: 1 - 6 * 2 / 24. Binomial errors 0.05, 0.049, 0.04: 0.02 is within two of them."""
     (found,) = outcome(tmp_path, published_rows())["agreement"]
     assert found["rank_correlation"] == pytest.approx(0.5)
     assert found["mean_difference"] == pytest.approx(0.09)
