@@ -28,7 +28,7 @@ def outcome(folder: Path, runs: Sequence[FakeRun], assumptions: dict[str, str] |
     study = write_study(folder / "small", {"claims": [CLAIM | claim]}, runs)
     if assumptions:
         study.write({**study.record, "assumptions": assumptions}, study.members)
-    shown = toolkit("table", study.path, "--json")
+    shown = toolkit("table", str(study.path), "--json")
     assert shown.status == 0, shown.stderr
     return json.loads(shown.stdout)
 
@@ -192,7 +192,7 @@ def test_agreement_over_seeds_uses_their_spread(tmp_path: Path) -> None:
 
 def test_rows_that_do_not_compare_print_no_difference(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "small", {}, published_rows("the run used part of the images")).path
-    shown = toolkit("table", folder, "--columns", "test_accuracy")
+    shown = toolkit("table", str(folder), "--columns", "test_accuracy")
     assert shown.status == 0
     assert shown.stdout.count("not comparable: the run used part of the images") == 3
     assert "15.00" not in shown.stdout

@@ -38,6 +38,8 @@ def _sections(path: str, entry: FieldInfo) -> Iterator[str]:
     """The section of a table, and those of the tables within it."""
     model, heading = _table_of(path, entry.annotation)
     if model is None:
+        if "." not in path:  # a table whose keys are the user's
+            yield f"### `[{path}]`\n\n{entry.description}\n"
         return
     alike = ", `[[augment.validation]]`, `[[augment.test]]`" if path == "augment.train" else ""
     yield f"### `{heading}`{alike}\n"
