@@ -1,7 +1,7 @@
 """Near-duplicate images: the same photograph rescaled, recompressed, or cropped.
 
 No library is used: the hashes of imagehash do not match a crop with the image that it was cut from, and features of a
-network would need weights that may not be at hand. Every image is a gray thumbnail here. Its whole area, as 6 x 6 means,
+network would need weights that may not be at hand. Each image is a gray thumbnail here. Its whole area, as 6 x 6 means,
 is compared with many windows of every other image by normalized cross-correlation; the best candidates are aligned and
 compared again at 16 x 16, where other photographs of the same subject differ.
 """
