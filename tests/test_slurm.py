@@ -319,7 +319,7 @@ def test_status_of_a_study_names_the_row_of_each_run(monkeypatch: pytest.MonkeyP
         assert [(each["row"], each["seed"]) for each in found] == [("sgd, lr 0.1; again", 7), ("adam", 8), (None, None)]
         lines = toolkit("status", path).stdout.splitlines()[-4:]
         assert lines[0].split() == ["run", "row", "seed", "job", "state", "epoch", "requeued"]
-        assert lines[1].split("  ")[:3] == ["quickstart/20260102-030405-0000", "sgd, lr 0.1; again", "7   "]
+        assert lines[1].split("  ")[:3] == ["quickstart/20260102-030405-0000", "sgd, lr 0.1; again", "7"]
         assert lines[3].split()[1:3] == ["-", "-"]
 
 

@@ -365,22 +365,22 @@ def test_a_column_a_level_and_x_after_the_stop(tmp_path: Path) -> None:
     assert (
         """
 Dropout: val. acc. % by epoch
-epoch            0.1     0.2  0.3
----------------------------------
-1              46.60  *43.30    -
-2             *58.40       x    -
-3             v58.00       x    -
-test acc. %    50.00   50.00    -
+epoch           0.1     0.2  0.3
+--------------------------------
+1             46.60  *43.30    -
+2            *58.40       x    -
+3            v58.00       x    -
+test acc. %   50.00   50.00    -
 *: the best epoch of the column; v: the epoch after it, where it is worse.
 x: after the last epoch of the run.
 -: no finished run: 0.3.
 
 Dropout: val. acc. % by epoch, as published
-epoch            0.1  0.2  0.3
-------------------------------
-1              40.00    -    -
-2             *50.00    -    -
-test acc. %    47.00    -    -
+epoch           0.1  0.2  0.3
+-----------------------------
+1             40.00    -    -
+2            *50.00    -    -
+test acc. %   47.00    -    -
 """
         in shown
     )

@@ -32,8 +32,9 @@ LIKELY, PROMISING = 0.9, 0.7
 """Correlation from which a window is a candidate, and, at 16 x 16, is worth being aligned."""
 KEPT = 6
 """Candidates for each image that are examined further."""
-SAME, SAME_DETAIL = 0.9, 0.6
-"""Correlation of an aligned pair, and of its detail (less the mean of 3 x 3 cells), from which it is a duplicate."""
+SAME, SAME_DETAIL, SAME_CROP, CROP = 0.9, 0.95, 0.8, 0.7
+"""Correlation of an aligned pair, and of its detail (less the mean of 3 x 3 cells), from which it is a duplicate. Crops,
+whose windows take less than 0.7 of the area, are aligned less well; whole images are more often alike by chance."""
 FLAT = 3.0
 """Images whose coarse means deviate by less, in gray levels of 255, have nothing to compare."""
 
@@ -54,7 +55,8 @@ def near_pairs(thumbnails: npt.NDArray[np.uint8], aspects: Floats) -> list[tuple
     outer, inner, boxes = _promising(images, *found)
     boxes = _align(images, outer, inner, boxes)
     parts, wholes = _cells(images[outer], boxes), _wholes(images[inner])
-    is_same = (_correlation(parts, wholes) >= SAME) & (_correlation(_detail(parts), _detail(wholes)) >= SAME_DETAIL)
+    needed = np.where(boxes[:, 2] * boxes[:, 3] < CROP * SIDE * SIDE, SAME_CROP, SAME_DETAIL)
+    is_same = (_correlation(parts, wholes) >= SAME) & (_correlation(_detail(parts), _detail(wholes)) >= needed)
     return sorted({(int(min(pair)), int(max(pair))) for pair in zip(outer[is_same], inner[is_same], strict=True)})
 
 
