@@ -21,9 +21,9 @@ def scene(seed: int) -> Image.Image:
     draw = np.random.default_rng(seed)
     layers = [
         np.asarray(Image.fromarray(draw.integers(0, 256, (n, n), dtype=np.uint8)).resize((240, 160)), dtype=np.float32)
-        for n in (5, 12, 24)
+        for n in (4, 8, 14)
     ]
-    return Image.fromarray((sum(layers) / 3).astype(np.uint8)).convert("RGB")
+    return Image.fromarray((layers[0] * 0.6 + layers[1] * 0.25 + layers[2] * 0.15).astype(np.uint8)).convert("RGB")
 
 
 def recompressed(image: Image.Image, quality: int) -> Image.Image:
@@ -81,7 +81,9 @@ def test_the_command_counts_across_and_within_splits_with_and_without_the_same_c
         "of_more_than_one_class": [leaked],
     }
     assert found["duplicates"]["within_splits"]["validation"] == [["val/a/0.png", "val/a/equal.bmp"]]
-    shown = toolkit(*command).stdout
+    outcome = toolkit(*command)
+    assert outcome.status == 0, outcome.stderr
+    shown = outcome.stdout
     assert (
         "leakage    1 groups of near-duplicates are in both train and test\n  train/a/0.png ~ test/b/crop.png" in shown
     )

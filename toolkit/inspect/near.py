@@ -33,8 +33,8 @@ LIKELY, PROMISING = 0.9, 0.7
 KEPT = 6
 """Candidates for each image that are examined further."""
 SAME, SAME_DETAIL, SAME_CROP, CROP = 0.9, 0.95, 0.8, 0.7
-"""Correlation of an aligned pair, and of its detail (less the mean of 3 x 3 cells), from which it is a duplicate. Crops,
-whose windows take less than 0.7 of the area, are aligned less well; whole images are more often alike by chance."""
+"""Correlation of an aligned pair, and of its detail (less the mean of 3 x 3 cells), from which it is one. Crops, whose
+windows take less than 0.7 of the area, are aligned less well; whole images are more often alike by chance."""
 FLAT = 3.0
 """Images whose coarse means deviate by less, in gray levels of 255, have nothing to compare."""
 
@@ -51,8 +51,12 @@ def near_pairs(thumbnails: npt.NDArray[np.uint8], aspects: Floats) -> list[tuple
     ``thumbnails`` is uint8 [n, 64, 64], ``aspects`` width over height of the images, [n].
     """
     images = thumbnails.astype(np.float32)
+    if len(thumbnails) == 0:
+        return []
     found = _candidates(images, np.log(aspects), SHARES if len(images) <= MOST_CROPS else SHARES[:1])
     outer, inner, boxes = _promising(images, *found)
+    if len(outer) == 0:
+        return []
     boxes = _align(images, outer, inner, boxes)
     parts, wholes = _cells(images[outer], boxes), _wholes(images[inner])
     needed = np.where(boxes[:, 2] * boxes[:, 3] < CROP * SIDE * SIDE, SAME_CROP, SAME_DETAIL)
