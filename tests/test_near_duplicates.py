@@ -110,4 +110,4 @@ def test_caltech_has_31_images_in_its_smallest_class(shared_data: Path) -> None:
 
 def test_the_grid_of_giunta_has_144_points() -> None:
     path = next(Path(__file__).parent.parent.glob("recipes/papers/giunta/grid*.toml"))
-    assert len(expand(read_study(str(path), [])).members) == 144
+    assert expand(read_study(str(path), [])).count == 144
