@@ -201,4 +201,5 @@ def _pool(starts: npt.NDArray[np.float64], length: float) -> Floats:
     edges = starts[:, None] + length * np.arange(COARSE + 1) / COARSE
     pixel = np.arange(SIDE)
     overlap = np.minimum(edges[:, 1:, None], pixel + 1) - np.maximum(edges[:, :-1, None], pixel)
-    return (np.clip(overlap, 0, None) / (length / COARSE)).astype(np.float32)
+    matrices: Floats = (np.clip(overlap, 0, None) / (length / COARSE)).astype(np.float32)
+    return matrices
