@@ -16,7 +16,7 @@ from PIL import Image
 from toolkit.inspect.data import examine
 from toolkit.inspect.figures import contact_sheet, histogram
 from toolkit.recipe import load_recipe
-from toolkit.report.samples import CAPTION, GAP, TILE
+from toolkit.report.samples import CAPTION, GAP, TILE, class_totals
 from toolkit.report.style import SPLIT_COLOURS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -107,9 +107,16 @@ def test_text_shows_names_as_they_are(images: Path, tmp_path: Path, monkeypatch:
     assert "leakage    1 images are in both train and test" in outcome.stdout
     assert "note       splits by folders: train is train/, validation is val/, test is test/\n" in outcome.stdout
     assert "train/日本/0.png = test/日本/0.bmp" in outcome.stdout
-    paths = [Path(line) for line in outcome.stdout.splitlines()[-3:]]
+    paths = [Path(line) for line in outcome.stdout.splitlines()[-5:]]
     assert [str(path) for path in paths] == [
-        f"data-report/quickstart/{name}" for name in ("class-histogram.png", "class-histogram.svg", "contact-sheet.png")
+        f"data-report/quickstart/{name}"
+        for name in (
+            "class-histogram.png",
+            "class-histogram.svg",
+            "class-totals.png",
+            "class-totals.svg",
+            "contact-sheet.png",
+        )
     ]
     for path in paths:
         head = path.read_bytes()[:200]
@@ -156,6 +163,14 @@ def test_histogram_has_a_bar_for_each_class_and_split() -> None:
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["train (1,294)", "validation (144)"]
     assert len(set(SPLIT_COLOURS.values())) == 3
+
+
+def test_the_whole_data_set_is_one_panel() -> None:
+    """Mereu's figure of the data: images per class over all splits together."""
+    report = examine(load_recipe(RECIPES / "quickstart.toml"), lambda text: None)
+    (axes,) = class_totals("title", report.classes, sum(report.counts.values())).axes
+    assert [bar.get_height() for bar in axes.patches] == np.bincount(report.dataset.labels).tolist()
+    assert axes.get_legend().get_texts()[0].get_text() == "all splits (1,797)"
 
 
 def test_contact_sheet_shows_raw_and_normalised_images() -> None:

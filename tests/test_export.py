@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from toolkit import export as exporting
+from toolkit.engine.checkpoint import find_latest, load_checkpoint
 from toolkit.predict import TrainedModel, load_model
 from toolkit.runs import Run
 from toolkit.timm_config import crop_share
@@ -303,6 +304,27 @@ def test_an_earlier_export_in_the_run_is_replaced(runs: Callable[[str], Run]) ->
         assert toolkit("export", run.path, "--format", "safetensors").status == 0
         assert (run.path / "export" / "safetensors" / "model.safetensors").is_file()
         (run.path / "export" / "safetensors" / "model.safetensors").write_bytes(b"old")
+
+
+def test_the_last_model_can_be_exported_too(runs: Callable[[str], Run], tmp_path: Path) -> None:
+    """Colbertaldo's C5: the state dict after the last epoch, which the last checkpoint holds."""
+    run = runs("convnet")
+    outcome = toolkit("export", run.path, "--format", "safetensors", "--epoch", "last")
+    assert outcome.status == 0, outcome.stderr
+    exported = load_model(run.path / "export" / "safetensors-last").module.state_dict()
+    newest = find_latest(run.checkpoints, lambda line: None)
+    assert newest is not None
+    content = load_checkpoint(newest)
+    expected = {**content["model"], **content["ema"]}
+    assert content["position"]["epoch"] == run.epochs()[-1]["epoch"]
+    assert all(torch.equal(exported[name], expected[name]) for name in exported)
+    copy = Run(shutil.copytree(run.path, tmp_path / "copy"))
+    for path in copy.checkpoints.glob("*.pt"):
+        path.unlink()
+    said = toolkit("export", copy.path, "--format", "safetensors", "--epoch", "last", "-o", tmp_path / "out")
+    assert (said.status, (tmp_path / "out").exists()) == (2, False)
+    assert "has no whole checkpoint of epoch" in said.stderr
+    assert "--epoch 3: expected best or last" in toolkit("export", run.path, "--format", "onnx", "--epoch", "3").stderr
 
 
 def test_a_folder_in_use_and_a_place_that_cannot_be_written_are_refused(

@@ -16,7 +16,15 @@ from report_runs import HOSTILE, PREDICTIONS, VAL_ACCURACY, first_layer, write_r
 from toolkit.errors import UserError
 from toolkit.report import curves, outcome
 from toolkit.report.facts import Facts, Filters, gather
-from toolkit.report.filters import SHOWN, choose, effect_figure, filter_picture, filters_figure, response
+from toolkit.report.filters import (
+    SHOWN,
+    channel_products,
+    choose,
+    effect_figure,
+    filter_picture,
+    filters_figure,
+    tinted,
+)
 from toolkit.report.measures import Predictions, calibration
 from toolkit.report.mistakes import mistakes, mistakes_figure
 from toolkit.report.style import CYCLE, SPLIT_COLOURS, look, page_svg, save
@@ -133,8 +141,8 @@ def test_a_filter_is_drawn_on_its_own_scale_with_grey_for_zero() -> None:
 def test_filters_before_and_after_stand_side_by_side_under_the_same_numbers() -> None:
     before, after = filters_figure("title", known_filters()).axes
     assert [(a.get_title(), [t.get_text() for t in a.texts]) for a in (before, after)] == [
-        ("before training", ["0", "1", "2", "3"]),
-        ("after training", ["0", "1", "2", "3"]),
+        ("before training", ["1", "2", "3", "4"]),
+        ("after training", ["1", "2", "3", "4"]),
     ]
     assert not np.array_equal(before.images[0].get_array(), after.images[0].get_array())
     many = filters_figure("title", known_filters(400))
@@ -145,21 +153,37 @@ def test_filters_before_and_after_stand_side_by_side_under_the_same_numbers() ->
 def test_the_filters_shown_on_an_image() -> None:
     filters = known_filters()
     assert choose(filters)[0][0] == 2, "the one that has changed"
-    assert choose(filters, [3, 0])[0] == [3, 0]
+    assert choose(filters, [4, 1])[0] == [3, 0], "numbers count from 1, indices from 0"
     unchanged = Filters("conv.weight", filters.before, filters.before)
     strongest = int((filters.before**2).sum((1, 2, 3)).argmax())
     assert choose(unchanged)[0][0] == strongest
     assert "none has changed" in choose(unchanged)[1]
-    with pytest.raises(UserError, match=r"--filters 4: .* has 4 filters, numbered from 0 to 3"):
-        choose(filters, [4])
+    with pytest.raises(UserError, match=r"--filters 5: .* has 4 filters, numbered from 1 to 4"):
+        choose(filters, [5])
+    with pytest.raises(UserError, match=r"--filters 0: .* has 4 filters, numbered from 1 to 4"):
+        choose(filters, [0])
 
 
-def test_a_response_is_the_convolution() -> None:
+def test_products_of_channels_are_the_convolution_of_each_channel() -> None:
     image = np.random.default_rng(2).normal(size=(3, 9, 7)).astype(np.float32)
     weights = first_layer()[0]
     expected = torch.nn.functional.conv2d(torch.from_numpy(image)[None], torch.from_numpy(weights))[0].numpy()
     for number in range(4):
-        assert response(weights[number], image) == pytest.approx(expected[number], abs=1e-5)
+        products = channel_products(weights[number], image)
+        assert products.shape == (3, 7, 5)
+        assert products.sum(0) == pytest.approx(expected[number], abs=1e-5)
+        alone = torch.nn.functional.conv2d(
+            torch.from_numpy(image[1:2])[None], torch.from_numpy(weights[number, 1:2])[None]
+        )
+        assert products[1] == pytest.approx(alone[0, 0].numpy(), abs=1e-5)
+
+
+def test_a_filter_that_passes_one_color_gives_the_image_its_tint() -> None:
+    weights = np.zeros((3, 3, 3), dtype=np.float32)
+    weights[1] = 1 / 9
+    tint = tinted(channel_products(weights, np.ones((3, 8, 8), dtype=np.float32)))
+    assert tint.shape == (6, 6, 3)
+    assert tint[0, 0] == pytest.approx([0.5, 1.0, 0.5]), "green, where red and blue are at gray"
 
 
 def test_effect_of_filters(facts: Facts) -> None:
@@ -167,9 +191,32 @@ def test_effect_of_filters(facts: Facts) -> None:
 
     image = np.random.default_rng(3).normal(size=(3, 300, 300)).astype(np.float32)
     figure = effect_figure("title", known_filters(), [2, 0], Image.new("L", (300, 300)), image)
-    shown = [axes.images[0].get_array().shape for axes in figure.axes if axes.images]
-    assert max(side for shape in shown[3:] for side in shape) <= 160, "large responses are thinned out"
-    assert [axes.get_title() for axes in figure.axes[1:3]] == ["filter 2", "filter 0"]
+    shown = {axes: axes.images[0].get_array().shape for axes in figure.axes if axes.images}
+    assert len(shown) == 1 + 2 * 5, "an image, and of both filters: itself, two responses, two images of products"
+    assert max(side for shape in shown.values() for side in shape[:2]) <= 160, "large responses are thinned out"
+    assert [axes.get_title() for axes in figure.axes if axes.get_title().startswith("filter")] == [
+        "filter 3",
+        "filter 1",
+    ]
+    gray = effect_figure("title", known_filters(), [0], Image.new("L", (300, 300)), image[:1])
+    assert len([axes for axes in gray.axes if axes.images]) == 1 + 3, "one channel has no tint"
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_the_title_of_an_effect_is_not_cut_off(count: int) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    image = np.random.default_rng(3).normal(size=(3, 32, 32)).astype(np.float32)
+    figure = effect_figure(
+        "giunta-convnet-with-a-long-name", known_filters(8), list(range(count)), Image.new("RGB", (32, 32)), image
+    )
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = figure._suptitle.get_window_extent(canvas.get_renderer())
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert box.y1 <= figure.bbox.height
 
 
 # Files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -302,6 +303,35 @@ def test_status_logs_and_cancel_without_jobs(monkeypatch: pytest.MonkeyPatch) ->
     outcome = toolkit("cancel", str(run.path))
     assert outcome.status == 2
     assert "not submitted" in outcome.stderr
+
+
+def test_status_of_a_study_names_the_row_of_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows with the same recipe share a run; a run of its own belongs to no row."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    folder = StudyFolder(Path("runs/quickstart"))
+    runs = [a_run(f"20260102-030405-000{index}", None, folder.path) for index in range(3)]
+    members = [Member("sgd, lr 0.1", 7, {}, "a", runs[0].id), Member("adam", 8, {}, "b", runs[1].id),
+               Member("again", 7, {}, "a", runs[0].id)]  # fmt: skip
+    record = {"name": "quickstart", "file": "s.toml", "study": {"seeds": 4}, "search": None, "complete": True}
+    folder.write(record, members)
+    for path in ("runs/quickstart", "runs"):
+        found = json.loads(toolkit("status", path, "--json").stdout)
+        assert [(each["row"], each["seed"]) for each in found] == [("sgd, lr 0.1; again", 7), ("adam", 8), (None, None)]
+        lines = toolkit("status", path).stdout.splitlines()[-4:]
+        assert lines[0].split() == ["run", "row", "seed", "job", "state", "epoch", "requeued"]
+        assert lines[1].split("  ")[:3] == ["quickstart/20260102-030405-0000", "sgd, lr 0.1; again", "7"]
+        assert lines[3].split()[1:3] == ["-", "-"]
+
+
+def test_status_does_not_take_a_published_folder_for_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    run = a_run(job=None)
+    for folder in (run.path / "publish", run.path.parent / "for-the-hub"):
+        folder.mkdir()
+        (folder / "recipe.toml").write_text((run.path / "recipe.toml").read_text())
+        (folder / "model.safetensors").touch()
+    for path in ("runs", str(run.path.parent)):
+        assert [found["run"] for found in json.loads(toolkit("status", path, "--json").stdout)] == [str(run.path)]
 
 
 def test_durations() -> None:

@@ -94,6 +94,24 @@ def test_runs_coloured_by_a_parameter(tmp_path: Path) -> None:
     assert axes.lines[1].get_xdata()[-1] == 12
 
 
+def test_batch_sizes_are_colored_by_their_logarithms(tmp_path: Path) -> None:
+    """Mereu's table 6: 32 to 512, each twice the one before, lie at equal distances on the color scale."""
+    sizes = [32, 64, 128, 256, 512]
+    runs = [FakeRun(f"batch {n}", 0, {"train.batch_size": n}, [0.5, 0.6]) for n in sizes]
+    figure = drawn(outcomes_of(write_study(tmp_path / "s", {"rows": [{"name": "x"}]}, runs)))["curves-by-batch_size"]
+    scale = figure.axes[1]
+    assert scale.get_yscale() == "log"
+    assert [tick.get_text() for tick in scale.get_yticklabels()] == [str(n) for n in sizes]
+
+
+def test_training_accuracy_has_its_curves(tmp_path: Path) -> None:
+    axes = drawn(dropout_study(tmp_path))["curves-train-accuracy"].axes[0]
+    assert axes.get_ylabel() == "training accuracy (%)"
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([55.5 + epoch for epoch in range(10)]), (
+        "0.05 above validation"
+    )
+
+
 def test_a_level_plot_has_validation_and_test(tmp_path: Path) -> None:
     axes = drawn(dropout_study(tmp_path))["levels-dropout"].axes[0]
     assert axes.get_xlabel() == "model.convnet.dropout"
@@ -181,7 +199,14 @@ def test_the_command_writes_svg_and_pdf(tmp_path: Path) -> None:
     outcome = toolkit("table", tmp_path / "dropout", "--figures")
     assert outcome.status == 0
     files = {path.name for path in (tmp_path / "dropout" / "figures").iterdir()}
-    names = {"curves-train-loss", "curves-val-loss", "curves-val-accuracy", "curves-by-dropout", "levels-dropout"}
+    names = {
+        "curves-train-loss",
+        "curves-train-accuracy",
+        "curves-val-loss",
+        "curves-val-accuracy",
+        "curves-by-dropout",
+        "levels-dropout",
+    }
     assert files == {f"{name}.{kind}" for name in names for kind in ("svg", "pdf")}
     assert all((tmp_path / "dropout" / "figures" / name).stat().st_size > 1000 for name in files)
 

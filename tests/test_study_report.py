@@ -67,7 +67,7 @@ def test_figures_for_print_and_one_page(study: StudyFolder, monkeypatch: pytest.
     monkeypatch.setattr(written_study, "page_svg", style.page_svg)
     outcome = report(study.path)
     text = page(outcome)
-    expected = {"curves-train-loss", "curves-val-loss", "curves-val-accuracy", "curves-by-lr"}
+    expected = {"curves-train-loss", "curves-train-accuracy", "curves-val-loss", "curves-val-accuracy", "curves-by-lr"}
     assert {path.name for path in (study.path / "figures").iterdir()} == {
         f"{n}.{k}" for n in expected for k in ("svg", "pdf")
     }

@@ -107,7 +107,7 @@ def seeded_study(path: Path) -> Path:
 
 def plain(shown: str) -> str:
     """Dashes and minus signs as hyphens, which are easier to read in a test."""
-    return shown.replace("\N{EN DASH}", "-").replace("\N{MINUS SIGN}", "-")
+    return shown.replace("\N{EN DASH}", "-").replace("\N{MINUS SIGN}", "-").replace("\N{DOWNWARDS ARROW}", "v")
 
 
 def test_a_note_that_rows_share_is_told_once_with_all_of_them(tmp_path: Path) -> None:
@@ -350,7 +350,12 @@ def test_a_table_is_read_where_nothing_can_be_written(tmp_path: Path) -> None:
 def test_a_column_a_level_and_x_after_the_stop(tmp_path: Path) -> None:
     """G8's shape, and the published figures in the same shape below."""
     runs = [
-        FakeRun("0.1", val_accuracy=[0.466, 0.584, 0.58], published_epochs={"val/accuracy": [0.4, 0.5]}),
+        FakeRun(
+            "0.1",
+            val_accuracy=[0.466, 0.584, 0.58],
+            published={"test_accuracy": 0.47},
+            published_epochs={"val/accuracy": [0.4, 0.5]},
+        ),
         FakeRun("0.2", val_accuracy=[0.433]),
         FakeRun("0.3", state="missing"),
     ]
@@ -360,19 +365,22 @@ def test_a_column_a_level_and_x_after_the_stop(tmp_path: Path) -> None:
     assert (
         """
 Dropout: val. acc. % by epoch
-epoch    0.1    0.2  0.3
-------------------------
-1      46.60  43.30    -
-2      58.40      x    -
-3      58.00      x    -
+epoch           0.1     0.2  0.3
+--------------------------------
+1             46.60  *43.30    -
+2            *58.40       x    -
+3            v58.00       x    -
+test acc. %   50.00   50.00    -
+*: the best epoch of the column; v: the epoch after it, where it is worse.
 x: after the last epoch of the run.
 -: no finished run: 0.3.
 
 Dropout: val. acc. % by epoch, as published
-epoch    0.1  0.2  0.3
-----------------------
-1      40.00    -    -
-2      50.00    -    -
+epoch           0.1  0.2  0.3
+-----------------------------
+1             40.00    -    -
+2            *50.00    -    -
+test acc. %   47.00    -    -
 """
         in shown
     )
@@ -384,6 +392,37 @@ epoch    0.1  0.2  0.3
         ("0.1", "3", "0.58", ""),
         ("0.2", "1", "0.433", ""),
     ]
+
+
+def test_rows_sorted_by_a_column_and_the_first_of_them(tmp_path: Path) -> None:
+    """The grid's best rows; the files keep all rows in the study's order."""
+    found = [(f"row {n}", 0.5 + 0.01 * (n * 7 % 12)) for n in range(12)]
+    runs = [FakeRun(name, 0, {"a.b": name}, [value], 1 - value) for name, value in found]
+    runs.append(FakeRun("open", state="missing"))
+    folder = write_study(tmp_path / "s", {"rows": [{"name": "x"}], "output": {"columns": ["val_loss"]}}, runs).path
+    best = [name for name, _ in sorted(found, key=lambda item: -item[1])]
+
+    def names(*arguments: str) -> list[str]:
+        outcome = toolkit("table", folder, "--json", *arguments)
+        assert outcome.status == 0, outcome.stderr
+        return [str(row["row"]) for row in json.loads(outcome.stdout)["rows"]]
+
+    assert names("--sort", "val_accuracy", "--top", "3") == best[:3]
+    assert names("--sort", "test_accuracy") == [*best[::-1], "open"], "rows without the figure stand last"
+    assert names("--sort", "val_loss", "--top", "2") == best[:2], "the smallest loss first"
+    assert names("--top", "2") == best[:2], "by output.best_by"
+    assert names() == [*(name for name, _ in found), "open"]
+    shown = toolkit("table", folder, "--sort", "val_accuracy", "--top", "2").stdout
+    lines = shown.splitlines()
+    assert (lines[3].startswith(f"* {best[0]} "), lines[4].startswith(f"  {best[1]} ")) == (True, True)
+    assert "val. acc. %" in lines[1]
+    assert "Sorted by val. acc. %, the best first; the first 2 of 13 lines." in shown
+    with open(folder / "table.csv", newline="") as file:
+        assert [line["row"] for line in csv.DictReader(file)] == [*(name for name, _ in found), "open"]
+    assert (
+        "--sort val_acc: there is no such column; did you mean val_"
+        in toolkit("table", folder, "--sort", "val_acc").stderr
+    )
 
 
 def test_loss_and_accuracy_by_epoch(tmp_path: Path) -> None:

@@ -266,10 +266,20 @@ def _stopped_differs(summary: dict[str, Any]) -> bool:
 def _take_stopped(run: Run, module: nn.Module, summary: dict[str, Any], outcome: Outcome) -> bool:
     """Load the last epoch's weights from its checkpoint into the module; False, with a remark, where it is gone."""
     epoch = summary["stopped"]["epoch"]
+    if not load_last_model(run, module, epoch):
+        outcome.remarks.append(f"the stopped model was not evaluated: no whole checkpoint of epoch {epoch} is left")
+        return False
+    return True
+
+
+def load_last_model(run: Run, module: nn.Module, epoch: int) -> bool:
+    """Load the weights after ``epoch``, the run's last one, into ``module``; False where that checkpoint is gone.
+
+    Where the run averages weights, these are the averages, which it evaluates.
+    """
     path = find_latest(run.checkpoints, lambda warning: None)  # its words are for a run that goes on
     content = None if path is None else load_checkpoint(path)
     if content is None or content["position"]["epoch"] != epoch or content["position"]["step"]:
-        outcome.remarks.append(f"the stopped model was not evaluated: no whole checkpoint of epoch {epoch} is left")
         return False
     module.load_state_dict(content["model"])
     named = dict(module.named_parameters()) | dict(module.named_buffers())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import toolkit
 from toolkit.errors import RunFailed, UserError
-from toolkit.evaluate import images_of
+from toolkit.evaluate import images_of, load_last_model
 from toolkit.models.names import first_line
 from toolkit.models.weights import is_file_reference, pack_state
 from toolkit.predict import TrainedModel, load_model, model_card
@@ -35,6 +35,8 @@ from toolkit.timm_config import fits_timm, timm_config, transform_note
 IMAGES = 64
 BATCHES = (1, 5, 26, 32)
 """The 64 images are compared in batches of these sizes, since the number of images must be free."""
+EPOCHS = ("best", "last")
+"""Whose weights can be exported: those of the selected epoch, or of the last one."""
 LIMIT = 1e-4
 """Logits may differ by this much, at most."""
 WEIGHTS, ONNX, PROGRAM = "model.safetensors", "model.onnx", "model.pt2"
@@ -69,22 +71,39 @@ class Exported:
         return {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
 
 
-def export(path: Path, name: str, folder: Path | None = None) -> Exported:
+def export(path: Path, name: str, folder: Path | None = None, epoch: str = "best") -> Exported:
     """Write the model of a run (or of an exported folder) as one of :data:`FORMATS` into a new folder.
 
-    ``folder`` must be new or empty; by default ``path/export/name``, which replaces an earlier export.
+    ``epoch`` is "best" for the epoch that the run selected, or "last" for the last one that it trained. ``folder`` must
+    be new or empty; by default ``path/export/name`` (``path/export/name-last``), which replaces an earlier export.
 
-    Raises UserError for an unknown format, missing packages, a folder that is in use, a model that the format cannot
-    hold; RunFailed where the written model computes something else. The folder then does not come to be.
+    Raises UserError for an unknown format or epoch, missing packages, a folder that is in use, a model that the format
+    cannot hold, a last model whose checkpoint is gone; RunFailed where the written model computes something else. The
+    folder then does not come to be.
     """
     chosen = _format(name)
+    if epoch not in EPOCHS:
+        raise UserError(f"--epoch {epoch}: expected {' or '.join(EPOCHS)}")
     trained = load_model(path)
+    if epoch == "last":
+        _load_last(path, trained)
     inputs, images = images_to_compare(path, trained)
-    target = folder or path / "export" / name
+    target = folder or path / "export" / (name if epoch == "best" else f"{name}-{epoch}")
     with new_folder(target, replace=folder is None) as unfinished:
         difference = write_checked(chosen, trained, unfinished, inputs, name)
     notes = [note for note in (trained.caution, transform_note(trained, target) if name == "timm" else None) if note]
     return Exported(target, difference, images, notes)
+
+
+def _load_last(path: Path, trained: TrainedModel) -> None:
+    """Put the weights of the run's last epoch in place of the best ones."""
+    if not (path / "recipe.toml").is_file():
+        raise UserError(f"--epoch last: {path} is no run directory, and an exported folder holds one model only")
+    run = open_run(path)
+    epochs = run.epochs()
+    last = int(epochs[-1]["epoch"]) if epochs else 0
+    if not load_last_model(run, trained.module, last):
+        raise UserError(f"--epoch last: {run.checkpoints} has no whole checkpoint of epoch {last}, the last one")
 
 
 def write_checked(chosen: Format, trained: TrainedModel, folder: Path, inputs: Tensor, name: str) -> float:

@@ -21,10 +21,13 @@ def export(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Folder to write. Default: RUN/export/FORMAT.")
     ] = None,
+    epoch: Annotated[
+        str, typer.Option(metavar="EPOCH", help="Whose weights: best (the selected epoch) or last (the last one).")
+    ] = "best",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a run's best model for other programs.
+    """Write a run's best model, or its last one, for other programs.
 
     The preprocessing is written beside it. Before the folder gets its name, the model is read back and both are run on
     64 images; logits must agree within 1e-4.
@@ -36,11 +39,17 @@ def export(
         from toolkit.export import LIMIT
         from toolkit.export import export as write
 
-        done = write(run, style, out)
+        done = write(run, style, out, epoch)
         for note in done.notes:
             say(note)
         if as_json:
-            content = {"folder": str(done.folder), "format": style, "files": done.files(), "images": done.images}
+            content = {
+                "folder": str(done.folder),
+                "format": style,
+                "epoch": epoch,
+                "files": done.files(),
+                "images": done.images,
+            }
             print(json.dumps({**content, "max_abs_difference": done.difference}, indent=2))
             return EXIT_OK
         for name, size in done.files().items():

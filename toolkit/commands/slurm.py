@@ -224,12 +224,12 @@ def status(
 
     def work() -> int:
         from toolkit.slurm.array import headline
-        from toolkit.slurm.job import find_runs, queue, state_or_damage
+        from toolkit.slurm.job import find_runs, queue, states
 
         runs = find_runs(path)
         jobs = queue()
         if as_json:
-            print(json.dumps([state_or_damage(run, jobs).to_json() for run in runs], indent=2))
+            print(json.dumps([state.to_json() for state in states(runs, jobs)], indent=2))
         elif runs:
             try:
                 said = headline(path, jobs)
@@ -247,27 +247,32 @@ def status(
 
 def _show_states(runs: list[Any], jobs: Any) -> None:
     from toolkit.recipe.diagnostics import printable
-    from toolkit.slurm.job import state_or_damage
+    from toolkit.slurm.job import states
+    from toolkit.study.sheet import width
 
-    rows = [("run", "job", "state", "epoch", "requeued", "")]
-    rows += [_state_row(state_or_damage(run, jobs)) for run in runs]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print(printable("  ".join([*cells, row[5]]).rstrip()))
+    found = states(runs, jobs)
+    lines = [["run", "job", "state", "epoch", "requeued", ""], *(_state_row(state) for state in found)]
+    if any(state.row is not None for state in found):  # runs of a study are told apart by their rows
+        named = [("row", "seed"), *((s.row or "-", "-" if s.seed is None else str(s.seed)) for s in found)]
+        for line, (row, seed) in zip(lines, named, strict=True):
+            line[1:1] = [printable(row), seed]
+    widths = [max(width(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
+    for line in lines:
+        cells = [cell + " " * (room - width(cell)) for cell, room in zip(line, widths, strict=False)]
+        print(printable("  ".join([*cells, line[-1]]).rstrip()))
 
 
-def _state_row(state: State) -> tuple[str, str, str, str, str, str]:
+def _state_row(state: State) -> list[str]:
     path = Path(state.run)
     times = f"{state.requeued} times" if state.requeued != 1 else "once"
-    return (
+    return [
         f"{path.parent.name}/{path.name}",
         state.job or "-",
         state.state,
         f"{state.epoch}/{state.epochs}" if state.state != "damaged" else "-",
         times if state.requeued else "-",
         state.detail,
-    )
+    ]
 
 
 def logs(

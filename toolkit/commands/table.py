@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,12 @@ def table(
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Confidence intervals in place of standard deviations.")
     ] = False,
+    sort: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Sort the rows by a metric, such as val_accuracy, best first.")
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Show N rows only, the best by --sort or output.best_by.")
+    ] = None,
     figures: Annotated[bool, typer.Option("--figures", help="Also draw figures, SVG and PDF.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -44,11 +51,11 @@ def table(
         from toolkit.study.folder import StudyFolder
         from toolkit.study.output import Wanted, read_outcomes, terminal_text, to_json, write_tables
 
-        wanted = Wanted(_listed(columns), _listed(by), compare, intervals)
+        wanted = Wanted(_listed(columns), _listed(by), compare, intervals, sort, top)
         found = read_outcomes(StudyFolder(study), wanted)
         print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if as_json else terminal_text(found))
         try:
-            write_tables(found, study)
+            write_tables(replace(found, wanted=replace(wanted, sort=None, top=None)), study)  # the files hold all rows
         except UserError as error:  # somebody else's study can still be read
             print(f"warning: {error}", file=sys.stderr)
         if figures:

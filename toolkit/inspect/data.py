@@ -1,4 +1,4 @@
-"""A look through a recipe's images: counts, sizes, statistics, unreadable files, duplicates across splits."""
+"""A look through a recipe's images: counts, sizes, statistics, unreadable files, duplicates and near-duplicates."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from toolkit.data.splits import SPLITS, describe_splits, split_dataset
 from toolkit.data.statistics import channel_statistics
 from toolkit.data.values import choose_range, range_words
 from toolkit.formatting import plural
+from toolkit.inspect.near import MOST, MOST_CROPS, SMALLEST, near_pairs, thumbnail
+from toolkit.inspect.near import groups as connected
 from toolkit.models.build import expected_input
 from toolkit.recipe.diagnostics import printable
 from toolkit.recipe.schema import Recipe
@@ -37,13 +39,15 @@ class Seen:
 
     width: int
     height: int
+    thumbnail: npt.NDArray[np.uint8] | None
+    """Uint8 [64, 64]; None of an image that is too small to be compared with others."""
     pixels: bytes
     """Hash of size and decoded pixels: equal for equal images, whatever the file's name and metadata."""
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Images with the same pixels."""
+    """Groups of images that are the same: pixel by pixel, or nearly (rescaled, recompressed, cropped)."""
 
     across: dict[str, list[list[str]]]
     """Groups of names that are in both splits of "train, test" and the like: leakage."""
@@ -72,6 +76,9 @@ class Report:
     unreadable: list[tuple[str, str]]
     """Name and reason."""
     duplicates: Duplicates
+    """Of equal pixels."""
+    near: Duplicates
+    """Of nearly the same content; groups that have equal pixels throughout are left out."""
     examples: dict[int, int]
     """The first readable training image of each class, by class."""
     notes: tuple[str, ...] = ()
@@ -100,11 +107,8 @@ class Report:
             "mean": list(self.mean),
             "std": list(self.std),
             "unreadable": [{"name": printable(name), "reason": printable(why)} for name, why in self.unreadable],
-            "duplicates": {
-                "across_splits": _printable(self.duplicates.across),
-                "within_splits": _printable(self.duplicates.within),
-                "of_more_than_one_class": _printable({"": self.duplicates.contradicting})[""],
-            },
+            "duplicates": _groups_json(self.duplicates),
+            "near_duplicates": _groups_json(self.near),
         }
 
 
@@ -122,6 +126,7 @@ def examine(recipe: Recipe, say: Callable[[str], None]) -> Report:
             dataset = replace(dataset, images=dataset.images.with_range(value_range))
     seen, unreadable = look_at(dataset, used)
     readable = {split: np.array([i for i in splits[split] if int(i) in seen], dtype=np.int64) for split in SPLITS}
+    near, searched = find_near_duplicates(dataset, readable, seen)
     preprocessing, mean, std = _statistics(recipe, dataset, readable["train"])
     labels, classes = dataset.labels, len(dataset.classes)
     examples: dict[int, int] = {}
@@ -138,8 +143,9 @@ def examine(recipe: Recipe, say: Callable[[str], None]) -> Report:
         std=std,
         unreadable=unreadable,
         duplicates=find_duplicates(dataset, readable, seen),
+        near=near,
         examples=examples,
-        notes=(*dataset.notes, describe_splits(dataset, data)),
+        notes=(*dataset.notes, describe_splits(dataset, data), *searched),
     )
 
 
@@ -152,7 +158,8 @@ def look_at(dataset: Dataset, indices: Sizes) -> tuple[dict[int, Seen], list[tup
         except BadImage as error:
             return error.reason
         head = f"{image.mode} {image.width} {image.height} ".encode()
-        return Seen(image.width, image.height, hashlib.blake2b(head + image.tobytes(), digest_size=16).digest())
+        small = thumbnail(image) if min(image.size) >= SMALLEST else None
+        return Seen(image.width, image.height, small, hashlib.blake2b(head + image.tobytes(), digest_size=16).digest())
 
     numbers = [int(i) for i in indices]
     with ThreadPoolExecutor(granted_cpus()) as pool:  # decoders and hashes release the interpreter lock
@@ -166,11 +173,36 @@ def find_duplicates(dataset: Dataset, splits: dict[str, Sizes], seen: dict[int, 
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, found in seen.items():
         groups[found.pixels].append(index)
+    return _by_split(dataset, splits, [group for group in groups.values() if len(group) > 1])
+
+
+def find_near_duplicates(
+    dataset: Dataset, splits: dict[str, Sizes], seen: dict[int, Seen]
+) -> tuple[Duplicates, list[str]]:
+    """Groups of images that show the same, rescaled, recompressed or cropped, and notes on what was not searched."""
+    indices = [index for index, found in seen.items() if found.thumbnail is not None]
+    notes = []
+    if len(indices) < len(seen):
+        notes.append(f"near-duplicates are not searched among images with a side below {SMALLEST} pixels")
+    if len(indices) > MOST:
+        notes.append(f"near-duplicates are not searched among more than {MOST:,} images")
+        indices = []
+    elif len(indices) > MOST_CROPS:
+        notes.append(f"crops are not searched among more than {MOST_CROPS:,} images, only whole images that are alike")
+    if len(indices) < 2:
+        return _by_split(dataset, splits, []), notes
+    aspects = np.array([seen[index].width / seen[index].height for index in indices], dtype=np.float32)
+    pairs = near_pairs(np.stack([t for index in indices if (t := seen[index].thumbnail) is not None]), aspects)
+    found = [[indices[place] for place in group] for group in connected(pairs)]
+    return _by_split(dataset, splits, [group for group in found if len({seen[i].pixels for i in group}) > 1]), notes
+
+
+def _by_split(dataset: Dataset, splits: dict[str, Sizes], groups: list[list[int]]) -> Duplicates:
     split_of = {int(index): split for split in SPLITS for index in splits[split]}
     across: dict[str, list[list[str]]] = {f"{one}, {other}": [] for one, other in combinations(SPLITS, 2)}
     within: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     contradicting = []
-    for members in (group for group in groups.values() if len(group) > 1):
+    for members in groups:
         names = {index: dataset.images.name(index) for index in members}
         inside = {split: [names[i] for i in members if split_of[i] == split] for split in SPLITS}
         for split in SPLITS:
@@ -219,6 +251,14 @@ def _common_sizes(sizes: Sizes) -> list[tuple[tuple[int, int], int]]:
     return Counter((int(w), int(h)) for w, h in sizes).most_common(SHOWN)
 
 
+def _groups_json(found: Duplicates) -> dict[str, Any]:
+    return {
+        "across_splits": _printable(found.across),
+        "within_splits": _printable(found.within),
+        "of_more_than_one_class": _printable({"": found.contradicting})[""],
+    }
+
+
 def _printable(groups: dict[str, list[list[str]]]) -> dict[str, list[list[str]]]:
     return {key: [[printable(name) for name in group] for group in found] for key, found in groups.items()}
 
@@ -239,7 +279,7 @@ def report_text(report: Report) -> str:
         f"std        {_values(report.std)}  (training images, resized and cropped, pixels in 0..1)",
         f"normalised with mean {_values(report.preprocessing.mean)}, std {_values(report.preprocessing.std)}",
         *_listed("unreadable", [f"{name}: {why}" for name, why in report.unreadable]),
-        *_duplicate_lines(report.duplicates),
+        *_duplicate_lines(report.duplicates, report.near),
     ]
     return "\n".join(printable(line) for line in lines)
 
@@ -258,24 +298,25 @@ def _class_lines(report: Report) -> list[str]:
     ]
 
 
-def _duplicate_lines(found: Duplicates) -> list[str]:
+def _duplicate_lines(found: Duplicates, near: Duplicates) -> list[str]:
     lines = []
-    for pair, groups in found.across.items():
-        what = f"leakage    {len(groups)} images are in both {pair.replace(', ', ' and ')}"
-        lines += [what, *_examples(groups)] if groups else []
-    for split, groups in found.within.items():
-        what = f"repeated   {len(groups)} images are more than once in {split}"
-        lines += [what, *_examples(groups)] if groups else []
-    if found.contradicting:
-        what = f"labels     {len(found.contradicting)} images are of more than one class"
-        lines += [what, *_examples(found.contradicting)]
+    for words, duplicates, sign in (("images are", found, "="), ("groups of near-duplicates are", near, "~")):
+        for pair, groups in duplicates.across.items():
+            what = f"leakage    {len(groups)} {words} in both {pair.replace(', ', ' and ')}"
+            lines += [what, *_examples(groups, sign)] if groups else []
+        for split, groups in duplicates.within.items():
+            more = "more than once in" if sign == "=" else "within"
+            lines += [f"repeated   {len(groups)} {words} {more} {split}", *_examples(groups, sign)] if groups else []
+        if duplicates.contradicting:
+            what = f"labels     {len(duplicates.contradicting)} {words} of more than one class"
+            lines += [what, *_examples(duplicates.contradicting, sign)]
     if not any(found.across.values()):
-        lines.append("leakage    none: no two splits share an image")
+        lines.append("leakage    none of equal pixels: no two splits share an image")
     return lines
 
 
-def _examples(groups: list[list[str]]) -> list[str]:
-    shown = [f"  {' = '.join(group)}" for group in groups[:SHOWN]]
+def _examples(groups: list[list[str]], sign: str) -> list[str]:
+    shown = [f"  {f' {sign} '.join(group)}" for group in groups[:SHOWN]]
     return shown + ([f"  ... and {len(groups) - SHOWN} more"] if len(groups) > SHOWN else [])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from toolkit.data.images import MODES, to_mode
@@ -22,8 +23,11 @@ def draw(report: Report, folder: Path, say: Callable[[str], None]) -> list[Path]
     """Write all figures into ``folder`` and return their paths. Raises UserError where that cannot be done."""
     with look(say):
         bars, sheet = histogram(report), contact_sheet(report)
+        title = f"{report.recipe.recipe.name}: images per class of {report.dataset.name}, all splits together"
+        totals = samples.class_totals(title, report.classes, np.sum(list(report.counts.values()), axis=0))
         return [
             *save(bars, folder, "class-histogram", ("png", "svg")),
+            *save(totals, folder, "class-totals", ("png", "svg")),
             *save(sheet, folder, "contact-sheet", ("png",)),
         ]
 

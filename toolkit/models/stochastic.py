@@ -63,6 +63,10 @@ class Repeatable(nn.Module):
         self.whole = _whole_dims(plain)
         self.train(plain.training)
 
+    def __repr__(self) -> str:
+        """The text of the layer that it stands in for: a printed model shows the architecture's own layers."""
+        return repr(self.plain)
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, ...] to the same shape."""
         keys = self.state.keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from toolkit.errors import UserError
 from toolkit.report.facts import Filters
-from toolkit.report.style import columns_for
+from toolkit.report.style import columns_for, short
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -26,12 +27,14 @@ CELL = (TILE + GAP + NUMBER, TILE + GAP)
 """Height and width of what one filter takes."""
 SIDE = 128
 """A response of more pixels is thinned out, as a layer with strides does."""
+LETTERS = 12
+"""Letters of a title, 9 points high, per inch of a figure's width."""
 HEADER = 0.6
 """Room for the titles, inches."""
 
 
 def filters_figure(title: str, filters: Filters) -> Figure:
-    """All filters before training (left) and after (right), numbered as in the weight tensor, from 0.
+    """All filters before training (left) and after (right), numbered from 1, as the reports do.
 
     Each is brought to its own full range, so that its pattern shows: grey is 0. With three input channels these are
     red, green and blue; of other numbers of channels the mean is drawn in grey.
@@ -50,11 +53,13 @@ def filters_figure(title: str, filters: Filters) -> Figure:
         axes.set_title(when, fontsize=8, pad=3)
         for index in range(count):
             top, left = _place(index, columns)
-            axes.text(left, top + NUMBER - 4, str(index), fontsize=min(7.0, 70 / columns))
+            axes.text(left, top + NUMBER - 4, str(index + 1), fontsize=min(7.0, 70 / columns))
     some = f", first {count} of {len(filters.after)}" if count < len(filters.after) else ""
     change = 100 * float(relative_change(filters).mean())
     what = f"filters of {filters.layer.removesuffix('.weight')}{some}; mean change {change:.2g} %"
-    figure.text(0.5, 1 - 0.15 / height, f"{title}: {what}", ha="center", va="center", fontsize=9, parse_math=False)
+    figure.text(
+        0.5, 1 - 0.15 / height, f"{short(title, 60)}: {what}", ha="center", va="center", fontsize=9, parse_math=False
+    )
     return figure
 
 
@@ -94,16 +99,18 @@ def relative_change(filters: Filters) -> Floats:
 
 
 def choose(filters: Filters, wanted: Sequence[int] = ()) -> tuple[list[int], str]:
-    """The filters asked for; else those that training has changed most, or the strongest where it changed none.
+    """Indices of the filters asked for; else of those that training has changed most, or the strongest if none changed.
 
-    The second value says which. Raises UserError for a number that no filter has.
+    ``wanted`` are numbers from 1, the indices count from 0. The second value says which they are.
+
+    Raises UserError for a number that no filter has.
     """
     count = len(filters.after)
-    wrong = [number for number in wanted if not 0 <= number < count]
+    wrong = [number for number in wanted if not 1 <= number <= count]
     if wrong:
-        raise UserError(f"--filters {wrong[0]}: {filters.layer} has {count} filters, numbered from 0 to {count - 1}")
+        raise UserError(f"--filters {wrong[0]}: {filters.layer} has {count} filters, numbered from 1 to {count}")
     if wanted:
-        return list(wanted), "the filters asked for"
+        return [number - 1 for number in wanted], "the filters asked for"
     change = relative_change(filters)
     is_changed = bool(change.max() > 0)
     rank = change if is_changed else (filters.after**2).sum((1, 2, 3))
@@ -111,39 +118,59 @@ def choose(filters: Filters, wanted: Sequence[int] = ()) -> tuple[list[int], str
     return [int(i) for i in np.argsort(-rank, kind="stable")[:CHOSEN]], which
 
 
-def response(weights: Floats, image: Floats) -> Floats:
-    """The filter [C, h, w] at each place of an image [C, H, W] where it lies wholly within, stride 1."""
+def channel_products(weights: Floats, image: Floats) -> Floats:
+    """Each channel of an image [C, H, W] filtered by its own part of the filter [C, h, w], stride 1, no padding.
+
+    Float32 [C, H - h + 1, W - w + 1]; the sum over the channels is the filter's response.
+    """
     windows = np.lib.stride_tricks.sliding_window_view(image, weights.shape[1:], axis=(1, 2))
-    out: Floats = np.einsum("cyxij,cij->yx", windows, weights, optimize=True)
+    out: Floats = np.einsum("cyxij,cij->cyx", windows, weights, optimize=True)
     return out
 
 
-def effect_figure(title: str, filters: Filters, chosen: Sequence[int], picture: Image.Image, image: Floats) -> Figure:
-    """An image, and each chosen filter with its response before and after training.
+def tinted(products: Floats) -> Floats:
+    """Products of red, green and blue [3, H, W] as an image [H, W, 3] in 0..1: gray is 0, on one scale."""
+    reach = max(float(np.abs(products).max()), 1e-12)
+    picture: Floats = (0.5 + 0.5 * products / reach).transpose(1, 2, 0)
+    return picture
 
-    ``picture`` is the image as a person knows it, ``image`` as the model gets it, [C, H, W]. The colours of a response
-    reach from minus to plus its own greatest absolute value; white is 0.
+
+def effect_figure(title: str, filters: Filters, chosen: Sequence[int], picture: Image.Image, image: Floats) -> Figure:
+    """An image, and each chosen filter with what it makes of the image before and after training.
+
+    ``chosen`` are indices from 0. ``picture`` is the image as a person knows it, ``image`` as the model gets it,
+    [C, H, W]. The colors of a response reach from minus to plus its own greatest absolute value; white is 0. Of images
+    with three channels the products of the channels are shown too, as an image: a filter that passes one color more
+    than the others gives it a tint, which the response, their sum, does not show.
     """
-    columns = len(chosen) + 1
-    figure = Figure(figsize=(1.2 * columns, 3.9), layout="constrained")
-    cells = figure.subplots(3, columns, squeeze=False, height_ratios=(0.7, 1, 1))
+    labels = ["response\nbefore\ntraining", "response\nafter\ntraining"]
+    if len(image) == 3:
+        labels += ["red, green,\nblue products\nbefore", "red, green,\nblue products\nafter"]
+    columns, rows = len(chosen) + 2, len(labels) + 1
+    width = 1.2 * columns
+    figure = Figure(figsize=(width, 1.1 * rows + 0.8), layout="constrained")
+    cells = figure.subplots(rows, columns, squeeze=False, height_ratios=[0.7, *(1 for _ in labels)])
     for cell in cells.flat:
         cell.set_axis_off()
-    cells[0, 0].text(0.5, 0.5, "filter after\ntraining", ha="center", va="center", fontsize=8)
+    for row, label in enumerate(["filter after\ntraining", *labels]):
+        cells[row, 0].text(0.5, 0.5, label, ha="center", va="center", fontsize=8, transform=cells[row, 0].transAxes)
     is_small = max(picture.size) <= SIDE
     enlarged = picture.convert("RGB").resize((160, 160), Image.Resampling.NEAREST if is_small else None)
-    cells[1, 0].imshow(enlarged, interpolation="none")
-    cells[1, 0].set_title("image", fontsize=8)
-    cells[2, 0].text(0.5, 0.5, "responses\nabove before,\nbelow after\ntraining", ha="center", va="center", fontsize=8)
-    for column, number in enumerate(chosen, 1):
-        cells[0, column].imshow(filter_picture(filters.after[number], TILE), interpolation="none")
-        cells[0, column].set_title(f"filter {number}", fontsize=8)
+    cells[1, 1].imshow(enlarged, interpolation="none")
+    cells[1, 1].set_title("image", fontsize=8)
+    for column, index in enumerate(chosen, 2):
+        cells[0, column].imshow(filter_picture(filters.after[index], TILE), interpolation="none")
+        cells[0, column].set_title(f"filter {index + 1}", fontsize=8)
         for row, weights in ((1, filters.before), (2, filters.after)):
-            found = response(weights[number], image)
-            step = -(-max(found.shape) // SIDE)
-            found = found[::step, ::step]
+            products = channel_products(weights[index], image)
+            step = -(-max(products.shape[1:]) // SIDE)
+            products = products[:, ::step, ::step]
+            found = products.sum(0)
             reach = max(float(np.abs(found).max()), 1e-12)
             cells[row, column].imshow(found, cmap="PuOr", vmin=-reach, vmax=reach, interpolation="none")
-    figure.suptitle(f"{title}: filters of the first layer on an image (orange -, white 0, purple +)", fontsize=9,
-                    parse_math=False)  # fmt: skip
+            if len(image) == 3:
+                cells[row + 2, column].imshow(tinted(products), interpolation="none")
+    scale = "responses: orange -, white 0, purple +" + ("; products: gray 0" if len(image) == 3 else "")
+    what = f"{title}: filters of the first layer on an image ({scale})"
+    figure.suptitle(textwrap.fill(what, int(width * LETTERS)), fontsize=9, parse_math=False)
     return figure

@@ -13,7 +13,7 @@ from PIL import Image
 
 from toolkit.formatting import plural
 from toolkit.report.measures import Counts
-from toolkit.report.style import DPI, SPLIT_COLOURS, columns_for, grid, short
+from toolkit.report.style import DPI, SKY, SPLIT_COLOURS, columns_for, grid, short
 
 LABELLED = 250
 """More classes are drawn as one outline, without their names."""
@@ -29,34 +29,47 @@ def class_histogram(title: str, names: Sequence[str], counts: Mapping[str, Count
 
     ``counts`` has for "train", "validation" and "test" the images of each class, int64 [classes].
     """
+    train, validation, test = (counts[split] for split in ("train", "validation", "test"))
+    return _class_panels(title, names, [{"train": train, "validation": validation}, {"test": test}])
+
+
+def class_totals(title: str, names: Sequence[str], totals: Counts) -> Figure:
+    """Images per class of the whole data set, all splits together, in one panel; ``totals`` is int64 [classes]."""
+    return _class_panels(title, names, [{"all splits": totals}])
+
+
+def _class_panels(title: str, names: Sequence[str], panels: Sequence[Mapping[str, Counts]]) -> Figure:
+    """One panel of bars a mapping, one below the other; the counts of a mapping are stacked."""
     count, positions = len(names), np.arange(len(names))
     width = min(max(7.0, 1.2 + 0.17 * count), 40.0)
     longest = max(len(name) for name in names) if count <= LABELLED else 0
     upright = count > 12 or count * longest > 90
     labels_height = (0.075 * min(longest, 40) if upright else 0.3) + 0.2
-    figure = Figure(figsize=(width, 4.6 + labels_height), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    train, validation, test = (counts[split] for split in ("train", "validation", "test"))
-    _bars(upper, positions, train, "train")
-    _bars(upper, positions, validation, "validation", train)
-    _bars(lower, positions, test, "test")
-    for axes in (upper, lower):
+    shares = (3, 2)[: len(panels)]
+    figure = Figure(figsize=(width, 0.92 * sum(shares) + labels_height), layout="constrained")
+    cells = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=shares)[:, 0]
+    for axes, stacked in zip(cells, panels, strict=True):
+        bottom = None
+        for split, heights in stacked.items():
+            _bars(axes, positions, heights, split, bottom)
+            bottom = heights
         axes.set_ylabel("images")
         grid(axes)
         axes.legend(loc="upper right", ncols=2)
         axes.margins(x=0.6 / max(count, 1), y=0.18)
+    lowest = cells[-1]
     if count <= LABELLED:
         small = {"fontsize": 7 if count > 40 else 9}
         shown = [short(name, 40) for name in names]
-        lower.set_xticks(positions, shown, rotation=90 if upright else 0, parse_math=False, **small)
+        lowest.set_xticks(positions, shown, rotation=90 if upright else 0, parse_math=False, **small)
     else:
-        lower.set_xlabel(f"{plural(count, 'class', 'classes')}, in the order of the data set")
-    upper.set_title(title, parse_math=False)
+        lowest.set_xlabel(f"{plural(count, 'class', 'classes')}, in the order of the data set")
+    cells[0].set_title(title, parse_math=False)
     return figure
 
 
 def _bars(axes: Axes, positions: Any, heights: Counts, split: str, bottom: Any = None) -> None:
-    style: dict[str, Any] = {"color": SPLIT_COLOURS[split], "label": f"{split} ({int(heights.sum()):,})"}
+    style: dict[str, Any] = {"color": SPLIT_COLOURS.get(split, SKY), "label": f"{split} ({int(heights.sum()):,})"}
     if len(heights) <= LABELLED:
         axes.bar(positions, heights, 0.8, bottom=bottom, **style)
         return

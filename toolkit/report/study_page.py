@@ -21,7 +21,7 @@ from toolkit.report.run_page import environment_table
 from toolkit.runs import Run
 from toolkit.study.output import Outcomes
 from toolkit.study.results import Result, best_of
-from toolkit.study.sheet import MINUS, Sheet
+from toolkit.study.sheet import BEST, DECLINE, MINUS, Sheet
 from toolkit.study.table import FORMATS, best_row, short_value
 from toolkit.study.table import title as title_of
 from toolkit.study.trials import search_metric, varied_keys
@@ -30,7 +30,8 @@ COLOURS = ("blue", "vermilion", "green", "purple", "orange", "sky", "ink")
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
 """Rows have colours first and then dashes; 28 differ from each other."""
 
-CURVES = {"val/accuracy": "Validation accuracy", "val/loss": "Validation loss", "train/loss": "Training loss"}
+CURVES = {"val/accuracy": "Validation accuracy", "val/loss": "Validation loss", "train/loss": "Training loss",
+          "train/accuracy": "Training accuracy"}  # fmt: skip
 """Figures drawn of all runs, with their captions."""
 
 SHOWN = 4
@@ -118,7 +119,11 @@ def as_table(sheet: Sheet) -> Table:
 
 def _cell(text: str, *, is_number: bool) -> Cell:
     text = printable(text)
-    found = re.match(r"[+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?", text.replace(MINUS, "-")) if is_number else None
+    found = (
+        re.match(r"[+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?", text.lstrip(f"{BEST}{DECLINE} ").replace(MINUS, "-"))
+        if is_number
+        else None
+    )
     return Cell(text, float(found[0].replace(",", "")) if found else None, name=not is_number)
 
 

@@ -25,8 +25,8 @@ from toolkit.tracking import why_offline
 
 FILE = "wandb-report.json"
 """In the study's folder: the report made before, which the next call writes anew."""
-CURVES = {"train/loss": "Training loss", "val/loss": "Validation loss", "val/accuracy": "Validation accuracy",
-          "lr": "Learning rate"}  # fmt: skip
+CURVES = {"train/loss": "Training loss", "train/accuracy": "Training accuracy", "val/loss": "Validation loss",
+          "val/accuracy": "Validation accuracy", "lr": "Learning rate"}  # fmt: skip
 TITLE = 128
 """Characters that W&B gives a title."""
 UNFIT = r"[/?#%\\<>]"

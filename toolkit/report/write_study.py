@@ -19,6 +19,7 @@ from toolkit.study.output import Outcomes, Wanted, read_outcomes
 
 LABELS = {
     "curves-train-loss": "Training loss by epoch",
+    "curves-train-accuracy": "Training accuracy by epoch",
     "curves-val-loss": "Validation loss by epoch",
     "curves-val-accuracy": "Validation accuracy by epoch",
     "best-so-far": "Best value found against the epochs trained",

@@ -17,7 +17,8 @@ import re
 import shutil
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from toolkit.errors import UserError
 from toolkit.locks import lease_is_held
 from toolkit.reading import Shape, read_bytes, read_json, read_text, require_file
 from toolkit.runs import RUN_ID, Run, newest_run
-from toolkit.study.folder import assigned_epoch, failure_of, is_claimed, is_of_study
+from toolkit.study.folder import Member, StudyFolder, assigned_epoch, failure_of, is_claimed, is_of_study
 
 GONE = "the job left no trace: its node failed, or it was ended from outside"
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD",
@@ -72,6 +73,10 @@ class State:
     requeued: int
     epoch: int
     epochs: int
+    row: str | None = None
+    """Name of the run's row in its study's table (several, joined by "; ", where rows share the run); else None."""
+    seed: int | None = None
+    """The run's seed in its study."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -219,6 +224,24 @@ def state_or_damage(run: Run, jobs: dict[str, QueueEntry] | None) -> State:
         return State(str(run.path), "damaged", problem, None, 0, 0, 0)
 
 
+def states(runs: Sequence[Run], jobs: dict[str, QueueEntry] | None) -> list[State]:
+    """:func:`state_or_damage` of all ``runs``, with the row names that the study.json beside them holds."""
+    members: dict[Path, list[Member]] = {}
+    for parent in {run.path.parent for run in runs}:
+        folder = StudyFolder(parent)
+        with contextlib.suppress(UserError):  # a damaged study.json: the states of its runs are known without it
+            for member in folder.members if folder.exists else ():
+                if member.run is not None:
+                    members.setdefault(parent / member.run, []).append(member)
+    found = []
+    for run in runs:
+        of_run = members.get(run.path, [])
+        row = "; ".join(dict.fromkeys(member.row for member in of_run)) if of_run else None
+        seed = of_run[0].seed if of_run else None
+        found.append(replace(state_or_damage(run, jobs), row=row, seed=seed))
+    return found
+
+
 def state_of(run: Run, jobs: dict[str, QueueEntry] | None) -> State:
     """The state of a run, from its directory and from what :func:`queue` said."""
     job, recipe = Job(run), run.recipe
@@ -347,6 +370,8 @@ def find_runs(path: Path) -> list[Run]:
     if not path.is_dir():
         raise UserError(f"{path} does not exist: name a run directory, or the folder that holds them (recipe.run_root)")
     found = {file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/recipe.toml")}
+    # `toolkit publish` writes a recipe too, beside the weights: into the run's folder, or into any other.
+    found = {folder for folder in found if RUN_ID.fullmatch(folder.name) or (folder / "checkpoints").is_dir()}
     # A run that has lost its recipe is still one to be told of.
     found |= {folder.parent for depth in ("*", "*/*") for folder in path.glob(f"{depth}/checkpoints")
               if RUN_ID.fullmatch(folder.parent.name)}  # fmt: skip

@@ -21,7 +21,7 @@ from toolkit.study.trials import search_metric, varied_keys
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CURVES = ("train/loss", "val/loss", "val/accuracy")
+CURVES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
 FEWEST = 8
 """Configurations below which the importance of parameters is not estimated."""
 COLOURED = 6
@@ -88,9 +88,15 @@ def curves_by_parameter(found: Outcomes) -> Iterator[tuple[str, Figure]]:
 
 
 def _is_logarithmic(found: Outcomes, key: str, values: Sequence[Any]) -> bool:
-    """Whether a key's values are drawn by their logarithms: as the space says, else where they go far apart."""
+    """Whether a key's values are drawn by their logarithms: as the space says, else where they go far apart.
+
+    Batch sizes always are: studies double them.
+    """
     kind = next((parameter.kind for parameter in space_of(found).parameters if parameter.key == key), "choice")
-    return figures.is_numeric(values) and (kind == "log_uniform" or (kind == "choice" and figures.is_wide(values)))
+    is_doubled = key == "train.batch_size"
+    return figures.is_numeric(values) and (
+        kind == "log_uniform" or is_doubled or (kind == "choice" and figures.is_wide(values))
+    )
 
 
 def level_plot(found: Outcomes) -> Iterator[tuple[str, Figure]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 from toolkit.recipe.study import StudyTable
-from toolkit.study.sheet import Sheet
+from toolkit.study.results import higher_is_better
+from toolkit.study.sheet import BEST, DECLINE, Sheet
 from toolkit.study.table import FORMATS, MISSING, Row, number, title
 
 STOPPED = "x"
@@ -44,11 +46,42 @@ def _one_figure(rows: Sequence[Row], table: StudyTable, name: str, figure: str) 
     columns = {row.name: mean_by_epoch(row, figure) for row in rows}
     caption = f"{title(table, name)}: {FORMATS[_plain(figure)].heading} by epoch"
     told = _notes(rows, [row.name for row in rows if not row.finished])
-    sheets = [_sheet(caption, columns, [figure] * len(columns), told)]
+    sheets = [_marked(caption, columns, figure, told, {r.name: _test_mean(r) for r in rows})]
     published = {row.name: row.results[0].member.published_epochs.get(figure, []) for row in rows}
     if any(published.values()):
-        sheets.append(_sheet(f"{caption}, as published", published, [figure] * len(published), _source(table)))
+        tested = {row.name: row.published.get("test_accuracy") for row in rows}
+        sheets.append(_marked(f"{caption}, as published", published, figure, _source(table), tested))
     return sheets
+
+
+def _test_mean(row: Row) -> float | None:
+    found = row.figures.get("test_accuracy")
+    return found.mean if found else None
+
+
+def _marked(
+    caption: str, columns: dict[str, list[float]], figure: str, notes: Sequence[str], tested: dict[str, float | None]
+) -> Sheet:
+    """A column a row of the study, its best epoch and the decline after it marked, with the test accuracy as last line.
+
+    ``tested`` is each row's test accuracy as a fraction, None where there is none.
+    """
+    sheet = _sheet(caption, columns, [figure] * len(columns), notes)
+    cells = [list(line) for line in sheet.rows]
+    sign = 1 if higher_is_better(figure) else -1
+    for place, column in enumerate(columns.values(), 1):
+        if not column:
+            continue
+        best = max(range(len(column)), key=lambda epoch: sign * column[epoch])  # the first of equals
+        cells[best][place] = f"{BEST}{cells[best][place]}"
+        if best + 1 < len(column) and sign * column[best + 1] < sign * column[best]:
+            cells[best + 1][place] = f"{DECLINE}{cells[best + 1][place]}"
+    if any(value is not None for value in tested.values()):
+        values = (tested[name] for name in columns)
+        line = [MISSING if value is None else number("test_accuracy", value) for value in values]
+        cells.append([FORMATS["test_accuracy"].heading, *line])
+    told = f"{BEST}: the best epoch of the column; {DECLINE}: the epoch after it, where it is worse."
+    return replace(sheet, rows=cells, notes=[told, *notes])
 
 
 def _one_row(row: Row, table: StudyTable, name: str, figures: Sequence[str]) -> Sheet:

@@ -27,6 +27,8 @@ LINE = 64
 """Characters of a title in one line."""
 LEGEND_ROWS = 14
 """More curves than this have no legend that can be read."""
+TICKS = 8
+"""So many different values at most are all labeled on a logarithmic color scale."""
 LOG_FROM = 50.0
 """Values of which the greatest is more than so many times the least are drawn on a logarithmic scale."""
 
@@ -102,6 +104,9 @@ def coloured_curves(
         axes.plot(epochs, np.asarray(curve) * scale_of(metric), dash, color=shade, linewidth=1.1, marker=_dot(curve))
     if colour:
         bar = figure.colorbar(colour, ax=axes)
+        if log and len(set(values)) <= TICKS:  # matplotlib would label powers of ten only
+            bar.set_ticks(sorted(set(values)), labels=[f"{value:g}" for value in sorted(set(values))])
+            bar.minorticks_off()
         bar.set_label(key, parse_math=False)
     else:
         for index, name in enumerate(names[:LEGEND_ROWS]):

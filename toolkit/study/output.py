@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.recipe.study import StudyTable
+from toolkit.recipe.study import FIGURES, StudyTable
 from toolkit.runs import write_atomically
 from toolkit.study.agreement import Agreement, agreement_sheet, agreements
 from toolkit.study.claims import Judged, claim_records, claims_sheet, judge_claims
 from toolkit.study.compare import compare_rows, comparison_records, comparison_sheet
 from toolkit.study.epochs import epoch_records, epoch_sheets, figures_by_epoch
 from toolkit.study.folder import StudyFolder
-from toolkit.study.results import STOPPED, Result, read_results
+from toolkit.study.results import STOPPED, Result, higher_is_better, read_results
 from toolkit.study.sheet import Sheet, csv_text, latex, markdown, text
 from toolkit.study.statistics import Comparison
-from toolkit.study.table import Row, best_first, build_rows, check_columns, records, sheet
+from toolkit.study.table import FORMATS, Row, best_first, build_rows, check_columns, nearest, records, sheet
 from toolkit.study.trials import Outcome, outcomes, trial_records, trial_sheet
+
+SMALLER_FIRST = ("epochs", "parameters", "seconds")
+"""Figures, beside losses, of which a table that is sorted by them has the smallest first."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,10 @@ class Wanted:
     by: Sequence[str] = ()
     compare: tuple[str, str] | None = None
     intervals: bool = False
+    sort: str | None = None
+    """Figure by which the lines of the main table are sorted, the best first; lines without it stand last."""
+    top: int | None = None
+    """Only so many lines of the main table are shown; without ``sort`` by the study's output.best_by."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,40 @@ class Outcomes:
     def main(self) -> Sheet:
         """The table itself."""
         if self.trials:
-            return trial_sheet(self.trials, self.table, self.name, self.columns)
-        main = sheet(self.rows, self.table, self.name, self.columns, intervals=self.wanted.intervals)
-        return replace(main, notes=[*main.notes, *_our_assumptions(self.assumptions)])
+            found = trial_sheet(self.trials, self.table, self.name, self.columns)
+        else:
+            found = sheet(self.rows, self.table, self.name, self.columns, intervals=self.wanted.intervals)
+            found = replace(found, notes=[*found.notes, *_our_assumptions(self.assumptions)])
+        if self._sorted_by is None:
+            return found
+        order = self._order
+        rows = [found.rows[index] for index in order]
+        marked = frozenset(place for place, index in enumerate(order) if index in found.marked)
+        cut = f"; the first {len(rows)} of {len(found.rows)} lines" if len(rows) < len(found.rows) else ""
+        note = f"Sorted by {FORMATS[self._sorted_by].heading}, the best first{cut}."
+        return replace(found, rows=rows, marked=marked, notes=[note, *found.notes])
+
+    @property
+    def _sorted_by(self) -> str | None:
+        """The figure that the main table is sorted by; None: the study's order."""
+        if self.wanted.sort is None and self.wanted.top is not None:
+            return self.table.output.best_by.replace("/", "_")
+        return self.wanted.sort
+
+    @property
+    def _order(self) -> list[int]:
+        """Indices of the lines of the main table that are shown, in the order in which they are."""
+        figure = self._sorted_by
+        records = self._all_records
+        if figure is None:
+            return list(range(len(records)))
+        sign = -1 if figure in SMALLER_FIRST or not higher_is_better(figure) else 1
+
+        def rank(index: int) -> float:
+            value = records[index].get(figure)
+            return math.inf if not isinstance(value, int | float) or math.isnan(value) else -sign * value
+
+        return sorted(range(len(records)), key=rank)[: self.wanted.top]
 
     @property
     def agreement(self) -> list[Agreement]:
@@ -87,7 +126,12 @@ class Outcomes:
 
     @property
     def records(self) -> list[dict[str, object]]:
-        """The table itself for programs."""
+        """The table itself for programs, sorted and cut as :attr:`main` is."""
+        records = self._all_records
+        return [records[index] for index in self._order]
+
+    @property
+    def _all_records(self) -> list[dict[str, object]]:
         if self.trials:
             return trial_records(self.trials, self.table, self.columns)
         return records(self.rows, self.columns)
@@ -98,6 +142,11 @@ def read_outcomes(folder: StudyFolder, wanted: Wanted) -> Outcomes:
     table, results = folder.table, read_results(folder)
     columns = wanted.columns or _measured(table.output.columns, results)
     check_columns(columns)
+    if wanted.sort is not None and wanted.sort not in FIGURES:
+        raise UserError(f"--sort {wanted.sort}: there is no such column{nearest(wanted.sort, FIGURES)}")
+    sought = wanted.sort or (table.output.best_by.replace("/", "_") if wanted.top is not None else None)
+    if sought is not None and sought not in columns:
+        columns = [*columns, sought]
     rows = build_rows(results, table, wanted.by)
     is_search = table.bohb is not None or table.random is not None
     if is_search:

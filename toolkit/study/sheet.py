@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from toolkit.recipe.diagnostics import printable
 
+DECLINE = "\N{DOWNWARDS ARROW}"
+"""Before the first value after a column's best one, where it is worse."""
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 BEST = "*"
 """Before the name of the best row, where there is no bold type."""
@@ -127,6 +129,7 @@ _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", "±": r"$\pm$", MINUS: "$-$", DASH: "--", "\N{MULTIPLICATION SIGN}": r"$\times$",
+    DECLINE: r"$\downarrow$",
     "[": "{[}", "]": "{]}",
 }  # fmt: skip
 """``[`` in braces: after \\\\ it would begin an argument."""
