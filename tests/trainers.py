@@ -141,7 +141,7 @@ def outcome(run: Run) -> dict[str, Any]:
     return {
         "weights": run.best_weights.read_bytes(),
         "metrics": run.metrics_file.read_bytes(),
-        "predictions": (run.path / "predictions.csv").read_bytes(),
+        "predictions": (run.path / "predictions.csv").read_bytes() if run.has_test else None,
         "summary": {key: value for key, value in run.summary.items() if key not in unlike},
     }
 

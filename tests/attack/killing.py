@@ -1,0 +1,229 @@
+"""Runs that are killed from outside at random moments and resumed until they finish; for kill tests with a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import safetensors
+from finished import digit_files
+from trainers import Trainers, only_run, outcome, write_recipe
+
+from toolkit.runs import Run
+
+STOPPED = 3
+"""Exit status of a run that was asked to stop and wrote a checkpoint."""
+READY = "ready for the first step"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LIMIT_S = 240
+SGD = 'name = "sgd"\nlr = 0.05\nmomentum = 0.9\n'
+ADAMW = 'name = "adamw"\nlr = 0.01\nweight_decay = 0.05\n'
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Settings of one experiment, laid over the recipe of :mod:`trainers`."""
+
+    name: str
+    world: int
+    text: str
+    settings: tuple[str, ...] = ()
+    epochs: int = 8
+    uses_files: bool = False
+    """Whether the images are files in folders instead of the digits."""
+    optimizer: str = SGD
+    """Lines of the table in the recipe's place."""
+
+
+def train(combination: Combination, folder: Path, *resume: object) -> Trainers:
+    """The combination's trainers, started in ``folder``."""
+    settings = [*combination.settings, f"train.epochs={combination.epochs}"]
+    if combination.uses_files:
+        data = folder.parent / "data"
+        if not data.is_dir():
+            digit_files(data)
+        settings += ['data.dataset="imagefolder"', f"data.root={json.dumps(str(data))}", "data.image_size=8",
+                     "data.channels=1", "data.split.test=0.2"]  # fmt: skip
+    recipe = write_recipe(folder, combination.text)
+    text = recipe.read_text()
+    assert SGD in text
+    recipe.write_text(text.replace(SGD, combination.optimizer))
+    options = [part for setting in settings for part in ("--set", setting)]
+    return Trainers(combination.world, folder, recipe, *options, *resume)
+
+
+@dataclass
+class Plain:
+    """What the undisturbed run of a combination came to, and how long its parts took, in seconds."""
+
+    outcome: dict[str, Any]
+    startup_s: float
+    training_s: float
+
+
+def undisturbed(combination: Combination, folder: Path) -> Plain:
+    began = time.monotonic()
+    trainers = train(combination, folder)
+    trainers.wait_until(lambda: READY in trainers.text())
+    ready = time.monotonic()
+    assert trainers.wait(LIMIT_S) == [0] * combination.world, trainers.text()
+    return Plain(outcome(only_run(folder)), ready - began, time.monotonic() - ready)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Which signal is sent to which ranks, and when: so many seconds after the start, or after training began."""
+
+    number: int
+    ranks: tuple[int, ...]
+    after_ready: bool
+    delay_s: float
+
+    def __str__(self) -> str:
+        since = "training began" if self.after_ready else "the start"
+        return f"{signal.Signals(self.number).name} to ranks {list(self.ranks)}, {self.delay_s:.3f} s after {since}"
+
+
+def draw_kill(random: Random, world: int, plain: Plain) -> Kill:
+    """Seven in ten are SIGKILL; nine in ten fall between the first step and a little after the end of training."""
+    number = signal.SIGKILL if random.random() < 0.7 else random.choice(STOP_SIGNALS)
+    # A process that dies alone ends the others after up to 6 s, so this is the rarer kind.
+    is_alone = world > 1 and random.random() < 0.3
+    ranks = (random.randrange(world),) if is_alone else tuple(range(world))
+    if random.random() < 0.1:
+        return Kill(number, ranks, False, random.random() * plain.startup_s)
+    # A third of the length: every sitting starts from the last checkpoint, and each run should meet several kills.
+    return Kill(number, ranks, True, random.random() * plain.training_s * random.choice((0.15, 0.35, 1.05)))
+
+
+def strike(trainers: Trainers, kill: Kill) -> str:
+    """Send the signal and wait for all to end. Returns where it hit: "starting" or "training"; "": all had ended.
+
+    Raises AssertionError where a process hangs, or ends otherwise than the signal asks.
+    """
+    alive = [process.is_alive for process in trainers.processes]
+    if kill.after_ready:
+        deadline = time.monotonic() + LIMIT_S
+        while READY not in trainers.text() and any(is_alive() for is_alive in alive):
+            assert time.monotonic() < deadline, f"{kill}: not ready after {LIMIT_S} s:\n{trainers.text()}"
+            time.sleep(0.005)
+    time.sleep(kill.delay_s)
+    was_running = all(is_alive() for is_alive in alive)
+    was_ready = READY in trainers.text()
+    trainers.signal(kill.number, *kill.ranks)
+    statuses = trainers.wait(LIMIT_S)
+    described = f"{kill}: exit statuses {statuses}\n{trainers.text()}"
+    assert "Traceback" not in trainers.text(), described
+    if not was_running or statuses == [0] * len(statuses):
+        assert statuses == [0] * len(statuses), described
+        return ""
+    if kill.number == signal.SIGKILL:
+        assert all(statuses[rank] in (-signal.SIGKILL, 0) for rank in kill.ranks), described
+        assert all(statuses), described
+    elif was_ready:
+        assert statuses == [STOPPED] * len(statuses), described
+    return "training" if was_ready else "starting"
+
+
+def torn_files(run: Run) -> list[str]:
+    """Files under their final names that are not whole, read without the toolkit's own readers."""
+    torn = []
+    for path in sorted(run.path.rglob("*")):
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        try:
+            _read_whole(path)
+        except Exception as error:
+            torn.append(f"{path.relative_to(run.path)}: {type(error).__name__}: {error}")
+    return torn
+
+
+def _read_whole(path: Path) -> None:
+    """Raise where a file is not what its name says."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and {"file", "sha256", "bytes"} <= content.keys():
+            named = path.with_name(content["file"])
+            # A checkpoint loses its JSON before its content, so what a JSON names is there.
+            digest = hashlib.sha256(named.read_bytes()).hexdigest()
+            assert digest == content["sha256"], f"{named.name} has another checksum"
+    elif path.suffix == ".safetensors":
+        with safetensors.safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                file.get_tensor(name)
+    elif path.name == "predictions.csv":
+        lines = path.read_text().splitlines()
+        test = json.loads((path.parent / "split.json").read_text())["test"]
+        assert len(lines) == len(test) + 1, f"{len(lines)} lines for {len(test)} images"
+    elif path.name == "metrics.jsonl":  # it grows, so only its last line may be half written
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            json.loads(line)
+    elif path.suffix == ".toml":
+        assert path.read_bytes().endswith(b"\n")
+
+
+def runs_in(folder: Path) -> list[Run]:
+    """The run directories that a chain has made; one that was killed before its recipe was written is none."""
+    return [Run(path) for path in (folder / "runs").glob("*/*") if (path / "recipe.toml").exists()]
+
+
+def finished(folder: Path) -> bool:
+    """Whether the chain's run is: a process killed after its summary leaves a finished run, as the docs say."""
+    return any(run.is_finished for run in runs_in(folder))
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Names of the parts of an outcome that are not equal byte for byte."""
+    return [name for name in expected if found[name] != expected[name]]
+
+
+@dataclass
+class Chains:
+    """Runs of one combination, each killed and resumed until it finishes, until so many kills were made."""
+
+    combination: Combination
+    folder: Path
+    kills: int
+    seed: int
+
+    def play(self, counts: Counter[str]) -> list[str]:
+        """All chains until the first fault; what was found, with what repeats it."""
+        random = Random(f"{self.seed} {self.combination.name}")
+        plain = undisturbed(self.combination, self.folder / "plain")
+        faults: list[str] = []
+        made = 0
+        while made < self.kills:
+            folder, history = self.folder / f"chain{counts['runs']}", []
+            counts["runs"] += 1
+            try:
+                while not finished(folder):
+                    trainers = train(self.combination, folder, "--resume", "auto")
+                    if made == self.kills:
+                        statuses = trainers.wait(LIMIT_S)
+                        assert not any(statuses), f"resumed, it ends with {statuses}:\n{trainers.text()}"
+                        continue
+                    kill = draw_kill(random, self.combination.world, plain)
+                    history.append(str(kill))
+                    hit = strike(trainers, kill)
+                    if hit:
+                        made += 1
+                        counts[f"{signal.Signals(kill.number).name} while {hit}"] += 1
+                        counts["to one of two processes"] += len(kill.ranks) < self.combination.world
+                    torn = [each for run in runs_in(folder) for each in torn_files(run)]
+                    assert not torn, f"torn files: {torn}"
+                (run,) = runs_in(folder)
+                wrong = differences(outcome(run), plain.outcome)
+                assert not wrong, f"{run.path}: other {', '.join(wrong)} than undisturbed"
+            except AssertionError as error:
+                faults.append(
+                    f"seed {self.seed}, {self.combination.name}, {folder}, after {'; '.join(history)}: {error}"
+                )
+                break
+        return faults
