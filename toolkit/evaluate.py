@@ -26,6 +26,7 @@ from toolkit.engine.checkpoint import find_latest, load_checkpoint
 from toolkit.engine.display import table
 from toolkit.engine.evaluate import Evaluation, evaluate
 from toolkit.engine.process import autocast_dtype, local_processes
+from toolkit.engine.resume import check_recipe
 from toolkit.errors import UserError
 from toolkit.predict import TrainedModel, load_model
 from toolkit.reading import DamagedFile
@@ -170,6 +171,8 @@ def evaluate_run(
             f"{run.path} has no {split} images (data.split.{split}); evaluate others: --split {' or '.join(others)}"
         )
     trained, recipe = load_model(run.path), run.recipe
+    if run.is_finished:
+        check_recipe(run)
     summary = run.summary if run.is_finished else {}
     dataset, indices = images_of(run, split, trained, data_root)
     outcome = Outcome(split, len(indices))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -27,7 +28,7 @@ from toolkit.data.order import hash64
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.transforms import ImageTransform, build_transform, random_states_kept
 from toolkit.data.walk import FORMATS, ImageWalk
-from toolkit.engine.checkpoint import load_weights
+from toolkit.engine.checkpoint import finished_fault, load_weights
 from toolkit.engine.evaluate import to_device
 from toolkit.errors import UserError
 from toolkit.models.build import build_model
@@ -35,6 +36,7 @@ from toolkit.names import encode_name
 from toolkit.reading import DamagedFile, Shape, check_shape, read_json
 from toolkit.recipe.resolved import fill_in_earlier_model
 from toolkit.recipe.schema import AugmentTable, ModelTable, TransformEntry
+from toolkit.runs import Run
 
 FORMAT = 1
 """Version of model.json."""
@@ -147,7 +149,19 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
         built.module.load_state_dict(_versioned(built.module, load_weights(weights)))
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"{weights} does not belong to {folder / 'model.json'}: {error}") from None
+    _check_finished(folder, weights, classes)
     return TrainedModel(built.module.eval(), preprocessing, transforms, classes, table, recipe, weights)
+
+
+def _check_finished(folder: Path, weights: Path, classes: list[str]) -> None:
+    """Raise UserError where a finished run's weights or classes are whole, but another run's."""
+    run = Run(folder.parent)
+    if weights.name != WEIGHTS[0] or not run.is_finished:
+        return
+    with contextlib.suppress(DamagedFile):  # a damaged summary is for those who need it
+        epoch = run.summary["best"]["epoch"]
+        if fault := finished_fault(folder, epoch, classes):
+            raise UserError(f"{folder}: {fault}: it was edited, or is another run's. Bring back the run's own")
 
 
 def _versioned(module: nn.Module, state: dict[str, Tensor]) -> OrderedDict[str, Tensor]:

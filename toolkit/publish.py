@@ -12,6 +12,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import toolkit
 from toolkit.data.facts import FACTS
+from toolkit.engine.resume import check_recipe
 from toolkit.errors import RunFailed, UserError
 from toolkit.export import FORMATS, images_to_compare, new_folder, portable, write_checked
 from toolkit.models.names import first_line
@@ -67,6 +68,7 @@ def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, priv
         raise UserError(f"{run.path} is not finished: it has no figures that a model card could state")
     trained, recipe, summary = load_model(path), run.recipe, run.summary
     name = "timm" if fits_timm(trained.table) else "safetensors"
+    check_recipe(run)
     inputs, _ = images_to_compare(path, trained)
     target = folder or run.path / "publish"
     with new_folder(target, replace=folder is None) as unfinished:

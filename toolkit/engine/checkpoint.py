@@ -62,6 +62,7 @@ class _Manifest(_File):
     step: int = Field(ge=0)
     best_epoch: int | None = Field(None, ge=1)
     best_weights: _File | None = None
+    classes: str | None = None
     refused: str | None = None
 
 
@@ -93,6 +94,7 @@ def save_checkpoint(folder: Path, place: Place, content: dict[str, Any], keep: i
         "step": place[1],
         "best_epoch": content.get("best_epoch"),
         "best_weights": content.get("best_weights"),
+        "classes": _classes_digest(content.get("classes")),
     }
     write_atomically(manifest_path, json.dumps(manifest).encode())
     _drop_old(folder, place, keep)
@@ -204,6 +206,34 @@ def publish_best(folder: Path, epoch: int) -> Path:
     os.replace(temporary, target)
     sync_folder(folder)
     return target
+
+
+def finished_fault(folder: Path, epoch: int, classes: list[str]) -> str:
+    """What is unlike the last checkpoint of a finished run: ``best.safetensors``, or the classes of model.json; or "".
+
+    Nothing is compared where that checkpoint is gone, or knows of another best epoch than ``epoch``.
+    """
+    for path in sorted((p for p in folder.glob("*.json") if place_of(p) is not None), reverse=True):
+        try:
+            manifest = read_json(path, _Manifest)
+            if manifest.get("refused"):
+                continue
+            facts = manifest.get("best_weights")
+            if facts is None or manifest.get("best_epoch") != epoch:
+                return ""
+            if fault := _file_fault(folder / "best.safetensors", facts["bytes"], facts["sha256"]):
+                return f"best.safetensors is not the file that this run ended with ({fault})"
+            if manifest.get("classes") not in (None, _classes_digest(classes)):
+                return "model.json names other classes, or in another order, than this run was trained with"
+            return ""
+        except (OSError, UserError):
+            continue  # a damaged one says nothing
+    return ""
+
+
+def _classes_digest(classes: list[str] | None) -> str | None:
+    """SHA-256 of the names in their order."""
+    return None if classes is None else hashlib.sha256(json.dumps(classes).encode()).hexdigest()
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

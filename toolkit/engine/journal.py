@@ -7,6 +7,7 @@ is kept in memory and tried again with the next checkpoint; no checkpoint is wri
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,8 @@ class Journal:
         self.run, self.keep = run, keep
         self.length = 0
         """Bytes of metrics.jsonl."""
+        self.digest = hashlib.sha256()
+        """Of these bytes."""
         self.lines = b""
         """Not yet in metrics.jsonl."""
         self.best: tuple[int, dict[str, Tensor]] | None = None
@@ -47,6 +50,7 @@ class Journal:
         if there < length:
             say(f"warning: metrics.jsonl has {there} of the {length} bytes that the checkpoint knew; lines are missing")
         self.length = self.run.write_metrics(min(there, length), b"")
+        self.digest = hashlib.sha256(self.run.metrics_file.read_bytes())
 
     def add_line(self, record: dict[str, Any]) -> None:
         """Add a record to metrics.jsonl, now or as soon as the disk takes it."""
@@ -94,4 +98,5 @@ class Journal:
     def _write_lines(self) -> None:
         if self.lines and self.run is not None:
             self.length = self.run.write_metrics(self.length, self.lines)
+            self.digest.update(self.lines)
             self.lines = b""

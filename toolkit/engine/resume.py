@@ -7,6 +7,7 @@ their differences. ``--allow-changes`` accepts them; images that were trained th
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import tomllib
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from toolkit.engine.checkpoint import BestWeightsLost, find_latest, load_checkpo
 from toolkit.engine.display import Display
 from toolkit.engine.process import main_only
 from toolkit.errors import UserError
+from toolkit.reading import read_bytes
 from toolkit.recipe import Recipe, recipe_hash
 from toolkit.recipe.resolved import content_hash, experiment_diff, fill_in_earlier_defaults, resolved_content
 from toolkit.runs import Run
@@ -60,17 +62,9 @@ class Resumption:
         self.recipe_changed = main_only(self.accelerator, self._compare_recipe)
 
     def _compare_recipe(self) -> bool:
-        stored = self.checkpoint.get("recipe")
-        if stored is None:  # written by a version that kept the hash alone
-            hashes = {recipe_hash(self.recipe), content_hash(_plain_recipe(self.run))}
-            if self.checkpoint["recipe_hash"] in hashes:
-                return False
-            listed = "only the hash of its recipe was kept, so the differences cannot be named"
-        else:
-            changes = experiment_diff(_validated(stored), self.recipe)
-            if not changes:
-                return False
-            listed = "; ".join(f"{'.'.join(map(str, key))}: {old!r} -> {new!r}" for key, old, new in changes)
+        listed = recipe_changes(self.run, self.recipe, self.checkpoint)
+        if not listed:
+            return False
         if not self.allow_changes:
             raise UserError(
                 f"the checkpoint of {self.run.path} was written under another recipe ({listed}): recipe.toml was "
@@ -78,6 +72,27 @@ class Resumption:
             )
         self.display.say(f"the recipe has changed since the checkpoint was written ({listed})")
         return True
+
+    def compare_metrics(self) -> None:
+        """Raise UserError where lines of metrics.jsonl are lost or edited, unless this is allowed (a collective)."""
+        main_only(self.accelerator, self._compare_metrics)
+
+    def _compare_metrics(self) -> None:
+        path, length = self.run.metrics_file, self.checkpoint["position"]["metrics_bytes"]
+        found = read_bytes(path)[:length] if path.exists() else b""
+        known = self.checkpoint.get("metrics_sha256")  # not there in checkpoints of earlier versions
+        if len(found) < length:
+            fault = f"{len(found)} of {length} bytes are left" if path.exists() else "missing"
+        elif known is not None and hashlib.sha256(found).hexdigest() != known:
+            fault = "its checksum differs"
+        else:
+            return
+        if not self.allow_changes:
+            raise UserError(
+                f"{path} is damaged ({fault}): it is not what the checkpoint of this run was written with. Bring back "
+                "the file, or say --allow-changes, which goes on from the same weights with the lines that are left"
+            )
+        self.display.say(f"warning: {path.name} is damaged ({fault})")
 
     def settle(self, dataset: Dataset, drawn: Splits) -> Splits:
         """The splits to go on with (a collective); ``drawn`` are those that the recipe gives with the data of now.
@@ -89,7 +104,8 @@ class Resumption:
 
     def _settle(self, dataset: Dataset, drawn: Splits) -> tuple[Splits, bool]:
         now, trained = split_hash(dataset, drawn), self.checkpoint["batches"][0]
-        record = self._record(trained)
+        # Where the hash says that nothing changed, split.json is not needed; it may be damaged.
+        record = _named(dataset, drawn) if now == trained else self._record(trained)
         files = None if record is None else FileFacts.read(self.run, trained, dataset, record)
         replaced = [] if files is None else files.replaced()
         self.files_known = files is not None and files.is_current
@@ -173,7 +189,12 @@ def find_resumption(
     checkpoint = load_checkpoint(path) | {"best_lost": best_lost}
     resumption = Resumption(run, recipe, checkpoint, accelerator, display, allow_changes)
     resumption.compare_recipe()
+    resumption.compare_metrics()
     return resumption
+
+
+def _named(dataset: Dataset, splits: Splits) -> dict[str, list[str]]:
+    return {split: [dataset.images.name(int(i)) for i in splits[split]] for split in SPLITS}
 
 
 def _names(split: dict[str, Any]) -> dict[str, list[str]]:
@@ -182,6 +203,29 @@ def _names(split: dict[str, Any]) -> dict[str, list[str]]:
     if not all(isinstance(value, list) and all(isinstance(n, str) for n in value) for value in names.values()):
         raise UserError("split.json is damaged: it does not list the images of every split")
     return cast("dict[str, list[str]]", names)
+
+
+def recipe_changes(run: Run, recipe: Recipe, checkpoint: dict[str, Any]) -> str:
+    """How a recipe differs from the one that a run's checkpoint was written under; "" if it is the same experiment."""
+    stored = checkpoint.get("recipe")
+    if stored is None:  # written by a version that kept the hash alone
+        if checkpoint["recipe_hash"] in {recipe_hash(recipe), content_hash(_plain_recipe(run))}:
+            return ""
+        return "only the hash of its recipe was kept, so the differences cannot be named"
+    changes = experiment_diff(_validated(stored), recipe)
+    return "; ".join(f"{'.'.join(map(str, key))}: {old!r} -> {new!r}" for key, old, new in changes)
+
+
+def check_recipe(run: Run) -> None:
+    """Raise UserError where a run's recipe.toml is not that of its last checkpoint, if one is left."""
+    path = find_latest(run.checkpoints, lambda _: None)
+    if path is None:
+        return
+    if listed := recipe_changes(run, run.recipe, load_checkpoint(path)):
+        raise UserError(
+            f"{run.path / 'recipe.toml'} is not the recipe that this run was trained with ({listed}): it was edited, "
+            "or is another run's. Undo this"
+        )
 
 
 def stored_recipe(recipe: Recipe) -> str:

@@ -450,6 +450,7 @@ class Training:
             "best_epoch": self.position.best["epoch"] if self.position.best else None,
             "best_weights": self.journal.best_weights,
             "position": asdict(self.position),
+            "metrics_sha256": self.journal.digest.hexdigest(),
             "patience": self.patience.state(),
             "plateau": self.plateau.state(),
             "model": self.setup.built.module.state_dict(),

@@ -1,0 +1,396 @@
+"""Ways to tamper with a run directory and its data between two commands, and the right outcome of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from toolkit.engine.fit import fit
+from toolkit.recipe import load_recipe
+from toolkit.runs import Run
+
+RECIPE = """
+[recipe]
+name = "small"
+run_root = "{folder}/runs"
+seed = {seed}
+
+[data]
+dataset = "imagefolder"
+root = "{folder}/data"
+image_size = 8
+channels = 1
+workers = 0
+split = {{ validation = 0.2, test = 0.2 }}
+
+[model]
+source = "toolkit"
+
+[model.convnet]
+blocks = [{{ channels = 4, batch_norm = true, pool = 2 }}]
+
+[optimizer]
+name = "sgd"
+lr = 0.02
+
+[train]
+epochs = 4
+batch_size = 12
+precision = "no"
+select = "val/loss"
+
+[tracking]
+trackers = []
+"""
+CLASSES, EACH = 4, 15
+
+
+@dataclass
+class Place:
+    """Where a case plays: a run's own copy, its data, and another run of the same model, trained with another seed."""
+
+    run: Run
+    data: Path
+    other: Run
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run.checkpoints
+
+    def edit(self, name: str, *changes: tuple[str, str]) -> None:
+        """Replace texts in one of the run's files; each must be there."""
+        path = self.run.path / name
+        text = path.read_text()
+        for old, new in changes:
+            assert old in text, f"{name} has no {old!r}"
+            text = text.replace(old, new, 1)
+        path.write_text(text)
+
+    def edit_json(self, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+        path = self.run.path / name
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    def content_of(self, stem: str) -> Path:
+        """The file of tensors of a checkpoint."""
+        (path,) = self.checkpoints.glob(f"{stem}-*.pt")
+        return path
+
+
+def flip(path: Path, place: int = -3) -> None:
+    """Flip one bit; time and size stay."""
+    state, data = path.stat(), bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def digit_data(root: Path) -> None:
+    digits = load_digits()
+    for label in range(CLASSES):
+        folder = root / f"c{label}"
+        folder.mkdir(parents=True)
+        for number, i in enumerate(np.flatnonzero(digits.target == label)[:EACH]):
+            pixels = np.rint(digits.images[i] * (255 / 16)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number:02d}.bmp")
+            os.utime(folder / f"{number:02d}.bmp", ns=(0, 10**18 + int(i)))
+
+
+@dataclass
+class Originals:
+    """The runs that cases get copies of, all on the same data: paused after two of four epochs, and finished."""
+
+    folder: Path
+    paused: Run
+    finished: Run
+    other_paused: Run
+    other_finished: Run
+
+    @classmethod
+    def make(cls, folder: Path) -> Originals:
+        digit_data(folder / "data")
+        shutil.copytree(folder / "data", folder / "kept")
+        runs = []
+        for seed in (0, 7):
+            path = folder / f"recipe{seed}.toml"
+            path.write_text(RECIPE.format(folder=folder, seed=seed))
+            recipe = load_recipe(path)
+            runs += [fit(recipe, until=2, quiet=True), fit(recipe, quiet=True)]
+        for run in runs:
+            shutil.move(run.path, folder / "originals" / run.id)
+        paused, finished, *others = (Run(folder / "originals" / run.id) for run in runs)
+        losses = [record["val/loss"] for record in finished.epochs()]
+        assert losses == sorted(losses, reverse=True), "each checkpoint must need other best weights"
+        return cls(folder, paused, finished, *others)
+
+    def place(self, *, of_finished: bool) -> Place:
+        """Fresh copies of everything, at the same paths in every case."""
+        shutil.rmtree(self.folder / "data")
+        shutil.copytree(self.folder / "kept", self.folder / "data")
+        run = self.finished if of_finished else self.paused
+        target = self.folder / "runs" / "small" / run.id
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(run.path, target)
+        return Place(Run(target), self.folder / "data", self.other_finished if of_finished else self.other_paused)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is done, and the one right outcome."""
+
+    name: str
+    tamper: Callable[[Place], object]
+    refusal: str = ""
+    """A pattern of the message with which the command must refuse; "": it must give the result of an untouched run."""
+    logged: str = ""
+    """With a result: a pattern of what log.txt must say."""
+
+
+def _recipe(*changes: tuple[str, str]) -> Callable[[Place], object]:
+    return lambda place: place.edit("recipe.toml", *changes)
+
+
+def _swap_data(place: Place) -> None:
+    one, two, aside = place.data / "c0/03.bmp", place.data / "c1/03.bmp", place.data / "aside"
+    one.rename(aside)
+    two.rename(one)
+    aside.rename(two)
+
+
+def _copy(place: Place, pattern: str) -> None:
+    for path in place.other.checkpoints.glob(pattern):
+        shutil.copy(path, place.checkpoints)
+
+
+def _other_checkpoint(place: Place) -> None:
+    for path in [*place.checkpoints.glob("0*.json"), *place.checkpoints.glob("*.pt")]:
+        path.unlink()
+    _copy(place, "*")
+
+
+def _rewritten(stem: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Place], object]:
+    """The content of a checkpoint changed, with its checksum made to fit, as a program that knows the format would."""
+
+    def tamper(place: Place) -> None:
+        import hashlib
+
+        path = place.content_of(stem)
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
+        digest, size = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size
+        place.edit_json(f"checkpoints/{stem}.json", lambda json_: json_.update(sha256=digest, bytes=size))
+
+    return tamper
+
+
+def _swap_manifests(place: Place) -> None:
+    one, two = (place.checkpoints / f"000{n}-000000.json" for n in (1, 2))
+    texts = one.read_text(), two.read_text()
+    one.write_text(texts[1])
+    two.write_text(texts[0])
+
+
+def _all_content(damage: Callable[[Path], object]) -> Callable[[Place], object]:
+    return lambda place: [damage(path) for path in place.checkpoints.glob("*.pt")]
+
+
+def _move(place: Place, old: str, new: str) -> None:
+    (place.data / new).parent.mkdir(exist_ok=True)
+    (place.data / old).rename(place.data / new)
+
+
+def _touch(place: Place, pattern: str) -> None:
+    for path in place.data.glob(pattern):
+        os.utime(path)
+
+
+def _new_image(place: Place, name: str) -> None:
+    path = place.data / name
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(place.data / "c1/02.bmp", path)
+    flip(path)
+
+
+def _split_moved(content: dict[str, Any]) -> None:
+    content["test"].append(content["train"].pop())
+
+
+NEWEST, BEFORE = "checkpoints/0002-000000", "checkpoints/0001-000000"
+BEST, BEST_BEFORE = "checkpoints/best-0002.safetensors", "checkpoints/best-0001.safetensors"
+TRIED = "checkpoint 0002-000000 is damaged .*the one before it is tried"
+ASIDE = r"checkpoint 0002-000000 is left aside, for best-0002\.safetensors is "
+
+
+def _file(name: str, damage: Callable[[Path], object]) -> Callable[[Place], object]:
+    return lambda place: damage(place.run.path / name)
+
+
+def _text(content: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(content)
+
+
+RESUMED = [
+    # recipe.toml
+    Case("lr edited", _recipe(("lr = 0.02", "lr = 0.01")), r"another recipe \(optimizer\.lr: 0\.02 -> 0\.01\)"),
+    Case("epochs edited", _recipe(("epochs = 4", "epochs = 3")), r"train\.epochs: 4 -> 3"),
+    Case("batch size edited", _recipe(("batch_size = 12", "batch_size = 10")), r"train\.batch_size: 12 -> 10"),
+    Case("seed edited", _recipe(("seed = 0\nrun_root", "seed = 7\nrun_root")), r"recipe\.seed: 0 -> 7"),
+    Case("split edited", _recipe(("validation = 0.2", "validation = 0.3")), r"data\.split\.validation: 0\.2 -> 0\.3"),
+    Case("model edited", _recipe(("channels = 4", "channels = 5")), r"model\.convnet"),
+    Case("loss edited", _recipe(("label_smoothing = 0.0", "label_smoothing = 0.1")), r"label_smoothing: 0\.0 -> 0\.1"),
+    Case("two keys edited", _recipe(("lr = 0.02", "lr = 0.01"), ("epochs = 4", "epochs = 3")), r"lr: .*; train\.epochs"),
+    Case("recipe cut", _file("recipe.toml", cut), r"recipe\.toml"),
+    Case("recipe empty", _file("recipe.toml", _text("")), r"recipe\.toml"),
+    Case("recipe missing", _file("recipe.toml", Path.unlink), r"there is no recipe .*recipe\.toml"),
+    Case("recipe of another run", lambda p: shutil.copy(p.other.path / "recipe.toml", p.run.path),
+         r"recipe\.seed: 0 -> 7"),
+    Case("a comment added", lambda p: p.edit("recipe.toml", ("[train]", "# mine\n[train]"))),
+    Case("description edited", _recipe(('description = ""', 'description = "mine"'))),
+    Case("checkpoint.keep edited", _recipe(("keep = 2", "keep = 1"))),
+    Case("tracking edited", _recipe(('notes = ""', 'notes = "mine"'))),
+    # checkpoints
+    Case("all checkpoints of another run", _other_checkpoint, r"another recipe \(recipe\.seed: 7 -> 0\)"),
+    Case("a newer checkpoint of another run", lambda p: (
+        shutil.copy(next(p.other.checkpoints.glob("0002-000000.json")), p.checkpoints),
+        _copy(p, "0002-000000-*.pt"), _copy(p, "best-*")), r"another recipe \(recipe\.seed: 7 -> 0\)"),
+    Case("newest content flipped", lambda p: flip(p.content_of("0002-000000")), logged=TRIED),
+    Case("newest content flipped in the middle", lambda p: flip(p.content_of("0002-000000"), 5000), logged=TRIED),
+    Case("newest content cut", lambda p: cut(p.content_of("0002-000000")), logged=TRIED),
+    Case("newest content empty", lambda p: os.truncate(p.content_of("0002-000000"), 0), logged=TRIED),
+    Case("newest content missing", lambda p: p.content_of("0002-000000").unlink(), logged=TRIED),
+    Case("content of the one before in the newest's place", lambda p: shutil.copy(
+        p.content_of("0001-000000"), p.content_of("0002-000000")), logged=TRIED),
+    Case("content of another run in the newest's place", lambda p: shutil.copy(
+        next(p.other.checkpoints.glob("0002-000000-*.pt")), p.content_of("0002-000000")), logged=TRIED),
+    Case("every content flipped", _all_content(flip), logged="the run starts anew|begins anew|damaged"),
+    Case("checkpoints folder missing", lambda p: shutil.rmtree(p.checkpoints), logged="is missing: the run starts anew"),
+    # manifests
+    Case("newest manifest missing", _file(f"{NEWEST}.json", Path.unlink), logged=TRIED),
+    Case("newest manifest cut", _file(f"{NEWEST}.json", cut), logged=TRIED),
+    Case("newest manifest says another epoch", lambda p: p.edit_json(f"{NEWEST}.json", lambda c: c.update(epoch=3)),
+         logged=TRIED),
+    Case("newest manifest has another checksum", lambda p: p.edit_json(
+        f"{NEWEST}.json", lambda c: c.update(sha256="0" * 64)), logged=TRIED),
+    Case("newest manifest names a file elsewhere", lambda p: p.edit_json(
+        f"{NEWEST}.json", lambda c: c.update(file="../../../etc/passwd")), logged=TRIED),
+    Case("newest manifest names the content before", lambda p: p.edit_json(
+        f"{NEWEST}.json", lambda c: c.update(json.loads((p.run.path / f"{BEFORE}.json").read_text())
+                                             | {"epoch": 2}))),
+    Case("newest manifest without best weights' checksum", lambda p: p.edit_json(
+        f"{NEWEST}.json", lambda c: c.pop("best_weights"))),
+    Case("manifests swapped", _swap_manifests, logged="unlike its name"),
+    Case("a manifest of a later epoch", lambda p: shutil.copy(
+        p.run.path / f"{BEFORE}.json", p.checkpoints / "0003-000000.json"), logged="0003-000000 is damaged"),
+    Case("a half-written later checkpoint", lambda p: (p.checkpoints / ".0003-000000.json.1.tmp").write_text("{")),
+    # best weights
+    Case("best weights flipped", _file(BEST, flip), logged=ASIDE),
+    Case("best weights missing", _file(BEST, Path.unlink), logged=ASIDE),
+    Case("best weights cut", _file(BEST, cut), logged=ASIDE),
+    Case("best weights of another run", lambda p: _copy(p, "best-0002*"), logged=ASIDE),
+    Case("best weights of the epoch before", lambda p: shutil.copy(p.run.path / BEST_BEFORE, p.run.path / BEST),
+         logged=ASIDE),
+    Case("all best weights flipped", lambda p: [flip(path) for path in p.checkpoints.glob("best-*")],
+         r"best-0002\.safetensors is lost \(its checksum differs\)"),
+    Case("best weights that the newest does not need", _file(BEST_BEFORE, flip)),
+    # other files of the run
+    Case("metrics missing", _file("metrics.jsonl", Path.unlink), r"metrics\.jsonl"),
+    Case("metrics cut", _file("metrics.jsonl", cut), r"metrics\.jsonl"),
+    Case("metrics edited", lambda p: p.edit("metrics.jsonl", ('"lr": 0.02', '"lr": 0.03')), r"metrics\.jsonl"),
+    Case("metrics with a half line more", lambda p: (p.run.metrics_file.open("a").write('{"epoch": 3, "tr'))),
+    Case("split.json missing", _file("split.json", Path.unlink)),
+    Case("split.json: a trained image among the test's", lambda p: p.edit_json("split.json", _split_moved)),
+    Case("split.json: another hash", lambda p: p.edit_json("split.json", lambda c: c.update(hash="0" * 64))),
+    Case("split.json of another seed, cut", _file("split.json", cut)),
+    Case("model.json missing", _file("checkpoints/model.json", Path.unlink)),
+    Case("model.json: classes swapped", lambda p: p.edit_json("checkpoints/model.json", lambda c: c["classes"].reverse())),
+    Case("files.safetensors missing", _file("checkpoints/files.safetensors", Path.unlink)),
+    Case("environment.json missing", _file("environment.json", Path.unlink)),
+    Case("a summary by hand", _file("summary.json", _text("{}")), "is finished: there is nothing to go on with"),
+    # data
+    Case("an image added", lambda p: _new_image(p, "c0/99.bmp"), r"1 image\(s\) added: c0/99\.bmp"),
+    Case("an image removed", lambda p: (p.data / "c2/00.bmp").unlink(), r"1 image\(s\) removed: c2/00\.bmp"),
+    Case("an image relabeled", lambda p: _move(p, "c0/00.bmp", "c3/100.bmp"), r"1 image\(s\) moved: c0/00\.bmp -> c3"),
+    Case("an image renamed", lambda p: _move(p, "c0/00.bmp", "c0/zz.bmp"), r"c0/00\.bmp -> c0/zz\.bmp"),
+    Case("two images swapped", _swap_data, r"2 image\(s\) moved: c1/03\.bmp -> c0/03\.bmp"),
+    Case("a class renamed", lambda p: _move(p, "c3", "c4"), r"1 class\(es\) gone: c3; 1 new class\(es\): c4"),
+    Case("a class removed", lambda p: shutil.rmtree(p.data / "c3"), r"1 class\(es\) gone: c3"),
+    Case("a class added", lambda p: _new_image(p, "c9/00.bmp"), r"1 new class\(es\): c9"),
+    Case("an image replaced", lambda p: (flip(p.data / "c2/07.bmp"), _touch(p, "c2/07.bmp")),
+         r"1 file\(s\) replaced: c2/07\.bmp"),
+    Case("an image cut", lambda p: cut(p.data / "c2/07.bmp"), r"c2/07\.bmp"),
+    Case("all data gone", lambda p: shutil.rmtree(p.data) or p.data.mkdir(), "has no class folders|holds"),
+    Case("the data copied", lambda p: _touch(p, "*/*.bmp")),
+    Case("a text file and a hidden folder added", lambda p: (
+        (p.data / "c0/notes.txt").touch(), (p.data / "c0/.trash").mkdir(), _new_image(p, "c0/.trash/1.bmp"))),
+]  # fmt: skip
+"""`toolkit train --resume RUN` after tampering with a run that paused after two of four epochs."""
+
+_FLIPPED = r"best\.safetensors is damaged: its checksum differs"
+_OTHERS = r"best\.safetensors is not the file that this run ended with"
+_FINISHED = "checkpoints/best.safetensors"
+WEIGHTS = [
+    Case("best weights flipped", _file(_FINISHED, flip), _FLIPPED),
+    Case("best weights cut", _file(_FINISHED, cut), r"best\.safetensors"),
+    Case("best weights empty", lambda p: os.truncate(p.run.best_weights, 0), r"best\.safetensors"),
+    Case("best weights of another run", lambda p: shutil.copy(p.other.best_weights, p.run.best_weights), _OTHERS),
+    Case("best weights are text", _file(_FINISHED, _text("weights")), r"best\.safetensors"),
+    Case("model.json missing", _file("checkpoints/model.json", Path.unlink), r"model\.json"),
+    Case("model.json cut", _file("checkpoints/model.json", cut), r"model\.json"),
+    Case("model.json: classes swapped", lambda p: p.edit_json(
+        "checkpoints/model.json", lambda c: c["classes"].reverse()), r"model\.json|other classes"),
+    Case("model.json: a class missing", lambda p: p.edit_json(
+        "checkpoints/model.json", lambda c: c["classes"].pop()), r"model\.json"),
+]
+"""For every command that needs a finished run's model."""
+PUBLISHED = [
+    *WEIGHTS,
+    Case("lr edited", _recipe(("lr = 0.02", "lr = 0.01")), r"optimizer\.lr: 0\.02 -> 0\.01"),
+    Case("recipe of another run", lambda p: shutil.copy(p.other.path / "recipe.toml", p.run.path), r"recipe\.seed"),
+    Case("summary missing", _file("summary.json", Path.unlink), "is not finished"),
+    Case("summary cut", _file("summary.json", cut), r"summary\.json"),
+    Case("tracking edited", _recipe(('notes = ""', 'notes = "mine"'))),
+]
+EVALUATED = [
+    *WEIGHTS,
+    Case("split.json: a trained image among the test's", lambda p: p.edit_json("split.json", _split_moved),
+         r"split\.json"),
+    Case("split.json missing", _file("split.json", Path.unlink), r"split\.json"),
+    Case("split.json cut", _file("split.json", cut), r"split\.json"),
+    Case("a test image removed", lambda p: (p.data / p.run.split["test"][0]).unlink(),
+         "1 of the 12 test images .* are not in the data set any more"),
+    Case("a test image relabeled", lambda p: _move(p, p.run.split["test"][0], "c3/zz.bmp"),
+         "1 of the 12 test images .* are not in the data set any more"),
+    Case("a class added", lambda p: _new_image(p, "c9/00.bmp"), "other classes now.*new: c9"),
+    Case("an image added", lambda p: _new_image(p, "c0/99.bmp")),
+    Case("predictions cut", _file("predictions.csv", cut), r"predictions\.csv"),
+]  # fmt: skip
+
+
+def without_times(run: Run) -> dict[str, Any]:
+    """What must come out the same; the shortcuts say which images were in the cache already."""
+    unlike = re.compile("seconds|images_per_s|peak_memory_gib|shortcuts")
+    return {
+        "weights": run.best_weights.read_bytes(),
+        "metrics": run.metrics_file.read_bytes(),
+        "predictions": (run.path / "predictions.csv").read_bytes(),
+        **{f"summary's {key}": value for key, value in run.summary.items() if not unlike.search(key)},
+        "split": {key: run.split[key] for key in ("hash", "train", "validation", "test")},
+        "classes": run.model_card["classes"],
+    }
