@@ -260,6 +260,17 @@ def test_images_that_were_trained_and_come_back_do_not_land_in_test(recipe: Reci
     assert sorted(path.name for path in run.path.glob("split-*.json")) == ["split-1.json", "split-2.json"]
 
 
+def test_an_edited_split_file_is_not_what_a_run_goes_on_from(recipe: Recipe) -> None:
+    """The data are those of the checkpoint, as its hash says, so the file is written anew."""
+    plain = fit(recipe, quiet=True)
+    run = paused(recipe)
+    split = run.split
+    split["test"].append(split["train"].pop())
+    run.write_json("split.json", split)
+    assert outcome(resumed(run)) == outcome(plain)
+    assert run.split == plain.split
+
+
 def test_a_class_order_that_changed_is_refused_even_if_changes_are_allowed(recipe: Recipe) -> None:
     run = paused(recipe)
     (Path(recipe.data.root) / "c0").rename(Path(recipe.data.root) / "d")
@@ -422,6 +433,37 @@ def test_a_run_of_an_earlier_version_goes_on_but_not_if_its_recipe_was_edited(re
     assert outcome(resumed(run)) == plain
 
 
+# -- metrics.jsonl ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("damage", "fault"), [
+    (Path.unlink, "missing"), (lambda path: os.truncate(path, 99), "99 of"),
+    (lambda path: path.write_text(path.read_text().replace('"lr": 0.05', '"lr": 0.06', 1)), "its checksum differs"),
+])  # fmt: skip
+def test_lost_or_edited_lines_of_metrics_are_refused(
+    recipe: Recipe, damage: Callable[[Path], None], fault: str
+) -> None:
+    plain = outcome(fit(recipe, quiet=True))
+    run = paused(recipe)
+    damage(run.metrics_file)
+    before = content(run)
+    with pytest.raises(UserError, match=rf"metrics\.jsonl is damaged \({fault}.*--allow-changes"):
+        resumed(run)
+    assert content(run) == before
+    found = outcome(resumed(run, allow_changes=True))
+    assert (found["weights"], found["predictions"]) == (plain["weights"], plain["predictions"])
+    assert [record["epoch"] for record in run.epochs()][-2:] == [3, 4]
+    assert f"warning: metrics.jsonl is damaged ({fault}" in run.log_file.read_text()
+
+
+def test_lines_after_the_checkpoint_are_no_damage(recipe: Recipe) -> None:
+    plain = outcome(fit(recipe, quiet=True))
+    run = paused(recipe)
+    with run.metrics_file.open("a") as file:
+        file.write('{"epoch": 3, "train/lo')
+    assert outcome(resumed(run)) == plain
+
+
 # -- the best weights -------------------------------------------------------------------------------------------------
 
 
@@ -516,6 +558,53 @@ def test_a_flipped_bit_in_a_finished_run_s_weights_is_noticed_by_every_command(
     assert "best.safetensors is damaged: its checksum differs" in outcome.stderr
     run.best_weights.write_bytes(whole)
     assert toolkit(*arguments).status == 0
+
+
+def use(run: Run, folder: Path) -> dict[str, Any]:
+    """Every command that needs a finished run's model, with its outcome."""
+    image = next(Path(run.recipe.data.root).rglob("*.bmp"))
+    return {
+        "predict": toolkit("predict", run.path, image),
+        "evaluate": toolkit("evaluate", run.path),
+        "export": toolkit("export", run.path, "--format", "safetensors", "--out", folder / "exported"),
+        "publish": toolkit("publish", run.path, "lab/small", "--no-push", "--out", folder / "published"),
+    }
+
+
+def test_best_weights_or_classes_of_another_run_are_refused_by_every_command(recipe: Recipe, tmp_path: Path) -> None:
+    run, other = fit(recipe, quiet=True), fit(changed(recipe, recipe__seed=7), quiet=True)
+    whole = run.best_weights.read_bytes()
+    shutil.copy(other.best_weights, run.best_weights)
+    for name, found in use(run, tmp_path).items():
+        assert found.status == 2, name
+        assert "best.safetensors is not the file that this run ended with" in found.stderr
+    run.best_weights.unlink()  # a hard link to the best epoch's file
+    run.best_weights.write_bytes(whole)
+    card = run.model_card
+    run.write_json("checkpoints/model.json", {**card, "classes": card["classes"][::-1]})
+    for name, found in use(run, tmp_path).items():
+        assert found.status == 2, name
+        assert "model.json names other classes, or in another order" in found.stderr
+    run.write_json("checkpoints/model.json", card)
+    assert {found.status for found in use(run, tmp_path).values()} == {0}
+
+
+def test_a_recipe_that_was_edited_after_the_end_is_not_published(recipe: Recipe, tmp_path: Path) -> None:
+    run = fit(recipe, quiet=True)
+    edit(run, ('description = ""', 'description = "mine"'))
+    assert {found.status for found in use(run, tmp_path / "1").values()} == {0}
+    edit(run, ("lr = 0.05", "lr = 0.01"))
+    found = use(run, tmp_path / "2")
+    for name in ("publish", "evaluate"):
+        assert found[name].status == 2
+        assert (
+            "recipe.toml is not the recipe that this run was trained with (optimizer.lr: 0.05 -> 0.01)"
+            in found[name].stderr
+        )
+    assert not (tmp_path / "2/published").exists()
+    for path in run.checkpoints.glob("0*"):  # then nothing is left to compare with
+        path.unlink()
+    assert {each.status for each in use(run, tmp_path / "3").values()} == {0}
 
 
 @pytest.mark.parametrize("bit", [0, 5])

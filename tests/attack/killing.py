@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -215,7 +216,7 @@ class Chains:
                         continue
                     kill = draw_kill(random, self.combination.world, plain)
                     history.append(str(kill))
-                    hit = strike(trainers, kill, lambda: finished(folder))
+                    hit = strike(trainers, kill, partial(finished, folder))
                     if hit:
                         made += 1
                         counts[f"{signal.Signals(kill.number).name} while {hit}"] += 1

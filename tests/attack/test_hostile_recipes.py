@@ -153,7 +153,8 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
 }  # fmt: skip
 WRONG = ("1", "true", '"text"', "[1, 2]", "[{ a = 1 }]", "1979-05-27T07:32:00Z", "nan")
 TABLES = ("recipe", "data", "augment", "model", "transfer", "optimizer", "scheduler", "train", "early_stopping",
-          "checkpoint", "tracking", "slurm", "study", "expect", "data.split", "model.head", "model.convnet")  # fmt: skip
+          "checkpoint", "tracking", "slurm", "study", "expect", "data.split", "model.head",
+          "model.convnet")  # fmt: skip
 
 
 def of_wrong_type(table: str) -> str:
@@ -164,7 +165,10 @@ def of_wrong_type(table: str) -> str:
     return kept.replace(f"[{parent}]\n", f"[{parent}]\n{key} = {value}\n") if parent else f"{key} = {value}\n{kept}"
 
 
-RECIPES |= {f"{table} is no table": (of_wrong_type(table), rf"recipe.toml:\d+:\d+: error: {re.escape(table)}\b") for table in TABLES}
+RECIPES |= {
+    f"{table} is no table": (of_wrong_type(table), rf"recipe.toml:\d+:\d+: error: {re.escape(table)}\b")
+    for table in TABLES
+}
 
 
 @pytest.fixture

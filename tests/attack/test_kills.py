@@ -64,7 +64,11 @@ def test_killed_and_resumed_it_comes_out_the_same(
     began = time.monotonic()
     kills = -(-KILLS // len(COMBINATIONS))
     faults = Chains(combination, tmp_path, kills, SEED).play(counts)
-    print(f"\n{combination.name}: {dict(counts)}, {len(faults)} wrong, {time.monotonic() - began:.0f} s", *faults, sep="\n")
+    print(
+        f"\n{combination.name}: {dict(counts)}, {len(faults)} wrong, {time.monotonic() - began:.0f} s",
+        *faults,
+        sep="\n",
+    )
     assert not faults, "\n".join(faults)
     made = sum(number for what, number in counts.items() if " while " in what)
     in_training = sum(number for what, number in counts.items() if what.endswith("while training"))

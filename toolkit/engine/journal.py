@@ -46,11 +46,13 @@ class Journal:
         """Cut metrics.jsonl back to the ``length`` that a checkpoint knew of; 0 for a run that starts."""
         if self.run is None:
             return
-        there = self.run.metrics_file.stat().st_size if self.run.metrics_file.exists() else 0
-        if there < length:
-            say(f"warning: metrics.jsonl has {there} of the {length} bytes that the checkpoint knew; lines are missing")
-        self.length = self.run.write_metrics(min(there, length), b"")
-        self.digest = hashlib.sha256(self.run.metrics_file.read_bytes())
+        there = self.run.metrics_file.read_bytes()[:length] if self.run.metrics_file.exists() else b""
+        if len(there) < length:
+            said = f"{len(there)} of the {length} bytes that the checkpoint knew"
+            say(f"warning: metrics.jsonl has {said}; lines are missing")
+            there = there[: there.rfind(b"\n") + 1]  # what follows must not be joined to half a line
+        self.length = self.run.write_metrics(len(there), b"")
+        self.digest = hashlib.sha256(there)
 
     def add_line(self, record: dict[str, Any]) -> None:
         """Add a record to metrics.jsonl, now or as soon as the disk takes it."""
