@@ -86,6 +86,11 @@ def test_weights_that_are_not_the_run_s_are_found_out(copy: Run) -> None:
     state["head.bias"] += 1.0 * (state["head.bias"] > 0)
     safetensors.torch.save_file(state, copy.best_weights)
     outcome = toolkit("evaluate", copy.path)
+    assert outcome.status == 2
+    assert "best.safetensors is not the file that this run ended with" in outcome.stderr
+    for path in copy.checkpoints.glob("0*"):  # without a checkpoint the figures alone tell
+        path.unlink()
+    outcome = toolkit("evaluate", copy.path)
     assert outcome.status == 1
     assert "figures differ from summary.json: best test_loss" in outcome.stdout
 
