@@ -433,6 +433,22 @@ def test_a_run_of_an_earlier_version_goes_on_but_not_if_its_recipe_was_edited(re
     assert outcome(resumed(run)) == plain
 
 
+def test_adamw_with_gradual_unfreezing_goes_on_exactly(recipe: Recipe) -> None:
+    """The choice of PyTorch's fused kernel must not depend on what had begun to train when a run stopped."""
+    blocks = [{"channels": 4, "pool": 2}, {"channels": 6, "pool": 2}]
+    recipe = changed(recipe, data__channels=3, model__convnet={"blocks": blocks})
+    weights = fit(recipe, quiet=True).best_weights
+    recipe = changed(
+        recipe,
+        model__weights=f"file:{weights}",
+        transfer__mode="gradual",
+        transfer__unfreeze_at=[2, 3],
+        optimizer__name="adamw",
+        optimizer__momentum=None,
+    )
+    assert outcome(resumed(paused(recipe))) == outcome(fit(recipe, quiet=True))
+
+
 # -- metrics.jsonl ----------------------------------------------------------------------------------------------------
 
 

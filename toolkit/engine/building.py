@@ -21,7 +21,8 @@ def build_trainer(setup: Setup, loaders: Loaders, epochs_begun: int) -> Trainer:
     recipe, module, accelerator = setup.recipe, setup.built.module, setup.accelerator
     network = module if loaders.tail is None else module.get_submodule(loaders.tail)
     groups = _groups(setup, max(epochs_begun, 1))
-    optimizer = accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, groups))
+    later = module.parameters() if recipe.transfer.mode == "gradual" else ()
+    optimizer = accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, groups, later))
     if recipe.train.compile or recipe.train.cuda_graphs:
         network.compile(mode="reduce-overhead" if recipe.train.cuda_graphs else None)
     settings = TrainSettings(

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.recipe.schema import OptimizerTable
 
 
-def build_optimizer(table: OptimizerTable, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def build_optimizer(
+    table: OptimizerTable, groups: list[dict[str, Any]], later: Iterable[Tensor] = ()
+) -> torch.optim.Optimizer:
     """An optimiser over ``groups`` (each with its own lr and weight_decay).
 
     sgd, nag, adam and adamw are PyTorch's, with its meaning; every other name is timm's. Arguments that the optimiser
-    does not take are a UserError.
+    does not take are a UserError. ``later``: parameters that will be added to it while it trains. They count in the
+    choice of the kernel, which must be safe for them and must not depend on where a run was resumed.
     """
     arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.args.items()}
     if table.momentum is not None:
         arguments["momentum"] = table.momentum
-    fused: dict[str, Any] = {"fused": True} if _can_fuse(table.name, groups) else {}
+    fused: dict[str, Any] = {"fused": True} if _can_fuse(table.name, groups, later) else {}
     try:
         match table.name:
             case "sgd":
@@ -47,13 +52,13 @@ _WAYS = ("foreach", "fused", "capturable")
 """Entries of PyTorch's parameter groups that say how a step is computed, not what."""
 
 
-def _can_fuse(name: str, groups: list[dict[str, Any]]) -> bool:
+def _can_fuse(name: str, groups: list[dict[str, Any]], later: Iterable[Tensor]) -> bool:
     """One kernel for all parameters: on GPUs, where launching many small kernels costs most.
 
     On a CPU it halves the time of adam and adamw, and does nothing for SGD. There PyTorch reads weights and gradients
     as they lie in memory, without looking at their strides: only plainly contiguous ones are safe.
     """
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    parameters = [*(parameter for group in groups for parameter in group["params"]), *later]
     if all(p.device.type == "cuda" and p.is_floating_point() for p in parameters):
         return True
     return name in ("adam", "adamw") and all(
