@@ -694,6 +694,24 @@ def test_every_report_has_claims_with_their_place(handle: str) -> None:
     assert all(claim.source.startswith(f"{handle}, ") for claim in claims)
 
 
+def test_claims_agree_with_the_published_figures_of_their_rows() -> None:
+    """A claim whose rows were typed the wrong way round would contradict the report's own table."""
+    compared = 0
+    for name in RUNS:
+        runs = [run.member for run in expansion(name).runs]
+        for claim in study_file(name).table.claims:
+            if not isinstance(claim.better, str):
+                continue
+            figures = {m.row: m.published[claim.metric] for m in runs if claim.metric in m.published}
+            sign = -1 if claim.metric.endswith("loss") else 1
+            for other in claim.than or [row for row in figures if row != claim.better]:
+                if claim.better in figures and other in figures:
+                    compared += 1
+                    is_better = sign * (figures[claim.better] - figures[other]) > claim.margin
+                    assert is_better is claim.holds, (name, claim.statement, other)
+    assert compared > 50
+
+
 def test_a_study_of_a_part_of_the_data_says_that_it_does_not_compare() -> None:
     def reasons(*settings: str) -> set[str]:
         study = read_study(PAPERS / "murabito" / "freezing.toml", settings)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from cli import toolkit
 from scipy import stats
+from studies import BASE
 from study_folders import FakeRun, write_study
 
 from toolkit.study.statistics import McNemar, pairs_needed
@@ -159,6 +160,15 @@ def test_the_power_calculation() -> None:
     assert pairs_needed(0.0, 1.0, 0.95) is None
 
 
+def test_runs_under_other_conditions_decide_nothing(tmp_path: Path) -> None:
+    """The same runs as in the first test of this file, but on a part of the images."""
+    a = run_seeds("a", [0.53, 0.64, 0.75])
+    b = run_seeds("b", [0.5, 0.6, 0.7], not_comparable="the run used part of the images")
+    found = judged(tmp_path, a + b)
+    assert (found["verdict"], found["effect"]) == ("undecidable", None)
+    assert found["reason"] == "not comparable: the run used part of the images"
+
+
 # -- agreement and comparability --------------------------------------------------------------------------------------
 
 
@@ -202,6 +212,44 @@ def test_rows_that_do_not_compare_print_no_difference(tmp_path: Path) -> None:
     rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
     assert [row["test_accuracy_difference"] for row in rows] == ["", "", ""]
     assert {row["not_comparable"] for row in rows} == {"the run used part of the images"}
+
+
+def test_a_study_that_is_trained_on_a_part_of_the_data_prints_no_difference_and_no_verdict(tmp_path: Path) -> None:
+    """Through the command line: the claim also names a row without a published figure."""
+    rows = """
+[[study.rows]]
+name = "as it is"
+published = { test_accuracy = 0.9 }
+[[study.rows]]
+name = "SGD"
+set.optimizer.name = "sgd"
+[study.output]
+columns = ["test_accuracy"]
+[[study.claims]]
+statement = "x"
+metric = "test_accuracy"
+better = "SGD"
+than = ["as it is"]
+"""
+    base = "".join(
+        line
+        for line in BASE.format(root=tmp_path / "runs", epochs=1).splitlines(keepends=True)
+        if "images_per_class" not in line
+    )
+    path = tmp_path / "study.toml"
+    path.write_text(base + rows)
+    trained = toolkit("study", str(path), "--set", "data.images_per_class=5")
+    assert trained.status == 0, trained.stderr
+    found = json.loads(toolkit("table", str(tmp_path / "runs" / "small"), "--json").stdout)
+    first, second = found["rows"]
+    assert (first["test_accuracy_published"], first["test_accuracy_difference"]) == (0.9, None)
+    assert first["test_accuracy"] is not None
+    assert first["not_comparable"] == "the run used part of the images"
+    assert "not_comparable" not in second, "nothing was published of it"
+    (claim,) = found["claims"]
+    assert (claim["verdict"], claim["reason"]) == ("undecidable", "not comparable: the run used part of the images")
+    assert found["agreement"] == []
+    assert "not comparable: the run used part of the images" in trained.stdout
 
 
 def test_verdicts_and_assumptions_are_in_all_files(tmp_path: Path) -> None:

@@ -126,6 +126,9 @@ def _contrast(
     if not a or not b:
         missing = "the first group" if not a else name
         return Contrast(name, reason=f"{missing} has no finished run with this figure")
+    unlike = next((r.member.not_comparable for r in (*one, *other) if r.member.not_comparable), "")
+    if unlike:
+        return Contrast(name, reason=f"not comparable: {unlike}")
     shared = [mark for mark in a if mark in b]
     if len(shared) > 1:
         return _paired(claim, name, [a[mark] - b[mark] for mark in shared], levels)

@@ -310,10 +310,8 @@ def _compared(study: StudyFile, run: PlannedRun, seed: Value | None) -> PlannedR
     """The run with the reason why its figures do not compare with the published ones.
 
     Published figures belong to the recipe as it is up to the file that states them: a file that extends it, or --set,
-    may change the conditions.
+    may change the conditions. Runs without published figures have a reason too, since claims compare them.
     """
-    if not run.member.published:
-        return run
     stating = StudyFile(study.path, study.stating_sources, study.merged, study.table, study.base)
     stated = run.recipe
     if len(stating.sources) < len(study.sources):

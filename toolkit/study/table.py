@@ -328,7 +328,7 @@ def _record(row: Row, columns: Sequence[str]) -> dict[str, object]:
         "finished": len(row.finished),
         "best": row.is_best,
         "open": row.open,
-        **({"not_comparable": row.not_comparable} if row.not_comparable else {}),
+        **({"not_comparable": row.not_comparable} if row.published and row.not_comparable else {}),
     }
     for column in columns:
         found = row.figures.get(column)
