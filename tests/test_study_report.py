@@ -72,7 +72,7 @@ def test_figures_for_print_and_one_page(study: StudyFolder, monkeypatch: pytest.
         f"{n}.{k}" for n in expected for k in ("svg", "pdf")
     }
     assert outcome.stdout.splitlines()[-1] == str(study.path / "report.html")
-    assert text.count('<svg class="drawn') == 4
+    assert text.count('<svg class="drawn') == len(expected)
     assert text.count('<svg class="drawn light"') == 1, "colours that are a scale stay on white"
 
 
