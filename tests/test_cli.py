@@ -275,7 +275,8 @@ def test_show_tells_where_each_value_comes_from() -> None:
 def test_what_show_prints_is_the_same_recipe(tmp_path: Path) -> None:
     copy = tmp_path / "copy.toml"
     copy.write_text(toolkit("show", str(RECIPES / "vit_small_caltech.toml")).stdout)
-    assert load_recipe(copy) == load_recipe(RECIPES / "vit_small_caltech.toml")
+    recipe = load_recipe(RECIPES / "vit_small_caltech.toml")
+    assert load_recipe(copy) == recipe.model_copy(update={"assumptions": {}})  # not part of what is trained
 
 
 def test_show_json() -> None:

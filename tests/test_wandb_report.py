@@ -88,7 +88,9 @@ def test_table_curves_comparison_and_notes_over_the_runs_of_the_study(study: Stu
     grids = blocks(server, "panel-grid")
     panels = [panel for grid in grids for panel in grid["metadata"]["panelBankSectionConfig"]["panels"]]
     lines = [panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot"]
-    assert [line["metrics"] for line in lines] == [["train/loss"], ["val/loss"], ["val/accuracy"], ["lr"]]
+    assert [line["metrics"] for line in lines] == [
+        ["train/loss"], ["train/accuracy"], ["val/loss"], ["val/accuracy"], ["lr"],
+    ]  # fmt: skip
     assert {line["xAxis"] for line in lines} == {"epoch"}
     assert lines[0]["overrideSeriesTitles"][f"{ids(study)[1]}:train/loss"] == "lr 0.1, seed 1"
     kinds = [panel["viewType"] for panel in panels]
