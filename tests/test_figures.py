@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from PIL import Image
 from report_runs import HOSTILE, PREDICTIONS, VAL_ACCURACY, first_layer, write_run
 
 from toolkit.errors import UserError
-from toolkit.report import curves, outcome
+from toolkit.report import curves, outcome, samples
 from toolkit.report.facts import Facts, Filters, gather
 from toolkit.report.filters import (
     SHOWN,
@@ -28,6 +30,7 @@ from toolkit.report.filters import (
 from toolkit.report.measures import Predictions, calibration
 from toolkit.report.mistakes import mistakes, mistakes_figure
 from toolkit.report.style import CYCLE, SPLIT_COLOURS, look, page_svg, save
+from toolkit.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +220,47 @@ def test_the_title_of_an_effect_is_not_cut_off(count: int) -> None:
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.width
     assert box.y1 <= figure.bbox.height
+
+
+LONG = "-".join(["a-name-as-long-as-a-recipe-may-have-without-a-space"] * 2)[:100]
+
+
+def drawn(facts: Facts) -> dict[str, Figure]:
+    """Every figure of a run's report, with the longest name that a recipe may have."""
+    found = predictions(facts)
+    counts = {split: np.array([3, 2, 1]) for split in SPLIT_COLOURS}
+    image = np.zeros((3, 20, 20), dtype=np.float32)
+    picture = Image.new("RGB", (20, 20))
+    names = ["a", "b", "c"]
+    long = replace(facts, recipe=None, run=Run(facts.run.path / ".." / ".." / LONG / "run"))
+    assert long.name == LONG
+    return {
+        "loss": curves.loss_curves(long),
+        "accuracy": curves.accuracy_curves(long),
+        "learning rate": curves.learning_rate_curve(long),
+        "confusion": outcome.confusion_figure(f"{LONG}: test images", found),
+        "class accuracy": outcome.class_accuracy_figure(f"{LONG}: test accuracy by class", found),
+        "reliability": outcome.reliability_figure(LONG, calibration(found.probabilities, found.right)),
+        "mistakes": mistakes_figure(LONG, mistakes(found, {}, 10)),
+        "filters": filters_figure(LONG, known_filters()),
+        "one filter": effect_figure(LONG, known_filters(), [1], picture, image),
+        "two filters": effect_figure(LONG, known_filters(), [0, 3], picture, image),
+        "histogram": samples.class_histogram(LONG, names, counts),
+        "totals": samples.class_totals(LONG, names, np.array([3, 2, 1])),
+        "samples": samples.contact_sheet(LONG, names[:1], [picture], [picture], (0, 1)),
+    }
+
+
+def test_no_title_is_cut_off(facts: Facts) -> None:
+    for name, figure in drawn(facts).items():
+        figure.draw_without_rendering()
+        titles = [*figure.texts, *(axes.title for axes in figure.axes)]
+        titles += [] if figure._suptitle is None else [figure._suptitle]
+        boxes = {title.get_text(): title.get_window_extent() for title in titles if title.get_text()}
+        assert any(LONG[:10] in text for text in boxes), name
+        for text, box in boxes.items():
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.width, (name, text)
+            assert 0 <= box.y0 < box.y1 <= figure.bbox.height, (name, text)
 
 
 # Files

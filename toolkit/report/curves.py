@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from toolkit.report.facts import Facts, Record
-from toolkit.report.style import BLUE, INK, SPLIT_COLOURS, grid
+from toolkit.report.style import BLUE, INK, SPLIT_COLOURS, fitted, grid
 
 SIZE = (6.3, 3.6)
 """Inches: as wide as a page of text."""
@@ -44,7 +44,7 @@ def learning_rate_curve(facts: Facts) -> Figure:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
-    axes.set_title(f"{facts.name}: learning rate", parse_math=False)
+    axes.set_title(fitted(f"{facts.name}: learning rate", SIZE[0] - 1), parse_math=False)
     return figure
 
 
@@ -87,4 +87,4 @@ def _finish(axes: Axes, facts: Facts, title: str) -> None:
         word = "stopped early" if facts.stopped_early else "last"
         axes.axvline(last, color=INK, linewidth=1.0, linestyle=":", label=f"{word}: epoch {last}")
     axes.legend(loc="best")
-    axes.set_title(title, parse_math=False)
+    axes.set_title(fitted(title, SIZE[0] - 1), parse_math=False)

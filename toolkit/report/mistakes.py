@@ -11,7 +11,7 @@ from PIL import Image
 
 from toolkit.report.measures import Predictions
 from toolkit.report.samples import paste
-from toolkit.report.style import short
+from toolkit.report.style import fitted, short
 
 COUNT = 24
 """Mistakes in the figure."""
@@ -68,5 +68,6 @@ def mistakes_figure(title: str, worst: Sequence[Mistake]) -> Figure:
     axes.imshow(sheet, interpolation="none")
     axes.set_axis_off()
     what = "worst mistakes: true class \N{RIGHTWARDS ARROW} prediction and its probability"
-    figure.text(0.5, 1 - 0.2 / height, f"{title}: {what}", ha="center", va="center", fontsize=9, parse_math=False)
+    text = fitted(f"{title}: {what}", width, 9)
+    figure.text(0.5, 1 - 0.2 / height, text, ha="center", va="center", fontsize=9, parse_math=False)
     return figure

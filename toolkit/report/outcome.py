@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from toolkit.formatting import plural
 from toolkit.report.measures import Calibration, Ints, Predictions, class_accuracy, confusion_matrix
 from toolkit.report.page import percent
-from toolkit.report.style import BLUE, GRID, INK, ORANGE, SKY, VERMILION, grid, short
+from toolkit.report.style import BLUE, GRID, INK, ORANGE, SKY, VERMILION, fitted, grid, short
 
 COUNTED = 25
 """Up to so many classes the cells of a confusion matrix have their numbers in them."""
@@ -45,7 +45,7 @@ def confusion_figure(title: str, found: Predictions) -> Figure:
         lines(between, -0.5, count - 0.5, color=GRID, linewidth=0.5 if count <= LABELLED else 0)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(title, parse_math=False)
+    axes.set_title(fitted(title, figure.get_figwidth() - room - 1.4), parse_math=False)
     bar = figure.colorbar(image, ax=axes, ticks=[1, 5, 20, 50, 100], fraction=0.03, pad=0.01, aspect=30, shrink=0.6)
     bar.set_label("images of the true class (%)")
     bar.outline.set_visible(False)
@@ -80,7 +80,7 @@ def class_accuracy_figure(title: str, found: Predictions) -> Figure:
     axes.set_xlabel("accuracy (%)")
     axes.set_ylabel("class (test images)" if labelled else plural(len(order), "class", "classes"))
     figure.legend(loc="outside lower right")
-    axes.set_title(title, parse_math=False)
+    axes.set_title(fitted(title, 3.8), parse_math=False)  # the axes stand to the right of the names
     return figure
 
 
@@ -98,7 +98,9 @@ def reliability_figure(title: str, found: Calibration) -> Figure:
     upper.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1.0, label="perfectly calibrated")
     upper.set_ylabel("accuracy")
     upper.set_ylim(0, 1)
-    upper.set_title(f"{title}\nexpected calibration error {percent(found.expected_error)}", parse_math=False)
+    upper.set_title(
+        f"{fitted(title, 3.4)}\nexpected calibration error {percent(found.expected_error)}", parse_math=False
+    )
     lower.bar(left, found.counts, width, align="edge", color=SKY, edgecolor="white", linewidth=0.5)
     lower.set_ylabel("images")
     lower.set_xlabel("probability of the predicted class")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from toolkit.formatting import plural
 from toolkit.report.measures import Counts
-from toolkit.report.style import DPI, SKY, SPLIT_COLOURS, columns_for, grid, short
+from toolkit.report.style import DPI, SKY, SPLIT_COLOURS, columns_for, fitted, grid, short
 
 LABELLED = 250
 """More classes are drawn as one outline, without their names."""
@@ -64,7 +64,7 @@ def _class_panels(title: str, names: Sequence[str], panels: Sequence[Mapping[str
         lowest.set_xticks(positions, shown, rotation=90 if upright else 0, parse_math=False, **small)
     else:
         lowest.set_xlabel(f"{plural(count, 'class', 'classes')}, in the order of the data set")
-    cells[0].set_title(title, parse_math=False)
+    cells[0].set_title(fitted(title, figure.get_figwidth() - 1), parse_math=False)
     return figure
 
 
@@ -95,7 +95,7 @@ def contact_sheet(
     columns = columns_for(len(names), cell[0] / cell[1])
     rows = -(-len(names) // columns)
     sheet = np.full((rows * cell[1] + GAP, columns * cell[0], 3), 255, dtype=np.uint8)
-    header = 0.75
+    header = 1.0
     kinds = "file, model input, augmented input" if augmented else "file, model input"
     inches = (max(sheet.shape[1] / DPI, 4.5), sheet.shape[0] / DPI + header)
     figure = Figure(figsize=inches)
@@ -108,8 +108,10 @@ def contact_sheet(
             paste(sheet, images[number], top + CAPTION, left + column * (TILE + GAP // 2))
     axes.imshow(sheet, interpolation="none")
     axes.set_axis_off()
-    figure.text(0.5, 1 - 0.28 / inches[1], title, ha="center", va="center", fontsize=9, parse_math=False)
-    figure.text(0.5, 1 - 0.52 / inches[1], f"{kinds} ({scale[0]:.2f} black, {scale[1]:.2f} white)",
+    figure.text(
+        0.5, 1 - 0.68 / inches[1], fitted(title, inches[0], 9), ha="center", va="bottom", fontsize=9, parse_math=False
+    )
+    figure.text(0.5, 1 - 0.8 / inches[1], f"{kinds} ({scale[0]:.2f} black, {scale[1]:.2f} white)",
                 ha="center", va="center", fontsize=7)  # fmt: skip
     return figure
 

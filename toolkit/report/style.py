@@ -7,6 +7,7 @@ import html
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,6 +125,11 @@ def _bytes(figure: Figure, kind: str, **settings: Any) -> bytes:
 def grid(axes: Axes, axis: str = "y") -> None:
     """Lines behind the data, across one axis."""
     axes.grid(axis=axis)  # type: ignore[arg-type]
+
+
+def fitted(title: str, inches: float, size: float = 10.0) -> str:
+    """A title on as many lines as a figure ``inches`` wide needs; ``size`` is that of the font, in points."""
+    return textwrap.fill(title, max(12, int(inches * 72 / (0.62 * size))))  # a character is about 0.6 of the size wide
 
 
 def short(name: str, length: int) -> str:
