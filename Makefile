@@ -17,7 +17,7 @@ slow:  ## the long variants: kills, soaks, all architectures
 generated:  ## files made from the schema and the installed libraries
 	$(PYTHON) -m toolkit.recipe.catalog
 	$(PYTHON) -m toolkit.recipe.jsonschema
-	$(PYTHON) -m toolkit.recipe.reference
+	$(PYTHON) -m toolkit.recipe.docs_generator
 
 quickstart:
 	$(PYTHON) -m toolkit.train recipes/quickstart.toml

@@ -36,9 +36,9 @@ TASKS = ("resnet18 training", "efficientnet_lite0 inference")
 def child(setting: str, task: str, steps: int) -> dict[str, float]:
     """Images a second (median over steps), page faults an image and most resident memory, in this process."""
     if "toolkit" in setting:
-        from toolkit.engine.memory import keep_freed_memory
+        from toolkit.training.malloc import tune_malloc
 
-        if not keep_freed_memory():
+        if not tune_malloc():
             raise SystemExit("keep_freed_memory() does nothing here")
     import timm
     import torch

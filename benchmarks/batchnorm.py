@@ -17,8 +17,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from toolkit.engine.batchnorm import SyncBatchNorm
-from toolkit.engine.memory import keep_freed_memory
+from toolkit.distributed.batchnorm import SyncBatchNorm
+from toolkit.training.malloc import tune_malloc
 
 WAYS = ("pytorch", "contiguous", "toolkit")
 SHAPES = ((64, 32, 8, 8), (32, 64, 112, 112))
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    tune_malloc()
     for shape in SHAPES:
         errors(shape)
 

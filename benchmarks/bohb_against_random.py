@@ -14,17 +14,17 @@ import math
 from pathlib import Path
 
 from toolkit.errors import EXIT_INTERRUPTED
-from toolkit.report.style import look, save
-from toolkit.study.analysis import incumbents
-from toolkit.study.controller import run_study
-from toolkit.study.crew import slots_for
+from toolkit.report.plot_style import plot_style, save
+from toolkit.study.bohb import budgets
+from toolkit.study.directory import StudyDirectory
 from toolkit.study.expand import expand, read_study
-from toolkit.study.figures import best_so_far
-from toolkit.study.folder import StudyFolder
-from toolkit.study.output import Outcomes, Wanted, read_outcomes
-from toolkit.study.search import budgets
-from toolkit.study.sheet import Sheet, markdown
-from toolkit.study.statistics import compare
+from toolkit.study.export_tables import StudyResults, TableOptions, read_outcomes
+from toolkit.study.plot_types import incumbent_curve
+from toolkit.study.plots import incumbents
+from toolkit.study.runner import run_study
+from toolkit.study.significance import compare
+from toolkit.study.text_table import TextTable, markdown
+from toolkit.study.worker_pool import slots_for
 
 STUDIES = Path(__file__).parent.parent / "recipes" / "studies"
 FIGURES = ("val_loss", "val_accuracy", "test_accuracy")
@@ -50,22 +50,22 @@ def main() -> None:
     draw(pairs, options.runs)
 
 
-def searched(kind: str, seed: int, options: argparse.Namespace, table: str, more: list[str]) -> Outcomes:
+def searched(kind: str, seed: int, options: argparse.Namespace, table: str, more: list[str]) -> StudyResults:
     """What a search has found, after it was made or completed."""
     name = f"digits-{kind}-{seed}"
     settings = [f'recipe.name="{name}"', f'recipe.run_root="{options.runs}"', f"study.{table}.seed={seed}", *more]
     study = read_study(STUDIES / f"digits_{kind}.toml", [*settings, *options.set])
     if run_study(study, expand(study), slots_for(options.workers, 1, 1, ())) == EXIT_INTERRUPTED:
         raise SystemExit(EXIT_INTERRUPTED)
-    return read_outcomes(StudyFolder(study.folder), Wanted())
+    return read_outcomes(StudyDirectory(study.folder), TableOptions())
 
 
-def best(found: Outcomes) -> dict[str, float]:
+def best(found: StudyResults) -> dict[str, float]:
     """Figures of the best finished run by the value sought."""
     return found.trials[0].result.figures
 
 
-def findings(pairs: list[tuple[Outcomes, Outcomes]]) -> Sheet:
+def findings(pairs: list[tuple[StudyResults, StudyResults]]) -> TextTable:
     """A line a search."""
     head = [
         "search",
@@ -84,10 +84,10 @@ def findings(pairs: list[tuple[Outcomes, Outcomes]]) -> Sheet:
             epochs = sum(len(result.epochs) for result in found.results)
             cells = [f"{loss:.4f}", f"{accuracy * 100:.2f}", f"{test * 100:.2f}"]
             rows.append([name, str(seed), str(len(found.results)), str(epochs), str(if_retrained(found)), *cells])
-    return Sheet("The best configuration of each search", head, rows)
+    return TextTable("The best configuration of each search", head, rows)
 
 
-def if_retrained(found: Outcomes) -> int:
+def if_retrained(found: StudyResults) -> int:
     """Epochs that the search would have taken if every budget were trained from the first epoch on."""
     table = found.table.bohb
     steps = budgets(table.min_epochs, table.max_epochs, table.eta) if table else []
@@ -95,7 +95,7 @@ def if_retrained(found: Outcomes) -> int:
     return sum(sum(step for step in steps if step < epochs) + epochs for epochs in reached)
 
 
-def comparison(pairs: list[tuple[Outcomes, Outcomes]]) -> Sheet:
+def comparison(pairs: list[tuple[StudyResults, StudyResults]]) -> TextTable:
     """BOHB minus random search over the seeds."""
     head = [
         "figure",
@@ -117,17 +117,17 @@ def comparison(pairs: list[tuple[Outcomes, Outcomes]]) -> Sheet:
         rows.append([figure, f"{sum(ours) / len(ours):.4f}", f"{sum(theirs) / len(theirs):.4f}",
                      f"{found.difference.mean:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{found.t_test or math.nan:.4f}",
                      f"{found.exact or math.nan:.4f}", f"{better} of {len(pairs)}"])  # fmt: skip
-    return Sheet("BOHB against random search", head, rows)
+    return TextTable("BOHB against random search", head, rows)
 
 
-def draw(pairs: list[tuple[Outcomes, Outcomes]], folder: Path) -> None:
+def draw(pairs: list[tuple[StudyResults, StudyResults]], folder: Path) -> None:
     """The best value so far against the epochs trained: the mean over the seeds, from where all have one."""
     curves = {
         name: mean_of([incumbents(pair[index]) for pair in pairs])
         for index, name in enumerate(("BOHB", "random search"))
     }
-    with look(print):
-        figure = best_so_far(curves, "val/loss", f"Digits, mean of {len(pairs)} seeds")
+    with plot_style(print):
+        figure = incumbent_curve(curves, "val/loss", f"Digits, mean of {len(pairs)} seeds")
         figure.axes[0].set_yscale("log")
         save(figure, folder, "bohb-against-random")
 

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from toolkit.engine.display import Display
-from toolkit.engine.loaders import build_loaders
-from toolkit.engine.process import start
-from toolkit.engine.setup import prepare
+from toolkit.distributed.process import init_accelerator
 from toolkit.plain_loop import ImageList, PlainLoop, pillow_as_it_comes
 from toolkit.recipe import load
 from toolkit.recipe.schema import Recipe
+from toolkit.training.console import Console
+from toolkit.training.context import build_context
+from toolkit.training.loaders import build_loaders
 
 
 def cpu_seconds() -> float:
@@ -54,7 +54,7 @@ def measure(recipe: Recipe, passes: int) -> dict[str, Any]:
     plain = PlainLoop(recipe)
     train, validation = plain.train_loader.dataset, plain.validation_loader.dataset
     test = ImageList(validation, plain.splits["test"], validation.transform)
-    setup = prepare(recipe, start(recipe.train), Display(speaks=True))
+    setup = build_context(recipe, init_accelerator(recipe.train), Console(speaks=True))
     loaders: Any = None
 
     def ordinary(*splits: Any) -> Iterator[torch.Tensor]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.data.cache import EntryWriter
+from toolkit.cache.store import CacheEntryWriter
 
 IMAGES, BYTES = 32, 32 * 224 * 224 * 3
 
@@ -33,7 +33,7 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for _ in range(arguments.rounds):
-            writer = EntryWriter(Path(folder), "images-benchmark")
+            writer = CacheEntryWriter(Path(folder), "images-benchmark")
             before = os.times()
             for _ in range(blocks):
                 writer.add(block)

@@ -24,9 +24,9 @@ from typing import Any
 import safetensors.torch
 import torchvision
 
-from toolkit.engine.fit import fit
 from toolkit.plain_loop import PlainLoop, pillow_as_it_comes
 from toolkit.recipe import load
+from toolkit.training.fit import fit
 
 RECIPE = """
 extends = "{base}"

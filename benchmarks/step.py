@@ -27,13 +27,13 @@ import timm.utils
 import torch
 from torch import nn
 
-from toolkit.bench import _Repeated, _train
-from toolkit.engine.display import Display
-from toolkit.engine.process import autocast_dtype, start
-from toolkit.engine.setup import prepare
-from toolkit.engine.signals import StopRequest
-from toolkit.engine.training import Training
+from toolkit.bench import _RepeatedBatch, _train
+from toolkit.distributed.process import autocast_dtype, init_accelerator
+from toolkit.distributed.signals import GracefulStop
 from toolkit.recipe import load
+from toolkit.training.console import Console
+from toolkit.training.context import build_context
+from toolkit.training.trainer import Trainer
 
 RECIPE = """
 [recipe]
@@ -64,7 +64,7 @@ trackers = []
 """
 
 
-def ways(training: Training, batch: Any, steps: int) -> dict[str, Callable[[], None]]:
+def ways(training: Trainer, batch: Any, steps: int) -> dict[str, Callable[[], None]]:
     """The three loops, each as a call that trains so many steps."""
     model, device = training.trainer.network, training.accelerator.device
     micro, content = batch
@@ -93,7 +93,7 @@ def ways(training: Training, batch: Any, steps: int) -> dict[str, Callable[[], N
             timm_optimizer.step()
             losses.update(loss.item(), len(images))
 
-    repeated = _Repeated([(micro, content)], steps)
+    repeated = _RepeatedBatch([(micro, content)], steps)
     return {"bare": bare, "toolkit": lambda: _train(training, repeated, steps), "timm": as_timm}
 
 
@@ -103,9 +103,9 @@ def measure(model: str, size: int, batch: int, precision: str, steps: int, round
         path = Path(folder) / "step.toml"
         path.write_text(RECIPE.format(model=model, size=size, batch=batch, precision=precision))
         recipe = load(path).recipe
-    accelerator = start(recipe.train)
-    setup = prepare(recipe, accelerator, Display(speaks=True, shows=False))
-    training = Training(setup, None, None, StopRequest(), None, "images")
+    accelerator = init_accelerator(recipe.train)
+    setup = build_context(recipe, accelerator, Console(speaks=True, shows=False))
+    training = Trainer(setup, None, None, GracefulStop(), None, "images")
     setup.transfer.train_mode()
     loops = ways(training, first_step(training), steps)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
@@ -134,7 +134,7 @@ def turned(names: list[str], by: int) -> list[str]:
     return names[by % len(names) :] + names[: by % len(names)]
 
 
-def first_step(training: Training) -> Any:
+def first_step(training: Trainer) -> Any:
     """The first batch of the first epoch, on the device."""
     steps: Iterator[Any] = training.loaders.train.epoch(0)
     micro, batch = next(steps)

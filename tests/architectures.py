@@ -8,19 +8,19 @@ import torch
 from torch import nn
 
 from toolkit.data.preprocessing import Preprocessing
-from toolkit.explain import find_layer
-from toolkit.export import _write_safetensors
-from toolkit.models.build import BuiltModel
-from toolkit.models.probe import probe
-from toolkit.models.stages import is_under
+from toolkit.inference.explain import find_layer
+from toolkit.inference.export import _write_safetensors
+from toolkit.inference.predict import TrainedModel, load_model
+from toolkit.models.build import ModelBundle
+from toolkit.models.dry_forward import probe
+from toolkit.models.layer_groups import is_under
 from toolkit.models.transfer import apply_transfer, param_groups
-from toolkit.predict import TrainedModel, load_model
-from toolkit.recipe.schema import ModelTable, OptimizerTable, TransferTable
+from toolkit.recipe.schema import ModelConfig, OptimizerConfig, TransferConfig
 
 CLASSES = ["a", "b", "c", "d", "e", "f", "g"]
 
 
-def check_structure(built: BuiltModel, size: int) -> None:
+def check_structure(built: ModelBundle, size: int) -> None:
     """Heads, stages in the order of use, optimizer groups; probing leaves every parameter where it was."""
     module = built.module
     before = [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
@@ -36,12 +36,12 @@ def check_structure(built: BuiltModel, size: int) -> None:
         assert sum(stage.holds(name) for stage in built.stages) == 1, name
     assert len({stage.name for stage in built.stages}) == len(built.stages)
     check_order(built, used)
-    groups = param_groups(built, TransferTable(layer_decay=0.5), OptimizerTable(name="sgd", lr=1.0))
+    groups = param_groups(built, TransferConfig(layer_decay=0.5), OptimizerConfig(name="sgd", lr=1.0))
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in module.parameters())
 
 
-def check_order(built: BuiltModel, used: tuple[str, ...]) -> None:
+def check_order(built: ModelBundle, used: tuple[str, ...]) -> None:
     """All parts of a stage are first used before any part of the next."""
     steps = {name: step for step, name in enumerate(used)}
     end = -1
@@ -55,10 +55,10 @@ def check_order(built: BuiltModel, used: tuple[str, ...]) -> None:
             end = max(firsts)
 
 
-def check_step(built: BuiltModel, size: int) -> None:
+def check_step(built: ModelBundle, size: int) -> None:
     """One step of SGD: the loss is finite and every parameter that is used changes or has a gradient of zero."""
-    transfer = apply_transfer(built, TransferTable())
-    groups = param_groups(built, TransferTable(), OptimizerTable(name="sgd", lr=0.01))
+    transfer = apply_transfer(built, TransferConfig())
+    groups = param_groups(built, TransferConfig(), OptimizerConfig(name="sgd", lr=0.01))
     optimizer = torch.optim.SGD(groups, lr=0.01)
     transfer.train_mode()
     used = set(probe(built.module, 3, size).used)
@@ -73,12 +73,12 @@ def check_step(built: BuiltModel, size: int) -> None:
         assert torch.isfinite(loss)
 
 
-def trained(built: BuiltModel, table: ModelTable, size: int) -> TrainedModel:
+def trained(built: ModelBundle, table: ModelConfig, size: int) -> TrainedModel:
     plain = Preprocessing(3, size, size, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     return TrainedModel(built.module.eval(), plain, (), CLASSES, table, "none", Path("model.safetensors"))
 
 
-def check_explained(model: TrainedModel, built: BuiltModel) -> None:
+def check_explained(model: TrainedModel, built: ModelBundle) -> None:
     """Grad-CAM looks into the second half of the network, not at its input."""
     size = model.preprocessing.image_size
     sample = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0))

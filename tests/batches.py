@@ -13,12 +13,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from toolkit.data.batched import _AUGMENT_STREAM, BatchAugmentation, batched_augmentation, keyed_uniforms
-from toolkit.data.batched_color import Blur, Erase, Grey, Jitter
-from toolkit.data.batched_moves import CenterCrop, Crop, Flip, Floats, IndexPass, Pad, Pass
-from toolkit.data.batched_warps import Affine, Perspective, WarpPass
+from toolkit.augment.gpu import _AUGMENT_STREAM, GpuAugmentation, gpu_augmentation, keyed_uniforms
+from toolkit.augment.gpu_affine import AffineOp, RandomAffine, RandomPerspective
+from toolkit.augment.gpu_color import ColorJitter, GaussianBlur, Grayscale, RandomErasing
+from toolkit.augment.gpu_crop_flip import BatchOp, CenterCrop, CropFlipOp, Floats, Pad, RandomCrop, RandomFlip
 from toolkit.data.preprocessing import Preprocessing
-from toolkit.recipe.schema import AugmentTable
+from toolkit.recipe.schema import AugmentConfig
 
 ADJUST = (
     functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation, functional.adjust_hue,
@@ -45,23 +45,23 @@ def batch(images: list[Image.Image], *, channels_last: bool = True) -> Tensor:
     return pixels if channels_last else pixels.contiguous()
 
 
-def augmentation(*train: Entry, size: int = 224, channels: int = 3, seed: int = 0, **values: Any) -> BatchAugmentation:
+def augmentation(*train: Entry, size: int = 224, channels: int = 3, seed: int = 0, **values: Any) -> GpuAugmentation:
     """A training chain whose output is in 0..1, for images of any size."""
-    table = AugmentTable.model_validate({"train": list(train), **values})
+    table = AugmentConfig.model_validate({"train": list(train), **values})
     preprocessing = Preprocessing(channels, size, None, True, "bilinear", (0.0,) * channels, (1.0,) * channels)
-    made = batched_augmentation(table, preprocessing, seed)
-    assert isinstance(made, BatchAugmentation), made
+    made = gpu_augmentation(table, preprocessing, seed)
+    assert isinstance(made, GpuAugmentation), made
     return made
 
 
-def numbers(augment: BatchAugmentation, epoch: int, draws: Floats | Any) -> Floats:
+def numbers(augment: GpuAugmentation, epoch: int, draws: Floats | Any) -> Floats:
     """The uniform numbers behind a batch, [m, slots]."""
     return keyed_uniforms(
         np.asarray(draws), sum(one.slots for one in augment.chain.all), _AUGMENT_STREAM, augment.seed, epoch
     )
 
 
-def one_by_one(augment: BatchAugmentation, image: Image.Image, u: Floats) -> Tensor:
+def one_by_one(augment: GpuAugmentation, image: Image.Image, u: Floats) -> Tensor:
     """torchvision's result for one image and the parameters that come of ``u`` [slots]: float32 [C, H, W] in 0..1.
 
     Pillow images throughout, each transform after the other, as in a worker.
@@ -79,17 +79,17 @@ def one_by_one(augment: BatchAugmentation, image: Image.Image, u: Floats) -> Ten
     return pixels
 
 
-def after(one: Pass, image: Any, u: Floats) -> Any:
+def after(one: BatchOp, image: Any, u: Floats) -> Any:
     """An image after one pass, by torchvision; u: [1, slots]."""
     size = (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[-2:])
     match one:
-        case IndexPass():
+        case CropFlipOp():
             start = 0
             for step in one.steps:
                 image = moved(step, image, u[:, start : start + step.slots], one.fill)
                 start += step.slots
             return image
-        case WarpPass():
+        case AffineOp():
             own, flips = u[:, 1 : 1 + one.warp.slots], u[:, 1 + one.warp.slots :]
             for number, flip in enumerate(one.before):
                 image = moved(flip, image, flips[:, number : number + 1], None)
@@ -102,16 +102,16 @@ def after(one: Pass, image: Any, u: Floats) -> Any:
         return image
     row = plan.table[0]
     match one:
-        case Jitter():
+        case ColorJitter():
             used = (one.brightness, one.contrast, one.saturation, one.hue)
             for kind in row[4:].astype(int).tolist():
                 image = image if used[kind] is None else ADJUST[kind](image, float(row[kind]))
             return image
-        case Grey():
+        case Grayscale():
             return functional.rgb_to_grayscale(image, num_output_channels=3)
-        case Blur():
+        case GaussianBlur():
             return functional.gaussian_blur(image, list(one.kernel_size), [float(one.draw(u)[0])] * 2)
-        case Erase():
+        case RandomErasing():
             top, left, height, width = row.astype(int).tolist()
             value = torch.tensor(one.value)[:, None, None]
             return functional.erase(image, top, left, height, width, value.to(torch.uint8))
@@ -122,11 +122,11 @@ def moved(step: Any, image: Any, u: Floats, fill: tuple[float, ...] | None) -> A
     """An image after a flip, a crop or padding."""
     color = list(fill or (0.0,))
     match step:
-        case Flip():
+        case RandomFlip():
             if not step.draw(u)[0]:
                 return image
             return functional.vertical_flip(image) if step.vertical else functional.horizontal_flip(image)
-        case Crop():
+        case RandomCrop():
             if u[0, 0] >= step.p:
                 return image
             (above, below), (before, behind) = step._paddings((image.height, image.width))
@@ -141,16 +141,16 @@ def moved(step: Any, image: Any, u: Floats, fill: tuple[float, ...] | None) -> A
     raise AssertionError(step)
 
 
-def warped(one: WarpPass, image: Any, u: Floats, size: tuple[int, int]) -> Any:
+def warped(one: AffineOp, image: Any, u: Floats, size: tuple[int, int]) -> Any:
     """An image after a rotation, an affine or a perspective transform."""
     mode = InterpolationMode.BILINEAR if one.bilinear else InterpolationMode.NEAREST
     rest: Entry = {"interpolation": mode, "fill": list(one.fill)}
     warp = one.warp
-    if isinstance(warp, Perspective):
+    if isinstance(warp, RandomPerspective):
         (height, width), corners = size, warp.draw(u, size)[0].tolist()
         own = [[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]]
         return functional.perspective(image, own, corners, **rest)
-    assert isinstance(warp, Affine)
+    assert isinstance(warp, RandomAffine)
     rest["center"] = None if warp.center is None else list(warp.center)
     angle, right, down, scale, shear_x, shear_y = warp.draw(u, size)[0].tolist()
     if warp.turn < 0:

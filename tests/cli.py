@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from typer.testing import CliRunner
 
-from toolkit.cli import app
+from toolkit.cli.main import app
 
 
 @dataclass

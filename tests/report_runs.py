@@ -14,7 +14,7 @@ from study_folders import FakeRun, write_study
 
 from toolkit.recipe import loads_recipe, resolved_toml
 from toolkit.runs import Run
-from toolkit.study.folder import StudyFolder
+from toolkit.study.directory import StudyDirectory
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "a'\"&amp; $x_1$", "plain"]
 """Names that folders can have, in their order."""
@@ -171,7 +171,7 @@ RUNS = [
 ]
 
 
-def small_study(path: Path) -> StudyFolder:
+def small_study(path: Path) -> StudyDirectory:
     """Two rates over two seeds, of which one run failed."""
     folder = write_study(path, TABLE, RUNS, name="rates")
     for number, member in enumerate(folder.members):

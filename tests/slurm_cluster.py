@@ -16,7 +16,7 @@ import pytest
 from cli import toolkit
 
 from toolkit.runs import Run, open_run
-from toolkit.slurm.job import Job, find_runs, queue, state_of
+from toolkit.slurm.job_status import SlurmJob, find_runs, queue, state_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "slurm" / "local-cluster.sh"
@@ -147,13 +147,13 @@ def submitted(name: str) -> Run:
 
 def number_of(run: Run) -> str:
     """Its job."""
-    return str(Job(run).current)
+    return str(SlurmJob(run).current)
 
 
 def trainers(run: Run) -> list[int]:
     """Processes, on any node, that train in the run directory or are about to."""
     found = (folder for folder in Path("/proc").iterdir() if folder.name.isdigit())
-    return [int(folder.name) for folder in found if f"toolkit.slurm.task\0{run.path}\0" in _command_line(folder)]
+    return [int(folder.name) for folder in found if f"toolkit.slurm.job_worker\0{run.path}\0" in _command_line(folder)]
 
 
 @contextlib.contextmanager
@@ -188,7 +188,7 @@ def wait_until(what: Callable[[], bool], told: Callable[[], str]) -> None:
 
 def log_of(run: Run) -> str:
     """What its job has printed."""
-    path = Job(run).log
+    path = SlurmJob(run).log
     return path.read_text() if path.exists() else ""
 
 
@@ -228,7 +228,7 @@ def wait_for_epoch(run: Run, epoch: int) -> None:
 
 def wait_for_start(run: Run, count: int) -> None:
     """Wait until the job has started so often."""
-    wait_until(lambda: len(Job(run).starts) >= count, lambda: log_of(run))
+    wait_until(lambda: len(SlurmJob(run).starts) >= count, lambda: log_of(run))
 
 
 def sbatch(*arguments: str, **environment: str) -> str:

@@ -13,11 +13,9 @@ from typing import Any
 
 from trainers import outcome
 
-import toolkit.study.controller
-import toolkit.study.plan  # noqa: F401  (imported before processes are forked: once instead of in each)
-from toolkit.cli import app
+from toolkit.cli.main import app
 from toolkit.runs import Run
-from toolkit.study.folder import StudyFolder
+from toolkit.study.directory import StudyDirectory
 
 BASE = """
 [recipe]
@@ -69,9 +67,9 @@ def write_study(folder: Path, study: str, *, epochs: int = 2, name: str = "study
     return path
 
 
-def study_folder(folder: Path) -> StudyFolder:
+def study_folder(folder: Path) -> StudyDirectory:
     """The study's folder of :func:`write_study`."""
-    return StudyFolder(folder / "runs" / "small")
+    return StudyDirectory(folder / "runs" / "small")
 
 
 def runs_of(folder: Path) -> Iterator[tuple[str, Run]]:

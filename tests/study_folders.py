@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolkit.recipe.study import StudyTable
-from toolkit.study.folder import Member, StudyFolder
+from toolkit.recipe.study_schema import StudyConfig
+from toolkit.study.directory import StudyDirectory, StudyRun
 
 
 @dataclass
@@ -34,17 +34,17 @@ class FakeRun:
     images: dict[str, int] = field(default_factory=lambda: {"train": 2892})
 
 
-def write_study(path: Path, study: Mapping[str, Any], runs: Sequence[FakeRun], name: str = "small") -> StudyFolder:
+def write_study(path: Path, study: Mapping[str, Any], runs: Sequence[FakeRun], name: str = "small") -> StudyDirectory:
     """A folder with study.json and run directories in which nothing was trained."""
     members = [_write_run(path, number, run) for number, run in enumerate(runs)]
-    table = StudyTable.model_validate(dict(study))
-    folder = StudyFolder(path)
+    table = StudyConfig.model_validate(dict(study))
+    folder = StudyDirectory(path)
     record = {"name": name, "file": "study.toml", "study": table.model_dump(), "search": None, "complete": True}
     folder.write(record, members)
     return folder
 
 
-def _write_run(path: Path, number: int, run: FakeRun) -> Member:
+def _write_run(path: Path, number: int, run: FakeRun) -> StudyRun:
     name = None if run.state == "missing" else f"20260101-000000-{number:04x}"
     if name is not None:
         (path / name).mkdir(parents=True)
@@ -58,7 +58,7 @@ def _write_run(path: Path, number: int, run: FakeRun) -> Member:
             (path / name / "predictions.csv").write_text("\n".join(["path,label,prediction,probability", *lines, ""]))
         if run.state == "failed":
             (path / name / "failed.json").write_text(json.dumps({"message": run.failure, "when": ""}))
-    return Member(
+    return StudyRun(
         run.row, run.seed, run.changes, f"{number:064x}", name, run.published, run.published_spread,
         run.published_epochs, "", run.note, run.not_comparable,
     )  # fmt: skip

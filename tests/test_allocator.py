@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from toolkit.engine.memory import is_settled_by_user
+from toolkit.training.malloc import is_settled_by_user
 
 PAGES = """
 import resource, torch
-from toolkit.engine.memory import keep_freed_memory
+from toolkit.training.malloc import keep_freed_memory
 if {kept}:
     print(keep_freed_memory())
 torch.set_num_threads(1)

@@ -15,10 +15,10 @@ from architectures import CLASSES, check_explained, check_export, check_step, ch
 from timm.models import get_pretrained_cfg
 
 from toolkit.errors import UserError
-from toolkit.export import FORMATS
-from toolkit.models.build import BuiltModel, build_model
+from toolkit.inference.export import FORMATS
+from toolkit.models.build import ModelBundle, build_model
 from toolkit.recipe import catalog
-from toolkit.recipe.schema import ModelTable
+from toolkit.recipe.schema import ModelConfig
 
 FAMILIES = """
 byoanet: halonet_h1 256, eca_botnext26ts_256 64
@@ -178,8 +178,8 @@ NEEDS = {name: {"rope_rescale_coords": 1.0} for name in timm.list_models("vit_*_
 """Arguments without which the toolkit refuses them: they scale positions at random."""
 
 
-def table_of(source: str, name: str) -> ModelTable:
-    return ModelTable.model_validate({"source": source, "name": name, "args": NEEDS.get(name, {})})
+def table_of(source: str, name: str) -> ModelConfig:
+    return ModelConfig.model_validate({"source": source, "name": name, "args": NEEDS.get(name, {})})
 
 
 @pytest.mark.parametrize(("source", "name", "size"), chosen())
@@ -209,7 +209,7 @@ def test_all_small_ones(source: str, name: str, size: int, tmp_path: Path) -> No
         torch.testing.assert_close(program.read(tmp_path)(images), model.module(images), rtol=1e-3, atol=1e-4)
 
 
-def build_without_memory(table: ModelTable, size: int) -> BuiltModel:
+def build_without_memory(table: ModelConfig, size: int) -> ModelBundle:
     """On the meta device; where a constructor computes with its tensors, its parameters alone are there."""
     try:
         with torch.device("meta"):
@@ -252,4 +252,4 @@ def test_all_that_the_libraries_have_is_listed_or_has_a_reason() -> None:
 def test_what_is_not_listed_has_no_classifier() -> None:
     for name in catalog.excluded_models():
         with torch.device("meta"), pytest.raises(UserError, match=f"timm's {name} has no classifier"):
-            build_model(ModelTable(source="timm", name=name), len(CLASSES), 3, 224)
+            build_model(ModelConfig(source="timm", name=name), len(CLASSES), 3, 224)

@@ -14,10 +14,10 @@ from cli import Outcome, toolkit
 from finished import CONVNET, ON_FILES
 from PIL import Image
 
+from toolkit.data.dataloader import SplitDataset
 from toolkit.data.datasets import open_dataset
-from toolkit.data.images import FileImages, check_images
-from toolkit.data.loading import SplitImages
-from toolkit.data.order import Indices
+from toolkit.data.image_sources import ImageFiles, check_images
+from toolkit.data.sampling import IntArray
 from toolkit.data.splits import split_dataset
 from toolkit.recipe import load_recipe
 from toolkit.runs import Run, open_run
@@ -88,7 +88,7 @@ def in_split(tmp_path: Path, split: str) -> list[str]:
 def test_formats_whose_damage_opening_does_not_show(data: Path, tmp_path: Path, suffix: str) -> None:
     bad = data / "a" / f"broken.{suffix}"
     bad.write_bytes(damaged(KINDS[suffix]))
-    images = FileImages(data, [f"a/broken.{suffix}"], 3)
+    images = ImageFiles(data, [f"a/broken.{suffix}"], 3)
     assert check_images(images, np.arange(1), decode=False).bad == []
     assert len(check_images(images, np.arange(1), decode=True).bad) == 1
     fails(toolkit(*arguments(tmp_path, 'data.cache="off"')), f"a/broken.{suffix}")
@@ -132,15 +132,15 @@ def test_after_training(data: Path, tmp_path: Path) -> None:
 
 def breaking(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], count: int) -> None:
     """Have something happen before the ``count``-th batch is made."""
-    original, calls = SplitImages.__getitems__, [0]
+    original, calls = SplitDataset.__getitems__, [0]
 
-    def called(self: SplitImages, request: tuple[Indices, ...]) -> object:
+    def called(self: SplitDataset, request: tuple[IntArray, ...]) -> object:
         calls[0] += 1
         if calls[0] == count:
             act()
         return original(self, request)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(SplitImages, "__getitems__", called)
+    monkeypatch.setattr(SplitDataset, "__getitems__", called)
 
 
 def test_with_skip_nothing_is_left_out_after_the_beginning(

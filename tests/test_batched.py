@@ -12,16 +12,16 @@ from batches import Entry, after, augmentation, batch, numbers, one_by_one, phot
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from toolkit.data import batched_moves
-from toolkit.data.batched import BatchAugmentation, batched_augmentation, keyed_uniforms
-from toolkit.data.batched_color import Erase, Grey, _within
-from toolkit.data.batched_warps import WarpPass, _product
-from toolkit.data.images import ArrayImages
-from toolkit.data.order import hash64
+from toolkit.augment import gpu_crop_flip
+from toolkit.augment.gpu import GpuAugmentation, gpu_augmentation, keyed_uniforms
+from toolkit.augment.gpu_affine import AffineOp, _product
+from toolkit.augment.gpu_color import Grayscale, RandomErasing, _within
+from toolkit.augment.transforms import build_transform
+from toolkit.data.image_sources import InMemoryImages
 from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from toolkit.data.transforms import build_transform
+from toolkit.data.sampling import hash64
 from toolkit.errors import UserError
-from toolkit.recipe.schema import AugmentTable
+from toolkit.recipe.schema import AugmentConfig
 
 ALLOWED = 2 / 255
 """Mean absolute difference of an image to torchvision's, for pixels in 0..1."""
@@ -76,7 +76,7 @@ CHAINS: dict[str, tuple[list[Entry], dict[str, Any], bool]] = {
 
 
 def differences(
-    augment: BatchAugmentation, images: list[Image.Image], *, channels_last: bool = True, epoch: int = 3
+    augment: GpuAugmentation, images: list[Image.Image], *, channels_last: bool = True, epoch: int = 3
 ) -> np.ndarray:
     """Mean absolute difference of each image of a batch to torchvision's, pixels in 0..1."""
     draws = np.arange(len(images)) * 7 + 1
@@ -140,8 +140,8 @@ def test_two_warps_in_one_would_not_be_what_torchvision_gives(interpolation: str
         {**TURN, "interpolation": interpolation}, {**AFFINE, "interpolation": interpolation}, size=32
     )
     _, first, second = augment.chain.passes
-    assert isinstance(first, WarpPass)
-    assert isinstance(second, WarpPass)
+    assert isinstance(first, AffineOp)
+    assert isinstance(second, AffineOp)
     images, u = photographs(12, 32, 32), numbers(augment, 0, np.arange(12))
     plans = augment.plans(0, np.arange(12), (32, 32))
     to_pixels = np.linalg.inv(np.array([[2 / 32, 0, -1], [0, 2 / 32, -1], [0, 0, 1]]))
@@ -154,9 +154,9 @@ def test_two_warps_in_one_would_not_be_what_torchvision_gives(interpolation: str
 def test_without_randomness_the_pixels_are_those_of_the_workers_bit_for_bit() -> None:
     images = photographs(6, 256, 300)
     preprocessing = Preprocessing(3, 224, None, True, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
-    one_at_a_time = build_transform("train", AugmentTable(), preprocessing)
-    made = batched_augmentation(AugmentTable(), preprocessing, 0)
-    assert isinstance(made, BatchAugmentation)
+    one_at_a_time = build_transform("train", AugmentConfig(), preprocessing)
+    made = gpu_augmentation(AugmentConfig(), preprocessing, 0)
+    assert isinstance(made, GpuAugmentation)
     expected = torch.stack([one_at_a_time(image) for image in images])
     for channels_last in (True, False):
         assert torch.equal(made(batch(images, channels_last=channels_last), 0, np.arange(6)), expected)
@@ -166,9 +166,9 @@ def test_without_randomness_the_pixels_are_those_of_the_workers_bit_for_bit() ->
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_each_split_has_its_own_chain(split: str) -> None:
-    table = AugmentTable.model_validate({"train": [TURN], split: [{**FLIP, "p": 1.0}], "random_erasing": 1.0})
-    made = batched_augmentation(table, Preprocessing(3, 32, None, True, "bilinear", (0.0,) * 3, (1.0,) * 3), 0, split)
-    assert isinstance(made, BatchAugmentation)
+    table = AugmentConfig.model_validate({"train": [TURN], split: [{**FLIP, "p": 1.0}], "random_erasing": 1.0})
+    made = gpu_augmentation(table, Preprocessing(3, 32, None, True, "bilinear", (0.0,) * 3, (1.0,) * 3), 0, split)
+    assert isinstance(made, GpuAugmentation)
     pixels = batch(photographs(3, 32, 32))
     assert torch.equal(made(pixels, 0, np.arange(3)), pixels.flip(3).float() * (1 / 255))
 
@@ -181,7 +181,7 @@ def test_grey_images() -> None:
     for image, u, result in zip(images, numbers(augment, 0, draws), made, strict=True):
         expected_image = image
         for one in augment.chain.passes:
-            if not isinstance(one, Grey):
+            if not isinstance(one, Grayscale):
                 expected_image = after(one, expected_image, u[None, : one.slots])
             u = u[one.slots :]
         expected = functional.pil_to_tensor(expected_image).float() / 255
@@ -199,8 +199,8 @@ def test_what_needs_float_works_on_float(size: int) -> None:
         expected = functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
         centre, warp, blur, erase = augment.chain.passes
         assert centre.slots == 0
-        assert isinstance(warp, WarpPass)
-        assert isinstance(erase, Erase)
+        assert isinstance(warp, AffineOp)
+        assert isinstance(erase, RandomErasing)
         ours = u[None]
         angle = float(warp.warp.draw(ours[:, 1:7], (size, size))[0, 0])  # type: ignore[attr-defined]
         expected = functional.rotate(
@@ -287,14 +287,16 @@ def test_seed_epoch_and_draw_all_matter_and_nothing_else() -> None:
 def test_the_two_ways_to_copy_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     augment, pixels = augmentation(crop(padding=9, fill=[1, 2, 3]), FLIP, UPSIDE), batch(photographs(5, 224, 224))
     by_slices = augment(pixels, 0, np.arange(5))
-    monkeypatch.setattr(batched_moves, "LARGE", 2**40)
+    monkeypatch.setattr(gpu_crop_flip, "LARGE", 2**40)
     assert torch.equal(augment(pixels, 0, np.arange(5)), by_slices)
 
 
 def test_the_two_ways_to_erase_agree() -> None:
-    plan = Erase((0.02, 0.33), (0.3, 3.3), (0.0,), 0.7).plan(np.random.default_rng(0).random((50, 23)), (40, 30))
+    plan = RandomErasing((0.02, 0.33), (0.3, 3.3), (0.0,), 0.7).plan(
+        np.random.default_rng(0).random((50, 23)), (40, 30)
+    )
     images = torch.ones(50, 1, 40, 30)
-    Erase((0.02, 0.33), (0.3, 3.3), (0.0,), 0.7).erase(images, plan, torch.empty(0))
+    RandomErasing((0.02, 0.33), (0.3, 3.3), (0.0,), 0.7).erase(images, plan, torch.empty(0))
     assert torch.equal(_within(torch.from_numpy(plan.table), torch.Size((40, 30))), images == 0)
 
 
@@ -316,30 +318,30 @@ def test_the_two_ways_to_erase_agree() -> None:
     ],
 )  # fmt: skip
 def test_what_prevents_it_is_named(entry: Entry, said: str) -> None:
-    table = AugmentTable.model_validate({"train": [FLIP, entry]})
-    assert batched_augmentation(table, Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3), 0) == said
+    table = AugmentConfig.model_validate({"train": [FLIP, entry]})
+    assert gpu_augmentation(table, Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3), 0) == said
 
 
 def test_the_recipe_has_the_last_word() -> None:
     preprocessing = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    workers = AugmentTable.model_validate({"train": [FLIP], "on": "workers"})
-    assert batched_augmentation(workers, preprocessing, 0) == 'augment.on = "workers"'
-    device = AugmentTable.model_validate({"train": [{"name": "RandAugment"}], "on": "device"})
+    workers = AugmentConfig.model_validate({"train": [FLIP], "on": "workers"})
+    assert gpu_augmentation(workers, preprocessing, 0) == 'augment.on = "workers"'
+    device = AugmentConfig.model_validate({"train": [{"name": "RandAugment"}], "on": "device"})
     with pytest.raises(UserError, match=r"cannot be given augment.train\[0\]: RandAugment"):
-        batched_augmentation(device, preprocessing, 0)
+        gpu_augmentation(device, preprocessing, 0)
 
 
 def test_a_policy_prevents_it() -> None:
-    table = AugmentTable.model_validate({"auto_augment": "rand-m9"})
+    table = AugmentConfig.model_validate({"auto_augment": "rand-m9"})
     preprocessing = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    assert batched_augmentation(table, preprocessing, 0) == "augment.auto_augment = 'rand-m9'"
-    assert isinstance(batched_augmentation(table, preprocessing, 0, "validation"), BatchAugmentation)
+    assert gpu_augmentation(table, preprocessing, 0) == "augment.auto_augment = 'rand-m9'"
+    assert isinstance(gpu_augmentation(table, preprocessing, 0, "validation"), GpuAugmentation)
 
 
 def test_what_is_fixed_before_the_resize_is_no_concern_of_the_batch() -> None:
-    table = AugmentTable.model_validate({"train": [{**PAD, "at": "before_resize"}, FLIP]})
-    made = batched_augmentation(table, Preprocessing(3, 32, 40, True, "bilinear", (0.5,) * 3, (0.5,) * 3), 0)
-    assert isinstance(made, BatchAugmentation)
+    table = AugmentConfig.model_validate({"train": [{**PAD, "at": "before_resize"}, FLIP]})
+    made = gpu_augmentation(table, Preprocessing(3, 32, 40, True, "bilinear", (0.5,) * 3, (0.5,) * 3), 0)
+    assert isinstance(made, GpuAugmentation)
     assert made(batch(photographs(2, 40, 40)), 0, np.arange(2)).shape == (2, 3, 32, 32)
 
 
@@ -358,6 +360,6 @@ def test_a_data_set_in_memory_goes_through_as_it_is() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
     augment = augmentation(size=28, channels=1)
     expected = torch.stack(
-        [functional.pil_to_tensor(ArrayImages(pixels, "m", 1).load(i)).float() * (1 / 255) for i in range(6)]
+        [functional.pil_to_tensor(InMemoryImages(pixels, "m", 1).load(i)).float() * (1 / 255) for i in range(6)]
     )
     assert torch.equal(augment(torch.from_numpy(pixels)[:, None], 0, np.arange(6)), expected)

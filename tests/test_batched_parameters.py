@@ -13,10 +13,10 @@ import torch
 from batches import augmentation, numbers
 from torchvision.transforms import v2
 
-from toolkit.data.batched import keyed_uniforms
-from toolkit.data.batched_color import Blur, Erase, Grey, Jitter
-from toolkit.data.batched_moves import Crop, Flip, IndexPass
-from toolkit.data.batched_warps import Affine, Perspective, WarpPass, perspective_matrices
+from toolkit.augment.gpu import keyed_uniforms
+from toolkit.augment.gpu_affine import AffineOp, RandomAffine, RandomPerspective, perspective_matrices
+from toolkit.augment.gpu_color import ColorJitter, GaussianBlur, Grayscale, RandomErasing
+from toolkit.augment.gpu_crop_flip import CropFlipOp, RandomCrop, RandomFlip
 
 N = 4000
 SIZE = (40, 60)
@@ -30,7 +30,7 @@ def uniforms(slots: int, key: int = 0) -> Sample:
 def only_pass(**entry: Any) -> Any:
     """The one pass that the transform becomes, of images that need no crop."""
     passes = augmentation(entry, size=60).chain.passes
-    assert isinstance(passes[0], IndexPass)
+    assert isinstance(passes[0], CropFlipOp)
     return passes[1]
 
 
@@ -77,7 +77,7 @@ def test_probabilities(p: float) -> None:
     for entry in ({"name": "RandomHorizontalFlip"}, {"name": "RandomVerticalFlip"}):
         augment = augmentation({**entry, "p": p}, size=32)
         flips = augment.chain.passes[0].steps[-1]  # type: ignore[attr-defined]
-        assert isinstance(flips, Flip)
+        assert isinstance(flips, RandomFlip)
         assert_share(flips.draw(numbers(augment, 0, np.arange(N))), p)
     for one in (
         only_pass(name="RandomPerspective", p=p),
@@ -99,8 +99,8 @@ def test_both_probabilities_of_one_transform_count() -> None:
 
 def test_rotation_is_uniform() -> None:
     one = only_pass(name="RandomRotation", degrees=[-20.0, 50.0])
-    assert isinstance(one, WarpPass)
-    assert isinstance(one.warp, Affine)
+    assert isinstance(one, AffineOp)
+    assert isinstance(one.warp, RandomAffine)
     assert_uniform(one.warp.draw(uniforms(6), SIZE)[:, 0], -20, 50)
 
 
@@ -130,7 +130,7 @@ def test_shear_of_two_numbers_is_along_x_alone() -> None:
 @pytest.mark.parametrize("distortion", [0.0, 0.3, 1.0])
 def test_perspective_moves_each_corner_inwards(distortion: float) -> None:
     height, width = SIZE
-    corners = Perspective(distortion).draw(uniforms(8), SIZE)
+    corners = RandomPerspective(distortion).draw(uniforms(8), SIZE)
     far_x, far_y = int(distortion * (width // 2)), int(distortion * (height // 2))
     left, right, top, bottom = corners[:, [0, 3], 0], corners[:, 1:3, 0], corners[:, :2, 1], corners[:, 2:, 1]
     assert (left.min(), left.max()) == (0, far_x)
@@ -159,7 +159,7 @@ def test_perspectives_that_take_the_origin_to_infinity() -> None:
 
 
 def test_crops_lie_anywhere_alike() -> None:
-    tops, lefts = Crop((32, 32), (4, 4, 2, 2), False, "constant", 1.0).draw(uniforms(3), (32, 32))
+    tops, lefts = RandomCrop((32, 32), (4, 4, 2, 2), False, "constant", 1.0).draw(uniforms(3), (32, 32))
     for places, count in ((tops, 5), (lefts, 9)):
         counts = np.bincount(places, minlength=count)
         assert len(counts) == count
@@ -168,7 +168,7 @@ def test_crops_lie_anywhere_alike() -> None:
 
 def test_jitter_factors_are_uniform_and_every_order_comes() -> None:
     one = only_pass(name="ColorJitter", brightness=0.4, contrast=[0.5, 3.0], saturation=2.0, hue=[-0.1, 0.3])
-    assert isinstance(one, Jitter)
+    assert isinstance(one, ColorJitter)
     table = one.plan(uniforms(9), SIZE).table
     for column, (low, high) in enumerate([(0.6, 1.4), (0.5, 3.0), (0.0, 3.0), (-0.1, 0.3)]):
         assert_uniform(table[:, column], low, high)
@@ -179,17 +179,17 @@ def test_jitter_factors_are_uniform_and_every_order_comes() -> None:
 
 def test_blur_is_as_strong_as_said() -> None:
     one = only_pass(name="GaussianBlur", kernel_size=5, sigma=[0.5, 1.5])
-    assert isinstance(one, Blur)
+    assert isinstance(one, GaussianBlur)
     assert_uniform(one.draw(uniforms(2)), 0.5, 1.5)
     weights = one.plan(uniforms(2), SIZE).table[:, :3]
     assert np.allclose(weights[:, 0] + 2 * weights[:, 1:].sum(1), 1)
-    assert not Grey(0.0).plan(uniforms(1), SIZE).applied.any()
+    assert not Grayscale(0.0).plan(uniforms(1), SIZE).applied.any()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"scale": [0.1, 0.9], "ratio": [0.2, 8.0]}])
 def test_rectangles_to_erase_are_drawn_as_torchvision_does(arguments: dict[str, Any]) -> None:
     one = only_pass(name="RandomErasing", p=1.0, **arguments)
-    assert isinstance(one, Erase)
+    assert isinstance(one, RandomErasing)
     plan = one.plan(uniforms(one.slots), SIZE)
     expected = [each for each in theirs(v2.RandomErasing(p=1.0, **arguments)) if each["v"] is not None]
     assert abs(plan.applied.mean() - len(expected) / N) < 0.01

@@ -13,8 +13,8 @@ from distributed import run_on
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from toolkit.engine import batchnorm
-from toolkit.engine.batchnorm import SyncBatchNorm, average_statistics, replace_batch_norms, set_replicated
+from toolkit.distributed import batchnorm
+from toolkit.distributed.batchnorm import SyncBatchNorm, average_statistics, replace_batch_norms, set_replicated
 
 SHARES = {2: [(0, 5), (5, 7)], 3: [(0, 1), (1, 3), (3, 7)]}
 """Uneven shares of a batch of seven."""

@@ -65,7 +65,7 @@ def test_repetitions_go_on_in_the_stream() -> None:
         epochs.append(number)
         yield from (10 * number, 10 * number + 1, 10 * number + 2)
 
-    stream = bench._Stream(SimpleNamespace(epoch=epoch))
+    stream = bench._EndlessLoader(SimpleNamespace(epoch=epoch))
     assert [list(itertools.islice(stream.epoch(0), 2)) for _ in range(3)] == [[0, 1], [2, 10], [11, 12]]
     assert epochs == [0, 1]
 

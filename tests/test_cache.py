@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from cli import toolkit
 
-from toolkit.data import cache
-from toolkit.data.cache import (
+from toolkit.cache import store
+from toolkit.cache.memory_budget import available_memory, free_disk
+from toolkit.cache.store import (
     ABANDONED_S,
-    DamagedEntry,
-    Entry,
-    EntryWriter,
+    CacheEntry,
+    CacheEntryWriter,
+    CorruptCacheEntry,
     cache_root,
     checksum,
     clean,
@@ -30,27 +31,26 @@ from toolkit.data.cache import (
     try_lock,
     verify,
 )
-from toolkit.data.capacity import available_memory, free_disk
 
 NAME = f"images-{'0' * 32}"
 PARTS = [np.random.default_rng(i).integers(0, 256, size, dtype=np.uint8) for i, size in enumerate((5000, 1, 9000))]
 FACTS = {"kind": "images", "data": "toy", "images": 3, "what": "decode"}
 
 
-def written(root: Path, name: str = NAME) -> Entry:
-    writer = EntryWriter(root, name)
+def written(root: Path, name: str = NAME) -> CacheEntry:
+    writer = CacheEntryWriter(root, name)
     blocks = [writer.add(part) for part in PARTS]
     return writer.publish(FACTS, {"shapes": np.arange(6)}, blocks)
 
 
 def damaged(root: Path, name: str = NAME) -> str:
     """What is found to be wrong with an entry; "" where nothing is."""
-    cache._verified.clear()  # as a new process would find it
+    store._verified.clear()  # as a new process would find it
     try:
         entry = find_entry(root, name)
         assert entry is not None
         list(verify(entry))
-    except DamagedEntry as error:
+    except CorruptCacheEntry as error:
         return str(error)
     return ""
 
@@ -69,7 +69,7 @@ def test_an_entry_gives_back_what_was_written(tmp_path: Path) -> None:
 
 
 def test_forked_processes_write_beside_each_other(tmp_path: Path) -> None:
-    writer = EntryWriter(tmp_path, NAME)
+    writer = CacheEntryWriter(tmp_path, NAME)
     with multiprocessing.get_context("fork").Pool(3, _take, (writer,)) as pool:
         blocks = pool.map(_add, range(40), chunksize=1)
     writer.publish(FACTS, {}, blocks)
@@ -82,14 +82,14 @@ def test_forked_processes_write_beside_each_other(tmp_path: Path) -> None:
         assert length == 100 + i
 
 
-_writers: list[EntryWriter] = []
+_writers: list[CacheEntryWriter] = []
 
 
-def _take(writer: EntryWriter) -> None:
+def _take(writer: CacheEntryWriter) -> None:
     _writers.append(writer)
 
 
-def _add(i: int) -> cache.Block:
+def _add(i: int) -> store.BlockRange:
     return _writers[0].add(np.full(100 + i, i, dtype=np.uint8))
 
 
@@ -124,7 +124,7 @@ def test_every_byte_counts_in_the_checksum() -> None:
 
 
 def test_the_first_of_two_that_publish_is_kept(tmp_path: Path) -> None:
-    one, two = EntryWriter(tmp_path, NAME), EntryWriter(tmp_path, NAME)
+    one, two = CacheEntryWriter(tmp_path, NAME), CacheEntryWriter(tmp_path, NAME)
     one.publish(FACTS, {}, [one.add(PARTS[0])])
     two.publish(FACTS, {}, [two.add(PARTS[0])])
     assert damaged(tmp_path) == ""
@@ -156,7 +156,7 @@ def test_a_removed_entry_stays_with_those_who_read_it(tmp_path: Path) -> None:
 
 
 def test_what_killed_processes_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
-    old, young = EntryWriter(tmp_path, NAME), EntryWriter(tmp_path, NAME)
+    old, young = CacheEntryWriter(tmp_path, NAME), CacheEntryWriter(tmp_path, NAME)
     for writer in (old, young):
         writer.add(PARTS[0])
     foreign = tmp_path / ".config-of-somebody"

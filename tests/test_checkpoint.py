@@ -15,17 +15,17 @@ from test_exact import assert_same_experiment
 from test_unkillable import undisturbed
 from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, outcome, write_recipe
 
-from toolkit.engine.checkpoint import (
+from toolkit.errors import UserError
+from toolkit.models.build import build_model
+from toolkit.training.checkpoint import (
     find_latest,
+    link_best,
     load_checkpoint,
     load_weights,
-    publish_best,
     save_best,
     save_checkpoint,
 )
-from toolkit.engine.loop import Trainer
-from toolkit.errors import UserError
-from toolkit.models.build import build_model
+from toolkit.training.train_step import TrainStep
 
 
 def saved(folder: Path, *places: tuple[int, int], keep: int = 9) -> list[Path]:
@@ -99,7 +99,7 @@ def test_the_last_are_kept_with_the_best_weights_they_name(tmp_path: Path) -> No
         save_checkpoint(tmp_path, (epoch, 0), {"best_epoch": best if epoch > 1 else None}, keep=2)
         assert len(list(tmp_path.glob("*.pt"))) == len(list(tmp_path.glob("0*.json"))) == min(epoch, 2)
     assert sorted(path.name for path in tmp_path.glob("best-*")) == ["best-0002.safetensors", "best-0005.safetensors"]
-    publish_best(tmp_path, 5)
+    link_best(tmp_path, 5)
     assert load_weights(tmp_path / "best.safetensors")["w"].item() == 5
 
 
@@ -161,7 +161,7 @@ def killed_run(folder: Path, world: int, count: int, *settings: str) -> Path:
     recipe = write_recipe(folder, MUCH)
 
     def prepare(rank: int) -> None:
-        at_call(Trainer, "_update", count, kill_self)
+        at_call(TrainStep, "_update", count, kill_self)
 
     Trainers(world, folder, recipe, *settings, prepare=prepare).wait()
     return recipe

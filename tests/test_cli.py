@@ -22,14 +22,14 @@ import typer
 from cli import toolkit
 from study_folders import FakeRun, write_study
 
-from toolkit.cli import app
-from toolkit.data.facts import FACTS
-from toolkit.data.preprocessing import resolve_preprocessing, with_channels
-from toolkit.engine.display import Display
+from toolkit.cli.main import app
+from toolkit.data.dataset_info import DATASETS
+from toolkit.data.preprocessing import resolve_channels, resolve_preprocessing
 from toolkit.models.build import expected_input
 from toolkit.recipe import catalog, load_recipe
-from toolkit.recipe.schema import DataTable
-from toolkit.recipe.writing import toml_value
+from toolkit.recipe.schema import DataConfig
+from toolkit.recipe.toml_writer import toml_value
+from toolkit.training.console import Console
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -122,7 +122,7 @@ def test_status_and_sync_take_latest_too(two_runs: tuple[str, str], monkeypatch:
     shown = json.loads(toolkit("status", "latest", "--json").stdout)
     assert [row["run"] for row in shown] == [two_runs[1]]
     uploaded: list[Path] = []
-    monkeypatch.setattr("toolkit.sync.sync", lambda run: uploaded.append(run.path))
+    monkeypatch.setattr("toolkit.wandb_sync.sync", lambda run: uploaded.append(run.path))
     toolkit("sync", "latest", "--debug")
     assert uploaded == [Path(two_runs[1])]
 
@@ -170,12 +170,15 @@ def test_wrong_usage_is_bad_input(arguments: list[str]) -> None:
 def run_apart(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`toolkit ARGUMENTS` in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "toolkit.cli", *arguments], capture_output=True, text=True, env=os.environ | environment
+        [sys.executable, "-m", "toolkit.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
     )
 
 
 def test_completion_script_and_completion() -> None:
-    program = [sys.executable, "-c", "from toolkit.cli import app; app(prog_name='toolkit')"]
+    program = [sys.executable, "-c", "from toolkit.cli.main import app; app(prog_name='toolkit')"]
 
     def complete(**environment: str) -> str:
         done = subprocess.run(program, capture_output=True, text=True, env=os.environ | environment)
@@ -195,14 +198,14 @@ def test_checks_and_lists_import_no_torch() -> None:
     program = """
 import sys
 import termios
-import toolkit.cli
+import toolkit.cli.main
 heavy = {"torch", "numpy", "pydantic", "rich", "matplotlib", "wandb"} & sys.modules.keys()
 assert not heavy, f"toolkit --help imports {heavy}"
 quickstart, other = sys.argv[1:]
 for arguments in (["validate", quickstart], ["show", quickstart], ["diff", quickstart, other], ["models", "vgg"],
                   ["transforms"], ["optimizers"], ["datasets"]):
     try:
-        toolkit.cli.app(arguments)
+        toolkit.cli.main.app(arguments)
     except SystemExit as end:
         assert end.code == 0, arguments
     assert not {"torch", "numpy"} & sys.modules.keys(), arguments
@@ -290,8 +293,8 @@ def test_show_tells_what_the_open_keys_of_the_input_become(name: str) -> None:
     """The same values as training resolves from the libraries' own configurations."""
     recipe = load_recipe(RECIPES / f"{name}.toml")
     weights = expected_input(recipe.model)
-    facts = FACTS[recipe.data.dataset]
-    data = with_channels(recipe.data, pretrained=weights is not None)
+    facts = DATASETS[recipe.data.dataset]
+    data = resolve_channels(recipe.data, pretrained=weights is not None)
     trained = resolve_preprocessing(data, weights, facts.size, facts.channels, lambda plain: (plain.mean, plain.std))
     shown = json.loads(toolkit("show", str(RECIPES / f"{name}.toml"), "--json").stdout)
     entries = {key: shown[f"data.{key}"] for key in ("image_size", "channels", "resize", "interpolation")}
@@ -360,11 +363,11 @@ def test_transforms_and_optimizers() -> None:
 
 
 def test_datasets_are_those_of_the_schema_and_of_the_files() -> None:
-    names = DataTable.model_json_schema()["properties"]["dataset"]["enum"]
-    assert [line.split()[0] for line in toolkit("datasets").stdout.splitlines()] == names == list(FACTS)
+    names = DataConfig.model_json_schema()["properties"]["dataset"]["enum"]
+    assert [line.split()[0] for line in toolkit("datasets").stdout.splitlines()] == names == list(DATASETS)
     from toolkit.data.datasets import open_dataset
 
-    digits, facts = open_dataset(DataTable(dataset="digits")), FACTS["digits"]
+    digits, facts = open_dataset(DataConfig(dataset="digits")), DATASETS["digits"]
     assert (len(digits.classes), len(digits.labels), digits.native_size, digits.native_channels) == (
         facts.classes, (facts.images or (0, 0))[0], facts.size, facts.channels
     )  # fmt: skip
@@ -381,7 +384,7 @@ def test_nothing_found_names_the_nearest() -> None:
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    program = f"{sys.executable} -m toolkit.cli models --json --weights | head -1"
+    program = f"{sys.executable} -m toolkit.cli.main models --json --weights | head -1"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[\n", "")
 
@@ -412,7 +415,7 @@ class Terminal(io.StringIO):
 def test_progress_only_on_a_terminal_and_without_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     def shown(stream: io.StringIO) -> str:
         monkeypatch.setattr(sys, "stderr", stream)
-        with Display(speaks=True).bar("epoch 1", 10) as bar:
+        with Console(speaks=True).bar("epoch 1", 10) as bar:
             bar.advance(10)
         return stream.getvalue()
 

@@ -13,11 +13,11 @@ from cli import toolkit
 from conftest import SUBSET_TEST, SUBSET_TRAIN
 from PIL import Image
 
-from toolkit.inspect.data import examine
-from toolkit.inspect.figures import contact_sheet, histogram
+from toolkit.data.dataset_plots import contact_sheet, histogram
+from toolkit.data.dataset_report import analyze_dataset
 from toolkit.recipe import load_recipe
-from toolkit.report.samples import CAPTION, GAP, TILE, class_totals
-from toolkit.report.style import SPLIT_COLOURS
+from toolkit.report.data_plots import CAPTION, GAP, TILE, class_totals
+from toolkit.report.plot_style import SPLIT_COLOURS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CLASSES = ["$x_1$ & <b>", "ñandú", "日本"]
@@ -152,7 +152,7 @@ def test_missing_data_is_bad_input(tmp_path: Path) -> None:
 
 
 def test_histogram_has_a_bar_for_each_class_and_split() -> None:
-    report = examine(load_recipe(RECIPES / "quickstart.toml"), lambda text: None)
+    report = analyze_dataset(load_recipe(RECIPES / "quickstart.toml"), lambda text: None)
     upper, lower = histogram(report).axes
     heights = [bar.get_height() for bar in upper.patches]
     assert heights == [*report.counts["train"], *report.counts["validation"]]
@@ -167,7 +167,7 @@ def test_histogram_has_a_bar_for_each_class_and_split() -> None:
 
 def test_the_whole_data_set_is_one_panel() -> None:
     """Mereu's figure of the data: images per class over all splits together."""
-    report = examine(load_recipe(RECIPES / "quickstart.toml"), lambda text: None)
+    report = analyze_dataset(load_recipe(RECIPES / "quickstart.toml"), lambda text: None)
     (axes,) = class_totals("title", report.classes, sum(report.counts.values())).axes
     assert [bar.get_height() for bar in axes.patches] == np.bincount(report.dataset.labels).tolist()
     assert axes.get_legend().get_texts()[0].get_text() == "all splits (1,797)"
@@ -175,7 +175,7 @@ def test_the_whole_data_set_is_one_panel() -> None:
 
 def test_contact_sheet_shows_raw_and_normalised_images() -> None:
     settings = ["data.normalize = { mean = [0.0], std = [0.5] }"]
-    report = examine(load_recipe(RECIPES / "quickstart.toml", settings), lambda text: None)
+    report = analyze_dataset(load_recipe(RECIPES / "quickstart.toml", settings), lambda text: None)
     figure = contact_sheet(report)
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == [str(digit) for digit in range(10)]
@@ -198,7 +198,7 @@ def test_drawing_is_bounded_for_any_number_of_classes(tmp_path: Path) -> None:
             path.parent.mkdir(parents=True)
             Image.fromarray(image).save(path)
     given = ['data.dataset="imagefolder"', f"data.root={json.dumps(str(tmp_path / 'd'))}", "data.image_size=8"]
-    report = examine(load_recipe(RECIPES / "quickstart.toml", given), lambda text: None)
+    report = analyze_dataset(load_recipe(RECIPES / "quickstart.toml", given), lambda text: None)
     figure = contact_sheet(report)
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == [f"{label:03d}" for label in range(0, 600, 3)]

@@ -14,11 +14,11 @@ from cli import toolkit
 from torch import Tensor, nn
 
 from toolkit import bench
-from toolkit.engine.optim import build_optimizer
-from toolkit.inspect import cost
-from toolkit.inspect.cost import BY_IMAGES, BY_SHAPES, measure_step, optimizer_bytes
+from toolkit.estimate import step_cost
+from toolkit.estimate.step_cost import BY_IMAGES, BY_SHAPES, measure_step, optimizer_bytes
 from toolkit.recipe import load, load_recipe, resolved_toml
-from toolkit.recipe.schema import OptimizerTable
+from toolkit.recipe.schema import OptimizerConfig
+from toolkit.training.optimizer import build_optimizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.toml"
@@ -175,7 +175,7 @@ def test_a_model_that_looks_at_values_is_measured_by_two_images() -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lion", "lamb", "adafactor", "novograd", "sgdp"])
 def test_optimizer_state_is_what_a_real_step_allocates(name: str) -> None:
-    table = OptimizerTable(name=name, lr=0.1, momentum=0.9 if name == "sgd" else None)
+    table = OptimizerConfig(name=name, lr=0.1, momentum=0.9 if name == "sgd" else None)
 
     def groups() -> list[dict[str, Any]]:
         module = two_layers()
@@ -193,7 +193,7 @@ def test_optimizer_state_is_what_a_real_step_allocates(name: str) -> None:
 def test_measuring_leaves_the_module_alone() -> None:
     module = two_layers()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    cost.measure_step(module, (4, 3, 4, 4), torch.bfloat16)
+    step_cost.measure_step(module, (4, 3, 4, 4), torch.bfloat16)
     assert all(p.grad is None for p in module.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 

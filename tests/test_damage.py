@@ -20,13 +20,13 @@ from study_folders import write_study as write_fake_study
 from test_unkillable import undisturbed
 from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, outcome, write_recipe
 
-from toolkit.engine.checkpoint import find_latest
-from toolkit.engine.loop import Trainer
 from toolkit.errors import UserError
 from toolkit.reading import Shape, read_csv, read_json, read_json_lines
-from toolkit.report.facts import gather
+from toolkit.report.run_data import load_run_data
 from toolkit.runs import Run, open_run
-from toolkit.study.folder import assign, failure_of, open_runs
+from toolkit.study.directory import failure_of, open_runs, set_target_epoch
+from toolkit.training.checkpoint import find_latest
+from toolkit.training.train_step import TrainStep
 
 CHEAP = ("status", "status --json", "check", "logs", "sync", "validate")
 READS = 100
@@ -222,7 +222,7 @@ def test_bad_utf8_in_one_line_of_metrics_costs_a_report_that_line(run: Run) -> N
     epochs = run.epochs()
     data = run.metrics_file.read_bytes().splitlines(keepends=True)
     run.metrics_file.write_bytes(b"".join([b'{"epoch": "\xff"}\n', *data]))
-    facts = gather(run)
+    facts = load_run_data(run)
     assert [record["epoch"] for record in facts.epochs] == [1, 2]
     assert [record["val/loss"] for record in facts.epochs] == [record["val/loss"] for record in epochs]
     assert facts.missing == [f"1 of {len(data) + 1} lines of metrics.jsonl: damaged (line 1)"]
@@ -293,7 +293,7 @@ def test_a_run_without_its_checkpoints_starts_anew(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "run", MUCH)
 
     def prepare(rank: int) -> None:
-        at_call(Trainer, "_update", 9, kill_self)
+        at_call(TrainStep, "_update", 9, kill_self)
 
     killed = Trainers(1, tmp_path / "run", recipe, *EMA, prepare=prepare)
     killed.wait()
@@ -360,7 +360,7 @@ def test_a_study_trains_its_other_runs_and_names_the_damaged_one(tmp_path: Path)
     for run in (damaged, other):
         (run.path / "summary.json").unlink()
     damaged.metrics_file.write_bytes(b"null\n")
-    assign(damaged, 2)  # as a search does, which has to know how far a run has come
+    set_target_epoch(damaged, 2)  # as a search does, which has to know how far a run has come
     outcome = toolkit("study", path)
     assert outcome.status == 1
     assert "metrics.jsonl:1: damaged line (not a JSON object)" in outcome.stderr + outcome.stdout

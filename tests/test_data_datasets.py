@@ -15,11 +15,11 @@ from PIL import Image
 
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.errors import UserError
-from toolkit.recipe.schema import DataTable
+from toolkit.recipe.schema import DataConfig
 
 
 def open_(dataset: str, root: Path, **values: Any) -> Dataset:
-    return open_dataset(DataTable.model_validate({"dataset": dataset, "root": str(root), **values}))
+    return open_dataset(DataConfig.model_validate({"dataset": dataset, "root": str(root), **values}))
 
 
 def make(root: Path, *paths: str) -> Path:

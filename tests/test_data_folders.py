@@ -12,15 +12,15 @@ import pytest
 from cli import toolkit
 from PIL import Image
 
-from toolkit.data import walk
+from toolkit.data import folder_walk
 from toolkit.data.datasets import Dataset, open_dataset
-from toolkit.data.folders import split_of
-from toolkit.data.images import BadImage, FileImages, check_images
+from toolkit.data.folder_layout import split_of
+from toolkit.data.folder_walk import IMAGE_SUFFIXES
+from toolkit.data.image_sources import ImageFiles, UnreadableImageError, check_images
 from toolkit.data.splits import split_dataset
-from toolkit.data.walk import IMAGE_SUFFIXES
 from toolkit.errors import UserError
-from toolkit.predict import collect
-from toolkit.recipe.schema import DataTable
+from toolkit.inference.predict import collect
+from toolkit.recipe.schema import DataConfig
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
 
@@ -33,8 +33,8 @@ def make(root: Path, *paths: str) -> Path:
     return root
 
 
-def table(root: Path, **values: Any) -> DataTable:
-    return DataTable.model_validate({"dataset": "imagefolder", "root": str(root), **values})
+def table(root: Path, **values: Any) -> DataConfig:
+    return DataConfig.model_validate({"dataset": "imagefolder", "root": str(root), **values})
 
 
 def read(root: Path, **values: Any) -> dict[str, dict[str, list[str]]]:
@@ -382,10 +382,10 @@ def test_pipes_and_sockets_are_left_out_and_do_not_hang(ab: Path, monkeypatch: p
         (ab / "b/pipe.jpg").symlink_to("../a/pipe.png")
         assert read(ab) == PLAIN
         assert "3 special files (a/pipe.png, ...)" in open_(ab).notes[-1]
-        images = FileImages(ab, ["a/pipe.png", "a/socket.jpg"], 3)
+        images = ImageFiles(ab, ["a/pipe.png", "a/socket.jpg"], 3)
         for i in range(2):
             for look in (images.load, images.check):
-                with pytest.raises(BadImage, match="a pipe, socket or device, not a file"):
+                with pytest.raises(UnreadableImageError, match="a pipe, socket or device, not a file"):
                     look(i)
 
 
@@ -418,7 +418,7 @@ def unreadable(ab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(walk.os, "scandir", refuse)
+    monkeypatch.setattr(folder_walk.os, "scandir", refuse)
     return place
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from toolkit.data.gather import memory_format, put_rows, take_rows
-from toolkit.data.tensors import as_tensor
+from toolkit.data.tensor_loader import as_tensor
+from toolkit.data.tensor_rows import assign_rows, index_rows, memory_format
 
 KINDS = {
     "bytes as they are kept": torch.randint(0, 256, (9, 6, 5, 3), dtype=torch.uint8),
@@ -23,14 +23,14 @@ KINDS = {
 @pytest.mark.parametrize("tensor", KINDS.values(), ids=KINDS)
 def test_rows_are_taken_and_put_as_by_indexing(tensor: Tensor) -> None:
     index = torch.tensor([7, 0, 4])
-    taken = take_rows(tensor, index)
+    taken = index_rows(tensor, index)
     assert torch.equal(taken, tensor[index])
     if tensor.dim() == 4:
         assert memory_format(taken) is memory_format(tensor)
 
     wanted, found = tensor.clone(), tensor.clone()
     wanted[index] = tensor[:3]
-    put_rows(found, index, tensor[:3])
+    assign_rows(found, index, tensor[:3])
     assert torch.equal(found, wanted)
 
 
@@ -38,5 +38,5 @@ def test_taking_no_rows_and_rows_of_read_only_memory() -> None:
     kept = np.arange(12, dtype=np.uint8).reshape(4, 3)
     kept.flags.writeable = False
     rows = as_tensor(kept, torch.uint8).view(4, 3)
-    assert take_rows(rows, torch.tensor([3, 1])).tolist() == [[9, 10, 11], [3, 4, 5]]
-    assert take_rows(rows, torch.tensor([], dtype=torch.int64)).shape == (0, 3)
+    assert index_rows(rows, torch.tensor([3, 1])).tolist() == [[9, 10, 11], [3, 4, 5]]
+    assert index_rows(rows, torch.tensor([], dtype=torch.int64)).shape == (0, 3)

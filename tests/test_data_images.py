@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toolkit.data.images import ArrayImages, BadImage, FileImages, check_images
+from toolkit.data.image_sources import ImageFiles, InMemoryImages, UnreadableImageError, check_images
 from toolkit.errors import RunFailed
-from toolkit.names import decode_name
+from toolkit.filenames import decode_name
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -50,17 +50,17 @@ GOOD = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> FileImages:
+def folder(tmp_path: Path) -> ImageFiles:
     """Good and bad files, the bad ones first."""
     contents = {name: content for name, (content, _) in BAD.items()} | GOOD
     for name, content in contents.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
-    return FileImages(tmp_path, contents, 3)
+    return ImageFiles(tmp_path, contents, 3)
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_bad_files_are_found_and_good_ones_are_not_accused(folder: FileImages, decode: bool) -> None:
+def test_bad_files_are_found_and_good_ones_are_not_accused(folder: ImageFiles, decode: bool) -> None:
     done: list[int] = []
     found = check_images(folder, np.arange(len(folder)), decode=decode, threads=2, progress=done.append).bad
     assert [folder.name(i) for i, _ in found] == list(BAD)
@@ -73,14 +73,14 @@ def test_damage_in_the_middle_is_found_by_decoding_only(tmp_path: Path) -> None:
     content = bytearray(png())
     content[len(content) // 2] ^= 0xFF  # breaks a checksum, not the end
     (tmp_path / "flipped.png").write_bytes(content)
-    images = FileImages(tmp_path, ["flipped.png"], 3)
+    images = ImageFiles(tmp_path, ["flipped.png"], 3)
     assert check_images(images, np.arange(1), decode=False).bad == []
     assert len(check_images(images, np.arange(1), decode=True).bad) == 1
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_loading_a_bad_file_names_it_and_survives_pickling(folder: FileImages, name: str) -> None:
-    with pytest.raises(BadImage) as caught:
+def test_loading_a_bad_file_names_it_and_survives_pickling(folder: ImageFiles, name: str) -> None:
+    with pytest.raises(UnreadableImageError) as caught:
         folder.load(list(BAD).index(name))
     assert caught.value.name == name
     assert BAD[name][1] in caught.value.reason
@@ -89,7 +89,7 @@ def test_loading_a_bad_file_names_it_and_survives_pickling(folder: FileImages, n
     assert isinstance(copy, RunFailed)
 
 
-def test_a_fault_of_the_machine_is_not_blamed_on_the_image(folder: FileImages, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_machine_is_not_blamed_on_the_image(folder: ImageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """With on_bad_image = skip a moment without file handles must not drop images."""
 
     def fail(*_: object) -> None:
@@ -98,7 +98,7 @@ def test_a_fault_of_the_machine_is_not_blamed_on_the_image(folder: FileImages, m
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(RunFailed, match="Too many open files") as caught:
         folder.load(len(folder) - 1)
-    assert not isinstance(caught.value, BadImage)
+    assert not isinstance(caught.value, UnreadableImageError)
 
 
 def test_every_mode_becomes_rgb_or_greyscale(tmp_path: Path) -> None:
@@ -120,11 +120,11 @@ def test_every_mode_becomes_rgb_or_greyscale(tmp_path: Path) -> None:
     for name, image in made.items():
         image.save(tmp_path / name)
     for channels, mode in ((3, "RGB"), (1, "L")):
-        images = FileImages(tmp_path, made, channels)
+        images = ImageFiles(tmp_path, made, channels)
         assert {images.load(i).mode for i in range(len(images))} == {mode}
-    grey = FileImages(tmp_path, made, 1).load(list(made).index("sixteen.png"))
+    grey = ImageFiles(tmp_path, made, 1).load(list(made).index("sixteen.png"))
     assert np.asarray(grey).tolist() == [[0, 1, 255]]  # scaled, not clipped
-    images = FileImages(tmp_path, made, 3)
+    images = ImageFiles(tmp_path, made, 3)
     assert np.array_equal(np.asarray(images.load(0)), PIXELS)
     opaque, through = (np.asarray(images.load(list(made).index(n))) for n in ("palette.png", "transparent palette.png"))
     assert np.array_equal(opaque, through)
@@ -135,7 +135,7 @@ def test_names_may_be_any_that_the_system_allows(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(png())
-    images = FileImages(tmp_path, names, 3)
+    images = ImageFiles(tmp_path, names, 3)
     encoded = [images.name(i) for i in range(len(images))]
     assert encoded == [
         "人/写真 1.png", "Käfer/Ähre.png", "new%0Aline.png", "latin-%E9.png", "a" * 200 + ".png"
@@ -148,13 +148,13 @@ def test_names_may_be_any_that_the_system_allows(tmp_path: Path) -> None:
 
 
 def test_arrays_are_images() -> None:
-    images = ArrayImages(PIXELS[None], "toy", 3)
+    images = InMemoryImages(PIXELS[None], "toy", 3)
     assert len(images) == 1
     assert images.name(0) == "toy/0"
     assert np.array_equal(np.asarray(images.load(0)), PIXELS)
     assert check_images(images, np.arange(1), decode=False).bad == []
     with pytest.raises(ValueError, match="float64"):
-        ArrayImages(PIXELS[None].astype(float), "toy", 3)
+        InMemoryImages(PIXELS[None].astype(float), "toy", 3)
 
 
 N_LARGE = 1_300_000
@@ -163,7 +163,7 @@ N_LARGE = 1_300_000
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of private memory")
 def test_a_worker_copies_little_of_a_large_index() -> None:
     """A forked worker reads every name: with Python objects, their reference counts would copy every page."""
-    images = FileImages(Path("data"), (f"train/n{i % 1000:08d}/image_{i:08d}.jpg" for i in range(N_LARGE)), 3)
+    images = ImageFiles(Path("data"), (f"train/n{i % 1000:08d}/image_{i:08d}.jpg" for i in range(N_LARGE)), 3)
     assert sys.getsizeof(images._buffer) + images._buffer.nbytes + images._ends.nbytes < 70e6
     read_end, write_end = os.pipe()
     child = os.fork()

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from toolkit.data import jpeg
-from toolkit.data.images import BadImage, FileImages
-from toolkit.data.jpeg import decode_jpeg, jpeg_decoder
+from toolkit.data import jpeg_decoding
+from toolkit.data.image_sources import ImageFiles, UnreadableImageError
+from toolkit.data.jpeg_decoding import decode_jpeg, jpeg_decoder
 
 lacks_decoder = jpeg_decoder() == "Pillow" and not os.environ.get("CI")
 needs_simplejpeg = pytest.mark.skipif(lacks_decoder, reason='pip install -e ".[fast]" has the decoder')
@@ -65,10 +65,10 @@ def test_a_decoder_that_breaks_down_is_no_verdict_on_the_file(tmp_path: Path, mo
     def broken(data: bytes) -> None:
         raise RuntimeError("out of handles")
 
-    monkeypatch.setattr(jpeg.simplejpeg, "decode_jpeg", broken)
+    monkeypatch.setattr(jpeg_decoding.simplejpeg, "decode_jpeg", broken)
     image = photograph(64, 48)
     (tmp_path / "a.jpg").write_bytes(as_jpeg(image, quality=95))
-    assert FileImages(tmp_path, ["a.jpg"], 3).load(0).size == image.size
+    assert ImageFiles(tmp_path, ["a.jpg"], 3).load(0).size == image.size
 
 
 @pytest.mark.parametrize("with_decoder", [pytest.param(True, marks=needs_simplejpeg), False])
@@ -76,7 +76,7 @@ def test_files_are_the_same_with_and_without_it(
     with_decoder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not with_decoder:
-        monkeypatch.setattr(jpeg, "simplejpeg", None)
+        monkeypatch.setattr(jpeg_decoding, "simplejpeg", None)
         assert jpeg_decoder() == "Pillow"
     whole = as_jpeg(photograph(64, 48))
     (tmp_path / "colour.jpg").write_bytes(whole)
@@ -85,11 +85,11 @@ def test_files_are_the_same_with_and_without_it(
     (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     names = ["colour.jpg", "grey.jpg", "cmyk.jpg", "truncated.jpg"]
     for channels, mode in ((3, "RGB"), (1, "L")):
-        images = FileImages(tmp_path, names, channels)
+        images = ImageFiles(tmp_path, names, channels)
         for i, name in enumerate(names[:3]):
             wanted = np.asarray(Image.open(tmp_path / name).convert(mode))
             assert np.array_equal(np.asarray(images.load(i)), wanted)
             assert np.array_equal(np.asarray(images.decoded(i)), wanted)
         assert isinstance(images.decoded(0), Tensor) == (with_decoder and mode == "RGB")
-        with pytest.raises(BadImage, match=r"truncated.jpg: damaged \(image file is truncated"):
+        with pytest.raises(UnreadableImageError, match=r"truncated.jpg: damaged \(image file is truncated"):
             images.load(3)

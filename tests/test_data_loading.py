@@ -20,42 +20,42 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from toolkit.data.cpus import granted_cpus
-from toolkit.data.datasets import open_dataset
-from toolkit.data.images import ArrayImages, BadImage, FileImages
-from toolkit.data.loading import (
+from toolkit.augment.transforms import ImageTransform, build_transform
+from toolkit.data.dataloader import (
     EvaluationLoader,
-    SplitImages,
+    SplitDataset,
     TrainLoader,
     train_loader,
     worker_count,
 )
-from toolkit.data.order import TrainPlan, balanced_weights, plan_evaluation
+from toolkit.data.datasets import open_dataset
+from toolkit.data.image_sources import ImageFiles, InMemoryImages, UnreadableImageError
 from toolkit.data.preprocessing import Preprocessing
-from toolkit.data.tensors import Rows, TensorEvaluation, TensorLoader
-from toolkit.data.transforms import ImageTransform, build_transform
+from toolkit.data.sampling import SamplingPlan, balanced_weights, plan_evaluation
+from toolkit.data.tensor_loader import TensorEvaluationLoader, TensorLoader, TensorSplit
+from toolkit.distributed.cpu_count import available_cpus
 from toolkit.errors import RunFailed, UserError
-from toolkit.recipe.schema import AugmentTable, DataTable
+from toolkit.recipe.schema import AugmentConfig, DataConfig
 
 N = 23
 PIXELS = np.random.default_rng(0).integers(0, 256, (N + 5, 8, 8, 3), dtype=np.uint8)
 LABELS = np.arange(N + 5, dtype=np.int64) % 4
 INDICES = np.arange(N + 5, dtype=np.int64)[5:][::-1].copy()  # a split is not the data set: positions are not indices
 PLAIN = Preprocessing(3, 8, None, True, "bilinear", (0.0,) * 3, (1.0,) * 3)
-RANDOM = AugmentTable.model_validate(
+RANDOM = AugmentConfig.model_validate(
     {"train": [{"name": "RandomCrop", "padding": 2}, {"name": "ColorJitter", "hue": 0.5}], "auto_augment": "rand-m9"}
 )
 
 
-def transform(augment: AugmentTable = RANDOM) -> ImageTransform:
+def transform(augment: AugmentConfig = RANDOM) -> ImageTransform:
     return build_transform("train", augment, PLAIN)
 
 
-def loader(workers: int = 0, augment: AugmentTable = RANDOM, **plan: Any) -> TrainLoader:
-    images = ArrayImages(PIXELS, "toy", 3)
+def loader(workers: int = 0, augment: AugmentConfig = RANDOM, **plan: Any) -> TrainLoader:
+    images = InMemoryImages(PIXELS, "toy", 3)
     settings = {"size": N, "seed": 0, "batch_size": 6, **plan}
     return train_loader(
-        images, LABELS, INDICES, transform(augment), TrainPlan(**settings), workers=workers, pin_memory=False
+        images, LABELS, INDICES, transform(augment), SamplingPlan(**settings), workers=workers, pin_memory=False
     )
 
 
@@ -74,7 +74,7 @@ def by_position(loaders: list[TrainLoader], epoch: int) -> Tensor:
 
 
 def test_images_and_labels_belong_together() -> None:
-    for _, batch in loader(augment=AugmentTable()).epoch(0):
+    for _, batch in loader(augment=AugmentConfig()).epoch(0):
         indices = INDICES[batch.draws.numpy()]
         assert torch.equal(batch.labels, torch.from_numpy(LABELS[indices]))
         torch.testing.assert_close(
@@ -149,7 +149,7 @@ def test_partners_come_behind_the_own_examples() -> None:
 
 
 def evaluation(workers: int = 0, world: int = 1, rank: int = 0, batch_size: int = 5) -> EvaluationLoader:
-    split = SplitImages(ArrayImages(PIXELS, "toy", 3), LABELS, INDICES, transform(), seed=0)
+    split = SplitDataset(InMemoryImages(PIXELS, "toy", 3), LABELS, INDICES, transform(), seed=0)
     return EvaluationLoader(split, plan_evaluation(N, batch_size, world, rank), workers, pin_memory=False)
 
 
@@ -166,7 +166,7 @@ def test_evaluation_is_the_same_every_time_on_any_processes(workers: int) -> Non
 
 
 def test_a_process_without_examples_has_no_batches() -> None:
-    split = SplitImages(ArrayImages(PIXELS, "toy", 3), LABELS, INDICES[:1], transform(), seed=0)
+    split = SplitDataset(InMemoryImages(PIXELS, "toy", 3), LABELS, INDICES[:1], transform(), seed=0)
     assert list(EvaluationLoader(split, plan_evaluation(1, 4, 3, 0), workers=2, pin_memory=False)) == []
 
 
@@ -177,7 +177,7 @@ def test_features_come_in_the_order_that_images_do() -> None:
     features, labels = torch.arange(N, dtype=torch.float32)[:, None].expand(N, 4), torch.from_numpy(LABELS[INDICES])
     for plan in ({"accumulation": 2}, {"world": 2, "rank": 1}, {"weights": balanced_weights(LABELS[INDICES])}):
         settings = {"size": N, "seed": 0, "batch_size": 6, **plan}
-        tensors = TensorLoader(Rows([features], LABELS[INDICES]), TrainPlan(**settings))  # type: ignore[arg-type]
+        tensors = TensorLoader(TensorSplit([features], LABELS[INDICES]), SamplingPlan(**settings))  # type: ignore[arg-type]
         for (ours, ofs), (theirs, image) in zip(tensors.epoch(1, 1), loader(**plan).epoch(1, 1), strict=True):
             assert ours.positions.tolist() == theirs.positions.tolist()
             assert torch.equal(ofs.labels, image.labels)
@@ -191,7 +191,7 @@ def test_features_are_evaluated_once_each() -> None:
         parts = [
             b
             for rank in range(world)
-            for b in TensorEvaluation(Rows([features], np.arange(N)), plan_evaluation(N, 5, world, rank))
+            for b in TensorEvaluationLoader(TensorSplit([features], np.arange(N)), plan_evaluation(N, 5, world, rank))
         ]
         assert torch.equal(torch.cat([b.images for b in parts]), features)
         assert np.concatenate([b.positions for b in parts]).tolist() == torch.cat([b.labels for b in parts]).tolist()
@@ -201,49 +201,49 @@ def test_features_are_evaluated_once_each() -> None:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> FileImages:
+def files(tmp_path: Path) -> ImageFiles:
     """Twelve images, of which number 7 is cut off."""
     names = [f"image {i}.png" for i in range(12)]
     for i, name in enumerate(names):
         Image.fromarray(PIXELS[i]).save(tmp_path / name)
     content = (tmp_path / names[7]).read_bytes()
     (tmp_path / names[7]).write_bytes(content[: len(content) // 2])
-    return FileImages(tmp_path, names, 3)
+    return ImageFiles(tmp_path, names, 3)
 
 
-def of_files(files: FileImages, workers: int, how: Any) -> Iterator[Any]:
-    plan = TrainPlan(size=12, seed=0, batch_size=2)
+def of_files(files: ImageFiles, workers: int, how: Any) -> Iterator[Any]:
+    plan = SamplingPlan(size=12, seed=0, batch_size=2)
     return train_loader(files, LABELS[:12], np.arange(12), how, plan, workers=workers, pin_memory=False).epoch(0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.timeout(30)
-def test_a_bad_image_ends_the_epoch_with_its_name(files: FileImages, workers: int) -> None:
-    with pytest.raises(BadImage) as caught:
+def test_a_bad_image_ends_the_epoch_with_its_name(files: ImageFiles, workers: int) -> None:
+    with pytest.raises(UnreadableImageError) as caught:
         list(of_files(files, workers, transform()))
     assert caught.value.name == "image 7.png"
     assert caught.value.reason.startswith("damaged")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_failing_transform_names_the_image_and_keeps_its_trace(files: FileImages, workers: int) -> None:
-    too_large = transform(AugmentTable.model_validate({"train": [{"name": "RandomCrop", "size": 9}]}))
+def test_a_failing_transform_names_the_image_and_keeps_its_trace(files: ImageFiles, workers: int) -> None:
+    too_large = transform(AugmentConfig.model_validate({"train": [{"name": "RandomCrop", "size": 9}]}))
     with pytest.raises(RunFailed, match=r"image \d+.png: the transforms failed: Required crop size") as caught:
         list(of_files(files, workers, too_large))
     assert "Traceback" in caught.value.__notes__[0]
     wrong_size = build_transform(
-        "train", AugmentTable(), Preprocessing(3, 9, None, False, "bilinear", *[(0.5,) * 3] * 2)
+        "train", AugmentConfig(), Preprocessing(3, 9, None, False, "bilinear", *[(0.5,) * 3] * 2)
     )
     with pytest.raises(UserError, match=r"^augment.train, .*8 x 8 pixels .* but data.image_size is 9"):
         list(of_files(files, workers, wrong_size))
 
 
 @pytest.mark.timeout(30)
-def test_workers_end_at_once_though_a_traceback_keeps_the_loader(files: FileImages) -> None:
+def test_workers_end_at_once_though_a_traceback_keeps_the_loader(files: ImageFiles) -> None:
     """PyTorch's own way would wait 5 s for each of them: with 16 workers the other processes would time out."""
     before = {child.pid for child in multiprocessing.active_children()}
     kept = of_files(files, 2, transform())
-    with pytest.raises(BadImage):
+    with pytest.raises(UnreadableImageError):
         list(kept)
     assert {child.pid for child in multiprocessing.active_children()} <= before
     one = loader(2)
@@ -261,11 +261,11 @@ def test_workers_end_at_once_though_a_traceback_keeps_the_loader(files: FileImag
 SIGNALLED = """
 import json, os, signal, sys, time
 import numpy as np
-from toolkit.data.images import ArrayImages
-from toolkit.data.loading import train_loader
-from toolkit.data.order import TrainPlan
+from toolkit.data.image_sources import ArrayImages
+from toolkit.data.dataloader import train_loader
+from toolkit.data.sampling import TrainPlan
 from toolkit.data.preprocessing import Preprocessing
-from toolkit.data.transforms import build_transform
+from toolkit.augment.transforms import build_transform
 from toolkit.recipe.schema import AugmentTable
 
 mode = sys.argv[1]
@@ -355,35 +355,35 @@ def write(root: Path, **files: str) -> None:
 
 
 def test_cpus_are_those_granted_divided_among_processes(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert granted_cpus(1, machine) == 64
-    assert granted_cpus(8, machine) == 8
-    assert granted_cpus(100, machine) == 1
+    assert available_cpus(1, machine) == 64
+    assert available_cpus(8, machine) == 8
+    assert available_cpus(100, machine) == 1
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
-    assert granted_cpus(1, machine) == 12
-    assert granted_cpus(4, machine) == 3  # one task, which launched four processes
+    assert available_cpus(1, machine) == 12
+    assert available_cpus(4, machine) == 3  # one task, which launched four processes
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2)")
-    assert granted_cpus(4, machine) == 12  # four tasks with twelve each
+    assert available_cpus(4, machine) == 12  # four tasks with twelve each
 
 
 def test_cpus_are_limited_by_quota(machine: Path) -> None:
     write(machine, **{"sys/fs/cgroup/cpu.max": "max 100000\n", "proc/self/cgroup": "0::/job/step\n"})
-    assert granted_cpus(1, machine) == 64
+    assert available_cpus(1, machine) == 64
     write(machine, **{"sys/fs/cgroup/job/cpu.max": "600000 100000\n", "sys/fs/cgroup/job/step/cpu.max": "max 100000\n"})
-    assert granted_cpus(1, machine) == 6
-    assert granted_cpus(2, machine) == 3
+    assert available_cpus(1, machine) == 6
+    assert available_cpus(2, machine) == 3
 
 
 def test_cpus_are_limited_by_quota_of_version_1(machine: Path) -> None:
     files = {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "250000\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}
     write(machine, **files)
-    assert granted_cpus(1, machine) == 2
+    assert available_cpus(1, machine) == 2
     write(machine, **{"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"})
-    assert granted_cpus(1, machine) == 64
+    assert available_cpus(1, machine) == 64
 
 
 def test_worker_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    files, array = FileImages(tmp_path, ["1.png"], 3), ArrayImages(PIXELS, "toy", 3)
-    monkeypatch.setattr("toolkit.data.loading.granted_cpus", lambda processes: 64 // processes)
+    files, array = ImageFiles(tmp_path, ["1.png"], 3), InMemoryImages(PIXELS, "toy", 3)
+    monkeypatch.setattr("toolkit.data.dataloader.granted_cpus", lambda processes: 64 // processes)
     assert worker_count("auto", files, 8) == 7  # one CPU is the training process's own
     assert worker_count("auto", files, 1) == 16
     assert worker_count("auto", files, 64) == 0
@@ -392,10 +392,10 @@ def test_worker_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_real_images_load(caltech_subset: Path) -> None:
-    data = open_dataset(DataTable(dataset="caltech101", root=str(caltech_subset)))
-    way = build_transform("train", AugmentTable(), Preprocessing(3, 64, 73, True, "bilinear", (0.5,) * 3, (0.5,) * 3))
+    data = open_dataset(DataConfig(dataset="caltech101", root=str(caltech_subset)))
+    way = build_transform("train", AugmentConfig(), Preprocessing(3, 64, 73, True, "bilinear", (0.5,) * 3, (0.5,) * 3))
     one = train_loader(
-        data.images, data.labels, data.lists["train"], way, TrainPlan(size=80, seed=0, batch_size=32), workers=2,
+        data.images, data.labels, data.lists["train"], way, SamplingPlan(size=80, seed=0, batch_size=32), workers=2,
         pin_memory=False,
     )  # fmt: skip
     batches = [batch for _, batch in one.epoch(0)]

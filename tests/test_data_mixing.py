@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from toolkit.data.mixing import MixSettings, cut_box, mix, mix_settings
-from toolkit.data.order import plan_epoch
-from toolkit.recipe.schema import AugmentTable
+from toolkit.augment.mixup import MixupConfig, cut_box, mix, mixup_config
+from toolkit.data.sampling import plan_epoch
+from toolkit.recipe.schema import AugmentConfig
 
-MIXUP, CUTMIX = MixSettings(1.0, 0.0, 1.0, 0.5), MixSettings(0.0, 1.0, 1.0, 0.5)
+MIXUP, CUTMIX = MixupConfig(1.0, 0.0, 1.0, 0.5), MixupConfig(0.0, 1.0, 1.0, 0.5)
 SWAP = np.array([1, 0])
 
 
@@ -21,7 +21,7 @@ def pair(size: int = 16) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX])
-def test_targets_have_the_share_that_the_images_have(settings: MixSettings) -> None:
+def test_targets_have_the_share_that_the_images_have(settings: MixupConfig) -> None:
     for step in range(50):
         images, targets = mix(*pair(), SWAP, 2, settings, (0, 0, step))
         share = images.mean((1, 2, 3))
@@ -37,7 +37,7 @@ def test_mixup_is_its_formula_with_beta_distributed_share() -> None:
     share = soft[0, 0]
     torch.testing.assert_close(mixed, share * images + (1 - share) * images[[1, 0, 3, 2]])
     # Beta(0.4, 0.4): mean 1/2, variance 1 / (4 (2 * 0.4 + 1)).
-    alpha = MixSettings(0.4, 0.0, 1.0, 0.5)
+    alpha = MixupConfig(0.4, 0.0, 1.0, 0.5)
     shares = np.array([mix(*pair(1), SWAP, 2, alpha, (0, 0, s))[1][0, 0].item() for s in range(2000)])
     assert shares.mean() == pytest.approx(0.5, abs=0.035)
     assert shares.var() == pytest.approx(1 / (4 * 1.8), rel=0.1)
@@ -59,14 +59,14 @@ def test_box_has_the_area_of_its_share_inside_the_image_and_is_clipped_at_its_bo
 
 
 def test_mixing_is_a_function_of_the_key() -> None:
-    settings = MixSettings(0.8, 1.0, 1.0, 0.5)
+    settings = MixupConfig(0.8, 1.0, 1.0, 0.5)
     first, again, other = (mix(*pair(), SWAP, 2, settings, key)[0] for key in ((0, 1, 2), (0, 1, 2), (0, 1, 3)))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_probability_and_share_of_cutmix_are_kept() -> None:
-    settings = MixSettings(1.0, 1.0, 0.6, 0.25)
+    settings = MixupConfig(1.0, 1.0, 0.6, 0.25)
     kinds = []
     for step in range(1000):
         image = mix(*pair(), SWAP, 2, settings, (3, 0, step))[0][0]
@@ -86,7 +86,7 @@ def test_inputs_are_left_alone() -> None:
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX])
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (3, 1), (1, 2), (2, 3)])
-def test_processes_and_parts_mix_as_one_process_does(settings: MixSettings, world: int, accumulation: int) -> None:
+def test_processes_and_parts_mix_as_one_process_does(settings: MixupConfig, world: int, accumulation: int) -> None:
     n, batch = 17, 12  # 17: the second step is smaller, odd, and ends in a part smaller than the processes
     images, targets = torch.randn(n, 3, 8, 8), torch.eye(n)
 
@@ -108,6 +108,6 @@ def test_processes_and_parts_mix_as_one_process_does(settings: MixSettings, worl
 
 
 def test_no_settings_where_nothing_is_mixed() -> None:
-    assert mix_settings(AugmentTable()) is None
-    assert mix_settings(AugmentTable(mixup=0.2, mix_p=0.0)) is None
-    assert mix_settings(AugmentTable(cutmix=1.0)) == MixSettings(0.0, 1.0, 1.0, 0.5)
+    assert mixup_config(AugmentConfig()) is None
+    assert mixup_config(AugmentConfig(mixup=0.2, mix_p=0.0)) is None
+    assert mixup_config(AugmentConfig(cutmix=1.0)) == MixupConfig(0.0, 1.0, 1.0, 0.5)

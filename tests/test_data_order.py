@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from toolkit.data.order import (
+from toolkit.data.sampling import (
     MicroBatch,
-    TrainPlan,
+    SamplingPlan,
     balanced_weights,
     check_batch_size,
     check_steps,
@@ -134,8 +134,8 @@ def test_a_part_smaller_than_the_processes_goes_to_all() -> None:
 
 def test_draws_name_an_appearance() -> None:
     labels = np.array([0, 0, 0, 1])
-    shuffled = TrainPlan(size=4, seed=0, batch_size=2)
-    balanced = TrainPlan(size=4, seed=0, batch_size=2, weights=balanced_weights(labels))
+    shuffled = SamplingPlan(size=4, seed=0, batch_size=2)
+    balanced = SamplingPlan(size=4, seed=0, batch_size=2, weights=balanced_weights(labels))
     for _, positions, draws in shuffled.epoch(0):
         assert positions.tolist() == draws.tolist()
     drawn = [int(d) for _, _, draws in balanced.epoch(0) for d in draws]

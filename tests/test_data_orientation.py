@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toolkit.data import jpeg
-from toolkit.data.images import FileImages, as_picture
+from toolkit.augment.transforms import build_transform
+from toolkit.cache.decoded_images import CachePartition, part_key
+from toolkit.data import jpeg_decoding
+from toolkit.data.image_sources import ImageFiles, as_picture
 from toolkit.data.orientation import TURNS, jpeg_turn
 from toolkit.data.preprocessing import Preprocessing
-from toolkit.data.stored import Part, part_key
-from toolkit.data.transforms import build_transform
-from toolkit.recipe.schema import AugmentTable
+from toolkit.recipe.schema import AugmentConfig
 
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
 """What a person sees, 40 x 56 pixels in blocks of 8, which JPEG keeps."""
@@ -60,13 +60,13 @@ def test_every_format_is_turned_or_left_by_one_rule(kind: str, tmp_path: Path) -
     names = [f"{tag}.{kind}" for tag in STORED]
     for tag, name in zip(STORED, names, strict=True):
         save(tmp_path / name, tag, **FORMATS[kind])
-    upright, stored = FileImages(tmp_path, names, 3), FileImages(tmp_path, names, 3, exif="ignore")
+    upright, stored = ImageFiles(tmp_path, names, 3), ImageFiles(tmp_path, names, 3, exif="ignore")
     for i, (tag, name) in enumerate(zip(STORED, names, strict=True)):
         close(upright.load(i), UPRIGHT, name)
         close(as_picture(upright.decoded(i)), UPRIGHT, name)
         close(stored.load(i), STORED[tag], name)
         close(as_picture(stored.decoded(i)), STORED[tag], name)
-        grey = FileImages(tmp_path, names, 1).load(i)
+        grey = ImageFiles(tmp_path, names, 1).load(i)
         assert (grey.mode, grey.size) == ("L", (56, 40))
 
 
@@ -74,9 +74,9 @@ def test_the_faster_decoder_gives_the_same_pixels(tmp_path: Path, monkeypatch: p
     names = [f"{tag}.jpg" for tag in STORED]
     for tag, name in zip(STORED, names, strict=True):
         save(tmp_path / name, tag, quality=90)
-    images = FileImages(tmp_path, names, 3)
+    images = ImageFiles(tmp_path, names, 3)
     fast = [np.asarray(images.load(i)) for i in range(8)]
-    monkeypatch.setattr(jpeg, "simplejpeg", None)
+    monkeypatch.setattr(jpeg_decoding, "simplejpeg", None)
     for i, pixels in enumerate(fast):
         assert np.array_equal(pixels, np.asarray(images.load(i))), names[i]
 
@@ -87,15 +87,15 @@ def test_xmp_counts_where_there_is_no_exif_and_exif_goes_before_it(tmp_path: Pat
     exif = Image.Exif()
     exif[0x0112] = 1
     image.save(tmp_path / "both.jpg", xmp=XMP, exif=exif, quality=100, subsampling=0)
-    close(FileImages(tmp_path, ["xmp.jpg"], 3).load(0), UPRIGHT, "xmp.jpg")
-    close(FileImages(tmp_path, ["both.jpg"], 3).load(0), STORED[6], "both.jpg")
+    close(ImageFiles(tmp_path, ["xmp.jpg"], 3).load(0), UPRIGHT, "xmp.jpg")
+    close(ImageFiles(tmp_path, ["both.jpg"], 3).load(0), STORED[6], "both.jpg")
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"])
 def test_damaged_metadata_do_not_make_an_image_bad(exif: bytes, tmp_path: Path) -> None:
     for name in ("a.jpg", "a.png", "a.webp"):
         Image.fromarray(UPRIGHT).save(tmp_path / name, exif=exif, **({"lossless": True} if name == "a.webp" else {}))
-        assert FileImages(tmp_path, [name], 3).load(0).size == (56, 40)
+        assert ImageFiles(tmp_path, [name], 3).load(0).size == (56, 40)
 
 
 def test_a_tag_out_of_range_turns_nothing(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_tag_out_of_range_turns_nothing(tmp_path: Path) -> None:
     exif[0x0112] = 9
     Image.fromarray(UPRIGHT).save(tmp_path / "a.jpg", exif=exif)
     assert jpeg_turn((tmp_path / "a.jpg").read_bytes()) is None
-    assert FileImages(tmp_path, ["a.jpg"], 3).load(0).size == (56, 40)
+    assert ImageFiles(tmp_path, ["a.jpg"], 3).load(0).size == (56, 40)
 
 
 def test_a_jpeg_without_metadata_is_not_opened_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,10 +119,10 @@ def test_a_jpeg_without_metadata_is_not_opened_twice(tmp_path: Path, monkeypatch
 def test_the_cache_keeps_both_apart(tmp_path: Path) -> None:
     save(tmp_path / "a.jpg", 6)
     preprocessing = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    part = Part(("train",), np.arange(1), build_transform("train", AugmentTable(), preprocessing), 1)
-    keys = [part_key(FileImages(tmp_path, ["a.jpg"], 3, exif=exif), part) for exif in ("apply", "ignore")]
+    part = CachePartition(("train",), np.arange(1), build_transform("train", AugmentConfig(), preprocessing), 1)
+    keys = [part_key(ImageFiles(tmp_path, ["a.jpg"], 3, exif=exif), part) for exif in ("apply", "ignore")]
     assert keys[0] != keys[1]
-    deep = FileImages(tmp_path, ["a.jpg"], 3).with_range((0, 4095))
+    deep = ImageFiles(tmp_path, ["a.jpg"], 3).with_range((0, 4095))
     assert part_key(deep, part) not in keys
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from toolkit.data.resizing import RandomResizedCrop, Resize, as_bytes, on_bytes, resizing_kernel
+from toolkit.augment.resize import RandomResizedCrop, Resize, as_bytes, on_bytes, resizing_kernel
 
 BILINEAR, BICUBIC, NEAREST = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, InterpolationMode.NEAREST
 SIZES = [(200, 300), (300, 200), (41, 500), (256, 256), (900, 1300), (1, 1)]

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from toolkit.data.datasets import Dataset, open_dataset
-from toolkit.data.images import ArrayImages
+from toolkit.data.image_sources import InMemoryImages
 from toolkit.data.splits import check_splits, describe_splits, split_dataset, split_hash
 from toolkit.errors import UserError
-from toolkit.recipe.schema import DataTable, SplitTable
+from toolkit.recipe.schema import DataConfig, SplitConfig
 
 
 def dataset(counts: list[int], **lists: list[int]) -> Dataset:
     """Images of these many a class, classes interleaved at random; all in the training list unless told otherwise."""
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int64)
-    images = ArrayImages(np.zeros((len(labels), 2, 2), np.uint8), "toy", 1)
+    images = InMemoryImages(np.zeros((len(labels), 2, 2), np.uint8), "toy", 1)
     official = {name: np.array(indices, dtype=np.int64) for name, indices in lists.items()}
     classes = [f"class {c}" for c in range(len(counts))]
     return Dataset("toy", classes, images, labels, official or {"train": np.arange(len(labels))}, 2, 1)
@@ -27,9 +27,9 @@ def dataset(counts: list[int], **lists: list[int]) -> Dataset:
 
 def table(
     method: str = "auto", validation: float | int = 0.1, test: float | int | str = "auto", seed: int = 0, **data: int
-) -> DataTable:
-    split = SplitTable.model_validate({"method": method, "validation": validation, "test": test, "seed": seed})
-    return DataTable.model_validate({"dataset": "digits", "split": split, **data})
+) -> DataConfig:
+    split = SplitConfig.model_validate({"method": method, "validation": validation, "test": test, "seed": seed})
+    return DataConfig.model_validate({"dataset": "digits", "split": split, **data})
 
 
 @pytest.mark.parametrize("method", ["auto", "stratified", "random", "alternate"])
@@ -208,8 +208,8 @@ def test_caltech_official_lists_halve_into_2892_and_2892(shared_data: Path, tmp_
                     path.write_bytes(content.read())
                 elif member.isfile():
                     path.touch()
-    split = SplitTable.model_validate({"method": method, "validation": 0.5})
-    recipe = DataTable(dataset="caltech101", root=str(tmp_path), split=split)
+    split = SplitConfig.model_validate({"method": method, "validation": 0.5})
+    recipe = DataConfig(dataset="caltech101", root=str(tmp_path), split=split)
     data = open_dataset(recipe)
     splits = split_dataset(data, recipe)
     assert len(data.classes) == 101

@@ -14,19 +14,19 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from toolkit.data.images import ArrayImages
-from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from toolkit.data.resizing import resizing_kernel
-from toolkit.data.transforms import (
+from toolkit.augment.gpu_support import FIXED
+from toolkit.augment.resize import resizing_kernel
+from toolkit.augment.transforms import (
     TENSOR_ONLY,
     build_transform,
     is_deterministic,
     transform_names,
     try_transform,
 )
+from toolkit.data.image_sources import InMemoryImages
+from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from toolkit.errors import UserError
-from toolkit.recipe.batchable import FIXED
-from toolkit.recipe.schema import AugmentTable
+from toolkit.recipe.schema import AugmentConfig
 
 HALF = (0.5, 0.5, 0.5)
 CIFAR = Preprocessing(3, 32, 32, True, "bilinear", HALF, HALF)
@@ -42,8 +42,8 @@ def photograph(height: int = 32, width: int = 32) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def augment(*train: Entry, **values: Any) -> AugmentTable:
-    return AugmentTable.model_validate({"train": list(train), **values})
+def augment(*train: Entry, **values: Any) -> AugmentConfig:
+    return AugmentConfig.model_validate({"train": list(train), **values})
 
 
 def as_tensor(step: Any) -> Callable[[Image.Image], Image.Image]:
@@ -160,7 +160,7 @@ def test_transform_sets_of_murabito(name: str) -> None:
 )
 def test_bytes_are_those_of_the_pillow_image(preprocessing: Preprocessing, size: tuple[int, int]) -> None:
     """Done to a tensor of bytes or to a Pillow image, step by step; crops larger than the image too."""
-    transform = build_transform("test", AugmentTable(), preprocessing)
+    transform = build_transform("test", AugmentConfig(), preprocessing)
     image = photograph(*size)
     assert transform.fixed
     for count in range(len(transform.fixed) + 1):
@@ -220,7 +220,7 @@ def test_timm_policies_do_what_timm_does(policy: str) -> None:
         auto_augment=policy, interpolation="bilinear", mean=HALF, std=HALF,
     )  # fmt: skip
     timm_policy = next(step for step in timms.transforms if type(step).__module__ == "timm.data.auto_augment")
-    ours = build_transform("train", AugmentTable(auto_augment=policy), CIFAR)
+    ours = build_transform("train", AugmentConfig(auto_augment=policy), CIFAR)
     assert ours.draws_from_python
     hand = v2.Compose([timm_policy, *FLOAT, v2.Normalize(HALF, HALF)])
     for seed in range(10):
@@ -230,13 +230,13 @@ def test_timm_policies_do_what_timm_does(policy: str) -> None:
             np.random.seed(seed)
             results.append(transform(photograph()).as_subclass(Tensor))
         assert torch.equal(*results)
-    assert not build_transform("validation", AugmentTable(auto_augment=policy), CIFAR).draws_from_python
+    assert not build_transform("validation", AugmentConfig(auto_augment=policy), CIFAR).draws_from_python
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original"])
 def test_timm_policies_take_greyscale(policy: str) -> None:
     grey = Preprocessing(1, 28, None, True, "bilinear", (0.3,), (0.2,))
-    transform = build_transform("train", AugmentTable(auto_augment=policy), grey)
+    transform = build_transform("train", AugmentConfig(auto_augment=policy), grey)
     for seed in range(40):
         random.seed(seed)
         np.random.seed(seed)
@@ -247,7 +247,7 @@ def test_timm_policies_take_greyscale(policy: str) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_any_image_becomes_the_channels_asked_for(mode: str, channels: int) -> None:
     one = Preprocessing(channels, 32, 32, True, "bilinear", (0.5,) * channels, (0.5,) * channels)
-    result = build_transform("test", AugmentTable(), one)(photograph().convert(mode))
+    result = build_transform("test", AugmentConfig(), one)(photograph().convert(mode))
     assert (result.shape, result.dtype, type(result)) == ((channels, 32, 32), torch.float32, Tensor)
 
 
@@ -294,13 +294,13 @@ def test_only_one_transform_takes_the_place_of_the_crop() -> None:
 )
 def test_policy_that_timm_does_not_know(policy: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_transform("train", AugmentTable(auto_augment=policy), CIFAR)
+        build_transform("train", AugmentConfig(auto_augment=policy), CIFAR)
 
 
 def test_the_largest_magnitudes_do_not_fail() -> None:
     """timm's posterize asks for 0 bits there, which Pillow 13 refuses: training would stop at some random image."""
     for policy in ("rand-m10-n20-p1-inc1", "augmix-m10-d9"):
-        transform = build_transform("train", AugmentTable(auto_augment=policy), CIFAR)
+        transform = build_transform("train", AugmentConfig(auto_augment=policy), CIFAR)
         for seed in range(20):
             random.seed(seed)
             np.random.seed(seed)
@@ -309,14 +309,14 @@ def test_the_largest_magnitudes_do_not_fail() -> None:
 
 def test_wrong_size_is_told_with_both_sizes() -> None:
     uncropped = Preprocessing(3, 32, 32, False, "bilinear", HALF, HALF)
-    transform = build_transform("test", AugmentTable(), uncropped)
+    transform = build_transform("test", AugmentConfig(), uncropped)
     assert transform(photograph(50, 50)).shape == (3, 32, 32)
     with pytest.raises(UserError, match=r"32 x 64 pixels out of one of 50 x 100, but data.image_size is 32"):
         transform(photograph(50, 100))
 
 
 def test_trying_a_transform_blames_the_recipe_and_leaves_random_states_alone() -> None:
-    images = ArrayImages(np.asarray(photograph())[None], "toy", 3)
+    images = InMemoryImages(np.asarray(photograph())[None], "toy", 3)
     torch.manual_seed(1)
     before = torch.rand(1), random.random(), np.random.rand()
     torch.manual_seed(1)
@@ -364,14 +364,14 @@ def test_what_is_called_deterministic_draws_nothing(name: str) -> None:
 
 
 def test_deterministic_only_where_known_to_be() -> None:
-    assert is_deterministic("train", AugmentTable())
+    assert is_deterministic("train", AugmentConfig())
     assert is_deterministic("train", augment({"name": "Grayscale", "num_output_channels": 3}))
     assert not is_deterministic("train", augment(FLIP))
     assert not is_deterministic("train", augment({"name": "Grayscale", "apply_p": 0.5}))
     assert not is_deterministic("train", augment({"name": "SomethingNew"}))
     for key, value in (("mixup", 0.2), ("cutmix", 1.0), ("random_erasing", 0.1), ("auto_augment", "rand-m9")):
-        table = AugmentTable.model_validate({key: value})
+        table = AugmentConfig.model_validate({key: value})
         assert not is_deterministic("train", table)
         assert is_deterministic("validation", table)
-    assert not is_deterministic("test", AugmentTable.model_validate({"test": [FLIP]}))
+    assert not is_deterministic("test", AugmentConfig.model_validate({"test": [FLIP]}))
     assert set(transform_names()) >= TENSOR_ONLY

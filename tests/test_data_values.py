@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from toolkit.data.images import BadImage, FileImages, check_images
-from toolkit.data.values import Extent, choose_range
+from toolkit.data.image_sources import ImageFiles, UnreadableImageError, check_images
+from toolkit.data.value_range import Extent, choose_range
 from toolkit.errors import UserError
 
 RAMP = np.linspace(0, 1, 2400).reshape(40, 60)
@@ -40,7 +40,7 @@ def save(path: Path, values: npt.NDArray[np.float64]) -> None:
     Image.fromarray((values if kind is np.float32 else np.rint(values)).astype(kind)).save(path)
 
 
-def settled(images: FileImages) -> FileImages:
+def settled(images: ImageFiles) -> ImageFiles:
     """The images with the range that training would find."""
     found = check_images(images, np.arange(len(images)), decode=False)
     assert found.bad == []
@@ -54,7 +54,7 @@ def settled(images: FileImages) -> FileImages:
 )
 def test_black_is_0_and_white_255_whatever_the_depth(name: str, white: int, tmp_path: Path) -> None:
     save(tmp_path / name, RAMP * white)
-    images = settled(FileImages(tmp_path, [name], 1))
+    images = settled(ImageFiles(tmp_path, [name], 1))
     assert images.value_range == (0, white)
     pixels = np.asarray(images.load(0)).astype(int)
     assert (pixels.min(), pixels.max()) == (0, 255)
@@ -66,23 +66,23 @@ def test_one_range_holds_for_the_whole_data_set(tmp_path: Path) -> None:
     for name, factor in (("bright.png", 4000), ("half.png", 2000), ("dark.png", 20)):
         save(tmp_path / name, RAMP * factor)
     Image.fromarray(GREYS.astype(np.uint8)).save(tmp_path / "eight.png")
-    images = settled(FileImages(tmp_path, ["dark.png", "bright.png", "half.png", "eight.png"], 1))
+    images = settled(ImageFiles(tmp_path, ["dark.png", "bright.png", "half.png", "eight.png"], 1))
     assert images.value_range == (0, 4095)
     assert [int(np.asarray(images.load(i)).max()) for i in range(4)] == [1, 249, 125, 255]
-    alone = FileImages(tmp_path, ["half.png"], 1, value_range=images.value_range)  # as predict reads one image
+    alone = ImageFiles(tmp_path, ["half.png"], 1, value_range=images.value_range)  # as predict reads one image
     assert np.array_equal(np.asarray(alone.load(0)), np.asarray(images.load(2)))
 
 
 def test_eight_bits_stored_in_sixteen_come_back_exactly(tmp_path: Path) -> None:
     save(tmp_path / "a.png", GREYS * 257.0)
-    assert np.array_equal(np.asarray(settled(FileImages(tmp_path, ["a.png"], 1)).load(0)), GREYS)
+    assert np.array_equal(np.asarray(settled(ImageFiles(tmp_path, ["a.png"], 1)).load(0)), GREYS)
 
 
 def test_a_pgm_file_states_its_white(tmp_path: Path) -> None:
     """Dark or not: by maxval in its header, which decides for it even where all images are dark."""
     values = np.rint(RAMP * 100).astype(">u2")
     (tmp_path / "a.pgm").write_bytes(b"P5\n60 40\n1023\n" + values.tobytes())
-    plain = FileImages(tmp_path, ["a.pgm"], 1)
+    plain = ImageFiles(tmp_path, ["a.pgm"], 1)
     assert check_images(plain, np.arange(1), decode=False).extents == []
     for images in (plain, plain.with_range((0, 4095))):
         assert np.abs(np.asarray(images.load(0)) - values * 255 / 1023).max() <= 0.51
@@ -92,16 +92,16 @@ def test_sixteen_bit_color_is_read_and_dark_one_refused(tmp_path: Path) -> None:
     values = np.rint(RAMP * 65535).astype(np.int64)[..., None].repeat(3, 2)
     (tmp_path / "a.png").write_bytes(color_png(values))
     (tmp_path / "b.png").write_bytes(color_png(values // 16))
-    both = settled(FileImages(tmp_path, ["a.png", "b.png"], 3))
+    both = settled(ImageFiles(tmp_path, ["a.png", "b.png"], 3))
     assert both.value_range == (0, 65535)
     assert [int(np.asarray(both.load(i)).max()) for i in (0, 1)] == [255, 15]
-    dark = FileImages(tmp_path, ["b.png"], 3)
+    dark = ImageFiles(tmp_path, ["b.png"], 3)
     with pytest.raises(UserError, match=r"b\.png has the largest.*upper 8 bits.*data.value_range = \[0, 65535\]"):
         settled(dark)
-    with pytest.raises(BadImage, match=r"b\.png: it has color samples.*convert it to 8 bits"):
+    with pytest.raises(UnreadableImageError, match=r"b\.png: it has color samples.*convert it to 8 bits"):
         dark.load(0)
     assert np.asarray(dark.with_range((0, 65535)).load(0)).max() == 15
-    with pytest.raises(BadImage, match=r"only the upper 8 bits"):
+    with pytest.raises(UnreadableImageError, match=r"only the upper 8 bits"):
         dark.with_range((0, 4095)).load(0)
 
 
@@ -121,13 +121,13 @@ def test_what_cannot_be_known_is_refused_and_can_be_said(
     name: str, factor: float, offset: float, tmp_path: Path
 ) -> None:
     save(tmp_path / name, RAMP * factor + offset)
-    images = FileImages(tmp_path, [name], 1)
+    images = ImageFiles(tmp_path, [name], 1)
     low, high = offset, factor + offset
     with pytest.raises(UserError) as caught:
         settled(images)
     for said in (name, f"from {low:g} to {high:g}", "data.value_range = [BLACK, WHITE]"):
         assert said in str(caught.value)
-    with pytest.raises(BadImage, match="not known; convert it to 8 bits"):
+    with pytest.raises(UnreadableImageError, match="not known; convert it to 8 bits"):
         images.load(0)
     pixels = np.asarray(images.with_range((low, high)).load(0)).astype(int)
     assert np.abs(pixels - GREYS).max() <= (15 if factor == 9 else 1)
@@ -136,7 +136,7 @@ def test_what_cannot_be_known_is_refused_and_can_be_said(
 def test_beyond_the_range_values_are_clipped(tmp_path: Path) -> None:
     """A window, as for computed tomography."""
     save(tmp_path / "a.int.tiff", RAMP * 3000 - 1000)
-    pixels = np.asarray(FileImages(tmp_path, ["a.int.tiff"], 1, value_range=(-100, 400)).load(0)).astype(float)
+    pixels = np.asarray(ImageFiles(tmp_path, ["a.int.tiff"], 1, value_range=(-100, 400)).load(0)).astype(float)
     assert np.abs(pixels - ((RAMP * 3000 - 1000 + 100) * 255 / 500).clip(0, 255)).max() <= 0.8
 
 
@@ -144,10 +144,10 @@ def test_one_image_alone_is_taken_only_where_its_values_leave_no_doubt(tmp_path:
     """By a model that was trained on files of 8 bits."""
     save(tmp_path / "full.png", RAMP * 65535)
     save(tmp_path / "twelve.png", RAMP * 4095)
-    images = FileImages(tmp_path, ["full.png", "twelve.png"], 1)
+    images = ImageFiles(tmp_path, ["full.png", "twelve.png"], 1)
     assert np.array_equal(np.asarray(images.load(0)), np.rint(np.rint(RAMP * 65535) * 255 / 65535))
     with pytest.raises(
-        BadImage, match=r"twelve\.png: it has integer samples.* from 0 to 4095, and which value is white"
+        UnreadableImageError, match=r"twelve\.png: it has integer samples.* from 0 to 4095, and which value is white"
     ):
         images.load(1)
 
@@ -155,11 +155,11 @@ def test_one_image_alone_is_taken_only_where_its_values_leave_no_doubt(tmp_path:
 def test_values_that_are_no_numbers_are_damage(tmp_path: Path) -> None:
     save(tmp_path / "nan.float.tiff", np.where(RAMP > 0.5, np.nan, RAMP))
     save(tmp_path / "fine.float.tiff", RAMP)
-    images = FileImages(tmp_path, ["nan.float.tiff", "fine.float.tiff"], 1)
+    images = ImageFiles(tmp_path, ["nan.float.tiff", "fine.float.tiff"], 1)
     found = check_images(images, np.arange(2), decode=False)
     assert [(i, "NaN" in reason) for i, reason in found.bad] == [(0, True)]
     assert choose_range(found.extents) == (0, 1)
-    with pytest.raises(BadImage, match="NaN"):
+    with pytest.raises(UnreadableImageError, match="NaN"):
         images.with_range((0, 1)).load(0)
 
 

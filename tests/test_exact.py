@@ -12,11 +12,11 @@ import pytest
 import torch
 from distributed import launch, run_on
 
-from toolkit.data.order import plan_evaluation
-from toolkit.engine.checkpoint import load_weights
-from toolkit.engine.evaluate import evaluate
-from toolkit.engine.fit import fit  # imported before the processes are forked, once for all
+from toolkit.data.sampling import plan_evaluation
 from toolkit.recipe import load_recipe, loads_recipe
+from toolkit.training.checkpoint import load_weights
+from toolkit.training.evaluation import evaluate
+from toolkit.training.fit import fit  # imported before the processes are forked, once for all
 
 RECIPE = """
 [recipe]

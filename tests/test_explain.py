@@ -18,23 +18,23 @@ from torch.nn import functional
 
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
-from toolkit.explain import Layer, Subject, explain, find_layer, heat_maps
+from toolkit.inference.explain import CamInput, CamLayer, explain, find_layer, heat_maps
+from toolkit.inference.predict import TrainedModel
 from toolkit.models.build import build_model
-from toolkit.predict import TrainedModel
-from toolkit.recipe.schema import ModelTable
+from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import Run
 
 CLASSES = ["a", "b", "c"]
 
 
-def trained(module: nn.Module, table: ModelTable, size: int) -> TrainedModel:
+def trained(module: nn.Module, table: ModelConfig, size: int) -> TrainedModel:
     plain = Preprocessing(3, size, size, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     return TrainedModel(module.eval(), plain, (), CLASSES, table, "none", Path("model.safetensors"))
 
 
 def built(source: str, name: str, size: int = 64) -> TrainedModel:
     torch.manual_seed(0)
-    table = ModelTable.model_validate({"source": source, "name": name})
+    table = ModelConfig.model_validate({"source": source, "name": name})
     return trained(build_model(table, len(CLASSES), 3, size).module, table, size)
 
 
@@ -82,7 +82,7 @@ def test_of_a_transformer_the_patches_gradients_and_values_are_taken() -> None:
 
 def test_tokens_lie_row_by_row_and_those_without_a_place_stay() -> None:
     tokens = torch.arange(2 * 11 * 3.0).reshape(2, 11, 3)
-    layer = Layer("any", "tokens", prefix=2)
+    layer = CamLayer("any", "tokens", prefix=2)
     maps = layer.to_maps(tokens)
     assert maps.shape == (2, 3, 3, 3)
     assert torch.equal(maps[1, :, 2, 0], tokens[1, 2 + 2 * 3 + 0])
@@ -105,14 +105,14 @@ class Corner(nn.Module):
 
 
 def test_the_heat_lies_where_the_evidence_is_and_the_label_s_is_shown_where_it_is_another() -> None:
-    model = trained(Corner(), ModelTable(source="timm", name="corner"), 8)
+    model = trained(Corner(), ModelConfig(source="timm", name="corner"), 8)
     bright = torch.zeros(3, 8, 8)
     bright[:, :4, :4] = 2
     dim = bright.clone()
     dim[:, 4:, 4:] = 1
     layer = find_layer(model, bright)
-    assert layer == Layer("features", "channels_first")
-    right, wrong = explain(model, [Subject("right", bright, 1), Subject("wrong", dim, 0)], layer)
+    assert layer == CamLayer("features", "channels_first")
+    right, wrong = explain(model, [CamInput("right", bright, 1), CamInput("wrong", dim, 0)], layer)
     assert (right.prediction, wrong.prediction) == (1, 1)
     assert right.heat_of_label is None
     assert wrong.heat_of_label is not None
@@ -153,7 +153,7 @@ def test_the_last_layer_with_maps_that_matter_is_found(source: str, name: str, k
 def test_a_layer_can_be_named_and_the_nearest_names_are_told() -> None:
     model = built("torchvision", "resnet18")
     sample = images(1)[0]
-    assert find_layer(model, sample, "layer3") == Layer("layer3", "channels_first")
+    assert find_layer(model, sample, "layer3") == CamLayer("layer3", "channels_first")
     with pytest.raises(UserError, match="has no layer of this name that is used once; did you mean layer3"):
         find_layer(model, sample, "layr3")
     with pytest.raises(UserError, match=r"--layer fc gives \[1, 3\] for one image; Grad-CAM needs maps"):
@@ -162,7 +162,7 @@ def test_a_layer_can_be_named_and_the_nearest_names_are_told() -> None:
 
 def test_a_model_without_maps_is_refused_in_one_message() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 3))
-    model = trained(module, ModelTable(source="timm", name="perceptron"), 64)
+    model = trained(module, ModelConfig(source="timm", name="perceptron"), 64)
     with pytest.raises(UserError, match="perceptron has no layer that gives maps of more than one place"):
         find_layer(model, images(1)[0])
 

@@ -19,11 +19,11 @@ from finished import CONVNET, RESNET18, TIMM, train_on_files
 from PIL import Image
 from torch import Tensor
 
-from toolkit import export as exporting
-from toolkit.engine.checkpoint import find_latest, load_checkpoint
-from toolkit.predict import TrainedModel, load_model
+from toolkit.inference import export as exporting
+from toolkit.inference.predict import TrainedModel, load_model
+from toolkit.inference.timm_config import crop_share
 from toolkit.runs import Run
-from toolkit.timm_config import crop_share
+from toolkit.training.checkpoint import find_latest, load_checkpoint
 
 VIT = """
 [model]
@@ -225,7 +225,7 @@ def test_a_model_that_computes_something_else_is_not_left_behind(
         compute = honest.read(folder)
         return lambda images: compute(images) + error * (torch.arange(10) == 3)
 
-    monkeypatch.setitem(exporting.FORMATS, "safetensors", exporting.Format(honest.write, read))
+    monkeypatch.setitem(exporting.FORMATS, "safetensors", exporting.ExportFormat(honest.write, read))
     run = runs("convnet")
     outcome = toolkit("export", run.path, "--format", "safetensors", "-o", tmp_path / "out")
     assert outcome.status == 1
@@ -240,7 +240,7 @@ def test_an_exporter_that_fails_leaves_nothing_and_is_told_in_one_line(
         (folder / "half").write_text("")
         raise RuntimeError("an operator is not known\nand more")
 
-    monkeypatch.setitem(exporting.FORMATS, "onnx", exporting.Format(write, exporting.FORMATS["onnx"].read))
+    monkeypatch.setitem(exporting.FORMATS, "onnx", exporting.ExportFormat(write, exporting.FORMATS["onnx"].read))
     outcome = toolkit("export", runs("convnet").path, "--format", "onnx", "-o", tmp_path / "out")
     assert outcome.status == 1
     assert outcome.stderr == "convnet cannot be exported as onnx: an operator is not known\n"

@@ -16,7 +16,7 @@ from cli import toolkit
 from pydantic import BaseModel
 
 from toolkit.recipe.schema import Recipe
-from toolkit.recipe.wording import unwrapped
+from toolkit.recipe.type_descriptions import unwrap_annotation
 
 RECIPE = """
 [recipe]
@@ -75,7 +75,7 @@ INTEGERS = ("0", "-1", "1", "65536", "1000000", "2147483648", "1000000000000", "
 
 def numeric_keys(annotation: Any, path: tuple[str, ...] = ()) -> list[tuple[str, type]]:
     """Dotted names of all numbers below an annotation, with [] for items of lists and {} for values of tables."""
-    annotation, _ = unwrapped(annotation)
+    annotation, _ = unwrap_annotation(annotation)
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
         return [key for member in typing.get_args(annotation) for key in numeric_keys(member, path)]
@@ -117,7 +117,7 @@ def overrides(key: str, value: str) -> list[str]:
     return [*WITH.get(key, []), f"{key} = {value}"]
 
 
-def attempt(folder: Path, key: str, value: str) -> None:
+def try_load(folder: Path, key: str, value: str) -> None:
     """A dry run with the value: it trains a batch, or says in a sentence what is wrong, naming the key."""
     path = folder / "recipe.toml"
     path.write_text(RECIPE.format(root=folder / "runs"))
@@ -142,13 +142,13 @@ def test_the_walk_finds_the_keys() -> None:
 
 @pytest.mark.parametrize(("key", "value"), random.Random(20261128).sample(ALL_OF_RUNS, 60))
 def test_a_value_beyond_sense_is_one_sentence_or_trains(tmp_path: Path, key: str, value: str) -> None:
-    attempt(tmp_path, key, value)
+    try_load(tmp_path, key, value)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("key", "value"), ALL_OF_RUNS)
 def test_any_value_beyond_sense_is_one_sentence_or_trains(tmp_path: Path, key: str, value: str) -> None:
-    attempt(tmp_path, key, value)
+    try_load(tmp_path, key, value)
 
 
 def study_text(parts: list[str], value: str) -> str:

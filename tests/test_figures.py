@@ -16,9 +16,8 @@ from PIL import Image
 from report_runs import HOSTILE, PREDICTIONS, VAL_ACCURACY, first_layer, write_run
 
 from toolkit.errors import UserError
-from toolkit.report import curves, outcome, samples
-from toolkit.report.facts import Facts, Filters, gather
-from toolkit.report.filters import (
+from toolkit.report import data_plots, learning_curves, test_plots
+from toolkit.report.conv_filters import (
     SHOWN,
     channel_products,
     choose,
@@ -27,18 +26,19 @@ from toolkit.report.filters import (
     filters_figure,
     tinted,
 )
-from toolkit.report.measures import Predictions, calibration
-from toolkit.report.mistakes import mistakes, mistakes_figure
-from toolkit.report.style import CYCLE, SPLIT_COLOURS, look, page_svg, save
+from toolkit.report.misclassified import misclassifications, misclassified_figure
+from toolkit.report.plot_style import CYCLE, SPLIT_COLOURS, page_svg, plot_style, save
+from toolkit.report.prediction_metrics import Predictions, calibration
+from toolkit.report.run_data import ConvFilters, RunData, load_run_data
 from toolkit.runs import Run
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
-    return gather(write_run(tmp_path_factory.mktemp("known"), images=False))
+def facts(tmp_path_factory: pytest.TempPathFactory) -> RunData:
+    return load_run_data(write_run(tmp_path_factory.mktemp("known"), images=False))
 
 
-def predictions(facts: Facts) -> Predictions:
+def predictions(facts: RunData) -> Predictions:
     assert facts.predictions is not None
     return facts.predictions
 
@@ -52,8 +52,8 @@ def many_classes(count: int) -> Predictions:
     return Predictions([str(i) for i in range(10 * count)], names, labels, predicted, np.full(10 * count, 0.5))
 
 
-def test_curves_have_the_metrics_and_mark_best_and_stopping_epoch(facts: Facts) -> None:
-    for draw, scale, unit in ((curves.loss_curves, 1, "nats"), (curves.accuracy_curves, 100, "%")):
+def test_curves_have_the_metrics_and_mark_best_and_stopping_epoch(facts: RunData) -> None:
+    for draw, scale, unit in ((learning_curves.loss_curves, 1, "nats"), (learning_curves.accuracy_curves, 100, "%")):
         (axes,) = draw(facts).axes
         train, validation, best, stop = axes.lines
         expected = [1 - a for a in VAL_ACCURACY] if scale == 1 else [100 * a for a in VAL_ACCURACY]
@@ -64,13 +64,13 @@ def test_curves_have_the_metrics_and_mark_best_and_stopping_epoch(facts: Facts) 
         assert axes.get_xlabel() == "epoch"
         assert unit in axes.get_ylabel()
         assert train.get_linestyle() != validation.get_linestyle(), "told apart without colours too"
-    (axes,) = curves.learning_rate_curve(facts).axes
+    (axes,) = learning_curves.learning_rate_curve(facts).axes
     assert list(axes.lines[0].get_xdata()) == [0, 1, 2, 3, 4], "the rate of an epoch is the one it begins with"
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.1, 0.1 / 2, 0.1 / 3, 0.1 / 4, 0.1 / 5])
 
 
-def test_confusion_matrix_with_few_classes_has_its_numbers(facts: Facts) -> None:
-    axes = outcome.confusion_figure("title", predictions(facts)).axes[0]
+def test_confusion_matrix_with_few_classes_has_its_numbers(facts: RunData) -> None:
+    axes = test_plots.confusion_figure("title", predictions(facts)).axes[0]
     cells = {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in axes.texts}
     assert cells == {(0, 0): "2", (0, 1): "1", (1, 1): "1", (1, 2): "1", (2, 2): "2"}
     assert [label.get_text() for label in axes.get_yticklabels()] == [HOSTILE[0][:23] + "…", *HOSTILE[1:]]
@@ -80,7 +80,7 @@ def test_confusion_matrix_with_few_classes_has_its_numbers(facts: Facts) -> None
 
 @pytest.mark.parametrize(("count", "size"), [(10, 8.0), (101, 5.5)])
 def test_names_beside_a_confusion_matrix_do_not_overlap(count: int, size: float) -> None:
-    figure = outcome.confusion_figure("title", many_classes(count))
+    figure = test_plots.confusion_figure("title", many_classes(count))
     figure.draw_without_rendering()
     for labels, vertical in ((figure.axes[0].get_yticklabels(), True), (figure.axes[0].get_xticklabels(), False)):
         boxes = [label.get_window_extent() for label in labels]
@@ -90,8 +90,8 @@ def test_names_beside_a_confusion_matrix_do_not_overlap(count: int, size: float)
         assert all(upper[1] >= lower[0] - 0.5 for upper, lower in pairwise(ends))
 
 
-def test_class_accuracy_is_sorted_and_shows_support(facts: Facts) -> None:
-    figure = outcome.class_accuracy_figure("title", predictions(facts))
+def test_class_accuracy_is_sorted_and_shows_support(facts: RunData) -> None:
+    figure = test_plots.class_accuracy_figure("title", predictions(facts))
     (axes,) = figure.axes
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([100, 200 / 3, 50])
     assert [label.get_text() for label in axes.get_yticklabels()] == [
@@ -100,10 +100,10 @@ def test_class_accuracy_is_sorted_and_shows_support(facts: Facts) -> None:
     assert axes.lines[0].get_label() == "mean over classes: 72.2 %"
 
 
-def test_reliability_diagram(facts: Facts) -> None:
+def test_reliability_diagram(facts: RunData) -> None:
     found = predictions(facts)
     measured = calibration(found.probabilities, found.right)
-    upper, lower = outcome.reliability_figure("title", measured).axes
+    upper, lower = test_plots.reliability_figure("title", measured).axes
     assert f"{100 * measured.expected_error:.2f} %" in upper.get_title(), "as in the page's text"
     assert sum(bar.get_height() for bar in lower.patches) == len(PREDICTIONS)
     filled = measured.counts > 0
@@ -111,13 +111,13 @@ def test_reliability_diagram(facts: Facts) -> None:
     assert heights == pytest.approx(list(measured.accuracy[filled]))
 
 
-def test_worst_mistakes_name_class_prediction_and_probability(facts: Facts) -> None:
-    worst = mistakes(predictions(facts), {}, 10)
+def test_worst_mistakes_name_class_prediction_and_probability(facts: RunData) -> None:
+    worst = misclassifications(predictions(facts), {}, 10)
     assert [(one.label, one.prediction, one.probability) for one in worst] == [
         (HOSTILE[0], HOSTILE[1], 0.9),
         (HOSTILE[1], HOSTILE[2], 0.55),
     ]
-    texts = [text.get_text() for text in mistakes_figure("title", worst).axes[0].texts]
+    texts = [text.get_text() for text in misclassified_figure("title", worst).axes[0].texts]
     assert texts[0].endswith("0.90")
     assert "image not at hand" in texts
 
@@ -125,9 +125,9 @@ def test_worst_mistakes_name_class_prediction_and_probability(facts: Facts) -> N
 # Filters
 
 
-def known_filters(count: int = 4) -> Filters:
+def known_filters(count: int = 4) -> ConvFilters:
     before, after = first_layer()
-    return Filters(
+    return ConvFilters(
         "blocks.0.conv.weight", np.tile(before, (count // 4, 1, 1, 1)), np.tile(after, (count // 4, 1, 1, 1))
     )
 
@@ -157,7 +157,7 @@ def test_the_filters_shown_on_an_image() -> None:
     filters = known_filters()
     assert choose(filters)[0][0] == 2, "the one that has changed"
     assert choose(filters, [4, 1])[0] == [3, 0], "numbers count from 1, indices from 0"
-    unchanged = Filters("conv.weight", filters.before, filters.before)
+    unchanged = ConvFilters("conv.weight", filters.before, filters.before)
     strongest = int((filters.before**2).sum((1, 2, 3)).argmax())
     assert choose(unchanged)[0][0] == strongest
     assert "none has changed" in choose(unchanged)[1]
@@ -189,7 +189,7 @@ def test_a_filter_that_passes_one_color_gives_the_image_its_tint() -> None:
     assert tint[0, 0] == pytest.approx([0.5, 1.0, 0.5]), "green, where red and blue are at gray"
 
 
-def test_effect_of_filters(facts: Facts) -> None:
+def test_effect_of_filters(facts: RunData) -> None:
     from PIL import Image
 
     image = np.random.default_rng(3).normal(size=(3, 300, 300)).astype(np.float32)
@@ -225,7 +225,7 @@ def test_the_title_of_an_effect_is_not_cut_off(count: int) -> None:
 LONG = "-".join(["a-name-as-long-as-a-recipe-may-have-without-a-space"] * 2)[:100]
 
 
-def drawn(facts: Facts) -> dict[str, Figure]:
+def drawn(facts: RunData) -> dict[str, Figure]:
     """Every figure of a run's report, with the longest name that a recipe may have."""
     found = predictions(facts)
     counts = {split: np.array([3, 2, 1]) for split in SPLIT_COLOURS}
@@ -235,23 +235,23 @@ def drawn(facts: Facts) -> dict[str, Figure]:
     long = replace(facts, recipe=None, run=Run(facts.run.path / ".." / ".." / LONG / "run"))
     assert long.name == LONG
     return {
-        "loss": curves.loss_curves(long),
-        "accuracy": curves.accuracy_curves(long),
-        "learning rate": curves.learning_rate_curve(long),
-        "confusion": outcome.confusion_figure(f"{LONG}: test images", found),
-        "class accuracy": outcome.class_accuracy_figure(f"{LONG}: test accuracy by class", found),
-        "reliability": outcome.reliability_figure(LONG, calibration(found.probabilities, found.right)),
-        "mistakes": mistakes_figure(LONG, mistakes(found, {}, 10)),
+        "loss": learning_curves.loss_curves(long),
+        "accuracy": learning_curves.accuracy_curves(long),
+        "learning rate": learning_curves.learning_rate_curve(long),
+        "confusion": test_plots.confusion_figure(f"{LONG}: test images", found),
+        "class accuracy": test_plots.class_accuracy_figure(f"{LONG}: test accuracy by class", found),
+        "reliability": test_plots.reliability_figure(LONG, calibration(found.probabilities, found.right)),
+        "mistakes": misclassified_figure(LONG, misclassifications(found, {}, 10)),
         "filters": filters_figure(LONG, known_filters()),
         "one filter": effect_figure(LONG, known_filters(), [1], picture, image),
         "two filters": effect_figure(LONG, known_filters(), [0, 3], picture, image),
-        "histogram": samples.class_histogram(LONG, names, counts),
-        "totals": samples.class_totals(LONG, names, np.array([3, 2, 1])),
-        "samples": samples.contact_sheet(LONG, names[:1], [picture], [picture], (0, 1)),
+        "histogram": data_plots.class_histogram(LONG, names, counts),
+        "totals": data_plots.class_totals(LONG, names, np.array([3, 2, 1])),
+        "samples": data_plots.contact_sheet(LONG, names[:1], [picture], [picture], (0, 1)),
     }
 
 
-def test_no_title_is_cut_off(facts: Facts) -> None:
+def test_no_title_is_cut_off(facts: RunData) -> None:
     for name, figure in drawn(facts).items():
         figure.draw_without_rendering()
         titles = [*figure.texts, *(axes.title for axes in figure.axes)]
@@ -266,10 +266,10 @@ def test_no_title_is_cut_off(facts: Facts) -> None:
 # Files
 
 
-def test_files_for_print_and_for_a_page(facts: Facts, tmp_path: Path) -> None:
+def test_files_for_print_and_for_a_page(facts: RunData, tmp_path: Path) -> None:
     said: list[str] = []
-    with look(said.append):
-        figure = outcome.class_accuracy_figure(f"{facts.name}: <b>", predictions(facts))
+    with plot_style(said.append):
+        figure = test_plots.class_accuracy_figure(f"{facts.name}: <b>", predictions(facts))
         page = page_svg(figure, 'what "it" is')
         svg, pdf = save(figure, tmp_path / "deep" / "er", "name")
         again = [path.read_bytes() for path in save(figure, tmp_path, "name")]

@@ -13,9 +13,9 @@ from cli import toolkit
 from finished import CONVNET, ON_FILES, train
 from PIL import Image
 
-from toolkit.predict import load_model
-from toolkit.report.facts import gather
-from toolkit.report.pictures import open_pictures
+from toolkit.inference.predict import load_model
+from toolkit.report.dataset_images import open_dataset_images
+from toolkit.report.run_data import load_run_data
 from toolkit.runs import Run
 
 SIZE = 16
@@ -90,7 +90,7 @@ def test_training_sees_what_prediction_sees(turned: Path, cache: str, rule: str,
 
 
 def test_the_report_shows_images_upright(run: Run, turned: Path) -> None:
-    pictures = open_pictures(gather(run))
+    pictures = open_dataset_images(load_run_data(run))
     for label in ("0", "1"):
         names = [name for name in run.split["train"] if name.startswith(f"{label}/")]
         for name in names:

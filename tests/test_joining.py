@@ -14,8 +14,8 @@ import pytest
 from distributed import free_port
 from trainers import MUCH, Trainers, after_seconds, at_call, kill_self, only_run, write_recipe
 
-from toolkit.engine import joining
-from toolkit.engine.launcher import Place, read_place
+from toolkit.distributed import rendezvous
+from toolkit.distributed.launcher import ProcessInfo, read_process_info
 from toolkit.errors import UserError
 
 GOOD = {
@@ -37,15 +37,15 @@ def in_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -
 
 def test_the_place_that_torchrun_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     in_environment(monkeypatch, GOOD)
-    assert read_place() == Place(1, 4, 1, "node7", 29500, is_on_one_machine=False)
+    assert read_process_info() == ProcessInfo(1, 4, 1, "node7", 29500, is_on_one_machine=False)
     in_environment(monkeypatch, GOOD | {"LOCAL_WORLD_SIZE": "4"})
-    assert read_place() == Place(1, 4, 1, "node7", 29500, is_on_one_machine=True)
+    assert read_process_info() == ProcessInfo(1, 4, 1, "node7", 29500, is_on_one_machine=True)
 
 
 @pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"RANK": "0"}])
 def test_without_a_launcher_a_process_trains_alone(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     in_environment(monkeypatch, variables)
-    assert read_place() is None
+    assert read_process_info() is None
 
 
 @pytest.mark.parametrize(
@@ -74,24 +74,24 @@ def test_without_a_launcher_a_process_trains_alone(monkeypatch: pytest.MonkeyPat
 def test_variables_that_cannot_be(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], words: str) -> None:
     in_environment(monkeypatch, GOOD | changes)
     with pytest.raises(UserError, match=re.escape(words)):
-        read_place()
+        read_process_info()
 
 
 def test_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    several, one = (Place(0, 2, 0, "node7", 29500, is_on_one_machine=one) for one in (False, True))
+    several, one = (ProcessInfo(0, 2, 0, "node7", 29500, is_on_one_machine=one) for one in (False, True))
     monkeypatch.delenv("TOOLKIT_JOIN_TIMEOUT", raising=False)
-    assert (joining.time_limit(one), joining.time_limit(several)) == (30, 600)
+    assert (rendezvous.time_limit(one), rendezvous.time_limit(several)) == (30, 600)
     monkeypatch.setenv("TOOLKIT_JOIN_TIMEOUT", "7.5")
-    assert joining.time_limit(one) == 7.5
+    assert rendezvous.time_limit(one) == 7.5
     for bad in ("soon", "0", "-3", "nan", "inf"):
         monkeypatch.setenv("TOOLKIT_JOIN_TIMEOUT", bad)
         with pytest.raises(UserError, match="give the seconds"):
-            joining.time_limit(one)
+            rendezvous.time_limit(one)
 
 
 def test_lists_of_ranks() -> None:
-    assert joining._ranks([3]) == "rank 3"
-    assert joining._ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
+    assert rendezvous._ranks([3]) == "rank 3"
+    assert rendezvous._ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
 
 
 # -- real processes ---------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_a_process_killed_while_another_joins_ends_that_one_too(tmp_path: Path, 
 def test_a_process_killed_before_its_connections_are_made_ends_the_others(tmp_path: Path) -> None:
     def kill_late(rank: int) -> None:
         if rank == 1:
-            at_call(joining, "watch_peers", 1, kill_self)
+            at_call(rendezvous, "watch_peers", 1, kill_self)
 
     statuses, text = ended(tmp_path, 3, kill_late, "--set", "train.batch_size=18")
     assert statuses[1] == -signal.SIGKILL
@@ -221,7 +221,7 @@ def test_a_store_that_hangs_does_not_hold_the_others_longer_than_the_limit(tmp_p
 def test_a_stop_request_while_joining_ends_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(joining, "NOTICE_S", 0.2)
+    monkeypatch.setattr(rendezvous, "NOTICE_S", 0.2)
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     trainers = started(tmp_path, 1, variables(**place, MASTER_PORT=str(free_port())))
     trainers.wait_until(lambda: "has not joined" in trainers.text())
@@ -237,7 +237,7 @@ def test_a_stop_request_while_joining_ends_at_once(
 
 
 def test_a_process_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "NOTICE_S", 0.2)
+    monkeypatch.setattr(rendezvous, "NOTICE_S", 0.2)
 
     def late(rank: int) -> None:
         time.sleep(3 * rank)

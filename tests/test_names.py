@@ -14,7 +14,7 @@ from cli import Outcome, toolkit
 from finished import CONVNET, ON_FILES, train
 from PIL import Image
 
-from toolkit.names import decode_name, encode_name, visible
+from toolkit.filenames import decode_name, encode_name, escape_control_characters
 from toolkit.runs import Run
 
 WORST = [
@@ -82,7 +82,7 @@ def test_any_bytes_come_back_and_no_two_names_meet() -> None:
 
 
 def test_messages_are_encoded_but_for_their_lines() -> None:
-    assert visible("a\tb\nc: 100%\x1b[2J\udce9\ud800") == "a\tb\nc: 100%%1B[2J%E9%ED%A0%80"
+    assert escape_control_characters("a\tb\nc: 100%\x1b[2J\udce9\ud800") == "a\tb\nc: 100%%1B[2J%E9%ED%A0%80"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from cli import toolkit
 from PIL import Image
 
-from toolkit.inspect.near import groups, near_pairs, thumbnail
+from toolkit.data.near_duplicates import groups, near_pairs, thumbnail
 from toolkit.study.expand import expand, read_study
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -20,14 +20,14 @@ from PIL import Image
 from test_unkillable import undisturbed
 from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, outcome, write_recipe
 
-import toolkit.data.loading
-import toolkit.engine.checkpoint
-import toolkit.engine.evaluate
-import toolkit.engine.setup
+import toolkit.data.dataloader
 import toolkit.runs
-from toolkit.engine import peers
-from toolkit.engine.loop import Trainer
-from toolkit.models.build import BuiltModel
+import toolkit.training.checkpoint
+import toolkit.training.context
+import toolkit.training.evaluation
+from toolkit.distributed import failure_detection
+from toolkit.models.build import ModelBundle
+from toolkit.training.train_step import TrainStep
 
 LIMIT_S = 30
 
@@ -44,7 +44,7 @@ def ended(
 
 
 def fail_on(rank: int, place: str, act: Callable[[], None], mine: int) -> None:
-    owner, name = {"step": (Trainer, "_update"), "evaluation": (toolkit.engine.evaluate, "outcomes")}[place]
+    owner, name = {"step": (TrainStep, "_update"), "evaluation": (toolkit.training.evaluation, "outcomes")}[place]
     if mine == rank:
         at_call(owner, name, 5, act)
 
@@ -63,14 +63,14 @@ def test_an_exception_ends_all_and_is_the_last_thing_shown(tmp_path: Path, world
 
 
 def add_an_unused_parameter(rank: int) -> None:
-    original = toolkit.engine.setup.build_model
+    original = toolkit.training.context.build_model
 
-    def build(*arguments: Any, **named: Any) -> BuiltModel:
+    def build(*arguments: Any, **named: Any) -> ModelBundle:
         built = original(*arguments, **named)
         built.module.head.unused = torch.nn.Parameter(torch.zeros(3))
         return built
 
-    toolkit.engine.setup.build_model = build
+    toolkit.training.context.build_model = build
 
 
 def test_a_parameter_without_gradient_ends_the_run_with_its_cause(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_main_thread_that_notices_nothing_does_not_keep_the_process(tmp_path: 
     """As where it waits for a GPU that waits for the lost process."""
 
     def prepare(rank: int) -> None:
-        at_call(Trainer, "_update", 5, kill_self if rank == 1 else functools.partial(time.sleep, 100))
+        at_call(TrainStep, "_update", 5, kill_self if rank == 1 else functools.partial(time.sleep, 100))
 
     statuses, text = ended(tmp_path, 2, prepare, *EMA)
     assert statuses == [1, -signal.SIGKILL]
@@ -107,7 +107,7 @@ def test_a_main_thread_that_notices_nothing_does_not_keep_the_process(tmp_path: 
 def stop_self_at_step(count: int, rank: int, mine: int) -> None:
     """Have one rank stop, as by SIGSTOP or on a machine that hangs, before its ``count``-th step."""
     if mine == rank:
-        at_call(Trainer, "_update", count, functools.partial(os.kill, os.getpid(), signal.SIGSTOP))
+        at_call(TrainStep, "_update", count, functools.partial(os.kill, os.getpid(), signal.SIGSTOP))
 
 
 def with_a_stopped_rank(folder: Path, world: int, rank: int) -> Trainers:
@@ -124,14 +124,14 @@ def with_a_stopped_rank(folder: Path, world: int, rank: int) -> Trainers:
 def test_after_a_stop_request_a_silent_process_is_named_and_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, rank: int
 ) -> None:
-    monkeypatch.setattr(peers, "SILENT_S", 3.0)
-    monkeypatch.setattr(peers, "GRACE_S", 2.0)
+    monkeypatch.setattr(failure_detection, "SILENT_S", 3.0)
+    monkeypatch.setattr(failure_detection, "GRACE_S", 2.0)
     trainers = with_a_stopped_rank(tmp_path, world, rank)
     others = [other for other in range(world) if other != rank]
     began = time.monotonic()
     trainers.signal(signal.SIGTERM, others[0])
     trainers.wait_until(lambda: not any(trainers.processes[other].is_alive() for other in others))
-    assert time.monotonic() - began < 3 + 2 + peers.SEND_S + 4
+    assert time.monotonic() - began < 3 + 2 + failure_detection.SEND_S + 4
     assert [trainers.processes[other].exitcode for other in others] == [3] * len(others)
     who = rf"rank {rank} \(\S+, process {trainers.processes[rank].pid}\)"
     message = rf"rank \d: {who} has not answered for 3 s and a stop was requested .* --resume continues it"
@@ -151,7 +151,7 @@ def test_after_a_stop_request_a_silent_process_is_named_and_not_waited_for(
 def test_without_a_stop_request_a_silent_process_is_named_and_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "NOTICE_S", 3.0)
+    monkeypatch.setattr(failure_detection, "NOTICE_S", 3.0)
     trainers = with_a_stopped_rank(tmp_path, 2, 1)
     warning = rf"warning: rank 1 \(\S+, process {trainers.processes[1].pid}\) has not answered for \d+ s: it is stopped"
     trainers.wait_until(lambda: re.search(warning, trainers.text()) is not None)
@@ -246,7 +246,7 @@ def test_skipping_leaves_out_the_same_images_everywhere_up_to_a_share(tmp_path: 
 
 def full_disk(calls: range, rank: int) -> None:
     """Some of the writes into checkpoints/ and metrics.jsonl find the disk full, half-way."""
-    original, count = toolkit.engine.checkpoint.write_atomically, [0]
+    original, count = toolkit.training.checkpoint.write_atomically, [0]
 
     def write(path: Path, data: bytes) -> None:
         count[0] += 1
@@ -255,7 +255,7 @@ def full_disk(calls: range, rank: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         original(path, data)
 
-    toolkit.engine.checkpoint.write_atomically = write  # type: ignore[assignment]
+    toolkit.training.checkpoint.write_atomically = write  # type: ignore[assignment]
     write_metrics, lines = toolkit.runs.Run.write_metrics, [0]
 
     def write_half(run: Any, length: int, text: bytes) -> int:
@@ -330,7 +330,7 @@ def test_a_second_trainer_is_refused_and_a_killed_one_holds_nothing(tmp_path: Pa
     there = tmp_path / "there"
 
     def slow(rank: int) -> None:
-        at_call(Trainer, "_update", 9, lambda: (there.touch(), time.sleep(60)))  # type: ignore[arg-type, func-returns-value]
+        at_call(TrainStep, "_update", 9, lambda: (there.touch(), time.sleep(60)))  # type: ignore[arg-type, func-returns-value]
 
     first = Trainers(1, tmp_path, recipe, *workers, prepare=slow)
     first.wait_until(there.exists)
@@ -351,7 +351,7 @@ def no_memory(error: type[Exception], message: str, rank: int) -> None:
         raise error(message)
 
     if rank == 1:
-        at_call(Trainer, "_forward_backward", 5, fail)
+        at_call(TrainStep, "_forward_backward", 5, fail)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_out_of_memory_says_what_to_try(tmp_path: Path, error: type[Exception], 
 
 def test_a_real_failing_allocation(tmp_path: Path) -> None:
     def hungry(rank: int) -> None:
-        at_call(Trainer, "_forward_backward", 5, lambda: torch.empty(2**60))  # type: ignore[arg-type, return-value]
+        at_call(TrainStep, "_forward_backward", 5, lambda: torch.empty(2**60))  # type: ignore[arg-type, return-value]
 
     statuses, text = ended(tmp_path, 1, hungry, *EMA)
     assert statuses == [1]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from toolkit.engine.optim import build_optimizer
 from toolkit.errors import UserError
 from toolkit.recipe.catalog import optimizers
-from toolkit.recipe.schema import OptimizerTable
+from toolkit.recipe.schema import OptimizerConfig
+from toolkit.training.optimizer import build_optimizer
 
 NAMES = sorted(optimizers())
 
@@ -19,7 +19,7 @@ def test_it_moves_the_weights(name: str) -> None:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     before = [p.detach().clone() for p in module.parameters()]
-    table = OptimizerTable(name=name, lr=0.01, weight_decay=1e-3, momentum=0.9 if name in ("sgd", "nag") else None)
+    table = OptimizerConfig(name=name, lr=0.01, weight_decay=1e-3, momentum=0.9 if name in ("sgd", "nag") else None)
     group = {"params": list(module.parameters()), "lr": 0.01, "lr_scale": 1.0, "weight_decay": 1e-3, "name": "all"}
     optimizer = build_optimizer(table, [group])
     for _ in range(2):
@@ -34,7 +34,7 @@ def test_it_moves_the_weights(name: str) -> None:
 
 def test_nag_is_sgd_with_nesterov_momentum_and_sgd_is_plain() -> None:
     for name, nesterov in (("sgd", False), ("nag", True)):
-        table = OptimizerTable(name=name, lr=0.1, momentum=0.9)
+        table = OptimizerConfig(name=name, lr=0.1, momentum=0.9)
         group = {"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}
         optimizer = build_optimizer(table, [group])
         assert isinstance(optimizer, torch.optim.SGD)
@@ -44,4 +44,4 @@ def test_nag_is_sgd_with_nesterov_momentum_and_sgd_is_plain() -> None:
 def test_an_argument_that_it_does_not_take_is_named() -> None:
     group = {"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}
     with pytest.raises(UserError, match="bettas"):
-        build_optimizer(OptimizerTable(name="adam", lr=0.1, args={"bettas": [0.9, 0.99]}), [group])
+        build_optimizer(OptimizerConfig(name="adam", lr=0.1, args={"bettas": [0.9, 0.99]}), [group])

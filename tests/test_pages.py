@@ -16,7 +16,7 @@ from cli import toolkit
 from playwright.sync_api import Browser, Page, sync_playwright
 from report_runs import HOSTILE, small_study, write_run
 
-from toolkit.report import write
+from toolkit.report import run_report
 from toolkit.runs import Run
 
 DESKTOP, PHONE = (1280, 900), (360, 740)
@@ -51,7 +51,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (runs["unfinished"].path / "summary.json").unlink()
     (runs["unfinished"].path / "predictions.csv").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "save", lambda figure, folder, name, kinds: [folder / f"{name}.{k}" for k in kinds])
+        patch.setattr(run_report, "save", lambda figure, folder, name, kinds: [folder / f"{name}.{k}" for k in kinds])
         for run in runs.values():
             assert toolkit("report", str(run.path)).status == 0
     study = small_study(tmp_path_factory.mktemp("study"))

@@ -20,16 +20,16 @@ from cli import toolkit
 from conftest import REPOSITORY, SHARED
 from PIL import Image
 
-from toolkit.engine.fit import dry_run
 from toolkit.models.build import build_model
 from toolkit.models.transfer import apply_transfer
 from toolkit.recipe import load_recipe
-from toolkit.recipe.resolved import diff
+from toolkit.recipe.resolve import diff
 from toolkit.recipe.schema import Recipe
-from toolkit.study.expand import Expansion, PlannedRun, StudyFile, expand, read_study
-from toolkit.study.folder import Member
-from toolkit.study.forms import dotted_leaves
-from toolkit.study.space import KINDS
+from toolkit.study.directory import StudyRun
+from toolkit.study.expand import ExpandedStudy, PlannedRun, StudySpec, expand, read_study
+from toolkit.study.grid import dotted_leaves
+from toolkit.study.search_space import KINDS
+from toolkit.training.fit import dry_run
 
 PAPERS = REPOSITORY / "recipes" / "papers"
 REPORTS = {
@@ -125,12 +125,12 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 
 @functools.cache
-def study_file(name: str) -> StudyFile:
+def study_file(name: str) -> StudySpec:
     return read_study(PAPERS / f"{name}.toml")
 
 
 @functools.cache
-def expansion(name: str) -> Expansion:
+def expansion(name: str) -> ExpandedStudy:
     return expand(study_file(name))
 
 
@@ -139,11 +139,11 @@ def planned(name: str, row: str) -> PlannedRun:
     return found
 
 
-def member(name: str, row: str) -> Member:
+def member(name: str, row: str) -> StudyRun:
     return planned(name, row).member
 
 
-def members() -> Iterator[tuple[str, Member]]:
+def members() -> Iterator[tuple[str, StudyRun]]:
     """Everybody's runs, with the handle of the report."""
     return ((name.split("/")[0], run.member) for name in RUNS for run in expansion(name).runs)
 

@@ -19,12 +19,12 @@ from finished import CONVNET, train_on_files
 from PIL import Image
 from typer.testing import CliRunner
 
-from toolkit.cli import app
+from toolkit.cli.main import app
 from toolkit.data.preprocessing import Preprocessing
+from toolkit.filenames import decode_name
+from toolkit.inference.predict import Predictions, collect, load_model, model_card, predict
 from toolkit.models.build import build_model
-from toolkit.names import decode_name
-from toolkit.predict import Predictions, collect, load_model, model_card, predict
-from toolkit.recipe.schema import ModelTable
+from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import Run
 
 
@@ -221,7 +221,7 @@ def test_a_user_s_mistake_is_one_message(run: Run, tmp_path: Path, arguments: li
 
 
 def test_a_model_that_asks_for_the_version_of_its_layers_is_loaded(tmp_path: Path) -> None:
-    table = ModelTable(source="torchvision", name="mnasnet0_5")
+    table = ModelConfig(source="torchvision", name="mnasnet0_5")
     module = build_model(table, 3, 3, 32).module
     plain = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     (tmp_path / "model.json").write_text(json.dumps(model_card(table, ["a", "b", "c"], plain, (), "none", "0")))
@@ -232,7 +232,7 @@ def test_a_model_that_asks_for_the_version_of_its_layers_is_loaded(tmp_path: Pat
 
 def test_a_card_of_an_earlier_version_means_a_convnet_with_biases(tmp_path: Path) -> None:
     layers = {"convnet": {"blocks": [{"channels": 4, "batch_norm": True}], "bias": True}, "head": {"bias": True}}
-    table = ModelTable.model_validate({"source": "toolkit", **layers})
+    table = ModelConfig.model_validate({"source": "toolkit", **layers})
     module = build_model(table, 3, 3, 8).module
     plain = Preprocessing(3, 8, 8, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     card = model_card(table, ["a", "b", "c"], plain, (), "none", "0")

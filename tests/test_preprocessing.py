@@ -15,24 +15,24 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from toolkit.data import resizing
-from toolkit.data.preprocessing import InputConfig, Preprocessing, resolve_preprocessing
-from toolkit.data.transforms import build_transform
+from toolkit.augment import resize
+from toolkit.augment.transforms import build_transform
+from toolkit.data.preprocessing import Preprocessing, PretrainedInput, resolve_preprocessing
 from toolkit.errors import UserError
-from toolkit.export import _steps
+from toolkit.inference.export import _steps
+from toolkit.inference.predict import TrainedModel
+from toolkit.inference.timm_config import timm_config
 from toolkit.models.build import expected_input
-from toolkit.predict import TrainedModel
 from toolkit.recipe import catalog
-from toolkit.recipe.schema import AugmentTable, DataTable, ModelTable
-from toolkit.timm_config import timm_config
+from toolkit.recipe.schema import AugmentConfig, DataConfig, ModelConfig
 
 NO_SQUARE = {f"vit_{size}_patch16_sapiens2.fb" for size in ("base", "large", "huge", "giant", "5b")}
 """Their input is 1024 x 768 pixels."""
 Geometry = tuple[int, int, int, str, str]
 
 
-def resolved(weights: InputConfig | None, **data: object) -> Preprocessing:
-    table = DataTable.model_validate({"dataset": "imagefolder", **data})
+def resolved(weights: PretrainedInput | None, **data: object) -> Preprocessing:
+    table = DataConfig.model_validate({"dataset": "imagefolder", **data})
     return resolve_preprocessing(table, weights, None, 3, lambda plain: pytest.fail("nothing is to be measured"))
 
 
@@ -46,7 +46,7 @@ def photographs() -> Iterator[Image.Image]:
 
 
 def assert_same_inputs(ours: Preprocessing, theirs: Callable[[Image.Image], Tensor]) -> None:
-    mine = build_transform("test", AugmentTable(), ours)
+    mine = build_transform("test", AugmentConfig(), ours)
     for image in photographs():
         torch.testing.assert_close(mine(image), theirs(image), rtol=0, atol=1e-6 / min(ours.std))
 
@@ -54,7 +54,7 @@ def assert_same_inputs(ours: Preprocessing, theirs: Callable[[Image.Image], Tens
 @pytest.fixture
 def pillow_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides with Pillow's kernel, so that pixels are equal and not only close."""
-    monkeypatch.setattr(resizing, "resizing_kernel", lambda: "Pillow")
+    monkeypatch.setattr(resize, "resizing_kernel", lambda: "Pillow")
 
 
 @pytest.mark.usefixtures("pillow_resizes")
@@ -65,10 +65,10 @@ def test_every_timm_tag_is_fed_as_timm_feeds_it() -> None:
     for tag in timm.list_pretrained():
         config = resolve_data_config(pretrained_cfg=get_pretrained_cfg(tag).to_dict())
         name, _, weights = tag.partition(".")
-        ours = expected_input(ModelTable(source="timm", name=name, weights=weights))
+        ours = expected_input(ModelConfig(source="timm", name=name, weights=weights))
         assert ours is not None
         _, height, width = config["input_size"]
-        wanted = InputConfig(
+        wanted = PretrainedInput(
             width,
             math.floor(width / config["crop_pct"]),
             config["interpolation"],
@@ -83,7 +83,7 @@ def test_every_timm_tag_is_fed_as_timm_feeds_it() -> None:
             assert listed is None
         else:
             assert listed is not None
-            assert InputConfig(**listed._asdict()) == ours, tag
+            assert PretrainedInput(**listed._asdict()) == ours, tag
         modes[config["crop_mode"]] += 1
         assert (height != width) == (tag in NO_SQUARE)
         geometry = (height, width, ours.resize, ours.crop_mode, ours.interpolation)
@@ -102,7 +102,7 @@ def test_all_torchvision_weights_are_fed_as_torchvision_feeds_them() -> None:
     for name in torchvision.models.list_models(module=torchvision.models):
         for entry in torchvision.models.get_model_weights(name):
             count += 1
-            ours = expected_input(ModelTable(source="torchvision", name=name, weights=entry.name))
+            ours = expected_input(ModelConfig(source="torchvision", name=name, weights=entry.name))
             assert ours is not None
             preset = entry.transforms()
             assert (ours.image_size, ours.resize) == (preset.crop_size[0], preset.resize_size[0]), entry
@@ -117,9 +117,9 @@ def test_all_torchvision_weights_are_fed_as_torchvision_feeds_them() -> None:
     assert count >= 115
 
 
-def weights(tag: str) -> InputConfig:
+def weights(tag: str) -> PretrainedInput:
     name, _, weights = tag.partition(".")
-    found = expected_input(ModelTable(source="timm", name=name, weights=weights))
+    found = expected_input(ModelConfig(source="timm", name=name, weights=weights))
     assert found is not None
     return found
 
@@ -135,7 +135,7 @@ def test_images_of_another_size_keep_the_mode_of_the_weights() -> None:
     mean = half.border
     assert mean is not None
     image = Image.new("RGB", (100, 50), (9, 9, 9))
-    made = build_transform("test", AugmentTable(), half).begin(image, 2)
+    made = build_transform("test", AugmentConfig(), half).begin(image, 2)
     assert made.size == (196, 196)
     assert made.getpixel((98, 48)) == mean
     assert made.getpixel((98, 49)) == made.getpixel((98, 146)) == (9, 9, 9)
@@ -158,16 +158,16 @@ def test_weights_for_images_that_are_not_square_need_an_image_size() -> None:
 @pytest.mark.parametrize("mode", ["squash", "border"])
 def test_the_mode_travels_with_an_exported_model(mode: str) -> None:
     """timm makes the same transform of config.json, and preprocessing.json says it in words."""
-    ours = resolved(InputConfig(64, 72, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), mode))
+    ours = resolved(PretrainedInput(64, 72, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), mode))
     assert Preprocessing.from_dict(ours.to_dict()) == ours
-    table = ModelTable(source="timm", name="test_resnet")
+    table = ModelConfig(source="timm", name="test_resnet")
     module = timm.create_model("test_resnet", num_classes=2)
     trained = TrainedModel(module, ours, (), ["a", "b"], table, "none", None)  # type: ignore[arg-type]
     config = timm_config(trained)["pretrained_cfg"]
     assert config["crop_mode"] == mode
     theirs = create_transform(**resolve_data_config(pretrained_cfg=config))
     for image in photographs():
-        difference = (build_transform("test", AugmentTable(), ours)(image) - theirs(image)).abs()
+        difference = (build_transform("test", AugmentConfig(), ours)(image) - theirs(image)).abs()
         assert float(difference.mean()) < 0.02
     said = "resize to (72, 72) (height, width) pixels" if mode == "squash" else "padding what is smaller with the color"
     assert any(said in step for step in _steps(trained))

@@ -16,7 +16,7 @@ from finished import CONVNET, TIMM, train_on_files
 from hub import Hub
 from huggingface_hub import ModelCard, constants
 
-from toolkit.predict import load_model
+from toolkit.inference.predict import load_model
 from toolkit.recipe import load_recipe
 from toolkit.runs import Run
 

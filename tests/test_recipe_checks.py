@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from toolkit.recipe import RecipeError, loads_recipe
-from toolkit.recipe.checks import NORMALIZATIONS, RULES, channels_of, check
+from toolkit.recipe.cross_checks import NORMALIZATIONS, RULES, channels_of, check
 from toolkit.recipe.schema import Recipe
 
 BASE = """\

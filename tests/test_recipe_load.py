@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from toolkit.errors import EXIT_BAD_INPUT
 from toolkit.recipe import Recipe, RecipeError, diff, load, load_recipe, loads_recipe, recipe_hash, resolved_toml
-from toolkit.recipe.resolved import resolved_content
-from toolkit.recipe.sources import MAX_BYTES
-from toolkit.recipe.writing import toml_value
+from toolkit.recipe.layers import MAX_BYTES
+from toolkit.recipe.resolve import resolved_content
+from toolkit.recipe.toml_writer import toml_value
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 VALID = """\
@@ -414,7 +414,7 @@ def test_nothing_here_imports_torch() -> None:
         "import sys, time; begin = time.process_time()\n"
         "from toolkit.recipe import load_recipe\n"
         "load_recipe(sys.argv[1]); elapsed = time.process_time() - begin\n"
-        "import toolkit.recipe.jsonschema, toolkit.recipe.reference, toolkit.recipe.catalog.generate\n"
+        "import toolkit.recipe.jsonschema, toolkit.recipe.docs_generator, toolkit.recipe.catalog.generate\n"
         "heavy = {'torch', 'torchvision', 'timm', 'numpy', 'accelerate'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "print(elapsed)"

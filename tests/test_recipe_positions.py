@@ -8,8 +8,8 @@ import tomli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.recipe.positions import Path, Span, scan
-from toolkit.recipe.writing import toml_document, toml_key, toml_value
+from toolkit.recipe.toml_positions import KeyPath, SourceSpan, scan
+from toolkit.recipe.toml_writer import toml_document, toml_key, toml_value
 
 SAMPLE = '''\
 # comment = 1
@@ -25,7 +25,7 @@ SAMPLE += "'''it's\n# no comment'''\n[[list]]\n[[list]]\nz = {}\n[list.inner]\nq
 
 def test_known_places() -> None:
     spans = scan(SAMPLE)
-    expected: dict[Path, tuple[int, int, int, int]] = {
+    expected: dict[KeyPath, tuple[int, int, int, int]] = {
         ("top",): (2, 1, 2, 7),
         ("quo.ted", "lit"): (3, 13, 3, 21),
         ("quo.ted", "lit", 1, 1): (3, 29, 3, 29),
@@ -61,7 +61,7 @@ VALUES = st.recursive(
 DOCUMENTS = st.dictionaries(KEYS, VALUES, max_size=4)
 
 
-def every_path(value: Any, path: Path = ()) -> list[Path]:
+def every_path(value: Any, path: KeyPath = ()) -> list[KeyPath]:
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [found for key, item in children for found in [(*path, key), *every_path(item, (*path, key))]]
 
@@ -74,7 +74,7 @@ def surrogate_free(value: Any) -> bool:
     return True
 
 
-def text_at(text: str, span: Span, *, at_key: bool) -> str:
+def text_at(text: str, span: SourceSpan, *, at_key: bool) -> str:
     place = span.key if at_key else span.value
     return text.split("\n")[place.line - 1][place.column - 1 :]
 

@@ -16,9 +16,9 @@ import pytest
 import tomli
 
 from toolkit.recipe import RecipeError, loads_recipe, resolved_toml
+from toolkit.recipe.docs_generator import FILE as PAGE
+from toolkit.recipe.docs_generator import updated
 from toolkit.recipe.jsonschema import FILE, schema_text
-from toolkit.recipe.reference import FILE as PAGE
-from toolkit.recipe.reference import updated
 from toolkit.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ def test_a_partial_recipe_fits() -> None:
 
 def test_page_is_current() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert updated(page) == page, "run python -m toolkit.recipe.reference"
+    assert updated(page) == page, "run python -m toolkit.recipe.docs_generator"
     for name, table in Recipe.model_fields.items():
         assert f"### `[{name}" in page
         for key in getattr(table.annotation, "model_fields", {}):

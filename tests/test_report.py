@@ -22,7 +22,7 @@ from PIL import Image
 from report_runs import HOSTILE, SCRIPT, write_run
 
 from toolkit.formatting import batch_split, plural
-from toolkit.report import write
+from toolkit.report import run_report
 from toolkit.runs import Run
 
 FIGURES = {
@@ -53,14 +53,14 @@ def _unwritten(figure: Figure, folder: Path, name: str, kinds: Sequence[str]) ->
 @pytest.fixture
 def unprinted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn, and those of the page rendered, but no files for print are written: half the time."""
-    monkeypatch.setattr(write, "save", _unwritten)
+    monkeypatch.setattr(run_report, "save", _unwritten)
 
 
 @pytest.fixture
 def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn as objects, and neither written nor rendered: a tenth of the time."""
-    monkeypatch.setattr(write, "save", _unwritten)
-    monkeypatch.setattr(write, "page_svg", lambda figure, label: f"<svg><title>{html.escape(label)}</title></svg>")
+    monkeypatch.setattr(run_report, "save", _unwritten)
+    monkeypatch.setattr(run_report, "page_svg", lambda figure, label: f"<svg><title>{html.escape(label)}</title></svg>")
 
 
 def test_all_figures_and_one_page(run: Run) -> None:
@@ -345,7 +345,7 @@ def test_the_end_of_a_run_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def fail(*arguments: Any, **named: Any) -> None:
         raise RuntimeError("a fault of ours\nwith details")
 
-    monkeypatch.setattr(write, "write_report", fail)
+    monkeypatch.setattr(run_report, "write_report", fail)
     outcome = toolkit("train", str(QUICKSTART), *settings)
     run = Run(Path(outcome.stdout.splitlines()[-1]))
     assert outcome.status == 0, "the run is not to blame"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from toolkit.report.measures import (
+from toolkit.report.prediction_metrics import (
     BINS,
-    Confusion,
+    ClassConfusion,
     Predictions,
     calibration,
     class_accuracy,
@@ -68,7 +68,11 @@ def test_class_accuracy_leaves_out_classes_without_images() -> None:
 
 def test_confusions_are_the_mistakes_by_frequency() -> None:
     found = predictions([0, 0, 1, 1, 1, 2], [1, 0, 2, 2, 0, 2], [0.5] * 6, 3)
-    assert confusions(confusion_matrix(found)) == [Confusion(1, 2, 2), Confusion(0, 1, 1), Confusion(1, 0, 1)]
+    assert confusions(confusion_matrix(found)) == [
+        ClassConfusion(1, 2, 2),
+        ClassConfusion(0, 1, 1),
+        ClassConfusion(1, 0, 1),
+    ]
 
 
 def test_worst_mistakes_are_the_surest_ones() -> None:

@@ -25,26 +25,26 @@ from sklearn.datasets import load_digits
 from test_checkpoint import flip
 from trainers import Trainers, at_call, kill_self, only_run, outcome
 
-import toolkit.engine.checkpoint as checkpoint_module
+import toolkit.training.checkpoint as checkpoint_module
 from toolkit.data.splits import SPLITS
-from toolkit.engine.checkpoint import (
+from toolkit.errors import Interrupted, RunFailed, UserError
+from toolkit.models.pretrained import pack_state
+from toolkit.recipe import Recipe, load_recipe, recipe_hash
+from toolkit.recipe.resolve import content_hash, resolved_content
+from toolkit.recipe.toml_writer import toml_document
+from toolkit.runs import Run, runs_of
+from toolkit.train import process_start
+from toolkit.training.checkpoint import (
+    checkpoint_step,
     find_latest,
     first_not_finite,
     load_checkpoint,
     load_weights,
-    place_of,
     save_checkpoint,
 )
-from toolkit.engine.fit import fit
-from toolkit.engine.loop import Trainer
-from toolkit.engine.training import Training
-from toolkit.errors import Interrupted, RunFailed, UserError
-from toolkit.models.weights import pack_state
-from toolkit.recipe import Recipe, load_recipe, recipe_hash
-from toolkit.recipe.resolved import content_hash, resolved_content
-from toolkit.recipe.writing import toml_document
-from toolkit.runs import Run, runs_of
-from toolkit.train import process_start
+from toolkit.training.fit import fit
+from toolkit.training.train_step import TrainStep
+from toolkit.training.trainer import Trainer
 
 RECIPE = """
 [recipe]
@@ -296,7 +296,7 @@ def test_where_it_is_not_known_what_was_trained_changed_data_are_refused(recipe:
 
 
 def kill_in_epoch_2(rank: int) -> None:
-    at_call(Trainer, "_update", STEPS + 2, kill_self)
+    at_call(TrainStep, "_update", STEPS + 2, kill_self)
 
 
 def test_two_processes_refuse_changed_data_together(tmp_path: Path, recipe: Recipe) -> None:
@@ -339,7 +339,7 @@ def rewrite_checkpoint(run: Run, change: Callable[[dict[str, Any]], None]) -> No
     path = newest(run)
     checkpoint = load_checkpoint(path)
     change(checkpoint)
-    place = place_of(path)
+    place = checkpoint_step(path)
     assert place is not None
     save_checkpoint(run.checkpoints, place, checkpoint, keep=1)
 
@@ -537,15 +537,15 @@ def test_a_best_file_that_is_gone_at_the_end_ends_with_a_sentence_and_the_run_ca
 ) -> None:
     recipe = improving(recipe)
     plain = outcome(fit(recipe, quiet=True))
-    finish_writing = Training.finish_writing
+    finish_writing = Trainer.finish_writing
 
-    def then_lose_it(training: Training) -> None:
+    def then_lose_it(training: Trainer) -> None:
         finish_writing(training)
         assert training.run is not None
         best_file(training.run).unlink()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "finish_writing", then_lose_it)
+        patch.setattr(Trainer, "finish_writing", then_lose_it)
         with pytest.raises(RunFailed, match=r"best-0004.safetensors is damaged \(missing\)") as failed:
             fit(recipe, quiet=True)
     run = Run(Path(re.findall(r"--resume (\S+),", str(failed.value))[0]))
@@ -706,9 +706,9 @@ def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(
 ) -> None:
     """In epoch 2, with all losses still finite."""
     recipe = changed(recipe, optimizer__name="adamw", optimizer__momentum=None, checkpoint__every_steps=2)
-    update, count = Trainer._update, itertools.count(1)
+    update, count = TrainStep._update, itertools.count(1)
 
-    def spoil(trainer: Trainer, number: int) -> None:
+    def spoil(trainer: TrainStep, number: int) -> None:
         update(trainer, number)
         if next(count) == STEPS + 2:
             parameter = dict(trainer.network.named_parameters())["head.weight"]
@@ -716,7 +716,7 @@ def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(
             (state["exp_avg_sq"] if kind == "optimizer" else parameter.data).view(-1)[0] = float("inf")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", spoil)
+        patch.setattr(TrainStep, "_update", spoil)
         with pytest.raises(RunFailed, match="the checkpoint of the end of epoch 1 is kept") as failed:
             fit(recipe, quiet=True)
     assert f"{name}" in str(failed.value)
@@ -742,8 +742,8 @@ def test_stopped_with_a_full_disk_it_says_which_checkpoint_there_is(
         monkeypatch.setattr(checkpoint_module, "write_atomically", full)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_update", Trainer._update)  # undone at the end
-    at_call(Trainer, "_update", first, stop, after=True)
+    monkeypatch.setattr(TrainStep, "_update", TrainStep._update)  # undone at the end
+    at_call(TrainStep, "_update", first, stop, after=True)
     with pytest.raises(Interrupted, match=f"stopped by SIGTERM without a new checkpoint; {kept}; go on with"):
         fit(recipe, quiet=True)
 

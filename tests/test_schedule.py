@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.engine.schedule import Patience, Plateau, learning_rate
-from toolkit.recipe.schema import SchedulerTable
+from toolkit.recipe.schema import SchedulerConfig
+from toolkit.training.lr_schedule import MetricMonitor, ReduceLROnPlateau, learning_rate
 
 PEAK = 0.2
 
@@ -44,18 +44,18 @@ def stepped(make, epochs: int) -> list[float]:
     ],
 )
 def test_epoch_by_epoch_like_torch(table: dict, make) -> None:
-    ours = [learning_rate(SchedulerTable(**table), PEAK, epoch, 12) for epoch in range(12)]
+    ours = [learning_rate(SchedulerConfig(**table), PEAK, epoch, 12) for epoch in range(12)]
     assert ours == pytest.approx(stepped(make, 12), rel=1e-9)
 
 
 def test_step_and_exponential_hold_within_an_epoch_and_cosine_does_not() -> None:
     for name, holds in (("step", True), ("exponential", True), ("cosine", False)):
-        table = SchedulerTable(name=name, step_size=1 if name == "step" else None)
+        table = SchedulerConfig(name=name, step_size=1 if name == "step" else None)
         assert (learning_rate(table, PEAK, 2.0, 10) == learning_rate(table, PEAK, 2.75, 10)) is holds
 
 
 def test_one_cycle_peaks_where_said() -> None:
-    table = SchedulerTable(name="one_cycle", peak_at=0.25, start_factor=0.1, end_factor=0.001)
+    table = SchedulerConfig(name="one_cycle", peak_at=0.25, start_factor=0.1, end_factor=0.001)
     rates = [learning_rate(table, PEAK, epoch / 10, 8) for epoch in range(81)]
     assert rates[0] == pytest.approx(PEAK * 0.1)
     assert rates[20] == pytest.approx(PEAK)
@@ -65,7 +65,7 @@ def test_one_cycle_peaks_where_said() -> None:
 
 @pytest.mark.parametrize("name", ["constant", "step", "exponential", "cosine", "plateau"])
 def test_warmup_is_linear_and_then_gone(name: str) -> None:
-    table = SchedulerTable(name=name, step_size=5 if name == "step" else None, warmup_epochs=2.0, warmup_start=0.1)
+    table = SchedulerConfig(name=name, step_size=5 if name == "step" else None, warmup_epochs=2.0, warmup_start=0.1)
     plain = table.model_copy(update={"warmup_epochs": 0.0})
     assert learning_rate(table, PEAK, 0, 10) == pytest.approx(0.1 * PEAK)
     middle = learning_rate(plain, PEAK, 1, 10) if name in ("exponential",) else PEAK
@@ -85,8 +85,8 @@ def reductions(threshold: dict[str, Any], metric: str, values: list[float]) -> l
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
         sgd, "min" if metric == "val/loss" else "max", factor=0.5, patience=2, min_lr=0.04, **threshold
     )
-    table = SchedulerTable(name="plateau", metric=metric, gamma=0.5, patience=2, min_lr=0.04, **threshold)
-    ours, rates = Plateau(table), []
+    table = SchedulerConfig(name="plateau", metric=metric, gamma=0.5, patience=2, min_lr=0.04, **threshold)
+    ours, rates = ReduceLROnPlateau(table), []
     for epoch, value in enumerate(values):
         theirs.step(value)
         ours.update(value)
@@ -110,13 +110,13 @@ def test_the_plateau_threshold_is_relative_unless_the_recipe_says_otherwise() ->
 
 
 def test_patience_counts_epochs_without_enough_improvement() -> None:
-    patience = Patience(higher_is_better=True, min_delta=0.01)
+    patience = MetricMonitor(higher_is_better=True, min_delta=0.01)
     assert [patience.update(v) for v in (0.5, 0.505, 0.52, 0.52, math.nan)] == [True, False, True, False, False]
     assert patience.waited == 2
     assert patience.best == 0.52
 
 
 def test_a_first_value_that_is_no_number_is_no_best() -> None:
-    patience = Patience(higher_is_better=False)
+    patience = MetricMonitor(higher_is_better=False)
     assert not patience.update(math.nan)
     assert patience.update(3.0)

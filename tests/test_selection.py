@@ -14,10 +14,10 @@ from cli import toolkit
 from finished import CONVNET, train
 from PIL import Image
 
-from toolkit.engine.schedule import epoch_rank
 from toolkit.recipe import loads_recipe
-from toolkit.report.facts import gather
+from toolkit.report.run_data import load_run_data
 from toolkit.runs import Run, open_run
+from toolkit.training.lr_schedule import epoch_rank
 
 DIGITS = """
 [recipe]
@@ -90,9 +90,9 @@ def test_a_run_keeps_the_lower_loss_of_equal_accuracies(tmp_path: Path) -> None:
     assert lowest["epoch"] != tied[0]["epoch"], "else the first of equals would be right as well"
     assert (best["epoch"], best["val_loss"], best["val_accuracy"]) == (
         lowest["epoch"], lowest["val/loss"], highest)  # fmt: skip
-    assert gather(run).best_epoch == best["epoch"]
+    assert load_run_data(run).best_epoch == best["epoch"]
     (run.path / "summary.json").unlink()
-    assert gather(run).best_epoch == best["epoch"], "as a report on an unfinished run finds it"
+    assert load_run_data(run).best_epoch == best["epoch"], "as a report on an unfinished run finds it"
 
 
 # -- the last epoch ---------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_the_last_epoch_is_kept_whatever_validation_says(tmp_path: Path) -> None
 
 
 def test_a_run_without_validation_goes_on_after_a_pause_as_if_there_had_been_none(tmp_path: Path) -> None:
-    from toolkit.engine.fit import fit
+    from toolkit.training.fit import fit
 
     recipe = loads_recipe(write(tmp_path).read_text(), [*NONE, "train.ema=0.9"])
     whole = fit(recipe, quiet=True)
@@ -125,13 +125,13 @@ def test_written_weights_other_than_the_last_epochs_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without validation images the file is compared with memory, tensor by tensor."""
-    from toolkit.engine import journal
+    from toolkit.training import run_writer
 
     def spoiled(folder: Path, epoch: int, state: dict[str, torch.Tensor]) -> None:
         saved(folder, epoch, {name: value + (name == "head.bias") * 1e-6 for name, value in state.items()})
 
-    saved = journal.save_best
-    monkeypatch.setattr(journal, "save_best", spoiled)
+    saved = run_writer.save_best
+    monkeypatch.setattr(run_writer, "save_best", spoiled)
     outcome = toolkit("train", write(tmp_path), "--no-report", *(part for s in NONE for part in ("--set", s)))
     assert outcome.status == 1
     assert "best.safetensors does not hold the weights of the last epoch: head.bias differs" in outcome.stderr

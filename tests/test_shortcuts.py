@@ -15,11 +15,11 @@ import safetensors.torch
 from finished import CONVNET, ON_FILES, digit_files, train_on_files
 from trainers import FROZEN, Trainers, at_call, kill_self, only_run, write_recipe
 
-from toolkit.data.cache import EntryWriter
-from toolkit.engine import features
-from toolkit.engine.fit import fit
+from toolkit.cache import frozen_features
+from toolkit.cache.store import CacheEntryWriter
 from toolkit.recipe import load_recipe
 from toolkit.runs import Run
+from toolkit.training.fit import fit
 
 AUGMENTED = (
     FROZEN
@@ -89,9 +89,9 @@ def test_runs_that_share_what_is_frozen_share_its_features(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed = []
-    compute = features.compute_features
+    compute = frozen_features.compute_features
     monkeypatch.setattr(
-        features, "compute_features", lambda *args, **named: computed.append(1) or compute(*args, **named)
+        frozen_features, "compute_features", lambda *args, **named: computed.append(1) or compute(*args, **named)
     )
     recipe = write_recipe(tmp_path, FROZEN)
     first = run_of(recipe)
@@ -124,7 +124,7 @@ def test_other_frozen_weights_have_other_features(tmp_path: Path, own_cache: Pat
 def test_features_that_do_not_fit_into_memory_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path, FROZEN)
     plain = run_of(recipe, 'data.cache="off"')
-    monkeypatch.setattr(features, "available_memory", lambda: 1000)
+    monkeypatch.setattr(frozen_features, "available_memory", lambda: 1000)
     small = run_of(recipe)
     assert small.summary["shortcuts"] == []
     assert "frozen features are not kept: its features would take" in log_of(small)
@@ -196,7 +196,7 @@ def test_images_kept_anywhere_give_the_same_run(tmp_path: Path, tier: str) -> No
 
 def wait_for(path: Path, text: str, rank: int) -> None:
     """Have a run publish nothing before another has said something."""
-    publish = EntryWriter.publish
+    publish = CacheEntryWriter.publish
 
     def late(*arguments: Any) -> Any:
         deadline = time.monotonic() + 90
@@ -205,7 +205,7 @@ def wait_for(path: Path, text: str, rank: int) -> None:
             time.sleep(0.02)
         return publish(*arguments)
 
-    EntryWriter.publish = late  # type: ignore[method-assign]
+    CacheEntryWriter.publish = late  # type: ignore[method-assign]
 
 
 def image_run(folder: Path, data: Path) -> Path:
@@ -238,7 +238,7 @@ def test_of_two_runs_that_need_the_same_one_builds_it(tmp_path: Path, own_cache:
 
 
 def die_before_publishing(rank: int) -> None:
-    EntryWriter.publish = lambda *_: kill_self()  # type: ignore[assignment, method-assign]
+    CacheEntryWriter.publish = lambda *_: kill_self()  # type: ignore[assignment, method-assign]
 
 
 def test_a_run_killed_while_it_builds_leaves_no_entry_and_no_lock(tmp_path: Path, own_cache: Path) -> None:
@@ -282,7 +282,7 @@ def test_every_machine_keeps_its_own_and_all_train_alike(tmp_path: Path, own_cac
 
 
 def stop_at_first_block(rank: int) -> None:
-    at_call(EntryWriter, "add", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_call(CacheEntryWriter, "add", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 @pytest.mark.parametrize("kind", ["images", "features"])

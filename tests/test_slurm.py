@@ -15,11 +15,11 @@ from cli import toolkit
 from toolkit.errors import UserError
 from toolkit.recipe import load_recipe, recipe_hash
 from toolkit.runs import Run
-from toolkit.slurm import script
-from toolkit.slurm.array import take_run
-from toolkit.slurm.job import Job, QueueEntry, duration, state_of
-from toolkit.slurm.settings import find_profile, local_reason, read_profile, settle
-from toolkit.study.folder import Member, StudyFolder, claim
+from toolkit.slurm import sbatch
+from toolkit.slurm.array import acquire_run
+from toolkit.slurm.job_status import QueueEntry, SlurmJob, duration, state_of
+from toolkit.slurm.settings import find_profile, local_reason, read_profile, resolve_settings
+from toolkit.study.directory import StudyDirectory, StudyRun, claim
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 QUICKSTART = str(REPOSITORY / "recipes" / "quickstart.toml")
@@ -51,7 +51,7 @@ def submit(*arguments: str, status: int = 0) -> str:
 
 
 def test_template_is_current() -> None:
-    assert (REPOSITORY / "slurm" / "train.sbatch").read_text() == script.template()
+    assert (REPOSITORY / "slurm" / "train.sbatch").read_text() == sbatch.template()
 
 
 def test_scripts_are_bash() -> None:
@@ -59,16 +59,16 @@ def test_scripts_are_bash() -> None:
     assert "#SBATCH --array=0-1%1\n" in many
     search = submit("--set", f"study.space={SPACE}", "--set", "study.bohb.trials=9", "--parallel", "4", "--dry-run")
     assert "#SBATCH --array=0-3\n" in search
-    for text in (script.template(), submit("--dry-run"), many, search):
+    for text in (sbatch.template(), submit("--dry-run"), many, search):
         assert text.startswith("#!/bin/bash\n")
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-        assert text.endswith(script.body())
+        assert text.endswith(sbatch.body())
 
 
 def test_example_profile_is_good() -> None:
     """It is part of the package, so that --profile example works wherever the package is installed."""
     found = find_profile("example")
-    assert found == Path(script.__file__).parent / "profiles" / "example.toml"
+    assert found == Path(sbatch.__file__).parent / "profiles" / "example.toml"
     assert read_profile(found).defaults.time == "4:00:00"
 
 
@@ -89,7 +89,7 @@ def test_command_wins_over_recipe_over_profile() -> None:
     profile('[defaults]\naccount = "profile"\nqos = "profile"\npartition = "profile"')
     recipe = Path("mine.toml")
     recipe.write_text(f'extends = "{QUICKSTART}"\n[slurm]\nprofile = "lab"\nqos = "recipe"\npartition = "recipe"\n')
-    table = settle(load_recipe(recipe, ['slurm.partition="command"'])).table
+    table = resolve_settings(load_recipe(recipe, ['slurm.partition="command"'])).table
     assert (table.account, table.qos, table.partition, table.nodes) == ("profile", "recipe", "command", 1)
 
 
@@ -185,7 +185,7 @@ def test_the_profiles_that_the_package_brings_are_found_in_any_folder(tmp_path: 
     """They are files of the package, so that --profile works from an installed one."""
     shipped = find_profile("example")
     assert Path.cwd() == tmp_path
-    assert shipped == Path(script.__file__).parent / "profiles" / "example.toml"
+    assert shipped == Path(sbatch.__file__).parent / "profiles" / "example.toml"
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     assert "profiles/*.toml" in project["tool"]["setuptools"]["package-data"]["toolkit.slurm"]
 
@@ -225,7 +225,7 @@ def a_run(name: str = "20260102-030405-abcd", job: str | None = "7", array: Path
     run = Run(path)
     run.write_text("recipe.toml", Path(QUICKSTART).read_text())
     if job is not None:
-        Job(run).write_record(job, array=array)
+        SlurmJob(run).write_record(job, array=array)
     return run
 
 
@@ -236,7 +236,7 @@ def entry(state: str, job: str = "7", reason: str = "None") -> dict[str, QueueEn
 
 def test_states() -> None:
     run = a_run()
-    job = Job(run)
+    job = SlurmJob(run)
     pending = state_of(run, entry("PENDING", reason="Priority"))
     assert (pending.state, pending.detail, pending.job, pending.requeued) == ("pending", "Priority", "7", 0)
     (job.folder / "starts").write_text(f"7 0 {int(time.time()) - 130} node1\n")
@@ -248,10 +248,10 @@ def test_states() -> None:
     running = state_of(run, entry("RUNNING"))
     assert (running.state, running.epoch, running.epochs) == ("running", 5, 20)
     assert running.detail == "about 5 min to go, time limit in 3:59:00"  # 5 epochs in 100 s, 15 to go
-    job.leave_outcome(3, "stopped by the file stop")
+    job.record_exit(3, "stopped by the file stop")
     assert state_of(run, entry("PENDING", reason="BeginTime")).requeued == 1
     assert state_of(run, entry("FAILED")).state == "interrupted"
-    job.leave_outcome(1, "the loss is nan\nlook at optimizer.lr")
+    job.record_exit(1, "the loss is nan\nlook at optimizer.lr")
     assert (state_of(run, {}).state, state_of(run, {}).detail) == ("failed", "look at optimizer.lr")
     (job.folder / "cancelled").touch()
     assert state_of(run, {}).state == "cancelled"
@@ -262,7 +262,7 @@ def test_states() -> None:
 def test_states_without_outcome() -> None:
     run = a_run()
     assert state_of(run, None).state == "unknown"
-    Job(run).log.write_text("something\nslurmstepd: error: out of memory\n\n")
+    SlurmJob(run).log.write_text("something\nslurmstepd: error: out of memory\n\n")
     failed = state_of(run, entry("OUT_OF_MEMORY"))
     assert (failed.state, failed.detail) == ("failed", "OUT_OF_MEMORY: slurmstepd: error: out of memory")
     assert state_of(run, entry("CANCELLED")).state == "cancelled"
@@ -274,21 +274,21 @@ def test_states_without_outcome() -> None:
 
 
 def test_runs_of_an_array_are_taken_once() -> None:
-    folder = StudyFolder(Path("runs/quickstart"))
+    folder = StudyDirectory(Path("runs/quickstart"))
     runs = [a_run(f"20260102-030405-000{index}", "30", folder.path) for index in range(4)]
-    members = [Member("row", seed, {}, str(seed), run.id) for seed, run in enumerate(runs)]
+    members = [StudyRun("row", seed, {}, str(seed), run.id) for seed, run in enumerate(runs)]
     record = {"name": "quickstart", "file": "s.toml", "study": {"seeds": 4}, "search": None, "complete": True}
     folder.write(record, members)
     runs[0].write_json("summary.json", {})
     assert state_of(runs[1], {"30_0": entry("PENDING", "30_0", "Priority")["30_0"]}).state == "pending"
     lock = claim(runs[3])  # a worker of the study, somewhere else
     assert lock is not None
-    taken = [take_run(folder, "30", task) for task in ("0", "1", "2")]
+    taken = [acquire_run(folder, "30", task) for task in ("0", "1", "2")]
     lock.release()
     assert taken == [runs[1], runs[2], None]
-    assert take_run(folder, "30", "1") == runs[2]  # requeued, the task gets its own again
+    assert acquire_run(folder, "30", "1") == runs[2]  # requeued, the task gets its own again
     assert state_of(runs[2], entry("RUNNING", "30_1")).state == "running"
-    assert take_run(folder, "31", "0") == runs[1]  # a later submission
+    assert acquire_run(folder, "31", "0") == runs[1]  # a later submission
 
 
 def test_status_logs_and_cancel_without_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,10 +308,10 @@ def test_status_logs_and_cancel_without_jobs(monkeypatch: pytest.MonkeyPatch) ->
 def test_status_of_a_study_names_the_row_of_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows with the same recipe share a run; a run of its own belongs to no row."""
     monkeypatch.setenv("PATH", "/nonexistent")
-    folder = StudyFolder(Path("runs/quickstart"))
+    folder = StudyDirectory(Path("runs/quickstart"))
     runs = [a_run(f"20260102-030405-000{index}", None, folder.path) for index in range(3)]
-    members = [Member("sgd, lr 0.1", 7, {}, "a", runs[0].id), Member("adam", 8, {}, "b", runs[1].id),
-               Member("again", 7, {}, "a", runs[0].id)]  # fmt: skip
+    members = [StudyRun("sgd, lr 0.1", 7, {}, "a", runs[0].id), StudyRun("adam", 8, {}, "b", runs[1].id),
+               StudyRun("again", 7, {}, "a", runs[0].id)]  # fmt: skip
     record = {"name": "quickstart", "file": "s.toml", "study": {"seeds": 4}, "search": None, "complete": True}
     folder.write(record, members)
     for path in ("runs/quickstart", "runs"):

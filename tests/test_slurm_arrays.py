@@ -16,8 +16,8 @@ from slurm_cluster import status_of, submit, wait_for_end, wait_until, write
 
 from toolkit.runs import Run
 from toolkit.slurm.array import array_record, study_runs
-from toolkit.slurm.job import Job, queue, state_of
-from toolkit.study.folder import StudyFolder
+from toolkit.slurm.job_status import SlurmJob, queue, state_of
+from toolkit.study.directory import StudyDirectory
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -48,7 +48,7 @@ def test_array_of_six_goes_on_where_one_failed(place: Path) -> None:
     _images(place / "later")
     # The array is held until the images of one run are gone.
     text = submit(six, "--parallel", "2", "--set", 'slurm.options=["--hold"]')
-    folder = StudyFolder(Path("runs/six"))
+    folder = StudyDirectory(Path("runs/six"))
     array, table = re.search(r"array job (\d+), 6 task", text)[1], re.search(r"by job (\d+)", text)[1]  # type: ignore[index]
     outcome = toolkit("submit", six, "--profile", "local")
     assert outcome.status == 2
@@ -73,7 +73,7 @@ def test_array_of_six_goes_on_where_one_failed(place: Path) -> None:
     states = [state_of(run, queue()) for run in runs]
     assert states[0].state == "failed"
     assert "later" in states[0].detail
-    assert len(Job(runs[0]).starts) == 1  # a failed one is not requeued
+    assert len(SlurmJob(runs[0]).starts) == 1  # a failed one is not requeued
     assert [state.state for state in states[1:]] == ["finished"] * 5
     assert f"array job {array}: " in toolkit("status", str(folder.path)).stdout
     assert "failed" in (folder.path / "table.md").read_text()
@@ -111,7 +111,7 @@ def test_a_search_goes_on_when_the_task_that_leads_it_ends(place: Path) -> None:
     path = study("search", SEARCH)
     text = submit(path, "--parallel", "2")
     array, table = re.search(r"array job (\d+), 2 task", text)[1], re.search(r"by job (\d+)", text)[1]  # type: ignore[index]
-    folder = StudyFolder(Path("runs/search").resolve())
+    folder = StudyDirectory(Path("runs/search").resolve())
     leaders: list[str] = []
 
     def leads() -> bool:
@@ -143,7 +143,7 @@ def test_a_search_goes_on_when_the_task_that_leads_it_ends(place: Path) -> None:
     assert "has tried all 4 configurations" in outcome.stderr
 
 
-def _log(folder: StudyFolder, array: str, task: str) -> str:
+def _log(folder: StudyDirectory, array: str, task: str) -> str:
     path = folder.path / "slurm" / f"log-{array}_{task}.txt"
     return path.read_text() if path.exists() else ""
 
@@ -156,7 +156,7 @@ def _processes(place: Path) -> list[int]:
             command = (folder / "cmdline").read_bytes() if folder.name.isdigit() else b""
         except OSError:
             continue
-        if b"toolkit.slurm.search\0" + bytes(place) + b"\0" in command:
+        if b"toolkit.slurm.search_worker\0" + bytes(place) + b"\0" in command:
             found.append(int(folder.name))
     return found
 
@@ -164,7 +164,7 @@ def _processes(place: Path) -> list[int]:
 def test_a_cancelled_study_stays_cancelled_until_it_is_submitted_again(place: Path) -> None:
     path = study("pair", "[study]\nseeds = 2\n")
     submit(path, "--parallel", "1", "--set", 'slurm.options=["--hold"]')
-    folder = StudyFolder(Path("runs/pair").resolve())
+    folder = StudyDirectory(Path("runs/pair").resolve())
     record = array_record(folder.path)
     assert record is not None
     assert "2 pending (JobHeldUser)" in toolkit("status", str(folder.path)).stdout

@@ -36,7 +36,7 @@ from slurm_cluster import (
 )
 
 from toolkit.runs import Run
-from toolkit.slurm.job import Job, queue, state_of
+from toolkit.slurm.job_status import SlurmJob, queue, state_of
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -116,7 +116,7 @@ def test_two_jobs_at_once_on_one_node(among: Path) -> None:
     runs = [submitted(name) for name in ("left", "right")]
     for run in runs:
         wait_for(run, "finished")
-    first, second = (Job(run).starts[0] for run in runs)
+    first, second = (SlurmJob(run).starts[0] for run in runs)
     ends = [(run.path / "summary.json").stat().st_mtime for run in runs]
     assert first.nodes == second.nodes == "node1"
     assert max(first.time, second.time) < min(ends)  # they did overlap
@@ -143,7 +143,7 @@ def test_two_nodes_end_like_one_process(among: Path) -> None:
     assert run.summary["best"]["test_accuracy"] == alone.summary["best"]["test_accuracy"]
     assert "Traceback" not in log
     wait_for_end(number_of(run))
-    assert len(Job(run).starts) == 1  # a finished job is not requeued
+    assert len(SlurmJob(run).starts) == 1  # a finished job is not requeued
 
 
 def test_by_hand(among: Path) -> None:
@@ -164,7 +164,7 @@ def test_modules_container_scratch_and_metacharacters(among: Path, monkeypatch: 
     user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
     scratch = among / "scratch" / user
     assert told["image"] == "image.sif"
-    assert told["command"] == f"{sys.executable} -m toolkit.slurm.task {run.path}"
+    assert told["command"] == f"{sys.executable} -m toolkit.slurm.job_worker {run.path}"
     assert told["modules"] == "cuda/12.6"
     assert told["greeting"] == "it's $HOME"
     assert told["scratch"] == str(scratch / f"toolkit-{number_of(run)}")
@@ -175,7 +175,7 @@ def test_modules_container_scratch_and_metacharacters(among: Path, monkeypatch: 
 
 def test_gpus_and_cpus_follow_the_grant(among: Path) -> None:
     run = submitted("gpus")
-    script, other = Job(run).script.read_text(), Run(among / "other")
+    script, other = SlurmJob(run).script.read_text(), Run(among / "other")
     # As if SLURM had given another number: the same script, submitted by hand with other options.
     text = script.replace(str(run.path), str(other.path)).replace("exec $container", "env; exec true $container")
     Path("other.sbatch").write_text(text)
@@ -183,7 +183,7 @@ def test_gpus_and_cpus_follow_the_grant(among: Path) -> None:
     shutil.copy(run.path / "recipe.toml", other.path)
     assert status_of(sbatch("--gpus-per-node=2", "other.sbatch")) == 2
     assert "asked for 1 GPU(s) on each node, SLURM gave 2" in log_of(other)
-    outcome = Job(other).outcome
+    outcome = SlurmJob(other).outcome
     assert outcome is not None
     assert outcome[0] == 2
     assert outcome[1] in log_of(other).splitlines()  # srun adds lines of its own, before or after
@@ -220,7 +220,7 @@ def test_requeued_by_limit_by_preemption_and_by_a_dead_node_it_ends_bit_identica
     recipe = write("requeued", epochs=30, data='dataset = "digits"', trackers='"wandb"')
     submit(recipe, "--partition", "low", "--set", "slurm.signal_before_s=110")
     run = submitted("requeued")
-    job, number = Job(run), number_of(run)
+    job, number = SlurmJob(run), number_of(run)
 
     # First the time limit comes near: 110 s before it SLURM warns the batch shell.
     wait_for_epoch(run, 2)
@@ -282,7 +282,7 @@ def test_cancelled_and_at_its_limit_of_restarts_a_job_is_not_requeued(place: Pat
     assert state_of(limited, queue()).state == "interrupted"
     assert "max_restarts = 0" in toolkit("logs", str(limited.path)).stdout
     assert "Traceback" not in log_of(limited)
-    assert len(Job(cancelled).starts) == len(Job(limited).starts) == 1
+    assert len(SlurmJob(cancelled).starts) == len(SlurmJob(limited).starts) == 1
     outcome = toolkit("cancel", str(cancelled.path))
     assert outcome.status == 2
     assert "has ended already" in outcome.stderr

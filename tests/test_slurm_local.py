@@ -18,7 +18,7 @@ from slurm_cluster import (
 )
 
 from toolkit.runs import Run
-from toolkit.slurm.job import GONE, Job, accounted_state, state_of
+from toolkit.slurm.job_status import GONE, SlurmJob, accounted_state, state_of
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -31,7 +31,7 @@ def run_of(job: str, folder: Path, said: str = "") -> Run:
     (run.path / "slurm").mkdir(parents=True)
     run.write_text("recipe.toml", QUICKSTART.read_text())
     run.write_text("slurm/log.txt", said)
-    Job(run).write_record(job)
+    SlurmJob(run).write_record(job)
     return run
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from toolkit.engine.evaluate import evaluate
-from toolkit.engine.loop import FiniteLosses
-from toolkit.engine.optim import build_optimizer, load_state
-from toolkit.engine.precision import precision_line, resolve_precision
-from toolkit.engine.process import start
+from toolkit.distributed.process import init_accelerator
 from toolkit.errors import UserError
-from toolkit.recipe.schema import OptimizerTable, TrainTable
+from toolkit.recipe.schema import OptimizerConfig, TrainConfig
+from toolkit.training.evaluation import evaluate
+from toolkit.training.optimizer import build_optimizer, load_state
+from toolkit.training.precision import precision_line, resolve_precision
+from toolkit.training.train_step import NonFiniteDetector
 
 NAN, INF = float("nan"), float("inf")
 
@@ -27,12 +27,12 @@ NAN, INF = float("nan"), float("inf")
     [([1.0, 2.0, 0.5], None), ([1.0, NAN, 1.0], 2), ([1.0, 1.0, INF, NAN], 3), ([-INF], 1), ([1.0] * 9 + [NAN], 10)],
 )
 def test_the_first_loss_that_is_not_finite_is_found(losses: list[float], bad: int | None) -> None:
-    finite, seen = FiniteLosses(), []
+    finite, seen = NonFiniteDetector(), []
     for step, loss in enumerate(losses, 1):
         finite.add(step, torch.tensor(loss))
-        seen.append(finite.first_bad())
+        seen.append(finite.first_nonfinite_step())
     assert seen == [bad if bad is not None and step >= bad else None for step in range(1, len(losses) + 1)]
-    assert finite.first_bad(wait=True) == bad
+    assert finite.first_nonfinite_step(wait=True) == bad
 
 
 class LateEvent:
@@ -49,17 +49,17 @@ class LateEvent:
 
 
 def test_a_verdict_on_its_way_is_not_waited_for_until_too_many_are() -> None:
-    finite, events = FiniteLosses(), [LateEvent() for _ in range(FiniteLosses.MOST + 2)]
-    for step, event in enumerate(events[: FiniteLosses.MOST], 1):
+    finite, events = NonFiniteDetector(), [LateEvent() for _ in range(NonFiniteDetector.MOST + 2)]
+    for step, event in enumerate(events[: NonFiniteDetector.MOST], 1):
         finite.waiting.append((step, torch.tensor(step != 2), event))  # type: ignore[arg-type]
-        assert finite.first_bad() is None
+        assert finite.first_nonfinite_step() is None
     assert not any(event.was_waited_for for event in events)
-    for step, event in enumerate(events[FiniteLosses.MOST :], FiniteLosses.MOST + 1):
+    for step, event in enumerate(events[NonFiniteDetector.MOST :], NonFiniteDetector.MOST + 1):
         finite.waiting.append((step, torch.tensor(True), event))  # type: ignore[arg-type]
-        found = finite.first_bad()
-    assert [event.was_waited_for for event in events] == [True] * 2 + [False] * FiniteLosses.MOST
+        found = finite.first_nonfinite_step()
+    assert [event.was_waited_for for event in events] == [True] * 2 + [False] * NonFiniteDetector.MOST
     assert found == 2
-    assert finite.first_bad(wait=True) == 2
+    assert finite.first_nonfinite_step(wait=True) == 2
     assert all(event.was_waited_for for event in events)
 
 
@@ -71,7 +71,7 @@ def network() -> nn.Sequential:
 def optimizer_of(module: nn.Module, name: str, **arguments: Any) -> torch.optim.Optimizer:
     group = {"params": list(module.parameters()), "lr": 0.01, "lr_scale": 1.0, "weight_decay": 1e-2}
     momentum = 0.9 if name in ("sgd", "nag") else None
-    return build_optimizer(OptimizerTable(name=name, lr=0.01, momentum=momentum, args=arguments), [group])
+    return build_optimizer(OptimizerConfig(name=name, lr=0.01, momentum=momentum, args=arguments), [group])
 
 
 def stepped(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> nn.Module:
@@ -143,7 +143,7 @@ class Small(nn.Module):
 def evaluated(module: nn.Module) -> tuple[list[float], list[int]]:
     torch.manual_seed(1)
     images, labels = torch.randn(21, 6), torch.arange(21) % 3
-    batches = [(np.arange(start, min(start + 8, 21)),) for start in range(0, 21, 8)]
+    batches = [(np.arange(init_accelerator, min(init_accelerator + 8, 21)),) for init_accelerator in range(0, 21, 8)]
     found = evaluate(module, ((b, images[b], labels[b]) for (b,) in batches), labels.numpy(), torch.device("cpu"))
     return found.losses.tolist(), found.predictions.tolist()
 
@@ -209,7 +209,7 @@ def test_a_gpu_that_is_not_used_does_not_count(
 
 def test_cuda_graphs_need_a_gpu() -> None:
     with pytest.raises(UserError, match="cuda_graphs = true needs a GPU"):
-        start(TrainTable(epochs=1, batch_size=4, cuda_graphs=True))
+        init_accelerator(TrainConfig(epochs=1, batch_size=4, cuda_graphs=True))
 
 
 @pytest.mark.parametrize(
@@ -221,4 +221,4 @@ def test_cuda_graphs_need_a_gpu() -> None:
     ],
 )
 def test_evaluation_takes_twice_as_many_images(settings: dict[str, int], expected: int) -> None:
-    assert TrainTable(epochs=1, **settings).images_per_evaluation == expected
+    assert TrainConfig(epochs=1, **settings).images_per_evaluation == expected

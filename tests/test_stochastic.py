@@ -14,7 +14,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from toolkit.models.stochastic import Repeatable, example_keys, make_stateless, random_levels
+from toolkit.models.keyed_dropout import KeyedDropout, example_keys, key_dropout_layers, random_levels
 
 
 def keys(count: int, *, seed: int = 0, epoch: int = 1, first: int = 0) -> Tensor:
@@ -24,7 +24,7 @@ def keys(count: int, *, seed: int = 0, epoch: int = 1, first: int = 0) -> Tensor
 def kept(layer: nn.Module, shape: tuple[int, ...], **of_keys: int) -> Tensor:
     """Which elements of ones a single stateless layer keeps, as float."""
     model = nn.Sequential(layer)
-    make_stateless(model, 0).set_keys(keys(shape[0], **of_keys))
+    key_dropout_layers(model, 0).set_keys(keys(shape[0], **of_keys))
     return (model(torch.ones(shape)) != 0).float()
 
 
@@ -36,7 +36,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 def test_rate_and_scale(p: float) -> None:
     """Kept with probability 1 - p within 4.5 deviations of a Bernoulli; kept values are x / (1 - p)."""
     model = nn.Sequential(nn.Dropout(p))
-    make_stateless(model, 0).set_keys(keys(64))
+    key_dropout_layers(model, 0).set_keys(keys(64))
     out = model(torch.ones(64, 10_000))
     share = float((out != 0).float().mean())
     assert abs(share - (1 - p)) < 4.5 * math.sqrt(p * (1 - p) / out.numel())
@@ -67,7 +67,7 @@ def test_elements_examples_layers_and_epochs_are_uncorrelated() -> None:
     for lag in (1, 2, 128):
         assert abs(correlation(mask[lag:], mask[:-lag])) < limit * 2
     model = nn.Sequential(nn.Dropout(0.3), nn.Dropout(0.3))
-    make_stateless(model, 0).set_keys(keys(256))
+    key_dropout_layers(model, 0).set_keys(keys(256))
     ones = torch.ones(256, 2048)
     assert abs(correlation((model[0](ones) != 0).float(), (model[1](ones) != 0).float())) < limit
     for other in (kept(nn.Dropout(0.3), (256, 2048), epoch=2), kept(nn.Dropout(0.3), (256, 2048), seed=1)):
@@ -76,7 +76,7 @@ def test_elements_examples_layers_and_epochs_are_uncorrelated() -> None:
 
 def test_mask_does_not_depend_on_the_rest_of_the_batch() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Dropout2d(0.5), DropPath(0.5), StochasticDepth(0.5, "row"))
-    state = make_stateless(model, 7)
+    state = key_dropout_layers(model, 7)
     x, k = torch.rand(12, 6, 5, 5) + 1, keys(12)
     state.set_keys(k)
     whole = model(x)
@@ -88,7 +88,7 @@ def test_mask_does_not_depend_on_the_rest_of_the_batch() -> None:
 def test_windows_of_one_example_belong_to_it() -> None:
     """Window attention cuts each example into neighbouring rows."""
     model = nn.Sequential(nn.Dropout(0.5))
-    state = make_stateless(model, 0)
+    state = key_dropout_layers(model, 0)
     x = torch.ones(6 * 4, 10)
     state.set_keys(keys(6))
     whole = model(x)
@@ -113,14 +113,14 @@ def test_channels_and_rows_fall_together() -> None:
 
 def test_drop_path_scaling_is_respected() -> None:
     model = nn.Sequential(DropPath(0.5, scale_by_keep=False))
-    make_stateless(model, 0).set_keys(keys(50))
+    key_dropout_layers(model, 0).set_keys(keys(50))
     assert set(model(torch.ones(50, 2)).unique().tolist()) == {0.0, 1.0}
 
 
 def test_a_layer_used_twice_draws_two_masks() -> None:
     """As in torchvision's Swin blocks, whose two branches share one stochastic depth layer."""
     model = nn.Sequential(nn.Dropout(0.5))
-    state = make_stateless(model, 0)
+    state = key_dropout_layers(model, 0)
     state.set_keys(keys(4))
     first, second = model(torch.ones(4, 100)), model(torch.ones(4, 100))
     assert not torch.equal(first, second)
@@ -131,7 +131,7 @@ def test_a_layer_used_twice_draws_two_masks() -> None:
 def test_plain_in_evaluation_and_without_keys() -> None:
     model = nn.Sequential(nn.Linear(5, 100), nn.Dropout(0.5))
     names = list(model.state_dict())
-    state = make_stateless(model, 0)
+    state = key_dropout_layers(model, 0)
     assert list(model.state_dict()) == names
     x = torch.ones(3, 5)
     torch.manual_seed(0)
@@ -146,13 +146,13 @@ def test_plain_in_evaluation_and_without_keys() -> None:
 
 def test_modes_survive_the_replacement() -> None:
     model = nn.Sequential(nn.Dropout(0.5).eval(), nn.Dropout(0.5))
-    make_stateless(model, 0)
+    key_dropout_layers(model, 0)
     assert [layer.training for layer in model] == [False, True]
 
 
 def test_random_state_is_left_alone() -> None:
     model = nn.Sequential(nn.Dropout(0.5))
-    make_stateless(model, 0).set_keys(keys(3))
+    key_dropout_layers(model, 0).set_keys(keys(3))
     before = torch.get_rng_state()
     model(torch.ones(3, 5))
     assert torch.equal(before, torch.get_rng_state())
@@ -160,7 +160,7 @@ def test_random_state_is_left_alone() -> None:
 
 def test_deep_copies_follow_the_same_keys() -> None:
     model = nn.Sequential(nn.Linear(5, 50), nn.Dropout(0.5))
-    state = make_stateless(model, 0)
+    state = key_dropout_layers(model, 0)
     twin = copy.deepcopy(model)
     results = []
     for one in (model, twin):
@@ -171,7 +171,7 @@ def test_deep_copies_follow_the_same_keys() -> None:
 
 def test_gradient_uses_the_mask_of_the_forward_pass() -> None:
     model = nn.Sequential(nn.Dropout(0.5))
-    make_stateless(model, 0).set_keys(keys(4))
+    key_dropout_layers(model, 0).set_keys(keys(4))
     x = torch.ones(4, 50, requires_grad=True)
     out = model(x)
     out.sum().backward()
@@ -181,7 +181,7 @@ def test_gradient_uses_the_mask_of_the_forward_pass() -> None:
 
 def test_compiles_into_one_graph() -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.3), DropPath(0.2))
-    state = make_stateless(model, 0)
+    state = key_dropout_layers(model, 0)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     x = torch.ones(6, 8)
     for epoch in (1, 2, 3):
@@ -215,12 +215,12 @@ def test_example_keys_are_distinct_and_stable() -> None:
 def test_whole_models_split_anyhow(model: object) -> None:
     """A batch in one piece and in pieces gives the same outputs (batch norm in evaluation, which it is not about)."""
     module: nn.Module = model()  # type: ignore[operator]
-    state = make_stateless(module, 3)
+    state = key_dropout_layers(module, 3)
     module.train()
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.eval()
-    assert any(isinstance(layer, Repeatable) and layer.p > 0 for layer in module.modules())
+    assert any(isinstance(layer, KeyedDropout) and layer.p > 0 for layer in module.modules())
     x, k = torch.randn(5, 3, 32, 32), keys(5)
     with torch.no_grad():
         state.set_keys(k)
@@ -234,4 +234,4 @@ def test_whole_models_split_anyhow(model: object) -> None:
 
 def test_stochastic_depth_of_whole_batches_is_refused() -> None:
     with pytest.raises(ValueError, match="depends on the batch"):
-        make_stateless(nn.Sequential(StochasticDepth(0.5, "batch")), 0)
+        key_dropout_layers(nn.Sequential(StochasticDepth(0.5, "batch")), 0)

@@ -18,12 +18,12 @@ from test_train import wandb_records
 from test_unkillable import undisturbed
 from trainers import EMA, FROZEN, MUCH, Trainers, at_call, only_run, outcome, write_recipe
 
-import toolkit.engine.evaluate
-from toolkit.engine import features
-from toolkit.engine.fit import fit
-from toolkit.engine.loop import Trainer
+import toolkit.training.evaluation
+from toolkit.cache import frozen_features
 from toolkit.errors import UserError
 from toolkit.recipe import load
+from toolkit.training.fit import fit
+from toolkit.training.train_step import TrainStep
 
 LIMIT_S = 10
 
@@ -39,9 +39,9 @@ def mark(path: Path) -> None:
 def mark_at(place: str, count: int, path: Path, rank: int) -> None:
     """Have a process touch a file when it comes to a place, and stay there until it is gone."""
     owner, name = {
-        "step": (Trainer, "_update"),
-        "evaluation": (toolkit.engine.evaluate, "outcomes"),
-        "features": (features, "prefix_features"),
+        "step": (TrainStep, "_update"),
+        "evaluation": (toolkit.training.evaluation, "outcomes"),
+        "features": (frozen_features, "prefix_features"),
     }[place]
     if rank == 0:
         at_call(owner, name, count, functools.partial(mark, path))
@@ -140,7 +140,7 @@ def test_a_second_sigint_ends_at_once_but_not_the_echo_of_the_first(tmp_path: Pa
     recipe, there = write_recipe(tmp_path, MUCH), tmp_path / "there"
 
     def slow_step(rank: int) -> None:
-        at_call(Trainer, "_update", 3, lambda: (there.touch(), time.sleep(8)))  # type: ignore[arg-type, func-returns-value]
+        at_call(TrainStep, "_update", 3, lambda: (there.touch(), time.sleep(8)))  # type: ignore[arg-type, func-returns-value]
 
     trainers = Trainers(1, tmp_path, recipe, prepare=slow_step)
     trainers.wait_until(there.exists)
@@ -186,7 +186,7 @@ def test_ctrl_c_is_acknowledged_at_once(tmp_path: Path) -> None:
     """Before the step that is under way has ended: here it is held up by a sleep in the handler's own process."""
     code = (
         "import os, signal, time\n"
-        "from toolkit.engine.signals import StopRequest\n"
+        "from toolkit.distributed.signals import StopRequest\n"
         "with StopRequest() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    began = time.monotonic()\n"

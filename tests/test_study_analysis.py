@@ -12,18 +12,18 @@ from cli import toolkit
 from matplotlib.figure import Figure
 from study_folders import FakeRun, write_study
 
-from toolkit.recipe.study import BohbSearch
-from toolkit.study.analysis import (
+from toolkit.recipe.study_schema import BohbSearchConfig
+from toolkit.study.bohb import BohbScheduler
+from toolkit.study.directory import StudyDirectory
+from toolkit.study.export_tables import StudyResults, TableOptions, read_outcomes
+from toolkit.study.plots import (
     comparable,
     incumbents,
     parameter_importance,
     study_figures,
     training_order,
 )
-from toolkit.study.folder import StudyFolder
-from toolkit.study.output import Outcomes, Wanted, read_outcomes
-from toolkit.study.search import Bohb
-from toolkit.study.space import random_configurations, read_space
+from toolkit.study.search_space import random_configurations, read_space
 
 SPACE: dict[str, Any] = {
     "optimizer": {
@@ -41,14 +41,14 @@ def accuracies(changes: dict[str, Any]) -> list[float]:
     return [round(0.95 - 0.1 * off - 0.3 * math.exp(-epoch / 5), 6) for epoch in range(1, 31)]
 
 
-def outcomes_of(folder: StudyFolder) -> Outcomes:
-    return read_outcomes(folder, Wanted())
+def outcomes_of(folder: StudyDirectory) -> StudyResults:
+    return read_outcomes(folder, TableOptions())
 
 
-def bohb_study(path: Path, trials: int = 40) -> tuple[Outcomes, Bohb, list[tuple[int, int]]]:
+def bohb_study(path: Path, trials: int = 40) -> tuple[StudyResults, BohbScheduler, list[tuple[int, int]]]:
     """A search that one worker did, and in which order: (trial, epochs after)."""
-    table = BohbSearch(trials=trials, brackets=1)
-    search, order = Bohb(table, read_space(SPACE, {})), []
+    table = BohbSearchConfig(trials=trials, brackets=1)
+    search, order = BohbScheduler(table, read_space(SPACE, {})), []
     while (assignment := search.ask()) is not None:
         search.tell(assignment.trial, accuracies(assignment.changes)[: assignment.until_epoch])
         order.append((assignment.trial, assignment.until_epoch))
@@ -58,11 +58,11 @@ def bohb_study(path: Path, trials: int = 40) -> tuple[Outcomes, Bohb, list[tuple
     return outcomes_of(write_study(path / "bohb", study, runs)), search, order
 
 
-def drawn(found: Outcomes) -> dict[str, Figure]:
+def drawn(found: StudyResults) -> dict[str, Figure]:
     return dict(study_figures(found))
 
 
-def dropout_study(path: Path) -> Outcomes:
+def dropout_study(path: Path) -> StudyResults:
     """Nine levels, two seeds each, 10 and 12 epochs."""
     runs = [
         FakeRun(f"dropout {level / 10}", seed, {"model.convnet.dropout": level / 10},

@@ -10,15 +10,15 @@ from studies import BASE, write_study
 
 from toolkit.errors import UserError
 from toolkit.recipe import Recipe, loads_recipe
-from toolkit.recipe.resolved import leaves
-from toolkit.study.arrival import prove
+from toolkit.recipe.resolve import leaves
+from toolkit.study.effect_check import check_parameters_have_effect
+from toolkit.study.effective_config import PARTS, EffectiveConfigs, _text
 from toolkit.study.expand import expand, read_study
-from toolkit.study.fingerprint import PARTS, Fingerprints, _text
 
 
 def proven(folder: Path, study: str, *overrides: str) -> list[str]:
     found = read_study(write_study(folder, study, epochs=6), overrides)
-    return prove(found, expand(found))
+    return check_parameters_have_effect(found, expand(found))
 
 
 def refusal(folder: Path, study: str, *overrides: str) -> str:
@@ -226,19 +226,19 @@ MODE'''
         study = read_study(write_study(tmp_path, rows.replace("MODE", mode), epochs=6), model)
         expansion = expand(study)
         assert [run.recipe.transfer.mode for run in expansion.runs] == ["scratch", "finetune"]
-        assert prove(study, expansion) == []
+        assert check_parameters_have_effect(study, expansion) == []
 
 
 def test_a_bug_that_loses_a_value_on_its_way_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the notebook whose grid varied the weight decay while the optimiser was given a constant."""
-    import toolkit.study.fingerprint
+    import toolkit.study.effective_config
 
-    real = toolkit.study.fingerprint.new_groups
+    real = toolkit.study.effective_config.new_groups
 
     def constant(*arguments: Any) -> Any:
         return [{**group, "weight_decay": 5e-5} for group in real(*arguments)]
 
-    monkeypatch.setattr(toolkit.study.fingerprint, "new_groups", constant)
+    monkeypatch.setattr(toolkit.study.effective_config, "new_groups", constant)
     assert "optimizer.weight_decay varies" in refusal(tmp_path, "[study.grid]\noptimizer.weight_decay = [1e-5, 1e-4]\n")
 
 
@@ -272,5 +272,5 @@ def with_value(table: Any, path: tuple[Any, ...], value: Any) -> Any:
 def test_equal_recipes_have_equal_fingerprints() -> None:
     one, other = (loads_recipe(BASE.format(root="runs", epochs=6)) for _ in range(2))
     assert isinstance(one, Recipe)
-    assert not Fingerprints().differ(one, other)
-    assert Fingerprints().groups([one, other]) == [[0, 1]]
+    assert not EffectiveConfigs().differ(one, other)
+    assert EffectiveConfigs().groups([one, other]) == [[0, 1]]

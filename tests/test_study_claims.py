@@ -15,7 +15,7 @@ from scipy import stats
 from studies import BASE
 from study_folders import FakeRun, write_study
 
-from toolkit.study.statistics import McNemar, pairs_needed
+from toolkit.study.significance import McNemar, pairs_needed
 
 CLAIM = {"statement": "a beats b", "source": "someone, 1", "metric": "val_accuracy", "better": "a", "than": ["b"]}
 

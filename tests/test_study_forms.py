@@ -12,10 +12,10 @@ from studies import BASE, write_study
 from toolkit.data.datasets import open_dataset
 from toolkit.data.splits import split_dataset
 from toolkit.recipe import RecipeError, load_recipe, recipe_hash
-from toolkit.study.expand import Expansion, expand, read_study
+from toolkit.study.expand import ExpandedStudy, expand, read_study
 
 
-def expanded(folder: Path, study: str, *overrides: str) -> Expansion:
+def expanded(folder: Path, study: str, *overrides: str) -> ExpandedStudy:
     return expand(read_study(write_study(folder, study), overrides))
 
 
@@ -300,7 +300,7 @@ def test_keys_that_every_run_gives_may_be_missing_from_the_recipe(tmp_path: Path
 EXPECT = '[expect]\ntest_accuracy = { at_least = 0.98, source = "the base" }\n'
 
 
-def promised(found: Expansion) -> list[float | None]:
+def promised(found: ExpandedStudy) -> list[float | None]:
     """The least test accuracy that each run promises."""
     return [run.recipe.expect["test_accuracy"].at_least if run.recipe.expect else None for run in found.runs]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from studies import write_study
 
 from toolkit.runs import Run
+from toolkit.study.directory import StudyDirectory, claim, external_worker, open_runs
 from toolkit.study.expand import expand, read_study
-from toolkit.study.folder import StudyFolder, claim, helping, open_runs
-from toolkit.study.prepare import CONTROLLER, controlled, prepare
-from toolkit.study.searching import Search
+from toolkit.study.init import CONTROLLER, init_study, study_lock
+from toolkit.study.search_driver import SearchDriver
 
 SEARCH = """
 [study.space]
@@ -25,12 +25,12 @@ max_epochs = 3
 """
 
 
-def begun(tmp_path: Path) -> tuple[StudyFolder, Search]:
+def begun(tmp_path: Path) -> tuple[StudyDirectory, SearchDriver]:
     """A search in whose folder nothing was trained yet."""
     study = read_study(write_study(tmp_path, SEARCH))
-    with controlled(study) as folder:
-        prepare(study, folder, expand(study))
-    return folder, Search(study, folder)
+    with study_lock(study) as folder:
+        init_study(study, folder, expand(study))
+    return folder, SearchDriver(study, folder)
 
 
 def test_one_assignment_lies_ready_for_the_next_worker_and_no_more(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_without_others_a_search_assigns_what_its_own_workers_can_take(tmp_path:
 
 def test_who_helps_has_something_to_do_and_who_was_killed_has_not(tmp_path: Path) -> None:
     folder, search = begun(tmp_path)
-    with helping(folder):
+    with external_worker(folder):
         search.step(1)
         assert len(search.under_way) == 2
     context = multiprocessing.get_context("fork")
@@ -71,8 +71,8 @@ def test_who_helps_has_something_to_do_and_who_was_killed_has_not(tmp_path: Path
     assert len(search.under_way) == 3
 
 
-def help_until_killed(folder: StudyFolder, started: Event) -> None:
-    with helping(folder):
+def help_until_killed(folder: StudyDirectory, started: Event) -> None:
+    with external_worker(folder):
         started.set()
         time.sleep(60)
 

@@ -12,14 +12,14 @@ from cli import Outcome, toolkit
 from report_runs import TABLE, small_study, write_run
 from study_folders import FakeRun, write_study
 
-from toolkit.report import style, write
-from toolkit.report import write_study as written_study
-from toolkit.study import figures
-from toolkit.study.folder import StudyFolder
+from toolkit.report import plot_style, run_report
+from toolkit.report import study_report as written_study
+from toolkit.study import plot_types
+from toolkit.study.directory import StudyDirectory
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> StudyFolder:
+def study(tmp_path: Path) -> StudyDirectory:
     """Two rates over two seeds, of which one run failed."""
     return small_study(tmp_path / "study")
 
@@ -29,8 +29,8 @@ def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn as objects, and neither written nor rendered."""
     monkeypatch.setattr(written_study, "save", lambda figure, folder, name: [folder / f"{name}.svg"])
     monkeypatch.setattr(written_study, "page_svg", lambda figure, label, is_light: "<svg></svg>")
-    monkeypatch.setattr(write, "save", lambda figure, folder, name, kinds: [])
-    monkeypatch.setattr(write, "page_svg", lambda figure, label: "<svg></svg>")
+    monkeypatch.setattr(run_report, "save", lambda figure, folder, name, kinds: [])
+    monkeypatch.setattr(run_report, "page_svg", lambda figure, label: "<svg></svg>")
 
 
 def report(*arguments: object) -> Outcome:
@@ -62,9 +62,9 @@ class _Table(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
 
-def test_figures_for_print_and_one_page(study: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written_study, "save", style.save)
-    monkeypatch.setattr(written_study, "page_svg", style.page_svg)
+def test_figures_for_print_and_one_page(study: StudyDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written_study, "save", plot_style.save)
+    monkeypatch.setattr(written_study, "page_svg", plot_style.page_svg)
     outcome = report(study.path)
     text = page(outcome)
     expected = {"curves-train-loss", "curves-train-accuracy", "curves-val-loss", "curves-val-accuracy", "curves-by-lr"}
@@ -76,7 +76,7 @@ def test_figures_for_print_and_one_page(study: StudyFolder, monkeypatch: pytest.
     assert text.count('<svg class="drawn light"') == 1, "colours that are a scale stay on white"
 
 
-def test_table_beside_the_published_figures(study: StudyFolder) -> None:
+def test_table_beside_the_published_figures(study: StudyDirectory) -> None:
     head, *rows = _Table(page(report(study.path)), "study-table").rows
     where = head.index("test acc. %")
     assert head[where : where + 3] == ["test acc. %", "published", "diff."]
@@ -86,13 +86,13 @@ def test_table_beside_the_published_figures(study: StudyFolder) -> None:
     }
 
 
-def test_numbers_of_the_table_sort_by_their_value(study: StudyFolder) -> None:
+def test_numbers_of_the_table_sort_by_their_value(study: StudyDirectory) -> None:
     text = page(report(study.path))
     for shown, value in (("70.00 ± 7.07", "70.0"), ("\N{MINUS SIGN}4.00", "-4.0"), ("1 of 2", "1.0")):
         assert re.search(rf'data-value="{re.escape(value)}">{re.escape(shown)}<', text), shown
 
 
-def test_every_run_has_its_line_and_its_curve(study: StudyFolder) -> None:
+def test_every_run_has_its_line_and_its_curve(study: StudyDirectory) -> None:
     text = page(report(study.path))
     _, *rows = _Table(text, "run-table").rows
     assert [row[:6] for row in rows] == [
@@ -112,7 +112,7 @@ def test_every_run_has_its_line_and_its_curve(study: StudyFolder) -> None:
     assert len(set(looks.values())) == 2, "a look a row"
 
 
-def test_what_varies_is_highlighted_and_environments_are_put_together(study: StudyFolder) -> None:
+def test_what_varies_is_highlighted_and_environments_are_put_together(study: StudyDirectory) -> None:
     text = page(report(study.path))
     _, *rows = _Table(text, "recipe-table").rows
     assert {row[0]: row[1] for row in rows}["optimizer.lr"] == "0.1, 0.01"
@@ -122,7 +122,7 @@ def test_what_varies_is_highlighted_and_environments_are_put_together(study: Stu
     assert ["packages torch", "2.15.0"] in _Table(text, "environment-table").rows
 
 
-def test_links_to_the_reports_of_its_runs(study: StudyFolder) -> None:
+def test_links_to_the_reports_of_its_runs(study: StudyDirectory) -> None:
     assert '<a href="2026' not in page(report(study.path)), "there are none yet"
     outcome = report(study.path, "--runs")
     links = re.findall(r'<a href="(2026[^"]*)"', page(outcome))
@@ -131,7 +131,7 @@ def test_links_to_the_reports_of_its_runs(study: StudyFolder) -> None:
     assert "run 1 of 4: " in outcome.stderr
 
 
-def test_failures_are_told(study: StudyFolder) -> None:
+def test_failures_are_told(study: StudyDirectory) -> None:
     outcome = report(study.path)
     assert "not shown: lr 0.01, seed 1: the loss is <nan>" in outcome.stderr
     text = page(outcome)
@@ -139,7 +139,7 @@ def test_failures_are_told(study: StudyFolder) -> None:
     assert "Two &lt;b&gt;rates&lt;/b&gt;" in text
 
 
-def test_only_figures_and_json(study: StudyFolder, tmp_path: Path) -> None:
+def test_only_figures_and_json(study: StudyDirectory, tmp_path: Path) -> None:
     found = json.loads(report(study.path, "--figures-only", "--json").stdout)
     assert found["report"] is None
     assert not (study.path / "report.html").exists()
@@ -162,7 +162,7 @@ def test_no_finished_epoch_is_bad_input(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "name": "x", "study": {"rows": 3}, '
                                      '"search": null, "complete": true, "members": []}'])  # fmt: skip
-def test_a_damaged_study_is_bad_input(study: StudyFolder, content: str) -> None:
+def test_a_damaged_study_is_bad_input(study: StudyDirectory, content: str) -> None:
     (study.path / "study.json").write_text(content)
     outcome = report(study.path)
     assert outcome.status == 2
@@ -179,7 +179,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-def test_damaged_runs_are_named_and_the_rest_is_shown(study: StudyFolder, name: str) -> None:
+def test_damaged_runs_are_named_and_the_rest_is_shown(study: StudyDirectory, name: str) -> None:
     run = study.run(study.members[0])
     assert run is not None
     for content in (*GARBAGE[name], None):
@@ -206,7 +206,7 @@ def test_what_is_neither_run_nor_study(tmp_path: Path) -> None:
     assert f"it has run directories, the newest is {tmp_path / 'deep' / 'run'}" in outcome.stderr
 
 
-def test_options_of_the_other_kind_are_refused(study: StudyFolder, tmp_path: Path) -> None:
+def test_options_of_the_other_kind_are_refused(study: StudyDirectory, tmp_path: Path) -> None:
     assert "--filters is for a run" in report(study.path, "--filters", "1").stderr
     outcome = report(write_run(tmp_path / "deep", images=False).path, "--runs")
     assert (outcome.status, "--runs is for a study" in outcome.stderr) == (2, True)
@@ -216,7 +216,7 @@ def test_a_long_title_is_not_cut() -> None:
     title = (
         "Optimiser x learning rate x weight decay x momentum x dropout on a frozen EfficientNet-Lite0: 23 finished runs"
     )
-    drawn = figures.importance({"optimizer.learning_rate": 0.9, "optimizer.weight_decay": 0.1}, title)
+    drawn = plot_types.importance({"optimizer.learning_rate": 0.9, "optimizer.weight_decay": 0.1}, title)
     drawn.draw_without_rendering()
     box = drawn._suptitle.get_window_extent()  # type: ignore[union-attr]
     assert box.x0 >= 0

@@ -15,13 +15,13 @@ from cli import toolkit
 from studies import BASE, GRID, outcomes, runs_of, start, study_folder, write_study
 from trainers import outcome
 
-from toolkit.engine.fit import fit
-from toolkit.engine.training import Training
 from toolkit.errors import Interrupted
 from toolkit.recipe import load_recipe, loads_recipe
 from toolkit.runs import open_run
 from toolkit.study import worker
-from toolkit.study.folder import failure_of, state_of
+from toolkit.study.directory import failure_of, state_of
+from toolkit.training.fit import fit
+from toolkit.training.trainer import Trainer
 
 TWO = "[study.grid]\noptimizer.lr = [0.1, 0.05]\n"
 
@@ -148,7 +148,7 @@ def test_an_interrupted_study_goes_on_and_comes_out_the_same(tmp_path: Path, mon
     path = write_study(tmp_path / "parts", TWO, epochs=3)
     for count in (4, 8, 10):  # steps after which SIGTERM comes
         with monkeypatch.context() as patch:
-            patch.setattr(Training, "_after_step", interrupting(count))
+            patch.setattr(Trainer, "_after_step", interrupting(count))
             result = toolkit("study", path)
         assert result.status == 3, result.stderr
         assert "The same command goes on" in result.stderr
@@ -158,9 +158,9 @@ def test_an_interrupted_study_goes_on_and_comes_out_the_same(tmp_path: Path, mon
 
 def interrupting(count: int) -> Any:
     """Training's own _after_step, with SIGTERM at the ``count``-th call."""
-    calls, original = [0], Training._after_step
+    calls, original = [0], Trainer._after_step
 
-    def after_step(self: Training, *arguments: Any) -> bool:
+    def after_step(self: Trainer, *arguments: Any) -> bool:
         calls[0] += 1
         if calls[0] == count:
             signal.raise_signal(signal.SIGTERM)
@@ -214,15 +214,15 @@ def test_memory_does_not_grow_from_run_to_run(tmp_path: Path) -> None:
         gc.collect()
         tensors.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
 
-    from toolkit.engine.signals import StopRequest
+    from toolkit.distributed.signals import GracefulStop
     from toolkit.study.expand import expand, read_study
-    from toolkit.study.prepare import controlled, prepare
-    from toolkit.study.worker import train_here, work_through
+    from toolkit.study.init import init_study, study_lock
+    from toolkit.study.worker import run_pending, train_run
 
     found = read_study(write_study(tmp_path, "[study]\nseeds = 5\n", epochs=1))
-    with StopRequest() as stop, controlled(found) as folder:
-        prepare(found, folder, expand(found))
-        assert work_through(folder, stop, train_here, after=count) == 0
+    with GracefulStop() as stop, study_lock(found) as folder:
+        init_study(found, folder, expand(found))
+        assert run_pending(folder, stop, train_run, after=count) == 0
     assert len(tensors) == 5
     assert tensors[1:] == [tensors[1]] * 4
 
@@ -230,15 +230,15 @@ def test_memory_does_not_grow_from_run_to_run(tmp_path: Path) -> None:
 def test_the_live_table_shows_progress_time_left_and_the_best_so_far(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from toolkit.study.board import Board
+    from toolkit.study.directory import claim
     from toolkit.study.expand import expand, read_study
-    from toolkit.study.folder import claim
-    from toolkit.study.prepare import controlled, prepare
+    from toolkit.study.init import init_study, study_lock
+    from toolkit.study.progress import StudyProgress
 
     found = read_study(write_study(tmp_path, TWO, epochs=4))
-    with controlled(found) as folder:
-        prepare(found, folder, expand(found))
-    board = Board(folder)
+    with study_lock(found) as folder:
+        init_study(found, folder, expand(found))
+    board = StudyProgress(folder)
     (_, first), _ = runs_of(tmp_path)
     lines = [
         {"epoch": epoch, "train/loss": 1.0, "val/loss": 1.0, "val/accuracy": value}
@@ -389,10 +389,10 @@ def test_train_sends_a_study_to_its_own_command(tmp_path: Path) -> None:
 
 def test_a_study_is_under_one_controller_at_a_time(tmp_path: Path) -> None:
     from toolkit.study.expand import read_study
-    from toolkit.study.prepare import controlled
+    from toolkit.study.init import study_lock
 
     path = write_study(tmp_path, TWO, epochs=1)
-    with controlled(read_study(path)):
+    with study_lock(read_study(path)):
         assert "is under another `toolkit study` that still runs" in study(path, status=2)
     study(path)
 

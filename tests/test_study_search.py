@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from toolkit.errors import UserError
-from toolkit.recipe.study import BohbSearch
-from toolkit.study import search as search_module
-from toolkit.study.search import Assignment, Bohb, Known, bracket_sizes, budgets, search_epochs
-from toolkit.study.space import Space, random_configurations, read_space
+from toolkit.recipe.study_schema import BohbSearchConfig
+from toolkit.study import bohb as search_module
+from toolkit.study.bohb import BohbScheduler, RestoredTrial, TrialBudget, bracket_sizes, budgets, search_epochs
+from toolkit.study.search_space import SearchSpace, random_configurations, read_space
 
 SPACE: dict[str, Any] = {
     "optimizer": {
@@ -30,7 +30,7 @@ SPACE: dict[str, Any] = {
 Objective = Callable[[dict[str, Any]], list[float]]
 
 
-def mereus_space() -> Space:
+def mereus_space() -> SearchSpace:
     return read_space(SPACE, {})
 
 
@@ -41,11 +41,13 @@ def losses(changes: dict[str, Any]) -> list[float]:
     return [0.1 + 0.1 * off + math.exp(-epoch / (5 + 2 * off)) for epoch in range(1, 31)]
 
 
-def bohb(trials: int = 27, **settings: Any) -> Bohb:
-    return Bohb(BohbSearch(trials=trials, **{"brackets": 1, "metric": "val/loss", **settings}), mereus_space())
+def bohb(trials: int = 27, **settings: Any) -> BohbScheduler:
+    return BohbScheduler(
+        BohbSearchConfig(trials=trials, **{"brackets": 1, "metric": "val/loss", **settings}), mereus_space()
+    )
 
 
-def finish(search: Bohb, objective: Objective = losses, limit: int = 10_000) -> list[Assignment]:
+def finish(search: BohbScheduler, objective: Objective = losses, limit: int = 10_000) -> list[TrialBudget]:
     """Have one worker do all that is asked for; what it was."""
     done = []
     while len(done) < limit and (assignment := search.ask()) is not None:
@@ -164,20 +166,20 @@ def test_budgets_are_counted_from_the_largest(least: int, most: int, eta: int, e
 
 def test_brackets_share_trials_as_hyperband_does() -> None:
     # Three budgets, eta 3: ceil(3/3 * 9), ceil(3/2 * 3), ceil(3/1 * 1).
-    assert bracket_sizes(BohbSearch(trials=100, brackets=3)) == [9, 5, 3]
-    assert bracket_sizes(BohbSearch(trials=100, min_epochs=1, max_epochs=27, brackets=4)) == [27, 12, 6, 4]
+    assert bracket_sizes(BohbSearchConfig(trials=100, brackets=3)) == [9, 5, 3]
+    assert bracket_sizes(BohbSearchConfig(trials=100, min_epochs=1, max_epochs=27, brackets=4)) == [27, 12, 6, 4]
 
 
 def test_one_bracket_where_more_would_have_ten_trials_or_fewer() -> None:
-    assert bracket_sizes(BohbSearch(trials=28)) == [9]  # 28 * 5 / 14 = 10
-    assert bracket_sizes(BohbSearch(trials=29)) == [9, 5]
-    assert bracket_sizes(BohbSearch(trials=56)) == [9, 5]  # 56 * 3 / 17 < 10
-    assert bracket_sizes(BohbSearch(trials=57)) == [9, 5, 3]
+    assert bracket_sizes(BohbSearchConfig(trials=28)) == [9]  # 28 * 5 / 14 = 10
+    assert bracket_sizes(BohbSearchConfig(trials=29)) == [9, 5]
+    assert bracket_sizes(BohbSearchConfig(trials=56)) == [9, 5]  # 56 * 3 / 17 < 10
+    assert bracket_sizes(BohbSearchConfig(trials=57)) == [9, 5, 3]
 
 
 def test_more_brackets_than_budgets_are_refused() -> None:
     with pytest.raises(UserError, match="have 3 budgets, hence 3 brackets at most"):
-        bracket_sizes(BohbSearch(trials=24, brackets=4))
+        bracket_sizes(BohbSearchConfig(trials=24, brackets=4))
 
 
 def test_trials_of_all_brackets_begin_at_their_budget() -> None:
@@ -189,7 +191,7 @@ def test_trials_of_all_brackets_begin_at_their_budget() -> None:
 # -- promotions -------------------------------------------------------------------------------------------------------
 
 
-def fixed(values: dict[int, float]) -> Callable[[Assignment], list[float]]:
+def fixed(values: dict[int, float]) -> Callable[[TrialBudget], list[float]]:
     """Each trial's loss, the same after every epoch."""
     return lambda assignment: [values[assignment.trial]] * assignment.until_epoch
 
@@ -362,7 +364,7 @@ def test_the_model_proposes_after_the_startup_trials(monkeypatch: pytest.MonkeyP
 
     one, two = bohb(30, startup_trials=12), bohb(30, startup_trials=12)
     # Without promotions both have the same numbers of results at each proposal.
-    monkeypatch.setattr(Bohb, "_promotable_from", lambda *_: None)
+    monkeypatch.setattr(BohbScheduler, "_promotable_from", lambda *_: None)
     finish(one)
     finish(two, other)
     assert [t.changes for t in one.trials[:12]] == [t.changes for t in two.trials[:12]]
@@ -390,7 +392,7 @@ def test_every_option_of_the_sampler_is_given() -> None:
 
     from optuna.samplers import TPESampler
 
-    from toolkit.study.tpe import tpe_sampler
+    from toolkit.study.optuna_tpe import tpe_sampler
 
     source = inspect.getsource(tpe_sampler)
     options = set(inspect.signature(TPESampler.__init__).parameters) - {"self"}
@@ -399,7 +401,7 @@ def test_every_option_of_the_sampler_is_given() -> None:
 
 def test_a_space_that_is_used_up_ends_the_search() -> None:
     space = read_space({"a": {"choice": [1, 2]}, "b": {"integers": [1, 2]}}, {})
-    search = Bohb(BohbSearch(trials=50, brackets=1), space)
+    search = BohbScheduler(BohbSearchConfig(trials=50, brackets=1), space)
     finish(search, lambda changes: [changes["a"] / 10 + changes["b"] / 20] * 30)
     assert len(search.trials) == 4
     assert search.is_used_up
@@ -409,11 +411,11 @@ def test_a_space_that_is_used_up_ends_the_search() -> None:
 # -- a search that died -----------------------------------------------------------------------------------------------
 
 
-def known(search: Bohb) -> list[Known]:
+def known(search: BohbScheduler) -> list[RestoredTrial]:
     """What the run directories of a search tell."""
     states: dict[str, Any] = {"failed": "failed"}
     return [
-        Known(t.changes, list(t.values), "ended" if len(t.values) == 30 else states.get(t.state, "open"))
+        RestoredTrial(t.changes, list(t.values), "ended" if len(t.values) == 30 else states.get(t.state, "open"))
         for t in search.trials
     ]
 
@@ -438,7 +440,7 @@ def test_what_was_under_way_is_continued_first() -> None:
     half = losses(under_way.changes)[: under_way.until_epoch - 1]
     rebuilt = bohb(27)
     records = known(first)
-    records[under_way.trial] = Known(under_way.changes, half)
+    records[under_way.trial] = RestoredTrial(under_way.changes, half)
     assert rebuilt.replay(records) == [under_way]
     # Meanwhile others are asked for; the one under way is not.
     other = rebuilt.ask()
@@ -451,7 +453,7 @@ def test_a_configuration_without_any_epoch_is_continued_too() -> None:
     assignment = first.ask()
     assert assignment is not None
     rebuilt = bohb(5)
-    assert rebuilt.replay([Known(assignment.changes)]) == [assignment]
+    assert rebuilt.replay([RestoredTrial(assignment.changes)]) == [assignment]
 
 
 def test_failed_trials_stay_failed() -> None:
@@ -482,7 +484,7 @@ def test_seeds_differ_and_repeat() -> None:
 def test_no_two_workers_get_the_same_configuration() -> None:
     """Results come in any order; no configuration is proposed twice, and none is lost."""
     search, order = bohb(40, seed=2), random.Random(1)
-    under_way: list[Assignment] = []
+    under_way: list[TrialBudget] = []
     while not search.is_done:
         while len(under_way) < 3 and (assignment := search.ask()) is not None:
             under_way.append(assignment)

@@ -14,8 +14,8 @@ from cli import toolkit
 from scipy import stats
 from study_folders import FakeRun, write_study
 
-from toolkit.study.sheet import Sheet, latex, markdown, text, width
-from toolkit.study.statistics import compare, estimate, t_quantile, welch
+from toolkit.study.significance import compare, estimate, t_quantile, welch
+from toolkit.study.text_table import TextTable, latex, markdown, text, width
 
 COLUMNS = ["train_loss", "val_accuracy", "test_accuracy", "epochs"]
 
@@ -502,7 +502,7 @@ def test_random_search_over_seeds_has_rows_the_best_first(tmp_path: Path) -> Non
 
 
 def test_columns_of_wide_characters_stand_under_each_other() -> None:
-    sheet = Sheet("t", ["name", "a"], [["学习率", "1.0"], ["plain", "2.0"], ["e\u0301", "3"]])
+    sheet = TextTable("t", ["name", "a"], [["学习率", "1.0"], ["plain", "2.0"], ["e\u0301", "3"]])
     lines = text(sheet).splitlines()
     assert len({width(line) for line in lines[1:]}) == 1
     assert width("学习率") == 6
@@ -512,7 +512,7 @@ HOSTILE = r"50 % & $x_1$ #{a} ~ ^ \ <b> | [c](d) `e` *f*" + "\x1b[31m\n"
 
 
 def test_latex_is_escaped() -> None:
-    line = latex(Sheet(HOSTILE, ["h", HOSTILE], [[HOSTILE, "1"]], frozenset({0}), [HOSTILE])).splitlines()
+    line = latex(TextTable(HOSTILE, ["h", HOSTILE], [[HOSTILE, "1"]], frozenset({0}), [HOSTILE])).splitlines()
     body = next(row for row in line if row.startswith(r"\textbf"))
     assert body.count(" & ") == 1
     assert r"50 \% \& \$x\_1\$ \#\{a\} \textasciitilde{} \textasciicircum{} \textbackslash{}" in body
@@ -524,7 +524,7 @@ def test_latex_is_escaped() -> None:
 
 
 def test_markdown_is_escaped() -> None:
-    shown = markdown(Sheet("t", ["h", "i"], [[HOSTILE, "1"]]))
+    shown = markdown(TextTable("t", ["h", "i"], [[HOSTILE, "1"]]))
     row = shown.splitlines()[-1]
     assert len(re.findall(r"(?<!\\)\|", row)) == 3
     assert r"\<b>" in row
@@ -538,7 +538,7 @@ def test_a_table_needs_no_torch(tmp_path: Path) -> None:
 
     folder = seeded_study(tmp_path)
     code = (
-        "import sys; from toolkit.study.output import *; from toolkit.study.folder import StudyFolder; from pathlib "
+        "import sys; from toolkit.study.export_tables import *; from toolkit.study.directory import StudyFolder; from pathlib "
         f"import Path; read_outcomes(StudyFolder(Path({str(folder)!r})), Wanted()); "
         "print([m for m in ('torch', 'optuna', 'matplotlib') if m in sys.modules])"
     )

@@ -20,22 +20,22 @@ from cli import toolkit
 from studies import GRID, outcomes, runs_of, start, study_folder, write_study
 from trainers import Trainers
 
-from toolkit.engine.signals import StopRequest
+from toolkit.distributed.signals import GracefulStop
 from toolkit.runs import Run
-from toolkit.study import crew, worker
-from toolkit.study.crew import LOGS, Crew, Slot, slots_for
-from toolkit.study.folder import (
-    StudyFolder,
-    assign,
+from toolkit.study import worker, worker_pool
+from toolkit.study.directory import (
+    StudyDirectory,
     claim,
     failure_of,
     is_claimed,
     is_open,
     open_runs,
+    set_target_epoch,
     state_of,
 )
-from toolkit.study.launch import train_on_several, train_rank
-from toolkit.study.worker import serve, take_run, train_here
+from toolkit.study.torchrun import train_with_torchrun, train_worker_main
+from toolkit.study.worker import acquire_run, train_run, worker_loop
+from toolkit.study.worker_pool import LOGS, WorkerPool, WorkerSlot, slots_for
 
 WAIT_S = 600.0
 OFTEN = "[checkpoint]\nevery_steps = 2\nevery_minutes = 0.0\n"
@@ -51,7 +51,7 @@ def wait_until(condition: Callable[[], bool], shown: Path | None = None) -> None
         time.sleep(0.02)
 
 
-def progress(folder: StudyFolder) -> int:
+def progress(folder: StudyDirectory) -> int:
     """Rises as runs go on."""
     if not folder.exists:
         return 0
@@ -59,11 +59,11 @@ def progress(folder: StudyFolder) -> int:
     return sum(len((folder.path / name / "log.txt").read_text()) for name in names if _has_log(folder, name))
 
 
-def _has_log(folder: StudyFolder, name: str) -> bool:
+def _has_log(folder: StudyDirectory, name: str) -> bool:
     return (folder.path / name / "log.txt").exists()
 
 
-def workers_of(folder: StudyFolder) -> list[int]:
+def workers_of(folder: StudyDirectory) -> list[int]:
     """Process ids of the youngest worker in each place."""
     found = []
     for log in sorted((folder.path / LOGS).glob("*.txt")):
@@ -73,7 +73,7 @@ def workers_of(folder: StudyFolder) -> list[int]:
 
 
 @contextlib.contextmanager
-def killing(folder: StudyFolder, kills: int, draw: random.Random) -> Iterator[list[int]]:
+def killing(folder: StudyDirectory, kills: int, draw: random.Random) -> Iterator[list[int]]:
     """In the background, kill a worker at random, ``kills`` times, each time after some run has gone on a little."""
     killed: list[int] = []
     over = threading.Event()
@@ -189,26 +189,26 @@ def test_a_search_with_one_worker_is_reproducible_also_when_it_is_interrupted(tm
 # -- dealing with runs ------------------------------------------------------------------------------------------------
 
 
-def prepared(folder: Path, study: str, epochs: int = 1) -> StudyFolder:
+def prepared(folder: Path, study: str, epochs: int = 1) -> StudyDirectory:
     """A study's folder with its run directories, nothing trained."""
     from toolkit.study.expand import expand, read_study
-    from toolkit.study.prepare import controlled, prepare
+    from toolkit.study.init import init_study, study_lock
 
     found = read_study(write_study(folder, study, epochs=epochs))
-    with controlled(found) as there:
-        prepare(found, there, expand(found))
+    with study_lock(found) as there:
+        init_study(found, there, expand(found))
     return there
 
 
 def test_workers_take_different_runs_and_leave_none(tmp_path: Path) -> None:
     folder = prepared(tmp_path, GRID)
     taken = []
-    while (claimed := take_run(folder)) is not None:
+    while (claimed := acquire_run(folder)) is not None:
         taken.append(claimed)
     assert len({claimed.run.id for claimed in taken}) == 12
     assert all(state_of(claimed.run) == "running" for claimed in taken)
     taken[3].release()
-    again = take_run(folder)
+    again = acquire_run(folder)
     assert again is not None
     assert again.run.id == taken[3].run.id
 
@@ -217,18 +217,18 @@ def test_a_run_that_somebody_trains_by_hand_is_left_to_him(tmp_path: Path) -> No
     folder = prepared(tmp_path, "[study]\nseeds = 1\n")
     (run,) = open_runs(folder)
     by_hand = run.lock()
-    assert take_run(folder) is None
+    assert acquire_run(folder) is None
     by_hand.release()
-    assert take_run(folder) is not None
+    assert acquire_run(folder) is not None
 
 
 def test_an_assignment_says_how_far_a_run_is_trained(tmp_path: Path) -> None:
     folder = prepared(tmp_path, "[study]\nseeds = 1\n", epochs=3)
     (run,) = open_runs(folder)
     for until, epochs in ((1, 1), (1, 1), (2, 2), (None, 3)):
-        assign(run, until)
-        with StopRequest() as stop:
-            assert serve(folder, stop, train_here, waits=False) == 0
+        set_target_epoch(run, until)
+        with GracefulStop() as stop:
+            assert worker_loop(folder, stop, train_run, waits=False) == 0
         assert len(run.epochs()) == epochs
         assert not is_open(run)
     assert run.is_finished
@@ -246,10 +246,10 @@ def test_a_worker_by_the_command_line_helps_and_ends_with_the_study(tmp_path: Pa
 def test_a_run_that_kills_its_worker_again_and_again_is_given_up(tmp_path: Path) -> None:
     folder = prepared(tmp_path, "[study]\nseeds = 1\n")
     (run,) = open_runs(folder)
-    found = Crew(folder, [Slot(0)])
+    found = WorkerPool(folder, [WorkerSlot(0)])
 
     def die() -> str:
-        return found._note_death(crew.Worker(Slot(0), None, None, run.id), -signal.SIGKILL)  # type: ignore[arg-type]
+        return found._note_death(worker_pool.Worker(WorkerSlot(0), None, None, run.id), -signal.SIGKILL)  # type: ignore[arg-type]
 
     assert "goes on from its last checkpoint" in die()
     assert "goes on from its last checkpoint" in die()
@@ -276,11 +276,11 @@ def test_a_claim_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
     try:
         wait_until((tmp_path / "claimed").exists)
         assert is_claimed(run)
-        assert take_run(folder) is None
+        assert acquire_run(folder) is None
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert take_run(folder) is not None
+    assert acquire_run(folder) is not None
 
 
 # -- devices ----------------------------------------------------------------------------------------------------------
@@ -314,23 +314,25 @@ def test_the_machines_gpus_are_shared_out(
     assert [slot.number for slot in found] == list(range(len(found)))
 
 
-def told_to_a_worker(folder: StudyFolder, slot: Slot, sharing: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def told_to_a_worker(
+    folder: StudyDirectory, slot: WorkerSlot, sharing: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
     """What a worker process finds in its environment when it takes a run, and what it has set before."""
     told = folder.path / "told.json"
     limits: list[float] = []
 
-    def serve(*_: object, before: Callable[[Run], None], **__: object) -> int:
+    def worker_loop(*_: object, before: Callable[[Run], None], **__: object) -> int:
         before(next(iter(open_runs(folder))))
-        names = ("CUDA_VISIBLE_DEVICES", crew.SHARING)
+        names = ("CUDA_VISIBLE_DEVICES", worker_pool.SHARING)
         found = {name: os.environ[name] for name in names if name in os.environ}
         told.write_text(json.dumps(found | {"memory": str(limits)}))
         return 0
 
-    monkeypatch.setattr(worker, "serve", serve)
+    monkeypatch.setattr(worker, "worker_loop", worker_loop)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
     context = multiprocessing.get_context("fork")
     link, other = context.Pipe()
-    process = context.Process(target=crew._worker, args=(str(folder.path), slot, sharing, other))
+    process = context.Process(target=worker_pool._worker, args=(str(folder.path), slot, sharing, other))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -347,22 +349,22 @@ def test_a_worker_sees_its_gpus_alone_and_its_share_of_their_memory(
     first, _, third, _ = slots_for(None, 1, 2, ["4", "5"])
     assert told_to_a_worker(folder, first, 4, monkeypatch) == {
         "CUDA_VISIBLE_DEVICES": "4",
-        crew.SHARING: "4",
+        worker_pool.SHARING: "4",
         "memory": "[0.5]",
     }
     assert told_to_a_worker(folder, third, 4, monkeypatch)["CUDA_VISIBLE_DEVICES"] == "5"
     (several, _) = slots_for(None, 2, 1, ["4", "5", "6", "7"])
     told = told_to_a_worker(folder, several, 2, monkeypatch)
     assert (told["CUDA_VISIBLE_DEVICES"], told["memory"]) == ("4,5", "[]")
-    on_cpu = told_to_a_worker(folder, Slot(0), 3, monkeypatch)
-    assert (on_cpu["CUDA_VISIBLE_DEVICES"], on_cpu[crew.SHARING]) == ("4,5,6,7", "3")
+    on_cpu = told_to_a_worker(folder, WorkerSlot(0), 3, monkeypatch)
+    assert (on_cpu["CUDA_VISIBLE_DEVICES"], on_cpu[worker_pool.SHARING]) == ("4,5,6,7", "3")
 
 
 def test_processes_of_a_run_on_several_devices_leave_their_failure_in_its_directory(tmp_path: Path) -> None:
     folder = prepared(tmp_path, '[[study.rows]]\nname = "a"\nset.optimizer.lr = 1e30\n')
     (run,) = open_runs(folder)
     with pytest.raises(Exception, match="not finite"):
-        train_rank(run.path, None)
+        train_worker_main(run.path, None)
     failure = failure_of(run)
     assert failure is not None
     assert failure.line.startswith("the loss is not finite")
@@ -373,17 +375,17 @@ def test_a_run_on_two_processes_is_launched_stopped_and_resumed(tmp_path: Path) 
     """torchrun, twice: stopped by the stop file after an epoch, then to the end; as two processes train it by hand."""
     folder = prepared(tmp_path, "[study]\nseeds = 1\n", epochs=40)
     (run,) = open_runs(folder)
-    assign(run, 2)
-    with StopRequest() as stop:
-        assert train_on_several(run, 2, (), stop)
+    set_target_epoch(run, 2)
+    with GracefulStop() as stop:
+        assert train_with_torchrun(run, 2, (), stop)
         assert len(run.epochs()) == 2
-        assign(run, None)
+        set_target_epoch(run, None)
         threading.Thread(target=_stop_after, args=(run, 4, stop)).start()
         with pytest.raises(Exception, match="goes on with the study"):
-            train_on_several(run, 2, (), stop)
+            train_with_torchrun(run, 2, (), stop)
     assert not run.is_finished
-    with StopRequest() as stop:
-        assert train_on_several(run, 2, (), stop), failure_of(run)
+    with GracefulStop() as stop:
+        assert train_with_torchrun(run, 2, (), stop), failure_of(run)
     assert run.summary["processes"] == 2
     alone = write_study(tmp_path / "alone", "", epochs=40, name="recipe.toml")
     trainers = Trainers(2, tmp_path / "alone", alone)
@@ -392,6 +394,6 @@ def test_a_run_on_two_processes_is_launched_stopped_and_resumed(tmp_path: Path) 
     assert Run(path).metrics_file.read_bytes() == run.metrics_file.read_bytes()
 
 
-def _stop_after(run: Run, epochs: int, stop: StopRequest) -> None:
+def _stop_after(run: Run, epochs: int, stop: GracefulStop) -> None:
     wait_until(lambda: len(run.epochs()) >= epochs)
     stop.reason = "the test"

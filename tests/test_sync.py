@@ -16,7 +16,7 @@ from test_tracking import stopped_at_step, tracked, train
 from trainers import only_run
 from wandb_server import KEY, WandbServer, logged_in_here, without_login
 
-import toolkit.sync as syncing
+import toolkit.wandb_sync as syncing
 from toolkit.runs import Run
 
 

@@ -17,7 +17,7 @@ from test_stopping import by_signal, finished, mark_at, stopped
 from test_unkillable import undisturbed
 from trainers import EMA, MUCH, RECIPE, Trainers, at_call, only_run, outcome, write_recipe
 
-from toolkit.engine.loop import Trainer
+from toolkit.training.train_step import TrainStep
 
 EPOCHS = 5
 BIN = Path(sys.executable).parent
@@ -68,7 +68,7 @@ def test_output_that_nobody_reads_is_in_the_log(tmp_path: Path, world: int) -> N
 def test_a_failure_that_nobody_sees_is_in_the_log(tmp_path: Path) -> None:
     def prepare(rank: int) -> None:
         without_reader(rank)
-        at_call(Trainer, "_update", 3, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+        at_call(TrainStep, "_update", 3, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
 
     trainers = Trainers(1, tmp_path, write_recipe(tmp_path, MUCH), prepare=prepare)
     assert trainers.wait() == [1]

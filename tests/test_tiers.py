@@ -15,22 +15,21 @@ import pytest
 import torch
 from PIL import Image
 
-from toolkit.data import cache, capacity
+from toolkit.cache import distributed, image_cache, memory_budget, store
+from toolkit.cache.distributed import DistributedCache
+from toolkit.cache.image_cache import CachedSplitImages, cache_images
 from toolkit.data.datasets import Dataset
-from toolkit.data.delivery import plan_delivery
-from toolkit.data.images import ArrayImages, BadImage, FileImages
-from toolkit.data.order import TrainPlan
+from toolkit.data.image_sources import ImageFiles, InMemoryImages, UnreadableImageError
+from toolkit.data.pipeline import plan_preprocessing
 from toolkit.data.preprocessing import resolve_preprocessing
+from toolkit.data.sampling import SamplingPlan
 from toolkit.data.splits import SPLITS
-from toolkit.engine import image_cache, keeping
-from toolkit.engine.image_cache import KeptImages, keep_images
-from toolkit.engine.keeping import Keeper
-from toolkit.engine.loaders import Images
-from toolkit.engine.setup import Setup
 from toolkit.models.build import expected_input
 from toolkit.recipe import load_recipe, loads_recipe
 from toolkit.recipe.schema import Recipe
 from toolkit.study.expand import expand, read_study
+from toolkit.training.context import TrainingContext
+from toolkit.training.loaders import ImageLoaders
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 COUNT = 12
@@ -66,13 +65,13 @@ class Said:
 
     lines: list[str] = field(default_factory=list)
 
-    def say(self, text: str = "") -> None:
+    def log(self, text: str = "") -> None:
         self.lines.append(text)
 
     def bar(self, *_: Any) -> Any:
-        from toolkit.engine.display import Display
+        from toolkit.training.console import Console
 
-        return Display(speaks=False).bar("", 1)
+        return Console(speaks=False).bar("", 1)
 
     @property
     def text(self) -> str:
@@ -96,11 +95,11 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def files_of(folder: Path, channels: int = 3) -> FileImages:
-    return FileImages(folder, [f"{i}.png" if i == 5 else f"{i}.jpg" for i in range(COUNT)], channels)
+def files_of(folder: Path, channels: int = 3) -> ImageFiles:
+    return ImageFiles(folder, [f"{i}.png" if i == 5 else f"{i}.jpg" for i in range(COUNT)], channels)
 
 
-def setup_of(recipe: Recipe, images: Any, native: int | None) -> tuple[Setup, Said]:
+def setup_of(recipe: Recipe, images: Any, native: int | None) -> tuple[TrainingContext, Said]:
     """What a run would have of a recipe, apart from the model, on a few images in three splits."""
     labels = np.arange(COUNT, dtype=np.int64) % 3
     dataset = Dataset("toy", ["a", "b", "c"], images, labels, {}, native, 3)
@@ -122,7 +121,9 @@ def setup_of(recipe: Recipe, images: Any, native: int | None) -> tuple[Setup, Sa
     )
     said: Any = Said()
     nothing: Any = None
-    return Setup(recipe, accelerator, said, dataset, splits, preprocessing, nothing, nothing, nothing, []), said
+    return TrainingContext(
+        recipe, accelerator, said, dataset, splits, preprocessing, nothing, nothing, nothing, []
+    ), said
 
 
 def unguarded(batches: Iterable[Any], rounds: int) -> Iterator[Any]:
@@ -130,14 +131,16 @@ def unguarded(batches: Iterable[Any], rounds: int) -> Iterator[Any]:
     yield from batches
 
 
-def batches_of(setup: Setup, cached: bool, passes: int = 3) -> tuple[dict[str, list[torch.Tensor]], KeptImages]:
+def batches_of(
+    setup: TrainingContext, cached: bool, passes: int = 3
+) -> tuple[dict[str, list[torch.Tensor]], CachedSplitImages]:
     """What the model would be given: two epochs of training, validation, test."""
     recipe = setup.recipe
     arguments = recipe.augment, setup.preprocessing, recipe.recipe.seed, setup.dataset.native_size
-    ways = {split: plan_delivery(split, *arguments) for split in SPLITS}
-    kept = keep_images(setup, ways, Keeper(setup, unguarded) if cached else None, passes)
-    images = Images(setup, ways, kept)
-    plan = TrainPlan(size=5, seed=1, batch_size=2, accumulation=1, drop_last=False, world=1, rank=0,
+    ways = {split: plan_preprocessing(split, *arguments) for split in SPLITS}
+    kept = cache_images(setup, ways, DistributedCache(setup, unguarded) if cached else None, passes)
+    images = ImageLoaders(setup, ways, kept)
+    plan = SamplingPlan(size=5, seed=1, batch_size=2, accumulation=1, drop_last=False, world=1, rank=0,
                      views=recipe.data.views)  # fmt: skip
     train = images.training(plan)
     found = {"train": [batch.images.clone() for epoch in (0, 1) for _, batch in train.epoch(epoch)]}
@@ -181,7 +184,7 @@ def test_every_shipped_set_of_transforms_gives_the_same_pixels(photographs: Path
         native = None
         if recipe.data.dataset in ("cifar10", "digits"):
             native = 8 if recipe.data.dataset == "digits" else 32
-            images = ArrayImages(random.integers(0, 256, (COUNT, native, native, 3), dtype=np.uint8), "toy", 3)
+            images = InMemoryImages(random.integers(0, 256, (COUNT, native, native, 3), dtype=np.uint8), "toy", 3)
         setup, _ = setup_of(recipe, images, native)
         plain, _ = batches_of(setup, cached=False)
         once, kept = batches_of(setup, cached=True)
@@ -250,7 +253,7 @@ def test_what_must_be_made_one_by_one_ends_with_the_crop(photographs: Path, crop
     )
     for settings in ([], ["data.workers=2"]):
         setup, _ = setup_of(loads_recipe(ON_FILES + alone, settings), files_of(photographs), None)
-        way = plan_delivery("train", setup.recipe.augment, setup.preprocessing, 0, None)
+        way = plan_preprocessing("train", setup.recipe.augment, setup.preprocessing, 0, None)
         assert way.batched is not None
         assert way.obstacle.startswith("augment.train")
         for cached in (False, True):
@@ -273,11 +276,11 @@ def test_one_by_one_to_the_end_where_sizes_differ_or_the_rest_needs_it(photograp
         f'train = [{crop}]\nauto_augment = "rand-m9"',
     ):
         setup, _ = setup_of(loads_recipe(f"{ON_FILES}[augment]\n{more}\n"), files_of(photographs), None)
-        assert plan_delivery("train", setup.recipe.augment, setup.preprocessing, 0, None).batched is None
+        assert plan_preprocessing("train", setup.recipe.augment, setup.preprocessing, 0, None).batched is None
     more = '[augment]\ntrain = [{ name = "RandomCrop", pad_if_needed = true }]\n'
     more += 'validation = [{ name = "CenterCrop" }]\ntest = [{ name = "CenterCrop" }]\n'
     setup, _ = setup_of(loads_recipe(ON_FILES + more, ['data.crop="none"']), files_of(photographs), None)
-    way = plan_delivery("train", setup.recipe.augment, setup.preprocessing, 0, None)
+    way = plan_preprocessing("train", setup.recipe.augment, setup.preprocessing, 0, None)
     assert way.batched is None
     assert "of different sizes" in way.obstacle
 
@@ -289,9 +292,9 @@ def test_views_take_turns(photographs: Path) -> None:
         once, _ = batches_of(setup, cached=True)
         assert_equal(plain, once)
     seen: dict[int, set[bytes]] = {0: set(), 1: set(), 2: set(), 3: set()}
-    ways = {split: plan_delivery(split, setup.recipe.augment, setup.preprocessing, 0, None) for split in SPLITS}
-    plan = TrainPlan(size=5, seed=1, batch_size=2, accumulation=1, drop_last=False, world=1, rank=0, views=2)
-    loader = Images(setup, ways, KeptImages.of(setup, ways)).training(plan)
+    ways = {split: plan_preprocessing(split, setup.recipe.augment, setup.preprocessing, 0, None) for split in SPLITS}
+    plan = SamplingPlan(size=5, seed=1, batch_size=2, accumulation=1, drop_last=False, world=1, rank=0, views=2)
+    loader = ImageLoaders(setup, ways, CachedSplitImages.of(setup, ways)).training(plan)
     for epoch, images in seen.items():
         images |= {image.numpy().tobytes() for _, batch in loader.epoch(epoch) for image in batch.images}
     loader.close()
@@ -354,7 +357,7 @@ def test_another_way_of_decoding_is_another_entry(
 def test_no_tier_is_chosen_that_does_not_fit(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """12 images of 32 x 32 x 3 bytes are 36 KiB: with 50 KiB free they fit neither into memory nor onto the device."""
     plain, _ = batches_of(setup_of(loads_recipe(ON_FILES), files_of(photographs), None)[0], cached=False)
-    for module in (image_cache, capacity):
+    for module in (image_cache, memory_budget):
         monkeypatch.setattr(module, "available_memory", lambda: 50 * 1024)
     for tier, told in (("auto", ""), ("memory", "not held in memory"), ("device", "not held on the device")):
         setup, said = setup_of(loads_recipe(ON_FILES, [f'data.cache="{tier}"']), files_of(photographs), None)
@@ -387,9 +390,9 @@ def test_a_device_that_runs_out_of_memory(photographs: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patched:
         arguments = setup.recipe.augment, setup.preprocessing, 0, None
-        ways = {split: plan_delivery(split, *arguments) for split in SPLITS}
+        ways = {split: plan_preprocessing(split, *arguments) for split in SPLITS}
         patched.setattr(torch.Tensor, "to", full)
-        kept = keep_images(setup, ways, Keeper(setup, unguarded), 3)
+        kept = cache_images(setup, ways, DistributedCache(setup, unguarded), 3)
     assert "it ran out of memory; they stay in memory or on disk" in said.text
     assert "held in memory" in kept.shortcuts[0]
     once, _ = batches_of(setup, cached=True)
@@ -451,7 +454,7 @@ def test_a_disk_that_fills_up_costs_one_warning(
 
 
 def test_a_disk_without_room_is_left_alone(photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeping, "free_disk", lambda folder: 50 * 1024)
+    monkeypatch.setattr(distributed, "free_disk", lambda folder: 50 * 1024)
     setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
     _, kept = batches_of(setup, cached=True)
     assert kept.shortcuts == []
@@ -459,7 +462,7 @@ def test_a_disk_without_room_is_left_alone(photographs: Path, own_cache: Path, m
     assert not list(own_cache.glob("*images-*/"))
 
 
-def spoiled(folder: Path, photographs: Path) -> FileImages:
+def spoiled(folder: Path, photographs: Path) -> ImageFiles:
     """Copies of the photographs, one of which can be opened but not decoded."""
     folder.mkdir()
     for path in photographs.iterdir():
@@ -480,7 +483,7 @@ def test_several_workers_build_an_entry(
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
     assert kept.shortcuts
-    cache._verified.clear()
+    store._verified.clear()
     again, _ = batches_of(setup, cached=True)
     assert_equal(plain, again)
     assert said.text.count("decoding images") == 1
@@ -495,10 +498,10 @@ def test_an_image_that_cannot_be_decoded_is_named_while_an_entry_is_built(
     images = spoiled(tmp_path / "spoiled", photographs)
     setup, _ = setup_of(loads_recipe(ON_FILES, ['data.cache="disk"', f"data.workers={workers}"]), images, None)
     monkeypatch.setattr(image_cache, "expected_bytes", lambda *_: 1000)  # or it is found while the size is guessed
-    with pytest.raises(BadImage, match=r"7\.jpg"):
+    with pytest.raises(UnreadableImageError, match=r"7\.jpg"):
         batches_of(setup, cached=True)
     assert [path.suffix for path in own_cache.iterdir()] == [".lock"]
     (lock,) = own_cache.iterdir()
-    free = cache.try_lock(own_cache, lock.stem)
+    free = store.try_lock(own_cache, lock.stem)
     assert free is not None, "the right to build is given back"
     free.release()

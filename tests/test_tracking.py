@@ -21,10 +21,10 @@ from test_train import wandb_records
 from trainers import EMA, MUCH, Trainers, at_call, only_run, write_recipe
 from wandb_server import KEY, WandbServer, logged_in_here, without_login
 
-import toolkit.tracking
-from toolkit.engine.loop import Trainer
+import toolkit.trackers
 from toolkit.runs import Run
-from toolkit.tracking import BACKLOG, FINISH_SECONDS, LEAVE_SECONDS, Courier, wandb_mode
+from toolkit.trackers import BACKLOG, FINISH_SECONDS, LEAVE_SECONDS, TrackerThread, wandb_mode
+from toolkit.training.train_step import TrainStep
 
 LIMIT_S = 10
 """A run asked to stop is gone within this time."""
@@ -40,14 +40,14 @@ def _a_machine_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow machine is no absent server; tests of what is absent set their own times."""
     for name, seconds in (("CONNECT_SECONDS", 30), ("INIT_SECONDS", 60), ("FINISH_SECONDS", 60), ("LEAVE_SECONDS", 61)):
-        monkeypatch.setattr(toolkit.tracking, name, seconds)
+        monkeypatch.setattr(toolkit.trackers, name, seconds)
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The waits at the end are cut, so that the rest of the limit is left to a slow machine."""
-    monkeypatch.setattr(toolkit.tracking, "FINISH_SECONDS", 1)
-    monkeypatch.setattr(toolkit.tracking, "LEAVE_SECONDS", 1.5)
+    monkeypatch.setattr(toolkit.trackers, "FINISH_SECONDS", 1)
+    monkeypatch.setattr(toolkit.trackers, "LEAVE_SECONDS", 1.5)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_server_that_is_not_there_leads_to_an_offline_run(tmp_path: Path, monk
 
 
 def test_a_server_that_takes_no_notice_leads_to_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolkit.tracking, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(toolkit.trackers, "CONNECT_SECONDS", 1)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -127,7 +127,7 @@ def test_a_server_that_takes_no_notice_leads_to_an_offline_run(tmp_path: Path, m
 def test_a_server_that_answers_but_not_the_client_leads_to_an_offline_run(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(toolkit.tracking, "INIT_SECONDS", 2)
+    monkeypatch.setattr(toolkit.trackers, "INIT_SECONDS", 2)
     server.hanging.add("graphql")
     said = train(tmp_path)
     assert server.hung
@@ -168,7 +168,7 @@ def stopped_at_step(
 
     def prepare_all(rank: int) -> None:
         prepare(rank)
-        at_call(Trainer, "_update", count, stay)
+        at_call(TrainStep, "_update", count, stay)
 
     trainers = begin(folder, *settings, prepare=prepare_all)
     trainers.wait_until(there.exists)
@@ -255,7 +255,7 @@ class Recorder:
 
 def test_a_courier_keeps_the_order_and_does_not_wait_for_a_slow_tracker() -> None:
     tracker, said = Recorder(), []
-    courier = Courier(tracker, said.append)
+    courier = TrackerThread(tracker, said.append)
     for line in range(100):
         courier.hand(functools.partial(Recorder.log, line=line))
     assert tracker.lines == []
@@ -268,7 +268,7 @@ def test_a_courier_keeps_the_order_and_does_not_wait_for_a_slow_tracker() -> Non
 
 def test_what_waits_for_a_slow_tracker_is_bounded() -> None:
     tracker, said = Recorder(), []
-    courier = Courier(tracker, said.append)
+    courier = TrackerThread(tracker, said.append)
     for line in range(BACKLOG + 10):
         courier.hand(functools.partial(Recorder.log, line=line))
     assert said == [f"warning: recorder gets no more (it is {BACKLOG} lines behind); metrics.jsonl has it all"]

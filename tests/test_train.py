@@ -15,10 +15,10 @@ import pytest
 import torch
 from cli import toolkit
 
+from toolkit.augment.transforms import build_transform
 from toolkit.data.datasets import open_dataset
 from toolkit.data.splits import split_dataset
-from toolkit.data.transforms import build_transform
-from toolkit.predict import load_model
+from toolkit.inference.predict import load_model
 from toolkit.runs import Run, open_run
 
 RECIPES = Path(__file__).parent.parent / "recipes"

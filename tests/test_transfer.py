@@ -11,22 +11,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from toolkit.errors import UserError
-from toolkit.models.build import BuiltModel, build_model
-from toolkit.models.prefix import frozen_prefix, prefix_features, prefix_is_exact
-from toolkit.models.stages import is_under
-from toolkit.models.stochastic import make_stateless
-from toolkit.models.transfer import Transfer, apply_transfer, new_groups, param_groups, parts_table
-from toolkit.recipe.schema import HeadTable, ModelTable, OptimizerTable, TransferTable
+from toolkit.models.build import ModelBundle, build_model
+from toolkit.models.frozen_backbone import backbone_is_deterministic, find_frozen_backbone, prefix_features
+from toolkit.models.keyed_dropout import key_dropout_layers
+from toolkit.models.layer_groups import is_under
+from toolkit.models.transfer import Transfer, apply_transfer, layer_group_table, new_param_groups, param_groups
+from toolkit.recipe.schema import HeadConfig, ModelConfig, OptimizerConfig, TransferConfig
 
 CLASSES = 5
-SGD = OptimizerTable(lr=0.1, weight_decay=0.1)
+SGD = OptimizerConfig(lr=0.1, weight_decay=0.1)
 VGG_CONVOLUTIONS = [f"features.{i}" for i in (0, 1, 4, 5, 8, 9, 11, 12, 15, 16, 18, 19, 22, 23, 25, 26)]
 RESNET_BACKBONE = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
 
 # Model, its table, image size, all of its backbone, its classifier, its head, and its two stages below the head.
-MODELS: dict[str, tuple[ModelTable, int, list[str], list[str], str, list[list[str]]]] = {
+MODELS: dict[str, tuple[ModelConfig, int, list[str], list[str], str, list[list[str]]]] = {
     "alexnet": (
-        ModelTable(source="torchvision", name="alexnet"),
+        ModelConfig(source="torchvision", name="alexnet"),
         64,
         ["features.0", "features.3", "features.6", "features.8", "features.10"],
         ["classifier.1", "classifier.4", "classifier.6"],
@@ -34,10 +34,10 @@ MODELS: dict[str, tuple[ModelTable, int, list[str], list[str], str, list[list[st
         [["classifier.4"], ["classifier.1"]],
     ),
     "vgg11_bn": (  # giunta G9: two new linear layers in place of VGG's three
-        ModelTable(
+        ModelConfig(
             source="torchvision",
             name="vgg11_bn",
-            head=HeadTable(hidden=[512], batch_norm=True, replaces="classifier"),
+            head=HeadConfig(hidden=[512], batch_norm=True, replaces="classifier"),
         ),
         32,
         VGG_CONVOLUTIONS,
@@ -46,7 +46,7 @@ MODELS: dict[str, tuple[ModelTable, int, list[str], list[str], str, list[list[st
         [["features.25", "features.26"], ["features.22", "features.23"]],
     ),
     "resnet18": (
-        ModelTable(source="torchvision", name="resnet18"),
+        ModelConfig(source="torchvision", name="resnet18"),
         32,
         RESNET_BACKBONE,
         ["fc"],
@@ -54,7 +54,7 @@ MODELS: dict[str, tuple[ModelTable, int, list[str], list[str], str, list[list[st
         [["layer4"], ["layer3"]],
     ),
     "resnet50": (
-        ModelTable(source="torchvision", name="resnet50"),
+        ModelConfig(source="torchvision", name="resnet50"),
         32,
         RESNET_BACKBONE,
         ["fc"],
@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[ModelTable, int, list[str], list[str], str, list[list[st
         [["layer4"], ["layer3"]],
     ),
     "tf_efficientnet_lite0": (
-        ModelTable(source="timm", name="tf_efficientnet_lite0"),
+        ModelConfig(source="timm", name="tf_efficientnet_lite0"),
         32,
         ["conv_stem", "bn1", "blocks", "conv_head", "bn2"],
         ["classifier"],
@@ -70,7 +70,7 @@ MODELS: dict[str, tuple[ModelTable, int, list[str], list[str], str, list[list[st
         [["blocks.6", "conv_head", "bn2"], ["blocks.5"]],
     ),
     "vit_tiny_patch16_224": (
-        ModelTable(source="timm", name="vit_tiny_patch16_224"),
+        ModelConfig(source="timm", name="vit_tiny_patch16_224"),
         32,
         ["cls_token", "pos_embed", "patch_embed", "blocks", "norm"],
         ["head"],
@@ -79,14 +79,14 @@ MODELS: dict[str, tuple[ModelTable, int, list[str], list[str], str, list[list[st
     ),
 }
 # What of backbone (B), classifier below the head (C) and head (H) trains in each mode.
-MODES: dict[str, tuple[TransferTable, str]] = {
-    "scratch": (TransferTable(mode="scratch"), "BCH"),
-    "finetune": (TransferTable(mode="finetune"), "BCH"),
-    "feature_extractor": (TransferTable(mode="feature_extractor"), "CH"),
-    "frozen_classifier": (TransferTable(mode="frozen_classifier"), "BH"),
-    "frozen_classifier, head too": (TransferTable(mode="frozen_classifier", new_layer="freeze"), "B"),
-    "linear_probe": (TransferTable(mode="linear_probe"), "H"),
-    "gradual": (TransferTable(mode="gradual", unfreeze_at=[2, 4]), "H"),
+MODES: dict[str, tuple[TransferConfig, str]] = {
+    "scratch": (TransferConfig(mode="scratch"), "BCH"),
+    "finetune": (TransferConfig(mode="finetune"), "BCH"),
+    "feature_extractor": (TransferConfig(mode="feature_extractor"), "CH"),
+    "frozen_classifier": (TransferConfig(mode="frozen_classifier"), "BH"),
+    "frozen_classifier, head too": (TransferConfig(mode="frozen_classifier", new_layer="freeze"), "B"),
+    "linear_probe": (TransferConfig(mode="linear_probe"), "H"),
+    "gradual": (TransferConfig(mode="gradual", unfreeze_at=[2, 4]), "H"),
 }
 
 
@@ -96,14 +96,14 @@ def _seeded() -> None:
 
 
 @cache
-def initial(name: str) -> tuple[BuiltModel, dict[str, torch.Tensor]]:
+def initial(name: str) -> tuple[ModelBundle, dict[str, torch.Tensor]]:
     """A model is built once; tests that change it begin from a copy of its first state."""
     table, size, *_ = MODELS[name]
     built = build_model(table, CLASSES, 3, size)
     return built, {key: value.clone() for key, value in built.module.state_dict().items()}
 
 
-def fresh(name: str) -> BuiltModel:
+def fresh(name: str) -> ModelBundle:
     built, state = initial(name)
     built.module.load_state_dict(state)
     built.module.zero_grad(set_to_none=True)
@@ -168,7 +168,7 @@ def test_gradual_opens_stage_after_stage(name: str) -> None:
     opened = {1: [head], 2: [head, *first], 3: [head, *first], 4: [head, *first, *second], 5: [head, *first, *second]}
     for epoch, parts in opened.items():
         assert transfer.unfreeze_for_epoch(epoch) == (epoch in (2, 4))
-        fresh_groups = new_groups(built, table, SGD, groups)
+        fresh_groups = new_param_groups(built, table, SGD, groups)
         assert bool(fresh_groups) == (epoch in (2, 4))
         groups += fresh_groups
         expected = names_under(built.module, parts)
@@ -189,7 +189,7 @@ def test_gradual_opens_stage_after_stage(name: str) -> None:
 def test_vgg_with_its_own_classifier(mode: str, expected: list[str]) -> None:
     """All three fully connected layers of VGG11-BN; on the meta device, for its 129 million parameters."""
     with torch.device("meta"):
-        built = build_model(ModelTable(source="torchvision", name="vgg11_bn"), CLASSES, 3, 32)
+        built = build_model(ModelConfig(source="torchvision", name="vgg11_bn"), CLASSES, 3, 32)
     assert set(apply_transfer(built, MODES[mode][0]).trainable) == names_under(built.module, expected)
 
 
@@ -201,7 +201,7 @@ def test_gradual_trains_what_it_opened() -> None:
     optimizer = train_two_steps("resnet18", transfer, groups)
     before = {key: value.clone() for key, value in built.module.state_dict().items()}
     assert transfer.unfreeze_for_epoch(2)
-    for group in new_groups(built, table, SGD, optimizer.param_groups):
+    for group in new_param_groups(built, table, SGD, optimizer.param_groups):
         optimizer.add_param_group(group)
     train_two_steps("resnet18", transfer, [], optimizer)
     moved = {
@@ -221,23 +221,23 @@ def test_gradual_catches_up_after_a_restart() -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (TransferTable(mode="finetune", freeze=["layer9.*"]), "no parameter's name matches 'layer9.*'.*layer4, fc"),
-        (TransferTable(mode="linear_probe", train=["Layer4.*"]), "transfer.train: no parameter's name matches"),
-        (TransferTable(mode="linear_probe", freeze=["fc.*"]), "leaves nothing to train.*conv1/bn1, layer1"),
-        (TransferTable(mode="gradual"), "needs unfreeze_at"),
+        (TransferConfig(mode="finetune", freeze=["layer9.*"]), "no parameter's name matches 'layer9.*'.*layer4, fc"),
+        (TransferConfig(mode="linear_probe", train=["Layer4.*"]), "transfer.train: no parameter's name matches"),
+        (TransferConfig(mode="linear_probe", freeze=["fc.*"]), "leaves nothing to train.*conv1/bn1, layer1"),
+        (TransferConfig(mode="gradual"), "needs unfreeze_at"),
         (
-            TransferTable(mode="gradual", unfreeze_at=[1, 2, 3, 4, 5, 6]),
+            TransferConfig(mode="gradual", unfreeze_at=[1, 2, 3, 4, 5, 6]),
             "6 epochs, but 5 stages are below the head: conv1/bn1",
         ),
     ],
 )
-def test_mistakes_are_told(table: TransferTable, message: str) -> None:
+def test_mistakes_are_told(table: TransferConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         apply_transfer(fresh("resnet18"), table)
 
 
 def test_patterns_add_to_the_mode() -> None:
-    table = TransferTable(mode="linear_probe", train=["layer4.1.*", "*.bn1.weight"], freeze=["fc.bias"])
+    table = TransferConfig(mode="linear_probe", train=["layer4.1.*", "*.bn1.weight"], freeze=["fc.bias"])
     built = fresh("resnet18")
     transfer = apply_transfer(built, table)
     names = {name for name, _ in built.module.named_parameters()}
@@ -246,7 +246,7 @@ def test_patterns_add_to_the_mode() -> None:
 
 
 def test_frozen_pattern_outlasts_gradual_unfreezing() -> None:
-    table = TransferTable(mode="gradual", unfreeze_at=[2], freeze=["layer4.0.*"])
+    table = TransferConfig(mode="gradual", unfreeze_at=[2], freeze=["layer4.0.*"])
     transfer = apply_transfer(fresh("resnet18"), table)
     transfer.unfreeze_for_epoch(2)
     assert {name for name in transfer.trainable if name.startswith("layer4.0.")} == set()
@@ -254,7 +254,7 @@ def test_frozen_pattern_outlasts_gradual_unfreezing() -> None:
 
 
 def test_batch_norm_statistics_follow_the_data_where_asked() -> None:
-    table = TransferTable(mode="linear_probe", frozen_batch_norm="update")
+    table = TransferConfig(mode="linear_probe", frozen_batch_norm="update")
     built = fresh("resnet18")
     before = {key: value.clone() for key, value in built.module.state_dict().items()}
     transfer = apply_transfer(built, table)
@@ -269,26 +269,26 @@ def test_dropout_rests_with_the_layer_it_feeds() -> None:
     built = fresh("alexnet")
     classifier = built.module.get_submodule("classifier")
     for mode, modes in (("linear_probe", [False, False]), ("feature_extractor", [True, True])):
-        transfer = apply_transfer(built, TransferTable(mode=mode))  # type: ignore[arg-type]
+        transfer = apply_transfer(built, TransferConfig(mode=mode))  # type: ignore[arg-type]
         built.module.eval()
         transfer.train_mode()
         assert [classifier.get_submodule(i).training for i in ("0", "3")] == modes
 
 
 def test_vit_dropout_after_positions_rests_with_the_blocks() -> None:
-    table = ModelTable(source="timm", name="vit_tiny_patch16_224", args={"pos_drop_rate": 0.5, "drop_rate": 0.2})
+    table = ModelConfig(source="timm", name="vit_tiny_patch16_224", args={"pos_drop_rate": 0.5, "drop_rate": 0.2})
     built = build_model(table, CLASSES, 3, 32)
-    apply_transfer(built, TransferTable(mode="linear_probe"))
+    apply_transfer(built, TransferConfig(mode="linear_probe"))
     assert not built.module.get_submodule("pos_drop").training
     assert built.module.get_submodule("head_drop").training
 
 
 def test_groups_carry_rates_by_stage() -> None:
     """Layer decay 0.5, backbone a tenth, head double; biases and norms without weight decay in groups of their own."""
-    table = TransferTable(mode="finetune", backbone_lr=0.1, head_lr=2.0, layer_decay=0.5)
+    table = TransferConfig(mode="finetune", backbone_lr=0.1, head_lr=2.0, layer_decay=0.5)
     built = fresh("resnet18")
     transfer = apply_transfer(built, table)
-    optimizer = OptimizerTable(lr=0.4, weight_decay=0.01, decay_bias_and_norm=False)
+    optimizer = OptimizerConfig(lr=0.4, weight_decay=0.01, decay_bias_and_norm=False)
     groups = param_groups(built, table, optimizer)
     stages = ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
     assert [group["name"] for group in groups] == [n for stage in stages for n in (stage, f"{stage} (no decay)")]
@@ -300,15 +300,15 @@ def test_groups_carry_rates_by_stage() -> None:
     assert all(p.ndim > 1 for group in groups[::2] for p in group["params"])
     covered = [id(p) for group in groups for p in group["params"]]
     assert sorted(covered) == sorted(id(p) for p in built.module.parameters())
-    rows = parts_table(built, transfer, table, optimizer)
+    rows = layer_group_table(built, transfer, table, optimizer)
     assert [row.lr for row in rows] == pytest.approx([0.4 * scale for scale in scales])
 
 
 def test_parts_table_of_a_linear_probe() -> None:
     """ResNet18 has 11,176,512 parameters below its last layer; stage sizes as published."""
     built = fresh("resnet18")
-    table = TransferTable(mode="linear_probe")
-    rows = parts_table(built, apply_transfer(built, table), table, SGD)
+    table = TransferConfig(mode="linear_probe")
+    rows = layer_group_table(built, apply_transfer(built, table), table, SGD)
     assert [(row.name, row.parameters) for row in rows] == [
         ("stem", 9_536),
         ("layer1", 147_968),
@@ -322,16 +322,16 @@ def test_parts_table_of_a_linear_probe() -> None:
     assert [row.batch_norm for row in rows] == ["fixed"] * 5 + ["-"]
     assert (rows[0].lr, rows[0].weight_decay, rows[-1].lr, rows[-1].weight_decay) == (0.0, 0.0, 0.1, 0.1)
     for mode, word in (("finetune", "trained"), ("linear_probe", "updated")):
-        table = TransferTable(mode=mode, frozen_batch_norm="update")  # type: ignore[arg-type]
-        assert parts_table(built, apply_transfer(built, table), table, SGD)[1].batch_norm == word
+        table = TransferConfig(mode=mode, frozen_batch_norm="update")  # type: ignore[arg-type]
+        assert layer_group_table(built, apply_transfer(built, table), table, SGD)[1].batch_norm == word
 
 
 def test_a_new_small_stem_is_not_left_frozen() -> None:
-    table = ModelTable(source="torchvision", name="resnet18", weights="DEFAULT", stem="small")
+    table = ModelConfig(source="torchvision", name="resnet18", weights="DEFAULT", stem="small")
     built = build_model(table, CLASSES, 3, 32, load_weights=False)
     with pytest.raises(UserError, match=r'conv1 is new .* transfer.train = \["conv1\.\*"\]'):
-        apply_transfer(built, TransferTable(mode="linear_probe"))
-    transfer = apply_transfer(built, TransferTable(mode="linear_probe", train=["conv1.*"]))
+        apply_transfer(built, TransferConfig(mode="linear_probe"))
+    transfer = apply_transfer(built, TransferConfig(mode="linear_probe", train=["conv1.*"]))
     assert transfer.trainable == ["conv1.weight", "fc.weight", "fc.bias"]
 
 
@@ -351,15 +351,15 @@ def test_a_new_small_stem_is_not_left_frozen() -> None:
 )
 def test_prefix_and_tail_are_the_model(name: str, mode: str, tail: str | None) -> None:
     built = fresh(name)
-    transfer = apply_transfer(built, TransferTable(mode=mode))  # type: ignore[arg-type]
-    make_stateless(built.module, 0)
+    transfer = apply_transfer(built, TransferConfig(mode=mode))  # type: ignore[arg-type]
+    key_dropout_layers(built.module, 0)
     try:
-        assert frozen_prefix(transfer) == tail
+        assert find_frozen_backbone(transfer) == tail
         if tail is None:
             return
         x = torch.randn(3, 3, MODELS[name][1], MODELS[name][1])
         state = {key: value.clone() for key, value in built.module.state_dict().items()}
-        assert prefix_is_exact(built.module, tail, x)
+        assert backbone_is_deterministic(built.module, tail, x)
         assert all(torch.equal(value, state[key]) for key, value in built.module.state_dict().items())
         features = prefix_features(built.module, tail, x)
         built.module.eval()
@@ -370,27 +370,30 @@ def test_prefix_and_tail_are_the_model(name: str, mode: str, tail: str | None) -
 
 def test_dropout_before_the_last_layer_is_part_of_the_tail() -> None:
     """VGG drops out the input of its last layer: features at that point change, those before the classifier do not."""
-    table = ModelTable(source="toolkit", convnet=_tiny_convnet(), head=HeadTable(dropout=0.5, hidden=[8]))
+    table = ModelConfig(source="toolkit", convnet=_tiny_convnet(), head=HeadConfig(dropout=0.5, hidden=[8]))
     built = build_model(table, CLASSES, 3, 8)
-    transfer = apply_transfer(built, TransferTable(mode="linear_probe", freeze=["head.0.*"]))
+    transfer = apply_transfer(built, TransferConfig(mode="linear_probe", freeze=["head.0.*"]))
     assert transfer.trainable == ["head.3.weight", "head.3.bias"]
-    assert frozen_prefix(transfer) == "head"
-    assert prefix_is_exact(built.module, "head", torch.randn(4, 3, 8, 8))
-    assert not prefix_is_exact(built.module, "head.3", torch.randn(4, 3, 8, 8))
+    assert find_frozen_backbone(transfer) == "head"
+    assert backbone_is_deterministic(built.module, "head", torch.randn(4, 3, 8, 8))
+    assert not backbone_is_deterministic(built.module, "head.3", torch.randn(4, 3, 8, 8))
 
 
 def test_updated_batch_norm_leaves_no_prefix() -> None:
     built = fresh("resnet18")
-    assert frozen_prefix(apply_transfer(built, TransferTable(mode="linear_probe", frozen_batch_norm="update"))) is None
+    assert (
+        find_frozen_backbone(apply_transfer(built, TransferConfig(mode="linear_probe", frozen_batch_norm="update")))
+        is None
+    )
 
 
 def test_a_tail_whose_output_is_not_the_models_is_found_out() -> None:
     built = fresh("resnet18")
-    apply_transfer(built, TransferTable(mode="linear_probe"))
-    assert not prefix_is_exact(built.module, "layer4", torch.randn(2, 3, 32, 32))
+    apply_transfer(built, TransferConfig(mode="linear_probe"))
+    assert not backbone_is_deterministic(built.module, "layer4", torch.randn(2, 3, 32, 32))
 
 
 def _tiny_convnet() -> Any:
-    from toolkit.recipe.schema import ConvBlock, ConvNetTable
+    from toolkit.recipe.schema import ConvBlock, ConvNetConfig
 
-    return ConvNetTable(blocks=[ConvBlock(channels=4, pool=2)])
+    return ConvNetConfig(blocks=[ConvBlock(channels=4, pool=2)])

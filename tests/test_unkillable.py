@@ -32,13 +32,13 @@ from trainers import (
     write_recipe,
 )
 
-import toolkit.engine.checkpoint
-import toolkit.engine.evaluate
-import toolkit.engine.finish
-import toolkit.engine.fit
-from toolkit.engine.loop import Trainer
+import toolkit.training.checkpoint
+import toolkit.training.evaluation
+import toolkit.training.finalize
+import toolkit.training.fit
 from toolkit.runs import Run
-from toolkit.tracking import Tracking
+from toolkit.trackers import Tracking
+from toolkit.training.train_step import TrainStep
 
 KINDS = ("step", "evaluation", "file", "half", "time")
 """In a step (before it, between its gradient and its update, after it), before a batch of the next evaluation is
@@ -71,9 +71,9 @@ class Killer:
         self.steps = 0
         """Begun in this sitting."""
         self.is_armed = False
-        forward_backward = Trainer._forward_backward
+        forward_backward = TrainStep._forward_backward
 
-        def watched(trainer: Trainer, micro: Any, batch: Any, epoch: int) -> Any:
+        def watched(trainer: TrainStep, micro: Any, batch: Any, epoch: int) -> Any:
             self.place = epoch * STEPS + micro.step
             self.steps += 1
             if self.place >= self.target and not self.is_armed:
@@ -81,16 +81,16 @@ class Killer:
                 self._arm()
             return forward_backward(trainer, micro, batch, epoch)
 
-        Trainer._forward_backward = watched  # type: ignore[method-assign]
+        TrainStep._forward_backward = watched  # type: ignore[method-assign]
 
     def _arm(self) -> None:
         match self.kind:
             case "step" if self.chance < 1 / 3:
                 self._kill()
             case "step":
-                at_call(Trainer, "_update", 1, self._kill, after=self.chance > 2 / 3)
+                at_call(TrainStep, "_update", 1, self._kill, after=self.chance > 2 / 3)
             case "evaluation":
-                at_call(toolkit.engine.evaluate, "outcomes", 1 + int(self.chance * 2), self._kill)
+                at_call(toolkit.training.evaluation, "outcomes", 1 + int(self.chance * 2), self._kill)
             case "file":
                 at_call(os, ["fsync", "replace"][int(self.chance * 100) % 2], 1 + int(self.chance * 6), self._kill)
             case "half":
@@ -105,7 +105,7 @@ class Killer:
 
 def write_half_at(count: int, act: Callable[[], None]) -> None:
     """Half of a checkpoint's ``count``-th file is written, and ``act`` follows."""
-    original, calls = toolkit.engine.checkpoint.write_atomically, [0]
+    original, calls = toolkit.training.checkpoint.write_atomically, [0]
 
     def write(path: Path, data: bytes) -> None:
         calls[0] += 1
@@ -114,7 +114,7 @@ def write_half_at(count: int, act: Callable[[], None]) -> None:
             act()
         original(path, data)
 
-    toolkit.engine.checkpoint.write_atomically = write  # type: ignore[assignment]
+    toolkit.training.checkpoint.write_atomically = write  # type: ignore[assignment]
 
 
 def prepare_killer(kind: str, target: int, chance: float, note: Path, victim: int, rank: int) -> None:
@@ -229,7 +229,7 @@ def test_killed_before_each_file_operation_of_the_beginning(tmp_path: Path) -> N
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_before_each_file_operation_of_the_end(tmp_path: Path, world: int) -> None:
     plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA)
-    folder, begin = tmp_path / "killed", (toolkit.engine.finish, "publish_best")
+    folder, begin = tmp_path / "killed", (toolkit.training.finalize, "publish_best")
     recipe = write_recipe(folder, MUCH)
     for count in itertools.count(1):
         killed(world, folder, recipe, functools.partial(kill_before_file_operation, count, begin), *EMA)
@@ -240,7 +240,7 @@ def test_killed_before_each_file_operation_of_the_end(tmp_path: Path, world: int
 
 
 def after_the_summary(rank: int) -> None:
-    at_call(toolkit.engine.fit, "write_summary", 1, kill_self, after=True)
+    at_call(toolkit.training.fit, "write_summary", 1, kill_self, after=True)
 
 
 def test_after_the_summary_a_run_is_finished_and_auto_says_so_and_begins_another(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from cli import Outcome, toolkit
 from report_runs import small_study, write_run
 from wandb_server import KEY, ServerRun, WandbServer, logged_in_here, wandb_server, without_login
 
-from toolkit.report import write_study as written_study
-from toolkit.study.folder import StudyFolder
+from toolkit.report import study_report as written_study
+from toolkit.study.directory import StudyDirectory
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> StudyFolder:
+def study(tmp_path: Path) -> StudyDirectory:
     """Four runs tracked by W&B, of which one failed in its second epoch."""
     study = small_study(tmp_path / "study")
     for key in ids(study):
@@ -47,11 +47,11 @@ def study(tmp_path: Path) -> StudyFolder:
     return study
 
 
-def ids(study: StudyFolder) -> list[str]:
+def ids(study: StudyDirectory) -> list[str]:
     return [str(member.run) for member in study.members]
 
 
-def report(study: StudyFolder, *arguments: str) -> Outcome:
+def report(study: StudyDirectory, *arguments: str) -> Outcome:
     return toolkit("report", str(study.path), "--wandb", *arguments)
 
 
@@ -69,7 +69,9 @@ def blocks(server: WandbServer, kind: str) -> list[dict[str, Any]]:
     return [block for block in spec(server)["blocks"] if block["type"] == kind]
 
 
-def test_table_curves_comparison_and_notes_over_the_runs_of_the_study(study: StudyFolder, server: WandbServer) -> None:
+def test_table_curves_comparison_and_notes_over_the_runs_of_the_study(
+    study: StudyDirectory, server: WandbServer
+) -> None:
     uploaded(server, [*ids(study), "somebody-elses"])
     outcome = report(study)
     assert outcome.status == 0, outcome.stderr
@@ -113,7 +115,7 @@ def _values(node: Any) -> list[tuple[tuple[str, str], str, Any]]:
     return [found for part in node.values() for found in _values(part)]
 
 
-def test_the_next_call_writes_the_same_report_anew(study: StudyFolder, server: WandbServer) -> None:
+def test_the_next_call_writes_the_same_report_anew(study: StudyDirectory, server: WandbServer) -> None:
     uploaded(server, ids(study)[:2])
     first = report(study)
     assert "2 of 4 runs: not uploaded; toolkit sync" in first.stderr
@@ -130,7 +132,7 @@ def test_the_next_call_writes_the_same_report_anew(study: StudyFolder, server: W
 
 
 def test_json_has_the_link_whatever_the_mode_of_training_is(
-    study: StudyFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+    study: StudyDirectory, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     uploaded(server, ids(study))
@@ -141,14 +143,14 @@ def test_json_has_the_link_whatever_the_mode_of_training_is(
 # What stands in the way
 
 
-def test_no_login(study: StudyFolder) -> None:
+def test_no_login(study: StudyDirectory) -> None:
     outcome = report(study)
     assert outcome.status == 2
     assert outcome.stderr.splitlines()[-1].startswith("no W&B report: there is no W&B login. Log in with: wandb login")
     assert "Traceback" not in outcome.stderr
 
 
-def test_no_server(study: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_server(study: StudyDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     with wandb_server() as gone:
         url = gone.url
     monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -159,13 +161,13 @@ def test_no_server(study: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Traceback" not in outcome.stderr
 
 
-def test_no_run_on_the_server(study: StudyFolder, server: WandbServer) -> None:
+def test_no_run_on_the_server(study: StudyDirectory, server: WandbServer) -> None:
     outcome = report(study)
     assert outcome.status == 2
     assert f"none of the study's runs is on W&B; toolkit sync {study.path} uploads them" in outcome.stderr
 
 
-def test_a_server_that_refuses(study: StudyFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_refuses(study: StudyDirectory, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
     uploaded(server, ids(study))
     monkeypatch.setattr(server, "_upsert_view", lambda variables: None)
     outcome = report(study)

@@ -19,9 +19,7 @@ import sklearn.model_selection
 import torch
 from distributed import free_port
 
-import toolkit.engine.fit
-import toolkit.tracking  # noqa: F401
-from toolkit.cli import app
+from toolkit.cli.main import app
 from toolkit.models.build import build_model
 from toolkit.recipe import loads_recipe
 from toolkit.runs import Run, open_run

@@ -15,11 +15,11 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "fit", "load_recipe", "open_run"]
 
 if TYPE_CHECKING:
-    from toolkit.engine.fit import fit
     from toolkit.recipe import load_recipe
     from toolkit.runs import open_run
+    from toolkit.training.fit import fit
 
-_HOMES = {"fit": "toolkit.engine.fit", "load_recipe": "toolkit.recipe", "open_run": "toolkit.runs"}
+_HOMES = {"fit": "toolkit.training.fit", "load_recipe": "toolkit.recipe", "open_run": "toolkit.runs"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
 """`python -m toolkit COMMAND`: the same as `toolkit COMMAND`, in the form that launchers take."""
 
-from toolkit.cli import main
+from toolkit.cli.main import main
 
 main()

@@ -20,24 +20,24 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from toolkit.data.order import MicroBatch
-from toolkit.engine.display import Display
-from toolkit.engine.evaluate import to_device
-from toolkit.engine.loop import Hooks, Sums
-from toolkit.engine.process import start
-from toolkit.engine.setup import prepare
-from toolkit.engine.signals import StopRequest
-from toolkit.engine.training import Training
+from toolkit.data.sampling import MicroBatch
+from toolkit.distributed.process import init_accelerator
+from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import RunFailed, UserError
-from toolkit.inspect.cost import flop_counter
+from toolkit.estimate.step_cost import flop_counter
 from toolkit.recipe.schema import Recipe
+from toolkit.training.console import Console
+from toolkit.training.context import build_context
+from toolkit.training.evaluation import to_device
+from toolkit.training.train_step import RunningMetrics, TrainCallbacks
+from toolkit.training.trainer import Trainer
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "V100": 125.0, "T4": 65.0}
 """Dense matrix arithmetic of 16-bit floats, as the makers state it; found by a word of the device's name."""
 
 
 @dataclass(frozen=True)
-class Speeds:
+class BenchmarkResult:
     """Medians over the repetitions of one benchmark. Images are those of all processes together."""
 
     device: str
@@ -67,7 +67,7 @@ class Speeds:
         return asdict(self)
 
 
-class _Repeated:
+class _RepeatedBatch:
     """A loader that gives one batch, already on the device, over and over."""
 
     def __init__(self, micro_batches: list[tuple[MicroBatch, Any]], steps: int) -> None:
@@ -81,7 +81,7 @@ class _Repeated:
         """Nothing to end."""
 
 
-class _Stream:
+class _EndlessLoader:
     """A loader's epochs in one stream: a repetition goes on where the last one stopped, and pays for no new start.
 
     The time spent waiting for batches is added up.
@@ -107,16 +107,16 @@ class _Stream:
         """The loader is its owner's to end."""
 
 
-def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: float | None = None) -> Speeds:
+def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: float | None = None) -> BenchmarkResult:
     """Measure a recipe on the processes that a launcher has started (a collective).
 
     Images come from the cache where the recipe's training would take them from there (it is built first, if need be),
     but not features: every image goes through the whole model. Raises UserError where an epoch has no step.
     """
-    accelerator = start(recipe.train)
-    display = Display(speaks=accelerator.is_main_process)
-    setup = prepare(recipe, accelerator, display)
-    training = Training(setup, None, None, StopRequest(), None, "images")
+    accelerator = init_accelerator(recipe.train)
+    display = Console(speaks=accelerator.is_main_process)
+    setup = build_context(recipe, accelerator, display)
+    training = Trainer(setup, None, None, GracefulStop(), None, "images")
     steps = min(steps, setup.steps)
     if steps < 1:
         raise UserError("an epoch of this recipe has no step: nothing to measure")
@@ -131,7 +131,7 @@ def is_main_process() -> bool:
     return bool(PartialState().is_main_process)
 
 
-def _measure(training: Training, steps: int, repeats: int, peak_tflops: float | None) -> Speeds:
+def _measure(training: Trainer, steps: int, repeats: int, peak_tflops: float | None) -> BenchmarkResult:
     setup, accelerator, table = training.setup, training.accelerator, training.recipe.train
     setup.transfer.train_mode()
     images = sum(
@@ -146,7 +146,7 @@ def _measure(training: Training, steps: int, repeats: int, peak_tflops: float | 
         for _, batch in itertools.islice(stream.epoch(0), steps * table.accumulation):
             to_device(batch.images, device, table.channels_last)
 
-    stream, repeated = _Stream(loader), _Repeated(first, steps)
+    stream, repeated = _EndlessLoader(loader), _RepeatedBatch(first, steps)
     data_seconds = _median(data, repeats, device)
     model_seconds = _median(lambda: _train(training, repeated, steps), repeats, device)
     stream.seconds = 0.0
@@ -154,7 +154,7 @@ def _measure(training: Training, steps: int, repeats: int, peak_tflops: float | 
     rate = steps * per_step / step_seconds
     peak = peak_tflops or _peak(device, accelerator.mixed_precision)
     world = accelerator.num_processes
-    return Speeds(
+    return BenchmarkResult(
         device=_device_name(device),
         precision=accelerator.mixed_precision,
         batch_size=table.batch_size,
@@ -171,7 +171,7 @@ def _measure(training: Training, steps: int, repeats: int, peak_tflops: float | 
     )
 
 
-def _first_step(training: Training) -> list[tuple[MicroBatch, Any]]:
+def _first_step(training: Trainer) -> list[tuple[MicroBatch, Any]]:
     """The micro-batches of the first step, their images on the device."""
     found = []
     channels_last = training.recipe.train.channels_last
@@ -183,17 +183,17 @@ def _first_step(training: Training) -> list[tuple[MicroBatch, Any]]:
     raise RunFailed("the first epoch gave no whole step")
 
 
-def _train(training: Training, loader: Any, steps: int) -> None:
+def _train(training: Trainer, loader: Any, steps: int) -> None:
     """So many optimiser steps; ends early in the middle of an epoch."""
-    sums = Sums.zero(training.accelerator.device)
+    sums = RunningMetrics.zero(training.accelerator.device)
     done = 0
 
-    def after_step(_: int, __: Sums) -> bool:
+    def after_step(_: int, __: RunningMetrics) -> bool:
         nonlocal done
         done += 1
         return done >= steps
 
-    hooks = Hooks(lambda epoch: None, after_step, lambda *_: None)
+    hooks = TrainCallbacks(lambda epoch: None, after_step, lambda *_: None)
     training.trainer.train_epoch(loader, 0, 0, sums, hooks)
     sums.figures(training.accelerator)  # waits for the device
 
@@ -215,11 +215,11 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _flops(training: Training, first: list[tuple[MicroBatch, Any]]) -> float:
+def _flops(training: Trainer, first: list[tuple[MicroBatch, Any]]) -> float:
     """Floating point operations of forward and backward, for one image."""
     images = sum(micro.own for micro, _ in first)
     with flop_counter() as counter:
-        _train(training, _Repeated(first, 1), 1)
+        _train(training, _RepeatedBatch(first, 1), 1)
     return float(counter.get_total_flops() / max(images, 1))
 
 
@@ -257,7 +257,7 @@ def compare_with_plain_loop(recipe: str, overrides: list[str], steps: int, repea
     return found
 
 
-def bench_text(speeds: Speeds, plain: dict[str, Any] | None = None) -> str:
+def bench_text(speeds: BenchmarkResult, plain: dict[str, Any] | None = None) -> str:
     """For a terminal."""
     lines = [
         f"device           {speeds.device}, precision {speeds.precision}",

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-State = Literal["ok", "warn", "fail"]
+CheckStatus = Literal["ok", "warn", "fail"]
 
 WANDB_SECONDS = 5.0
 """W&B's client may ask its server who is logged in; longer than this is not waited for."""
@@ -29,7 +29,7 @@ class Check:
     """One line of the report."""
 
     name: str
-    state: State
+    state: CheckStatus
     found: str
     advice: str = ""
 
@@ -208,9 +208,9 @@ def communication() -> Iterator[Check]:
 
 def cpus() -> Check:
     """CPUs that were granted, which is what workers are counted by."""
-    from toolkit.data.cpus import granted_cpus
+    from toolkit.distributed.cpu_count import available_cpus
 
-    granted, machine = granted_cpus(), os.cpu_count() or 1
+    granted, machine = available_cpus(), os.cpu_count() or 1
     found = f"{granted} granted of {machine}"
     if granted == 1:
         return Check("CPUs", "warn", found, "images will be prepared slowly: ask for more (SLURM: --cpus-per-task)")
@@ -247,7 +247,7 @@ def run_root_is_writable(run_root: Path) -> Check:
 def wandb_login() -> Check:
     """What a run would do with tracking.mode = "auto". The key is never shown, and there is no prompt."""
     os.environ.setdefault("WANDB_SILENT", "true")
-    from toolkit.tracking import wandb_mode
+    from toolkit.trackers import wandb_mode
 
     answers: list[tuple[str, str]] = []
     asking = threading.Thread(target=lambda: answers.append(wandb_mode("auto")), daemon=True)

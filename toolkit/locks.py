@@ -33,7 +33,7 @@ def acquire(
     timeout: float | None = 0,
     *,
     on_loss: Callable[[], None] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Lock:
     """Acquire a lock, to be released with its ``release()``. Raises Timeout where another process has it.
 
@@ -48,7 +48,7 @@ def acquire(
     except OSError as error:
         if error.errno not in NO_FLOCK:
             raise
-        return _acquire_lease(path, timeout, on_loss, say)
+        return _acquire_lease(path, timeout, on_loss, log)
     if lease_is_held(path):  # by a host that has no flock there
         lock.release()
         raise Timeout(str(path))
@@ -105,7 +105,7 @@ def _lease(path: Path, on_loss: Callable[[], None] | None = None) -> SoftFileLea
 
 
 def _acquire_lease(
-    path: Path, timeout: float | None, on_loss: Callable[[], None] | None, say: Callable[[str], None]
+    path: Path, timeout: float | None, on_loss: Callable[[], None] | None, log: Callable[[str], None]
 ) -> SoftFileLease:
     """Acquire the lease; raise Timeout once its holder is seen to be alive and ``timeout`` is over."""
     lease, began = _lease(path, on_loss), time.monotonic()
@@ -121,7 +121,7 @@ def _acquire_lease(
         if timeout is not None and waited >= timeout and is_alive:
             raise Timeout(lease.lock_file)
         if waited > LEASE_S / 60 and not is_announced and not is_alive:
-            say(f"{lease.lock_file} is there: waiting up to {LEASE_S:g} s to see whether its holder is alive")
+            log(f"{lease.lock_file} is there: waiting up to {LEASE_S:g} s to see whether its holder is alive")
             is_announced = True
         time.sleep(min(0.25, LEASE_S / 20))
 

@@ -29,14 +29,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from toolkit.data.datasets import open_dataset
-from toolkit.data.images import BLOCKS_KEPT
-from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing, with_channels
+from toolkit.data.image_sources import BLOCKS_KEPT
+from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
 from toolkit.data.splits import split_dataset
-from toolkit.engine.optim import build_optimizer
 from toolkit.models.build import build_model, expected_input
-from toolkit.models.transfer import apply_transfer, new_groups
+from toolkit.models.transfer import apply_transfer, new_param_groups
 from toolkit.recipe import load
 from toolkit.recipe.schema import Recipe
+from toolkit.training.optimizer import build_optimizer
 
 
 class ImageList(Dataset[Any]):
@@ -98,7 +98,7 @@ class PlainLoop:
         self.recipe = recipe
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(recipe.recipe.seed)
-        data = with_channels(recipe.data, pretrained=recipe.model.weights != "none")
+        data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
         dataset = open_dataset(data)
         self.splits = split_dataset(dataset, recipe.data)
         self.preprocessing = resolve_preprocessing(
@@ -113,7 +113,9 @@ class PlainLoop:
         )
         self.transfer = apply_transfer(built, recipe.transfer)
         self.model = built.module.to(self.device)
-        self.optimizer = build_optimizer(recipe.optimizer, new_groups(built, recipe.transfer, recipe.optimizer, []))
+        self.optimizer = build_optimizer(
+            recipe.optimizer, new_param_groups(built, recipe.transfer, recipe.optimizer, [])
+        )
         self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.augment.label_smoothing)
         workers = max(1, len(os.sched_getaffinity(0)) - 1)
         train = ImageList(dataset, self.splits["train"], transform_of(recipe, self.preprocessing, train=True))

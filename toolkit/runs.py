@@ -279,7 +279,7 @@ class Run:
                 raise DamagedFile(path, f"row {number} has the probability {row['probability'][:20]!r}")
         return rows
 
-    def lock(self, say: Callable[[str], None] = lambda line: None) -> Lock:
+    def lock(self, log: Callable[[str], None] = lambda line: None) -> Lock:
         """The right to write here, for one trainer at a time, see :mod:`toolkit.locks`.
 
         Raises RunInUse where another has it, and another UserError where nothing can be written. A trainer that loses
@@ -291,7 +291,7 @@ class Run:
             os._exit(EXIT_FAILURE)
 
         try:
-            return acquire(self.path / ".lock", on_loss=end, say=say)
+            return acquire(self.path / ".lock", on_loss=end, log=log)
         except Timeout:
             raise RunInUse(f"{self.path} is in use by another trainer that still runs") from None
         except OSError as error:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from toolkit.engine.launcher import check_launch, is_distributed, read_place
+from toolkit.distributed.launcher import check_launch, is_distributed, read_process_info
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
-from toolkit.names import visible
+from toolkit.filenames import escape_control_characters
 from toolkit.terminal import open_closed_streams, outliving_terminal
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ def train(
     """
 
     def work() -> int:
-        from toolkit.commands.options import chosen_run
+        from toolkit.cli.options import chosen_run
         from toolkit.recipe import load
 
-        read_place()  # refuses what the launcher should not have set before anything else looks at it
+        read_process_info()  # refuses what the launcher should not have set before anything else looks at it
         run_to_resume = resume if resume in (None, "auto") else str(chosen_run(resume))
         path = _recipe_path(recipe, run_to_resume)
         loaded = load(path, set_ or [])
@@ -85,7 +85,7 @@ def train(
             raise UserError(f"{recipe} is a study of many runs: toolkit study {recipe}")
         check_launch(loaded.recipe.train)
         # torch is imported here, after the recipe was found good.
-        from toolkit.engine import fit
+        from toolkit.training import fit
 
         if dry_run:
             fit.dry_run(loaded.recipe, load_weights=not random_weights, show_module=show_module)
@@ -95,7 +95,7 @@ def train(
             resume=run_to_resume,
             allow_changes=allow_changes,
             show_module=show_module,
-            origins=loaded.told_origins(path),
+            origins=loaded.origins_dict(path),
             began=process_start(),
         )
         if is_first_process():
@@ -105,8 +105,8 @@ def train(
         return EXIT_OK
 
     with outliving_terminal():
-        status = report_errors(work, debug=debug)
-    end(status)
+        status = run_with_error_handling(work, debug=debug)
+    exit_with_status(status)
 
 
 def process_start() -> float:
@@ -125,9 +125,9 @@ def process_start() -> float:
 def report_at_end(run: Run) -> None:
     """Write the figures and the report of a finished run; whatever goes wrong with them costs one warning."""
     try:
-        from toolkit.report.write import write_report
+        from toolkit.report.run_report import write_report
 
-        written = write_report(run, say=lambda line: print(line, file=sys.stderr))
+        written = write_report(run, log=lambda line: print(line, file=sys.stderr))
         for line in written.missing:
             print(f"the report does not show {line}", file=sys.stderr)
     except (Exception, KeyboardInterrupt) as error:
@@ -146,7 +146,7 @@ def _recipe_path(recipe: str | None, resume: str | None) -> str:
 
 def show_outcome(run: Run, *, as_json: bool) -> None:
     """The closing table and the path of the run directory, or the summary as JSON, on stdout."""
-    from toolkit.engine.fit import closing_text
+    from toolkit.training.fit import closing_text
 
     if as_json:
         print(json.dumps({"run": str(run.path), **run.summary}, indent=2))
@@ -155,7 +155,7 @@ def show_outcome(run: Run, *, as_json: bool) -> None:
         print(run.path)
 
 
-def report_errors(work: Callable[[], int], *, debug: bool) -> int:
+def run_with_error_handling(work: Callable[[], int], *, debug: bool) -> int:
     """Exit status of ``work``; our own errors as one message, others with their stack trace."""
     try:
         return work()
@@ -166,22 +166,22 @@ def report_errors(work: Callable[[], int], *, debug: bool) -> int:
     except (UserError, RunFailed) as error:
         if debug:
             traceback.print_exc()
-        speak(str(error))
+        print_error_once(str(error))
         return error.exit_status
     except BrokenPipeError:
         raise  # whoever read stdout (head, less) has left: the command line ends quietly
     except Exception as error:
-        speak(explain(error) or traceback.format_exc())
+        print_error_once(environment_error_message(error) or traceback.format_exc())
         return EXIT_FAILURE
 
 
-def explain(error: Exception) -> str | None:
+def environment_error_message(error: Exception) -> str | None:
     """One line for faults of the surroundings, for which a stack trace is no help; None for others."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return f"cannot write {error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, OSError) and error.filename is not None and error.errno in NO_ACCESS:
         return f"cannot use {error.filename}: {error.strerror}"
-    peers = sys.modules.get("toolkit.engine.peers")  # else torch has not been imported either
+    peers = sys.modules.get("toolkit.distributed.failure_detection")  # else torch has not been imported either
     if peers is None or not peers.is_loss(error):
         return None
     assert peers.current is not None
@@ -189,13 +189,13 @@ def explain(error: Exception) -> str | None:
     return str(peers.loss_message())
 
 
-def speak(message: str) -> None:
+def print_error_once(message: str) -> None:
     """Say what went wrong, once: a fault common to all processes is the first one's to tell.
 
     A process that only follows another's failure is silent, so that the message of that one stays the last.
     """
     rank, several = os.environ.get("RANK", "0"), is_distributed()
-    peers = sys.modules.get("toolkit.engine.peers")
+    peers = sys.modules.get("toolkit.distributed.failure_detection")
     watch = None if peers is None else peers.current
     if watch is not None and not is_first_process():
         watch.failure_reported.wait(OTHERS_WAIT_S)
@@ -203,14 +203,14 @@ def speak(message: str) -> None:
         time.sleep(OTHERS_WAIT_S)
     if watch is not None and watch.failure_reported.is_set():
         return
-    message = visible(f"rank {rank}: {message}" if several else message)
+    message = escape_control_characters(f"rank {rank}: {message}" if several else message)
     print(message, file=sys.stderr, flush=True)
-    tell_launcher(message)
+    write_torchelastic_error(message)
     if watch is not None:
         watch.report_failure()
 
 
-def tell_launcher(message: str) -> None:
+def write_torchelastic_error(message: str) -> None:
     """Leave the message where torchrun and accelerate launch look for it, to show it at their end."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
@@ -225,7 +225,7 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def end(status: int) -> NoReturn:
+def exit_with_status(status: int) -> NoReturn:
     """Leave with ``status``. After a failure among several processes, at once.
 
     A collective may never return, and where a thread is in one the interpreter's end may be an abort (status -6).

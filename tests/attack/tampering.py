@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from toolkit.engine.fit import fit
 from toolkit.recipe import load_recipe
 from toolkit.runs import Run
+from toolkit.training.fit import fit
 
 RECIPE = """
 [recipe]

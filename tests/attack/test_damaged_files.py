@@ -19,7 +19,7 @@ from finished import CONVNET, train_on_files
 from studies import study_folder, write_study
 
 from toolkit.runs import Run
-from toolkit.study.folder import assign
+from toolkit.study.directory import set_target_epoch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -75,7 +75,7 @@ def test_reads_of_damaged_studies(tmp_path: Path) -> None:
     assert toolkit("study", path).status == 0
     made = study_folder(tmp_path / "made")
     runs = [run for member in made.members if (run := made.run(member)) is not None]
-    assign(runs[0], 1)
+    set_target_epoch(runs[0], 1)
     runs[1].write_json("failed.json", {"message": "out of memory", "when": ""})
     read = ("recipe.toml", "metrics.jsonl", "summary.json", "environment.json", "origins.json")
     names = ["study.json", f"{runs[0].id}/assignment.json", f"{runs[1].id}/failed.json"]

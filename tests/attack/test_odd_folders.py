@@ -24,7 +24,7 @@ from cli import toolkit
 from damage import limited
 from PIL import Image
 
-from toolkit.data import walk
+from toolkit.data import folder_walk
 from toolkit.runs import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -314,7 +314,7 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(walk.os, "scandir", refuse)
+    monkeypatch.setattr(folder_walk.os, "scandir", refuse)
     for command in ("data", "train"):
         outcome = toolkit(command, *arguments(tmp_path))
         assert not refused(outcome.stderr, "b/deep cannot be read: Permission denied", outcome.status)

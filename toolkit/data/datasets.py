@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.data.folders import read_layout
-from toolkit.data.images import CANNOT_READ, HAS_CHANGED, ArrayImages, FileImages, Images
-from toolkit.data.order import Indices
-from toolkit.data.walk import ImageWalk
+from toolkit.data.folder_layout import read_layout
+from toolkit.data.folder_walk import FolderWalk
+from toolkit.data.image_sources import CANNOT_READ, HAS_CHANGED, ImageFiles, ImageSource, InMemoryImages
+from toolkit.data.sampling import IntArray
 from toolkit.errors import UserError
+from toolkit.filenames import encode_name, escape_control_characters
 from toolkit.locks import held
-from toolkit.names import encode_name, visible
-from toolkit.recipe.schema import DataTable
+from toolkit.recipe.schema import DataConfig
 
 CALTECH_IMAGES, CALTECH_BACKGROUND = "101_ObjectCategories", "BACKGROUND_Google"
 CALTECH_SOURCE = "CaltechDATA (https://doi.org/10.22002/D1.20086, file caltech-101.zip)"
@@ -35,11 +35,11 @@ class Dataset:
 
     name: str
     classes: list[str]
-    """Names of the classes, encoded by :func:`toolkit.names.encode_name`; a label is an index into them."""
-    images: Images
-    labels: Indices
+    """Names of the classes, encoded by :func:`toolkit.filenames.encode_name`; a label is an index into them."""
+    images: ImageSource
+    labels: IntArray
     """int64 [N]."""
-    lists: dict[str, Indices]
+    lists: dict[str, IntArray]
     """Official lists, int64 indices each: "train" always, "validation" and "test" where there are some."""
     native_size: int | None
     """Height and width of all images in pixels; None where they differ."""
@@ -48,25 +48,28 @@ class Dataset:
     """How its folders were read and what was left out: lines for the log."""
 
 
-def open_dataset(table: DataTable) -> Dataset:
+def open_dataset(table: DataConfig) -> Dataset:
     """The data set of a recipe. Raises UserError where it is missing or not laid out as it should be."""
     dataset = _OPENERS[table.dataset](table)
-    classes, notes = [encode_name(name) for name in dataset.classes], tuple(map(visible, dataset.notes))
+    classes, notes = (
+        [encode_name(name) for name in dataset.classes],
+        tuple(map(escape_control_characters, dataset.notes)),
+    )
     return replace(dataset, classes=classes, notes=notes)
 
 
-def _open_digits(table: DataTable) -> Dataset:
+def _open_digits(table: DataConfig) -> Dataset:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels (UCI), values 0..16 brought to 0..255."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    images = ArrayImages(pixels, "digits", table.channels or 1)
+    images = InMemoryImages(pixels, "digits", table.channels or 1)
     labels = digits.target.astype(np.int64)
     return Dataset("digits", [str(d) for d in range(10)], images, labels, {"train": np.arange(len(labels))}, 8, 1)
 
 
-def _open_torchvision(table: DataTable) -> Dataset:
+def _open_torchvision(table: DataConfig) -> Dataset:
     """cifar10, cifar100 and fashion_mnist, by torchvision's classes, which verify checksums of what they read."""
     from torchvision import datasets
 
@@ -76,11 +79,11 @@ def _open_torchvision(table: DataTable) -> Dataset:
     labels = np.concatenate([np.asarray(train.targets), np.asarray(test.targets)]).astype(np.int64)
     lists = {"train": np.arange(len(train)), "test": np.arange(len(train), len(labels))}
     native_channels = 3 if pixels.ndim == 4 else 1
-    images = ArrayImages(pixels, table.dataset, table.channels or native_channels)
+    images = InMemoryImages(pixels, table.dataset, table.channels or native_channels)
     return Dataset(table.dataset, list(train.classes), images, labels, lists, pixels.shape[1], native_channels)
 
 
-def _fetch(kind: Callable[..., Any], table: DataTable) -> tuple[Any, Any]:
+def _fetch(kind: Callable[..., Any], table: DataConfig) -> tuple[Any, Any]:
     """Training and test part as torchvision reads them, downloaded first where they are missing and may be."""
 
     def read(download: bool) -> tuple[Any, Any]:
@@ -107,10 +110,10 @@ def _fetch(kind: Callable[..., Any], table: DataTable) -> tuple[Any, Any]:
         ) from error
 
 
-def _open_caltech101(table: DataTable) -> Dataset:
+def _open_caltech101(table: DataConfig) -> Dataset:
     """Caltech-101 (Li et al. 2022) with the homework's train.txt and test.txt beside the images, or without."""
     home = _caltech_home(Path(table.root))
-    walk = ImageWalk(home / CALTECH_IMAGES)
+    walk = FolderWalk(home / CALTECH_IMAGES)
     folders = walk.above_classes("").folders
     if table.background_class and CALTECH_BACKGROUND not in folders:
         raise UserError(f"data.background_class = true, but {home / CALTECH_IMAGES / CALTECH_BACKGROUND} is missing")
@@ -169,7 +172,7 @@ def _caltech_list(home: Path, name: str, present: dict[str, list[str]], backgrou
     return paths
 
 
-def _open_imagefolder(table: DataTable) -> Dataset:
+def _open_imagefolder(table: DataConfig) -> Dataset:
     """Folders of images, one a class: below the folder of each split, or below the root itself."""
     root = Path(table.root)
     if not root.is_dir():
@@ -178,8 +181,8 @@ def _open_imagefolder(table: DataTable) -> Dataset:
     layout = read_layout(root, table.class_folders, unread)
     index = {name: label for label, name in enumerate(layout.classes)}
     paths: list[str] = []
-    labels: list[Indices] = []
-    lists: dict[str, Indices] = {}
+    labels: list[IntArray] = []
+    lists: dict[str, IntArray] = {}
     for split, classes in layout.files.items():
         start = len(paths)
         for name, files in classes.items():
@@ -191,13 +194,13 @@ def _open_imagefolder(table: DataTable) -> Dataset:
     return Dataset("imagefolder", layout.classes, images, np.concatenate(labels), lists, None, 3, notes)
 
 
-def _files(root: Path, paths: list[str], table: DataTable) -> FileImages:
+def _files(root: Path, paths: list[str], table: DataConfig) -> ImageFiles:
     """Image files, to be read as the table says."""
     advice = CANNOT_READ if table.on_bad_image == "error" else HAS_CHANGED
-    return FileImages(root, paths, table.channels or 3, exif=table.exif, value_range=table.known_range, advice=advice)
+    return ImageFiles(root, paths, table.channels or 3, exif=table.exif, value_range=table.known_range, advice=advice)
 
 
-_OPENERS: dict[str, Callable[[DataTable], Dataset]] = {
+_OPENERS: dict[str, Callable[[DataConfig], Dataset]] = {
     "digits": _open_digits,
     "cifar10": _open_torchvision,
     "cifar100": _open_torchvision,

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.recipe.resolved import BEFORE
-from toolkit.recipe.schema import DataTable, NormalizeValues
+from toolkit.recipe.resolve import BEFORE
+from toolkit.recipe.schema import DataConfig, NormalizeValues
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -17,7 +17,7 @@ SMALL_IMAGE = 64
 
 
 @dataclass(frozen=True)
-class InputConfig:
+class PretrainedInput:
     """What pretrained weights were trained with, as their publisher states it."""
 
     image_size: int
@@ -69,12 +69,12 @@ class Preprocessing:
         return cls(**fields)
 
 
-def with_channels(data: DataTable, *, pretrained: bool) -> DataTable:
+def resolve_channels(data: DataConfig, *, pretrained: bool) -> DataConfig:
     """The table with colour input where nothing is said of it and pretrained weights are used, which expect colour."""
     return data.model_copy(update={"channels": 3}) if data.channels is None and pretrained else data
 
 
-def as_trained(data: DataTable, preprocessing: Preprocessing) -> DataTable:
+def as_trained(data: DataConfig, preprocessing: Preprocessing) -> DataConfig:
     """The table with the way in which a trained model's image files were read."""
     found = preprocessing.value_range
     value_range = "auto" if found is None else list(found)
@@ -82,8 +82,8 @@ def as_trained(data: DataTable, preprocessing: Preprocessing) -> DataTable:
 
 
 def resolve_preprocessing(
-    data: DataTable,
-    weights: InputConfig | None,
+    data: DataConfig,
+    weights: PretrainedInput | None,
     native_size: int | None,
     native_channels: int,
     measure: Callable[[Preprocessing], tuple[tuple[float, ...], tuple[float, ...]]],
@@ -129,8 +129,8 @@ def resolve_preprocessing(
 
 
 def _normalization(
-    data: DataTable,
-    weights: InputConfig | None,
+    data: DataConfig,
+    weights: PretrainedInput | None,
     plain: Preprocessing,
     measure: Callable[[Preprocessing], tuple[tuple[float, ...], tuple[float, ...]]],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:

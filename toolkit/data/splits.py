@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.data.datasets import Dataset
-from toolkit.data.order import Indices, keyed_permutation
+from toolkit.data.sampling import IntArray, keyed_permutation
 from toolkit.errors import UserError
-from toolkit.recipe.schema import DataTable, SplitTable
+from toolkit.recipe.schema import DataConfig, SplitConfig
 
 SPLITS = ("train", "validation", "test")
 
@@ -28,7 +28,7 @@ _VALIDATION, _TEST = 1, 2
 Mask = npt.NDArray[np.bool_]
 
 
-def split_dataset(dataset: Dataset, table: DataTable) -> dict[str, Indices]:
+def split_dataset(dataset: Dataset, table: DataConfig) -> dict[str, IntArray]:
     """Indices into the data set of each split: "train", "validation", "test", int64.
 
     The test images are the data set's own list where there is one, else drawn by ``split.test`` (with "auto" none from
@@ -44,9 +44,7 @@ def split_dataset(dataset: Dataset, table: DataTable) -> dict[str, Indices]:
     split, lists, labels = table.split, dataset.lists, dataset.labels
     seed = split.seed
     if not isinstance(seed, int):
-        raise ValueError(
-            'data.split.seed = "recipe.seed" must be resolved first: toolkit.recipe.resolved.with_defaults'
-        )
+        raise ValueError('data.split.seed = "recipe.seed" must be resolved first: toolkit.recipe.resolve.with_defaults')
     method = _method(dataset, split)
     train = lists["train"]
     test_share = share_of_test(dataset, split)
@@ -75,14 +73,14 @@ def split_dataset(dataset: Dataset, table: DataTable) -> dict[str, Indices]:
     return splits
 
 
-def share_of_test(dataset: Dataset, split: SplitTable) -> float | int:
+def share_of_test(dataset: Dataset, split: SplitConfig) -> float | int:
     """``split.test`` with "auto" resolved: 0 for a data set with a validation list but no test list, else 0.2."""
     if split.test != "auto":
         return split.test
     return 0 if "validation" in dataset.lists and "test" not in dataset.lists else AUTO_TEST
 
 
-def describe_splits(dataset: Dataset, table: DataTable) -> str:
+def describe_splits(dataset: Dataset, table: DataConfig) -> str:
     """Where the images of each split come from: one line for the log."""
     split, method = table.split, _method(dataset, table.split)
     share = share_of_test(dataset, split)
@@ -104,7 +102,7 @@ def describe_splits(dataset: Dataset, table: DataTable) -> str:
     return f"splits: validation is {validation}; test is {test}"
 
 
-def check_splits(dataset: Dataset, splits: dict[str, Indices], needed: Sequence[str]) -> None:
+def check_splits(dataset: Dataset, splits: dict[str, IntArray], needed: Sequence[str]) -> None:
     """Raise UserError where a ``needed`` split is empty or a class has no training image."""
     for name in needed:
         if len(splits[name]) == 0:
@@ -122,7 +120,7 @@ def check_splits(dataset: Dataset, splits: dict[str, Indices], needed: Sequence[
         )
 
 
-def split_hash(dataset: Dataset, splits: dict[str, Indices]) -> str:
+def split_hash(dataset: Dataset, splits: dict[str, IntArray]) -> str:
     """SHA-256 (hex) over each split's image names and classes, in order: equal for the same split of the same data."""
     digest = hashlib.sha256()
     for split in SPLITS:
@@ -133,7 +131,7 @@ def split_hash(dataset: Dataset, splits: dict[str, Indices]) -> str:
     return digest.hexdigest()
 
 
-def _method(dataset: Dataset, split: SplitTable) -> str:
+def _method(dataset: Dataset, split: SplitConfig) -> str:
     """The method with auto resolved."""
     has_list = "validation" in dataset.lists
     if split.method == "auto":
@@ -146,7 +144,7 @@ def _method(dataset: Dataset, split: SplitTable) -> str:
     return split.method
 
 
-def _choose(labels: Indices, method: str, share: float | int, key: str, seed: int, purpose: int) -> Mask:
+def _choose(labels: IntArray, method: str, share: float | int, key: str, seed: int, purpose: int) -> Mask:
     """Which of the listed images are taken out of training, bool [n]."""
     n = len(labels)
     if method == "alternate":
@@ -167,7 +165,7 @@ def _choose(labels: Indices, method: str, share: float | int, key: str, seed: in
     return chosen
 
 
-def _quotas(counts: Indices, total: int) -> Indices:
+def _quotas(counts: IntArray, total: int) -> IntArray:
     """Images to take from each class: proportional to its size, adding up to ``total`` by the largest remainders."""
     # Whole numbers, so that no rounding decides between equal remainders: the first class then has precedence.
     quotas, remainders = np.divmod(counts * total, counts.sum())
@@ -176,7 +174,7 @@ def _quotas(counts: Indices, total: int) -> Indices:
     return quotas
 
 
-def _first_of_each_class(indices: Indices, labels: Indices, limit: int | None) -> Indices:
+def _first_of_each_class(indices: IntArray, labels: IntArray, limit: int | None) -> IntArray:
     """At most ``limit`` images of each class, the first ones, in the order they had."""
     if limit is None:
         return indices

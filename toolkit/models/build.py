@@ -9,23 +9,31 @@ import timm.models.resnet
 import torchvision.models
 from torch import nn
 
-from toolkit.data.preprocessing import InputConfig
+from toolkit.data.preprocessing import PretrainedInput
 from toolkit.errors import UserError
 from toolkit.models import timm_models, torchvision_models
 from toolkit.models.convnet import ConvNet
+from toolkit.models.dry_forward import DryForwardResult, input_shape, is_logits, probe
 from toolkit.models.head import build_head, with_dropout
-from toolkit.models.names import first_line
-from toolkit.models.probe import Probe, input_shape, is_logits, probe
-from toolkit.models.stages import Stage, find_stages, is_under
-from toolkit.models.weights import Loaded, State, fit_state, is_file_reference, locate, read_state, without_prefix
-from toolkit.recipe.schema import ModelTable
+from toolkit.models.layer_groups import LayerGroup, find_stages, is_under
+from toolkit.models.pretrained import (
+    StateDict,
+    WeightLoadReport,
+    fit_state,
+    is_file_reference,
+    locate,
+    read_state,
+    without_prefix,
+)
+from toolkit.models.unknown_names import first_line
+from toolkit.recipe.schema import ModelConfig
 
 STEM = "conv1"
 """A ResNet's first convolution, in torchvision and timm."""
 
 
 @dataclass
-class BuiltModel:
+class ModelBundle:
     """A model ready for transfer and training."""
 
     module: nn.Module
@@ -34,9 +42,9 @@ class BuiltModel:
     """Dotted names of the last layers; more than one only in distilled transformers."""
     classifier: list[str]
     """Dotted names of the fully connected parts, the heads among them."""
-    stages: list[Stage]
+    stages: list[LayerGroup]
     """Input to output; every parameter is in exactly one; the last is the head."""
-    inputs: InputConfig | None
+    inputs: PretrainedInput | None
     """What the weights were trained with; None without weights."""
     notes: list[str]
     """What a person should know about weights and head."""
@@ -50,8 +58,8 @@ class BuiltModel:
 
 
 def build_model(
-    table: ModelTable, num_classes: int, channels: int, image_size: int, *, load_weights: bool = True
-) -> BuiltModel:
+    table: ModelConfig, num_classes: int, channels: int, image_size: int, *, load_weights: bool = True
+) -> ModelBundle:
     """Build a recipe's model; without ``load_weights`` the same architecture, nothing read or downloaded.
 
     ``image_size`` is height and width in pixels. Raises UserError for unknown names and arguments, for weights that are
@@ -64,7 +72,7 @@ def build_model(
         raise UserError(f"{table.name} cannot be built as [model] describes it: {first_line(error)}") from error
 
 
-def _built(table: ModelTable, num_classes: int, channels: int, image_size: int, load_weights: bool) -> BuiltModel:
+def _built(table: ModelConfig, num_classes: int, channels: int, image_size: int, load_weights: bool) -> ModelBundle:
     module, heads = _construct(table, num_classes, channels, image_size)
     if table.stem == "small":
         _shrink_stem(module, table)
@@ -73,10 +81,10 @@ def _built(table: ModelTable, num_classes: int, channels: int, image_size: int, 
     used = _settle(table, module, heads, num_classes, channels, image_size)
     stages, classifier = find_stages(module, heads, used), _classifier_parts(module, heads)
     new_stem = STEM if STEM in loaded.new else None
-    return BuiltModel(module, heads, classifier, stages, expected_input(table), loaded.notes, new_stem)
+    return ModelBundle(module, heads, classifier, stages, expected_input(table), loaded.notes, new_stem)
 
 
-def expected_input(table: ModelTable) -> InputConfig | None:
+def expected_input(table: ModelConfig) -> PretrainedInput | None:
     """What the recipe's weights were trained with, as their publisher states it; nothing is built or downloaded."""
     if table.weights == "none" or table.source == "toolkit":
         return None
@@ -84,7 +92,7 @@ def expected_input(table: ModelTable) -> InputConfig | None:
 
 
 def _construct(
-    table: ModelTable, num_classes: int, channels: int, image_size: int
+    table: ModelConfig, num_classes: int, channels: int, image_size: int
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The architecture with random weights, and the dotted names of its last layers."""
     if table.source == "toolkit":
@@ -95,7 +103,7 @@ def _construct(
     return torchvision_models.construct(table, num_classes, channels, image_size)
 
 
-def _shrink_stem(module: nn.Module, table: ModelTable) -> None:
+def _shrink_stem(module: nn.Module, table: ModelConfig) -> None:
     """A 3x3 convolution of stride 1 and no pooling, as He et al. (2016) use for CIFAR-10's 32 pixels."""
     conv = getattr(module, STEM, None)
     is_resnet = isinstance(module, torchvision.models.ResNet | timm.models.resnet.ResNet)
@@ -108,7 +116,7 @@ def _shrink_stem(module: nn.Module, table: ModelTable) -> None:
 
 
 def _replace_head(
-    table: ModelTable, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
+    table: ModelConfig, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
 ) -> tuple[str, ...]:
     """Put the recipe's head in place of the architecture's; its dotted names. The ConvNet has it already."""
     head = table.head
@@ -132,7 +140,7 @@ def _replace_head(
 
 
 def _replace_classifier(
-    table: ModelTable, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
+    table: ModelConfig, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
 ) -> str:
     """Put the recipe's head in place of all fully connected layers and the pooling before them."""
     if table.source != "torchvision" or not isinstance(getattr(module, "avgpool", None), nn.Module):
@@ -151,7 +159,9 @@ def _replace_classifier(
     return container
 
 
-def _load(table: ModelTable, module: nn.Module, heads: tuple[str, ...], image_size: int, load_weights: bool) -> Loaded:
+def _load(
+    table: ModelConfig, module: nn.Module, heads: tuple[str, ...], image_size: int, load_weights: bool
+) -> WeightLoadReport:
     """Load the recipe's weights; head and changed stem may differ from them."""
     may_differ = [*heads, *([STEM] if table.stem == "small" else [])]
     is_file = is_file_reference(table.weights)
@@ -160,9 +170,9 @@ def _load(table: ModelTable, module: nn.Module, heads: tuple[str, ...], image_si
             f"model.weights = {table.weights!r}: a ConvNet of one's own has none; use 'none' or 'file:PATH'"
         )
     if table.weights == "none" or (is_file and not load_weights):
-        return Loaded([], [])
+        return WeightLoadReport([], [])
     if not load_weights:
-        return Loaded([f"weights {table.weights}: not loaded"], may_differ)
+        return WeightLoadReport([f"weights {table.weights}: not loaded"], may_differ)
     source = f"the weights file {table.weights}" if is_file else f"the weights {table.weights} of {table.name}"
     notes: list[str] = []
     if is_file:
@@ -174,10 +184,10 @@ def _load(table: ModelTable, module: nn.Module, heads: tuple[str, ...], image_si
     elif table.source == "timm" and is_file:
         state = timm_models.adapt(table, module, state)
     loaded = fit_state(module, state, new=may_differ, source=source, ignored=torchvision_models.AUXILIARY)
-    return Loaded([*notes, *loaded.notes], loaded.new)
+    return WeightLoadReport([*notes, *loaded.notes], loaded.new)
 
 
-def _file_state(table: ModelTable, module: nn.Module, source: str) -> tuple[State, list[str]]:
+def _file_state(table: ModelConfig, module: nn.Module, source: str) -> tuple[StateDict, list[str]]:
     """The state dict in the recipe's weights file, without a prefix of its names that the module does not have."""
     path, key = locate(table.weights), table.weights_key
     state, notes = read_state(path, key)
@@ -186,14 +196,14 @@ def _file_state(table: ModelTable, module: nn.Module, source: str) -> tuple[Stat
     return state, [*notes, *more]
 
 
-def _published_state(table: ModelTable, image_size: int) -> State:
+def _published_state(table: ModelConfig, image_size: int) -> StateDict:
     if table.source == "timm":
         return timm_models.published_state(table, image_size)
     return torchvision_models.published_state(table)
 
 
 def _settle(
-    table: ModelTable, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
+    table: ModelConfig, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
 ) -> tuple[str, ...]:
     """Check that images of this size become logits, and that all randomness is in layers that can be repeated.
 
@@ -216,14 +226,14 @@ def _settle(
     return found.used
 
 
-def _probe(table: ModelTable, module: nn.Module, channels: int, image_size: int) -> Probe:
+def _probe(table: ModelConfig, module: nn.Module, channels: int, image_size: int) -> DryForwardResult:
     try:
         return probe(module, channels, image_size)
     except Exception as error:
         raise _unfit_size(table, image_size, error) from None
 
 
-def _unfit_size(table: ModelTable, image_size: int, error: Exception) -> UserError:
+def _unfit_size(table: ModelConfig, image_size: int, error: Exception) -> UserError:
     return UserError(
         f"{table.name} cannot take images of {image_size}x{image_size} pixels (too small, or no multiple of what it "
         f"needs); choose another data.image_size. It said: {first_line(error)}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from toolkit.models.head import ACTIVATIONS, build_head, check_memory
 from toolkit.recipe.image_size import convnet_output_size
-from toolkit.recipe.schema import ConvBlock, ConvNetTable, HeadTable
+from toolkit.recipe.schema import ConvBlock, ConvNetConfig, HeadConfig
 
 
 class ConvNet(nn.Module):
@@ -17,7 +17,9 @@ class ConvNet(nn.Module):
     Raises UserError where the image is too small for a block.
     """
 
-    def __init__(self, table: ConvNetTable, head: HeadTable, num_classes: int, channels: int, image_size: int) -> None:
+    def __init__(
+        self, table: ConvNetConfig, head: HeadConfig, num_classes: int, channels: int, image_size: int
+    ) -> None:
         super().__init__()
         self.blocks = nn.Sequential()
         size, widths = convnet_output_size(table, image_size), [channels, *(block.channels for block in table.blocks)]
@@ -36,7 +38,7 @@ class ConvNet(nn.Module):
         return logits
 
 
-def _build_block(table: ConvNetTable, block: ConvBlock, channels: int) -> nn.Sequential:
+def _build_block(table: ConvNetConfig, block: ConvBlock, channels: int) -> nn.Sequential:
     """The block's layers in the order that the recipe gives."""
     conv = nn.Conv2d(channels, block.channels, block.kernel, block.stride, block.padding, bias=table.has_bias(block))
     width = channels

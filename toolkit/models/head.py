@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from toolkit.data.capacity import available_memory, gib
+from toolkit.cache.memory_budget import available_memory, gib
 from toolkit.errors import UserError
-from toolkit.recipe.schema import HeadTable
+from toolkit.recipe.schema import HeadConfig
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -36,7 +36,7 @@ class DropoutLinear(nn.Linear):
         return F.linear(self.drop(input), self.weight, self.bias)
 
 
-def build_head(table: HeadTable, in_features: int, num_classes: int) -> nn.Module:
+def build_head(table: HeadConfig, in_features: int, num_classes: int) -> nn.Module:
     """[N, in_features] to [N, num_classes]: Linear-[BatchNorm]-activation-[Dropout] a hidden width, then Linear.
 
     Without hidden widths: [BatchNorm]-[Dropout]-Linear, the batch norm without weight and bias, which the linear layer

@@ -14,18 +14,20 @@ from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from toolkit.data.preprocessing import InputConfig
+from toolkit.data.preprocessing import PretrainedInput
 from toolkit.errors import UserError
 from toolkit.models.head import DropoutLinear, with_dropout
-from toolkit.models.names import check_arguments, first_line, unknown_name
-from toolkit.models.stages import is_under
-from toolkit.models.weights import State, is_file_reference, map_efficientnet_lite
-from toolkit.recipe.schema import ModelTable
+from toolkit.models.layer_groups import is_under
+from toolkit.models.pretrained import StateDict, is_file_reference, map_efficientnet_lite
+from toolkit.models.unknown_names import check_arguments, first_line, unknown_name
+from toolkit.recipe.schema import ModelConfig
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
-def construct(table: ModelTable, num_classes: int, channels: int, image_size: int) -> tuple[nn.Module, tuple[str, ...]]:
+def construct(
+    table: ModelConfig, num_classes: int, channels: int, image_size: int
+) -> tuple[nn.Module, tuple[str, ...]]:
     """The model with ``num_classes`` outputs, random weights, and the dotted names of its last layers."""
     check_arguments(table.args)
     arguments = {"num_classes": num_classes, "in_chans": channels, **_arguments(table, image_size)}
@@ -35,7 +37,7 @@ def construct(table: ModelTable, num_classes: int, channels: int, image_size: in
     return module, _last_layers(module)
 
 
-def published_state(table: ModelTable, image_size: int) -> State:
+def published_state(table: ModelConfig, image_size: int) -> StateDict:
     """The tag's weights as timm itself loads them, with the published classes and channels.
 
     From the Hugging Face cache without asking the network, else downloaded.
@@ -54,13 +56,13 @@ def published_state(table: ModelTable, image_size: int) -> State:
         raise _not_fetched(name, config, str(error)) from None
 
 
-def _arguments(table: ModelTable, image_size: int) -> dict[str, Any]:
+def _arguments(table: ModelConfig, image_size: int) -> dict[str, Any]:
     """The recipe's, and the image size for models in which it is built in."""
     is_fixed = get_pretrained_cfg(_full_name(table)).fixed_input_size
     return {**({"img_size": image_size} if is_fixed else {}), **table.args}
 
 
-def adapt(table: ModelTable, module: nn.Module, state: State) -> State:
+def adapt(table: ModelConfig, module: nn.Module, state: StateDict) -> StateDict:
     """A file's names and position tables in the form of this module."""
     if "_conv_stem.weight" in state and hasattr(module, "blocks"):
         if not table.name.startswith("tf_efficientnet_lite"):
@@ -79,11 +81,11 @@ def adapt(table: ModelTable, module: nn.Module, state: State) -> State:
         return state
 
 
-def inputs(table: ModelTable) -> InputConfig:
+def inputs(table: ModelConfig) -> PretrainedInput:
     """What the weights were trained with; for weights from a file, what the architecture's default ones were."""
     config = get_pretrained_cfg(_full_name(table))
     height, size = config.input_size[-2:]
-    return InputConfig(
+    return PretrainedInput(
         image_size=size,
         resize=math.floor(size / config.crop_pct),
         interpolation=config.interpolation if config.interpolation in INTERPOLATIONS else "bicubic",
@@ -113,7 +115,7 @@ def use_dropout_layer(module: nn.Module, heads: tuple[str, ...]) -> None:
             module.set_submodule(head, with_dropout(layer, rate))
 
 
-def _full_name(table: ModelTable) -> str:
+def _full_name(table: ModelConfig) -> str:
     """Architecture, with the tag where one is named in ``name`` or ``weights``."""
     base, _, tag = table.name.partition(".")
     if ":" in base or not timm.is_model(base):

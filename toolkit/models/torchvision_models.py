@@ -10,17 +10,19 @@ import torchvision
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from toolkit.data.preprocessing import InputConfig
+from toolkit.data.preprocessing import PretrainedInput
 from toolkit.errors import UserError
-from toolkit.models.names import check_arguments, first_line, unknown_name
-from toolkit.models.weights import State, map_densenet
-from toolkit.recipe.schema import ModelTable
+from toolkit.models.pretrained import StateDict, map_densenet
+from toolkit.models.unknown_names import check_arguments, first_line, unknown_name
+from toolkit.recipe.schema import ModelConfig
 
 AUXILIARY = ("AuxLogits", "aux1", "aux2")
 """Classifiers half-way through Inception and GoogLeNet, in their published weights; never built here."""
 
 
-def construct(table: ModelTable, num_classes: int, channels: int, image_size: int) -> tuple[nn.Module, tuple[str, ...]]:
+def construct(
+    table: ModelConfig, num_classes: int, channels: int, image_size: int
+) -> tuple[nn.Module, tuple[str, ...]]:
     """The model with ``num_classes`` outputs, random weights, and the dotted name of its last layer."""
     known = torchvision.models.list_models(module=torchvision.models)
     if table.name not in known:
@@ -36,7 +38,7 @@ def construct(table: ModelTable, num_classes: int, channels: int, image_size: in
     return module, (_last_layer(module, num_classes),)
 
 
-def published_state(table: ModelTable) -> State:
+def published_state(table: ModelConfig) -> StateDict:
     """The weights the enum names, from torch's cache or downloaded."""
     weights = _enum(table)
     try:
@@ -49,7 +51,7 @@ def published_state(table: ModelTable) -> State:
         ) from None
 
 
-def adapt(module: nn.Module, state: State, image_size: int) -> State:
+def adapt(module: nn.Module, state: StateDict, image_size: int) -> StateDict:
     """Published names and position tables in the form of this module."""
     state = map_densenet(state)
     position = "encoder.pos_embedding"
@@ -61,10 +63,10 @@ def adapt(module: nn.Module, state: State, image_size: int) -> State:
     return dict(interpolate_embeddings(image_size, module.patch_size, state)) if is_other_size else state
 
 
-def inputs(table: ModelTable) -> InputConfig:
+def inputs(table: ModelConfig) -> PretrainedInput:
     """What the weights were trained with; for weights from a file, what the architecture's default ones were."""
     preset = _enum(table).transforms()
-    return InputConfig(
+    return PretrainedInput(
         image_size=preset.crop_size[0],
         resize=preset.resize_size[0],
         interpolation=preset.interpolation.value,
@@ -73,7 +75,7 @@ def inputs(table: ModelTable) -> InputConfig:
     )
 
 
-def _enum(table: ModelTable) -> Any:
+def _enum(table: ModelConfig) -> Any:
     """The member of the weights enum; the default one for weights from a file."""
     members = torchvision.models.get_model_weights(table.name)
     if table.weights == "DEFAULT" or table.weights.startswith(("file:", "package:")):
@@ -83,7 +85,7 @@ def _enum(table: ModelTable) -> Any:
     return members[table.weights]
 
 
-def _own_arguments(table: ModelTable, channels: int, image_size: int) -> dict[str, Any]:
+def _own_arguments(table: ModelConfig, channels: int, image_size: int) -> dict[str, Any]:
     """What torchvision's builders add by themselves when they load weights, and the size where it is built in."""
     if table.name in ("inception_v3", "googlenet"):
         # Their published weights were trained in TensorFlow, with another normalisation, which the module undoes.

@@ -14,22 +14,22 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit.errors import UserError
-from toolkit.models.build import BuiltModel
-from toolkit.models.stages import Stage, is_under
-from toolkit.recipe.schema import OptimizerTable, TransferTable
+from toolkit.models.build import ModelBundle
+from toolkit.models.layer_groups import LayerGroup, is_under
+from toolkit.recipe.schema import OptimizerConfig, TransferConfig
 
 
 @dataclass
 class Transfer:
     """A model with its transfer mode applied."""
 
-    built: BuiltModel
-    table: TransferTable
+    built: ModelBundle
+    table: TransferConfig
     frozen_by_pattern: frozenset[str]
     """Names that ``freeze`` matched and ``train`` did not: gradual unfreezing passes them over."""
 
     @property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[LayerGroup]:
         """Input to output."""
         return self.built.stages
 
@@ -42,7 +42,7 @@ class Transfer:
         """Training mode for what trains, evaluation mode for what is frozen; call it before every training pass."""
         module = self.built.module
         module.train()
-        _rest_frozen(module)
+        _set_frozen_eval(module)
         if self.table.frozen_batch_norm == "update":
             for layer in module.modules():
                 if isinstance(layer, _BatchNorm):
@@ -51,7 +51,7 @@ class Transfer:
     def unfreeze_for_epoch(self, epoch: int) -> bool:
         """At the start of an epoch (from 1): open the stages due by now, from the top. Whether anything changed.
 
-        Only ``gradual`` opens any. Where it did, the optimiser needs :func:`new_groups` and DDP must be wrapped anew.
+        Only ``gradual`` opens any. Where it did, the optimiser needs :func:`new_param_groups` and DDP must be wrapped anew.
         """
         due = sum(start <= epoch for start in self.table.unfreeze_at) if self.table.mode == "gradual" else 0
         opened = self.stages[:-1][len(self.stages) - 1 - due :] if due else []
@@ -65,7 +65,7 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class PartRow:
+class LayerGroupSummary:
     """One line of the table that is shown before training."""
 
     name: str
@@ -78,7 +78,7 @@ class PartRow:
     """How statistics run: trained, fixed, updated (frozen, but they follow the data); "-": there is none."""
 
 
-def apply_transfer(built: BuiltModel, table: TransferTable) -> Transfer:
+def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
     """Set requires_grad throughout. Raises UserError for a pattern without a match, and where nothing would train."""
     names = [name for name, _ in built.module.named_parameters()]
     frozen, trained = _matches("freeze", table.freeze, names, built), _matches("train", table.train, names, built)
@@ -96,7 +96,7 @@ def apply_transfer(built: BuiltModel, table: TransferTable) -> Transfer:
     return transfer
 
 
-def _trains_by_mode(built: BuiltModel, table: TransferTable, name: str) -> bool:
+def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> bool:
     """Whether a parameter trains (at the start), by the mode alone."""
     is_head, is_classifier = is_under(name, built.heads), is_under(name, built.classifier)
     match table.mode:
@@ -110,7 +110,7 @@ def _trains_by_mode(built: BuiltModel, table: TransferTable, name: str) -> bool:
             return is_head
 
 
-def _matches(key: str, patterns: list[str], names: list[str], built: BuiltModel) -> set[str]:
+def _matches(key: str, patterns: list[str], names: list[str], built: ModelBundle) -> set[str]:
     """The names that any of the patterns matches; each must match one."""
     found: set[str] = set()
     for pattern in patterns:
@@ -124,11 +124,11 @@ def _matches(key: str, patterns: list[str], names: list[str], built: BuiltModel)
     return found
 
 
-def _listed(built: BuiltModel) -> str:
+def _listed(built: ModelBundle) -> str:
     return ", ".join("/".join(stage.prefixes) for stage in built.stages)
 
 
-def _check_unfreezing(built: BuiltModel, table: TransferTable) -> None:
+def _check_unfreezing(built: ModelBundle, table: TransferConfig) -> None:
     if table.mode != "gradual":
         return
     if not table.unfreeze_at:
@@ -142,7 +142,7 @@ def _check_unfreezing(built: BuiltModel, table: TransferTable) -> None:
         )
 
 
-def _check_stem(built: BuiltModel, transfer: Transfer) -> None:
+def _check_stem(built: ModelBundle, transfer: Transfer) -> None:
     """A new first convolution must train: frozen at its random start it would spoil all that follows."""
     stem = built.new_stem
     if stem and not any(is_under(name, [stem]) for name in transfer.trainable):
@@ -152,7 +152,7 @@ def _check_stem(built: BuiltModel, transfer: Transfer) -> None:
         )
 
 
-def _rest_frozen(module: nn.Module) -> None:
+def _set_frozen_eval(module: nn.Module) -> None:
     """Put what is frozen in evaluation mode, from ``module`` (not all frozen itself) down.
 
     A child without parameters, such as dropout, works for the next child that has some, and rests with it.
@@ -166,11 +166,11 @@ def _rest_frozen(module: nn.Module) -> None:
         if is_next_frozen:
             child.eval()
         else:
-            _rest_frozen(child)
+            _set_frozen_eval(child)
 
 
-def new_groups(
-    built: BuiltModel, table: TransferTable, optimizer: OptimizerTable, groups: list[dict[str, Any]]
+def new_param_groups(
+    built: ModelBundle, table: TransferConfig, optimizer: OptimizerConfig, groups: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Parameter groups for what trains and is in none of ``groups`` yet, stage by stage from the input.
 
@@ -200,29 +200,31 @@ def new_groups(
     return found
 
 
-def param_groups(built: BuiltModel, table: TransferTable, optimizer: OptimizerTable) -> list[dict[str, Any]]:
-    """Parameter groups of everything that trains now, each parameter once; see :func:`new_groups`."""
-    return new_groups(built, table, optimizer, [])
+def param_groups(built: ModelBundle, table: TransferConfig, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Parameter groups of everything that trains now, each parameter once; see :func:`new_param_groups`."""
+    return new_param_groups(built, table, optimizer, [])
 
 
-def _lr_scales(built: BuiltModel, table: TransferTable) -> list[float]:
+def _lr_scales(built: ModelBundle, table: TransferConfig) -> list[float]:
     """Learning rate of each stage as a multiple of optimizer.lr, input first."""
     below = len(built.stages) - 1
     return [*(table.backbone_lr * table.layer_decay ** (below - index) for index in range(below)), table.head_lr]
 
 
-def parts_table(
-    built: BuiltModel, transfer: Transfer, table: TransferTable, optimizer: OptimizerTable
-) -> list[PartRow]:
+def layer_group_table(
+    built: ModelBundle, transfer: Transfer, table: TransferConfig, optimizer: OptimizerConfig
+) -> list[LayerGroupSummary]:
     """One row a stage, input first."""
     scales = _lr_scales(built, table)
     return [_row(built, stage, scale, table, optimizer) for stage, scale in zip(transfer.stages, scales, strict=True)]
 
 
-def _row(built: BuiltModel, stage: Stage, lr_scale: float, table: TransferTable, optimizer: OptimizerTable) -> PartRow:
+def _row(
+    built: ModelBundle, stage: LayerGroup, lr_scale: float, table: TransferConfig, optimizer: OptimizerConfig
+) -> LayerGroupSummary:
     inside = [p for name, p in built.module.named_parameters() if stage.holds(name)]
     trainable = sum(p.numel() for p in inside if p.requires_grad)
-    return PartRow(
+    return LayerGroupSummary(
         name=stage.name,
         parameters=sum(p.numel() for p in inside),
         trainable=trainable,
@@ -232,7 +234,7 @@ def _row(built: BuiltModel, stage: Stage, lr_scale: float, table: TransferTable,
     )
 
 
-def _batch_norm(module: nn.Module, stage: Stage, table: TransferTable) -> str:
+def _batch_norm(module: nn.Module, stage: LayerGroup, table: TransferConfig) -> str:
     """How the batch norms of a stage run; more than one word where they differ."""
     stage_trains = any(p.requires_grad for name, p in module.named_parameters() if stage.holds(name))
 

@@ -1,13 +1,13 @@
 """The recipe language: one TOML file says what to train. Nothing here imports torch."""
 
 from toolkit.recipe.diagnostics import Diagnostic, RecipeError
-from toolkit.recipe.load import Loaded, load, load_recipe, loads_recipe
-from toolkit.recipe.resolved import diff, recipe_hash, resolved_toml
+from toolkit.recipe.load import LoadedRecipe, load, load_recipe, loads_recipe
+from toolkit.recipe.resolve import diff, recipe_hash, resolved_toml
 from toolkit.recipe.schema import Recipe
 
 __all__ = [
     "Diagnostic",
-    "Loaded",
+    "LoadedRecipe",
     "Recipe",
     "RecipeError",
     "diff",

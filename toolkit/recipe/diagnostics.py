@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from toolkit.errors import UserError
-from toolkit.recipe.positions import Path
-from toolkit.recipe.writing import toml_key
+from toolkit.recipe.toml_positions import KeyPath
+from toolkit.recipe.toml_writer import toml_key
 
 SHOWN = 30
 """A message lists at most so many faults."""
@@ -35,12 +35,12 @@ class Location:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Issue:
     """One fault or doubt about a recipe's values, before it is known where in which file they stand."""
 
     message: str
-    path: Path
-    related: tuple[Path, ...] = ()
+    path: KeyPath
+    related: tuple[KeyPath, ...] = ()
     """Other keys that it rests on."""
     hint: str | None = None
     severity: Literal["error", "warning"] = "error"
@@ -54,7 +54,7 @@ class Diagnostic:
 
     severity: Literal["error", "warning"]
     message: str
-    path: Path = ()
+    path: KeyPath = ()
     location: Location | None = None
     hint: str | None = None
     note: str | None = None
@@ -85,7 +85,7 @@ class RecipeError(UserError):
         return "\n".join([*shown, f"{errors} error{'s' if errors != 1 else ''} in the recipe"])
 
 
-def dotted(path: Path) -> str:
+def dotted(path: KeyPath) -> str:
     """A key path as one writes it: ``augment.train[0].name``; parts that need quotes get them."""
     text = ""
     for part in path:

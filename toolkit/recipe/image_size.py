@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from toolkit.data.facts import FACTS
+from toolkit.data.dataset_info import DATASETS
 from toolkit.errors import UserError
 from toolkit.recipe.catalog import weights_input
-from toolkit.recipe.schema import ConvNetTable, Recipe
+from toolkit.recipe.schema import ConvNetConfig, Recipe
 
 
 def input_size(recipe: Recipe) -> int | None:
@@ -14,12 +14,12 @@ def input_size(recipe: Recipe) -> int | None:
     if data.image_size is not None:
         return data.image_size
     if model.source == "toolkit" or model.weights == "none":
-        return FACTS[data.dataset].size
+        return DATASETS[data.dataset].size
     expected = weights_input(model.source, model.name, model.weights)
     return None if expected is None or expected.height else expected.image_size
 
 
-def convnet_output_size(table: ConvNetTable, image_size: int) -> int:
+def convnet_output_size(table: ConvNetConfig, image_size: int) -> int:
     """Height and width after the last block. Raises UserError naming the layer that no pixel reaches."""
     size = image_size
     for number, block in enumerate(table.blocks, start=1):

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.recipe import catalog
-from toolkit.recipe.names import FIGURES, OWN_MODEL_KEYS
+from toolkit.recipe.base import NAME_PATTERN
+from toolkit.recipe.catalog_checks import FIGURES, OWN_MODEL_KEYS
 from toolkit.recipe.schema import Recipe
-from toolkit.recipe.table import NAME_PATTERN
 
 FILE = Path(__file__).parent / "recipe.schema.json"
 

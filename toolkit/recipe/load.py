@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from toolkit.recipe.checks import check
-from toolkit.recipe.diagnostics import Diagnostic, Finding, RecipeError, dotted
-from toolkit.recipe.positions import Path
-from toolkit.recipe.resolved import leaves, resolved_content, resolved_toml, with_defaults
+from toolkit.recipe.cross_checks import check
+from toolkit.recipe.diagnostics import Diagnostic, Issue, RecipeError, dotted
+from toolkit.recipe.layers import SET, ConfigLayer, LayeredConfig, parse, parse_overrides, read_chain
+from toolkit.recipe.resolve import leaves, resolved_content, resolved_toml, with_defaults
 from toolkit.recipe.schema import Recipe
-from toolkit.recipe.sources import SET, Merged, Source, parse, parse_overrides, read_chain
+from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.validation import MAX_ERRORS, validate
 
 DEFAULT = "default"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedRecipe:
     """A recipe, where each of its values came from, and what is doubtful about it."""
 
     recipe: Recipe
-    origins: dict[Path, str]
+    origins: dict[KeyPath, str]
     """For each key of the resolved recipe: ``file:line``, ``--set`` or ``default``."""
     warnings: list[Diagnostic]
 
@@ -32,7 +32,7 @@ class Loaded:
         """The resolved recipe as TOML, with the origin of each value beside it."""
         return resolved_toml(self.recipe, lambda path: self.origins[path])
 
-    def told_origins(self, file: str | os.PathLike[str]) -> dict[str, Any]:
+    def origins_dict(self, file: str | os.PathLike[str]) -> dict[str, Any]:
         """For a run directory: the recipe's own ``file``, and the origin of each key by its dotted name."""
         return {"file": os.fspath(file), "keys": {dotted(path): origin for path, origin in self.origins.items()}}
 
@@ -54,16 +54,16 @@ def loads_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
     return resolve([source, *parse_overrides(overrides)], source.name).recipe
 
 
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedRecipe:
     """As :func:`load_recipe`, with the origins of values and the warnings."""
     return resolve(read_sources(path, overrides), os.fspath(path))
 
 
-def read_sources(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[Source]:
+def read_sources(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[ConfigLayer]:
     """The files and arguments of a recipe, the eldest first. Raises RecipeError naming all that cannot be read."""
     faults: list[Diagnostic] = []
-    files: list[Source] = []
-    arguments: list[Source] = []
+    files: list[ConfigLayer] = []
+    arguments: list[ConfigLayer] = []
     try:
         files = read_chain(path)
     except RecipeError as error:
@@ -77,29 +77,29 @@ def read_sources(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
     return [*files, *arguments]
 
 
-def resolve(sources: Sequence[Source], name: str) -> Loaded:
+def resolve(sources: Sequence[ConfigLayer], name: str) -> LoadedRecipe:
     """One recipe of all sources, the eldest first; ``name`` is what a fault without a place is said of."""
-    merged = Merged()
+    merged = LayeredConfig()
     for source in sources:
         merged.add(source)
     verdict = validate(merged.data)
     findings = list(verdict.findings)
     if verdict.recipe is not None:
         found = islice(check(verdict.recipe), MAX_ERRORS)
-        findings += [item for item in found if verdict.is_trusted([item.path, *item.related])]
+        findings += [item for item in found if verdict.is_valid_at([item.path, *item.related])]
     diagnostics = placed(findings, merged, name)
     if verdict.recipe is None or any(item.severity == "error" for item in diagnostics):
         raise RecipeError(diagnostics)
     recipe = with_defaults(verdict.recipe)
-    return Loaded(recipe, _origins(recipe, merged), diagnostics)
+    return LoadedRecipe(recipe, _origins(recipe, merged), diagnostics)
 
 
-def placed(findings: Iterable[Finding], merged: Merged, name: str) -> list[Diagnostic]:
+def placed(findings: Iterable[Issue], merged: LayeredConfig, name: str) -> list[Diagnostic]:
     """The findings with their places, in the order in which one reads the files."""
     return sorted((_placed(item, merged, name) for item in findings), key=_reading_order)
 
 
-def _placed(finding: Finding, merged: Merged, name: str) -> Diagnostic:
+def _placed(finding: Issue, merged: LayeredConfig, name: str) -> Diagnostic:
     """The finding with the place of its key in the file, or argument, that gave it.
 
     Where the key was not given, its default being at fault, the first related key that was given is shown.
@@ -118,11 +118,11 @@ def _reading_order(item: Diagnostic) -> tuple[bool, str, int, int]:
     return (place is None, place.file, place.line, place.column) if place else (True, "", 0, 0)
 
 
-def _origins(recipe: Recipe, merged: Merged) -> dict[Path, str]:
+def _origins(recipe: Recipe, merged: LayeredConfig) -> dict[KeyPath, str]:
     return {path: _origin(path, merged) for path, _ in leaves(resolved_content(recipe))}
 
 
-def _origin(path: Path, merged: Merged) -> str:
+def _origin(path: KeyPath, merged: LayeredConfig) -> str:
     """Where a value stands; a default has no entry of its own."""
     source = merged.origins.get(path)
     if source is None:

@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from toolkit.recipe.study import StudyTable
-from toolkit.recipe.table import (
+from toolkit.recipe.base import (
     NAME_LENGTH,
     NAME_PATTERN,
     SLURM_FEATURES,
@@ -24,18 +23,19 @@ from toolkit.recipe.table import (
     SLURM_TIME,
     SLURM_WORD,
     Activation,
+    ConfigModel,
     Fraction,
     Metric,
     Selection,
-    Table,
     describe,
 )
+from toolkit.recipe.study_schema import StudyConfig
 
 MOST_CHANNELS = 65_536
 """Channels of a convolution and width of a hidden layer, at most."""
 
 
-class RecipeTable(Table):
+class ExperimentConfig(ConfigModel):
     """Name, seed and whereabouts of the experiment."""
 
     name: Annotated[
@@ -52,7 +52,7 @@ class RecipeTable(Table):
     run_root: Annotated[str, Field(min_length=1), describe("Folder that receives the run directories.")] = "runs"
 
 
-class SplitTable(Table):
+class SplitConfig(ConfigModel):
     """How training, validation and test images are told apart. A function of the recipe alone."""
 
     method: Annotated[
@@ -87,7 +87,7 @@ class SplitTable(Table):
     ] = 0
 
 
-class NormalizeValues(Table):
+class NormalizeValues(ConfigModel):
     """Normalisation by stated values."""
 
     mean: Annotated[
@@ -102,7 +102,7 @@ class NormalizeValues(Table):
     ]
 
 
-class DataTable(Table):
+class DataConfig(ConfigModel):
     """Which images, how they are split, and how an image becomes the model's input."""
 
     dataset: Annotated[
@@ -111,7 +111,7 @@ class DataTable(Table):
     ]
     root: Annotated[str, Field(min_length=1), describe("Folder of the data; `digits` needs none.")] = "data"
     download: Annotated[bool, describe("Fetch the data where it is missing and can be fetched.")] = True
-    split: Annotated[SplitTable, describe("How training, validation and test images are told apart.")] = SplitTable()
+    split: Annotated[SplitConfig, describe("How training, validation and test images are told apart.")] = SplitConfig()
     images_per_class: Annotated[
         int | None,
         Field(ge=1),
@@ -213,13 +213,13 @@ class DataTable(Table):
     ] = None
 
     @model_validator(mode="after")
-    def _mean_and_std_alike(self) -> DataTable:
+    def _mean_and_std_alike(self) -> DataConfig:
         if isinstance(self.normalize, NormalizeValues) and len(self.normalize.mean) != len(self.normalize.std):
             raise ValueError("normalize: mean and std must have the same number of values")
         return self
 
     @model_validator(mode="after")
-    def _black_below_white(self) -> DataTable:
+    def _black_below_white(self) -> DataConfig:
         if self.value_range != "auto" and not self.value_range[0] < self.value_range[1]:
             raise ValueError("value_range: the first value, of black, must be smaller than the second, of white")
         return self
@@ -230,7 +230,7 @@ class DataTable(Table):
         return None if self.value_range == "auto" else (self.value_range[0], self.value_range[1])
 
 
-class TransformEntry(BaseModel):
+class TransformConfig(BaseModel):
     """One augmentation: a torchvision.transforms.v2 class by name, with that class's own arguments beside it."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
@@ -252,12 +252,12 @@ class TransformEntry(BaseModel):
         return dict(self.model_extra or {})
 
 
-class AugmentTable(Table):
+class AugmentConfig(ConfigModel):
     """Random changes of the images, for each split apart, and mixing of examples."""
 
-    train: Annotated[list[TransformEntry], describe("Applied to training images, in this order.")] = []
-    validation: Annotated[list[TransformEntry], describe("Applied to validation images.")] = []
-    test: Annotated[list[TransformEntry], describe("Applied to test images.")] = []
+    train: Annotated[list[TransformConfig], describe("Applied to training images, in this order.")] = []
+    validation: Annotated[list[TransformConfig], describe("Applied to validation images.")] = []
+    test: Annotated[list[TransformConfig], describe("Applied to test images.")] = []
     auto_augment: Annotated[
         str | None,
         describe("A timm policy string such as rand-m9-mstd0.5, augmix-m3-w3 or original, after the crop."),
@@ -287,7 +287,7 @@ class AugmentTable(Table):
     ] = 0.0
 
 
-class HeadTable(Table):
+class HeadConfig(ConfigModel):
     """The new classifier on top of the backbone."""
 
     hidden: Annotated[
@@ -324,7 +324,7 @@ class HeadTable(Table):
         return not self.batch_norm if self.bias == "auto" else self.bias
 
 
-class ConvBlock(Table):
+class ConvBlock(ConfigModel):
     """One block of a ConvNet: a convolution and what follows it."""
 
     channels: Annotated[int, Field(ge=1, le=MOST_CHANNELS), describe("Output channels.")]
@@ -347,7 +347,7 @@ class ConvBlock(Table):
         return self
 
 
-class ConvNetTable(Table):
+class ConvNetConfig(ConfigModel):
     """A ConvNet by description, for `source = "toolkit"`: blocks, flatten, head."""
 
     blocks: Annotated[list[ConvBlock], Field(min_length=1), describe("The convolution blocks, input first.")]
@@ -395,7 +395,7 @@ class ConvNetTable(Table):
         return self.dropout if block.dropout is None else block.dropout
 
     @model_validator(mode="after")
-    def _order_complete(self) -> ConvNetTable:
+    def _order_complete(self) -> ConvNetConfig:
         if len(set(self.order)) != len(self.order) or "conv" not in self.order:
             raise ValueError("order must hold conv, and each layer once at most")
         used = {
@@ -409,7 +409,7 @@ class ConvNetTable(Table):
         return self
 
 
-class ModelTable(Table):
+class ModelConfig(ConfigModel):
     """The architecture and its weights."""
 
     source: Annotated[
@@ -442,17 +442,17 @@ class ModelTable(Table):
             "small: ResNets begin with a 3x3 convolution of stride 1 and no pooling, for images of 32 pixels or so."
         ),
     ] = "imagenet"
-    convnet: Annotated[ConvNetTable | None, describe("The ConvNet, with source = toolkit.")] = None
-    head: Annotated[HeadTable, describe("The new classifier on top.")] = HeadTable()
+    convnet: Annotated[ConvNetConfig | None, describe("The ConvNet, with source = toolkit.")] = None
+    head: Annotated[HeadConfig, describe("The new classifier on top.")] = HeadConfig()
 
     @model_validator(mode="after")
-    def _convnet_where_due(self) -> ModelTable:
+    def _convnet_where_due(self) -> ModelConfig:
         if self.source == "toolkit" and self.convnet is None:
             raise ValueError("source = 'toolkit' needs a table [model.convnet] with its blocks")
         return self
 
 
-class TransferTable(Table):
+class TransferConfig(ConfigModel):
     """Which parameters train, and how fast."""
 
     mode: Annotated[
@@ -499,7 +499,7 @@ class TransferTable(Table):
     ] = "fixed"
 
 
-class OptimizerTable(Table):
+class OptimizerConfig(ConfigModel):
     """How parameters move."""
 
     name: Annotated[
@@ -520,7 +520,7 @@ class OptimizerTable(Table):
     ] = {}
 
 
-class SchedulerTable(Table):
+class SchedulerConfig(ConfigModel):
     """The learning rate over time, as a function of epochs alone."""
 
     name: Annotated[
@@ -558,13 +558,13 @@ class SchedulerTable(Table):
     end_factor: Annotated[float, Field(gt=0, le=1), describe("one_cycle: last learning rate, as a share of lr.")] = 4e-6
 
     @model_validator(mode="after")
-    def _step_has_a_period(self) -> SchedulerTable:
+    def _step_has_a_period(self) -> SchedulerConfig:
         if self.name == "step" and self.step_size is None:
             raise ValueError("name = 'step' needs step_size (epochs)")
         return self
 
 
-class TrainTable(Table):
+class TrainConfig(ConfigModel):
     """The loop."""
 
     epochs: Annotated[
@@ -648,7 +648,7 @@ class TrainTable(Table):
         return self.eval_batch_size or max(1, 2 * self.batch_size // self.accumulation)
 
 
-class EarlyStoppingTable(Table):
+class EarlyStoppingConfig(ConfigModel):
     """Stop when the metric no longer improves."""
 
     patience: Annotated[
@@ -660,7 +660,7 @@ class EarlyStoppingTable(Table):
     min_delta: Annotated[float, Field(ge=0), describe("Smaller absolute changes are no improvement.")] = 0.0
 
 
-class CheckpointTable(Table):
+class CheckpointConfig(ConfigModel):
     """What is kept to go on after a stop."""
 
     every_steps: Annotated[
@@ -682,7 +682,7 @@ class CheckpointTable(Table):
     ] = "continue"
 
 
-class TrackingTable(Table):
+class TrackingConfig(ConfigModel):
     """Who else is told: W&B, TensorBoard. The run directory is always written."""
 
     trackers: Annotated[list[Literal["wandb", "tensorboard"]], describe("Which trackers; [] is none.")] = ["wandb"]
@@ -701,7 +701,7 @@ class TrackingTable(Table):
     notes: Annotated[str, describe("W&B notes.")] = ""
 
 
-class Expectation(Table):
+class Expectation(ConfigModel):
     """A figure that a run of this recipe should reach, and who says so."""
 
     at_least: Annotated[float | None, describe("Met when the figure is this or more.")] = None
@@ -720,7 +720,7 @@ class Expectation(Table):
         return self
 
 
-class SlurmTable(Table):
+class SlurmConfig(ConfigModel):
     """What `toolkit submit` asks of SLURM. Options of the command win over this table, this table over the profile."""
 
     profile: Annotated[
@@ -777,7 +777,7 @@ class SlurmTable(Table):
     ] = None
 
 
-class Recipe(Table):
+class Recipe(ConfigModel):
     """A whole recipe."""
 
     @model_validator(mode="before")
@@ -793,19 +793,19 @@ class Recipe(Table):
             return content
         return {**content, "transfer": {**transfer, "mode": "finetune"}}
 
-    recipe: RecipeTable
-    data: DataTable
-    augment: AugmentTable = AugmentTable()
-    model: ModelTable
-    transfer: TransferTable = TransferTable()
-    optimizer: OptimizerTable
-    scheduler: SchedulerTable = SchedulerTable()
-    train: TrainTable
-    early_stopping: EarlyStoppingTable = EarlyStoppingTable()
-    checkpoint: CheckpointTable = CheckpointTable()
-    tracking: TrackingTable = TrackingTable()
-    slurm: Annotated[SlurmTable | None, describe("What a job on a cluster asks for.")] = None
-    study: Annotated[StudyTable | None, describe("What varies, where the file is a study of many runs.")] = None
+    recipe: ExperimentConfig
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig
+    transfer: TransferConfig = TransferConfig()
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig = SchedulerConfig()
+    train: TrainConfig
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    slurm: Annotated[SlurmConfig | None, describe("What a job on a cluster asks for.")] = None
+    study: Annotated[StudyConfig | None, describe("What varies, where the file is a study of many runs.")] = None
     expect: Annotated[
         dict[str, Expectation],
         describe("Figures of summary.json's best model (test_accuracy, val_loss, ...) that a run should reach."),

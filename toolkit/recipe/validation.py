@@ -21,11 +21,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from toolkit.recipe.catalog import nearest
-from toolkit.recipe.diagnostics import Finding, dotted
-from toolkit.recipe.positions import Path
+from toolkit.recipe.diagnostics import Issue, dotted
 from toolkit.recipe.schema import Recipe
-from toolkit.recipe.wording import described, found, unwrapped
-from toolkit.recipe.writing import toml_value
+from toolkit.recipe.toml_positions import KeyPath
+from toolkit.recipe.toml_writer import toml_value
+from toolkit.recipe.type_descriptions import describe_type, describe_value, unwrap_annotation
 
 MAX_ERRORS = 100
 """So many errors of one round are looked at; nobody reads more, and a hostile recipe can have 50,000."""
@@ -38,13 +38,13 @@ PLACEHOLDERS: dict[tuple[str, str], Any] = {
     ("Recipe", "model"): {"source": "torchvision", "name": "resnet18"},
     ("Recipe", "optimizer"): {"lr": 0.1},
     ("Recipe", "train"): {"epochs": 1, "batch_size": 1},
-    ("RecipeTable", "name"): "placeholder",
-    ("DataTable", "dataset"): "imagefolder",
-    ("TransformEntry", "name"): "Identity",
-    ("ModelTable", "source"): "torchvision",
-    ("OptimizerTable", "lr"): 0.1,
-    ("TrainTable", "epochs"): 1,
-    ("TrainTable", "batch_size"): 1,
+    ("ExperimentConfig", "name"): "placeholder",
+    ("DataConfig", "dataset"): "imagefolder",
+    ("TransformConfig", "name"): "Identity",
+    ("ModelConfig", "source"): "torchvision",
+    ("OptimizerConfig", "lr"): 0.1,
+    ("TrainConfig", "epochs"): 1,
+    ("TrainConfig", "batch_size"): 1,
     ("Expectation", "source"): "placeholder",
 }
 """What stands in for a required key that is missing or wrong, by the schema's class and its field."""
@@ -63,26 +63,28 @@ OTHER_NAMES = {
 
 
 @dataclass
-class Verdict:
+class ValidationResult:
     """``recipe`` holds placeholders at the ``untrusted`` paths; None where nothing could be made of the values."""
 
     recipe: Recipe | None = None
-    findings: list[Finding] = field(default_factory=list)
-    untrusted: set[Path] = field(default_factory=set)
+    findings: list[Issue] = field(default_factory=list)
+    untrusted: set[KeyPath] = field(default_factory=set)
 
-    def is_trusted(self, paths: Iterable[Path]) -> bool:
+    def is_valid_at(self, paths: Iterable[KeyPath]) -> bool:
         """Whether none of the values at, above or below these paths had to be mended."""
         return not any(_touches(path, bad) for path in paths for bad in self.untrusted)
 
 
-def validate(values: dict[str, Any]) -> Verdict:
+def validate(values: dict[str, Any]) -> ValidationResult:
     """Check values against the schema; all faults are found."""
-    verdict, data = Verdict(), copy.deepcopy(values)
+    verdict, data = ValidationResult(), copy.deepcopy(values)
     for path, message in list(islice(_foreign_values(data), MAX_ERRORS)):
-        verdict.findings.append(Finding(f"{dotted(path)}: {message}", path))
-        place = _place(path, data)
+        verdict.findings.append(Issue(f"{dotted(path)}: {message}", path))
+        place = _schema_location(path, data)
         is_known = place is not None and place.path == path
-        _mend(data, place if place and is_known else _Place(path, None, None, (), None), verdict)
+        _replace_with_placeholder(
+            data, place if place and is_known else _SchemaLocation(path, None, None, (), None), verdict
+        )
     for _ in range(MAX_ROUNDS):
         try:
             verdict.recipe = Recipe.model_validate(data)
@@ -91,11 +93,11 @@ def validate(values: dict[str, Any]) -> Verdict:
             # Unknown keys first: one that is a misspelling explains the absence of the right one.
             errors = sorted(error.errors(include_url=False)[:MAX_ERRORS], key=lambda e: e["type"] != "extra_forbidden")
             for item in errors:
-                _take_up(verdict, data, item)
+                _record(verdict, data, item)
     return verdict
 
 
-def _foreign_values(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
+def _foreign_values(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """Values that TOML has and no recipe: found apart, since arguments of models and optimisers may be anything."""
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
@@ -108,16 +110,16 @@ def _foreign_values(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
         yield path, "the number is too large (64 bits at most)"
 
 
-def _take_up(verdict: Verdict, data: dict[str, Any], error: Any) -> None:
+def _record(verdict: ValidationResult, data: dict[str, Any], error: Any) -> None:
     """Note one error, unless it follows from a known one, and mend it."""
-    place = _place(error["loc"], data)
+    place = _schema_location(error["loc"], data)
     if place is None:
         return
     kind, path = error["type"], place.path
     if kind == "value_error":  # a rule within a table, which runs once its values are mended
-        if verdict.is_trusted([path]):
+        if verdict.is_valid_at([path]):
             verdict.findings.append(_broken_rule(place, str(error["ctx"]["error"])))
-        _mend(data, place, verdict)
+        _replace_with_placeholder(data, place, verdict)
         return
     known = verdict.untrusted if kind == "missing" else {finding.path for finding in verdict.findings}
     if path not in known:
@@ -125,14 +127,14 @@ def _take_up(verdict: Verdict, data: dict[str, Any], error: Any) -> None:
     if kind == "extra_forbidden":
         table = _at(data, path[:-1])
         verdict.untrusted |= {(*path[:-1], name) for name in _similar(place)[:1] if name not in table}
-    _mend(data, place, verdict)
+    _replace_with_placeholder(data, place, verdict)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _SchemaLocation:
     """A key path, its value, and what the schema has there."""
 
-    path: Path
+    path: KeyPath
     value: Any
     annotation: Any
     constraints: tuple[Any, ...]
@@ -140,7 +142,7 @@ class _Place:
     """The class that has the key."""
 
 
-def _place(loc: tuple[str | int, ...], data: Any) -> _Place | None:
+def _schema_location(loc: tuple[str | int, ...], data: Any) -> _SchemaLocation | None:
     """The key that a pydantic location means; None for a branch of a union that the value is not of.
 
     pydantic's location has, besides keys, the name of the branch wherever the schema has a union.
@@ -148,10 +150,10 @@ def _place(loc: tuple[str | int, ...], data: Any) -> _Place | None:
     annotation: Any = Recipe
     constraints: tuple[Any, ...] = ()
     table: type[BaseModel] | None = None
-    path: Path = ()
+    path: KeyPath = ()
     value = data
     for part in loc:
-        annotation, inner = unwrapped(annotation)
+        annotation, inner = unwrap_annotation(annotation)
         constraints = (*constraints, *inner)
         if typing.get_origin(annotation) in (typing.Union, types.UnionType):
             models = [member for member in typing.get_args(annotation) if _is_model(member)]
@@ -169,31 +171,31 @@ def _place(loc: tuple[str | int, ...], data: Any) -> _Place | None:
         else:
             break
         path, value = (*path, part), _child(value, part)
-    return _Place(path, value, annotation, constraints, table)
+    return _SchemaLocation(path, value, annotation, constraints, table)
 
 
-def _finding(place: _Place, error: Any) -> Finding:
+def _finding(place: _SchemaLocation, error: Any) -> Issue:
     path, kind = place.path, error["type"]
     if kind == "extra_forbidden":
         what = f"table [{dotted(path)}]" if isinstance(error["input"], dict) else f"key {dotted(path)}"
-        return Finding(f"unknown {what}", path, hint=_unknown_hint(place), at="key")
+        return Issue(f"unknown {what}", path, hint=_unknown_hint(place), at="key")
     if kind == "missing":
         return _missing(place)
-    expected = "a table" if len(path) == 1 else described(place.annotation, place.constraints)
-    message = f"{dotted(path)}: expected {expected}, found {found(place.value)}"
-    return Finding(message, path, hint=_value_hint(place))
+    expected = "a table" if len(path) == 1 else describe_type(place.annotation, place.constraints)
+    message = f"{dotted(path)}: expected {expected}, found {describe_value(place.value)}"
+    return Issue(message, path, hint=_value_hint(place))
 
 
-def _missing(place: _Place) -> Finding:
+def _missing(place: _SchemaLocation) -> Issue:
     path = place.path
     if len(path) == 1:
         keys = [name for name, entry in place.annotation.model_fields.items() if entry.is_required()]
-        return Finding(f"table [{path[0]}] is missing", path, hint=f"it needs at least {' and '.join(keys)}", at="key")
-    expected = described(place.annotation, place.constraints)
-    return Finding(f"{_owner(path[:-1])} lacks {path[-1]}: expected {expected}", path, at="table")
+        return Issue(f"table [{path[0]}] is missing", path, hint=f"it needs at least {' and '.join(keys)}", at="key")
+    expected = describe_type(place.annotation, place.constraints)
+    return Issue(f"{_owner(path[:-1])} lacks {path[-1]}: expected {expected}", path, at="table")
 
 
-def _unknown_hint(place: _Place) -> str:
+def _unknown_hint(place: _SchemaLocation) -> str:
     assert place.table is not None, "only a table has unknown keys"
     name, similar = place.path[-1], _similar(place)
     if similar:
@@ -213,7 +215,7 @@ def _tables_with(key: str) -> list[str]:
     return [t for t, entry in Recipe.model_fields.items() if key in getattr(entry.annotation, "model_fields", {})]
 
 
-def _similar(place: _Place) -> list[str]:
+def _similar(place: _SchemaLocation) -> list[str]:
     """Known keys of this table that resemble an unknown one."""
     assert place.table is not None, "only a table has unknown keys"
     name, known = str(place.path[-1]), place.table.model_fields
@@ -221,7 +223,7 @@ def _similar(place: _Place) -> list[str]:
     return [other] if other in known else nearest(name, known, 2)
 
 
-def _value_hint(place: _Place) -> str | None:
+def _value_hint(place: _SchemaLocation) -> str | None:
     value = place.value
     if not isinstance(value, str):
         return None
@@ -231,7 +233,7 @@ def _value_hint(place: _Place) -> str | None:
     similar = nearest(value, words, 1)
     if similar:
         return f'did you mean "{similar[0]}"?'
-    expected = described(place.annotation, place.constraints)
+    expected = describe_type(place.annotation, place.constraints)
     is_plain = value in ("true", "false") or value.replace(".", "", 1).lstrip("+-").isdigit()
     return f"without quotes: {value}" if is_plain and ("number" in expected or "true" in expected) else None
 
@@ -245,20 +247,20 @@ def _words(annotation: Any) -> Iterator[str]:
             yield from _words(member)
 
 
-def _owner(path: Path) -> str:
+def _owner(path: KeyPath) -> str:
     """A table as one says it: ``[optimizer]``, ``augment.train[0]``."""
     return f"[{dotted(path)}]" if all(isinstance(part, str) for part in path) else dotted(path)
 
 
-def _broken_rule(place: _Place, message: str) -> Finding:
+def _broken_rule(place: _SchemaLocation, message: str) -> Issue:
     """A rule within one table; shown at the key that the message begins with, if it does."""
     first = message.split()[0].rstrip(":")
     is_key = _is_model(place.annotation) and first in place.annotation.model_fields
     path = (*place.path, first) if is_key else place.path
-    return Finding(f"{_owner(place.path)}: {message}", path, at="key")
+    return Issue(f"{_owner(place.path)}: {message}", path, at="key")
 
 
-def _mend(data: dict[str, Any], place: _Place, verdict: Verdict) -> None:
+def _replace_with_placeholder(data: dict[str, Any], place: _SchemaLocation, verdict: ValidationResult) -> None:
     """Put a placeholder for a bad value, else remove it, with the list or table around it where that needs it."""
     path, name = place.path, str(place.path[-1])
     placeholder = PLACEHOLDERS.get((place.table.__name__, name)) if place.table else None
@@ -274,7 +276,7 @@ def _mend(data: dict[str, Any], place: _Place, verdict: Verdict) -> None:
         table[name] = copy.deepcopy(placeholder)
 
 
-def _at(data: Any, path: Path) -> Any:
+def _at(data: Any, path: KeyPath) -> Any:
     for part in path:
         data = _child(data, part)
     return data
@@ -292,6 +294,6 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _touches(one: Path, other: Path) -> bool:
+def _touches(one: KeyPath, other: KeyPath) -> bool:
     shorter = min(len(one), len(other))
     return one[:shorter] == other[:shorter]

@@ -9,12 +9,23 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from toolkit.expect import check_expectations
+from toolkit.expectations import check_expectations
 from toolkit.formatting import duration, plural
 from toolkit.recipe.diagnostics import printable
-from toolkit.report.curves import DECAYS, learning_rates
-from toolkit.report.facts import SPLITS, Facts, Record
-from toolkit.report.measures import (
+from toolkit.report.html import (
+    HtmlCell,
+    HtmlColumn,
+    HtmlReport,
+    HtmlRow,
+    HtmlTable,
+    integer,
+    name,
+    number,
+    percent,
+    share,
+)
+from toolkit.report.learning_curves import DECAYS, learning_rates
+from toolkit.report.prediction_metrics import (
     Calibration,
     Counts,
     Predictions,
@@ -23,17 +34,17 @@ from toolkit.report.measures import (
     confusions,
     wilson_interval,
 )
-from toolkit.report.page import Cell, Column, Page, Row, Table, integer, name, number, percent, share
-from toolkit.report.recipe_table import recipe_table
+from toolkit.report.recipe_section import recipe_table
+from toolkit.report.run_data import SPLITS, Record, RunData
 
 CONFUSIONS = 300
 """Kinds of mistakes in the table, the most frequent."""
 
-Card = dict[str, str]
+SummaryCard = dict[str, str]
 
 
 @dataclass
-class Shown:
+class ReportExtras:
     """What was drawn for the page, beside the run's own figures."""
 
     svg: dict[str, str] = field(default_factory=dict)
@@ -50,7 +61,7 @@ class Shown:
     """The figures for print."""
 
 
-def run_page(facts: Facts, shown: Shown) -> Page:
+def run_page(facts: RunData, shown: ReportExtras) -> HtmlReport:
     """All that the page of a run says."""
     found = facts.predictions
     svg = {key: Markup(text) for key, text in shown.svg.items()}
@@ -71,16 +82,16 @@ def run_page(facts: Facts, shown: Shown) -> Page:
         "histogram": svg.get("class-histogram"),
         "samples": shown.samples,
         "scale": shown.scale,
-        "recipe": recipe_table(facts.recipe, facts.origins) if facts.recipe else Table([], []),
+        "recipe": recipe_table(facts.recipe, facts.origins) if facts.recipe else HtmlTable([], []),
         "environment": environment_table(facts.environment),
         "path": str(facts.run.path),
         "figures": shown.files,
     }
     data = {"charts": _charts(facts), "cells": {"confusion": _cells(found)} if found else {}}
-    return Page("run.html", facts.name, _subtitles(facts), _sections(content), facts.missing, data, content)
+    return HtmlReport("run.html", facts.name, _subtitles(facts), _sections(content), facts.missing, data, content)
 
 
-def _subtitles(facts: Facts) -> list[str]:
+def _subtitles(facts: RunData) -> list[str]:
     lines = [facts.recipe.recipe.description] if facts.recipe and facts.recipe.recipe.description else []
     if facts.summary is None:
         state = f"not finished; {plural(facts.last_epoch, 'epoch')} done"
@@ -113,7 +124,7 @@ def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:
 # -- summary ----------------------------------------------------------------------------------------------------------
 
 
-def _cards(facts: Facts) -> Iterator[Card]:
+def _cards(facts: RunData) -> Iterator[SummaryCard]:
     """The figures one asks for first."""
     best = facts.summary["best"] if facts.summary else {}
     figures = (
@@ -127,7 +138,7 @@ def _cards(facts: Facts) -> Iterator[Card]:
     chosen: Record = next((record for record in facts.epochs if record["epoch"] == facts.best_epoch), {})
     if "val/accuracy" in chosen:
         yield _card(
-            "validation accuracy", percent(chosen["val/accuracy"]), f"{facts.best_word} epoch, {facts.best_epoch}"
+            "validation accuracy", percent(chosen["val/accuracy"]), f"{facts.best_label} epoch, {facts.best_epoch}"
         )
     planned = f"of {facts.recipe.train.epochs}" if facts.recipe else ""
     yield _card("epochs", str(facts.last_epoch), f"{planned}{', stopped early' if facts.stopped_early else ''}")
@@ -135,7 +146,7 @@ def _cards(facts: Facts) -> Iterator[Card]:
         yield from _costs(facts.summary)
 
 
-def _card(title: str, value: str, hint: str = "") -> Card:
+def _card(title: str, value: str, hint: str = "") -> SummaryCard:
     return {"name": title, "value": value, "hint": hint}
 
 
@@ -146,7 +157,7 @@ def _interval(found: Predictions | None) -> str:
     return f"{plural(len(found.labels), 'image')}; 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
 
 
-def _costs(summary: Record) -> Iterator[Card]:
+def _costs(summary: Record) -> Iterator[SummaryCard]:
     if "parameters" in summary:
         hint = f"{summary.get('trainable_parameters', 0):,} of them trained"
         yield _card("parameters", f"{summary['parameters']:,}", hint)
@@ -168,10 +179,10 @@ def _costs(summary: Record) -> Iterator[Card]:
         yield _card("seed", str(summary["seed"]))
 
 
-def _models(facts: Facts) -> Table:
+def _models(facts: RunData) -> HtmlTable:
     """Best and stopped model side by side."""
     titles = ("val loss", "val accuracy", "test loss", "test accuracy", "test class accuracy", "test top-5")
-    columns = [Column("model"), Column("epoch", True), *(Column(title, True) for title in titles)]
+    columns = [HtmlColumn("model"), HtmlColumn("epoch", True), *(HtmlColumn(title, True) for title in titles)]
     rows = []
     for model in ("best", "stopped") if facts.summary else ():
         found = facts.summary[model]  # type: ignore[index]
@@ -180,20 +191,24 @@ def _models(facts: Facts) -> Table:
             share(found.get(key))
             for key in ("val_accuracy", "test_accuracy", "test_class_accuracy", "test_top5_accuracy")
         )
-        cells = [Cell(model), integer(found["epoch"]), losses[0], val, losses[1], test, test_class, top5]
-        rows.append(Row(cells, "best" if model == "best" else ""))
-    return Table(columns, rows)
+        cells = [HtmlCell(model), integer(found["epoch"]), losses[0], val, losses[1], test, test_class, top5]
+        rows.append(HtmlRow(cells, "best" if model == "best" else ""))
+    return HtmlTable(columns, rows)
 
 
-def environment_table(environment: Record) -> Table:
+def environment_table(environment: Record) -> HtmlTable:
     """What a run was trained on, a line a fact."""
     rows = []
     for key, value in environment.items():
         items = value.items() if isinstance(value, dict) else [("", value)]
         for inner, item in items:
             text = "-" if item is None else str(item)
-            rows.append(Row([Cell(printable(f"{key} {inner}".strip())), Cell(printable(text), name=True, code=True)]))
-    return Table([Column("what"), Column("value")], rows)
+            rows.append(
+                HtmlRow(
+                    [HtmlCell(printable(f"{key} {inner}".strip())), HtmlCell(printable(text), name=True, code=True)]
+                )
+            )
+    return HtmlTable([HtmlColumn("what"), HtmlColumn("value")], rows)
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -202,9 +217,9 @@ CHARTS = [("loss", "Loss"), ("accuracy", "Accuracy"), ("lr", "Learning rate")]
 """Ids and captions."""
 
 
-def _charts(facts: Facts) -> dict[str, Any]:
+def _charts(facts: RunData) -> dict[str, Any]:
     best, last = facts.best_epoch, facts.last_epoch
-    marks = [{"x": best, "label": f"{facts.best_word}: {best}", "row": 0}]
+    marks = [{"x": best, "label": f"{facts.best_label}: {best}", "row": 0}]
     if last != best:
         word = "stopped early" if facts.stopped_early else "last"
         marks.append({"x": last, "label": f"{word}: {last}", "row": 1, "dash": "2 4"})
@@ -246,13 +261,18 @@ def _series(
 # -- test images ------------------------------------------------------------------------------------------------------
 
 
-def _by_class(found: Predictions, counts: Mapping[str, Counts] | None) -> Table:
+def _by_class(found: Predictions, counts: Mapping[str, Counts] | None) -> HtmlTable:
     """Accuracy of each class with its support, the best first, and what it is taken for."""
     matrix = confusion_matrix(found)
     accuracy, support = class_accuracy(matrix), matrix.sum(1)
     trained = [("train images", "train"), ("validation images", "validation")] if counts else []
-    columns = [Column("class"), Column("accuracy", True), Column("right", True), Column("test images", True)]
-    columns += [*(Column(title, True) for title, _ in trained), Column("most often taken for")]
+    columns = [
+        HtmlColumn("class"),
+        HtmlColumn("accuracy", True),
+        HtmlColumn("right", True),
+        HtmlColumn("test images", True),
+    ]
+    columns += [*(HtmlColumn(title, True) for title, _ in trained), HtmlColumn("most often taken for")]
     rows = []
     for label in np.argsort(-np.nan_to_num(accuracy, nan=-1), kind="stable"):
         wrong = matrix[label].copy()
@@ -265,16 +285,21 @@ def _by_class(found: Predictions, counts: Mapping[str, Counts] | None) -> Table:
             integer(int(matrix[label, label])),
         ]
         cells += [integer(int(support[label])), *(integer(int(counts[split][label])) for _, split in trained if counts)]
-        rows.append(Row([*cells, name(taken)]))
-    return Table(columns, rows)
+        rows.append(HtmlRow([*cells, name(taken)]))
+    return HtmlTable(columns, rows)
 
 
-def _confusions(found: Predictions) -> Table:
+def _confusions(found: Predictions) -> HtmlTable:
     matrix = confusion_matrix(found)
     support = matrix.sum(1)
-    columns = [Column("true class"), Column("predicted class"), Column("images", True), Column("of the class", True)]
+    columns = [
+        HtmlColumn("true class"),
+        HtmlColumn("predicted class"),
+        HtmlColumn("images", True),
+        HtmlColumn("of the class", True),
+    ]
     rows = [
-        Row(
+        HtmlRow(
             [
                 name(found.classes[one.label]),
                 name(found.classes[one.prediction]),
@@ -284,7 +309,7 @@ def _confusions(found: Predictions) -> Table:
         )
         for one in confusions(matrix)[:CONFUSIONS]
     ]
-    return Table(columns, rows)
+    return HtmlTable(columns, rows)
 
 
 def _cells(found: Predictions) -> dict[str, Any]:
@@ -308,7 +333,7 @@ def _calibration_text(found: Calibration) -> str:
     )
 
 
-def count_by_class(facts: Facts) -> dict[str, Counts]:
+def count_by_class(facts: RunData) -> dict[str, Counts]:
     """Images of each class by split, as the run noted them; KeyError, TypeError or ValueError where it did not."""
     noted = facts.split["images_per_class"]
     counts = {split: np.array(noted[split], dtype=np.int64) for split in SPLITS}

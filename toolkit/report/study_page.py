@@ -14,17 +14,28 @@ from markupsafe import Markup
 from toolkit.formatting import duration
 from toolkit.recipe import Recipe
 from toolkit.recipe.diagnostics import printable
-from toolkit.report.facts import Record
-from toolkit.report.page import Cell, Column, Page, Row, Table, integer, name, number, percent, share
-from toolkit.report.recipe_table import BASE, OWN, recipe_table
+from toolkit.report.html import (
+    HtmlCell,
+    HtmlColumn,
+    HtmlReport,
+    HtmlRow,
+    HtmlTable,
+    integer,
+    name,
+    number,
+    percent,
+    share,
+)
+from toolkit.report.recipe_section import BASE, OWN, recipe_table
+from toolkit.report.run_data import Record
 from toolkit.report.run_page import environment_table
 from toolkit.runs import Run
-from toolkit.study.output import Outcomes
-from toolkit.study.results import Result, best_of
-from toolkit.study.sheet import BEST, DECLINE, MINUS, Sheet
-from toolkit.study.table import FORMATS, best_row, short_value
-from toolkit.study.table import title as title_of
-from toolkit.study.trials import search_metric, varied_keys
+from toolkit.study.export_tables import StudyResults
+from toolkit.study.results import RunResult, best_of
+from toolkit.study.results_table import FORMATS, best_row, short_value
+from toolkit.study.results_table import title as title_of
+from toolkit.study.text_table import BEST, DECLINE, MINUS, TextTable
+from toolkit.study.trial_table import search_metric, varied_keys
 
 COLOURS = ("blue", "vermilion", "green", "purple", "orange", "sky", "ink")
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
@@ -37,11 +48,11 @@ CURVES = {"val/accuracy": "Validation accuracy", "val/loss": "Validation loss", 
 SHOWN = 4
 """Different values of one key that are shown, at most."""
 
-Card = dict[str, str]
+SummaryCard = dict[str, str]
 
 
 @dataclass(frozen=True)
-class StudyFacts:
+class StudyReportData:
     """What is known of a study beside its outcome."""
 
     path: Path
@@ -55,7 +66,9 @@ class StudyFacts:
     """What cannot be shown, and why."""
 
 
-def study_page(found: Outcomes, facts: StudyFacts, drawn: Sequence[tuple[str, str]], files: Sequence[str]) -> Page:
+def study_page(
+    found: StudyResults, facts: StudyReportData, drawn: Sequence[tuple[str, str]], files: Sequence[str]
+) -> HtmlReport:
     """All that the page of a study says; ``drawn``: figures as SVG elements with what they are."""
     sheet = found.main
     content = {
@@ -75,16 +88,16 @@ def study_page(found: Outcomes, facts: StudyFacts, drawn: Sequence[tuple[str, st
     names = ("Summary", "Table", "Curves", *(["Figures"] if drawn else []), "Runs", "Recipe", "Environment", "Files")
     sections = [(section.lower(), section) for section in names]
     data = {"charts": {key.replace("/", "-"): bundle(found, key) for key in CURVES}, "cells": {}}
-    return Page("study.html", title_of(found.table, found.name), _subtitles(found, facts), sections,
+    return HtmlReport("study.html", title_of(found.table, found.name), _subtitles(found, facts), sections,
                 [*facts.missing], data, content)  # fmt: skip
 
 
-def _subtitles(found: Outcomes, facts: StudyFacts) -> list[str]:
+def _subtitles(found: StudyResults, facts: StudyReportData) -> list[str]:
     lines = [f"Source: {found.table.source}"] if found.table.source else []
     return [*lines, f"study {found.name} in {facts.path}"]
 
 
-def _cards(found: Outcomes) -> Iterator[Card]:
+def _cards(found: StudyResults) -> Iterator[SummaryCard]:
     """The figures one asks for first."""
     results, finished = found.results, [result for result in found.results if result.is_finished]
     metric = search_metric(found.table).replace("/", "_")
@@ -107,57 +120,66 @@ def _cards(found: Outcomes) -> Iterator[Card]:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def as_table(sheet: Sheet) -> Table:
+def as_table(sheet: TextTable) -> HtmlTable:
     """A table of the study as one that sorts and filters."""
-    columns = [Column(head, index not in sheet.left) for index, head in enumerate(sheet.head)]
+    columns = [HtmlColumn(head, index not in sheet.left) for index, head in enumerate(sheet.head)]
     rows = []
     for index, cells in enumerate(sheet.rows):
         shown = [_cell(text, is_number=i not in sheet.left) for i, text in enumerate(cells)]
-        rows.append(Row(shown, "best" if index in sheet.marked else ""))
-    return Table(columns, rows, printable(sheet.title))
+        rows.append(HtmlRow(shown, "best" if index in sheet.marked else ""))
+    return HtmlTable(columns, rows, printable(sheet.title))
 
 
-def _cell(text: str, *, is_number: bool) -> Cell:
+def _cell(text: str, *, is_number: bool) -> HtmlCell:
     text = printable(text)
     found = (
         re.match(r"[+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?", text.lstrip(f"{BEST}{DECLINE} ").replace(MINUS, "-"))
         if is_number
         else None
     )
-    return Cell(text, float(found[0].replace(",", "")) if found else None, name=not is_number)
+    return HtmlCell(text, float(found[0].replace(",", "")) if found else None, name=not is_number)
 
 
-def run_table(found: Outcomes, folder: Path) -> Table:
+def run_table(found: StudyResults, folder: Path) -> HtmlTable:
     """A line a run: how far it is, what it came to, and the way to its own report."""
     metric = search_metric(found.table)
     is_share = FORMATS[metric.replace("/", "_")].scale == 100
-    columns = [Column("row"), Column("seed", True), Column("state"), Column("epochs", True)]
-    columns += [Column(f"best {metric}", True), Column("test accuracy", True), Column("training time, s", True)]
-    columns += [Column("run")]
+    columns = [HtmlColumn("row"), HtmlColumn("seed", True), HtmlColumn("state"), HtmlColumn("epochs", True)]
+    columns += [
+        HtmlColumn(f"best {metric}", True),
+        HtmlColumn("test accuracy", True),
+        HtmlColumn("training time, s", True),
+    ]
+    columns += [HtmlColumn("run")]
     rows = []
     for result in found.results:
         best = best_of(result.values(metric), metric)
-        cells = [name(result.member.row), integer(result.member.seed), Cell(result.state), integer(len(result.epochs))]
+        cells = [
+            name(result.member.row),
+            integer(result.member.seed),
+            HtmlCell(result.state),
+            integer(len(result.epochs)),
+        ]
         cells += [share(best) if is_share else number(best), share(result.figures.get("test_accuracy"))]
         cells += [number(result.figures.get("seconds"), ".1f"), _link(result, folder)]
-        rows.append(Row(cells, result.state))
+        rows.append(HtmlRow(cells, result.state))
     states = dict.fromkeys(result.state for result in found.results)
     buttons = [("all", ""), *((state, state) for state in states)] if len(states) > 1 else []
-    return Table(columns, rows, buttons=buttons)
+    return HtmlTable(columns, rows, buttons=buttons)
 
 
-def _link(result: Result, folder: Path) -> Cell:
+def _link(result: RunResult, folder: Path) -> HtmlCell:
     run = result.member.run
     if run is None:
-        return Cell("-")
+        return HtmlCell("-")
     report = Run(folder / run).report_file
-    return Cell(run, link=quote(f"{run}/{report.name}") if report.exists() else "", name=True)
+    return HtmlCell(run, link=quote(f"{run}/{report.name}") if report.exists() else "", name=True)
 
 
-def study_recipe(facts: StudyFacts, results: Sequence[Result]) -> Table:
+def study_recipe(facts: StudyReportData, results: Sequence[RunResult]) -> HtmlTable:
     """The recipe that all runs share, with the keys highlighted that vary and their values."""
     if facts.recipe is None:
-        return Table([], [])
+        return HtmlTable([], [])
     values: dict[str, list[str]] = {}
     for result in results:
         for key, value in {**result.member.changes, "recipe.seed": result.member.seed}.items():
@@ -168,17 +190,17 @@ def study_recipe(facts: StudyFacts, results: Sequence[Result]) -> Table:
     table = recipe_table(facts.recipe, dict(facts.origins))
     rows = [_marked(row, values, varied) for row in table.rows]
     text = "Highlighted: what varies over the runs, with its values. All else is as in the first run that can be read."
-    return Table(
+    return HtmlTable(
         table.columns, rows, text, [("all", ""), ("varies", OWN), ("differs from the defaults", f"{OWN} {BASE}")]
     )
 
 
-def _marked(row: Row, values: Mapping[str, Sequence[str]], varied: Sequence[str]) -> Row:
+def _marked(row: HtmlRow, values: Mapping[str, Sequence[str]], varied: Sequence[str]) -> HtmlRow:
     key = row.cells[0].text
     if key not in varied:
-        return Row(row.cells, BASE if row.kind in (OWN, BASE) else row.kind)
+        return HtmlRow(row.cells, BASE if row.kind in (OWN, BASE) else row.kind)
     some = ", ".join(values[key][:SHOWN]) + (f", ... ({len(values[key])} values)" if len(values[key]) > SHOWN else "")
-    return Row([row.cells[0], Cell(printable(some), name=True, code=True), *row.cells[2:]], OWN)
+    return HtmlRow([row.cells[0], HtmlCell(printable(some), name=True, code=True), *row.cells[2:]], OWN)
 
 
 def merged(environments: Sequence[Record]) -> Record:
@@ -200,7 +222,7 @@ def _listed(values: Sequence[str]) -> str:
 # -- curves -----------------------------------------------------------------------------------------------------------
 
 
-def bundle(found: Outcomes, metric: str) -> dict[str, Any]:
+def bundle(found: StudyResults, metric: str) -> dict[str, Any]:
     """The curves of all runs, for the page's script."""
     scale = FORMATS[metric.replace("/", "_")].scale
     rows = list(dict.fromkeys(result.member.row for result in found.results))

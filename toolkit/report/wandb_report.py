@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import RunFailed, UserError
-from toolkit.models.names import first_line
+from toolkit.models.unknown_names import first_line
 from toolkit.reading import read_json
-from toolkit.report.style import CYCLE
+from toolkit.report.plot_style import CYCLE
 from toolkit.runs import Run, write_atomically
-from toolkit.study.output import Outcomes
-from toolkit.study.results import Result
-from toolkit.study.sheet import markdown
-from toolkit.study.table import title
-from toolkit.study.trials import search_metric, varied_keys
-from toolkit.sync import id_at_wandb
-from toolkit.tracking import why_offline
+from toolkit.study.export_tables import StudyResults
+from toolkit.study.results import RunResult
+from toolkit.study.results_table import title
+from toolkit.study.text_table import markdown
+from toolkit.study.trial_table import search_metric, varied_keys
+from toolkit.trackers import offline_reason
+from toolkit.wandb_sync import id_at_wandb
 
 FILE = "wandb-report.json"
 """In the study's folder: the report made before, which the next call writes anew."""
@@ -34,17 +34,17 @@ UNFIT = r"[/?#%\\<>]"
 SHOWN = 100
 """Runs in one panel, which W&B cuts at ten unless told otherwise."""
 
-Place = tuple[str, str]
+SavedReport = tuple[str, str]
 """Entity and project."""
 
 
 @dataclass(frozen=True)
-class Tracked:
+class TrackedRun:
     """A run of the study that W&B knows."""
 
     id: str
     """W&B's."""
-    result: Result
+    result: RunResult
 
     @property
     def name(self) -> str:
@@ -61,14 +61,14 @@ class WandbReport:
     """Runs that W&B does not have, as sentences."""
 
 
-def create_wandb_report(found: Outcomes, folder: Path) -> WandbReport:
+def create_wandb_report(found: StudyResults, folder: Path) -> WandbReport:
     """Make the report of a study on W&B, or write it anew where it was made before.
 
     It is pinned to the study's runs by their ids: later ones do not leak in. Raises UserError where there is no login,
     no server that answers, or no run of the study on it; RunFailed where the server does not take the report.
     """
     reports = _library()
-    if why := why_offline():
+    if why := offline_reason():
         raise UserError(
             f"no W&B report: {why}. Log in with: wandb login (or set WANDB_API_KEY, and WANDB_BASE_URL for a server of "
             "your own). The report in one HTML file needs neither"
@@ -97,9 +97,9 @@ def _library() -> Any:
     return reports
 
 
-def _tracked(found: Outcomes, folder: Path, api: Any) -> tuple[dict[Place, list[Tracked]], list[str]]:
+def _tracked(found: StudyResults, folder: Path, api: Any) -> tuple[dict[SavedReport, list[TrackedRun]], list[str]]:
     """The study's runs that are on the server, by project; and a line about those that are not."""
-    asked: dict[Place, dict[str, Tracked]] = {}
+    asked: dict[SavedReport, dict[str, TrackedRun]] = {}
     untracked, seen = 0, set()
     for result in found.results:
         name = result.member.run
@@ -113,7 +113,7 @@ def _tracked(found: Outcomes, folder: Path, api: Any) -> tuple[dict[Place, list[
             continue
         table = run.recipe.tracking
         place = (table.entity or str(api.default_entity), table.project)
-        asked.setdefault(place, {})[known] = Tracked(known, result)
+        asked.setdefault(place, {})[known] = TrackedRun(known, result)
     there = {place: _on_server(api, place, list(runs)) for place, runs in asked.items()}
     tracked = {place: [runs[key] for key in runs if key in there[place]] for place, runs in asked.items()}
     absent = sum(len(runs) for runs in asked.values()) - sum(len(runs) for runs in tracked.values())
@@ -122,7 +122,7 @@ def _tracked(found: Outcomes, folder: Path, api: Any) -> tuple[dict[Place, list[
     return {place: runs for place, runs in tracked.items() if runs}, missing
 
 
-def _on_server(api: Any, place: Place, ids: Sequence[str]) -> set[str]:
+def _on_server(api: Any, place: SavedReport, ids: Sequence[str]) -> set[str]:
     """Which of the runs the server has."""
     try:
         runs = api.runs("/".join(place), filters={"name": {"$in": list(ids)}}, per_page=min(max(len(ids), 1), 500))
@@ -133,7 +133,9 @@ def _on_server(api: Any, place: Place, ids: Sequence[str]) -> set[str]:
         return set()
 
 
-def _saved(reports: Any, found: Outcomes, folder: Path, tracked: dict[Place, list[Tracked]], missing: list[str]) -> Any:
+def _saved(
+    reports: Any, found: StudyResults, folder: Path, tracked: dict[SavedReport, list[TrackedRun]], missing: list[str]
+) -> Any:
     entity, project = next(iter(tracked))
     name = " ".join(re.sub(UNFIT, " ", title(found.table, found.name)).split())[:TITLE]
     report = reports.Report(entity=entity, project=project, title=name)
@@ -146,7 +148,7 @@ def _saved(reports: Any, found: Outcomes, folder: Path, tracked: dict[Place, lis
     return report
 
 
-def _id_before(reports: Any, folder: Path, place: Place) -> str:
+def _id_before(reports: Any, folder: Path, place: SavedReport) -> str:
     """The id of the report made before, if it is still there; else nothing, which makes a new one."""
     if not (folder / FILE).exists():
         return ""
@@ -159,7 +161,9 @@ def _id_before(reports: Any, folder: Path, place: Place) -> str:
         return ""
 
 
-def _blocks(reports: Any, found: Outcomes, tracked: dict[Place, list[Tracked]], missing: Sequence[str]) -> list[Any]:
+def _blocks(
+    reports: Any, found: StudyResults, tracked: dict[SavedReport, list[TrackedRun]], missing: Sequence[str]
+) -> list[Any]:
     rows = list(dict.fromkeys(result.member.row for result in found.results))
     runsets = [_runset(reports, place, runs, rows) for place, runs in tracked.items()]
     every = [run for runs in tracked.values() for run in runs]
@@ -176,7 +180,7 @@ def _blocks(reports: Any, found: Outcomes, tracked: dict[Place, list[Tracked]], 
     ]
 
 
-def _runset(reports: Any, place: Place, runs: Sequence[Tracked], rows: Sequence[str]) -> Any:
+def _runset(reports: Any, place: SavedReport, runs: Sequence[TrackedRun], rows: Sequence[str]) -> Any:
     """Just these runs, the seeds of a row in one colour."""
     colours = {run.id: CYCLE[rows.index(run.result.member.row) % len(CYCLE)] for run in runs}
     return reports.Runset(
@@ -188,7 +192,7 @@ def _runset(reports: Any, place: Place, runs: Sequence[Tracked], rows: Sequence[
     )
 
 
-def _curve(reports: Any, metric: str, caption: str, runs: Sequence[Tracked]) -> Any:
+def _curve(reports: Any, metric: str, caption: str, runs: Sequence[TrackedRun]) -> Any:
     return reports.LinePlot(
         title=caption,
         x="epoch",
@@ -200,7 +204,7 @@ def _curve(reports: Any, metric: str, caption: str, runs: Sequence[Tracked]) -> 
     )
 
 
-def _comparison(reports: Any, found: Outcomes) -> list[Any]:
+def _comparison(reports: Any, found: StudyResults) -> list[Any]:
     metric = search_metric(found.table).replace("/", "_")
     figures = dict.fromkeys((metric, metric.replace("val_", "test_")))
     bars = [
@@ -219,7 +223,7 @@ def _comparison(reports: Any, found: Outcomes) -> list[Any]:
     return [*bars, *parallel, reports.RunComparer(diff_only="split")]
 
 
-def _notes(found: Outcomes, missing: Sequence[str]) -> str:
+def _notes(found: StudyResults, missing: Sequence[str]) -> str:
     lines = [f"Published figures: {found.table.source}."] if found.table.source else []
     lines += [found.table.note] if found.table.note else []
     lines += [f"Not in this report: {line}." for line in missing]

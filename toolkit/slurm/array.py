@@ -7,7 +7,7 @@ slurm/study.toml       of a search: the study as it was submitted
 slurm/JOB_TASK/        of a search: notes of a task, as runs have them in their own folders ``slurm/``
 
 A list of runs (rows, grid, random) becomes one task a run: each trains the next run that is open. The runs of a search
-come about while it goes on, so its tasks each work on it until it has come to its end (toolkit/study/pool.py).
+come about while it goes on, so its tasks each work on it until it has come to its end (toolkit/study/leader_election.py).
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.data.order import check_batch_size
+from toolkit.data.sampling import check_batch_size
 from toolkit.errors import UserError
 from toolkit.reading import Shape, read_bytes, read_json
-from toolkit.recipe.study import BohbSearch
-from toolkit.recipe.writing import toml_document
+from toolkit.recipe.study_schema import BohbSearchConfig
+from toolkit.recipe.toml_writer import toml_document
 from toolkit.runs import Run, runs_of, write_atomically
-from toolkit.slurm.job import Job, QueueEntry, queue
-from toolkit.slurm.script import array_script, search_script, table_script
-from toolkit.slurm.settings import Settings, check_places, settle
-from toolkit.slurm.submit import Submitted, require_slurm, sbatch, scancel, undone_on_error
-from toolkit.study.expand import Expansion, StudyFile
-from toolkit.study.folder import FILE, StudyFolder, is_claimed
-from toolkit.study.prepare import CONTROLLER, controlled, prepare
-from toolkit.study.searching import check_search
+from toolkit.slurm.job_status import QueueEntry, SlurmJob, queue
+from toolkit.slurm.sbatch import array_script, search_script, table_script
+from toolkit.slurm.settings import JobSettings, check_places, resolve_settings
+from toolkit.slurm.submit import SubmitResult, require_slurm, rollback_on_error, sbatch, scancel
+from toolkit.study.directory import FILE, StudyDirectory, is_claimed
+from toolkit.study.expand import ExpandedStudy, StudySpec
+from toolkit.study.init import CONTROLLER, init_study, study_lock
+from toolkit.study.search_driver import check_search
 
 STUDY = "slurm/study.toml"
 
 
-def plan_study(study: StudyFile, expansion: Expansion) -> tuple[Settings, list[str]]:
+def plan_study(study: StudySpec, expansion: ExpandedStudy) -> tuple[JobSettings, list[str]]:
     """What every task asks for, and warnings. Raises UserError where the runs cannot be trained so."""
-    settings = settle(study.base)
+    settings = resolve_settings(study.base)
     remarks = []
     if study.table.bohb is not None:
         if settings.nodes > 1:
@@ -60,12 +60,14 @@ def plan_study(study: StudyFile, expansion: Expansion) -> tuple[Settings, list[s
     return settings, [*remarks, *check_places(settings, study.base.recipe.run_root, [study.path])]
 
 
-def preview(study: StudyFile, expansion: Expansion, settings: Settings, parallel: int | None) -> str:
+def preview(study: StudySpec, expansion: ExpandedStudy, settings: JobSettings, parallel: int | None) -> str:
     """The script, as it would be written for the first submission."""
     return _script(study, settings, study.folder.absolute(), expansion.count, parallel)
 
 
-def submit_study(study: StudyFile, expansion: Expansion, settings: Settings, parallel: int | None) -> Submitted:
+def submit_study(
+    study: StudySpec, expansion: ExpandedStudy, settings: JobSettings, parallel: int | None
+) -> SubmitResult:
     """Hand to SLURM all runs of a study that are not finished, ``parallel`` at a time, and a job for table and report.
 
     Failed runs of a list are tried again. Raises UserError where an array of this study is still at work, where nothing
@@ -74,14 +76,14 @@ def submit_study(study: StudyFile, expansion: Expansion, settings: Settings, par
     require_slurm()
     refuse_if_at_work(study.folder)
     path = study.folder.absolute()
-    search, folder = study.table.bohb, StudyFolder(path)
+    search, folder = study.table.bohb, StudyDirectory(path)
     script = path / "slurm" / "train.sbatch"
-    with undone_on_error(path), controlled(study):
-        with _as_it_was(path):
+    with rollback_on_error(path), study_lock(study):
+        with _rollback_on_error(path):
             refuse_if_at_work(path)  # somebody may have submitted it in between
             if search is not None:
                 _refuse_if_done(search, folder)
-            prepare(study, folder, expansion)
+            init_study(study, folder, expansion)
             left = [] if search is not None else _left(folder)
             (path / "slurm").mkdir(exist_ok=True)
             if search is not None:
@@ -90,20 +92,20 @@ def submit_study(study: StudyFile, expansion: Expansion, settings: Settings, par
             write_atomically(script, _script(study, settings, path, tasks, parallel).encode())
             number = sbatch(script)
         for run in left:
-            Job(run).write_record(number, array=path)
+            SlurmJob(run).write_record(number, array=path)
         table_job = _submit_table(settings, path, study.name, number)
         record = {"job": number, "table_job": table_job, "submitted": time.time()}
         Run(path).write_json("slurm/job.json", record)
-    return Submitted(number, script, path, path, is_array=True, tasks=tasks, table_job=table_job)
+    return SubmitResult(number, script, path, path, is_array=True, tasks=tasks, table_job=table_job)
 
 
-def _script(study: StudyFile, settings: Settings, path: Path, tasks: int, parallel: int | None) -> str:
+def _script(study: StudySpec, settings: JobSettings, path: Path, tasks: int, parallel: int | None) -> str:
     if study.table.bohb is not None:
         return search_script(settings, path, study.name, parallel or 1)
     return array_script(settings, path, study.name, tasks, parallel)
 
 
-def _left(folder: StudyFolder) -> list[Run]:
+def _left(folder: StudyDirectory) -> list[Run]:
     """The runs of a list that are to be trained. Raises UserError where there is none."""
     runs = study_runs(folder)
     left = [run for run in runs if not run.is_finished]
@@ -112,7 +114,7 @@ def _left(folder: StudyFolder) -> list[Run]:
     return left
 
 
-def _refuse_if_done(search: BohbSearch, folder: StudyFolder) -> None:
+def _refuse_if_done(search: BohbSearchConfig, folder: StudyDirectory) -> None:
     if folder.exists and folder.is_complete and len(folder.members) >= search.trials:
         raise UserError(
             f"the search has tried all {search.trials} configurations: toolkit table {folder.path}; to go on with it, "
@@ -121,7 +123,7 @@ def _refuse_if_done(search: BohbSearch, folder: StudyFolder) -> None:
 
 
 @contextlib.contextmanager
-def _as_it_was(path: Path) -> Iterator[None]:
+def _rollback_on_error(path: Path) -> Iterator[None]:
     """After an error take away what was made of the study's folder, or restore study.json."""
     known = {run.path for run in runs_of(str(path.parent), path.name)}
     was_there = (path / "slurm").exists()
@@ -142,7 +144,7 @@ def _as_it_was(path: Path) -> Iterator[None]:
         raise
 
 
-def _submit_table(settings: Settings, path: Path, name: str, array_job: str) -> str | None:
+def _submit_table(settings: JobSettings, path: Path, name: str, array_job: str) -> str | None:
     """The job for table and report; where SLURM does not want it, they are left to the user."""
     script = path / "slurm" / "table.sbatch"
     write_atomically(script, table_script(settings, path, name, array_job).encode())
@@ -155,7 +157,7 @@ def _submit_table(settings: Settings, path: Path, name: str, array_job: str) -> 
 # -- what is known of it ----------------------------------------------------------------------------------------------
 
 
-def study_runs(folder: StudyFolder) -> list[Run]:
+def study_runs(folder: StudyDirectory) -> list[Run]:
     """The run directories of a study, each once, in the order of its table."""
     names = dict.fromkeys(member.run for member in folder.members if member.run is not None)
     return [Run(folder.path / name) for name in names]
@@ -198,7 +200,9 @@ def refuse_if_at_work(path: Path) -> None:
 def cancel_array(path: Path) -> str:
     """Cancel all tasks of a study's array and return its id; the job for the table comes then. Raises UserError."""
     number = str((array_record(path) or {})["job"])
-    marked = [run for run in study_runs(StudyFolder(path)) if not run.is_finished and Job(run).is_part_of(number)]
+    marked = [
+        run for run in study_runs(StudyDirectory(path)) if not run.is_finished and SlurmJob(run).is_part_of(number)
+    ]
     for run in marked:
         run.write_text("slurm/cancelled", "")
     scancel(number)
@@ -226,12 +230,12 @@ def _told(tasks: Mapping[str, QueueEntry]) -> str:
     return ", ".join(told)
 
 
-def take_run(folder: StudyFolder, array_job: str, task: str) -> Run | None:
+def acquire_run(folder: StudyDirectory, array_job: str, task: str) -> Run | None:
     """The run that the task had before it was requeued, else the first that is open and that nobody has taken."""
     runs = study_runs(folder)
     name = f"{array_job}_{task}"
     for run in runs:
-        if Job(run).claimed_by(array_job) == name:
+        if SlurmJob(run).claimed_by(array_job) == name:
             return run
     untaken = (run for run in runs if not run.is_finished and not is_claimed(run))
-    return next((run for run in untaken if Job(run).claim(array_job, name)), None)
+    return next((run for run in untaken if SlurmJob(run).claim(array_job, name)), None)

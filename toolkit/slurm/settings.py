@@ -12,8 +12,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from toolkit.errors import UserError
-from toolkit.recipe.schema import Recipe, SlurmTable
-from toolkit.recipe.table import Table
+from toolkit.recipe.base import ConfigModel
+from toolkit.recipe.schema import Recipe, SlurmConfig
 
 DEFAULTS: dict[str, Any] = {
     "nodes": 1,
@@ -31,11 +31,11 @@ LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratc
 """Folders that every machine has for itself."""
 
 
-class Profile(Table):
+class ClusterProfile(ConfigModel):
     """A cluster, as one TOML file says."""
 
     description: str = ""
-    defaults: SlurmTable = SlurmTable()
+    defaults: SlurmConfig = SlurmConfig()
     """For what neither the command nor the recipe says."""
     setup: list[str] = Field(default_factory=list)
     """Lines of shell before training: modules, virtual environment. One that fails ends the job."""
@@ -51,7 +51,7 @@ class Profile(Table):
     """Folders that all nodes see, though they look local."""
 
     @model_validator(mode="after")
-    def _no_secrets(self) -> Profile:
+    def _no_secrets(self) -> ClusterProfile:
         for name in self.variables:
             if SECRET.search(name):
                 raise ValueError(
@@ -61,11 +61,11 @@ class Profile(Table):
         return self
 
 
-class Settings(Table):
+class JobSettings(ConfigModel):
     """Everything that the script of a job is made of."""
 
-    table: SlurmTable
-    profile: Profile = Profile()
+    table: SlurmConfig
+    profile: ClusterProfile = ClusterProfile()
     profile_name: str | None = None
 
     @property
@@ -89,13 +89,13 @@ class Settings(Table):
         return self.nodes * self.processes_per_node
 
 
-def settle(recipe: Recipe) -> Settings:
+def resolve_settings(recipe: Recipe) -> JobSettings:
     """The settings of a recipe whose [slurm] has the command's options in it already. Raises UserError."""
     asked = recipe.slurm.model_dump(exclude_none=True) if recipe.slurm else {}
-    profile, name = Profile(), asked.get("profile")
+    profile, name = ClusterProfile(), asked.get("profile")
     if name is not None:
         profile = read_profile(find_profile(name))
-    table = SlurmTable(**(DEFAULTS | profile.defaults.model_dump(exclude_none=True) | asked))
+    table = SlurmConfig(**(DEFAULTS | profile.defaults.model_dump(exclude_none=True) | asked))
     if table.gpus_per_node and table.processes_per_node not in (None, table.gpus_per_node):
         raise UserError(
             f"slurm.processes_per_node = {table.processes_per_node} with slurm.gpus_per_node = {table.gpus_per_node}: "
@@ -103,7 +103,7 @@ def settle(recipe: Recipe) -> Settings:
         )
     if table.gpu_type and not table.gpus_per_node:
         raise UserError(f"slurm.gpu_type = {table.gpu_type!r} without slurm.gpus_per_node: say how many GPUs")
-    return Settings(table=table, profile=profile, profile_name=name)
+    return JobSettings(table=table, profile=profile, profile_name=name)
 
 
 SHIPPED_PROFILES = Path(__file__).parent / "profiles"
@@ -133,20 +133,20 @@ def find_profile(name: str) -> Path:
     )
 
 
-def read_profile(path: Path) -> Profile:
+def read_profile(path: Path) -> ClusterProfile:
     """A profile file, checked. Raises UserError with everything that is wrong."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
     try:
-        return Profile.model_validate(content)
+        return ClusterProfile.model_validate(content)
     except ValidationError as error:
         raise UserError("\n".join(f"{path}: {line}" for line in _faults(error))) from None
 
 
 def _faults(error: ValidationError) -> list[str]:
-    keys = [*Profile.model_fields, *(f"defaults.{key}" for key in SlurmTable.model_fields)]
+    keys = [*ClusterProfile.model_fields, *(f"defaults.{key}" for key in SlurmConfig.model_fields)]
     lines = []
     for fault in error.errors(include_url=False):
         key = ".".join(str(part) for part in fault["loc"])
@@ -158,7 +158,7 @@ def _faults(error: ValidationError) -> list[str]:
     return lines
 
 
-def check_places(settings: Settings, run_root: str, files: list[str]) -> list[str]:
+def check_places(settings: JobSettings, run_root: str, files: list[str]) -> list[str]:
     """Warnings about folders that the nodes may not see. Raises UserError for several nodes and a local run root."""
     root = Path(run_root).resolve()
     why = local_reason(root, settings.profile.shared)

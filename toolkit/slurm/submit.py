@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.data.order import check_batch_size
+from toolkit.data.sampling import check_batch_size
 from toolkit.errors import UserError
 from toolkit.recipe import Recipe, resolved_toml
 from toolkit.runs import Run, create_run, new_run_id
-from toolkit.slurm.job import Job, queue
-from toolkit.slurm.script import run_script
-from toolkit.slurm.settings import Settings, check_places, settle
+from toolkit.slurm.job_status import SlurmJob, queue
+from toolkit.slurm.sbatch import run_script
+from toolkit.slurm.settings import JobSettings, check_places, resolve_settings
 
 OPTIONS = {
     "partition": "slurm.partition",
@@ -36,7 +36,7 @@ OPTIONS = {
 
 
 @dataclass(frozen=True)
-class Submitted:
+class SubmitResult:
     """A job that SLURM has accepted."""
 
     job: str
@@ -49,26 +49,26 @@ class Submitted:
     table_job: str | None = None
 
 
-def plan(path: str, recipe: Recipe) -> tuple[Settings, list[str]]:
+def plan(path: str, recipe: Recipe) -> tuple[JobSettings, list[str]]:
     """What the job asks for, and warnings. Raises UserError where the recipe cannot run so."""
-    settings = settle(recipe)
+    settings = resolve_settings(recipe)
     check_batch_size(recipe.train.batch_size, settings.world, recipe.train.accumulation)
     return settings, check_places(settings, recipe.recipe.run_root, [path])
 
 
-def preview(recipe: Recipe, settings: Settings) -> str:
+def preview(recipe: Recipe, settings: JobSettings) -> str:
     """The script of one run, as it would be written."""
     path = Path(recipe.recipe.run_root) / recipe.recipe.name / new_run_id()
     return run_script(settings, path.absolute(), recipe.recipe.name)
 
 
-def submit_run(recipe: Recipe, settings: Settings, origins: dict[str, Any]) -> Submitted:
+def submit_run(recipe: Recipe, settings: JobSettings, origins: dict[str, Any]) -> SubmitResult:
     """Make a run directory and hand its training to SLURM. ``origins``: where the recipe's values came from."""
     require_slurm()
-    with undone_on_error(Path(recipe.recipe.run_root).absolute() / recipe.recipe.name):
+    with rollback_on_error(Path(recipe.recipe.run_root).absolute() / recipe.recipe.name):
         run = _new_run(recipe)
         try:
-            job = Job(run)
+            job = SlurmJob(run)
             run.write_json("origins.json", origins)
             run.write_text("slurm/train.sbatch", run_script(settings, run.path, recipe.recipe.name))
             number = sbatch(job.script)
@@ -76,11 +76,11 @@ def submit_run(recipe: Recipe, settings: Settings, origins: dict[str, Any]) -> S
             shutil.rmtree(run.path)
             raise
     job.write_record(number)
-    return Submitted(number, job.script, job.log, run.path)
+    return SubmitResult(number, job.script, job.log, run.path)
 
 
 @contextlib.contextmanager
-def undone_on_error(folder: Path) -> Iterator[None]:
+def rollback_on_error(folder: Path) -> Iterator[None]:
     """Take away a folder, and those around it, where they were not there before and are empty."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -128,7 +128,7 @@ def _refusal(stderr: str) -> str:
 
 def cancel(run: Run) -> str:
     """Cancel the job of a run, so that it is not requeued either, and return its id. Raises UserError without one."""
-    job = Job(run)
+    job = SlurmJob(run)
     record: dict[str, Any] | None = job.record
     if record is None:
         raise UserError(f"{run.path} was not submitted to SLURM")

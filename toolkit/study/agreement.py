@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toolkit.study.results import STOPPED
-from toolkit.study.sheet import Sheet
-from toolkit.study.table import FORMATS, MISSING, Row, number
+from toolkit.study.results_table import FORMATS, MISSING, ResultRow, number
+from toolkit.study.text_table import TextTable
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Agreement:
     """What the noise is: ``seeds``, ``published seeds``, ``test images``, or several of them."""
 
 
-def agreements(rows: Sequence[Row], columns: Sequence[str]) -> list[Agreement]:
+def agreements(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[Agreement]:
     """The agreement of each column of accuracies or losses of which two rows or more have published figures."""
     found = []
     for column in columns:
@@ -38,7 +38,7 @@ def agreements(rows: Sequence[Row], columns: Sequence[str]) -> list[Agreement]:
     return found
 
 
-def _agreement(column: str, rows: Sequence[Row]) -> Agreement:
+def _agreement(column: str, rows: Sequence[ResultRow]) -> Agreement:
     ours, theirs = [row.figures[column].mean for row in rows], [row.published[column] for row in rows]
     differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     noises = [_noise(row, column) for row in rows]
@@ -53,7 +53,7 @@ def _agreement(column: str, rows: Sequence[Row]) -> Agreement:
     )
 
 
-def _noise(row: Row, column: str) -> tuple[float, str] | None:
+def _noise(row: ResultRow, column: str) -> tuple[float, str] | None:
     """Standard deviation of one run and where it is from; of the test images alone it is a lower bound."""
     measured, published = row.figures[column], row.published_spread.get(column)
     if measured.std is not None:
@@ -80,7 +80,7 @@ def _spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
     return None if math.isnan(found) else found
 
 
-def agreement_sheet(found: Sequence[Agreement]) -> Sheet:
+def agreement_sheet(found: Sequence[Agreement]) -> TextTable:
     """The agreement as cells."""
     head = ["column", "rows", "rank correlation", "mean abs. diff.", "within noise", "noise from"]
     rows = [
@@ -99,4 +99,4 @@ def agreement_sheet(found: Sequence[Agreement]) -> Sheet:
         "Within noise: share of the rows that differ by at most two standard deviations of one run: over its seeds if "
         "it has several, else as published, else the binomial one of the images, which leaves out what seeds do.",
     ]
-    return Sheet("Agreement with the published figures", head, rows, notes=notes, left=frozenset({0, 5}))
+    return TextTable("Agreement with the published figures", head, rows, notes=notes, left=frozenset({0, 5}))

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from toolkit.errors import UserError
-from toolkit.recipe.study import Claim, StudyTable
-from toolkit.study.folder import StudyFolder
-from toolkit.study.forms import conditions
-from toolkit.study.results import Result, higher_is_better
-from toolkit.study.rules import in_group
-from toolkit.study.sheet import Sheet
-from toolkit.study.statistics import McNemar, estimate, pairs_needed, welch
-from toolkit.study.table import FORMATS, MISSING, number
+from toolkit.recipe.study_schema import Claim, StudyConfig
+from toolkit.study.directory import StudyDirectory
+from toolkit.study.grid import conditions
+from toolkit.study.results import RunResult, higher_is_better
+from toolkit.study.results_table import FORMATS, MISSING, number
+from toolkit.study.significance import McNemar, estimate, pairs_needed, welch
+from toolkit.study.text_table import TextTable
+from toolkit.study.validation import in_group
 
 Outcome = Literal["reproduced", "not reproduced", "undecidable"]
 Interval = tuple[float, float]
-Rights = Callable[[Result], dict[str, bool]]
+Rights = Callable[[RunResult], dict[str, bool]]
 """Whether the predictions of a run are right, by test image; empty where they cannot be read."""
 
 
@@ -42,7 +42,7 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedClaim:
     """A claim with its verdict and the contrast that decides it."""
 
     claim: Claim
@@ -50,10 +50,10 @@ class Judged:
     contrast: Contrast
 
 
-def judge_claims(folder: StudyFolder, table: StudyTable, results: Sequence[Result]) -> list[Judged]:
+def judge_claims(folder: StudyDirectory, table: StudyConfig, results: Sequence[RunResult]) -> list[JudgedClaim]:
     """A verdict on each claim of the study. Reads predictions.csv where a row has one run."""
 
-    def rights(result: Result) -> dict[str, bool]:
+    def rights(result: RunResult) -> dict[str, bool]:
         run = folder.run(result.member)
         try:
             return {row["path"]: row["label"] == row["prediction"] for row in run.predictions()} if run else {}
@@ -63,7 +63,7 @@ def judge_claims(folder: StudyFolder, table: StudyTable, results: Sequence[Resul
     return [judge(claim, results, table.output.confidence, rights) for claim in table.claims]
 
 
-def judge(claim: Claim, results: Sequence[Result], confidence: float, rights: Rights) -> Judged:
+def judge(claim: Claim, results: Sequence[RunResult], confidence: float, rights: Rights) -> JudgedClaim:
     """The verdict on one claim.
 
     A claim over several rows is reproduced where each contrast confirms it, and not reproduced where one refutes it
@@ -82,14 +82,14 @@ def judge(claim: Claim, results: Sequence[Result], confidence: float, rights: Ri
     deciding = [c for c, verdict in zip(contrasts, verdicts, strict=True) if verdict == wanted] or [Contrast("")]
     sign = 1 if claim.holds else -1
     weakest = min(deciding, key=lambda c: math.inf if c.effect is None else sign * c.effect)
-    return Judged(claim, wanted, weakest)
+    return JudgedClaim(claim, wanted, weakest)
 
 
-def _is_in(result: Result, group: str | dict[str, Any]) -> bool:
+def _is_in(result: RunResult, group: str | dict[str, Any]) -> bool:
     return result.member.row == group if isinstance(group, str) else in_group(result.member, group)
 
 
-def _others(claim: Claim, results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+def _others(claim: Claim, results: Sequence[RunResult]) -> list[tuple[str, list[RunResult]]]:
     """The groups that the better one is compared with, by name."""
     if isinstance(claim.than, dict):
         name = ", ".join(f"{key} {' or '.join(map(str, values))}" for key, values in conditions(claim.than).items())
@@ -98,7 +98,7 @@ def _others(claim: Claim, results: Sequence[Result]) -> list[tuple[str, list[Res
     return [(name, [r for r in results if r.member.row == name]) for name in names]
 
 
-def _values(claim: Claim, runs: Sequence[Result]) -> dict[tuple[Any, ...], float]:
+def _values(claim: Claim, runs: Sequence[RunResult]) -> dict[tuple[Any, ...], float]:
     """Figures of the finished runs by what pairs them: the seed and, of groups by keys, all other varied keys."""
     found = {}
     for run in runs:
@@ -116,9 +116,9 @@ def _keys(group: list[str] | dict[str, Any]) -> dict[str, Any]:
 
 def _contrast(
     claim: Claim,
-    one: Sequence[Result],
+    one: Sequence[RunResult],
     name: str,
-    other: Sequence[Result],
+    other: Sequence[RunResult],
     levels: tuple[float, float],
     rights: Rights,
 ) -> Contrast:
@@ -194,7 +194,7 @@ def _verdict(claim: Claim, contrast: Contrast) -> Outcome:
 # -- as cells and records ---------------------------------------------------------------------------------------------
 
 
-def claims_sheet(judged: Sequence[Judged], confidence: float) -> Sheet:
+def claims_sheet(judged: Sequence[JudgedClaim], confidence: float) -> TextTable:
     """The verdicts as cells."""
     level = f"{confidence * 100:g} %"
     head = ["claim", "verdict", "column", "compared with", "effect", "runs", f"{level} over seeds",
@@ -218,7 +218,7 @@ def claims_sheet(judged: Sequence[Judged], confidence: float) -> Sheet:
     notes.append(
         "Seeds to decide: for a t-test with a power of 80 %, if effect and spread seen here are the true ones."
     )
-    return Sheet("Claims", head, rows, notes=notes, left=frozenset({0, 1, 2, 3}))
+    return TextTable("Claims", head, rows, notes=notes, left=frozenset({0, 1, 2, 3}))
 
 
 def _interval(claim: Claim, interval: Interval | None) -> str:
@@ -228,7 +228,7 @@ def _interval(claim: Claim, interval: Interval | None) -> str:
     return f"[{low}, {high}]"
 
 
-def claim_records(judged: Sequence[Judged]) -> list[dict[str, object]]:
+def claim_records(judged: Sequence[JudgedClaim]) -> list[dict[str, object]]:
     """The verdicts for programs; effects and intervals as plain numbers."""
     records: list[dict[str, object]] = []
     for one in judged:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from toolkit.errors import UserError
-from toolkit.study.sheet import MINUS, Sheet
-from toolkit.study.statistics import Comparison, compare
-from toolkit.study.table import FORMATS, MISSING, Row, nearest, number, p_value
+from toolkit.study.results_table import FORMATS, MISSING, ResultRow, nearest, number, p_value
+from toolkit.study.significance import PairedComparison, compare
+from toolkit.study.text_table import MINUS, TextTable
 
 NO_TEST = ("parameters",)
 """Figures that do not depend on the seed."""
 
 
 def compare_rows(
-    rows: Sequence[Row], first: str, second: str, columns: Sequence[str], confidence: float
-) -> dict[str, Comparison]:
+    rows: Sequence[ResultRow], first: str, second: str, columns: Sequence[str], confidence: float
+) -> dict[str, PairedComparison]:
     """First minus second of each figure, over the seeds of which both have a finished run.
 
     Raises UserError where a row is not known or they have no seed in common.
@@ -33,29 +33,29 @@ def compare_rows(
     return found
 
 
-def _row(rows: Sequence[Row], name: str) -> Row:
+def _row(rows: Sequence[ResultRow], name: str) -> ResultRow:
     found = next((row for row in rows if row.name == name), None)
     if found is None:
         raise UserError(f"--compare {name!r}: the table has no such row{nearest(name, [row.name for row in rows])}")
     return found
 
 
-def _by_seed(row: Row) -> dict[int, dict[str, float]]:
+def _by_seed(row: ResultRow) -> dict[int, dict[str, float]]:
     seeds = [result.member.seed for result in row.finished]
     if len(set(seeds)) != len(seeds):
         raise UserError(f"--compare {row.name!r}: the row has several runs of one seed; compare without --by")
     return {result.member.seed: result.figures for result in row.finished}
 
 
-def comparison_sheet(found: dict[str, Comparison], first: str, second: str, confidence: float) -> Sheet:
+def comparison_sheet(found: dict[str, PairedComparison], first: str, second: str, confidence: float) -> TextTable:
     """The comparison as cells."""
     interval = f"{confidence * 100:g} % interval"
     head = ["figure", "pairs", "mean difference", interval, "t-test p", "permutation p"]
     cells = [[FORMATS[c].heading, *_cells(c, comparison)] for c, comparison in found.items()]
-    return Sheet(f"{first} {MINUS} {second}", head, cells, notes=_notes(list(found.values())))
+    return TextTable(f"{first} {MINUS} {second}", head, cells, notes=_notes(list(found.values())))
 
 
-def _cells(column: str, comparison: Comparison) -> list[str]:
+def _cells(column: str, comparison: PairedComparison) -> list[str]:
     difference = comparison.difference
     low, high = difference.interval or (None, None)
     return [
@@ -71,7 +71,7 @@ def _end(column: str, value: float) -> str:
     return number(column, value, signed=True, mean=True)
 
 
-def _notes(found: Sequence[Comparison]) -> list[str]:
+def _notes(found: Sequence[PairedComparison]) -> list[str]:
     pairs = min((comparison.difference.n for comparison in found), default=0)
     if pairs < 2:
         return ["One seed: no significance is claimed; the difference may be chance."]
@@ -85,7 +85,7 @@ def _notes(found: Sequence[Comparison]) -> list[str]:
     )
 
 
-def comparison_records(found: dict[str, Comparison]) -> dict[str, dict[str, object]]:
+def comparison_records(found: dict[str, PairedComparison]) -> dict[str, dict[str, object]]:
     """The comparison for programs."""
     return {
         column: {

@@ -9,24 +9,24 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
-from toolkit.expect import different_conditions
+from toolkit.expectations import different_conditions
 from toolkit.recipe.diagnostics import Diagnostic, RecipeError
-from toolkit.recipe.load import Loaded, placed, read_sources, resolve
-from toolkit.recipe.positions import Path, Position, Span
-from toolkit.recipe.resolved import leaves, recipe_hash, with_defaults
+from toolkit.recipe.layers import ConfigLayer, LayeredConfig
+from toolkit.recipe.load import LoadedRecipe, placed, read_sources, resolve
+from toolkit.recipe.resolve import leaves, recipe_hash, with_defaults
 from toolkit.recipe.schema import Recipe
-from toolkit.recipe.sources import Merged, Source
-from toolkit.recipe.study import Published, PublishedFigures, PublishedMean, StudyRow, StudyTable
+from toolkit.recipe.study_schema import PublishedMean, PublishedMetrics, PublishedResults, StudyConfig, StudyRow
+from toolkit.recipe.toml_positions import KeyPath, SourcePosition, SourceSpan
 from toolkit.recipe.validation import validate
-from toolkit.study.folder import Member
-from toolkit.study.forms import (
-    Combination,
-    Names,
-    Value,
-    Variable,
+from toolkit.study.directory import StudyRun
+from toolkit.study.grid import (
+    LocatedValue,
+    ParameterSet,
+    RowNamer,
+    SweptParameter,
     conditions,
     dotted_leaves,
     nested,
@@ -35,10 +35,10 @@ from toolkit.study.forms import (
     same,
     zipped,
 )
-from toolkit.study.rules import check_claims, check_study
-from toolkit.study.space import KINDS, Space, random_configurations, read_space
+from toolkit.study.search_space import KINDS, SearchSpace, random_configurations, read_space
+from toolkit.study.validation import check_claims, check_study
 
-STUDY: Path = ("study",)
+STUDY: KeyPath = ("study",)
 ASIDE = ("recipe.seed", "expect.")
 """Keys of a row that are not among its changes."""
 
@@ -47,9 +47,9 @@ ASIDE = ("recipe.seed", "expect.")
 class PlannedRun:
     """A member of a study with its whole recipe."""
 
-    member: Member
-    loaded: Loaded
-    changes: Combination
+    member: StudyRun
+    loaded: LoadedRecipe
+    changes: ParameterSet
     """What the study changes for it, with the places in its file."""
 
     @property
@@ -59,7 +59,7 @@ class PlannedRun:
 
 
 @dataclass
-class Expansion:
+class ExpandedStudy:
     """The runs of a study, in the order of its table."""
 
     runs: list[PlannedRun] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Expansion:
 
 
 @dataclass(frozen=True)
-class StudyFile:
+class StudySpec:
     """A study as its file says it. ``merged`` is the recipe with [study], ``sources`` are without.
 
     [expect] is a promise about one recipe: an inherited one is left out of ``sources``, the file's own holds for the
@@ -82,16 +82,16 @@ class StudyFile:
     """
 
     path: str
-    sources: list[Source]
-    merged: Merged
-    table: StudyTable
+    sources: list[ConfigLayer]
+    merged: LayeredConfig
+    table: StudyConfig
     base: Recipe
     """The recipe that the runs change; keys that every run gives may hold placeholders."""
     stating: int | None = None
     """How many of ``sources`` there are up to the last that states published figures; None: all."""
 
     @property
-    def stating_sources(self) -> list[Source]:
+    def stating_sources(self) -> list[ConfigLayer]:
         """The sources that published figures are about."""
         return self.sources[: self.stating]
 
@@ -101,9 +101,9 @@ class StudyFile:
         return self.base.recipe.name
 
     @property
-    def folder(self) -> FilePath:
+    def folder(self) -> Path:
         """Where its runs go."""
-        return FilePath(self.base.recipe.run_root) / self.name
+        return Path(self.base.recipe.run_root) / self.name
 
     @cached_property
     def base_values(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class StudyFile:
         content = self.base.model_copy(update={"study": None}).model_dump()
         return {".".join(str(part) for part in path): value for path, value in leaves(content)}
 
-    def run(self, row: str, changes: Combination, seed: Value | None = None) -> PlannedRun:
+    def run(self, row: str, changes: ParameterSet, seed: LocatedValue | None = None) -> PlannedRun:
         """One run. Raises RecipeError."""
         told = {key: value.value for key, value in changes.items() if not key.startswith(ASIDE)}
         layers = (self._source(key, value) for key, value in changes.items())
@@ -119,42 +119,44 @@ class StudyFile:
         if seed is not None:
             sources.append(self._source("recipe.seed", seed))
         if self.table.bohb is not None:
-            epochs = Value(self.table.bohb.max_epochs, (*STUDY, "bohb", "max_epochs"))
+            epochs = LocatedValue(self.table.bohb.max_epochs, (*STUDY, "bohb", "max_epochs"))
             sources.append(self._source("train.epochs", epochs))
         loaded = resolve(sources, self.path)
-        member = Member(row, loaded.recipe.recipe.seed, told, recipe_hash(loaded.recipe))
+        member = StudyRun(row, loaded.recipe.recipe.seed, told, recipe_hash(loaded.recipe))
         return PlannedRun(member, loaded, changes)
 
     @cached_property
-    def space(self) -> Space:
+    def space(self) -> SearchSpace:
         """What a search draws from."""
         return read_space(self.table.space, self.base_values)
 
-    def drawn(self, changes: Mapping[str, Any], seed: Value | None = None) -> PlannedRun:
+    def drawn(self, changes: Mapping[str, Any], seed: LocatedValue | None = None) -> PlannedRun:
         """The run of a configuration out of the space, named by its values. Raises RecipeError."""
         ends = frozenset({*KINDS, "when"})
         places = {leaf.key: leaf.place for leaf in dotted_leaves(self.table.space, (*STUDY, "space"), ends)}
-        names = Names([Variable(parameter.key, places[parameter.key], ()) for parameter in self.space.parameters])
-        values = {key: Value(value, places[key]) for key, value in changes.items()}
+        names = RowNamer(
+            [SweptParameter(parameter.key, places[parameter.key], ()) for parameter in self.space.parameters]
+        )
+        values = {key: LocatedValue(value, places[key]) for key, value in changes.items()}
         return self.run(names.plain(values), values, seed)
 
-    def _source(self, key: str, value: Value) -> Source:
+    def _source(self, key: str, value: LocatedValue) -> ConfigLayer:
         """A change as one more layer of the recipe, whose places are those in the study's file."""
         origin = self.merged.origin(value.place) or self.sources[-1]
         path, depth = tuple(key.split(".")), len(value.place)
         spans = {(*path, *place[depth:]): span for place, span in origin.spans.items() if place[:depth] == value.place}
         here = _nearest(origin, value.place)
         named = _nearest(origin, tuple(part for part in value.place if isinstance(part, str))) or here
-        spans |= {path[:n]: Span(named.key, named.key) for n in range(1, len(path))}
-        spans[path] = Span(named.key, here.value)
-        return Source(origin.name, origin.lines, nested(key, value.value), spans, origin.note)
+        spans |= {path[:n]: SourceSpan(named.key, named.key) for n in range(1, len(path))}
+        spans[path] = SourceSpan(named.key, here.value)
+        return ConfigLayer(origin.name, origin.lines, nested(key, value.value), spans, origin.note)
 
 
-def _nearest(origin: Source, place: Path) -> Span:
+def _nearest(origin: ConfigLayer, place: KeyPath) -> SourceSpan:
     """The place, or that of the innermost entry around it that has one."""
     while place and place not in origin.spans:
         place = place[:-1]
-    return origin.spans.get(place) or Span(Position(1, 1), Position(1, 1))
+    return origin.spans.get(place) or SourceSpan(SourcePosition(1, 1), SourcePosition(1, 1))
 
 
 def is_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> bool:
@@ -162,11 +164,11 @@ def is_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> boo
     return any("study" in source.data for source in read_sources(path, overrides))
 
 
-def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> StudyFile:
+def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> StudySpec:
     """A study's file, its [study] table checked. Raises RecipeError with everything that is wrong with that."""
     sources = read_sources(path, overrides)
     name = os.fspath(path)
-    merged = Merged()
+    merged = LayeredConfig()
     for source in sources:
         merged.add(source)
     if "study" not in merged.data:
@@ -183,23 +185,23 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     last = max(
         (n for n, s in enumerate(sources, 1) if {"rows", "published"} & s.data.get("study", {}).keys()), default=0
     )
-    study = StudyFile(name, bare, merged, recipe.study, with_defaults(recipe), last or None)
+    study = StudySpec(name, bare, merged, recipe.study, with_defaults(recipe), last or None)
     faults = list(check_study(study.table, merged.data["study"], study.base_values))
     if faults:
         raise RecipeError(placed(faults, merged, name))
     return study
 
 
-def _without(sources: Iterable[Source], *tables: str) -> list[Source]:
+def _without(sources: Iterable[ConfigLayer], *tables: str) -> list[ConfigLayer]:
     return [replace(s, data={key: value for key, value in s.data.items() if key not in tables}) for s in sources]
 
 
-def expand(study: StudyFile) -> Expansion:
+def expand(study: StudySpec) -> ExpandedStudy:
     """All runs that the file tells of; those of bohb come about while it goes on, so there are none.
 
     Raises RecipeError with all faults of all runs.
     """
-    found, faults = Expansion(), _Diagnostics()
+    found, faults = ExpandedStudy(), _Diagnostics()
     seeds = _seeds(study)
     for row, name, changes in () if study.table.bohb else _rows(study):
         for seed in seeds:
@@ -241,24 +243,24 @@ class _Diagnostics:
                 self.kept.append(replace(item, note=item.note or f"in the row {row!r}"))
 
 
-def _seeds(study: StudyFile) -> list[Value | None]:
+def _seeds(study: StudySpec) -> list[LocatedValue | None]:
     seeds, place = study.table.seeds, (*STUDY, "seeds")
     if seeds is None:
         return [None]
     if isinstance(seeds, int):
         first = study.base.recipe.seed
-        return [Value(seed, place) for seed in range(first, first + seeds)]
-    return [Value(seed, (*place, index)) for index, seed in enumerate(seeds)]
+        return [LocatedValue(seed, place) for seed in range(first, first + seeds)]
+    return [LocatedValue(seed, (*place, index)) for index, seed in enumerate(seeds)]
 
 
-def _rows(study: StudyFile) -> Iterator[tuple[StudyRow | None, str, Combination]]:
+def _rows(study: StudySpec) -> Iterator[tuple[StudyRow | None, str, ParameterSet]]:
     """Every line of the table: the row that it belongs to, its name, and what it changes."""
     if study.table.random is not None:
         yield from ((None, name, changes) for name, changes in _drawn(study))
         return
     grid, _ = read_variables(study.table.grid, (*STUDY, "grid"))
     zip_, _ = read_variables(study.table.zip, (*STUDY, "zip"))
-    names = Names([*zip_, *grid])
+    names = RowNamer([*zip_, *grid])
     for row, changes in _row_changes(study.table):
         for step in zipped(zip_):
             fixed = study.base_values | {key: value.value for key, value in (changes | step).items()}
@@ -267,15 +269,15 @@ def _rows(study: StudyFile) -> Iterator[tuple[StudyRow | None, str, Combination]
                 yield row, ", ".join(filter(None, words)) or study.name, changes | step | point
 
 
-def _row_changes(table: StudyTable) -> Iterator[tuple[StudyRow | None, Combination]]:
+def _row_changes(table: StudyConfig) -> Iterator[tuple[StudyRow | None, ParameterSet]]:
     if not table.rows:
         yield None, {}
     for number, row in enumerate(table.rows):
         found = dotted_leaves(row.set, (*STUDY, "rows", number, "set"))
-        yield row, {leaf.key: Value(leaf.value, leaf.place) for leaf in found}
+        yield row, {leaf.key: LocatedValue(leaf.value, leaf.place) for leaf in found}
 
 
-def _drawn(study: StudyFile) -> Iterator[tuple[str, Combination]]:
+def _drawn(study: StudySpec) -> Iterator[tuple[str, ParameterSet]]:
     """The configurations of a random search, which are known before it begins."""
     assert study.table.random is not None
     for changes in random_configurations(study.space, study.table.random.runs, study.table.random.seed):
@@ -283,10 +285,10 @@ def _drawn(study: StudyFile) -> Iterator[tuple[str, Combination]]:
         yield run.member.row, run.changes
 
 
-def _with_published(run: PlannedRun, table: StudyTable, row: StudyRow | None) -> PlannedRun:
+def _with_published(run: PlannedRun, table: StudyConfig, row: StudyRow | None) -> PlannedRun:
     """The run with what is published about it: its row's figures before those of the whole study."""
     also = [item for item in table.published if _meets(item, run.recipe)]
-    figures: PublishedFigures = {}
+    figures: PublishedMetrics = {}
     for item in also:
         figures |= item.figures
     figures |= row.published if row else {}
@@ -306,13 +308,13 @@ def _with_published(run: PlannedRun, table: StudyTable, row: StudyRow | None) ->
     return replace(run, member=member)
 
 
-def _compared(study: StudyFile, run: PlannedRun, seed: Value | None) -> PlannedRun:
+def _compared(study: StudySpec, run: PlannedRun, seed: LocatedValue | None) -> PlannedRun:
     """The run with the reason why its figures do not compare with the published ones.
 
     Published figures belong to the recipe as it is up to the file that states them: a file that extends it, or --set,
     may change the conditions. Runs without published figures have a reason too, since claims compare them.
     """
-    stating = StudyFile(study.path, study.stating_sources, study.merged, study.table, study.base)
+    stating = StudySpec(study.path, study.stating_sources, study.merged, study.table, study.base)
     stated = run.recipe
     if len(stating.sources) < len(study.sources):
         try:
@@ -322,7 +324,7 @@ def _compared(study: StudyFile, run: PlannedRun, seed: Value | None) -> PlannedR
     return replace(run, member=replace(run.member, not_comparable=different_conditions(run.recipe, stated)))
 
 
-def _meets(published: Published, recipe: Recipe) -> bool:
+def _meets(published: PublishedResults, recipe: Recipe) -> bool:
     """Whether a run has the values that published figures are about."""
     content = {".".join(str(part) for part in path): value for path, value in leaves(recipe.model_dump())}
     wanted = conditions(published.where)

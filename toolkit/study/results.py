@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.recipe.study import FIGURES
-from toolkit.study.folder import Member, State, StudyFolder, failure_of
+from toolkit.recipe.study_schema import METRICS
+from toolkit.study.directory import RunState, StudyDirectory, StudyRun, failure_of
 
 STOPPED = "stopped_"
 """Figures of the last epoch's model; all others are of the best epoch's."""
@@ -18,13 +18,13 @@ SPENT = {"epochs": "epochs_run", "seconds": "seconds", "images_per_second": "ima
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """One member of a study and what its run directory says."""
 
-    member: Member
-    state: State
+    member: StudyRun
+    state: RunState
     figures: dict[str, float] = field(default_factory=dict)
-    """Those of :data:`FIGURES` that the run has; empty unless it is finished."""
+    """Those of :data:`METRICS` that the run has; empty unless it is finished."""
     epochs: list[dict[str, Any]] = field(default_factory=list)
     """Records of the epochs trained so far, finished or not."""
     stopped_early: bool = False
@@ -53,23 +53,23 @@ def best_of(values: Sequence[float], metric: str) -> float | None:
     return (max if higher_is_better(metric) else min)(values, default=None)
 
 
-def read_results(folder: StudyFolder) -> list[Result]:
+def read_results(folder: StudyDirectory) -> list[RunResult]:
     """All members of a study with what they came to, in the order of the table."""
     return [_result(folder, member) for member in folder.members]
 
 
-def _result(folder: StudyFolder, member: Member) -> Result:
+def _result(folder: StudyDirectory, member: StudyRun) -> RunResult:
     run = folder.run(member)
     try:
         state = folder.state(member)
         if run is None or state == "missing":
-            return Result(member, "missing")
+            return RunResult(member, "missing")
         epochs = run.epochs()
         if state != "finished":
             failure = failure_of(run) if state == "failed" else None
-            return Result(member, state, epochs=epochs, trouble=failure.line if failure else "")
+            return RunResult(member, state, epochs=epochs, trouble=failure.line if failure else "")
         summary = run.summary
-        return Result(
+        return RunResult(
             member,
             state,
             _figures(summary, epochs),
@@ -78,9 +78,9 @@ def _result(folder: StudyFolder, member: Member) -> Result:
             {str(name): int(count) for name, count in summary.get("images", {}).items()},
         )
     except UserError as fault:
-        return Result(member, "failed", trouble=str(fault).strip().splitlines()[0])
+        return RunResult(member, "failed", trouble=str(fault).strip().splitlines()[0])
     except OSError as fault:
-        return Result(member, "failed", trouble=f"{fault.filename or folder.path} cannot be read: {fault.strerror}")
+        return RunResult(member, "failed", trouble=f"{fault.filename or folder.path} cannot be read: {fault.strerror}")
 
 
 def _figures(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> dict[str, float]:
@@ -95,7 +95,7 @@ def _figures(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> dict[str,
         **{f"{STOPPED}{key}": value for key, value in stopped.items()},
         **{figure: summary.get(name) for figure, name in SPENT.items()},
     }
-    return {figure: float(sources[figure]) for figure in FIGURES if isinstance(sources.get(figure), int | float)}
+    return {figure: float(sources[figure]) for figure in METRICS if isinstance(sources.get(figure), int | float)}
 
 
 def _of_all_images(accuracy: float | None, summary: dict[str, Any]) -> float | None:

@@ -17,25 +17,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.engine.fit import fit
-from toolkit.engine.signals import StopRequest
+from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import EXIT_INTERRUPTED, EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.locks import Lock, is_held
 from toolkit.runs import Run
-from toolkit.study.folder import (
-    StudyFolder,
-    assigned_epoch,
+from toolkit.study.directory import (
+    StudyDirectory,
     claim,
-    forget_failure,
-    helping,
+    clear_failure,
+    external_worker,
     is_claimed,
     is_open,
-    note_failure,
     open_runs,
+    record_failure,
+    target_epoch,
 )
-from toolkit.study.launch import train_on_several
-from toolkit.study.prepare import CONTROLLER, study_folder
-from toolkit.train import explain
+from toolkit.study.init import CONTROLLER, study_folder
+from toolkit.study.torchrun import train_with_torchrun
+from toolkit.train import environment_error_message
+from toolkit.training.fit import fit
 
 POLL_S = 0.5
 ALONE_S = 60.0
@@ -43,7 +43,7 @@ ALONE_S = 60.0
 
 
 @dataclass
-class Claimed:
+class LockedRun:
     """A run that this worker alone may train."""
 
     run: Run
@@ -54,7 +54,7 @@ class Claimed:
         self.lock.release()
 
 
-def take_run(folder: StudyFolder) -> Claimed | None:
+def acquire_run(folder: StudyDirectory) -> LockedRun | None:
     """The first run that has something to train and that nobody trains; None where there is none at the moment."""
     for run in open_runs(folder):
         # Looking costs nothing; claiming waits a little for those who only look.
@@ -63,30 +63,35 @@ def take_run(folder: StudyFolder) -> Claimed | None:
             continue
         # Between looking and claiming another worker may have done it; or somebody trains it without a claim.
         if is_open(run) and not is_held(run.path / ".lock"):
-            return Claimed(run, lock)
+            return LockedRun(run, lock)
         lock.release()
     return None
 
 
-Train = Callable[[Run], bool]
+TrainFunction = Callable[[Run], bool]
 """Trains a claimed run; False where it failed. Raises Interrupted."""
 
-Told = Callable[[Run], None]
+RunCallback = Callable[[Run], None]
 
 
 def _nothing(_: Run) -> None:
     pass
 
 
-def work_through(
-    folder: StudyFolder, stop: StopRequest, train: Train, *, before: Told = _nothing, after: Told = _nothing
+def run_pending(
+    folder: StudyDirectory,
+    stop: GracefulStop,
+    train: TrainFunction,
+    *,
+    before: RunCallback = _nothing,
+    after: RunCallback = _nothing,
 ) -> int:
     """Train one run after the other as long as there is one to take. Exit status: 0, or 3 where it was stopped.
 
     ``before`` and ``after`` are called around each run, however it ends.
     """
     while not stop.is_wanted():
-        claimed = take_run(folder)
+        claimed = acquire_run(folder)
         if claimed is None:
             return EXIT_OK
         before(claimed.run)
@@ -100,13 +105,15 @@ def work_through(
     return EXIT_INTERRUPTED
 
 
-def serve(folder: StudyFolder, stop: StopRequest, train: Train, *, waits: bool, before: Told = _nothing) -> int:
+def worker_loop(
+    folder: StudyDirectory, stop: GracefulStop, train: TrainFunction, *, waits: bool, before: RunCallback = _nothing
+) -> int:
     """Train what there is to take, until no more can come. Exit status: 0, or 3 where it was stopped.
 
     ``waits``: also for runs that others train, in case those die. A search is waited for while it has a controller.
     """
     heard = time.monotonic()
-    while work_through(folder, stop, train, before=before) == EXIT_OK:
+    while run_pending(folder, stop, train, before=before) == EXIT_OK:
         if folder.is_complete and not (waits and any(open_runs(folder))):
             return EXIT_OK
         if is_held(folder.path / CONTROLLER):
@@ -117,37 +124,37 @@ def serve(folder: StudyFolder, stop: StopRequest, train: Train, *, waits: bool, 
     return EXIT_INTERRUPTED
 
 
-def train_here(run: Run) -> bool:
+def train_run(run: Run) -> bool:
     """Train a claimed run in this process, to its end or as far as it is assigned. False where it failed.
 
     Whatever goes wrong with it is left in its directory; only Interrupted is raised.
     """
-    forget_failure(run)
+    clear_failure(run)
     try:
-        fit(run.recipe, resume=run.path, until=assigned_epoch(run), quiet=True)
+        fit(run.recipe, resume=run.path, until=target_epoch(run), quiet=True)
     except Interrupted:
         raise
     except (UserError, RunFailed) as error:
-        note_failure(run, str(error))
+        record_failure(run, str(error))
         return False
     except Exception as error:  # of the run, whatever it is; the others go on
-        note_failure(run, explain(error) or traceback.format_exc())
+        record_failure(run, environment_error_message(error) or traceback.format_exc())
         return False
     finally:
         release_memory()
     return True
 
 
-def trainer(processes: int, devices: Sequence[str], gpu_share: float, stop: StopRequest) -> Train:
+def trainer(processes: int, devices: Sequence[str], gpu_share: float, stop: GracefulStop) -> TrainFunction:
     """How a worker with these GPUs trains a run: itself, or by processes that it starts."""
     if processes > 1:
-        return lambda run: train_on_several(run, processes, devices, stop)
+        return lambda run: train_with_torchrun(run, processes, devices, stop)
     if gpu_share < 1:
         import torch
 
         # What a run may take does not depend on who came first.
         torch.cuda.set_per_process_memory_fraction(gpu_share)
-    return train_here
+    return train_run
 
 
 def release_memory() -> None:
@@ -166,11 +173,11 @@ def release_memory() -> None:
 def main(path: Path) -> int:
     """Help with the study in ``path`` until nothing is left."""
     folder = study_folder(path)
-    with StopRequest() as stop, helping(folder):
-        return serve(folder, stop, train_here, waits=False)
+    with GracefulStop() as stop, external_worker(folder):
+        return worker_loop(folder, stop, train_run, waits=False)
 
 
 if __name__ == "__main__":
-    from toolkit.train import report_errors
+    from toolkit.train import run_with_error_handling
 
-    sys.exit(report_errors(lambda: main(Path(sys.argv[1])), debug=False))
+    sys.exit(run_with_error_handling(lambda: main(Path(sys.argv[1])), debug=False))

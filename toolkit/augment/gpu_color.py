@@ -1,0 +1,246 @@
+"""Colour, blur and erasing for whole batches.
+
+Colours are computed as Pillow computes them on bytes, whole values after every step included, so that a batch gets
+what a worker's Pillow image gets. Values stay float32 between the steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolkit.augment.gpu_crop_flip import Floats, Places, SampledParams, Size, randint
+from toolkit.data.tensor_rows import assign_rows, index_rows
+
+ATTEMPTS = 10
+"""How often torchvision draws a rectangle to erase before it gives up."""
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """ColorJitter: brightness, contrast, saturation and hue, in an order drawn for each image."""
+
+    brightness: tuple[float, float] | None
+    """Range of the factor; None: unchanged."""
+    contrast: tuple[float, float] | None
+    saturation: tuple[float, float] | None
+    hue: tuple[float, float] | None
+    """Range of the shift, as a share of the circle."""
+    p: float
+    slots: int = 9
+
+    def plan(self, u: Floats, size: Size) -> SampledParams:
+        """Columns of the table: the four factors, then the four operations (0..3) in order."""
+        factors = [np.ones(len(u)) if span is None else span[0] + (span[1] - span[0]) * u[:, 1 + kind]
+                   for kind, span in enumerate(self._spans)]  # fmt: skip
+        order = np.argsort(u[:, 5:9], axis=1, kind="stable")
+        return SampledParams(u[:, 0] < self.p, np.column_stack([*factors, order]), size)
+
+    def apply(self, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
+        """Each operation where it is due: at each of four turns on the images whose turn it is."""
+        # Channel by channel: sums over the channels of a pixel are slow where these lie side by side.
+        images = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        active = [kind for kind, span in enumerate(self._spans) if span is not None]
+        if images.shape[1] == 1:  # grey has neither saturation nor hue
+            active = [kind for kind in active if kind in (BRIGHTNESS, CONTRAST)]
+        for turn in range(4):
+            for kind in active:
+                due = np.flatnonzero(plan.table[:, 4 + turn] == kind)
+                if len(due) == len(images):
+                    images = _OPERATIONS[kind](images, table[:, kind, None, None, None])
+                elif len(due):
+                    where = torch.from_numpy(due).to(images.device, non_blocking=True)
+                    some = index_rows(images, where)
+                    assign_rows(images, where, _OPERATIONS[kind](some, table[where, kind, None, None, None]))
+        return images
+
+    @property
+    def _spans(self) -> tuple[tuple[float, float] | None, ...]:
+        return self.brightness, self.contrast, self.saturation, self.hue
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Whole values 0..255 as float32 [n, C, H, W], factor [n, 1, 1, 1]; so for all four."""
+    return (images * factor).clamp_(0, 255).floor_()
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Away from, or towards, the mean of the grey image."""
+    grey = luma(images) if images.shape[1] == 3 else images
+    # In float64 a sum of whole values is exact: it does not depend on the order, nor on what else is in the batch.
+    mean = (grey.mean((1, 2, 3), keepdim=True, dtype=torch.float64) + 0.5).floor_().float()
+    return _blend(mean, images, factor)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Away from, or towards, grey."""
+    return _blend(luma(images), images, factor)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn hues by ``shift``, a share of the circle. Hue and saturation are bytes, as in Pillow's HSV images."""
+    red, green, blue = images.unbind(1)
+    low, value = images.amin(1), images.amax(1)
+    span = value - low
+    divisor = span.clamp(min=1)
+    to_red, to_green, to_blue = (value - red) / divisor, (value - green) / divisor, (value - blue) / divisor
+    sector = torch.where(
+        red == value,
+        to_blue - to_green,
+        torch.where(green == value, to_red + 2 - to_blue, to_green + 4 - to_red),
+    )
+    hue = ((sector / 6 + 1).remainder_(1) * 255).floor_()
+    hue = (hue + (shift[:, 0] * 255).trunc()).remainder_(256) * (6 / 255)
+    drop = (span / value.clamp(min=1) * 255).floor_() / 255 * value
+    made = torch.empty_like(images)
+    for channel, offset in enumerate((5, 3, 1)):
+        place = (hue + offset).remainder_(6)
+        share = torch.minimum(place, 4 - place).clamp_(0, 1)
+        made[:, channel] = (value - drop * share).add_(0.5).floor_()
+    return made
+
+
+_OPERATIONS = {BRIGHTNESS: adjust_brightness, CONTRAST: adjust_contrast, SATURATION: adjust_saturation, HUE: adjust_hue}
+
+
+def _blend(base: Tensor, images: Tensor, factor: Tensor) -> Tensor:
+    """base + factor * (images - base), whole values in 0..255."""
+    return (images - base).mul_(factor).add_(base).clamp_(0, 255).floor_()
+
+
+def luma(images: Tensor) -> Tensor:
+    """Grey of colour images, [n, 3, H, W] -> [n, 1, H, W], rounded as Pillow does (ITU-R 601-2, 16-bit weights)."""
+    red, green, blue = images.unbind(1)
+    # All products and sums are whole numbers below 2**24, so exact in float32.
+    grey = (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768)
+    return grey.mul_(2.0**-16).floor_()[:, None]
+
+
+@dataclass(frozen=True)
+class Grayscale:
+    """Grayscale and RandomGrayscale; the number of channels stays."""
+
+    p: float
+    slots: int = 1
+
+    def plan(self, u: Floats, size: Size) -> SampledParams:
+        """No parameters."""
+        return SampledParams(u[:, 0] < self.p, np.empty((len(u), 0)), size)
+
+    def apply(self, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
+        """See :class:`toolkit.augment.gpu_crop_flip.BatchOp`."""
+        if images.shape[1] != 3:
+            return images
+        return torch.empty_like(images).copy_(luma(images.float()))
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """GaussianBlur."""
+
+    kernel_size: tuple[int, int]
+    """Along x and y; odd."""
+    sigma: tuple[float, float]
+    p: float
+    rounded: bool
+    """Whether pixels are rounded to whole values, as in an image of bytes."""
+    slots: int = 2
+
+    def draw(self, u: Floats) -> Floats:
+        """The deviation of each image's kernel in pixels (of a kernel reaching to sqrt(1/2) of its size), [m]."""
+        drawn: Floats = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * u[:, 1]
+        return drawn
+
+    def plan(self, u: Floats, size: Size) -> SampledParams:
+        """Columns of the table: the kernel's weights along x, then along y, each from the middle outwards."""
+        sigma = self.draw(u)
+        return SampledParams(u[:, 0] < self.p, np.concatenate([_kernel(k, sigma) for k in self.kernel_size], 1), size)
+
+    def apply(self, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
+        """Weighted sums of shifted images, along x and then along y: elementwise, so alike in every batch."""
+        along_x, along_y = (k // 2 for k in self.kernel_size)
+        images = F.pad(images.float(), (along_x, along_x, along_y, along_y), mode="reflect")
+        images = _weighted(images, table[:, : along_x + 1], 3)
+        images = _weighted(images, table[:, along_x + 1 :], 2)
+        return images.round_() if self.rounded else images
+
+
+def _kernel(size: int, sigma: Floats) -> Floats:
+    """torchvision's Gaussian, from the middle outwards: [m, size // 2 + 1]."""
+    reach = (size - 1) / (2 * math.sqrt(2))
+    x = np.linspace(-reach, reach, size)[size // 2 :]
+    weights = np.exp(-((x / sigma[:, None]) ** 2))
+    total = weights[:, 0].copy()
+    for column in range(1, weights.shape[1]):  # one by one: a sum over an axis may round differently
+        total += 2 * weights[:, column]
+    kernel: Floats = weights / total[:, None]
+    return kernel
+
+
+def _weighted(images: Tensor, weights: Tensor, axis: int) -> Tensor:
+    """Sum of the images shifted along ``axis``; weights [n, reach + 1] from the middle outwards."""
+    reach = weights.shape[1] - 1
+    length = images.shape[axis] - 2 * reach
+    weights = weights[:, :, None, None, None]
+    total = images.narrow(axis, reach, length) * weights[:, 0]
+    for shift in range(1, reach + 1):
+        pair = images.narrow(axis, reach - shift, length) + images.narrow(axis, reach + shift, length)
+        total += pair.mul_(weights[:, shift])
+    return total
+
+
+@dataclass(frozen=True)
+class RandomErasing:
+    """RandomErasing (Zhong et al. 2020, arXiv:1708.04896)."""
+
+    scale: tuple[float, float]
+    """Share of the image's area."""
+    ratio: tuple[float, float]
+    """Height over width."""
+    value: tuple[float, ...]
+    """One for all channels, or one each."""
+    p: float
+    slots: int = 1 + 2 * ATTEMPTS + 2
+
+    def plan(self, u: Floats, size: Size) -> SampledParams:
+        """Columns of the table: top, left, height and width of the rectangle in pixels; 0 where there is none."""
+        area, log_ratio = size[0] * size[1], np.log(self.ratio)
+        erased = area * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 1 : 1 + ATTEMPTS])
+        aspect = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * u[:, 1 + ATTEMPTS : 1 + 2 * ATTEMPTS])
+        height, width = np.rint(np.sqrt(erased * aspect)), np.rint(np.sqrt(erased / aspect))
+        fits = (height < size[0]) & (width < size[1])
+        first = fits.argmax(1)[:, None]
+        shape: list[Places] = [np.take_along_axis(side, first, 1)[:, 0].astype(np.int64) for side in (height, width)]
+        corner = [randint(u[:, -2 + axis], np.maximum(size[axis] - shape[axis] + 1, 1)) for axis in (0, 1)]
+        applied = (u[:, 0] < self.p) & fits.any(1)
+        return SampledParams(applied, np.column_stack([*corner, *shape]) * applied[:, None].astype(np.float64), size)
+
+    def apply(self, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
+        """See :class:`toolkit.augment.gpu_crop_flip.BatchOp`."""
+        images = images.clone()
+        self.erase(images, plan, table)
+        return images
+
+    def erase(self, images: Tensor, plan: SampledParams, table: Tensor) -> None:
+        """The same in place."""
+        value = torch.tensor(self.value, dtype=images.dtype, device=images.device).view(-1, 1, 1)
+        if images.device.type == "cpu":
+            for image, (top, left, height, width) in zip(images, plan.table.astype(int).tolist(), strict=True):
+                image[:, top : top + height, left : left + width] = value
+        else:
+            images.copy_(torch.where(_within(table, images.shape[2:]), value, images))
+
+
+def _within(boxes: Tensor, size: torch.Size) -> Tensor:
+    """Which pixels lie in each image's box (top, left, height, width), [n, 4] -> bool [n, 1, H, W]."""
+    top, left, height, width = (boxes[:, column, None] for column in range(4))
+    y, x = (torch.arange(n, device=boxes.device) for n in size)
+    rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
+    return (rows[:, :, None] & columns[:, None])[:, None]

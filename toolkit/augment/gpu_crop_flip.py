@@ -1,0 +1,292 @@
+"""Flips, crops and padding of whole batches, as maps of rows and columns; what all passes over a batch have in common.
+
+Flips, crops and padding in a row are one map of rows and one of columns, and one copy of the pixels that stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from toolkit.data.tensor_rows import memory_format
+from toolkit.errors import UserError
+
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+Places = npt.NDArray[np.int64]
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+LARGE = 2**15
+"""Values of an image from which on a CPU copies it faster by slices than pixel by pixel, all images at once."""
+
+
+@dataclass(frozen=True)
+class SampledParams:
+    """What one pass does to each of m images, all of its randomness drawn."""
+
+    applied: Flags
+    """Whether it does anything to an image, [m]."""
+    table: Floats
+    """Its parameters, [m, k]; what the columns are is the pass's affair."""
+    size: Size
+    """Of the images it makes."""
+
+    def of(self, places: slice | Places) -> SampledParams:
+        """The plan of some of the images."""
+        return SampledParams(self.applied[places], self.table[places], self.size)
+
+
+class BatchOp(Protocol):
+    """One pass over the pixels of a batch."""
+
+    @property
+    def slots(self) -> int:
+        """Random numbers it needs for one image."""
+        ...
+
+    def plan(self, u: Floats, size: Size) -> SampledParams:
+        """Draw for m images of one size, from uniform numbers in [0, 1), [m, slots]."""
+        ...
+
+    def apply(self, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
+        """Images [n, C, h, w] (uint8, or float32 in 0..255), all of which are changed -> [n, C, H, W].
+
+        table: that of the plan as float32 [n, k] on the images' device. Never in place.
+        """
+        ...
+
+
+class IndexMap(Protocol):
+    """A transform that only moves pixels by whole rows and columns."""
+
+    @property
+    def slots(self) -> int:
+        """Random numbers it needs for one image."""
+        ...
+
+    def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
+        """For each of m images the input row of every output row [m, H], and the columns [m, W]; -1 where padded."""
+        ...
+
+
+@dataclass(frozen=True)
+class RandomFlip:
+    """RandomHorizontalFlip and RandomVerticalFlip."""
+
+    vertical: bool
+    p: float
+    slots: int = 1
+
+    def draw(self, u: Floats) -> Flags:
+        """Whether each image is flipped, [m]."""
+        flipped: Flags = u[:, 0] < self.p
+        return flipped
+
+    def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
+        """See :class:`IndexMap`."""
+        rows, columns = (np.broadcast_to(np.arange(n), (len(u), n)) for n in size)
+        flipped = self.draw(u)[:, None]
+        if self.vertical:
+            return np.where(flipped, rows[:, ::-1], rows), columns
+        return rows, np.where(flipped, columns[:, ::-1], columns)
+
+    def matrices(self, u: Floats, size: Size) -> Floats:
+        """The same as maps of coordinates, [m, 3, 3]."""
+        height, width = size
+        mirror = np.array([[1, 0, 0], [0, -1, height], [0, 0, 1]] if self.vertical else [[-1, 0, width], [0, 1, 0],
+                          [0, 0, 1]], dtype=np.float64)  # fmt: skip
+        return np.where(self.draw(u)[:, None, None], mirror, np.eye(3))
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """RandomCrop: a window of ``size`` anywhere in the padded image."""
+
+    size: Size
+    padding: tuple[int, int, int, int]
+    """Left, right, top, bottom."""
+    pad_if_needed: bool
+    mode: str
+    """constant, edge, reflect or symmetric."""
+    p: float
+    slots: int = 3
+
+    def draw(self, u: Floats, size: Size) -> tuple[Places, Places]:
+        """Top and left of the window within the padded image, [m] each."""
+        corners: list[Places] = []
+        for axis, (before, after) in enumerate(self._paddings(size)):
+            room = size[axis] + before + after - self.size[axis] + 1
+            if room < 1:
+                wanted, found = (f"{height} x {width}" for height, width in (self.size, size))
+                raise UserError(
+                    f"augment: RandomCrop of {wanted} pixels from images of {found}: set a smaller size, padding, or "
+                    "pad_if_needed = true"
+                )
+            corners.append(randint(u[:, 1 + axis], room))
+        return corners[0], corners[1]
+
+    def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
+        """See :class:`IndexMap`."""
+        found = []
+        for axis, (corner, padding) in enumerate(zip(self.draw(u, size), self._paddings(size), strict=True)):
+            found.append(padded(size[axis], padding, self.mode)[corner[:, None] + np.arange(self.size[axis])])
+        applied = u[:, 0] < self.p
+        if applied.all():
+            return found[0], found[1]
+        if self.size != size:
+            raise UserError("augment: RandomCrop with apply_p leaves images of different sizes in a batch")
+        rows, columns = (np.where(applied[:, None], one, np.arange(n)) for one, n in zip(found, size, strict=True))
+        return rows, columns
+
+    def _paddings(self, size: Size) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Padding above and below, left and right, for images of one size."""
+        left, right, top, bottom = self.padding
+        sides = [(top, bottom), (left, right)]
+        if self.pad_if_needed:
+            for axis, (before, after) in enumerate(sides):
+                missing = max(0, self.size[axis] - size[axis] - before - after)
+                sides[axis] = (before + missing, after + missing)
+        return sides[0], sides[1]
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """CenterCrop: the middle, padded with zeros where the image is smaller. Nothing where it has the size already."""
+
+    size: Size
+    slots: int = 0
+
+    def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
+        """See :class:`IndexMap`."""
+        found = []
+        for have, want in zip(size, self.size, strict=True):
+            missing = max(0, want - have)
+            line = padded(have, (missing // 2, (missing + 1) // 2), "constant")
+            start = round((len(line) - want) / 2)  # to even, as torchvision
+            found.append(np.broadcast_to(line[start : start + want], (len(u), want)))
+        return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Pad."""
+
+    padding: tuple[int, int, int, int]
+    """Left, right, top, bottom."""
+    mode: str
+    slots: int = 0
+
+    def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
+        """See :class:`IndexMap`."""
+        left, right, top, bottom = self.padding
+        rows, columns = padded(size[0], (top, bottom), self.mode), padded(size[1], (left, right), self.mode)
+        return np.broadcast_to(rows, (len(u), len(rows))), np.broadcast_to(columns, (len(u), len(columns)))
+
+
+def padded(n: int, padding: tuple[int, int], mode: str) -> Places:
+    """0..n-1 with the places that stand for what is added before and after; -1 for a constant."""
+    line = np.arange(n)
+    places: Places = (
+        np.pad(line, padding, constant_values=-1) if mode == "constant" else np.pad(line, padding, mode=mode)  # type: ignore[call-overload]
+    )
+    return places
+
+
+@dataclass(frozen=True)
+class CropFlipOp:
+    """Flips, crops and padding in a row: one copy of the pixels that stay."""
+
+    steps: tuple[IndexMap, ...]
+    fill: tuple[float, ...] | None
+    """Of padding: one value for all channels, or one each; None where there is no constant padding."""
+
+    @property
+    def slots(self) -> int:
+        """See :class:`BatchOp`."""
+        return sum(step.slots for step in self.steps)
+
+    def plan(self, u: Floats, size: Size) -> SampledParams:
+        """See :class:`BatchOp`. Columns of the table: the H input rows, then the W input columns; -1 is fill."""
+        lines = [np.broadcast_to(np.arange(n), (len(u), n)) for n in size]
+        start = 0
+        for step in self.steps:
+            more = step.maps(u[:, start : start + step.slots], (lines[0].shape[1], lines[1].shape[1]))
+            lines = [_follow(line, further) for line, further in zip(lines, more, strict=True)]
+            start += step.slots
+        new = (lines[0].shape[1], lines[1].shape[1])
+        if new == size:
+            applied = (lines[0] != np.arange(size[0])).any(1) | (lines[1] != np.arange(size[1])).any(1)
+        else:
+            applied = np.ones(len(u), dtype=np.bool_)
+        return SampledParams(applied, np.concatenate(lines, 1).astype(np.float64), new)
+
+    def apply(self, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
+        """See :class:`BatchOp`."""
+        height, channels = plan.size[0], images.shape[1]
+        fill = torch.tensor(self.fill or (0,), dtype=images.dtype, device=images.device).view(-1, 1, 1)
+        if images.device.type == "cpu" and images[0].numel() >= LARGE:
+            shape = (len(images), channels, *plan.size)
+            made = torch.empty(shape, dtype=images.dtype, memory_format=memory_format(images))
+            for image, result, line in zip(images, made, plan.table.astype(np.int64), strict=True):
+                _copy(image, result, line[:height], line[height:], fill)
+            return made
+        lines = table.long()
+        is_filled = bool((plan.table < 0).any())
+        return _gather(images, lines[:, :height, None], lines[:, None, height:], fill if is_filled else None)
+
+
+def _gather(images: Tensor, rows: Tensor, columns: Tensor, fill: Tensor | None) -> Tensor:
+    """Images [n, C, h, w], rows int64 [n, H, 1], columns [n, 1, W] -> channels_last [n, C, H, W]; -1 is fill."""
+    count, channels, height, width = images.shape
+    first = torch.arange(count, device=images.device)[:, None, None] * (height * width)
+    places = first + rows.clamp(min=0) * width + columns.clamp(min=0)
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, places.view(-1))
+    taken = pixels.view(*places.shape, channels).permute(0, 3, 1, 2)
+    return taken if fill is None else torch.where(((rows < 0) | (columns < 0))[:, None], fill, taken)
+
+
+def _follow(first: Places, second: Places) -> Places:
+    """The map ``second`` (output -> middle), then ``first`` (middle -> input), for each image: [m, n]."""
+    through: Places = np.take_along_axis(first, second.clip(min=0), 1)
+    return np.where(second < 0, -1, through)
+
+
+def _copy(image: Tensor, result: Tensor, rows: Places, columns: Places, fill: Tensor) -> None:
+    """Fill ``result`` [C, H, W] with the given rows and columns of ``image``: by slices where they are runs."""
+    (top, bottom, row), (left, right, column) = _run(rows), _run(columns)
+    if (top, left) != (0, 0) or (bottom, right) != result.shape[1:]:
+        result.copy_(fill)
+    if bottom == top or right == left:
+        return
+    window = result[:, top:bottom, left:right]
+    if not row or not column:  # reflected padding
+        taken = image[:, torch.from_numpy(rows[top:bottom])]
+        window.copy_(taken[:, :, torch.from_numpy(columns[left:right])])
+        return
+    down, across = sorted((rows[top], rows[bottom - 1])), sorted((columns[left], columns[right - 1]))
+    part = image[:, down[0] : down[1] + 1, across[0] : across[1] + 1]
+    backwards = [axis for axis, step in ((1, row), (2, column)) if step < 0]
+    window.copy_(part.flip(backwards) if backwards else part)
+
+
+def _run(line: Places) -> tuple[int, int, int]:
+    """Where a line of places is not fill (first, end), and its step: 1, -1, or 0 where it is no run."""
+    valid = np.flatnonzero(line >= 0)
+    if not len(valid):
+        return 0, 0, 1
+    first, end = int(valid[0]), int(valid[-1]) + 1
+    steps = np.diff(line[first:end])
+    step = int(steps[0]) if len(steps) else 1
+    return first, end, step if abs(step) == 1 and (steps == step).all() and end - first == len(valid) else 0
+
+
+def randint(u: Floats, n: int | Places) -> Places:
+    """Whole numbers in 0..n-1 from uniform ones in [0, 1)."""
+    whole: Places = np.minimum(np.floor(u * n), np.asarray(n) - 1).astype(np.int64)
+    return whole

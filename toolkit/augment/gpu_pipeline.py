@@ -1,0 +1,162 @@
+"""From the transforms of a recipe, as torchvision's objects, to the passes over a batch that do the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torchvision.transforms import InterpolationMode, v2
+
+from toolkit.augment.gpu_affine import AffineOp, CoordinateMap, RandomAffine, RandomPerspective
+from toolkit.augment.gpu_color import ColorJitter, GaussianBlur, Grayscale, RandomErasing
+from toolkit.augment.gpu_crop_flip import BatchOp, CenterCrop, CropFlipOp, IndexMap, Pad, RandomCrop, RandomFlip
+from toolkit.augment.transforms import build_transform
+from toolkit.data.preprocessing import Preprocessing
+from toolkit.recipe.schema import AugmentConfig
+
+FillColor = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class AugmentationPipeline:
+    """What is done to a batch after the resize."""
+
+    passes: tuple[BatchOp, ...]
+    """Before the normalisation."""
+    erase: RandomErasing | None
+    """After it."""
+
+    @property
+    def all(self) -> tuple[BatchOp, ...]:
+        """Both."""
+        return self.passes if self.erase is None else (*self.passes, self.erase)
+
+
+def chain_of(steps: Sequence[Any]) -> AugmentationPipeline:
+    """The passes for the last steps of a split's transform, all of which can be made in batches.
+
+    :mod:`toolkit.augment.gpu_support` says which can.
+    """
+    builder = _OpFuser()
+    for step in steps:
+        if isinstance(step, v2.ToDtype):
+            builder.bytes = False
+        elif isinstance(step, v2.Normalize):
+            builder.normalized = True
+        elif not isinstance(step, v2.ToImage | v2.Identity):
+            builder.add(step)
+    return AugmentationPipeline(tuple(builder.passes), builder.erase)
+
+
+def after_resize(split: str, augment: AugmentConfig, preprocessing: Preprocessing) -> Sequence[Any]:
+    """The steps of a split's transform that come after its resize."""
+    fixed = sum(entry.at == "before_resize" for entry in getattr(augment, split))
+    return build_transform(split, augment, preprocessing).steps[fixed + (preprocessing.resize is not None) :]
+
+
+@dataclass
+class _OpFuser:
+    """Joins transforms to passes, in order."""
+
+    passes: list[BatchOp] = field(default_factory=list)
+    erase: RandomErasing | None = None
+    bytes: bool = True
+    """Whether images are bytes where the chain has got to, else float in 0..1."""
+    normalized: bool = False
+
+    def add(self, step: Any) -> None:
+        """One more transform."""
+        p = 1.0
+        if isinstance(step, v2.RandomApply):
+            step, p = step.transforms[0], step.p
+        p *= getattr(step, "p", 1.0)
+        if isinstance(step, v2.RandomHorizontalFlip | v2.RandomVerticalFlip):
+            self._flip(RandomFlip(isinstance(step, v2.RandomVerticalFlip), p))
+        elif isinstance(step, v2.RandomCrop):
+            padding = tuple(step.padding or (0, 0, 0, 0))
+            padded = any(padding) or step.pad_if_needed
+            crop = RandomCrop((step.size[0], step.size[1]), padding, step.pad_if_needed, step.padding_mode, p)
+            self._index(crop, self._fill(step.fill) if padded and step.padding_mode == "constant" else None)
+        elif isinstance(step, v2.CenterCrop):
+            self._index(CenterCrop((step.size[0], step.size[1])), (0.0,))
+        elif isinstance(step, v2.Pad):
+            self._index(Pad(_sides(step.padding), step.padding_mode), self._fill(step.fill))
+        elif isinstance(step, v2.RandomRotation | v2.RandomAffine | v2.RandomPerspective):
+            self._warp(step, p)
+        elif isinstance(step, v2.RandomErasing):
+            self._erase(step, p)
+        else:
+            self.passes.append(self._color(step, p))
+
+    def _flip(self, flip: RandomFlip) -> None:
+        """Flips join what stands before them, or open a pass."""
+        last = self.passes[-1] if self.passes else None
+        if isinstance(last, AffineOp):
+            self.passes[-1] = replace(last, after=(*last.after, flip))
+        else:
+            self._index(flip, None)
+
+    def _index(self, step: IndexMap, fill: FillColor | None) -> None:
+        """Crops and padding join flips, crops and padding before them, unless they fill with another colour."""
+        last = self.passes[-1] if self.passes else None
+        if isinstance(last, CropFlipOp) and (fill is None or last.fill in (None, fill)):
+            self.passes[-1] = replace(last, steps=(*last.steps, step), fill=last.fill if fill is None else fill)
+        else:
+            self.passes.append(CropFlipOp((step,), fill))
+
+    def _warp(self, step: Any, p: float) -> None:
+        """A rotation, affine or perspective transform takes in the flips right before it."""
+        flips: tuple[RandomFlip, ...] = ()
+        last = self.passes[-1] if self.passes else None
+        if isinstance(last, CropFlipOp):
+            steps = last.steps
+            while steps and isinstance(steps[-1], RandomFlip):
+                flips, steps = (steps[-1], *flips), steps[:-1]
+            self.passes[-1:] = [replace(last, steps=steps)] if steps else []
+        bilinear = step.interpolation in ("bilinear", InterpolationMode.BILINEAR)
+        self.passes.append(AffineOp(flips, _warp_of(step), p, (), bilinear, self._fill(step.fill), self.bytes))
+
+    def _erase(self, step: v2.RandomErasing, p: float) -> None:
+        assert step.value is not None
+        scale, ratio = (step.scale[0], step.scale[1]), (step.ratio[0], step.ratio[1])
+        if self.normalized:
+            self.erase = RandomErasing(scale, ratio, tuple(step.value), p)
+        else:
+            self.passes.append(RandomErasing(scale, ratio, self._fill(step.value), p))
+
+    def _color(self, step: Any, p: float) -> BatchOp:
+        match step:
+            case v2.ColorJitter():
+                return ColorJitter(step.brightness, step.contrast, step.saturation, step.hue, p)
+            case v2.Grayscale() | v2.RandomGrayscale():
+                return Grayscale(p)
+            case v2.GaussianBlur():
+                kernel, sigma = step.kernel_size, step.sigma
+                return GaussianBlur((kernel[0], kernel[1]), (float(sigma[0]), float(sigma[1])), p, self.bytes)
+        raise AssertionError(f"{type(step).__name__} is not made in batches")
+
+    def _fill(self, fill: Any) -> FillColor:
+        """A colour in 0..255: one value for all channels, or one each."""
+        values = fill if isinstance(fill, list | tuple) else [fill or 0]
+        return tuple(float(int(value)) if self.bytes else float(value) * 255 for value in values)
+
+
+def _warp_of(step: Any) -> CoordinateMap:
+    if isinstance(step, v2.RandomPerspective):
+        return RandomPerspective(step.distortion_scale)
+    center = None if step.center is None else (float(step.center[0]), float(step.center[1]))
+    degrees = (step.degrees[0], step.degrees[1])
+    if isinstance(step, v2.RandomRotation):
+        return RandomAffine(degrees, (0, 0), (1, 1), (0, 0, 0, 0), center, turn=-1)
+    shear = tuple(step.shear or ())
+    return RandomAffine(
+        degrees, step.translate or (0, 0), step.scale or (1, 1), (*shear, 0, 0, 0, 0)[:4], center
+    )  # torchvision knows two or four shears, the first two along x
+
+
+def _sides(padding: Any) -> tuple[int, int, int, int]:
+    """Pad's argument -> left, right, top, bottom."""
+    given = (padding,) if isinstance(padding, int) else tuple(padding)
+    left, top, right, bottom = {1: given * 4, 2: given * 2}.get(len(given), given)
+    return left, right, top, bottom

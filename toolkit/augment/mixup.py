@@ -1,0 +1,89 @@
+"""mixup and CutMix of a batch, given partners and a key.
+
+The mixing coefficient, the box and the choice between the two are functions of the key alone. With the key
+(seed, epoch, step) and the partners of :mod:`toolkit.data.sampling`, what an example is mixed with, and how, depends
+neither on the number of processes nor on accumulation nor on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from toolkit.data.sampling import hash64
+from toolkit.recipe.schema import AugmentConfig
+
+_MIXING_STREAM = 0x6D6978696E67
+"""Keeps these random numbers apart from all others of the same seed ("mixing" in ASCII)."""
+
+
+@dataclass(frozen=True)
+class MixupConfig:
+    """As in the recipe's [augment] table."""
+
+    mixup: float
+    """Alpha of mixup's Beta(alpha, alpha); 0 is off."""
+    cutmix: float
+    """Alpha of CutMix's Beta(alpha, alpha); 0 is off."""
+    mix_p: float
+    """Probability that a batch is mixed at all."""
+    cutmix_share: float
+    """Where both are on: share of mixed batches that CutMix takes."""
+
+
+def mixup_config(augment: AugmentConfig) -> MixupConfig | None:
+    """The settings of a recipe; None where nothing is ever mixed."""
+    if augment.mix_p == 0 or not (augment.mixup or augment.cutmix):
+        return None
+    return MixupConfig(augment.mixup, augment.cutmix, augment.mix_p, augment.cutmix_share)
+
+
+def mix(
+    images: Tensor,
+    targets: Tensor,
+    partners: npt.NDArray[np.int64],
+    own: int,
+    settings: MixupConfig,
+    key: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """Mix the first ``own`` examples with their partners.
+
+    images: float [m, C, H, W] (mixup alone also takes [m, ...]); targets: class probabilities, float [m, K];
+    partners: index into 0..m-1 for each own example, [own]. Returns new images [own, ...] and targets [own, K].
+
+    mixup: Zhang et al. 2018, arXiv:1710.09412, x = lam x_i + (1 - lam) x_j and the same for the targets.
+    CutMix: Yun et al. 2019, arXiv:1905.04899, algorithm 1, where lam of the targets is the box's real area.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[hash64(_MIXING_STREAM, *key), hash64(*key)]))
+    mixed, kind, where = generator.random(3)
+    if mixed >= settings.mix_p:
+        return images[:own], targets[:own]
+    index = torch.from_numpy(partners).to(images.device, non_blocking=True)
+    use_cutmix = settings.cutmix > 0 and (settings.mixup == 0 or kind < settings.cutmix_share)
+    alpha = settings.cutmix if use_cutmix else settings.mixup
+    share = float(generator.beta(alpha, alpha))
+    if use_cutmix:
+        height, width = images.shape[-2:]
+        top, bottom, left, right = cut_box(height, width, share, where, float(generator.random()))
+        share = 1 - (bottom - top) * (right - left) / (height * width)
+        result = images[:own].clone()
+        result[..., top:bottom, left:right] = images[index, ..., top:bottom, left:right]
+    else:
+        result = images[:own] * share + images[index] * (1 - share)
+    return result, targets[:own] * share + targets[index] * (1 - share)
+
+
+def cut_box(height: int, width: int, share: float, down: float, across: float) -> tuple[int, int, int, int]:
+    """CutMix's box, clipped to the image: top, bottom, left, right in pixels.
+
+    share: of the area that stays; down, across: centre of the box as a fraction (0..1) of height and width.
+    """
+    cut = float(np.sqrt(1 - share))
+    half_height, half_width = int(height * cut) // 2, int(width * cut) // 2
+    y, x = int(down * height), int(across * width)
+    top, bottom = max(y - half_height, 0), min(y + half_height, height)
+    return top, bottom, max(x - half_width, 0), min(x + half_width, width)

@@ -1,0 +1,211 @@
+"""Decoded and resized images, made once and kept as bytes in the cache.
+
+What is kept is an image as the first steps of a split's transform leave it, where nothing in these steps is random: a
+Pillow image of 8 bits a channel, and so exactly what the next step would have been given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+import torch
+import torchvision
+from PIL import Image, features
+from torch import Tensor
+
+from toolkit.augment.resize import resizing_kernel
+from toolkit.augment.transforms import CENTER_CROP, ImageTransform
+from toolkit.cache.store import BlockRange, ByteArray, CacheEntry, CacheEntryWriter, content_key
+from toolkit.data.dataloader import WorkerError
+from toolkit.data.image_sources import ImageSource, InMemoryImages, as_picture
+from toolkit.data.jpeg_decoding import jpeg_decoder
+from toolkit.data.sampling import IntArray
+from toolkit.data.tensor_loader import as_tensor
+from toolkit.errors import RunFailed, UserError
+
+DECODERS = ("jpg", "libjpeg_turbo", "zlib", "webp")
+"""Libraries within Pillow on which decoded pixels may depend."""
+
+SAMPLE = 16
+"""Images that are tried to learn how large they come out."""
+
+
+@dataclass(frozen=True, eq=False)
+class CachePartition:
+    """Images of a data set for which the same first steps are done once."""
+
+    splits: tuple[str, ...]
+    indices: IntArray
+    """Into the data set, rising; of all these splits."""
+    transform: ImageTransform
+    """Of one of the splits, whose first steps these are."""
+    steps: int
+    """How many of them are done once."""
+
+    @property
+    def words(self) -> str:
+        """What is done, for people and for the key."""
+        return ", ".join(("decode", *self.transform.fixed[: self.steps]))
+
+
+def parts(transforms: Mapping[str, ImageTransform], splits: Mapping[str, IntArray]) -> list[CachePartition]:
+    """Splits together where one's first steps are the other's, or lack only the centre crop, which costs little.
+
+    So an entry that holds training images before a random crop holds those for validation too, whatever the split.
+    """
+    fixed = {split: transforms[split].fixed for split in splits}
+    found: dict[tuple[str, ...], list[str]] = {}
+    for split in sorted(splits, key=lambda split: len(fixed[split])):
+        steps = next((first for first in found if _serves(first, fixed[split])), fixed[split])
+        found.setdefault(steps, []).append(split)
+    made = []
+    for steps, names in found.items():
+        indices = np.unique(np.concatenate([splits[name] for name in names]))
+        in_order = tuple(name for name in splits if name in names)
+        made.append(CachePartition(in_order, indices, transforms[names[0]], len(steps)))
+    return made
+
+
+def _serves(first: tuple[str, ...], whole: tuple[str, ...]) -> bool:
+    rest = whole[len(first) :]
+    return whole[: len(first)] == first and all(step.startswith(CENTER_CROP) for step in rest)
+
+
+def part_key(images: ImageSource, part: CachePartition) -> dict[str, Any]:
+    """All that the kept bytes depend on."""
+    return {
+        "images": images.identity(part.indices),
+        "mode": part.transform.mode,
+        "steps": part.words,
+        "pillow": [PIL.__version__, *(str(features.version(name)) for name in DECODERS)],
+        "jpeg": jpeg_decoder(),
+        "torchvision": torchvision.__version__,
+        "resize": resizing_kernel(),
+    }
+
+
+def entry_name(key: Mapping[str, Any]) -> str:
+    """The name of the entry for a key of :func:`part_key`."""
+    return f"images-{content_key(key)}"
+
+
+def expected_bytes(images: ImageSource, part: CachePartition) -> int:
+    """About how many bytes the part will take, from some of its images."""
+    some = part.indices[np.linspace(0, len(part.indices) - 1, min(SAMPLE, len(part.indices)), dtype=np.int64)]
+    sizes = [decode(images, part, int(i)).nbytes for i in some]
+    return round(sum(sizes) / len(sizes) * len(part.indices))
+
+
+def decode(images: ImageSource, part: CachePartition, index: int) -> ByteArray:
+    """One image as it is kept, uint8 [h, w, c]. Raises BadImage, RunFailed."""
+    image = images.decoded(index)
+    try:
+        return part.transform.pixels(image, part.steps)
+    except Exception as error:
+        raise RunFailed(f"{images.name(index)}: the transforms failed: {error}") from error
+
+
+class DecodedBlock:
+    """The answer of a :class:`DecodingDataset`: where its images lie in the entry."""
+
+    def __init__(self, indices: IntArray, offsets: IntArray, shapes: npt.NDArray[np.int32], block: BlockRange) -> None:
+        self.indices, self.offsets, self.shapes, self.block = indices, offsets, shapes, block
+
+
+class DecodingDataset(torch.utils.data.Dataset[Any]):
+    """Decodes the images that it is asked for and writes them into an entry; for worker processes."""
+
+    def __init__(self, images: ImageSource, part: CachePartition, writer: CacheEntryWriter) -> None:
+        self.images, self.part, self.writer = images, part, writer
+
+    def __getitems__(self, indices: IntArray) -> DecodedBlock | WorkerError:
+        """One block of the entry. A failure comes back as what it is: PyTorch would make a string of it."""
+        try:
+            pixels = [decode(self.images, self.part, int(i)) for i in indices]
+            shapes = np.array([image.shape for image in pixels], dtype=np.int32)
+            lengths = shapes.astype(np.int64).prod(1)
+            starts, data = np.cumsum(lengths) - lengths, np.empty(lengths.sum(), dtype=np.uint8)
+            for image, start, length in zip(pixels, starts, lengths, strict=True):
+                data[start : start + length].reshape(image.shape)[...] = image
+            block = self.writer.add(data)
+            return DecodedBlock(indices, block[0] + starts, shapes, block)
+        except (RunFailed, UserError, OSError) as error:
+            return WorkerError(error)
+
+
+def tables_of(decoded: list[DecodedBlock]) -> tuple[dict[str, npt.NDArray[Any]], list[BlockRange]]:
+    """The tables of an entry (indices rising, offsets, shapes [n, 3]), and its blocks."""
+    indices = np.concatenate([one.indices for one in decoded])
+    order = np.argsort(indices)
+    tables = {
+        "offsets": np.concatenate([one.offsets for one in decoded])[order],
+        "shapes": np.concatenate([one.shapes for one in decoded])[order],
+    }
+    return tables, [one.block for one in decoded]
+
+
+class CachedImages:
+    """The images of a part, mapped into memory: a collection as large as the data set, with those images in it."""
+
+    def __init__(self, entry: CacheEntry, part: CachePartition, images: ImageSource) -> None:
+        self.images, self._data = images, as_tensor(entry.data(), torch.uint8)
+        tables = entry.tables()
+        self._offsets, self._shapes = tables["offsets"], tables["shapes"]
+        self._rows = np.full(len(images), -1, dtype=np.int64)
+        self._rows[part.indices] = np.arange(len(part.indices))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, i: int) -> str:
+        """What image i is called."""
+        return self.images.name(i)
+
+    def identity(self, indices: IntArray) -> str:
+        """The identity of what the images were made of."""
+        return self.images.identity(indices)
+
+    def decoded(self, i: int) -> Image.Image | Tensor:
+        """Image i as it was kept, uint8 [h, w, 3]; a grey one in mode L."""
+        row = self._rows[i]
+        height, width, channels = (int(n) for n in self._shapes[row])
+        start = int(self._offsets[row])
+        pixels = self._data[start : start + height * width * channels].view(height, width, channels)
+        return pixels if channels == 3 else Image.fromarray(pixels[..., 0].numpy())
+
+    def load(self, i: int) -> Image.Image:
+        """Image i as it was kept, in mode RGB or L."""
+        return as_picture(self.decoded(i))
+
+    def tensor(self) -> tuple[Tensor, IntArray] | None:
+        """All images as one tensor, uint8 [n, h, w, c], and the row of each image of the data set; else None.
+
+        The tensor is the mapped file, which must not be written to. None where the images differ in size.
+        """
+        if (self._shapes != self._shapes[0]).any():
+            return None
+        height, width, channels = (int(n) for n in self._shapes[0])
+        images = self._data.view(-1, height, width, channels)
+        places = np.where(self._rows >= 0, self._offsets[self._rows] // (height * width * channels), -1)
+        return images, places
+
+
+def array_tensor(images: InMemoryImages) -> tuple[Tensor, IntArray]:
+    """Images that are one array already, as :meth:`CachedImages.tensor` gives them."""
+    pixels = images.pixels
+    if images.mode == "L" and pixels.ndim == 4 and pixels.shape[3] > 1:  # Pillow's own way to greyscale
+        pixels = np.stack([np.asarray(images.load(i)) for i in range(len(images))])
+    whole = torch.from_numpy(pixels if pixels.ndim == 4 else pixels[..., None])
+    return whole, np.arange(len(images))
+
+
+def are_kept(images: InMemoryImages, transform: ImageTransform, steps: int) -> bool:
+    """Whether the first steps of a transform leave images of an array as they are: nothing to be done once."""
+    noise = np.random.default_rng(0).integers(0, 256, images.pixels.shape[1:], dtype=np.uint8)
+    one = InMemoryImages(noise[None], "", 3 if images.mode == "RGB" else 1).load(0)
+    return np.array_equal(np.asarray(one), np.asarray(transform.begin(one, steps)))

@@ -1,0 +1,284 @@
+"""Frozen features computed once.
+
+Where transfer freezes everything up to one submodule (the tail) and what reaches it does not change from epoch to
+epoch, the tail's inputs are computed once and training goes on from there: the same losses, without the frozen layers.
+They are kept in the cache, where every run finds them whose images, preprocessing and frozen part are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from toolkit.augment.transforms import is_deterministic
+from toolkit.cache.distributed import DistributedCache, EntryBuilder, Guard, Work
+from toolkit.cache.feature_key import feature_name, frozen_part, weights_hash
+from toolkit.cache.memory_budget import MEMORY_SHARE, available_memory, device_memory, gib
+from toolkit.cache.store import BlockRange, CacheEntry, CacheEntryWriter
+from toolkit.data.dataloader import EVALUATION, EvaluationBatch, EvaluationLoader
+from toolkit.data.sampling import IntArray
+from toolkit.data.tensor_loader import TensorEvaluationLoader, as_tensor
+from toolkit.distributed.process import autocast_dtype, gather_objects, local_processes
+from toolkit.errors import RunFailed
+from toolkit.models.frozen_backbone import backbone_is_deterministic, find_frozen_backbone, prefix_features
+from toolkit.models.transfer import Transfer
+from toolkit.recipe.schema import Recipe
+from toolkit.training.context import TrainingContext
+from toolkit.training.evaluation import to_device
+
+DEVICE_SHARE = 0.3
+"""Features may take this share of a GPU's free memory."""
+
+BLOCK_BYTES = 16 * 2**20
+"""Size of the blocks of an entry, each with a checksum."""
+
+Batches = EvaluationLoader | TensorEvaluationLoader
+
+
+def tail_of(recipe: Recipe, transfer: Transfer) -> str | None:
+    """Name of the submodule behind the frozen part, or None where the shortcut would change the experiment."""
+    augment = recipe.augment
+    if recipe.data.cache == "off" or recipe.transfer.mode == "gradual" or augment.mixup or augment.cutmix:
+        return None
+    if not is_deterministic("train", augment) and recipe.data.views is None:
+        return None
+    return find_frozen_backbone(transfer)
+
+
+class Features:
+    """Inputs of the tail for whole splits; every method is a collective."""
+
+    def __init__(
+        self,
+        setup: TrainingContext,
+        tail: str,
+        keeper: DistributedCache,
+        guard: Guard,
+        loader: Callable[[str, list[IntArray], int], Batches],
+        batched: dict[str, bool],
+    ) -> None:
+        """``loader`` gives a split's images in given batches and version; ``batched``: whether augmented in batches."""
+        self.setup, self.tail, self.keeper, self.guard, self.loader = setup, tail, keeper, guard, loader
+        self.batched, self.frozen = batched, frozen_part(setup, tail)
+        self.made: dict[str, list[Tensor]] = {}
+        self.identities: dict[str, str] = {}
+
+    def _name(self, split: str, view: int) -> str:
+        setup = self.setup
+        if split not in self.identities:
+            self.identities[split] = setup.dataset.images.identity(setup.splits[split])
+        return feature_name(setup, self.frozen, self.identities[split], split, view, self.batched[split])
+
+    @property
+    def words(self) -> str:
+        """The shortcut that this is."""
+        versions = len(self.views("train"))
+        images = sum(len(self.setup.splits[split]) for split in self._used)
+        each = f", {versions} versions of each training image" if versions > 1 else ""
+        return f"inputs of {self.tail} computed once for {images} images{each}: all before it is frozen"
+
+    @property
+    def _used(self) -> list[str]:
+        """The splits whose features every epoch needs."""
+        return [split for split in ("train", "validation") if self.setup.has(split)]
+
+    def views(self, split: str) -> list[int]:
+        """The augmented versions of a split's images that features are computed of."""
+        recipe = self.setup.recipe
+        if split != "train" or is_deterministic("train", recipe.augment):
+            return [EVALUATION]
+        return list(range(min(recipe.data.views or 1, recipe.train.epochs)))
+
+    def obstacle(self, sample: Tensor) -> str:
+        """What keeps features from being used: the frozen part is not exact on ``sample``, or there is no room; ""."""
+        module, tail, counts = self.setup.built.module, self.tail, self.setup.splits
+        if not backbone_is_deterministic(module, tail, sample):
+            return "the frozen part is not deterministic"
+        one = prefix_features(module, tail, sample[:1])
+        images = sum(len(counts[split]) * len(self.views(split)) for split in counts)
+        need, free = one.numel() * 4 * images * local_processes(), available_memory()
+        fits = need <= free * MEMORY_SHARE or not self.passes()
+        if not all(gather_objects(fits)):
+            return f"its features would take {gib(need)} of {gib(free)} free"
+        return ""
+
+    def passes(self) -> int:
+        """How often the images of the split most needed have to be read for what the cache does not have.
+
+        Not a collective: each process looks for itself.
+        """
+        names = [[self._name(split, view) for view in self.views(split)] for split in self._used]
+        return max(sum(not (self.keeper.root / n / "entry.json").exists() for n in of_split) for of_split in names)
+
+    def rows(self, split: str) -> list[Tensor]:
+        """For each version the inputs of a split's images, float32 [N, ...]: on the device where they fit."""
+        if split not in self.made:
+            self.made[split] = [self._placed(self._of_view(split, view)) for view in self.views(split)]
+        return self.made[split]
+
+    def _of_view(self, split: str, view: int) -> Tensor:
+        setup, name = self.setup, self._name(split, view)
+        version = f", version {view + 1}" if view >= 0 else ""
+        with self.keeper.claim(name) as entry:
+            if entry is not None:
+                setup.display.log(f"features of {split}{version} taken from the cache: inputs of {self.tail}")
+                return _mapped(entry)
+            features = self._computed(split, view)
+            facts = {
+                "kind": "features",
+                "data": setup.dataset.name,
+                "images": len(features),
+                "what": f"inputs of {self.tail} of {setup.recipe.model.name}, {split}{version}",
+                "shape": list(features.shape),
+            }
+            entry = self.keeper.store(name, _written(features, facts), features.nbytes)
+        return features if entry is None else _mapped(entry)
+
+    def _computed(self, split: str, view: int) -> Tensor:
+        """The features of one version, the same whatever the batch size and the number of processes."""
+        setup, accelerator = self.setup, self.setup.accelerator
+        count, world = len(setup.splits[split]), accelerator.num_processes
+        chunk = chunk_size(setup.preprocessing.image_size)
+        chunks = [np.arange(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+        bounds = [len(chunks) * rank // world for rank in range(world + 1)]
+        mine = chunks[bounds[accelerator.process_index] : bounds[accelerator.process_index + 1]]
+        loader = self.loader(split, mine, view)
+        with setup.display.bar(f"frozen features of {split}", count) as bar:
+
+            def counted() -> Iterator[Any]:
+                for batch in loader:
+                    yield batch
+                    bar.advance(len(batch.positions) * world)
+
+            try:
+                return compute_features(
+                    setup.built.module,
+                    self.tail,
+                    self.guard(counted(), max(np.diff(bounds).tolist())),
+                    count,
+                    accelerator.device,
+                    autocast_dtype=autocast_dtype(accelerator.mixed_precision),
+                    channels_last=setup.recipe.train.channels_last,
+                )
+            finally:
+                loader.close()
+
+    def prove(self, written: nn.Module) -> None:
+        """Raise RunFailed unless ``written``, a whole model, has the frozen part that the features come from.
+
+        Its weights must be the same to the last bit, and from some images (of the last split used in every epoch) it
+        must make the features that were used, up to what a device's choice of algorithms may change.
+        """
+        setup, tail = self.setup, self.tail
+        fault = weights_hash(written, tail) != self.frozen["weights"]
+        if not fault:
+            split = self._used[-1]
+            used = self.made[split][0][: chunk_size(setup.preprocessing.image_size)].cpu()
+            loader = self.loader(split, [np.arange(len(used))], self.views(split)[0])
+            images = next(iter(loader)).images
+            loader.close()
+            dtype = autocast_dtype(setup.accelerator.mixed_precision)
+            channels_last = setup.recipe.train.channels_last
+            found = _forward(written.eval(), tail, images, setup.accelerator.device, dtype, channels_last)
+            fault = not torch.allclose(found, used, rtol=1e-3, atol=1e-3 * float(used.abs().max()))
+        if fault:
+            raise RunFailed(
+                f"best.safetensors is not the model that was trained: what reaches {tail} in it is not what the run's "
+                "features are"
+            )
+
+    def forget(self) -> None:
+        """Let go of what is mapped into memory."""
+        self.made = {}
+
+    def _placed(self, features: Tensor) -> Tensor:
+        device = self.setup.accelerator.device
+        if device.type == "cpu" or features.nbytes > device_memory(device, local_processes()) * DEVICE_SHARE:
+            return features
+        try:
+            return features.to(device)
+        except torch.OutOfMemoryError:
+            return features
+
+
+def chunk_size(image_size: int) -> int:
+    """Images that go through the frozen layers together: as many pixels as 64 images of 224 x 224, at most 256 images.
+
+    It is part of what the features depend on, in their last bits, and so must not depend on the recipe's batch size.
+    """
+    return max(1, min(256, 64 * 224**2 // image_size**2))
+
+
+@torch.no_grad()
+def compute_features(
+    module: nn.Module,
+    tail: str,
+    batches: Iterable[EvaluationBatch],
+    count: int,
+    device: torch.device,
+    *,
+    autocast_dtype: torch.dtype | None,
+    channels_last: bool,
+) -> Tensor:
+    """Inputs of ``tail`` for every example of a split, float32 [count, ...] on the CPU of every process (a collective).
+
+    ``batches`` are this process's share; ``module`` is left in evaluation mode.
+    """
+    module.eval()
+    features: Tensor | None = None
+    for positions, images, _ in batches:
+        batch = _forward(module, tail, images, device, autocast_dtype, channels_last)
+        if features is None:
+            features = batch.new_zeros((count, *batch.shape[1:]))
+        features[torch.from_numpy(positions)] = batch
+    return _join(features, count, device)
+
+
+@torch.no_grad()
+def _forward(
+    module: nn.Module,
+    tail: str,
+    images: Tensor,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    channels_last: bool,
+) -> Tensor:
+    """What reaches the tail, float32 [m, ...] on the CPU."""
+    with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+        return prefix_features(module, tail, to_device(images, device, channels_last)).float().cpu()
+
+
+def _join(features: Tensor | None, count: int, device: torch.device) -> Tensor:
+    """Every process's rows together; a process may have had none."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        assert features is not None
+        return features
+    shapes: list[tuple[int, ...] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(shapes, None if features is None else tuple(features.shape[1:]))
+    shape = next(s for s in shapes if s is not None)
+    mine = torch.zeros((count, *shape)) if features is None else features
+    shared = mine.to(device) if dist.get_backend() == "nccl" else mine
+    dist.all_reduce(shared)
+    return shared.cpu()
+
+
+def _written(features: Tensor, facts: dict[str, Any]) -> EntryBuilder:
+    def fill(writer: CacheEntryWriter) -> Work:
+        data = features.contiguous().view(-1).view(torch.uint8).numpy()
+        blocks: list[BlockRange] = []
+        for start in range(0, len(data), BLOCK_BYTES):
+            blocks.append(writer.add(data[start : start + BLOCK_BYTES]))
+            yield
+        return writer.publish(facts, {}, blocks)
+
+    return fill
+
+
+def _mapped(entry: CacheEntry) -> Tensor:
+    """Stored features, float32 [N, ...]: the file mapped into memory, not to be written to."""
+    return as_tensor(entry.data(), torch.float32).view(entry.facts["shape"])

@@ -1,0 +1,70 @@
+"""How much room there is: in memory, on a disk, on a device. Nothing is kept where it does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from toolkit.distributed.cpu_count import cgroups
+
+MEMORY_SHARE = 0.4
+"""What is kept may take this share of the memory that is free on the machine, over all its processes."""
+DISK_SHARE = 0.5
+"""The same of a disk's free space."""
+DEVICE_SHARE = 0.3
+"""The same of a GPU's free memory, before training has taken its own."""
+
+
+def available_memory(system: Path = Path("/")) -> int:
+    """Bytes that can be taken without pushing anything but file pages out: the least of the machine's and the cgroups'.
+
+    ``system`` is the root of the file system.
+    """
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        free = [_numbers(system / "proc/meminfo")["MemAvailable:"] * 1024]
+    for group in cgroups(system):
+        free += _left_in(group, "memory.max", "memory.current", "")
+    for group in cgroups(system, "memory"):
+        free += _left_in(group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    return min(free)
+
+
+def _left_in(group: Path, limit: str, used: str, prefix: str) -> list[int]:
+    """What a cgroup leaves, in bytes; [] where it sets no limit. Pages of files can be taken back."""
+    try:
+        left = int((group / limit).read_text(encoding="ascii")) - int((group / used).read_text(encoding="ascii"))
+        pages = _numbers(group / "memory.stat")
+    except (OSError, ValueError):  # no such files, or "max"
+        return []
+    return [left + pages.get(f"{prefix}inactive_file", 0) + pages.get(f"{prefix}active_file", 0)]
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1}
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free for this user on the disk of a folder, or of the nearest folder above it that there is."""
+    for place in (folder, *folder.absolute().parents):
+        if place.is_dir():
+            return shutil.disk_usage(place).free
+    return 0
+
+
+def device_memory(device: torch.device, local_processes: int) -> int:
+    """Bytes free on a device for one of the machine's processes: a GPU's own, else its part of the memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory() // local_processes
+
+
+def gib(size: float) -> str:
+    """A size in words, in GiB or MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,56 @@
+"""bench: how fast a recipe trains here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.cli.options import RecipePath
+from toolkit.errors import EXIT_OK
+from toolkit.train import AsJson, Debug, Overrides, exit_with_status, run_with_error_handling
+
+
+def bench(
+    recipe: RecipePath,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps per repetition, at most one epoch.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Repetitions; the median is reported.")] = 5,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also measure a plain PyTorch loop on the same recipe.")
+    ] = False,
+    peak_tflops: Annotated[
+        float | None, typer.Option(metavar="TFLOPS", help="Peak of the device, if it is not known.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the results to this JSON file.")
+    ] = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure data, model and the whole step.
+
+    Images a second, the share of time spent waiting for data, memory, arithmetic. Nothing is trained for keeps.
+
+    Example: toolkit bench recipes/resnet18_caltech.toml --compare
+    """
+
+    def work() -> int:
+        from toolkit.recipe import load
+
+        loaded = load(recipe, set_ or [])
+        from toolkit import bench as module
+
+        speeds = module.bench(loaded.recipe, steps=steps, repeats=repeats, peak_tflops=peak_tflops)
+        if not module.is_main_process():  # the figures are the same on all
+            return EXIT_OK
+        plain = module.compare_with_plain_loop(recipe, set_ or [], speeds.steps, repeats) if compare else None
+        content = {**speeds.to_json(), **({"plain_loop": plain} if plain else {})}
+        if out is not None:
+            out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(content, indent=2) if as_json else module.bench_text(speeds, plain))
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))

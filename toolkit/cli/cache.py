@@ -1,0 +1,84 @@
+"""cache: what runs have computed once and keep. Does not import torch."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Annotated, Literal
+
+import typer
+
+from toolkit.errors import EXIT_OK, UserError
+from toolkit.train import AsJson, Debug, exit_with_status, run_with_error_handling
+
+
+def cache(
+    action: Annotated[Literal["list", "clean"], typer.Argument(metavar="ACTION", help="list or clean.")] = "list",
+    unused_days: Annotated[
+        float, typer.Option(min=0, metavar="DAYS", help="With clean: only entries unused for this many days.")
+    ] = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List, or remove, what runs keep in the cache folder.
+
+    Decoded images and features of frozen layers, each with size and last use. Runs that read them now are not
+    disturbed, later ones compute them again. The folder is TOOLKIT_CACHE, else ~/.cache/toolkit.
+
+    Example: toolkit cache clean --unused-days 30
+    """
+
+    def work() -> int:
+        if action == "clean":
+            _clean(unused_days, as_json)
+        elif unused_days:
+            raise UserError("--unused-days belongs to toolkit cache clean")
+        else:
+            _list(as_json)
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _entries(count: int) -> str:
+    return f"{count} {'entry' if count == 1 else 'entries'}"
+
+
+def _list(as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from toolkit.cache.store import cache_root, list_entries
+    from toolkit.training.console import table
+
+    root = cache_root()
+    found = list_entries(root)
+    if as_json:
+        print(json.dumps({"folder": str(root), "entries": [asdict(one) for one in found]}, indent=2))
+        return
+    if found:
+        rows = [(_size(one.bytes), _moment(one.used), one.kind, one.data, f"{one.images:,}", one.what) for one in found]
+        print(table(rows, ("size", "last used", "kind", "data", "images", "what"), frozenset((0, 4))))
+    print(f"{_entries(len(found))}, {_size(sum(one.bytes for one in found))} in {root}")
+
+
+def _clean(unused_days: float, as_json: bool) -> None:
+    from toolkit.cache.store import cache_root, clean
+
+    root = cache_root()
+    try:
+        count, freed = clean(root, unused_days * 86400)
+    except OSError as error:
+        raise UserError(f"{error.filename or root} cannot be removed: {error.strerror or error}") from None
+    if as_json:
+        print(json.dumps({"folder": str(root), "entries": count, "bytes": freed}))
+    else:
+        print(f"removed {_entries(count)}, {_size(freed)}, from {root}")
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _moment(seconds: float) -> str:
+    """Local time to the minute."""
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,124 @@
+"""plan, data, doctor: looking before leaping."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.cli.options import RecipePath
+from toolkit.errors import EXIT_FAILURE, EXIT_OK
+from toolkit.train import AsJson, Debug, Overrides, exit_with_status, run_with_error_handling
+
+
+def plan(
+    recipe: RecipePath,
+    processes: Annotated[int, typer.Option(min=1, metavar="N", help="Training processes, one per GPU.")] = 1,
+    classes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of classes, if the data are not here.")
+    ] = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a recipe will take.
+
+    Images, steps, parameters, memory, arithmetic, and time where this recipe has a finished run. Nothing is trained or
+    downloaded.
+
+    Example: toolkit plan recipes/resnet50_caltech.toml --processes 8
+    """
+
+    def work() -> int:
+        from toolkit.recipe import load
+
+        loaded = load(recipe, set_ or [])
+        for warning in loaded.warnings:
+            print(warning, file=sys.stderr)
+        # torch is imported here, after the recipe was found good.
+        from toolkit.estimate.resources import plan as make_plan
+        from toolkit.estimate.resources import plan_text
+
+        found = make_plan(loaded.recipe, processes, classes)
+        print(json.dumps(found.to_json(), indent=2) if as_json else plan_text(found))
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def data(
+    recipe: RecipePath,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="FOLDER", help="Folder of the figures. Default: data-report/RECIPE_NAME."),
+    ] = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Look through a recipe's images.
+
+    Counts by class and split, sizes, channel statistics, unreadable files, duplicates across splits; and figures:
+    the class histogram, and a contact sheet with one image a class, raw and normalised.
+
+    Example: toolkit data recipes/resnet50_caltech.toml --out figures
+    """
+
+    def work() -> int:
+        from toolkit.recipe import load
+
+        loaded = load(recipe, set_ or [])
+        for warning in loaded.warnings:
+            print(warning, file=sys.stderr)
+        from toolkit.data.dataset_plots import draw
+        from toolkit.data.dataset_report import analyze_dataset, report_text
+
+        def log(text: str) -> None:
+            print(text, file=sys.stderr)
+
+        report = analyze_dataset(loaded.recipe, log)
+        folder = out or Path("data-report") / loaded.recipe.recipe.name
+        files = draw(report, folder, log)
+        if as_json:
+            print(json.dumps({**report.to_json(), "figures": [str(file) for file in files]}, indent=2))
+        else:
+            print(report_text(report))
+            for file in files:
+                print(file)
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def doctor(
+    run_root: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that will hold the run directories.")] = Path(
+        "runs"
+    ),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check whether this machine is fit to train.
+
+    Versions, GPUs and their interconnect, precision, communication, CPUs, shared memory, disk, W&B login, SLURM.
+
+    Example: toolkit doctor --run-root /scratch/runs
+
+    Exit status 1 if any line says fail.
+    """
+
+    def work() -> int:
+        from toolkit.doctor import examine, report_text
+
+        checks = examine(run_root)
+        if as_json:
+            from dataclasses import asdict
+
+            print(json.dumps([asdict(check) for check in checks], indent=2))
+        else:
+            print(report_text(checks))
+        return EXIT_FAILURE if any(check.state == "fail" for check in checks) else EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))

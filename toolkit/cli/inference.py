@@ -1,0 +1,303 @@
+"""evaluate, predict, explain: a trained model at work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from toolkit.cli.options import DataRoot, ModelPath, RunPath
+from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
+from toolkit.filenames import escape_control_characters
+from toolkit.train import AsJson, Debug, exit_with_status, is_first_process, run_with_error_handling
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from toolkit.inference.explain import CamInput, CamResult
+    from toolkit.inference.predict import Predictions, TrainedModel
+    from toolkit.recipe.schema import TrainConfig
+
+FORMATS = ("csv", "json", "jsonl")
+WORST = 16
+EXPLAINED = 256
+"""More images than this are not explained at once: each makes a file."""
+
+
+def log(text: str) -> None:
+    """A line on stderr, from the first process alone."""
+    if is_first_process():
+        print(escape_control_characters(text), file=sys.stderr, flush=True)
+
+
+def evaluate(
+    run: RunPath,
+    split: Annotated[str, typer.Option(metavar="SPLIT", help="test, validation or train.")] = "test",
+    data_root: DataRoot = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a run's model again and compare with its summary.
+
+    Every figure that the run has recorded of this split is evaluated and compared: equal, different by rounding, or
+    different. Exit status 1 where one differs.
+
+    Example: toolkit evaluate runs/quickstart/20260102-030405-abcd --split validation
+
+    On several processes: accelerate launch -m toolkit evaluate RUN
+    """
+
+    def work() -> int:
+        from toolkit.runs import open_run
+
+        opened = open_run(run)
+        recipe = opened.recipe
+        # torch is imported here, after the run was found readable.
+        from toolkit.distributed.context import distributed_context
+        from toolkit.inference.evaluate import as_json as to_json
+        from toolkit.inference.evaluate import check_split, evaluate_run
+
+        check_split(split)
+        with distributed_context(recipe.train) as accelerator:
+            outcome = evaluate_run(opened, split, accelerator, data_root)
+            if accelerator.is_main_process:
+                print(to_json(opened, outcome) if as_json else outcome.text(), flush=True)
+        return EXIT_FAILURE if outcome.differs else EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def predict(
+    run: ModelPath,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PATH", help="Images, folders, @LIST (a text file with one path per line), - for stdin."
+        ),
+    ] = None,
+    list_: Annotated[
+        list[Path] | None,
+        typer.Option("--list", metavar="FILE", help="Text file with one path per line; the same as @FILE."),
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option("-k", "--top-k", min=1, metavar="K", help="Number of most probable classes per image.")
+    ] = 1,
+    style: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="csv, json (one array) or jsonl (one object per line).")
+    ] = "csv",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="File to write. Default: stdout.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Images at once in each process. Default: the run's own, or 64."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Processes that decode images. Default: the granted CPUs minus one."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Predict images with a run's best model.
+
+    Images go through the run's own preprocessing, which is kept with the weights. Files that cannot be read are named
+    on stderr and left out; the exit status is then 1.
+
+    Example: toolkit predict runs/quickstart/20260102-030405-abcd photos/ --top-k 5 -o predictions.csv
+
+    On several processes: accelerate launch -m toolkit predict RUN photos/
+    """
+
+    def work() -> int:
+        chosen = "json" if as_json else style
+        _check_style(chosen)
+        arguments = [*(paths or []), *(f"@{path}" for path in list_ or [])]
+        from toolkit.distributed.context import distributed_context
+        from toolkit.inference.predict import load_model
+
+        trained = load_model(run)
+        if trained.caution:
+            log(trained.caution)
+        settings = _settings(run)
+        if batch_size is not None:
+            settings = replace(settings, batch_size=batch_size)
+        with distributed_context(settings.train) as accelerator:
+            predictions = _predict(trained, arguments, accelerator, settings, top_k, workers)
+            _hand_over(accelerator, predictions, chosen, out)
+        for fault in predictions.faults:
+            log(f"{predictions.paths[fault.position]}: {fault.reason}")
+        if predictions.faults:
+            log(f"{len(predictions.faults)} of {len(predictions.paths)} files could not be predicted; left out")
+        return EXIT_FAILURE if predictions.faults else EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _check_style(style: str) -> None:
+    from difflib import get_close_matches
+
+    if style not in FORMATS:
+        near = get_close_matches(style.lower(), FORMATS, 1)
+        raise UserError(
+            f"--format {style}: expected {', '.join(FORMATS)}{f'; did you mean {near[0]}?' if near else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How a model is run: as its run evaluated it; plainly, where it has left its run."""
+
+    train: TrainConfig
+    batch_size: int
+    """Images at once in each process."""
+
+
+def _settings(path: Path) -> _Settings:
+    from toolkit.recipe.schema import TrainConfig
+    from toolkit.runs import Run
+
+    if not ((path / "recipe.toml").is_file() and (path / "checkpoints").is_dir()):
+        return _Settings(TrainConfig(epochs=1, batch_size=64, precision="no", channels_last=False), 64)
+    run = Run(path)
+    train = run.recipe.train
+    return _Settings(train, max(1, train.images_per_evaluation // run.processes))
+
+
+def _predict(
+    trained: TrainedModel,
+    arguments: list[str],
+    accelerator: Accelerator,
+    settings: _Settings,
+    top_k: int,
+    workers: int | None,
+) -> Predictions:
+    from toolkit.data.dataloader import MAX_WORKERS
+    from toolkit.distributed.cpu_count import available_cpus
+    from toolkit.distributed.process import autocast_dtype, local_processes, main_only
+    from toolkit.inference.predict import collect, predict
+    from toolkit.training.console import Console
+
+    paths = main_only(accelerator, lambda: collect(arguments, sys.stdin.buffer.read, log))
+    with Console(speaks=accelerator.is_main_process).bar("images", len(paths)) as bar:
+        return predict(
+            trained,
+            paths,
+            accelerator.device,
+            top_k=top_k,
+            batch_size=settings.batch_size,
+            workers=min(available_cpus(local_processes()) - 1, MAX_WORKERS) if workers is None else workers,
+            world=accelerator.num_processes,
+            rank=accelerator.process_index,
+            autocast_dtype=autocast_dtype(accelerator.mixed_precision),
+            channels_last=settings.train.channels_last,
+            advance=lambda images: bar.advance(images * accelerator.num_processes),
+        )
+
+
+def _hand_over(accelerator: Accelerator, predictions: Predictions, style: str, out: Path | None) -> None:
+    """The main process writes; the others learn of its failure (a collective)."""
+    from toolkit.distributed.process import main_only
+    from toolkit.runs import write_atomically
+
+    def write() -> None:
+        text = predictions.text(style)
+        if out is None:
+            print(text, end="", flush=True)
+            return
+        try:
+            write_atomically(out, text.encode(errors="backslashreplace"))
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror}") from None
+        log(f"{out}: {len(predictions.paths) - len(predictions.faults)} predictions")
+
+    main_only(accelerator, write)
+
+
+def explain(
+    run: ModelPath,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATH", help="Images, folders, @LIST, - for stdin. Default: the worst mistakes."),
+    ] = None,
+    worst: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Number of the run's worst mistakes on its test images. Default: 16."),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Layer to explain. Default: the last with spatial maps.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="FOLDER", help="Folder of the images. Default: RUN/figures/explain."),
+    ] = None,
+    data_root: DataRoot = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what predictions rest on (Grad-CAM).
+
+    One picture an image: the image as the model gets it, and a heat map of the evidence for the prediction, and for
+    the label where that is another class. Needs captum: pip install captum.
+
+    Example: toolkit explain runs/quickstart/20260102-030405-abcd --worst 16
+    """
+
+    def work() -> int:
+        if paths and worst is not None:
+            raise UserError("name images, or ask for the worst mistakes, not both")
+        from toolkit.inference.explain import explain_run, require_captum
+
+        require_captum()
+        from toolkit.inference.predict import load_model
+
+        trained = load_model(run)
+        if trained.caution:
+            log(trained.caution)
+        subjects, count = _subjects(run, trained, paths, worst, data_root)
+        folder = out or run / "figures" / "explain"
+        place, found, files = explain_run(trained, subjects, layer, folder, log) if subjects else (None, [], [])
+        if place is not None:
+            log(f"layer {place.name}")
+        if as_json:
+            _print_explanations(trained, found, files)
+        else:
+            print(*files, sep="\n")
+        return EXIT_OK if len(subjects) == count else EXIT_FAILURE
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _subjects(
+    run: Path, trained: TrainedModel, paths: list[str] | None, worst: int | None, data_root: Path | None
+) -> tuple[list[CamInput], int]:
+    """The images to explain, and how many were asked for."""
+    from toolkit.inference.explain import subjects_from_files, worst_mistakes
+    from toolkit.inference.predict import collect
+    from toolkit.runs import open_run
+
+    if not paths:
+        found = worst_mistakes(open_run(run), trained, worst or WORST, data_root)
+        return found, len(found)
+    files = collect(paths, sys.stdin.buffer.read, log)
+    if len(files) > EXPLAINED:
+        raise UserError(f"{len(files)} images are more pictures than anybody looks at; name at most {EXPLAINED}")
+    return subjects_from_files(trained, files, log), len(files)
+
+
+def _print_explanations(trained: TrainedModel, found: list[CamResult], files: list[Path]) -> None:
+    rows = [
+        {
+            "path": each.subject.name,
+            "label": None if each.subject.label is None else trained.classes[each.subject.label],
+            "prediction": trained.classes[each.prediction],
+            "probability": round(each.probability, 6),
+            "picture": str(file),
+        }
+        for each, file in zip(found, files, strict=True)
+    ]
+    print(json.dumps(rows, indent=2))

@@ -1,0 +1,166 @@
+"""models, transforms, optimizers, datasets: what a recipe can name. None of them imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Annotated, Any
+
+import typer
+
+from toolkit.errors import EXIT_OK, UserError
+from toolkit.train import AsJson, Debug, exit_with_status, run_with_error_handling
+
+Pattern = Annotated[
+    str | None, typer.Argument(metavar="PATTERN", help="Part of a name, or a pattern with * and ?; case is ignored.")
+]
+
+
+def models(
+    pattern: Pattern = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Only models of torchvision, timm or toolkit.")
+    ] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="Also the pretrained weights, the default first.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the models that a recipe can name.
+
+    Example: toolkit models "resnet*" --source torchvision --weights
+    """
+
+    def work() -> int:
+        from toolkit.recipe import catalog
+
+        if source not in (None, "torchvision", "timm", "toolkit"):
+            raise UserError(f"--source {source}: expected torchvision, timm or toolkit")
+        known = {"toolkit": ["convnet"], **{name: catalog.model_names(name) for name in ("torchvision", "timm")}}
+        asked = [(place, name) for place in known if source in (None, place) for name in known[place]]
+        names = set(matching(pattern, [name for _, name in asked], "model"))
+        found = [
+            {"source": place, "name": name, "weights": _weights(place, name)} for place, name in asked if name in names
+        ]
+        _show(found, [_model_row(entry, weights) for entry in found], as_json)
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _weights(source: str, model: str) -> list[dict[str, Any]]:
+    """Weights of a model with what they expect of an image."""
+    from toolkit.recipe import catalog
+
+    found = []
+    for name in catalog.weights_names(source, model) if source != "toolkit" else ():
+        expected = catalog.weights_input(source, model, name)
+        found.append({"name": name, **(expected._asdict() if expected else {})})
+    return found
+
+
+def _model_row(entry: dict[str, Any], weights: bool) -> tuple[str, ...]:
+    row = (entry["source"], entry["name"])
+    return (*row, ", ".join(each["name"] for each in entry["weights"]) or "none") if weights else row
+
+
+def transforms(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the transforms that a recipe can name.
+
+    With their arguments and defaults.
+
+    Example: toolkit transforms flip
+    """
+
+    def work() -> int:
+        from toolkit.recipe import catalog
+
+        known = catalog.transforms()
+        names = matching(pattern, known, "transform")
+        found = [{"name": name, "arguments": known[name]} for name in names]
+        _show(found, [(name, _arguments(known[name])) for name in names], as_json)
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _arguments(arguments: dict[str, dict[str, Any]]) -> str:
+    """Names, with the defaults of those that can be left out."""
+    return ", ".join(name + _default(about) for name, about in arguments.items())
+
+
+def _default(about: dict[str, Any]) -> str:
+    from toolkit.recipe.toml_writer import toml_value
+
+    value = about.get("default")
+    if about["required"] or value is None:
+        return " (required)" if about["required"] else ""
+    return f" = {toml_value(value)}"
+
+
+def optimizers(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the optimisers that a recipe can name.
+
+    "momentum" marks those that take one.
+
+    Example: toolkit optimizers "*adam*"
+    """
+
+    def work() -> int:
+        from toolkit.recipe import catalog
+
+        known = catalog.optimizers()
+        found = [{"name": name, **known[name]} for name in matching(pattern, known, "optimizer")]
+        rows = [(entry["name"], "momentum" if entry["momentum"] else "", str(entry["description"])) for entry in found]
+        _show(found, rows, as_json)
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def datasets(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the data sets that a recipe can name.
+
+    And how each comes to this machine.
+
+    Example: toolkit datasets cifar
+    """
+
+    def work() -> int:
+        from dataclasses import asdict
+
+        from toolkit.data.dataset_info import DATASETS
+
+        names = matching(pattern, DATASETS, "data set")
+        found = [{"name": name, **asdict(DATASETS[name])} for name in names]
+        _show(found, [(name, DATASETS[name].description, DATASETS[name].source) for name in names], as_json)
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def matching(pattern: str | None, known: Iterable[str], kind: str) -> list[str]:
+    """The names that a pattern (with * ? [ ]), or part of a name, matches. Raises UserError where there is none."""
+    names = list(known)
+    if pattern is None:
+        return names
+    folded = pattern.casefold()
+    is_pattern = any(char in pattern for char in "*?[")
+    found = [n for n in names if (fnmatchcase(n.casefold(), folded) if is_pattern else folded in n.casefold())]
+    if not found:
+        from toolkit.recipe.catalog import nearest
+
+        similar = nearest(pattern, names)
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+        raise UserError(f"no {kind} matches {pattern!r}{hint}")
+    return found
+
+
+def _show(found: list[dict[str, Any]], rows: Sequence[tuple[str, ...]], as_json: bool) -> None:
+    """JSON, or aligned columns without a header, so that other programs can read them."""
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,101 @@
+"""The `toolkit` command. Each subcommand imports what it needs only when called, so that help and checks are fast.
+
+Results go to stdout, talk to stderr. Exit status: 0 done, 2 bad input, 3 interrupted but resumable, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from toolkit.cli.bench import bench
+from toolkit.cli.cache import cache
+from toolkit.cli.estimate import data, doctor, plan
+from toolkit.cli.export import export, publish, sync
+from toolkit.cli.inference import evaluate, explain, predict
+from toolkit.cli.list_names import datasets, models, optimizers, transforms
+from toolkit.cli.options import RunPath
+from toolkit.cli.recipe import diff, show, validate
+from toolkit.cli.report import report
+from toolkit.cli.results import table
+from toolkit.cli.slurm import cancel, logs, status, submit
+from toolkit.cli.study import study
+from toolkit.errors import EXIT_FAILURE, EXIT_OK
+from toolkit.terminal import open_closed_streams
+from toolkit.train import AsJson, Debug, exit_with_status, run_with_error_handling, show_any_name, train
+
+
+def _print_version(is_given: bool) -> None:
+    if is_given:
+        from toolkit import __version__
+
+        print(f"toolkit {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+for command in (train, validate, show, diff, plan, data, models, transforms, optimizers, datasets, doctor):
+    app.command()(command)
+for speed_command in (bench, cache):
+    app.command()(speed_command)
+for job_command in (submit, status, logs, cancel):
+    app.command()(job_command)
+for study_command in (study, table):
+    app.command()(study_command)
+for use_command in (report, evaluate, predict, explain, export, publish, sync):
+    app.command()(use_command)
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train image classifiers from TOML recipes."""
+
+
+@app.command()
+def check(run: RunPath, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Compare a run's metrics with its recipe's [expect] table.
+
+    Each metric is met, missed or not comparable. Exit status 1 if one is missed.
+
+    Example: toolkit check runs/quickstart
+    """
+
+    def work() -> int:
+        from dataclasses import asdict
+
+        from toolkit.expectations import check_expectations
+        from toolkit.runs import open_run
+
+        opened = open_run(run)
+        verdicts = check_expectations(opened.recipe, opened.summary)
+        if as_json:
+            print(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
+        else:
+            for verdict in verdicts:
+                print(verdict.line())
+            if not verdicts:
+                print("the recipe has no [expect] table: nothing to check")
+        return EXIT_FAILURE if any(verdict.verdict == "missed" for verdict in verdicts) else EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def main() -> None:
+    """Entry of the `toolkit` command."""
+    open_closed_streams()
+    show_any_name()
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""validate, show, diff: what a recipe says. None of them imports torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from toolkit.cli.options import RecipePath, chosen_run
+from toolkit.errors import EXIT_BAD_INPUT, EXIT_OK
+from toolkit.train import AsJson, Debug, Overrides, exit_with_status, run_with_error_handling
+
+if TYPE_CHECKING:
+    from toolkit.recipe import Diagnostic, Recipe
+
+
+def validate(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE", help="TOML files.")],
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check recipes and show all that is wrong.
+
+    In every way that needs neither data nor a GPU. One line a recipe on stdout, errors and warnings on stderr; with
+    --json everything on stdout. Exit status 2 if there is any error.
+
+    Example: toolkit validate recipes/*.toml
+    """
+
+    def work() -> int:
+        verdicts = {path: _verdict(path, set_ or []) for path in recipes}
+        if as_json:
+            _print_json([_verdict_json(path, found) for path, found in verdicts.items()])
+        for path, found in verdicts.items() if not as_json else ():
+            for item in found:
+                print(item, file=sys.stderr)
+            print(_verdict_line(path, found))
+        return EXIT_BAD_INPUT if any(_errors(found) for found in verdicts.values()) else EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _verdict(path: str, overrides: list[str]) -> list[Diagnostic]:
+    """Everything that is wrong or doubtful about one recipe, or about all runs of a study."""
+    from toolkit.recipe import RecipeError
+    from toolkit.recipe.load import read_sources, resolve
+
+    try:
+        sources = read_sources(path, overrides)
+        if not any("study" in source.data for source in sources):
+            return resolve(sources, path).warnings
+        from toolkit.study.expand import expand, read_study  # with numpy, which a recipe's check does not wait for
+
+        return expand(read_study(path, overrides)).warnings
+    except RecipeError as error:
+        return error.diagnostics
+
+
+def _errors(found: list[Diagnostic]) -> int:
+    return sum(item.severity == "error" for item in found)
+
+
+def _verdict_line(path: str, found: list[Diagnostic]) -> str:
+    from toolkit.recipe.diagnostics import printable
+
+    errors = _errors(found)
+    counts = {"error": errors, "warning": len(found) - errors}
+    said = ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for word, count in counts.items() if count)
+    return printable(f"{path}: {said if errors else 'ok' + (f' ({said})' if said else '')}")
+
+
+def _verdict_json(path: str, found: list[Diagnostic]) -> dict[str, Any]:
+    return {"recipe": path, "ok": not _errors(found), "diagnostics": [_diagnostic_json(item) for item in found]}
+
+
+def _diagnostic_json(item: Diagnostic) -> dict[str, Any]:
+    from toolkit.recipe.diagnostics import dotted
+
+    place = item.location
+    return {
+        "severity": item.severity,
+        "message": item.message,
+        "key": dotted(item.path),
+        "file": place.file if place else item.file,
+        "line": place.line if place else None,
+        "column": place.column if place else None,
+        "hint": item.hint,
+        "note": item.note,
+    }
+
+
+def show(recipe: RecipePath, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Print a recipe resolved, with origins.
+
+    Every key with its value, and where that comes from: file and line, --set, or default. Keys of [data] that are left
+    open are followed by what the pretrained weights or the data set make of them.
+
+    Example: toolkit show recipes/resnet50_caltech.toml --set train.epochs=5
+    """
+
+    def work() -> int:
+        from toolkit.recipe import load
+        from toolkit.recipe.diagnostics import dotted
+        from toolkit.recipe.resolve import leaves, resolved_content
+
+        loaded = load(recipe, set_ or [])
+        for warning in loaded.warnings:
+            print(warning, file=sys.stderr)
+        known = _known_input(loaded.recipe)
+        if as_json:
+            values = leaves(resolved_content(loaded.recipe))
+            keys = {dotted(path): {"value": value, "origin": loaded.origins[path]} for path, value in values}
+            for key, (value, origin) in known.items():
+                entry = keys.setdefault(f"data.{key}", {"value": None, "origin": "default"})
+                entry["becomes"] = {"value": value, "origin": origin}
+            _print_json(keys)
+        else:
+            print(_with_comments(loaded.annotated(), known), end="")
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
+    """Keys of [data] that the recipe leaves open: what the pretrained weights or the data set make of them, and which.
+
+    Weights from a file are taken to expect what the architecture's default weights do, as in training.
+    """
+    from toolkit.data.dataset_info import DATASETS
+    from toolkit.data.preprocessing import PretrainedInput, resolve_channels, resolve_preprocessing
+    from toolkit.recipe.catalog import weights_input
+
+    model, facts = recipe.model, DATASETS[recipe.data.dataset]
+    is_pretrained, is_file = model.weights != "none", model.weights.startswith(("file:", "package:"))
+    expected = None
+    if is_pretrained and model.source != "toolkit":
+        expected = weights_input(model.source, model.name, "DEFAULT" if is_file else model.weights)
+        if expected is None:
+            return {}
+    found = resolve_preprocessing(
+        resolve_channels(recipe.data, pretrained=is_pretrained),
+        None if expected is None else PretrainedInput(**expected._asdict()),
+        facts.size,
+        facts.channels,
+        lambda plain: (plain.mean, plain.std),
+    )
+    weights = f"from {model.name}'s default weights" if is_file else f"from the weights {model.weights}"
+    native = weights if expected else "from the data set"
+    usual = weights if expected else "default without pretrained weights"
+    known = {
+        "image_size": (found.image_size, native),
+        "channels": (found.channels, native),
+        "resize": (found.resize or "none", usual),
+        "interpolation": (found.interpolation, usual),
+        "normalize": ({"mean": list(found.mean), "std": list(found.std)}, usual),
+    }
+    return {key: value for key, value in known.items() if getattr(recipe.data, key) in (None, "auto")}
+
+
+def _with_comments(text: str, known: dict[str, tuple[Any, str]]) -> str:
+    """A resolved recipe with what its open keys become, as comments at the end of [data]: the recipe stays the same."""
+    from toolkit.recipe.toml_writer import toml_value
+
+    exit_with_status = text.index("\n\n", text.index("\n[data]\n"))
+    lines = [f"\n# {key} = {toml_value(value)}  # {origin}" for key, (value, origin) in known.items()]
+    return text[:exit_with_status] + "".join(lines) + text[exit_with_status:]
+
+
+def diff(
+    first: Annotated[
+        Path, typer.Argument(metavar="A", parser=chosen_run, help="Recipe, or run as for toolkit evaluate.")
+    ],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", parser=chosen_run, help="Recipe, or run as for toolkit evaluate.")
+    ],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two recipes, or two runs.
+
+    Every key of the resolved recipes that differs, and every figure where both are finished runs.
+
+    Example: toolkit diff recipes/colbertaldo_fast.toml recipes/colbertaldo_best.toml
+    """
+
+    def work() -> int:
+        from toolkit.recipe import diff as differing
+        from toolkit.recipe.diagnostics import dotted
+
+        keys = [(dotted(path), one, two) for path, one, two in differing(_recipe_of(first), _recipe_of(second))]
+        figures = _differing_figures(first, second)
+        if as_json:
+            _print_json({"recipe": _pairs(keys), "figures": _pairs(figures)})
+            return EXIT_OK
+        for line in [_difference(*item) for item in keys] or ["the recipes are equal"]:
+            print(line)
+        for name, one, two in figures:
+            print(f"figure {name}: {_figure(one)} -> {_figure(two)}")
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _recipe_of(path: Path) -> Recipe:
+    """The recipe in a file, or that of a run directory."""
+    from toolkit.recipe import load_recipe
+    from toolkit.runs import open_run
+
+    return load_recipe(path) if path.is_file() else open_run(path).recipe
+
+
+def _differing_figures(first: Path, second: Path) -> list[tuple[str, Any, Any]]:
+    """Figures of summary.json that differ, where both are finished runs."""
+    from toolkit.runs import Run
+
+    runs = [Run(first), Run(second)]
+    if not all(run.path.is_dir() and run.is_finished for run in runs):
+        return []
+    one, two = (_figures(run.summary) for run in runs)
+    names = [*one, *(name for name in two if name not in one)]
+    return [(name, one.get(name), two.get(name)) for name in names if one.get(name) != two.get(name)]
+
+
+def _figures(summary: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The numbers of a summary by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in summary.items():
+        if isinstance(value, dict):
+            found |= _figures(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            found[prefix + key] = value
+    return found
+
+
+def _difference(key: str, one: Any, two: Any) -> str:
+    from toolkit.recipe.diagnostics import printable
+    from toolkit.recipe.toml_writer import toml_value
+
+    shown = [toml_value(value) if value is not None else "(not set)" for value in (one, two)]
+    return printable(f"{key}: {shown[0]} -> {shown[1]}")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
+
+
+def _pairs(found: list[tuple[str, Any, Any]]) -> dict[str, list[Any]]:
+    return {key: [one, two] for key, one, two in found}
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,113 @@
+"""report: what a run or a study came to, as figures and as one HTML file. Does not import torch without need."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from toolkit.cli.options import DataRoot, RunOrStudyPath
+from toolkit.errors import EXIT_OK, UserError
+from toolkit.train import AsJson, Debug, exit_with_status, run_with_error_handling
+
+if TYPE_CHECKING:
+    from toolkit.report.run_report import ReportResult
+
+
+def report(
+    path: RunOrStudyPath,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="HTML file. Default: report.html in the folder.")
+    ] = None,
+    figures_only: Annotated[bool, typer.Option("--figures-only", help="Only the figures for print.")] = False,
+    data_root: DataRoot = None,
+    filters: Annotated[
+        str | None, typer.Option(help="RUN: first-layer filters to show on an image: 3,17.", metavar="NUMBERS")
+    ] = None,
+    runs: Annotated[bool, typer.Option("--runs", help="STUDY: the reports of all its runs too.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="STUDY: a W&B report too; prints its link.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Draw a run or a study.
+
+    Figures for print as SVG and PDF in its folder figures/, and everything in one HTML file that needs no network. What
+    the folder lacks is named, and the rest is shown.
+
+    Example: toolkit report runs/quickstart/20260102-030405-abcd
+    """
+
+    def work() -> int:
+        numbers = _numbers(filters)
+        images = None if data_root is None else str(data_root)
+        if _is_study(path):
+            if filters is not None:
+                raise UserError("--filters is for a run: give one of the study's run directories")
+            from toolkit.report.study_report import read_study, write_study_report
+
+            found = read_study(path)
+            written = write_study_report(
+                found, path, out, figures_only=figures_only, runs=runs, data_root=images, log=_say
+            )
+            if wandb:
+                from toolkit.report.wandb_report import create_wandb_report
+
+                link = create_wandb_report(found, path)
+                written = replace(written, missing=[*written.missing, *link.missing], url=link.url)
+        else:
+            if runs or wandb:
+                option = "--runs" if runs else "--wandb"
+                raise UserError(f"{option} is for a study, and {path} is a run directory")
+            from toolkit.report.run_report import write_report
+            from toolkit.runs import Run
+
+            written = write_report(
+                Run(path), out, figures_only=figures_only, data_root=images, filters=numbers, log=_say
+            )
+        _tell(written, as_json)
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _is_study(path: Path) -> bool:
+    """Whether it is a study's folder; False for a run directory, and a UserError for what is neither."""
+    from toolkit.study.directory import FILE
+
+    if (path / FILE).is_file():
+        return True
+    if (path / "recipe.toml").is_file():
+        return False
+    within = sorted(path.glob("*/recipe.toml"), reverse=True) if path.is_dir() else []
+    hint = f"; it has run directories, the newest is {within[0].parent}" if within else ""
+    raise UserError(f"{path} is no run directory (no recipe.toml) and no study's folder (no {FILE}){hint}")
+
+
+def _tell(written: ReportResult, as_json: bool) -> None:
+    """The files on stdout; what could not be shown on stderr."""
+    for line in written.missing:
+        print(f"not shown: {line}", file=sys.stderr)
+    if as_json:
+        figures = [str(file) for file in written.figures]
+        report = None if written.report is None else str(written.report)
+        content = {"report": report, "figures": figures, "missing": written.missing, "wandb": written.url or None}
+        print(json.dumps(content, indent=2))
+        return
+    for file in (*written.figures, *filter(None, (written.report, written.url))):
+        print(file)
+
+
+def _numbers(text: str | None) -> list[int]:
+    """Whole numbers by comma."""
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise UserError(f"--filters {text!r}: give numbers of filters by comma, such as 3,17")
+    return [int(part) for part in parts]

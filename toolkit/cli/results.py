@@ -1,0 +1,73 @@
+"""table: what the runs of a study came to. Does not import torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.errors import EXIT_OK, UserError
+from toolkit.train import AsJson, Debug, exit_with_status, run_with_error_handling
+
+
+def table(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study's folder.")],
+    columns: Annotated[
+        str | None, typer.Option(metavar="METRICS", help="Metrics separated by commas, such as val_loss,test_accuracy.")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="KEYS", help="Recipe keys separated by commas; one row for each of their values."),
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="ROW ROW", help="Compare two rows over the same seeds.")
+    ] = None,
+    intervals: Annotated[
+        bool, typer.Option("--intervals", help="Confidence intervals in place of standard deviations.")
+    ] = False,
+    sort: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Sort the rows by a metric, such as val_accuracy, best first.")
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Show N rows only, the best by --sort or output.best_by.")
+    ] = None,
+    figures: Annotated[bool, typer.Option("--figures", help="Also draw figures, SVG and PDF.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Print a study's table.
+
+    Mean and deviation over seeds, published figures beside, the best row by validation; also written into the folder
+    as table.csv, table.md, table.tex and runs.csv.
+
+    Example: toolkit table runs/giunta-dropout
+    """
+
+    def work() -> int:
+        from toolkit.study.directory import StudyDirectory
+        from toolkit.study.export_tables import TableOptions, read_outcomes, terminal_text, to_json, write_tables
+
+        wanted = TableOptions(_listed(columns), _listed(by), compare, intervals, sort, top)
+        found = read_outcomes(StudyDirectory(study), wanted)
+        print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if as_json else terminal_text(found))
+        try:
+            write_tables(replace(found, wanted=replace(wanted, sort=None, top=None)), study)  # the files hold all rows
+        except UserError as error:  # somebody else's study can still be read
+            print(f"warning: {error}", file=sys.stderr)
+        if figures:
+            from toolkit.study.plots import draw
+
+            for path in draw(found, study / "figures", lambda line: print(line, file=sys.stderr)):
+                print(path, file=sys.stderr)
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _listed(text: str | None) -> list[str]:
+    """Words by comma."""
+    return [] if text is None else [word.strip() for word in text.split(",") if word.strip()]

@@ -1,0 +1,344 @@
+"""submit, status, logs, cancel: runs on a SLURM cluster. None of them imports torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from toolkit.cli.options import RunPath, chosen_run
+from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
+from toolkit.train import AsJson, Debug, Overrides, exit_with_status, run_with_error_handling
+
+if TYPE_CHECKING:
+    from toolkit.recipe.diagnostics import Diagnostic
+    from toolkit.slurm.job_status import JobStatus
+    from toolkit.slurm.submit import SubmitResult
+
+POLL_S = 1.0
+
+
+def submit(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|STUDY", help="TOML file; with a [study] table: an array.")],
+    set_: Overrides = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Study: runs at once. Default: all; for bohb, one.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Also submit more than study.max_runs runs.")] = False,
+    profile: Annotated[str | None, typer.Option(metavar="NAME", help="Cluster profile.")] = None,
+    nodes: Annotated[int | None, typer.Option(metavar="N", help="Number of nodes.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(metavar="N", help="GPUs per node, one process each.")] = None,
+    gpu_type: Annotated[str | None, typer.Option(metavar="TYPE", help="GPU type.")] = None,
+    processes_per_node: Annotated[
+        int | None, typer.Option(metavar="N", help="Without GPUs: processes per node.")
+    ] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(metavar="N", help="CPUs per node.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory per node, e.g. 64G.")] = None,
+    limit: Annotated[
+        str | None, typer.Option("--time", metavar="TIME", help="Time limit of each start, e.g. 4:00:00.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="Account.")] = None,
+    qos: Annotated[str | None, typer.Option(metavar="NAME", help="Quality of service.")] = None,
+    constraint: Annotated[
+        str | None, typer.Option(metavar="FEATURES", help="Features that the nodes must have.")
+    ] = None,
+    max_restarts: Annotated[int | None, typer.Option(metavar="N", help="How often the job may be requeued.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; submit and write nothing.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Show the log and stay until the job has ended.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train a recipe, or all runs of a study, on a SLURM cluster.
+
+    A recipe is a job, a study an array of jobs and a last one for its table and report.
+
+    Example: toolkit submit recipes/resnet50_caltech.toml --nodes 2 --gpus-per-node 4 --time 4:00:00 --profile lab
+
+    A job that meets its time limit, is pre-empted or loses a node goes on by itself. A study that is submitted again
+    goes on with its runs that are not finished.
+    """
+    asked = {
+        "profile": profile, "nodes": nodes, "gpus_per_node": gpus_per_node, "gpu_type": gpu_type,
+        "processes_per_node": processes_per_node, "cpus_per_task": cpus_per_task, "memory": memory, "time": limit,
+        "partition": partition, "account": account, "qos": qos, "constraint": constraint, "max_restarts": max_restarts,
+    }  # fmt: skip
+
+    def work() -> int:
+        from toolkit.recipe.toml_writer import toml_value
+        from toolkit.study.expand import is_study
+
+        options = [f"slurm.{key}={toml_value(value)}" for key, value in asked.items() if value is not None]
+        overrides = [*(set_ or []), *options]
+        if is_study(recipe, overrides):
+            done = _submit_study(recipe, overrides, parallel, yes=yes, dry_run=dry_run)
+        elif parallel is not None:
+            raise UserError(f"--parallel is for studies; {recipe} has no [study] table, so it is one run")
+        else:
+            done = _submit_run(recipe, overrides, dry_run=dry_run)
+        if done is None:
+            return EXIT_OK
+        _tell(done, as_json=as_json)
+        return _wait(done) if wait else EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _submit_run(path: str, overrides: list[str], *, dry_run: bool) -> SubmitResult | None:
+    from toolkit.recipe import load
+    from toolkit.slurm import submit as slurm
+
+    loaded = load(path, overrides)
+    settings, warnings = slurm.plan(path, loaded.recipe)
+    _warn(loaded.warnings, warnings)
+    if dry_run:
+        print(slurm.preview(loaded.recipe, settings), end="")
+        return None
+    return slurm.submit_run(loaded.recipe, settings, loaded.origins_dict(path))
+
+
+def _submit_study(
+    path: str, overrides: list[str], parallel: int | None, *, yes: bool, dry_run: bool
+) -> SubmitResult | None:
+    from toolkit.cli.study import check_size
+    from toolkit.slurm import array
+    from toolkit.slurm.submit import require_slurm
+    from toolkit.study.expand import expand, read_study
+
+    study = read_study(path, overrides)
+    expansion = expand(study)
+    settings, warnings = array.plan_study(study, expansion)
+    _warn(expansion.warnings, [*expansion.remarks, *warnings])
+    if dry_run:
+        print(array.preview(study, expansion, settings, parallel), end="")
+        return None
+    check_size(study, expansion, yes=yes)
+    require_slurm()
+    # torch is imported here: before many hours are spent, each varied value is seen to arrive.
+    from toolkit.study.effect_check import check_parameters_have_effect
+
+    _warn([], check_parameters_have_effect(study, expansion))
+    return array.submit_study(study, expansion, settings, parallel)
+
+
+def _warn(findings: Sequence[Diagnostic], remarks: Sequence[str]) -> None:
+    for finding in findings:
+        print(finding, file=sys.stderr)
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
+
+
+def _tell(done: SubmitResult, *, as_json: bool) -> None:
+    if as_json:
+        record = {**asdict(done), "path": str(done.path), "script": str(done.script), "log": str(done.log)}
+        print(json.dumps(record, indent=2), flush=True)
+        return
+    if done.is_array:
+        table = (
+            f"table and report by job {done.table_job} at the end" if done.table_job else f"toolkit table {done.path}"
+        )
+        lines = [f"array job {done.job}, {done.tasks} task(s)", f"study   {done.path}", f"script  {done.script}",
+                 f"table   {table}", f"follow  toolkit status {done.path}"]  # fmt: skip
+    else:
+        lines = [f"job {done.job}", f"run     {done.path}", f"script  {done.script}", f"log     {done.log}",
+                 f"follow  toolkit logs -f {done.path}"]  # fmt: skip
+    print("\n  ".join([f"submitted {lines[0]}", *lines[1:], f"cancel  toolkit cancel {done.path}"]), flush=True)
+
+
+def _wait(done: SubmitResult) -> int:
+    """Follow to the end. Exit status: the job's; for an array 0 where all its runs are finished."""
+    from toolkit.runs import open_run
+    from toolkit.slurm.job_status import SlurmJob, find_runs, queue
+    from toolkit.study.directory import StudyDirectory, failure_of
+
+    if not done.is_array:
+        _follow(done.log, lambda: _is_over([done.job]))
+        run = open_run(done.path)
+        outcome = SlurmJob(run).outcome
+        return EXIT_OK if run.is_finished else outcome[0] if outcome and outcome[0] else EXIT_FAILURE
+    while not _is_over([done.job, *([done.table_job] if done.table_job else [])]):
+        time.sleep(2 * POLL_S)
+    runs, folder = find_runs(done.path), StudyDirectory(done.path)
+    _show_states(runs, queue())
+    _print_from(done.path / "slurm" / "table-log.txt", 0)
+    if folder.has_search:
+        return EXIT_OK if folder.is_complete and not any(map(failure_of, runs)) else EXIT_FAILURE
+    return EXIT_OK if all(run.is_finished for run in runs) else EXIT_FAILURE
+
+
+def _is_over(jobs: list[str]) -> bool:
+    """Whether SLURM has done with all these jobs and the tasks of these arrays."""
+    from toolkit.slurm.job_status import queue
+
+    known = queue()
+    if known is None:
+        return False  # SLURM is busy or restarts; the jobs go on
+    return not any(entry.is_active and name.split("_")[0] in jobs for name, entry in known.items())
+
+
+def _follow(log: Path, is_over: Callable[[], bool]) -> None:
+    """Print a growing file until ``is_over``, which is asked less and less often, up to every 10 s."""
+    position, pause, asked = 0, POLL_S, 0.0
+    while True:
+        over = False
+        if time.monotonic() - asked > pause:
+            over, asked, pause = is_over(), time.monotonic(), min(10.0, pause * 1.2)
+        position = _print_from(log, position)
+        if over:
+            return
+        time.sleep(POLL_S / 2)
+
+
+def _print_from(log: Path, position: int) -> int:
+    if not log.exists():
+        return position
+    from toolkit.reading import require_file
+
+    require_file(log)
+    with open(log, "rb") as file:
+        file.seek(position)
+        text = file.read()
+    sys.stdout.write(text.decode(errors="replace"))
+    sys.stdout.flush()
+    return position + len(text)
+
+
+def status(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Run, study, folder of runs, or latest.")] = Path("runs"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List runs with their state.
+
+    Pending and why, running with epoch and time to go, finished, interrupted, cancelled, or failed and why; from the
+    run directories, and from SLURM where there is one.
+
+    Example: toolkit status runs
+    """
+
+    def work() -> int:
+        from toolkit.slurm.array import headline
+        from toolkit.slurm.job_status import find_runs, queue, states
+
+        runs = find_runs(path)
+        jobs = queue()
+        if as_json:
+            print(json.dumps([state.to_json() for state in states(runs, jobs)], indent=2))
+        elif runs:
+            try:
+                said = headline(path, jobs)
+            except UserError as error:
+                said = str(error)
+            if said is not None:
+                print(said)
+            _show_states(runs, jobs)
+        else:
+            print(f"no runs in {path}")
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _show_states(runs: list[Any], jobs: Any) -> None:
+    from toolkit.recipe.diagnostics import printable
+    from toolkit.slurm.job_status import states
+    from toolkit.study.text_table import width
+
+    found = states(runs, jobs)
+    lines = [["run", "job", "state", "epoch", "requeued", ""], *(_state_row(state) for state in found)]
+    if any(state.row is not None for state in found):  # runs of a study are told apart by their rows
+        named = [("row", "seed"), *((s.row or "-", "-" if s.seed is None else str(s.seed)) for s in found)]
+        for line, (row, seed) in zip(lines, named, strict=True):
+            line[1:1] = [printable(row), seed]
+    widths = [max(width(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
+    for line in lines:
+        cells = [cell + " " * (room - width(cell)) for cell, room in zip(line, widths, strict=False)]
+        print(printable("  ".join([*cells, line[-1]]).rstrip()))
+
+
+def _state_row(state: JobStatus) -> list[str]:
+    path = Path(state.run)
+    times = f"{state.requeued} times" if state.requeued != 1 else "once"
+    return [
+        f"{path.parent.name}/{path.name}",
+        state.job or "-",
+        state.state,
+        f"{state.epoch}/{state.epochs}" if state.state != "damaged" else "-",
+        times if state.requeued else "-",
+        state.detail,
+    ]
+
+
+def logs(
+    run: RunPath,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Follow the log until the job has ended.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print what a run's job has printed.
+
+    Example: toolkit logs -f runs/quickstart/20260102-030405-abcd
+    """
+
+    def work() -> int:
+        from toolkit.runs import open_run
+        from toolkit.slurm.job_status import SlurmJob
+
+        opened = open_run(run)
+        record = SlurmJob(opened).record
+        log = opened.log_file if record is None else Path(record["log"])
+        if not log.exists() and not follow:
+            raise UserError(f"{log} does not exist yet: the job has not started (toolkit status {run})")
+        if follow:
+            _follow(log, lambda: _has_ended(run))
+        else:
+            _print_from(log, 0)
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))
+
+
+def _has_ended(path: Path) -> bool:
+    from toolkit.runs import open_run
+    from toolkit.slurm.job_status import queue, state_of
+
+    jobs = queue()
+    return state_of(open_run(path), jobs).state not in ("pending", "running", "unknown", "new")
+
+
+def cancel(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN|STUDY", parser=chosen_run, help="Runs as for toolkit evaluate, or studies."),
+    ],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Cancel the jobs of runs, or of whole studies.
+
+    They are not requeued. What is trained so far stays: `toolkit train --resume RUN` goes on.
+
+    Example: toolkit cancel runs/quickstart/20260102-030405-abcd
+    """
+
+    def work() -> int:
+        from toolkit.runs import open_run
+        from toolkit.slurm.array import array_record, cancel_array
+        from toolkit.slurm.submit import cancel as cancel_job
+
+        cancelled = []
+        for run in runs:
+            number = cancel_array(run) if array_record(run) is not None else cancel_job(open_run(run))
+            cancelled.append({"path": str(run), "job": str(number)})
+            if not as_json:
+                print(f"cancelled job {number}: {run}")
+        if as_json:
+            print(json.dumps(cancelled, indent=2))
+        return EXIT_OK
+
+    exit_with_status(run_with_error_handling(work, debug=debug))

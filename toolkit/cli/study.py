@@ -1,0 +1,109 @@
+"""study: a file that tells of many runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from toolkit.distributed.launcher import is_distributed
+from toolkit.errors import EXIT_OK, UserError
+from toolkit.terminal import outliving_terminal
+from toolkit.train import AsJson, Debug, Overrides, exit_with_status, run_with_error_handling
+
+if TYPE_CHECKING:
+    from toolkit.study.expand import ExpandedStudy, StudySpec
+
+StudyPath = Annotated[str, typer.Argument(metavar="STUDY", help="TOML file with a [study] table.")]
+
+
+def study(
+    study: StudyPath,
+    set_: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the runs and their cost; train nothing.")] = False,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Runs at once. Default: one per GPU, else one.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try failed runs again.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Also start more than study.max_runs runs.")] = False,
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Only take runs of a `toolkit study` that was started elsewhere.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train all runs of a study and print their table.
+
+    What is finished is never trained again, and what was interrupted goes on: the same command does it.
+
+    Example: toolkit study recipes/papers/mereu/table08.toml --plan
+
+    Exit status: 0 all runs finished, 1 some failed, 2 bad input, 3 interrupted.
+    """
+
+    def work() -> int:
+        from toolkit.study.expand import expand, read_study
+
+        if is_distributed():
+            raise UserError("toolkit study starts its processes itself: call it without a launcher")
+        found = read_study(study, set_ or [])
+        if worker:
+            from toolkit.study.worker import main
+
+            return main(found.folder)
+        expansion = expand(found)
+        for warning in expansion.warnings:
+            print(warning, file=sys.stderr)
+        # torch is imported here, after everything was found good.
+        remarks = _prove(found, expansion)
+        if plan:
+            _show_plan(found, expansion, remarks, as_json=as_json)
+            return EXIT_OK
+        for remark in [*expansion.remarks, *remarks]:
+            print(f"note: {remark}", file=sys.stderr)
+        check_size(found, expansion, yes=yes)
+        return _run(found, expansion, parallel, retry=retry, as_json=as_json)
+
+    with outliving_terminal():
+        status = run_with_error_handling(work, debug=debug)
+    exit_with_status(status)
+
+
+def _prove(study: StudySpec, expansion: ExpandedStudy) -> list[str]:
+    from toolkit.study.effect_check import check_parameters_have_effect
+
+    return check_parameters_have_effect(study, expansion)
+
+
+def _show_plan(study: StudySpec, expansion: ExpandedStudy, remarks: list[str], *, as_json: bool) -> None:
+    from toolkit.study.cost_estimate import plan_study, plan_text
+
+    planned = plan_study(study, expansion, remarks)
+    print(json.dumps(planned.to_json(), indent=2) if as_json else plan_text(planned))
+
+
+def check_size(study: StudySpec, expansion: ExpandedStudy, *, yes: bool) -> None:
+    """Raise a UserError where a study has more runs than it allows and nobody said --yes."""
+    limit = study.table.max_runs
+    count = study.table.bohb.trials if study.table.bohb else expansion.count
+    if count > limit and not yes:
+        raise UserError(
+            f"{study.path} has {count} runs, more than study.max_runs = {limit}; look at them with --plan, then say "
+            "--yes to start them, or raise study.max_runs"
+        )
+
+
+def _run(study: StudySpec, expansion: ExpandedStudy, parallel: int | None, *, retry: bool, as_json: bool) -> int:
+    from toolkit.study.directory import StudyDirectory
+    from toolkit.study.export_tables import TableOptions, read_outcomes, terminal_text, to_json, write_tables
+    from toolkit.study.runner import run_study
+    from toolkit.study.worker_pool import gpus, slots_for
+
+    slots = slots_for(parallel, study.table.gpus_per_run, study.table.runs_per_gpu, gpus())
+    status = run_study(study, expansion, slots, retry=retry)
+    outcomes = read_outcomes(StudyDirectory(study.folder), TableOptions())
+    write_tables(outcomes, study.folder)
+    print(json.dumps(to_json(outcomes), indent=2) if as_json else terminal_text(outcomes))
+    return status

@@ -1,1 +1,0 @@
-"""The subcommands of `toolkit`. Each imports what it needs only when called."""

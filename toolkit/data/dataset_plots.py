@@ -1,0 +1,55 @@
+"""The figures of `toolkit data`, of the images that its report has looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from toolkit.augment.transforms import build_transform
+from toolkit.data.dataset_report import DatasetReport
+from toolkit.data.image_sources import MODES, to_mode
+from toolkit.recipe.schema import AugmentConfig
+from toolkit.report import data_plots
+from toolkit.report.plot_style import plot_style, save
+
+SHEET_CLASSES = 200
+"""Classes on a contact sheet at most: more cannot be looked at, and drawing time grows with each."""
+
+
+def draw(report: DatasetReport, folder: Path, log: Callable[[str], None]) -> list[Path]:
+    """Write all figures into ``folder`` and return their paths. Raises UserError where that cannot be done."""
+    with plot_style(log):
+        bars, sheet = histogram(report), contact_sheet(report)
+        title = f"{report.recipe.recipe.name}: images per class of {report.dataset.name}, all splits together"
+        totals = data_plots.class_totals(title, report.classes, np.sum(list(report.counts.values()), axis=0))
+        return [
+            *save(bars, folder, "class-histogram", ("png", "svg")),
+            *save(totals, folder, "class-totals", ("png", "svg")),
+            *save(sheet, folder, "contact-sheet", ("png",)),
+        ]
+
+
+def histogram(report: DatasetReport) -> Figure:
+    """Images per class: training and validation, stacked, above; test below."""
+    title = f"{report.recipe.recipe.name}: images per class of {report.dataset.name}"
+    return data_plots.class_histogram(title, report.classes, report.counts)
+
+
+def contact_sheet(report: DatasetReport) -> Figure:
+    """For each class its first training image, raw (left) and as the model gets it (right).
+
+    Of more than SHEET_CLASSES classes so many are shown, spread evenly over the order of the data set.
+    """
+    labels = sorted(report.examples)
+    title = f"{report.recipe.recipe.name}: one image a class"
+    if len(labels) > SHEET_CLASSES:
+        title += f", of {SHEET_CLASSES} of {len(labels):,} classes"
+        labels = [labels[number * len(labels) // SHEET_CLASSES] for number in range(SHEET_CLASSES)]
+    raw = [report.dataset.images.load(report.examples[label]) for label in labels]
+    transform = build_transform("test", AugmentConfig(), report.preprocessing)
+    mode = MODES[report.preprocessing.channels]
+    inputs, scale = data_plots.as_pictures([transform(to_mode(image, mode)).numpy() for image in raw])
+    return data_plots.contact_sheet(title, [report.classes[label] for label in labels], raw, inputs, scale)

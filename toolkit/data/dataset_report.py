@@ -1,0 +1,335 @@
+"""A look through a recipe's images: counts, sizes, statistics, unreadable files, duplicates and near-duplicates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from toolkit.data.channel_stats import channel_statistics
+from toolkit.data.datasets import Dataset, open_dataset
+from toolkit.data.image_sources import ImageFiles, UnreadableImageError, check_images
+from toolkit.data.near_duplicates import MOST, MOST_CROPS, SMALLEST, near_pairs, thumbnail
+from toolkit.data.near_duplicates import groups as connected
+from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
+from toolkit.data.splits import SPLITS, describe_splits, split_dataset
+from toolkit.data.value_range import choose_range, range_words
+from toolkit.distributed.cpu_count import available_cpus
+from toolkit.formatting import plural
+from toolkit.models.build import expected_input
+from toolkit.recipe.diagnostics import printable
+from toolkit.recipe.schema import Recipe
+
+SHOWN = 10
+"""So many files, or pairs of files, are listed for people; JSON has all."""
+
+Sizes = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What one image turned out to be."""
+
+    width: int
+    height: int
+    thumbnail: npt.NDArray[np.uint8] | None
+    """Uint8 [64, 64]; None of an image that is too small to be compared with others."""
+    pixels: bytes
+    """Hash of size and decoded pixels: equal for equal images, whatever the file's name and metadata."""
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Groups of images that are the same: pixel by pixel, or nearly (rescaled, recompressed, cropped)."""
+
+    across: dict[str, list[list[str]]]
+    """Groups of names that are in both splits of "train, test" and the like: leakage."""
+    within: dict[str, list[list[str]]]
+    """Groups of names within one split."""
+    contradicting: list[list[str]]
+    """Groups of names that are of more than one class."""
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """Everything that `toolkit data` shows."""
+
+    recipe: Recipe
+    dataset: Dataset
+    splits: dict[str, Sizes]
+    preprocessing: Preprocessing
+    """With the normalisation that training will use."""
+    counts: dict[str, Sizes]
+    """Images of each class in each split, int64 [classes]."""
+    sizes: Sizes
+    """Width and height of every readable image, pixels, int64 [n, 2]."""
+    mean: tuple[float, ...]
+    """Of the training images' channels, pixels in 0..1."""
+    std: tuple[float, ...]
+    unreadable: list[tuple[str, str]]
+    """Name and reason."""
+    duplicates: Duplicates
+    """Of equal pixels."""
+    near: Duplicates
+    """Of nearly the same content; groups that have equal pixels throughout are left out."""
+    examples: dict[int, int]
+    """The first readable training image of each class, by class."""
+    notes: tuple[str, ...] = ()
+    """How the folders were read, what was left out, and where the splits come from."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, safe to show."""
+        return [printable(name) for name in self.dataset.classes]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        width, height = (_spread(self.sizes[:, axis]) for axis in (0, 1))
+        return {
+            "recipe": self.recipe.recipe.name,
+            "dataset": self.dataset.name,
+            "notes": list(self.notes),
+            "images": {split: int(self.counts[split].sum()) for split in SPLITS},
+            "images_per_class": {
+                name: {split: int(self.counts[split][label]) for split in SPLITS}
+                for label, name in enumerate(self.classes)
+            },
+            "width": width,
+            "height": height,
+            "sizes": {f"{w}x{h}": count for (w, h), count in _common_sizes(self.sizes)},
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "unreadable": [{"name": printable(name), "reason": printable(why)} for name, why in self.unreadable],
+            "duplicates": _groups_json(self.duplicates),
+            "near_duplicates": _groups_json(self.near),
+        }
+
+
+def analyze_dataset(recipe: Recipe, log: Callable[[str], None]) -> DatasetReport:
+    """Decode every image that the recipe uses, once or twice. Raises UserError where the data are missing."""
+    data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
+    dataset = open_dataset(data)
+    splits = split_dataset(dataset, data)
+    used = np.concatenate([splits[split] for split in SPLITS])
+    log(f"decoding {len(used):,} images of {dataset.name}")
+    if isinstance(dataset.images, ImageFiles):
+        extents = check_images(dataset.images, used, decode=False).extents
+        if (value_range := choose_range(extents)) is not None:
+            log(range_words(extents, value_range))
+            dataset = replace(dataset, images=dataset.images.with_range(value_range))
+    seen, unreadable = hash_images(dataset, used)
+    readable = {split: np.array([i for i in splits[split] if int(i) in seen], dtype=np.int64) for split in SPLITS}
+    near, searched = find_near_duplicates(dataset, readable, seen)
+    preprocessing, mean, std = _statistics(recipe, dataset, readable["train"])
+    labels, classes = dataset.labels, len(dataset.classes)
+    examples: dict[int, int] = {}
+    for index in readable["train"]:
+        examples.setdefault(int(labels[index]), int(index))
+    return DatasetReport(
+        recipe=recipe,
+        dataset=dataset,
+        splits=splits,
+        preprocessing=preprocessing,
+        counts={split: np.bincount(labels[splits[split]], minlength=classes) for split in SPLITS},
+        sizes=np.array([(found.width, found.height) for found in seen.values()], dtype=np.int64).reshape(-1, 2),
+        mean=mean,
+        std=std,
+        unreadable=unreadable,
+        duplicates=find_duplicates(dataset, readable, seen),
+        near=near,
+        examples=examples,
+        notes=(*dataset.notes, describe_splits(dataset, data), *searched),
+    )
+
+
+def hash_images(dataset: Dataset, indices: Sizes) -> tuple[dict[int, ImageInfo], list[tuple[str, str]]]:
+    """What every readable image is, by index; names and reasons of the others."""
+
+    def look(index: int) -> ImageInfo | str:
+        try:
+            image = dataset.images.load(index)
+        except UnreadableImageError as error:
+            return error.reason
+        head = f"{image.mode} {image.width} {image.height} ".encode()
+        small = thumbnail(image) if min(image.size) >= SMALLEST else None
+        return ImageInfo(
+            image.width, image.height, small, hashlib.blake2b(head + image.tobytes(), digest_size=16).digest()
+        )
+
+    numbers = [int(i) for i in indices]
+    with ThreadPoolExecutor(available_cpus()) as pool:  # decoders and hashes release the interpreter lock
+        results = dict(zip(numbers, pool.map(look, numbers, chunksize=64), strict=True))
+    bad = [(dataset.images.name(i), found) for i, found in results.items() if isinstance(found, str)]
+    return {i: found for i, found in results.items() if isinstance(found, ImageInfo)}, bad
+
+
+def find_duplicates(dataset: Dataset, splits: dict[str, Sizes], seen: dict[int, ImageInfo]) -> Duplicates:
+    """Groups of images with equal pixels: across splits, within one, and of different classes."""
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for index, found in seen.items():
+        groups[found.pixels].append(index)
+    return _by_split(dataset, splits, [group for group in groups.values() if len(group) > 1])
+
+
+def find_near_duplicates(
+    dataset: Dataset, splits: dict[str, Sizes], seen: dict[int, ImageInfo]
+) -> tuple[Duplicates, list[str]]:
+    """Groups of images that show the same, rescaled, recompressed or cropped, and notes on what was not searched."""
+    indices = [index for index, found in seen.items() if found.thumbnail is not None]
+    notes = []
+    if len(indices) < len(seen):
+        notes.append(f"near-duplicates are not searched among images with a side below {SMALLEST} pixels")
+    if len(indices) > MOST:
+        notes.append(f"near-duplicates are not searched among more than {MOST:,} images")
+        indices = []
+    elif len(indices) > MOST_CROPS:
+        notes.append(f"crops are not searched among more than {MOST_CROPS:,} images, only whole images that are alike")
+    if len(indices) < 2:
+        return _by_split(dataset, splits, []), notes
+    aspects = np.array([seen[index].width / seen[index].height for index in indices], dtype=np.float32)
+    pairs = near_pairs(np.stack([t for index in indices if (t := seen[index].thumbnail) is not None]), aspects)
+    found = [[indices[place] for place in group] for group in connected(pairs)]
+    return _by_split(dataset, splits, [group for group in found if len({seen[i].pixels for i in group}) > 1]), notes
+
+
+def _by_split(dataset: Dataset, splits: dict[str, Sizes], groups: list[list[int]]) -> Duplicates:
+    split_of = {int(index): split for split in SPLITS for index in splits[split]}
+    across: dict[str, list[list[str]]] = {f"{one}, {other}": [] for one, other in combinations(SPLITS, 2)}
+    within: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
+    contradicting = []
+    for members in groups:
+        names = {index: dataset.images.name(index) for index in members}
+        inside = {split: [names[i] for i in members if split_of[i] == split] for split in SPLITS}
+        for split in SPLITS:
+            if len(inside[split]) > 1:
+                within[split].append(inside[split])
+        for one, other in combinations(SPLITS, 2):
+            if inside[one] and inside[other]:
+                across[f"{one}, {other}"].append([*inside[one], *inside[other]])
+        if len({int(dataset.labels[i]) for i in members}) > 1:
+            contradicting.append(list(names.values()))
+    return Duplicates(across, within, contradicting)
+
+
+def _statistics(
+    recipe: Recipe, dataset: Dataset, train: Sizes
+) -> tuple[Preprocessing, tuple[float, ...], tuple[float, ...]]:
+    """Training's preprocessing, and the mean and deviation of its images before normalisation."""
+    data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
+    weights, size, channels = expected_input(recipe.model), dataset.native_size, dataset.native_channels
+    measured: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
+
+    def measure(plain: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        measured.append(channel_statistics(dataset.images, train, plain))
+        return measured[0]
+
+    by_data = data.model_copy(update={"normalize": "dataset"})
+    resolve_preprocessing(by_data, weights, size, channels, measure)
+    preprocessing = resolve_preprocessing(data, weights, size, channels, lambda plain: measured[0])
+    return preprocessing, *measured[0]
+
+
+def _spread(values: Sizes) -> dict[str, float]:
+    """Least, median, mean and greatest."""
+    if len(values) == 0:
+        return {}
+    return {
+        "min": int(values.min()),
+        "median": float(np.median(values)),
+        "mean": round(float(values.mean()), 2),
+        "max": int(values.max()),
+    }
+
+
+def _common_sizes(sizes: Sizes) -> list[tuple[tuple[int, int], int]]:
+    """The most frequent (width, height), with how often each comes."""
+    return Counter((int(w), int(h)) for w, h in sizes).most_common(SHOWN)
+
+
+def _groups_json(found: Duplicates) -> dict[str, Any]:
+    return {
+        "across_splits": _printable(found.across),
+        "within_splits": _printable(found.within),
+        "of_more_than_one_class": _printable({"": found.contradicting})[""],
+    }
+
+
+def _printable(groups: dict[str, list[list[str]]]) -> dict[str, list[list[str]]]:
+    return {key: [[printable(name) for name in group] for group in found] for key, found in groups.items()}
+
+
+def report_text(report: DatasetReport) -> str:
+    """The report for people."""
+    figures = report.to_json()
+    total = {split: f"{figures['images'][split]:,}" for split in SPLITS}
+    lines = [
+        f"data set   {report.dataset.name}: {plural(sum(figures['images'].values()), 'image')} used, "
+        + plural(len(report.classes), "class", "classes"),
+        "images     " + ", ".join(f"{total[split]} {split}" for split in SPLITS),
+        *(f"note       {note}" for note in report.notes),
+        *_class_lines(report),
+        *(f"{side:<10} {_spread_text(figures[side])} pixels" for side in ("width", "height") if figures[side]),
+        "sizes      " + ", ".join(f"{size} ({count:,})" for size, count in figures["sizes"].items()),
+        f"mean       {_values(report.mean)}",
+        f"std        {_values(report.std)}  (training images, resized and cropped, pixels in 0..1)",
+        f"normalised with mean {_values(report.preprocessing.mean)}, std {_values(report.preprocessing.std)}",
+        *_listed("unreadable", [f"{name}: {why}" for name, why in report.unreadable]),
+        *_duplicate_lines(report.duplicates, report.near),
+    ]
+    return "\n".join(printable(line) for line in lines)
+
+
+def _class_lines(report: DatasetReport) -> list[str]:
+    """Images of each class, the largest class first."""
+    from rich.cells import cell_len  # names may have characters that are two columns wide, or none
+
+    order = np.argsort(-sum(report.counts[split] for split in SPLITS), kind="stable")
+    width = max([len("class"), *(cell_len(name) for name in report.classes)])
+    rows = [("class", *SPLITS)]
+    rows += [(report.classes[c], *(str(report.counts[split][c]) for split in SPLITS)) for c in order]
+    return [
+        "  " + name + " " * (width - cell_len(name)) + "".join(f"{count:>12}" for count in counts)
+        for name, *counts in rows
+    ]
+
+
+def _duplicate_lines(found: Duplicates, near: Duplicates) -> list[str]:
+    lines = []
+    for words, duplicates, sign in (("images are", found, "="), ("groups of near-duplicates are", near, "~")):
+        for pair, groups in duplicates.across.items():
+            what = f"leakage    {len(groups)} {words} in both {pair.replace(', ', ' and ')}"
+            lines += [what, *_examples(groups, sign)] if groups else []
+        for split, groups in duplicates.within.items():
+            more = "more than once in" if sign == "=" else "within"
+            lines += [f"repeated   {len(groups)} {words} {more} {split}", *_examples(groups, sign)] if groups else []
+        if duplicates.contradicting:
+            what = f"labels     {len(duplicates.contradicting)} {words} of more than one class"
+            lines += [what, *_examples(duplicates.contradicting, sign)]
+    if not any(found.across.values()):
+        lines.append("leakage    none of equal pixels: no two splits share an image")
+    return lines
+
+
+def _examples(groups: list[list[str]], sign: str) -> list[str]:
+    shown = [f"  {f' {sign} '.join(group)}" for group in groups[:SHOWN]]
+    return shown + ([f"  ... and {len(groups) - SHOWN} more"] if len(groups) > SHOWN else [])
+
+
+def _listed(word: str, items: list[str]) -> list[str]:
+    more = [f"  ... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return [f"{word} {len(items) or 'none'}", *(f"  {item}" for item in items[:SHOWN]), *more]
+
+
+def _spread_text(spread: dict[str, float]) -> str:
+    return f"{spread['min']:g} to {spread['max']:g}, median {spread['median']:g}, mean {spread['mean']:g}"
+
+
+def _values(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)

@@ -1,0 +1,197 @@
+"""The images below a folder: which files are images, which folders are looked into, what is left out and counted."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from toolkit.errors import UserError
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".icb", ".vda", ".vst", ".qoi"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".pcx", ".dcx", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".ico", ".icns"),
+    *(".cur", ".dds", ".blp", ".ftc", ".ftu", ".psd", ".xbm", ".xpm", ".msp", ".im", ".gbr", ".pxr", ".pcd"),
+    *(".fits", ".fit", ".fli", ".flc", ".iim"),
+)
+"""Suffixes, in any case, of the files that are taken as images: all that Pillow decodes by itself."""
+
+FORMATS = f"({', '.join(IMAGE_SUFFIXES[:6])} or another format that Pillow reads)"
+"""The same for messages."""
+
+_JUNK = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+"""Folders that systems and archivers leave behind. Like hidden ones they are not looked into."""
+
+
+class FolderListing(NamedTuple):
+    """What one folder holds, names sorted by code point."""
+
+    folders: list[str]
+    """Visible folders and links to folders."""
+    links: set[str]
+    """Those of the folders that are links."""
+    images: list[str]
+    left_out: list[tuple[str, str]]
+    """Kind and name of all else: hidden folders, other files, and special files (pipes, sockets, devices)."""
+
+
+def list_folder(path: str | Path) -> FolderListing:
+    """The content of a folder. Raises UserError where it cannot be read, or holds a link that leads nowhere.
+
+    A broken link that is named like an image counts as an image: the check of the images reports it.
+    """
+    found = FolderListing([], set(), [], [])
+    try:
+        with os.scandir(path) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                _sort_in(entry, found)
+    except OSError as error:
+        raise UserError(f"the folder {path} cannot be read: {error.strerror}") from None
+    return found
+
+
+def _sort_in(entry: os.DirEntry[str], found: FolderListing) -> None:
+    """Add one entry to a listing."""
+    name, is_image = entry.name, entry.name.lower().endswith(IMAGE_SUFFIXES)
+    if name.startswith(".") or name in _JUNK:
+        if entry.is_dir(follow_symlinks=False):
+            found.left_out.append(("hidden folder", name))
+        elif is_image:
+            found.left_out.append(("hidden file", name))
+        return
+    if entry.is_symlink():
+        try:
+            mode = entry.stat().st_mode
+        except OSError as error:
+            if not is_image:
+                raise UserError(
+                    f"the link {entry.path} leads to {os.readlink(entry.path)}, which cannot be opened "
+                    f"({error.strerror}): correct or remove the link"
+                ) from None
+            mode = stat.S_IFREG
+        is_folder, is_file = stat.S_ISDIR(mode), stat.S_ISREG(mode)
+        found.links.update([name] if is_folder else [])
+    else:
+        is_folder, is_file = entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False)
+    if is_folder:
+        found.folders.append(name)
+    elif not is_file:
+        found.left_out.append(("special file", name))
+    elif is_image:
+        found.images.append(name)
+    else:
+        found.left_out.append((f"{Path(name).suffix.lower()} file".strip(), name))
+
+
+class FolderWalk:
+    """Finds the images below the folders of one root, follows links, and remembers which folders it has visited."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = str(root)
+        real = Path(os.path.realpath(root))
+        self._owners: dict[tuple[int, int], tuple[str | None, str]] = {
+            identity(folder): (None, str(folder)) for folder in (real, *real.parents)
+        }
+        """By device and inode: the group whose images are in the folder (None: it holds several), and its path."""
+        self._left_out: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+
+    def holds_groups(self, folder: str) -> None:
+        """Say that several groups lie in this folder, so that a link to it from within one of them is not followed."""
+        owner = self._owners.setdefault(identity(self._path(folder)), (None, folder))
+        if owner != (None, folder):
+            raise UserError(f"{self._path(folder)} and {self._path(owner[1])} are the same folder: remove one of them")
+
+    def images(self, folder: str, group: str) -> list[str]:
+        """Paths, relative to the root, of the images at any depth below ``folder`` ("" is the root itself), sorted.
+
+        No folder is visited twice, and no folder above the root or among those that hold groups: a second way to one
+        is left out and counted. Raises UserError where the same folder has been found for another group, and where a
+        folder cannot be read.
+        """
+        found: list[str] = []
+        pending, links = [folder], list[str]()
+        while pending or links:
+            is_link, folder = not pending, pending.pop() if pending else links.pop(0)
+            if is_link and self._leads_back(folder):
+                self._leave_out("repeated folder", folder)
+                continue
+            if not self._visit(folder, group):
+                continue
+            listing = self._list(folder)
+            found += [join(folder, name) for name in listing.images]
+            for name in listing.folders:
+                (links if name in listing.links else pending).append(join(folder, name))
+        return sorted(found)
+
+    def above_classes(self, folder: str) -> FolderListing:
+        """The content of a folder of class folders; images directly in it have no label and are left out."""
+        listing = self._list(folder)
+        for name in listing.images:
+            self._leave_out("unlabeled image", join(folder, name))
+        return listing
+
+    def _list(self, folder: str) -> FolderListing:
+        listing = list_folder(self._path(folder))
+        for kind, name in listing.left_out:
+            self._leave_out(kind, join(folder, name))
+        return listing
+
+    def _leave_out(self, kind: str, name: str) -> None:
+        self._left_out[kind] += 1
+        self._examples.setdefault(kind, name)
+
+    def notes(self) -> list[str]:
+        """One line on all that was left out; none where nothing was."""
+        if not self._left_out:
+            return []
+        kinds = [
+            f"{count} {kind}{'' if count == 1 else 's'} ({self._examples[kind]}{'' if count == 1 else ', ...'})"
+            for kind, count in sorted(self._left_out.items(), key=lambda item: (-item[1], item[0]))
+        ]
+        more = f" and {len(kinds) - 10} more kinds" if len(kinds) > 10 else ""
+        return [f"left out of the images: {', '.join(kinds[:10])}{more}"]
+
+    def _visit(self, folder: str, group: str) -> bool:
+        """Whether the folder is to be looked into."""
+        key = identity(self._path(folder))
+        if not folder:
+            return True
+        if key not in self._owners:
+            self._owners[key] = (group, folder)
+            return True
+        owner, first = self._owners[key]
+        if owner is None and folder == group:
+            raise UserError(f"{self._path(folder)} is a link to {self._path(first)}, a folder of folders: remove it")
+        if owner not in (None, group):
+            raise UserError(
+                f"{self._path(folder)} and {self._path(first)} are the same folder, so its images would be both in "
+                f"{group} and in {owner}: remove one of the two"
+            )
+        self._leave_out("repeated folder", folder)
+        return False
+
+    def _leads_back(self, link: str) -> bool:
+        """Whether a link leads to a folder that it lies in, wherever that really is: links may have led here."""
+        real = os.path.realpath(self._path(link))
+        return Path(os.path.realpath(os.path.dirname(self._path(link)))).is_relative_to(real)
+
+    def _path(self, folder: str) -> str:
+        return os.path.join(self.root, folder) if folder else self.root
+
+
+def identity(folder: str | Path) -> tuple[int, int]:
+    """Device and inode. Raises UserError where the folder cannot be read."""
+    try:
+        state = os.stat(folder)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be read: {error.strerror}") from None
+    return state.st_dev, state.st_ino
+
+
+def join(folder: str, name: str) -> str:
+    """The path of an entry; the folder "" is the one that paths are relative to."""
+    return f"{folder}/{name}" if folder else name

@@ -1,0 +1,31 @@
+"""The processes of a launcher for work that is not training: evaluation, prediction."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from toolkit.distributed.failure_detection import start_failure_detector
+from toolkit.distributed.launcher import check_launch
+from toolkit.distributed.process import init_accelerator
+from toolkit.recipe.schema import TrainConfig
+
+
+@contextlib.contextmanager
+def distributed_context(train: TrainConfig) -> Iterator[Accelerator]:
+    """Join the processes that a launcher has started (or be the only one), and leave them all together.
+
+    Device and precision are those that training by ``train`` would have here. When one process fails, the others end.
+    """
+    check_launch(train)
+    accelerator = init_accelerator(train)
+    peers = start_failure_detector()
+    yield accelerator
+    if peers is not None:
+        peers.close()
+    accelerator.wait_for_everyone()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,218 @@
+"""The processes of a run: Accelerate, devices, precision, and a control channel that never waits for the GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+
+from toolkit.distributed.cpu_count import available_cpus
+from toolkit.distributed.launcher import (
+    compile_in_recipe,
+    contradiction,
+    positive_number,
+    precision_in_recipe,
+    read_process_info,
+)
+from toolkit.distributed.rendezvous import join
+from toolkit.distributed.signals import GracefulStop
+from toolkit.errors import RunFailed, UserError
+from toolkit.formatting import plural
+from toolkit.recipe.schema import TrainConfig
+from toolkit.training.malloc import tune_malloc
+from toolkit.training.precision import on_gpu, resolve_precision
+
+T = TypeVar("T")
+
+
+def init_accelerator(train: TrainConfig, stop: GracefulStop | None = None) -> Accelerator:
+    """Join the processes that the launcher started and settle device and precision, as the recipe says.
+
+    Raises a UserError where the launcher's settings contradict the recipe, or the precision is not to be had; RunFailed
+    where a process does not join in time; Interrupted where ``stop`` is requested before all have joined.
+    """
+    place = read_process_info()
+    _set_threads()
+    # Accelerate keeps one state a Python process; in a notebook the next fit may have another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    precision = resolve_precision(train.precision)
+    check_launcher(train, precision)
+    if train.cuda_graphs and not on_gpu():
+        raise UserError("train.cuda_graphs = true needs a GPU, and none is used here: leave it out")
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(train.deterministic)  # also off again, after another run in this process
+    torch.backends.cudnn.benchmark = not train.deterministic
+    # The name since torch 2.15 is one that torch 2.11 and Accelerate do not know.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
+    if place is not None and not dist.is_initialized():
+        join(place, "nccl" if on_gpu() else "gloo", stop)
+    accelerator = Accelerator(
+        cpu=not on_gpu(),
+        mixed_precision=precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.device.type == "cpu":  # on a GPU tensors are not the C library's
+        tune_malloc()
+    return accelerator
+
+
+def check_launcher(train: TrainConfig, precision: str) -> None:
+    """Precision, accumulation and compilation come from the recipe alone; a launcher that says otherwise is refused.
+
+    ``precision``: what train.precision means on this machine. Options of `accelerate launch` that are not in the
+    environment are checked by :func:`toolkit.distributed.launcher.check_launch`.
+    """
+    compiled = "inductor" if train.compile or train.cuda_graphs else "no"
+    settings = [
+        # option, its default (which Accelerate also sets where nobody gave it), the recipe's value and key
+        ("mixed_precision", "no", precision, precision_in_recipe(train.precision, precision)),
+        ("gradient_accumulation_steps", "1", str(train.accumulation), f"train.accumulation = {train.accumulation}"),
+        ("dynamo_backend", "no", compiled, compile_in_recipe(train)),
+    ]
+    for option, default, wanted, recipe in settings:
+        found = os.environ.get(f"ACCELERATE_{option.upper()}", default).lower()
+        if found not in (default, wanted):
+            raise UserError(contradiction(option, found, recipe))
+    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"),
+                           ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):  # fmt: skip
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"the launcher asks for {name}; this toolkit trains with DDP: take {name} out of its settings"
+            )
+
+
+def local_processes() -> int:
+    """Training processes on this machine: of this run, and of those that a study trains beside it."""
+    beside = int(os.environ.get("TOOLKIT_RUNS_AT_ONCE", "1"))
+    return max(1, (positive_number("LOCAL_WORLD_SIZE") or 1) * beside)
+
+
+def _set_threads() -> None:
+    """Share the granted CPUs among the machine's processes, unless the user has said how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(available_cpus(local_processes()))
+
+
+def describe_processes(accelerator: Accelerator) -> list[str]:
+    """One line a process: rank, host, device (a collective)."""
+    device = str(accelerator.device)
+    if accelerator.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(accelerator.device)})"
+    mine = f"rank {accelerator.process_index} of {accelerator.num_processes} on {socket.gethostname()}, device {device}"
+    return [str(line) for line in gather_objects(mine)]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """``value`` of every process, in order of rank (a collective)."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """The main process's ``value`` on every process (a collective)."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class StepConsensus:
+    """Once a step all processes agree whether to stop, to checkpoint, or to give up.
+
+    Each step's word is reduced in the background and read at the next step, over gloo on CPU memory, so that the GPU is
+    never waited for. All processes must call :meth:`exchange` equally often.
+    """
+
+    STOP, SAVE, NON_FINITE = 0, 1, 2
+
+    def __init__(self) -> None:
+        self.group: dist.ProcessGroup | None = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self.group = group
+        self.pending: tuple[Any, torch.Tensor] | None = None
+
+    def exchange(self, *, stop: bool, save: bool, non_finite: bool) -> tuple[bool, bool, bool]:
+        """Give this step's word; get what any process said at the step before (alone: at this step)."""
+        word = torch.tensor([stop, save, non_finite], dtype=torch.int32)
+        if self.group is None:
+            return stop, save, non_finite
+        agreed = self.settle()
+        self.pending = (dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.group, async_op=True), word)
+        return agreed
+
+    def settle(self) -> tuple[bool, bool, bool]:
+        """Wait for the word that is on its way, if any, and return it."""
+        if self.pending is None:
+            return False, False, False
+        work, word = self.pending
+        work.wait()
+        self.pending = None
+        stop, save, non_finite = (bool(flag) for flag in word)
+        return stop, save, non_finite
+
+
+def main_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """``work()`` on the main process, then on the others (a collective); its failure there is raised on all."""
+    done = main_only(accelerator, lambda: [work()], share=False)
+    return done[0] if done else work()
+
+
+def main_only(accelerator: Accelerator, work: Callable[[], T], *, share: bool = True) -> T:
+    """``work()`` on the main process, its result on all (a collective); a UserError there is raised on all.
+
+    With ``share = False`` the others get None instead of the result, which then need not be picklable.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    error: UserError | None = None
+    result: Any = None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except UserError as failure:
+            error = failure
+    message, shared = broadcast_object((None if error is None else str(error), result if share else None))
+    if message is not None:
+        raise error or UserError(message)
+    return result if accelerator.is_main_process else shared  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(train: TrainConfig, processes: int) -> Iterator[None]:
+    """Inside, running out of memory becomes a RunFailed that says what to try."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_known and not any(some in str(error) for some in ("can't allocate memory", "out of memory")):
+            raise
+        at_once = train.batch_size // processes // train.accumulation
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunFailed(
+            f"out of memory with {at_once} images at once in each process (train.batch_size = {train.batch_size} over "
+            f"{plural(processes, 'process', 'processes')} and train.accumulation = {train.accumulation}): "
+            f"{first:.200}\n"
+            "Try a larger train.accumulation (same experiment, fewer images at once), train.precision = 'bf16', a "
+            "smaller train.eval_batch_size, or a smaller train.batch_size"
+        ) from error
+
+
+def autocast_dtype(precision: str | None) -> torch.dtype | None:
+    """The low-precision type of mixed precision, None without it."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "no")

@@ -1,0 +1,280 @@
+"""How the processes of a run find each other, within a time limit and with the missing ones named.
+
+Everything that may block happens in a thread, so that the main thread sees signals and the time limit whatever the
+network does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from toolkit.distributed.failure_detection import start_failure_detector
+from toolkit.distributed.launcher import ProcessInfo
+from toolkit.distributed.signals import GracefulStop
+from toolkit.errors import Interrupted, RunFailed, UserError
+
+TIMEOUT_VARIABLE = "TOOLKIT_JOIN_TIMEOUT"
+ONE_MACHINE_S = 30.0
+"""Time to join where one launcher starts all processes at once."""
+SEVERAL_MACHINES_S = 600.0
+"""Nodes of a cluster start minutes apart: they boot, fetch containers, or import torch from a slow file system."""
+NOTICE_S = 10.0
+"""After this long the missing ranks are named, and waiting goes on."""
+POLL_S = 0.1
+STORE_TIMEOUT = timedelta(minutes=30)
+"""torch's own default, for what communicators exchange through the store later."""
+
+_stores: dict[tuple[str, int], Any] = {}
+"""Connections by address and port: another run in this Python process (a notebook) joins through the same store."""
+_joins = itertools.count()
+"""Numbers the runs of this Python process, so that they use different keys; the same number on every rank."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A process that has joined."""
+
+    host: str
+    pid: int
+    namespace: str
+    """Identifies the machine and the container: process numbers can be compared only within one."""
+
+    def __str__(self) -> str:
+        return f"{self.host}, process {self.pid}"
+
+    def has_ended(self) -> bool:
+        """Whether it is known to have ended; False also for a process that cannot be seen from here."""
+        if self.namespace != _namespace():
+            return False
+        try:
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return False
+
+
+def _namespace() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def join(place: ProcessInfo, backend: str, stop: GracefulStop | None = None) -> None:
+    """Create the process group and the watch over the other processes (a collective).
+
+    Raises UserError where a RANK is taken or the processes disagree about WORLD_SIZE, RunFailed where one does not join
+    within the time limit (see :func:`time_limit`), and Interrupted as soon as ``stop`` is requested.
+    """
+    limit = time_limit(place)
+    joining = _Joining(place, backend, limit, stop)
+    began, noticed = time.monotonic(), False
+    joining.start()
+    while not joining.finished.wait(POLL_S):
+        waited = time.monotonic() - began
+        if stop is not None and stop.reason:
+            raise Interrupted(
+                f"stopped by {stop.reason} while the processes were joining ({joining.state()}); nothing was trained",
+                agreed=False,
+            )
+        if ended := joining.ended():
+            raise RunFailed(f"{ended} ended while the processes were joining, so this one ends too")
+        if waited > limit:
+            raise RunFailed(f"gave up after {limit:g} s: {joining.state()}. {_advice(place)}")
+        if not noticed and waited > min(NOTICE_S, limit / 2):
+            noticed = True
+            if joining.speaks():
+                rest = f"waiting up to {limit:g} s ({TIMEOUT_VARIABLE})"
+                print(f"rank {place.rank}: {joining.state()}; {rest}", file=sys.stderr, flush=True)
+    if joining.error is not None:
+        raise joining.error
+
+
+def time_limit(place: ProcessInfo) -> float:
+    """Seconds that the processes have to join: TOOLKIT_JOIN_TIMEOUT, else 30 on one machine and 600 on several."""
+    text = os.environ.get(TIMEOUT_VARIABLE, "").strip()
+    if not text:
+        return ONE_MACHINE_S if place.is_on_one_machine else SEVERAL_MACHINES_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise UserError(f"{TIMEOUT_VARIABLE} = {text!r}: give the seconds that processes may take to join, e.g. 600")
+    return seconds
+
+
+def _advice(place: ProcessInfo) -> str:
+    return (
+        f"Check that exactly WORLD_SIZE = {place.world} processes were started, each with a RANK of its own, and that "
+        f"all of them reach MASTER_ADDR:MASTER_PORT = {place.address}:{place.port}; where processes need longer to "
+        f"start, set {TIMEOUT_VARIABLE} to more seconds"
+    )
+
+
+class _Joining(threading.Thread):
+    """Connects to the store, waits for all ranks, and creates the process groups."""
+
+    def __init__(self, place: ProcessInfo, backend: str, limit: float, stop: GracefulStop | None) -> None:
+        super().__init__(daemon=True)
+        self.place, self.backend, self.stop = place, backend, stop
+        self.limit = timedelta(seconds=limit)
+        self.finished = threading.Event()
+        self.error: BaseException | None = None
+        self.trouble = "no answer yet"
+        """Why the store has not been reached."""
+        self.is_connected = False
+        self.members: dict[int, Peer] = {}
+        """The ranks known to have joined."""
+
+    def run(self) -> None:
+        """Join; the outcome is in ``error``."""
+        try:
+            self._join()
+        except (UserError, RunFailed) as error:
+            self.error = error
+        except Exception as error:
+            time.sleep(5 * POLL_S)  # the main thread may see meanwhile that it is the consequence of a process's end
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.error = RunFailed(
+                f"the processes could not join: {first:.300} ({self.state()}). {_advice(self.place)}"
+            )
+        self.finished.set()
+
+    def _join(self) -> None:
+        store, number = self._connect(), next(_joins)
+        self.is_connected = True
+        self._call_roll(PrefixStore(f"toolkit/join/{number}", store))
+        store.set_timeout(STORE_TIMEOUT)
+        group_store = PrefixStore(f"toolkit/group/{number}", store)
+        place = self.place
+        dist.init_process_group(self.backend, store=group_store, rank=place.rank, world_size=place.world)
+        start_failure_detector(self.stop, {rank: str(member) for rank, member in self.members.items()})
+
+    # -- the store ----------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> Any:
+        place = self.place
+        where = place.address, place.port
+        if where not in _stores:
+            serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+            if not serves:
+                self._wait_for_server()
+            try:
+                _stores[where] = TCPStore(
+                    *where, place.world, serves, timeout=self.limit, wait_for_workers=False, multi_tenant=True
+                )
+            except dist.DistError as error:
+                if "EADDRINUSE" not in str(error) and "in use" not in str(error):
+                    raise
+                raise UserError(
+                    f"port {place.port} of this machine ({socket.gethostname()}) is in use, by another program or by "
+                    "a second process with RANK=0: choose another one (MASTER_PORT; torchrun --master-port; accelerate "
+                    "launch --main_process_port)"
+                ) from None
+        return _stores[where]
+
+    def _wait_for_server(self) -> None:
+        """Until rank 0 or torchrun's agent accepts connections. TCPStore's own attempts do not say why they fail."""
+        while True:
+            try:
+                socket.create_connection((self.place.address, self.place.port), timeout=5).close()
+                return
+            except OSError as error:
+                self.trouble = (
+                    f"{self.place.address} is not a known host"
+                    if isinstance(error, socket.gaierror)
+                    else str(error.strerror or error)
+                )
+                time.sleep(POLL_S)
+
+    # -- the ranks ----------------------------------------------------------------------------------------------------
+
+    def _call_roll(self, roll: Any) -> None:
+        """Enter this rank and wait until all are there; a contradiction is left in the store for every rank to see."""
+        place = self.place
+        self.members[place.rank] = Peer(socket.gethostname(), os.getpid(), _namespace())
+        entry = json.dumps(vars(self.members[place.rank]))
+        mine = f"{place.world} for rank {place.rank} on {socket.gethostname()}"
+        first = roll.compare_set("world", "", mine).decode()
+        if int(first.split()[0]) != place.world:
+            self._refuse(roll, f"WORLD_SIZE is {mine}, but {first}")
+        if roll.add(f"entries/{place.rank}", 1) > 1:
+            other = Peer(**json.loads(roll.get(f"rank/{place.rank}")))
+            self._refuse(roll, f"RANK={place.rank} was given to two processes: {other}; {self.members[place.rank]}")
+        roll.set(f"rank/{place.rank}", entry)
+        roll.add("count", 1)
+        read_every, read_at = max(1.0, place.world / 50), time.monotonic()
+        while (count := roll.add("count", 0)) < place.world:
+            if roll.check(["fault"]):
+                if place.rank == 0:
+                    time.sleep(1)  # rank 0 may serve the store: let the others read it
+                raise UserError(roll.get("fault").decode())
+            if time.monotonic() - read_at > read_every:  # not each time: that is a request for each rank
+                self._read_members(roll)
+                read_at = time.monotonic()
+            time.sleep(POLL_S if count else 2 * POLL_S)
+        self._read_members(roll)
+
+    def _read_members(self, roll: Any) -> None:
+        for rank in range(self.place.world):
+            key = f"rank/{rank}"
+            if rank not in self.members and roll.check([key]):
+                self.members = {**self.members, rank: Peer(**json.loads(roll.get(key)))}
+
+    def _refuse(self, roll: Any, fault: str) -> None:
+        fault += ". Each process needs a RANK of its own, and all need the same WORLD_SIZE; torchrun sets both"
+        roll.set("fault", fault)
+        raise UserError(fault)
+
+    # -- what the main thread asks ------------------------------------------------------------------------------------
+
+    def state(self) -> str:
+        """What is being waited for, in words."""
+        place, members = self.place, self.members
+        if not self.is_connected:
+            return (
+                f"rank {place.rank} of {place.world} cannot reach rank 0 at MASTER_ADDR:MASTER_PORT = "
+                f"{place.address}:{place.port} ({self.trouble})"
+            )
+        missing = [rank for rank in range(place.world) if rank not in members]
+        joined = "; ".join(f"rank {rank} ({members[rank]})" for rank in sorted(members)[:8])
+        more = f" and {len(members) - 8} more" if len(members) > 8 else ""
+        if missing:
+            have = "has" if len(missing) == 1 else "have"
+            return f"{_ranks(missing)} of {place.world} {have} not joined; joined: {joined}{more}"
+        return f"all {place.world} ranks have joined ({joined}{more}), but their connections are not complete"
+
+    def ended(self) -> str | None:
+        """A process of this machine that had joined and has ended."""
+        gone = next((rank for rank, member in self.members.items() if member.has_ended()), None)
+        return None if gone is None else f"rank {gone} ({self.members[gone]})"
+
+    def speaks(self) -> bool:
+        """Whether this process shows the notice for all: the lowest rank that has joined."""
+        return self.place.rank == min(self.members, default=self.place.rank)
+
+
+def _ranks(ranks: list[int]) -> str:
+    """rank 3; ranks 1-3, 7."""
+    parts: list[str] = []
+    for _, run in itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
+        numbers = [rank for _, rank in run]
+        parts.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"

@@ -1,0 +1,320 @@
+"""What a recipe will take: images, steps, parameters, memory, arithmetic, time. Nothing is trained or downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.cache.frozen_features import tail_of
+from toolkit.data.dataset_info import DATASETS, known_classes
+from toolkit.data.datasets import open_dataset
+from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
+from toolkit.data.sampling import check_batch_size, check_steps, steps_per_epoch
+from toolkit.data.splits import split_dataset
+from toolkit.distributed.process import autocast_dtype
+from toolkit.errors import UserError
+from toolkit.estimate.step_cost import Memory, StepCost, measure_memory, measure_step
+from toolkit.formatting import batch_split, plural
+from toolkit.models.build import ModelBundle, build_model, expected_input
+from toolkit.models.transfer import Transfer, apply_transfer
+from toolkit.recipe.schema import DataConfig, Recipe
+from toolkit.runs import Run, runs_of
+
+
+@dataclass(frozen=True)
+class DatasetCounts:
+    """What is known of a recipe's data."""
+
+    classes: int
+    native_size: int | None
+    native_channels: int
+    images: dict[str, int] | None
+    """By split; None where the data are not on this machine."""
+    absent: str
+    """Why there are no counts."""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """A throughput that was measured before."""
+
+    images_per_s: float
+    """Of all processes together."""
+    run: str
+    processes: int
+    device: str
+
+
+@dataclass(frozen=True)
+class ResourceEstimate:
+    """Everything that `toolkit plan` shows."""
+
+    recipe: Recipe
+    processes: int
+    contents: DatasetCounts
+    preprocessing: Preprocessing
+    parameters: int
+    trainable: int
+    memory: Memory
+    step: StepCost
+    measured_by: str
+    precision: str
+    notes: list[str]
+    speed: Throughput | None
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that one process holds at a time."""
+        return self.recipe.train.batch_size // self.processes // self.recipe.train.accumulation
+
+    @property
+    def steps(self) -> int | None:
+        """Optimiser steps an epoch."""
+        images, train = self.contents.images, self.recipe.train
+        return steps_per_epoch(images["train"], train.batch_size, train.drop_last) if images else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Training time of all epochs at the measured speed, in proportion to the processes."""
+        if self.speed is None or self.contents.images is None:
+            return None
+        speed = self.speed.images_per_s * self.processes / self.speed.processes
+        return self.contents.images["train"] * self.recipe.train.epochs / speed
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures; sizes in bytes, times in seconds."""
+        epochs = self.recipe.train.epochs
+        return {
+            "recipe": self.recipe.recipe.name,
+            "images": self.contents.images,
+            "classes": self.contents.classes,
+            "input": [self.preprocessing.channels, self.preprocessing.image_size, self.preprocessing.image_size],
+            "epochs": epochs,
+            "steps_per_epoch": self.steps,
+            "steps": self.steps * epochs if self.steps is not None else None,
+            "batch_size": self.recipe.train.batch_size,
+            "processes": self.processes,
+            "accumulation": self.recipe.train.accumulation,
+            "images_per_process": self.micro_batch,
+            "parameters": self.parameters,
+            "trainable_parameters": self.trainable,
+            "precision": self.precision,
+            "memory": {**asdict(self.memory), "total": self.memory.total},
+            "measured_by": self.measured_by,
+            "forward_flops_per_image": self.step.forward_flops,
+            "training_flops_per_image": self.step.training_flops,
+            "throughput": asdict(self.speed) if self.speed else None,
+            "seconds": self.seconds,
+            "notes": self.notes,
+        }
+
+
+def plan(recipe: Recipe, processes: int = 1, classes: int | None = None) -> ResourceEstimate:
+    """Work out a recipe for a number of processes. ``classes`` is needed where only absent data could tell.
+
+    Raises UserError for a batch that does not divide, and for what training would refuse.
+    """
+    train = recipe.train
+    check_batch_size(train.batch_size, processes, train.accumulation)
+    contents = _contents(recipe.data, classes)
+    if contents.images:
+        check_steps(contents.images["train"], train.batch_size, train.drop_last)
+    preprocessing = _preprocessing(recipe, contents)
+    size = preprocessing.image_size
+    shape = (train.batch_size // processes // train.accumulation, preprocessing.channels, size, size)
+    precision, notes = _precision(recipe)
+    if contents.absent:
+        notes.insert(0, f"images and steps are left out: {contents.absent}")
+    built, transfer, step, measured_by = _measure(recipe, contents.classes, shape, autocast_dtype(precision))
+    notes += _transfer_notes(recipe, transfer)
+    parameters = list(built.module.parameters())
+    return ResourceEstimate(
+        recipe=recipe,
+        processes=processes,
+        contents=contents,
+        preprocessing=preprocessing,
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        memory=measure_memory(recipe, built, step, shape),
+        step=step,
+        measured_by=measured_by,
+        precision=precision,
+        notes=notes,
+        speed=find_speed(recipe),
+    )
+
+
+def _contents(data: DataConfig, classes: int | None) -> DatasetCounts:
+    """The data where they are on this machine; else what is known of them anyway."""
+    try:
+        dataset = open_dataset(data.model_copy(update={"download": False}))
+    except UserError as error:
+        facts = DATASETS[data.dataset]
+        known = classes or known_classes(data.dataset, background_class=data.background_class)
+        if known is None:
+            message = f"{error}. Without the data the number of classes is not known: give it by --classes"
+            raise UserError(message) from None
+        return DatasetCounts(known, facts.size, facts.channels, None, f"the data are not here ({error})")
+    images = {split: len(indices) for split, indices in split_dataset(dataset, data).items()}
+    return DatasetCounts(len(dataset.classes), dataset.native_size, dataset.native_channels, images, "")
+
+
+def _preprocessing(recipe: Recipe, contents: DatasetCounts) -> Preprocessing:
+    """As training has it, except for a normalisation that would have to be computed."""
+    data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
+
+    def unmeasured(plain: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return plain.mean, plain.std
+
+    weights = expected_input(recipe.model)
+    return resolve_preprocessing(data, weights, contents.native_size, contents.native_channels, unmeasured)
+
+
+def _precision(recipe: Recipe) -> tuple[str, list[str]]:
+    """The precision to reckon with; what "auto" will be depends on the machine."""
+    wanted = recipe.train.precision
+    if wanted != "auto":
+        return wanted, []
+    found = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    other = "no" if found == "bf16" else "bf16"
+    return found, [
+        f'train.precision = "auto" is "{found}" on this machine; '
+        f"--set 'train.precision=\"{other}\"' reckons with the other"
+    ]
+
+
+def _measure(
+    recipe: Recipe, classes: int, shape: tuple[int, int, int, int], dtype: torch.dtype | None
+) -> tuple[ModelBundle, Transfer, StepCost, str]:
+    """The model without weights, and the cost of a step."""
+
+    def build() -> tuple[ModelBundle, Transfer]:
+        built = build_model(recipe.model, classes, shape[1], shape[2], load_weights=False)
+        transfer = apply_transfer(built, recipe.transfer)
+        transfer.unfreeze_for_epoch(recipe.train.epochs)  # gradual: what it comes to
+        transfer.train_mode()
+        return built, transfer
+
+    try:
+        with torch.device("meta"):
+            built, transfer = build()
+    except Exception:  # some constructors look at values; a fault of the recipe's comes again
+        built, transfer = build()
+    step, measured_by = measure_step(built.module, shape, dtype)
+    return built, transfer, step, measured_by
+
+
+def _transfer_notes(recipe: Recipe, transfer: Transfer) -> list[str]:
+    if recipe.transfer.mode == "gradual":
+        return ["gradual unfreezing: trainable parameters and memory are those after the last stage has been opened"]
+    tail = tail_of(recipe, transfer)
+    if tail is None:
+        return []
+    return [
+        f"all before {tail} is frozen and fixed: training may compute its outputs once and then run {tail} alone, "
+        "with far less memory and time than shown"
+    ]
+
+
+def find_speed(recipe: Recipe) -> Throughput | None:
+    """The throughput of the youngest finished run of this recipe that trained the same model in the same way."""
+    for run in runs_of(recipe.recipe.run_root, recipe.recipe.name):
+        try:
+            if run.is_finished and _is_alike(run.recipe, recipe):
+                summary = run.summary
+                if summary["images_per_s"] == 0:
+                    continue
+                return Throughput(
+                    summary["images_per_s"], str(run.path), summary["processes"], str(_device(run, summary["device"]))
+                )
+        except (UserError, KeyError):
+            continue  # a damaged or older run says nothing
+    return None
+
+
+def _is_alike(one: Recipe, other: Recipe) -> bool:
+    tables = ("model", "transfer")
+    keys = ("batch_size", "accumulation", "precision", "compile", "channels_last")
+    sizes = ("dataset", "image_size", "resize", "cache")
+    return (
+        all(getattr(one, table) == getattr(other, table) for table in tables)
+        and all(getattr(one.train, key) == getattr(other.train, key) for key in keys)
+        and all(getattr(one.data, key) == getattr(other.data, key) for key in sizes)
+    )
+
+
+def _device(run: Run, kind: str) -> str:
+    """The device's model where the run noted it."""
+    return str(run.environment.get("device", kind))
+
+
+def plan_text(found: ResourceEstimate) -> str:
+    """The plan for people."""
+    recipe, train, contents = found.recipe, found.recipe.train, found.contents
+    size, memory = found.preprocessing.image_size, found.memory
+    lines = [
+        ("recipe", f"{recipe.recipe.name}: {recipe.model.source} {recipe.model.name}, weights {recipe.model.weights}, "
+                   f"transfer {recipe.transfer.mode}"),
+        ("images", ", ".join(f"{count:,} {split}" for split, count in (contents.images or {}).items()) or "unknown"),
+        ("classes", f"{contents.classes}"),
+        ("input", f"{found.preprocessing.channels} x {size} x {size}"),
+        ("steps", _steps_text(found)),
+        ("batch", batch_split(train.batch_size, found.processes, train.accumulation)),
+        ("parameters", f"{found.parameters:,}, of which {found.trainable:,} train"),
+        ("precision", found.precision),
+        ("memory", f"{_size(memory.total)} on each device, measured by {found.measured_by}"),
+        *[("", f"{_size(value):>10}  {word}") for word, value in _memory_rows(memory)],
+        ("", "besides, what libraries, kernels' workspaces and the allocator take: often 1 to 2 GiB on a GPU"),
+        ("arithmetic", f"{_flops(found.step.forward_flops)} an image forward, "
+                       f"{_flops(found.step.training_flops)} forward and backward"),
+        ("time", _time_text(found)),
+        *[("note", note) for note in found.notes],
+    ]  # fmt: skip
+    return "\n".join(f"{word:<12}{text}" for word, text in lines)
+
+
+def _memory_rows(memory: Memory) -> list[tuple[str, int]]:
+    words = {
+        "weights": "weights",
+        "gradients": "gradients",
+        "optimizer": "optimiser state",
+        "average": "moving average of the weights",
+        "activations": "activations kept for the backward pass",
+        "images": "images",
+    }
+    return [(words[key], value) for key, value in asdict(memory).items() if value or key != "average"]
+
+
+def _steps_text(found: ResourceEstimate) -> str:
+    epochs = found.recipe.train.epochs
+    if found.steps is None:
+        return plural(epochs, "epoch")
+    return f"{found.steps:,} per epoch, {found.steps * epochs:,} in {plural(epochs, 'epoch')}"
+
+
+def _time_text(found: ResourceEstimate) -> str:
+    speed = found.speed
+    if speed is None:
+        root = Path(found.recipe.recipe.run_root) / found.recipe.recipe.name
+        return f"no estimate: no finished run of this model and batch under {root}"
+    at = f"{speed.images_per_s:,.0f} images/s measured on {speed.processes} x {speed.device} in {speed.run}"
+    if speed.processes != found.processes:
+        at += f", taken in proportion to {found.processes} processes"
+    return f"{_duration(found.seconds)} of training ({at})" if found.seconds is not None else f"unknown ({at})"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e9:.2f} GFLOP" if count >= 1e8 else f"{count / 1e6:.2f} MFLOP"

@@ -1,0 +1,182 @@
+"""Memory and arithmetic of one training step, measured by running it without computing anything.
+
+The step runs on fake tensors (shapes and types, no values), so that a model of any size is measured in about a second
+and without memory. Where a model looks at values, which fake tensors do not have, two real images are run on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from toolkit.models.build import ModelBundle
+from toolkit.models.transfer import param_groups
+from toolkit.recipe.schema import OptimizerConfig, Recipe
+from toolkit.training.optimizer import build_optimizer
+
+BY_SHAPES = "shapes alone (fake tensors), nothing computed"
+BY_IMAGES = "two real images on the CPU"
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One pass forward and backward."""
+
+    activations: int
+    """Bytes kept for the backward pass, for one micro-batch; copies of weights in lower precision are among them."""
+    forward_flops: float
+    """Floating point operations an image, a multiplication and an addition counted as two."""
+    training_flops: float
+    """Forward and backward."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each process's device."""
+
+    weights: int
+    """Parameters and buffers, float32."""
+    gradients: int
+    optimizer: int
+    average: int
+    """Of train.ema."""
+    activations: int
+    images: int
+    """One micro-batch, float32."""
+
+    @property
+    def total(self) -> int:
+        """All of it; what libraries, kernels and the allocator take comes on top."""
+        return sum(asdict(self).values())
+
+
+def measure_step(
+    module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype | None
+) -> tuple[StepCost, str]:
+    """Cost of one training step on a micro-batch of ``shape`` [N, C, H, W], and how it was measured.
+
+    ``dtype`` is that of mixed precision, None without. The module's modes and requires_grad decide what is kept.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return _run(module, shape, dtype), BY_SHAPES
+    except Exception:  # whatever a model does with values that are not there
+        two = _run(module, (2, *shape[1:]), dtype)
+    activations = round(two.activations * shape[0] / 2)
+    return StepCost(activations, two.forward_flops, two.training_flops), BY_IMAGES
+
+
+def _run(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype | None) -> StepCost:
+    """Forward and backward with all that autograd keeps, and all operations, counted."""
+    state = _fresh_state(module)
+    own = {_storage_key(tensor) for tensor in state.values()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(_storage_key(tensor), tensor)
+        return tensor
+
+    images, labels = torch.zeros(shape), torch.zeros(shape[0], dtype=torch.long)
+    own.add(_storage_key(images))
+    autocast = torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext()
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with flop_counter() as counter:
+        with hooks, autocast:
+            logits = functional_call(module, state, (images,))
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+        forward = counter.get_total_flops()
+        loss.backward()
+        training = counter.get_total_flops()
+    activations = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+    return StepCost(activations, forward / shape[0], training / shape[0])
+
+
+def flop_counter() -> FlopCounterMode:
+    """Context that counts floating point operations; one multiplication and one addition count as two.
+
+    PyTorch's counter ignores the groups of a convolution in the backward pass and so overstates depthwise convolutions.
+    """
+    backward = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    return FlopCounterMode(display=False, custom_mapping=backward)
+
+
+def _convolution_backward_flops(
+    grad_output: Sequence[int], inputs: Sequence[int], weight: Sequence[int], *others: Any, **_: Any
+) -> int:
+    """One forward pass worth of operations for each of the two gradients (input, weight) that is computed.
+
+    Takes the shapes of the output gradient, input and weight, then the other arguments of aten::convolution_backward.
+    """
+    transposed, output_mask = others[4], others[7]
+    once: int = conv_flop_count(list(inputs), list(weight), list(grad_output), transposed=transposed)
+    return once * sum(map(bool, output_mask[:2]))
+
+
+def _fresh_state(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the module's shapes on the CPU, fake ones within a fake mode; the module's own stay untouched."""
+    state: dict[str, Tensor] = {
+        name: nn.Parameter(torch.zeros_like(tensor, device="cpu"), requires_grad=tensor.requires_grad)
+        for name, tensor in module.named_parameters()
+    }
+    return state | {name: torch.zeros_like(tensor, device="cpu") for name, tensor in module.named_buffers()}
+
+
+def _storage_key(tensor: Tensor) -> int:
+    """The same for all views of one piece of memory, as long as one of them lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def measure_memory(recipe: Recipe, built: ModelBundle, step: StepCost, shape: tuple[int, int, int, int]) -> Memory:
+    """Bytes of everything that stays on a device through a training step on a micro-batch of ``shape``."""
+    parameters = list(built.module.parameters())
+    trainable = _nbytes(p for p in parameters if p.requires_grad)
+    return Memory(
+        weights=_nbytes([*parameters, *built.module.buffers()]),
+        gradients=trainable,
+        optimizer=optimizer_bytes(recipe.optimizer, param_groups(built, recipe.transfer, recipe.optimizer)),
+        average=trainable if recipe.train.ema else 0,
+        activations=step.activations,
+        images=4 * shape[0] * shape[1] * shape[2] * shape[3],
+    )
+
+
+def optimizer_bytes(table: OptimizerConfig, groups: list[dict[str, Any]]) -> int:
+    """Bytes of the optimiser's state after a step over these parameter groups."""
+    on_meta = [{**group, "params": [_stand_in(p, "meta") for p in group["params"]]} for group in groups]
+    try:
+        return _state_bytes(table, on_meta)
+    except RuntimeError:  # it looks at values: take real ones, one parameter of each shape
+        sizes: dict[tuple[Any, ...], int] = {}
+        total = 0
+        for group in groups:
+            for parameter in group["params"]:
+                key = (tuple(parameter.shape), group["weight_decay"])
+                if key not in sizes:
+                    sizes[key] = _state_bytes(table, [{**group, "params": [_stand_in(parameter, "cpu")]}])
+                total += sizes[key]
+        return total
+
+
+def _state_bytes(table: OptimizerConfig, groups: list[dict[str, Any]]) -> int:
+    optimizer = build_optimizer(table, groups)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return _nbytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+
+
+def _stand_in(parameter: Tensor, device: str) -> nn.Parameter:
+    return nn.Parameter(torch.ones(parameter.shape, device=device))
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

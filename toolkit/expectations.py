@@ -1,0 +1,113 @@
+"""The figures that a recipe promises in [expect], held against what a run has reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.recipe.resolve import leaves, resolved_content
+from toolkit.recipe.schema import Expectation, Recipe
+
+CONDITIONS = (
+    "data.dataset",
+    "data.class_folders",
+    "data.background_class",
+    "data.split.method",
+    "data.split.validation",
+    "data.split.test",
+    "model.weights",
+    "transfer.mode",
+    "train.epochs",
+)
+"""Keys that must have their published values for a comparison: data, classes, weights, epochs."""
+
+
+@dataclass(frozen=True)
+class ExpectationResult:
+    """One expected figure beside the measured one."""
+
+    figure: str
+    expected: str
+    measured: float | None
+    verdict: str
+    """met, missed, or not comparable."""
+    reason: str
+    source: str
+
+    def line(self) -> str:
+        """As shown at the end of a run."""
+        measured = "-" if self.measured is None else f"{self.measured:.4f}"
+        reason = f" ({self.reason})" if self.reason else ""
+        found = f"measured {measured}: {self.verdict}{reason}"
+        return f"expected {self.figure} {self.expected}, {found}; source: {self.source}"
+
+
+def check_expectations(recipe: Recipe, summary: dict[str, Any]) -> list[ExpectationResult]:
+    """A verdict on each figure of [expect]. Seeds that the figure was not stated for, and subsets, do not compare."""
+    return [_judge(recipe, summary, figure, expected) for figure, expected in recipe.expect.items()]
+
+
+def _judge(recipe: Recipe, summary: dict[str, Any], figure: str, expected: Expectation) -> ExpectationResult:
+    measured = _measured(summary, figure)
+    reason = _not_comparable(recipe, expected, measured)
+    if reason:
+        verdict = "not comparable"
+    else:
+        assert measured is not None
+        verdict = "met" if _is_met(expected, measured) else "missed"
+    return ExpectationResult(figure, _wording(expected), measured, verdict, reason, expected.source)
+
+
+def _measured(summary: dict[str, Any], figure: str) -> float | None:
+    """test_accuracy is the best model's; stopped_test_accuracy the stopped one's; others stand at the top."""
+    if figure.startswith("stopped_"):
+        value = summary["stopped"].get(figure.removeprefix("stopped_"))
+    else:
+        value = summary["best"].get(figure, summary.get(figure))
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _not_comparable(recipe: Recipe, expected: Expectation, measured: float | None) -> str:
+    if measured is None:
+        return "the run has no such figure"
+    if reason := different_conditions(recipe):
+        return reason
+    if expected.seeds and recipe.recipe.seed not in expected.seeds:
+        return f"stated for seed {', '.join(map(str, expected.seeds))}, this run has {recipe.recipe.seed}"
+    return ""
+
+
+def different_conditions(recipe: Recipe, stated: Recipe | None = None) -> str:
+    """Why figures of a recipe do not compare with a published one; empty where they do.
+
+    ``stated`` is the recipe that the published figure is of. Without it only the number of images is looked at.
+    """
+    if recipe.data.images_per_class or recipe.data.test_images_per_class:
+        return "the run used part of the images"
+    if stated is None:
+        return ""
+    now, then = (dict(leaves(resolved_content(one))) for one in (recipe, stated))
+    paths = [tuple(key.split(".")) for key in CONDITIONS]
+    if "imagefolder" in (recipe.data.dataset, stated.data.dataset):
+        paths.append(("data", "root"))
+    changed = [path for path in paths if now.get(path) != then.get(path)]
+    return ", ".join(f"{'.'.join(p)} is {now.get(p, 'unset')}, not {then.get(p, 'unset')}" for p in changed)
+
+
+def _is_met(expected: Expectation, measured: float) -> bool:
+    return (
+        (expected.at_least is None or measured >= expected.at_least)
+        and (expected.at_most is None or measured <= expected.at_most)
+        and (expected.value is None or abs(measured - expected.value) <= expected.tolerance)
+    )
+
+
+def _wording(expected: Expectation) -> str:
+    parts = []
+    if expected.at_least is not None:
+        parts.append(f">= {expected.at_least:g}")
+    if expected.at_most is not None:
+        parts.append(f"<= {expected.at_most:g}")
+    if expected.value is not None:
+        parts.append(f"= {expected.value:g} +- {expected.tolerance:g}")
+    return " and ".join(parts)

@@ -1,0 +1,372 @@
+"""Grad-CAM (Selvaraju et al. 2017): which part of an image a prediction rests on, by captum, as pictures."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from toolkit.data.image_sources import UnreadableImageError
+from toolkit.errors import UserError
+from toolkit.inference.evaluate import images_of
+from toolkit.inference.predict import TrainedModel
+from toolkit.models.unknown_names import first_line
+from toolkit.reading import DamagedFile
+from toolkit.report.plot_style import plot_style, save, short
+from toolkit.runs import Run
+
+AT_ONCE = 16
+"""Images through the model together."""
+MOST_PREFIX_TOKENS = 2
+"""A class token and a distillation token: more only where the model says so."""
+SKIPPED = (
+    nn.Identity,
+    nn.Linear,
+    nn.Dropout,
+    nn.Flatten,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+)
+"""Layers that make no features of their own, or are part of a layer that ends later, and so are no place to look."""
+
+
+@dataclass(frozen=True)
+class CamInput:
+    """One image to be explained."""
+
+    name: str
+    input: Tensor
+    """As the model gets it, float32 [C, H, W]."""
+    label: int | None
+    """Its class, where that is known."""
+
+
+@dataclass(frozen=True)
+class CamResult:
+    """One image, its prediction, and the evidence for it."""
+
+    subject: CamInput
+    prediction: int
+    probability: float
+    heat: np.ndarray
+    """Evidence for the prediction, 0..1 of its own maximum, float32 [H, W]."""
+    heat_of_label: np.ndarray | None
+    """The same for the label, where that is another class."""
+
+
+@dataclass(frozen=True)
+class CamLayer:
+    """A layer whose output can be read as maps, and how."""
+
+    name: str
+    kind: str
+    """channels_first [n, C, h, w], channels_last [n, h, w, C] or tokens [n, prefix + h x w, C]."""
+    prefix: int = 0
+    """Tokens that belong to no place (class token, registers)."""
+
+    def to_maps(self, output: Tensor) -> Tensor:
+        """The layer's output as [n, C, h, w]."""
+        if self.kind == "channels_first":
+            return output
+        if self.kind == "channels_last":
+            return output.permute(0, 3, 1, 2)
+        side = math.isqrt(output.shape[1] - self.prefix)
+        maps: Tensor = output[:, self.prefix :].transpose(1, 2).unflatten(2, (side, side))
+        return maps
+
+    def from_maps(self, maps: Tensor, output: Tensor) -> Tensor:
+        """Inverse of :meth:`to_maps`; tokens without a place are those of ``output``."""
+        if self.kind == "channels_first":
+            return maps.clone()  # the next layer may work in place
+        if self.kind == "channels_last":
+            return maps.permute(0, 2, 3, 1)
+        return torch.cat([output[:, : self.prefix], maps.flatten(2).transpose(1, 2)], 1)
+
+
+def require_captum() -> None:
+    """Raise UserError where captum is not installed."""
+    if importlib.util.find_spec("captum") is None:
+        raise UserError("toolkit explain needs captum, which is not installed: pip install captum")
+
+
+# -- which images -----------------------------------------------------------------------------------------------------
+
+
+def subjects_from_files(trained: TrainedModel, paths: Sequence[str], log: Callable[[str], None]) -> list[CamInput]:
+    """Images from files; what cannot be read is said and left out."""
+    images, transform = trained.files(paths), trained.transform
+    found = []
+    for index in range(len(images)):
+        try:
+            found.append(CamInput(images.name(index), transform(images.load(index)), None))
+        except (UnreadableImageError, UserError) as error:
+            log(str(error) if isinstance(error, UnreadableImageError) else f"{images.name(index)}: {error}")
+    return found
+
+
+def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path | None = None) -> list[CamInput]:
+    """The test images that the run was most sure of, and wrong about, by predictions.csv; the worst first."""
+    if not run.has_test:
+        raise UserError(f"{run.path} has no test images whose mistakes could be shown: name images to explain")
+    try:
+        wrong = [
+            (float(row["probability"]), row["path"], trained.classes.index(row["label"]))
+            for row in run.predictions()
+            if row["prediction"] != row["label"]
+        ]
+    except ValueError as error:
+        raise DamagedFile(run.path / "predictions.csv", error) from None
+    if not wrong:
+        raise UserError(f"{run.path} has made no mistake on its test images: name images to explain")
+    dataset, indices = images_of(run, "test", trained, data_root)
+    images, transform = dataset.images, trained.transform
+    place = {images.name(int(index)): int(index) for index in indices}
+    wrong.sort(key=lambda mistake: -mistake[0])
+    unknown = [path for _, path, _ in wrong[:count] if path not in place]
+    if unknown:
+        raise UserError(f"{run.path / 'predictions.csv'} is damaged: {unknown[0]} is no test image of this run")
+    return [CamInput(path, transform(images.load(place[path])), label) for _, path, label in wrong[:count]]
+
+
+# -- where to look ----------------------------------------------------------------------------------------------------
+
+
+def find_layer(trained: TrainedModel, sample: Tensor, wanted: str | None = None) -> CamLayer:
+    """The layer ``wanted``, or the last one that gives maps of more than one place on which the prediction depends.
+
+    For a ConvNet, VGG or ResNet that is the end of its convolutions; for a transformer whose class token decides, the
+    input of the last attention. ``sample`` is one input [C, H, W]. Raises UserError where there is none.
+    """
+    outputs = _outputs(trained.module, sample)
+    if wanted is not None:
+        return _named(trained, wanted, outputs)
+    layers = [_as_layer(trained.module, name, output) for name, output in outputs]
+    candidates = [layer for layer in layers if layer is not None and _is_place_to_look(trained.module, layer.name)]
+    found = _last_that_matters(trained.module, candidates, sample)
+    if found is not None:
+        return found
+    raise UserError(
+        f"{trained.table.name} has no layer that gives maps of more than one place; name one with --layer "
+        f"(there is {', '.join(name for name, _ in outputs[-6:])}, ...)"
+    )
+
+
+def _outputs(module: nn.Module, sample: Tensor) -> list[tuple[str, Tensor]]:
+    """Each submodule that is called once and gives one tensor, with its output for one image, in order of ending."""
+    found: list[tuple[str, Tensor]] = []
+    calls: Counter[str] = Counter()
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, arguments: Any, output: Any) -> None:
+            calls[name] += 1
+            if isinstance(output, Tensor):
+                found.append((name, output.detach().to("meta")))
+
+        return hook
+
+    handles = [layer.register_forward_hook(keep(name)) for name, layer in module.named_modules() if name]
+    try:
+        with torch.no_grad():
+            module(sample[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(name, output) for name, output in found if calls[name] == 1]
+
+
+def _as_layer(module: nn.Module, name: str, output: Tensor) -> CamLayer | None:
+    """How the output for one image can be read as square maps of more than one place; None: not at all."""
+    shape = tuple(output.shape)
+    if len(shape) == 4 and shape[0] == 1 and shape[2] == shape[3] > 1:
+        return CamLayer(name, "channels_first")
+    if len(shape) == 4 and shape[0] == 1 and shape[1] == shape[2] > 1:
+        return CamLayer(name, "channels_last")
+    if len(shape) == 3 and shape[0] == 1:
+        # Class tokens and registers stand first. Where the model does not say how many, the fewest that leave a square.
+        declared = int(getattr(module, "num_prefix_tokens", 0))
+        for prefix in (declared, *range(MOST_PREFIX_TOKENS + 1)):
+            places = shape[1] - prefix
+            if places > 1 and math.isqrt(places) ** 2 == places:
+                return CamLayer(name, "tokens", prefix)
+    return None
+
+
+def _is_place_to_look(module: nn.Module, name: str) -> bool:
+    """Of a transformer's token layers only the norms; nothing within attention, whose maps are of other kinds."""
+    layer = module.get_submodule(name)
+    inside = set(name.split(".")) & {"attn", "self_attention", "attention", "token_mixer"}
+    return not isinstance(layer, SKIPPED) and not inside
+
+
+def _last_that_matters(module: nn.Module, layers: Sequence[CamLayer], sample: Tensor) -> CamLayer | None:
+    """The last layer on whose maps the prediction depends, as it does not on patches behind the last attention."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, arguments: Any, output: Tensor) -> None:
+            kept[name] = output
+
+        return hook
+
+    handles = [module.get_submodule(layer.name).register_forward_hook(keep(layer.name)) for layer in layers]
+    try:
+        with torch.enable_grad():
+            score = module(sample[None].detach().requires_grad_()).max()
+            gradients = torch.autograd.grad(score, list(kept.values()), allow_unused=True) if kept else ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    slopes = dict(zip(kept, gradients, strict=True))
+    matter = [layer for layer in layers if slopes[layer.name] is not None and layer.to_maps(slopes[layer.name]).any()]
+    return matter[-1] if matter else None
+
+
+def _named(trained: TrainedModel, wanted: str, outputs: list[tuple[str, Tensor]]) -> CamLayer:
+    found = dict(outputs)
+    if wanted not in found:
+        near = difflib.get_close_matches(wanted, found, 3, 0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; there is {', '.join([*found][-6:])}, ..."
+        raise UserError(f"--layer {wanted}: {trained.table.name} has no layer of this name that is used once{hint}")
+    layer = _as_layer(trained.module, wanted, found[wanted])
+    if layer is None:
+        raise UserError(
+            f"--layer {wanted} gives {list(found[wanted].shape)} for one image; Grad-CAM needs maps of more than one "
+            "place, [1, C, h, w], [1, h, w, C] or [1, tokens, C]"
+        )
+    return layer
+
+
+@contextmanager
+def _maps_of(module: nn.Module, layer: CamLayer) -> Iterator[nn.Module]:
+    """Inside, what the layer gives passes through a module of its own as [n, C, h, w]."""
+    maps = nn.Identity()
+
+    def pass_through(_: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        return layer.from_maps(maps(layer.to_maps(output)), output)
+
+    handle = module.get_submodule(layer.name).register_forward_hook(pass_through)
+    try:
+        yield maps
+    finally:
+        handle.remove()
+
+
+# -- Grad-CAM ---------------------------------------------------------------------------------------------------------
+
+
+def heat_maps(trained: TrainedModel, layer: CamLayer, inputs: Tensor, classes: Tensor) -> Tensor:
+    """Grad-CAM of each input [n, C, H, W] for its class [n]: at least 0, [n, H, W], in units of the logit.
+
+    ReLU of the maps' sum, each weighted by the mean of the logit's gradient over it, enlarged to the input.
+    """
+    from captum.attr import LayerAttribution, LayerGradCam
+
+    with _maps_of(trained.module, layer) as maps, torch.enable_grad():
+        found = LayerGradCam(trained.module, maps).attribute(inputs, classes, relu_attributions=True)
+    size = (inputs.shape[2], inputs.shape[3])
+    heat: Tensor = LayerAttribution.interpolate(found.detach(), size, "bilinear")[:, 0]
+    return heat
+
+
+def explain(trained: TrainedModel, subjects: Sequence[CamInput], layer: CamLayer) -> list[CamResult]:
+    """Predict each image and find the evidence for its prediction, and for its label where that is another class."""
+    found: list[CamResult] = []
+    for start in range(0, len(subjects), AT_ONCE):
+        part = subjects[start : start + AT_ONCE]
+        inputs = torch.stack([subject.input for subject in part])
+        with torch.inference_mode():
+            probabilities, predictions = trained.module(inputs).softmax(1).max(1)
+        labels = torch.tensor([int(p) if s.label is None else s.label for s, p in zip(part, predictions, strict=True)])
+        predictions = predictions.clone()
+        heat, of_label = (_scaled(heat_maps(trained, layer, inputs, classes)) for classes in (predictions, labels))
+        for i, subject in enumerate(part):
+            is_wrong = int(labels[i]) != int(predictions[i])
+            other = of_label[i] if is_wrong else None
+            found.append(CamResult(subject, int(predictions[i]), float(probabilities[i]), heat[i], other))
+    return found
+
+
+def _scaled(heat: Tensor) -> np.ndarray:
+    """Each map divided by its maximum; a map without evidence stays 0."""
+    scaled: np.ndarray = (heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-12)).numpy()
+    return scaled
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def draw(
+    trained: TrainedModel, found: Sequence[CamResult], layer: CamLayer, folder: Path, log: Callable[[str], None]
+) -> list[Path]:
+    """One PNG an image: the image as the model gets it, and the heat map over it for each class in question."""
+    files: list[Path] = []
+    with plot_style(log):
+        for number, explanation in enumerate(found, 1):
+            stem = re.sub(r"[^\w.-]+", "-", Path(explanation.subject.name).with_suffix("").as_posix()).strip("-.")
+            name = f"{number:0{len(str(len(found)))}d}-{stem[-60:] or 'image'}"
+            files += save(_figure(trained, explanation, layer), folder, name, ("png",))
+    return files
+
+
+def _figure(trained: TrainedModel, found: CamResult, layer: CamLayer) -> Figure:
+    classes, subject = trained.classes, found.subject
+    heats = [(found.heat, f"for {short(classes[found.prediction], 28)}")]
+    if found.heat_of_label is not None and subject.label is not None:
+        heats.append((found.heat_of_label, f"for {short(classes[subject.label], 28)} (label)"))
+    figure = Figure(figsize=(0.4 + 2.8 * (1 + len(heats)), 3.5), layout="constrained")
+    axes = figure.subplots(1, 1 + len(heats))
+    label = "" if subject.label is None else f"label: {short(classes[subject.label], 28)}\n"
+    prediction = f"prediction: {short(classes[found.prediction], 28)}, {found.probability:.3f}"
+    titles = [label + prediction, *(title for _, title in heats)]
+    image = _picture(trained, subject.input)
+    for place, title in zip(axes, titles, strict=True):
+        place.imshow(image, cmap="gray", vmin=0, vmax=1)
+        place.set_title(title, fontsize=9, parse_math=False)
+        place.set_axis_off()
+    for place, (heat, _) in zip(axes[1:], heats, strict=True):
+        shown = place.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6)
+    figure.colorbar(shown, ax=axes[-1], shrink=0.75, label="evidence, share of maximum")
+    figure.supxlabel(f"{short(subject.name, 70)}; Grad-CAM at {layer.name}", fontsize=7, parse_math=False)
+    return figure
+
+
+def _picture(trained: TrainedModel, inputs: Tensor) -> np.ndarray:
+    """An input without its normalisation, 0..1, [H, W, C] or greyscale [H, W]."""
+    mean, std = (
+        torch.tensor(values).reshape(-1, 1, 1) for values in (trained.preprocessing.mean, trained.preprocessing.std)
+    )
+    picture: np.ndarray = (inputs * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    return picture[:, :, 0] if picture.shape[2] == 1 else picture
+
+
+def explain_run(
+    trained: TrainedModel,
+    subjects: Sequence[CamInput],
+    layer_name: str | None,
+    folder: Path,
+    log: Callable[[str], None],
+) -> tuple[CamLayer, list[CamResult], list[Path]]:
+    """Find the layer, explain the images, and write the pictures into ``folder``."""
+    layer = find_layer(trained, subjects[0].input, layer_name)
+    try:
+        found = explain(trained, subjects, layer)
+    except (RuntimeError, AssertionError, TypeError) as error:  # an architecture that takes its outputs apart
+        raise UserError(
+            f"Grad-CAM does not work at {layer.name} of {trained.table.name} ({first_line(error)}); name another "
+            "layer with --layer"
+        ) from error
+    return layer, found, draw(trained, found, layer, folder, log)

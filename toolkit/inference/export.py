@@ -1,0 +1,386 @@
+"""A trained model in the formats that other programs read, written beside its preprocessing and checked against itself.
+
+Every format is read back from its file, by the library that will read it elsewhere, and compared on 64 images in
+batches of several sizes before the folder gets its name: what cannot be trusted is not left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import toolkit
+from toolkit.errors import RunFailed, UserError
+from toolkit.inference.evaluate import images_of, load_last_model
+from toolkit.inference.predict import TrainedModel, load_model, model_card
+from toolkit.inference.timm_config import fits_timm, timm_config, transform_note
+from toolkit.models.pretrained import is_file_reference, pack_state
+from toolkit.models.unknown_names import first_line
+from toolkit.recipe.schema import ModelConfig
+from toolkit.runs import Run, open_run
+
+IMAGES = 64
+BATCHES = (1, 5, 26, 32)
+"""The 64 images are compared in batches of these sizes, since the number of images must be free."""
+EPOCHS = ("best", "last")
+"""Whose weights can be exported: those of the selected epoch, or of the last one."""
+LIMIT = 1e-4
+"""Logits may differ by this much, at most."""
+WEIGHTS, ONNX, PROGRAM = "model.safetensors", "model.onnx", "model.pt2"
+
+Compute = Callable[[Tensor], Tensor]
+"""float32 [n, C, H, W] to logits [n, K]."""
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """How one format is written into a folder, and read back."""
+
+    write: Callable[[TrainedModel, Path], None]
+    read: Callable[[Path], Compute]
+    packages: tuple[str, ...] = ()
+    """Import names of what it needs beyond the toolkit's own dependencies."""
+
+
+@dataclass
+class ExportResult:
+    """What an export has written, and how it was checked."""
+
+    folder: Path
+    difference: float
+    """Largest absolute difference of a logit."""
+    images: str
+    """Which images were compared."""
+    notes: list[str] = field(default_factory=list)
+
+    def files(self) -> dict[str, int]:
+        """Name and size in bytes of each file."""
+        return {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
+
+
+def export(path: Path, name: str, folder: Path | None = None, epoch: str = "best") -> ExportResult:
+    """Write the model of a run (or of an exported folder) as one of :data:`FORMATS` into a new folder.
+
+    ``epoch`` is "best" for the epoch that the run selected, or "last" for the last one that it trained. ``folder`` must
+    be new or empty; by default ``path/export/name`` (``path/export/name-last``), which replaces an earlier export.
+
+    Raises UserError for an unknown format or epoch, missing packages, a folder that is in use, a model that the format
+    cannot hold, a last model whose checkpoint is gone; RunFailed where the written model computes something else. The
+    folder then does not come to be.
+    """
+    chosen = _format(name)
+    if epoch not in EPOCHS:
+        raise UserError(f"--epoch {epoch}: expected {' or '.join(EPOCHS)}")
+    trained = load_model(path)
+    if epoch == "last":
+        _load_last(path, trained)
+    inputs, images = images_to_compare(path, trained)
+    target = folder or path / "export" / (name if epoch == "best" else f"{name}-{epoch}")
+    with new_folder(target, replace=folder is None) as unfinished:
+        difference = write_checked(chosen, trained, unfinished, inputs, name)
+    notes = [note for note in (trained.caution, transform_note(trained, target) if name == "timm" else None) if note]
+    return ExportResult(target, difference, images, notes)
+
+
+def _load_last(path: Path, trained: TrainedModel) -> None:
+    """Put the weights of the run's last epoch in place of the best ones."""
+    if not (path / "recipe.toml").is_file():
+        raise UserError(f"--epoch last: {path} is no run directory, and an exported folder holds one model only")
+    run = open_run(path)
+    epochs = run.epochs()
+    last = int(epochs[-1]["epoch"]) if epochs else 0
+    if not load_last_model(run, trained.module, last):
+        raise UserError(f"--epoch last: {run.checkpoints} has no whole checkpoint of epoch {last}, the last one")
+
+
+def write_checked(chosen: ExportFormat, trained: TrainedModel, folder: Path, inputs: Tensor, name: str) -> float:
+    """Write model and preprocessing into ``folder`` and return the largest absolute difference of a logit."""
+    with _quiet():
+        try:
+            chosen.write(trained, folder)
+            compute = chosen.read(folder)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # exporters raise whatever the model's code provokes
+            raise RunFailed(f"{trained.table.name} cannot be exported as {name}: {first_line(_root(error))}") from error
+        difference = _difference(trained, compute, inputs)
+    if not difference <= LIMIT:  # also where it is no number
+        raise RunFailed(
+            f"{trained.table.name} as {name} computes something else: logits differ by up to {difference:.2e}, more "
+            f"than {LIMIT:g}; nothing was written"
+        )
+    write_json(folder / "preprocessing.json", preprocessing_card(trained))
+    return difference
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first of a chain of exceptions: exporters wrap it in advice for their own developers."""
+    return error if error.__cause__ is None else _root(error.__cause__)
+
+
+def _format(name: str) -> ExportFormat:
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name.lower(), FORMATS, 1, 0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--format {name}: expected {', '.join(FORMATS)}{hint}")
+    chosen = FORMATS[name]
+    missing = [package for package in chosen.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"--format {name} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"pip install {' '.join(missing)}"
+        )
+    return chosen
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to be filled, which gets its name only when everything in it is well; else nothing is left of it.
+
+    With ``replace`` one of that name that is there already makes room for it then.
+    """
+    if not replace and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+        raise UserError(f"{folder} already exists; name a new folder with --out, or remove that one")
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# -- the check --------------------------------------------------------------------------------------------------------
+
+
+def images_to_compare(path: Path, trained: TrainedModel) -> tuple[Tensor, str]:
+    """64 inputs, float32 [64, C, H, W], and what they are: images of the run, or noise where its data are gone."""
+    if not (path / "recipe.toml").is_file():
+        return _noise(trained), f"{IMAGES} synthetic images (the model has left its run)"
+    try:
+        return _of_run(open_run(path), trained), f"{IMAGES} images of the run's data"
+    except UserError:
+        return _noise(trained), f"{IMAGES} synthetic images (the run's data are not here)"
+
+
+def _of_run(run: Run, trained: TrainedModel) -> Tensor:
+    """Test images first; where they are fewer than 64, the others after them."""
+    inputs: list[Tensor] = []
+    for split in ("test", "validation", "train"):
+        dataset, indices = images_of(run, split, trained)
+        transform = trained.transform
+        inputs += [transform(dataset.images.load(int(i))) for i in indices[: IMAGES - len(inputs)]]
+        if len(inputs) == IMAGES:
+            return torch.stack(inputs)
+    raise UserError(f"the run has only {len(inputs)} images")
+
+
+def _noise(trained: TrainedModel) -> Tensor:
+    """Uniform noise in 0..1, normalised as images are."""
+    wanted = trained.preprocessing
+    shape = (IMAGES, wanted.channels, wanted.image_size, wanted.image_size)
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (wanted.mean, wanted.std))
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) - mean) / std
+
+
+@torch.inference_mode()
+def _difference(trained: TrainedModel, compute: Compute, inputs: Tensor) -> float:
+    """Largest absolute difference of a logit over batches of several sizes."""
+    found = [(trained.module(part) - compute(part)).abs().max() for part in inputs.split(list(BATCHES))]
+    return float(torch.stack(found).max())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters speak of their own affairs; what matters is told by the check."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+# -- preprocessing ----------------------------------------------------------------------------------------------------
+
+
+def preprocessing_card(trained: TrainedModel) -> dict[str, Any]:
+    """Content of preprocessing.json: all that a program needs to know that is not in the model's file."""
+    wanted = trained.preprocessing
+    size = wanted.image_size
+    return {
+        "input": {"name": "images", "type": "float32", "shape": ["batch", wanted.channels, size, size]},
+        "output": {"name": "logits", "type": "float32", "shape": ["batch", len(trained.classes)]},
+        "steps": _steps(trained),
+        "torchvision.transforms.v2": [repr(step) for step in trained.transform.steps],
+        **wanted.to_dict(),
+        "classes": trained.classes,
+    }
+
+
+def _steps(trained: TrainedModel) -> list[str]:
+    """The way from an image file to the input, in words."""
+    wanted = trained.preprocessing
+    resize = wanted.resize
+    which = "shorter" if wanted.border is None else "longer"
+    side = f"the {which} side to {resize}" if isinstance(resize, int) else f"to {resize} (height, width)"
+    padding = "" if wanted.border is None else f", padding what is smaller with the color {list(wanted.border)}"
+    return [
+        f"decode to {'RGB' if wanted.channels == 3 else 'greyscale'}",
+        *(["turn the image upright by its EXIF orientation"] if wanted.exif == "apply" else []),
+        *([_scaling(wanted.value_range)] if wanted.value_range is not None else []),
+        *([f"resize {side} pixels, {wanted.interpolation}, antialiased"] if resize is not None else []),
+        *([f"crop the centre, {wanted.image_size} x {wanted.image_size} pixels{padding}"] if wanted.crop else []),
+        *(
+            f"{entry.name} {entry.arguments or ''} (the recipe's own)".replace("  ", " ")
+            for entry in trained.transforms
+        ),
+        "divide by 255",
+        f"subtract the mean {list(wanted.mean)} and divide by the deviation {list(wanted.std)}, for each channel",
+    ]
+
+
+def _scaling(value_range: tuple[float, float]) -> str:
+    black, white = value_range
+    return f"in files with more than 8 bits per sample: {black:g} to 0, {white:g} to 255, rounded and clipped"
+
+
+def write_json(path: Path, content: object) -> None:
+    """Indented, with characters as they are."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def portable(table: ModelConfig) -> ModelConfig:
+    """The table without paths of this machine."""
+    if not is_file_reference(table.weights):
+        return table
+    kind, _, path = table.weights.partition(":")
+    return table.model_copy(update={"weights": f"{kind}:{Path(path).name}" if kind == "file" else table.weights})
+
+
+# -- formats ----------------------------------------------------------------------------------------------------------
+
+
+def _sample(trained: TrainedModel) -> Tensor:
+    """Two inputs: with one, exporters would take the number of images for a constant."""
+    return _noise(trained)[:2].clone()  # a view would be saved with all that it is cut from
+
+
+def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
+    """Weights and model.json: what `toolkit predict` and `load_model` read."""
+    _write_weights(trained, folder)
+    card = model_card(
+        portable(trained.table),
+        trained.classes,
+        trained.preprocessing,
+        trained.transforms,
+        trained.recipe,
+        toolkit.__version__,
+    )
+    write_json(folder / "model.json", card)
+
+
+def _write_weights(trained: TrainedModel, folder: Path) -> None:
+    # safetensors' save_file would make a file that only its owner can read.
+    (folder / WEIGHTS).write_bytes(pack_state(trained.module.state_dict()))
+
+
+def _read_safetensors(folder: Path) -> Compute:
+    return load_model(folder).module
+
+
+def _batch() -> Any:
+    return torch.export.Dim("batch")
+
+
+def _write_program(trained: TrainedModel, folder: Path) -> None:
+    """A torch.export program (PT2 archive), which needs torch and none of the model's code."""
+    program = torch.export.export(trained.module, (_sample(trained),), dynamic_shapes=({0: _batch()},))
+    torch.export.save(program, folder / PROGRAM)
+
+
+def _read_program(folder: Path) -> Compute:
+    compute: Compute = torch.export.load(folder / PROGRAM).module()
+    return compute
+
+
+def _write_onnx(trained: TrainedModel, folder: Path) -> None:
+    """ONNX by way of torch.export; weights over 2 GB go to a file of their own beside it."""
+    with _plain_attention(trained.module):
+        program = torch.onnx.export(
+            trained.module,
+            (_sample(trained),),
+            dynamo=True,
+            dynamic_shapes=({0: _batch()},),
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
+    assert program is not None
+    program.save(folder / ONNX)
+
+
+@contextlib.contextmanager
+def _plain_attention(module: nn.Module) -> Iterator[None]:
+    """timm's attention step by step: torch 2.15 fails to take the fused kernel apart where it adds a bias (BEiT)."""
+    fused: list[Any] = [layer for layer in module.modules() if getattr(layer, "fused_attn", False)]
+    for layer in fused:
+        layer.fused_attn = False
+    try:
+        yield
+    finally:
+        for layer in fused:
+            layer.fused_attn = True
+
+
+def _read_onnx(folder: Path) -> Compute:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _write_timm(trained: TrainedModel, folder: Path) -> None:
+    """config.json and weights, as `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub want them."""
+    table = trained.table
+    if not fits_timm(table):
+        raise UserError(
+            f"--format timm is for models of timm as timm builds them; {table.source}'s {table.name}"
+            f"{'' if table.source != 'timm' else ' with a head or stem of its own'} is none: use safetensors, "
+            "torch-export or onnx"
+        )
+    _write_weights(trained, folder)
+    write_json(folder / "config.json", timm_config(trained))
+
+
+def _read_timm(folder: Path) -> Compute:
+    import timm
+
+    module: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return module.eval()
+
+
+FORMATS = {
+    "onnx": ExportFormat(_write_onnx, _read_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "torch-export": ExportFormat(_write_program, _read_program),
+    "safetensors": ExportFormat(_write_safetensors, _read_safetensors),
+    "timm": ExportFormat(_write_timm, _read_timm),
+}

@@ -1,0 +1,292 @@
+"""A run's best model as a repository of the Hugging Face Hub: weights, preprocessing, recipe, and a model card."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCardData, constants, get_token
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+import toolkit
+from toolkit.data.dataset_info import DATASETS
+from toolkit.errors import RunFailed, UserError
+from toolkit.inference.export import FORMATS, images_to_compare, new_folder, portable, write_checked
+from toolkit.inference.predict import TrainedModel, load_model
+from toolkit.inference.timm_config import fits_timm
+from toolkit.models.pretrained import is_file_reference
+from toolkit.models.unknown_names import first_line
+from toolkit.reading import DamagedFile
+from toolkit.recipe import Recipe, resolved_toml
+from toolkit.runs import Run, open_run
+from toolkit.training.resume import check_recipe
+
+FIGURES = {
+    "accuracy": "top-1 accuracy",
+    "top5_accuracy": "top-5 accuracy",
+    "class_accuracy": "mean accuracy of the classes",
+}
+"""Figures of summary.json that the card tells, with their names in words."""
+
+TITLES = {
+    "digits": "Optical Recognition of Handwritten Digits",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "fashion_mnist": "Fashion-MNIST",
+    "caltech101": "Caltech-101",
+    "imagefolder": "images of the author's own",
+}
+"""What data sets are called by people."""
+
+MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]")
+"""Characters that Markdown would take for more than text."""
+
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+@dataclass(frozen=True)
+class PublishResult:
+    """What became of a publication."""
+
+    folder: Path
+    url: str | None
+    """Where it can be seen; None where it was not pushed."""
+    why_not: str = ""
+
+
+def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, private: bool, push: bool) -> PublishResult:
+    """Write the repository's files, and push them where there is a login and ``push`` is wanted.
+
+    ``folder`` must be new; None is RUN/publish, which is made anew each time. Raises UserError for a run that is not
+    finished and for names that the Hub does not take; RunFailed where the Hub refuses, with the folder whole.
+    """
+    _check_names(repo, license_id)
+    run = open_run(path)
+    if not run.is_finished:
+        raise UserError(f"{run.path} is not finished: it has no figures that a model card could state")
+    trained, recipe, summary = load_model(path), run.recipe, run.summary
+    name = "timm" if fits_timm(trained.table) else "safetensors"
+    check_recipe(run)
+    inputs, _ = images_to_compare(path, trained)
+    target = folder or run.path / "publish"
+    with new_folder(target, replace=folder is None) as unfinished:
+        write_checked(FORMATS[name], trained, unfinished, inputs, name)
+        (unfinished / "recipe.toml").write_text(resolved_toml(shareable(recipe)), encoding="utf-8")
+        try:
+            card = model_card(run, trained, recipe, summary, repo, license_id)
+        except KeyError as key:
+            raise DamagedFile(run.path / "summary.json", f"it has no {key}") from None
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+    why_not = _cannot_push() if push else "that was not asked for"
+    return PublishResult(target, None if why_not else _push(target, repo, private), why_not)
+
+
+def _check_names(repo: str, license_id: str) -> None:
+    if "/" not in repo:
+        raise UserError(f"REPO {repo!r} lacks its owner: give OWNER/NAME, such as lab/{repo or 'digits'}")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"REPO {repo!r} is no name of a repository, such as lab/resnet50-caltech: {error}") from None
+    if not LICENSE.fullmatch(license_id):
+        raise UserError(
+            f"--license {license_id!r} is no identifier of the Hub, such as mit, apache-2.0, cc-by-4.0, other or "
+            "unknown (https://huggingface.co/docs/hub/repositories-licenses)"
+        )
+
+
+def shareable(recipe: Recipe) -> Recipe:
+    """The recipe without paths, accounts and trackers of its author."""
+    defaults = {"data": {"root": "data"}, "recipe": {"run_root": "runs"}}
+    update: dict[str, Any] = {
+        table: getattr(recipe, table).model_copy(update=values) for table, values in defaults.items()
+    }
+    tracking = type(recipe.tracking)(trackers=[])
+    return recipe.model_copy(
+        update={**update, "model": portable(recipe.model), "tracking": tracking, "slurm": None, "study": None}
+    )
+
+
+# -- the push ---------------------------------------------------------------------------------------------------------
+
+
+def _cannot_push() -> str:
+    """Why nothing can be pushed from here; empty where it can be tried."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return "" if get_token() else "there is no login for the Hugging Face Hub"
+
+
+def _push(folder: Path, repo: str, private: bool) -> str:
+    api = HfApi()
+    try:
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=f"By toolkit {toolkit.__version__}")
+    except Exception as error:  # the client's, its HTTP library's, the system's: all mean that it is not there
+        raise RunFailed(
+            f"{repo} was not pushed ({first_line(error)}). The folder {folder} is ready; {how_to_push(folder, repo)}"
+        ) from error
+    return str(made)
+
+
+def how_to_push(folder: Path, repo: str) -> str:
+    """What to type when there is a login."""
+    return f"to push it later: hf auth login, then hf upload {repo} {folder} ."
+
+
+# -- the card ---------------------------------------------------------------------------------------------------------
+
+
+def model_card(
+    run: Run, trained: TrainedModel, recipe: Recipe, summary: dict[str, Any], repo: str, license_id: str
+) -> str:
+    """README.md: front matter as the Hub reads it, then data, recipe, figures, limits and licence for people."""
+    title = repo.rpartition("/")[2]
+    sections = (_use(trained, repo), _data(recipe, trained, summary), _recipe(recipe, summary),
+                _figures(recipe, summary), _limits(recipe), _licence(recipe, license_id))  # fmt: skip
+    front = _front_matter(trained, recipe, summary, title, license_id)
+    opening = (
+        f"{_architecture(recipe)}, trained on {TITLES[recipe.data.dataset]} by the recipe `{recipe.recipe.name}` "
+        f"(run {run.id}).{' ' + recipe.recipe.description if recipe.recipe.description else ''}"
+    )
+    return "\n\n".join([f"---\n{front}\n---", f"# {title}", opening, *sections]) + "\n"
+
+
+def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any], title: str, license_id: str) -> str:
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=recipe.data.dataset,
+            dataset_name=TITLES[recipe.data.dataset],
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=words,
+            metric_value=round(summary["best"][f"test_{name}"], 6),
+        )
+        for name, words in FIGURES.items()
+        if f"test_{name}" in summary["best"]
+    ]
+    data = ModelCardData(
+        license=license_id,
+        library_name="timm" if fits_timm(trained.table) else "toolkit",
+        pipeline_tag="image-classification",
+        tags=["image-classification", recipe.model.source, recipe.model.name, recipe.transfer.mode],
+        metrics=["accuracy"] if results else None,
+        model_name=title,
+        eval_results=results or None,
+        base_model=_base_model(recipe),
+    )
+    return str(data.to_yaml())
+
+
+def _base_model(recipe: Recipe) -> str | None:
+    """The Hub's name of the weights that training began with, where they are from there."""
+    if recipe.model.source != "timm" or recipe.model.weights == "none" or is_file_reference(recipe.model.weights):
+        return None
+    from timm.models import get_pretrained_cfg
+
+    tag = "" if recipe.model.weights == "DEFAULT" else f".{recipe.model.weights}"
+    config = get_pretrained_cfg(recipe.model.name if "." in recipe.model.name else recipe.model.name + tag)
+    return config.hf_hub_id if config is not None else None
+
+
+def _architecture(recipe: Recipe) -> str:
+    model = recipe.model
+    return (
+        "A ConvNet that `recipe.toml` describes" if model.source == "toolkit" else f"`{model.name}` of {model.source}"
+    )
+
+
+def _dataset(recipe: Recipe) -> str:
+    name = recipe.data.dataset
+    return f"{TITLES[name]}: {DATASETS[name].description}" if name != "imagefolder" else TITLES[name]
+
+
+def _use(trained: TrainedModel, repo: str) -> str:
+    if fits_timm(trained.table):
+        code = (
+            f'import timm\n\nmodel = timm.create_model("hf-hub:{repo}", pretrained=True).eval()\n'
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+        )
+        return f"## Use\n\n```python\n{code}\n```\n\n`preprocessing.json` has every step of the preprocessing."
+    return (
+        f"## Use\n\n```sh\nhf download {repo} --local-dir model\ntoolkit predict model photo.jpg --top-k 5\n```\n\n"
+        "`model.json` says how the model is built, `preprocessing.json` every step of the preprocessing."
+    )
+
+
+def _data(recipe: Recipe, trained: TrainedModel, summary: dict[str, Any]) -> str:
+    counts = ", ".join(f"{count:,} {split}" for split, count in summary["images"].items() if count)
+    split = recipe.data.split
+    drawn = f"validation by `{split.method}` with seed {split.seed}" if summary["images"]["validation"] else ""
+    names = ", ".join(MARKDOWN.sub(r"\\\g<0>", name) for name in trained.classes[:20]) + (
+        ", ..." if len(trained.classes) > 20 else ""
+    )
+    wanted = trained.preprocessing
+    lines = [
+        f"{_dataset(recipe)}. {len(trained.classes)} classes ({names}).",
+        f"Images: {counts}; {drawn or 'none were kept for validation'}.",
+        f"Input: {wanted.channels} x {wanted.image_size} x {wanted.image_size}.",
+    ]
+    if recipe.data.images_per_class or recipe.data.test_images_per_class:
+        lines.append("**Only part of the data set's images was used.**")
+    return "## Data\n\n" + "\n".join(lines)
+
+
+def _recipe(recipe: Recipe, summary: dict[str, Any]) -> str:
+    optimizer, train = recipe.optimizer, recipe.train
+    weights = portable(recipe.model).weights
+    rows = {
+        "initial weights": "random" if weights == "none" else weights,
+        "transfer": recipe.transfer.mode,
+        "optimiser": f"{optimizer.name}, learning rate {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
+        "schedule": recipe.scheduler.name,
+        "epochs": f"{summary['epochs_run']} of {train.epochs}; weights of epoch {summary['best']['epoch']}",
+        "batch size": str(train.batch_size),
+        "precision": str(summary["precision"]),
+        "augmentation": ", ".join(entry.name for entry in recipe.augment.train) or "none but what `recipe.toml` says",
+        "seed": str(summary["seed"]),
+        "parameters": f"{summary['parameters']:,}, of which {summary['trainable_parameters']:,} trained",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        f"## Recipe\n\n| | |\n|---|---|\n{table}\n\n`recipe.toml` is complete: `toolkit train recipe.toml` repeats it."
+    )
+
+
+def _figures(recipe: Recipe, summary: dict[str, Any]) -> str:
+    best, select = summary["best"], recipe.train.select
+    splits = {short: name for short, name in (("val", "validation"), ("test", "test")) if f"{short}_loss" in best}
+    lines = ["## Figures\n"]
+    if splits:
+        lines += [f"| | {' | '.join(splits.values())} |", "|---" * (len(splits) + 1) + "|"]
+        for name, words in {"loss": "cross-entropy", **FIGURES}.items():
+            cells = " | ".join(f"{best[f'{short}_{name}']:.4f}" for short in splits)
+            lines.append(f"| {words} | {cells} |")
+        lines.append("")
+    chosen = "It is the last epoch's model"
+    if select != "last":
+        chosen = f"The epoch was chosen on the validation images by `{select}`"
+    tested = "the test images were evaluated once, at the end" if "test" in splits else "no images were kept for a test"
+    lines.append(f"One run with one seed. {chosen}; {tested}.")
+    return "\n".join(lines)
+
+
+def _limits(recipe: Recipe) -> str:
+    lines = [
+        "- It knows no other classes than those above, and gives one of them to any image.",
+        "- The figures hold for images like those of the data set; other cameras, places or times were not tested.",
+        "- Its probabilities were not calibrated, and differences between groups of people were not examined.",
+        "- It was made for research and teaching; do not use it where a mistake can harm somebody.",
+    ]
+    if recipe.model.weights != "none":
+        lines.append("- It has inherited what is one-sided in the data that its initial weights were trained on.")
+    return "## Limits\n\n" + "\n".join(lines)
+
+
+def _licence(recipe: Recipe, license_id: str) -> str:
+    said = "Its author has stated no licence." if license_id == "unknown" else f"The weights are under `{license_id}`."
+    weights = "" if recipe.model.weights == "none" else " The initial weights have terms of their own as well."
+    return f"## Licence\n\n{said} The images belong to the data set, which has its own terms.{weights}"

@@ -1,0 +1,87 @@
+"""A model of timm as timm itself describes one: config.json for `create_model("local-dir:...")` and the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import timm.data
+from PIL import Image
+
+from toolkit.data.image_sources import MODES
+from toolkit.errors import UserError
+from toolkit.inference.predict import TrainedModel
+from toolkit.recipe.schema import ModelConfig
+
+
+def fits_timm(table: ModelConfig) -> bool:
+    """Whether timm alone can build the model; dropout before the last layer has no part in what is written."""
+    return table.source == "timm" and table.stem == "imagenet" and not (table.head.hidden or table.head.batch_norm)
+
+
+def timm_config(trained: TrainedModel) -> dict[str, Any]:
+    """Content of config.json."""
+    module, wanted, count = trained.module, trained.preprocessing, len(trained.classes)
+    size = wanted.image_size
+    own: dict[str, Any] = getattr(module, "pretrained_cfg", {})
+    is_squashed = wanted.resize is not None and not isinstance(wanted.resize, int)
+    mode = "squash" if is_squashed else "center" if wanted.border is None else "border"
+    side = wanted.resize[0] if isinstance(wanted.resize, tuple) else wanted.resize or size
+    return {
+        "architecture": trained.table.name.partition(".")[0],
+        "num_classes": count,
+        "num_features": getattr(module, "num_features", None),
+        "label_names": trained.classes,
+        "model_args": _timm_arguments(trained),
+        "pretrained_cfg": {
+            **{key: own[key] for key in ("first_conv", "classifier", "fixed_input_size") if own.get(key)},
+            "custom_load": False,
+            "input_size": [wanted.channels, size, size],
+            "interpolation": wanted.interpolation,
+            "crop_pct": crop_share(size, side),
+            "crop_mode": mode,
+            "mean": list(wanted.mean),
+            "std": list(wanted.std),
+            "num_classes": count,
+        },
+    }
+
+
+def crop_share(size: int, resize: int) -> float:
+    """timm's crop_pct, from which it computes floor(size / crop_pct) again: the share that gives back ``resize``."""
+    share = size / resize
+    return share if math.floor(size / share) == resize else size / (resize + 0.5)
+
+
+def _timm_arguments(trained: TrainedModel) -> dict[str, Any]:
+    """What timm's constructor is given beside the number of classes."""
+    wanted, table = trained.preprocessing, trained.table
+    arguments = {**({} if wanted.channels == 3 else {"in_chans": wanted.channels}), **table.args}
+    if not getattr(trained.module, "pretrained_cfg", {}).get("fixed_input_size"):
+        return arguments
+    sized = {**arguments, "img_size": wanted.image_size}
+    try:
+        timm.create_model(table.name.partition(".")[0], **sized)
+    except TypeError:  # its size is built in, but cannot be chosen
+        return arguments
+    return sized
+
+
+def transform_note(trained: TrainedModel, folder: Path) -> str | None:
+    """A word where timm's own transform, made from config.json, is not the run's; found by trying it on an image."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+    theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
+    size, mode = trained.preprocessing.image_size, MODES[trained.preprocessing.channels]
+    noise = np.random.default_rng(0).integers(0, 256, (size + 37, size + 11, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    with contextlib.suppress(UserError):  # a run may take images of one size only
+        ours, other = trained.transform(image), theirs(image)
+        # In the mean over noise by less than one of 255: timm resizes with Pillow (toolkit.augment.resize).
+        if ours.shape == other.shape and float((ours - other).abs().mean()) < 1 / 255 / max(trained.preprocessing.std):
+            return None
+    return "timm's own transform, made from config.json, is not the run's: take preprocessing.json"

@@ -1,1 +1,0 @@
-"""Looking before leaping: what a recipe will cost, and what its data are like. Nothing here trains."""

@@ -1,0 +1,142 @@
+"""What a model does with an input, found by running it without computing anything (on PyTorch's meta device)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from toolkit.models.keyed_dropout import DROPOUT_TYPES
+
+
+@dataclass(frozen=True)
+class DryForwardResult:
+    """One training forward pass of two images."""
+
+    output: Any
+    random: tuple[str, ...]
+    """Operations that drew random numbers outside modules whose masks the toolkit can repeat."""
+    used: tuple[str, ...]
+    """Names of the parameters that the pass used, in the order of their first use."""
+
+
+def probe(module: nn.Module, channels: int, image_size: int) -> DryForwardResult:
+    """Run two images through the module in training mode; its parameters, buffers and modes are left as they are.
+
+    Raises whatever the model raises for images of this size.
+    """
+    try:
+        return _probe_on(torch.device("meta"), module, channels, image_size)
+    except Exception:
+        # A few models look at values, which meta tensors do not have. Where the fault is real, it comes again.
+        return _probe_on(torch.device("cpu"), module, channels, image_size)
+
+
+def input_shape(module: nn.Module, name: str, channels: int, image_size: int) -> tuple[int, ...]:
+    """Shape, without the batch, of what reaches the submodule ``name``."""
+    shapes: list[tuple[int, ...]] = []
+    hook = module.get_submodule(name).register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[1:])))
+    try:
+        probe(module, channels, image_size)
+    except Exception:
+        # What stands behind may not fit yet: it is about to be replaced.
+        if not shapes:
+            raise
+    finally:
+        hook.remove()
+    return shapes[0]
+
+
+def _probe_on(device: torch.device, module: nn.Module, channels: int, image_size: int) -> DryForwardResult:
+    images = torch.zeros(2, channels, image_size, image_size, device=device)
+    with (
+        torch.no_grad(),
+        _training_without_dropout(module),
+        torch.random.fork_rng(devices=[]),
+        _copies_on(device, module),
+        _Recorder(module) as recorder,
+    ):
+        output = module(images)
+    return DryForwardResult(output, tuple(dict.fromkeys(recorder.random)), tuple(recorder.used))
+
+
+@contextmanager
+def _copies_on(device: torch.device, module: nn.Module) -> Iterator[None]:
+    """Inside, the module holds copies of its tensors on ``device``; afterwards the very same tensors as before.
+
+    Each place is swapped once, even in submodules that are registered under several names, which
+    torch.func.functional_call does not restore.
+    """
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (tensors, name, tensor)
+        for submodule in module.modules()
+        for tensors in (submodule._parameters, submodule._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    copies: dict[int, Tensor] = {}
+    for _, _, tensor in places:
+        if isinstance(tensor, nn.Parameter):
+            copies[id(tensor)] = nn.Parameter(tensor.detach().to(device), tensor.requires_grad)
+        else:
+            copies[id(tensor)] = tensor.detach().clone().to(device)
+    try:
+        for tensors, name, tensor in places:
+            tensors[name] = copies[id(tensor)]
+        yield
+    finally:
+        for tensors, name, tensor in places:
+            tensors[name] = tensor
+
+
+@contextmanager
+def _training_without_dropout(module: nn.Module) -> Iterator[None]:
+    """Training mode, except for the modules that make_stateless replaces."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.train()
+    for submodule in modes:
+        if isinstance(submodule, DROPOUT_TYPES):
+            submodule.eval()
+    try:
+        yield
+    finally:
+        for submodule, mode in modes.items():
+            submodule.training = mode
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the operations that draw random numbers, and which parameters are used in which order."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.random: list[str] = []
+        self.used: list[str] = []
+        self._unused = {id(parameter): name for name, parameter in module.named_parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for argument in tree_leaves((args, kwargs)):
+            if id(argument) in self._unused:
+                self.used.append(self._unused.pop(id(argument)))
+        if torch.Tag.nondeterministic_seeded in func.tags and not _is_settled(func, args, kwargs):
+            self.random.append(str(func))
+        return func(*args, **kwargs)
+
+
+def _is_settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation that can be random is not: attention without dropout, a range of one number."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    if "scaled_dot_product" in str(func):
+        return not given.get("dropout_p", 0.0)
+    return str(func).startswith("aten.uniform_") and bool(given.get("from", 0.0) == given.get("to", 1.0))
+
+
+def is_logits(output: Any, num_classes: int) -> bool:
+    """Whether a probe's output is one tensor [2, num_classes]."""
+    return isinstance(output, Tensor) and tuple(output.shape) == (2, num_classes)

@@ -1,0 +1,115 @@
+"""The frozen beginning of a model, told apart from the tail that trains, so that its output can be computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from toolkit.models.keyed_dropout import KeyedDropout, drop_rate
+from toolkit.models.transfer import Transfer
+
+
+def find_frozen_backbone(transfer: Transfer) -> str | None:
+    """Dotted name of the smallest submodule (the tail) that holds all that trains, and all dropout and batch norm that
+    are active in training; None where that is the whole model.
+
+    That the tail's output is the model's is for :func:`backbone_is_deterministic` to find out.
+    """
+    module = transfer.built.module
+    transfer.train_mode()
+    owners = [name.rpartition(".")[0] for name in transfer.trainable]
+    active = [name for name, layer in module.named_modules() if layer.training and _varies(layer)]
+    tail = _common_prefix([*owners, *active])
+    return tail or None
+
+
+def prefix_features(module: nn.Module, tail: str, x: Tensor) -> Tensor:
+    """What reaches the submodule ``tail`` for the input ``x``; nothing behind that point is run.
+
+    Raises ValueError where the tail takes anything but one tensor, or is not reached.
+    """
+    hook = module.get_submodule(tail).register_forward_pre_hook(_stop, with_kwargs=True)
+    try:
+        module(x)
+    except _ReachedError as reached:
+        return reached.features
+    finally:
+        hook.remove()
+    raise ValueError(f"{tail} was not reached")
+
+
+@torch.no_grad()
+def backbone_is_deterministic(module: nn.Module, tail: str, x: Tensor) -> bool:
+    """Whether ``tail`` on the prefix's features gives exactly what ``module`` gives, in the modes that they are in now.
+
+    Two passes through the prefix must agree as well: nothing random may come before the tail. Buffers and random states
+    are left as they were.
+    """
+    end = module.get_submodule(tail)
+    with _unchanged(module, x.device):
+        try:
+            torch.manual_seed(0)
+            features = prefix_features(module, tail, x)
+            torch.manual_seed(1)
+            again = prefix_features(module, tail, x)
+        except ValueError:
+            return False
+        if not torch.equal(features, again):
+            return False
+        torch.manual_seed(2)
+        short = end(features)
+        torch.manual_seed(2)
+        return torch.equal(short, module(x))
+
+
+class _ReachedError(Exception):
+    """Carries the tail's input out of the forward pass."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__("reached")
+        self.features = features
+
+
+def _stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+    if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+        raise ValueError("the tail takes more than one tensor")
+    raise _ReachedError(args[0])
+
+
+def _varies(layer: nn.Module) -> bool:
+    """Whether a layer in training mode gives one example different outputs at different times."""
+    return isinstance(layer, _BatchNorm) or drop_rate(layer) > 0.0
+
+
+def _common_prefix(names: list[str]) -> str:
+    """The longest dotted name that all of these are or lie within; "" is the whole module."""
+    parts = [name.split(".") if name else [] for name in names]
+    common = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
+@contextmanager
+def _unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put buffers, random states and the keys of dropout back; without keys dropout is random."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    states = {layer.state for layer in module.modules() if isinstance(layer, KeyedDropout)}
+    keys = {state: state.keys for state in states}
+    for state in states:
+        state.set_keys(None)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
+        for state in states:
+            state.set_keys(keys[state])

@@ -1,0 +1,333 @@
+"""Weights from files: read without running code, names put right, and fitted to a model without silence."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from toolkit.errors import UserError
+from toolkit.models.layer_groups import is_under
+
+StateDict = dict[str, Tensor]
+
+SHOWN = 4
+"""So many names are listed in a message."""
+WRAPPED_AS = ("state_dict", "model", "model_state_dict", "module")
+"""Entries of a checkpoint that hold the weights in training, best first; others are averages or other models."""
+METADATA = "toolkit"
+"""Entry of a .safetensors file's metadata that holds a digest of its tensors."""
+
+
+@dataclass(frozen=True)
+class WeightLoadReport:
+    """What became of a state dict."""
+
+    notes: list[str]
+    """What was kept, adapted and left out, for people."""
+    new: list[str]
+    """The parts that kept their random start."""
+
+
+def is_file_reference(weights: str) -> bool:
+    """Whether ``[model] weights`` names a file rather than published weights."""
+    return weights.startswith(("file:", "package:"))
+
+
+def locate(weights: str) -> Path:
+    """The file that ``file:PATH`` or ``package:NAME/PATH`` means; the package is found, never imported.
+
+    Raises UserError where there is none.
+    """
+    kind, _, reference = weights.partition(":")
+    path = Path(reference).expanduser() if kind == "file" else _locate_in_package(reference)
+    if not path.is_file():
+        raise UserError(f"model.weights = {weights!r}: there is no file {path}")
+    return path
+
+
+def _locate_in_package(reference: str) -> Path:
+    package, _, inner = reference.partition("/")
+    parts = PurePosixPath(inner).parts
+    if not package.isidentifier() or not parts or ".." in parts or inner.startswith("/"):
+        raise UserError(
+            f"model.weights = 'package:{reference}': write package:IMPORT_NAME/path/inside/the/package, without '..'"
+        )
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not folders:
+        raise UserError(
+            f"model.weights = 'package:{reference}': no package {package!r} is installed; install it with pip "
+            f"(its name there may have hyphens: {package.replace('_', '-')})"
+        )
+    found = [Path(folder, *parts) for folder in folders]
+    return next((path for path in found if path.is_file()), found[0])
+
+
+def read_state(path: Path, key: str | None = None) -> tuple[StateDict, list[str]]:
+    """The tensors in a .safetensors file or a PyTorch checkpoint (.pth, .pt, .bin), by name, on the CPU.
+
+    A state dict within a checkpoint is found; ``key`` names the entry where there are several, else the first of
+    WRAPPED_AS is taken. The list tells of such a choice. Raises UserError for a damaged file, for entries that leave
+    no clear choice, and for a pickle that holds anything but tensors and plain values: loading it could run code.
+    """
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
+    if _is_state(content):
+        entries, chosen, state = [], None, dict(content)
+    else:
+        entries = (
+            [str(name) for name, entry in content.items() if _is_state(entry)] if isinstance(content, dict) else []
+        )
+        chosen = _choose_entry(path, entries, key)
+        state = dict(content[chosen])
+    if key is not None and key != chosen and not any(is_under(name, (key,)) for name in state):
+        heads = dict.fromkeys(name.split(".")[0] for name in state)
+        raise UserError(
+            f"model.weights_key = {key!r}: weights file {path} has no such entry ({', '.join(entries) or 'none'}), and "
+            f"no name in it begins with {key}. ({_first(list(heads))})"
+        )
+    others = ", ".join(name for name in entries if name != chosen)
+    is_silent = not others or key == chosen
+    return state, [] if is_silent else [
+        f"{chosen} is taken from the weights file, not {others} (see model.weights_key)"
+    ]
+
+
+def _choose_entry(path: Path, entries: list[str], key: str | None) -> str:
+    """The entry named by ``key``, else the usual one, else the only one."""
+    if not entries:
+        raise UserError(f"weights file {path} holds no state dict (a mapping from names to tensors)")
+    usual = [name for name in (key, *WRAPPED_AS) if name in entries]
+    if not usual and len(entries) > 1:
+        raise UserError(
+            f"weights file {path} holds several state dicts, {', '.join(entries)}; name one as model.weights_key"
+        )
+    return str([*usual, *entries][0])
+
+
+def _is_state(content: Any) -> bool:
+    """Whether this is a mapping from names to tensors."""
+    return isinstance(content, dict) and bool(content) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def without_prefix(module: nn.Module, state: StateDict, key: str | None, source: str) -> tuple[StateDict, list[str]]:
+    """The state dict without the prefix that a wrapper put before the module's names (``module.``, ``backbone.``).
+
+    The prefix is ``key``, or the one under which most of the module's names are found. Names beside it stay as they
+    are where the module has them (a classifier beside ``backbone.``), and are left out and listed where not. Raises
+    UserError where several prefixes fit equally well.
+    """
+    own = set(module.state_dict())
+    found: Counter[str] = Counter()
+    for name in state:
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            if ".".join(parts[depth:]) in own:
+                found["".join(f"{part}." for part in parts[:depth])] += 1
+    # Fewer than half match by accident: the names are another library's, which `adapt` may know.
+    best = [prefix for prefix, count in found.items() if count == max(found.values()) and 2 * count >= len(own)]
+    if key is not None:
+        prefix = f"{key}."
+    elif len(best) > 1 and "" not in best:
+        names = ", ".join(one.removesuffix(".") for one in best)
+        raise UserError(f"{source} holds several models that fit, under {names}; name one as model.weights_key")
+    else:
+        prefix = "" if "" in best or not best else best[0]
+    if not prefix:
+        return _without_common_prefix(state), []
+    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    beside = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    kept = {name: tensor for name, tensor in beside.items() if name in own and name not in inside}
+    left_out = [name for name in beside if name not in kept]
+    notes = [f"the names in the weights file begin with {prefix}"]
+    notes += [f"left out, since not under {prefix}: {_first(left_out)}"] if left_out else []
+    return {**inside, **kept}, notes
+
+
+def _without_common_prefix(state: StateDict) -> StateDict:
+    """Without what DDP and torch.compile put before every name, where the names are another library's."""
+    for prefix in ("module.", "_orig_mod.") * 2:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        state = dict(load_file(path))
+        is_intact = has_its_digest(path, state)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"weights file {path} cannot be read: {error}") from None
+    if not is_intact:
+        raise UserError(f"weights file {path} is damaged: its checksum differs")
+    return state
+
+
+def pack_state(state: StateDict, **facts: Any) -> bytes:
+    """The content of a .safetensors file that carries a digest of its tensors, and ``facts`` (plain values)."""
+    tensors: StateDict = {}
+    storages: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses names that share memory, such as those of a layer that several of CoaT's blocks share.
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    # One entry: safetensors writes several in a random order, and equal weights shall be equal files.
+    data: bytes = save(tensors, metadata={METADATA: json.dumps({**facts, "sha256": _digest(tensors)})})
+    return data
+
+
+def has_its_digest(path: Path, state: StateDict) -> bool:
+    """Whether ``state``, read from ``path``, has the digest stored there; True for a file without one.
+
+    Raises SafetensorError or OSError where the file cannot be read.
+    """
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(METADATA)
+    if text is None:
+        return True
+    try:
+        return bool(json.loads(text)["sha256"] == _digest(state))
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _digest(state: StateDict) -> str:
+    """SHA-256 (hex) of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"weights file {path} is damaged, or holds more than tensors and is refused because loading it could run "
+            f"code; save its state dict as .safetensors where you trust it ({reason})"
+        ) from None
+    except Exception as error:
+        raise UserError(f"weights file {path} cannot be read: {str(error).strip().splitlines()[0]}") from None
+
+
+def fit_state(
+    module: nn.Module, state: StateDict, *, new: Iterable[str], source: str, ignored: tuple[str, ...] = ()
+) -> WeightLoadReport:
+    """Load ``state`` into ``module``, all of it, except for the parts named in ``new`` where they do not fit.
+
+    ``ignored`` are prefixes of names that the architecture deliberately leaves out (auxiliary classifiers).
+    Raises UserError listing what else is missing, unexpected or of another shape; the module is then unchanged.
+    """
+    own = module.state_dict()
+    state = {name: tensor for name, tensor in state.items() if not is_under(name, ignored)}
+    notes, left_out = _adapt_first_convolution(module, own, state), []
+    for part in new:
+        inside = {name: tuple(tensor.shape) for name, tensor in state.items() if is_under(name, (part,))}
+        if inside == {name: tuple(tensor.shape) for name, tensor in own.items() if is_under(name, (part,))}:
+            notes.append(f"{part}: the layer in the weights fits and is kept")
+            continue
+        left_out.append(part)
+        notes.append(f"{part} is new; left out of the weights: {_listed(inside)}")
+        own = {name: tensor for name, tensor in own.items() if not is_under(name, (part,))}
+        state = {name: tensor for name, tensor in state.items() if name not in inside}
+    _check_fit(own, state, source)
+    module.load_state_dict(state, strict=False)
+    return WeightLoadReport(notes, left_out)
+
+
+def _adapt_first_convolution(module: nn.Module, own: StateDict, state: StateDict) -> list[str]:
+    """Weights for colour images in a model for grey ones: summed over the channels, as timm does."""
+    first = next((name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)), None)
+    name = f"{first}.weight"
+    if name not in own or name not in state or state[name].ndim != 4:
+        return []
+    theirs, ours = state[name].shape, own[name].shape
+    if theirs[1] == ours[1] or (theirs[0], *theirs[2:]) != (ours[0], *ours[2:]):
+        return []
+    from timm.models import adapt_input_conv
+
+    state[name] = adapt_input_conv(ours[1], state[name])
+    return [f"{name}: adapted from {theirs[1]} input channels to {ours[1]}"]
+
+
+def _check_fit(own: StateDict, state: StateDict, source: str) -> None:
+    """Raise UserError unless both hold the same names and shapes. Old files lack batch norm's counts of batches."""
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in own]
+    misshapen = [
+        f"{name} ({_shape(state[name].shape)} in the file, {_shape(own[name].shape)} in the model)"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(faults.values()):
+        text = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in faults.items() if names)
+        raise UserError(f"{source} belongs to another architecture: {text}")
+
+
+def map_efficientnet_lite(state: StateDict, blocks: Iterable[Iterable[nn.Module]]) -> StateDict:
+    """Names of the efficientnet_lite_pytorch package to those of timm's tf_efficientnet_lite models.
+
+    That package numbers all blocks in one list, timm (``blocks``) by stage and block. Only the first block has no
+    expansion, and in it batch norms are numbered differently.
+    """
+    flat = [f"blocks.{s}.{b}" for s, stage in enumerate(blocks) for b, _ in enumerate(stage)]
+    mapped: StateDict = {}
+    for key, tensor in state.items():
+        parts = key.split(".")
+        if parts[0] == "_blocks" and len(parts) == 4 and int(parts[1]) < len(flat):
+            names = _EXPANDED if f"_blocks.{parts[1]}._expand_conv.weight" in state else _SEPARABLE
+            key = f"{flat[int(parts[1])]}.{names.get(parts[2], parts[2])}.{parts[3]}"
+        elif parts[0] in _OUTSIDE:
+            key = ".".join((_OUTSIDE[parts[0]], *parts[1:]))
+        mapped[key] = tensor
+    return mapped
+
+
+_OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_EXPANDED = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+
+def map_densenet(state: StateDict) -> StateDict:
+    """Names in torchvision's published DenseNet files (``denselayer1.norm.1``) to today's (``denselayer1.norm1``)."""
+    return {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", key): t for key, t in state.items()}
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    """Names and shapes, the largest tensor first."""
+    largest_first = sorted(shapes.items(), key=lambda item: -math.prod(item[1]))
+    return ", ".join(f"{name} ({_shape(shape)})" for name, shape in largest_first) or "nothing, there is no such layer"
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(str(size) for size in shape)

@@ -1,0 +1,274 @@
+"""Where a recipe's values come from: files joined by ``extends``, and ``--set`` arguments."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+import tomli
+
+from toolkit.recipe.diagnostics import Diagnostic, Location, RecipeError, dotted
+from toolkit.recipe.resolve import fill_in_earlier_defaults, is_resolved
+from toolkit.recipe.toml_positions import KeyPath, SourcePosition, SourceSpan, scan
+
+MAX_BYTES = 64 * 1024
+"""Of a recipe file and all that it extends. A long recipe has 5 KB; the limit keeps hostile ones from taking time."""
+
+MAX_PARENTS = 8
+MAX_NESTING = 12
+"""Tables and lists within one another; the language itself needs 5."""
+
+SET = "--set"
+_PLACE = re.compile(r"(?P<text>.*?) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)\Z", re.DOTALL)
+_BARE_WORD = re.compile(r"\s*(?P<word>(?:[^\W\d]|~?/|\.\.?/)[\w./:+~-]*)\s*(?:#.*)?\Z")
+_DOTTED_RUN = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")
+
+
+@dataclass(frozen=True)
+class ConfigLayer:
+    """One TOML text with its values and their places."""
+
+    name: str
+    """Path as shown to the user, or ``--set``."""
+    lines: list[str]
+    data: dict[str, Any]
+    spans: dict[KeyPath, SourceSpan]
+    note: str | None = None
+    """How its values came into the recipe, for those that were inherited."""
+
+    def location(self, path: KeyPath, *, at_key: bool) -> Location | None:
+        """Place of a key or value here, or of the innermost entry around it that has one."""
+        while path and path not in self.spans:
+            path, at_key = path[:-1], True
+        if not path:
+            return None
+        span = self.spans[path]
+        return _location(self.name, self.lines, span.key if at_key else span.value)
+
+
+@dataclass
+class LayeredConfig:
+    """The values of all sources together, later ones over earlier ones, and which source gave each."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    origins: dict[KeyPath, ConfigLayer] = field(default_factory=dict)
+
+    def add(self, source: ConfigLayer) -> None:
+        """Lay a source over what is there: tables key by key, everything else replaced."""
+        self._add(self.data, source.data, (), source)
+
+    def _add(self, into: dict[str, Any], new: dict[str, Any], path: KeyPath, source: ConfigLayer) -> None:
+        for key, value in new.items():
+            place = (*path, key)
+            self.origins[place] = source
+            if isinstance(value, dict):
+                if not isinstance(into.get(key), dict):
+                    into[key] = {}
+                self._add(into[key], value, place, source)
+            else:
+                into[key] = value
+
+    def has(self, path: KeyPath) -> bool:
+        """Whether any source gives this key."""
+        value: Any = self.data
+        for part in path:
+            is_there = (
+                part in value if isinstance(value, dict) else isinstance(value, list) and part in range(len(value))
+            )
+            if not is_there:
+                return False
+            value = value[part]
+        return True
+
+    def origin(self, path: KeyPath) -> ConfigLayer | None:
+        """The source of a value, or of the innermost table or list around it."""
+        while path and path not in self.origins:
+            path = path[:-1]
+        return self.origins.get(path)
+
+
+def read_chain(path: str | os.PathLike[str]) -> list[ConfigLayer]:
+    """A recipe file and all that it extends, the eldest first; parents without [expect]. Raises RecipeError."""
+    sources: list[ConfigLayer] = []
+    seen: list[str] = []
+    chain: list[str] = []
+    name, asked_at, size = os.fspath(path), None, 0
+    while True:
+        real, chain = os.path.realpath(name) if "\0" not in name else name, [*chain, name]
+        if real in seen:
+            raise _fault("extends leads back to a recipe that it came from", asked_at, name, _chain(chain))
+        if len(seen) > MAX_PARENTS:
+            raise _fault(f"more than {MAX_PARENTS} recipes extend one another", asked_at, name, _chain(chain))
+        seen.append(real)
+        text = _read(name, asked_at, chain)
+        note = f"inherited: {_chain(chain)}" if len(chain) > 1 else None
+        size += len(text.encode())
+        if size > MAX_BYTES:
+            raise _fault(f"the recipes together are larger than {MAX_BYTES // 1024} KiB", asked_at, name, note)
+        source = parse(name, text, note)
+        parent = source.data.pop("extends", None)
+        if len(chain) > 1:  # [expect] is a promise about one recipe, not about those that extend it
+            source.data.pop("expect", None)
+        sources.insert(0, source)
+        if parent is None:
+            return sources
+        asked_at = source.location(("extends",), at_key=False)
+        if not isinstance(parent, str) or not parent:
+            raise _fault("extends: expected the path of one recipe, as text", asked_at, name, None)
+        name = os.path.normpath(os.path.join(os.path.dirname(name), parent))
+
+
+def parse(name: str, text: str, note: str | None = None) -> ConfigLayer:
+    """A TOML text with its places. Raises RecipeError where it is no TOML or nested too deeply."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    try:
+        run = _DOTTED_RUN.search(text)  # tomli's time grows with the square of a key's parts
+        if run:
+            raise RecursionError
+        data = tomli.loads(text)
+    except RecursionError:
+        raise RecipeError(
+            [Diagnostic("error", "lists, tables or keys are nested too deeply", file=name, note=note)]
+        ) from None
+    except ValueError as error:  # TOMLDecodeError, and Python's own for numbers of thousands of digits
+        raise RecipeError([_syntax_fault(name, lines, error, note)]) from None
+    deep = _too_deep(data)
+    if deep:
+        message = f"{dotted(deep[:4])}: nested more than {MAX_NESTING} levels deep"
+        raise RecipeError([Diagnostic("error", message, file=name, note=note)])
+    if is_resolved(text):
+        fill_in_earlier_defaults(data)
+    return ConfigLayer(name, lines, data, scan(text), note)
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[ConfigLayer]:
+    """The ``--set`` arguments. Raises RecipeError naming all that are no ``table.key=value``."""
+    sources, faults = [], []
+    for argument in arguments:
+        try:
+            sources.append(_parse_override(argument))
+        except RecipeError as error:
+            faults += error.diagnostics
+    if faults:
+        raise RecipeError(faults)
+    return sources
+
+
+def _parse_override(argument: str) -> ConfigLayer:
+    key, equals, value = argument.partition("=")
+    start = _location(SET, [argument.split("\n")[0]], SourcePosition(1, 1))
+    if not equals or not key.strip() or "\n" in argument or "\r" in argument or len(argument) > MAX_BYTES:
+        raise RecipeError([Diagnostic("error", "expected table.key=value, on one line", location=start)])
+    try:
+        source = parse(SET, argument)
+    except RecipeError as error:
+        at_value = _location(SET, [argument], SourcePosition(1, len(key) + 2))
+        word = _BARE_WORD.match(value)
+        if word and word["word"] not in ("true", "false", "inf", "nan"):
+            message = f"{word['word']} is not a TOML value"
+            hint = f"put text into quotes: --set '{key.strip()}=\"{value.strip()}\"'"
+            raise RecipeError([Diagnostic("error", message, location=at_value, hint=hint)]) from None
+        if not value.strip():
+            raise RecipeError([Diagnostic("error", "expected a value after =", location=at_value)]) from None
+        raise error from None
+    if "extends" in source.data:
+        raise RecipeError([Diagnostic("error", "extends can only stand in a recipe file", location=start)])
+    return source
+
+
+def _read(name: str, asked_at: Location | None, chain: list[str]) -> str:
+    """The text of a recipe file; ``asked_at`` is the place of the ``extends`` that named it, if one did."""
+    note = _chain(chain) if len(chain) > 1 else None
+    try:
+        mode = os.stat(name).st_mode
+        if not stat.S_ISREG(mode):
+            what = "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
+            raise _fault(f"{name} {what}, expected a recipe file", asked_at, name, note)
+        with open(name, "rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise _fault(f"there is no recipe {name}", asked_at, name, note, _neighbour(name)) from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise _fault(f"cannot read {name}: {reason}", asked_at, name, note) from None
+    if len(content) > MAX_BYTES:
+        raise _fault(f"{name} is larger than {MAX_BYTES // 1024} KiB, too large for a recipe", asked_at, name, note)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise _fault(
+            f"{name} is not UTF-8 text: byte {content[error.start]:#04x} in line {line}", asked_at, name, note
+        ) from None
+
+
+def _neighbour(name: str) -> str | None:
+    """A hint that names a recipe of a similar name in the same folder."""
+    from toolkit.recipe.catalog import nearest
+
+    folder = os.path.dirname(name) or "."
+    try:
+        with os.scandir(folder) as entries:
+            known = [entry.name for _, entry in zip(range(1000), entries, strict=False) if entry.name.endswith(".toml")]
+    except (OSError, ValueError):
+        return f"the folder {folder} does not exist"
+    similar = nearest(PurePath(name).name, known, 1)
+    return f"did you mean {os.path.join(os.path.dirname(name), similar[0])}?" if similar else None
+
+
+def _syntax_fault(name: str, lines: list[str], error: ValueError, note: str | None) -> Diagnostic:
+    match = _PLACE.match(str(error))
+    if not match:
+        return Diagnostic("error", "not valid TOML: a number with too many digits", file=name, note=note)
+    if match["line"]:
+        place = SourcePosition(int(match["line"]), int(match["column"]))
+    else:
+        place = SourcePosition(len(lines), len(lines[-1]) + 1)
+    text = match["text"][:1].lower() + match["text"][1:]
+    hint = _syntax_hint(text, lines[place.line - 1][place.column - 1 :])
+    return Diagnostic("error", f"not valid TOML: {text}", (), _location(name, lines, place), hint, note)
+
+
+def _syntax_hint(text: str, rest: str) -> str | None:
+    if "cannot overwrite" in text or "twice" in text:
+        return "this key or table was given before"
+    word = _BARE_WORD.match(rest)
+    if text == "invalid value" and word:
+        lower = word["word"].lower()
+        return f"write {lower}" if lower in ("true", "false") else f'put text into quotes: "{word["word"]}"'
+    return None
+
+
+def _too_deep(data: dict[str, Any]) -> KeyPath | None:
+    """A path within too many tables and lists, if there is one. Not recursive: the nesting may be deep indeed."""
+    stack: list[tuple[KeyPath, Any]] = [((), data)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, dict | list) and len(path) >= MAX_NESTING:
+            return path
+        if isinstance(value, dict):
+            stack += [((*path, key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            stack += [((*path, index), item) for index, item in enumerate(value)]
+    return None
+
+
+def _fault(
+    message: str, asked_at: Location | None, name: str, note: str | None, hint: str | None = None
+) -> RecipeError:
+    if asked_at is None:
+        return RecipeError([Diagnostic("error", message, hint=hint, note=note)])
+    return RecipeError([Diagnostic("error", message, ("extends",), asked_at, hint, note)])
+
+
+def _chain(names: list[str]) -> str:
+    return " extends ".join(names)
+
+
+def _location(name: str, lines: list[str], place: SourcePosition) -> Location:
+    return Location(name, place.line, place.column, lines[place.line - 1])

@@ -1,0 +1,120 @@
+"""Types and values of the schema in plain words, for messages and for the reference page."""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Any
+
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from toolkit.recipe.base import (
+    NAME_PATTERN,
+    SLURM_FEATURES,
+    SLURM_MEMORY,
+    SLURM_OPTION,
+    SLURM_TIME,
+    SLURM_WORD,
+)
+from toolkit.recipe.toml_writer import toml_value
+
+SHOWN = 60
+"""Longer values are cut in messages, in characters."""
+
+
+PATTERNS = {
+    NAME_PATTERN: "text that begins with a letter or digit and goes on with letters, digits and _+=,@-, "
+    "single spaces and dots between them, 100 characters at most",
+    SLURM_WORD: "text of letters, digits and _.,@+-",
+    SLURM_FEATURES: "text of letters, digits and _.,:&|*()[]@+-",
+    SLURM_MEMORY: "a size such as 64G (K, M, G or T; alone, megabytes)",
+    SLURM_TIME: "a time such as 90 (minutes), 4:00:00 or 2-12:00:00 (days-hours)",
+    SLURM_OPTION: "an option of sbatch such as --exclusive or --mail-type=FAIL, without spaces or quotation marks",
+}
+"""What texts of a pattern look like."""
+
+
+def describe_type(annotation: Any, constraints: tuple[Any, ...] = ()) -> str:
+    """What an annotation admits: ``a number from 0 to 1 or a whole number >= 1``."""
+    annotation, inner = unwrap_annotation(annotation)
+    constraints = (*constraints, *inner)
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(
+            describe_type(member, constraints) for member in typing.get_args(annotation) if member is not types.NoneType
+        )
+    if origin is typing.Literal:
+        return _either([toml_value(value) for value in typing.get_args(annotation)])
+    if origin is list:
+        return _list(typing.get_args(annotation)[0], constraints)
+    if annotation is bool:
+        return "true or false"
+    if annotation is str:
+        return _text(constraints)
+    if annotation in (int, float):
+        return " ".join(filter(None, ["a whole number" if annotation is int else "a number", _range(constraints)]))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a table {{ {', '.join(f'{name} = ...' for name in annotation.model_fields)} }}"
+    return "a table"
+
+
+def unwrap_annotation(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The annotation within ``Annotated`` and without ``| None``, and the constraints that stood around it."""
+    constraints: tuple[Any, ...] = ()
+    while True:
+        if typing.get_origin(annotation) is typing.Annotated:
+            annotation, *extra = typing.get_args(annotation)
+            for item in extra:
+                constraints += tuple(item.metadata) if isinstance(item, FieldInfo) else (item,)
+        elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+            members = [member for member in typing.get_args(annotation) if member is not types.NoneType]
+            if len(members) > 1:
+                return annotation, constraints
+            annotation = members[0]
+        else:
+            return annotation, constraints
+
+
+def describe_value(value: Any) -> str:
+    """A value that is out of place, cut to a readable length: ``the text "8"``, ``1.5``, ``a table``."""
+    if isinstance(value, dict):
+        return "a table"
+    text = toml_value(value)
+    text = text if len(text) <= SHOWN else text[: SHOWN - 4] + "..." + text[-1]
+    return f"the text {text}" if isinstance(value, str) else text
+
+
+def _either(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _text(constraints: tuple[Any, ...]) -> str:
+    for item in constraints:
+        if getattr(item, "pattern", None) in PATTERNS:
+            return PATTERNS[item.pattern]
+    return "text, not empty" if _bound(constraints, MinLen, "min_length") else "text"
+
+
+def _list(item: Any, constraints: tuple[Any, ...]) -> str:
+    least, most = _bound(constraints, MinLen, "min_length"), _bound(constraints, MaxLen, "max_length")
+    if least is not None and most is not None:
+        size = f" of {least}" if least == most else f" of {least} to {most}"
+    else:
+        size = f" of at least {least}" if least is not None else ""
+    return f"a list{size}, each {describe_type(item)}"
+
+
+def _range(constraints: tuple[Any, ...]) -> str:
+    ge, gt = _bound(constraints, Ge, "ge"), _bound(constraints, Gt, "gt")
+    le, lt = _bound(constraints, Le, "le"), _bound(constraints, Lt, "lt")
+    if ge is not None and le is not None:
+        return f"from {ge} to {le}"
+    low = f">= {ge}" if ge is not None else f"> {gt}" if gt is not None else ""
+    high = f"<= {le}" if le is not None else f"< {lt}" if lt is not None else ""
+    return " and ".join(filter(None, [low, high]))
+
+
+def _bound(constraints: tuple[Any, ...], kind: type, name: str) -> Any:
+    return next((getattr(item, name) for item in constraints if isinstance(item, kind)), None)

@@ -1,0 +1,178 @@
+"""The filters of a model's first convolution: before and after training, and what they make of an image."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from PIL import Image
+
+from toolkit.errors import UserError
+from toolkit.report.plot_style import columns_for, short
+from toolkit.report.run_data import ConvFilters
+
+Floats = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+
+SHOWN = 256
+"""At most so many filters are drawn."""
+CHOSEN = 8
+"""So many filters are applied to an image where none are asked for by number."""
+TILE, GAP, NUMBER = 48, 6, 16
+"""Side of a filter as drawn, room between filters, height of the number above one; pixels."""
+CELL = (TILE + GAP + NUMBER, TILE + GAP)
+"""Height and width of what one filter takes."""
+SIDE = 128
+"""A response of more pixels is thinned out, as a layer with strides does."""
+LETTERS = 12
+"""Letters of a title, 9 points high, per inch of a figure's width."""
+HEADER = 0.6
+"""Room for the titles, inches."""
+
+
+def filters_figure(title: str, filters: ConvFilters) -> Figure:
+    """All filters before training (left) and after (right), numbered from 1, as the reports do.
+
+    Each is brought to its own full range, so that its pattern shows: grey is 0. With three input channels these are
+    red, green and blue; of other numbers of channels the mean is drawn in grey.
+    """
+    count = min(len(filters.after), SHOWN)
+    columns = columns_for(count, CELL[1] / CELL[0])
+    sheets = [_sheet(weights[:count], columns) for weights in (filters.before, filters.after)]
+    side, gap = 4.4, 0.3
+    width, height = 2 * side + gap, side * sheets[0].shape[0] / sheets[0].shape[1] + HEADER
+    figure = Figure(figsize=(width, height))
+    for number, (sheet, when) in enumerate(zip(sheets, ("before training", "after training"), strict=True)):
+        place = (number * (side + gap) / width, 0, side / width, 1 - HEADER / height)
+        axes = figure.add_axes(place)
+        axes.imshow(sheet, interpolation="none")
+        axes.set_axis_off()
+        axes.set_title(when, fontsize=8, pad=3)
+        for index in range(count):
+            top, left = _place(index, columns)
+            axes.text(left, top + NUMBER - 4, str(index + 1), fontsize=min(7.0, 70 / columns))
+    some = f", first {count} of {len(filters.after)}" if count < len(filters.after) else ""
+    change = 100 * float(relative_change(filters).mean())
+    what = f"filters of {filters.layer.removesuffix('.weight')}{some}; mean change {change:.2g} %"
+    figure.text(
+        0.5, 1 - 0.15 / height, f"{short(title, 60)}: {what}", ha="center", va="center", fontsize=9, parse_math=False
+    )
+    return figure
+
+
+def _sheet(weights: Floats, columns: int) -> Pixels:
+    """All filters on one transparent sheet, RGBA."""
+    rows = -(-len(weights) // columns)
+    sheet = np.zeros((rows * CELL[0], columns * CELL[1], 4), dtype=np.uint8)
+    for index, one in enumerate(weights):
+        top, left = _place(index, columns)
+        place = sheet[top + NUMBER : top + NUMBER + TILE, left : left + TILE]
+        place[..., :3], place[..., 3] = filter_picture(one, TILE), 255
+    return sheet
+
+
+def _place(index: int, columns: int) -> tuple[int, int]:
+    """Top and left of a filter's cell."""
+    return index // columns * CELL[0], index % columns * CELL[1] + GAP // 2
+
+
+def filter_picture(weights: Floats, side: int) -> Pixels:
+    """A filter [C, h, w] as a picture [side, side, 3]; 0 is grey, its greatest absolute weight black or white."""
+    channels = weights if len(weights) == 3 else weights.mean(0, keepdims=True)
+    scaled = 0.5 + 0.5 * channels / max(float(np.abs(channels).max()), 1e-12)
+    pixels = np.rint(255 * scaled).astype(np.uint8).transpose(1, 2, 0)
+    if pixels.shape[-1] == 1:
+        pixels = pixels.repeat(3, axis=-1)
+    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST))
+
+
+def relative_change(filters: ConvFilters) -> Floats:
+    """How far training has moved each filter: the distance in units of its first length, [filters]."""
+    axes = (1, 2, 3)
+    moved = np.sqrt(((filters.after - filters.before) ** 2).sum(axes))
+    lengths = np.sqrt((filters.before**2).sum(axes))
+    change: Floats = moved / np.maximum(lengths, 1e-12)
+    return change
+
+
+def choose(filters: ConvFilters, wanted: Sequence[int] = ()) -> tuple[list[int], str]:
+    """Indices of the filters asked for; else of those that training has changed most, or the strongest if none changed.
+
+    ``wanted`` are numbers from 1, the indices count from 0. The second value says which they are.
+
+    Raises UserError for a number that no filter has.
+    """
+    count = len(filters.after)
+    wrong = [number for number in wanted if not 1 <= number <= count]
+    if wrong:
+        raise UserError(f"--filters {wrong[0]}: {filters.layer} has {count} filters, numbered from 1 to {count}")
+    if wanted:
+        return [number - 1 for number in wanted], "the filters asked for"
+    change = relative_change(filters)
+    is_changed = bool(change.max() > 0)
+    rank = change if is_changed else (filters.after**2).sum((1, 2, 3))
+    which = "the filters that training has changed most" if is_changed else "the strongest filters (none has changed)"
+    return [int(i) for i in np.argsort(-rank, kind="stable")[:CHOSEN]], which
+
+
+def channel_products(weights: Floats, image: Floats) -> Floats:
+    """Each channel of an image [C, H, W] filtered by its own part of the filter [C, h, w], stride 1, no padding.
+
+    Float32 [C, H - h + 1, W - w + 1]; the sum over the channels is the filter's response.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(image, weights.shape[1:], axis=(1, 2))
+    out: Floats = np.einsum("cyxij,cij->cyx", windows, weights, optimize=True)
+    return out
+
+
+def tinted(products: Floats) -> Floats:
+    """Products of red, green and blue [3, H, W] as an image [H, W, 3] in 0..1: gray is 0, on one scale."""
+    reach = max(float(np.abs(products).max()), 1e-12)
+    picture: Floats = (0.5 + 0.5 * products / reach).transpose(1, 2, 0)
+    return picture
+
+
+def effect_figure(
+    title: str, filters: ConvFilters, chosen: Sequence[int], picture: Image.Image, image: Floats
+) -> Figure:
+    """An image, and each chosen filter with what it makes of the image before and after training.
+
+    ``chosen`` are indices from 0. ``picture`` is the image as a person knows it, ``image`` as the model gets it,
+    [C, H, W]. The colors of a response reach from minus to plus its own greatest absolute value; white is 0. Of images
+    with three channels the products of the channels are shown too, as an image: a filter that passes one color more
+    than the others gives it a tint, which the response, their sum, does not show.
+    """
+    labels = ["response\nbefore\ntraining", "response\nafter\ntraining"]
+    if len(image) == 3:
+        labels += ["red, green,\nblue products\nbefore", "red, green,\nblue products\nafter"]
+    columns, rows = len(chosen) + 2, len(labels) + 1
+    width = 1.2 * columns
+    figure = Figure(figsize=(width, 1.1 * rows + 0.8), layout="constrained")
+    cells = figure.subplots(rows, columns, squeeze=False, height_ratios=[0.7, *(1 for _ in labels)])
+    for cell in cells.flat:
+        cell.set_axis_off()
+    for row, label in enumerate(["filter after\ntraining", *labels]):
+        cells[row, 0].text(0.5, 0.5, label, ha="center", va="center", fontsize=8, transform=cells[row, 0].transAxes)
+    is_small = max(picture.size) <= SIDE
+    enlarged = picture.convert("RGB").resize((160, 160), Image.Resampling.NEAREST if is_small else None)
+    cells[1, 1].imshow(enlarged, interpolation="none")
+    cells[1, 1].set_title("image", fontsize=8)
+    for column, index in enumerate(chosen, 2):
+        cells[0, column].imshow(filter_picture(filters.after[index], TILE), interpolation="none")
+        cells[0, column].set_title(f"filter {index + 1}", fontsize=8)
+        for row, weights in ((1, filters.before), (2, filters.after)):
+            products = channel_products(weights[index], image)
+            step = -(-max(products.shape[1:]) // SIDE)
+            products = products[:, ::step, ::step]
+            found = products.sum(0)
+            reach = max(float(np.abs(found).max()), 1e-12)
+            cells[row, column].imshow(found, cmap="PuOr", vmin=-reach, vmax=reach, interpolation="none")
+            if len(image) == 3:
+                cells[row + 2, column].imshow(tinted(products), interpolation="none")
+    scale = "responses: orange -, white 0, purple +" + ("; products: gray 0" if len(image) == 3 else "")
+    what = f"{title}: filters of the first layer on an image ({scale})"
+    figure.suptitle(textwrap.fill(what, int(width * LETTERS)), fontsize=9, parse_math=False)
+    return figure

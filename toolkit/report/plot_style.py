@@ -1,0 +1,146 @@
+"""One look for all figures: colours, fonts, and the formats that print and screen want."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import math
+import re
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from toolkit.errors import UserError
+from toolkit.runs import write_atomically
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#e69f00", "#56b4e9", "#009e73"
+YELLOW, BLUE, VERMILION, PURPLE = "#f0e442", "#0072b2", "#d55e00", "#cc79a7"
+"""Told apart by people with any colour vision (Okabe & Ito 2008)."""
+
+CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+"""For lines on white, the best visible first; yellow is not."""
+
+SPLIT_COLOURS = {"train": BLUE, "validation": VERMILION, "test": GREEN}
+
+INK, GRID = "#1a1a1a", "#d9d9d9"
+"""Text and axes, and the lines behind the data."""
+
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans")
+"""Tried in this order for each character, as far as they are installed."""
+
+PAGE_COLOURS = {
+    INK: "var(--ink)", BLACK: "var(--ink)", GRID: "var(--line)", "#ffffff": "var(--paper)", BLUE: "var(--blue)",
+    GREEN: "var(--green)", ORANGE: "var(--orange)", VERMILION: "var(--vermilion)", PURPLE: "var(--purple)",
+    SKY: "var(--sky)",
+}  # fmt: skip
+"""On a page, which may be dark."""
+
+NARROW = 290
+"""Points; a figure up to this width is shrunk to fit a phone, a wider one is scrolled so that it stays legible."""
+
+PRINT = ("svg", "pdf")
+DPI = 150
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+
+
+@contextlib.contextmanager
+def plot_style(log: Callable[[str], None]) -> Iterator[None]:
+    """Draw and save within this. Characters that no installed font has are told in one line at the end."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    settings: Any = {
+        "font.family": [name for name in FONTS if name in installed],
+        "svg.fonttype": "path",
+        "svg.hashsalt": "toolkit",  # the same figure is the same file
+        "pdf.fonttype": 42,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.titlesize": 10,
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "grid.color": GRID,
+        "grid.linewidth": 0.6,
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    }
+    with warnings.catch_warnings(record=True) as caught, matplotlib.rc_context(settings):
+        warnings.simplefilter("always")
+        yield
+    glyphs = {int(found[1]) for item in caught if (found := re.match(r"Glyph (\d+)", str(item.message)))}
+    if glyphs:
+        shown = " ".join(chr(glyph) for glyph in sorted(glyphs)[:20])
+        log(f"the figures lack these characters, which no installed font has: {shown} (Noto Sans CJK has most)")
+
+
+def save(figure: Figure, folder: Path, name: str, kinds: tuple[str, ...] = PRINT) -> list[Path]:
+    """Write a figure into ``folder`` in each format. Raises UserError where that cannot be done."""
+    paths = [folder / f"{name}.{kind}" for kind in kinds]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            write_atomically(path, _bytes(figure, path.suffix[1:]))
+            figure.set_layout_engine("none")  # what the first format has laid out stays
+    except OSError as error:
+        raise UserError(f"the figures cannot be written to {folder}: {error.strerror}") from None
+    return paths
+
+
+def page_svg(figure: Figure, label: str, *, is_light: bool = False) -> str:
+    """The figure for an HTML page: an SVG element with text as text, in the page's colours and font.
+
+    ``label`` says to those who cannot see it what it shows. With ``is_light`` it is dark on white in either theme: for
+    colour scales, which are made for white.
+    """
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = _bytes(figure, "svg", transparent=True).decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)
+    width = figure.get_figwidth() * 72
+    size = f"min-width:{1.22 * width if width > NARROW else 0:.0f}px;max-width:{1.6 * width:.0f}px"
+    kind = "drawn light" if is_light else "drawn"
+    text = text.replace("<svg ", f'<svg class="{kind}" style="{size}" role="img" aria-label="{html.escape(label)}" ', 1)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # no id twice on a page
+    text = re.sub(r"font-family: [^;\"]*; ", "", text)
+    return text if is_light else re.sub(r"#[0-9a-f]{6}\b", lambda found: PAGE_COLOURS.get(found[0], found[0]), text)
+
+
+def _bytes(figure: Figure, kind: str, **settings: Any) -> bytes:
+    data = io.BytesIO()
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    figure.savefig(data, format=kind, dpi=DPI, metadata=metadata, **settings)
+    return data.getvalue()
+
+
+def grid(axes: Axes, axis: str = "y") -> None:
+    """Lines behind the data, across one axis."""
+    axes.grid(axis=axis)  # type: ignore[arg-type]
+
+
+def fitted(title: str, inches: float, size: float = 10.0) -> str:
+    """A title on as many lines as a figure ``inches`` wide needs; ``size`` is that of the font, in points."""
+    return textwrap.fill(title, max(12, int(inches * 72 / (0.62 * size))))  # a character is about 0.6 of the size wide
+
+
+def short(name: str, length: int) -> str:
+    """A name cut to ``length`` characters."""
+    return name if len(name) <= length else name[: length - 1] + ELLIPSIS
+
+
+def columns_for(count: int, aspect: float) -> int:
+    """Columns of a sheet of ``count`` cells, each ``aspect`` times as wide as high: somewhat wider than high.
+
+    Of such numbers, one that fills the last row.
+    """
+    wanted = max(1, min(count, round(math.sqrt(count / aspect * 1.3))))
+    return min(range(wanted, min(count, wanted + 2) + 1), key=lambda columns: -count % columns)

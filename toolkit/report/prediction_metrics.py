@@ -1,0 +1,114 @@
+"""Figures of a run's predictions: confusion, accuracy by class, calibration, the worst mistakes. NumPy alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Counts = Ints
+Floats = npt.NDArray[np.float64]
+
+BINS = 15
+"""Of confidence, equally wide, as Guo et al. (2017) take them."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The rows of predictions.csv, in their order."""
+
+    names: list[str]
+    """Of the images."""
+    classes: list[str]
+    labels: Ints
+    """True class, an index into ``classes``, [N]."""
+    predictions: Ints
+    """Most probable class, [N]."""
+    probabilities: Floats
+    """Its probability, 0..1, [N]."""
+
+    @property
+    def right(self) -> npt.NDArray[np.bool_]:
+        """Whether each is right, [N]."""
+        is_right: npt.NDArray[np.bool_] = self.labels == self.predictions
+        return is_right
+
+    def worst(self, count: int) -> Ints:
+        """Rows of the mistakes made with the highest probability, at most ``count``, the worst first."""
+        wrong = np.flatnonzero(~self.right)
+        return wrong[np.argsort(-self.probabilities[wrong], kind="stable")][:count]
+
+
+def confusion_matrix(found: Predictions) -> Ints:
+    """How often an image of class i (row) was taken for class j (column), [K, K]."""
+    size = len(found.classes)
+    flat = np.bincount(found.labels * size + found.predictions, minlength=size * size)
+    return flat.reshape(size, size).astype(np.int64)
+
+
+def class_accuracy(matrix: Ints) -> Floats:
+    """Share of each class's images that were classified rightly, 0..1, [K]; NaN for a class without images."""
+    support = matrix.sum(1)
+    share: Floats = np.divide(matrix.diagonal(), support, out=np.full(len(matrix), np.nan), where=support > 0)
+    return share
+
+
+@dataclass(frozen=True)
+class ClassConfusion:
+    """One kind of mistake."""
+
+    label: int
+    prediction: int
+    count: int
+
+
+def confusions(matrix: Ints) -> list[ClassConfusion]:
+    """The kinds of mistakes, the most frequent first."""
+    wrong = matrix - np.diag(matrix.diagonal())
+    rows, columns = np.nonzero(wrong)
+    order = np.argsort(-wrong[rows, columns], kind="stable")
+    return [ClassConfusion(int(rows[i]), int(columns[i]), int(wrong[rows[i], columns[i]])) for i in order]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How far probabilities can be taken at their word, by bins of confidence."""
+
+    edges: Floats
+    """Of the bins, 0..1, [BINS + 1]; a bin holds its right edge and not its left one."""
+    counts: Ints
+    """Images in each bin, [BINS]."""
+    confidence: Floats
+    """Mean probability of each bin's predictions, [BINS]; NaN where it is empty."""
+    accuracy: Floats
+    """Share of them that are right, [BINS]; NaN where it is empty."""
+    expected_error: float
+    """Expected calibration error, 0..1: the mean over images of |accuracy - confidence| of their bin."""
+
+
+def calibration(probabilities: Floats, right: Sequence[bool] | npt.NDArray[np.bool_]) -> Calibration:
+    """Reliability of the predicted class's probability: Naeini et al. (2015); Guo et al. (2017), equation 3."""
+    edges = np.linspace(0, 1, BINS + 1)
+    bins = np.clip(np.ceil(probabilities * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    counts = np.bincount(bins, minlength=BINS)
+    filled = counts > 0
+
+    def mean(values: Floats) -> Floats:
+        sums = np.bincount(bins, weights=values, minlength=BINS)
+        means: Floats = np.divide(sums, counts, out=np.full(BINS, np.nan), where=filled)
+        return means
+
+    confidence, accuracy = mean(probabilities), mean(np.asarray(right, dtype=np.float64))
+    error = np.sum(counts[filled] * np.abs(accuracy - confidence)[filled]) / max(len(probabilities), 1)
+    return Calibration(edges, counts.astype(np.int64), confidence, accuracy, float(error))
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): what chance in the choice of ``count`` test images allows."""
+    z, share = 1.959964, right / count
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * float(np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)))
+    return middle - half, middle + half

@@ -1,0 +1,216 @@
+"""All that a run directory says, as far as it can be read: what is missing or damaged is named, the rest is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from toolkit.errors import UserError
+from toolkit.reading import read_json, require_file
+from toolkit.recipe import Recipe
+from toolkit.recipe.diagnostics import printable
+from toolkit.report.prediction_metrics import Ints, Predictions
+from toolkit.runs import Run
+from toolkit.training.lr_schedule import epoch_rank
+
+T = TypeVar("T")
+Record = dict[str, Any]
+
+SPLITS = ("train", "validation", "test")
+DAMAGE = (LookupError, TypeError, ValueError, OSError, AttributeError, ArithmeticError, RecursionError, RuntimeError)
+"""What reading a file of the right name and the wrong content raises."""
+
+
+@dataclass(frozen=True)
+class ConvFilters:
+    """The weights of the first convolution."""
+
+    layer: str
+    before: npt.NDArray[np.float32]
+    """Before training, [filters, channels, height, width]."""
+    after: npt.NDArray[np.float32]
+    """Of the best epoch, same shape."""
+
+
+@dataclass
+class RunData:
+    """What is known of a run."""
+
+    run: Run
+    recipe: Recipe | None = None
+    origins: dict[str, str] = field(default_factory=dict)
+    """For each key of the recipe where its value came from; empty where the run does not say."""
+    summary: Record | None = None
+    environment: Record = field(default_factory=dict)
+    epochs: list[Record] = field(default_factory=list)
+    """Records that close an epoch."""
+    steps: list[Record] = field(default_factory=list)
+    """Records within epochs."""
+    card: Record = field(default_factory=dict)
+    """checkpoints/model.json"""
+    split: Record = field(default_factory=dict)
+    """split.json: names of the images by split, and more."""
+    predictions: Predictions | None = None
+    filters: ConvFilters | None = None
+    missing: list[str] = field(default_factory=list)
+    """What cannot be shown, and why."""
+
+    @property
+    def name(self) -> str:
+        """Of the recipe."""
+        return self.recipe.recipe.name if self.recipe else self.run.path.resolve().parent.name
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the labels; empty where unknown."""
+        return list(self.card.get("classes", []))
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch whose model was kept."""
+        if self.summary:
+            return int(self.summary["best"]["epoch"])
+        select = self.recipe.train.select if self.recipe else "val/accuracy"
+        best = max(self.epochs, key=lambda record: epoch_rank(record, select))  # the first of equals
+        return int(best["epoch"])
+
+    @property
+    def best_label(self) -> str:
+        """What marks that epoch in figures."""
+        return "last" if self.recipe and self.recipe.train.select == "last" else "best"
+
+    @property
+    def last_epoch(self) -> int:
+        """The last epoch that came to its end."""
+        return int(self.epochs[-1]["epoch"])
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping ended the run."""
+        return bool(self.summary and self.summary.get("stopped_early"))
+
+    def try_load(self, what: str, read: Callable[[], T]) -> T | None:
+        """:func:`attempt`, with what failed in ``missing``."""
+        return try_load(self.missing, what, read)
+
+
+def try_load(missing: list[str], what: str, read: Callable[[], T]) -> T | None:
+    """``read()``, or None with a line in ``missing`` that says what cannot be shown, and why."""
+    try:
+        return read()
+    except UserError as error:
+        missing.append(printable(f"{what}: {error}"))
+    except DAMAGE as error:
+        missing.append(printable(f"{what}: damaged ({type(error).__name__}: {error})"))
+    return None
+
+
+def load_run_data(run: Run) -> RunData:
+    """Read a run. Raises UserError where it has no finished epoch to tell of."""
+    facts = RunData(run)
+    facts.recipe = facts.try_load("the recipe", lambda: run.recipe)
+    _read_metrics(facts)
+    if not facts.epochs:
+        raise UserError(
+            f"{run.path} has no finished epoch yet, so there is nothing to report ({_state(run)}); "
+            "`toolkit status` shows how far it is"
+        )
+    facts.summary = facts.try_load("figures of the test images", lambda: _checked_summary(facts))
+    facts.environment = facts.try_load("the environment", lambda: run.environment) or {}
+    facts.card = facts.try_load("the names of the classes", lambda: _checked_card(run)) or {}
+    facts.split = facts.try_load("the lists of images", lambda: run.split) or {}
+    facts.origins = facts.try_load("the origins of the recipe's values", lambda: run.origins) or {}
+    if (facts.summary is not None and run.has_test) or (run.path / "predictions.csv").exists():
+        facts.predictions = facts.try_load("predictions", lambda: _read_predictions(run, facts.classes))
+    facts.filters = facts.try_load("filters of the first layer", lambda: _read_filters(run))
+    return facts
+
+
+def _state(run: Run) -> str:
+    return "metrics.jsonl has no line of an epoch" if run.metrics_file.exists() else "it has no metrics.jsonl"
+
+
+def _read_metrics(facts: RunData) -> None:
+    """Lines of metrics.jsonl that can be read; the last one of a killed run may be half written."""
+    lines = facts.try_load("metrics", lambda: list(facts.run.metric_lines())) or []
+    bad = [number for number, line in enumerate(lines, 1) if isinstance(line, ValueError)]
+    for line in lines:
+        if not isinstance(line, ValueError):
+            record = _numbers(line)
+            (facts.epochs if "train/loss" in record else facts.steps).append(record)
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        facts.missing.append(f"{len(bad)} of {len(lines)} lines of metrics.jsonl: damaged (line {shown})")
+
+
+def _checked_summary(facts: RunData) -> Record:
+    """The summary, with numbers where there should be numbers."""
+    file = facts.run.path / "summary.json"
+    summary = read_json(file)  # what is whole of a damaged one is shown
+    for model in ("best", "stopped"):
+        if not isinstance(summary.get(model), dict) or not isinstance(summary[model].get("epoch"), int):
+            raise UserError(f"{file} is damaged: it has no {model}.epoch")
+        wrong = [key for key, value in summary[model].items() if not isinstance(value, int | float)]
+        facts.missing += [printable(f"{model}.{key}: {file} is damaged: that is no number") for key in wrong]
+    texts = {key: str(summary[key]) for key in ("device", "precision") if key in summary}
+    tables = {
+        key: _numbers(summary[key]) for key in ("best", "stopped", "images") if isinstance(summary.get(key), dict)
+    }
+    return _numbers(summary) | texts | tables
+
+
+def _numbers(values: Record) -> Record:
+    return {key: value for key, value in values.items() if isinstance(value, int | float)}
+
+
+def _checked_card(run: Run) -> Record:
+    card = run.model_card
+    classes = card.get("classes")
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{run.checkpoints / 'model.json'} is damaged: it lists no classes")
+    return card
+
+
+def _read_predictions(run: Run, classes: list[str]) -> Predictions:
+    rows = run.predictions()
+    if not classes:
+        classes = sorted({row[column] for row in rows for column in ("label", "prediction")})
+    index = {name: number for number, name in enumerate(classes)}
+    labels, predictions, probabilities = [], [], []
+    for number, row in enumerate(rows, 2):
+        try:
+            labels.append(index[row["label"]])
+            predictions.append(index[row["prediction"]])
+            probabilities.append(float(row["probability"]))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{run.path / 'predictions.csv'} is damaged at line {number}") from None
+    if not rows:
+        raise UserError(f"{run.path / 'predictions.csv'} is damaged: it has no rows")
+    names = [row["path"] for row in rows]
+    return Predictions(names, classes, _ints(labels), _ints(predictions), np.array(probabilities, dtype=np.float64))
+
+
+def _ints(values: list[int]) -> Ints:
+    return np.array(values, dtype=np.int64)
+
+
+def _read_filters(run: Run) -> ConvFilters:
+    """The first convolution's weights before and after training."""
+    from safetensors import SafetensorError, safe_open
+
+    if not run.first_layer.exists():
+        raise UserError(f"{run.first_layer} is missing: the model has no convolution, or an earlier version trained it")
+    for path in (run.first_layer, run.best_weights):
+        require_file(path)
+    try:
+        with safe_open(run.first_layer, "numpy") as file:
+            (layer,) = file.keys()
+            before = file.get_tensor(layer)
+        with safe_open(run.best_weights, "numpy") as file:
+            return ConvFilters(layer, before, file.get_tensor(layer))
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{run.checkpoints}: the weights cannot be read ({error})") from None

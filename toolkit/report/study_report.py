@@ -1,0 +1,121 @@
+"""A study's figures for print and its report in one HTML file, from the study's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.report.html import render
+from toolkit.report.plot_style import CYCLE, page_svg, plot_style, save
+from toolkit.report.run_data import DAMAGE, try_load
+from toolkit.report.run_report import ReportResult, write_page, write_report
+from toolkit.report.study_page import StudyReportData, study_page
+from toolkit.runs import Run
+from toolkit.study.directory import FILE, StudyDirectory
+from toolkit.study.export_tables import StudyResults, TableOptions, read_outcomes
+from toolkit.study.plots import study_figures
+
+LABELS = {
+    "curves-train-loss": "Training loss by epoch",
+    "curves-train-accuracy": "Training accuracy by epoch",
+    "curves-val-loss": "Validation loss by epoch",
+    "curves-val-accuracy": "Validation accuracy by epoch",
+    "best-so-far": "Best value found against the epochs trained",
+    "parallel-coordinates": "Parameters and outcome of each run",
+    "importance": "Importance of the parameters",
+}
+
+
+def write_study_report(
+    found: StudyResults,
+    folder: Path,
+    output: Path | None = None,
+    *,
+    figures_only: bool = False,
+    runs: bool = False,
+    data_root: str | None = None,
+    log: Callable[[str], None],
+) -> ReportResult:
+    """Write a study's figures, and its page to ``output`` (report.html in the study's folder by default).
+
+    ``runs``: first also the report of each run with a finished epoch; ``data_root`` is where their images are, if no
+    longer where the recipe says. Raises UserError where nothing can be written.
+    """
+    if runs:
+        _write_runs(found, folder, data_root, log)
+    drawn: list[tuple[str, str]] = []
+    files: list[Path] = []
+    with plot_style(log):
+        for name, figure in study_figures(found):
+            if not figures_only:
+                drawn.append((page_svg(figure, _label(name), is_light=_has_scale(found, name)), _label(name)))
+            files += save(figure, folder / "figures", name)
+    if figures_only:
+        return ReportResult(None, files, _troubles(found))
+    facts = _gather(found, folder)
+    page = study_page(found, facts, drawn, [file.name for file in files])
+    return ReportResult(write_page(render(page), output or folder / "report.html"), files, [*facts.missing])
+
+
+def read_study(folder: Path) -> StudyResults:
+    """What a study came to so far. Raises UserError where no run of it has a finished epoch."""
+    try:
+        found = read_outcomes(StudyDirectory(folder), TableOptions())
+    except DAMAGE as error:
+        raise UserError(f"{folder / FILE} is damaged ({type(error).__name__}: {error})") from None
+    if not any(result.epochs for result in found.results):
+        raise UserError(
+            f"no run of the study in {folder} has a finished epoch, so there is nothing to report; "
+            f"toolkit status {folder} shows how far they are"
+        )
+    return found
+
+
+def _label(name: str) -> str:
+    """What a figure is to a reader who cannot see it."""
+    if name.startswith("curves-by-"):
+        return f"Curves of all runs by {name.removeprefix('curves-by-')}"
+    return LABELS.get(name) or f"Best epoch against {name.removeprefix('levels-')}"
+
+
+def _has_scale(found: StudyResults, name: str) -> bool:
+    """Whether colours are a scale from light to dark, which is seen on white alone."""
+    is_scale = name.startswith(("curves-by-", "parallel-"))
+    return is_scale or (name.startswith("curves-") and len(found.rows) > len(CYCLE))
+
+
+def _write_runs(found: StudyResults, folder: Path, data_root: str | None, log: Callable[[str], None]) -> None:
+    members = dict.fromkeys(result.member.run for result in found.results if result.epochs and result.member.run)
+    for number, run in enumerate(members, 1):
+        log(f"run {number} of {len(members)}: {folder / run}")
+        for line in write_report(Run(folder / run), data_root=data_root, log=log).missing:
+            log(f"not shown: {line}")
+
+
+def _gather(found: StudyResults, folder: Path) -> StudyReportData:
+    missing = _troubles(found)
+    begun = dict.fromkeys(result.member.run for result in found.results if result.epochs or result.is_finished)
+    there = [Run(folder / name) for name in begun if name is not None]
+    read = _environments(there, missing)
+    first = next((run for run in there if (run.path / "recipe.toml").exists()), None)
+    if first is None:
+        missing.append("the recipe: no run has a recipe.toml")
+        return StudyReportData(folder, None, {}, read, missing)
+    recipe = try_load(missing, f"the recipe of {first.id}", lambda: first.recipe)
+    origins = try_load(missing, f"the origins of {first.id}'s values", lambda: first.origins) or {}
+    return StudyReportData(folder, recipe, origins, read, missing)
+
+
+def _environments(runs: Sequence[Run], missing: list[str]) -> list[dict[str, Any]]:
+    reasons: list[str] = []
+    found = [try_load(reasons, run.id, lambda run=run: run.environment) for run in runs]  # type: ignore[misc]
+    if reasons:
+        missing.append(f"the environment of {len(reasons)} of {len(runs)} runs; {reasons[0]}")
+    return [environment for environment in found if environment is not None]
+
+
+def _troubles(found: StudyResults) -> list[str]:
+    """Runs of which something cannot be shown; those that failed stand in the table's notes too."""
+    return [f"{r.member.row}, seed {r.member.seed}: {r.trouble}" for r in found.results if r.trouble]

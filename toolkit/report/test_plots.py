@@ -1,0 +1,111 @@
+"""Figures of the test images: confusion matrix, accuracy by class, reliability diagram."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from toolkit.formatting import plural
+from toolkit.report.html import percent
+from toolkit.report.plot_style import BLUE, GRID, INK, ORANGE, SKY, VERMILION, fitted, grid, short
+from toolkit.report.prediction_metrics import Calibration, Ints, Predictions, class_accuracy, confusion_matrix
+
+COUNTED = 25
+"""Up to so many classes the cells of a confusion matrix have their numbers in them."""
+
+LABELLED = 250
+"""More classes are drawn without their names."""
+
+
+def confusion_figure(title: str, found: Predictions) -> Figure:
+    """True class against predicted class; the colour is the share of the true class's images."""
+    matrix = confusion_matrix(found)
+    count = len(matrix)
+    share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = 0.45 * count if count <= COUNTED else 0.125 * min(count, LABELLED)
+    longest = min(max(len(name) for name in found.classes), 24) if count <= LABELLED else 0
+    room = 1.0 + 0.075 * longest
+    figure = Figure(figsize=(max(side, 2.6) + room + 0.9, max(side, 2.6) + room), layout="constrained")
+    axes = figure.subplots()
+    seen = np.ma.masked_equal(share, 0)  # zero is the colour of the paper
+    image = axes.imshow(seen, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="none")
+    if count <= LABELLED:
+        size = 8 if count <= COUNTED else 5.5
+        names = [short(name, 24) for name in found.classes]
+        axes.set_xticks(range(count), names, rotation=90, fontsize=size, parse_math=False)
+        axes.set_yticks(range(count), names, fontsize=size, parse_math=False)
+    axes.tick_params(length=0)
+    if count <= COUNTED:
+        _write_counts(axes, matrix, share)
+    axes.spines[:].set_visible(False)
+    between = np.arange(count + 1) - 0.5
+    for lines in (axes.hlines, axes.vlines):
+        lines(between, -0.5, count - 0.5, color=GRID, linewidth=0.5 if count <= LABELLED else 0)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(fitted(title, figure.get_figwidth() - room - 1.4), parse_math=False)
+    bar = figure.colorbar(image, ax=axes, ticks=[1, 5, 20, 50, 100], fraction=0.03, pad=0.01, aspect=30, shrink=0.6)
+    bar.set_label("images of the true class (%)")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _write_counts(axes: Axes, matrix: Ints, share: np.ndarray) -> None:
+    for row, column in zip(*np.nonzero(matrix), strict=True):
+        colour = "white" if share[row, column] > 40 else INK
+        axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=7.5, color=colour)
+
+
+def class_accuracy_figure(title: str, found: Predictions) -> Figure:
+    """Accuracy of each class, sorted, with the number of its test images."""
+    matrix = confusion_matrix(found)
+    accuracy, support = class_accuracy(matrix), matrix.sum(1)
+    order = [int(i) for i in np.argsort(-np.nan_to_num(accuracy, nan=-1), kind="stable") if support[i] > 0]
+    labelled = len(order) <= LABELLED
+    height = 0.16 * len(order) if labelled else 12.0
+    figure = Figure(figsize=(6.3, 1.2 + height), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(order)), [100 * accuracy[i] for i in order], 0.72 if labelled else 1.0, color=BLUE)
+    mean = 100 * float(np.nanmean(accuracy))
+    axes.axvline(mean, color=VERMILION, linewidth=1.2, label=f"mean over classes: {mean:.1f} %")
+    if labelled:
+        names = [f"{short(found.classes[i], 28)}  ({support[i]})" for i in order]
+        axes.set_yticks(range(len(order)), names, fontsize=7, parse_math=False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.set_xlim(0, 100)
+    grid(axes, "x")
+    axes.set_xlabel("accuracy (%)")
+    axes.set_ylabel("class (test images)" if labelled else plural(len(order), "class", "classes"))
+    figure.legend(loc="outside lower right")
+    axes.set_title(fitted(title, 3.8), parse_math=False)  # the axes stand to the right of the names
+    return figure
+
+
+def reliability_figure(title: str, found: Calibration) -> Figure:
+    """Accuracy against confidence, bin by bin, and how many images each bin has."""
+    figure = Figure(figsize=(3.9, 4.8), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    left, width = found.edges[:-1], np.diff(found.edges)
+    filled = found.counts > 0
+    upper.bar(left[filled], found.accuracy[filled], width[filled], align="edge", color=BLUE, edgecolor="white",
+              linewidth=0.5, label="accuracy of the bin")  # fmt: skip
+    gap = (found.confidence - found.accuracy)[filled]
+    upper.bar(left[filled], gap, width[filled], bottom=found.accuracy[filled], align="edge", color=ORANGE,
+              edgecolor="white", linewidth=0.5, alpha=0.75, label="gap to its confidence")  # fmt: skip
+    upper.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1.0, label="perfectly calibrated")
+    upper.set_ylabel("accuracy")
+    upper.set_ylim(0, 1)
+    upper.set_title(
+        f"{fitted(title, 3.4)}\nexpected calibration error {percent(found.expected_error)}", parse_math=False
+    )
+    lower.bar(left, found.counts, width, align="edge", color=SKY, edgecolor="white", linewidth=0.5)
+    lower.set_ylabel("images")
+    lower.set_xlabel("probability of the predicted class")
+    lower.set_xlim(0, 1)
+    for axes in (upper, lower):
+        grid(axes)
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure

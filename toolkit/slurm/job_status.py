@@ -1,0 +1,378 @@
+"""A run as a job: what stands in its folder ``slurm/``, what SLURM says of it, and the state that follows from both.
+
+slurm/job.json       job id, log, when it was submitted, for a task of an array the study's folder
+slurm/train.sbatch   the script (a job array's lies in the study's folder)
+slurm/log.txt        what the job printed, all starts one after the other
+slurm/starts         one line a start: job id, restarts so far, time, nodes
+slurm/outcome        exit status of the last start, and its message
+slurm/cancelled      there if `toolkit cancel` was called
+slurm/claim-JOB      the task of array JOB that has taken this run
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.locks import lease_is_held
+from toolkit.reading import Shape, read_bytes, read_json, read_text, require_file
+from toolkit.runs import RUN_ID, Run, newest_run
+from toolkit.study.directory import StudyDirectory, StudyRun, failure_of, is_claimed, is_of_study, target_epoch
+
+GONE = "the job left no trace: its node failed, or it was ended from outside"
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD",
+          "SPECIAL_EXIT", "RESIZING", "SIGNALING", "STAGE_OUT")  # fmt: skip
+"""States of jobs that SLURM has not done with."""
+QUERY = "%i|%T|%r|%L"
+ANSWER_S = 60
+
+
+@dataclass(frozen=True)
+class QueueEntry:
+    """One job, or one task of an array, as squeue shows it."""
+
+    job: str
+    state: str
+    reason: str
+    time_left: str
+
+    @property
+    def is_active(self) -> bool:
+        """Whether SLURM has not done with it."""
+        return self.state in ACTIVE
+
+
+@dataclass(frozen=True)
+class JobStart:
+    """One start of a job."""
+
+    job: str
+    restarts: int
+    time: float
+    nodes: str
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """What `toolkit status` says of a run."""
+
+    run: str
+    state: str
+    """finished, running, pending, interrupted, paused, failed, cancelled, unknown, new (never started), or damaged."""
+    detail: str
+    job: str | None
+    requeued: int
+    epoch: int
+    epochs: int
+    row: str | None = None
+    """Name of the run's row in its study's table (several, joined by "; ", where rows share the run); else None."""
+    seed: int | None = None
+    """The run's seed in its study."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+class _Record(Shape):
+    """slurm/job.json."""
+
+    job: str
+    log: str
+    array: str | None
+
+
+class SlurmJob:
+    """The SLURM side of a run directory."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.folder = run.path / "slurm"
+        self.script = self.folder / "train.sbatch"
+        self.log = self.folder / "log.txt"
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What was noted at submission; None for runs that were never submitted."""
+        path = self.folder / "job.json"
+        return read_json(path, _Record) if path.exists() else None
+
+    def write_record(self, job: str, *, log: Path | None = None, array: Path | None = None) -> None:
+        """Note a submission."""
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "cancelled").unlink(missing_ok=True)
+        content = {
+            "job": job,
+            "submitted": time.time(),
+            "log": str(log or self.log),
+            "array": None if array is None else str(array),
+        }
+        self.run.write_json("slurm/job.json", content)
+
+    @property
+    def starts(self) -> list[JobStart]:
+        """Every start, the first one first; a half-written line is left out."""
+        path = self.folder / "starts"
+        lines = read_text(path).splitlines() if path.exists() else []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                job, restarts, when, nodes = line.split(" ", 3)
+                found.append(JobStart(job, int(restarts), float(when), nodes))
+        return found
+
+    @property
+    def current(self) -> str | None:
+        """The job that has, or last had, this run: ``17``, or ``14_3`` for a task of an array; None: not yet taken."""
+        record = self.record
+        if record is None:
+            return None
+        return str(record["job"]) if record["array"] is None else self.claimed_by(str(record["job"]))
+
+    def claimed_by(self, array_job: str) -> str | None:
+        """The task of an array that has taken this run."""
+        claim = self.folder / f"claim-{array_job}"
+        return read_text(claim).strip() or None if claim.exists() else None
+
+    def is_part_of(self, array_job: str) -> bool:
+        """Whether it was last submitted with this array, and has not failed in it."""
+        record = self.record
+        return record is not None and str(record["job"]) == array_job and failure_of(self.run) is None
+
+    @property
+    def outcome(self) -> tuple[int, str] | None:
+        """Exit status and message of the last start, once it has ended in an orderly way."""
+        path = self.folder / "outcome"
+        if not path.exists():
+            return None
+        status, _, message = read_bytes(path).decode(errors="replace").partition("\n")
+        return (int(status), message.strip()) if re.fullmatch(r"[0-9]{1,3}", status.strip()) else None
+
+    def record_exit(self, status: int, message: str) -> None:
+        """Note how a start ended."""
+        self.folder.mkdir(exist_ok=True)
+        self.run.write_text("slurm/outcome", f"{status}\n{message}\n")
+
+    def claim(self, array_job: str, task: str) -> bool:
+        """Take this run for a task of an array; False where another has taken it."""
+        self.folder.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(self.folder / f"claim-{array_job}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"{task}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return True
+
+    def last_log_line(self) -> str:
+        """The last line of the job's log that is not empty."""
+        path = Path((self.record or {}).get("log") or self.log)
+        if not path.exists():
+            return ""
+        require_file(path)
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 20_000))
+            lines = file.read().decode(errors="replace").splitlines()
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def queue() -> dict[str, QueueEntry] | None:
+    """This user's jobs that SLURM remembers, by id; None where SLURM does not answer or is not there."""
+    if shutil.which("squeue") is None:
+        return None
+    command = ["squeue", "--noheader", "--array", "--me", "--states=all", f"--format={QUERY}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    entries = [QueueEntry(*line.split("|", 3)) for line in answer.stdout.splitlines() if line.count("|") >= 3]
+    return {entry.job: entry for entry in entries}
+
+
+def accounted_state(job: str) -> str | None:
+    """What sacct says of a job that squeue has forgotten; None where it does not know or keeps no accounts."""
+    if shutil.which("sacct") is None:
+        return None
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=state"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    words = answer.stdout.split()
+    return words[0] if answer.returncode == 0 and words else None
+
+
+def state_or_damage(run: Run, jobs: dict[str, QueueEntry] | None) -> JobStatus:
+    """As :func:`state_of`; a run directory that cannot be read is ``damaged``, with the problem as its detail."""
+    try:
+        return state_of(run, jobs)
+    except UserError as error:
+        return JobStatus(str(run.path), "damaged", str(error).strip().splitlines()[0], None, 0, 0, 0)
+    except OSError as error:
+        problem = f"{error.filename or run.path} cannot be read: {error.strerror}"
+        return JobStatus(str(run.path), "damaged", problem, None, 0, 0, 0)
+
+
+def states(runs: Sequence[Run], jobs: dict[str, QueueEntry] | None) -> list[JobStatus]:
+    """:func:`state_or_damage` of all ``runs``, with the row names that the study.json beside them holds."""
+    members: dict[Path, list[StudyRun]] = {}
+    for parent in {run.path.parent for run in runs}:
+        folder = StudyDirectory(parent)
+        with contextlib.suppress(UserError):  # a damaged study.json: the states of its runs are known without it
+            for member in folder.members if folder.exists else ():
+                if member.run is not None:
+                    members.setdefault(parent / member.run, []).append(member)
+    found = []
+    for run in runs:
+        of_run = members.get(run.path, [])
+        row = "; ".join(dict.fromkeys(member.row for member in of_run)) if of_run else None
+        seed = of_run[0].seed if of_run else None
+        found.append(replace(state_or_damage(run, jobs), row=row, seed=seed))
+    return found
+
+
+def state_of(run: Run, jobs: dict[str, QueueEntry] | None) -> JobStatus:
+    """The state of a run, from its directory and from what :func:`queue` said."""
+    job, recipe = SlurmJob(run), run.recipe
+    record, current = job.record, job.current
+    entry = _entry(jobs or {}, record, current)
+    epochs = run.epochs()
+    starts = [start for start in job.starts if start.job == current]
+    state, detail = _verdict(job, entry, jobs is not None)
+    if state == "running":
+        detail = _progress(run, starts, entry)
+    if state == "finished":
+        best = run.summary["best"]
+        figures = {"test accuracy": "test_accuracy", "validation accuracy": "val_accuracy"}
+        detail = next((f"{name} {best[key]:.4f}" for name, key in figures.items() if key in best), "")
+    number = current or (str(record["job"]) if record else None)
+    requeued = max((start.restarts for start in starts), default=0)
+    if state == "pending" and starts:
+        requeued = starts[-1].restarts + 1
+    return JobStatus(str(run.path), state, detail, number, requeued, len(epochs), recipe.train.epochs)
+
+
+def _entry(jobs: dict[str, QueueEntry], record: dict[str, Any] | None, current: str | None) -> QueueEntry | None:
+    """The queue's entry for a run: its own job's, or, for a run not yet taken, one of its array's that is pending."""
+    if current is not None:
+        return jobs.get(current)
+    if record is None:
+        return None
+    tasks = [entry for name, entry in jobs.items() if name.split("_")[0] == str(record["job"]) and entry.is_active]
+    return next((entry for entry in tasks if entry.state == "PENDING"), tasks[0] if tasks else None)
+
+
+def _verdict(job: SlurmJob, entry: QueueEntry | None, slurm_answered: bool) -> tuple[str, str]:
+    if job.run.is_finished:
+        return "finished", ""
+    outcome = job.outcome
+    if entry is not None and entry.is_active:
+        if entry.state == "PENDING" or job.current is None:
+            return "pending", "" if entry.reason == "None" else entry.reason
+        return "running", ""
+    if (job.folder / "cancelled").exists():
+        return "cancelled", "toolkit cancel"
+    if job.record is None:
+        return _without_slurm(job.run)
+    if outcome is not None and outcome[0] == 3:
+        return "interrupted", outcome[1].splitlines()[0] if outcome[1] else ""
+    if outcome is not None:
+        lines = outcome[1].splitlines()
+        return "failed", lines[-1] if lines else f"exit status {outcome[0]}"
+    if not slurm_answered:
+        return "unknown", "SLURM does not answer"
+    if job.current is None:
+        return "new", "no task of its array has taken it: submit again"
+    ended = entry.state if entry else accounted_state(job.current) or ""
+    if ended.startswith("CANCELLED"):
+        return "cancelled", "scancel"
+    words = job.last_log_line()
+    return "failed", f"{ended}: {words}" if ended else words or GONE
+
+
+def _without_slurm(run: Run) -> tuple[str, str]:
+    if is_locked(run) or is_claimed(run):
+        return "running", ""
+    failure = failure_of(run)
+    if failure is not None:
+        return "failed", failure.line
+    if is_of_study(run):
+        until = target_epoch(run)
+        return ("paused", f"the search has had it trained to epoch {until}") if until else ("new", "of a study")
+    has_checkpoint = any(run.checkpoints.glob("*.pt"))
+    return ("interrupted", f"toolkit train --resume {run.path}") if has_checkpoint else ("failed", "no checkpoint")
+
+
+def is_locked(run: Run) -> bool:
+    """Whether a process of this machine, or one of any machine that holds a lease, trains in the run directory."""
+    if lease_is_held(run.path / ".lock"):
+        return True
+    try:
+        found = os.stat(run.path / ".lock")
+        locks = Path("/proc/locks").read_text(encoding="ascii")
+    except OSError:
+        return False
+    return any(line.split()[5].endswith(f":{found.st_ino}") for line in locks.splitlines() if len(line.split()) > 5)
+
+
+def _progress(run: Run, starts: list[JobStart], entry: QueueEntry | None) -> str:
+    """How long the training will take at the last start's pace, and how long SLURM allows."""
+    said = []
+    # environment.json is written when training begins, after all imports.
+    environment = run.path / "environment.json"
+    begun = max(starts[-1].time, environment.stat().st_mtime) if starts and environment.exists() else None
+    done, total = len(run.epochs()), run.recipe.train.epochs
+    if begun is not None and done and run.metrics_file.stat().st_mtime > begun:
+        at_start = _epochs_at(run, len(starts))
+        if done > at_start:
+            pace = (run.metrics_file.stat().st_mtime - begun) / (done - at_start)
+            said.append(f"about {duration(pace * (total - done))} to go")
+    if entry is not None and entry.time_left not in ("", "UNLIMITED", "INVALID", "NOT_SET"):
+        said.append(f"time limit in {entry.time_left}")
+    return ", ".join(said)
+
+
+def _epochs_at(run: Run, start: int) -> int:
+    """Epochs that were done when start number ``start`` began, as the task noted them."""
+    path = run.path / "slurm" / f"epochs-{start}"
+    text = read_text(path).strip() if path.exists() else ""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
+
+
+def duration(seconds: float) -> str:
+    """40 s, 12 min, 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def find_runs(path: Path) -> list[Run]:
+    """The runs at, or below, a run directory, a recipe's or study's folder, or a run root; oldest first.
+
+    ``latest`` is the newest run below ``runs/``, as in the commands for one run.
+    """
+    if (path / "recipe.toml").is_file():
+        return [Run(path)]
+    if not path.exists() and (newest := newest_run(path)) != path:
+        return [Run(newest)]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: name a run directory, or the folder that holds them (recipe.run_root)")
+    found = {file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/recipe.toml")}
+    # `toolkit publish` writes a recipe too, beside the weights: into the run's folder, or into any other.
+    found = {folder for folder in found if RUN_ID.fullmatch(folder.name) or (folder / "checkpoints").is_dir()}
+    # A run that has lost its recipe is still one to be told of.
+    found |= {folder.parent for depth in ("*", "*/*") for folder in path.glob(f"{depth}/checkpoints")
+              if RUN_ID.fullmatch(folder.parent.name)}  # fmt: skip
+    return [Run(folder) for folder in sorted(found, key=lambda folder: folder.name)]

@@ -1,0 +1,50 @@
+"""What a task of an array runs that works on a search: `python -m toolkit.slurm.search_worker STUDY/slurm/JOB_TASK`.
+
+The study's file is the one that was kept at submission: what is edited afterwards is for the next submission.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from toolkit.distributed.signals import GracefulStop
+from toolkit.slurm.array import STUDY
+from toolkit.slurm.job_worker import check_gpus
+from toolkit.study.directory import StudyDirectory
+from toolkit.study.expand import StudySpec, read_study
+from toolkit.study.leader_election import run_worker
+from toolkit.study.worker_pool import WorkerSlot, gpus, slots_for
+from toolkit.train import run_with_error_handling
+
+
+def work(place: Path) -> int:
+    """Work on the search until it is done. ``place`` is this task's folder in the study's ``slurm/``."""
+    folder = StudyDirectory(place.parent.parent)
+    study = replace(read_study(folder.path / STUDY), path=folder.record["file"])
+    check_gpus()
+    task, tasks = int(os.environ["SLURM_ARRAY_TASK_ID"]), int(os.environ["SLURM_ARRAY_TASK_COUNT"])
+    slots = slots_of(study, task)
+    _say(f"task {task + 1} of {tasks} on {os.uname().nodename}, {len(slots)} worker(s)")
+    os.environ["OMP_NUM_THREADS"] = str(max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // len(slots)))
+    # The job's script has made this process deaf to signals, for the sake of the server that it forks workers from.
+    stop = GracefulStop()
+    stop.watch(place)
+    return run_worker(study, folder, slots, stop, workers=tasks * len(slots), log=_say)
+
+
+def slots_of(study: StudySpec, task: int) -> list[WorkerSlot]:
+    """The places of a task, numbered through all tasks: they name the logs."""
+    slots = slots_for(None, study.table.gpus_per_run, study.table.runs_per_gpu, gpus())
+    return [replace(slot, number=task * len(slots) + slot.number) for slot in slots]
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_with_error_handling(lambda: work(Path(sys.argv[1])), debug=False))

@@ -1,0 +1,305 @@
+"""BOHB (Falkner et al. 2018): what to train next and how far, as a function of what has been measured so far.
+
+Nothing is trained or written here. A controller asks for assignments, has runs trained, and tells what they reached:
+
+    search = Bohb(table, space)
+    while (assignment := search.ask()) is not None:
+        values = ...train configuration ``assignment.changes`` until epoch ``assignment.until_epoch``...
+        search.tell(assignment.trial, values)
+
+Trials are numbered from 0 in the order in which they are proposed. Given the same measurements, trial n is the same
+configuration whatever happened between them, so a search that died is rebuilt with :meth:`BohbScheduler.replay`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from toolkit.errors import UserError
+from toolkit.recipe.study_schema import BohbSearchConfig
+from toolkit.study.optuna_tpe import TrialHistory, optuna_study, suggest, tpe_sampler
+from toolkit.study.search_space import MISSES, SearchSpace
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+TrialState = Literal["training", "waiting", "ended", "failed"]
+"""training: assigned to a worker. waiting: measured, not assigned. ended: has nothing left to train."""
+
+ENOUGH = 10
+"""A bracket of no more trials than this has no model of its own to speak of."""
+
+
+@dataclass(frozen=True)
+class TrialBudget:
+    """Train a configuration until an epoch; from its last checkpoint, where it has been trained before."""
+
+    trial: int
+    changes: dict[str, Any]
+    until_epoch: int
+
+
+@dataclass(frozen=True)
+class RestoredTrial:
+    """A trial of an earlier sitting, as its run directory tells of it."""
+
+    changes: dict[str, Any]
+    values: Sequence[float] = ()
+    """The metric after each epoch so far, the first epoch first."""
+    state: Literal["open", "ended", "failed"] = "open"
+    """ended: the run is finished, at the largest budget or by early stopping. failed: not to be tried again."""
+
+
+@dataclass
+class Trial:
+    """One configuration and how far it has come."""
+
+    number: int
+    bracket: int
+    changes: dict[str, Any]
+    rung: int
+    """Index of the budget that it is, or was last, trained to."""
+    state: TrialState = "training"
+    values: list[float] = field(default_factory=list)
+    """The metric after each epoch so far."""
+
+
+class BohbScheduler:
+    """The state of one search. Not thread-safe: one controller owns it."""
+
+    def __init__(self, table: BohbSearchConfig, space: SearchSpace) -> None:
+        self.table, self.space = table, space
+        self.budgets = budgets(table.min_epochs, table.max_epochs, table.eta)
+        self.brackets = bracket_sizes(table)
+        self.maximise = table.metric != "val/loss"
+        self.trials: list[Trial] = []
+        self.is_used_up = False
+        """Whether the space has no configuration left that was not tried."""
+
+    # -- for the controller -------------------------------------------------------------------------------------------
+
+    def ask(self) -> TrialBudget | None:
+        """What to train next; None where there is nothing (or nothing more until something is told).
+
+        A configuration that may go on comes before a new one; of those the one with the largest budget.
+        """
+        while (promoted := self._promotable()) is not None:
+            promoted.rung += 1
+            if promoted.state != "ended":
+                promoted.state = "training"
+                return self._assignment(promoted)
+        if self._may_propose:
+            changes = self._new_configuration()
+            if changes is not None:
+                return self._assignment(self._add(changes))
+            self.is_used_up = True
+            return self.ask()
+        return None
+
+    def tell(self, trial: int, values: Sequence[float], *, ended: bool = False) -> None:
+        """What a trial has reached: the metric after each epoch from the first on.
+
+        ``ended``: the run came to its own end, though it may have fewer epochs than asked for (early stopping).
+        Told before its budget is reached, it stays assigned.
+        """
+        tried = self.trials[trial]
+        tried.values = list(values)
+        if ended:
+            tried.state = "ended"
+        elif len(values) >= self.budgets[tried.rung]:
+            tried.state = "ended" if tried.rung == len(self.budgets) - 1 else "waiting"
+        else:
+            tried.state = "training"
+
+    def fail(self, trial: int) -> None:
+        """A trial that will not be trained further, a diverged one, say: it counts as worse than all others."""
+        self.trials[trial].state = "failed"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is being trained and nothing will be asked for."""
+        return not (self._is_training or self._may_propose or self._promotable() is not None)
+
+    def replay(self, known: Iterable[RestoredTrial]) -> list[TrialBudget]:
+        """Take up the trials of an earlier sitting, in their order, and return those to be continued first.
+
+        They were between two budgets when the search died, or had not begun.
+        """
+        for trial in known:
+            tried = self._add(trial.changes)
+            reached = sum(len(trial.values) >= budget for budget in self.budgets)
+            on_its_way = len(trial.values) > self.budgets[reached - 1] if reached else True
+            tried.rung = max(tried.rung, min(reached - 1 + on_its_way, len(self.budgets) - 1))
+            if trial.state == "failed":
+                self.fail(tried.number)
+            else:
+                self.tell(tried.number, trial.values, ended=trial.state == "ended")
+        return [self._assignment(tried) for tried in self.trials if tried.state == "training"]
+
+    def value(self, tried: Trial, budget: int | None = None) -> float | None:
+        """A trial's value within so many epochs (None: all it has): the best epoch's, as the run keeps that model."""
+        return (max if self.maximise else min)(tried.values[:budget], default=None)
+
+    # -- successive halving, asynchronous (after Li et al. 2020, ASHA) -------------------------------------------------
+
+    @property
+    def _may_propose(self) -> bool:
+        return len(self.trials) < self.table.trials and not self.is_used_up
+
+    @property
+    def _is_training(self) -> bool:
+        return any(tried.state == "training" for tried in self.trials)
+
+    def _promotable(self) -> Trial | None:
+        """The configuration to go on with, of all brackets the one with the largest budget next."""
+        for rung in reversed(range(len(self.budgets) - 1)):
+            for bracket in range(len(self.brackets)):
+                found = self._promotable_from(bracket, rung)
+                if found is not None:
+                    return found
+        return None
+
+    def _promotable_from(self, bracket: int, rung: int) -> Trial | None:
+        """The best configuration of a rung that has not gone on, where fewer than 1/eta of them have.
+
+        ASHA lets all go on that are among the best 1/eta when they are asked about. Under a model that proposes better
+        and better ones nearly every one is, and most would be trained to the end; here the cost is known beforehand.
+        """
+        ranked = self._ranked(bracket, rung)
+        quota = len(ranked) // self.table.eta
+        if not quota and self._is_last_word(bracket, rung):
+            quota = 1
+        if sum(tried.rung > rung for tried in ranked) >= quota:
+            return None
+        return next((tried for tried in ranked if tried.rung == rung and tried.state in ("waiting", "ended")), None)
+
+    def _is_last_word(self, bracket: int, rung: int) -> bool:
+        """Whether no more results can come to a rung: then its best goes on, however few there are."""
+        coming = any(t.state == "training" and t.rung <= rung for t in self.trials if t.bracket == bracket)
+        below = any(self._promotable_from(bracket, lower) for lower in range(bracket, rung))
+        return not (self._may_propose or coming or below)
+
+    def _ranked(self, bracket: int, rung: int) -> list[Trial]:
+        """The configurations of a bracket that have a result at a rung or failed on the way, best first."""
+        scored = []
+        for tried in self.trials:
+            if tried.bracket == bracket and tried.rung >= rung:
+                value = self._result(tried, rung)
+                if value is not None:
+                    scored.append((-value if self.maximise else value, tried.number, tried))
+        return [tried for *_, tried in sorted(scored, key=lambda item: item[:2])]
+
+    def _result(self, tried: Trial, rung: int) -> float | None:
+        """A trial's value at a rung; None while it has none. A failed one has the worst value there is."""
+        if tried.state == "failed" and len(tried.values) < self.budgets[rung]:
+            return float("-inf") if self.maximise else float("inf")
+        if len(tried.values) >= self.budgets[rung] or tried.state == "ended":
+            return self.value(tried, self.budgets[rung])
+        return None
+
+    # -- proposals ----------------------------------------------------------------------------------------------------
+
+    def _add(self, changes: dict[str, Any]) -> Trial:
+        number = len(self.trials)
+        bracket = self._bracket(number)
+        self.trials.append(Trial(number, bracket, dict(changes), rung=bracket))
+        return self.trials[-1]
+
+    def _assignment(self, tried: Trial) -> TrialBudget:
+        return TrialBudget(tried.number, dict(tried.changes), self.budgets[tried.rung])
+
+    def _bracket(self, number: int) -> int:
+        return allocate_brackets(self.brackets, number + 1)[number]
+
+    def _new_configuration(self) -> dict[str, Any] | None:
+        """A proposal that was not tried yet; None where many attempts give none."""
+        known = [tried.changes for tried in self.trials]
+        for try_load in range(MISSES):
+            changes = self._propose(try_load)
+            if changes not in known:
+                return changes
+        return None
+
+    def _propose(self, try_load: int) -> dict[str, Any]:
+        """What the model of the next trial's bracket proposes. Each proposal has its own random numbers."""
+        number = len(self.trials)
+        seed = int(np.random.SeedSequence([self.table.seed, number, try_load]).generate_state(1)[0])
+        trial = self._study(self._bracket(number), seed).ask()
+        return self.space.configuration(lambda parameter: suggest(trial, parameter))
+
+    def _study(self, bracket: int, seed: int) -> Study:
+        """An Optuna study in memory with all that is known of a bracket."""
+        trials = [self._measured(tried) for tried in self.trials if tried.bracket == bracket]
+        return optuna_study(self.space, trials, maximise=self.maximise, sampler=tpe_sampler(self.table, seed))
+
+    def _measured(self, tried: Trial) -> TrialHistory:
+        """A trial as Optuna is told of it: its value at each budget that it has reached."""
+        values = {self.budgets[rung]: self._result(tried, rung) for rung in range(tried.bracket, tried.rung + 1)}
+        known = {budget: value for budget, value in values.items() if value is not None}
+        if tried.state == "failed":
+            return TrialHistory(tried.changes, {}, "cut short")
+        if not known:
+            return TrialHistory(tried.changes, {}, "running")
+        is_complete = tried.state == "ended" or max(known) == self.table.max_epochs
+        return TrialHistory(tried.changes, known, "complete" if is_complete else "cut short")
+
+
+def budgets(least: int, most: int, eta: int) -> list[int]:
+    """Epochs that a configuration is trained to, one after the other: most / eta^k, as long as that is >= least.
+
+    Counted from the largest, as Hyperband does, so that whoever gets to the end is trained to it: 3..30 with eta = 3
+    gives 3 (3.33 rounded), 10 and 30.
+    """
+    count = 1
+    while most / eta**count >= least:
+        count += 1
+    return sorted({round(most / eta**k) for k in range(count)})
+
+
+def bracket_sizes(table: BohbSearchConfig) -> list[int]:
+    """How the trials are shared out among Hyperband's brackets: bracket b begins at the b-th budget.
+
+    Of n budgets, the bracket with s promotions gets ceil(n / (s + 1) * eta^s) of their sum (Li et al. 2018). With
+    ``auto``, those that begin at large budgets are left out until each has more than :data:`ENOUGH` trials.
+    """
+    count = len(budgets(table.min_epochs, table.max_epochs, table.eta))
+    sizes = [math.ceil(count / (s + 1) * table.eta**s) for s in reversed(range(count))]
+    if table.brackets != "auto":
+        if table.brackets > count:
+            raise UserError(
+                f"study.bohb.brackets = {table.brackets}: {table.min_epochs} to {table.max_epochs} epochs with eta = "
+                f"{table.eta} have {count} budgets, hence {count} brackets at most"
+            )
+        return sizes[: table.brackets]
+    while len(sizes) > 1 and table.trials * sizes[-1] / sum(sizes) <= ENOUGH:
+        sizes.pop()
+    return sizes
+
+
+def allocate_brackets(sizes: Sequence[int], trials: int) -> list[int]:
+    """The bracket of each trial in turn: the one that is furthest behind its share, counting this trial."""
+    brackets: list[int] = []
+    for number in range(1, trials + 1):
+        behind = [size * number / sum(sizes) - brackets.count(bracket) for bracket, size in enumerate(sizes)]
+        brackets.append(behind.index(max(behind)))
+    return brackets
+
+
+def search_epochs(table: BohbSearchConfig) -> int:
+    """Epochs that a search trains in all, where no run fails or stops early."""
+    steps, brackets = (
+        budgets(table.min_epochs, table.max_epochs, table.eta),
+        allocate_brackets(bracket_sizes(table), table.trials),
+    )
+    total = 0
+    for bracket in set(brackets):
+        count, before = brackets.count(bracket), 0
+        for step in steps[bracket:]:
+            total += count * (step - before)
+            count, before = max(1, count // table.eta), step
+    return total

@@ -1,0 +1,257 @@
+"""What a study will take, before anything starts: its runs, how many are finished, and what the rest costs.
+
+The cost of a run is epochs x training images x arithmetic of an image. It becomes time where a finished run tells how
+fast this machine is: of the same model and batch, or else of another one, in proportion to the arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.estimate.resources import ResourceEstimate
+from toolkit.estimate.resources import plan as plan_run
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.study_schema import BohbSearchConfig
+from toolkit.recipe.toml_writer import toml_value
+from toolkit.study.bohb import search_epochs
+from toolkit.study.directory import RunState, StudyDirectory, epochs_done, state_of
+from toolkit.study.expand import ExpandedStudy, PlannedRun, StudySpec
+from toolkit.study.init import RunIndex
+from toolkit.training.console import table
+
+LONGEST_CHANGES = 60
+"""Longer ones are cut in the text, in characters; --json has them whole."""
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What a run takes."""
+
+    epochs: int
+    """Left to train, at most."""
+    images: int | None
+    """Training images an epoch; None where the data are not on this machine."""
+    flops: float
+    """Floating point operations of an image, forward and backward."""
+    seconds_per_image: float | None
+    """Measured on runs of the same model and batch."""
+
+    @property
+    def arithmetic(self) -> float | None:
+        """Floating point operations left."""
+        return None if self.images is None else self.epochs * self.images * self.flops
+
+
+@dataclass(frozen=True)
+class EstimateRow:
+    """One run of the plan."""
+
+    run: PlannedRun
+    state: RunState
+    cost: RunCost
+
+
+@dataclass
+class StudyEstimate:
+    """Everything that `toolkit study FILE --plan` shows."""
+
+    study: StudySpec
+    lines: list[EstimateRow]
+    search: RunCost | None = None
+    """Of all that is left of a search, whose runs come about while it goes on; by a configuration of its space."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> list[EstimateRow]:
+        """Different runs that are not finished."""
+        lines = {line.run.member.hash: line for line in self.lines if line.state != "finished"}
+        return list(lines.values())
+
+    @property
+    def costs(self) -> list[RunCost]:
+        """Of what is left."""
+        return [line.cost for line in self.left] if self.search is None else [self.search]
+
+    @property
+    def count(self) -> int:
+        """Different runs in all."""
+        return len({line.run.member.hash for line in self.lines})
+
+    @property
+    def arithmetic(self) -> float | None:
+        """Floating point operations left in all; None where the images are not known."""
+        each = [cost.arithmetic for cost in self.costs]
+        return None if None in each else sum(each)  # type: ignore[arg-type]
+
+    @property
+    def seconds(self) -> float | None:
+        """Training time left, one run after the other; None without a finished run to go by."""
+        costs = [line.cost for line in self.lines] if self.search is None else [self.search]
+        measured = [cost for cost in costs if cost.seconds_per_image is not None]
+        if not measured or self.arithmetic is None:
+            return None
+        per_flop = sum(c.seconds_per_image or 0.0 for c in measured) / sum(c.flops for c in measured)
+        return sum(_seconds(cost, per_flop) for cost in self.costs)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it; times in seconds."""
+        return {
+            "study": self.study.name,
+            "folder": str(self.study.folder),
+            "runs": self.count,
+            "finished": self.count - len(self.left),
+            "epochs_left": sum(cost.epochs for cost in self.costs),
+            "flops_left": self.arithmetic,
+            "seconds_left": self.seconds,
+            "members": [_line_json(line) for line in self.lines],
+            "notes": self.notes,
+        }
+
+
+def _seconds(cost: RunCost, per_flop: float) -> float:
+    each = cost.seconds_per_image if cost.seconds_per_image is not None else cost.flops * per_flop
+    return cost.epochs * (cost.images or 0) * each
+
+
+def _line_json(line: EstimateRow) -> dict[str, Any]:
+    member = line.run.member
+    return {
+        "row": member.row,
+        "seed": member.seed,
+        "changes": member.changes,
+        "hash": member.hash,
+        "state": line.state,
+        "epochs_left": line.cost.epochs if line.state != "finished" else 0,
+        "images_per_epoch": line.cost.images,
+        "training_flops_per_image": line.cost.flops,
+    }
+
+
+def plan_study(study: StudySpec, expansion: ExpandedStudy, notes: Sequence[str] = ()) -> StudyEstimate:
+    """Work out a study. Raises UserError for what training would refuse."""
+    costs = _CostModel()
+    known = RunIndex(StudyDirectory(study.folder)).by_hash
+    lines = []
+    for run in expansion.runs:
+        there = known.get(run.member.hash)
+        state = state_of(there) if there is not None else "missing"
+        done = epochs_done(there) if there is not None else 0
+        lines.append(EstimateRow(run, state, costs.of(run.recipe, done)))
+    found = StudyEstimate(study, lines, notes=[*expansion.remarks, *notes])
+    if study.table.bohb is not None:
+        found.search = _cost_of_search(study, study.table.bohb, costs)
+    found.notes += costs.notes
+    return found
+
+
+def _cost_of_search(study: StudySpec, table: BohbSearchConfig, costs: _CostModel) -> RunCost:
+    """What is left, as if all configurations cost what the one with the first value of each range does."""
+    one = study.drawn(study.space.configuration(lambda parameter: parameter.values[0]))
+    folder = StudyDirectory(study.folder)
+    runs = [run for member in folder.members if (run := folder.run(member))] if folder.exists else []
+    left = search_epochs(table) - sum(epochs_done(run) for run in runs)
+    complete = folder.exists and folder.is_complete and len(runs) >= table.trials
+    return replace(costs.of(one.recipe, 0), epochs=0 if complete else max(0, left))
+
+
+class _CostModel:
+    """Costs of runs; each model and batch is measured once."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, ResourceEstimate] = {}
+        self.notes: list[str] = []
+
+    def of(self, recipe: Recipe, done: int) -> RunCost:
+        found = self._plan(recipe)
+        images = found.contents.images["train"] if found.contents.images else None
+        if found.contents.absent and not self.notes:
+            self.notes.append(f"the number of images is not known: {found.contents.absent}")
+        speed = 1 / found.speed.images_per_s if found.speed and found.speed.images_per_s else None
+        return RunCost(max(0, recipe.train.epochs - done), images, found.step.training_flops, speed)
+
+    def _plan(self, recipe: Recipe) -> ResourceEstimate:
+        train = recipe.train.model_dump(include={"batch_size", "accumulation", "precision", "drop_last", "compile"})
+        key = json.dumps([recipe.model.model_dump(), recipe.transfer.model_dump(), recipe.data.model_dump(), train])
+        if key not in self.known:
+            try:
+                self.known[key] = plan_run(recipe)
+            except UserError as error:
+                raise UserError(f"{error} (in a run of the study)") from None
+        return self.known[key]
+
+
+def plan_text(found: StudyEstimate) -> str:
+    """The plan for people."""
+    study = found.study
+    lines = [f"study {study.name} in {study.folder}"]
+    if study.table.source:
+        lines.append(f"repeats {study.table.source}")
+    if found.lines:
+        lines += ["", _rows_text(found), ""]
+    lines.append(_count_text(found))
+    lines.append(_cost_text(found))
+    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+
+
+def _rows_text(found: StudyEstimate) -> str:
+    rows: dict[str, list[EstimateRow]] = {}
+    for line in found.lines:
+        rows.setdefault(line.run.member.row, []).append(line)
+    cells = [_row_cells(name, lines) for name, lines in rows.items()]
+    return table(cells, ("row", "runs", "finished", "epochs", "GFLOP", "changes"), frozenset((1, 2, 3, 4)))
+
+
+def _row_cells(name: str, lines: Sequence[EstimateRow]) -> tuple[str, ...]:
+    first = lines[0]
+    changes = ", ".join(f"{key} = {toml_value(value)}" for key, value in first.run.member.changes.items())
+    if len(changes) > LONGEST_CHANGES:
+        changes = changes[: LONGEST_CHANGES - 3] + "..."
+    finished = sum(line.state == "finished" for line in lines)
+    epochs = str(first.run.recipe.train.epochs)
+    return name, str(len(lines)), str(finished), epochs, f"{first.cost.flops / 1e9:.3g}", changes
+
+
+def _count_text(found: StudyEstimate) -> str:
+    table = found.study.table.bohb
+    if table is not None:
+        return f"up to {table.trials} configurations, {search_epochs(table):,} epochs in all"
+    states = Counter(line.state for line in {line.run.member.hash: line for line in found.lines}.values())
+    told = ", ".join(
+        f"{states[state]} {state}" for state in ("finished", "running", "paused", "failed") if states[state]
+    )
+    word = "run" if found.count == 1 else "runs"
+    return f"{found.count} {word}" + (f", of which {told}" if told else "")
+
+
+def _cost_text(found: StudyEstimate) -> str:
+    costs = found.costs
+    epochs = sum(cost.epochs for cost in costs)
+    if not epochs and not found.left:
+        return "nothing is left to train"
+    work = found.arithmetic
+    told = f"to train: {epochs:,} epochs" if found.search else f"to train: {len(costs)} runs, {epochs:,} epochs"
+    if work is not None:
+        images = sum(cost.epochs * (cost.images or 0) for cost in costs)
+        told += f", {images:,} images, {_flops(work)}"
+    seconds = found.seconds
+    if seconds is None:
+        return f"{told}; no estimate of time before a run of this study is finished"
+    return f"{told}; about {_duration(seconds)} one after another, by the speed of its finished runs"
+
+
+def _flops(count: float) -> str:
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e9:.3g} GFLOP"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,142 @@
+"""Tables of a study epoch by epoch, in the reports' shapes: a column a row of the study, x after the stop."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+from toolkit.recipe.study_schema import StudyConfig
+from toolkit.study.results import higher_is_better
+from toolkit.study.results_table import FORMATS, MISSING, ResultRow, number, title
+from toolkit.study.text_table import BEST, DECLINE, TextTable
+
+STOPPED = "x"
+"""In the epochs after a run's last one."""
+
+
+def epoch_sheets(rows: Sequence[ResultRow], table: StudyConfig, name: str, figures: Sequence[str]) -> list[TextTable]:
+    """Of one figure, one table with a column a row; of several, for each row a table with a column a figure.
+
+    Published figures stand in a table of the same shape, or in columns beside. Empty where no run is finished.
+    """
+    done = [row for row in rows if row.finished]
+    if not done or not figures:
+        return []
+    if len(figures) == 1:
+        return _one_figure(rows, table, name, figures[0])
+    return [_one_row(row, table, name, figures) for row in done]
+
+
+def figures_by_epoch(rows: Sequence[ResultRow], table: StudyConfig) -> list[str]:
+    """What the study wants by epoch: its own figure, and those that were published so; none, where it wants none."""
+    wanted = table.output.per_epoch
+    published = [figure for row in rows for result in row.results for figure in result.member.published_epochs]
+    return list(dict.fromkeys([*sorted(published), wanted])) if wanted else []
+
+
+def mean_by_epoch(row: ResultRow, figure: str) -> list[float]:
+    """The mean over a row's finished runs, as long as one of them trained."""
+    curves = [result.values(figure) for result in row.finished]
+    length = max((len(curve) for curve in curves), default=0)
+    return [statistics.fmean(curve[i] for curve in curves if len(curve) > i) for i in range(length)]
+
+
+def _one_figure(rows: Sequence[ResultRow], table: StudyConfig, name: str, figure: str) -> list[TextTable]:
+    columns = {row.name: mean_by_epoch(row, figure) for row in rows}
+    caption = f"{title(table, name)}: {FORMATS[_plain(figure)].heading} by epoch"
+    told = _notes(rows, [row.name for row in rows if not row.finished])
+    sheets = [_marked(caption, columns, figure, told, {r.name: _test_mean(r) for r in rows})]
+    published = {row.name: row.results[0].member.published_epochs.get(figure, []) for row in rows}
+    if any(published.values()):
+        tested = {row.name: row.published.get("test_accuracy") for row in rows}
+        sheets.append(_marked(f"{caption}, as published", published, figure, _source(table), tested))
+    return sheets
+
+
+def _test_mean(row: ResultRow) -> float | None:
+    found = row.figures.get("test_accuracy")
+    return found.mean if found else None
+
+
+def _marked(
+    caption: str, columns: dict[str, list[float]], figure: str, notes: Sequence[str], tested: dict[str, float | None]
+) -> TextTable:
+    """A column a row of the study, its best epoch and the decline after it marked, with the test accuracy as last line.
+
+    ``tested`` is each row's test accuracy as a fraction, None where there is none.
+    """
+    sheet = _sheet(caption, columns, [figure] * len(columns), notes)
+    cells = [list(line) for line in sheet.rows]
+    sign = 1 if higher_is_better(figure) else -1
+    for place, column in enumerate(columns.values(), 1):
+        if not column:
+            continue
+        best = max(range(len(column)), key=lambda epoch: sign * column[epoch])  # the first of equals
+        cells[best][place] = f"{BEST}{cells[best][place]}"
+        if best + 1 < len(column) and sign * column[best + 1] < sign * column[best]:
+            cells[best + 1][place] = f"{DECLINE}{cells[best + 1][place]}"
+    if any(value is not None for value in tested.values()):
+        values = (tested[name] for name in columns)
+        line = [MISSING if value is None else number("test_accuracy", value) for value in values]
+        cells.append([FORMATS["test_accuracy"].heading, *line])
+    told = f"{BEST}: the best epoch of the column; {DECLINE}: the epoch after it, where it is worse."
+    return replace(sheet, rows=cells, notes=[told, *notes])
+
+
+def _one_row(row: ResultRow, table: StudyConfig, name: str, figures: Sequence[str]) -> TextTable:
+    columns, kinds = {}, []
+    published = row.results[0].member.published_epochs
+    for figure in figures:
+        heading = FORMATS[_plain(figure)].heading
+        columns[heading] = mean_by_epoch(row, figure)
+        kinds.append(figure)
+        if figure in published:
+            columns[f"{heading}, published"] = published[figure]
+            kinds.append(figure)
+    told = [*_notes([row], []), *(_source(table) if published else [])]
+    return _sheet(f"{title(table, name)}: {row.name}, by epoch", columns, kinds, told)
+
+
+def _sheet(caption: str, columns: dict[str, list[float]], figures: Sequence[str], notes: Sequence[str]) -> TextTable:
+    length = max(len(column) for column in columns.values())
+    cells = [[str(epoch + 1), *(_cell(column, epoch, figure) for column, figure in zip(columns.values(), figures,
+              strict=True))] for epoch in range(length)]  # fmt: skip
+    return TextTable(caption, ["epoch", *columns], cells, notes=notes)
+
+
+def _cell(column: Sequence[float], epoch: int, figure: str) -> str:
+    if not column:
+        return MISSING
+    return number(_plain(figure), column[epoch]) if epoch < len(column) else STOPPED
+
+
+def _notes(rows: Sequence[ResultRow], missing: Sequence[str]) -> list[str]:
+    found = [f"{STOPPED}: after the last epoch of the run."]
+    if any(len(row.finished) > 1 for row in rows):
+        found.append("Mean over the finished runs of a row, in each epoch over those that trained it.")
+    if missing:
+        found.append(f"{MISSING}: no finished run: {', '.join(missing)}.")
+    return found
+
+
+def _source(table: StudyConfig) -> list[str]:
+    return [f"Published: {table.source}."] if table.source else []
+
+
+def _plain(figure: str) -> str:
+    """``val/accuracy`` as the table's columns call it."""
+    return figure.replace("/", "_")
+
+
+def epoch_records(rows: Sequence[ResultRow], figures: Sequence[str]) -> list[dict[str, object]]:
+    """One record an epoch of each row: the means, and the published figures where there are any."""
+    found: list[dict[str, object]] = []
+    for row in rows:
+        columns: dict[str, Sequence[float]] = {_plain(figure): mean_by_epoch(row, figure) for figure in figures}
+        published = row.results[0].member.published_epochs
+        columns |= {f"{_plain(figure)}_published": published[figure] for figure in figures if figure in published}
+        for epoch in range(max((len(column) for column in columns.values()), default=0)):
+            cells = {name: column[epoch] if epoch < len(column) else None for name, column in columns.items()}
+            found.append({"row": row.name, "epoch": epoch + 1, **cells})
+    return found

@@ -1,0 +1,248 @@
+"""All that a study's folder says, as one object, and the files that it is written to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.recipe.study_schema import METRICS, StudyConfig
+from toolkit.runs import write_atomically
+from toolkit.study.agreement import Agreement, agreement_sheet, agreements
+from toolkit.study.claims import JudgedClaim, claim_records, claims_sheet, judge_claims
+from toolkit.study.compare import compare_rows, comparison_records, comparison_sheet
+from toolkit.study.directory import StudyDirectory
+from toolkit.study.epoch_tables import epoch_records, epoch_sheets, figures_by_epoch
+from toolkit.study.results import STOPPED, RunResult, higher_is_better, read_results
+from toolkit.study.results_table import (
+    FORMATS,
+    ResultRow,
+    best_first,
+    build_rows,
+    check_columns,
+    nearest,
+    records,
+    sheet,
+)
+from toolkit.study.significance import PairedComparison
+from toolkit.study.text_table import TextTable, csv_text, latex, markdown, text
+from toolkit.study.trial_table import TrialResult, outcomes, trial_records, trial_sheet
+
+SMALLER_FIRST = ("epochs", "parameters", "seconds")
+"""Figures, beside losses, of which a table that is sorted by them has the smallest first."""
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """What the caller wants otherwise than the study's file says."""
+
+    columns: Sequence[str] = ()
+    by: Sequence[str] = ()
+    compare: tuple[str, str] | None = None
+    intervals: bool = False
+    sort: str | None = None
+    """Figure by which the lines of the main table are sorted, the best first; lines without it stand last."""
+    top: int | None = None
+    """Only so many lines of the main table are shown; without ``sort`` by the study's output.best_by."""
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """The outcome of a study, as far as it has come."""
+
+    name: str
+    table: StudyConfig
+    results: Sequence[RunResult]
+    rows: Sequence[ResultRow]
+    trials: Sequence[TrialResult]
+    """Of a search in which each configuration is one run; else empty."""
+    columns: Sequence[str]
+    wanted: TableOptions
+    comparison: dict[str, PairedComparison]
+    assumptions: Mapping[str, str] = field(default_factory=dict)
+    """Where the values of keys come from."""
+    claims: Sequence[JudgedClaim] = ()
+
+    @property
+    def main(self) -> TextTable:
+        """The table itself."""
+        if self.trials:
+            found = trial_sheet(self.trials, self.table, self.name, self.columns)
+        else:
+            found = sheet(self.rows, self.table, self.name, self.columns, intervals=self.wanted.intervals)
+            found = replace(found, notes=[*found.notes, *_our_assumptions(self.assumptions)])
+        if self._sorted_by is None:
+            return found
+        order = self._order
+        rows = [found.rows[index] for index in order]
+        marked = frozenset(place for place, index in enumerate(order) if index in found.marked)
+        cut = f"; the first {len(rows)} of {len(found.rows)} lines" if len(rows) < len(found.rows) else ""
+        note = f"Sorted by {FORMATS[self._sorted_by].heading}, the best first{cut}."
+        return replace(found, rows=rows, marked=marked, notes=[note, *found.notes])
+
+    @property
+    def _sorted_by(self) -> str | None:
+        """The figure that the main table is sorted by; None: the study's order."""
+        if self.wanted.sort is None and self.wanted.top is not None:
+            return self.table.output.best_by.replace("/", "_")
+        return self.wanted.sort
+
+    @property
+    def _order(self) -> list[int]:
+        """Indices of the lines of the main table that are shown, in the order in which they are."""
+        figure = self._sorted_by
+        records = self._all_records
+        if figure is None:
+            return list(range(len(records)))
+        sign = -1 if figure in SMALLER_FIRST or not higher_is_better(figure) else 1
+
+        def rank(index: int) -> float:
+            value = records[index].get(figure)
+            return math.inf if not isinstance(value, int | float) or math.isnan(value) else -sign * value
+
+        return sorted(range(len(records)), key=rank)[: self.wanted.top]
+
+    @property
+    def agreement(self) -> list[Agreement]:
+        """How far the rows agree with the published ones."""
+        return [] if self.trials else agreements(self.rows, self.columns)
+
+    @property
+    def judged(self) -> list[TextTable]:
+        """The agreement and the verdicts on claims, where there are any."""
+        found = [agreement_sheet(self.agreement)] if self.agreement else []
+        return [*found, *([claims_sheet(self.claims, self.table.output.confidence)] if self.claims else [])]
+
+    @property
+    def by_epoch(self) -> list[TextTable]:
+        """The tables epoch by epoch, where the study wants any."""
+        return epoch_sheets(self.rows, self.table, self.name, self.epoch_figures)
+
+    @property
+    def epoch_figures(self) -> list[str]:
+        """The figures of those tables."""
+        return [] if self.trials or self.wanted.by else figures_by_epoch(self.rows, self.table)
+
+    @property
+    def compared(self) -> list[TextTable]:
+        """The comparison of two rows, where one is wanted."""
+        if self.wanted.compare is None:
+            return []
+        return [comparison_sheet(self.comparison, *self.wanted.compare, self.table.output.confidence)]
+
+    @property
+    def records(self) -> list[dict[str, object]]:
+        """The table itself for programs, sorted and cut as :attr:`main` is."""
+        records = self._all_records
+        return [records[index] for index in self._order]
+
+    @property
+    def _all_records(self) -> list[dict[str, object]]:
+        if self.trials:
+            return trial_records(self.trials, self.table, self.columns)
+        return records(self.rows, self.columns)
+
+
+def read_outcomes(folder: StudyDirectory, wanted: TableOptions) -> StudyResults:
+    """The outcome of the study in ``folder``. Raises UserError where there is none, or no such column, key or row."""
+    table, results = folder.table, read_results(folder)
+    columns = wanted.columns or _measured(table.output.columns, results)
+    check_columns(columns)
+    if wanted.sort is not None and wanted.sort not in METRICS:
+        raise UserError(f"--sort {wanted.sort}: there is no such column{nearest(wanted.sort, METRICS)}")
+    sought = wanted.sort or (table.output.best_by.replace("/", "_") if wanted.top is not None else None)
+    if sought is not None and sought not in columns:
+        columns = [*columns, sought]
+    rows = build_rows(results, table, wanted.by)
+    is_search = table.bohb is not None or table.random is not None
+    if is_search:
+        rows = best_first(rows, table.output.best_by)
+    single = all(len(row.results) == 1 for row in rows) and not wanted.by
+    trials = outcomes(results, table) if is_search and single else []
+    compared = compare_rows(rows, *wanted.compare, columns, table.output.confidence) if wanted.compare else {}
+    claims = judge_claims(folder, table, results)
+    return StudyResults(
+        folder.name, table, results, rows, trials, columns, wanted, compared, folder.assumptions, claims
+    )  # fmt: skip
+
+
+def _our_assumptions(assumptions: Mapping[str, str]) -> list[str]:
+    """The keys that the publication does not state, as a note."""
+    ours = {key: value.partition(": ")[2] for key, value in assumptions.items() if value.partition(":")[0] == "ours"}
+    told = "; ".join(f"{key} ({remark})" if remark else key for key, remark in ours.items())
+    return [f"Not stated by the publication, our assumption: {told}."] if told else []
+
+
+def _measured(columns: Sequence[str], results: Sequence[RunResult]) -> Sequence[str]:
+    """The study's columns without those of a split that no finished run has."""
+    finished = [result for result in results if result.is_finished]
+
+    def has(column: str) -> bool:
+        split = column.removeprefix(STOPPED).split("_")[0]
+        return split not in ("val", "test") or any(column in result.figures for result in finished)
+
+    return [column for column in columns if has(column)] if finished else columns
+
+
+def terminal_text(found: StudyResults) -> str:
+    """All tables for a terminal."""
+    return "\n\n".join(text(part) for part in (found.main, *found.judged, *found.by_epoch, *found.compared))
+
+
+def to_json(found: StudyResults) -> dict[str, Any]:
+    """All tables for programs."""
+    return {
+        "name": found.name,
+        "description": found.table.description,
+        "source": found.table.source,
+        "note": found.table.note,
+        "notes": list(found.main.notes),
+        "trials" if found.trials else "rows": found.records,
+        "assumptions": dict(found.assumptions),
+        "agreement": [asdict(one) for one in found.agreement],
+        "claims": claim_records(found.claims),
+        "epochs": epoch_records(found.rows, found.epoch_figures),
+        "comparison": comparison_records(found.comparison),
+    }
+
+
+def write_tables(found: StudyResults, folder: Path) -> list[Path]:
+    """Write table.csv, table.md, table.tex, runs.csv and, where there are tables by epoch, epochs.csv.
+
+    Raises UserError where that cannot be done.
+    """
+    parts = [found.main, *found.judged, *found.by_epoch, *found.compared]
+    files = {
+        "table.csv": csv_text(found.records),
+        "table.md": f"# {found.name}\n\n" + "\n\n".join(markdown(part) for part in parts) + "\n",
+        "table.tex": "\n\n".join(latex(part) for part in parts) + "\n",
+        "runs.csv": csv_text(run_records(found.results)),
+    }
+    if found.claims:
+        files["claims.csv"] = csv_text(claim_records(found.claims))
+    if found.epoch_figures:
+        files["epochs.csv"] = csv_text(epoch_records(found.rows, found.epoch_figures))
+    try:
+        for name, content in files.items():
+            write_atomically(folder / name, content.encode())
+    except OSError as error:
+        raise UserError(f"the tables cannot be written to {folder}: {error.strerror}") from None
+    return [folder / name for name in files]
+
+
+def run_records(results: Sequence[RunResult]) -> list[dict[str, object]]:
+    """Every run with its changes and all its figures, for programs."""
+    return [
+        {
+            "row": result.member.row,
+            "seed": result.member.seed,
+            **result.member.changes,
+            "state": result.state,
+            **result.figures,
+            "run": result.member.run,
+        }
+        for result in results
+    ]

@@ -1,0 +1,199 @@
+"""Before a study goes on: its folder, its run directories, and whether they are this study's. Needs no torch.
+
+A run is found by the hash of its resolved recipe among the run directories of the folder, so that nothing is trained
+twice, however the study's file was edited in between. All run directories are made here, by the controller alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from toolkit.errors import UserError
+from toolkit.locks import acquire
+from toolkit.recipe import Recipe, diff, recipe_hash, resolved_toml
+from toolkit.recipe.diagnostics import dotted
+from toolkit.recipe.resolve import resolved_content
+from toolkit.runs import Run, create_run, runs_of
+from toolkit.study.directory import StudyDirectory, StudyRun, epochs_done
+from toolkit.study.expand import ExpandedStudy, PlannedRun, StudySpec
+
+CONTROLLER = ".controller"
+LOCK_WAIT_S = 1.0
+"""Whoever looks whether a controller is there holds its lock for an instant."""
+
+
+@contextlib.contextmanager
+def study_lock(study: StudySpec) -> Iterator[StudyDirectory]:
+    """The study's folder, held by this process alone. Raises UserError where another has it or nobody can write."""
+    folder = StudyDirectory(study.folder)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock = acquire(folder.path / CONTROLLER, LOCK_WAIT_S, log=lambda line: print(line, file=sys.stderr))
+    except Timeout:
+        raise UserError(
+            f"{folder.path} is under another `toolkit study` that still runs; to help it from here: "
+            f"toolkit study {study.path} --worker"
+        ) from None
+    except OSError as error:
+        raise UserError(f"recipe.run_root: cannot write in {folder.path}: {error.strerror}") from None
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def init_study(study: StudySpec, folder: StudyDirectory, expansion: ExpandedStudy) -> list[str]:
+    """Make what is missing of the folder: study.json and a run directory for each run. Returns remarks.
+
+    Raises UserError where the folder holds another study, and then leaves everything as it is.
+    """
+    remarks = check_same_study(study, folder, expansion)
+    known = RunIndex(folder, study.path)
+    members = [known.member(run) for run in expansion.runs]
+    if study.table.bohb is not None and folder.exists:
+        members = folder.members
+    folder.write(study_record(study, complete=study.table.bohb is None), members)
+    return remarks
+
+
+def study_record(study: StudySpec, *, complete: bool) -> dict[str, Any]:
+    """What study.json tells besides the members."""
+    return {
+        "name": study.name,
+        "file": os.path.abspath(study.path),
+        "study": study.table.model_dump(),
+        "assumptions": study.base.assumptions,
+        "search": search_of(study),
+        "complete": complete,
+    }
+
+
+def search_of(study: StudySpec) -> dict[str, Any] | None:
+    """What a search must keep from one start to the next: where it draws from, how, and the recipe around it."""
+    table = study.table
+    search = table.bohb or table.random
+    if search is None:
+        return None
+    # More trials, or more draws, continue the same search.
+    settings = search.model_dump(exclude={"trials", "runs"})
+    recipe = resolved_content(study.base.model_copy(update={"study": None}))
+    return {"space": table.space, "settings": settings, "recipe": recipe}
+
+
+class RunIndex:
+    """The run directories of a study's folder by the hash of their recipes."""
+
+    def __init__(self, folder: StudyDirectory, file: str = "") -> None:
+        self.folder, self.file = folder, file
+        self.by_hash: dict[str, Run] = {}
+        for run in runs_of(str(folder.path.parent), folder.path.name):
+            with contextlib.suppress(UserError):  # a damaged recipe is nobody's run
+                mark = recipe_hash(run.recipe)
+                other = self.by_hash.get(mark)
+                if other is None or _progress(run) > _progress(other):
+                    self.by_hash[mark] = run
+
+    def member(self, planned: PlannedRun) -> StudyRun:
+        """The planned run with its run directory, which is made where there is none."""
+        run = self.by_hash.get(planned.member.hash) or self._create(planned)
+        self.by_hash[planned.member.hash] = run
+        return replace(planned.member, run=run.id)
+
+    def _create(self, planned: PlannedRun) -> Run:
+        run = create_run(str(self.folder.path.parent), self.folder.path.name)
+        run.write_json("origins.json", planned.loaded.origins_dict(self.file))
+        run.write_text("recipe.toml", resolved_toml(planned.recipe))
+        return run
+
+
+def _has_begun(run: Run) -> bool:
+    """Whether it has a finished epoch, or files that cannot be read."""
+    try:
+        return run.is_finished or bool(run.epochs())
+    except UserError:
+        return True
+
+
+def _progress(run: Run) -> tuple[bool, int]:
+    return run.is_finished, epochs_done(run)
+
+
+def check_same_study(study: StudySpec, folder: StudyDirectory, expansion: ExpandedStudy) -> list[str]:
+    """Whether study.json, if there is one, is of this study. Raises UserError where it is of another.
+
+    Rows may be added and taken away; their runs stay where they are. A search must be the same.
+    """
+    if not folder.exists:
+        return []
+    differences = list(_differences(folder.record["search"], search_of(study)))
+    if differences:
+        raise UserError(
+            f"{folder.path} holds a study with {' and '.join(differences)}. Give this one a recipe.name of its own in "
+            f"{study.path}, or move {folder.path} away"
+        )
+    if study.table.bohb is not None:
+        return []
+    begun = [m for m in folder.members if (run := folder.run(m)) is not None and _has_begun(run)]
+    hashes = {run.member.hash for run in expansion.runs}
+    gone = [member for member in begun if _mark_of(folder, member) not in hashes]
+    if begun and len(gone) == len(begun):
+        raise UserError(_other_runs(study, folder, gone, expansion))
+    return [f"{len(gone)} run(s) in {folder.path} belong to no row any more; they are left there"] if gone else []
+
+
+def _differences(theirs: dict[str, Any] | None, mine: dict[str, Any] | None) -> Iterator[str]:
+    """In what the search of a folder is another one."""
+    if theirs is None or mine is None:
+        if theirs != mine:
+            yield "runs that are listed, not searched for" if theirs is None else "a search"
+        return
+    if theirs["space"] != mine["space"]:
+        yield "another space"
+    if theirs["settings"] != mine["settings"]:
+        yield "other settings"
+    if _mark(theirs["recipe"]) != _mark(mine["recipe"]):
+        yield "another recipe around the space"
+
+
+def _mark(content: dict[str, Any]) -> str:
+    """The hash of a recipe that was written down, with the defaults of keys that have come since."""
+    try:
+        return recipe_hash(Recipe.model_validate(content))
+    except ValueError:
+        return ""
+
+
+def _mark_of(folder: StudyDirectory, member: StudyRun) -> str:
+    """A member's hash by its run directory, which also a later version of the toolkit reads."""
+    run = folder.run(member)
+    with contextlib.suppress(UserError):
+        return member.hash if run is None else recipe_hash(run.recipe)
+    return member.hash
+
+
+def _other_runs(study: StudySpec, folder: StudyDirectory, gone: Iterable[StudyRun], expansion: ExpandedStudy) -> str:
+    told = ""
+    old = folder.run(next(iter(gone)))
+    if old is not None and expansion.runs:
+        with contextlib.suppress(UserError):
+            changes = diff(old.recipe, expansion.runs[0].recipe)
+            told = "; ".join(f"{dotted(key)}: {one!r} -> {two!r}" for key, one, two in changes[:3])
+    return (
+        f"{folder.path} holds a study of other runs{f' ({told})' if told else ''}. Give this one a recipe.name of its "
+        f"own in {study.path}, or move {folder.path} away"
+    )
+
+
+def study_folder(path: Path) -> StudyDirectory:
+    """The folder of a study that was begun; a UserError where there is none."""
+    folder = StudyDirectory(path)
+    folder.record  # noqa: B018  (says what is wrong)
+    return folder

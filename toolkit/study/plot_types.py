@@ -1,0 +1,247 @@
+"""Figures of studies: each function takes plain values and returns a matplotlib figure, labelled, with units."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from toolkit.report.plot_style import BLUE, CYCLE, INK, SKY, VERMILION, grid, short
+from toolkit.study.results_table import FORMATS
+
+WIDTH, HEIGHT = 6.3, 3.8
+"""Inches: as wide as a page of text."""
+DASHES = ("-", "--", ":", "-.")
+"""Told apart without colour too."""
+LINE = 64
+"""Characters of a title in one line."""
+LEGEND_ROWS = 14
+"""More curves than this have no legend that can be read."""
+TICKS = 8
+"""So many different values at most are all labeled on a logarithmic color scale."""
+LOG_FROM = 50.0
+"""Values of which the greatest is more than so many times the least are drawn on a logarithmic scale."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A figure after each epoch, the first epoch first."""
+
+    name: str
+    mean: Sequence[float]
+    std: Sequence[float] = ()
+    """Over seeds, where there are several; as long as the mean."""
+
+
+@dataclass(frozen=True)
+class ParallelAxis:
+    """One vertical axis of a figure of parallel coordinates."""
+
+    name: str
+    positions: Sequence[float | None]
+    """Of each line, from 0 to 1; None where the parameter does not count for it."""
+    ticks: Mapping[float, str]
+
+
+def label_of(metric: str) -> str:
+    """``val/accuracy`` as it stands beside an axis, with its unit."""
+    split, kind = metric.split("/")
+    words = {"train": "training", "val": "validation", "test": "test"}[split]
+    return f"{words} loss (nats)" if kind == "loss" else f"{words} {kind.replace('_', ' ')} (%)"
+
+
+def scale_of(metric: str) -> float:
+    """What a figure is multiplied with for :func:`label_of`'s unit."""
+    return FORMATS[metric.replace("/", "_")].scale
+
+
+def lightness_colormap() -> Colormap:
+    """viridis, which any colour vision orders by lightness, from light to dark; its yellow end is not seen on white."""
+    return LinearSegmentedColormap.from_list("ramp", colormaps["viridis"](np.linspace(0.92, 0.0, 256)))
+
+
+def curves(curves: Sequence[Curve], metric: str, title: str) -> Figure:
+    """One line a row of the study, a band of one standard deviation where it has several seeds."""
+    figure, axes = _epoch_axes(metric, title)
+    scale = scale_of(metric)
+    shades = [lightness_colormap()(x) for x in np.linspace(0, 1, len(curves))] if len(curves) > len(CYCLE) else CYCLE
+    for index, (curve, colour) in enumerate(zip(curves, shades, strict=False)):
+        epochs = np.arange(1, len(curve.mean) + 1)
+        mean = np.asarray(curve.mean) * scale
+        dash = DASHES[index % len(DASHES)] if len(curves) > 1 else "-"
+        axes.plot(epochs, mean, dash, color=colour, linewidth=1.5, label=short(curve.name, 40), marker=_mark(curve))
+        if curve.std:
+            std = np.asarray(curve.std) * scale
+            axes.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+    if len(curves) <= LEGEND_ROWS:
+        _legend(figure, axes, len(curves))
+    return figure
+
+
+def coloured_curves(
+    curves: Sequence[tuple[Any, Sequence[float]]], metric: str, key: str, title: str, *, log: bool
+) -> Figure:
+    """Many runs' curves in one figure, each (value of the parameter, curve) coloured by the value."""
+    figure, axes = _epoch_axes(metric, title)
+    values = [value for value, _ in curves]
+    colour = _number_colours(values, log=log) if is_numeric(values) else None
+    names = list(dict.fromkeys(str(value) for value in values))
+    for value, curve in curves:
+        index = names.index(str(value))
+        shade = colour.to_rgba(value) if colour else CYCLE[index % len(CYCLE)]
+        dash = "-" if colour else DASHES[index // len(CYCLE) % len(DASHES)]
+        epochs = range(1, len(curve) + 1)
+        axes.plot(epochs, np.asarray(curve) * scale_of(metric), dash, color=shade, linewidth=1.1, marker=_dot(curve))
+    if colour:
+        bar = figure.colorbar(colour, ax=axes)
+        if log and len(set(values)) <= TICKS:  # matplotlib would label powers of ten only
+            bar.set_ticks(sorted(set(values)), labels=[f"{value:g}" for value in sorted(set(values))])
+            bar.minorticks_off()
+        bar.set_label(key, parse_math=False)
+    else:
+        for index, name in enumerate(names[:LEGEND_ROWS]):
+            dash = DASHES[index // len(CYCLE) % len(DASHES)]
+            axes.plot([], [], dash, color=CYCLE[index % len(CYCLE)], label=short(name, 40))
+        _legend(figure, axes, len(names))
+    return figure
+
+
+def levels(
+    values: Sequence[float], validation: Sequence[tuple[float, float]], test: Sequence[tuple[float, float]],
+    key: str, metric: str, title: str, *, log: bool,
+) -> Figure:  # fmt: skip
+    """The best epoch's figure against the one parameter that varies, each (mean, standard deviation) over the seeds."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    scale = scale_of(metric)
+    for points, name, colour, mark in ((validation, "validation", BLUE, "o"), (test, "test", VERMILION, "s")):
+        if not points:
+            continue
+        mean, std = (np.asarray(column) * scale for column in zip(*points, strict=True))
+        axes.errorbar(values, mean, std if std.any() else None, color=colour, marker=mark, markersize=4,
+                      linewidth=1.4, capsize=3, label=name)  # fmt: skip
+    if log:
+        axes.set_xscale("log")
+    axes.set_xlabel(key, parse_math=False)
+    axes.set_ylabel(label_of(metric).split(" ", 1)[1])
+    axes.set_title(textwrap.fill(title, LINE), parse_math=False)
+    axes.legend()
+    grid(axes)
+    return figure
+
+
+def importance(shares: Mapping[str, float], title: str) -> Figure:
+    """The share of each parameter in the variance of the outcome, the greatest above."""
+    ordered = sorted(shares.items(), key=lambda item: item[1])
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.32 * len(ordered)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([short(name, 45) for name, _ in ordered], [share * 100 for _, share in ordered], color=SKY)
+    axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+    axes.set_xlabel("share of the variance of the outcome (%), by fANOVA")
+    axes.set_xlim(0, 108)
+    _head(figure, title)
+    for tick in axes.get_yticklabels():
+        tick.set_parse_math(False)
+    return figure
+
+
+def parallel_coordinates(axes_: Sequence[ParallelAxis], outcome: Sequence[float], metric: str, title: str) -> Figure:
+    """One line a configuration through the values of its parameters, coloured by its outcome, the best ones on top."""
+    figure = Figure(figsize=(max(WIDTH, 1.3 * len(axes_) + 1), HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    colour = ScalarMappable(Normalize(min(outcome), max(outcome)), lightness_colormap())
+    order = np.argsort(outcome, kind="stable")
+    for index in order if not metric.endswith("loss") else order[::-1]:
+        points = [(x, axis.positions[index]) for x, axis in enumerate(axes_)]
+        shown = [(x, y) for x, y in points if y is not None]
+        axes.plot(*zip(*shown, strict=True), color=colour.to_rgba(outcome[index]), linewidth=1.2, alpha=0.85)
+    for x, axis in enumerate(axes_):
+        axes.axvline(x, color=INK, linewidth=0.8)
+        for y, text in axis.ticks.items():
+            axes.text(x + 0.03, y, short(text, 22), fontsize=7, va="center", parse_math=False,
+                      bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.6})  # fmt: skip
+    axes.set_xticks(range(len(axes_)), [short(axis.name, 24) for axis in axes_], parse_math=False)
+    axes.set_yticks([])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.margins(x=0.08)
+    figure.colorbar(colour, ax=axes).set_label(label_of(metric))
+    _head(figure, title)
+    return figure
+
+
+def incumbent_curve(
+    searches: Mapping[str, Sequence[tuple[float, float]]], metric: str, title: str, *, cost: str = "epochs trained"
+) -> Figure:
+    """The best value found against what was spent; each search a list of (cost, best value so far)."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    scale = scale_of(metric)
+    for index, (name, points) in enumerate(searches.items()):
+        spent, best = zip(*points, strict=True)
+        axes.step(spent, np.asarray(best) * scale, DASHES[index // len(CYCLE) % len(DASHES)], where="post",
+                  color=CYCLE[index % len(CYCLE)], linewidth=1.5, label=short(name, 40))  # fmt: skip
+    axes.set_xlabel(cost)
+    axes.set_ylabel(f"best {label_of(metric)}")
+    axes.set_title(textwrap.fill(title, LINE), parse_math=False)
+    if len(searches) > 1:
+        axes.legend()
+    grid(axes)
+    return figure
+
+
+def is_numeric(values: Sequence[Any]) -> bool:
+    """Whether all are numbers, of which there are different ones."""
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    return numbers and len(set(values)) > 1
+
+
+def is_wide(values: Sequence[float]) -> bool:
+    """Whether a logarithmic scale shows the values better."""
+    return min(values) > 0 and max(values) > LOG_FROM * min(values)
+
+
+def _number_colours(values: Sequence[float], *, log: bool) -> ScalarMappable:
+    norm = (LogNorm if log else Normalize)(min(values), max(values))
+    return ScalarMappable(norm, lightness_colormap())
+
+
+def _head(figure: Figure, title: str) -> None:
+    """A title over the whole figure, on as many lines as it needs: axes may be narrow."""
+    figure.suptitle(textwrap.fill(title, LINE), fontsize=10, parse_math=False)
+
+
+def _epoch_axes(metric: str, title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label_of(metric))
+    axes.set_title(textwrap.fill(title, LINE), parse_math=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    grid(axes)
+    return figure, axes
+
+
+def _mark(curve: Curve) -> str | None:
+    return _dot(curve.mean)
+
+
+def _dot(curve: Sequence[float]) -> str | None:
+    """A curve of one point is not seen without a mark."""
+    return "o" if len(curve) == 1 else None
+
+
+def _legend(figure: Figure, axes: Axes, count: int) -> None:
+    """Within the axes while it is small, else beside them."""
+    legend = axes.legend() if count <= 4 else figure.legend(loc="outside right upper")
+    for text in legend.get_texts():
+        text.set_parse_math(False)

@@ -1,0 +1,288 @@
+"""Which figures a study has, and what stands in them; drawn by :mod:`toolkit.study.plot_types`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.study import plot_types
+from toolkit.study.bohb import BohbScheduler, budgets
+from toolkit.study.export_tables import StudyResults
+from toolkit.study.optuna_tpe import TrialHistory, optuna_study
+from toolkit.study.plot_types import Curve, ParallelAxis
+from toolkit.study.results import RunResult, best_of, higher_is_better
+from toolkit.study.results_table import ResultRow, short_key, short_value, title
+from toolkit.study.search_space import SearchParameter, SearchSpace, read_parameters
+from toolkit.study.trial_table import search_metric, varied_keys
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CURVES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
+FEWEST = 8
+"""Configurations below which the importance of parameters is not estimated."""
+COLOURED = 6
+"""Keys that runs' curves are coloured by, at most; each gives a figure."""
+
+
+def draw(found: StudyResults, folder: Path, log: Callable[[str], None]) -> list[Path]:
+    """Write all figures of a study as SVG and PDF into ``folder``; their paths. Raises UserError where it cannot."""
+    from toolkit.report.plot_style import plot_style, save
+
+    paths: list[Path] = []
+    with plot_style(log):
+        for name, figure in study_figures(found):
+            paths += save(figure, folder, name)
+    return paths
+
+
+def study_figures(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+    """Names and figures; only those for which there are results."""
+    if not found.trials:
+        yield from row_curves(found)
+    yield from curves_by_parameter(found)
+    yield from level_plot(found)
+    if found.trials:
+        yield from best_against_cost(found)
+    yield from parallel(found)
+    yield from importances(found)
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+def row_curves(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+    """The rows of the study in one figure, for each of :data:`CURVES`."""
+    for metric in CURVES:
+        drawn = [_curve(row, metric) for row in found.rows if row.finished]
+        drawn = [curve for curve in drawn if curve.mean]
+        if drawn:
+            yield f"curves-{metric.replace('/', '-')}", plot_types.curves(drawn, metric, title(found.table, found.name))
+
+
+def _curve(row: ResultRow, metric: str) -> Curve:
+    """Over the epochs that all finished runs of the row trained, so that mean and band are of the same runs."""
+    curves = [result.values(metric) for result in row.finished]
+    columns = list(zip(*curves, strict=False))
+    std = [statistics.stdev(column) for column in columns] if len(curves) > 1 else []
+    return Curve(row.name, [statistics.fmean(column) for column in columns], std)
+
+
+def curves_by_parameter(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+    """All runs' curves of the figure sought, coloured by one parameter after the other."""
+    results = [result for result in found.results if result.epochs and (found.trials or result.is_finished)]
+    keys = varied_keys(results)
+    metric = search_metric(found.table)
+    for key in keys[:COLOURED]:
+        with_it = [result for result in results if key in result.member.changes]
+        values = [result.member.changes[key] for result in with_it]
+        if len({short_value(value) for value in values}) > 1:
+            shown = values if plot_types.is_numeric(values) else [short_value(value) for value in values]
+            drawn = list(zip(shown, (result.values(metric) for result in with_it), strict=True))
+            is_log = _is_logarithmic(found, key, values)
+            figure = plot_types.coloured_curves(drawn, metric, key, title(found.table, found.name), log=is_log)
+            yield f"curves-by-{short_key(key, keys).replace('.', '-')}", figure
+
+
+def _is_logarithmic(found: StudyResults, key: str, values: Sequence[Any]) -> bool:
+    """Whether a key's values are drawn by their logarithms: as the space says, else where they go far apart.
+
+    Batch sizes always are: studies double them.
+    """
+    kind = next((parameter.kind for parameter in space_of(found).parameters if parameter.key == key), "choice")
+    is_doubled = key == "train.batch_size"
+    return plot_types.is_numeric(values) and (
+        kind == "log_uniform" or is_doubled or (kind == "choice" and plot_types.is_wide(values))
+    )
+
+
+def level_plot(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+    """Where one number alone varies (a dropout level, a flip probability): validation and test against it."""
+    rows = [row for row in found.rows if row.finished]
+    keys = varied_keys([row.results[0] for row in rows])
+    if len(keys) != 1 or found.trials or not all(keys[0] in row.results[0].member.changes for row in rows):
+        return
+    values = [row.results[0].member.changes[keys[0]] for row in rows]
+    if not plot_types.is_numeric(values) or len(set(values)) < 3:
+        return
+    metric = found.table.output.best_by
+    order = sorted(range(len(rows)), key=lambda index: values[index])
+    figure = plot_types.levels(
+        [values[i] for i in order],
+        _points([rows[i] for i in order], metric.replace("/", "_")),
+        _points([rows[i] for i in order], metric.replace("val/", "test_")),
+        keys[0], metric, title(found.table, found.name), log=_is_logarithmic(found, keys[0], values),
+    )  # fmt: skip
+    yield f"levels-{keys[0].rsplit('.', 1)[-1]}", figure
+
+
+def _points(rows: Sequence[ResultRow], figure: str) -> list[tuple[float, float]]:
+    found = [row.figures.get(figure) for row in rows]
+    return [(each.mean, each.std or 0.0) for each in found if each] if all(found) else []
+
+
+# -- of a search ------------------------------------------------------------------------------------------------------
+
+
+def best_against_cost(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+    """The best value found against the epochs trained."""
+    points = incumbents(found)
+    metric = search_metric(found.table)
+    if points:
+        name = title(found.table, found.name)
+        yield "best-so-far", plot_types.incumbent_curve({found.name: points}, metric, name)
+
+
+def incumbents(found: StudyResults) -> list[tuple[float, float]]:
+    """(epochs trained, best value so far) after each time that a configuration was trained further.
+
+    Run directories do not tell when an epoch was trained: the order is that in which one worker would have done it.
+    """
+    metric = search_metric(found.table)
+    best: float | None = None
+    spent, points = 0, []
+    for result, before, until in training_order(found):
+        spent += until - before
+        candidates = [value for value in (best, best_of(result.values(metric)[:until], metric)) if value is not None]
+        best = best_of(candidates, metric)
+        if best is not None:
+            points.append((float(spent), best))
+    return points
+
+
+def training_order(found: StudyResults) -> list[tuple[RunResult, int, int]]:
+    """(run, epochs before, epochs after) of a search, as one worker would have trained what was trained."""
+    results, metric = found.results, search_metric(found.table)
+    if found.table.bohb is None:
+        return [(result, 0, len(result.epochs)) for result in results]
+    search = _ReplayedSearch(found, results)
+    order, reached = [], [0] * len(results)
+    while (assignment := search.ask()) is not None:
+        values = results[assignment.trial].values(metric)
+        until = min(assignment.until_epoch, len(values))
+        if until > reached[assignment.trial]:
+            order.append((results[assignment.trial], reached[assignment.trial], until))
+            reached[assignment.trial] = until
+        search.tell(assignment.trial, values[:until], ended=until < assignment.until_epoch)
+    rest = [(r, before, len(r.epochs)) for r, before in zip(results, reached, strict=True) if len(r.epochs) > before]
+    return order + rest
+
+
+class _ReplayedSearch(BohbScheduler):
+    """A search that proposes what it proposed."""
+
+    def __init__(self, found: StudyResults, results: Sequence[RunResult]) -> None:
+        assert found.table.bohb is not None
+        super().__init__(found.table.bohb.model_copy(update={"trials": len(results)}), space_of(found))
+        self.results = results
+
+    def _new_configuration(self) -> dict[str, Any] | None:
+        return self.results[len(self.trials)].member.changes
+
+
+# -- of parameters ----------------------------------------------------------------------------------------------------
+
+
+def space_of(found: StudyResults) -> SearchSpace:
+    """The space of a search, without its conditions, or of any other study the values that its runs have."""
+    if found.table.space:
+        return SearchSpace(tuple(read_parameters(found.table.space)), {})
+    values: dict[str, list[Any]] = {}
+    for result in found.results:
+        for key, value in result.member.changes.items():
+            if value not in values.setdefault(key, []):
+                values[key].append(value)
+    return SearchSpace(tuple(SearchParameter(key, "choice", tuple(known)) for key, known in values.items()), {})
+
+
+def comparable(found: StudyResults) -> tuple[list[tuple[RunResult, float]], str]:
+    """Runs with values that compare, and what these are: of BOHB the value within the smallest budget.
+
+    That all configurations have, poor ones too; those that went further were selected.
+    """
+    metric, bohb = search_metric(found.table), found.table.bohb
+    if bohb is None:
+        limit, runs, what = None, [result for result in found.results if result.is_finished], "finished runs"
+    else:
+        limit = budgets(bohb.min_epochs, bohb.max_epochs, bohb.eta)[0]
+        runs = [result for result in found.results if len(result.epochs) >= limit]
+        what = f"configurations, within {limit} epochs"
+    values = [(result, best_of(result.values(metric)[:limit], metric)) for result in runs]
+    return [(result, value) for result, value in values if value is not None], what
+
+
+def importances(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+    """The share of each parameter in the variance of the outcome."""
+    runs, what = comparable(found)
+    shares = parameter_importance(found, runs)
+    if shares:
+        name = f"{title(found.table, found.name)}: {len(runs)} {what}"
+        yield "importance", plot_types.importance(shares, name)
+
+
+def parameter_importance(found: StudyResults, runs: Sequence[tuple[RunResult, float]]) -> dict[str, float]:
+    """Optuna's fANOVA (Hutter et al. 2014), by parameter, from 0 to 1; empty where there are too few runs.
+
+    A parameter that only some runs have is judged among those, and its name says so.
+    """
+    everywhere = {key for key in _varied(runs) if all(key in result.member.changes for result, _ in runs)}
+    shares = _shares(found, runs, sorted(everywhere)) if len(runs) >= FEWEST else {}
+    for key in _varied(runs):
+        with_it = [(result, value) for result, value in runs if key in result.member.changes]
+        if key not in everywhere and len(with_it) >= FEWEST:
+            share = _shares(found, with_it, sorted({*everywhere, key})).get(key)
+            if share is not None:
+                shares[f"{key} (in {len(with_it)} of {len(runs)})"] = share
+    return shares
+
+
+def _shares(found: StudyResults, runs: Sequence[tuple[RunResult, float]], keys: list[str]) -> dict[str, float]:
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+    if len(keys) < 2 or len({value for _, value in runs}) < 2:
+        return {}
+    trials = [TrialHistory(result.member.changes, {1: value}, "complete") for result, value in runs]
+    maximise = higher_is_better(search_metric(found.table))
+    study = optuna_study(space_of(found), trials, maximise=maximise, sampler=None)
+    evaluator = FanovaImportanceEvaluator(n_trees=64, max_depth=64, seed=0)
+    return dict(get_param_importances(study, evaluator=evaluator, params=keys))
+
+
+def _varied(runs: Sequence[tuple[RunResult, float]]) -> list[str]:
+    """Keys with at least two values among the runs."""
+    keys = varied_keys([result for result, _ in runs])
+    return [k for k in keys if len({repr(r.member.changes[k]) for r, _ in runs if k in r.member.changes}) > 1]
+
+
+def parallel(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+    """Parallel coordinates of all runs whose values compare."""
+    runs, what = comparable(found)
+    keys = _varied(runs)
+    if len(runs) < 3 or len(keys) < 2:
+        return
+    metric = search_metric(found.table)
+    parameters = {parameter.key: parameter for parameter in space_of(found).parameters}
+    axes = [_axis(parameters[key], short_key(key, keys), [result for result, _ in runs]) for key in keys]
+    name = f"{title(found.table, found.name)}: {len(runs)} {what}"
+    scale = plot_types.scale_of(metric)
+    yield "parallel-coordinates", plot_types.parallel_coordinates(axes, [v * scale for _, v in runs], metric, name)
+
+
+def _axis(parameter: SearchParameter, name: str, results: Sequence[RunResult]) -> ParallelAxis:
+    """Numbers by their size (in a logarithmic range by its logarithm), anything else one after the other."""
+    key = parameter.key
+    values = [result.member.changes.get(key) for result in results]
+    given = [value for value in values if value is not None]
+    if parameter.kind == "choice" or not plot_types.is_numeric(given):
+        options = [value for value in parameter.values if value in given]
+        options = sorted(options) if plot_types.is_numeric(options) else options
+        places = {short_value(value): i / max(len(options) - 1, 1) for i, value in enumerate(options)}
+        return ParallelAxis(name, [None if v is None else places[short_value(v)] for v in values],
+                    {place: text for text, place in places.items()})  # fmt: skip
+    change = math.log10 if parameter.kind == "log_uniform" else float
+    low, high = change(min(given)), change(max(given))
+    ticks = {0.0: short_value(min(given)), 1.0: short_value(max(given))}
+    return ParallelAxis(name, [None if v is None else (change(v) - low) / (high - low) for v in values], ticks)

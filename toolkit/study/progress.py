@@ -1,0 +1,197 @@
+"""How far a study is: a live table on a terminal, elsewhere a line for each run that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.runs import Run
+from toolkit.study.bohb import search_epochs
+from toolkit.study.directory import RunState, StudyDirectory, StudyRun, failure_of, state_of
+from toolkit.study.results import best_of, higher_is_better
+
+REFRESH_S = 1.0
+SHOWN = 16
+"""Runs under way that are shown, at most."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What is known of one run."""
+
+    row: str
+    seed: int
+    state: RunState
+    epoch: int
+    epochs: int
+    """As the recipe says."""
+    value: float | None
+    """The best validation figure so far."""
+    test_accuracy: float | None = None
+    trouble: str = ""
+
+    @property
+    def title(self) -> str:
+        """Row and seed."""
+        return f"{self.row}, seed {self.seed}"
+
+    @property
+    def done(self) -> int:
+        """Epochs that need not be trained any more."""
+        return self.epochs if self.state in ("finished", "failed") else self.epoch
+
+
+class StudyProgress:
+    """What is shown of a study while it goes on."""
+
+    def __init__(self, folder: StudyDirectory) -> None:
+        self.folder = folder
+        table = folder.table
+        self.metric = table.bohb.metric if table.bohb else table.output.best_by
+        self.search_epochs = None if table.bohb is None else search_epochs(table.bohb)
+        self.started = time.monotonic()
+        self.epochs: dict[str, int] = {}
+        self.known: dict[str, tuple[Any, RunStatus]] = {}
+        self.told: dict[str, RunState] = {}
+        self.live: Any = None
+        runs = self.look()
+        self.done_before, _ = self._epochs(runs)
+        self.told = {name: seen.state for name, seen in runs.items()}
+
+    def look(self) -> dict[str, RunStatus]:
+        """All runs by the names of their directories; those that have not changed are not read again."""
+        found = {}
+        for member in self.folder.members:
+            if member.run is not None and member.run not in found:
+                found[member.run] = self._seen(member, Run(self.folder.path / member.run))
+        return found
+
+    def _seen(self, member: StudyRun, run: Run) -> RunStatus:
+        """What a run's files say; a run whose files are damaged counts as failed."""
+        try:
+            return self._read(member, run)
+        except UserError as error:
+            trouble = str(error).strip().splitlines()[0]
+            return RunStatus(member.row, member.seed, "failed", 0, self.epochs.get(run.id, 0), None, None, trouble)
+
+    def _read(self, member: StudyRun, run: Run) -> RunStatus:
+        state = state_of(run)
+        size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
+        known = self.known.get(run.id)
+        if known is not None and known[0] == (state, size):
+            return known[1]
+        if run.id not in self.epochs:
+            self.epochs[run.id] = run.recipe.train.epochs
+        records = run.epochs()
+        values = [float(record[self.metric]) for record in records if self.metric in record]
+        epoch = int(records[-1]["epoch"]) if records else 0
+        failure = failure_of(run) if state == "failed" else None
+        test = None
+        if state == "finished":
+            test = run.summary["best"].get("test_accuracy")
+        seen = RunStatus(
+            member.row, member.seed, state, epoch, self.epochs[run.id], best_of(values, self.metric), test,
+            failure.line if failure else "",
+        )  # fmt: skip
+        self.known[run.id] = ((state, size), seen)
+        return seen
+
+    def tell(self) -> None:
+        """Say which runs have ended since, a line each."""
+        runs = self.look()
+        ended = sum(seen.state in ("finished", "failed") for seen in runs.values())
+        new = [name for name, s in runs.items() if s.state in ("finished", "failed") and self.told.get(name) != s.state]
+        for number, name in enumerate(new, ended - len(new) + 1):
+            self.log(f"[{number}/{len(runs)}] {self._end(runs[name])}")
+        self.told = {name: seen.state for name, seen in runs.items()}
+
+    def _end(self, seen: RunStatus) -> str:
+        if seen.state == "failed":
+            return f"{seen.title}: failed: {seen.trouble}"
+        test = "" if seen.test_accuracy is None else f", test accuracy {seen.test_accuracy:.4f}"
+        return f"{seen.title}: {self.metric} {_figure(seen.value)}{test}, {seen.epoch} epochs"
+
+    def log(self, text: str) -> None:
+        """One line, above the live table where there is one."""
+        if self.live is not None:
+            self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def headline(self, runs: dict[str, RunStatus]) -> str:
+        """How many of them are how far, time left, the best so far."""
+        states = Counter(seen.state for seen in runs.values())
+        told = [f"{states[state]} {state}" for state in ("finished", "failed", "running", "paused") if states[state]]
+        parts = [f"{len(runs)} runs: {', '.join(told)}", *self._time_left(runs), *self._best(runs)]
+        return "; ".join(parts)
+
+    def _time_left(self, runs: dict[str, RunStatus]) -> list[str]:
+        done, total = self._epochs(runs)
+        gained, spent = done - self.done_before, time.monotonic() - self.started
+        if gained <= 0 or done >= total:
+            return []
+        return [f"{_duration((total - done) * spent / gained)} left"]
+
+    def _epochs(self, runs: dict[str, RunStatus]) -> tuple[int, int]:
+        """Those that need not be trained any more, and all."""
+        if self.search_epochs is not None:
+            return sum(seen.epoch for seen in runs.values()), self.search_epochs
+        return sum(seen.done for seen in runs.values()), sum(seen.epochs for seen in runs.values())
+
+    def _best(self, runs: dict[str, RunStatus]) -> list[str]:
+        values = [(seen.value, seen) for seen in runs.values() if seen.value is not None]
+        if not values:
+            return []
+        choose = max if higher_is_better(self.metric) else min
+        value, seen = choose(values, key=lambda item: item[0])
+        return [f"best so far {self.metric} {_figure(value)}: {seen.title}"]
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the live table where stderr is a terminal."""
+        if not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+        from rich.live import Live
+
+        console, rate = Console(stderr=True), 1 / REFRESH_S
+        with Live(get_renderable=self._table, console=console, refresh_per_second=rate, transient=True) as live:
+            self.live = live
+            try:
+                yield
+            finally:
+                self.live = None
+
+    def _table(self) -> Any:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        runs = self.look()
+        table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
+        for name, justify in (("running", "left"), ("epoch", "right"), (self.metric, "right")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        under_way = [seen for seen in runs.values() if seen.state == "running"]
+        for seen in under_way[:SHOWN]:
+            table.add_row(Text(seen.title), f"{seen.epoch}/{seen.epochs}", _figure(seen.value))
+        if len(under_way) > SHOWN:
+            table.add_row(f"and {len(under_way) - SHOWN} more", "", "")
+        return Group(Text(self.headline(runs)), table)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

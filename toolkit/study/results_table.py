@@ -1,0 +1,358 @@
+"""A study's table: a row a named setting, its figures over the seeds, the published ones beside them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.recipe.study_schema import METRICS, StudyConfig
+from toolkit.study.directory import StudyRun
+from toolkit.study.grid import label
+from toolkit.study.results import RunResult, higher_is_better
+from toolkit.study.significance import MeanWithInterval, estimate, welch
+from toolkit.study.text_table import DASH, MINUS, TextTable
+
+MISSING = DASH
+"""In place of a figure that there is not."""
+
+
+@dataclass(frozen=True)
+class MetricFormat:
+    """How a figure is written."""
+
+    heading: str
+    decimals: int
+    scale: float = 1.0
+
+
+def _accuracies(split: str, name: str) -> dict[str, MetricFormat]:
+    kinds = (("accuracy", "acc."), ("top5_accuracy", "top-5 acc."), ("class_accuracy", "class acc."))
+    return {f"{split}_{kind}": MetricFormat(f"{name} {word} %", 2, 100.0) for kind, word in kinds}
+
+
+FORMATS: dict[str, MetricFormat] = {
+    "train_loss": MetricFormat("train loss", 4),
+    "val_loss": MetricFormat("val. loss", 4),
+    "test_loss": MetricFormat("test loss", 4),
+    **_accuracies("train", "train"),
+    "train_accuracy_all_images": MetricFormat("train acc. of all images %", 2, 100.0),
+    **_accuracies("val", "val."),
+    **_accuracies("test", "test"),
+    "stopped_train_loss": MetricFormat("stopped train loss", 4),
+    **_accuracies("stopped_train", "stopped train"),
+    **_accuracies("stopped_val", "stopped val."),
+    **_accuracies("stopped_test", "stopped test"),
+    "epochs": MetricFormat("epochs", 0),
+    "parameters": MetricFormat("parameters", 0),
+    "seconds": MetricFormat("seconds", 1),
+    "images_per_second": MetricFormat("images/s", 0),
+}
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """Runs that differ in their seeds only (or that were grouped), and what they came to."""
+
+    name: str
+    results: Sequence[RunResult]
+    figures: dict[str, MeanWithInterval]
+    """Over the finished runs."""
+    is_best: bool = False
+
+    @property
+    def finished(self) -> list[RunResult]:
+        """The runs that count."""
+        return [result for result in self.results if result.is_finished]
+
+    @property
+    def published(self) -> dict[str, float]:
+        """Published figures; none where the runs have different ones."""
+        first = self.results[0].member
+        return first.published if all(_same_published(result.member, first) for result in self.results) else {}
+
+    @property
+    def not_comparable(self) -> str:
+        """Why the row's figures do not compare with the published ones; empty where they do."""
+        return next((result.member.not_comparable for result in self.results if result.member.not_comparable), "")
+
+    @property
+    def published_spread(self) -> dict[str, MeanWithInterval]:
+        """Those published figures that are means over several runs."""
+        spread = self.results[0].member.published_spread
+        return {
+            figure: MeanWithInterval(value, int(spread[figure]["n"]), spread[figure]["std"], None)
+            for figure, value in self.published.items()
+            if figure in spread
+        }
+
+    @property
+    def open(self) -> str:
+        """The states of the runs that are not finished: ``1 failed, 2 missing``; of a single run its state."""
+        states = Counter(result.state for result in self.results if not result.is_finished)
+        if len(self.results) == 1:
+            return next(iter(states), "")
+        return ", ".join(f"{count} {state}" for state, count in states.items())
+
+
+def _same_published(one: StudyRun, other: StudyRun) -> bool:
+    return one.published == other.published and one.published_spread == other.published_spread
+
+
+def build_rows(results: Sequence[RunResult], table: StudyConfig, by: Sequence[str] = ()) -> list[ResultRow]:
+    """The rows of a study in its order, the best marked; ``by``: recipe keys whose values make the rows instead."""
+    groups: dict[str, list[RunResult]] = {}
+    name = _grouping(results, by)
+    for result in results:
+        groups.setdefault(name(result), []).append(result)
+    confidence = table.output.confidence
+    rows = [ResultRow(name, group, _estimates(group, confidence)) for name, group in groups.items()]
+    best = best_row(rows, table.output.best_by.replace("/", "_"))
+    return [ResultRow(row.name, row.results, row.figures, is_best=row is best) for row in rows]
+
+
+def best_row(rows: Sequence[ResultRow], figure: str) -> ResultRow | None:
+    """The row with the best mean of a validation figure; None where no finished run has it.
+
+    Equal accuracies are decided by the validation loss, equal losses by the accuracy; then the first of equals wins.
+    """
+    return min((r for r in rows if figure in r.figures), key=lambda r: _rank(r, figure), default=None)
+
+
+def best_first(rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
+    """The rows by a validation figure, ties as in :func:`best_row`; those without it last, in their own order."""
+    figure = metric.replace("/", "_")
+    return sorted(rows, key=lambda r: _rank(r, figure))
+
+
+def _rank(row: ResultRow, figure: str) -> tuple[float, ...]:
+    """Sorts rows, the best first."""
+    second = "val_accuracy" if figure == "val_loss" else "val_loss"
+    return tuple(
+        (-1 if higher_is_better(name) else 1) * row.figures[name].mean if name in row.figures else math.inf
+        for name in (figure, second)
+    )
+
+
+def _estimates(group: Sequence[RunResult], confidence: float) -> dict[str, MeanWithInterval]:
+    values = {figure: [r.figures[figure] for r in group if figure in r.figures] for figure in METRICS}
+    return {figure: estimate(found, confidence) for figure, found in values.items() if found}
+
+
+def _grouping(results: Sequence[RunResult], by: Sequence[str]) -> Callable[[RunResult], str]:
+    """The name of the row that a run belongs to."""
+    if not by:
+        return lambda result: result.member.row
+    known = dict.fromkeys(["recipe.seed", *(key for result in results for key in result.member.changes)])
+    for key in by:
+        if key not in known:
+            raise UserError(f"--by {key}: no run of the study varies it{nearest(key, list(known))}")
+
+    def named(result: RunResult) -> str:
+        values = {"recipe.seed": result.member.seed, **result.member.changes}
+        return ", ".join(f"{short_key(key, by)} {short_value(values[key]) if key in values else MISSING}" for key in by)
+
+    return named
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint with the names that there are, the nearest first."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known) or 'none'}"
+
+
+def short_key(key: str, keys: Sequence[str]) -> str:
+    """The last part of a dotted key, where it is enough to tell it from the other keys."""
+    last = key.rsplit(".", 1)[-1]
+    return last if sum(other.rsplit(".", 1)[-1] == last for other in keys) == 1 else key
+
+
+def short_value(value: Any) -> str:
+    """A recipe's value as a cell: numbers with four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else label(value)
+
+
+# -- as cells ---------------------------------------------------------------------------------------------------------
+
+
+def check_columns(columns: Sequence[str]) -> None:
+    """Raise UserError at a figure that there is not."""
+    for column in columns:
+        if column not in METRICS:
+            raise UserError(f"--columns {column}: there is no such figure{nearest(column, METRICS)}")
+
+
+def sheet(
+    rows: Sequence[ResultRow], table: StudyConfig, name: str, columns: Sequence[str], *, intervals: bool
+) -> TextTable:
+    """The table as cells; ``intervals``: with confidence intervals in place of standard deviations."""
+    compared = {column for column in columns if any(column in row.published for row in rows)}
+    several, unfinished = any(len(row.results) > 1 for row in rows), any(row.open for row in rows)
+    head = ["setting", *(["runs"] if several else [])]
+    for column in columns:
+        head += [FORMATS[column].heading, *(["published", "diff."] if column in compared else [])]
+    head += ["open"] if unfinished else []
+    cells = []
+    for row in rows:
+        line = [row.name, *([_count(row)] if several else [])]
+        for column in columns:
+            line += [_measured(row, column, intervals), *(_published(row, column) if column in compared else ())]
+        cells.append([*line, *([row.open] if unfinished else [])])
+    marked = frozenset(index for index, row in enumerate(rows) if row.is_best)
+    told = notes(rows, table, compared=bool(compared), intervals=intervals)
+    told += [line for row in rows for column in columns for line in _against_several(row, column, table)]
+    return TextTable(
+        title(table, name), head, cells, marked, told, frozenset({0, len(head) - 1} if unfinished else {0})
+    )
+
+
+def title(table: StudyConfig, name: str) -> str:
+    """The heading of a study's tables."""
+    return table.description or name
+
+
+def number(figure: str, value: float, *, signed: bool = False, mean: bool = False) -> str:
+    """A figure as a cell. A mean of whole numbers has one decimal."""
+    shown = FORMATS[figure]
+    decimals = 1 if mean and not shown.decimals and value != int(value) else shown.decimals
+    return f"{value * shown.scale:{'+' if signed else ''},.{decimals}f}".replace("-", MINUS)
+
+
+def _measured(row: ResultRow, column: str, intervals: bool) -> str:
+    found = row.figures.get(column)
+    if found is None:
+        return MISSING
+    mean = number(column, found.mean, mean=found.n > 1)
+    if found.std is None or column == "parameters":
+        return mean
+    if intervals and found.interval is not None:
+        low, high = (number(column, end, mean=True) for end in found.interval)
+        return f"{mean} [{low}, {high}]"
+    return f"{mean} ± {number(column, found.std, mean=True)}"
+
+
+def _published(row: ResultRow, column: str) -> tuple[str, str]:
+    published, found = row.published.get(column), row.figures.get(column)
+    if published is None:
+        return "", ""
+    difference = number(column, found.mean - published, signed=True, mean=True) if found else MISSING
+    if row.not_comparable:
+        difference = f"not comparable: {row.not_comparable}"
+    shown, several = number(column, published), row.published_spread.get(column)
+    if several is not None and several.std is not None:
+        shown += f" ± {number(column, several.std, mean=True)}"
+    return shown, difference
+
+
+def _against_several(row: ResultRow, column: str, table: StudyConfig) -> list[str]:
+    """A measured mean against a published one over several runs, by Welch's t-test."""
+    published, found = row.published_spread.get(column), row.figures.get(column)
+    if published is None or row.not_comparable:
+        return []
+    what = f"{row.name}, {FORMATS[column].heading}: the published mean is of {published.n} runs"
+    if found is None:
+        return [f"{what}."]
+    test = welch(found, published)
+    if test is None:
+        return [f"{what}; Welch's t-test needs two runs or more here, and figures that vary."]
+    low, high = (number(column, end, signed=True, mean=True) for end in test.interval(table.output.confidence))
+    return [
+        f"{what}. Welch's t-test, measured {MINUS} published over {found.n} and {published.n} runs: "
+        f"{number(column, test.difference, signed=True, mean=True)}, "
+        f"{table.output.confidence * 100:g} % interval [{low}, {high}], p {p_value(test.p)}."
+    ]
+
+
+def p_value(p: float | None) -> str:
+    """A p-value as a cell."""
+    return MISSING if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def _count(row: ResultRow) -> str:
+    done, wanted = len(row.finished), len(row.results)
+    return str(done) if done == wanted else f"{done} of {wanted}"
+
+
+def notes(rows: Sequence[ResultRow], table: StudyConfig, *, compared: bool, intervals: bool) -> list[str]:
+    """What a reader must know: how many runs count, what the marks and spreads are, where figures were published."""
+    results = [result for row in rows for result in row.results]
+    finished = [result for result in results if result.is_finished]
+    found = [f"{len(finished)} of {len(results)} runs finished; only they count."]
+    if any(row.is_best for row in rows):
+        so_far = "" if len(finished) == len(results) else " so far"
+        best = next(row.name for row in rows if row.is_best)
+        found.append(f"Best{so_far} by {table.output.best_by} (never by test): {best}.")
+    found += _about_spread(rows, table.output.confidence, intervals)
+    if compared:
+        found.append(f"Published: {table.source or 'see the study'}; diff.: measured {MINUS} published.")
+    if table.note:
+        found.append(table.note)
+    told = {row.name: row.results[0].member for row in rows}
+    for note in dict.fromkeys(member.note for member in told.values() if member.note):
+        found.append(f"{'; '.join(name for name, member in told.items() if member.note == note)}: {note}")
+    found += [f"{name}: published in {m.source}." for name, m in told.items() if m.source and m.source != table.source]
+    return found + [f"{r.member.row}, seed {r.member.seed}: {r.state}: {r.trouble}" for r in results if r.trouble]
+
+
+def _about_spread(rows: Sequence[ResultRow], confidence: float, intervals: bool) -> list[str]:
+    most = max((len(row.finished) for row in rows), default=0)
+    least = min((len(row.finished) for row in rows if row.finished), default=0)
+    if most == 0:
+        return []
+    found = []
+    if most > 1:
+        what = (
+            f"[{confidence * 100:g} % confidence interval, Student's t]"
+            if intervals
+            else f"± standard deviation (n {MINUS} 1)"
+        )
+        found.append(f"Mean {what} over the runs of a row.")
+    if least == 1:
+        which = "Rows of one run have" if most > 1 else "One run a row:"
+        found.append(f"{which} no known spread; whether such a row differs from another is not known.")
+    return found
+
+
+# -- as records -------------------------------------------------------------------------------------------------------
+
+
+def records(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[dict[str, object]]:
+    """The table for programs: fractions and plain numbers, one record a row; None where there is no figure."""
+    return [_record(row, columns) for row in rows]
+
+
+def _record(row: ResultRow, columns: Sequence[str]) -> dict[str, object]:
+    record: dict[str, object] = {
+        "row": row.name,
+        "runs": len(row.results),
+        "finished": len(row.finished),
+        "best": row.is_best,
+        "open": row.open,
+        **({"not_comparable": row.not_comparable} if row.published and row.not_comparable else {}),
+    }
+    for column in columns:
+        found = row.figures.get(column)
+        low, high = (found.interval if found else None) or (None, None)
+        record |= {
+            column: found.mean if found else None,
+            f"{column}_std": found.std if found else None,
+            f"{column}_low": low,
+            f"{column}_high": high,
+        }
+        if column in row.published:
+            published = row.published[column]
+            record[f"{column}_published"] = published
+            record[f"{column}_difference"] = found.mean - published if found and not row.not_comparable else None
+        several = row.published_spread.get(column)
+        if several is not None:
+            test = welch(found, several) if found and not row.not_comparable else None
+            record |= {
+                f"{column}_published_std": several.std,
+                f"{column}_published_n": several.n,
+                f"{column}_welch_p": test.p if test else None,
+            }
+    return record

@@ -1,0 +1,139 @@
+"""A table of cells as text for a terminal, as Markdown, as LaTeX and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from toolkit.recipe.diagnostics import printable
+
+DECLINE = "\N{DOWNWARDS ARROW}"
+"""Before the first value after a column's best one, where it is worse."""
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+BEST = "*"
+"""Before the name of the best row, where there is no bold type."""
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """One table, ready to be shown: plain cells, the first column's to the left and all others to the right."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: frozenset[int] = frozenset()
+    """Indices of the best rows."""
+    notes: Sequence[str] = ()
+    """What is to be known beside it, a sentence or more each."""
+    left: frozenset[int] = frozenset({0})
+    """Columns whose cells stand to the left."""
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether there is a best row."""
+        return bool(self.marked)
+
+
+def text(sheet: TextTable) -> str:
+    """For a terminal; columns are aligned for wide characters too."""
+    marks = [BEST if index in sheet.marked else " " for index in range(len(sheet.rows))] if sheet.has_marks else None
+    lines = [[_line(cell) for cell in row] for row in (sheet.head, *sheet.rows)]
+    if marks is not None:
+        lines = [[f"{mark} {row[0]}", *row[1:]] for mark, row in zip([" ", *marks], lines, strict=True)]
+    widths = [max(width(row[column]) for row in lines) for column in range(len(sheet.head))]
+    aligned = ["  ".join(_pad(c, w, i in sheet.left) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+               for row in lines]  # fmt: skip
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    shown = [aligned[0], rule, *aligned[1:]]
+    return "\n".join([_line(sheet.title), *(line.rstrip() for line in shown), *(_line(note) for note in sheet.notes)])
+
+
+def markdown(sheet: TextTable) -> str:
+    """GitHub's Markdown; the best row in bold."""
+    ruler = [":---" if column in sheet.left else "---:" for column in range(len(sheet.head))]
+    body = [[_markdown(cell) for cell in row] for row in sheet.rows]
+    body = [
+        [f"**{cell}**" if cell else "" for cell in row] if index in sheet.marked else row
+        for index, row in enumerate(body)
+    ]
+    lines = ["| " + " | ".join(row) + " |" for row in ([_markdown(cell) for cell in sheet.head], ruler, *body)]
+    notes = [f"- {_markdown(note)}" for note in sheet.notes]
+    return "\n".join([f"**{_markdown(sheet.title)}**", "", *lines, *(["", *notes] if notes else [])])
+
+
+def latex(sheet: TextTable) -> str:
+    """A table environment that needs the package booktabs; the best row in bold."""
+    columns = "".join("l" if column in sheet.left else "r" for column in range(len(sheet.head)))
+    body = [[_latex(cell) for cell in row] for row in sheet.rows]
+    body = [
+        [rf"\textbf{{{cell}}}" if cell else "" for cell in row] if index in sheet.marked else row
+        for index, row in enumerate(body)
+    ]
+    lines = [" & ".join(row) + r" \\" for row in body]
+    notes = [rf"\\ {{\footnotesize {_latex(note)}}}" for note in sheet.notes]
+    return "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_latex(sheet.title)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            " & ".join(_latex(cell) for cell in sheet.head) + r" \\",
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            *notes,
+            r"\end{table}",
+        ]
+    )
+
+
+def csv_text(records: Sequence[Mapping[str, object]]) -> str:
+    """Records as CSV, one column for each key of any of them, in the order in which they come; None is empty."""
+    head = list(dict.fromkeys(key for record in records for key in record))
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, head, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return stream.getvalue()
+
+
+def width(line: str) -> int:
+    """Columns of a terminal that a line takes: East Asian wide characters take two, combining marks none."""
+    return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+               for char in line)  # fmt: skip
+
+
+def _pad(cell: str, columns: int, is_left: bool) -> str:
+    space = " " * (columns - width(cell))
+    return cell + space if is_left else space + cell
+
+
+def _line(cell: str) -> str:
+    """On one line, without control characters."""
+    return printable(" ".join(cell.split()))
+
+
+def _markdown(cell: str) -> str:
+    escaped = re.sub(r"([\\|<*`])", r"\\\1", _line(cell))
+    return escaped.replace("](", "]\\(")  # no link
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "±": r"$\pm$", MINUS: "$-$", DASH: "--", "\N{MULTIPLICATION SIGN}": r"$\times$",
+    DECLINE: r"$\downarrow$",
+    "[": "{[}", "]": "{]}",
+}  # fmt: skip
+"""``[`` in braces: after \\\\ it would begin an argument."""
+
+
+def _latex(cell: str) -> str:
+    return "".join(_LATEX.get(char, char) for char in _line(cell))

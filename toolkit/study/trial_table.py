@@ -1,0 +1,110 @@
+"""The table of a search: a line a configuration, how far it was trained and what it came to; the best first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from toolkit.recipe.study_schema import StudyConfig
+from toolkit.study.results import RunResult, best_of, higher_is_better
+from toolkit.study.results_table import FORMATS, MISSING, number, short_key, short_value, title
+from toolkit.study.text_table import TextTable
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One configuration of a search."""
+
+    trial: int
+    """Its place in the order of proposals, from 0."""
+    result: RunResult
+    value: float | None
+    """The best epoch's; None of a configuration that was not trained yet."""
+
+    @property
+    def epochs(self) -> int:
+        """Trained so far."""
+        return len(self.result.epochs)
+
+
+def search_metric(table: StudyConfig) -> str:
+    """What the search seeks, or what its outcomes are ordered by."""
+    return table.bohb.metric if table.bohb else table.output.best_by
+
+
+def outcomes(results: Sequence[RunResult], table: StudyConfig) -> list[TrialResult]:
+    """All configurations, the best first: finished ones, then by the epochs they reached, then by their value.
+
+    A value of few epochs and one of many do not compare, which is why a configuration that was trained to the end
+    stands before one that was not; and a failed one stands last.
+    """
+    metric = search_metric(table)
+    found = [TrialResult(i, r, best_of(r.values(metric), metric)) for i, r in enumerate(results)]
+    sign = -1 if higher_is_better(metric) else 1
+
+    def rank(outcome: TrialResult) -> tuple[bool, bool, int, float, int]:
+        result = outcome.result
+        value = float("inf") if outcome.value is None else sign * outcome.value
+        reached = 0 if result.is_finished else -outcome.epochs
+        return result.state == "failed", not result.is_finished, reached, value, outcome.trial
+
+    return sorted(found, key=rank)
+
+
+def varied_keys(results: Sequence[RunResult]) -> list[str]:
+    """The keys that any configuration has, in the order in which they come."""
+    return list(dict.fromkeys(key for result in results for key in result.member.changes))
+
+
+def trial_sheet(found: Sequence[TrialResult], table: StudyConfig, name: str, columns: Sequence[str]) -> TextTable:
+    """The trials as cells; ``columns``: figures of finished runs, beside the value sought."""
+    metric = search_metric(table)
+    sought = metric.replace("/", "_")
+    keys = varied_keys([outcome.result for outcome in found])
+    shown = [column for column in columns if column not in (sought, "epochs")]
+    head = ["trial", *(short_key(key, keys) for key in keys), "state", "epochs", FORMATS[sought].heading]
+    cells = []
+    for outcome in found:
+        result = outcome.result
+        changes = result.member.changes
+        value = MISSING if outcome.value is None else number(sought, outcome.value)
+        cells.append(
+            [str(outcome.trial), *(short_value(changes[k]) if k in changes else MISSING for k in keys),
+             result.state, str(outcome.epochs), value,
+             *(number(c, result.figures[c]) if c in result.figures else MISSING for c in shown)]
+        )  # fmt: skip
+    best = frozenset({0} if found and found[0].result.is_finished else ())
+    state = len(keys) + 1
+    return TextTable(
+        title(table, name), [*head, *(FORMATS[c].heading for c in shown)], cells, best, _notes(found, table),
+        frozenset({0, state}),
+    )  # fmt: skip
+
+
+def _notes(found: Sequence[TrialResult], table: StudyConfig) -> list[str]:
+    finished = sum(outcome.result.is_finished for outcome in found)
+    spent = sum(outcome.epochs for outcome in found)
+    told = [
+        f"{len(found)} configurations, {finished} trained to the end; {spent:,} epochs trained in all.",
+        f"Ordered by the epochs reached, then by {search_metric(table)} of the best epoch; never by test.",
+        "One run a configuration: whether two configurations differ is not known; train the best with several seeds.",
+    ]
+    told += [table.note] if table.note else []
+    return told + [f"Trial {o.trial}: {o.result.state}: {o.result.trouble}" for o in found if o.result.trouble]
+
+
+def trial_records(found: Sequence[TrialResult], table: StudyConfig, columns: Sequence[str]) -> list[dict[str, object]]:
+    """The trials for programs, the best first."""
+    keys = varied_keys([outcome.result for outcome in found])
+    return [
+        {
+            "trial": outcome.trial,
+            **{key: outcome.result.member.changes.get(key) for key in keys},
+            "state": outcome.result.state,
+            "epochs": outcome.epochs,
+            search_metric(table): outcome.value,
+            **{column: outcome.result.figures.get(column) for column in columns if column != "epochs"},
+            "run": outcome.result.member.run,
+        }
+        for outcome in found
+    ]

@@ -1,0 +1,237 @@
+"""What can be wrong with [study] before any run is looked at. One small function a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from toolkit.recipe.catalog import nearest
+from toolkit.recipe.diagnostics import Issue
+from toolkit.recipe.study_schema import StudyConfig
+from toolkit.recipe.toml_positions import KeyPath
+from toolkit.study.directory import StudyRun
+from toolkit.study.grid import (
+    MOST_COMBINATIONS,
+    SweptParameter,
+    circle,
+    conditions,
+    count_products,
+    dotted_leaves,
+    read_variables,
+    same,
+    uneven,
+)
+
+FORMS = ("rows", "grid", "zip", "seeds", "random", "bohb")
+FIXED = {
+    "recipe.name": "it is the study's name, which all its runs share",
+    "recipe.run_root": "all runs of a study lie in one folder",
+    "recipe.seed": "give study.seeds = [0, 1, 2], so that the table has mean and deviation over them",
+}
+"""Keys that cannot vary, and why."""
+
+RANGES = frozenset({"uniform", "log_uniform", "integers", "choice", "when"})
+
+
+def check_study(table: StudyConfig, given: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[Issue]:
+    """All that is wrong. ``given`` is the table as the file has it, ``base`` the recipe's dotted keys and values."""
+    yield from _something_varies(table, given)
+    yield from _figures_are_measured(table, given, base)
+    yield from _search_is_whole(table)
+    yield from _rows_have_own_names(table)
+    yield from _seeds_differ(table)
+    grid, faults = read_variables(table.grid, ("study", "grid"))
+    zip_, more = read_variables(table.zip, ("study", "zip"))
+    yield from [*faults, *more]
+    yield from _keys_vary_once(table, [*grid, *zip_])
+    yield from _conditions_can_hold(table, grid, zip_, base)
+    if not faults and not more:
+        yield from _size_is_sane(table, grid, zip_)
+    if table.space and (table.random or table.bohb):
+        yield from _space_is_right(table, base)
+
+
+def check_claims(table: StudyConfig, members: Sequence[StudyRun]) -> Iterator[Issue]:
+    """What is wrong with the study's claims: rows, runs or columns that there are not."""
+    rows = list(dict.fromkeys(member.row for member in members))
+    for number, claim in enumerate(table.claims):
+        place: KeyPath = ("study", "claims", number)
+        if table.bohb is not None or table.random is not None:
+            yield Issue("study.claims: a search has no rows that are known beforehand", place, at="key")
+            return
+        if claim.metric not in table.output.columns:
+            hint = "add it to study.output.columns"
+            yield Issue(f"study.claims: {claim.metric} is not a column of the table", (*place, "metric"), hint=hint)
+        if isinstance(claim.better, str) and isinstance(claim.than, list):
+            for name in (claim.better, *claim.than):
+                if name not in rows:
+                    key = "better" if name == claim.better else "than"
+                    near = nearest(name, rows, 1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"the rows are: {', '.join(rows)}"
+                    yield Issue(f"study.claims: there is no row {name!r}", (*place, key), hint=hint)
+            if claim.better in claim.than or rows == [claim.better]:
+                yield Issue("study.claims: a row is compared with itself", (*place, "than"))
+            continue
+        for key, group in (("better", claim.better), ("than", claim.than)):
+            if isinstance(group, dict) and not any(in_group(member, group) for member in members):
+                yield Issue(f"study.claims: no run has the values of {key}", (*place, key))
+
+
+def in_group(member: StudyRun, group: Mapping[str, Any]) -> bool:
+    """Whether the study gave a run the values of these recipe keys."""
+    return all(
+        key in member.changes and any(same(member.changes[key], value) for value in allowed)
+        for key, allowed in conditions(group).items()
+    )
+
+
+def _something_varies(table: StudyConfig, given: Mapping[str, Any]) -> Iterator[Issue]:
+    for form in ("rows", "grid", "zip", "space"):
+        if form in given and not given[form]:
+            yield Issue(f"study.{form} is empty, so that there is no run at all", ("study", form), at="key")
+    if not any(form in given for form in (*FORMS, "space")):
+        hint = 'for example [study.grid] with optimizer.lr = [0.1, 0.01], or [[study.rows]] with name = "..."'
+        message = f"[study] says nothing that varies: give one or more of {', '.join(FORMS)}"
+        yield Issue(message, ("study",), hint=hint, at="key")
+
+
+def _figures_are_measured(table: StudyConfig, given: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[Issue]:
+    """Columns, marks and searches by figures of a split that all runs leave out."""
+    varied = {leaf.key for form in (table.grid, table.zip, table.space) for leaf in dotted_leaves(form, ())}
+    varied |= {leaf.key for row in table.rows for leaf in dotted_leaves(row.set, ())}
+    output = given.get("output", {})
+    for split, short in (("validation", "val"), ("test", "test")):
+        key = f"data.split.{split}"
+        if base.get(key) != 0 or any(leaf == key or leaf.startswith(f"{key}.") for leaf in varied):
+            continue
+        named: list[tuple[KeyPath, str]] = []
+        named += [(("study", "output", "columns", i), name) for i, name in enumerate(output.get("columns", []))]
+        named += [(("study", "output", one), output[one]) for one in ("best_by", "per_epoch") if one in output]
+        if table.bohb is not None:
+            named.append((("study", "bohb", "metric"), table.bohb.metric))
+        for path, figure in named:
+            if figure.removeprefix("stopped_").replace("/", "_").startswith(f"{short}_"):
+                message = f"{path[1]}.{path[2]}: no run has {figure}, since {key} = 0"
+                yield Issue(f"study.{message}", path, hint=f"take a training figure, or give {key} another value")
+
+
+def _search_is_whole(table: StudyConfig) -> Iterator[Issue]:
+    searches = [name for name in ("random", "bohb") if getattr(table, name) is not None]
+    if len(searches) == 2:
+        yield Issue("study: give random or bohb, not both", ("study", "bohb"), at="key")
+    if table.space and not searches:
+        hint = "for example [study.random] with runs = 20, or [study.bohb] with trials = 30"
+        yield Issue("study.space needs study.random or study.bohb to draw from it", ("study", "space"), hint=hint)
+    for name in searches:
+        if not table.space:
+            message = f"study.{name} needs [study.space] to draw from"
+            hint = "for example optimizer.lr = { log_uniform = [1e-6, 1e-1] }"
+            yield Issue(message, ("study", name), hint=hint, at="key")
+        for form in ("rows", "grid", "zip", *(["seeds"] if name == "bohb" else [])):
+            if getattr(table, form):
+                message = f"study.{form} does not combine with study.{name}, which draws every run from study.space"
+                yield Issue(message, ("study", form), at="key")
+
+
+def _rows_have_own_names(table: StudyConfig) -> Iterator[Issue]:
+    names = [row.name for row in table.rows]
+    for number, name in enumerate(names):
+        if not name.strip():
+            yield Issue(f"study.rows[{number}].name is blank", ("study", "rows", number, "name"))
+        elif name in names[:number]:
+            message = f"study.rows[{number}].name: {name!r} is the name of row {names.index(name)} already"
+            yield Issue(message, ("study", "rows", number, "name"))
+
+
+def _seeds_differ(table: StudyConfig) -> Iterator[Issue]:
+    seeds = table.seeds
+    if isinstance(seeds, list) and len(set(seeds)) < len(seeds):
+        yield Issue("study.seeds: the same seed twice", ("study", "seeds"))
+
+
+def _keys_vary_once(table: StudyConfig, variables: list[SweptParameter]) -> Iterator[Issue]:
+    homes = {variable.key: variable.place for variable in variables}
+    for variable in variables:
+        if homes[variable.key] != variable.place:
+            yield Issue(f"{variable.key} varies in study.grid and in study.zip", variable.place, at="key")
+    places = [(v.key, v.place) for v in variables]
+    places += [(leaf.key, leaf.place) for leaf in dotted_leaves(table.space, ("study", "space"), RANGES)]
+    for key, place in places:
+        if key in FIXED:
+            yield Issue(f"{key} cannot vary: {FIXED[key]}", place, at="key")
+        yield from _is_of_a_run(key, place)
+    for number, row in enumerate(table.rows):
+        for leaf in dotted_leaves(row.set, ("study", "rows", number, "set")):
+            if not leaf.key.startswith("expect."):  # a row may state what its own runs promise
+                yield from _is_of_a_run(leaf.key, leaf.place)
+            if leaf.key in ("recipe.name", "recipe.run_root") or (leaf.key == "recipe.seed" and table.seeds):
+                yield Issue(f"{leaf.key} cannot vary: {FIXED[leaf.key]}", leaf.place, at="key")
+            if any(leaf.key == key or leaf.key.startswith(f"{key}.") for key in homes):
+                message = f"{leaf.key} is set by the row {row.name!r} and varies in study.{homes_of(leaf.key, homes)}"
+                yield Issue(message, leaf.place, at="key")
+
+
+def homes_of(key: str, homes: Mapping[str, KeyPath]) -> str:
+    """grid or zip, by where the key varies."""
+    return next(str(place[1]) for other, place in homes.items() if key == other or key.startswith(f"{other}."))
+
+
+def _is_of_a_run(key: str, place: KeyPath) -> Iterator[Issue]:
+    table = key.split(".")[0]
+    if table in ("study", "slurm", "extends", "expect"):
+        yield Issue(f"{key} cannot vary: [{table}] is no part of a run", place, at="key")
+
+
+def _conditions_can_hold(
+    table: StudyConfig, grid: list[SweptParameter], zip_: list[SweptParameter], base: Mapping[str, Any]
+) -> Iterator[Issue]:
+    rows = [leaf.key for row in table.rows for leaf in dotted_leaves(row.set, ())]
+    known = [*(v.key for v in grid), *(v.key for v in zip_), *rows, *base]
+    for variable in zip_:
+        if variable.when:
+            yield Issue(f"{variable.key}: a list of study.zip has no condition", variable.place, at="key")
+    for variable in grid:
+        for key in variable.when:
+            if key not in known:
+                near = nearest(key, known, 1)
+                hint = f"did you mean {near[0]}?" if near else None
+                yield Issue(f"{variable.key}: when {key}: no such key", (*variable.place, "when"), hint=hint)
+    looped = circle(grid)
+    if looped:
+        yield Issue(f"study.grid: the condition of {looped} leads back to itself", ("study", "grid"), at="key")
+    for number, item in enumerate(table.published):
+        for key in conditions(item.where):
+            if key not in known:
+                near = nearest(key, known, 1)
+                place: KeyPath = ("study", "published", number, "where")
+                hint = f"did you mean {near[0]}?" if near else None
+                yield Issue(f"study.published[{number}].where: no such key {key}", place, hint=hint)
+
+
+def _size_is_sane(table: StudyConfig, grid: list[SweptParameter], zip_: list[SweptParameter]) -> Iterator[Issue]:
+    wrong = uneven(zip_)
+    if wrong:
+        yield wrong
+        return
+    steps = len(zip_[0].values) if zip_ else 1
+    seeds = table.seeds if isinstance(table.seeds, int) else len(table.seeds or [1])
+    count = max(1, len(table.rows)) * steps * count_products(grid) * seeds
+    if count > MOST_COMBINATIONS:
+        message = f"study: {count:,} combinations; more than {MOST_COMBINATIONS:,} are never trained"
+        yield Issue(message, ("study", "grid"), hint="shorten the lists, or search: [study.random]", at="key")
+
+
+def _space_is_right(table: StudyConfig, base: Mapping[str, Any]) -> Iterator[Issue]:
+    from toolkit.errors import UserError
+    from toolkit.study.search_space import read_space
+
+    try:
+        read_space(table.space, base)
+    except UserError as error:
+        for line in str(error).splitlines():
+            yield Issue(line, _place_named(line), at="key")
+
+
+def _place_named(line: str) -> KeyPath:
+    """The key that a message begins with."""
+    return tuple(line.split(":")[0].split(" ")[0].split("."))

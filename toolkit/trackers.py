@@ -1,0 +1,282 @@
+"""W&B and TensorBoard through Accelerate's trackers. Best effort: metrics.jsonl is the truth, a tracker is a copy.
+
+W&B goes online where there is a login and a server that answers, else offline, never with a prompt. Each tracker has a
+thread of its own, so that training waits for none. Whatever fails here is one warning, and training goes on.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import queue
+import re
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from accelerate import Accelerator
+
+from toolkit.errors import Interrupted
+from toolkit.recipe.schema import Recipe
+
+CONNECT_SECONDS = 3
+INIT_SECONDS = 15
+OFFLINE_ATTEMPTS, OFFLINE_PAUSE_S = 10, 3.0
+FINISH_SECONDS = 7
+"""A run asked to stop must be gone within 10 s. What the server has not taken stays on disk for `toolkit sync`."""
+LEAVE_SECONDS = FINISH_SECONDS + 0.5
+"""For all trackers together, where one hangs in its own client."""
+BACKLOG = 100_000
+"""Lines that may wait for a tracker which is slow; about 50 MB."""
+
+Call = Callable[[Any], None]
+"""What is done with one of Accelerate's trackers."""
+
+
+class TrackerThread:
+    """Makes the calls to one tracker, in order, in a thread: who hands them over does not wait."""
+
+    def __init__(self, tracker: Any, say: Callable[[str], None]) -> None:
+        self.tracker, self.say = tracker, say
+        self.failed = False
+        self.calls: queue.SimpleQueue[tuple[Call, bool]] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def hand(self, call: Call) -> None:
+        """Have a call made after those before it; none any more once one has failed."""
+        if self.calls.qsize() >= BACKLOG:
+            self._fail(f"it is {BACKLOG} lines behind")
+        if not self.failed:
+            self.calls.put((call, False))
+
+    def close(self, call: Call) -> None:
+        """Hand over the last call, which is made even after a failure."""
+        self.calls.put((call, True))
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the last call to be made, but no longer than this."""
+        self.thread.join(max(0.0, seconds))
+        if self.thread.is_alive():
+            self._fail("it did not close in time")
+
+    def _work(self) -> None:
+        is_last = False
+        while not is_last:
+            call, is_last = self.calls.get()
+            if is_last or not self.failed:
+                try:
+                    call(self.tracker)
+                except Exception as error:  # whatever a tracker raises must not end a training run
+                    self._fail(_first_line(error))
+
+    def _fail(self, reason: str) -> None:
+        if not self.failed:
+            self.failed = True
+            self.say(f"warning: {self.tracker.name} gets no more ({reason}); metrics.jsonl has it all")
+
+
+class Tracking:
+    """The trackers of one run. All processes may hold one; only the main process's speaks."""
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, folder: Path, run_id: str, say: Callable[[str], None]):
+        self.accelerator = accelerator
+        self.names: list[str] = list(recipe.tracking.trackers) if accelerator.is_main_process else []
+        self.say = say
+        self.couriers: list[TrackerThread] = []
+        self.wandb_mode = ""
+        if "wandb" in self.names:
+            self.wandb_mode, why = wandb_mode(recipe.tracking.mode)
+            if self.wandb_mode == "disabled":
+                self.names.remove("wandb")
+            elif why:
+                say(f"W&B is offline: {why}. To upload later: toolkit sync {folder}")
+        if self.names:
+            self._start(recipe, folder, run_id)
+
+    def _start(self, recipe: Recipe, folder: Path, run_id: str) -> None:
+        settings = wandb_settings(recipe, folder, run_id, self.wandb_mode)
+        config = flatten(recipe.model_dump(mode="json", exclude_none=True))
+        self.accelerator.log_with = _tracker_types(self.names)
+        try:
+            self._init(recipe, settings, config, folder)
+        except Exception as error:  # whatever a tracker raises must not end a training run
+            if self.wandb_mode != "online":
+                self._fail(error)
+                return
+            self.say(f"W&B did not answer ({_first_line(error)}); logging offline instead")
+            self.wandb_mode = settings["mode"] = "offline"
+            self._init_offline(recipe, settings, config, folder)
+
+    def _init_offline(self, recipe: Recipe, settings: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+        """After a server that takes no notice: the client that still waits for it holds the run's id for a while."""
+        import wandb
+
+        for try_load in range(OFFLINE_ATTEMPTS):
+            try:
+                wandb.teardown()
+                self._init(recipe, settings, config, folder)
+                return
+            except Exception as error:
+                if try_load == OFFLINE_ATTEMPTS - 1:
+                    self._fail(error)
+                else:
+                    time.sleep(OFFLINE_PAUSE_S)
+
+    def _fail(self, error: Exception) -> None:
+        self.say(f"warning: the trackers could not start ({_first_line(error)}); metrics.jsonl has it all")
+
+    def _init(self, recipe: Recipe, wandb: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+        # Accelerate gives all trackers one project name, which TensorBoard takes for a folder.
+        self.accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
+        self.accelerator.trackers = []
+        if "tensorboard" in self.names:
+            config = _scalars(config)
+        self.accelerator.init_trackers(recipe.tracking.project, config, {"wandb": wandb})
+        if "wandb" in self.names:
+            define_axes(self.accelerator.get_tracker("wandb", unwrap=True))
+        self.couriers = [TrackerThread(tracker, self.say) for tracker in self.accelerator.trackers]
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Pass on one line of metrics.jsonl; ``step`` is the number of optimiser steps so far."""
+        for courier in self.couriers:
+            courier.hand(lambda tracker: tracker.log(record, step=step))
+
+    def summarise(self, figures: dict[str, Any]) -> None:
+        """Put the run's final figures in W&B's summary."""
+        for courier in self.couriers:
+            if courier.tracker.name == "wandb":
+                courier.hand(lambda tracker: tracker.tracker.summary.update(flatten(figures)))
+
+    def finish(self, exit_code: int) -> None:
+        """Close the trackers with the run's true exit status (0 done, 3 interrupted, else failed)."""
+        for courier in self.couriers:
+            courier.close(lambda tracker: _close(tracker, exit_code))
+        deadline = time.monotonic() + LEAVE_SECONDS
+        for courier in self.couriers:
+            courier.wait(deadline - time.monotonic())
+
+
+def _close(tracker: Any, exit_code: int) -> None:
+    if tracker.name != "wandb":
+        tracker.finish()
+        return
+    if exit_code == Interrupted.exit_status:
+        tracker.tracker.mark_preempting()
+    try:
+        tracker.tracker.finish(exit_code=exit_code)
+    except TimeoutError:
+        run = Path(tracker.tracker.dir).parents[2]  # of RUN/wandb/run-TIME-ID/files
+        raise TimeoutError(f"its server has not taken all; to upload the rest: toolkit sync {run}") from None
+
+
+def define_axes(run: Any) -> None:
+    """Have W&B draw every figure over the epochs."""
+    run.define_metric("epoch")
+    run.define_metric("*", step_metric="epoch")
+
+
+def wandb_settings(recipe: Recipe, folder: Path, run_id: str, mode: str) -> dict[str, Any]:
+    """Arguments of ``wandb.init``: the run goes on under its id however often it is resumed."""
+    import wandb
+
+    table = recipe.tracking
+    return {
+        "mode": mode,
+        "id": re.sub(r"[^\w-]", "-", run_id),
+        "resume": "allow",
+        "dir": str(folder),
+        "name": table.run_name or f"{recipe.recipe.name} {run_id}",
+        "group": table.group or recipe.recipe.name,
+        "entity": table.entity,
+        "tags": list(table.tags),
+        "notes": table.notes or recipe.recipe.description,
+        "settings": wandb.Settings(
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=True,
+            x_transaction_log_flush_interval=1,
+            silent=True,
+            console="off",
+        ),
+    }
+
+
+def wandb_mode(wanted: str) -> tuple[str, str]:
+    """online, offline or disabled, and why it is offline where that was not asked for. Never prompts."""
+    said = os.environ.get("WANDB_MODE", "").lower()
+    if wanted == "auto" and said in ("online", "offline", "disabled", "dryrun"):
+        return ("offline" if said == "dryrun" else said), ""
+    if wanted in ("offline", "disabled"):
+        return wanted, ""
+    why = offline_reason()
+    return ("offline", why) if why else ("online", "")
+
+
+def offline_reason() -> str:
+    """Why W&B cannot be logged to from here; empty where it can. Never prompts."""
+    import wandb
+
+    try:
+        wandb.setup(wandb.Settings(silent=True, mode="online"))  # whatever WANDB_MODE says
+        known = wandb.login(prompt=False, verify=False)
+    except Exception as error:  # a malformed key raises one of several types
+        return f"the W&B login does not work ({_first_line(error)})"
+    if not known:
+        return "there is no W&B login"
+    server = urlparse(wandb.setup().settings.base_url)
+    unheard = _server_error(server.geturl())
+    return f"its server {server.hostname} {unheard}" if unheard else ""
+
+
+def _server_error(url: str) -> str:
+    """Why a server is as good as absent: no connection, or no answer in time. Empty where it said anything at all.
+
+    W&B's client would wait for such a server and hold the run's id meanwhile.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=CONNECT_SECONDS):
+            return ""
+    except urllib.error.HTTPError:
+        return ""
+    except TimeoutError:
+        return f"did not answer within {CONNECT_SECONDS} s"
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLError):
+            return ""  # the client has certificates of its own
+        return f"cannot be reached ({error.reason})"
+    except (OSError, http.client.HTTPException) as error:
+        return f"cannot be reached ({error})"
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as ``table.key`` entries, which W&B shows as columns."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            flat.update(flatten(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def _scalars(config: dict[str, Any]) -> dict[str, Any]:
+    """What TensorBoard's hparams can hold: numbers and text."""
+    return {key: v if isinstance(v, (int, float, str, bool)) else str(v) for key, v in config.items()}
+
+
+def _tracker_types(names: list[str]) -> list[Any]:
+    from accelerate.utils import LoggerType
+
+    return [LoggerType(name) for name in names]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,92 @@
+"""From a setup to the parts that training moves: parameter groups, optimiser, weight average, wrapped model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from toolkit.models.transfer import new_param_groups
+from toolkit.training.context import TrainingContext
+from toolkit.training.ema import ModelEma
+from toolkit.training.loaders import DataLoaders
+from toolkit.training.optimizer import build_optimizer
+from toolkit.training.train_step import TrainStep, TrainStepConfig
+
+
+def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun: int) -> TrainStep:
+    """The trainer of a run that has begun ``epochs_begun`` epochs (a collective); its model is on its device."""
+    recipe, module, accelerator = setup.recipe, setup.built.module, setup.accelerator
+    network = module if loaders.tail is None else module.get_submodule(loaders.tail)
+    groups = _groups(setup, max(epochs_begun, 1))
+    later = module.parameters() if recipe.transfer.mode == "gradual" else ()
+    optimizer = accelerator.prepare_optimizer(build_optimizer(recipe.optimizer, groups, later))
+    if recipe.train.compile or recipe.train.cuda_graphs:
+        network.compile(mode="reduce-overhead" if recipe.train.cuda_graphs else None)
+    settings = TrainStepConfig(
+        seed=recipe.recipe.seed,
+        classes=len(setup.dataset.classes),
+        label_smoothing=recipe.augment.label_smoothing,
+        mixing=loaders.mixing,
+        clip_norm=recipe.train.clip_norm,
+        channels_last=recipe.train.channels_last,
+        class_weights=_class_weights(setup),
+        cuda_graphs=recipe.train.cuda_graphs,
+        steps_per_epoch=setup.steps,
+        log_every=recipe.train.log_every,
+    )
+    ema = None if recipe.train.ema is None else ModelEma(network, recipe.train.ema)
+    wrapped = accelerator.prepare_model(network)
+    return TrainStep(accelerator, network, wrapped, optimizer, setup.stochastic, ema, settings)
+
+
+def unfreeze(setup: TrainingContext, trainer: TrainStep, epoch: int) -> bool:
+    """gradual: let more stages train from epoch ``epoch`` (0-based) on; whether there were any (a collective)."""
+    if not setup.transfer.unfreeze_for_epoch(epoch + 1):
+        return False
+    known = trainer.optimizer.param_groups
+    for group in new_param_groups(setup.built, setup.recipe.transfer, setup.recipe.optimizer, known):
+        trainer.optimizer.add_param_group(group)
+    if trainer.ema is not None:
+        trainer.ema.follow(trainer.network)
+    # DDP looks at what trains only when it wraps.
+    trainer.wrapped = setup.accelerator.prepare_model(setup.accelerator.unwrap_model(trainer.wrapped))
+    return True
+
+
+def state_tensors(module: nn.Module, trainer: TrainStep) -> dict[str, Tensor]:
+    """What must be finite in a good checkpoint, by a name for people.
+
+    Of the buffers the statistics of batch norm alone: others may be infinite by design, such as attention masks.
+    """
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    tensors = {name: parameter.detach() for parameter, name in names.items()}
+    tensors |= {name: b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    if trainer.ema is not None:
+        tensors |= {f"the average of {name}": value for name, value in trainer.ema.averages.items()}
+    for parameter, state in trainer.optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"the optimizer's {key} of {names.get(parameter, 'a parameter')}"] = value
+    return tensors
+
+
+def _groups(setup: TrainingContext, epochs_begun: int) -> list[dict[str, Any]]:
+    """Parameter groups in the order in which they began to train: a checkpoint's optimiser state is in that order."""
+    groups: list[dict[str, Any]] = []
+    for epoch in range(epochs_begun):
+        setup.transfer.unfreeze_for_epoch(epoch + 1)
+        groups += new_param_groups(setup.built, setup.recipe.transfer, setup.recipe.optimizer, groups)
+    return groups
+
+
+def _class_weights(setup: TrainingContext) -> Tensor | None:
+    """Inverse class frequency, scaled so that the mean weight over the training images is 1."""
+    if setup.recipe.train.class_weights == "none":
+        return None
+    labels = setup.labels("train")
+    counts = np.bincount(labels, minlength=len(setup.dataset.classes))
+    weights = len(labels) / (len(counts) * counts)
+    return torch.tensor(weights, dtype=torch.float32, device=setup.accelerator.device)

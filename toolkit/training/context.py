@@ -1,0 +1,227 @@
+"""From a recipe to everything that training needs: images, splits, preprocessing, model, transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from toolkit.data.channel_stats import channel_statistics
+from toolkit.data.datasets import Dataset, open_dataset
+from toolkit.data.image_sources import Checked, ImageFiles, check_images
+from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
+from toolkit.data.sampling import check_steps, steps_per_epoch
+from toolkit.data.splits import SPLITS, check_splits, describe_splits, split_dataset, split_hash
+from toolkit.data.value_range import choose_range, range_words
+from toolkit.distributed.cpu_count import available_cpus
+from toolkit.distributed.process import broadcast_object, local_processes, main_first
+from toolkit.errors import UserError
+from toolkit.formatting import batch_split, plural
+from toolkit.models.build import ModelBundle, build_model, expected_input
+from toolkit.models.keyed_dropout import DropoutKeys, key_dropout_layers
+from toolkit.models.transfer import Transfer, apply_transfer, layer_group_table
+from toolkit.recipe.schema import Recipe
+from toolkit.training.console import Console, table
+from toolkit.training.ema import short_run_warning
+from toolkit.training.single_value_batches import check_single_value_batches
+
+
+@dataclass
+class TrainingContext:
+    """What a recipe amounts to on this machine."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    display: Console
+    dataset: Dataset
+    splits: dict[str, np.ndarray]
+    """Indices into the data set of "train", "validation" and "test", int64."""
+    preprocessing: Preprocessing
+    built: ModelBundle
+    transfer: Transfer
+    stochastic: DropoutKeys
+    bad_images: list[str]
+    """Names of images left out because they cannot be read."""
+    drawn: str = ""
+    """Hash of the splits as the recipe draws them; a resumed run whose data changed may have others."""
+
+    def labels(self, split: str) -> np.ndarray:
+        """Classes of a split's images, int64."""
+        labels: np.ndarray = self.dataset.labels[self.splits[split]]
+        return labels
+
+    def has(self, split: str) -> bool:
+        """Whether a split has images: validation and test may have none."""
+        return len(self.splits[split]) > 0
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps an epoch."""
+        return steps_per_epoch(len(self.splits["train"]), self.recipe.train.batch_size, self.recipe.train.drop_last)
+
+
+def build_context(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    display: Console,
+    *,
+    load_weights: bool = True,
+    settle: Callable[[Dataset, dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
+) -> TrainingContext:
+    """Build everything. Raises UserError for what the user can mend, on all processes alike (a collective).
+
+    ``settle`` gets the data set and the splits that the recipe draws, and returns those to use.
+    """
+    data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
+    dataset = main_first(accelerator, lambda: open_dataset(data))
+    splits = split_dataset(dataset, recipe.data)
+    for note in (*dataset.notes, describe_splits(dataset, recipe.data)):
+        display.log(note)
+    checked = _check_images(recipe, accelerator, dataset, splits)
+    splits, bad_images = _without_bad_images(recipe, display, dataset, splits, checked.bad)
+    if isinstance(dataset.images, ImageFiles) and (value_range := choose_range(checked.extents)) is not None:
+        display.log(range_words(checked.extents, value_range))
+        dataset = replace(dataset, images=dataset.images.with_range(value_range))
+        data = data.model_copy(update={"value_range": list(value_range)})
+    drawn = split_hash(dataset, splits)
+    if settle is not None:
+        splits = settle(dataset, splits)
+    check_steps(len(splits["train"]), recipe.train.batch_size, recipe.train.drop_last)
+    preprocessing = resolve_preprocessing(
+        data,
+        expected_input(recipe.model),
+        dataset.native_size,
+        dataset.native_channels,
+        lambda plain: _measure(accelerator, display, dataset, splits["train"], plain),
+    )
+
+    def build() -> ModelBundle:
+        torch.manual_seed(recipe.recipe.seed)
+        return build_model(
+            recipe.model,
+            len(dataset.classes),
+            preprocessing.channels,
+            preprocessing.image_size,
+            load_weights=load_weights,
+        )
+
+    built = main_first(accelerator, build)  # weights are fetched once
+    transfer = apply_transfer(built, recipe.transfer)
+    images, world = len(splits["train"]), accelerator.num_processes
+    check_single_value_batches(
+        built, transfer, recipe.train, images, world, preprocessing.channels, preprocessing.image_size
+    )
+    stochastic = key_dropout_layers(built.module, recipe.recipe.seed)
+    setup = TrainingContext(
+        recipe,
+        accelerator,
+        display,
+        dataset,
+        splits,
+        preprocessing,
+        built,
+        transfer,
+        stochastic,
+        bad_images,
+        drawn,
+    )
+    if recipe.train.ema is not None:
+        warning = short_run_warning(recipe.train.ema, setup.steps * recipe.train.epochs)
+        if warning:
+            display.log(warning)
+    return setup
+
+
+def _measure(
+    accelerator: Accelerator, display: Console, dataset: Dataset, indices: np.ndarray, plain: Preprocessing
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the training images, computed by the main process (a collective)."""
+    values = None
+    if accelerator.is_main_process:
+        display.log(f"normalisation: computing mean and deviation of {len(indices)} training images")
+        values = channel_statistics(dataset.images, indices, plain, available_cpus(local_processes()))
+    mean, std = broadcast_object(values)
+    return tuple(mean), tuple(std)
+
+
+def _check_images(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, splits: dict[str, np.ndarray]) -> Checked:
+    """Look for unreadable images before the first epoch, on the main process (a collective).
+
+    With on_bad_image = "error" files are opened but not decoded (cheap); with "skip" they are decoded, so that the same
+    ones are left out on every process. Files with more than 8 bits per sample are decoded where the range of their
+    values is to be found.
+    """
+    checked = Checked([], [])
+    if accelerator.is_main_process:
+        every = np.concatenate([splits[name] for name in SPLITS])
+        decode, threads = recipe.data.on_bad_image == "skip", available_cpus(local_processes())
+        checked = check_images(dataset.images, every, decode=decode, threads=threads)
+    found: Checked = broadcast_object(checked)
+    return found
+
+
+def _without_bad_images(
+    recipe: Recipe,
+    display: Console,
+    dataset: Dataset,
+    splits: dict[str, np.ndarray],
+    bad: list[tuple[int, str]],
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The splits without bad images, and the names of these. Raises UserError where that is not wanted."""
+    if not bad:
+        return splits, []
+    named = [f"{dataset.images.name(index)}: {reason}" for index, reason in bad]
+    shown = "; ".join(named[:5]) + ("; ..." if len(named) > 5 else "")
+    total = sum(len(indices) for indices in splits.values())
+    if recipe.data.on_bad_image != "skip":
+        raise UserError(
+            f"{len(bad)} of {total} images cannot be read: {shown}. Mend or remove them, or set "
+            'data.on_bad_image = "skip"'
+        )
+    if len(bad) > recipe.data.max_bad_fraction * total:
+        raise UserError(
+            f"{len(bad)} of {total} images cannot be read, more than data.max_bad_fraction = "
+            f"{recipe.data.max_bad_fraction:g} allows to leave out: {shown}"
+        )
+    kept = {name: indices[~np.isin(indices, [index for index, _ in bad])] for name, indices in splits.items()}
+    check_splits(dataset, kept, [name for name in SPLITS if len(splits[name])])
+    display.log(f"left out {len(bad)} unreadable images: {shown}")
+    return kept, named
+
+
+def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
+    """The structure before training: parts, parameters, images, steps, device and precision."""
+    recipe, train, built = setup.recipe, setup.recipe.train, setup.built
+    module_text = f"\n{built.module}" if whole else ""
+    rows = layer_group_table(built, setup.transfer, recipe.transfer, recipe.optimizer)
+    cells = [
+        (
+            row.name,
+            f"{row.parameters:,}",
+            f"{row.trainable:,}",
+            f"{row.lr:.3g}" if row.trainable else "-",
+            f"{row.weight_decay:.3g}" if row.trainable else "-",
+            row.batch_norm,
+        )
+        for row in rows
+    ]
+    total, trainable = sum(row.parameters for row in rows), sum(row.trainable for row in rows)
+    cells.append(("all", f"{total:,}", f"{trainable:,}", "", "", ""))
+    header = ("part", "parameters", "trainable", "lr", "weight decay", "batch norm")
+    counts = ", ".join(f"{len(setup.splits[name]):,} {name}" for name in SPLITS)
+    size = setup.preprocessing.image_size
+    lines = [
+        f"model {recipe.model.source} {recipe.model.name}, weights {recipe.model.weights}, "
+        f"transfer {recipe.transfer.mode}{module_text}",
+        *(f"  {note}" for note in built.notes),
+        table(cells, header, frozenset((1, 2, 3, 4))),
+        f"images {counts}; {plural(len(setup.dataset.classes), 'class', 'classes')}; "
+        f"input {setup.preprocessing.channels}x{size}x{size}",
+        f"batch size {batch_split(train.batch_size, setup.accelerator.num_processes, train.accumulation)}; "
+        f"{plural(setup.steps, 'step')} per epoch, {plural(train.epochs, 'epoch')}",
+        f"device {setup.accelerator.device}, precision {precision}",
+    ]
+    return "\n".join(lines)

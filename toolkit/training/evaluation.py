@@ -1,0 +1,121 @@
+"""Evaluation: every example counted exactly once, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Per-example outcome of one split, in the split's order, the same on every process."""
+
+    losses: np.ndarray
+    """Cross-entropy of each example, float64 [N]."""
+    predictions: np.ndarray
+    """Class with the highest probability, int64 [N]."""
+    probabilities: np.ndarray
+    """The probability of that class, float64 [N]."""
+    in_top5: np.ndarray
+    """Whether the true class is among the five most probable, bool [N]."""
+    labels: np.ndarray
+    """True class, int64 [N]."""
+
+    def figures(self, prefix: str) -> dict[str, float]:
+        """loss, accuracy, top5_accuracy and class_accuracy, each under ``prefix`` (e.g. ``val/``).
+
+        class_accuracy is the mean over the classes that occur of the share of their examples classified rightly.
+        """
+        right = self.predictions == self.labels
+        support = np.bincount(self.labels)
+        hits = np.bincount(self.labels, weights=right, minlength=len(support))
+        present = support > 0
+        return {
+            f"{prefix}loss": float(self.losses.mean()),
+            f"{prefix}accuracy": float(right.mean()),
+            f"{prefix}top5_accuracy": float(self.in_top5.mean()),
+            f"{prefix}class_accuracy": float((hits[present] / support[present]).mean()),
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    module: nn.Module,
+    batches: Iterable[tuple[np.ndarray, Tensor, Tensor]],
+    labels: np.ndarray,
+    device: torch.device,
+    *,
+    autocast_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> EvalResult:
+    """Evaluate this process's share and join the shares (a collective).
+
+    ``batches`` gives (positions in the split, inputs, labels) for this process only; every position comes on exactly
+    one process, which is checked. The module is called without DDP, so shares may have different numbers of batches.
+    """
+    module.eval()
+    forward = _ChunkedForward(module, device, autocast_dtype)
+    places: list[np.ndarray] = []
+    found: list[Tensor] = []  # left on the device until the end: nothing waits for it
+    for positions, inputs, targets in batches:
+        logits = forward(to_device(inputs, device, channels_last))
+        found.append(outcomes(logits.float(), targets.to(device, non_blocking=True)))
+        places.append(positions)
+    # Columns: count, loss, prediction, probability, top 5. Each process fills its own rows; their sum is the whole.
+    table = torch.zeros(len(labels), 5, dtype=torch.float64)
+    if found:
+        table.index_add_(0, torch.from_numpy(np.concatenate(places)), torch.cat(found).cpu())
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        shared = table.to(device) if dist.get_backend() == "nccl" else table
+        dist.all_reduce(shared)
+        table = shared.cpu()
+    count, losses, predictions, probabilities, in_top5 = table.numpy().T
+    if not (count == 1).all():
+        raise AssertionError(f"evaluation counted {int((count != 1).sum())} of {len(labels)} examples other than once")
+    return EvalResult(
+        losses.copy(), predictions.astype(np.int64), probabilities.copy(), in_top5.astype(bool), labels.astype(np.int64)
+    )
+
+
+class _ChunkedForward:
+    """A module's logits, in as many parts as the device's memory needs; every part is in evaluation mode alike."""
+
+    def __init__(self, module: nn.Module, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+        self.module, self.device, self.autocast_dtype = module, device, autocast_dtype
+        self.most: int | None = None
+        """Examples that fit at once, as far as is known."""
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[n, ...] -> [n, K]. Raises OutOfMemoryError where not even one example fits."""
+        while True:
+            at_once = min(self.most or len(inputs), len(inputs))
+            try:
+                with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=bool(self.autocast_dtype)):
+                    parts = [self.module(part) for part in inputs.split(at_once)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except torch.OutOfMemoryError:
+                if at_once == 1:
+                    raise
+                self.most = (at_once + 1) // 2
+
+
+def outcomes(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits [n, K] and classes [n] -> float64 [n, 5]: 1, loss, prediction, its probability, whether in the top 5."""
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    probability, prediction = logits.softmax(1).max(1)
+    top5 = logits.topk(min(5, logits.shape[1]), 1).indices.eq(targets[:, None]).any(1)
+    columns = (torch.ones_like(losses), losses, prediction, probability, top5)
+    return torch.stack([column.double() for column in columns], 1)
+
+
+def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
+    """Move a batch, as channels_last where asked and where it is a batch of images."""
+    if channels_last and images.dim() == 4:
+        return images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return images.to(device, non_blocking=True)

@@ -1,0 +1,171 @@
+"""The end of a run: the written weights are proven, the test set is touched once, the summary is written last.
+
+A run may have no validation images: then the written weights are compared with those in memory. It may have no test
+images: then there are no test figures and no predictions.csv.
+"""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from toolkit.distributed.process import broadcast_object
+from toolkit.errors import Interrupted, RunFailed
+from toolkit.inference.predict import load_model
+from toolkit.training.checkpoint import best_path, link_best
+from toolkit.training.evaluation import EvalResult
+from toolkit.training.trainer import StopTraining, Trainer
+
+TOLERANCE = {"no": 1e-4, "bf16": 2e-2, "fp16": 1e-2}
+"""Relative difference of loss allowed between log and written file: sums in another order, in that precision."""
+
+
+def finish(training: Trainer) -> dict[str, Any]:
+    """Evaluate the best and the stopped model on test, write predictions, return the summary (a collective)."""
+    try:
+        best, stopped, test = _evaluate_both(training)
+    except StopTraining:
+        raise Interrupted(
+            f"stopped in the final evaluation; {training.kept_text()}. Go on with: toolkit train --resume "
+            f"{training.run.path if training.run else ''}"
+        ) from None
+    summary = _summary(training, best, stopped)
+    run = training.run
+    if run is not None and test is not None and training.accelerator.is_main_process:
+        run.write_predictions(_prediction_rows(training, test))
+    training.accelerator.wait_for_everyone()
+    return summary
+
+
+def write_summary(training: Trainer, summary: dict[str, Any]) -> None:
+    """With this file the run is finished, so nothing comes after it: what is killed before is taken up again."""
+    if training.run is not None and training.accelerator.is_main_process:
+        training.run.write_json("summary.json", summary)
+    training.accelerator.wait_for_everyone()
+
+
+def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], EvalResult | None]:
+    """Figures of the best model (from its file) and the stopped one (from memory), and the best one's test outcome.
+
+    The outcome is None for a run without test images.
+    """
+    position, run = training.position, training.run
+    assert position.best is not None
+    assert position.last is not None
+    assert run is not None
+    training.finish_writing()
+    epoch = position.best["epoch"]
+    if fault := broadcast_object(training.journal.best_fault(epoch)):
+        raise RunFailed(
+            f"there is no best model to test: {best_path(run.checkpoints, epoch)} is damaged ({fault}). Put back the "
+            f"file if you have a copy. Then, or without it: toolkit train --resume {run.path}, which goes back to the "
+            "newest checkpoint whose best weights are whole"
+        )
+    if training.accelerator.is_main_process:
+        link_best(run.checkpoints, epoch)
+    training.accelerator.wait_for_everyone()
+    written = load_model(run.checkpoints).module.to(training.accelerator.device)
+    if training.recipe.train.channels_last:
+        written.to(memory_format=torch.channels_last)
+    features = training.loaders.features
+    if features is not None:
+        features.prove(written)
+    network = written if features is None else written.get_submodule(features.tail)
+    if training.setup.has("validation"):
+        _prove(training, training.evaluate_network(network, "validation"))
+    else:
+        _prove_equal(training, written)
+    has_test = training.setup.has("test")
+    test = training.evaluate_network(network, "test") if has_test else None
+    best = _figures(position.best, test)
+    if position.best["epoch"] == position.last["epoch"]:
+        return best, dict(best), test
+    return best, _figures(position.last, training.evaluate("test") if has_test else None), test
+
+
+def _prove_equal(training: Trainer, written: nn.Module) -> None:
+    """Without validation images: the written file must hold the last epoch's weights, which are in memory, exactly."""
+    with training.averaged_weights():
+        trained = training.setup.built.module.state_dict()
+        found = written.state_dict()
+        unlike = [name for name, value in trained.items() if not torch.equal(value, found[name])]
+    if unlike:
+        raise RunFailed(
+            f"best.safetensors does not hold the weights of the last epoch: {', '.join(unlike[:3])} "
+            f"{'differs' if len(unlike) == 1 else 'differ'}"
+        )
+    training.display.log("best.safetensors read again: it holds the weights of the last epoch")
+
+
+def _prove(training: Trainer, again: EvalResult) -> None:
+    """The written file must score on validation what the log said of its epoch."""
+    logged = training.position.best
+    assert logged is not None
+    measured = again.figures("val/")
+    allowed = TOLERANCE[training.accelerator.mixed_precision or "no"]
+    off = abs(measured["val/loss"] - logged["val/loss"]) / max(abs(logged["val/loss"]), 1e-6)
+    right = abs(measured["val/accuracy"] - logged["val/accuracy"]) * len(again.labels)
+    if off > allowed or right > 1 + allowed * len(again.labels):
+        raise RunFailed(
+            f"best.safetensors scores validation loss {measured['val/loss']:.6f} and accuracy "
+            f"{measured['val/accuracy']:.4f}, but the log says {logged['val/loss']:.6f} and "
+            f"{logged['val/accuracy']:.4f} for epoch {logged['epoch']}: the file is not the model that was logged"
+        )
+    training.display.log(
+        f"best.safetensors evaluated again: validation loss {measured['val/loss']:.4f}, accuracy "
+        f"{measured['val/accuracy']:.4f}, as logged at epoch {logged['epoch']}"
+    )
+
+
+def _figures(record: dict[str, Any], test: EvalResult | None) -> dict[str, Any]:
+    """summary.json's entry for one model; ``test`` is None without test images."""
+    validation = {key.replace("/", "_"): value for key, value in record.items() if key.startswith("val/")}
+    return {"epoch": record["epoch"], **validation, **({} if test is None else test.figures("test_"))}
+
+
+def _summary(training: Trainer, best: dict[str, Any], stopped: dict[str, Any]) -> dict[str, Any]:
+    position, setup = training.position, training.setup
+    parameters = list(setup.built.module.parameters())
+    return {
+        "best": best,
+        "stopped": stopped,
+        "train_loss": position.last["train/loss"] if position.last else None,
+        "train_accuracy": position.last["train/accuracy"] if position.last else None,
+        "epochs_run": position.epoch,
+        "stopped_early": position.stopped_early,
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "seconds": round(position.train_seconds, 3),
+        "startup_seconds": training.startup_seconds,
+        "images_per_s": round(position.train_images / max(position.train_seconds, 1e-9), 2),
+        "peak_memory_gib": round(peak_memory_gib(training.accelerator.device), 3),
+        "shortcuts": training.loaders.shortcuts,
+        "images": {name: len(indices) for name, indices in setup.splits.items()},
+        "images_per_epoch": min(len(setup.splits["train"]), setup.steps * training.recipe.train.batch_size),
+        "images_left_out": len(setup.bad_images),
+        "processes": training.accelerator.num_processes,
+        "device": str(training.accelerator.device.type),
+        "precision": training.accelerator.mixed_precision,
+        "seed": training.recipe.recipe.seed,
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far by the main process: on its GPU, or resident on the CPU; GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _prediction_rows(training: Trainer, test: EvalResult) -> list[tuple[str, str, str, str]]:
+    dataset = training.setup.dataset
+    names = (dataset.images.name(int(index)) for index in training.setup.splits["test"])
+    columns = zip(names, test.labels, test.predictions, test.probabilities, strict=True)
+    return [
+        (name, dataset.classes[int(label)], dataset.classes[int(prediction)], f"{np.float32(probability):.6g}")
+        for name, label, prediction, probability in columns
+    ]

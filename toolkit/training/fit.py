@@ -1,0 +1,319 @@
+"""From a recipe to a trained model in a run directory: `fit` is the whole story, top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import toolkit
+from toolkit.data.sampling import check_batch_size
+from toolkit.data.splits import SPLITS, split_hash
+from toolkit.distributed.failure_detection import FailureDetector, start_failure_detector
+from toolkit.distributed.launcher import unused_precision_line, unused_tasks_line
+from toolkit.distributed.process import describe_processes, init_accelerator, main_only, out_of_memory_explained
+from toolkit.distributed.signals import GracefulStop
+from toolkit.errors import Interrupted, RunFailed, UserError
+from toolkit.expectations import check_expectations
+from toolkit.inference.predict import model_card
+from toolkit.recipe import Recipe, diff, resolved_toml
+from toolkit.runs import Run, create_run, latest_unfinished_run, open_run, runs_of, write_atomically
+from toolkit.trackers import Tracking
+from toolkit.training.console import Console, summary_table
+from toolkit.training.context import TrainingContext, build_context, describe
+from toolkit.training.data_changes import write_file_facts
+from toolkit.training.env_info import describe_environment
+from toolkit.training.finalize import finish, write_summary
+from toolkit.training.precision import precision_line
+from toolkit.training.resume import Resumption, find_resumption
+from toolkit.training.trainer import StopTraining, Trainer
+
+
+def fit(
+    recipe: Recipe,
+    *,
+    resume: str | os.PathLike[str] | None = None,
+    until: int | None = None,
+    allow_changes: bool = False,
+    show_module: bool = False,
+    quiet: bool = False,
+    origins: dict[str, Any] | None = None,
+    began: float | None = None,
+) -> Run:
+    """Train what ``recipe`` says on the processes that a launcher has started (or this one) and return the run.
+
+    ``resume`` is a run directory, or ``"auto"`` for the recipe's youngest unfinished run (a new one if there is none;
+    a requeued SLURM job that had finished its run gets that one back, untrained).
+    ``until``: after this epoch the run pauses, unfinished, and another ``fit(resume=run)`` goes on as if there had been
+    no pause; None: to the recipe's end. ``allow_changes`` lets a run go on under a recipe that differs from the one it
+    was started with, and with data that changed since; images that were trained then stay out of validation and test.
+    ``quiet``: what is said goes to the run's log.txt alone. ``origins`` is what a new run keeps of where the recipe's
+    values came from (:meth:`toolkit.recipe.Loaded.told_origins`), for its report. ``began``: when the command was
+    given, on the clock of time.monotonic(), for the time to the first step; None: now.
+
+    Raises UserError (bad input, before training), RunFailed (e.g. a loss that is not finite) and Interrupted (stopped
+    on request, with a checkpoint written).
+    """
+    called = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(GracefulStop())
+        accelerator, display = _join_processes(recipe, stop, quiet=quiet)
+        peers = start_failure_detector(stop)
+        if (finished := _finished_before_requeue(recipe, accelerator, display, resume)) is not None:
+            _leave(accelerator, peers)
+            return finished
+        run = _run_to_resume(recipe, accelerator, display, resume, allow_changes)
+        resumption = None
+        if run is not None:
+            stack.enter_context(_locked(run, accelerator, display))
+            resumption = find_resumption(run, recipe, accelerator, display, allow_changes)
+        settle = None if resumption is None else resumption.settle
+        setup = build_context(recipe, accelerator, display, load_weights=resumption is None, settle=settle)
+        if run is None:
+            created = main_only(accelerator, lambda: str(create_run(recipe.recipe.run_root, recipe.recipe.name).path))
+            run = Run(Path(created))
+            stack.enter_context(_locked(run, accelerator, display))
+            if origins is not None and accelerator.is_main_process:
+                run.write_json("origins.json", origins)
+        stop.watch(run.path)
+        if accelerator.is_main_process:
+            _write_beginnings(setup, run, resumption)
+            if resumption is None:
+                _keep_first_layer(setup, run)
+            display.set_log_file(run.log_file)
+        display.log(describe(setup, accelerator.mixed_precision, whole=show_module))
+        display.log(f"run directory {run.path}")
+        try:
+            with (
+                out_of_memory_explained(recipe.train, accelerator.num_processes),
+                _tracked(recipe, accelerator, run, display) as tracking,
+            ):
+                training = _training(setup, run, tracking, stop, resumption)
+                stack.callback(training.loaders.close)
+                training.startup_seconds = _say_startup(display, called, called if began is None else began)
+                summary = finish(training) if training.run_epochs(until) else None
+                if summary is not None:
+                    tracking.summarise(summary)
+            if summary is None:
+                display.log(f"paused after epoch {training.position.epoch}, as was asked")
+            else:
+                display.note(closing_text(recipe, summary))
+                write_summary(training, summary)
+        except Interrupted as interrupted:
+            display.note(str(interrupted))
+            if peers is not None:
+                peers.close()
+            raise
+        except Exception as error:  # the terminal that shows it may be gone
+            display.note(str(error) if isinstance(error, UserError | RunFailed) else traceback.format_exc())
+            raise
+        if peers is not None:
+            peers.close()
+        training.close()
+    return run
+
+
+def _say_startup(display: Console, called: float, began: float) -> float:
+    """Seconds from the command to the first step, which are also said."""
+    seconds = time.monotonic() - began
+    imports = f", {called - began:.1f} s of them imports" if called > began else ""
+    display.log(f"ready for the first step after {round(seconds, 2):.1f} s{imports}")
+    return round(seconds, 2)
+
+
+def dry_run(recipe: Recipe, *, load_weights: bool = True, show_module: bool = False) -> None:
+    """Build everything and take one batch through forward and backward; nothing is written."""
+    accelerator, display = _join_processes(recipe)
+    setup = build_context(recipe, accelerator, display, load_weights=load_weights)
+    display.log(describe(setup, accelerator.mixed_precision, whole=show_module))
+    with out_of_memory_explained(recipe.train, accelerator.num_processes):
+        training = Trainer(setup, None, None, GracefulStop(), None, "none")
+        loss = training.dry_run_step()
+    if (peers := start_failure_detector()) is not None:
+        peers.close()
+    training.close()
+    display.log(f"dry run: one batch forward and backward, loss {loss:.4f}; nothing was written")
+
+
+def _training(
+    setup: TrainingContext, run: Run, tracking: Tracking, stop: GracefulStop, resumption: Resumption | None
+) -> Trainer:
+    """The training, built; computing the features of frozen layers can be interrupted."""
+    try:
+        training = Trainer(setup, run, tracking, stop, None if resumption is None else resumption.checkpoint)
+        if resumption is not None and resumption.changed:
+            training.accept_changes()
+        return training
+    except StopTraining:
+        raise Interrupted(f"stopped before training; go on with: toolkit train --resume {run.path}") from None
+
+
+def _join_processes(
+    recipe: Recipe, stop: GracefulStop | None = None, *, quiet: bool = False
+) -> tuple[Accelerator, Console]:
+    """Join the processes and say who they are; check what depends on their number."""
+    accelerator = init_accelerator(recipe.train, stop)
+    check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.accumulation)
+    display = Console(speaks=accelerator.is_main_process, shows=not quiet)
+    if line := unused_tasks_line():
+        display.log(line)
+    for line in describe_processes(accelerator):
+        display.log(line)
+    display.log(precision_line(recipe.train.precision, accelerator.mixed_precision))
+    if accelerator.is_main_process and (line := unused_precision_line(accelerator.mixed_precision)):
+        display.log(line)
+    return accelerator, display
+
+
+def _finished_before_requeue(
+    recipe: Recipe, accelerator: Accelerator, display: Console, resume: str | os.PathLike[str] | None
+) -> Run | None:
+    """The run that this SLURM job finished before it was started again, if any (a collective).
+
+    A job that loses its node as it ends is requeued; a new run would be the second one of a job that has done its work.
+    """
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    if str(resume) != "auto" or not job or restarts == "0":
+        return None
+
+    def find() -> str | None:
+        for run in runs_of(recipe.recipe.run_root, recipe.recipe.name):
+            if run.is_finished and run.environment.get("slurm_job") == job and not _changes(run, recipe):
+                display.log(f"{run.path} was finished by this job before it was requeued: nothing is left to do")
+                return str(run.path)
+        return None
+
+    path = main_only(accelerator, find)
+    return None if path is None else Run(Path(path))
+
+
+def _leave(accelerator: Accelerator, peers: FailureDetector | None) -> None:
+    """Without having trained (a collective)."""
+    if peers is not None:
+        peers.close()
+    accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _run_to_resume(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    display: Console,
+    resume: str | os.PathLike[str] | None,
+    allow_changes: bool,
+) -> Run | None:
+    """The run to go on with, the same on every process (a collective); None: a new one."""
+    if resume is None:
+        return None
+
+    def choose() -> str | None:
+        if str(resume) == "auto":
+            where = recipe.recipe.run_root, recipe.recipe.name
+            run = latest_unfinished_run(*where)
+            if run is None and (finished := runs_of(*where)):
+                display.log(f"{finished[0].path} is finished, so this is a new run")
+        else:
+            run = open_run(resume)
+        if run is None:
+            return None
+        if run.is_finished:
+            raise UserError(f"{run.path} is finished: there is nothing to go on with")
+        changes = _changes(run, recipe)
+        if changes and not allow_changes:
+            listed = "; ".join(f"{'.'.join(map(str, key))}: {old!r} -> {new!r}" for key, old, new in changes)
+            raise UserError(
+                f"{run.path} was started with another recipe ({listed}). To resume it with its own recipe: "
+                f"toolkit train --resume {run.path}. To resume it with the edited one: add --allow-changes. To start a "
+                "new run: leave out --resume"
+            )
+        return str(run.path)
+
+    path = main_only(accelerator, choose)
+    return None if path is None else Run(Path(path))
+
+
+def _changes(run: Run, recipe: Recipe) -> list[tuple[tuple[str | int, ...], Any, Any]]:
+    """What differs between a run's recipe and this one; how it is submitted does not matter."""
+    return [change for change in diff(run.recipe, recipe) if change[0][0] != "slurm"]
+
+
+@contextlib.contextmanager
+def _locked(run: Run, accelerator: Accelerator, display: Console) -> Iterator[None]:
+    """Hold the run directory; only the main process writes to it."""
+    lock = main_only(accelerator, lambda: run.lock(display.log), share=False)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+@contextlib.contextmanager
+def _tracked(recipe: Recipe, accelerator: Accelerator, run: Run, display: Console) -> Iterator[Tracking]:
+    """The trackers, closed with the run's true exit status."""
+    tracking = Tracking(accelerator, recipe, run.path, f"{recipe.recipe.name}-{run.id}", display.log)
+    status = 1
+    try:
+        yield tracking
+        status = 0
+    except Interrupted:
+        status = Interrupted.exit_status
+        raise
+    finally:
+        tracking.finish(status)
+
+
+def _write_beginnings(setup: TrainingContext, run: Run, resumption: Resumption | None) -> None:
+    """What can be said before training: recipe, environment, splits, how to rebuild the model."""
+    names = {split: [setup.dataset.images.name(int(i)) for i in setup.splits[split]] for split in SPLITS}
+    run.checkpoints.mkdir(exist_ok=True)  # somebody may have removed it
+    # An equal one stays as it is: the hash in a checkpoint of an earlier version is of its text, without newer keys.
+    if resumption is None or diff(run.recipe, setup.recipe):
+        run.write_text("recipe.toml", resolved_toml(setup.recipe))
+    run.write_json("environment.json", describe_environment(setup.accelerator))
+    count = len(setup.dataset.classes)
+    split = {
+        "hash": split_hash(setup.dataset, setup.splits),
+        "left_out": setup.bad_images,
+        "images_per_class": {name: np.bincount(setup.labels(name), minlength=count).tolist() for name in SPLITS},
+        **names,
+    }
+    if resumption is not None and resumption.data_changed:
+        run.keep_split()
+    run.write_json("split.json", split)
+    if resumption is None or resumption.data_changed or not resumption.files_known:
+        write_file_facts(run, setup.dataset, setup.splits)
+    card = model_card(
+        setup.recipe.model,
+        setup.dataset.classes,
+        setup.preprocessing,
+        setup.recipe.augment.test,
+        setup.recipe.recipe.name,
+        toolkit.__version__,
+    )
+    run.write_json("checkpoints/model.json", card)
+
+
+def _keep_first_layer(setup: TrainingContext, run: Run) -> None:
+    """The first convolution's weights as training finds them, for a look at what it made of them."""
+    for name, layer in setup.built.module.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            weights = {f"{name}.weight": layer.weight.detach().float().contiguous()}
+            write_atomically(run.first_layer, safetensors.torch.save(weights))
+            return
+
+
+def closing_text(recipe: Recipe, summary: dict[str, Any]) -> str:
+    """The closing table, and a line for each figure that the recipe expects."""
+    return "\n".join([summary_table(summary), *(v.line() for v in check_expectations(recipe, summary))])

@@ -1,0 +1,230 @@
+"""What a run draws its batches from: images, or features of frozen layers computed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from toolkit.augment.mixup import MixupConfig, mixup_config
+from toolkit.augment.transforms import UInt8Transform, try_transform
+from toolkit.cache.distributed import DistributedCache, Guard
+from toolkit.cache.frozen_features import Features, tail_of
+from toolkit.cache.image_cache import CachedSplitImages, cache_images
+from toolkit.data.dataloader import (
+    EVALUATION,
+    EvaluationLoader,
+    SplitDataset,
+    TrainLoaderProtocol,
+    train_loader,
+    worker_count,
+)
+from toolkit.data.pipeline import DevicePreprocessor, PreprocessingPlan, plan_preprocessing
+from toolkit.data.sampling import IntArray, SamplingPlan, balanced_weights, plan_evaluation
+from toolkit.data.splits import SPLITS
+from toolkit.data.tensor_loader import TensorEvaluationLoader, TensorLoader, TensorSplit
+from toolkit.distributed.process import local_processes
+from toolkit.training.context import TrainingContext
+
+EVALUATION_ROWS, EVALUATION_BYTES = 4096, 64 * 2**20
+"""Features are evaluated as many at a time as there are in so many rows, or bytes, on each process."""
+
+EvalLoader = EvaluationLoader | TensorEvaluationLoader
+CachePolicy = Literal["all", "images", "none"]
+
+
+@dataclass
+class ImageLoaders:
+    """Image batches of each split, from wherever its images are."""
+
+    setup: TrainingContext
+    ways: dict[str, PreprocessingPlan]
+    kept: CachedSplitImages
+
+    def training(self, plan: SamplingPlan) -> TrainLoaderProtocol:
+        """Training batches."""
+        rows = self._rows("train")
+        if rows is not None:
+            return TensorLoader(rows, plan)
+        split, finish = self._split("train")
+        return train_loader(
+            split.images,
+            split.labels,
+            split.indices,
+            split.transform,
+            plan,
+            workers=self._workers(),
+            pin_memory=self._pins,
+            finish=finish,
+        )
+
+    def evaluation(self, split: str, batches: list[IntArray], view: int = EVALUATION) -> EvalLoader:
+        """The given batches of a split, as positions in it."""
+        rows = self._rows(split)
+        if rows is not None:
+            return TensorEvaluationLoader(rows, batches, view)
+        images, finish = self._split(split)
+        return EvaluationLoader(images, batches, self._workers(), self._pins, finish, view)
+
+    def _rows(self, split: str) -> TensorSplit | None:
+        if split not in self.kept.rows:
+            return None
+        tensor, places = self.kept.rows[split]
+        device = self.setup.accelerator.device
+        return TensorSplit(
+            [tensor],
+            self.setup.labels(split),
+            places[self.setup.splits[split]],
+            self._finish(self.ways[split]),
+            prefetch=device if device.type == "cuda" and tensor.device.type == "cpu" else None,
+        )
+
+    def _split(self, split: str) -> tuple[SplitDataset, DevicePreprocessor | None]:
+        """For data workers: what they do, and what is left to be done with their batches."""
+        way, done, images = self.ways[split], self.kept.done[split], self.kept.images[split]
+        rest = way.transform.after(done) if done else way.transform
+        transform: Any = rest
+        finish = None
+        # Without a cache even evaluation goes the plain way, image by image, which the others are held against.
+        if way.batched is not None and (done or not way.is_exact):
+            transform = UInt8Transform(rest, way.steps - done)
+            finish = self._finish(way, beside_workers=self._workers() > 0)
+        setup = self.setup
+        seed = setup.recipe.recipe.seed
+        return SplitDataset(images, setup.dataset.labels, setup.splits[split], transform, seed), finish
+
+    def _finish(self, way: PreprocessingPlan, *, beside_workers: bool = False) -> DevicePreprocessor:
+        channels_last = self.setup.recipe.train.channels_last
+        return DevicePreprocessor(
+            way, self.setup.accelerator.device, channels_last=channels_last, beside_workers=beside_workers
+        )
+
+    def _workers(self) -> int:
+        return worker_count(self.setup.recipe.data.workers, self.setup.dataset.images, local_processes())
+
+    @property
+    def _pins(self) -> bool:
+        return bool(self.setup.accelerator.device.type == "cuda")
+
+
+@dataclass
+class DataLoaders:
+    """Sources of training and evaluation batches."""
+
+    setup: TrainingContext
+    images: ImageLoaders
+    train: TrainLoaderProtocol
+    mixing: MixupConfig | None
+    features: Features | None
+    """Inputs of the tail, where only that trains."""
+    made: dict[str, tuple[EvalLoader, int]] = field(default_factory=dict)
+
+    @property
+    def tail(self) -> str | None:
+        """Name of the submodule that trains on features; None: the whole module trains on images."""
+        return None if self.features is None else self.features.tail
+
+    @property
+    def shortcuts(self) -> list[str]:
+        """What was left out because it cannot change, in words."""
+        return [*([] if self.features is None else [self.features.words]), *self.images.kept.shortcuts]
+
+    def evaluation(self, split: str) -> tuple[EvalLoader, int]:
+        """A split's batches, and how many the process with most of them has: features, where training has them.
+
+        A collective, the first time.
+        """
+        if split not in self.made:
+            self.made[split] = self._evaluation(split)
+        return self.made[split]
+
+    def _evaluation(self, split: str) -> tuple[EvalLoader, int]:
+        accelerator, size = self.setup.accelerator, _eval_batch_size(self.setup)
+        rows = None if self.features is None else self.features.rows(split)
+        if rows is not None:
+            at_once = min(EVALUATION_ROWS, EVALUATION_BYTES // (rows[0][0].numel() * 4))
+            size = max(size, at_once * accelerator.num_processes)
+        count, world = len(self.setup.splits[split]), accelerator.num_processes
+        shares = [plan_evaluation(count, size, world, rank) for rank in range(world)]
+        mine, rounds = shares[accelerator.process_index], max(len(share) for share in shares)
+        if rows is None:
+            return self.images.evaluation(split, mine), rounds
+        return TensorEvaluationLoader(TensorSplit(rows, self.setup.labels(split)), mine), rounds
+
+    def close(self) -> None:
+        """End all worker processes, and let go of what is mapped into memory."""
+        for loader in (self.train, *(loader for loader, _ in self.made.values())):
+            loader.close()
+        self.images.kept.forget()
+        if self.features is not None:
+            self.features.forget()
+
+
+def build_loaders(setup: TrainingContext, guard: Guard, shortcuts: CachePolicy = "all") -> DataLoaders:
+    """Loaders for a setup whose model is on its device and has the weights it starts with (a collective).
+
+    shortcuts: what may be kept in the cache folder, as far as the recipe allows: images and features, images, nothing.
+    """
+    recipe, images = setup.recipe, setup.dataset.images
+    arguments = recipe.augment, setup.preprocessing, recipe.recipe.seed, setup.dataset.native_size
+    ways = {split: plan_preprocessing(split, *arguments) for split in SPLITS if setup.has(split)}
+    for split, way in ways.items():
+        try_transform(way.transform, images, int(setup.splits[split][0]))
+        if way.obstacle and recipe.augment.on == "auto":
+            which = "augmented" if way.batched is None else "augmented up to the crop"
+            setup.display.log(f"{split} images are {which} one by one, by data workers: {way.obstacle}")
+    keeper = DistributedCache(setup, guard) if shortcuts != "none" and recipe.data.cache != "off" else None
+    source = ImageLoaders(setup, ways, CachedSplitImages.of(setup, ways))
+    features = _features(setup, source, keeper, guard) if shortcuts == "all" else None
+    passes = recipe.train.epochs if features is None else features.passes()
+    source.kept = cache_images(setup, ways, keeper, passes)
+    mixing = mixup_config(recipe.augment)
+    plan = _plan(setup, mixing)
+    if features is None:
+        return DataLoaders(setup, source, source.training(plan), mixing, None)
+    train = TensorLoader(TensorSplit(features.rows("train"), setup.labels("train")), plan)
+    loaders = DataLoaders(setup, source, train, mixing, features)
+    if setup.has("validation"):
+        loaders.evaluation("validation")
+    setup.display.log(f'shortcut: {features.words}; data.cache = "off" turns it off')
+    return loaders
+
+
+def _features(
+    setup: TrainingContext, images: ImageLoaders, keeper: DistributedCache | None, guard: Guard
+) -> Features | None:
+    """Features of the frozen part, after trying it on two images; None, and why where that is of interest."""
+    tail = tail_of(setup.recipe, setup.transfer)
+    if tail is None or keeper is None:
+        return None
+    batched = {split: way.batched is not None and not way.is_exact for split, way in images.ways.items()}
+    features = Features(setup, tail, keeper, guard, images.evaluation, batched)
+    transform, first = images.ways["train"].transform, setup.splits["train"][:2]
+    two = [try_transform(transform, setup.dataset.images, int(i)) for i in first]
+    setup.transfer.train_mode()
+    reason = features.obstacle(torch.stack(two).to(setup.accelerator.device))
+    if reason:
+        setup.display.log(f"frozen features are not kept: {reason}")
+        return None
+    return features
+
+
+def _plan(setup: TrainingContext, mixing: MixupConfig | None) -> SamplingPlan:
+    table = setup.recipe.train
+    return SamplingPlan(
+        size=len(setup.splits["train"]),
+        seed=setup.recipe.recipe.seed,
+        batch_size=table.batch_size,
+        accumulation=table.accumulation,
+        drop_last=table.drop_last,
+        world=setup.accelerator.num_processes,
+        rank=setup.accelerator.process_index,
+        mixing=mixing is not None,
+        weights=balanced_weights(setup.labels("train")) if table.sampling == "balanced" else None,
+        views=setup.recipe.data.views,
+    )
+
+
+def _eval_batch_size(setup: TrainingContext) -> int:
+    return setup.recipe.train.images_per_evaluation

@@ -1,0 +1,157 @@
+"""The learning rate as a function of epochs, whatever the number of processes or steps.
+
+Nothing here is stepped: :func:`lr_factor` is a pure function of the (fractional) epoch, so that a resumed run and a
+run on another number of processes have the same curve. Only the plateau schedule has a memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from toolkit.recipe.schema import SchedulerConfig
+
+
+def lr_factor(table: SchedulerConfig, epoch: float, epochs: int) -> float:
+    """What the peak learning rate is multiplied by at ``epoch`` (0 = start, ``epochs`` = end; fractions within).
+
+    step: StepLR. exponential: one factor gamma an epoch. cosine: Loshchilov & Hutter 2017 (arXiv:1608.03983), one
+    cycle. one_cycle: Smith & Topin 2018 (arXiv:1708.07120) with cosine flanks. Warm-up multiplies whatever follows.
+    cosine's floor ``min_lr`` is applied by :func:`learning_rate`.
+    """
+    return _warmup(table, epoch) * _base(table, epoch, epochs)
+
+
+def learning_rate(table: SchedulerConfig, peak: float, epoch: float, epochs: int, plateau_factor: float = 1.0) -> float:
+    """The learning rate of a parameter group whose peak is ``peak``."""
+    if table.name == "cosine":
+        cosine = _base(table, epoch, epochs)
+        floor = min(table.min_lr, peak)
+        return _warmup(table, epoch) * (floor + (peak - floor) * cosine)
+    if table.name == "plateau":
+        return _warmup(table, epoch) * max(peak * plateau_factor, min(table.min_lr, peak))
+    return peak * lr_factor(table, epoch, epochs)
+
+
+def _warmup(table: SchedulerConfig, epoch: float) -> float:
+    if epoch >= table.warmup_epochs:
+        return 1.0
+    return table.warmup_start + (1 - table.warmup_start) * epoch / table.warmup_epochs
+
+
+def _base(table: SchedulerConfig, epoch: float, epochs: int) -> float:
+    match table.name:
+        case "step":
+            assert table.step_size is not None
+            return gamma_of(table) ** (math.floor(epoch) // table.step_size)
+        case "exponential":
+            return gamma_of(table) ** math.floor(epoch)
+        case "cosine":
+            start = min(table.warmup_epochs, epochs)
+            share = min(max((epoch - start) / max(epochs - start, 1e-9), 0.0), 1.0)
+            return 0.5 * (1 + math.cos(math.pi * share))
+        case "one_cycle":
+            share = min(epoch / epochs, 1.0)
+            if share < table.peak_at:
+                return _cosine_between(table.start_factor, 1.0, share / table.peak_at)
+            return _cosine_between(1.0, table.end_factor, (share - table.peak_at) / (1 - table.peak_at))
+        case "constant" | "plateau":
+            return 1.0
+
+
+def _cosine_between(start: float, end: float, share: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def gamma_of(table: SchedulerConfig) -> float:
+    """The factor of a schedule, its own default where the recipe gives none."""
+    if table.gamma is not None:
+        return table.gamma
+    return 0.95 if table.name == "exponential" else 0.1
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a metric rises as a model improves."""
+    return not metric.endswith("loss")
+
+
+def epoch_rank(record: dict[str, Any], select: str) -> tuple[float, float]:
+    """Sorts the records of epochs by ``train.select``, the best one last.
+
+    Equal accuracies are decided by the validation loss, equal losses by the validation accuracy. With ``last`` later
+    epochs are better. Figures that a record does not have count as the worst.
+    """
+    if select == "last":
+        return float(record["epoch"]), 0.0
+
+    def rank(metric: str) -> float:
+        value = float(record.get(metric, math.nan))
+        if math.isnan(value):
+            return -math.inf
+        return value if higher_is_better(metric) else -value
+
+    return rank(select), rank("val/accuracy" if select == "val/loss" else "val/loss")
+
+
+@dataclass
+class MetricMonitor:
+    """Counts epochs without improvement of one metric; used by early stopping and by the plateau schedule."""
+
+    higher_is_better: bool
+    min_delta: float = 0.0
+    relative: bool = False
+    """Whether ``min_delta`` is a share of the best value so far instead of a difference."""
+    best: float | None = None
+    waited: int = 0
+    """Epochs since the last improvement."""
+
+    def update(self, value: float) -> bool:
+        """Take one epoch's value; True where it improves on the best by more than ``min_delta``."""
+        if self.best is None:
+            improved = not math.isnan(value)
+        else:
+            delta = self.min_delta * self.best if self.relative else self.min_delta
+            improved = value > self.best + delta if self.higher_is_better else value < self.best - delta
+        if improved:
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+        return improved
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Back from a checkpoint."""
+        self.best, self.waited = state["best"], state["waited"]
+
+
+class ReduceLROnPlateau:
+    """ReduceLROnPlateau: after ``patience`` + 1 epochs without improvement the factor is multiplied by gamma.
+
+    Same rule as ``torch.optim.lr_scheduler.ReduceLROnPlateau`` with the same threshold mode and ``cooldown=0``.
+    """
+
+    def __init__(self, table: SchedulerConfig) -> None:
+        self.gamma, self.patience = gamma_of(table), table.patience
+        relative = table.threshold_mode == "rel"
+        self.watch = MetricMonitor(higher_is_better(table.metric), table.threshold, relative)
+        self.factor = 1.0
+
+    def update(self, value: float) -> None:
+        """Take one epoch's value of the watched metric."""
+        self.watch.update(value)
+        if self.watch.waited > self.patience:
+            self.factor *= self.gamma
+            self.watch.waited = 0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"factor": self.factor, "watch": self.watch.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Back from a checkpoint."""
+        self.factor = state["factor"]
+        self.watch.load(state["watch"])

@@ -1,0 +1,252 @@
+"""Before a run is resumed: its recipe and its data are compared with those that its checkpoint was trained with.
+
+A recipe edited inside the run directory, a checkpoint of another run, and data that changed in between are refused with
+their differences. ``--allow-changes`` accepts them; images that were trained then stay out of validation and test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from accelerate import Accelerator
+
+from toolkit.data.datasets import Dataset
+from toolkit.data.splits import SPLITS, check_splits, split_hash
+from toolkit.distributed.process import main_only
+from toolkit.errors import UserError
+from toolkit.reading import read_bytes
+from toolkit.recipe import Recipe, recipe_hash
+from toolkit.recipe.resolve import content_hash, experiment_diff, fill_in_earlier_defaults, resolved_content
+from toolkit.runs import Run
+from toolkit.training.checkpoint import BestWeightsLost, find_latest, load_checkpoint
+from toolkit.training.console import Console
+from toolkit.training.data_changes import DataDifference, FileFacts, Splits
+
+ADVICE = (
+    "Bring back what the run was trained with, or start a new run, or say --allow-changes, which keeps the images that "
+    "were trained out of validation and test"
+)
+
+
+@dataclass
+class Resumption:
+    """A run that is resumed from a checkpoint."""
+
+    run: Run
+    recipe: Recipe
+    checkpoint: dict[str, Any]
+    accelerator: Accelerator
+    display: Console
+    allow_changes: bool
+    recipe_changed: bool = False
+    """Whether the recipe is not that of the checkpoint, which was allowed."""
+    files_known: bool = False
+    """Whether what is kept of the image files still holds (main process)."""
+    data_changed: bool = False
+    """Whether the images or their splits are not those of the checkpoint, which was allowed."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything changed that the next checkpoint must know of."""
+        return self.recipe_changed or self.data_changed or bool(self.checkpoint.get("best_lost"))
+
+    def compare_recipe(self) -> None:
+        """Raise UserError where the recipe is not that of the checkpoint, unless this is allowed (a collective)."""
+        self.recipe_changed = main_only(self.accelerator, self._compare_recipe)
+
+    def _compare_recipe(self) -> bool:
+        listed = recipe_changes(self.run, self.recipe, self.checkpoint)
+        if not listed:
+            return False
+        if not self.allow_changes:
+            raise UserError(
+                f"the checkpoint of {self.run.path} was written under another recipe ({listed}): recipe.toml was "
+                "edited, or the checkpoint is another run's. Undo this, or say --allow-changes"
+            )
+        self.display.log(f"the recipe has changed since the checkpoint was written ({listed})")
+        return True
+
+    def compare_metrics(self) -> None:
+        """Raise UserError where lines of metrics.jsonl are lost or edited, unless this is allowed (a collective)."""
+        main_only(self.accelerator, self._compare_metrics)
+
+    def _compare_metrics(self) -> None:
+        path, length = self.run.metrics_file, self.checkpoint["position"]["metrics_bytes"]
+        found = read_bytes(path)[:length] if path.exists() else b""
+        known = self.checkpoint.get("metrics_sha256")  # not there in checkpoints of earlier versions
+        if len(found) < length:
+            fault = f"{len(found)} of {length} bytes are left" if path.exists() else "missing"
+        elif known is not None and hashlib.sha256(found).hexdigest() != known:
+            fault = "its checksum differs"
+        else:
+            return
+        if not self.allow_changes:
+            raise UserError(
+                f"{path} is damaged ({fault}): it is not what the checkpoint of this run was written with. Bring back "
+                "the file, or say --allow-changes, which goes on from the same weights with the lines that are left"
+            )
+        self.display.log(f"warning: {path.name} is damaged ({fault})")
+
+    def settle(self, dataset: Dataset, drawn: Splits) -> Splits:
+        """The splits to go on with (a collective); ``drawn`` are those that the recipe gives with the data of now.
+
+        Raises UserError where data or splits are not those of the checkpoint, unless this is allowed.
+        """
+        splits, self.data_changed = main_only(self.accelerator, lambda: self._settle(dataset, drawn))
+        return splits
+
+    def _settle(self, dataset: Dataset, drawn: Splits) -> tuple[Splits, bool]:
+        now, trained = split_hash(dataset, drawn), self.checkpoint["batches"][0]
+        # Where the hash says that nothing changed, split.json is not needed; it may be damaged.
+        record = _named(dataset, drawn) if now == trained else self._record(trained)
+        files = None if record is None else FileFacts.read(self.run, trained, dataset, record)
+        replaced = [] if files is None else files.replaced()
+        self.files_known = files is not None and files.is_current
+        if now == self.checkpoint.get("drawn", trained) and not replaced:
+            return (drawn if now == trained else self._recorded(record, dataset, trained)), False
+        if record is None:
+            raise UserError(
+                f"the data or the splits of {self.run.path} have changed since its checkpoint was written, and "
+                "split.json, which would say what was trained, is missing or damaged. Start a new run"
+            )
+        difference = DataDifference(record, dataset, drawn, self._classes(), files)
+        if not self.allow_changes:
+            raise UserError(f"the data of {self.run.path} have changed since it was trained: {difference}. {ADVICE}")
+        difference.check_outputs()
+        before = self._recipe_before()
+        same_rules = all(
+            getattr(before.data, key) == getattr(self.recipe.data, key)
+            for key in ("split", "images_per_class", "test_images_per_class")
+        )
+        splits = difference.kept_apart(self._ever_trained(), same_rules)
+        check_splits(dataset, splits, [name for name in SPLITS if len(drawn[name])])
+        self.display.log(f"the data have changed since the checkpoint was written: {difference}")
+        counts = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
+        self.display.log(f"trained images stay out of validation and test: now {counts}")
+        return splits, True
+
+    def _record(self, trained: str) -> dict[str, list[str]] | None:
+        """Names of the images of each split as the checkpoint was trained with them; None where they are not known."""
+        with contextlib.suppress(UserError):
+            for split in self.run.splits():
+                if split.get("hash") == trained:
+                    return _names(split)
+        return None
+
+    def _recorded(self, record: dict[str, list[str]] | None, dataset: Dataset, trained: str) -> Splits:
+        """The splits of a run whose data changed earlier: those that were settled then, not those drawn now."""
+        index = {dataset.images.name(i): i for i in range(len(dataset.images))}
+        names = record or {}
+        if record is not None and all(name in index for split in SPLITS for name in names[split]):
+            splits = {s: np.array([index[name] for name in names[s]], dtype=np.int64) for s in SPLITS}
+            if split_hash(dataset, splits) == trained:
+                return splits
+        raise UserError(f"{self.run.path / 'split.json'} is not the one that the checkpoint was trained with")
+
+    def _ever_trained(self) -> set[str]:
+        """Names of all images that were in a training split since the run began."""
+        return {name for split in self.run.splits() for name in _names(split)["train"]}
+
+    def _classes(self) -> list[str]:
+        return list(self.checkpoint.get("classes") or self.run.model_card.get("classes") or [])
+
+    def _recipe_before(self) -> Recipe:
+        stored = self.checkpoint.get("recipe")
+        return self.run.recipe if stored is None else _validated(stored)
+
+
+def find_resumption(
+    run: Run, recipe: Recipe, accelerator: Accelerator, display: Console, allow_changes: bool
+) -> Resumption | None:
+    """What there is to resume from: the newest whole checkpoint, chosen by the main process; None (a collective).
+
+    Raises UserError where it was written under another recipe, or where the best weights of all checkpoints are lost,
+    unless changes are allowed.
+    """
+
+    def choose() -> tuple[Path | None, bool]:
+        run.remove_temporary_files()
+        try:
+            return find_latest(run.checkpoints, display.log, with_best=True), False
+        except BestWeightsLost as lost:
+            if not allow_changes:
+                raise UserError(
+                    f"{lost}. Bring back the file, or start a new run, or say --allow-changes: then the best epoch is "
+                    "chosen among the last one and those to come"
+                ) from None
+            return lost.path, True
+
+    path, best_lost = main_only(accelerator, choose)
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path) | {"best_lost": best_lost}
+    resumption = Resumption(run, recipe, checkpoint, accelerator, display, allow_changes)
+    resumption.compare_recipe()
+    resumption.compare_metrics()
+    return resumption
+
+
+def _named(dataset: Dataset, splits: Splits) -> dict[str, list[str]]:
+    return {split: [dataset.images.name(int(i)) for i in splits[split]] for split in SPLITS}
+
+
+def _names(split: dict[str, Any]) -> dict[str, list[str]]:
+    """The lists of split.json. Raises UserError where one is missing."""
+    names = {name: split.get(name) for name in SPLITS}
+    if not all(isinstance(value, list) and all(isinstance(n, str) for n in value) for value in names.values()):
+        raise UserError("split.json is damaged: it does not list the images of every split")
+    return cast("dict[str, list[str]]", names)
+
+
+def recipe_changes(run: Run, recipe: Recipe, checkpoint: dict[str, Any]) -> str:
+    """How a recipe differs from the one that a run's checkpoint was written under; "" if it is the same experiment."""
+    stored = checkpoint.get("recipe")
+    if stored is None:  # written by a version that kept the hash alone
+        if checkpoint["recipe_hash"] in {recipe_hash(recipe), content_hash(_plain_recipe(run))}:
+            return ""
+        return "only the hash of its recipe was kept, so the differences cannot be named"
+    changes = experiment_diff(_validated(stored), recipe)
+    return "; ".join(f"{'.'.join(map(str, key))}: {old!r} -> {new!r}" for key, old, new in changes)
+
+
+def check_recipe(run: Run) -> None:
+    """Raise UserError where a run's recipe.toml is not that of its last checkpoint, if one is left."""
+    path = find_latest(run.checkpoints, lambda _: None)
+    if path is None:
+        return
+    if listed := recipe_changes(run, run.recipe, load_checkpoint(path)):
+        raise UserError(
+            f"{run.path / 'recipe.toml'} is not the recipe that this run was trained with ({listed}): it was edited, "
+            "or is another run's. Undo this"
+        )
+
+
+def stored_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as a checkpoint holds it."""
+    return json.dumps(resolved_content(recipe))
+
+
+def _validated(stored: str) -> Recipe:
+    """The recipe of a checkpoint; keys that have come since mean what the version that wrote it did."""
+    try:
+        content = json.loads(stored)
+        fill_in_earlier_defaults(content)
+        return Recipe.model_validate(content)
+    except ValueError:
+        raise UserError(
+            "the checkpoint was written under a recipe that this version of the toolkit does not know: use the version "
+            "that began the run, or start a new run"
+        ) from None
+
+
+def _plain_recipe(run: Run) -> dict[str, Any]:
+    """recipe.toml as it was written, without the defaults of keys that have come since."""
+    with open(run.path / "recipe.toml", "rb") as file:
+        return tomllib.load(file)

@@ -1,0 +1,240 @@
+"""One epoch of training.
+
+The loss of a step is the mean over the images of the *whole* step, whatever the number of processes and accumulation
+parts: each process adds up its own images' losses and divides by the step's count, so that summing gradients over
+processes gives the gradient of one process holding everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from toolkit.augment.mixup import MixupConfig, mix
+from toolkit.data.sampling import MicroBatch
+from toolkit.distributed.batchnorm import set_replicated
+from toolkit.errors import RunFailed
+from toolkit.models.keyed_dropout import DropoutKeys, example_keys
+from toolkit.models.unknown_names import first_line
+from toolkit.training.ema import ModelEma
+from toolkit.training.evaluation import to_device
+
+
+@dataclass
+class RunningMetrics:
+    """Loss, right answers and images so far in an epoch: float64 [3] on the device, this process's share."""
+
+    values: Tensor
+    since_log: Tensor
+    """The same since the last logged step."""
+
+    @classmethod
+    def zero(cls, device: torch.device) -> RunningMetrics:
+        """Nothing counted yet. (MPS has no float64; float32 there.)"""
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        return cls(torch.zeros(3, dtype=kind, device=device), torch.zeros(3, dtype=kind, device=device))
+
+    def add(self, losses: Tensor, right: Tensor) -> None:
+        """Count a micro-batch, without waiting for the device."""
+        count = torch.full_like(self.values[2], len(right))
+        more = torch.stack([losses.sum().to(self.values), right.sum().to(self.values), count])
+        self.values += more
+        self.since_log += more
+
+    def figures(self, accelerator: Accelerator) -> tuple[float, float]:
+        """Mean loss and accuracy over all processes (a collective)."""
+        return _means(self.values, accelerator)
+
+    def metrics_since_log(self, accelerator: Accelerator) -> tuple[float, float]:
+        """Mean loss and accuracy since the last call, over all processes (a collective)."""
+        figures = _means(self.since_log, accelerator)
+        self.since_log.zero_()
+        return figures
+
+    def state(self) -> list[float]:
+        """For a checkpoint: six numbers."""
+        return [*self.values.tolist(), *self.since_log.tolist()]
+
+    def add_state(self, state: list[float]) -> None:
+        """Add what :meth:`state` gave."""
+        self.values += torch.tensor(state[:3], dtype=torch.float64).to(self.values)
+        self.since_log += torch.tensor(state[3:], dtype=torch.float64).to(self.since_log)
+
+
+def _means(values: Tensor, accelerator: Accelerator) -> tuple[float, float]:
+    loss, right, count = accelerator.reduce(values, reduction="sum").tolist()
+    if count == 0:
+        raise AssertionError("a mean over no images")
+    return loss / count, right / count
+
+
+class NonFiniteDetector:
+    """Finds the first step whose loss is not finite, without waiting for a GPU.
+
+    There a step's verdict is copied to the CPU behind its work, and read once it has come; only where more than
+    ``MOST`` are on their way is the oldest waited for, so that the CPU runs no further ahead than that.
+    """
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self.bad: int | None = None
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """After each step: its number and its loss (a scalar)."""
+        verdict = loss.isfinite()
+        if loss.device.type != "cuda":
+            self.waiting.append((step, verdict, None))
+            return
+        copy = torch.empty((), dtype=torch.bool, pin_memory=True)
+        copy.copy_(verdict, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.waiting.append((step, copy, event))
+
+    def first_nonfinite_step(self, *, wait: bool = False) -> int | None:
+        """The first step known to have gone wrong; with ``wait`` all steps so far are known."""
+        while self.waiting:
+            step, verdict, event = self.waiting[0]
+            if event is not None and not event.query():
+                if not wait and len(self.waiting) <= self.MOST:
+                    break
+                event.synchronize()
+            self.waiting.popleft()
+            if self.bad is None and not verdict:
+                self.bad = step
+        return self.bad
+
+
+@dataclass
+class TrainStepConfig:
+    """What the loop needs to know of the recipe."""
+
+    seed: int
+    classes: int
+    label_smoothing: float
+    mixing: MixupConfig | None
+    clip_norm: float | None
+    channels_last: bool
+    class_weights: Tensor | None
+    """Weight of each class in the loss, float32 [K] on the device, mean 1 over the training images."""
+    cuda_graphs: bool
+    steps_per_epoch: int
+    log_every: int
+
+
+@dataclass
+class TrainCallbacks:
+    """What the owner of the loop wants done within an epoch."""
+
+    set_lr: Callable[[float], None]
+    """Called before each step with the fractional epoch."""
+    after_step: Callable[[int, RunningMetrics], bool]
+    """Called after each step with the number of completed steps; True ends the epoch early."""
+    log_step: Callable[[int, float, float], None]
+    """Called every ``log_every`` steps with completed steps and the loss and accuracy since the last call."""
+
+
+@dataclass
+class TrainStep:
+    """The parts that one optimiser step moves."""
+
+    accelerator: Accelerator
+    network: nn.Module
+    """The module whose parameters are stepped (a tail, where features of a frozen prefix are precomputed)."""
+    wrapped: nn.Module
+    """The same, as Accelerate wrapped it (DDP, autocast)."""
+    optimizer: Any
+    stochastic: DropoutKeys
+    ema: ModelEma | None
+    settings: TrainStepConfig
+    finite: NonFiniteDetector = field(default_factory=NonFiniteDetector)
+
+    def train_epoch(
+        self, loader: Any, epoch: int, first_step: int, sums: RunningMetrics, hooks: TrainCallbacks
+    ) -> bool:
+        """Train the epoch after ``epoch`` completed ones from ``first_step`` on; True where it ran to its end.
+
+        ``sums`` holds what the steps before ``first_step`` added, and is added to.
+        """
+        settings = self.settings
+        for micro, batch in loader.epoch(epoch, first_step):
+            if micro.part == 0:
+                hooks.set_lr(epoch + micro.step / settings.steps_per_epoch)
+                step_losses: list[Tensor] = []
+            losses, right = self._forward_backward(micro, batch, epoch)
+            step_losses.append(losses.sum())
+            if not micro.replicated or self.accelerator.is_main_process:
+                sums.add(losses, right)
+            if not micro.is_last:
+                continue
+            done = micro.step + 1
+            self._update(epoch * settings.steps_per_epoch + done)
+            self.finite.add(done, torch.stack(step_losses).sum())
+            if settings.log_every and done % settings.log_every == 0:
+                hooks.log_step(done, *sums.metrics_since_log(self.accelerator))
+            if hooks.after_step(done, sums):
+                return False
+        return True
+
+    def _forward_backward(self, micro: MicroBatch, batch: Any, epoch: int) -> tuple[Tensor, Tensor]:
+        """Losses and right answers [own] of this process's images; their gradients are added up."""
+        settings, accelerator = self.settings, self.accelerator
+        inputs = to_device(batch.images, accelerator.device, settings.channels_last)
+        labels = batch.labels.to(accelerator.device, non_blocking=True)
+        targets: Tensor = labels[: micro.own]
+        if settings.mixing is not None and micro.partners is not None:
+            soft = F.one_hot(labels, settings.classes).to(inputs.dtype)
+            key = (settings.seed, epoch, micro.step)
+            inputs, targets = mix(inputs, soft, micro.partners, micro.own, settings.mixing, key)
+        if self.stochastic.calls:
+            keys = example_keys(settings.seed, epoch, np.asarray(batch.draws[: micro.own]))
+            self.stochastic.set_keys(torch.from_numpy(keys).to(accelerator.device, non_blocking=True))
+        if accelerator.num_processes > 1:
+            set_replicated(self.network, micro.replicated)
+        if settings.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        alone = micro.replicated or accelerator.num_processes == 1
+        with contextlib.nullcontext() if micro.is_last else accelerator.no_sync(self.wrapped):
+            logits = self.wrapped(inputs[: micro.own])
+            # Each class's share of a soft target has that class's weight.
+            losses = F.cross_entropy(
+                logits,
+                targets,
+                weight=settings.class_weights,
+                reduction="none",
+                label_smoothing=settings.label_smoothing,
+            )
+            # DDP averages gradients over processes: times their number, it is the sum.
+            scale = (1 if alone else accelerator.num_processes) / micro.step_count
+            accelerator.backward(losses.sum() * scale)
+        right = logits.detach().argmax(1) == labels[: micro.own]
+        return losses.detach(), right
+
+    def _update(self, number: int) -> None:
+        """One optimizer step, the run's ``number``-th, from 1."""
+        if self.settings.clip_norm is not None:
+            parameters = [p for p in self.network.parameters() if p.requires_grad]
+            self.accelerator.clip_grad_norm_(parameters, self.settings.clip_norm)
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise RunFailed(
+                f"the optimizer cannot take a step: {first_line(error)}. Lower optimizer.lr, optimizer.weight_decay, "
+                "transfer.head_lr, transfer.backbone_lr, or what optimizer.args gives"
+            ) from error
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.network, number)

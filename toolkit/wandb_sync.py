@@ -1,0 +1,153 @@
+"""Runs that W&B lacks, uploaded once each: metrics.jsonl replayed into one clean run by W&B's own client.
+
+Not the offline fragments that W&B left: a run that was interrupted has several of one id, of which it would keep one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import EXIT_OK, Interrupted, RunFailed, UserError
+from toolkit.models.unknown_names import first_line
+from toolkit.reading import Shape, read_bytes, read_json
+from toolkit.runs import Run, RunInUse, write_atomically
+from toolkit.trackers import define_axes, flatten, offline_reason, wandb_settings
+
+INIT_SECONDS = 60
+FINISH_SECONDS = 300
+SHOWN_SECONDS = 60.0
+"""A server may take a while to show what it was given."""
+
+
+@dataclass(frozen=True)
+class SyncResult:
+    """What became of one run."""
+
+    run: str
+    state: str
+    """uploaded, already (there), training (left alone) or untracked (nothing to upload)."""
+    lines: int = 0
+    """Lines of metrics.jsonl that were sent now."""
+    url: str | None = None
+
+    def text(self) -> str:
+        """For people."""
+        match self.state:
+            case "uploaded":
+                return f"{self.run}: {self.lines} lines uploaded, {self.url}"
+            case "already":
+                return f"{self.run}: already uploaded, {self.url}"
+            case "training":
+                return f"{self.run}: is still being trained; left alone"
+        return f"{self.run}: was not tracked by W&B; nothing to upload"
+
+
+class _Marker(Shape):
+    """wandb/synced.json: what was uploaded, and where to."""
+
+    digest: str
+    url: str | None = None
+
+
+class ServerUnreachable(UserError):
+    """There is no login, or no server that answers."""
+
+
+def sync(run: Run) -> SyncResult:
+    """Upload what W&B lacks of a run, unless it is being trained or was uploaded as it is now.
+
+    Raises NoServer where nothing can be uploaded from here; another UserError where the run is damaged; RunFailed where
+    the server did not take all: the next call sends the rest.
+    """
+    wandb_id = id_at_wandb(run)
+    if wandb_id is None:
+        return SyncResult(str(run.path), "untracked")
+    try:
+        lock = run.lock()
+    except RunInUse:
+        return SyncResult(str(run.path), "training")
+    try:
+        digest, marker = _digest(run), run.path / "wandb" / "synced.json"
+        done = read_json(marker, _Marker) if marker.exists() else {}
+        if done.get("digest") == digest:
+            return SyncResult(str(run.path), "already", url=done.get("url"))
+        _require_server()
+        sent = _upload(run, wandb_id)
+        content = {"digest": digest, "url": sent.url, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        write_atomically(marker, (json.dumps(content, indent=2) + "\n").encode())
+        return sent
+    finally:
+        lock.release()
+
+
+def _require_server() -> None:
+    if why := offline_reason():
+        raise ServerUnreachable(
+            f"cannot upload: {why}. Log in with: wandb login (or set WANDB_API_KEY, and WANDB_BASE_URL for a server of "
+            "your own)"
+        )
+
+
+def id_at_wandb(run: Run) -> str | None:
+    """The id under which W&B's client has logged the run here; None where it has not."""
+    log = next(run.path.glob("wandb/*run-*/run-*.wandb"), None)
+    return None if log is None else log.stem.removeprefix("run-")
+
+
+def _digest(run: Run) -> str:
+    """Of all that is uploaded: changes when the run goes on."""
+    files = (run.path / "recipe.toml", run.metrics_file, run.path / "summary.json")
+    return hashlib.sha256(b"\0".join(read_bytes(path) if path.exists() else b"" for path in files)).hexdigest()
+
+
+def _upload(run: Run, wandb_id: str) -> SyncResult:
+    """Send the lines that the server lacks, and make sure that it has them."""
+    import wandb
+
+    lines, recipe = run.metrics(), run.recipe
+    if damaged := next((line for line in lines if not isinstance(line.get("step"), int)), None):
+        raise UserError(f"{run.metrics_file} is damaged: a line has no step: {json.dumps(damaged)[:60]}")
+    figures = flatten(run.summary) if run.is_finished else {}
+    with tempfile.TemporaryDirectory(prefix="toolkit-sync-") as folder:
+        arguments = wandb_settings(recipe, Path(folder), wandb_id, "online") | {"settings": _settings(wandb)}
+        try:
+            there = wandb.init(project=recipe.tracking.project, **arguments)
+            there.config.update(flatten(recipe.model_dump(mode="json", exclude_none=True)), allow_val_change=True)
+            define_axes(there)
+            missing = [line for line in lines if line["step"] >= there.starting_step]
+            for line in missing:
+                there.log(line, step=line["step"])
+            there.summary.update(figures)
+            url, path = there.url, there.path
+            there.finish(exit_code=EXIT_OK if run.is_finished else Interrupted.exit_status)
+            _make_sure(wandb.Api(), path, max((line["step"] for line in lines), default=-1))
+        except Exception as error:  # of the client, of its HTTP library, of the system
+            raise RunFailed(
+                f"{run.path}: not all of it was uploaded ({first_line(error)}); toolkit sync again sends the rest"
+            ) from error
+        finally:
+            wandb.teardown()
+    return SyncResult(str(run.path), "uploaded", len(missing), url)
+
+
+def _settings(wandb: Any) -> Any:
+    """More patience than training has, and nothing of this machine, which need not be the one that trained."""
+    return wandb.Settings(
+        init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
+        silent=True, console="off", x_disable_stats=True, x_disable_meta=True, disable_git=True, disable_code=True,
+    )  # fmt: skip
+
+
+def _make_sure(api: Any, path: str, last_step: int) -> None:
+    """Wait for the server to show the last step: a client whose upload is refused in the middle ends without a word."""
+    deadline = time.monotonic() + SHOWN_SECONDS
+    while (shown := api.run(path).lastHistoryStep) < last_step:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"its server shows step {shown} of {last_step} after {SHOWN_SECONDS:g} s")
+        time.sleep(min(1.0, SHOWN_SECONDS / 10))
