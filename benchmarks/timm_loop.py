@@ -39,7 +39,7 @@ name = "{model}"
 
 [augment]
 train = [
-  {{ name = "RandomResizedCrop", at = "resize_crop" }},
+  {{ name = "RandomResizedCrop", stage = "resize_crop" }},
   {{ name = "RandomHorizontalFlip" }},
 ]
 

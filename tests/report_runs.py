@@ -55,7 +55,7 @@ batch_size = 4
 metric = "val/accuracy"
 patience = 2
 
-[expect]
+[expected_metrics]
 test_accuracy = {{ at_least = 0.7, source = "made up" }}
 """
 
@@ -126,7 +126,7 @@ def _epochs() -> list[dict[str, float]]:
             "val/loss": 1 - accuracy,
             "val/accuracy": accuracy,
             "val/top5_accuracy": 1.0,
-            "val/class_accuracy": accuracy - 0.05,
+            "val/balanced_accuracy": accuracy - 0.05,
         }
         for epoch, accuracy in enumerate(VAL_ACCURACY, 1)
     ]
@@ -134,11 +134,11 @@ def _epochs() -> list[dict[str, float]]:
 
 def _summary(test: Sequence[Any]) -> dict[str, Any]:
     right = sum(label == prediction for label, prediction, _ in test) / len(test)
-    figures = {"test_loss": 0.6, "test_accuracy": right, "test_top5_accuracy": 1.0, "test_class_accuracy": 13 / 18}
+    figures = {"test_loss": 0.6, "test_accuracy": right, "test_top5_accuracy": 1.0, "test_balanced_accuracy": 13 / 18}
     validation = [{key.replace("/", "_"): v for key, v in e.items() if key.startswith("val/")} for e in _epochs()]
     return {
         "best": {"epoch": 3, **validation[2], **figures},
-        "stopped": {"epoch": 5, **validation[4], **figures},
+        "last": {"epoch": 5, **validation[4], **figures},
         "epochs_run": 5,
         "stopped_early": True,
         "parameters": 1234,

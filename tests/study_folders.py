@@ -72,7 +72,7 @@ def _epoch(epoch: int, value: float) -> dict[str, float]:
         "val/loss": round(1 - value, 6),
         "val/accuracy": value,
         "val/top5_accuracy": min(1.0, value + 0.1),
-        "val/class_accuracy": value,
+        "val/balanced_accuracy": value,
     }
 
 
@@ -80,7 +80,7 @@ def _summary(records: Sequence[Mapping[str, float]], test_accuracy: float) -> di
     best = max(records, key=lambda record: record["val/accuracy"])
     return {
         "best": _model(best, test_accuracy),
-        "stopped": _model(records[-1], test_accuracy - 0.01),
+        "last": _model(records[-1], test_accuracy - 0.01),
         "epochs_run": len(records),
         "stopped_early": False,
         "parameters": 1234,

@@ -160,7 +160,7 @@ def two_processes(arguments: list[str]) -> tuple[int, str]:
 
 
 def test_a_batch_that_cannot_be_divided(tmp_path: Path) -> None:
-    settings = ["--set", "train.batch_size=30", "--set", "train.accumulation=2"]
+    settings = ["--set", "train.batch_size=30", "--set", "train.grad_accum_steps=2"]
     settings += ["--set", f"recipe.run_root={json.dumps(str(tmp_path / 'runs'))}"]
     (first, message), (second, other) = launch(2, two_processes, ["train", str(QUICKSTART), *settings])
     assert (first, second) == (2, 2)
@@ -173,7 +173,7 @@ def test_a_batch_that_cannot_be_divided(tmp_path: Path) -> None:
     ("variable", "value", "parts"),
     [
         ("ACCELERATE_MIXED_PRECISION", "bf16", ["bf16", "train.precision", "'no'"]),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", ["'4'", "train.accumulation", "'1'"]),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", ["'4'", "train.grad_accum_steps", "'1'"]),
         ("ACCELERATE_USE_FSDP", "true", ["FSDP"]),
     ],
 )

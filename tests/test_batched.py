@@ -40,7 +40,7 @@ PERSPECTIVE: Entry = {"name": "RandomPerspective", "p": 1.0, "distortion_scale":
 JITTER: Entry = {"name": "ColorJitter", "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.2}
 GREY: Entry = {"name": "RandomGrayscale", "p": 0.5}
 BLUR: Entry = {"name": "GaussianBlur", "kernel_size": [5, 9], "sigma": [0.1, 2.0]}
-ERASE: Entry = {"name": "RandomErasing", "p": 0.7, "value": [124.0, 116.0, 104.0], "at": "after_crop"}
+ERASE: Entry = {"name": "RandomErasing", "p": 0.7, "value": [124.0, 116.0, 104.0], "stage": "after_crop"}
 PAD: Entry = {"name": "Pad", "padding": [3, 1, 2, 6], "fill": 7}
 
 # Name: the transforms, the recipe's other keys, and whether every pixel must be equal.
@@ -108,11 +108,11 @@ CROPS: dict[str, list[Entry]] = {
     "symmetric": [FLIP, crop(padding=6, padding_mode="symmetric")],
     "edge": [crop(padding=[3, 5], padding_mode="edge")],
     "at times": [crop(padding=8, apply_p=0.5)],
-    "in place of the crop": [crop(at="crop"), FLIP],
-    "after a flip": [{**FLIP, "at": "before_crop"}, crop(at="crop")],
-    "larger than the image": [crop(at="crop", pad_if_needed=True, fill=3)],
-    "two paddings of one colour": [{**PAD, "at": "before_crop"}, crop(at="crop", padding=5, fill=7)],
-    "two paddings of two colours": [{**PAD, "at": "before_crop"}, crop(at="crop", padding=5, fill=200)],
+    "in place of the crop": [crop(stage="crop"), FLIP],
+    "after a flip": [{**FLIP, "stage": "before_crop"}, crop(stage="crop")],
+    "larger than the image": [crop(stage="crop", pad_if_needed=True, fill=3)],
+    "two paddings of one colour": [{**PAD, "stage": "before_crop"}, crop(stage="crop", padding=5, fill=7)],
+    "two paddings of two colours": [{**PAD, "stage": "before_crop"}, crop(stage="crop", padding=5, fill=200)],
 }
 
 
@@ -129,8 +129,8 @@ def test_crops_and_padding_are_exact(name: str, height: int, width: int, channel
 
 
 def test_neighbouring_moves_are_one_pass_and_flips_part_of_a_warp() -> None:
-    chain = augmentation(crop(at="crop"), FLIP, UPSIDE, JITTER, FLIP, TURN, UPSIDE, GREY).chain
-    assert [type(one).__name__ for one in chain.passes] == ["IndexPass", "Jitter", "WarpPass", "Grey"]
+    chain = augmentation(crop(stage="crop"), FLIP, UPSIDE, JITTER, FLIP, TURN, UPSIDE, GREY).chain
+    assert [type(one).__name__ for one in chain.passes] == ["CropFlipOp", "ColorJitter", "AffineOp", "Grayscale"]
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
@@ -190,9 +190,9 @@ def test_grey_images() -> None:
 
 @pytest.mark.parametrize("size", [32, 224])
 def test_what_needs_float_works_on_float(size: int) -> None:
-    """at = "tensor": nothing is rounded, colours are in 0..1."""
+    """stage = "tensor": nothing is rounded, colours are in 0..1."""
     entries = [{**FLIP, "p": 1.0}, {**SMOOTH_TURN, "fill": 0.4}, BLUR, {**ERASE, "p": 1.0, "value": 0.5}]
-    augment = augmentation(*({**entry, "at": "tensor"} for entry in entries), size=size)
+    augment = augmentation(*({**entry, "stage": "tensor"} for entry in entries), size=size)
     images, draws = photographs(5, size, size), np.arange(5)
     made = augment(batch(images), 0, draws)
     for image, u, result in zip(images, numbers(augment, 0, draws), made, strict=True):
@@ -217,7 +217,7 @@ def test_what_needs_float_works_on_float(size: int) -> None:
 
 EVERYTHING = [crop(padding=4), {**FLIP, "apply_p": 0.9}, AFFINE, UPSIDE, {**PERSPECTIVE, "p": 0.5}, JITTER, GREY,
               {**BLUR, "apply_p": 0.5}, {**ERASE, "p": 0.5}]  # fmt: skip
-EVERYTHING += [{**SMOOTH_TURN, "at": "tensor", "apply_p": 0.5}]
+EVERYTHING += [{**SMOOTH_TURN, "stage": "tensor", "apply_p": 0.5}]
 
 
 def test_the_numbers_are_hashes_of_their_keys() -> None:
@@ -306,13 +306,13 @@ def test_the_two_ways_to_erase_agree() -> None:
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"name": "RandomResizedCrop", "at": "resize_crop"}, "augment.train[1]: RandomResizedCrop"),
+        ({"name": "RandomResizedCrop", "stage": "resize_crop"}, "augment.train[1]: RandomResizedCrop"),
         ({"name": "ElasticTransform"}, "augment.train[1]: ElasticTransform"),
         ({"name": "RandAugment"}, "augment.train[1]: RandAugment"),
         ({**TURN, "expand": True}, "augment.train[1]: RandomRotation with expand"),
         ({**TURN, "interpolation": "bicubic"}, "augment.train[1]: RandomRotation with interpolation = 'bicubic'"),
-        ({**JITTER, "at": "tensor"}, 'augment.train[1]: ColorJitter at = "tensor"'),
-        ({**FLIP, "at": "before_resize"}, 'augment.train[1]: RandomHorizontalFlip at = "before_resize"'),
+        ({**JITTER, "stage": "tensor"}, 'augment.train[1]: ColorJitter stage = "tensor"'),
+        ({**FLIP, "stage": "before_resize"}, 'augment.train[1]: RandomHorizontalFlip stage = "before_resize"'),
         ({"name": "RandomErasing", "value": "random"}, "augment.train[1]: RandomErasing with value = \"random\""),
         ({"name": "CenterCrop", "apply_p": 0.5}, "augment.train[1]: CenterCrop with apply_p"),
     ],
@@ -324,9 +324,9 @@ def test_what_prevents_it_is_named(entry: Entry, said: str) -> None:
 
 def test_the_recipe_has_the_last_word() -> None:
     preprocessing = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    workers = AugmentConfig.model_validate({"train": [FLIP], "on": "workers"})
-    assert gpu_augmentation(workers, preprocessing, 0) == 'augment.on = "workers"'
-    device = AugmentConfig.model_validate({"train": [{"name": "RandAugment"}], "on": "device"})
+    workers = AugmentConfig.model_validate({"train": [FLIP], "run_on": "workers"})
+    assert gpu_augmentation(workers, preprocessing, 0) == 'augment.run_on = "workers"'
+    device = AugmentConfig.model_validate({"train": [{"name": "RandAugment"}], "run_on": "device"})
     with pytest.raises(UserError, match=r"cannot be given augment.train\[0\]: RandAugment"):
         gpu_augmentation(device, preprocessing, 0)
 
@@ -339,7 +339,7 @@ def test_a_policy_prevents_it() -> None:
 
 
 def test_what_is_fixed_before_the_resize_is_no_concern_of_the_batch() -> None:
-    table = AugmentConfig.model_validate({"train": [{**PAD, "at": "before_resize"}, FLIP]})
+    table = AugmentConfig.model_validate({"train": [{**PAD, "stage": "before_resize"}, FLIP]})
     made = gpu_augmentation(table, Preprocessing(3, 32, 40, True, "bilinear", (0.5,) * 3, (0.5,) * 3), 0)
     assert isinstance(made, GpuAugmentation)
     assert made(batch(photographs(2, 40, 40)), 0, np.arange(2)).shape == (2, 3, 32, 32)
@@ -350,9 +350,9 @@ def test_images_of_the_wrong_size_are_refused() -> None:
     with pytest.raises(UserError, match=r"34 x 36 pixels, but data.image_size is 32"):
         augmentation({"name": "Pad", "padding": [2, 1]}, size=32)(pixels, 0, np.arange(2))
     with pytest.raises(UserError, match=r"RandomCrop of 32 x 32 pixels from images of 20 x 30"):
-        augmentation(crop(at="crop"), size=32)(batch(photographs(2, 20, 30)), 0, np.arange(2))
+        augmentation(crop(stage="crop"), size=32)(batch(photographs(2, 20, 30)), 0, np.arange(2))
     with pytest.raises(UserError, match=r"images of different sizes"):
-        augmentation(crop(at="crop", apply_p=0.5), size=32)(batch(photographs(8, 40, 40)), 0, np.arange(8))
+        augmentation(crop(stage="crop", apply_p=0.5), size=32)(batch(photographs(8, 40, 40)), 0, np.arange(8))
 
 
 def test_a_data_set_in_memory_goes_through_as_it_is() -> None:

@@ -269,7 +269,7 @@ def test_show_tells_where_each_value_comes_from() -> None:
     assert outcome.status == 0
     assert f"lr = 0.0461  # {recipe}:{rate}\n" in outcome.stdout
     assert "epochs = 7  # --set\n" in outcome.stdout
-    assert "accumulation = 1  # default\n" in outcome.stdout
+    assert "grad_accum_steps = 1  # default\n" in outcome.stdout
     base = RECIPES / "base" / "caltech101.toml"
     inherited = base.read_text().splitlines().index("drop_last = true") + 1
     assert f"drop_last = true  # {base}:{inherited}\n" in outcome.stdout
@@ -321,7 +321,7 @@ def test_diff_of_recipes_and_of_runs(tmp_path: Path) -> None:
     changed = "train.epochs: 20 -> 7\ntrain.ema: (not set) -> 0.9\n"
     assert toolkit("diff", str(QUICKSTART), str(two)).stdout == changed
     for folder, accuracy in ((one, 0.5), (two, 0.75)):
-        summary = {"best": {"test_accuracy": accuracy, "epoch": 3}, "stopped": {"epoch": 7}, "seed": 0}
+        summary = {"best": {"test_accuracy": accuracy, "epoch": 3}, "last": {"epoch": 7}, "seed": 0}
         (folder / "summary.json").write_text(json.dumps(summary))
     outcome = toolkit("diff", str(one), str(two))
     assert outcome.stdout == changed + "figure best.test_accuracy: 0.5 -> 0.75\n"

@@ -206,7 +206,7 @@ def finished(root: Path, run_id: str, images_per_s: float, *settings: str) -> No
     folder = root / "quickstart" / run_id
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text(resolved_toml(load_recipe(QUICKSTART, settings)))
-    models = {"best": {"epoch": 20}, "stopped": {"epoch": 20}}
+    models = {"best": {"epoch": 20}, "last": {"epoch": 20}}
     summary = {**models, "images_per_s": images_per_s, "processes": 2, "device": "cpu"}
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "environment.json").write_text(json.dumps({"device": "cpu"}))

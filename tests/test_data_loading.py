@@ -86,7 +86,7 @@ def test_augmentation_does_not_depend_on_workers_processes_or_accumulation() -> 
     expected = by_position([loader()], 3)
     assert torch.equal(by_position([loader(workers=1)], 3), expected)
     assert torch.equal(by_position([loader(workers=2)], 3), expected)
-    assert torch.equal(by_position([loader(batch_size=4, accumulation=2)], 3), expected)
+    assert torch.equal(by_position([loader(batch_size=4, grad_accum_steps=2)], 3), expected)
     for world in (2, 3):
         ranks = [loader(world=world, rank=rank, mixing=True) for rank in range(world)]
         assert torch.equal(by_position(ranks, 3), expected)
@@ -110,7 +110,7 @@ def test_an_image_drawn_twice_is_augmented_in_two_ways() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_can_begin_at_any_step_and_be_left_at_any(workers: int) -> None:
-    one = loader(workers, accumulation=2)
+    one = loader(workers, grad_accum_steps=2)
     whole = list(one.epoch(2))
     for first in (0, 3, 1):
         rest = []
@@ -175,7 +175,7 @@ def test_a_process_without_examples_has_no_batches() -> None:
 
 def test_features_come_in_the_order_that_images_do() -> None:
     features, labels = torch.arange(N, dtype=torch.float32)[:, None].expand(N, 4), torch.from_numpy(LABELS[INDICES])
-    for plan in ({"accumulation": 2}, {"world": 2, "rank": 1}, {"weights": balanced_weights(LABELS[INDICES])}):
+    for plan in ({"grad_accum_steps": 2}, {"world": 2, "rank": 1}, {"weights": balanced_weights(LABELS[INDICES])}):
         settings = {"size": N, "seed": 0, "batch_size": 6, **plan}
         tensors = TensorLoader(TensorSplit([features], LABELS[INDICES]), SamplingPlan(**settings))  # type: ignore[arg-type]
         for (ours, ofs), (theirs, image) in zip(tensors.epoch(1, 1), loader(**plan).epoch(1, 1), strict=True):

@@ -85,16 +85,22 @@ def test_inputs_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX])
-@pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (3, 1), (1, 2), (2, 3)])
-def test_processes_and_parts_mix_as_one_process_does(settings: MixupConfig, world: int, accumulation: int) -> None:
+@pytest.mark.parametrize(("world", "grad_accum_steps"), [(2, 1), (3, 1), (1, 2), (2, 3)])
+def test_processes_and_parts_mix_as_one_process_does(settings: MixupConfig, world: int, grad_accum_steps: int) -> None:
     n, batch = 17, 12  # 17: the second step is smaller, odd, and ends in a part smaller than the processes
     images, targets = torch.randn(n, 3, 8, 8), torch.eye(n)
 
-    def epoch(world: int, accumulation: int) -> tuple[Tensor, Tensor]:
+    def epoch(world: int, grad_accum_steps: int) -> tuple[Tensor, Tensor]:
         mixed, soft = torch.zeros(n, 3, 8, 8), torch.zeros(n, n)
         for rank in range(world):
             for m in plan_epoch(
-                n, batch_size=batch, accumulation=accumulation, drop_last=False, world=world, rank=rank, mixing=True
+                n,
+                batch_size=batch,
+                grad_accum_steps=grad_accum_steps,
+                drop_last=False,
+                world=world,
+                rank=rank,
+                mixing=True,
             ):
                 assert m.partners is not None
                 own = m.positions[: m.own]
@@ -103,11 +109,11 @@ def test_processes_and_parts_mix_as_one_process_does(settings: MixupConfig, worl
                 )
         return mixed, soft
 
-    for ours, alone in zip(epoch(world, accumulation), epoch(1, 1), strict=True):
+    for ours, alone in zip(epoch(world, grad_accum_steps), epoch(1, 1), strict=True):
         assert torch.equal(ours, alone)
 
 
 def test_no_settings_where_nothing_is_mixed() -> None:
     assert mixup_config(AugmentConfig()) is None
-    assert mixup_config(AugmentConfig(mixup=0.2, mix_p=0.0)) is None
+    assert mixup_config(AugmentConfig(mixup=0.2, mixup_prob=0.0)) is None
     assert mixup_config(AugmentConfig(cutmix=1.0)) == MixupConfig(0.0, 1.0, 1.0, 0.5)

@@ -22,14 +22,14 @@ from toolkit.data.sampling import (
 from toolkit.errors import UserError
 
 SMALL = [
-    (n, world, batch, accumulation)
-    for n, world, batch, accumulation in itertools.product(range(1, 18), (1, 2, 3), (1, 2, 3, 4, 5, 6, 12), (1, 2))
-    if batch % (world * accumulation) == 0
+    (n, world, batch, grad_accum_steps)
+    for n, world, batch, grad_accum_steps in itertools.product(range(1, 18), (1, 2, 3), (1, 2, 3, 4, 5, 6, 12), (1, 2))
+    if batch % (world * grad_accum_steps) == 0
 ]
 
 
 def plan(n: int, world: int, rank: int, **changes: object) -> list[MicroBatch]:
-    settings = {"batch_size": 4, "accumulation": 1, "drop_last": False, "mixing": False, **changes}
+    settings = {"batch_size": 4, "grad_accum_steps": 1, "drop_last": False, "mixing": False, **changes}
     return list(plan_epoch(n, world=world, rank=rank, **settings))  # type: ignore[arg-type]
 
 
@@ -68,45 +68,47 @@ def test_zero_weight_is_never_drawn() -> None:
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_all_processes_together_cover_every_place_once(drop_last: bool) -> None:
-    for n, world, batch, accumulation in SMALL:
+    for n, world, batch, grad_accum_steps in SMALL:
         covered = n // batch * batch if drop_last else n
         seen = []
         for rank in range(world):
-            for micro in plan(n, world, rank, batch_size=batch, accumulation=accumulation, drop_last=drop_last):
+            for micro in plan(n, world, rank, batch_size=batch, grad_accum_steps=grad_accum_steps, drop_last=drop_last):
                 if not micro.replicated or rank == 0:
                     seen += micro.positions[: micro.own].tolist()
-        assert sorted(seen) == list(range(covered)), (n, world, batch, accumulation)
+        assert sorted(seen) == list(range(covered)), (n, world, batch, grad_accum_steps)
 
 
 def test_processes_agree_on_steps_parts_and_counts() -> None:
     """No process may do a backward pass that the others do not: they would wait for ever."""
-    for n, world, batch, accumulation in SMALL:
+    for n, world, batch, grad_accum_steps in SMALL:
         shapes = [
             [
                 (m.step, m.part, m.is_last, m.step_count, m.replicated)
-                for m in plan(n, world, rank, batch_size=batch, accumulation=accumulation)
+                for m in plan(n, world, rank, batch_size=batch, grad_accum_steps=grad_accum_steps)
             ]
             for rank in range(world)
         ]
         assert all(shape == shapes[0] for shape in shapes)
         assert sum(count for _, _, last, count, _ in shapes[0] if last) == n
-        assert [m.own > 0 for m in plan(n, world, 0, batch_size=batch, accumulation=accumulation)].count(False) == 0
+        assert [m.own > 0 for m in plan(n, world, 0, batch_size=batch, grad_accum_steps=grad_accum_steps)].count(
+            False
+        ) == 0
 
 
 def test_a_step_holds_the_same_places_whatever_processes_and_parts() -> None:
-    for n, world, batch, accumulation in SMALL:
+    for n, world, batch, grad_accum_steps in SMALL:
         steps: dict[int, set[int]] = {}
         for rank in range(world):
-            for micro in plan(n, world, rank, batch_size=batch, accumulation=accumulation):
+            for micro in plan(n, world, rank, batch_size=batch, grad_accum_steps=grad_accum_steps):
                 steps.setdefault(micro.step, set()).update(micro.positions[: micro.own].tolist())
         assert steps == {s: set(range(s * batch, min((s + 1) * batch, n))) for s in range(-(-n // batch))}
 
 
 def test_mixing_partners_do_not_depend_on_processes_and_parts() -> None:
-    for n, world, batch, accumulation in SMALL:
+    for n, world, batch, grad_accum_steps in SMALL:
         partner_of: dict[int, int] = {}
         for rank in range(world):
-            for m in plan(n, world, rank, batch_size=batch, accumulation=accumulation, mixing=True):
+            for m in plan(n, world, rank, batch_size=batch, grad_accum_steps=grad_accum_steps, mixing=True):
                 assert m.partners is not None
                 assert len(m.positions) <= m.own + 2
                 assert len(set(m.positions.tolist())) == len(m.positions)
@@ -119,9 +121,9 @@ def test_mixing_partners_do_not_depend_on_processes_and_parts() -> None:
 
 
 def test_starting_at_a_step_gives_the_rest_of_the_epoch() -> None:
-    whole = plan(17, 2, 1, accumulation=2, mixing=True)
+    whole = plan(17, 2, 1, grad_accum_steps=2, mixing=True)
     for first in range(6):
-        rest = plan(17, 2, 1, accumulation=2, mixing=True, first_step=first)
+        rest = plan(17, 2, 1, grad_accum_steps=2, mixing=True, first_step=first)
         assert [m.positions.tolist() for m in rest] == [m.positions.tolist() for m in whole if m.step >= first]
 
 
@@ -150,14 +152,15 @@ def test_evaluation_gives_every_position_to_exactly_one_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "world", "accumulation", "nearest"), [(100, 8, 1, "96 or 104"), (3, 4, 1, "are 4"), (10, 2, 2, "8 or 12")]
+    ("batch", "world", "grad_accum_steps", "nearest"),
+    [(100, 8, 1, "96 or 104"), (3, 4, 1, "are 4"), (10, 2, 2, "8 or 12")],
 )
 def test_indivisible_batch_names_the_nearest_legal_sizes(
-    batch: int, world: int, accumulation: int, nearest: str
+    batch: int, world: int, grad_accum_steps: int, nearest: str
 ) -> None:
     with pytest.raises(UserError, match=nearest):
-        check_batch_size(batch, world, accumulation)
-    check_batch_size(world * accumulation * 3, world, accumulation)
+        check_batch_size(batch, world, grad_accum_steps)
+    check_batch_size(world * grad_accum_steps * 3, world, grad_accum_steps)
 
 
 def test_dropping_the_only_batch_is_an_error() -> None:

@@ -109,7 +109,7 @@ def test_transform_sets_of_the_cifar_reports(name: str) -> None:
 
 
 MEREU_JITTER = {"name": "ColorJitter", "brightness": 0.1, "contrast": 0.05, "saturation": 0.05, "hue": 0.1}
-EARLY = {"at": "before_crop"}
+EARLY = {"stage": "before_crop"}
 V2_MEREU_JITTER = v2.ColorJitter(0.1, 0.05, 0.05, 0.1)
 MEREU: dict[str, tuple[list[Entry], list[Any]]] = {
     "set 1": ([FLIP, MEREU_JITTER], [V2_FLIP, V2_MEREU_JITTER]),
@@ -131,7 +131,7 @@ def test_transform_sets_of_mereu_stand_between_resize_and_crop(name: str) -> Non
 
 MURABITO: dict[str, tuple[list[Entry], list[Any]]] = {
     "centre crop": ([], [v2.CenterCrop(224)]),
-    "random crop": ([{"name": "RandomCrop", "at": "crop"}], [v2.RandomCrop(224)]),
+    "random crop": ([{"name": "RandomCrop", "stage": "crop"}], [v2.RandomCrop(224)]),
     "centre crop, flip": ([FLIP], [v2.CenterCrop(224), V2_FLIP]),
     "centre crop, rotation": (
         [{"name": "RandomRotation", "degrees": 180}],
@@ -169,12 +169,12 @@ def test_bytes_are_those_of_the_pillow_image(preprocessing: Preprocessing, size:
 
 def test_every_place_is_where_it_says() -> None:
     table = augment(
-        {"name": "RandomRotation", "degrees": 5, "at": "before_resize"},
+        {"name": "RandomRotation", "degrees": 5, "stage": "before_resize"},
         {"name": "GaussianNoise", "sigma": 0.05},  # needs a tensor: goes there by itself
-        {"name": "RandomVerticalFlip", "at": "after_crop"},
-        {"name": "RandomPerspective", "at": "before_crop"},
-        {"name": "RandomInvert", "at": "tensor"},
-        {"name": "RandomCrop", "at": "crop"},
+        {"name": "RandomVerticalFlip", "stage": "after_crop"},
+        {"name": "RandomPerspective", "stage": "before_crop"},
+        {"name": "RandomInvert", "stage": "tensor"},
+        {"name": "RandomCrop", "stage": "crop"},
         random_erasing=0.5,
     )
     hand = [
@@ -194,7 +194,7 @@ def test_every_place_is_where_it_says() -> None:
 
 def test_resized_crop_replaces_both_and_names_are_enumerations() -> None:
     table = augment(
-        {"name": "RandomResizedCrop", "at": "resize_crop", "scale": [0.3, 1.0], "interpolation": "bicubic"},
+        {"name": "RandomResizedCrop", "stage": "resize_crop", "scale": [0.3, 1.0], "interpolation": "bicubic"},
         {"name": "AutoAugment", "policy": "cifar10"},
     )
     hand = [
@@ -262,7 +262,7 @@ def test_any_image_becomes_the_channels_asked_for(mode: str, channels: int) -> N
         ({"name": "RandomRotation", "degrees": -3}, "RandomRotation cannot be made of degrees = -3"),
         ({"name": "RandomRotation", "degrees": 3, "interpolation": "cubic"}, "'cubic' is not one of nearest"),
         ({"name": "GaussianBlur", "kernel_size": 4}, "GaussianBlur cannot be made of kernel_size = 4"),
-        ({"name": "GaussianNoise", "at": "before_crop"}, "GaussianNoise needs a tensor"),
+        ({"name": "GaussianNoise", "stage": "before_crop"}, "GaussianNoise needs a tensor"),
         ({"name": "MixUp"}, r"MixUp cannot be used, since it mixes examples: use augment.mixup"),
         ({"name": "Lambda", "lambd": "print"}, "since it runs code"),
         ({"name": "FiveCrop"}, "since it makes several images of one"),
@@ -276,10 +276,10 @@ def test_an_entry_that_cannot_be_names_itself_and_the_reason(entry: Entry, messa
 
 def test_only_one_transform_takes_the_place_of_the_crop() -> None:
     with pytest.raises(UserError, match="only one transform"):
-        build_transform("train", augment({**CROP, "at": "crop"}, {**CROP, "at": "crop"}), CIFAR)
-    resized = {"name": "RandomResizedCrop", "at": "resize_crop"}
-    with pytest.raises(UserError, match="at = 'before_crop' has no place"):
-        build_transform("train", augment(resized, {**FLIP, "at": "before_crop"}), CIFAR)
+        build_transform("train", augment({**CROP, "stage": "crop"}, {**CROP, "stage": "crop"}), CIFAR)
+    resized = {"name": "RandomResizedCrop", "stage": "resize_crop"}
+    with pytest.raises(UserError, match="stage = 'before_crop' has no place"):
+        build_transform("train", augment(resized, {**FLIP, "stage": "before_crop"}), CIFAR)
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,13 @@ from trainers import MUCH, Trainers, only_run, write_recipe
 
 from toolkit.runs import Run
 
-FIGURES = ("loss", "accuracy", "top5_accuracy", "class_accuracy")
+FIGURES = ("loss", "accuracy", "top5_accuracy", "balanced_accuracy")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Batch norm, averaged weights, and a learning rate that rises until the last epoch is not the best one."""
-    rising = 'scheduler={ name = "one_cycle", peak_at = 0.9, start_factor = 0.05 }'
+    rising = 'scheduler={ name = "one_cycle", pct_start = 0.9, start_factor = 0.05 }'
     settings = ("train.ema=0.5", "optimizer.lr=5.0", rising)
     return train_on_files(tmp_path_factory.mktemp("evaluate"), CONVNET, *settings, epochs=5)
 
@@ -46,9 +46,9 @@ def figures(outcome: Outcome) -> dict[str, Any]:
 @pytest.mark.parametrize(("split", "prefix"), [("test", "test_"), ("validation", "val_")])
 def test_the_summary_s_figures_come_out_equal(run: Run, split: str, prefix: str) -> None:
     summary = run.summary
-    assert summary["best"]["epoch"] < summary["stopped"]["epoch"] == 5, "the two models are to differ"
+    assert summary["best"]["epoch"] < summary["last"]["epoch"] == 5, "the two models are to differ"
     found = figures(toolkit("evaluate", run.path, "--split", split, "--json"))
-    for model in ("best", "stopped"):
+    for model in ("best", "last"):
         assert found[model] == {prefix + name: summary[model][prefix + name] for name in FIGURES}
 
 
@@ -102,7 +102,7 @@ def test_where_the_last_checkpoint_is_gone_the_best_model_is_evaluated_alone(cop
         damage(path)
     outcome = toolkit("evaluate", copy.path)
     assert outcome.status == 0
-    assert "the stopped model was not evaluated: no whole checkpoint of epoch 5 is left" in outcome.stdout
+    assert "the last model was not evaluated: no whole checkpoint of epoch 5 is left" in outcome.stdout
     assert outcome.stderr == ""
     assert "all 4 figures equal" in outcome.stdout
 

@@ -61,9 +61,9 @@ warmup_epochs = 1.0
 [train]
 epochs = 7
 batch_size = 12
-clip_norm = 1.0
+max_grad_norm = 1.0
 ema = 0.9
-select = "val/loss"
+best_metric = "val/loss"
 
 [early_stopping]
 metric = "val/loss"
@@ -139,14 +139,14 @@ def test_the_quickstart_on_one_two_and_three_processes(
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_one_two_and_three_processes_with_and_without_accumulation(tmp_path: Path, batch_norm: bool) -> None:
-    for accumulation in (1, 2):
-        setting = f"train.accumulation={accumulation}"
+    for grad_accum_steps in (1, 2):
+        setting = f"train.grad_accum_steps={grad_accum_steps}"
         alone = run_with(tmp_path, 1, batch_norm, setting)
         assert len(alone["epochs"]) >= 3
         for world in (2, 3):
             assert_same_experiment(alone, run_with(tmp_path, world, batch_norm, setting))
         if not batch_norm:  # with it, statistics are those of a part, and parts differ by design
-            assert_same_experiment(alone, run_with(tmp_path, 1, batch_norm, "train.accumulation=3"))
+            assert_same_experiment(alone, run_with(tmp_path, 1, batch_norm, "train.grad_accum_steps=3"))
 
 
 def test_the_number_of_data_workers_changes_nothing(tmp_path: Path) -> None:

@@ -53,11 +53,11 @@ WITH: dict[str, list[str]] = {
     "scheduler.min_lr": ['scheduler.name="cosine"'],
     "scheduler.patience": ['scheduler.name="plateau"'],
     "scheduler.threshold": ['scheduler.name="plateau"'],
-    "scheduler.peak_at": ['scheduler.name="one_cycle"'],
+    "scheduler.pct_start": ['scheduler.name="one_cycle"'],
     "scheduler.start_factor": ['scheduler.name="one_cycle"'],
     "scheduler.end_factor": ['scheduler.name="one_cycle"'],
-    "augment.mix_p": ["augment.mixup=0.2"],
-    "augment.cutmix_share": ["augment.mixup=0.2", "augment.cutmix=0.2"],
+    "augment.mixup_prob": ["augment.mixup=0.2"],
+    "augment.mixup_switch_prob": ["augment.mixup=0.2", "augment.cutmix=0.2"],
     "early_stopping.min_delta": ["early_stopping.patience=2"],
     "optimizer.momentum": ['optimizer.name="sgd"'],
     "model.convnet.init_std": ['model.convnet.init="gaussian"'],
@@ -107,10 +107,10 @@ def overrides(key: str, value: str) -> list[str]:
     if key.startswith("data.normalize."):
         values = {"mean": "0.5", "std": "0.5", parts[2]: value}
         return [f"data.normalize = {{ mean = [{values['mean']}], std = [{values['std']}] }}"]
-    if parts[0] == "expect":
+    if parts[0] == "expected_metrics":
         shown = f"[{value}]" if parts[-1] == "[]" else value
         bound = "" if parts[2] in ("at_least", "at_most", "value") else "at_least = 0.1, "
-        return [f'expect.test_accuracy = {{ {bound}{parts[2]} = {shown}, source = "here" }}']
+        return [f'expected_metrics.test_accuracy = {{ {bound}{parts[2]} = {shown}, source = "here" }}']
     if parts[-1] == "[]":
         pair = f"[{value}, {value}]" if key == "data.resize.[]" else f"[{value}]"
         return [f"{'.'.join(parts[:-1])} = {pair}"]
@@ -135,7 +135,7 @@ def try_load(folder: Path, key: str, value: str) -> None:
 def test_the_walk_finds_the_keys() -> None:
     names = [key for key, _ in KEYS]
     assert {"optimizer.lr", "model.head.hidden.[]", "data.split.validation", "augment.train.[].apply_p",
-            "model.convnet.blocks.[].stride", "study.bohb.trials", "expect.{}.value"} <= set(names)  # fmt: skip
+            "model.convnet.blocks.[].stride", "study.bohb.trials", "expected_metrics.{}.value"} <= set(names)  # fmt: skip
     assert len(names) > 85
     assert set(WITH) | ONLY_READ <= set(names)
 

@@ -91,7 +91,7 @@ def test_names_beside_a_confusion_matrix_do_not_overlap(count: int, size: float)
 
 
 def test_class_accuracy_is_sorted_and_shows_support(facts: RunData) -> None:
-    figure = test_plots.class_accuracy_figure("title", predictions(facts))
+    figure = test_plots.balanced_accuracy_figure("title", predictions(facts))
     (axes,) = figure.axes
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([100, 200 / 3, 50])
     assert [label.get_text() for label in axes.get_yticklabels()] == [
@@ -239,7 +239,7 @@ def drawn(facts: RunData) -> dict[str, Figure]:
         "accuracy": learning_curves.accuracy_curves(long),
         "learning rate": learning_curves.learning_rate_curve(long),
         "confusion": test_plots.confusion_figure(f"{LONG}: test images", found),
-        "class accuracy": test_plots.class_accuracy_figure(f"{LONG}: test accuracy by class", found),
+        "class accuracy": test_plots.balanced_accuracy_figure(f"{LONG}: test accuracy by class", found),
         "reliability": test_plots.reliability_figure(LONG, calibration(found.probabilities, found.right)),
         "mistakes": misclassified_figure(LONG, misclassifications(found, {}, 10)),
         "filters": filters_figure(LONG, known_filters()),
@@ -269,7 +269,7 @@ def test_no_title_is_cut_off(facts: RunData) -> None:
 def test_files_for_print_and_for_a_page(facts: RunData, tmp_path: Path) -> None:
     said: list[str] = []
     with plot_style(said.append):
-        figure = test_plots.class_accuracy_figure(f"{facts.name}: <b>", predictions(facts))
+        figure = test_plots.balanced_accuracy_figure(f"{facts.name}: <b>", predictions(facts))
         page = page_svg(figure, 'what "it" is')
         svg, pdf = save(figure, tmp_path / "deep" / "er", "name")
         again = [path.read_bytes() for path in save(figure, tmp_path, "name")]

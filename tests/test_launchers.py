@@ -80,10 +80,10 @@ OPTIONS: list[tuple[list[str], dict[str, Any], str]] = [
     (["--mixed_precision", "no"], {"precision": "bf16"}, "mixed_precision = no, but the recipe has "
      "train.precision = 'bf16'"),
     (["--gradient_accumulation_steps", "4"], {}, "gradient_accumulation_steps = 4, but the recipe has "
-     "train.accumulation = 1"),
-    (["--gradient_clipping", "1.0"], {}, "gradient_clipping = 1.0, but the recipe has no train.clip_norm"),
-    (["--gradient_clipping", "1.0"], {"clip_norm": 2.5}, "gradient_clipping = 1.0, but the recipe has "
-     "train.clip_norm = 2.5"),
+     "train.grad_accum_steps = 1"),
+    (["--gradient_clipping", "1.0"], {}, "gradient_clipping = 1.0, but the recipe has no train.max_grad_norm"),
+    (["--gradient_clipping", "1.0"], {"max_grad_norm": 2.5}, "gradient_clipping = 1.0, but the recipe has "
+     "train.max_grad_norm = 2.5"),
     (["--dynamo_backend", "no"], {"compile": True}, "dynamo_backend = no, but the recipe has train.compile = true"),
     (["--dynamo_backend", "no"], {"cuda_graphs": True}, "dynamo_backend = no, but the recipe has "
      "train.cuda_graphs = true"),
@@ -104,12 +104,12 @@ def test_options_that_contradict_the_recipe(
 @pytest.mark.parametrize(
     ("options", "table"),
     [
-        ([], {"precision": "bf16", "accumulation": 4, "clip_norm": 1.0, "compile": True}),
+        ([], {"precision": "bf16", "grad_accum_steps": 4, "max_grad_norm": 1.0, "compile": True}),
         (["--mixed_precision", "no"], {"precision": "no"}),
         (["--mixed_precision", "no"], {"precision": "auto"}),
         (["--mixed_precision", "bf16"], {"precision": "bf16"}),
-        (["--gradient_accumulation_steps", "4"], {"accumulation": 4}),
-        (["--gradient_clipping", "1.0"], {"clip_norm": 1.0}),
+        (["--gradient_accumulation_steps", "4"], {"grad_accum_steps": 4}),
+        (["--gradient_clipping", "1.0"], {"max_grad_norm": 1.0}),
         (["--dynamo_backend", "no"], {}),
         (["--num_processes", "1"], {}),
     ],

@@ -57,7 +57,7 @@ def gradient(mixing: MixupConfig | None, *, smoothing: float = 0.0, weights: Ten
     module, accelerator = Constant(logits.clone()), Accelerator(cpu=True)
     steps = 10
     settings = TrainStepConfig(
-        seed=0, classes=CLASSES, label_smoothing=smoothing, mixing=mixing, clip_norm=None, channels_last=False,
+        seed=0, classes=CLASSES, label_smoothing=smoothing, mixing=mixing, max_grad_norm=None, channels_last=False,
         class_weights=weights, cuda_graphs=False, steps_per_epoch=steps, log_every=0,
     )  # fmt: skip
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
@@ -152,7 +152,7 @@ SMALL = ("tracking={trackers=[]}", "train.epochs=5")
 def test_a_short_run_is_not_evaluated_with_its_random_start(tmp_path: Path) -> None:
     """The quickstart for 5 epochs: without the ramp its averaged weights scored 0.10, by chance."""
     run = train(RECIPES / "quickstart.toml", f'recipe.run_root="{tmp_path}"', *SMALL, "train.ema=0.999")
-    assert run.summary["stopped"]["test_accuracy"] > 0.95
+    assert run.summary["last"]["test_accuracy"] > 0.95
     assert "warning: train.ema = 0.999 is an average over about 1,000 steps" in run.log_file.read_text()
 
 
@@ -233,10 +233,10 @@ def test_a_last_batch_of_one_image_is_predicted_with_sizes_that_avoid_it(tmp_pat
 
 
 def test_parts_of_one_image_are_predicted_too(tmp_path: Path) -> None:
-    status, said = lone(tmp_path, HEAD, "train.batch_size=16", "train.accumulation=16")
+    status, said = lone(tmp_path, HEAD, "train.batch_size=16", "train.grad_accum_steps=16")
     assert status == 2
     assert said.startswith("every batch has 16 images, of which a forward pass gets 1 (90 training images")
-    assert "a smaller train.accumulation" in said
+    assert "a smaller train.grad_accum_steps" in said
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_frozen_batch_norm_can_take_one_image_unless_its_statistics_are_updated(
 
 
 @pytest.mark.parametrize(
-    ("world", "sync", "accumulation", "count", "is_lone"),
+    ("world", "sync", "grad_accum_steps", "count", "is_lone"),
     [
         (1, True, 1, 1, True), (1, True, 1, 2, False), (1, True, 4, 7, True), (1, True, 4, 8, False),
         (2, True, 1, 2, False), (2, False, 1, 2, True), (2, False, 1, 3, True), (2, False, 1, 4, False),
@@ -274,17 +274,17 @@ def test_frozen_batch_norm_can_take_one_image_unless_its_statistics_are_updated(
     ],
 )  # fmt: skip
 def test_a_norm_sees_as_many_images_as_the_plan_gives_it(
-    world: int, sync: bool, accumulation: int, count: int, is_lone: bool
+    world: int, sync: bool, grad_accum_steps: int, count: int, is_lone: bool
 ) -> None:
     """Against the plan itself: of a part that all processes share, synchronized batch norm sees the sum."""
     from toolkit.data.sampling import plan_epoch
     from toolkit.recipe.schema import TrainConfig
     from toolkit.training.single_value_batches import _is_lone
 
-    table = TrainConfig(epochs=1, batch_size=count, accumulation=accumulation, sync_batch_norm=sync)
+    table = TrainConfig(epochs=1, batch_size=count, grad_accum_steps=grad_accum_steps, sync_batch_norm=sync)
     assert _is_lone(count, table, world) == is_lone
     plans = [
-        list(plan_epoch(count, batch_size=count, accumulation=accumulation, drop_last=False, world=world, rank=rank,
+        list(plan_epoch(count, batch_size=count, grad_accum_steps=grad_accum_steps, drop_last=False, world=world, rank=rank,
                         mixing=False))
         for rank in range(world)
     ]  # fmt: skip

@@ -179,7 +179,7 @@ def test_gaussian_initialisation() -> None:
 def test_vgg_head_of_giunta_and_yildiz() -> None:
     """At 32 pixels VGG11-BN's convolutions leave 512x1x1: Linear(512,512)-BN-ReLU-Linear(512,10), and 512-256-10."""
     for width in (512, 256):
-        head = HeadConfig(hidden=[width], batch_norm=True, bias=True, replaces="classifier")
+        head = HeadConfig(hidden=[width], batch_norm=True, bias=True, scope="classifier")
         built = build_model(tv("vgg11_bn", head=head), 10, 3, 32)
         layers = list(built.module.get_submodule("classifier"))  # type: ignore[call-overload]
         assert [type(layer).__name__ for layer in layers] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
@@ -191,10 +191,10 @@ def test_vgg_head_of_giunta_and_yildiz() -> None:
 
 
 def test_replaced_classifier_sees_the_features_of_the_image_size() -> None:
-    built = build_model(tv("alexnet", head=HeadConfig(replaces="classifier")), 10, 3, 96)
+    built = build_model(tv("alexnet", head=HeadConfig(scope="classifier")), 10, 3, 96)
     assert built.module.classifier.in_features == 256 * 2 * 2  # type: ignore[union-attr]
-    with pytest.raises(UserError, match=r"resnext|replaces = 'classifier' needs a torchvision model"):
-        build_model(tm("resnet18", head=HeadConfig(replaces="classifier")), 10, 3, 64)
+    with pytest.raises(UserError, match=r"resnext|scope = 'classifier' needs a torchvision model"):
+        build_model(tm("resnet18", head=HeadConfig(scope="classifier")), 10, 3, 64)
 
 
 def test_head_with_dropout_alone_keeps_the_names() -> None:

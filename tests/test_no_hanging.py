@@ -366,7 +366,7 @@ def test_out_of_memory_says_what_to_try(tmp_path: Path, error: type[Exception], 
     assert all(status != 0 for status in statuses)
     assert "rank 1: out of memory with 8 images at once in each process (train.batch_size = 16 over 2" in text
     last = text.strip().splitlines()[-1]
-    assert all(key in last for key in ("train.accumulation", "train.precision", "train.batch_size"))
+    assert all(key in last for key in ("train.grad_accum_steps", "train.precision", "train.batch_size"))
     assert "Traceback" not in text
 
 

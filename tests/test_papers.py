@@ -302,11 +302,11 @@ def test_a_recipe_of_mereus_best_run_is_the_row_of_his_table(
 ) -> None:
     """Third augmentation set, squashed to 256 x 256, batch 64, the epoch with the least validation loss, fp32."""
     recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.toml")
-    assert diff(recipe.model_copy(update={"recipe": planned(study, row).recipe.recipe, "expect": {}}),
+    assert diff(recipe.model_copy(update={"recipe": planned(study, row).recipe.recipe, "expected_metrics": {}}),
                 planned(study, row).recipe) == []  # fmt: skip
     assert [step.name for step in recipe.augment.train] == ["RandomHorizontalFlip", "RandomRotation", "ColorJitter"]
-    assert (recipe.data.resize, recipe.train.select, recipe.train.batch_size) == ([256, 256], "val/loss", 64)
-    assert (recipe.expect["val_accuracy"].value, recipe.expect["test_accuracy"].value) == best
+    assert (recipe.data.resize, recipe.train.best_metric, recipe.train.batch_size) == ([256, 256], "val/loss", 64)
+    assert (recipe.expected_metrics["val_accuracy"].value, recipe.expected_metrics["test_accuracy"].value) == best
     assert two(*best).items() <= member(study, row).published.items()
 
 
@@ -325,11 +325,11 @@ def two(*values: float) -> dict[str, float]:
 
 
 SPOTS: list[tuple[str, str, dict[str, float]]] = [
-    ("giunta/early_stopping", "patience 8", {"val_accuracy": 0.817, "stopped_val_accuracy": 0.792}),
+    ("giunta/early_stopping", "patience 8", {"val_accuracy": 0.817, "last_val_accuracy": 0.792}),
     ("giunta/grid", "epochs 30, patience 8, batch_size 400, lr 0.001, weight_decay 0.001, gamma 0.9",
-     two(0.875, 0.863) | {"stopped_val_accuracy": 0.862, "stopped_test_accuracy": 0.863}),
+     two(0.875, 0.863) | {"last_val_accuracy": 0.862, "last_test_accuracy": 0.863}),
     ("giunta/grid", "epochs 50, patience 8, batch_size 400, lr 0.002, weight_decay 0.001, gamma 0.9",
-     two(0.876, 0.8508) | {"stopped_val_accuracy": 0.861, "stopped_test_accuracy": 0.8508}),
+     two(0.876, 0.8508) | {"last_val_accuracy": 0.861, "last_test_accuracy": 0.8508}),
     ("giunta/grid", "epochs 30, patience 8, batch_size 200, lr 0.001, weight_decay 0.001, gamma 0.95",
      two(0.867, 0.853)),
     ("giunta/augmentation", "flip p 0.6, rotation 20", two(0.855, 0.884)),
@@ -370,17 +370,17 @@ SPOTS: list[tuple[str, str, dict[str, float]]] = [
     ("mereu/table12", "fine-tuning, AdamW", five(0.1274, 0.9405, 1.1845, 0.7414, 0.7535)),
     ("mereu/table13", "fine-tuning, SGD, lr 1.33e-2", five(0.0042, 0.9955, 0.3025, 0.9274, 0.9416)),
     ("mereu/table14", "fine-tuning, SGD, lr 4.61e-2", five(0.0038, 0.9959, 0.1864, 0.9523, 0.9585)),
-    ("colbertaldo/models", "A: fast", {"stopped_test_accuracy": 0.7536}),
-    ("colbertaldo/models", "B: batch norm, dropout, augmentation; 60 epochs", {"stopped_test_accuracy": 0.83}),
+    ("colbertaldo/models", "A: fast", {"last_test_accuracy": 0.7536}),
+    ("colbertaldo/models", "B: batch norm, dropout, augmentation; 60 epochs", {"last_test_accuracy": 0.83}),
     ("colbertaldo/models", "B: batch norm, dropout, augmentation; normalized by 0.5, 100 epochs",
-     {"stopped_test_accuracy": 0.85}),
+     {"last_test_accuracy": 0.85}),
     ("murabito/scratch", "lr 0.05, 50 epochs, step 35",
-     {"stopped_train_loss": 0.02, "val_accuracy": 0.55, "test_accuracy": 0.54}),
-    ("murabito/pretrained", "lr 0.005, 30 epochs, step 25", {"stopped_train_loss": 0.002, "val_accuracy": 0.853}),
+     {"last_train_loss": 0.02, "val_accuracy": 0.55, "test_accuracy": 0.54}),
+    ("murabito/pretrained", "lr 0.005, 30 epochs, step 25", {"last_train_loss": 0.002, "val_accuracy": 0.853}),
     ("murabito/freezing", "only convolutional",
-     {"stopped_train_loss": 2.0, "val_accuracy": 0.49, "test_accuracy": 0.48}),
-    ("murabito/transforms", "centre crop, rotation 180", {"stopped_train_loss": 0.07, "test_accuracy": 0.64}),
-    ("murabito/resnet18", "ResNet18", {"stopped_train_loss": 0.0046, "val_accuracy": 0.9381}),
+     {"last_train_loss": 2.0, "val_accuracy": 0.49, "test_accuracy": 0.48}),
+    ("murabito/transforms", "centre crop, rotation 180", {"last_train_loss": 0.07, "test_accuracy": 0.64}),
+    ("murabito/resnet18", "ResNet18", {"last_train_loss": 0.0046, "val_accuracy": 0.9381}),
 ]  # fmt: skip
 
 
@@ -397,26 +397,25 @@ def test_ten_seeds_are_run_on_one_split_and_on_a_split_each() -> None:
 
 def test_ten_seeds_have_the_published_mean_deviation_and_number() -> None:
     for run in expansion("colbertaldo/seeds").runs:
-        assert run.member.published == {"stopped_test_accuracy": 0.7591}
-        assert run.member.published_spread == {"stopped_test_accuracy": {"std": 0.0034, "n": 10}}
+        assert run.member.published == {"last_test_accuracy": 0.7591}
+        assert run.member.published_spread == {"last_test_accuracy": {"std": 0.0034, "n": 10}}
     assert not re.search(r"\d", study_file("colbertaldo/seeds").table.description), "the heading has no figures"
 
 
 def test_colbertaldo_evaluates_the_model_after_the_last_epoch() -> None:
     for name in ("colbertaldo/models", "colbertaldo/seeds"):
-        assert "stopped_test_accuracy" in study_file(name).table.output.columns
-        assert {tuple(run.member.published) for run in expansion(name).runs} == {("stopped_test_accuracy",)}
+        assert "last_test_accuracy" in study_file(name).table.output.columns
+        assert {tuple(run.member.published) for run in expansion(name).runs} == {("last_test_accuracy",)}
     for name, value in (("fast", 0.7591), ("best", 0.83)):
-        expect = load_recipe(REPOSITORY / "recipes" / f"colbertaldo_{name}.toml").expect
-        assert {figure: expected.value for figure, expected in expect.items()} == {"stopped_test_accuracy": value}
+        expect = load_recipe(REPOSITORY / "recipes" / f"colbertaldo_{name}.toml").expected_metrics
+        assert {figure: expected.value for figure, expected in expect.items()} == {"last_test_accuracy": value}
 
 
 def test_colbertaldos_two_figures_of_his_second_network_are_two_rows() -> None:
     """85 % in 100 epochs with pixels normalized by 0.5; 83 % in 60 with the training images' mean and deviation."""
     runs = [run for run in expansion("colbertaldo/models").runs if run.recipe.scheduler.name == "plateau"]
     told = [
-        (run.recipe.train.epochs, run.recipe.data.normalize, run.member.published["stopped_test_accuracy"])
-        for run in runs
+        (run.recipe.train.epochs, run.recipe.data.normalize, run.member.published["last_test_accuracy"]) for run in runs
     ]
     assert told == [(60, "dataset", 0.83), (100, "half", 0.85)]
     assert {(run.recipe.scheduler.threshold, run.recipe.scheduler.threshold_mode) for run in runs} == {(1e-4, "rel")}
@@ -425,7 +424,7 @@ def test_colbertaldos_two_figures_of_his_second_network_are_two_rows() -> None:
 def expected(name: str) -> dict[str, tuple[float | None, float | None, float | None]]:
     """Value, lower and upper bound of each figure that a recipe beside the studies promises."""
     recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.toml")
-    return {figure: (one.value, one.at_least, one.at_most) for figure, one in recipe.expect.items()}
+    return {figure: (one.value, one.at_least, one.at_most) for figure, one in recipe.expected_metrics.items()}
 
 
 def test_vgg11_is_expected_to_reach_what_giunta_reports() -> None:
@@ -467,9 +466,9 @@ def test_the_search_of_resnet50s_feature_extractor_has_the_same_batch_norm() -> 
 def test_murabitos_loss_is_that_of_the_last_epoch(name: str) -> None:
     """Report, 4.2: the validation score is the best, "instead the loss is the loss at the last epochs"."""
     assert "train_loss" not in study_file(name).table.output.columns
-    assert "stopped_train_loss" in study_file(name).table.output.columns
+    assert "last_train_loss" in study_file(name).table.output.columns
     published = [run.member.published for run in expansion(name).runs if run.member.published]
-    assert all("train_loss" not in figures and "stopped_train_loss" in figures for figures in published)
+    assert all("train_loss" not in figures and "last_train_loss" in figures for figures in published)
 
 
 EPOCHS: list[tuple[str, str, str, int, dict[int, float]]] = [
@@ -661,7 +660,7 @@ def test_every_network_passes_a_dry_run(
 
 # -- where values come from -------------------------------------------------------------------------------------------
 
-UNMARKED = ("recipe.", "tracking.", "expect.", "assumptions.", "data.root")
+UNMARKED = ("recipe.", "tracking.", "expected_metrics.", "assumptions.", "data.root")
 """Names, places and promises, which no report has to state."""
 
 

@@ -51,7 +51,7 @@ def test_the_card_s_front_matter_is_read_by_the_hub_s_own_library(run: Run, tmp_
     assert {result.metric_name: result.metric_value for result in data.eval_results} == {
         "top-1 accuracy": round(best["test_accuracy"], 6),
         "top-5 accuracy": round(best["test_top5_accuracy"], 6),
-        "mean accuracy of the classes": round(best["test_class_accuracy"], 6),
+        "mean accuracy of the classes": round(best["test_balanced_accuracy"], 6),
     }
     assert {(result.dataset_type, result.dataset_split) for result in data.eval_results} == {("imagefolder", "test")}
 

@@ -46,7 +46,7 @@ step_size = 3
 [train]
 epochs = 5
 batch_size = 128
-[expect]
+[expected_metrics]
 test_accuracy = { value = 0.81, tolerance = 0.02, source = "a report" }
 """
 
@@ -66,19 +66,19 @@ def errors(text: str, *overrides: str) -> str:
 
 def test_expectations_are_not_inherited(tmp_path: Path) -> None:
     """Merged, the child would promise an accuracy of at least 0.8 and at most 0.6."""
-    expect = '[expect]\nval_accuracy = {{ {bound}, source = "x" }}\n'
-    (tmp_path / "parent.toml").write_text(VALID.split("[expect]")[0] + expect.format(bound="at_most = 0.6"))
+    expect = '[expected_metrics]\nval_accuracy = {{ {bound}, source = "x" }}\n'
+    (tmp_path / "parent.toml").write_text(VALID.split("[expected_metrics]")[0] + expect.format(bound="at_most = 0.6"))
     child = tmp_path / "child.toml"
     child.write_text('extends = "parent.toml"\n')
-    assert load_recipe(child).expect == {}
+    assert load_recipe(child).expected_metrics == {}
     child.write_text('extends = "parent.toml"\n' + expect.format(bound="at_least = 0.8"))
-    expected = load_recipe(child).expect["val_accuracy"]
+    expected = load_recipe(child).expected_metrics["val_accuracy"]
     assert (expected.at_least, expected.at_most) == (0.8, None)
 
 
 def test_a_recipe_has_its_values_and_all_defaults() -> None:
     recipe = loads_recipe(VALID)
-    assert (recipe.train.epochs, recipe.train.accumulation, recipe.data.split.validation) == (5, 1, 1000)
+    assert (recipe.train.epochs, recipe.train.grad_accum_steps, recipe.data.split.validation) == (5, 1, 1000)
     assert recipe.augment.train[0].arguments == {"size": 32, "padding": 4}
     assert recipe.optimizer.momentum == 0.9
     assert recipe.scheduler.gamma == 0.1
@@ -166,7 +166,7 @@ def test_origins_name_file_and_line_override_or_default(tmp_path: Path) -> None:
     assert loaded.origins["train", "batch_size"] == f"{tmp_path / 'parent.toml'}:24"
     assert loaded.origins["model", "head", "batch_norm"] == f"{tmp_path / 'parent.toml'}:12"
     assert loaded.origins["recipe", "seed"] == "--set"
-    assert loaded.origins["train", "accumulation"] == "default"
+    assert loaded.origins["train", "grad_accum_steps"] == "default"
     assert f"epochs = 6  # {path}:3\n" in loaded.annotated()
     assert loads_recipe(loaded.annotated()) == loaded.recipe
 
@@ -202,7 +202,7 @@ def test_keys_that_an_earlier_version_did_not_have_mean_what_it_did() -> None:
 def test_hash_is_of_content_not_of_layout() -> None:
     recipe = loads_recipe(VALID)
     reordered = "\n# comment\n[".join(["", *reversed(VALID[1:].split("\n["))])
-    assert reordered.index("[expect]") < reordered.index("[recipe]")
+    assert reordered.index("[expected_metrics]") < reordered.index("[recipe]")
     assert recipe_hash(loads_recipe(reordered)) == recipe_hash(recipe)
     assert recipe_hash(loads_recipe(resolved_toml(recipe))) == recipe_hash(recipe)
     assert recipe_hash(loads_recipe(VALID, ["recipe.seed=1"])) != recipe_hash(recipe)
@@ -313,7 +313,7 @@ HOSTILE = {
     "nameless transforms": VALID.replace("train = [", "train = [" + "{ nam = 1 }," * 4000),
     "no numbers": VALID + "[model.args]\na = [" + "nan, " * 10_000 + "]",
     "wrong list": VALID + "[tracking]\ntags = [" + "1, " * 20_000 + "]",
-    "figures": VALID + "[expect.x]\n" + "\n".join(f"k{i} = {{}}" for i in range(4000)),
+    "figures": VALID + "[expected_metrics.x]\n" + "\n".join(f"k{i} = {{}}" for i in range(4000)),
     "long integer": "a = " + "9" * 60_000,
     "huge float": "a = 1e" + "9" * 1000,
     "long name": VALID.replace('"example"', '"' + "a" * 60_000 + '"'),

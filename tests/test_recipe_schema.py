@@ -59,7 +59,7 @@ def test_every_key_is_described_and_none_is_required_outside_lists() -> None:
     visit(SCHEMA, "", False)
     assert set(SCHEMA["properties"]) == {"extends", *Recipe.model_fields}
     assert SCHEMA["properties"]["train"]["properties"]["epochs"]["description"].endswith("Unit: epochs.")
-    assert SCHEMA["properties"]["train"]["properties"]["accumulation"]["default"] == 1
+    assert SCHEMA["properties"]["train"]["properties"]["grad_accum_steps"]["default"] == 1
 
 
 @pytest.mark.parametrize("name", FOUND_BY_SCHEMA)

@@ -145,7 +145,7 @@ def test_a_run_under_way_is_shown_as_far_as_it_is(run: Run) -> None:
     assert "not shown: figures of the test images" in outcome.stderr
     text = page(outcome)
     assert "not finished; 5 epochs done" in text
-    assert "best: 3" in text, "by train.select"
+    assert "best: 3" in text, "by train.best_metric"
     assert "Confusion" not in text
 
 
@@ -385,7 +385,7 @@ def test_counts_come_with_the_right_form_of_their_noun(count: int, text: str) ->
 
 
 @pytest.mark.parametrize(
-    ("processes", "accumulation", "text"),
+    ("processes", "grad_accum_steps", "text"),
     [
         (1, 1, "64"),
         (2, 1, "64 = 2 processes x 32 images"),
@@ -393,5 +393,5 @@ def test_counts_come_with_the_right_form_of_their_noun(count: int, text: str) ->
         (2, 32, "64 = 2 processes x 32 accumulation steps x 1 image"),
     ],
 )
-def test_what_becomes_of_a_batch(processes: int, accumulation: int, text: str) -> None:
-    assert batch_split(64, processes, accumulation) == text
+def test_what_becomes_of_a_batch(processes: int, grad_accum_steps: int, text: str) -> None:
+    assert batch_split(64, processes, grad_accum_steps) == text

@@ -10,8 +10,8 @@ from toolkit.report.prediction_metrics import (
     BINS,
     ClassConfusion,
     Predictions,
+    balanced_accuracy,
     calibration,
-    class_accuracy,
     confusion_matrix,
     confusions,
     wilson_interval,
@@ -62,8 +62,8 @@ def test_confusion_matrix_is_scikit_learns() -> None:
 
 def test_class_accuracy_leaves_out_classes_without_images() -> None:
     matrix = confusion_matrix(predictions([0, 0, 0, 2], [0, 0, 1, 2], [0.5] * 4, 3))
-    assert class_accuracy(matrix)[[0, 2]] == pytest.approx([2 / 3, 1])
-    assert np.isnan(class_accuracy(matrix)[1])
+    assert balanced_accuracy(matrix)[[0, 2]] == pytest.approx([2 / 3, 1])
+    assert np.isnan(balanced_accuracy(matrix)[1])
 
 
 def test_confusions_are_the_mistakes_by_frequency() -> None:

@@ -55,7 +55,7 @@ def test_step_and_exponential_hold_within_an_epoch_and_cosine_does_not() -> None
 
 
 def test_one_cycle_peaks_where_said() -> None:
-    table = SchedulerConfig(name="one_cycle", peak_at=0.25, start_factor=0.1, end_factor=0.001)
+    table = SchedulerConfig(name="one_cycle", pct_start=0.25, start_factor=0.1, end_factor=0.001)
     rates = [learning_rate(table, PEAK, epoch / 10, 8) for epoch in range(81)]
     assert rates[0] == pytest.approx(PEAK * 0.1)
     assert rates[20] == pytest.approx(PEAK)
@@ -65,7 +65,9 @@ def test_one_cycle_peaks_where_said() -> None:
 
 @pytest.mark.parametrize("name", ["constant", "step", "exponential", "cosine", "plateau"])
 def test_warmup_is_linear_and_then_gone(name: str) -> None:
-    table = SchedulerConfig(name=name, step_size=5 if name == "step" else None, warmup_epochs=2.0, warmup_start=0.1)
+    table = SchedulerConfig(
+        name=name, step_size=5 if name == "step" else None, warmup_epochs=2.0, warmup_start_factor=0.1
+    )
     plain = table.model_copy(update={"warmup_epochs": 0.0})
     assert learning_rate(table, PEAK, 0, 10) == pytest.approx(0.1 * PEAK)
     middle = learning_rate(plain, PEAK, 1, 10) if name in ("exponential",) else PEAK

@@ -42,7 +42,7 @@ precision = "no"
 [tracking]
 trackers = []
 """
-NONE = ("data.split.validation=0", "data.split.test=0", 'train.select="last"')
+NONE = ("data.split.validation=0", "data.split.test=0", 'train.best_metric="last"')
 
 
 def write(folder: Path, more: str = "") -> Path:
@@ -62,21 +62,21 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def record(epoch: int, loss: float, accuracy: float) -> dict[str, float]:
-    return {"epoch": epoch, "val/loss": loss, "val/accuracy": accuracy, "val/class_accuracy": accuracy}
+    return {"epoch": epoch, "val/loss": loss, "val/accuracy": accuracy, "val/balanced_accuracy": accuracy}
 
 
 @pytest.mark.parametrize(
-    ("select", "best"),
-    [("val/accuracy", 3), ("val/class_accuracy", 3), ("val/loss", 4), ("last", 5), ("val/top5_accuracy", 1)],
+    ("best_metric", "best"),
+    [("val/accuracy", 3), ("val/balanced_accuracy", 3), ("val/loss", 4), ("last", 5), ("val/top5_accuracy", 1)],
 )
-def test_equal_accuracies_are_decided_by_loss_and_equal_losses_by_accuracy(select: str, best: int) -> None:
+def test_equal_accuracies_are_decided_by_loss_and_equal_losses_by_accuracy(best_metric: str, best: int) -> None:
     """Epochs 2, 3 and 5 have the best accuracy, 3 and 5 of them with the lower loss; 4 and 1 the least loss.
 
     None of them has a top-5 accuracy, so that the loss alone decides and the first of equals is taken.
     """
     epochs = [record(1, 0.01, 0.8), record(2, 0.05, 1.0), record(3, 0.02, 1.0), record(4, 0.01, 0.9),
               record(5, 0.02, 1.0)]  # fmt: skip
-    assert max(epochs, key=lambda r: epoch_rank(r, select))["epoch"] == best
+    assert max(epochs, key=lambda r: epoch_rank(r, best_metric))["epoch"] == best
 
 
 def test_a_run_keeps_the_lower_loss_of_equal_accuracies(tmp_path: Path) -> None:
@@ -100,13 +100,13 @@ def test_a_run_keeps_the_lower_loss_of_equal_accuracies(tmp_path: Path) -> None:
 
 def test_the_last_epoch_is_kept_whatever_validation_says(tmp_path: Path) -> None:
     """The learning rate is raised so that the last epoch is not the best one."""
-    settings = ("train.epochs=4", "optimizer.lr=0.3", 'scheduler={name="one_cycle", peak_at=0.9, start_factor=0.05}')
-    run = train(write(tmp_path), *settings, 'train.select="last"')
-    assert run.summary["best"] == run.summary["stopped"]
+    settings = ("train.epochs=4", "optimizer.lr=0.3", 'scheduler={name="one_cycle", pct_start=0.9, start_factor=0.05}')
+    run = train(write(tmp_path), *settings, 'train.best_metric="last"')
+    assert run.summary["best"] == run.summary["last"]
     assert run.summary["best"]["epoch"] == 4
     chosen = train(write(tmp_path), *settings).summary
     assert chosen["best"]["epoch"] != 4
-    assert chosen["stopped"] == run.summary["stopped"], "the same training"
+    assert chosen["last"] == run.summary["last"], "the same training"
 
 
 def test_a_run_without_validation_goes_on_after_a_pause_as_if_there_had_been_none(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_all_images_train(bare: Run) -> None:
     split, summary = bare.split, bare.summary
     assert [len(split[name]) for name in ("train", "validation", "test")] == [200, 0, 0]
     assert summary["images"] == {"train": 200, "validation": 0, "test": 0}
-    assert summary["best"] == summary["stopped"] == {"epoch": 3}
+    assert summary["best"] == summary["last"] == {"epoch": 3}
     assert not (bare.path / "predictions.csv").exists()
     assert [sorted(r) for r in bare.epochs()] == [["epoch", "lr", "step", "train/accuracy", "train/loss"]] * 3
     log = bare.log_file.read_text()
@@ -154,12 +154,12 @@ def test_all_images_train(bare: Run) -> None:
 
 
 def test_only_one_of_the_two_may_be_left_out(tmp_path: Path) -> None:
-    no_validation = train(write(tmp_path), "data.split.validation=0", 'train.select="last"').summary
+    no_validation = train(write(tmp_path), "data.split.validation=0", 'train.best_metric="last"').summary
     assert set(no_validation["best"]) == {
-        "epoch", "test_loss", "test_accuracy", "test_top5_accuracy", "test_class_accuracy"}  # fmt: skip
+        "epoch", "test_loss", "test_accuracy", "test_top5_accuracy", "test_balanced_accuracy"}  # fmt: skip
     no_test = train(write(tmp_path), "data.split.test=0").summary
     assert set(no_test["best"]) == {
-        "epoch", "val_loss", "val_accuracy", "val_top5_accuracy", "val_class_accuracy"}  # fmt: skip
+        "epoch", "val_loss", "val_accuracy", "val_top5_accuracy", "val_balanced_accuracy"}  # fmt: skip
     assert no_test["images"]["test"] == 0
 
 
@@ -250,12 +250,13 @@ def test_trackers_get_the_figures_that_there_are(tmp_path: Path) -> None:
 
 
 def test_expected_figures_of_a_split_that_is_left_out_do_not_compare(tmp_path: Path) -> None:
-    recipe = write(tmp_path, '\n[expect]\ntest_accuracy = { at_least = 0.1, source = "here" }\n')
+    recipe = write(tmp_path, '\n[expected_metrics]\ntest_accuracy = { at_least = 0.1, source = "here" }\n')
     settings = [part for setting in NONE for part in ("--set", setting)]
     checked = toolkit("validate", recipe, *settings)
     assert checked.status == 0
     assert (
-        "warning: expect.test_accuracy: is not compared, since data.split.test = 0" in checked.stdout + checked.stderr
+        "warning: expected_metrics.test_accuracy: is not compared, since data.split.test = 0"
+        in checked.stdout + checked.stderr
     )
     run = train(recipe, *NONE)
     assert "measured -: not comparable (the run has no such figure)" in run.log_file.read_text()
@@ -267,7 +268,7 @@ def test_expected_figures_of_a_split_that_is_left_out_do_not_compare(tmp_path: P
 def study(folder: Path, more: str) -> Path:
     """A study whose runs have no validation and no test images, unless ``more`` says otherwise."""
     path = write(folder)
-    text = path.read_text().replace("precision =", 'select = "last"\nprecision =')
+    text = path.read_text().replace("precision =", 'best_metric = "last"\nprecision =')
     text = text.replace("test_images_per_class = 6", "split = { validation = 0, test = 0 }")
     path.write_text(text + more)
     return path
@@ -278,8 +279,8 @@ def study(folder: Path, more: str) -> Path:
     [
         ('grid.optimizer.lr = [0.1, 0.2]\noutput.columns = ["train_loss", "val_loss"]',
          "study.output.columns: no run has val_loss, since data.split.validation = 0"),
-        ('grid.optimizer.lr = [0.1, 0.2]\noutput.columns = ["stopped_test_accuracy"]',
-         "study.output.columns: no run has stopped_test_accuracy, since data.split.test = 0"),
+        ('grid.optimizer.lr = [0.1, 0.2]\noutput.columns = ["last_test_accuracy"]',
+         "study.output.columns: no run has last_test_accuracy, since data.split.test = 0"),
         ('grid.optimizer.lr = [0.1, 0.2]\noutput.per_epoch = "val/loss"',
          "study.output.per_epoch: no run has val/loss, since data.split.validation = 0"),
         ("space.optimizer.lr = { uniform = [0.1, 0.2] }\nbohb = { trials = 3, min_epochs = 1, max_epochs = 3 }",

@@ -70,7 +70,7 @@ def test_views_are_the_same_with_and_without_features(tmp_path: Path, own_cache:
     recipe = write_recipe(tmp_path, AUGMENTED)
     every = run_of(recipe)
     assert every.summary["shortcuts"] == [], "a new version each epoch leaves no fixed features"
-    once, plain = run_of(recipe, "data.views=3"), run_of(recipe, "data.views=3", 'data.cache="off"')
+    once, plain = run_of(recipe, "data.fixed_views=3"), run_of(recipe, "data.fixed_views=3", 'data.cache="off"')
     (shortcut,) = once.summary["shortcuts"]
     assert "3 versions of each training image" in shortcut
     assert_close(once, plain)
@@ -81,7 +81,7 @@ def test_views_are_the_same_with_and_without_features(tmp_path: Path, own_cache:
 
 def test_views_by_workers_are_the_same_too(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, AUGMENTED)
-    settings = ("data.views=2", 'augment.on="workers"')
+    settings = ("data.fixed_views=2", 'augment.run_on="workers"')
     assert_close(run_of(recipe, *settings), run_of(recipe, *settings, 'data.cache="off"'))
 
 

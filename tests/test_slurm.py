@@ -255,7 +255,7 @@ def test_states() -> None:
     assert (state_of(run, {}).state, state_of(run, {}).detail) == ("failed", "look at optimizer.lr")
     (job.folder / "cancelled").touch()
     assert state_of(run, {}).state == "cancelled"
-    run.write_json("summary.json", {"best": {"epoch": 1, "test_accuracy": 0.5}, "stopped": {"epoch": 2}})
+    run.write_json("summary.json", {"best": {"epoch": 1, "test_accuracy": 0.5}, "last": {"epoch": 2}})
     assert (state_of(run, {}).state, state_of(run, {}).detail) == ("finished", "test accuracy 0.5000")
 
 

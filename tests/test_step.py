@@ -216,7 +216,7 @@ def test_cuda_graphs_need_a_gpu() -> None:
     ("settings", "expected"),
     [
         ({"batch_size": 16}, 32),
-        ({"batch_size": 16, "accumulation": 4}, 8),
+        ({"batch_size": 16, "grad_accum_steps": 4}, 8),
         ({"batch_size": 16, "eval_batch_size": 5}, 5),
     ],
 )

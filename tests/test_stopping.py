@@ -79,7 +79,7 @@ def by_signal(number: int, *ranks: int) -> Callable[[Trainers], None]:
 
 def test_each_signal_and_the_stop_file_in_steps_and_evaluations(tmp_path: Path) -> None:
     plain = undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
-    folder = tmp_path / "stopped"
+    folder = tmp_path / "last"
 
     def stop_file(_: Trainers) -> None:
         (only_run(folder).path / "stop").touch()
@@ -99,12 +99,12 @@ def test_each_signal_and_the_stop_file_in_steps_and_evaluations(tmp_path: Path) 
 @pytest.mark.parametrize("place", ["step", "evaluation"])
 def test_of_two_processes_one_gets_the_signal(tmp_path: Path, place: str) -> None:
     plain = undisturbed(tmp_path / "plain", 2, MUCH, *EMA)
-    stopped(tmp_path / "stopped", 2, MUCH, place, 4, by_signal(signal.SIGTERM, 1), *EMA)
-    assert finished(tmp_path / "stopped", 2) == plain
+    stopped(tmp_path / "last", 2, MUCH, place, 4, by_signal(signal.SIGTERM, 1), *EMA)
+    assert finished(tmp_path / "last", 2) == plain
 
 
 def test_while_the_features_of_frozen_layers_are_computed(tmp_path: Path) -> None:
-    folder = tmp_path / "stopped"
+    folder = tmp_path / "last"
     trainers = stopped(folder, 1, FROZEN, "features", 3, by_signal(signal.SIGTERM))
     assert "stopped before training" in trainers.text()
     assert finished(folder, 1) == undisturbed(tmp_path / "plain", 1, FROZEN)
@@ -120,8 +120,8 @@ def test_data_workers_leave_the_signal_to_the_trainer(tmp_path: Path) -> None:
         for pid in pids:
             os.kill(int(pid or 0), signal.SIGTERM)
 
-    stopped(tmp_path / "stopped", 1, MUCH, "step", 4, all_of_the_group, *EMA, *settings)
-    kept = finished(tmp_path / "stopped", 1)
+    stopped(tmp_path / "last", 1, MUCH, "step", 4, all_of_the_group, *EMA, *settings)
+    kept = finished(tmp_path / "last", 1)
     assert kept["weights"] == undisturbed(tmp_path / "plain", 1, MUCH, *EMA)["weights"]
 
 

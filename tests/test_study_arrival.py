@@ -36,7 +36,7 @@ DEAD = {
         "has no effect without patience",
     ),
     "share of CutMix without CutMix": (
-        "augment.cutmix_share = [0.1, 0.5]", ("augment.mixup=0.2",), "augment.cutmix_share varies"
+        "augment.mixup_switch_prob = [0.1, 0.5]", ("augment.mixup=0.2",), "augment.mixup_switch_prob varies"
     ),
     "patience that never ends": ("early_stopping.patience = [6, 20]", (), "early_stopping.patience varies"),
     "weight decay of nothing": (
@@ -54,7 +54,7 @@ DEAD = {
         'augment.train = [[{ name = "RandomRotation", degrees = 9, apply_p = 0.0 }],'
         ' [{ name = "RandomRotation", degrees = 5, apply_p = 0.0 }]]', (), "augment.train varies",
     ),
-    "versions of images that are not augmented": ("data.views = [1, 2]", (), "data.views varies"),
+    "versions of images that are not augmented": ("data.fixed_views = [1, 2]", (), "data.fixed_views varies"),
     "a split's share of data that have a list": ("data.max_bad_fraction = [0.1, 0.2]", (), None),
 }  # fmt: skip
 
@@ -83,13 +83,13 @@ ALIVE = {
     ),
     "warm-up": ("scheduler.warmup_epochs = [1.0, 2.0]", ()),
     "patience": ("early_stopping.patience = [2, 4]", ()),
-    "share of CutMix": ("augment.cutmix_share = [0.1, 0.5]", ("augment.mixup=0.2", "augment.cutmix=0.2")),
+    "share of CutMix": ("augment.mixup_switch_prob = [0.1, 0.5]", ("augment.mixup=0.2", "augment.cutmix=0.2")),
     "smoothing": ("augment.label_smoothing = [0.0, 0.1]", ()),
     "transform": ('augment.train = [[], [{ name = "RandomRotation", degrees = 9 }]]', ()),
     "degrees": (
         'augment.train = [[{ name = "RandomRotation", degrees = 9 }], [{ name = "RandomRotation", degrees = 5 }]]', (),
     ),
-    "versions": ("data.views = [1, 2]", ('augment.train=[{ name = "RandomRotation", degrees = 9 }]',)),
+    "versions": ("data.fixed_views = [1, 2]", ('augment.train=[{ name = "RandomRotation", degrees = 9 }]',)),
     "size": ("data.image_size = [8, 12]", ()),
     "normalisation": ('data.normalize = ["half", "none"]', ()),
     "split": ("data.split.seed = [0, 1]", ()),
@@ -100,7 +100,7 @@ ALIVE = {
     "batch": ("train.batch_size = [8, 16]", ()),
     "epochs": ("train.epochs = [2, 3]", ()),
     "average": ("train.ema = [0.9, 0.99]", ()),
-    "selection": ('train.select = ["val/loss", "val/accuracy"]', ()),
+    "selection": ('train.best_metric = ["val/loss", "val/accuracy"]', ()),
 }  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def test_a_bug_that_loses_a_value_on_its_way_is_found(tmp_path: Path, monkeypatc
     assert "optimizer.weight_decay varies" in refusal(tmp_path, "[study.grid]\noptimizer.weight_decay = [1e-5, 1e-4]\n")
 
 
-ELSEWHERE = {"slurm", "study", "expect", "tracking", "checkpoint"}
+ELSEWHERE = {"slurm", "study", "expected_metrics", "tracking", "checkpoint"}
 """Tables that are no part of what is trained."""
 
 NOT_TRAINED = {"recipe.name", "recipe.description", "recipe.run_root", "train.log_every", "data.download"}

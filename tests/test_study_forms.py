@@ -190,7 +190,7 @@ def test_a_condition_on_a_key_that_is_left_out_itself_does_not_hold(tmp_path: Pa
         tmp_path,
         """
         [study.grid]
-        train.clip_norm = { values = [1.0, 2.0], when = { optimizer.momentum = 0.5 } }
+        train.max_grad_norm = { values = [1.0, 2.0], when = { optimizer.momentum = 0.5 } }
         optimizer.momentum = { values = [0.5, 0.9], when = { optimizer.name = "sgd" } }
         optimizer.name = ["sgd", "adamw"]
         """,
@@ -297,12 +297,15 @@ def test_keys_that_every_run_gives_may_be_missing_from_the_recipe(tmp_path: Path
     assert [run.recipe.optimizer.lr for run in expand(read_study(path)).runs] == [0.1, 0.2]
 
 
-EXPECT = '[expect]\ntest_accuracy = { at_least = 0.98, source = "the base" }\n'
+EXPECT = '[expected_metrics]\ntest_accuracy = { at_least = 0.98, source = "the base" }\n'
 
 
 def promised(found: ExpandedStudy) -> list[float | None]:
     """The least test accuracy that each run promises."""
-    return [run.recipe.expect["test_accuracy"].at_least if run.recipe.expect else None for run in found.runs]
+    return [
+        run.recipe.expected_metrics["test_accuracy"].at_least if run.recipe.expected_metrics else None
+        for run in found.runs
+    ]
 
 
 def test_an_inherited_promise_is_none_of_a_studys_runs(tmp_path: Path) -> None:
@@ -314,7 +317,7 @@ def test_an_inherited_promise_is_none_of_a_studys_runs(tmp_path: Path) -> None:
         [[study.rows]]
         name = "with its own"
         set.optimizer.lr = 0.2
-        set.expect.test_accuracy = { at_least = 0.5, source = "a table" }
+        set.expected_metrics.test_accuracy = { at_least = 0.5, source = "a table" }
         """)
     found = expand(read_study(path))
     assert promised(found) == [None, 0.5]
@@ -330,7 +333,9 @@ def test_a_files_own_promise_holds_for_runs_that_change_nothing_but_the_seed(tmp
         tmp_path, EXPECT + '[[study.rows]]\nname = "a"\n[[study.rows]]\nname = "b"\nset.optimizer.lr = 0.2\n'
     )
     assert promised(found) == [0.98, None]
-    assert found.remarks == ["[expect] is about the recipe as it stands; runs that change it are not held against it"]
+    assert found.remarks == [
+        "[expected_metrics] is about the recipe as it stands; runs that change it are not held against it"
+    ]
 
 
 def test_what_is_no_part_of_the_experiment_does_not_make_another_run(tmp_path: Path) -> None:
@@ -390,8 +395,8 @@ MISTAKES = {
     "name in grid": ('[study.grid]\nrecipe.name = ["a", "b"]\n', "recipe.name cannot vary"),
     "slurm in grid": ("[study.grid]\nslurm.nodes = [1, 2]\n", "slurm.nodes cannot vary: [slurm] is no part of a run"),
     "promise in grid": (
-        "[study.grid]\nexpect.test_accuracy.at_least = [0.1, 0.2]\n",
-        "expect.test_accuracy.at_least cannot vary: [expect] is no part of a run",
+        "[study.grid]\nexpected_metrics.test_accuracy.at_least = [0.1, 0.2]\n",
+        "expected_metrics.test_accuracy.at_least cannot vary: [expected_metrics] is no part of a run",
     ),
     "same seed": ("[study]\nseeds = [1, 1]\n", "study.seeds: the same seed twice"),
     "no seeds": ("[study]\nseeds = 0\n", "study.seeds"),
@@ -400,8 +405,8 @@ MISTAKES = {
         "optimizer.momentum: when optimizer.nam: no such key",
     ),
     "circle": (
-        "[study.grid]\ntrain.ema = { values = [0.5], when = { train.clip_norm = 1.0 } }\n"
-        "train.clip_norm = { values = [1.0], when = { train.ema = 0.5 } }\n",
+        "[study.grid]\ntrain.ema = { values = [0.5], when = { train.max_grad_norm = 1.0 } }\n"
+        "train.max_grad_norm = { values = [1.0], when = { train.ema = 0.5 } }\n",
         "leads back to itself",
     ),
     "unknown word beside values": (

@@ -419,7 +419,7 @@ def test_an_interrupt_pauses_a_study(tmp_path: Path) -> None:
 
 def test_interrupted_is_raised_through_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
-        raise Interrupted("stopped")
+        raise Interrupted("last")
 
     path = write_study(tmp_path, TWO, epochs=1)
     monkeypatch.setattr(worker, "fit", interrupted)

@@ -216,20 +216,20 @@ def test_the_best_row_is_chosen_by_validation(tmp_path: Path) -> None:
 
 def test_best_and_stopped_figures(tmp_path: Path) -> None:
     """The best epoch is the second; training figures are that epoch's too, ``stopped_`` are of the last."""
-    run = FakeRun("a", val_accuracy=[0.5, 0.7, 0.6], test_accuracy=0.66, published={"stopped_train_loss": 0.3})
+    run = FakeRun("a", val_accuracy=[0.5, 0.7, 0.6], test_accuracy=0.66, published={"last_train_loss": 0.3})
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, [run]).path
     expected = {
         "train_loss": 0.25, "train_accuracy": 0.75, "train_accuracy_all_images": 0.75 * 2560 / 2892,
         "val_loss": 0.3, "val_accuracy": 0.7, "test_accuracy": 0.66,
-        "stopped_train_loss": 0.35, "stopped_train_accuracy": 0.65, "stopped_val_accuracy": 0.6,
-        "stopped_test_accuracy": 0.65, "epochs": 3, "seconds": 7.5,
+        "last_train_loss": 0.35, "last_train_accuracy": 0.65, "last_val_accuracy": 0.6,
+        "last_test_accuracy": 0.65, "epochs": 3, "seconds": 7.5,
     }  # fmt: skip
     columns = ",".join(expected)
     (row,) = json.loads(toolkit("table", folder, "--columns", columns, "--json").stdout)["rows"]
     assert [row[name] for name in expected] == pytest.approx(list(expected.values()))
-    assert row["stopped_train_loss_difference"] == pytest.approx(0.05), "of the last epoch, not of the best"
+    assert row["last_train_loss_difference"] == pytest.approx(0.05), "of the last epoch, not of the best"
     shown = toolkit("table", folder, "--columns", columns).stdout
-    assert re.search(r"stopped train loss +published +diff\. +stopped train acc\. %", shown)
+    assert re.search(r"last train loss +published +diff\. +last train acc\. %", shown)
 
 
 def test_a_published_mean_is_compared_by_welchs_test(tmp_path: Path) -> None:
@@ -538,8 +538,8 @@ def test_a_table_needs_no_torch(tmp_path: Path) -> None:
 
     folder = seeded_study(tmp_path)
     code = (
-        "import sys; from toolkit.study.export_tables import *; from toolkit.study.directory import StudyFolder; from pathlib "
-        f"import Path; read_outcomes(StudyFolder(Path({str(folder)!r})), Wanted()); "
+        "import sys; from toolkit.study.export_tables import *; from toolkit.study.directory import StudyDirectory; from pathlib "
+        f"import Path; read_outcomes(StudyDirectory(Path({str(folder)!r})), TableOptions()); "
         "print([m for m in ('torch', 'optuna', 'matplotlib') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

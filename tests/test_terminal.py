@@ -113,7 +113,7 @@ def test_a_terminal_that_hangs_up(tmp_path: Path, world: int) -> None:
 def test_torchrun_passes_its_hangup_on_and_kills_soon_so_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "stopped"
+    folder = tmp_path / "last"
     with monkeypatch.context() as patch:
         patch.setenv("TORCHELASTIC_RUN_ID", "none")
         trainers = stopped(folder, 1, MUCH, "step", 4, by_signal(signal.SIGHUP), *EMA)

@@ -140,8 +140,8 @@ def batches_of(
     ways = {split: plan_preprocessing(split, *arguments) for split in SPLITS}
     kept = cache_images(setup, ways, DistributedCache(setup, unguarded) if cached else None, passes)
     images = ImageLoaders(setup, ways, kept)
-    plan = SamplingPlan(size=5, seed=1, batch_size=2, accumulation=1, drop_last=False, world=1, rank=0,
-                     views=recipe.data.views)  # fmt: skip
+    plan = SamplingPlan(size=5, seed=1, batch_size=2, grad_accum_steps=1, drop_last=False, world=1, rank=0,
+                     views=recipe.data.fixed_views)  # fmt: skip
     train = images.training(plan)
     found = {"train": [batch.images.clone() for epoch in (0, 1) for _, batch in train.epoch(epoch)]}
     train.close()
@@ -196,7 +196,7 @@ def test_every_shipped_set_of_transforms_gives_the_same_pixels(photographs: Path
 
 
 @pytest.mark.parametrize("tier", ["auto", "disk", "memory", "device"])
-@pytest.mark.parametrize("more", ["", FLIP, FLIP + 'on = "workers"\n'], ids=["plain", "batches", "workers"])
+@pytest.mark.parametrize("more", ["", FLIP, FLIP + 'run_on = "workers"\n'], ids=["plain", "batches", "workers"])
 def test_every_tier_gives_the_same_pixels_and_says_where_they_are(photographs: Path, tier: str, more: str) -> None:
     setup, said = setup_of(loads_recipe(ON_FILES + more, [f'data.cache="{tier}"']), files_of(photographs), None)
     plain, _ = batches_of(setup, cached=False)
@@ -216,7 +216,7 @@ def test_every_tier_gives_the_same_pixels_and_says_where_they_are(photographs: P
 
 def test_a_random_crop_keeps_whole_images_and_the_fixed_crop_is_made_of_them(photographs: Path) -> None:
     """One entry serves all splits: what comes before the crop is the same."""
-    more = '[augment]\ntrain = [{ name = "RandomCrop", at = "crop" }]\n'
+    more = '[augment]\ntrain = [{ name = "RandomCrop", stage = "crop" }]\n'
     setup, _said = setup_of(loads_recipe(ON_FILES + more), files_of(photographs), None)
     plain, _ = batches_of(setup, cached=False)
     once, kept = batches_of(setup, cached=True)
@@ -236,10 +236,10 @@ def test_greyscale_input_is_kept_with_one_channel(photographs: Path, own_cache: 
 
 
 CROPS = {
-    "in place of both": '{ name = "RandomResizedCrop", at = "resize_crop" }',
-    "of images that differ in size": '{ name = "RandomCrop", at = "crop" }',
-    "turned before": '{ name = "RandomRotation", degrees = 20, at = "before_resize" }',
-    "in strange colours": '{ name = "RandomSolarize", threshold = 128, at = "before_crop" }',
+    "in place of both": '{ name = "RandomResizedCrop", stage = "resize_crop" }',
+    "of images that differ in size": '{ name = "RandomCrop", stage = "crop" }',
+    "turned before": '{ name = "RandomRotation", degrees = 20, stage = "before_resize" }',
+    "in strange colours": '{ name = "RandomSolarize", threshold = 128, stage = "before_crop" }',
 }
 """Transforms up to the crop that cannot be made in batches."""
 
@@ -249,7 +249,8 @@ def test_what_must_be_made_one_by_one_ends_with_the_crop(photographs: Path, crop
     """From the crop on it goes in batches, and the crop is the same to the last bit as where all is made by workers."""
     alone = f"[augment]\ntrain = [{crop}]\n"
     by_workers, _ = batches_of(
-        setup_of(loads_recipe(ON_FILES + alone, ['augment.on="workers"']), files_of(photographs), None)[0], cached=False
+        setup_of(loads_recipe(ON_FILES + alone, ['augment.run_on="workers"']), files_of(photographs), None)[0],
+        cached=False,
     )
     for settings in ([], ["data.workers=2"]):
         setup, _ = setup_of(loads_recipe(ON_FILES + alone, settings), files_of(photographs), None)
@@ -270,7 +271,7 @@ def test_what_must_be_made_one_by_one_ends_with_the_crop(photographs: Path, crop
 
 
 def test_one_by_one_to_the_end_where_sizes_differ_or_the_rest_needs_it(photographs: Path) -> None:
-    crop = '{ name = "RandomResizedCrop", at = "resize_crop" }'
+    crop = '{ name = "RandomResizedCrop", stage = "resize_crop" }'
     for more in (
         f'train = [{crop}, {{ name = "RandomSolarize", threshold = 128 }}]',
         f'train = [{crop}]\nauto_augment = "rand-m9"',
@@ -286,14 +287,14 @@ def test_one_by_one_to_the_end_where_sizes_differ_or_the_rest_needs_it(photograp
 
 
 def test_views_take_turns(photographs: Path) -> None:
-    for more in (FLIP, FLIP + 'on = "workers"\n'):
-        setup, _ = setup_of(loads_recipe(ON_FILES + more, ["data.views=2"]), files_of(photographs), None)
+    for more in (FLIP, FLIP + 'run_on = "workers"\n'):
+        setup, _ = setup_of(loads_recipe(ON_FILES + more, ["data.fixed_views=2"]), files_of(photographs), None)
         plain, _ = batches_of(setup, cached=False)
         once, _ = batches_of(setup, cached=True)
         assert_equal(plain, once)
     seen: dict[int, set[bytes]] = {0: set(), 1: set(), 2: set(), 3: set()}
     ways = {split: plan_preprocessing(split, setup.recipe.augment, setup.preprocessing, 0, None) for split in SPLITS}
-    plan = SamplingPlan(size=5, seed=1, batch_size=2, accumulation=1, drop_last=False, world=1, rank=0, views=2)
+    plan = SamplingPlan(size=5, seed=1, batch_size=2, grad_accum_steps=1, drop_last=False, world=1, rank=0, views=2)
     loader = ImageLoaders(setup, ways, CachedSplitImages.of(setup, ways)).training(plan)
     for epoch, images in seen.items():
         images |= {image.numpy().tobytes() for _, batch in loader.epoch(epoch) for image in batch.images}
@@ -371,7 +372,7 @@ def test_whole_images_that_do_not_fit_into_memory_are_not_kept(
     photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The random crop comes first: what could be kept is larger than the files."""
-    more = '[augment]\ntrain = [{ name = "RandomResizedCrop", at = "resize_crop" }]\n'
+    more = '[augment]\ntrain = [{ name = "RandomResizedCrop", stage = "resize_crop" }]\n'
     monkeypatch.setattr(image_cache, "available_memory", lambda: 50 * 1024)
     setup, said = setup_of(loads_recipe(ON_FILES + more), files_of(photographs), None)
     plain, _ = batches_of(setup, cached=False)

@@ -53,13 +53,13 @@ def test_the_run_directory_holds_what_it_should(run: Run) -> None:
 def test_metrics_and_summary_use_the_agreed_names(run: Run) -> None:
     epochs = run.epochs()
     assert [record["epoch"] for record in epochs] == [1, 2, 3]
-    assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/top5_accuracy", "val/class_accuracy",
+    assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/top5_accuracy", "val/balanced_accuracy",
             "lr"} <= set(epochs[0])  # fmt: skip
     steps = [record for record in run.metrics() if "train/step_loss" in record]
     assert [record["step"] for record in steps] == [2, 4, 7, 9, 12, 14], "every two of the five steps of an epoch"
     summary = run.summary
-    for model in ("best", "stopped"):
-        assert {"epoch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_class_accuracy"} <= set(
+    for model in ("best", "last"):
+        assert {"epoch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_balanced_accuracy"} <= set(
             summary[model]
         )
     assert {"parameters", "seconds", "images_per_s", "peak_memory_gib", "shortcuts"} <= set(summary)
@@ -69,7 +69,7 @@ def test_metrics_and_summary_use_the_agreed_names(run: Run) -> None:
     assert summary["parameters"] == 98_026
     best = max(epochs, key=lambda record: record["val/accuracy"])
     assert summary["best"]["epoch"] == best["epoch"]
-    assert summary["stopped"]["epoch"] == 3
+    assert summary["last"]["epoch"] == 3
 
 
 def test_predictions_give_the_summary_s_accuracy_in_dataset_order(run: Run) -> None:
@@ -161,13 +161,13 @@ def test_two_runs_never_share_a_directory(tmp_path: Path) -> None:
 def test_expected_figures_are_met_missed_or_not_comparable(tmp_path: Path) -> None:
     fast = (*SMALL, "--set", "train.epochs=1", "--set", "tracking.trackers=[]")
     run = train(tmp_path, *fast, "--set", "data.test_images_per_class=5",
-                "--set", 'expect.parameters={ value = 98026, source = "counted" }')  # fmt: skip
+                "--set", 'expected_metrics.parameters={ value = 98026, source = "counted" }')  # fmt: skip
     assert "not comparable" in toolkit("check", run.path).stdout
     whole = ("--set", "train.epochs=1", "--set", "tracking.trackers=[]", "--set", "augment.train=[]")
     figures = (
-        'expect.parameters={ value = 98026, source = "counted" }',
-        'expect.val_loss={ at_most = 0.0, source = "a wish" }',
-        'expect.test_loss={ at_least = 0.0, seeds = [7], source = "another seed" }',
+        'expected_metrics.parameters={ value = 98026, source = "counted" }',
+        'expected_metrics.val_loss={ at_most = 0.0, source = "a wish" }',
+        'expected_metrics.test_loss={ at_least = 0.0, seeds = [7], source = "another seed" }',
     )
     run = train(tmp_path, *whole, *(part for figure in figures for part in ("--set", figure)))
     outcome = toolkit("check", run.path, "--json")

@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[ModelConfig, int, list[str], list[str], str, list[list[s
         ModelConfig(
             source="torchvision",
             name="vgg11_bn",
-            head=HeadConfig(hidden=[512], batch_norm=True, replaces="classifier"),
+            head=HeadConfig(hidden=[512], batch_norm=True, scope="classifier"),
         ),
         32,
         VGG_CONVOLUTIONS,
@@ -83,8 +83,8 @@ MODES: dict[str, tuple[TransferConfig, str]] = {
     "scratch": (TransferConfig(mode="scratch"), "BCH"),
     "finetune": (TransferConfig(mode="finetune"), "BCH"),
     "feature_extractor": (TransferConfig(mode="feature_extractor"), "CH"),
-    "frozen_classifier": (TransferConfig(mode="frozen_classifier"), "BH"),
-    "frozen_classifier, head too": (TransferConfig(mode="frozen_classifier", new_layer="freeze"), "B"),
+    "backbone_only": (TransferConfig(mode="backbone_only"), "BH"),
+    "backbone_only, head too": (TransferConfig(mode="backbone_only", new_layer="freeze"), "B"),
     "linear_probe": (TransferConfig(mode="linear_probe"), "H"),
     "gradual": (TransferConfig(mode="gradual", unfreeze_at=[2, 4]), "H"),
 }
@@ -181,8 +181,8 @@ def test_gradual_opens_stage_after_stage(name: str) -> None:
     ("mode", "expected"),
     [
         ("feature_extractor", ["classifier"]),
-        ("frozen_classifier", [*VGG_CONVOLUTIONS, "classifier.6"]),
-        ("frozen_classifier, head too", VGG_CONVOLUTIONS),
+        ("backbone_only", [*VGG_CONVOLUTIONS, "classifier.6"]),
+        ("backbone_only, head too", VGG_CONVOLUTIONS),
         ("linear_probe", ["classifier.6"]),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_new_small_stem_is_not_left_frozen() -> None:
         ("vgg11_bn", "linear_probe", "classifier"),
         ("tf_efficientnet_lite0", "linear_probe", "classifier"),
         ("vit_tiny_patch16_224", "linear_probe", "head"),
-        ("resnet18", "frozen_classifier", None),
+        ("resnet18", "backbone_only", None),
         ("vit_tiny_patch16_224", "finetune", None),
     ],
 )

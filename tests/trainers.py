@@ -107,7 +107,7 @@ mode = "gradual"
 unfreeze_at = [2, 4]
 """
 
-EMA = ("--set", "train.ema=0.9", "--set", "train.clip_norm=1.0", "--set", 'train.select="val/loss"')
+EMA = ("--set", "train.ema=0.9", "--set", "train.max_grad_norm=1.0", "--set", 'train.best_metric="val/loss"')
 """For MUCH."""
 
 Prepare = Callable[[int], None]

@@ -143,7 +143,7 @@ def _measure(training: Trainer, steps: int, repeats: int, peak_tflops: float | N
     flops = _flops(training, first)
 
     def data() -> None:
-        for _, batch in itertools.islice(stream.epoch(0), steps * table.accumulation):
+        for _, batch in itertools.islice(stream.epoch(0), steps * table.grad_accum_steps):
             to_device(batch.images, device, table.channels_last)
 
     stream, repeated = _EndlessLoader(loader), _RepeatedBatch(first, steps)

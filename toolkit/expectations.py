@@ -1,4 +1,4 @@
-"""The figures that a recipe promises in [expect], held against what a run has reached."""
+"""The figures that a recipe promises in [expected_metrics], held against what a run has reached."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class ExpectationResult:
 
 
 def check_expectations(recipe: Recipe, summary: dict[str, Any]) -> list[ExpectationResult]:
-    """A verdict on each figure of [expect]. Seeds that the figure was not stated for, and subsets, do not compare."""
-    return [_judge(recipe, summary, figure, expected) for figure, expected in recipe.expect.items()]
+    """A verdict on each figure of [expected_metrics]. Seeds that the figure was not stated for, and subsets, do not compare."""
+    return [_judge(recipe, summary, figure, expected) for figure, expected in recipe.expected_metrics.items()]
 
 
 def _judge(recipe: Recipe, summary: dict[str, Any], figure: str, expected: Expectation) -> ExpectationResult:
@@ -59,9 +59,9 @@ def _judge(recipe: Recipe, summary: dict[str, Any], figure: str, expected: Expec
 
 
 def _measured(summary: dict[str, Any], figure: str) -> float | None:
-    """test_accuracy is the best model's; stopped_test_accuracy the stopped one's; others stand at the top."""
-    if figure.startswith("stopped_"):
-        value = summary["stopped"].get(figure.removeprefix("stopped_"))
+    """test_accuracy is the best model's; last_test_accuracy the stopped one's; others stand at the top."""
+    if figure.startswith("last_"):
+        value = summary["last"].get(figure.removeprefix("last_"))
     else:
         value = summary["best"].get(figure, summary.get(figure))
     return float(value) if isinstance(value, (int, float)) else None

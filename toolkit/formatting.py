@@ -16,9 +16,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def batch_split(batch_size: int, processes: int, accumulation: int) -> str:
+def batch_split(batch_size: int, processes: int, grad_accum_steps: int) -> str:
     """What becomes of a batch: ``64``, ``64 = 2 processes x 32 images``, ``64 = 4 accumulation steps x 16 images``."""
-    factors = [(processes, "processes"), (accumulation, "accumulation steps")]
+    factors = [(processes, "processes"), (grad_accum_steps, "accumulation steps")]
     parts = [f"{count} {name}" for count, name in factors if count > 1]
-    images = batch_size // processes // accumulation
+    images = batch_size // processes // grad_accum_steps
     return " x ".join([f"{batch_size} = {parts[0]}", *parts[1:], plural(images, "image")]) if parts else f"{batch_size}"

@@ -67,7 +67,7 @@ def transform_of(recipe: Recipe, preprocessing: Preprocessing, *, train: bool) -
         built = getattr(v2, entry.name)(**entry.arguments)
         if entry.apply_p < 1:
             built = v2.RandomApply([built], p=entry.apply_p)
-        places.setdefault(entry.at or "after_crop", []).append(built)
+        places.setdefault(entry.stage or "after_crop", []).append(built)
     steps = [*places.get("before_resize", [])]
     if "resize_crop" in places:
         steps += places["resize_crop"]

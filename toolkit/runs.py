@@ -37,8 +37,9 @@ from pydantic import ConfigDict, Field
 
 from toolkit.errors import EXIT_FAILURE, UserError
 from toolkit.locks import Lock, acquire
-from toolkit.reading import DamagedFile, Shape, read_bytes, read_csv, read_json, read_json_lines
+from toolkit.reading import DamagedFile, Shape, check_shape, read_bytes, read_csv, read_json, read_json_lines
 from toolkit.recipe import Recipe, load_recipe
+from toolkit.recipe.earlier_versions import update_metrics
 
 PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
@@ -62,7 +63,7 @@ class _Summary(Shape):
     """summary.json. Only the metrics of the two models are always there; earlier versions wrote fewer keys."""
 
     best: _Figures
-    stopped: _Figures
+    last: _Figures
     train_loss: Number = None
     train_accuracy: Number = None
     epochs_run: int = Field(0, ge=0)
@@ -187,7 +188,8 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """The figures at the end; a UserError while there is none yet."""
-        return read_json(self.path / "summary.json", _Summary)
+        path = self.path / "summary.json"
+        return check_shape(path, update_metrics(read_json(path)), _Summary)
 
     @property
     def model_card(self) -> dict[str, Any]:
@@ -262,7 +264,8 @@ class Run:
 
     def metric_lines(self) -> Iterator[dict[str, Any] | ValueError]:
         """Each line of metrics.jsonl, or what is wrong with it; nothing where there is no such file."""
-        return read_json_lines(self.metrics_file, _Record) if os.path.lexists(self.metrics_file) else iter(())
+        lines = read_json_lines(self.metrics_file, _Record) if os.path.lexists(self.metrics_file) else ()
+        return (update_metrics(line) if isinstance(line, dict) else line for line in lines)
 
     def epochs(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that close an epoch."""

@@ -47,7 +47,7 @@ lr = 0.02
 epochs = 4
 batch_size = 12
 precision = "no"
-select = "val/loss"
+best_metric = "val/loss"
 
 [tracking]
 trackers = []

@@ -153,7 +153,7 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
 }  # fmt: skip
 WRONG = ("1", "true", '"text"', "[1, 2]", "[{ a = 1 }]", "1979-05-27T07:32:00Z", "nan")
 TABLES = ("recipe", "data", "augment", "model", "transfer", "optimizer", "scheduler", "train", "early_stopping",
-          "checkpoint", "tracking", "slurm", "study", "expect", "data.split", "model.head",
+          "checkpoint", "tracking", "slurm", "study", "expected_metrics", "data.split", "model.head",
           "model.convnet")  # fmt: skip
 
 

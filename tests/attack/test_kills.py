@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SEED = 13
 KILLS = 216
-EMA = ("train.ema=0.9", "train.clip_norm=1.0", 'train.select="val/loss"')
+EMA = ("train.ema=0.9", "train.max_grad_norm=1.0", 'train.best_metric="val/loss"')
 PLAIN = """
 [model]
 source = "toolkit"
@@ -32,8 +32,8 @@ COMBINATIONS = (
     Combination("mixup, EMA, plateau", 1, MUCH, EMA),
     Combination("mixup, EMA, plateau on two", 2, MUCH, EMA),
     Combination("bf16, AdamW", 1, MUCH, ('train.precision="bf16"', *EMA), optimizer=ADAMW),
-    Combination("bf16 and accumulation on two", 2, MUCH, ('train.precision="bf16"', "train.accumulation=2")),
-    Combination("accumulation, checkpoint every step", 1, MUCH, ("train.accumulation=2", "checkpoint.every_steps=1")),
+    Combination("bf16 and accumulation on two", 2, MUCH, ('train.precision="bf16"', "train.grad_accum_steps=2")),
+    Combination("accumulation, checkpoint every step", 1, MUCH, ("train.grad_accum_steps=2", "checkpoint.every_steps=1")),
     Combination("early stopping", 1, PLAIN,
                 ("optimizer.lr=0.2", "early_stopping.patience=2", 'early_stopping.metric="val/accuracy"'), 20),
     Combination("early stopping on two", 2, PLAIN,
@@ -44,7 +44,7 @@ COMBINATIONS = (
     Combination("linear probe on kept features", 1, FROZEN, ("train.ema=0.9",)),
     Combination("gradual unfreezing, AdamW on two", 2, GRADUAL, ("train.ema=0.9",), optimizer=ADAMW),
     Combination("last epoch, no validation, no test", 1, PLAIN,
-                ('train.select="last"', "data.split.validation=0", "data.split.test=0")),
+                ('train.best_metric="last"', "data.split.validation=0", "data.split.test=0")),
     Combination("drop_last, balanced sampling, class weights on two", 2, PLAIN,
                 ("train.drop_last=true", 'train.sampling="balanced"', 'train.class_weights="balanced"')),
     Combination("checkpoints of epochs alone, one kept", 1, MUCH, ("checkpoint.every_steps=0", "checkpoint.keep=1")),

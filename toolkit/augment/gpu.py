@@ -102,14 +102,14 @@ def gpu_augmentation(
 ) -> GpuAugmentation | str:
     """The augmentations of a split for batches, or why it has none (in words: the place in the recipe and the name).
 
-    Raises UserError where augment.on = "device" and something prevents it, and as
+    Raises UserError where augment.run_on = "device" and something prevents it, and as
     :func:`toolkit.augment.transforms.build_transform`.
     """
-    obstacle = 'augment.on = "workers"' if augment.on == "workers" else unsupported_on_gpu(split, augment)
+    obstacle = 'augment.run_on = "workers"' if augment.run_on == "workers" else unsupported_on_gpu(split, augment)
     if obstacle is None:
         return GpuAugmentation(chain_of(after_resize(split, augment, preprocessing)), preprocessing, seed)
-    if augment.on == "device":
-        raise UserError(f'augment.on = "device", but batches cannot be given {obstacle}; set "auto" or "workers"')
+    if augment.run_on == "device":
+        raise UserError(f'augment.run_on = "device", but batches cannot be given {obstacle}; set "auto" or "workers"')
     return obstacle
 
 

@@ -51,7 +51,7 @@ def chain_of(steps: Sequence[Any]) -> AugmentationPipeline:
 
 def after_resize(split: str, augment: AugmentConfig, preprocessing: Preprocessing) -> Sequence[Any]:
     """The steps of a split's transform that come after its resize."""
-    fixed = sum(entry.at == "before_resize" for entry in getattr(augment, split))
+    fixed = sum(entry.stage == "before_resize" for entry in getattr(augment, split))
     return build_transform(split, augment, preprocessing).steps[fixed + (preprocessing.resize is not None) :]
 
 

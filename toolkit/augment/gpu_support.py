@@ -41,7 +41,7 @@ def unsupported_on_gpu(split: str, augment: AugmentConfig, *, after_crop: bool =
     """
     entries: Sequence[TransformConfig] = getattr(augment, split)
     for index, entry in enumerate(entries):
-        reason = None if after_crop and entry.at in UP_TO_CROP else _obstacle(entry)
+        reason = None if after_crop and entry.stage in UP_TO_CROP else _obstacle(entry)
         if reason is not None:
             return f"augment.{split}[{index}]: {entry.name}{reason}"
     if split == "train" and augment.auto_augment is not None:
@@ -52,14 +52,14 @@ def unsupported_on_gpu(split: str, augment: AugmentConfig, *, after_crop: bool =
 def _obstacle(entry: TransformConfig) -> str | None:
     """Why one transform is not made in batches, in words that follow its name; None where it is."""
     given = entry.arguments
-    if entry.at == "before_resize":
-        return None if entry.name in FIXED and entry.apply_p == 1 else ' at = "before_resize"'
+    if entry.stage == "before_resize":
+        return None if entry.name in FIXED and entry.apply_p == 1 else ' stage = "before_resize"'
     if entry.name not in BATCHED:
         return ""
-    if entry.at == "resize_crop":
-        return ' at = "resize_crop"'
-    if entry.at == "tensor" and entry.name in COLOR:
-        return ' at = "tensor"'
+    if entry.stage == "resize_crop":
+        return ' stage = "resize_crop"'
+    if entry.stage == "tensor" and entry.name in COLOR:
+        return ' stage = "tensor"'
     if entry.name in FIXED and entry.apply_p < 1:
         return " with apply_p"  # it may leave images of different sizes in a batch
     if given.get("expand"):

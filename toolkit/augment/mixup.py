@@ -29,17 +29,17 @@ class MixupConfig:
     """Alpha of mixup's Beta(alpha, alpha); 0 is off."""
     cutmix: float
     """Alpha of CutMix's Beta(alpha, alpha); 0 is off."""
-    mix_p: float
+    mixup_prob: float
     """Probability that a batch is mixed at all."""
-    cutmix_share: float
+    mixup_switch_prob: float
     """Where both are on: share of mixed batches that CutMix takes."""
 
 
 def mixup_config(augment: AugmentConfig) -> MixupConfig | None:
     """The settings of a recipe; None where nothing is ever mixed."""
-    if augment.mix_p == 0 or not (augment.mixup or augment.cutmix):
+    if augment.mixup_prob == 0 or not (augment.mixup or augment.cutmix):
         return None
-    return MixupConfig(augment.mixup, augment.cutmix, augment.mix_p, augment.cutmix_share)
+    return MixupConfig(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob)
 
 
 def mix(
@@ -60,10 +60,10 @@ def mix(
     """
     generator = np.random.Generator(np.random.Philox(key=[hash64(_MIXING_STREAM, *key), hash64(*key)]))
     mixed, kind, where = generator.random(3)
-    if mixed >= settings.mix_p:
+    if mixed >= settings.mixup_prob:
         return images[:own], targets[:own]
     index = torch.from_numpy(partners).to(images.device, non_blocking=True)
-    use_cutmix = settings.cutmix > 0 and (settings.mixup == 0 or kind < settings.cutmix_share)
+    use_cutmix = settings.cutmix > 0 and (settings.mixup == 0 or kind < settings.mixup_switch_prob)
     alpha = settings.cutmix if use_cutmix else settings.mixup
     share = float(generator.beta(alpha, alpha))
     if use_cutmix:

@@ -159,9 +159,11 @@ def build_transform(split: str, augment: AugmentConfig, preprocessing: Preproces
     places: dict[str, list[NamedTransform]] = {}
     for number, entry in enumerate(_entries(split, augment)):
         where = f"augment.{split}[{number}]"
-        place = entry.at or ("tensor" if entry.name in TENSOR_ONLY else "after_crop")
+        place = entry.stage or ("tensor" if entry.name in TENSOR_ONLY else "after_crop")
         if entry.name in TENSOR_ONLY and place != "tensor":
-            raise UserError(f"{where}: {entry.name} needs a tensor; set at = 'tensor' or leave it out, not {place!r}")
+            raise UserError(
+                f"{where}: {entry.name} needs a tensor; set stage = 'tensor' or leave it out, not {place!r}"
+            )
         places.setdefault(place, []).append(_build_entry(entry, where, preprocessing.image_size))
     is_train = split == "train"
     up_to_crop = [*places.get("before_resize", []), *_resize_and_crop(split, places, preprocessing)]
@@ -252,9 +254,13 @@ def _resize_and_crop(
     both, crop = places.get("resize_crop", []), places.get("crop", [])
     before_crop = places.get("before_crop", [])
     if len(both) + len(crop) > 1:
-        raise UserError(f"augment.{split}: only one transform can take the crop's place (at = 'crop' or 'resize_crop')")
+        raise UserError(
+            f"augment.{split}: only one transform can take the crop's place (stage = 'crop' or 'resize_crop')"
+        )
     if both and before_crop:
-        raise UserError(f"augment.{split}: at = 'before_crop' has no place where another entry is at = 'resize_crop'")
+        raise UserError(
+            f"augment.{split}: stage = 'before_crop' has no place where another entry is stage = 'resize_crop'"
+        )
     return both or [*_resize(preprocessing), *before_crop, *(crop or _crop(preprocessing))]
 
 

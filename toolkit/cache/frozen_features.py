@@ -45,7 +45,7 @@ def tail_of(recipe: Recipe, transfer: Transfer) -> str | None:
     augment = recipe.augment
     if recipe.data.cache == "off" or recipe.transfer.mode == "gradual" or augment.mixup or augment.cutmix:
         return None
-    if not is_deterministic("train", augment) and recipe.data.views is None:
+    if not is_deterministic("train", augment) and recipe.data.fixed_views is None:
         return None
     return find_frozen_backbone(transfer)
 
@@ -92,7 +92,7 @@ class Features:
         recipe = self.setup.recipe
         if split != "train" or is_deterministic("train", recipe.augment):
             return [EVALUATION]
-        return list(range(min(recipe.data.views or 1, recipe.train.epochs)))
+        return list(range(min(recipe.data.fixed_views or 1, recipe.train.epochs)))
 
     def obstacle(self, sample: Tensor) -> str:
         """What keeps features from being used: the frozen part is not exact on ``sample``, or there is no room; ""."""

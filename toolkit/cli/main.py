@@ -63,7 +63,7 @@ def program(
 
 @app.command()
 def check(run: RunPath, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Compare a run's metrics with its recipe's [expect] table.
+    """Compare a run's metrics with those that its recipe expects.
 
     Each metric is met, missed or not comparable. Exit status 1 if one is missed.
 
@@ -84,7 +84,7 @@ def check(run: RunPath, as_json: AsJson = False, debug: Debug = False) -> None:
             for verdict in verdicts:
                 print(verdict.line())
             if not verdicts:
-                print("the recipe has no [expect] table: nothing to check")
+                print("the recipe has no [expected_metrics] table: nothing to check")
         return EXIT_FAILURE if any(verdict.verdict == "missed" for verdict in verdicts) else EXIT_OK
 
     exit_with_status(run_with_error_handling(work, debug=debug))

@@ -53,7 +53,7 @@ def plan_preprocessing(
     if makes_floats(transform.after(len(transform.fixed))):
         plain = GpuAugmentation(AugmentationPipeline((), None), preprocessing, seed)
         return PreprocessingPlan(transform, len(transform.fixed), plain, True, "")
-    if augment.on == "workers":
+    if augment.run_on == "workers":
         return PreprocessingPlan(transform, 0, None, False, "")
     batched = gpu_augmentation(augment, preprocessing, seed, split)
     if isinstance(batched, str):
@@ -62,8 +62,8 @@ def plan_preprocessing(
         return PreprocessingPlan(transform, transform.base, batched, False, "")
     else:
         obstacle = f"augment.{split}: the images are of different sizes where the random transforms begin"
-    if augment.on == "device":
-        raise UserError(f'augment.on = "device" cannot be: {obstacle}; set "auto" or "workers"')
+    if augment.run_on == "device":
+        raise UserError(f'augment.run_on = "device" cannot be: {obstacle}; set "auto" or "workers"')
     if unsupported_on_gpu(split, augment, after_crop=True) is None and _is_cropped(split, augment, preprocessing):
         rest = GpuAugmentation(chain_of(transform.steps[transform.cropped :]), preprocessing, seed)
         return PreprocessingPlan(transform, transform.cropped, rest, False, obstacle)
@@ -78,7 +78,7 @@ def _is_uniform(transform: ImageTransform, preprocessing: Preprocessing, native_
 
 def _is_cropped(split: str, augment: AugmentConfig, preprocessing: Preprocessing) -> bool:
     """Whether all images are of one size after the crop, or what stands in its place."""
-    in_place = any(entry.at in ("crop", "resize_crop") for entry in getattr(augment, split))
+    in_place = any(entry.stage in ("crop", "resize_crop") for entry in getattr(augment, split))
     return preprocessing.crop or in_place or isinstance(preprocessing.resize, tuple)
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.recipe.resolve import BEFORE
+from toolkit.recipe.earlier_versions import DEFAULTS
 from toolkit.recipe.schema import DataConfig, NormalizeValues
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -64,7 +64,7 @@ class Preprocessing:
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """Inverse of :meth:`to_dict` (JSON turns tuples into lists)."""
         fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in {**BEFORE["data"], **values}.items()
+            k: tuple(v) if isinstance(v, list) else v for k, v in {**DEFAULTS["data",], **values}.items()
         }
         return cls(**fields)
 

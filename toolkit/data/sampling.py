@@ -108,7 +108,7 @@ def plan_epoch(
     n: int,
     *,
     batch_size: int,
-    accumulation: int,
+    grad_accum_steps: int,
     drop_last: bool,
     world: int,
     rank: int,
@@ -125,7 +125,7 @@ def plan_epoch(
     for step in range(first_step, steps_per_epoch(n, batch_size, drop_last)):
         start = step * batch_size
         count = min(batch_size, n - start)
-        parts = min(accumulation, count)
+        parts = min(grad_accum_steps, count)
         for part in range(parts):
             low, high = count * part // parts, count * (part + 1) // parts
             replicated = high - low < world
@@ -165,7 +165,7 @@ class SamplingPlan:
     seed: int
     batch_size: int
     """Images per optimiser step, over all processes and parts."""
-    accumulation: int = 1
+    grad_accum_steps: int = 1
     drop_last: bool = False
     world: int = 1
     rank: int = 0
@@ -190,7 +190,7 @@ class SamplingPlan:
         micro_batches = plan_epoch(
             self.size,
             batch_size=self.batch_size,
-            accumulation=self.accumulation,
+            grad_accum_steps=self.grad_accum_steps,
             drop_last=self.drop_last,
             world=self.world,
             rank=self.rank,
@@ -210,16 +210,16 @@ class SamplingPlan:
         return draws if self.views is None else positions
 
 
-def check_batch_size(batch_size: int, world: int, accumulation: int) -> None:
+def check_batch_size(batch_size: int, world: int, grad_accum_steps: int) -> None:
     """Raise UserError where a batch does not divide evenly among processes and accumulation parts."""
-    unit = world * accumulation
+    unit = world * grad_accum_steps
     if batch_size % unit == 0:
         return
     below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
     nearest = f"{below} or {above}" if below else str(above)
     raise UserError(
         f"train.batch_size = {batch_size} cannot be divided evenly among {plural(world, 'process', 'processes')} x "
-        f"{plural(accumulation, 'accumulation step')}: it must be a multiple of {unit}; the nearest are "
+        f"{plural(grad_accum_steps, 'accumulation step')}: it must be a multiple of {unit}; the nearest are "
         f"{nearest}"
     )
 

@@ -152,15 +152,15 @@ def _check_options(options: argparse.Namespace, train: TrainConfig) -> None:
     configuration file: see :func:`toolkit.distributed.process.check_launcher`.
     """
     is_compiled = train.compile or train.cuda_graphs
-    accumulation, clip_norm = options.gradient_accumulation_steps, options.gradient_clipping
+    grad_accum_steps, max_grad_norm = options.gradient_accumulation_steps, options.gradient_clipping
     contradictions = [
         ("mixed_precision", "no", options.mixed_precision == "no" and _precision(train) != "no",
          precision_in_recipe(train.precision, _precision(train))),
         ("dynamo_backend", "no", options.dynamo_backend == "no" and is_compiled, compile_in_recipe(train)),
-        ("gradient_accumulation_steps", accumulation, accumulation not in (None, train.accumulation),
-         f"train.accumulation = {train.accumulation}"),
-        ("gradient_clipping", clip_norm, clip_norm not in (None, train.clip_norm),
-         "no train.clip_norm" if train.clip_norm is None else f"train.clip_norm = {train.clip_norm:g}"),
+        ("gradient_accumulation_steps", grad_accum_steps, grad_accum_steps not in (None, train.grad_accum_steps),
+         f"train.grad_accum_steps = {train.grad_accum_steps}"),
+        ("gradient_clipping", max_grad_norm, max_grad_norm not in (None, train.max_grad_norm),
+         "no train.max_grad_norm" if train.max_grad_norm is None else f"train.max_grad_norm = {train.max_grad_norm:g}"),
     ]  # fmt: skip
     for option, value, contradicts, recipe in contradictions:
         if contradicts:

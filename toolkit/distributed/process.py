@@ -76,7 +76,12 @@ def check_launcher(train: TrainConfig, precision: str) -> None:
     settings = [
         # option, its default (which Accelerate also sets where nobody gave it), the recipe's value and key
         ("mixed_precision", "no", precision, precision_in_recipe(train.precision, precision)),
-        ("gradient_accumulation_steps", "1", str(train.accumulation), f"train.accumulation = {train.accumulation}"),
+        (
+            "gradient_accumulation_steps",
+            "1",
+            str(train.grad_accum_steps),
+            f"train.grad_accum_steps = {train.grad_accum_steps}",
+        ),
         ("dynamo_backend", "no", compiled, compile_in_recipe(train)),
     ]
     for option, default, wanted, recipe in settings:
@@ -202,13 +207,13 @@ def out_of_memory_explained(train: TrainConfig, processes: int) -> Iterator[None
         is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not is_known and not any(some in str(error) for some in ("can't allocate memory", "out of memory")):
             raise
-        at_once = train.batch_size // processes // train.accumulation
+        at_once = train.batch_size // processes // train.grad_accum_steps
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunFailed(
             f"out of memory with {at_once} images at once in each process (train.batch_size = {train.batch_size} over "
-            f"{plural(processes, 'process', 'processes')} and train.accumulation = {train.accumulation}): "
+            f"{plural(processes, 'process', 'processes')} and train.grad_accum_steps = {train.grad_accum_steps}): "
             f"{first:.200}\n"
-            "Try a larger train.accumulation (same experiment, fewer images at once), train.precision = 'bf16', a "
+            "Try a larger train.grad_accum_steps (same experiment, fewer images at once), train.precision = 'bf16', a "
             "smaller train.eval_batch_size, or a smaller train.batch_size"
         ) from error
 

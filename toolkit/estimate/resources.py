@@ -68,7 +68,7 @@ class ResourceEstimate:
     @property
     def micro_batch(self) -> int:
         """Images that one process holds at a time."""
-        return self.recipe.train.batch_size // self.processes // self.recipe.train.accumulation
+        return self.recipe.train.batch_size // self.processes // self.recipe.train.grad_accum_steps
 
     @property
     def steps(self) -> int | None:
@@ -97,7 +97,7 @@ class ResourceEstimate:
             "steps": self.steps * epochs if self.steps is not None else None,
             "batch_size": self.recipe.train.batch_size,
             "processes": self.processes,
-            "accumulation": self.recipe.train.accumulation,
+            "grad_accum_steps": self.recipe.train.grad_accum_steps,
             "images_per_process": self.micro_batch,
             "parameters": self.parameters,
             "trainable_parameters": self.trainable,
@@ -118,13 +118,13 @@ def plan(recipe: Recipe, processes: int = 1, classes: int | None = None) -> Reso
     Raises UserError for a batch that does not divide, and for what training would refuse.
     """
     train = recipe.train
-    check_batch_size(train.batch_size, processes, train.accumulation)
+    check_batch_size(train.batch_size, processes, train.grad_accum_steps)
     contents = _contents(recipe.data, classes)
     if contents.images:
         check_steps(contents.images["train"], train.batch_size, train.drop_last)
     preprocessing = _preprocessing(recipe, contents)
     size = preprocessing.image_size
-    shape = (train.batch_size // processes // train.accumulation, preprocessing.channels, size, size)
+    shape = (train.batch_size // processes // train.grad_accum_steps, preprocessing.channels, size, size)
     precision, notes = _precision(recipe)
     if contents.absent:
         notes.insert(0, f"images and steps are left out: {contents.absent}")
@@ -237,7 +237,7 @@ def find_speed(recipe: Recipe) -> Throughput | None:
 
 def _is_alike(one: Recipe, other: Recipe) -> bool:
     tables = ("model", "transfer")
-    keys = ("batch_size", "accumulation", "precision", "compile", "channels_last")
+    keys = ("batch_size", "grad_accum_steps", "precision", "compile", "channels_last")
     sizes = ("dataset", "image_size", "resize", "cache")
     return (
         all(getattr(one, table) == getattr(other, table) for table in tables)
@@ -262,7 +262,7 @@ def plan_text(found: ResourceEstimate) -> str:
         ("classes", f"{contents.classes}"),
         ("input", f"{found.preprocessing.channels} x {size} x {size}"),
         ("steps", _steps_text(found)),
-        ("batch", batch_split(train.batch_size, found.processes, train.accumulation)),
+        ("batch", batch_split(train.batch_size, found.processes, train.grad_accum_steps)),
         ("parameters", f"{found.parameters:,}, of which {found.trainable:,} train"),
         ("precision", found.precision),
         ("memory", f"{_size(memory.total)} on each device, measured by {found.measured_by}"),

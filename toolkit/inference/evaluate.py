@@ -198,7 +198,7 @@ def evaluate_run(
         if split == "test" and run.is_finished:
             outcome.predictions_equal = _same_rows(run, best, trained.classes)
         if _stopped_differs(summary) and _take_stopped(run, trained.module, summary, outcome):
-            _compare(outcome, "stopped", measure(trained.module), summary, allowed)
+            _compare(outcome, "last", measure(trained.module), summary, allowed)
     finally:
         loader.close()
     outcome.remarks += _remarks(trained, summary, accelerator)
@@ -265,14 +265,14 @@ def _same_rows(run: Run, found: EvalResult, classes: list[str]) -> int:
 
 def _stopped_differs(summary: dict[str, Any]) -> bool:
     """Whether the run stopped at another epoch than its best."""
-    return bool(summary) and summary["stopped"]["epoch"] != summary["best"]["epoch"]
+    return bool(summary) and summary["last"]["epoch"] != summary["best"]["epoch"]
 
 
 def _take_stopped(run: Run, module: nn.Module, summary: dict[str, Any], outcome: ReevaluationReport) -> bool:
     """Load the last epoch's weights from its checkpoint into the module; False, with a remark, where it is gone."""
-    epoch = summary["stopped"]["epoch"]
+    epoch = summary["last"]["epoch"]
     if not load_last_model(run, module, epoch):
-        outcome.remarks.append(f"the stopped model was not evaluated: no whole checkpoint of epoch {epoch} is left")
+        outcome.remarks.append(f"the last model was not evaluated: no whole checkpoint of epoch {epoch} is left")
         return False
     return True
 

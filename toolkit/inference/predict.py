@@ -32,7 +32,7 @@ from toolkit.errors import UserError
 from toolkit.filenames import encode_name
 from toolkit.models.build import build_model
 from toolkit.reading import DamagedFile, Shape, check_shape, read_json
-from toolkit.recipe.resolve import fill_in_earlier_model
+from toolkit.recipe.earlier_versions import update_model
 from toolkit.recipe.schema import AugmentConfig, ModelConfig, TransformConfig
 from toolkit.runs import Run
 from toolkit.training.checkpoint import finished_fault, load_weights
@@ -136,7 +136,7 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
         preprocessing = Preprocessing.from_dict(card["preprocessing"])
         if not len(preprocessing.mean) == len(preprocessing.std) == preprocessing.channels or 0 in preprocessing.std:
             raise ValueError("preprocessing.mean and preprocessing.std do not fit the channels")
-        fill_in_earlier_model(card["model"])
+        update_model(card["model"])
         table, classes = ModelConfig.model_validate(card["model"]), list(card["classes"])
         transforms = tuple(TransformConfig.model_validate(entry) for entry in card.get("transforms", []))
         recipe = str(card["recipe"])

@@ -26,7 +26,7 @@ from toolkit.training.resume import check_recipe
 FIGURES = {
     "accuracy": "top-1 accuracy",
     "top5_accuracy": "top-5 accuracy",
-    "class_accuracy": "mean accuracy of the classes",
+    "balanced_accuracy": "mean accuracy of the classes",
 }
 """Figures of summary.json that the card tells, with their names in words."""
 
@@ -257,7 +257,7 @@ def _recipe(recipe: Recipe, summary: dict[str, Any]) -> str:
 
 
 def _figures(recipe: Recipe, summary: dict[str, Any]) -> str:
-    best, select = summary["best"], recipe.train.select
+    best, best_metric = summary["best"], recipe.train.best_metric
     splits = {short: name for short, name in (("val", "validation"), ("test", "test")) if f"{short}_loss" in best}
     lines = ["## Figures\n"]
     if splits:
@@ -267,8 +267,8 @@ def _figures(recipe: Recipe, summary: dict[str, Any]) -> str:
             lines.append(f"| {words} | {cells} |")
         lines.append("")
     chosen = "It is the last epoch's model"
-    if select != "last":
-        chosen = f"The epoch was chosen on the validation images by `{select}`"
+    if best_metric != "last":
+        chosen = f"The epoch was chosen on the validation images by `{best_metric}`"
     tested = "the test images were evaluated once, at the end" if "test" in splits else "no images were kept for a test"
     lines.append(f"One run with one seed. {chosen}; {tested}.")
     return "\n".join(lines)

@@ -122,7 +122,7 @@ def _replace_head(
     head = table.head
     if table.source == "toolkit":
         return heads
-    if head.replaces == "classifier":
+    if head.scope == "classifier":
         return (_replace_classifier(table, module, heads, num_classes, channels, image_size),)
     if not head.hidden and not head.batch_norm and not head.dropout:
         return heads
@@ -145,7 +145,7 @@ def _replace_classifier(
     """Put the recipe's head in place of all fully connected layers and the pooling before them."""
     if table.source != "torchvision" or not isinstance(getattr(module, "avgpool", None), nn.Module):
         raise UserError(
-            f"model.head.replaces = 'classifier' needs a torchvision model that pools before its classifier, such as "
+            f"model.head.scope = 'classifier' needs a torchvision model that pools before its classifier, such as "
             f"AlexNet or VGG; for {table.name} use 'last_layer'"
         )
     container = heads[0].split(".")[0]

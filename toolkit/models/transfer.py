@@ -104,7 +104,7 @@ def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> boo
             return True
         case "feature_extractor":
             return is_classifier
-        case "frozen_classifier":
+        case "backbone_only":
             return not is_classifier or (is_head and table.new_layer == "train")
         case "linear_probe" | "gradual":
             return is_head

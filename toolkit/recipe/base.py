@@ -27,14 +27,16 @@ SLURM_MEMORY = r"^\d+[KMGT]?$"
 SLURM_OPTION = r"^--[a-z][a-z-]*(=[\w.,:/@%+=&|*()\[\]-]+)?$"
 """What can stand in a #SBATCH line as it is, without quotation marks or spaces."""
 
-ValidationMetric = Literal["val/loss", "val/accuracy", "val/top5_accuracy", "val/class_accuracy"]
-Metric = Literal["train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/top5_accuracy", "val/class_accuracy"]
+ValidationMetric = Literal["val/loss", "val/accuracy", "val/top5_accuracy", "val/balanced_accuracy"]
+Metric = Literal[
+    "train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/top5_accuracy", "val/balanced_accuracy"
+]
 """The figures of every epoch, as metrics.jsonl and the trackers call them.
 
-``class_accuracy`` is the mean over classes of the share of that class's images classified rightly.
+``balanced_accuracy`` is the mean over classes of the share of that class's images classified rightly.
 """
 
-Selection = Literal["val/loss", "val/accuracy", "val/top5_accuracy", "val/class_accuracy", "last"]
+Selection = Literal["val/loss", "val/accuracy", "val/top5_accuracy", "val/balanced_accuracy", "last"]
 """By which figure the kept epoch is chosen; ``last``: it is the last one, whatever the figures."""
 
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "none"]

@@ -18,17 +18,17 @@ MODEL, WEIGHTS = ("model", "name"), ("model", "weights")
 SOURCE, OPTIMIZER = ("model", "source"), ("optimizer", "name")
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
-_MEASURES = ("loss", "accuracy", "top5_accuracy", "class_accuracy")
+_MEASURES = ("loss", "accuracy", "top5_accuracy", "balanced_accuracy")
 _OF_SPLITS = [f"{split}_{measure}" for split in ("val", "test") for measure in _MEASURES]
 FIGURES = (
     *_OF_SPLITS,
-    *(f"stopped_{name}" for name in _OF_SPLITS),
+    *(f"last_{name}" for name in _OF_SPLITS),
     "epochs_run",
     "seconds",
     "parameters",
     "trainable_parameters",
 )
-"""What [expect] can speak of: the figures of summary.json."""
+"""What [expected_metrics] can speak of: the figures of summary.json."""
 
 _WEIGHTS_KEY = "model.weights says which weights are loaded"
 _LOADER = "it is a switch of the library's loader, not an argument of the architecture; remove it"
@@ -259,8 +259,9 @@ def _transform_argument(
 ) -> Iterator[Issue]:
     name_path = (*path[:-1], "name")
     if argument not in known:
-        similar = catalog.nearest(argument, [*known, "apply_p", "at"], 1)
-        hint = _did_you_mean(similar) or f"{transform} takes {', '.join(known) or 'no arguments'}"
+        similar = catalog.nearest(argument, [*known, "apply_p", "stage"], 1)
+        renamed = f"renamed to {dotted((*path[:-1], 'stage'))}" if argument == "at" else ""
+        hint = renamed or _did_you_mean(similar) or f"{transform} takes {', '.join(known) or 'no arguments'}"
         yield Issue(
             f"{dotted(path[:-1])}: {transform} takes no argument {_shown(argument)}", path, (name_path,), hint, at="key"
         )
@@ -281,17 +282,17 @@ def places_are_free(recipe: Recipe) -> Iterator[Issue]:
     for split in ("train", "validation", "test"):
         taken: KeyPath | None = None
         entries = getattr(recipe.augment, split)
-        takes_both = any(entry.at == "resize_crop" for entry in entries)
+        takes_both = any(entry.stage == "resize_crop" for entry in entries)
         for index, entry in enumerate(entries):
-            path = ("augment", split, index, "at")
-            if entry.name in TENSOR_ONLY and entry.at not in (None, "tensor"):
+            path = ("augment", split, index, "stage")
+            if entry.name in TENSOR_ONLY and entry.stage not in (None, "tensor"):
                 yield Issue(
-                    f'{dotted(path)}: {entry.name} needs a tensor, so at = "tensor"', path, ((*path[:-1], "name"),)
+                    f'{dotted(path)}: {entry.name} needs a tensor, so stage = "tensor"', path, ((*path[:-1], "name"),)
                 )
-            if entry.at == "before_crop" and takes_both:
+            if entry.stage == "before_crop" and takes_both:
                 message = f'{dotted(path)}: there is no place before the crop where another entry is at "resize_crop"'
                 yield Issue(message, path, (("augment", split),))
-            if entry.at in ("crop", "resize_crop"):
+            if entry.stage in ("crop", "resize_crop"):
                 if taken:
                     message = f"{dotted(path)}: {dotted(taken)} takes the crop's place already"
                     yield Issue(message, path, (("augment", split),), "only one transform can")
@@ -313,12 +314,12 @@ def policy_is_known(recipe: Recipe) -> Iterator[Issue]:
 
 
 def figures_are_known(recipe: Recipe) -> Iterator[Issue]:
-    """[expect] speaks of figures that a run has, accuracies from 0 to 1."""
-    for name, expected in recipe.expect.items():
-        path = ("expect", name)
+    """[expected_metrics] speaks of figures that a run has, accuracies from 0 to 1."""
+    for name, expected in recipe.expected_metrics.items():
+        path = ("expected_metrics", name)
         if name not in FIGURES:
             hint = _did_you_mean(catalog.nearest(name, FIGURES, 2)) or "known are " + ", ".join(FIGURES)
-            yield Issue(f"[expect]: a run has no figure {_shown(name)}", path, hint=hint, at="key")
+            yield Issue(f"[expected_metrics]: a run has no figure {_shown(name)}", path, hint=hint, at="key")
         for bound in ("at_least", "at_most", "value"):
             value = getattr(expected, bound)
             if name.endswith("accuracy") and value is not None and not 0 <= value <= 1:

@@ -23,7 +23,7 @@ from toolkit.recipe.toml_writer import toml_value
 MODE = ("transfer", "mode")
 EPOCHS = ("train", "epochs")
 IMAGE_SIZE = ("data", "image_size")
-SELECT = ("train", "select")
+SELECT = ("train", "best_metric")
 VALIDATION = ("data", "split", "validation")
 NORMALIZATIONS = {
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
@@ -40,7 +40,7 @@ SCHEDULE_KEYS = {
     "patience": ("plateau",),
     "threshold": ("plateau",),
     "threshold_mode": ("plateau",),
-    "peak_at": ("one_cycle",),
+    "pct_start": ("one_cycle",),
     "start_factor": ("one_cycle",),
     "end_factor": ("one_cycle",),
 }
@@ -82,20 +82,18 @@ def unfreezing_fits_mode(recipe: Recipe) -> Iterator[Issue]:
 
 
 def new_layer_fits_mode(recipe: Recipe) -> Iterator[Issue]:
-    """new_layer belongs to frozen_classifier."""
-    if recipe.transfer.new_layer == "freeze" and recipe.transfer.mode != "frozen_classifier":
-        message = f'transfer.new_layer: only mode "frozen_classifier" uses it, not "{recipe.transfer.mode}"'
+    """new_layer belongs to backbone_only."""
+    if recipe.transfer.new_layer == "freeze" and recipe.transfer.mode != "backbone_only":
+        message = f'transfer.new_layer: only mode "backbone_only" uses it, not "{recipe.transfer.mode}"'
         yield Issue(message, ("transfer", "new_layer"), (MODE,), at="key")
 
 
 def head_fits_model(recipe: Recipe) -> Iterator[Issue]:
     """Only AlexNet and VGG have a classifier of several layers to replace."""
-    model, path = recipe.model, ("model", "head", "replaces")
+    model, path = recipe.model, ("model", "head", "scope")
     has_classifier = model.source == "torchvision" and model.name.startswith(("alexnet", "vgg"))
-    if model.head.replaces == "classifier" and not has_classifier:
-        message = (
-            f'model.head.replaces: "classifier" is for torchvision\'s alexnet and vgg, not {toml_value(model.name)}'
-        )
+    if model.head.scope == "classifier" and not has_classifier:
+        message = f'model.head.scope: "classifier" is for torchvision\'s alexnet and vgg, not {toml_value(model.name)}'
         yield Issue(message, path, (MODEL, SOURCE), 'set "last_layer"')
 
 
@@ -298,19 +296,23 @@ def stopping_fits_run(recipe: Recipe) -> Iterator[Issue]:
 
 def selection_is_measured(recipe: Recipe) -> Iterator[Issue]:
     """Nothing rests on figures of a validation split that is left out; the last epoch leaves nothing to choose."""
-    select = recipe.train.select
-    if select == "last" and recipe.early_stopping.patience is not None:
+    best_metric = recipe.train.best_metric
+    if best_metric == "last" and recipe.early_stopping.patience is not None:
         message = (
-            'train.select: "last" keeps the last epoch, and early stopping ends a run some epochs after its best one: '
+            'train.best_metric: "last" keeps the last epoch, and early stopping ends a run some epochs after its best one: '
             "the two contradict each other"
         )
         hint = "leave out early_stopping.patience, or select by a validation figure"
         yield Issue(message, SELECT, (("early_stopping", "patience"),), hint)
     if recipe.data.split.validation != 0:
         return
-    if select != "last":
-        message = f"train.select: {toml_value(select)} needs validation images, and data.split.validation is 0"
-        yield Issue(message, SELECT, (VALIDATION,), 'set train.select = "last", or keep some images for validation')
+    if best_metric != "last":
+        message = (
+            f"train.best_metric: {toml_value(best_metric)} needs validation images, and data.split.validation is 0"
+        )
+        yield Issue(
+            message, SELECT, (VALIDATION,), 'set train.best_metric = "last", or keep some images for validation'
+        )
     if recipe.scheduler.name == "plateau" and recipe.scheduler.metric.startswith("val/"):
         message = (
             f"scheduler.metric: {toml_value(recipe.scheduler.metric)} is not measured with data.split.validation = 0"
@@ -323,7 +325,7 @@ def selection_is_measured(recipe: Recipe) -> Iterator[Issue]:
 
 
 def expectations_are_measured(recipe: Recipe) -> Iterator[Issue]:
-    """[expect] of a figure on a split that is left out is never compared."""
+    """[expected_metrics] of a figure on a split that is left out is never compared."""
     for split, prefix in (("validation", "val_"), ("test", "test_")):
         path = ("data", "split", split)
         if getattr(recipe.data.split, split) != 0:
@@ -331,10 +333,10 @@ def expectations_are_measured(recipe: Recipe) -> Iterator[Issue]:
         if split == "test" and recipe.data.test_images_per_class is not None:
             message = "data.test_images_per_class: has no effect with data.split.test = 0"
             yield Issue(message, ("data", "test_images_per_class"), (path,), severity="warning", at="key")
-        for figure in recipe.expect:
-            if figure.removeprefix("stopped_").startswith(prefix):
-                message = f"expect.{figure}: is not compared, since data.split.{split} = 0"
-                yield Issue(message, ("expect", figure), (path,), severity="warning", at="key")
+        for figure in recipe.expected_metrics:
+            if figure.removeprefix("last_").startswith(prefix):
+                message = f"expected_metrics.{figure}: is not compared, since data.split.{split} = 0"
+                yield Issue(message, ("expected_metrics", figure), (path,), severity="warning", at="key")
 
 
 def metric_is_measured_plainly(recipe: Recipe) -> Iterator[Issue]:
@@ -351,36 +353,38 @@ def metric_is_measured_plainly(recipe: Recipe) -> Iterator[Issue]:
 
 
 def mixing_keys_have_effect(recipe: Recipe) -> Iterator[Issue]:
-    """mix_p and cutmix_share need something to mix."""
+    """mixup_prob and mixup_switch_prob need something to mix."""
     table = recipe.augment
     related: tuple[KeyPath, ...] = (("augment", "mixup"), ("augment", "cutmix"))
-    if table.mix_p != 1 and not (table.mixup or table.cutmix):
-        message = "augment.mix_p: has no effect without mixup or cutmix"
-        yield Issue(message, ("augment", "mix_p"), related, severity="warning", at="key")
-    if table.cutmix_share != 0.5 and not (table.mixup and table.cutmix):
-        message = "augment.cutmix_share: has no effect unless both mixup and cutmix are on"
-        yield Issue(message, ("augment", "cutmix_share"), related, severity="warning", at="key")
+    if table.mixup_prob != 1 and not (table.mixup or table.cutmix):
+        message = "augment.mixup_prob: has no effect without mixup or cutmix"
+        yield Issue(message, ("augment", "mixup_prob"), related, severity="warning", at="key")
+    if table.mixup_switch_prob != 0.5 and not (table.mixup and table.cutmix):
+        message = "augment.mixup_switch_prob: has no effect unless both mixup and cutmix are on"
+        yield Issue(message, ("augment", "mixup_switch_prob"), related, severity="warning", at="key")
 
 
 def augmentation_fits_device(recipe: Recipe) -> Iterator[Issue]:
     """What shall be made for whole batches can be."""
-    if recipe.augment.on != "device":
+    if recipe.augment.run_on != "device":
         return
     for split in ("train", "validation", "test"):
         obstacle = unsupported_on_gpu(split, recipe.augment)
         if obstacle is not None:
-            message = f'augment.on: "device" cannot be, since batches cannot be given {obstacle}'
-            yield Issue(message, ("augment", "on"), (("augment", split),), 'set "auto" or "workers", or take it out')
+            message = f'augment.run_on: "device" cannot be, since batches cannot be given {obstacle}'
+            yield Issue(
+                message, ("augment", "run_on"), (("augment", split),), 'set "auto" or "workers", or take it out'
+            )
 
 
 def batch_divides(recipe: Recipe) -> Iterator[Issue]:
     """The batch falls into equal parts."""
-    batch, parts = recipe.train.batch_size, recipe.train.accumulation
+    batch, parts = recipe.train.batch_size, recipe.train.grad_accum_steps
     if batch % parts:
         below, above = batch // parts * parts, (batch // parts + 1) * parts
         hint = f"for example batch_size = {f'{below} or ' if below else ''}{above}"
-        message = f"train.batch_size: {batch} does not divide into {parts} equal parts (train.accumulation)"
-        yield Issue(message, ("train", "batch_size"), (("train", "accumulation"),), hint)
+        message = f"train.batch_size: {batch} does not divide into {parts} equal parts (train.grad_accum_steps)"
+        yield Issue(message, ("train", "batch_size"), (("train", "grad_accum_steps"),), hint)
 
 
 def balance_is_not_doubled(recipe: Recipe) -> Iterator[Issue]:
@@ -393,9 +397,11 @@ def balance_is_not_doubled(recipe: Recipe) -> Iterator[Issue]:
 def data_keys_have_effect(recipe: Recipe) -> Iterator[Issue]:
     """background_class is Caltech's, class_folders is imagefolder's, views are of random augmentation."""
     data = recipe.data
-    if data.views is not None and not is_random("train", recipe.augment):
-        message = "data.views: has no effect, since nothing random is done to training images: all views are the same"
-        yield Issue(message, ("data", "views"), (("augment", "train"),), severity="warning", at="key")
+    if data.fixed_views is not None and not is_random("train", recipe.augment):
+        message = (
+            "data.fixed_views: has no effect, since nothing random is done to training images: all views are the same"
+        )
+        yield Issue(message, ("data", "fixed_views"), (("augment", "train"),), severity="warning", at="key")
     if data.background_class and data.dataset != "caltech101":
         message = f'data.background_class: has no effect with dataset = "{data.dataset}"'
         yield Issue(message, ("data", "background_class"), (("data", "dataset"),), severity="warning", at="key")

@@ -46,7 +46,7 @@ def _sections(path: str, entry: FieldInfo) -> Iterator[str]:
     alike = ", `[[augment.validation]]`, `[[augment.test]]`" if path == "augment.train" else ""
     yield f"### `{heading}`{alike}\n"
     yield f"{(model.__doc__ or '').strip()}\n"
-    if path == "expect":
+    if path == "expected_metrics":
         yield f"Figures: {', '.join(f'`{figure}`' for figure in FIGURES)}.\n"
     yield "| key | value | default | unit | meaning |\n|---|---|---|---|---|"
     for name, field in model.model_fields.items():

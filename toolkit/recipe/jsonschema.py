@@ -37,7 +37,7 @@ def recipe_schema() -> Schema:
     _name_optimizers(tables["optimizer"])
     for split in ("train", "validation", "test"):
         _name_transforms(tables["augment"]["properties"][split]["items"])
-    tables["expect"]["propertyNames"] = {"enum": list(FIGURES)}
+    tables["expected_metrics"]["propertyNames"] = {"enum": list(FIGURES)}
     extends = {"type": "string", "minLength": 1, "description": "Recipe to inherit from, relative to this file."}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",

@@ -13,7 +13,8 @@ from typing import Any
 import tomli
 
 from toolkit.recipe.diagnostics import Diagnostic, Location, RecipeError, dotted
-from toolkit.recipe.resolve import fill_in_earlier_defaults, is_resolved
+from toolkit.recipe.earlier_versions import update_recipe
+from toolkit.recipe.resolve import is_resolved
 from toolkit.recipe.toml_positions import KeyPath, SourcePosition, SourceSpan, scan
 
 MAX_BYTES = 64 * 1024
@@ -93,7 +94,7 @@ class LayeredConfig:
 
 
 def read_chain(path: str | os.PathLike[str]) -> list[ConfigLayer]:
-    """A recipe file and all that it extends, the eldest first; parents without [expect]. Raises RecipeError."""
+    """A recipe file and all that it extends, the eldest first; parents without [expected_metrics]. Raises RecipeError."""
     sources: list[ConfigLayer] = []
     seen: list[str] = []
     chain: list[str] = []
@@ -112,8 +113,8 @@ def read_chain(path: str | os.PathLike[str]) -> list[ConfigLayer]:
             raise _fault(f"the recipes together are larger than {MAX_BYTES // 1024} KiB", asked_at, name, note)
         source = parse(name, text, note)
         parent = source.data.pop("extends", None)
-        if len(chain) > 1:  # [expect] is a promise about one recipe, not about those that extend it
-            source.data.pop("expect", None)
+        if len(chain) > 1:  # [expected_metrics] is a promise about one recipe, not about those that extend it
+            source.data.pop("expected_metrics", None)
         sources.insert(0, source)
         if parent is None:
             return sources
@@ -142,7 +143,7 @@ def parse(name: str, text: str, note: str | None = None) -> ConfigLayer:
         message = f"{dotted(deep[:4])}: nested more than {MAX_NESTING} levels deep"
         raise RecipeError([Diagnostic("error", message, file=name, note=note)])
     if is_resolved(text):
-        fill_in_earlier_defaults(data)
+        update_recipe(data)
     return ConfigLayer(name, lines, data, scan(text), note)
 
 

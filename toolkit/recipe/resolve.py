@@ -17,17 +17,8 @@ MOMENTUM = 0.9
 GAMMA = {"step": 0.1, "exponential": 0.95, "plateau": 0.1}
 """Of the schedules that have a factor, where the recipe gives none."""
 
-ASIDE = ("slurm", "study", "tracking", "checkpoint", "expect", "recipe.description", "recipe.run_root")
+ASIDE = ("slurm", "study", "tracking", "checkpoint", "expected_metrics", "recipe.description", "recipe.run_root")
 """Where and in what company a run is computed, who is told, what is expected: the run comes out the same."""
-
-BEFORE: dict[str, dict[str, Any]] = {
-    "data": {"exif": "ignore", "value_range": [0, 65535]},
-    "scheduler": {"threshold_mode": "abs"},
-    "convnet": {"bias": True},
-    "head": {"bias": True},
-}
-"""How the versions without a key trained, where its default is different. A recipe that was written out in full and
-lacks one of these keys is from such a version."""
 
 HEADER = """\
 # Resolved recipe: every key with its value, defaults written out; a key that is absent is not set.
@@ -48,25 +39,6 @@ def with_defaults(recipe: Recipe) -> Recipe:
         split = data.split.model_copy(update={"seed": recipe.recipe.seed})
         data = data.model_copy(update={"split": split})
     return recipe.model_copy(update={"data": data, "optimizer": optimizer, "scheduler": scheduler})
-
-
-def fill_in_earlier_defaults(content: dict[str, Any]) -> None:
-    """Add to the content of a resolved recipe, in place, the keys of :data:`BEFORE` that it lacks."""
-    tables = {"data": content.get("data")}
-    if isinstance(scheduler := content.get("scheduler"), dict) and scheduler.get("name") == "plateau":
-        tables["scheduler"] = scheduler
-    for name, table in tables.items():
-        if isinstance(table, dict):
-            table.update(BEFORE[name] | table)
-    fill_in_earlier_model(content.get("model"))
-
-
-def fill_in_earlier_model(model: object) -> None:
-    """The same for the table ``model`` alone, as a model's card has it."""
-    if isinstance(model, dict):
-        for name in ("convnet", "head"):
-            if isinstance(table := model.get(name), dict):
-                table.update(BEFORE[name] | table)
 
 
 def is_resolved(text: str) -> bool:

@@ -67,7 +67,7 @@ class SplitConfig(ConfigModel):
         Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)],
         describe(
             "Share (0..1) or number of the training images kept for validation. 0: no validation split, whatever the "
-            'method; needs train.select = "last".'
+            'method; needs train.best_metric = "last".'
         ),
     ] = 0.1
     test: Annotated[
@@ -203,7 +203,7 @@ class DataConfig(ConfigModel):
             "room. auto: where it pays and fits. off: nothing is kept."
         ),
     ] = "auto"
-    views: Annotated[
+    fixed_views: Annotated[
         int | None,
         Field(ge=1, le=1000),
         describe(
@@ -237,7 +237,7 @@ class TransformConfig(BaseModel):
 
     name: Annotated[str, describe("A class of torchvision.transforms.v2; `toolkit transforms` lists them.")]
     apply_p: Annotated[Fraction, describe("Probability that it is applied to an image at all.")] = 1.0
-    at: Annotated[
+    stage: Annotated[
         Literal["before_resize", "before_crop", "crop", "resize_crop", "after_crop", "tensor"] | None,
         describe(
             "Where it stands: before_resize, before_crop (after the resize), crop (in place of the crop), "
@@ -265,7 +265,7 @@ class AugmentConfig(ConfigModel):
     random_erasing: Annotated[
         Fraction, describe("Probability that a rectangle of a training image is erased (after normalisation).")
     ] = 0.0
-    on: Annotated[
+    run_on: Annotated[
         Literal["auto", "workers", "device"],
         describe(
             "device: for whole batches, where the model trains. workers: image by image, by data.workers. auto: device "
@@ -280,8 +280,10 @@ class AugmentConfig(ConfigModel):
     cutmix: Annotated[
         float, Field(ge=0, le=1000), describe("Alpha of CutMix's Beta(alpha, alpha); 0 is off (Yun et al. 2019).")
     ] = 0.0
-    mix_p: Annotated[Fraction, describe("Probability that a batch is mixed at all.")] = 1.0
-    cutmix_share: Annotated[Fraction, describe("Where both are on: share of mixed batches that CutMix takes.")] = 0.5
+    mixup_prob: Annotated[Fraction, describe("Probability that a batch is mixed at all.")] = 1.0
+    mixup_switch_prob: Annotated[Fraction, describe("Where both are on: share of mixed batches that CutMix takes.")] = (
+        0.5
+    )
     label_smoothing: Annotated[
         float, Field(ge=0, lt=1), describe("Probability mass spread evenly over all classes in the training loss.")
     ] = 0.0
@@ -310,7 +312,7 @@ class HeadConfig(ConfigModel):
     dropout: Annotated[
         Annotated[float, Field(ge=0, lt=1)], describe("Before the last layer, and after each hidden one.")
     ] = 0.0
-    replaces: Annotated[
+    scope: Annotated[
         Literal["last_layer", "classifier"],
         describe(
             "last_layer: only the last Linear is replaced. classifier: all fully connected layers "
@@ -456,10 +458,10 @@ class TransferConfig(ConfigModel):
     """Which parameters train, and how fast."""
 
     mode: Annotated[
-        Literal["scratch", "finetune", "feature_extractor", "frozen_classifier", "linear_probe", "gradual"],
+        Literal["scratch", "finetune", "feature_extractor", "backbone_only", "linear_probe", "gradual"],
         describe(
             "scratch, finetune: everything trains. feature_extractor: the backbone is frozen, every fully connected "
-            "layer trains. frozen_classifier: the reverse. linear_probe: only the new head trains. "
+            "layer trains. backbone_only: the reverse. linear_probe: only the new head trains. "
             "gradual: as linear_probe, then stage after stage from the top. "
             "Default: finetune where model.weights names pretrained ones, else scratch."
         ),
@@ -472,7 +474,7 @@ class TransferConfig(ConfigModel):
     ] = []
     new_layer: Annotated[
         Literal["train", "freeze"],
-        describe("frozen_classifier: whether the new last layer trains or stays at its random start too."),
+        describe("backbone_only: whether the new last layer trains or stays at its random start too."),
     ] = "train"
     unfreeze_at: Annotated[
         list[Annotated[int, Field(ge=1)]],
@@ -536,9 +538,9 @@ class SchedulerConfig(ConfigModel):
     ] = None
     min_lr: Annotated[float, Field(ge=0), describe("cosine, plateau: never below this.")] = 0.0
     warmup_epochs: Annotated[
-        float, Field(ge=0), describe("Linear rise from warmup_start x lr at the beginning.", unit="epochs")
+        float, Field(ge=0), describe("Linear rise from warmup_start_factor x lr at the beginning.", unit="epochs")
     ] = 0.0
-    warmup_start: Annotated[Fraction, describe("Where the rise begins, as a share of lr.")] = 0.01
+    warmup_start_factor: Annotated[Fraction, describe("Where the rise begins, as a share of lr.")] = 0.01
     metric: Annotated[Metric, describe("plateau: what it watches.")] = "val/loss"
     patience: Annotated[
         int, Field(ge=0), describe("plateau: epochs without improvement that are tolerated.", unit="epochs")
@@ -548,7 +550,7 @@ class SchedulerConfig(ConfigModel):
         Literal["rel", "abs"],
         describe("plateau: threshold is a share of the best value so far (rel) or in units of the metric (abs)."),
     ] = "rel"
-    peak_at: Annotated[
+    pct_start: Annotated[
         Annotated[float, Field(gt=0, lt=1)],
         describe("one_cycle: share of the epochs at which lr is reached (Smith 2018)."),
     ] = 0.3
@@ -584,7 +586,7 @@ class TrainConfig(ConfigModel):
             unit="images",
         ),
     ] = None
-    accumulation: Annotated[
+    grad_accum_steps: Annotated[
         int, Field(ge=1), describe("Parts into which a batch is divided, one after the other, to save memory.")
     ] = 1
     drop_last: Annotated[bool, describe("Leave out the last, smaller batch of an epoch.")] = False
@@ -592,14 +594,14 @@ class TrainConfig(ConfigModel):
         Literal["auto", "no", "fp16", "bf16"],
         describe("Mixed precision; auto: bf16 on GPUs that compute in it, else (and on CPUs) no; the log says why."),
     ] = "auto"
-    select: Annotated[
+    best_metric: Annotated[
         Selection,
         describe(
             "How the epoch whose weights are kept is chosen: the best by this figure (equal accuracies are decided by "
             "val/loss, equal losses by val/accuracy, then the earlier epoch wins), or last, the last one."
         ),
     ] = "val/accuracy"
-    clip_norm: Annotated[float | None, Field(gt=0), describe("Clip the gradient to this L2 norm.")] = None
+    max_grad_norm: Annotated[float | None, Field(gt=0), describe("Clip the gradient to this L2 norm.")] = None
     ema: Annotated[
         float | None,
         Field(gt=0, lt=1),
@@ -645,7 +647,7 @@ class TrainConfig(ConfigModel):
     @property
     def images_per_evaluation(self) -> int:
         """eval_batch_size, or its default: without gradients more fits than in training."""
-        return self.eval_batch_size or max(1, 2 * self.batch_size // self.accumulation)
+        return self.eval_batch_size or max(1, 2 * self.batch_size // self.grad_accum_steps)
 
 
 class EarlyStoppingConfig(ConfigModel):
@@ -806,7 +808,7 @@ class Recipe(ConfigModel):
     tracking: TrackingConfig = TrackingConfig()
     slurm: Annotated[SlurmConfig | None, describe("What a job on a cluster asks for.")] = None
     study: Annotated[StudyConfig | None, describe("What varies, where the file is a study of many runs.")] = None
-    expect: Annotated[
+    expected_metrics: Annotated[
         dict[str, Expectation],
         describe("Figures of summary.json's best model (test_accuracy, val_loss, ...) that a run should reach."),
     ] = {}

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from toolkit.recipe.catalog import nearest
 from toolkit.recipe.diagnostics import Issue, dotted
+from toolkit.recipe.earlier_versions import RENAMED_VALUES, renamed_key, renamed_metric
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
@@ -197,6 +198,8 @@ def _missing(place: _SchemaLocation) -> Issue:
 
 def _unknown_hint(place: _SchemaLocation) -> str:
     assert place.table is not None, "only a table has unknown keys"
+    if (new := renamed_key(place.path)) is not None:
+        return f"renamed to {dotted((*place.path[:-1], new))}"
     name, similar = place.path[-1], _similar(place)
     if similar:
         return "did you mean " + " or ".join(similar) + "?"
@@ -230,6 +233,8 @@ def _value_hint(place: _SchemaLocation) -> str | None:
     if place.path == ("data", "dataset") and (os.sep in value or value.startswith((".", "~"))):
         return f'for your own images: dataset = "imagefolder" and root = {toml_value(value)}'
     words = list(_words(place.annotation))
+    if (new := RENAMED_VALUES.get(value, renamed_metric(value))) != value and new in words:
+        return f'renamed to "{new}"'
     similar = nearest(value, words, 1)
     if similar:
         return f'did you mean "{similar[0]}"?'

@@ -49,7 +49,7 @@ def confusion_matrix(found: Predictions) -> Ints:
     return flat.reshape(size, size).astype(np.int64)
 
 
-def class_accuracy(matrix: Ints) -> Floats:
+def balanced_accuracy(matrix: Ints) -> Floats:
     """Share of each class's images that were classified rightly, 0..1, [K]; NaN for a class without images."""
     support = matrix.sum(1)
     share: Floats = np.divide(matrix.diagonal(), support, out=np.full(len(matrix), np.nan), where=support > 0)

@@ -74,14 +74,14 @@ class RunData:
         """The epoch whose model was kept."""
         if self.summary:
             return int(self.summary["best"]["epoch"])
-        select = self.recipe.train.select if self.recipe else "val/accuracy"
-        best = max(self.epochs, key=lambda record: epoch_rank(record, select))  # the first of equals
+        best_metric = self.recipe.train.best_metric if self.recipe else "val/accuracy"
+        best = max(self.epochs, key=lambda record: epoch_rank(record, best_metric))  # the first of equals
         return int(best["epoch"])
 
     @property
     def best_label(self) -> str:
         """What marks that epoch in figures."""
-        return "last" if self.recipe and self.recipe.train.select == "last" else "best"
+        return "last" if self.recipe and self.recipe.train.best_metric == "last" else "best"
 
     @property
     def last_epoch(self) -> int:
@@ -151,15 +151,13 @@ def _checked_summary(facts: RunData) -> Record:
     """The summary, with numbers where there should be numbers."""
     file = facts.run.path / "summary.json"
     summary = read_json(file)  # what is whole of a damaged one is shown
-    for model in ("best", "stopped"):
+    for model in ("best", "last"):
         if not isinstance(summary.get(model), dict) or not isinstance(summary[model].get("epoch"), int):
             raise UserError(f"{file} is damaged: it has no {model}.epoch")
         wrong = [key for key, value in summary[model].items() if not isinstance(value, int | float)]
         facts.missing += [printable(f"{model}.{key}: {file} is damaged: that is no number") for key in wrong]
     texts = {key: str(summary[key]) for key in ("device", "precision") if key in summary}
-    tables = {
-        key: _numbers(summary[key]) for key in ("best", "stopped", "images") if isinstance(summary.get(key), dict)
-    }
+    tables = {key: _numbers(summary[key]) for key in ("best", "last", "images") if isinstance(summary.get(key), dict)}
     return _numbers(summary) | texts | tables
 
 

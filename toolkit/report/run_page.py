@@ -29,7 +29,7 @@ from toolkit.report.prediction_metrics import (
     Calibration,
     Counts,
     Predictions,
-    class_accuracy,
+    balanced_accuracy,
     confusion_matrix,
     confusions,
     wilson_interval,
@@ -129,7 +129,7 @@ def _cards(facts: RunData) -> Iterator[SummaryCard]:
     best = facts.summary["best"] if facts.summary else {}
     figures = (
         ("test accuracy", "test_accuracy", _interval(facts.predictions)),
-        ("mean over classes", "test_class_accuracy", "test accuracy by class, averaged"),
+        ("mean over classes", "test_balanced_accuracy", "test accuracy by class, averaged"),
         ("test top-5 accuracy", "test_top5_accuracy", ""),
     )
     for title, key, hint in figures:
@@ -180,16 +180,16 @@ def _costs(summary: Record) -> Iterator[SummaryCard]:
 
 
 def _models(facts: RunData) -> HtmlTable:
-    """Best and stopped model side by side."""
+    """Best and last model side by side."""
     titles = ("val loss", "val accuracy", "test loss", "test accuracy", "test class accuracy", "test top-5")
     columns = [HtmlColumn("model"), HtmlColumn("epoch", True), *(HtmlColumn(title, True) for title in titles)]
     rows = []
-    for model in ("best", "stopped") if facts.summary else ():
+    for model in ("best", "last") if facts.summary else ():
         found = facts.summary[model]  # type: ignore[index]
         losses = (number(found.get("val_loss")), number(found.get("test_loss")))
         val, test, test_class, top5 = (
             share(found.get(key))
-            for key in ("val_accuracy", "test_accuracy", "test_class_accuracy", "test_top5_accuracy")
+            for key in ("val_accuracy", "test_accuracy", "test_balanced_accuracy", "test_top5_accuracy")
         )
         cells = [HtmlCell(model), integer(found["epoch"]), losses[0], val, losses[1], test, test_class, top5]
         rows.append(HtmlRow(cells, "best" if model == "best" else ""))
@@ -231,7 +231,9 @@ def _charts(facts: RunData) -> dict[str, Any]:
     accuracies = [
         _series(facts.epochs, "train/accuracy", "train", "var(--blue)", 100, dash="6 4"),
         _series(facts.epochs, "val/accuracy", "validation", "var(--vermilion)", 100),
-        _series(facts.epochs, "val/class_accuracy", "validation, mean over classes", "var(--green)", 100, "2 3", False),
+        _series(
+            facts.epochs, "val/balanced_accuracy", "validation, mean over classes", "var(--green)", 100, "2 3", False
+        ),
         _series(facts.epochs, "val/top5_accuracy", "validation, top 5", "var(--purple)", 100, "9 3 2 3", False),
     ]
     points = learning_rates(facts)
@@ -264,7 +266,7 @@ def _series(
 def _by_class(found: Predictions, counts: Mapping[str, Counts] | None) -> HtmlTable:
     """Accuracy of each class with its support, the best first, and what it is taken for."""
     matrix = confusion_matrix(found)
-    accuracy, support = class_accuracy(matrix), matrix.sum(1)
+    accuracy, support = balanced_accuracy(matrix), matrix.sum(1)
     trained = [("train images", "train"), ("validation images", "validation")] if counts else []
     columns = [
         HtmlColumn("class"),

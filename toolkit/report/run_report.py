@@ -120,7 +120,10 @@ def _figures(
     if (found := facts.predictions) is not None:
         shown.calibration = measured = calibration(found.probabilities, found.right)
         yield "confusion", lambda: test_plots.confusion_figure(f"{facts.name}: test images", found)
-        yield "class-accuracy", lambda: test_plots.class_accuracy_figure(f"{facts.name}: test accuracy by class", found)
+        yield (
+            "class-accuracy",
+            lambda: test_plots.balanced_accuracy_figure(f"{facts.name}: test accuracy by class", found),
+        )
         yield "reliability", lambda: test_plots.reliability_figure(facts.name, measured)
         yield from _mistakes(facts, pictures, shown)
     if (filters := facts.filters) is not None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from toolkit.formatting import plural
 from toolkit.report.html import percent
 from toolkit.report.plot_style import BLUE, GRID, INK, ORANGE, SKY, VERMILION, fitted, grid, short
-from toolkit.report.prediction_metrics import Calibration, Ints, Predictions, class_accuracy, confusion_matrix
+from toolkit.report.prediction_metrics import Calibration, Ints, Predictions, balanced_accuracy, confusion_matrix
 
 COUNTED = 25
 """Up to so many classes the cells of a confusion matrix have their numbers in them."""
@@ -58,10 +58,10 @@ def _write_counts(axes: Axes, matrix: Ints, share: np.ndarray) -> None:
         axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=7.5, color=colour)
 
 
-def class_accuracy_figure(title: str, found: Predictions) -> Figure:
+def balanced_accuracy_figure(title: str, found: Predictions) -> Figure:
     """Accuracy of each class, sorted, with the number of its test images."""
     matrix = confusion_matrix(found)
-    accuracy, support = class_accuracy(matrix), matrix.sum(1)
+    accuracy, support = balanced_accuracy(matrix), matrix.sum(1)
     order = [int(i) for i in np.argsort(-np.nan_to_num(accuracy, nan=-1), kind="stable") if support[i] > 0]
     labelled = len(order) <= LABELLED
     height = 0.16 * len(order) if labelled else 12.0

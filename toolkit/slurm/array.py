@@ -51,7 +51,7 @@ def plan_study(study: StudySpec, expansion: ExpandedStudy) -> tuple[JobSettings,
         check_search(study)
     else:
         for run in expansion.runs:
-            check_batch_size(run.recipe.train.batch_size, settings.world, run.recipe.train.accumulation)
+            check_batch_size(run.recipe.train.batch_size, settings.world, run.recipe.train.grad_accum_steps)
         ignored = [name for name in ("gpus_per_run", "runs_per_gpu") if getattr(study.table, name) != 1]
         remarks = [
             f"study.{name} is for `toolkit study`; a task of the array trains one run on the GPUs that [slurm] asks for"

@@ -52,7 +52,7 @@ class SubmitResult:
 def plan(path: str, recipe: Recipe) -> tuple[JobSettings, list[str]]:
     """What the job asks for, and warnings. Raises UserError where the recipe cannot run so."""
     settings = resolve_settings(recipe)
-    check_batch_size(recipe.train.batch_size, settings.world, recipe.train.accumulation)
+    check_batch_size(recipe.train.batch_size, settings.world, recipe.train.grad_accum_steps)
     return settings, check_places(settings, recipe.recipe.run_root, [path])
 
 

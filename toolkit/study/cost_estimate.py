@@ -175,7 +175,7 @@ class _CostModel:
         return RunCost(max(0, recipe.train.epochs - done), images, found.step.training_flops, speed)
 
     def _plan(self, recipe: Recipe) -> ResourceEstimate:
-        train = recipe.train.model_dump(include={"batch_size", "accumulation", "precision", "drop_last", "compile"})
+        train = recipe.train.model_dump(include={"batch_size", "grad_accum_steps", "precision", "drop_last", "compile"})
         key = json.dumps([recipe.model.model_dump(), recipe.transfer.model_dump(), recipe.data.model_dump(), train])
         if key not in self.known:
             try:

@@ -28,7 +28,7 @@ from toolkit.study.search_space import SearchParameter, SearchSpace
 TRIED = 24
 """Runs in which a key is tried, at most, before it is said to have no effect."""
 
-ASIDE = ("tracking.", "checkpoint.", "expect.", "recipe.description", "train.log_every")
+ASIDE = ("tracking.", "checkpoint.", "expected_metrics.", "recipe.description", "train.log_every")
 """Keys that are no part of the experiment."""
 
 CONTEXTS = 64

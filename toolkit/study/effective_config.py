@@ -134,14 +134,19 @@ def _transforms(recipe: Recipe) -> Hashable:
         steps = build_transform(split, recipe.augment, preprocessing).steps
         told += [_ADDRESS.sub("", f"{step!r}") for step in steps if getattr(step, "p", 1) != 0]
     if not is_deterministic("train", recipe.augment):
-        told.append(f"{recipe.data.views} versions")
+        told.append(f"{recipe.data.fixed_views} versions")
     return tuple(told)
 
 
 def _mixing(recipe: Recipe) -> Hashable:
     settings = mixup_config(recipe.augment)
     both = settings is not None and settings.mixup > 0 and settings.cutmix > 0
-    mixed = settings and (settings.mixup, settings.cutmix, settings.mix_p, settings.cutmix_share if both else None)
+    mixed = settings and (
+        settings.mixup,
+        settings.cutmix,
+        settings.mixup_prob,
+        settings.mixup_switch_prob if both else None,
+    )
     return mixed, recipe.augment.label_smoothing, recipe.augment.auto_augment
 
 
@@ -288,7 +293,7 @@ def _stopping(recipe: Recipe) -> Hashable:
     """When training ends and which epoch is kept."""
     table, epochs = recipe.early_stopping, recipe.train.epochs
     stops = table.patience is not None and table.patience < epochs
-    return epochs, recipe.train.select, (table.patience, table.metric, table.min_delta) if stops else None
+    return epochs, recipe.train.best_metric, (table.patience, table.metric, table.min_delta) if stops else None
 
 
 # -- all --------------------------------------------------------------------------------------------------------------
@@ -296,9 +301,9 @@ def _stopping(recipe: Recipe) -> Hashable:
 
 def _loop_keys(recipe: Recipe) -> Any:
     """What the loop takes as it stands: batches, loss, precision, and how fast it is computed."""
-    train = recipe.train.model_dump(exclude={"epochs", "select", "log_every"})
+    train = recipe.train.model_dump(exclude={"epochs", "best_metric", "log_every"})
     data = recipe.data
-    return [recipe.recipe.seed, train, recipe.augment.on, data.workers, data.cache, data.on_bad_image,
+    return [recipe.recipe.seed, train, recipe.augment.run_on, data.workers, data.cache, data.on_bad_image,
             data.max_bad_fraction]  # fmt: skip
 
 
@@ -310,6 +315,6 @@ PARTS = {
     "transfer": Component(_transfer_keys, _transfer),
     "optimizer": Component(_optimizer_keys, _optimizer),
     "schedule": Component(lambda r: [r.scheduler, r.optimizer.lr, r.train.epochs], _schedule),
-    "stopping": Component(lambda r: [r.early_stopping, r.train.epochs, r.train.select], _stopping),
+    "stopping": Component(lambda r: [r.early_stopping, r.train.epochs, r.train.best_metric], _stopping),
     "loop": Component(_loop_keys, lambda r: _text(_loop_keys(r))),
 }

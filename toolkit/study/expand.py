@@ -39,7 +39,7 @@ from toolkit.study.search_space import KINDS, SearchSpace, random_configurations
 from toolkit.study.validation import check_claims, check_study
 
 STUDY: KeyPath = ("study",)
-ASIDE = ("recipe.seed", "expect.")
+ASIDE = ("recipe.seed", "expected_metrics.")
 """Keys of a row that are not among its changes."""
 
 
@@ -77,7 +77,7 @@ class ExpandedStudy:
 class StudySpec:
     """A study as its file says it. ``merged`` is the recipe with [study], ``sources`` are without.
 
-    [expect] is a promise about one recipe: an inherited one is left out of ``sources``, the file's own holds for the
+    [expected_metrics] is a promise about one recipe: an inherited one is left out of ``sources``, the file's own holds for the
     runs that change nothing but the seed, and a row may state its own.
     """
 
@@ -115,7 +115,7 @@ class StudySpec:
         """One run. Raises RecipeError."""
         told = {key: value.value for key, value in changes.items() if not key.startswith(ASIDE)}
         layers = (self._source(key, value) for key, value in changes.items())
-        sources = [*(_without(self.sources, "expect") if told else self.sources), *layers]
+        sources = [*(_without(self.sources, "expected_metrics") if told else self.sources), *layers]
         if seed is not None:
             sources.append(self._source("recipe.seed", seed))
         if self.table.bohb is not None:
@@ -181,7 +181,7 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     if findings or recipe is None or recipe.study is None:
         raise RecipeError(placed(findings or verdict.findings, merged, name))
     inherited, own = [s for s in sources if s.note], [s for s in sources if not s.note]
-    bare = [*_without(inherited, "study", "expect"), *_without(own, "study")]
+    bare = [*_without(inherited, "study", "expected_metrics"), *_without(own, "study")]
     last = max(
         (n for n, s in enumerate(sources, 1) if {"rows", "published"} & s.data.get("study", {}).keys()), default=0
     )
@@ -220,8 +220,10 @@ def expand(study: StudySpec) -> ExpandedStudy:
     found.warnings = faults.warnings.kept
     found.runs, found.remarks = _without_doubles(found.runs)
     changed = any(run.member.changes for run in found.runs) or study.table.bohb
-    if changed and any("expect" in source.data for source in study.sources):
-        found.remarks.append("[expect] is about the recipe as it stands; runs that change it are not held against it")
+    if changed and any("expected_metrics" in source.data for source in study.sources):
+        found.remarks.append(
+            "[expected_metrics] is about the recipe as it stands; runs that change it are not held against it"
+        )
     return found
 
 

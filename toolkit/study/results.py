@@ -10,7 +10,7 @@ from toolkit.errors import UserError
 from toolkit.recipe.study_schema import METRICS
 from toolkit.study.directory import RunState, StudyDirectory, StudyRun, failure_of
 
-STOPPED = "stopped_"
+STOPPED = "last_"
 """Figures of the last epoch's model; all others are of the best epoch's."""
 
 SPENT = {"epochs": "epochs_run", "seconds": "seconds", "images_per_second": "images_per_s", "parameters": "parameters"}
@@ -84,7 +84,7 @@ def _result(folder: StudyDirectory, member: StudyRun) -> RunResult:
 
 
 def _figures(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> dict[str, float]:
-    best, stopped = summary.get("best", {}), summary.get("stopped", {})
+    best, stopped = summary.get("best", {}), summary.get("last", {})
     record: dict[str, Any] = next((r for r in epochs if r["epoch"] == best.get("epoch")), {})
     last: dict[str, Any] = epochs[-1] if epochs else {}
     sources: dict[str, Any] = {

@@ -31,7 +31,7 @@ class MetricFormat:
 
 
 def _accuracies(split: str, name: str) -> dict[str, MetricFormat]:
-    kinds = (("accuracy", "acc."), ("top5_accuracy", "top-5 acc."), ("class_accuracy", "class acc."))
+    kinds = (("accuracy", "acc."), ("top5_accuracy", "top-5 acc."), ("balanced_accuracy", "class acc."))
     return {f"{split}_{kind}": MetricFormat(f"{name} {word} %", 2, 100.0) for kind, word in kinds}
 
 
@@ -43,9 +43,9 @@ FORMATS: dict[str, MetricFormat] = {
     "train_accuracy_all_images": MetricFormat("train acc. of all images %", 2, 100.0),
     **_accuracies("val", "val."),
     **_accuracies("test", "test"),
-    "stopped_train_loss": MetricFormat("stopped train loss", 4),
-    **_accuracies("stopped_train", "stopped train"),
-    **_accuracies("stopped_val", "stopped val."),
+    "last_train_loss": MetricFormat("last train loss", 4),
+    **_accuracies("stopped_train", "last train"),
+    **_accuracies("stopped_val", "last val."),
     **_accuracies("stopped_test", "stopped test"),
     "epochs": MetricFormat("epochs", 0),
     "parameters": MetricFormat("parameters", 0),

@@ -110,7 +110,7 @@ def _figures_are_measured(table: StudyConfig, given: Mapping[str, Any], base: Ma
         if table.bohb is not None:
             named.append((("study", "bohb", "metric"), table.bohb.metric))
         for path, figure in named:
-            if figure.removeprefix("stopped_").replace("/", "_").startswith(f"{short}_"):
+            if figure.removeprefix("last_").replace("/", "_").startswith(f"{short}_"):
                 message = f"{path[1]}.{path[2]}: no run has {figure}, since {key} = 0"
                 yield Issue(f"study.{message}", path, hint=f"take a training figure, or give {key} another value")
 
@@ -162,7 +162,7 @@ def _keys_vary_once(table: StudyConfig, variables: list[SweptParameter]) -> Iter
         yield from _is_of_a_run(key, place)
     for number, row in enumerate(table.rows):
         for leaf in dotted_leaves(row.set, ("study", "rows", number, "set")):
-            if not leaf.key.startswith("expect."):  # a row may state what its own runs promise
+            if not leaf.key.startswith("expected_metrics."):  # a row may state what its own runs promise
                 yield from _is_of_a_run(leaf.key, leaf.place)
             if leaf.key in ("recipe.name", "recipe.run_root") or (leaf.key == "recipe.seed" and table.seeds):
                 yield Issue(f"{leaf.key} cannot vary: {FIXED[leaf.key]}", leaf.place, at="key")
@@ -178,7 +178,7 @@ def homes_of(key: str, homes: Mapping[str, KeyPath]) -> str:
 
 def _is_of_a_run(key: str, place: KeyPath) -> Iterator[Issue]:
     table = key.split(".")[0]
-    if table in ("study", "slurm", "extends", "expect"):
+    if table in ("study", "slurm", "extends", "expected_metrics"):
         yield Issue(f"{key} cannot vary: [{table}] is no part of a run", place, at="key")
 
 

@@ -30,7 +30,7 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
         classes=len(setup.dataset.classes),
         label_smoothing=recipe.augment.label_smoothing,
         mixing=loaders.mixing,
-        clip_norm=recipe.train.clip_norm,
+        max_grad_norm=recipe.train.max_grad_norm,
         channels_last=recipe.train.channels_last,
         class_weights=_class_weights(setup),
         cuda_graphs=recipe.train.cuda_graphs,

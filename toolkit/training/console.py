@@ -126,12 +126,12 @@ def epoch_line(record: dict[str, Any], epochs: int, *, best: bool, images_per_s:
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The closing table: best and stopped model by validation and test, as far as the run has these splits."""
-    known = ("val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_class_accuracy")
+    """The closing table: best and last model by validation and test, as far as the run has these splits."""
+    known = ("val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_balanced_accuracy")
     figures = [figure for figure in known if figure in summary["best"]]
     rows = [
         (name, str(summary[name]["epoch"]), *(f"{summary[name][figure]:.4f}" for figure in figures))
-        for name in ("best", "stopped")
+        for name in ("best", "last")
     ]
     header = ("model", "epoch", *(figure.replace("_", " ") for figure in figures))
     return table(rows, header, frozenset(range(1, len(header))))

@@ -220,7 +220,7 @@ def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
         table(cells, header, frozenset((1, 2, 3, 4))),
         f"images {counts}; {plural(len(setup.dataset.classes), 'class', 'classes')}; "
         f"input {setup.preprocessing.channels}x{size}x{size}",
-        f"batch size {batch_split(train.batch_size, setup.accelerator.num_processes, train.accumulation)}; "
+        f"batch size {batch_split(train.batch_size, setup.accelerator.num_processes, train.grad_accum_steps)}; "
         f"{plural(setup.steps, 'step')} per epoch, {plural(train.epochs, 'epoch')}",
         f"device {setup.accelerator.device}, precision {precision}",
     ]

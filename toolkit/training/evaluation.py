@@ -28,9 +28,9 @@ class EvalResult:
     """True class, int64 [N]."""
 
     def figures(self, prefix: str) -> dict[str, float]:
-        """loss, accuracy, top5_accuracy and class_accuracy, each under ``prefix`` (e.g. ``val/``).
+        """loss, accuracy, top5_accuracy and balanced_accuracy, each under ``prefix`` (e.g. ``val/``).
 
-        class_accuracy is the mean over the classes that occur of the share of their examples classified rightly.
+        balanced_accuracy is the mean over the classes that occur of the share of their examples classified rightly.
         """
         right = self.predictions == self.labels
         support = np.bincount(self.labels)
@@ -40,7 +40,7 @@ class EvalResult:
             f"{prefix}loss": float(self.losses.mean()),
             f"{prefix}accuracy": float(right.mean()),
             f"{prefix}top5_accuracy": float(self.in_top5.mean()),
-            f"{prefix}class_accuracy": float((hits[present] / support[present]).mean()),
+            f"{prefix}balanced_accuracy": float((hits[present] / support[present]).mean()),
         }
 
 

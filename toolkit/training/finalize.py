@@ -25,7 +25,7 @@ TOLERANCE = {"no": 1e-4, "bf16": 2e-2, "fp16": 1e-2}
 
 
 def finish(training: Trainer) -> dict[str, Any]:
-    """Evaluate the best and the stopped model on test, write predictions, return the summary (a collective)."""
+    """Evaluate the best and the last model on test, write predictions, return the summary (a collective)."""
     try:
         best, stopped, test = _evaluate_both(training)
     except StopTraining:
@@ -132,7 +132,7 @@ def _summary(training: Trainer, best: dict[str, Any], stopped: dict[str, Any]) -
     parameters = list(setup.built.module.parameters())
     return {
         "best": best,
-        "stopped": stopped,
+        "last": stopped,
         "train_loss": position.last["train/loss"] if position.last else None,
         "train_accuracy": position.last["train/accuracy"] if position.last else None,
         "epochs_run": position.epoch,

@@ -163,7 +163,7 @@ def _join_processes(
 ) -> tuple[Accelerator, Console]:
     """Join the processes and say who they are; check what depends on their number."""
     accelerator = init_accelerator(recipe.train, stop)
-    check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.accumulation)
+    check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.grad_accum_steps)
     display = Console(speaks=accelerator.is_main_process, shows=not quiet)
     if line := unused_tasks_line():
         display.log(line)

@@ -171,7 +171,7 @@ def build_loaders(setup: TrainingContext, guard: Guard, shortcuts: CachePolicy =
     ways = {split: plan_preprocessing(split, *arguments) for split in SPLITS if setup.has(split)}
     for split, way in ways.items():
         try_transform(way.transform, images, int(setup.splits[split][0]))
-        if way.obstacle and recipe.augment.on == "auto":
+        if way.obstacle and recipe.augment.run_on == "auto":
             which = "augmented" if way.batched is None else "augmented up to the crop"
             setup.display.log(f"{split} images are {which} one by one, by data workers: {way.obstacle}")
     keeper = DistributedCache(setup, guard) if shortcuts != "none" and recipe.data.cache != "off" else None
@@ -216,13 +216,13 @@ def _plan(setup: TrainingContext, mixing: MixupConfig | None) -> SamplingPlan:
         size=len(setup.splits["train"]),
         seed=setup.recipe.recipe.seed,
         batch_size=table.batch_size,
-        accumulation=table.accumulation,
+        grad_accum_steps=table.grad_accum_steps,
         drop_last=table.drop_last,
         world=setup.accelerator.num_processes,
         rank=setup.accelerator.process_index,
         mixing=mixing is not None,
         weights=balanced_weights(setup.labels("train")) if table.sampling == "balanced" else None,
-        views=setup.recipe.data.views,
+        views=setup.recipe.data.fixed_views,
     )
 
 

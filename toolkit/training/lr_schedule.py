@@ -37,7 +37,7 @@ def learning_rate(table: SchedulerConfig, peak: float, epoch: float, epochs: int
 def _warmup(table: SchedulerConfig, epoch: float) -> float:
     if epoch >= table.warmup_epochs:
         return 1.0
-    return table.warmup_start + (1 - table.warmup_start) * epoch / table.warmup_epochs
+    return table.warmup_start_factor + (1 - table.warmup_start_factor) * epoch / table.warmup_epochs
 
 
 def _base(table: SchedulerConfig, epoch: float, epochs: int) -> float:
@@ -53,9 +53,9 @@ def _base(table: SchedulerConfig, epoch: float, epochs: int) -> float:
             return 0.5 * (1 + math.cos(math.pi * share))
         case "one_cycle":
             share = min(epoch / epochs, 1.0)
-            if share < table.peak_at:
-                return _cosine_between(table.start_factor, 1.0, share / table.peak_at)
-            return _cosine_between(1.0, table.end_factor, (share - table.peak_at) / (1 - table.peak_at))
+            if share < table.pct_start:
+                return _cosine_between(table.start_factor, 1.0, share / table.pct_start)
+            return _cosine_between(1.0, table.end_factor, (share - table.pct_start) / (1 - table.pct_start))
         case "constant" | "plateau":
             return 1.0
 
@@ -76,13 +76,13 @@ def higher_is_better(metric: str) -> bool:
     return not metric.endswith("loss")
 
 
-def epoch_rank(record: dict[str, Any], select: str) -> tuple[float, float]:
-    """Sorts the records of epochs by ``train.select``, the best one last.
+def epoch_rank(record: dict[str, Any], best_metric: str) -> tuple[float, float]:
+    """Sorts the records of epochs by ``train.best_metric``, the best one last.
 
     Equal accuracies are decided by the validation loss, equal losses by the validation accuracy. With ``last`` later
     epochs are better. Figures that a record does not have count as the worst.
     """
-    if select == "last":
+    if best_metric == "last":
         return float(record["epoch"]), 0.0
 
     def rank(metric: str) -> float:
@@ -91,7 +91,7 @@ def epoch_rank(record: dict[str, Any], select: str) -> tuple[float, float]:
             return -math.inf
         return value if higher_is_better(metric) else -value
 
-    return rank(select), rank("val/accuracy" if select == "val/loss" else "val/loss")
+    return rank(best_metric), rank("val/accuracy" if best_metric == "val/loss" else "val/loss")
 
 
 @dataclass

@@ -19,7 +19,7 @@ class TrainProgress:
     step: int = 0
     """Completed steps of the epoch under way."""
     best: dict[str, Any] | None = None
-    """metrics.jsonl's record of the best epoch by train.select."""
+    """metrics.jsonl's record of the best epoch by train.best_metric."""
     last: dict[str, Any] | None = None
     """The record of the last epoch."""
     stopped_early: bool = False

@@ -23,7 +23,8 @@ from toolkit.distributed.process import main_only
 from toolkit.errors import UserError
 from toolkit.reading import read_bytes
 from toolkit.recipe import Recipe, recipe_hash
-from toolkit.recipe.resolve import content_hash, experiment_diff, fill_in_earlier_defaults, resolved_content
+from toolkit.recipe.earlier_versions import update_recipe
+from toolkit.recipe.resolve import content_hash, experiment_diff, resolved_content
 from toolkit.runs import Run
 from toolkit.training.checkpoint import BestWeightsLost, find_latest, load_checkpoint
 from toolkit.training.console import Console
@@ -237,7 +238,7 @@ def _validated(stored: str) -> Recipe:
     """The recipe of a checkpoint; keys that have come since mean what the version that wrote it did."""
     try:
         content = json.loads(stored)
-        fill_in_earlier_defaults(content)
+        update_recipe(content)
         return Recipe.model_validate(content)
     except ValueError:
         raise UserError(

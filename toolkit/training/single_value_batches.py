@@ -36,8 +36,8 @@ def check_single_value_batches(
         advice.append(f"train.batch_size = {' or '.join(map(str, sizes))}")
     if lone[0] != train.batch_size:
         advice.append("train.drop_last = true")
-    if train.accumulation > 1:
-        advice.append("a smaller train.accumulation")
+    if train.grad_accum_steps > 1:
+        advice.append("a smaller train.grad_accum_steps")
     raise UserError(
         f"{which} has {share} ({images} training images, train.batch_size = {train.batch_size}"
         f"{f', {world} processes' if world > 1 else ''}), and batch norm needs more than one value per channel: "
@@ -100,7 +100,7 @@ def _is_lone(count: int, train: TrainConfig, world: int) -> bool:
 
 def _seen_at_once(count: int, train: TrainConfig, world: int) -> Iterator[int]:
     """The fewest images that a batch norm sees at once, for the smallest and the largest part of a step."""
-    parts = min(train.accumulation, count)
+    parts = min(train.grad_accum_steps, count)
     for part in (count // parts, -(-count // parts)):
         # A part of fewer images than processes goes to each of them whole; synchronized batch norm sees all of a part.
         yield part if part < world or train.sync_batch_norm else part // world
@@ -108,7 +108,7 @@ def _seen_at_once(count: int, train: TrainConfig, world: int) -> Iterator[int]:
 
 def _other_sizes(images: int, train: TrainConfig, world: int) -> list[int]:
     """The nearest batch sizes, below and above, that avoid it."""
-    unit = world * train.accumulation
+    unit = world * train.grad_accum_steps
 
     def fits(size: int) -> bool:
         return not any(_is_lone(count, train, world) for count in _step_sizes(images, size, train.drop_last))

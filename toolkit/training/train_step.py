@@ -124,7 +124,7 @@ class TrainStepConfig:
     classes: int
     label_smoothing: float
     mixing: MixupConfig | None
-    clip_norm: float | None
+    max_grad_norm: float | None
     channels_last: bool
     class_weights: Tensor | None
     """Weight of each class in the loss, float32 [K] on the device, mean 1 over the training images."""
@@ -223,9 +223,9 @@ class TrainStep:
 
     def _update(self, number: int) -> None:
         """One optimizer step, the run's ``number``-th, from 1."""
-        if self.settings.clip_norm is not None:
+        if self.settings.max_grad_norm is not None:
             parameters = [p for p in self.network.parameters() if p.requires_grad]
-            self.accelerator.clip_grad_norm_(parameters, self.settings.clip_norm)
+            self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         try:
             self.optimizer.step()
         except RuntimeError as error:

@@ -35,7 +35,7 @@ from toolkit.training.resume import stored_recipe
 from toolkit.training.run_writer import RunWriter
 from toolkit.training.train_step import RunningMetrics, TrainCallbacks
 
-ADVICE = "Try a smaller optimizer.lr, train.clip_norm, or scheduler.warmup_epochs"
+ADVICE = "Try a smaller optimizer.lr, train.max_grad_norm, or scheduler.warmup_epochs"
 
 
 class Trainer:
@@ -154,7 +154,7 @@ class Trainer:
         if self.tracking is not None:
             self.tracking.log(record, record["step"])
         self.save()
-        marked = is_best and recipe.train.select != "last"
+        marked = is_best and recipe.train.best_metric != "last"
         self.display.log(epoch_line(record, recipe.train.epochs, best=marked, images_per_s=speed))
         if position.stopped_early:
             self.display.log(
@@ -164,10 +164,10 @@ class Trainer:
 
     def _is_best(self, record: dict[str, Any]) -> bool:
         """Whether an epoch's weights are to be kept: it is better than all before it, or the last one is wanted."""
-        select, best = self.recipe.train.select, self.position.best
-        if select == "last":
+        best_metric, best = self.recipe.train.best_metric, self.position.best
+        if best_metric == "last":
             return bool(record["epoch"] >= self.recipe.train.epochs)
-        return best is None or epoch_rank(record, select) > epoch_rank(best, select)
+        return best is None or epoch_rank(record, best_metric) > epoch_rank(best, best_metric)
 
     def _average_statistics(self) -> None:
         """Make unsynchronized batch norm statistics the same on all processes (a collective)."""

@@ -1,0 +1,114 @@
+"""Files that earlier versions wrote are read as what they meant; a recipe with an old key is refused with the new name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.recipe import RecipeError, loads_recipe, resolved_toml
+from toolkit.recipe.earlier_versions import RENAMED, renamed_metric, update_metrics
+from toolkit.runs import Run
+
+RECIPE = """
+[recipe]
+name = "example"
+[data]
+dataset = "imagefolder"
+fixed_views = 3
+[augment]
+run_on = "workers"
+mixup_prob = 0.7
+mixup_switch_prob = 0.3
+train = [{ name = "RandomRotation", degrees = 9, stage = "before_crop" }]
+mixup = 0.2
+cutmix = 1.0
+[model]
+source = "torchvision"
+name = "vgg11_bn"
+weights = "IMAGENET1K_V1"
+head = { hidden = [64], scope = "classifier", bias = true }
+[transfer]
+mode = "backbone_only"
+[optimizer]
+lr = 0.1
+[scheduler]
+name = "one_cycle"
+pct_start = 0.2
+warmup_start_factor = 0.1
+[train]
+epochs = 5
+batch_size = 64
+grad_accum_steps = 2
+max_grad_norm = 1.0
+best_metric = "val/balanced_accuracy"
+[expected_metrics]
+last_test_balanced_accuracy = { at_least = 0.9, source = "a report" }
+"""
+
+
+def in_old_words(text: str) -> str:
+    for path, new in RENAMED.items():
+        old = path[-1]
+        text = text.replace(f"[{new}", f"[{old}") if len(path) == 1 else text.replace(f"{new} =", f"{old} =")
+    for new, old in (("backbone_only", "frozen_classifier"), ("last_test_", "stopped_test_"), ("balanced_", "class_")):
+        text = text.replace(new, old)
+    return text
+
+
+def test_a_recipe_that_an_earlier_version_wrote_out_in_full() -> None:
+    recipe = loads_recipe(RECIPE, ['data.exif="ignore"', "data.value_range=[0, 65535]"])
+    old = in_old_words(resolved_toml(recipe))
+    used = [path[-1] for path in RENAMED if path[1:2] not in (("validation",), ("test",))]
+    assert not [key for key in used if f"{key} =" not in old and f"[{key}" not in old]
+    assert not [new for new in RENAMED.values() if f"\n{new} =" in old]
+    assert loads_recipe(old) == recipe
+
+
+def test_a_recipe_of_ones_own_with_old_keys_is_refused_with_the_new_names() -> None:
+    with pytest.raises(RecipeError) as caught:
+        loads_recipe(in_old_words(RECIPE))
+    message = str(caught.value)
+    for path, new in RENAMED.items():
+        if path[1:2] not in (("validation",), ("test",)):
+            where = "augment.train[0]" if path[1:2] == ("train",) else ".".join(path[:-1])
+            assert f"renamed to {where + '.' if where else ''}{new}" in message
+    assert 'renamed to "backbone_only"' in message
+    with pytest.raises(RecipeError, match='renamed to "val/balanced_accuracy"'):
+        loads_recipe(RECIPE, ['train.best_metric="val/class_accuracy"'])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("stopped_test_class_accuracy", "last_test_balanced_accuracy"),
+        ("val/class_accuracy", "val/balanced_accuracy"),
+        ("stopped", "last"),
+        ("stopped_early", "stopped_early"),
+        ("test_accuracy", "test_accuracy"),
+    ],
+)
+def test_names_of_metrics(old: str, new: str) -> None:
+    assert renamed_metric(old) == new
+    assert renamed_metric(new) == new
+
+
+def test_summary_and_metrics_of_an_earlier_version(tmp_path: Path) -> None:
+    models: dict[str, Any] = {"best": {"epoch": 1, "test_class_accuracy": 0.5}, "stopped": {"epoch": 2}}
+    (tmp_path / "summary.json").write_text(json.dumps({**models, "stopped_early": True}))
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "train/loss": 1.0, "val/class_accuracy": 0.25}\n')
+    run = Run(tmp_path)
+    assert run.summary["last"] == {"epoch": 2}
+    assert run.summary["best"]["test_balanced_accuracy"] == 0.5
+    assert run.summary["stopped_early"]
+    assert run.epochs() == [{"epoch": 1, "train/loss": 1.0, "val/balanced_accuracy": 0.25}]
+
+
+def test_columns_of_an_earlier_study() -> None:
+    output = {"columns": ["stopped_val_accuracy", "epochs"], "best_by": "val/accuracy"}
+    assert update_metrics({"study": {"output": output}})["study"]["output"]["columns"] == [
+        "last_val_accuracy",
+        "epochs",
+    ]
