@@ -1,4 +1,4 @@
-"""Files that earlier versions wrote are read as what they meant; a recipe with an old key is refused with the new name."""
+"""Files of earlier versions are read as what they meant; a recipe with an old key is refused with the new name."""
 
 from __future__ import annotations
 

@@ -135,7 +135,8 @@ def try_load(folder: Path, key: str, value: str) -> None:
 def test_the_walk_finds_the_keys() -> None:
     names = [key for key, _ in KEYS]
     assert {"optimizer.lr", "model.head.hidden.[]", "data.split.validation", "augment.train.[].apply_p",
-            "model.convnet.blocks.[].stride", "study.bohb.trials", "expected_metrics.{}.value"} <= set(names)  # fmt: skip
+            "model.convnet.blocks.[].stride", "study.bohb.trials",
+            "expected_metrics.{}.value"} <= set(names)  # fmt: skip
     assert len(names) > 85
     assert set(WITH) | ONLY_READ <= set(names)
 

@@ -284,7 +284,8 @@ def test_a_norm_sees_as_many_images_as_the_plan_gives_it(
     table = TrainConfig(epochs=1, batch_size=count, grad_accum_steps=grad_accum_steps, sync_batch_norm=sync)
     assert _is_lone(count, table, world) == is_lone
     plans = [
-        list(plan_epoch(count, batch_size=count, grad_accum_steps=grad_accum_steps, drop_last=False, world=world, rank=rank,
+        list(plan_epoch(count, batch_size=count, grad_accum_steps=grad_accum_steps, drop_last=False, world=world,
+                        rank=rank,
                         mixing=False))
         for rank in range(world)
     ]  # fmt: skip

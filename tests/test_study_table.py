@@ -538,8 +538,8 @@ def test_a_table_needs_no_torch(tmp_path: Path) -> None:
 
     folder = seeded_study(tmp_path)
     code = (
-        "import sys; from toolkit.study.export_tables import *; from toolkit.study.directory import StudyDirectory; from pathlib "
-        f"import Path; read_outcomes(StudyDirectory(Path({str(folder)!r})), TableOptions()); "
+        "import sys; from toolkit.study.export_tables import *; from toolkit.study.directory import StudyDirectory; "
+        f"from pathlib import Path; read_outcomes(StudyDirectory(Path({str(folder)!r})), TableOptions()); "
         "print([m for m in ('torch', 'optuna', 'matplotlib') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

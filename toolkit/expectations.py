@@ -43,7 +43,7 @@ class ExpectationResult:
 
 
 def check_expectations(recipe: Recipe, summary: dict[str, Any]) -> list[ExpectationResult]:
-    """A verdict on each figure of [expected_metrics]. Seeds that the figure was not stated for, and subsets, do not compare."""
+    """Compare a run with [expected_metrics]. Seeds other than those stated, and subsets, do not compare."""
     return [_judge(recipe, summary, figure, expected) for figure, expected in recipe.expected_metrics.items()]
 
 

@@ -33,7 +33,7 @@ COMBINATIONS = (
     Combination("mixup, EMA, plateau on two", 2, MUCH, EMA),
     Combination("bf16, AdamW", 1, MUCH, ('train.precision="bf16"', *EMA), optimizer=ADAMW),
     Combination("bf16 and accumulation on two", 2, MUCH, ('train.precision="bf16"', "train.grad_accum_steps=2")),
-    Combination("accumulation, checkpoint every step", 1, MUCH, ("train.grad_accum_steps=2", "checkpoint.every_steps=1")),
+    Combination("accumulation, every step kept", 1, MUCH, ("train.grad_accum_steps=2", "checkpoint.every_steps=1")),
     Combination("early stopping", 1, PLAIN,
                 ("optimizer.lr=0.2", "early_stopping.patience=2", 'early_stopping.metric="val/accuracy"'), 20),
     Combination("early stopping on two", 2, PLAIN,

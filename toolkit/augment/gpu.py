@@ -43,7 +43,8 @@ class GpuAugmentation:
         """uint8 [m, C, h, w] -> float32 [m, C, image_size, image_size] on the same device, normalised.
 
         images: decoded and resized, all of one size; where the fixed centre crop is the first thing after the resize
-        it may have been made already. draws: int64 [m] on the CPU, see :meth:`toolkit.data.sampling.SamplingPlan.epoch`.
+        it may have been made already. draws: int64 [m] on the CPU, see
+        :meth:`toolkit.data.sampling.SamplingPlan.epoch`.
         Images that are channels_last are worked on, and given back, as such. Nothing waits for a GPU. Each call costs
         some hundred microseconds on its own, so that several small batches are best made in one.
 

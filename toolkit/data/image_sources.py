@@ -162,7 +162,8 @@ class ImageFiles:
     ) -> None:
         """``exif``: apply or ignore the orientation that files state (:mod:`toolkit.data.orientation`).
 
-        ``value_range``: of samples with more than 8 bits (:mod:`toolkit.data.value_range`). ``advice`` ends the messages
+        ``value_range``: of samples with more than 8 bits, see :mod:`toolkit.data.value_range`. ``advice`` ends the
+        messages
         about bad images.
         """
         self.root, self.mode = str(root), MODES[channels]

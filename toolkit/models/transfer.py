@@ -51,7 +51,8 @@ class Transfer:
     def unfreeze_for_epoch(self, epoch: int) -> bool:
         """At the start of an epoch (from 1): open the stages due by now, from the top. Whether anything changed.
 
-        Only ``gradual`` opens any. Where it did, the optimiser needs :func:`new_param_groups` and DDP must be wrapped anew.
+        Only ``gradual`` opens any. Where it did, the optimizer needs
+        :func:`new_param_groups` and DDP must be wrapped again.
         """
         due = sum(start <= epoch for start in self.table.unfreeze_at) if self.table.mode == "gradual" else 0
         opened = self.stages[:-1][len(self.stages) - 1 - due :] if due else []

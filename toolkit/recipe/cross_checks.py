@@ -299,7 +299,7 @@ def selection_is_measured(recipe: Recipe) -> Iterator[Issue]:
     best_metric = recipe.train.best_metric
     if best_metric == "last" and recipe.early_stopping.patience is not None:
         message = (
-            'train.best_metric: "last" keeps the last epoch, and early stopping ends a run some epochs after its best one: '
+            'train.best_metric: "last" keeps the last epoch, and early stopping ends a run some epochs after its best: '
             "the two contradict each other"
         )
         hint = "leave out early_stopping.patience, or select by a validation figure"

@@ -94,7 +94,7 @@ class LayeredConfig:
 
 
 def read_chain(path: str | os.PathLike[str]) -> list[ConfigLayer]:
-    """A recipe file and all that it extends, the eldest first; parents without [expected_metrics]. Raises RecipeError."""
+    """A recipe file and all it extends, base first; parents without [expected_metrics]. Raises RecipeError."""
     sources: list[ConfigLayer] = []
     seen: list[str] = []
     chain: list[str] = []

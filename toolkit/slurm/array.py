@@ -7,7 +7,8 @@ slurm/study.toml       of a search: the study as it was submitted
 slurm/JOB_TASK/        of a search: notes of a task, as runs have them in their own folders ``slurm/``
 
 A list of runs (rows, grid, random) becomes one task a run: each trains the next run that is open. The runs of a search
-come about while it goes on, so its tasks each work on it until it has come to its end (toolkit/study/leader_election.py).
+come about while it goes on, so its tasks each work on it until it has come to its end (see
+toolkit/study/leader_election.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A grid over a value that nobody reads gives a table of noise. (In the public notebook behind two published tables the
 grid varies the weight decay, while the optimiser is given a constant.) So every key is tried: two runs that differ in
-it alone must differ in their data, transforms, model, optimiser or schedule, as :mod:`toolkit.study.effective_config` builds
+it alone must differ in their data, transforms, model, optimizer or schedule, as :mod:`toolkit.study.effective_config`
+builds
 them.
 """
 

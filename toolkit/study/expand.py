@@ -77,7 +77,7 @@ class ExpandedStudy:
 class StudySpec:
     """A study as its file says it. ``merged`` is the recipe with [study], ``sources`` are without.
 
-    [expected_metrics] is a promise about one recipe: an inherited one is left out of ``sources``, the file's own holds for the
+    [expected_metrics] is about one recipe: an inherited one is left out of ``sources``, the file's own holds for the
     runs that change nothing but the seed, and a row may state its own.
     """
 

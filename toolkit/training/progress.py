@@ -30,7 +30,7 @@ class TrainProgress:
     train_images: int = 0
     """Images trained on, over all processes and sittings."""
     sums: list[list[float]] = field(default_factory=list)
-    """What each process had counted in the epoch under way, see :meth:`toolkit.training.train_step.RunningMetrics.state`."""
+    """Each process's counts in the current epoch, see :meth:`toolkit.training.train_step.RunningMetrics.state`."""
 
     @property
     def epochs_begun(self) -> int:
