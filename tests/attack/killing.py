@@ -20,7 +20,7 @@ from trainers import Trainers, only_run, outcome, write_recipe
 
 from toolkit.runs import Run
 
-FAILED, STOPPED = 1, 3
+FAILED, LAST = 1, 3
 """Exit statuses of a run that lost one of its processes, and of one that was asked to stop and wrote a checkpoint."""
 READY = "ready for the first step"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -129,12 +129,12 @@ def strike(trainers: Trainers, kill: Kill, is_finished: Callable[[], bool]) -> s
     # After a SIGKILL, data workers of Python's multiprocessing may say that their parent's connection is gone.
     assert kill.number == signal.SIGKILL or "Traceback" not in trainers.text(), described
     if is_finished():  # the last file was there: what is left of a process is its exit
-        assert {*statuses} <= {0, STOPPED, FAILED, -kill.number}, described
+        assert {*statuses} <= {0, LAST, FAILED, -kill.number}, described
     elif kill.number == signal.SIGKILL:
         assert all(statuses[rank] == -signal.SIGKILL for rank in kill.ranks), described
         assert all(statuses), described
     else:
-        assert statuses == [STOPPED] * len(statuses), described
+        assert statuses == [LAST] * len(statuses), described
     return "training"
 
 

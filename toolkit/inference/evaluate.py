@@ -197,7 +197,7 @@ def evaluate_run(
         _compare(outcome, "best", best, summary, allowed)
         if split == "test" and run.is_finished:
             outcome.predictions_equal = _same_rows(run, best, trained.classes)
-        if _stopped_differs(summary) and _take_stopped(run, trained.module, summary, outcome):
+        if _last_differs(summary) and _load_last(run, trained.module, summary, outcome):
             _compare(outcome, "last", measure(trained.module), summary, allowed)
     finally:
         loader.close()
@@ -263,12 +263,12 @@ def _same_rows(run: Run, found: EvalResult, classes: list[str]) -> int:
     return sum(row["prediction"] == now for row, now in zip(rows, predicted, strict=True))
 
 
-def _stopped_differs(summary: dict[str, Any]) -> bool:
+def _last_differs(summary: dict[str, Any]) -> bool:
     """Whether the run stopped at another epoch than its best."""
     return bool(summary) and summary["last"]["epoch"] != summary["best"]["epoch"]
 
 
-def _take_stopped(run: Run, module: nn.Module, summary: dict[str, Any], outcome: ReevaluationReport) -> bool:
+def _load_last(run: Run, module: nn.Module, summary: dict[str, Any], outcome: ReevaluationReport) -> bool:
     """Load the last epoch's weights from its checkpoint into the module; False, with a remark, where it is gone."""
     epoch = summary["last"]["epoch"]
     if not load_last_model(run, module, epoch):

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from toolkit.study.results import STOPPED
+from toolkit.study.results import LAST
 from toolkit.study.results_table import FORMATS, MISSING, ResultRow, number
 from toolkit.study.text_table import TextTable
 
@@ -60,7 +60,7 @@ def _noise(row: ResultRow, column: str) -> tuple[float, str] | None:
         return measured.std, "seeds"
     if published is not None and published.std is not None:
         return published.std, "published seeds"
-    split, _, kind = column.removeprefix(STOPPED).partition("_")
+    split, _, kind = column.removeprefix(LAST).partition("_")
     images = next((r.images[split] for r in row.finished if r.images.get(split)), 0)
     if kind != "accuracy" or split == "train" or not images:
         return None

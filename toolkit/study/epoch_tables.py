@@ -11,7 +11,7 @@ from toolkit.study.results import higher_is_better
 from toolkit.study.results_table import FORMATS, MISSING, ResultRow, number, title
 from toolkit.study.text_table import BEST, DECLINE, TextTable
 
-STOPPED = "x"
+ENDED = "x"
 """In the epochs after a run's last one."""
 
 
@@ -108,11 +108,11 @@ def _sheet(caption: str, columns: dict[str, list[float]], figures: Sequence[str]
 def _cell(column: Sequence[float], epoch: int, figure: str) -> str:
     if not column:
         return MISSING
-    return number(_plain(figure), column[epoch]) if epoch < len(column) else STOPPED
+    return number(_plain(figure), column[epoch]) if epoch < len(column) else ENDED
 
 
 def _notes(rows: Sequence[ResultRow], missing: Sequence[str]) -> list[str]:
-    found = [f"{STOPPED}: after the last epoch of the run."]
+    found = [f"{ENDED}: after the last epoch of the run."]
     if any(len(row.finished) > 1 for row in rows):
         found.append("Mean over the finished runs of a row, in each epoch over those that trained it.")
     if missing:

@@ -16,7 +16,7 @@ from toolkit.study.claims import JudgedClaim, claim_records, claims_sheet, judge
 from toolkit.study.compare import compare_rows, comparison_records, comparison_sheet
 from toolkit.study.directory import StudyDirectory
 from toolkit.study.epoch_tables import epoch_records, epoch_sheets, figures_by_epoch
-from toolkit.study.results import STOPPED, RunResult, higher_is_better, read_results
+from toolkit.study.results import LAST, RunResult, higher_is_better, read_results
 from toolkit.study.results_table import (
     FORMATS,
     ResultRow,
@@ -181,7 +181,7 @@ def _measured(columns: Sequence[str], results: Sequence[RunResult]) -> Sequence[
     finished = [result for result in results if result.is_finished]
 
     def has(column: str) -> bool:
-        split = column.removeprefix(STOPPED).split("_")[0]
+        split = column.removeprefix(LAST).split("_")[0]
         return split not in ("val", "test") or any(column in result.figures for result in finished)
 
     return [column for column in columns if has(column)] if finished else columns

@@ -10,7 +10,7 @@ from toolkit.errors import UserError
 from toolkit.recipe.study_schema import METRICS
 from toolkit.study.directory import RunState, StudyDirectory, StudyRun, failure_of
 
-STOPPED = "last_"
+LAST = "last_"
 """Figures of the last epoch's model; all others are of the best epoch's."""
 
 SPENT = {"epochs": "epochs_run", "seconds": "seconds", "images_per_second": "images_per_s", "parameters": "parameters"}
@@ -84,15 +84,15 @@ def _result(folder: StudyDirectory, member: StudyRun) -> RunResult:
 
 
 def _figures(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> dict[str, float]:
-    best, stopped = summary.get("best", {}), summary.get("last", {})
+    best, last_model = summary.get("best", {}), summary.get("last", {})
     record: dict[str, Any] = next((r for r in epochs if r["epoch"] == best.get("epoch")), {})
     last: dict[str, Any] = epochs[-1] if epochs else {}
     sources: dict[str, Any] = {
         **{f"train_{name}": record.get(f"train/{name}") for name in ("loss", "accuracy")},
-        **{f"{STOPPED}train_{name}": last.get(f"train/{name}") for name in ("loss", "accuracy")},
+        **{f"{LAST}train_{name}": last.get(f"train/{name}") for name in ("loss", "accuracy")},
         "train_accuracy_all_images": _of_all_images(record.get("train/accuracy"), summary),
         **{key: value for key, value in best.items() if key.startswith(("val_", "test_"))},
-        **{f"{STOPPED}{key}": value for key, value in stopped.items()},
+        **{f"{LAST}{key}": value for key, value in last_model.items()},
         **{figure: summary.get(name) for figure, name in SPENT.items()},
     }
     return {figure: float(sources[figure]) for figure in METRICS if isinstance(sources.get(figure), int | float)}

@@ -27,13 +27,13 @@ TOLERANCE = {"no": 1e-4, "bf16": 2e-2, "fp16": 1e-2}
 def finish(training: Trainer) -> dict[str, Any]:
     """Evaluate the best and the last model on test, write predictions, return the summary (a collective)."""
     try:
-        best, stopped, test = _evaluate_both(training)
+        best, last, test = _evaluate_both(training)
     except StopTraining:
         raise Interrupted(
             f"stopped in the final evaluation; {training.kept_text()}. Go on with: toolkit train --resume "
             f"{training.run.path if training.run else ''}"
         ) from None
-    summary = _summary(training, best, stopped)
+    summary = _summary(training, best, last)
     run = training.run
     if run is not None and test is not None and training.accelerator.is_main_process:
         run.write_predictions(_prediction_rows(training, test))
@@ -127,12 +127,12 @@ def _figures(record: dict[str, Any], test: EvalResult | None) -> dict[str, Any]:
     return {"epoch": record["epoch"], **validation, **({} if test is None else test.figures("test_"))}
 
 
-def _summary(training: Trainer, best: dict[str, Any], stopped: dict[str, Any]) -> dict[str, Any]:
+def _summary(training: Trainer, best: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
     position, setup = training.position, training.setup
     parameters = list(setup.built.module.parameters())
     return {
         "best": best,
-        "last": stopped,
+        "last": last,
         "train_loss": position.last["train/loss"] if position.last else None,
         "train_accuracy": position.last["train/accuracy"] if position.last else None,
         "epochs_run": position.epoch,
