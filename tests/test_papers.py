@@ -711,6 +711,14 @@ def test_claims_agree_with_the_published_figures_of_their_rows() -> None:
     assert compared > 50
 
 
+def test_a_study_of_another_network_says_that_it_does_not_compare() -> None:
+    studies = sorted((REPOSITORY / "recipes" / "studies").glob("efficientnet_lite0_table*.toml"))
+    assert len(studies) == 5
+    for path in studies:
+        runs = expand(read_study(path)).runs
+        assert {run.member.not_comparable for run in runs} == {"another network, EfficientNet-Lite0"}, path.name
+
+
 def test_a_study_of_a_part_of_the_data_says_that_it_does_not_compare() -> None:
     def reasons(*settings: str) -> set[str]:
         study = read_study(PAPERS / "murabito" / "freezing.toml", settings)

@@ -217,6 +217,13 @@ class StudyConfig(ConfigModel):
     description: Annotated[str, describe("What the study shows, in a line.")] = ""
     source: Annotated[str, describe("The publication and table that it repeats.")] = ""
     note: Annotated[str, describe("What a reader should know beside the table.")] = ""
+    not_comparable: Annotated[
+        str,
+        describe(
+            "Why the published values cannot be compared with these runs, e.g. another network. Stands in place of every "
+            "difference; claims stay undecided."
+        ),
+    ] = ""
     rows: Annotated[list[StudyRow], describe("Named rows, each with its changes.")] = []
     grid: Annotated[
         ConfigOverrides,

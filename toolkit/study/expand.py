@@ -316,6 +316,8 @@ def _compared(study: StudySpec, run: PlannedRun, seed: LocatedValue | None) -> P
     Published figures belong to the recipe as it is up to the file that states them: a file that extends it, or --set,
     may change the conditions. Runs without published figures have a reason too, since claims compare them.
     """
+    if study.table.not_comparable:
+        return replace(run, member=replace(run.member, not_comparable=study.table.not_comparable))
     stating = StudySpec(study.path, study.stating_sources, study.merged, study.table, study.base)
     stated = run.recipe
     if len(stating.sources) < len(study.sources):
