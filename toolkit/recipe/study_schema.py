@@ -220,7 +220,7 @@ class StudyConfig(ConfigModel):
     not_comparable: Annotated[
         str,
         describe(
-            "Why the published values cannot be compared with these runs, e.g. another network. Stands in place of every "
+            "Why the published values cannot be compared with these runs, e.g. another network. Replaces every "
             "difference; claims stay undecided."
         ),
     ] = ""
