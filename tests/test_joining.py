@@ -196,7 +196,7 @@ def test_a_process_killed_while_another_joins_ends_that_one_too(tmp_path: Path, 
 def test_a_process_killed_before_its_connections_are_made_ends_the_others(tmp_path: Path) -> None:
     def kill_late(rank: int) -> None:
         if rank == 1:
-            at_call(rendezvous, "watch_peers", 1, kill_self)
+            at_call(rendezvous, "start_failure_detector", 1, kill_self)
 
     statuses, text = ended(tmp_path, 3, kill_late, "--set", "train.batch_size=18")
     assert statuses[1] == -signal.SIGKILL

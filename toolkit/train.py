@@ -182,11 +182,11 @@ def environment_error_message(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None and error.errno in NO_ACCESS:
         return f"cannot use {error.filename}: {error.strerror}"
     peers = sys.modules.get("toolkit.distributed.failure_detection")  # else torch has not been imported either
-    if peers is None or not peers.is_loss(error):
+    if peers is None or not peers.is_peer_lost_error(error):
         return None
     assert peers.current is not None
     peers.current.failure_reported.wait(LOSS_WAIT_S)
-    return str(peers.loss_message())
+    return str(peers.peer_lost_message())
 
 
 def print_error_once(message: str) -> None:
