@@ -214,6 +214,16 @@ def test_rows_that_do_not_compare_print_no_difference(tmp_path: Path) -> None:
     assert {row["not_comparable"] for row in rows} == {"the run used part of the images"}
 
 
+def test_a_study_under_other_conditions_has_no_column_of_differences(tmp_path: Path) -> None:
+    settings = {"not_comparable": "another network"}
+    folder = write_study(tmp_path / "small", settings, published_rows("another network")).path
+    shown = toolkit("table", str(folder), "--columns", "test_accuracy").stdout
+    assert "diff." not in shown
+    assert "published" in shown
+    assert shown.count("Not comparable: another network.") == 1
+    assert "rank correlation" not in shown
+
+
 def test_a_study_that_is_trained_on_a_part_of_the_data_prints_no_difference_and_no_verdict(tmp_path: Path) -> None:
     """Through the command line: the claim also names a row without a published figure."""
     rows = """

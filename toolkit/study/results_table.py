@@ -193,14 +193,16 @@ def sheet(
     compared = {column for column in columns if any(column in row.published for row in rows)}
     several, unfinished = any(len(row.results) > 1 for row in rows), any(row.open for row in rows)
     head = ["setting", *(["runs"] if several else [])]
+    published = ["published"] if table.not_comparable else ["published", "diff."]
     for column in columns:
-        head += [FORMATS[column].heading, *(["published", "diff."] if column in compared else [])]
+        head += [FORMATS[column].heading, *(published if column in compared else [])]
     head += ["open"] if unfinished else []
     cells = []
     for row in rows:
         line = [row.name, *([_count(row)] if several else [])]
         for column in columns:
-            line += [_measured(row, column, intervals), *(_published(row, column) if column in compared else ())]
+            line += [_measured(row, column, intervals)]
+            line += _published(row, column)[: len(published)] if column in compared else ()
         cells.append([*line, *([row.open] if unfinished else [])])
     marked = frozenset(index for index, row in enumerate(rows) if row.is_best)
     told = notes(rows, table, compared=bool(compared), intervals=intervals)
@@ -287,7 +289,9 @@ def notes(rows: Sequence[ResultRow], table: StudyConfig, *, compared: bool, inte
         best = next(row.name for row in rows if row.is_best)
         found.append(f"Best{so_far} by {table.output.best_by} (never by test): {best}.")
     found += _about_spread(rows, table.output.confidence, intervals)
-    if compared:
+    if compared and table.not_comparable:
+        found.append(f"Published: {table.source or 'see the study'}. Not comparable: {table.not_comparable}.")
+    elif compared:
         found.append(f"Published: {table.source or 'see the study'}; diff.: measured {MINUS} published.")
     if table.note:
         found.append(table.note)
