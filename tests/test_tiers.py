@@ -223,7 +223,7 @@ def test_a_random_crop_keeps_whole_images_and_the_fixed_crop_is_made_of_them(pho
     assert_equal(plain, once)
     assert len(kept.shortcuts) == 1
     assert "train, validation, test" in kept.shortcuts[0]
-    assert "centre crop" not in kept.shortcuts[0]
+    assert "center crop" not in kept.shortcuts[0]
 
 
 def test_greyscale_input_is_kept_with_one_channel(photographs: Path, own_cache: Path) -> None:

@@ -1,9 +1,9 @@
-"""Augmentation of whole batches on the training device, in place of transforms of single images in workers.
+"""Augmentation of whole batches on the training device, instead of single images in data workers.
 
-What is random about an example is a function of (seed, epoch, draw) alone: uniform numbers from a counter-based
-generator, made into parameters on the CPU, applied to pixels by elementwise operations. So neither the batch around an
-example, nor the number of processes, nor the order of calls changes a bit of it (between devices floating point may).
-The distributions are torchvision's, the numbers are not: its generators draw one after the other.
+The augmentation of an example depends only on (seed, epoch, draw): parameters are sampled on the CPU from a
+counter-based generator and applied to the pixels by elementwise operations. So the result does not depend on the other
+examples in the batch, the number of processes or the order of calls, bit for bit (floating point may differ between
+devices). The distributions are torchvision's; the numbers are not, because its generators are sequential.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from toolkit.errors import UserError
 from toolkit.recipe.schema import AugmentConfig
 
 _AUGMENT_STREAM = 0x6175676D656E74
-"""Keeps these random numbers apart from all others of the same seed ("augment" in ASCII)."""
+"""Separates these random numbers from all others with the same seed ("augment" in ASCII)."""
 
 _CHUNK = 2**18
-"""Values (4 bytes each) that are worked on at once on a CPU, so that they stay in its caches."""
+"""Values (4 bytes each) that a CPU processes at a time, so that they stay in its caches."""
 
 
 class GpuAugmentation:
-    """One split's augmentations, crop and normalisation, for batches."""
+    """The augmentations, crop and normalization of one split, for batches."""
 
     def __init__(self, chain: AugmentationPipeline, preprocessing: Preprocessing, seed: int) -> None:
         self.chain, self.seed = chain, seed
@@ -40,15 +40,14 @@ class GpuAugmentation:
         self._row_mean, self._row_std = self.mean.repeat(self.size), self.std.repeat(self.size)
 
     def __call__(self, images: Tensor, epoch: int, draws: Tensor | IntArray) -> Tensor:
-        """uint8 [m, C, h, w] -> float32 [m, C, image_size, image_size] on the same device, normalised.
+        """Augment and normalize uint8 [m, C, h, w] to float32 [m, C, image_size, image_size] on the same device.
 
-        images: decoded and resized, all of one size; where the fixed centre crop is the first thing after the resize
-        it may have been made already. draws: int64 [m] on the CPU, see
-        :meth:`toolkit.data.sampling.SamplingPlan.epoch`.
-        Images that are channels_last are worked on, and given back, as such. Nothing waits for a GPU. Each call costs
-        some hundred microseconds on its own, so that several small batches are best made in one.
+        ``images`` are decoded, resized and of equal size; if the fixed center crop directly follows the resize, it may
+        already have been applied. ``draws``: int64 [m] on the CPU, see
+        :meth:`toolkit.data.sampling.SamplingPlan.epoch`. The memory format (channels_last) is kept. There is no GPU
+        synchronization. Each call has an overhead of some hundred microseconds, so combine small batches.
 
-        Raises UserError where the result has another size than image_size.
+        Raises UserError if the result does not have the size ``image_size``.
         """
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != self.channels:
             raise ValueError(f"expected uint8 [m, {self.channels}, h, w], not {images.dtype} {list(images.shape)}")
@@ -63,7 +62,7 @@ class GpuAugmentation:
         return made
 
     def plans(self, epoch: int, draws: Tensor | IntArray, size: tuple[int, int]) -> list[SampledParams]:
-        """What each pass of the chain will do to each image of a batch: all that is random about it."""
+        """Sample the parameters of each operation of the pipeline for each image of a batch."""
         slots = [one.slots for one in self.chain.all]
         u = keyed_uniforms(np.asarray(draws), sum(slots), _AUGMENT_STREAM, self.seed, epoch)
         plans: list[SampledParams] = []
@@ -78,7 +77,7 @@ class GpuAugmentation:
         return plans
 
     def _make(self, images: Tensor, made: Tensor, plans: Sequence[SampledParams], tables: Sequence[Tensor]) -> None:
-        """The chain over some of the images, into ``made``."""
+        """Apply the pipeline to some of the images and write the result to ``made``."""
         count = len(self.chain.passes)
         for one, plan, table in zip(self.chain.passes, plans[:count], tables[:count], strict=True):
             images = _where_due(one, images, plan, table)
@@ -87,10 +86,10 @@ class GpuAugmentation:
             self.chain.erase.erase(made, plans[-1], tables[-1])
 
     def _normalize(self, images: Tensor, made: Tensor) -> None:
-        """0..255 -> normalised, by torchvision's own operations in their order: bit for bit alike."""
+        """Normalize 0..255 with torchvision's operations in their order, so that results are equal bit for bit."""
         made.copy_(images)
         if made.device.type == "cpu" and memory_format(made) is torch.channels_last:
-            # A row of pixels as one vector: broadcasting over the three channels alone is ten times slower.
+            # Treat a row of pixels as one vector: broadcasting over only the three channels is ten times slower.
             lines = made.permute(0, 2, 3, 1).view(-1, self.size * self.channels)
             lines.mul_(1 / 255).sub_(self._row_mean).div_(self._row_std)
         else:
@@ -101,9 +100,9 @@ class GpuAugmentation:
 def gpu_augmentation(
     augment: AugmentConfig, preprocessing: Preprocessing, seed: int, split: str = "train"
 ) -> GpuAugmentation | str:
-    """The augmentations of a split for batches, or why it has none (in words: the place in the recipe and the name).
+    """Build the batch augmentations of a split, or return why that is not possible (the recipe entry and its name).
 
-    Raises UserError where augment.run_on = "device" and something prevents it, and as
+    Raises UserError if that is not possible and ``augment.run_on = "device"``, and like
     :func:`toolkit.augment.transforms.build_transform`.
     """
     obstacle = 'augment.run_on = "workers"' if augment.run_on == "workers" else unsupported_on_gpu(split, augment)
@@ -115,9 +114,9 @@ def gpu_augmentation(
 
 
 def keyed_uniforms(draws: IntArray, n: int, *key: int) -> Floats:
-    """n numbers in [0, 1) for each draw, a function of (key, draw, number) alone: float64 [m, n].
+    """Return n numbers in [0, 1) for each draw, which depend only on (key, draw, index): float64 [m, n].
 
-    :func:`toolkit.data.sampling.hash64` of (*key, draw, 0..n-1), for many draws at once.
+    Vectorized :func:`toolkit.data.sampling.hash64` of (*key, draw, 0..n-1).
     """
     state = np.uint64(hash64(*key)) + draws.astype(np.uint64)
     state = _mixed(_mixed(state)[:, None] + np.arange(n, dtype=np.uint64))
@@ -126,7 +125,7 @@ def keyed_uniforms(draws: IntArray, n: int, *key: int) -> Floats:
 
 
 def _mixed(state: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser, as in hash64; uint64 wraps around."""
+    """Apply SplitMix64's finalizer, as in hash64; uint64 arithmetic wraps around."""
     state = state + np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -135,7 +134,7 @@ def _mixed(state: np.ndarray) -> np.ndarray:
 
 
 def _on_device(tables: Sequence[Floats], device: torch.device) -> list[Tensor]:
-    """Tables [m, k] as float32 on the device, in one transfer that nothing waits for."""
+    """Copy parameter tables [m, k] to the device as float32, in one asynchronous transfer."""
     if not tables:
         return []
     if device.type == "cpu":
@@ -147,7 +146,7 @@ def _on_device(tables: Sequence[Floats], device: torch.device) -> list[Tensor]:
 
 
 def _where_due(one: BatchOp, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
-    """A pass over those of the images that it changes."""
+    """Apply an operation to those images that it changes."""
     if plan.applied.all():
         return one.apply(images, plan, table)
     due = np.flatnonzero(plan.applied)

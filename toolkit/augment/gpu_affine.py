@@ -1,11 +1,11 @@
-"""Rotations, affine and perspective transforms of whole batches: one grid each.
+"""Rotations, affine and perspective transforms of whole batches, each with one sampling grid.
 
-Coordinates are continuous, as Pillow's: pixel i covers [i, i + 1). A matrix takes a place of the output to the place of
-the input that it shows.
+Coordinates are continuous, as in Pillow: pixel i covers [i, i + 1). A matrix maps output coordinates to input
+coordinates.
 
-Flips next to such a transform are a part of its matrix. Two such transforms in a row stay two passes: torchvision
-takes the nearest pixel (its default) or interpolates after each, and one pass over the product of their matrices
-differs from that by more than 2/255 (tests/test_batched_geometry.py shows it).
+Flips next to such a transform are multiplied into its matrix. Two such transforms in a row are not fused: torchvision
+takes the nearest pixel (its default) or interpolates after each, and a single pass with the product of their matrices
+differs from that by more than 2/255 (see tests/test_batched_geometry.py).
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ class CoordinateMap(Protocol):
 
     @property
     def slots(self) -> int:
-        """Random numbers it needs for one image."""
+        """Random numbers needed per image."""
         ...
 
     def matrices(self, u: Floats, size: Size) -> Floats:
-        """From the output's coordinates (x, y, 1) to the input's, for each of m images: [m, 3, 3]."""
+        """Return the matrices from output coordinates (x, y, 1) to input coordinates of m images, [m, 3, 3]."""
         ...
 
 
 @dataclass(frozen=True)
 class RandomAffine:
-    """RandomAffine, and RandomRotation, which turns the other way (``turn`` = -1)."""
+    """RandomAffine, and RandomRotation, which rotates in the opposite direction (``turn`` = -1)."""
 
     degrees: tuple[float, float]
     translate: tuple[float, float]
-    """Greatest shift, as a share of width and height."""
+    """Maximum shift as a fraction of width and height."""
     scale: tuple[float, float]
     shear: tuple[float, float, float, float]
     """Range of degrees along x, then along y."""
     center: tuple[float, float] | None
-    """x and y in pixels; None: of the image."""
+    """x and y in pixels; None: the center of the image."""
     turn: int = 1
     slots: int = 6
 
     def draw(self, u: Floats, size: Size) -> Floats:
-        """Angle (degrees), shift along x and y (whole pixels), scale, shear along x and y (degrees): [m, 6]."""
+        """Sample angle (degrees), shift along x and y (whole pixels), scale, shear along x and y (degrees): [m, 6]."""
         (height, width), (across, down) = size, self.translate
         ranges = [self.degrees, (-across * width, across * width), (-down * height, down * height), self.scale,
                   self.shear[:2], self.shear[2:]]  # fmt: skip
@@ -66,9 +66,10 @@ class RandomAffine:
 
 
 def affine_matrices(values: Floats, center: tuple[float, float]) -> Floats:
-    """Inverses of translate @ to_center @ rotate @ scale @ shear @ from_center, [m, 3, 3], as torchvision defines them.
+    """Return the inverses of translate @ to_center @ rotate @ scale @ shear @ from_center, [m, 3, 3].
 
-    values: columns of :meth:`RandomAffine.draw`. Shear along y comes after that along x.
+    The definitions are torchvision's; shear along y is applied after shear along x. ``values``: columns of
+    :meth:`RandomAffine.draw`.
     """
     angle, shear_x, shear_y = (np.radians(np.ascontiguousarray(values[:, column])) for column in (0, 4, 5))
     shift, scale = values[:, 1:3], values[:, 3]
@@ -87,14 +88,14 @@ def affine_matrices(values: Floats, center: tuple[float, float]) -> Floats:
 
 @dataclass(frozen=True)
 class RandomPerspective:
-    """RandomPerspective: each corner is moved inwards."""
+    """RandomPerspective: moves each corner inward."""
 
     distortion: float
-    """Greatest movement, as a share of half the width and height."""
+    """Maximum movement as a fraction of half the width and height."""
     slots: int = 8
 
     def draw(self, u: Floats, size: Size) -> Places:
-        """Where the corners (top left, top right, bottom right, bottom left) go, x and y in pixels: [m, 4, 2]."""
+        """Sample the new corners (top left, top right, bottom right, bottom left), x and y in pixels: [m, 4, 2]."""
         height, width = size
         bounds = np.array([int(self.distortion * (width // 2)) + 1, int(self.distortion * (height // 2)) + 1])
         moved = randint(u.reshape(-1, 4, 2), np.broadcast_to(bounds, (4, 2)))
@@ -108,10 +109,10 @@ class RandomPerspective:
 
 
 def perspective_matrices(corners: Places, size: Size) -> Floats:
-    """The maps that take each of ``corners`` [m, 4, 2] to the image's own corner: [m, 3, 3].
+    """Return the matrices that map each of ``corners`` [m, 4, 2] to the corresponding image corner: [m, 3, 3].
 
-    (x, y) -> ((ax + by + c) / (gx + hy + 1), (dx + ey + f) / (gx + hy + 1)): eight equations for eight numbers. A map
-    that takes (0, 0) to infinity has 0 instead of the 1, which the equations do not allow (torchvision fails there).
+    (x, y) -> ((ax + by + c) / (gx + hy + 1), (dx + ey + f) / (gx + hy + 1)): eight equations in eight unknowns. A map
+    that takes (0, 0) to infinity has 0 in place of the 1, so these equations have no solution (torchvision fails).
     """
     height, width = size
     own = np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]], dtype=np.float64)
@@ -140,17 +141,17 @@ class AffineOp:
     after: tuple[RandomFlip, ...]
     bilinear: bool
     fill: tuple[float, ...]
-    """Of what lies outside: one value for all channels, or one each."""
+    """Value outside the image: one for all channels, or one per channel."""
     rounded: bool
-    """Whether pixels are whole values, as in an image of bytes, and not float."""
+    """Whether the result has integer values, as a uint8 image has."""
 
     @property
     def slots(self) -> int:
-        """See :class:`Pass`."""
+        """See :class:`BatchOp`."""
         return 1 + self.warp.slots + len(self.before) + len(self.after)
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
-        """See :class:`Pass`. Columns of the table: the matrix to coordinates of -1..1, row by row."""
+        """See :class:`BatchOp`. Columns of the table: the matrix to coordinates in -1..1, row by row."""
         warped = u[:, 0] < self.p
         found = np.where(warped[:, None, None], self.warp.matrices(u[:, 1 : 1 + self.warp.slots], size), np.eye(3))
         applied, start = warped.copy(), 1 + self.warp.slots
@@ -164,18 +165,18 @@ class AffineOp:
         return SampledParams(applied, _product(to_grid[None], found).reshape(-1, 9), size)
 
     def apply(self, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
-        """See :class:`Pass`."""
+        """See :class:`BatchOp`."""
         grid = _grid(table, plan.size, projective=isinstance(self.warp, RandomPerspective))
         fill = torch.tensor(self.fill, device=images.device).view(1, -1, 1, 1)
         if not self.bilinear:
             pixels = images - fill if any(self.fill) else images.float()
             made = _sample(pixels, grid, "nearest", "zeros")
             return made.add_(fill) if any(self.fill) else made
-        if self.rounded:  # as Pillow: beyond the edge are the edge's own pixels, and fill is not blended with them
+        if self.rounded:  # as in Pillow: edge pixels are repeated beyond the edge, and fill is not blended with them
             x, y = grid.unbind(-1)
             inside = ((x >= -1) & (x < 1) & (y >= -1) & (y < 1))[:, None]
             return torch.where(inside, _sample(images.float(), grid, "bilinear", "border").floor_(), fill)
-        # as torchvision does with tensors
+        # as in torchvision for tensors
         covered = _sample(torch.ones_like(images[:, :1], dtype=torch.float32), grid, "bilinear", "zeros")
         return _sample(images.float(), grid, "bilinear", "zeros").sub_(fill).mul_(covered).add_(fill)
 
@@ -185,15 +186,15 @@ def _sample(images: Tensor, grid: Tensor, mode: str, padding_mode: str) -> Tenso
 
 
 def _product(left: Floats, right: Floats) -> Floats:
-    """left @ right for [m, 3, 3], each element summed in the same order whatever m is."""
+    """Compute left @ right for [m, 3, 3], summing each element in an order that does not depend on m."""
     product: Floats = sum(left[:, :, k, None] * right[:, k, None, :] for k in range(3))  # type: ignore[assignment]
     return product
 
 
 def _grid(matrices: Tensor, size: Size, *, projective: bool) -> Tensor:
-    """Matrices [n, 9] to coordinates of -1..1 -> those of every pixel's centre, [n, H, W, 2].
+    """Return the input coordinates in -1..1 of every output pixel's center, [n, H, W, 2], for matrices [n, 9].
 
-    Sums and products one by one: a matrix product may use TF32, or another order for another number of images.
+    Uses elementwise sums and products: a matrix product may use TF32, or an order that depends on the number of images.
     """
     height, width = size
     x = torch.arange(width, device=matrices.device) + 0.5
@@ -207,5 +208,5 @@ def _grid(matrices: Tensor, size: Size, *, projective: bool) -> Tensor:
             torch.div(lines[axis], lines[2], out=grid[..., axis])
         else:
             grid[..., axis] = lines[axis]
-    # What is at infinity is outside. grid_sample may multiply it by a weight of 0, which would give NaN.
+    # Points at infinity are outside the image. grid_sample may multiply them by a weight of 0, which would give NaN.
     return grid.nan_to_num_(2.0, 2.0, -2.0) if projective else grid

@@ -1,7 +1,7 @@
-"""Colour, blur and erasing for whole batches.
+"""Color transforms, blur and random erasing of whole batches.
 
-Colours are computed as Pillow computes them on bytes, whole values after every step included, so that a batch gets
-what a worker's Pillow image gets. Values stay float32 between the steps.
+Colors are computed as in Pillow on uint8 images, including the integer values after each operation, so that a batch
+gets the same result as Pillow images in a worker. Values are stored as float32.
 """
 
 from __future__ import annotations
@@ -18,37 +18,40 @@ from toolkit.augment.gpu_crop_flip import Floats, Places, SampledParams, Size, r
 from toolkit.data.tensor_rows import assign_rows, index_rows
 
 ATTEMPTS = 10
-"""How often torchvision draws a rectangle to erase before it gives up."""
+"""Number of rectangles that torchvision samples for random erasing before it gives up."""
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """ColorJitter: brightness, contrast, saturation and hue, in an order drawn for each image."""
+    """ColorJitter: brightness, contrast, saturation and hue, in a random order per image."""
 
     brightness: tuple[float, float] | None
     """Range of the factor; None: unchanged."""
     contrast: tuple[float, float] | None
     saturation: tuple[float, float] | None
     hue: tuple[float, float] | None
-    """Range of the shift, as a share of the circle."""
+    """Range of the shift as a fraction of the color circle."""
     p: float
     slots: int = 9
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
-        """Columns of the table: the four factors, then the four operations (0..3) in order."""
+        """See :class:`toolkit.augment.gpu_crop_flip.BatchOp`.
+
+        Columns of the table: the four factors, then the four operations (0..3) in order.
+        """
         factors = [np.ones(len(u)) if span is None else span[0] + (span[1] - span[0]) * u[:, 1 + kind]
                    for kind, span in enumerate(self._spans)]  # fmt: skip
         order = np.argsort(u[:, 5:9], axis=1, kind="stable")
         return SampledParams(u[:, 0] < self.p, np.column_stack([*factors, order]), size)
 
     def apply(self, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
-        """Each operation where it is due: at each of four turns on the images whose turn it is."""
-        # Channel by channel: sums over the channels of a pixel are slow where these lie side by side.
+        """Apply the operations in each image's order, batching the images that share the current operation."""
+        # Contiguous format, because sums over the channels of a pixel are slow in channels_last.
         images = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         active = [kind for kind, span in enumerate(self._spans) if span is not None]
-        if images.shape[1] == 1:  # grey has neither saturation nor hue
+        if images.shape[1] == 1:  # gray has neither saturation nor hue
             active = [kind for kind in active if kind in (BRIGHTNESS, CONTRAST)]
         for turn in range(4):
             for kind in active:
@@ -67,25 +70,29 @@ class ColorJitter:
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Whole values 0..255 as float32 [n, C, H, W], factor [n, 1, 1, 1]; so for all four."""
+    """Multiply by ``factor``.
+
+    This and the other three operations take and return integer values 0..255 as float32 [n, C, H, W]; ``factor`` is
+    [n, 1, 1, 1].
+    """
     return (images * factor).clamp_(0, 255).floor_()
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Away from, or towards, the mean of the grey image."""
+    """Blend with the mean of each image's grayscale version."""
     grey = luma(images) if images.shape[1] == 3 else images
-    # In float64 a sum of whole values is exact: it does not depend on the order, nor on what else is in the batch.
+    # A float64 sum of integers is exact, so it depends neither on the order nor on the rest of the batch.
     mean = (grey.mean((1, 2, 3), keepdim=True, dtype=torch.float64) + 0.5).floor_().float()
     return _blend(mean, images, factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Away from, or towards, grey."""
+    """Blend with the grayscale images."""
     return _blend(luma(images), images, factor)
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn hues by ``shift``, a share of the circle. Hue and saturation are bytes, as in Pillow's HSV images."""
+    """Rotate hues by ``shift``, a fraction of the color circle. Hue and saturation are 8-bit, as in Pillow's HSV."""
     red, green, blue = images.unbind(1)
     low, value = images.amin(1), images.amax(1)
     span = value - low
@@ -111,27 +118,27 @@ _OPERATIONS = {BRIGHTNESS: adjust_brightness, CONTRAST: adjust_contrast, SATURAT
 
 
 def _blend(base: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """base + factor * (images - base), whole values in 0..255."""
+    """Compute base + factor * (images - base) as integer values in 0..255."""
     return (images - base).mul_(factor).add_(base).clamp_(0, 255).floor_()
 
 
 def luma(images: Tensor) -> Tensor:
-    """Grey of colour images, [n, 3, H, W] -> [n, 1, H, W], rounded as Pillow does (ITU-R 601-2, 16-bit weights)."""
+    """Convert color [n, 3, H, W] to gray [n, 1, H, W], rounded as in Pillow (ITU-R 601-2, 16-bit weights)."""
     red, green, blue = images.unbind(1)
-    # All products and sums are whole numbers below 2**24, so exact in float32.
+    # All products and sums are integers below 2**24, so exact in float32.
     grey = (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768)
     return grey.mul_(2.0**-16).floor_()[:, None]
 
 
 @dataclass(frozen=True)
 class Grayscale:
-    """Grayscale and RandomGrayscale; the number of channels stays."""
+    """Grayscale and RandomGrayscale; the number of channels is kept."""
 
     p: float
     slots: int = 1
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
-        """No parameters."""
+        """See :class:`toolkit.augment.gpu_crop_flip.BatchOp`. The table has no columns."""
         return SampledParams(u[:, 0] < self.p, np.empty((len(u), 0)), size)
 
     def apply(self, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
@@ -150,21 +157,24 @@ class GaussianBlur:
     sigma: tuple[float, float]
     p: float
     rounded: bool
-    """Whether pixels are rounded to whole values, as in an image of bytes."""
+    """Whether the result is rounded to integer values, as a uint8 image has."""
     slots: int = 2
 
     def draw(self, u: Floats) -> Floats:
-        """The deviation of each image's kernel in pixels (of a kernel reaching to sqrt(1/2) of its size), [m]."""
+        """Sample the standard deviation of each image's kernel in pixels, [m]."""
         drawn: Floats = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * u[:, 1]
         return drawn
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
-        """Columns of the table: the kernel's weights along x, then along y, each from the middle outwards."""
+        """See :class:`toolkit.augment.gpu_crop_flip.BatchOp`.
+
+        Columns of the table: the kernel's weights along x, then along y, each from the center outward.
+        """
         sigma = self.draw(u)
         return SampledParams(u[:, 0] < self.p, np.concatenate([_kernel(k, sigma) for k in self.kernel_size], 1), size)
 
     def apply(self, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
-        """Weighted sums of shifted images, along x and then along y: elementwise, so alike in every batch."""
+        """Sum the weighted shifted images along x and then y: elementwise, so the rest of the batch has no effect."""
         along_x, along_y = (k // 2 for k in self.kernel_size)
         images = F.pad(images.float(), (along_x, along_x, along_y, along_y), mode="reflect")
         images = _weighted(images, table[:, : along_x + 1], 3)
@@ -173,19 +183,19 @@ class GaussianBlur:
 
 
 def _kernel(size: int, sigma: Floats) -> Floats:
-    """torchvision's Gaussian, from the middle outwards: [m, size // 2 + 1]."""
+    """Return the weights of torchvision's Gaussian kernel from the center outward, [m, size // 2 + 1]."""
     reach = (size - 1) / (2 * math.sqrt(2))
     x = np.linspace(-reach, reach, size)[size // 2 :]
     weights = np.exp(-((x / sigma[:, None]) ** 2))
     total = weights[:, 0].copy()
-    for column in range(1, weights.shape[1]):  # one by one: a sum over an axis may round differently
+    for column in range(1, weights.shape[1]):  # one by one, because a sum over an axis may round differently
         total += 2 * weights[:, column]
     kernel: Floats = weights / total[:, None]
     return kernel
 
 
 def _weighted(images: Tensor, weights: Tensor, axis: int) -> Tensor:
-    """Sum of the images shifted along ``axis``; weights [n, reach + 1] from the middle outwards."""
+    """Sum the images shifted along ``axis`` with weights [n, reach + 1] from the center outward."""
     reach = weights.shape[1] - 1
     length = images.shape[axis] - 2 * reach
     weights = weights[:, :, None, None, None]
@@ -201,16 +211,19 @@ class RandomErasing:
     """RandomErasing (Zhong et al. 2020, arXiv:1708.04896)."""
 
     scale: tuple[float, float]
-    """Share of the image's area."""
+    """Range of the erased fraction of the image's area."""
     ratio: tuple[float, float]
-    """Height over width."""
+    """Range of the rectangle's height divided by its width."""
     value: tuple[float, ...]
-    """One for all channels, or one each."""
+    """One value for all channels, or one per channel."""
     p: float
     slots: int = 1 + 2 * ATTEMPTS + 2
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
-        """Columns of the table: top, left, height and width of the rectangle in pixels; 0 where there is none."""
+        """See :class:`toolkit.augment.gpu_crop_flip.BatchOp`.
+
+        Columns of the table: top, left, height and width of the rectangle in pixels; all 0 if nothing is erased.
+        """
         area, log_ratio = size[0] * size[1], np.log(self.ratio)
         erased = area * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 1 : 1 + ATTEMPTS])
         aspect = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * u[:, 1 + ATTEMPTS : 1 + 2 * ATTEMPTS])
@@ -229,7 +242,7 @@ class RandomErasing:
         return images
 
     def erase(self, images: Tensor, plan: SampledParams, table: Tensor) -> None:
-        """The same in place."""
+        """Erase the rectangles in place."""
         value = torch.tensor(self.value, dtype=images.dtype, device=images.device).view(-1, 1, 1)
         if images.device.type == "cpu":
             for image, (top, left, height, width) in zip(images, plan.table.astype(int).tolist(), strict=True):
@@ -239,7 +252,7 @@ class RandomErasing:
 
 
 def _within(boxes: Tensor, size: torch.Size) -> Tensor:
-    """Which pixels lie in each image's box (top, left, height, width), [n, 4] -> bool [n, 1, H, W]."""
+    """Return masks of the pixels in each image's box (top, left, height, width): [n, 4] -> bool [n, 1, H, W]."""
     top, left, height, width = (boxes[:, column, None] for column in range(4))
     y, x = (torch.arange(n, device=boxes.device) for n in size)
     rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)

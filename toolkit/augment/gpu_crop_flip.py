@@ -1,6 +1,6 @@
-"""Flips, crops and padding of whole batches, as maps of rows and columns; what all passes over a batch have in common.
+"""Flips, crops and padding of whole batches as index maps, and the interface of all batch operations.
 
-Flips, crops and padding in a row are one map of rows and one of columns, and one copy of the pixels that stay.
+Consecutive flips, crops and padding are composed into one map of rows and one of columns, and pixels are copied once.
 """
 
 from __future__ import annotations
@@ -23,55 +23,56 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 LARGE = 2**15
-"""Values of an image from which on a CPU copies it faster by slices than pixel by pixel, all images at once."""
+"""Values per image from which a CPU copies faster image by image with slices than all images at once by index."""
 
 
 @dataclass(frozen=True)
 class SampledParams:
-    """What one pass does to each of m images, all of its randomness drawn."""
+    """The sampled parameters of one operation for m images."""
 
     applied: Flags
-    """Whether it does anything to an image, [m]."""
+    """Whether the operation changes each image, [m]."""
     table: Floats
-    """Its parameters, [m, k]; what the columns are is the pass's affair."""
+    """Parameters, [m, k]; each operation defines its columns."""
     size: Size
-    """Of the images it makes."""
+    """Size of the resulting images."""
 
     def of(self, places: slice | Places) -> SampledParams:
-        """The plan of some of the images."""
+        """Return the parameters of some of the images."""
         return SampledParams(self.applied[places], self.table[places], self.size)
 
 
 class BatchOp(Protocol):
-    """One pass over the pixels of a batch."""
+    """An operation on the pixels of a batch."""
 
     @property
     def slots(self) -> int:
-        """Random numbers it needs for one image."""
+        """Random numbers needed per image."""
         ...
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
-        """Draw for m images of one size, from uniform numbers in [0, 1), [m, slots]."""
+        """Sample the parameters of m images of equal size from uniform numbers in [0, 1), [m, slots]."""
         ...
 
     def apply(self, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
-        """Images [n, C, h, w] (uint8, or float32 in 0..255), all of which are changed -> [n, C, H, W].
+        """Transform images [n, C, h, w] (uint8, or float32 in 0..255) to [n, C, H, W], never in place.
 
-        table: that of the plan as float32 [n, k] on the images' device. Never in place.
+        Only called with images for which ``plan.applied`` is true. ``table``: ``plan.table`` as float32 [n, k] on the
+        images' device.
         """
         ...
 
 
 class IndexMap(Protocol):
-    """A transform that only moves pixels by whole rows and columns."""
+    """A transform that only rearranges whole rows and columns of pixels."""
 
     @property
     def slots(self) -> int:
-        """Random numbers it needs for one image."""
+        """Random numbers needed per image."""
         ...
 
     def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
-        """For each of m images the input row of every output row [m, H], and the columns [m, W]; -1 where padded."""
+        """Return the input row of each output row [m, H] and the input columns [m, W] of m images; -1 for padding."""
         ...
 
 
@@ -84,7 +85,7 @@ class RandomFlip:
     slots: int = 1
 
     def draw(self, u: Floats) -> Flags:
-        """Whether each image is flipped, [m]."""
+        """Sample whether each image is flipped, [m]."""
         flipped: Flags = u[:, 0] < self.p
         return flipped
 
@@ -97,7 +98,7 @@ class RandomFlip:
         return rows, np.where(flipped, columns[:, ::-1], columns)
 
     def matrices(self, u: Floats, size: Size) -> Floats:
-        """The same as maps of coordinates, [m, 3, 3]."""
+        """Return the flips as matrices of continuous coordinates, [m, 3, 3]."""
         height, width = size
         mirror = np.array([[1, 0, 0], [0, -1, height], [0, 0, 1]] if self.vertical else [[-1, 0, width], [0, 1, 0],
                           [0, 0, 1]], dtype=np.float64)  # fmt: skip
@@ -106,7 +107,7 @@ class RandomFlip:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """RandomCrop: a window of ``size`` anywhere in the padded image."""
+    """RandomCrop: a random window of ``size`` in the padded image."""
 
     size: Size
     padding: tuple[int, int, int, int]
@@ -118,7 +119,10 @@ class RandomCrop:
     slots: int = 3
 
     def draw(self, u: Floats, size: Size) -> tuple[Places, Places]:
-        """Top and left of the window within the padded image, [m] each."""
+        """Sample the top and left of the window within the padded image, [m] each.
+
+        Raises UserError if the padded image is smaller than the window.
+        """
         corners: list[Places] = []
         for axis, (before, after) in enumerate(self._paddings(size)):
             room = size[axis] + before + after - self.size[axis] + 1
@@ -145,7 +149,7 @@ class RandomCrop:
         return rows, columns
 
     def _paddings(self, size: Size) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Padding above and below, left and right, for images of one size."""
+        """Return the padding (top, bottom), (left, right) for images of this size."""
         left, right, top, bottom = self.padding
         sides = [(top, bottom), (left, right)]
         if self.pad_if_needed:
@@ -157,7 +161,7 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """CenterCrop: the middle, padded with zeros where the image is smaller. Nothing where it has the size already."""
+    """CenterCrop: the center of the image, padded with zeros if the image is smaller than ``size``."""
 
     size: Size
     slots: int = 0
@@ -168,14 +172,14 @@ class CenterCrop:
         for have, want in zip(size, self.size, strict=True):
             missing = max(0, want - have)
             line = padded(have, (missing // 2, (missing + 1) // 2), "constant")
-            start = round((len(line) - want) / 2)  # to even, as torchvision
+            start = round((len(line) - want) / 2)  # half to even, as in torchvision
             found.append(np.broadcast_to(line[start : start + want], (len(u), want)))
         return found[0], found[1]
 
 
 @dataclass(frozen=True)
 class Pad:
-    """Pad."""
+    """Pad, as in torchvision."""
 
     padding: tuple[int, int, int, int]
     """Left, right, top, bottom."""
@@ -190,7 +194,7 @@ class Pad:
 
 
 def padded(n: int, padding: tuple[int, int], mode: str) -> Places:
-    """0..n-1 with the places that stand for what is added before and after; -1 for a constant."""
+    """Return the source index of each position of a line of n padded before and after; -1 for constant padding."""
     line = np.arange(n)
     places: Places = (
         np.pad(line, padding, constant_values=-1) if mode == "constant" else np.pad(line, padding, mode=mode)  # type: ignore[call-overload]
@@ -200,11 +204,11 @@ def padded(n: int, padding: tuple[int, int], mode: str) -> Places:
 
 @dataclass(frozen=True)
 class CropFlipOp:
-    """Flips, crops and padding in a row: one copy of the pixels that stay."""
+    """Consecutive flips, crops and padding as a single copy of the remaining pixels."""
 
     steps: tuple[IndexMap, ...]
     fill: tuple[float, ...] | None
-    """Of padding: one value for all channels, or one each; None where there is no constant padding."""
+    """Padding value: one for all channels, or one per channel; None without constant padding."""
 
     @property
     def slots(self) -> int:
@@ -212,7 +216,7 @@ class CropFlipOp:
         return sum(step.slots for step in self.steps)
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
-        """See :class:`BatchOp`. Columns of the table: the H input rows, then the W input columns; -1 is fill."""
+        """See :class:`BatchOp`. Columns of the table: H input rows, then W input columns; -1 for fill."""
         lines = [np.broadcast_to(np.arange(n), (len(u), n)) for n in size]
         start = 0
         for step in self.steps:
@@ -242,7 +246,10 @@ class CropFlipOp:
 
 
 def _gather(images: Tensor, rows: Tensor, columns: Tensor, fill: Tensor | None) -> Tensor:
-    """Images [n, C, h, w], rows int64 [n, H, 1], columns [n, 1, W] -> channels_last [n, C, H, W]; -1 is fill."""
+    """Index images [n, C, h, w] with rows int64 [n, H, 1] and columns [n, 1, W]; -1 is ``fill``.
+
+    Returns channels_last [n, C, H, W].
+    """
     count, channels, height, width = images.shape
     first = torch.arange(count, device=images.device)[:, None, None] * (height * width)
     places = first + rows.clamp(min=0) * width + columns.clamp(min=0)
@@ -252,13 +259,13 @@ def _gather(images: Tensor, rows: Tensor, columns: Tensor, fill: Tensor | None) 
 
 
 def _follow(first: Places, second: Places) -> Places:
-    """The map ``second`` (output -> middle), then ``first`` (middle -> input), for each image: [m, n]."""
+    """Compose ``second`` (output -> intermediate) with ``first`` (intermediate -> input) per image, [m, n]."""
     through: Places = np.take_along_axis(first, second.clip(min=0), 1)
     return np.where(second < 0, -1, through)
 
 
 def _copy(image: Tensor, result: Tensor, rows: Places, columns: Places, fill: Tensor) -> None:
-    """Fill ``result`` [C, H, W] with the given rows and columns of ``image``: by slices where they are runs."""
+    """Copy the given rows and columns of ``image`` to ``result`` [C, H, W], with slices if they are contiguous."""
     (top, bottom, row), (left, right, column) = _run(rows), _run(columns)
     if (top, left) != (0, 0) or (bottom, right) != result.shape[1:]:
         result.copy_(fill)
@@ -276,7 +283,7 @@ def _copy(image: Tensor, result: Tensor, rows: Places, columns: Places, fill: Te
 
 
 def _run(line: Places) -> tuple[int, int, int]:
-    """Where a line of places is not fill (first, end), and its step: 1, -1, or 0 where it is no run."""
+    """Return the range of a line that is not fill (start, end), and its step: 1, -1, or 0 if it is not contiguous."""
     valid = np.flatnonzero(line >= 0)
     if not len(valid):
         return 0, 0, 1
@@ -287,6 +294,6 @@ def _run(line: Places) -> tuple[int, int, int]:
 
 
 def randint(u: Floats, n: int | Places) -> Places:
-    """Whole numbers in 0..n-1 from uniform ones in [0, 1)."""
+    """Convert uniform numbers in [0, 1) to integers in 0..n-1."""
     whole: Places = np.minimum(np.floor(u * n), np.asarray(n) - 1).astype(np.int64)
     return whole

@@ -1,4 +1,4 @@
-"""From the transforms of a recipe, as torchvision's objects, to the passes over a batch that do the same."""
+"""Conversion of torchvision transforms to equivalent batch operations, fused if possible."""
 
 from __future__ import annotations
 
@@ -20,24 +20,21 @@ FillColor = tuple[float, ...]
 
 @dataclass(frozen=True)
 class AugmentationPipeline:
-    """What is done to a batch after the resize."""
+    """The operations on a batch after the resize."""
 
     passes: tuple[BatchOp, ...]
-    """Before the normalisation."""
+    """Operations before the normalization."""
     erase: RandomErasing | None
-    """After it."""
+    """Random erasing after the normalization."""
 
     @property
     def all(self) -> tuple[BatchOp, ...]:
-        """Both."""
+        """All operations, in order."""
         return self.passes if self.erase is None else (*self.passes, self.erase)
 
 
 def chain_of(steps: Sequence[Any]) -> AugmentationPipeline:
-    """The passes for the last steps of a split's transform, all of which can be made in batches.
-
-    :mod:`toolkit.augment.gpu_support` says which can.
-    """
+    """Convert the last steps of a split's transform, all of which :mod:`toolkit.augment.gpu_support` must support."""
     builder = _OpFuser()
     for step in steps:
         if isinstance(step, v2.ToDtype):
@@ -50,23 +47,23 @@ def chain_of(steps: Sequence[Any]) -> AugmentationPipeline:
 
 
 def after_resize(split: str, augment: AugmentConfig, preprocessing: Preprocessing) -> Sequence[Any]:
-    """The steps of a split's transform that come after its resize."""
+    """Return the steps of a split's transform that come after its resize."""
     fixed = sum(entry.stage == "before_resize" for entry in getattr(augment, split))
     return build_transform(split, augment, preprocessing).steps[fixed + (preprocessing.resize is not None) :]
 
 
 @dataclass
 class _OpFuser:
-    """Joins transforms to passes, in order."""
+    """Converts transforms to batch operations in order, fusing adjacent ones."""
 
     passes: list[BatchOp] = field(default_factory=list)
     erase: RandomErasing | None = None
     bytes: bool = True
-    """Whether images are bytes where the chain has got to, else float in 0..1."""
+    """Whether images are uint8 at the current step, else float in 0..1."""
     normalized: bool = False
 
     def add(self, step: Any) -> None:
-        """One more transform."""
+        """Append a transform."""
         p = 1.0
         if isinstance(step, v2.RandomApply):
             step, p = step.transforms[0], step.p
@@ -90,7 +87,7 @@ class _OpFuser:
             self.passes.append(self._color(step, p))
 
     def _flip(self, flip: RandomFlip) -> None:
-        """Flips join what stands before them, or open a pass."""
+        """Append a flip, fused with the preceding operation if possible."""
         last = self.passes[-1] if self.passes else None
         if isinstance(last, AffineOp):
             self.passes[-1] = replace(last, after=(*last.after, flip))
@@ -98,7 +95,7 @@ class _OpFuser:
             self._index(flip, None)
 
     def _index(self, step: IndexMap, fill: FillColor | None) -> None:
-        """Crops and padding join flips, crops and padding before them, unless they fill with another colour."""
+        """Append an index map, fused with preceding flips, crops and padding unless the fill color differs."""
         last = self.passes[-1] if self.passes else None
         if isinstance(last, CropFlipOp) and (fill is None or last.fill in (None, fill)):
             self.passes[-1] = replace(last, steps=(*last.steps, step), fill=last.fill if fill is None else fill)
@@ -106,7 +103,7 @@ class _OpFuser:
             self.passes.append(CropFlipOp((step,), fill))
 
     def _warp(self, step: Any, p: float) -> None:
-        """A rotation, affine or perspective transform takes in the flips right before it."""
+        """Append a rotation, affine or perspective transform, fused with the flips directly before it."""
         flips: tuple[RandomFlip, ...] = ()
         last = self.passes[-1] if self.passes else None
         if isinstance(last, CropFlipOp):
@@ -137,7 +134,7 @@ class _OpFuser:
         raise AssertionError(f"{type(step).__name__} is not made in batches")
 
     def _fill(self, fill: Any) -> FillColor:
-        """A colour in 0..255: one value for all channels, or one each."""
+        """Convert a fill color to 0..255: one value for all channels, or one per channel."""
         values = fill if isinstance(fill, list | tuple) else [fill or 0]
         return tuple(float(int(value)) if self.bytes else float(value) * 255 for value in values)
 
@@ -152,11 +149,11 @@ def _warp_of(step: Any) -> CoordinateMap:
     shear = tuple(step.shear or ())
     return RandomAffine(
         degrees, step.translate or (0, 0), step.scale or (1, 1), (*shear, 0, 0, 0, 0)[:4], center
-    )  # torchvision knows two or four shears, the first two along x
+    )  # torchvision's shear has two or four values, the first two along x
 
 
 def _sides(padding: Any) -> tuple[int, int, int, int]:
-    """Pad's argument -> left, right, top, bottom."""
+    """Convert Pad's argument to left, right, top, bottom."""
     given = (padding,) if isinstance(padding, int) else tuple(padding)
     left, top, right, bottom = {1: given * 4, 2: given * 2}.get(len(given), given)
     return left, right, top, bottom

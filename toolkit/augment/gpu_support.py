@@ -1,6 +1,6 @@
-"""Which augmentations can be made for a whole batch at once, on the training device (:mod:`toolkit.augment.gpu`).
+"""Which augmentations can be applied to whole batches on the training device (:mod:`toolkit.augment.gpu`).
 
-Decided from the recipe's words alone, without torch, so that a recipe which asks for the impossible is refused early.
+Decided from the recipe alone, without importing torch, so that an unsupported recipe is rejected early.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ GEOMETRIC = frozenset(
 )  # fmt: skip
 COLOR = frozenset({"ColorJitter", "Grayscale", "RandomGrayscale"})
 BATCHED = GEOMETRIC | COLOR | {"GaussianBlur", "Identity", "RandomErasing"}
-"""The transforms that can be made for a batch, each with the arguments that :func:`why_not_batched` lets pass."""
+"""Transforms that can be applied to a batch, if :func:`unsupported_on_gpu` accepts their arguments."""
 
 FIXED = frozenset({"CenterCrop", "Grayscale", "Identity", "Pad", "RGB", "Resize"})
-"""Transforms known to draw no random numbers: before the resize they are done once, with it. All others count as
-random."""
+"""Transforms known to be deterministic: before the resize they are applied once, with it. Others count as random."""
 
 
 def is_random(split: str, augment: AugmentConfig) -> bool:
-    """Whether an image of this split may look different from time to time, mixing apart."""
+    """Return whether the transform of this split may be random, apart from mixup and CutMix."""
     if split == "train" and (augment.auto_augment or augment.random_erasing):
         return True
     entries: Sequence[TransformConfig] = getattr(augment, split)
@@ -31,13 +30,13 @@ def is_random(split: str, augment: AugmentConfig) -> bool:
 
 
 UP_TO_CROP = frozenset({"before_resize", "before_crop", "crop", "resize_crop"})
-"""Places from which a transform can change how large the crop's images are, or what is in them."""
+"""Stages up to the crop."""
 
 
 def unsupported_on_gpu(split: str, augment: AugmentConfig, *, after_crop: bool = False) -> str | None:
-    """What keeps a split's augmentations ("train", "validation", "test") from being made in batches; None: nothing.
+    """Return why the augmentations of a split ("train", "validation", "test") do not work on batches; None if they do.
 
-    after_crop: looks only at those that stand after the crop.
+    ``after_crop``: check only those after the crop.
     """
     entries: Sequence[TransformConfig] = getattr(augment, split)
     for index, entry in enumerate(entries):
@@ -50,7 +49,7 @@ def unsupported_on_gpu(split: str, augment: AugmentConfig, *, after_crop: bool =
 
 
 def _obstacle(entry: TransformConfig) -> str | None:
-    """Why one transform is not made in batches, in words that follow its name; None where it is."""
+    """Return why a transform cannot be applied to batches, as text to follow its name; None if it can."""
     given = entry.arguments
     if entry.stage == "before_resize":
         return None if entry.name in FIXED and entry.apply_p == 1 else ' stage = "before_resize"'

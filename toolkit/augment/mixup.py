@@ -1,8 +1,8 @@
 """mixup and CutMix of a batch, given partners and a key.
 
-The mixing coefficient, the box and the choice between the two are functions of the key alone. With the key
-(seed, epoch, step) and the partners of :mod:`toolkit.data.sampling`, what an example is mixed with, and how, depends
-neither on the number of processes nor on accumulation nor on the device.
+The mixing coefficient, the box and the choice between mixup and CutMix depend only on the key. With the key
+(seed, epoch, step) and the partners of :mod:`toolkit.data.sampling`, the mixing of an example depends neither on the
+number of processes, nor on accumulation, nor on the device.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from toolkit.data.sampling import hash64
 from toolkit.recipe.schema import AugmentConfig
 
 _MIXING_STREAM = 0x6D6978696E67
-"""Keeps these random numbers apart from all others of the same seed ("mixing" in ASCII)."""
+"""Separates these random numbers from all others with the same seed ("mixing" in ASCII)."""
 
 
 @dataclass(frozen=True)
 class MixupConfig:
-    """As in the recipe's [augment] table."""
+    """Settings of mixup and CutMix, as in the recipe's [augment] table."""
 
     mixup: float
-    """Alpha of mixup's Beta(alpha, alpha); 0 is off."""
+    """Alpha of mixup's Beta(alpha, alpha); 0 disables mixup."""
     cutmix: float
-    """Alpha of CutMix's Beta(alpha, alpha); 0 is off."""
+    """Alpha of CutMix's Beta(alpha, alpha); 0 disables CutMix."""
     mixup_prob: float
-    """Probability that a batch is mixed at all."""
+    """Probability that a batch is mixed."""
     mixup_switch_prob: float
-    """Where both are on: share of mixed batches that CutMix takes."""
+    """Probability of CutMix instead of mixup for a mixed batch, if both are enabled."""
 
 
 def mixup_config(augment: AugmentConfig) -> MixupConfig | None:
-    """The settings of a recipe; None where nothing is ever mixed."""
+    """Return the settings of a recipe; None if nothing is ever mixed."""
     if augment.mixup_prob == 0 or not (augment.mixup or augment.cutmix):
         return None
     return MixupConfig(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob)
@@ -56,7 +56,7 @@ def mix(
     partners: index into 0..m-1 for each own example, [own]. Returns new images [own, ...] and targets [own, K].
 
     mixup: Zhang et al. 2018, arXiv:1710.09412, x = lam x_i + (1 - lam) x_j and the same for the targets.
-    CutMix: Yun et al. 2019, arXiv:1905.04899, algorithm 1, where lam of the targets is the box's real area.
+    CutMix: Yun et al. 2019, arXiv:1905.04899, algorithm 1; lam of the targets follows from the area of the clipped box.
     """
     generator = np.random.Generator(np.random.Philox(key=[hash64(_MIXING_STREAM, *key), hash64(*key)]))
     mixed, kind, where = generator.random(3)
@@ -78,9 +78,10 @@ def mix(
 
 
 def cut_box(height: int, width: int, share: float, down: float, across: float) -> tuple[int, int, int, int]:
-    """CutMix's box, clipped to the image: top, bottom, left, right in pixels.
+    """Return CutMix's box, clipped to the image: top, bottom, left, right in pixels.
 
-    share: of the area that stays; down, across: centre of the box as a fraction (0..1) of height and width.
+    ``share``: fraction of the area outside the unclipped box; ``down``, ``across``: center of the box as a fraction
+    (0..1) of height and width.
     """
     cut = float(np.sqrt(1 - share))
     half_height, half_width = int(height * cut) // 2, int(width * cut) // 2

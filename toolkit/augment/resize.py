@@ -1,8 +1,8 @@
-"""Resizing of Pillow's colour images by PyTorch's vectorised kernel for bytes, in a third of the time of Pillow.
+"""Resizing of color images with PyTorch's vectorized uint8 kernel, in a third of Pillow's time.
 
-Both filter with the same triangle or cubic, antialiased, in whole numbers; the kernel's weights have fewer bits, so
-that on photographs a value in a thousand differs, by 1 of 255 (cubically three in a thousand, some by 2). Where the
-processor lacks AVX2, and for greyscale images and other filters, where nothing is won, Pillow does it.
+Both use the same antialiased triangle or cubic filter in integer arithmetic. The kernel's weights have fewer bits, so
+on photographs one value in a thousand differs by 1 of 255 (three in a thousand with the cubic filter, some by 2).
+Pillow is used if the CPU lacks AVX2, and for grayscale images and other filters, for which the kernel is not faster.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ _FILTERS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, "bilinear", "
 
 
 def resizing_kernel() -> str:
-    """What resizes colour images here, for keys of kept pixels: the kernel's version, or "Pillow"."""
+    """Return what resizes color images on this machine, for cache keys: "torch <version>" or "Pillow"."""
     has_kernel = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return f"torch {torch.__version__}" if has_kernel else "Pillow"
 
 
 class Resize(v2.Resize):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's Resize, faster on Pillow's colour images."""
+    """torchvision's Resize, faster on color Pillow images."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """As torchvision's."""
+        """See torchvision."""
         if not (_is_colour(inpt) and resizes_bytes(self)):
             return super().transform(inpt, params)
         return as_image(_resized(as_bytes(inpt), self.size, self.interpolation, self.max_size))
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
-    """torchvision's RandomResizedCrop, with its random numbers, faster on Pillow's colour images."""
+    """torchvision's RandomResizedCrop with the same random numbers, faster on color Pillow images."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """As torchvision's."""
+        """See torchvision."""
         if not (_is_colour(inpt) and resizes_bytes(self)):
             return super().transform(inpt, params)
         left, top = params["left"], params["top"]
@@ -48,20 +48,23 @@ class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
 
 
 def is_same_on_bytes(step: Any) -> bool:
-    """Whether a step makes the same of a colour image as a tensor of bytes as of a Pillow image."""
+    """Return whether a step has the same result for a color image as uint8 tensor and as Pillow image."""
     return isinstance(step, v2.CenterCrop) or resizes_bytes(step)
 
 
 def resizes_bytes(step: Any) -> bool:
-    """Whether a step is a resize, or a crop with one, that the kernel does. Not without antialiasing: Pillow has it."""
+    """Return whether the kernel can do this resize or RandomResizedCrop.
+
+    False without antialiasing, because Pillow always antialiases.
+    """
     is_resize = isinstance(step, Resize | RandomResizedCrop)
     return is_resize and bool(step.antialias) and step.interpolation in _FILTERS and resizing_kernel() != "Pillow"
 
 
 def on_bytes(step: Any, pixels: Tensor) -> Tensor:
-    """What such a step makes of uint8 [3, h, w], without the detours of a transform that may be given anything.
+    """Apply a Resize, RandomResizedCrop or CenterCrop to uint8 [3, h, w], without torchvision's dispatch overhead.
 
-    A RandomResizedCrop draws its numbers from torch's generator as for a Pillow image.
+    A RandomResizedCrop draws the same random numbers from torch's generator as for a Pillow image.
     """
     if isinstance(step, Resize):
         return _resized(pixels, step.size, step.interpolation, step.max_size)
@@ -69,7 +72,7 @@ def on_bytes(step: Any, pixels: Tensor) -> Tensor:
         box = step.make_params([pixels])
         left, top = box["left"], box["top"]
         crop = pixels[None, :, top : top + box["height"], left : left + box["width"]]
-        # A window of a larger image would be taken apart into channels first.
+        # The kernel would first split a window of a larger image into channels.
         return _resized(crop.contiguous(memory_format=torch.channels_last)[0], step.size, step.interpolation)
     (height, width), (rows, columns) = pixels.shape[1:], step.size
     if height < rows or width < columns:
@@ -80,7 +83,7 @@ def on_bytes(step: Any, pixels: Tensor) -> Tensor:
 
 
 def as_bytes(image: Image.Image) -> Tensor:
-    """A colour image as uint8 [3, h, w], channels last in memory."""
+    """Convert a color image to uint8 [3, h, w], channels last in memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -89,7 +92,7 @@ def _is_colour(image: Any) -> bool:
 
 
 def as_image(pixels: Tensor) -> Image.Image:
-    """Bytes uint8 [3, h, w] as a Pillow image."""
+    """Convert uint8 [3, h, w] to a Pillow image."""
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 

@@ -1,8 +1,8 @@
-"""From a decoded image to the model's input: the fixed way of :class:`Preprocessing` with the augmentations on it.
+"""Transforms from a decoded image to the model's input: :class:`Preprocessing` combined with the augmentations.
 
-Order: before_resize, resize, before_crop, crop, after_crop, timm's policy, float tensor in 0..1, tensor, normalisation,
-random erasing. The policy and the erasing are for training images only. All of torchvision.transforms.v2 draws from
-torch's default generator; timm's policies draw from Python's and numpy's.
+Order: before_resize, resize, before_crop, crop, after_crop, timm's policy, float tensor in 0..1, tensor, normalization,
+random erasing. The policy and random erasing apply to training images only. torchvision.transforms.v2 draws from
+torch's default generator; timm's policies draw from Python's and NumPy's generators.
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ from toolkit.recipe.catalog import excluded_transforms
 from toolkit.recipe.schema import AugmentConfig, TransformConfig
 
 TENSOR_ONLY = frozenset({"GaussianNoise"})
-"""Transforms that need a tensor, and so stand after the scaling to 0..1 by default."""
+"""Transforms that need a tensor, and so are applied after the scaling to 0..1 by default."""
 
-CENTER_CROP = "centre crop"
-"""Begins the words for the fixed crop."""
+CENTER_CROP = "center crop"
+"""Start of the description of the fixed crop."""
 
 
 NamedTransform = tuple[Callable[[Any], Any], str | None]
-"""A step, and what it does to a Pillow image in words, where these settle it: no randomness, nothing else to know."""
+"""A transform and its description, which fully determines its effect on a Pillow image; None if the transform may be
+random."""
 
 
 class ImageTransform:
-    """One split's way from a decoded image to the model's input."""
+    """The transform of one split, from a decoded image to the model's input."""
 
     def __init__(
         self,
@@ -69,34 +70,34 @@ class ImageTransform:
         self.mode: str | None = MODES[preprocessing.channels]
         self.size = preprocessing.image_size
         self.fixed = tuple(fixed)
-        """What the first steps do, in words, as far as an image always comes out of them the same."""
+        """Descriptions of the leading deterministic steps."""
         self.base = base
-        """How many of those come up to the resize, with the fixed crop where that is next."""
+        """Number of these up to the resize, including the fixed crop if it is next."""
         self.cropped = cropped
-        """How many steps come up to the crop, or what stands in its place; they may be random."""
+        """Number of steps up to the crop or its replacement; they may be random."""
         self.draws_from_python = any(type(step).__module__.startswith("timm.") for step in steps)
-        """Whether Python's and numpy's random states must be seeded beside torch's."""
+        """Whether Python's and NumPy's random states must be seeded in addition to torch's."""
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Pillow image of any size -> float32 [C, image_size, image_size].
+        """Transform a Pillow image of any size to float32 [C, image_size, image_size].
 
-        Raises UserError where the result has another size.
+        Raises UserError if the result has another size.
         """
         tensor: Tensor = self.begin(image, len(self.steps)).as_subclass(Tensor)
         self._check_size((image.height, image.width), (tensor.shape[-2], tensor.shape[-1]))
         return tensor
 
     def begin(self, image: Image.Image, count: int) -> Any:
-        """What the first ``count`` steps make of an image: a Pillow image, as long as these are among ``fixed``."""
+        """Apply the first ``count`` steps to an image. Returns a Pillow image if these steps are among ``fixed``."""
         result: Any = image if self.mode is None else to_mode(image, self.mode)
         for step in self.steps[:count]:
             result = step(result)
         return result
 
     def pixels(self, image: Image.Image | Tensor, count: int) -> npt.NDArray[np.uint8]:
-        """The same as bytes, [h, w, C], not to be written to; these steps, random or not, come before ToImage.
+        """Apply the first ``count`` steps, random or not, all before ToImage. Returns uint8 [h, w, C], read-only.
 
-        image: Pillow image, or uint8 [h, w, 3]. It changes its form where a step asks for it, and no more.
+        ``image`` is a Pillow image or uint8 [h, w, 3]. It is converted between the two only if a step requires it.
         """
         at: Image.Image | Tensor
         if isinstance(image, Tensor) and self.mode in ("RGB", None):
@@ -124,7 +125,7 @@ class ImageTransform:
             )
 
     def after(self, count: int) -> ImageTransform:
-        """What is left to do where the first ``count`` steps are done."""
+        """Return the transform that remains after the first ``count`` steps."""
         rest = copy.copy(self)
         rest.steps, rest.fixed, rest.mode = self.steps[count:], self.fixed[count:], None
         rest.base, rest.cropped = 0, max(0, self.cropped - count)
@@ -132,16 +133,16 @@ class ImageTransform:
 
 
 class UInt8Transform:
-    """The first steps of a transform, up to where all images are of one size, for what does the rest in batches."""
+    """The first steps of a transform, until all images have the same size; the rest is then applied to batches."""
 
     def __init__(self, transform: ImageTransform, count: int) -> None:
         self.transform, self.count = transform, count
         self.is_all = makes_floats(transform.after(count))
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
-        """Pillow image or uint8 [h, w, 3] -> uint8 [h, w, C].
+        """Transform a Pillow image or uint8 [h, w, 3] to uint8 [h, w, C].
 
-        Raises UserError where nothing will change the size any more, and it is wrong.
+        Raises UserError if the size is wrong and no remaining step changes it.
         """
         pixels = self.transform.pixels(image, self.count)
         if self.is_all:
@@ -151,10 +152,10 @@ class UInt8Transform:
 
 
 def build_transform(split: str, augment: AugmentConfig, preprocessing: Preprocessing) -> ImageTransform:
-    """The transform of one split: "train", "validation" or "test".
+    """Build the transform of one split: "train", "validation" or "test".
 
-    Raises UserError, naming the entry, for an unknown transform, one that is of no use here, arguments that it
-    refuses, and more than one transform in place of the crop.
+    Raises UserError, naming the entry, for an unknown or excluded transform, invalid arguments, and more than one
+    transform in place of the crop.
     """
     places: dict[str, list[NamedTransform]] = {}
     for number, entry in enumerate(_entries(split, augment)):
@@ -183,29 +184,29 @@ def build_transform(split: str, augment: AugmentConfig, preprocessing: Preproces
 
 
 def resize_and_crop(preprocessing: Preprocessing) -> list[Callable[[Any], Any]]:
-    """The fixed part on Pillow images: resize (antialiased), then centre crop."""
+    """Return the fixed steps on Pillow images: antialiased resize, then center crop."""
     return [step for step, _ in (*_resize(preprocessing), *_crop(preprocessing))]
 
 
 def makes_floats(transform: ImageTransform) -> bool:
-    """Whether all that a transform does is to turn bytes into floats and to normalise them."""
+    """Return whether a transform only converts uint8 to float and normalizes."""
     return [type(step) for step in transform.steps] == [v2.ToImage, v2.ToDtype, v2.Normalize]
 
 
 def is_deterministic(split: str, augment: AugmentConfig) -> bool:
-    """Whether an image of this split gives the same input every time, as far as is known.
+    """Return whether an image of this split is known to give the same input every time.
 
-    False in case of doubt: features of frozen layers are computed once only where this holds.
+    Features of a frozen backbone are cached only if this is True, so it is False in case of doubt.
     """
     is_mixed = split == "train" and bool(augment.mixup or augment.cutmix)
     return not is_mixed and not is_random(split, augment)
 
 
 def try_transform(transform: ImageTransform, images: ImageSource, index: int) -> Tensor:
-    """Apply the transform to one image, with any failure told as the recipe's fault: UserError naming the step.
+    """Apply the transform to one image, to find errors in the recipe before training.
 
-    Meant for one image of each split before training; random states are left as they were. Raises BadImage where the
-    image itself is bad.
+    The random states are restored. Raises UserError, naming the step, if a step fails, and UnreadableImageError if the
+    image cannot be read.
     """
     image = images.load(index)
     result: Any = transform.begin(image, 0)
@@ -213,7 +214,7 @@ def try_transform(transform: ImageTransform, images: ImageSource, index: int) ->
         for step in transform.steps:
             try:
                 result = step(result)
-            except Exception as error:  # a transform's own words are the best there are
+            except Exception as error:  # whatever the transform raises: its message is quoted
                 raise UserError(
                     f"augment.{transform.split}: {type(step).__name__} fails on {images.name(index)} "
                     f"({image.width} x {image.height} pixels): {error}"
@@ -223,7 +224,7 @@ def try_transform(transform: ImageTransform, images: ImageSource, index: int) ->
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Give the random states of torch (CPU), numpy and Python back as they were."""
+    """Restore the random states of torch (CPU), NumPy and Python on exit."""
     states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -234,12 +235,12 @@ def random_states_kept() -> Iterator[None]:
 
 
 def _entries(split: str, augment: AugmentConfig) -> list[TransformConfig]:
-    """The recipe's list for one split."""
+    """Return the recipe's list of transforms for one split."""
     return {"train": augment.train, "validation": augment.validation, "test": augment.test}[split]
 
 
 def _base(places: dict[str, list[NamedTransform]], preprocessing: Preprocessing) -> int:
-    """Steps before the resize, the resize, and the fixed crop where that comes next."""
+    """Count the steps before the resize, the resize, and the fixed crop if it comes next."""
     count = len(places.get("before_resize", []))
     if places.get("resize_crop"):
         return count
@@ -250,7 +251,7 @@ def _base(places: dict[str, list[NamedTransform]], preprocessing: Preprocessing)
 def _resize_and_crop(
     split: str, places: dict[str, list[NamedTransform]], preprocessing: Preprocessing
 ) -> list[NamedTransform]:
-    """Resize and crop, with what stands between them or in their place."""
+    """Return resize and crop, with any transforms between them or in their place."""
     both, crop = places.get("resize_crop", []), places.get("crop", [])
     before_crop = places.get("before_crop", [])
     if len(both) + len(crop) > 1:
@@ -265,7 +266,7 @@ def _resize_and_crop(
 
 
 def _resize(preprocessing: Preprocessing) -> list[NamedTransform]:
-    """Resize, antialiased."""
+    """Return the fixed antialiased resize, if any."""
     if preprocessing.resize is None:
         return []
     size = preprocessing.resize
@@ -279,7 +280,7 @@ def _resize(preprocessing: Preprocessing) -> list[NamedTransform]:
 
 
 def _crop(preprocessing: Preprocessing) -> list[NamedTransform]:
-    """The fixed center crop."""
+    """Return the fixed center crop, if any."""
     if not preprocessing.crop:
         return []
     if preprocessing.border is not None:
@@ -290,7 +291,7 @@ def _crop(preprocessing: Preprocessing) -> list[NamedTransform]:
 
 
 def _build_entry(entry: TransformConfig, where: str, image_size: int) -> NamedTransform:
-    """One augmentation of the recipe."""
+    """Build one augmentation of the recipe."""
     kind = _find(entry.name, where)
     arguments = {name: _argument(name, value, where) for name, value in entry.arguments.items()}
     parameters = inspect.signature(kind).parameters
@@ -312,7 +313,7 @@ def _build_entry(entry: TransformConfig, where: str, image_size: int) -> NamedTr
 
 
 def _find(name: str, where: str) -> type[v2.Transform]:
-    """A class of torchvision.transforms.v2 by name."""
+    """Return a class of torchvision.transforms.v2 by name. Raises UserError if it is unknown or excluded."""
     if name in excluded_transforms():
         raise UserError(f"{where}: {name} cannot be used, since it {excluded_transforms()[name]}")
     known = transform_names()
@@ -326,14 +327,14 @@ def _find(name: str, where: str) -> type[v2.Transform]:
 
 
 def transform_names() -> list[str]:
-    """Names of the transforms that a recipe can use."""
+    """Return the names of the transforms that a recipe can use."""
     public = {name: value for name, value in vars(v2).items() if inspect.isclass(value) and not name.startswith("_")}
     kinds = {name for name, kind in public.items() if issubclass(kind, v2.Transform)}
     return sorted(kinds - excluded_transforms().keys())
 
 
 def _argument(name: str, value: Any, where: str) -> Any:
-    """A TOML value as torchvision takes it: enumerations by their name, tuples for arrays."""
+    """Convert a TOML value to torchvision's type: names to enumeration members, arrays to tuples."""
     kinds = {"interpolation": InterpolationMode, "policy": v2.AutoAugmentPolicy}
     if name in kinds and isinstance(value, str):
         try:
@@ -347,12 +348,12 @@ def _argument(name: str, value: Any, where: str) -> Any:
 
 
 def _spell(arguments: dict[str, Any]) -> str:
-    """Arguments for a message."""
+    """Format arguments for a message."""
     return ", ".join(f"{name} = {value!r}" for name, value in arguments.items()) or "no arguments"
 
 
 def _policy(text: str, preprocessing: Preprocessing) -> Callable[[Any], Any]:
-    """timm's RandAugment, AugMix or AutoAugment policy, with the fill colour and shifts of timm's own training."""
+    """Build timm's RandAugment, AugMix or AutoAugment policy with the fill color and shifts of timm's own training."""
     from timm.data import auto_augment
     from timm.data.transforms import str_to_pil_interp
 
@@ -364,7 +365,7 @@ def _policy(text: str, preprocessing: Preprocessing) -> Callable[[Any], Any]:
     }
     parts = [part for part in text.split("-")[1:] if part not in ("tweights", "t3a", "t3aw")]
     ignored = [part for part in parts if part.startswith("t") or not re.search(r"\d", part)]
-    if ignored:  # timm passes over a part without a number, and an unknown set of operations, in silence
+    if ignored:  # timm silently ignores a part without a number and an unknown set of operations
         raise UserError(f"augment.auto_augment = {text!r}: {ignored[0]!r} says nothing; {_POLICY_EXAMPLES}")
     try:
         if text.startswith("rand"):
@@ -373,7 +374,7 @@ def _policy(text: str, preprocessing: Preprocessing) -> Callable[[Any], Any]:
             policy = auto_augment.augment_and_mix_transform(text, {**settings, "translate_pct": 0.3})
         else:
             policy = auto_augment.auto_augment_transform(text, settings)
-    except Exception as error:  # timm asserts, or fails on what it cannot parse
+    except Exception as error:  # timm raises AssertionError and others for what it cannot parse
         raise UserError(
             f"augment.auto_augment = {text!r} is not a policy that timm knows ({error or type(error).__name__}); "
             f"{_POLICY_EXAMPLES}"
@@ -389,7 +390,7 @@ _POLICY_EXAMPLES = "examples: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, v0, 
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's posterize, which asks for 0 bits at the largest magnitudes: black, but an error since Pillow 13."""
+    """Posterize like timm, whose largest magnitudes keep 0 bits: a black image, but an error since Pillow 13."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

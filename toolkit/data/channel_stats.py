@@ -1,4 +1,4 @@
-"""Mean and standard deviation of the training images' channels, exactly."""
+"""Exact mean and standard deviation of the training images' channels."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Channels = tuple[float, ...]
 def channel_statistics(
     images: ImageSource, indices: npt.NDArray[np.int64], preprocessing: Preprocessing, threads: int | None = None
 ) -> tuple[Channels, Channels]:
-    """Mean and population standard deviation of each channel over all pixels of these images, pixels in 0..1.
+    """Return mean and population standard deviation of each channel over all pixels of the images, pixels in 0..1.
 
-    Images are resized and cropped as ``preprocessing`` says, not normalised. Pixels are whole numbers, and so are the
-    sums: the result depends neither on the order of the images nor on the number of threads. Raises BadImage.
+    Images are resized and cropped according to ``preprocessing``, but not normalized. Pixels and sums are integers, so
+    the result depends neither on the order of the images nor on the number of threads. Raises UnreadableImageError.
     """
     steps, mode = resize_and_crop(preprocessing), MODES[preprocessing.channels]
 
     def count_values(chunk: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """How often each pixel value comes in each channel, [channels, 256]."""
+        """Count each pixel value in each channel, [channels, 256]."""
         counts = np.zeros(256 * preprocessing.channels, dtype=np.int64)
         for i in chunk:
             image = to_mode(images.load(int(i)), mode)
@@ -35,7 +35,7 @@ def channel_statistics(
             counts += np.array(image.histogram())
         return counts.reshape(-1, 256)
 
-    if threads is None:  # decoding small images is too short for threads to pay: measured slower by half
+    if threads is None:  # threads slow down the decoding of small images by half (measured)
         threads = 1 if preprocessing.image_size <= SMALL_IMAGE else available_cpus()
     chunks = np.array_split(indices, max(1, -(-len(indices) // 256)))
     with ThreadPoolExecutor(threads) as pool:
@@ -43,7 +43,7 @@ def channel_statistics(
     values = np.arange(256)
     mean, std = [], []
     for channel in counts:
-        # Python's integers: no overflow, no cancellation in pixels * squares - total**2.
+        # Python integers: no overflow and no cancellation in pixels * squares - total**2.
         pixels, total, squares = int(channel.sum()), int(channel @ values), int(channel @ values**2)
         mean.append(total / (pixels * 255))
         std.append(((pixels * squares - total * total) / (pixels * pixels)) ** 0.5 / 255)

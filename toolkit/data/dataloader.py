@@ -1,7 +1,7 @@
-"""Batches for training and evaluation, prepared by worker processes or taken from memory.
+"""Data loaders for training and evaluation, with worker processes or in the training process.
 
-What a batch holds is a function of (seed, epoch, step) alone: a worker seeds the random generators anew for every
-image, with a mix of (seed, epoch, draw). The number of workers, and which one does what, change nothing.
+The content of a batch depends only on (seed, epoch, step): before each image a worker seeds the random generators
+with a hash of (seed, epoch, draw). The number of workers and the assignment of images to workers have no effect.
 """
 
 from __future__ import annotations
@@ -29,45 +29,46 @@ from toolkit.errors import RunFailed, UserError
 
 MAX_WORKERS = 16
 SMALL_BYTES = 8 * 2**20
-"""Arrays up to this size (digits: 0.1 MB) are prepared faster than a worker process is asked for them."""
+"""In-memory images up to this size (digits: 0.1 MB) use no workers: communication would take longer than the work."""
 
 _LEFT_TO_TRAINER = {
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 }
 
 EVALUATION = -1
-"""Stands for the epoch where there is none: evaluation is the same every time."""
+"""Used in place of the epoch number in evaluation, so that evaluation is the same every time."""
 
 
 Finish = Callable[[Tensor, int, Tensor], Tensor]
-"""Makes the model's input, float32 [m, C, H, W] on its device, of bytes [m, h, w, C], an epoch and draws int64 [m]."""
+"""Function of (uint8 [m, h, w, C], epoch, draws int64 [m]) that returns model inputs, float32 [m, C, H, W] on the
+model's device."""
 
 
 class Batch(NamedTuple):
-    """Examples of one micro-batch: a process's own first, then partners to mix with."""
+    """Examples of one micro-batch: first the process's own, then partners for mixup or CutMix."""
 
     images: Tensor
     """float32 [m, C, H, W] (features: [m, ...])."""
     labels: Tensor
     """int64 [m]."""
     draws: Tensor
-    """int64 [m], see :meth:`toolkit.data.sampling.SamplingPlan.epoch`; keys all that is random about an example."""
+    """int64 [m], see :meth:`toolkit.data.sampling.SamplingPlan.epoch`; keys all randomness of an example."""
 
 
 class TrainLoaderProtocol(Protocol):
-    """What a training loop draws from."""
+    """Interface between the training loop and a loader of training batches."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
-        """Micro-batches of one epoch (counted from 0), from an optimiser step on."""
+        """Yield the micro-batches of one epoch (counted from 0), starting at optimizer step ``first_step``."""
         ...
 
     def close(self) -> None:
-        """End worker processes."""
+        """Stop the worker processes."""
         ...
 
 
 class BatchRequest(NamedTuple):
-    """What a worker is asked for."""
+    """One batch requested from a worker."""
 
     epoch: int
     positions: IntArray
@@ -75,13 +76,16 @@ class BatchRequest(NamedTuple):
 
 
 class WorkerError(NamedTuple):
-    """Sent by a worker in place of a batch: PyTorch would rebuild exceptions from one string and lose their meaning."""
+    """An error returned by a worker in place of a batch.
+
+    PyTorch re-raises worker exceptions from a single string, which loses their other attributes.
+    """
 
     error: Exception
 
 
 class SplitDataset(torch.utils.data.Dataset[Any]):
-    """One split's examples: a request gives the batch, images [m, C, H, W] and labels [m]."""
+    """Dataset of one split that returns a whole batch per request: images [m, C, H, W] and labels [m]."""
 
     def __init__(
         self, images: ImageSource, labels: IntArray, indices: IntArray, transform: Callable[[Any], Tensor], seed: int
@@ -92,7 +96,7 @@ class SplitDataset(torch.utils.data.Dataset[Any]):
         self.load = images.decoded if isinstance(transform, UInt8Transform) else images.load
 
     def __getitem__(self, key: tuple[int, int, int]) -> Tensor:
-        """The input made of (epoch, position in the split, draw): float32 [C, H, W]. Seeds the global generators."""
+        """Return the input for (epoch, position in the split, draw): float32 [C, H, W]. Seeds the global generators."""
         epoch, position, draw = key
         index = int(self.indices[position])
         image = self.load(index)
@@ -111,7 +115,7 @@ class SplitDataset(torch.utils.data.Dataset[Any]):
             raise failure from error
 
     def __getitems__(self, request: BatchRequest) -> Batch | WorkerError:
-        """A whole batch (PyTorch's fetcher calls this with what the batch sampler yields)."""
+        """Return a whole batch. Called by PyTorch's fetcher with each item of the batch sampler."""
         try:
             if get_worker_info() is not None:
                 return self._batch(request)
@@ -129,7 +133,7 @@ class SplitDataset(torch.utils.data.Dataset[Any]):
 
 
 class RequestSampler:
-    """A batch sampler that yields whatever it was last given."""
+    """Batch sampler that yields the requests assigned to ``current``."""
 
     def __init__(self) -> None:
         self.current: Iterable[Any] = ()
@@ -139,10 +143,10 @@ class RequestSampler:
 
 
 class DataWorkerPool:
-    """A DataLoader whose worker processes live until :meth:`close`, and which answers requests in order."""
+    """DataLoader that answers requests in order, with worker processes that live until :meth:`close`."""
 
     def __init__(self, split: torch.utils.data.Dataset[Any], workers: int, pin_memory: bool) -> None:
-        """``split.__getitems__`` turns a request into its answer, in a worker process; a Failure is raised."""
+        """``split.__getitems__`` answers a request in a worker process; a returned :class:`WorkerError` is raised."""
         self._requests = RequestSampler()
         self._loader: DataLoader[Any] | None = DataLoader(
             split,
@@ -152,18 +156,21 @@ class DataWorkerPool:
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             worker_init_fn=_start_worker if workers else None,
-            # fork shares the index and the array with the workers; elsewhere than on Linux it is not safe.
+            # fork shares the index and the array with the workers; it is not safe on systems other than Linux.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-            generator=torch.Generator(),  # PyTorch draws a seed each epoch: not from the global generator
+            generator=torch.Generator(),  # PyTorch draws a seed per epoch: keep it off the global generator
         )
 
     def answers(self, requests: Iterable[Any]) -> Iterator[Any]:
-        """A batch for each request. Raises BadImage, RunFailed and UserError as they were in the worker, and closes."""
+        """Yield a batch for each request.
+
+        Closes the pool and raises if a worker returns UnreadableImageError, RunFailed or UserError.
+        """
         if self._loader is None:
             raise RuntimeError("the loader is closed")
         self._requests.current = requests
         with _signals_held():
-            iterator = iter(self._loader)  # starts the worker processes, the first time
+            iterator = iter(self._loader)  # the first call starts the worker processes
         for answer in iterator:
             if isinstance(answer, WorkerError):
                 self.close()
@@ -171,21 +178,21 @@ class DataWorkerPool:
             yield answer
 
     def close(self) -> None:
-        """End the worker processes now.
+        """Stop the worker processes now.
 
-        Left to the garbage collector (a traceback can keep a loader alive in a cycle), PyTorch tears the queues down
-        in any order, and then waits 5 seconds for each worker in turn.
+        If this is left to the garbage collector (a traceback can keep a loader alive in a reference cycle), PyTorch
+        closes the queues in arbitrary order and then waits 5 seconds for each worker in turn.
         """
         iterator = None if self._loader is None else self._loader._iterator
         self._loader = None
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            # PyTorch raises in here for a worker that a signal killed; it was to end anyway.
+            # PyTorch raises here if a signal killed a worker, which does not matter any more.
             with contextlib.suppress(RuntimeError):
                 iterator._shutdown_workers()
 
 
 class TrainLoader:
-    """Training batches of one process."""
+    """Loader of the training batches of one process."""
 
     def __init__(
         self, split: SplitDataset, plan: SamplingPlan, workers: int, pin_memory: bool, finish: Finish | None = None
@@ -193,11 +200,12 @@ class TrainLoader:
         self.plan, self.finish, self._pool = plan, finish, DataWorkerPool(split, workers, pin_memory)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
-        """Micro-batches of one epoch (counted from 0), from an optimiser step on; one epoch at a time.
+        """Yield the micro-batches of one epoch (counted from 0), starting at optimizer step ``first_step``.
 
-        Raises BadImage for an unreadable file, RunFailed where the transforms fail on an image.
+        Only one epoch can be iterated at a time. Raises UnreadableImageError for an unreadable file and RunFailed if
+        the transforms fail on an image.
         """
-        # Workers run ahead of the loop, so the plan is made twice, once for each side.
+        # Workers run ahead of the loop, so the plan is iterated twice: for the requests and for the answers.
         plan = self.plan
         prefetch = (
             BatchRequest(plan.view(epoch), positions, plan.augmentation_ids(positions, draws))
@@ -211,15 +219,15 @@ class TrainLoader:
             yield micro, Batch(images, batch.labels, torch.from_numpy(draws))
 
     def close(self) -> None:
-        """End worker processes."""
+        """Stop the worker processes."""
         self._pool.close()
 
 
 class EvaluationBatch(NamedTuple):
-    """Examples of a split, each exactly once over all processes."""
+    """One batch of an evaluation; over all processes each example of the split occurs exactly once."""
 
     positions: IntArray
-    """Places in the split, int64 [m]."""
+    """Positions in the split, int64 [m]."""
     images: Tensor
     """float32 [m, C, H, W] (features: [m, ...])."""
     labels: Tensor
@@ -227,7 +235,10 @@ class EvaluationBatch(NamedTuple):
 
 
 class EvaluationLoader:
-    """This process's share of a split, the same at every iteration; processes may have different numbers of batches."""
+    """Loader of this process's share of a split, the same in every iteration.
+
+    Processes may have different numbers of batches.
+    """
 
     def __init__(
         self,
@@ -238,7 +249,7 @@ class EvaluationLoader:
         finish: Finish | None = None,
         view: int = EVALUATION,
     ) -> None:
-        """``view`` stands for the epoch where the split's transform is random."""
+        """``view`` replaces the epoch number if the split's transform is random."""
         self.batches, self.finish, self.view = batches, finish, view
         self._pool = DataWorkerPool(split, min(workers, len(batches)), pin_memory)
 
@@ -254,7 +265,7 @@ class EvaluationLoader:
         return len(self.batches)
 
     def close(self) -> None:
-        """End worker processes."""
+        """Stop the worker processes."""
         self._pool.close()
 
 
@@ -269,9 +280,9 @@ def train_loader(
     pin_memory: bool,
     finish: Finish | None = None,
 ) -> TrainLoader:
-    """Training batches of the examples ``indices`` (into the data set), in the order of ``plan``.
+    """Build the loader of training batches for the examples ``indices`` (into the data set), in the order of ``plan``.
 
-    ``transform`` makes the model's inputs, or bytes, uint8 [h, w, C], of one size that ``finish`` makes them of.
+    ``transform`` returns model inputs, or uint8 [h, w, C] of equal size from which ``finish`` computes them.
     """
     if plan.size != len(indices):
         raise ValueError(f"the plan is for {plan.size} images, the split has {len(indices)}")
@@ -280,9 +291,10 @@ def train_loader(
 
 
 def worker_count(setting: int | str, images: ImageSource, local_processes: int) -> int:
-    """Data workers for one of ``local_processes`` training processes on this machine, by ``data.workers``.
+    """Return the number of data workers of each of ``local_processes`` training processes on this machine.
 
-    auto: the CPUs granted to this process, less one for itself, at most 16; none for small arrays.
+    ``setting`` is ``data.workers``. "auto" means the CPUs available to this process minus one for itself, at most 16;
+    0 for small in-memory images.
     """
     if isinstance(setting, int):
         return setting
@@ -292,13 +304,13 @@ def worker_count(setting: int | str, images: ImageSource, local_processes: int) 
 
 
 def _as_is(batch: Any) -> Any:
-    """The collate function of a dataset that gives whole batches."""
+    """Collate function for a dataset that returns whole batches."""
     return batch
 
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Keep signals waiting while worker processes start, which do not yet leave them to the trainer."""
+    """Block signals while worker processes start, until they have set up their own signal handling."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -310,10 +322,11 @@ def _signals_held() -> Iterator[None]:
 
 
 def _start_worker(worker: int) -> None:
-    """Leave signals to the training process, which decides when to stop and still needs batches until then.
+    """Ignore signals in a worker: the training process decides when to stop and needs batches until then.
 
-    A scheduler or a terminal signals the whole process group. Only SIGTERM from the training process itself counts:
-    it is how Python ends its children. Workers whose parent has died end by themselves (PyTorch's watchdog).
+    A scheduler or a terminal signals the whole process group. Only SIGTERM from the training process itself is obeyed,
+    because that is how Python terminates child processes. Workers exit by themselves if their parent dies (PyTorch's
+    watchdog).
     """
     for number in _LEFT_TO_TRAINER - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
@@ -323,7 +336,7 @@ def _start_worker(worker: int) -> None:
 
 
 def _obey_parent() -> None:
-    """Wait for SIGTERM; end the process when it comes from the parent."""
+    """Wait for SIGTERM and exit once the parent has sent it."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

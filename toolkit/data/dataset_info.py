@@ -1,4 +1,4 @@
-"""What is known of each data set without opening it. Plain values: nothing is imported, nothing is read."""
+"""Facts about each data set that are known without opening it, as constants without further imports."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One data set, as its authors published it."""
+    """A data set as published by its authors."""
 
     description: str
     classes: int | None
-    """None: the folders decide."""
+    """Number of classes; None if it depends on the folders."""
     images: tuple[int, int] | None
-    """Images of the official training and test lists; 0: there is no such list. None: the folders decide."""
+    """Images in the official training and test lists, 0 if there is no such list; None if it depends on the folders."""
     size: int | None
-    """Height and width of all images, pixels; None where they differ."""
+    """Height and width of all images in pixels; None if they differ."""
     channels: int
     source: str
-    """How it comes to this machine."""
+    """Where the data come from."""
 
 
 DATASETS = {
@@ -43,13 +43,13 @@ DATASETS = {
         "unpacked by you into data.root/caltech101, from https://doi.org/10.22002/D1.20086",
     ),
     "imagefolder": DatasetInfo(
-        "your own images, one folder a class", None, None, None, 3, "data.root/[train|val|test/]<class>/<image>"
+        "your own images, one folder per class", None, None, None, 3, "data.root/[train|val|test/]<class>/<image>"
     ),
 }
-"""By the name that ``data.dataset`` gives."""
+"""Data sets by their name in ``data.dataset``."""
 
 
 def known_classes(dataset: str, *, background_class: bool) -> int | None:
-    """Classes of a data set that has not been opened; None where only its folders tell."""
+    """Return the number of classes of a data set without opening it; None if it depends on the folders."""
     classes = DATASETS[dataset].classes
     return classes + 1 if classes and dataset == "caltech101" and background_class else classes

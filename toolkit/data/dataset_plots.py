@@ -1,4 +1,4 @@
-"""The figures of `toolkit data`, of the images that its report has looked at."""
+"""Figures of the report by `toolkit data`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from toolkit.report import data_plots
 from toolkit.report.plot_style import plot_style, save
 
 SHEET_CLASSES = 200
-"""Classes on a contact sheet at most: more cannot be looked at, and drawing time grows with each."""
+"""Maximum number of classes on a contact sheet: more are hard to view and take longer to draw."""
 
 
 def draw(report: DatasetReport, folder: Path, log: Callable[[str], None]) -> list[Path]:
-    """Write all figures into ``folder`` and return their paths. Raises UserError where that cannot be done."""
+    """Write all figures to ``folder`` and return their paths. Raises UserError if that fails."""
     with plot_style(log):
         bars, sheet = histogram(report), contact_sheet(report)
         title = f"{report.recipe.recipe.name}: images per class of {report.dataset.name}, all splits together"
@@ -33,18 +33,18 @@ def draw(report: DatasetReport, folder: Path, log: Callable[[str], None]) -> lis
 
 
 def histogram(report: DatasetReport) -> Figure:
-    """Images per class: training and validation, stacked, above; test below."""
+    """Plot the images per class: training and validation stacked above, test below."""
     title = f"{report.recipe.recipe.name}: images per class of {report.dataset.name}"
     return data_plots.class_histogram(title, report.classes, report.counts)
 
 
 def contact_sheet(report: DatasetReport) -> Figure:
-    """For each class its first training image, raw (left) and as the model gets it (right).
+    """Plot the first training image of each class, raw (left) and preprocessed for the model (right).
 
-    Of more than SHEET_CLASSES classes so many are shown, spread evenly over the order of the data set.
+    If there are more than SHEET_CLASSES classes, that many are shown, evenly spaced in the order of the data set.
     """
     labels = sorted(report.examples)
-    title = f"{report.recipe.recipe.name}: one image a class"
+    title = f"{report.recipe.recipe.name}: one image per class"
     if len(labels) > SHEET_CLASSES:
         title += f", of {SHEET_CLASSES} of {len(labels):,} classes"
         labels = [labels[number * len(labels) // SHEET_CLASSES] for number in range(SHEET_CLASSES)]

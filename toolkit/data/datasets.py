@@ -1,6 +1,6 @@
-"""The data sets: where each one's images, labels and official lists come from.
+"""Supported data sets: how each one's images, labels and official lists are read.
 
-Every data set is a plain :class:`Dataset`; what differs is only how it is found. Nothing is drawn at random here.
+Every data set is a plain :class:`Dataset`; only the opening function differs. Nothing here is random.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ CALTECH_IMAGES, CALTECH_BACKGROUND = "101_ObjectCategories", "BACKGROUND_Google"
 CALTECH_SOURCE = "CaltechDATA (https://doi.org/10.22002/D1.20086, file caltech-101.zip)"
 
 _UNREADABLE = (RuntimeError, OSError, ValueError, AssertionError)
-"""What torchvision's classes raise for missing, damaged or half unpacked files, and for a failed download."""
+"""Exceptions of torchvision's classes for missing, damaged or partly unpacked files, and for a failed download."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images with their labels, and the lists that the data set's authors made."""
+    """Images with labels and the official lists of the data set."""
 
     name: str
     classes: list[str]
-    """Names of the classes, encoded by :func:`toolkit.filenames.encode_name`; a label is an index into them."""
+    """Class names, encoded by :func:`toolkit.filenames.encode_name`; a label is an index into them."""
     images: ImageSource
     labels: IntArray
     """int64 [N]."""
     lists: dict[str, IntArray]
-    """Official lists, int64 indices each: "train" always, "validation" and "test" where there are some."""
+    """Official lists, int64 indices each: "train" always, "validation" and "test" if they exist."""
     native_size: int | None
-    """Height and width of all images in pixels; None where they differ."""
+    """Height and width of all images in pixels; None if they differ."""
     native_channels: int
     notes: tuple[str, ...] = ()
-    """How its folders were read and what was left out: lines for the log."""
+    """Lines for the log: how the folders were read and what was left out."""
 
 
 def open_dataset(table: DataConfig) -> Dataset:
-    """The data set of a recipe. Raises UserError where it is missing or not laid out as it should be."""
+    """Open the data set of a recipe. Raises UserError if it is missing or its folder layout is invalid."""
     dataset = _OPENERS[table.dataset](table)
     classes, notes = (
         [encode_name(name) for name in dataset.classes],
@@ -59,7 +59,7 @@ def open_dataset(table: DataConfig) -> Dataset:
 
 
 def _open_digits(table: DataConfig) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels (UCI), values 0..16 brought to 0..255."""
+    """Open scikit-learn's 1,797 handwritten digits of 8x8 pixels (UCI); values 0..16 are scaled to 0..255."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -70,7 +70,7 @@ def _open_digits(table: DataConfig) -> Dataset:
 
 
 def _open_torchvision(table: DataConfig) -> Dataset:
-    """cifar10, cifar100 and fashion_mnist, by torchvision's classes, which verify checksums of what they read."""
+    """Open cifar10, cifar100 or fashion_mnist with torchvision's classes, which verify checksums."""
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}
@@ -84,7 +84,7 @@ def _open_torchvision(table: DataConfig) -> Dataset:
 
 
 def _fetch(kind: Callable[..., Any], table: DataConfig) -> tuple[Any, Any]:
-    """Training and test part as torchvision reads them, downloaded first where they are missing and may be."""
+    """Return torchvision's training and test sets, downloaded first if they are missing and ``download`` is true."""
 
     def read(download: bool) -> tuple[Any, Any]:
         return kind(table.root, train=True, download=download), kind(table.root, train=False, download=False)
@@ -99,7 +99,7 @@ def _fetch(kind: Callable[..., Any], table: DataConfig) -> tuple[Any, Any]:
             ) from error
     try:
         Path(table.root).mkdir(parents=True, exist_ok=True)
-        # Many processes may come here at once: one fetches, the others wait and then find the data.
+        # Several processes may get here at once: one downloads, the others wait and then find the data.
         with held(Path(table.root) / f".{table.dataset}.lock"):
             return read(download=True)
     except _UNREADABLE as error:
@@ -111,7 +111,7 @@ def _fetch(kind: Callable[..., Any], table: DataConfig) -> tuple[Any, Any]:
 
 
 def _open_caltech101(table: DataConfig) -> Dataset:
-    """Caltech-101 (Li et al. 2022) with the homework's train.txt and test.txt beside the images, or without."""
+    """Open Caltech-101 (Li et al. 2022), with or without the homework's train.txt and test.txt next to the images."""
     home = _caltech_home(Path(table.root))
     walk = FolderWalk(home / CALTECH_IMAGES)
     folders = walk.above_classes("").folders
@@ -146,7 +146,7 @@ def _open_caltech101(table: DataConfig) -> Dataset:
 
 
 def _caltech_home(root: Path) -> Path:
-    """The folder that holds 101_ObjectCategories."""
+    """Return the folder that contains 101_ObjectCategories."""
     for home in (root / "caltech101", root, root / "caltech-101"):
         if (home / CALTECH_IMAGES).is_dir():
             return home
@@ -157,7 +157,7 @@ def _caltech_home(root: Path) -> Path:
 
 
 def _caltech_list(home: Path, name: str, present: dict[str, list[str]], background: bool) -> list[str]:
-    """Paths of one official list; lines of the background class are dropped unless it is wanted."""
+    """Read the paths of one official list, without the background class unless ``background`` is true."""
     lines = (home / f"{name}.txt").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     paths = [line.strip() for line in lines if line.strip()]
     if not background:
@@ -173,7 +173,7 @@ def _caltech_list(home: Path, name: str, present: dict[str, list[str]], backgrou
 
 
 def _open_imagefolder(table: DataConfig) -> Dataset:
-    """Folders of images, one a class: below the folder of each split, or below the root itself."""
+    """Open a folder of images with one subfolder per class, in a folder per split or directly in the root."""
     root = Path(table.root)
     if not root.is_dir():
         raise UserError(f"data.root = {table.root!r} is not a folder; dataset = 'imagefolder' reads images from it")
@@ -195,7 +195,7 @@ def _open_imagefolder(table: DataConfig) -> Dataset:
 
 
 def _files(root: Path, paths: list[str], table: DataConfig) -> ImageFiles:
-    """Image files, to be read as the table says."""
+    """Build the image files with the reading options of the recipe."""
     advice = CANNOT_READ if table.on_bad_image == "error" else HAS_CHANGED
     return ImageFiles(root, paths, table.channels or 3, exif=table.exif, value_range=table.known_range, advice=advice)
 

@@ -1,4 +1,4 @@
-"""Collections of images that are cheap to share between processes: one array or one flat index, no object an image."""
+"""Collections of images that are cheap to share between processes: one array or one flat index for all images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from toolkit.errors import RunFailed
 from toolkit.filenames import encode_name, escape_control_characters
 
 MODES = {1: "L", 3: "RGB"}
-"""Pillow's mode for a number of channels."""
+"""Pillow mode by number of channels."""
 
 _FILE_FAULTS = {
     errno.ENOENT: "no such file",
@@ -49,41 +49,41 @@ _FILE_FAULTS = {
     errno.EACCES: "not readable (permission denied)",
     errno.EPERM: "not readable (permission denied)",
 }
-"""Faults of the file itself. Others (too many open files, a failing disk) say nothing about it: leaving the image out
-would hide them, and differently on every process."""
+"""Errors of the file itself. Other errors (too many open files, a failing disk) are not the file's: skipping the image
+would hide them, and each process could skip different images."""
 
 SAMPLED = 32
-"""Files whose whole content enters the identity of a collection of files."""
+"""Number of files whose whole content is hashed for the identity of a collection."""
 
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 
 BLOCKS_KEPT = 4
-"""Blocks of memory that Pillow keeps of freed images. It gives them back to the system, and every new one costs page
-faults: a third of a JPEG's decoding."""
+"""Memory blocks of freed images that Pillow reuses. By default it returns them to the system, and the page faults of
+new blocks take a third of the time to decode a JPEG file."""
 
 if "PILLOW_BLOCKS_MAX" not in os.environ:
     Image.core.set_blocks_max(BLOCKS_KEPT)  # type: ignore[attr-defined]
 
 
 CANNOT_READ = 'repair or remove it, or set data.on_bad_image = "skip" to leave out images that cannot be read'
-"""What to do about a bad image of a data set, with ``data.on_bad_image = "error"``."""
+"""Advice for an unreadable image if ``data.on_bad_image = "error"``."""
 
 HAS_CHANGED = (
     'data.on_bad_image = "skip" has left out the images that could not be read when training began; this one could be '
     "read then, and a run leaves out nothing after its beginning: bring the file back as it was, and resume"
 )
-"""The same with ``data.on_bad_image = "skip"``."""
+"""Advice for an unreadable image if ``data.on_bad_image = "skip"``."""
 
 
 class UnreadableImageError(RunFailed):
-    """A file that is no readable image: ``name`` says which, ``reason`` why, ``advice`` what to do."""
+    """Raised for a file that is not a readable image; has its ``name``, the ``reason`` and ``advice`` on what to do."""
 
     def __init__(self, name: str, reason: str, advice: str = "") -> None:
         super().__init__(f"{name}: {reason}{'; ' + advice if advice else ''}")
         self.name, self.reason, self.advice = name, reason, advice
 
     def __reduce__(self) -> tuple[type[UnreadableImageError], tuple[str, str, str]]:
-        """The arguments, not the message: the exception must survive the way out of a worker process."""
+        """Pickle the arguments instead of the message, so that the exception can leave a worker process."""
         return UnreadableImageError, (self.name, self.reason, self.advice)
 
 
@@ -93,27 +93,27 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, i: int) -> Image.Image:
-        """Image i, fully decoded, in mode RGB or L. Raises BadImage."""
+        """Return image i, fully decoded, in mode RGB or L. Raises UnreadableImageError."""
         ...
 
     def decoded(self, i: int) -> Image.Image | Tensor:
-        """The same; or, where that is how it is at hand, its bytes: uint8 [h, w, 3], not to be written to."""
+        """Return image i as :meth:`load` does, or as uint8 [h, w, 3] (read-only) if it was decoded to a tensor."""
         ...
 
     def name(self, i: int) -> str:
-        """What image i is called in messages and files: a path relative to the data's folder, or the like.
+        """Return the name of image i for messages and files, such as its path relative to the data folder.
 
         Encoded by :func:`toolkit.filenames.encode_name`.
         """
         ...
 
     def identity(self, indices: npt.NDArray[np.int64]) -> str:
-        """A hash of these images, in order, by which they are known again: another if any of them has changed."""
+        """Return a hash of these images, in order, for use as a cache key; changes if any image changes."""
         ...
 
 
 class InMemoryImages:
-    """Images held in memory as one array, uint8 [N, H, W] or [N, H, W, C]."""
+    """Images in memory as one array, uint8 [N, H, W] or [N, H, W, C]."""
 
     def __init__(self, pixels: npt.NDArray[np.uint8], prefix: str, channels: int) -> None:
         if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
@@ -124,19 +124,19 @@ class InMemoryImages:
         return len(self.pixels)
 
     def load(self, i: int) -> Image.Image:
-        """Image i in the collection's mode."""
+        """Return image i in the collection's mode."""
         return to_mode(Image.fromarray(self.pixels[i]), self.mode)
 
     def decoded(self, i: int) -> Image.Image:
-        """The same."""
+        """Return image i in the collection's mode."""
         return self.load(i)
 
     def name(self, i: int) -> str:
-        """The collection's name and the image's number."""
+        """Return "<prefix>/<i>"."""
         return f"{self.prefix}/{i}"
 
     def identity(self, indices: npt.NDArray[np.int64]) -> str:
-        """SHA-256 of shape, mode and pixels."""
+        """Return the SHA-256 of shape, mode and pixels."""
         digest = hashlib.sha256(f"{len(indices)} {self.pixels.shape[1:]} {self.mode}".encode())
         for start in range(0, len(indices), 1024):
             digest.update(np.ascontiguousarray(self.pixels[indices[start : start + 1024]]).data)
@@ -146,7 +146,7 @@ class InMemoryImages:
 class ImageFiles:
     """Image files below one folder.
 
-    Their paths lie end to end in one byte buffer: a list of a million str would be copied into every worker process,
+    Paths are stored end to end in one byte buffer: a list of a million str would be copied into every worker process,
     page by page, as its reference counts change.
     """
 
@@ -160,11 +160,10 @@ class ImageFiles:
         value_range: Range | None = None,
         advice: str = "",
     ) -> None:
-        """``exif``: apply or ignore the orientation that files state (:mod:`toolkit.data.orientation`).
+        """``exif``: "apply" or "ignore" the orientation tag of the files (:mod:`toolkit.data.orientation`).
 
-        ``value_range``: of samples with more than 8 bits, see :mod:`toolkit.data.value_range`. ``advice`` ends the
-        messages
-        about bad images.
+        ``value_range``: black and white values of samples with more than 8 bits (:mod:`toolkit.data.value_range`).
+        ``advice``: appended to messages about unreadable images.
         """
         self.root, self.mode = str(root), MODES[channels]
         self.exif, self.value_range, self.advice = exif, value_range, advice
@@ -179,11 +178,11 @@ class ImageFiles:
         return len(self._ends) - 1
 
     def name(self, i: int) -> str:
-        """Path of image i relative to the folder, encoded."""
+        """Return the path of image i relative to the folder, encoded."""
         return encode_name(self._relative(i))
 
     def path(self, i: int) -> str:
-        """Path of image i, as the system knows it."""
+        """Return the path of image i for the file system."""
         return os.path.join(self.root, self._relative(i))
 
     def _relative(self, i: int) -> str:
@@ -192,17 +191,17 @@ class ImageFiles:
         return os.fsdecode(self._buffer[self._ends[i] : self._ends[i + 1]].tobytes())
 
     def with_range(self, value_range: Range | None) -> ImageFiles:
-        """The same images with another range of values."""
+        """Return a copy with another range of values."""
         other = copy.copy(self)
         other.value_range = value_range
         return other
 
     def load(self, i: int) -> Image.Image:
-        """Read and decode image i. Raises BadImage for a missing, empty, truncated or non-image file."""
+        """Read and decode image i. Raises UnreadableImageError for a missing, empty, truncated or non-image file."""
         return as_picture(self.decoded(i))
 
     def decoded(self, i: int) -> Image.Image | Tensor:
-        """The same, as bytes uint8 [h, w, 3] where it came so from the decoder."""
+        """Read and decode image i; returns uint8 [h, w, 3] if the JPEG decoder made it. Raises as :meth:`load`."""
         try:
             with _open(self.path(i)) as file:
                 data = file.read()
@@ -223,9 +222,10 @@ class ImageFiles:
             return to_mode(upright, self.mode)
 
     def identity(self, indices: npt.NDArray[np.int64]) -> str:
-        """SHA-256 of relative paths, sizes and times of change, and of the content of some of the files.
+        """Return the SHA-256 of relative paths, sizes, modification times, and the content of a sample of the files.
 
-        The folder's own place does not count: a copy that keeps the times is the same data. Raises BadImage.
+        The location of the folder does not count: a copy with the same modification times has the same identity.
+        Raises UnreadableImageError.
         """
         digest = hashlib.sha256(f"{len(indices)} {self.mode} {self.exif} {self.value_range}".encode())
         sampled = set(np.linspace(0, len(indices) - 1, min(SAMPLED, len(indices)), dtype=np.int64).tolist())
@@ -240,13 +240,14 @@ class ImageFiles:
         return digest.hexdigest()
 
     def check(self, i: int, *, decode: bool = False) -> Extent | None:
-        """Raise BadImage where image i is bad as far as its first and last bytes tell, without decoding all of it.
+        """Raise UnreadableImageError if the first and last bytes of image i show that it cannot be read.
 
-        Finds missing and empty files, files that are no image, and truncated JPEG and PNG files. A file without its
-        format's end mark may only have something appended: it is decoded to be sure. With ``decode`` every file is.
+        Finds missing and empty files, files that are not images, and truncated JPEG and PNG files, without decoding. A
+        file without its format's end marker may only have extra bytes appended, so it is decoded to be sure. With
+        ``decode=True`` every file is decoded.
 
-        Returns the extent of the values of an image that has more than 8 bits per sample, where no range of values has
-        been set; for that it is decoded.
+        Returns the extent of the values if the image has more than 8 bits per sample and no range of values is set;
+        such an image is always decoded.
         """
         try:
             with _open(self.path(i)) as file, Image.open(file) as image:
@@ -265,7 +266,10 @@ class ImageFiles:
         return None
 
     def _fault(self, error: Exception, i: int) -> RunFailed:
-        """What to raise for a file that could not be read: BadImage, or RunFailed where the machine is to blame."""
+        """Return the exception for a file that could not be read.
+
+        UnreadableImageError for a fault of the file, RunFailed for a fault of the system.
+        """
         name, path = self.name(i), self.path(i)
         number = error.errno if isinstance(error, OSError) else None  # Pillow's own OSErrors have none
         if isinstance(error, MemoryError) or (number is not None and number not in _FILE_FAULTS):
@@ -274,32 +278,32 @@ class ImageFiles:
 
 
 def as_picture(decoded: Image.Image | Tensor) -> Image.Image:
-    """What :meth:`ImageSource.decoded` gives, as a Pillow image."""
+    """Convert a result of :meth:`ImageSource.decoded` to a Pillow image."""
     return Image.fromarray(decoded.numpy()) if isinstance(decoded, Tensor) else decoded
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Decode fully and convert to RGB or L: palettes resolved, alpha dropped.
+    """Decode fully and convert to RGB or L: palettes are resolved and alpha is dropped.
 
-    Colour becomes greyscale by the usual luma weights (0.299, 0.587, 0.114). Samples of more than 8 bits are taken as
-    16-bit ones, which their values must confirm (:func:`toolkit.data.value_range.to_bytes`).
+    Color becomes grayscale with the usual luma weights (0.299, 0.587, 0.114). Samples with more than 8 bits are
+    accepted only if their values show that they are 16-bit (:func:`toolkit.data.value_range.to_bytes`).
     """
     kind = sample_kind(image)
     image.load()
     if kind is not None:
         image = to_bytes(image, kind, None)
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the way to RGB that Pillow asks for
+        image = image.convert("RGBA")  # Pillow warns if such an image is converted to RGB directly
     return image if image.mode == mode else image.convert(mode)
 
 
 class Checked(NamedTuple):
-    """What :func:`check_images` has found."""
+    """Result of :func:`check_images`."""
 
     bad: list[tuple[int, str]]
-    """Index and reason of each bad image, in the order given."""
+    """Index and reason of each unreadable image, in the given order."""
     extents: list[Extent]
-    """Values of the images with more than 8 bits per sample, one for each kind; only where no range has been set."""
+    """Range of values of the images with more than 8 bits per sample, one per kind; empty if a range is set."""
 
 
 def check_images(
@@ -310,13 +314,13 @@ def check_images(
     threads: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Checked:
-    """Look for bad images among these.
+    """Find the unreadable images among ``indices``.
 
-    decode=False looks at the first and last bytes (see :meth:`ImageFiles.check`); decode=True decodes every image, and
-    so finds all that training would find. ``threads`` defaults to the CPUs granted. ``progress`` is called with the
-    number of images done, now and then.
+    ``decode=False`` checks only the first and last bytes (see :meth:`ImageFiles.check`); ``decode=True`` decodes every
+    image, and so finds every image that would fail in training. ``threads`` defaults to the number of available CPUs.
+    ``progress`` is called with the number of images checked so far, once per 1,024 images.
     """
-    if not isinstance(images, ImageFiles):  # an array
+    if not isinstance(images, ImageFiles):
         return Checked([], [])
 
     def look(i: int) -> Extent | str | None:
@@ -338,7 +342,7 @@ def check_images(
 
 
 def _open(path: str) -> BinaryIO:
-    """Open an image file. What is not a file is refused: opening a pipe would wait until somebody writes to it."""
+    """Open an image file. Raises OSError for pipes, sockets and devices: opening a pipe would block until a write."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), path)
@@ -346,7 +350,7 @@ def _open(path: str) -> BinaryIO:
 
 
 def _reason(error: Exception, number: int | None, path: str) -> str:
-    """What is wrong with a file; ``number`` is the system's, where it has refused to read it."""
+    """Describe what is wrong with a file; ``number`` is the errno if the system refused to read it."""
     if number in _FILE_FAULTS:
         return _FILE_FAULTS[number]
     if isinstance(error, UnclearValues):

@@ -1,6 +1,6 @@
-"""How a split's images come to the model: which steps are done once, which for each image, which for whole batches.
+"""Preprocessing of a split: which steps run once per image, which per example, and which on whole batches.
 
-The choice depends on the recipe and the data set alone, never on what is kept where: a cache changes no pixel.
+The choice depends only on the recipe and the data set, never on caching: a cache does not change a single pixel.
 """
 
 from __future__ import annotations
@@ -23,31 +23,33 @@ from toolkit.recipe.schema import AugmentConfig
 
 @dataclass(frozen=True, eq=False)
 class PreprocessingPlan:
-    """One split's way."""
+    """The preprocessing of one split's images, divided into steps per image and steps per batch."""
 
     transform: ImageTransform
-    """The whole way, for one image."""
+    """The whole transform, for one image."""
     steps: int
-    """How many of its first steps come before ``batched``, image by image; random ones too, up to the crop."""
+    """Number of its first steps that are applied image by image before ``batched``; up to the crop they may be
+    random."""
     batched: GpuAugmentation | None
-    """What makes model inputs of a batch of bytes, all of one size; None: the transform does all, image by image."""
+    """Computes model inputs from a uint8 batch of equal-sized images; None: ``transform`` does everything."""
     is_exact: bool
-    """Whether ``batched`` gives the transform's own result to the last bit: then either may be used."""
+    """Whether ``batched`` gives the result of ``transform`` bit for bit, so that either may be used."""
     obstacle: str
-    """What keeps random augmentations, or those up to the crop, from being made in batches; "" where nothing does."""
+    """Why random augmentations, or those up to the crop, cannot be applied to batches; "" if they can."""
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the first steps always make the same of an image, so that they can be done once."""
+        """Whether the first steps are deterministic, so that their result can be cached."""
         return self.steps <= len(self.transform.fixed)
 
 
 def plan_preprocessing(
     split: str, augment: AugmentConfig, preprocessing: Preprocessing, seed: int, native_size: int | None
 ) -> PreprocessingPlan:
-    """How one split is delivered. ``native_size``: of all images of the data set, None where they differ.
+    """Choose how the images of one split are preprocessed.
 
-    Raises UserError for a recipe that asks for the impossible.
+    ``native_size`` is the height and width of all images of the data set, None if they differ. Raises UserError if
+    ``augment.run_on = "device"`` is not possible.
     """
     transform = build_transform(split, augment, preprocessing)
     if makes_floats(transform.after(len(transform.fixed))):
@@ -71,30 +73,30 @@ def plan_preprocessing(
 
 
 def _is_uniform(transform: ImageTransform, preprocessing: Preprocessing, native_size: int | None) -> bool:
-    """Whether all images are of one size after the base steps."""
-    crops = preprocessing.crop and transform.base > 0 and transform.fixed[transform.base - 1].startswith("centre crop")
+    """Return whether all images have the same size after the base steps."""
+    crops = preprocessing.crop and transform.base > 0 and transform.fixed[transform.base - 1].startswith("center crop")
     return crops or isinstance(preprocessing.resize, tuple) or native_size is not None
 
 
 def _is_cropped(split: str, augment: AugmentConfig, preprocessing: Preprocessing) -> bool:
-    """Whether all images are of one size after the crop, or what stands in its place."""
+    """Return whether all images have the same size after the crop or its replacement."""
     in_place = any(entry.stage in ("crop", "resize_crop") for entry in getattr(augment, split))
     return preprocessing.crop or in_place or isinstance(preprocessing.resize, tuple)
 
 
 class DevicePreprocessor:
-    """Model inputs of a batch of bytes, on the device."""
+    """Computes model inputs from uint8 batches on the device."""
 
     def __init__(
         self, delivery: PreprocessingPlan, device: torch.device, *, channels_last: bool, beside_workers: bool = False
     ) -> None:
-        """beside_workers: data workers may hold the other cores meanwhile."""
+        """``beside_workers``: data workers may be using the other cores at the same time."""
         assert delivery.batched is not None
         self.batched, self.device, self.channels_last = delivery.batched, device, channels_last
         self.on_one_thread = beside_workers and device.type == "cpu"
 
     def __call__(self, pixels: Tensor, epoch: int, draws: Tensor) -> Tensor:
-        """uint8 [m, h, w, c] -> float32 [m, C, image_size, image_size]; greyscale is repeated where C is 3."""
+        """Convert uint8 [m, h, w, c] to float32 [m, C, image_size, image_size]; grayscale is repeated if C is 3."""
         with _one_thread() if self.on_one_thread else contextlib.nullcontext():
             return self._finished(pixels, epoch, draws)
 
@@ -109,7 +111,7 @@ class DevicePreprocessor:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Operations on single images are short: a second thread that waits for a worker's core holds up each of them."""
+    """Use one PyTorch thread: operations are short, and a second thread waiting for a worker's core delays each one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

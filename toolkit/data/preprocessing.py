@@ -1,4 +1,4 @@
-"""How an image becomes the model's input: resolved once, the same in training, evaluation and prediction."""
+"""Deterministic preprocessing from image to model input, the same in training, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -13,56 +13,56 @@ from toolkit.recipe.schema import DataConfig, NormalizeValues
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 SMALL_IMAGE = 64
-"""Up to this size (pixels) images are taken whole by default; above it the usual resize-then-crop of ImageNet holds."""
+"""Inputs up to this size (pixels) are resized without a crop margin by default, larger ones with ImageNet's margin."""
 
 
 @dataclass(frozen=True)
 class PretrainedInput:
-    """What pretrained weights were trained with, as their publisher states it."""
+    """Preprocessing that pretrained weights were trained with, as stated by their publisher."""
 
     image_size: int
-    """Height and width of the input, pixels; the width where it is not square."""
+    """Height and width of the input in pixels; only the width if ``height`` is set."""
     resize: int
-    """Side before the center crop, pixels: which side, says ``crop_mode``."""
+    """Side before the center crop in pixels; ``crop_mode`` determines which side."""
     interpolation: str
     """nearest, bilinear or bicubic."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_mode: str = "center"
-    """center: the short side becomes ``resize``. squash: both sides do, whatever the aspect. border: the long side
-    does, and the image is padded to the input's size with the mean color."""
+    """center: the short side becomes ``resize``. squash: both sides do, whatever the aspect ratio. border: the long
+    side does, and the image is padded to the input's size with the mean color."""
     height: int | None = None
-    """Height of an input that is not square, pixels."""
+    """Height in pixels of an input that is not square."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The deterministic part of the way from a decoded image to the model's input."""
+    """The deterministic preprocessing steps from a decoded image to the model's input."""
 
     channels: int
     image_size: int
-    """Height and width of the input, pixels."""
+    """Height and width of the input in pixels."""
     resize: int | tuple[int, int] | None
     """Short side (long side with ``border``), or (height, width), before the crop; None: no resize."""
     crop: bool
-    """Centre crop to image_size after the resize."""
+    """Whether to center-crop to ``image_size`` after the resize."""
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     exif: str = "apply"
-    """apply or ignore: whether image files are turned upright by the orientation that they state."""
+    """apply or ignore: whether images are turned upright by their EXIF orientation."""
     value_range: tuple[float, float] | None = None
-    """Values of black and white in files with more than 8 bits per sample; None: training saw no such file."""
+    """Values of black and white in files with more than 8 bits per sample; None: the training data had no such file."""
     border: tuple[int, ...] | None = None
-    """Color, 0..255 per channel, that pads images whose long side is ``resize``; None: it is their short side."""
+    """Padding color, 0..255 per channel, of images whose long side becomes ``resize``; None: the short side does."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, read back by :meth:`from_dict`."""
+        """Return a JSON-serializable dict for :meth:`from_dict`."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """Inverse of :meth:`to_dict` (JSON turns tuples into lists)."""
+        """Build from the result of :meth:`to_dict` (JSON turns tuples into lists)."""
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in {**DEFAULTS["data",], **values}.items()
         }
@@ -70,12 +70,12 @@ class Preprocessing:
 
 
 def resolve_channels(data: DataConfig, *, pretrained: bool) -> DataConfig:
-    """The table with colour input where nothing is said of it and pretrained weights are used, which expect colour."""
+    """Set ``channels`` to 3 if it is not given and pretrained weights are used, which expect color."""
     return data.model_copy(update={"channels": 3}) if data.channels is None and pretrained else data
 
 
 def as_trained(data: DataConfig, preprocessing: Preprocessing) -> DataConfig:
-    """The table with the way in which a trained model's image files were read."""
+    """Return ``data`` with the ``exif`` and ``value_range`` that a trained model was trained with."""
     found = preprocessing.value_range
     value_range = "auto" if found is None else list(found)
     return data.model_copy(update={"exif": preprocessing.exif, "value_range": value_range})
@@ -88,15 +88,16 @@ def resolve_preprocessing(
     native_channels: int,
     measure: Callable[[Preprocessing], tuple[tuple[float, ...], tuple[float, ...]]],
 ) -> Preprocessing:
-    """Settle every value: the recipe's word first, then what the weights expect, then the data set's own.
+    """Resolve every value from the recipe, else from the weights, else from the data set.
 
-    ``measure`` gives the training images' mean and standard deviation per channel (pixels in 0..1) under a
-    preprocessing without normalisation; it is called only for ``normalize = "dataset"``.
+    ``measure`` returns the training images' mean and standard deviation per channel (pixels in 0..1) for a
+    preprocessing without normalization; it is called only for ``normalize = "dataset"``. Raises UserError if no image
+    size is known, or the number of normalization values differs from the number of channels.
     """
     channels = data.channels or (3 if weights else native_channels)
     size = data.image_size or (weights.image_size if weights else native_size)
     if size is None:
-        raise UserError("data.image_size must be given: neither the weights nor the data set say one")
+        raise UserError("data.image_size must be given: neither the weights nor the data set define one")
     if weights and weights.height and not data.image_size:
         raise UserError(
             f"data.image_size must be given: the weights were trained on images of {weights.height}x"
@@ -124,7 +125,7 @@ def resolve_preprocessing(
     mean, std = _normalization(data, weights, plain, measure)
     for values in (mean, std):
         if len(values) != channels:
-            raise UserError(f"data.normalize: {len(values)} values for {channels} channels; give one value a channel")
+            raise UserError(f"data.normalize: {len(values)} values for {channels} channels; give one value per channel")
     return replace(plain, mean=mean, std=std)
 
 
@@ -134,7 +135,7 @@ def _normalization(
     plain: Preprocessing,
     measure: Callable[[Preprocessing], tuple[tuple[float, ...], tuple[float, ...]]],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, by ``data.normalize``."""
+    """Return the mean and standard deviation of each channel according to ``data.normalize``."""
     choice, channels = data.normalize, plain.channels
     if isinstance(choice, NormalizeValues):
         return tuple(choice.mean), tuple(choice.std)
@@ -150,5 +151,5 @@ def _normalization(
 
 
 def _as_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Colour values for a greyscale input: their average."""
+    """Return one value per channel: unchanged if the number matches, else their average for each channel."""
     return values if len(values) == channels else (sum(values) / len(values),) * channels

@@ -1,13 +1,13 @@
-"""Who gets which image when: pure functions of (seed, epoch, step, world, rank), in numpy alone.
+"""Sampling order of training and evaluation: pure functions of (seed, epoch, step, world, rank), in NumPy alone.
 
-Three ideas hold the whole module together:
+The module rests on three principles:
 
-* the order of an epoch is a function of (seed, epoch) alone, so that it can be taken up anywhere;
-* a step is a run of consecutive places of that order; parts (gradient accumulation) and processes only cut it up;
-* randomness belongs to the *draw* (this image in this epoch), never to a worker, a process or a place in a queue.
+* the order of an epoch depends only on (seed, epoch), so training can resume anywhere;
+* a step is a range of consecutive places in that order, which accumulation steps and processes only subdivide;
+* randomness is keyed by the *draw* (this image in this epoch), never by a worker, a process or a place in a queue.
 
-Random numbers are raw output of a counter-based generator (Philox; Salmon et al. 2011, SC'11), whose stream numpy
-guarantees, turned into permutations and choices here: the same on every platform and in every version.
+Random numbers are the raw output of a counter-based generator (Philox; Salmon et al. 2011, SC'11), whose stream NumPy
+guarantees. Permutations and choices are derived from it here, so they are the same on every platform and version.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ IntArray = npt.NDArray[np.int64]
 
 _MASK = 2**64 - 1
 _ORDER_STREAM = 0x6F72646572
-"""Keeps the order's random numbers apart from all others of the same seed ("order" in ASCII)."""
+"""Separates the random numbers of the order from all others with the same seed ("order" in ASCII)."""
 
 
 def hash64(*key: int) -> int:
-    """A well mixed number in 0..2**64-1 from integers: SplitMix64's finaliser (Steele et al. 2014), chained."""
+    """Hash integers to a number in 0..2**64-1 with SplitMix64's finalizer (Steele et al. 2014), chained."""
     state = 0
     for part in key:
         state = (state + part + 0x9E3779B97F4A7C15) & _MASK
@@ -40,27 +40,27 @@ def hash64(*key: int) -> int:
 
 
 def keyed_bits(n: int, *key: int) -> npt.NDArray[np.uint64]:
-    """n random 64-bit numbers, a function of the key alone: uint64 [n]."""
+    """Return n random 64-bit numbers that depend only on the key: uint64 [n]."""
     bits: npt.NDArray[np.uint64] = np.random.Philox(key=[hash64(*key), hash64(*key, 1)]).random_raw(n)
     return bits
 
 
 def keyed_uniform(n: int, *key: int) -> npt.NDArray[np.float64]:
-    """n random numbers in [0, 1), a function of the key alone: float64 [n]."""
+    """Return n random numbers in [0, 1) that depend only on the key: float64 [n]."""
     return (keyed_bits(n, *key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def keyed_permutation(n: int, *key: int) -> IntArray:
-    """0..n-1 in random order, a function of the key alone: int64 [n]."""
+    """Return 0..n-1 in a random order that depends only on the key: int64 [n]."""
     order: IntArray = np.argsort(keyed_bits(n, *key), kind="stable").astype(np.int64, copy=False)
     return order
 
 
 def epoch_order(seed: int, epoch: int, size: int, weights: npt.NDArray[np.float64] | None = None) -> IntArray:
-    """Positions 0..size-1 of the training split in the order of one epoch: int64 [size].
+    """Return positions 0..size-1 of the training split in the order of one epoch: int64 [size].
 
-    Without weights every position comes once; with weights (float [size], not negative) positions are drawn with
-    replacement in proportion to them.
+    Without weights every position occurs once. With weights (float [size], not negative) positions are drawn with
+    replacement, with probabilities proportional to the weights.
     """
     if weights is None:
         return keyed_permutation(size, _ORDER_STREAM, seed, epoch)
@@ -71,7 +71,7 @@ def epoch_order(seed: int, epoch: int, size: int, weights: npt.NDArray[np.float6
 
 
 def balanced_weights(labels: IntArray) -> npt.NDArray[np.float64]:
-    """Weights that draw every class equally often: one over the number of images of the image's class, [N]."""
+    """Return weights that sample every class equally often: 1 / (number of images of the image's class), [N]."""
     weights: npt.NDArray[np.float64] = 1.0 / np.bincount(labels)[labels]
     return weights
 
@@ -81,26 +81,26 @@ class MicroBatch:
     """One forward and backward pass of one process."""
 
     step: int
-    """Optimiser step within the epoch, from 0."""
+    """Optimizer step within the epoch, from 0."""
     part: int
-    """Accumulation part of the step, from 0."""
+    """Accumulation step within the optimizer step, from 0."""
     is_last: bool
-    """Whether this is the step's last part: the optimiser steps after it."""
+    """Whether this is the last accumulation step, after which the optimizer steps."""
     positions: IntArray
-    """Places in the epoch's order that this process loads; the first ``own`` are its own examples, the rest are only
-    partners to mix with."""
+    """Places in the epoch's order that this process loads; the first ``own`` are its own examples, the rest only serve
+    as partners for mixup or CutMix."""
     own: int
-    """How many examples this process trains on."""
+    """Number of examples that this process trains on."""
     partners: IntArray | None
-    """For each own example the index into ``positions`` of the one it is mixed with; None without mixing."""
+    """For each own example, the index into ``positions`` of its mixing partner; None without mixing."""
     step_count: int
-    """Images in the whole step, over all parts and processes."""
+    """Images in the whole optimizer step, over all accumulation steps and processes."""
     replicated: bool
-    """True where the part has fewer images than there are processes: then every process gets all of it."""
+    """True if the accumulation step has fewer images than there are processes: every process then gets all of them."""
 
 
 def steps_per_epoch(n: int, batch_size: int, drop_last: bool) -> int:
-    """Optimiser steps in an epoch of n images."""
+    """Return the number of optimizer steps in an epoch of n images."""
     return n // batch_size if drop_last else -(-n // batch_size)
 
 
@@ -115,12 +115,13 @@ def plan_epoch(
     mixing: bool,
     first_step: int = 0,
 ) -> Iterator[MicroBatch]:
-    """What process ``rank`` of ``world`` does in an epoch of n places, from optimiser step ``first_step`` on.
+    """Yield the micro-batches of process ``rank`` of ``world`` in an epoch of n places, starting at ``first_step``.
 
-    Step s is the places s*batch_size and on. It is cut into ``accumulation`` parts (fewer where there are fewer
-    images), each part among the processes, as evenly as whole images allow. Place p of a step is mixed with its
-    neighbour p^1 (the last of an odd step with itself), whatever part or process that one belongs to: the pairs do
-    not depend on accumulation or the number of processes.
+    Optimizer step s consists of the ``batch_size`` places from s * batch_size on. It is divided into
+    ``grad_accum_steps`` accumulation steps (fewer if it has fewer images), and each of these among the processes, as
+    evenly as whole images allow. With ``mixing``, place p of a step is mixed with its neighbor p^1 (the last place of
+    an odd step with itself), whatever accumulation step or process that belongs to, so the pairs depend neither on
+    accumulation nor on the number of processes.
     """
     for step in range(first_step, steps_per_epoch(n, batch_size, drop_last)):
         start = step * batch_size
@@ -136,7 +137,7 @@ def plan_epoch(
 
 
 def _with_partners(low: int, high: int, count: int) -> tuple[IntArray, IntArray]:
-    """Places low..high-1 of a step of ``count`` images with the partners missing among them; index of each partner."""
+    """Return places low..high-1 of a step of ``count`` images plus any partners outside, and each partner's index."""
     own = np.arange(low, high, dtype=np.int64)
     partner = own ^ 1
     partner[partner >= count] = count - 1
@@ -147,10 +148,10 @@ def _with_partners(low: int, high: int, count: int) -> tuple[IntArray, IntArray]
 
 
 def plan_evaluation(n: int, batch_size: int, world: int, rank: int) -> list[IntArray]:
-    """Batches of positions 0..n-1 for one process; over all processes every position comes exactly once.
+    """Return one process's batches of positions 0..n-1; over all processes every position occurs exactly once.
 
-    ``batch_size`` counts images over all processes. Each process gets one contiguous range; numbers of batches may
-    differ, and may be 0, so that no collective may stand in a loop over them.
+    ``batch_size`` counts images over all processes. Each process gets one contiguous range. The number of batches may
+    differ between processes and may be 0, so a loop over them must not contain a collective.
     """
     low, high, local = n * rank // world, n * (rank + 1) // world, max(1, batch_size // world)
     return [np.arange(start, min(start + local, high), dtype=np.int64) for start in range(low, high, local)]
@@ -158,33 +159,33 @@ def plan_evaluation(n: int, batch_size: int, world: int, rank: int) -> list[IntA
 
 @dataclass(frozen=True, eq=False)
 class SamplingPlan:
-    """All that the order of training depends on."""
+    """Everything that the training order depends on."""
 
     size: int
     """Images of the training split."""
     seed: int
     batch_size: int
-    """Images per optimiser step, over all processes and parts."""
+    """Images per optimizer step, over all processes and accumulation steps."""
     grad_accum_steps: int = 1
     drop_last: bool = False
     world: int = 1
     rank: int = 0
     mixing: bool = False
     weights: npt.NDArray[np.float64] | None = None
-    """For sampling with replacement, see :func:`epoch_order`."""
+    """Sampling weights, see :func:`epoch_order`; None: every image once per epoch."""
     views: int | None = None
-    """How many different augmented versions there are of each image; None: a new one each time."""
+    """Number of different augmented versions of each image; None: a new one each time."""
 
     @property
     def steps(self) -> int:
-        """Optimiser steps in an epoch."""
+        """Number of optimizer steps per epoch."""
         return steps_per_epoch(self.size, self.batch_size, self.drop_last)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, IntArray, IntArray]]:
-        """Micro-batches of this process, each with positions in the split and draws of all it loads, int64 [m].
+        """Yield this process's micro-batches, each with the positions in the split and the draws it loads, int64 [m].
 
-        A draw identifies an image's appearance within the epoch, and keys its augmentation: the position itself
-        where every image comes once, else the size plus the place.
+        A draw identifies one appearance of an image within the epoch, and keys its augmentation. It is the position
+        itself if every image occurs once, else ``size`` plus the place in the epoch's order.
         """
         order = epoch_order(self.seed, epoch, self.size, self.weights)
         micro_batches = plan_epoch(
@@ -202,16 +203,16 @@ class SamplingPlan:
             yield micro, positions, positions if self.weights is None else self.size + micro.positions
 
     def view(self, epoch: int) -> int:
-        """What keys the augmentation of an epoch, with the seed and :meth:`appearances`."""
+        """Return the number that keys an epoch's augmentation, along with the seed and :meth:`augmentation_ids`."""
         return epoch if self.views is None else epoch % self.views
 
     def augmentation_ids(self, positions: IntArray, draws: IntArray) -> IntArray:
-        """What keys the augmentation of each example of an epoch: with views the image alone."""
+        """Return the keys of the examples' augmentation in an epoch: their draws, or with ``views`` the positions."""
         return draws if self.views is None else positions
 
 
 def check_batch_size(batch_size: int, world: int, grad_accum_steps: int) -> None:
-    """Raise UserError where a batch does not divide evenly among processes and accumulation parts."""
+    """Raise UserError if a batch does not divide evenly among processes and accumulation steps."""
     unit = world * grad_accum_steps
     if batch_size % unit == 0:
         return
@@ -225,7 +226,7 @@ def check_batch_size(batch_size: int, world: int, grad_accum_steps: int) -> None
 
 
 def check_steps(n: int, batch_size: int, drop_last: bool) -> None:
-    """Raise UserError where an epoch would have no step."""
+    """Raise UserError if an epoch would have no steps."""
     if steps_per_epoch(n, batch_size, drop_last) == 0:
         raise UserError(
             f"train.drop_last = true leaves nothing to train on: {n} training images are fewer than one batch of "

@@ -1,6 +1,6 @@
-"""Which images train, validate and test: a function of the recipe and the data set alone.
+"""Train, validation and test splits, which depend only on the recipe and the data set.
 
-Every draw is without replacement; splits never overlap; all keep the order of the data set's own lists.
+Images are drawn without replacement, splits never overlap, and all keep the order of the data set's own lists.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from toolkit.recipe.schema import DataConfig, SplitConfig
 SPLITS = ("train", "validation", "test")
 
 AUTO_TEST = 0.2
-"""Share of the images that is tested on by default where the data set has no list of its own but for training."""
+"""Default test fraction if the data set has no official list other than the training list."""
 
 _VALIDATION, _TEST = 1, 2
-"""Keys that keep the two drawings apart."""
+"""Keys that separate the random numbers of the two draws."""
 
 Mask = npt.NDArray[np.bool_]
 
 
 def split_dataset(dataset: Dataset, table: DataConfig) -> dict[str, IntArray]:
-    """Indices into the data set of each split: "train", "validation", "test", int64.
+    """Return the indices into the data set of each split: "train", "validation", "test", int64.
 
-    The test images are the data set's own list where there is one, else drawn by ``split.test`` (with "auto" none from
-    a data set that has a validation list); then the validation images come out of the remaining training images by
-    ``split.method``. With any method but official, a validation list of the data set's own stays unused: its authors
-    set those images aside from training.
+    The test split is the data set's official test list if there is one, else drawn according to ``split.test`` ("auto"
+    draws none from a data set with a validation list). The validation split is then taken from the remaining training
+    images according to ``split.method``. With a method other than "official", an official validation list is not used,
+    not even for training, because its authors excluded those images from training.
 
-    With ``split.validation`` or ``split.test`` = 0 that split is empty: nothing is drawn for it, and a list of the data
-    set's own is not used.
+    If ``split.validation`` or ``split.test`` is 0, that split is empty: nothing is drawn and an official list is not
+    used.
 
-    Raises UserError where another split or a class's training images would be empty.
+    Raises UserError if another split, or the training images of a class, would be empty.
     """
     split, lists, labels = table.split, dataset.lists, dataset.labels
     seed = split.seed
@@ -74,14 +74,14 @@ def split_dataset(dataset: Dataset, table: DataConfig) -> dict[str, IntArray]:
 
 
 def share_of_test(dataset: Dataset, split: SplitConfig) -> float | int:
-    """``split.test`` with "auto" resolved: 0 for a data set with a validation list but no test list, else 0.2."""
+    """Resolve "auto" in ``split.test``: 0 for a data set with a validation list but no test list, else 0.2."""
     if split.test != "auto":
         return split.test
     return 0 if "validation" in dataset.lists and "test" not in dataset.lists else AUTO_TEST
 
 
 def describe_splits(dataset: Dataset, table: DataConfig) -> str:
-    """Where the images of each split come from: one line for the log."""
+    """Describe where the images of each split come from, in one line for the log."""
     split, method = table.split, _method(dataset, table.split)
     share = share_of_test(dataset, split)
     if split.validation == 0:
@@ -103,7 +103,7 @@ def describe_splits(dataset: Dataset, table: DataConfig) -> str:
 
 
 def check_splits(dataset: Dataset, splits: dict[str, IntArray], needed: Sequence[str]) -> None:
-    """Raise UserError where a ``needed`` split is empty or a class has no training image."""
+    """Raise UserError if a ``needed`` split is empty or a class has no training image."""
     for name in needed:
         if len(splits[name]) == 0:
             raise UserError(
@@ -121,7 +121,7 @@ def check_splits(dataset: Dataset, splits: dict[str, IntArray], needed: Sequence
 
 
 def split_hash(dataset: Dataset, splits: dict[str, IntArray]) -> str:
-    """SHA-256 (hex) over each split's image names and classes, in order: equal for the same split of the same data."""
+    """Return the SHA-256 (hex) of each split's image names and classes, in order, which identifies the splits."""
     digest = hashlib.sha256()
     for split in SPLITS:
         digest.update(f"{split}\0{len(splits[split])}\n".encode())
@@ -132,7 +132,7 @@ def split_hash(dataset: Dataset, splits: dict[str, IntArray]) -> str:
 
 
 def _method(dataset: Dataset, split: SplitConfig) -> str:
-    """The method with auto resolved."""
+    """Resolve "auto" in ``split.method``. Raises UserError for "official" without an official validation list."""
     has_list = "validation" in dataset.lists
     if split.method == "auto":
         return "official" if has_list else "stratified"
@@ -145,7 +145,7 @@ def _method(dataset: Dataset, split: SplitConfig) -> str:
 
 
 def _choose(labels: IntArray, method: str, share: float | int, key: str, seed: int, purpose: int) -> Mask:
-    """Which of the listed images are taken out of training, bool [n]."""
+    """Choose which of n images to take out of training: bool [n]. Raises UserError if none or all would be taken."""
     n = len(labels)
     if method == "alternate":
         odd: Mask = np.arange(n) % 2 == 1
@@ -166,8 +166,8 @@ def _choose(labels: IntArray, method: str, share: float | int, key: str, seed: i
 
 
 def _quotas(counts: IntArray, total: int) -> IntArray:
-    """Images to take from each class: proportional to its size, adding up to ``total`` by the largest remainders."""
-    # Whole numbers, so that no rounding decides between equal remainders: the first class then has precedence.
+    """Return how many of ``total`` images to take from each class, proportional to its size (largest remainders)."""
+    # Integers, so that rounding cannot decide between equal remainders: the first class then takes precedence.
     quotas, remainders = np.divmod(counts * total, counts.sum())
     short = total - int(quotas.sum())
     quotas[np.argsort(-remainders, kind="stable")[:short]] += 1
@@ -175,7 +175,7 @@ def _quotas(counts: IntArray, total: int) -> IntArray:
 
 
 def _first_of_each_class(indices: IntArray, labels: IntArray, limit: int | None) -> IntArray:
-    """At most ``limit`` images of each class, the first ones, in the order they had."""
+    """Keep the first ``limit`` images of each class, in their order; None keeps all."""
     if limit is None:
         return indices
     own = labels[indices]
