@@ -327,7 +327,7 @@ def test_the_recipe_has_the_last_word() -> None:
     workers = AugmentConfig.model_validate({"train": [FLIP], "run_on": "workers"})
     assert gpu_augmentation(workers, preprocessing, 0) == 'augment.run_on = "workers"'
     device = AugmentConfig.model_validate({"train": [{"name": "RandAugment"}], "run_on": "device"})
-    with pytest.raises(UserError, match=r"cannot be given augment.train\[0\]: RandAugment"):
+    with pytest.raises(UserError, match=r"does not support augment.train\[0\]: RandAugment"):
         gpu_augmentation(device, preprocessing, 0)
 
 

@@ -132,7 +132,7 @@ def test_a_class_that_is_named_like_a_split(tmp_path: Path, name: str) -> None:
     make(tmp_path, "bus/1.jpg", "car/1.jpg", f"{name}/1.jpg")
     assert read(tmp_path) == {"train": {each: [f"{each}/1.jpg"] for each in sorted(["bus", "car", name])}}
     assert open_(tmp_path).notes == (
-        f"{name}/ holds images directly and lies beside bus/, car/: it is a class, not a split",
+        f"{name}/ holds images directly and is next to bus/, car/: it is a class, not a split",
     )
 
 
@@ -146,7 +146,7 @@ def test_folders_without_images_beside_splits_are_named(tmp_path: Path) -> None:
     data = open_(tmp_path)
     assert data.classes == ["a", "b"]
     assert data.notes[1:] == (
-        "not read, for they hold no images: annotations/",
+        "not read, because they hold no images: annotations/",
         "left out of the images: 1 .csv file (labels.csv)",
     )
 
@@ -479,7 +479,7 @@ def test_training_on_a_wrapped_train_and_val(tmp_path: Path) -> None:
     outcome = toolkit("train", QUICKSTART, *given)
     assert outcome.status == 0, outcome.stderr
     for line in (
-        f"{tmp_path / 'zip'} holds the one folder pets/: the images are read from {tmp_path / 'zip/pets'}",
+        f"{tmp_path / 'zip'} holds a single folder, pets/: the images are read from {tmp_path / 'zip/pets'}",
         "splits by folders: train is Train/, validation is Val/",
         "splits: validation is the data set's own list; test is none (",
         "images 16 train, 8 validation, 0 test; 2 classes",

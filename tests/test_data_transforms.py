@@ -258,10 +258,10 @@ def test_any_image_becomes_the_channels_asked_for(mode: str, channels: int) -> N
         ({"name": "Zzz"}, r"has no 'Zzz' \(`toolkit transforms` lists all\)"),
         ({"name": "functional"}, "has no 'functional'"),
         ({"name": "RandomRotation", "degree": 3}, "RandomRotation takes no 'degree'; did you mean 'degrees'"),
-        ({"name": "RandomRotation"}, "RandomRotation cannot be made of no arguments: .*degrees"),
-        ({"name": "RandomRotation", "degrees": -3}, "RandomRotation cannot be made of degrees = -3"),
+        ({"name": "RandomRotation"}, "RandomRotation cannot be created with no arguments: .*degrees"),
+        ({"name": "RandomRotation", "degrees": -3}, "RandomRotation cannot be created with degrees = -3"),
         ({"name": "RandomRotation", "degrees": 3, "interpolation": "cubic"}, "'cubic' is not one of nearest"),
-        ({"name": "GaussianBlur", "kernel_size": 4}, "GaussianBlur cannot be made of kernel_size = 4"),
+        ({"name": "GaussianBlur", "kernel_size": 4}, "GaussianBlur cannot be created with kernel_size = 4"),
         ({"name": "GaussianNoise", "stage": "before_crop"}, "GaussianNoise needs a tensor"),
         ({"name": "MixUp"}, r"MixUp cannot be used, since it mixes examples: use augment.mixup"),
         ({"name": "Lambda", "lambd": "print"}, "since it runs code"),
@@ -287,9 +287,9 @@ def test_only_one_transform_takes_the_place_of_the_crop() -> None:
     [
         ("magic", "'magic' is not a policy that timm knows"),
         ("rand-m9-mstt0.5", "not a policy that timm knows .*Unknown RandAugment config section"),
-        ("rand-m9-tnothing", "'tnothing' says nothing"),
-        ("rand-mn", "'mn' says nothing"),
-        ("augmix-mm-w3", "'mm' says nothing"),
+        ("rand-m9-tnothing", "'tnothing' has no effect"),
+        ("rand-mn", "'mn' has no effect"),
+        ("augmix-mm-w3", "'mm' has no effect"),
     ],
 )
 def test_policy_that_timm_does_not_know(policy: str, message: str) -> None:

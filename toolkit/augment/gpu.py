@@ -109,7 +109,7 @@ def gpu_augmentation(
     if obstacle is None:
         return GpuAugmentation(chain_of(after_resize(split, augment, preprocessing)), preprocessing, seed)
     if augment.run_on == "device":
-        raise UserError(f'augment.run_on = "device", but batches cannot be given {obstacle}; set "auto" or "workers"')
+        raise UserError(f'augment.run_on = "device" does not support {obstacle}; set "auto" or "workers"')
     return obstacle
 
 

@@ -305,7 +305,7 @@ def _build_entry(entry: TransformConfig, where: str, image_size: int) -> NamedTr
     try:
         transform = kind(**arguments)
     except Exception as error:  # the class's own checks: TypeError, ValueError, ...
-        raise UserError(f"{where}: {entry.name} cannot be made of {_spell(entry.arguments)}: {error}") from error
+        raise UserError(f"{where}: {entry.name} cannot be created with {_spell(entry.arguments)}: {error}") from error
     if entry.apply_p < 1:
         return v2.RandomApply([transform], p=entry.apply_p), None
     shown = json.dumps(arguments, sort_keys=True, default=str)
@@ -366,7 +366,7 @@ def _policy(text: str, preprocessing: Preprocessing) -> Callable[[Any], Any]:
     parts = [part for part in text.split("-")[1:] if part not in ("tweights", "t3a", "t3aw")]
     ignored = [part for part in parts if part.startswith("t") or not re.search(r"\d", part)]
     if ignored:  # timm silently ignores a part without a number and an unknown set of operations
-        raise UserError(f"augment.auto_augment = {text!r}: {ignored[0]!r} says nothing; {_POLICY_EXAMPLES}")
+        raise UserError(f"augment.auto_augment = {text!r}: {ignored[0]!r} has no effect; {_POLICY_EXAMPLES}")
     try:
         if text.startswith("rand"):
             policy = auto_augment.rand_augment_transform(text, settings)

@@ -1,4 +1,4 @@
-"""A look through a recipe's images: counts, sizes, statistics, unreadable files, duplicates and near-duplicates."""
+"""Report on a recipe's images: counts, sizes, statistics, unreadable files, duplicates and near-duplicates."""
 
 from __future__ import annotations
 
@@ -28,69 +28,70 @@ from toolkit.recipe.diagnostics import printable
 from toolkit.recipe.schema import Recipe
 
 SHOWN = 10
-"""So many files, or pairs of files, are listed for people; JSON has all."""
+"""Maximum number of items per list in the text report; the JSON report has all."""
 
 Sizes = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What one image turned out to be."""
+    """Size and content of one decoded image."""
 
     width: int
     height: int
     thumbnail: npt.NDArray[np.uint8] | None
-    """Uint8 [64, 64]; None of an image that is too small to be compared with others."""
+    """Grayscale thumbnail, uint8 [64, 64]; None if the image is too small to be compared with others."""
     pixels: bytes
-    """Hash of size and decoded pixels: equal for equal images, whatever the file's name and metadata."""
+    """Hash of size and decoded pixels, independent of the file's name and metadata."""
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Groups of images that are the same: pixel by pixel, or nearly (rescaled, recompressed, cropped)."""
+    """Groups of duplicate images, either with equal pixels or near-duplicates (rescaled, recompressed, cropped)."""
 
     across: dict[str, list[list[str]]]
-    """Groups of names that are in both splits of "train, test" and the like: leakage."""
+    """Groups of image names with members in both splits of a pair such as "train, test": leakage."""
     within: dict[str, list[list[str]]]
-    """Groups of names within one split."""
+    """Groups of image names within one split, by split."""
     contradicting: list[list[str]]
-    """Groups of names that are of more than one class."""
+    """Groups of image names with more than one class."""
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """Everything that `toolkit data` shows."""
+    """All results shown by `toolkit data`."""
 
     recipe: Recipe
     dataset: Dataset
     splits: dict[str, Sizes]
     preprocessing: Preprocessing
-    """With the normalisation that training will use."""
+    """Preprocessing with the normalization that training will use."""
     counts: dict[str, Sizes]
-    """Images of each class in each split, int64 [classes]."""
+    """Images per class in each split, int64 [classes]."""
     sizes: Sizes
-    """Width and height of every readable image, pixels, int64 [n, 2]."""
+    """Width and height of every readable image in pixels, int64 [n, 2]."""
     mean: tuple[float, ...]
-    """Of the training images' channels, pixels in 0..1."""
+    """Mean of each channel over the training images, pixels in 0..1."""
     std: tuple[float, ...]
+    """Standard deviation of each channel, likewise."""
     unreadable: list[tuple[str, str]]
-    """Name and reason."""
+    """Name of each unreadable image, and the reason."""
     duplicates: Duplicates
-    """Of equal pixels."""
+    """Images with equal pixels."""
     near: Duplicates
-    """Of nearly the same content; groups that have equal pixels throughout are left out."""
+    """Near-duplicates, without the groups in which all pixels are equal."""
     examples: dict[int, int]
-    """The first readable training image of each class, by class."""
+    """Index of the first readable training image of each class, by class."""
     notes: tuple[str, ...] = ()
-    """How the folders were read, what was left out, and where the splits come from."""
+    """Notes on how the folders were read, what was left out, and where the splits come from."""
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, safe to show."""
+        """Class names, safe to print."""
         return [printable(name) for name in self.dataset.classes]
 
     def to_json(self) -> dict[str, Any]:
-        """All figures."""
+        """Return all results as a JSON-serializable dict."""
         width, height = (_spread(self.sizes[:, axis]) for axis in (0, 1))
         return {
             "recipe": self.recipe.recipe.name,
@@ -113,7 +114,7 @@ class DatasetReport:
 
 
 def analyze_dataset(recipe: Recipe, log: Callable[[str], None]) -> DatasetReport:
-    """Decode every image that the recipe uses, once or twice. Raises UserError where the data are missing."""
+    """Decode every image that the recipe uses, once or twice, and analyze them. Raises UserError for missing data."""
     data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     dataset = open_dataset(data)
     splits = split_dataset(dataset, data)
@@ -150,7 +151,7 @@ def analyze_dataset(recipe: Recipe, log: Callable[[str], None]) -> DatasetReport
 
 
 def hash_images(dataset: Dataset, indices: Sizes) -> tuple[dict[int, ImageInfo], list[tuple[str, str]]]:
-    """What every readable image is, by index; names and reasons of the others."""
+    """Decode and hash images. Returns the readable ones by index, and names and reasons of the unreadable ones."""
 
     def look(index: int) -> ImageInfo | str:
         try:
@@ -171,7 +172,7 @@ def hash_images(dataset: Dataset, indices: Sizes) -> tuple[dict[int, ImageInfo],
 
 
 def find_duplicates(dataset: Dataset, splits: dict[str, Sizes], seen: dict[int, ImageInfo]) -> Duplicates:
-    """Groups of images with equal pixels: across splits, within one, and of different classes."""
+    """Find groups of images with equal pixels across splits, within a split and across classes."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, found in seen.items():
         groups[found.pixels].append(index)
@@ -181,16 +182,16 @@ def find_duplicates(dataset: Dataset, splits: dict[str, Sizes], seen: dict[int, 
 def find_near_duplicates(
     dataset: Dataset, splits: dict[str, Sizes], seen: dict[int, ImageInfo]
 ) -> tuple[Duplicates, list[str]]:
-    """Groups of images that show the same, rescaled, recompressed or cropped, and notes on what was not searched."""
+    """Find groups of rescaled, recompressed or cropped versions of an image. Returns notes on what was not searched."""
     indices = [index for index, found in seen.items() if found.thumbnail is not None]
     notes = []
     if len(indices) < len(seen):
-        notes.append(f"near-duplicates are not searched among images with a side below {SMALLEST} pixels")
+        notes.append(f"near-duplicates are not searched for among images with a side below {SMALLEST} pixels")
     if len(indices) > MOST:
-        notes.append(f"near-duplicates are not searched among more than {MOST:,} images")
+        notes.append(f"near-duplicates are not searched for among more than {MOST:,} images")
         indices = []
     elif len(indices) > MOST_CROPS:
-        notes.append(f"crops are not searched among more than {MOST_CROPS:,} images, only whole images that are alike")
+        notes.append(f"crops are not searched for among more than {MOST_CROPS:,} images, only similar whole images")
     if len(indices) < 2:
         return _by_split(dataset, splits, []), notes
     aspects = np.array([seen[index].width / seen[index].height for index in indices], dtype=np.float32)
@@ -221,7 +222,7 @@ def _by_split(dataset: Dataset, splits: dict[str, Sizes], groups: list[list[int]
 def _statistics(
     recipe: Recipe, dataset: Dataset, train: Sizes
 ) -> tuple[Preprocessing, tuple[float, ...], tuple[float, ...]]:
-    """Training's preprocessing, and the mean and deviation of its images before normalisation."""
+    """Return the training preprocessing, and mean and standard deviation of the images before normalization."""
     data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     weights, size, channels = expected_input(recipe.model), dataset.native_size, dataset.native_channels
     measured: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
@@ -237,7 +238,7 @@ def _statistics(
 
 
 def _spread(values: Sizes) -> dict[str, float]:
-    """Least, median, mean and greatest."""
+    """Return minimum, median, mean and maximum; empty without values."""
     if len(values) == 0:
         return {}
     return {
@@ -249,7 +250,7 @@ def _spread(values: Sizes) -> dict[str, float]:
 
 
 def _common_sizes(sizes: Sizes) -> list[tuple[tuple[int, int], int]]:
-    """The most frequent (width, height), with how often each comes."""
+    """Return the most frequent (width, height) with their counts."""
     return Counter((int(w), int(h)) for w, h in sizes).most_common(SHOWN)
 
 
@@ -266,7 +267,7 @@ def _printable(groups: dict[str, list[list[str]]]) -> dict[str, list[list[str]]]
 
 
 def report_text(report: DatasetReport) -> str:
-    """The report for people."""
+    """Format the report as text."""
     figures = report.to_json()
     total = {split: f"{figures['images'][split]:,}" for split in SPLITS}
     lines = [
@@ -279,7 +280,7 @@ def report_text(report: DatasetReport) -> str:
         "sizes      " + ", ".join(f"{size} ({count:,})" for size, count in figures["sizes"].items()),
         f"mean       {_values(report.mean)}",
         f"std        {_values(report.std)}  (training images, resized and cropped, pixels in 0..1)",
-        f"normalised with mean {_values(report.preprocessing.mean)}, std {_values(report.preprocessing.std)}",
+        f"normalized with mean {_values(report.preprocessing.mean)}, std {_values(report.preprocessing.std)}",
         *_listed("unreadable", [f"{name}: {why}" for name, why in report.unreadable]),
         *_duplicate_lines(report.duplicates, report.near),
     ]
@@ -287,8 +288,8 @@ def report_text(report: DatasetReport) -> str:
 
 
 def _class_lines(report: DatasetReport) -> list[str]:
-    """Images of each class, the largest class first."""
-    from rich.cells import cell_len  # names may have characters that are two columns wide, or none
+    """Format a table of the images per class, the largest class first."""
+    from rich.cells import cell_len  # names may have characters of width 0 or 2
 
     order = np.argsort(-sum(report.counts[split] for split in SPLITS), kind="stable")
     width = max([len("class"), *(cell_len(name) for name in report.classes)])
@@ -313,7 +314,7 @@ def _duplicate_lines(found: Duplicates, near: Duplicates) -> list[str]:
             what = f"labels     {len(duplicates.contradicting)} {words} of more than one class"
             lines += [what, *_examples(duplicates.contradicting, sign)]
     if not any(found.across.values()):
-        lines.append("leakage    none of equal pixels: no two splits share an image")
+        lines.append("leakage    none: no two splits share an image with equal pixels")
     return lines
 
 

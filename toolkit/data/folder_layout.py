@@ -1,7 +1,6 @@
-"""Folders of images: which of them are splits and which are classes.
+"""Layout of image folders: which folders are splits and which are classes.
 
-A layout that can be read in only one way is read, and a note says how. Any other is refused with a message that shows
-what was found and what to do.
+An unambiguous layout is read, with a note on how. Any other raises an error that shows what was found and what to do.
 """
 
 from __future__ import annotations
@@ -21,34 +20,34 @@ SPLIT_NAMES = {
     "validation": ("val", "valid", "validation", "validate", "dev", "development", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-"""Names of split folders, in any case; ``_set``, ``data``, ``images`` and the like may follow: ``Training_Set``."""
+"""Names of split folders, case-insensitive. ``_set``, ``data``, ``images`` etc. may follow, as in ``Training_Set``."""
 
 _SUFFIX = re.compile(r"[ _-]*(data[ _-]*set|set|data|split|folder|images?|imgs?)$")
 _LIKE_A_SPLIT = re.compile(
     r"(?<![a-z])(train|training|trainval|val|valid|validation|dev|eval|evaluation|tests?|testing)(?![a-z])"
 )
 SHOWN = 5
-"""Names of folders in a message."""
+"""Maximum number of folder names in a message."""
 
 
 class Layout(NamedTuple):
-    """How the folders below a root are read."""
+    """The splits, classes and images found below a root folder."""
 
     root: Path
     """The folder that paths are relative to."""
     classes: list[str]
     files: dict[str, dict[str, list[str]]]
-    """For each split that is there ("train" always), for each of its classes, sorted paths."""
+    """Sorted paths by split ("train" always) and class."""
     notes: list[str]
-    """What should be said of it: one line each."""
+    """Notes for the log, one line each."""
 
 
 def read_layout(root: Path, class_folders: str = "auto", unread: Collection[str] = ()) -> Layout:
-    """The images of a folder data set by split and class, whatever usual names the folders have.
+    """Find the images of a folder data set by split and class, with any of the usual folder names.
 
-    ``class_folders`` says which folders are classes: "top", those directly in the root or the split's folder; "leaf",
-    every folder that holds images itself; "auto", the top ones where no other reading makes sense. Folders of splits
-    in ``unread`` are not looked into, and count as empty. Raises UserError for every layout that is not clear.
+    ``class_folders`` defines which folders are classes: "top", those directly in the root or the split folder; "leaf",
+    every folder that contains images itself; "auto", the top ones if no other reading makes sense. Folders of splits
+    in ``unread`` are not read and count as empty. Raises UserError for an ambiguous layout.
     """
     root, notes = _unwrapped(root, lambda only: split_of(only) is not None)
     splits, more = _split_folders(root)
@@ -86,13 +85,13 @@ def read_layout(root: Path, class_folders: str = "auto", unread: Collection[str]
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder of this name holds by common usage; None where it is no split's name."""
+    """Return the split that a folder name usually stands for; None if it is not the name of a split."""
     stem = _SUFFIX.sub("", name.lower())
     return next((split for split, names in SPLIT_NAMES.items() if stem in names), None)
 
 
 def _unwrapped(folder: Path, is_final: Callable[[str], bool]) -> tuple[Path, list[str]]:
-    """The folder itself, or what lies in it beneath lone folders that only wrap others, as archives have them."""
+    """Descend through folders that contain only one folder, as left by archives. Returns the innermost, and notes."""
     notes: list[str] = []
     visited = {identity(folder)}
     while True:
@@ -105,13 +104,13 @@ def _unwrapped(folder: Path, is_final: Callable[[str], bool]) -> tuple[Path, lis
             return folder, notes
         beside = [name for kind, name in listing.left_out if kind.endswith("file")]
         also = f" (not read: {_shown(beside, '')})" if beside else ""
-        notes.append(f"{folder} holds the one folder {inner.name}/: the images are read from {inner}{also}")
+        notes.append(f"{folder} holds a single folder, {inner.name}/: the images are read from {inner}{also}")
         visited.add(identity(inner))
         folder = inner
 
 
 def _split_folders(root: Path) -> tuple[dict[str, str], list[str]]:
-    """Folder of each split that is there, relative to the root ("" for the root itself), "train" always; and notes."""
+    """Return the folder of each split relative to the root ("" for the root itself), "train" always, and notes."""
     folders = list_folder(root).folders
     named = {name: split for name in folders if (split := split_of(name)) is not None}
     others = [name for name in folders if name not in named]
@@ -120,7 +119,7 @@ def _split_folders(root: Path) -> tuple[dict[str, str], list[str]]:
         return {"train": ""}, []
     classes = [name for name in others if FolderWalk(root).images(name, name)]
     if len(named) == 1 and len(classes) > 1 and list_folder(root / next(iter(named))).images:
-        note = f"{_shown(named)} holds images directly and lies beside {_shown(classes)}: it is a class, not a split"
+        note = f"{_shown(named)} holds images directly and is next to {_shown(classes)}: it is a class, not a split"
         return {"train": ""}, [note]
     if classes:
         raise UserError(
@@ -139,12 +138,12 @@ def _split_folders(root: Path) -> tuple[dict[str, str], list[str]]:
         raise UserError(f"{root} has {_shown(splits.values())} but no train/")
     notes = ["splits by folders: " + ", ".join(f"{split} is {name}/" for split, name in splits.items())]
     if others:
-        notes.append(f"not read, for they hold no images: {_shown(others)}")
+        notes.append(f"not read, because they hold no images: {_shown(others)}")
     return splits, notes
 
 
 def _check_no_lookalikes(root: Path, folders: list[str]) -> None:
-    """Raise UserError where folders seem to be splits by names such as seg_train, train2017 and val_256."""
+    """Raise UserError if folders seem to be splits by names such as seg_train, train2017 and val_256."""
     alike = [name for name in folders if _LIKE_A_SPLIT.search(name.lower())]
     if alike and (len(alike) == len(folders) or any(not list_folder(root / name).images for name in alike)):
         raise UserError(
@@ -156,9 +155,9 @@ def _check_no_lookalikes(root: Path, folders: list[str]) -> None:
 def _classes(
     walk: FolderWalk, folder: str, class_folders: str, known: Collection[str]
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Each class below one split's folder with its images, and notes; ``known`` are the training images' classes."""
+    """Return each class below one split's folder with its images, and notes; ``known`` are the training classes."""
     notes: list[str] = []
-    if folder and class_folders != "leaf":  # whose names have all folders below the split's
+    if folder and class_folders != "leaf":  # names of "leaf" classes include all folders below the split's
         inner, notes = _unwrapped(Path(walk.root, folder), lambda only: only in known)
         if notes:
             folder = inner.relative_to(walk.root).as_posix()
@@ -191,12 +190,12 @@ def _classes(
 
 
 def _no_images(path: Path, found: dict[str, list[str]]) -> str:
-    """What to say where some class folders hold no images."""
+    """Return the error message for class folders that hold no images."""
     empty = [name for name, files in found.items() if not files]
     full = [name for name, files in found.items() if files]
     if len(full) == 1 and not list_folder(path / full[0]).images:
         return (
-            f"in {path} only {full[0]}/ holds images, and that in folders; {_shown(empty)} hold none. Set data.root to "
+            f"in {path} only {full[0]}/ holds images, in subfolders; {_shown(empty)} hold none. Set data.root to "
             f"{path / full[0]} if its folders are the classes"
         )
     if len(empty) == 1:
@@ -207,9 +206,9 @@ def _no_images(path: Path, found: dict[str, list[str]]) -> str:
 
 
 def _check_depth(path: Path, below: dict[str, Counter[str]]) -> None:
-    """Raise UserError where it is not clear whether the folders in ``path`` are the classes, or folders within them.
+    """Raise UserError if it is not clear whether the folders in ``path`` are the classes, or folders within them.
 
-    ``below`` counts for each folder the images directly in it, as "", and those below each folder within it.
+    ``below`` counts for each folder the images directly in it, under "", and those below each of its subfolders.
     """
     inner = {name: sorted(one for one in counts if one) for name, counts in below.items()}
     splits = [f"{name}/{one}" for name, ones in inner.items() for one in ones if split_of(one)]
@@ -238,7 +237,7 @@ def _check_depth(path: Path, below: dict[str, Counter[str]]) -> None:
 
 
 def _check_known(split: str, folder: Path, names: list[str], classes: list[str]) -> None:
-    """Raise UserError where a split's class folders are not all classes of the training images."""
+    """Raise UserError if a split has class folders that the training images do not have."""
     unknown = sorted(set(names) - set(classes))
     if not unknown:
         return
@@ -255,7 +254,7 @@ def _check_known(split: str, folder: Path, names: list[str], classes: list[str])
 
 
 def _shown(names: Iterable[str], end: str = "/") -> str:
-    """The first few names, for a message."""
+    """Format the first few names for a message."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(f"{name}{end}" for name in names[:SHOWN]) + more

@@ -1,4 +1,4 @@
-"""The images below a folder: which files are images, which folders are looked into, what is left out and counted."""
+"""Recursive search for images: which files count as images, which folders are read, and what is skipped."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ IMAGE_SUFFIXES = (
     *(".cur", ".dds", ".blp", ".ftc", ".ftu", ".psd", ".xbm", ".xpm", ".msp", ".im", ".gbr", ".pxr", ".pcd"),
     *(".fits", ".fit", ".fli", ".flc", ".iim"),
 )
-"""Suffixes, in any case, of the files that are taken as images: all that Pillow decodes by itself."""
+"""Case-insensitive suffixes of image files: all formats that Pillow decodes without plugins."""
 
 FORMATS = f"({', '.join(IMAGE_SUFFIXES[:6])} or another format that Pillow reads)"
-"""The same for messages."""
+"""Description of the formats for messages."""
 
 _JUNK = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-"""Folders that systems and archivers leave behind. Like hidden ones they are not looked into."""
+"""Folders created by systems and archivers. Like hidden folders they are not read."""
 
 
 class FolderListing(NamedTuple):
-    """What one folder holds, names sorted by code point."""
+    """The content of one folder, names sorted by code point."""
 
     folders: list[str]
     """Visible folders and links to folders."""
     links: set[str]
-    """Those of the folders that are links."""
+    """Names in ``folders`` that are links."""
     images: list[str]
     left_out: list[tuple[str, str]]
-    """Kind and name of all else: hidden folders, other files, and special files (pipes, sockets, devices)."""
+    """Kind and name of everything else: hidden folders, other files, and special files (pipes, sockets, devices)."""
 
 
 def list_folder(path: str | Path) -> FolderListing:
-    """The content of a folder. Raises UserError where it cannot be read, or holds a link that leads nowhere.
+    """List the content of a folder. Raises UserError if it cannot be read or contains a broken link.
 
-    A broken link that is named like an image counts as an image: the check of the images reports it.
+    A broken link that is named like an image counts as an image, and is reported by the check of the images.
     """
     found = FolderListing([], set(), [], [])
     try:
@@ -87,7 +87,7 @@ def _sort_in(entry: os.DirEntry[str], found: FolderListing) -> None:
 
 
 class FolderWalk:
-    """Finds the images below the folders of one root, follows links, and remembers which folders it has visited."""
+    """Finds the images below the folders of one root, following links and visiting each folder at most once."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = str(root)
@@ -95,22 +95,24 @@ class FolderWalk:
         self._owners: dict[tuple[int, int], tuple[str | None, str]] = {
             identity(folder): (None, str(folder)) for folder in (real, *real.parents)
         }
-        """By device and inode: the group whose images are in the folder (None: it holds several), and its path."""
+        """By device and inode: the group that a folder belongs to (None: it contains several groups), and its path."""
         self._left_out: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
 
     def holds_groups(self, folder: str) -> None:
-        """Say that several groups lie in this folder, so that a link to it from within one of them is not followed."""
+        """Mark a folder as containing several groups, so that links to it from within a group are not followed.
+
+        Raises UserError if the folder already has another role under another path.
+        """
         owner = self._owners.setdefault(identity(self._path(folder)), (None, folder))
         if owner != (None, folder):
             raise UserError(f"{self._path(folder)} and {self._path(owner[1])} are the same folder: remove one of them")
 
     def images(self, folder: str, group: str) -> list[str]:
-        """Paths, relative to the root, of the images at any depth below ``folder`` ("" is the root itself), sorted.
+        """Return the sorted paths, relative to the root, of all images at any depth below ``folder`` ("" is the root).
 
-        No folder is visited twice, and no folder above the root or among those that hold groups: a second way to one
-        is left out and counted. Raises UserError where the same folder has been found for another group, and where a
-        folder cannot be read.
+        Links to the root, to folders above it or containing groups, and to folders already visited are skipped and
+        counted. Raises UserError if a folder was already found for another group, or cannot be read.
         """
         found: list[str] = []
         pending, links = [folder], list[str]()
@@ -128,7 +130,7 @@ class FolderWalk:
         return sorted(found)
 
     def above_classes(self, folder: str) -> FolderListing:
-        """The content of a folder of class folders; images directly in it have no label and are left out."""
+        """List a folder of class folders; images directly in it have no label and are counted as left out."""
         listing = self._list(folder)
         for name in listing.images:
             self._leave_out("unlabeled image", join(folder, name))
@@ -145,7 +147,7 @@ class FolderWalk:
         self._examples.setdefault(kind, name)
 
     def notes(self) -> list[str]:
-        """One line on all that was left out; none where nothing was."""
+        """Return one line on everything that was left out; no line if nothing was."""
         if not self._left_out:
             return []
         kinds = [
@@ -156,7 +158,7 @@ class FolderWalk:
         return [f"left out of the images: {', '.join(kinds[:10])}{more}"]
 
     def _visit(self, folder: str, group: str) -> bool:
-        """Whether the folder is to be looked into."""
+        """Return whether to read the folder, and mark it visited. Raises UserError if another group has it."""
         key = identity(self._path(folder))
         if not folder:
             return True
@@ -175,7 +177,7 @@ class FolderWalk:
         return False
 
     def _leads_back(self, link: str) -> bool:
-        """Whether a link leads to a folder that it lies in, wherever that really is: links may have led here."""
+        """Return whether a link leads to a folder that contains it, by real paths."""
         real = os.path.realpath(self._path(link))
         return Path(os.path.realpath(os.path.dirname(self._path(link)))).is_relative_to(real)
 
@@ -184,7 +186,7 @@ class FolderWalk:
 
 
 def identity(folder: str | Path) -> tuple[int, int]:
-    """Device and inode. Raises UserError where the folder cannot be read."""
+    """Return the device and inode of a folder. Raises UserError if it cannot be read."""
     try:
         state = os.stat(folder)
     except OSError as error:
@@ -193,5 +195,5 @@ def identity(folder: str | Path) -> tuple[int, int]:
 
 
 def join(folder: str, name: str) -> str:
-    """The path of an entry; the folder "" is the one that paths are relative to."""
+    """Join a folder and a name; the folder "" is the one that paths are relative to."""
     return f"{folder}/{name}" if folder else name

@@ -43,7 +43,7 @@ _FILE_FAULTS = {
     errno.ENOENT: "no such file",
     errno.ENOTDIR: "no such file",
     errno.ENAMETOOLONG: "a path that is too long",
-    errno.ELOOP: "a circle of links",
+    errno.ELOOP: "a loop of links",
     errno.EISDIR: "a folder, not a file",
     errno.ENXIO: "a pipe, socket or device, not a file",
     errno.EACCES: "not readable (permission denied)",
@@ -69,8 +69,8 @@ CANNOT_READ = 'repair or remove it, or set data.on_bad_image = "skip" to leave o
 """Advice for an unreadable image if ``data.on_bad_image = "error"``."""
 
 HAS_CHANGED = (
-    'data.on_bad_image = "skip" has left out the images that could not be read when training began; this one could be '
-    "read then, and a run leaves out nothing after its beginning: bring the file back as it was, and resume"
+    'data.on_bad_image = "skip" leaves out only images that cannot be read when training begins, and this one could be '
+    "read then: restore the file and resume"
 )
 """Advice for an unreadable image if ``data.on_bad_image = "skip"``."""
 

@@ -1,7 +1,7 @@
-"""JPEG files decoded straight into an array, by simplejpeg where it is installed, in two thirds of Pillow's time.
+"""JPEG decoding directly to an array with simplejpeg, if it is installed, in two thirds of Pillow's time.
 
-Both are libjpeg-turbo with the same settings, and give the same bytes (tested). Whatever is not plain (grey, CMYK,
-huge, damaged) is left to Pillow, whose word counts on what can be read.
+Both use libjpeg-turbo with the same settings and return the same bytes (tested). Anything unusual (gray, CMYK, huge or
+damaged files) is left to Pillow, which alone decides what can be read.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ START = b"\xff\xd8\xff"
 
 
 def jpeg_decoder() -> str:
-    """What decodes plain JPEG files, for keys of kept pixels."""
+    """Return the name and version of the decoder of ordinary JPEG files, for cache keys."""
     return "Pillow" if simplejpeg is None else f"simplejpeg {simplejpeg.__version__}"
 
 
 def decode_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
-    """A colour JPEG as uint8 [h, w, 3]; None where Pillow is to be asked."""
+    """Decode a color JPEG to uint8 [h, w, 3]; None if Pillow must decode it."""
     if simplejpeg is None or not data.startswith(START):
         return None
     try:
@@ -35,7 +35,7 @@ def decode_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
         if colorspace != "YCbCr" or (limit is not None and height * width > limit):
             return None
         pixels: Any = simplejpeg.decode_jpeg(data)
-    except Exception:  # whatever it is that simplejpeg cannot do: Pillow can, or says why not
+    except Exception:  # whatever simplejpeg cannot decode: Pillow can, or reports why not
         return None
     whole: npt.NDArray[np.uint8] = pixels
     return whole

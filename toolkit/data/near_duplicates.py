@@ -1,9 +1,9 @@
-"""Near-duplicate images: the same photograph rescaled, recompressed, or cropped.
+"""Detection of near-duplicates: the same photograph rescaled, recompressed or cropped.
 
-No library is used: the hashes of imagehash do not match a crop with the image that it was cut from, and features of a
-network would need weights that may not be at hand. Each image is a gray thumbnail here. Its whole area, as 6 x 6 means,
-is compared with many windows of every other image by normalized cross-correlation; the best candidates are aligned and
-compared again at 16 x 16, where other photographs of the same subject differ.
+No library is used: imagehash does not match a crop with its source image, and network features would need weights that
+may not be available. Each image is reduced to a gray thumbnail. Its whole area, as 6 x 6 means, is compared with many
+windows of every other image by normalized cross-correlation. The best candidates are aligned and compared again at
+16 x 16, where different photographs of the same subject differ.
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 SIDE = 64
-"""Width and height of a thumbnail, pixels."""
+"""Width and height of a thumbnail in pixels."""
 SMALLEST = 32
-"""Images with a side below this show too little to be told from others like them, and are left out."""
+"""Images with a side below this (pixels) have too little detail to be distinguished, and are skipped."""
 MOST_CROPS, MOST = 20_000, 60_000
-"""Crops are searched among so many images at most, and rescaled images among so many: time grows with the square."""
+"""Maximum number of images for the search for crops, and for rescaled images; time grows with its square."""
 COARSE, FINE = 6, 16
 SHARES = (1.0, 0.85, 0.7, 0.58, 0.48, 0.4)
-"""Widths and heights of the windows, as shares of the image's."""
+"""Widths and heights of the windows as fractions of the image's."""
 STRIDE = 0.2
-"""Distance of neighboring windows, as a share of their length."""
+"""Distance of neighboring windows as a fraction of their length."""
 ASPECT = 1.15
-"""A window's ratio of width to height may differ by this factor from the image's that it is compared with."""
+"""Maximum factor between the aspect ratios of a window and the image that it is compared with."""
 LIKELY, PROMISING = 0.9, 0.7
-"""Correlation from which a window is a candidate, and, at 16 x 16, is worth being aligned."""
+"""Minimum correlation of a candidate window, and, at 16 x 16, of a window that is aligned."""
 KEPT = 6
-"""Candidates for each image that are examined further."""
+"""Number of candidates per image that are examined further."""
 SAME, SAME_DETAIL, SAME_CROP, CROP = 0.9, 0.95, 0.8, 0.7
-"""Correlation of an aligned pair, and of its detail (less the mean of 3 x 3 cells), from which it is one. Crops, whose
-windows take less than 0.7 of the area, are aligned less well; whole images are more often alike by chance."""
+"""Minimum correlation of near-duplicates after alignment, and of their detail (after subtracting the mean of 3 x 3
+cells): 0.95, or 0.8 for crops (windows below 0.7 of the area). Crops are aligned less accurately; whole images are more
+often similar by chance."""
 FLAT = 3.0
-"""Images whose coarse means deviate by less, in gray levels of 255, have nothing to compare."""
+"""Images whose coarse means have a smaller standard deviation (gray levels, 0..255) are too uniform to compare."""
 
 
 def thumbnail(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """The whole image in gray, uint8 [64, 64], whatever its shape."""
+    """Resize the whole image to gray uint8 [64, 64], whatever its aspect ratio."""
     gray = image.convert("RGB").convert("L") if image.mode in ("P", "RGBA", "LA", "CMYK") else image.convert("L")
     return np.asarray(gray.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 def near_pairs(thumbnails: npt.NDArray[np.uint8], aspects: Floats) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, of which one shows the other, or at least 40 % of its width and height.
+    """Find pairs (i, j), i < j, of images that match, or of which one is a crop of at least 40 % of each side.
 
-    ``thumbnails`` is uint8 [n, 64, 64], ``aspects`` width over height of the images, [n].
+    ``thumbnails`` is uint8 [n, 64, 64]; ``aspects`` is width / height of the images, [n].
     """
     images = thumbnails.astype(np.float32)
     if len(thumbnails) == 0:
@@ -65,7 +66,7 @@ def near_pairs(thumbnails: npt.NDArray[np.uint8], aspects: Floats) -> list[tuple
 
 
 def groups(pairs: list[tuple[int, int]]) -> list[list[int]]:
-    """Images that are connected by pairs, each group sorted."""
+    """Return the connected components of the pairs, each sorted."""
     of: dict[int, list[int]] = {}
     for one, other in pairs:
         first, second = of.setdefault(one, [one]), of.setdefault(other, [other])
@@ -76,7 +77,7 @@ def groups(pairs: list[tuple[int, int]]) -> list[list[int]]:
 
 
 def _candidates(images: Floats, log_aspects: Floats, shares: tuple[float, ...]) -> tuple[Ints, Ints, Floats]:
-    """Outer image, inner image, and the window (top, left, height, width in pixels) of each likely pair."""
+    """Return outer image, inner image and window (top, left, height, width in pixels) of each candidate pair."""
     order = np.argsort(log_aspects, kind="stable")
     ordered = log_aspects[order]
     starts = {f: np.linspace(0, 1 - f, 1 + int(np.ceil((1 - f) / (f * STRIDE)))) * SIDE for f in shares}
@@ -118,7 +119,7 @@ def _candidates(images: Floats, log_aspects: Floats, shares: tuple[float, ...]) 
 
 
 def _best_of_each(outer: Ints, inner: Ints, boxes: Floats, scores: Floats) -> tuple[Ints, Ints, Floats]:
-    """The best window of each pair, of the KEPT best outer images of each inner one."""
+    """Keep the best window of each pair, for the KEPT best outer images of each inner one."""
     order = np.lexsort((-scores, outer, inner))
     order = order[np.r_[True, (np.diff(inner[order]) != 0) | (np.diff(outer[order]) != 0)]]
     order = order[np.lexsort((-scores[order], inner[order]))]
@@ -134,7 +135,7 @@ def _promising(images: Floats, outer: Ints, inner: Ints, boxes: Floats) -> tuple
 
 
 def _align(images: Floats, outer: Ints, inner: Ints, boxes: Floats) -> Floats:
-    """The windows moved and resized, one side after the other, to where they correlate best."""
+    """Move and resize the windows by coordinate ascent to maximize the correlation."""
     best = _scores(images, outer, inner, boxes)
     for step in (2.0, 1.0, 1.0, 0.5):
         for change in np.concatenate([np.eye(4), -np.eye(4)]).astype(np.float32) * step:
@@ -149,7 +150,7 @@ def _align(images: Floats, outer: Ints, inner: Ints, boxes: Floats) -> Floats:
 
 
 def _scores(images: Floats, outer: Ints, inner: Ints, boxes: Floats) -> Floats:
-    """Correlation of windows with whole images at 16 x 16, in blocks of bounded memory, [pairs]."""
+    """Return the correlation of windows with whole images at 16 x 16, [pairs], in blocks that bound the memory."""
     block = 4096
     parts = [slice(start, start + block) for start in range(0, len(outer), block)]
     return np.concatenate([np.zeros(0, np.float32)] + [
@@ -162,7 +163,7 @@ def _wholes(images: Floats) -> Floats:
 
 
 def _cells(images: Floats, boxes: Floats) -> Floats:
-    """Values of each image [n, 64, 64] at the centers of 16 x 16 cells of its window, interpolated, [n, 16, 16]."""
+    """Interpolate images [n, 64, 64] at the centers of the 16 x 16 cells of each one's window, [n, 16, 16]."""
     centers = (np.arange(FINE, dtype=np.float32) + 0.5) / FINE
     y = np.clip(boxes[:, :1] + boxes[:, 2:3] * centers - 0.5, 0, SIDE - 1)
     x = np.clip(boxes[:, 1:2] + boxes[:, 3:] * centers - 0.5, 0, SIDE - 1)
@@ -177,7 +178,7 @@ def _cells(images: Floats, boxes: Floats) -> Floats:
 
 
 def _detail(cells: Floats) -> Floats:
-    """What is left of [n, 16, 16] less the mean of 3 x 3 cells, [n, 14, 14]."""
+    """Subtract the mean of 3 x 3 cells: [n, 16, 16] -> [n, 14, 14]."""
     windows = np.lib.stride_tricks.sliding_window_view(cells, (3, 3), axis=(1, 2))
     detail: Floats = cells[:, 1:-1, 1:-1] - windows.mean(axis=(3, 4))
     return detail
@@ -190,14 +191,14 @@ def _correlation(one: Floats, other: Floats) -> Floats:
 
 
 def _normalized(rows: Floats) -> Floats:
-    """Each row less its mean, of length 1."""
+    """Subtract each row's mean and scale the row to unit length."""
     rows = rows - rows.mean(axis=1, keepdims=True)
     scaled: Floats = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-3)).astype(np.float32)
     return scaled
 
 
 def _pool(starts: npt.NDArray[np.float64], length: float) -> Floats:
-    """Matrices [windows, 6, 64] that take the means of 6 equal cells of each window of ``length`` pixels."""
+    """Return matrices [windows, 6, 64] that compute the means of 6 equal cells of each window of ``length`` pixels."""
     edges = starts[:, None] + length * np.arange(COARSE + 1) / COARSE
     pixel = np.arange(SIDE)
     overlap = np.minimum(edges[:, 1:, None], pixel + 1) - np.maximum(edges[:, :-1, None], pixel)

@@ -1,4 +1,4 @@
-"""The EXIF orientation of images: how a file says that its picture must be turned to be seen upright."""
+"""EXIF orientation of images: the transposition that a file requires to be shown upright."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its orientation tag. 1 and all other values: nothing."""
+"""Transposition that makes an image upright, by its orientation tag; none for 1 and all other values."""
 
 _BACK = {**TURNS, 6: Transpose.ROTATE_90, 8: Transpose.ROTATE_270}
-"""The inverse of each."""
+"""Inverse transpositions."""
 
 _START_OF_SCAN, _APP1 = 0xDA, 0xE1
-"""JPEG markers: the pixels, and the segment that holds EXIF or XMP."""
+"""JPEG markers of the pixel data and of the segment with EXIF or XMP."""
 
 
 def load_oriented(image: Image.Image, *, apply: bool) -> Image.Image:
-    """Decode an opened image and turn it upright by its tag, or leave the pixels as they are stored.
+    """Decode an opened image and turn it upright according to its tag, or keep the pixels as they are stored.
 
-    The tag is that of EXIF, or else of XMP, in any format. Pillow turns TIFF files, and only these, as it decodes them.
+    The tag is read from EXIF, else from XMP, in any format. Pillow itself turns only TIFF files when it decodes them.
     """
     stored = _tag(image) if hasattr(image, "tag_v2") else 1
     image.load()
@@ -39,7 +39,7 @@ def load_oriented(image: Image.Image, *, apply: bool) -> Image.Image:
 
 
 def jpeg_turn(data: bytes) -> Transpose | None:
-    """What makes a JPEG file upright; None: nothing."""
+    """Return the transposition that makes a JPEG file upright; None if there is none."""
     if not _has_metadata(data):
         return None
     with Image.open(io.BytesIO(data)) as image:
@@ -47,7 +47,7 @@ def jpeg_turn(data: bytes) -> Transpose | None:
 
 
 def _tag(image: Image.Image) -> int:
-    """The orientation tag; 1 where there is none. Unreadable metadata do not make an image unreadable."""
+    """Return the orientation tag; 1 if there is none or the metadata cannot be read."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF can make the reader raise nearly anything
@@ -56,7 +56,7 @@ def _tag(image: Image.Image) -> int:
 
 
 def _has_metadata(data: bytes) -> bool:
-    """Whether a JPEG file has a segment for EXIF or XMP before its pixels; True in case of doubt."""
+    """Return whether a JPEG file has an EXIF or XMP segment before its pixels; True in case of doubt."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]

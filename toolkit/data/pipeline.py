@@ -65,7 +65,7 @@ def plan_preprocessing(
     else:
         obstacle = f"augment.{split}: the images are of different sizes where the random transforms begin"
     if augment.run_on == "device":
-        raise UserError(f'augment.run_on = "device" cannot be: {obstacle}; set "auto" or "workers"')
+        raise UserError(f'augment.run_on = "device" is not possible: {obstacle}; set "auto" or "workers"')
     if unsupported_on_gpu(split, augment, after_crop=True) is None and _is_cropped(split, augment, preprocessing):
         rest = GpuAugmentation(chain_of(transform.steps[transform.cropped :]), preprocessing, seed)
         return PreprocessingPlan(transform, transform.cropped, rest, False, obstacle)

@@ -1,4 +1,4 @@
-"""Batches gathered from tensors that hold a whole split: features of frozen layers, or images as bytes; no workers."""
+"""Loaders without workers for a whole split stored as tensors: features of a frozen backbone, or uint8 images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class TensorSplit:
-    """Examples of a split as rows of a tensor, on any device; the tensor may be a file mapped into memory."""
+    """Examples of a split as rows of tensors on any device, which may be memory-mapped files."""
 
     def __init__(
         self,
@@ -32,10 +32,10 @@ class TensorSplit:
         finish: Finish | None = None,
         prefetch: torch.device | None = None,
     ) -> None:
-        """views: for each augmented version, or once for all, a tensor [rows, ...]; labels: int64 [N].
+        """``views``: one tensor [rows, ...], or one per augmented version. ``labels``: int64 [N].
 
-        places: the row of each example, int64 [N]; None: example i is row i. finish: makes the model's inputs of rows.
-        ahead: a GPU that rows are brought to, from pinned memory, by a thread that runs ahead of training.
+        ``places``: the row of each example, int64 [N]; None: example i is row i. ``finish``: computes model inputs from
+        rows. ``prefetch``: a GPU to which a background thread copies rows ahead of training, through pinned memory.
         """
         self.views, self.places, self.finish = list(views), places, finish
         self.device = self.views[0].device if prefetch is None else prefetch
@@ -46,19 +46,19 @@ class TensorSplit:
         return len(self.labels)
 
     def gather(self, view: int, positions: IntArray) -> tuple[Tensor, Tensor]:
-        """Rows [m, ...] of one view, and labels int64 [m]."""
+        """Return the rows [m, ...] of one view, and the labels int64 [m]."""
         rows = self.views[view % len(self.views)]
         index = positions if self.places is None else self.places[positions]
         labels, taken = _taken(self.labels, positions), _taken(rows, index)
         return (taken.pin_memory().to(self.device, non_blocking=True) if self.runs_ahead else taken), labels
 
     def finished(self, rows: Tensor, view: int, draws: IntArray) -> Tensor:
-        """Model inputs of gathered rows."""
+        """Compute model inputs from gathered rows."""
         return rows if self.finish is None else self.finish(rows, view, torch.from_numpy(draws))
 
 
 def _taken(rows: Tensor, places: IntArray) -> Tensor:
-    """These rows: a view and no copy, where they are consecutive."""
+    """Return the rows at ``places``; a view without a copy if they are consecutive."""
     if len(places) and (np.diff(places) == 1).all():
         return rows[int(places[0]) : int(places[-1]) + 1]
     index = torch.from_numpy(places)
@@ -68,16 +68,16 @@ def _taken(rows: Tensor, places: IntArray) -> Tensor:
 
 
 class TensorLoader:
-    """Training batches."""
+    """Loader of training batches from a :class:`TensorSplit`."""
 
     def __init__(self, rows: TensorSplit, plan: SamplingPlan) -> None:
-        """The examples in the order of ``plan``."""
+        """``plan`` defines the order of the examples."""
         if len(rows) != plan.size:
             raise ValueError(f"{len(rows)} examples, a plan for {plan.size}")
         self.rows, self.plan = rows, plan
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
-        """As :meth:`toolkit.data.dataloader.TrainLoader.epoch`."""
+        """See :meth:`toolkit.data.dataloader.TrainLoader.epoch`."""
         view, plan = self.plan.view(epoch), self.plan
         gathered = (
             (micro, self.rows.gather(view, positions), positions, draws)
@@ -88,12 +88,12 @@ class TensorLoader:
             yield micro, Batch(images, labels, torch.from_numpy(draws))
 
     def close(self) -> None:
-        """Let the tensors go: files that are mapped into memory are closed with them."""
+        """Release the tensors, which closes memory-mapped files."""
         self.rows.views = []
 
 
 class TensorEvaluationLoader:
-    """Evaluation batches, the same at every iteration."""
+    """Loader of evaluation batches from a :class:`TensorSplit`, the same in every iteration."""
 
     def __init__(self, rows: TensorSplit, batches: list[IntArray], view: int = EVALUATION) -> None:
         """``batches``: this process's share, as positions in the split."""
@@ -108,14 +108,14 @@ class TensorEvaluationLoader:
         return len(self.batches)
 
     def close(self) -> None:
-        """Let the tensors go."""
+        """Release the tensors."""
         self.rows.views = []
 
 
 def as_tensor(data: ByteArray, dtype: torch.dtype) -> Tensor:
-    """Bytes as a flat tensor of that type, without a copy; if they are read-only, it must not be written to."""
+    """View bytes as a flat tensor of ``dtype``, without a copy. Do not write to it if the bytes are read-only."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch has no tensors that are read-only, and says so
+        warnings.simplefilter("ignore")  # PyTorch warns that it does not support read-only tensors
         return torch.frombuffer(data.data, dtype=dtype)
 
 
@@ -124,7 +124,7 @@ def _maybe_ahead(items: Iterable[T], rows: TensorSplit) -> Iterator[T]:
 
 
 def prefetch(items: Iterable[T], device: torch.device, depth: int = 2) -> Iterator[T]:
-    """``items``, made by a thread that is up to ``depth`` items ahead; it ends when the iteration does, however."""
+    """Yield ``items`` from a thread that runs up to ``depth`` items ahead and always ends with the iteration."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     is_left = threading.Event()
 
@@ -137,7 +137,7 @@ def prefetch(items: Iterable[T], device: torch.device, depth: int = 2) -> Iterat
 
     def fill() -> None:
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # each thread has its own, and begins with the first GPU
+            torch.cuda.set_device(device)  # per thread; the default is the first GPU
         try:
             if all(put("item", item) for item in items):
                 put("end", None)

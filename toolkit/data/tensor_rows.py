@@ -1,6 +1,6 @@
-"""Rows of a tensor, taken and put by whole rows.
+"""Fast indexing and assignment of whole rows of a tensor.
 
-On a CPU PyTorch's own ``tensor[index]`` goes value by value: for bytes it takes at least eight times as long as a copy.
+On a CPU PyTorch's ``tensor[index]`` copies value by value, which for uint8 takes at least eight times as long.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 def memory_format(images: Tensor) -> torch.memory_format:
-    """channels_last where the channels of a pixel lie side by side, of [m, C, h, w]."""
+    """Return the memory format of [m, C, h, w]: channels_last if the channels of a pixel are adjacent."""
     return torch.channels_last if images.shape[1] > 1 and images.stride(1) == 1 else torch.contiguous_format
 
 
 def index_rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """``tensor[index]``, a copy in the same memory format. index: int64 [n] on the same device."""
+    """Return a copy of ``tensor[index]`` in the same memory format. ``index``: int64 [n] on the same device."""
     if _is_channels_last(tensor):
         return tensor.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return tensor.index_select(0, index)
 
 
 def assign_rows(tensor: Tensor, index: Tensor, rows: Tensor) -> None:
-    """``tensor[index] = rows``, of the same type. index: int64 [n] on the same device, each row once."""
+    """Set ``tensor[index] = rows``, of the same dtype. ``index``: int64 [n] on the same device, without duplicates."""
     if tensor.device.type != "cpu":
         tensor[index] = rows
     elif _is_channels_last(tensor):

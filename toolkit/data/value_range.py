@@ -1,8 +1,8 @@
-"""Image files with more than 8 bits per sample: which range of values becomes 0..255.
+"""Range of values that is mapped to 0..255 for image files with more than 8 bits per sample.
 
-An 8-bit file needs no decision: 0 is black and 255 is white. Files with 16-bit, 32-bit or floating-point samples often
-do not say which value is white (a 12-bit sensor is stored in 16 bits). One range therefore holds for a whole data set,
-and the model card keeps it: an image is never stretched by its own values.
+In an 8-bit file 0 is black and 255 is white. Files with 16-bit, 32-bit or floating-point samples often do not state
+which value is white (12-bit sensor data are stored in 16 bits). One range therefore applies to a whole data set and is
+stored in the model card; images are never scaled by their own values.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from PIL import Image
 from toolkit.errors import UserError
 
 Kind = Literal["integer", "float", "color"]
-"""Greyscale with integer samples of 16 or 32 bits, greyscale with float samples, several channels of 16 bits."""
+"""Grayscale with 16- or 32-bit integer samples, grayscale with float samples, several channels of 16 bits."""
 
 Range = tuple[float, float]
 """The values of black and of white."""
 
 DEPTHS = (8, 10, 12, 14, 16)
-"""Bits that cameras and scanners give a sample."""
+"""Bits per sample of cameras and scanners."""
 
 WHITE_16 = 65535
 FULL: Range = (0, WHITE_16)
 """The whole range of 16 bits."""
 
 LEAST_USED = 0.25
-"""A range is only assumed where the largest value reaches this share of it."""
+"""A range is assumed only if the largest value exceeds this fraction of its maximum."""
 
 _SIXTEEN_BITS = re.compile(r";16[BLN]$")
-"""Ends the name by which Pillow calls 16-bit samples. Of images with several channels it keeps the upper 8 bits."""
+"""End of Pillow's names for 16-bit samples. Of images with several channels Pillow keeps only the upper 8 bits."""
 
 
 class UnclearValues(ValueError):
-    """An image whose values cannot be brought to 0..255, with the reason."""
+    """Raised for an image whose values cannot be mapped to 0..255; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The smallest and the largest value of images of one kind."""
+    """The smallest and largest value in images of one kind."""
 
     kind: Kind
     low: float
@@ -54,7 +54,7 @@ class Extent:
 
 
 def sample_kind(image: Image.Image) -> Kind | None:
-    """What kind of samples an image has that was opened and not loaded yet; None: at most 8 bits, or one bit."""
+    """Return the kind of samples of an image that is opened but not loaded; None for at most 8 bits per sample."""
     if image.mode.startswith("I"):
         return "integer"
     if image.mode == "F":
@@ -67,28 +67,28 @@ def sample_kind(image: Image.Image) -> Kind | None:
 
 
 def states_maximum(image: Image.Image) -> bool:
-    """Whether the file of an image that is not loaded yet states which value is white: PGM does, in its header.
+    """Return whether the file of an image that is not loaded yet states its white value, as PGM does in its header.
 
-    Pillow has then brought it to 65535, and no other range holds for this file.
+    Pillow maps that value to 65535, so no other range applies to the file.
     """
     return image.format == "PPM" and any(tile[0] in ("ppm", "ppm_plain") for tile in getattr(image, "tile", ()))
 
 
 def extent_of(image: Image.Image, kind: Kind, name: str) -> Extent:
-    """Smallest and largest value of a loaded image. Raises UnclearValues for NaN and infinity."""
+    """Return the smallest and largest value of a loaded image. Raises UnclearValues for NaN and infinity."""
     if kind == "color":
         pixels = np.asarray(image)
-        if image.getbands()[-1] in ("A", "a"):  # alpha is no color
+        if image.getbands()[-1] in ("A", "a"):  # alpha is not a color
             pixels = pixels[..., :-1]
         return Extent(kind, 257.0 * int(pixels.min()), 257.0 * int(pixels.max()), name)
     values = np.asarray(image)
     if not np.isfinite(values).all():
-        raise UnclearValues("it has values that are no finite numbers (NaN or infinity)")
+        raise UnclearValues("it has values that are not finite (NaN or infinity)")
     return Extent(kind, float(values.min()), float(values.max()), name)
 
 
 def joined(extents: Iterable[Extent]) -> list[Extent]:
-    """The extents of many images, one for each kind."""
+    """Merge the extents of many images into one per kind."""
     found: dict[Kind, Extent] = {}
     for one in extents:
         known = found.get(one.kind)
@@ -103,10 +103,10 @@ def joined(extents: Iterable[Extent]) -> list[Extent]:
 
 
 def choose_range(extents: list[Extent]) -> Range | None:
-    """The range of values for a data set with these extents, one of each kind; None where all its images have 8 bits.
+    """Choose the range of values for a data set with these extents, one per kind; None if all its images have 8 bits.
 
-    Integer samples: 0 to the largest value of the fewest bits (8, 10, 12, 14 or 16) that hold all images. Float
-    samples: 0 to 1. Raises UserError where the values do not fit, or do not reach a quarter of that range.
+    Integer samples: 0 to the maximum of the smallest bit depth (8, 10, 12, 14 or 16) that fits all images. Float
+    samples: 0 to 1. Raises UserError if the values do not fit, or do not exceed a quarter of that range.
     """
     if not extents:
         return None
@@ -139,7 +139,7 @@ def choose_range(extents: list[Extent]) -> Range | None:
 
 
 def range_words(extents: list[Extent], chosen: Range) -> str:
-    """One line for the log."""
+    """Describe the chosen range in one line for the log."""
     count, low, high = sum(e.images for e in extents), min(e.low for e in extents), max(e.high for e in extents)
     return (
         f"{count:,} images have more than 8 bits per sample, with values from {low:g} to {high:g}: {chosen[0]:g} is "
@@ -148,10 +148,10 @@ def range_words(extents: list[Extent], chosen: Range) -> str:
 
 
 def to_bytes(image: Image.Image, kind: Kind, value_range: Range | None) -> Image.Image:
-    """A loaded image with samples of 8 bits, mode L; one of kind color as it is.
+    """Convert a loaded image to 8 bits, mode L; an image of kind "color" is returned unchanged.
 
-    ``value_range[0]`` becomes 0, ``value_range[1]`` 255, what lies between is rounded, what lies beyond is clipped.
-    With None an image is accepted only where its values leave no doubt that they are 16-bit ones. Raises UnclearValues.
+    ``value_range[0]`` becomes 0 and ``value_range[1]`` 255; values in between are rounded, values beyond are clipped.
+    If it is None, an image is accepted only if its values show that they are 16-bit. Raises UnclearValues otherwise.
     """
     if value_range is None:
         whole = extent_of(image, kind, "")
@@ -170,6 +170,6 @@ def to_bytes(image: Image.Image, kind: Kind, value_range: Range | None) -> Image
         return image
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise UnclearValues("it has values that are no finite numbers (NaN or infinity)")
+        raise UnclearValues("it has values that are not finite (NaN or infinity)")
     low, high = value_range
     return Image.fromarray(np.rint((values - low) * 255 / (high - low)).clip(0, 255).astype(np.uint8))
