@@ -283,7 +283,7 @@ def test_one_by_one_to_the_end_where_sizes_differ_or_the_rest_needs_it(photograp
     setup, _ = setup_of(loads_recipe(ON_FILES + more, ['data.crop="none"']), files_of(photographs), None)
     way = plan_preprocessing("train", setup.recipe.augment, setup.preprocessing, 0, None)
     assert way.batched is None
-    assert "of different sizes" in way.obstacle
+    assert "have different sizes" in way.obstacle
 
 
 def test_views_take_turns(photographs: Path) -> None:

@@ -95,7 +95,7 @@ def _fetch(kind: Callable[..., Any], table: DataConfig) -> tuple[Any, Any]:
         if not table.download:
             raise UserError(
                 f"{table.dataset} is not in data.root = {table.root!r}, or is incomplete, and data.download is false; "
-                "run once with --set data.download=true where there is a network, or copy the files there"
+                "run once with --set data.download=true and network access, or copy the files there"
             ) from error
     try:
         Path(table.root).mkdir(parents=True, exist_ok=True)

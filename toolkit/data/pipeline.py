@@ -63,7 +63,7 @@ def plan_preprocessing(
     elif _is_uniform(transform, preprocessing, native_size):
         return PreprocessingPlan(transform, transform.base, batched, False, "")
     else:
-        obstacle = f"augment.{split}: the images are of different sizes where the random transforms begin"
+        obstacle = f"augment.{split}: the images have different sizes before the random transforms"
     if augment.run_on == "device":
         raise UserError(f'augment.run_on = "device" is not possible: {obstacle}; set "auto" or "workers"')
     if unsupported_on_gpu(split, augment, after_crop=True) is None and _is_cropped(split, augment, preprocessing):
