@@ -278,7 +278,7 @@ def test_only_one_transform_takes_the_place_of_the_crop() -> None:
     with pytest.raises(UserError, match="only one transform"):
         build_transform("train", augment({**CROP, "stage": "crop"}, {**CROP, "stage": "crop"}), CIFAR)
     resized = {"name": "RandomResizedCrop", "stage": "resize_crop"}
-    with pytest.raises(UserError, match="stage = 'before_crop' has no place"):
+    with pytest.raises(UserError, match="stage = 'before_crop' cannot be combined"):
         build_transform("train", augment(resized, {**FLIP, "stage": "before_crop"}), CIFAR)
 
 

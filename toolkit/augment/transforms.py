@@ -260,7 +260,7 @@ def _resize_and_crop(
         )
     if both and before_crop:
         raise UserError(
-            f"augment.{split}: stage = 'before_crop' has no place where another entry is stage = 'resize_crop'"
+            f"augment.{split}: stage = 'before_crop' cannot be combined with another entry's stage = 'resize_crop'"
         )
     return both or [*_resize(preprocessing), *before_crop, *(crop or _crop(preprocessing))]
 
