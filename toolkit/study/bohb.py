@@ -1,14 +1,14 @@
-"""BOHB (Falkner et al. 2018): what to train next and how far, as a function of what has been measured so far.
+"""BOHB (Falkner et al. 2018): what to train next and to which epoch, as a function of the measurements so far.
 
-Nothing is trained or written here. A controller asks for assignments, has runs trained, and tells what they reached:
+Nothing is trained or written here. A controller asks for assignments, has runs trained, and reports their results:
 
     search = Bohb(table, space)
     while (assignment := search.ask()) is not None:
         values = ...train configuration ``assignment.changes`` until epoch ``assignment.until_epoch``...
         search.tell(assignment.trial, values)
 
-Trials are numbered from 0 in the order in which they are proposed. Given the same measurements, trial n is the same
-configuration whatever happened between them, so a search that died is rebuilt with :meth:`BohbScheduler.replay`.
+Trials are numbered from 0 in the order in which they are proposed. Given the same measurements, trial n is always the
+same configuration, so an interrupted search is rebuilt with :meth:`BohbScheduler.replay`.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 TrialState = Literal["training", "waiting", "ended", "failed"]
-"""training: assigned to a worker. waiting: measured, not assigned. ended: has nothing left to train."""
+"""training: assigned to a worker. waiting: measured, not assigned. ended: nothing left to train."""
 
 ENOUGH = 10
-"""A bracket of no more trials than this has no model of its own to speak of."""
+"""Number of trials that a bracket must exceed to have a useful model of its own."""
 
 
 @dataclass(frozen=True)
 class TrialBudget:
-    """Train a configuration until an epoch; from its last checkpoint, where it has been trained before."""
+    """Train a configuration until an epoch, resuming from its last checkpoint if it was trained before."""
 
     trial: int
     changes: dict[str, Any]
@@ -46,24 +46,24 @@ class TrialBudget:
 
 @dataclass(frozen=True)
 class RestoredTrial:
-    """A trial of an earlier sitting, as its run directory tells of it."""
+    """State of a trial of an earlier session, restored from its run directory."""
 
     changes: dict[str, Any]
     values: Sequence[float] = ()
     """The metric after each epoch so far, the first epoch first."""
     state: Literal["open", "ended", "failed"] = "open"
-    """ended: the run is finished, at the largest budget or by early stopping. failed: not to be tried again."""
+    """ended: the run is finished, at the largest budget or by early stopping. failed: not to be retried."""
 
 
 @dataclass
 class Trial:
-    """One configuration and how far it has come."""
+    """A configuration and its progress."""
 
     number: int
     bracket: int
     changes: dict[str, Any]
     rung: int
-    """Index of the budget that it is, or was last, trained to."""
+    """Index of the budget to which it is being, or was last, trained."""
     state: TrialState = "training"
     values: list[float] = field(default_factory=list)
     """The metric after each epoch so far."""
@@ -79,14 +79,14 @@ class BohbScheduler:
         self.maximise = table.metric != "val/loss"
         self.trials: list[Trial] = []
         self.is_used_up = False
-        """Whether the space has no configuration left that was not tried."""
+        """Whether every configuration of the space has been tried."""
 
     # -- for the controller -------------------------------------------------------------------------------------------
 
     def ask(self) -> TrialBudget | None:
-        """What to train next; None where there is nothing (or nothing more until something is told).
+        """Return what to train next; None if there is nothing, or nothing until more results are reported.
 
-        A configuration that may go on comes before a new one; of those the one with the largest budget.
+        Promotions come before new configurations, those to the largest budget first.
         """
         while (promoted := self._promotable()) is not None:
             promoted.rung += 1
@@ -102,10 +102,10 @@ class BohbScheduler:
         return None
 
     def tell(self, trial: int, values: Sequence[float], *, ended: bool = False) -> None:
-        """What a trial has reached: the metric after each epoch from the first on.
+        """Report a trial's results: the metric after each epoch, starting at the first.
 
-        ``ended``: the run came to its own end, though it may have fewer epochs than asked for (early stopping).
-        Told before its budget is reached, it stays assigned.
+        ``ended``: the run has finished, possibly with fewer epochs than requested (early stopping). A trial that has
+        not reached its budget stays assigned.
         """
         tried = self.trials[trial]
         tried.values = list(values)
@@ -117,18 +117,18 @@ class BohbScheduler:
             tried.state = "training"
 
     def fail(self, trial: int) -> None:
-        """A trial that will not be trained further, a diverged one, say: it counts as worse than all others."""
+        """Mark a trial as failed, for example if it diverged: it is not trained further and ranks below all others."""
         self.trials[trial].state = "failed"
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is being trained and nothing will be asked for."""
+        """Whether nothing is being trained and nothing more will be proposed."""
         return not (self._is_training or self._may_propose or self._promotable() is not None)
 
     def replay(self, known: Iterable[RestoredTrial]) -> list[TrialBudget]:
-        """Take up the trials of an earlier sitting, in their order, and return those to be continued first.
+        """Restore the trials of an earlier session, in order, and return those to be resumed first.
 
-        They were between two budgets when the search died, or had not begun.
+        These were between two budgets when the search was interrupted, or had not started.
         """
         for trial in known:
             tried = self._add(trial.changes)
@@ -142,7 +142,7 @@ class BohbScheduler:
         return [self._assignment(tried) for tried in self.trials if tried.state == "training"]
 
     def value(self, tried: Trial, budget: int | None = None) -> float | None:
-        """A trial's value within so many epochs (None: all it has): the best epoch's, as the run keeps that model."""
+        """Return a trial's best value within ``budget`` epochs (None: all), as the run keeps the best epoch's model."""
         return (max if self.maximise else min)(tried.values[:budget], default=None)
 
     # -- successive halving, asynchronous (after Li et al. 2020, ASHA) -------------------------------------------------
@@ -156,7 +156,7 @@ class BohbScheduler:
         return any(tried.state == "training" for tried in self.trials)
 
     def _promotable(self) -> Trial | None:
-        """The configuration to go on with, of all brackets the one with the largest budget next."""
+        """Return the next trial to promote; of all brackets, the one with the largest next budget."""
         for rung in reversed(range(len(self.budgets) - 1)):
             for bracket in range(len(self.brackets)):
                 found = self._promotable_from(bracket, rung)
@@ -165,10 +165,10 @@ class BohbScheduler:
         return None
 
     def _promotable_from(self, bracket: int, rung: int) -> Trial | None:
-        """The best configuration of a rung that has not gone on, where fewer than 1/eta of them have.
+        """Return the best trial of a rung not yet promoted, if fewer than 1/eta of its trials have been promoted.
 
-        ASHA lets all go on that are among the best 1/eta when they are asked about. Under a model that proposes better
-        and better ones nearly every one is, and most would be trained to the end; here the cost is known beforehand.
+        ASHA promotes every trial that is among the best 1/eta when it is considered. With a model whose proposals keep
+        improving, nearly every trial is, and most would be trained to the end; here the cost is known in advance.
         """
         ranked = self._ranked(bracket, rung)
         quota = len(ranked) // self.table.eta
@@ -179,13 +179,13 @@ class BohbScheduler:
         return next((tried for tried in ranked if tried.rung == rung and tried.state in ("waiting", "ended")), None)
 
     def _is_last_word(self, bracket: int, rung: int) -> bool:
-        """Whether no more results can come to a rung: then its best goes on, however few there are."""
+        """Return whether a rung can receive no more results; its best trial is then promoted, however few there are."""
         coming = any(t.state == "training" and t.rung <= rung for t in self.trials if t.bracket == bracket)
         below = any(self._promotable_from(bracket, lower) for lower in range(bracket, rung))
         return not (self._may_propose or coming or below)
 
     def _ranked(self, bracket: int, rung: int) -> list[Trial]:
-        """The configurations of a bracket that have a result at a rung or failed on the way, best first."""
+        """Return the trials of a bracket that have a result at a rung or failed before it, best first."""
         scored = []
         for tried in self.trials:
             if tried.bracket == bracket and tried.rung >= rung:
@@ -195,7 +195,7 @@ class BohbScheduler:
         return [tried for *_, tried in sorted(scored, key=lambda item: item[:2])]
 
     def _result(self, tried: Trial, rung: int) -> float | None:
-        """A trial's value at a rung; None while it has none. A failed one has the worst value there is."""
+        """Return a trial's value at a rung, or None if it has none yet. Failed trials get the worst possible value."""
         if tried.state == "failed" and len(tried.values) < self.budgets[rung]:
             return float("-inf") if self.maximise else float("inf")
         if len(tried.values) >= self.budgets[rung] or tried.state == "ended":
@@ -217,7 +217,7 @@ class BohbScheduler:
         return allocate_brackets(self.brackets, number + 1)[number]
 
     def _new_configuration(self) -> dict[str, Any] | None:
-        """A proposal that was not tried yet; None where many attempts give none."""
+        """Return a proposal that was not tried yet; None if many attempts yield none."""
         known = [tried.changes for tried in self.trials]
         for try_load in range(MISSES):
             changes = self._propose(try_load)
@@ -226,19 +226,19 @@ class BohbScheduler:
         return None
 
     def _propose(self, try_load: int) -> dict[str, Any]:
-        """What the model of the next trial's bracket proposes. Each proposal has its own random numbers."""
+        """Return a proposal of the model of the next trial's bracket. Each proposal has its own random seed."""
         number = len(self.trials)
         seed = int(np.random.SeedSequence([self.table.seed, number, try_load]).generate_state(1)[0])
         trial = self._study(self._bracket(number), seed).ask()
         return self.space.configuration(lambda parameter: suggest(trial, parameter))
 
     def _study(self, bracket: int, seed: int) -> Study:
-        """An Optuna study in memory with all that is known of a bracket."""
+        """Build an in-memory Optuna study with all measurements of a bracket."""
         trials = [self._measured(tried) for tried in self.trials if tried.bracket == bracket]
         return optuna_study(self.space, trials, maximise=self.maximise, sampler=tpe_sampler(self.table, seed))
 
     def _measured(self, tried: Trial) -> TrialHistory:
-        """A trial as Optuna is told of it: its value at each budget that it has reached."""
+        """Return a trial as Optuna sees it: its value at each budget that it has reached."""
         values = {self.budgets[rung]: self._result(tried, rung) for rung in range(tried.bracket, tried.rung + 1)}
         known = {budget: value for budget, value in values.items() if value is not None}
         if tried.state == "failed":
@@ -250,9 +250,9 @@ class BohbScheduler:
 
 
 def budgets(least: int, most: int, eta: int) -> list[int]:
-    """Epochs that a configuration is trained to, one after the other: most / eta^k, as long as that is >= least.
+    """Return the epochs to which a configuration is trained in turn: most / eta^k, as long as that is >= least.
 
-    Counted from the largest, as Hyperband does, so that whoever gets to the end is trained to it: 3..30 with eta = 3
+    Counted down from the largest, as in Hyperband, so that the last budget is exactly ``most``: 3..30 with eta = 3
     gives 3 (3.33 rounded), 10 and 30.
     """
     count = 1
@@ -262,10 +262,10 @@ def budgets(least: int, most: int, eta: int) -> list[int]:
 
 
 def bracket_sizes(table: BohbSearchConfig) -> list[int]:
-    """How the trials are shared out among Hyperband's brackets: bracket b begins at the b-th budget.
+    """Return the relative sizes of Hyperband's brackets; bracket b begins at the b-th budget.
 
-    Of n budgets, the bracket with s promotions gets ceil(n / (s + 1) * eta^s) of their sum (Li et al. 2018). With
-    ``auto``, those that begin at large budgets are left out until each has more than :data:`ENOUGH` trials.
+    With n budgets, the bracket with s promotions has size ceil(n / (s + 1) * eta^s) (Li et al. 2018). With ``auto``,
+    brackets that begin at large budgets are dropped until each has more than :data:`ENOUGH` trials.
     """
     count = len(budgets(table.min_epochs, table.max_epochs, table.eta))
     sizes = [math.ceil(count / (s + 1) * table.eta**s) for s in reversed(range(count))]
@@ -282,7 +282,7 @@ def bracket_sizes(table: BohbSearchConfig) -> list[int]:
 
 
 def allocate_brackets(sizes: Sequence[int], trials: int) -> list[int]:
-    """The bracket of each trial in turn: the one that is furthest behind its share, counting this trial."""
+    """Return the bracket of each trial in turn: the one furthest below its share, counting this trial."""
     brackets: list[int] = []
     for number in range(1, trials + 1):
         behind = [size * number / sum(sizes) - brackets.count(bracket) for bracket, size in enumerate(sizes)]
@@ -291,7 +291,7 @@ def allocate_brackets(sizes: Sequence[int], trials: int) -> list[int]:
 
 
 def search_epochs(table: BohbSearchConfig) -> int:
-    """Epochs that a search trains in all, where no run fails or stops early."""
+    """Return the total number of epochs that a search trains if no run fails or stops early."""
     steps, brackets = (
         budgets(table.min_epochs, table.max_epochs, table.eta),
         allocate_brackets(bracket_sizes(table), table.trials),

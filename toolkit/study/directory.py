@@ -1,14 +1,14 @@
-"""The folder of a study: which runs it consists of, and how far each has come. Files only; needs no torch.
+"""The directory of a study: which runs it consists of, and how far each has come. File access only; needs no torch.
 
     <run_root>/<recipe name>/         (the recipe name is the study's)
-      study.json                      what varies, and the members known so far (a search adds to them)
+      study.json                      what varies, and the runs known so far (a search adds to them)
       <run id>/                       run directories, as everywhere
-        assignment.json               the epoch to train to, where a search has set one
-        failed.json                   why it failed, until it is tried again
-        .claim                        held by the worker that trains it, freed by the system if that one dies
+        assignment.json               the epoch to train to, if a search has set one
+        failed.json                   why it failed; removed when it is retried
+        .claim                        lock of the worker that trains it; the system releases it if that worker dies
       table.csv table.md table.tex figures/
 
-Only the controller writes study.json and assignment.json; workers write in run directories alone.
+Only the controller writes study.json and assignment.json; workers write only in run directories.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from toolkit.recipe.study_schema import StudyConfig
 from toolkit.runs import RUN_ID, Run, write_atomically
 
 RunState = Literal["missing", "paused", "running", "finished", "failed"]
-"""missing: no run directory yet. paused: it has one, nobody trains in it, it is not at its end."""
+"""missing: no run directory yet. paused: it has one, no worker is training it, and it has not finished."""
 
 FORMAT = 1
-"""Version of study.json."""
+"""Version of the format of study.json."""
 
 FILE = "study.json"
 CLAIM = ".claim"
@@ -51,23 +51,23 @@ class StudyRun:
     """One run of a study."""
 
     row: str
-    """Name of its row in the table: the row's own name, or the varied values; seeds of a row share it."""
+    """Name of its table row: the row's own name, or the varied values. Runs that differ only in the seed share it."""
     seed: int
     changes: dict[str, Any]
-    """Varied keys, dotted, with their values; without the seed."""
+    """Dotted keys that vary, with their values; the seed is not included."""
     hash: str
-    """Of its resolved recipe (:func:`toolkit.recipe.recipe_hash`); members of one hash share one run."""
+    """Hash of its resolved recipe (:func:`toolkit.recipe.recipe_hash`); members with the same hash share one run."""
     run: str | None = None
-    """Name of its run directory in the study's folder, once there is one."""
+    """Name of its run directory in the study's directory; None before it is created."""
     published: dict[str, float] = field(default_factory=dict)
-    """Published figures of this run, or means over several runs."""
+    """Published metrics of this run, or their means over several runs."""
     published_spread: dict[str, dict[str, float]] = field(default_factory=dict)
-    """``std`` and ``n`` of those that are means over several runs."""
+    """``std`` and ``n`` of the published metrics that are means over several runs."""
     published_epochs: dict[str, list[float]] = field(default_factory=dict)
     source: str = ""
     note: str = ""
     not_comparable: str = ""
-    """Why the run's figures do not compare with the published ones; empty where they do."""
+    """Why the run's metrics cannot be compared with the published ones; empty if they can."""
 
 
 class _Member(Shape):
@@ -115,7 +115,7 @@ class RunFailure:
     """Why a run failed."""
 
     message: str
-    """The last line is the cause."""
+    """The message in full; the last line is the cause."""
     when: str = ""
 
     @property
@@ -127,18 +127,18 @@ class RunFailure:
 
 @dataclass(frozen=True)
 class StudyDirectory:
-    """A study on disk, as the table, the figures and the report read it."""
+    """A study on disk, as read by the table, the plots and the report."""
 
     path: Path
 
     @property
     def exists(self) -> bool:
-        """Whether a study was begun here."""
+        """Whether the directory contains a study."""
         return (self.path / FILE).is_file()
 
     @property
     def record(self) -> dict[str, Any]:
-        """The content of study.json; a UserError where there is none, or of another version."""
+        """The content of study.json. Raises UserError if it is missing or has another version."""
         if not self.exists:
             raise UserError(f"{self.path} is no study's folder: it has no {FILE} (toolkit study FILE makes one)")
         record = update_metrics(read_json(self.path / FILE))
@@ -148,12 +148,12 @@ class StudyDirectory:
 
     @property
     def name(self) -> str:
-        """The study's name, which is its recipe's."""
+        """Name of the study, which is the name of its recipe."""
         return str(self.record["name"])
 
     @property
     def table(self) -> StudyConfig:
-        """What varies, what was published, which columns: the [study] table of its file."""
+        """The [study] table of its file: what varies, published metrics, columns."""
         try:
             return StudyConfig.model_validate(self.record["study"])
         except ValueError as error:
@@ -161,36 +161,36 @@ class StudyDirectory:
 
     @property
     def assumptions(self) -> dict[str, str]:
-        """Where the values of keys come from: the [assumptions] of the study's file."""
+        """The [assumptions] of the study's file: sources of the values of keys."""
         return dict(self.record.get("assumptions", {}))
 
     @property
     def members(self) -> list[StudyRun]:
-        """All runs known so far, in the order of the table."""
+        """All runs known so far, in table order."""
         known = {entry.name for entry in fields(StudyRun)}
         return [StudyRun(**{key: item[key] for key in item if key in known}) for item in self.record["members"]]
 
     @property
     def has_search(self) -> bool:
-        """Whether members are added while it goes on."""
+        """Whether the study is a search, which adds members while it runs."""
         return self.record["search"] is not None
 
     @property
     def is_complete(self) -> bool:
-        """Whether no members will be added and no assignment changed any more."""
+        """Whether no more members will be added and no assignment will change."""
         return bool(self.record["complete"])
 
     def run(self, member: StudyRun) -> Run | None:
-        """The member's run directory, if it has one."""
+        """Return the member's run directory, or None if it has none."""
         return None if member.run is None else Run(self.path / member.run)
 
     def state(self, member: StudyRun) -> RunState:
-        """How far the member has come."""
+        """Return how far the member has come."""
         run = self.run(member)
         return "missing" if run is None or not run.path.is_dir() else state_of(run)
 
     def write(self, record: dict[str, Any], members: list[StudyRun]) -> None:
-        """Write study.json (the controller alone does). Raises UserError where the folder cannot be written."""
+        """Write study.json; only the controller may. Raises UserError if the directory is not writable."""
         content = {"format": FORMAT, **record, "members": [asdict(member) for member in members]}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ class StudyDirectory:
 
 
 def state_of(run: Run) -> RunState:
-    """How far a run has come; ``running`` where a worker of a study holds it."""
+    """Return how far a run has come; ``running`` if a worker has claimed it."""
     if run.is_finished:
         return "finished"
     if is_claimed(run):
@@ -209,12 +209,12 @@ def state_of(run: Run) -> RunState:
 
 
 def is_of_study(run: Run) -> bool:
-    """Whether the run directory lies in a study's folder."""
+    """Return whether the run directory belongs to a study."""
     return (run.path.parent / FILE).is_file()
 
 
 def failure_of(run: Run) -> RunFailure | None:
-    """Why a run failed, if it did."""
+    """Return why a run failed, or None if it did not."""
     if not (run.path / FAILURE).exists():
         return None
     try:
@@ -225,18 +225,18 @@ def failure_of(run: Run) -> RunFailure | None:
 
 
 def record_failure(run: Run, message: str) -> None:
-    """Leave the reason of a failure in the run directory, where the disk takes it."""
+    """Write the reason for a failure to the run directory; a write error is ignored."""
     with contextlib.suppress(OSError):
         run.write_json(FAILURE, {"message": message, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
 
 def clear_failure(run: Run) -> None:
-    """Let a failed run be taken again."""
+    """Delete the failure record, so that the run is tried again."""
     (run.path / FAILURE).unlink(missing_ok=True)
 
 
 def target_epoch(run: Run) -> int | None:
-    """The epoch that a search wants the run trained to; None: to its end."""
+    """Return the epoch to which a search wants the run trained; None: to its end."""
     if not (run.path / ASSIGNMENT).exists():
         return None
     until: int | None = read_json(run.path / ASSIGNMENT, _Assignment)["until"]
@@ -244,18 +244,18 @@ def target_epoch(run: Run) -> int | None:
 
 
 def set_target_epoch(run: Run, until: int | None) -> None:
-    """Say to which epoch the run is to be trained (the controller alone does)."""
+    """Set the epoch to which the run is to be trained; only the controller may."""
     run.write_json(ASSIGNMENT, {"until": until})
 
 
 def epochs_done(run: Run) -> int:
-    """Epochs that the run's log has."""
+    """Return the number of epochs in the run's log."""
     records = run.epochs()
     return int(records[-1]["epoch"]) if records else 0
 
 
 def is_open(run: Run) -> bool:
-    """Whether there is something to train, by the files alone; somebody may be at it."""
+    """Return whether the run still needs training, judged by its files; a worker may be training it already."""
     if run.is_finished or failure_of(run) is not None:
         return False
     until = target_epoch(run)
@@ -263,29 +263,29 @@ def is_open(run: Run) -> bool:
 
 
 def claim(run: Run, name: str = CLAIM) -> Lock | None:
-    """The right to train the run; None where another worker has it.
+    """Claim the run for training; return None if another worker has claimed it.
 
-    Held beside the trainer's own lock, which the processes of the run take and which may be others than the worker.
+    Separate from the trainer's own lock, which is taken by the run's processes; those may not be the worker itself.
     """
     try:
-        # Whoever only looks holds it for an instant.
+        # A status check holds the lock only briefly, so wait a moment.
         return acquire(run.path / name, LOOK_S)
     except Timeout:
         return None
 
 
 LOOK_S = 0.1
-"""Longer than looking whether a run is claimed takes."""
+"""Lock timeout in seconds; longer than a status check takes."""
 
 
 def is_claimed(run: Run) -> bool:
-    """Whether a worker has the run at the moment."""
+    """Return whether a worker has claimed the run."""
     return is_held(run.path / CLAIM)
 
 
 @contextlib.contextmanager
 def external_worker(folder: StudyDirectory) -> Iterator[None]:
-    """As long as this lasts, the controller of a search has work for one more worker: one that it did not start."""
+    """Register this process as an external worker while the context is active; a search then has work for one more."""
     place = folder.path / HELPERS / f"{socket.gethostname()}-{os.getpid()}"
     place.parent.mkdir(exist_ok=True)
     with held(place):
@@ -294,14 +294,14 @@ def external_worker(folder: StudyDirectory) -> Iterator[None]:
 
 
 def count_external_workers(folder: StudyDirectory) -> int:
-    """How many help at the moment; those that were killed do not count."""
+    """Return the number of active external workers; killed ones are not counted."""
     return sum(is_held(place) for place in (folder.path / HELPERS).glob("*"))
 
 
 def open_runs(folder: StudyDirectory) -> Iterator[Run]:
-    """The runs that have something to train, each once, in the order of the table.
+    """Yield the runs that still need training, each once, in table order.
 
-    One whose files are damaged is noted as failed: it must not keep the others from being trained.
+    A run with damaged files is recorded as failed, so that the others are still trained.
     """
     seen: set[str] = set()
     for member in folder.members:

@@ -1,10 +1,9 @@
-"""The proof that varied values arrive: before a study starts, each varied key must change what is built.
+"""Check that varied values take effect: each varied key must change what is built, before a study starts.
 
-A grid over a value that nobody reads gives a table of noise. (In the public notebook behind two published tables the
-grid varies the weight decay, while the optimiser is given a constant.) So every key is tried: two runs that differ in
-it alone must differ in their data, transforms, model, optimizer or schedule, as :mod:`toolkit.study.effective_config`
-builds
-them.
+A grid over a value that is never read yields a table of noise. (In the public notebook behind two published tables,
+the grid varies the weight decay while the optimizer is given a constant.) So every key is tested: two runs that differ
+only in it must differ in their data, transforms, model, optimizer or schedule, as built by
+:mod:`toolkit.study.effective_config`.
 """
 
 from __future__ import annotations
@@ -27,30 +26,30 @@ from toolkit.study.grid import LocatedValue, ParameterSet, same
 from toolkit.study.search_space import SearchParameter, SearchSpace
 
 TRIED = 24
-"""Runs in which a key is tried, at most, before it is said to have no effect."""
+"""Maximum number of pairs of runs tried before a key is reported to have no effect."""
 
 ASIDE = ("tracking.", "checkpoint.", "expected_metrics.", "recipe.description", "train.log_every")
-"""Keys that are no part of the experiment."""
+"""Prefixes of keys that are not part of the experiment."""
 
 CONTEXTS = 64
-"""Combinations of choices that a search space is tried in; of more, some at random."""
+"""Maximum number of combinations of choices in which a search space is tested; a random sample if there are more."""
 
 
 @dataclass(frozen=True)
 class IneffectiveParameter:
-    """A key that changes nothing."""
+    """A key without effect."""
 
     key: str
     place: KeyPath
     values: tuple[Any, Any]
     reason: str
-    """Why, where the recipe's own checks know."""
+    """The reason, if the recipe's own checks give one."""
     where: str = ""
-    """The run in which it has no effect, where it has one in others."""
+    """The run in which it has no effect; empty if it has none in any."""
 
 
 def check_parameters_have_effect(study: StudySpec, expansion: ExpandedStudy) -> list[str]:
-    """Raise RecipeError for varied keys that change nothing. Returns remarks: rows that come to the same."""
+    """Raise RecipeError for varied keys without effect. Return messages about rows that are equivalent."""
     proof = _EffectChecker(study)
     if study.table.bohb is not None:
         dead = list(proof.ineffective_search_keys())
@@ -82,22 +81,22 @@ class _EffectChecker:
     # -- rows, grid, zip, random --------------------------------------------------------------------------------------
 
     def ineffective_keys(self, runs: Sequence[PlannedRun]) -> Iterator[IneffectiveParameter]:
-        """Keys of which no two values make a difference, whatever the run."""
+        """Yield keys for which no two values make a difference in any run."""
         distinct = list({_mark(run.changes): run for run in runs}.values())
         for run in distinct:
             self._build(run)
         for key, values in _varied(distinct, self.study.base_values).items():
             in_rows = [run for run in distinct if key in run.changes and _form(run, key) == "rows"]
             if in_rows and key.startswith(ASIDE):
-                continue  # a row may say how it is logged
+                continue  # a row may set how it is logged
             tries = list(itertools.islice(self._tries(key, values, distinct), TRIED))
-            # A row's value may be the default of what else the row sets: then another one must make a difference.
+            # A row's value may equal the default implied by its other keys: then another value must make a difference.
             tries += [(run, self._changed(run, key, value)) for run in in_rows for value in _others(run, key)]
             if tries and not any(self._differ(one, other) for one, other in tries):
                 yield self._dead(key, tries[0])
 
     def _build(self, run: PlannedRun) -> None:
-        """Find out that a run can be built at all. Raises UserError naming its row."""
+        """Check that a run can be built. Raises UserError naming its row."""
         try:
             self.prints.whole(run.recipe)
         except UserError as error:
@@ -106,7 +105,7 @@ class _EffectChecker:
     def _tries(
         self, key: str, values: Sequence[Any], runs: Sequence[PlannedRun]
     ) -> Iterator[tuple[PlannedRun, PlannedRun | None]]:
-        """Pairs of runs that differ in one key alone; None for the second where it would be no valid recipe."""
+        """Yield pairs of runs that differ only in one key; the second is None if it would not be a valid recipe."""
         for run in runs:
             mine = _value(run, key, self.study.base_values)
             for value in values:
@@ -123,7 +122,7 @@ class _EffectChecker:
             return None
 
     def _differ(self, one: PlannedRun, other: PlannedRun | None) -> bool:
-        """Whether two runs train differently; a key that makes a recipe invalid is not without effect either."""
+        """Return whether two runs train differently; a key that makes a recipe invalid has an effect too."""
         if other is None:
             return True
         try:
@@ -139,7 +138,7 @@ class _EffectChecker:
         return IneffectiveParameter(key, places[0] if places else STUDY, values, self._reason(key, pair), where)
 
     def _reason(self, key: str, runs: Iterable[PlannedRun | None]) -> str:
-        """What the recipe's checks say of the key."""
+        """Return the warning of the recipe's checks about the key, if any."""
         for run in runs:
             if run is not None:
                 for warning in run.loaded.warnings:
@@ -150,9 +149,9 @@ class _EffectChecker:
     def duplicate_runs(
         self, runs: Sequence[PlannedRun], known: set[str]
     ) -> tuple[list[IneffectiveParameter], list[str]]:
-        """Runs that come to the same though their recipes differ: keys of grid and zip that are dead there; remarks.
+        """Find equivalent runs whose recipes differ. Return the grid and zip keys without effect there, and messages.
 
-        ``known``: keys that are dead everywhere, and have been told already.
+        ``known``: keys without effect anywhere, which are reported already.
         """
         distinct = list({_mark(run.changes): run for run in runs}.values())
         dead: dict[str, IneffectiveParameter] = {}
@@ -169,7 +168,7 @@ class _EffectChecker:
         return list(dead.values()), remarks
 
     def _is_idle(self, key: str, one: PlannedRun, alike: Sequence[PlannedRun], runs: Sequence[PlannedRun]) -> bool:
-        """Whether all runs that differ from ``one`` in this key alone come to the same as it does."""
+        """Return whether all runs that differ from ``one`` only in this key are equivalent to it."""
         if _form(one, key) == "rows":
             return False
         rest = _mark(one.changes, without=key)
@@ -179,7 +178,7 @@ class _EffectChecker:
     # -- a space that is searched -------------------------------------------------------------------------------------
 
     def ineffective_search_keys(self) -> Iterator[IneffectiveParameter]:
-        """Keys that make no difference in some combination of the space's choices in which they count."""
+        """Yield keys without effect in some combination of the space's choices in which they are active."""
         space = self.study.space
         choices = [parameter for parameter in space.parameters if parameter.kind == "choice"]
         told: set[str] = set()
@@ -201,7 +200,7 @@ class _EffectChecker:
                 )
 
     def _choice_counts(self, space: SearchSpace, choice: SearchParameter, choices: Sequence[SearchParameter]) -> bool:
-        """Whether some two options of a choice differ in some context."""
+        """Return whether any option of a choice differs from the first one in some context."""
         for context in _contexts([parameter for parameter in choices if parameter.key != choice.key]):
             runs = [self._drawn(_lowest(space, {**context, choice.key: value})) for value in choice.values]
             if any(self._differ(runs[0], run) for run in runs[1:]):
@@ -209,19 +208,19 @@ class _EffectChecker:
         return False
 
     def _drawn(self, changes: Mapping[str, Any]) -> PlannedRun:
-        """A configuration's run, which can be built. Raises RecipeError or UserError naming the configuration."""
+        """Build a configuration's run and check that it can be trained. Raises RecipeError or UserError naming it."""
         run = self.study.drawn(changes)
         self._build(run)
         return run
 
 
 def _lowest(space: SearchSpace, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with these choices and the lower end of every range."""
+    """Return the configuration with these choices and the lower end of every range."""
     return space.configuration(lambda parameter: chosen.get(parameter.key, parameter.values[0]))
 
 
 def _contexts(choices: Sequence[SearchParameter]) -> list[dict[str, Any]]:
-    """Combinations of the options of all choices."""
+    """Return combinations of the options of all choices; a random sample if there are too many."""
     options = [parameter.values for parameter in choices]
     keys = [parameter.key for parameter in choices]
     count = 1
@@ -242,7 +241,7 @@ def _mark(changes: ParameterSet, without: str = "") -> str:
 
 
 def _varied(runs: Sequence[PlannedRun], base: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Keys with more than one value over the runs, and these values."""
+    """Return the keys that have more than one value over the runs, with these values."""
     found: dict[str, list[Any]] = {}
     for key in dict.fromkeys(key for run in runs for key in run.changes):
         values: list[Any] = []
@@ -260,7 +259,7 @@ def _value(run: PlannedRun, key: str, base: Mapping[str, Any]) -> Any:
 
 
 def _others(run: PlannedRun, key: str) -> list[Any]:
-    """Other values than the run's: numbers nearby, the opposite, or the other options of a choice."""
+    """Return other values than the run's: nearby numbers, the opposite, or the other options of a choice."""
     value = run.changes[key].value
     if isinstance(value, str):
         table, _, name = key.partition(".")
@@ -273,7 +272,7 @@ def _others(run: PlannedRun, key: str) -> list[Any]:
 
 
 def _form(run: PlannedRun, key: str) -> str:
-    """Where a run's value comes from: rows, grid, zip or space."""
+    """Return the part of the study that sets a run's value: rows, grid, zip or space."""
     place = run.changes[key].place
     return str(place[1]) if len(place) > 1 else ""
 

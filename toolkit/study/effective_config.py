@@ -1,8 +1,8 @@
-"""What a recipe amounts to, part by part, found by building it: data, transforms, model, optimiser, schedule.
+"""Effective configuration of a recipe, found by building each component: data, transforms, model, optimizer, schedule.
 
-Two recipes with equal fingerprints train the same model on the same data in the same way, whatever their texts say.
-Models are built without memory (PyTorch's meta device), optimisers take real steps on tiny parameters, schedules are
-evaluated; weights are not loaded, and data are opened only where the recipes' [data] differ.
+Two recipes with equal fingerprints train the same model on the same data in the same way, even if their texts differ.
+Models are built without memory (PyTorch's meta device), optimizers take real steps on tiny parameters, schedules are
+evaluated; weights are not loaded, and data is opened only if the [data] tables of the recipes differ.
 """
 
 from __future__ import annotations
@@ -32,44 +32,44 @@ from toolkit.training.lr_schedule import gamma_of, learning_rate
 from toolkit.training.optimizer import build_optimizer
 
 STEPS = 8
-"""Of each optimiser: enough for Lookahead, which acts every sixth step."""
+"""Number of optimizer steps to take; enough for Lookahead, which acts every sixth step."""
 
 ELSEWHERE = {"root", "download", "workers", "cache", "on_bad_image", "max_bad_fraction"}
-"""Keys of [data] that say where images come from and how fast, not which they are or how they look."""
+"""Keys of [data] that set where images come from and how fast, not which images or how they look."""
 
 SOME_CLASSES = 10
 LOOKS = {"channels", "image_size", "resize", "crop", "interpolation", "normalize", "exif", "value_range"}
-"""Keys of [data] that say how images look, not which they are."""
+"""Keys of [data] that set how images look, not which images."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @dataclass(frozen=True)
 class Component:
-    """One part of what is built: what it depends on in the recipe, and how it is found."""
+    """A component that is built: the recipe values it depends on, and how to fingerprint it."""
 
     depends: Callable[[Recipe], Any]
-    """Plain values; equal ones give equal parts, so that nothing is built twice."""
+    """Plain values; equal values give equal components, so nothing is built twice."""
     find: Callable[[Recipe], Hashable]
 
 
 class EffectiveConfigs:
-    """Fingerprints of many recipes, each part found once."""
+    """Fingerprints of many recipes; each component is built once."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[str, str], Hashable] = {}
 
     def whole(self, recipe: Recipe) -> None:
-        """Build all that only the recipe decides. Raises UserError where something cannot be built."""
+        """Build everything that depends on the recipe alone. Raises UserError if something cannot be built."""
         for name in ("transforms", "model", "transfer", "optimizer"):
             self._mark(name, recipe)
 
     def differ(self, one: Recipe, other: Recipe) -> bool:
-        """Whether training would differ."""
+        """Return whether training would differ."""
         return any(self._mark(name, one) != self._mark(name, other) for name in self._parts_in_doubt([one, other]))
 
     def groups(self, recipes: Sequence[Recipe]) -> list[list[int]]:
-        """Indices of recipes that come to the same, in groups of two and more."""
+        """Return groups of two or more indices of equivalent recipes."""
         parts = self._parts_in_doubt(recipes)
         found: dict[tuple[Hashable, ...], list[int]] = {}
         for index, recipe in enumerate(recipes):
@@ -77,7 +77,7 @@ class EffectiveConfigs:
         return [group for group in found.values() if len(group) > 1]
 
     def _parts_in_doubt(self, recipes: Sequence[Recipe]) -> list[str]:
-        """The parts that depend on values in which the recipes differ."""
+        """Return the components that depend on values in which the recipes differ."""
         return [name for name, part in PARTS.items() if len({_text(part.depends(recipe)) for recipe in recipes}) > 1]
 
     def _mark(self, name: str, recipe: Recipe) -> Hashable:
@@ -101,7 +101,7 @@ def _data_keys(recipe: Recipe) -> Any:
 
 
 def _images(recipe: Recipe) -> Hashable:
-    """Which images train, validate and test; by the recipe's word where the data are not here."""
+    """Return which images are in each split; if the data is not available, the recipe values that determine it."""
     try:
         dataset = _open(recipe.data)
         return split_hash(dataset, split_dataset(dataset, recipe.data))
@@ -115,7 +115,7 @@ def _open(data: DataConfig) -> Dataset:
 
 
 def _preprocessing(recipe: Recipe) -> Preprocessing:
-    """As training has it; a normalisation that would have to be computed is told by -1."""
+    """Return the preprocessing as in training; channel means that would have to be computed are -1."""
     data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     facts = DATASETS[data.dataset]
     size, channels = facts.size, facts.channels
@@ -127,7 +127,7 @@ def _preprocessing(recipe: Recipe) -> Preprocessing:
 
 
 def _transforms(recipe: Recipe) -> Hashable:
-    """Every step from an image to the model's input, by split."""
+    """Return every step from an image to the model's input, per split."""
     preprocessing = _preprocessing(recipe)
     told = [repr(preprocessing)]
     for split in ("train", "validation", "test"):
@@ -169,7 +169,7 @@ def _shape_keys(recipe: Recipe) -> Any:
 
 
 def _classes(recipe: Recipe) -> int:
-    """Classes of the recipe's data; some number where only absent data could tell, which is the same for all runs."""
+    """Return the number of classes; a constant if only missing data could tell, as it is the same for all runs."""
     known = known_classes(recipe.data.dataset, background_class=recipe.data.background_class)
     if known is not None:
         return known
@@ -190,7 +190,7 @@ def _build(recipe: Recipe, *, on_meta: bool = True) -> ModelBundle:
         try:
             with torch.device("meta"):
                 return build()
-        except Exception:  # some constructors look at values; a fault of the recipe's comes again
+        except Exception:  # some constructors read values; errors in the recipe are raised again below
             pass
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -198,7 +198,7 @@ def _build(recipe: Recipe, *, on_meta: bool = True) -> ModelBundle:
 
 
 def _model(recipe: Recipe) -> Hashable:
-    """The modules, their parameters' shapes, the weights by name; values at the start, where those are drawn."""
+    """Return the modules, parameter shapes, weights name and, if the recipe sets them, a hash of the initial values."""
     built = _build(recipe)
     shapes = tuple((name, tuple(value.shape)) for name, value in built.module.state_dict().items())
     start = _start(recipe) if recipe.model.source == "toolkit" else ""
@@ -206,7 +206,7 @@ def _model(recipe: Recipe) -> Hashable:
 
 
 def _start(recipe: Recipe) -> str:
-    """A hash of the parameters' first values, for a described ConvNet, whose recipe says how they are drawn."""
+    """Return a hash of the initial parameters of a ConvNet described in the recipe, which sets the initialization."""
     digest = hashlib.sha256()
     for value in _build(recipe, on_meta=False).module.state_dict().values():
         digest.update(value.numpy().tobytes())
@@ -218,7 +218,7 @@ def _transfer_keys(recipe: Recipe) -> Any:
 
 
 def _transfer(recipe: Recipe) -> Hashable:
-    """Which parameters train from which epoch on, and in which mode each module runs."""
+    """Return which parameters are trainable from which epoch, and the modules that run in evaluation mode."""
     built = _build(recipe)
     transfer = apply_transfer(built, recipe.transfer)
     told: list[Hashable] = [tuple(transfer.trainable)]
@@ -230,11 +230,11 @@ def _transfer(recipe: Recipe) -> Hashable:
     return tuple(told)
 
 
-# -- optimiser and schedule -------------------------------------------------------------------------------------------
+# -- optimizer and schedule -------------------------------------------------------------------------------------------
 
 
 def _optimizer(recipe: Recipe) -> Hashable:
-    """Parameter groups, and what the optimiser does to tiny parameters in their place."""
+    """Return the parameter groups, and a hash of the optimizer's effect on tiny stand-in parameters."""
     built = _build(recipe)
     apply_transfer(built, recipe.transfer)
     groups = new_param_groups(built, recipe.transfer, recipe.optimizer, [])
@@ -244,7 +244,7 @@ def _optimizer(recipe: Recipe) -> Hashable:
 
 
 def _later_scales(built: ModelBundle, transfer: TransferConfig, table: OptimizerConfig) -> Hashable:
-    """Groups of the stages that gradual unfreezing opens."""
+    """Return the parameter groups of the stages that gradual unfreezing unfreezes later."""
     for parameter in built.module.parameters():
         parameter.requires_grad_(True)
     if transfer.mode != "gradual":
@@ -253,7 +253,7 @@ def _later_scales(built: ModelBundle, transfer: TransferConfig, table: Optimizer
 
 
 def _steps(table: OptimizerConfig, settings: Sequence[tuple[float, float]]) -> Hashable:
-    """A hash of parameters after a few steps; the optimiser's settings, where it takes none on its own."""
+    """Return a hash of the parameters after a few steps, or the optimizer's settings if it cannot step on its own."""
     random = torch.Generator().manual_seed(0)
     groups = [
         {"params": [nn.Parameter(torch.randn(shape, generator=random)) for shape in ((4, 3), (4,))],
@@ -270,7 +270,7 @@ def _steps(table: OptimizerConfig, settings: Sequence[tuple[float, float]]) -> H
             optimizer.step()
         for parameter in parameters:
             digest.update(parameter.detach().numpy().tobytes())
-    except Exception:  # one that needs a closure or a graph
+    except Exception:  # an optimizer that needs a closure or a graph
         told = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         return repr(told)
     return digest.hexdigest()
@@ -281,7 +281,7 @@ def _optimizer_keys(recipe: Recipe) -> Any:
 
 
 def _schedule(recipe: Recipe) -> Hashable:
-    """The learning rate at every quarter of an epoch; for plateau also when it falls."""
+    """Return the learning rate at every quarter of an epoch; for plateau, also the rule by which it falls."""
     table, epochs = recipe.scheduler, recipe.train.epochs
     curve = tuple(learning_rate(table, recipe.optimizer.lr, step / 4, epochs) for step in range(4 * epochs))
     falls = table.name == "plateau" and gamma_of(table) < 1 and table.patience < epochs
@@ -290,7 +290,7 @@ def _schedule(recipe: Recipe) -> Hashable:
 
 
 def _stopping(recipe: Recipe) -> Hashable:
-    """When training ends and which epoch is kept."""
+    """Return when training ends and which epoch is kept."""
     table, epochs = recipe.early_stopping, recipe.train.epochs
     stops = table.patience is not None and table.patience < epochs
     return epochs, recipe.train.best_metric, (table.patience, table.metric, table.min_delta) if stops else None
@@ -300,7 +300,7 @@ def _stopping(recipe: Recipe) -> Hashable:
 
 
 def _loop_keys(recipe: Recipe) -> Any:
-    """What the loop takes as it stands: batches, loss, precision, and how fast it is computed."""
+    """Return values that the training loop uses directly: batches, loss, precision, and speed settings."""
     train = recipe.train.model_dump(exclude={"epochs", "best_metric", "log_every"})
     data = recipe.data
     return [recipe.recipe.seed, train, recipe.augment.run_on, data.workers, data.cache, data.on_bad_image,

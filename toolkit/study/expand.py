@@ -1,6 +1,6 @@
-"""From a study's file to its runs: rows x zip x grid x seeds, each a complete recipe that was checked as any other.
+"""Expand a study's file into its runs: rows x zip x grid x seeds, each a complete recipe, checked like any other.
 
-Needs no torch. All faults of all runs are reported at once, at their place in the study's file.
+Needs no torch. All errors of all runs are reported at once, at their positions in the study's file.
 """
 
 from __future__ import annotations
@@ -40,45 +40,45 @@ from toolkit.study.validation import check_claims, check_study
 
 STUDY: KeyPath = ("study",)
 ASIDE = ("recipe.seed", "expected_metrics.")
-"""Keys of a row that are not among its changes."""
+"""Prefixes of a row's keys that do not count as changes."""
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A member of a study with its whole recipe."""
+    """A member of a study with its complete recipe."""
 
     member: StudyRun
     loaded: LoadedRecipe
     changes: ParameterSet
-    """What the study changes for it, with the places in its file."""
+    """The values that the study changes for it, with their positions in its file."""
 
     @property
     def recipe(self) -> Recipe:
-        """Resolved and checked, without [study]."""
+        """The resolved and validated recipe, without [study]."""
         return self.loaded.recipe
 
 
 @dataclass
 class ExpandedStudy:
-    """The runs of a study, in the order of its table."""
+    """The runs of a study, in table order."""
 
     runs: list[PlannedRun] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    """Runs that are the same, for people."""
+    """Messages to the user about duplicate runs."""
     warnings: list[Diagnostic] = field(default_factory=list)
 
     @property
     def count(self) -> int:
-        """Different runs."""
+        """Number of distinct runs."""
         return len({run.member.hash for run in self.runs})
 
 
 @dataclass(frozen=True)
 class StudySpec:
-    """A study as its file says it. ``merged`` is the recipe with [study], ``sources`` are without.
+    """A study as defined by its file. ``merged`` is the recipe with [study], ``sources`` are the layers without it.
 
-    [expected_metrics] is about one recipe: an inherited one is left out of ``sources``, the file's own holds for the
-    runs that change nothing but the seed, and a row may state its own.
+    [expected_metrics] describes one recipe: an inherited one is left out of ``sources``, the file's own applies to the
+    runs that change only the seed, and a row may state its own.
     """
 
     path: str
@@ -86,33 +86,33 @@ class StudySpec:
     merged: LayeredConfig
     table: StudyConfig
     base: Recipe
-    """The recipe that the runs change; keys that every run gives may hold placeholders."""
+    """The recipe that the runs change; keys that every run sets may hold placeholders."""
     stating: int | None = None
-    """How many of ``sources`` there are up to the last that states published figures; None: all."""
+    """Number of ``sources`` up to and including the last that states published metrics; None: all."""
 
     @property
     def stating_sources(self) -> list[ConfigLayer]:
-        """The sources that published figures are about."""
+        """The sources to which the published metrics refer."""
         return self.sources[: self.stating]
 
     @property
     def name(self) -> str:
-        """Of the study, and of the recipe of all its runs."""
+        """Name of the study and of the recipe of all its runs."""
         return self.base.recipe.name
 
     @property
     def folder(self) -> Path:
-        """Where its runs go."""
+        """The directory of its runs."""
         return Path(self.base.recipe.run_root) / self.name
 
     @cached_property
     def base_values(self) -> dict[str, Any]:
-        """Dotted keys of the base with their values; None where a key is not set."""
+        """Values of the base recipe by dotted key; None if a key is not set."""
         content = self.base.model_copy(update={"study": None}).model_dump()
         return {".".join(str(part) for part in path): value for path, value in leaves(content)}
 
     def run(self, row: str, changes: ParameterSet, seed: LocatedValue | None = None) -> PlannedRun:
-        """One run. Raises RecipeError."""
+        """Build one run. Raises RecipeError."""
         told = {key: value.value for key, value in changes.items() if not key.startswith(ASIDE)}
         layers = (self._source(key, value) for key, value in changes.items())
         sources = [*(_without(self.sources, "expected_metrics") if told else self.sources), *layers]
@@ -127,11 +127,11 @@ class StudySpec:
 
     @cached_property
     def space(self) -> SearchSpace:
-        """What a search draws from."""
+        """The search space."""
         return read_space(self.table.space, self.base_values)
 
     def drawn(self, changes: Mapping[str, Any], seed: LocatedValue | None = None) -> PlannedRun:
-        """The run of a configuration out of the space, named by its values. Raises RecipeError."""
+        """Build the run of a configuration from the space, named by its values. Raises RecipeError."""
         ends = frozenset({*KINDS, "when"})
         places = {leaf.key: leaf.place for leaf in dotted_leaves(self.table.space, (*STUDY, "space"), ends)}
         names = RowNamer(
@@ -141,7 +141,7 @@ class StudySpec:
         return self.run(names.plain(values), values, seed)
 
     def _source(self, key: str, value: LocatedValue) -> ConfigLayer:
-        """A change as one more layer of the recipe, whose places are those in the study's file."""
+        """Return a change as one more layer of the recipe, positioned where it stands in the study's file."""
         origin = self.merged.origin(value.place) or self.sources[-1]
         path, depth = tuple(key.split(".")), len(value.place)
         spans = {(*path, *place[depth:]): span for place, span in origin.spans.items() if place[:depth] == value.place}
@@ -153,19 +153,19 @@ class StudySpec:
 
 
 def _nearest(origin: ConfigLayer, place: KeyPath) -> SourceSpan:
-    """The place, or that of the innermost entry around it that has one."""
+    """Return the span of ``place``, or of the innermost enclosing entry that has one."""
     while place and place not in origin.spans:
         place = place[:-1]
     return origin.spans.get(place) or SourceSpan(SourcePosition(1, 1), SourcePosition(1, 1))
 
 
 def is_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> bool:
-    """Whether a file, or what overrides it, has a [study] table. Raises RecipeError where it cannot be read."""
+    """Return whether a file or its overrides have a [study] table. Raises RecipeError if it cannot be read."""
     return any("study" in source.data for source in read_sources(path, overrides))
 
 
 def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> StudySpec:
-    """A study's file, its [study] table checked. Raises RecipeError with everything that is wrong with that."""
+    """Read a study's file and check its [study] table. Raises RecipeError with all errors in that table."""
     sources = read_sources(path, overrides)
     name = os.fspath(path)
     merged = LayeredConfig()
@@ -175,7 +175,7 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         message = f"{name} has no [study] table: it is one run. To train it: toolkit train {name}"
         raise RecipeError([Diagnostic("error", message)])
     verdict = validate(merged.data)
-    # What else is wrong with the recipe is reported with its runs, which may give what it lacks.
+    # Other errors in the recipe are reported with its runs, which may set what is missing.
     findings = [item for item in verdict.findings if item.path[:1] in (STUDY, ("recipe",))]
     recipe = verdict.recipe
     if findings or recipe is None or recipe.study is None:
@@ -197,9 +197,9 @@ def _without(sources: Iterable[ConfigLayer], *tables: str) -> list[ConfigLayer]:
 
 
 def expand(study: StudySpec) -> ExpandedStudy:
-    """All runs that the file tells of; those of bohb come about while it goes on, so there are none.
+    """Return all runs defined by the file; none for bohb, whose runs are created during the search.
 
-    Raises RecipeError with all faults of all runs.
+    Raises RecipeError with all errors of all runs.
     """
     found, faults = ExpandedStudy(), _Diagnostics()
     seeds = _seeds(study)
@@ -209,7 +209,7 @@ def expand(study: StudySpec) -> ExpandedStudy:
                 run = study.run(name, changes, seed)
             except RecipeError as error:
                 faults.add(error.diagnostics, name)
-                break  # another seed has the same faults
+                break  # other seeds have the same errors
             found.runs.append(_compared(study, _with_published(run, study.table, row), seed))
             faults.warnings.add(run.loaded.warnings, name)
     if faults.kept:
@@ -228,7 +228,7 @@ def expand(study: StudySpec) -> ExpandedStudy:
 
 
 class _Diagnostics:
-    """Diagnostics of many runs, each once, with the first row that has it."""
+    """Deduplicated diagnostics of many runs, each with the first row that has it."""
 
     def __init__(self, *, has_warnings: bool = True) -> None:
         self.kept: list[Diagnostic] = []
@@ -237,7 +237,7 @@ class _Diagnostics:
             self.warnings = _Diagnostics(has_warnings=False)
 
     def add(self, items: Sequence[Diagnostic], row: str) -> None:
-        """Keep those that are new."""
+        """Add the diagnostics that are new."""
         for item in items:
             mark = (item.message, str(item.location))
             if mark not in self.seen:
@@ -256,7 +256,7 @@ def _seeds(study: StudySpec) -> list[LocatedValue | None]:
 
 
 def _rows(study: StudySpec) -> Iterator[tuple[StudyRow | None, str, ParameterSet]]:
-    """Every line of the table: the row that it belongs to, its name, and what it changes."""
+    """Yield every line of the table: the row it belongs to, its name, and what it changes."""
     if study.table.random is not None:
         yield from ((None, name, changes) for name, changes in _drawn(study))
         return
@@ -280,7 +280,7 @@ def _row_changes(table: StudyConfig) -> Iterator[tuple[StudyRow | None, Paramete
 
 
 def _drawn(study: StudySpec) -> Iterator[tuple[str, ParameterSet]]:
-    """The configurations of a random search, which are known before it begins."""
+    """Yield the configurations of a random search, which are known before it starts."""
     assert study.table.random is not None
     for changes in random_configurations(study.space, study.table.random.runs, study.table.random.seed):
         run = study.drawn(changes)
@@ -288,7 +288,7 @@ def _drawn(study: StudySpec) -> Iterator[tuple[str, ParameterSet]]:
 
 
 def _with_published(run: PlannedRun, table: StudyConfig, row: StudyRow | None) -> PlannedRun:
-    """The run with what is published about it: its row's figures before those of the whole study."""
+    """Return the run with its published metrics; those of its row override those of the study."""
     also = [item for item in table.published if _meets(item, run.recipe)]
     figures: PublishedMetrics = {}
     for item in also:
@@ -311,10 +311,10 @@ def _with_published(run: PlannedRun, table: StudyConfig, row: StudyRow | None) -
 
 
 def _compared(study: StudySpec, run: PlannedRun, seed: LocatedValue | None) -> PlannedRun:
-    """The run with the reason why its figures do not compare with the published ones.
+    """Return the run with the reason why its metrics cannot be compared with the published ones, if there is one.
 
-    Published figures belong to the recipe as it is up to the file that states them: a file that extends it, or --set,
-    may change the conditions. Runs without published figures have a reason too, since claims compare them.
+    Published metrics belong to the recipe up to the file that states them: a file that extends it, or --set, may change
+    the conditions. The reason is set for runs without published metrics too, since claims compare them.
     """
     if study.table.not_comparable:
         return replace(run, member=replace(run.member, not_comparable=study.table.not_comparable))
@@ -329,14 +329,14 @@ def _compared(study: StudySpec, run: PlannedRun, seed: LocatedValue | None) -> P
 
 
 def _meets(published: PublishedResults, recipe: Recipe) -> bool:
-    """Whether a run has the values that published figures are about."""
+    """Return whether a run has the values to which published metrics apply."""
     content = {".".join(str(part) for part in path): value for path, value in leaves(recipe.model_dump())}
     wanted = conditions(published.where)
     return all(any(same(content.get(key), value) for value in allowed) for key, allowed in wanted.items())
 
 
 def _without_doubles(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
-    """Lines that are the same run share it; the same line again is left out. With remarks on both."""
+    """Merge duplicates: different rows of the same run share it, a repeated row is dropped. Return messages on both."""
     kept: list[PlannedRun] = []
     hashes: set[str] = set()
     first: dict[str, str] = {}

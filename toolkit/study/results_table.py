@@ -1,4 +1,4 @@
-"""A study's table: a row a named setting, its figures over the seeds, the published ones beside them."""
+"""Results table of a study: one row per named setting, its metrics over the seeds, and the published values."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from toolkit.study.significance import MeanWithInterval, estimate, welch
 from toolkit.study.text_table import DASH, MINUS, TextTable
 
 MISSING = DASH
-"""In place of a figure that there is not."""
+"""Shown in place of a missing metric."""
 
 
 @dataclass(frozen=True)
 class MetricFormat:
-    """How a figure is written."""
+    """How a metric is formatted."""
 
     heading: str
     decimals: int
@@ -56,33 +56,33 @@ FORMATS: dict[str, MetricFormat] = {
 
 @dataclass(frozen=True)
 class ResultRow:
-    """Runs that differ in their seeds only (or that were grouped), and what they came to."""
+    """Runs that differ only in their seeds (or were grouped by keys), and their metrics."""
 
     name: str
     results: Sequence[RunResult]
     figures: dict[str, MeanWithInterval]
-    """Over the finished runs."""
+    """Mean and interval of each metric over the finished runs."""
     is_best: bool = False
 
     @property
     def finished(self) -> list[RunResult]:
-        """The runs that count."""
+        """The finished runs; only these enter the metrics."""
         return [result for result in self.results if result.is_finished]
 
     @property
     def published(self) -> dict[str, float]:
-        """Published figures; none where the runs have different ones."""
+        """Published metrics; empty if the runs have different ones."""
         first = self.results[0].member
         return first.published if all(_same_published(result.member, first) for result in self.results) else {}
 
     @property
     def not_comparable(self) -> str:
-        """Why the row's figures do not compare with the published ones; empty where they do."""
+        """Why the row's metrics cannot be compared with the published ones; empty if they can."""
         return next((result.member.not_comparable for result in self.results if result.member.not_comparable), "")
 
     @property
     def published_spread(self) -> dict[str, MeanWithInterval]:
-        """Those published figures that are means over several runs."""
+        """The published metrics that are means over several runs."""
         spread = self.results[0].member.published_spread
         return {
             figure: MeanWithInterval(value, int(spread[figure]["n"]), spread[figure]["std"], None)
@@ -92,7 +92,7 @@ class ResultRow:
 
     @property
     def open(self) -> str:
-        """The states of the runs that are not finished: ``1 failed, 2 missing``; of a single run its state."""
+        """States of the unfinished runs, as in ``1 failed, 2 missing``; for a single run, its state."""
         states = Counter(result.state for result in self.results if not result.is_finished)
         if len(self.results) == 1:
             return next(iter(states), "")
@@ -104,7 +104,7 @@ def _same_published(one: StudyRun, other: StudyRun) -> bool:
 
 
 def build_rows(results: Sequence[RunResult], table: StudyConfig, by: Sequence[str] = ()) -> list[ResultRow]:
-    """The rows of a study in its order, the best marked; ``by``: recipe keys whose values make the rows instead."""
+    """Build the rows of a study in its order and mark the best. ``by``: group the runs by these recipe keys instead."""
     groups: dict[str, list[RunResult]] = {}
     name = _grouping(results, by)
     for result in results:
@@ -116,21 +116,21 @@ def build_rows(results: Sequence[RunResult], table: StudyConfig, by: Sequence[st
 
 
 def best_row(rows: Sequence[ResultRow], figure: str) -> ResultRow | None:
-    """The row with the best mean of a validation figure; None where no finished run has it.
+    """Return the row with the best mean of a validation metric; None if no finished run has it.
 
-    Equal accuracies are decided by the validation loss, equal losses by the accuracy; then the first of equals wins.
+    Ties in accuracy are broken by the validation loss, ties in loss by the accuracy; then the first row wins.
     """
     return min((r for r in rows if figure in r.figures), key=lambda r: _rank(r, figure), default=None)
 
 
 def best_first(rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
-    """The rows by a validation figure, ties as in :func:`best_row`; those without it last, in their own order."""
+    """Sort rows by a validation metric, ties as in :func:`best_row`; rows without it come last, in their own order."""
     figure = metric.replace("/", "_")
     return sorted(rows, key=lambda r: _rank(r, figure))
 
 
 def _rank(row: ResultRow, figure: str) -> tuple[float, ...]:
-    """Sorts rows, the best first."""
+    """Sort key that puts the best row first."""
     second = "val_accuracy" if figure == "val_loss" else "val_loss"
     return tuple(
         (-1 if higher_is_better(name) else 1) * row.figures[name].mean if name in row.figures else math.inf
@@ -144,7 +144,7 @@ def _estimates(group: Sequence[RunResult], confidence: float) -> dict[str, MeanW
 
 
 def _grouping(results: Sequence[RunResult], by: Sequence[str]) -> Callable[[RunResult], str]:
-    """The name of the row that a run belongs to."""
+    """Return a function that maps a run to the name of its row."""
     if not by:
         return lambda result: result.member.row
     known = dict.fromkeys(["recipe.seed", *(key for result in results for key in result.member.changes)])
@@ -160,19 +160,19 @@ def _grouping(results: Sequence[RunResult], by: Sequence[str]) -> Callable[[RunR
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint with the names that there are, the nearest first."""
+    """Return a hint with the closest name, or with all names if none is close."""
     near = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known) or 'none'}"
 
 
 def short_key(key: str, keys: Sequence[str]) -> str:
-    """The last part of a dotted key, where it is enough to tell it from the other keys."""
+    """Return the last part of a dotted key if it is unique among the keys, else the whole key."""
     last = key.rsplit(".", 1)[-1]
     return last if sum(other.rsplit(".", 1)[-1] == last for other in keys) == 1 else key
 
 
 def short_value(value: Any) -> str:
-    """A recipe's value as a cell: numbers with four significant digits."""
+    """Format a recipe value as a cell; numbers have four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else label(value)
 
 
@@ -180,7 +180,7 @@ def short_value(value: Any) -> str:
 
 
 def check_columns(columns: Sequence[str]) -> None:
-    """Raise UserError at a figure that there is not."""
+    """Raise UserError for an unknown metric."""
     for column in columns:
         if column not in METRICS:
             raise UserError(f"--columns {column}: there is no such figure{nearest(column, METRICS)}")
@@ -189,7 +189,7 @@ def check_columns(columns: Sequence[str]) -> None:
 def sheet(
     rows: Sequence[ResultRow], table: StudyConfig, name: str, columns: Sequence[str], *, intervals: bool
 ) -> TextTable:
-    """The table as cells; ``intervals``: with confidence intervals in place of standard deviations."""
+    """Build the text table. ``intervals``: show confidence intervals instead of standard deviations."""
     compared = {column for column in columns if any(column in row.published for row in rows)}
     several, unfinished = any(len(row.results) > 1 for row in rows), any(row.open for row in rows)
     head = ["setting", *(["runs"] if several else [])]
@@ -213,12 +213,12 @@ def sheet(
 
 
 def title(table: StudyConfig, name: str) -> str:
-    """The heading of a study's tables."""
+    """Return the title of a study's tables."""
     return table.description or name
 
 
 def number(figure: str, value: float, *, signed: bool = False, mean: bool = False) -> str:
-    """A figure as a cell. A mean of whole numbers has one decimal."""
+    """Format a metric as a cell; a mean of whole numbers has one decimal."""
     shown = FORMATS[figure]
     decimals = 1 if mean and not shown.decimals and value != int(value) else shown.decimals
     return f"{value * shown.scale:{'+' if signed else ''},.{decimals}f}".replace("-", MINUS)
@@ -251,7 +251,7 @@ def _published(row: ResultRow, column: str) -> tuple[str, str]:
 
 
 def _against_several(row: ResultRow, column: str, table: StudyConfig) -> list[str]:
-    """A measured mean against a published one over several runs, by Welch's t-test."""
+    """Compare a measured mean with a published one over several runs, by Welch's t-test."""
     published, found = row.published_spread.get(column), row.figures.get(column)
     if published is None or row.not_comparable:
         return []
@@ -270,7 +270,7 @@ def _against_several(row: ResultRow, column: str, table: StudyConfig) -> list[st
 
 
 def p_value(p: float | None) -> str:
-    """A p-value as a cell."""
+    """Format a p-value as a cell."""
     return MISSING if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
@@ -280,7 +280,7 @@ def _count(row: ResultRow) -> str:
 
 
 def notes(rows: Sequence[ResultRow], table: StudyConfig, *, compared: bool, intervals: bool) -> list[str]:
-    """What a reader must know: how many runs count, what the marks and spreads are, where figures were published."""
+    """Return the notes below the table: runs counted, meaning of marks and spreads, sources of published metrics."""
     results = [result for row in rows for result in row.results]
     finished = [result for result in results if result.is_finished]
     found = [f"{len(finished)} of {len(results)} runs finished; only they count."]
@@ -325,7 +325,7 @@ def _about_spread(rows: Sequence[ResultRow], confidence: float, intervals: bool)
 
 
 def records(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[dict[str, object]]:
-    """The table for programs: fractions and plain numbers, one record a row; None where there is no figure."""
+    """Return the table for programs, one record per row: unscaled fractions and numbers, None for a missing metric."""
     return [_record(row, columns) for row in rows]
 
 

@@ -1,7 +1,7 @@
-"""The controller of a study: prepares its folder, has its runs trained, tells a search what came out.
+"""The controller of a study: sets up its directory, has its runs trained, and reports results to the search.
 
-It alone writes study.json. Workers, here or on other nodes, find what to train in the run directories, so that any of
-them, and the controller itself, may end at any moment: started again, it goes on with what lies in the folder.
+Only the controller writes study.json. Workers, here or on other nodes, read what to train from the run directories, so
+any of them, and the controller itself, may die at any moment; when restarted, it resumes from the directory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TICK_S = 0.1
 
 @dataclass
 class StudySession:
-    """One start of a study, from the moment its folder is held."""
+    """One invocation of a study's controller, with the study lock held."""
 
     folder: StudyDirectory
     stop: GracefulStop
@@ -35,7 +35,7 @@ class StudySession:
     slots: Sequence[WorkerSlot]
 
     def run(self) -> int:
-        """Train what is open. Exit status: 0, 1 where runs have failed, 3 where it was stopped."""
+        """Train the open runs. Return the exit status: 0, 1 if runs have failed, 3 if interrupted."""
         with self.board.shown():
             status = self._by_crew() if len(self.slots) > 1 else self._alone(self.slots[0])
         self.board.tell()
@@ -45,18 +45,18 @@ class StudySession:
         return EXIT_FAILURE if any(seen.state == "failed" for seen in self.board.look().values()) else EXIT_OK
 
     def _alone(self, slot: WorkerSlot) -> int:
-        """One run after the other, in this process."""
+        """Train one run after another in this process."""
         train = trainer(slot.processes, slot.devices, slot.gpu_share, self.stop)
         while True:
             goes_on = self.search is not None and self.search.step(workers=1)
             status = run_pending(self.folder, self.stop, train, after=lambda run: self.board.tell())
             if status == EXIT_INTERRUPTED or not (goes_on or any(open_runs(self.folder))):
                 return status
-            if not goes_on:  # workers elsewhere still have some
+            if not goes_on:  # workers elsewhere are still training
                 time.sleep(REFRESH_S)
 
     def _by_crew(self) -> int:
-        """By worker processes."""
+        """Train the runs in worker processes."""
         crew = WorkerPool(self.folder, self.slots)
         looked = 0.0
         try:
@@ -78,7 +78,7 @@ class StudySession:
 
 
 def run_study(study: StudySpec, expansion: ExpandedStudy, slots: Sequence[WorkerSlot], *, retry: bool = False) -> int:
-    """Train all runs of a study that are not finished. Exit status: 0, 1 where a run failed, 3 where it was stopped."""
+    """Train all unfinished runs of a study. Return the exit status: 0, 1 if a run failed, 3 if interrupted."""
     with GracefulStop() as stop, study_lock(study) as folder:
         for remark in init_study(study, folder, expansion):
             print(f"note: {remark}", file=sys.stderr)
@@ -89,7 +89,7 @@ def run_study(study: StudySpec, expansion: ExpandedStudy, slots: Sequence[Worker
 
 
 def forget_failures(folder: StudyDirectory) -> None:
-    """Let all failed runs be tried again."""
+    """Delete all failure records, so that failed runs are tried again."""
     for member in folder.members:
         run = folder.run(member)
         if run is not None:

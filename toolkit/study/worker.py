@@ -1,8 +1,8 @@
-"""A worker of a study: takes one open run after the other from the study's folder and trains it, in one process.
+"""A worker of a study: claims one open run after another in the study's directory and trains it, in one process.
 
-It knows nothing of a search: what to train, and to which epoch, stands in the run directory, and so does what came out.
-Any number of workers, on any nodes that share the folder, take runs by claiming them; one that is killed leaves its
-run to the next, which continues from the last checkpoint.
+The worker knows nothing of a search: the run directory states what to train and to which epoch, and receives the
+results. Any number of workers, on any nodes that share the directory, can claim runs. If a worker is killed, another
+one resumes its run from the last checkpoint.
 
     python -m toolkit.study.worker FOLDER
 """
@@ -39,29 +39,29 @@ from toolkit.training.fit import fit
 
 POLL_S = 0.5
 ALONE_S = 60.0
-"""A study that needs a controller and has had none for so long is left by its workers."""
+"""Seconds without a controller after which workers exit from a study that needs one."""
 
 
 @dataclass
 class LockedRun:
-    """A run that this worker alone may train."""
+    """A run that only this worker may train."""
 
     run: Run
     lock: Lock
 
     def release(self) -> None:
-        """Leave it to others."""
+        """Release the claim."""
         self.lock.release()
 
 
 def acquire_run(folder: StudyDirectory) -> LockedRun | None:
-    """The first run that has something to train and that nobody trains; None where there is none at the moment."""
+    """Claim the first run that needs training and is not being trained; None if there is none at the moment."""
     for run in open_runs(folder):
-        # Looking costs nothing; claiming waits a little for those who only look.
+        # is_claimed returns at once, whereas claim may wait for a status check.
         lock = None if is_claimed(run) else claim(run)
         if lock is None:
             continue
-        # Between looking and claiming another worker may have done it; or somebody trains it without a claim.
+        # Another worker may have finished it before the claim, or a process without a claim may be training it.
         if is_open(run) and not is_held(run.path / ".lock"):
             return LockedRun(run, lock)
         lock.release()
@@ -69,7 +69,7 @@ def acquire_run(folder: StudyDirectory) -> LockedRun | None:
 
 
 TrainFunction = Callable[[Run], bool]
-"""Trains a claimed run; False where it failed. Raises Interrupted."""
+"""Trains a claimed run and returns False if it failed. Raises Interrupted."""
 
 RunCallback = Callable[[Run], None]
 
@@ -86,9 +86,9 @@ def run_pending(
     before: RunCallback = _nothing,
     after: RunCallback = _nothing,
 ) -> int:
-    """Train one run after the other as long as there is one to take. Exit status: 0, or 3 where it was stopped.
+    """Train runs until none can be claimed. Return the exit status: 0, or 3 if interrupted.
 
-    ``before`` and ``after`` are called around each run, however it ends.
+    ``before`` and ``after`` are called with each run; ``after`` also if it failed, but not if it was interrupted.
     """
     while not stop.is_wanted():
         claimed = acquire_run(folder)
@@ -108,9 +108,10 @@ def run_pending(
 def worker_loop(
     folder: StudyDirectory, stop: GracefulStop, train: TrainFunction, *, waits: bool, before: RunCallback = _nothing
 ) -> int:
-    """Train what there is to take, until no more can come. Exit status: 0, or 3 where it was stopped.
+    """Train runs until no more can come. Return the exit status: 0, or 3 if interrupted.
 
-    ``waits``: also for runs that others train, in case those die. A search is waited for while it has a controller.
+    ``waits``: also wait for runs that other workers are training, in case those die. A search is waited for as long as
+    it has a controller.
     """
     heard = time.monotonic()
     while run_pending(folder, stop, train, before=before) == EXIT_OK:
@@ -125,9 +126,9 @@ def worker_loop(
 
 
 def train_run(run: Run) -> bool:
-    """Train a claimed run in this process, to its end or as far as it is assigned. False where it failed.
+    """Train a claimed run in this process, to its end or its assigned epoch. Return False if it failed.
 
-    Whatever goes wrong with it is left in its directory; only Interrupted is raised.
+    Errors are recorded in the run directory; only Interrupted is raised.
     """
     clear_failure(run)
     try:
@@ -137,7 +138,7 @@ def train_run(run: Run) -> bool:
     except (UserError, RunFailed) as error:
         record_failure(run, str(error))
         return False
-    except Exception as error:  # of the run, whatever it is; the others go on
+    except Exception as error:  # any error of this run; the others continue
         record_failure(run, environment_error_message(error) or traceback.format_exc())
         return False
     finally:
@@ -146,19 +147,19 @@ def train_run(run: Run) -> bool:
 
 
 def trainer(processes: int, devices: Sequence[str], gpu_share: float, stop: GracefulStop) -> TrainFunction:
-    """How a worker with these GPUs trains a run: itself, or by processes that it starts."""
+    """Return the function that trains a run on these GPUs: in this process, or in processes that it starts."""
     if processes > 1:
         return lambda run: train_with_torchrun(run, processes, devices, stop)
     if gpu_share < 1:
         import torch
 
-        # What a run may take does not depend on who came first.
+        # Limit the memory, so that what a run can allocate does not depend on which run started first.
         torch.cuda.set_per_process_memory_fraction(gpu_share)
     return train_run
 
 
 def release_memory() -> None:
-    """Give back what a run has held in this process, so that the next starts as in a fresh one."""
+    """Free the memory of a run in this process, so that the next one starts as in a fresh process."""
     gc.collect()
     import torch
 
@@ -166,12 +167,12 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:  # compiled code is kept by function, and but for a few models of one class
+    if dynamo is not None:  # compiled code is cached per function, up to a small limit per model class
         dynamo.reset()
 
 
 def main(path: Path) -> int:
-    """Help with the study in ``path`` until nothing is left."""
+    """Work on the study in ``path`` until no runs are left."""
     folder = study_folder(path)
     with GracefulStop() as stop, external_worker(folder):
         return worker_loop(folder, stop, train_run, waits=False)
