@@ -1,4 +1,4 @@
-"""How far a study's rows agree with the published ones, in one number each."""
+"""Agreement of a study's rows with the published metrics, in one number per column."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from toolkit.study.text_table import TextTable
 
 @dataclass(frozen=True)
 class Agreement:
-    """One column of the rows that compare with published figures."""
+    """Agreement of one column, over the rows that can be compared with published metrics."""
 
     figure: str
     rows: int
     rank_correlation: float | None
-    """Spearman's; None of fewer than three rows and where all figures are equal."""
+    """Spearman's; None for fewer than three rows or if all values are equal."""
     mean_difference: float
-    """Mean of the absolute differences."""
+    """Mean absolute difference."""
     within: float | None
-    """Share of the rows whose difference is at most twice the noise of one run; None where that is not known."""
+    """Share of the rows whose difference is at most twice the noise of one run; None if the noise is unknown."""
     noise: str
-    """What the noise is: ``seeds``, ``published seeds``, ``test images``, or several of them."""
+    """Source of the noise: ``seeds``, ``published seeds``, ``test images``, or several of them."""
 
 
 def agreements(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[Agreement]:
-    """The agreement of each column of accuracies or losses of which two rows or more have published figures."""
+    """Return the agreement of each accuracy or loss column for which at least two rows have published metrics."""
     found = []
     for column in columns:
         compared = [r for r in rows if not r.not_comparable and column in r.published and column in r.figures]
@@ -54,7 +54,7 @@ def _agreement(column: str, rows: Sequence[ResultRow]) -> Agreement:
 
 
 def _noise(row: ResultRow, column: str) -> tuple[float, str] | None:
-    """Standard deviation of one run and where it is from; of the test images alone it is a lower bound."""
+    """Return the standard deviation of one run and its source; from the test images alone it is a lower bound."""
     measured, published = row.figures[column], row.published_spread.get(column)
     if measured.std is not None:
         return measured.std, "seeds"
@@ -75,13 +75,13 @@ def _spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
     from scipy.stats import spearmanr  # slow to load
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of constant input, which gives nan
+        warnings.simplefilter("ignore")  # for constant input, which gives nan
         found = float(spearmanr(one, other).statistic)
     return None if math.isnan(found) else found
 
 
 def agreement_sheet(found: Sequence[Agreement]) -> TextTable:
-    """The agreement as cells."""
+    """Build the table of agreement."""
     head = ["column", "rows", "rank correlation", "mean abs. diff.", "within noise", "noise from"]
     rows = [
         [

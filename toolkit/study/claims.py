@@ -1,4 +1,4 @@
-"""Claims of a publication, judged by the runs of a study: reproduced, not reproduced or undecidable."""
+"""Claims of a publication, tested on the runs of a study: reproduced, not reproduced or undecidable."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from toolkit.study.validation import in_group
 Outcome = Literal["reproduced", "not reproduced", "undecidable"]
 Interval = tuple[float, float]
 Rights = Callable[[RunResult], dict[str, bool]]
-"""Whether the predictions of a run are right, by test image; empty where they cannot be read."""
+"""Maps test images to whether a run's prediction is correct; empty if the predictions cannot be read."""
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """How much better one group of runs is than another; positive is better, also of losses."""
+    """Difference between two groups of runs; positive means the first is better, also for losses."""
 
     than: str
     effect: float | None = None
-    """None where a group has no finished run."""
+    """None if a group has no finished run."""
     runs: str = ""
-    """What the effect is over: ``3 pairs``, ``2 and 3 runs``, ``1 run each``."""
+    """The runs compared: ``3 pairs``, ``2 and 3 runs``, ``1 run each``."""
     over_seeds: Interval | None = None
     over_images: Interval | None = None
     refuting: Interval | None = None
-    """The interval that decides against the claim: wider where there are several contrasts."""
+    """The interval that can refute the claim; wider if there are several contrasts."""
     needed: int | None = None
-    """Seeds that would decide with a power of 80 %, if effect and spread are the true ones."""
+    """Number of seeds needed for a decision with a power of 80 %, if effect and spread are the true ones."""
     reason: str = ""
 
 
@@ -51,7 +51,7 @@ class JudgedClaim:
 
 
 def judge_claims(folder: StudyDirectory, table: StudyConfig, results: Sequence[RunResult]) -> list[JudgedClaim]:
-    """A verdict on each claim of the study. Reads predictions.csv where a row has one run."""
+    """Judge each claim of the study. Reads predictions.csv if a row has one run."""
 
     def rights(result: RunResult) -> dict[str, bool]:
         run = folder.run(result.member)
@@ -64,10 +64,10 @@ def judge_claims(folder: StudyDirectory, table: StudyConfig, results: Sequence[R
 
 
 def judge(claim: Claim, results: Sequence[RunResult], confidence: float, rights: Rights) -> JudgedClaim:
-    """The verdict on one claim.
+    """Judge one claim.
 
-    A claim over several rows is reproduced where each contrast confirms it, and not reproduced where one refutes it
-    at a level that is divided by their number (Bonferroni).
+    A claim over several rows is reproduced if each contrast confirms it, and not reproduced if one refutes it at a
+    level divided by the number of contrasts (Bonferroni).
     """
     one = [r for r in results if _is_in(r, claim.better)]
     others = _others(claim, results)
@@ -90,7 +90,7 @@ def _is_in(result: RunResult, group: str | dict[str, Any]) -> bool:
 
 
 def _others(claim: Claim, results: Sequence[RunResult]) -> list[tuple[str, list[RunResult]]]:
-    """The groups that the better one is compared with, by name."""
+    """Return the groups that the claim compares with, by name."""
     if isinstance(claim.than, dict):
         name = ", ".join(f"{key} {' or '.join(map(str, values))}" for key, values in conditions(claim.than).items())
         return [(name, [r for r in results if _is_in(r, claim.than)])]
@@ -99,7 +99,7 @@ def _others(claim: Claim, results: Sequence[RunResult]) -> list[tuple[str, list[
 
 
 def _values(claim: Claim, runs: Sequence[RunResult]) -> dict[tuple[Any, ...], float]:
-    """Figures of the finished runs by what pairs them: the seed and, of groups by keys, all other varied keys."""
+    """Return the metric of finished runs by pairing key: the seed and, for groups by keys, all other varied keys."""
     found = {}
     for run in runs:
         keys = set() if isinstance(claim.better, str) else {*conditions(claim.better), *conditions(_keys(claim.than))}
@@ -167,7 +167,7 @@ def _unpaired(
 def _over_images(
     name: str, effect: float, mine: dict[str, bool], theirs: dict[str, bool], levels: tuple[float, float]
 ) -> Contrast:
-    """Two single runs by McNemar's test: how sure the difference of these two models is, not of the two recipes."""
+    """Compare two single runs by McNemar's test, which is about these two models, not about the two recipes."""
     if not mine or mine.keys() != theirs.keys():
         return Contrast(name, effect, "1 run each", reason="no predictions on the same test images")
     test = McNemar(
@@ -195,7 +195,7 @@ def _verdict(claim: Claim, contrast: Contrast) -> Outcome:
 
 
 def claims_sheet(judged: Sequence[JudgedClaim], confidence: float) -> TextTable:
-    """The verdicts as cells."""
+    """Build the table of verdicts."""
     level = f"{confidence * 100:g} %"
     head = ["claim", "verdict", "column", "compared with", "effect", "runs", f"{level} over seeds",
             f"{level} over test images", "seeds to decide"]  # fmt: skip
@@ -229,7 +229,7 @@ def _interval(claim: Claim, interval: Interval | None) -> str:
 
 
 def claim_records(judged: Sequence[JudgedClaim]) -> list[dict[str, object]]:
-    """The verdicts for programs; effects and intervals as plain numbers."""
+    """Return the verdicts for programs; effects and intervals are unscaled numbers."""
     records: list[dict[str, object]] = []
     for one in judged:
         found = one.contrast

@@ -1,4 +1,4 @@
-"""Two rows of a study over the same seeds: how much they differ, and whether that can be chance."""
+"""Comparison of two rows of a study over the same seeds: paired difference and significance tests."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from toolkit.study.significance import PairedComparison, compare
 from toolkit.study.text_table import MINUS, TextTable
 
 NO_TEST = ("parameters",)
-"""Figures that do not depend on the seed."""
+"""Metrics that do not depend on the seed."""
 
 
 def compare_rows(
     rows: Sequence[ResultRow], first: str, second: str, columns: Sequence[str], confidence: float
 ) -> dict[str, PairedComparison]:
-    """First minus second of each figure, over the seeds of which both have a finished run.
+    """Compare two rows: first minus second for each metric, over the seeds for which both have a finished run.
 
-    Raises UserError where a row is not known or they have no seed in common.
+    Raises UserError if a row is unknown or they have no seed in common.
     """
     one, other = _row(rows, first), _row(rows, second)
     a, b = _by_seed(one), _by_seed(other)
@@ -48,7 +48,7 @@ def _by_seed(row: ResultRow) -> dict[int, dict[str, float]]:
 
 
 def comparison_sheet(found: dict[str, PairedComparison], first: str, second: str, confidence: float) -> TextTable:
-    """The comparison as cells."""
+    """Build the table of the comparison."""
     interval = f"{confidence * 100:g} % interval"
     head = ["figure", "pairs", "mean difference", interval, "t-test p", "permutation p"]
     cells = [[FORMATS[c].heading, *_cells(c, comparison)] for c, comparison in found.items()]
@@ -86,7 +86,7 @@ def _notes(found: Sequence[PairedComparison]) -> list[str]:
 
 
 def comparison_records(found: dict[str, PairedComparison]) -> dict[str, dict[str, object]]:
-    """The comparison for programs."""
+    """Return the comparison for programs."""
     return {
         column: {
             "pairs": comparison.difference.n,

@@ -1,7 +1,7 @@
-"""What a study will take, before anything starts: its runs, how many are finished, and what the rest costs.
+"""Cost estimate of a study before it starts: its runs, how many are finished, and the cost of the rest.
 
-The cost of a run is epochs x training images x arithmetic of an image. It becomes time where a finished run tells how
-fast this machine is: of the same model and batch, or else of another one, in proportion to the arithmetic.
+The cost of a run is epochs x training images x FLOPs per image. It is converted to time if a finished run shows the
+speed of this machine, with the same model and batch size or, in proportion to the FLOPs, with another.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from toolkit.study.init import RunIndex
 from toolkit.training.console import table
 
 LONGEST_CHANGES = 60
-"""Longer ones are cut in the text, in characters; --json has them whole."""
+"""Maximum length of the changes in the text, in characters; longer ones are truncated, but complete with --json."""
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a run takes."""
+    """Cost of a run."""
 
     epochs: int
-    """Left to train, at most."""
+    """Maximum number of epochs left to train."""
     images: int | None
-    """Training images an epoch; None where the data are not on this machine."""
+    """Training images per epoch; None if the data is not on this machine."""
     flops: float
-    """Floating point operations of an image, forward and backward."""
+    """Floating point operations per image, forward and backward."""
     seconds_per_image: float | None
-    """Measured on runs of the same model and batch."""
+    """Measured on runs with the same model and batch size; None if there are none."""
 
     @property
     def arithmetic(self) -> float | None:
-        """Floating point operations left."""
+        """Floating point operations left; None if the number of images is unknown."""
         return None if self.images is None else self.epochs * self.images * self.flops
 
 
 @dataclass(frozen=True)
 class EstimateRow:
-    """One run of the plan."""
+    """One run of the estimate."""
 
     run: PlannedRun
     state: RunState
@@ -58,39 +58,39 @@ class EstimateRow:
 
 @dataclass
 class StudyEstimate:
-    """Everything that `toolkit study FILE --plan` shows."""
+    """Everything shown by `toolkit study FILE --plan`."""
 
     study: StudySpec
     lines: list[EstimateRow]
     search: RunCost | None = None
-    """Of all that is left of a search, whose runs come about while it goes on; by a configuration of its space."""
+    """Remaining cost of a search, whose runs are created as it proceeds; based on one configuration of its space."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def left(self) -> list[EstimateRow]:
-        """Different runs that are not finished."""
+        """Distinct runs that are not finished."""
         lines = {line.run.member.hash: line for line in self.lines if line.state != "finished"}
         return list(lines.values())
 
     @property
     def costs(self) -> list[RunCost]:
-        """Of what is left."""
+        """Costs of what is left."""
         return [line.cost for line in self.left] if self.search is None else [self.search]
 
     @property
     def count(self) -> int:
-        """Different runs in all."""
+        """Number of distinct runs."""
         return len({line.run.member.hash for line in self.lines})
 
     @property
     def arithmetic(self) -> float | None:
-        """Floating point operations left in all; None where the images are not known."""
+        """Total floating point operations left; None if the number of images is unknown."""
         each = [cost.arithmetic for cost in self.costs]
         return None if None in each else sum(each)  # type: ignore[arg-type]
 
     @property
     def seconds(self) -> float | None:
-        """Training time left, one run after the other; None without a finished run to go by."""
+        """Training time left in seconds, running one after another; None without a finished run to measure."""
         costs = [line.cost for line in self.lines] if self.search is None else [self.search]
         measured = [cost for cost in costs if cost.seconds_per_image is not None]
         if not measured or self.arithmetic is None:
@@ -99,7 +99,7 @@ class StudyEstimate:
         return sum(_seconds(cost, per_flop) for cost in self.costs)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it; times in seconds."""
+        """Return the estimate for programs; times are in seconds."""
         return {
             "study": self.study.name,
             "folder": str(self.study.folder),
@@ -133,7 +133,7 @@ def _line_json(line: EstimateRow) -> dict[str, Any]:
 
 
 def plan_study(study: StudySpec, expansion: ExpandedStudy, notes: Sequence[str] = ()) -> StudyEstimate:
-    """Work out a study. Raises UserError for what training would refuse."""
+    """Estimate the cost of a study. Raises UserError for whatever training would reject."""
     costs = _CostModel()
     known = RunIndex(StudyDirectory(study.folder)).by_hash
     lines = []
@@ -150,7 +150,7 @@ def plan_study(study: StudySpec, expansion: ExpandedStudy, notes: Sequence[str] 
 
 
 def _cost_of_search(study: StudySpec, table: BohbSearchConfig, costs: _CostModel) -> RunCost:
-    """What is left, as if all configurations cost what the one with the first value of each range does."""
+    """Return the remaining cost, assuming that all configurations cost as much as the first value of each range."""
     one = study.drawn(study.space.configuration(lambda parameter: parameter.values[0]))
     folder = StudyDirectory(study.folder)
     runs = [run for member in folder.members if (run := folder.run(member))] if folder.exists else []
@@ -160,7 +160,7 @@ def _cost_of_search(study: StudySpec, table: BohbSearchConfig, costs: _CostModel
 
 
 class _CostModel:
-    """Costs of runs; each model and batch is measured once."""
+    """Estimates the cost of runs; each model and batch size is measured once."""
 
     def __init__(self) -> None:
         self.known: dict[str, ResourceEstimate] = {}
@@ -186,7 +186,7 @@ class _CostModel:
 
 
 def plan_text(found: StudyEstimate) -> str:
-    """The plan for people."""
+    """Format the estimate as text."""
     study = found.study
     lines = [f"study {study.name} in {study.folder}"]
     if study.table.source:

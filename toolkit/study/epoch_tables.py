@@ -1,4 +1,4 @@
-"""Tables of a study epoch by epoch, in the reports' shapes: a column a row of the study, x after the stop."""
+"""Per-epoch tables of a study, in the layout of the reports: one column per row of the study, x after a run's end."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from toolkit.study.results_table import FORMATS, MISSING, ResultRow, number, tit
 from toolkit.study.text_table import BEST, DECLINE, TextTable
 
 ENDED = "x"
-"""In the epochs after a run's last one."""
+"""Shown for epochs after a run's last one."""
 
 
 def epoch_sheets(rows: Sequence[ResultRow], table: StudyConfig, name: str, figures: Sequence[str]) -> list[TextTable]:
-    """Of one figure, one table with a column a row; of several, for each row a table with a column a figure.
+    """Build per-epoch tables: for one metric, a column per row; for several, a table per row with a column per metric.
 
-    Published figures stand in a table of the same shape, or in columns beside. Empty where no run is finished.
+    Published metrics get a table of the same layout, or adjacent columns. Empty if no run is finished.
     """
     done = [row for row in rows if row.finished]
     if not done or not figures:
@@ -29,14 +29,14 @@ def epoch_sheets(rows: Sequence[ResultRow], table: StudyConfig, name: str, figur
 
 
 def figures_by_epoch(rows: Sequence[ResultRow], table: StudyConfig) -> list[str]:
-    """What the study wants by epoch: its own figure, and those that were published so; none, where it wants none."""
+    """Return the per-epoch metrics of the study: its own and the published ones; none if it has no per-epoch output."""
     wanted = table.output.per_epoch
     published = [figure for row in rows for result in row.results for figure in result.member.published_epochs]
     return list(dict.fromkeys([*sorted(published), wanted])) if wanted else []
 
 
 def mean_by_epoch(row: ResultRow, figure: str) -> list[float]:
-    """The mean over a row's finished runs, as long as one of them trained."""
+    """Return the per-epoch mean over a row's finished runs, up to the longest run."""
     curves = [result.values(figure) for result in row.finished]
     length = max((len(curve) for curve in curves), default=0)
     return [statistics.fmean(curve[i] for curve in curves if len(curve) > i) for i in range(length)]
@@ -62,9 +62,9 @@ def _test_mean(row: ResultRow) -> float | None:
 def _marked(
     caption: str, columns: dict[str, list[float]], figure: str, notes: Sequence[str], tested: dict[str, float | None]
 ) -> TextTable:
-    """A column a row of the study, its best epoch and the decline after it marked, with the test accuracy as last line.
+    """Build a table with a column per row, its best epoch and a decline after it marked, and test accuracies below.
 
-    ``tested`` is each row's test accuracy as a fraction, None where there is none.
+    ``tested`` is each row's test accuracy as a fraction; None if there is none.
     """
     sheet = _sheet(caption, columns, [figure] * len(columns), notes)
     cells = [list(line) for line in sheet.rows]
@@ -125,12 +125,12 @@ def _source(table: StudyConfig) -> list[str]:
 
 
 def _plain(figure: str) -> str:
-    """``val/accuracy`` as the table's columns call it."""
+    """Return the column name of a metric, such as ``val_accuracy`` for ``val/accuracy``."""
     return figure.replace("/", "_")
 
 
 def epoch_records(rows: Sequence[ResultRow], figures: Sequence[str]) -> list[dict[str, object]]:
-    """One record an epoch of each row: the means, and the published figures where there are any."""
+    """Return one record per row and epoch: the means, and published metrics if there are any."""
     found: list[dict[str, object]] = []
     for row in rows:
         columns: dict[str, Sequence[float]] = {_plain(figure): mean_by_epoch(row, figure) for figure in figures}

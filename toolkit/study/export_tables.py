@@ -1,4 +1,4 @@
-"""All that a study's folder says, as one object, and the files that it is written to."""
+"""All results of a study as one object, and its export to files."""
 
 from __future__ import annotations
 
@@ -32,43 +32,43 @@ from toolkit.study.text_table import TextTable, csv_text, latex, markdown, text
 from toolkit.study.trial_table import TrialResult, outcomes, trial_records, trial_sheet
 
 SMALLER_FIRST = ("epochs", "parameters", "seconds")
-"""Figures, beside losses, of which a table that is sorted by them has the smallest first."""
+"""Metrics other than losses that are sorted in ascending order."""
 
 
 @dataclass(frozen=True)
 class TableOptions:
-    """What the caller wants otherwise than the study's file says."""
+    """Options of the caller that override the study's file."""
 
     columns: Sequence[str] = ()
     by: Sequence[str] = ()
     compare: tuple[str, str] | None = None
     intervals: bool = False
     sort: str | None = None
-    """Figure by which the lines of the main table are sorted, the best first; lines without it stand last."""
+    """Metric by which the main table is sorted, best first; lines without it come last."""
     top: int | None = None
-    """Only so many lines of the main table are shown; without ``sort`` by the study's output.best_by."""
+    """Maximum number of lines in the main table; without ``sort``, it is sorted by the study's output.best_by."""
 
 
 @dataclass(frozen=True)
 class StudyResults:
-    """The outcome of a study, as far as it has come."""
+    """Results of a study so far."""
 
     name: str
     table: StudyConfig
     results: Sequence[RunResult]
     rows: Sequence[ResultRow]
     trials: Sequence[TrialResult]
-    """Of a search in which each configuration is one run; else empty."""
+    """Trials of a search in which each configuration is one run; otherwise empty."""
     columns: Sequence[str]
     wanted: TableOptions
     comparison: dict[str, PairedComparison]
     assumptions: Mapping[str, str] = field(default_factory=dict)
-    """Where the values of keys come from."""
+    """Sources of the values of keys."""
     claims: Sequence[JudgedClaim] = ()
 
     @property
     def main(self) -> TextTable:
-        """The table itself."""
+        """The main table."""
         if self.trials:
             found = trial_sheet(self.trials, self.table, self.name, self.columns)
         else:
@@ -85,14 +85,14 @@ class StudyResults:
 
     @property
     def _sorted_by(self) -> str | None:
-        """The figure that the main table is sorted by; None: the study's order."""
+        """The metric by which the main table is sorted; None: in the study's order."""
         if self.wanted.sort is None and self.wanted.top is not None:
             return self.table.output.best_by.replace("/", "_")
         return self.wanted.sort
 
     @property
     def _order(self) -> list[int]:
-        """Indices of the lines of the main table that are shown, in the order in which they are."""
+        """Indices of the lines shown in the main table, in display order."""
         figure = self._sorted_by
         records = self._all_records
         if figure is None:
@@ -107,35 +107,35 @@ class StudyResults:
 
     @property
     def agreement(self) -> list[Agreement]:
-        """How far the rows agree with the published ones."""
+        """Agreement of the rows with the published metrics."""
         return [] if self.trials else agreements(self.rows, self.columns)
 
     @property
     def judged(self) -> list[TextTable]:
-        """The agreement and the verdicts on claims, where there are any."""
+        """Tables of the agreement and of the verdicts on claims, if there are any."""
         found = [agreement_sheet(self.agreement)] if self.agreement else []
         return [*found, *([claims_sheet(self.claims, self.table.output.confidence)] if self.claims else [])]
 
     @property
     def by_epoch(self) -> list[TextTable]:
-        """The tables epoch by epoch, where the study wants any."""
+        """The per-epoch tables, if the study has any."""
         return epoch_sheets(self.rows, self.table, self.name, self.epoch_figures)
 
     @property
     def epoch_figures(self) -> list[str]:
-        """The figures of those tables."""
+        """The metrics of the per-epoch tables."""
         return [] if self.trials or self.wanted.by else figures_by_epoch(self.rows, self.table)
 
     @property
     def compared(self) -> list[TextTable]:
-        """The comparison of two rows, where one is wanted."""
+        """The comparison of two rows, if requested."""
         if self.wanted.compare is None:
             return []
         return [comparison_sheet(self.comparison, *self.wanted.compare, self.table.output.confidence)]
 
     @property
     def records(self) -> list[dict[str, object]]:
-        """The table itself for programs, sorted and cut as :attr:`main` is."""
+        """The main table for programs, sorted and truncated like :attr:`main`."""
         records = self._all_records
         return [records[index] for index in self._order]
 
@@ -147,7 +147,7 @@ class StudyResults:
 
 
 def read_outcomes(folder: StudyDirectory, wanted: TableOptions) -> StudyResults:
-    """The outcome of the study in ``folder``. Raises UserError where there is none, or no such column, key or row."""
+    """Read the results of the study in ``folder``. Raises UserError for a missing study and unknown columns, keys or rows."""
     table, results = folder.table, read_results(folder)
     columns = wanted.columns or _measured(table.output.columns, results)
     check_columns(columns)
@@ -170,14 +170,14 @@ def read_outcomes(folder: StudyDirectory, wanted: TableOptions) -> StudyResults:
 
 
 def _our_assumptions(assumptions: Mapping[str, str]) -> list[str]:
-    """The keys that the publication does not state, as a note."""
+    """Return a note with the keys that the publication does not state."""
     ours = {key: value.partition(": ")[2] for key, value in assumptions.items() if value.partition(":")[0] == "ours"}
     told = "; ".join(f"{key} ({remark})" if remark else key for key, remark in ours.items())
     return [f"Not stated by the publication, our assumption: {told}."] if told else []
 
 
 def _measured(columns: Sequence[str], results: Sequence[RunResult]) -> Sequence[str]:
-    """The study's columns without those of a split that no finished run has."""
+    """Return the study's columns without those of a split that no finished run has."""
     finished = [result for result in results if result.is_finished]
 
     def has(column: str) -> bool:
@@ -188,12 +188,12 @@ def _measured(columns: Sequence[str], results: Sequence[RunResult]) -> Sequence[
 
 
 def terminal_text(found: StudyResults) -> str:
-    """All tables for a terminal."""
+    """Format all tables for a terminal."""
     return "\n\n".join(text(part) for part in (found.main, *found.judged, *found.by_epoch, *found.compared))
 
 
 def to_json(found: StudyResults) -> dict[str, Any]:
-    """All tables for programs."""
+    """Return all tables for programs."""
     return {
         "name": found.name,
         "description": found.table.description,
@@ -210,9 +210,9 @@ def to_json(found: StudyResults) -> dict[str, Any]:
 
 
 def write_tables(found: StudyResults, folder: Path) -> list[Path]:
-    """Write table.csv, table.md, table.tex, runs.csv and, where there are tables by epoch, epochs.csv.
+    """Write table.csv, table.md, table.tex, runs.csv and, if the study has them, claims.csv and epochs.csv.
 
-    Raises UserError where that cannot be done.
+    Raises UserError if they cannot be written.
     """
     parts = [found.main, *found.judged, *found.by_epoch, *found.compared]
     files = {
@@ -234,7 +234,7 @@ def write_tables(found: StudyResults, folder: Path) -> list[Path]:
 
 
 def run_records(results: Sequence[RunResult]) -> list[dict[str, object]]:
-    """Every run with its changes and all its figures, for programs."""
+    """Return a record for each run with its changes and all its metrics."""
     return [
         {
             "row": result.member.row,

@@ -1,4 +1,4 @@
-"""What [study] says, key by key: lists of values, where each stands in the file, and which go together.
+"""Swept keys of [study]: lists of values, their positions in the file, and how they are combined.
 
 A key is written nested or dotted, as in a recipe: ``optimizer.lr = [...]`` and ``"optimizer.lr" = [...]`` are the same.
 """
@@ -16,15 +16,15 @@ from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.type_descriptions import describe_value
 
 MOST_COMBINATIONS = 100_000
-"""A grid of more is surely a mistake, and is not even counted out."""
+"""Larger grids are rejected without being enumerated, as they are almost certainly a mistake."""
 
 LONGEST_LABEL = 40
-"""Longer values are shown by their number in a row's name, in characters."""
+"""Maximum length of a value in a row's name, in characters; a longer one is shown by its index."""
 
 
 @dataclass(frozen=True)
 class LocatedValue:
-    """A value that a key takes in some runs, and its place in the study's file."""
+    """A value that a key takes in some runs, and its position in the study's file."""
 
     value: Any
     place: KeyPath
@@ -35,20 +35,20 @@ class SweptParameter:
     """A key that varies, in [study.grid] or [study.zip]."""
 
     key: str
-    """Dotted."""
+    """Dotted recipe key."""
     place: KeyPath
-    """Of the key in the study's file."""
+    """Position of the key in the study's file."""
     values: tuple[LocatedValue, ...]
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Other keys, and the values of which each must have one, else this key is left as it is."""
+    """Conditions: other keys with their allowed values; if they do not hold, this key keeps the recipe's value."""
 
 
 ParameterSet = dict[str, LocatedValue]
-"""Dotted keys with the values they have in one run."""
+"""Values in one run, by dotted key."""
 
 
 def dotted_leaves(table: Mapping[str, Any], place: KeyPath, ends: frozenset[str] = frozenset()) -> Iterator[_Leaf]:
-    """Dotted keys of a table with their values and places. A table that holds one of ``ends`` is a value."""
+    """Yield the dotted keys of a table with values and positions. A table that contains one of ``ends`` is a value."""
     for name, value in table.items():
         here = (*place, name)
         if isinstance(value, Mapping) and value and not ends & value.keys():
@@ -66,7 +66,7 @@ class _Leaf:
 
 
 def read_variables(table: Mapping[str, Any], place: KeyPath) -> tuple[list[SweptParameter], list[Issue]]:
-    """The variables of [study.grid] or [study.zip], and what is wrong with them."""
+    """Read the variables of [study.grid] or [study.zip]. Return them with the issues found."""
     variables, faults = [], []
     for leaf in dotted_leaves(table, place, frozenset({"values", "when"})):
         variable = _variable(leaf)
@@ -97,19 +97,19 @@ def _variable(leaf: _Leaf) -> SweptParameter | Issue:
 
 
 def conditions(table: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Dotted keys of a ``when`` table with the values allowed."""
+    """Return the allowed values of a ``when`` table by dotted key."""
     leaves = dotted_leaves(table, ())
     return {leaf.key: tuple(leaf.value) if isinstance(leaf.value, list) else (leaf.value,) for leaf in leaves}
 
 
 def zipped(variables: Sequence[SweptParameter]) -> list[ParameterSet]:
-    """The values in step: as many combinations as each list has values."""
+    """Combine the lists element by element: one combination per position."""
     steps = zip(*(variable.values for variable in variables), strict=True)
     return [dict(zip((v.key for v in variables), step, strict=True)) for step in steps] if variables else [{}]
 
 
 def uneven(variables: Sequence[SweptParameter]) -> Issue | None:
-    """What is wrong where the lists of [study.zip] differ in length."""
+    """Return an issue if the lists of [study.zip] differ in length."""
     lengths = {variable.key: len(variable.values) for variable in variables}
     if len(set(lengths.values())) < 2:
         return None
@@ -118,9 +118,9 @@ def uneven(variables: Sequence[SweptParameter]) -> Issue | None:
 
 
 def products(variables: Sequence[SweptParameter], fixed: Mapping[str, Any]) -> Iterator[ParameterSet]:
-    """All combinations, the last variable fastest; keys whose condition does not hold are left out, and none is twice.
+    """Yield all distinct combinations, the last variable fastest; keys whose condition does not hold are left out.
 
-    ``fixed``: dotted keys and values of the recipe otherwise, for conditions.
+    ``fixed``: the other values of the recipe by dotted key, for conditions.
     """
     seen = set()
     for values in itertools.product(*(variable.values for variable in variables)):
@@ -133,7 +133,7 @@ def products(variables: Sequence[SweptParameter], fixed: Mapping[str, Any]) -> I
 
 
 def _holding(variables: Sequence[SweptParameter], chosen: ParameterSet, fixed: Mapping[str, Any]) -> ParameterSet:
-    """The part of ``chosen`` whose conditions hold; one on a key that is left out itself does not."""
+    """Return the part of ``chosen`` whose conditions hold; a condition on a key that is left out does not hold."""
     by_key = {variable.key: variable for variable in variables}
 
     def holds(key: str) -> bool:
@@ -147,7 +147,7 @@ def _holding(variables: Sequence[SweptParameter], chosen: ParameterSet, fixed: M
 
 
 def circle(variables: Sequence[SweptParameter]) -> str | None:
-    """A key whose condition leads back to itself."""
+    """Return a key whose condition depends on itself, if there is one."""
     by_key = {variable.key: variable for variable in variables}
 
     def leads_back(key: str, way: tuple[str, ...]) -> bool:
@@ -157,24 +157,24 @@ def circle(variables: Sequence[SweptParameter]) -> str | None:
 
 
 def count_products(variables: Sequence[SweptParameter]) -> int:
-    """Combinations, before conditions leave some out."""
+    """Return the number of combinations, ignoring conditions."""
     return math.prod(len(variable.values) for variable in variables)
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal as TOML values: true is not 1."""
+    """Return whether two TOML values are equal; unlike in Python, true is not 1."""
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    """``{"a": {"b": value}}`` of the dotted key ``a.b``."""
+    """Return ``{"a": {"b": value}}`` for the dotted key ``a.b``."""
     for name in reversed(key.split(".")):
         value = {name: value}
     return dict(value)
 
 
 class RowNamer:
-    """Names of values and of the combinations they are in, for the table."""
+    """Builds row names from swept values and their combinations."""
 
     def __init__(self, variables: Iterable[SweptParameter]) -> None:
         self.variables = {variable.key: variable for variable in variables}
@@ -184,18 +184,18 @@ class RowNamer:
         }
 
     def of(self, combination: ParameterSet) -> str:
-        """``adamw, lr 0.01``: keys called name speak for themselves."""
+        """Return the name of a combination, such as ``adamw, lr 0.01``; the value of a ``name`` key stands alone."""
         return ", ".join(self._said(key, self._value(key, value)) for key, value in combination.items())
 
     def plain(self, combination: ParameterSet) -> str:
-        """The same for values that are not out of a list."""
+        """Return the name of a combination whose values do not come from a list."""
         return ", ".join(self._said(key, label(value.value)) for key, value in combination.items())
 
     def _said(self, key: str, value: str) -> str:
         return value if self.short[key] == "name" else f"{self.short[key]} {value}"
 
     def _value(self, key: str, value: LocatedValue) -> str:
-        """In words, if they tell the key's values apart, else by number."""
+        """Return the value's label if it is short and unique among the key's values, else its index as in ``#2``."""
         values = self.variables[key].values
         words = [label(each.value) for each in values]
         mine = label(value.value)
@@ -205,7 +205,7 @@ class RowNamer:
 
 
 def label(value: Any) -> str:
-    """A value as it stands in a row's name: lists of transforms by their names."""
+    """Format a value for a row's name; transforms in a list are shown by name."""
     if isinstance(value, list | tuple):
         if not value:
             return "none"

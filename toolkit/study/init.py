@@ -1,7 +1,7 @@
-"""Before a study goes on: its folder, its run directories, and whether they are this study's. Needs no torch.
+"""Set up a study before it starts or resumes: its directory, its run directories, and a check that they belong to it.
 
-A run is found by the hash of its resolved recipe among the run directories of the folder, so that nothing is trained
-twice, however the study's file was edited in between. All run directories are made here, by the controller alone.
+Needs no torch. A run is identified by the hash of its resolved recipe among the run directories, so nothing is trained
+twice however the study's file was edited. Only the controller creates run directories, and only here.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from toolkit.study.expand import ExpandedStudy, PlannedRun, StudySpec
 
 CONTROLLER = ".controller"
 LOCK_WAIT_S = 1.0
-"""Whoever looks whether a controller is there holds its lock for an instant."""
+"""Lock timeout; a status check holds the controller's lock only briefly."""
 
 
 @contextlib.contextmanager
 def study_lock(study: StudySpec) -> Iterator[StudyDirectory]:
-    """The study's folder, held by this process alone. Raises UserError where another has it or nobody can write."""
+    """Lock the study's directory. Raises UserError if another process holds it or it is not writable."""
     folder = StudyDirectory(study.folder)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -51,9 +51,9 @@ def study_lock(study: StudySpec) -> Iterator[StudyDirectory]:
 
 
 def init_study(study: StudySpec, folder: StudyDirectory, expansion: ExpandedStudy) -> list[str]:
-    """Make what is missing of the folder: study.json and a run directory for each run. Returns remarks.
+    """Create what is missing: study.json and a run directory for each run. Return messages to the user.
 
-    Raises UserError where the folder holds another study, and then leaves everything as it is.
+    Raises UserError if the directory holds another study, and then changes nothing.
     """
     remarks = check_same_study(study, folder, expansion)
     known = RunIndex(folder, study.path)
@@ -65,7 +65,7 @@ def init_study(study: StudySpec, folder: StudyDirectory, expansion: ExpandedStud
 
 
 def study_record(study: StudySpec, *, complete: bool) -> dict[str, Any]:
-    """What study.json tells besides the members."""
+    """Return the content of study.json without the members."""
     return {
         "name": study.name,
         "file": os.path.abspath(study.path),
@@ -77,32 +77,32 @@ def study_record(study: StudySpec, *, complete: bool) -> dict[str, Any]:
 
 
 def search_of(study: StudySpec) -> dict[str, Any] | None:
-    """What a search must keep from one start to the next: where it draws from, how, and the recipe around it."""
+    """Return what must stay the same when a search is resumed: its space, settings and base recipe."""
     table = study.table
     search = table.bohb or table.random
     if search is None:
         return None
-    # More trials, or more draws, continue the same search.
+    # Raising the number of trials or samples continues the same search.
     settings = search.model_dump(exclude={"trials", "runs"})
     recipe = resolved_content(study.base.model_copy(update={"study": None}))
     return {"space": table.space, "settings": settings, "recipe": recipe}
 
 
 class RunIndex:
-    """The run directories of a study's folder by the hash of their recipes."""
+    """Run directories of a study, indexed by the hash of their recipes."""
 
     def __init__(self, folder: StudyDirectory, file: str = "") -> None:
         self.folder, self.file = folder, file
         self.by_hash: dict[str, Run] = {}
         for run in runs_of(str(folder.path.parent), folder.path.name):
-            with contextlib.suppress(UserError):  # a damaged recipe is nobody's run
+            with contextlib.suppress(UserError):  # a run with a damaged recipe is ignored
                 mark = recipe_hash(run.recipe)
                 other = self.by_hash.get(mark)
                 if other is None or _progress(run) > _progress(other):
                     self.by_hash[mark] = run
 
     def member(self, planned: PlannedRun) -> StudyRun:
-        """The planned run with its run directory, which is made where there is none."""
+        """Return the planned run with its run directory, which is created if there is none."""
         run = self.by_hash.get(planned.member.hash) or self._create(planned)
         self.by_hash[planned.member.hash] = run
         return replace(planned.member, run=run.id)
@@ -115,7 +115,7 @@ class RunIndex:
 
 
 def _has_begun(run: Run) -> bool:
-    """Whether it has a finished epoch, or files that cannot be read."""
+    """Return whether the run has a finished epoch, or files that cannot be read."""
     try:
         return run.is_finished or bool(run.epochs())
     except UserError:
@@ -127,9 +127,9 @@ def _progress(run: Run) -> tuple[bool, int]:
 
 
 def check_same_study(study: StudySpec, folder: StudyDirectory, expansion: ExpandedStudy) -> list[str]:
-    """Whether study.json, if there is one, is of this study. Raises UserError where it is of another.
+    """Check that study.json, if it exists, belongs to this study; raise UserError if not. Return messages to the user.
 
-    Rows may be added and taken away; their runs stay where they are. A search must be the same.
+    Rows may be added and removed; their runs are kept. A search must be the same.
     """
     if not folder.exists:
         return []
@@ -150,7 +150,7 @@ def check_same_study(study: StudySpec, folder: StudyDirectory, expansion: Expand
 
 
 def _differences(theirs: dict[str, Any] | None, mine: dict[str, Any] | None) -> Iterator[str]:
-    """In what the search of a folder is another one."""
+    """Yield in what respects the search in the directory differs."""
     if theirs is None or mine is None:
         if theirs != mine:
             yield "runs that are listed, not searched for" if theirs is None else "a search"
@@ -164,7 +164,7 @@ def _differences(theirs: dict[str, Any] | None, mine: dict[str, Any] | None) -> 
 
 
 def _mark(content: dict[str, Any]) -> str:
-    """The hash of a recipe that was written down, with the defaults of keys that have come since."""
+    """Return the hash of a stored recipe, filling in defaults of keys added since."""
     try:
         return recipe_hash(Recipe.model_validate(content))
     except ValueError:
@@ -172,7 +172,7 @@ def _mark(content: dict[str, Any]) -> str:
 
 
 def _mark_of(folder: StudyDirectory, member: StudyRun) -> str:
-    """A member's hash by its run directory, which also a later version of the toolkit reads."""
+    """Return a member's hash from its run directory, which later versions of the toolkit can read too."""
     run = folder.run(member)
     with contextlib.suppress(UserError):
         return member.hash if run is None else recipe_hash(run.recipe)
@@ -193,7 +193,7 @@ def _other_runs(study: StudySpec, folder: StudyDirectory, gone: Iterable[StudyRu
 
 
 def study_folder(path: Path) -> StudyDirectory:
-    """The folder of a study that was begun; a UserError where there is none."""
+    """Open the directory of an existing study. Raises UserError if there is none."""
     folder = StudyDirectory(path)
-    folder.record  # noqa: B018  (says what is wrong)
+    folder.record  # noqa: B018  (raises UserError)
     return folder

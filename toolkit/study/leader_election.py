@@ -1,8 +1,8 @@
-"""A search that several processes, on nodes of their own, work on together: one of them is its controller.
+"""Leader election for a search on which several processes, on different nodes, work together.
 
-All of them train. Whoever holds the lock of the study's folder also leads the search; when that one ends, by its time
-limit say, another takes the lock and goes on with what lies in the folder, as a controller that is started again does.
-So no process has to outlive the others, and none has to wait for a controller that is still in a queue.
+All of them train. The one that holds the lock of the study's directory also controls the search; when it exits, for
+example at its time limit, another takes the lock and resumes from the directory, as a restarted controller does. So no
+process has to outlive the others, and none has to wait for a controller that is still queued.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from toolkit.study.search_driver import SearchDriver
 from toolkit.study.worker_pool import WorkerPool, WorkerSlot
 
 LEAD_S = 0.5
-"""Between two looks of the controller at its runs."""
+"""Seconds between two updates of the controller."""
 HELP_S = 2.0
-"""Between two looks of the others at the folder."""
+"""Seconds between two checks of the other processes."""
 
 
 def run_worker(
@@ -34,10 +34,10 @@ def run_worker(
     workers: int,
     log: Callable[[str], None],
 ) -> int:
-    """Train what the search assigns until it has come to its end. Exit status: 0, or 3 where it was stopped.
+    """Train the trials that the search assigns until it is finished. Return the exit status: 0, or 3 if interrupted.
 
-    ``slots`` are the places of this process, ``workers`` how many there are, at most, in all. Raises RunFailed where no
-    worker of this process can live.
+    ``slots`` are the worker slots of this process, ``workers`` the maximum number of workers in all. Raises RunFailed
+    if the workers of this process keep dying.
     """
     crew = WorkerPool(folder, slots)
     lock: Lock | None = None
@@ -64,6 +64,6 @@ def run_worker(
 
 
 def _try_become_leader(study: StudySpec, folder: StudyDirectory) -> tuple[Lock | None, SearchDriver | None]:
-    """The lock and the search where nobody else leads it."""
+    """Return the lock and the search if no other process controls it, else (None, None)."""
     lock = claim(Run(folder.path), CONTROLLER)
     return (None, None) if lock is None else (lock, SearchDriver(study, folder))

@@ -1,4 +1,4 @@
-"""Optuna as the search and the analysis use it: always in memory, made anew from what run directories say."""
+"""Optuna as used by the search and the analysis: always in memory, rebuilt from the run directories."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrialHistory:
-    """What is known of a configuration."""
+    """Measurements of a configuration."""
 
     changes: Mapping[str, Any]
     values: Mapping[int, float]
-    """Epochs -> the metric; may be empty."""
+    """Metric by number of epochs; may be empty."""
     state: Literal["running", "cut short", "complete"]
 
 
 def optuna_study(
     space: SearchSpace, trials: Iterable[TrialHistory], *, maximise: bool, sampler: BaseSampler | None
 ) -> Study:
-    """An Optuna study in memory that has seen ``trials``, in their order."""
+    """Build an in-memory Optuna study that contains ``trials`` in order."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -63,7 +63,7 @@ def _frozen(space: SearchSpace, trial: TrialHistory) -> FrozenTrial:
 
 
 def distribution(parameter: SearchParameter) -> BaseDistribution:
-    """Optuna's distribution of a parameter; of a choice, over the positions of its options (which may be tables)."""
+    """Return Optuna's distribution of a parameter; for a choice, over the indices of its options (possibly tables)."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if parameter.kind == "choice":
@@ -75,7 +75,7 @@ def distribution(parameter: SearchParameter) -> BaseDistribution:
 
 
 def suggest(trial: Trial, parameter: SearchParameter) -> Any:
-    """The value that Optuna's sampler proposes for a parameter."""
+    """Return the value that Optuna's sampler suggests for a parameter."""
     key, ends = parameter.key, parameter.values
     if parameter.kind == "choice":
         return ends[trial.suggest_categorical(key, tuple(range(len(ends))))]
@@ -89,11 +89,11 @@ def _to_optuna(parameter: SearchParameter, value: Any) -> Any:
 
 
 def tpe_sampler(table: BohbSearchConfig, seed: int) -> BaseSampler:
-    """The tree-structured Parzen estimator (Bergstra et al. 2011), over all parameters jointly as BOHB's is.
+    """Build the tree-structured Parzen estimator (Bergstra et al. 2011), joint over all parameters as in BOHB.
 
-    ``group``: parameters that only some configurations have get a model of their own. ``constant_liar``: configurations
-    that are still being trained count as poor, so that workers do not all get the same one. Every option is given,
-    since Optuna's defaults have changed; it warns of some that they will go, which pyproject.toml's bounds provide for.
+    ``group``: parameters that only some configurations have get their own model. ``constant_liar``: configurations
+    still in training count as poor, so that workers do not all get the same one. Every option is set explicitly, since
+    Optuna's defaults have changed; warnings that some will be removed are silenced, as pyproject.toml bounds the version.
     """
     from optuna.samplers import TPESampler
 
@@ -117,10 +117,10 @@ def tpe_sampler(table: BohbSearchConfig, seed: int) -> BaseSampler:
 
 
 def n_good_trials(trials: int) -> int:
-    """How many of so many trials the model takes for good ones."""
+    """Return how many trials the model treats as good."""
     return max(1, -(-15 * trials // 100))
 
 
 def equal_weights(trials: int) -> npt.NDArray[np.float64]:
-    """What each trial weighs in the model: an old one as much as a new one."""
+    """Return the weights of the trials in the model: old and new ones count the same."""
     return np.ones(trials)

@@ -1,4 +1,4 @@
-"""Figures of studies: each function takes plain values and returns a matplotlib figure, labelled, with units."""
+"""Plot types of studies: each function takes plain values and returns a labeled matplotlib figure with units."""
 
 from __future__ import annotations
 
@@ -20,58 +20,58 @@ from toolkit.report.plot_style import BLUE, CYCLE, INK, SKY, VERMILION, grid, sh
 from toolkit.study.results_table import FORMATS
 
 WIDTH, HEIGHT = 6.3, 3.8
-"""Inches: as wide as a page of text."""
+"""In inches; the width of a page of text."""
 DASHES = ("-", "--", ":", "-.")
-"""Told apart without colour too."""
+"""Line styles, so that curves can be told apart without color."""
 LINE = 64
-"""Characters of a title in one line."""
+"""Maximum number of characters per title line."""
 LEGEND_ROWS = 14
-"""More curves than this have no legend that can be read."""
+"""Maximum number of curves with a legend; more cannot be read."""
 TICKS = 8
-"""So many different values at most are all labeled on a logarithmic color scale."""
+"""Maximum number of distinct values that are all labeled on a logarithmic color scale."""
 LOG_FROM = 50.0
-"""Values of which the greatest is more than so many times the least are drawn on a logarithmic scale."""
+"""Values are plotted on a logarithmic scale if the ratio of the largest to the smallest exceeds this."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A figure after each epoch, the first epoch first."""
+    """A metric after each epoch, starting at the first."""
 
     name: str
     mean: Sequence[float]
     std: Sequence[float] = ()
-    """Over seeds, where there are several; as long as the mean."""
+    """Standard deviation over seeds, if there are several; as long as the mean."""
 
 
 @dataclass(frozen=True)
 class ParallelAxis:
-    """One vertical axis of a figure of parallel coordinates."""
+    """One vertical axis of a parallel coordinates plot."""
 
     name: str
     positions: Sequence[float | None]
-    """Of each line, from 0 to 1; None where the parameter does not count for it."""
+    """Position of each line, from 0 to 1; None if the parameter is not active for it."""
     ticks: Mapping[float, str]
 
 
 def label_of(metric: str) -> str:
-    """``val/accuracy`` as it stands beside an axis, with its unit."""
+    """Return the axis label of a metric such as ``val/accuracy``, with its unit."""
     split, kind = metric.split("/")
     words = {"train": "training", "val": "validation", "test": "test"}[split]
     return f"{words} loss (nats)" if kind == "loss" else f"{words} {kind.replace('_', ' ')} (%)"
 
 
 def scale_of(metric: str) -> float:
-    """What a figure is multiplied with for :func:`label_of`'s unit."""
+    """Return the factor that converts a metric to the unit of :func:`label_of`."""
     return FORMATS[metric.replace("/", "_")].scale
 
 
 def lightness_colormap() -> Colormap:
-    """viridis, which any colour vision orders by lightness, from light to dark; its yellow end is not seen on white."""
+    """Return viridis from light to dark, readable with any color vision; its yellow end, invisible on white, is cut."""
     return LinearSegmentedColormap.from_list("ramp", colormaps["viridis"](np.linspace(0.92, 0.0, 256)))
 
 
 def curves(curves: Sequence[Curve], metric: str, title: str) -> Figure:
-    """One line a row of the study, a band of one standard deviation where it has several seeds."""
+    """Plot one line per row of the study, with a band of one standard deviation if it has several seeds."""
     figure, axes = _epoch_axes(metric, title)
     scale = scale_of(metric)
     shades = [lightness_colormap()(x) for x in np.linspace(0, 1, len(curves))] if len(curves) > len(CYCLE) else CYCLE
@@ -91,7 +91,7 @@ def curves(curves: Sequence[Curve], metric: str, title: str) -> Figure:
 def coloured_curves(
     curves: Sequence[tuple[Any, Sequence[float]]], metric: str, key: str, title: str, *, log: bool
 ) -> Figure:
-    """Many runs' curves in one figure, each (value of the parameter, curve) coloured by the value."""
+    """Plot the curves of many runs, given as (value of the parameter, curve) and colored by the value."""
     figure, axes = _epoch_axes(metric, title)
     values = [value for value, _ in curves]
     colour = _number_colours(values, log=log) if is_numeric(values) else None
@@ -120,7 +120,7 @@ def levels(
     values: Sequence[float], validation: Sequence[tuple[float, float]], test: Sequence[tuple[float, float]],
     key: str, metric: str, title: str, *, log: bool,
 ) -> Figure:  # fmt: skip
-    """The best epoch's figure against the one parameter that varies, each (mean, standard deviation) over the seeds."""
+    """Plot the best epoch's metric, as (mean, standard deviation) over the seeds, against the parameter that varies."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     scale = scale_of(metric)
@@ -141,7 +141,7 @@ def levels(
 
 
 def importance(shares: Mapping[str, float], title: str) -> Figure:
-    """The share of each parameter in the variance of the outcome, the greatest above."""
+    """Plot the share of each parameter in the variance of the outcome, largest on top."""
     ordered = sorted(shares.items(), key=lambda item: item[1])
     figure = Figure(figsize=(WIDTH, 1.2 + 0.32 * len(ordered)), layout="constrained")
     axes = figure.subplots()
@@ -156,7 +156,7 @@ def importance(shares: Mapping[str, float], title: str) -> Figure:
 
 
 def parallel_coordinates(axes_: Sequence[ParallelAxis], outcome: Sequence[float], metric: str, title: str) -> Figure:
-    """One line a configuration through the values of its parameters, coloured by its outcome, the best ones on top."""
+    """Plot one line per configuration through its parameter values, colored by its outcome, with the best on top."""
     figure = Figure(figsize=(max(WIDTH, 1.3 * len(axes_) + 1), HEIGHT), layout="constrained")
     axes = figure.subplots()
     colour = ScalarMappable(Normalize(min(outcome), max(outcome)), lightness_colormap())
@@ -182,7 +182,7 @@ def parallel_coordinates(axes_: Sequence[ParallelAxis], outcome: Sequence[float]
 def incumbent_curve(
     searches: Mapping[str, Sequence[tuple[float, float]]], metric: str, title: str, *, cost: str = "epochs trained"
 ) -> Figure:
-    """The best value found against what was spent; each search a list of (cost, best value so far)."""
+    """Plot the best value against the cost; each search is a list of (cost, best value so far)."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     scale = scale_of(metric)
@@ -200,13 +200,13 @@ def incumbent_curve(
 
 
 def is_numeric(values: Sequence[Any]) -> bool:
-    """Whether all are numbers, of which there are different ones."""
+    """Return whether all values are numbers and not all equal."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
     return numbers and len(set(values)) > 1
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Whether a logarithmic scale shows the values better."""
+    """Return whether a logarithmic scale shows the values better."""
     return min(values) > 0 and max(values) > LOG_FROM * min(values)
 
 
@@ -216,7 +216,7 @@ def _number_colours(values: Sequence[float], *, log: bool) -> ScalarMappable:
 
 
 def _head(figure: Figure, title: str) -> None:
-    """A title over the whole figure, on as many lines as it needs: axes may be narrow."""
+    """Set a title over the whole figure, wrapped to several lines, since the axes may be narrow."""
     figure.suptitle(textwrap.fill(title, LINE), fontsize=10, parse_math=False)
 
 
@@ -236,12 +236,12 @@ def _mark(curve: Curve) -> str | None:
 
 
 def _dot(curve: Sequence[float]) -> str | None:
-    """A curve of one point is not seen without a mark."""
+    """Return a marker for a curve of one point, which is otherwise invisible."""
     return "o" if len(curve) == 1 else None
 
 
 def _legend(figure: Figure, axes: Axes, count: int) -> None:
-    """Within the axes while it is small, else beside them."""
+    """Place the legend inside the axes if it is small, else next to them."""
     legend = axes.legend() if count <= 4 else figure.legend(loc="outside right upper")
     for text in legend.get_texts():
         text.set_parse_math(False)

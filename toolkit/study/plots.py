@@ -1,4 +1,4 @@
-"""Which figures a study has, and what stands in them; drawn by :mod:`toolkit.study.plot_types`."""
+"""Plots of a study: which ones there are and their contents; drawn by :mod:`toolkit.study.plot_types`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 CURVES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
 FEWEST = 8
-"""Configurations below which the importance of parameters is not estimated."""
+"""Minimum number of configurations for estimating the importance of parameters."""
 COLOURED = 6
-"""Keys that runs' curves are coloured by, at most; each gives a figure."""
+"""Maximum number of keys by which curves are colored; each gives one figure."""
 
 
 def draw(found: StudyResults, folder: Path, log: Callable[[str], None]) -> list[Path]:
-    """Write all figures of a study as SVG and PDF into ``folder``; their paths. Raises UserError where it cannot."""
+    """Write all plots of a study to ``folder`` as SVG and PDF and return the paths. Raises UserError on failure."""
     from toolkit.report.plot_style import plot_style, save
 
     paths: list[Path] = []
@@ -40,7 +40,7 @@ def draw(found: StudyResults, folder: Path, log: Callable[[str], None]) -> list[
 
 
 def study_figures(found: StudyResults) -> Iterator[tuple[str, Figure]]:
-    """Names and figures; only those for which there are results."""
+    """Yield names and figures of the plots for which there are results."""
     if not found.trials:
         yield from row_curves(found)
     yield from curves_by_parameter(found)
@@ -55,7 +55,7 @@ def study_figures(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 
 
 def row_curves(found: StudyResults) -> Iterator[tuple[str, Figure]]:
-    """The rows of the study in one figure, for each of :data:`CURVES`."""
+    """Yield one figure with all rows of the study for each of :data:`CURVES`."""
     for metric in CURVES:
         drawn = [_curve(row, metric) for row in found.rows if row.finished]
         drawn = [curve for curve in drawn if curve.mean]
@@ -64,7 +64,7 @@ def row_curves(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 
 
 def _curve(row: ResultRow, metric: str) -> Curve:
-    """Over the epochs that all finished runs of the row trained, so that mean and band are of the same runs."""
+    """Return a row's curve over the epochs that all its finished runs have, so mean and band cover the same runs."""
     curves = [result.values(metric) for result in row.finished]
     columns = list(zip(*curves, strict=False))
     std = [statistics.stdev(column) for column in columns] if len(curves) > 1 else []
@@ -72,7 +72,7 @@ def _curve(row: ResultRow, metric: str) -> Curve:
 
 
 def curves_by_parameter(found: StudyResults) -> Iterator[tuple[str, Figure]]:
-    """All runs' curves of the figure sought, coloured by one parameter after the other."""
+    """Yield the curves of all runs for the study's metric, colored by one parameter per figure."""
     results = [result for result in found.results if result.epochs and (found.trials or result.is_finished)]
     keys = varied_keys(results)
     metric = search_metric(found.table)
@@ -88,9 +88,9 @@ def curves_by_parameter(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 
 
 def _is_logarithmic(found: StudyResults, key: str, values: Sequence[Any]) -> bool:
-    """Whether a key's values are drawn by their logarithms: as the space says, else where they go far apart.
+    """Return whether to plot a key on a logarithmic scale: as in the space, else if its values cover a wide range.
 
-    Batch sizes always are: studies double them.
+    Batch sizes always use one, since studies double them.
     """
     kind = next((parameter.kind for parameter in space_of(found).parameters if parameter.key == key), "choice")
     is_doubled = key == "train.batch_size"
@@ -100,7 +100,7 @@ def _is_logarithmic(found: StudyResults, key: str, values: Sequence[Any]) -> boo
 
 
 def level_plot(found: StudyResults) -> Iterator[tuple[str, Figure]]:
-    """Where one number alone varies (a dropout level, a flip probability): validation and test against it."""
+    """Yield validation and test metrics against the varied key if only one number varies, such as a dropout rate."""
     rows = [row for row in found.rows if row.finished]
     keys = varied_keys([row.results[0] for row in rows])
     if len(keys) != 1 or found.trials or not all(keys[0] in row.results[0].member.changes for row in rows):
@@ -128,7 +128,7 @@ def _points(rows: Sequence[ResultRow], figure: str) -> list[tuple[float, float]]
 
 
 def best_against_cost(found: StudyResults) -> Iterator[tuple[str, Figure]]:
-    """The best value found against the epochs trained."""
+    """Yield the best value so far against the epochs trained."""
     points = incumbents(found)
     metric = search_metric(found.table)
     if points:
@@ -137,9 +137,9 @@ def best_against_cost(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 
 
 def incumbents(found: StudyResults) -> list[tuple[float, float]]:
-    """(epochs trained, best value so far) after each time that a configuration was trained further.
+    """Return (epochs trained, best value so far) after each time a configuration was trained further.
 
-    Run directories do not tell when an epoch was trained: the order is that in which one worker would have done it.
+    Run directories do not record when an epoch was trained; the order is that of a single worker.
     """
     metric = search_metric(found.table)
     best: float | None = None
@@ -154,7 +154,7 @@ def incumbents(found: StudyResults) -> list[tuple[float, float]]:
 
 
 def training_order(found: StudyResults) -> list[tuple[RunResult, int, int]]:
-    """(run, epochs before, epochs after) of a search, as one worker would have trained what was trained."""
+    """Return (run, epochs before, epochs after) for a search, in the order in which a single worker would train."""
     results, metric = found.results, search_metric(found.table)
     if found.table.bohb is None:
         return [(result, 0, len(result.epochs)) for result in results]
@@ -172,7 +172,7 @@ def training_order(found: StudyResults) -> list[tuple[RunResult, int, int]]:
 
 
 class _ReplayedSearch(BohbScheduler):
-    """A search that proposes what it proposed."""
+    """A search that repeats its recorded proposals."""
 
     def __init__(self, found: StudyResults, results: Sequence[RunResult]) -> None:
         assert found.table.bohb is not None
@@ -187,7 +187,7 @@ class _ReplayedSearch(BohbScheduler):
 
 
 def space_of(found: StudyResults) -> SearchSpace:
-    """The space of a search, without its conditions, or of any other study the values that its runs have."""
+    """Return the space of a search, without conditions; for any other study, the values of its runs."""
     if found.table.space:
         return SearchSpace(tuple(read_parameters(found.table.space)), {})
     values: dict[str, list[Any]] = {}
@@ -199,9 +199,9 @@ def space_of(found: StudyResults) -> SearchSpace:
 
 
 def comparable(found: StudyResults) -> tuple[list[tuple[RunResult, float]], str]:
-    """Runs with values that compare, and what these are: of BOHB the value within the smallest budget.
+    """Return runs with comparable values and a description of them; for BOHB, the value within the smallest budget.
 
-    That all configurations have, poor ones too; those that went further were selected.
+    All configurations have that value, poor ones too; those trained further are a selection.
     """
     metric, bohb = search_metric(found.table), found.table.bohb
     if bohb is None:
@@ -215,7 +215,7 @@ def comparable(found: StudyResults) -> tuple[list[tuple[RunResult, float]], str]
 
 
 def importances(found: StudyResults) -> Iterator[tuple[str, Figure]]:
-    """The share of each parameter in the variance of the outcome."""
+    """Yield the share of each parameter in the variance of the outcome."""
     runs, what = comparable(found)
     shares = parameter_importance(found, runs)
     if shares:
@@ -224,9 +224,9 @@ def importances(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 
 
 def parameter_importance(found: StudyResults, runs: Sequence[tuple[RunResult, float]]) -> dict[str, float]:
-    """Optuna's fANOVA (Hutter et al. 2014), by parameter, from 0 to 1; empty where there are too few runs.
+    """Return Optuna's fANOVA importance (Hutter et al. 2014) per parameter, from 0 to 1; empty with too few runs.
 
-    A parameter that only some runs have is judged among those, and its name says so.
+    A parameter that only some runs have is evaluated on those runs, as noted in its name.
     """
     everywhere = {key for key in _varied(runs) if all(key in result.member.changes for result, _ in runs)}
     shares = _shares(found, runs, sorted(everywhere)) if len(runs) >= FEWEST else {}
@@ -252,13 +252,13 @@ def _shares(found: StudyResults, runs: Sequence[tuple[RunResult, float]], keys: 
 
 
 def _varied(runs: Sequence[tuple[RunResult, float]]) -> list[str]:
-    """Keys with at least two values among the runs."""
+    """Return the keys with at least two values among the runs."""
     keys = varied_keys([result for result, _ in runs])
     return [k for k in keys if len({repr(r.member.changes[k]) for r, _ in runs if k in r.member.changes}) > 1]
 
 
 def parallel(found: StudyResults) -> Iterator[tuple[str, Figure]]:
-    """Parallel coordinates of all runs whose values compare."""
+    """Yield a parallel coordinates plot of all runs with comparable values."""
     runs, what = comparable(found)
     keys = _varied(runs)
     if len(runs) < 3 or len(keys) < 2:
@@ -272,7 +272,7 @@ def parallel(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 
 
 def _axis(parameter: SearchParameter, name: str, results: Sequence[RunResult]) -> ParallelAxis:
-    """Numbers by their size (in a logarithmic range by its logarithm), anything else one after the other."""
+    """Build an axis: numbers are placed by value (or its logarithm), anything else at equal distances."""
     key = parameter.key
     values = [result.member.changes.get(key) for result in results]
     given = [value for value in values if value is not None]

@@ -1,4 +1,4 @@
-"""How far a study is: a live table on a terminal, elsewhere a line for each run that ends."""
+"""Progress display of a study: a live table on a terminal, otherwise one line per finished run."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from toolkit.study.results import best_of, higher_is_better
 
 REFRESH_S = 1.0
 SHOWN = 16
-"""Runs under way that are shown, at most."""
+"""Maximum number of running runs in the table."""
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What is known of one run."""
+    """Status of one run."""
 
     row: str
     seed: int
     state: RunState
     epoch: int
     epochs: int
-    """As the recipe says."""
+    """Number of epochs in the recipe."""
     value: float | None
-    """The best validation figure so far."""
+    """Best value of the validation metric so far."""
     test_accuracy: float | None = None
     trouble: str = ""
 
     @property
     def title(self) -> str:
-        """Row and seed."""
+        """Row name and seed."""
         return f"{self.row}, seed {self.seed}"
 
     @property
     def done(self) -> int:
-        """Epochs that need not be trained any more."""
+        """Number of epochs that need no more training."""
         return self.epochs if self.state in ("finished", "failed") else self.epoch
 
 
 class StudyProgress:
-    """What is shown of a study while it goes on."""
+    """Progress display of a running study."""
 
     def __init__(self, folder: StudyDirectory) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class StudyProgress:
         self.told = {name: seen.state for name, seen in runs.items()}
 
     def look(self) -> dict[str, RunStatus]:
-        """All runs by the names of their directories; those that have not changed are not read again."""
+        """Return the status of all runs by directory name; unchanged runs are not read again."""
         found = {}
         for member in self.folder.members:
             if member.run is not None and member.run not in found:
@@ -73,7 +73,7 @@ class StudyProgress:
         return found
 
     def _seen(self, member: StudyRun, run: Run) -> RunStatus:
-        """What a run's files say; a run whose files are damaged counts as failed."""
+        """Return a run's status from its files; a run with damaged files counts as failed."""
         try:
             return self._read(member, run)
         except UserError as error:
@@ -103,7 +103,7 @@ class StudyProgress:
         return seen
 
     def tell(self) -> None:
-        """Say which runs have ended since, a line each."""
+        """Log the runs that have ended since the last call, one line per run."""
         runs = self.look()
         ended = sum(seen.state in ("finished", "failed") for seen in runs.values())
         new = [name for name, s in runs.items() if s.state in ("finished", "failed") and self.told.get(name) != s.state]
@@ -118,14 +118,14 @@ class StudyProgress:
         return f"{seen.title}: {self.metric} {_figure(seen.value)}{test}, {seen.epoch} epochs"
 
     def log(self, text: str) -> None:
-        """One line, above the live table where there is one."""
+        """Print one line, above the live table if it is shown."""
         if self.live is not None:
             self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def headline(self, runs: dict[str, RunStatus]) -> str:
-        """How many of them are how far, time left, the best so far."""
+        """Return a summary: runs by state, time left, best value so far."""
         states = Counter(seen.state for seen in runs.values())
         told = [f"{states[state]} {state}" for state in ("finished", "failed", "running", "paused") if states[state]]
         parts = [f"{len(runs)} runs: {', '.join(told)}", *self._time_left(runs), *self._best(runs)]
@@ -139,7 +139,7 @@ class StudyProgress:
         return [f"{_duration((total - done) * spent / gained)} left"]
 
     def _epochs(self, runs: dict[str, RunStatus]) -> tuple[int, int]:
-        """Those that need not be trained any more, and all."""
+        """Return the number of epochs that need no more training, and of all epochs."""
         if self.search_epochs is not None:
             return sum(seen.epoch for seen in runs.values()), self.search_epochs
         return sum(seen.done for seen in runs.values()), sum(seen.epochs for seen in runs.values())
@@ -154,7 +154,7 @@ class StudyProgress:
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the live table where stderr is a terminal."""
+        """Show the live table while the context is active, if stderr is a terminal."""
         if not sys.stderr.isatty():
             yield
             return

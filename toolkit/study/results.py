@@ -1,4 +1,4 @@
-"""What the runs of a study came to, read from their run directories; nothing here imports torch."""
+"""Results of a study's runs, read from their run directories; imports no torch."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from toolkit.recipe.study_schema import METRICS
 from toolkit.study.directory import RunState, StudyDirectory, StudyRun, failure_of
 
 LAST = "last_"
-"""Figures of the last epoch's model; all others are of the best epoch's."""
+"""Prefix of metrics of the last epoch's model; all others belong to the best epoch."""
 
 SPENT = {"epochs": "epochs_run", "seconds": "seconds", "images_per_second": "images_per_s", "parameters": "parameters"}
-"""Figures that are the run's, not a model's, and their names in summary.json."""
+"""Metrics of the run, not of a model, and their names in summary.json."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One member of a study and what its run directory says."""
+    """One member of a study and the contents of its run directory."""
 
     member: StudyRun
     state: RunState
     figures: dict[str, float] = field(default_factory=dict)
-    """Those of :data:`METRICS` that the run has; empty unless it is finished."""
+    """The :data:`METRICS` that the run has; empty unless it is finished."""
     epochs: list[dict[str, Any]] = field(default_factory=list)
     """Records of the epochs trained so far, finished or not."""
     stopped_early: bool = False
     images: dict[str, int] = field(default_factory=dict)
-    """Images of each split."""
+    """Number of images per split."""
     trouble: str = ""
-    """Why it has no figures, where that is known."""
+    """Why it has no metrics, if known."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether it counts."""
+        """Whether the run is finished and counts."""
         return self.state == "finished"
 
     def values(self, metric: str) -> list[float]:
-        """A figure of metrics.jsonl after each epoch trained so far."""
+        """Return a metric of metrics.jsonl after each epoch trained so far."""
         return [float(record[metric]) for record in self.epochs if metric in record]
 
 
 def higher_is_better(figure: str) -> bool:
-    """Whether more of a figure is better: accuracies, not losses. Takes ``val/loss`` and ``val_loss`` alike."""
+    """Return whether higher is better: true for accuracies, not for losses. Accepts ``val/loss`` and ``val_loss``."""
     return not figure.endswith("loss")
 
 
 def best_of(values: Sequence[float], metric: str) -> float | None:
-    """The best of a metric's values; None of none."""
+    """Return the best of a metric's values; None if there are none."""
     return (max if higher_is_better(metric) else min)(values, default=None)
 
 
 def read_results(folder: StudyDirectory) -> list[RunResult]:
-    """All members of a study with what they came to, in the order of the table."""
+    """Read the results of all members of a study, in table order."""
     return [_result(folder, member) for member in folder.members]
 
 
@@ -99,6 +99,6 @@ def _figures(summary: dict[str, Any], epochs: list[dict[str, Any]]) -> dict[str,
 
 
 def _of_all_images(accuracy: float | None, summary: dict[str, Any]) -> float | None:
-    """Right answers of an epoch divided by all training images, also by those of a last batch that is dropped."""
+    """Return an epoch's correct predictions divided by all training images, including those of a dropped last batch."""
     seen, images = summary.get("images_per_epoch"), summary.get("images", {}).get("train")
     return accuracy * seen / images if accuracy is not None and seen and images else None

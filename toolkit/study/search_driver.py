@@ -1,7 +1,7 @@
-"""The controller's part of a search: asks for configurations, gives them to the workers, tells what came of them.
+"""The controller's part of a search: proposes configurations, assigns them to workers, and reports results to BOHB.
 
-All that is known of a search lies in study.json (its configurations, in their order) and in the run directories (how
-far each has come), so that a controller that died is replaced by a new one without loss.
+The complete state of a search is in study.json (its configurations, in order) and in the run directories (their
+progress), so a controller that died can be replaced without loss.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from toolkit.study.init import RunIndex, study_record
 
 
 class SearchDriver:
-    """BOHB over the runs of a study's folder. Its trial n is the n-th member of study.json."""
+    """BOHB over the runs of a study directory. Trial n is the n-th member of study.json."""
 
     def __init__(self, study: StudySpec, folder: StudyDirectory) -> None:
         assert study.table.bohb is not None
@@ -30,15 +30,15 @@ class SearchDriver:
         self.members = folder.members
         self.known = RunIndex(folder, study.path)
         self.under_way: dict[int, int] = {}
-        """Trials that are assigned, and the epoch to which."""
+        """Epoch to which each assigned trial is to be trained."""
         for assignment in self.bohb.replay([self._replayed(member) for member in self.members]):
             self._assign(assignment)
 
     def step(self, workers: int, in_all: int = 0) -> bool:
-        """Tell what has come out since, and assign as much as ``workers`` and those that help can take.
+        """Report new results, and assign enough work for ``workers`` and any external workers.
 
-        ``in_all``: so many workers may come; one assignment lies ready for the next of them. False where the search has
-        come to its end.
+        ``in_all``: how many workers may join in all; one assignment is kept ready for the next of them. Returns False
+        when the search is finished.
         """
         for trial in list(self.under_way):
             self._tell(trial)
@@ -81,7 +81,7 @@ class SearchDriver:
             del self.under_way[trial]
 
     def _assign(self, assignment: TrialBudget) -> None:
-        """Let workers have it. A new configuration gets its run directory, then its place in study.json."""
+        """Make a trial available to workers. A new configuration gets its run directory before it enters study.json."""
         is_new = assignment.trial == len(self.members)
         if is_new:
             self.members.append(self.known.member(self.study.drawn(assignment.changes)))
@@ -93,6 +93,6 @@ class SearchDriver:
 
 
 def check_search(study: StudySpec) -> None:
-    """What a search refuses before it begins. Raises UserError."""
+    """Check the settings of a search before it starts. Raises UserError."""
     if study.table.bohb is not None:
         BohbScheduler(study.table.bohb, study.space)

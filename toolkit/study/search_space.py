@@ -1,7 +1,7 @@
-"""[study.space]: from recipe keys with ranges to configurations, where some keys count only under a condition.
+"""[study.space]: a search space of recipe keys with ranges, some of which are active only under a condition.
 
 A configuration is a dictionary from dotted recipe keys to values, the *changes* of a run. A key whose condition does
-not hold is not among them: the recipe's own value stands.
+not hold is left out, so the recipe's own value applies.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ KINDS: tuple[str, ...] = get_args(Kind)
 FORMS = "{ uniform = [a, b] }, { log_uniform = [a, b] }, { integers = [a, b] } or { choice = [...] }"
 
 DIGITS = 6
-"""Significant digits of a drawn number: what a table can show, and the same on every machine."""
+"""Significant digits of a sampled number: few enough to show in a table, and the same on every machine."""
 
 
 @dataclass(frozen=True)
 class SearchParameter:
-    """One key of the space: where its values come from, and when it counts."""
+    """One key of the space: its range, and when it is active."""
 
     key: str
     """Dotted recipe key."""
     kind: Kind
     values: tuple[Any, ...]
-    """(lowest, highest), both included; of a choice its options."""
+    """(lowest, highest), both inclusive; for a choice, its options."""
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Other keys, and the values that each must have one of for this one to count."""
+    """Conditions under which the key is active: other keys, with the values that each may have."""
 
     def at(self, position: float) -> Any:
-        """The value at a position from 0 to 1 of the range; equal steps are equally probable."""
+        """Return the value at a position from 0 to 1 of the range; positions are equally probable."""
         low, high = self.values[0], self.values[-1]
         if self.kind == "choice":
             return self.values[min(int(position * len(self.values)), len(self.values) - 1)]
@@ -49,16 +49,16 @@ class SearchParameter:
         return self.rounded(low + position * (high - low))
 
     def rounded(self, value: float) -> float:
-        """``value`` with :data:`DIGITS` significant digits, within the range."""
+        """Return ``value`` rounded to :data:`DIGITS` significant digits and clipped to the range."""
         low, high = self.values
         return float(min(max(float(f"{value:.{DIGITS}g}"), low), high))
 
     def position(self, option: Any) -> int:
-        """Where a choice has an option."""
+        """Return the index of an option of a choice."""
         return next(index for index, value in enumerate(self.values) if same(value, option))
 
     def can_be(self, value: Any) -> bool:
-        """Whether the range has this value."""
+        """Return whether the range contains the value."""
         if self.kind == "choice":
             return any(same(value, option) for option in self.values)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -67,14 +67,14 @@ class SearchParameter:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All parameters, those that a condition names before those that it decides about."""
+    """All parameters, ordered so that those named in a condition come before those that depend on them."""
 
     parameters: tuple[SearchParameter, ...]
     base: Mapping[str, Any]
-    """Dotted keys and values of the recipe, for conditions on keys that do not vary."""
+    """Values of the recipe by dotted key, for conditions on keys that do not vary."""
 
     def configuration(self, choose: Callable[[SearchParameter], Any]) -> dict[str, Any]:
-        """The changes that come of ``choose``, which is asked for each parameter that counts, in order."""
+        """Return the changes that result from calling ``choose`` for each active parameter, in order."""
         changes: dict[str, Any] = {}
         for parameter in self.parameters:
             if self._counts(parameter, changes):
@@ -82,7 +82,7 @@ class SearchSpace:
         return changes
 
     def draw(self, random: np.random.Generator) -> dict[str, Any]:
-        """One configuration at random. Each parameter takes one number, counting or not, so that draws stay in step."""
+        """Sample a configuration. Each parameter uses one random number, active or not, so samples stay aligned."""
         positions = dict(zip(self.keys, random.random(len(self.parameters)).tolist(), strict=True))
         return self.configuration(lambda parameter: parameter.at(positions[parameter.key]))
 
@@ -101,9 +101,9 @@ class SearchSpace:
 
 
 def random_configurations(space: SearchSpace, count: int, seed: int) -> list[dict[str, Any]]:
-    """Up to ``count`` different configurations drawn at random; fewer only where the space has no more.
+    """Sample up to ``count`` different configurations; fewer only if the space has no more.
 
-    A longer list with the same seed begins with the shorter one.
+    With the same seed, a longer list begins with the shorter one.
     """
     random, misses = np.random.default_rng(seed), 0
     found: list[dict[str, Any]] = []
@@ -118,13 +118,13 @@ def random_configurations(space: SearchSpace, count: int, seed: int) -> list[dic
 
 
 MISSES = 100
-"""So many configurations in a row that were known already mean that a space is used up."""
+"""A space counts as exhausted after this many consecutive samples that were already known."""
 
 
 def read_space(table: Mapping[str, Any], base: Mapping[str, Any]) -> SearchSpace:
-    """The space of a [study.space] table. ``base``: dotted keys and values of the recipe it changes.
+    """Read a [study.space] table. ``base``: values of the recipe by dotted key.
 
-    Raises UserError with everything that is wrong.
+    Raises UserError with all errors.
     """
     parameters = {parameter.key: parameter for parameter in read_parameters(table)}
     faults = list(_faults_of_conditions(parameters, base))
@@ -134,7 +134,7 @@ def read_space(table: Mapping[str, Any], base: Mapping[str, Any]) -> SearchSpace
 
 
 def read_parameters(table: Mapping[str, Any]) -> list[SearchParameter]:
-    """The parameters of a [study.space] table, one by one. Raises UserError with everything that is wrong."""
+    """Read the parameters of a [study.space] table, one by one. Raises UserError with all errors."""
     faults, parameters = [], []
     for path, leaf in _leaves(table):
         key = ".".join(path)
@@ -150,7 +150,7 @@ def read_parameters(table: Mapping[str, Any]) -> list[SearchParameter]:
 
 
 def _leaves(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Key paths with what stands at their ends: a table with a known kind, or anything that is no table."""
+    """Yield key paths with their values: a table with a known kind, or anything that is not a table."""
     for key, value in table.items():
         if isinstance(value, Mapping) and value and not _is_range(value):
             yield from _leaves(value, (*path, key))
@@ -159,7 +159,7 @@ def _leaves(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def _is_range(value: Mapping[str, Any]) -> bool:
-    """Whether a table is a range, be it one that is written wrongly, and not a table of keys."""
+    """Return whether a table is a range, possibly a malformed one, and not a table of keys."""
     return any(key in KINDS for key in value) or ("when" in value and len(value) <= 2)
 
 
@@ -181,7 +181,7 @@ def _parameter(key: str, leaf: Any) -> SearchParameter:
 
 
 def _checked(kind: Kind, values: Any) -> tuple[Any, ...]:
-    """The ends of a range, or the options of a choice."""
+    """Return the checked ends of a range, or the options of a choice."""
     if not isinstance(values, list):
         raise UserError(f"{kind}: expected a list, found {values!r}")
     if kind == "choice":
@@ -216,7 +216,7 @@ def _faults_of_conditions(parameters: Mapping[str, SearchParameter], base: Mappi
 
 
 def _circle(parameters: Mapping[str, SearchParameter]) -> list[str]:
-    """Keys whose conditions lead back to the first of them, if there are any."""
+    """Return a cycle of keys whose conditions depend on each other; empty if there is none."""
 
     def follow(key: str, way: list[str]) -> list[str]:
         if key in way:
@@ -228,7 +228,7 @@ def _circle(parameters: Mapping[str, SearchParameter]) -> list[str]:
 
 
 def _in_order(parameters: Mapping[str, SearchParameter]) -> Iterator[SearchParameter]:
-    """Each parameter after those that its condition names, else in the order of the file."""
+    """Yield each parameter after those that its condition names, otherwise in file order."""
     waiting = dict(parameters)
     while waiting:
         key = next(k for k, parameter in waiting.items() if not parameter.when.keys() & waiting.keys())

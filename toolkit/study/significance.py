@@ -1,4 +1,4 @@
-"""Mean and spread over seeds, and what two rows over the same seeds say about each other."""
+"""Mean and spread over seeds, and significance tests of the difference between two rows."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 from scipy.special import bdtr, betaincinv, nctdtr, stdtr, stdtrit
 
 MOST_EXACT = 16
-"""Pairs up to which all 2^n signs are tried."""
+"""Maximum number of pairs for which all 2^n signs are enumerated."""
 
 
 @dataclass(frozen=True)
 class MeanWithInterval:
-    """A figure over the seeds of a row."""
+    """A metric over the seeds of a row."""
 
     mean: float
     n: int
-    """Runs that it is the mean of."""
+    """Number of runs."""
     std: float | None
-    """Standard deviation of one run (n - 1 in the denominator); None of one run."""
+    """Standard deviation of one run (n - 1 in the denominator); None for one run."""
     half_width: float | None
-    """Of the confidence interval of the mean, by Student's t; None of one run."""
+    """Half-width of the confidence interval of the mean, by Student's t; None for one run."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -33,7 +33,7 @@ class MeanWithInterval:
 
 
 def estimate(values: Sequence[float], confidence: float) -> MeanWithInterval:
-    """Mean, spread and confidence interval of at least one value."""
+    """Return the mean, standard deviation and confidence interval of at least one value."""
     mean, n = statistics.fmean(values), len(values)
     if n == 1:
         return MeanWithInterval(mean, 1, None, None)
@@ -42,13 +42,13 @@ def estimate(values: Sequence[float], confidence: float) -> MeanWithInterval:
 
 
 def t_quantile(confidence: float, freedom: float) -> float:
-    """t with P(|T| <= t) = ``confidence``, for so many degrees of freedom."""
+    """Return t with P(|T| <= t) = ``confidence``, for ``freedom`` degrees of freedom."""
     return float(stdtrit(freedom, (1 + confidence) / 2))
 
 
 @dataclass(frozen=True)
 class Welch:
-    """First minus second mean of two independent samples whose variances may differ (Welch 1947)."""
+    """Difference of the means (first minus second) of two independent samples with unequal variances (Welch 1947)."""
 
     difference: float
     error: float
@@ -56,16 +56,16 @@ class Welch:
     freedom: float
     """Degrees of freedom (Welch and Satterthwaite)."""
     p: float
-    """Two-sided."""
+    """Two-sided p-value."""
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """The confidence interval of the difference."""
+        """Return the confidence interval of the difference."""
         half_width = t_quantile(confidence, self.freedom) * self.error
         return self.difference - half_width, self.difference + half_width
 
 
 def welch(first: MeanWithInterval, second: MeanWithInterval) -> Welch | None:
-    """Welch's t-test of two means; None where one of them is of one run, or where neither varies."""
+    """Perform Welch's t-test of two means; return None if either has a single run, or if neither varies."""
     if first.std is None or second.std is None:
         return None
     a, b = first.std**2 / first.n, second.std**2 / second.n
@@ -79,18 +79,18 @@ def welch(first: MeanWithInterval, second: MeanWithInterval) -> Welch | None:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """First minus second, over the seeds that both have."""
+    """Paired difference, first minus second, over the seeds that both have."""
 
     difference: MeanWithInterval
     t_test: float | None
-    """Two-sided p of the paired t-test; None of one pair, and where all differences are equal."""
+    """Two-sided p-value of the paired t-test; None for one pair, or if all differences are equal."""
     exact: float | None
-    """Two-sided p of the exact permutation test of the mean difference (each pair's sign may turn); None of one pair,
-    and of more than :data:`MOST_EXACT`."""
+    """Two-sided p-value of the exact permutation test of the mean difference (each pair's sign may flip); None for one
+    pair or more than :data:`MOST_EXACT`."""
 
     @property
     def least_exact(self) -> float:
-        """The smallest p that so few pairs can have: all differences of one sign."""
+        """The smallest p-value possible with this number of pairs, when all differences have the same sign."""
         return float(min(1.0, 2.0 ** (1 - self.difference.n)))
 
 
@@ -109,7 +109,7 @@ def _t_test(difference: MeanWithInterval) -> float | None:
 
 
 def _exact(differences: Sequence[float]) -> float | None:
-    """The share of all assignments of signs whose sum is at least as far from 0 as the one seen (Fisher 1935)."""
+    """Return the share of sign assignments whose sum is at least as far from 0 as the observed one (Fisher 1935)."""
     n = len(differences)
     if not 2 <= n <= MOST_EXACT:
         return None
@@ -125,25 +125,25 @@ class McNemar:
     """Two models on the same test images: accuracy of the first minus that of the second."""
 
     first_only: int
-    """Images that only the first gets right."""
+    """Images that only the first model classifies correctly."""
     second_only: int
     images: int
 
     @property
     def difference(self) -> float:
-        """Of the two accuracies."""
+        """Difference of the two accuracies."""
         return (self.first_only - self.second_only) / self.images
 
     @property
     def p(self) -> float:
-        """Two-sided p of the exact test (McNemar 1947): binomial, each image that one alone gets right is a toss."""
+        """Two-sided p-value of the exact test (McNemar 1947): binomial over the images that one model alone gets right."""
         n = self.first_only + self.second_only
         return min(1.0, 2 * float(bdtr(min(self.first_only, self.second_only), n, 0.5)))
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """Of the difference, given how many images one alone gets right (Clopper and Pearson 1934).
+        """Return the interval of the difference, given the number of discordant images (Clopper and Pearson 1934).
 
-        It leaves out 0 exactly where p is below 1 - confidence. Where no image is of that kind it is [0, 0].
+        It excludes 0 exactly if p is below 1 - confidence. Without discordant images it is [0, 0].
         """
         k, n, tail = self.first_only, self.first_only + self.second_only, (1 - confidence) / 2
         low = float(betaincinv(k, n - k + 1, tail)) if k else 0.0
@@ -152,16 +152,16 @@ class McNemar:
 
 
 POWER = 0.8
-"""Chance of a decision that :func:`pairs_needed` asks for."""
+"""Power required by :func:`pairs_needed`."""
 
 MOST_PAIRS = 1000
 
 
 def pairs_needed(effect: float, std: float, confidence: float, *, samples: int = 1) -> int | None:
-    """Seeds with which a two-sided t-test finds ``effect`` with a chance of :data:`POWER`, if it is the true one.
+    """Return the number of seeds for a two-sided t-test to detect ``effect`` with power :data:`POWER`.
 
-    ``std`` is that of a paired difference; of two independent samples (``samples = 2``) the root of the sum of their
-    variances. None where more than :data:`MOST_PAIRS` are needed.
+    ``std`` is the standard deviation of a paired difference; for two independent samples (``samples = 2``), the square
+    root of the sum of their variances. None if more than :data:`MOST_PAIRS` are needed.
     """
     if effect == 0:
         return None

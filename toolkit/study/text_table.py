@@ -1,4 +1,4 @@
-"""A table of cells as text for a terminal, as Markdown, as LaTeX and as CSV."""
+"""Tables of text cells, formatted for a terminal, as Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from toolkit.recipe.diagnostics import printable
 
 DECLINE = "\N{DOWNWARDS ARROW}"
-"""Before the first value after a column's best one, where it is worse."""
+"""Marks the first value after a column's best one, if it is worse."""
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 BEST = "*"
-"""Before the name of the best row, where there is no bold type."""
+"""Marks the name of the best row where bold type is not available."""
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """One table, ready to be shown: plain cells, the first column's to the left and all others to the right."""
+    """A table of plain cells; the first column is left-aligned, all others right-aligned."""
 
     title: str
     head: Sequence[str]
@@ -28,18 +28,18 @@ class TextTable:
     marked: frozenset[int] = frozenset()
     """Indices of the best rows."""
     notes: Sequence[str] = ()
-    """What is to be known beside it, a sentence or more each."""
+    """Notes below the table, each of one or more sentences."""
     left: frozenset[int] = frozenset({0})
-    """Columns whose cells stand to the left."""
+    """Indices of left-aligned columns."""
 
     @property
     def has_marks(self) -> bool:
-        """Whether there is a best row."""
+        """Whether any row is marked as best."""
         return bool(self.marked)
 
 
 def text(sheet: TextTable) -> str:
-    """For a terminal; columns are aligned for wide characters too."""
+    """Format for a terminal; columns are aligned for wide characters too."""
     marks = [BEST if index in sheet.marked else " " for index in range(len(sheet.rows))] if sheet.has_marks else None
     lines = [[_line(cell) for cell in row] for row in (sheet.head, *sheet.rows)]
     if marks is not None:
@@ -53,7 +53,7 @@ def text(sheet: TextTable) -> str:
 
 
 def markdown(sheet: TextTable) -> str:
-    """GitHub's Markdown; the best row in bold."""
+    """Format as GitHub Markdown; the best rows are bold."""
     ruler = [":---" if column in sheet.left else "---:" for column in range(len(sheet.head))]
     body = [[_markdown(cell) for cell in row] for row in sheet.rows]
     body = [
@@ -66,7 +66,7 @@ def markdown(sheet: TextTable) -> str:
 
 
 def latex(sheet: TextTable) -> str:
-    """A table environment that needs the package booktabs; the best row in bold."""
+    """Format as a LaTeX table environment, which needs the booktabs package; the best rows are bold."""
     columns = "".join("l" if column in sheet.left else "r" for column in range(len(sheet.head)))
     body = [[_latex(cell) for cell in row] for row in sheet.rows]
     body = [
@@ -95,7 +95,7 @@ def latex(sheet: TextTable) -> str:
 
 
 def csv_text(records: Sequence[Mapping[str, object]]) -> str:
-    """Records as CSV, one column for each key of any of them, in the order in which they come; None is empty."""
+    """Format records as CSV, with a column for each key in order of appearance; None is empty."""
     head = list(dict.fromkeys(key for record in records for key in record))
     stream = io.StringIO(newline="")
     writer = csv.DictWriter(stream, head, restval="", lineterminator="\n")
@@ -105,7 +105,7 @@ def csv_text(records: Sequence[Mapping[str, object]]) -> str:
 
 
 def width(line: str) -> int:
-    """Columns of a terminal that a line takes: East Asian wide characters take two, combining marks none."""
+    """Return the width of a line in terminal columns: East Asian wide characters take two, combining marks none."""
     return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
                for char in line)  # fmt: skip
 
@@ -116,13 +116,13 @@ def _pad(cell: str, columns: int, is_left: bool) -> str:
 
 
 def _line(cell: str) -> str:
-    """On one line, without control characters."""
+    """Return the cell on one line, without control characters."""
     return printable(" ".join(cell.split()))
 
 
 def _markdown(cell: str) -> str:
     escaped = re.sub(r"([\\|<*`])", r"\\\1", _line(cell))
-    return escaped.replace("](", "]\\(")  # no link
+    return escaped.replace("](", "]\\(")  # prevents a link
 
 
 _LATEX = {
@@ -132,7 +132,7 @@ _LATEX = {
     DECLINE: r"$\downarrow$",
     "[": "{[}", "]": "{]}",
 }  # fmt: skip
-"""``[`` in braces: after \\\\ it would begin an argument."""
+"""``[`` is in braces: after \\\\ it would start an optional argument."""
 
 
 def _latex(cell: str) -> str:

@@ -1,6 +1,6 @@
-"""A run on several GPUs: its processes are started by torchrun, as by hand, and the worker waits for them.
+"""Training of a run on several GPUs: torchrun starts its processes, as from the command line, and the worker waits.
 
-python -m toolkit.study.torchrun RUN [EPOCH]        what each process does
+    python -m toolkit.study.torchrun RUN [EPOCH]        run by each process
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from toolkit.study.directory import clear_failure, failure_of, record_failure, t
 from toolkit.terminal import open_closed_streams
 
 OUTPUT = "launcher.txt"
-"""In the run directory: what the launcher and its processes have shown."""
+"""File in the run directory with the output of the launcher and its processes."""
 
 LOOK_EVERY_S = 0.2
 
 
 def train_with_torchrun(run: Run, processes: int, devices: Sequence[str], stop: GracefulStop) -> bool:
-    """Train a claimed run on ``processes`` processes, one on each of ``devices`` (none: on the CPU). False: it failed.
+    """Train a claimed run on ``processes`` processes, one per device (on the CPU if ``devices`` is empty).
 
-    Raises Interrupted where ``stop`` was asked for and the run has paused.
+    Return False if it failed. Raises Interrupted if ``stop`` was requested and the run has paused.
     """
     clear_failure(run)
     until = target_epoch(run)
@@ -51,7 +51,7 @@ def train_with_torchrun(run: Run, processes: int, devices: Sequence[str], stop: 
 
 
 def _wait(launcher: subprocess.Popen[bytes], run: Run, stop: GracefulStop) -> int:
-    """The launcher's exit status; a request to stop is passed on by the stop file, which all launchers let through."""
+    """Wait for the launcher and return its exit status; pass on a stop request by the stop file, as for any launcher."""
     while launcher.poll() is None:
         if stop.is_wanted():
             (run.path / STOP_FILE).touch()
@@ -60,14 +60,14 @@ def _wait(launcher: subprocess.Popen[bytes], run: Run, stop: GracefulStop) -> in
 
 
 def _die_with_parent() -> None:
-    """The launcher is told to end its processes when the worker is killed (Linux)."""
+    """Have the launcher receive SIGTERM when the worker is killed, so that it ends its processes (Linux)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def train_worker_main(path: Path, until: int | None) -> int:
-    """One of the processes: train, and leave the reason in the run directory where it fails. Exit status."""
+    """Train in one of the processes and return the exit status; an error is recorded in the run directory."""
     from toolkit.train import is_first_process
     from toolkit.training.fit import fit
 
@@ -84,7 +84,7 @@ def train_worker_main(path: Path, until: int | None) -> int:
 
 
 def main() -> None:
-    """Entry of `python -m toolkit.study.torchrun RUN [EPOCH]`."""
+    """Entry point of `python -m toolkit.study.torchrun RUN [EPOCH]`."""
     from toolkit.train import run_with_error_handling
 
     open_closed_streams()
@@ -92,7 +92,7 @@ def main() -> None:
     status = run_with_error_handling(lambda: train_worker_main(Path(sys.argv[1]), until), debug=False)
     sys.stdout.flush()
     sys.stderr.flush()
-    # To the launcher any other status is a failure: it kills the other processes and shows a page of stack traces.
+    # The launcher treats any other status as a failure, kills the other processes and prints stack traces.
     os._exit(EXIT_OK if status in (EXIT_OK, Interrupted.exit_status) else EXIT_FAILURE)
 
 

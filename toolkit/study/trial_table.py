@@ -1,4 +1,4 @@
-"""The table of a search: a line a configuration, how far it was trained and what it came to; the best first."""
+"""Table of a search: one line per configuration, with its epochs and results, best first."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ class TrialResult:
     """One configuration of a search."""
 
     trial: int
-    """Its place in the order of proposals, from 0."""
+    """Index in the order of proposals, from 0."""
     result: RunResult
     value: float | None
-    """The best epoch's; None of a configuration that was not trained yet."""
+    """Value of the best epoch; None for a configuration that was not trained yet."""
 
     @property
     def epochs(self) -> int:
-        """Trained so far."""
+        """Number of epochs trained so far."""
         return len(self.result.epochs)
 
 
 def search_metric(table: StudyConfig) -> str:
-    """What the search seeks, or what its outcomes are ordered by."""
+    """Return the metric that the search optimizes, or by which trials are ranked."""
     return table.bohb.metric if table.bohb else table.output.best_by
 
 
 def outcomes(results: Sequence[RunResult], table: StudyConfig) -> list[TrialResult]:
-    """All configurations, the best first: finished ones, then by the epochs they reached, then by their value.
+    """Rank all configurations, best first: finished ones, then by epochs reached, then by value.
 
-    A value of few epochs and one of many do not compare, which is why a configuration that was trained to the end
-    stands before one that was not; and a failed one stands last.
+    Values after few and after many epochs are not comparable, so a finished configuration comes before one that is not;
+    failed ones come last.
     """
     metric = search_metric(table)
     found = [TrialResult(i, r, best_of(r.values(metric), metric)) for i, r in enumerate(results)]
@@ -52,12 +52,12 @@ def outcomes(results: Sequence[RunResult], table: StudyConfig) -> list[TrialResu
 
 
 def varied_keys(results: Sequence[RunResult]) -> list[str]:
-    """The keys that any configuration has, in the order in which they come."""
+    """Return the keys set by any configuration, in order of appearance."""
     return list(dict.fromkeys(key for result in results for key in result.member.changes))
 
 
 def trial_sheet(found: Sequence[TrialResult], table: StudyConfig, name: str, columns: Sequence[str]) -> TextTable:
-    """The trials as cells; ``columns``: figures of finished runs, beside the value sought."""
+    """Build the table of trials. ``columns``: metrics of finished runs, in addition to the search metric."""
     metric = search_metric(table)
     sought = metric.replace("/", "_")
     keys = varied_keys([outcome.result for outcome in found])
@@ -94,7 +94,7 @@ def _notes(found: Sequence[TrialResult], table: StudyConfig) -> list[str]:
 
 
 def trial_records(found: Sequence[TrialResult], table: StudyConfig, columns: Sequence[str]) -> list[dict[str, object]]:
-    """The trials for programs, the best first."""
+    """Return the trials for programs, best first."""
     keys = varied_keys([outcome.result for outcome in found])
     return [
         {

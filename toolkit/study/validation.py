@@ -1,4 +1,4 @@
-"""What can be wrong with [study] before any run is looked at. One small function a rule."""
+"""Checks of [study] made before any run is expanded; one small function per rule."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RANGES = frozenset({"uniform", "log_uniform", "integers", "choice", "when"})
 
 
 def check_study(table: StudyConfig, given: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[Issue]:
-    """All that is wrong. ``given`` is the table as the file has it, ``base`` the recipe's dotted keys and values."""
+    """Yield all issues. ``given`` is the table as in the file, ``base`` the recipe's values by dotted key."""
     yield from _something_varies(table, given)
     yield from _figures_are_measured(table, given, base)
     yield from _search_is_whole(table)
@@ -52,7 +52,7 @@ def check_study(table: StudyConfig, given: Mapping[str, Any], base: Mapping[str,
 
 
 def check_claims(table: StudyConfig, members: Sequence[StudyRun]) -> Iterator[Issue]:
-    """What is wrong with the study's claims: rows, runs or columns that there are not."""
+    """Yield issues in the study's claims: unknown rows, runs or columns."""
     rows = list(dict.fromkeys(member.row for member in members))
     for number, claim in enumerate(table.claims):
         place: KeyPath = ("study", "claims", number)
@@ -78,7 +78,7 @@ def check_claims(table: StudyConfig, members: Sequence[StudyRun]) -> Iterator[Is
 
 
 def in_group(member: StudyRun, group: Mapping[str, Any]) -> bool:
-    """Whether the study gave a run the values of these recipe keys."""
+    """Return whether the study sets these recipe keys to the given values for a run."""
     return all(
         key in member.changes and any(same(member.changes[key], value) for value in allowed)
         for key, allowed in conditions(group).items()
@@ -96,7 +96,7 @@ def _something_varies(table: StudyConfig, given: Mapping[str, Any]) -> Iterator[
 
 
 def _figures_are_measured(table: StudyConfig, given: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[Issue]:
-    """Columns, marks and searches by figures of a split that all runs leave out."""
+    """Yield columns, marks and search metrics of a split that is empty in all runs."""
     varied = {leaf.key for form in (table.grid, table.zip, table.space) for leaf in dotted_leaves(form, ())}
     varied |= {leaf.key for row in table.rows for leaf in dotted_leaves(row.set, ())}
     output = given.get("output", {})
@@ -162,7 +162,7 @@ def _keys_vary_once(table: StudyConfig, variables: list[SweptParameter]) -> Iter
         yield from _is_of_a_run(key, place)
     for number, row in enumerate(table.rows):
         for leaf in dotted_leaves(row.set, ("study", "rows", number, "set")):
-            if not leaf.key.startswith("expected_metrics."):  # a row may state what its own runs promise
+            if not leaf.key.startswith("expected_metrics."):  # a row may state the metrics expected of its runs
                 yield from _is_of_a_run(leaf.key, leaf.place)
             if leaf.key in ("recipe.name", "recipe.run_root") or (leaf.key == "recipe.seed" and table.seeds):
                 yield Issue(f"{leaf.key} cannot vary: {FIXED[leaf.key]}", leaf.place, at="key")
@@ -172,7 +172,7 @@ def _keys_vary_once(table: StudyConfig, variables: list[SweptParameter]) -> Iter
 
 
 def homes_of(key: str, homes: Mapping[str, KeyPath]) -> str:
-    """grid or zip, by where the key varies."""
+    """Return ``grid`` or ``zip``, whichever varies the key."""
     return next(str(place[1]) for other, place in homes.items() if key == other or key.startswith(f"{other}."))
 
 
@@ -233,5 +233,5 @@ def _space_is_right(table: StudyConfig, base: Mapping[str, Any]) -> Iterator[Iss
 
 
 def _place_named(line: str) -> KeyPath:
-    """The key that a message begins with."""
+    """Return the key path at the beginning of a message."""
     return tuple(line.split(":")[0].split(" ")[0].split("."))

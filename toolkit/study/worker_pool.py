@@ -1,7 +1,7 @@
-"""Worker processes on this machine, each with its share of CPUs and GPUs; one that dies is replaced.
+"""Worker processes on this machine, each with its share of CPUs and GPUs; a worker that dies is replaced.
 
-They are forked from a server process that has imported PyTorch and done nothing else, so that a worker begins at once
-and inherits neither threads nor a CUDA context.
+They are forked from a server process that has only imported PyTorch, so that a worker starts at once and inherits
+neither threads nor a CUDA context.
 """
 
 from __future__ import annotations
@@ -25,42 +25,43 @@ from toolkit.runs import Run
 from toolkit.study.directory import StudyDirectory, claim, epochs_done, record_failure
 
 LOGS = "workers"
-"""Folder in the study's: what each worker has shown."""
+"""Subdirectory of the study with the output of each worker."""
 
 DEATHS = 3
-"""A run whose worker has died so often in a row without getting further is a failed run."""
+"""A run fails after its worker has died this many times in a row without progress."""
 
 GRACE_S = 60.0
-"""A worker without a controller has so long to write its checkpoint."""
+"""Seconds that a worker has to write its checkpoint after its controller is gone."""
 
 STOP_AGAIN_S = 2.0
-"""After so long without an end a worker is asked again."""
+"""Seconds after which a worker that has not exited is asked again."""
 
 SHARING = "TOOLKIT_RUNS_AT_ONCE"
-"""Environment variable: runs that share this machine, see :func:`toolkit.distributed.process.local_processes`."""
+"""Environment variable with the number of runs that share this machine, see
+:func:`toolkit.distributed.process.local_processes`."""
 
 
 @dataclass(frozen=True)
 class WorkerSlot:
-    """The place of one worker."""
+    """Resources of one worker."""
 
     number: int
     devices: tuple[str, ...] = ()
-    """As in CUDA_VISIBLE_DEVICES; empty: those of the machine, if any."""
+    """As in CUDA_VISIBLE_DEVICES; if empty, all GPUs of the machine, if any."""
     processes: int = 1
-    """That a run takes."""
+    """Number of processes per run."""
     gpu_share: float = 1.0
-    """Of each GPU's memory, where several runs share it."""
+    """Share of each GPU's memory, if several runs share it."""
 
 
 @dataclass
 class Worker:
-    """A worker process and what it trains."""
+    """A worker process and the run it is training."""
 
     slot: WorkerSlot
     process: multiprocessing.process.BaseProcess
     link: multiprocessing.connection.Connection
-    """Receives the names of the runs that it takes; its end tells the worker that the controller is gone."""
+    """Receives the names of the runs it claims; when this end closes, the worker knows that the controller is gone."""
     run: str | None = None
 
 
@@ -72,11 +73,11 @@ class WorkerPool:
     slots: Sequence[WorkerSlot]
     workers: dict[int, Worker] = field(default_factory=dict)
     deaths: dict[str, tuple[int, Any]] = field(default_factory=dict)
-    """By run: how often its worker has died in a row, and how far the run had come."""
+    """Per run: how many times in a row its worker has died, and the run's progress then."""
     idle_deaths: int = 0
 
     def start(self) -> None:
-        """Fill all empty places."""
+        """Start a worker for each unused slot."""
         for slot in self.slots:
             if slot.number not in self.workers:
                 self.workers[slot.number] = self._started(slot)
@@ -93,7 +94,7 @@ class WorkerPool:
         return Worker(slot, process, link)
 
     def look(self) -> list[str]:
-        """Notice workers that have ended. Returns what is to be said of them; raises RunFailed where none can live."""
+        """Reap workers that have exited and return messages about them. Raises RunFailed if they die on every start."""
         said = []
         for number, worker in list(self.workers.items()):
             with contextlib.suppress(EOFError, OSError):
@@ -131,25 +132,25 @@ class WorkerPool:
         return f"{told}, the {count}rd time in run {worker.run}, which is given up"
 
     def stop(self) -> None:
-        """Ask all workers to write a checkpoint and end, and wait for that."""
+        """Ask all workers to write a checkpoint and exit, and wait until they have."""
         while alive := [worker.process for worker in self.workers.values() if worker.process.exitcode is None]:
             for process in alive:
                 process.terminate()
-            # One that has only just begun may have missed it.
+            # A worker that has only just started may have missed the signal.
             multiprocessing.connection.wait([process.sentinel for process in alive], STOP_AGAIN_S)
 
     def wait(self, seconds: float) -> None:
-        """Until a worker ends, or for so long."""
+        """Wait until a worker exits, for at most ``seconds``."""
         multiprocessing.connection.wait([worker.process.sentinel for worker in self.workers.values()], seconds)
 
 
 def _place(run: Run) -> Any:
-    """How far a run has come, to be compared."""
+    """Return a run's progress, for comparison."""
     return epochs_done(run), sorted(path.name for path in run.checkpoints.glob("*.json"))
 
 
 def _worker(path: str, slot: WorkerSlot, sharing: int, link: multiprocessing.connection.Connection) -> None:
-    """What a worker process does."""
+    """Entry point of a worker process."""
     _show_in(Path(path) / LOGS / f"{slot.number}.txt")
     os.environ[SHARING] = str(sharing)
     if slot.devices:
@@ -172,7 +173,7 @@ def _worker(path: str, slot: WorkerSlot, sharing: int, link: multiprocessing.con
 
 
 def _show_in(path: Path) -> None:
-    """Have everything that this process shows go to a file."""
+    """Redirect the output of this process to a file."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -184,7 +185,7 @@ def _say(text: str) -> None:
 
 
 def _watch_controller(link: multiprocessing.connection.Connection) -> None:
-    """When the controller is gone: stop as on request; after a while, at once."""
+    """When the controller is gone, request a stop; exit at once if that takes longer than the grace period."""
     with contextlib.suppress(EOFError, OSError):
         link.recv()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -193,10 +194,10 @@ def _watch_controller(link: multiprocessing.connection.Connection) -> None:
 
 
 def slots_for(parallel: int | None, gpus_per_run: int, runs_per_gpu: int, devices: Sequence[str]) -> list[WorkerSlot]:
-    """The workers of this machine: ``parallel`` of them, or one for each run that its GPUs have room for.
+    """Return the worker slots of this machine: ``parallel`` of them, or as many as its GPUs have room for.
 
-    ``devices`` are the GPUs, as CUDA_VISIBLE_DEVICES names them; without any there is one worker by default. Runs of
-    several GPUs share none.
+    ``devices`` are the GPUs, as in CUDA_VISIBLE_DEVICES; without any, the default is one worker. Runs on several GPUs
+    never share one.
     """
     if not devices:
         return [WorkerSlot(number) for number in range(parallel or 1)]
@@ -211,7 +212,7 @@ def slots_for(parallel: int | None, gpus_per_run: int, runs_per_gpu: int, device
 
 
 def gpus() -> list[str]:
-    """The GPUs of this process as CUDA_VISIBLE_DEVICES names them; without starting CUDA."""
+    """Return the GPUs of this process as named in CUDA_VISIBLE_DEVICES, without initializing CUDA."""
     import torch
 
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):
