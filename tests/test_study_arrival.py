@@ -114,13 +114,13 @@ def test_a_key_that_counts_in_some_runs_only_needs_a_condition(tmp_path: Path) -
     text = '[study.grid]\nscheduler.name = ["constant", "exponential"]\nscheduler.gamma = '
     found = refusal(tmp_path, text + "[0.5, 0.9]\n")
     assert "scheduler.gamma varies (0.5, 0.9), but changes nothing in the row 'constant, gamma 0.5'" in found
-    assert "let it vary only where it counts: scheduler.gamma = { values = [...], when = { ... } }" in found
+    assert "vary it only where it has an effect: scheduler.gamma = { values = [...], when = { ... } }" in found
     assert proven(tmp_path, text + '{ values = [0.5, 0.9], when = { scheduler.name = "exponential" } }\n') == []
 
 
 def test_two_values_of_a_key_that_come_to_the_same_are_told(tmp_path: Path) -> None:
     text = '[study.grid]\noptimizer.name = ["sgd", "adam", "adamw"]\n'
-    assert proven(tmp_path, text) == ["rows 'adam' and 'adamw' come to the same training"]
+    assert proven(tmp_path, text) == ["rows 'adam' and 'adamw' are the same training"]
     assert proven(tmp_path, text, "optimizer.weight_decay=0.01") == []
 
 
@@ -165,7 +165,7 @@ def test_rows_that_come_to_the_same_are_told(tmp_path: Path) -> None:
         name = "soon"
         set.early_stopping.patience = 2
         """
-    assert proven(tmp_path, text) == ["rows 'never' and 'late' come to the same training"]
+    assert proven(tmp_path, text) == ["rows 'never' and 'late' are the same training"]
 
 
 SPACE = """

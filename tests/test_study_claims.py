@@ -150,7 +150,7 @@ def test_one_run_without_predictions_decides_nothing(tmp_path: Path, metric: str
 
 def test_a_row_that_is_not_finished_decides_nothing(tmp_path: Path) -> None:
     found = judged(tmp_path, [*run_seeds("a", [0.5, 0.6]), FakeRun("b", state="missing")])
-    assert (found["verdict"], found["reason"]) == ("undecidable", "b has no finished run with this figure")
+    assert (found["verdict"], found["reason"]) == ("undecidable", "b has no finished run with this metric")
 
 
 def test_the_power_calculation() -> None:

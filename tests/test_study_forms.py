@@ -243,7 +243,7 @@ def test_equal_rows_share_a_run_and_it_is_said(tmp_path: Path) -> None:
 def test_a_value_given_twice_is_one_row_and_it_is_said(tmp_path: Path) -> None:
     found = expanded(tmp_path, "[study.grid]\noptimizer.lr = [0.1, 0.1]\n")
     assert [run.member.row for run in found.runs] == ["lr 0.1"]
-    assert found.remarks == ["row 'lr 0.1' is there twice; it is trained once"]
+    assert found.remarks == ["row 'lr 0.1' appears twice; it is trained once"]
 
 
 def test_published_figures_find_their_runs_by_values(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_a_files_own_promise_holds_for_runs_that_change_nothing_but_the_seed(tmp
     )
     assert promised(found) == [0.98, None]
     assert found.remarks == [
-        "[expected_metrics] is about the recipe as it stands; runs that change it are not held against it"
+        "[expected_metrics] describes the unchanged recipe; runs that change it are not compared with it"
     ]
 
 
@@ -359,8 +359,8 @@ def test_reading_and_expanding_needs_no_torch(tmp_path: Path) -> None:
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "nothing varies": ("[study]\n", "[study] says nothing that varies: give one or more of rows, grid, zip"),
-    "empty grid": ("[study]\ngrid = {}\n", "study.grid is empty, so that there is no run at all"),
+    "nothing varies": ("[study]\n", "[study] varies nothing: give one or more of rows, grid, zip"),
+    "empty grid": ("[study]\ngrid = {}\n", "study.grid is empty, so there are no runs"),
     "empty rows": ("[study]\nrows = []\n", "study.rows is empty"),
     "empty list": ("[study.grid]\noptimizer.lr = []\n", "study.grid.optimizer.lr: the list is empty"),
     "no list": ("[study.grid]\noptimizer.lr = 0.1\n", "study.grid.optimizer.lr: expected a list of values, found 0.1"),
@@ -377,7 +377,7 @@ MISTAKES = {
     ),
     "row without a name": ("[[study.rows]]\nset.optimizer.lr = 0.1\n", "study.rows[0] lacks name"),
     "blank name": ('[[study.rows]]\nname = " "\n', "study.rows[0].name is blank"),
-    "same name": ('[[study.rows]]\nname = "a"\n[[study.rows]]\nname = "a"\n', "'a' is the name of row 0 already"),
+    "same name": ('[[study.rows]]\nname = "a"\n[[study.rows]]\nname = "a"\n', "'a' is already the name of row 0"),
     "row with an unknown key": ('[[study.rows]]\nname = "a"\nset.train.epoch = 3\n', "unknown key train.epoch"),
     "unequal zip": (
         "[study.zip]\noptimizer.lr = [0.1]\ntrain.epochs = [1, 2]\n",
@@ -393,12 +393,12 @@ MISTAKES = {
     ),
     "seed in grid": ("[study.grid]\nrecipe.seed = [1, 2]\n", "recipe.seed cannot vary: give study.seeds"),
     "name in grid": ('[study.grid]\nrecipe.name = ["a", "b"]\n', "recipe.name cannot vary"),
-    "slurm in grid": ("[study.grid]\nslurm.nodes = [1, 2]\n", "slurm.nodes cannot vary: [slurm] is no part of a run"),
+    "slurm in grid": ("[study.grid]\nslurm.nodes = [1, 2]\n", "slurm.nodes cannot vary: [slurm] is not part of a run"),
     "promise in grid": (
         "[study.grid]\nexpected_metrics.test_accuracy.at_least = [0.1, 0.2]\n",
-        "expected_metrics.test_accuracy.at_least cannot vary: [expected_metrics] is no part of a run",
+        "expected_metrics.test_accuracy.at_least cannot vary: [expected_metrics] is not part of a run",
     ),
-    "same seed": ("[study]\nseeds = [1, 1]\n", "study.seeds: the same seed twice"),
+    "same seed": ("[study]\nseeds = [1, 1]\n", "study.seeds: duplicate seed"),
     "no seeds": ("[study]\nseeds = 0\n", "study.seeds"),
     "unknown condition": (
         "[study.grid]\noptimizer.momentum = { values = [0.5], when = { optimizer.nam = 1 } }\n",
@@ -407,7 +407,7 @@ MISTAKES = {
     "circle": (
         "[study.grid]\ntrain.ema = { values = [0.5], when = { train.max_grad_norm = 1.0 } }\n"
         "train.max_grad_norm = { values = [1.0], when = { train.ema = 0.5 } }\n",
-        "leads back to itself",
+        "depends on itself",
     ),
     "unknown word beside values": (
         "[study.grid]\noptimizer.lr = { values = [0.1], if = 3 }\n",

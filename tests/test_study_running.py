@@ -151,7 +151,7 @@ def test_an_interrupted_study_goes_on_and_comes_out_the_same(tmp_path: Path, mon
             patch.setattr(Trainer, "_after_step", interrupting(count))
             result = toolkit("study", path)
         assert result.status == 3, result.stderr
-        assert "The same command goes on" in result.stderr
+        assert "The same command resumes it" in result.stderr
     study(path)
     assert outcomes(tmp_path / "parts") == outcomes(tmp_path / "whole")
 
@@ -318,11 +318,11 @@ def test_a_folder_with_another_study_is_left_alone(tmp_path: Path) -> None:
     kept = {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()}
     other = write_study(tmp_path, "[study.grid]\noptimizer.lr = [0.5, 0.7]\n", epochs=1, name="other.toml")
     said = study(other, status=2)
-    assert f"{study_folder(tmp_path).path} holds a study of other runs (optimizer.lr: 0.1 -> 0.5)" in said
+    assert f"{study_folder(tmp_path).path} contains a study with other runs (optimizer.lr: 0.1 -> 0.5)" in said
     assert "Give this one a recipe.name of its own" in said
     search = "[study]\nrandom.runs = 2\nspace.optimizer.lr = { uniform = [0.1, 0.2] }\n"
     said = study(write_study(tmp_path, search, epochs=1, name="search.toml"), status=2)
-    assert "holds a study with runs that are listed, not searched for" in said
+    assert "contains a study with runs that are listed, not searched for" in said
     assert {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()} == kept
 
 
@@ -331,7 +331,7 @@ def test_two_searches_of_different_spaces_do_not_share_a_folder(tmp_path: Path) 
     path = write_study(tmp_path, text.format(runs=1, high=0.2), epochs=1)
     study(path)
     write_study(tmp_path, text.format(runs=1, high=0.3), epochs=1)
-    assert "holds a study with another space" in study(path, status=2)
+    assert "contains a study with another space" in study(path, status=2)
     write_study(tmp_path, text.format(runs=2, high=0.2), epochs=1)
     study(path)
     assert [state_of(run) for _, run in runs_of(tmp_path)] == ["finished", "finished"]
@@ -366,7 +366,7 @@ def test_a_study_goes_on_where_the_recipe_language_has_got_a_key_since(
     assert outcomes(tmp_path) == before
     if record["search"]:
         said = study(path, "--set", "train.batch_size=8", status=2)
-        assert "holds a study with another recipe around the space" in said
+        assert "contains a study with another base recipe" in said
 
 
 @pytest.mark.parametrize("where", ["a file", "nowhere"])
@@ -393,7 +393,7 @@ def test_a_study_is_under_one_controller_at_a_time(tmp_path: Path) -> None:
 
     path = write_study(tmp_path, TWO, epochs=1)
     with study_lock(read_study(path)):
-        assert "is under another `toolkit study` that still runs" in study(path, status=2)
+        assert "is in use by another running `toolkit study`" in study(path, status=2)
     study(path)
 
 

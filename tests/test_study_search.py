@@ -128,8 +128,8 @@ def test_condition_on_a_key_that_does_not_vary_and_on_one_that_does_not_count() 
         ({"lr": {"uniform": [0, 1], "choice": [1]}}, "expected one of"),
         ({"n": {"integers": [1, 2.5]}}, "integers: expected two whole numbers"),
         ({"n": {"integers": [False, True]}}, "integers: expected two whole numbers"),
-        ({"n": {"choice": []}}, "choice: expected at least one value and none twice"),
-        ({"n": {"choice": [1, 2, 1]}}, "choice: expected at least one value and none twice"),
+        ({"n": {"choice": []}}, "choice: expected at least one value and no duplicates"),
+        ({"n": {"choice": [1, 2, 1]}}, "choice: expected at least one value and no duplicates"),
         ({"m": {"uniform": [0, 1], "when": {"optimizer": {"nam": "sgd"}}}}, "did you mean optimizer.name?"),
         (
             {"name": {"choice": ["sgd"]}, "m": {"uniform": [0, 1], "when": {"name": "sdg"}}},
@@ -137,7 +137,7 @@ def test_condition_on_a_key_that_does_not_vary_and_on_one_that_does_not_count() 
         ),
         (
             {"a": {"choice": [1, 2], "when": {"b": 1}}, "b": {"choice": [1, 2], "when": {"a": 1}}},
-            "conditions go in a circle: a on b on a",
+            "conditions are circular: a on b on a",
         ),
     ],
 )

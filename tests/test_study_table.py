@@ -251,10 +251,10 @@ def test_a_published_mean_is_compared_by_welchs_test(tmp_path: Path) -> None:
     shown = plain(toolkit(*arguments).stdout)
     assert "76.13 ± 0.40  75.91 ± 0.34  +0.22" in shown
     assert (
-        "a, test acc. %: the published mean is of 10 runs. Welch's t-test, measured - published over 3 and 10 runs: "
+        "a, test acc. %: the published mean is over 10 runs. Welch's t-test, measured - published over 3 and 10 runs: "
         f"+0.22, 95 % interval [-0.60, +1.05], p {theirs.pvalue:.4f}." in shown
     )
-    assert "b, test acc. %: the published mean is of 10 runs; Welch's t-test needs two runs or more here" in shown
+    assert "b, test acc. %: the published mean is over 10 runs; Welch's t-test needs at least two runs here" in shown
 
 
 def test_welchs_test_has_scipys_interval() -> None:
@@ -283,7 +283,7 @@ def test_grouping_by_a_key(tmp_path: Path) -> None:
 def test_one_run_a_row_claims_nothing(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, [FakeRun("a"), FakeRun("b")]).path
     shown = toolkit("table", folder, "--compare", "a", "b").stdout
-    assert "One run a row: no known spread; whether such a row differs from another is not known." in shown
+    assert "One run per row: no known spread; whether such a row differs from another is not known." in shown
     assert "One seed: no significance is claimed" in shown
     assert "±" not in shown
 
@@ -310,7 +310,7 @@ def test_comparison_of_two_rows_over_the_same_seeds(tmp_path: Path) -> None:
     [
         (("--compare", "a", "x"), "--compare 'x': the table has no such row"),
         (("--compare", "a", "c"), "have no finished runs with the same seed"),
-        (("--columns", "val_acuracy"), "--columns val_acuracy: there is no such figure; did you mean val_accuracy?"),
+        (("--columns", "val_acuracy"), "--columns val_acuracy: there is no such metric; did you mean val_accuracy?"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -325,7 +325,7 @@ def test_wrong_arguments(tmp_path: Path, arguments: tuple[str, ...], message: st
 def test_no_study(tmp_path: Path) -> None:
     outcome = toolkit("table", tmp_path)
     assert outcome.status == 2
-    assert "is no study's folder" in outcome.stderr
+    assert "is not a study directory" in outcome.stderr
 
 
 def test_a_damaged_run_is_shown_and_the_others_count(tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ epoch           0.1     0.2  0.3
 2            *58.40       x    -
 3            v58.00       x    -
 test acc. %   50.00   50.00    -
-*: the best epoch of the column; v: the epoch after it, where it is worse.
+*: the best epoch of the column; v: the epoch after it, if it is worse.
 x: after the last epoch of the run.
 -: no finished run: 0.3.
 
@@ -479,7 +479,7 @@ Search
   3          0.9         -  failed         1        10.00            -
 4 configurations, 1 trained to the end; 11 epochs trained in all.
 Ordered by the epochs reached, then by val/accuracy of the best epoch; never by test.
-One run a configuration: whether two configurations differ is not known; train the best with several seeds.
+One run per configuration: whether two configurations differ is not known; train the best with several seeds.
 Trial 3: failed: the loss is nan
 """
     )

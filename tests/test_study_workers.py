@@ -236,7 +236,7 @@ def test_an_assignment_says_how_far_a_run_is_trained(tmp_path: Path) -> None:
 
 def test_a_worker_by_the_command_line_helps_and_ends_with_the_study(tmp_path: Path) -> None:
     path = write_study(tmp_path, "[study]\nseeds = 2\n", epochs=1)
-    assert "is no study's folder" in toolkit("study", path, "--worker").stderr
+    assert "is not a study directory" in toolkit("study", path, "--worker").stderr
     folder = prepared(tmp_path, "[study]\nseeds = 2\n")
     assert toolkit("study", path, "--worker").status == 0
     assert all(state_of(run) == "finished" for _, run in runs_of(tmp_path))
@@ -251,16 +251,16 @@ def test_a_run_that_kills_its_worker_again_and_again_is_given_up(tmp_path: Path)
     def die() -> str:
         return found._note_death(worker_pool.Worker(WorkerSlot(0), None, None, run.id), -signal.SIGKILL)  # type: ignore[arg-type]
 
-    assert "goes on from its last checkpoint" in die()
-    assert "goes on from its last checkpoint" in die()
+    assert "resumes from its last checkpoint" in die()
+    assert "resumes from its last checkpoint" in die()
     (run.checkpoints / "0001-000000.json").write_text("{}")  # it has got further
-    assert "goes on from its last checkpoint" in die()
-    assert "goes on from its last checkpoint" in die()
+    assert "resumes from its last checkpoint" in die()
+    assert "resumes from its last checkpoint" in die()
     assert failure_of(run) is None
     assert "is given up" in die()
     failure = failure_of(run)
     assert failure is not None
-    assert "died 3 times without getting further (signal SIGKILL" in failure.line
+    assert "died 3 times without making progress (signal SIGKILL" in failure.line
     assert not is_open(run)
 
 
@@ -381,7 +381,7 @@ def test_a_run_on_two_processes_is_launched_stopped_and_resumed(tmp_path: Path) 
         assert len(run.epochs()) == 2
         set_target_epoch(run, None)
         threading.Thread(target=_stop_after, args=(run, 4, stop)).start()
-        with pytest.raises(Exception, match="goes on with the study"):
+        with pytest.raises(Exception, match="resumes with the study"):
             train_with_torchrun(run, 2, (), stop)
     assert not run.is_finished
     with GracefulStop() as stop:

@@ -95,8 +95,8 @@ def agreement_sheet(found: Sequence[Agreement]) -> TextTable:
         for one in found
     ]
     notes = [
-        "Rank correlation: Spearman's, of measured and published figures over the rows that compare.",
+        "Rank correlation: Spearman's, of measured and published metrics over the rows that can be compared.",
         "Within noise: share of the rows that differ by at most two standard deviations of one run: over its seeds if "
-        "it has several, else as published, else the binomial one of the images, which leaves out what seeds do.",
+        "it has several, else as published, else binomial over the images, which ignores the variation between seeds.",
     ]
-    return TextTable("Agreement with the published figures", head, rows, notes=notes, left=frozenset({0, 5}))
+    return TextTable("Agreement with the published metrics", head, rows, notes=notes, left=frozenset({0, 5}))

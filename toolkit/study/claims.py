@@ -125,7 +125,7 @@ def _contrast(
     a, b = _values(claim, one), _values(claim, other)
     if not a or not b:
         missing = "the first group" if not a else name
-        return Contrast(name, reason=f"{missing} has no finished run with this figure")
+        return Contrast(name, reason=f"{missing} has no finished run with this metric")
     unlike = next((r.member.not_comparable for r in (*one, *other) if r.member.not_comparable), "")
     if unlike:
         return Contrast(name, reason=f"not comparable: {unlike}")
@@ -140,7 +140,7 @@ def _contrast(
         mine, theirs = (next(r for r in runs if claim.metric in r.figures) for runs in (one, other))
         return _over_images(name, effect, rights(mine), rights(theirs), levels)
     what = "1 run each" if len(a) == len(b) == 1 else f"{len(a)} and {len(b)} runs"
-    return Contrast(name, effect, what, reason="two seeds a row or more are needed")
+    return Contrast(name, effect, what, reason="at least two seeds per row are needed")
 
 
 def _paired(claim: Claim, name: str, differences: Sequence[float], levels: tuple[float, float]) -> Contrast:
@@ -158,7 +158,7 @@ def _unpaired(
     a, b = estimate(one, levels[0]), estimate(other, levels[0])
     runs, test = f"{a.n} and {b.n} runs", welch(a, b)
     if test is None:
-        return Contrast(name, a.mean - b.mean, runs, reason="the figures do not vary")
+        return Contrast(name, a.mean - b.mean, runs, reason="the values do not vary")
     spread = math.hypot(a.std or 0.0, b.std or 0.0)
     needed = pairs_needed(test.difference - claim.margin, spread, levels[0], samples=2)
     return Contrast(name, test.difference, runs, test.interval(levels[0]), None, test.interval(levels[1]), needed)
@@ -211,8 +211,8 @@ def claims_sheet(judged: Sequence[JudgedClaim], confidence: float) -> TextTable:
         if claim.source or found.reason:
             notes.append(f"{claim.statement}: {'; '.join(filter(None, (claim.source, found.reason)))}.")
     about = (
-        "Effect: how much better, above 0, the claim's first row is; of a loss, how much less. Of several rows the "
-        "deciding one is shown. Paired (t) where the seeds are the same, and of groups other varied keys; else Welch."
+        "Effect: how much better (above 0) the claim's first row is; for a loss, how much lower. Of several rows the "
+        "deciding one is shown. Paired t-test if the seeds match (for groups, also other varied keys); else Welch's."
     )
     notes.insert(0, about)
     notes.append(

@@ -50,7 +50,7 @@ def _by_seed(row: ResultRow) -> dict[int, dict[str, float]]:
 def comparison_sheet(found: dict[str, PairedComparison], first: str, second: str, confidence: float) -> TextTable:
     """Build the table of the comparison."""
     interval = f"{confidence * 100:g} % interval"
-    head = ["figure", "pairs", "mean difference", interval, "t-test p", "permutation p"]
+    head = ["metric", "pairs", "mean difference", interval, "t-test p", "permutation p"]
     cells = [[FORMATS[c].heading, *_cells(c, comparison)] for c, comparison in found.items()]
     return TextTable(f"{first} {MINUS} {second}", head, cells, notes=_notes(list(found.values())))
 
@@ -77,12 +77,10 @@ def _notes(found: Sequence[PairedComparison]) -> list[str]:
         return ["One seed: no significance is claimed; the difference may be chance."]
     least = max(comparison.least_exact for comparison in found)
     told = [
-        "Paired over the same seeds. t-test: two-sided, takes differences for normally distributed.",
+        "Paired over the same seeds. t-test: two-sided, assumes normally distributed differences.",
         f"Permutation: exact, two-sided; with {pairs} pairs it cannot be below {p_value(least)}.",
     ]
-    return (
-        [*told, "Each figure is a test of its own: of twenty, one has p < 0.05 by chance."] if len(found) > 1 else told
-    )
+    return [*told, "Each metric is a separate test: one in twenty has p < 0.05 by chance."] if len(found) > 1 else told
 
 
 def comparison_records(found: dict[str, PairedComparison]) -> dict[str, dict[str, object]]:

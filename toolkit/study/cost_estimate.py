@@ -240,8 +240,8 @@ def _cost_text(found: StudyEstimate) -> str:
         told += f", {images:,} images, {_flops(work)}"
     seconds = found.seconds
     if seconds is None:
-        return f"{told}; no estimate of time before a run of this study is finished"
-    return f"{told}; about {_duration(seconds)} one after another, by the speed of its finished runs"
+        return f"{told}; no time estimate until a run of this study is finished"
+    return f"{told}; about {_duration(seconds)} one after another, at the speed of its finished runs"
 
 
 def _flops(count: float) -> str:

@@ -140,7 +140,7 @@ class StudyDirectory:
     def record(self) -> dict[str, Any]:
         """The content of study.json. Raises UserError if it is missing or has another version."""
         if not self.exists:
-            raise UserError(f"{self.path} is no study's folder: it has no {FILE} (toolkit study FILE makes one)")
+            raise UserError(f"{self.path} is not a study directory: it has no {FILE} (toolkit study FILE creates one)")
         record = update_metrics(read_json(self.path / FILE))
         if record.get("format") != FORMAT:
             raise UserError(f"{self.path / FILE} was written by another version of this toolkit")

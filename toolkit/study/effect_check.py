@@ -66,11 +66,11 @@ def check_parameters_have_effect(study: StudySpec, expansion: ExpandedStudy) -> 
 def _finding(dead: IneffectiveParameter) -> Issue:
     one, other = (toml_value(value) if value is not None else "not set" for value in dead.values)
     where = f" {dead.where}" if dead.where else ""
-    reason = dead.reason or "data, model, optimiser and schedule are built the same"
+    reason = dead.reason or "data, model, optimizer and schedule are built the same"
     message = f"{dead.key} varies ({one}, {other}), but changes nothing{where}: {reason}"
-    hint = "take it out of the study"
+    hint = "remove it from the study"
     if dead.where:
-        hint = f"let it vary only where it counts: {dead.key} = {{ values = [...], when = {{ ... }} }}"
+        hint = f"vary it only where it has an effect: {dead.key} = {{ values = [...], when = {{ ... }} }}"
     return Issue(message, dead.place, hint=hint, at="key")
 
 
@@ -132,7 +132,7 @@ class _EffectChecker:
 
     def _dead(self, key: str, pair: tuple[PlannedRun, PlannedRun | None], where: str = "") -> IneffectiveParameter:
         one, other = pair
-        assert other is not None, "a recipe that is no valid one counts as different"
+        assert other is not None, "an invalid recipe counts as different"
         values = _value(one, key, self.study.base_values), _value(other, key, self.study.base_values)
         places = [run.changes[key].place for run in (one, other) if key in run.changes]
         return IneffectiveParameter(key, places[0] if places else STUDY, values, self._reason(key, pair), where)
@@ -164,7 +164,7 @@ class _EffectChecker:
                 if key not in known:
                     dead.setdefault(key, self._dead(key, (one, other), f"in the row {one.member.row!r}"))
             if not idle:
-                remarks.append(f"rows {one.member.row!r} and {other.member.row!r} come to the same training")
+                remarks.append(f"rows {one.member.row!r} and {other.member.row!r} are the same training")
         return list(dead.values()), remarks
 
     def _is_idle(self, key: str, one: PlannedRun, alike: Sequence[PlannedRun], runs: Sequence[PlannedRun]) -> bool:

@@ -80,7 +80,7 @@ def _marked(
         values = (tested[name] for name in columns)
         line = [MISSING if value is None else number("test_accuracy", value) for value in values]
         cells.append([FORMATS["test_accuracy"].heading, *line])
-    told = f"{BEST}: the best epoch of the column; {DECLINE}: the epoch after it, where it is worse."
+    told = f"{BEST}: the best epoch of the column; {DECLINE}: the epoch after it, if it is worse."
     return replace(sheet, rows=cells, notes=[told, *notes])
 
 

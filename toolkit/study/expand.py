@@ -222,7 +222,7 @@ def expand(study: StudySpec) -> ExpandedStudy:
     changed = any(run.member.changes for run in found.runs) or study.table.bohb
     if changed and any("expected_metrics" in source.data for source in study.sources):
         found.remarks.append(
-            "[expected_metrics] is about the recipe as it stands; runs that change it are not held against it"
+            "[expected_metrics] describes the unchanged recipe; runs that change it are not compared with it"
         )
     return found
 
@@ -346,7 +346,7 @@ def _without_doubles(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str
         if row != run.member.row:
             remarks[f"rows {row!r} and {run.member.row!r} are the same run, which is trained once"] = None
         elif run.member.hash in hashes:
-            remarks[f"row {row!r} is there twice; it is trained once"] = None
+            remarks[f"row {row!r} appears twice; it is trained once"] = None
             continue
         kept.append(run)
         hashes.add(run.member.hash)

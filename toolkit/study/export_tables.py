@@ -147,7 +147,7 @@ class StudyResults:
 
 
 def read_outcomes(folder: StudyDirectory, wanted: TableOptions) -> StudyResults:
-    """Read the results of the study in ``folder``. Raises UserError for a missing study and unknown columns, keys or rows."""
+    """Read the results of the study in ``folder``. Raises UserError if it is missing, or a column or key is unknown."""
     table, results = folder.table, read_results(folder)
     columns = wanted.columns or _measured(table.output.columns, results)
     check_columns(columns)

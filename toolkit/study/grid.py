@@ -89,10 +89,10 @@ def _variable(leaf: _Leaf) -> SweptParameter | Issue:
         when = conditions(value.get("when", {}))
         value, place = value["values"], (*place, "values")
     if not isinstance(value, list):
-        hint = "one value for all runs stands in its own table, outside [study]"
+        hint = "a single value for all runs belongs in its own table, outside [study]"
         return Issue(f"{name}: expected a list of values, found {describe_value(value)}", leaf.place, hint=hint)
     if not value:
-        return Issue(f"{name}: the list is empty, so that there is no run at all", leaf.place)
+        return Issue(f"{name}: the list is empty, so there are no runs", leaf.place)
     return SweptParameter(leaf.key, leaf.place, tuple(LocatedValue(v, (*place, i)) for i, v in enumerate(value)), when)
 
 
@@ -114,7 +114,7 @@ def uneven(variables: Sequence[SweptParameter]) -> Issue | None:
     if len(set(lengths.values())) < 2:
         return None
     told = ", ".join(f"{key} has {length}" for key, length in lengths.items())
-    return Issue(f"study.zip: the lists must be of one length; {told} values", ("study", "zip"), at="key")
+    return Issue(f"study.zip: the lists must have the same length; {told} values", ("study", "zip"), at="key")
 
 
 def products(variables: Sequence[SweptParameter], fixed: Mapping[str, Any]) -> Iterator[ParameterSet]:

@@ -39,7 +39,7 @@ def study_lock(study: StudySpec) -> Iterator[StudyDirectory]:
         lock = acquire(folder.path / CONTROLLER, LOCK_WAIT_S, log=lambda line: print(line, file=sys.stderr))
     except Timeout:
         raise UserError(
-            f"{folder.path} is under another `toolkit study` that still runs; to help it from here: "
+            f"{folder.path} is in use by another running `toolkit study`; to join it from here: "
             f"toolkit study {study.path} --worker"
         ) from None
     except OSError as error:
@@ -136,7 +136,7 @@ def check_same_study(study: StudySpec, folder: StudyDirectory, expansion: Expand
     differences = list(_differences(folder.record["search"], search_of(study)))
     if differences:
         raise UserError(
-            f"{folder.path} holds a study with {' and '.join(differences)}. Give this one a recipe.name of its own in "
+            f"{folder.path} contains a study with {' and '.join(differences)}. Give this one its own recipe.name in "
             f"{study.path}, or move {folder.path} away"
         )
     if study.table.bohb is not None:
@@ -146,7 +146,7 @@ def check_same_study(study: StudySpec, folder: StudyDirectory, expansion: Expand
     gone = [member for member in begun if _mark_of(folder, member) not in hashes]
     if begun and len(gone) == len(begun):
         raise UserError(_other_runs(study, folder, gone, expansion))
-    return [f"{len(gone)} run(s) in {folder.path} belong to no row any more; they are left there"] if gone else []
+    return [f"{len(gone)} run(s) in {folder.path} no longer belong to any row; they are kept"] if gone else []
 
 
 def _differences(theirs: dict[str, Any] | None, mine: dict[str, Any] | None) -> Iterator[str]:
@@ -160,7 +160,7 @@ def _differences(theirs: dict[str, Any] | None, mine: dict[str, Any] | None) -> 
     if theirs["settings"] != mine["settings"]:
         yield "other settings"
     if _mark(theirs["recipe"]) != _mark(mine["recipe"]):
-        yield "another recipe around the space"
+        yield "another base recipe"
 
 
 def _mark(content: dict[str, Any]) -> str:
@@ -187,8 +187,8 @@ def _other_runs(study: StudySpec, folder: StudyDirectory, gone: Iterable[StudyRu
             changes = diff(old.recipe, expansion.runs[0].recipe)
             told = "; ".join(f"{dotted(key)}: {one!r} -> {two!r}" for key, one, two in changes[:3])
     return (
-        f"{folder.path} holds a study of other runs{f' ({told})' if told else ''}. Give this one a recipe.name of its "
-        f"own in {study.path}, or move {folder.path} away"
+        f"{folder.path} contains a study with other runs{f' ({told})' if told else ''}. Give this one its own "
+        f"recipe.name in {study.path}, or move {folder.path} away"
     )
 
 

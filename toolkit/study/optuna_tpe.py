@@ -93,7 +93,7 @@ def tpe_sampler(table: BohbSearchConfig, seed: int) -> BaseSampler:
 
     ``group``: parameters that only some configurations have get their own model. ``constant_liar``: configurations
     still in training count as poor, so that workers do not all get the same one. Every option is set explicitly, since
-    Optuna's defaults have changed; warnings that some will be removed are silenced, as pyproject.toml bounds the version.
+    Optuna's defaults have changed; its warnings of future removals are silenced, as pyproject.toml bounds the version.
     """
     from optuna.samplers import TPESampler
 

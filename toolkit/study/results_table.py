@@ -183,7 +183,7 @@ def check_columns(columns: Sequence[str]) -> None:
     """Raise UserError for an unknown metric."""
     for column in columns:
         if column not in METRICS:
-            raise UserError(f"--columns {column}: there is no such figure{nearest(column, METRICS)}")
+            raise UserError(f"--columns {column}: there is no such metric{nearest(column, METRICS)}")
 
 
 def sheet(
@@ -255,12 +255,12 @@ def _against_several(row: ResultRow, column: str, table: StudyConfig) -> list[st
     published, found = row.published_spread.get(column), row.figures.get(column)
     if published is None or row.not_comparable:
         return []
-    what = f"{row.name}, {FORMATS[column].heading}: the published mean is of {published.n} runs"
+    what = f"{row.name}, {FORMATS[column].heading}: the published mean is over {published.n} runs"
     if found is None:
         return [f"{what}."]
     test = welch(found, published)
     if test is None:
-        return [f"{what}; Welch's t-test needs two runs or more here, and figures that vary."]
+        return [f"{what}; Welch's t-test needs at least two runs here, and values that vary."]
     low, high = (number(column, end, signed=True, mean=True) for end in test.interval(table.output.confidence))
     return [
         f"{what}. Welch's t-test, measured {MINUS} published over {found.n} and {published.n} runs: "
@@ -316,7 +316,7 @@ def _about_spread(rows: Sequence[ResultRow], confidence: float, intervals: bool)
         )
         found.append(f"Mean {what} over the runs of a row.")
     if least == 1:
-        which = "Rows of one run have" if most > 1 else "One run a row:"
+        which = "Rows of one run have" if most > 1 else "One run per row:"
         found.append(f"{which} no known spread; whether such a row differs from another is not known.")
     return found
 

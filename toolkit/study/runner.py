@@ -40,7 +40,7 @@ class StudySession:
             status = self._by_crew() if len(self.slots) > 1 else self._alone(self.slots[0])
         self.board.tell()
         if status == EXIT_INTERRUPTED:
-            print(f"stopped; {self.board.headline(self.board.look())}. The same command goes on", file=sys.stderr)
+            print(f"stopped; {self.board.headline(self.board.look())}. The same command resumes it", file=sys.stderr)
             return status
         return EXIT_FAILURE if any(seen.state == "failed" for seen in self.board.look().values()) else EXIT_OK
 

@@ -167,11 +167,11 @@ def _parameter(key: str, leaf: Any) -> SearchParameter:
     if not isinstance(leaf, Mapping):
         last = key.rsplit(".", 1)[-1]
         near = difflib.get_close_matches(last, KINDS, 1)
-        hint = f"; did you mean {near[0]}?" if near else "; a list of values is { choice = [...] }"
+        hint = f"; did you mean {near[0]}?" if near else "; write a list of values as { choice = [...] }"
         raise UserError(f"expected {FORMS}{hint if isinstance(leaf, list) else ''}")
     kinds = [name for name in leaf if name != "when"]
     if len(kinds) != 1 or kinds[0] not in KINDS:
-        raise UserError(f"expected one of {FORMS}, and when = {{...}} beside it; found {', '.join(leaf) or 'nothing'}")
+        raise UserError(f"expected one of {FORMS}, and optionally when = {{...}}; found {', '.join(leaf) or 'nothing'}")
     kind: Any = kinds[0]
     values = _checked(kind, leaf[kind])
     when = leaf.get("when", {})
@@ -186,7 +186,7 @@ def _checked(kind: Kind, values: Any) -> tuple[Any, ...]:
         raise UserError(f"{kind}: expected a list, found {values!r}")
     if kind == "choice":
         if not values or any(same(a, b) for i, a in enumerate(values) for b in values[:i]):
-            raise UserError(f"choice: expected at least one value and none twice, found {values!r}")
+            raise UserError(f"choice: expected at least one value and no duplicates, found {values!r}")
         return tuple(values)
     number = int if kind == "integers" else (int, float)
     numbers = all(isinstance(v, number) and not isinstance(v, bool) and math.isfinite(v) for v in values)
@@ -212,7 +212,7 @@ def _faults_of_conditions(parameters: Mapping[str, SearchParameter], base: Mappi
                 yield f"{start}: neither the space nor the recipe has this key{hint}"
     circle = _circle(parameters)
     if circle:
-        yield f"study.space: conditions go in a circle: {' on '.join(circle)}"
+        yield f"study.space: conditions are circular: {' on '.join(circle)}"
 
 
 def _circle(parameters: Mapping[str, SearchParameter]) -> list[str]:

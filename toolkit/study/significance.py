@@ -136,7 +136,7 @@ class McNemar:
 
     @property
     def p(self) -> float:
-        """Two-sided p-value of the exact test (McNemar 1947): binomial over the images that one model alone gets right."""
+        """Two-sided p-value of the exact test (McNemar 1947), binomial over images that only one model has right."""
         n = self.first_only + self.second_only
         return min(1.0, 2 * float(bdtr(min(self.first_only, self.second_only), n, 0.5)))
 

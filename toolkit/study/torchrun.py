@@ -1,6 +1,6 @@
 """Training of a run on several GPUs: torchrun starts its processes, as from the command line, and the worker waits.
 
-    python -m toolkit.study.torchrun RUN [EPOCH]        run by each process
+python -m toolkit.study.torchrun RUN [EPOCH]        run by each process
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def train_with_torchrun(run: Run, processes: int, devices: Sequence[str], stop: 
         )
         status = _wait(launcher, run, stop)
     if stop.is_wanted() and not run.is_finished:
-        raise Interrupted(f"stopped; {run.path} goes on with the study")
+        raise Interrupted(f"stopped; {run.path} resumes with the study")
     if status != EXIT_OK and failure_of(run) is None:
-        record_failure(run, f"its processes ended with status {status}; {run.path / OUTPUT} has what they said")
+        record_failure(run, f"its processes exited with status {status}; see {run.path / OUTPUT}")
     return failure_of(run) is None
 
 
 def _wait(launcher: subprocess.Popen[bytes], run: Run, stop: GracefulStop) -> int:
-    """Wait for the launcher and return its exit status; pass on a stop request by the stop file, as for any launcher."""
+    """Wait for the launcher and return its exit status; pass on a stop request by the stop file."""
     while launcher.poll() is None:
         if stop.is_wanted():
             (run.path / STOP_FILE).touch()

@@ -87,7 +87,7 @@ def _notes(found: Sequence[TrialResult], table: StudyConfig) -> list[str]:
     told = [
         f"{len(found)} configurations, {finished} trained to the end; {spent:,} epochs trained in all.",
         f"Ordered by the epochs reached, then by {search_metric(table)} of the best epoch; never by test.",
-        "One run a configuration: whether two configurations differ is not known; train the best with several seeds.",
+        "One run per configuration: whether two configurations differ is not known; train the best with several seeds.",
     ]
     told += [table.note] if table.note else []
     return told + [f"Trial {o.trial}: {o.result.state}: {o.result.trouble}" for o in found if o.result.trouble]

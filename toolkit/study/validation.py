@@ -25,8 +25,8 @@ from toolkit.study.grid import (
 FORMS = ("rows", "grid", "zip", "seeds", "random", "bohb")
 FIXED = {
     "recipe.name": "it is the study's name, which all its runs share",
-    "recipe.run_root": "all runs of a study lie in one folder",
-    "recipe.seed": "give study.seeds = [0, 1, 2], so that the table has mean and deviation over them",
+    "recipe.run_root": "all runs of a study are in one directory",
+    "recipe.seed": "give study.seeds = [0, 1, 2], so that the table has mean and standard deviation over them",
 }
 """Keys that cannot vary, and why."""
 
@@ -57,7 +57,7 @@ def check_claims(table: StudyConfig, members: Sequence[StudyRun]) -> Iterator[Is
     for number, claim in enumerate(table.claims):
         place: KeyPath = ("study", "claims", number)
         if table.bohb is not None or table.random is not None:
-            yield Issue("study.claims: a search has no rows that are known beforehand", place, at="key")
+            yield Issue("study.claims: the rows of a search are not known in advance", place, at="key")
             return
         if claim.metric not in table.output.columns:
             hint = "add it to study.output.columns"
@@ -88,10 +88,10 @@ def in_group(member: StudyRun, group: Mapping[str, Any]) -> bool:
 def _something_varies(table: StudyConfig, given: Mapping[str, Any]) -> Iterator[Issue]:
     for form in ("rows", "grid", "zip", "space"):
         if form in given and not given[form]:
-            yield Issue(f"study.{form} is empty, so that there is no run at all", ("study", form), at="key")
+            yield Issue(f"study.{form} is empty, so there are no runs", ("study", form), at="key")
     if not any(form in given for form in (*FORMS, "space")):
         hint = 'for example [study.grid] with optimizer.lr = [0.1, 0.01], or [[study.rows]] with name = "..."'
-        message = f"[study] says nothing that varies: give one or more of {', '.join(FORMS)}"
+        message = f"[study] varies nothing: give one or more of {', '.join(FORMS)}"
         yield Issue(message, ("study",), hint=hint, at="key")
 
 
@@ -112,7 +112,7 @@ def _figures_are_measured(table: StudyConfig, given: Mapping[str, Any], base: Ma
         for path, figure in named:
             if figure.removeprefix("last_").replace("/", "_").startswith(f"{short}_"):
                 message = f"{path[1]}.{path[2]}: no run has {figure}, since {key} = 0"
-                yield Issue(f"study.{message}", path, hint=f"take a training figure, or give {key} another value")
+                yield Issue(f"study.{message}", path, hint=f"use a training metric, or give {key} another value")
 
 
 def _search_is_whole(table: StudyConfig) -> Iterator[Issue]:
@@ -139,14 +139,14 @@ def _rows_have_own_names(table: StudyConfig) -> Iterator[Issue]:
         if not name.strip():
             yield Issue(f"study.rows[{number}].name is blank", ("study", "rows", number, "name"))
         elif name in names[:number]:
-            message = f"study.rows[{number}].name: {name!r} is the name of row {names.index(name)} already"
+            message = f"study.rows[{number}].name: {name!r} is already the name of row {names.index(name)}"
             yield Issue(message, ("study", "rows", number, "name"))
 
 
 def _seeds_differ(table: StudyConfig) -> Iterator[Issue]:
     seeds = table.seeds
     if isinstance(seeds, list) and len(set(seeds)) < len(seeds):
-        yield Issue("study.seeds: the same seed twice", ("study", "seeds"))
+        yield Issue("study.seeds: duplicate seed", ("study", "seeds"))
 
 
 def _keys_vary_once(table: StudyConfig, variables: list[SweptParameter]) -> Iterator[Issue]:
@@ -179,7 +179,7 @@ def homes_of(key: str, homes: Mapping[str, KeyPath]) -> str:
 def _is_of_a_run(key: str, place: KeyPath) -> Iterator[Issue]:
     table = key.split(".")[0]
     if table in ("study", "slurm", "extends", "expected_metrics"):
-        yield Issue(f"{key} cannot vary: [{table}] is no part of a run", place, at="key")
+        yield Issue(f"{key} cannot vary: [{table}] is not part of a run", place, at="key")
 
 
 def _conditions_can_hold(
@@ -189,7 +189,7 @@ def _conditions_can_hold(
     known = [*(v.key for v in grid), *(v.key for v in zip_), *rows, *base]
     for variable in zip_:
         if variable.when:
-            yield Issue(f"{variable.key}: a list of study.zip has no condition", variable.place, at="key")
+            yield Issue(f"{variable.key}: a list in study.zip cannot have a condition", variable.place, at="key")
     for variable in grid:
         for key in variable.when:
             if key not in known:
@@ -198,7 +198,7 @@ def _conditions_can_hold(
                 yield Issue(f"{variable.key}: when {key}: no such key", (*variable.place, "when"), hint=hint)
     looped = circle(grid)
     if looped:
-        yield Issue(f"study.grid: the condition of {looped} leads back to itself", ("study", "grid"), at="key")
+        yield Issue(f"study.grid: the condition of {looped} depends on itself", ("study", "grid"), at="key")
     for number, item in enumerate(table.published):
         for key in conditions(item.where):
             if key not in known:
@@ -217,7 +217,7 @@ def _size_is_sane(table: StudyConfig, grid: list[SweptParameter], zip_: list[Swe
     seeds = table.seeds if isinstance(table.seeds, int) else len(table.seeds or [1])
     count = max(1, len(table.rows)) * steps * count_products(grid) * seeds
     if count > MOST_COMBINATIONS:
-        message = f"study: {count:,} combinations; more than {MOST_COMBINATIONS:,} are never trained"
+        message = f"study: {count:,} combinations; the limit is {MOST_COMBINATIONS:,}"
         yield Issue(message, ("study", "grid"), hint="shorten the lists, or search: [study.random]", at="key")
 
 

@@ -115,7 +115,7 @@ class WorkerPool:
         if worker.run is None:
             self.idle_deaths += 1
             if self.idle_deaths >= DEATHS:
-                raise RunFailed(f"{told} before it took a run; {self.folder.path / LOGS} has what it said")
+                raise RunFailed(f"{told} before it claimed a run; see {self.folder.path / LOGS}")
             return told
         self.idle_deaths = 0
         run = Run(self.folder.path / worker.run)
@@ -124,10 +124,10 @@ class WorkerPool:
         count = count + 1 if place == before else 1
         self.deaths[worker.run] = (count, place)
         if count < DEATHS:
-            return f"{told}; its run {worker.run} goes on from its last checkpoint"
+            return f"{told}; its run {worker.run} resumes from its last checkpoint"
         lock = claim(run)
         if lock is not None:
-            record_failure(run, f"its worker has died {count} times without getting further ({how}; out of memory?)")
+            record_failure(run, f"its worker has died {count} times without making progress ({how}; out of memory?)")
             lock.release()
         return f"{told}, the {count}rd time in run {worker.run}, which is given up"
 
@@ -159,7 +159,7 @@ def _worker(path: str, slot: WorkerSlot, sharing: int, link: multiprocessing.con
     from toolkit.study.worker import trainer, worker_loop
 
     def before(run: Run) -> None:
-        _say(f"takes {run.id}")
+        _say(f"claimed {run.id}")
         link.send(run.id)
 
     _say(f"worker {slot.number}, process {os.getpid()} on {os.uname().nodename}, GPUs {', '.join(slot.devices) or '-'}")
