@@ -319,7 +319,7 @@ def test_a_folder_with_another_study_is_left_alone(tmp_path: Path) -> None:
     other = write_study(tmp_path, "[study.grid]\noptimizer.lr = [0.5, 0.7]\n", epochs=1, name="other.toml")
     said = study(other, status=2)
     assert f"{study_folder(tmp_path).path} contains a study with other runs (optimizer.lr: 0.1 -> 0.5)" in said
-    assert "Give this one a recipe.name of its own" in said
+    assert "Give this one its own recipe.name" in said
     search = "[study]\nrandom.runs = 2\nspace.optimizer.lr = { uniform = [0.1, 0.2] }\n"
     said = study(write_study(tmp_path, search, epochs=1, name="search.toml"), status=2)
     assert "contains a study with runs that are listed, not searched for" in said

@@ -2,7 +2,7 @@
 
 Nothing is trained or written here. A controller asks for assignments, has runs trained, and reports their results:
 
-    search = Bohb(table, space)
+    search = BohbScheduler(table, space)
     while (assignment := search.ask()) is not None:
         values = ...train configuration ``assignment.changes`` until epoch ``assignment.until_epoch``...
         search.tell(assignment.trial, values)

@@ -72,7 +72,7 @@ def _marked(
     for place, column in enumerate(columns.values(), 1):
         if not column:
             continue
-        best = max(range(len(column)), key=lambda epoch: sign * column[epoch])  # the first of equals
+        best = max(range(len(column)), key=lambda epoch: sign * column[epoch])  # the first if tied
         cells[best][place] = f"{BEST}{cells[best][place]}"
         if best + 1 < len(column) and sign * column[best + 1] < sign * column[best]:
             cells[best + 1][place] = f"{DECLINE}{cells[best + 1][place]}"
