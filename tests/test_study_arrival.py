@@ -120,7 +120,7 @@ def test_a_key_that_counts_in_some_runs_only_needs_a_condition(tmp_path: Path) -
 
 def test_two_values_of_a_key_that_come_to_the_same_are_told(tmp_path: Path) -> None:
     text = '[study.grid]\noptimizer.name = ["sgd", "adam", "adamw"]\n'
-    assert proven(tmp_path, text) == ["rows 'adam' and 'adamw' are the same training"]
+    assert proven(tmp_path, text) == ["rows 'adam' and 'adamw' train identically"]
     assert proven(tmp_path, text, "optimizer.weight_decay=0.01") == []
 
 
@@ -165,7 +165,7 @@ def test_rows_that_come_to_the_same_are_told(tmp_path: Path) -> None:
         name = "soon"
         set.early_stopping.patience = 2
         """
-    assert proven(tmp_path, text) == ["rows 'never' and 'late' are the same training"]
+    assert proven(tmp_path, text) == ["rows 'never' and 'late' train identically"]
 
 
 SPACE = """

@@ -104,8 +104,8 @@ class BohbScheduler:
     def tell(self, trial: int, values: Sequence[float], *, ended: bool = False) -> None:
         """Report a trial's results: the metric after each epoch, starting at the first.
 
-        ``ended``: the run has finished, possibly with fewer epochs than requested (early stopping). A trial that has
-        not reached its budget stays assigned.
+        ``ended``: the run has finished, possibly with fewer epochs than requested (early stopping). Otherwise a trial
+        that has not reached its budget stays assigned.
         """
         tried = self.trials[trial]
         tried.values = list(values)

@@ -29,7 +29,7 @@ class Contrast:
 
     than: str
     effect: float | None = None
-    """None if a group has no finished run."""
+    """Difference of the groups; None if one has no finished run."""
     runs: str = ""
     """The runs compared: ``3 pairs``, ``2 and 3 runs``, ``1 run each``."""
     over_seeds: Interval | None = None

@@ -39,7 +39,7 @@ class RunCost:
     flops: float
     """Floating point operations per image, forward and backward."""
     seconds_per_image: float | None
-    """Measured on runs with the same model and batch size; None if there are none."""
+    """Training time per image, measured on runs with the same model and batch size; None if there are none."""
 
     @property
     def arithmetic(self) -> float | None:
@@ -74,7 +74,7 @@ class StudyEstimate:
 
     @property
     def costs(self) -> list[RunCost]:
-        """Costs of what is left."""
+        """Costs of the unfinished runs, or of the rest of a search."""
         return [line.cost for line in self.left] if self.search is None else [self.search]
 
     @property

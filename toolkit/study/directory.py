@@ -172,7 +172,7 @@ class StudyDirectory:
 
     @property
     def has_search(self) -> bool:
-        """Whether the study is a search, which adds members while it runs."""
+        """Whether the study is a search (with bohb, members are added while it runs)."""
         return self.record["search"] is not None
 
     @property

@@ -1,4 +1,4 @@
-"""Check that varied values take effect: each varied key must change what is built, before a study starts.
+"""Check that varied values take effect: before a study starts, each varied key must change what is built.
 
 A grid over a value that is never read yields a table of noise. (In the public notebook behind two published tables,
 the grid varies the weight decay while the optimizer is given a constant.) So every key is tested: two runs that differ
@@ -164,7 +164,7 @@ class _EffectChecker:
                 if key not in known:
                     dead.setdefault(key, self._dead(key, (one, other), f"in the row {one.member.row!r}"))
             if not idle:
-                remarks.append(f"rows {one.member.row!r} and {other.member.row!r} are the same training")
+                remarks.append(f"rows {one.member.row!r} and {other.member.row!r} train identically")
         return list(dead.values()), remarks
 
     def _is_idle(self, key: str, one: PlannedRun, alike: Sequence[PlannedRun], runs: Sequence[PlannedRun]) -> bool:

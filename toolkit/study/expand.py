@@ -1,4 +1,4 @@
-"""Expand a study's file into its runs: rows x zip x grid x seeds, each a complete recipe, checked like any other.
+"""Expansion of a study's file into its runs: rows x zip x grid x seeds, each a complete recipe, checked like any other.
 
 Needs no torch. All errors of all runs are reported at once, at their positions in the study's file.
 """

@@ -1,4 +1,4 @@
-"""Set up a study before it starts or resumes: its directory, its run directories, and a check that they belong to it.
+"""Setup of a study before it starts or resumes: its directory and run directories, and a check that they are its own.
 
 Needs no torch. A run is identified by the hash of its resolved recipe among the run directories, so nothing is trained
 twice however the study's file was edited. Only the controller creates run directories, and only here.

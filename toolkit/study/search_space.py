@@ -38,7 +38,7 @@ class SearchParameter:
     """Conditions under which the key is active: other keys, with the values that each may have."""
 
     def at(self, position: float) -> Any:
-        """Return the value at a position from 0 to 1 of the range; positions are equally probable."""
+        """Return the value at a position from 0 to 1 of the range; equal intervals are equally probable."""
         low, high = self.values[0], self.values[-1]
         if self.kind == "choice":
             return self.values[min(int(position * len(self.values)), len(self.values) - 1)]
