@@ -195,7 +195,7 @@ class RowNamer:
         return value if self.short[key] == "name" else f"{self.short[key]} {value}"
 
     def _value(self, key: str, value: LocatedValue) -> str:
-        """Return the value's label if it is short and unique among the key's values, else its number, such as ``#2``."""
+        """Return the value's label if it is short and unique among the key's values, else its number, as in ``#2``."""
         values = self.variables[key].values
         words = [label(each.value) for each in values]
         mine = label(value.value)
