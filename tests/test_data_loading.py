@@ -383,7 +383,7 @@ def test_cpus_are_limited_by_quota_of_version_1(machine: Path) -> None:
 
 def test_worker_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     files, array = ImageFiles(tmp_path, ["1.png"], 3), InMemoryImages(PIXELS, "toy", 3)
-    monkeypatch.setattr("toolkit.data.dataloader.granted_cpus", lambda processes: 64 // processes)
+    monkeypatch.setattr("toolkit.data.dataloader.available_cpus", lambda processes: 64 // processes)
     assert worker_count("auto", files, 8) == 7  # one CPU is the training process's own
     assert worker_count("auto", files, 1) == 16
     assert worker_count("auto", files, 64) == 0

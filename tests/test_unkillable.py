@@ -229,7 +229,7 @@ def test_killed_before_each_file_operation_of_the_beginning(tmp_path: Path) -> N
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_before_each_file_operation_of_the_end(tmp_path: Path, world: int) -> None:
     plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA)
-    folder, begin = tmp_path / "killed", (toolkit.training.finalize, "publish_best")
+    folder, begin = tmp_path / "killed", (toolkit.training.finalize, "link_best")
     recipe = write_recipe(folder, MUCH)
     for count in itertools.count(1):
         killed(world, folder, recipe, functools.partial(kill_before_file_operation, count, begin), *EMA)
