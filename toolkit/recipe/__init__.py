@@ -1,4 +1,4 @@
-"""The recipe language: one TOML file says what to train. Nothing here imports torch."""
+"""The recipe language: one TOML file defines an experiment. Nothing here imports torch."""
 
 from toolkit.recipe.diagnostics import Diagnostic, RecipeError
 from toolkit.recipe.load import LoadedRecipe, load, load_recipe, loads_recipe

@@ -1,6 +1,6 @@
-"""The reference part of docs/recipes.md, written from the schema by ``python -m toolkit.recipe.docs_generator``.
+"""Generate the reference section of docs/recipes.md from the schema: ``python -m toolkit.recipe.docs_generator``.
 
-What stands above the marker in that file is written by hand and kept.
+The text above the marker in that file is written by hand and left unchanged.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ MARKER = (
 
 
 def reference() -> str:
-    """All tables with their keys, as Markdown."""
+    """Return all tables with their keys as Markdown."""
     sections = [section for name, entry in Recipe.model_fields.items() for section in _sections(name, entry)]
     return "\n".join(["## All tables and keys", "", *sections])
 
 
 def updated(page: str) -> str:
-    """The page with its generated part written anew."""
+    """Return the page with its generated section regenerated."""
     return page.split(MARKER)[0] + MARKER + "\n\n" + reference()
 
 
 def _sections(path: str, entry: FieldInfo) -> Iterator[str]:
-    """The section of a table, and those of the tables within it."""
+    """Yield the section of a table, then those of its nested tables."""
     model, heading = _table_of(path, entry.annotation)
     if model is None:
-        if "." not in path:  # a table whose keys are the user's
+        if "." not in path:  # a table with user-defined keys
             yield f"### `[{path}]`\n\n{entry.description}\n"
         return
     alike = ", `[[augment.validation]]`, `[[augment.test]]`" if path == "augment.train" else ""
     yield f"### `{heading}`{alike}\n"
     yield f"{(model.__doc__ or '').strip()}\n"
     if path == "expected_metrics":
-        yield f"Figures: {', '.join(f'`{figure}`' for figure in FIGURES)}.\n"
+        yield f"Metrics: {', '.join(f'`{figure}`' for figure in FIGURES)}.\n"
     yield "| key | value | default | unit | meaning |\n|---|---|---|---|---|"
     for name, field in model.model_fields.items():
         yield _row(f"{path}.{name}", name, field)
@@ -58,7 +58,7 @@ def _sections(path: str, entry: FieldInfo) -> Iterator[str]:
 
 
 def _table_of(path: str, annotation: Any) -> tuple[type[BaseModel] | None, str]:
-    """The class that a key holds, alone, as a choice, in a list or by name; and how one writes its header."""
+    """Return the schema class of a key (directly, in a union, list or dictionary) and its TOML header."""
     annotation, _ = unwrap_annotation(annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, f"[{path}]"
@@ -66,7 +66,7 @@ def _table_of(path: str, annotation: Any) -> tuple[type[BaseModel] | None, str]:
         model, _ = _table_of(path, member)
         if model is not None:
             origin = typing.get_origin(annotation)
-            return model, f"[[{path}]]" if origin is list else f"[{path}.FIGURE]" if origin is dict else f"[{path}]"
+            return model, f"[[{path}]]" if origin is list else f"[{path}.METRIC]" if origin is dict else f"[{path}]"
     return None, ""
 
 

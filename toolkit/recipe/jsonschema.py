@@ -1,8 +1,8 @@
-"""The recipe language as a JSON Schema, for completion and red underlines in editors (Taplo, Even Better TOML).
+"""JSON Schema of recipe files, for completion and validation in editors (Taplo, Even Better TOML).
 
 ``python -m toolkit.recipe.jsonschema`` writes ``recipe.schema.json``. A recipe refers to it in its first line,
-``#:schema PATH``. The schema judges one file alone, whose other values may be inherited: no table or key is
-required, except within lists, which are never merged. Rules between tables are left to ``toolkit validate``.
+``#:schema PATH``. The schema covers a single file, which may inherit other values, so no table or key is required
+except within lists, which are never merged. Rules across tables are checked by ``toolkit validate`` only.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ FILE = Path(__file__).parent / "recipe.schema.json"
 Schema = dict[str, Any]
 
 NAME_PATTERN_ECMA = r"^[^\s_.+=,@/\\-]([ .]?[^\s./\\])*$"
-"""NAME_PATTERN for validators whose ``\\w`` is ASCII only: never stricter, so that no valid name is underlined."""
+"""NAME_PATTERN for validators whose ``\\w`` is ASCII only. Never stricter, so no valid name is reported."""
 
 JSON_TYPES = {"text": "string", "number": "number", "integer": "integer", "boolean": "boolean", "array": "array"}
 
 
 def recipe_schema() -> Schema:
-    """The schema of a recipe file, Draft 7, without references."""
+    """Return the schema of a recipe file (Draft 7, without references)."""
     raw = Recipe.model_json_schema()
     schema = _plain(raw, raw.get("$defs", {}), in_list=False)
     tables = schema["properties"]
@@ -50,13 +50,13 @@ def recipe_schema() -> Schema:
 
 
 def schema_text() -> str:
-    """The text of recipe.schema.json: indented, lists of plain values on one line."""
+    """Return the text of recipe.schema.json: indented, with lists of plain values on one line."""
     text = json.dumps(recipe_schema(), indent=1, ensure_ascii=False)
     return re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\n\s*", " ", match.group()), text) + "\n"
 
 
 def _plain(node: Schema, definitions: Schema, *, in_list: bool) -> Schema:
-    """pydantic's schema without references, nulls, titles, and, outside lists, without required keys."""
+    """Return pydantic's schema without references, nulls and titles, and without required keys outside lists."""
     node = dict(node)
     if "$ref" in node:
         node = {**definitions[node.pop("$ref").rsplit("/", 1)[1]], **node}
@@ -82,7 +82,7 @@ def _plain(node: Schema, definitions: Schema, *, in_list: bool) -> Schema:
 
 
 def _key(node: Schema, definitions: Schema, in_list: bool) -> Schema:
-    """A key: its unit also stands in the description, which is what editors show."""
+    """Return the schema of a key, with its unit added to the description, which editors show."""
     key = _plain(node, definitions, in_list=in_list)
     if "unit" in key:
         key["description"] = f"{key['description']} Unit: {key['unit']}."
@@ -90,7 +90,7 @@ def _key(node: Schema, definitions: Schema, in_list: bool) -> Schema:
 
 
 def _name_models(table: Schema) -> None:
-    """Known architectures, those of the source where the file says it."""
+    """Restrict model.name to known architectures, and to those of model.source if the file sets it."""
     names = {source: catalog.model_names(source) for source in ("torchvision", "timm")}
     names["toolkit"] = ["convnet"]
     table["properties"]["name"]["enum"] = sorted(set().union(*names.values()))
@@ -101,7 +101,7 @@ def _name_models(table: Schema) -> None:
 
 
 def _name_optimizers(table: Schema) -> None:
-    """Known optimisers, and the arguments of the one that the file names."""
+    """Restrict optimizer.name to known optimizers, and optimizer.args to the arguments of the one named."""
     optimizers = catalog.optimizers()
     table["properties"]["name"]["enum"] = list(optimizers)
     alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
@@ -114,7 +114,7 @@ def _name_optimizers(table: Schema) -> None:
 
 
 def _name_transforms(entry: Schema) -> None:
-    """Known transforms, and the arguments of the one that the entry names."""
+    """Restrict an entry to known transforms and to the arguments of the one it names."""
     transforms = catalog.transforms()
     own = list(entry["properties"])
     entry["properties"]["name"]["enum"] = list(transforms)
@@ -142,7 +142,7 @@ def _argument(about: dict[str, Any]) -> Schema:
 
 
 def _when(key: str, values: list[str], then: Schema) -> Schema:
-    """A rule for tables in which the key has one of the values."""
+    """Return a rule that applies if the key has one of the values."""
     return {"if": {"properties": {key: {"enum": values}}, "required": [key]}, "then": then}
 
 

@@ -1,11 +1,11 @@
-"""The recipe language: one class a TOML table, one field a key.
+"""The recipe language: one class per TOML table, one field per key.
 
-This module is the single home of every key: its name, type, unit, default, range and meaning. The
-loader, the checker, the JSON Schema, ``docs/recipes.md`` and the resolved recipe of every run are all
-derived from it. Nothing here imports torch, so that a recipe is checked in a fraction of a second.
+This module is the single definition of every key: its name, type, unit, default, range and meaning. The
+loader, the validator, the JSON Schema, ``docs/recipes.md`` and the resolved recipe of every run are all
+derived from it. Nothing here imports torch, so a recipe is checked in a fraction of a second.
 
-Units are the field's: epochs for periods of time, images for batch sizes, pixels for lengths,
-fractions (0..1) for probabilities and accuracies.
+Units: epochs for durations, images for batch sizes, pixels for lengths, fractions (0..1) for probabilities
+and accuracies.
 """
 
 from __future__ import annotations
@@ -32,115 +32,117 @@ from toolkit.recipe.base import (
 from toolkit.recipe.study_schema import StudyConfig
 
 MOST_CHANNELS = 65_536
-"""Channels of a convolution and width of a hidden layer, at most."""
+"""Maximum number of channels of a convolution and maximum width of a hidden layer."""
 
 
 class ExperimentConfig(ConfigModel):
-    """Name, seed and whereabouts of the experiment."""
+    """Experiment name, seed and output directory."""
 
     name: Annotated[
         str,
         Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH),
-        describe("Name of the experiment; its runs lie in <run_root>/<name>/."),
+        describe("Name of the experiment; its runs are stored in <run_root>/<name>/."),
     ]
-    description: Annotated[str, describe("One line for tables, reports and people.")] = ""
+    description: Annotated[str, describe("One-line description, shown in tables and reports.")] = ""
     seed: Annotated[
         int,
         Field(ge=0, lt=2**32),
-        describe("Seeds initialisation, order of examples and augmentation. The split has a seed of its own."),
+        describe("Seed of initialization, sample order and augmentation. The split has its own seed."),
     ] = 0
-    run_root: Annotated[str, Field(min_length=1), describe("Folder that receives the run directories.")] = "runs"
+    run_root: Annotated[str, Field(min_length=1), describe("Folder in which run directories are created.")] = "runs"
 
 
 class SplitConfig(ConfigModel):
-    """How training, validation and test images are told apart. A function of the recipe alone."""
+    """How images are split into training, validation and test sets. Depends on the recipe alone."""
 
     method: Annotated[
         Literal["auto", "official", "stratified", "random", "alternate"],
         describe(
-            "official: the data set's own validation list. stratified: the same share of every class. random: any "
-            "images. alternate: odd positions of the list validate, even ones train. "
-            "auto: official where there is one, else stratified."
+            "How the validation images are chosen. official: the data set's own validation list. stratified: the same "
+            "fraction of every class. random: uniformly at random. alternate: odd list positions are used for "
+            "validation, even ones for training. auto: official if the data set has one, else stratified."
         ),
     ] = "auto"
     validation: Annotated[
         Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)],
         describe(
-            "Share (0..1) or number of the training images kept for validation. 0: no validation split, whatever the "
-            'method; needs train.best_metric = "last".'
+            "Fraction (0..1) or number of training images held out for validation. 0: no validation split, regardless "
+            'of the method; requires train.best_metric = "last".'
         ),
     ] = 0.1
     test: Annotated[
         Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)] | Literal["auto"],
         describe(
-            "Share (0..1) or number of images kept for the test, if the data set has no test list of its own. "
-            "0: no test split; a test list of the data set's own is not used either. auto: 0.2, but no test split if "
+            "Fraction (0..1) or number of images held out for testing, if the data set has no official test list. "
+            "0: no test split; an official test list is not used either. auto: 0.2, but no test split if "
             "the data set has a validation list and no test list."
         ),
     ] = "auto"
     seed: Annotated[
         Annotated[int, Field(ge=0, lt=2**32)] | Literal["recipe.seed"],
         describe(
-            'Seeds the drawing; apart from recipe.seed, so that runs of several seeds share one split. "recipe.seed": '
-            "the same number, so that each seed has a split of its own."
+            "Seed of the split, independent of recipe.seed so that runs with different seeds share one split. "
+            '"recipe.seed": use recipe.seed, so that each seed has its own split.'
         ),
     ] = 0
 
 
 class NormalizeValues(ConfigModel):
-    """Normalisation by stated values."""
+    """Explicit normalization constants."""
 
     mean: Annotated[
         list[Annotated[float, Field(ge=-10, le=10)]],
         Field(min_length=1, max_length=4),
-        describe("Mean of each channel, pixels in 0..1."),
+        describe("Mean of each channel, for pixel values in 0..1."),
     ]
     std: Annotated[
         list[Annotated[float, Field(ge=1e-4, le=1e4)]],
         Field(min_length=1, max_length=4),
-        describe("Deviation of each channel, pixels in 0..1."),
+        describe("Standard deviation of each channel, for pixel values in 0..1."),
     ]
 
 
 class DataConfig(ConfigModel):
-    """Which images, how they are split, and how an image becomes the model's input."""
+    """Data set, split, preprocessing and caching."""
 
     dataset: Annotated[
         Literal["digits", "cifar10", "cifar100", "fashion_mnist", "caltech101", "imagefolder"],
-        describe("Name of the data set; `toolkit datasets` explains each."),
+        describe("Name of the data set; `toolkit datasets` describes each."),
     ]
-    root: Annotated[str, Field(min_length=1), describe("Folder of the data; `digits` needs none.")] = "data"
-    download: Annotated[bool, describe("Fetch the data where it is missing and can be fetched.")] = True
-    split: Annotated[SplitConfig, describe("How training, validation and test images are told apart.")] = SplitConfig()
+    root: Annotated[str, Field(min_length=1), describe("Data folder; `digits` does not need one.")] = "data"
+    download: Annotated[bool, describe("Download the data if it is missing and a download is available.")] = True
+    split: Annotated[SplitConfig, describe("How images are split into training, validation and test sets.")] = (
+        SplitConfig()
+    )
     images_per_class: Annotated[
         int | None,
         Field(ge=1),
-        describe("Keep only the first so many training and validation images of each class.", unit="images"),
+        describe("Use only the first N training and validation images of each class.", unit="images"),
     ] = None
     test_images_per_class: Annotated[
-        int | None, Field(ge=1), describe("Keep only the first so many test images of each class.", unit="images")
+        int | None, Field(ge=1), describe("Use only the first N test images of each class.", unit="images")
     ] = None
     class_folders: Annotated[
         Literal["auto", "top", "leaf"],
         describe(
-            "imagefolder: which folders are classes. top: those directly in data.root or in a split's folder, with all "
-            'images below them. leaf: every folder that holds images itself, named by its path, such as "a/abbey". '
-            "auto: top, but refuse folders in which only further folders hold images."
+            "imagefolder: which folders are classes. top: the direct subfolders of data.root or of a split's folder, "
+            "each with all images below it. leaf: every folder that directly contains images, named by its path, such "
+            'as "a/abbey". auto: top, but reject a class folder whose images are all in subfolders.'
         ),
     ] = "auto"
     background_class: Annotated[bool, describe("caltech101: keep BACKGROUND_Google as a class.")] = False
     channels: Annotated[
         Literal[1, 3] | None,
         describe(
-            "Channels of the model's input; greyscale is repeated, colour averaged. "
-            "Default: 3, digits and fashion_mnist 1."
+            "Input channels of the model; grayscale images are repeated, color images averaged. "
+            "Default: 3; 1 for digits and fashion_mnist."
         ),
     ] = None
     image_size: Annotated[
         Annotated[int, Field(ge=4, le=4096)] | None,
         describe(
             "Height and width of the model's input. "
-            "Default: what the weights were trained with, else the data set's own.",
+            "Default: the size that the pretrained weights expect, else the data set's native size.",
             unit="pixels",
         ),
     ] = None
@@ -150,65 +152,70 @@ class DataConfig(ConfigModel):
         | Literal["none"]
         | None,
         describe(
-            "Before the crop: length of the short side, or [height, width] whatever the aspect, or none. "
-            "Default: what the weights expect (some fix both sides, or the long side and pad the image), "
-            "else image_size / 0.875 (small images: image_size).",
+            "Size before the crop: length of the shorter side, or [height, width] regardless of aspect ratio, or none. "
+            "Default: what the pretrained weights expect (some fix both sides, or fix the longer side and pad the "
+            "image), else image_size / 0.875 (small images: image_size).",
             unit="pixels",
         ),
     ] = None
     crop: Annotated[
         Literal["center", "none"],
-        describe("Crop to image_size after the resize, or require that the resize gave that size."),
+        describe("center: crop to image_size after the resize. none: the resize must already produce that size."),
     ] = "center"
     interpolation: Annotated[
         Literal["nearest", "bilinear", "bicubic"] | None,
-        describe("Of the resize. Default: what the weights expect, else bilinear."),
+        describe("Interpolation of the resize. Default: what the pretrained weights expect, else bilinear."),
     ] = None
     normalize: Annotated[
         Literal["auto", "imagenet", "half", "dataset", "none"] | NormalizeValues,
         describe(
-            "auto: what the weights expect, else half. imagenet: its mean and deviation. half: 0.5 and 0.5. "
-            "dataset: computed from the training images. Or { mean = [...], std = [...] }."
+            "Mean and standard deviation. auto: what the pretrained weights expect, else half. imagenet: those of "
+            "ImageNet. half: 0.5 and 0.5. dataset: computed from the training images. "
+            "Or { mean = [...], std = [...] }."
         ),
     ] = "auto"
     exif: Annotated[
         Literal["apply", "ignore"],
         describe(
-            "The orientation that cameras and phones store in image files. apply: images are turned upright, as people "
-            "see them. ignore: pixels stay as they are stored, as in torchvision and timm."
+            "EXIF orientation tag of image files. apply: rotate images upright, as viewers do. "
+            "ignore: keep pixels as stored, as torchvision and timm do."
         ),
     ] = "apply"
     value_range: Annotated[
         Annotated[list[float], Field(min_length=2, max_length=2)] | Literal["auto"],
         describe(
-            "[BLACK, WHITE]: the values that become 0 and 255 in images with more than 8 bits per sample (16-bit, "
-            "32-bit, float). auto: one range for the whole data set, by its largest value: 0 to 255, 1023, 4095, 16383 "
-            "or 65535; float images 0 to 1; training does not begin where the values leave this in doubt."
+            "[BLACK, WHITE]: the values mapped to 0 and 255 in images with more than 8 bits per sample (16-bit, "
+            "32-bit, float). auto: one range for the whole data set, from its largest value: 0 to 255, 1023, 4095, "
+            "16383 or 65535; 0 to 1 for float images; an error before training if the values are ambiguous."
         ),
     ] = "auto"
     workers: Annotated[
         Annotated[int, Field(ge=0, le=1024)] | Literal["auto"],
-        describe("Processes that prepare images, for each training process; auto: by the CPUs that were granted."),
+        describe("Data-loading workers per training process; auto: from the number of available CPUs."),
     ] = "auto"
     on_bad_image: Annotated[
         Literal["error", "skip"],
-        describe("A file that is no readable image: stop and name it, or leave it out everywhere and count it."),
+        describe("Unreadable image file. error: stop and name the file. skip: exclude it everywhere and count it."),
     ] = "error"
-    max_bad_fraction: Annotated[Fraction, describe("With on_bad_image = skip: refuse beyond this share.")] = 0.01
+    max_bad_fraction: Annotated[
+        Fraction, describe("With on_bad_image = skip: stop if more than this fraction is bad.")
+    ] = 0.01
     cache: Annotated[
         Literal["auto", "off", "disk", "memory", "device"],
         describe(
-            "Work that cannot change (decoding, resizing, features of frozen layers) is done once and kept in the "
-            "cache folder; its images are held on disk, in memory or on the device, or the next of these that has "
-            "room. auto: where it pays and fits. off: nothing is kept."
+            "Where to cache results that do not change between epochs (decoded and resized images, features of frozen "
+            "layers). They are computed once and stored in the cache folder; images are read from disk, from memory or "
+            "from the device, falling back to the next with enough space. auto: if it is worthwhile and fits. "
+            "off: no caching."
         ),
     ] = "auto"
     fixed_views: Annotated[
         int | None,
         Field(ge=1, le=1000),
         describe(
-            "Only so many augmented versions of each training image, which take turns: epoch e has version e mod "
-            "views. Makes features of frozen layers possible with augmentation. Default: a new version each epoch."
+            "Number of fixed augmented views per training image, used in rotation: epoch e uses view e mod "
+            "fixed_views. Allows caching features of frozen layers despite augmentation. Default: a new random view "
+            "every epoch."
         ),
     ] = None
 
@@ -226,66 +233,68 @@ class DataConfig(ConfigModel):
 
     @property
     def known_range(self) -> tuple[float, float] | None:
-        """``value_range`` as two numbers; None: it is still to be found."""
+        """``value_range`` as (black, white); None if it has to be determined from the data."""
         return None if self.value_range == "auto" else (self.value_range[0], self.value_range[1])
 
 
 class TransformConfig(BaseModel):
-    """One augmentation: a torchvision.transforms.v2 class by name, with that class's own arguments beside it."""
+    """One augmentation: the name of a torchvision.transforms.v2 class, with its arguments as further keys."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
-    name: Annotated[str, describe("A class of torchvision.transforms.v2; `toolkit transforms` lists them.")]
-    apply_p: Annotated[Fraction, describe("Probability that it is applied to an image at all.")] = 1.0
+    name: Annotated[str, describe("Class in torchvision.transforms.v2; `toolkit transforms` lists them.")]
+    apply_p: Annotated[Fraction, describe("Probability of applying it to an image.")] = 1.0
     stage: Annotated[
         Literal["before_resize", "before_crop", "crop", "resize_crop", "after_crop", "tensor"] | None,
         describe(
-            "Where it stands: before_resize, before_crop (after the resize), crop (in place of the crop), "
-            "resize_crop (in place of both), after_crop, tensor (after scaling to 0..1, before normalisation). "
-            "Default: after_crop; for transforms that need a tensor, tensor."
+            "Position in the preprocessing pipeline: before_resize, before_crop (after the resize), crop (replaces the "
+            "crop), resize_crop (replaces both), after_crop, tensor (after scaling to 0..1, before normalization). "
+            "Default: after_crop; tensor for transforms that need a tensor."
         ),
     ] = None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The class's own arguments."""
+        """The arguments of the transform class."""
         return dict(self.model_extra or {})
 
 
 class AugmentConfig(ConfigModel):
-    """Random changes of the images, for each split apart, and mixing of examples."""
+    """Random image transforms per split, mixup, CutMix and label smoothing."""
 
     train: Annotated[list[TransformConfig], describe("Applied to training images, in this order.")] = []
     validation: Annotated[list[TransformConfig], describe("Applied to validation images.")] = []
     test: Annotated[list[TransformConfig], describe("Applied to test images.")] = []
     auto_augment: Annotated[
         str | None,
-        describe("A timm policy string such as rand-m9-mstd0.5, augmix-m3-w3 or original, after the crop."),
+        describe("timm policy string such as rand-m9-mstd0.5, augmix-m3-w3 or original, applied after the crop."),
     ] = None
     random_erasing: Annotated[
-        Fraction, describe("Probability that a rectangle of a training image is erased (after normalisation).")
+        Fraction, describe("Probability of erasing a rectangle of a training image (after normalization).")
     ] = 0.0
     run_on: Annotated[
         Literal["auto", "workers", "device"],
         describe(
-            "device: for whole batches, where the model trains. workers: image by image, by data.workers. auto: device "
-            "where every transform of the split can be made so (the log names what prevents it), else workers up to "
-            "the crop or, where what follows cannot be made for batches either, to the end. The two draw other random "
-            "numbers."
+            "Where transforms run. device: on whole batches, on the training device. workers: image by image, in the "
+            "data-loading workers. auto: device if every transform of the split supports it (the log names those that "
+            "do not); else workers up to the crop and device after it, or workers throughout if the transforms after "
+            "the crop do not support batches. Workers and device draw different random numbers."
         ),
     ] = "auto"
     mixup: Annotated[
-        float, Field(ge=0, le=1000), describe("Alpha of mixup's Beta(alpha, alpha); 0 is off (Zhang et al. 2018).")
+        float, Field(ge=0, le=1000), describe("Mixup: alpha of Beta(alpha, alpha); 0 disables (Zhang et al. 2018).")
     ] = 0.0
     cutmix: Annotated[
-        float, Field(ge=0, le=1000), describe("Alpha of CutMix's Beta(alpha, alpha); 0 is off (Yun et al. 2019).")
+        float, Field(ge=0, le=1000), describe("CutMix: alpha of Beta(alpha, alpha); 0 disables (Yun et al. 2019).")
     ] = 0.0
-    mixup_prob: Annotated[Fraction, describe("Probability that a batch is mixed at all.")] = 1.0
-    mixup_switch_prob: Annotated[Fraction, describe("Where both are on: share of mixed batches that CutMix takes.")] = (
-        0.5
-    )
+    mixup_prob: Annotated[Fraction, describe("Probability of applying mixup or CutMix to a batch.")] = 1.0
+    mixup_switch_prob: Annotated[
+        Fraction, describe("If both are enabled: fraction of mixed batches that use CutMix.")
+    ] = 0.5
     label_smoothing: Annotated[
-        float, Field(ge=0, lt=1), describe("Probability mass spread evenly over all classes in the training loss.")
+        float,
+        Field(ge=0, lt=1),
+        describe("Probability mass distributed uniformly over all classes in the training loss."),
     ] = 0.0
 
 
@@ -293,29 +302,28 @@ class HeadConfig(ConfigModel):
     """The new classifier on top of the backbone."""
 
     hidden: Annotated[
-        list[Annotated[int, Field(ge=1, le=MOST_CHANNELS)]], describe("Widths of hidden layers; none by default.")
+        list[Annotated[int, Field(ge=1, le=MOST_CHANNELS)]], describe("Widths of the hidden layers. Default: none.")
     ] = []
     batch_norm: Annotated[
         bool,
         describe(
-            "Batch norm after each hidden layer. Without hidden layers: one before the last layer, without weight and "
-            "bias and with eps 1e-6, as MAE's linear probe has it (He et al. 2022)."
+            "Batch norm after each hidden layer. Without hidden layers: one before the last layer, without affine "
+            "parameters and with eps 1e-6, as in MAE's linear probe (He et al. 2022)."
         ),
     ] = False
     bias: Annotated[
         Literal["auto"] | bool,
-        describe(
-            "Whether hidden layers have a bias. auto: where no batch norm follows. The last layer always has one."
-        ),
+        describe("Whether hidden layers have a bias. auto: if no batch norm follows. The last layer always has one."),
     ] = "auto"
-    activation: Annotated[Activation, describe("After each hidden layer.")] = "relu"
+    activation: Annotated[Activation, describe("Activation after each hidden layer.")] = "relu"
     dropout: Annotated[
-        Annotated[float, Field(ge=0, lt=1)], describe("Before the last layer, and after each hidden one.")
+        Annotated[float, Field(ge=0, lt=1)],
+        describe("Dropout probability before the last layer and after each hidden layer."),
     ] = 0.0
     scope: Annotated[
         Literal["last_layer", "classifier"],
         describe(
-            "last_layer: only the last Linear is replaced. classifier: all fully connected layers "
+            "Which layers the head replaces. last_layer: only the last Linear. classifier: all fully connected layers "
             "and the pooling before them (VGG, AlexNet)."
         ),
     ] = "last_layer"
@@ -327,17 +335,17 @@ class HeadConfig(ConfigModel):
 
 
 class ConvBlock(ConfigModel):
-    """One block of a ConvNet: a convolution and what follows it."""
+    """One ConvNet block: a convolution with optional batch norm, activation, pooling and dropout."""
 
     channels: Annotated[int, Field(ge=1, le=MOST_CHANNELS), describe("Output channels.")]
     kernel: Annotated[int, Field(ge=1, le=63), describe("Kernel size.", unit="pixels")] = 3
     stride: Annotated[int, Field(ge=1, le=4096), describe("Stride.", unit="pixels")] = 1
-    padding: Annotated[int, Field(ge=0, le=63), describe("Zero padding; kernel at most.", unit="pixels")] = 1
-    batch_norm: Annotated[bool | None, describe("Batch norm in this block. Default: the table's.")] = None
-    pool: Annotated[int, Field(ge=0, le=4096), describe("Max pooling window and stride; 0 is none.", unit="pixels")] = 0
+    padding: Annotated[int, Field(ge=0, le=63), describe("Zero padding; at most kernel.", unit="pixels")] = 1
+    batch_norm: Annotated[bool | None, describe("Batch norm in this block. Default: that of the table.")] = None
+    pool: Annotated[int, Field(ge=0, le=4096), describe("Max pooling window and stride; 0: none.", unit="pixels")] = 0
     dropout: Annotated[
         Annotated[float, Field(ge=0, lt=1)] | None,
-        describe("Dropout at the place `order` gives it. Default: the table's."),
+        describe("Dropout probability, at its position in `order`. Default: that of the table."),
     ] = None
 
     @model_validator(mode="after")
@@ -350,36 +358,37 @@ class ConvBlock(ConfigModel):
 
 
 class ConvNetConfig(ConfigModel):
-    """A ConvNet by description, for `source = "toolkit"`: blocks, flatten, head."""
+    """A ConvNet built from a description (`source = "toolkit"`): blocks, flatten, head."""
 
-    blocks: Annotated[list[ConvBlock], Field(min_length=1), describe("The convolution blocks, input first.")]
-    batch_norm: Annotated[bool, describe("Batch norm in every block that does not say otherwise.")] = False
+    blocks: Annotated[list[ConvBlock], Field(min_length=1), describe("Convolution blocks, from input to output.")]
+    batch_norm: Annotated[bool, describe("Batch norm in every block that does not override it.")] = False
     bias: Annotated[
         Literal["auto"] | bool,
         describe(
-            "Whether convolutions have a bias. auto: not where batch norm follows with nothing but pooling between, "
-            "as it takes any bias away again."
+            "Whether convolutions have a bias. auto: yes, unless batch norm follows with only pooling in between, "
+            "which would cancel the bias."
         ),
     ] = "auto"
     dropout: Annotated[
-        Annotated[float, Field(ge=0, lt=1)], describe("Dropout in every block that does not say otherwise.")
+        Annotated[float, Field(ge=0, lt=1)], describe("Dropout probability in every block that does not override it.")
     ] = 0.0
     order: Annotated[
         list[Literal["conv", "norm", "pool", "act", "dropout"]],
         Field(min_length=1),
         describe("Order of the layers in a block."),
     ] = ["conv", "norm", "act", "pool", "dropout"]
-    activation: Annotated[Activation, describe("Of all blocks.")] = "relu"
+    activation: Annotated[Activation, describe("Activation in all blocks.")] = "relu"
     init: Annotated[
         Literal["default", "gaussian"],
         describe(
-            "default: PyTorch's. gaussian: weights of convolutions and linear layers from N(0, init_std), biases 0."
+            "default: PyTorch's initialization. gaussian: weights of convolutions and linear layers from a normal "
+            "distribution with mean 0 and standard deviation init_std, biases 0."
         ),
     ] = "default"
-    init_std: Annotated[float, Field(gt=0, le=1000), describe("Standard deviation of the Gaussian.")] = 0.05
+    init_std: Annotated[float, Field(gt=0, le=1000), describe("gaussian: standard deviation.")] = 0.05
 
     def has_batch_norm(self, block: ConvBlock) -> bool:
-        """Whether a block has batch norm, by its own word or the table's."""
+        """Whether a block has batch norm: its own setting if given, else that of the table."""
         return self.batch_norm if block.batch_norm is None else block.batch_norm
 
     def has_bias(self, block: ConvBlock) -> bool:
@@ -393,7 +402,7 @@ class ConvNetConfig(ConfigModel):
         return has_activation or ("dropout" in between and self.dropout_of(block) > 0)
 
     def dropout_of(self, block: ConvBlock) -> float:
-        """A block's dropout, by its own word or the table's."""
+        """Dropout probability of a block: its own setting if given, else that of the table."""
         return self.dropout if block.dropout is None else block.dropout
 
     @model_validator(mode="after")
@@ -412,11 +421,11 @@ class ConvNetConfig(ConfigModel):
 
 
 class ModelConfig(ConfigModel):
-    """The architecture and its weights."""
+    """Architecture, initial weights and head."""
 
     source: Annotated[
         Literal["toolkit", "torchvision", "timm"],
-        describe("Where the architecture comes from; toolkit: described in [model.convnet]."),
+        describe("Library that provides the architecture; toolkit: defined in [model.convnet]."),
     ]
     name: Annotated[
         str, describe("Name of the architecture; `toolkit models` lists them. With source = toolkit: convnet.")
@@ -424,28 +433,28 @@ class ModelConfig(ConfigModel):
     weights: Annotated[
         str,
         describe(
-            "none; a torchvision weights name (IMAGENET1K_V2, DEFAULT); a timm tag (in1k, DEFAULT); "
-            "or file:PATH of a state dict (.safetensors, .pth, .pt), or package:NAME/PATH inside an installed package."
+            "Initial weights: none; a torchvision weights name (IMAGENET1K_V2, DEFAULT); a timm tag (in1k, DEFAULT); "
+            "file:PATH of a state dict (.safetensors, .pth, .pt); or package:NAME/PATH in an installed package."
         ),
     ] = "none"
     weights_key: Annotated[
         str | None,
         describe(
-            "For a weights file that holds more than one model: the entry to take (state_dict_ema), or the prefix of "
-            "its parameters' names (module.encoder_q). Default: state_dict, model, ..., and the one prefix that fits."
+            "For a weights file that contains more than one model: the entry to load (state_dict_ema), or the prefix "
+            "of its parameter names (module.encoder_q). Default: state_dict, model, ..., and the one prefix that fits."
         ),
     ] = None
     args: Annotated[
-        dict[str, Any], describe("Further arguments of the architecture's own constructor, such as drop_path_rate.")
+        dict[str, Any], describe("Additional constructor arguments of the architecture, such as drop_path_rate.")
     ] = {}
     stem: Annotated[
         Literal["imagenet", "small"],
         describe(
-            "small: ResNets begin with a 3x3 convolution of stride 1 and no pooling, for images of 32 pixels or so."
+            "small: ResNets start with a 3x3 convolution of stride 1 and no pooling, for images of about 32 pixels."
         ),
     ] = "imagenet"
-    convnet: Annotated[ConvNetConfig | None, describe("The ConvNet, with source = toolkit.")] = None
-    head: Annotated[HeadConfig, describe("The new classifier on top.")] = HeadConfig()
+    convnet: Annotated[ConvNetConfig | None, describe("Definition of the ConvNet, with source = toolkit.")] = None
+    head: Annotated[HeadConfig, describe("The new classifier on top of the backbone.")] = HeadConfig()
 
     @model_validator(mode="after")
     def _convnet_where_due(self) -> ModelConfig:
@@ -455,33 +464,37 @@ class ModelConfig(ConfigModel):
 
 
 class TransferConfig(ConfigModel):
-    """Which parameters train, and how fast."""
+    """Which parameters are trained, and their learning-rate multipliers."""
 
     mode: Annotated[
         Literal["scratch", "finetune", "feature_extractor", "backbone_only", "linear_probe", "gradual"],
         describe(
-            "scratch, finetune: everything trains. feature_extractor: the backbone is frozen, every fully connected "
-            "layer trains. backbone_only: the reverse. linear_probe: only the new head trains. "
-            "gradual: as linear_probe, then stage after stage from the top. "
-            "Default: finetune where model.weights names pretrained ones, else scratch."
+            "scratch, finetune: all parameters are trained. feature_extractor: the backbone is frozen, all fully "
+            "connected layers are trained. backbone_only: the backbone is trained, all fully connected layers are "
+            "frozen (see new_layer). linear_probe: only the new head is trained. gradual: like linear_probe, then "
+            "layer groups are unfrozen from the top (see unfreeze_at). "
+            "Default: finetune if model.weights is pretrained, else scratch."
         ),
     ] = "scratch"
     freeze: Annotated[
-        list[str], describe("Also freeze parameters whose name matches one of these patterns (features.0.*).")
+        list[str], describe("Also freeze parameters whose names match one of these patterns (features.0.*).")
     ] = []
     train: Annotated[
-        list[str], describe("Also train parameters whose name matches one of these patterns; has the last word.")
+        list[str],
+        describe("Also train parameters whose names match one of these patterns; overrides `mode` and `freeze`."),
     ] = []
     new_layer: Annotated[
         Literal["train", "freeze"],
-        describe("backbone_only: whether the new last layer trains or stays at its random start too."),
+        describe("backbone_only: whether the new last layer is trained or kept frozen at its random initialization."),
     ] = "train"
     unfreeze_at: Annotated[
         list[Annotated[int, Field(ge=1)]],
-        describe("gradual: the epochs at whose start one more stage, from the top, begins to train.", unit="epochs"),
+        describe(
+            "gradual: epochs at the start of which one more layer group is unfrozen, from the top.", unit="epochs"
+        ),
     ] = []
     backbone_lr: Annotated[
-        float, Field(gt=0, le=1e6), describe("Learning rate of the pretrained part, as a multiple of optimizer.lr.")
+        float, Field(gt=0, le=1e6), describe("Learning rate of the pretrained backbone, as a multiple of optimizer.lr.")
     ] = 1.0
     head_lr: Annotated[
         float, Field(gt=0, le=1e6), describe("Learning rate of the new head, as a multiple of optimizer.lr.")
@@ -490,74 +503,84 @@ class TransferConfig(ConfigModel):
         float,
         Field(gt=0, le=1),
         describe(
-            "Learning rate of each stage, as a multiple of the stage above it (Clark et al. 2020, ELECTRA); 1 is off."
+            "Layer-wise learning-rate decay: factor from each layer group to the one below it (Clark et al. 2020, "
+            "ELECTRA); 1 disables."
         ),
     ] = 1.0
     frozen_batch_norm: Annotated[
         Literal["fixed", "update"],
         describe(
-            "Statistics of batch norms whose parameters are frozen: as they were loaded, or updated from the data."
+            "Running statistics of frozen batch norm layers. fixed: as loaded. update: updated from the training data."
         ),
     ] = "fixed"
 
 
 class OptimizerConfig(ConfigModel):
-    """How parameters move."""
+    """The optimizer and its hyperparameters."""
 
     name: Annotated[
-        str, describe("sgd, nag, adam, adamw (PyTorch's), or any timm optimiser; `toolkit optimizers` lists them.")
+        str,
+        describe("sgd, nag, adam, adamw (PyTorch), or any timm optimizer; `toolkit optimizers` lists them."),
     ] = "sgd"
-    lr: Annotated[float, Field(gt=0, le=1e30), describe("Learning rate, at its height.")]
+    lr: Annotated[float, Field(gt=0, le=1e30), describe("Peak learning rate (after warm-up).")]
     momentum: Annotated[
-        float | None, Field(ge=0, lt=1), describe("sgd, nag and optimisers that take one. Default 0.9 for sgd and nag.")
+        float | None,
+        Field(ge=0, lt=1),
+        describe("sgd, nag and other optimizers with momentum. Default: 0.9 for sgd and nag."),
     ] = None
     weight_decay: Annotated[
-        float, Field(ge=0, le=1e6), describe("L2 penalty (sgd, nag, adam) or decoupled decay (adamw and most others).")
+        float,
+        Field(ge=0, le=1e6),
+        describe("L2 penalty (sgd, nag, adam) or decoupled weight decay (adamw and most others)."),
     ] = 0.0
     decay_bias_and_norm: Annotated[
-        bool, describe("Whether weight decay also acts on biases and normalisation layers.")
+        bool, describe("Whether weight decay also applies to biases and normalization layers.")
     ] = True
     args: Annotated[
-        dict[str, Any], describe("Further arguments of the optimiser, such as betas = [0.9, 0.99] or eps.")
+        dict[str, Any], describe("Additional arguments of the optimizer, such as betas = [0.9, 0.99] or eps.")
     ] = {}
 
 
 class SchedulerConfig(ConfigModel):
-    """The learning rate over time, as a function of epochs alone."""
+    """Learning-rate schedule, a function of epochs."""
 
     name: Annotated[
         Literal["constant", "step", "exponential", "cosine", "one_cycle", "plateau"],
         describe(
-            "step: times gamma every step_size epochs. exponential: times gamma every epoch. "
-            "plateau: times gamma when the metric rests."
+            "step: multiply by gamma every step_size epochs. exponential: multiply by gamma every epoch. "
+            "plateau: multiply by gamma when the metric stops improving."
         ),
     ] = "constant"
-    step_size: Annotated[int | None, Field(ge=1), describe("step: its period.", unit="epochs")] = None
+    step_size: Annotated[int | None, Field(ge=1), describe("step: period.", unit="epochs")] = None
     gamma: Annotated[
-        float | None, Field(gt=0, le=1), describe("step (default 0.1), exponential (0.95), plateau (0.1): the factor.")
+        float | None,
+        Field(gt=0, le=1),
+        describe("Decay factor of step (default 0.1), exponential (0.95) and plateau (0.1)."),
     ] = None
-    min_lr: Annotated[float, Field(ge=0), describe("cosine, plateau: never below this.")] = 0.0
+    min_lr: Annotated[float, Field(ge=0), describe("cosine, plateau: lower bound on the learning rate.")] = 0.0
     warmup_epochs: Annotated[
-        float, Field(ge=0), describe("Linear rise from warmup_start_factor x lr at the beginning.", unit="epochs")
+        float, Field(ge=0), describe("Length of the linear warm-up from warmup_start_factor x lr to lr.", unit="epochs")
     ] = 0.0
-    warmup_start_factor: Annotated[Fraction, describe("Where the rise begins, as a share of lr.")] = 0.01
-    metric: Annotated[Metric, describe("plateau: what it watches.")] = "val/loss"
+    warmup_start_factor: Annotated[Fraction, describe("Initial warm-up learning rate, as a fraction of lr.")] = 0.01
+    metric: Annotated[Metric, describe("plateau: metric to monitor.")] = "val/loss"
     patience: Annotated[
-        int, Field(ge=0), describe("plateau: epochs without improvement that are tolerated.", unit="epochs")
+        int, Field(ge=0), describe("plateau: epochs without improvement tolerated before lr is reduced.", unit="epochs")
     ] = 5
-    threshold: Annotated[float, Field(ge=0), describe("plateau: smaller changes are no improvement.")] = 1e-4
+    threshold: Annotated[float, Field(ge=0), describe("plateau: smaller changes do not count as improvement.")] = 1e-4
     threshold_mode: Annotated[
         Literal["rel", "abs"],
-        describe("plateau: threshold is a share of the best value so far (rel) or in units of the metric (abs)."),
+        describe("plateau: threshold is relative to the best value so far (rel) or in units of the metric (abs)."),
     ] = "rel"
     pct_start: Annotated[
         Annotated[float, Field(gt=0, lt=1)],
-        describe("one_cycle: share of the epochs at which lr is reached (Smith 2018)."),
+        describe("one_cycle: fraction of the epochs after which lr is reached (Smith 2018)."),
     ] = 0.3
-    start_factor: Annotated[float, Field(gt=0, le=1), describe("one_cycle: first learning rate, as a share of lr.")] = (
-        0.04
+    start_factor: Annotated[
+        float, Field(gt=0, le=1), describe("one_cycle: first learning rate, as a fraction of lr.")
+    ] = 0.04
+    end_factor: Annotated[float, Field(gt=0, le=1), describe("one_cycle: last learning rate, as a fraction of lr.")] = (
+        4e-6
     )
-    end_factor: Annotated[float, Field(gt=0, le=1), describe("one_cycle: last learning rate, as a share of lr.")] = 4e-6
 
     @model_validator(mode="after")
     def _step_has_a_period(self) -> SchedulerConfig:
@@ -567,132 +590,131 @@ class SchedulerConfig(ConfigModel):
 
 
 class TrainConfig(ConfigModel):
-    """The loop."""
+    """Training loop: epochs, batch size, precision, model selection."""
 
-    epochs: Annotated[
-        int, Field(ge=1, le=1_000_000), describe("Passes over the training images, at most.", unit="epochs")
-    ]
+    epochs: Annotated[int, Field(ge=1, le=1_000_000), describe("Maximum number of training epochs.", unit="epochs")]
     batch_size: Annotated[
         int,
         Field(ge=1),
-        describe("Images per optimiser step, over all processes and accumulation steps.", unit="images"),
+        describe("Images per optimizer step, over all processes and accumulation steps.", unit="images"),
     ]
     eval_batch_size: Annotated[
         int | None,
         Field(ge=1),
         describe(
-            "Images per evaluation step, over all processes. Default: twice batch_size / accumulation; a GPU without "
-            "memory for so many takes them in smaller parts.",
+            "Images per evaluation step, over all processes. Default: 2 x batch_size / grad_accum_steps; split into "
+            "micro-batches on a GPU that does not have enough memory.",
             unit="images",
         ),
     ] = None
     grad_accum_steps: Annotated[
-        int, Field(ge=1), describe("Parts into which a batch is divided, one after the other, to save memory.")
+        int, Field(ge=1), describe("Gradient accumulation: number of micro-batches per batch, to save memory.")
     ] = 1
-    drop_last: Annotated[bool, describe("Leave out the last, smaller batch of an epoch.")] = False
+    drop_last: Annotated[bool, describe("Drop the last, incomplete batch of each epoch.")] = False
     precision: Annotated[
         Literal["auto", "no", "fp16", "bf16"],
-        describe("Mixed precision; auto: bf16 on GPUs that compute in it, else (and on CPUs) no; the log says why."),
+        describe("Mixed precision. auto: bf16 on GPUs that support it, else (and on CPUs) no; the log states why."),
     ] = "auto"
     best_metric: Annotated[
         Selection,
         describe(
-            "How the epoch whose weights are kept is chosen: the best by this figure (equal accuracies are decided by "
-            "val/loss, equal losses by val/accuracy, then the earlier epoch wins), or last, the last one."
+            "Metric that selects the best epoch, whose weights are kept (ties in accuracy are broken by val/loss, ties "
+            "in loss by val/accuracy, then the earlier epoch wins); or last: keep the last epoch's weights."
         ),
     ] = "val/accuracy"
-    max_grad_norm: Annotated[float | None, Field(gt=0), describe("Clip the gradient to this L2 norm.")] = None
+    max_grad_norm: Annotated[float | None, Field(gt=0), describe("Clip gradients to this L2 norm.")] = None
     ema: Annotated[
         float | None,
         Field(gt=0, lt=1),
         describe(
-            "Decay, per step, of an exponential moving average of the weights, which is then what is evaluated and "
-            "kept. It rises to this value from 0 (at step n it is at most 1 - n ** (-2/3), as timm's ModelEmaV3)."
+            "Decay per step of an exponential moving average of the weights, which is then evaluated and saved in "
+            "their place. It is warmed up from 0 (at step n it is at most 1 - n ** (-2/3), as in timm's ModelEmaV3)."
         ),
     ] = None
     class_weights: Annotated[
         Literal["none", "balanced"],
         describe(
-            "balanced: training loss weighted by the inverse frequency of the class; of a mixed or smoothed target "
-            "each class's share by its own weight, as torch's cross_entropy does."
+            "balanced: weight the training loss by inverse class frequency; for mixed or smoothed targets each class "
+            "probability is weighted separately, as in torch's cross_entropy."
         ),
     ] = "none"
     sampling: Annotated[
         Literal["shuffle", "balanced"],
-        describe("shuffle: every image once an epoch. balanced: classes drawn evenly, with replacement."),
+        describe("shuffle: every image once per epoch. balanced: classes sampled uniformly, with replacement."),
     ] = "shuffle"
     sync_batch_norm: Annotated[
         bool,
         describe(
-            "Batch norm over the whole batch of all processes. false: each process normalizes by its own images, so "
-            "that another number of processes is another experiment."
+            "Synchronize batch norm statistics over all processes. false: each process normalizes by its own images, "
+            "so the result depends on the number of processes."
         ),
     ] = True
-    channels_last: Annotated[bool, describe("Memory format of images and convolutions; faster on most hardware.")] = (
-        True
-    )
+    channels_last: Annotated[
+        bool, describe("Channels-last memory format for images and convolutions; faster on most hardware.")
+    ] = True
     compile: Annotated[bool, describe("Compile the model with torch.compile.")] = False
     cuda_graphs: Annotated[
         bool,
         describe(
-            'Compile the model and replay its kernels as CUDA graphs (mode "reduce-overhead"): for small models, whose '
-            "kernels are over before the next is launched. GPUs only."
+            'Compile the model and replay its kernels as CUDA graphs (mode "reduce-overhead"), for small models that '
+            "are limited by kernel-launch overhead. GPUs only."
         ),
     ] = False
-    deterministic: Annotated[bool, describe("Only deterministic algorithms, also on a GPU (slower).")] = False
+    deterministic: Annotated[bool, describe("Use only deterministic algorithms, also on GPUs (slower).")] = False
     log_every: Annotated[
-        int, Field(ge=0), describe("Also log loss and accuracy every so many steps; 0 is off.", unit="steps")
+        int, Field(ge=0), describe("Also log loss and accuracy every N steps; 0 disables.", unit="steps")
     ] = 0
 
     @property
     def images_per_evaluation(self) -> int:
-        """eval_batch_size, or its default: without gradients more fits than in training."""
+        """``eval_batch_size`` or its default, twice the micro-batch, as evaluation stores no gradients."""
         return self.eval_batch_size or max(1, 2 * self.batch_size // self.grad_accum_steps)
 
 
 class EarlyStoppingConfig(ConfigModel):
-    """Stop when the metric no longer improves."""
+    """Early stopping when a metric stops improving."""
 
     patience: Annotated[
         int | None,
         Field(ge=1),
-        describe("Epochs without improvement after which training stops; without it, never.", unit="epochs"),
+        describe("Number of epochs without improvement after which training stops. Default: never.", unit="epochs"),
     ] = None
-    metric: Annotated[Metric, describe("What is watched.")] = "val/loss"
-    min_delta: Annotated[float, Field(ge=0), describe("Smaller absolute changes are no improvement.")] = 0.0
+    metric: Annotated[Metric, describe("Metric to monitor.")] = "val/loss"
+    min_delta: Annotated[float, Field(ge=0), describe("Smaller absolute changes do not count as improvement.")] = 0.0
 
 
 class CheckpointConfig(ConfigModel):
-    """What is kept to go on after a stop."""
+    """Checkpoints for resuming: how often they are saved and how many are kept."""
 
     every_steps: Annotated[
-        int, Field(ge=0), describe("Also within an epoch, every so many steps; 0 is off.", unit="steps")
+        int, Field(ge=0), describe("Also save mid-epoch, every N steps; 0 disables.", unit="steps")
     ] = 0
     every_minutes: Annotated[
-        float, Field(ge=0), describe("Also within an epoch, after so much time; 0 is off.", unit="minutes")
+        float, Field(ge=0), describe("Also save mid-epoch, every N minutes; 0 disables.", unit="minutes")
     ] = 15.0
     keep: Annotated[
         int,
         Field(ge=1),
         describe(
-            "How many of the last checkpoints are kept. Within an epoch at least 2: the next step proves the newest."
+            "Number of most recent checkpoints to keep. At least 2 are kept mid-epoch, as the newest is verified only "
+            "by the step after it."
         ),
     ] = 2
     on_write_error: Annotated[
         Literal["continue", "stop"],
-        describe("A checkpoint that cannot be written (disk full): go on with the one before, or stop."),
+        describe("If a checkpoint cannot be written (disk full): continue with the previous one, or stop."),
     ] = "continue"
 
 
 class TrackingConfig(ConfigModel):
-    """Who else is told: W&B, TensorBoard. The run directory is always written."""
+    """Experiment trackers (W&B, TensorBoard). Logs in the run directory are always written."""
 
-    trackers: Annotated[list[Literal["wandb", "tensorboard"]], describe("Which trackers; [] is none.")] = ["wandb"]
+    trackers: Annotated[list[Literal["wandb", "tensorboard"]], describe("Trackers to log to; []: none.")] = ["wandb"]
     mode: Annotated[
         Literal["auto", "online", "offline", "disabled"],
         describe(
-            "W&B: auto is online where there is a login and a server, else offline. "
-            "WANDB_MODE has precedence over auto."
+            "W&B mode. auto: online if logged in and the server is reachable, else offline; the environment variable "
+            "WANDB_MODE takes precedence over auto."
         ),
     ] = "auto"
     project: Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH), describe("W&B project.")] = "toolkit"
@@ -704,16 +726,16 @@ class TrackingConfig(ConfigModel):
 
 
 class Expectation(ConfigModel):
-    """A figure that a run of this recipe should reach, and who says so."""
+    """An expected metric value for this recipe, and its source."""
 
-    at_least: Annotated[float | None, describe("Met when the figure is this or more.")] = None
-    at_most: Annotated[float | None, describe("Met when the figure is this or less.")] = None
-    value: Annotated[float | None, describe("Met when the figure is within tolerance of this.")] = None
-    tolerance: Annotated[float, Field(ge=0), describe("For value.")] = 0.0
+    at_least: Annotated[float | None, describe("Met if the metric is at least this.")] = None
+    at_most: Annotated[float | None, describe("Met if the metric is at most this.")] = None
+    value: Annotated[float | None, describe("Met if the metric is within tolerance of this.")] = None
+    tolerance: Annotated[float, Field(ge=0), describe("Maximum absolute difference from value.")] = 0.0
     seeds: Annotated[
-        list[int], describe("Seeds for which it was stated; other seeds are not comparable. Empty: any.")
+        list[int], describe("Seeds for which the value was reported; other seeds are not compared. Empty: any seed.")
     ] = []
-    source: Annotated[str, Field(min_length=1), describe("Where the figure comes from.")]
+    source: Annotated[str, Field(min_length=1), describe("Source of the expected value.")]
 
     @model_validator(mode="after")
     def _one_bound(self) -> Expectation:
@@ -723,69 +745,69 @@ class Expectation(ConfigModel):
 
 
 class SlurmConfig(ConfigModel):
-    """What `toolkit submit` asks of SLURM. Options of the command win over this table, this table over the profile."""
+    """What `toolkit submit` requests from SLURM. Command-line options override this table; it overrides the profile."""
 
     profile: Annotated[
         str | None,
         Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH),
         describe("Name of a cluster profile, slurm/profiles/<name>.toml."),
     ] = None
-    partition: Annotated[str | None, Field(pattern=SLURM_WORD), describe("Partition (queue), or several by comma.")] = (
-        None
-    )
-    account: Annotated[str | None, Field(pattern=SLURM_WORD), describe("Account that is charged.")] = None
+    partition: Annotated[
+        str | None, Field(pattern=SLURM_WORD), describe("Partition (queue), or several, comma-separated.")
+    ] = None
+    account: Annotated[str | None, Field(pattern=SLURM_WORD), describe("Account to charge.")] = None
     qos: Annotated[str | None, Field(pattern=SLURM_WORD), describe("Quality of service.")] = None
     constraint: Annotated[
-        str | None, Field(pattern=SLURM_FEATURES), describe("Features that the nodes must have: a100|h100.")
+        str | None, Field(pattern=SLURM_FEATURES), describe("Required node features, such as a100|h100.")
     ] = None
-    nodes: Annotated[int | None, Field(ge=1, le=10_000), describe("Nodes. Default: 1.")] = None
+    nodes: Annotated[int | None, Field(ge=1, le=10_000), describe("Number of nodes. Default: 1.")] = None
     gpus_per_node: Annotated[
-        int | None, Field(ge=0, le=64), describe("GPUs of each node, one training process each. Default: 0.")
+        int | None, Field(ge=0, le=64), describe("GPUs per node, one training process each. Default: 0.")
     ] = None
-    gpu_type: Annotated[str | None, Field(pattern=SLURM_WORD), describe("Kind of GPU, as the cluster calls it.")] = None
+    gpu_type: Annotated[str | None, Field(pattern=SLURM_WORD), describe("GPU type, as named by the cluster.")] = None
     processes_per_node: Annotated[
         int | None,
         Field(ge=1, le=256),
-        describe("Without GPUs: training processes on each node. Default: 1."),
+        describe("Without GPUs: training processes per node. Default: 1."),
     ] = None
     cpus_per_task: Annotated[
         int | None,
         Field(ge=1, le=4096),
-        describe("CPUs of each node (there is one task a node), shared by its processes. Default: the cluster's."),
+        describe("CPUs per node (one task per node), shared by its processes. Default: that of the cluster."),
     ] = None
     memory: Annotated[
-        str | None, Field(pattern=SLURM_MEMORY), describe("Memory of each node: 64G; plain numbers are megabytes.")
+        str | None, Field(pattern=SLURM_MEMORY), describe("Memory per node, such as 64G; plain numbers are megabytes.")
     ] = None
     time: Annotated[
         str | None,
         Field(pattern=SLURM_TIME),
-        describe("Time limit of one start of the job: 90 (minutes), 4:00:00 or 2-12:00:00 (days-hours)."),
+        describe("Time limit of each start of the job: 90 (minutes), 4:00:00 or 2-12:00:00 (days-hours)."),
     ] = None
     max_restarts: Annotated[
-        int | None, Field(ge=0, le=10_000), describe("How often the job may be requeued. Default: 50.")
+        int | None, Field(ge=0, le=10_000), describe("Maximum number of times the job is requeued. Default: 50.")
     ] = None
     signal: Annotated[
         Literal["USR1", "USR2", "HUP", "TERM"] | None,
-        describe("What SLURM sends before the time limit and on pre-emption. Default: USR1."),
+        describe("Signal SLURM sends before the time limit and on preemption. Default: USR1."),
     ] = None
     signal_before_s: Annotated[
         int | None,
         Field(ge=1, le=65535),
-        describe("How long before the time limit it is sent. Default: 120.", unit="seconds"),
+        describe("How long before the time limit the signal is sent. Default: 120.", unit="seconds"),
     ] = None
     options: Annotated[
         list[Annotated[str, Field(pattern=SLURM_OPTION)]] | None,
-        describe('Further options of sbatch, such as ["--exclusive", "--reservation=course"].'),
+        describe('Additional sbatch options, such as ["--exclusive", "--reservation=course"].'),
     ] = None
 
 
 class Recipe(ConfigModel):
-    """A whole recipe."""
+    """A complete recipe."""
 
     @model_validator(mode="before")
     @classmethod
     def _pretrained_weights_are_finetuned(cls, content: Any) -> Any:
-        """The default of transfer.mode depends on model.weights."""
+        """Default transfer.mode to finetune if model.weights is set."""
         model, transfer = (
             (content.get(key, {}) for key in ("model", "transfer")) if isinstance(content, dict) else ({}, {})
         )
@@ -806,17 +828,17 @@ class Recipe(ConfigModel):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
-    slurm: Annotated[SlurmConfig | None, describe("What a job on a cluster asks for.")] = None
-    study: Annotated[StudyConfig | None, describe("What varies, where the file is a study of many runs.")] = None
+    slurm: Annotated[SlurmConfig | None, describe("Resources of a SLURM job.")] = None
+    study: Annotated[StudyConfig | None, describe("What varies between runs, if the file is a study.")] = None
     expected_metrics: Annotated[
         dict[str, Expectation],
-        describe("Figures of summary.json's best model (test_accuracy, val_loss, ...) that a run should reach."),
+        describe("Expected metrics of the best model in summary.json (test_accuracy, val_loss, ...)."),
     ] = {}
     assumptions: Annotated[
         dict[str, Annotated[str, Field(pattern=r"^(report|homework|ours)(: .+)?$")]],
         Field(exclude=True),
         describe(
-            'Where the values of a replication come from, by dotted key or table ("model.convnet" = "report"): report, '
-            "homework (its sheet, template or public notebook) or ours, with an optional remark after a colon."
+            'Sources of a replication\'s values, by dotted key or table ("model.convnet" = "report"): report, '
+            "homework (its sheet, template or public notebook) or ours, with an optional note after a colon."
         ),
     ] = {}

@@ -1,7 +1,7 @@
-"""The [study] table: what varies over the runs of an experiment, and what was published about them.
+"""The [study] table: what varies between the runs of an experiment, and published results to compare with.
 
-A study file is a recipe with one more table; every run of it is that recipe with some keys changed. Keys are written as
-in a recipe, nested or dotted:
+A study file is a recipe with a [study] table; each of its runs is that recipe with some keys overridden. Keys are
+written as in a recipe, nested or dotted:
 
     [study.grid]
     optimizer.lr = [0.1, 0.01]
@@ -22,10 +22,10 @@ from pydantic import Field, model_validator
 from toolkit.recipe.base import ConfigModel, Fraction, ValidationMetric, describe
 
 MAX_RUNS = 200
-"""A study of more runs starts only when the user says yes to their number."""
+"""A study with more runs starts only if the user confirms."""
 
 MOST_TRIALS = 10_000
-"""Configurations of a search, at most."""
+"""Maximum number of configurations of a search."""
 
 METRICS = (
     "train_loss",
@@ -48,7 +48,7 @@ METRICS = (
     "seconds",
     "images_per_second",
 )
-"""Columns of a study's table: figures of the best epoch (``stopped_``: of the last), and what the run cost."""
+"""Columns of a study's table: metrics of the best epoch (``last_``: of the last epoch), and the cost of the run."""
 
 MetricName = Literal[
     "train_loss",
@@ -85,78 +85,78 @@ Outcome = Literal[
     "last_val_accuracy",
     "last_test_accuracy",
 ]
-"""Columns of which claims are made: less loss is better, more accuracy is."""
+"""Columns that claims can compare: lower is better for losses, higher for accuracies."""
 
 EpochMetricName = Literal["train/loss", "train/accuracy", "val/loss", "val/accuracy"]
 ConfigOverrides = dict[str, Any]
-"""Recipe keys, nested as in a recipe, with what the field's description says at their ends."""
+"""Recipe keys, nested as in a recipe; the leaves are as described by the field."""
 
 
 class PublishedMean(ConfigModel):
     """A published mean over several runs."""
 
-    mean: Annotated[float, describe("Mean over the runs; accuracies as fractions.")]
-    std: Annotated[float, Field(ge=0), describe("Standard deviation of one run, n - 1 in the denominator.")]
+    mean: Annotated[float, describe("Mean over runs; accuracies as fractions.")]
+    std: Annotated[float, Field(ge=0), describe("Sample standard deviation over runs (n - 1 in the denominator).")]
     n: Annotated[int, Field(ge=2), describe("Number of runs.")]
 
 
 PublishedMetrics = dict[MetricName, float | PublishedMean]
-"""Published figures, of one run or as mean, standard deviation and number of runs."""
+"""Published metrics, of a single run or as mean, standard deviation and number of runs."""
 
-_FIGURES = "Published figures; accuracies as fractions. Of several runs: { mean = ..., std = ..., n = ... }."
+_FIGURES = "Published metrics; accuracies as fractions. Over several runs: { mean = ..., std = ..., n = ... }."
 
 
 class PublishedResults(ConfigModel):
-    """What a publication reports about the runs with certain values."""
+    """Published results of the runs with the given values."""
 
-    where: Annotated[
-        ConfigOverrides, describe("Recipe keys and the values that a run must have; {} is every run.")
-    ] = {}
+    where: Annotated[ConfigOverrides, describe("Recipe keys and the values that a run must have; {}: all runs.")] = {}
     figures: Annotated[PublishedMetrics, describe(_FIGURES)]
-    source: Annotated[str, describe("Where it is published.")] = ""
-    note: Annotated[str, describe("What a reader should know: contradictions, unclear settings.")] = ""
+    source: Annotated[str, describe("Where the results are published.")] = ""
+    note: Annotated[str, describe("Notes for the reader, such as contradictions or unclear settings.")] = ""
 
 
 class StudyRow(ConfigModel):
-    """A named row of the table: what is changed for it, and what was published."""
+    """A named row of the results table: its overrides and the published results."""
 
-    name: Annotated[str, Field(min_length=1, max_length=120), describe("As it stands in the table.")]
+    name: Annotated[str, Field(min_length=1, max_length=120), describe("Name of the row in the table.")]
     set: Annotated[ConfigOverrides, describe("Recipe keys and their values in this row.")] = {}
     published: Annotated[PublishedMetrics, describe(_FIGURES)] = {}
     published_epochs: Annotated[
-        dict[EpochMetricName, list[float]], describe("Published figures epoch by epoch, the first epoch first.")
+        dict[EpochMetricName, list[float]], describe("Published metrics per epoch, starting with the first.")
     ] = {}
-    source: Annotated[str, describe("Where they are published, if elsewhere than the study says.")] = ""
-    note: Annotated[str, describe("What a reader should know: contradictions, unclear settings.")] = ""
+    source: Annotated[str, describe("Where the results are published, if different from study.source.")] = ""
+    note: Annotated[str, describe("Notes for the reader, such as contradictions or unclear settings.")] = ""
 
 
 class RandomSearchConfig(ConfigModel):
-    """Configurations drawn at random from [study.space] (Bergstra and Bengio 2012)."""
+    """Random search over [study.space] (Bergstra and Bengio 2012)."""
 
-    runs: Annotated[int, Field(ge=1, le=MOST_TRIALS), describe("Configurations to draw.")]
-    seed: Annotated[int, Field(ge=0, lt=2**32), describe("Seeds the drawing.")] = 0
+    runs: Annotated[int, Field(ge=1, le=MOST_TRIALS), describe("Number of configurations to sample.")]
+    seed: Annotated[int, Field(ge=0, lt=2**32), describe("Seed of the search.")] = 0
 
 
 class BohbSearchConfig(ConfigModel):
-    """Model-based search with early stopping of poor configurations (Falkner et al. 2018, BOHB).
+    """Model-based search with early stopping of poor configurations (BOHB, Falkner et al. 2018).
 
-    Configurations are proposed by a tree-structured Parzen estimator and trained to ``min_epochs``; the best
-    1/eta of them go on to eta times as many, and so on up to ``max_epochs`` (Li et al. 2018, Hyperband).
+    Configurations are proposed by a tree-structured Parzen estimator and trained for ``min_epochs`` epochs; the best
+    1/eta of them continue to eta times as many epochs, and so on up to ``max_epochs`` (Hyperband, Li et al. 2018).
     """
 
-    trials: Annotated[int, Field(ge=1, le=MOST_TRIALS), describe("Configurations to try, at any budget.")]
-    min_epochs: Annotated[int, Field(ge=1), describe("Smallest budget.", unit="epochs")] = 3
-    max_epochs: Annotated[int, Field(ge=1), describe("Largest budget; train.epochs of every run.", unit="epochs")] = 30
-    eta: Annotated[int, Field(ge=2), describe("1/eta of the configurations go on to the next budget.")] = 3
+    trials: Annotated[int, Field(ge=1, le=MOST_TRIALS), describe("Number of configurations to try, at any budget.")]
+    min_epochs: Annotated[int, Field(ge=1), describe("Minimum budget.", unit="epochs")] = 3
+    max_epochs: Annotated[int, Field(ge=1), describe("Maximum budget; train.epochs of every run.", unit="epochs")] = 30
+    eta: Annotated[int, Field(ge=2), describe("1/eta of the configurations are promoted to the next budget.")] = 3
     brackets: Annotated[
         int | Literal["auto"],
-        describe("Hyperband's brackets; auto: as many as have more than ten trials each, one at least."),
+        describe("Number of Hyperband brackets; auto: as many as get more than ten trials each, at least one."),
     ] = "auto"
     startup_trials: Annotated[
-        int, Field(ge=1), describe("Configurations drawn at random before the model proposes any.")
+        int, Field(ge=1), describe("Number of random configurations before the model proposes any.")
     ] = 10
-    metric: Annotated[ValidationMetric, describe("Sought: the least loss, the greatest accuracy.")] = "val/accuracy"
-    seed: Annotated[int, Field(ge=0, lt=2**32), describe("Seeds the search.")] = 0
+    metric: Annotated[ValidationMetric, describe("Objective: losses are minimized, accuracies maximized.")] = (
+        "val/accuracy"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32), describe("Seed of the search.")] = 0
 
     @model_validator(mode="after")
     def _budgets_in_order(self) -> BohbSearchConfig:
@@ -166,9 +166,11 @@ class BohbSearchConfig(ConfigModel):
 
 
 class ResultsTableConfig(ConfigModel):
-    """The shape of the table."""
+    """Format of the results table."""
 
-    columns: Annotated[list[MetricName], Field(min_length=1), describe("Its columns, after the row's name.")] = [
+    columns: Annotated[
+        list[MetricName], Field(min_length=1), describe("Columns of the table, after the name of the row.")
+    ] = [
         "train_loss",
         "train_accuracy",
         "val_loss",
@@ -178,31 +180,36 @@ class ResultsTableConfig(ConfigModel):
         "seconds",
         "images_per_second",
     ]
-    best_by: Annotated[ValidationMetric, describe("The validation figure that marks the best row.")] = "val/accuracy"
+    best_by: Annotated[ValidationMetric, describe("Validation metric that selects the best row.")] = "val/accuracy"
     per_epoch: Annotated[
         EpochMetricName | None,
-        describe("Also a table of this figure, a line an epoch, a column a row; x after the stop."),
+        describe(
+            "Also write a table of this metric, with one line per epoch and one column per row of the study; x marks "
+            "epochs after early stopping."
+        ),
     ] = None
-    confidence: Annotated[Fraction, describe("Of the intervals over seeds (Student's t).")] = 0.95
+    confidence: Annotated[Fraction, describe("Confidence level of the intervals over seeds (Student's t).")] = 0.95
 
 
 class Claim(ConfigModel):
-    """A statement of a publication about two groups of runs, which the study's runs confirm or refute."""
+    """A published claim about two groups of runs, to be confirmed or refuted by the runs of the study."""
 
-    statement: Annotated[str, Field(min_length=1), describe("What the publication says.")]
-    source: Annotated[str, describe("Where it says so.")] = ""
-    metric: Annotated[Outcome, describe("The column that is compared.")]
+    statement: Annotated[str, Field(min_length=1), describe("The claim, as stated in the publication.")]
+    source: Annotated[str, describe("Where the claim is published.")] = ""
+    metric: Annotated[Outcome, describe("The column to compare.")]
     better: Annotated[
-        str | ConfigOverrides, describe("Name of a row, or recipe keys with the values of a group of runs.")
+        str | ConfigOverrides, describe("Name of a row, or recipe keys and values that select a group of runs.")
     ]
     than: Annotated[
         list[str] | ConfigOverrides,
-        describe("Names of rows, or keys with the values of another group; [] is every other row of the study."),
+        describe(
+            "Names of rows, or recipe keys and values that select another group; []: all other rows of the study."
+        ),
     ] = []
     holds: Annotated[
-        bool, describe("false: the publication says that it is not better, by more than the margin, than the others.")
+        bool, describe("false: the publication claims that it is not better than the others by more than the margin.")
     ] = True
-    margin: Annotated[float, Field(ge=0), describe("How much better it is claimed to be, at least.")] = 0.0
+    margin: Annotated[float, Field(ge=0), describe("Minimum difference that is claimed.")] = 0.0
 
     @model_validator(mode="after")
     def _two_groups_of_one_kind(self) -> Claim:
@@ -212,42 +219,47 @@ class Claim(ConfigModel):
 
 
 class StudyConfig(ConfigModel):
-    """What varies over the runs of a study. Forms combine: rows x zip x grid x seeds."""
+    """What varies between the runs of a study. Forms are combined as rows x zip x grid x seeds."""
 
-    description: Annotated[str, describe("What the study shows, in a line.")] = ""
-    source: Annotated[str, describe("The publication and table that it repeats.")] = ""
-    note: Annotated[str, describe("What a reader should know beside the table.")] = ""
+    description: Annotated[str, describe("One-line description of the study.")] = ""
+    source: Annotated[str, describe("The publication and table that it reproduces.")] = ""
+    note: Annotated[str, describe("Notes for the reader, shown with the table.")] = ""
     not_comparable: Annotated[
         str,
         describe(
-            "Why the published values cannot be compared with these runs, e.g. another network. Replaces every "
-            "difference; claims stay undecided."
+            "Why the published values cannot be compared with these runs, such as another network. Shown instead of all "
+            "differences; claims remain undecided."
         ),
     ] = ""
-    rows: Annotated[list[StudyRow], describe("Named rows, each with its changes.")] = []
+    rows: Annotated[list[StudyRow], describe("Named rows, each with its overrides.")] = []
     grid: Annotated[
         ConfigOverrides,
-        describe("Recipe keys with lists of values, all combined. { values = [...], when = {...} }: for some only."),
+        describe(
+            "Recipe keys with lists of values, of which all combinations are run. { values = [...], when = {...} }: "
+            "only for combinations with the values in when."
+        ),
     ] = {}
-    zip: Annotated[ConfigOverrides, describe("Recipe keys with lists of one length, taken in step.")] = {}
+    zip: Annotated[ConfigOverrides, describe("Recipe keys with lists of equal length, varied together.")] = {}
     seeds: Annotated[
         Annotated[int, Field(ge=1)]
         | Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
         | None,
-        describe("Values of recipe.seed: a list, or so many from the recipe's own on."),
+        describe("Values of recipe.seed: a list, or N for N consecutive seeds starting at the recipe's own."),
     ] = None
     space: Annotated[
         ConfigOverrides,
         describe(
-            "For random and bohb, recipe keys with { uniform = [a, b] }, { log_uniform = [a, b] }, "
+            "Search space of random and bohb: recipe keys with { uniform = [a, b] }, { log_uniform = [a, b] }, "
             "{ integers = [a, b] } or { choice = [...] }, each with an optional when = {...}."
         ),
     ] = {}
     random: Annotated[RandomSearchConfig | None, describe("Random search over the space.")] = None
     bohb: Annotated[BohbSearchConfig | None, describe("BOHB over the space.")] = None
-    published: Annotated[list[PublishedResults], describe("Published figures of single runs of a grid.")] = []
-    claims: Annotated[list[Claim], describe("Statements of the publication that the runs are to confirm.")] = []
-    output: Annotated[ResultsTableConfig, describe("The shape of the table.")] = ResultsTableConfig()
-    max_runs: Annotated[int, Field(ge=1), describe("More runs than this start only with --yes.")] = MAX_RUNS
-    gpus_per_run: Annotated[int, Field(ge=1), describe("GPUs that one run trains on, where there are any.")] = 1
-    runs_per_gpu: Annotated[int, Field(ge=1), describe("Small runs that share one GPU.")] = 1
+    published: Annotated[list[PublishedResults], describe("Published metrics of single runs of a grid.")] = []
+    claims: Annotated[list[Claim], describe("Published claims to check against the runs.")] = []
+    output: Annotated[ResultsTableConfig, describe("Format of the results table.")] = ResultsTableConfig()
+    max_runs: Annotated[int, Field(ge=1), describe("A study with more runs than this starts only with --yes.")] = (
+        MAX_RUNS
+    )
+    gpus_per_run: Annotated[int, Field(ge=1), describe("GPUs per run, if there are any.")] = 1
+    runs_per_gpu: Annotated[int, Field(ge=1), describe("Number of runs that share one GPU, for small models.")] = 1

@@ -1,4 +1,4 @@
-"""Types and values of the schema in plain words, for messages and for the reference page."""
+"""Descriptions of schema types and values in words, for messages and the reference page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from toolkit.recipe.base import (
 from toolkit.recipe.toml_writer import toml_value
 
 SHOWN = 60
-"""Longer values are cut in messages, in characters."""
+"""Maximum length of a value in messages, in characters; longer values are truncated."""
 
 
 PATTERNS = {
@@ -33,11 +33,11 @@ PATTERNS = {
     SLURM_TIME: "a time such as 90 (minutes), 4:00:00 or 2-12:00:00 (days-hours)",
     SLURM_OPTION: "an option of sbatch such as --exclusive or --mail-type=FAIL, without spaces or quotation marks",
 }
-"""What texts of a pattern look like."""
+"""Descriptions of the patterns, for messages."""
 
 
 def describe_type(annotation: Any, constraints: tuple[Any, ...] = ()) -> str:
-    """What an annotation admits: ``a number from 0 to 1 or a whole number >= 1``."""
+    """Describe the values that an annotation allows: ``a number from 0 to 1 or a whole number >= 1``."""
     annotation, inner = unwrap_annotation(annotation)
     constraints = (*constraints, *inner)
     origin = typing.get_origin(annotation)
@@ -61,7 +61,7 @@ def describe_type(annotation: Any, constraints: tuple[Any, ...] = ()) -> str:
 
 
 def unwrap_annotation(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The annotation within ``Annotated`` and without ``| None``, and the constraints that stood around it."""
+    """Strip ``Annotated`` and ``| None``; return the inner annotation and the constraints found on the way."""
     constraints: tuple[Any, ...] = ()
     while True:
         if typing.get_origin(annotation) is typing.Annotated:
@@ -78,7 +78,7 @@ def unwrap_annotation(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def describe_value(value: Any) -> str:
-    """A value that is out of place, cut to a readable length: ``the text "8"``, ``1.5``, ``a table``."""
+    """Describe an invalid value, truncated to a readable length: ``the text "8"``, ``1.5``, ``a table``."""
     if isinstance(value, dict):
         return "a table"
     text = toml_value(value)
