@@ -265,7 +265,7 @@ def test_any_image_becomes_the_channels_asked_for(mode: str, channels: int) -> N
         ({"name": "GaussianNoise", "stage": "before_crop"}, "GaussianNoise needs a tensor"),
         ({"name": "MixUp"}, r"MixUp cannot be used, since it mixes examples: use augment.mixup"),
         ({"name": "Lambda", "lambd": "print"}, "since it runs code"),
-        ({"name": "FiveCrop"}, "since it makes several images of one"),
+        ({"name": "FiveCrop"}, "since it makes several images from one"),
         ({"name": "Normalize", "mean": [0.5], "std": [0.5]}, r"use data.normalize"),
     ],
 )

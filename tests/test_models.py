@@ -501,7 +501,7 @@ def test_other_randomness_is_refused(table: ModelConfig) -> None:
         (
             tm("resnet18", args={"no_jit": True}),
             32,
-            r"args.no_jit cannot be given: it is a switch of the library's loader",
+            r"args.no_jit cannot be given: it is an option of the library's loader",
         ),
         (tm("resnet18", args={"kwargs_filter": []}), 32, r"args.kwargs_filter cannot be given"),
         (tm("resnet18", args={"features_only": True}), 32, r"features_only cannot be given: a classifier is needed"),

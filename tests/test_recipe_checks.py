@@ -61,7 +61,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['model.source="timm"', 'model.name="qwen3_vit_88m"', "data.image_size=224", *PLAIN],
     ),
     (
-        "error: model.weights_key: has no meaning with weights",
+        "error: model.weights_key: has no effect with weights",
         ['model.weights_key="state_dict_ema"'],
         ['model.weights_key="state_dict_ema"', 'model.weights="file:w.pth"'],
     ),
@@ -76,22 +76,22 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['model.source="timm"', 'model.name="vit_base_patch16_sapiens2"', 'model.weights="fb"', "data.image_size=384"],
     ),
     (
-        'error: augment.run_on: "device" cannot be, since batches cannot be given augment.train[0]: ElasticTransform',
+        'error: augment.run_on: "device" does not support augment.train[0]: ElasticTransform',
         ['augment.run_on="device"', 'augment.train=[{name="ElasticTransform"}]'],
         ['augment.run_on="device"', 'augment.train=[{name="RandomRotation", degrees=3}]'],
     ),
     (
-        'error: augment.run_on: "device" cannot be, since batches cannot be given augment.auto_augment',
+        'error: augment.run_on: "device" does not support augment.auto_augment',
         ['augment.run_on="device"', 'augment.auto_augment="rand-m9"'],
         ['augment.run_on="auto"', 'augment.auto_augment="rand-m9"'],
     ),
     (
-        "error: augment.train[1].stage: augment.train[0].stage takes the crop",
+        "error: augment.train[1].stage: augment.train[0].stage already replaces the crop",
         ['augment.train=[{name="RandomCrop", stage="crop"}, {name="RandomResizedCrop", stage="resize_crop"}]'],
         ['augment.train=[{name="RandomCrop", stage="crop"}]', 'augment.test=[{name="CenterCrop", stage="crop"}]'],
     ),
     (
-        "error: augment.train[0].stage: there is no place before",
+        'error: augment.train[0].stage: "before_crop" is not possible if',
         ['augment.train=[{name="RGB", stage="before_crop"}, {name="RandomResizedCrop", stage="resize_crop"}]'],
         ['augment.train=[{name="RGB", stage="before_crop"}, {name="RandomCrop", stage="crop"}]'],
     ),
@@ -167,7 +167,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['augment.auto_augment="augmix-m3-w4-d2"'],
     ),
     (
-        "error: [expected_metrics]: a run has no figure",
+        "error: [expected_metrics]: a run has no metric",
         ['expected_metrics.accuracy={value=0.9,source="x"}'],
         ['expected_metrics.last_test_balanced_accuracy={value=0.9,source="x"}'],
     ),
@@ -198,7 +198,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['transfer.mode="gradual"', "transfer.unfreeze_at=[3]"],
     ),
     (
-        "error: transfer.unfreeze_at: the epochs must rise",
+        "error: transfer.unfreeze_at: the epochs must be increasing",
         ['transfer.mode="gradual"', "transfer.unfreeze_at=[3, 3]"],
         ['transfer.mode="gradual"', "transfer.unfreeze_at=[3, 4]"],
     ),
@@ -253,7 +253,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ),
     ("error: scheduler.warmup_epochs", ["scheduler.warmup_epochs=30"], ["scheduler.warmup_epochs=29.5"]),
     (
-        "warning: scheduler.step_size: a step",
+        "warning: scheduler.step_size: a period",
         ['scheduler.name="step"', "scheduler.step_size=30"],
         ['scheduler.name="step"', "scheduler.step_size=29"],
     ),
@@ -305,7 +305,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ["data.split.validation=0", 'train.best_metric="last"'],
     ),
     (
-        'error: train.best_metric: "last" keeps the last epoch, and early stopping ends',
+        'error: train.best_metric: "last" keeps the last epoch, but early stopping ends',
         ['train.best_metric="last"', "early_stopping.patience=3"],
         ['train.best_metric="last"'],
     ),
@@ -337,7 +337,11 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ],
         ['expected_metrics.last_val_loss={at_most=1.0, source="x"}'],
     ),
-    ("error: train.batch_size: 64 does not divide into 5", ["train.grad_accum_steps=5"], ["train.grad_accum_steps=4"]),
+    (
+        "error: train.batch_size: 64 is not divisible by train.grad_accum_steps = 5",
+        ["train.grad_accum_steps=5"],
+        ["train.grad_accum_steps=4"],
+    ),
     (  # 1797 digits without 359 for the test and 144 for validation
         "error: train.batch_size: 1295 is more than the 1294 training images",
         [*CONVNET, 'data.dataset="digits"', "train.drop_last=true", "train.batch_size=1295"],

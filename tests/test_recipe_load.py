@@ -249,7 +249,7 @@ def test_unusable_paths(tmp_path: Path) -> None:
         with pytest.raises(RecipeError):
             load_recipe(name)
     os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
-    with pytest.raises(RecipeError, match="is no regular file"):
+    with pytest.raises(RecipeError, match="is not a regular file"):
         load_recipe(write(tmp_path, child='extends = "pipe"\n'))
 
 
@@ -283,7 +283,7 @@ def test_recipe_errors_are_user_errors_with_status_2() -> None:
 def test_names_that_could_escape_are_refused(name: str) -> None:
     recipe = tomli.loads(VALID)
     recipe["recipe"]["name"] = name
-    assert "recipe.name: expected text that begins" in errors(VALID, f"recipe.name={_basic(name)}")
+    assert "recipe.name: expected text that starts" in errors(VALID, f"recipe.name={_basic(name)}")
     assert "tracking.project: expected" in errors(VALID, f"tracking.project={_basic(name)}")
 
 

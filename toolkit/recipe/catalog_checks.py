@@ -1,4 +1,4 @@
-"""Rules on names and arguments: models, weights, transforms, optimisers, figures; each held against the catalog."""
+"""Checks of names and arguments against the catalog: models, weights, transforms, optimizers and metrics."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ FIGURES = (
     "parameters",
     "trainable_parameters",
 )
-"""What [expected_metrics] can speak of: the figures of summary.json."""
+"""Metrics that [expected_metrics] can refer to: those of summary.json."""
 
-_WEIGHTS_KEY = "model.weights says which weights are loaded"
-_LOADER = "it is a switch of the library's loader, not an argument of the architecture; remove it"
+_WEIGHTS_KEY = "model.weights decides which weights are loaded"
+_LOADER = "it is an option of the library's loader, not an argument of the architecture; remove it"
 OWN_MODEL_KEYS = {
     "num_classes": "the data set decides it",
     "in_chans": "data.channels decides it",
@@ -70,14 +70,14 @@ OWN_MODEL_KEYS = {
         _LOADER,
     ),
 }
-"""Arguments that a recipe says in another way, or that are no arguments of an architecture's constructor, and why."""
+"""Arguments that are set by other recipe keys or are not constructor arguments of an architecture, and why."""
 
 OWN_OPTIMIZER_KEYS = {key: f"optimizer.{key}" for key in ("lr", "momentum", "weight_decay")} | {
     "nesterov": 'optimizer.name = "nag"'
 }
 
 TENSOR_ONLY = ("GaussianNoise",)
-"""Transforms that cannot work on a Pillow image."""
+"""Transforms that do not work on Pillow images."""
 
 KINDS = {
     "text": "text",
@@ -86,7 +86,7 @@ KINDS = {
     "boolean": "true or false",
     "array": "a list",
 }
-"""Kinds of TOML values as catalog.json calls them, in words."""
+"""Descriptions of the kinds of TOML values in catalog.json."""
 
 _POLICIES = {
     "rand": r"(-(m|n|inc|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-t\w+)*",
@@ -97,11 +97,11 @@ _POLICIES = {
     "v0r": r"(-mstd\d+(\.\d+)?)*",
     "3a": r"(-mstd\d+(\.\d+)?)*",
 }
-"""timm's policies, and the options that each one understands."""
+"""timm's policies and patterns of the options that each one accepts."""
 
 
 def model_is_known(recipe: Recipe) -> Iterator[Issue]:
-    """The architecture is one that its source has."""
+    """Check that the source provides the architecture."""
     source, name = recipe.model.source, recipe.model.name
     if source == "toolkit":
         if name != "convnet":
@@ -115,10 +115,10 @@ def model_is_known(recipe: Recipe) -> Iterator[Issue]:
     if source == "timm" and base in catalog.excluded_models():
         yield _model_finding(f"{base} {catalog.excluded_models()[base]}", catalog.nearest(base, known))
     elif name in catalog.model_names(other):
-        yield _model_finding(f"{source} has no model {toml_value(name)}, {other} has", [], f'source = "{other}"')
+        yield _model_finding(f"{source} has no model {toml_value(name)}, but {other} has", [], f'source = "{other}"')
     elif tag and base in known:
         hint = f'name = "{base}", weights = {toml_value(tag)}'
-        yield _model_finding(f"{toml_value(name)} is a model and its weights; a recipe gives them apart", [], hint)
+        yield _model_finding(f"{toml_value(name)} combines a model and its weights, which are separate keys", [], hint)
     else:
         yield _model_finding(f"{source} has no model {_shown(name)}", catalog.nearest(name, known))
 
@@ -129,10 +129,10 @@ def _model_finding(message: str, similar: list[str], hint: str | None = None) ->
 
 
 def weights_are_known(recipe: Recipe) -> Iterator[Issue]:
-    """The weights are none, a file, or among those of the architecture."""
+    """Check that the weights are none, a file, or available for the architecture."""
     model = recipe.model
     if model.weights_key is not None and not model.weights.startswith(("file:", "package:")):
-        message = f"model.weights_key: has no meaning with weights = {toml_value(model.weights)}, which is not a file"
+        message = f"model.weights_key: has no effect with weights = {toml_value(model.weights)}, which is not a file"
         yield Issue(message, ("model", "weights_key"), (WEIGHTS,), "remove it, or name a file in model.weights")
     if model.weights == "none":
         return
@@ -171,7 +171,7 @@ def _unknown_weights(model: str, weights: str, known: list[str]) -> Issue:
 
 
 def model_arguments_are_free(recipe: Recipe) -> Iterator[Issue]:
-    """model.args does not say what other keys say, nor load files."""
+    """Check that model.args does not set what other keys set, nor load files."""
     for name in recipe.model.args:
         if name in OWN_MODEL_KEYS:
             path = ("model", "args", name)
@@ -187,7 +187,7 @@ def model_arguments_are_free(recipe: Recipe) -> Iterator[Issue]:
 
 
 def optimizer_is_known(recipe: Recipe) -> Iterator[Issue]:
-    """The optimiser exists and takes what it is given."""
+    """Check that the optimizer exists and accepts its arguments."""
     table = recipe.optimizer
     known = catalog.optimizers().get(table.name)
     if known is None:
@@ -229,7 +229,7 @@ def _optimizer_argument(optimizer: str, known: dict[str, Any], name: str, value:
 
 
 def transforms_are_known(recipe: Recipe) -> Iterator[Issue]:
-    """Each augmentation exists and takes the arguments it is given."""
+    """Check that each augmentation exists and accepts its arguments."""
     for split in ("train", "validation", "test"):
         for index, entry in enumerate(getattr(recipe.augment, split)):
             yield from _transform(entry, ("augment", split, index))
@@ -278,7 +278,7 @@ def _transform_argument(
 
 
 def places_are_free(recipe: Recipe) -> Iterator[Issue]:
-    """One transform at most takes the crop's place, and what needs a tensor gets one."""
+    """Check that at most one transform replaces the crop, and that transforms that need a tensor get one."""
     for split in ("train", "validation", "test"):
         taken: KeyPath | None = None
         entries = getattr(recipe.augment, split)
@@ -290,36 +290,36 @@ def places_are_free(recipe: Recipe) -> Iterator[Issue]:
                     f'{dotted(path)}: {entry.name} needs a tensor, so stage = "tensor"', path, ((*path[:-1], "name"),)
                 )
             if entry.stage == "before_crop" and takes_both:
-                message = f'{dotted(path)}: there is no place before the crop where another entry is at "resize_crop"'
+                message = f'{dotted(path)}: "before_crop" is not possible if another entry has "resize_crop"'
                 yield Issue(message, path, (("augment", split),))
             if entry.stage in ("crop", "resize_crop"):
                 if taken:
-                    message = f"{dotted(path)}: {dotted(taken)} takes the crop's place already"
+                    message = f"{dotted(path)}: {dotted(taken)} already replaces the crop"
                     yield Issue(message, path, (("augment", split),), "only one transform can")
                 taken = taken or path
 
 
 def policy_is_known(recipe: Recipe) -> Iterator[Issue]:
-    """augment.auto_augment is a policy that timm can read."""
+    """Check that augment.auto_augment is a valid timm policy string."""
     policy = recipe.augment.auto_augment
     if policy is None:
         return
     path, name = ("augment", "auto_augment"), policy.split("-")[0]
     if name not in _POLICIES:
-        hint = _did_you_mean(catalog.nearest(name, _POLICIES, 1)) or "a policy begins with " + ", ".join(_POLICIES)
+        hint = _did_you_mean(catalog.nearest(name, _POLICIES, 1)) or "a policy starts with " + ", ".join(_POLICIES)
         yield Issue(f"augment.auto_augment: unknown policy {_shown(policy)}", path, hint=hint)
     elif not re.fullmatch(_POLICIES[name], policy[len(name) :], re.ASCII):
         hint = "for example rand-m9-n2-mstd0.5, augmix-m3-w3 or original-mstd0.5"
-        yield Issue(f"augment.auto_augment: {name} does not understand {_shown(policy[len(name) :])}", path, hint=hint)
+        yield Issue(f"augment.auto_augment: {name} does not accept {_shown(policy[len(name) :])}", path, hint=hint)
 
 
 def figures_are_known(recipe: Recipe) -> Iterator[Issue]:
-    """[expected_metrics] speaks of figures that a run has, accuracies from 0 to 1."""
+    """Check that [expected_metrics] names metrics that a run has, with accuracies from 0 to 1."""
     for name, expected in recipe.expected_metrics.items():
         path = ("expected_metrics", name)
         if name not in FIGURES:
             hint = _did_you_mean(catalog.nearest(name, FIGURES, 2)) or "known are " + ", ".join(FIGURES)
-            yield Issue(f"[expected_metrics]: a run has no figure {_shown(name)}", path, hint=hint, at="key")
+            yield Issue(f"[expected_metrics]: a run has no metric {_shown(name)}", path, hint=hint, at="key")
         for bound in ("at_least", "at_most", "value"):
             value = getattr(expected, bound)
             if name.endswith("accuracy") and value is not None and not 0 <= value <= 1:
@@ -339,13 +339,13 @@ def _shown(text: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    """Kind of a TOML value, as catalog.json calls it."""
+    """Return the kind of a TOML value, named as in catalog.json."""
     kinds = ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "text"), (list, "array"))
     return next((kind for cls, kind in kinds if isinstance(value, cls)), "table")
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether an optimiser's argument is of the kind of its default."""
+    """Whether an optimizer argument has the same kind as its default."""
     if isinstance(default, list):
         return isinstance(value, list) and len(value) == len(default) and all(map(_is_like, value, default))
     if _kind(default) in ("integer", "number"):

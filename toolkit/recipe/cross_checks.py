@@ -1,4 +1,4 @@
-"""Rules between keys: combinations that cannot work, or that surely were not meant. One small function a rule."""
+"""Checks across keys: combinations that cannot work or are likely mistakes. One small function per rule."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NORMALIZATIONS = {
     "half": ([0.5] * 3, [0.5] * 3),
     "none": ([0.0] * 3, [1.0] * 3),
 }
-"""Mean and deviation of the named choices of data.normalize."""
+"""Mean and standard deviation of the named choices of data.normalize."""
 
 SCHEDULE_KEYS = {
     "step_size": ("step",),
@@ -44,30 +44,30 @@ SCHEDULE_KEYS = {
     "start_factor": ("one_cycle",),
     "end_factor": ("one_cycle",),
 }
-"""The schedules that use each key; keys not listed are for all."""
+"""The schedules that use each key; keys not listed apply to all schedules."""
 
 LONGEST_LABEL = 128
-"""W&B's limit for run names, groups and the like, in characters."""
+"""W&B's limit for run names, groups and similar, in characters."""
 
 
 def mode_fits_weights(recipe: Recipe) -> Iterator[Issue]:
-    """Transfer modes that rest on pretrained weights have some; scratch has none."""
+    """Check that pretrained weights are given if the transfer mode needs them, and not given for scratch."""
     mode, weights = recipe.transfer.mode, recipe.model.weights
     if mode == "scratch" and weights != "none":
-        hint = 'to use the weights set transfer.mode = "finetune", to start at random model.weights = "none"'
+        hint = 'set transfer.mode = "finetune" to use the weights, or model.weights = "none" to train from scratch'
         yield Issue(
-            'transfer.mode: "scratch" contradicts model.weights, which names pretrained ones', MODE, (WEIGHTS,), hint
+            'transfer.mode: "scratch" contradicts model.weights, which names pretrained weights', MODE, (WEIGHTS,), hint
         )
     elif mode == "finetune" and weights == "none":
         message = 'transfer.mode: "finetune" without pretrained weights is the same as "scratch"'
         yield Issue(message, MODE, (WEIGHTS,), "set model.weights", severity="warning")
     elif mode not in ("scratch", "finetune") and weights == "none":
-        message = f'transfer.mode: "{mode}" needs pretrained weights, and model.weights is "none"'
+        message = f'transfer.mode: "{mode}" needs pretrained weights, but model.weights is "none"'
         yield Issue(message, MODE, (WEIGHTS,), 'set model.weights, or transfer.mode = "scratch"')
 
 
 def unfreezing_fits_mode(recipe: Recipe) -> Iterator[Issue]:
-    """unfreeze_at belongs to gradual, rises, and ends within the run."""
+    """Check that unfreeze_at is used with gradual only, is increasing, and ends within the run."""
     mode, at = recipe.transfer.mode, recipe.transfer.unfreeze_at
     path = ("transfer", "unfreeze_at")
     if mode == "gradual" and not at:
@@ -75,21 +75,21 @@ def unfreezing_fits_mode(recipe: Recipe) -> Iterator[Issue]:
     if mode != "gradual" and at:
         yield Issue(f'transfer.unfreeze_at: only mode "gradual" uses it, not "{mode}"', path, (MODE,), at="key")
     if any(later <= earlier for earlier, later in pairwise(at)):
-        yield Issue("transfer.unfreeze_at: the epochs must rise", path)
+        yield Issue("transfer.unfreeze_at: the epochs must be increasing", path)
     if at and max(at) > recipe.train.epochs:
         message = f"transfer.unfreeze_at: epoch {max(at)} is beyond the run's {recipe.train.epochs} epochs"
         yield Issue(message, path, (EPOCHS,))
 
 
 def new_layer_fits_mode(recipe: Recipe) -> Iterator[Issue]:
-    """new_layer belongs to backbone_only."""
+    """Check that new_layer is used with backbone_only only."""
     if recipe.transfer.new_layer == "freeze" and recipe.transfer.mode != "backbone_only":
         message = f'transfer.new_layer: only mode "backbone_only" uses it, not "{recipe.transfer.mode}"'
         yield Issue(message, ("transfer", "new_layer"), (MODE,), at="key")
 
 
 def head_fits_model(recipe: Recipe) -> Iterator[Issue]:
-    """Only AlexNet and VGG have a classifier of several layers to replace."""
+    """Check that scope = "classifier" is used with AlexNet and VGG only, whose classifiers have several layers."""
     model, path = recipe.model, ("model", "head", "scope")
     has_classifier = model.source == "torchvision" and model.name.startswith(("alexnet", "vgg"))
     if model.head.scope == "classifier" and not has_classifier:
@@ -98,7 +98,7 @@ def head_fits_model(recipe: Recipe) -> Iterator[Issue]:
 
 
 def convnet_has_effect(recipe: Recipe) -> Iterator[Issue]:
-    """A described ConvNet, perhaps inherited, stands aside where the architecture comes from elsewhere."""
+    """Warn about a [model.convnet], perhaps inherited, that is unused because the source is another library."""
     source = recipe.model.source
     if source != "toolkit" and recipe.model.convnet is not None:
         message = f'model.convnet has no effect with source = "{source}"'
@@ -106,7 +106,7 @@ def convnet_has_effect(recipe: Recipe) -> Iterator[Issue]:
 
 
 def stem_fits_model(recipe: Recipe) -> Iterator[Issue]:
-    """The small stem is for ResNets, and takes the place of a pretrained layer."""
+    """Check that the small stem is used with ResNets only; warn if it replaces a pretrained layer."""
     model, path = recipe.model, ("model", "stem")
     if model.stem != "small":
         return
@@ -118,7 +118,7 @@ def stem_fits_model(recipe: Recipe) -> Iterator[Issue]:
 
 
 def image_size_is_known(recipe: Recipe) -> Iterator[Issue]:
-    """Images of different sizes and no pretrained weights: only the recipe can state the size of the input."""
+    """Require image_size if neither the data set nor the pretrained weights determine a square input size."""
     has_expected_size = recipe.model.source != "toolkit" and recipe.model.weights != "none"
     if input_size(recipe) is None and not has_expected_size:
         message = f'data.image_size: must be given, since the images of "{recipe.data.dataset}" differ in size'
@@ -129,7 +129,7 @@ def image_size_is_known(recipe: Recipe) -> Iterator[Issue]:
     if recipe.data.image_size is None and expected and expected.height:
         message = (
             f"data.image_size: must be given, since the weights were trained on {expected.height} x "
-            f"{expected.image_size} pixels (height x width), but inputs are square; images are squashed to them"
+            f"{expected.image_size} pixels (height x width), but the model's input is square: images will be squashed"
         )
         yield Issue(
             message, IMAGE_SIZE, (MODEL, WEIGHTS), f"for example image_size = {expected.image_size}", at="table"
@@ -137,7 +137,7 @@ def image_size_is_known(recipe: Recipe) -> Iterator[Issue]:
 
 
 def images_reach_every_layer(recipe: Recipe) -> Iterator[Issue]:
-    """The images are large enough for every convolution and pooling of [model.convnet]."""
+    """Check that images are large enough for every convolution and pooling layer of [model.convnet]."""
     size, model = input_size(recipe), recipe.model
     if model.source != "toolkit" or model.convnet is None or size is None:
         return
@@ -148,9 +148,9 @@ def images_reach_every_layer(recipe: Recipe) -> Iterator[Issue]:
 
 
 def resize_gives_image_size(recipe: Recipe) -> Iterator[Issue]:
-    """Without a crop, the resize must give images of data.image_size."""
+    """Check that the resize produces images of data.image_size if there is no crop."""
     data, size = recipe.data, input_size(recipe)
-    # A split with transforms of its own may get its size from them.
+    # The transforms of a split may determine its image size.
     is_plain = not (recipe.augment.train and recipe.augment.validation and recipe.augment.test)
     if data.crop != "none" or data.resize in (None, "none") or size is None or not is_plain:
         return
@@ -164,7 +164,7 @@ def resize_gives_image_size(recipe: Recipe) -> Iterator[Issue]:
 
 
 def splits_leave_images(recipe: Recipe) -> Iterator[Issue]:
-    """Numbers of validation and test images are below the data set's size, where that is known."""
+    """Check that the validation and test splits leave training images, if the size of the data set is known."""
     images, split = DATASETS[recipe.data.dataset].images, recipe.data.split
     if images is None:
         return
@@ -173,12 +173,12 @@ def splits_leave_images(recipe: Recipe) -> Iterator[Issue]:
     if sum(counts.values()) >= images[0]:
         asked = " and ".join(f"{count} for {key}" for key, count in counts.items() if count)
         key = max(counts, key=lambda name: counts[name])
-        message = f"data.split.{key}: {asked} of {images[0]} images leaves none for training"
+        message = f"data.split.{key}: {asked} of {images[0]} images leaves no training images"
         yield Issue(message, ("data", "split", key), (("data", "dataset"),))
 
 
 def an_epoch_has_a_step(recipe: Recipe) -> Iterator[Issue]:
-    """With drop_last, one batch is no larger than the training images, where their number is known."""
+    """Check that drop_last leaves at least one batch per epoch, if the number of training images is known."""
     images, split, table = DATASETS[recipe.data.dataset].images, recipe.data.split, recipe.train
     if images is None or not table.drop_last:
         return
@@ -189,7 +189,7 @@ def an_epoch_has_a_step(recipe: Recipe) -> Iterator[Issue]:
     if 0 < count < table.batch_size:
         message = (
             f"train.batch_size: {table.batch_size} is more than the {count} training images, and train.drop_last "
-            "leaves out a batch that is not full: an epoch would have no step"
+            "drops incomplete batches: an epoch would have no steps"
         )
         related = (("train", "drop_last"), ("data", "dataset"))
         hint = f"set train.batch_size to {count} or less, or train.drop_last = false"
@@ -197,28 +197,28 @@ def an_epoch_has_a_step(recipe: Recipe) -> Iterator[Issue]:
 
 
 def _taken(share: float, images: int) -> int:
-    """Images that a share (0..1) or number takes, as toolkit.data.splits counts them."""
+    """Return the number of images for a fraction (0..1) or number, as toolkit.data.splits computes it."""
     return share if isinstance(share, int) else floor(share * images + 0.5)
 
 
 def channels_of(recipe: Recipe) -> int:
-    """Channels of the model's input: as said, else three for pretrained weights, else the data set's own."""
+    """Return the model's input channels: as set, else 3 with pretrained weights, else those of the data set."""
     if recipe.data.channels:
         return recipe.data.channels
     return DATASETS[recipe.data.dataset].channels if recipe.model.weights == "none" else 3
 
 
 def normalization_has_all_channels(recipe: Recipe) -> Iterator[Issue]:
-    """Stated means and deviations are as many as there are channels."""
+    """Check that explicit normalization constants have one value per channel."""
     values, channels = recipe.data.normalize, channels_of(recipe)
     if isinstance(values, NormalizeValues) and len(values.mean) != channels:
         related: tuple[KeyPath, ...] = (("data", "channels"), ("data", "dataset"), WEIGHTS)
         message = f"data.normalize: {len(values.mean)} values for {channels} channel{'s' if channels > 1 else ''}"
-        yield Issue(message, ("data", "normalize"), related, "give one value a channel")
+        yield Issue(message, ("data", "normalize"), related, "give one value per channel")
 
 
 def normalization_fits_weights(recipe: Recipe) -> Iterator[Issue]:
-    """What the pretrained weights were trained with is what they are given."""
+    """Warn if the normalization differs from what the pretrained weights were trained with."""
     model, choice = recipe.model, recipe.data.normalize
     if choice == "auto" or model.source == "toolkit" or channels_of(recipe) != 3:
         return
@@ -248,23 +248,23 @@ def _close(one: Any, other: Any) -> bool:
 
 
 def warmup_fits_run(recipe: Recipe) -> Iterator[Issue]:
-    """The warm-up ends before the run does."""
+    """Check that the warm-up is shorter than the run."""
     warmup, epochs = recipe.scheduler.warmup_epochs, recipe.train.epochs
     if warmup >= epochs:
-        message = f"scheduler.warmup_epochs: a warm-up of {warmup:g} epochs leaves nothing of a run of {epochs}"
+        message = f"scheduler.warmup_epochs: a warm-up of {warmup:g} epochs is not shorter than the run of {epochs}"
         yield Issue(message, ("scheduler", "warmup_epochs"), (EPOCHS,))
 
 
 def step_fits_run(recipe: Recipe) -> Iterator[Issue]:
-    """At least one step falls into the run."""
+    """Warn if the learning rate is never stepped within the run."""
     table, epochs = recipe.scheduler, recipe.train.epochs
     if table.name == "step" and table.step_size is not None and table.step_size >= epochs:
-        message = f"scheduler.step_size: a step of {table.step_size} epochs never comes in a run of {epochs}"
+        message = f"scheduler.step_size: a period of {table.step_size} epochs has no effect in a run of {epochs}"
         yield Issue(message, ("scheduler", "step_size"), (EPOCHS, ("scheduler", "name")), severity="warning")
 
 
 def schedule_uses_keys(recipe: Recipe) -> Iterator[Issue]:
-    """Keys of another schedule have no effect."""
+    """Warn about keys that the chosen schedule does not use."""
     table, default = recipe.scheduler, SchedulerConfig()
     for key, users in SCHEDULE_KEYS.items():
         if table.name not in users and getattr(table, key) != getattr(default, key):
@@ -273,7 +273,7 @@ def schedule_uses_keys(recipe: Recipe) -> Iterator[Issue]:
 
 
 def lowest_rate_is_below(recipe: Recipe) -> Iterator[Issue]:
-    """min_lr is no more than lr."""
+    """Check that min_lr is not above lr."""
     low, high = recipe.scheduler.min_lr, recipe.optimizer.lr
     if low > high and recipe.scheduler.name in SCHEDULE_KEYS["min_lr"]:
         message = f"scheduler.min_lr: {low:g} is above optimizer.lr, {high:g}"
@@ -281,12 +281,12 @@ def lowest_rate_is_below(recipe: Recipe) -> Iterator[Issue]:
 
 
 def stopping_fits_run(recipe: Recipe) -> Iterator[Issue]:
-    """Early stopping can happen, and has a patience."""
+    """Warn if early stopping cannot happen within the run, or has a min_delta but no patience."""
     table, epochs = recipe.early_stopping, recipe.train.epochs
     path = ("early_stopping", "patience")
     if table.patience is not None and table.patience >= epochs:
         message = (
-            f"early_stopping.patience: {table.patience} epochs without improvement never come in a run of {epochs}"
+            f"early_stopping.patience: {table.patience} epochs without improvement cannot occur in a run of {epochs}"
         )
         yield Issue(message, path, (EPOCHS,), severity="warning")
     if table.patience is None and table.min_delta:
@@ -295,37 +295,40 @@ def stopping_fits_run(recipe: Recipe) -> Iterator[Issue]:
 
 
 def selection_is_measured(recipe: Recipe) -> Iterator[Issue]:
-    """Nothing rests on figures of a validation split that is left out; the last epoch leaves nothing to choose."""
+    """Check that model selection and the schedule do not need a missing validation split.
+
+    Also reject early stopping together with best_metric = "last".
+    """
     best_metric = recipe.train.best_metric
     if best_metric == "last" and recipe.early_stopping.patience is not None:
         message = (
-            'train.best_metric: "last" keeps the last epoch, and early stopping ends a run some epochs after its best: '
+            'train.best_metric: "last" keeps the last epoch, but early stopping ends a run some epochs after its best: '
             "the two contradict each other"
         )
-        hint = "leave out early_stopping.patience, or select by a validation figure"
+        hint = "remove early_stopping.patience, or select by a validation metric"
         yield Issue(message, SELECT, (("early_stopping", "patience"),), hint)
     if recipe.data.split.validation != 0:
         return
     if best_metric != "last":
         message = (
-            f"train.best_metric: {toml_value(best_metric)} needs validation images, and data.split.validation is 0"
+            f"train.best_metric: {toml_value(best_metric)} needs validation images, but data.split.validation is 0"
         )
         yield Issue(
-            message, SELECT, (VALIDATION,), 'set train.best_metric = "last", or keep some images for validation'
+            message, SELECT, (VALIDATION,), 'set train.best_metric = "last", or hold out some images for validation'
         )
     if recipe.scheduler.name == "plateau" and recipe.scheduler.metric.startswith("val/"):
         message = (
             f"scheduler.metric: {toml_value(recipe.scheduler.metric)} is not measured with data.split.validation = 0"
         )
         path = ("scheduler", "metric")
-        yield Issue(message, path, (VALIDATION, ("scheduler", "name")), 'set "train/loss", or take another schedule')
+        yield Issue(message, path, (VALIDATION, ("scheduler", "name")), 'set "train/loss", or use another schedule')
     if recipe.augment.validation:
         message = "augment.validation: has no effect with data.split.validation = 0"
         yield Issue(message, ("augment", "validation"), (VALIDATION,), severity="warning", at="key")
 
 
 def expectations_are_measured(recipe: Recipe) -> Iterator[Issue]:
-    """[expected_metrics] of a figure on a split that is left out is never compared."""
+    """Warn about [expected_metrics] and other settings for a split that is disabled."""
     for split, prefix in (("validation", "val_"), ("test", "test_")):
         path = ("data", "split", split)
         if getattr(recipe.data.split, split) != 0:
@@ -340,7 +343,7 @@ def expectations_are_measured(recipe: Recipe) -> Iterator[Issue]:
 
 
 def metric_is_measured_plainly(recipe: Recipe) -> Iterator[Issue]:
-    """Accuracy on mixed images, which have no single label, is not to be watched."""
+    """Warn if train/accuracy is monitored while mixup or CutMix is on, as mixed images have no single label."""
     mixes = [key for key in ("mixup", "cutmix") if getattr(recipe.augment, key)]
     watched = {("early_stopping", "metric"): recipe.early_stopping.patience and recipe.early_stopping.metric}
     if recipe.scheduler.name == "plateau":
@@ -349,11 +352,11 @@ def metric_is_measured_plainly(recipe: Recipe) -> Iterator[Issue]:
         if mixes and metric == "train/accuracy":
             related: tuple[KeyPath, ...] = (*(("augment", key) for key in mixes), ("early_stopping", "patience"))
             message = f"{dotted(path)}: with {' and '.join(mixes)}, train/accuracy is measured on mixed images"
-            yield Issue(message, path, related, "watch a validation figure", severity="warning")
+            yield Issue(message, path, related, "monitor a validation metric", severity="warning")
 
 
 def mixing_keys_have_effect(recipe: Recipe) -> Iterator[Issue]:
-    """mixup_prob and mixup_switch_prob need something to mix."""
+    """Warn about mixup_prob and mixup_switch_prob if mixup and CutMix are off."""
     table = recipe.augment
     related: tuple[KeyPath, ...] = (("augment", "mixup"), ("augment", "cutmix"))
     if table.mixup_prob != 1 and not (table.mixup or table.cutmix):
@@ -365,41 +368,39 @@ def mixing_keys_have_effect(recipe: Recipe) -> Iterator[Issue]:
 
 
 def augmentation_fits_device(recipe: Recipe) -> Iterator[Issue]:
-    """What shall be made for whole batches can be."""
+    """Check that every transform supports whole batches if run_on = "device"."""
     if recipe.augment.run_on != "device":
         return
     for split in ("train", "validation", "test"):
         obstacle = unsupported_on_gpu(split, recipe.augment)
         if obstacle is not None:
-            message = f'augment.run_on: "device" cannot be, since batches cannot be given {obstacle}'
-            yield Issue(
-                message, ("augment", "run_on"), (("augment", split),), 'set "auto" or "workers", or take it out'
-            )
+            message = f'augment.run_on: "device" does not support {obstacle}'
+            yield Issue(message, ("augment", "run_on"), (("augment", split),), 'set "auto" or "workers", or remove it')
 
 
 def batch_divides(recipe: Recipe) -> Iterator[Issue]:
-    """The batch falls into equal parts."""
+    """Check that the batch size is a multiple of grad_accum_steps."""
     batch, parts = recipe.train.batch_size, recipe.train.grad_accum_steps
     if batch % parts:
         below, above = batch // parts * parts, (batch // parts + 1) * parts
         hint = f"for example batch_size = {f'{below} or ' if below else ''}{above}"
-        message = f"train.batch_size: {batch} does not divide into {parts} equal parts (train.grad_accum_steps)"
+        message = f"train.batch_size: {batch} is not divisible by train.grad_accum_steps = {parts}"
         yield Issue(message, ("train", "batch_size"), (("train", "grad_accum_steps"),), hint)
 
 
 def balance_is_not_doubled(recipe: Recipe) -> Iterator[Issue]:
-    """Balanced drawing and balanced weights together favour rare classes twice."""
+    """Warn about balanced sampling with balanced class weights, which favor rare classes twice."""
     if recipe.train.sampling == "balanced" and recipe.train.class_weights == "balanced":
-        message = 'train.class_weights: with sampling = "balanced" rare classes are favoured twice'
+        message = 'train.class_weights: with sampling = "balanced" rare classes are favored twice'
         yield Issue(message, ("train", "class_weights"), (("train", "sampling"),), severity="warning")
 
 
 def data_keys_have_effect(recipe: Recipe) -> Iterator[Issue]:
-    """background_class is Caltech's, class_folders is imagefolder's, views are of random augmentation."""
+    """Warn about data keys without effect: background_class, class_folders and fixed_views."""
     data = recipe.data
     if data.fixed_views is not None and not is_random("train", recipe.augment):
         message = (
-            "data.fixed_views: has no effect, since nothing random is done to training images: all views are the same"
+            "data.fixed_views: has no effect, since training images are not augmented randomly: all views are the same"
         )
         yield Issue(message, ("data", "fixed_views"), (("augment", "train"),), severity="warning", at="key")
     if data.background_class and data.dataset != "caltech101":
@@ -411,7 +412,7 @@ def data_keys_have_effect(recipe: Recipe) -> Iterator[Issue]:
 
 
 def labels_are_one_line(recipe: Recipe) -> Iterator[Issue]:
-    """Names that others show, and paths, hold no line breaks or other control characters."""
+    """Check that labels and paths have no line breaks or control characters, and that labels fit W&B's limits."""
     tracking = recipe.tracking
     labels: dict[KeyPath, str | None] = {
         ("tracking", key): getattr(tracking, key) for key in ("entity", "group", "run_name")
@@ -468,6 +469,6 @@ RULES = (
 
 
 def check(recipe: Recipe) -> Iterator[Issue]:
-    """All that is wrong or doubtful between the keys of a recipe whose tables are each valid."""
+    """Yield all errors and warnings across the keys of a recipe whose tables are valid by themselves."""
     for rule in RULES:
         yield from rule(recipe)

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, where, and what to do: one :class:`Diagnostic` a fault, shown as compilers do."""
+"""Recipe errors and warnings with location and hint, formatted like compiler messages."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_key
 
 SHOWN = 30
-"""A message lists at most so many faults."""
+"""Maximum number of errors listed in a message."""
 
 SOURCE_WIDTH = 110
-"""Longer source lines are shown as the part around the fault, in characters."""
+"""Maximum length of a source line in messages, in characters; longer lines are cut to the part around the error."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A place in a recipe file or in a ``--set`` argument."""
+    """A location in a recipe file or in a ``--set`` argument."""
 
     file: str
-    """Path as the user knows it, or ``--set``."""
+    """Path as given by the user, or ``--set``."""
     line: int
-    """From 1."""
+    """Counted from 1."""
     column: int
-    """From 1, in characters."""
+    """Counted from 1, in characters."""
     source_line: str
 
     def __str__(self) -> str:
@@ -36,21 +36,21 @@ class Location:
 
 @dataclass(frozen=True)
 class Issue:
-    """One fault or doubt about a recipe's values, before it is known where in which file they stand."""
+    """One error or warning about a recipe's values, before it is mapped to a location in a file."""
 
     message: str
     path: KeyPath
     related: tuple[KeyPath, ...] = ()
-    """Other keys that it rests on."""
+    """Other keys that it depends on."""
     hint: str | None = None
     severity: Literal["error", "warning"] = "error"
     at: Literal["value", "key", "table"] = "value"
-    """Which place to show: the value, its key, or the table around (for what is missing)."""
+    """What to point at: the value, its key, or the enclosing table (for missing keys)."""
 
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """A fault or doubt with its place, ready to be shown."""
+    """An error or warning with its location, ready to be shown."""
 
     severity: Literal["error", "warning"]
     message: str
@@ -59,7 +59,7 @@ class Diagnostic:
     hint: str | None = None
     note: str | None = None
     file: str | None = None
-    """The file it belongs to, where no place in it can be named."""
+    """The file it belongs to, if it has no location in that file."""
 
     def __str__(self) -> str:
         place = self.location or self.file
@@ -71,7 +71,7 @@ class Diagnostic:
 
 
 class RecipeError(UserError):
-    """A recipe that cannot be used, with everything that is wrong with it."""
+    """An invalid recipe, with all its errors and warnings."""
 
     def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
         super().__init__(diagnostics)
@@ -86,7 +86,7 @@ class RecipeError(UserError):
 
 
 def dotted(path: KeyPath) -> str:
-    """A key path as one writes it: ``augment.train[0].name``; parts that need quotes get them."""
+    """Format a key path: ``augment.train[0].name``; parts are quoted if necessary."""
     text = ""
     for part in path:
         if isinstance(part, int):
@@ -97,7 +97,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def printable(text: str) -> str:
-    """Without control characters, which a hostile recipe could send to the terminal; tabs stay."""
+    """Replace control characters, which a malicious recipe could send to the terminal; tabs are kept."""
     return "".join(
         char
         if char == "\t" or unicodedata.category(char) not in ("Cc", "Cf", "Zl", "Zp", "Cs")
@@ -107,7 +107,7 @@ def printable(text: str) -> str:
 
 
 def _excerpt(location: Location) -> list[str]:
-    """The source line and a caret under the fault; a long line is cut to the part around it."""
+    """Return the source line and a caret under the error; a long line is cut to the part around it."""
     text, column = location.source_line, location.column - 1
     start = max(0, column - SOURCE_WIDTH // 2) if len(text) > SOURCE_WIDTH else 0
     shown = text[start : start + SOURCE_WIDTH]
@@ -120,7 +120,7 @@ def _excerpt(location: Location) -> list[str]:
 
 
 def _blank(char: str) -> str:
-    """Blanks as wide as the character is on a terminal."""
+    """Return spaces of the character's width on a terminal."""
     if char == "\t":
         return "\t"
     if unicodedata.combining(char):

@@ -1,7 +1,7 @@
-"""Keys and metrics that earlier versions named differently, and defaults that have changed.
+"""Keys and metrics that have been renamed since earlier versions, and defaults that have changed.
 
-A recipe of the user's own with an old key is refused, with the new name. Files that an earlier version wrote (a run's
-resolved recipe, its summary and metrics, a study's record) are read as what they meant.
+A user's recipe with an old key is rejected with a message that gives the new name. Files written by earlier versions
+(a run's resolved recipe, summary and metrics, a study's record) are converted when they are read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RENAMED: dict[KeyPath, str] = {
     ("train", "clip_norm"): "max_grad_norm",
     ("train", "select"): "best_metric",
 }
-"""Recipe keys by their old path, without positions in lists, and their new last part."""
+"""Renamed recipe keys: old path, without list indices, and new last part."""
 
 RENAMED_VALUES = {"frozen_classifier": "backbone_only"}
 
@@ -35,23 +35,23 @@ DEFAULTS: dict[KeyPath, dict[str, Any]] = {
     ("model", "convnet"): {"bias": True},
     ("model", "head"): {"bias": True},
 }
-"""What a resolved recipe means by a key that it lacks because an earlier version wrote it."""
+"""Values of keys that are missing in resolved recipes written by earlier versions."""
 
 
 def renamed_key(path: tuple[str | int, ...]) -> str | None:
-    """The new name of an old key's last part; None where the key was not renamed."""
+    """Return the new name of an old key's last part; None if the key was not renamed."""
     return RENAMED.get(tuple(part for part in path if isinstance(part, str)))
 
 
 def renamed_metric(name: str) -> str:
-    """A metric's name today: ``stopped_test_class_accuracy`` is ``last_test_balanced_accuracy``."""
+    """Return a metric's current name: ``stopped_test_class_accuracy`` is now ``last_test_balanced_accuracy``."""
     name = name.replace("class_accuracy", "balanced_accuracy")
     is_of_last_model = name == "stopped" or (name.startswith("stopped_") and name != "stopped_early")
     return "last" + name.removeprefix("stopped") if is_of_last_model else name
 
 
 def update_recipe(content: dict[str, Any]) -> None:
-    """Bring the content of a resolved recipe up to date, in place."""
+    """Update the content of a resolved recipe in place."""
     _rename_keys(content, ())
     for path in DEFAULTS:
         _fill_in(content, path, path)
@@ -70,7 +70,7 @@ def update_recipe(content: dict[str, Any]) -> None:
 
 
 def update_model(model: object) -> None:
-    """The same for the table ``model`` alone, as model.json has it."""
+    """Update the table ``model`` in place, as stored in model.json."""
     if isinstance(model, dict):
         _rename_keys(model, ("model",))
         for path in DEFAULTS:
@@ -79,7 +79,7 @@ def update_model(model: object) -> None:
 
 
 def update_metrics(value: Any) -> Any:
-    """Dictionary keys, and texts in lists, that are names of metrics, at any depth."""
+    """Rename metrics in dictionary keys and in strings of lists, at any depth."""
     if isinstance(value, dict):
         return {renamed_metric(key): update_metrics(item) for key, item in value.items()}
     if isinstance(value, list):

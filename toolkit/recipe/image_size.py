@@ -1,4 +1,4 @@
-"""Image sizes that follow from the recipe alone, in pixels."""
+"""Image sizes that are determined by the recipe alone, in pixels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from toolkit.recipe.schema import ConvNetConfig, Recipe
 
 
 def input_size(recipe: Recipe) -> int | None:
-    """Height and width of the model's input; None if only the images or the weights file can tell."""
+    """Return the height and width of the model's input; None if they depend on the images or the weights file."""
     data, model = recipe.data, recipe.model
     if data.image_size is not None:
         return data.image_size
@@ -20,7 +20,7 @@ def input_size(recipe: Recipe) -> int | None:
 
 
 def convnet_output_size(table: ConvNetConfig, image_size: int) -> int:
-    """Height and width after the last block. Raises UserError naming the layer that no pixel reaches."""
+    """Return the height and width after the last block. Raises UserError naming the layer that gets no pixels."""
     size = image_size
     for number, block in enumerate(table.blocks, start=1):
         for kind in table.order:

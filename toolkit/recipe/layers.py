@@ -1,4 +1,4 @@
-"""Where a recipe's values come from: files joined by ``extends``, and ``--set`` arguments."""
+"""Layers of a recipe: files linked by ``extends``, and ``--set`` arguments."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from toolkit.recipe.resolve import is_resolved
 from toolkit.recipe.toml_positions import KeyPath, SourcePosition, SourceSpan, scan
 
 MAX_BYTES = 64 * 1024
-"""Of a recipe file and all that it extends. A long recipe has 5 KB; the limit keeps hostile ones from taking time."""
+"""Maximum size of a recipe file and all it extends. Long recipes have 5 KB; the limit guards against malicious ones."""
 
 MAX_PARENTS = 8
 MAX_NESTING = 12
-"""Tables and lists within one another; the language itself needs 5."""
+"""Maximum nesting of tables and lists; the recipe language itself needs 5."""
 
 SET = "--set"
 _PLACE = re.compile(r"(?P<text>.*?) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)\Z", re.DOTALL)
@@ -32,7 +32,7 @@ _DOTTED_RUN = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]
 
 @dataclass(frozen=True)
 class ConfigLayer:
-    """One TOML text with its values and their places."""
+    """One TOML text with its values and their positions."""
 
     name: str
     """Path as shown to the user, or ``--set``."""
@@ -40,10 +40,10 @@ class ConfigLayer:
     data: dict[str, Any]
     spans: dict[KeyPath, SourceSpan]
     note: str | None = None
-    """How its values came into the recipe, for those that were inherited."""
+    """For inherited values: the chain of files through which they were inherited."""
 
     def location(self, path: KeyPath, *, at_key: bool) -> Location | None:
-        """Place of a key or value here, or of the innermost entry around it that has one."""
+        """Return the location of a key or value, or of the innermost enclosing entry that has one."""
         while path and path not in self.spans:
             path, at_key = path[:-1], True
         if not path:
@@ -54,13 +54,13 @@ class ConfigLayer:
 
 @dataclass
 class LayeredConfig:
-    """The values of all sources together, later ones over earlier ones, and which source gave each."""
+    """The merged values of all sources, in which later sources override earlier ones, and the source of each."""
 
     data: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, ConfigLayer] = field(default_factory=dict)
 
     def add(self, source: ConfigLayer) -> None:
-        """Lay a source over what is there: tables key by key, everything else replaced."""
+        """Merge a source into the values: tables are merged key by key, everything else is replaced."""
         self._add(self.data, source.data, (), source)
 
     def _add(self, into: dict[str, Any], new: dict[str, Any], path: KeyPath, source: ConfigLayer) -> None:
@@ -75,7 +75,7 @@ class LayeredConfig:
                 into[key] = value
 
     def has(self, path: KeyPath) -> bool:
-        """Whether any source gives this key."""
+        """Whether any source sets this key."""
         value: Any = self.data
         for part in path:
             is_there = (
@@ -87,14 +87,14 @@ class LayeredConfig:
         return True
 
     def origin(self, path: KeyPath) -> ConfigLayer | None:
-        """The source of a value, or of the innermost table or list around it."""
+        """Return the source of a value, or of the innermost table or list around it."""
         while path and path not in self.origins:
             path = path[:-1]
         return self.origins.get(path)
 
 
 def read_chain(path: str | os.PathLike[str]) -> list[ConfigLayer]:
-    """A recipe file and all it extends, base first; parents without [expected_metrics]. Raises RecipeError."""
+    """Read a recipe file and all it extends, base first; parents without [expected_metrics]. Raises RecipeError."""
     sources: list[ConfigLayer] = []
     seen: list[str] = []
     chain: list[str] = []
@@ -102,7 +102,7 @@ def read_chain(path: str | os.PathLike[str]) -> list[ConfigLayer]:
     while True:
         real, chain = os.path.realpath(name) if "\0" not in name else name, [*chain, name]
         if real in seen:
-            raise _fault("extends leads back to a recipe that it came from", asked_at, name, _chain(chain))
+            raise _fault("extends leads back to the same recipe", asked_at, name, _chain(chain))
         if len(seen) > MAX_PARENTS:
             raise _fault(f"more than {MAX_PARENTS} recipes extend one another", asked_at, name, _chain(chain))
         seen.append(real)
@@ -113,7 +113,7 @@ def read_chain(path: str | os.PathLike[str]) -> list[ConfigLayer]:
             raise _fault(f"the recipes together are larger than {MAX_BYTES // 1024} KiB", asked_at, name, note)
         source = parse(name, text, note)
         parent = source.data.pop("extends", None)
-        if len(chain) > 1:  # [expected_metrics] is a promise about one recipe, not about those that extend it
+        if len(chain) > 1:  # [expected_metrics] applies to one recipe, not to those that extend it
             source.data.pop("expected_metrics", None)
         sources.insert(0, source)
         if parent is None:
@@ -125,10 +125,10 @@ def read_chain(path: str | os.PathLike[str]) -> list[ConfigLayer]:
 
 
 def parse(name: str, text: str, note: str | None = None) -> ConfigLayer:
-    """A TOML text with its places. Raises RecipeError where it is no TOML or nested too deeply."""
+    """Parse TOML text with positions. Raises RecipeError if it is not valid TOML or nested too deeply."""
     lines = text.replace("\r\n", "\n").split("\n")
     try:
-        run = _DOTTED_RUN.search(text)  # tomli's time grows with the square of a key's parts
+        run = _DOTTED_RUN.search(text)  # tomli takes quadratic time in the number of parts of a key
         if run:
             raise RecursionError
         data = tomli.loads(text)
@@ -136,7 +136,7 @@ def parse(name: str, text: str, note: str | None = None) -> ConfigLayer:
         raise RecipeError(
             [Diagnostic("error", "lists, tables or keys are nested too deeply", file=name, note=note)]
         ) from None
-    except ValueError as error:  # TOMLDecodeError, and Python's own for numbers of thousands of digits
+    except ValueError as error:  # TOMLDecodeError, and Python's own error for numbers with thousands of digits
         raise RecipeError([_syntax_fault(name, lines, error, note)]) from None
     deep = _too_deep(data)
     if deep:
@@ -148,7 +148,7 @@ def parse(name: str, text: str, note: str | None = None) -> ConfigLayer:
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[ConfigLayer]:
-    """The ``--set`` arguments. Raises RecipeError naming all that are no ``table.key=value``."""
+    """Parse the ``--set`` arguments. Raises RecipeError listing all that are not ``table.key=value``."""
     sources, faults = [], []
     for argument in arguments:
         try:
@@ -178,17 +178,17 @@ def _parse_override(argument: str) -> ConfigLayer:
             raise RecipeError([Diagnostic("error", "expected a value after =", location=at_value)]) from None
         raise error from None
     if "extends" in source.data:
-        raise RecipeError([Diagnostic("error", "extends can only stand in a recipe file", location=start)])
+        raise RecipeError([Diagnostic("error", "extends is only allowed in a recipe file", location=start)])
     return source
 
 
 def _read(name: str, asked_at: Location | None, chain: list[str]) -> str:
-    """The text of a recipe file; ``asked_at`` is the place of the ``extends`` that named it, if one did."""
+    """Read the text of a recipe file; ``asked_at`` is the location of the ``extends`` that names it, if any."""
     note = _chain(chain) if len(chain) > 1 else None
     try:
         mode = os.stat(name).st_mode
         if not stat.S_ISREG(mode):
-            what = "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
+            what = "is a folder" if stat.S_ISDIR(mode) else "is not a regular file"
             raise _fault(f"{name} {what}, expected a recipe file", asked_at, name, note)
         with open(name, "rb") as stream:
             content = stream.read(MAX_BYTES + 1)
@@ -209,7 +209,7 @@ def _read(name: str, asked_at: Location | None, chain: list[str]) -> str:
 
 
 def _neighbour(name: str) -> str | None:
-    """A hint that names a recipe of a similar name in the same folder."""
+    """Return a hint with a recipe of a similar name in the same folder, if there is one."""
     from toolkit.recipe.catalog import nearest
 
     folder = os.path.dirname(name) or "."
@@ -237,7 +237,7 @@ def _syntax_fault(name: str, lines: list[str], error: ValueError, note: str | No
 
 def _syntax_hint(text: str, rest: str) -> str | None:
     if "cannot overwrite" in text or "twice" in text:
-        return "this key or table was given before"
+        return "this key or table is already defined above"
     word = _BARE_WORD.match(rest)
     if text == "invalid value" and word:
         lower = word["word"].lower()
@@ -246,7 +246,7 @@ def _syntax_hint(text: str, rest: str) -> str | None:
 
 
 def _too_deep(data: dict[str, Any]) -> KeyPath | None:
-    """A path within too many tables and lists, if there is one. Not recursive: the nesting may be deep indeed."""
+    """Return a path that is nested too deeply, if there is one. Not recursive, as the nesting may be very deep."""
     stack: list[tuple[KeyPath, Any]] = [((), data)]
     while stack:
         path, value = stack.pop()

@@ -1,4 +1,4 @@
-"""From a TOML file to a Recipe: read, inherit, override, validate, check. Never imports torch."""
+"""Load a Recipe from a TOML file: read, inherit, override, validate, check. Never imports torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe, where each of its values came from, and what is doubtful about it."""
+    """A recipe, the origin of each of its values, and warnings."""
 
     recipe: Recipe
     origins: dict[KeyPath, str]
@@ -29,24 +29,25 @@ class LoadedRecipe:
     warnings: list[Diagnostic]
 
     def annotated(self) -> str:
-        """The resolved recipe as TOML, with the origin of each value beside it."""
+        """Return the resolved recipe as TOML, with the origin of each value as a comment."""
         return resolved_toml(self.recipe, lambda path: self.origins[path])
 
     def origins_dict(self, file: str | os.PathLike[str]) -> dict[str, Any]:
-        """For a run directory: the recipe's own ``file``, and the origin of each key by its dotted name."""
+        """Return the recipe's ``file`` and the origin of each key by dotted name, for the run directory."""
         return {"file": os.fspath(file), "keys": {dotted(path): origin for path, origin in self.origins.items()}}
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a TOML file. ``overrides`` are ``table.key=value`` with a TOML value, the last one wins.
+    """Load a recipe from a TOML file.
 
-    Raises RecipeError with everything that is wrong; warnings are to be had from :func:`load`.
+    ``overrides`` are ``table.key=value`` with a TOML value; the last one wins. Raises RecipeError with all errors;
+    use :func:`load` to get warnings too.
     """
     return load(path, overrides).recipe
 
 
 def loads_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a TOML text, which must not extend a file. Raises RecipeError."""
+    """Load a recipe from TOML text, which must not extend a file. Raises RecipeError."""
     source = parse("<text>", text)
     if "extends" in source.data:
         place = source.location(("extends",), at_key=True)
@@ -55,12 +56,12 @@ def loads_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """As :func:`load_recipe`, with the origins of values and the warnings."""
+    """Like :func:`load_recipe`, but also return the origins of values and the warnings."""
     return resolve(read_sources(path, overrides), os.fspath(path))
 
 
 def read_sources(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[ConfigLayer]:
-    """The files and arguments of a recipe, the eldest first. Raises RecipeError naming all that cannot be read."""
+    """Read the files and arguments of a recipe, base first. Raises RecipeError listing all that cannot be read."""
     faults: list[Diagnostic] = []
     files: list[ConfigLayer] = []
     arguments: list[ConfigLayer] = []
@@ -78,7 +79,7 @@ def read_sources(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 
 
 def resolve(sources: Sequence[ConfigLayer], name: str) -> LoadedRecipe:
-    """One recipe of all sources, the eldest first; ``name`` is what a fault without a place is said of."""
+    """Merge all sources, base first, into one recipe; errors without a location are reported for ``name``."""
     merged = LayeredConfig()
     for source in sources:
         merged.add(source)
@@ -95,14 +96,14 @@ def resolve(sources: Sequence[ConfigLayer], name: str) -> LoadedRecipe:
 
 
 def placed(findings: Iterable[Issue], merged: LayeredConfig, name: str) -> list[Diagnostic]:
-    """The findings with their places, in the order in which one reads the files."""
+    """Return the findings with their locations, in the order of files and lines."""
     return sorted((_placed(item, merged, name) for item in findings), key=_reading_order)
 
 
 def _placed(finding: Issue, merged: LayeredConfig, name: str) -> Diagnostic:
-    """The finding with the place of its key in the file, or argument, that gave it.
+    """Return the finding with the location of its key in the file or argument that set it.
 
-    Where the key was not given, its default being at fault, the first related key that was given is shown.
+    If the key was not set, because its default is at fault, the first related key that was set is shown.
     """
     path = finding.path[:-1] if finding.at == "table" else finding.path
     shown = next((given for given in (path, *finding.related) if merged.has(given)), path)
@@ -123,7 +124,7 @@ def _origins(recipe: Recipe, merged: LayeredConfig) -> dict[KeyPath, str]:
 
 
 def _origin(path: KeyPath, merged: LayeredConfig) -> str:
-    """Where a value stands; a default has no entry of its own."""
+    """Return the origin of a value; defaults have no entry in ``merged``."""
     source = merged.origins.get(path)
     if source is None:
         return DEFAULT

@@ -1,4 +1,4 @@
-"""A recipe written out in full: as text, as a hash, as a list of differences."""
+"""Resolved recipes: complete text, hash and differences."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_document
 
 MOMENTUM = 0.9
-"""Of sgd and nag, where the recipe gives none."""
+"""Default momentum of sgd and nag."""
 
 GAMMA = {"step": 0.1, "exponential": 0.95, "plateau": 0.1}
-"""Of the schedules that have a factor, where the recipe gives none."""
+"""Default decay factors of the schedules that have one."""
 
 ASIDE = ("slurm", "study", "tracking", "checkpoint", "expected_metrics", "recipe.description", "recipe.run_root")
-"""Where and in what company a run is computed, who is told, what is expected: the run comes out the same."""
+"""Tables and keys that do not affect the result of a run and are excluded from the hash."""
 
 HEADER = """\
 # Resolved recipe: every key with its value, defaults written out; a key that is absent is not set.
@@ -28,7 +28,7 @@ HEADER = """\
 
 
 def with_defaults(recipe: Recipe) -> Recipe:
-    """The recipe with those values that depend on another key."""
+    """Return the recipe with defaults that depend on other keys filled in."""
     optimizer, scheduler = recipe.optimizer, recipe.scheduler
     if optimizer.momentum is None and optimizer.name in ("sgd", "nag"):
         optimizer = optimizer.model_copy(update={"momentum": MOMENTUM})
@@ -47,25 +47,25 @@ def is_resolved(text: str) -> bool:
 
 
 def resolved_content(recipe: Recipe) -> dict[str, Any]:
-    """All tables and keys as plain values, in the schema's order; keys that are not set are left out."""
+    """Return all tables and keys as plain values, in schema order; keys that are not set are omitted."""
     return recipe.model_dump(exclude_none=True)
 
 
 def resolved_toml(recipe: Recipe, remark: Callable[[KeyPath], str | None] = lambda path: None) -> str:
-    """The complete recipe as TOML; reading it gives an equal Recipe. ``remark`` may give a comment for a key."""
+    """Return the complete recipe as TOML; reading it gives an equal Recipe. ``remark`` returns a key's comment."""
     return HEADER + toml_document(resolved_content(recipe), remark)
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 of the resolved content, 64 hexadecimal digits; the order of keys does not matter.
+    """Return the SHA-256 of the resolved content (64 hexadecimal digits), independent of the order of keys.
 
-    What is no part of the experiment does not count: :data:`ASIDE`.
+    Keys in :data:`ASIDE` are excluded.
     """
     return content_hash(resolved_content(recipe))
 
 
 def content_hash(content: dict[str, Any]) -> str:
-    """The same of a resolved recipe's content as a file has it, with the keys of the version that wrote it."""
+    """Return the hash of a resolved recipe's content read from a file, with the keys of the version that wrote it."""
     counted = {table: value for table, value in content.items() if table not in ASIDE}
     counted["recipe"] = {key: value for key, value in counted["recipe"].items() if f"recipe.{key}" not in ASIDE}
     text = json.dumps(counted, sort_keys=True, separators=(",", ":"))
@@ -73,7 +73,7 @@ def content_hash(content: dict[str, Any]) -> str:
 
 
 def experiment_diff(first: Recipe, second: Recipe) -> list[tuple[KeyPath, Any, Any]]:
-    """The differences (see :func:`diff`) that make it another experiment; what is in :data:`ASIDE` is left out."""
+    """Return the differences (see :func:`diff`) that affect the result, that is, without the keys in :data:`ASIDE`."""
     return [
         change
         for change in diff(first, second)
@@ -82,14 +82,14 @@ def experiment_diff(first: Recipe, second: Recipe) -> list[tuple[KeyPath, Any, A
 
 
 def diff(first: Recipe, second: Recipe) -> list[tuple[KeyPath, Any, Any]]:
-    """Keys whose values differ, with both values; None where a key is not set. Lists are compared whole."""
+    """Return the keys whose values differ with both values; None if a key is not set. Lists are compared as a whole."""
     one, two = dict(leaves(resolved_content(first))), dict(leaves(resolved_content(second)))
     keys = [*one, *(path for path in two if path not in one)]
     return [(path, one.get(path), two.get(path)) for path in keys if one.get(path) != two.get(path)]
 
 
 def leaves(content: dict[str, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Key paths and values of all that is no table, and of empty tables."""
+    """Yield key paths and values of everything that is not a table, and of empty tables."""
     for key, value in content.items():
         if isinstance(value, dict) and value:
             yield from leaves(value, (*path, key))

@@ -408,7 +408,7 @@ class ConvNetConfig(ConfigModel):
     @model_validator(mode="after")
     def _order_complete(self) -> ConvNetConfig:
         if len(set(self.order)) != len(self.order) or "conv" not in self.order:
-            raise ValueError("order must hold conv, and each layer once at most")
+            raise ValueError("order must contain conv, and each layer at most once")
         used = {
             "norm": any(self.has_batch_norm(b) for b in self.blocks),
             "pool": any(b.pool for b in self.blocks),
@@ -416,7 +416,7 @@ class ConvNetConfig(ConfigModel):
         }
         missing = [layer for layer, is_used in used.items() if is_used and layer not in self.order]
         if missing:
-            raise ValueError(f"order leaves out {', '.join(missing)}, which a block asks for")
+            raise ValueError(f"order lacks {', '.join(missing)}, which a block uses")
         return self
 
 

@@ -227,8 +227,8 @@ class StudyConfig(ConfigModel):
     not_comparable: Annotated[
         str,
         describe(
-            "Why the published values cannot be compared with these runs, such as another network. Shown instead of all "
-            "differences; claims remain undecided."
+            "Why the published values cannot be compared with these runs, such as another network. Shown instead of "
+            "the differences; claims remain undecided."
         ),
     ] = ""
     rows: Annotated[list[StudyRow], describe("Named rows, each with its overrides.")] = []

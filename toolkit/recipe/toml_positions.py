@@ -1,6 +1,6 @@
-"""Where every key and value of a TOML text stands, so that a complaint can point at it.
+"""Positions of all keys and values in TOML text, so that error messages can point at them.
 
-tomli gives the values and no positions. The scanner here only finds places: it relies on tomli having
+tomli returns values without positions. The scanner here only finds positions: it relies on tomli having
 accepted the text, and therefore neither checks the grammar nor computes values.
 """
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import tomli
 
 KeyPath = tuple[str | int, ...]
-"""Keys from the top of the document; elements of arrays by their index."""
+"""Keys from the document root; array elements by index."""
 
 
 @dataclass(frozen=True)
 class SourcePosition:
-    """A place in a text, both numbers counted from 1, in characters."""
+    """A position in a text; both numbers are counted from 1, columns in characters."""
 
     line: int
     column: int
@@ -25,7 +25,7 @@ class SourcePosition:
 
 @dataclass(frozen=True)
 class SourceSpan:
-    """Where an entry's key stands, and where its value begins."""
+    """Start positions of an entry's key and value."""
 
     key: SourcePosition
     value: SourcePosition
@@ -35,7 +35,7 @@ _BLANK = re.compile(r"(?:[ \t\n]|#[^\n]*)*")
 _SPACE = re.compile(r"[ \t]*")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _STRING = re.compile(
-    r'"""(?:\\.|[^\\])*?"""(?:"{0,2})'  # up to two quotes may stand before the closing three
+    r'"""(?:\\.|[^\\])*?"""(?:"{0,2})'  # up to two quotes may precede the closing three
     r"|'''.*?'''(?:'{0,2})"
     r'|"(?:\\.|[^"\\])*"'
     r"|'[^']*'",
@@ -46,10 +46,10 @@ _DOT = re.compile(r"[ \t]*\.[ \t]*")
 
 
 def scan(text: str) -> dict[KeyPath, SourceSpan]:
-    """Places of all keys, tables and array elements of a TOML text that tomli has accepted.
+    """Return the positions of all keys, tables and array elements of a TOML text that tomli has accepted.
 
-    A table's place is that of its header (the last, where several give parts of it); an array element has no
-    key, so its key and value are the same place.
+    A table's position is that of its header (the last one, if several define parts of it); an array element has no
+    key, so its key and value have the same position.
     """
     return _Scanner(text.replace("\r\n", "\n")).document()
 
@@ -75,7 +75,7 @@ class _Scanner:
         return self.spans
 
     def header(self) -> KeyPath:
-        """``[a.b]`` or ``[[a.b]]``; gives the path that the following keys belong to."""
+        """Scan ``[a.b]`` or ``[[a.b]]``; return the path that the following keys belong to."""
         start = self.position()
         is_array = self.text.startswith("[[", self.at)
         self.at += 2 if is_array else 1
@@ -99,7 +99,7 @@ class _Scanner:
         self.value(self.enter(prefix, parts, self.position()))
 
     def enter(self, prefix: KeyPath, parts: list[tuple[str, SourcePosition]], value: SourcePosition) -> KeyPath:
-        """Note the places of a key's parts; gives the full path of the last, inside the newest array elements."""
+        """Record the positions of a key's parts; return the full path of the last, within the last array elements."""
         path = prefix
         for number, (name, place) in enumerate(parts):
             path = (*path, name)
@@ -113,7 +113,7 @@ class _Scanner:
         return path
 
     def key(self) -> list[tuple[str, SourcePosition]]:
-        """A dotted key: name and place of each part."""
+        """Scan a dotted key: name and position of each part."""
         parts = [self.key_part()]
         while self.skip(_DOT):
             parts.append(self.key_part())
@@ -151,7 +151,7 @@ class _Scanner:
             self.pair(path)
 
     def next_item(self, closing: str) -> bool:
-        """Step over the opening bracket or a comma to the next item; False, and past the end, where there is none."""
+        """Skip the opening bracket or a comma to the next item. If none is left, skip the closing bracket; return False."""
         self.skip(_BLANK)
         if self.text[self.at] != closing:
             self.at += 1
@@ -162,7 +162,7 @@ class _Scanner:
         return False
 
     def skip(self, pattern: re.Pattern[str]) -> str:
-        """Step over what the pattern matches here, and give it."""
+        """Skip the text that the pattern matches here and return it."""
         match = pattern.match(self.text, self.at)
         if match is None:
             return ""
@@ -170,7 +170,7 @@ class _Scanner:
         return match.group()
 
     def position(self) -> SourcePosition:
-        """The present place. Places are asked for in rising order, so the line is found by going on."""
+        """Return the current position. Positions only increase, so the search starts from the last line found."""
         while self.line + 1 < len(self.line_starts) and self.line_starts[self.line + 1] <= self.at:
             self.line += 1
         return SourcePosition(self.line + 1, self.at - self.line_starts[self.line] + 1)

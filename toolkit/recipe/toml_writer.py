@@ -1,4 +1,4 @@
-"""Values and tables as TOML text. tomli reads this back to equal values (tested)."""
+"""Write values and tables as TOML. tomli reads the text back to equal values (tested)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+\Z")
 
 
 def toml_key(name: str) -> str:
-    """A key, in quotes where it needs them."""
+    """Format a key, quoted if necessary."""
     return name if _BARE_KEY.match(name) else toml_value(name)
 
 
 def toml_value(value: Any) -> str:
-    """A value on one line; tables become inline tables."""
+    """Format a value on one line; tables become inline tables."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -28,16 +28,16 @@ def toml_value(value: Any) -> str:
     if isinstance(value, Mapping):
         pairs = [f"{toml_key(key)} = {toml_value(item)}" for key, item in value.items()]
         return "{ " + ", ".join(pairs) + " }" if pairs else "{}"
-    return repr(value)  # int and float, whose Python form is also TOML's
+    return repr(value)  # int and float: Python's repr is valid TOML
 
 
 def toml_document(content: Mapping[str, Any], remark: Callable[[KeyPath], str | None] = lambda path: None) -> str:
-    """Tables under headers, everything within arrays inline. ``remark`` may give a comment for a key path."""
+    """Format tables under headers, with tables in arrays inline. ``remark`` returns a key path's comment, if any."""
     return "\n\n".join(_tables((), content, remark)) + "\n"
 
 
 def _tables(path: KeyPath, table: Mapping[str, Any], remark: Callable[[KeyPath], str | None]) -> list[str]:
-    """This table's text, then those of its sub-tables."""
+    """Return the text of this table, then those of its subtables."""
     own = {key: value for key, value in table.items() if not isinstance(value, Mapping) or not value}
     lines = ["[" + ".".join(toml_key(str(part)) for part in path) + "]"] if path else []
     for key, value in own.items():

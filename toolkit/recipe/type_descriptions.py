@@ -25,8 +25,8 @@ SHOWN = 60
 
 
 PATTERNS = {
-    NAME_PATTERN: "text that begins with a letter or digit and goes on with letters, digits and _+=,@-, "
-    "single spaces and dots between them, 100 characters at most",
+    NAME_PATTERN: "text that starts with a letter or digit, followed by letters, digits and _+=,@-, with "
+    "single spaces and dots between them, at most 100 characters",
     SLURM_WORD: "text of letters, digits and _.,@+-",
     SLURM_FEATURES: "text of letters, digits and _.,:&|*()[]@+-",
     SLURM_MEMORY: "a size such as 64G (K, M, G or T; alone, megabytes)",

@@ -1,8 +1,8 @@
-"""The schema's verdict on a recipe's values, in plain words and complete.
+"""Validate a recipe's values against the schema and report every error in plain words.
 
-pydantic stops at the first fault of some kinds, and the rules between tables need a whole recipe. So every fault is
-noted and mended with a placeholder until a recipe stands; what was mended is remembered as untrusted, and nothing
-that depends on it is reported.
+pydantic stops at the first error of some kinds, and the checks across tables need a complete recipe. So each error is
+recorded and the bad value replaced with a placeholder until the recipe is valid. Replaced values are marked as
+untrusted, and nothing that depends on them is reported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from toolkit.recipe.toml_writer import toml_value
 from toolkit.recipe.type_descriptions import describe_type, describe_value, unwrap_annotation
 
 MAX_ERRORS = 100
-"""So many errors of one round are looked at; nobody reads more, and a hostile recipe can have 50,000."""
+"""Maximum number of errors handled per round: nobody reads more, and a malicious recipe can have 50,000."""
 
 MAX_ROUNDS = 8
 
@@ -48,7 +48,7 @@ PLACEHOLDERS: dict[tuple[str, str], Any] = {
     ("TrainConfig", "batch_size"): 1,
     ("Expectation", "source"): "placeholder",
 }
-"""What stands in for a required key that is missing or wrong, by the schema's class and its field."""
+"""Placeholders for required keys that are missing or wrong, by schema class and field."""
 
 OTHER_NAMES = {
     "learning_rate": "lr",
@@ -60,24 +60,24 @@ OTHER_NAMES = {
     "architecture": "name",
     "pretrained": "weights",
 }
-"""What other tools call some keys, where the spelling is too far from ours to be found by likeness."""
+"""Names of keys in other tools that are too different from ours to be found by similarity."""
 
 
 @dataclass
 class ValidationResult:
-    """``recipe`` holds placeholders at the ``untrusted`` paths; None where nothing could be made of the values."""
+    """``recipe`` has placeholders at the ``untrusted`` paths; it is None if the values could not be repaired."""
 
     recipe: Recipe | None = None
     findings: list[Issue] = field(default_factory=list)
     untrusted: set[KeyPath] = field(default_factory=set)
 
     def is_valid_at(self, paths: Iterable[KeyPath]) -> bool:
-        """Whether none of the values at, above or below these paths had to be mended."""
+        """Whether none of the values at, above or below these paths had to be replaced."""
         return not any(_touches(path, bad) for path in paths for bad in self.untrusted)
 
 
 def validate(values: dict[str, Any]) -> ValidationResult:
-    """Check values against the schema; all faults are found."""
+    """Validate values against the schema and find all errors."""
     verdict, data = ValidationResult(), copy.deepcopy(values)
     for path, message in list(islice(_foreign_values(data), MAX_ERRORS)):
         verdict.findings.append(Issue(f"{dotted(path)}: {message}", path))
@@ -91,7 +91,7 @@ def validate(values: dict[str, Any]) -> ValidationResult:
             verdict.recipe = Recipe.model_validate(data)
             break
         except ValidationError as error:
-            # Unknown keys first: one that is a misspelling explains the absence of the right one.
+            # Unknown keys first: a misspelled key explains why the correct one is missing.
             errors = sorted(error.errors(include_url=False)[:MAX_ERRORS], key=lambda e: e["type"] != "extra_forbidden")
             for item in errors:
                 _record(verdict, data, item)
@@ -99,12 +99,15 @@ def validate(values: dict[str, Any]) -> ValidationResult:
 
 
 def _foreign_values(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-    """Values that TOML has and no recipe: found apart, since arguments of models and optimisers may be anything."""
+    """Yield values that TOML allows but recipes do not.
+
+    Not left to pydantic, since arguments of models and optimizers accept any type.
+    """
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _foreign_values(item, (*path, key))
     elif isinstance(value, datetime.date | datetime.time):
-        yield path, "a recipe has no dates and times; put text into quotes"
+        yield path, "dates and times are not allowed in a recipe; put text into quotes"
     elif isinstance(value, float) and not math.isfinite(value):
         yield path, f"expected a finite number, found {value}"
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -112,12 +115,12 @@ def _foreign_values(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, s
 
 
 def _record(verdict: ValidationResult, data: dict[str, Any], error: Any) -> None:
-    """Note one error, unless it follows from a known one, and mend it."""
+    """Record one error, unless it follows from a known one, and replace the value with a placeholder."""
     place = _schema_location(error["loc"], data)
     if place is None:
         return
     kind, path = error["type"], place.path
-    if kind == "value_error":  # a rule within a table, which runs once its values are mended
+    if kind == "value_error":  # a rule within a table, which runs once its values are valid
         if verdict.is_valid_at([path]):
             verdict.findings.append(_broken_rule(place, str(error["ctx"]["error"])))
         _replace_with_placeholder(data, place, verdict)
@@ -133,20 +136,20 @@ def _record(verdict: ValidationResult, data: dict[str, Any], error: Any) -> None
 
 @dataclass(frozen=True)
 class _SchemaLocation:
-    """A key path, its value, and what the schema has there."""
+    """A key path, its value, and its type in the schema."""
 
     path: KeyPath
     value: Any
     annotation: Any
     constraints: tuple[Any, ...]
     table: type[BaseModel] | None
-    """The class that has the key."""
+    """The class that defines the key."""
 
 
 def _schema_location(loc: tuple[str | int, ...], data: Any) -> _SchemaLocation | None:
-    """The key that a pydantic location means; None for a branch of a union that the value is not of.
+    """Return the key that a pydantic location refers to; None for a union branch that does not match the value.
 
-    pydantic's location has, besides keys, the name of the branch wherever the schema has a union.
+    For a union, pydantic's location contains the name of the branch in addition to the keys.
     """
     annotation: Any = Recipe
     constraints: tuple[Any, ...] = ()
@@ -214,12 +217,12 @@ def _unknown_hint(place: _SchemaLocation) -> str:
 
 
 def _tables_with(key: str) -> list[str]:
-    """The tables that have a key of this name."""
+    """Return the tables that have a key of this name."""
     return [t for t, entry in Recipe.model_fields.items() if key in getattr(entry.annotation, "model_fields", {})]
 
 
 def _similar(place: _SchemaLocation) -> list[str]:
-    """Known keys of this table that resemble an unknown one."""
+    """Return the known keys of this table that resemble an unknown one."""
     assert place.table is not None, "only a table has unknown keys"
     name, known = str(place.path[-1]), place.table.model_fields
     other = OTHER_NAMES.get(name)
@@ -244,7 +247,7 @@ def _value_hint(place: _SchemaLocation) -> str | None:
 
 
 def _words(annotation: Any) -> Iterator[str]:
-    """The words that an annotation admits."""
+    """Yield the strings that an annotation allows."""
     if typing.get_origin(annotation) is typing.Literal:
         yield from (value for value in typing.get_args(annotation) if isinstance(value, str))
     else:
@@ -253,12 +256,12 @@ def _words(annotation: Any) -> Iterator[str]:
 
 
 def _owner(path: KeyPath) -> str:
-    """A table as one says it: ``[optimizer]``, ``augment.train[0]``."""
+    """Format the path of a table: ``[optimizer]``, ``augment.train[0]``."""
     return f"[{dotted(path)}]" if all(isinstance(part, str) for part in path) else dotted(path)
 
 
 def _broken_rule(place: _SchemaLocation, message: str) -> Issue:
-    """A rule within one table; shown at the key that the message begins with, if it does."""
+    """Return the issue of a rule within one table, located at the key that the message starts with, if any."""
     first = message.split()[0].rstrip(":")
     is_key = _is_model(place.annotation) and first in place.annotation.model_fields
     path = (*place.path, first) if is_key else place.path
@@ -266,7 +269,7 @@ def _broken_rule(place: _SchemaLocation, message: str) -> Issue:
 
 
 def _replace_with_placeholder(data: dict[str, Any], place: _SchemaLocation, verdict: ValidationResult) -> None:
-    """Put a placeholder for a bad value, else remove it, with the list or table around it where that needs it."""
+    """Replace a bad value with its placeholder, or remove it, if necessary with the list or table around it."""
     path, name = place.path, str(place.path[-1])
     placeholder = PLACEHOLDERS.get((place.table.__name__, name)) if place.table else None
     entry = place.table.model_fields.get(name) if place.table else None

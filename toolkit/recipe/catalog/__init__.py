@@ -1,7 +1,7 @@
-"""Names that a recipe can use: models, weights, transforms, optimisers, and the arguments they take.
+"""Catalog of names that a recipe can use: models, weights, transforms and optimizers, with their arguments.
 
 Read from ``catalog.json``, so that a recipe is checked without importing torch. ``python -m toolkit.recipe.catalog``
-writes that file anew from the installed versions of torch, torchvision and timm.
+regenerates that file from the installed versions of torch, torchvision and timm.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ FILE = Path(__file__).parent.parent / "catalog.json"
 
 
 class Input(NamedTuple):
-    """What pretrained weights expect of an image."""
+    """Input configuration of pretrained weights."""
 
     image_size: int
-    """Height and width of the input, pixels."""
+    """Height and width of the input, in pixels."""
     resize: int
-    """Side before the center crop, pixels: which side, says ``crop_mode``."""
+    """Side length before the center crop, in pixels; ``crop_mode`` determines which side."""
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_mode: str = "center"
-    """center: the short side becomes ``resize``; squash: both sides; border: the long side, and the rest is padded."""
+    """center: resize the shorter side to ``resize``; squash: both sides; border: the longer side, and pad the rest."""
     height: int | None = None
-    """Height of an input that is not square, pixels; image_size is then its width."""
+    """Height of a non-square input, in pixels; image_size is then its width."""
 
 
 @cache
 def catalog() -> dict[str, Any]:
-    """The whole of catalog.json."""
+    """Return the content of catalog.json."""
     content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
     return content
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Known names that resemble ``name``, best first, whatever the case; none for absurdly long names."""
+    """Return known names similar to ``name``, best first, ignoring case; none for excessively long names."""
     by_folded: dict[str, str] = {}
     for candidate in known:
         by_folded.setdefault(candidate.casefold(), candidate)
@@ -50,23 +50,23 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def model_names(source: str) -> list[str]:
-    """Architectures of ``torchvision`` or ``timm``."""
+    """Return the architectures of ``torchvision`` or ``timm``."""
     return list(catalog()[source]["models"])
 
 
 def excluded_models() -> dict[str, str]:
-    """Architectures of timm that a recipe cannot name, and why."""
+    """Return the timm architectures that a recipe cannot use, and why."""
     reasons: dict[str, str] = catalog()["excluded_models"]
     return reasons
 
 
 def weights_names(source: str, model: str) -> list[str]:
-    """Names of the pretrained weights of an architecture, the default first; empty where there are none."""
+    """Return the names of an architecture's pretrained weights, the default first; empty if there are none."""
     return list(catalog()[source]["models"][model])
 
 
 def weights_input(source: str, model: str, weights: str) -> Input | None:
-    """What named weights (or DEFAULT) expect; None where they are unknown."""
+    """Return the input configuration of named weights (or DEFAULT); None if they are unknown."""
     known = catalog()[source]["models"].get(model, {})
     if weights == "DEFAULT" and known:
         weights = next(iter(known))
@@ -77,24 +77,24 @@ def weights_input(source: str, model: str, weights: str) -> Input | None:
 
 
 def transforms() -> dict[str, dict[str, dict[str, Any]]]:
-    """Transforms by name; their arguments have ``kinds`` (of TOML value), ``required``, ``default``, ``choices``."""
+    """Return transforms by name; arguments have ``kinds`` (of TOML value), ``required``, ``default``, ``choices``."""
     known: dict[str, dict[str, dict[str, Any]]] = catalog()["transforms"]
     return known
 
 
 def excluded_transforms() -> dict[str, str]:
-    """Classes of torchvision.transforms.v2 that a recipe cannot name, and why."""
+    """Return the classes of torchvision.transforms.v2 that a recipe cannot use, and why."""
     reasons: dict[str, str] = catalog()["excluded_transforms"]
     return reasons
 
 
 def optimizers() -> dict[str, dict[str, Any]]:
-    """Optimisers by name: ``args`` (names and defaults), ``momentum`` (whether they take one), ``description``."""
+    """Return optimizers by name: ``args`` (with defaults), ``momentum`` (whether supported), ``description``."""
     known: dict[str, dict[str, Any]] = catalog()["optimizers"]
     return known
 
 
 def excluded_optimizers() -> dict[str, str]:
-    """timm optimisers that a recipe cannot name, and why."""
+    """Return the timm optimizers that a recipe cannot use, and why."""
     reasons: dict[str, str] = catalog()["excluded_optimizers"]
     return reasons

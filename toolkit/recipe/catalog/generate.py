@@ -1,4 +1,4 @@
-"""Build catalog.json. The only part of the recipe language that imports torch, and only when it is called."""
+"""Generate catalog.json. The only module of this package that imports torch, and only when called."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ EXCLUDED_TRANSFORMS = {
     "ConvertBoundingBoxFormat": "is for bounding boxes",
     "ConvertImageDtype": "changes the type, which the toolkit does itself",
     "CutMix": "mixes examples: use augment.cutmix",
-    "FiveCrop": "makes several images of one",
+    "FiveCrop": "makes several images from one",
     "Lambda": "runs code, and a recipe is data",
     "LinearTransformation": "takes a matrix, which a recipe cannot hold",
     "MixUp": "mixes examples: use augment.mixup",
     "Normalize": "is done last by the toolkit: use data.normalize",
     "PILToTensor": "changes the type, which the toolkit does itself",
-    "RandomApply": "is a container: use apply_p beside the transform's name",
+    "RandomApply": "is a container: use apply_p with the transform",
     "RandomChoice": "is a container: name one transform",
     "RandomIoUCrop": "is for bounding boxes",
     "RandomOrder": "is a container: list its transforms in the recipe instead",
     "SanitizeBoundingBoxes": "is for bounding boxes",
     "SanitizeKeyPoints": "is for key points",
     "SetClampingMode": "is for bounding boxes",
-    "TenCrop": "makes several images of one",
+    "TenCrop": "makes several images from one",
     "ToDtype": "changes the type, which the toolkit does itself",
     "ToImage": "changes the type, which the toolkit does itself",
     "ToPILImage": "changes the type, which the toolkit does itself",
@@ -39,14 +39,14 @@ EXCLUDED_TRANSFORMS = {
     "Transform": "is the base of the other classes",
     "UniformTemporalSubsample": "is for videos",
 }
-"""Classes that make no sense on one image of a recipe, and why, as the error message says it."""
+"""Classes that cannot be used on single images in a recipe, and why, as worded in the error message."""
 
 OWN_OPTIMIZER_KEYS = {"self", "params", "lr", "weight_decay", "momentum", "nesterov", "maximize", "differentiable"}
-"""Arguments that a recipe gives in another way (lr, nag), or that would break training."""
+"""Arguments that other recipe keys set (lr, nag), or that would break training."""
 
 
 def generate() -> str:
-    """The text of catalog.json for the installed versions."""
+    """Return the text of catalog.json for the installed versions."""
     import timm
     import torch
     import torchvision
@@ -68,19 +68,19 @@ def generate() -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that catalog.json is made from, without importing them."""
+    """Return the versions of the packages from which catalog.json is generated, without importing them."""
     from importlib.metadata import version
 
     return {name: _release(version(name)) for name in ("torch", "torchvision", "timm")}
 
 
 def _release(version: str) -> str:
-    """Without the local part: 2.11.0+cpu is 2.11.0."""
+    """Strip the local part of a version: 2.11.0+cpu becomes 2.11.0."""
     return str(version).split("+")[0]
 
 
 def _layout(value: Any, depth: int = 0) -> str:
-    """JSON with one entry a line down to the third level, so that changes can be read."""
+    """Return JSON with one entry per line down to the third level, for readable diffs."""
     if depth == 3 or not isinstance(value, dict | list) or not value:
         return json.dumps(value, separators=(",", ":"))
     if isinstance(value, list):
@@ -89,7 +89,7 @@ def _layout(value: Any, depth: int = 0) -> str:
 
 
 def excluded_models() -> dict[str, str]:
-    """Architectures of timm that a recipe cannot name, and why."""
+    """Return the timm architectures that a recipe cannot use, and why."""
     import timm
 
     reason = "encodes images for a language model and has no classifier"
@@ -97,7 +97,7 @@ def excluded_models() -> dict[str, str]:
 
 
 class _Inputs:
-    """Input configurations, each kept once."""
+    """Deduplicated input configurations."""
 
     def __init__(self) -> None:
         self.rows: list[list[Any]] = []
@@ -112,7 +112,7 @@ class _Inputs:
 
 
 def _torchvision_models(inputs: _Inputs) -> dict[str, dict[str, int]]:
-    """Weights of each classification model, the default first, with the number of their input configuration."""
+    """Return the weights of each classification model, default first, with the index of their input configuration."""
     from torchvision import models
 
     found = {}
@@ -134,7 +134,7 @@ def _preset_row(preset: Any) -> list[Any]:
 
 
 def _timm_models(inputs: _Inputs) -> dict[str, dict[str, int]]:
-    """Tags of each architecture, the default first, with the number of their input configuration."""
+    """Return the tags of each architecture, default first, with the index of their input configuration."""
     import timm
     from timm.models import get_pretrained_cfg
 
@@ -162,7 +162,7 @@ def _timm_row(config: Any) -> list[Any]:
 
 
 def _transforms(excluded: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Arguments of each transform of single images."""
+    """Return the arguments of each transform of single images."""
     from torchvision.transforms import v2
 
     classes = {name: value for name, value in vars(v2).items() if inspect.isclass(value)}
@@ -180,9 +180,9 @@ def _parameters(cls: type) -> Iterable[inspect.Parameter]:
 
 
 def _argument(parameter: inspect.Parameter) -> dict[str, Any]:
-    """Kinds of TOML values that an argument takes (empty: not known), its default or that it is required.
+    """Return the kinds of TOML values that an argument takes (empty: unknown), whether it is required, its default.
 
-    A missing size is data.image_size, so no size is required.
+    ``size`` defaults to data.image_size, so it is never required.
     """
     annotation = parameter.annotation
     if annotation is parameter.empty:
@@ -206,7 +206,7 @@ def _plain(value: Any) -> Any:
 
 
 def _choices(annotation: Any) -> list[str]:
-    """The words that an argument takes, where they are a closed list."""
+    """Return the strings that an argument accepts, if they are a fixed list."""
     if typing.get_origin(annotation) is typing.Literal:
         return list(typing.get_args(annotation))
     members = typing.get_args(annotation) or (annotation,)
@@ -214,7 +214,7 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _kinds(annotation: Any) -> set[str]:
-    """Names of the TOML kinds (integer, number, boolean, text, array) that an annotation admits."""
+    """Return the TOML kinds (integer, number, boolean, text, array) that an annotation allows."""
     from numbers import Number
 
     members = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Union else (annotation,)
@@ -245,7 +245,7 @@ def _excluded_optimizers() -> dict[str, str]:
 
 
 def _optimizers(excluded: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """sgd, nag, adam and adamw are PyTorch's; the others timm's."""
+    """Return all optimizers: sgd, nag, adam and adamw from PyTorch, the others from timm."""
     import torch
     from timm.optim import get_optimizer_info, list_optimizers
 
@@ -276,6 +276,6 @@ def _optimizer(cls: Any, description: str) -> dict[str, Any]:
 
 
 def _json_default(value: Any) -> Any:
-    """The default as TOML has it; null for None and for what TOML cannot hold."""
+    """Return the default as a TOML value; None (null) for None and for values that TOML cannot represent."""
     plain = _plain(value)
     return plain if isinstance(plain, bool | int | float | str | list) else None
