@@ -51,7 +51,7 @@ LONGEST_LABEL = 128
 
 
 def mode_fits_weights(recipe: Recipe) -> Iterator[Issue]:
-    """Check that pretrained weights are given if the transfer mode needs them, and not given for scratch."""
+    """Check that pretrained weights are set if the transfer mode needs them, and not set for scratch."""
     mode, weights = recipe.transfer.mode, recipe.model.weights
     if mode == "scratch" and weights != "none":
         hint = 'set transfer.mode = "finetune" to use the weights, or model.weights = "none" to train from scratch'
@@ -67,7 +67,7 @@ def mode_fits_weights(recipe: Recipe) -> Iterator[Issue]:
 
 
 def unfreezing_fits_mode(recipe: Recipe) -> Iterator[Issue]:
-    """Check that unfreeze_at is used with gradual only, is increasing, and ends within the run."""
+    """Check that unfreeze_at is only used with mode gradual, is increasing, and ends within the run."""
     mode, at = recipe.transfer.mode, recipe.transfer.unfreeze_at
     path = ("transfer", "unfreeze_at")
     if mode == "gradual" and not at:
@@ -82,14 +82,14 @@ def unfreezing_fits_mode(recipe: Recipe) -> Iterator[Issue]:
 
 
 def new_layer_fits_mode(recipe: Recipe) -> Iterator[Issue]:
-    """Check that new_layer is used with backbone_only only."""
+    """Check that new_layer is only used with mode backbone_only."""
     if recipe.transfer.new_layer == "freeze" and recipe.transfer.mode != "backbone_only":
         message = f'transfer.new_layer: only mode "backbone_only" uses it, not "{recipe.transfer.mode}"'
         yield Issue(message, ("transfer", "new_layer"), (MODE,), at="key")
 
 
 def head_fits_model(recipe: Recipe) -> Iterator[Issue]:
-    """Check that scope = "classifier" is used with AlexNet and VGG only, whose classifiers have several layers."""
+    """Check that scope = "classifier" is only used with AlexNet and VGG, whose classifiers have several layers."""
     model, path = recipe.model, ("model", "head", "scope")
     has_classifier = model.source == "torchvision" and model.name.startswith(("alexnet", "vgg"))
     if model.head.scope == "classifier" and not has_classifier:
@@ -106,7 +106,7 @@ def convnet_has_effect(recipe: Recipe) -> Iterator[Issue]:
 
 
 def stem_fits_model(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the small stem is used with ResNets only; warn if it replaces a pretrained layer."""
+    """Check that the small stem is only used with ResNets; warn if it replaces a pretrained layer."""
     model, path = recipe.model, ("model", "stem")
     if model.stem != "small":
         return
@@ -328,7 +328,7 @@ def selection_is_measured(recipe: Recipe) -> Iterator[Issue]:
 
 
 def expectations_are_measured(recipe: Recipe) -> Iterator[Issue]:
-    """Warn about [expected_metrics] and other settings for a split that is disabled."""
+    """Warn about [expected_metrics] and test_images_per_class of a split that is disabled."""
     for split, prefix in (("validation", "val_"), ("test", "test_")):
         path = ("data", "split", split)
         if getattr(recipe.data.split, split) != 0:

@@ -209,7 +209,7 @@ def _read(name: str, asked_at: Location | None, chain: list[str]) -> str:
 
 
 def _neighbour(name: str) -> str | None:
-    """Return a hint with a recipe of a similar name in the same folder, if there is one."""
+    """Return a hint: a recipe of a similar name in the same folder, or that the folder does not exist."""
     from toolkit.recipe.catalog import nearest
 
     folder = os.path.dirname(name) or "."

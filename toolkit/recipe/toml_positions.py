@@ -151,7 +151,7 @@ class _Scanner:
             self.pair(path)
 
     def next_item(self, closing: str) -> bool:
-        """Skip the opening bracket or a comma to the next item. If none is left, skip the closing bracket; return False."""
+        """Skip the opening bracket or a comma; return whether an item follows. If not, skip the closing bracket too."""
         self.skip(_BLANK)
         if self.text[self.at] != closing:
             self.at += 1
