@@ -318,7 +318,7 @@ def figures_are_known(recipe: Recipe) -> Iterator[Issue]:
     for name, expected in recipe.expected_metrics.items():
         path = ("expected_metrics", name)
         if name not in FIGURES:
-            hint = _did_you_mean(catalog.nearest(name, FIGURES, 2)) or "known are " + ", ".join(FIGURES)
+            hint = _did_you_mean(catalog.nearest(name, FIGURES, 2)) or "the metrics are " + ", ".join(FIGURES)
             yield Issue(f"[expected_metrics]: a run has no metric {_shown(name)}", path, hint=hint, at="key")
         for bound in ("at_least", "at_most", "value"):
             value = getattr(expected, bound)
