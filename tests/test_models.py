@@ -492,7 +492,7 @@ def test_other_randomness_is_refused(table: ModelConfig) -> None:
         (tv("resnet81"), 32, r"model.name = 'resnet81' is not known; did you mean resnet18"),
         (tm("vit_tini_patch16_224"), 32, r"did you mean vit_tiny_patch16_224"),
         (tm("hf-hub:someone/something"), 32, "is not known"),
-        (tm("resnet18", weights="in1k"), 32, r"weights = 'in1k' is not known; there is a1_in1k, .*tv_in1k"),
+        (tm("resnet18", weights="in1k"), 32, r"weights = 'in1k' is not known; known: a1_in1k, .*tv_in1k"),
         (tm("resnet18.a1_in1k", weights="a2_in1k"), 32, "name different tags"),
         (tv("resnet18", weights="IMAGENET1K_V2"), 32, "there is IMAGENET1K_V1"),
         (tv("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),

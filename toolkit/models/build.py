@@ -167,7 +167,7 @@ def _load(
     is_file = is_file_reference(table.weights)
     if table.source == "toolkit" and table.weights != "none" and not is_file:
         raise UserError(
-            f"model.weights = {table.weights!r}: a ConvNet of one's own has none; use 'none' or 'file:PATH'"
+            f"model.weights = {table.weights!r}: a custom ConvNet has no published weights; use 'none' or 'file:PATH'"
         )
     if table.weights == "none" or (is_file and not load_weights):
         return WeightLoadReport([], [])
@@ -218,11 +218,11 @@ def _settle(
         raise UserError(
             f"{table.name} draws random numbers in a way that cannot be repeated on another number of processes "
             f"({', '.join(found.random)}); leave out dropout, drop rates and random positions (rope_*_coords) in "
-            "model.args (or give 0, or 1 for rope_rescale_coords, "
-            "where the model has some by default), and use model.head.dropout"
+            "model.args (or set them to 0, or rope_rescale_coords to 1, "
+            "if the model has some by default), and use model.head.dropout"
         )
     if not is_logits(found.output, num_classes):
-        raise UserError(f"{table.name} does not give one row of {num_classes} logits an image, so it is no classifier")
+        raise UserError(f"{table.name} does not return {num_classes} logits per image, so it is not a classifier")
     return found.used
 
 
@@ -235,8 +235,8 @@ def _probe(table: ModelConfig, module: nn.Module, channels: int, image_size: int
 
 def _unfit_size(table: ModelConfig, image_size: int, error: Exception) -> UserError:
     return UserError(
-        f"{table.name} cannot take images of {image_size}x{image_size} pixels (too small, or no multiple of what it "
-        f"needs); choose another data.image_size. It said: {first_line(error)}"
+        f"{table.name} cannot take images of {image_size}x{image_size} pixels (too small, or not a multiple of the "
+        f"required size); choose another data.image_size. The error was: {first_line(error)}"
     )
 
 

@@ -222,7 +222,7 @@ def _unpickle(path: Path) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"weights file {path} is damaged, or holds more than tensors and is refused because loading it could run "
-            f"code; save its state dict as .safetensors where you trust it ({reason})"
+            f"code; if you trust it, save its state dict as .safetensors ({reason})"
         ) from None
     except Exception as error:
         raise UserError(f"weights file {path} cannot be read: {str(error).strip().splitlines()[0]}") from None

@@ -169,7 +169,7 @@ def _not_fetched(name: str, config: Any, reason: str) -> UserError:
     source = f"{constants.ENDPOINT}/{config.hf_hub_id}" if config.hf_hub_id else config.url
     return UserError(
         f"weights {name} could not be fetched ({reason}). Without a network: fetch them from {source} elsewhere and "
-        f"give model.weights = 'file:PATH', or bring the cache {constants.HF_HUB_CACHE} from a machine that has one"
+        f"give model.weights = 'file:PATH', or copy the cache {constants.HF_HUB_CACHE} from a machine that has one"
     )
 
 

@@ -93,7 +93,7 @@ def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
     if not transfer.trainable:
         raise UserError(
             f"transfer.mode = {table.mode!r} with freeze = {table.freeze} leaves nothing to train; "
-            f"the stages are {_listed(built)}"
+            f"the layer groups are {_listed(built)}"
         )
     _check_unfreezing(built, table)
     _check_stem(built, transfer)
@@ -123,7 +123,7 @@ def _matches(key: str, patterns: list[str], names: list[str], built: ModelBundle
         if not matched:
             raise UserError(
                 f"transfer.{key}: no parameter's name matches {pattern!r}; names are like {names[0]}, {names[-1]}, "
-                f"and the stages are {_listed(built)}"
+                f"and the layer groups are {_listed(built)}"
             )
         found |= matched
     return found
@@ -138,12 +138,12 @@ def _check_unfreezing(built: ModelBundle, table: TransferConfig) -> None:
         return
     if not table.unfreeze_at:
         raise UserError(
-            "transfer.mode = 'gradual' needs unfreeze_at: the epochs at which one more stage begins to train"
+            "transfer.mode = 'gradual' needs unfreeze_at: the epochs at which one more layer group begins to train"
         )
     if len(table.unfreeze_at) > len(built.stages) - 1:
         raise UserError(
-            f"transfer.unfreeze_at has {len(table.unfreeze_at)} epochs, but {len(built.stages) - 1} stages are below "
-            f"the head: {_listed(built)}"
+            f"transfer.unfreeze_at has {len(table.unfreeze_at)} epochs, but {len(built.stages) - 1} layer groups are "
+            f"below the head: {_listed(built)}"
         )
 
 
@@ -152,7 +152,7 @@ def _check_stem(built: ModelBundle, transfer: Transfer) -> None:
     stem = built.new_stem
     if stem and not any(is_under(name, [stem]) for name in transfer.trainable):
         raise UserError(
-            f"{stem} is new (model.stem = 'small') and would stay frozen at its random start; "
+            f"{stem} is new (model.stem = 'small') and would stay frozen at its random initialization; "
             f'add transfer.train = ["{stem}.*"]'
         )
 

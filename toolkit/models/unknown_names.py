@@ -13,7 +13,7 @@ from toolkit.recipe.catalog_checks import OWN_MODEL_KEYS
 def unknown_name(key: str, name: str, known: Collection[str]) -> UserError:
     """Build the error for a name that is not in ``known``, suggesting close matches, or all names if they are few."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near and len(known) > 8 else f"there is {', '.join(known) or 'none'}"
+    hint = f"did you mean {' or '.join(near)}?" if near and len(known) > 8 else f"known: {', '.join(known) or 'none'}"
     return UserError(f"{key} = {name!r} is not known; {hint}")
 
 
