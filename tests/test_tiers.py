@@ -459,7 +459,7 @@ def test_a_disk_without_room_is_left_alone(photographs: Path, own_cache: Path, m
     setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
     _, kept = batches_of(setup, cached=True)
     assert kept.shortcuts == []
-    assert "have no room" in said.text
+    assert "do not fit into the cache" in said.text
     assert not list(own_cache.glob("*images-*/"))
 
 
