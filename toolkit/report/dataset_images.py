@@ -70,7 +70,7 @@ def open_dataset_images(facts: RunData, data_root: str | None = None) -> Dataset
     changes = {"download": False} | ({"root": data_root} if data_root is not None else {})
     dataset = open_dataset(table.model_copy(update=changes))
     if facts.classes and dataset.classes != facts.classes:
-        raise UserError(f"the data set at {data_root or table.root} has other classes than the run was trained on")
+        raise UserError(f"the data set at {data_root or table.root} has different classes from those of the run")
     predicted = facts.predictions.names if facts.predictions else []
     return DatasetImages(dataset, [*predicted, *(name for split in SPLITS for name in facts.split.get(split, []))])
 
@@ -108,7 +108,7 @@ def preprocessing_of(facts: RunData) -> Preprocessing:
     try:
         return Preprocessing.from_dict(facts.card["preprocessing"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{facts.run.checkpoints / 'model.json'} says no preprocessing ({error})") from None
+        raise UserError(f"{facts.run.checkpoints / 'model.json'} has no preprocessing ({error})") from None
 
 
 def data_uri(image: Image.Image, side: int) -> str:

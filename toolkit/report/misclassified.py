@@ -64,7 +64,7 @@ def misclassified_figure(title: str, worst: Sequence[Misclassification]) -> Figu
         if one.image is not None:
             paste(sheet, one.image, top + CAPTION, left, TILE)
         else:
-            axes.text(left, top + CAPTION + TILE // 2, "image not at hand", fontsize=6.5)
+            axes.text(left, top + CAPTION + TILE // 2, "image not available", fontsize=6.5)
     axes.imshow(sheet, interpolation="none")
     axes.set_axis_off()
     what = "worst mistakes: true class \N{RIGHTWARDS ARROW} prediction and its probability"

@@ -53,7 +53,7 @@ ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
 @contextlib.contextmanager
 def plot_style(log: Callable[[str], None]) -> Iterator[None]:
-    """Apply the style to figures drawn and saved in the context; log characters that no installed font has at the end."""
+    """Apply the style to figures drawn and saved in the context; at the end, log characters that no font has."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     settings: Any = {
         "font.family": [name for name in FONTS if name in installed],

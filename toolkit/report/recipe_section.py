@@ -36,9 +36,9 @@ def recipe_table(recipe: Recipe, origins: dict[str, Any]) -> HtmlTable:
         rows.append(HtmlRow([*cells, name(origin)] if is_told else cells, kind))
     columns = [HtmlColumn(title) for title in ("key", "value", "default", *(["comes from"] if is_told else []))]
     if not is_told:
-        text = "Highlighted: what differs from the defaults. The run was not told which file each value came from."
+        text = "Highlighted: values that differ from the defaults. The run did not record the origins of its values."
         return HtmlTable(columns, rows, text, [("all", ""), ("differs from default", OWN)])
-    text = f"Highlighted: what {printable(file)} or --set says itself, over what it extends and over the defaults."
+    text = f"Highlighted: values set by {printable(file)} itself or --set, as opposed to its base and the defaults."
     buttons = [("all", ""), ("differs from its base", OWN), ("differs from the defaults", f"{OWN} {BASE}")]
     return HtmlTable(columns, rows, text, buttons)
 

@@ -117,9 +117,9 @@ def load_run_data(run: Run) -> RunData:
     if not facts.epochs:
         raise UserError(
             f"{run.path} has no finished epoch yet, so there is nothing to report ({_state(run)}); "
-            "`toolkit status` shows how far it is"
+            "`toolkit status` shows its progress"
         )
-    facts.summary = facts.try_load("figures of the test images", lambda: _checked_summary(facts))
+    facts.summary = facts.try_load("test metrics", lambda: _checked_summary(facts))
     facts.environment = facts.try_load("the environment", lambda: run.environment) or {}
     facts.card = facts.try_load("the names of the classes", lambda: _checked_card(run)) or {}
     facts.split = facts.try_load("the lists of images", lambda: run.split) or {}
@@ -155,7 +155,7 @@ def _checked_summary(facts: RunData) -> Record:
         if not isinstance(summary.get(model), dict) or not isinstance(summary[model].get("epoch"), int):
             raise UserError(f"{file} is damaged: it has no {model}.epoch")
         wrong = [key for key, value in summary[model].items() if not isinstance(value, int | float)]
-        facts.missing += [printable(f"{model}.{key}: {file} is damaged: that is no number") for key in wrong]
+        facts.missing += [printable(f"{model}.{key}: {file} is damaged: not a number") for key in wrong]
     texts = {key: str(summary[key]) for key in ("device", "precision") if key in summary}
     tables = {key: _numbers(summary[key]) for key in ("best", "last", "images") if isinstance(summary.get(key), dict)}
     return _numbers(summary) | texts | tables
@@ -201,7 +201,7 @@ def _read_filters(run: Run) -> ConvFilters:
     from safetensors import SafetensorError, safe_open
 
     if not run.first_layer.exists():
-        raise UserError(f"{run.first_layer} is missing: the model has no convolution, or an earlier version trained it")
+        raise UserError(f"{run.first_layer} is missing: the model has no convolution, or an older version trained it")
     for path in (run.first_layer, run.best_weights):
         require_file(path)
     try:

@@ -274,7 +274,7 @@ def _by_class(found: Predictions, counts: Mapping[str, Counts] | None) -> HtmlTa
         HtmlColumn("right", True),
         HtmlColumn("test images", True),
     ]
-    columns += [*(HtmlColumn(title, True) for title, _ in trained), HtmlColumn("most often taken for")]
+    columns += [*(HtmlColumn(title, True) for title, _ in trained), HtmlColumn("most often mistaken for")]
     rows = []
     for label in np.argsort(-np.nan_to_num(accuracy, nan=-1), kind="stable"):
         wrong = matrix[label].copy()

@@ -179,7 +179,7 @@ def _counts(facts: RunData, pictures: DatasetImages | None) -> Any:
     if "images_per_class" in facts.split:
         return facts.try_load("images per class", lambda: count_by_class(facts))
     if pictures is None or not facts.split:
-        facts.missing.append("images per class: the run did not note them, and the data set is not at hand")
+        facts.missing.append("images per class: the run did not record them, and the data set is not available")
         return None
     return facts.try_load("images per class", lambda: {s: pictures.counts(facts.split[s]) for s in SPLITS})
 

@@ -189,7 +189,7 @@ def study_recipe(facts: StudyReportData, results: Sequence[RunResult]) -> HtmlTa
     varied = [key for key in ("recipe.seed", *varied_keys(results)) if len(values.get(key, ())) > 1]
     table = recipe_table(facts.recipe, dict(facts.origins))
     rows = [_marked(row, values, varied) for row in table.rows]
-    text = "Highlighted: what varies over the runs, with its values. All else is as in the first run that can be read."
+    text = "Highlighted: keys that vary between runs, with their values. All others are from the first readable run."
     return HtmlTable(
         table.columns, rows, text, [("all", ""), ("varies", OWN), ("differs from the defaults", f"{OWN} {BASE}")]
     )

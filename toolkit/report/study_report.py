@@ -68,7 +68,7 @@ def read_study(folder: Path) -> StudyResults:
     if not any(result.epochs for result in found.results):
         raise UserError(
             f"no run of the study in {folder} has a finished epoch, so there is nothing to report; "
-            f"toolkit status {folder} shows how far they are"
+            f"toolkit status {folder} shows their progress"
         )
     return found
 

@@ -84,7 +84,7 @@ def create_wandb_report(found: StudyResults, folder: Path) -> WandbReport:
     except UserError:
         raise
     except Exception as error:  # from the client, its HTTP library or its schema
-        raise RunFailed(f"W&B did not take the report ({first_line(error)}); try again later") from error
+        raise RunFailed(f"W&B rejected the report ({first_line(error)}); try again later") from error
     return WandbReport(report.url, missing)
 
 
@@ -224,11 +224,11 @@ def _comparison(reports: Any, found: StudyResults) -> list[Any]:
 
 
 def _notes(found: StudyResults, missing: Sequence[str]) -> str:
-    lines = [f"Published figures: {found.table.source}."] if found.table.source else []
+    lines = [f"Published results: {found.table.source}."] if found.table.source else []
     lines += [found.table.note] if found.table.note else []
     lines += [f"Not in this report: {line}." for line in missing]
     lines.append(
-        "The table was made by `toolkit report` from the run directories. Curves and bars are W&B's, over the study's "
-        "runs alone; a colour is a row of the table, as far as colours go."
+        "The table was made by `toolkit report` from the run directories. Curves and bars are W&B's, of the study's "
+        "runs only. Each row of the table has its own color, as long as there are enough colors."
     )
     return "\n\n".join(lines)
