@@ -55,7 +55,7 @@ def plan_study(study: StudySpec, expansion: ExpandedStudy) -> tuple[JobSettings,
             check_batch_size(run.recipe.train.batch_size, settings.world, run.recipe.train.grad_accum_steps)
         ignored = [name for name in ("gpus_per_run", "runs_per_gpu") if getattr(study.table, name) != 1]
         remarks = [
-            f"study.{name} is for `toolkit study`; a task of the array trains one run on the GPUs that [slurm] asks for"
+            f"study.{name} applies to `toolkit study` only; an array task trains one run on the GPUs set in [slurm]"
             for name in ignored
         ]
     return settings, [*remarks, *check_places(settings, study.base.recipe.run_root, [study.path])]
@@ -118,7 +118,7 @@ def _left(folder: StudyDirectory) -> list[Run]:
 def _refuse_if_done(search: BohbSearchConfig, folder: StudyDirectory) -> None:
     if folder.exists and folder.is_complete and len(folder.members) >= search.trials:
         raise UserError(
-            f"the search has tried all {search.trials} configurations: toolkit table {folder.path}; to go on with it, "
+            f"the search has tried all {search.trials} configurations: toolkit table {folder.path}; to continue it, "
             "raise study.bohb.trials"
         )
 
@@ -189,11 +189,11 @@ def refuse_if_at_work(path: Path) -> None:
         return
     jobs = queue()
     if jobs is None:
-        raise UserError("SLURM does not answer (squeue), so it is not known which runs are still at work; try again")
+        raise UserError("SLURM does not answer (squeue), so active tasks cannot be ruled out; try again")
     alive = [name for name, entry in tasks_of(record["job"], jobs).items() if entry.is_active]
     if alive:
         raise UserError(
-            f"{len(alive)} task(s) of array job {record['job']} are still at work: toolkit status {path} shows them; "
+            f"{len(alive)} task(s) of array job {record['job']} are still active: toolkit status {path} shows them; "
             f"submit again when they have ended, or cancel them: toolkit cancel {path}"
         )
 
@@ -224,7 +224,7 @@ def headline(path: Path, jobs: Mapping[str, QueueEntry] | None) -> str | None:
 
 def _told(tasks: Mapping[str, QueueEntry]) -> str:
     if not tasks:
-        return "SLURM does not know it any more"
+        return "no longer known to SLURM"
     reasons = {e.state: e.reason for e in tasks.values() if e.state == "PENDING" and e.reason != "None"}
     counts = Counter(entry.state for entry in tasks.values())
     told = [f"{count} {s.lower()}" + (f" ({reasons[s]})" if s in reasons else "") for s, count in counts.items()]

@@ -28,7 +28,7 @@ from toolkit.reading import Shape, read_bytes, read_json, read_text, require_fil
 from toolkit.runs import RUN_ID, Run, newest_run
 from toolkit.study.directory import StudyDirectory, StudyRun, failure_of, is_claimed, is_of_study, target_epoch
 
-GONE = "the job left no trace: its node failed, or it was ended from outside"
+GONE = "the job disappeared without an exit record: its node failed, or it was killed externally"
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD",
           "SPECIAL_EXIT", "RESIZING", "SIGNALING", "STAGE_OUT")  # fmt: skip
 """SLURM states of jobs that have not ended."""
@@ -293,7 +293,7 @@ def _verdict(job: SlurmJob, entry: QueueEntry | None, slurm_answered: bool) -> t
     if not slurm_answered:
         return "unknown", "SLURM does not answer"
     if job.current is None:
-        return "new", "no task of its array has taken it: submit again"
+        return "new", "no array task has claimed it: submit again"
     ended = entry.state if entry else accounted_state(job.current) or ""
     if ended.startswith("CANCELLED"):
         return "cancelled", "scancel"
@@ -309,7 +309,7 @@ def _without_slurm(run: Run) -> tuple[str, str]:
         return "failed", failure.line
     if is_of_study(run):
         until = target_epoch(run)
-        return ("paused", f"the search has had it trained to epoch {until}") if until else ("new", "of a study")
+        return ("paused", f"trained to epoch {until} by the search") if until else ("new", "of a study")
     has_checkpoint = any(run.checkpoints.glob("*.pt"))
     return ("interrupted", f"toolkit train --resume {run.path}") if has_checkpoint else ("failed", "no checkpoint")
 

@@ -83,7 +83,7 @@ def wait_for_run(run: Run, seconds: float) -> list[Lock]:
             claims = [claim(run)] if is_of_study(run) else []
             if None not in claims:
                 return [lock for lock in claims if lock is not None]
-            raise UserError(f"{run.path} is trained by a worker of its study elsewhere")
+            raise UserError(f"{run.path} is being trained by another worker of its study")
         except UserError:
             if time.monotonic() > deadline:
                 raise
@@ -102,7 +102,7 @@ def check_gpus() -> None:
     if asked and seen != asked and not os.environ.get("TOOLKIT_PRETENDED_GPUS"):
         raise UserError(
             f"SLURM granted {asked} GPU(s) on {os.uname().nodename}, PyTorch {torch.__version__} sees {seen}: the "
-            "driver, or the kind of PyTorch, does not fit; `toolkit doctor` on that node says more"
+            "driver and the PyTorch build may not match; run `toolkit doctor` on that node"
         )
 
 

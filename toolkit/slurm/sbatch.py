@@ -15,13 +15,13 @@ TRAIN = "task=toolkit.slurm.job_worker"
 """Line that selects the module run by a node's process to train one run."""
 BY_HAND = """\
 #!/bin/bash
-# One training on SLURM, by hand:
+# Train one run on SLURM, submitted manually:
 #
 #   sbatch slurm/train.sbatch recipes/resnet50_caltech.toml [--set TABLE.KEY=VALUE ...]
 #
 # Run it where `toolkit` is installed and, on several nodes, with recipe.run_root on a file system that all nodes share.
-# Change the #SBATCH lines and the values below them together; the job stops with a message where they disagree.
-# `toolkit submit` writes the same from a recipe, a profile and options, and checks more beforehand.
+# Change the #SBATCH lines and the values below them together; the job stops with a message if they disagree.
+# `toolkit submit` writes such a script from a recipe, a profile and options, with more checks beforehand.
 """
 
 
@@ -87,15 +87,16 @@ def template() -> str:
     lines = [
         "#SBATCH --job-name=toolkit", "#SBATCH --output=slurm-%j.txt", "#SBATCH --open-mode=append",
         "#SBATCH --nodes=1",
-        "#SBATCH --ntasks-per-node=1", "##SBATCH --gpus-per-node=4        # two # switch a line off",
+        "#SBATCH --ntasks-per-node=1", "##SBATCH --gpus-per-node=4        # ## disables a line",
         "#SBATCH --cpus-per-task=4", "#SBATCH --time=4:00:00", "#SBATCH --requeue", "#SBATCH --signal=B:USR1@120",
         "##SBATCH --partition=gpu", "##SBATCH --account=me", "",
-        "nodes=1                  # as above", "gpus_per_node=0          # as above; one training process a GPU",
+        "nodes=1                  # as above", "gpus_per_node=0          # as above; one training process per GPU",
         "processes_per_node=1     # with GPUs: their number", "max_restarts=50", "signal=USR1              # as above",
         "python=python", "container=               # for instance: apptainer exec --nv image.sif",
-        "scratch=                 # for instance: /scratch/$USER; the job's TMPDIR is a folder of its own there", "",
+        "scratch=                 # for instance: /scratch/$USER; the job's TMPDIR is created there",
+        "",
         "# module load cuda; source ~/venv/bin/activate", "",
-        "# The run directory: a new one, or, for a job that was requeued, the one that it had.",
+        "# The run directory: a new one, or, for a requeued job, the one it had.",
         'run=$($container "$python" -m toolkit.slurm.job_entry begin "$@") || exit', TRAIN,
     ]  # fmt: skip
     return "\n".join([BY_HAND + lines[0], *lines[1:], "", body()])

@@ -55,8 +55,8 @@ class ClusterProfile(ConfigModel):
         for name in self.variables:
             if SECRET.search(name):
                 raise ValueError(
-                    f"variables.{name} looks like a secret, which must not stand in a script: export it in the shell "
-                    "that submits, or use netrc; jobs inherit both"
+                    f"variables.{name} looks like a secret, which must not be written to a script: export it in the "
+                    "shell that submits, or use netrc; jobs inherit both"
                 )
         return self
 
@@ -99,10 +99,10 @@ def resolve_settings(recipe: Recipe) -> JobSettings:
     if table.gpus_per_node and table.processes_per_node not in (None, table.gpus_per_node):
         raise UserError(
             f"slurm.processes_per_node = {table.processes_per_node} with slurm.gpus_per_node = {table.gpus_per_node}: "
-            "a job with GPUs has one process a GPU; leave processes_per_node out"
+            "a job with GPUs has one process per GPU; leave processes_per_node out"
         )
     if table.gpu_type and not table.gpus_per_node:
-        raise UserError(f"slurm.gpu_type = {table.gpu_type!r} without slurm.gpus_per_node: say how many GPUs")
+        raise UserError(f"slurm.gpu_type = {table.gpu_type!r} without slurm.gpus_per_node: set the number of GPUs")
     return JobSettings(table=table, profile=profile, profile_name=name)
 
 
@@ -169,7 +169,7 @@ def check_places(settings: JobSettings, run_root: str, files: list[str]) -> list
     if why and settings.nodes > 1 and why[0]:
         raise UserError(
             f"recipe.run_root = {run_root!r}: {root} {why[1]}, and a job on {settings.nodes} nodes needs one folder "
-            "that all of them see. Name one on the shared file system; if this one is shared all the same, say so in "
+            "that all of them see. Use one on the shared file system; if this one is shared after all, declare it in "
             f"the cluster's profile: shared = [{str(root)!r}]"
         )
     for name, place in (("recipe.run_root", root), *((f"recipe {file}", Path(file).resolve()) for file in files)):
@@ -186,7 +186,7 @@ def local_reason(place: Path, shared: list[str], mounts: Path = Path("/proc/self
     own = os.environ.get("TMPDIR")
     for folder in (*LOCAL_FOLDERS, *([own] if own else [])):
         if place.is_relative_to(Path(folder).resolve()):
-            return True, f"is below {folder}, which every machine has for itself"
+            return True, f"is below {folder}, which is local to each machine"
     kind = file_system(place, mounts)
     if kind in LOCAL_KINDS:
         return kind in ("tmpfs", "ramfs"), f"is on a file system of this machine ({kind})"

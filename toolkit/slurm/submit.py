@@ -139,7 +139,7 @@ def cancel(run: Run) -> str:
         raise UserError(f"{run.path} is finished")
     if record["array"] is not None and job.claim(str(record["job"]), "cancelled"):
         run.write_text("slurm/cancelled", "")
-        return f"{record['job']}, which had not yet taken this run"
+        return f"{record['job']}, which had not claimed this run yet"
     number = job.current or str(record["job"])
     entry = (queue() or {}).get(number)
     if entry is not None and not entry.is_active:
