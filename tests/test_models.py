@@ -494,7 +494,7 @@ def test_other_randomness_is_refused(table: ModelConfig) -> None:
         (tm("hf-hub:someone/something"), 32, "is not known"),
         (tm("resnet18", weights="in1k"), 32, r"weights = 'in1k' is not known; known: a1_in1k, .*tv_in1k"),
         (tm("resnet18.a1_in1k", weights="a2_in1k"), 32, "name different tags"),
-        (tv("resnet18", weights="IMAGENET1K_V2"), 32, "there is IMAGENET1K_V1"),
+        (tv("resnet18", weights="IMAGENET1K_V2"), 32, "known: IMAGENET1K_V1"),
         (tv("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),
         (tm("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),
         (tm("resnet18", args={"num_classes": 3}), 32, r"model.args.num_classes cannot be given: the data set decides"),

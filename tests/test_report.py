@@ -290,7 +290,7 @@ def test_many_classes_stay_small_and_are_cut(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unrendered")
 def test_recipe_highlights_what_differs(run: Run) -> None:
     text = page(report(run.path))
-    assert "Highlighted: what differs from the defaults. The run was not told" in text
+    assert "Highlighted: values that differ from the defaults. The run did not record" in text
     rows = _recipe_rows(text)
     assert rows["train.epochs"][0] == "changed", "it has no default"
     assert rows["early_stopping.patience"] == ("changed", "2", "not set")

@@ -122,7 +122,7 @@ def test_what_the_recipe_check_says_comes_first() -> None:
         (["--set", 'slurm.options=["rm"]'], "slurm.options"),
         (["--set", "slurm.node=2"], "did you mean nodes"),
         (["--gpus-per-node", "2", "--processes-per-node", "3"], "one process per GPU"),
-        (["--gpu-type", "a100"], "say how many"),
+        (["--gpu-type", "a100"], "set the number of GPUs"),
         (["--processes-per-node", "3"], "batch_size"),
         (["--parallel", "2"], "--parallel is for studies"),
         (["--set", "study.seeds=[]"], "study.seeds"),
