@@ -74,7 +74,7 @@ class JobStatus:
     epoch: int
     epochs: int
     row: str | None = None
-    """Name of the run's row in its study's table (several, joined by "; ", where rows share the run); else None."""
+    """Name of the run's row in its study's table (several, joined by "; ", if rows share the run); else None."""
     seed: int | None = None
     """The run's seed in its study."""
 

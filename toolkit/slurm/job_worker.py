@@ -41,7 +41,7 @@ def work(run: Run) -> int:
         from toolkit.training import fit
 
         check_gpus()
-        # The first process may have waited for its lock.
+        # The other processes may have to wait while the first one waits for the run's lock.
         os.environ.setdefault(TIMEOUT_VARIABLE, str(SEVERAL_MACHINES_S))
         failure_detection.on_leave = functools.partial(note, run)
         fit.fit(recipe, resume=run.path)
