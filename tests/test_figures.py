@@ -119,7 +119,7 @@ def test_worst_mistakes_name_class_prediction_and_probability(facts: RunData) ->
     ]
     texts = [text.get_text() for text in misclassified_figure("title", worst).axes[0].texts]
     assert texts[0].endswith("0.90")
-    assert "image not at hand" in texts
+    assert "image not available" in texts
 
 
 # Filters

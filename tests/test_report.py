@@ -142,7 +142,7 @@ def test_a_run_under_way_is_shown_as_far_as_it_is(run: Run) -> None:
     (run.path / "predictions.csv").unlink()
     outcome = report(run.path)
     assert outcome.status == 0
-    assert "not shown: figures of the test images" in outcome.stderr
+    assert "not shown: test metrics" in outcome.stderr
     text = page(outcome)
     assert "not finished; 5 epochs done" in text
     assert "best: 3" in text, "by train.best_metric"
@@ -263,7 +263,7 @@ def test_other_data_in_its_place(run: Run, tmp_path: Path) -> None:
     digit_files(tmp_path / "data", train=1, test=1)
     outcome = report(run.path)
     assert outcome.status == 0
-    assert "has other classes than the run was trained on" in outcome.stderr
+    assert "has different classes from those of the run" in outcome.stderr
 
 
 @pytest.mark.usefixtures("unrendered")
@@ -290,7 +290,7 @@ def test_many_classes_stay_small_and_are_cut(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unrendered")
 def test_recipe_highlights_what_differs(run: Run) -> None:
     text = page(report(run.path))
-    assert "Highlighted: what differs from the defaults. The run was not told" in text
+    assert "Highlighted: values that differ from the defaults. The run did not record" in text
     rows = _recipe_rows(text)
     assert rows["train.epochs"][0] == "changed", "it has no default"
     assert rows["early_stopping.patience"] == ("changed", "2", "not set")
@@ -298,7 +298,7 @@ def test_recipe_highlights_what_differs(run: Run) -> None:
     keys = {"train.epochs": "recipes/a.toml:12", "optimizer.lr": "--set", "data.root": "recipes/base/b.toml:3"}
     run.write_json("origins.json", {"file": "recipes/a.toml", "keys": {"recipe.seed": "default", **keys}})
     text = page(report(run.path))
-    assert "Highlighted: what recipes/a.toml or --set says itself" in text
+    assert "Highlighted: values set by recipes/a.toml itself or --set" in text
     rows = _recipe_rows(text)
     kinds = {key: rows[key][0] for key in (*keys, "recipe.seed")}
     assert kinds == {

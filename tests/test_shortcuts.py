@@ -225,7 +225,7 @@ def test_of_two_runs_that_need_the_same_one_builds_it(tmp_path: Path, own_cache:
         for run in ("one", "two")
     ]
     shown = tmp_path / "two" / "shown.txt"
-    prepare = functools.partial(wait_for, shown, f"another run is building the cache's {kind}")
+    prepare = functools.partial(wait_for, shown, f"another run is building cache entry {kind}")
     one = Trainers(1, tmp_path / "one", recipes[0], prepare=prepare)
     one.wait_until(lambda: any(own_cache.glob(f".{kind}-*")))
     two = Trainers(1, tmp_path / "two", recipes[1])

@@ -121,8 +121,8 @@ def test_what_the_recipe_check_says_comes_first() -> None:
         (["--set", 'slurm.options=["--wrap=$(id)"]'], "slurm.options"),
         (["--set", 'slurm.options=["rm"]'], "slurm.options"),
         (["--set", "slurm.node=2"], "did you mean nodes"),
-        (["--gpus-per-node", "2", "--processes-per-node", "3"], "one process a GPU"),
-        (["--gpu-type", "a100"], "say how many"),
+        (["--gpus-per-node", "2", "--processes-per-node", "3"], "one process per GPU"),
+        (["--gpu-type", "a100"], "set the number of GPUs"),
         (["--processes-per-node", "3"], "batch_size"),
         (["--parallel", "2"], "--parallel is for studies"),
         (["--set", "study.seeds=[]"], "study.seeds"),
@@ -213,7 +213,7 @@ def test_file_systems(tmp_path: Path) -> None:
     assert local_reason(Path("/home/my disk/x"), [], mounts) == (False, "is on a file system of this machine (xfs)")
     assert local_reason(Path("/fast/x"), [], mounts) == (True, "is on a file system of this machine (tmpfs)")
     assert local_reason(Path("/opt/x"), [], mounts) == (False, "is on a file system of this machine (ext4)")
-    assert local_reason(Path("/tmp/x"), [], mounts) == (True, "is below /tmp, which every machine has for itself")
+    assert local_reason(Path("/tmp/x"), [], mounts) == (True, "is below /tmp, which is local to each machine")
     assert local_reason(Path("/tmp/x"), ["/tmp"], mounts) is None
 
 

@@ -52,7 +52,7 @@ def test_array_of_six_goes_on_where_one_failed(place: Path) -> None:
     array, table = re.search(r"array job (\d+), 6 task", text)[1], re.search(r"by job (\d+)", text)[1]  # type: ignore[index]
     outcome = toolkit("submit", six, "--profile", "local")
     assert outcome.status == 2
-    assert f"6 task(s) of array job {array} are still at work" in outcome.stderr
+    assert f"6 task(s) of array job {array} are still active" in outcome.stderr
     (place / "later").rename("away")
     runs = study_runs(folder)
     subprocess.run(["scontrol", "release", array], check=True)

@@ -379,7 +379,7 @@ def test_whole_images_that_do_not_fit_into_memory_are_not_kept(
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
     assert kept.done == {"train": 0, "validation": 2, "test": 2}
-    assert "decoded images of train are not kept" in said.text
+    assert "decoded images of train are not cached" in said.text
 
 
 def test_a_device_that_runs_out_of_memory(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +422,7 @@ def test_a_damaged_entry_is_built_anew(photographs: Path, own_cache: Path, damag
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
     assert "is damaged" in said.text
-    assert "built anew" in said.text
+    assert "rebuilding it" in said.text
     assert kept.shortcuts
 
 
@@ -459,7 +459,7 @@ def test_a_disk_without_room_is_left_alone(photographs: Path, own_cache: Path, m
     setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
     _, kept = batches_of(setup, cached=True)
     assert kept.shortcuts == []
-    assert "have no room" in said.text
+    assert "do not fit into the cache" in said.text
     assert not list(own_cache.glob("*images-*/"))
 
 

@@ -227,7 +227,7 @@ def test_gradual_catches_up_after_a_restart() -> None:
         (TransferConfig(mode="gradual"), "needs unfreeze_at"),
         (
             TransferConfig(mode="gradual", unfreeze_at=[1, 2, 3, 4, 5, 6]),
-            "6 epochs, but 5 stages are below the head: conv1/bn1",
+            "6 epochs, but 5 layer groups are below the head: conv1/bn1",
         ),
     ],
 )

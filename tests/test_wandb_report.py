@@ -172,7 +172,7 @@ def test_a_server_that_refuses(study: StudyDirectory, server: WandbServer, monke
     monkeypatch.setattr(server, "_upsert_view", lambda variables: None)
     outcome = report(study)
     assert outcome.status == 1
-    assert "W&B did not take the report (" in outcome.stderr
+    assert "W&B rejected the report (" in outcome.stderr
     assert "Traceback" not in outcome.stderr
 
 

@@ -1,7 +1,7 @@
-"""Decoded and resized images, made once and kept as bytes in the cache.
+"""Decoded and resized images, computed once and stored as bytes in the cache.
 
-What is kept is an image as the first steps of a split's transform leave it, where nothing in these steps is random: a
-Pillow image of 8 bits a channel, and so exactly what the next step would have been given.
+An image is stored as it leaves the leading deterministic steps of a split's transform: a Pillow image with 8 bits per
+channel, which is exactly the input of the next step.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from toolkit.data.tensor_loader import as_tensor
 from toolkit.errors import RunFailed, UserError
 
 DECODERS = ("jpg", "libjpeg_turbo", "zlib", "webp")
-"""Libraries within Pillow on which decoded pixels may depend."""
+"""Libraries used by Pillow that may affect decoded pixels."""
 
 SAMPLE = 16
-"""Images that are tried to learn how large they come out."""
+"""Number of images decoded to estimate the size of a cache entry."""
 
 
 @dataclass(frozen=True, eq=False)
 class CachePartition:
-    """Images of a data set for which the same first steps are done once."""
+    """Images of a data set that share the same precomputed leading steps."""
 
     splits: tuple[str, ...]
     indices: IntArray
-    """Into the data set, rising; of all these splits."""
+    """Indices into the data set of all images in these splits, ascending."""
     transform: ImageTransform
-    """Of one of the splits, whose first steps these are."""
+    """Transform of one of the splits, which starts with these steps."""
     steps: int
-    """How many of them are done once."""
+    """Number of precomputed steps."""
 
     @property
     def words(self) -> str:
-        """What is done, for people and for the key."""
+        """Description of the precomputed steps, for messages and for the cache key."""
         return ", ".join(("decode", *self.transform.fixed[: self.steps]))
 
 
 def parts(transforms: Mapping[str, ImageTransform], splits: Mapping[str, IntArray]) -> list[CachePartition]:
-    """Splits together where one's first steps are the other's, or lack only the centre crop, which costs little.
+    """Group splits whose leading steps are equal, or differ only by a final center crop, which is cheap.
 
-    So an entry that holds training images before a random crop holds those for validation too, whatever the split.
+    An entry with training images before a random crop therefore also serves validation images.
     """
     fixed = {split: transforms[split].fixed for split in splits}
     found: dict[tuple[str, ...], list[str]] = {}
@@ -77,7 +77,7 @@ def _serves(first: tuple[str, ...], whole: tuple[str, ...]) -> bool:
 
 
 def part_key(images: ImageSource, part: CachePartition) -> dict[str, Any]:
-    """All that the kept bytes depend on."""
+    """Return everything that the stored bytes depend on."""
     return {
         "images": images.identity(part.indices),
         "mode": part.transform.mode,
@@ -90,19 +90,19 @@ def part_key(images: ImageSource, part: CachePartition) -> dict[str, Any]:
 
 
 def entry_name(key: Mapping[str, Any]) -> str:
-    """The name of the entry for a key of :func:`part_key`."""
+    """Return the entry name for a key from :func:`part_key`."""
     return f"images-{content_key(key)}"
 
 
 def expected_bytes(images: ImageSource, part: CachePartition) -> int:
-    """About how many bytes the part will take, from some of its images."""
+    """Estimate the size of the partition's entry in bytes from a sample of its images."""
     some = part.indices[np.linspace(0, len(part.indices) - 1, min(SAMPLE, len(part.indices)), dtype=np.int64)]
     sizes = [decode(images, part, int(i)).nbytes for i in some]
     return round(sum(sizes) / len(sizes) * len(part.indices))
 
 
 def decode(images: ImageSource, part: CachePartition, index: int) -> ByteArray:
-    """One image as it is kept, uint8 [h, w, c]. Raises BadImage, RunFailed."""
+    """Return one image as it is stored, uint8 [h, w, c]. Raises BadImage, RunFailed."""
     image = images.decoded(index)
     try:
         return part.transform.pixels(image, part.steps)
@@ -111,20 +111,20 @@ def decode(images: ImageSource, part: CachePartition, index: int) -> ByteArray:
 
 
 class DecodedBlock:
-    """The answer of a :class:`DecodingDataset`: where its images lie in the entry."""
+    """Result of a :class:`DecodingDataset`: the location of its images in the entry."""
 
     def __init__(self, indices: IntArray, offsets: IntArray, shapes: npt.NDArray[np.int32], block: BlockRange) -> None:
         self.indices, self.offsets, self.shapes, self.block = indices, offsets, shapes, block
 
 
 class DecodingDataset(torch.utils.data.Dataset[Any]):
-    """Decodes the images that it is asked for and writes them into an entry; for worker processes."""
+    """Decodes the requested images and writes them into an entry; used in worker processes."""
 
     def __init__(self, images: ImageSource, part: CachePartition, writer: CacheEntryWriter) -> None:
         self.images, self.part, self.writer = images, part, writer
 
     def __getitems__(self, indices: IntArray) -> DecodedBlock | WorkerError:
-        """One block of the entry. A failure comes back as what it is: PyTorch would make a string of it."""
+        """Write one block of the entry. Errors are returned as objects; PyTorch would turn them into strings."""
         try:
             pixels = [decode(self.images, self.part, int(i)) for i in indices]
             shapes = np.array([image.shape for image in pixels], dtype=np.int32)
@@ -139,7 +139,7 @@ class DecodingDataset(torch.utils.data.Dataset[Any]):
 
 
 def tables_of(decoded: list[DecodedBlock]) -> tuple[dict[str, npt.NDArray[Any]], list[BlockRange]]:
-    """The tables of an entry (indices rising, offsets, shapes [n, 3]), and its blocks."""
+    """Return an entry's tables (offsets [n] and shapes [n, 3], in ascending order of index) and its blocks."""
     indices = np.concatenate([one.indices for one in decoded])
     order = np.argsort(indices)
     tables = {
@@ -150,7 +150,7 @@ def tables_of(decoded: list[DecodedBlock]) -> tuple[dict[str, npt.NDArray[Any]],
 
 
 class CachedImages:
-    """The images of a part, mapped into memory: a collection as large as the data set, with those images in it."""
+    """Memory-mapped images of a partition, indexed like the data set; only the partition's images can be read."""
 
     def __init__(self, entry: CacheEntry, part: CachePartition, images: ImageSource) -> None:
         self.images, self._data = images, as_tensor(entry.data(), torch.uint8)
@@ -163,15 +163,15 @@ class CachedImages:
         return len(self.images)
 
     def name(self, i: int) -> str:
-        """What image i is called."""
+        """Return the name of image i."""
         return self.images.name(i)
 
     def identity(self, indices: IntArray) -> str:
-        """The identity of what the images were made of."""
+        """Return the cache key of the source images."""
         return self.images.identity(indices)
 
     def decoded(self, i: int) -> Image.Image | Tensor:
-        """Image i as it was kept, uint8 [h, w, 3]; a grey one in mode L."""
+        """Return image i as stored: a uint8 tensor [h, w, 3], or a Pillow image in mode L if it is grayscale."""
         row = self._rows[i]
         height, width, channels = (int(n) for n in self._shapes[row])
         start = int(self._offsets[row])
@@ -179,13 +179,13 @@ class CachedImages:
         return pixels if channels == 3 else Image.fromarray(pixels[..., 0].numpy())
 
     def load(self, i: int) -> Image.Image:
-        """Image i as it was kept, in mode RGB or L."""
+        """Return image i as stored, as a Pillow image in mode RGB or L."""
         return as_picture(self.decoded(i))
 
     def tensor(self) -> tuple[Tensor, IntArray] | None:
-        """All images as one tensor, uint8 [n, h, w, c], and the row of each image of the data set; else None.
+        """Return all images as one tensor, uint8 [n, h, w, c], and the row of each image of the data set (-1: absent).
 
-        The tensor is the mapped file, which must not be written to. None where the images differ in size.
+        The tensor is the mapped file and must not be written to. Returns None if the images differ in size.
         """
         if (self._shapes != self._shapes[0]).any():
             return None
@@ -196,16 +196,16 @@ class CachedImages:
 
 
 def array_tensor(images: InMemoryImages) -> tuple[Tensor, IntArray]:
-    """Images that are one array already, as :meth:`CachedImages.tensor` gives them."""
+    """Return in-memory images in the form of :meth:`CachedImages.tensor`."""
     pixels = images.pixels
-    if images.mode == "L" and pixels.ndim == 4 and pixels.shape[3] > 1:  # Pillow's own way to greyscale
+    if images.mode == "L" and pixels.ndim == 4 and pixels.shape[3] > 1:  # converted by Pillow
         pixels = np.stack([np.asarray(images.load(i)) for i in range(len(images))])
     whole = torch.from_numpy(pixels if pixels.ndim == 4 else pixels[..., None])
     return whole, np.arange(len(images))
 
 
 def are_kept(images: InMemoryImages, transform: ImageTransform, steps: int) -> bool:
-    """Whether the first steps of a transform leave images of an array as they are: nothing to be done once."""
+    """Whether the first steps of a transform leave in-memory images unchanged, so that caching them is pointless."""
     noise = np.random.default_rng(0).integers(0, 256, images.pixels.shape[1:], dtype=np.uint8)
     one = InMemoryImages(noise[None], "", 3 if images.mode == "RGB" else 1).load(0)
     return np.array_equal(np.asarray(one), np.asarray(transform.begin(one, steps)))

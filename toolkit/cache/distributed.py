@@ -1,4 +1,4 @@
-"""Work that some processes do for all of them, and entries of the cache that one process of each machine builds."""
+"""Multi-process access to the cache: entries are built by one process per machine and shared with the others."""
 
 from __future__ import annotations
 
@@ -25,43 +25,43 @@ from toolkit.locks import Lock
 from toolkit.training.context import TrainingContext
 
 Guard = Callable[[Any, int], Iterator[Any]]
-"""Wraps a stream of batches so that all processes can agree to stop; the number is how often they ask."""
+"""Wraps a stream of batches so that all processes can agree to stop; the number is how often they check."""
 Work = Generator[None, None, CacheEntry | None]
-"""Work in small steps, and the entry that comes of it."""
+"""Generator that works in small steps and returns the resulting entry."""
 EntryBuilder = Callable[[CacheEntryWriter], Work]
 """Writes an entry and publishes it."""
 
 TURN_S = 0.5
-"""How long one process works, in seconds, before all ask each other whether to stop."""
+"""Seconds that a process works before all processes check whether to stop."""
 POLL_S = 0.2
 
 
 class DistributedCache:
-    """The cache, as the processes of one run use it together. After a first trouble it is left alone."""
+    """Multi-process access to the cache for one run. Building entries is disabled after the first I/O error."""
 
     def __init__(self, setup: TrainingContext, guard: Guard) -> None:
         self.setup, self.guard, self.root = setup, guard, cache_root()
         self.is_broken = False
 
     def obtain(self, name: str, fill: EntryBuilder, size: int) -> CacheEntry | None:
-        """An entry from the cache, else built by one process of each machine; None where it can't be (a collective).
+        """Return an entry, built by one process per machine if missing; None if it cannot be built. Collective.
 
-        Another run that is building it is waited for. ``size``: about how many bytes it takes.
+        Waits for another run that is building the entry. ``size`` is its approximate size in bytes.
         """
         work = self._built(name, fill, size) if self._works() and not self.is_broken else None
         return self._shared(name, self._done(work))
 
     def look(self, name: str) -> CacheEntry | None:
-        """An entry, if all processes find it whole (a collective)."""
+        """Return an entry if every process finds it intact, else None. Collective."""
         work = self._found(name) if self._works() else None
         entry = self._shared(name, self._done(work))
         return entry if all(gather_objects(entry is not None)) else None
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[CacheEntry | None]:
-        """An entry that all processes find whole, else, for as long as this lasts, the right to build it.
+        """Yield an entry if every process finds it intact; otherwise yield None and hold its build lock in the context.
 
-        Another run that has that right is waited for (a collective).
+        Waits for another run that holds the lock. Collective.
         """
         locks: list[Lock] = []
         work = self._claimed(name, locks) if self.setup.accelerator.is_main_process and not self.is_broken else None
@@ -73,7 +73,7 @@ class DistributedCache:
                 lock.release()
 
     def store(self, name: str, fill: EntryBuilder, size: int) -> CacheEntry | None:
-        """An entry of what every process has computed, written on each machine under a claim (a collective)."""
+        """Write an entry on each machine from data that every process has, under :meth:`claim`. Collective."""
         work = self._stored(name, fill, size) if self._works() and not self.is_broken else None
         return self._shared(name, self._done(work))
 
@@ -81,7 +81,7 @@ class DistributedCache:
         return bool(self.setup.accelerator.is_local_main_process)
 
     def _done(self, work: Work | None) -> CacheEntry | None:
-        """Do the work of those processes that have some, while the others wait; all can stop (a collective)."""
+        """Run the work of the processes that have some while the others wait; all can be stopped. Collective."""
         entry, is_active = None, work is not None
         try:
             while True:
@@ -95,7 +95,7 @@ class DistributedCache:
                 work.close()
 
     def _shared(self, name: str, entry: CacheEntry | None) -> CacheEntry | None:
-        """The entry on every process of a machine whose main process has it (a collective)."""
+        """Return the entry on every process of a machine whose main process has it. Collective."""
         everyone, accelerator = gather_objects(entry is not None), self.setup.accelerator
         if entry is None and everyone[accelerator.process_index - accelerator.local_process_index]:
             try:
@@ -105,7 +105,7 @@ class DistributedCache:
         return entry
 
     def _found(self, name: str) -> Work:
-        """A whole entry; a damaged one is removed."""
+        """Return a verified entry; remove a damaged one."""
         log = self.setup.display.log
         try:
             entry = find_entry(self.root, name)
@@ -116,15 +116,15 @@ class DistributedCache:
                         yield
             return entry
         except CorruptCacheEntry as error:
-            log(f"the cache's {name} is damaged ({error}): it is built anew")
+            log(f"cache entry {name} is damaged ({error}): rebuilding it")
             with contextlib.suppress(OSError):
                 remove_entry(self.root / name)
         except OSError as error:
-            log(f"warning: the cache's {name} cannot be read ({error.strerror or error})")
+            log(f"warning: cache entry {name} cannot be read ({error.strerror or error})")
         return None
 
     def _built(self, name: str, fill: EntryBuilder, size: int) -> Work:
-        """A whole entry, built under its lock where there is none."""
+        """Return a verified entry, built under its lock if it does not exist."""
         locks: list[Lock] = []
         try:
             entry = yield from self._claimed(name, locks)
@@ -136,7 +136,7 @@ class DistributedCache:
                 lock.release()
 
     def _claimed(self, name: str, locks: list[Lock]) -> Work:
-        """A whole entry, or None with its lock; without lock where there is none to be had."""
+        """Return a verified entry, or None with its lock in ``locks``; no lock if the cache cannot be written."""
         waits = False
         while True:
             entry = yield from self._found(name)
@@ -148,20 +148,20 @@ class DistributedCache:
                 self._complain(error)
                 return None
             if lock is not None:
-                locks.append(lock)  # and look again: its last owner may have built the entry
+                locks.append(lock)  # check again: the lock's last owner may have built the entry
                 continue
             if not waits:
-                self.setup.display.log(f"another run is building the cache's {name}: waiting for it")
+                self.setup.display.log(f"another run is building cache entry {name}: waiting for it")
                 waits = True
             time.sleep(POLL_S)
             yield
 
     def _stored(self, name: str, fill: EntryBuilder, size: int) -> Work:
-        """Build an entry, where there is room."""
+        """Build an entry if there is enough disk space."""
         free = free_disk(self.root)
         if size > free * DISK_SHARE:
             where = f"the cache {folder_of(self.root)}, with {gib(free)} free"
-            self.setup.display.log(f"{gib(size)} have no room in {where}: they are not kept there")
+            self.setup.display.log(f"{gib(size)} do not fit into {where}: they are not cached")
             return None
         try:
             remove_leftovers(self.root, name)
@@ -175,16 +175,16 @@ class DistributedCache:
             return None
 
     def _complain(self, error: OSError) -> None:
-        """Once."""
+        """Disable the cache after an I/O error, and log a warning."""
         self.is_broken = True
         self.setup.display.log(
-            f"warning: the cache {self.root} cannot be written ({error.strerror or error}): nothing is kept there; "
-            "TOOLKIT_CACHE names another folder"
+            f"warning: the cache {self.root} cannot be written ({error.strerror or error}): nothing is cached; "
+            "set TOOLKIT_CACHE to use another folder"
         )
 
 
 def _advance(work: Work) -> tuple[bool, CacheEntry | None]:
-    """Go on with some work for a while: whether there is more to do, else what has come of it."""
+    """Advance the work for up to TURN_S seconds; return whether it is unfinished, and its result if finished."""
     deadline = time.monotonic() + TURN_S
     while time.monotonic() < deadline:
         try:
@@ -195,6 +195,6 @@ def _advance(work: Work) -> tuple[bool, CacheEntry | None]:
 
 
 def folder_of(root: Path) -> str:
-    """The cache's folder, for people."""
+    """Format the cache's folder for messages, with ~ for the home directory."""
     home = Path.home()
     return f"~/{root.relative_to(home)}" if root.is_relative_to(home) else str(root)

@@ -1,4 +1,4 @@
-"""The name under which features of frozen layers are kept: a hash of all that they depend on."""
+"""Cache key of frozen features: a hash of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from toolkit.training.context import TrainingContext
 
 
 def frozen_part(setup: TrainingContext, tail: str) -> dict[str, Any]:
-    """What the values that reach ``tail`` depend on, apart from the images: JSON-ready."""
+    """Return everything except the images that the inputs of ``tail`` depend on, as JSON-serializable values."""
     module, table = setup.built.module, setup.recipe.model
     return {
         "model": table.model_dump(mode="json", exclude={"weights", "head"}),
@@ -39,12 +39,11 @@ def frozen_part(setup: TrainingContext, tail: str) -> dict[str, Any]:
 def feature_name(
     setup: TrainingContext, frozen: dict[str, Any], images: str, split: str, view: int, batched: bool
 ) -> str:
-    """The name of the entry for one split, in one augmented version.
+    """Return the entry name for one split and augmented view.
 
-    ``frozen`` is :func:`frozen_part`, ``images`` the identity of the split's images.
-
-    The seed counts only where something is random; the recipe's batch size, head, optimiser and number of processes
-    do not: studies over these share their features.
+    ``frozen`` comes from :func:`frozen_part`; ``images`` is the identity of the split's images. The seed is included
+    only if the preprocessing is random. Batch size, head, optimizer and number of processes are not included, so that
+    studies over these share their features.
     """
     recipe, random = setup.recipe, None
     if not is_deterministic(split, recipe.augment):
@@ -60,15 +59,15 @@ def feature_name(
 
 
 def _augmentations(split: str, augment: AugmentConfig) -> dict[str, Any]:
-    """What the recipe does to the images of a split."""
+    """Return the augmentation settings that apply to a split."""
     table = augment.model_dump(mode="json", include={split, "auto_augment", "random_erasing"})
     return table if split == "train" else {split: table[split]}
 
 
 def _layers(module: nn.Module, tail: str) -> list[tuple[str, str, str]]:
-    """Name, class and settings of every layer but those of the tail, the same on any number of processes."""
+    """Return name, class and settings of every layer outside the tail, independent of the number of processes."""
     return [
-        # Synchronised batch norm differs from the plain one in training alone, and has empty places for timm's extras.
+        # Synchronized batch norm differs from the plain one only in training and has Identity layers for timm's extras.
         (n, "batch norm" if isinstance(m, _BatchNorm) else type(m).__qualname__, m.extra_repr())
         for n, m in module.named_modules()
         if not _is_within(n, tail) and not isinstance(m, nn.Identity)
@@ -76,7 +75,7 @@ def _layers(module: nn.Module, tail: str) -> list[tuple[str, str, str]]:
 
 
 def weights_hash(module: nn.Module, tail: str) -> str:
-    """SHA-256 of names, types, shapes and values of all parameters and buffers but the tail's."""
+    """Return the SHA-256 of names, dtypes, shapes and values of all parameters and buffers outside the tail."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         if not _is_within(name, tail):
@@ -90,7 +89,7 @@ def _is_within(name: str, tail: str) -> bool:
 
 
 def _numbers(setup: TrainingContext) -> list[str]:
-    """What floating point depends on: device, precision, memory format, algorithms allowed."""
+    """Return what floating-point results depend on: device, precision, memory format, allowed algorithms."""
     device = setup.accelerator.device
     on_cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return [

@@ -1,8 +1,8 @@
-"""Frozen features computed once.
+"""Precomputed features of a frozen backbone.
 
-Where transfer freezes everything up to one submodule (the tail) and what reaches it does not change from epoch to
-epoch, the tail's inputs are computed once and training goes on from there: the same losses, without the frozen layers.
-They are kept in the cache, where every run finds them whose images, preprocessing and frozen part are the same.
+If transfer freezes everything before one submodule (the tail) and the tail's inputs do not change between epochs, they
+are computed once and training starts from them: the losses are the same without running the frozen layers. The features
+are stored in the cache and shared by all runs with the same images, preprocessing and frozen backbone.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from toolkit.training.context import TrainingContext
 from toolkit.training.evaluation import to_device
 
 DEVICE_SHARE = 0.3
-"""Features may take this share of a GPU's free memory."""
+"""Maximum share of a GPU's free memory used for features."""
 
 BLOCK_BYTES = 16 * 2**20
-"""Size of the blocks of an entry, each with a checksum."""
+"""Size of an entry's blocks, each with a checksum."""
 
 Batches = EvaluationLoader | TensorEvaluationLoader
 
 
 def tail_of(recipe: Recipe, transfer: Transfer) -> str | None:
-    """Name of the submodule behind the frozen part, or None where the shortcut would change the experiment."""
+    """Return the name of the submodule after the frozen backbone; None if caching would change the experiment."""
     augment = recipe.augment
     if recipe.data.cache == "off" or recipe.transfer.mode == "gradual" or augment.mixup or augment.cutmix:
         return None
@@ -51,7 +51,7 @@ def tail_of(recipe: Recipe, transfer: Transfer) -> str | None:
 
 
 class Features:
-    """Inputs of the tail for whole splits; every method is a collective."""
+    """Inputs of the tail for whole splits. Methods are collective unless stated otherwise."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Features:
         loader: Callable[[str, list[IntArray], int], Batches],
         batched: dict[str, bool],
     ) -> None:
-        """``loader`` gives a split's images in given batches and version; ``batched``: whether augmented in batches."""
+        """Take a ``loader`` of given batches of a split and view, and whether each split is augmented in batches."""
         self.setup, self.tail, self.keeper, self.guard, self.loader = setup, tail, keeper, guard, loader
         self.batched, self.frozen = batched, frozen_part(setup, tail)
         self.made: dict[str, list[Tensor]] = {}
@@ -76,7 +76,7 @@ class Features:
 
     @property
     def words(self) -> str:
-        """The shortcut that this is."""
+        """Description of the caching, for messages."""
         versions = len(self.views("train"))
         images = sum(len(self.setup.splits[split]) for split in self._used)
         each = f", {versions} versions of each training image" if versions > 1 else ""
@@ -84,18 +84,18 @@ class Features:
 
     @property
     def _used(self) -> list[str]:
-        """The splits whose features every epoch needs."""
+        """The splits whose features are needed in every epoch."""
         return [split for split in ("train", "validation") if self.setup.has(split)]
 
     def views(self, split: str) -> list[int]:
-        """The augmented versions of a split's images that features are computed of."""
+        """Return the augmented views of a split for which features are computed."""
         recipe = self.setup.recipe
         if split != "train" or is_deterministic("train", recipe.augment):
             return [EVALUATION]
         return list(range(min(recipe.data.fixed_views or 1, recipe.train.epochs)))
 
     def obstacle(self, sample: Tensor) -> str:
-        """What keeps features from being used: the frozen part is not exact on ``sample``, or there is no room; ""."""
+        """Return why features cannot be cached ("" if they can): not deterministic on ``sample``, or too large."""
         module, tail, counts = self.setup.built.module, self.tail, self.setup.splits
         if not backbone_is_deterministic(module, tail, sample):
             return "the frozen part is not deterministic"
@@ -108,15 +108,15 @@ class Features:
         return ""
 
     def passes(self) -> int:
-        """How often the images of the split most needed have to be read for what the cache does not have.
+        """Return the maximum number of passes over any split needed to fill missing cache entries.
 
-        Not a collective: each process looks for itself.
+        Not a collective: each process checks the cache on its own.
         """
         names = [[self._name(split, view) for view in self.views(split)] for split in self._used]
         return max(sum(not (self.keeper.root / n / "entry.json").exists() for n in of_split) for of_split in names)
 
     def rows(self, split: str) -> list[Tensor]:
-        """For each version the inputs of a split's images, float32 [N, ...]: on the device where they fit."""
+        """Return the features of a split for each view, float32 [N, ...], on the device if they fit."""
         if split not in self.made:
             self.made[split] = [self._placed(self._of_view(split, view)) for view in self.views(split)]
         return self.made[split]
@@ -140,7 +140,7 @@ class Features:
         return features if entry is None else _mapped(entry)
 
     def _computed(self, split: str, view: int) -> Tensor:
-        """The features of one version, the same whatever the batch size and the number of processes."""
+        """Compute the features of one view; they do not depend on the batch size or the number of processes."""
         setup, accelerator = self.setup, self.setup.accelerator
         count, world = len(setup.splits[split]), accelerator.num_processes
         chunk = chunk_size(setup.preprocessing.image_size)
@@ -169,10 +169,10 @@ class Features:
                 loader.close()
 
     def prove(self, written: nn.Module) -> None:
-        """Raise RunFailed unless ``written``, a whole model, has the frozen part that the features come from.
+        """Raise RunFailed unless ``written``, a complete model, has the frozen backbone that produced the features.
 
-        Its weights must be the same to the last bit, and from some images (of the last split used in every epoch) it
-        must make the features that were used, up to what a device's choice of algorithms may change.
+        Its frozen weights must be bitwise equal. Features recomputed from some images of the last split used in every
+        epoch must match within the tolerance of a device's choice of algorithms.
         """
         setup, tail = self.setup, self.tail
         fault = weights_hash(written, tail) != self.frozen["weights"]
@@ -188,12 +188,12 @@ class Features:
             fault = not torch.allclose(found, used, rtol=1e-3, atol=1e-3 * float(used.abs().max()))
         if fault:
             raise RunFailed(
-                f"best.safetensors is not the model that was trained: what reaches {tail} in it is not what the run's "
-                "features are"
+                f"best.safetensors is not the model that was trained: its inputs of {tail} differ from the features "
+                "that the run used"
             )
 
     def forget(self) -> None:
-        """Let go of what is mapped into memory."""
+        """Release the memory-mapped features."""
         self.made = {}
 
     def _placed(self, features: Tensor) -> Tensor:
@@ -207,9 +207,9 @@ class Features:
 
 
 def chunk_size(image_size: int) -> int:
-    """Images that go through the frozen layers together: as many pixels as 64 images of 224 x 224, at most 256 images.
+    """Return the batch size for the frozen layers: the pixels of 64 images of 224 x 224, at most 256 images.
 
-    It is part of what the features depend on, in their last bits, and so must not depend on the recipe's batch size.
+    The last bits of the features depend on it, so it must not depend on the recipe's batch size.
     """
     return max(1, min(256, 64 * 224**2 // image_size**2))
 
@@ -225,9 +225,9 @@ def compute_features(
     autocast_dtype: torch.dtype | None,
     channels_last: bool,
 ) -> Tensor:
-    """Inputs of ``tail`` for every example of a split, float32 [count, ...] on the CPU of every process (a collective).
+    """Return the inputs of ``tail`` for every example of a split, float32 [count, ...] on the CPU. Collective.
 
-    ``batches`` are this process's share; ``module`` is left in evaluation mode.
+    Every process gets all rows. ``batches`` is this process's share; ``module`` is left in evaluation mode.
     """
     module.eval()
     features: Tensor | None = None
@@ -248,13 +248,13 @@ def _forward(
     autocast_dtype: torch.dtype | None,
     channels_last: bool,
 ) -> Tensor:
-    """What reaches the tail, float32 [m, ...] on the CPU."""
+    """Return the tail's inputs for a batch, float32 [m, ...] on the CPU."""
     with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
         return prefix_features(module, tail, to_device(images, device, channels_last)).float().cpu()
 
 
 def _join(features: Tensor | None, count: int, device: torch.device) -> Tensor:
-    """Every process's rows together; a process may have had none."""
+    """Combine the rows of all processes (None: this process has no rows). Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         assert features is not None
         return features
@@ -280,5 +280,5 @@ def _written(features: Tensor, facts: dict[str, Any]) -> EntryBuilder:
 
 
 def _mapped(entry: CacheEntry) -> Tensor:
-    """Stored features, float32 [N, ...]: the file mapped into memory, not to be written to."""
+    """Return stored features, float32 [N, ...], as a memory-mapped tensor, which must not be written to."""
     return as_tensor(entry.data(), torch.float32).view(entry.facts["shape"])

@@ -1,4 +1,4 @@
-"""Which images a run keeps decoded, and where: on disk, in memory, on the device."""
+"""Select which decoded images a run caches, and where: on disk, in memory or on the device."""
 
 from __future__ import annotations
 
@@ -39,36 +39,37 @@ from toolkit.distributed.process import gather_objects, local_processes
 from toolkit.training.context import TrainingContext
 
 BLOCK = 64
-"""Images that a worker decodes and writes at a time."""
+"""Number of images that a worker decodes and writes at a time."""
 
 
 @dataclass
 class CachedSplitImages:
-    """Where each split's images are read from, and how many steps of their transforms are done there."""
+    """Sources of each split's images, and the number of transform steps already applied to them."""
 
     images: dict[str, ImageSource]
     done: dict[str, int]
     rows: dict[str, tuple[Tensor, IntArray]] = field(default_factory=dict)
-    """Splits all of whose images are rows of one tensor, uint8 [n, h, w, c], on the CPU or on the device; and the row
-    of each image of the data set."""
+    """For splits stored as one tensor: the tensor, uint8 [n, h, w, c], on the CPU or device, and the row of each image
+    of the data set."""
     shortcuts: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, setup: TrainingContext, deliveries: dict[str, PreprocessingPlan]) -> CachedSplitImages:
-        """Nothing kept: each image is read from the data set."""
+        """Return an empty cache: every image is read from the data set."""
         return cls(dict.fromkeys(deliveries, setup.dataset.images), dict.fromkeys(deliveries, 0))
 
     def forget(self) -> None:
-        """Let go of what is mapped into memory."""
+        """Release the memory-mapped images."""
         self.images, self.rows = {}, {}
 
 
 def cache_images(
     setup: TrainingContext, deliveries: dict[str, PreprocessingPlan], keeper: DistributedCache | None, passes: int
 ) -> CachedSplitImages:
-    """Keep what fits and pays (a collective). ``passes``: how often each image will be needed, evaluation apart.
+    """Cache the images that fit and whose caching pays off. Collective.
 
-    Without ``keeper`` nothing is kept.
+    ``passes`` is the number of times each image is needed, not counting evaluation. Without ``keeper`` nothing is
+    cached.
     """
     kept = CachedSplitImages.of(setup, deliveries)
     if keeper is None:
@@ -82,7 +83,7 @@ def cache_images(
 
 
 def _keep_array(setup: TrainingContext, deliveries: dict[str, PreprocessingPlan], kept: CachedSplitImages) -> list[str]:
-    """Splits whose images are as they should be in the data set's own array; the others are given back."""
+    """Use the data set's own array for splits whose precomputed steps leave it unchanged; return the other splits."""
     images = setup.dataset.images
     if not isinstance(images, InMemoryImages):
         return list(deliveries)
@@ -109,7 +110,7 @@ def _keep_part(
     passes: int,
     kept: CachedSplitImages,
 ) -> None:
-    """Take one part from the cache, or build it there where that pays."""
+    """Read one partition from the cache, or build its entry if that pays off. Collective."""
     images = setup.dataset.images
     name = entry_name(part_key(images, part))
     entry = keeper.look(name)
@@ -117,7 +118,7 @@ def _keep_part(
         size = expected_bytes(images, part) if setup.accelerator.is_local_main_process else 0
         reason = _why_not(setup, part, size, passes)
         if reason:
-            setup.display.log(f"decoded images of {_listed(part.splits)} are not kept: {reason}")
+            setup.display.log(f"decoded images of {_listed(part.splits)} are not cached: {reason}")
             return
         entry = keeper.obtain(name, _filled(setup, part), size)
     if not all(gather_objects(entry is not None)) or entry is None:
@@ -159,17 +160,17 @@ def _why_not_device(tensor: object) -> str:
 
 
 def _why_not(setup: TrainingContext, part: CachePartition, size: int, passes: int) -> str:
-    """Why data.cache = "auto" does not keep a part of about so many bytes; "" where it does (a collective)."""
+    """Return why data.cache = "auto" does not cache a partition of ``size`` bytes; "" if it does. Collective."""
     reason = ""
     if setup.recipe.data.cache == "auto" and passes < 2:
         reason = "they are needed once at most"
     elif setup.recipe.data.cache == "auto" and not part.steps and size > available_memory() * MEMORY_SHARE:
-        reason = f"{gib(size)} of decoded images are more to read than the files, and do not fit in memory"
+        reason = f"{gib(size)} of decoded images are larger than the files, and do not fit in memory"
     return next((each for each in gather_objects(reason) if each), "")
 
 
 def _on_tier(setup: TrainingContext, tensor: Tensor) -> tuple[Tensor, str]:
-    """The tensor where the recipe wants it, as far as it fits: the device, memory, or the disk it is mapped from."""
+    """Place the tensor where the recipe asks for it, if it fits; return it with its tier: device, memory or disk."""
     choice, device = setup.recipe.data.cache, setup.accelerator.device
     if choice == "device" or (choice == "auto" and device.type == "cuda"):
         reason = ""
@@ -191,12 +192,12 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _fits_memory(setup: TrainingContext, size: int) -> bool:
-    """Whether the system can keep a mapped file's pages in memory, where reading it to check it has brought them."""
+    """Whether a mapped file's pages fit in memory, where verifying its checksums has already loaded them."""
     return setup.recipe.data.cache != "disk" and size <= available_memory() * MEMORY_SHARE
 
 
 def _filled(setup: TrainingContext, part: CachePartition) -> EntryBuilder:
-    """Decodes a part's images into an entry, by worker processes."""
+    """Return a builder that decodes a partition's images into an entry, using worker processes."""
 
     def fill(writer: CacheEntryWriter) -> Work:
         images = setup.dataset.images
@@ -221,7 +222,7 @@ def _filled(setup: TrainingContext, part: CachePartition) -> EntryBuilder:
 
 
 def _builders(setup: TrainingContext, part: CachePartition) -> int:
-    """Worker processes that build an entry: by default as many as CPUs were granted on the machine."""
+    """Return the number of worker processes that build an entry: by default the CPUs available on the machine."""
     setting = setup.recipe.data.workers
     if len(part.indices) <= 4 * BLOCK:
         return 0

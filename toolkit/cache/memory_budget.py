@@ -1,4 +1,4 @@
-"""How much room there is: in memory, on a disk, on a device. Nothing is kept where it does not fit."""
+"""Available host memory, disk space and device memory, which limit what is cached."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from toolkit.distributed.cpu_count import cgroups
 
 MEMORY_SHARE = 0.4
-"""What is kept may take this share of the memory that is free on the machine, over all its processes."""
+"""Maximum share of the machine's free memory used for caching, over all its processes."""
 DISK_SHARE = 0.5
-"""The same of a disk's free space."""
+"""Maximum share of a disk's free space used for caching."""
 DEVICE_SHARE = 0.3
-"""The same of a GPU's free memory, before training has taken its own."""
+"""Maximum share of a GPU's free memory used for caching, before training allocates its own."""
 
 
 def available_memory(system: Path = Path("/")) -> int:
-    """Bytes that can be taken without pushing anything but file pages out: the least of the machine's and the cgroups'.
+    """Return the bytes that can be allocated when only file pages are evicted: the minimum of machine and cgroups.
 
     ``system`` is the root of the file system.
     """
@@ -35,7 +35,7 @@ def available_memory(system: Path = Path("/")) -> int:
 
 
 def _left_in(group: Path, limit: str, used: str, prefix: str) -> list[int]:
-    """What a cgroup leaves, in bytes; [] where it sets no limit. Pages of files can be taken back."""
+    """Return the bytes left in a cgroup, counting file pages as free; [] if it sets no limit."""
     try:
         left = int((group / limit).read_text(encoding="ascii")) - int((group / used).read_text(encoding="ascii"))
         pages = _numbers(group / "memory.stat")
@@ -45,13 +45,13 @@ def _left_in(group: Path, limit: str, used: str, prefix: str) -> list[int]:
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """Parse lines of a name and a number."""
     lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
     return {line[0]: int(line[1]) for line in lines if len(line) > 1}
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes free for this user on the disk of a folder, or of the nearest folder above it that there is."""
+    """Return the bytes free for this user on the disk of a folder, or of its nearest existing parent."""
     for place in (folder, *folder.absolute().parents):
         if place.is_dir():
             return shutil.disk_usage(place).free
@@ -59,12 +59,12 @@ def free_disk(folder: Path) -> int:
 
 
 def device_memory(device: torch.device, local_processes: int) -> int:
-    """Bytes free on a device for one of the machine's processes: a GPU's own, else its part of the memory."""
+    """Return the free bytes on a device for one of the machine's processes: a GPU's, or a share of host memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory() // local_processes
 
 
 def gib(size: float) -> str:
-    """A size in words, in GiB or MiB."""
+    """Format a size in GiB or MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"

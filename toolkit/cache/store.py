@@ -1,14 +1,14 @@
-"""The cache folder: what can be computed once and for all, under names that say what it was computed from.
+"""Content-addressed cache folder for precomputed data.
 
-An entry is a folder that appears whole, by renaming, and is never changed afterwards:
+An entry is a folder that is published atomically, by renaming, and never changed afterwards:
 
-    <root>/images-<key>/data.bin      the bytes, to be mapped into memory
-    <root>/images-<key>/tables.npz    where in them is what, and a checksum of each block
-    <root>/images-<key>/entry.json    what it is, sizes, checksums; its time of change is that of the last use
-    <root>/images-<key>.lock          held by the process that builds it
+    <root>/images-<key>/data.bin      the data, to be memory-mapped
+    <root>/images-<key>/tables.npz    the layout of the data, and a checksum of each block
+    <root>/images-<key>/entry.json    description, sizes, checksums; its modification time is the time of last use
+    <root>/images-<key>.lock          held by the process that builds the entry
 
-The key is a hash of everything that the content depends on, so that an entry is right wherever it is found, and
-nothing needs to be invalidated. Concurrent runs, and all processes of a machine, share entries.
+The key is a hash of everything that the content depends on, so entries are never stale and need no invalidation.
+Concurrent runs, and all processes of a machine, share entries.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ BlockRange = tuple[int, int, int]
 """Offset and length in bytes, checksum."""
 
 FORMAT = 1
-"""Version of the layout of an entry."""
+"""Version of the entry layout."""
 ABANDONED_S = 600
-"""A half-written entry that nobody has written to for so long, in seconds, is what a killed process left."""
+"""Seconds without a write after which a partial entry is considered left over from a killed process."""
 
 _PAGE = 4096
 _ENTRY = re.compile("(images|features)-[0-9a-f]{32}")
 _LEFTOVER = re.compile(rf"\.{_ENTRY.pattern}-\d+-[0-9a-f]{{8}}")
 _verified: dict[Path, tuple[int, int, int]] = {}
-"""Data files that this process has checked, as they were then."""
+"""Data files verified by this process: inode, modification time in ns and size at that time."""
 
 
 class CorruptCacheEntry(Exception):
-    """An entry that is not what was written; the message says how it differs."""
+    """An entry differs from what was written; the message says how."""
 
 
 def cache_root() -> Path:
-    """TOOLKIT_CACHE, else toolkit below XDG_CACHE_HOME, else ~/.cache/toolkit. It may not exist yet."""
+    """Return TOOLKIT_CACHE, else $XDG_CACHE_HOME/toolkit, else ~/.cache/toolkit. The folder may not exist yet."""
     if os.environ.get("TOOLKIT_CACHE"):
         return Path(os.environ["TOOLKIT_CACHE"]).expanduser().absolute()
     above = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -66,37 +66,37 @@ def cache_root() -> Path:
 
 
 def content_key(parts: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits that stand for JSON-ready values."""
+    """Return a hash of JSON-serializable values, 32 hexadecimal digits."""
     return hashlib.sha256(_canonical(parts)).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A whole entry."""
+    """A complete entry."""
 
     folder: Path
     facts: dict[str, Any]
-    """entry.json: at least kind, what (in words), bytes, tables (their SHA-256)."""
+    """Content of entry.json: at least kind, what (a description), bytes, tables (their SHA-256)."""
 
     @property
     def size(self) -> int:
-        """Bytes of the data."""
+        """Size of the data in bytes."""
         return int(self.facts["bytes"])
 
     def tables(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays beside the data."""
+        """Load the arrays stored with the data."""
         with np.load(self.folder / "tables.npz", allow_pickle=False) as tables:
             return {name: tables[name] for name in tables.files}
 
     def data(self) -> ByteArray:
-        """The data, mapped into memory read-only: uint8 [bytes]. The mapping ends with the array."""
+        """Return the data as a read-only memory map, uint8 [bytes]. The mapping ends with the array."""
         return np.memmap(self.folder / "data.bin", dtype=np.uint8, mode="r").view(np.ndarray)
 
 
 def find_entry(root: Path, name: str) -> CacheEntry | None:
-    """The entry of that name, or None; its time of last use becomes now. Raises DamagedEntry.
+    """Return the entry of that name, or None, and update its time of last use. Raises CorruptCacheEntry.
 
-    Looks at the header, its hash, the tables' hash and the size of the data; :func:`verify` looks at the data itself.
+    Checks the header, its hash, the hash of the tables and the size of the data; :func:`verify` checks the data itself.
     """
     entry = _header(root / name)
     if entry is None:
@@ -111,13 +111,13 @@ def find_entry(root: Path, name: str) -> CacheEntry | None:
         raise CorruptCacheEntry(f"data.bin has {size} bytes instead of {entry.size}")
     if tables != entry.facts["tables"]:
         raise CorruptCacheEntry("the checksum of tables.npz differs")
-    with contextlib.suppress(OSError):  # a cache that can only be read is of use too
+    with contextlib.suppress(OSError):  # the cache may be read-only
         os.utime(folder / "entry.json")
     return entry
 
 
 def _header(folder: Path) -> CacheEntry | None:
-    """What entry.json says; None where there is none. Raises DamagedEntry."""
+    """Read entry.json; return None if the entry does not exist. Raises CorruptCacheEntry."""
     try:
         facts = json.loads((folder / "entry.json").read_bytes())
     except FileNotFoundError:
@@ -134,9 +134,9 @@ def _header(folder: Path) -> CacheEntry | None:
 
 
 def verify(entry: CacheEntry) -> Iterator[int]:
-    """Compare every block with its checksum, once in a process, by reading all of the data. Raises DamagedEntry.
+    """Compare every block with its checksum, once per process, by reading all the data. Raises CorruptCacheEntry.
 
-    Gives the bytes of each block as it is done. The pages read stay in the system's page cache, where there is room,
+    Yields the size in bytes of each verified block. If memory allows, the pages read stay in the system's page cache
     for all processes.
     """
     path = entry.folder / "data.bin"
@@ -165,17 +165,17 @@ def _signature(path: Path) -> tuple[int, int, int]:
 
 
 def checksum(data: ByteArray) -> int:
-    """32 bits over all bytes, at the speed of memory: CRC-32 of the sums, modulo 2^64, of each page of 4 KiB."""
+    """Return a 32-bit checksum at memory speed: the CRC-32 of the sums, modulo 2^64, of each 4 KiB page."""
     whole = len(data) // _PAGE * _PAGE
     sums = data[:whole].view(np.uint64).reshape(-1, _PAGE // 8).sum(1, dtype=np.uint64)
     return zlib.crc32(data[whole:].tobytes(), zlib.crc32(sums.tobytes()))
 
 
 class CacheEntryWriter:
-    """An entry on its way. Several processes, forked after this was made, may add blocks at the same time."""
+    """Writes a new entry. Several processes forked after its creation may add blocks concurrently."""
 
     def __init__(self, root: Path, name: str) -> None:
-        """Raises OSError where the root cannot be written."""
+        """Create the temporary folder. Raises OSError if the root cannot be written."""
         self.target = root / name
         self.folder = root / f".{name}-{os.getpid()}-{secrets.token_hex(4)}"
         self.folder.mkdir(parents=True)
@@ -184,11 +184,11 @@ class CacheEntryWriter:
         self._end = context.Value("q", 0)
 
     def add(self, data: ByteArray) -> BlockRange:
-        """Write bytes [n] behind those that are there. Raises OSError (disk full, ...)."""
+        """Append bytes, uint8 [n]. Raises OSError (disk full, ...)."""
         with self._end.get_lock():
             start = self._end.value
             self._end.value += len(data)
-        # Closed each time: that is when a network file system says that it has no room.
+        # Closed each time, because a network file system reports a full disk on close.
         descriptor = os.open(self.folder / "data.bin", os.O_WRONLY)
         try:
             view, done = data.data, 0
@@ -201,7 +201,7 @@ class CacheEntryWriter:
     def publish(
         self, facts: Mapping[str, Any], tables: Mapping[str, npt.NDArray[Any]], blocks: list[BlockRange]
     ) -> CacheEntry:
-        """Make the entry appear; where another process has been faster, its entry is taken. Raises OSError."""
+        """Publish the entry; if another process has already done so, discard this one and use that. Raises OSError."""
         arrays: dict[str, Any] = {"blocks": np.array(blocks, dtype=np.int64), **tables}
         np.savez(self.folder / "tables.npz", **arrays)
         digest = hashlib.sha256((self.folder / "tables.npz").read_bytes()).hexdigest()
@@ -218,14 +218,14 @@ class CacheEntryWriter:
         return CacheEntry(self.target, whole)
 
     def discard(self) -> None:
-        """Remove what was written, unless it was published."""
+        """Remove the temporary folder, unless the entry was published."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def try_lock(root: Path, name: str) -> Lock | None:
-    """The right to build an entry, to be released; None where another process has it. It ends with its process.
+    """Acquire the build lock of an entry; None if another process holds it. Released on process exit at the latest.
 
-    Raises OSError where the root cannot be written.
+    Raises OSError if the root cannot be written.
     """
     root.mkdir(parents=True, exist_ok=True)
     try:
@@ -235,7 +235,7 @@ def try_lock(root: Path, name: str) -> Lock | None:
 
 
 def remove_entry(folder: Path) -> None:
-    """Remove an entry; processes that have mapped it keep what they have. First it loses its name, all at once."""
+    """Remove an entry, renaming it first so that it disappears atomically. Existing memory maps stay valid."""
     doomed = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder, doomed)
@@ -244,7 +244,7 @@ def remove_entry(folder: Path) -> None:
 
 
 def remove_leftovers(root: Path, name: str = "") -> int:
-    """Remove what killed processes left half-written (of one entry, or all); bytes that this made free."""
+    """Remove partial entries left by killed processes (of one entry, or all); return the bytes freed."""
     freed = 0
     for folder in root.glob(f".{name or '*'}-*"):
         if not _LEFTOVER.fullmatch(folder.name):
@@ -252,7 +252,7 @@ def remove_leftovers(root: Path, name: str = "") -> int:
         try:
             newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
         except OSError:
-            continue  # gone, or not a folder
+            continue  # removed meanwhile, or not a folder
         if time.time() - newest > ABANDONED_S:
             freed += folder_size(folder)
             shutil.rmtree(folder, ignore_errors=True)
@@ -261,30 +261,30 @@ def remove_leftovers(root: Path, name: str = "") -> int:
 
 @dataclass(frozen=True)
 class CacheEntryInfo:
-    """An entry as `toolkit cache` shows it, whole or not."""
+    """An entry as listed by `toolkit cache`, intact or not."""
 
     name: str
     kind: str
-    """images or features."""
+    """``images`` or ``features``."""
     data: str
     """Name of the data set."""
     images: int
     what: str
-    """What was done once, in words; what is wrong with an entry that is damaged."""
+    """Description of the precomputed steps; for a damaged entry, the damage."""
     bytes: int
     used: float
     """Time of last use, seconds since 1970."""
 
 
 def list_entries(root: Path) -> list[CacheEntryInfo]:
-    """All entries, the one used last first; looking at them is no use."""
+    """List all entries, most recently used first. Listing does not update the time of last use."""
     found = []
     for folder in root.iterdir() if root.is_dir() else ():
         if not _ENTRY.fullmatch(folder.name) or not folder.is_dir():
             continue
         try:
             entry = _header(folder)
-            if entry is None:  # removed a moment ago
+            if entry is None:  # removed meanwhile
                 continue
             facts = entry.facts
         except CorruptCacheEntry as error:
@@ -296,10 +296,10 @@ def list_entries(root: Path) -> list[CacheEntryInfo]:
 
 
 def clean(root: Path, unused_s: float = 0) -> tuple[int, int]:
-    """Remove entries not used for so long, in seconds, and what killed processes left; entries and bytes removed.
+    """Remove entries unused for ``unused_s`` seconds and leftovers of killed processes; return the entries and bytes.
 
-    Nothing else in the folder is touched, and nothing that a process is building. Processes that read an entry keep it.
-    Raises OSError where an entry cannot be removed.
+    Nothing else in the folder is touched, nor entries being built. Processes that are reading an entry keep their map.
+    Raises OSError if an entry cannot be removed.
     """
     doomed = [one for one in list_entries(root) if time.time() - one.used >= unused_s]
     for one in doomed:
@@ -312,7 +312,7 @@ def clean(root: Path, unused_s: float = 0) -> tuple[int, int]:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of the files in a folder."""
+    """Return the total size in bytes of the files in a folder."""
     with contextlib.suppress(OSError):
         return sum(path.stat().st_size for path in folder.iterdir())
     return 0

@@ -1,4 +1,4 @@
-"""From the recipe's [model] table to a module: architecture, weights, head, stages."""
+"""Build a model from the recipe's [model] table: architecture, weights, head and layer groups."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from toolkit.models.unknown_names import first_line
 from toolkit.recipe.schema import ModelConfig
 
 STEM = "conv1"
-"""A ResNet's first convolution, in torchvision and timm."""
+"""Name of a ResNet's first convolution in torchvision and timm."""
 
 
 @dataclass
@@ -37,19 +37,19 @@ class ModelBundle:
     """A model ready for transfer and training."""
 
     module: nn.Module
-    """[N, channels, image_size, image_size] to logits [N, num_classes]; parameters have the library's own names."""
+    """Maps [N, channels, image_size, image_size] to logits [N, num_classes]; parameters keep the library's names."""
     heads: tuple[str, ...]
-    """Dotted names of the last layers; more than one only in distilled transformers."""
+    """Dotted names of the last layers; more than one only for distilled transformers."""
     classifier: list[str]
-    """Dotted names of the fully connected parts, the heads among them."""
+    """Dotted names of the fully connected modules, including the heads."""
     stages: list[LayerGroup]
-    """Input to output; every parameter is in exactly one; the last is the head."""
+    """Layer groups from input to output. Every parameter is in exactly one; the last one is the head."""
     inputs: PretrainedInput | None
-    """What the weights were trained with; None without weights."""
+    """Input preprocessing that the weights were trained with; None without weights."""
     notes: list[str]
-    """What a person should know about weights and head."""
+    """Notes for the user about the weights and the head."""
     new_stem: str | None
-    """Dotted name of a first convolution that starts at random although the rest is pretrained."""
+    """Dotted name of the first convolution if it is randomly initialized although the rest is pretrained."""
 
     @property
     def head(self) -> str:
@@ -60,11 +60,11 @@ class ModelBundle:
 def build_model(
     table: ModelConfig, num_classes: int, channels: int, image_size: int, *, load_weights: bool = True
 ) -> ModelBundle:
-    """Build a recipe's model; without ``load_weights`` the same architecture, nothing read or downloaded.
+    """Build a recipe's model. Without ``load_weights``, build the architecture only: nothing is read or downloaded.
 
-    ``image_size`` is height and width in pixels. Raises UserError for unknown names and arguments, for weights that are
-    missing or of another architecture, for images that the architecture cannot take, and for models that PyTorch or the
-    machine's memory cannot hold.
+    ``image_size`` is the height and width in pixels. Raises UserError for unknown names and arguments, for weights that
+    are missing or belong to another architecture, for an image size that the architecture does not accept, and for
+    models that PyTorch cannot build or that do not fit in memory.
     """
     try:
         return _built(table, num_classes, channels, image_size, load_weights)
@@ -85,7 +85,7 @@ def _built(table: ModelConfig, num_classes: int, channels: int, image_size: int,
 
 
 def expected_input(table: ModelConfig) -> PretrainedInput | None:
-    """What the recipe's weights were trained with, as their publisher states it; nothing is built or downloaded."""
+    """Return the published preprocessing of the recipe's weights, without building or downloading anything."""
     if table.weights == "none" or table.source == "toolkit":
         return None
     return timm_models.inputs(table) if table.source == "timm" else torchvision_models.inputs(table)
@@ -94,7 +94,7 @@ def expected_input(table: ModelConfig) -> PretrainedInput | None:
 def _construct(
     table: ModelConfig, num_classes: int, channels: int, image_size: int
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The architecture with random weights, and the dotted names of its last layers."""
+    """Return the randomly initialized architecture and the dotted names of its last layers."""
     if table.source == "toolkit":
         assert table.convnet is not None
         return ConvNet(table.convnet, table.head, num_classes, channels, image_size), ("head",)
@@ -104,7 +104,7 @@ def _construct(
 
 
 def _shrink_stem(module: nn.Module, table: ModelConfig) -> None:
-    """A 3x3 convolution of stride 1 and no pooling, as He et al. (2016) use for CIFAR-10's 32 pixels."""
+    """Replace a ResNet's stem by a 3x3 convolution of stride 1 without pooling, as in He et al. (2016) for CIFAR-10."""
     conv = getattr(module, STEM, None)
     is_resnet = isinstance(module, torchvision.models.ResNet | timm.models.resnet.ResNet)
     if not (is_resnet and isinstance(conv, nn.Conv2d) and conv.kernel_size == (7, 7)):
@@ -118,7 +118,7 @@ def _shrink_stem(module: nn.Module, table: ModelConfig) -> None:
 def _replace_head(
     table: ModelConfig, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
 ) -> tuple[str, ...]:
-    """Put the recipe's head in place of the architecture's; its dotted names. The ConvNet has it already."""
+    """Replace the architecture's head by the recipe's and return its dotted names. A ConvNet is built with it."""
     head = table.head
     if table.source == "toolkit":
         return heads
@@ -142,7 +142,7 @@ def _replace_head(
 def _replace_classifier(
     table: ModelConfig, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
 ) -> str:
-    """Put the recipe's head in place of all fully connected layers and the pooling before them."""
+    """Replace all fully connected layers and the pooling before them by the recipe's head; return its name."""
     if table.source != "torchvision" or not isinstance(getattr(module, "avgpool", None), nn.Module):
         raise UserError(
             f"model.head.scope = 'classifier' needs a torchvision model that pools before its classifier, such as "
@@ -162,12 +162,12 @@ def _replace_classifier(
 def _load(
     table: ModelConfig, module: nn.Module, heads: tuple[str, ...], image_size: int, load_weights: bool
 ) -> WeightLoadReport:
-    """Load the recipe's weights; head and changed stem may differ from them."""
+    """Load the recipe's weights. A replaced head or stem that does not match them keeps its initialization."""
     may_differ = [*heads, *([STEM] if table.stem == "small" else [])]
     is_file = is_file_reference(table.weights)
     if table.source == "toolkit" and table.weights != "none" and not is_file:
         raise UserError(
-            f"model.weights = {table.weights!r}: a ConvNet of one's own has none; use 'none' or 'file:PATH'"
+            f"model.weights = {table.weights!r}: a custom ConvNet has no published weights; use 'none' or 'file:PATH'"
         )
     if table.weights == "none" or (is_file and not load_weights):
         return WeightLoadReport([], [])
@@ -188,7 +188,7 @@ def _load(
 
 
 def _file_state(table: ModelConfig, module: nn.Module, source: str) -> tuple[StateDict, list[str]]:
-    """The state dict in the recipe's weights file, without a prefix of its names that the module does not have."""
+    """Return the state dict in the recipe's weights file, with wrapper prefixes removed from its names, and notes."""
     path, key = locate(table.weights), table.weights_key
     state, notes = read_state(path, key)
     is_prefix = key is not None and any(is_under(name, (key,)) for name in state)
@@ -205,9 +205,9 @@ def _published_state(table: ModelConfig, image_size: int) -> StateDict:
 def _settle(
     table: ModelConfig, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
 ) -> tuple[str, ...]:
-    """Check that images of this size become logits, and that all randomness is in layers that can be repeated.
+    """Check that images of this size give logits, and that all randomness is in dropout layers that can be keyed.
 
-    Returns the names of the parameters in the order of their first use.
+    Returns the names of the parameters in the order of their first use. Raises UserError if a check fails.
     """
     found = _probe(table, module, channels, image_size)
     for make_repeatable in (timm_models.use_plain_attention, timm_models.use_dropout_layer):
@@ -218,11 +218,11 @@ def _settle(
         raise UserError(
             f"{table.name} draws random numbers in a way that cannot be repeated on another number of processes "
             f"({', '.join(found.random)}); leave out dropout, drop rates and random positions (rope_*_coords) in "
-            "model.args (or give 0, or 1 for rope_rescale_coords, "
-            "where the model has some by default), and use model.head.dropout"
+            "model.args (or set them to 0, or rope_rescale_coords to 1, "
+            "if the model has some by default), and use model.head.dropout"
         )
     if not is_logits(found.output, num_classes):
-        raise UserError(f"{table.name} does not give one row of {num_classes} logits an image, so it is no classifier")
+        raise UserError(f"{table.name} does not return {num_classes} logits per image, so it is not a classifier")
     return found.used
 
 
@@ -235,15 +235,15 @@ def _probe(table: ModelConfig, module: nn.Module, channels: int, image_size: int
 
 def _unfit_size(table: ModelConfig, image_size: int, error: Exception) -> UserError:
     return UserError(
-        f"{table.name} cannot take images of {image_size}x{image_size} pixels (too small, or no multiple of what it "
-        f"needs); choose another data.image_size. It said: {first_line(error)}"
+        f"{table.name} cannot take images of {image_size}x{image_size} pixels (too small, or not a multiple of the "
+        f"required size); choose another data.image_size. The error was: {first_line(error)}"
     )
 
 
 def _classifier_parts(module: nn.Module, heads: tuple[str, ...]) -> list[str]:
-    """The fully connected layers around the heads, under as few names as possible.
+    """Return the names of the modules that make up the classifier, as few as possible.
 
-    A norm layer before the last layer (ConvNeXt) belongs to the backbone, whatever part it is in.
+    A normalization layer before the last layer (as in ConvNeXt) belongs to the backbone, whichever module holds it.
     """
     parts: list[str] = ["pre_logits"] if _has_parameters(getattr(module, "pre_logits", None)) else []
     for container in dict.fromkeys(head.split(".")[0] for head in heads):

@@ -1,4 +1,4 @@
-"""Plain ConvNets by description: blocks of convolution, batch norm, pooling, activation and dropout, then a head."""
+"""Plain ConvNets defined by the recipe: blocks of convolution, batch norm, pooling, activation, dropout; and a head."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from toolkit.recipe.schema import ConvBlock, ConvNetConfig, HeadConfig
 
 
 class ConvNet(nn.Module):
-    """Blocks, flatten, head. Parameters are named ``blocks.<i>.conv``, ``blocks.<i>.norm`` and ``head``.
+    """Sequence of blocks, a flatten and a head.
 
-    Raises UserError where the image is too small for a block.
+    Parameters are named ``blocks.<i>.conv``, ``blocks.<i>.norm`` and ``head``. Raises UserError if the image is too
+    small for a block.
     """
 
     def __init__(
@@ -33,13 +34,13 @@ class ConvNet(nn.Module):
             _init_gaussian(self, table.init_std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [N, channels, image_size, image_size] to logits [N, num_classes]."""
+        """Map images [N, channels, image_size, image_size] to logits [N, num_classes]."""
         logits: Tensor = self.head(self.blocks(images).flatten(1))
         return logits
 
 
 def _build_block(table: ConvNetConfig, block: ConvBlock, channels: int) -> nn.Sequential:
-    """The block's layers in the order that the recipe gives."""
+    """Build a block, with its layers in the order given by the recipe."""
     conv = nn.Conv2d(channels, block.channels, block.kernel, block.stride, block.padding, bias=table.has_bias(block))
     width = channels
     layers: OrderedDict[str, nn.Module] = OrderedDict()

@@ -1,4 +1,4 @@
-"""What a model does with an input, found by running it without computing anything (on PyTorch's meta device)."""
+"""Inspect a model's forward pass on PyTorch's meta device, that is, without computing anything."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from toolkit.models.keyed_dropout import DROPOUT_TYPES
 
 @dataclass(frozen=True)
 class DryForwardResult:
-    """One training forward pass of two images."""
+    """Result of one forward pass in training mode with two images."""
 
     output: Any
     random: tuple[str, ...]
-    """Operations that drew random numbers outside modules whose masks the toolkit can repeat."""
+    """Operations that drew random numbers outside the dropout layers that can be keyed."""
     used: tuple[str, ...]
-    """Names of the parameters that the pass used, in the order of their first use."""
+    """Names of the parameters used, in the order of their first use."""
 
 
 def probe(module: nn.Module, channels: int, image_size: int) -> DryForwardResult:
-    """Run two images through the module in training mode; its parameters, buffers and modes are left as they are.
+    """Run two images through the module in training mode, leaving its parameters, buffers and modes unchanged.
 
     Raises whatever the model raises for images of this size.
     """
     try:
         return _probe_on(torch.device("meta"), module, channels, image_size)
     except Exception:
-        # A few models look at values, which meta tensors do not have. Where the fault is real, it comes again.
+        # A few models read values, which meta tensors do not have. A real error is raised again on the CPU.
         return _probe_on(torch.device("cpu"), module, channels, image_size)
 
 
 def input_shape(module: nn.Module, name: str, channels: int, image_size: int) -> tuple[int, ...]:
-    """Shape, without the batch, of what reaches the submodule ``name``."""
+    """Return the shape of the input of submodule ``name``, without the batch dimension."""
     shapes: list[tuple[int, ...]] = []
     hook = module.get_submodule(name).register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[1:])))
     try:
         probe(module, channels, image_size)
     except Exception:
-        # What stands behind may not fit yet: it is about to be replaced.
+        # The layers after ``name`` may not fit this shape: they are about to be replaced.
         if not shapes:
             raise
     finally:
@@ -68,10 +68,9 @@ def _probe_on(device: torch.device, module: nn.Module, channels: int, image_size
 
 @contextmanager
 def _copies_on(device: torch.device, module: nn.Module) -> Iterator[None]:
-    """Inside, the module holds copies of its tensors on ``device``; afterwards the very same tensors as before.
+    """Swap the module's tensors for copies on ``device``; on exit, put the original tensors back.
 
-    Each place is swapped once, even in submodules that are registered under several names, which
-    torch.func.functional_call does not restore.
+    Submodules registered under several names are swapped only once. torch.func.functional_call does not restore those.
     """
     places: list[tuple[dict[str, Any], str, Tensor]] = [
         (tensors, name, tensor)
@@ -97,7 +96,7 @@ def _copies_on(device: torch.device, module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _training_without_dropout(module: nn.Module) -> Iterator[None]:
-    """Training mode, except for the modules that make_stateless replaces."""
+    """Set training mode, except for the dropout layers that :func:`key_dropout_layers` replaces; restore on exit."""
     modes = {submodule: submodule.training for submodule in module.modules()}
     module.train()
     for submodule in modes:
@@ -111,7 +110,7 @@ def _training_without_dropout(module: nn.Module) -> Iterator[None]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes the operations that draw random numbers, and which parameters are used in which order."""
+    """Records the operations that draw random numbers, and the order in which parameters are used."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -130,7 +129,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _is_settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation that can be random is not: attention without dropout, a range of one number."""
+    """Whether a random operation has a fixed result: attention without dropout, or a uniform range of one number."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     if "scaled_dot_product" in str(func):
         return not given.get("dropout_p", 0.0)
@@ -138,5 +137,5 @@ def _is_settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 
 def is_logits(output: Any, num_classes: int) -> bool:
-    """Whether a probe's output is one tensor [2, num_classes]."""
+    """Whether the output of :func:`probe` is one tensor of shape [2, num_classes]."""
     return isinstance(output, Tensor) and tuple(output.shape) == (2, num_classes)

@@ -1,4 +1,4 @@
-"""The frozen beginning of a model, told apart from the tail that trains, so that its output can be computed once."""
+"""Split a model into a frozen backbone and a trainable tail, so that the backbone's features can be computed once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from toolkit.models.transfer import Transfer
 
 
 def find_frozen_backbone(transfer: Transfer) -> str | None:
-    """Dotted name of the smallest submodule (the tail) that holds all that trains, and all dropout and batch norm that
-    are active in training; None where that is the whole model.
+    """Return the dotted name of the tail, or None if it is the whole model.
 
-    That the tail's output is the model's is for :func:`backbone_is_deterministic` to find out.
+    The tail is the smallest submodule that contains all trainable parameters and all dropout and batch norm layers
+    active in training. Whether its output is the model's output is checked by :func:`backbone_is_deterministic`.
     """
     module = transfer.built.module
     transfer.train_mode()
@@ -29,9 +29,9 @@ def find_frozen_backbone(transfer: Transfer) -> str | None:
 
 
 def prefix_features(module: nn.Module, tail: str, x: Tensor) -> Tensor:
-    """What reaches the submodule ``tail`` for the input ``x``; nothing behind that point is run.
+    """Return the input of submodule ``tail`` for the model input ``x``, without running the tail.
 
-    Raises ValueError where the tail takes anything but one tensor, or is not reached.
+    Raises ValueError if the tail takes anything but one tensor, or is not reached.
     """
     hook = module.get_submodule(tail).register_forward_pre_hook(_stop, with_kwargs=True)
     try:
@@ -45,10 +45,10 @@ def prefix_features(module: nn.Module, tail: str, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def backbone_is_deterministic(module: nn.Module, tail: str, x: Tensor) -> bool:
-    """Whether ``tail`` on the prefix's features gives exactly what ``module`` gives, in the modes that they are in now.
+    """Whether ``tail`` applied to the backbone's features equals ``module(x)`` exactly, in the modules' current modes.
 
-    Two passes through the prefix must agree as well: nothing random may come before the tail. Buffers and random states
-    are left as they were.
+    Two passes through the backbone must also agree, so nothing random may come before the tail. Buffers and random
+    states are restored.
     """
     end = module.get_submodule(tail)
     with _unchanged(module, x.device):
@@ -82,12 +82,12 @@ def _stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoRetu
 
 
 def _varies(layer: nn.Module) -> bool:
-    """Whether a layer in training mode gives one example different outputs at different times."""
+    """Whether a layer in training mode can give different outputs for the same example."""
     return isinstance(layer, _BatchNorm) or drop_rate(layer) > 0.0
 
 
 def _common_prefix(names: list[str]) -> str:
-    """The longest dotted name that all of these are or lie within; "" is the whole module."""
+    """Return the longest dotted name that equals or contains all of ``names``; "" is the whole module."""
     parts = [name.split(".") if name else [] for name in names]
     common = []
     for level in zip(*parts, strict=False):
@@ -99,7 +99,7 @@ def _common_prefix(names: list[str]) -> str:
 
 @contextmanager
 def _unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put buffers, random states and the keys of dropout back; without keys dropout is random."""
+    """Remove the dropout keys, so that dropout is random; on exit, restore buffers, random states and keys."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     states = {layer.state for layer in module.modules() if isinstance(layer, KeyedDropout)}
     keys = {state: state.keys for state in states}

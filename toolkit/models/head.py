@@ -1,4 +1,4 @@
-"""New classifiers: a linear layer, with batch norm before it, or hidden layers with batch norm and dropout."""
+"""Classifier heads: a linear layer, optionally after batch norm, or hidden layers with batch norm and dropout."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class DropoutLinear(nn.Linear):
-    """A linear layer with dropout on its input; its parameters have the names of a plain one."""
+    """Linear layer with dropout on its input. Its parameters have the names of a plain linear layer."""
 
     def __init__(self, in_features: int, out_features: int, p: float, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
         self.drop = nn.Dropout(p)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, in_features] to [N, out_features]."""
+        """Map [N, in_features] to [N, out_features]."""
         return F.linear(self.drop(input), self.weight, self.bias)
 
 
 def build_head(table: HeadConfig, in_features: int, num_classes: int) -> nn.Module:
-    """[N, in_features] to [N, num_classes]: Linear-[BatchNorm]-activation-[Dropout] a hidden width, then Linear.
+    """Build a head that maps [N, in_features] to [N, num_classes].
 
-    Without hidden widths: [BatchNorm]-[Dropout]-Linear, the batch norm without weight and bias, which the linear layer
-    has anyway (He et al. 2022, Masked Autoencoders, arXiv:2111.06377, and their code's linear probe).
+    Each hidden width adds Linear-[BatchNorm]-activation-[Dropout]; a Linear follows. Without hidden widths the head is
+    [BatchNorm]-[Dropout]-Linear; the batch norm has no weight and bias, because the linear layer has them (as in the
+    linear probe of He et al. 2022, Masked Autoencoders, arXiv:2111.06377, and its code).
     """
     widths = [in_features, *table.hidden, num_classes]
     check_memory(sum(a * b for a, b in pairwise(widths)), f"a head with hidden layers of {table.hidden}")
@@ -64,9 +65,9 @@ def build_head(table: HeadConfig, in_features: int, num_classes: int) -> nn.Modu
 
 
 def check_memory(weights: int, what: str) -> None:
-    """Raise UserError where so many float32 weights and their gradients do not fit; nothing on the meta device.
+    """Raise UserError if ``weights`` float32 weights and their gradients do not fit in memory; skip on the meta device.
 
-    The system may grant more memory than there is, and end the process when it is written to.
+    The operating system may overcommit memory and kill the process when the memory is written to.
     """
     need = 2 * 4 * weights
     if torch.get_default_device().type != "meta" and need > (free := available_memory()):
@@ -77,7 +78,7 @@ def check_memory(weights: int, what: str) -> None:
 
 
 def with_dropout(layer: nn.Linear, p: float) -> DropoutLinear:
-    """The same linear layer, its parameters shared, with dropout on its input."""
+    """Return the linear layer with dropout on its input; the parameters are shared with ``layer``."""
     with torch.device("meta"):
         new = DropoutLinear(layer.in_features, layer.out_features, p, layer.bias is not None)
     new.weight, new.bias = layer.weight, layer.bias

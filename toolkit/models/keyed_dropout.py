@@ -1,8 +1,9 @@
-"""Dropout and stochastic depth whose masks depend on the example alone.
+"""Dropout and stochastic depth with masks that depend only on the example, not on its batch.
 
-A mask is a pure function of (seed, epoch, draw of the example, layer, position within the example): neither the number
-of processes nor accumulation nor the other examples of a batch change it. The random bits come from a counter-based
-integer hash (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), the same on every device.
+A mask is a pure function of (seed, epoch, draw of the example, layer, position within the example). It does not depend
+on the number of processes, gradient accumulation or the other examples of a batch. The random bits come from a
+counter-based integer hash (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") and are the same on every
+device.
 """
 
 from __future__ import annotations
@@ -22,37 +23,38 @@ DROPOUT_TYPES: tuple[type[nn.Module], ...] = (nn.Dropout, nn.Dropout1d, nn.Dropo
 _MASK64 = 2**64 - 1
 _MASK32 = 2**32 - 1
 _LEVELS = 2**16
-"""Rates are kept to 1/65536: one 32-bit hash serves two elements."""
+"""Rates are rounded to multiples of 1/65536, so that one 32-bit hash serves two elements."""
 _FACTOR_1 = 0x7FEB352D
 _FACTOR_2 = 0x846CA68B - 2**32
-"""lowbias32's factors (Wellons, hash-prospector). The second, less 2^32, leaves products of 32 bits within int64, which
-must not overflow, and their lowest 32 bits as they are."""
+"""Factors of lowbias32 (Wellons, hash-prospector). Subtracting 2^32 from the second keeps products within int64, which
+must not overflow, and does not change their lowest 32 bits."""
 
 
 class DropoutKeys:
-    """Hands the keys of a batch's examples to all stateless layers of a model, and of its copies."""
+    """Per-example keys of the current batch, shared by all keyed dropout layers of a model and its copies."""
 
     def __init__(self, seed: int, layers: int) -> None:
         self.seed = seed
         self.keys: Tensor | None = None
         self.calls = [0] * layers
-        """How often each layer ran since the keys were set: a layer used twice draws two masks."""
+        """Calls of each layer since the keys were set: a layer used twice draws two masks."""
 
     def set_keys(self, keys: Tensor | None) -> None:
-        """Before each training forward pass: one int64 key an example, [n], in the batch's order. None: plain dropout.
+        """Set the keys before each training forward pass: int64 [n], one per example in batch order.
 
-        A tensor whose first dimension is a multiple of n has its examples one after the other, as windows of attention.
+        None selects plain dropout. A layer input whose first dimension is a multiple of n is taken to hold the rows of
+        each example consecutively, as with attention windows.
         """
         self.keys = keys
         self.calls = [0] * len(self.calls)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DropoutKeys:
-        """Copies of a model (averages, compiled ones) follow the same keys."""
+        """Return self, so that copies of a model (averaged, compiled) use the same keys."""
         return self
 
 
 class KeyedDropout(nn.Module):
-    """Stands in for a dropout or stochastic depth layer; without keys, and in evaluation, it is that layer."""
+    """Replacement for a dropout or stochastic depth layer. Without keys and in evaluation mode it calls that layer."""
 
     def __init__(self, plain: nn.Module, state: DropoutKeys, layer: int) -> None:
         super().__init__()
@@ -64,11 +66,11 @@ class KeyedDropout(nn.Module):
         self.train(plain.training)
 
     def __repr__(self) -> str:
-        """The text of the layer that it stands in for: a printed model shows the architecture's own layers."""
+        """Return the replaced layer's representation, so that a printed model shows the architecture's own layers."""
         return repr(self.plain)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, ...] to the same shape."""
+        """Map [N, ...] to the same shape."""
         keys = self.state.keys
         if keys is None or not self.training or self.p == 0.0:
             result: Tensor = self.plain(x)
@@ -84,9 +86,10 @@ class KeyedDropout(nn.Module):
 
 
 def key_dropout_layers(module: nn.Module, seed: int) -> DropoutKeys:
-    """Replace every dropout and stochastic depth layer of ``module``, in place; the state dict keeps its names.
+    """Replace every dropout and stochastic depth layer of ``module`` in place. State dict names do not change.
 
-    The layers are numbered in the order of their registration, so the same model has the same masks everywhere.
+    The layers are numbered in registration order, so the same model gets the same masks everywhere. Raises ValueError
+    for stochastic depth with mode='batch'.
     """
     found = [
         (n, layer) for n, layer in module.named_modules(remove_duplicate=False) if isinstance(layer, DROPOUT_TYPES)
@@ -100,7 +103,7 @@ def key_dropout_layers(module: nn.Module, seed: int) -> DropoutKeys:
 
 
 def example_keys(seed: int, epoch: int, draws: np.ndarray) -> np.ndarray:
-    """One 64-bit key, int64 [n], for each draw (number of an example within the epoch's order), int64 [n]."""
+    """Return one 64-bit key, int64 [n], for each draw (an example's position in the epoch's order), int64 [n]."""
     start = _mix64(_mix64(seed) ^ epoch)
     keys = np.asarray(draws).astype(np.int64).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -109,7 +112,10 @@ def example_keys(seed: int, epoch: int, draws: np.ndarray) -> np.ndarray:
 
 
 def random_levels(keys: Tensor, salt: tuple[int, int], shape: tuple[int, ...] | torch.Size) -> Tensor:
-    """Independent uniform integers in [0, 65536), int64, of ``shape``, whose first dimension n = len(keys) divides."""
+    """Return independent uniform integers in [0, 65536), int64, of ``shape``.
+
+    The first dimension of ``shape`` must be a multiple of len(keys); otherwise ValueError is raised.
+    """
     rows = keys.shape[0]
     if shape[0] % rows:
         raise ValueError(f"{rows} keys were set for a batch of {shape[0]}")
@@ -118,8 +124,8 @@ def random_levels(keys: Tensor, salt: tuple[int, int], shape: tuple[int, ...] | 
     high = _hash32(((keys >> 32) & _MASK32) ^ low ^ salt[1])
     counter = torch.arange((each + 1) // 2, device=keys.device)
     bits = counter[None, :] ^ low[:, None]
-    # The second word enters between the rounds: else examples whose first words share their upper bits would have the
-    # same values in another order.
+    # The second word enters between the rounds. Otherwise examples whose first words share their upper bits would get
+    # the same values in another order.
     bits = ((bits ^ (bits >> 16)) * _FACTOR_1 & _MASK32) ^ high[:, None]
     bits = (bits ^ (bits >> 15)) * _FACTOR_2 & _MASK32
     bits = bits ^ (bits >> 16)
@@ -127,14 +133,14 @@ def random_levels(keys: Tensor, salt: tuple[int, int], shape: tuple[int, ...] | 
 
 
 def _hash32(x: Tensor) -> Tensor:
-    """lowbias32: a bijection of 32-bit integers (in int64); every input bit flips each output bit half the time."""
+    """Hash with lowbias32: a bijection of 32-bit integers (in int64) where an input bit flips half the output bits."""
     x = (x ^ (x >> 16)) * _FACTOR_1 & _MASK32
     x = (x ^ (x >> 15)) * _FACTOR_2 & _MASK32
     return x ^ (x >> 16)
 
 
 def _mix64(x: int) -> int:
-    """SplitMix64's step (Steele et al. 2014), for single integers."""
+    """Hash one integer with the SplitMix64 step (Steele et al. 2014)."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -142,20 +148,20 @@ def _mix64(x: int) -> int:
 
 
 def _salt(seed: int, layer: int, call: int) -> tuple[int, int]:
-    """Two 32-bit words that tell layers apart, and the uses of one layer within a forward pass."""
+    """Return two 32-bit words that are distinct per layer and per call of a layer within a forward pass."""
     mixed = _mix64(_mix64(_mix64(seed) ^ layer) ^ call)
     return mixed & _MASK32, mixed >> 32
 
 
 def drop_rate(layer: nn.Module) -> float:
-    """Probability with which a dropout or stochastic depth layer, plain or repeatable, drops; 0 for other layers."""
+    """Return the drop probability of a dropout or stochastic depth layer, plain or keyed; 0 for other layers."""
     if isinstance(layer, DropPath):
         return float(layer.drop_prob or 0.0)
     return float(layer.p) if isinstance(layer, (*DROPOUT_TYPES, KeyedDropout)) else 0.0  # type: ignore[arg-type]
 
 
 def _whole_dims(plain: nn.Module) -> int | None:
-    """How many leading dimensions have a mask of their own: None is all of them (elements), 2 channels, 1 examples."""
+    """Return how many leading dimensions the mask covers: None for all (elements), 2 for channels, 1 for examples."""
     if isinstance(plain, nn.Dropout):
         return None
     return 2 if isinstance(plain, nn.Dropout1d | nn.Dropout2d) else 1

@@ -1,4 +1,4 @@
-"""A model's stages, input to output: rows of the parts table, steps of gradual unfreezing and of layer decay."""
+"""A model's layer groups from input to output: rows of the layer table, units of gradual unfreezing and layer decay."""
 
 from __future__ import annotations
 
@@ -14,40 +14,41 @@ EXPANDED = frozenset({"features", "blocks", "stages", "layers", "trunk_output", 
     "transformers",
     "dense_stages",
 }
-"""Names that the libraries give to containers: their children are stages, not they."""
+"""Names of container modules in the libraries. Their children are layer groups, not the containers themselves."""
 
 
 FEWEST = 2
-"""So few groups, stated by timm, are no grouping."""
+"""A timm grouping with at most this many groups is ignored."""
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Neighbouring parameters that are frozen, unfrozen and slowed down together."""
+    """A group of adjacent layers that share their freeze state and learning-rate multiplier."""
 
     name: str
     prefixes: tuple[str, ...]
-    """Dotted names of the modules or parameters that make it up."""
+    """Dotted names of the modules or parameters in the group."""
 
     def holds(self, parameter: str) -> bool:
-        """Whether a parameter of this name belongs to the stage."""
+        """Whether the parameter named ``parameter`` belongs to the group."""
         return is_under(parameter, self.prefixes)
 
 
 def is_under(name: str, prefixes: tuple[str, ...] | list[str]) -> bool:
-    """Whether ``name`` is one of these dotted names or lies within one."""
+    """Whether ``name`` equals one of these dotted names or lies below one."""
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def find_stages(module: nn.Module, heads: tuple[str, ...], used: Sequence[str]) -> list[LayerGroup]:
-    """Stages that hold every parameter exactly once, in the order of their first use; the last is ``heads``, "head".
+    """Return layer groups that contain every parameter exactly once, in the order of their first use.
 
-    ``used`` are names of parameters in the order in which a forward pass first uses them (:class:`probe.Probe`).
+    The last group is "head" and contains ``heads``. ``used`` are parameter names in the order in which a forward pass
+    first uses them (:class:`~toolkit.models.dry_forward.DryForwardResult`).
     """
     names = [name for name, _ in module.named_parameters()]
     kept = {name for name in names if not is_under(name, heads)}
     groups = [[name for name in group if name in kept] for group in _timm_groups(module)]
-    if sum(map(bool, groups)) <= FEWEST:  # not even a stem, some blocks, and what follows them
+    if sum(map(bool, groups)) <= FEWEST:  # fewer than stem, blocks, and layers after them
         groups = [[name for name in group if name in kept] for group in _child_groups(module)]
     parts = _parts(module, groups, _count_prefixes(names), used)
     prefixes = [tuple(part.prefix for part in stage) for stage in _join(parts)]
@@ -57,19 +58,19 @@ def find_stages(module: nn.Module, heads: tuple[str, ...], used: Sequence[str]) 
 
 @dataclass(frozen=True)
 class _Part:
-    """Parameters under one dotted prefix that the library groups together."""
+    """Parameters under one dotted prefix that belong to the same group of the library."""
 
     prefix: str
     group: int
     is_small: bool
-    """Only normalization, positions, class tokens and the like: nothing that deserves a stage of its own."""
+    """Whether it holds only normalization, position or class token parameters, which do not form their own group."""
     first: int
     last: int
-    """When the forward pass begins to use the part's first and last parameter; steps in ``used``."""
+    """Indices into ``used`` at which the part's first and last parameters are first used."""
 
 
 def _parts(module: nn.Module, groups: list[list[str]], total: Counter[str], used: Sequence[str]) -> list[_Part]:
-    """The groups' parts in the order of their first use; what is never used follows what is registered before it."""
+    """Return the groups' parts in the order of their first use. Unused parameters follow the one registered before."""
     steps = {name: step for step, name in enumerate(used)}
     latest = 0
     for name, _ in module.named_parameters():
@@ -86,10 +87,10 @@ def _parts(module: nn.Module, groups: list[list[str]], total: Counter[str], used
 
 
 def _join(parts: list[_Part]) -> list[list[_Part]]:
-    """Parts of one group that follow one another are a stage.
+    """Join consecutive parts of the same library group into one layer group.
 
-    Small parts, and parts whose use begins within the stage before them (position biases that blocks share), belong
-    to that stage; small ones at the beginning to the first stage.
+    Small parts, and parts first used within the preceding layer group (such as position biases shared by blocks), join
+    that group. Small parts at the beginning join the first group.
     """
     stages: list[list[_Part]] = []
     for part in parts:
@@ -104,7 +105,7 @@ def _join(parts: list[_Part]) -> list[list[_Part]]:
 
 
 def _timm_groups(module: nn.Module) -> list[list[str]]:
-    """The grouping that a timm model states for layer decay; [] where it states none that works."""
+    """Return the grouping that a timm model defines for layer decay; [] if it defines none or it fails."""
     if not hasattr(module, "group_matcher"):
         return []
     from timm.models import group_parameters
@@ -118,7 +119,7 @@ def _timm_groups(module: nn.Module) -> list[list[str]]:
 
 
 def _child_groups(module: nn.Module, prefix: str = "") -> list[list[str]]:
-    """Children in the order of their registration, containers expanded."""
+    """Return the parameter names of each child in registration order, with containers expanded."""
     own = [f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False)]
     groups = [own] if own else []
     for name, child in module.named_children():
@@ -130,7 +131,7 @@ def _child_groups(module: nn.Module, prefix: str = "") -> list[list[str]]:
 
 
 def _without_containers(module: nn.Module, prefix: str, steps: dict[str, int]) -> list[str]:
-    """The prefix, or those of its children where it is a list of layers between which others are used."""
+    """Return the prefix, or its children's if it is a list of layers that the forward pass interleaves with others."""
     found = dict(module.named_modules()).get(prefix)
     inside = {step for name, step in steps.items() if is_under(name, (prefix,))}
     others = {step for name, step in steps.items() if not is_under(name, (prefix,))}
@@ -144,13 +145,13 @@ def _without_containers(module: nn.Module, prefix: str, steps: dict[str, int]) -
 
 
 def _is_small(module: nn.Module, parameter: str) -> bool:
-    """Whether the parameter is no weight or bias of a linear map: of a normalization, a token, a table of positions."""
+    """Whether the parameter is not part of a linear map or embedding (normalization, token, position table)."""
     owner = module.get_submodule(parameter.rpartition(".")[0])
     return not isinstance(owner, nn.Linear | _ConvNd | nn.Embedding | nn.Bilinear)
 
 
 def _count_prefixes(names: list[str]) -> Counter[str]:
-    """How many of the parameters lie under each dotted prefix."""
+    """Count the parameters under each dotted prefix."""
     return Counter(prefix for name in names for prefix in _prefixes_of(name))
 
 
@@ -160,14 +161,17 @@ def _prefixes_of(name: str) -> list[str]:
 
 
 def _shortest_prefixes(group: list[str], total: Counter[str]) -> tuple[str, ...]:
-    """The fewest prefixes that cover exactly this group."""
+    """Return the fewest prefixes that cover exactly this group."""
     inside = _count_prefixes(group)
     found = (next(prefix for prefix in _prefixes_of(name) if inside[prefix] == total[prefix]) for name in group)
     return tuple(dict.fromkeys(found))
 
 
 def _name(index: int, prefixes: tuple[str, ...]) -> str:
-    """The stage's first prefix; a beginning of several top-level parts is the "stem", "head" is kept for the head."""
+    """Name a layer group after its first prefix.
+
+    A first group of several top-level modules is the "stem"; "head" is reserved for the classifier head.
+    """
     if index == 0 and len(prefixes) > 1 and "." not in prefixes[1]:
         return "stem"
     return "neck" if prefixes[0] == "head" else prefixes[0]

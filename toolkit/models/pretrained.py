@@ -1,4 +1,4 @@
-"""Weights from files: read without running code, names put right, and fitted to a model without silence."""
+"""Load pretrained weights from files: safe reading, key remapping, and strict loading with a report of mismatches."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from toolkit.models.layer_groups import is_under
 StateDict = dict[str, Tensor]
 
 SHOWN = 4
-"""So many names are listed in a message."""
+"""Maximum number of names listed in a message."""
 WRAPPED_AS = ("state_dict", "model", "model_state_dict", "module")
-"""Entries of a checkpoint that hold the weights in training, best first; others are averages or other models."""
+"""Usual checkpoint entries for the trained weights, preferred first. Others hold averages or other models."""
 METADATA = "toolkit"
-"""Entry of a .safetensors file's metadata that holds a digest of its tensors."""
+"""Key in a .safetensors file's metadata that holds a digest of its tensors."""
 
 
 @dataclass(frozen=True)
 class WeightLoadReport:
-    """What became of a state dict."""
+    """Result of loading a state dict."""
 
     notes: list[str]
-    """What was kept, adapted and left out, for people."""
+    """Messages about what was kept, adapted and left out."""
     new: list[str]
-    """The parts that kept their random start."""
+    """The modules that kept their random initialization."""
 
 
 def is_file_reference(weights: str) -> bool:
@@ -48,9 +48,9 @@ def is_file_reference(weights: str) -> bool:
 
 
 def locate(weights: str) -> Path:
-    """The file that ``file:PATH`` or ``package:NAME/PATH`` means; the package is found, never imported.
+    """Return the path for ``file:PATH`` or ``package:NAME/PATH``. The package is located, not imported.
 
-    Raises UserError where there is none.
+    Raises UserError if the file does not exist.
     """
     kind, _, reference = weights.partition(":")
     path = Path(reference).expanduser() if kind == "file" else _locate_in_package(reference)
@@ -78,11 +78,11 @@ def _locate_in_package(reference: str) -> Path:
 
 
 def read_state(path: Path, key: str | None = None) -> tuple[StateDict, list[str]]:
-    """The tensors in a .safetensors file or a PyTorch checkpoint (.pth, .pt, .bin), by name, on the CPU.
+    """Read the tensors of a .safetensors file or PyTorch checkpoint (.pth, .pt, .bin), by name, on the CPU.
 
-    A state dict within a checkpoint is found; ``key`` names the entry where there are several, else the first of
-    WRAPPED_AS is taken. The list tells of such a choice. Raises UserError for a damaged file, for entries that leave
-    no clear choice, and for a pickle that holds anything but tensors and plain values: loading it could run code.
+    If a checkpoint has several entries that are state dicts, ``key`` selects one; otherwise the first of WRAPPED_AS is
+    used, and the returned notes say so. Raises UserError for a damaged file, if no entry can be selected, and for a
+    pickle with anything but tensors and plain values, because loading it could run code.
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
     if _is_state(content):
@@ -107,7 +107,7 @@ def read_state(path: Path, key: str | None = None) -> tuple[StateDict, list[str]
 
 
 def _choose_entry(path: Path, entries: list[str], key: str | None) -> str:
-    """The entry named by ``key``, else the usual one, else the only one."""
+    """Return the entry named by ``key``, else the usual one, else the only one. Raises UserError otherwise."""
     if not entries:
         raise UserError(f"weights file {path} holds no state dict (a mapping from names to tensors)")
     usual = [name for name in (key, *WRAPPED_AS) if name in entries]
@@ -119,16 +119,16 @@ def _choose_entry(path: Path, entries: list[str], key: str | None) -> str:
 
 
 def _is_state(content: Any) -> bool:
-    """Whether this is a mapping from names to tensors."""
+    """Whether ``content`` is a non-empty mapping from names to tensors."""
     return isinstance(content, dict) and bool(content) and all(isinstance(value, Tensor) for value in content.values())
 
 
 def without_prefix(module: nn.Module, state: StateDict, key: str | None, source: str) -> tuple[StateDict, list[str]]:
-    """The state dict without the prefix that a wrapper put before the module's names (``module.``, ``backbone.``).
+    """Remove the prefix that a wrapper added to all names (``module.``, ``backbone.``); return the state and notes.
 
-    The prefix is ``key``, or the one under which most of the module's names are found. Names beside it stay as they
-    are where the module has them (a classifier beside ``backbone.``), and are left out and listed where not. Raises
-    UserError where several prefixes fit equally well.
+    The prefix is ``key``, or the one under which most of the module's names are found. Names without it are kept if the
+    module has them (such as a classifier next to ``backbone.``); otherwise they are left out and listed in the notes.
+    Raises UserError if several prefixes match equally well.
     """
     own = set(module.state_dict())
     found: Counter[str] = Counter()
@@ -137,7 +137,7 @@ def without_prefix(module: nn.Module, state: StateDict, key: str | None, source:
         for depth in range(len(parts)):
             if ".".join(parts[depth:]) in own:
                 found["".join(f"{part}." for part in parts[:depth])] += 1
-    # Fewer than half match by accident: the names are another library's, which `adapt` may know.
+    # Fewer than half of the names may match by chance: then they are another library's, which `adapt` may know.
     best = [prefix for prefix, count in found.items() if count == max(found.values()) and 2 * count >= len(own)]
     if key is not None:
         prefix = f"{key}."
@@ -158,7 +158,7 @@ def without_prefix(module: nn.Module, state: StateDict, key: str | None, source:
 
 
 def _without_common_prefix(state: StateDict) -> StateDict:
-    """Without what DDP and torch.compile put before every name, where the names are another library's."""
+    """Remove the prefixes that DDP and torch.compile add to every name."""
     for prefix in ("module.", "_orig_mod.") * 2:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -177,24 +177,24 @@ def _read_safetensors(path: Path) -> StateDict:
 
 
 def pack_state(state: StateDict, **facts: Any) -> bytes:
-    """The content of a .safetensors file that carries a digest of its tensors, and ``facts`` (plain values)."""
+    """Serialize to the .safetensors format, with a digest of the tensors and ``facts`` (plain values) as metadata."""
     tensors: StateDict = {}
     storages: set[int] = set()
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        # safetensors refuses names that share memory, such as those of a layer that several of CoaT's blocks share.
+        # safetensors rejects tensors that share memory, such as a layer shared by several blocks of CoaT.
         tensors[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    # One entry: safetensors writes several in a random order, and equal weights shall be equal files.
+    # A single entry, because safetensors writes several in random order and equal weights must give equal files.
     data: bytes = save(tensors, metadata={METADATA: json.dumps({**facts, "sha256": _digest(tensors)})})
     return data
 
 
 def has_its_digest(path: Path, state: StateDict) -> bool:
-    """Whether ``state``, read from ``path``, has the digest stored there; True for a file without one.
+    """Whether ``state``, read from ``path``, matches the digest stored in the file; True for a file without one.
 
-    Raises SafetensorError or OSError where the file cannot be read.
+    Raises SafetensorError or OSError if the file cannot be read.
     """
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(METADATA)
@@ -207,7 +207,7 @@ def has_its_digest(path: Path, state: StateDict) -> bool:
 
 
 def _digest(state: StateDict) -> str:
-    """SHA-256 (hex) of names, types, shapes and values."""
+    """Return the SHA-256 (hex) of names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
@@ -222,7 +222,7 @@ def _unpickle(path: Path) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"weights file {path} is damaged, or holds more than tensors and is refused because loading it could run "
-            f"code; save its state dict as .safetensors where you trust it ({reason})"
+            f"code; if you trust it, save its state dict as .safetensors ({reason})"
         ) from None
     except Exception as error:
         raise UserError(f"weights file {path} cannot be read: {str(error).strip().splitlines()[0]}") from None
@@ -231,10 +231,10 @@ def _unpickle(path: Path) -> Any:
 def fit_state(
     module: nn.Module, state: StateDict, *, new: Iterable[str], source: str, ignored: tuple[str, ...] = ()
 ) -> WeightLoadReport:
-    """Load ``state`` into ``module``, all of it, except for the parts named in ``new`` where they do not fit.
+    """Load all of ``state`` into ``module``, except for the submodules named in ``new`` if their shapes do not match.
 
-    ``ignored`` are prefixes of names that the architecture deliberately leaves out (auxiliary classifiers).
-    Raises UserError listing what else is missing, unexpected or of another shape; the module is then unchanged.
+    ``ignored`` are prefixes of names that the module deliberately leaves out (auxiliary classifiers). Raises UserError
+    listing all other missing, unexpected and mismatched names; the module is then unchanged.
     """
     own = module.state_dict()
     state = {name: tensor for name, tensor in state.items() if not is_under(name, ignored)}
@@ -254,7 +254,7 @@ def fit_state(
 
 
 def _adapt_first_convolution(module: nn.Module, own: StateDict, state: StateDict) -> list[str]:
-    """Weights for colour images in a model for grey ones: summed over the channels, as timm does."""
+    """Adapt the first convolution's weights to the model's input channels (RGB to gray: summed), as timm does."""
     first = next((name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)), None)
     name = f"{first}.weight"
     if name not in own or name not in state or state[name].ndim != 4:
@@ -269,7 +269,7 @@ def _adapt_first_convolution(module: nn.Module, own: StateDict, state: StateDict
 
 
 def _check_fit(own: StateDict, state: StateDict, source: str) -> None:
-    """Raise UserError unless both hold the same names and shapes. Old files lack batch norm's counts of batches."""
+    """Raise UserError unless both have the same names and shapes. Old files may lack ``num_batches_tracked``."""
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
     misshapen = [
@@ -284,10 +284,10 @@ def _check_fit(own: StateDict, state: StateDict, source: str) -> None:
 
 
 def map_efficientnet_lite(state: StateDict, blocks: Iterable[Iterable[nn.Module]]) -> StateDict:
-    """Names of the efficientnet_lite_pytorch package to those of timm's tf_efficientnet_lite models.
+    """Map names of the efficientnet_lite_pytorch package to those of timm's tf_efficientnet_lite models.
 
     That package numbers all blocks in one list, timm (``blocks``) by stage and block. Only the first block has no
-    expansion, and in it batch norms are numbered differently.
+    expansion, and its batch norms are numbered differently.
     """
     flat = [f"blocks.{s}.{b}" for s, stage in enumerate(blocks) for b, _ in enumerate(stage)]
     mapped: StateDict = {}
@@ -315,12 +315,12 @@ _EXPANDED = {
 
 
 def map_densenet(state: StateDict) -> StateDict:
-    """Names in torchvision's published DenseNet files (``denselayer1.norm.1``) to today's (``denselayer1.norm1``)."""
+    """Map names in torchvision's DenseNet files (``denselayer1.norm.1``) to current ones (``denselayer1.norm1``)."""
     return {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", key): t for key, t in state.items()}
 
 
 def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
-    """Names and shapes, the largest tensor first."""
+    """Format names and shapes, largest tensor first."""
     largest_first = sorted(shapes.items(), key=lambda item: -math.prod(item[1]))
     return ", ".join(f"{name} ({_shape(shape)})" for name, shape in largest_first) or "nothing, there is no such layer"
 

@@ -28,7 +28,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 def construct(
     table: ModelConfig, num_classes: int, channels: int, image_size: int
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model with ``num_classes`` outputs, random weights, and the dotted names of its last layers."""
+    """Build the randomly initialized model with ``num_classes`` outputs; also return the names of its last layers."""
     check_arguments(table.args)
     arguments = {"num_classes": num_classes, "in_chans": channels, **_arguments(table, image_size)}
     module = _create(_full_name(table), arguments)
@@ -38,9 +38,10 @@ def construct(
 
 
 def published_state(table: ModelConfig, image_size: int) -> StateDict:
-    """The tag's weights as timm itself loads them, with the published classes and channels.
+    """Return the tag's weights as timm loads them, with the published classes and channels.
 
-    From the Hugging Face cache without asking the network, else downloaded.
+    They are read from the Hugging Face cache without network access, or else downloaded. Raises UserError if the tag
+    has no weights or they cannot be fetched.
     """
     name = _full_name(table)
     config, arguments = get_pretrained_cfg(name), _arguments(table, image_size)
@@ -57,13 +58,13 @@ def published_state(table: ModelConfig, image_size: int) -> StateDict:
 
 
 def _arguments(table: ModelConfig, image_size: int) -> dict[str, Any]:
-    """The recipe's, and the image size for models in which it is built in."""
+    """Return the recipe's arguments, plus the image size for models with a fixed input size."""
     is_fixed = get_pretrained_cfg(_full_name(table)).fixed_input_size
     return {**({"img_size": image_size} if is_fixed else {}), **table.args}
 
 
 def adapt(table: ModelConfig, module: nn.Module, state: StateDict) -> StateDict:
-    """A file's names and position tables in the form of this module."""
+    """Convert a file's names and position embeddings to those of ``module``."""
     if "_conv_stem.weight" in state and hasattr(module, "blocks"):
         if not table.name.startswith("tf_efficientnet_lite"):
             raise UserError(
@@ -77,12 +78,12 @@ def adapt(table: ModelConfig, module: nn.Module, state: StateDict) -> StateDict:
         return state
     try:
         return dict(own_filter(state, module))
-    except Exception:  # made for this architecture's files; what another's looks like is told by the check that follows
+    except Exception:  # the filter expects this architecture's files; the check that follows reports any mismatch
         return state
 
 
 def inputs(table: ModelConfig) -> PretrainedInput:
-    """What the weights were trained with; for weights from a file, what the architecture's default ones were."""
+    """Return the preprocessing that the weights were trained with (for a file, that of the default weights)."""
     config = get_pretrained_cfg(_full_name(table))
     height, size = config.input_size[-2:]
     return PretrainedInput(
@@ -97,14 +98,14 @@ def inputs(table: ModelConfig) -> PretrainedInput:
 
 
 def use_plain_attention(module: nn.Module, heads: tuple[str, ...]) -> None:
-    """Attention with dropout step by step: the fused kernel draws masks that cannot be repeated."""
+    """Disable fused attention in layers with attention dropout, because the fused kernel's masks cannot be keyed."""
     for layer in module.modules():
         if getattr(layer, "fused_attn", False) and getattr(getattr(layer, "attn_drop", None), "p", 0.0) > 0.0:
             layer.fused_attn = False  # type: ignore[assignment]
 
 
 def use_dropout_layer(module: nn.Module, heads: tuple[str, ...]) -> None:
-    """A layer in place of the dropout that some models apply, as a function, to the input of their last layer."""
+    """Replace the functional dropout that some models apply before their last layer by a dropout layer."""
     rate = getattr(module, "drop_rate", 0.0)
     layers = [module.get_submodule(head) for head in heads]
     is_plain = all(isinstance(layer, nn.Linear) and not isinstance(layer, DropoutLinear) for layer in layers)
@@ -116,7 +117,7 @@ def use_dropout_layer(module: nn.Module, heads: tuple[str, ...]) -> None:
 
 
 def _full_name(table: ModelConfig) -> str:
-    """Architecture, with the tag where one is named in ``name`` or ``weights``."""
+    """Return the architecture name, with the tag if ``name`` or ``weights`` specifies one."""
     base, _, tag = table.name.partition(".")
     if ":" in base or not timm.is_model(base):
         raise unknown_name("model.name", base, timm.list_models())
@@ -131,10 +132,10 @@ def _full_name(table: ModelConfig) -> str:
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """timm.create_model; models whose size is built in but cannot be chosen are known by their refusal."""
+    """Call timm.create_model; retry without ``img_size`` if the model has a fixed input size but does not accept it."""
     try:
         module: nn.Module = timm.create_model(name, **arguments)
-    except Exception as error:  # whatever a constructor makes of its arguments
+    except Exception as error:  # a constructor may raise anything for bad arguments
         if isinstance(error, TypeError) and "img_size" in str(error) and "img_size" in arguments:
             return _create(name, {key: value for key, value in arguments.items() if key != "img_size"})
         raise UserError(f"timm's {name} cannot be built: {first_line(error)}") from None
@@ -142,7 +143,7 @@ def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def _cached_file(config: Any) -> str | None:
-    """The weights in the Hugging Face cache, where they are."""
+    """Return the path of the weights in the Hugging Face cache, or None."""
     if not config.hf_hub_id:
         return None
     repository, _, revision = config.hf_hub_id.partition("@")
@@ -152,11 +153,11 @@ def _cached_file(config: Any) -> str | None:
 
 
 def _is_reachable(config: Any) -> bool:
-    """Whether the publisher's host can be found at all: the hub's client would retry for most of a minute."""
+    """Whether the publisher's host name resolves. Otherwise the hub's client would retry for most of a minute."""
     if constants.HF_HUB_OFFLINE:
         return False
     if urllib.request.getproxies():
-        return True  # names are then looked up by the proxy
+        return True  # the proxy resolves names
     host = urllib.parse.urlparse(constants.ENDPOINT if config.hf_hub_id else config.url).hostname
     try:
         return bool(socket.getaddrinfo(host, 443))
@@ -168,15 +169,15 @@ def _not_fetched(name: str, config: Any, reason: str) -> UserError:
     source = f"{constants.ENDPOINT}/{config.hf_hub_id}" if config.hf_hub_id else config.url
     return UserError(
         f"weights {name} could not be fetched ({reason}). Without a network: fetch them from {source} elsewhere and "
-        f"give model.weights = 'file:PATH', or bring the cache {constants.HF_HUB_CACHE} from a machine that has one"
+        f"give model.weights = 'file:PATH', or copy the cache {constants.HF_HUB_CACHE} from a machine that has one"
     )
 
 
 def _last_layers(module: nn.Module) -> tuple[str, ...]:
-    """Dotted names of the classifiers: those in the pretrained configuration, and what timm returns beside them.
+    """Return the dotted names of the classifiers in the pretrained configuration and from ``get_classifier``.
 
-    The configuration names the very last layer, where ``get_classifier`` may return a head of several layers, and
-    names classifiers that it leaves out (VOLO's ``aux_head``).
+    The configuration names the very last layer even if ``get_classifier`` returns a head of several layers, and also
+    lists classifiers that ``get_classifier`` omits (VOLO's ``aux_head``).
     """
     classifier = module.get_classifier()  # type: ignore[operator]
     layers = list(classifier) if isinstance(classifier, list | tuple | nn.ModuleList) else [classifier]

@@ -17,13 +17,13 @@ from toolkit.models.unknown_names import check_arguments, first_line, unknown_na
 from toolkit.recipe.schema import ModelConfig
 
 AUXILIARY = ("AuxLogits", "aux1", "aux2")
-"""Classifiers half-way through Inception and GoogLeNet, in their published weights; never built here."""
+"""Auxiliary classifiers in the published weights of Inception and GoogLeNet; never built here."""
 
 
 def construct(
     table: ModelConfig, num_classes: int, channels: int, image_size: int
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model with ``num_classes`` outputs, random weights, and the dotted name of its last layer."""
+    """Build the randomly initialized model with ``num_classes`` outputs; also return the name of its last layer."""
     known = torchvision.models.list_models(module=torchvision.models)
     if table.name not in known:
         raise unknown_name("model.name", table.name, known)
@@ -31,7 +31,7 @@ def construct(
     arguments = {**_own_arguments(table, channels, image_size), **table.args}
     try:
         module = torchvision.models.get_model(table.name, weights=None, num_classes=num_classes, **arguments)
-    except Exception as error:  # whatever a constructor makes of its arguments
+    except Exception as error:  # a constructor may raise anything for bad arguments
         raise UserError(f"torchvision's {table.name} cannot be built: {first_line(error)}") from None
     if channels != 3:
         _change_channels(module, channels)
@@ -39,7 +39,7 @@ def construct(
 
 
 def published_state(table: ModelConfig) -> StateDict:
-    """The weights the enum names, from torch's cache or downloaded."""
+    """Return the weights of the enum member, from torch's cache or downloaded. Raises UserError if that fails."""
     weights = _enum(table)
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
@@ -52,7 +52,7 @@ def published_state(table: ModelConfig) -> StateDict:
 
 
 def adapt(module: nn.Module, state: StateDict, image_size: int) -> StateDict:
-    """Published names and position tables in the form of this module."""
+    """Convert published names and position embeddings to those of ``module``."""
     state = map_densenet(state)
     position = "encoder.pos_embedding"
     is_other_size = (
@@ -64,7 +64,7 @@ def adapt(module: nn.Module, state: StateDict, image_size: int) -> StateDict:
 
 
 def inputs(table: ModelConfig) -> PretrainedInput:
-    """What the weights were trained with; for weights from a file, what the architecture's default ones were."""
+    """Return the preprocessing that the weights were trained with (for a file, that of the default weights)."""
     preset = _enum(table).transforms()
     return PretrainedInput(
         image_size=preset.crop_size[0],
@@ -76,7 +76,7 @@ def inputs(table: ModelConfig) -> PretrainedInput:
 
 
 def _enum(table: ModelConfig) -> Any:
-    """The member of the weights enum; the default one for weights from a file."""
+    """Return the member of the weights enum; the default one for weights from a file."""
     members = torchvision.models.get_model_weights(table.name)
     if table.weights == "DEFAULT" or table.weights.startswith(("file:", "package:")):
         return members.DEFAULT
@@ -86,9 +86,9 @@ def _enum(table: ModelConfig) -> Any:
 
 
 def _own_arguments(table: ModelConfig, channels: int, image_size: int) -> dict[str, Any]:
-    """What torchvision's builders add by themselves when they load weights, and the size where it is built in."""
+    """Return the arguments that torchvision's builders add when loading weights, and any fixed input size."""
     if table.name in ("inception_v3", "googlenet"):
-        # Their published weights were trained in TensorFlow, with another normalisation, which the module undoes.
+        # The published weights were trained in TensorFlow with another normalization, which the module converts to.
         is_pretrained = table.weights != "none"
         return {
             "aux_logits": False,
@@ -103,7 +103,7 @@ def _own_arguments(table: ModelConfig, channels: int, image_size: int) -> dict[s
 
 
 def _change_channels(module: nn.Module, channels: int) -> None:
-    """Another first convolution, for images of other than three channels."""
+    """Replace the first convolution by one with ``channels`` input channels."""
     name, conv = next((n, layer) for n, layer in module.named_modules() if isinstance(layer, nn.Conv2d))
     new = nn.Conv2d(
         channels,
@@ -117,7 +117,7 @@ def _change_channels(module: nn.Module, channels: int) -> None:
 
 
 def _last_layer(module: nn.Module, num_classes: int) -> str:
-    """The last registered layer with as many outputs as there are classes."""
+    """Return the name of the last registered layer with ``num_classes`` outputs."""
     layers: list[str] = [
         name
         for name, layer in module.named_modules()

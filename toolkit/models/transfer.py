@@ -1,7 +1,7 @@
-"""Which parameters train, how fast, and in which mode each layer runs. Frozen means frozen.
+"""Transfer learning: which parameters train, their learning rates, and the mode that each layer runs in.
 
-A frozen parameter has no gradient, no weight decay and no optimiser state. A module whose parameters are all frozen
-runs in evaluation mode: batch norm statistics stay as they were loaded, dropout and stochastic depth in it are off.
+A frozen parameter has no gradient, no weight decay and no optimizer state. A module whose parameters are all frozen
+runs in evaluation mode: its batch norm statistics stay as loaded, and its dropout and stochastic depth are off.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class Transfer:
     built: ModelBundle
     table: TransferConfig
     frozen_by_pattern: frozenset[str]
-    """Names that ``freeze`` matched and ``train`` did not: gradual unfreezing passes them over."""
+    """Parameter names matched by ``freeze`` and not by ``train``; gradual unfreezing skips them."""
 
     @property
     def stages(self) -> list[LayerGroup]:
-        """Input to output."""
+        """Layer groups, from input to output."""
         return self.built.stages
 
     @property
     def trainable(self) -> list[str]:
-        """Names of the parameters that train now."""
+        """Names of the parameters that currently train."""
         return [name for name, p in self.built.module.named_parameters() if p.requires_grad]
 
     def train_mode(self) -> None:
-        """Training mode for what trains, evaluation mode for what is frozen; call it before every training pass."""
+        """Set trainable modules to training mode and frozen ones to evaluation mode. Call before each training pass."""
         module = self.built.module
         module.train()
         _set_frozen_eval(module)
@@ -49,10 +49,10 @@ class Transfer:
                     layer.train()
 
     def unfreeze_for_epoch(self, epoch: int) -> bool:
-        """At the start of an epoch (from 1): open the stages due by now, from the top. Whether anything changed.
+        """Unfreeze the layer groups due at the start of ``epoch`` (from 1), last group first; return if any changed.
 
-        Only ``gradual`` opens any. Where it did, the optimizer needs
-        :func:`new_param_groups` and DDP must be wrapped again.
+        Only the mode ``gradual`` unfreezes. After a change, add :func:`new_param_groups` to the optimizer and wrap the
+        model in DDP again.
         """
         due = sum(start <= epoch for start in self.table.unfreeze_at) if self.table.mode == "gradual" else 0
         opened = self.stages[:-1][len(self.stages) - 1 - due :] if due else []
@@ -67,20 +67,24 @@ class Transfer:
 
 @dataclass(frozen=True)
 class LayerGroupSummary:
-    """One line of the table that is shown before training."""
+    """One row of the layer group table shown before training."""
 
     name: str
     parameters: int
     trainable: int
     lr: float
-    """At its height; 0 where nothing trains."""
+    """Peak learning rate; 0 if nothing in the group trains."""
     weight_decay: float
     batch_norm: str
-    """How statistics run: trained, fixed, updated (frozen, but they follow the data); "-": there is none."""
+    """State of batch norm: trained, fixed, updated (frozen, but statistics follow the data); "-" if there is none."""
 
 
 def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
-    """Set requires_grad throughout. Raises UserError for a pattern without a match, and where nothing would train."""
+    """Set ``requires_grad`` on all parameters and ``train_mode`` on the model.
+
+    Raises UserError for a pattern without a match, if nothing would train, if ``unfreeze_at`` does not fit the layer
+    groups, and if a new first convolution would stay frozen.
+    """
     names = [name for name, _ in built.module.named_parameters()]
     frozen, trained = _matches("freeze", table.freeze, names, built), _matches("train", table.train, names, built)
     for name, parameter in built.module.named_parameters():
@@ -89,7 +93,7 @@ def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
     if not transfer.trainable:
         raise UserError(
             f"transfer.mode = {table.mode!r} with freeze = {table.freeze} leaves nothing to train; "
-            f"the stages are {_listed(built)}"
+            f"the layer groups are {_listed(built)}"
         )
     _check_unfreezing(built, table)
     _check_stem(built, transfer)
@@ -98,7 +102,7 @@ def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
 
 
 def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> bool:
-    """Whether a parameter trains (at the start), by the mode alone."""
+    """Whether the mode alone lets a parameter train at the start."""
     is_head, is_classifier = is_under(name, built.heads), is_under(name, built.classifier)
     match table.mode:
         case "scratch" | "finetune":
@@ -112,14 +116,14 @@ def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> boo
 
 
 def _matches(key: str, patterns: list[str], names: list[str], built: ModelBundle) -> set[str]:
-    """The names that any of the patterns matches; each must match one."""
+    """Return the names matched by any of the patterns. Raises UserError for a pattern that matches none."""
     found: set[str] = set()
     for pattern in patterns:
         matched = {name for name in names if fnmatchcase(name, pattern)}
         if not matched:
             raise UserError(
                 f"transfer.{key}: no parameter's name matches {pattern!r}; names are like {names[0]}, {names[-1]}, "
-                f"and the stages are {_listed(built)}"
+                f"and the layer groups are {_listed(built)}"
             )
         found |= matched
     return found
@@ -134,29 +138,29 @@ def _check_unfreezing(built: ModelBundle, table: TransferConfig) -> None:
         return
     if not table.unfreeze_at:
         raise UserError(
-            "transfer.mode = 'gradual' needs unfreeze_at: the epochs at which one more stage begins to train"
+            "transfer.mode = 'gradual' needs unfreeze_at: the epochs at which one more layer group begins to train"
         )
     if len(table.unfreeze_at) > len(built.stages) - 1:
         raise UserError(
-            f"transfer.unfreeze_at has {len(table.unfreeze_at)} epochs, but {len(built.stages) - 1} stages are below "
-            f"the head: {_listed(built)}"
+            f"transfer.unfreeze_at has {len(table.unfreeze_at)} epochs, but {len(built.stages) - 1} layer groups are "
+            f"below the head: {_listed(built)}"
         )
 
 
 def _check_stem(built: ModelBundle, transfer: Transfer) -> None:
-    """A new first convolution must train: frozen at its random start it would spoil all that follows."""
+    """Raise UserError if a new first convolution would stay frozen at its random initialization."""
     stem = built.new_stem
     if stem and not any(is_under(name, [stem]) for name in transfer.trainable):
         raise UserError(
-            f"{stem} is new (model.stem = 'small') and would stay frozen at its random start; "
+            f"{stem} is new (model.stem = 'small') and would stay frozen at its random initialization; "
             f'add transfer.train = ["{stem}.*"]'
         )
 
 
 def _set_frozen_eval(module: nn.Module) -> None:
-    """Put what is frozen in evaluation mode, from ``module`` (not all frozen itself) down.
+    """Recursively set fully frozen submodules to evaluation mode; ``module`` itself is not fully frozen.
 
-    A child without parameters, such as dropout, works for the next child that has some, and rests with it.
+    A child without parameters, such as dropout, belongs to the next child that has some and gets the same mode.
     """
     children = list(module.children())
     is_next_frozen = False
@@ -173,9 +177,9 @@ def _set_frozen_eval(module: nn.Module) -> None:
 def new_param_groups(
     built: ModelBundle, table: TransferConfig, optimizer: OptimizerConfig, groups: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Parameter groups for what trains and is in none of ``groups`` yet, stage by stage from the input.
+    """Return parameter groups for trainable parameters that are in none of ``groups`` yet, input first.
 
-    Each has params, lr, weight_decay, name, and lr_scale: the multiple of optimizer.lr that a scheduler must keep.
+    Each group has params, lr, weight_decay, name and lr_scale, the multiple of optimizer.lr that a scheduler must keep.
     """
     known = {id(p) for group in groups for p in group["params"]}
     found = []
@@ -202,12 +206,12 @@ def new_param_groups(
 
 
 def param_groups(built: ModelBundle, table: TransferConfig, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Parameter groups of everything that trains now, each parameter once; see :func:`new_param_groups`."""
+    """Return parameter groups of all trainable parameters, each parameter once; see :func:`new_param_groups`."""
     return new_param_groups(built, table, optimizer, [])
 
 
 def _lr_scales(built: ModelBundle, table: TransferConfig) -> list[float]:
-    """Learning rate of each stage as a multiple of optimizer.lr, input first."""
+    """Return the learning rate of each layer group as a multiple of optimizer.lr, input first."""
     below = len(built.stages) - 1
     return [*(table.backbone_lr * table.layer_decay ** (below - index) for index in range(below)), table.head_lr]
 
@@ -215,7 +219,7 @@ def _lr_scales(built: ModelBundle, table: TransferConfig) -> list[float]:
 def layer_group_table(
     built: ModelBundle, transfer: Transfer, table: TransferConfig, optimizer: OptimizerConfig
 ) -> list[LayerGroupSummary]:
-    """One row a stage, input first."""
+    """Return one row per layer group, input first."""
     scales = _lr_scales(built, table)
     return [_row(built, stage, scale, table, optimizer) for stage, scale in zip(transfer.stages, scales, strict=True)]
 
@@ -236,13 +240,13 @@ def _row(
 
 
 def _batch_norm(module: nn.Module, stage: LayerGroup, table: TransferConfig) -> str:
-    """How the batch norms of a stage run; more than one word where they differ."""
+    """Return the state of the batch norm layers in a layer group; all states, comma-separated, if they differ."""
     stage_trains = any(p.requires_grad for name, p in module.named_parameters() if stage.holds(name))
 
     def mode(layer: _BatchNorm) -> str:
         if any(p.requires_grad for p in layer.parameters()):
             return "trained"
-        has_live_statistics = stage_trains and not layer.affine  # without parameters it follows its surroundings
+        has_live_statistics = stage_trains and not layer.affine  # without parameters it follows the layers around it
         return "updated" if has_live_statistics or table.frozen_batch_norm == "update" else "fixed"
 
     layers = [layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm) and stage.holds(name)]

@@ -1,1 +1,1 @@
-"""What came out of runs and studies, drawn and told. Everything here reads run directories and nothing else."""
+"""Plots and HTML reports of runs and studies. Everything here reads run directories only."""

@@ -1,4 +1,4 @@
-"""The filters of a model's first convolution: before and after training, and what they make of an image."""
+"""Plots of the first convolution's filters before and after training, and of their responses to an image."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
 SHOWN = 256
-"""At most so many filters are drawn."""
+"""Maximum number of filters drawn."""
 CHOSEN = 8
-"""So many filters are applied to an image where none are asked for by number."""
+"""Number of filters applied to an image by default."""
 TILE, GAP, NUMBER = 48, 6, 16
-"""Side of a filter as drawn, room between filters, height of the number above one; pixels."""
+"""Side of a drawn filter, space between filters, height of the number above a filter; in pixels."""
 CELL = (TILE + GAP + NUMBER, TILE + GAP)
-"""Height and width of what one filter takes."""
+"""Height and width of a filter's cell, in pixels."""
 SIDE = 128
-"""A response of more pixels is thinned out, as a layer with strides does."""
+"""Maximum side of a drawn response in pixels; a larger one is subsampled, as a strided layer does."""
 LETTERS = 12
-"""Letters of a title, 9 points high, per inch of a figure's width."""
+"""Characters of a 9-point title per inch of a figure's width."""
 HEADER = 0.6
-"""Room for the titles, inches."""
+"""Height reserved for the titles, in inches."""
 
 
 def filters_figure(title: str, filters: ConvFilters) -> Figure:
-    """All filters before training (left) and after (right), numbered from 1, as the reports do.
+    """Draw all filters before (left) and after training (right), numbered from 1.
 
-    Each is brought to its own full range, so that its pattern shows: grey is 0. With three input channels these are
-    red, green and blue; of other numbers of channels the mean is drawn in grey.
+    Each filter is scaled to its own full range so that its pattern is visible; gray is 0. Three input channels are
+    drawn as red, green and blue; for any other number of channels the mean is drawn in gray.
     """
     count = min(len(filters.after), SHOWN)
     columns = columns_for(count, CELL[1] / CELL[0])
@@ -64,7 +64,7 @@ def filters_figure(title: str, filters: ConvFilters) -> Figure:
 
 
 def _sheet(weights: Floats, columns: int) -> Pixels:
-    """All filters on one transparent sheet, RGBA."""
+    """Draw all filters on one transparent sheet, RGBA."""
     rows = -(-len(weights) // columns)
     sheet = np.zeros((rows * CELL[0], columns * CELL[1], 4), dtype=np.uint8)
     for index, one in enumerate(weights):
@@ -75,12 +75,12 @@ def _sheet(weights: Floats, columns: int) -> Pixels:
 
 
 def _place(index: int, columns: int) -> tuple[int, int]:
-    """Top and left of a filter's cell."""
+    """Return the top and left of a filter's cell."""
     return index // columns * CELL[0], index % columns * CELL[1] + GAP // 2
 
 
 def filter_picture(weights: Floats, side: int) -> Pixels:
-    """A filter [C, h, w] as a picture [side, side, 3]; 0 is grey, its greatest absolute weight black or white."""
+    """Draw a filter [C, h, w] as an image [side, side, 3]; 0 is gray, the largest absolute weight black or white."""
     channels = weights if len(weights) == 3 else weights.mean(0, keepdims=True)
     scaled = 0.5 + 0.5 * channels / max(float(np.abs(channels).max()), 1e-12)
     pixels = np.rint(255 * scaled).astype(np.uint8).transpose(1, 2, 0)
@@ -90,7 +90,7 @@ def filter_picture(weights: Floats, side: int) -> Pixels:
 
 
 def relative_change(filters: ConvFilters) -> Floats:
-    """How far training has moved each filter: the distance in units of its first length, [filters]."""
+    """Return the distance that training moved each filter, relative to its initial norm, [filters]."""
     axes = (1, 2, 3)
     moved = np.sqrt(((filters.after - filters.before) ** 2).sum(axes))
     lengths = np.sqrt((filters.before**2).sum(axes))
@@ -99,11 +99,10 @@ def relative_change(filters: ConvFilters) -> Floats:
 
 
 def choose(filters: ConvFilters, wanted: Sequence[int] = ()) -> tuple[list[int], str]:
-    """Indices of the filters asked for; else of those that training has changed most, or the strongest if none changed.
+    """Return the indices of the filters to show, and a description of the selection.
 
-    ``wanted`` are numbers from 1, the indices count from 0. The second value says which they are.
-
-    Raises UserError for a number that no filter has.
+    These are the ``wanted`` filters, else those that training has changed most, or the strongest if none has changed.
+    ``wanted`` holds numbers from 1; the indices start at 0. Raises UserError for a number out of range.
     """
     count = len(filters.after)
     wrong = [number for number in wanted if not 1 <= number <= count]
@@ -119,9 +118,9 @@ def choose(filters: ConvFilters, wanted: Sequence[int] = ()) -> tuple[list[int],
 
 
 def channel_products(weights: Floats, image: Floats) -> Floats:
-    """Each channel of an image [C, H, W] filtered by its own part of the filter [C, h, w], stride 1, no padding.
+    """Filter each channel of an image [C, H, W] with its channel of the filter [C, h, w], stride 1, no padding.
 
-    Float32 [C, H - h + 1, W - w + 1]; the sum over the channels is the filter's response.
+    Returns float32 [C, H - h + 1, W - w + 1]; the sum over the channels is the filter's response.
     """
     windows = np.lib.stride_tricks.sliding_window_view(image, weights.shape[1:], axis=(1, 2))
     out: Floats = np.einsum("cyxij,cij->cyx", windows, weights, optimize=True)
@@ -129,7 +128,7 @@ def channel_products(weights: Floats, image: Floats) -> Floats:
 
 
 def tinted(products: Floats) -> Floats:
-    """Products of red, green and blue [3, H, W] as an image [H, W, 3] in 0..1: gray is 0, on one scale."""
+    """Convert the products of red, green and blue [3, H, W] to an image [H, W, 3] in 0..1, on one scale; gray is 0."""
     reach = max(float(np.abs(products).max()), 1e-12)
     picture: Floats = (0.5 + 0.5 * products / reach).transpose(1, 2, 0)
     return picture
@@ -138,12 +137,12 @@ def tinted(products: Floats) -> Floats:
 def effect_figure(
     title: str, filters: ConvFilters, chosen: Sequence[int], picture: Image.Image, image: Floats
 ) -> Figure:
-    """An image, and each chosen filter with what it makes of the image before and after training.
+    """Draw an image, and each chosen filter with its responses to the image before and after training.
 
-    ``chosen`` are indices from 0. ``picture`` is the image as a person knows it, ``image`` as the model gets it,
-    [C, H, W]. The colors of a response reach from minus to plus its own greatest absolute value; white is 0. Of images
-    with three channels the products of the channels are shown too, as an image: a filter that passes one color more
-    than the others gives it a tint, which the response, their sum, does not show.
+    ``chosen`` holds indices from 0. ``picture`` is the original image, ``image`` the model's input, [C, H, W]. The
+    colors of a response range over plus and minus its largest absolute value; white is 0. For three channels the
+    per-channel products are also shown, as an image: a filter that passes one color more than the others gives it a
+    tint, which the response, their sum, does not show.
     """
     labels = ["response\nbefore\ntraining", "response\nafter\ntraining"]
     if len(image) == 3:

@@ -1,4 +1,4 @@
-"""Figures of a data set: the class histogram, and a contact sheet of one image a class, raw and normalised."""
+"""Plots of a data set: the class histogram, and a contact sheet with one image per class, raw and normalized."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from toolkit.report.plot_style import DPI, SKY, SPLIT_COLOURS, columns_for, fitt
 from toolkit.report.prediction_metrics import Counts
 
 LABELLED = 250
-"""More classes are drawn as one outline, without their names."""
+"""Above this number, classes are drawn as one outline without their names."""
 
 TILE, GAP = 96, 8
-"""Width and height of an image on a sheet, and the room around it; pixels."""
+"""Width and height of an image on a sheet, and the space around it; in pixels."""
 CAPTION = 22
-"""Height of a class's name above its images, pixels."""
+"""Height of a class's name above its images, in pixels."""
 
 
 def class_histogram(title: str, names: Sequence[str], counts: Mapping[str, Counts]) -> Figure:
-    """Images per class: training and validation, stacked, above; test below.
+    """Plot the images per class: training and validation stacked in the upper panel, test in the lower one.
 
-    ``counts`` has for "train", "validation" and "test" the images of each class, int64 [classes].
+    ``counts`` maps "train", "validation" and "test" to the number of images of each class, int64 [classes].
     """
     train, validation, test = (counts[split] for split in ("train", "validation", "test"))
     return _class_panels(title, names, [{"train": train, "validation": validation}, {"test": test}])
 
 
 def class_totals(title: str, names: Sequence[str], totals: Counts) -> Figure:
-    """Images per class of the whole data set, all splits together, in one panel; ``totals`` is int64 [classes]."""
+    """Plot the images per class of the whole data set, all splits in one panel; ``totals`` is int64 [classes]."""
     return _class_panels(title, names, [{"all splits": totals}])
 
 
 def _class_panels(title: str, names: Sequence[str], panels: Sequence[Mapping[str, Counts]]) -> Figure:
-    """One panel of bars a mapping, one below the other; the counts of a mapping are stacked."""
+    """Plot one panel of bars per mapping, one below the other; the counts of a mapping are stacked."""
     count, positions = len(names), np.arange(len(names))
     width = min(max(7.0, 1.2 + 0.17 * count), 40.0)
     longest = max(len(name) for name in names) if count <= LABELLED else 0
@@ -86,9 +86,9 @@ def contact_sheet(
     scale: tuple[float, float],
     augmented: Sequence[Image.Image] = (),
 ) -> Figure:
-    """One image per class: the file, the model's input in evaluation and, if given, an augmented training input.
+    """Draw one image per class: the file, the model's input in evaluation and, if given, an augmented training input.
 
-    ``scale`` holds the input values that are shown as black and as white.
+    ``scale`` holds the input values shown as black and as white.
     """
     rows_of_images = [raw, inputs, *([augmented] if augmented else [])]
     cell = (len(rows_of_images) * (TILE + GAP) + GAP, TILE + CAPTION + GAP)
@@ -117,7 +117,7 @@ def contact_sheet(
 
 
 def as_pictures(inputs: Sequence[npt.NDArray[np.float32]]) -> tuple[list[Image.Image], tuple[float, float]]:
-    """A model's inputs, float [C, H, W], as pictures on one scale; and the values shown as black and as white."""
+    """Convert a model's inputs, float [C, H, W], to images on one scale; also return the values of black and white."""
     low, high = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
     scale = 255 / max(high - low, 1e-9)
     pixels = [np.rint((x - low) * scale).astype(np.uint8).transpose(1, 2, 0) for x in inputs]
@@ -125,7 +125,7 @@ def as_pictures(inputs: Sequence[npt.NDArray[np.float32]]) -> tuple[list[Image.I
 
 
 def paste(sheet: npt.NDArray[np.uint8], image: Image.Image, top: int, left: int, side: int = TILE) -> None:
-    """Put an image in the middle of a square, as large as fits; small ones are enlarged pixel by pixel."""
+    """Paste an image centered in a square, scaled to fit; small images are enlarged with nearest-neighbor sampling."""
     factor = side / max(image.size)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     resampling = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS

@@ -1,4 +1,4 @@
-"""The images that a run was trained and tested on, from its data set, if that is still where the recipe says."""
+"""Access to the images that a run was trained and tested on, if the data set is still where the recipe says."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from toolkit.report.prediction_metrics import Ints
 from toolkit.report.run_data import SPLITS, RunData
 
 SMALL = 64
-"""Images up to so many pixels are kept as they are, and enlarged where they are shown."""
+"""Images of at most this side in pixels are embedded unchanged and enlarged for display."""
 
 
 class DatasetImages:
-    """Images of a data set by their names."""
+    """Images of a data set, accessed by name."""
 
     def __init__(self, dataset: Dataset, names: Sequence[str]) -> None:
-        """``names`` are those that will be asked for; one that the data set does not have is left out."""
+        """Index the images in ``names``, ignoring names that are not in the data set."""
         self.dataset = dataset
         wanted = set(names)
         self.index = {
@@ -35,7 +35,7 @@ class DatasetImages:
         }
 
     def load(self, name: str) -> Image.Image | None:
-        """An image, or None where it is gone or damaged."""
+        """Return an image, or None if it is missing or damaged."""
         if name not in self.index:
             return None
         try:
@@ -44,7 +44,7 @@ class DatasetImages:
             return None
 
     def counts(self, names: Sequence[str]) -> Ints:
-        """Images of each class among ``names``, [classes]. Raises UserError where one is unknown."""
+        """Count the images in ``names`` by class, [classes]. Raises UserError for an unknown name."""
         unknown = next((name for name in names if name not in self.index), None)
         if unknown is not None:
             raise UserError(f"the data set at data.root no longer has {unknown}")
@@ -52,7 +52,7 @@ class DatasetImages:
         return np.bincount(labels, minlength=len(self.dataset.classes)).astype(np.int64)
 
     def first_of_each_class(self, names: Sequence[str]) -> dict[int, str]:
-        """The first of ``names`` in each class, by class."""
+        """Return the first of ``names`` in each class, by class."""
         found: dict[int, str] = {}
         for name in names:
             if name in self.index:
@@ -61,22 +61,22 @@ class DatasetImages:
 
 
 def open_dataset_images(facts: RunData, data_root: str | None = None) -> DatasetImages:
-    """The run's images; nothing is downloaded. Raises UserError where they are gone, or are others."""
+    """Open the run's images without downloading anything. Raises UserError if they are missing or have changed."""
     if facts.recipe is None:
         raise UserError("the recipe, which says where they are, cannot be read")
     table = resolve_channels(facts.recipe.data, pretrained=facts.recipe.model.weights != "none")
-    with contextlib.suppress(UserError):  # a damaged card: as the recipe says
+    with contextlib.suppress(UserError):  # model.json is damaged: use the recipe's settings
         table = as_trained(table, preprocessing_of(facts))
     changes = {"download": False} | ({"root": data_root} if data_root is not None else {})
     dataset = open_dataset(table.model_copy(update=changes))
     if facts.classes and dataset.classes != facts.classes:
-        raise UserError(f"the data set at {data_root or table.root} has other classes than the run was trained on")
+        raise UserError(f"the data set at {data_root or table.root} has different classes from those of the run")
     predicted = facts.predictions.names if facts.predictions else []
     return DatasetImages(dataset, [*predicted, *(name for split in SPLITS for name in facts.split.get(split, []))])
 
 
 def model_input(preprocessing: Preprocessing, image: Image.Image) -> npt.NDArray[np.float32]:
-    """An image as the model gets it, float32 [C, H, W]."""
+    """Return an image as the model's input, float32 [C, H, W]."""
     from toolkit.augment.transforms import build_transform
     from toolkit.recipe.schema import AugmentConfig
 
@@ -88,7 +88,7 @@ def model_input(preprocessing: Preprocessing, image: Image.Image) -> npt.NDArray
 def augmented_input(
     facts: RunData, preprocessing: Preprocessing, image: Image.Image, seed: int
 ) -> npt.NDArray[np.float32]:
-    """An image as a training input with one draw of the recipe's augmentation, float32 [C, H, W]; mixing left out."""
+    """Return an image as an augmented training input, float32 [C, H, W], without mixup and cutmix."""
     import torch
 
     from toolkit.augment.transforms import build_transform, random_states_kept
@@ -104,15 +104,15 @@ def augmented_input(
 
 
 def preprocessing_of(facts: RunData) -> Preprocessing:
-    """How the run's images become inputs. Raises UserError where the run does not say."""
+    """Return the run's preprocessing. Raises UserError if model.json does not contain it."""
     try:
         return Preprocessing.from_dict(facts.card["preprocessing"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{facts.run.checkpoints / 'model.json'} says no preprocessing ({error})") from None
+        raise UserError(f"{facts.run.checkpoints / 'model.json'} has no preprocessing ({error})") from None
 
 
 def data_uri(image: Image.Image, side: int) -> str:
-    """An image for an HTML page, its longer side at most ``side`` pixels: small ones as PNG, others as WebP."""
+    """Encode an image for an HTML page: small ones as PNG, others as WebP with a longer side of at most ``side``."""
     image = image.convert("RGB")
     data = io.BytesIO()
     if max(image.size) <= SMALL:

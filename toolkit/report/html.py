@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: templates filled, everything from files escaped, nothing fetched."""
+"""Self-contained HTML reports: rendered from templates, with text escaped and no external resources."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class HtmlColumn:
-    """A column of a table that sorts."""
+    """A column of a sortable table."""
 
     name: str
     number: bool = False
@@ -31,23 +31,23 @@ class HtmlColumn:
 
 @dataclass(frozen=True)
 class HtmlCell:
-    """What stands in a table."""
+    """A cell of a table."""
 
     text: str
     value: float | None = None
-    """What it sorts by, if not its text."""
+    """Sort key; default: the text."""
     share: float | None = None
     """Drawn as a bar, 0..1."""
     name: bool = False
-    """May be long and be broken anywhere."""
+    """Whether the text may be long and wrap anywhere."""
     code: bool = False
     link: str = ""
-    """A file beside the page, as a relative URL."""
+    """Relative URL of a linked file."""
 
 
 @dataclass(frozen=True)
 class HtmlRow:
-    """A row; ``kind`` is its class in the style sheet, and what buttons select by."""
+    """A row of a table; ``kind`` is its CSS class, which buttons filter by."""
 
     cells: Sequence[HtmlCell]
     kind: str = ""
@@ -55,36 +55,35 @@ class HtmlRow:
 
 @dataclass(frozen=True)
 class HtmlTable:
-    """A table that sorts and filters."""
+    """A table that can be sorted and filtered."""
 
     columns: Sequence[HtmlColumn]
     rows: Sequence[HtmlRow]
     text: str = ""
     buttons: Sequence[tuple[str, str]] = ()
-    """Names and kinds of rows of the buttons that select rows; the first is pressed."""
+    """Filter buttons: the label, and the kinds of rows shown. The first is active."""
 
 
 @dataclass
 class HtmlReport:
-    """What every page has."""
+    """Content of a report page."""
 
     template: str
     title: str
     subtitles: list[str]
     sections: list[tuple[str, str]]
-    """Id and name of each."""
+    """Id and title of each section."""
     missing: list[str]
     data: dict[str, Any]
-    """For the script: charts and cells."""
+    """Charts and confusion matrix cells for the page's script."""
     content: dict[str, Any] = field(default_factory=dict)
-    """For the template."""
+    """Template variables."""
 
 
 def render(page: HtmlReport) -> str:
-    """The whole HTML file.
+    """Render the HTML file.
 
-    Text is escaped by the templates; and a content security policy lets no script run but the page's own, and nothing
-    be fetched.
+    The templates escape all text; a content security policy allows only the page's own script and no external requests.
     """
     script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
     environment = Environment(
@@ -106,7 +105,7 @@ def render(page: HtmlReport) -> str:
 
 
 def _json(value: Any) -> Markup:
-    """JSON that can stand within an HTML element: no ``<`` or ``&``, no NaN or Infinity."""
+    """Serialize to JSON that is safe inside an HTML element: no ``<``, ``>`` or ``&``; NaN and Infinity become null."""
     text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
@@ -122,29 +121,29 @@ def _finite(value: Any) -> Any:
 
 
 def name(text: str) -> HtmlCell:
-    """A cell with a name from a file."""
+    """Return a cell with a name read from a file."""
     return HtmlCell(printable(text), name=True)
 
 
 def integer(value: int) -> HtmlCell:
-    """A cell with a whole number."""
+    """Return a cell with an integer."""
     return HtmlCell(f"{value:,}", float(value))
 
 
 def percent(share: float, digits: int = 2) -> str:
-    """0.1234 as 12.34 %."""
+    """Format 0.1234 as 12.34 %."""
     return f"{100 * share:.{digits}f} %"
 
 
 def number(value: object, form: str = ".4f") -> HtmlCell:
-    """A cell with a number, or a dash for what is none."""
+    """Return a cell with a number, or a dash if ``value`` is not a finite number."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return HtmlCell("-")
     return HtmlCell(format(value, form), float(value))
 
 
 def share(value: object, *, bar: bool = False) -> HtmlCell:
-    """A cell with a share as a percentage, or a dash."""
+    """Return a cell with a fraction as a percentage, or a dash if ``value`` is not a finite number."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return HtmlCell("-")
     return HtmlCell(percent(value), float(value), float(value) if bar else None)

@@ -1,4 +1,4 @@
-"""Curves over the epochs of a run: loss, accuracy, learning rate."""
+"""Learning curves of a run: loss, accuracy and learning rate by epoch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from toolkit.report.plot_style import BLUE, INK, SPLIT_COLOURS, fitted, grid
 from toolkit.report.run_data import Record, RunData
 
 SIZE = (6.3, 3.6)
-"""Inches: as wide as a page of text."""
+"""Width and height in inches; as wide as a page of text."""
 
 DECAYS = ("step", "exponential", "plateau")
-"""Schedules that multiply the rate again and again: drawn on a logarithmic scale."""
+"""Schedules that decay the learning rate multiplicatively; drawn on a logarithmic scale."""
 
 
 def loss_curves(facts: RunData) -> Figure:
-    """Training and validation loss of each epoch."""
+    """Plot the training and validation loss of each epoch."""
     figure, axes = _empty("epoch", "cross-entropy (nats)")
     _lines(axes, facts.epochs, "loss", 1.0)
     _finish(axes, facts, f"{facts.name}: loss")
@@ -28,7 +28,7 @@ def loss_curves(facts: RunData) -> Figure:
 
 
 def accuracy_curves(facts: RunData) -> Figure:
-    """Training and validation accuracy of each epoch."""
+    """Plot the training and validation accuracy of each epoch."""
     figure, axes = _empty("epoch", "accuracy (%)")
     _lines(axes, facts.epochs, "accuracy", 100.0)
     _finish(axes, facts, f"{facts.name}: accuracy")
@@ -36,7 +36,7 @@ def accuracy_curves(facts: RunData) -> Figure:
 
 
 def learning_rate_curve(facts: RunData) -> Figure:
-    """The learning rate over the epochs done."""
+    """Plot the learning rate over the completed epochs."""
     figure, axes = _empty("epochs done", "learning rate")
     points = learning_rates(facts)
     axes.plot([x for x, _ in points], [y for _, y in points], color=BLUE, linewidth=1.6, **_marks(len(points)))
@@ -49,7 +49,7 @@ def learning_rate_curve(facts: RunData) -> Figure:
 
 
 def learning_rates(facts: RunData) -> list[tuple[float, float]]:
-    """Epochs done and learning rate, as far as it was logged: at the beginning of epochs, and within."""
+    """Return (completed epochs, learning rate) for each logged value: at the start of epochs and within them."""
     begun = [(float(record["epoch"]) - 1, float(record["lr"])) for record in facts.epochs if "lr" in record]
     within = [(float(record["epoch"]), float(record["lr"])) for record in facts.steps if "lr" in record]
     return sorted(begun + within)
@@ -75,12 +75,12 @@ def _lines(axes: Axes, epochs: Sequence[Record], figure: str, scale: float) -> N
 
 
 def _marks(count: int) -> dict[str, Any]:
-    """Points are marked while there is room; a single one would not be seen otherwise."""
+    """Return marker settings: points are marked if there are few, since a single one would otherwise be invisible."""
     return {"marker": "o", "markersize": 3.0} if count <= 40 else {}
 
 
 def _finish(axes: Axes, facts: RunData, title: str) -> None:
-    """Best and stopping epoch, legend and title."""
+    """Add markers for the best and last epoch, the legend and the title."""
     best, last = facts.best_epoch, facts.last_epoch
     axes.axvline(best, color=INK, linewidth=1.0, linestyle="-", label=f"{facts.best_label}: epoch {best}")
     if last != best:

@@ -1,4 +1,4 @@
-"""The worst mistakes as a figure."""
+"""Plot of the misclassified test images with the highest confidence."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from toolkit.report.plot_style import fitted, short
 from toolkit.report.prediction_metrics import Predictions
 
 COUNT = 24
-"""Mistakes in the figure."""
+"""Number of mistakes in the figure."""
 COLUMNS = 6
 TILE, GAP, CAPTION = 176, 14, 56
-"""Side of an image, room beside it, height of the text above it; pixels."""
+"""Side of an image, space next to it, height of the text above it; in pixels."""
 CELL = (CAPTION + TILE, TILE + GAP)
 HEADER = 0.4
-"""Room for the title, inches."""
+"""Height reserved for the title, in inches."""
 
 
 @dataclass(frozen=True)
 class Misclassification:
-    """An image of the test set that was classified wrongly."""
+    """A misclassified test image."""
 
     name: str
     label: str
     prediction: str
     probability: float
     image: Image.Image | None
-    """None where the data set is gone."""
+    """None if the image is not available."""
 
 
 def misclassifications(found: Predictions, images: dict[str, Image.Image], count: int) -> list[Misclassification]:
-    """The mistakes made with the highest probability, the worst first."""
+    """Return the ``count`` mistakes predicted with the highest probability, worst first."""
     return [
         Misclassification(
             found.names[i],
@@ -50,7 +50,7 @@ def misclassifications(found: Predictions, images: dict[str, Image.Image], count
 
 
 def misclassified_figure(title: str, worst: Sequence[Misclassification]) -> Figure:
-    """Each with its image, true class, predicted class and probability."""
+    """Draw each mistake with its image, true class, predicted class and probability."""
     rows = -(-len(worst) // COLUMNS)
     sheet = np.full((rows * CELL[0], COLUMNS * CELL[1], 3), 255, dtype=np.uint8)
     width = 9.0
@@ -64,7 +64,7 @@ def misclassified_figure(title: str, worst: Sequence[Misclassification]) -> Figu
         if one.image is not None:
             paste(sheet, one.image, top + CAPTION, left, TILE)
         else:
-            axes.text(left, top + CAPTION + TILE // 2, "image not at hand", fontsize=6.5)
+            axes.text(left, top + CAPTION + TILE // 2, "image not available", fontsize=6.5)
     axes.imshow(sheet, interpolation="none")
     axes.set_axis_off()
     what = "worst mistakes: true class \N{RIGHTWARDS ARROW} prediction and its probability"

@@ -1,4 +1,4 @@
-"""One look for all figures: colours, fonts, and the formats that print and screen want."""
+"""Shared Matplotlib style of all figures: colors, fonts, and export formats for print and screen."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from toolkit.runs import write_atomically
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#e69f00", "#56b4e9", "#009e73"
 YELLOW, BLUE, VERMILION, PURPLE = "#f0e442", "#0072b2", "#d55e00", "#cc79a7"
-"""Told apart by people with any colour vision (Okabe & Ito 2008)."""
+"""Colors that are distinguishable with any color vision (Okabe & Ito 2008)."""
 
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-"""For lines on white, the best visible first; yellow is not."""
+"""Colors of lines on white, most visible first. Yellow is left out as hardly visible."""
 
 SPLIT_COLOURS = {"train": BLUE, "validation": VERMILION, "test": GREEN}
 
 INK, GRID = "#1a1a1a", "#d9d9d9"
-"""Text and axes, and the lines behind the data."""
+"""Colors of text and axes, and of grid lines."""
 
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans")
-"""Tried in this order for each character, as far as they are installed."""
+"""Fonts tried in this order for each character, if installed."""
 
 PAGE_COLOURS = {
     INK: "var(--ink)", BLACK: "var(--ink)", GRID: "var(--line)", "#ffffff": "var(--paper)", BLUE: "var(--blue)",
     GREEN: "var(--green)", ORANGE: "var(--orange)", VERMILION: "var(--vermilion)", PURPLE: "var(--purple)",
     SKY: "var(--sky)",
 }  # fmt: skip
-"""On a page, which may be dark."""
+"""CSS variables that replace the colors on a page, which may use a dark theme."""
 
 NARROW = 290
-"""Points; a figure up to this width is shrunk to fit a phone, a wider one is scrolled so that it stays legible."""
+"""Width in points up to which a figure is shrunk to fit a phone; a wider one is scrolled to stay legible."""
 
 PRINT = ("svg", "pdf")
 DPI = 150
@@ -53,12 +53,12 @@ ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
 @contextlib.contextmanager
 def plot_style(log: Callable[[str], None]) -> Iterator[None]:
-    """Draw and save within this. Characters that no installed font has are told in one line at the end."""
+    """Apply the style to figures drawn and saved in the context; at the end, log characters that no font has."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     settings: Any = {
         "font.family": [name for name in FONTS if name in installed],
         "svg.fonttype": "path",
-        "svg.hashsalt": "toolkit",  # the same figure is the same file
+        "svg.hashsalt": "toolkit",  # equal figures give equal files
         "pdf.fonttype": 42,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -83,23 +83,23 @@ def plot_style(log: Callable[[str], None]) -> Iterator[None]:
 
 
 def save(figure: Figure, folder: Path, name: str, kinds: tuple[str, ...] = PRINT) -> list[Path]:
-    """Write a figure into ``folder`` in each format. Raises UserError where that cannot be done."""
+    """Write a figure to ``folder`` in each format and return the paths. Raises UserError if that fails."""
     paths = [folder / f"{name}.{kind}" for kind in kinds]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
             write_atomically(path, _bytes(figure, path.suffix[1:]))
-            figure.set_layout_engine("none")  # what the first format has laid out stays
+            figure.set_layout_engine("none")  # keep the layout of the first format
     except OSError as error:
         raise UserError(f"the figures cannot be written to {folder}: {error.strerror}") from None
     return paths
 
 
 def page_svg(figure: Figure, label: str, *, is_light: bool = False) -> str:
-    """The figure for an HTML page: an SVG element with text as text, in the page's colours and font.
+    """Render the figure as an SVG element for an HTML page, with real text and the page's colors and font.
 
-    ``label`` says to those who cannot see it what it shows. With ``is_light`` it is dark on white in either theme: for
-    colour scales, which are made for white.
+    ``label`` is the accessible description. With ``is_light`` the figure is dark on white in either theme, for color
+    scales, which are designed for white.
     """
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         text = _bytes(figure, "svg", transparent=True).decode()
@@ -110,7 +110,7 @@ def page_svg(figure: Figure, label: str, *, is_light: bool = False) -> str:
     size = f"min-width:{1.22 * width if width > NARROW else 0:.0f}px;max-width:{1.6 * width:.0f}px"
     kind = "drawn light" if is_light else "drawn"
     text = text.replace("<svg ", f'<svg class="{kind}" style="{size}" role="img" aria-label="{html.escape(label)}" ', 1)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # no id twice on a page
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids must be unique on a page
     text = re.sub(r"font-family: [^;\"]*; ", "", text)
     return text if is_light else re.sub(r"#[0-9a-f]{6}\b", lambda found: PAGE_COLOURS.get(found[0], found[0]), text)
 
@@ -123,24 +123,24 @@ def _bytes(figure: Figure, kind: str, **settings: Any) -> bytes:
 
 
 def grid(axes: Axes, axis: str = "y") -> None:
-    """Lines behind the data, across one axis."""
+    """Draw grid lines for one axis, behind the data."""
     axes.grid(axis=axis)  # type: ignore[arg-type]
 
 
 def fitted(title: str, inches: float, size: float = 10.0) -> str:
-    """A title on as many lines as a figure ``inches`` wide needs; ``size`` is that of the font, in points."""
+    """Wrap a title to a figure ``inches`` wide; ``size`` is the font size in points."""
     return textwrap.fill(title, max(12, int(inches * 72 / (0.62 * size))))  # a character is about 0.6 of the size wide
 
 
 def short(name: str, length: int) -> str:
-    """A name cut to ``length`` characters."""
+    """Truncate a name to ``length`` characters, with an ellipsis."""
     return name if len(name) <= length else name[: length - 1] + ELLIPSIS
 
 
 def columns_for(count: int, aspect: float) -> int:
-    """Columns of a sheet of ``count`` cells, each ``aspect`` times as wide as high: somewhat wider than high.
+    """Return the number of columns for a sheet of ``count`` cells, each ``aspect`` times as wide as high.
 
-    Of such numbers, one that fills the last row.
+    The sheet is somewhat wider than high; among similar numbers, the one that fills the last row best is chosen.
     """
     wanted = max(1, min(count, round(math.sqrt(count / aspect * 1.3))))
     return min(range(wanted, min(count, wanted + 2) + 1), key=lambda columns: -count % columns)

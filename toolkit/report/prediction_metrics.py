@@ -1,4 +1,4 @@
-"""Figures of a run's predictions: confusion, accuracy by class, calibration, the worst mistakes. NumPy alone."""
+"""Metrics of a run's predictions, in NumPy: confusion matrix, accuracy by class, calibration, worst mistakes."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ Counts = Ints
 Floats = npt.NDArray[np.float64]
 
 BINS = 15
-"""Of confidence, equally wide, as Guo et al. (2017) take them."""
+"""Number of equal-width confidence bins, as in Guo et al. (2017)."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The rows of predictions.csv, in their order."""
+    """Content of predictions.csv, in row order."""
 
     names: list[str]
-    """Of the images."""
+    """Names of the images."""
     classes: list[str]
     labels: Ints
     """True class, an index into ``classes``, [N]."""
     predictions: Ints
     """Most probable class, [N]."""
     probabilities: Floats
-    """Its probability, 0..1, [N]."""
+    """Probability of that class, 0..1, [N]."""
 
     @property
     def right(self) -> npt.NDArray[np.bool_]:
-        """Whether each is right, [N]."""
+        """Whether each prediction is correct, [N]."""
         is_right: npt.NDArray[np.bool_] = self.labels == self.predictions
         return is_right
 
     def worst(self, count: int) -> Ints:
-        """Rows of the mistakes made with the highest probability, at most ``count``, the worst first."""
+        """Return at most ``count`` rows of mistakes with the highest probability, worst first."""
         wrong = np.flatnonzero(~self.right)
         return wrong[np.argsort(-self.probabilities[wrong], kind="stable")][:count]
 
 
 def confusion_matrix(found: Predictions) -> Ints:
-    """How often an image of class i (row) was taken for class j (column), [K, K]."""
+    """Count the images of class i (row) predicted as class j (column), [K, K]."""
     size = len(found.classes)
     flat = np.bincount(found.labels * size + found.predictions, minlength=size * size)
     return flat.reshape(size, size).astype(np.int64)
 
 
 def balanced_accuracy(matrix: Ints) -> Floats:
-    """Share of each class's images that were classified rightly, 0..1, [K]; NaN for a class without images."""
+    """Return the fraction of each class's images classified correctly, 0..1, [K]; NaN for a class without images."""
     support = matrix.sum(1)
     share: Floats = np.divide(matrix.diagonal(), support, out=np.full(len(matrix), np.nan), where=support > 0)
     return share
@@ -58,7 +58,7 @@ def balanced_accuracy(matrix: Ints) -> Floats:
 
 @dataclass(frozen=True)
 class ClassConfusion:
-    """One kind of mistake."""
+    """A pair of true and predicted class, and how often it occurs."""
 
     label: int
     prediction: int
@@ -66,7 +66,7 @@ class ClassConfusion:
 
 
 def confusions(matrix: Ints) -> list[ClassConfusion]:
-    """The kinds of mistakes, the most frequent first."""
+    """Return the confused pairs of classes, most frequent first."""
     wrong = matrix - np.diag(matrix.diagonal())
     rows, columns = np.nonzero(wrong)
     order = np.argsort(-wrong[rows, columns], kind="stable")
@@ -75,22 +75,22 @@ def confusions(matrix: Ints) -> list[ClassConfusion]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far probabilities can be taken at their word, by bins of confidence."""
+    """Calibration statistics per confidence bin."""
 
     edges: Floats
-    """Of the bins, 0..1, [BINS + 1]; a bin holds its right edge and not its left one."""
+    """Bin edges, 0..1, [BINS + 1]; a bin includes its right edge and not its left one."""
     counts: Ints
-    """Images in each bin, [BINS]."""
+    """Number of images in each bin, [BINS]."""
     confidence: Floats
-    """Mean probability of each bin's predictions, [BINS]; NaN where it is empty."""
+    """Mean probability of each bin's predictions, [BINS]; NaN for an empty bin."""
     accuracy: Floats
-    """Share of them that are right, [BINS]; NaN where it is empty."""
+    """Fraction of each bin's predictions that are correct, [BINS]; NaN for an empty bin."""
     expected_error: float
     """Expected calibration error, 0..1: the mean over images of |accuracy - confidence| of their bin."""
 
 
 def calibration(probabilities: Floats, right: Sequence[bool] | npt.NDArray[np.bool_]) -> Calibration:
-    """Reliability of the predicted class's probability: Naeini et al. (2015); Guo et al. (2017), equation 3."""
+    """Compute the calibration of the predicted class's probability: Naeini et al. (2015), Guo et al. (2017), eq. 3."""
     edges = np.linspace(0, 1, BINS + 1)
     bins = np.clip(np.ceil(probabilities * BINS).astype(np.int64) - 1, 0, BINS - 1)
     counts = np.bincount(bins, minlength=BINS)
@@ -107,7 +107,7 @@ def calibration(probabilities: Floats, right: Sequence[bool] | npt.NDArray[np.bo
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): what chance in the choice of ``count`` test images allows."""
+    """Return the 95 % Wilson score interval (Wilson 1927) of ``right`` correct out of ``count`` test images."""
     z, share = 1.959964, right / count
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * float(np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)))

@@ -1,4 +1,4 @@
-"""The resolved recipe as a table, with what differs from its base and from the defaults."""
+"""Table of the resolved recipe, highlighting differences from its base and from the defaults."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from toolkit.recipe.toml_writer import toml_value
 from toolkit.report.html import HtmlCell, HtmlColumn, HtmlRow, HtmlTable, name
 
 OWN, BASE, UNCHANGED = "changed", "base", "default"
-"""Kinds of rows: said by the recipe itself or --set; inherited from the file it extends; left as it is."""
+"""Kinds of rows: set by the recipe itself or --set; inherited from the file it extends; left at the default."""
 
 
 def recipe_table(recipe: Recipe, origins: dict[str, Any]) -> HtmlTable:
-    """Every key with its value, the default, and where it comes from as far as the run was told (``origins``)."""
+    """Return a table of every key with its value and default, and its origin if the run recorded it (``origins``)."""
     keys = origins.get("keys")
     file = str(origins.get("file", ""))
     is_told = isinstance(keys, dict)
@@ -36,9 +36,9 @@ def recipe_table(recipe: Recipe, origins: dict[str, Any]) -> HtmlTable:
         rows.append(HtmlRow([*cells, name(origin)] if is_told else cells, kind))
     columns = [HtmlColumn(title) for title in ("key", "value", "default", *(["comes from"] if is_told else []))]
     if not is_told:
-        text = "Highlighted: what differs from the defaults. The run was not told which file each value came from."
+        text = "Highlighted: values that differ from the defaults. The run did not record the origins of its values."
         return HtmlTable(columns, rows, text, [("all", ""), ("differs from default", OWN)])
-    text = f"Highlighted: what {printable(file)} or --set says itself, over what it extends and over the defaults."
+    text = f"Highlighted: values set by {printable(file)} itself or --set, as opposed to its base and the defaults."
     buttons = [("all", ""), ("differs from its base", OWN), ("differs from the defaults", f"{OWN} {BASE}")]
     return HtmlTable(columns, rows, text, buttons)
 
@@ -54,7 +54,7 @@ def _kind(origin: str, file: str) -> str:
 
 
 def _defaults(table: BaseModel, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    """Defaults of all keys that have one, by path."""
+    """Yield the path and default of every key that has one."""
     for key, entry in type(table).model_fields.items():
         value = getattr(table, key)
         if isinstance(value, BaseModel):

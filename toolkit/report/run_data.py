@@ -1,4 +1,4 @@
-"""All that a run directory says, as far as it can be read: what is missing or damaged is named, the rest is kept."""
+"""Tolerant loading of a run directory: missing or damaged files are listed, and the rest is loaded."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ Record = dict[str, Any]
 
 SPLITS = ("train", "validation", "test")
 DAMAGE = (LookupError, TypeError, ValueError, OSError, AttributeError, ArithmeticError, RecursionError, RuntimeError)
-"""What reading a file of the right name and the wrong content raises."""
+"""Exceptions that reading a file with invalid content may raise."""
 
 
 @dataclass(frozen=True)
 class ConvFilters:
-    """The weights of the first convolution."""
+    """Weights of the first convolution."""
 
     layer: str
     before: npt.NDArray[np.float32]
-    """Before training, [filters, channels, height, width]."""
+    """Weights before training, [filters, channels, height, width]."""
     after: npt.NDArray[np.float32]
-    """Of the best epoch, same shape."""
+    """Weights of the best epoch, same shape."""
 
 
 @dataclass
 class RunData:
-    """What is known of a run."""
+    """Contents of a run directory."""
 
     run: Run
     recipe: Recipe | None = None
     origins: dict[str, str] = field(default_factory=dict)
-    """For each key of the recipe where its value came from; empty where the run does not say."""
+    """Origin of each recipe key's value; empty if the run did not record it."""
     summary: Record | None = None
     environment: Record = field(default_factory=dict)
     epochs: list[Record] = field(default_factory=list)
-    """Records that close an epoch."""
+    """Records logged at the end of epochs."""
     steps: list[Record] = field(default_factory=list)
-    """Records within epochs."""
+    """Records logged within epochs."""
     card: Record = field(default_factory=dict)
-    """checkpoints/model.json"""
+    """Content of checkpoints/model.json."""
     split: Record = field(default_factory=dict)
-    """split.json: names of the images by split, and more."""
+    """Content of split.json, including the names of the images by split."""
     predictions: Predictions | None = None
     filters: ConvFilters | None = None
     missing: list[str] = field(default_factory=list)
@@ -61,31 +61,31 @@ class RunData:
 
     @property
     def name(self) -> str:
-        """Of the recipe."""
+        """Name of the recipe; if it cannot be read, of its folder."""
         return self.recipe.recipe.name if self.recipe else self.run.path.resolve().parent.name
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, in the order of the labels; empty where unknown."""
+        """Class names in label order; empty if unknown."""
         return list(self.card.get("classes", []))
 
     @property
     def best_epoch(self) -> int:
-        """The epoch whose model was kept."""
+        """The epoch of the selected model."""
         if self.summary:
             return int(self.summary["best"]["epoch"])
         best_metric = self.recipe.train.best_metric if self.recipe else "val/accuracy"
-        best = max(self.epochs, key=lambda record: epoch_rank(record, best_metric))  # the first of equals
+        best = max(self.epochs, key=lambda record: epoch_rank(record, best_metric))  # the first in case of ties
         return int(best["epoch"])
 
     @property
     def best_label(self) -> str:
-        """What marks that epoch in figures."""
+        """Label of the best epoch in plots."""
         return "last" if self.recipe and self.recipe.train.best_metric == "last" else "best"
 
     @property
     def last_epoch(self) -> int:
-        """The last epoch that came to its end."""
+        """The last completed epoch."""
         return int(self.epochs[-1]["epoch"])
 
     @property
@@ -94,12 +94,12 @@ class RunData:
         return bool(self.summary and self.summary.get("stopped_early"))
 
     def try_load(self, what: str, read: Callable[[], T]) -> T | None:
-        """:func:`attempt`, with what failed in ``missing``."""
+        """Call :func:`try_load`, adding failures to ``self.missing``."""
         return try_load(self.missing, what, read)
 
 
 def try_load(missing: list[str], what: str, read: Callable[[], T]) -> T | None:
-    """``read()``, or None with a line in ``missing`` that says what cannot be shown, and why."""
+    """Return ``read()``; if it fails, return None and add a line to ``missing`` with ``what`` and the reason."""
     try:
         return read()
     except UserError as error:
@@ -110,16 +110,16 @@ def try_load(missing: list[str], what: str, read: Callable[[], T]) -> T | None:
 
 
 def load_run_data(run: Run) -> RunData:
-    """Read a run. Raises UserError where it has no finished epoch to tell of."""
+    """Load a run directory. Raises UserError if it has no finished epoch."""
     facts = RunData(run)
     facts.recipe = facts.try_load("the recipe", lambda: run.recipe)
     _read_metrics(facts)
     if not facts.epochs:
         raise UserError(
             f"{run.path} has no finished epoch yet, so there is nothing to report ({_state(run)}); "
-            "`toolkit status` shows how far it is"
+            "`toolkit status` shows its progress"
         )
-    facts.summary = facts.try_load("figures of the test images", lambda: _checked_summary(facts))
+    facts.summary = facts.try_load("test metrics", lambda: _checked_summary(facts))
     facts.environment = facts.try_load("the environment", lambda: run.environment) or {}
     facts.card = facts.try_load("the names of the classes", lambda: _checked_card(run)) or {}
     facts.split = facts.try_load("the lists of images", lambda: run.split) or {}
@@ -135,7 +135,7 @@ def _state(run: Run) -> str:
 
 
 def _read_metrics(facts: RunData) -> None:
-    """Lines of metrics.jsonl that can be read; the last one of a killed run may be half written."""
+    """Read the valid lines of metrics.jsonl; the last line of a killed run may be incomplete."""
     lines = facts.try_load("metrics", lambda: list(facts.run.metric_lines())) or []
     bad = [number for number, line in enumerate(lines, 1) if isinstance(line, ValueError)]
     for line in lines:
@@ -148,14 +148,14 @@ def _read_metrics(facts: RunData) -> None:
 
 
 def _checked_summary(facts: RunData) -> Record:
-    """The summary, with numbers where there should be numbers."""
+    """Return the summary, without values that should be numbers and are not."""
     file = facts.run.path / "summary.json"
-    summary = read_json(file)  # what is whole of a damaged one is shown
+    summary = read_json(file)  # the valid parts of a damaged summary are shown
     for model in ("best", "last"):
         if not isinstance(summary.get(model), dict) or not isinstance(summary[model].get("epoch"), int):
             raise UserError(f"{file} is damaged: it has no {model}.epoch")
         wrong = [key for key, value in summary[model].items() if not isinstance(value, int | float)]
-        facts.missing += [printable(f"{model}.{key}: {file} is damaged: that is no number") for key in wrong]
+        facts.missing += [printable(f"{model}.{key}: {file} is damaged: not a number") for key in wrong]
     texts = {key: str(summary[key]) for key in ("device", "precision") if key in summary}
     tables = {key: _numbers(summary[key]) for key in ("best", "last", "images") if isinstance(summary.get(key), dict)}
     return _numbers(summary) | texts | tables
@@ -197,11 +197,11 @@ def _ints(values: list[int]) -> Ints:
 
 
 def _read_filters(run: Run) -> ConvFilters:
-    """The first convolution's weights before and after training."""
+    """Read the first convolution's weights before and after training."""
     from safetensors import SafetensorError, safe_open
 
     if not run.first_layer.exists():
-        raise UserError(f"{run.first_layer} is missing: the model has no convolution, or an earlier version trained it")
+        raise UserError(f"{run.first_layer} is missing: the model has no convolution, or an older version trained it")
     for path in (run.first_layer, run.best_weights):
         require_file(path)
     try:

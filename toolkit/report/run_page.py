@@ -1,4 +1,4 @@
-"""The page of a run: what its template shows."""
+"""Content of a run's report page."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ from toolkit.report.recipe_section import recipe_table
 from toolkit.report.run_data import SPLITS, Record, RunData
 
 CONFUSIONS = 300
-"""Kinds of mistakes in the table, the most frequent."""
+"""Maximum number of confused pairs of classes in the table."""
 
 SummaryCard = dict[str, str]
 
 
 @dataclass
 class ReportExtras:
-    """What was drawn for the page, beside the run's own figures."""
+    """Plots and images drawn for the page, in addition to the run's own data."""
 
     svg: dict[str, str] = field(default_factory=dict)
-    """By the name of the figure."""
+    """SVG elements by figure name."""
     mistakes: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     scale: tuple[float, float] = (0.0, 1.0)
-    """What is black and what is white in the samples as the model gets them."""
+    """Values shown as black and white in the samples' model inputs."""
     effect_caption: str = ""
     counts: Mapping[str, Counts] | None = None
-    """Images of each class by split."""
+    """Number of images of each class by split."""
     calibration: Calibration | None = None
     files: Sequence[str] = ()
-    """The figures for print."""
+    """Names of the figure files for print."""
 
 
 def run_page(facts: RunData, shown: ReportExtras) -> HtmlReport:
-    """All that the page of a run says."""
+    """Build the report page of a run."""
     found = facts.predictions
     svg = {key: Markup(text) for key, text in shown.svg.items()}
     content = {
@@ -103,7 +103,7 @@ def _subtitles(facts: RunData) -> list[str]:
 
 
 def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Those that the template shows."""
+    """Return the sections that the template shows."""
     has = bool(content["has_predictions"])
     wanted = [
         ("summary", "Summary", True),
@@ -125,7 +125,7 @@ def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _cards(facts: RunData) -> Iterator[SummaryCard]:
-    """The figures one asks for first."""
+    """Yield cards with the most important metrics."""
     best = facts.summary["best"] if facts.summary else {}
     figures = (
         ("test accuracy", "test_accuracy", _interval(facts.predictions)),
@@ -180,7 +180,7 @@ def _costs(summary: Record) -> Iterator[SummaryCard]:
 
 
 def _models(facts: RunData) -> HtmlTable:
-    """Best and last model side by side."""
+    """Compare the best and the last model."""
     titles = ("val loss", "val accuracy", "test loss", "test accuracy", "test class accuracy", "test top-5")
     columns = [HtmlColumn("model"), HtmlColumn("epoch", True), *(HtmlColumn(title, True) for title in titles)]
     rows = []
@@ -197,7 +197,7 @@ def _models(facts: RunData) -> HtmlTable:
 
 
 def environment_table(environment: Record) -> HtmlTable:
-    """What a run was trained on, a line a fact."""
+    """Return a table of a run's environment, one row per entry."""
     rows = []
     for key, value in environment.items():
         items = value.items() if isinstance(value, dict) else [("", value)]
@@ -214,7 +214,7 @@ def environment_table(environment: Record) -> HtmlTable:
 # -- curves -----------------------------------------------------------------------------------------------------------
 
 CHARTS = [("loss", "Loss"), ("accuracy", "Accuracy"), ("lr", "Learning rate")]
-"""Ids and captions."""
+"""Ids and captions of the charts."""
 
 
 def _charts(facts: RunData) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def _charts(facts: RunData) -> dict[str, Any]:
 
 
 def _filled(series: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without those that have no point: a run may have no validation split."""
+    """Drop series without points; a run may have no validation split."""
     return [one for one in series if one["x"]]
 
 
@@ -264,7 +264,7 @@ def _series(
 
 
 def _by_class(found: Predictions, counts: Mapping[str, Counts] | None) -> HtmlTable:
-    """Accuracy of each class with its support, the best first, and what it is taken for."""
+    """Return a table of each class's accuracy, support and most frequent wrong prediction, best class first."""
     matrix = confusion_matrix(found)
     accuracy, support = balanced_accuracy(matrix), matrix.sum(1)
     trained = [("train images", "train"), ("validation images", "validation")] if counts else []
@@ -274,7 +274,7 @@ def _by_class(found: Predictions, counts: Mapping[str, Counts] | None) -> HtmlTa
         HtmlColumn("right", True),
         HtmlColumn("test images", True),
     ]
-    columns += [*(HtmlColumn(title, True) for title, _ in trained), HtmlColumn("most often taken for")]
+    columns += [*(HtmlColumn(title, True) for title, _ in trained), HtmlColumn("most often mistaken for")]
     rows = []
     for label in np.argsort(-np.nan_to_num(accuracy, nan=-1), kind="stable"):
         wrong = matrix[label].copy()
@@ -315,7 +315,7 @@ def _confusions(found: Predictions) -> HtmlTable:
 
 
 def _cells(found: Predictions) -> dict[str, Any]:
-    """The confusion matrix for the script: only cells that are not zero."""
+    """Return the nonzero cells of the confusion matrix for the page's script."""
     matrix = confusion_matrix(found)
     rows, columns = np.nonzero(matrix)
     cells = [[int(r), int(c), int(matrix[r, c])] for r, c in zip(rows, columns, strict=True)]
@@ -336,7 +336,7 @@ def _calibration_text(found: Calibration) -> str:
 
 
 def count_by_class(facts: RunData) -> dict[str, Counts]:
-    """Images of each class by split, as the run noted them; KeyError, TypeError or ValueError where it did not."""
+    """Return the recorded images per class by split. Raises KeyError, TypeError or ValueError if not recorded."""
     noted = facts.split["images_per_class"]
     counts = {split: np.array(noted[split], dtype=np.int64) for split in SPLITS}
     if any(len(numbers) != len(facts.classes) for numbers in counts.values()):

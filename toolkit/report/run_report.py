@@ -1,4 +1,4 @@
-"""A run's figures for print and its report in one HTML file, from the run directory."""
+"""Write a run's figures for print and its report as one HTML file, from the run directory."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ ON_PAGE = {
     "filters": "Filters of the first layer before and after training",
     "filter-effect": "Responses of single filters to an image",
 }
-"""Figures that the page shows as they are; what they are to a reader who cannot see them."""
+"""Figures embedded in the page, with their accessible descriptions."""
 
 PHOTOGRAPHS = ("mistakes", "samples")
-"""Figures made of photographs: PNG instead of SVG."""
+"""Figures that consist of photographs, written as PNG instead of SVG."""
 
 GALLERY = 60
-"""Mistakes on the page."""
+"""Maximum number of mistakes on the page."""
 THUMBNAIL = 180
-"""Longer side of a mistake's image on the page, pixels."""
+"""Longer side of a mistake's image on the page, in pixels."""
 SAMPLES, SAMPLE = 200, 112
-"""At most so many classes are shown by an image, of so many pixels."""
+"""Maximum number of classes shown by a sample image, and its longer side in pixels."""
 
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What a report has left."""
+    """Files written by a report."""
 
     report: Path | None
     figures: list[Path]
     missing: list[str]
     """What could not be shown, and why."""
     url: str = ""
-    """Of the report on W&B, where one was asked for."""
+    """URL of the W&B report, if one was requested."""
 
 
 def write_report(
@@ -73,10 +73,10 @@ def write_report(
     filters: Sequence[int] = (),
     log: Callable[[str], None],
 ) -> ReportResult:
-    """Write a run's figures, and its page to ``output`` (report.html in the run directory by default).
+    """Write a run's figures, and its page to ``output`` (by default report.html in the run directory).
 
-    ``data_root`` is where the images are, if no longer where the recipe says; ``filters`` are the numbers of those to
-    show on an image. Raises UserError where the run has no finished epoch, or nothing can be written.
+    ``data_root`` overrides the recipe's location of the images; ``filters`` are the numbers, from 1, of the filters
+    applied to an image. Raises UserError if the run has no finished epoch or the files cannot be written.
     """
     facts = load_run_data(run)
     shown = ReportExtras()
@@ -98,7 +98,7 @@ def write_report(
 
 
 def write_page(text: str, path: Path) -> Path:
-    """Write a page, and give back where it is. Raises UserError where that cannot be done."""
+    """Write a page and return its path. Raises UserError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode(errors="replace"))
@@ -113,7 +113,7 @@ Draw = tuple[str, Callable[[], Figure]]
 def _figures(
     facts: RunData, pictures: DatasetImages | None, shown: ReportExtras, chosen: Sequence[int]
 ) -> Iterator[Draw]:
-    """Name of each figure, and what draws it; on the way, what the page needs beside."""
+    """Yield the name and draw function of each figure; also fill ``shown`` with the other content of the page."""
     yield "loss", lambda: learning_curves.loss_curves(facts)
     yield "accuracy", lambda: learning_curves.accuracy_curves(facts)
     yield "learning-rate", lambda: learning_curves.learning_rate_curve(facts)
@@ -161,7 +161,7 @@ def _mistakes(facts: RunData, pictures: DatasetImages | None, shown: ReportExtra
 
 
 def _effect(facts: RunData, pictures: DatasetImages, shown: ReportExtras, chosen: Sequence[int]) -> Figure:
-    """Chosen filters on the first test image that can be read; of a run without test images on another one."""
+    """Draw the chosen filters' responses to the first readable test image, or another image if there is none."""
     assert facts.filters is not None
     numbers, which = choose(facts.filters, chosen)
     names = facts.predictions.names if facts.predictions else facts.split.get("test", [])
@@ -175,17 +175,17 @@ def _effect(facts: RunData, pictures: DatasetImages, shown: ReportExtras, chosen
 
 
 def _counts(facts: RunData, pictures: DatasetImages | None) -> Any:
-    """Images of each class by split: as the run noted them, or else counted in the data set."""
+    """Return the images per class by split, as recorded by the run or else counted in the data set."""
     if "images_per_class" in facts.split:
         return facts.try_load("images per class", lambda: count_by_class(facts))
     if pictures is None or not facts.split:
-        facts.missing.append("images per class: the run did not note them, and the data set is not at hand")
+        facts.missing.append("images per class: the run did not record them, and the data set is not available")
         return None
     return facts.try_load("images per class", lambda: {s: pictures.counts(facts.split[s]) for s in SPLITS})
 
 
 def _samples(facts: RunData, pictures: DatasetImages, shown: ReportExtras) -> Figure:
-    """The first training image of each class, as it is and as the model gets it; for the page too."""
+    """Draw the first training image of each class, as in the file and as the model's input; add it to the page."""
     preprocessing = preprocessing_of(facts)
     names: list[str] = []
     raw: list[Image.Image] = []

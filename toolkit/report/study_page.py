@@ -1,4 +1,4 @@
-"""The page of a study: what its template shows."""
+"""Content of a study's report page."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ from toolkit.study.trial_table import search_metric, varied_keys
 
 COLOURS = ("blue", "vermilion", "green", "purple", "orange", "sky", "ink")
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
-"""Rows have colours first and then dashes; 28 differ from each other."""
+"""Rows use all colors first, then dashes; 28 combinations are distinct."""
 
 CURVES = {"val/accuracy": "Validation accuracy", "val/loss": "Validation loss", "train/loss": "Training loss",
           "train/accuracy": "Training accuracy"}  # fmt: skip
-"""Figures drawn of all runs, with their captions."""
+"""Metrics plotted for all runs, with their captions."""
 
 SHOWN = 4
-"""Different values of one key that are shown, at most."""
+"""Maximum number of different values shown for one key."""
 
 SummaryCard = dict[str, str]
 
 
 @dataclass(frozen=True)
 class StudyReportData:
-    """What is known of a study beside its outcome."""
+    """Data about a study in addition to its results."""
 
     path: Path
     recipe: Recipe | None
-    """Of one of its runs."""
+    """Recipe of one of its runs."""
     origins: Record
-    """Of the same run: where its values came from."""
+    """Origins of the recipe's values in the same run."""
     environments: Sequence[Record]
-    """Of all runs that say."""
+    """Environments of all runs that recorded one."""
     missing: Sequence[str]
     """What cannot be shown, and why."""
 
@@ -69,7 +69,7 @@ class StudyReportData:
 def study_page(
     found: StudyResults, facts: StudyReportData, drawn: Sequence[tuple[str, str]], files: Sequence[str]
 ) -> HtmlReport:
-    """All that the page of a study says; ``drawn``: figures as SVG elements with what they are."""
+    """Build the report page of a study. ``drawn`` holds the figures as SVG elements with their descriptions."""
     sheet = found.main
     content = {
         "cards": list(_cards(found)),
@@ -98,7 +98,7 @@ def _subtitles(found: StudyResults, facts: StudyReportData) -> list[str]:
 
 
 def _cards(found: StudyResults) -> Iterator[SummaryCard]:
-    """The figures one asks for first."""
+    """Yield cards with the most important metrics."""
     results, finished = found.results, [result for result in found.results if result.is_finished]
     metric = search_metric(found.table).replace("/", "_")
     best = best_row(found.rows, metric)
@@ -121,7 +121,7 @@ def _cards(found: StudyResults) -> Iterator[SummaryCard]:
 
 
 def as_table(sheet: TextTable) -> HtmlTable:
-    """A table of the study as one that sorts and filters."""
+    """Convert a text table of the study to a sortable HTML table."""
     columns = [HtmlColumn(head, index not in sheet.left) for index, head in enumerate(sheet.head)]
     rows = []
     for index, cells in enumerate(sheet.rows):
@@ -141,7 +141,7 @@ def _cell(text: str, *, is_number: bool) -> HtmlCell:
 
 
 def run_table(found: StudyResults, folder: Path) -> HtmlTable:
-    """A line a run: how far it is, what it came to, and the way to its own report."""
+    """Return a table with one row per run: progress, results and a link to its report."""
     metric = search_metric(found.table)
     is_share = FORMATS[metric.replace("/", "_")].scale == 100
     columns = [HtmlColumn("row"), HtmlColumn("seed", True), HtmlColumn("state"), HtmlColumn("epochs", True)]
@@ -177,7 +177,7 @@ def _link(result: RunResult, folder: Path) -> HtmlCell:
 
 
 def study_recipe(facts: StudyReportData, results: Sequence[RunResult]) -> HtmlTable:
-    """The recipe that all runs share, with the keys highlighted that vary and their values."""
+    """Return the recipe shared by all runs, with the varied keys highlighted and their values."""
     if facts.recipe is None:
         return HtmlTable([], [])
     values: dict[str, list[str]] = {}
@@ -189,7 +189,7 @@ def study_recipe(facts: StudyReportData, results: Sequence[RunResult]) -> HtmlTa
     varied = [key for key in ("recipe.seed", *varied_keys(results)) if len(values.get(key, ())) > 1]
     table = recipe_table(facts.recipe, dict(facts.origins))
     rows = [_marked(row, values, varied) for row in table.rows]
-    text = "Highlighted: what varies over the runs, with its values. All else is as in the first run that can be read."
+    text = "Highlighted: keys that vary between runs, with their values. All others are from the first readable run."
     return HtmlTable(
         table.columns, rows, text, [("all", ""), ("varies", OWN), ("differs from the defaults", f"{OWN} {BASE}")]
     )
@@ -204,7 +204,7 @@ def _marked(row: HtmlRow, values: Mapping[str, Sequence[str]], varied: Sequence[
 
 
 def merged(environments: Sequence[Record]) -> Record:
-    """What runs were trained on; where they differ, the different values."""
+    """Merge the runs' environments; entries that differ list the different values."""
     flat: dict[str, list[str]] = {}
     for environment in environments:
         for key, value in environment.items():
@@ -223,7 +223,7 @@ def _listed(values: Sequence[str]) -> str:
 
 
 def bundle(found: StudyResults, metric: str) -> dict[str, Any]:
-    """The curves of all runs, for the page's script."""
+    """Return the curves of all runs for the page's script."""
     scale = FORMATS[metric.replace("/", "_")].scale
     rows = list(dict.fromkeys(result.member.row for result in found.results))
     series = []

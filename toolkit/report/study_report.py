@@ -1,4 +1,4 @@
-"""A study's figures for print and its report in one HTML file, from the study's folder."""
+"""Write a study's figures for print and its report as one HTML file, from the study's folder."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def write_study_report(
     data_root: str | None = None,
     log: Callable[[str], None],
 ) -> ReportResult:
-    """Write a study's figures, and its page to ``output`` (report.html in the study's folder by default).
+    """Write a study's figures, and its page to ``output`` (by default report.html in the study's folder).
 
-    ``runs``: first also the report of each run with a finished epoch; ``data_root`` is where their images are, if no
-    longer where the recipe says. Raises UserError where nothing can be written.
+    With ``runs``, first write the report of each run with a finished epoch; ``data_root`` overrides the recipe's
+    location of their images. Raises UserError if the files cannot be written.
     """
     if runs:
         _write_runs(found, folder, data_root, log)
@@ -60,7 +60,7 @@ def write_study_report(
 
 
 def read_study(folder: Path) -> StudyResults:
-    """What a study came to so far. Raises UserError where no run of it has a finished epoch."""
+    """Read a study's results so far. Raises UserError if none of its runs has a finished epoch."""
     try:
         found = read_outcomes(StudyDirectory(folder), TableOptions())
     except DAMAGE as error:
@@ -68,20 +68,20 @@ def read_study(folder: Path) -> StudyResults:
     if not any(result.epochs for result in found.results):
         raise UserError(
             f"no run of the study in {folder} has a finished epoch, so there is nothing to report; "
-            f"toolkit status {folder} shows how far they are"
+            f"toolkit status {folder} shows their progress"
         )
     return found
 
 
 def _label(name: str) -> str:
-    """What a figure is to a reader who cannot see it."""
+    """Return the accessible description of a figure."""
     if name.startswith("curves-by-"):
         return f"Curves of all runs by {name.removeprefix('curves-by-')}"
     return LABELS.get(name) or f"Best epoch against {name.removeprefix('levels-')}"
 
 
 def _has_scale(found: StudyResults, name: str) -> bool:
-    """Whether colours are a scale from light to dark, which is seen on white alone."""
+    """Whether the figure uses a color scale from light to dark, which needs a white background."""
     is_scale = name.startswith(("curves-by-", "parallel-"))
     return is_scale or (name.startswith("curves-") and len(found.rows) > len(CYCLE))
 
@@ -117,5 +117,5 @@ def _environments(runs: Sequence[Run], missing: list[str]) -> list[dict[str, Any
 
 
 def _troubles(found: StudyResults) -> list[str]:
-    """Runs of which something cannot be shown; those that failed stand in the table's notes too."""
+    """List the runs with something that cannot be shown; failed runs are also in the table's notes."""
     return [f"{r.member.row}, seed {r.member.seed}: {r.trouble}" for r in found.results if r.trouble]

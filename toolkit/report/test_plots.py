@@ -1,4 +1,4 @@
-"""Figures of the test images: confusion matrix, accuracy by class, reliability diagram."""
+"""Plots of the test results: confusion matrix, accuracy by class, reliability diagram."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from toolkit.report.plot_style import BLUE, GRID, INK, ORANGE, SKY, VERMILION, f
 from toolkit.report.prediction_metrics import Calibration, Ints, Predictions, balanced_accuracy, confusion_matrix
 
 COUNTED = 25
-"""Up to so many classes the cells of a confusion matrix have their numbers in them."""
+"""Up to this number of classes, the cells of a confusion matrix show their counts."""
 
 LABELLED = 250
-"""More classes are drawn without their names."""
+"""Up to this number of classes, class names are shown."""
 
 
 def confusion_figure(title: str, found: Predictions) -> Figure:
-    """True class against predicted class; the colour is the share of the true class's images."""
+    """Plot the confusion matrix; the color is the fraction of the true class's images."""
     matrix = confusion_matrix(found)
     count = len(matrix)
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -29,7 +29,7 @@ def confusion_figure(title: str, found: Predictions) -> Figure:
     room = 1.0 + 0.075 * longest
     figure = Figure(figsize=(max(side, 2.6) + room + 0.9, max(side, 2.6) + room), layout="constrained")
     axes = figure.subplots()
-    seen = np.ma.masked_equal(share, 0)  # zero is the colour of the paper
+    seen = np.ma.masked_equal(share, 0)  # zero has the background color
     image = axes.imshow(seen, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="none")
     if count <= LABELLED:
         size = 8 if count <= COUNTED else 5.5
@@ -59,7 +59,7 @@ def _write_counts(axes: Axes, matrix: Ints, share: np.ndarray) -> None:
 
 
 def balanced_accuracy_figure(title: str, found: Predictions) -> Figure:
-    """Accuracy of each class, sorted, with the number of its test images."""
+    """Plot the accuracy of each class, sorted, with its number of test images."""
     matrix = confusion_matrix(found)
     accuracy, support = balanced_accuracy(matrix), matrix.sum(1)
     order = [int(i) for i in np.argsort(-np.nan_to_num(accuracy, nan=-1), kind="stable") if support[i] > 0]
@@ -80,12 +80,12 @@ def balanced_accuracy_figure(title: str, found: Predictions) -> Figure:
     axes.set_xlabel("accuracy (%)")
     axes.set_ylabel("class (test images)" if labelled else plural(len(order), "class", "classes"))
     figure.legend(loc="outside lower right")
-    axes.set_title(fitted(title, 3.8), parse_math=False)  # the axes stand to the right of the names
+    axes.set_title(fitted(title, 3.8), parse_math=False)  # the axes are to the right of the names
     return figure
 
 
 def reliability_figure(title: str, found: Calibration) -> Figure:
-    """Accuracy against confidence, bin by bin, and how many images each bin has."""
+    """Plot accuracy against confidence per bin, and the number of images in each bin."""
     figure = Figure(figsize=(3.9, 4.8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     left, width = found.edges[:-1], np.diff(found.edges)

@@ -1,4 +1,4 @@
-"""A study as a W&B report, made with W&B's own library: curves, comparison, table and notes over its runs alone."""
+"""Publish a study as a W&B report with W&B's own library: table, curves, comparison and notes of its runs only."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from toolkit.trackers import offline_reason
 from toolkit.wandb_sync import id_at_wandb
 
 FILE = "wandb-report.json"
-"""In the study's folder: the report made before, which the next call writes anew."""
+"""File in the study's folder that records the report, so that the next call updates it."""
 CURVES = {"train/loss": "Training loss", "train/accuracy": "Training accuracy", "val/loss": "Validation loss",
           "val/accuracy": "Validation accuracy", "lr": "Learning rate"}  # fmt: skip
 TITLE = 128
-"""Characters that W&B gives a title."""
+"""Maximum length of a title on W&B."""
 UNFIT = r"[/?#%\\<>]"
-"""Characters that the library would put into the link as they are, which breaks it."""
+"""Characters that the library does not escape in the link, which breaks it."""
 SHOWN = 100
-"""Runs in one panel, which W&B cuts at ten unless told otherwise."""
+"""Maximum number of runs in one panel; W&B's default is ten."""
 
 SavedReport = tuple[str, str]
 """Entity and project."""
@@ -40,32 +40,32 @@ SavedReport = tuple[str, str]
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run of the study that W&B knows."""
+    """A run of the study that is on W&B."""
 
     id: str
-    """W&B's."""
+    """Id of the run on W&B."""
     result: RunResult
 
     @property
     def name(self) -> str:
-        """Its line's, in the figures."""
+        """Label of the run's line in the plots."""
         return f"{self.result.member.row}, seed {self.result.member.seed}"
 
 
 @dataclass(frozen=True)
 class WandbReport:
-    """What was made."""
+    """A report on W&B."""
 
     url: str
     missing: list[str]
-    """Runs that W&B does not have, as sentences."""
+    """Messages about runs that are not on W&B."""
 
 
 def create_wandb_report(found: StudyResults, folder: Path) -> WandbReport:
-    """Make the report of a study on W&B, or write it anew where it was made before.
+    """Create the report of a study on W&B, or update it if it exists.
 
-    It is pinned to the study's runs by their ids: later ones do not leak in. Raises UserError where there is no login,
-    no server that answers, or no run of the study on it; RunFailed where the server does not take the report.
+    The report selects the study's runs by id, so later runs do not appear in it. Raises UserError if there is no login,
+    the server does not answer, or no run of the study is on it; RunFailed if the server rejects the report.
     """
     reports = _library()
     if why := offline_reason():
@@ -83,8 +83,8 @@ def create_wandb_report(found: StudyResults, folder: Path) -> WandbReport:
         report = _saved(reports, found, folder, tracked, missing)
     except UserError:
         raise
-    except Exception as error:  # of the client, of its HTTP library, of its schema
-        raise RunFailed(f"W&B did not take the report ({first_line(error)}); try again later") from error
+    except Exception as error:  # from the client, its HTTP library or its schema
+        raise RunFailed(f"W&B rejected the report ({first_line(error)}); try again later") from error
     return WandbReport(report.url, missing)
 
 
@@ -98,7 +98,7 @@ def _library() -> Any:
 
 
 def _tracked(found: StudyResults, folder: Path, api: Any) -> tuple[dict[SavedReport, list[TrackedRun]], list[str]]:
-    """The study's runs that are on the server, by project; and a line about those that are not."""
+    """Return the study's runs that are on the server, by project, and messages about those that are not."""
     asked: dict[SavedReport, dict[str, TrackedRun]] = {}
     untracked, seen = 0, set()
     for result in found.results:
@@ -123,7 +123,7 @@ def _tracked(found: StudyResults, folder: Path, api: Any) -> tuple[dict[SavedRep
 
 
 def _on_server(api: Any, place: SavedReport, ids: Sequence[str]) -> set[str]:
-    """Which of the runs the server has."""
+    """Return the ids of the runs that the server has."""
     try:
         runs = api.runs("/".join(place), filters={"name": {"$in": list(ids)}}, per_page=min(max(len(ids), 1), 500))
         return {str(run.id) for run in runs} & set(ids)
@@ -149,7 +149,7 @@ def _saved(
 
 
 def _id_before(reports: Any, folder: Path, place: SavedReport) -> str:
-    """The id of the report made before, if it is still there; else nothing, which makes a new one."""
+    """Return the id of the existing report; "" if there is none, which creates a new one."""
     if not (folder / FILE).exists():
         return ""
     try:
@@ -157,7 +157,7 @@ def _id_before(reports: Any, folder: Path, place: SavedReport) -> str:
         if (before["entity"], before["project"]) != place:
             return ""
         return str(reports.Report.from_url(before["url"]).id)
-    except Exception:  # deleted, or out of reach of this login: whatever the library raises then
+    except Exception:  # the report was deleted or is not accessible; the library may raise anything
         return ""
 
 
@@ -181,7 +181,7 @@ def _blocks(
 
 
 def _runset(reports: Any, place: SavedReport, runs: Sequence[TrackedRun], rows: Sequence[str]) -> Any:
-    """Just these runs, the seeds of a row in one colour."""
+    """Build a run set of exactly these runs; the seeds of a row share a color."""
     colours = {run.id: CYCLE[rows.index(run.result.member.row) % len(CYCLE)] for run in runs}
     return reports.Runset(
         entity=place[0],
@@ -224,11 +224,11 @@ def _comparison(reports: Any, found: StudyResults) -> list[Any]:
 
 
 def _notes(found: StudyResults, missing: Sequence[str]) -> str:
-    lines = [f"Published figures: {found.table.source}."] if found.table.source else []
+    lines = [f"Published results: {found.table.source}."] if found.table.source else []
     lines += [found.table.note] if found.table.note else []
     lines += [f"Not in this report: {line}." for line in missing]
     lines.append(
-        "The table was made by `toolkit report` from the run directories. Curves and bars are W&B's, over the study's "
-        "runs alone; a colour is a row of the table, as far as colours go."
+        "The table was made by `toolkit report` from the run directories. Curves and bars are W&B's, of the study's "
+        "runs only. Each row of the table has its own color, as long as there are enough colors."
     )
     return "\n\n".join(lines)

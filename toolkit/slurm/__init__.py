@@ -1,11 +1,11 @@
-"""SLURM: from one command to jobs that survive their time limit. Nothing here imports torch but `task` and `search`.
+"""SLURM support: jobs that survive their time limit. Only `job_worker` and `search_worker` import torch.
 
-settings   what a job asks for: command, recipe, cluster profile, in this order
-script     the text that sbatch gets
-submit     a run handed to SLURM
-array      a study handed to SLURM as a job array
-job        what SLURM knows of a run, and what its run directory does
-inside     what a job's script calls: begin a run, claim one of an array
-task       what every training process of a job runs
-search     what a task of an array runs that works on a search
+settings        resources of a job, from the command, the recipe and the cluster profile
+sbatch          generation of sbatch scripts
+submit          submission of a run
+array           submission of a study as a job array
+job_status      state of a run from its directory and from SLURM
+job_entry       commands called by job scripts: create a run, or claim one of a study
+job_worker      entry point of the training processes of a job
+search_worker   entry point of an array task that works on a search
 """

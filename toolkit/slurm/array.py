@@ -1,13 +1,13 @@
-"""A study as a job array: its runs handed to SLURM, and what stands in the study's folder ``slurm/`` about that.
+"""Submit a study to SLURM as a job array, and query and cancel it. Files in the study's folder:
 
-slurm/job.json         ids of the array and of the job that follows it, when they were submitted
-slurm/train.sbatch     the array's script; slurm/table.sbatch: the following job's
-slurm/log-JOB_TASK.txt what a task printed before it had a run (of a search: all it printed); slurm/table-log.txt
-slurm/study.toml       of a search: the study as it was submitted
-slurm/JOB_TASK/        of a search: notes of a task, as runs have them in their own folders ``slurm/``
+slurm/job.json         ids of the array and of the table job, and the time of submission
+slurm/train.sbatch     script of the array; slurm/table.sbatch: script of the table job
+slurm/log-JOB_TASK.txt output of a task before it has a run (for a search: all output); slurm/table-log.txt
+slurm/study.toml       for a search: the study as submitted
+slurm/JOB_TASK/        for a search: files of a task, as in the ``slurm/`` folders of runs
 
-A list of runs (rows, grid, random) becomes one task a run: each trains the next run that is open. The runs of a search
-come about while it goes on, so its tasks each work on it until it has come to its end (see
+A study with a fixed list of runs (rows, grid, random) gets one task per run; each task trains the next open run. The
+runs of a search are created while it is running, so each of its tasks works on the search until it is complete (see
 toolkit/study/leader_election.py).
 """
 
@@ -40,7 +40,7 @@ STUDY = "slurm/study.toml"
 
 
 def plan_study(study: StudySpec, expansion: ExpandedStudy) -> tuple[JobSettings, list[str]]:
-    """What every task asks for, and warnings. Raises UserError where the runs cannot be trained so."""
+    """Return the settings of every task, and warnings. Raises UserError if the runs cannot be trained with them."""
     settings = resolve_settings(study.base)
     remarks = []
     if study.table.bohb is not None:
@@ -55,24 +55,24 @@ def plan_study(study: StudySpec, expansion: ExpandedStudy) -> tuple[JobSettings,
             check_batch_size(run.recipe.train.batch_size, settings.world, run.recipe.train.grad_accum_steps)
         ignored = [name for name in ("gpus_per_run", "runs_per_gpu") if getattr(study.table, name) != 1]
         remarks = [
-            f"study.{name} is for `toolkit study`; a task of the array trains one run on the GPUs that [slurm] asks for"
+            f"study.{name} applies to `toolkit study` only; an array task trains one run on the GPUs set in [slurm]"
             for name in ignored
         ]
     return settings, [*remarks, *check_places(settings, study.base.recipe.run_root, [study.path])]
 
 
 def preview(study: StudySpec, expansion: ExpandedStudy, settings: JobSettings, parallel: int | None) -> str:
-    """The script, as it would be written for the first submission."""
+    """Return the script as written for the first submission."""
     return _script(study, settings, study.folder.absolute(), expansion.count, parallel)
 
 
 def submit_study(
     study: StudySpec, expansion: ExpandedStudy, settings: JobSettings, parallel: int | None
 ) -> SubmitResult:
-    """Hand to SLURM all runs of a study that are not finished, ``parallel`` at a time, and a job for table and report.
+    """Submit all unfinished runs of a study, ``parallel`` at a time, and a job that writes the table and report.
 
-    Failed runs of a list are tried again. Raises UserError where an array of this study is still at work, where nothing
-    is left to do, or where SLURM refuses; the folder is then as it was before.
+    Failed runs of a list are retried. Raises UserError if an array of this study is still active, if nothing is left to
+    do, or if SLURM rejects the job; the folder is then left unchanged.
     """
     require_slurm()
     refuse_if_at_work(study.folder)
@@ -81,7 +81,7 @@ def submit_study(
     script = path / "slurm" / "train.sbatch"
     with rollback_on_error(path), study_lock(study):
         with _rollback_on_error(path):
-            refuse_if_at_work(path)  # somebody may have submitted it in between
+            refuse_if_at_work(path)  # another process may have submitted it meanwhile
             if search is not None:
                 _refuse_if_done(search, folder)
             init_study(study, folder, expansion)
@@ -107,7 +107,7 @@ def _script(study: StudySpec, settings: JobSettings, path: Path, tasks: int, par
 
 
 def _left(folder: StudyDirectory) -> list[Run]:
-    """The runs of a list that are to be trained. Raises UserError where there is none."""
+    """Return the unfinished runs of a list. Raises UserError if there are none."""
     runs = study_runs(folder)
     left = [run for run in runs if not run.is_finished]
     if not left:
@@ -118,14 +118,14 @@ def _left(folder: StudyDirectory) -> list[Run]:
 def _refuse_if_done(search: BohbSearchConfig, folder: StudyDirectory) -> None:
     if folder.exists and folder.is_complete and len(folder.members) >= search.trials:
         raise UserError(
-            f"the search has tried all {search.trials} configurations: toolkit table {folder.path}; to go on with it, "
+            f"the search has tried all {search.trials} configurations: toolkit table {folder.path}; to continue it, "
             "raise study.bohb.trials"
         )
 
 
 @contextlib.contextmanager
 def _rollback_on_error(path: Path) -> Iterator[None]:
-    """After an error take away what was made of the study's folder, or restore study.json."""
+    """On an error, remove new runs and files of the study's folder, or restore study.json."""
     known = {run.path for run in runs_of(str(path.parent), path.name)}
     was_there = (path / "slurm").exists()
     before = read_bytes(path / FILE) if (path / FILE).exists() else None
@@ -146,7 +146,7 @@ def _rollback_on_error(path: Path) -> Iterator[None]:
 
 
 def _submit_table(settings: JobSettings, path: Path, name: str, array_job: str) -> str | None:
-    """The job for table and report; where SLURM does not want it, they are left to the user."""
+    """Submit the job for table and report; return None if SLURM rejects it, which leaves them to the user."""
     script = path / "slurm" / "table.sbatch"
     write_atomically(script, table_script(settings, path, name, array_job).encode())
     try:
@@ -155,51 +155,51 @@ def _submit_table(settings: JobSettings, path: Path, name: str, array_job: str) 
         return None
 
 
-# -- what is known of it ----------------------------------------------------------------------------------------------
+# -- status -----------------------------------------------------------------------------------------------------------
 
 
 def study_runs(folder: StudyDirectory) -> list[Run]:
-    """The run directories of a study, each once, in the order of its table."""
+    """Return the run directories of a study, each once, in table order."""
     names = dict.fromkeys(member.run for member in folder.members if member.run is not None)
     return [Run(folder.path / name) for name in names]
 
 
 class _ArrayRecord(Shape):
-    """slurm/job.json in a study's folder."""
+    """Schema of slurm/job.json in a study's folder."""
 
     job: str
     table_job: str | None = None
 
 
 def array_record(path: Path) -> dict[str, Any] | None:
-    """What was noted when a study was submitted; None for one that was not."""
+    """Return the record of a study's submission; None if it was not submitted."""
     file = path / "slurm" / "job.json"
     return read_json(file, _ArrayRecord) if file.exists() and (path / FILE).exists() else None
 
 
 def tasks_of(job: str, jobs: Mapping[str, QueueEntry]) -> dict[str, QueueEntry]:
-    """The tasks of an array that SLURM remembers."""
+    """Return the tasks of an array that SLURM still lists."""
     return {name: entry for name, entry in jobs.items() if name.split("_")[0] == job}
 
 
 def refuse_if_at_work(path: Path) -> None:
-    """Raise a UserError where tasks of the study's last submission are in the queue or running."""
+    """Raise UserError if tasks of the study's last submission are queued or running."""
     record = array_record(path)
     if record is None:
         return
     jobs = queue()
     if jobs is None:
-        raise UserError("SLURM does not answer (squeue), so it is not known which runs are still at work; try again")
+        raise UserError("SLURM does not answer (squeue), so active tasks cannot be ruled out; try again")
     alive = [name for name, entry in tasks_of(record["job"], jobs).items() if entry.is_active]
     if alive:
         raise UserError(
-            f"{len(alive)} task(s) of array job {record['job']} are still at work: toolkit status {path} shows them; "
+            f"{len(alive)} task(s) of array job {record['job']} are still active: toolkit status {path} shows them; "
             f"submit again when they have ended, or cancel them: toolkit cancel {path}"
         )
 
 
 def cancel_array(path: Path) -> str:
-    """Cancel all tasks of a study's array and return its id; the job for the table comes then. Raises UserError."""
+    """Cancel all tasks of a study's array and return its id. The table job then starts. Raises UserError."""
     number = str((array_record(path) or {})["job"])
     marked = [
         run for run in study_runs(StudyDirectory(path)) if not run.is_finished and SlurmJob(run).is_part_of(number)
@@ -211,7 +211,7 @@ def cancel_array(path: Path) -> str:
 
 
 def headline(path: Path, jobs: Mapping[str, QueueEntry] | None) -> str | None:
-    """What SLURM says of a study's jobs, in a line; None for a study that was not submitted."""
+    """Summarize the state of a study's jobs in one line; None if it was not submitted."""
     record = array_record(path)
     if record is None:
         return None
@@ -224,7 +224,7 @@ def headline(path: Path, jobs: Mapping[str, QueueEntry] | None) -> str | None:
 
 def _told(tasks: Mapping[str, QueueEntry]) -> str:
     if not tasks:
-        return "SLURM does not know it any more"
+        return "no longer known to SLURM"
     reasons = {e.state: e.reason for e in tasks.values() if e.state == "PENDING" and e.reason != "None"}
     counts = Counter(entry.state for entry in tasks.values())
     told = [f"{count} {s.lower()}" + (f" ({reasons[s]})" if s in reasons else "") for s, count in counts.items()]
@@ -232,7 +232,7 @@ def _told(tasks: Mapping[str, QueueEntry]) -> str:
 
 
 def acquire_run(folder: StudyDirectory, array_job: str, task: str) -> Run | None:
-    """The run that the task had before it was requeued, else the first that is open and that nobody has taken."""
+    """Return the run that the task had before it was requeued, else claim the first open run; None if none is left."""
     runs = study_runs(folder)
     name = f"{array_job}_{task}"
     for run in runs:

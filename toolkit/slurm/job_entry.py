@@ -1,4 +1,4 @@
-"""What the scripts of jobs call: `python -m toolkit.slurm.job_entry begin|claim`. Prints what the script needs."""
+"""Commands called by job scripts: `python -m toolkit.slurm.job_entry begin|claim`. They print the run directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def create_run_in_job(recipe: str, set_: Overrides = None) -> None:
-    """Print the run directory of this job: the one that it had before it was requeued, or a new one."""
+    """Print the run directory of this job: the one it had before it was requeued, or a new one."""
 
     def work() -> int:
         from toolkit.recipe import load, resolved_toml
@@ -44,7 +44,7 @@ def create_run_in_job(recipe: str, set_: Overrides = None) -> None:
 
 @app.command()
 def acquire_run_in_job(folder: Path) -> None:
-    """Print the run of a study that this task of an array has, or takes now; nothing where none is left."""
+    """Print the run of a study that this array task has claimed, or claims now; print nothing if none is left."""
 
     def work() -> int:
         run = acquire_run(StudyDirectory(folder), os.environ["SLURM_ARRAY_JOB_ID"], os.environ["SLURM_ARRAY_TASK_ID"])

@@ -1,12 +1,12 @@
-"""A run as a job: what stands in its folder ``slurm/``, what SLURM says of it, and the state that follows from both.
+"""State of a run submitted to SLURM, derived from the files in its ``slurm/`` folder and from SLURM's queue.
 
-slurm/job.json       job id, log, when it was submitted, for a task of an array the study's folder
-slurm/train.sbatch   the script (a job array's lies in the study's folder)
-slurm/log.txt        what the job printed, all starts one after the other
-slurm/starts         one line a start: job id, restarts so far, time, nodes
-slurm/outcome        exit status of the last start, and its message
-slurm/cancelled      there if `toolkit cancel` was called
-slurm/claim-JOB      the task of array JOB that has taken this run
+slurm/job.json       job id, log, time of submission, and for an array task the study's folder
+slurm/train.sbatch   the job script (that of a job array is in the study's folder)
+slurm/log.txt        output of the job, all starts appended
+slurm/starts         one line per start: job id, number of restarts, time, nodes
+slurm/outcome        exit status and message of the last start
+slurm/cancelled      exists if `toolkit cancel` was called
+slurm/claim-JOB      the task of array JOB that has claimed this run
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from toolkit.reading import Shape, read_bytes, read_json, read_text, require_fil
 from toolkit.runs import RUN_ID, Run, newest_run
 from toolkit.study.directory import StudyDirectory, StudyRun, failure_of, is_claimed, is_of_study, target_epoch
 
-GONE = "the job left no trace: its node failed, or it was ended from outside"
+GONE = "the job disappeared without an exit record: its node failed, or it was killed externally"
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD",
           "SPECIAL_EXIT", "RESIZING", "SIGNALING", "STAGE_OUT")  # fmt: skip
-"""States of jobs that SLURM has not done with."""
+"""SLURM states of jobs that have not ended."""
 QUERY = "%i|%T|%r|%L"
 ANSWER_S = 60
 
 
 @dataclass(frozen=True)
 class QueueEntry:
-    """One job, or one task of an array, as squeue shows it."""
+    """A job or array task as listed by squeue."""
 
     job: str
     state: str
@@ -47,13 +47,13 @@ class QueueEntry:
 
     @property
     def is_active(self) -> bool:
-        """Whether SLURM has not done with it."""
+        """Whether the job has not ended."""
         return self.state in ACTIVE
 
 
 @dataclass(frozen=True)
 class JobStart:
-    """One start of a job."""
+    """A start of a job."""
 
     job: str
     restarts: int
@@ -63,7 +63,7 @@ class JobStart:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """What `toolkit status` says of a run."""
+    """State of a run as shown by `toolkit status`."""
 
     run: str
     state: str
@@ -74,17 +74,17 @@ class JobStatus:
     epoch: int
     epochs: int
     row: str | None = None
-    """Name of the run's row in its study's table (several, joined by "; ", where rows share the run); else None."""
+    """Name of the run's row in its study's table (several, joined by "; ", if rows share the run); else None."""
     seed: int | None = None
     """The run's seed in its study."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return JSON-serializable values."""
         return asdict(self)
 
 
 class _Record(Shape):
-    """slurm/job.json."""
+    """Schema of slurm/job.json."""
 
     job: str
     log: str
@@ -92,7 +92,7 @@ class _Record(Shape):
 
 
 class SlurmJob:
-    """The SLURM side of a run directory."""
+    """The SLURM files of a run directory."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -102,12 +102,12 @@ class SlurmJob:
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """What was noted at submission; None for runs that were never submitted."""
+        """Record of the submission; None for runs that were never submitted."""
         path = self.folder / "job.json"
         return read_json(path, _Record) if path.exists() else None
 
     def write_record(self, job: str, *, log: Path | None = None, array: Path | None = None) -> None:
-        """Note a submission."""
+        """Record a submission."""
         self.folder.mkdir(exist_ok=True)
         (self.folder / "cancelled").unlink(missing_ok=True)
         content = {
@@ -120,7 +120,7 @@ class SlurmJob:
 
     @property
     def starts(self) -> list[JobStart]:
-        """Every start, the first one first; a half-written line is left out."""
+        """All starts, oldest first; incomplete lines are skipped."""
         path = self.folder / "starts"
         lines = read_text(path).splitlines() if path.exists() else []
         found = []
@@ -132,25 +132,25 @@ class SlurmJob:
 
     @property
     def current(self) -> str | None:
-        """The job that has, or last had, this run: ``17``, or ``14_3`` for a task of an array; None: not yet taken."""
+        """Id of the job that has, or last had, this run: ``17``, or ``14_3`` for an array task; None if unclaimed."""
         record = self.record
         if record is None:
             return None
         return str(record["job"]) if record["array"] is None else self.claimed_by(str(record["job"]))
 
     def claimed_by(self, array_job: str) -> str | None:
-        """The task of an array that has taken this run."""
+        """Return the array task that has claimed this run, or None."""
         claim = self.folder / f"claim-{array_job}"
         return read_text(claim).strip() or None if claim.exists() else None
 
     def is_part_of(self, array_job: str) -> bool:
-        """Whether it was last submitted with this array, and has not failed in it."""
+        """Whether the run was last submitted with this array and has not failed in it."""
         record = self.record
         return record is not None and str(record["job"]) == array_job and failure_of(self.run) is None
 
     @property
     def outcome(self) -> tuple[int, str] | None:
-        """Exit status and message of the last start, once it has ended in an orderly way."""
+        """Exit status and message of the last start; None if it has not recorded them."""
         path = self.folder / "outcome"
         if not path.exists():
             return None
@@ -158,12 +158,12 @@ class SlurmJob:
         return (int(status), message.strip()) if re.fullmatch(r"[0-9]{1,3}", status.strip()) else None
 
     def record_exit(self, status: int, message: str) -> None:
-        """Note how a start ended."""
+        """Record the exit status and message of a start."""
         self.folder.mkdir(exist_ok=True)
         self.run.write_text("slurm/outcome", f"{status}\n{message}\n")
 
     def claim(self, array_job: str, task: str) -> bool:
-        """Take this run for a task of an array; False where another has taken it."""
+        """Claim this run for an array task; return False if another task has claimed it."""
         self.folder.mkdir(exist_ok=True)
         try:
             descriptor = os.open(self.folder / f"claim-{array_job}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -176,7 +176,7 @@ class SlurmJob:
         return True
 
     def last_log_line(self) -> str:
-        """The last line of the job's log that is not empty."""
+        """Return the last non-empty line of the job's log."""
         path = Path((self.record or {}).get("log") or self.log)
         if not path.exists():
             return ""
@@ -188,7 +188,7 @@ class SlurmJob:
 
 
 def queue() -> dict[str, QueueEntry] | None:
-    """This user's jobs that SLURM remembers, by id; None where SLURM does not answer or is not there."""
+    """Return this user's jobs that SLURM still lists, by id; None if SLURM does not answer or is not installed."""
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--noheader", "--array", "--me", "--states=all", f"--format={QUERY}"]
@@ -201,7 +201,7 @@ def queue() -> dict[str, QueueEntry] | None:
 
 
 def accounted_state(job: str) -> str | None:
-    """What sacct says of a job that squeue has forgotten; None where it does not know or keeps no accounts."""
+    """Return sacct's state of a job that squeue no longer lists; None if it is unknown or accounting is disabled."""
     if shutil.which("sacct") is None:
         return None
     command = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=state"]
@@ -214,7 +214,7 @@ def accounted_state(job: str) -> str | None:
 
 
 def state_or_damage(run: Run, jobs: dict[str, QueueEntry] | None) -> JobStatus:
-    """As :func:`state_of`; a run directory that cannot be read is ``damaged``, with the problem as its detail."""
+    """Call :func:`state_of`; an unreadable run directory gives the state ``damaged``, with the problem as detail."""
     try:
         return state_of(run, jobs)
     except UserError as error:
@@ -225,11 +225,11 @@ def state_or_damage(run: Run, jobs: dict[str, QueueEntry] | None) -> JobStatus:
 
 
 def states(runs: Sequence[Run], jobs: dict[str, QueueEntry] | None) -> list[JobStatus]:
-    """:func:`state_or_damage` of all ``runs``, with the row names that the study.json beside them holds."""
+    """Return :func:`state_or_damage` of all ``runs``, with row names and seeds from their study's study.json."""
     members: dict[Path, list[StudyRun]] = {}
     for parent in {run.path.parent for run in runs}:
         folder = StudyDirectory(parent)
-        with contextlib.suppress(UserError):  # a damaged study.json: the states of its runs are known without it
+        with contextlib.suppress(UserError):  # damaged study.json: the states of the runs do not depend on it
             for member in folder.members if folder.exists else ():
                 if member.run is not None:
                     members.setdefault(parent / member.run, []).append(member)
@@ -243,7 +243,7 @@ def states(runs: Sequence[Run], jobs: dict[str, QueueEntry] | None) -> list[JobS
 
 
 def state_of(run: Run, jobs: dict[str, QueueEntry] | None) -> JobStatus:
-    """The state of a run, from its directory and from what :func:`queue` said."""
+    """Return the state of a run, from its directory and the result of :func:`queue`."""
     job, recipe = SlurmJob(run), run.recipe
     record, current = job.record, job.current
     entry = _entry(jobs or {}, record, current)
@@ -264,7 +264,7 @@ def state_of(run: Run, jobs: dict[str, QueueEntry] | None) -> JobStatus:
 
 
 def _entry(jobs: dict[str, QueueEntry], record: dict[str, Any] | None, current: str | None) -> QueueEntry | None:
-    """The queue's entry for a run: its own job's, or, for a run not yet taken, one of its array's that is pending."""
+    """Return the queue entry of the run's job; for an unclaimed run, that of an active task of its array."""
     if current is not None:
         return jobs.get(current)
     if record is None:
@@ -293,7 +293,7 @@ def _verdict(job: SlurmJob, entry: QueueEntry | None, slurm_answered: bool) -> t
     if not slurm_answered:
         return "unknown", "SLURM does not answer"
     if job.current is None:
-        return "new", "no task of its array has taken it: submit again"
+        return "new", "no array task has claimed it: submit again"
     ended = entry.state if entry else accounted_state(job.current) or ""
     if ended.startswith("CANCELLED"):
         return "cancelled", "scancel"
@@ -309,13 +309,13 @@ def _without_slurm(run: Run) -> tuple[str, str]:
         return "failed", failure.line
     if is_of_study(run):
         until = target_epoch(run)
-        return ("paused", f"the search has had it trained to epoch {until}") if until else ("new", "of a study")
+        return ("paused", f"trained to epoch {until} by the search") if until else ("new", "of a study")
     has_checkpoint = any(run.checkpoints.glob("*.pt"))
     return ("interrupted", f"toolkit train --resume {run.path}") if has_checkpoint else ("failed", "no checkpoint")
 
 
 def is_locked(run: Run) -> bool:
-    """Whether a process of this machine, or one of any machine that holds a lease, trains in the run directory."""
+    """Whether a process of this machine, or a lease holder on any machine, trains in the run directory."""
     if lease_is_held(run.path / ".lock"):
         return True
     try:
@@ -327,7 +327,7 @@ def is_locked(run: Run) -> bool:
 
 
 def _progress(run: Run, starts: list[JobStart], entry: QueueEntry | None) -> str:
-    """How long the training will take at the last start's pace, and how long SLURM allows."""
+    """Return the remaining training time at the last start's pace, and the time left until the time limit."""
     said = []
     # environment.json is written when training begins, after all imports.
     environment = run.path / "environment.json"
@@ -344,14 +344,14 @@ def _progress(run: Run, starts: list[JobStart], entry: QueueEntry | None) -> str
 
 
 def _epochs_at(run: Run, start: int) -> int:
-    """Epochs that were done when start number ``start`` began, as the task noted them."""
+    """Return the number of epochs completed when start number ``start`` began, as recorded by the job."""
     path = run.path / "slurm" / f"epochs-{start}"
     text = read_text(path).strip() if path.exists() else ""
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
 
 
 def duration(seconds: float) -> str:
-    """40 s, 12 min, 3 h 05 min."""
+    """Format a duration as 40 s, 12 min or 3 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -359,9 +359,10 @@ def duration(seconds: float) -> str:
 
 
 def find_runs(path: Path) -> list[Run]:
-    """The runs at, or below, a run directory, a recipe's or study's folder, or a run root; oldest first.
+    """Find the runs at or below a run directory, a recipe's or study's folder, or a run root; oldest first.
 
-    ``latest`` is the newest run below ``runs/``, as in the commands for one run.
+    ``latest`` is the newest run below ``runs/``, as in the commands for one run. Raises UserError if ``path`` does not
+    exist.
     """
     if (path / "recipe.toml").is_file():
         return [Run(path)]
@@ -370,9 +371,9 @@ def find_runs(path: Path) -> list[Run]:
     if not path.is_dir():
         raise UserError(f"{path} does not exist: name a run directory, or the folder that holds them (recipe.run_root)")
     found = {file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/recipe.toml")}
-    # `toolkit publish` writes a recipe too, beside the weights: into the run's folder, or into any other.
+    # `toolkit publish` also writes a recipe, next to the weights: to the run's folder or any other.
     found = {folder for folder in found if RUN_ID.fullmatch(folder.name) or (folder / "checkpoints").is_dir()}
-    # A run that has lost its recipe is still one to be told of.
+    # A run that has lost its recipe is still listed.
     found |= {folder.parent for depth in ("*", "*/*") for folder in path.glob(f"{depth}/checkpoints")
               if RUN_ID.fullmatch(folder.parent.name)}  # fmt: skip
     return [Run(folder) for folder in sorted(found, key=lambda folder: folder.name)]

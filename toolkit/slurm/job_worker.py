@@ -1,7 +1,7 @@
-"""What every training process of a job runs: `python -m toolkit.slurm.job_worker RUN`, under the launcher.
+"""Entry point of a job's training processes: `python -m toolkit.slurm.job_worker RUN`, run by the launcher.
 
-It trains into a run directory that was made at submission, or goes on there, and leaves exit status and message in the
-directory, because launchers replace the status by one of their own.
+It starts or resumes training in a run directory created at submission, and records the exit status and message there,
+because launchers replace the exit status by their own.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from toolkit.terminal import open_closed_streams, outliving_terminal
 from toolkit.train import exit_with_status, is_first_process, report_at_end, run_with_error_handling, show_outcome
 
 LOCK_WAIT_S = 180
-"""A job whose node failed may start again while its old processes are still ending elsewhere."""
+"""Seconds to wait for the run's lock: a job restarted after a node failure may overlap with its old processes."""
 
 
 def work(run: Run) -> int:
-    """Train or go on, and note the outcome."""
+    """Train or resume, and record the outcome."""
     claims = []
     try:
         if is_first_process():
@@ -35,13 +35,13 @@ def work(run: Run) -> int:
             _note_epochs(run)
             clear_failure(run)
         recipe = run.recipe
-        # torch is imported here, after the recipe was found good.
+        # torch is imported here, after the recipe has been validated.
         from toolkit.distributed import failure_detection
         from toolkit.distributed.rendezvous import SEVERAL_MACHINES_S, TIMEOUT_VARIABLE
         from toolkit.training import fit
 
         check_gpus()
-        # The first process may have waited for its lock.
+        # The other processes may have to wait while the first one waits for the run's lock.
         os.environ.setdefault(TIMEOUT_VARIABLE, str(SEVERAL_MACHINES_S))
         failure_detection.on_leave = functools.partial(note, run)
         fit.fit(recipe, resume=run.path)
@@ -56,14 +56,14 @@ def work(run: Run) -> int:
             lock.release()
     note(run, EXIT_OK, "")
     if is_first_process():
-        if not is_of_study(run):  # that has a table and figures of all its runs
+        if not is_of_study(run):  # a study has a table and plots of all its runs
             report_at_end(run)
         show_outcome(run, as_json=False)
     return EXIT_OK
 
 
 def note(run: Run, status: int, message: str) -> None:
-    """Leave the outcome: the first process's, or what made another one fail before it."""
+    """Record the outcome of the first process, or of another process that failed before it."""
     job = SlurmJob(run)
     if is_first_process() or (status not in (EXIT_OK, Interrupted.exit_status) and job.outcome is None):
         job.record_exit(status, message)
@@ -72,9 +72,9 @@ def note(run: Run, status: int, message: str) -> None:
 
 
 def wait_for_run(run: Run, seconds: float) -> list[Lock]:
-    """Wait until nobody trains in the run directory any more. Raises UserError after ``seconds``.
+    """Wait until no other process trains in the run directory. Raises UserError after ``seconds``.
 
-    Returns what is to be held while training: a study's run must not be taken by workers of the study either.
+    Returns the locks to hold while training: workers of a study must not take its run either.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -83,7 +83,7 @@ def wait_for_run(run: Run, seconds: float) -> list[Lock]:
             claims = [claim(run)] if is_of_study(run) else []
             if None not in claims:
                 return [lock for lock in claims if lock is not None]
-            raise UserError(f"{run.path} is trained by a worker of its study elsewhere")
+            raise UserError(f"{run.path} is being trained by another worker of its study")
         except UserError:
             if time.monotonic() > deadline:
                 raise
@@ -91,9 +91,9 @@ def wait_for_run(run: Run, seconds: float) -> list[Lock]:
 
 
 def check_gpus() -> None:
-    """Hold the GPUs that PyTorch sees against those that were asked for. Raises UserError.
+    """Raise UserError if PyTorch does not see the number of GPUs that the job requested.
 
-    TOOLKIT_PRETENDED_GPUS is set on the local cluster, whose GPUs are names only.
+    TOOLKIT_PRETENDED_GPUS disables the check on the local test cluster, whose GPUs exist in name only.
     """
     import torch
 
@@ -102,23 +102,23 @@ def check_gpus() -> None:
     if asked and seen != asked and not os.environ.get("TOOLKIT_PRETENDED_GPUS"):
         raise UserError(
             f"SLURM granted {asked} GPU(s) on {os.uname().nodename}, PyTorch {torch.__version__} sees {seen}: the "
-            "driver, or the kind of PyTorch, does not fit; `toolkit doctor` on that node says more"
+            "driver and the PyTorch build may not match; run `toolkit doctor` on that node"
         )
 
 
 def _note_epochs(run: Run) -> None:
-    """Epochs done before this start, for the estimate of the time to go."""
+    """Record the number of epochs completed before this start, used to estimate the remaining time."""
     job = SlurmJob(run)
     run.write_text(f"slurm/epochs-{max(1, len(job.starts))}", f"{len(run.epochs())}\n")
 
 
 def train_run(run: str) -> None:
-    """Train into the run directory RUN, or go on there."""
+    """Start or resume training in the run directory RUN."""
     opened = open_run(run)
     with outliving_terminal():
         status = run_with_error_handling(lambda: work(opened), debug=False)
     if status == Interrupted.exit_status and is_distributed():
-        # The outcome is noted; to the launcher any other status is a failure, with a page of stack traces.
+        # The outcome is recorded; the launcher treats any other status as a failure and prints stack traces.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_OK)
@@ -126,7 +126,7 @@ def train_run(run: str) -> None:
 
 
 def main() -> None:
-    """Entry of `python -m toolkit.slurm.job_worker RUN`."""
+    """Run `python -m toolkit.slurm.job_worker RUN`."""
     open_closed_streams()
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(train_run)

@@ -1,4 +1,4 @@
-"""The text that sbatch gets. `slurm/train.sbatch` is one of them, for use by hand; a test holds it to this module."""
+"""Generate sbatch scripts. `slurm/train.sbatch` is one of them, for manual use; a test keeps it in sync."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from toolkit.slurm.settings import JobSettings
 
 TABLE_MINUTES = 30
 TRAIN = "task=toolkit.slurm.job_worker"
-"""The module that a node's process runs, on one run."""
+"""Line that selects the module run by a node's process to train one run."""
 BY_HAND = """\
 #!/bin/bash
-# One training on SLURM, by hand:
+# Train one run on SLURM, submitted manually:
 #
 #   sbatch slurm/train.sbatch recipes/resnet50_caltech.toml [--set TABLE.KEY=VALUE ...]
 #
 # Run it where `toolkit` is installed and, on several nodes, with recipe.run_root on a file system that all nodes share.
-# Change the #SBATCH lines and the values below them together; the job stops with a message where they disagree.
-# `toolkit submit` writes the same from a recipe, a profile and options, and checks more beforehand.
+# Change the #SBATCH lines and the values below them together; the job stops with a message if they disagree.
+# `toolkit submit` writes such a script from a recipe, a profile and options, with more checks beforehand.
 """
 
 
 def run_script(settings: JobSettings, run: Path, name: str) -> str:
-    """The script that trains one run."""
+    """Return the script that trains one run."""
     header = [*_header(settings, name), _option("output", _file(run / "slurm" / "log.txt"))]
     return _script(header, settings, _values(settings), [f"run={shlex.quote(str(run))}", TRAIN])
 
 
 def array_script(settings: JobSettings, folder: Path, name: str, tasks: int, parallel: int | None) -> str:
-    """The script of a job array whose tasks each take the next open run of a study's ``folder`` and train it."""
+    """Return the script of a job array whose tasks each train the next open run of a study's ``folder``."""
     header = _array_header(settings, folder, name, f"0-{tasks - 1}" + ("" if parallel is None else f"%{parallel}"))
     choose = [
         f'run=$($container "$python" -m toolkit.slurm.job_entry claim {shlex.quote(str(folder))}) || exit',
@@ -44,9 +44,9 @@ def array_script(settings: JobSettings, folder: Path, name: str, tasks: int, par
 
 
 def search_script(settings: JobSettings, folder: Path, name: str, workers: int) -> str:
-    """The script of a job array whose tasks work together on a search, each as often as it must."""
+    """Return the script of a job array whose tasks work together on a search until it is complete."""
     header = _array_header(settings, folder, name, f"0-{workers - 1}")
-    # A task is one process, which starts others for its GPUs.
+    # A task is one process, which starts worker processes for its GPUs.
     values = [line for line in _values(settings) if not line.startswith("processes_per_node=")]
     choose = [
         "processes_per_node=1",
@@ -62,7 +62,7 @@ def _array_header(settings: JobSettings, folder: Path, name: str, tasks: str) ->
 
 
 def table_script(settings: JobSettings, folder: Path, name: str, array_job: str) -> str:
-    """The script that makes table and report when all tasks of an array have ended."""
+    """Return the script that writes the table and report after all tasks of an array have ended."""
     table = settings.table.model_copy(
         update={
             "nodes": 1, "gpus_per_node": 0, "gpu_type": None, "cpus_per_task": 1, "memory": None, "constraint": None,
@@ -83,26 +83,27 @@ def table_script(settings: JobSettings, folder: Path, name: str, array_job: str)
 
 
 def template() -> str:
-    """slurm/train.sbatch."""
+    """Return the content of slurm/train.sbatch."""
     lines = [
         "#SBATCH --job-name=toolkit", "#SBATCH --output=slurm-%j.txt", "#SBATCH --open-mode=append",
         "#SBATCH --nodes=1",
-        "#SBATCH --ntasks-per-node=1", "##SBATCH --gpus-per-node=4        # two # switch a line off",
+        "#SBATCH --ntasks-per-node=1", "##SBATCH --gpus-per-node=4        # ## disables a line",
         "#SBATCH --cpus-per-task=4", "#SBATCH --time=4:00:00", "#SBATCH --requeue", "#SBATCH --signal=B:USR1@120",
         "##SBATCH --partition=gpu", "##SBATCH --account=me", "",
-        "nodes=1                  # as above", "gpus_per_node=0          # as above; one training process a GPU",
+        "nodes=1                  # as above", "gpus_per_node=0          # as above; one training process per GPU",
         "processes_per_node=1     # with GPUs: their number", "max_restarts=50", "signal=USR1              # as above",
         "python=python", "container=               # for instance: apptainer exec --nv image.sif",
-        "scratch=                 # for instance: /scratch/$USER; the job's TMPDIR is a folder of its own there", "",
+        "scratch=                 # for instance: /scratch/$USER; the job's TMPDIR is created there",
+        "",
         "# module load cuda; source ~/venv/bin/activate", "",
-        "# The run directory: a new one, or, for a job that was requeued, the one that it had.",
+        "# The run directory: a new one, or, for a requeued job, the one it had.",
         'run=$($container "$python" -m toolkit.slurm.job_entry begin "$@") || exit', TRAIN,
     ]  # fmt: skip
     return "\n".join([BY_HAND + lines[0], *lines[1:], "", body()])
 
 
 def body() -> str:
-    """The part that is the same in all scripts."""
+    """Return the part shared by all scripts."""
     return (files("toolkit.slurm") / "body.sh").read_text(encoding="utf-8")
 
 
@@ -145,7 +146,7 @@ def _is_plain(text: str) -> bool:
 
 
 def _file(path: Path, *, pattern: bool = True) -> str:
-    """A path as sbatch takes it in a #SBATCH line. Raises UserError for characters that it cannot take."""
+    """Format a path for an #SBATCH line. Raises UserError for characters that sbatch does not support."""
     text = str(path if path.is_absolute() else Path.cwd() / path)
     if any(char in '"\\\n\r' for char in text):
         raise UserError(f"{text!r}: sbatch takes no quotation mark, backslash or line break in a path; rename it")
@@ -164,7 +165,7 @@ def _values(settings: JobSettings) -> list[str]:
 
 
 def _surroundings(settings: JobSettings) -> list[str]:
-    """Python, container, modules, variables, scratch: what the profile says of the cluster."""
+    """Return the lines for the profile's Python, container, scratch folder, setup commands and variables."""
     profile = settings.profile
     lines = [f"python={shlex.quote(profile.python or sys.executable)}", f"container={shlex.quote(profile.container)}"]
     lines.append(f'scratch="{profile.scratch or ""}"')
@@ -179,7 +180,7 @@ _ON_ERROR = (
     'trap \'code=$?; [ "${#BASH_SOURCE[@]}" != 1 ] || '
     '{ echo "status $code from the setup line: $(sed -n "${LINENO}p" "$0")"; exit 2; }\' ERR'
 )
-"""A setup line that fails ends the job. Within a file that is sourced, nothing: such files try things out."""
+"""Ends the job if a setup line fails. Failures within sourced files are ignored: such files often probe for things."""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a task of an array runs that works on a search: `python -m toolkit.slurm.search_worker STUDY/slurm/JOB_TASK`.
+"""Entry point of an array task that works on a search: `python -m toolkit.slurm.search_worker STUDY/slurm/JOB_TASK`.
 
-The study's file is the one that was kept at submission: what is edited afterwards is for the next submission.
+It reads the copy of the study's file made at submission; later edits take effect at the next submission.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from toolkit.train import run_with_error_handling
 
 
 def work(place: Path) -> int:
-    """Work on the search until it is done. ``place`` is this task's folder in the study's ``slurm/``."""
+    """Work on the search until it is complete. ``place`` is this task's folder in the study's ``slurm/``."""
     folder = StudyDirectory(place.parent.parent)
     study = replace(read_study(folder.path / STUDY), path=folder.record["file"])
     check_gpus()
@@ -30,14 +30,14 @@ def work(place: Path) -> int:
     slots = slots_of(study, task)
     _say(f"task {task + 1} of {tasks} on {os.uname().nodename}, {len(slots)} worker(s)")
     os.environ["OMP_NUM_THREADS"] = str(max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // len(slots)))
-    # The job's script has made this process deaf to signals, for the sake of the server that it forks workers from.
+    # The job script makes this process ignore signals, because of the server process from which workers are forked.
     stop = GracefulStop()
     stop.watch(place)
     return run_worker(study, folder, slots, stop, workers=tasks * len(slots), log=_say)
 
 
 def slots_of(study: StudySpec, task: int) -> list[WorkerSlot]:
-    """The places of a task, numbered through all tasks: they name the logs."""
+    """Return the worker slots of a task, numbered consecutively over all tasks; the numbers name the logs."""
     slots = slots_for(None, study.table.gpus_per_run, study.table.runs_per_gpu, gpus())
     return [replace(slot, number=task * len(slots) + slot.number) for slot in slots]
 

@@ -1,4 +1,4 @@
-"""What a job asks for: options of the command win over the recipe's [slurm], which wins over the cluster's profile."""
+"""Job settings: command options override the recipe's [slurm], which overrides the cluster profile."""
 
 from __future__ import annotations
 
@@ -22,47 +22,47 @@ DEFAULTS: dict[str, Any] = {
     "signal": "USR1",
     "signal_before_s": 120,
 }
-"""Where neither command, recipe nor profile says anything."""
+"""Used if neither command, recipe nor profile sets a value."""
 
 SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 LOCAL_KINDS = ("tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "apfs", "zfs", "f2fs", "squashfs")
-"""File systems that belong to one machine, unless that machine exports them."""
+"""Types of file systems that are local to one machine, unless it exports them."""
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratch")
-"""Folders that every machine has for itself."""
+"""Folders that are local to each machine."""
 
 
 class ClusterProfile(ConfigModel):
-    """A cluster, as one TOML file says."""
+    """A cluster profile, read from a TOML file."""
 
     description: str = ""
     defaults: SlurmConfig = SlurmConfig()
-    """For what neither the command nor the recipe says."""
+    """Settings that neither the command nor the recipe sets."""
     setup: list[str] = Field(default_factory=list)
-    """Lines of shell before training: modules, virtual environment. One that fails ends the job."""
+    """Shell lines run before training: modules, virtual environment. The job ends if one fails."""
     variables: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
-    """Exported before training; no secrets."""
+    """Environment variables exported before training; no secrets."""
     python: Annotated[str | None, Field(min_length=1)] = None
-    """Python of the job. Default: the one that submits."""
+    """Python interpreter of the job. Default: the one that submits."""
     container: Annotated[str, Field(pattern=r"^[^\n]*$")] = ""
-    """Put before python: apptainer exec --nv image.sif"""
+    """Command prefix of python, such as ``apptainer exec --nv image.sif``."""
     scratch: Annotated[str | None, Field(pattern=r'^[^\n"`]+$')] = None
-    """Folder on each node, $USER and the like allowed; the job's TMPDIR is a folder there, which it removes."""
+    """Folder on each node; may contain $USER and the like. The job's TMPDIR is created there and removed at the end."""
     shared: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
-    """Folders that all nodes see, though they look local."""
+    """Folders shared by all nodes although they look local."""
 
     @model_validator(mode="after")
     def _no_secrets(self) -> ClusterProfile:
         for name in self.variables:
             if SECRET.search(name):
                 raise ValueError(
-                    f"variables.{name} looks like a secret, which must not stand in a script: export it in the shell "
-                    "that submits, or use netrc; jobs inherit both"
+                    f"variables.{name} looks like a secret, which must not be written to a script: export it in the "
+                    "shell that submits, or use netrc; jobs inherit both"
                 )
         return self
 
 
 class JobSettings(ConfigModel):
-    """Everything that the script of a job is made of."""
+    """Settings from which a job script is generated."""
 
     table: SlurmConfig
     profile: ClusterProfile = ClusterProfile()
@@ -70,27 +70,27 @@ class JobSettings(ConfigModel):
 
     @property
     def nodes(self) -> int:
-        """Nodes of the job."""
+        """Number of nodes."""
         return self.table.nodes or 1
 
     @property
     def gpus(self) -> int:
-        """GPUs of each node."""
+        """GPUs per node."""
         return self.table.gpus_per_node or 0
 
     @property
     def processes_per_node(self) -> int:
-        """Training processes on each node: one a GPU."""
+        """Training processes per node; one per GPU if there are GPUs."""
         return self.gpus or self.table.processes_per_node or 1
 
     @property
     def world(self) -> int:
-        """Training processes in all."""
+        """Total number of training processes."""
         return self.nodes * self.processes_per_node
 
 
 def resolve_settings(recipe: Recipe) -> JobSettings:
-    """The settings of a recipe whose [slurm] has the command's options in it already. Raises UserError."""
+    """Resolve the settings of a recipe whose [slurm] already includes the command's options. Raises UserError."""
     asked = recipe.slurm.model_dump(exclude_none=True) if recipe.slurm else {}
     profile, name = ClusterProfile(), asked.get("profile")
     if name is not None:
@@ -99,26 +99,26 @@ def resolve_settings(recipe: Recipe) -> JobSettings:
     if table.gpus_per_node and table.processes_per_node not in (None, table.gpus_per_node):
         raise UserError(
             f"slurm.processes_per_node = {table.processes_per_node} with slurm.gpus_per_node = {table.gpus_per_node}: "
-            "a job with GPUs has one process a GPU; leave processes_per_node out"
+            "a job with GPUs has one process per GPU; leave processes_per_node out"
         )
     if table.gpu_type and not table.gpus_per_node:
-        raise UserError(f"slurm.gpu_type = {table.gpu_type!r} without slurm.gpus_per_node: say how many GPUs")
+        raise UserError(f"slurm.gpu_type = {table.gpu_type!r} without slurm.gpus_per_node: set the number of GPUs")
     return JobSettings(table=table, profile=profile, profile_name=name)
 
 
 SHIPPED_PROFILES = Path(__file__).parent / "profiles"
-"""Profiles that are part of the package."""
+"""Folder of the profiles shipped with the package."""
 
 
 def profile_folders() -> list[Path]:
-    """Where profiles are looked for, in this order."""
+    """Return the folders searched for profiles, in order."""
     own = os.environ.get("TOOLKIT_SLURM_PROFILES")
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return [*([Path(own)] if own else []), Path("slurm/profiles"), home / "toolkit" / "slurm", SHIPPED_PROFILES]
 
 
 def find_profile(name: str) -> Path:
-    """The file of a profile. Raises UserError with the names that exist."""
+    """Return the file of a profile. Raises UserError listing the known names."""
     folders = profile_folders()
     for folder in folders:
         if (folder / f"{name}.toml").is_file():
@@ -134,7 +134,7 @@ def find_profile(name: str) -> Path:
 
 
 def read_profile(path: Path) -> ClusterProfile:
-    """A profile file, checked. Raises UserError with everything that is wrong."""
+    """Read and validate a profile. Raises UserError listing all errors."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -159,14 +159,17 @@ def _faults(error: ValidationError) -> list[str]:
 
 
 def check_places(settings: JobSettings, run_root: str, files: list[str]) -> list[str]:
-    """Warnings about folders that the nodes may not see. Raises UserError for several nodes and a local run root."""
+    """Return warnings about folders that the nodes may not see.
+
+    Raises UserError if a job on several nodes has a run root that is certainly local.
+    """
     root = Path(run_root).resolve()
     why = local_reason(root, settings.profile.shared)
     warnings = []
     if why and settings.nodes > 1 and why[0]:
         raise UserError(
             f"recipe.run_root = {run_root!r}: {root} {why[1]}, and a job on {settings.nodes} nodes needs one folder "
-            "that all of them see. Name one on the shared file system; if this one is shared all the same, say so in "
+            "that all of them see. Use one on the shared file system; if this one is shared after all, declare it in "
             f"the cluster's profile: shared = [{str(root)!r}]"
         )
     for name, place in (("recipe.run_root", root), *((f"recipe {file}", Path(file).resolve()) for file in files)):
@@ -177,13 +180,13 @@ def check_places(settings: JobSettings, run_root: str, files: list[str]) -> list
 
 
 def local_reason(place: Path, shared: list[str], mounts: Path = Path("/proc/self/mounts")) -> tuple[bool, str] | None:
-    """Why ``place`` seems to be on one machine only, and whether that is sure; None where it is shared."""
+    """Return whether ``place`` is certainly local to one machine, and the reason; None if it seems to be shared."""
     if any(place.is_relative_to(Path(folder).resolve()) for folder in shared):
         return None
     own = os.environ.get("TMPDIR")
     for folder in (*LOCAL_FOLDERS, *([own] if own else [])):
         if place.is_relative_to(Path(folder).resolve()):
-            return True, f"is below {folder}, which every machine has for itself"
+            return True, f"is below {folder}, which is local to each machine"
     kind = file_system(place, mounts)
     if kind in LOCAL_KINDS:
         return kind in ("tmpfs", "ramfs"), f"is on a file system of this machine ({kind})"
@@ -191,7 +194,7 @@ def local_reason(place: Path, shared: list[str], mounts: Path = Path("/proc/self
 
 
 def file_system(place: Path, mounts: Path) -> str:
-    """Kind of the file system that holds ``place``; empty where it is unknown."""
+    """Return the type of the file system of ``place``; "" if unknown."""
     try:
         lines = [line.split(" ")[1:3] for line in mounts.read_text(encoding="utf-8").splitlines()]
     except OSError:

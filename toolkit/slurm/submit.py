@@ -1,4 +1,4 @@
-"""Handing a run to SLURM. What SLURM refuses leaves nothing half-made behind. For studies: toolkit/slurm/array.py."""
+"""Submit a run to SLURM. A rejected submission leaves nothing behind. For studies see toolkit/slurm/array.py."""
 
 from __future__ import annotations
 
@@ -32,38 +32,41 @@ OPTIONS = {
     "configuration is not available": "slurm.gpus_per_node, slurm.gpu_type, slurm.constraint, slurm.nodes",
     "option": "slurm.options",
 }
-"""Words of sbatch's refusals, and the keys that they are about."""
+"""Substrings of sbatch's error messages, and the recipe keys they refer to."""
 
 
 @dataclass(frozen=True)
 class SubmitResult:
-    """A job that SLURM has accepted."""
+    """A submitted job."""
 
     job: str
     script: Path
     log: Path
     path: Path
-    """The run directory, or the study's folder."""
+    """The run directory or the study's folder."""
     is_array: bool = False
     tasks: int = 1
     table_job: str | None = None
 
 
 def plan(path: str, recipe: Recipe) -> tuple[JobSettings, list[str]]:
-    """What the job asks for, and warnings. Raises UserError where the recipe cannot run so."""
+    """Return the job's settings, and warnings. Raises UserError if the recipe cannot run with them."""
     settings = resolve_settings(recipe)
     check_batch_size(recipe.train.batch_size, settings.world, recipe.train.grad_accum_steps)
     return settings, check_places(settings, recipe.recipe.run_root, [path])
 
 
 def preview(recipe: Recipe, settings: JobSettings) -> str:
-    """The script of one run, as it would be written."""
+    """Return the script of one run as it would be written."""
     path = Path(recipe.recipe.run_root) / recipe.recipe.name / new_run_id()
     return run_script(settings, path.absolute(), recipe.recipe.name)
 
 
 def submit_run(recipe: Recipe, settings: JobSettings, origins: dict[str, Any]) -> SubmitResult:
-    """Make a run directory and hand its training to SLURM. ``origins``: where the recipe's values came from."""
+    """Create a run directory and submit its training to SLURM. ``origins`` records where the recipe's values came from.
+
+    Raises UserError, leaving nothing behind, if SLURM is not installed or rejects the job.
+    """
     require_slurm()
     with rollback_on_error(Path(recipe.recipe.run_root).absolute() / recipe.recipe.name):
         run = _new_run(recipe)
@@ -81,7 +84,7 @@ def submit_run(recipe: Recipe, settings: JobSettings, origins: dict[str, Any]) -
 
 @contextlib.contextmanager
 def rollback_on_error(folder: Path) -> Iterator[None]:
-    """Take away a folder, and those around it, where they were not there before and are empty."""
+    """On an error, remove the folder and its parents if they did not exist before and are empty."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
@@ -100,7 +103,7 @@ def _new_run(recipe: Recipe) -> Run:
 
 
 def require_slurm() -> None:
-    """Raise a UserError where this machine has no SLURM."""
+    """Raise UserError if this machine has no SLURM."""
     if shutil.which("sbatch") is None:
         raise UserError(
             "there is no SLURM on this machine (no sbatch). To train here: toolkit train RECIPE, or with several GPUs "
@@ -110,8 +113,8 @@ def require_slurm() -> None:
 
 
 def sbatch(script: Path) -> str:
-    """Submit a script and return the job's id. Raises UserError with sbatch's own words."""
-    # A shell within another job has SLURM_ variables that would be taken for this job's.
+    """Submit a script and return the job's id. Raises UserError with sbatch's message."""
+    # A shell within another job has SLURM_ variables that would be mistaken for this job's.
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
     answer = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, env=kept)
     if answer.returncode != 0:
@@ -127,7 +130,7 @@ def _refusal(stderr: str) -> str:
 
 
 def cancel(run: Run) -> str:
-    """Cancel the job of a run, so that it is not requeued either, and return its id. Raises UserError without one."""
+    """Cancel the job of a run, preventing requeueing, and return its id. Raises UserError if it has no active job."""
     job = SlurmJob(run)
     record: dict[str, Any] | None = job.record
     if record is None:
@@ -136,7 +139,7 @@ def cancel(run: Run) -> str:
         raise UserError(f"{run.path} is finished")
     if record["array"] is not None and job.claim(str(record["job"]), "cancelled"):
         run.write_text("slurm/cancelled", "")
-        return f"{record['job']}, which had not yet taken this run"
+        return f"{record['job']}, which had not claimed this run yet"
     number = job.current or str(record["job"])
     entry = (queue() or {}).get(number)
     if entry is not None and not entry.is_active:
@@ -151,7 +154,7 @@ def cancel(run: Run) -> str:
 
 
 def scancel(job: str) -> None:
-    """Cancel a job or an array. Raises UserError with scancel's own words."""
+    """Cancel a job or an array. Raises UserError with scancel's message."""
     answer = subprocess.run(["scancel", job], capture_output=True, text=True)
     if answer.returncode != 0:
         raise UserError(f"scancel: {answer.stderr.strip()}")
