@@ -18,7 +18,7 @@ from toolkit.train import Overrides, exit_with_status, run_with_error_handling
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command("begin")
 def create_run_in_job(recipe: str, set_: Overrides = None) -> None:
     """Print the run directory of this job: the one it had before it was requeued, or a new one."""
 
@@ -42,7 +42,7 @@ def create_run_in_job(recipe: str, set_: Overrides = None) -> None:
     exit_with_status(run_with_error_handling(work, debug=False))
 
 
-@app.command()
+@app.command("claim")
 def acquire_run_in_job(folder: Path) -> None:
     """Print the run of a study that this array task has claimed, or claims now; print nothing if none is left."""
 
