@@ -88,7 +88,7 @@ def test_all_damaged_begins_anew_and_none_at_all_is_no_fault(tmp_path: Path) -> 
         truncate(path)
     assert find_latest(tmp_path, said.append) is None
     assert len(said) == 3
-    assert "the run starts anew" in said[-1]
+    assert "the run starts over" in said[-1]
 
 
 def test_the_last_are_kept_with_the_best_weights_they_name(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def go_on(folder: Path, world: int, *arguments: object) -> tuple[list[int], str]
 
 def test_a_run_goes_on_from_the_one_before_a_damaged_one_and_from_none(tmp_path: Path) -> None:
     plain = undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
-    for damaged, line in ((1, "is damaged (its checksum differs)"), (2, "the run starts anew")):
+    for damaged, line in ((1, "is damaged (its checksum differs)"), (2, "the run starts over")):
         folder = tmp_path / str(damaged)
         killed_run(folder, 1, 14, *EMA)
         files = sorted(only_run(folder).checkpoints.glob("*.pt"))
@@ -207,7 +207,7 @@ def test_an_edited_recipe_is_refused_with_its_differences_unless_told(tmp_path: 
     [
         ('optimizer.name="nag"', 2, "its state does not fit 'nag'"),
         ("model.head.hidden=[13]", 2, "the checkpoint's model is not that of the recipe"),
-        ("train.batch_size=20", 0, "the batches have changed: epoch 3 begins anew"),
+        ("train.batch_size=20", 0, "the batches have changed: epoch 3 starts over"),
     ],
 )
 def test_changes_that_are_allowed_but_do_not_fit(tmp_path: Path, setting: str, status: int, message: str) -> None:
@@ -232,7 +232,7 @@ def test_another_number_of_processes_goes_on_exactly_from_the_end_of_an_epoch(
     killed_run(tmp_path / "killed", before, 16, *settings)
     statuses, text = go_on(tmp_path / "killed", after, "--resume", only_run(tmp_path / "killed").path)
     assert statuses == [0] * after, text
-    assert "going on after epoch 2, step 0" in text
+    assert "resuming after epoch 2, step 0" in text
     assert_same_experiment(figures(only_run(tmp_path / "plain")), figures(only_run(tmp_path / "killed")))
     assert plain["summary"]["best"]["epoch"] == only_run(tmp_path / "killed").summary["best"]["epoch"]
 

@@ -301,7 +301,7 @@ def test_a_run_without_its_checkpoints_starts_anew(tmp_path: Path) -> None:
     shutil.rmtree(run.checkpoints)
     again = Trainers(1, tmp_path / "run", "--resume", run.path)
     assert again.wait() == [0], again.text()
-    assert f"{run.checkpoints} is missing: the run starts anew" in again.text()
+    assert f"{run.checkpoints} is missing: the run starts over" in again.text()
     assert outcome(run) == undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
 
 

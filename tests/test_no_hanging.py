@@ -142,7 +142,7 @@ def test_after_a_stop_request_a_silent_process_is_named_and_not_waited_for(
     run = only_run(tmp_path)
     resumed = Trainers(world, tmp_path / "resumed", "--resume", run.path)
     assert resumed.wait() == [0] * world, resumed.text()
-    assert "going on after epoch 0, step 3" in resumed.text()
+    assert "resuming after epoch 0, step 3" in resumed.text()
     plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA) if world == 2 else None
     assert plain is None or outcome(run) == plain, "equality to the last bit holds for up to two processes"
     assert run.is_finished
@@ -275,7 +275,7 @@ def test_a_full_disk_is_a_warning_and_nothing_is_lost(tmp_path: Path, world: int
     assert statuses == [0] * world, text
     assert "warning: a checkpoint could not be written in" in text
     assert "No space left on device" in text
-    assert "(No space left on device); the checkpoint of epoch 1, step 3 is kept, and the run goes on" in text
+    assert "(No space left on device); the checkpoint of epoch 1, step 3 is kept, and the run continues" in text
     assert outcome(only_run(tmp_path / "full")) == plain
 
 
@@ -309,7 +309,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
     statuses, text = ended(tmp_path, 1, limited, *EMA)
     assert statuses == [0], text
     assert "warning: a checkpoint could not be written" in text
-    assert "(File too large); there is no checkpoint to go on from, and the run goes on" in text
+    assert "(File too large); there is no checkpoint to resume from, and the run continues" in text
     assert "checkpoint of" not in text
     assert not list(only_run(tmp_path).checkpoints.glob("*.pt"))
     assert not list(only_run(tmp_path).checkpoints.glob(".*")), "nothing half-written stays"

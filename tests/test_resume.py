@@ -291,7 +291,7 @@ def test_where_it_is_not_known_what_was_trained_changed_data_are_refused(recipe:
     run = paused(recipe)
     remove(Path(recipe.data.root))
     (run.path / "split.json").write_text("{}")
-    with pytest.raises(UserError, match=r"split\.json, which would say what was trained, is missing or damaged"):
+    with pytest.raises(UserError, match=r"split\.json, which lists the trained images, is missing or damaged"):
         resumed(run, allow_changes=True)
 
 
@@ -511,8 +511,8 @@ def test_damaged_best_weights_are_found_and_the_checkpoint_before_is_used(
     damage(best_file(run))
     assert outcome(resumed(run)) == plain
     log = run.log_file.read_text()
-    assert "checkpoint 0002-000000 is left aside, for best-0002.safetensors is " in log
-    assert "going on after epoch 1, step 0" in log
+    assert "checkpoint 0002-000000 is skipped, because best-0002.safetensors is " in log
+    assert "resuming after epoch 1, step 0" in log
 
 
 def test_where_all_checkpoints_need_the_lost_weights_nothing_is_begun_anew_unasked(recipe: Recipe) -> None:
@@ -672,7 +672,7 @@ def without_batch_norm(recipe: Recipe) -> Recipe:
 
 
 def test_a_checkpoint_whose_next_loss_is_not_finite_is_not_called_good(recipe: Recipe) -> None:
-    with pytest.raises(RunFailed, match=r"not finite at epoch 1, step 2 of 4.*; there is no checkpoint to go on from"):
+    with pytest.raises(RunFailed, match=r"not finite at epoch 1, step 2 of 4.*; there is no checkpoint to resume from"):
         fit(exploding(without_batch_norm(recipe)), quiet=True)
     (run,) = runs_of(recipe.recipe.run_root, "small")
     assert places(run) == ["0000-000001"]
@@ -720,7 +720,7 @@ def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(
         with pytest.raises(RunFailed, match="the checkpoint of the end of epoch 1 is kept") as failed:
             fit(recipe, quiet=True)
     assert f"{name}" in str(failed.value)
-    assert "is not finite after epoch 2, step 2, so that no checkpoint of this is written" in str(failed.value)
+    assert "is not finite after epoch 2, step 2, so no checkpoint of it is written" in str(failed.value)
     (run,) = runs_of(recipe.recipe.run_root, "small")
     assert newest(run).name.startswith("0001-000000-")
     assert outcome(resumed(run)) == outcome(fit(recipe, quiet=True))
@@ -730,7 +730,7 @@ def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(
 
 
 @pytest.mark.parametrize(("first", "kept"), [
-    (1, "there is no checkpoint to go on from"), (STEPS + 1, "the checkpoint of the end of epoch 1 is kept"),
+    (1, "there is no checkpoint to resume from"), (STEPS + 1, "the checkpoint of the end of epoch 1 is kept"),
 ])  # fmt: skip
 def test_stopped_with_a_full_disk_it_says_which_checkpoint_there_is(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, first: int, kept: str
@@ -744,7 +744,7 @@ def test_stopped_with_a_full_disk_it_says_which_checkpoint_there_is(
 
     monkeypatch.setattr(TrainStep, "_update", TrainStep._update)  # undone at the end
     at_call(TrainStep, "_update", first, stop, after=True)
-    with pytest.raises(Interrupted, match=f"stopped by SIGTERM without a new checkpoint; {kept}; go on with"):
+    with pytest.raises(Interrupted, match=f"stopped by SIGTERM without a new checkpoint; {kept}; resume with"):
         fit(recipe, quiet=True)
 
 
@@ -764,5 +764,5 @@ def test_a_clock_that_runs_backwards_changes_no_duration(recipe: Recipe, monkeyp
     assert 0 < run.summary["startup_seconds"] < age
     assert 0 < run.summary["seconds"] < age
     assert run.summary["images_per_s"] > 0
-    said = re.findall(r"ready for the first step after (\S+) s, (\S+) s of them imports", run.log_file.read_text())
+    said = re.findall(r"ready for the first step after (\S+) s, including (\S+) s of imports", run.log_file.read_text())
     assert [float(value) >= 0 for value in said[0]] == [True, True]

@@ -62,7 +62,7 @@ def stopped(
     began = time.monotonic()
     assert trainers.wait(30) == [3] * world, trainers.text()
     assert time.monotonic() - began < LIMIT_S
-    assert "go on with: toolkit train --resume" in trainers.text().strip().splitlines()[-1]
+    assert "resume with: toolkit train --resume" in trainers.text().strip().splitlines()[-1]
     return trainers
 
 

@@ -147,7 +147,7 @@ def survive(
               f"{run_epochs * STEPS}, the sitting's {steps}.")  # fmt: skip
     trainers = Trainers(world, folder, recipe, "--resume", "auto", *epochs(run_epochs), *settings)
     assert trainers.wait() == [0] * world, trainers.text()
-    assert "going on after epoch" in trainers.text()
+    assert "resuming after epoch" in trainers.text()
     return outcome(only_run(folder))
 
 

@@ -217,8 +217,8 @@ def _split_moved(content: dict[str, Any]) -> None:
 
 NEWEST, BEFORE = "checkpoints/0002-000000", "checkpoints/0001-000000"
 BEST, BEST_BEFORE = "checkpoints/best-0002.safetensors", "checkpoints/best-0001.safetensors"
-TRIED = "checkpoint 0002-000000 is damaged .*the one before it is tried"
-ASIDE = r"checkpoint 0002-000000 is left aside, for best-0002\.safetensors is "
+TRIED = "checkpoint 0002-000000 is damaged .*trying the one before it"
+ASIDE = r"checkpoint 0002-000000 is skipped, because best-0002\.safetensors is "
 
 
 def _file(name: str, damage: Callable[[Path], object]) -> Callable[[Place], object]:
@@ -262,7 +262,7 @@ RESUMED = [
         p.content_of("0001-000000"), p.content_of("0002-000000")), logged=TRIED),
     Case("content of another run in the newest's place", lambda p: shutil.copy(
         next(p.other.checkpoints.glob("0002-000000-*.pt")), p.content_of("0002-000000")), logged=TRIED),
-    Case("every content flipped", _all_content(flip), logged="no whole checkpoint is left: the run starts anew"),
+    Case("every content flipped", _all_content(flip), logged="no whole checkpoint is left: the run starts over"),
     Case("checkpoints folder missing", lambda p: shutil.rmtree(p.checkpoints), logged="is missing: the run starts"),
     # manifests
     Case("newest manifest missing", _file(f"{NEWEST}.json", Path.unlink), logged=TRIED),
@@ -306,7 +306,7 @@ RESUMED = [
         "checkpoints/model.json", lambda c: c["classes"].reverse())),
     Case("files.safetensors missing", _file("checkpoints/files.safetensors", Path.unlink)),
     Case("environment.json missing", _file("environment.json", Path.unlink)),
-    Case("a summary by hand", _file("summary.json", _text("{}")), "is finished: there is nothing to go on with"),
+    Case("a summary by hand", _file("summary.json", _text("{}")), "is finished: there is nothing to resume"),
     # data
     Case("an image added", lambda p: _new_image(p, "c0/99.bmp"), r"1 image\(s\) added: c0/99\.bmp"),
     Case("an image removed", lambda p: (p.data / "c2/00.bmp").unlink(), r"1 image\(s\) removed: c2/00\.bmp"),

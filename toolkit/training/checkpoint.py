@@ -1,16 +1,17 @@
-"""Checkpoints that survive being killed at any moment.
+"""Checkpoints that stay valid if the process is killed at any moment.
 
-A checkpoint is a file of tensors and plain values, and a small JSON that is written after it, names it and holds its
-SHA-256. What no JSON names, or does not match its checksum, is not a checkpoint, and the one before is used. The JSON
-also has the SHA-256 of the best weights so far: without them a run could not finish from that checkpoint.
+A checkpoint is a file of tensors and plain values, plus a small JSON manifest that is written after it and holds its
+name and SHA-256. A file that no manifest names, or that does not match its checksum, is ignored, and the checkpoint
+before it is used. The manifest also has the SHA-256 of the best weights so far, without which a run could not finish
+from that checkpoint.
 
-A checkpoint within an epoch is proven good by the next step, which must have a finite loss; until then the one before
-it is kept as well. One whose next loss is not finite gets the key "refused" in its JSON and is not used.
+A checkpoint within an epoch is known to be good once the next step has a finite loss; until then the one before it is
+kept as well. If that loss is not finite, the manifest gets the key "refused", and the checkpoint is not used.
 
     checkpoints/0007-000123.json            {"file": ..., "sha256": ..., "bytes": ..., "epoch": 7, "step": 123, ...}
-    checkpoints/0007-000123-5fe1ab0c.pt     epochs completed - steps into the next one - start of its checksum
-    checkpoints/best-0005.safetensors       weights of the best epoch so far; the checkpoint names its epoch
-    checkpoints/best.safetensors            the same file, under the name that lasts
+    checkpoints/0007-000123-5fe1ab0c.pt     completed epochs - steps of the next one - start of the file's checksum
+    checkpoints/best-0005.safetensors       weights of the best epoch so far, which the manifest names
+    checkpoints/best.safetensors            the same file under its permanent name
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from toolkit.reading import DamagedFile, MissingFile, Shape, read_json, require_
 from toolkit.runs import sync_folder, write_atomically
 
 STEM = re.compile(r"\.?(\d{4,})-(\d{6,})[-.]")
-"""Epochs and steps at the beginning of a file's name; a temporary one has a dot before it."""
+"""Epochs and steps at the beginning of a file name; temporary files start with a dot."""
 FORMAT = 2
-"""Version of the layout of a checkpoint's content."""
+"""Version of the checkpoint format."""
 
 CheckpointStep = tuple[int, int]
-"""Completed epochs, and completed steps of the one under way."""
+"""Completed epochs, and completed steps of the current epoch."""
 
 
 class _File(Shape):
@@ -55,7 +56,7 @@ class _File(Shape):
 
 
 class _Manifest(_File):
-    """The JSON of a checkpoint."""
+    """The JSON manifest of a checkpoint."""
 
     file: str
     epoch: int = Field(ge=0)
@@ -67,7 +68,7 @@ class _Manifest(_File):
 
 
 class BestWeightsLost(UserError):
-    """There are whole checkpoints, but the best weights of none: ``path`` is the newest of these checkpoints."""
+    """No checkpoint that is whole has its best weights; ``path`` is the newest of these checkpoints."""
 
     def __init__(self, path: Path, weights: Path, fault: str) -> None:
         super().__init__(f"{weights} is lost ({fault}), and every checkpoint that is left needs it")
@@ -75,9 +76,10 @@ class BestWeightsLost(UserError):
 
 
 def save_checkpoint(folder: Path, place: CheckpointStep, content: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint and then drop the oldest; raises OSError (disk full, ...) with all that was there still whole.
+    """Write a checkpoint, then delete the oldest ones.
 
-    The file of an earlier checkpoint at the same place is never overwritten: the JSON changes from one to the other.
+    Raises OSError (e.g. disk full), which leaves the existing checkpoints intact. The file of an earlier checkpoint at
+    the same step is never overwritten: the manifest is switched to the new file.
     """
     # Through memory: torch's own writer and safetensors' hide a full disk behind other exceptions.
     buffer = io.BytesIO()
@@ -102,51 +104,54 @@ def save_checkpoint(folder: Path, place: CheckpointStep, content: dict[str, Any]
 
 
 def find_latest(folder: Path, warn: Callable[[str], None], *, with_best: bool = False) -> Path | None:
-    """The file of the newest whole checkpoint, or None. Those that cannot be used are named through ``warn``.
+    """Return the file of the newest whole checkpoint, or None. Unusable ones are reported through ``warn``.
 
-    ``with_best``: the best weights that it names must be whole as well. Raises BestWeightsLost where this leaves none.
+    ``with_best``: its best weights must be whole as well. Raises BestWeightsLost if only these are missing.
     """
     places = sorted({place for path in folder.glob("*") if (place := checkpoint_step(path)) is not None}, reverse=True)
     if not folder.is_dir():
-        warn(f"{folder} is missing: the run starts anew")
+        warn(f"{folder} is missing: the run starts over")
     lost: BestWeightsLost | None = None
     for place in places:
         manifest = folder / _manifest_name(place)
         path, fault = _examine(manifest)
-        problem = f"is {'left aside' if _is_refused(manifest) else 'damaged'} ({fault})"
+        problem = f"is {'skipped' if _is_refused(manifest) else 'damaged'} ({fault})"
         if path is not None:
             weights, fault = _examine_best(manifest) if with_best else (manifest, "")
             if not fault:
                 return path
             lost = lost or BestWeightsLost(path, weights, fault)
-            problem = f"is left aside, for {weights.name} is {fault}"
-        next_try = "" if place == places[-1] else "; the one before it is tried"
+            problem = f"is skipped, because {weights.name} is {fault}"
+        next_try = "" if place == places[-1] else "; trying the one before it"
         warn(f"checkpoint {manifest.stem} {problem}{next_try}")
     if lost is not None:
         raise lost
     if places:
-        warn("no whole checkpoint is left: the run starts anew")
+        warn("no whole checkpoint is left: the run starts over")
     return None
 
 
 def refuse_checkpoint(folder: Path, place: CheckpointStep, reason: str) -> None:
-    """Mark the checkpoint at ``place``, if there is one, as not to be used. Raises OSError (disk full, ...)."""
+    """Mark the checkpoint at ``place``, if there is one, as unusable. Raises OSError (e.g. disk full)."""
     path = folder / _manifest_name(place)
     try:
         manifest = read_json(path, _Manifest)
         write_atomically(path, json.dumps({**manifest, "refused": reason}).encode())
     except UserError:
-        return  # none, or a damaged one, which is not used either
+        return  # missing or damaged, so it is not used anyway
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Name of a tensor that holds an infinite value or a NaN, if any. Each device is waited for once."""
+    """Return the name of a tensor with an infinite value or a NaN, if any.
+
+    Waits once per device and dtype, and again only for tensors whose sum is not finite.
+    """
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             groups[tensor.device, tensor.dtype][name] = tensor
     for group in groups.values():
-        # A sum is fast, and finite only if all values are; one of large finite values may overflow.
+        # A sum is fast, and finite only if all values are. It may overflow, so doubtful tensors are checked in full.
         doubtful = torch.stack([tensor.sum() for tensor in group.values()]).isfinite().logical_not().tolist()
         for name, is_doubtful in zip(group, doubtful, strict=True):
             if is_doubtful and not group[name].isfinite().all():
@@ -155,13 +160,13 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU. A file that carries code, or of another version, is a UserError."""
+    """Load a checkpoint to the CPU. Raises UserError if the file contains code or has another format version."""
     require_file(path)
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"{path} is refused: it holds more than tensors and plain values, or is no checkpoint "
+            f"{path} is refused: it holds more than tensors and plain values, or is not a checkpoint "
             f"({str(error).strip().splitlines()[0]})"
         ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -170,9 +175,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_best(folder: Path, epoch: int, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Write the weights of the best epoch so far, under that epoch's own name. Raises OSError (disk full, ...).
+    """Write the weights of the best epoch so far to a file named after the epoch. Raises OSError (e.g. disk full).
 
-    Returns what a checkpoint's JSON says of the file: its size in bytes and its SHA-256.
+    Returns the manifest's entry for the file: its size in bytes and its SHA-256.
     """
     data = pack_state(state, epoch=epoch)
     write_atomically(best_path(folder, epoch), data)
@@ -180,9 +185,9 @@ def save_best(folder: Path, epoch: int, state: dict[str, torch.Tensor]) -> dict[
 
 
 def best_fault(folder: Path, epoch: int, facts: dict[str, Any] | None) -> str:
-    """What is wrong with the best weights of ``epoch``, "" if nothing. ``facts`` are those of :func:`save_best`.
+    """Return what is wrong with the best weights of ``epoch``, "" if nothing. ``facts``: from :func:`save_best`.
 
-    None (a checkpoint of an earlier version): only a missing file is seen.
+    If ``facts`` is None (a checkpoint of an earlier version), only a missing file is detected.
     """
     facts = facts or {}
     path = best_path(folder, epoch)
@@ -195,13 +200,13 @@ def best_fault(folder: Path, epoch: int, facts: dict[str, Any] | None) -> str:
 
 
 def link_best(folder: Path, epoch: int) -> Path:
-    """Give the best epoch's weights the name ``best.safetensors``."""
+    """Link the best epoch's weights to ``best.safetensors`` (a copy if the file system has no hard links)."""
     target, temporary = folder / "best.safetensors", folder / ".best.tmp"
     temporary.unlink(missing_ok=True)
     source = best_path(folder, epoch)
     try:
         os.link(source, temporary)
-    except OSError:  # a file system without hard links
+    except OSError:
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
     sync_folder(folder)
@@ -209,9 +214,9 @@ def link_best(folder: Path, epoch: int) -> Path:
 
 
 def finished_fault(folder: Path, epoch: int, classes: list[str]) -> str:
-    """What is unlike the last checkpoint of a finished run: ``best.safetensors``, or the classes of model.json; or "".
+    """Return how ``best.safetensors`` or the classes of model.json differ from a finished run's last checkpoint, or "".
 
-    Nothing is compared where that checkpoint is gone, or knows of another best epoch than ``epoch``.
+    Nothing is compared if that checkpoint is gone or names a best epoch other than ``epoch``.
     """
     for path in sorted((p for p in folder.glob("*.json") if checkpoint_step(p) is not None), reverse=True):
         try:
@@ -227,20 +232,20 @@ def finished_fault(folder: Path, epoch: int, classes: list[str]) -> str:
                 return "model.json names other classes, or in another order, than this run was trained with"
             return ""
         except (OSError, UserError):
-            continue  # a damaged one says nothing
+            continue  # damaged
     return ""
 
 
 def _classes_digest(classes: list[str] | None) -> str | None:
-    """SHA-256 of the names in their order."""
+    """Return the SHA-256 of the class names in order."""
     return None if classes is None else hashlib.sha256(json.dumps(classes).encode()).hexdigest()
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors state dict; a UserError where the file is missing or damaged, as its own digest shows."""
+    """Load a safetensors state dict. Raises UserError if the file is missing or does not match its own checksum."""
     require_file(path)
     if any("\udc80" <= char <= "\udcff" for char in str(path)):  # bytes that are not UTF-8
-        raise UserError(f"{path}: safetensors opens no path that is not UTF-8; rename the folder")
+        raise UserError(f"{path}: safetensors cannot open a path that is not UTF-8; rename the folder")
     try:
         tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
         is_intact = has_its_digest(path, tensors)
@@ -252,18 +257,18 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def best_path(folder: Path, epoch: int) -> Path:
-    """Where the weights of the best epoch lie."""
+    """Return the path of the best epoch's weights."""
     return folder / f"best-{epoch:04d}.safetensors"
 
 
 def checkpoint_step(path: Path) -> CheckpointStep | None:
-    """The place that a checkpoint's file name tells; None for another file."""
+    """Return the epochs and steps in a checkpoint's file name; None for other files."""
     match = STEM.match(path.name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def _examine(manifest_path: Path) -> tuple[Path | None, str]:
-    """The file of a whole checkpoint; or None and what is wrong with it."""
+    """Return the file of a whole checkpoint, or None and what is wrong with it."""
     try:
         manifest = read_json(manifest_path, _Manifest)
         path = manifest_path.with_name(Path(manifest["file"]).name)
@@ -280,7 +285,7 @@ def _examine(manifest_path: Path) -> tuple[Path | None, str]:
 
 
 def _examine_best(manifest_path: Path) -> tuple[Path, str]:
-    """The best weights that a whole checkpoint names, and what is wrong with them ("": nothing, or it names none)."""
+    """Return the best weights that a checkpoint names and what is wrong with them ("" if nothing or none named)."""
     manifest = read_json(manifest_path, _Manifest)
     epoch, folder = manifest.get("best_epoch"), manifest_path.parent
     if not isinstance(epoch, int):
@@ -289,7 +294,7 @@ def _examine_best(manifest_path: Path) -> tuple[Path, str]:
 
 
 def _file_fault(path: Path, size: int | None, sha256: str | None) -> str:
-    """How a file differs from what is known of it; "" if it does not. Raises OSError."""
+    """Return how a file differs from the expected size and SHA-256, "" if it does not. Raises OSError."""
     found = path.stat().st_size
     if not path.is_file():
         return "not a regular file"
@@ -305,10 +310,10 @@ def _manifest_name(place: CheckpointStep) -> str:
 
 
 def _prune(folder: Path, place: CheckpointStep, keep: int) -> None:
-    """Keep the ``keep`` checkpoints up to the one at ``place``, just written, and the best weights that they name.
+    """Keep the last ``keep`` checkpoints up to the new one at ``place``, and their best weights; delete the others.
 
-    Within an epoch at least two are kept: the loss after the new one is not known yet. Later ones are leftovers from
-    before the run went back to an earlier checkpoint, because those were damaged or refused.
+    Within an epoch at least two are kept, because the loss after the new one is not known yet. Later ones were damaged
+    or refused, so the run resumed from an earlier checkpoint; they are deleted.
     """
     if place[1]:
         keep = max(keep, 2)
@@ -321,7 +326,7 @@ def _prune(folder: Path, place: CheckpointStep, keep: int) -> None:
             named |= {folder / Path(manifest["file"]).name, best_path(folder, manifest.get("best_epoch") or 0)}
         except UserError:
             continue  # damaged: it names nothing
-    for _, path in manifests:  # first the marks of completion, then the content
+    for _, path in manifests:  # manifests first: a file without one is ignored
         if path not in named:
             path.unlink(missing_ok=True)
     for path in (*folder.glob("*.pt"), *folder.glob("best-*.safetensors")):
@@ -330,6 +335,6 @@ def _prune(folder: Path, place: CheckpointStep, keep: int) -> None:
 
 
 def _is_refused(manifest_path: Path) -> bool:
-    with contextlib.suppress(UserError):  # damaged: it counts as it always did
+    with contextlib.suppress(UserError):  # a damaged manifest does not count as refused
         return bool(read_json(manifest_path, _Manifest).get("refused"))
     return False

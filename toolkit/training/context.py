@@ -1,4 +1,4 @@
-"""From a recipe to everything that training needs: images, splits, preprocessing, model, transfer."""
+"""Build everything that training needs from a recipe: images, splits, preprocessing, model, transfer."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ from toolkit.training.single_value_batches import check_single_value_batches
 
 @dataclass
 class TrainingContext:
-    """What a recipe amounts to on this machine."""
+    """A recipe and the objects built from it on this machine."""
 
     recipe: Recipe
     accelerator: Accelerator
     display: Console
     dataset: Dataset
     splits: dict[str, np.ndarray]
-    """Indices into the data set of "train", "validation" and "test", int64."""
+    """Dataset indices of "train", "validation" and "test", int64."""
     preprocessing: Preprocessing
     built: ModelBundle
     transfer: Transfer
     stochastic: DropoutKeys
     bad_images: list[str]
-    """Names of images left out because they cannot be read."""
+    """Unreadable images that were left out: name and reason of each."""
     drawn: str = ""
-    """Hash of the splits as the recipe draws them; a resumed run whose data changed may have others."""
+    """Hash of the splits as the recipe draws them; ``splits`` may differ in a resumed run whose data changed."""
 
     def labels(self, split: str) -> np.ndarray:
-        """Classes of a split's images, int64."""
+        """Return the class indices of a split's images, int64."""
         labels: np.ndarray = self.dataset.labels[self.splits[split]]
         return labels
 
     def has(self, split: str) -> bool:
-        """Whether a split has images: validation and test may have none."""
+        """Return whether a split has images; validation and test may be empty."""
         return len(self.splits[split]) > 0
 
     @property
     def steps(self) -> int:
-        """Optimiser steps an epoch."""
+        """Optimizer steps per epoch."""
         return steps_per_epoch(len(self.splits["train"]), self.recipe.train.batch_size, self.recipe.train.drop_last)
 
 
@@ -71,9 +71,9 @@ def build_context(
     load_weights: bool = True,
     settle: Callable[[Dataset, dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
 ) -> TrainingContext:
-    """Build everything. Raises UserError for what the user can mend, on all processes alike (a collective).
+    """Build everything (a collective). Raises UserError on all processes for problems that the user can fix.
 
-    ``settle`` gets the data set and the splits that the recipe draws, and returns those to use.
+    ``settle``: called with the dataset and the splits that the recipe draws; returns the splits to use.
     """
     data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     dataset = main_first(accelerator, lambda: open_dataset(data))
@@ -108,7 +108,7 @@ def build_context(
             load_weights=load_weights,
         )
 
-    built = main_first(accelerator, build)  # weights are fetched once
+    built = main_first(accelerator, build)  # weights are downloaded once
     transfer = apply_transfer(built, recipe.transfer)
     images, world = len(splits["train"]), accelerator.num_processes
     check_single_value_batches(
@@ -138,10 +138,10 @@ def build_context(
 def _measure(
     accelerator: Accelerator, display: Console, dataset: Dataset, indices: np.ndarray, plain: Preprocessing
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the training images, computed by the main process (a collective)."""
+    """Return mean and standard deviation of the training images, computed by the main process (a collective)."""
     values = None
     if accelerator.is_main_process:
-        display.log(f"normalisation: computing mean and deviation of {len(indices)} training images")
+        display.log(f"normalization: computing mean and std of {len(indices)} training images")
         values = channel_statistics(dataset.images, indices, plain, available_cpus(local_processes()))
     mean, std = broadcast_object(values)
     return tuple(mean), tuple(std)
@@ -151,8 +151,8 @@ def _check_images(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, sp
     """Look for unreadable images before the first epoch, on the main process (a collective).
 
     With on_bad_image = "error" files are opened but not decoded (cheap); with "skip" they are decoded, so that the same
-    ones are left out on every process. Files with more than 8 bits per sample are decoded where the range of their
-    values is to be found.
+    ones are left out on every process. Files with more than 8 bits per sample are decoded if their value range has to
+    be determined.
     """
     checked = Checked([], [])
     if accelerator.is_main_process:
@@ -170,7 +170,10 @@ def _without_bad_images(
     splits: dict[str, np.ndarray],
     bad: list[tuple[int, str]],
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The splits without bad images, and the names of these. Raises UserError where that is not wanted."""
+    """Return the splits without unreadable images, and these with reasons.
+
+    Raises UserError unless data.on_bad_image is "skip", or if there are more than data.max_bad_fraction allows.
+    """
     if not bad:
         return splits, []
     named = [f"{dataset.images.name(index)}: {reason}" for index, reason in bad]
@@ -178,7 +181,7 @@ def _without_bad_images(
     total = sum(len(indices) for indices in splits.values())
     if recipe.data.on_bad_image != "skip":
         raise UserError(
-            f"{len(bad)} of {total} images cannot be read: {shown}. Mend or remove them, or set "
+            f"{len(bad)} of {total} images cannot be read: {shown}. Repair or remove them, or set "
             'data.on_bad_image = "skip"'
         )
     if len(bad) > recipe.data.max_bad_fraction * total:
@@ -193,7 +196,10 @@ def _without_bad_images(
 
 
 def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
-    """The structure before training: parts, parameters, images, steps, device and precision."""
+    """Return the overview logged before training: layer groups, parameters, images, steps, device and precision.
+
+    ``whole``: also print the module.
+    """
     recipe, train, built = setup.recipe, setup.recipe.train, setup.built
     module_text = f"\n{built.module}" if whole else ""
     rows = layer_group_table(built, setup.transfer, recipe.transfer, recipe.optimizer)

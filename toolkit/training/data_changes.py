@@ -1,8 +1,8 @@
-"""What changed in a run's data since its checkpoint was written, and splits that keep trained images apart.
+"""Changes in a run's data since its checkpoint was written, and splits that keep trained images out of evaluation.
 
-Compared are the names and classes of the images of each split, and for image files their size and time of change. Where
-every file has another time of change the data were copied: then sizes are compared, and the content of up to 32 files.
-A file replaced by one of the same size in such a copy is not seen unless it is one of the 32.
+The names and classes of each split's images are compared, and the size and modification time of image files. If the
+modification time of every file differs, the data were copied: then sizes are compared, and the content of up to 32
+files. In such a copy, a file replaced by one of the same size is detected only if it is one of the 32.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from toolkit.runs import Run, write_atomically
 Splits = dict[str, IntArray]
 
 SHOWN = 3
-"""So many images of each kind of difference are named."""
+"""Number of images named for each kind of difference."""
 CHUNK = 1024
-"""Files that a thread looks at before it takes more."""
+"""Number of files that a thread stats at a time."""
 
 
 class DataDifference:
-    """How the images and splits of now differ from those of a record; as text, what is named to the user."""
+    """Differences between the current images and splits and recorded ones; ``str()`` describes them for messages."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class DataDifference:
         classes: list[str],
         files: FileFacts | None,
     ) -> None:
-        """``classes`` are those of the record."""
+        """``record``: recorded image names of each split. ``drawn``: current splits. ``classes``: recorded classes."""
         self.dataset, self.drawn, self.classes = dataset, drawn, classes
         self.replaced = [] if files is None else files.replaced()
         self.before = {name: split for split in SPLITS for name in record[split]}
@@ -58,7 +58,7 @@ class DataDifference:
         self.added = sorted(now - set(self.before))
         self.left_out = [name for name in self.before if name in there and name not in now]
         self.moved = _moved([*self.removed, *self.replaced], [*self.added, *self.replaced], files)
-        """Images that may have had another name before, with their possible earlier names."""
+        """Images that may have been renamed, with their possible earlier names."""
 
     def __str__(self) -> str:
         gone, new = ([c for c in one if c not in other] for one, other in (
@@ -76,7 +76,7 @@ class DataDifference:
         return "; ".join(part for part in parts if part) or "the same images are split otherwise"
 
     def check_outputs(self) -> None:
-        """Raise UserError where an output of the trained model would come to mean another class."""
+        """Raise UserError if an output of the trained model would now stand for another class."""
         then, now = self.classes, self.dataset.classes
         if len(then) != len(now) or any(then.index(c) != i for i, c in enumerate(now) if c in then):
             raise UserError(
@@ -85,9 +85,9 @@ class DataDifference:
             )
 
     def kept_apart(self, trained: set[str], same_rules: bool) -> Splits:
-        """The drawn splits, but for images that were trained: these are in no split but train.
+        """Return the drawn splits with all ``trained`` images moved to train.
 
-        ``same_rules``: the recipe splits as before, so that all other images that were there stay in their split too.
+        ``same_rules``: the recipe splits as before, so all other known images stay in their recorded split, too.
         """
         place = np.full(len(self.names), -1)
         for number, split in enumerate(SPLITS):
@@ -103,7 +103,7 @@ class DataDifference:
 
 
 def _moved(gone: list[str], new: list[str], files: FileFacts | None) -> dict[str, list[str]]:
-    """For each new image those gone that may be the same: of equal file name and size, or of equal size and time."""
+    """Map new images to missing ones that may be the same: equal file name and size, or equal size and time."""
     by_file, by_facts = defaultdict(list), defaultdict(list)
     for name in gone:
         by_file[os.path.basename(name)].append(name)
@@ -127,11 +127,11 @@ def _listed(kind: str, names: list[str]) -> str:
     return f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{more}"
 
 
-# -- size and time of change of image files ---------------------------------------------------------------------------
+# -- size and modification time of image files ------------------------------------------------------------------------
 
 
 def write_file_facts(run: Run, dataset: Dataset, splits: Splits) -> None:
-    """Keep size and time of change of every image file of the splits, and SHA-256 of some, for a later resumption."""
+    """Store size and modification time of the splits' image files, and the SHA-256 of some, for a later resume."""
     if not isinstance(dataset.images, ImageFiles):
         return
     indices = np.concatenate([splits[name] for name in SPLITS])
@@ -143,7 +143,7 @@ def write_file_facts(run: Run, dataset: Dataset, splits: Splits) -> None:
 
 
 class FileFacts:
-    """Size and time of change of a record's image files, then and now."""
+    """Size and modification time of recorded image files, as recorded and now."""
 
     def __init__(
         self, names: list[str], images: ImageFiles, files: npt.NDArray[np.int64], sample: npt.NDArray[np.uint8]
@@ -152,11 +152,11 @@ class FileFacts:
         self.rows = {name: row for row, name in enumerate(names)}
         self.index = {images.name(i): i for i in range(len(images))}
         self.is_current = False
-        """Whether :meth:`replaced` has found every file that is still there as it was."""
+        """Whether :meth:`replaced` found all modification times unchanged."""
 
     @classmethod
     def read(cls, run: Run, trained: str, dataset: Dataset, record: dict[str, list[str]]) -> FileFacts | None:
-        """What was kept of a record's files; None where nothing was, and where images are no files."""
+        """Read what a run stored about its image files; None if it stored nothing, or if images are not files."""
         names = [name for split in SPLITS for name in record[split]]
         try:
             require_file(run.file_facts)
@@ -171,18 +171,18 @@ class FileFacts:
         return cls(names, dataset.images, files, sample)
 
     def then(self, name: str) -> tuple[int, int]:
-        """Size and time of change of a file of the record."""
+        """Return the recorded size and modification time of a file."""
         size, time = self.files[self.rows[name]].tolist()
         return size, time
 
     def now(self, name: str) -> tuple[int, int]:
-        """Size and time of change of a file of the data set."""
+        """Return the current size and modification time of a file."""
         size, time = _stat(self.images, np.array([self.index[name]]))[0].tolist()
         return size, time
 
-    @functools.cache  # noqa: B019  (one object a resumption)
+    @functools.cache  # noqa: B019  (one object per resume)
     def replaced(self) -> list[str]:
-        """Names of the files whose content is another one, as far as can be seen without reading them all."""
+        """Return the names of files whose content changed, as far as can be told without reading them all."""
         places = np.array([self.index.get(name, -1) for name in self.names], dtype=np.int64)
         there = np.flatnonzero(places >= 0)
         other_size, other_time = (self.files[there] != _stat(self.images, places[there])).T
@@ -197,7 +197,7 @@ class FileFacts:
 
 
 def _stat(images: ImageFiles, indices: IntArray) -> npt.NDArray[np.int64]:
-    """Size in bytes and time of change in nanoseconds of these files, int64 [n, 2]; -1 for one that is gone."""
+    """Return size in bytes and modification time in nanoseconds of files, int64 [n, 2]; -1 for a missing file."""
 
     def look(start: int) -> None:
         for row in range(start, min(start + CHUNK, len(indices))):
@@ -206,18 +206,18 @@ def _stat(images: ImageFiles, indices: IntArray) -> npt.NDArray[np.int64]:
                 found[row] = state.st_size, state.st_mtime_ns
 
     found = np.full((len(indices), 2), -1, dtype=np.int64)
-    with ThreadPoolExecutor(8) as pool:  # a network file system answers several at once
+    with ThreadPoolExecutor(8) as pool:  # network file systems answer several requests at once
         list(pool.map(look, range(0, len(indices), CHUNK)))
     return found
 
 
 def _sampled(count: int) -> IntArray:
-    """Places of up to 32 of so many files, evenly spread."""
+    """Return the indices of up to 32 of ``count`` files, evenly spread."""
     return np.linspace(0, count - 1, min(SAMPLED, count), dtype=np.int64)
 
 
 def _digests(images: ImageFiles, indices: IntArray) -> npt.NDArray[np.uint8]:
-    """SHA-256 of these files, uint8 [k, 32]; zeros for one that cannot be read."""
+    """Return the SHA-256 of files, uint8 [k, 32]; zeros for a file that cannot be read."""
     digests = np.zeros((len(indices), 32), dtype=np.uint8)
     for row, i in enumerate(indices.tolist()):
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""The end of a run: the written weights are proven, the test set is touched once, the summary is written last.
+"""The end of a run: verify the saved weights, evaluate on the test set once, write the summary last.
 
-A run may have no validation images: then the written weights are compared with those in memory. It may have no test
-images: then there are no test figures and no predictions.csv.
+Without validation images, the saved weights are compared with those in memory instead. Without test images, there are
+no test metrics and no predictions.csv.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from toolkit.training.evaluation import EvalResult
 from toolkit.training.trainer import StopTraining, Trainer
 
 TOLERANCE = {"no": 1e-4, "bf16": 2e-2, "fp16": 1e-2}
-"""Relative difference of loss allowed between log and written file: sums in another order, in that precision."""
+"""Allowed relative difference between the logged loss and that of the saved weights, by precision.
+
+The order of summation differs between the two evaluations.
+"""
 
 
 def finish(training: Trainer) -> dict[str, Any]:
-    """Evaluate the best and the last model on test, write predictions, return the summary (a collective)."""
+    """Evaluate the best and the last model on the test set, write predictions, return the summary (a collective)."""
     try:
         best, last, test = _evaluate_both(training)
     except StopTraining:
         raise Interrupted(
-            f"stopped in the final evaluation; {training.kept_text()}. Go on with: toolkit train --resume "
+            f"stopped in the final evaluation; {training.kept_text()}. Resume with: toolkit train --resume "
             f"{training.run.path if training.run else ''}"
         ) from None
     summary = _summary(training, best, last)
@@ -42,16 +45,16 @@ def finish(training: Trainer) -> dict[str, Any]:
 
 
 def write_summary(training: Trainer, summary: dict[str, Any]) -> None:
-    """With this file the run is finished, so nothing comes after it: what is killed before is taken up again."""
+    """Write summary.json, which marks the run as finished, so it is written last (a collective)."""
     if training.run is not None and training.accelerator.is_main_process:
         training.run.write_json("summary.json", summary)
     training.accelerator.wait_for_everyone()
 
 
 def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], EvalResult | None]:
-    """Figures of the best model (from its file) and the stopped one (from memory), and the best one's test outcome.
+    """Return the metrics of the best model (from its file) and of the last one (from memory), and the test result.
 
-    The outcome is None for a run without test images.
+    The test result is the best model's, and None for a run without test images.
     """
     position, run = training.position, training.run
     assert position.best is not None
@@ -88,7 +91,7 @@ def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], E
 
 
 def _prove_equal(training: Trainer, written: nn.Module) -> None:
-    """Without validation images: the written file must hold the last epoch's weights, which are in memory, exactly."""
+    """Raise RunFailed unless the saved weights equal those of the last epoch in memory bit for bit."""
     with training.averaged_weights():
         trained = training.setup.built.module.state_dict()
         found = written.state_dict()
@@ -102,7 +105,7 @@ def _prove_equal(training: Trainer, written: nn.Module) -> None:
 
 
 def _prove(training: Trainer, again: EvalResult) -> None:
-    """The written file must score on validation what the log said of its epoch."""
+    """Raise RunFailed unless the saved weights reproduce the validation metrics logged for their epoch."""
     logged = training.position.best
     assert logged is not None
     measured = again.figures("val/")
@@ -122,7 +125,7 @@ def _prove(training: Trainer, again: EvalResult) -> None:
 
 
 def _figures(record: dict[str, Any], test: EvalResult | None) -> dict[str, Any]:
-    """summary.json's entry for one model; ``test`` is None without test images."""
+    """Return summary.json's entry for one model; ``test`` is None without test images."""
     validation = {key.replace("/", "_"): value for key, value in record.items() if key.startswith("val/")}
     return {"epoch": record["epoch"], **validation, **({} if test is None else test.figures("test_"))}
 
@@ -155,7 +158,7 @@ def _summary(training: Trainer, best: dict[str, Any], last: dict[str, Any]) -> d
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far by the main process: on its GPU, or resident on the CPU; GiB."""
+    """Return the main process's peak memory so far in GiB: allocated on its GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

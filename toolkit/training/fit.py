@@ -1,4 +1,4 @@
-"""From a recipe to a trained model in a run directory: `fit` is the whole story, top to bottom."""
+"""Train a recipe into a run directory; :func:`fit` is the main function."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ def fit(
     origins: dict[str, Any] | None = None,
     began: float | None = None,
 ) -> Run:
-    """Train what ``recipe`` says on the processes that a launcher has started (or this one) and return the run.
+    """Train ``recipe`` on the processes that a launcher started (or on this one alone) and return the run.
 
-    ``resume`` is a run directory, or ``"auto"`` for the recipe's youngest unfinished run (a new one if there is none;
-    a requeued SLURM job that had finished its run gets that one back, untrained).
-    ``until``: after this epoch the run pauses, unfinished, and another ``fit(resume=run)`` goes on as if there had been
-    no pause; None: to the recipe's end. ``allow_changes`` lets a run go on under a recipe that differs from the one it
-    was started with, and with data that changed since; images that were trained then stay out of validation and test.
-    ``quiet``: what is said goes to the run's log.txt alone. ``origins`` is what a new run keeps of where the recipe's
-    values came from (:meth:`toolkit.recipe.Loaded.told_origins`), for its report. ``began``: when the command was
-    given, on the clock of time.monotonic(), for the time to the first step; None: now.
+    ``resume``: a run directory, or ``"auto"`` for the recipe's most recent unfinished run (a new run if there is none;
+    a requeued SLURM job that had already finished its run returns that run without training).
+    ``until``: pause after this epoch; a later ``fit(resume=run)`` continues as if there had been no pause. None trains
+    to the last epoch. ``allow_changes``: allow resuming with a recipe that differs from the one the run was started
+    with, and with data that changed since; images that were trained on then stay out of validation and test.
+    ``quiet``: write messages to the run's log.txt only. ``origins``: where the recipe's values came from
+    (:meth:`toolkit.recipe.load.LoadedRecipe.origins_dict`), stored in a new run for its report. ``began``: when the
+    command was started, as a time.monotonic() value, to report the time to the first step; None means now.
 
-    Raises UserError (bad input, before training), RunFailed (e.g. a loss that is not finite) and Interrupted (stopped
-    on request, with a checkpoint written).
+    Raises UserError (bad input, before training), RunFailed (e.g. a non-finite loss) and Interrupted (stopped on
+    request, with a checkpoint written).
     """
     called = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -105,7 +105,7 @@ def fit(
                 if summary is not None:
                     tracking.summarise(summary)
             if summary is None:
-                display.log(f"paused after epoch {training.position.epoch}, as was asked")
+                display.log(f"paused after epoch {training.position.epoch}, as requested")
             else:
                 display.note(closing_text(recipe, summary))
                 write_summary(training, summary)
@@ -114,7 +114,7 @@ def fit(
             if peers is not None:
                 peers.close()
             raise
-        except Exception as error:  # the terminal that shows it may be gone
+        except Exception as error:  # also logged, because the terminal that shows it may be gone
             display.note(str(error) if isinstance(error, UserError | RunFailed) else traceback.format_exc())
             raise
         if peers is not None:
@@ -124,15 +124,15 @@ def fit(
 
 
 def _say_startup(display: Console, called: float, began: float) -> float:
-    """Seconds from the command to the first step, which are also said."""
+    """Log and return the seconds from the start of the command to the first step."""
     seconds = time.monotonic() - began
-    imports = f", {called - began:.1f} s of them imports" if called > began else ""
+    imports = f", including {called - began:.1f} s of imports" if called > began else ""
     display.log(f"ready for the first step after {round(seconds, 2):.1f} s{imports}")
     return round(seconds, 2)
 
 
 def dry_run(recipe: Recipe, *, load_weights: bool = True, show_module: bool = False) -> None:
-    """Build everything and take one batch through forward and backward; nothing is written."""
+    """Build everything and run one batch forward and backward, without writing anything."""
     accelerator, display = _join_processes(recipe)
     setup = build_context(recipe, accelerator, display, load_weights=load_weights)
     display.log(describe(setup, accelerator.mixed_precision, whole=show_module))
@@ -148,20 +148,20 @@ def dry_run(recipe: Recipe, *, load_weights: bool = True, show_module: bool = Fa
 def _training(
     setup: TrainingContext, run: Run, tracking: Tracking, stop: GracefulStop, resumption: Resumption | None
 ) -> Trainer:
-    """The training, built; computing the features of frozen layers can be interrupted."""
+    """Build the trainer. Raises Interrupted if a stop is requested while features of frozen layers are precomputed."""
     try:
         training = Trainer(setup, run, tracking, stop, None if resumption is None else resumption.checkpoint)
         if resumption is not None and resumption.changed:
             training.accept_changes()
         return training
     except StopTraining:
-        raise Interrupted(f"stopped before training; go on with: toolkit train --resume {run.path}") from None
+        raise Interrupted(f"stopped before training; resume with: toolkit train --resume {run.path}") from None
 
 
 def _join_processes(
     recipe: Recipe, stop: GracefulStop | None = None, *, quiet: bool = False
 ) -> tuple[Accelerator, Console]:
-    """Join the processes and say who they are; check what depends on their number."""
+    """Initialize distributed training, check the batch size against the process count, and log ranks and precision."""
     accelerator = init_accelerator(recipe.train, stop)
     check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.grad_accum_steps)
     display = Console(speaks=accelerator.is_main_process, shows=not quiet)
@@ -178,9 +178,9 @@ def _join_processes(
 def _finished_before_requeue(
     recipe: Recipe, accelerator: Accelerator, display: Console, resume: str | os.PathLike[str] | None
 ) -> Run | None:
-    """The run that this SLURM job finished before it was started again, if any (a collective).
+    """Return the run that this SLURM job finished before it was requeued, if any (a collective).
 
-    A job that loses its node as it ends is requeued; a new run would be the second one of a job that has done its work.
+    A job whose node fails just as the job ends is requeued; without this check it would train a second run.
     """
     job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
     if str(resume) != "auto" or not job or restarts == "0":
@@ -198,7 +198,7 @@ def _finished_before_requeue(
 
 
 def _leave(accelerator: Accelerator, peers: FailureDetector | None) -> None:
-    """Without having trained (a collective)."""
+    """Leave the process group without having trained (a collective)."""
     if peers is not None:
         peers.close()
     accelerator.wait_for_everyone()
@@ -213,7 +213,7 @@ def _run_to_resume(
     resume: str | os.PathLike[str] | None,
     allow_changes: bool,
 ) -> Run | None:
-    """The run to go on with, the same on every process (a collective); None: a new one."""
+    """Return the run to resume, the same on every process (a collective); None for a new run."""
     if resume is None:
         return None
 
@@ -228,7 +228,7 @@ def _run_to_resume(
         if run is None:
             return None
         if run.is_finished:
-            raise UserError(f"{run.path} is finished: there is nothing to go on with")
+            raise UserError(f"{run.path} is finished: there is nothing to resume")
         changes = _changes(run, recipe)
         if changes and not allow_changes:
             listed = "; ".join(f"{'.'.join(map(str, key))}: {old!r} -> {new!r}" for key, old, new in changes)
@@ -244,13 +244,13 @@ def _run_to_resume(
 
 
 def _changes(run: Run, recipe: Recipe) -> list[tuple[tuple[str | int, ...], Any, Any]]:
-    """What differs between a run's recipe and this one; how it is submitted does not matter."""
+    """Return the differences between a run's recipe and this one, except in [slurm]."""
     return [change for change in diff(run.recipe, recipe) if change[0][0] != "slurm"]
 
 
 @contextlib.contextmanager
 def _locked(run: Run, accelerator: Accelerator, display: Console) -> Iterator[None]:
-    """Hold the run directory; only the main process writes to it."""
+    """Lock the run directory; only the main process holds the lock, because only it writes there."""
     lock = main_only(accelerator, lambda: run.lock(display.log), share=False)
     try:
         yield
@@ -261,7 +261,7 @@ def _locked(run: Run, accelerator: Accelerator, display: Console) -> Iterator[No
 
 @contextlib.contextmanager
 def _tracked(recipe: Recipe, accelerator: Accelerator, run: Run, display: Console) -> Iterator[Tracking]:
-    """The trackers, closed with the run's true exit status."""
+    """Open the trackers, and close them with the run's exit status."""
     tracking = Tracking(accelerator, recipe, run.path, f"{recipe.recipe.name}-{run.id}", display.log)
     status = 1
     try:
@@ -275,10 +275,10 @@ def _tracked(recipe: Recipe, accelerator: Accelerator, run: Run, display: Consol
 
 
 def _write_beginnings(setup: TrainingContext, run: Run, resumption: Resumption | None) -> None:
-    """What can be said before training: recipe, environment, splits, how to rebuild the model."""
+    """Write the files known before training: recipe, environment, splits, and how to rebuild the model."""
     names = {split: [setup.dataset.images.name(int(i)) for i in setup.splits[split]] for split in SPLITS}
     run.checkpoints.mkdir(exist_ok=True)  # somebody may have removed it
-    # An equal one stays as it is: the hash in a checkpoint of an earlier version is of its text, without newer keys.
+    # An equal recipe is not rewritten: checkpoints of earlier versions hold the hash of its text, without newer keys.
     if resumption is None or diff(run.recipe, setup.recipe):
         run.write_text("recipe.toml", resolved_toml(setup.recipe))
     run.write_json("environment.json", describe_environment(setup.accelerator))
@@ -306,7 +306,7 @@ def _write_beginnings(setup: TrainingContext, run: Run, resumption: Resumption |
 
 
 def _keep_first_layer(setup: TrainingContext, run: Run) -> None:
-    """The first convolution's weights as training finds them, for a look at what it made of them."""
+    """Save the first convolution's initial weights, so that the report can show how training changed them."""
     for name, layer in setup.built.module.named_modules():
         if isinstance(layer, nn.Conv2d):
             weights = {f"{name}.weight": layer.weight.detach().float().contiguous()}
@@ -315,5 +315,5 @@ def _keep_first_layer(setup: TrainingContext, run: Run) -> None:
 
 
 def closing_text(recipe: Recipe, summary: dict[str, Any]) -> str:
-    """The closing table, and a line for each figure that the recipe expects."""
+    """Return the summary table, and one line per metric that the recipe expects."""
     return "\n".join([summary_table(summary), *(v.line() for v in check_expectations(recipe, summary))])

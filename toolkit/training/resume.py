@@ -1,7 +1,8 @@
-"""Before a run is resumed: its recipe and its data are compared with those that its checkpoint was trained with.
+"""Checks before a run is resumed: its recipe and data must be those of its checkpoint.
 
-A recipe edited inside the run directory, a checkpoint of another run, and data that changed in between are refused with
-their differences. ``--allow-changes`` accepts them; images that were trained then stay out of validation and test.
+A recipe edited inside the run directory, a checkpoint of another run, and data that changed since are refused, with
+their differences listed. ``--allow-changes`` accepts them; images that were trained on then stay out of validation and
+test.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from toolkit.training.console import Console
 from toolkit.training.data_changes import DataDifference, FileFacts, Splits
 
 ADVICE = (
-    "Bring back what the run was trained with, or start a new run, or say --allow-changes, which keeps the images that "
-    "were trained out of validation and test"
+    "Restore the data that the run was trained with, start a new run, or add --allow-changes, which keeps the images "
+    "that were trained out of validation and test"
 )
 
 
@@ -47,19 +48,19 @@ class Resumption:
     display: Console
     allow_changes: bool
     recipe_changed: bool = False
-    """Whether the recipe is not that of the checkpoint, which was allowed."""
+    """Whether the recipe differs from the checkpoint's (and this was allowed)."""
     files_known: bool = False
-    """Whether what is kept of the image files still holds (main process)."""
+    """Whether the stored sizes and times of the image files are still valid (main process)."""
     data_changed: bool = False
-    """Whether the images or their splits are not those of the checkpoint, which was allowed."""
+    """Whether the images or their splits differ from the checkpoint's (and this was allowed)."""
 
     @property
     def changed(self) -> bool:
-        """Whether anything changed that the next checkpoint must know of."""
+        """Whether anything changed that the next checkpoint must record."""
         return self.recipe_changed or self.data_changed or bool(self.checkpoint.get("best_lost"))
 
     def compare_recipe(self) -> None:
-        """Raise UserError where the recipe is not that of the checkpoint, unless this is allowed (a collective)."""
+        """Raise UserError if the recipe differs from the checkpoint's, unless changes are allowed (a collective)."""
         self.recipe_changed = main_only(self.accelerator, self._compare_recipe)
 
     def _compare_recipe(self) -> bool:
@@ -69,19 +70,19 @@ class Resumption:
         if not self.allow_changes:
             raise UserError(
                 f"the checkpoint of {self.run.path} was written under another recipe ({listed}): recipe.toml was "
-                "edited, or the checkpoint is another run's. Undo this, or say --allow-changes"
+                "edited, or the checkpoint is another run's. Undo this, or add --allow-changes"
             )
         self.display.log(f"the recipe has changed since the checkpoint was written ({listed})")
         return True
 
     def compare_metrics(self) -> None:
-        """Raise UserError where lines of metrics.jsonl are lost or edited, unless this is allowed (a collective)."""
+        """Raise UserError if lines of metrics.jsonl were lost or edited, unless changes are allowed (a collective)."""
         main_only(self.accelerator, self._compare_metrics)
 
     def _compare_metrics(self) -> None:
         path, length = self.run.metrics_file, self.checkpoint["position"]["metrics_bytes"]
         found = read_bytes(path)[:length] if path.exists() else b""
-        known = self.checkpoint.get("metrics_sha256")  # not there in checkpoints of earlier versions
+        known = self.checkpoint.get("metrics_sha256")  # missing in checkpoints of earlier versions
         if len(found) < length:
             fault = f"{len(found)} of {length} bytes are left" if path.exists() else "missing"
         elif known is not None and hashlib.sha256(found).hexdigest() != known:
@@ -90,22 +91,22 @@ class Resumption:
             return
         if not self.allow_changes:
             raise UserError(
-                f"{path} is damaged ({fault}): it is not what the checkpoint of this run was written with. Bring back "
-                "the file, or say --allow-changes, which goes on from the same weights with the lines that are left"
+                f"{path} is damaged ({fault}): it differs from the file at the time of this run's checkpoint. Restore "
+                "the file, or add --allow-changes, which resumes from the same weights with the remaining lines"
             )
         self.display.log(f"warning: {path.name} is damaged ({fault})")
 
     def settle(self, dataset: Dataset, drawn: Splits) -> Splits:
-        """The splits to go on with (a collective); ``drawn`` are those that the recipe gives with the data of now.
+        """Return the splits to train with (a collective). ``drawn``: those of the recipe with the current data.
 
-        Raises UserError where data or splits are not those of the checkpoint, unless this is allowed.
+        Raises UserError if data or splits differ from the checkpoint's, unless changes are allowed.
         """
         splits, self.data_changed = main_only(self.accelerator, lambda: self._settle(dataset, drawn))
         return splits
 
     def _settle(self, dataset: Dataset, drawn: Splits) -> tuple[Splits, bool]:
         now, trained = split_hash(dataset, drawn), self.checkpoint["batches"][0]
-        # Where the hash says that nothing changed, split.json is not needed; it may be damaged.
+        # If the hash is unchanged, split.json is not needed, so it may be damaged.
         record = _named(dataset, drawn) if now == trained else self._record(trained)
         files = None if record is None else FileFacts.read(self.run, trained, dataset, record)
         replaced = [] if files is None else files.replaced()
@@ -115,7 +116,7 @@ class Resumption:
         if record is None:
             raise UserError(
                 f"the data or the splits of {self.run.path} have changed since its checkpoint was written, and "
-                "split.json, which would say what was trained, is missing or damaged. Start a new run"
+                "split.json, which lists the trained images, is missing or damaged. Start a new run"
             )
         difference = DataDifference(record, dataset, drawn, self._classes(), files)
         if not self.allow_changes:
@@ -134,7 +135,7 @@ class Resumption:
         return splits, True
 
     def _record(self, trained: str) -> dict[str, list[str]] | None:
-        """Names of the images of each split as the checkpoint was trained with them; None where they are not known."""
+        """Return the image names of each split that the checkpoint was trained with; None if they are unknown."""
         with contextlib.suppress(UserError):
             for split in self.run.splits():
                 if split.get("hash") == trained:
@@ -142,7 +143,7 @@ class Resumption:
         return None
 
     def _recorded(self, record: dict[str, list[str]] | None, dataset: Dataset, trained: str) -> Splits:
-        """The splits of a run whose data changed earlier: those that were settled then, not those drawn now."""
+        """Return the recorded splits of a run whose data changed earlier, instead of those drawn now."""
         index = {dataset.images.name(i): i for i in range(len(dataset.images))}
         names = record or {}
         if record is not None and all(name in index for split in SPLITS for name in names[split]):
@@ -152,7 +153,7 @@ class Resumption:
         raise UserError(f"{self.run.path / 'split.json'} is not the one that the checkpoint was trained with")
 
     def _ever_trained(self) -> set[str]:
-        """Names of all images that were in a training split since the run began."""
+        """Return the names of all images that have been in the training split since the run began."""
         return {name for split in self.run.splits() for name in _names(split)["train"]}
 
     def _classes(self) -> list[str]:
@@ -166,10 +167,10 @@ class Resumption:
 def find_resumption(
     run: Run, recipe: Recipe, accelerator: Accelerator, display: Console, allow_changes: bool
 ) -> Resumption | None:
-    """What there is to resume from: the newest whole checkpoint, chosen by the main process; None (a collective).
+    """Return the run at its newest whole checkpoint, chosen by the main process; None without one (a collective).
 
-    Raises UserError where it was written under another recipe, or where the best weights of all checkpoints are lost,
-    unless changes are allowed.
+    Raises UserError if the checkpoint was written under another recipe, if metrics.jsonl is damaged, or if the best
+    weights of all checkpoints are lost, unless changes are allowed.
     """
 
     def choose() -> tuple[Path | None, bool]:
@@ -179,8 +180,8 @@ def find_resumption(
         except BestWeightsLost as lost:
             if not allow_changes:
                 raise UserError(
-                    f"{lost}. Bring back the file, or start a new run, or say --allow-changes: then the best epoch is "
-                    "chosen among the last one and those to come"
+                    f"{lost}. Restore the file, or start a new run, or add --allow-changes: then the best epoch is "
+                    "chosen from the last epoch and later ones"
                 ) from None
             return lost.path, True
 
@@ -199,7 +200,7 @@ def _named(dataset: Dataset, splits: Splits) -> dict[str, list[str]]:
 
 
 def _names(split: dict[str, Any]) -> dict[str, list[str]]:
-    """The lists of split.json. Raises UserError where one is missing."""
+    """Return the image names of each split in split.json. Raises UserError if a list is missing."""
     names = {name: split.get(name) for name in SPLITS}
     if not all(isinstance(value, list) and all(isinstance(n, str) for n in value) for value in names.values()):
         raise UserError("split.json is damaged: it does not list the images of every split")
@@ -207,9 +208,9 @@ def _names(split: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def recipe_changes(run: Run, recipe: Recipe, checkpoint: dict[str, Any]) -> str:
-    """How a recipe differs from the one that a run's checkpoint was written under; "" if it is the same experiment."""
+    """Describe how a recipe differs from that of a run's checkpoint; "" if it is the same experiment."""
     stored = checkpoint.get("recipe")
-    if stored is None:  # written by a version that kept the hash alone
+    if stored is None:  # written by a version that stored only the hash
         if checkpoint["recipe_hash"] in {recipe_hash(recipe), content_hash(_plain_recipe(run))}:
             return ""
         return "only the hash of its recipe was kept, so the differences cannot be named"
@@ -218,7 +219,7 @@ def recipe_changes(run: Run, recipe: Recipe, checkpoint: dict[str, Any]) -> str:
 
 
 def check_recipe(run: Run) -> None:
-    """Raise UserError where a run's recipe.toml is not that of its last checkpoint, if one is left."""
+    """Raise UserError if a run's recipe.toml differs from that of its last checkpoint, if it still has one."""
     path = find_latest(run.checkpoints, lambda _: None)
     if path is None:
         return
@@ -230,12 +231,12 @@ def check_recipe(run: Run) -> None:
 
 
 def stored_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as a checkpoint holds it."""
+    """Return the resolved recipe as JSON, as stored in checkpoints."""
     return json.dumps(resolved_content(recipe))
 
 
 def _validated(stored: str) -> Recipe:
-    """The recipe of a checkpoint; keys that have come since mean what the version that wrote it did."""
+    """Parse a checkpoint's recipe; keys added since then get the behavior of the version that wrote it."""
     try:
         content = json.loads(stored)
         update_recipe(content)
@@ -248,6 +249,6 @@ def _validated(stored: str) -> Recipe:
 
 
 def _plain_recipe(run: Run) -> dict[str, Any]:
-    """recipe.toml as it was written, without the defaults of keys that have come since."""
+    """Return recipe.toml as written, without the defaults of keys added since."""
     with open(run.path / "recipe.toml", "rb") as file:
         return tomllib.load(file)

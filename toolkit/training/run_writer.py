@@ -1,7 +1,7 @@
-"""What a run writes while it goes on: lines of metrics.jsonl, weights of the best epoch, checkpoints.
+"""Writer of a run's metrics.jsonl, best weights and checkpoints during training.
 
-A checkpoint tells the length of metrics.jsonl and the best epoch, so it is written after them. What a full disk refuses
-is kept in memory and tried again with the next checkpoint; no checkpoint is written before it.
+A checkpoint records the length of metrics.jsonl and the best epoch, so it is written after them. Data that cannot be
+written (disk full) is kept in memory and retried at the next checkpoint; no checkpoint is written before it.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from toolkit.training.checkpoint import (
 
 
 class RunWriter:
-    """Writes for the main process of a run; on others (``run`` None) and in a dry run it does nothing."""
+    """Writes a run's files from the main process; does nothing on other processes and in a dry run (``run`` None)."""
 
     def __init__(self, run: Run | None, keep: int) -> None:
         self.run, self.keep = run, keep
         self.length = 0
-        """Bytes of metrics.jsonl."""
+        """Length of metrics.jsonl in bytes."""
         self.digest = hashlib.sha256()
-        """Of these bytes."""
+        """SHA-256 of these bytes."""
         self.lines = b""
-        """Not yet in metrics.jsonl."""
+        """Lines not yet written to metrics.jsonl."""
         self.best: tuple[int, dict[str, Tensor]] | None = None
-        """Epoch and weights not yet on disk."""
+        """Epoch and weights not yet written."""
         self.best_weights: dict[str, Any] | None = None
-        """Size and checksum of the best weights on disk, see :func:`toolkit.training.checkpoint.save_best`."""
+        """Size and SHA-256 of the best weights on disk, see :func:`toolkit.training.checkpoint.save_best`."""
 
     def begin(self, length: int, log: Callable[[str], None]) -> None:
-        """Cut metrics.jsonl back to the ``length`` that a checkpoint knew of; 0 for a run that starts."""
+        """Truncate metrics.jsonl to the ``length`` in bytes recorded by the checkpoint; 0 for a new run."""
         if self.run is None:
             return
         there = self.run.metrics_file.read_bytes()[:length] if self.run.metrics_file.exists() else b""
         if len(there) < length:
-            said = f"{len(there)} of the {length} bytes that the checkpoint knew"
+            said = f"{len(there)} of the {length} bytes that the checkpoint recorded"
             log(f"warning: metrics.jsonl has {said}; lines are missing")
-            there = there[: there.rfind(b"\n") + 1]  # what follows must not be joined to half a line
+            there = there[: there.rfind(b"\n") + 1]  # the next line must not be joined to a partial one
         self.length = self.run.write_metrics(len(there), b"")
         self.digest = hashlib.sha256(there)
 
     def add_line(self, record: dict[str, Any]) -> None:
-        """Add a record to metrics.jsonl, now or as soon as the disk takes it."""
+        """Append a record to metrics.jsonl, or keep it in memory until the disk accepts it."""
         if self.run is None:
             return
         self.lines += (json.dumps(record) + "\n").encode()
@@ -63,12 +63,12 @@ class RunWriter:
             self._write_lines()
 
     def stage_best_weights(self, epoch: int, state: dict[str, Tensor]) -> None:
-        """Hold a copy of the best epoch's weights for the next :meth:`flush`."""
+        """Keep a copy of the best epoch's weights for the next :meth:`flush`."""
         if self.run is not None:
             self.best = (epoch, {name: tensor.detach().cpu().clone() for name, tensor in state.items()})
 
     def flush(self) -> None:
-        """Write all that is held. Raises OSError (disk full, ...) and then holds it still."""
+        """Write all data kept in memory. Raises OSError (e.g. disk full), after which it is still kept."""
         if self.run is None:
             return
         self._write_lines()
@@ -78,23 +78,23 @@ class RunWriter:
             self.best = None
 
     def save(self, place: CheckpointStep, content: dict[str, Any]) -> None:
-        """Write a checkpoint, after a :meth:`flush`. Raises OSError with the one before it still whole."""
+        """Write a checkpoint; call :meth:`flush` first. Raises OSError, which leaves the previous one intact."""
         if self.run is not None:
             save_checkpoint(self.run.checkpoints, place, content, self.keep)
 
     def refuse(self, place: CheckpointStep, reason: str) -> None:
-        """Mark the checkpoint at ``place``, if there is one, as not to be used."""
+        """Mark the checkpoint at ``place``, if there is one, as unusable."""
         if self.run is not None:
             with contextlib.suppress(OSError):
                 refuse_checkpoint(self.run.checkpoints, place, reason)
 
     def latest(self) -> CheckpointStep | None:
-        """The place of the newest checkpoint that can be used, None where there is none."""
+        """Return the epochs and steps of the newest usable checkpoint, None if there is none."""
         path = None if self.run is None else find_latest(self.run.checkpoints, lambda _: None)
         return None if path is None else checkpoint_step(path)
 
     def best_fault(self, epoch: int) -> str:
-        """What is wrong with the best weights on disk; "" if nothing."""
+        """Return what is wrong with the best weights on disk, "" if nothing."""
         return "" if self.run is None else best_fault(self.run.checkpoints, epoch, self.best_weights)
 
     def _write_lines(self) -> None:

@@ -1,8 +1,8 @@
-"""One epoch of training.
+"""The training steps of one epoch.
 
 The loss of a step is the mean over the images of the *whole* step, whatever the number of processes and accumulation
-parts: each process adds up its own images' losses and divides by the step's count, so that summing gradients over
-processes gives the gradient of one process holding everything.
+steps: each process sums its own images' losses and divides by the step's image count, so that gradients summed over
+processes equal the gradient of a single process with the whole batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from toolkit.training.evaluation import to_device
 
 @dataclass
 class RunningMetrics:
-    """Loss, right answers and images so far in an epoch: float64 [3] on the device, this process's share."""
+    """Sums of loss, correct predictions and images so far in an epoch, of this process: float64 [3] on the device."""
 
     values: Tensor
     since_log: Tensor
@@ -39,33 +39,33 @@ class RunningMetrics:
 
     @classmethod
     def zero(cls, device: torch.device) -> RunningMetrics:
-        """Nothing counted yet. (MPS has no float64; float32 there.)"""
+        """Return zero sums, in float32 on MPS, which has no float64."""
         kind = torch.float32 if device.type == "mps" else torch.float64
         return cls(torch.zeros(3, dtype=kind, device=device), torch.zeros(3, dtype=kind, device=device))
 
     def add(self, losses: Tensor, right: Tensor) -> None:
-        """Count a micro-batch, without waiting for the device."""
+        """Add a micro-batch, without waiting for the device."""
         count = torch.full_like(self.values[2], len(right))
         more = torch.stack([losses.sum().to(self.values), right.sum().to(self.values), count])
         self.values += more
         self.since_log += more
 
     def figures(self, accelerator: Accelerator) -> tuple[float, float]:
-        """Mean loss and accuracy over all processes (a collective)."""
+        """Return mean loss and accuracy over all processes (a collective)."""
         return _means(self.values, accelerator)
 
     def metrics_since_log(self, accelerator: Accelerator) -> tuple[float, float]:
-        """Mean loss and accuracy since the last call, over all processes (a collective)."""
+        """Return mean loss and accuracy since the last call, over all processes (a collective)."""
         figures = _means(self.since_log, accelerator)
         self.since_log.zero_()
         return figures
 
     def state(self) -> list[float]:
-        """For a checkpoint: six numbers."""
+        """Return the sums as six numbers, for a checkpoint."""
         return [*self.values.tolist(), *self.since_log.tolist()]
 
     def add_state(self, state: list[float]) -> None:
-        """Add what :meth:`state` gave."""
+        """Add sums that :meth:`state` returned."""
         self.values += torch.tensor(state[:3], dtype=torch.float64).to(self.values)
         self.since_log += torch.tensor(state[3:], dtype=torch.float64).to(self.since_log)
 
@@ -80,8 +80,8 @@ def _means(values: Tensor, accelerator: Accelerator) -> tuple[float, float]:
 class NonFiniteDetector:
     """Finds the first step whose loss is not finite, without waiting for a GPU.
 
-    There a step's verdict is copied to the CPU behind its work, and read once it has come; only where more than
-    ``MOST`` are on their way is the oldest waited for, so that the CPU runs no further ahead than that.
+    On a GPU, each step's result is copied to the CPU asynchronously and read once it has arrived. Only if more than
+    ``MOST`` results are pending is the oldest one waited for, which also limits how far the CPU runs ahead.
     """
 
     MOST = 4
@@ -91,7 +91,7 @@ class NonFiniteDetector:
         self.bad: int | None = None
 
     def add(self, step: int, loss: Tensor) -> None:
-        """After each step: its number and its loss (a scalar)."""
+        """Check a step's loss (a scalar); call after each step."""
         verdict = loss.isfinite()
         if loss.device.type != "cuda":
             self.waiting.append((step, verdict, None))
@@ -103,7 +103,7 @@ class NonFiniteDetector:
         self.waiting.append((step, copy, event))
 
     def first_nonfinite_step(self, *, wait: bool = False) -> int | None:
-        """The first step known to have gone wrong; with ``wait`` all steps so far are known."""
+        """Return the first step known to have a non-finite loss; with ``wait``, of all steps so far."""
         while self.waiting:
             step, verdict, event = self.waiting[0]
             if event is not None and not event.query():
@@ -118,7 +118,7 @@ class NonFiniteDetector:
 
 @dataclass
 class TrainStepConfig:
-    """What the loop needs to know of the recipe."""
+    """The recipe values that a training step uses."""
 
     seed: int
     classes: int
@@ -135,25 +135,25 @@ class TrainStepConfig:
 
 @dataclass
 class TrainCallbacks:
-    """What the owner of the loop wants done within an epoch."""
+    """Callbacks of :meth:`TrainStep.train_epoch`."""
 
     set_lr: Callable[[float], None]
-    """Called before each step with the fractional epoch."""
+    """Called before each step with the epoch as a fraction, e.g. 2.5."""
     after_step: Callable[[int, RunningMetrics], bool]
     """Called after each step with the number of completed steps; True ends the epoch early."""
     log_step: Callable[[int, float, float], None]
-    """Called every ``log_every`` steps with completed steps and the loss and accuracy since the last call."""
+    """Called every ``log_every`` steps with the completed steps and the loss and accuracy since the last call."""
 
 
 @dataclass
 class TrainStep:
-    """The parts that one optimiser step moves."""
+    """The model, optimizer and EMA that training steps update."""
 
     accelerator: Accelerator
     network: nn.Module
-    """The module whose parameters are stepped (a tail, where features of a frozen prefix are precomputed)."""
+    """The trained module: the whole model, or its tail if the features of a frozen backbone are precomputed."""
     wrapped: nn.Module
-    """The same, as Accelerate wrapped it (DDP, autocast)."""
+    """``network`` as wrapped by Accelerate (DDP, autocast)."""
     optimizer: Any
     stochastic: DropoutKeys
     ema: ModelEma | None
@@ -163,9 +163,9 @@ class TrainStep:
     def train_epoch(
         self, loader: Any, epoch: int, first_step: int, sums: RunningMetrics, hooks: TrainCallbacks
     ) -> bool:
-        """Train the epoch after ``epoch`` completed ones from ``first_step`` on; True where it ran to its end.
+        """Train epoch ``epoch`` (0-based) from ``first_step`` on; return False if a callback ended it early.
 
-        ``sums`` holds what the steps before ``first_step`` added, and is added to.
+        ``sums`` holds the metrics of the steps before ``first_step`` and is updated in place.
         """
         settings = self.settings
         for micro, batch in loader.epoch(epoch, first_step):
@@ -188,7 +188,7 @@ class TrainStep:
         return True
 
     def _forward_backward(self, micro: MicroBatch, batch: Any, epoch: int) -> tuple[Tensor, Tensor]:
-        """Losses and right answers [own] of this process's images; their gradients are added up."""
+        """Accumulate a micro-batch's gradients; return loss and correctness of this process's images, each [own]."""
         settings, accelerator = self.settings, self.accelerator
         inputs = to_device(batch.images, accelerator.device, settings.channels_last)
         labels = batch.labels.to(accelerator.device, non_blocking=True)
@@ -207,7 +207,7 @@ class TrainStep:
         alone = micro.replicated or accelerator.num_processes == 1
         with contextlib.nullcontext() if micro.is_last else accelerator.no_sync(self.wrapped):
             logits = self.wrapped(inputs[: micro.own])
-            # Each class's share of a soft target has that class's weight.
+            # With soft targets, each class's share is weighted by that class's weight.
             losses = F.cross_entropy(
                 logits,
                 targets,
@@ -215,14 +215,14 @@ class TrainStep:
                 reduction="none",
                 label_smoothing=settings.label_smoothing,
             )
-            # DDP averages gradients over processes: times their number, it is the sum.
+            # DDP averages gradients over processes; scaling by their number gives the sum.
             scale = (1 if alone else accelerator.num_processes) / micro.step_count
             accelerator.backward(losses.sum() * scale)
         right = logits.detach().argmax(1) == labels[: micro.own]
         return losses.detach(), right
 
     def _update(self, number: int) -> None:
-        """One optimizer step, the run's ``number``-th, from 1."""
+        """Take optimizer step ``number`` of the run, counted from 1."""
         if self.settings.max_grad_norm is not None:
             parameters = [p for p in self.network.parameters() if p.requires_grad]
             self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)

@@ -1,4 +1,4 @@
-"""The epochs of a run: train, validate, keep the best, checkpoint, stop."""
+"""The training loop of a run: train, validate, keep the best weights, checkpoint, stop."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ADVICE = "Try a smaller optimizer.lr, train.max_grad_norm, or scheduler.warmup_e
 
 
 class Trainer:
-    """A run under way. ``run`` and ``tracking`` are None in a dry run, which writes nothing."""
+    """Trains and evaluates one run. ``run`` and ``tracking`` are None in a dry run, which writes nothing."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.startup_seconds = 0.0
         self.first_image: tuple[float, int] | None = None
-        """When the time left was first estimated, and how many images were trained by then."""
+        """Time of the first estimate of the time left, and the number of images trained by then."""
         self.is_saved = checkpoint is not None
         """Whether the last attempt to write a checkpoint succeeded."""
         self.resumed_under_changes: CheckpointStep | None = None
@@ -78,7 +78,7 @@ class Trainer:
     def _place_model(self) -> None:
         module, train = self.setup.built.module, self.recipe.train
         synchronized = self.accelerator.num_processes > 1 and train.sync_batch_norm
-        if synchronized or self.accelerator.device.type == "cpu":  # on CPUs ours also sums more exactly
+        if synchronized or self.accelerator.device.type == "cpu":  # on CPUs it also sums more exactly than torch's
             replace_batch_norms(module, synchronized=synchronized)
         module.to(self.accelerator.device)
         if train.channels_last:
@@ -87,9 +87,9 @@ class Trainer:
     # -- epochs -------------------------------------------------------------------------------------------------------
 
     def run_epochs(self, until: int | None = None) -> bool:
-        """Train until the recipe's epochs are done or early stopping ends them; True then.
+        """Train until the recipe's last epoch or early stopping, and return True.
 
-        False where ``until`` epochs are done and more are to come another time; their checkpoint is written.
+        If epoch ``until`` comes first, return False: its checkpoint is written, and the run can be resumed.
         """
         position, epochs = self.position, self.recipe.train.epochs
         last = epochs if until is None else min(until, epochs)
@@ -101,7 +101,7 @@ class Trainer:
     def _epoch(self, epoch: int) -> None:
         if unfreeze(self.setup, self.trainer, epoch):
             count = len(self.setup.transfer.trainable)
-            self.display.log(f"epoch {epoch + 1}: {count} parameter tensors train from here on")
+            self.display.log(f"epoch {epoch + 1}: {count} parameter tensors are trained from now on")
         self.setup.transfer.train_mode()
         sums = self._sums_so_far()
         started, images_before = time.perf_counter(), self.position.train_images
@@ -132,7 +132,7 @@ class Trainer:
         self._close_epoch(epoch, record, speed)
 
     def _close_epoch(self, epoch: int, record: dict[str, Any], speed: float) -> None:
-        """Judge the epoch, write its line and a checkpoint."""
+        """Update the best epoch, early stopping and schedule; write the epoch's metrics and a checkpoint."""
         position, recipe = self.position, self.recipe
         if not math.isfinite(record.get("val/loss", 0.0)):
             reason = f"the validation loss is {record['val/loss']} at epoch {epoch + 1}"
@@ -163,27 +163,27 @@ class Trainer:
             )
 
     def _is_best(self, record: dict[str, Any]) -> bool:
-        """Whether an epoch's weights are to be kept: it is better than all before it, or the last one is wanted."""
+        """Return whether an epoch's weights are to be kept: it beats all earlier epochs, or "last" is the criterion."""
         best_metric, best = self.recipe.train.best_metric, self.position.best
         if best_metric == "last":
             return bool(record["epoch"] >= self.recipe.train.epochs)
         return best is None or epoch_rank(record, best_metric) > epoch_rank(best, best_metric)
 
     def _average_statistics(self) -> None:
-        """Make unsynchronized batch norm statistics the same on all processes (a collective)."""
+        """Average unsynchronized batch norm statistics over all processes (a collective)."""
         if self.accelerator.num_processes > 1 and not self.recipe.train.sync_batch_norm:
             average_statistics(self.setup.built.module)
 
     def evaluate(self, split: str) -> EvalResult:
-        """Evaluate the current model, with averaged weights where the recipe says so, on a split (a collective)."""
+        """Evaluate the current model on a split, with EMA weights if the recipe has them (a collective)."""
         self._average_statistics()
         with self.averaged_weights():
             return self.evaluate_network(self.trainer.network, split)
 
     def evaluate_network(self, network: nn.Module, split: str) -> EvalResult:
-        """Evaluate a module that is like the one that trains on a split (a collective).
+        """Evaluate a module with the architecture of the trained one on a split (a collective).
 
-        StopWanted where somebody wants the run to stop.
+        Raises StopTraining if a stop was requested.
         """
         loader, rounds = self.loaders.evaluation(split)
         labels = self.setup.labels(split)
@@ -198,7 +198,7 @@ class Trainer:
             )
 
     def dry_run_step(self) -> float:
-        """One batch forward and backward; its loss."""
+        """Run one batch forward and backward, and return its loss."""
         self.setup.transfer.train_mode()
         sums = RunningMetrics.zero(self.accelerator.device)
         hooks = TrainCallbacks(self._set_lr, lambda step, sums: True, lambda *_: None)
@@ -206,7 +206,7 @@ class Trainer:
         return sums.figures(self.accelerator)[0]
 
     def close(self) -> None:
-        """Let workers go and leave the process group, all together (a collective)."""
+        """Stop the data workers and leave the process group (a collective)."""
         self.loaders.close()
         self.accelerator.wait_for_everyone()
         if torch.distributed.is_initialized():
@@ -223,7 +223,7 @@ class Trainer:
             group["lr"] = self._learning_rate(epoch, group["lr_scale"])
 
     def _after_step(self, epoch: int, step: int, sums: RunningMetrics) -> bool:
-        """After each step: count, agree with the other processes, save where it is time. True: stop here."""
+        """Count the step, agree with the other processes, and checkpoint if due. Return True to stop training."""
         position, batch_size = self.position, self.recipe.train.batch_size
         count = min(batch_size, len(self.setup.splits["train"]) - (step - 1) * batch_size)
         position.step = step
@@ -245,12 +245,12 @@ class Trainer:
         return False
 
     def _check_finite(self, epoch: int) -> None:
-        """Fail where the loss of any step so far was not finite (a collective)."""
+        """Raise RunFailed if the loss of any step so far was not finite (a collective)."""
         self.control.settle()
         self._fail_where_bad(epoch, gather_objects(self.trainer.finite.first_nonfinite_step(wait=True)))
 
     def _fail_where_bad(self, epoch: int, steps: list[int | None]) -> None:
-        """``steps``: of each process the first one whose loss was not finite, if any."""
+        """Raise RunFailed if any process has a step with a non-finite loss; ``steps`` has the first one of each."""
         step = min((step for step in steps if step is not None), default=None)
         if step is None:
             return
@@ -261,26 +261,26 @@ class Trainer:
         raise self._not_finite(reason, (epoch, step - 1))
 
     def _not_finite(self, reason: str, place: CheckpointStep) -> RunFailed:
-        """The failure, and a mark on the checkpoint at ``place``, whose weights led to it (a collective).
+        """Mark the checkpoint at ``place``, whose weights led to the failure, as refused; return the error to raise.
 
-        One of the end of an epoch is not marked, for its validation loss was finite, nor one that this process resumed
-        from under changes: the fault may be theirs.
+        A collective. Two checkpoints are not marked: one at the end of an epoch, because its validation loss was
+        finite, and the one that this process resumed from with changes, because they may be the cause.
         """
         if place[1] and place != self.resumed_under_changes:
             self.journal.refuse(place, reason)
         return RunFailed(f"{reason}; {self.kept_text()}. {ADVICE}")
 
     def kept_text(self) -> str:
-        """Which checkpoint there is to go on from, in words (a collective)."""
+        """Return a phrase that names the checkpoint to resume from, for messages (a collective)."""
         place = broadcast_object(self.journal.latest())
         if place is None:
-            return "there is no checkpoint to go on from"
+            return "there is no checkpoint to resume from"
         epoch, step = place
         where = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
         return f"the checkpoint of {where} is kept"
 
     def _log_step(self, step: int, loss: float, accuracy: float) -> None:
-        """Every train.log_every steps: one line, one record."""
+        """Write a log line and a metrics record; called every ``train.log_every`` steps."""
         epoch = self.position.epoch + step / self.setup.steps
         record: dict[str, Any] = {
             "epoch": epoch,
@@ -297,13 +297,13 @@ class Trainer:
             self.tracking.log(record, record["step"])
 
     def _shown(self, bar: ProgressBar, batches: Iterable[Any]) -> Iterator[Any]:
-        """Batches of an evaluation, counted in a progress bar; the other processes are taken to be as far."""
+        """Yield evaluation batches and advance the progress bar, assuming that all processes advance equally."""
         for batch in batches:
             yield batch
             bar.advance(len(batch[0]) * self.accelerator.num_processes)
 
     def _progress_note(self, epoch: int, step: int, sums: RunningMetrics) -> str:
-        """This process's mean loss in the epoch so far, and the time left for the whole run at the speed so far."""
+        """Return this process's mean loss in the epoch so far, and the estimated time left for the whole run."""
         loss, _, count = sums.values.tolist()
         images, train = len(self.setup.splits["train"]), self.recipe.train
         done = epoch * images + min(step * train.batch_size, images)
@@ -323,14 +323,17 @@ class Trainer:
             yield bar
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model has its averaged weights, where the recipe asks for an average."""
+        """Return a context in which the model has its EMA weights, if the recipe has an EMA."""
         ema = self.trainer.ema
         return contextlib.nullcontext() if ema is None else ema.swapped_in(self.trainer.network)
 
-    # -- stopping and going on ----------------------------------------------------------------------------------------
+    # -- stopping and resuming ----------------------------------------------------------------------------------------
 
     def stop_aware(self, batches: Iterable[Any], rounds: int) -> Iterator[Any]:
-        """``batches``, with all processes asking ``rounds`` times whether to stop, however many batches each has."""
+        """Yield ``batches``; raise StopTraining on all processes if a stop is requested on any of them (a collective).
+
+        The processes agree ``rounds`` times, which must be equal on all of them; numbers of batches may differ.
+        """
         waiting = iter(batches)
         for _ in range(rounds):
             batch = next(waiting, None)
@@ -344,7 +347,7 @@ class Trainer:
             raise StopTraining
 
     def accept_changes(self) -> None:
-        """After resuming under changes: from here on the checkpoint is one of the changed recipe and data."""
+        """Adopt a changed recipe or changed data after resuming: validate again and write a checkpoint with them."""
         position = self.position
         self.resumed_under_changes = (position.epoch, position.step)
         if position.best is not None and self.setup.has("validation"):
@@ -353,7 +356,7 @@ class Trainer:
         self.save(self._sums_so_far() if position.step else None)
 
     def _score_again(self, best: dict[str, Any]) -> None:
-        """Validate the best epoch and the last one as validation is now, to compare the epochs to come with them."""
+        """Validate the best and the last epoch again under the changes, so that later epochs compare with them."""
         position, module = self.position, self.setup.built.module
         now = self.evaluate("validation").figures("val/") if position.step == 0 else {}
         if position.step == 0 and best["epoch"] == position.epoch:
@@ -371,17 +374,17 @@ class Trainer:
             self.patience.best, self.patience.waited = scored.get(self.recipe.early_stopping.metric), 0
             self.display.log(
                 f"validated again under the changes: epoch {best['epoch']}, the best so far, has "
-                f"loss {scored['val/loss']:.4f} and accuracy {scored['val/accuracy']:.4f}; patience counts anew"
+                f"loss {scored['val/loss']:.4f} and accuracy {scored['val/accuracy']:.4f}; patience starts over"
             )
 
     def _interrupt(self, sums: RunningMetrics) -> None:
-        """Save and leave with exit status 3."""
+        """Write a checkpoint and raise Interrupted (exit status 3)."""
         self.control.settle()
         self.save(sums)
         raise Interrupted(self._stopped_message())
 
     def _refuse_stop(self) -> None:
-        """Between the last epoch and the final evaluation: nothing to save, the checkpoint is there."""
+        """Raise Interrupted if a stop was requested; the checkpoint of the last epoch exists already."""
         if any(gather_objects(self.stop.is_wanted())):
             raise Interrupted(self._stopped_message())
 
@@ -389,12 +392,12 @@ class Trainer:
         path = self.run.path if self.run else ""
         reason = next((r for r in gather_objects(self.stop.reason) if r), "a request")
         saved = "after a checkpoint was written" if self.is_saved else f"without a new checkpoint; {self.kept_text()}"
-        return f"stopped by {reason} {saved}; go on with: toolkit train --resume {path}"
+        return f"stopped by {reason} {saved}; resume with: toolkit train --resume {path}"
 
     def save(self, sums: RunningMetrics | None = None) -> None:
-        """Write a checkpoint (a collective); ``sums`` are those of an epoch under way.
+        """Write a checkpoint (a collective). ``sums``: running metrics of an unfinished epoch.
 
-        RunFailed where weights or optimizer state are not finite: what was written before stays.
+        Raises RunFailed if weights or optimizer state are not finite; earlier checkpoints are kept.
         """
         self.saved_at = time.monotonic()
         if self.run is None:
@@ -412,17 +415,20 @@ class Trainer:
             where = f"epoch {self.position.epochs_begun}" + (
                 f", step {self.position.step}" if self.position.step else ""
             )
-            reason = f"{name} is not finite after {where}, so that no checkpoint of this is written"
+            reason = f"{name} is not finite after {where}, so no checkpoint of it is written"
             raise RunFailed(f"{reason}; {self.kept_text()}. {ADVICE}")
         self.position.sums = [each["sums"] for each in everyone] if sums is not None else []
         self.is_saved = self._written(lambda: self._write_checkpoint(everyone), "a checkpoint could not be written")
 
     def finish_writing(self) -> None:
-        """At the end of a run nothing may be held back any more (a collective); RunFailed where the disk is full."""
+        """Write all results still held in memory (a collective). Raises RunFailed if they cannot be written."""
         self._written(self.journal.flush, "results could not be written", must=True)
 
     def _written(self, write: Callable[[], None], trouble: str, *, must: bool = False) -> bool:
-        """``write()`` on the main process, and whether it could; what the recipe says where not (a collective)."""
+        """Call ``write()`` on the main process and return whether it succeeded on all processes (a collective).
+
+        On failure, raise RunFailed if ``must`` or if checkpoint.on_write_error is "stop"; otherwise log a warning.
+        """
         error = None
         if self.accelerator.is_main_process:
             try:
@@ -431,9 +437,9 @@ class Trainer:
                 error = f"{trouble} in {self.run.path if self.run else ''} ({failure.strerror or failure})"
         error = broadcast_object(error)
         if error and (must or self.recipe.checkpoint.on_write_error == "stop"):
-            raise RunFailed(f"{error}; {self.kept_text()}. Make room, then go on with --resume")
+            raise RunFailed(f"{error}; {self.kept_text()}. Free disk space, then continue with --resume")
         if error:
-            self.display.log(f"warning: {error}; {self.kept_text()}, and the run goes on")
+            self.display.log(f"warning: {error}; {self.kept_text()}, and the run continues")
         return not error
 
     def _write_checkpoint(self, everyone: list[dict[str, Any]]) -> None:
@@ -464,17 +470,17 @@ class Trainer:
 
     @functools.cached_property
     def _batches(self) -> list[str | int | bool]:
-        """What the order of an epoch depends on: a step counts from its beginning only where all of this is equal."""
+        """Everything that determines an epoch's batches; a run resumes mid-epoch only if all of it is unchanged."""
         setup, train = self.setup, self.recipe.train
         images = split_hash(setup.dataset, setup.splits)
         return [images, self.recipe.recipe.seed, train.batch_size, train.drop_last, train.sampling]
 
     def _restore_model(self, checkpoint: dict[str, Any]) -> None:
-        """The model and the position, which the loaders and the optimiser are built for."""
+        """Restore the model and the training progress, which must precede the loaders and the optimizer."""
         if checkpoint["optimizer_name"] != self.recipe.optimizer.name:
             raise UserError(
                 f"the run was trained with optimizer.name = {checkpoint['optimizer_name']!r}, and its state does not "
-                f"fit {self.recipe.optimizer.name!r}: go on with the former, or start a new run"
+                f"fit {self.recipe.optimizer.name!r}: resume with the former, or start a new run"
             )
         try:
             self.setup.built.module.load_state_dict(checkpoint["model"])
@@ -485,16 +491,16 @@ class Trainer:
         self.journal.best_weights = checkpoint.get("best_weights")
         if self.position.step and checkpoint["batches"] != self._batches:
             self.position.step, self.position.sums = 0, []
-            self.display.log(f"the batches have changed: epoch {self.position.epoch + 1} begins anew")
+            self.display.log(f"the batches have changed: epoch {self.position.epoch + 1} starts over")
 
     def _restore_rest(self, checkpoint: dict[str, Any]) -> None:
-        """Everything but the model and the position, which came earlier."""
+        """Restore everything except the model and the training progress, which were restored earlier."""
         self.patience.load(checkpoint["patience"])
         self.plateau.load(checkpoint["plateau"])
         try:
             load_state(self.trainer.optimizer, checkpoint["optimizer"])
         except ValueError as error:
-            raise UserError(f"the checkpoint's optimiser state does not fit the recipe: {error}") from None
+            raise UserError(f"the checkpoint's optimizer state does not fit the recipe: {error}") from None
         if self.trainer.ema is not None:
             for name, value in checkpoint["ema"].items():
                 self.trainer.ema.averages[name].copy_(value)
@@ -505,10 +511,10 @@ class Trainer:
             restore_statistics(self.setup.built.module, checkpoint["statistics"][self.accelerator.process_index])
         if checkpoint.get("best_lost"):
             self._choose_best_anew()
-        self.display.log(f"going on after epoch {self.position.epoch}, step {self.position.step}")
+        self.display.log(f"resuming after epoch {self.position.epoch}, step {self.position.step}")
 
     def _take_last_if_best(self) -> None:
-        """Keep the weights of now if they are those of the last epoch, and this is the best under the recipe of now."""
+        """Stage the current weights as the best ones if they end an epoch that is the best under the current recipe."""
         position = self.position
         if position.step == 0 and position.last is not None and self._is_best(position.last):
             position.best = position.last
@@ -516,14 +522,17 @@ class Trainer:
                 self.journal.stage_best_weights(position.epoch, self.setup.built.module.state_dict())
 
     def _choose_best_anew(self) -> None:
-        """Where the best weights are lost: the last epoch is the best so far, if its weights are those of now."""
+        """Select the best epoch again after its weights were lost: the last epoch, if its weights are the current ones.
+
+        Otherwise there is no best epoch until the next one ends.
+        """
         position = self.position
         position.best, self.journal.best_weights = None, None
         self._take_last_if_best()
         self.display.log(f"the best epoch is chosen among those from epoch {position.epoch + (position.step > 0)} on")
 
     def _sums_so_far(self) -> RunningMetrics:
-        """What this process had counted in the epoch under way; with another number of processes, rank 0 takes all."""
+        """Restore the running metrics of an unfinished epoch; if the number of processes changed, rank 0 takes all."""
         sums, saved = RunningMetrics.zero(self.accelerator.device), self.position.sums
         if len(saved) == self.accelerator.num_processes:
             sums.add_state(saved[self.accelerator.process_index])
@@ -534,4 +543,4 @@ class Trainer:
 
 
 class StopTraining(Exception):
-    """Somebody wants the run to stop while it evaluates; all processes agree."""
+    """A stop was requested during evaluation or precomputation; raised on all processes."""
