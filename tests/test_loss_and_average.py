@@ -140,8 +140,8 @@ def test_an_average_over_more_steps_than_the_run_has_is_warned_of() -> None:
     assert short_run_warning(0.9, 31) is None
     assert short_run_warning(0.9, 25) is not None
     assert short_run_warning(0.999, 105) == (
-        "warning: train.ema = 0.999 is an average over about 1,000 steps, and the run has 105: the decay rises to "
-        "0.955 only, an average over the last 22 or so"
+        "warning: train.ema = 0.999 is an average over about 1,000 steps, but the run has only 105: the decay "
+        "reaches 0.955, an average over about the last 22"
     )
 
 

@@ -127,7 +127,7 @@ def test_features_that_do_not_fit_into_memory_are_not_kept(tmp_path: Path, monke
     monkeypatch.setattr(frozen_features, "available_memory", lambda: 1000)
     small = run_of(recipe)
     assert small.summary["shortcuts"] == []
-    assert "frozen features are not kept: its features would take" in log_of(small)
+    assert "frozen features are not cached: its features would take" in log_of(small)
     assert small.metrics_file.read_bytes() == plain.metrics_file.read_bytes()
 
 

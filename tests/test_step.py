@@ -182,7 +182,7 @@ def test_precision_on_a_cpu() -> None:
     assert resolve_precision("bf16") == "bf16"
     why = "on a CPU bf16 is faster for some models, slower for others (see toolkit bench)"
     assert precision_line("auto", "no") == f"precision no (auto): {why}"
-    assert precision_line("bf16", "bf16") == "precision bf16, as the recipe says"
+    assert precision_line("bf16", "bf16") == "precision bf16, set in the recipe"
     with pytest.raises(UserError, match="'fp16' needs a GPU"):
         resolve_precision("fp16")
 
@@ -190,11 +190,11 @@ def test_precision_on_a_cpu() -> None:
 def test_precision_on_gpus(gpu: Callable[[tuple[int, int], bool], None]) -> None:
     gpu((9, 0), True)
     assert resolve_precision("auto") == "bf16"
-    assert "the GPU computes in it" in precision_line("auto", "bf16")
+    assert "the GPU supports it" in precision_line("auto", "bf16")
     gpu((7, 5), False)
     assert resolve_precision("auto") == "no"
     assert "compute capability 7.5 has no bf16 units" in precision_line("auto", "no")
-    with pytest.raises(UserError, match="this GPU has no bf16"):
+    with pytest.raises(UserError, match="this GPU does not support bf16"):
         resolve_precision("bf16")
     assert resolve_precision("fp16") == "fp16"
 

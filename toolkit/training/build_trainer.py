@@ -1,4 +1,4 @@
-"""From a setup to the parts that training moves: parameter groups, optimiser, weight average, wrapped model."""
+"""Build the parts that training updates: parameter groups, optimizer, EMA, wrapped model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from toolkit.training.train_step import TrainStep, TrainStepConfig
 
 
 def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun: int) -> TrainStep:
-    """The trainer of a run that has begun ``epochs_begun`` epochs (a collective); its model is on its device."""
+    """Build the train step of a run that has begun ``epochs_begun`` epochs (a collective).
+
+    The model must be on its device.
+    """
     recipe, module, accelerator = setup.recipe, setup.built.module, setup.accelerator
     network = module if loaders.tail is None else module.get_submodule(loaders.tail)
     groups = _groups(setup, max(epochs_begun, 1))
@@ -43,7 +46,10 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
 
 
 def unfreeze(setup: TrainingContext, trainer: TrainStep, epoch: int) -> bool:
-    """gradual: let more stages train from epoch ``epoch`` (0-based) on; whether there were any (a collective)."""
+    """Unfreeze the layer groups due at ``epoch`` (0-based) with transfer.mode = "gradual" (a collective).
+
+    Returns whether there were any.
+    """
     if not setup.transfer.unfreeze_for_epoch(epoch + 1):
         return False
     known = trainer.optimizer.param_groups
@@ -51,15 +57,15 @@ def unfreeze(setup: TrainingContext, trainer: TrainStep, epoch: int) -> bool:
         trainer.optimizer.add_param_group(group)
     if trainer.ema is not None:
         trainer.ema.follow(trainer.network)
-    # DDP looks at what trains only when it wraps.
+    # DDP checks requires_grad only when it wraps a module.
     trainer.wrapped = setup.accelerator.prepare_model(setup.accelerator.unwrap_model(trainer.wrapped))
     return True
 
 
 def state_tensors(module: nn.Module, trainer: TrainStep) -> dict[str, Tensor]:
-    """What must be finite in a good checkpoint, by a name for people.
+    """Return the tensors that must be finite in a checkpoint, by a readable name.
 
-    Of the buffers the statistics of batch norm alone: others may be infinite by design, such as attention masks.
+    Of the buffers, only batch norm statistics: others may be infinite by design, such as attention masks.
     """
     names = {parameter: name for name, parameter in module.named_parameters()}
     tensors = {name: parameter.detach() for parameter, name in names.items()}
@@ -74,7 +80,7 @@ def state_tensors(module: nn.Module, trainer: TrainStep) -> dict[str, Tensor]:
 
 
 def _groups(setup: TrainingContext, epochs_begun: int) -> list[dict[str, Any]]:
-    """Parameter groups in the order in which they began to train: a checkpoint's optimiser state is in that order."""
+    """Return the parameter groups in the order of unfreezing, which is the order of a checkpoint's optimizer state."""
     groups: list[dict[str, Any]] = []
     for epoch in range(epochs_begun):
         setup.transfer.unfreeze_for_epoch(epoch + 1)
@@ -83,7 +89,7 @@ def _groups(setup: TrainingContext, epochs_begun: int) -> list[dict[str, Any]]:
 
 
 def _class_weights(setup: TrainingContext) -> Tensor | None:
-    """Inverse class frequency, scaled so that the mean weight over the training images is 1."""
+    """Return inverse class frequencies with mean 1 over the training images; None if class weights are off."""
     if setup.recipe.train.class_weights == "none":
         return None
     labels = setup.labels("train")

@@ -1,4 +1,4 @@
-"""What one sees while a run goes on: talk on stderr, the same lines in log.txt, a progress bar on a terminal."""
+"""Console output of a run: messages on stderr and in log.txt, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 from toolkit.filenames import escape_control_characters
 
 NOTE_EVERY_S = 0.5
-"""Reading a loss waits for the device, so that it is shown only so often."""
+"""Seconds between updates of the progress bar's note; computing it reads the loss, which waits for the device."""
 
 
 class Console:
-    """Speaks for the main process only; silent on the others. What it does not show goes to log.txt all the same."""
+    """Writes messages to stderr and log.txt, on the main process only (``speaks``).
+
+    With ``shows`` False, messages go to log.txt only.
+    """
 
     def __init__(self, *, speaks: bool, shows: bool = True) -> None:
         self.speaks, self.shows = speaks, shows
@@ -25,24 +28,24 @@ class Console:
         self.progress: Any = None
 
     def log(self, text: str = "") -> None:
-        """Show text and keep it in log.txt (from the moment there is one; earlier lines are added then)."""
+        """Print text and write it to log.txt; lines logged before log.txt exists are added once it does."""
         if not self.speaks:
             return
         text = escape_control_characters(text)
         if self.progress is not None:
             self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self.shows and sys.stderr is not None:
-            with contextlib.suppress(OSError):  # nobody reads it any more: log.txt has it
+            with contextlib.suppress(OSError):  # stderr was closed; log.txt still gets the text
                 print(text, file=sys.stderr, flush=True)
         self._log(text)
 
     def note(self, text: str) -> None:
-        """Keep text in log.txt only."""
+        """Write text to log.txt only."""
         if self.speaks:
             self._log(escape_control_characters(text))
 
     def set_log_file(self, path: Path) -> None:
-        """Keep what was and will be said in this file too."""
+        """Write all messages, including earlier ones, to this file as well."""
         if self.speaks:
             self.log_file = path
             for line in self.early_lines:
@@ -58,7 +61,7 @@ class Console:
 
     @contextlib.contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
-        """A progress bar where stderr is a terminal; nothing elsewhere."""
+        """Show a progress bar if stderr is a terminal, otherwise nothing."""
         if not self.speaks or not self.shows or sys.stderr is None or not sys.stderr.isatty():
             yield ProgressBar(None, 0)
             return
@@ -82,7 +85,7 @@ class Console:
 
 
 class ProgressBar:
-    """Progress in images."""
+    """A progress bar that counts images; does nothing if ``progress`` is None."""
 
     def __init__(self, progress: Any, task: int) -> None:
         self.progress, self.task = progress, task
@@ -90,7 +93,7 @@ class ProgressBar:
         self.noted = 0.0
 
     def advance(self, images: int, note: Callable[[], str] | None = None) -> None:
-        """Count images. ``note`` gives a text for the end of the line; it is called every half second at most."""
+        """Advance by ``images``. ``note`` returns a text for the end of the line; called at most every half second."""
         if self.progress is None:
             return
         self.seen += images
@@ -102,7 +105,7 @@ class ProgressBar:
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...], right: frozenset[int] = frozenset()) -> str:
-    """Plain text columns, numbers (columns in ``right``) aligned at the right."""
+    """Format rows as a plain text table; columns in ``right`` (numbers) are right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     rule = tuple("-" * width for width in widths)
 
@@ -114,7 +117,7 @@ def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...], right: froze
 
 
 def epoch_line(record: dict[str, Any], epochs: int, *, best: bool, images_per_s: float) -> str:
-    """epoch, learning rate, train loss and accuracy, validation loss and accuracy (if any), BEST where it is."""
+    """Format the log line of an epoch: learning rate, train and validation metrics (if any), speed, BEST if best."""
     validation = ""
     if "val/loss" in record:
         validation = f"  val loss {record['val/loss']:.4f} accuracy {record['val/accuracy']:.4f}"
@@ -126,7 +129,7 @@ def epoch_line(record: dict[str, Any], epochs: int, *, best: bool, images_per_s:
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The closing table: best and last model by validation and test, as far as the run has these splits."""
+    """Format the summary table: validation and test metrics of the best and the last model, if the run has them."""
     known = ("val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_balanced_accuracy")
     figures = [figure for figure in known if figure in summary["best"]]
     rows = [

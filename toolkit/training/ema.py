@@ -1,6 +1,6 @@
-"""Exponential moving average of the weights (Polyak & Juditsky 1992), kept beside the model, swapped in to evaluate.
+"""Exponential moving average (EMA) of the weights (Polyak & Juditsky 1992), swapped into the model for evaluation.
 
-The decay rises with the number of updates, so that the random weights a run starts with are soon forgotten: the ramp of
+The decay is warmed up with the number of updates, so that the random initial weights soon stop contributing, as in
 timm's ModelEmaV3 with ``use_warmup``.
 """
 
@@ -13,30 +13,31 @@ import torch
 from torch import Tensor, nn
 
 RAMP_POWER = 2 / 3
-"""timm's ``warmup_power``: after n updates the average is over the last n ** (2 / 3) weights or so."""
+"""timm's ``warmup_power``: after n updates the average covers about the last n ** (2 / 3) updates."""
 
 
 def decay_at(decay: float, update: int) -> float:
-    """The decay of an update, counted from 1: 0 at first (the average is the weights), ``decay`` at most."""
+    """Return the decay at an update, counted from 1: 0 at first (the average equals the weights), up to ``decay``."""
     return float(min(decay, 1 - update**-RAMP_POWER))
 
 
 def short_run_warning(decay: float, updates: int) -> str | None:
-    """A warning where a run of so many updates is short of the time that the average reaches back; else None.
+    """Return a warning if a run has too few updates for the decay, else None.
 
-    A plain average would keep ``decay ** updates`` of its start: 5 % where (1 - decay) x updates is 3.
+    The limit is (1 - decay) x updates = 3, at which an EMA without warm-up would still contain 5 % of the initial
+    weights (``decay ** updates``).
     """
     if (1 - decay) * updates >= 3:
         return None
     last = decay_at(decay, updates)
     return (
-        f"warning: train.ema = {decay:g} is an average over about {1 / (1 - decay):,.0f} steps, and the run has "
-        f"{updates:,}: the decay rises to {last:.3g} only, an average over the last {1 / (1 - last):,.0f} or so"
+        f"warning: train.ema = {decay:g} is an average over about {1 / (1 - decay):,.0f} steps, but the run has "
+        f"only {updates:,}: the decay reaches {last:.3g}, an average over about the last {1 / (1 - last):,.0f}"
     )
 
 
 class ModelEma:
-    """Average of every trainable parameter; buffers (batch norm statistics) are averages already: the model's stay."""
+    """EMA of every trainable parameter. Buffers (batch norm statistics) are not averaged again."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -44,16 +45,16 @@ class ModelEma:
         self.follow(module)
 
     def follow(self, module: nn.Module) -> None:
-        """Begin to average parameters that train from now on."""
+        """Start averaging parameters that have become trainable."""
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and name not in self.averages:
                 self.averages[name] = parameter.detach().clone()
 
     @torch.no_grad()
     def update(self, module: nn.Module, update: int) -> None:
-        """After optimizer step number ``update`` of the run, from 1: average = decay x average + (1 - decay) x weight.
+        """Update after optimizer step ``update``, from 1: average = decay x average + (1 - decay) x weight.
 
-        The decay is :func:`decay_at`.
+        The decay is that of :func:`decay_at`.
         """
         current = dict(module.named_parameters())
         weights: list[Tensor] = [current[name] for name in self.averages]
@@ -61,7 +62,7 @@ class ModelEma:
 
     @contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
-        """Inside, ``module`` holds the averages; afterwards its own weights again, bit for bit."""
+        """Use the averages as the weights of ``module`` in this context; its own are restored bit for bit afterwards."""
         self._swap(module)
         try:
             yield

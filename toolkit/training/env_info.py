@@ -1,4 +1,7 @@
-"""What a run ran on, for environment.json. No user name and, but for SLURM's job id, no environment variable."""
+"""The environment of a run, for environment.json.
+
+It contains no user name and no environment variable except SLURM's job id.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "pil
 
 
 def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Versions, devices, number of processes, command, git state, job."""
+    """Return versions, device, number of processes, command, git state and SLURM job."""
     device = accelerator.device
     return {
         "toolkit": toolkit.__version__,
@@ -49,7 +52,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit and whether files differ from it, of the folder the command was given in; None outside a repository."""
+    """Return commit and dirty flag of the working directory; None outside a git repository."""
     try:
         commit = _git("rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}

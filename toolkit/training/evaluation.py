@@ -1,4 +1,4 @@
-"""Evaluation: every example counted exactly once, on any number of processes."""
+"""Evaluation that counts every example exactly once, on any number of processes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Per-example outcome of one split, in the split's order, the same on every process."""
+    """Per-example results on one split, in the split's order; the same on every process."""
 
     losses: np.ndarray
     """Cross-entropy of each example, float64 [N]."""
     predictions: np.ndarray
     """Class with the highest probability, int64 [N]."""
     probabilities: np.ndarray
-    """The probability of that class, float64 [N]."""
+    """Probability of that class, float64 [N]."""
     in_top5: np.ndarray
-    """Whether the true class is among the five most probable, bool [N]."""
+    """Whether the true class is among the five most probable ones, bool [N]."""
     labels: np.ndarray
     """True class, int64 [N]."""
 
     def figures(self, prefix: str) -> dict[str, float]:
-        """loss, accuracy, top5_accuracy and balanced_accuracy, each under ``prefix`` (e.g. ``val/``).
+        """Return loss, accuracy, top5_accuracy and balanced_accuracy, each name prefixed (e.g. with ``val/``).
 
-        balanced_accuracy is the mean over the classes that occur of the share of their examples classified rightly.
+        balanced_accuracy is the mean recall over the classes that occur in the split.
         """
         right = self.predictions == self.labels
         support = np.bincount(self.labels)
@@ -54,20 +54,20 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
     channels_last: bool = False,
 ) -> EvalResult:
-    """Evaluate this process's share and join the shares (a collective).
+    """Evaluate this process's share of a split and gather the results of all processes (a collective).
 
-    ``batches`` gives (positions in the split, inputs, labels) for this process only; every position comes on exactly
-    one process, which is checked. The module is called without DDP, so shares may have different numbers of batches.
+    ``batches``: (positions in the split, inputs, labels) of this process only. Every position must occur on exactly one
+    process, which is checked. The module is called without DDP, so the processes may have different numbers of batches.
     """
     module.eval()
     forward = _ChunkedForward(module, device, autocast_dtype)
     places: list[np.ndarray] = []
-    found: list[Tensor] = []  # left on the device until the end: nothing waits for it
+    found: list[Tensor] = []  # kept on the device until the end, to avoid synchronization
     for positions, inputs, targets in batches:
         logits = forward(to_device(inputs, device, channels_last))
         found.append(outcomes(logits.float(), targets.to(device, non_blocking=True)))
         places.append(positions)
-    # Columns: count, loss, prediction, probability, top 5. Each process fills its own rows; their sum is the whole.
+    # Columns: count, loss, prediction, probability, top 5. Each process fills its own rows, which are then summed.
     table = torch.zeros(len(labels), 5, dtype=torch.float64)
     if found:
         table.index_add_(0, torch.from_numpy(np.concatenate(places)), torch.cat(found).cpu())
@@ -84,15 +84,18 @@ def evaluate(
 
 
 class _ChunkedForward:
-    """A module's logits, in as many parts as the device's memory needs; every part is in evaluation mode alike."""
+    """Computes a module's logits, in smaller chunks if the device runs out of memory.
+
+    This does not change the results, because the module is in evaluation mode.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
         self.module, self.device, self.autocast_dtype = module, device, autocast_dtype
         self.most: int | None = None
-        """Examples that fit at once, as far as is known."""
+        """Number of examples that fit in memory at once, None until it ran out."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """[n, ...] -> [n, K]. Raises OutOfMemoryError where not even one example fits."""
+        """[n, ...] -> [n, K]. Raises OutOfMemoryError if not even one example fits."""
         while True:
             at_once = min(self.most or len(inputs), len(inputs))
             try:
@@ -106,7 +109,7 @@ class _ChunkedForward:
 
 
 def outcomes(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits [n, K] and classes [n] -> float64 [n, 5]: 1, loss, prediction, its probability, whether in the top 5."""
+    """Logits [n, K] and labels [n] -> float64 [n, 5]: 1, loss, prediction, its probability, whether in the top 5."""
     losses = F.cross_entropy(logits, targets, reduction="none")
     probability, prediction = logits.softmax(1).max(1)
     top5 = logits.topk(min(5, logits.shape[1]), 1).indices.eq(targets[:, None]).any(1)
@@ -115,7 +118,7 @@ def outcomes(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """Move a batch, as channels_last where asked and where it is a batch of images."""
+    """Move a batch to the device; with ``channels_last``, images [n, C, h, w] get that memory format."""
     if channels_last and images.dim() == 4:
         return images.to(device, non_blocking=True, memory_format=torch.channels_last)
     return images.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What a run draws its batches from: images, or features of frozen layers computed once."""
+"""Training and evaluation batches of a run: images, or precomputed features of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from toolkit.distributed.process import local_processes
 from toolkit.training.context import TrainingContext
 
 EVALUATION_ROWS, EVALUATION_BYTES = 4096, 64 * 2**20
-"""Features are evaluated as many at a time as there are in so many rows, or bytes, on each process."""
+"""Upper limits of a process's evaluation batch of features, in rows and in bytes; the smaller one applies."""
 
 EvalLoader = EvaluationLoader | TensorEvaluationLoader
 CachePolicy = Literal["all", "images", "none"]
@@ -36,14 +36,14 @@ CachePolicy = Literal["all", "images", "none"]
 
 @dataclass
 class ImageLoaders:
-    """Image batches of each split, from wherever its images are."""
+    """Image batches of each split, from the dataset or from the cache."""
 
     setup: TrainingContext
     ways: dict[str, PreprocessingPlan]
     kept: CachedSplitImages
 
     def training(self, plan: SamplingPlan) -> TrainLoaderProtocol:
-        """Training batches."""
+        """Return the loader of training batches."""
         rows = self._rows("train")
         if rows is not None:
             return TensorLoader(rows, plan)
@@ -60,7 +60,7 @@ class ImageLoaders:
         )
 
     def evaluation(self, split: str, batches: list[IntArray], view: int = EVALUATION) -> EvalLoader:
-        """The given batches of a split, as positions in it."""
+        """Return a loader of the given batches of a split; each batch is an array of positions in the split."""
         rows = self._rows(split)
         if rows is not None:
             return TensorEvaluationLoader(rows, batches, view)
@@ -81,12 +81,12 @@ class ImageLoaders:
         )
 
     def _split(self, split: str) -> tuple[SplitDataset, DevicePreprocessor | None]:
-        """For data workers: what they do, and what is left to be done with their batches."""
+        """Return the dataset for data workers, and the preprocessing left for their batches (None if nothing is)."""
         way, done, images = self.ways[split], self.kept.done[split], self.kept.images[split]
         rest = way.transform.after(done) if done else way.transform
         transform: Any = rest
         finish = None
-        # Without a cache even evaluation goes the plain way, image by image, which the others are held against.
+        # Without a cache, evaluation preprocesses image by image, the reference that all other ways are compared with.
         if way.batched is not None and (done or not way.is_exact):
             transform = UInt8Transform(rest, way.steps - done)
             finish = self._finish(way, beside_workers=self._workers() > 0)
@@ -110,30 +110,30 @@ class ImageLoaders:
 
 @dataclass
 class DataLoaders:
-    """Sources of training and evaluation batches."""
+    """The loaders of training and evaluation batches."""
 
     setup: TrainingContext
     images: ImageLoaders
     train: TrainLoaderProtocol
     mixing: MixupConfig | None
     features: Features | None
-    """Inputs of the tail, where only that trains."""
+    """Precomputed inputs of the tail, if only the tail is trained."""
     made: dict[str, tuple[EvalLoader, int]] = field(default_factory=dict)
 
     @property
     def tail(self) -> str | None:
-        """Name of the submodule that trains on features; None: the whole module trains on images."""
+        """Name of the submodule that is trained on features; None if the whole module is trained on images."""
         return None if self.features is None else self.features.tail
 
     @property
     def shortcuts(self) -> list[str]:
-        """What was left out because it cannot change, in words."""
+        """Descriptions of the computations that are replaced by cached results."""
         return [*([] if self.features is None else [self.features.words]), *self.images.kept.shortcuts]
 
     def evaluation(self, split: str) -> tuple[EvalLoader, int]:
-        """A split's batches, and how many the process with most of them has: features, where training has them.
+        """Return a split's batches (of features if training uses them) and the largest number that any process has.
 
-        A collective, the first time.
+        A collective on the first call for a split.
         """
         if split not in self.made:
             self.made[split] = self._evaluation(split)
@@ -153,7 +153,7 @@ class DataLoaders:
         return TensorEvaluationLoader(TensorSplit(rows, self.setup.labels(split)), mine), rounds
 
     def close(self) -> None:
-        """End all worker processes, and let go of what is mapped into memory."""
+        """Stop all worker processes and release memory maps."""
         for loader in (self.train, *(loader for loader, _ in self.made.values())):
             loader.close()
         self.images.kept.forget()
@@ -162,9 +162,9 @@ class DataLoaders:
 
 
 def build_loaders(setup: TrainingContext, guard: Guard, shortcuts: CachePolicy = "all") -> DataLoaders:
-    """Loaders for a setup whose model is on its device and has the weights it starts with (a collective).
+    """Build the loaders; the model must be on its device and have its initial weights (a collective).
 
-    shortcuts: what may be kept in the cache folder, as far as the recipe allows: images and features, images, nothing.
+    ``shortcuts``: what may be cached if the recipe allows it: "all" (images and features), "images" or "none".
     """
     recipe, images = setup.recipe, setup.dataset.images
     arguments = recipe.augment, setup.preprocessing, recipe.recipe.seed, setup.dataset.native_size
@@ -194,7 +194,10 @@ def build_loaders(setup: TrainingContext, guard: Guard, shortcuts: CachePolicy =
 def _features(
     setup: TrainingContext, images: ImageLoaders, keeper: DistributedCache | None, guard: Guard
 ) -> Features | None:
-    """Features of the frozen part, after trying it on two images; None, and why where that is of interest."""
+    """Return the features of the frozen backbone, after a trial on two images; None if they cannot be used.
+
+    The reason is logged if the recipe allows them in principle.
+    """
     tail = tail_of(setup.recipe, setup.transfer)
     if tail is None or keeper is None:
         return None
@@ -205,7 +208,7 @@ def _features(
     setup.transfer.train_mode()
     reason = features.obstacle(torch.stack(two).to(setup.accelerator.device))
     if reason:
-        setup.display.log(f"frozen features are not kept: {reason}")
+        setup.display.log(f"frozen features are not cached: {reason}")
         return None
     return features
 

@@ -1,7 +1,7 @@
-"""The learning rate as a function of epochs, whatever the number of processes or steps.
+"""Learning rate schedules as functions of the epoch, independent of the number of processes and steps.
 
-Nothing here is stepped: :func:`lr_factor` is a pure function of the (fractional) epoch, so that a resumed run and a
-run on another number of processes have the same curve. Only the plateau schedule has a memory.
+:func:`lr_factor` is a pure function of the (fractional) epoch, so a resumed run and a run on another number of
+processes have the same schedule. Only the plateau schedule has state.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from toolkit.recipe.schema import SchedulerConfig
 
 
 def lr_factor(table: SchedulerConfig, epoch: float, epochs: int) -> float:
-    """What the peak learning rate is multiplied by at ``epoch`` (0 = start, ``epochs`` = end; fractions within).
+    """Return the factor of the peak learning rate at ``epoch``, a fraction between 0 (start) and ``epochs`` (end).
 
-    step: StepLR. exponential: one factor gamma an epoch. cosine: Loshchilov & Hutter 2017 (arXiv:1608.03983), one
-    cycle. one_cycle: Smith & Topin 2018 (arXiv:1708.07120) with cosine flanks. Warm-up multiplies whatever follows.
-    cosine's floor ``min_lr`` is applied by :func:`learning_rate`.
+    step: StepLR. exponential: multiply by gamma per epoch. cosine: Loshchilov & Hutter 2017 (arXiv:1608.03983), one
+    cycle. one_cycle: Smith & Topin 2018 (arXiv:1708.07120) with cosine annealing. The warm-up factor multiplies that of
+    the schedule. The lower bound ``min_lr`` of cosine is applied by :func:`learning_rate`.
     """
     return _warmup(table, epoch) * _base(table, epoch, epochs)
 
 
 def learning_rate(table: SchedulerConfig, peak: float, epoch: float, epochs: int, plateau_factor: float = 1.0) -> float:
-    """The learning rate of a parameter group whose peak is ``peak``."""
+    """Return the learning rate of a parameter group whose peak is ``peak``."""
     if table.name == "cosine":
         cosine = _base(table, epoch, epochs)
         floor = min(table.min_lr, peak)
@@ -65,22 +65,22 @@ def _cosine_between(start: float, end: float, share: float) -> float:
 
 
 def gamma_of(table: SchedulerConfig) -> float:
-    """The factor of a schedule, its own default where the recipe gives none."""
+    """Return the recipe's gamma, or the schedule's default: 0.95 for exponential, otherwise 0.1."""
     if table.gamma is not None:
         return table.gamma
     return 0.95 if table.name == "exponential" else 0.1
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether a metric rises as a model improves."""
+    """Return whether higher values of a metric are better: all metrics except losses."""
     return not metric.endswith("loss")
 
 
 def epoch_rank(record: dict[str, Any], best_metric: str) -> tuple[float, float]:
-    """Sorts the records of epochs by ``train.best_metric``, the best one last.
+    """Return a sort key for epoch records by ``train.best_metric``, which orders the best epoch last.
 
-    Equal accuracies are decided by the validation loss, equal losses by the validation accuracy. With ``last`` later
-    epochs are better. Figures that a record does not have count as the worst.
+    Ties are broken by the validation loss, and those of val/loss by the validation accuracy. With ``last``, later
+    epochs are better. Missing metrics and NaN rank worst.
     """
     if best_metric == "last":
         return float(record["epoch"]), 0.0
@@ -96,18 +96,18 @@ def epoch_rank(record: dict[str, Any], best_metric: str) -> tuple[float, float]:
 
 @dataclass
 class MetricMonitor:
-    """Counts epochs without improvement of one metric; used by early stopping and by the plateau schedule."""
+    """Counts epochs since a metric last improved; used by early stopping and the plateau schedule."""
 
     higher_is_better: bool
     min_delta: float = 0.0
     relative: bool = False
-    """Whether ``min_delta`` is a share of the best value so far instead of a difference."""
+    """Whether ``min_delta`` is a fraction of the best value so far instead of an absolute difference."""
     best: float | None = None
     waited: int = 0
     """Epochs since the last improvement."""
 
     def update(self, value: float) -> bool:
-        """Take one epoch's value; True where it improves on the best by more than ``min_delta``."""
+        """Record one epoch's value; return whether it improves on the best by more than ``min_delta``."""
         if self.best is None:
             improved = not math.isnan(value)
         else:
@@ -120,18 +120,18 @@ class MetricMonitor:
         return improved
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return asdict(self)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Back from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.best, self.waited = state["best"], state["waited"]
 
 
 class ReduceLROnPlateau:
-    """ReduceLROnPlateau: after ``patience`` + 1 epochs without improvement the factor is multiplied by gamma.
+    """Multiplies the learning rate factor by gamma after ``patience`` + 1 epochs without improvement.
 
-    Same rule as ``torch.optim.lr_scheduler.ReduceLROnPlateau`` with the same threshold mode and ``cooldown=0``.
+    Equivalent to ``torch.optim.lr_scheduler.ReduceLROnPlateau`` with the same threshold mode and ``cooldown=0``.
     """
 
     def __init__(self, table: SchedulerConfig) -> None:
@@ -141,17 +141,17 @@ class ReduceLROnPlateau:
         self.factor = 1.0
 
     def update(self, value: float) -> None:
-        """Take one epoch's value of the watched metric."""
+        """Record one epoch's value of the monitored metric."""
         self.watch.update(value)
         if self.watch.waited > self.patience:
             self.factor *= self.gamma
             self.watch.waited = 0
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"factor": self.factor, "watch": self.watch.state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Back from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.factor = state["factor"]
         self.watch.load(state["watch"])

@@ -1,8 +1,8 @@
-"""The C library's allocator, told to keep what training frees and asks for again a moment later.
+"""Configuration of glibc's allocator to keep freed memory for reuse.
 
-A step on a CPU allocates and frees the same large tensors over and over. By default glibc hands each of them back to
-the kernel, which clears every page anew when it is next touched: most of an inference's time can go there. Keeping the
-memory costs what it was at its peak, which the next step needs again anyhow. What it brings: benchmarks/README.md.
+A step on a CPU allocates and frees the same large tensors over and over. By default, glibc returns each of them to the
+kernel, which has to zero every page again when it is next touched; this can take most of the time of an inference. The
+process then keeps its peak memory, which the next step needs anyway. Speedups: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's mallopt (malloc.h)."""
 
 KEPT = 2**31 - 1
-"""Free memory at the heap's end that is not handed back, in bytes: as much as mallopt takes, 2 GiB."""
+"""Free memory at the end of the heap that is not returned to the kernel, in bytes: mallopt's maximum, 2 GiB."""
 
 FROM_HEAP = 2**30
-"""Only blocks above this size, in bytes, are still mapped and unmapped one by one."""
+"""Only blocks above this size, in bytes, are still mapped and unmapped individually."""
 
 GROWTH = 64 * 2**20
-"""The heap grows by at least so many bytes."""
+"""Minimum number of bytes by which the heap grows."""
 
 
 def tune_malloc() -> bool:
-    """Set glibc's thresholds for this process and those it forks; whether that was done.
+    """Set glibc's thresholds for this process and those it forks; return whether this was done.
 
-    Nothing is done where another C library or allocator is in use, or where the user has set a MALLOC_ variable or
-    tunables of malloc: these say more about the machine than we know.
+    Does nothing if another C library or allocator is in use, or if the user has set a MALLOC_ variable or malloc
+    tunables, which take precedence.
     """
     if platform.libc_ver()[0] != "glibc" or is_settled_by_user(os.environ):
         return False
@@ -41,7 +41,7 @@ def tune_malloc() -> bool:
 
 
 def is_settled_by_user(environment: Mapping[str, str]) -> bool:
-    """Whether the environment already says how memory is to be allocated."""
+    """Return whether the user has configured memory allocation through environment variables."""
     preloaded = environment.get("LD_PRELOAD", "")
     return (
         any(name.startswith("MALLOC_") for name in environment)

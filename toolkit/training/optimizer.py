@@ -1,4 +1,4 @@
-"""From the recipe's [optimizer] table to a torch optimiser."""
+"""Build a torch optimizer from the recipe's [optimizer] table."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from toolkit.recipe.schema import OptimizerConfig
 def build_optimizer(
     table: OptimizerConfig, groups: list[dict[str, Any]], later: Iterable[Tensor] = ()
 ) -> torch.optim.Optimizer:
-    """An optimiser over ``groups`` (each with its own lr and weight_decay).
+    """Build the optimizer for ``groups``, each with its own lr and weight_decay.
 
-    sgd, nag, adam and adamw are PyTorch's, with its meaning; every other name is timm's. Arguments that the optimiser
-    does not take are a UserError. ``later``: parameters that will be added to it while it trains. They count in the
-    choice of the kernel, which must be safe for them and must not depend on where a run was resumed.
+    sgd, nag, adam and adamw are PyTorch's; all other names are timm's. Raises UserError for arguments that the
+    optimizer does not accept. ``later``: parameters that will be added during training. They are considered when
+    choosing the kernel, which must be safe for them and must not depend on where a run is resumed.
     """
     arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.args.items()}
     if table.momentum is not None:
@@ -41,7 +41,7 @@ def build_optimizer(
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up a saved state, but compute it as is best here: the state may come from another kind of device."""
+    """Load an optimizer state, which may come from another device type, but keep this optimizer's own kernel flags."""
     ways = [{key: group[key] for key in _WAYS if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, way in zip(optimizer.param_groups, ways, strict=True):
@@ -49,14 +49,14 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 
 
 _WAYS = ("foreach", "fused", "capturable")
-"""Entries of PyTorch's parameter groups that say how a step is computed, not what."""
+"""Entries of PyTorch's parameter groups that select an implementation and do not affect the result."""
 
 
 def _can_fuse(name: str, groups: list[dict[str, Any]], later: Iterable[Tensor]) -> bool:
-    """One kernel for all parameters: on GPUs, where launching many small kernels costs most.
+    """Return whether to use PyTorch's fused kernel: on GPUs always, where launching many small kernels is slow.
 
-    On a CPU it halves the time of adam and adamw, and does nothing for SGD. There PyTorch reads weights and gradients
-    as they lie in memory, without looking at their strides: only plainly contiguous ones are safe.
+    On a CPU it halves the time of adam and adamw and gains nothing for SGD. There PyTorch's kernel ignores the strides
+    of weights and gradients, so it is safe only for contiguous ones.
     """
     parameters = [*(parameter for group in groups for parameter in group["params"]), *later]
     if all(p.device.type == "cuda" and p.is_floating_point() for p in parameters):

@@ -1,4 +1,4 @@
-"""Mixed precision: what a recipe's choice comes to on this hardware, and why."""
+"""Mixed precision: resolve a recipe's train.precision for the available hardware."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from toolkit.errors import UserError
 
 
 def on_gpu() -> bool:
-    """Whether this process trains on a GPU."""
+    """Return whether this process trains on a GPU."""
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
 
 
 def resolve_precision(wanted: str) -> str:
-    """auto: bf16 on a GPU whose hardware computes in it, else no. fp16 needs a GPU.
+    """Resolve "auto" to "bf16" on a GPU with hardware bf16, otherwise to "no". Raises UserError if unsupported.
 
-    On a CPU auto is always no, also where it has bf16 units: some models train twice as fast in bf16 there, others at
-    half the speed (benchmarks/README.md), and what a recipe computes should not hang on a stopwatch.
+    On a CPU "auto" is always "no", even if it has bf16 units: some models train twice as fast in bf16 there, others at
+    half the speed (benchmarks/README.md), and a recipe's results should not depend on a speed measurement.
     """
     gpu = on_gpu()
     if wanted == "auto":
         return "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if wanted == "fp16" and not gpu:
-        raise UserError("train.precision = 'fp16' needs a GPU, and none is used here: take 'no', 'bf16' or 'auto'")
+        raise UserError("train.precision = 'fp16' needs a GPU, and none is used here: use 'no', 'bf16' or 'auto'")
     if wanted == "bf16" and gpu and not torch.cuda.is_bf16_supported():
-        raise UserError("train.precision = 'bf16': this GPU has no bf16: take 'fp16', 'no' or 'auto'")
+        raise UserError("train.precision = 'bf16': this GPU does not support bf16: use 'fp16', 'no' or 'auto'")
     return wanted
 
 
 def precision_line(wanted: str, precision: str) -> str:
-    """One line for the log: the precision, and where it comes from."""
+    """Return a log line with the precision and the reason for it."""
     if wanted != "auto":
-        return f"precision {precision}, as the recipe says"
+        return f"precision {precision}, set in the recipe"
     if precision == "bf16":
-        return "precision bf16 (auto): the GPU computes in it"
+        return "precision bf16 (auto): the GPU supports it"
     if not on_gpu():
         return "precision no (auto): on a CPU bf16 is faster for some models, slower for others (see toolkit bench)"
     major, minor = torch.cuda.get_device_capability()

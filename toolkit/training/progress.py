@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint holds besides tensors."""
+"""Training progress and random states, as saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ import torch
 
 @dataclass
 class TrainProgress:
-    """Where a run stands; saved in every checkpoint."""
+    """Training progress of a run; saved in every checkpoint."""
 
     epoch: int = 0
     """Completed epochs."""
     step: int = 0
-    """Completed steps of the epoch under way."""
+    """Completed steps of the current epoch."""
     best: dict[str, Any] | None = None
-    """metrics.jsonl's record of the best epoch by train.best_metric."""
+    """Record in metrics.jsonl of the best epoch by train.best_metric."""
     last: dict[str, Any] | None = None
-    """The record of the last epoch."""
+    """Record of the last completed epoch."""
     stopped_early: bool = False
     metrics_bytes: int = 0
-    """Length of metrics.jsonl."""
+    """Length of metrics.jsonl in bytes."""
     train_seconds: float = 0.0
-    """Spent in training steps, over all sittings."""
+    """Total time of training steps in seconds, including sessions before a resume."""
     train_images: int = 0
-    """Images trained on, over all processes and sittings."""
+    """Images trained on by all processes, including sessions before a resume."""
     sums: list[list[float]] = field(default_factory=list)
-    """Each process's counts in the current epoch, see :meth:`toolkit.training.train_step.RunningMetrics.state`."""
+    """Running metrics of each process, see :meth:`toolkit.training.train_step.RunningMetrics.state`."""
 
     @property
     def epochs_begun(self) -> int:
-        """Completed epochs and the one under way, if any."""
+        """Number of completed epochs, plus one if an epoch is in progress."""
         return self.epoch + (self.step > 0)
 
 
 def random_state() -> dict[str, Any]:
-    """All of this process's generators, as plain values that need no pickle."""
+    """Return the states of this process's random number generators, as tensors and plain values."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -50,7 +50,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Inverse of :func:`random_state`."""
+    """Restore the generators from :func:`random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -1,7 +1,7 @@
-"""Batches too small for batch norm, found before training instead of at the end of the first epoch.
+"""Check for batches that are too small for batch norm, before training instead of at the end of the first epoch.
 
-Batch norm in training mode needs more than one value per channel. A convolution's output has many for each image; the
-output of global pooling or a linear layer has one: a part of a batch that is a single image cannot be trained on there.
+Batch norm in training mode needs more than one value per channel. A convolution's output usually has many per image,
+the output of global pooling or a linear layer only one, so a micro-batch of a single image cannot be normalized there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from toolkit.recipe.schema import TrainConfig
 def check_single_value_batches(
     built: ModelBundle, transfer: Transfer, train: TrainConfig, images: int, world: int, channels: int, image_size: int
 ) -> None:
-    """Raise UserError where an epoch of ``images`` on ``world`` processes gives a batch norm one value per channel."""
+    """Raise UserError if an epoch of ``images`` on ``world`` processes gives a batch norm one value per channel."""
     lone = [count for count in _step_sizes(images, train.batch_size, train.drop_last) if _is_lone(count, train, world)]
     if not lone:
         return
@@ -48,9 +48,9 @@ def check_single_value_batches(
 def single_value_norms(
     built: ModelBundle, transfer: Transfer, epochs: int, channels: int, image_size: int
 ) -> list[str]:
-    """Names of the batch norms that in training get one value per channel from one image, in the order of the model.
+    """Return the names of batch norms that get one value per channel from an image in training, in model order.
 
-    Frozen ones, which use their running statistics, are not among them.
+    Frozen ones are not included, because they use their running statistics.
     """
     module, values = built.module, dict[str, int]()
     training = _training_norms(transfer, epochs)
@@ -74,7 +74,7 @@ def single_value_norms(
 
 
 def _training_norms(transfer: Transfer, epochs: int) -> set[str]:
-    """Names of the batch norms that normalize by the batch in some epoch; the transfer is left as it was."""
+    """Return the names of batch norms that use batch statistics in any epoch. The transfer's state is restored."""
     module = transfer.built.module
     trains = {parameter: parameter.requires_grad for parameter in module.parameters()}
     transfer.unfreeze_for_epoch(epochs)
@@ -87,27 +87,27 @@ def _training_norms(transfer: Transfer, epochs: int) -> set[str]:
 
 
 def _step_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
-    """Numbers of images that an epoch's steps have."""
+    """Return the different numbers of images per step in an epoch."""
     full = [batch_size] if images >= batch_size else []
     rest = images % batch_size
     return [*full, rest] if rest and not drop_last else full
 
 
 def _is_lone(count: int, train: TrainConfig, world: int) -> bool:
-    """Whether batch norm somewhere sees one image of a step of ``count``, cut as in :func:`plan_epoch`."""
+    """Return whether a batch norm sees a single image in a step of ``count``, split as in :func:`plan_epoch`."""
     return 1 in _seen_at_once(count, train, world)
 
 
 def _seen_at_once(count: int, train: TrainConfig, world: int) -> Iterator[int]:
-    """The fewest images that a batch norm sees at once, for the smallest and the largest part of a step."""
+    """Yield the fewest images that a batch norm sees at once, for the smallest and largest micro-batch of a step."""
     parts = min(train.grad_accum_steps, count)
     for part in (count // parts, -(-count // parts)):
-        # A part of fewer images than processes goes to each of them whole; synchronized batch norm sees all of a part.
+        # A micro-batch with fewer images than processes is replicated on each; synchronized batch norm sees all of it.
         yield part if part < world or train.sync_batch_norm else part // world
 
 
 def _other_sizes(images: int, train: TrainConfig, world: int) -> list[int]:
-    """The nearest batch sizes, below and above, that avoid it."""
+    """Return the nearest smaller and larger batch sizes that avoid the problem."""
     unit = world * train.grad_accum_steps
 
     def fits(size: int) -> bool:
