@@ -85,8 +85,8 @@ def test_a_killed_process_ends_all_and_is_named(tmp_path: Path, world: int, rank
     assert statuses[rank] == -signal.SIGKILL
     assert all(status != 0 for status in statuses), text
     last = text.strip().splitlines()[-1]
-    assert "ended without a word" in last
-    assert rank == 0 or f"rank {rank} ended without a word" in last
+    assert "ended without an error message" in last
+    assert rank == 0 or f"rank {rank} ended without an error message" in last
     assert "Traceback" not in text
 
 
@@ -98,7 +98,7 @@ def test_a_main_thread_that_notices_nothing_does_not_keep_the_process(tmp_path: 
 
     statuses, text = ended(tmp_path, 2, prepare, *EMA)
     assert statuses == [1, -signal.SIGKILL]
-    assert "rank 1 ended without a word" in text.strip().splitlines()[-1]
+    assert "rank 1 ended without an error message" in text.strip().splitlines()[-1]
 
 
 # -- silent processes -------------------------------------------------------------------------------------------------

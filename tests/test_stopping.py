@@ -195,7 +195,7 @@ def test_ctrl_c_is_acknowledged_at_once(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     first, second = done.stderr.strip().splitlines()
-    assert first == "stopping: a checkpoint is written after this step (Ctrl-C again ends at once, without one)"
+    assert first == "stopping: a checkpoint is written after this step (press Ctrl-C again to exit at once without one)"
     assert second == "step ends"
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, "RANK": "1"}

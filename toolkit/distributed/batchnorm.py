@@ -1,9 +1,9 @@
-"""Batch norm that sums exactly on CPUs, and over the whole batch of all processes on any device.
+"""Batch norm with accurate sums on CPUs, optionally synchronized over all processes on any device.
 
-PyTorch's CPU kernel for channels_last sums all positions of a channel one after the other in float32. Its rounding
-error grows with the size of the batch, and a run on one process is then less exact than one on two. Here the sums are
-taken over short pieces, which are added in float64. torch's SyncBatchNorm has no CPU kernel either, so both cases share
-one function on CPUs. On a GPU torch's fused kernels are used. What it costs: benchmarks/README.md.
+PyTorch's CPU kernel for channels_last sums all positions of a channel sequentially in float32. Its rounding error grows
+with the batch size, so a run on one process is less accurate than one on two. Here short pieces are summed in float32
+and their sums added in float64. torch's SyncBatchNorm has no CPU kernel either, so both cases share one function on
+CPUs. On a GPU torch's fused kernels are used. Cost: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 PIECE_ROWS = 64, 1024
-"""So many numbers, at least and at most, are added one after the other in float32. Fewer are more exact, and slower."""
+"""Minimum and maximum number of values summed sequentially in float32. Fewer are more accurate but slower."""
 
 PIECE_CHANNELS = 1024
-"""About so many sums are taken side by side: fewer calls for the same number of rows, and they fit in the L1 cache."""
+"""Approximate number of sums computed in parallel: fewer calls for the same number of rows, within the L1 cache."""
 
 
 class _CpuBatchNorm(torch.autograd.Function):
-    """Normalize [n, C, ...] by mean and variance over n and ``processes`` (Ioffe & Szegedy 2015, arXiv:1502.03167).
+    """Normalize [n, C, ...] by mean and variance over all dimensions but C, and over ``processes``.
 
-    Returns the output in the type of ``x``, and in float64 mean and biased variance [2, C] and the number of values of
-    each channel [1].
+    Ioffe & Szegedy 2015, arXiv:1502.03167. Returns the output in the dtype of ``x``, and in float64 mean and biased
+    variance [2, C] and the number of values per channel [1].
     """
 
     @staticmethod
@@ -78,24 +78,24 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
 
 
 def _is_summed_inexactly(x: Tensor) -> bool:
-    """Whether PyTorch's CPU kernels sum ``x`` in float32 although its values are more exact than that sum.
+    """Return whether PyTorch's CPU kernels sum ``x`` in float32 with an error larger than that of its values.
 
-    For contiguous tensors [n, C, ...] they use float64. In bf16 the values' own rounding exceeds that of the sum.
+    For contiguous tensors [n, C, ...] they sum in float64. In bf16 the rounding error of the values is larger.
     """
     return x.dtype == torch.float32 and (_is_channels_innermost(x) or not x.is_contiguous())
 
 
 def _is_channels_innermost(x: Tensor) -> bool:
-    """Whether ``x`` is [n, C], or [n, C, h, w] in channels_last."""
+    """Return whether ``x`` is [n, C], or [n, C, h, w] in channels_last."""
     if x.dim() == 4:
         return x.is_contiguous(memory_format=torch.channels_last)
     return x.dim() == 2 and x.is_contiguous()
 
 
 def _pieces(x: Tensor) -> list[Tensor]:
-    """``x`` [n, C, ...] as tensors that PyTorch's kernels sum exactly.
+    """Split ``x`` [n, C, ...] into tensors that PyTorch's kernels sum accurately.
 
-    Where channels are innermost: views [rows, k * C] whose column j holds values of channel j % C. Else ``x`` itself,
+    If channels are innermost: views [rows, k * C] whose column j holds values of channel j % C. Otherwise ``x`` itself,
     contiguous and in float32 or float64.
     """
     if not _is_channels_innermost(x):
@@ -109,9 +109,9 @@ def _pieces(x: Tensor) -> list[Tensor]:
 
 
 def _statistics(x: Tensor) -> Tensor:
-    """[2, C] in float64: mean and biased variance of ``x`` [n, C, ...]."""
+    """Return mean and biased variance of ``x`` [n, C, ...], float64 [2, C]."""
     pieces = _pieces(x)
-    # Their type is that of the results; they are not used otherwise.
+    # These only determine the dtype of the results.
     running = None if x.dtype == _at_least_float32(x) else torch.zeros(pieces[0].shape[1])
     found = [each for piece in pieces for each in torch.batch_norm_update_stats(piece, running, running, 0.0)]
     means, variances = torch.cat(found).double().view(len(pieces), 2, -1, x.shape[1]).unbind(1)  # each [pieces, k, C]
@@ -120,9 +120,9 @@ def _statistics(x: Tensor) -> Tensor:
 
 
 def _combine(means: Tensor, variances: Tensor, counts: Tensor) -> Tensor:
-    """[2, C]: mean and biased variance of m x k parts, of their [m, k, C] and relative sizes [m, 1, 1].
+    """Combine means and biased variances [m, k, C] of m x k parts of relative sizes [m, 1, 1] into [2, C].
 
-    Without cancellation (Chan et al. 1979).
+    Avoids cancellation (Chan et al. 1979).
     """
     shares = counts / (counts.sum() * means.shape[1])
     mean = (means * shares).sum((0, 1))
@@ -130,7 +130,7 @@ def _combine(means: Tensor, variances: Tensor, counts: Tensor) -> Tensor:
 
 
 def _combine_processes(statistics: Tensor, count: Tensor, processes: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [2, C] and count [1] of all processes together (a collective)."""
+    """Return mean and biased variance [2, C] and count [1] over all processes (a collective)."""
     mine = torch.cat([statistics.flatten(), count])
     everyone = [torch.empty_like(mine) for _ in range(processes)]
     dist.all_gather(everyone, mine)
@@ -140,12 +140,12 @@ def _combine_processes(statistics: Tensor, count: Tensor, processes: int) -> tup
 
 
 def _gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """[2, C] in float64: sums of the gradient times the normalized input, and of the gradient."""
+    """Return the sums of gradient times normalized input, and of the gradient, float64 [2, C]."""
     pieces, grad_pieces = _pieces(x), _pieces(_laid_out_like(x, grad))
     repeats = pieces[0].shape[1] // x.shape[1]
     wide = _at_least_float32(x)
     mean, scale = torch.stack([mean, scale]).to(wide).repeat(1, repeats)
-    weight = None if x.dtype == wide else torch.ones_like(mean)  # its type is that of the sums
+    weight = None if x.dtype == wide else torch.ones_like(mean)  # determines the dtype of the sums
     only_sums = [False, True, True]
     found = [
         each
@@ -164,7 +164,7 @@ def _laid_out_like(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, grad: Tensor, coefficients: Tensor) -> Tensor:
-    """``slope * x + shift + factor * grad`` in the type of ``x``, of [slope, shift, factor] [3, C]."""
+    """Return ``slope * x + shift + factor * grad`` in the dtype of ``x``; [slope, shift, factor] is [3, C]."""
     wide = _at_least_float32(x)
     slope, shift, factor = coefficients.to(wide).view(3, -1, *[1] * (x.dim() - 2))
     return torch.addcmul(shift, x.to(wide), slope).addcmul_(grad.to(wide), factor).to(x.dtype)
@@ -186,17 +186,17 @@ def _(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm over all processes' images, which can also be told that all processes hold the same ones.
+    """Batch norm over the images of all processes, or over the local ones if all processes have the same images.
 
-    Not a subclass of torch's, which DDP refuses on the CPU. ``drop`` and ``act`` take over what timm's BatchNormAct2d
-    does after normalising; parameter names stay as they were.
+    Not a subclass of torch's SyncBatchNorm, which DDP refuses on CPUs. ``drop`` and ``act`` are those of timm's
+    BatchNormAct2d, applied after normalization; parameter names do not change.
     """
 
     synchronized = True
-    """False: each process normalizes by its own images alone."""
+    """If False, each process normalizes by its own images only."""
 
     replicated = False
-    """Set while every process computes the same whole micro-batch: then the local statistics are the global ones."""
+    """True while every process computes the same micro-batch, so that local statistics are the global ones."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -204,7 +204,7 @@ class SyncBatchNorm(_BatchNorm):
         self.act: nn.Module = nn.Identity()
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any [n, C, ...] will do: the layer that this one replaces has had its input checked by the architecture."""
+        """Accept any [n, C, ...]: the replaced layer was chosen to match its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[n, C, ...] -> the same shape."""
@@ -216,7 +216,7 @@ class SyncBatchNorm(_BatchNorm):
         processes = dist.get_world_size() if is_distributed else 1
         on_cpu = x.device.type == "cpu"
         is_exact = not on_cpu or not _is_summed_inexactly(x)
-        has_one_value = x.numel() == x.shape[1]  # PyTorch has an error message for this
+        has_one_value = x.numel() == x.shape[1]  # PyTorch raises an error for this
         if not self.training or (processes == 1 and (is_exact or has_one_value)):
             return super().forward(x)
         if self.track_running_stats and self.num_batches_tracked is not None:
@@ -241,9 +241,9 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def replace_batch_norms(module: nn.Module, *, synchronized: bool = True) -> nn.Module:
-    """Replace every batch norm inside ``module`` by one of ours with the same parameters and names.
+    """Replace every batch norm in ``module`` by a :class:`SyncBatchNorm` with the same parameters and names.
 
-    With ``synchronized``, statistics are those of all processes' images, otherwise those of each process's own.
+    If ``synchronized``, statistics are computed over the images of all processes, otherwise over each process's own.
     """
     if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
         return _convert(module, synchronized)
@@ -268,14 +268,14 @@ def _convert(norm: _BatchNorm, synchronized: bool) -> SyncBatchNorm:
 
 
 def set_replicated(module: nn.Module, replicated: bool) -> None:
-    """Say whether the next forward sees the same images on every process."""
+    """Set whether every process gets the same images in the next forward pass."""
     for child in module.modules():
         if isinstance(child, SyncBatchNorm):
             child.replicated = replicated
 
 
 def average_statistics(module: nn.Module) -> None:
-    """Average running statistics over processes, for batch norms that are not synchronised (a collective)."""
+    """Average running statistics over processes, for batch norms that are not synchronized (a collective)."""
     for child in module.modules():
         if isinstance(child, _BatchNorm) and child.running_mean is not None and child.running_var is not None:
             for statistic in (child.running_mean, child.running_var):
@@ -284,7 +284,7 @@ def average_statistics(module: nn.Module) -> None:
 
 
 def local_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers of the batch norms by name, which differ between processes where they are not synchronised."""
+    """Return the buffers of all batch norms by name; they differ between processes if they are not synchronized."""
     return {
         f"{name}.{buffer}": tensor.detach().cpu()
         for name, child in module.named_modules()
@@ -294,6 +294,6 @@ def local_statistics(module: nn.Module) -> dict[str, Tensor]:
 
 
 def restore_statistics(module: nn.Module, statistics: dict[str, Tensor]) -> None:
-    """Inverse of :func:`local_statistics`."""
+    """Restore buffers from :func:`local_statistics`."""
     for name, value in statistics.items():
         module.get_buffer(name).copy_(value)

@@ -1,4 +1,4 @@
-"""The processes of a launcher for work that is not training: evaluation, prediction."""
+"""Distributed context for work other than training: evaluation, prediction."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from toolkit.recipe.schema import TrainConfig
 
 @contextlib.contextmanager
 def distributed_context(train: TrainConfig) -> Iterator[Accelerator]:
-    """Join the processes that a launcher has started (or be the only one), and leave them all together.
+    """Join the processes that a launcher started (or run as the only one), and leave the process group at the end.
 
-    Device and precision are those that training by ``train`` would have here. When one process fails, the others end.
+    Device and precision are those that training with ``train`` would have. If one process fails, the others end too.
     """
     check_launch(train)
     accelerator = init_accelerator(train)

@@ -1,4 +1,4 @@
-"""How many CPUs this process was granted."""
+"""Number of CPUs available to this process (affinity, cgroup quota, SLURM)."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 
 
 def available_cpus(local_processes: int = 1, system: Path = Path("/")) -> int:
-    """CPUs that one of the training processes on this machine may use, at least 1.
+    """Return the number of CPUs that each training process on this machine may use, at least 1.
 
-    The least of CPU affinity, SLURM's grant to the task and the cgroup's quota, divided among the processes that share
-    it. (os.cpu_count() is the machine's, whatever was granted.) ``system`` is the root of the file system.
+    The minimum of CPU affinity, SLURM's allocation for the task and the cgroup's quota, divided among the processes
+    that share it (os.cpu_count() ignores all of these). ``system``: root of the file system.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     granted = [float(affinity), *_cgroup_quotas(system)]
     sharing = local_processes
     if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
         granted.append(float(os.environ["SLURM_CPUS_PER_TASK"]))
-        # Where SLURM itself started the processes, each has a grant of its own.
+        # If SLURM itself started the processes, each has its own allocation.
         tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
         sharing = max(1, local_processes // max(1, int(tasks))) if tasks.isdigit() else local_processes
     return max(1, int(min(granted)) // sharing)
 
 
 def _cgroup_quotas(system: Path) -> list[float]:
-    """CPUs by the quota of this process's cgroup and of each above it (version 2), or of the root's (version 1)."""
+    """Return the CPU quotas of this process's cgroup and its ancestors (cgroup v2), or of the root (v1)."""
     quotas = []
     for folder in cgroups(system):
         quotas += _quota(folder / "cpu.max", None)
@@ -34,9 +34,9 @@ def _cgroup_quotas(system: Path) -> list[float]:
 
 
 def cgroups(system: Path = Path("/"), controller: str = "") -> list[Path]:
-    """Folders of this process's cgroup and of those above it; there may be no files in them.
+    """Return the directories of this process's cgroup and its ancestors; they may not exist.
 
-    ``controller``: "" for version 2, else the name of one of version 1, as "memory".
+    ``controller``: "" for cgroup v2, or the name of a v1 controller, such as "memory".
     """
     base, own = system / "sys/fs/cgroup" / controller, ""
     with contextlib.suppress(OSError, ValueError):
@@ -49,7 +49,7 @@ def cgroups(system: Path = Path("/"), controller: str = "") -> list[Path]:
 
 
 def _quota(quota_file: Path, period_file: Path | None) -> list[float]:
-    """[CPUs] by one quota, [] where there is none. Version 2 has "quota period" in one file, "max" for no limit."""
+    """Return [CPUs] for a quota, [] without one. cgroup v2 has "quota period" in one file, with "max" for no limit."""
     try:
         words = quota_file.read_text(encoding="ascii").split()
         period = float(period_file.read_text(encoding="ascii") if period_file else words[1])

@@ -1,12 +1,12 @@
-"""When one process of several fails, the others end too, and its message is the last one shown.
+"""Failure detection: when one of several processes fails, the others end too, and its message is the last one shown.
 
 The processes form a ring over gloo: each receives messages from both of its neighbors by rank and sends them a
 heartbeat every second. Messages that concern all processes (this one has failed, a neighbor is lost, a stop was
-requested) are forwarded in both directions, so that a single process that is gone or silent cannot hold them up. A
+requested) are forwarded in both directions, so that a single process that is gone or silent cannot block them. A
 process that fails prints why, sends "failed", and exits; one that is killed breaks the connections, which its
 neighbors report as "lost"; one that is stopped or whose machine hangs is noticed because its heartbeats stop. No
-process waits for a lost one, even where its main thread is blocked in a call that would never notice (NCCL on a GPU).
-A silent process is waited for, since it may come back, until a stop is requested.
+process waits for a lost one, even if its main thread is blocked in a call that would never notice (NCCL on a GPU).
+A silent process is waited for, because it may recover, until a stop is requested.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import EXIT_FAILURE, EXIT_INTERRUPTED
 
 GRACE_S = 6.0
-"""A main thread has this long to end in its own way after another process has failed."""
+"""Seconds that the main thread has to end by itself after another process has failed."""
 SEND_S = 1.0
-"""A message is given this long; its receiver may be gone."""
+"""Seconds to wait for a message to be sent; its receiver may be gone."""
 HEARTBEAT_S = 1.0
-"""Each process sends its neighbors a heartbeat this often."""
+"""Seconds between heartbeats to the neighbors."""
 SILENT_S = 15.0
-"""After a stop was requested, a process that has sent nothing for this long is not waited for."""
+"""Seconds of silence after which a process is not waited for, once a stop was requested."""
 NOTICE_S = 30.0
-"""Without such a request, a silence of this length is reported, and the process is waited for."""
+"""Seconds of silence after which a process is reported; without a stop request it is waited for."""
 CLOSED, FAILED, LOST, HEARTBEAT, STOP, SILENT = range(6)
 """Kinds of messages."""
 BROKEN = ("connection closed by peer", "connection reset", "broken pipe", "gloo/transport", "nccl", "socket")
-"""In messages of torch.distributed that follow from another process's end."""
+"""Parts of torch.distributed's error messages that are caused by the end of another process."""
 
 current: FailureDetector | None = None
-"""The watch of this process, while it is in a group with others."""
+"""This process's failure detector, while it is in a group with other processes."""
 on_leave: Callable[[int, str], None] | None = None
 """Called with exit status and message when this process ends because of a lost or silent one."""
 
 
 class FailureDetector:
-    """This process's connections in the ring, from the moment the processes have joined to :meth:`close`."""
+    """This process's connections in the ring, from joining the process group to :meth:`close`."""
 
     def __init__(self, stop: GracefulStop | None = None, names: dict[int, str] | None = None) -> None:
-        """A collective. ``names``: host and process number of each rank, for messages."""
+        """Start the threads (a collective). ``names``: host and process id of each rank, for messages."""
         global current
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.neighbors = sorted({(self.rank + 1) % self.world, (self.rank - 1) % self.world})
@@ -68,7 +68,7 @@ class FailureDetector:
         self.closing = threading.Event()
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         self.last_received = dict.fromkeys(self.neighbors, time.monotonic())
-        """When each neighbor's last message arrived; without neighbors that have closed their watch."""
+        """Time of each neighbor's last message, without neighbors that have closed their detector."""
         self.receivers = [threading.Thread(target=self._receive, args=(rank,), daemon=True) for rank in self.neighbors]
         self.heartbeats = threading.Thread(target=self._send_heartbeats, daemon=True)
         for thread in (*self.receivers, self.heartbeats):
@@ -76,7 +76,7 @@ class FailureDetector:
         current = self
 
     def close(self) -> None:
-        """End the watch, before this process ends; all processes call it."""
+        """Stop the detector; all processes call this before they end."""
         global current
         current = None
         self.closing.set()
@@ -92,7 +92,7 @@ class FailureDetector:
         self._send(FAILED, self.rank)
 
     def _send(self, kind: int, rank: int) -> None:
-        """Send a message about ``rank`` to both neighbors, in threads: sending waits for the receiver."""
+        """Send a message about ``rank`` to both neighbors, in threads because sending waits for the receiver."""
         senders = [self._sender(kind, rank, neighbor) for neighbor in self.neighbors]
         deadline = time.monotonic() + SEND_S
         for sender in senders:
@@ -125,7 +125,7 @@ class FailureDetector:
                 self._handle(kind, rank)
 
     def _handle(self, kind: int, rank: int) -> None:
-        """Act on a message and forward it, once: it arrives from both sides."""
+        """Act on a message and forward it, once, because it arrives from both sides."""
         if kind == STOP:
             if not self.is_stopping:
                 self.is_stopping = True
@@ -168,7 +168,7 @@ class FailureDetector:
             sender.join(SEND_S)
 
     def _check_silence(self, neighbor: int, silence: float, reported: dict[int, float]) -> None:
-        """Act on a neighbor's silence in seconds. ``reported``: the silences that were printed, by rank."""
+        """Act on a neighbor's silence, in seconds. ``reported``: silences already printed, by rank."""
         if silence > SILENT_S and self.is_stopping:
             self._handle(SILENT, neighbor)
         elif silence > NOTICE_S and self.rank == (neighbor - 1) % self.world:  # one of its two neighbors reports
@@ -203,9 +203,9 @@ class FailureDetector:
 def start_failure_detector(
     stop: GracefulStop | None = None, names: dict[int, str] | None = None
 ) -> FailureDetector | None:
-    """The watch over the other processes, if there are any; the first call makes it (a collective).
+    """Return the failure detector, None for a single process; the first call creates it (a collective).
 
-    ``stop``: after a request, silent processes are not waited for.
+    ``stop``: once a stop is requested, silent processes are not waited for.
     """
     if current is not None or not dist.is_initialized() or dist.get_world_size() == 1:
         return current
@@ -213,13 +213,13 @@ def start_failure_detector(
 
 
 def is_peer_lost_error(error: BaseException) -> bool:
-    """Whether an error is only the consequence of another process's end."""
+    """Return whether an error is only a consequence of another process's end."""
     text = str(error).lower()
     return current is not None and isinstance(error, RuntimeError) and any(word in text for word in BROKEN)
 
 
 def peer_lost_message() -> str:
-    """The message where a process ended without reporting a failure, or is silent."""
+    """Return the message about a process that is silent or ended without reporting a failure."""
     if current is not None and current.is_silent and current.lost is not None:
         return (
             f"{current._name(current.lost)} has not answered for {SILENT_S:.0f} s and a stop was requested "
@@ -227,5 +227,5 @@ def peer_lost_message() -> str:
             "--resume continues it"
         )
     who = "another process" if current is None or current.lost is None else f"rank {current.lost}"
-    lost = f"{who} ended without a word (killed, or out of memory), so this one ends too"
+    lost = f"{who} ended without an error message (killed, or out of memory), so this one ends too"
     return f"{lost}; checkpoints written so far are kept"

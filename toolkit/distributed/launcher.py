@@ -1,6 +1,6 @@
-"""What the launcher (torchrun, accelerate launch, srun, mpirun) asked for, as seen from a process that it started.
+"""Settings of the launcher (torchrun, accelerate launch, srun, mpirun), as seen by a process that it started.
 
-torch is not imported here, so that a mistake is reported at once.
+This module does not import torch, so that mistakes are reported immediately.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MPI_VARIABLES = {
     "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),
     "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK"),
 }
-"""torchrun's variables and what Open MPI, MPICH (also Intel MPI) and MVAPICH2 call them."""
+"""torchrun's variables and their names in Open MPI, MPICH (also Intel MPI) and MVAPICH2."""
 MPI_PORT = "29500"
-"""MASTER_PORT under mpirun, which sets none; torchrun's default, too."""
+"""MASTER_PORT under mpirun, which sets none; also torchrun's default."""
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """This process's place among those of the run, from torchrun's environment variables."""
+    """Rank and rendezvous address of this process, from torchrun's environment variables."""
 
     rank: int
     world: int
@@ -38,16 +38,16 @@ class ProcessInfo:
     local_rank: int
     address: str
     port: int
-    """Where rank 0, or torchrun's agent, serves the store through which the processes find each other."""
+    """Port of the store through which the processes find each other, served by rank 0 or by torchrun's agent."""
     is_on_one_machine: bool
     """Whether all processes of the run are on this machine."""
 
 
 def read_process_info() -> ProcessInfo | None:
-    """This process's place from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; None: it trains alone.
+    """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; return None for a single process.
 
-    Under mpirun these are first set from MPI's own variables. Raises UserError where a variable is missing, not a
-    number, or out of range.
+    Under mpirun these are first set from MPI's own variables. Raises UserError if a variable is missing, not a number,
+    or out of range.
     """
     _translate_mpi_variables()
     if not any(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
@@ -79,9 +79,9 @@ def read_process_info() -> ProcessInfo | None:
 
 
 def _translate_mpi_variables() -> None:
-    """Set torchrun's variables to what mpirun says, because every other module reads only those.
+    """Set torchrun's variables from those of mpirun, because all other modules read only torchrun's.
 
-    Accelerate would do this too, but only on CPUs, without a time limit, and after rank and number were first needed.
+    Accelerate would do this too, but only on CPUs, without a time limit, and after the rank is first needed.
     """
     if any(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) or _mpi_size() < 2:
         return
@@ -102,7 +102,7 @@ def _translate_mpi_variables() -> None:
 
 
 def _mpi_size() -> int:
-    """The number of processes that mpirun started; 0 without mpirun."""
+    """Return the number of processes that mpirun started; 0 without mpirun."""
     return max(positive_number(name) for name in MPI_VARIABLES["WORLD_SIZE"])
 
 
@@ -127,16 +127,16 @@ def _number(name: str, lowest: int, highest: int | None, default: int) -> int:
 
 
 def is_distributed() -> bool:
-    """Whether WORLD_SIZE says that this is one process of several. Never raises: error handling asks, too."""
+    """Return whether WORLD_SIZE is greater than 1. Never raises, because error handlers call it."""
     text = os.environ.get("WORLD_SIZE", "").strip()
     return text.isascii() and text.isdigit() and int(text) > 1
 
 
 def check_launch(train: TrainConfig) -> None:
-    """Compare what the launcher was asked for with the recipe and with the number of processes.
+    """Compare the launcher's settings with the recipe and with the number of processes.
 
-    Raises UserError where an option of `accelerate launch` contradicts the recipe, and where several processes were
-    asked for and each would train alone.
+    Raises UserError if an option of `accelerate launch` contradicts the recipe, or if several processes were requested
+    but each would train alone.
     """
     options = accelerate_options()
     if options is not None:
@@ -146,9 +146,9 @@ def check_launch(train: TrainConfig) -> None:
 
 
 def _check_options(options: argparse.Namespace, train: TrainConfig) -> None:
-    """Refuse options that contradict the recipe and that Accelerate does not put into the environment.
+    """Raise UserError for options that contradict the recipe and that Accelerate does not put into the environment.
 
-    Other values than 'no' of --mixed_precision and --dynamo_backend are in the environment, also those of a
+    Values of --mixed_precision and --dynamo_backend other than 'no' are in the environment, even if they come from a
     configuration file: see :func:`toolkit.distributed.process.check_launcher`.
     """
     is_compiled = train.compile or train.cuda_graphs
@@ -168,7 +168,7 @@ def _check_options(options: argparse.Namespace, train: TrainConfig) -> None:
 
 
 def contradiction(option: str, value: object, recipe: str) -> str:
-    """The message about an option of `accelerate launch`, or a line of its configuration file, that is refused."""
+    """Return the error message for a contradicting option of `accelerate launch` or line of its configuration file."""
     return (
         f"accelerate launch was given {option} = {value}, but the recipe has {recipe}. These settings come from the "
         f"recipe alone: leave out --{option} (or the line {option} of Accelerate's configuration file), or change the "
@@ -177,12 +177,12 @@ def contradiction(option: str, value: object, recipe: str) -> str:
 
 
 def precision_in_recipe(key: str, precision: str) -> str:
-    """train.precision as a message shows it. ``precision``: what the key means on this machine."""
+    """Format train.precision for messages. ``precision``: what the key means on this machine."""
     return f"train.precision = {key!r}" + (f", which means {precision!r} on this machine" if key == "auto" else "")
 
 
 def compile_in_recipe(train: TrainConfig) -> str:
-    """The key that makes the toolkit compile the model, or that it does not, as a message shows it."""
+    """Format the key that decides whether the model is compiled, for messages."""
     return "train.cuda_graphs = true" if train.cuda_graphs else f"train.compile = {str(train.compile).lower()}"
 
 
@@ -193,7 +193,7 @@ def _precision(train: TrainConfig) -> str:
 
 
 def _check_accelerate_count(options: argparse.Namespace) -> None:
-    """`accelerate launch --num_processes N` starts one process and does not say so, unless --multi_gpu is given."""
+    """Raise UserError if `accelerate launch --num_processes N` silently started one process, as without --multi_gpu."""
     if os.environ.get("RANK") or _mpi_size() > 1:
         return
     processes, machines = _asked_for(options, "num_processes"), _asked_for(options, "num_machines")
@@ -219,7 +219,7 @@ def _check_accelerate_count(options: argparse.Namespace) -> None:
 
 
 def _asked_for(options: argparse.Namespace, name: str) -> int:
-    """num_processes or num_machines by the option or, without it, by Accelerate's configuration file; 0: by neither."""
+    """Return num_processes or num_machines from the option or else from Accelerate's configuration file; 0 if unset."""
     value = getattr(options, name)
     if value is None and (configuration := _configuration(options)) is not None:
         value = getattr(configuration, name)
@@ -227,21 +227,21 @@ def _asked_for(options: argparse.Namespace, name: str) -> int:
 
 
 def _configuration(options: argparse.Namespace) -> Any:
-    """The configuration file that `accelerate launch` has read; None without one."""
+    """Load the configuration file that `accelerate launch` has read; None without one."""
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
-    # As Accelerate does: the default file is not read with --cpu.
+    # As in Accelerate, the default file is not read with --cpu.
     if options.config_file is None and (options.cpu or not os.path.isfile(default_config_file)):
         return None
-    with contextlib.suppress(Exception):  # Accelerate could read it: it may be given by a relative path
+    with contextlib.suppress(Exception):  # unreadable from here, e.g. a relative path
         return load_config_from_file(options.config_file)
     return None
 
 
 def unused_precision_line(precision: str) -> str | None:
-    """A line where Accelerate's configuration file says mixed_precision: no, and ``precision`` is used all the same.
+    """Return a note if Accelerate's configuration file has mixed_precision: no but ``precision`` is used; else None.
 
-    It is no reason to refuse: `accelerate config` writes it where nobody asked for it.
+    This is not an error, because `accelerate config` writes that line by default.
     """
     options = accelerate_options() if precision != "no" else None
     if options is None or options.mixed_precision is not None:
@@ -253,10 +253,11 @@ def unused_precision_line(precision: str) -> str | None:
 
 
 def accelerate_options() -> argparse.Namespace | None:
-    """The options given to the `accelerate launch` that started this process; None if none did.
+    """Return the options of the `accelerate launch` that started this process; None if none did.
 
-    The environment does not tell: Accelerate sets the same variables for a default as for an explicit option, and none
-    for --num_processes and --gradient_accumulation_steps. So the command lines of this process's ancestors are read.
+    They are read from the command lines of this process's ancestors, because the environment is not enough: Accelerate
+    sets the same variables for defaults as for explicit options, and none for --num_processes and
+    --gradient_accumulation_steps.
     """
     if "ACCELERATE_DYNAMO_MODE" not in os.environ:  # accelerate launch always sets it
         return None
@@ -280,7 +281,7 @@ def _ancestor_commands() -> Iterator[list[str]]:
 
 
 def _launch_arguments(command: list[str]) -> list[str] | None:
-    """What follows `accelerate launch`, `accelerate-launch` or `-m accelerate.commands.launch` in a command line."""
+    """Return the arguments after `accelerate launch`, `accelerate-launch` or `-m accelerate.commands.launch`."""
     for position, word in enumerate(command[:4]):
         name = os.path.basename(word)
         if name == "accelerate-launch" or (word == "accelerate.commands.launch" and command[position - 1] == "-m"):
@@ -291,7 +292,7 @@ def _launch_arguments(command: list[str]) -> list[str] | None:
 
 
 def _check_task_count() -> None:
-    """srun starts every task alike, without the variables of torchrun: each would train alone."""
+    """Raise UserError if srun or mpirun started several tasks without torchrun's variables: each would train alone."""
     if os.environ.get("WORLD_SIZE"):
         return
     tasks = positive_number("SLURM_STEP_NUM_TASKS") if "SLURM_STEP_ID" in os.environ else 0
@@ -309,7 +310,7 @@ def _check_task_count() -> None:
 
 
 def unused_tasks_line() -> str | None:
-    """A line for a job whose tasks were not started: one process in a batch script of several tasks, without srun."""
+    """Return a note for a single process, started without srun, in a SLURM job with several tasks; else None."""
     tasks = positive_number("SLURM_NTASKS")
     if tasks < 2 or "SLURM_STEP_ID" in os.environ or is_distributed():
         return None
@@ -320,7 +321,7 @@ def unused_tasks_line() -> str | None:
 
 
 def _commands_for(tasks: int, nodes_variable: str, prefix: str) -> str:
-    """How to start ``tasks`` processes of one run on the nodes that SLURM granted."""
+    """Return commands that start ``tasks`` processes of one run on the nodes that SLURM allocated."""
     nodes = max(1, positive_number(nodes_variable))
     here = f"{prefix}torchrun --standalone --nproc-per-node {tasks} -m toolkit.train RECIPE"
     submit = f"toolkit submit RECIPE --nodes {nodes} --processes-per-node {-(-tasks // nodes)} (or --gpus-per-node)"
@@ -328,6 +329,6 @@ def _commands_for(tasks: int, nodes_variable: str, prefix: str) -> str:
 
 
 def positive_number(name: str) -> int:
-    """A whole number from the environment; 0 where there is none. Never raises."""
+    """Return a whole number from the environment, 0 if it is unset or not a number. Never raises."""
     text = os.environ.get(name, "")
     return int(text) if text.isascii() and text.isdigit() else 0

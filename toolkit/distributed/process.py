@@ -1,4 +1,4 @@
-"""The processes of a run: Accelerate, devices, precision, and a control channel that never waits for the GPU."""
+"""The processes of a run: Accelerate, devices, precision, collectives for objects, and agreement on stopping."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ T = TypeVar("T")
 
 
 def init_accelerator(train: TrainConfig, stop: GracefulStop | None = None) -> Accelerator:
-    """Join the processes that the launcher started and settle device and precision, as the recipe says.
+    """Join the processes that the launcher started, and set up device and precision according to the recipe.
 
-    Raises a UserError where the launcher's settings contradict the recipe, or the precision is not to be had; RunFailed
-    where a process does not join in time; Interrupted where ``stop`` is requested before all have joined.
+    Raises UserError if the launcher's settings contradict the recipe or the precision is not supported, RunFailed if a
+    process does not join in time, and Interrupted if ``stop`` is requested before all have joined.
     """
     place = read_process_info()
     _set_threads()
-    # Accelerate keeps one state a Python process; in a notebook the next fit may have another precision.
+    # Accelerate keeps one state per Python process; in a notebook the next fit may have another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = resolve_precision(train.precision)
     check_launcher(train, precision)
@@ -50,9 +50,9 @@ def init_accelerator(train: TrainConfig, stop: GracefulStop | None = None) -> Ac
         raise UserError("train.cuda_graphs = true needs a GPU, and none is used here: leave it out")
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(train.deterministic)  # also off again, after another run in this process
+    torch.use_deterministic_algorithms(train.deterministic)  # also resets it after another run in this process
     torch.backends.cudnn.benchmark = not train.deterministic
-    # The name since torch 2.15 is one that torch 2.11 and Accelerate do not know.
+    # torch 2.15 renames the argument; torch 2.11 and Accelerate do not know the new name.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
     if place is not None and not dist.is_initialized():
         join(place, "nccl" if on_gpu() else "gloo", stop)
@@ -61,20 +61,21 @@ def init_accelerator(train: TrainConfig, stop: GracefulStop | None = None) -> Ac
         mixed_precision=precision,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
-    if accelerator.device.type == "cpu":  # on a GPU tensors are not the C library's
+    if accelerator.device.type == "cpu":  # on a GPU, tensors are not allocated by the C library
         tune_malloc()
     return accelerator
 
 
 def check_launcher(train: TrainConfig, precision: str) -> None:
-    """Precision, accumulation and compilation come from the recipe alone; a launcher that says otherwise is refused.
+    """Raise UserError if the launcher's precision, gradient accumulation or compilation contradicts the recipe.
 
-    ``precision``: what train.precision means on this machine. Options of `accelerate launch` that are not in the
-    environment are checked by :func:`toolkit.distributed.launcher.check_launch`.
+    DeepSpeed, FSDP and Megatron-LM are refused as well. ``precision``: what train.precision means on this machine.
+    Options of `accelerate launch` that are not in the environment are checked by
+    :func:`toolkit.distributed.launcher.check_launch`.
     """
     compiled = "inductor" if train.compile or train.cuda_graphs else "no"
     settings = [
-        # option, its default (which Accelerate also sets where nobody gave it), the recipe's value and key
+        # option, its default (which Accelerate also sets if it was not given), the recipe's value and key
         ("mixed_precision", "no", precision, precision_in_recipe(train.precision, precision)),
         (
             "gradient_accumulation_steps",
@@ -92,24 +93,24 @@ def check_launcher(train: TrainConfig, precision: str) -> None:
                            ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):  # fmt: skip
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise UserError(
-                f"the launcher asks for {name}; this toolkit trains with DDP: take {name} out of its settings"
+                f"the launcher asks for {name}; this toolkit trains with DDP: remove {name} from its settings"
             )
 
 
 def local_processes() -> int:
-    """Training processes on this machine: of this run, and of those that a study trains beside it."""
+    """Return the number of training processes on this machine, including runs that a study trains concurrently."""
     beside = int(os.environ.get("TOOLKIT_RUNS_AT_ONCE", "1"))
     return max(1, (positive_number("LOCAL_WORLD_SIZE") or 1) * beside)
 
 
 def _set_threads() -> None:
-    """Share the granted CPUs among the machine's processes, unless the user has said how many."""
+    """Divide the available CPUs among the machine's training processes, unless the user has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(available_cpus(local_processes()))
 
 
 def describe_processes(accelerator: Accelerator) -> list[str]:
-    """One line a process: rank, host, device (a collective)."""
+    """Return one line per process: rank, host, device (a collective)."""
     device = str(accelerator.device)
     if accelerator.device.type == "cuda":
         device += f" ({torch.cuda.get_device_name(accelerator.device)})"
@@ -118,7 +119,7 @@ def describe_processes(accelerator: Accelerator) -> list[str]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every process, in order of rank (a collective)."""
+    """Return ``value`` of every process, in rank order (a collective)."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -127,7 +128,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """The main process's ``value`` on every process (a collective)."""
+    """Return the main process's ``value`` on every process (a collective)."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -136,10 +137,10 @@ def broadcast_object(value: Any) -> Any:
 
 
 class StepConsensus:
-    """Once a step all processes agree whether to stop, to checkpoint, or to give up.
+    """Agreement of all processes, once per step, on whether to stop, to checkpoint, or to fail.
 
-    Each step's word is reduced in the background and read at the next step, over gloo on CPU memory, so that the GPU is
-    never waited for. All processes must call :meth:`exchange` equally often.
+    Each step's flags are reduced in the background and read at the next step, over gloo in CPU memory, so that the GPU
+    is never waited for. All processes must call :meth:`exchange` equally often.
     """
 
     STOP, SAVE, NON_FINITE = 0, 1, 2
@@ -153,7 +154,10 @@ class StepConsensus:
         self.pending: tuple[Any, torch.Tensor] | None = None
 
     def exchange(self, *, stop: bool, save: bool, non_finite: bool) -> tuple[bool, bool, bool]:
-        """Give this step's word; get what any process said at the step before (alone: at this step)."""
+        """Submit this step's flags; return the logical OR over processes of the previous step's flags.
+
+        A single process gets this step's flags.
+        """
         word = torch.tensor([stop, save, non_finite], dtype=torch.int32)
         if self.group is None:
             return stop, save, non_finite
@@ -162,7 +166,7 @@ class StepConsensus:
         return agreed
 
     def settle(self) -> tuple[bool, bool, bool]:
-        """Wait for the word that is on its way, if any, and return it."""
+        """Wait for the pending reduction, if any, and return its flags."""
         if self.pending is None:
             return False, False, False
         work, word = self.pending
@@ -173,15 +177,18 @@ class StepConsensus:
 
 
 def main_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """``work()`` on the main process, then on the others (a collective); its failure there is raised on all."""
+    """Call ``work()`` on the main process, then on the others (a collective).
+
+    Each process returns its own result. A UserError on the main process is raised on all.
+    """
     done = main_only(accelerator, lambda: [work()], share=False)
     return done[0] if done else work()
 
 
 def main_only(accelerator: Accelerator, work: Callable[[], T], *, share: bool = True) -> T:
-    """``work()`` on the main process, its result on all (a collective); a UserError there is raised on all.
+    """Call ``work()`` on the main process and return its result on all; a UserError is raised on all (a collective).
 
-    With ``share = False`` the others get None instead of the result, which then need not be picklable.
+    With ``share=False`` the other processes get None instead of the result, which then need not be picklable.
     """
     if accelerator.num_processes == 1:
         return work()
@@ -200,7 +207,7 @@ def main_only(accelerator: Accelerator, work: Callable[[], T], *, share: bool = 
 
 @contextlib.contextmanager
 def out_of_memory_explained(train: TrainConfig, processes: int) -> Iterator[None]:
-    """Inside, running out of memory becomes a RunFailed that says what to try."""
+    """Turn out-of-memory errors in this context into a RunFailed that suggests what to try."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -219,5 +226,5 @@ def out_of_memory_explained(train: TrainConfig, processes: int) -> Iterator[None
 
 
 def autocast_dtype(precision: str | None) -> torch.dtype | None:
-    """The low-precision type of mixed precision, None without it."""
+    """Return the low-precision dtype of mixed precision, None for full precision."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "no")

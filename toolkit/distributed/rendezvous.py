@@ -1,7 +1,6 @@
-"""How the processes of a run find each other, within a time limit and with the missing ones named.
+"""Rendezvous of a run's processes, with a time limit and with missing ranks named.
 
-Everything that may block happens in a thread, so that the main thread sees signals and the time limit whatever the
-network does.
+Everything that may block happens in a thread, so that the main thread can handle signals and the time limit.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ from toolkit.errors import Interrupted, RunFailed, UserError
 
 TIMEOUT_VARIABLE = "TOOLKIT_JOIN_TIMEOUT"
 ONE_MACHINE_S = 30.0
-"""Time to join where one launcher starts all processes at once."""
+"""Time limit on one machine, where one launcher starts all processes at once."""
 SEVERAL_MACHINES_S = 600.0
-"""Nodes of a cluster start minutes apart: they boot, fetch containers, or import torch from a slow file system."""
+"""Time limit on several machines, which may start minutes apart (boot, container download, slow import of torch)."""
 NOTICE_S = 10.0
-"""After this long the missing ranks are named, and waiting goes on."""
+"""Time after which the missing ranks are named; waiting continues."""
 POLL_S = 0.1
 STORE_TIMEOUT = timedelta(minutes=30)
-"""torch's own default, for what communicators exchange through the store later."""
+"""Time limit of later use of the store by communicators; torch's default."""
 
 _stores: dict[tuple[str, int], Any] = {}
 """Connections by address and port: another run in this Python process (a notebook) joins through the same store."""
 _joins = itertools.count()
-"""Numbers the runs of this Python process, so that they use different keys; the same number on every rank."""
+"""Counts the runs of this Python process, so that they use different keys; equal on every rank."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,13 @@ class Peer:
     host: str
     pid: int
     namespace: str
-    """Identifies the machine and the container: process numbers can be compared only within one."""
+    """Identifies machine and container; process ids are comparable only within the same one."""
 
     def __str__(self) -> str:
         return f"{self.host}, process {self.pid}"
 
     def has_ended(self) -> bool:
-        """Whether it is known to have ended; False also for a process that cannot be seen from here."""
+        """Return whether the process is known to have ended; False if it is not visible from here."""
         if self.namespace != _namespace():
             return False
         try:
@@ -77,9 +76,9 @@ def _namespace() -> str:
 
 
 def join(place: ProcessInfo, backend: str, stop: GracefulStop | None = None) -> None:
-    """Create the process group and the watch over the other processes (a collective).
+    """Create the process group and the failure detector (a collective).
 
-    Raises UserError where a RANK is taken or the processes disagree about WORLD_SIZE, RunFailed where one does not join
+    Raises UserError if a RANK is taken or the processes disagree about WORLD_SIZE, RunFailed if one does not join
     within the time limit (see :func:`time_limit`), and Interrupted as soon as ``stop`` is requested.
     """
     limit = time_limit(place)
@@ -107,7 +106,7 @@ def join(place: ProcessInfo, backend: str, stop: GracefulStop | None = None) -> 
 
 
 def time_limit(place: ProcessInfo) -> float:
-    """Seconds that the processes have to join: TOOLKIT_JOIN_TIMEOUT, else 30 on one machine and 600 on several."""
+    """Return the seconds that processes have to join: TOOLKIT_JOIN_TIMEOUT, or 30 on one machine and 600 on several."""
     text = os.environ.get(TIMEOUT_VARIABLE, "").strip()
     if not text:
         return ONE_MACHINE_S if place.is_on_one_machine else SEVERAL_MACHINES_S
@@ -138,7 +137,7 @@ class _Joining(threading.Thread):
         self.finished = threading.Event()
         self.error: BaseException | None = None
         self.trouble = "no answer yet"
-        """Why the store has not been reached."""
+        """Why the store cannot be reached."""
         self.is_connected = False
         self.members: dict[int, Peer] = {}
         """The ranks known to have joined."""
@@ -150,7 +149,7 @@ class _Joining(threading.Thread):
         except (UserError, RunFailed) as error:
             self.error = error
         except Exception as error:
-            time.sleep(5 * POLL_S)  # the main thread may see meanwhile that it is the consequence of a process's end
+            time.sleep(5 * POLL_S)  # the main thread may find the cause meanwhile: the end of another process
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.error = RunFailed(
                 f"the processes could not join: {first:.300} ({self.state()}). {_advice(self.place)}"
@@ -191,7 +190,7 @@ class _Joining(threading.Thread):
         return _stores[where]
 
     def _wait_for_server(self) -> None:
-        """Until rank 0 or torchrun's agent accepts connections. TCPStore's own attempts do not say why they fail."""
+        """Wait until rank 0 or torchrun's agent accepts connections, because TCPStore does not report why it fails."""
         while True:
             try:
                 socket.create_connection((self.place.address, self.place.port), timeout=5).close()
@@ -207,7 +206,7 @@ class _Joining(threading.Thread):
     # -- the ranks ----------------------------------------------------------------------------------------------------
 
     def _call_roll(self, roll: Any) -> None:
-        """Enter this rank and wait until all are there; a contradiction is left in the store for every rank to see."""
+        """Register this rank and wait for all others. Contradictions are stored for all ranks to raise."""
         place = self.place
         self.members[place.rank] = Peer(socket.gethostname(), os.getpid(), _namespace())
         entry = json.dumps(vars(self.members[place.rank]))
@@ -226,7 +225,7 @@ class _Joining(threading.Thread):
                 if place.rank == 0:
                     time.sleep(1)  # rank 0 may serve the store: let the others read it
                 raise UserError(roll.get("fault").decode())
-            if time.monotonic() - read_at > read_every:  # not each time: that is a request for each rank
+            if time.monotonic() - read_at > read_every:  # not each time, because it takes one request per rank
                 self._read_members(roll)
                 read_at = time.monotonic()
             time.sleep(POLL_S if count else 2 * POLL_S)
@@ -243,10 +242,10 @@ class _Joining(threading.Thread):
         roll.set("fault", fault)
         raise UserError(fault)
 
-    # -- what the main thread asks ------------------------------------------------------------------------------------
+    # -- called by the main thread ------------------------------------------------------------------------------------
 
     def state(self) -> str:
-        """What is being waited for, in words."""
+        """Describe what this process is waiting for."""
         place, members = self.place, self.members
         if not self.is_connected:
             return (
@@ -262,17 +261,17 @@ class _Joining(threading.Thread):
         return f"all {place.world} ranks have joined ({joined}{more}), but their connections are not complete"
 
     def ended(self) -> str | None:
-        """A process of this machine that had joined and has ended."""
+        """Name a process on this machine that has joined and ended since; None if there is none."""
         gone = next((rank for rank, member in self.members.items() if member.has_ended()), None)
         return None if gone is None else f"rank {gone} ({self.members[gone]})"
 
     def speaks(self) -> bool:
-        """Whether this process shows the notice for all: the lowest rank that has joined."""
+        """Return whether this process prints the notice for all: the lowest rank that has joined does."""
         return self.place.rank == min(self.members, default=self.place.rank)
 
 
 def _ranks(ranks: list[int]) -> str:
-    """rank 3; ranks 1-3, 7."""
+    """Format ranks: "rank 3", "ranks 1-3, 7"."""
     parts: list[str] = []
     for _, run in itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
         numbers = [rank for _, rank in run]

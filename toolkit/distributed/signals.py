@@ -1,4 +1,4 @@
-"""Stopping on request: a signal or a file sets a flag; the loop saves at the next step, all processes agreed."""
+"""Graceful stop: a signal or a file sets a flag, and all processes together save a checkpoint after the next step."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from types import FrameType
 from typing import Any
 
 STOP_FILE = "stop"
-"""A file of this name in the run directory asks the run to stop, where signals do not arrive (batch systems)."""
+"""Name of a file that requests a stop if it is in the run directory, for batch systems that do not deliver signals."""
 LOOK_EVERY_S = 1.0
 SAME_PRESS_S = 1.0
-"""Ctrl-C reaches a trainer twice, from the terminal and through the launcher; what comes so soon is one press."""
+"""SIGINTs within this many seconds count as one: Ctrl-C arrives twice, from the terminal and through the launcher."""
 
 
-ACKNOWLEDGED = "\nstopping: a checkpoint is written after this step (Ctrl-C again ends at once, without one)\n"
-"""Shown when Ctrl-C is pressed, before the step that is under way has ended."""
+ACKNOWLEDGED = "\nstopping: a checkpoint is written after this step (press Ctrl-C again to exit at once without one)\n"
+"""Printed when Ctrl-C is pressed, before the current step has ended."""
 
 
 class GracefulStop:
-    """Whether somebody wants the run to stop: SIGTERM, SIGINT, SIGUSR1, or the stop file.
+    """Context manager that records stop requests: SIGTERM, SIGINT, SIGUSR1, or the stop file.
 
-    SIGHUP, from a terminal that hangs up, is ignored as with nohup; but torchrun passes on its own and kills its
-    processes 30 s later, so there it is a request to stop. A second SIGINT ends the process at once. Used as a context
-    manager; the handlers from before come back after it.
+    SIGHUP, sent when a terminal closes, is ignored as with nohup. Under torchrun it is a stop request, because torchrun
+    forwards it and kills its processes 30 s later. A second SIGINT ends the process at once. The previous signal
+    handlers are restored at the end.
     """
 
     def __init__(self) -> None:
@@ -47,8 +47,8 @@ class GracefulStop:
             is_under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
             hangup = self._handle if is_under_torchrun else signal.SIG_IGN
             self._old[signal.SIGHUP] = signal.signal(signal.SIGHUP, hangup)
-            # A handler runs only between two steps of the main thread's Python code, which may wait in a collective for
-            # ever; the numbers of signals that arrive are written here at once, for other threads to read.
+            # A Python handler runs only between bytecodes of the main thread, which may block in a collective forever.
+            # The numbers of arriving signals are written to this socket immediately, for other threads to read.
             self._wakeup = socket.socketpair()
             for end in self._wakeup:
                 end.setblocking(False)
@@ -69,19 +69,19 @@ class GracefulStop:
             if self._pressed is not None and now - self._pressed > SAME_PRESS_S:
                 os._exit(128 + number)
             if self._pressed is None and os.environ.get("RANK", "0") == "0":
-                # os.write, since a handler may interrupt a print and must not touch its buffer.
+                # os.write, because a handler may interrupt a print and must not use its buffer
                 with contextlib.suppress(OSError):
                     os.write(2, ACKNOWLEDGED.encode())
             self._pressed = self._pressed or now
         self.reason = self.reason or signal.Signals(number).name
 
     def watch(self, folder: Path) -> None:
-        """Also look for the stop file in ``folder``; one left there earlier is taken away."""
+        """Also check for the stop file in ``folder``; an existing one is removed."""
         self.folder = folder
         (folder / STOP_FILE).unlink(missing_ok=True)
 
     def is_wanted(self) -> bool:
-        """Whether to stop, in any thread. Looks at the file system once a second at most."""
+        """Return whether a stop was requested, from any thread. Accesses the file system at most once per second."""
         if not self.reason and self._wakeup is not None:
             with contextlib.suppress(OSError):  # nothing to read, or closed
                 arrived = [number for number in self._wakeup[0].recv(1024) if number in self._old]

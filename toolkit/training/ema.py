@@ -52,7 +52,7 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, module: nn.Module, update: int) -> None:
-        """Update after optimizer step ``update``, from 1: average = decay x average + (1 - decay) x weight.
+        """Update after step ``update`` (from 1): average = decay x average + (1 - decay) x weight.
 
         The decay is that of :func:`decay_at`.
         """
@@ -62,7 +62,7 @@ class ModelEma:
 
     @contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
-        """Use the averages as the weights of ``module`` in this context; its own are restored bit for bit afterwards."""
+        """Use the averages as the weights of ``module`` in this context; its own are restored exactly afterwards."""
         self._swap(module)
         try:
             yield
