@@ -206,7 +206,7 @@ def test_an_edited_recipe_is_refused_with_its_differences_unless_told(tmp_path: 
     ("setting", "status", "message"),
     [
         ('optimizer.name="nag"', 2, "its state does not fit 'nag'"),
-        ("model.head.hidden=[13]", 2, "the checkpoint's model is not that of the recipe"),
+        ("model.head.hidden=[13]", 2, "the checkpoint's model does not match the recipe"),
         ("train.batch_size=20", 0, "the batches have changed: epoch 3 starts over"),
     ],
 )

@@ -26,7 +26,7 @@ PIECE_CHANNELS = 1024
 
 
 class _CpuBatchNorm(torch.autograd.Function):
-    """Normalize [n, C, ...] by mean and variance over all dimensions but C, and over ``processes``.
+    """Batch norm of [n, C, ...] over all dimensions but C, and over ``processes``.
 
     Ioffe & Szegedy 2015, arXiv:1502.03167. Returns the output in the dtype of ``x``, and in float64 mean and biased
     variance [2, C] and the number of values per channel [1].

@@ -48,7 +48,7 @@ on_leave: Callable[[int, str], None] | None = None
 
 
 class FailureDetector:
-    """This process's connections in the ring, from joining the process group to :meth:`close`."""
+    """Detector of failed, lost and silent processes: this process's connections in the ring, until :meth:`close`."""
 
     def __init__(self, stop: GracefulStop | None = None, names: dict[int, str] | None = None) -> None:
         """Start the threads (a collective). ``names``: host and process id of each rank, for messages."""

@@ -212,7 +212,7 @@ def _check_accelerate_count(options: argparse.Namespace) -> None:
         )
     raise UserError(
         f"accelerate launch was asked for {asked} but started only this process, which would train alone: with --cpu, "
-        "with distributed_type NO or MULTI_CPU, and where it finds fewer than two GPUs it starts several only through "
+        "with distributed_type NO or MULTI_CPU, and if it finds fewer than two GPUs, it starts several only through "
         f"MPI. This command starts {asked}: {command}; to train on one process, give --num_processes 1 "
         "--num_machines 1"
     )

@@ -122,13 +122,13 @@ def time_limit(place: ProcessInfo) -> float:
 def _advice(place: ProcessInfo) -> str:
     return (
         f"Check that exactly WORLD_SIZE = {place.world} processes were started, each with a RANK of its own, and that "
-        f"all of them reach MASTER_ADDR:MASTER_PORT = {place.address}:{place.port}; where processes need longer to "
+        f"all of them reach MASTER_ADDR:MASTER_PORT = {place.address}:{place.port}; if processes need longer to "
         f"start, set {TIMEOUT_VARIABLE} to more seconds"
     )
 
 
 class _Joining(threading.Thread):
-    """Connects to the store, waits for all ranks, and creates the process groups."""
+    """Thread that connects to the store, waits for all ranks, and creates the process groups."""
 
     def __init__(self, place: ProcessInfo, backend: str, limit: float, stop: GracefulStop | None) -> None:
         super().__init__(daemon=True)

@@ -68,10 +68,10 @@ class _Manifest(_File):
 
 
 class BestWeightsLost(UserError):
-    """No checkpoint that is whole has its best weights; ``path`` is the newest of these checkpoints."""
+    """Raised if no whole checkpoint has its best weights; ``path`` is the newest of these checkpoints."""
 
     def __init__(self, path: Path, weights: Path, fault: str) -> None:
-        super().__init__(f"{weights} is lost ({fault}), and every checkpoint that is left needs it")
+        super().__init__(f"{weights} is lost ({fault}), and every remaining checkpoint needs it")
         self.path, self.weights = path, weights
 
 
@@ -252,7 +252,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # safetensors raises its own, private exception types
         raise DamagedFile(path, error) from None
     if not is_intact:
-        raise UserError(f"{path} is damaged: its checksum differs; bring back a copy, or train again")
+        raise UserError(f"{path} is damaged: its checksum differs; restore a copy, or train again")
     return tensors
 
 

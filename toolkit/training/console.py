@@ -16,7 +16,7 @@ NOTE_EVERY_S = 0.5
 
 
 class Console:
-    """Writes messages to stderr and log.txt, on the main process only (``speaks``).
+    """Output to stderr and log.txt. ``speaks``: False on all processes but the main one, which write nothing.
 
     With ``shows`` False, messages go to log.txt only.
     """

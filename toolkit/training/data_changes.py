@@ -73,7 +73,7 @@ class DataDifference:
             _listed("image(s) left out", self.left_out),
             _listed("file(s) replaced", [name for name in self.replaced if name not in self.moved]),
         ]
-        return "; ".join(part for part in parts if part) or "the same images are split otherwise"
+        return "; ".join(part for part in parts if part) or "the same images are split differently"
 
     def check_outputs(self) -> None:
         """Raise UserError if an output of the trained model would now stand for another class."""
@@ -81,7 +81,7 @@ class DataDifference:
         if len(then) != len(now) or any(then.index(c) != i for i, c in enumerate(now) if c in then):
             raise UserError(
                 f"the model's {len(then)} outputs are the classes in the order of their names, and this order has "
-                f"changed: {self}. Start a new run, or give classes names that sort as before"
+                f"changed: {self}. Start a new run, or name the classes so that they sort as before"
             )
 
     def kept_apart(self, trained: set[str], same_rules: bool) -> Splits:

@@ -84,9 +84,9 @@ def evaluate(
 
 
 class _ChunkedForward:
-    """Computes a module's logits, in smaller chunks if the device runs out of memory.
+    """Forward pass of a module, split into smaller chunks if the device runs out of memory.
 
-    This does not change the results, because the module is in evaluation mode.
+    Splitting does not change the results, because the module is in evaluation mode.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, autocast_dtype: torch.dtype | None) -> None:

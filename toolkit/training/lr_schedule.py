@@ -96,7 +96,7 @@ def epoch_rank(record: dict[str, Any], best_metric: str) -> tuple[float, float]:
 
 @dataclass
 class MetricMonitor:
-    """Counts epochs since a metric last improved; used by early stopping and the plateau schedule."""
+    """Counter of epochs since a metric last improved; used by early stopping and the plateau schedule."""
 
     higher_is_better: bool
     min_delta: float = 0.0
@@ -129,7 +129,7 @@ class MetricMonitor:
 
 
 class ReduceLROnPlateau:
-    """Multiplies the learning rate factor by gamma after ``patience`` + 1 epochs without improvement.
+    """Schedule that multiplies the learning rate by gamma after ``patience`` + 1 epochs without improvement.
 
     Equivalent to ``torch.optim.lr_scheduler.ReduceLROnPlateau`` with the same threshold mode and ``cooldown=0``.
     """

@@ -213,7 +213,7 @@ def recipe_changes(run: Run, recipe: Recipe, checkpoint: dict[str, Any]) -> str:
     if stored is None:  # written by a version that stored only the hash
         if checkpoint["recipe_hash"] in {recipe_hash(recipe), content_hash(_plain_recipe(run))}:
             return ""
-        return "only the hash of its recipe was kept, so the differences cannot be named"
+        return "only the hash of its recipe was stored, so the differences cannot be listed"
     changes = experiment_diff(_validated(stored), recipe)
     return "; ".join(f"{'.'.join(map(str, key))}: {old!r} -> {new!r}" for key, old, new in changes)
 
@@ -243,8 +243,8 @@ def _validated(stored: str) -> Recipe:
         return Recipe.model_validate(content)
     except ValueError:
         raise UserError(
-            "the checkpoint was written under a recipe that this version of the toolkit does not know: use the version "
-            "that began the run, or start a new run"
+            "the checkpoint was written under a recipe that this version of the toolkit cannot read: use the version "
+            "that started the run, or start a new run"
         ) from None
 
 

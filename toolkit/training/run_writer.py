@@ -27,7 +27,7 @@ from toolkit.training.checkpoint import (
 
 
 class RunWriter:
-    """Writes a run's files from the main process; does nothing on other processes and in a dry run (``run`` None)."""
+    """Writer of a run's files; does nothing on processes other than the main one and in a dry run (``run`` None)."""
 
     def __init__(self, run: Run | None, keep: int) -> None:
         self.run, self.keep = run, keep

@@ -78,7 +78,7 @@ def _means(values: Tensor, accelerator: Accelerator) -> tuple[float, float]:
 
 
 class NonFiniteDetector:
-    """Finds the first step whose loss is not finite, without waiting for a GPU.
+    """Detector of the first step whose loss is not finite, which does not make the CPU wait for a GPU.
 
     On a GPU, each step's result is copied to the CPU asynchronously and read once it has arrived. Only if more than
     ``MOST`` results are pending is the oldest one waited for, which also limits how far the CPU runs ahead.
@@ -233,7 +233,7 @@ class TrainStep:
                 raise
             raise RunFailed(
                 f"the optimizer cannot take a step: {first_line(error)}. Lower optimizer.lr, optimizer.weight_decay, "
-                "transfer.head_lr, transfer.backbone_lr, or what optimizer.args gives"
+                "transfer.head_lr, transfer.backbone_lr, or values in optimizer.args"
             ) from error
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:

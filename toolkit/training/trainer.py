@@ -39,7 +39,7 @@ ADVICE = "Try a smaller optimizer.lr, train.max_grad_norm, or scheduler.warmup_e
 
 
 class Trainer:
-    """Trains and evaluates one run. ``run`` and ``tracking`` are None in a dry run, which writes nothing."""
+    """Training and evaluation of one run. ``run`` and ``tracking`` are None in a dry run, which writes nothing."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class Trainer:
             )
 
     def _is_best(self, record: dict[str, Any]) -> bool:
-        """Return whether an epoch's weights are to be kept: it beats all earlier epochs, or "last" is the criterion."""
+        """Return whether an epoch is the best so far; with train.best_metric = "last", only the final epoch is."""
         best_metric, best = self.recipe.train.best_metric, self.position.best
         if best_metric == "last":
             return bool(record["epoch"] >= self.recipe.train.epochs)
@@ -486,7 +486,7 @@ class Trainer:
             self.setup.built.module.load_state_dict(checkpoint["model"])
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"the checkpoint's model is not that of the recipe: {reason:.300}") from None
+            raise UserError(f"the checkpoint's model does not match the recipe: {reason:.300}") from None
         self.position = TrainProgress(**checkpoint["position"])
         self.journal.best_weights = checkpoint.get("best_weights")
         if self.position.step and checkpoint["batches"] != self._batches:
@@ -529,7 +529,7 @@ class Trainer:
         position = self.position
         position.best, self.journal.best_weights = None, None
         self._take_last_if_best()
-        self.display.log(f"the best epoch is chosen among those from epoch {position.epoch + (position.step > 0)} on")
+        self.display.log(f"the best epoch is chosen from epoch {position.epoch + (position.step > 0)} onwards")
 
     def _sums_so_far(self) -> RunningMetrics:
         """Restore the running metrics of an unfinished epoch; if the number of processes changed, rank 0 takes all."""
@@ -543,4 +543,4 @@ class Trainer:
 
 
 class StopTraining(Exception):
-    """A stop was requested during evaluation or precomputation; raised on all processes."""
+    """Raised on all processes if a stop is requested during evaluation or precomputation."""
