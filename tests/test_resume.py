@@ -523,7 +523,7 @@ def test_where_all_checkpoints_need_the_lost_weights_nothing_is_begun_anew_unask
     flip_weights(path)
     before = content(run)
     with pytest.raises(
-        UserError, match=r"best-0002.safetensors is lost \(its checksum differs\), and every checkpoint"
+        UserError, match=r"best-0002.safetensors is lost \(its checksum differs\), and every remaining checkpoint"
     ):
         resumed(run)
     assert content(run) == before
