@@ -64,9 +64,9 @@ def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], E
     epoch = position.best["epoch"]
     if fault := broadcast_object(training.journal.best_fault(epoch)):
         raise RunFailed(
-            f"there is no best model to test: {best_path(run.checkpoints, epoch)} is damaged ({fault}). Restore the file "
-            f"if you have a copy, then run: toolkit train --resume {run.path}. Without a copy, this goes back to the "
-            "newest checkpoint whose best weights are whole"
+            f"there is no best model to test: {best_path(run.checkpoints, epoch)} is damaged ({fault}). Restore the "
+            f"file if you have a copy, then run: toolkit train --resume {run.path}. Without a copy, it goes back to "
+            "the newest checkpoint whose best weights are whole"
         )
     if training.accelerator.is_main_process:
         link_best(run.checkpoints, epoch)
