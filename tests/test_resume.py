@@ -360,7 +360,7 @@ def test_a_recipe_edited_inside_the_run_is_refused_with_its_differences(recipe: 
 
 
 def test_fewer_epochs_than_were_trained_finish_with_the_last_one_where_this_is_wanted(recipe: Recipe) -> None:
-    last = changed(recipe, train__select="last")
+    last = changed(recipe, train__best_metric="last")
     run = paused(last, 3)
     resumed(run, changed(last, train__epochs=2), allow_changes=True)
     assert run.summary["best"]["epoch"] == run.summary["epochs_run"] == 3
@@ -370,7 +370,7 @@ def test_images_taken_from_validation_and_test_for_good(recipe: Recipe) -> None:
     """Resumed without validation and test, on all images."""
     run = paused(recipe)
     none = {**resolved_content(recipe)["data"]["split"], "validation": 0, "test": 0}
-    resumed(run, changed(recipe, data__split=none, train__select="last"), allow_changes=True)
+    resumed(run, changed(recipe, data__split=none, train__best_metric="last"), allow_changes=True)
     assert len(run.split["train"]) == CLASSES * EACH
     assert run.summary["best"]["epoch"] == 4
 
@@ -495,7 +495,7 @@ def best_file(run: Run) -> Path:
 
 def improving(recipe: Recipe) -> Recipe:
     """With this selection each epoch is better than those before."""
-    better = changed(recipe, train__select="val/loss", optimizer__lr=0.02)
+    better = changed(recipe, train__best_metric="val/loss", optimizer__lr=0.02)
     losses = [record["val/loss"] for record in fit(better, quiet=True).epochs()]
     assert losses == sorted(losses, reverse=True)
     return better
