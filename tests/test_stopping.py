@@ -186,8 +186,8 @@ def test_ctrl_c_is_acknowledged_at_once(tmp_path: Path) -> None:
     """Before the step that is under way has ended: here it is held up by a sleep in the handler's own process."""
     code = (
         "import os, signal, time\n"
-        "from toolkit.distributed.signals import StopRequest\n"
-        "with StopRequest() as stop:\n"
+        "from toolkit.distributed.signals import GracefulStop\n"
+        "with GracefulStop() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    began = time.monotonic()\n"
         "    while not stop.reason and time.monotonic() - began < 30: pass\n"
