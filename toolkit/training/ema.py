@@ -37,7 +37,7 @@ def short_run_warning(decay: float, updates: int) -> str | None:
 
 
 class ModelEma:
-    """EMA of every trainable parameter. Buffers (batch norm statistics) are not averaged again."""
+    """EMA of every trainable parameter. Buffers stay the model's own: batch norm statistics already are averages."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -62,7 +62,7 @@ class ModelEma:
 
     @contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
-        """Use the averages as the weights of ``module`` in this context; its own are restored exactly afterwards."""
+        """Use the averages as weights of ``module`` in this context, then restore its own, bit for bit."""
         self._swap(module)
         try:
             yield

@@ -91,7 +91,7 @@ def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], E
 
 
 def _prove_equal(training: Trainer, written: nn.Module) -> None:
-    """Raise RunFailed unless the saved weights equal those of the last epoch in memory bit for bit."""
+    """Raise RunFailed unless the saved weights equal those in memory exactly; used without validation images."""
     with training.averaged_weights():
         trained = training.setup.built.module.state_dict()
         found = written.state_dict()
