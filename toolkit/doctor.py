@@ -1,4 +1,4 @@
-"""Is this machine fit to train? One line a question: what was found, ok, warn or fail, and what to do."""
+"""Environment checks before training: for each item ok, warn or fail, what was found, and advice."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing import Literal
 CheckStatus = Literal["ok", "warn", "fail"]
 
 WANDB_SECONDS = 5.0
-"""W&B's client may ask its server who is logged in; longer than this is not waited for."""
+"""How long to wait for W&B's client, which may ask its server who is logged in."""
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_GIB, DISK_GIB = 1.0, 5.0
-"""Less shared memory, or less room for runs, is warned of."""
+"""Warn if there is less shared memory, or less disk space for runs."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report."""
+    """Result of one check."""
 
     name: str
     state: CheckStatus
@@ -35,7 +35,7 @@ class Check:
 
 
 def examine(run_root: Path) -> list[Check]:
-    """Look at everything; nothing here raises, prompts or takes long. Nothing secret is read out."""
+    """Run all checks. They do not raise, prompt, take long or print secrets."""
     return [
         python_version(),
         *requirements(),
@@ -52,7 +52,7 @@ def examine(run_root: Path) -> list[Check]:
 
 
 def report_text(checks: list[Check]) -> str:
-    """The report for people: advice below what it is for, and the sum at the end."""
+    """Format the report: one line per check followed by its advice, and the counts at the end."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -64,12 +64,12 @@ def report_text(checks: list[Check]) -> str:
 
 
 def python_version() -> Check:
-    """Python itself."""
+    """Report the Python version and platform."""
     return Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")
 
 
 def requirements() -> Iterator[Check]:
-    """The packages that the toolkit needs, in versions that it can use."""
+    """Check that the required packages are installed in supported versions."""
     from packaging.requirements import Requirement
 
     try:
@@ -96,7 +96,7 @@ def _requirement(name: str, specifier: str) -> Check:
 
 
 def catalog_is_current() -> Check:
-    """Whether `toolkit validate` speaks of the installed versions."""
+    """Check that the catalog used by `toolkit validate` was generated with the installed versions."""
     from toolkit.recipe.catalog import catalog
 
     recorded: dict[str, str] = catalog()["versions"]
@@ -112,7 +112,7 @@ def catalog_is_current() -> Check:
 
 
 def decoder() -> Check:
-    """What decodes JPEG files."""
+    """Report the library that decodes JPEG files."""
     try:
         return Check("JPEG files", "ok", f"decoded by simplejpeg {metadata.version('simplejpeg')}")
     except metadata.PackageNotFoundError:
@@ -121,7 +121,7 @@ def decoder() -> Check:
 
 
 def _release(name: str) -> str:
-    """The installed version without a local part such as +cu128."""
+    """Return the installed version without a local part such as +cu128."""
     try:
         return metadata.version(name).split("+")[0]
     except metadata.PackageNotFoundError:
@@ -129,7 +129,7 @@ def _release(name: str) -> str:
 
 
 def gpus() -> Iterator[Check]:
-    """GPUs, what they can, and how they are connected."""
+    """Report the GPUs, the precisions they support, and their interconnect."""
     import torch
 
     if not torch.cuda.is_available():
@@ -148,7 +148,7 @@ def gpus() -> Iterator[Check]:
 
 
 def _no_gpu(cuda: str | None) -> Check:
-    """What to do depends on whether there is a driver, and whether this torch could use it."""
+    """Report that no GPU is usable; the advice depends on the driver and on how torch was built."""
     if shutil.which("nvidia-smi") is None:
         return Check("GPU", "warn", "none; training runs on the CPU", "take a machine with NVIDIA GPUs for real work")
     if cuda is None:
@@ -162,12 +162,12 @@ def _no_gpu(cuda: str | None) -> Check:
 
 
 def topology() -> str:
-    """What `nvidia-smi topo -m` says; empty where it cannot."""
+    """Return the output of `nvidia-smi topo -m`; empty if it fails."""
     return _output("nvidia-smi", "topo", "-m")
 
 
 def interconnect(count: int, table: str) -> Check:
-    """How the GPUs reach one another, by nvidia-smi's table: NV# is NVLink, PIX/PXB/PHB PCIe, NODE/SYS through CPUs."""
+    """Report the GPU interconnect from nvidia-smi's table: NV# is NVLink, PIX/PXB/PHB PCIe, NODE/SYS through CPUs."""
     links = sorted(_links(count, table))
     if not links:
         return Check("interconnect", "warn", "not known", "nvidia-smi topo -m would tell")
@@ -179,14 +179,14 @@ def interconnect(count: int, table: str) -> Check:
 
 
 def _links(count: int, table: str) -> set[str]:
-    """The kinds of connection between pairs of GPUs."""
+    """Return the kinds of connection between pairs of GPUs."""
     rows = [line.split() for line in table.splitlines()]
     pairs = {word for row in rows if row and row[0].startswith("GPU") for word in row[1 : count + 1]}
     return pairs - {"X"} - {f"GPU{index}" for index in range(count)}
 
 
 def communication() -> Iterator[Check]:
-    """The libraries by which processes talk: NCCL between GPUs, gloo between CPUs."""
+    """Check the communication libraries: NCCL between GPUs, gloo between CPUs."""
     import torch
     import torch.distributed as dist
 
@@ -207,7 +207,7 @@ def communication() -> Iterator[Check]:
 
 
 def cpus() -> Check:
-    """CPUs that were granted, which is what workers are counted by."""
+    """Report the available CPUs, which determine the number of workers."""
     from toolkit.distributed.cpu_count import available_cpus
 
     granted, machine = available_cpus(), os.cpu_count() or 1
@@ -218,7 +218,7 @@ def cpus() -> Check:
 
 
 def shared_memory() -> Check:
-    """Room in which data workers hand over batches."""
+    """Check the free shared memory, through which data workers pass batches."""
     if not SHARED_MEMORY.is_dir():
         return Check("shared memory", "ok", f"{SHARED_MEMORY} does not exist here; workers use files instead")
     free = shutil.disk_usage(SHARED_MEMORY).free / 2**30
@@ -229,7 +229,7 @@ def shared_memory() -> Check:
 
 
 def run_root_is_writable(run_root: Path) -> Check:
-    """Whether runs can be written: tried in the folder, or in the nearest one above it that exists."""
+    """Check that runs can be written, by a test in the folder or its nearest existing parent."""
     absolute = run_root.absolute()
     folder = next(path for path in (absolute, *absolute.parents) if path.exists())
     try:
@@ -245,7 +245,7 @@ def run_root_is_writable(run_root: Path) -> Check:
 
 
 def wandb_login() -> Check:
-    """What a run would do with tracking.mode = "auto". The key is never shown, and there is no prompt."""
+    """Report what tracking.mode = "auto" would choose. Never shows the key, never prompts."""
     os.environ.setdefault("WANDB_SILENT", "true")
     from toolkit.trackers import wandb_mode
 
@@ -263,7 +263,7 @@ def wandb_login() -> Check:
 
 
 def slurm() -> Check:
-    """The cluster's scheduler."""
+    """Report whether SLURM is available."""
     if shutil.which("sbatch") is None:
         return Check("SLURM", "ok", "not found; only jobs on a cluster need it")
     version = _output("sbatch", "--version") or "found"
@@ -272,7 +272,7 @@ def slurm() -> Check:
 
 
 def _output(*command: str) -> str:
-    """What a command prints, empty where it fails or hangs."""
+    """Return the output of a command; empty if it fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -17,7 +17,10 @@ def duration(seconds: float) -> str:
 
 
 def batch_split(batch_size: int, processes: int, grad_accum_steps: int) -> str:
-    """Format the split of a batch: ``64``, ``64 = 2 processes x 32 images``, ``64 = 4 accumulation steps x 16 images``."""
+    """Format how a batch is split: ``64``, ``64 = 2 processes x 32 images``, ``64 = 2 accumulation steps x 32 images``.
+
+    Factors of 1 are left out.
+    """
     factors = [(processes, "processes"), (grad_accum_steps, "accumulation steps")]
     parts = [f"{count} {name}" for count, name in factors if count > 1]
     images = batch_size // processes // grad_accum_steps

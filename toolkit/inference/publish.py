@@ -1,4 +1,4 @@
-"""A run's best model as a repository of the Hugging Face Hub: weights, preprocessing, recipe, and a model card."""
+"""Publication of a run's best model on the Hugging Face Hub: weights, preprocessing, recipe and a model card."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIGURES = {
     "top5_accuracy": "top-5 accuracy",
     "balanced_accuracy": "mean accuracy of the classes",
 }
-"""Figures of summary.json that the card tells, with their names in words."""
+"""Metrics of summary.json shown in the model card, with their names in words."""
 
 TITLES = {
     "digits": "Optical Recognition of Handwritten Digits",
@@ -38,29 +38,29 @@ TITLES = {
     "caltech101": "Caltech-101",
     "imagefolder": "images of the author's own",
 }
-"""What data sets are called by people."""
+"""Display names of data sets."""
 
 MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]")
-"""Characters that Markdown would take for more than text."""
+"""Characters with a meaning in Markdown."""
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 @dataclass(frozen=True)
 class PublishResult:
-    """What became of a publication."""
+    """Result of publishing."""
 
     folder: Path
     url: str | None
-    """Where it can be seen; None where it was not pushed."""
+    """Address of the repository; None if it was not pushed."""
     why_not: str = ""
 
 
 def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, private: bool, push: bool) -> PublishResult:
-    """Write the repository's files, and push them where there is a login and ``push`` is wanted.
+    """Write the repository's files and, if ``push`` is set and there is a login, push them.
 
-    ``folder`` must be new; None is RUN/publish, which is made anew each time. Raises UserError for a run that is not
-    finished and for names that the Hub does not take; RunFailed where the Hub refuses, with the folder whole.
+    ``folder`` must be new; None means RUN/publish, which is replaced each time. Raises UserError for an unfinished run
+    and for names that the Hub does not accept; RunFailed if the push fails, in which case the folder is kept.
     """
     _check_names(repo, license_id)
     run = open_run(path)
@@ -98,7 +98,7 @@ def _check_names(repo: str, license_id: str) -> None:
 
 
 def shareable(recipe: Recipe) -> Recipe:
-    """The recipe without paths, accounts and trackers of its author."""
+    """Return the recipe without paths, accounts and trackers of its author."""
     defaults = {"data": {"root": "data"}, "recipe": {"run_root": "runs"}}
     update: dict[str, Any] = {
         table: getattr(recipe, table).model_copy(update=values) for table, values in defaults.items()
@@ -109,11 +109,11 @@ def shareable(recipe: Recipe) -> Recipe:
     )
 
 
-# -- the push ---------------------------------------------------------------------------------------------------------
+# -- push -------------------------------------------------------------------------------------------------------------
 
 
 def _cannot_push() -> str:
-    """Why nothing can be pushed from here; empty where it can be tried."""
+    """Return why pushing is not possible; empty if it can be tried."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     return "" if get_token() else "there is no login for the Hugging Face Hub"
@@ -124,7 +124,7 @@ def _push(folder: Path, repo: str, private: bool) -> str:
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=f"By toolkit {toolkit.__version__}")
-    except Exception as error:  # the client's, its HTTP library's, the system's: all mean that it is not there
+    except Exception as error:  # of the client, its HTTP library or the system: any of them means it was not pushed
         raise RunFailed(
             f"{repo} was not pushed ({first_line(error)}). The folder {folder} is ready; {how_to_push(folder, repo)}"
         ) from error
@@ -132,17 +132,17 @@ def _push(folder: Path, repo: str, private: bool) -> str:
 
 
 def how_to_push(folder: Path, repo: str) -> str:
-    """What to type when there is a login."""
+    """Return the command that pushes the folder later."""
     return f"to push it later: hf auth login, then hf upload {repo} {folder} ."
 
 
-# -- the card ---------------------------------------------------------------------------------------------------------
+# -- model card -------------------------------------------------------------------------------------------------------
 
 
 def model_card(
     run: Run, trained: TrainedModel, recipe: Recipe, summary: dict[str, Any], repo: str, license_id: str
 ) -> str:
-    """README.md: front matter as the Hub reads it, then data, recipe, figures, limits and licence for people."""
+    """Return README.md: the Hub's front matter, then use, data, recipe, metrics, limits and license."""
     title = repo.rpartition("/")[2]
     sections = (_use(trained, repo), _data(recipe, trained, summary), _recipe(recipe, summary),
                 _figures(recipe, summary), _limits(recipe), _licence(recipe, license_id))  # fmt: skip
@@ -182,7 +182,7 @@ def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any]
 
 
 def _base_model(recipe: Recipe) -> str | None:
-    """The Hub's name of the weights that training began with, where they are from there."""
+    """Return the Hub's name of the initial weights, if they are from the Hub."""
     if recipe.model.source != "timm" or recipe.model.weights == "none" or is_file_reference(recipe.model.weights):
         return None
     from timm.models import get_pretrained_cfg
