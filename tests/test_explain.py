@@ -218,7 +218,7 @@ def test_a_user_s_mistake_is_one_message(run: Run, copy: Run, monkeypatch: pytes
     table = copy.path / "predictions.csv"
     header, first, *rest = table.read_text().splitlines()
     table.write_text("\n".join([header, "elsewhere.png,0,1,0.999999", first, *rest]) + "\n")
-    assert "predictions.csv is damaged: elsewhere.png is no test image" in message(copy.path)
+    assert "predictions.csv is damaged: elsewhere.png is not a test image" in message(copy.path)
     table.write_text(f"{header}\n{first.split(',')[0]},0,1,likely\n")
     assert "predictions.csv is damaged: row 1 has the probability 'likely'" in message(copy.path)
     table.write_text(header + "\n")

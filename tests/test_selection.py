@@ -259,7 +259,7 @@ def test_expected_figures_of_a_split_that_is_left_out_do_not_compare(tmp_path: P
         in checked.stdout + checked.stderr
     )
     run = train(recipe, *NONE)
-    assert "measured -: not comparable (the run has no such figure)" in run.log_file.read_text()
+    assert "measured -: not comparable (the run has no such metric)" in run.log_file.read_text()
 
 
 # -- studies ----------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_a_run_that_went_on_since_sends_the_rest(run: Run, server: WandbServer) 
 def test_a_run_that_is_being_trained_is_left_alone(run: Run, server: WandbServer) -> None:
     with run.lock():
         outcome = sync(run.path)
-    assert (outcome.status, outcome.stdout) == (0, f"{run.path}: is still being trained; left alone\n")
+    assert (outcome.status, outcome.stdout) == (0, f"{run.path}: is still training; skipped\n")
     assert server.runs == {}
     assert "lines uploaded" in sync(run.path).stdout
 

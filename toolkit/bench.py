@@ -268,7 +268,7 @@ def bench_text(speeds: BenchmarkResult, plain: dict[str, Any] | None = None) -> 
         f"   {speeds.step_images_per_s / speeds.model_images_per_s:.2f} of the model alone",
         f"waiting for data {speeds.waiting_for_data:10.1%}",
         f"memory           {speeds.memory_mb:10,.0f} MB",
-        f"arithmetic       {speeds.gflop_per_image:10.3f} GFLOP an image, forward and backward",
+        f"arithmetic       {speeds.gflop_per_image:10.3f} GFLOP per image, forward and backward",
     ]
     if speeds.utilisation is not None:
         lines.append(f"utilisation      {speeds.utilisation:10.1%} of the device's peak")

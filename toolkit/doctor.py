@@ -75,7 +75,9 @@ def requirements() -> Iterator[Check]:
     try:
         stated = metadata.requires("toolkit") or []
     except metadata.PackageNotFoundError:
-        yield Check("packages", "warn", "the toolkit is not installed, only found", "pip install -e . in its folder")
+        yield Check(
+            "packages", "warn", "the toolkit is importable, but not installed", "pip install -e . in its folder"
+        )
         return
     for text in stated:
         requirement = Requirement(text)
@@ -91,7 +93,7 @@ def _requirement(name: str, specifier: str) -> Check:
     except metadata.PackageNotFoundError:
         return Check(name, "fail", "not installed", f'pip install "{name}{specifier}"')
     if not SpecifierSet(specifier).contains(found, prereleases=True):
-        return Check(name, "fail", f"{found}, needed is {specifier}", f'pip install "{name}{specifier}"')
+        return Check(name, "fail", f"{found}, but {specifier} is required", f'pip install "{name}{specifier}"')
     return Check(name, "ok", found)
 
 
@@ -102,12 +104,12 @@ def catalog_is_current() -> Check:
     recorded: dict[str, str] = catalog()["versions"]
     other = [f"{name} {version}" for name, version in recorded.items() if _release(name) != version]
     if not other:
-        return Check("name catalog", "ok", "of the installed versions")
+        return Check("name catalog", "ok", "matches the installed versions")
     return Check(
         "name catalog",
         "warn",
-        f"made with {', '.join(other)}; installed are others",
-        "names of models, weights and arguments may differ a little: python -m toolkit.recipe.catalog writes it anew",
+        f"generated with {', '.join(other)}; other versions are installed",
+        "some names of models, weights and arguments may differ: regenerate it with python -m toolkit.recipe.catalog",
     )
 
 
@@ -142,7 +144,11 @@ def gpus() -> Iterator[Check]:
         size = f"{properties.total_memory / 2**30:.0f} GiB, compute capability {properties.major}.{properties.minor}"
         yield Check(f"GPU {index}", "ok", f"{properties.name}, {size}")
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    yield Check("precision", "ok", "bf16 and fp16" if bf16 else 'fp16, no bf16 (train.precision = "auto" takes none)')
+    yield Check(
+        "precision",
+        "ok",
+        "bf16 and fp16" if bf16 else 'fp16, no bf16 (train.precision = "auto" uses no mixed precision)',
+    )
     if count > 1:
         yield interconnect(count, topology())
 
@@ -150,14 +156,16 @@ def gpus() -> Iterator[Check]:
 def _no_gpu(cuda: str | None) -> Check:
     """Report that no GPU is usable; the advice depends on the driver and on how torch was built."""
     if shutil.which("nvidia-smi") is None:
-        return Check("GPU", "warn", "none; training runs on the CPU", "take a machine with NVIDIA GPUs for real work")
+        return Check(
+            "GPU", "warn", "none; training runs on the CPU", "use a machine with NVIDIA GPUs for real training"
+        )
     if cuda is None:
         return Check("GPU", "fail", "there is a driver, but this torch is built for the CPU", "install torch with CUDA")
     return Check(
         "GPU",
         "fail",
         f"there is a driver, but torch (CUDA {cuda}) cannot use it",
-        "compare nvidia-smi's CUDA version with torch's; look at CUDA_VISIBLE_DEVICES",
+        "compare nvidia-smi's CUDA version with torch's; check CUDA_VISIBLE_DEVICES",
     )
 
 
@@ -170,10 +178,12 @@ def interconnect(count: int, table: str) -> Check:
     """Report the GPU interconnect from nvidia-smi's table: NV# is NVLink, PIX/PXB/PHB PCIe, NODE/SYS through CPUs."""
     links = sorted(_links(count, table))
     if not links:
-        return Check("interconnect", "warn", "not known", "nvidia-smi topo -m would tell")
+        return Check("interconnect", "warn", "unknown", "run nvidia-smi topo -m to see it")
     found = ", ".join(links)
     if any(link in ("SYS", "NODE", "PHB") for link in links):
-        advice = "some pairs talk through the CPU: gradients of large models take long; keep a job on GPUs of one side"
+        advice = (
+            "some pairs communicate through the CPU, which slows down large models; use GPUs of one CPU socket per job"
+        )
         return Check("interconnect", "warn", found, advice)
     return Check("interconnect", "ok", found)
 
@@ -194,14 +204,16 @@ def communication() -> Iterator[Check]:
         yield Check("communication", "fail", "torch has no torch.distributed", "install an official build of torch")
         return
     if dist.is_gloo_available():
-        yield Check("gloo", "ok", "there")
+        yield Check("gloo", "ok", "available")
     else:
         yield Check("gloo", "fail", "missing from torch", "install an official build of torch")
     if dist.is_nccl_available():
-        version = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "there"
+        version = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "available"
         yield Check("NCCL", "ok", version)
     elif torch.cuda.is_available():
-        yield Check("NCCL", "fail", "missing from torch", "several GPUs need it: install an official build of torch")
+        yield Check(
+            "NCCL", "fail", "missing from torch", "multi-GPU training needs it: install an official build of torch"
+        )
     else:
         yield Check("NCCL", "ok", "missing, and not needed without GPUs")
 
@@ -213,7 +225,7 @@ def cpus() -> Check:
     granted, machine = available_cpus(), os.cpu_count() or 1
     found = f"{granted} granted of {machine}"
     if granted == 1:
-        return Check("CPUs", "warn", found, "images will be prepared slowly: ask for more (SLURM: --cpus-per-task)")
+        return Check("CPUs", "warn", found, "image loading will be slow: request more (SLURM: --cpus-per-task)")
     return Check("CPUs", "ok", found)
 
 
@@ -259,7 +271,7 @@ def wandb_login() -> Check:
     if not why:
         said = " (by WANDB_MODE)" if os.environ.get("WANDB_MODE") else ""
         return Check("W&B", "ok", ("logged in, server reached" if mode == "online" and not said else mode) + said)
-    return Check("W&B", "warn", f"offline: {why}", "wandb login, or WANDB_MODE=offline where that is meant")
+    return Check("W&B", "warn", f"offline: {why}", "wandb login, or set WANDB_MODE=offline if that is intended")
 
 
 def slurm() -> Check:

@@ -69,7 +69,7 @@ def _measured(summary: dict[str, Any], figure: str) -> float | None:
 
 def _not_comparable(recipe: Recipe, expected: Expectation, measured: float | None) -> str:
     if measured is None:
-        return "the run has no such figure"
+        return "the run has no such metric"
     if reason := different_conditions(recipe):
         return reason
     if expected.seeds and recipe.recipe.seed not in expected.seeds:

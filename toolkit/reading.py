@@ -27,12 +27,12 @@ LARGEST = 2**63 - 1
 
 EXPECTED = {
     "missing": "is missing",
-    "model_type": "is no JSON object",
-    "dict_type": "is no JSON object",
-    "list_type": "is no list",
-    "string_type": "is no text",
-    "int_type": "is no whole number",
-    "float_type": "is no number",
+    "model_type": "is not a JSON object",
+    "dict_type": "is not a JSON object",
+    "list_type": "is not a list",
+    "string_type": "is not a string",
+    "int_type": "is not an integer",
+    "float_type": "is not a number",
     "bool_type": "is neither true nor false",
 }
 """Messages for pydantic's error types."""
@@ -61,7 +61,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise MissingFile(f"{path} is missing: the run has not come that far, or the file was removed") from None
+        raise MissingFile(f"{path} is missing: the run has not reached that point, or the file was removed") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -71,7 +71,7 @@ def require_file(path: Path) -> None:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise MissingFile(f"{path} is missing: the run has not come that far, or the file was removed") from None
+        raise MissingFile(f"{path} is missing: the run has not reached that point, or the file was removed") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # a null character in the path

@@ -358,7 +358,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
     if not is_run:
-        raise UserError(f"{folder} is no run directory: it has no recipe.toml")
+        raise UserError(f"{folder} is not a run directory: it has no recipe.toml")
     return Run(folder)
 
 

@@ -79,7 +79,7 @@ class TrackerThread:
     def _fail(self, reason: str) -> None:
         if not self.failed:
             self.failed = True
-            self.say(f"warning: {self.tracker.name} gets no more ({reason}); metrics.jsonl has it all")
+            self.say(f"warning: {self.tracker.name} logging has stopped ({reason}); metrics.jsonl is complete")
 
 
 class Tracking:
@@ -133,7 +133,7 @@ class Tracking:
                     time.sleep(OFFLINE_PAUSE_S)
 
     def _fail(self, error: Exception) -> None:
-        self.say(f"warning: the trackers could not start ({_first_line(error)}); metrics.jsonl has it all")
+        self.say(f"warning: the trackers could not start ({_first_line(error)}); metrics.jsonl is complete")
 
     def _init(self, recipe: Recipe, wandb: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
         # Accelerate passes one project name to all trackers, which TensorBoard uses as a folder name.

@@ -140,7 +140,7 @@ def _recipe_path(recipe: str | None, resume: str | None) -> str:
     if recipe is not None:
         return recipe
     if resume in (None, "auto"):
-        raise UserError("no recipe given: say which TOML file to train, e.g. toolkit train recipes/quickstart.toml")
+        raise UserError("no recipe given: name the TOML file to train, e.g. toolkit train recipes/quickstart.toml")
     return os.path.join(resume, "recipe.toml")
 
 

@@ -44,7 +44,7 @@ class SyncResult:
             case "already":
                 return f"{self.run}: already uploaded, {self.url}"
             case "training":
-                return f"{self.run}: is still being trained; left alone"
+                return f"{self.run}: is still training; skipped"
         return f"{self.run}: was not tracked by W&B; nothing to upload"
 
 

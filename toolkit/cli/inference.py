@@ -285,7 +285,7 @@ def _subjects(
         return found, len(found)
     files = collect(paths, sys.stdin.buffer.read, log)
     if len(files) > EXPLAINED:
-        raise UserError(f"{len(files)} images are more pictures than anybody looks at; name at most {EXPLAINED}")
+        raise UserError(f"{len(files)} images are too many to explain at once; name at most {EXPLAINED}")
     return subjects_from_files(trained, files, log), len(files)
 
 

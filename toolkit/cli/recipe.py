@@ -199,7 +199,7 @@ def diff(
         for line in [_difference(*item) for item in keys] or ["the recipes are equal"]:
             print(line)
         for name, one, two in figures:
-            print(f"figure {name}: {_figure(one)} -> {_figure(two)}")
+            print(f"metric {name}: {_figure(one)} -> {_figure(two)}")
         return EXIT_OK
 
     exit_with_status(run_with_error_handling(work, debug=debug))

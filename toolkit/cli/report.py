@@ -88,7 +88,7 @@ def _is_study(path: Path) -> bool:
         return False
     within = sorted(path.glob("*/recipe.toml"), reverse=True) if path.is_dir() else []
     hint = f"; it has run directories, the newest is {within[0].parent}" if within else ""
-    raise UserError(f"{path} is no run directory (no recipe.toml) and no study's folder (no {FILE}){hint}")
+    raise UserError(f"{path} is not a run directory (no recipe.toml) or a study's folder (no {FILE}){hint}")
 
 
 def _tell(written: ReportResult, as_json: bool) -> None:
@@ -109,5 +109,5 @@ def _numbers(text: str | None) -> list[int]:
     """Parse integers separated by commas."""
     parts = [part.strip() for part in text.split(",")] if text is not None else []
     if not all(part.isascii() and part.isdigit() for part in parts):
-        raise UserError(f"--filters {text!r}: give numbers of filters by comma, such as 3,17")
+        raise UserError(f"--filters {text!r}: give filter numbers separated by commas, such as 3,17")
     return [int(part) for part in parts]

@@ -90,8 +90,8 @@ def check_size(study: StudySpec, expansion: ExpandedStudy, *, yes: bool) -> None
     count = study.table.bohb.trials if study.table.bohb else expansion.count
     if count > limit and not yes:
         raise UserError(
-            f"{study.path} has {count} runs, more than study.max_runs = {limit}; look at them with --plan, then say "
-            "--yes to start them, or raise study.max_runs"
+            f"{study.path} has {count} runs, more than study.max_runs = {limit}; check them with --plan, then start "
+            "them with --yes, or raise study.max_runs"
         )
 
 

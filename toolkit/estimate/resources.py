@@ -159,7 +159,7 @@ def _contents(data: DataConfig, classes: int | None) -> DatasetCounts:
         facts = DATASETS[data.dataset]
         known = classes or known_classes(data.dataset, background_class=data.background_class)
         if known is None:
-            message = f"{error}. Without the data the number of classes is not known: give it by --classes"
+            message = f"{error}. Without the data the number of classes is not known: give it with --classes"
             raise UserError(message) from None
         return DatasetCounts(known, facts.size, facts.channels, None, f"the data are not here ({error})")
     images = {split: len(indices) for split, indices in split_dataset(dataset, data).items()}
@@ -186,7 +186,7 @@ def _precision(recipe: Recipe) -> tuple[str, list[str]]:
     other = "no" if found == "bf16" else "bf16"
     return found, [
         f'train.precision = "auto" is "{found}" on this machine; '
-        f"--set 'train.precision=\"{other}\"' reckons with the other"
+        f"--set 'train.precision=\"{other}\"' estimates with the other"
     ]
 
 
@@ -218,8 +218,8 @@ def _transfer_notes(recipe: Recipe, transfer: Transfer) -> list[str]:
     if tail is None:
         return []
     return [
-        f"all before {tail} is frozen and fixed: training may compute its outputs once and then run {tail} alone, "
-        "with far less memory and time than shown"
+        f"everything before {tail} is frozen and deterministic: training may compute its outputs once and then run "
+        f"{tail} alone, with far less memory and time than shown"
     ]
 
 
@@ -271,8 +271,8 @@ def plan_text(found: ResourceEstimate) -> str:
         ("precision", found.precision),
         ("memory", f"{_size(memory.total)} on each device, measured by {found.measured_by}"),
         *[("", f"{_size(value):>10}  {word}") for word, value in _memory_rows(memory)],
-        ("", "besides, what libraries, kernels' workspaces and the allocator take: often 1 to 2 GiB on a GPU"),
-        ("arithmetic", f"{_flops(found.step.forward_flops)} an image forward, "
+        ("", "plus what libraries, kernel workspaces and the allocator use: often 1 to 2 GiB on a GPU"),
+        ("arithmetic", f"{_flops(found.step.forward_flops)} per image forward, "
                        f"{_flops(found.step.training_flops)} forward and backward"),
         ("time", _time_text(found)),
         *[("note", note) for note in found.notes],
@@ -284,7 +284,7 @@ def _memory_rows(memory: Memory) -> list[tuple[str, int]]:
     words = {
         "weights": "weights",
         "gradients": "gradients",
-        "optimizer": "optimiser state",
+        "optimizer": "optimizer state",
         "average": "moving average of the weights",
         "activations": "activations kept for the backward pass",
         "images": "images",
@@ -306,7 +306,7 @@ def _time_text(found: ResourceEstimate) -> str:
         return f"no estimate: no finished run of this model and batch under {root}"
     at = f"{speed.images_per_s:,.0f} images/s measured on {speed.processes} x {speed.device} in {speed.run}"
     if speed.processes != found.processes:
-        at += f", taken in proportion to {found.processes} processes"
+        at += f", scaled to {found.processes} processes"
     return f"{_duration(found.seconds)} of training ({at})" if found.seconds is not None else f"unknown ({at})"
 
 

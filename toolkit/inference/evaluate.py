@@ -72,7 +72,7 @@ class ReevaluationReport:
     def text(self) -> str:
         """Format as a table and a sentence that says whether the run was reproduced."""
         rows = [(f.model, f.name, f"{f.evaluated:.9g}", _shown(f.recorded), f.verdict) for f in self.figures]
-        header = ("model", "figure", "evaluated", "recorded", "verdict")
+        header = ("model", "metric", "evaluated", "recorded", "verdict")
         lines = [f"{self.split}: {self.images} images", table(rows, header, frozenset((2, 3))), *self.remarks]
         if self.predictions_equal is not None:
             lines.append(f"predictions.csv: {self.predictions_equal} of {self.images} rows are the same")
@@ -82,12 +82,12 @@ class ReevaluationReport:
         compared = [figure for figure in self.figures if figure.recorded is not None]
         other = [figure for figure in compared if figure.verdict != "equal"]
         if not compared:
-            return "nothing to compare with: the run has recorded no figures of this"
+            return "nothing to compare with: the run has recorded no metrics of this split"
         if not other:
-            return f"all {len(compared)} figures equal those of summary.json"
+            return f"all {len(compared)} metrics equal those of summary.json"
         names = ", ".join(f"{figure.model} {figure.name}" for figure in other)
         how = "differ" if self.differs else "differ by rounding"
-        return f"{len(other)} of {len(compared)} figures {how} from summary.json: {names}"
+        return f"{len(other)} of {len(compared)} metrics {how} from summary.json: {names}"
 
 
 def _shown(value: float | None) -> str:
@@ -118,18 +118,18 @@ def images_of(run: Run, split: str, trained: TrainedModel, data_root: Path | Non
         dataset = open_dataset(wanted.model_copy(update={"download": False, **moved}))
     except UserError as error:
         raise UserError(
-            f"the images of {run.path} are not here: {error}. If they have moved, say where: --data-root FOLDER"
+            f"the images of {run.path} are not here: {error}. If they have moved, use --data-root FOLDER"
         ) from None
     if dataset.classes != classes:
         raise UserError(
-            f"the data set has other classes now ({len(dataset.classes)}) than {run.path} was trained on "
+            f"the data set now has different classes ({len(dataset.classes)}) than {run.path} was trained on "
             f"({len(classes)}): {_first_difference(dataset.classes, classes)}"
         )
     index = {dataset.images.name(i): i for i in range(len(dataset.images))}
     missing = [name for name in names[split] if name not in index]
     if missing:
         raise UserError(
-            f"{len(missing)} of the {len(names[split])} {split} images of {run.path} are not in the data set any more: "
+            f"{len(missing)} of the {len(names[split])} {split} images of {run.path} are no longer in the data set: "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
     _check_hash(run, dataset, names, index)
@@ -153,7 +153,7 @@ def _check_hash(run: Run, dataset: Dataset, names: dict[str, Any], index: dict[s
     if split_hash(dataset, splits) != names["hash"]:
         raise UserError(
             f"the data set gives images of {run.path} other classes than it had when the run was trained (the hash in "
-            "split.json differs); bring back the data as they were"
+            "split.json differs); restore the data as they were"
         )
 
 

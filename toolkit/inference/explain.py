@@ -138,7 +138,7 @@ def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path 
     wrong.sort(key=lambda mistake: -mistake[0])
     unknown = [path for _, path, _ in wrong[:count] if path not in place]
     if unknown:
-        raise UserError(f"{run.path / 'predictions.csv'} is damaged: {unknown[0]} is no test image of this run")
+        raise UserError(f"{run.path / 'predictions.csv'} is damaged: {unknown[0]} is not a test image of this run")
     return [CamInput(path, transform(images.load(place[path])), label) for _, path, label in wrong[:count]]
 
 

@@ -98,7 +98,7 @@ def export(path: Path, name: str, folder: Path | None = None, epoch: str = "best
 def _load_last(path: Path, trained: TrainedModel) -> None:
     """Replace the best weights by those of the run's last epoch."""
     if not (path / "recipe.toml").is_file():
-        raise UserError(f"--epoch last: {path} is no run directory, and an exported folder holds one model only")
+        raise UserError(f"--epoch last: {path} is not a run directory, and an exported folder holds one model only")
     run = open_run(path)
     epochs = run.epochs()
     last = int(epochs[-1]["epoch"]) if epochs else 0
@@ -119,7 +119,7 @@ def write_checked(chosen: ExportFormat, trained: TrainedModel, folder: Path, inp
         difference = _difference(trained, compute, inputs)
     if not difference <= LIMIT:  # also true for NaN
         raise RunFailed(
-            f"{trained.table.name} as {name} computes something else: logits differ by up to {difference:.2e}, more "
+            f"{trained.table.name} as {name} computes different outputs: logits differ by up to {difference:.2e}, more "
             f"than {LIMIT:g}; nothing was written"
         )
     write_json(folder / "preprocessing.json", preprocessing_card(trained))
@@ -174,7 +174,7 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 def images_to_compare(path: Path, trained: TrainedModel) -> tuple[Tensor, str]:
     """Return 64 inputs, float32 [64, C, H, W], with a description: images of the run, or noise if they are missing."""
     if not (path / "recipe.toml").is_file():
-        return _noise(trained), f"{IMAGES} synthetic images (the model has left its run)"
+        return _noise(trained), f"{IMAGES} synthetic images (an exported model has no data)"
     try:
         return _of_run(open_run(path), trained), f"{IMAGES} images of the run's data"
     except UserError:
@@ -243,19 +243,19 @@ def _steps(trained: TrainedModel) -> list[str]:
     resize = wanted.resize
     which = "shorter" if wanted.border is None else "longer"
     side = f"the {which} side to {resize}" if isinstance(resize, int) else f"to {resize} (height, width)"
-    padding = "" if wanted.border is None else f", padding what is smaller with the color {list(wanted.border)}"
+    padding = "" if wanted.border is None else f", padding smaller images with the color {list(wanted.border)}"
     return [
-        f"decode to {'RGB' if wanted.channels == 3 else 'greyscale'}",
+        f"decode to {'RGB' if wanted.channels == 3 else 'grayscale'}",
         *(["turn the image upright by its EXIF orientation"] if wanted.exif == "apply" else []),
         *([_scaling(wanted.value_range)] if wanted.value_range is not None else []),
         *([f"resize {side} pixels, {wanted.interpolation}, antialiased"] if resize is not None else []),
-        *([f"crop the centre, {wanted.image_size} x {wanted.image_size} pixels{padding}"] if wanted.crop else []),
+        *([f"crop the center, {wanted.image_size} x {wanted.image_size} pixels{padding}"] if wanted.crop else []),
         *(
             f"{entry.name} {entry.arguments or ''} (the recipe's own)".replace("  ", " ")
             for entry in trained.transforms
         ),
         "divide by 255",
-        f"subtract the mean {list(wanted.mean)} and divide by the deviation {list(wanted.std)}, for each channel",
+        f"subtract the mean {list(wanted.mean)} and divide by the standard deviation {list(wanted.std)}, per channel",
     ]
 
 
@@ -364,8 +364,8 @@ def _write_timm(trained: TrainedModel, folder: Path) -> None:
     table = trained.table
     if not fits_timm(table):
         raise UserError(
-            f"--format timm is for models of timm as timm builds them; {table.source}'s {table.name}"
-            f"{'' if table.source != 'timm' else ' with a head or stem of its own'} is none: use safetensors, "
+            f"--format timm is for unmodified timm models; {table.source}'s {table.name}"
+            f"{'' if table.source != 'timm' else ' with a head or stem of its own'} is not one: use safetensors, "
             "torch-export or onnx"
         )
     _write_weights(trained, folder)

@@ -98,7 +98,7 @@ class TrainedModel:
         """Warning to show to the user, if any."""
         if self.weights.name in WEIGHTS:
             return None
-        return f"the run has not come to its end: {self.weights.name} holds the best epoch so far"
+        return f"the run has not finished: {self.weights.name} holds the best epoch so far"
 
 
 def model_card(
@@ -161,7 +161,7 @@ def _check_finished(folder: Path, weights: Path, classes: list[str]) -> None:
     with contextlib.suppress(DamagedFile):  # prediction works without the summary
         epoch = run.summary["best"]["epoch"]
         if fault := finished_fault(folder, epoch, classes):
-            raise UserError(f"{folder}: {fault}: it was edited, or is another run's. Bring back the run's own")
+            raise UserError(f"{folder}: {fault}: it was edited, or belongs to another run. Restore the run's own file")
 
 
 def _versioned(module: nn.Module, state: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
@@ -216,7 +216,7 @@ def collect(
             lines = [argument]
         found += [path for line in lines for path in _expand(line, log)]
     if not found:
-        raise UserError("no image is named: give images, folders, @LIST (one a line), or - for standard input")
+        raise UserError("no image is named: give images, folders, @LIST (one per line), or - for standard input")
     return found
 
 
@@ -230,7 +230,7 @@ def _read_list(path: str) -> bytes:
 def _lines(content: bytes, source: str) -> list[str]:
     """Split a list into paths, one per line; empty lines are ignored."""
     if b"\0" in content:
-        raise UserError(f"{source} is no text: it is to hold one path a line")
+        raise UserError(f"{source} is not a text file with one path per line")
     return [os.fsdecode(line.rstrip(b"\r")) for line in content.split(b"\n") if line.strip()]
 
 

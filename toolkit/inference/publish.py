@@ -26,7 +26,7 @@ from toolkit.training.resume import check_recipe
 FIGURES = {
     "accuracy": "top-1 accuracy",
     "top5_accuracy": "top-5 accuracy",
-    "balanced_accuracy": "mean accuracy of the classes",
+    "balanced_accuracy": "balanced accuracy",
 }
 """Metrics of summary.json shown in the model card, with their names in words."""
 
@@ -36,7 +36,7 @@ TITLES = {
     "cifar100": "CIFAR-100",
     "fashion_mnist": "Fashion-MNIST",
     "caltech101": "Caltech-101",
-    "imagefolder": "images of the author's own",
+    "imagefolder": "the author's own images",
 }
 """Display names of data sets."""
 
@@ -65,7 +65,7 @@ def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, priv
     _check_names(repo, license_id)
     run = open_run(path)
     if not run.is_finished:
-        raise UserError(f"{run.path} is not finished: it has no figures that a model card could state")
+        raise UserError(f"{run.path} is not finished: it has no metrics for a model card")
     trained, recipe, summary = load_model(path), run.recipe, run.summary
     name = "timm" if fits_timm(trained.table) else "safetensors"
     check_recipe(run)
@@ -79,7 +79,7 @@ def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, priv
         except KeyError as key:
             raise DamagedFile(run.path / "summary.json", f"it has no {key}") from None
         (unfinished / "README.md").write_text(card, encoding="utf-8")
-    why_not = _cannot_push() if push else "that was not asked for"
+    why_not = _cannot_push() if push else "--no-push was given"
     return PublishResult(target, None if why_not else _push(target, repo, private), why_not)
 
 
@@ -89,11 +89,11 @@ def _check_names(repo: str, license_id: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"REPO {repo!r} is no name of a repository, such as lab/resnet50-caltech: {error}") from None
+        raise UserError(f"REPO {repo!r} is not a repository name, such as lab/resnet50-caltech: {error}") from None
     if not LICENSE.fullmatch(license_id):
         raise UserError(
-            f"--license {license_id!r} is no identifier of the Hub, such as mit, apache-2.0, cc-by-4.0, other or "
-            "unknown (https://huggingface.co/docs/hub/repositories-licenses)"
+            f"--license {license_id!r} is not a license identifier of the Hub, such as mit, apache-2.0, cc-by-4.0, "
+            "other or unknown (https://huggingface.co/docs/hub/repositories-licenses)"
         )
 
 
@@ -213,7 +213,7 @@ def _use(trained: TrainedModel, repo: str) -> str:
         return f"## Use\n\n```python\n{code}\n```\n\n`preprocessing.json` has every step of the preprocessing."
     return (
         f"## Use\n\n```sh\nhf download {repo} --local-dir model\ntoolkit predict model photo.jpg --top-k 5\n```\n\n"
-        "`model.json` says how the model is built, `preprocessing.json` every step of the preprocessing."
+        "`model.json` describes how the model is built, `preprocessing.json` every step of the preprocessing."
     )
 
 
@@ -241,25 +241,26 @@ def _recipe(recipe: Recipe, summary: dict[str, Any]) -> str:
     rows = {
         "initial weights": "random" if weights == "none" else weights,
         "transfer": recipe.transfer.mode,
-        "optimiser": f"{optimizer.name}, learning rate {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
+        "optimizer": f"{optimizer.name}, learning rate {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
         "schedule": recipe.scheduler.name,
         "epochs": f"{summary['epochs_run']} of {train.epochs}; weights of epoch {summary['best']['epoch']}",
         "batch size": str(train.batch_size),
         "precision": str(summary["precision"]),
-        "augmentation": ", ".join(entry.name for entry in recipe.augment.train) or "none but what `recipe.toml` says",
+        "augmentation": ", ".join(entry.name for entry in recipe.augment.train) or "only what `recipe.toml` states",
         "seed": str(summary["seed"]),
         "parameters": f"{summary['parameters']:,}, of which {summary['trainable_parameters']:,} trained",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
-        f"## Recipe\n\n| | |\n|---|---|\n{table}\n\n`recipe.toml` is complete: `toolkit train recipe.toml` repeats it."
+        f"## Recipe\n\n| | |\n|---|---|\n{table}\n\n"
+        "`recipe.toml` is complete: `toolkit train recipe.toml` reproduces the run."
     )
 
 
 def _figures(recipe: Recipe, summary: dict[str, Any]) -> str:
     best, best_metric = summary["best"], recipe.train.best_metric
     splits = {short: name for short, name in (("val", "validation"), ("test", "test")) if f"{short}_loss" in best}
-    lines = ["## Figures\n"]
+    lines = ["## Metrics\n"]
     if splits:
         lines += [f"| | {' | '.join(splits.values())} |", "|---" * (len(splits) + 1) + "|"]
         for name, words in {"loss": "cross-entropy", **FIGURES}.items():
@@ -276,17 +277,19 @@ def _figures(recipe: Recipe, summary: dict[str, Any]) -> str:
 
 def _limits(recipe: Recipe) -> str:
     lines = [
-        "- It knows no other classes than those above, and gives one of them to any image.",
-        "- The figures hold for images like those of the data set; other cameras, places or times were not tested.",
+        "- It knows only the classes above, and assigns one of them to any image.",
+        "- The metrics apply to images like those of the data set; other cameras, places or times were not tested.",
         "- Its probabilities were not calibrated, and differences between groups of people were not examined.",
-        "- It was made for research and teaching; do not use it where a mistake can harm somebody.",
+        "- It was made for research and teaching; do not use it where mistakes could harm people.",
     ]
     if recipe.model.weights != "none":
-        lines.append("- It has inherited what is one-sided in the data that its initial weights were trained on.")
+        lines.append("- It may have inherited biases of the data that its initial weights were trained on.")
     return "## Limits\n\n" + "\n".join(lines)
 
 
 def _licence(recipe: Recipe, license_id: str) -> str:
-    said = "Its author has stated no licence." if license_id == "unknown" else f"The weights are under `{license_id}`."
+    said = (
+        "Its author has not stated a license." if license_id == "unknown" else f"The weights are under `{license_id}`."
+    )
     weights = "" if recipe.model.weights == "none" else " The initial weights have terms of their own as well."
-    return f"## Licence\n\n{said} The images belong to the data set, which has its own terms.{weights}"
+    return f"## License\n\n{said} The images belong to the data set, which has its own terms.{weights}"

@@ -84,4 +84,4 @@ def transform_note(trained: TrainedModel, folder: Path) -> str | None:
         # The mean difference must be below 1/255; it is not 0, since timm resizes with Pillow (toolkit.augment.resize).
         if ours.shape == other.shape and float((ours - other).abs().mean()) < 1 / 255 / max(trained.preprocessing.std):
             return None
-    return "timm's own transform, made from config.json, is not the run's: take preprocessing.json"
+    return "timm's own transform, created from config.json, differs from the run's: use preprocessing.json"
