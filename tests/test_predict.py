@@ -139,7 +139,7 @@ def test_bad_files_are_named_left_out_and_counted(run: Run, tmp_path: Path) -> N
     reasons = [line.split(": ", 1)[1] for line in lines[:4]]
     assert reasons[0].startswith("damaged")
     assert reasons[1:] == ["an empty file", "no such file", "not an image of a known format"]
-    assert lines[4] == "4 of 6 files could not be predicted; left out"
+    assert lines[4] == "4 of 6 files could not be predicted; skipped"
 
 
 def predict_with_gaps(path: str, images: list[str]) -> Predictions:

@@ -198,7 +198,7 @@ def test_a_server_that_stops_answering_costs_a_warning(tmp_path: Path, server: W
     trainers, seconds = stopped_at_step(tmp_path, 9, *tracked("wandb"))
     assert seconds < LIMIT_S
     path = only_run(tmp_path).path
-    assert f"its server has not taken all; to upload the rest: toolkit sync {path}" in trainers.text()
+    assert f"its server has not received everything; to upload the rest: toolkit sync {path}" in trainers.text()
     said = train(tmp_path, *tracked("wandb"))
     assert said.count("warning") == 1
     run = only_run(tmp_path)

@@ -180,7 +180,7 @@ def _first_step(training: Trainer) -> list[tuple[MicroBatch, Any]]:
         found.append((micro, batch._replace(images=images, labels=batch.labels.to(images.device))))
         if micro.is_last:
             return found
-    raise RunFailed("the first epoch gave no whole step")
+    raise RunFailed("the first epoch has no complete step")
 
 
 def _train(training: Trainer, loader: Any, steps: int) -> None:
@@ -271,7 +271,7 @@ def bench_text(speeds: BenchmarkResult, plain: dict[str, Any] | None = None) -> 
         f"arithmetic       {speeds.gflop_per_image:10.3f} GFLOP per image, forward and backward",
     ]
     if speeds.utilisation is not None:
-        lines.append(f"utilisation      {speeds.utilisation:10.1%} of the device's peak")
+        lines.append(f"utilization      {speeds.utilisation:10.1%} of the device's peak")
     lines += [f"shortcut: {shortcut}" for shortcut in speeds.shortcuts]
     if plain is not None:
         ratio = speeds.step_images_per_s / plain["step_images_per_s"]

@@ -121,7 +121,7 @@ def _acquire_lease(
         if timeout is not None and waited >= timeout and is_alive:
             raise Timeout(lease.lock_file)
         if waited > LEASE_S / 60 and not is_announced and not is_alive:
-            log(f"{lease.lock_file} is there: waiting up to {LEASE_S:g} s to see whether its holder is alive")
+            log(f"{lease.lock_file} exists: waiting up to {LEASE_S:g} s to see whether its holder is alive")
             is_announced = True
         time.sleep(min(0.25, LEASE_S / 20))
 

@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=0, help="instead: seconds of so many whole epochs")
+    parser.add_argument("--epochs", type=int, default=0, help="instead, measure the duration of this many epochs")
     parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args()
     recipe = load(arguments.recipe, arguments.set).recipe

@@ -157,7 +157,7 @@ def _parsed(text: str) -> Any:
 def _whole(digits: str) -> int:
     number = int(digits) if len(digits) < 20 else LARGEST + 1
     if abs(number) > LARGEST:
-        raise ValueError(f"{digits[:12]}... is not a possible number")
+        raise ValueError(f"{digits[:12]}... is out of range")
     return number
 
 

@@ -176,7 +176,7 @@ def _close(tracker: Any, exit_code: int) -> None:
         tracker.tracker.finish(exit_code=exit_code)
     except TimeoutError:
         run = Path(tracker.tracker.dir).parents[2]  # of RUN/wandb/run-TIME-ID/files
-        raise TimeoutError(f"its server has not taken all; to upload the rest: toolkit sync {run}") from None
+        raise TimeoutError(f"its server has not received everything; to upload the rest: toolkit sync {run}") from None
 
 
 def define_axes(run: Any) -> None:

@@ -129,7 +129,7 @@ def report_at_end(run: Run) -> None:
 
         written = write_report(run, log=lambda line: print(line, file=sys.stderr))
         for line in written.missing:
-            print(f"the report does not show {line}", file=sys.stderr)
+            print(f"not shown in the report: {line}", file=sys.stderr)
     except (Exception, KeyboardInterrupt) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         print(f"warning: no report ({reason}); to try again: toolkit report {run.path}", file=sys.stderr)

@@ -129,7 +129,7 @@ def _upload(run: Run, wandb_id: str) -> SyncResult:
             _make_sure(wandb.Api(), path, max((line["step"] for line in lines), default=-1))
         except Exception as error:  # of the client, its HTTP library or the system
             raise RunFailed(
-                f"{run.path}: not all of it was uploaded ({first_line(error)}); toolkit sync again sends the rest"
+                f"{run.path}: the upload is incomplete ({first_line(error)}); run toolkit sync again to send the rest"
             ) from error
         finally:
             wandb.teardown()

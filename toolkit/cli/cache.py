@@ -33,7 +33,7 @@ def cache(
         if action == "clean":
             _clean(unused_days, as_json)
         elif unused_days:
-            raise UserError("--unused-days belongs to toolkit cache clean")
+            raise UserError("--unused-days is only for toolkit cache clean")
         else:
             _list(as_json)
         return EXIT_OK

@@ -132,7 +132,7 @@ def predict(
         for fault in predictions.faults:
             log(f"{predictions.paths[fault.position]}: {fault.reason}")
         if predictions.faults:
-            log(f"{len(predictions.faults)} of {len(predictions.paths)} files could not be predicted; left out")
+            log(f"{len(predictions.faults)} of {len(predictions.paths)} files could not be predicted; skipped")
         return EXIT_FAILURE if predictions.faults else EXIT_OK
 
     exit_with_status(run_with_error_handling(work, debug=debug))

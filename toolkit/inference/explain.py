@@ -160,8 +160,8 @@ def find_layer(trained: TrainedModel, sample: Tensor, wanted: str | None = None)
     if found is not None:
         return found
     raise UserError(
-        f"{trained.table.name} has no layer that gives maps of more than one place; name one with --layer "
-        f"(there is {', '.join(name for name, _ in outputs[-6:])}, ...)"
+        f"{trained.table.name} has no layer with maps larger than 1x1; name one with --layer "
+        f"(the last ones are {', '.join(name for name, _ in outputs[-6:])})"
     )
 
 
@@ -242,13 +242,15 @@ def _named(trained: TrainedModel, wanted: str, outputs: list[tuple[str, Tensor]]
     found = dict(outputs)
     if wanted not in found:
         near = difflib.get_close_matches(wanted, found, 3, 0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else f"; there is {', '.join([*found][-6:])}, ..."
-        raise UserError(f"--layer {wanted}: {trained.table.name} has no layer of this name that is used once{hint}")
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; the last ones are {', '.join([*found][-6:])}"
+        raise UserError(
+            f"--layer {wanted}: {trained.table.name} has no layer of this name that is called exactly once{hint}"
+        )
     layer = _as_layer(trained.module, wanted, found[wanted])
     if layer is None:
         raise UserError(
-            f"--layer {wanted} gives {list(found[wanted].shape)} for one image; Grad-CAM needs maps of more than one "
-            "place, [1, C, h, w], [1, h, w, C] or [1, tokens, C]"
+            f"--layer {wanted} returns {list(found[wanted].shape)} for one image; Grad-CAM needs maps larger than "
+            "1x1: [1, C, h, w], [1, h, w, C] or [1, tokens, C]"
         )
     return layer
 
