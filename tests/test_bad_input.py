@@ -189,7 +189,7 @@ def test_a_launcher_that_contradicts_the_recipe(
 def test_a_run_directory_to_resume_that_is_none(tmp_path: Path) -> None:
     outcome = toolkit("train", QUICKSTART, "--resume", tmp_path)
     assert outcome.status == 2
-    assert "no run directory" in outcome.stderr
+    assert "is not a run directory" in outcome.stderr
 
 
 def test_a_run_root_that_cannot_be_written(tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def test_diff_of_recipes_and_of_runs(tmp_path: Path) -> None:
         summary = {"best": {"test_accuracy": accuracy, "epoch": 3}, "last": {"epoch": 7}, "seed": 0}
         (folder / "summary.json").write_text(json.dumps(summary))
     outcome = toolkit("diff", str(one), str(two))
-    assert outcome.stdout == changed + "figure best.test_accuracy: 0.5 -> 0.75\n"
+    assert outcome.stdout == changed + "metric best.test_accuracy: 0.5 -> 0.75\n"
     found = json.loads(toolkit("diff", "--json", str(one), str(two)).stdout)
     assert found == {
         "recipe": {"train.epochs": [20, 7], "train.ema": [None, 0.9]},
@@ -335,7 +335,7 @@ def test_diff_of_recipes_and_of_runs(tmp_path: Path) -> None:
 def test_diff_refuses_what_is_neither(tmp_path: Path) -> None:
     outcome = toolkit("diff", str(QUICKSTART), str(tmp_path))
     assert outcome.status == 2
-    assert outcome.stderr == f"{tmp_path} is no run directory: it has no recipe.toml\n"
+    assert outcome.stderr == f"{tmp_path} is not a run directory: it has no recipe.toml\n"
 
 
 # Lists

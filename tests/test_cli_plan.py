@@ -68,7 +68,7 @@ def test_known_models() -> None:
     frozen = plan(RECIPES / "alexnet_caltech_feature_extractor.toml")
     assert frozen["parameters"] > frozen["trainable_parameters"] > 0
     assert frozen["memory"]["gradients"] == 4 * frozen["trainable_parameters"]
-    assert any("is frozen and fixed" in note for note in frozen["notes"])
+    assert any("is frozen and deterministic" in note for note in frozen["notes"])
 
 
 def shipped() -> list[Path]:
@@ -226,7 +226,7 @@ def test_time_comes_from_the_youngest_like_run(tmp_path: Path) -> None:
     assert found["seconds"] == pytest.approx(20 * 2 / 4), "20 epochs of 1 s on 2 processes, in proportion to 4"
     text = toolkit("plan", str(QUICKSTART), "--processes", "4", *here).stdout
     assert "10 s of training (1,294 images/s measured on 2 x cpu" in text
-    assert "in proportion to 4 processes" in text
+    assert "scaled to 4 processes" in text
     assert plan(QUICKSTART, *here, "--set", "model.head.dropout=0.3")["throughput"] is None
 
 

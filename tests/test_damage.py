@@ -73,12 +73,12 @@ class _Shape(Shape):
         (b"null", "not a JSON object"),
         (b"[1]", "not a JSON object"),
         (b"{}", "count is missing"),
-        (b'{"count": NaN}', "count is no whole number"),
-        (b'{"count": true}', "count is no whole number"),
-        (b'{"count": 1.5}', "count is no whole number"),
-        (b'{"count": 1, "name": null}', "name is no text"),
-        (b'{"count": 9223372036854775808}', "922337203685... is not a possible number"),
-        (b'{"count": -' + b"9" * 5000 + b"}", "-99999999999... is not a possible number"),
+        (b'{"count": NaN}', "count is not an integer"),
+        (b'{"count": true}', "count is not an integer"),
+        (b'{"count": 1.5}', "count is not an integer"),
+        (b'{"count": 1, "name": null}', "name is not a string"),
+        (b'{"count": 9223372036854775808}', "922337203685... is out of range"),
+        (b'{"count": -' + b"9" * 5000 + b"}", "-99999999999... is out of range"),
         (b'{"count": ' + b"[" * 100_000, "it is nested too deeply"),
         (b'{"a": ' + b"[" * 30 + b"]" * 30 + b', "count": 1}', "it is nested too deeply"),
     ],
@@ -130,7 +130,7 @@ def test_lines_are_judged_one_by_one(tmp_path: Path) -> None:
         None,
         {"count": 2},
     ]
-    assert str(found[3]) == "count is no whole number"
+    assert str(found[3]) == "count is not an integer"
     path.write_bytes(b'{"count": 1}')
     assert list(read_json_lines(path, _Shape)) == [{"count": 1}], "a whole last line without its line break counts"
 
@@ -206,9 +206,9 @@ def one_line(outcome: Outcome) -> str:
 def test_best_that_is_no_number(run: Run) -> None:
     summary = run.summary
     run.write_json("summary.json", {**summary, "best": float("nan")})
-    assert one_line(toolkit("check", run.path)).endswith("summary.json is damaged: best is no JSON object")
+    assert one_line(toolkit("check", run.path)).endswith("summary.json is damaged: best is not a JSON object")
     run.write_json("summary.json", {**summary, "best": {**summary["best"], "val_loss": "low"}})
-    assert one_line(toolkit("check", run.path)).endswith("summary.json is damaged: best.val_loss is no number")
+    assert one_line(toolkit("check", run.path)).endswith("summary.json is damaged: best.val_loss is not a number")
 
 
 def test_predictions_shorter_than_the_split(run: Run) -> None:
@@ -269,10 +269,10 @@ class as_nobody:
     ("change", "fault"),
     [
         ({"epoch": -1}, "epoch is wrong: Input should be greater than or equal to 0"),
-        ({"step": None}, "step is no whole number"),
+        ({"step": None}, "step is not an integer"),
         ({"epoch": 7}, "it says epoch 7 and step 0, unlike its name"),
-        ({"file": 3}, "file is no text"),
-        ({"bytes": "x"}, "bytes is no whole number"),
+        ({"file": 3}, "file is not a string"),
+        ({"bytes": "x"}, "bytes is not an integer"),
     ],
 )
 def test_of_a_checkpoint_whose_manifest_is_damaged_the_one_before_is_used(
@@ -324,7 +324,7 @@ def test_a_damaged_member_is_named_and_the_others_count(tmp_path: Path, file: st
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"members": None}, "members is no list"),
+        ({"members": None}, "members is not a list"),
         ({"members": [{"row": "x"}]}, "members.0.seed is missing"),
         ({"complete": 3}, "complete is neither true nor false"),
         ({"study": {"seeds": "many"}}, "seeds"),

@@ -56,7 +56,7 @@ def test_it_says_so_in_words_and_compares_the_predictions(run: Run) -> None:
     outcome = toolkit("evaluate", run.path)
     assert outcome.status == 0
     assert "predictions.csv: 50 of 50 rows are the same" in outcome.stdout
-    assert outcome.stdout.splitlines()[-1] == "all 8 figures equal those of summary.json"
+    assert outcome.stdout.splitlines()[-1] == "all 8 metrics equal those of summary.json"
 
 
 def test_several_processes_give_the_same_bits(run: Run) -> None:
@@ -78,7 +78,7 @@ def test_training_images_are_evaluated_too_but_nothing_was_recorded_of_them(run:
     outcome = toolkit("evaluate", run.path, "--split", "train")
     assert outcome.status == 0
     assert "train: 72 images" in outcome.stdout
-    assert "the run has recorded no figures of this" in outcome.stdout
+    assert "the run has recorded no metrics of this split" in outcome.stdout
 
 
 def test_weights_that_are_not_the_run_s_are_found_out(copy: Run) -> None:
@@ -92,7 +92,7 @@ def test_weights_that_are_not_the_run_s_are_found_out(copy: Run) -> None:
         path.unlink()
     outcome = toolkit("evaluate", copy.path)
     assert outcome.status == 1
-    assert "figures differ from summary.json: best test_loss" in outcome.stdout
+    assert "metrics differ from summary.json: best test_loss" in outcome.stdout
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, Path.touch])
@@ -104,7 +104,7 @@ def test_where_the_last_checkpoint_is_gone_the_best_model_is_evaluated_alone(cop
     assert outcome.status == 0
     assert "the last model was not evaluated: no whole checkpoint of epoch 5 is left" in outcome.stdout
     assert outcome.stderr == ""
-    assert "all 4 figures equal" in outcome.stdout
+    assert "all 4 metrics equal" in outcome.stdout
 
 
 def test_a_run_that_was_killed_is_evaluated_with_nothing_to_compare_with(copy: Run) -> None:
@@ -112,7 +112,7 @@ def test_a_run_that_was_killed_is_evaluated_with_nothing_to_compare_with(copy: R
         (copy.path / name).unlink()
     outcome = toolkit("evaluate", copy.path)
     assert outcome.status == 0, outcome.stderr
-    assert "the run has not come to its end: best-000" in outcome.stdout
+    assert "the run has not finished: best-000" in outcome.stdout
     assert "nothing to compare with" in outcome.stdout
 
 
@@ -143,7 +143,7 @@ def test_images_that_were_lost_or_exchanged_are_named(run: Run, tmp_path: Path) 
     shutil.copy(min((data / "test" / "4").iterdir()), data / "train" / "extra")
     outcome = toolkit("evaluate", run.path, "--data-root", data)
     assert outcome.status == 2
-    assert "other classes now (11)" in outcome.stderr
+    assert "now has different classes (11)" in outcome.stderr
     assert "new: extra" in outcome.stderr
 
 
@@ -163,11 +163,11 @@ def test_data_sets_in_memory_are_reproduced_as_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: (path / "recipe.toml").unlink(), "is no run directory: it has no recipe.toml"),
+        (lambda path: (path / "recipe.toml").unlink(), "is not a run directory: it has no recipe.toml"),
         (lambda path: (path / "summary.json").write_text("{"), "summary.json is damaged"),
         (
             lambda path: (path / "summary.json").write_text('{"best": 1}'),
-            "summary.json is damaged: best is no JSON object",
+            "summary.json is damaged: best is not a JSON object",
         ),
         (lambda path: (path / "split.json").unlink(), "split.json is missing"),
         (lambda path: (path / "split.json").write_text("{}"), "split.json is damaged"),

@@ -154,16 +154,16 @@ def test_a_layer_can_be_named_and_the_nearest_names_are_told() -> None:
     model = built("torchvision", "resnet18")
     sample = images(1)[0]
     assert find_layer(model, sample, "layer3") == CamLayer("layer3", "channels_first")
-    with pytest.raises(UserError, match="has no layer of this name that is used once; did you mean layer3"):
+    with pytest.raises(UserError, match="has no layer of this name that is called exactly once; did you mean layer3"):
         find_layer(model, sample, "layr3")
-    with pytest.raises(UserError, match=r"--layer fc gives \[1, 3\] for one image; Grad-CAM needs maps"):
+    with pytest.raises(UserError, match=r"--layer fc returns \[1, 3\] for one image; Grad-CAM needs maps"):
         find_layer(model, sample, "fc")
 
 
 def test_a_model_without_maps_is_refused_in_one_message() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 3))
     model = trained(module, ModelConfig(source="timm", name="perceptron"), 64)
-    with pytest.raises(UserError, match="perceptron has no layer that gives maps of more than one place"):
+    with pytest.raises(UserError, match="perceptron has no layer with maps larger than 1x1"):
         find_layer(model, images(1)[0])
 
 
@@ -218,7 +218,7 @@ def test_a_user_s_mistake_is_one_message(run: Run, copy: Run, monkeypatch: pytes
     table = copy.path / "predictions.csv"
     header, first, *rest = table.read_text().splitlines()
     table.write_text("\n".join([header, "elsewhere.png,0,1,0.999999", first, *rest]) + "\n")
-    assert "predictions.csv is damaged: elsewhere.png is no test image" in message(copy.path)
+    assert "predictions.csv is damaged: elsewhere.png is not a test image" in message(copy.path)
     table.write_text(f"{header}\n{first.split(',')[0]},0,1,likely\n")
     assert "predictions.csv is damaged: row 1 has the probability 'likely'" in message(copy.path)
     table.write_text(header + "\n")

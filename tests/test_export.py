@@ -160,7 +160,7 @@ def test_preprocessing_json_is_all_that_another_program_needs(runs: Callable[[st
     assert card["steps"][1:4] == [
         "turn the image upright by its EXIF orientation",
         "resize the shorter side to 20 pixels, bicubic, antialiased",
-        "crop the centre, 16 x 16 pixels",
+        "crop the center, 16 x 16 pixels",
     ]
     assert card["input"]["shape"] == ["batch", 3, 16, 16]
     logits = by_onnxruntime(tmp_path / "out", ours[None])
@@ -190,7 +190,7 @@ def test_timm_s_transform_of_colour_images_is_the_run_s_but_for_the_last_bit(tmp
     run = train_on_files(tmp_path, TIMM, "data.resize=36", size=32)
     outcome = toolkit("export", run.path, "--format", "timm", "-o", tmp_path / "out")
     assert outcome.status == 0
-    assert "is not the run's" not in outcome.stderr
+    assert "differs from the run's" not in outcome.stderr
 
 
 def test_what_timm_s_transform_cannot_say_is_told(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_what_timm_s_transform_cannot_say_is_told(tmp_path: Path) -> None:
     run = train_on_files(tmp_path, TIMM, negative, size=32)
     outcome = toolkit("export", run.path, "--format", "timm", "-o", tmp_path / "out")
     assert outcome.status == 0
-    assert "timm's own transform, made from config.json, is not the run's" in outcome.stderr
+    assert "timm's own transform, created from config.json, differs from the run's" in outcome.stderr
     card = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
     assert "RandomInvert {'p': 1.0} (the recipe's own)" in card["steps"]
 
@@ -229,7 +229,7 @@ def test_a_model_that_computes_something_else_is_not_left_behind(
     run = runs("convnet")
     outcome = toolkit("export", run.path, "--format", "safetensors", "-o", tmp_path / "out")
     assert outcome.status == 1
-    assert "computes something else: logits differ by up to" in outcome.stderr
+    assert "computes different outputs: logits differ by up to" in outcome.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,7 +265,7 @@ def test_the_weights_file_that_training_began_with_is_named_without_its_folder(
     ("name", "message"),
     [
         ("onxx", "--format onxx: expected onnx, torch-export, safetensors, timm; did you mean onnx?"),
-        ("timm", "--format timm is for models of timm as timm builds them; toolkit's convnet is none"),
+        ("timm", "--format timm is for unmodified timm models; toolkit's convnet is not one"),
     ],
 )
 def test_a_format_that_does_not_fit_is_refused(
@@ -281,7 +281,7 @@ def test_a_head_that_timm_cannot_build_is_refused_for_timm(tmp_path: Path) -> No
     run = train_on_files(tmp_path, TIMM, "model.head.hidden=[12]", size=32)
     outcome = toolkit("export", run.path, "--format", "timm", "-o", tmp_path / "out")
     assert outcome.status == 2
-    assert "test_resnet with a head or stem of its own is none" in outcome.stderr
+    assert "test_resnet with a head or stem of its own is not one" in outcome.stderr
 
 
 def test_missing_packages_are_named_with_the_command(

@@ -136,7 +136,7 @@ def test_a_dead_holder_of_another_host_loses_it_when_its_time_is_over(
     assert is_held(path), "nothing can be known yet"
     said: list[str] = []
     assert LEASE_S <= seconds(lambda: acquire(path, log=said.append).release()) < 3 * LEASE_S
-    assert said == [f"{path}.lease is there: waiting up to {LEASE_S:g} s to see whether its holder is alive"]
+    assert said == [f"{path}.lease exists: waiting up to {LEASE_S:g} s to see whether its holder is alive"]
     assert not is_held(path)
 
 

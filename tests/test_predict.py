@@ -139,7 +139,7 @@ def test_bad_files_are_named_left_out_and_counted(run: Run, tmp_path: Path) -> N
     reasons = [line.split(": ", 1)[1] for line in lines[:4]]
     assert reasons[0].startswith("damaged")
     assert reasons[1:] == ["an empty file", "no such file", "not an image of a known format"]
-    assert lines[4] == "4 of 6 files could not be predicted; left out"
+    assert lines[4] == "4 of 6 files could not be predicted; skipped"
 
 
 def predict_with_gaps(path: str, images: list[str]) -> Predictions:
@@ -191,7 +191,7 @@ def test_a_run_that_was_killed_predicts_with_its_best_epoch_so_far(copy: Run) ->
     copy.best_weights.unlink()
     outcome = toolkit("predict", copy.path, folder_of_test(copy))
     assert outcome.status == 0
-    assert "the run has not come to its end: best-000" in outcome.stderr
+    assert "the run has not finished: best-000" in outcome.stderr
     assert rows(outcome.stdout) == as_the_run(copy)
 
 
@@ -203,7 +203,7 @@ def test_a_run_that_was_killed_predicts_with_its_best_epoch_so_far(copy: Run) ->
         (["@nowhere.txt"], "the list nowhere.txt cannot be read: No such file"),
         (["-o", "nowhere/out.csv", "IMAGES"], "nowhere/out.csv cannot be written: No such file"),
         (["EMPTY"], "holds no image (.jpg"),
-        (["@BINARY"], "is no text: it is to hold one path a line"),
+        (["@BINARY"], "is not a text file with one path per line"),
     ],
 )
 def test_a_user_s_mistake_is_one_message(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -51,7 +51,7 @@ def test_the_card_s_front_matter_is_read_by_the_hub_s_own_library(run: Run, tmp_
     assert {result.metric_name: result.metric_value for result in data.eval_results} == {
         "top-1 accuracy": round(best["test_accuracy"], 6),
         "top-5 accuracy": round(best["test_top5_accuracy"], 6),
-        "mean accuracy of the classes": round(best["test_balanced_accuracy"], 6),
+        "balanced accuracy": round(best["test_balanced_accuracy"], 6),
     }
     assert {(result.dataset_type, result.dataset_split) for result in data.eval_results} == {("imagefolder", "test")}
 
@@ -60,12 +60,12 @@ def test_the_card_tells_data_recipe_figures_limits_and_licence(run: Run, tmp_pat
     toolkit("publish", run.path, "lab/digits", "--no-push", "-o", tmp_path / "out")
     text = card_of(tmp_path / "out").text
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
-        "## Use", "## Data", "## Recipe", "## Figures", "## Limits", "## Licence",
+        "## Use", "## Data", "## Recipe", "## Metrics", "## Limits", "## License",
     ]  # fmt: skip
     assert "72 train, 8 validation, 50 test" in text
     assert "sgd, learning rate 0.02" in text
     assert f"| cross-entropy | {run.summary['best']['val_loss']:.4f} | {run.summary['best']['test_loss']:.4f} |" in text
-    assert "Its author has stated no licence." in text
+    assert "Its author has not stated a license." in text
 
 
 def test_the_folder_predicts_as_the_run_does_and_names_no_path_of_this_machine(run: Run, tmp_path: Path) -> None:
@@ -148,9 +148,9 @@ def test_a_secret_reaches_no_file(run: Run, hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a/b/c"], "is no name of a repository, such as lab/resnet50-caltech"),
-        (["lab/..digits"], "is no name of a repository"),
-        (["lab/digits", "--license", "MIT License"], "is no identifier of the Hub, such as mit, apache-2.0"),
+        (["a/b/c"], "is not a repository name, such as lab/resnet50-caltech"),
+        (["lab/..digits"], "is not a repository name"),
+        (["lab/digits", "--license", "MIT License"], "is not a license identifier of the Hub, such as mit, apache-2.0"),
         (["lab/digits", "-o", "USED"], "already exists; name a new folder"),
     ],
 )
@@ -168,5 +168,5 @@ def test_an_unfinished_run_has_nothing_to_publish(run: Run, tmp_path: Path) -> N
     (copy.path / "summary.json").unlink()
     outcome = toolkit("publish", copy.path, "lab/digits")
     assert outcome.status == 2
-    assert "is not finished: it has no figures" in outcome.stderr
+    assert "is not finished: it has no metrics" in outcome.stderr
     assert not (copy.path / "publish").exists()

@@ -162,7 +162,7 @@ def test_a_run_without_a_finished_epoch_is_bad_input(run: Run) -> None:
 def test_what_is_no_run_is_bad_input(tmp_path: Path) -> None:
     outcome = report(tmp_path)
     assert outcome.status == 2
-    assert f"{tmp_path} is no run directory" in outcome.stderr
+    assert f"{tmp_path} is not a run directory" in outcome.stderr
 
 
 @pytest.mark.usefixtures("unrendered")
@@ -211,7 +211,7 @@ def test_a_missing_file_is_named_and_the_rest_is_shown(run: Run, name: str) -> N
     if name == "metrics.jsonl":
         assert (outcome.status, "it has no metrics.jsonl" in outcome.stderr) == (2, True)
     elif name == "recipe.toml":
-        assert (outcome.status, "is no run directory" in outcome.stderr) == (2, True)
+        assert (outcome.status, "is not a run directory" in outcome.stderr) == (2, True)
     else:
         assert outcome.status == 0, outcome.stderr
         assert ("not shown: " in outcome.stderr) == (name != "origins.json")

@@ -182,7 +182,7 @@ def test_predict_gives_the_classes_of_images(bare: Run, tmp_path: Path) -> None:
 def test_the_report_leaves_out_what_there_is_not(bare: Run) -> None:
     outcome = toolkit("report", bare.path)
     assert outcome.status == 0, outcome.stderr
-    assert "does not show" not in outcome.stderr
+    assert "not shown in the report" not in outcome.stderr
     page = bare.report_file.read_text()
     charts = json.loads(page.split('<script type="application/json" id="page-data">')[1].split("</script>")[0])[
         "charts"
@@ -259,7 +259,7 @@ def test_expected_figures_of_a_split_that_is_left_out_do_not_compare(tmp_path: P
         in checked.stdout + checked.stderr
     )
     run = train(recipe, *NONE)
-    assert "measured -: not comparable (the run has no such figure)" in run.log_file.read_text()
+    assert "measured -: not comparable (the run has no such metric)" in run.log_file.read_text()
 
 
 # -- studies ----------------------------------------------------------------------------------------------------------

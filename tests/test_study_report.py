@@ -199,7 +199,7 @@ def test_damaged_runs_are_named_and_the_rest_is_shown(study: StudyDirectory, nam
 def test_what_is_neither_run_nor_study(tmp_path: Path) -> None:
     outcome = report(tmp_path)
     assert outcome.status == 2
-    assert f"{tmp_path} is no run directory (no recipe.toml) and no study's folder (no study.json)" in outcome.stderr
+    assert f"{tmp_path} is not a run directory (no recipe.toml) or a study's folder (no study.json)" in outcome.stderr
     write_run(tmp_path / "deep", images=False)
     outcome = report(tmp_path / "deep")
     assert outcome.status == 2

@@ -103,7 +103,7 @@ def test_a_run_that_went_on_since_sends_the_rest(run: Run, server: WandbServer) 
 def test_a_run_that_is_being_trained_is_left_alone(run: Run, server: WandbServer) -> None:
     with run.lock():
         outcome = sync(run.path)
-    assert (outcome.status, outcome.stdout) == (0, f"{run.path}: is still being trained; left alone\n")
+    assert (outcome.status, outcome.stdout) == (0, f"{run.path}: is still training; skipped\n")
     assert server.runs == {}
     assert "lines uploaded" in sync(run.path).stdout
 
@@ -130,7 +130,7 @@ def test_a_server_that_does_not_take_all_is_told_and_tried_again(
         patch.setattr(syncing, "SHOWN_SECONDS", 0.1)
         outcome = sync(run.path)
     assert (outcome.status, outcome.stdout) == (1, "")
-    assert f"{run.path}: not all of it was uploaded (" in outcome.stderr
+    assert f"{run.path}: the upload is incomplete (" in outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
     assert not (run.path / "wandb" / "synced.json").exists()
     getattr(server, how).clear()

@@ -198,7 +198,7 @@ def test_a_server_that_stops_answering_costs_a_warning(tmp_path: Path, server: W
     trainers, seconds = stopped_at_step(tmp_path, 9, *tracked("wandb"))
     assert seconds < LIMIT_S
     path = only_run(tmp_path).path
-    assert f"its server has not taken all; to upload the rest: toolkit sync {path}" in trainers.text()
+    assert f"its server has not received everything; to upload the rest: toolkit sync {path}" in trainers.text()
     said = train(tmp_path, *tracked("wandb"))
     assert said.count("warning") == 1
     run = only_run(tmp_path)
@@ -220,7 +220,10 @@ def failing_log(count: int, rank: int) -> None:
 
 def test_a_tracker_that_fails_costs_a_warning_and_the_others_go_on(tmp_path: Path, metrics: bytes) -> None:
     said = train(tmp_path, *tracked("tensorboard", "wandb"), prepare=functools.partial(failing_log, 3))
-    assert said.count("warning: tensorboard gets no more (the tracker's disk is full); metrics.jsonl has it all") == 1
+    assert (
+        said.count("warning: tensorboard logging has stopped (the tracker's disk is full); metrics.jsonl is complete")
+        == 1
+    )
     run = only_run(tmp_path)
     assert run.metrics_file.read_bytes() == metrics
     assert history(run, "offline-run-*") == run.metrics()
@@ -234,7 +237,7 @@ def hanging_log(rank: int) -> None:
 def test_a_tracker_that_hangs_stops_neither_training_nor_the_end(tmp_path: Path, metrics: bytes) -> None:
     trainers, seconds = stopped_at_step(tmp_path, 9, *tracked("tensorboard"), prepare=hanging_log)
     assert seconds < LIMIT_S
-    assert "warning: tensorboard gets no more (it did not close in time)" in trainers.text()
+    assert "warning: tensorboard logging has stopped (it did not close in time)" in trainers.text()
     train(tmp_path, *tracked("tensorboard"), prepare=hanging_log)
     assert only_run(tmp_path).metrics_file.read_bytes() == metrics
 
@@ -271,7 +274,7 @@ def test_what_waits_for_a_slow_tracker_is_bounded() -> None:
     courier = TrackerThread(tracker, said.append)
     for line in range(BACKLOG + 10):
         courier.hand(functools.partial(Recorder.log, line=line))
-    assert said == [f"warning: recorder gets no more (it is {BACKLOG} lines behind); metrics.jsonl has it all"]
+    assert said == [f"warning: recorder logging has stopped (it is {BACKLOG} lines behind); metrics.jsonl is complete"]
     assert courier.calls.qsize() <= BACKLOG
     tracker.go.set()
     courier.close(lambda tracker: tracker.lines.append(-1))

@@ -4,7 +4,7 @@
     run = fit(load_recipe("recipes/quickstart.toml"))
     run.summary["best"]["test_accuracy"]
 
-Heavy imports (torch) happen at first use only.
+Heavy dependencies (torch) are imported on first use.
 """
 
 from __future__ import annotations

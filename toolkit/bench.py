@@ -1,6 +1,6 @@
-"""How fast a recipe trains on this machine, and what holds it up: data alone, model alone, both together.
+"""Benchmark of a recipe's training throughput on this machine: data loading alone, model alone, and whole steps.
 
-Everything is measured warm, several times, and given as medians. Nothing is written to a run directory.
+Every measurement is repeated after a warm-up and reported as the median. Nothing is written to a run directory.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ from toolkit.training.train_step import RunningMetrics, TrainCallbacks
 from toolkit.training.trainer import Trainer
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "V100": 125.0, "T4": 65.0}
-"""Dense matrix arithmetic of 16-bit floats, as the makers state it; found by a word of the device's name."""
+"""Dense 16-bit matrix TFLOP/s stated by the manufacturers, by a word of the device's name."""
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """Medians over the repetitions of one benchmark. Images are those of all processes together."""
+    """Medians over the repetitions of a benchmark. Images per second are summed over all processes."""
 
     device: str
     precision: str
     batch_size: int
     steps: int
-    """Steps of one repetition."""
+    """Steps per repetition."""
     repeats: int
     data_images_per_s: float
-    """Batches made and brought to the device, no training."""
+    """Loading batches and copying them to the device, without training."""
     model_images_per_s: float
-    """Forward, backward and optimiser on one batch that stays on the device."""
+    """Forward, backward and optimizer on one batch that stays on the device."""
     step_images_per_s: float
-    """The whole of training."""
+    """Whole training steps."""
     waiting_for_data: float
-    """Share of the whole step's time spent waiting for the next batch, 0..1."""
+    """Fraction of a step's time spent waiting for the next batch, 0..1."""
     memory_mb: float
-    """Most of this process's resident memory, on a GPU its own memory."""
+    """Peak GPU memory allocated by this process; without a GPU, its peak resident memory."""
     gflop_per_image: float
-    """Arithmetic of forward and backward; a multiplication and an addition are two."""
+    """Forward and backward; a multiplication and an addition count as two."""
     utilisation: float | None
-    """Model arithmetic as a share of the device's peak, 0..1; None where that is not known."""
+    """Model FLOP/s as a fraction of the device's peak, 0..1; None if the peak is unknown."""
     shortcuts: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the result as plain values."""
         return asdict(self)
 
 
 class _RepeatedBatch:
-    """A loader that gives one batch, already on the device, over and over."""
+    """Loader that repeats one batch, which is already on the device."""
 
     def __init__(self, micro_batches: list[tuple[MicroBatch, Any]], steps: int) -> None:
         self.micro_batches, self.steps = micro_batches, steps
@@ -78,13 +78,13 @@ class _RepeatedBatch:
             yield from self.micro_batches
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing."""
 
 
 class _EndlessLoader:
-    """A loader's epochs in one stream: a repetition goes on where the last one stopped, and pays for no new start.
+    """Loader that chains epochs, so that a repetition continues where the last one stopped, without start-up cost.
 
-    The time spent waiting for batches is added up.
+    ``seconds`` accumulates the time spent waiting for batches.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -92,7 +92,7 @@ class _EndlessLoader:
         self._batches = self._endless()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Any]]:
-        """The next micro-batches, without end."""
+        """Yield the next micro-batches, endlessly."""
         while True:
             began = time.perf_counter()
             item = next(self._batches)
@@ -104,14 +104,14 @@ class _EndlessLoader:
             yield from self.loader.epoch(epoch)
 
     def close(self) -> None:
-        """The loader is its owner's to end."""
+        """Do nothing: the wrapped loader is closed by its owner."""
 
 
 def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: float | None = None) -> BenchmarkResult:
-    """Measure a recipe on the processes that a launcher has started (a collective).
+    """Benchmark a recipe on the processes started by a launcher. Collective.
 
-    Images come from the cache where the recipe's training would take them from there (it is built first, if need be),
-    but not features: every image goes through the whole model. Raises UserError where an epoch has no step.
+    Images come from the cache if training would read them from there (it is built first if necessary). Cached features
+    are not used: every image passes through the whole model. Raises UserError if an epoch has no step.
     """
     accelerator = init_accelerator(recipe.train)
     display = Console(speaks=accelerator.is_main_process)
@@ -127,7 +127,7 @@ def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: flo
 
 
 def is_main_process() -> bool:
-    """Whether this is the first of the processes that a launcher has started."""
+    """Return whether this is rank 0."""
     return bool(PartialState().is_main_process)
 
 
@@ -172,7 +172,7 @@ def _measure(training: Trainer, steps: int, repeats: int, peak_tflops: float | N
 
 
 def _first_step(training: Trainer) -> list[tuple[MicroBatch, Any]]:
-    """The micro-batches of the first step, their images on the device."""
+    """Return the micro-batches of the first step, on the device."""
     found = []
     channels_last = training.recipe.train.channels_last
     for micro, batch in training.loaders.train.epoch(0):
@@ -180,11 +180,11 @@ def _first_step(training: Trainer) -> list[tuple[MicroBatch, Any]]:
         found.append((micro, batch._replace(images=images, labels=batch.labels.to(images.device))))
         if micro.is_last:
             return found
-    raise RunFailed("the first epoch gave no whole step")
+    raise RunFailed("the first epoch has no complete step")
 
 
 def _train(training: Trainer, loader: Any, steps: int) -> None:
-    """So many optimiser steps; ends early in the middle of an epoch."""
+    """Train for ``steps`` optimizer steps, stopping in the middle of an epoch."""
     sums = RunningMetrics.zero(training.accelerator.device)
     done = 0
 
@@ -199,7 +199,7 @@ def _train(training: Trainer, loader: Any, steps: int) -> None:
 
 
 def _median(work: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Seconds of one call: the median, after one that is not counted."""
+    """Return the median duration of a call in seconds, after one warm-up call."""
     seconds = []
     for _ in range(repeats + 1):
         _wait_for(device)
@@ -216,7 +216,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _flops(training: Trainer, first: list[tuple[MicroBatch, Any]]) -> float:
-    """Floating point operations of forward and backward, for one image."""
+    """Return the floating point operations of forward and backward, per image."""
     images = sum(micro.own for micro, _ in first)
     with flop_counter() as counter:
         _train(training, _RepeatedBatch(first, 1), 1)
@@ -244,7 +244,7 @@ def _memory_mb(device: torch.device) -> float:
 
 
 def compare_with_plain_loop(recipe: str, overrides: list[str], steps: int, repeats: int) -> dict[str, Any]:
-    """What :mod:`toolkit.plain_loop` measures for the same recipe in a process of its own.
+    """Run :mod:`toolkit.plain_loop` on the same recipe in a separate process and return its measurements.
 
     Raises RunFailed if that process fails.
     """
@@ -258,7 +258,7 @@ def compare_with_plain_loop(recipe: str, overrides: list[str], steps: int, repea
 
 
 def bench_text(speeds: BenchmarkResult, plain: dict[str, Any] | None = None) -> str:
-    """For a terminal."""
+    """Format the results for a terminal."""
     lines = [
         f"device           {speeds.device}, precision {speeds.precision}",
         f"batch size       {speeds.batch_size}; medians of {speeds.repeats} x {speeds.steps} steps",
@@ -268,10 +268,10 @@ def bench_text(speeds: BenchmarkResult, plain: dict[str, Any] | None = None) -> 
         f"   {speeds.step_images_per_s / speeds.model_images_per_s:.2f} of the model alone",
         f"waiting for data {speeds.waiting_for_data:10.1%}",
         f"memory           {speeds.memory_mb:10,.0f} MB",
-        f"arithmetic       {speeds.gflop_per_image:10.3f} GFLOP an image, forward and backward",
+        f"arithmetic       {speeds.gflop_per_image:10.3f} GFLOP per image, forward and backward",
     ]
     if speeds.utilisation is not None:
-        lines.append(f"utilisation      {speeds.utilisation:10.1%} of the device's peak")
+        lines.append(f"utilization      {speeds.utilisation:10.1%} of the device's peak")
     lines += [f"shortcut: {shortcut}" for shortcut in speeds.shortcuts]
     if plain is not None:
         ratio = speeds.step_images_per_s / plain["step_images_per_s"]

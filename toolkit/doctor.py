@@ -1,4 +1,4 @@
-"""Is this machine fit to train? One line a question: what was found, ok, warn or fail, and what to do."""
+"""Environment checks before training: for each item ok, warn or fail, what was found, and advice."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing import Literal
 CheckStatus = Literal["ok", "warn", "fail"]
 
 WANDB_SECONDS = 5.0
-"""W&B's client may ask its server who is logged in; longer than this is not waited for."""
+"""How long to wait for W&B's client, which may ask its server who is logged in."""
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_GIB, DISK_GIB = 1.0, 5.0
-"""Less shared memory, or less room for runs, is warned of."""
+"""Warn if there is less shared memory, or less disk space for runs."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report."""
+    """Result of one check."""
 
     name: str
     state: CheckStatus
@@ -35,7 +35,7 @@ class Check:
 
 
 def examine(run_root: Path) -> list[Check]:
-    """Look at everything; nothing here raises, prompts or takes long. Nothing secret is read out."""
+    """Run all checks. They do not raise, prompt, take long or print secrets."""
     return [
         python_version(),
         *requirements(),
@@ -52,7 +52,7 @@ def examine(run_root: Path) -> list[Check]:
 
 
 def report_text(checks: list[Check]) -> str:
-    """The report for people: advice below what it is for, and the sum at the end."""
+    """Format the report: one line per check followed by its advice, and the counts at the end."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -64,18 +64,20 @@ def report_text(checks: list[Check]) -> str:
 
 
 def python_version() -> Check:
-    """Python itself."""
+    """Report the Python version and platform."""
     return Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")
 
 
 def requirements() -> Iterator[Check]:
-    """The packages that the toolkit needs, in versions that it can use."""
+    """Check that the required packages are installed in supported versions."""
     from packaging.requirements import Requirement
 
     try:
         stated = metadata.requires("toolkit") or []
     except metadata.PackageNotFoundError:
-        yield Check("packages", "warn", "the toolkit is not installed, only found", "pip install -e . in its folder")
+        yield Check(
+            "packages", "warn", "the toolkit is importable, but not installed", "pip install -e . in its folder"
+        )
         return
     for text in stated:
         requirement = Requirement(text)
@@ -91,28 +93,28 @@ def _requirement(name: str, specifier: str) -> Check:
     except metadata.PackageNotFoundError:
         return Check(name, "fail", "not installed", f'pip install "{name}{specifier}"')
     if not SpecifierSet(specifier).contains(found, prereleases=True):
-        return Check(name, "fail", f"{found}, needed is {specifier}", f'pip install "{name}{specifier}"')
+        return Check(name, "fail", f"{found}, but {specifier} is required", f'pip install "{name}{specifier}"')
     return Check(name, "ok", found)
 
 
 def catalog_is_current() -> Check:
-    """Whether `toolkit validate` speaks of the installed versions."""
+    """Check that the catalog used by `toolkit validate` was generated with the installed versions."""
     from toolkit.recipe.catalog import catalog
 
     recorded: dict[str, str] = catalog()["versions"]
     other = [f"{name} {version}" for name, version in recorded.items() if _release(name) != version]
     if not other:
-        return Check("name catalog", "ok", "of the installed versions")
+        return Check("name catalog", "ok", "matches the installed versions")
     return Check(
         "name catalog",
         "warn",
-        f"made with {', '.join(other)}; installed are others",
-        "names of models, weights and arguments may differ a little: python -m toolkit.recipe.catalog writes it anew",
+        f"generated with {', '.join(other)}; other versions are installed",
+        "some names of models, weights and arguments may differ: regenerate it with python -m toolkit.recipe.catalog",
     )
 
 
 def decoder() -> Check:
-    """What decodes JPEG files."""
+    """Report the library that decodes JPEG files."""
     try:
         return Check("JPEG files", "ok", f"decoded by simplejpeg {metadata.version('simplejpeg')}")
     except metadata.PackageNotFoundError:
@@ -121,7 +123,7 @@ def decoder() -> Check:
 
 
 def _release(name: str) -> str:
-    """The installed version without a local part such as +cu128."""
+    """Return the installed version without a local part such as +cu128."""
     try:
         return metadata.version(name).split("+")[0]
     except metadata.PackageNotFoundError:
@@ -129,7 +131,7 @@ def _release(name: str) -> str:
 
 
 def gpus() -> Iterator[Check]:
-    """GPUs, what they can, and how they are connected."""
+    """Report the GPUs, the precisions they support, and their interconnect."""
     import torch
 
     if not torch.cuda.is_available():
@@ -142,51 +144,59 @@ def gpus() -> Iterator[Check]:
         size = f"{properties.total_memory / 2**30:.0f} GiB, compute capability {properties.major}.{properties.minor}"
         yield Check(f"GPU {index}", "ok", f"{properties.name}, {size}")
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    yield Check("precision", "ok", "bf16 and fp16" if bf16 else 'fp16, no bf16 (train.precision = "auto" takes none)')
+    yield Check(
+        "precision",
+        "ok",
+        "bf16 and fp16" if bf16 else 'fp16, no bf16 (train.precision = "auto" uses no mixed precision)',
+    )
     if count > 1:
         yield interconnect(count, topology())
 
 
 def _no_gpu(cuda: str | None) -> Check:
-    """What to do depends on whether there is a driver, and whether this torch could use it."""
+    """Report that no GPU is usable; the advice depends on the driver and on how torch was built."""
     if shutil.which("nvidia-smi") is None:
-        return Check("GPU", "warn", "none; training runs on the CPU", "take a machine with NVIDIA GPUs for real work")
+        return Check(
+            "GPU", "warn", "none; training runs on the CPU", "use a machine with NVIDIA GPUs for real training"
+        )
     if cuda is None:
         return Check("GPU", "fail", "there is a driver, but this torch is built for the CPU", "install torch with CUDA")
     return Check(
         "GPU",
         "fail",
         f"there is a driver, but torch (CUDA {cuda}) cannot use it",
-        "compare nvidia-smi's CUDA version with torch's; look at CUDA_VISIBLE_DEVICES",
+        "compare nvidia-smi's CUDA version with torch's; check CUDA_VISIBLE_DEVICES",
     )
 
 
 def topology() -> str:
-    """What `nvidia-smi topo -m` says; empty where it cannot."""
+    """Return the output of `nvidia-smi topo -m`; empty if it fails."""
     return _output("nvidia-smi", "topo", "-m")
 
 
 def interconnect(count: int, table: str) -> Check:
-    """How the GPUs reach one another, by nvidia-smi's table: NV# is NVLink, PIX/PXB/PHB PCIe, NODE/SYS through CPUs."""
+    """Report the GPU interconnect from nvidia-smi's table: NV# is NVLink, PIX/PXB/PHB PCIe, NODE/SYS through CPUs."""
     links = sorted(_links(count, table))
     if not links:
-        return Check("interconnect", "warn", "not known", "nvidia-smi topo -m would tell")
+        return Check("interconnect", "warn", "unknown", "run nvidia-smi topo -m to see it")
     found = ", ".join(links)
     if any(link in ("SYS", "NODE", "PHB") for link in links):
-        advice = "some pairs talk through the CPU: gradients of large models take long; keep a job on GPUs of one side"
+        advice = (
+            "some pairs communicate through the CPU, which slows down large models; use GPUs of one CPU socket per job"
+        )
         return Check("interconnect", "warn", found, advice)
     return Check("interconnect", "ok", found)
 
 
 def _links(count: int, table: str) -> set[str]:
-    """The kinds of connection between pairs of GPUs."""
+    """Return the kinds of connection between pairs of GPUs."""
     rows = [line.split() for line in table.splitlines()]
     pairs = {word for row in rows if row and row[0].startswith("GPU") for word in row[1 : count + 1]}
     return pairs - {"X"} - {f"GPU{index}" for index in range(count)}
 
 
 def communication() -> Iterator[Check]:
-    """The libraries by which processes talk: NCCL between GPUs, gloo between CPUs."""
+    """Check the communication libraries: NCCL between GPUs, gloo between CPUs."""
     import torch
     import torch.distributed as dist
 
@@ -194,31 +204,33 @@ def communication() -> Iterator[Check]:
         yield Check("communication", "fail", "torch has no torch.distributed", "install an official build of torch")
         return
     if dist.is_gloo_available():
-        yield Check("gloo", "ok", "there")
+        yield Check("gloo", "ok", "available")
     else:
         yield Check("gloo", "fail", "missing from torch", "install an official build of torch")
     if dist.is_nccl_available():
-        version = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "there"
+        version = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "available"
         yield Check("NCCL", "ok", version)
     elif torch.cuda.is_available():
-        yield Check("NCCL", "fail", "missing from torch", "several GPUs need it: install an official build of torch")
+        yield Check(
+            "NCCL", "fail", "missing from torch", "multi-GPU training needs it: install an official build of torch"
+        )
     else:
         yield Check("NCCL", "ok", "missing, and not needed without GPUs")
 
 
 def cpus() -> Check:
-    """CPUs that were granted, which is what workers are counted by."""
+    """Report the available CPUs, which determine the number of workers."""
     from toolkit.distributed.cpu_count import available_cpus
 
     granted, machine = available_cpus(), os.cpu_count() or 1
     found = f"{granted} granted of {machine}"
     if granted == 1:
-        return Check("CPUs", "warn", found, "images will be prepared slowly: ask for more (SLURM: --cpus-per-task)")
+        return Check("CPUs", "warn", found, "image loading will be slow: request more (SLURM: --cpus-per-task)")
     return Check("CPUs", "ok", found)
 
 
 def shared_memory() -> Check:
-    """Room in which data workers hand over batches."""
+    """Check the free shared memory, through which data workers pass batches."""
     if not SHARED_MEMORY.is_dir():
         return Check("shared memory", "ok", f"{SHARED_MEMORY} does not exist here; workers use files instead")
     free = shutil.disk_usage(SHARED_MEMORY).free / 2**30
@@ -229,7 +241,7 @@ def shared_memory() -> Check:
 
 
 def run_root_is_writable(run_root: Path) -> Check:
-    """Whether runs can be written: tried in the folder, or in the nearest one above it that exists."""
+    """Check that runs can be written, by a test in the folder or its nearest existing parent."""
     absolute = run_root.absolute()
     folder = next(path for path in (absolute, *absolute.parents) if path.exists())
     try:
@@ -245,7 +257,7 @@ def run_root_is_writable(run_root: Path) -> Check:
 
 
 def wandb_login() -> Check:
-    """What a run would do with tracking.mode = "auto". The key is never shown, and there is no prompt."""
+    """Report what tracking.mode = "auto" would choose. Never shows the key, never prompts."""
     os.environ.setdefault("WANDB_SILENT", "true")
     from toolkit.trackers import wandb_mode
 
@@ -259,11 +271,11 @@ def wandb_login() -> Check:
     if not why:
         said = " (by WANDB_MODE)" if os.environ.get("WANDB_MODE") else ""
         return Check("W&B", "ok", ("logged in, server reached" if mode == "online" and not said else mode) + said)
-    return Check("W&B", "warn", f"offline: {why}", "wandb login, or WANDB_MODE=offline where that is meant")
+    return Check("W&B", "warn", f"offline: {why}", "wandb login, or set WANDB_MODE=offline if that is intended")
 
 
 def slurm() -> Check:
-    """The cluster's scheduler."""
+    """Report whether SLURM is available."""
     if shutil.which("sbatch") is None:
         return Check("SLURM", "ok", "not found; only jobs on a cluster need it")
     version = _output("sbatch", "--version") or "found"
@@ -272,7 +284,7 @@ def slurm() -> Check:
 
 
 def _output(*command: str) -> str:
-    """What a command prints, empty where it fails or hangs."""
+    """Return the output of a command; empty if it fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

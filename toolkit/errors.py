@@ -1,4 +1,4 @@
-"""The project's own exceptions and the exit status each one ends a command with."""
+"""The project's exceptions and the exit status of each."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 3
-"""Stopped by a signal or a time limit; running the same command again continues."""
+"""Stopped by a signal or a time limit; running the same command again resumes."""
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as one message without a stack trace, exit status 2."""
+    """An error that the user can fix: shown as one message without a stack trace, exit status 2."""
 
     exit_status = EXIT_BAD_INPUT
 
 
 class RunFailed(Exception):
-    """Training cannot go on (non-finite loss, bad image, ...): one message, exit status 1."""
+    """Training cannot continue (non-finite loss, bad image, ...): shown as one message, exit status 1."""
 
     exit_status = EXIT_FAILURE
 
@@ -27,6 +27,6 @@ class Interrupted(Exception):
     exit_status = EXIT_INTERRUPTED
 
     def __init__(self, message: str, *, agreed: bool = True) -> None:
-        """``agreed``: all processes of the run end for the same reason, so that the first one's message is enough."""
+        """If ``agreed``, all processes stop for the same reason, so that only rank 0 prints the message."""
         super().__init__(message)
         self.agreed = agreed

@@ -1,4 +1,4 @@
-"""The figures that a recipe promises in [expected_metrics], held against what a run has reached."""
+"""Comparison of a run's metrics with those that its recipe states in [expected_metrics]."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CONDITIONS = (
     "transfer.mode",
     "train.epochs",
 )
-"""Keys that must have their published values for a comparison: data, classes, weights, epochs."""
+"""Recipe keys that must have their published values for a comparison to be meaningful."""
 
 
 @dataclass(frozen=True)
 class ExpectationResult:
-    """One expected figure beside the measured one."""
+    """An expected metric and the measured one."""
 
     figure: str
     expected: str
@@ -35,7 +35,7 @@ class ExpectationResult:
     source: str
 
     def line(self) -> str:
-        """As shown at the end of a run."""
+        """Format the comparison for the end of a run."""
         measured = "-" if self.measured is None else f"{self.measured:.4f}"
         reason = f" ({self.reason})" if self.reason else ""
         found = f"measured {measured}: {self.verdict}{reason}"
@@ -43,7 +43,7 @@ class ExpectationResult:
 
 
 def check_expectations(recipe: Recipe, summary: dict[str, Any]) -> list[ExpectationResult]:
-    """Compare a run with [expected_metrics]. Seeds other than those stated, and subsets, do not compare."""
+    """Compare a run with [expected_metrics]; seeds other than those stated, and subsets, are not comparable."""
     return [_judge(recipe, summary, figure, expected) for figure, expected in recipe.expected_metrics.items()]
 
 
@@ -59,7 +59,7 @@ def _judge(recipe: Recipe, summary: dict[str, Any], figure: str, expected: Expec
 
 
 def _measured(summary: dict[str, Any], figure: str) -> float | None:
-    """test_accuracy is the best model's; last_test_accuracy the stopped one's; others stand at the top."""
+    """Look up a metric: test_accuracy is the best model's, last_test_accuracy the last one's; others are top-level."""
     if figure.startswith("last_"):
         value = summary["last"].get(figure.removeprefix("last_"))
     else:
@@ -69,7 +69,7 @@ def _measured(summary: dict[str, Any], figure: str) -> float | None:
 
 def _not_comparable(recipe: Recipe, expected: Expectation, measured: float | None) -> str:
     if measured is None:
-        return "the run has no such figure"
+        return "the run has no such metric"
     if reason := different_conditions(recipe):
         return reason
     if expected.seeds and recipe.recipe.seed not in expected.seeds:
@@ -78,9 +78,9 @@ def _not_comparable(recipe: Recipe, expected: Expectation, measured: float | Non
 
 
 def different_conditions(recipe: Recipe, stated: Recipe | None = None) -> str:
-    """Why figures of a recipe do not compare with a published one; empty where they do.
+    """Return why metrics of a recipe cannot be compared with a published one; empty if they can.
 
-    ``stated`` is the recipe that the published figure is of. Without it only the number of images is looked at.
+    ``stated`` is the recipe of the published metric. Without it only the number of images is checked.
     """
     if recipe.data.images_per_class or recipe.data.test_images_per_class:
         return "the run used part of the images"

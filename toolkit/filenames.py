@@ -1,7 +1,7 @@
-"""How names of classes and image files are written: as text that is safe in any file, terminal and spreadsheet.
+"""Encoding of class and image file names as text that is safe in any file, terminal and spreadsheet.
 
-A file name can be any bytes but ``/`` and NUL. In every file and message of this program such a name is
-percent-encoded as in URLs (RFC 3986), but only where it must be. Each part between slashes is encoded separately; the
+A file name can be any bytes except ``/`` and NUL. In every file and message of this project such a name is
+percent-encoded as in URLs (RFC 3986), but only where necessary. Each part between slashes is encoded separately; the
 bytes of these characters are written as ``%XX``:
 
 - ``%`` itself,
@@ -11,7 +11,7 @@ bytes of these characters are written as ``%XX``:
 - white space at the start or the end,
 - ``=``, ``+``, ``-``, ``@`` and their full-width forms at the start, which begin a formula in a spreadsheet.
 
-Everything else stays as it is. Different names are encoded differently, and any URL decoder gives the name back:
+Everything else is unchanged. The encoding is injective, and any URL decoder restores the name:
 :func:`decode_name`, or ``os.fsdecode(urllib.parse.unquote_to_bytes(text))``.
 """
 
@@ -22,21 +22,21 @@ from urllib.parse import unquote_to_bytes
 
 _FORMULA = "=+-@\uff1d\uff0b\uff0d\uff20"
 _UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode categories. Cs: bytes that are not UTF-8, as Python holds them in a str."""
+"""Unicode categories. Cs: bytes that are not UTF-8, which Python represents as surrogates in a str."""
 
 
 def encode_name(name: str) -> str:
-    """A class name or a path, as Python gives it (bytes that are not UTF-8 as surrogates), as safe text."""
+    """Encode a class name or path, as returned by Python (bytes that are not UTF-8 as surrogates), as safe text."""
     return "/".join(_encode_part(part) for part in name.split("/"))
 
 
 def decode_name(text: str) -> str:
-    """Inverse of :func:`encode_name`."""
+    """Decode a name; the inverse of :func:`encode_name`."""
     return unquote_to_bytes(text).decode("utf-8", "surrogateescape")
 
 
 def escape_control_characters(text: str) -> str:
-    """A message without characters that could command a terminal, encoded like names; newlines and tabs stay."""
+    """Encode characters of a message that a terminal would interpret, like in names; keep newlines and tabs."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in _UNSAFE else _percent(c) for c in text)
 
 
@@ -53,6 +53,6 @@ def _encode_part(part: str) -> str:
 
 
 def _percent(char: str) -> str:
-    # A surrogate that stands for no byte is in no file name, but may be in the text of a message.
+    # A surrogate that does not represent a byte cannot be in a file name, but may be in the text of a message.
     errors = "surrogateescape" if "\udc80" <= char <= "\udcff" else "surrogatepass"
     return "".join(f"%{byte:02X}" for byte in char.encode("utf-8", errors))

@@ -1,15 +1,15 @@
-"""Numbers in messages, tables and pages."""
+"""Formatting of numbers in messages, tables and pages."""
 
 from __future__ import annotations
 
 
 def plural(count: int, singular: str, plural: str = "") -> str:
-    """A count with its noun: ``1 class``, ``2,000 classes``. ``plural`` defaults to the singular and an s."""
+    """Format a count with its noun: ``1 class``, ``2,000 classes``. ``plural`` defaults to the singular plus s."""
     return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
 
 
 def duration(seconds: float) -> str:
-    """A time span: ``12.3 s``, ``5 min``, ``2 h 7 min``."""
+    """Format a duration: ``12.3 s``, ``5 min``, ``2 h 7 min``."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
@@ -17,7 +17,10 @@ def duration(seconds: float) -> str:
 
 
 def batch_split(batch_size: int, processes: int, grad_accum_steps: int) -> str:
-    """What becomes of a batch: ``64``, ``64 = 2 processes x 32 images``, ``64 = 4 accumulation steps x 16 images``."""
+    """Format how a batch is split: ``64``, ``64 = 2 processes x 32 images``, ``64 = 2 accumulation steps x 32 images``.
+
+    Factors of 1 are left out.
+    """
     factors = [(processes, "processes"), (grad_accum_steps, "accumulation steps")]
     parts = [f"{count} {name}" for count, name in factors if count > 1]
     images = batch_size // processes // grad_accum_steps

@@ -1,10 +1,10 @@
 """Locks between processes, on one machine or several that share a file system.
 
-The system's own lock (flock) is used where the file system has it: it ends with its holder. Where it has none (Lustre
-mounted without ``flock``, NFS without its lock daemon), a lease is used instead: a file beside the lock file that names
-its holder by host, process id and start of the process, and that the holder touches every LEASE_S / 3 seconds. On the
-holder's own host a holder that has ended is recognized at once; on other hosts, because its file has not been touched
-for LEASE_S seconds. The clocks of the hosts need not agree.
+The operating system's lock (flock), which is released when its holder exits, is used if the file system supports it.
+Otherwise (Lustre mounted without ``flock``, NFS without its lock daemon) a lease is used: a file next to the lock file
+that identifies its holder by host, process id and process start time, and that the holder touches every LEASE_S / 3
+seconds. A holder that has exited is detected immediately on its own host, and on other hosts once its file has not been
+touched for LEASE_S seconds. The clocks of the hosts need not agree.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
 LEASE_S = 60.0
-"""All processes that use a lock must agree on it."""
+"""Must be the same in all processes that use a lock."""
 POLL_S = 0.02
-"""Between two tries."""
+"""Interval between attempts."""
 NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What file systems answer that have no flock."""
+"""Errors of file systems that do not support flock."""
 
 Lock = BaseFileLock
 
@@ -35,12 +35,12 @@ def acquire(
     on_loss: Callable[[], None] | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Lock:
-    """Acquire a lock, to be released with its ``release()``. Raises Timeout where another process has it.
+    """Acquire a lock, to be released with its ``release()``. Raises Timeout if another process holds it.
 
-    ``timeout``: seconds to wait for it; None: as long as it takes. Where there is no flock, it can take LEASE_S longer
-    to find out whether the holder is alive, which is then announced through ``say``. ``on_loss`` is called, in another
-    thread, when this process could not touch its lease for so long that another may have taken it. Raises OSError where
-    nothing can be written.
+    ``timeout``: seconds to wait for it; None waits indefinitely. Without flock, it can take LEASE_S longer to find out
+    whether the holder is alive, which is then logged through ``log``. ``on_loss`` is called, in another thread, if this
+    process could not touch its lease for so long that another may have taken it. Raises OSError if the lock file
+    cannot be written.
     """
     lock = FileLock(path, fallback_to_soft=False)
     try:
@@ -49,7 +49,7 @@ def acquire(
         if error.errno not in NO_FLOCK:
             raise
         return _acquire_lease(path, timeout, on_loss, log)
-    if lease_is_held(path):  # by a host that has no flock there
+    if lease_is_held(path):  # by a host whose mount has no flock
         lock.release()
         raise Timeout(str(path))
     return lock
@@ -57,7 +57,7 @@ def acquire(
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold a lock as long as this lasts; wait for it as long as it takes."""
+    """Hold a lock inside the context; wait for it indefinitely."""
     lock = acquire(path, None)
     try:
         yield
@@ -66,7 +66,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process holds the lock. Nothing is changed, and nothing is waited for."""
+    """Return whether any process holds the lock, without waiting or changing anything."""
     if lease_is_held(path):
         return True
     if not path.exists():
@@ -77,15 +77,15 @@ def is_held(path: Path) -> bool:
     except Timeout:
         return True
     except OSError:
-        return False  # no flock, or a folder that only others may write in
+        return False  # no flock, or no permission to write in the folder
     lock.release()
     return False
 
 
 def lease_is_held(path: Path) -> bool:
-    """Whether the lock's lease, if there is one, has a living holder, as far as can be told without waiting.
+    """Return whether the lock has a lease whose holder is alive, as far as is known without waiting.
 
-    A holder on another host counts as alive for 2 LEASE_S after its last touch, since the clocks may differ.
+    A holder on another host counts as alive for 2 LEASE_S after it last touched the lease, since the clocks may differ.
     """
     lease = _lease(path)
     try:
@@ -95,7 +95,7 @@ def lease_is_held(path: Path) -> bool:
         return False
     except OSError:  # also Timeout
         return age < 2 * LEASE_S
-    lease.release()  # its holder was a process of this host that has ended
+    lease.release()  # its holder was a process of this host that has exited
     return False
 
 
@@ -107,7 +107,7 @@ def _lease(path: Path, on_loss: Callable[[], None] | None = None) -> SoftFileLea
 def _acquire_lease(
     path: Path, timeout: float | None, on_loss: Callable[[], None] | None, log: Callable[[str], None]
 ) -> SoftFileLease:
-    """Acquire the lease; raise Timeout once its holder is seen to be alive and ``timeout`` is over."""
+    """Acquire the lease; raise Timeout once its holder is known to be alive and ``timeout`` has passed."""
     lease, began = _lease(path, on_loss), time.monotonic()
     first: tuple[int, int] | None = None
     is_announced = False
@@ -116,12 +116,12 @@ def _acquire_lease(
             return _acquired(lease)
         waited, seen = time.monotonic() - began, _touched(lease)
         if first is None or seen is None or seen[0] != first[0]:
-            first = seen  # another holder than before
+            first = seen  # the holder has changed
         is_alive = seen != first
         if timeout is not None and waited >= timeout and is_alive:
             raise Timeout(lease.lock_file)
         if waited > LEASE_S / 60 and not is_announced and not is_alive:
-            log(f"{lease.lock_file} is there: waiting up to {LEASE_S:g} s to see whether its holder is alive")
+            log(f"{lease.lock_file} exists: waiting up to {LEASE_S:g} s to see whether its holder is alive")
             is_announced = True
         time.sleep(min(0.25, LEASE_S / 20))
 
@@ -132,7 +132,7 @@ def _acquired(lease: SoftFileLease) -> SoftFileLease:
 
 
 def _touched(lease: SoftFileLease) -> tuple[int, int] | None:
-    """Which file the lease is, and when its holder touched it last; opened, so that NFS asks its server."""
+    """Return the lease's inode and modification time (ns). Opening the file makes NFS ask its server."""
     try:
         with open(lease.lock_file, "rb") as file:
             found = os.fstat(file.fileno())

@@ -1,9 +1,9 @@
-"""The fair ordinary way: what a careful user writes by hand with PyTorch and torchvision, for the same recipe.
+"""Baseline of `toolkit bench --compare`: the loop a careful user would write with PyTorch and torchvision.
 
 A Dataset that opens each JPEG with Pillow, torchvision's transforms on each image, a DataLoader with worker processes,
-and the usual loop (forward, loss, backward, step, loss.item() for the progress line). The model is the recipe's own,
-built the same way; so are optimiser, precision and batch size. What the toolkit adds is left out: exact sampling,
-resuming, caches, batched augmentation.
+and the usual loop (forward, loss, backward, step, loss.item() for the progress line). Model, optimizer, precision and
+batch size are those of the recipe, built the same way. What the toolkit adds is left out: exact sampling, resuming,
+caches, batched augmentation.
 
     python -m toolkit.plain_loop recipes/resnet18_caltech.toml --steps 20 --repeats 5 [--set KEY=VALUE]
 
@@ -40,7 +40,7 @@ from toolkit.training.optimizer import build_optimizer
 
 
 class ImageList(Dataset[Any]):
-    """One split, image by image."""
+    """Data set of one split."""
 
     def __init__(self, dataset: Any, indices: Any, transform: Any) -> None:
         self.images, self.labels, self.indices, self.transform = dataset.images, dataset.labels, indices, transform
@@ -61,7 +61,7 @@ class ImageList(Dataset[Any]):
 
 
 def transform_of(recipe: Recipe, preprocessing: Preprocessing, *, train: bool) -> Any:
-    """Resize, augmentations, crop, tensor, normalise: torchvision's classes one after the other."""
+    """Compose torchvision's transforms: resize, augmentations, crop, tensor conversion, normalization."""
     places: dict[str, list[Any]] = {}
     for entry in recipe.augment.train if train else []:
         built = getattr(v2, entry.name)(**entry.arguments)
@@ -83,7 +83,7 @@ def transform_of(recipe: Recipe, preprocessing: Preprocessing, *, train: bool) -
 
 @contextlib.contextmanager
 def pillow_as_it_comes() -> Iterator[None]:
-    """Pillow's own way with memory: that the toolkit has it keep freed images is a part of what is compared."""
+    """Restore Pillow's default memory allocation: keeping freed blocks is one of the toolkit's optimizations."""
     Image.core.set_blocks_max(0)  # type: ignore[attr-defined]
     try:
         yield
@@ -92,7 +92,7 @@ def pillow_as_it_comes() -> Iterator[None]:
 
 
 class PlainLoop:
-    """Data, model and optimiser of a recipe, the ordinary way."""
+    """Data loaders, model and optimizer of a recipe, in plain PyTorch."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -132,19 +132,19 @@ class PlainLoop:
         self.validation_loader = DataLoader(validation, **common)
 
     def autocast(self) -> Any:
-        """bf16 where the recipe asks for it, or leaves it open and the GPU has it."""
+        """Return a bf16 autocast context if the recipe sets bf16, or "auto" on a GPU; otherwise a null context."""
         precision = self.recipe.train.precision
         if precision == "bf16" or (precision == "auto" and self.device.type == "cuda"):
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
     def endless(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Epoch after epoch of training batches."""
+        """Yield training batches, epoch after epoch."""
         while True:
             yield from self.train_loader
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
-        """One optimiser step; its loss."""
+        """Take one optimizer step and return its loss."""
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         self.optimizer.zero_grad()
         with self.autocast():
@@ -155,7 +155,7 @@ class PlainLoop:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Accuracy on the validation images, 0..1."""
+        """Return the accuracy on the validation images, 0..1."""
         self.model.eval()
         right = 0
         for images, labels in self.validation_loader:
@@ -164,7 +164,7 @@ class PlainLoop:
         return right / len(self.splits["validation"])
 
     def epochs(self, count: int) -> float:
-        """Train and validate so many epochs; the seconds they took."""
+        """Train and validate for ``count`` epochs and return the duration in seconds."""
         began = time.perf_counter()
         for _ in range(count):
             self.transfer.train_mode()
@@ -175,7 +175,7 @@ class PlainLoop:
 
 
 def measure(recipe: Recipe, steps: int, repeats: int) -> dict[str, float]:
-    """Images a second of data alone and of training, medians after one repetition that is not counted."""
+    """Measure images per second of data loading alone and of training: medians after one warm-up repetition."""
     loop = PlainLoop(recipe)
     loop.transfer.train_mode()
     batches = loop.endless()
@@ -197,12 +197,12 @@ def measure(recipe: Recipe, steps: int, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=0, help="instead: seconds of so many whole epochs")
+    parser.add_argument("--epochs", type=int, default=0, help="instead, measure the duration of this many epochs")
     parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args()
     recipe = load(arguments.recipe, arguments.set).recipe

@@ -1,7 +1,7 @@
-"""Reading files that may be missing, damaged or edited by hand: whatever is wrong becomes one UserError.
+"""Reading of files that may be missing, damaged or edited by hand: any fault raises a single UserError.
 
-Every file of a run or study directory is read here. A folder, a named pipe or a device in a file's place is refused
-before it is opened for reading, so that nothing waits for it.
+Every file of a run or study directory is read here. A folder, named pipe or device in place of a file is rejected
+before it is opened, so that reading cannot block.
 """
 
 from __future__ import annotations
@@ -20,58 +20,58 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from toolkit.errors import UserError
 
 MAX_NESTING = 20
-"""Lists and objects within one another in a JSON file; this project writes 6."""
+"""Maximum nesting of lists and objects in a JSON file; this project writes at most 6 levels."""
 LARGEST = 2**63 - 1
-"""Larger whole numbers are damage: nothing that this project writes comes near, and arrays cannot hold them."""
+"""Larger integers are treated as damage: this project never writes them, and arrays cannot hold them."""
 
 
 EXPECTED = {
     "missing": "is missing",
-    "model_type": "is no JSON object",
-    "dict_type": "is no JSON object",
-    "list_type": "is no list",
-    "string_type": "is no text",
-    "int_type": "is no whole number",
-    "float_type": "is no number",
+    "model_type": "is not a JSON object",
+    "dict_type": "is not a JSON object",
+    "list_type": "is not a list",
+    "string_type": "is not a string",
+    "int_type": "is not an integer",
+    "float_type": "is not a number",
     "bool_type": "is neither true nor false",
 }
-"""pydantic's names of faults, in words."""
+"""Messages for pydantic's error types."""
 
 
 class MissingFile(UserError):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 class DamagedFile(UserError):
-    """The file is there, and it cannot be read or does not hold what it should."""
+    """The file exists, but cannot be read or does not have the expected content."""
 
     def __init__(self, path: Path, reason: object) -> None:
         super().__init__(f"{path} is damaged: {reason}")
 
 
 class Shape(BaseModel):
-    """What the keys of a JSON object must hold. Keys that a shape does not name may hold anything."""
+    """Base class of schemas of JSON objects. Keys that a schema does not name may have any value."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a regular file. Raises MissingFile or another UserError."""
+    """Read a regular file. Raises MissingFile or another UserError."""
     require_file(path)
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise MissingFile(f"{path} is missing: the run has not come that far, or the file was removed") from None
+        raise MissingFile(f"{path} is missing: the run has not reached that point, or the file was removed") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def require_file(path: Path) -> None:
-    """Raise MissingFile where there is no file, and another UserError where something else has its name."""
+    """Raise MissingFile if the file does not exist, and another UserError if it is not a regular file."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise MissingFile(f"{path} is missing: the run has not come that far, or the file was removed") from None
+        raise MissingFile(f"{path} is missing: the run has not reached that point, or the file was removed") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # a null character in the path
@@ -81,7 +81,7 @@ def require_file(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The content of a UTF-8 file. Raises UserError."""
+    """Read a UTF-8 file. Raises UserError."""
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:
@@ -89,7 +89,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, shape: type[Shape] | None = None) -> dict[str, Any]:
-    """A JSON object whose values are what ``shape`` says. Raises UserError."""
+    """Read a JSON object that conforms to ``shape``. Raises UserError."""
     text = read_text(path)
     try:
         return _checked(_parsed(text), shape)
@@ -98,7 +98,7 @@ def read_json(path: Path, shape: type[Shape] | None = None) -> dict[str, Any]:
 
 
 def check_shape(path: Path, value: dict[str, Any], shape: type[Shape]) -> dict[str, Any]:
-    """The value that was read from ``path``, if it is what ``shape`` says. Raises UserError where it is not."""
+    """Return the value read from ``path``. Raises UserError if it does not conform to ``shape``."""
     try:
         return _checked(value, shape)
     except ValueError as error:
@@ -106,9 +106,9 @@ def check_shape(path: Path, value: dict[str, Any], shape: type[Shape]) -> dict[s
 
 
 def read_json_lines(path: Path, shape: type[Shape] | None = None) -> Iterator[dict[str, Any] | ValueError]:
-    """The JSON object of each line, or what is wrong with the line. Raises UserError for the file as a whole.
+    """Yield the JSON object of each line, or the error found in it. Raises UserError for the file as a whole.
 
-    A last line without its line break, as a killed process leaves it, is left out where it is damaged.
+    A damaged last line without a line break, as left by a killed process, is skipped.
     """
     *lines, rest = read_bytes(path).split(b"\n")
     for line in [*lines, *([rest] if rest else [])]:
@@ -120,7 +120,7 @@ def read_json_lines(path: Path, shape: type[Shape] | None = None) -> Iterator[di
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file that has these columns and no others. Raises UserError."""
+    """Read a CSV file that has exactly these columns. Raises UserError."""
     rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     found = []
     try:
@@ -136,7 +136,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _parsed(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError, whatever is wrong with it."""
+    """Parse JSON. Raises ValueError for any fault."""
     try:
         value = json.loads(text, parse_int=_whole)
     except RecursionError:
@@ -157,7 +157,7 @@ def _parsed(text: str) -> Any:
 def _whole(digits: str) -> int:
     number = int(digits) if len(digits) < 20 else LARGEST + 1
     if abs(number) > LARGEST:
-        raise ValueError(f"{digits[:12]}... is not a possible number")
+        raise ValueError(f"{digits[:12]}... is out of range")
     return number
 
 

@@ -1,19 +1,19 @@
-"""The run directory: what is written where, and how it is read back. No other module knows its file names.
+"""The run directory: its layout, and how its files are written and read. No other module knows the file names.
 
     <run_root>/<recipe name>/<run id>/
       recipe.toml        resolved, complete
       environment.json   versions, devices, processes, command, git state
-      split.json         image names of each split, and a hash; split-1.json, ...: those before the data changed
+      split.json         image names of each split, and a hash; split-1.json, ...: splits from before the data changed
       metrics.jsonl      one object per logging step and epoch
-      summary.json       the figures a table needs (written at the end)
-      predictions.csv    test: path, label, prediction, probability (best model); none without a test split
-      origins.json       for each key of the recipe where its value came from
+      summary.json       final metrics (written at the end)
+      predictions.csv    test: path, label, prediction, probability (best model); absent without a test split
+      origins.json       for each recipe key, where its value came from
       figures/           SVG and PDF, for print; report.html: everything in one file
-      checkpoints/       best.safetensors, model.json, and what is needed to go on
-      log.txt            what was shown while it ran
+      checkpoints/       best.safetensors, model.json, and what is needed to resume
+      log.txt            console output
       wandb/ tensorboard/
 
-Every file is written under a temporary name, synced and moved into place (metrics.jsonl and log.txt grow instead).
+Every file is written under a temporary name, synced and moved into place (metrics.jsonl and log.txt are appended to).
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ Number = float | None
 
 
 class RunInUse(UserError):
-    """A trainer works in the run directory at the moment."""
+    """Another trainer is using the run directory."""
 
 
 class _Figures(Shape):
-    """summary.json's entry for one model: its epoch and metrics."""
+    """Entry of summary.json for one model: its epoch and metrics."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, float]
@@ -60,7 +60,7 @@ class _Figures(Shape):
 
 
 class _Summary(Shape):
-    """summary.json. Only the metrics of the two models are always there; earlier versions wrote fewer keys."""
+    """Schema of summary.json. Only the metrics of the two models are required; earlier versions wrote fewer keys."""
 
     best: _Figures
     last: _Figures
@@ -81,14 +81,14 @@ class _Summary(Shape):
 
 
 class _Environment(Shape):
-    """environment.json, as far as programs read it."""
+    """Schema of environment.json: the keys that the toolkit reads."""
 
     processes: int = Field(1, ge=1)
     slurm_job: str | None = None
 
 
 class _Split(Shape):
-    """split.json: names of the images of each split."""
+    """Schema of split.json: image names of each split."""
 
     hash: str
     train: list[str]
@@ -97,7 +97,7 @@ class _Split(Shape):
 
 
 class _Record(Shape):
-    """A line of metrics.jsonl."""
+    """Schema of a line of metrics.jsonl."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, float]
@@ -105,14 +105,14 @@ class _Record(Shape):
 
 
 class _Origins(Shape):
-    """origins.json."""
+    """Schema of origins.json."""
 
     file: str
     keys: dict[str, str]
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write under a temporary name, sync to disk, move into place: readers see the old file or the whole new one."""
+    """Write to a temporary file, sync it and rename it: readers see either the old file or the complete new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -126,7 +126,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
+    """Sync ``folder`` to disk, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -136,18 +136,18 @@ def sync_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory. Reading needs no torch; a damaged or missing file is a UserError that names it."""
+    """A run directory. Reading does not import torch; a damaged or missing file raises a UserError that names it."""
 
     path: Path
 
     @property
     def id(self) -> str:
-        """The folder's name, unique among the runs of a recipe."""
+        """Name of the folder, unique among the runs of a recipe."""
         return self.path.name
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of weights and of everything needed to go on."""
+        """Folder of the weights and of everything needed to resume."""
         return self.path / "checkpoints"
 
     @property
@@ -157,43 +157,43 @@ class Run:
 
     @property
     def first_layer(self) -> Path:
-        """The first convolution's weights before training, under their own name; absent where there is none."""
+        """Weights of the first convolution before training, under their own name; absent if the model has none."""
         return self.checkpoints / "first_layer.safetensors"
 
     @property
     def figures(self) -> Path:
-        """Folder of the figures for print."""
+        """Folder of figures for print."""
         return self.path / "figures"
 
     @property
     def report_file(self) -> Path:
-        """The report in one HTML file."""
+        """The report, a single HTML file."""
         return self.path / "report.html"
 
     @property
     def log_file(self) -> Path:
-        """What was shown while it ran."""
+        """Console output of the run."""
         return self.path / "log.txt"
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON object a line."""
+        """Metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property
     def recipe(self) -> Recipe:
-        """The resolved recipe it was started with."""
+        """The resolved recipe that the run was started with."""
         return load_recipe(self.path / "recipe.toml")
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The figures at the end; a UserError while there is none yet."""
+        """Final metrics. Raises UserError if the run has not finished."""
         path = self.path / "summary.json"
         return check_shape(path, update_metrics(read_json(path)), _Summary)
 
     @property
     def model_card(self) -> dict[str, Any]:
-        """What ``best.safetensors`` needs to become a model again: architecture, classes, preprocessing."""
+        """What is needed to rebuild a model from ``best.safetensors``: architecture, classes, preprocessing."""
         return read_json(self.checkpoints / "model.json")
 
     @property
@@ -203,22 +203,25 @@ class Run:
 
     @property
     def processes(self) -> int:
-        """How many processes trained it, 1 where it does not say."""
+        """Number of processes that trained the run; 1 if not recorded."""
         return int(self.environment.get("processes", 1))
 
     @property
     def split(self) -> dict[str, Any]:
-        """Names of the images of each split."""
+        """Image names of each split, and their hash."""
         return read_json(self.path / "split.json", _Split)
 
     def splits(self) -> Iterator[dict[str, Any]]:
-        """split.json, then those from before the data changed; a UserError where one is missing or damaged."""
+        """Yield split.json, then the splits from before the data changed.
+
+        Raises UserError if one is missing or damaged.
+        """
         yield self.split
         for path in self._earlier_splits():
             yield read_json(path, _Split)
 
     def keep_split(self) -> None:
-        """Before split.json is written anew: keep the one that is there as split-1.json, split-2.json, ..."""
+        """Copy split.json to split-1.json, split-2.json, ...; call before overwriting it."""
         path = self.path / "split.json"
         if path.exists():
             write_atomically(self.path / f"split-{len(self._earlier_splits()) + 1}.json", read_bytes(path))
@@ -228,33 +231,33 @@ class Run:
 
     @property
     def file_facts(self) -> Path:
-        """Size and time of change of each image file as it was when training began."""
+        """Size and modification time of each image file when training began."""
         return self.checkpoints / "files.safetensors"
 
     @property
     def origins(self) -> dict[str, Any]:
-        """``file``, the recipe's own, and ``keys``: for each dotted key ``file:line``, --set or default.
+        """``file``: the recipe file; ``keys``: the origin of each dotted key, ``file:line``, --set or default.
 
-        Empty for a run that was not told.
+        Empty if the run did not record them.
         """
         path = self.path / "origins.json"
         return read_json(path, _Origins) if path.exists() else {}
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its own end."""
+        """Whether training completed, that is, whether summary.json exists."""
         return (self.path / "summary.json").exists()
 
     @property
     def has_test(self) -> bool:
-        """Whether the run set images aside for the test; true also where split.json does not say."""
+        """Whether the run has test images; also true if split.json cannot be read."""
         try:
             return self.split.get("test") != []
         except UserError:
             return True
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; a half-written last line (a killed run) is left out."""
+        """Return all lines of metrics.jsonl, without an incomplete last line left by a killed run."""
         records = []
         for number, record in enumerate(self.metric_lines(), 1):
             if isinstance(record, ValueError):
@@ -263,16 +266,16 @@ class Run:
         return records
 
     def metric_lines(self) -> Iterator[dict[str, Any] | ValueError]:
-        """Each line of metrics.jsonl, or what is wrong with it; nothing where there is no such file."""
+        """Yield each line of metrics.jsonl, or the error found in it; nothing if the file does not exist."""
         lines = read_json_lines(self.metrics_file, _Record) if os.path.lexists(self.metrics_file) else ()
         return (update_metrics(line) if isinstance(line, dict) else line for line in lines)
 
     def epochs(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that close an epoch."""
+        """Return the lines of metrics.jsonl written at the end of an epoch."""
         return [record for record in self.metrics() if "train/loss" in record]
 
     def predictions(self) -> list[dict[str, str]]:
-        """Rows of predictions.csv, in the order of the data set."""
+        """Return the rows of predictions.csv, in the order of the data set."""
         path = self.path / "predictions.csv"
         if not path.exists() and not self.has_test:
             raise UserError(f"{self.path} has no test images, so it has no predictions.csv (data.split.test)")
@@ -283,10 +286,11 @@ class Run:
         return rows
 
     def lock(self, log: Callable[[str], None] = lambda line: None) -> Lock:
-        """The right to write here, for one trainer at a time, see :mod:`toolkit.locks`.
+        """Acquire the run's write lock, held by one trainer at a time; see :mod:`toolkit.locks`.
 
-        Raises RunInUse where another has it, and another UserError where nothing can be written. A trainer that loses
-        it (its machine stood still so long that another took over) ends at once: two must not write.
+        Raises RunInUse if another trainer holds it, and UserError if the folder is not writable. A trainer that loses
+        the lock (its machine was suspended for so long that another one took over) exits at once, since two trainers
+        must never write to the same run.
         """
 
         def end() -> None:
@@ -301,12 +305,12 @@ class Run:
             raise UserError(f"cannot write in {self.path}: {error.strerror}") from None
 
     def write_json(self, name: str, value: object) -> None:
-        """Write one JSON file of the run. Bytes that are not UTF-8 (in a path or a command) become escapes of JSON."""
+        """Write a JSON file of the run. Bytes that are not UTF-8 (in a path or command) are written as JSON escapes."""
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self.path / name, text.encode(errors="backslashreplace"))
 
     def write_text(self, name: str, text: str) -> None:
-        """Write one text file of the run."""
+        """Write a text file of the run."""
         write_atomically(self.path / name, text.encode())
 
     def write_predictions(self, rows: Iterable[Sequence[object]]) -> None:
@@ -318,7 +322,7 @@ class Run:
         self.write_text("predictions.csv", text.getvalue())
 
     def write_metrics(self, length: int, lines: bytes) -> int:
-        """Cut metrics.jsonl back to ``length`` bytes, add ``lines``, and return its new length."""
+        """Truncate metrics.jsonl to ``length`` bytes, append ``lines``, and return its new length."""
         self.metrics_file.touch()
         with open(self.metrics_file, "r+b") as file:
             file.truncate(length)
@@ -327,19 +331,19 @@ class Run:
         return length + len(lines)
 
     def sync_metrics(self) -> None:
-        """Bring metrics.jsonl to the disk, before a checkpoint tells its length."""
+        """Sync metrics.jsonl to disk; call before a checkpoint records its length."""
         if self.metrics_file.exists():
             with open(self.metrics_file, "rb") as file:
                 os.fsync(file.fileno())
 
     def remove_temporary_files(self) -> None:
-        """Clear away what a killed trainer had half written; to be called with the lock held."""
+        """Delete incomplete files left by a killed trainer; call with the lock held."""
         for path in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
             path.unlink(missing_ok=True)
 
 
 def _is_share(text: str) -> bool:
-    """Whether a text is a number from 0 to 1."""
+    """Return whether a text is a number from 0 to 1."""
     try:
         return 0 <= float(text) <= 1
     except ValueError:
@@ -347,24 +351,24 @@ def _is_share(text: str) -> bool:
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """The run directory at ``path``; a UserError where there is none."""
+    """Open the run directory at ``path``. Raises UserError if it is not one."""
     folder = Path(path)
     try:
         is_run = (folder / "recipe.toml").is_file()
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
     if not is_run:
-        raise UserError(f"{folder} is no run directory: it has no recipe.toml")
+        raise UserError(f"{folder} is not a run directory: it has no recipe.toml")
     return Run(folder)
 
 
 def new_run_id() -> str:
-    """Start time and four random digits: sorts by time, does not collide."""
+    """Return a run id: the start time, so that ids sort by time, and four random hex digits against collisions."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def create_run(run_root: str, name: str) -> Run:
-    """A new, empty run directory; never one that was there before."""
+    """Create a new, empty run directory; an existing one is never reused."""
     parent = Path(run_root) / name
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -382,10 +386,10 @@ def create_run(run_root: str, name: str) -> Run:
 
 
 def newest_run(path: str | os.PathLike[str]) -> Path:
-    """The run directory that a command's argument means.
+    """Resolve a command's argument to a run directory.
 
-    A recipe's folder (``runs/quickstart``) means its newest run, ``latest`` the newest run of all recipes in ``runs/``.
-    Any other path is returned as it is.
+    A recipe's folder (``runs/quickstart``) means its newest run; ``latest`` means the newest run of all recipes in
+    ``runs/``. Any other path is returned unchanged.
     """
     folder = Path(path)
     if str(path) == "latest" and not folder.exists():
@@ -394,14 +398,14 @@ def newest_run(path: str | os.PathLike[str]) -> Path:
         return max(found, key=lambda run: run.id).path if found else folder
     if any(os.path.exists(folder / name) for name in ("recipe.toml", "study.json")) or not os.path.isdir(folder):
         return folder
-    with contextlib.suppress(OSError):  # what cannot be read is said of where it is opened
+    with contextlib.suppress(OSError):  # unreadable folders are reported when they are opened
         found = runs_of(str(folder.parent), folder.name)
         return found[0].path if found else folder
     return folder
 
 
 def runs_of(run_root: str, name: str) -> list[Run]:
-    """The run directories of a recipe, youngest first."""
+    """Return the runs of a recipe, most recent first."""
     parent = Path(run_root) / name
     if not parent.is_dir():
         return []
@@ -410,5 +414,5 @@ def runs_of(run_root: str, name: str) -> list[Run]:
 
 
 def latest_unfinished_run(run_root: str, name: str) -> Run | None:
-    """The youngest run of a recipe that has a checkpoint folder and no summary yet."""
+    """Return the most recent run of a recipe that has no summary yet."""
     return next((run for run in runs_of(run_root, name) if not run.is_finished), None)

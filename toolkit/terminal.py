@@ -1,6 +1,6 @@
-"""Standard streams that are closed, or whose other end is gone, and a terminal that hangs up.
+"""Handling of closed or broken standard streams and of a terminal that hangs up.
 
-Training must not end because nobody reads what it prints: log.txt has all of it.
+Training must not stop because its output cannot be written: log.txt has all of it.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any, TextIO
 def open_closed_streams() -> None:
     """Open the null device in place of closed standard streams (``2>&-``, a daemon).
 
-    To be called before any file is opened: one that got the number 1 or 2 would receive whatever libraries print.
+    Call before any file is opened: one that was given descriptor 1 or 2 would receive whatever libraries print.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free descriptor: this one
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 @contextlib.contextmanager
 def outliving_terminal() -> Iterator[None]:
-    """While this lasts, the process goes on when its terminal hangs up or nobody reads its output any more.
+    """Keep the process running inside the context even if its terminal hangs up or its output cannot be written.
 
-    SIGHUP is ignored, as with nohup, and what cannot be written to stdout or stderr is dropped.
+    SIGHUP is ignored, as with nohup, and output that cannot be written to stdout or stderr is dropped.
     """
     streams = sys.stdout, sys.stderr
     is_main = threading.current_thread() is threading.main_thread()
@@ -50,18 +50,18 @@ def outliving_terminal() -> Iterator[None]:
 
 
 class _LossyFile(io.FileIO):
-    """A file descriptor that takes everything, whether it can be written or not."""
+    """File descriptor that drops output it cannot write."""
 
     def write(self, data: Any) -> int:
-        """All of ``data`` counts as written."""
+        """Write ``data``; report it as written even if that fails."""
         try:
             return super().write(data) or 0
-        except OSError:  # the reader is gone, the terminal hung up, the disk full
+        except OSError:  # the reader has exited, the terminal has hung up or the disk is full
             return len(data)
 
 
 def _lasting(stream: TextIO) -> TextIO:
-    """The stream without errors of writing; as it is where there is no file behind it."""
+    """Wrap a stream so that failed writes are dropped; return it unchanged if it has no file descriptor."""
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError):

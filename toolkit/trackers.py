@@ -1,7 +1,7 @@
-"""W&B and TensorBoard through Accelerate's trackers. Best effort: metrics.jsonl is the truth, a tracker is a copy.
+"""W&B and TensorBoard through Accelerate's trackers. Best effort: metrics.jsonl is authoritative, trackers get a copy.
 
-W&B goes online where there is a login and a server that answers, else offline, never with a prompt. Each tracker has a
-thread of its own, so that training waits for none. Whatever fails here is one warning, and training goes on.
+W&B is online if there is a login and its server responds, otherwise offline; it never prompts. Each tracker has its own
+thread, so that training does not wait for it. Any failure results in one warning, and training continues.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ CONNECT_SECONDS = 3
 INIT_SECONDS = 15
 OFFLINE_ATTEMPTS, OFFLINE_PAUSE_S = 10, 3.0
 FINISH_SECONDS = 7
-"""A run asked to stop must be gone within 10 s. What the server has not taken stays on disk for `toolkit sync`."""
+"""A run that is asked to stop must exit within 10 s. What has not been uploaded stays on disk for `toolkit sync`."""
 LEAVE_SECONDS = FINISH_SECONDS + 0.5
-"""For all trackers together, where one hangs in its own client."""
+"""Limit for closing all trackers, in case one hangs in its client."""
 BACKLOG = 100_000
-"""Lines that may wait for a tracker which is slow; about 50 MB."""
+"""Maximum number of lines queued for a slow tracker; about 50 MB."""
 
 Call = Callable[[Any], None]
-"""What is done with one of Accelerate's trackers."""
+"""An operation on one of Accelerate's trackers."""
 
 
 class TrackerThread:
-    """Makes the calls to one tracker, in order, in a thread: who hands them over does not wait."""
+    """Background thread that makes the calls to one tracker, in order."""
 
     def __init__(self, tracker: Any, say: Callable[[str], None]) -> None:
         self.tracker, self.say = tracker, say
@@ -50,18 +50,18 @@ class TrackerThread:
         self.thread.start()
 
     def hand(self, call: Call) -> None:
-        """Have a call made after those before it; none any more once one has failed."""
+        """Queue a call; after a failure calls are dropped."""
         if self.calls.qsize() >= BACKLOG:
             self._fail(f"it is {BACKLOG} lines behind")
         if not self.failed:
             self.calls.put((call, False))
 
     def close(self, call: Call) -> None:
-        """Hand over the last call, which is made even after a failure."""
+        """Queue the last call, which is made even after a failure."""
         self.calls.put((call, True))
 
     def wait(self, seconds: float) -> None:
-        """Wait for the last call to be made, but no longer than this."""
+        """Wait at most ``seconds`` for the last call."""
         self.thread.join(max(0.0, seconds))
         if self.thread.is_alive():
             self._fail("it did not close in time")
@@ -79,11 +79,11 @@ class TrackerThread:
     def _fail(self, reason: str) -> None:
         if not self.failed:
             self.failed = True
-            self.say(f"warning: {self.tracker.name} gets no more ({reason}); metrics.jsonl has it all")
+            self.say(f"warning: {self.tracker.name} logging has stopped ({reason}); metrics.jsonl is complete")
 
 
 class Tracking:
-    """The trackers of one run. All processes may hold one; only the main process's speaks."""
+    """The trackers of one run. Every process may create one; only the main process logs."""
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe, folder: Path, run_id: str, say: Callable[[str], None]):
         self.accelerator = accelerator
@@ -115,7 +115,10 @@ class Tracking:
             self._init_offline(recipe, settings, config, folder)
 
     def _init_offline(self, recipe: Recipe, settings: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-        """After a server that takes no notice: the client that still waits for it holds the run's id for a while."""
+        """Start W&B offline after its server did not respond.
+
+        Retries, since the client that still waits for the server keeps the run's id for a while.
+        """
         import wandb
 
         for try_load in range(OFFLINE_ATTEMPTS):
@@ -130,10 +133,10 @@ class Tracking:
                     time.sleep(OFFLINE_PAUSE_S)
 
     def _fail(self, error: Exception) -> None:
-        self.say(f"warning: the trackers could not start ({_first_line(error)}); metrics.jsonl has it all")
+        self.say(f"warning: the trackers could not start ({_first_line(error)}); metrics.jsonl is complete")
 
     def _init(self, recipe: Recipe, wandb: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-        # Accelerate gives all trackers one project name, which TensorBoard takes for a folder.
+        # Accelerate passes one project name to all trackers, which TensorBoard uses as a folder name.
         self.accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
         self.accelerator.trackers = []
         if "tensorboard" in self.names:
@@ -144,18 +147,18 @@ class Tracking:
         self.couriers = [TrackerThread(tracker, self.say) for tracker in self.accelerator.trackers]
 
     def log(self, record: dict[str, Any], step: int) -> None:
-        """Pass on one line of metrics.jsonl; ``step`` is the number of optimiser steps so far."""
+        """Log one line of metrics.jsonl; ``step`` is the number of optimizer steps so far."""
         for courier in self.couriers:
             courier.hand(lambda tracker: tracker.log(record, step=step))
 
     def summarise(self, figures: dict[str, Any]) -> None:
-        """Put the run's final figures in W&B's summary."""
+        """Add the run's final metrics to W&B's summary."""
         for courier in self.couriers:
             if courier.tracker.name == "wandb":
                 courier.hand(lambda tracker: tracker.tracker.summary.update(flatten(figures)))
 
     def finish(self, exit_code: int) -> None:
-        """Close the trackers with the run's true exit status (0 done, 3 interrupted, else failed)."""
+        """Close the trackers with the run's exit status (0 done, 3 interrupted, else failed)."""
         for courier in self.couriers:
             courier.close(lambda tracker: _close(tracker, exit_code))
         deadline = time.monotonic() + LEAVE_SECONDS
@@ -173,17 +176,17 @@ def _close(tracker: Any, exit_code: int) -> None:
         tracker.tracker.finish(exit_code=exit_code)
     except TimeoutError:
         run = Path(tracker.tracker.dir).parents[2]  # of RUN/wandb/run-TIME-ID/files
-        raise TimeoutError(f"its server has not taken all; to upload the rest: toolkit sync {run}") from None
+        raise TimeoutError(f"its server has not received everything; to upload the rest: toolkit sync {run}") from None
 
 
 def define_axes(run: Any) -> None:
-    """Have W&B draw every figure over the epochs."""
+    """Make W&B plot every metric over epochs."""
     run.define_metric("epoch")
     run.define_metric("*", step_metric="epoch")
 
 
 def wandb_settings(recipe: Recipe, folder: Path, run_id: str, mode: str) -> dict[str, Any]:
-    """Arguments of ``wandb.init``: the run goes on under its id however often it is resumed."""
+    """Return the arguments of ``wandb.init``; a resumed run continues under its id."""
     import wandb
 
     table = recipe.tracking
@@ -209,7 +212,7 @@ def wandb_settings(recipe: Recipe, folder: Path, run_id: str, mode: str) -> dict
 
 
 def wandb_mode(wanted: str) -> tuple[str, str]:
-    """online, offline or disabled, and why it is offline where that was not asked for. Never prompts."""
+    """Return online, offline or disabled, and the reason if it is offline without being asked to. Never prompts."""
     said = os.environ.get("WANDB_MODE", "").lower()
     if wanted == "auto" and said in ("online", "offline", "disabled", "dryrun"):
         return ("offline" if said == "dryrun" else said), ""
@@ -220,11 +223,11 @@ def wandb_mode(wanted: str) -> tuple[str, str]:
 
 
 def offline_reason() -> str:
-    """Why W&B cannot be logged to from here; empty where it can. Never prompts."""
+    """Return why W&B cannot be used online; empty if it can. Never prompts."""
     import wandb
 
     try:
-        wandb.setup(wandb.Settings(silent=True, mode="online"))  # whatever WANDB_MODE says
+        wandb.setup(wandb.Settings(silent=True, mode="online"))  # overrides WANDB_MODE
         known = wandb.login(prompt=False, verify=False)
     except Exception as error:  # a malformed key raises one of several types
         return f"the W&B login does not work ({_first_line(error)})"
@@ -236,9 +239,9 @@ def offline_reason() -> str:
 
 
 def _server_error(url: str) -> str:
-    """Why a server is as good as absent: no connection, or no answer in time. Empty where it said anything at all.
+    """Return why a server is unavailable: no connection, or no response in time. Empty if it sent any response.
 
-    W&B's client would wait for such a server and hold the run's id meanwhile.
+    W&B's client would wait for an unavailable server and keep the run's id in the meantime.
     """
     try:
         with urllib.request.urlopen(url, timeout=CONNECT_SECONDS):
@@ -249,14 +252,14 @@ def _server_error(url: str) -> str:
         return f"did not answer within {CONNECT_SECONDS} s"
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLError):
-            return ""  # the client has certificates of its own
+            return ""  # the client has its own certificates
         return f"cannot be reached ({error.reason})"
     except (OSError, http.client.HTTPException) as error:
         return f"cannot be reached ({error})"
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as ``table.key`` entries, which W&B shows as columns."""
+    """Flatten nested tables to ``table.key`` entries, which W&B shows as columns."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict) and item:
@@ -267,7 +270,7 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _scalars(config: dict[str, Any]) -> dict[str, Any]:
-    """What TensorBoard's hparams can hold: numbers and text."""
+    """Convert values to numbers and text, which TensorBoard's hparams accept."""
     return {key: v if isinstance(v, (int, float, str, bool)) else str(v) for key, v in config.items()}
 
 

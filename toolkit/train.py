@@ -1,4 +1,4 @@
-"""`python -m toolkit.train RECIPE`, under any launcher: read the recipe, train, show the outcome."""
+"""The train command, also `python -m toolkit.train RECIPE` under any launcher, and error handling for all commands."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from toolkit.runs import Run
 
 OTHERS_WAIT_S = 3.0
-"""A fault that all processes find is shown by the first; others speak only if they outlive this."""
+"""Rank 0 reports errors common to all processes; other ranks print theirs only if still alive after this delay."""
 
 LOSS_WAIT_S = 1.0
-"""Within this, a broken connection is followed by the message about who has failed or is lost."""
+"""How long to wait, after a broken connection, for the message that says which process failed or was lost."""
 
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO)
-"""Errors of the system at a file that its owner can mend."""
+"""File system errors that the user can fix."""
 
 Overrides = Annotated[
     list[str] | None,
@@ -52,7 +52,7 @@ def train(
         ),
     ] = None,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Resume although the recipe or the data changed.")
+        bool, typer.Option("--allow-changes", help="Resume even if the recipe or the data changed.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build everything, try one batch, write nothing.")] = False,
     random_weights: Annotated[
@@ -63,7 +63,7 @@ def train(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Train what a recipe describes, on the processes that the launcher has started.
+    """Train a recipe on the processes started by the launcher.
 
     Example: accelerate launch -m toolkit.train recipes/resnet50_caltech.toml --set train.epochs=5
 
@@ -74,7 +74,7 @@ def train(
         from toolkit.cli.options import chosen_run
         from toolkit.recipe import load
 
-        read_process_info()  # refuses what the launcher should not have set before anything else looks at it
+        read_process_info()  # rejects invalid launcher variables before anything else reads them
         run_to_resume = resume if resume in (None, "auto") else str(chosen_run(resume))
         path = _recipe_path(recipe, run_to_resume)
         loaded = load(path, set_ or [])
@@ -84,7 +84,7 @@ def train(
         if loaded.recipe.study is not None:
             raise UserError(f"{recipe} is a study of many runs: toolkit study {recipe}")
         check_launch(loaded.recipe.train)
-        # torch is imported here, after the recipe was found good.
+        # torch is imported only here, once the recipe is known to be valid.
         from toolkit.training import fit
 
         if dry_run:
@@ -110,7 +110,7 @@ def train(
 
 
 def process_start() -> float:
-    """When this process began, on the clock of time.monotonic(): a wall clock may be set back meanwhile."""
+    """Return when this process started, on the time.monotonic() clock, since the wall clock may be adjusted."""
     try:
         with open("/proc/self/stat", encoding="utf-8") as file:
             ticks = int(file.read().rpartition(")")[2].split()[19])  # since the machine started, see proc(5)
@@ -123,29 +123,29 @@ def process_start() -> float:
 
 
 def report_at_end(run: Run) -> None:
-    """Write the figures and the report of a finished run; whatever goes wrong with them costs one warning."""
+    """Write the figures and report of a finished run; any failure is reduced to one warning."""
     try:
         from toolkit.report.run_report import write_report
 
         written = write_report(run, log=lambda line: print(line, file=sys.stderr))
         for line in written.missing:
-            print(f"the report does not show {line}", file=sys.stderr)
+            print(f"not shown in the report: {line}", file=sys.stderr)
     except (Exception, KeyboardInterrupt) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         print(f"warning: no report ({reason}); to try again: toolkit report {run.path}", file=sys.stderr)
 
 
 def _recipe_path(recipe: str | None, resume: str | None) -> str:
-    """The recipe named, or that of the run to go on with."""
+    """Return the given recipe, or that of the run to resume."""
     if recipe is not None:
         return recipe
     if resume in (None, "auto"):
-        raise UserError("no recipe given: say which TOML file to train, e.g. toolkit train recipes/quickstart.toml")
+        raise UserError("no recipe given: name the TOML file to train, e.g. toolkit train recipes/quickstart.toml")
     return os.path.join(resume, "recipe.toml")
 
 
 def show_outcome(run: Run, *, as_json: bool) -> None:
-    """The closing table and the path of the run directory, or the summary as JSON, on stdout."""
+    """Print the final table and the path of the run directory, or the summary as JSON, to stdout."""
     from toolkit.training.fit import closing_text
 
     if as_json:
@@ -156,7 +156,7 @@ def show_outcome(run: Run, *, as_json: bool) -> None:
 
 
 def run_with_error_handling(work: Callable[[], int], *, debug: bool) -> int:
-    """Exit status of ``work``; our own errors as one message, others with their stack trace."""
+    """Run ``work`` and return its exit status; print expected errors as one message, others with a stack trace."""
     try:
         return work()
     except Interrupted as interrupted:
@@ -169,19 +169,19 @@ def run_with_error_handling(work: Callable[[], int], *, debug: bool) -> int:
         print_error_once(str(error))
         return error.exit_status
     except BrokenPipeError:
-        raise  # whoever read stdout (head, less) has left: the command line ends quietly
+        raise  # the reader of stdout (head, less) has exited: typer ends the command quietly
     except Exception as error:
         print_error_once(environment_error_message(error) or traceback.format_exc())
         return EXIT_FAILURE
 
 
 def environment_error_message(error: Exception) -> str | None:
-    """One line for faults of the surroundings, for which a stack trace is no help; None for others."""
+    """Return a one-line message for environment errors (disk full, no access, lost peer); None for others."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return f"cannot write {error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, OSError) and error.filename is not None and error.errno in NO_ACCESS:
         return f"cannot use {error.filename}: {error.strerror}"
-    peers = sys.modules.get("toolkit.distributed.failure_detection")  # else torch has not been imported either
+    peers = sys.modules.get("toolkit.distributed.failure_detection")  # if absent, torch is not imported either
     if peers is None or not peers.is_peer_lost_error(error):
         return None
     assert peers.current is not None
@@ -190,9 +190,9 @@ def environment_error_message(error: Exception) -> str | None:
 
 
 def print_error_once(message: str) -> None:
-    """Say what went wrong, once: a fault common to all processes is the first one's to tell.
+    """Print an error once; errors common to all processes are reported by rank 0.
 
-    A process that only follows another's failure is silent, so that the message of that one stays the last.
+    A process that fails only because another one did prints nothing, so that the cause remains the last message.
     """
     rank, several = os.environ.get("RANK", "0"), is_distributed()
     peers = sys.modules.get("toolkit.distributed.failure_detection")
@@ -211,24 +211,24 @@ def print_error_once(message: str) -> None:
 
 
 def write_torchelastic_error(message: str) -> None:
-    """Leave the message where torchrun and accelerate launch look for it, to show it at their end."""
+    """Write the message to the file that torchrun and accelerate launch read to report the failure."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        # They show the call stack alone, which the message holds where it is of use.
+        # The launchers show only the call stack field; the message includes a stack trace where one is useful.
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 
 def is_first_process() -> bool:
-    """Whether this is rank 0, by the launcher's word."""
+    """Return whether this is rank 0, according to the launcher's environment variables."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def exit_with_status(status: int) -> NoReturn:
-    """Leave with ``status``. After a failure among several processes, at once.
+    """Exit with ``status``; after a failure of a distributed run, skip the interpreter's shutdown.
 
-    A collective may never return, and where a thread is in one the interpreter's end may be an abort (status -6).
+    A collective may never return, and shutting down while a thread is in one may abort the process (status -6).
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -238,14 +238,14 @@ def exit_with_status(status: int) -> NoReturn:
 
 
 def show_any_name() -> None:
-    """Make stdout and stderr show a name that the terminal's encoding lacks, escaped, instead of failing."""
+    """Make stdout and stderr escape characters that the terminal's encoding lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def main() -> None:
-    """Entry of `python -m toolkit.train`."""
+    """Run `python -m toolkit.train`."""
     open_closed_streams()
     show_any_name()
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

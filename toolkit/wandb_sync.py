@@ -1,6 +1,6 @@
-"""Runs that W&B lacks, uploaded once each: metrics.jsonl replayed into one clean run by W&B's own client.
+"""Upload of offline runs to W&B: metrics.jsonl is replayed into one clean run by W&B's own client.
 
-Not the offline fragments that W&B left: a run that was interrupted has several of one id, of which it would keep one.
+W&B's offline files are not used: an interrupted run has several of them with the same id, of which W&B would keep one.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ from toolkit.trackers import define_axes, flatten, offline_reason, wandb_setting
 INIT_SECONDS = 60
 FINISH_SECONDS = 300
 SHOWN_SECONDS = 60.0
-"""A server may take a while to show what it was given."""
+"""How long to wait for the server to show uploaded data."""
 
 
 @dataclass(frozen=True)
 class SyncResult:
-    """What became of one run."""
+    """Result of syncing one run."""
 
     run: str
     state: str
-    """uploaded, already (there), training (left alone) or untracked (nothing to upload)."""
+    """uploaded, already (uploaded before), training (skipped) or untracked (nothing to upload)."""
     lines: int = 0
-    """Lines of metrics.jsonl that were sent now."""
+    """Lines of metrics.jsonl sent by this call."""
     url: str | None = None
 
     def text(self) -> str:
-        """For people."""
+        """Format as one line."""
         match self.state:
             case "uploaded":
                 return f"{self.run}: {self.lines} lines uploaded, {self.url}"
             case "already":
                 return f"{self.run}: already uploaded, {self.url}"
             case "training":
-                return f"{self.run}: is still being trained; left alone"
+                return f"{self.run}: is still training; skipped"
         return f"{self.run}: was not tracked by W&B; nothing to upload"
 
 
 class _Marker(Shape):
-    """wandb/synced.json: what was uploaded, and where to."""
+    """Schema of wandb/synced.json: hash and address of the last upload."""
 
     digest: str
     url: str | None = None
 
 
 class ServerUnreachable(UserError):
-    """There is no login, or no server that answers."""
+    """There is no login, or the server does not respond."""
 
 
 def sync(run: Run) -> SyncResult:
-    """Upload what W&B lacks of a run, unless it is being trained or was uploaded as it is now.
+    """Upload what W&B lacks of a run, unless it is still training or unchanged since the last upload.
 
-    Raises NoServer where nothing can be uploaded from here; another UserError where the run is damaged; RunFailed where
-    the server did not take all: the next call sends the rest.
+    Raises ServerUnreachable if there is no login or server, another UserError if the run is damaged, and RunFailed if
+    the upload is incomplete; the next call then sends the rest.
     """
     wandb_id = id_at_wandb(run)
     if wandb_id is None:
@@ -95,19 +95,19 @@ def _require_server() -> None:
 
 
 def id_at_wandb(run: Run) -> str | None:
-    """The id under which W&B's client has logged the run here; None where it has not."""
+    """Return the id under which W&B's client logged the run on this machine; None if it did not."""
     log = next(run.path.glob("wandb/*run-*/run-*.wandb"), None)
     return None if log is None else log.stem.removeprefix("run-")
 
 
 def _digest(run: Run) -> str:
-    """Of all that is uploaded: changes when the run goes on."""
+    """Return a hash of everything that is uploaded; it changes when the run is resumed."""
     files = (run.path / "recipe.toml", run.metrics_file, run.path / "summary.json")
     return hashlib.sha256(b"\0".join(read_bytes(path) if path.exists() else b"" for path in files)).hexdigest()
 
 
 def _upload(run: Run, wandb_id: str) -> SyncResult:
-    """Send the lines that the server lacks, and make sure that it has them."""
+    """Send the lines that the server lacks, and verify that they have arrived."""
     import wandb
 
     lines, recipe = run.metrics(), run.recipe
@@ -127,9 +127,9 @@ def _upload(run: Run, wandb_id: str) -> SyncResult:
             url, path = there.url, there.path
             there.finish(exit_code=EXIT_OK if run.is_finished else Interrupted.exit_status)
             _make_sure(wandb.Api(), path, max((line["step"] for line in lines), default=-1))
-        except Exception as error:  # of the client, of its HTTP library, of the system
+        except Exception as error:  # of the client, its HTTP library or the system
             raise RunFailed(
-                f"{run.path}: not all of it was uploaded ({first_line(error)}); toolkit sync again sends the rest"
+                f"{run.path}: the upload is incomplete ({first_line(error)}); run toolkit sync again to send the rest"
             ) from error
         finally:
             wandb.teardown()
@@ -137,7 +137,10 @@ def _upload(run: Run, wandb_id: str) -> SyncResult:
 
 
 def _settings(wandb: Any) -> Any:
-    """More patience than training has, and nothing of this machine, which need not be the one that trained."""
+    """Return settings with longer timeouts than in training, and without data of this machine.
+
+    It need not be the machine that trained the run.
+    """
     return wandb.Settings(
         init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
         silent=True, console="off", x_disable_stats=True, x_disable_meta=True, disable_git=True, disable_code=True,
@@ -145,7 +148,7 @@ def _settings(wandb: Any) -> Any:
 
 
 def _make_sure(api: Any, path: str, last_step: int) -> None:
-    """Wait for the server to show the last step: a client whose upload is refused in the middle ends without a word."""
+    """Wait for the server to show the last step: if an upload is rejected midway, the client raises no error."""
     deadline = time.monotonic() + SHOWN_SECONDS
     while (shown := api.run(path).lastHistoryStep) < last_step:
         if time.monotonic() > deadline:

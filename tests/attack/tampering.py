@@ -364,10 +364,10 @@ EVALUATED = [
     Case("split.json missing", _file("split.json", Path.unlink), r"split\.json"),
     Case("split.json cut", _file("split.json", cut), r"split\.json"),
     Case("a test image removed", lambda p: (p.data / p.run.split["test"][0]).unlink(),
-         "1 of the 12 test images .* are not in the data set any more"),
+         "1 of the 12 test images .* are no longer in the data set"),
     Case("a test image relabeled", lambda p: _move(p, p.run.split["test"][0], "c3/zz.bmp"),
-         "1 of the 12 test images .* are not in the data set any more"),
-    Case("a class added", lambda p: _new_image(p, "c9/00.bmp"), "other classes now.*new: c9"),
+         "1 of the 12 test images .* are no longer in the data set"),
+    Case("a class added", lambda p: _new_image(p, "c9/00.bmp"), "now has different classes.*new: c9"),
     Case("an image added", lambda p: _new_image(p, "c0/99.bmp")),
     Case("predictions cut", _file("predictions.csv", cut), r"predictions\.csv"),
 ]  # fmt: skip

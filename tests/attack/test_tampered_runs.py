@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SEED = 13
 LIMIT_S = 60
-EQUAL = "figures equal those of summary.json"
+EQUAL = "metrics equal those of summary.json"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""bench: how fast a recipe trains here."""
+"""The bench command: training throughput of a recipe on this machine."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def bench(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure data, model and the whole step.
+    """Benchmark data loading, the model and whole training steps.
 
-    Images a second, the share of time spent waiting for data, memory, arithmetic. Nothing is trained for keeps.
+    Reports images per second, the fraction of time spent waiting for data, memory and FLOPs. No run is written.
 
     Example: toolkit bench recipes/resnet18_caltech.toml --compare
     """
@@ -44,7 +44,7 @@ def bench(
         from toolkit import bench as module
 
         speeds = module.bench(loaded.recipe, steps=steps, repeats=repeats, peak_tflops=peak_tflops)
-        if not module.is_main_process():  # the figures are the same on all
+        if not module.is_main_process():  # the results are the same on all ranks
             return EXIT_OK
         plain = module.compare_with_plain_loop(recipe, set_ or [], speeds.steps, repeats) if compare else None
         content = {**speeds.to_json(), **({"plain_loop": plain} if plain else {})}

@@ -1,4 +1,4 @@
-"""cache: what runs have computed once and keep. Does not import torch."""
+"""The cache command: list and delete cached images and features. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def cache(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List, or remove, what runs keep in the cache folder.
+    """List or delete the entries of the cache folder.
 
-    Decoded images and features of frozen layers, each with size and last use. Runs that read them now are not
-    disturbed, later ones compute them again. The folder is TOOLKIT_CACHE, else ~/.cache/toolkit.
+    Entries are decoded images and features of frozen layers, shown with size and last use. Deleting them does not
+    disturb runs that are reading them; later runs compute them again. The folder is TOOLKIT_CACHE, or
+    ~/.cache/toolkit by default.
 
     Example: toolkit cache clean --unused-days 30
     """
@@ -32,7 +33,7 @@ def cache(
         if action == "clean":
             _clean(unused_days, as_json)
         elif unused_days:
-            raise UserError("--unused-days belongs to toolkit cache clean")
+            raise UserError("--unused-days is only for toolkit cache clean")
         else:
             _list(as_json)
         return EXIT_OK
@@ -80,5 +81,5 @@ def _size(count: float) -> str:
 
 
 def _moment(seconds: float) -> str:
-    """Local time to the minute."""
+    """Format a timestamp as local time, to the minute."""
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")

@@ -1,4 +1,4 @@
-"""plan, data, doctor: looking before leaping."""
+"""The plan, data and doctor commands: checks before training."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def plan(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a recipe will take.
+    """Estimate the resources that a recipe needs.
 
-    Images, steps, parameters, memory, arithmetic, and time where this recipe has a finished run. Nothing is trained or
-    downloaded.
+    Images, steps, parameters, memory and FLOPs, and the training time if this recipe has a finished run. Nothing is
+    trained or downloaded.
 
     Example: toolkit plan recipes/resnet50_caltech.toml --processes 8
     """
@@ -38,7 +38,7 @@ def plan(
         loaded = load(recipe, set_ or [])
         for warning in loaded.warnings:
             print(warning, file=sys.stderr)
-        # torch is imported here, after the recipe was found good.
+        # torch is imported only here, once the recipe is known to be valid.
         from toolkit.estimate.resources import plan as make_plan
         from toolkit.estimate.resources import plan_text
 
@@ -59,10 +59,10 @@ def data(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Look through a recipe's images.
+    """Inspect a recipe's images.
 
-    Counts by class and split, sizes, channel statistics, unreadable files, duplicates across splits; and figures:
-    the class histogram, and a contact sheet with one image a class, raw and normalised.
+    Reports counts per class and split, sizes, channel statistics, unreadable files and duplicates across splits, and
+    draws a class histogram and a contact sheet with one image per class, raw and normalized.
 
     Example: toolkit data recipes/resnet50_caltech.toml --out figures
     """
@@ -100,13 +100,13 @@ def doctor(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check whether this machine is fit to train.
+    """Check whether this machine is ready for training.
 
-    Versions, GPUs and their interconnect, precision, communication, CPUs, shared memory, disk, W&B login, SLURM.
+    Checks versions, GPUs and their interconnect, precision, communication, CPUs, shared memory, disk, W&B login, SLURM.
 
     Example: toolkit doctor --run-root /scratch/runs
 
-    Exit status 1 if any line says fail.
+    Exit status 1 if any check fails.
     """
 
     def work() -> int:

@@ -1,4 +1,4 @@
-"""export, publish, sync: what leaves this machine."""
+"""The export, publish and sync commands."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def export(
         Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Folder to write. Default: RUN/export/FORMAT.")
     ] = None,
     epoch: Annotated[
-        str, typer.Option(metavar="EPOCH", help="Whose weights: best (the selected epoch) or last (the last one).")
+        str, typer.Option(metavar="EPOCH", help="Weights to export: best (the selected epoch) or last (the last one).")
     ] = "best",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a run's best model, or its last one, for other programs.
+    """Export a run's best or last model for use in other programs.
 
-    The preprocessing is written beside it. Before the folder gets its name, the model is read back and both are run on
-    64 images; logits must agree within 1e-4.
+    The preprocessing is written next to it. The exported model is read back and compared with the original on 64
+    images before the folder is moved into place; logits must agree within 1e-4.
 
     Example: toolkit export runs/quickstart/20260102-030405-abcd --format onnx -o digits-onnx
     """
@@ -64,7 +64,7 @@ def publish(
     run: RunPath,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Repository of the Hugging Face Hub, OWNER/NAME.")],
     license_: Annotated[
-        str, typer.Option("--license", metavar="ID", help="The Hub's identifier of the license: mit, apache-2.0, ...")
+        str, typer.Option("--license", metavar="ID", help="The Hub's license identifier: mit, apache-2.0, ...")
     ] = "unknown",
     private: Annotated[bool, typer.Option("--private", help="Visible only to you or your organization.")] = False,
     no_push: Annotated[bool, typer.Option("--no-push", help="Only write the folder.")] = False,
@@ -76,8 +76,8 @@ def publish(
 ) -> None:
     """Publish a run's best model on the Hugging Face Hub.
 
-    Writes weights, preprocessing, recipe and a model card into a folder, and pushes it where you are logged in
-    (hf auth login); else it says how to push it later.
+    Writes weights, preprocessing, recipe and a model card to a folder, and pushes it if you are logged in
+    (hf auth login); otherwise prints how to push it later.
 
     Example: toolkit publish runs/quickstart/20260102-030405-abcd lab/digits --license mit
     """
@@ -88,7 +88,7 @@ def publish(
 
         done = write(run, repo, out, license_id=license_, private=private, push=not no_push)
         if license_ == "unknown":
-            log("the card says that no license is stated; give one with --license")
+            log("the model card says that no license is stated; give one with --license")
         if done.url is None:
             log(f"not pushed, since {done.why_not}; {how_to_push(done.folder, repo)}")
         if as_json:
@@ -110,8 +110,8 @@ def sync(
 ) -> None:
     """Upload runs to W&B that were tracked offline.
 
-    Each run is uploaded once, from its metrics.jsonl, under the id that it was trained with; one that is being trained
-    is left alone. What an upload did not bring over, or a run has got since, the same command brings later.
+    Each run is uploaded once, from its metrics.jsonl, under its original id; a run that is still training is skipped.
+    After an incomplete upload, or once the run has continued, the same command uploads the rest.
 
     Example: toolkit sync runs/quickstart
     """
@@ -131,7 +131,7 @@ def sync(
                 done.append(upload(run))
             except ServerUnreachable:
                 raise
-            except UserError as error:  # one that is damaged is no reason to leave the others
+            except UserError as error:  # a damaged run does not stop the others
                 log(str(error))
                 continue
             if not as_json:

@@ -1,4 +1,4 @@
-"""evaluate, predict, explain: a trained model at work."""
+"""The evaluate, predict and explain commands."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 FORMATS = ("csv", "json", "jsonl")
 WORST = 16
 EXPLAINED = 256
-"""More images than this are not explained at once: each makes a file."""
+"""Maximum number of images per call, since each produces a file."""
 
 
 def log(text: str) -> None:
-    """A line on stderr, from the first process alone."""
+    """Print a line to stderr on rank 0."""
     if is_first_process():
         print(escape_control_characters(text), file=sys.stderr, flush=True)
 
@@ -43,8 +43,8 @@ def evaluate(
 ) -> None:
     """Evaluate a run's model again and compare with its summary.
 
-    Every figure that the run has recorded of this split is evaluated and compared: equal, different by rounding, or
-    different. Exit status 1 where one differs.
+    Each metric that the run recorded for this split is recomputed and compared: equal, different by rounding, or
+    different. Exit status 1 if one is different.
 
     Example: toolkit evaluate runs/quickstart/20260102-030405-abcd --split validation
 
@@ -56,7 +56,7 @@ def evaluate(
 
         opened = open_run(run)
         recipe = opened.recipe
-        # torch is imported here, after the run was found readable.
+        # torch is imported only here, once the run is known to be readable.
         from toolkit.distributed.context import distributed_context
         from toolkit.inference.evaluate import as_json as to_json
         from toolkit.inference.evaluate import check_split, evaluate_run
@@ -95,18 +95,18 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Images at once in each process. Default: the run's own, or 64."),
+        typer.Option(min=1, metavar="N", help="Batch size per process. Default: the run's own, or 64."),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, metavar="N", help="Processes that decode images. Default: the granted CPUs minus one."),
+        typer.Option(min=0, metavar="N", help="Data loader workers. Default: the available CPUs minus one."),
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Predict images with a run's best model.
 
-    Images go through the run's own preprocessing, which is kept with the weights. Files that cannot be read are named
-    on stderr and left out; the exit status is then 1.
+    Images are preprocessed as in the run; the preprocessing is stored with the weights. Files that cannot be read are
+    reported on stderr and skipped; the exit status is then 1.
 
     Example: toolkit predict runs/quickstart/20260102-030405-abcd photos/ --top-k 5 -o predictions.csv
 
@@ -132,7 +132,7 @@ def predict(
         for fault in predictions.faults:
             log(f"{predictions.paths[fault.position]}: {fault.reason}")
         if predictions.faults:
-            log(f"{len(predictions.faults)} of {len(predictions.paths)} files could not be predicted; left out")
+            log(f"{len(predictions.faults)} of {len(predictions.paths)} files could not be predicted; skipped")
         return EXIT_FAILURE if predictions.faults else EXIT_OK
 
     exit_with_status(run_with_error_handling(work, debug=debug))
@@ -150,11 +150,11 @@ def _check_style(style: str) -> None:
 
 @dataclass(frozen=True)
 class _Settings:
-    """How a model is run: as its run evaluated it; plainly, where it has left its run."""
+    """Inference settings: the run's own if available, defaults for exported models."""
 
     train: TrainConfig
     batch_size: int
-    """Images at once in each process."""
+    """Per process."""
 
 
 def _settings(path: Path) -> _Settings:
@@ -200,7 +200,7 @@ def _predict(
 
 
 def _hand_over(accelerator: Accelerator, predictions: Predictions, style: str, out: Path | None) -> None:
-    """The main process writes; the others learn of its failure (a collective)."""
+    """Write the predictions on the main process. Collective: its failure is raised on all ranks."""
     from toolkit.distributed.process import main_only
     from toolkit.runs import write_atomically
 
@@ -239,10 +239,10 @@ def explain(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show what predictions rest on (Grad-CAM).
+    """Explain predictions with Grad-CAM heat maps.
 
-    One picture an image: the image as the model gets it, and a heat map of the evidence for the prediction, and for
-    the label where that is another class. Needs captum: pip install captum.
+    Draws one figure per image: the image as the model receives it, a heat map of the evidence for the prediction, and
+    one for the label if that is another class. Needs captum: pip install captum.
 
     Example: toolkit explain runs/quickstart/20260102-030405-abcd --worst 16
     """
@@ -275,7 +275,7 @@ def explain(
 def _subjects(
     run: Path, trained: TrainedModel, paths: list[str] | None, worst: int | None, data_root: Path | None
 ) -> tuple[list[CamInput], int]:
-    """The images to explain, and how many were asked for."""
+    """Return the images to explain, and how many were requested."""
     from toolkit.inference.explain import subjects_from_files, worst_mistakes
     from toolkit.inference.predict import collect
     from toolkit.runs import open_run
@@ -285,7 +285,7 @@ def _subjects(
         return found, len(found)
     files = collect(paths, sys.stdin.buffer.read, log)
     if len(files) > EXPLAINED:
-        raise UserError(f"{len(files)} images are more pictures than anybody looks at; name at most {EXPLAINED}")
+        raise UserError(f"{len(files)} images are too many to explain at once; name at most {EXPLAINED}")
     return subjects_from_files(trained, files, log), len(files)
 
 

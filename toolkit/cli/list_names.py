@@ -1,4 +1,4 @@
-"""models, transforms, optimizers, datasets: what a recipe can name. None of them imports torch."""
+"""The models, transforms, optimizers and datasets commands: names that a recipe can use. They do not import torch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Pattern = Annotated[
 def models(
     pattern: Pattern = None,
     source: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Only models of torchvision, timm or toolkit.")
+        str | None, typer.Option(metavar="SOURCE", help="Only models from torchvision, timm or toolkit.")
     ] = None,
-    weights: Annotated[bool, typer.Option("--weights", help="Also the pretrained weights, the default first.")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Also list pretrained weights, default first.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the models that a recipe can name.
+    """List the models that a recipe can use.
 
     Example: toolkit models "resnet*" --source torchvision --weights
     """
@@ -49,7 +49,7 @@ def models(
 
 
 def _weights(source: str, model: str) -> list[dict[str, Any]]:
-    """Weights of a model with what they expect of an image."""
+    """Return the pretrained weights of a model, with the input they expect."""
     from toolkit.recipe import catalog
 
     found = []
@@ -65,9 +65,9 @@ def _model_row(entry: dict[str, Any], weights: bool) -> tuple[str, ...]:
 
 
 def transforms(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """List the transforms that a recipe can name.
+    """List the transforms that a recipe can use.
 
-    With their arguments and defaults.
+    Shows their arguments and defaults.
 
     Example: toolkit transforms flip
     """
@@ -85,7 +85,7 @@ def transforms(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = 
 
 
 def _arguments(arguments: dict[str, dict[str, Any]]) -> str:
-    """Names, with the defaults of those that can be left out."""
+    """Format arguments by name, with the defaults of optional ones."""
     return ", ".join(name + _default(about) for name, about in arguments.items())
 
 
@@ -99,9 +99,9 @@ def _default(about: dict[str, Any]) -> str:
 
 
 def optimizers(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """List the optimisers that a recipe can name.
+    """List the optimizers that a recipe can use.
 
-    "momentum" marks those that take one.
+    "momentum" marks those with a momentum argument.
 
     Example: toolkit optimizers "*adam*"
     """
@@ -119,9 +119,9 @@ def optimizers(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = 
 
 
 def datasets(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """List the data sets that a recipe can name.
+    """List the data sets that a recipe can use.
 
-    And how each comes to this machine.
+    Shows how each one is obtained.
 
     Example: toolkit datasets cifar
     """
@@ -140,7 +140,7 @@ def datasets(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = Fa
 
 
 def matching(pattern: str | None, known: Iterable[str], kind: str) -> list[str]:
-    """The names that a pattern (with * ? [ ]), or part of a name, matches. Raises UserError where there is none."""
+    """Return the names that contain ``pattern``, or match it if it has * ? or [ ]. Raises UserError if none does."""
     names = list(known)
     if pattern is None:
         return names
@@ -157,7 +157,7 @@ def matching(pattern: str | None, known: Iterable[str], kind: str) -> list[str]:
 
 
 def _show(found: list[dict[str, Any]], rows: Sequence[tuple[str, ...]], as_json: bool) -> None:
-    """JSON, or aligned columns without a header, so that other programs can read them."""
+    """Print JSON, or aligned columns without a header, which are easy to parse."""
     if as_json:
         print(json.dumps(found, indent=2))
         return

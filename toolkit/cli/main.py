@@ -1,6 +1,6 @@
 """The `toolkit` command. Each subcommand imports what it needs only when called, so that help and checks are fast.
 
-Results go to stdout, talk to stderr. Exit status: 0 done, 2 bad input, 3 interrupted but resumable, 1 anything else.
+Results go to stdout, messages to stderr. Exit status: 0 done, 2 bad input, 3 interrupted but resumable, 1 other errors.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def check(run: RunPath, as_json: AsJson = False, debug: Debug = False) -> None:
 
 
 def main() -> None:
-    """Entry of the `toolkit` command."""
+    """Run the `toolkit` command."""
     open_closed_streams()
     show_any_name()
     app()

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from toolkit.train import is_first_process
 
 
 def chosen_run(text: str) -> Path:
-    """The run directory that an argument means; the choice is logged where it is not the argument itself."""
-    from toolkit.runs import newest_run  # pydantic, which `toolkit --help` does not wait for
+    """Resolve an argument to a run directory; log the result if it differs from the argument."""
+    from toolkit.runs import newest_run  # imports pydantic, which would slow down `toolkit --help`
 
     path = newest_run(text)
     if path != Path(text) and is_first_process():

@@ -1,4 +1,4 @@
-"""validate, show, diff: what a recipe says. None of them imports torch."""
+"""The validate, show and diff commands. They do not import torch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def validate(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check recipes and show all that is wrong.
+    """Validate recipes and report every error.
 
-    In every way that needs neither data nor a GPU. One line a recipe on stdout, errors and warnings on stderr; with
-    --json everything on stdout. Exit status 2 if there is any error.
+    Makes all checks that need neither data nor a GPU. Prints one line per recipe to stdout, errors and warnings to
+    stderr; with --json everything to stdout. Exit status 2 if there is any error.
 
     Example: toolkit validate recipes/*.toml
     """
@@ -45,7 +45,7 @@ def validate(
 
 
 def _verdict(path: str, overrides: list[str]) -> list[Diagnostic]:
-    """Everything that is wrong or doubtful about one recipe, or about all runs of a study."""
+    """Return all errors and warnings of a recipe, or of all runs of a study."""
     from toolkit.recipe import RecipeError
     from toolkit.recipe.load import read_sources, resolve
 
@@ -53,7 +53,7 @@ def _verdict(path: str, overrides: list[str]) -> list[Diagnostic]:
         sources = read_sources(path, overrides)
         if not any("study" in source.data for source in sources):
             return resolve(sources, path).warnings
-        from toolkit.study.expand import expand, read_study  # with numpy, which a recipe's check does not wait for
+        from toolkit.study.expand import expand, read_study  # imports numpy, which a single recipe does not need
 
         return expand(read_study(path, overrides)).warnings
     except RecipeError as error:
@@ -94,10 +94,10 @@ def _diagnostic_json(item: Diagnostic) -> dict[str, Any]:
 
 
 def show(recipe: RecipePath, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Print a recipe resolved, with origins.
+    """Print a resolved recipe with the origin of each value.
 
-    Every key with its value, and where that comes from: file and line, --set, or default. Keys of [data] that are left
-    open are followed by what the pretrained weights or the data set make of them.
+    Shows every key with its value and origin: file and line, --set, or default. Keys of [data] that the recipe leaves
+    unset are followed by the values that the pretrained weights or the data set imply.
 
     Example: toolkit show recipes/resnet50_caltech.toml --set train.epochs=5
     """
@@ -126,9 +126,9 @@ def show(recipe: RecipePath, set_: Overrides = None, as_json: AsJson = False, de
 
 
 def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
-    """Keys of [data] that the recipe leaves open: what the pretrained weights or the data set make of them, and which.
+    """Return value and origin of the unset keys of [data] that the pretrained weights or the data set determine.
 
-    Weights from a file are taken to expect what the architecture's default weights do, as in training.
+    Weights from a file are assumed to expect the same input as the architecture's default weights, as in training.
     """
     from toolkit.data.dataset_info import DATASETS
     from toolkit.data.preprocessing import PretrainedInput, resolve_channels, resolve_preprocessing
@@ -162,7 +162,7 @@ def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
 
 
 def _with_comments(text: str, known: dict[str, tuple[Any, str]]) -> str:
-    """A resolved recipe with what its open keys become, as comments at the end of [data]: the recipe stays the same."""
+    """Add the values of unset keys to a resolved recipe, as comments at the end of [data]."""
     from toolkit.recipe.toml_writer import toml_value
 
     exit_with_status = text.index("\n\n", text.index("\n[data]\n"))
@@ -182,7 +182,7 @@ def diff(
 ) -> None:
     """Compare two recipes, or two runs.
 
-    Every key of the resolved recipes that differs, and every figure where both are finished runs.
+    Shows every key of the resolved recipes that differs and, if both are finished runs, every metric that differs.
 
     Example: toolkit diff recipes/colbertaldo_fast.toml recipes/colbertaldo_best.toml
     """
@@ -199,14 +199,14 @@ def diff(
         for line in [_difference(*item) for item in keys] or ["the recipes are equal"]:
             print(line)
         for name, one, two in figures:
-            print(f"figure {name}: {_figure(one)} -> {_figure(two)}")
+            print(f"metric {name}: {_figure(one)} -> {_figure(two)}")
         return EXIT_OK
 
     exit_with_status(run_with_error_handling(work, debug=debug))
 
 
 def _recipe_of(path: Path) -> Recipe:
-    """The recipe in a file, or that of a run directory."""
+    """Load the recipe of a file or of a run directory."""
     from toolkit.recipe import load_recipe
     from toolkit.runs import open_run
 
@@ -214,7 +214,7 @@ def _recipe_of(path: Path) -> Recipe:
 
 
 def _differing_figures(first: Path, second: Path) -> list[tuple[str, Any, Any]]:
-    """Figures of summary.json that differ, where both are finished runs."""
+    """Return the numbers of summary.json that differ, if both are finished runs."""
     from toolkit.runs import Run
 
     runs = [Run(first), Run(second)]
@@ -226,7 +226,7 @@ def _differing_figures(first: Path, second: Path) -> list[tuple[str, Any, Any]]:
 
 
 def _figures(summary: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The numbers of a summary by dotted name."""
+    """Return the numbers of a summary by dotted name."""
     found: dict[str, Any] = {}
     for key, value in summary.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""report: what a run or a study came to, as figures and as one HTML file. Does not import torch without need."""
+"""The report command: figures and an HTML file for a run or a study. Imports torch only if needed."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def report(
     figures_only: Annotated[bool, typer.Option("--figures-only", help="Only the figures for print.")] = False,
     data_root: DataRoot = None,
     filters: Annotated[
-        str | None, typer.Option(help="RUN: first-layer filters to show on an image: 3,17.", metavar="NUMBERS")
+        str | None, typer.Option(help="RUN: first-layer filters to apply to an image: 3,17.", metavar="NUMBERS")
     ] = None,
-    runs: Annotated[bool, typer.Option("--runs", help="STUDY: the reports of all its runs too.")] = False,
-    wandb: Annotated[bool, typer.Option("--wandb", help="STUDY: a W&B report too; prints its link.")] = False,
+    runs: Annotated[bool, typer.Option("--runs", help="STUDY: also write the reports of all its runs.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="STUDY: also create a W&B report and print its link.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Draw a run or a study.
+    """Write the report of a run or a study.
 
-    Figures for print as SVG and PDF in its folder figures/, and everything in one HTML file that needs no network. What
-    the folder lacks is named, and the rest is shown.
+    Writes figures for print (SVG and PDF) to its folder figures/, and one HTML file that needs no network. Missing or
+    damaged files are reported, and the rest is shown.
 
     Example: toolkit report runs/quickstart/20260102-030405-abcd
     """
@@ -79,7 +79,7 @@ def _say(line: str) -> None:
 
 
 def _is_study(path: Path) -> bool:
-    """Whether it is a study's folder; False for a run directory, and a UserError for what is neither."""
+    """Return True for a study's folder, False for a run directory. Raises UserError for anything else."""
     from toolkit.study.directory import FILE
 
     if (path / FILE).is_file():
@@ -88,11 +88,11 @@ def _is_study(path: Path) -> bool:
         return False
     within = sorted(path.glob("*/recipe.toml"), reverse=True) if path.is_dir() else []
     hint = f"; it has run directories, the newest is {within[0].parent}" if within else ""
-    raise UserError(f"{path} is no run directory (no recipe.toml) and no study's folder (no {FILE}){hint}")
+    raise UserError(f"{path} is not a run directory (no recipe.toml) or a study's folder (no {FILE}){hint}")
 
 
 def _tell(written: ReportResult, as_json: bool) -> None:
-    """The files on stdout; what could not be shown on stderr."""
+    """Print the files to stdout, and what could not be shown to stderr."""
     for line in written.missing:
         print(f"not shown: {line}", file=sys.stderr)
     if as_json:
@@ -106,8 +106,8 @@ def _tell(written: ReportResult, as_json: bool) -> None:
 
 
 def _numbers(text: str | None) -> list[int]:
-    """Whole numbers by comma."""
+    """Parse integers separated by commas."""
     parts = [part.strip() for part in text.split(",")] if text is not None else []
     if not all(part.isascii() and part.isdigit() for part in parts):
-        raise UserError(f"--filters {text!r}: give numbers of filters by comma, such as 3,17")
+        raise UserError(f"--filters {text!r}: give filter numbers separated by commas, such as 3,17")
     return [int(part) for part in parts]

@@ -1,4 +1,4 @@
-"""table: what the runs of a study came to. Does not import torch."""
+"""The table command: results of a study. Does not import torch."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def table(
         tuple[str, str] | None, typer.Option(metavar="ROW ROW", help="Compare two rows over the same seeds.")
     ] = None,
     intervals: Annotated[
-        bool, typer.Option("--intervals", help="Confidence intervals in place of standard deviations.")
+        bool, typer.Option("--intervals", help="Show confidence intervals instead of standard deviations.")
     ] = False,
     sort: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Sort the rows by a metric, such as val_accuracy, best first.")
     ] = None,
     top: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Show N rows only, the best by --sort or output.best_by.")
+        int | None, typer.Option(min=1, metavar="N", help="Show only the N best rows by --sort or output.best_by.")
     ] = None,
     figures: Annotated[bool, typer.Option("--figures", help="Also draw figures, SVG and PDF.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Print a study's table.
+    """Print a study's results table.
 
-    Mean and deviation over seeds, published figures beside, the best row by validation; also written into the folder
-    as table.csv, table.md, table.tex and runs.csv.
+    Shows mean and standard deviation over seeds next to published metrics, and marks the best row by validation. Also
+    writes table.csv, table.md, table.tex and runs.csv to the folder.
 
     Example: toolkit table runs/giunta-dropout
     """
@@ -56,7 +56,7 @@ def table(
         print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if as_json else terminal_text(found))
         try:
             write_tables(replace(found, wanted=replace(wanted, sort=None, top=None)), study)  # the files hold all rows
-        except UserError as error:  # somebody else's study can still be read
+        except UserError as error:  # a study in a read-only folder can still be printed
             print(f"warning: {error}", file=sys.stderr)
         if figures:
             from toolkit.study.plots import draw
@@ -69,5 +69,5 @@ def table(
 
 
 def _listed(text: str | None) -> list[str]:
-    """Words by comma."""
+    """Split a comma-separated list."""
     return [] if text is None else [word.strip() for word in text.split(",") if word.strip()]

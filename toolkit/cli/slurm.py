@@ -1,4 +1,4 @@
-"""submit, status, logs, cancel: runs on a SLURM cluster. None of them imports torch."""
+"""The submit, status, logs and cancel commands: runs on a SLURM cluster. They do not import torch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ POLL_S = 1.0
 
 
 def submit(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE|STUDY", help="TOML file; with a [study] table: an array.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|STUDY", help="TOML file; one with a [study] table becomes a job array.")
+    ],
     set_: Overrides = None,
     parallel: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Study: runs at once. Default: all; for bohb, one.")
+        int | None, typer.Option(min=1, metavar="N", help="Study: concurrent runs. Default: all; for bohb, one.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Also submit more than study.max_runs runs.")] = False,
     profile: Annotated[str | None, typer.Option(metavar="NAME", help="Cluster profile.")] = None,
@@ -41,28 +43,26 @@ def submit(
     cpus_per_task: Annotated[int | None, typer.Option(metavar="N", help="CPUs per node.")] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory per node, e.g. 64G.")] = None,
     limit: Annotated[
-        str | None, typer.Option("--time", metavar="TIME", help="Time limit of each start, e.g. 4:00:00.")
+        str | None, typer.Option("--time", metavar="TIME", help="Time limit per start, e.g. 4:00:00.")
     ] = None,
     partition: Annotated[str | None, typer.Option(metavar="NAME", help="Partition.")] = None,
     account: Annotated[str | None, typer.Option(metavar="NAME", help="Account.")] = None,
     qos: Annotated[str | None, typer.Option(metavar="NAME", help="Quality of service.")] = None,
-    constraint: Annotated[
-        str | None, typer.Option(metavar="FEATURES", help="Features that the nodes must have.")
-    ] = None,
-    max_restarts: Annotated[int | None, typer.Option(metavar="N", help="How often the job may be requeued.")] = None,
+    constraint: Annotated[str | None, typer.Option(metavar="FEATURES", help="Required node features.")] = None,
+    max_restarts: Annotated[int | None, typer.Option(metavar="N", help="Maximum number of requeues.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; submit and write nothing.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Show the log and stay until the job has ended.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the log until the job has ended.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe, or all runs of a study, on a SLURM cluster.
 
-    A recipe is a job, a study an array of jobs and a last one for its table and report.
+    A recipe becomes one job; a study becomes a job array and a final job for its table and report.
 
     Example: toolkit submit recipes/resnet50_caltech.toml --nodes 2 --gpus-per-node 4 --time 4:00:00 --profile lab
 
-    A job that meets its time limit, is pre-empted or loses a node goes on by itself. A study that is submitted again
-    goes on with its runs that are not finished.
+    A job that reaches its time limit, is preempted or loses a node is requeued and resumes. Submitting a study again
+    continues its unfinished runs.
     """
     asked = {
         "profile": profile, "nodes": nodes, "gpus_per_node": gpus_per_node, "gpu_type": gpu_type,
@@ -120,7 +120,7 @@ def _submit_study(
         return None
     check_size(study, expansion, yes=yes)
     require_slurm()
-    # torch is imported here: before many hours are spent, each varied value is seen to arrive.
+    # torch is imported here to verify that every varied key has an effect before many GPU hours are spent.
     from toolkit.study.effect_check import check_parameters_have_effect
 
     _warn([], check_parameters_have_effect(study, expansion))
@@ -152,7 +152,7 @@ def _tell(done: SubmitResult, *, as_json: bool) -> None:
 
 
 def _wait(done: SubmitResult) -> int:
-    """Follow to the end. Exit status: the job's; for an array 0 where all its runs are finished."""
+    """Wait for the job to end and return its exit status; for an array, 0 if all its runs are finished."""
     from toolkit.runs import open_run
     from toolkit.slurm.job_status import SlurmJob, find_runs, queue
     from toolkit.study.directory import StudyDirectory, failure_of
@@ -173,17 +173,17 @@ def _wait(done: SubmitResult) -> int:
 
 
 def _is_over(jobs: list[str]) -> bool:
-    """Whether SLURM has done with all these jobs and the tasks of these arrays."""
+    """Return whether all these jobs, and all tasks of these arrays, have ended."""
     from toolkit.slurm.job_status import queue
 
     known = queue()
     if known is None:
-        return False  # SLURM is busy or restarts; the jobs go on
+        return False  # SLURM does not answer; the jobs continue
     return not any(entry.is_active and name.split("_")[0] in jobs for name, entry in known.items())
 
 
 def _follow(log: Path, is_over: Callable[[], bool]) -> None:
-    """Print a growing file until ``is_over``, which is asked less and less often, up to every 10 s."""
+    """Print a growing file until ``is_over()``, which is polled at increasing intervals of up to 10 s."""
     position, pause, asked = 0, POLL_S, 0.0
     while True:
         over = False
@@ -214,10 +214,10 @@ def status(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List runs with their state.
+    """List runs and their states.
 
-    Pending and why, running with epoch and time to go, finished, interrupted, cancelled, or failed and why; from the
-    run directories, and from SLURM where there is one.
+    The states are pending and failed (with the reason), running (with epoch and remaining time), finished, interrupted
+    and cancelled, read from the run directories and, if available, from SLURM.
 
     Example: toolkit status runs
     """
@@ -252,7 +252,7 @@ def _show_states(runs: list[Any], jobs: Any) -> None:
 
     found = states(runs, jobs)
     lines = [["run", "job", "state", "epoch", "requeued", ""], *(_state_row(state) for state in found)]
-    if any(state.row is not None for state in found):  # runs of a study are told apart by their rows
+    if any(state.row is not None for state in found):  # runs of a study are identified by row and seed
         named = [("row", "seed"), *((s.row or "-", "-" if s.seed is None else str(s.seed)) for s in found)]
         for line, (row, seed) in zip(lines, named, strict=True):
             line[1:1] = [printable(row), seed]
@@ -280,7 +280,7 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Follow the log until the job has ended.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Print what a run's job has printed.
+    """Print the log of a run's job.
 
     Example: toolkit logs -f runs/quickstart/20260102-030405-abcd
     """
@@ -321,7 +321,7 @@ def cancel(
 ) -> None:
     """Cancel the jobs of runs, or of whole studies.
 
-    They are not requeued. What is trained so far stays: `toolkit train --resume RUN` goes on.
+    Cancelled jobs are not requeued. Checkpoints are kept: `toolkit train --resume RUN` resumes.
 
     Example: toolkit cancel runs/quickstart/20260102-030405-abcd
     """

@@ -1,4 +1,4 @@
-"""study: a file that tells of many runs."""
+"""The study command: train all runs of a study."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def study(
     set_: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print the runs and their cost; train nothing.")] = False,
     parallel: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Runs at once. Default: one per GPU, else one.")
+        int | None, typer.Option(min=1, metavar="N", help="Concurrent runs. Default: one per GPU; without GPUs, one.")
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Try failed runs again.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Retry failed runs.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Also start more than study.max_runs runs.")] = False,
     worker: Annotated[
-        bool, typer.Option("--worker", help="Only take runs of a `toolkit study` that was started elsewhere.")
+        bool, typer.Option("--worker", help="Only work on runs of a `toolkit study` that was started elsewhere.")
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Train all runs of a study and print their table.
 
-    What is finished is never trained again, and what was interrupted goes on: the same command does it.
+    Run the same command again to continue: finished runs are skipped, interrupted ones are resumed.
 
     Example: toolkit study recipes/papers/mereu/table08.toml --plan
 
@@ -56,7 +56,7 @@ def study(
         expansion = expand(found)
         for warning in expansion.warnings:
             print(warning, file=sys.stderr)
-        # torch is imported here, after everything was found good.
+        # torch is imported only here, once all recipes are known to be valid.
         remarks = _prove(found, expansion)
         if plan:
             _show_plan(found, expansion, remarks, as_json=as_json)
@@ -85,13 +85,13 @@ def _show_plan(study: StudySpec, expansion: ExpandedStudy, remarks: list[str], *
 
 
 def check_size(study: StudySpec, expansion: ExpandedStudy, *, yes: bool) -> None:
-    """Raise a UserError where a study has more runs than it allows and nobody said --yes."""
+    """Raise UserError if a study has more runs than study.max_runs allows and ``yes`` is not set."""
     limit = study.table.max_runs
     count = study.table.bohb.trials if study.table.bohb else expansion.count
     if count > limit and not yes:
         raise UserError(
-            f"{study.path} has {count} runs, more than study.max_runs = {limit}; look at them with --plan, then say "
-            "--yes to start them, or raise study.max_runs"
+            f"{study.path} has {count} runs, more than study.max_runs = {limit}; check them with --plan, then start "
+            "them with --yes, or raise study.max_runs"
         )
 
 

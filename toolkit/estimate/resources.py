@@ -1,4 +1,7 @@
-"""What a recipe will take: images, steps, parameters, memory, arithmetic, time. Nothing is trained or downloaded."""
+"""Estimates of the resources a recipe needs: images, steps, parameters, memory, FLOPs, time.
+
+Nothing is trained or downloaded.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +29,23 @@ from toolkit.runs import Run, runs_of
 
 @dataclass(frozen=True)
 class DatasetCounts:
-    """What is known of a recipe's data."""
+    """Classes, native image format and image counts of a recipe's data set."""
 
     classes: int
     native_size: int | None
     native_channels: int
     images: dict[str, int] | None
-    """By split; None where the data are not on this machine."""
+    """By split; None if the data are not on this machine."""
     absent: str
-    """Why there are no counts."""
+    """Why there are no counts; empty if there are."""
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """A throughput that was measured before."""
+    """Throughput of an earlier run."""
 
     images_per_s: float
-    """Of all processes together."""
+    """Summed over all processes."""
     run: str
     processes: int
     device: str
@@ -50,7 +53,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """Everything that `toolkit plan` shows."""
+    """Everything shown by `toolkit plan`."""
 
     recipe: Recipe
     processes: int
@@ -67,25 +70,25 @@ class ResourceEstimate:
 
     @property
     def micro_batch(self) -> int:
-        """Images that one process holds at a time."""
+        """Images per micro-batch of one process."""
         return self.recipe.train.batch_size // self.processes // self.recipe.train.grad_accum_steps
 
     @property
     def steps(self) -> int | None:
-        """Optimiser steps an epoch."""
+        """Optimizer steps per epoch; None if the number of images is unknown."""
         images, train = self.contents.images, self.recipe.train
         return steps_per_epoch(images["train"], train.batch_size, train.drop_last) if images else None
 
     @property
     def seconds(self) -> float | None:
-        """Training time of all epochs at the measured speed, in proportion to the processes."""
+        """Training time of all epochs at the measured speed, scaled to the number of processes; None if unknown."""
         if self.speed is None or self.contents.images is None:
             return None
         speed = self.speed.images_per_s * self.processes / self.speed.processes
         return self.contents.images["train"] * self.recipe.train.epochs / speed
 
     def to_json(self) -> dict[str, Any]:
-        """All figures; sizes in bytes, times in seconds."""
+        """Return all values; sizes in bytes, times in seconds."""
         epochs = self.recipe.train.epochs
         return {
             "recipe": self.recipe.recipe.name,
@@ -113,9 +116,10 @@ class ResourceEstimate:
 
 
 def plan(recipe: Recipe, processes: int = 1, classes: int | None = None) -> ResourceEstimate:
-    """Work out a recipe for a number of processes. ``classes`` is needed where only absent data could tell.
+    """Estimate a recipe for a number of processes. ``classes`` is needed if only missing data would determine it.
 
-    Raises UserError for a batch that does not divide, and for what training would refuse.
+    Raises UserError for a batch size that is not divisible by the processes and accumulation steps, and for anything
+    that training would reject.
     """
     train = recipe.train
     check_batch_size(train.batch_size, processes, train.grad_accum_steps)
@@ -148,14 +152,14 @@ def plan(recipe: Recipe, processes: int = 1, classes: int | None = None) -> Reso
 
 
 def _contents(data: DataConfig, classes: int | None) -> DatasetCounts:
-    """The data where they are on this machine; else what is known of them anyway."""
+    """Count the images if the data are on this machine; otherwise use the known metadata of the data set."""
     try:
         dataset = open_dataset(data.model_copy(update={"download": False}))
     except UserError as error:
         facts = DATASETS[data.dataset]
         known = classes or known_classes(data.dataset, background_class=data.background_class)
         if known is None:
-            message = f"{error}. Without the data the number of classes is not known: give it by --classes"
+            message = f"{error}. Without the data the number of classes is not known: give it with --classes"
             raise UserError(message) from None
         return DatasetCounts(known, facts.size, facts.channels, None, f"the data are not here ({error})")
     images = {split: len(indices) for split, indices in split_dataset(dataset, data).items()}
@@ -163,7 +167,7 @@ def _contents(data: DataConfig, classes: int | None) -> DatasetCounts:
 
 
 def _preprocessing(recipe: Recipe, contents: DatasetCounts) -> Preprocessing:
-    """As training has it, except for a normalisation that would have to be computed."""
+    """Resolve the preprocessing as in training, except for normalization statistics that would have to be computed."""
     data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
 
     def unmeasured(plain: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -174,7 +178,7 @@ def _preprocessing(recipe: Recipe, contents: DatasetCounts) -> Preprocessing:
 
 
 def _precision(recipe: Recipe) -> tuple[str, list[str]]:
-    """The precision to reckon with; what "auto" will be depends on the machine."""
+    """Return the precision to assume, with a note if it is "auto", which depends on the machine."""
     wanted = recipe.train.precision
     if wanted != "auto":
         return wanted, []
@@ -182,26 +186,26 @@ def _precision(recipe: Recipe) -> tuple[str, list[str]]:
     other = "no" if found == "bf16" else "bf16"
     return found, [
         f'train.precision = "auto" is "{found}" on this machine; '
-        f"--set 'train.precision=\"{other}\"' reckons with the other"
+        f"--set 'train.precision=\"{other}\"' estimates with the other"
     ]
 
 
 def _measure(
     recipe: Recipe, classes: int, shape: tuple[int, int, int, int], dtype: torch.dtype | None
 ) -> tuple[ModelBundle, Transfer, StepCost, str]:
-    """The model without weights, and the cost of a step."""
+    """Build the model without weights and measure the cost of a step."""
 
     def build() -> tuple[ModelBundle, Transfer]:
         built = build_model(recipe.model, classes, shape[1], shape[2], load_weights=False)
         transfer = apply_transfer(built, recipe.transfer)
-        transfer.unfreeze_for_epoch(recipe.train.epochs)  # gradual: what it comes to
+        transfer.unfreeze_for_epoch(recipe.train.epochs)  # gradual: the final stage
         transfer.train_mode()
         return built, transfer
 
     try:
         with torch.device("meta"):
             built, transfer = build()
-    except Exception:  # some constructors look at values; a fault of the recipe's comes again
+    except Exception:  # some constructors read tensor values; an error in the recipe is raised again
         built, transfer = build()
     step, measured_by = measure_step(built.module, shape, dtype)
     return built, transfer, step, measured_by
@@ -214,13 +218,13 @@ def _transfer_notes(recipe: Recipe, transfer: Transfer) -> list[str]:
     if tail is None:
         return []
     return [
-        f"all before {tail} is frozen and fixed: training may compute its outputs once and then run {tail} alone, "
-        "with far less memory and time than shown"
+        f"everything before {tail} is frozen and deterministic: training may compute its outputs once and then run "
+        f"{tail} alone, with far less memory and time than shown"
     ]
 
 
 def find_speed(recipe: Recipe) -> Throughput | None:
-    """The throughput of the youngest finished run of this recipe that trained the same model in the same way."""
+    """Return the throughput of the most recent finished run that trained this recipe's model with equal settings."""
     for run in runs_of(recipe.recipe.run_root, recipe.recipe.name):
         try:
             if run.is_finished and _is_alike(run.recipe, recipe):
@@ -231,7 +235,7 @@ def find_speed(recipe: Recipe) -> Throughput | None:
                     summary["images_per_s"], str(run.path), summary["processes"], str(_device(run, summary["device"]))
                 )
         except (UserError, KeyError):
-            continue  # a damaged or older run says nothing
+            continue  # skip damaged and older runs
     return None
 
 
@@ -247,12 +251,12 @@ def _is_alike(one: Recipe, other: Recipe) -> bool:
 
 
 def _device(run: Run, kind: str) -> str:
-    """The device's model where the run noted it."""
+    """Return the device's model name if the run recorded it."""
     return str(run.environment.get("device", kind))
 
 
 def plan_text(found: ResourceEstimate) -> str:
-    """The plan for people."""
+    """Format the estimate for a terminal."""
     recipe, train, contents = found.recipe, found.recipe.train, found.contents
     size, memory = found.preprocessing.image_size, found.memory
     lines = [
@@ -267,8 +271,8 @@ def plan_text(found: ResourceEstimate) -> str:
         ("precision", found.precision),
         ("memory", f"{_size(memory.total)} on each device, measured by {found.measured_by}"),
         *[("", f"{_size(value):>10}  {word}") for word, value in _memory_rows(memory)],
-        ("", "besides, what libraries, kernels' workspaces and the allocator take: often 1 to 2 GiB on a GPU"),
-        ("arithmetic", f"{_flops(found.step.forward_flops)} an image forward, "
+        ("", "plus what libraries, kernel workspaces and the allocator use: often 1 to 2 GiB on a GPU"),
+        ("arithmetic", f"{_flops(found.step.forward_flops)} per image forward, "
                        f"{_flops(found.step.training_flops)} forward and backward"),
         ("time", _time_text(found)),
         *[("note", note) for note in found.notes],
@@ -280,7 +284,7 @@ def _memory_rows(memory: Memory) -> list[tuple[str, int]]:
     words = {
         "weights": "weights",
         "gradients": "gradients",
-        "optimizer": "optimiser state",
+        "optimizer": "optimizer state",
         "average": "moving average of the weights",
         "activations": "activations kept for the backward pass",
         "images": "images",
@@ -302,7 +306,7 @@ def _time_text(found: ResourceEstimate) -> str:
         return f"no estimate: no finished run of this model and batch under {root}"
     at = f"{speed.images_per_s:,.0f} images/s measured on {speed.processes} x {speed.device} in {speed.run}"
     if speed.processes != found.processes:
-        at += f", taken in proportion to {found.processes} processes"
+        at += f", scaled to {found.processes} processes"
     return f"{_duration(found.seconds)} of training ({at})" if found.seconds is not None else f"unknown ({at})"
 
 

@@ -1,7 +1,7 @@
-"""Memory and arithmetic of one training step, measured by running it without computing anything.
+"""Memory and FLOPs of one training step, measured by running it without computing anything.
 
 The step runs on fake tensors (shapes and types, no values), so that a model of any size is measured in about a second
-and without memory. Where a model looks at values, which fake tensors do not have, two real images are run on the CPU.
+and without memory. If a model reads values, which fake tensors do not have, two real images are run on the CPU instead.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ BY_IMAGES = "two real images on the CPU"
 
 @dataclass(frozen=True)
 class StepCost:
-    """One pass forward and backward."""
+    """Cost of one forward and backward pass."""
 
     activations: int
-    """Bytes kept for the backward pass, for one micro-batch; copies of weights in lower precision are among them."""
+    """Bytes kept for the backward pass, for one micro-batch, including copies of weights in lower precision."""
     forward_flops: float
-    """Floating point operations an image, a multiplication and an addition counted as two."""
+    """Floating point operations per image; a multiplication and an addition count as two."""
     training_flops: float
-    """Forward and backward."""
+    """Of forward and backward, per image."""
 
 
 @dataclass(frozen=True)
@@ -47,35 +47,36 @@ class Memory:
     gradients: int
     optimizer: int
     average: int
-    """Of train.ema."""
+    """Moving average of the weights (train.ema)."""
     activations: int
     images: int
     """One micro-batch, float32."""
 
     @property
     def total(self) -> int:
-        """All of it; what libraries, kernels and the allocator take comes on top."""
+        """Sum of all parts, without what libraries, kernels and the allocator use in addition."""
         return sum(asdict(self).values())
 
 
 def measure_step(
     module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype | None
 ) -> tuple[StepCost, str]:
-    """Cost of one training step on a micro-batch of ``shape`` [N, C, H, W], and how it was measured.
+    """Measure one training step on a micro-batch of ``shape`` [N, C, H, W]; return its cost and how it was measured.
 
-    ``dtype`` is that of mixed precision, None without. The module's modes and requires_grad decide what is kept.
+    ``dtype`` is the autocast type, None without mixed precision. The module's training modes and requires_grad flags
+    determine what is kept for the backward pass.
     """
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return _run(module, shape, dtype), BY_SHAPES
-    except Exception:  # whatever a model does with values that are not there
+    except Exception:  # models that read values raise exceptions of any type
         two = _run(module, (2, *shape[1:]), dtype)
     activations = round(two.activations * shape[0] / 2)
     return StepCost(activations, two.forward_flops, two.training_flops), BY_IMAGES
 
 
 def _run(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype | None) -> StepCost:
-    """Forward and backward with all that autograd keeps, and all operations, counted."""
+    """Run forward and backward, counting operations and the tensors that autograd saves."""
     state = _fresh_state(module)
     own = {_storage_key(tensor) for tensor in state.values()}
     kept: dict[int, Tensor] = {}
@@ -100,7 +101,7 @@ def _run(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype
 
 
 def flop_counter() -> FlopCounterMode:
-    """Context that counts floating point operations; one multiplication and one addition count as two.
+    """Return a context that counts floating point operations; one multiplication and one addition count as two.
 
     PyTorch's counter ignores the groups of a convolution in the backward pass and so overstates depthwise convolutions.
     """
@@ -111,7 +112,7 @@ def flop_counter() -> FlopCounterMode:
 def _convolution_backward_flops(
     grad_output: Sequence[int], inputs: Sequence[int], weight: Sequence[int], *others: Any, **_: Any
 ) -> int:
-    """One forward pass worth of operations for each of the two gradients (input, weight) that is computed.
+    """Count the operations of one forward pass for each of the two gradients (input, weight) that is computed.
 
     Takes the shapes of the output gradient, input and weight, then the other arguments of aten::convolution_backward.
     """
@@ -121,7 +122,7 @@ def _convolution_backward_flops(
 
 
 def _fresh_state(module: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the module's shapes on the CPU, fake ones within a fake mode; the module's own stay untouched."""
+    """Return tensors of the module's shapes on the CPU (fake ones in fake mode), leaving the module unchanged."""
     state: dict[str, Tensor] = {
         name: nn.Parameter(torch.zeros_like(tensor, device="cpu"), requires_grad=tensor.requires_grad)
         for name, tensor in module.named_parameters()
@@ -130,12 +131,12 @@ def _fresh_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _storage_key(tensor: Tensor) -> int:
-    """The same for all views of one piece of memory, as long as one of them lives."""
+    """Return a key shared by all views of a storage, valid while one of them is alive."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def measure_memory(recipe: Recipe, built: ModelBundle, step: StepCost, shape: tuple[int, int, int, int]) -> Memory:
-    """Bytes of everything that stays on a device through a training step on a micro-batch of ``shape``."""
+    """Compute the memory in use on a device during a training step on a micro-batch of ``shape``."""
     parameters = list(built.module.parameters())
     trainable = _nbytes(p for p in parameters if p.requires_grad)
     return Memory(
@@ -149,11 +150,11 @@ def measure_memory(recipe: Recipe, built: ModelBundle, step: StepCost, shape: tu
 
 
 def optimizer_bytes(table: OptimizerConfig, groups: list[dict[str, Any]]) -> int:
-    """Bytes of the optimiser's state after a step over these parameter groups."""
+    """Return the bytes of the optimizer's state after a step over these parameter groups."""
     on_meta = [{**group, "params": [_stand_in(p, "meta") for p in group["params"]]} for group in groups]
     try:
         return _state_bytes(table, on_meta)
-    except RuntimeError:  # it looks at values: take real ones, one parameter of each shape
+    except RuntimeError:  # the optimizer reads values: use real tensors, one per shape and decay
         sizes: dict[tuple[Any, ...], int] = {}
         total = 0
         for group in groups:

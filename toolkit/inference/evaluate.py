@@ -1,7 +1,7 @@
-"""A run's model on the run's own images again: the figures of summary.json, reproduced.
+"""Re-evaluation of a run's model on the run's own images, to reproduce the metrics of summary.json.
 
-The images are found by the names in split.json, and go through the model in the very batches of the run's own
-evaluation, whatever the number of processes now: on the same kind of machine every figure is equal to the last bit.
+The images are found by the names in split.json, and are evaluated in exactly the batches of the run's own evaluation,
+whatever the number of processes now: on the same kind of machine all metrics are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from toolkit.training.evaluation import EvalResult, evaluate
 from toolkit.training.resume import check_recipe
 
 PREFIXES = {"validation": "val_", "test": "test_"}
-"""Of a split's figures in summary.json; it has none of the training images without augmentation."""
+"""Prefix of a split's metrics in summary.json, which has none for training images without augmentation."""
 
 ROUNDING = {"no": 1e-5, "bf16": 2e-2, "fp16": 1e-2}
-"""Largest relative difference that another machine, or another order of summation, explains, by precision."""
+"""Largest relative difference that another machine or another order of summation can explain, by precision."""
 
 
 @dataclass(frozen=True)
 class MetricComparison:
-    """One figure, evaluated now and recorded by the run."""
+    """A metric as evaluated now and as recorded by the run."""
 
     model: str
-    """best or stopped."""
+    """best or last."""
     name: str
     evaluated: float
     recorded: float | None
@@ -55,24 +55,24 @@ class MetricComparison:
 
 @dataclass
 class ReevaluationReport:
-    """What an evaluation has found."""
+    """Result of a re-evaluation."""
 
     split: str
     images: int
     figures: list[MetricComparison] = field(default_factory=list)
     predictions_equal: int | None = None
-    """Rows of predictions.csv that came out the same; None where they were not compared."""
+    """Rows of predictions.csv with the same prediction as now; None if not compared."""
     remarks: list[str] = field(default_factory=list)
 
     @property
     def differs(self) -> bool:
-        """Whether a figure is another one than the run recorded, by more than rounding explains."""
+        """Whether a metric differs from the recorded one by more than rounding can explain."""
         return any(figure.verdict == "differs" for figure in self.figures)
 
     def text(self) -> str:
-        """For people: a table, and a sentence on whether the run was reproduced."""
+        """Format as a table and a sentence that says whether the run was reproduced."""
         rows = [(f.model, f.name, f"{f.evaluated:.9g}", _shown(f.recorded), f.verdict) for f in self.figures]
-        header = ("model", "figure", "evaluated", "recorded", "verdict")
+        header = ("model", "metric", "evaluated", "recorded", "verdict")
         lines = [f"{self.split}: {self.images} images", table(rows, header, frozenset((2, 3))), *self.remarks]
         if self.predictions_equal is not None:
             lines.append(f"predictions.csv: {self.predictions_equal} of {self.images} rows are the same")
@@ -82,12 +82,12 @@ class ReevaluationReport:
         compared = [figure for figure in self.figures if figure.recorded is not None]
         other = [figure for figure in compared if figure.verdict != "equal"]
         if not compared:
-            return "nothing to compare with: the run has recorded no figures of this"
+            return "nothing to compare with: the run has recorded no metrics of this split"
         if not other:
-            return f"all {len(compared)} figures equal those of summary.json"
+            return f"all {len(compared)} metrics equal those of summary.json"
         names = ", ".join(f"{figure.model} {figure.name}" for figure in other)
         how = "differ" if self.differs else "differ by rounding"
-        return f"{len(other)} of {len(compared)} figures {how} from summary.json: {names}"
+        return f"{len(other)} of {len(compared)} metrics {how} from summary.json: {names}"
 
 
 def _shown(value: float | None) -> str:
@@ -95,7 +95,7 @@ def _shown(value: float | None) -> str:
 
 
 def check_split(split: str) -> None:
-    """Raise UserError for a name that is no split."""
+    """Raise UserError if ``split`` is not the name of a split."""
     if split in SPLITS:
         return
     near = difflib.get_close_matches("validation" if split.startswith("val") else split, SPLITS, 1)
@@ -104,10 +104,10 @@ def check_split(split: str) -> None:
 
 
 def images_of(run: Run, split: str, trained: TrainedModel, data_root: Path | None = None) -> tuple[Dataset, IntArray]:
-    """The data set of a run and the places in it of one split's images, found by the names in split.json.
+    """Open a run's data set and return it with the indices of one split's images, found by the names in split.json.
 
-    Nothing is downloaded. ``data_root`` says where the data are now, if not where the recipe says. Raises UserError
-    where images are gone or are others than the run's.
+    Nothing is downloaded. ``data_root`` overrides the recipe's data.root. Raises UserError if images are missing or
+    differ from the run's.
     """
     check_split(split)
     recipe, names, classes = run.recipe, run.split, trained.classes
@@ -118,18 +118,18 @@ def images_of(run: Run, split: str, trained: TrainedModel, data_root: Path | Non
         dataset = open_dataset(wanted.model_copy(update={"download": False, **moved}))
     except UserError as error:
         raise UserError(
-            f"the images of {run.path} are not here: {error}. If they have moved, say where: --data-root FOLDER"
+            f"the images of {run.path} are not here: {error}. If they have moved, use --data-root FOLDER"
         ) from None
     if dataset.classes != classes:
         raise UserError(
-            f"the data set has other classes now ({len(dataset.classes)}) than {run.path} was trained on "
+            f"the data set now has different classes ({len(dataset.classes)}) than {run.path} was trained on "
             f"({len(classes)}): {_first_difference(dataset.classes, classes)}"
         )
     index = {dataset.images.name(i): i for i in range(len(dataset.images))}
     missing = [name for name in names[split] if name not in index]
     if missing:
         raise UserError(
-            f"{len(missing)} of the {len(names[split])} {split} images of {run.path} are not in the data set any more: "
+            f"{len(missing)} of the {len(names[split])} {split} images of {run.path} are no longer in the data set: "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
     _check_hash(run, dataset, names, index)
@@ -146,14 +146,14 @@ def _places(names: list[str], index: dict[str, int]) -> IntArray:
 
 
 def _check_hash(run: Run, dataset: Dataset, names: dict[str, Any], index: dict[str, int]) -> None:
-    """Names and classes of all splits must be those of the run; where some images are gone, that cannot be told."""
+    """Check that names and classes of all splits are those of the run, unless some images are missing."""
     if any(name not in index for split in SPLITS for name in names[split]):
         return
     splits = {split: _places(names[split], index) for split in SPLITS}
     if split_hash(dataset, splits) != names["hash"]:
         raise UserError(
             f"the data set gives images of {run.path} other classes than it had when the run was trained (the hash in "
-            "split.json differs); bring back the data as they were"
+            "split.json differs); restore the data as they were"
         )
 
 
@@ -163,7 +163,7 @@ def evaluate_run(
     accelerator: Accelerator,
     data_root: Path | None = None,
 ) -> ReevaluationReport:
-    """Evaluate a run's best model, and the stopped one where its checkpoint is kept, on a split (a collective)."""
+    """Evaluate a run's best model on a split, and the last one if its checkpoint exists. Collective."""
     check_split(split)
     if not run.split[split]:
         others = [other for other in SPLITS if run.split[other]]
@@ -215,7 +215,7 @@ def _loader(
     split: str,
     accelerator: Accelerator,
 ) -> EvaluationLoader:
-    """The batches of the run's own evaluation, dealt out among the processes of now."""
+    """Return a loader of the batches of the run's own evaluation, distributed over the current processes."""
     processes = summary.get("processes") or run.processes
     size = recipe.train.images_per_evaluation
     batches = [b for rank in range(processes) for b in plan_evaluation(len(indices), size, processes, rank)]
@@ -236,7 +236,7 @@ def _loader(
 def _compare(
     outcome: ReevaluationReport, model: str, found: EvalResult, summary: dict[str, Any], allowed: float
 ) -> None:
-    """Add a model's figures beside those that the run recorded."""
+    """Add the comparison of a model's metrics with those that the run recorded."""
     figures = found.figures(PREFIXES.get(outcome.split, f"{outcome.split}_"))
     recorded: dict[str, float] = summary[model] if summary else {}
     loss = next(name for name in figures if name.endswith("loss"))
@@ -247,7 +247,11 @@ def _compare(
 
 
 def _verdict(value: float, recorded: float | None, loss_is_close: bool) -> str:
-    """Where the losses agree but for rounding, an image between two classes may yet fall to the other one."""
+    """Return the verdict on one metric.
+
+    If the losses agree up to rounding, other metrics may still differ, since an image close to the boundary between two
+    classes may be assigned to the other one.
+    """
     if recorded is None:
         return "not recorded"
     if value == recorded:
@@ -256,7 +260,7 @@ def _verdict(value: float, recorded: float | None, loss_is_close: bool) -> str:
 
 
 def _same_rows(run: Run, found: EvalResult, classes: list[str]) -> int:
-    """How many rows of predictions.csv have this prediction."""
+    """Return the number of rows of predictions.csv with the same prediction as now."""
     rows, predicted = run.predictions(), [classes[int(index)] for index in found.predictions]
     if len(rows) != len(predicted):
         raise DamagedFile(run.path / "predictions.csv", f"{len(rows)} rows of {len(predicted)} test images")
@@ -264,12 +268,12 @@ def _same_rows(run: Run, found: EvalResult, classes: list[str]) -> int:
 
 
 def _last_differs(summary: dict[str, Any]) -> bool:
-    """Whether the run stopped at another epoch than its best."""
+    """Return whether the run's last epoch is not its best one."""
     return bool(summary) and summary["last"]["epoch"] != summary["best"]["epoch"]
 
 
 def _load_last(run: Run, module: nn.Module, summary: dict[str, Any], outcome: ReevaluationReport) -> bool:
-    """Load the last epoch's weights from its checkpoint into the module; False, with a remark, where it is gone."""
+    """Load the last epoch's weights into the module; add a note and return False if its checkpoint is missing."""
     epoch = summary["last"]["epoch"]
     if not load_last_model(run, module, epoch):
         outcome.remarks.append(f"the last model was not evaluated: no whole checkpoint of epoch {epoch} is left")
@@ -278,11 +282,11 @@ def _load_last(run: Run, module: nn.Module, summary: dict[str, Any], outcome: Re
 
 
 def load_last_model(run: Run, module: nn.Module, epoch: int) -> bool:
-    """Load the weights after ``epoch``, the run's last one, into ``module``; False where that checkpoint is gone.
+    """Load the weights after ``epoch``, the run's last one, into ``module``; return False if the checkpoint is missing.
 
-    Where the run averages weights, these are the averages, which it evaluates.
+    With train.ema these are the averaged weights, which the run evaluates.
     """
-    path = find_latest(run.checkpoints, lambda warning: None)  # its words are for a run that goes on
+    path = find_latest(run.checkpoints, lambda warning: None)  # the warnings only matter for resuming
     content = None if path is None else load_checkpoint(path)
     if content is None or content["position"]["epoch"] != epoch or content["position"]["step"]:
         return False
@@ -295,7 +299,7 @@ def load_last_model(run: Run, module: nn.Module, epoch: int) -> bool:
 
 
 def _remarks(trained: TrainedModel, summary: dict[str, Any], accelerator: Accelerator) -> list[str]:
-    """What explains differences."""
+    """Return notes that may explain differences."""
     remarks = [trained.caution] if trained.caution else []
     then = (summary.get("device"), summary.get("precision"))
     now = (accelerator.device.type, accelerator.mixed_precision)
@@ -305,7 +309,7 @@ def _remarks(trained: TrainedModel, summary: dict[str, Any], accelerator: Accele
 
 
 def as_json(run: Run, outcome: ReevaluationReport) -> str:
-    """For programs."""
+    """Format the result as JSON."""
     figures: dict[str, dict[str, Any]] = {}
     for each in outcome.figures:
         content = {"evaluated": each.evaluated, "recorded": each.recorded, "verdict": each.verdict}

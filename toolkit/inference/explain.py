@@ -1,4 +1,4 @@
-"""Grad-CAM (Selvaraju et al. 2017): which part of an image a prediction rests on, by captum, as pictures."""
+"""Grad-CAM (Selvaraju et al. 2017), computed by captum: heat maps of the evidence for a prediction."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from toolkit.report.plot_style import plot_style, save, short
 from toolkit.runs import Run
 
 AT_ONCE = 16
-"""Images through the model together."""
+"""Batch size."""
 MOST_PREFIX_TOKENS = 2
-"""A class token and a distillation token: more only where the model says so."""
+"""A class token and a distillation token; more only if the model declares them."""
 SKIPPED = (
     nn.Identity,
     nn.Linear,
@@ -41,45 +41,45 @@ SKIPPED = (
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
 )
-"""Layers that make no features of their own, or are part of a layer that ends later, and so are no place to look."""
+"""Layers not considered, since they compute no features or are part of a larger layer."""
 
 
 @dataclass(frozen=True)
 class CamInput:
-    """One image to be explained."""
+    """An image to be explained."""
 
     name: str
     input: Tensor
-    """As the model gets it, float32 [C, H, W]."""
+    """Preprocessed image, float32 [C, H, W]."""
     label: int | None
-    """Its class, where that is known."""
+    """Class index, if known."""
 
 
 @dataclass(frozen=True)
 class CamResult:
-    """One image, its prediction, and the evidence for it."""
+    """An image, its prediction, and the evidence for it."""
 
     subject: CamInput
     prediction: int
     probability: float
     heat: np.ndarray
-    """Evidence for the prediction, 0..1 of its own maximum, float32 [H, W]."""
+    """Evidence for the prediction, scaled to a maximum of 1, float32 [H, W]."""
     heat_of_label: np.ndarray | None
-    """The same for the label, where that is another class."""
+    """The same for the label, if that is another class."""
 
 
 @dataclass(frozen=True)
 class CamLayer:
-    """A layer whose output can be read as maps, and how."""
+    """A layer whose output can be converted to spatial maps."""
 
     name: str
     kind: str
     """channels_first [n, C, h, w], channels_last [n, h, w, C] or tokens [n, prefix + h x w, C]."""
     prefix: int = 0
-    """Tokens that belong to no place (class token, registers)."""
+    """Number of leading non-spatial tokens (class token, registers)."""
 
     def to_maps(self, output: Tensor) -> Tensor:
-        """The layer's output as [n, C, h, w]."""
+        """Convert the layer's output to [n, C, h, w]."""
         if self.kind == "channels_first":
             return output
         if self.kind == "channels_last":
@@ -89,7 +89,7 @@ class CamLayer:
         return maps
 
     def from_maps(self, maps: Tensor, output: Tensor) -> Tensor:
-        """Inverse of :meth:`to_maps`; tokens without a place are those of ``output``."""
+        """Convert maps back, inverting :meth:`to_maps`; non-spatial tokens are taken from ``output``."""
         if self.kind == "channels_first":
             return maps.clone()  # the next layer may work in place
         if self.kind == "channels_last":
@@ -98,16 +98,16 @@ class CamLayer:
 
 
 def require_captum() -> None:
-    """Raise UserError where captum is not installed."""
+    """Raise UserError if captum is not installed."""
     if importlib.util.find_spec("captum") is None:
         raise UserError("toolkit explain needs captum, which is not installed: pip install captum")
 
 
-# -- which images -----------------------------------------------------------------------------------------------------
+# -- images -----------------------------------------------------------------------------------------------------------
 
 
 def subjects_from_files(trained: TrainedModel, paths: Sequence[str], log: Callable[[str], None]) -> list[CamInput]:
-    """Images from files; what cannot be read is said and left out."""
+    """Load images from files; log and skip those that cannot be read."""
     images, transform = trained.files(paths), trained.transform
     found = []
     for index in range(len(images)):
@@ -119,7 +119,7 @@ def subjects_from_files(trained: TrainedModel, paths: Sequence[str], log: Callab
 
 
 def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path | None = None) -> list[CamInput]:
-    """The test images that the run was most sure of, and wrong about, by predictions.csv; the worst first."""
+    """Return the misclassified test images with the highest probabilities in predictions.csv, highest first."""
     if not run.has_test:
         raise UserError(f"{run.path} has no test images whose mistakes could be shown: name images to explain")
     try:
@@ -138,18 +138,18 @@ def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path 
     wrong.sort(key=lambda mistake: -mistake[0])
     unknown = [path for _, path, _ in wrong[:count] if path not in place]
     if unknown:
-        raise UserError(f"{run.path / 'predictions.csv'} is damaged: {unknown[0]} is no test image of this run")
+        raise UserError(f"{run.path / 'predictions.csv'} is damaged: {unknown[0]} is not a test image of this run")
     return [CamInput(path, transform(images.load(place[path])), label) for _, path, label in wrong[:count]]
 
 
-# -- where to look ----------------------------------------------------------------------------------------------------
+# -- layer ------------------------------------------------------------------------------------------------------------
 
 
 def find_layer(trained: TrainedModel, sample: Tensor, wanted: str | None = None) -> CamLayer:
-    """The layer ``wanted``, or the last one that gives maps of more than one place on which the prediction depends.
+    """Return the layer ``wanted``, or the last one with spatial maps (more than 1x1) that the prediction depends on.
 
-    For a ConvNet, VGG or ResNet that is the end of its convolutions; for a transformer whose class token decides, the
-    input of the last attention. ``sample`` is one input [C, H, W]. Raises UserError where there is none.
+    For a ConvNet, VGG or ResNet that is the end of its convolutions; for a transformer that classifies by its class
+    token, the input of the last attention. ``sample`` is one input [C, H, W]. Raises UserError if there is none.
     """
     outputs = _outputs(trained.module, sample)
     if wanted is not None:
@@ -160,13 +160,13 @@ def find_layer(trained: TrainedModel, sample: Tensor, wanted: str | None = None)
     if found is not None:
         return found
     raise UserError(
-        f"{trained.table.name} has no layer that gives maps of more than one place; name one with --layer "
-        f"(there is {', '.join(name for name, _ in outputs[-6:])}, ...)"
+        f"{trained.table.name} has no layer with maps larger than 1x1; name one with --layer "
+        f"(the last ones are {', '.join(name for name, _ in outputs[-6:])})"
     )
 
 
 def _outputs(module: nn.Module, sample: Tensor) -> list[tuple[str, Tensor]]:
-    """Each submodule that is called once and gives one tensor, with its output for one image, in order of ending."""
+    """Return name and output (on meta) of each submodule called exactly once that returns one tensor, in order."""
     found: list[tuple[str, Tensor]] = []
     calls: Counter[str] = Counter()
 
@@ -189,14 +189,14 @@ def _outputs(module: nn.Module, sample: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def _as_layer(module: nn.Module, name: str, output: Tensor) -> CamLayer | None:
-    """How the output for one image can be read as square maps of more than one place; None: not at all."""
+    """Return how the output for one image converts to square maps of more than 1x1; None if it does not."""
     shape = tuple(output.shape)
     if len(shape) == 4 and shape[0] == 1 and shape[2] == shape[3] > 1:
         return CamLayer(name, "channels_first")
     if len(shape) == 4 and shape[0] == 1 and shape[1] == shape[2] > 1:
         return CamLayer(name, "channels_last")
     if len(shape) == 3 and shape[0] == 1:
-        # Class tokens and registers stand first. Where the model does not say how many, the fewest that leave a square.
+        # Class tokens and registers come first. Try the number the model declares, then the fewest that leave a square.
         declared = int(getattr(module, "num_prefix_tokens", 0))
         for prefix in (declared, *range(MOST_PREFIX_TOKENS + 1)):
             places = shape[1] - prefix
@@ -206,14 +206,17 @@ def _as_layer(module: nn.Module, name: str, output: Tensor) -> CamLayer | None:
 
 
 def _is_place_to_look(module: nn.Module, name: str) -> bool:
-    """Of a transformer's token layers only the norms; nothing within attention, whose maps are of other kinds."""
+    """Return whether a layer may be explained: not one of SKIPPED, and not inside an attention block.
+
+    Outputs inside attention may look like spatial maps without being any.
+    """
     layer = module.get_submodule(name)
     inside = set(name.split(".")) & {"attn", "self_attention", "attention", "token_mixer"}
     return not isinstance(layer, SKIPPED) and not inside
 
 
 def _last_that_matters(module: nn.Module, layers: Sequence[CamLayer], sample: Tensor) -> CamLayer | None:
-    """The last layer on whose maps the prediction depends, as it does not on patches behind the last attention."""
+    """Return the last layer whose maps have a nonzero gradient; patch tokens after the last attention have none."""
     kept: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -239,20 +242,22 @@ def _named(trained: TrainedModel, wanted: str, outputs: list[tuple[str, Tensor]]
     found = dict(outputs)
     if wanted not in found:
         near = difflib.get_close_matches(wanted, found, 3, 0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else f"; there is {', '.join([*found][-6:])}, ..."
-        raise UserError(f"--layer {wanted}: {trained.table.name} has no layer of this name that is used once{hint}")
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; the last ones are {', '.join([*found][-6:])}"
+        raise UserError(
+            f"--layer {wanted}: {trained.table.name} has no layer of this name that is called exactly once{hint}"
+        )
     layer = _as_layer(trained.module, wanted, found[wanted])
     if layer is None:
         raise UserError(
-            f"--layer {wanted} gives {list(found[wanted].shape)} for one image; Grad-CAM needs maps of more than one "
-            "place, [1, C, h, w], [1, h, w, C] or [1, tokens, C]"
+            f"--layer {wanted} returns {list(found[wanted].shape)} for one image; Grad-CAM needs maps larger than "
+            "1x1: [1, C, h, w], [1, h, w, C] or [1, tokens, C]"
         )
     return layer
 
 
 @contextmanager
 def _maps_of(module: nn.Module, layer: CamLayer) -> Iterator[nn.Module]:
-    """Inside, what the layer gives passes through a module of its own as [n, C, h, w]."""
+    """Insert an identity module that the layer's output passes through as [n, C, h, w], and yield it."""
     maps = nn.Identity()
 
     def pass_through(_: nn.Module, arguments: Any, output: Tensor) -> Tensor:
@@ -269,9 +274,10 @@ def _maps_of(module: nn.Module, layer: CamLayer) -> Iterator[nn.Module]:
 
 
 def heat_maps(trained: TrainedModel, layer: CamLayer, inputs: Tensor, classes: Tensor) -> Tensor:
-    """Grad-CAM of each input [n, C, H, W] for its class [n]: at least 0, [n, H, W], in units of the logit.
+    """Compute Grad-CAM of each input [n, C, H, W] for its class [n]: nonnegative, [n, H, W], in units of the logit.
 
-    ReLU of the maps' sum, each weighted by the mean of the logit's gradient over it, enlarged to the input.
+    That is the ReLU of the sum of the layer's maps, each weighted by the mean of the logit's gradient with respect to
+    it, interpolated to the input size.
     """
     from captum.attr import LayerAttribution, LayerGradCam
 
@@ -283,7 +289,7 @@ def heat_maps(trained: TrainedModel, layer: CamLayer, inputs: Tensor, classes: T
 
 
 def explain(trained: TrainedModel, subjects: Sequence[CamInput], layer: CamLayer) -> list[CamResult]:
-    """Predict each image and find the evidence for its prediction, and for its label where that is another class."""
+    """Predict each image and compute heat maps for its prediction and, if that is another class, for its label."""
     found: list[CamResult] = []
     for start in range(0, len(subjects), AT_ONCE):
         part = subjects[start : start + AT_ONCE]
@@ -301,18 +307,18 @@ def explain(trained: TrainedModel, subjects: Sequence[CamInput], layer: CamLayer
 
 
 def _scaled(heat: Tensor) -> np.ndarray:
-    """Each map divided by its maximum; a map without evidence stays 0."""
+    """Divide each map by its maximum; a map of zeros stays zero."""
     scaled: np.ndarray = (heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-12)).numpy()
     return scaled
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- figures ----------------------------------------------------------------------------------------------------------
 
 
 def draw(
     trained: TrainedModel, found: Sequence[CamResult], layer: CamLayer, folder: Path, log: Callable[[str], None]
 ) -> list[Path]:
-    """One PNG an image: the image as the model gets it, and the heat map over it for each class in question."""
+    """Write one PNG per image: the image as the model receives it, and an overlaid heat map per class."""
     files: list[Path] = []
     with plot_style(log):
         for number, explanation in enumerate(found, 1):
@@ -345,7 +351,7 @@ def _figure(trained: TrainedModel, found: CamResult, layer: CamLayer) -> Figure:
 
 
 def _picture(trained: TrainedModel, inputs: Tensor) -> np.ndarray:
-    """An input without its normalisation, 0..1, [H, W, C] or greyscale [H, W]."""
+    """Undo the normalization of an input: values 0..1, [H, W, C], or [H, W] for grayscale."""
     mean, std = (
         torch.tensor(values).reshape(-1, 1, 1) for values in (trained.preprocessing.mean, trained.preprocessing.std)
     )
@@ -360,11 +366,11 @@ def explain_run(
     folder: Path,
     log: Callable[[str], None],
 ) -> tuple[CamLayer, list[CamResult], list[Path]]:
-    """Find the layer, explain the images, and write the pictures into ``folder``."""
+    """Find the layer, explain the images, and write the figures to ``folder``."""
     layer = find_layer(trained, subjects[0].input, layer_name)
     try:
         found = explain(trained, subjects, layer)
-    except (RuntimeError, AssertionError, TypeError) as error:  # an architecture that takes its outputs apart
+    except (RuntimeError, AssertionError, TypeError) as error:  # an architecture that unpacks the layer's output
         raise UserError(
             f"Grad-CAM does not work at {layer.name} of {trained.table.name} ({first_line(error)}); name another "
             "layer with --layer"

@@ -1,7 +1,7 @@
-"""A trained model in the formats that other programs read, written beside its preprocessing and checked against itself.
+"""Export of trained models to the formats of other programs, with preprocessing and a numerical check.
 
-Every format is read back from its file, by the library that will read it elsewhere, and compared on 64 images in
-batches of several sizes before the folder gets its name: what cannot be trusted is not left behind.
+Every exported file is read back by the library that will read it elsewhere, and its logits are compared with the
+model's on 64 images in batches of several sizes. Only if they agree is the folder moved into place.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from toolkit.runs import Run, open_run
 
 IMAGES = 64
 BATCHES = (1, 5, 26, 32)
-"""The 64 images are compared in batches of these sizes, since the number of images must be free."""
+"""Batch sizes in which the 64 images are compared, since the batch dimension must be dynamic."""
 EPOCHS = ("best", "last")
-"""Whose weights can be exported: those of the selected epoch, or of the last one."""
+"""Weights that can be exported: those of the selected epoch, or of the last one."""
 LIMIT = 1e-4
-"""Logits may differ by this much, at most."""
+"""Largest allowed absolute difference of a logit."""
 WEIGHTS, ONNX, PROGRAM = "model.safetensors", "model.onnx", "model.pt2"
 
 Compute = Callable[[Tensor], Tensor]
@@ -47,39 +47,39 @@ Compute = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """How one format is written into a folder, and read back."""
+    """Writer and reader of one export format."""
 
     write: Callable[[TrainedModel, Path], None]
     read: Callable[[Path], Compute]
     packages: tuple[str, ...] = ()
-    """Import names of what it needs beyond the toolkit's own dependencies."""
+    """Import names of packages it needs in addition to the toolkit's own dependencies."""
 
 
 @dataclass
 class ExportResult:
-    """What an export has written, and how it was checked."""
+    """Result of an export and of its check."""
 
     folder: Path
     difference: float
     """Largest absolute difference of a logit."""
     images: str
-    """Which images were compared."""
+    """Description of the images that were compared."""
     notes: list[str] = field(default_factory=list)
 
     def files(self) -> dict[str, int]:
-        """Name and size in bytes of each file."""
+        """Return name and size in bytes of each file."""
         return {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
 
 
 def export(path: Path, name: str, folder: Path | None = None, epoch: str = "best") -> ExportResult:
-    """Write the model of a run (or of an exported folder) as one of :data:`FORMATS` into a new folder.
+    """Export the model of a run (or of an exported folder) in one of :data:`FORMATS` to a new folder.
 
-    ``epoch`` is "best" for the epoch that the run selected, or "last" for the last one that it trained. ``folder`` must
-    be new or empty; by default ``path/export/name`` (``path/export/name-last``), which replaces an earlier export.
+    ``epoch`` is "best" for the selected epoch, or "last" for the last one trained. ``folder`` must be new or empty;
+    the default is ``path/export/name`` (``path/export/name-last``), which replaces an earlier export.
 
-    Raises UserError for an unknown format or epoch, missing packages, a folder that is in use, a model that the format
-    cannot hold, a last model whose checkpoint is gone; RunFailed where the written model computes something else. The
-    folder then does not come to be.
+    Raises UserError for an unknown format or epoch, missing packages, an existing folder, a model that the format
+    cannot represent, or a last model whose checkpoint is missing; RunFailed if the written model computes different
+    logits. On an error no folder is left.
     """
     chosen = _format(name)
     if epoch not in EPOCHS:
@@ -96,9 +96,9 @@ def export(path: Path, name: str, folder: Path | None = None, epoch: str = "best
 
 
 def _load_last(path: Path, trained: TrainedModel) -> None:
-    """Put the weights of the run's last epoch in place of the best ones."""
+    """Replace the best weights by those of the run's last epoch."""
     if not (path / "recipe.toml").is_file():
-        raise UserError(f"--epoch last: {path} is no run directory, and an exported folder holds one model only")
+        raise UserError(f"--epoch last: {path} is not a run directory, and an exported folder holds one model only")
     run = open_run(path)
     epochs = run.epochs()
     last = int(epochs[-1]["epoch"]) if epochs else 0
@@ -107,19 +107,19 @@ def _load_last(path: Path, trained: TrainedModel) -> None:
 
 
 def write_checked(chosen: ExportFormat, trained: TrainedModel, folder: Path, inputs: Tensor, name: str) -> float:
-    """Write model and preprocessing into ``folder`` and return the largest absolute difference of a logit."""
+    """Write model and preprocessing to ``folder`` and return the largest absolute difference of a logit."""
     with _quiet():
         try:
             chosen.write(trained, folder)
             compute = chosen.read(folder)
         except (UserError, OSError):
             raise
-        except Exception as error:  # exporters raise whatever the model's code provokes
+        except Exception as error:  # exporters raise exceptions of any type
             raise RunFailed(f"{trained.table.name} cannot be exported as {name}: {first_line(_root(error))}") from error
         difference = _difference(trained, compute, inputs)
-    if not difference <= LIMIT:  # also where it is no number
+    if not difference <= LIMIT:  # also true for NaN
         raise RunFailed(
-            f"{trained.table.name} as {name} computes something else: logits differ by up to {difference:.2e}, more "
+            f"{trained.table.name} as {name} computes different outputs: logits differ by up to {difference:.2e}, more "
             f"than {LIMIT:g}; nothing was written"
         )
     write_json(folder / "preprocessing.json", preprocessing_card(trained))
@@ -127,7 +127,7 @@ def write_checked(chosen: ExportFormat, trained: TrainedModel, folder: Path, inp
 
 
 def _root(error: BaseException) -> BaseException:
-    """The first of a chain of exceptions: exporters wrap it in advice for their own developers."""
+    """Return the root cause of an exception: exporters wrap it in advice for their own developers."""
     return error if error.__cause__ is None else _root(error.__cause__)
 
 
@@ -148,9 +148,10 @@ def _format(name: str) -> ExportFormat:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder to be filled, which gets its name only when everything in it is well; else nothing is left of it.
+    """Yield a temporary folder that is renamed to ``folder`` on success and deleted on an exception.
 
-    With ``replace`` one of that name that is there already makes room for it then.
+    With ``replace``, an existing ``folder`` is replaced. Raises UserError if it cannot be written or, without
+    ``replace``, is not empty.
     """
     if not replace and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
         raise UserError(f"{folder} already exists; name a new folder with --out, or remove that one")
@@ -167,13 +168,13 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-# -- the check --------------------------------------------------------------------------------------------------------
+# -- check ------------------------------------------------------------------------------------------------------------
 
 
 def images_to_compare(path: Path, trained: TrainedModel) -> tuple[Tensor, str]:
-    """64 inputs, float32 [64, C, H, W], and what they are: images of the run, or noise where its data are gone."""
+    """Return 64 inputs, float32 [64, C, H, W], with a description: images of the run, or noise if they are missing."""
     if not (path / "recipe.toml").is_file():
-        return _noise(trained), f"{IMAGES} synthetic images (the model has left its run)"
+        return _noise(trained), f"{IMAGES} synthetic images (an exported model has no data)"
     try:
         return _of_run(open_run(path), trained), f"{IMAGES} images of the run's data"
     except UserError:
@@ -181,7 +182,7 @@ def images_to_compare(path: Path, trained: TrainedModel) -> tuple[Tensor, str]:
 
 
 def _of_run(run: Run, trained: TrainedModel) -> Tensor:
-    """Test images first; where they are fewer than 64, the others after them."""
+    """Return the first 64 test images; if there are fewer, followed by validation and training images."""
     inputs: list[Tensor] = []
     for split in ("test", "validation", "train"):
         dataset, indices = images_of(run, split, trained)
@@ -193,7 +194,7 @@ def _of_run(run: Run, trained: TrainedModel) -> Tensor:
 
 
 def _noise(trained: TrainedModel) -> Tensor:
-    """Uniform noise in 0..1, normalised as images are."""
+    """Return uniform noise in 0..1, normalized like images."""
     wanted = trained.preprocessing
     shape = (IMAGES, wanted.channels, wanted.image_size, wanted.image_size)
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (wanted.mean, wanted.std))
@@ -202,14 +203,14 @@ def _noise(trained: TrainedModel) -> Tensor:
 
 @torch.inference_mode()
 def _difference(trained: TrainedModel, compute: Compute, inputs: Tensor) -> float:
-    """Largest absolute difference of a logit over batches of several sizes."""
+    """Return the largest absolute difference of a logit over batches of several sizes."""
     found = [(trained.module(part) - compute(part)).abs().max() for part in inputs.split(list(BATCHES))]
     return float(torch.stack(found).max())
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters speak of their own affairs; what matters is told by the check."""
+    """Suppress the warnings of exporters; the check finds what matters."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -223,7 +224,7 @@ def _quiet() -> Iterator[None]:
 
 
 def preprocessing_card(trained: TrainedModel) -> dict[str, Any]:
-    """Content of preprocessing.json: all that a program needs to know that is not in the model's file."""
+    """Return the content of preprocessing.json: everything another program needs besides the model file."""
     wanted = trained.preprocessing
     size = wanted.image_size
     return {
@@ -237,24 +238,24 @@ def preprocessing_card(trained: TrainedModel) -> dict[str, Any]:
 
 
 def _steps(trained: TrainedModel) -> list[str]:
-    """The way from an image file to the input, in words."""
+    """Describe each preprocessing step from the image file to the input."""
     wanted = trained.preprocessing
     resize = wanted.resize
     which = "shorter" if wanted.border is None else "longer"
     side = f"the {which} side to {resize}" if isinstance(resize, int) else f"to {resize} (height, width)"
-    padding = "" if wanted.border is None else f", padding what is smaller with the color {list(wanted.border)}"
+    padding = "" if wanted.border is None else f", padding smaller images with the color {list(wanted.border)}"
     return [
-        f"decode to {'RGB' if wanted.channels == 3 else 'greyscale'}",
+        f"decode to {'RGB' if wanted.channels == 3 else 'grayscale'}",
         *(["turn the image upright by its EXIF orientation"] if wanted.exif == "apply" else []),
         *([_scaling(wanted.value_range)] if wanted.value_range is not None else []),
         *([f"resize {side} pixels, {wanted.interpolation}, antialiased"] if resize is not None else []),
-        *([f"crop the centre, {wanted.image_size} x {wanted.image_size} pixels{padding}"] if wanted.crop else []),
+        *([f"crop the center, {wanted.image_size} x {wanted.image_size} pixels{padding}"] if wanted.crop else []),
         *(
             f"{entry.name} {entry.arguments or ''} (the recipe's own)".replace("  ", " ")
             for entry in trained.transforms
         ),
         "divide by 255",
-        f"subtract the mean {list(wanted.mean)} and divide by the deviation {list(wanted.std)}, for each channel",
+        f"subtract the mean {list(wanted.mean)} and divide by the standard deviation {list(wanted.std)}, per channel",
     ]
 
 
@@ -264,12 +265,12 @@ def _scaling(value_range: tuple[float, float]) -> str:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Indented, with characters as they are."""
+    """Write indented JSON without escaping non-ASCII characters."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def portable(table: ModelConfig) -> ModelConfig:
-    """The table without paths of this machine."""
+    """Return the model config without paths of this machine."""
     if not is_file_reference(table.weights):
         return table
     kind, _, path = table.weights.partition(":")
@@ -280,12 +281,12 @@ def portable(table: ModelConfig) -> ModelConfig:
 
 
 def _sample(trained: TrainedModel) -> Tensor:
-    """Two inputs: with one, exporters would take the number of images for a constant."""
-    return _noise(trained)[:2].clone()  # a view would be saved with all that it is cut from
+    """Return two inputs: with one, exporters would treat the batch size as a constant."""
+    return _noise(trained)[:2].clone()  # a view would be saved with its whole storage
 
 
 def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
-    """Weights and model.json: what `toolkit predict` and `load_model` read."""
+    """Write weights and model.json, which `toolkit predict` and `load_model` read."""
     _write_weights(trained, folder)
     card = model_card(
         portable(trained.table),
@@ -299,7 +300,7 @@ def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
 
 
 def _write_weights(trained: TrainedModel, folder: Path) -> None:
-    # safetensors' save_file would make a file that only its owner can read.
+    # safetensors' save_file would create a file that only its owner can read.
     (folder / WEIGHTS).write_bytes(pack_state(trained.module.state_dict()))
 
 
@@ -312,7 +313,7 @@ def _batch() -> Any:
 
 
 def _write_program(trained: TrainedModel, folder: Path) -> None:
-    """A torch.export program (PT2 archive), which needs torch and none of the model's code."""
+    """Write a torch.export program (PT2 archive), which needs torch but not the model's code."""
     program = torch.export.export(trained.module, (_sample(trained),), dynamic_shapes=({0: _batch()},))
     torch.export.save(program, folder / PROGRAM)
 
@@ -323,7 +324,7 @@ def _read_program(folder: Path) -> Compute:
 
 
 def _write_onnx(trained: TrainedModel, folder: Path) -> None:
-    """ONNX by way of torch.export; weights over 2 GB go to a file of their own beside it."""
+    """Write ONNX by way of torch.export; weights over 2 GB go to a separate file."""
     with _plain_attention(trained.module):
         program = torch.onnx.export(
             trained.module,
@@ -340,7 +341,7 @@ def _write_onnx(trained: TrainedModel, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _plain_attention(module: nn.Module) -> Iterator[None]:
-    """timm's attention step by step: torch 2.15 fails to take the fused kernel apart where it adds a bias (BEiT)."""
+    """Disable timm's fused attention: torch 2.15 cannot decompose the fused kernel with an attention bias (BEiT)."""
     fused: list[Any] = [layer for layer in module.modules() if getattr(layer, "fused_attn", False)]
     for layer in fused:
         layer.fused_attn = False
@@ -359,12 +360,12 @@ def _read_onnx(folder: Path) -> Compute:
 
 
 def _write_timm(trained: TrainedModel, folder: Path) -> None:
-    """config.json and weights, as `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub want them."""
+    """Write config.json and weights for `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub."""
     table = trained.table
     if not fits_timm(table):
         raise UserError(
-            f"--format timm is for models of timm as timm builds them; {table.source}'s {table.name}"
-            f"{'' if table.source != 'timm' else ' with a head or stem of its own'} is none: use safetensors, "
+            f"--format timm is for unmodified timm models; {table.source}'s {table.name}"
+            f"{'' if table.source != 'timm' else ' with a head or stem of its own'} is not one: use safetensors, "
             "torch-export or onnx"
         )
     _write_weights(trained, folder)

@@ -1,4 +1,4 @@
-"""A run's best model, ready to predict: built from its folder alone, no data, no recipe file, no network."""
+"""Prediction with a run's best model, which is built from its folder alone: without data, recipe file or network."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ FORMAT = 1
 """Version of model.json."""
 
 WEIGHTS = ("best.safetensors", "model.safetensors")
-"""Names of the weights in a run and in what `toolkit export` writes."""
+"""Names of the weights file in a run and in a folder written by `toolkit export`."""
 
 
 class _Preprocessing(Shape):
-    """The table ``preprocessing`` of model.json."""
+    """Schema of ``preprocessing`` in model.json."""
 
     channels: Literal[1, 3]
     image_size: int = Field(ge=1, le=10_000)
@@ -58,7 +58,7 @@ class _Preprocessing(Shape):
 
 
 class _Card(Shape):
-    """model.json."""
+    """Schema of model.json."""
 
     recipe: str
     model: dict[str, Any]
@@ -69,36 +69,36 @@ class _Card(Shape):
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in evaluation mode with what its inputs and outputs mean."""
+    """A model in evaluation mode, with its preprocessing and classes."""
 
     module: nn.Module
     """float32 [n, C, H, W] -> logits [n, K]."""
     preprocessing: Preprocessing
     transforms: tuple[TransformConfig, ...]
-    """What the recipe does to test images beside the preprocessing ([augment] test)."""
+    """The recipe's own transforms of test images, in addition to the preprocessing ([augment] test)."""
     classes: list[str]
     table: ModelConfig
     recipe: str
-    """Name of the recipe it was trained by."""
+    """Name of the recipe that trained it."""
     weights: Path
-    """The file that the weights are from."""
+    """File of the weights."""
 
     @property
     def transform(self) -> ImageTransform:
-        """From a decoded image to one input, as the run's test images went."""
+        """Transform from a decoded image to a model input, as for the run's test images."""
         return build_transform("test", AugmentConfig(test=list(self.transforms)), self.preprocessing)
 
     def files(self, paths: Sequence[str]) -> ImageFiles:
-        """Image files, read as the run read its own; ``load(i)`` gives what :attr:`transform` takes."""
+        """Return a reader that decodes image files as the run did; ``load(i)`` returns input of :attr:`transform`."""
         wanted = self.preprocessing
         return ImageFiles(Path(), paths, wanted.channels, exif=wanted.exif, value_range=wanted.value_range)
 
     @property
     def caution(self) -> str | None:
-        """What a person should know before relying on it."""
+        """Warning to show to the user, if any."""
         if self.weights.name in WEIGHTS:
             return None
-        return f"the run has not come to its end: {self.weights.name} holds the best epoch so far"
+        return f"the run has not finished: {self.weights.name} holds the best epoch so far"
 
 
 def model_card(
@@ -109,7 +109,7 @@ def model_card(
     recipe_name: str,
     version: str,
 ) -> dict[str, Any]:
-    """Content of model.json, kept beside best.safetensors."""
+    """Return the content of model.json, stored next to best.safetensors."""
     return {
         "format": FORMAT,
         "toolkit_version": version,
@@ -122,9 +122,9 @@ def model_card(
 
 
 def load_model(path: str | os.PathLike[str]) -> TrainedModel:
-    """The model in a run directory, in a run's ``checkpoints``, or in any folder with model.json and weights.
+    """Load the model of a run directory, a run's ``checkpoints``, or any folder with model.json and weights.
 
-    Raises UserError where a file is missing, damaged, or does not belong to the other.
+    Raises UserError if a file is missing or damaged, or if the two do not belong together.
     """
     folder = _model_folder(Path(path))
     weights = _weights_in(folder)
@@ -144,7 +144,7 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
         raise DamagedFile(folder / "model.json", error) from None
     size = preprocessing.image_size
     try:
-        with torch.inference_mode(False):  # whatever holds where this is called: how a model is built looks at autograd
+        with torch.inference_mode(False):  # building a model uses autograd, and the caller may be in inference mode
             built = build_model(table, len(classes), preprocessing.channels, size, load_weights=False)
         built.module.load_state_dict(_versioned(built.module, load_weights(weights)))
     except (RuntimeError, MemoryError) as error:
@@ -154,25 +154,25 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
 
 
 def _check_finished(folder: Path, weights: Path, classes: list[str]) -> None:
-    """Raise UserError where a finished run's weights or classes are whole, but another run's."""
+    """Raise UserError if a finished run's weights or classes are intact but belong to another run."""
     run = Run(folder.parent)
     if weights.name != WEIGHTS[0] or not run.is_finished:
         return
-    with contextlib.suppress(DamagedFile):  # a damaged summary is for those who need it
+    with contextlib.suppress(DamagedFile):  # prediction works without the summary
         epoch = run.summary["best"]["epoch"]
         if fault := finished_fault(folder, epoch, classes):
-            raise UserError(f"{folder}: {fault}: it was edited, or is another run's. Bring back the run's own")
+            raise UserError(f"{folder}: {fault}: it was edited, or belongs to another run. Restore the run's own file")
 
 
 def _versioned(module: nn.Module, state: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """The state dict with the versions of its layers, which safetensors does not keep and MNASNet insists on."""
+    """Add the layers' version metadata to a state dict: safetensors drops it, and MNASNet requires it."""
     versioned = OrderedDict(state)
     versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
     return versioned
 
 
 def _model_folder(path: Path) -> Path:
-    """The folder that holds model.json."""
+    """Return the folder that holds model.json."""
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder; name a run directory, or a folder that toolkit export wrote")
     if (path / "recipe.toml").is_file() and not (path / "model.json").is_file():
@@ -186,7 +186,7 @@ def _model_folder(path: Path) -> Path:
 
 
 def _weights_in(folder: Path) -> Path:
-    """The best weights there are: those of the end, or of the best epoch so far."""
+    """Return the file of the best weights: the final ones, or those of the best epoch so far."""
     whole = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     found = whole or sorted(folder.glob("best-*.safetensors"), reverse=True)
     if not found:
@@ -194,17 +194,17 @@ def _weights_in(folder: Path) -> Path:
     return found[0]
 
 
-# -- which images -----------------------------------------------------------------------------------------------------
+# -- images -----------------------------------------------------------------------------------------------------------
 
 
 def collect(
     arguments: Sequence[str], read_stdin: Callable[[], bytes], log: Callable[[str], None] = lambda text: None
 ) -> list[str]:
-    """Paths of the images that the arguments mean, in their order.
+    """Return the paths of the images that the arguments name, in order.
 
-    An argument is an image, a folder (every image below it, sorted), ``@LIST`` (a text file with one image or folder a
-    line) or ``-`` (the same from standard input). ``say`` receives a line on what is left out of a folder. Raises
-    UserError where nothing is named.
+    An argument is an image, a folder (every image below it, sorted), ``@LIST`` (a text file with one image or folder
+    per line) or ``-`` (the same from standard input). ``log`` receives a message about files skipped in a folder.
+    Raises UserError if no image is named.
     """
     found: list[str] = []
     for argument in arguments:
@@ -216,7 +216,7 @@ def collect(
             lines = [argument]
         found += [path for line in lines for path in _expand(line, log)]
     if not found:
-        raise UserError("no image is named: give images, folders, @LIST (one a line), or - for standard input")
+        raise UserError("no image is named: give images, folders, @LIST (one per line), or - for standard input")
     return found
 
 
@@ -228,14 +228,14 @@ def _read_list(path: str) -> bytes:
 
 
 def _lines(content: bytes, source: str) -> list[str]:
-    """One path a line; empty lines do not count."""
+    """Split a list into paths, one per line; empty lines are ignored."""
     if b"\0" in content:
-        raise UserError(f"{source} is no text: it is to hold one path a line")
+        raise UserError(f"{source} is not a text file with one path per line")
     return [os.fsdecode(line.rstrip(b"\r")) for line in content.split(b"\n") if line.strip()]
 
 
 def _expand(path: str, log: Callable[[str], None]) -> list[str]:
-    """A folder's images, at any depth, sorted; hidden files and folders are not looked at. Anything else is itself."""
+    """Return a folder's images at any depth, sorted, without hidden files and folders; any other path unchanged."""
     if not os.path.isdir(path):
         return [path]
     walk = FolderWalk(path)
@@ -254,7 +254,7 @@ class FailedFile(NamedTuple):
     """A file that could not be predicted."""
 
     position: int
-    """In the list of paths."""
+    """Index in the list of paths."""
     reason: str
 
 
@@ -266,13 +266,13 @@ class Predictions:
     """Encoded by :func:`toolkit.filenames.encode_name`, as in all files."""
     classes: list[str]
     ranking: npt.NDArray[np.int64]
-    """Classes by falling probability, [N, k]."""
+    """Class indices by decreasing probability, [N, k]."""
     probabilities: npt.NDArray[np.float64]
-    """Theirs, [N, k]."""
+    """Their probabilities, [N, k]."""
     faults: list[FailedFile]
 
     def rows(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """Path, and (class, probability with six digits) by falling probability, of each image that could be read."""
+        """Yield, for each readable image, its path and (class, probability to six digits) by decreasing probability."""
         bad = {fault.position for fault in self.faults}
         for position, path in enumerate(self.paths):
             if position not in bad:
@@ -280,11 +280,11 @@ class Predictions:
                 yield path, [(self.classes[int(index)], f"{np.float32(p):.6g}") for index, p in pairs]
 
     def text(self, style: str) -> str:
-        """All rows as ``csv``, ``json`` (one array) or ``jsonl`` (one object a line)."""
+        """Format all rows as ``csv``, ``json`` (one array) or ``jsonl`` (one object per line)."""
         return {"csv": self._csv, "json": self._json, "jsonl": self._jsonl}[style]()
 
     def _csv(self) -> str:
-        """Columns path, prediction, probability, and from the second class on prediction_2, probability_2, ..."""
+        """Format as CSV: columns path, prediction, probability, then prediction_2, probability_2, ..."""
         out = io.StringIO(newline="")
         writer = csv.writer(out, lineterminator="\n")
         suffixes = ["", *(f"_{place}" for place in range(2, self.ranking.shape[1] + 1))]
@@ -304,7 +304,7 @@ class Predictions:
 
 
 class _Inputs(NamedTuple):
-    """One batch on its way out of a worker."""
+    """A batch as returned by a worker."""
 
     positions: list[int]
     images: Tensor | None
@@ -312,13 +312,13 @@ class _Inputs(NamedTuple):
 
 
 class _Files(Dataset[Any]):
-    """Image files as inputs of a model; a request for positions gives :class:`_Inputs`."""
+    """Data set of preprocessed image files; a list of positions returns :class:`_Inputs`."""
 
     def __init__(self, images: ImageFiles, transform: ImageTransform) -> None:
         self.images, self.transform = images, transform
 
     def __getitems__(self, positions: list[int]) -> _Inputs:
-        """A batch; what cannot be read, or not be made an input, is told instead."""
+        """Return a batch; images that cannot be read or transformed are returned as failures."""
         inputs, good, faults = [], [], []
         with random_states_kept():
             for position in positions:
@@ -331,17 +331,17 @@ class _Files(Dataset[Any]):
         return _Inputs(good, torch.stack(inputs) if inputs else None, faults)
 
     def _input(self, position: int) -> Tensor | str:
-        """The input [C, H, W], or what is wrong with the image."""
+        """Return the input [C, H, W], or the reason why there is none."""
         try:
             image = self.images.load(position)
         except UnreadableImageError as error:
             return error.reason
-        torch.default_generator.manual_seed(hash64(position))  # of use only where the recipe's test transforms draw
+        torch.default_generator.manual_seed(hash64(position))  # for test transforms that draw random numbers
         try:
             return self.transform(image)
         except UserError as error:
             return str(error)
-        except Exception as error:  # a transform's own words about this image
+        except Exception as error:  # transforms may raise exceptions of any type
             return f"the transforms failed: {error}"
 
 
@@ -360,10 +360,11 @@ def predict(
     channels_last: bool = False,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Predictions:
-    """Predict each image once, cut among ``world`` processes, and join the shares (a collective).
+    """Predict each image once on one of ``world`` processes, and gather the results. Collective.
 
-    ``batch_size`` counts images at once in each process. Batches are cut from the paths before they are dealt out, so
-    that the number of processes changes no number. ``advance`` is told how many images this process has done.
+    ``batch_size`` is per process. The paths are divided into batches before these are distributed, so that the results
+    do not depend on the number of processes. ``advance`` is called with the number of images of each batch of this
+    process.
     """
     module = trained.module.to(device)
     if channels_last:
@@ -409,7 +410,7 @@ def _leave_interrupts_to_parent(worker: int) -> None:
 
 
 def _joined(table: Tensor, faults: list[FailedFile], device: torch.device) -> tuple[Tensor, list[FailedFile]]:
-    """Every process's rows and faults together; rows of other processes are 0 here."""
+    """Combine the rows and faults of all processes; rows of other processes must be 0 in ``table``. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return table, faults
     shared = table.to(device) if dist.get_backend() == "nccl" else table

@@ -1,4 +1,4 @@
-"""A run's best model as a repository of the Hugging Face Hub: weights, preprocessing, recipe, and a model card."""
+"""Publication of a run's best model on the Hugging Face Hub: weights, preprocessing, recipe and a model card."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from toolkit.training.resume import check_recipe
 FIGURES = {
     "accuracy": "top-1 accuracy",
     "top5_accuracy": "top-5 accuracy",
-    "balanced_accuracy": "mean accuracy of the classes",
+    "balanced_accuracy": "balanced accuracy",
 }
-"""Figures of summary.json that the card tells, with their names in words."""
+"""Metrics of summary.json shown in the model card, with their names in words."""
 
 TITLES = {
     "digits": "Optical Recognition of Handwritten Digits",
@@ -36,36 +36,36 @@ TITLES = {
     "cifar100": "CIFAR-100",
     "fashion_mnist": "Fashion-MNIST",
     "caltech101": "Caltech-101",
-    "imagefolder": "images of the author's own",
+    "imagefolder": "the author's own images",
 }
-"""What data sets are called by people."""
+"""Display names of data sets."""
 
 MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]")
-"""Characters that Markdown would take for more than text."""
+"""Characters with a meaning in Markdown."""
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 @dataclass(frozen=True)
 class PublishResult:
-    """What became of a publication."""
+    """Result of publishing."""
 
     folder: Path
     url: str | None
-    """Where it can be seen; None where it was not pushed."""
+    """Address of the repository; None if it was not pushed."""
     why_not: str = ""
 
 
 def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, private: bool, push: bool) -> PublishResult:
-    """Write the repository's files, and push them where there is a login and ``push`` is wanted.
+    """Write the repository's files and, if ``push`` is set and there is a login, push them.
 
-    ``folder`` must be new; None is RUN/publish, which is made anew each time. Raises UserError for a run that is not
-    finished and for names that the Hub does not take; RunFailed where the Hub refuses, with the folder whole.
+    ``folder`` must be new; None means RUN/publish, which is replaced each time. Raises UserError for an unfinished run
+    and for names that the Hub does not accept; RunFailed if the push fails, in which case the folder is kept.
     """
     _check_names(repo, license_id)
     run = open_run(path)
     if not run.is_finished:
-        raise UserError(f"{run.path} is not finished: it has no figures that a model card could state")
+        raise UserError(f"{run.path} is not finished: it has no metrics for a model card")
     trained, recipe, summary = load_model(path), run.recipe, run.summary
     name = "timm" if fits_timm(trained.table) else "safetensors"
     check_recipe(run)
@@ -79,7 +79,7 @@ def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, priv
         except KeyError as key:
             raise DamagedFile(run.path / "summary.json", f"it has no {key}") from None
         (unfinished / "README.md").write_text(card, encoding="utf-8")
-    why_not = _cannot_push() if push else "that was not asked for"
+    why_not = _cannot_push() if push else "--no-push was given"
     return PublishResult(target, None if why_not else _push(target, repo, private), why_not)
 
 
@@ -89,16 +89,16 @@ def _check_names(repo: str, license_id: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"REPO {repo!r} is no name of a repository, such as lab/resnet50-caltech: {error}") from None
+        raise UserError(f"REPO {repo!r} is not a repository name, such as lab/resnet50-caltech: {error}") from None
     if not LICENSE.fullmatch(license_id):
         raise UserError(
-            f"--license {license_id!r} is no identifier of the Hub, such as mit, apache-2.0, cc-by-4.0, other or "
-            "unknown (https://huggingface.co/docs/hub/repositories-licenses)"
+            f"--license {license_id!r} is not a license identifier of the Hub, such as mit, apache-2.0, cc-by-4.0, "
+            "other or unknown (https://huggingface.co/docs/hub/repositories-licenses)"
         )
 
 
 def shareable(recipe: Recipe) -> Recipe:
-    """The recipe without paths, accounts and trackers of its author."""
+    """Return the recipe without paths, accounts and trackers of its author."""
     defaults = {"data": {"root": "data"}, "recipe": {"run_root": "runs"}}
     update: dict[str, Any] = {
         table: getattr(recipe, table).model_copy(update=values) for table, values in defaults.items()
@@ -109,11 +109,11 @@ def shareable(recipe: Recipe) -> Recipe:
     )
 
 
-# -- the push ---------------------------------------------------------------------------------------------------------
+# -- push -------------------------------------------------------------------------------------------------------------
 
 
 def _cannot_push() -> str:
-    """Why nothing can be pushed from here; empty where it can be tried."""
+    """Return why pushing is not possible; empty if it can be tried."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     return "" if get_token() else "there is no login for the Hugging Face Hub"
@@ -124,7 +124,7 @@ def _push(folder: Path, repo: str, private: bool) -> str:
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=f"By toolkit {toolkit.__version__}")
-    except Exception as error:  # the client's, its HTTP library's, the system's: all mean that it is not there
+    except Exception as error:  # of the client, its HTTP library or the system: any of them means it was not pushed
         raise RunFailed(
             f"{repo} was not pushed ({first_line(error)}). The folder {folder} is ready; {how_to_push(folder, repo)}"
         ) from error
@@ -132,17 +132,17 @@ def _push(folder: Path, repo: str, private: bool) -> str:
 
 
 def how_to_push(folder: Path, repo: str) -> str:
-    """What to type when there is a login."""
+    """Return the command that pushes the folder later."""
     return f"to push it later: hf auth login, then hf upload {repo} {folder} ."
 
 
-# -- the card ---------------------------------------------------------------------------------------------------------
+# -- model card -------------------------------------------------------------------------------------------------------
 
 
 def model_card(
     run: Run, trained: TrainedModel, recipe: Recipe, summary: dict[str, Any], repo: str, license_id: str
 ) -> str:
-    """README.md: front matter as the Hub reads it, then data, recipe, figures, limits and licence for people."""
+    """Return README.md: the Hub's front matter, then use, data, recipe, metrics, limits and license."""
     title = repo.rpartition("/")[2]
     sections = (_use(trained, repo), _data(recipe, trained, summary), _recipe(recipe, summary),
                 _figures(recipe, summary), _limits(recipe), _licence(recipe, license_id))  # fmt: skip
@@ -182,7 +182,7 @@ def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any]
 
 
 def _base_model(recipe: Recipe) -> str | None:
-    """The Hub's name of the weights that training began with, where they are from there."""
+    """Return the Hub's name of the initial weights, if they are from the Hub."""
     if recipe.model.source != "timm" or recipe.model.weights == "none" or is_file_reference(recipe.model.weights):
         return None
     from timm.models import get_pretrained_cfg
@@ -213,7 +213,7 @@ def _use(trained: TrainedModel, repo: str) -> str:
         return f"## Use\n\n```python\n{code}\n```\n\n`preprocessing.json` has every step of the preprocessing."
     return (
         f"## Use\n\n```sh\nhf download {repo} --local-dir model\ntoolkit predict model photo.jpg --top-k 5\n```\n\n"
-        "`model.json` says how the model is built, `preprocessing.json` every step of the preprocessing."
+        "`model.json` describes how the model is built, `preprocessing.json` every step of the preprocessing."
     )
 
 
@@ -241,25 +241,26 @@ def _recipe(recipe: Recipe, summary: dict[str, Any]) -> str:
     rows = {
         "initial weights": "random" if weights == "none" else weights,
         "transfer": recipe.transfer.mode,
-        "optimiser": f"{optimizer.name}, learning rate {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
+        "optimizer": f"{optimizer.name}, learning rate {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
         "schedule": recipe.scheduler.name,
         "epochs": f"{summary['epochs_run']} of {train.epochs}; weights of epoch {summary['best']['epoch']}",
         "batch size": str(train.batch_size),
         "precision": str(summary["precision"]),
-        "augmentation": ", ".join(entry.name for entry in recipe.augment.train) or "none but what `recipe.toml` says",
+        "augmentation": ", ".join(entry.name for entry in recipe.augment.train) or "only what `recipe.toml` states",
         "seed": str(summary["seed"]),
         "parameters": f"{summary['parameters']:,}, of which {summary['trainable_parameters']:,} trained",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
-        f"## Recipe\n\n| | |\n|---|---|\n{table}\n\n`recipe.toml` is complete: `toolkit train recipe.toml` repeats it."
+        f"## Recipe\n\n| | |\n|---|---|\n{table}\n\n"
+        "`recipe.toml` is complete: `toolkit train recipe.toml` reproduces the run."
     )
 
 
 def _figures(recipe: Recipe, summary: dict[str, Any]) -> str:
     best, best_metric = summary["best"], recipe.train.best_metric
     splits = {short: name for short, name in (("val", "validation"), ("test", "test")) if f"{short}_loss" in best}
-    lines = ["## Figures\n"]
+    lines = ["## Metrics\n"]
     if splits:
         lines += [f"| | {' | '.join(splits.values())} |", "|---" * (len(splits) + 1) + "|"]
         for name, words in {"loss": "cross-entropy", **FIGURES}.items():
@@ -276,17 +277,19 @@ def _figures(recipe: Recipe, summary: dict[str, Any]) -> str:
 
 def _limits(recipe: Recipe) -> str:
     lines = [
-        "- It knows no other classes than those above, and gives one of them to any image.",
-        "- The figures hold for images like those of the data set; other cameras, places or times were not tested.",
+        "- It knows only the classes above, and assigns one of them to any image.",
+        "- The metrics apply to images like those of the data set; other cameras, places or times were not tested.",
         "- Its probabilities were not calibrated, and differences between groups of people were not examined.",
-        "- It was made for research and teaching; do not use it where a mistake can harm somebody.",
+        "- It was made for research and teaching; do not use it where mistakes could harm people.",
     ]
     if recipe.model.weights != "none":
-        lines.append("- It has inherited what is one-sided in the data that its initial weights were trained on.")
+        lines.append("- It may have inherited biases of the data that its initial weights were trained on.")
     return "## Limits\n\n" + "\n".join(lines)
 
 
 def _licence(recipe: Recipe, license_id: str) -> str:
-    said = "Its author has stated no licence." if license_id == "unknown" else f"The weights are under `{license_id}`."
+    said = (
+        "Its author has not stated a license." if license_id == "unknown" else f"The weights are under `{license_id}`."
+    )
     weights = "" if recipe.model.weights == "none" else " The initial weights have terms of their own as well."
-    return f"## Licence\n\n{said} The images belong to the data set, which has its own terms.{weights}"
+    return f"## License\n\n{said} The images belong to the data set, which has its own terms.{weights}"

@@ -1,4 +1,4 @@
-"""A model of timm as timm itself describes one: config.json for `create_model("local-dir:...")` and the Hub."""
+"""timm's description of a model: config.json for `create_model("local-dir:...")` and the Hub."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from toolkit.recipe.schema import ModelConfig
 
 
 def fits_timm(table: ModelConfig) -> bool:
-    """Whether timm alone can build the model; dropout before the last layer has no part in what is written."""
+    """Return whether timm alone can build the model; dropout before the last layer does not matter for inference."""
     return table.source == "timm" and table.stem == "imagenet" and not (table.head.hidden or table.head.batch_norm)
 
 
 def timm_config(trained: TrainedModel) -> dict[str, Any]:
-    """Content of config.json."""
+    """Return the content of config.json."""
     module, wanted, count = trained.module, trained.preprocessing, len(trained.classes)
     size = wanted.image_size
     own: dict[str, Any] = getattr(module, "pretrained_cfg", {})
@@ -53,13 +53,13 @@ def timm_config(trained: TrainedModel) -> dict[str, Any]:
 
 
 def crop_share(size: int, resize: int) -> float:
-    """timm's crop_pct, from which it computes floor(size / crop_pct) again: the share that gives back ``resize``."""
+    """Return the crop_pct for which timm's floor(size / crop_pct) gives back ``resize``."""
     share = size / resize
     return share if math.floor(size / share) == resize else size / (resize + 0.5)
 
 
 def _timm_arguments(trained: TrainedModel) -> dict[str, Any]:
-    """What timm's constructor is given beside the number of classes."""
+    """Return the arguments of timm's constructor besides the number of classes."""
     wanted, table = trained.preprocessing, trained.table
     arguments = {**({} if wanted.channels == 3 else {"in_chans": wanted.channels}), **table.args}
     if not getattr(trained.module, "pretrained_cfg", {}).get("fixed_input_size"):
@@ -67,21 +67,21 @@ def _timm_arguments(trained: TrainedModel) -> dict[str, Any]:
     sized = {**arguments, "img_size": wanted.image_size}
     try:
         timm.create_model(table.name.partition(".")[0], **sized)
-    except TypeError:  # its size is built in, but cannot be chosen
+    except TypeError:  # the architecture has no img_size argument
         return arguments
     return sized
 
 
 def transform_note(trained: TrainedModel, folder: Path) -> str | None:
-    """A word where timm's own transform, made from config.json, is not the run's; found by trying it on an image."""
+    """Return a note if timm's transform, created from config.json, differs from the run's on a test image."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
     theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
     size, mode = trained.preprocessing.image_size, MODES[trained.preprocessing.channels]
     noise = np.random.default_rng(0).integers(0, 256, (size + 37, size + 11, 3), dtype=np.uint8)
     image = Image.fromarray(noise).convert(mode)
-    with contextlib.suppress(UserError):  # a run may take images of one size only
+    with contextlib.suppress(UserError):  # a run may accept images of one size only
         ours, other = trained.transform(image), theirs(image)
-        # In the mean over noise by less than one of 255: timm resizes with Pillow (toolkit.augment.resize).
+        # The mean difference must be below 1/255; it is not 0, since timm resizes with Pillow (toolkit.augment.resize).
         if ours.shape == other.shape and float((ours - other).abs().mean()) < 1 / 255 / max(trained.preprocessing.std):
             return None
-    return "timm's own transform, made from config.json, is not the run's: take preprocessing.json"
+    return "timm's own transform, created from config.json, differs from the run's: use preprocessing.json"
