@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},
     "toolkit + huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},
 }
-"""Environment of each; "toolkit" calls keep_freed_memory; huge pages are PyTorch's own switch."""
+"""Environment of each; "toolkit" calls tune_malloc; huge pages are PyTorch's own switch."""
 
 TASKS = ("resnet18 training", "efficientnet_lite0 inference")
 
@@ -39,7 +39,7 @@ def child(setting: str, task: str, steps: int) -> dict[str, float]:
         from toolkit.training.malloc import tune_malloc
 
         if not tune_malloc():
-            raise SystemExit("keep_freed_memory() does nothing here")
+            raise SystemExit("tune_malloc() does nothing here")
     import timm
     import torch
 

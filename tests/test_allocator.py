@@ -13,9 +13,9 @@ from toolkit.training.malloc import is_settled_by_user
 
 PAGES = """
 import resource, torch
-from toolkit.training.malloc import keep_freed_memory
+from toolkit.training.malloc import tune_malloc
 if {kept}:
-    print(keep_freed_memory())
+    print(tune_malloc())
 torch.set_num_threads(1)
 for _ in range(20):  # glibc takes some rounds to come back to the same place
     torch.ones(16_000_000)  # 64 MB, touched and freed

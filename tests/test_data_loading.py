@@ -261,18 +261,18 @@ def test_workers_end_at_once_though_a_traceback_keeps_the_loader(files: ImageFil
 SIGNALLED = """
 import json, os, signal, sys, time
 import numpy as np
-from toolkit.data.image_sources import ArrayImages
+from toolkit.data.image_sources import InMemoryImages
 from toolkit.data.dataloader import train_loader
-from toolkit.data.sampling import TrainPlan
+from toolkit.data.sampling import SamplingPlan
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.augment.transforms import build_transform
-from toolkit.recipe.schema import AugmentTable
+from toolkit.recipe.schema import AugmentConfig
 
 mode = sys.argv[1]
-images = ArrayImages(np.zeros((64, 8, 8), np.uint8), "toy", 1)
-way = build_transform("train", AugmentTable(), Preprocessing(1, 8, None, True, "bilinear", (0.0,), (1.0,)))
+images = InMemoryImages(np.zeros((64, 8, 8), np.uint8), "toy", 1)
+way = build_transform("train", AugmentConfig(), Preprocessing(1, 8, None, True, "bilinear", (0.0,), (1.0,)))
 labels = np.zeros(64, np.int64)
-loader = train_loader(images, labels, np.arange(64), way, TrainPlan(size=64, seed=0, batch_size=2), workers=2,
+loader = train_loader(images, labels, np.arange(64), way, SamplingPlan(size=64, seed=0, batch_size=2), workers=2,
                       pin_memory=False)
 got = []
 for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):

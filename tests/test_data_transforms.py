@@ -14,7 +14,6 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from toolkit.augment.gpu_support import FIXED
 from toolkit.augment.resize import resizing_kernel
 from toolkit.augment.transforms import (
     TENSOR_ONLY,
@@ -26,6 +25,7 @@ from toolkit.augment.transforms import (
 from toolkit.data.image_sources import InMemoryImages
 from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from toolkit.errors import UserError
+from toolkit.recipe.gpu_support import FIXED
 from toolkit.recipe.schema import AugmentConfig
 
 HALF = (0.5, 0.5, 0.5)

@@ -62,7 +62,7 @@ def test_output_that_nobody_reads_is_in_the_log(tmp_path: Path, world: int) -> N
     assert outcome(only_run(tmp_path / "alone")) == undisturbed(tmp_path / "plain", world, MUCH, *EMA)
     assert epochs_in_log(tmp_path / "alone") == EPOCHS
     log = only_run(tmp_path / "alone").log_file.read_text()
-    assert "test class accuracy" in log.splitlines()[-4], "it ends with the table of results"
+    assert "test balanced accuracy" in log.splitlines()[-4], "it ends with the table of results"
 
 
 def test_a_failure_that_nobody_sees_is_in_the_log(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_after_the_summary_a_run_is_finished_and_auto_says_so_and_begins_another
     killed(1, tmp_path, recipe, after_the_summary, *EMA)
     first = only_run(tmp_path)
     log = first.log_file.read_text()
-    assert log.splitlines()[-1].startswith("stopped "), "the closing table is in the log"
+    assert log.splitlines()[-1].startswith("last "), "the closing table is in the log"
     trainers = Trainers(1, tmp_path, recipe, "--resume", "auto", *EMA)
     assert trainers.wait() == [0], trainers.text()
     assert f"{first.path} is finished, so this is a new run" in trainers.text()

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from toolkit.augment.gpu_crop_flip import BatchOp, Floats, SampledParams
 from toolkit.augment.gpu_pipeline import AugmentationPipeline, after_resize, chain_of
-from toolkit.augment.gpu_support import unsupported_on_gpu
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.sampling import IntArray, hash64
 from toolkit.data.tensor_rows import assign_rows, index_rows, memory_format
 from toolkit.errors import UserError
+from toolkit.recipe.gpu_support import unsupported_on_gpu
 from toolkit.recipe.schema import AugmentConfig
 
 _AUGMENT_STREAM = 0x6175676D656E74

@@ -34,7 +34,7 @@ class AugmentationPipeline:
 
 
 def chain_of(steps: Sequence[Any]) -> AugmentationPipeline:
-    """Convert the last steps of a split's transform, all of which :mod:`toolkit.augment.gpu_support` must support."""
+    """Convert the last steps of a split's transform, all of which :mod:`toolkit.recipe.gpu_support` must support."""
     builder = _OpFuser()
     for step in steps:
         if isinstance(step, v2.ToDtype):

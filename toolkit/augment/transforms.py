@@ -26,7 +26,6 @@ from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from toolkit.augment.gpu_support import FIXED, is_random
 from toolkit.augment.resize import (
     RandomResizedCrop,
     Resize,
@@ -40,6 +39,7 @@ from toolkit.data.image_sources import MODES, ImageSource, as_picture, to_mode
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.recipe.catalog import excluded_transforms
+from toolkit.recipe.gpu_support import FIXED, is_random
 from toolkit.recipe.schema import AugmentConfig, TransformConfig
 
 TENSOR_ONLY = frozenset({"GaussianNoise"})

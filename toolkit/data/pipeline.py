@@ -14,10 +14,10 @@ from torch import Tensor
 
 from toolkit.augment.gpu import GpuAugmentation, gpu_augmentation
 from toolkit.augment.gpu_pipeline import AugmentationPipeline, chain_of
-from toolkit.augment.gpu_support import unsupported_on_gpu
 from toolkit.augment.transforms import ImageTransform, build_transform, makes_floats
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
+from toolkit.recipe.gpu_support import unsupported_on_gpu
 from toolkit.recipe.schema import AugmentConfig
 
 

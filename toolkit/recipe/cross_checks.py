@@ -8,13 +8,13 @@ from itertools import pairwise
 from math import floor
 from typing import Any
 
-from toolkit.augment.gpu_support import is_random, unsupported_on_gpu
 from toolkit.data.dataset_info import DATASETS
 from toolkit.errors import UserError
 from toolkit.recipe import catalog_checks
 from toolkit.recipe.catalog import weights_input
 from toolkit.recipe.catalog_checks import MODEL, SOURCE, WEIGHTS
 from toolkit.recipe.diagnostics import Issue, dotted
+from toolkit.recipe.gpu_support import is_random, unsupported_on_gpu
 from toolkit.recipe.image_size import convnet_output_size, input_size
 from toolkit.recipe.schema import NormalizeValues, Recipe, SchedulerConfig
 from toolkit.recipe.toml_positions import KeyPath

@@ -181,7 +181,7 @@ def _costs(summary: Record) -> Iterator[SummaryCard]:
 
 def _models(facts: RunData) -> HtmlTable:
     """Compare the best and the last model."""
-    titles = ("val loss", "val accuracy", "test loss", "test accuracy", "test class accuracy", "test top-5")
+    titles = ("val loss", "val accuracy", "test loss", "test accuracy", "test balanced accuracy", "test top-5")
     columns = [HtmlColumn("model"), HtmlColumn("epoch", True), *(HtmlColumn(title, True) for title in titles)]
     rows = []
     for model in ("best", "last") if facts.summary else ():

@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from toolkit.augment.gpu_support import is_random
 from toolkit.errors import UserError
 from toolkit.recipe.diagnostics import printable
+from toolkit.recipe.gpu_support import is_random
 from toolkit.report import learning_curves, test_plots
 from toolkit.report.conv_filters import choose, effect_figure, filters_figure
 from toolkit.report.data_plots import as_pictures, class_histogram, contact_sheet
