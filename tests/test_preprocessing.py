@@ -169,5 +169,5 @@ def test_the_mode_travels_with_an_exported_model(mode: str) -> None:
     for image in photographs():
         difference = (build_transform("test", AugmentConfig(), ours)(image) - theirs(image)).abs()
         assert float(difference.mean()) < 0.02
-    said = "resize to (72, 72) (height, width) pixels" if mode == "squash" else "padding what is smaller with the color"
+    said = "resize to (72, 72) (height, width) pixels" if mode == "squash" else "padding smaller images with the color"
     assert any(said in step for step in _steps(trained))

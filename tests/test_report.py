@@ -130,7 +130,7 @@ def test_filters_by_number(run: Run) -> None:
     for wrong in ("x", "1,,2", "-1"):
         outcome = report(run.path, f"--filters={wrong}")
         assert outcome.status == 2
-        assert "give numbers of filters by comma" in outcome.stderr
+        assert "give filter numbers separated by commas" in outcome.stderr
 
 
 # Runs that are not whole

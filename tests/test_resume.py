@@ -425,7 +425,7 @@ def test_a_run_of_an_earlier_version_goes_on_but_not_if_its_recipe_was_edited(re
     of_an_earlier_version(run)
     text = (run.path / "recipe.toml").read_text()
     edit(run, ("lr = 0.05", "lr = 0.01"))
-    with pytest.raises(UserError, match="only the hash of its recipe was kept"):
+    with pytest.raises(UserError, match="only the hash of its recipe was stored"):
         resumed(run)
     (run.path / "recipe.toml").write_text(text)
     resumed(run, until=2)
@@ -548,7 +548,7 @@ def test_a_best_file_that_is_gone_at_the_end_ends_with_a_sentence_and_the_run_ca
         patch.setattr(Trainer, "finish_writing", then_lose_it)
         with pytest.raises(RunFailed, match=r"best-0004.safetensors is damaged \(missing\)") as failed:
             fit(recipe, quiet=True)
-    run = Run(Path(re.findall(r"--resume (\S+),", str(failed.value))[0]))
+    run = Run(Path(re.findall(r"--resume (\S+)\. ", str(failed.value))[0]))
     assert not run.best_weights.exists()
     assert outcome(resumed(run)) == plain
 
