@@ -10,6 +10,7 @@ import pytest
 
 from toolkit.recipe import RecipeError, loads_recipe, resolved_toml
 from toolkit.recipe.earlier_versions import RENAMED, renamed_metric, update_metrics
+from toolkit.recipe.resolve import content_hash, resolved_content
 from toolkit.runs import Run
 
 RECIPE = """
@@ -65,6 +66,12 @@ def test_a_recipe_that_an_earlier_version_wrote_out_in_full() -> None:
     assert not [key for key in used if f"{key} =" not in old and f"[{key}" not in old]
     assert not [new for new in RENAMED.values() if f"\n{new} =" in old]
     assert loads_recipe(old) == recipe
+
+
+def test_the_hash_of_a_recipe_does_not_depend_on_expected_metrics_under_their_old_name() -> None:
+    content = resolved_content(loads_recipe(RECIPE))
+    without = {key: value for key, value in content.items() if key != "expected_metrics"}
+    assert content_hash({**without, "expect": content["expected_metrics"]}) == content_hash(content)
 
 
 def test_a_recipe_of_ones_own_with_old_keys_is_refused_with_the_new_names() -> None:

@@ -17,7 +17,10 @@ MOMENTUM = 0.9
 GAMMA = {"step": 0.1, "exponential": 0.95, "plateau": 0.1}
 """Default decay factors of the schedules that have one."""
 
-ASIDE = ("slurm", "study", "tracking", "checkpoint", "expected_metrics", "recipe.description", "recipe.run_root")
+ASIDE = (
+    "slurm", "study", "tracking", "checkpoint", "expected_metrics", "recipe.description", "recipe.run_root",
+    "expect",  # the name of expected_metrics in earlier versions
+)  # fmt: skip
 """Tables and keys that do not affect the result of a run and are excluded from the hash."""
 
 HEADER = """\
