@@ -69,6 +69,8 @@ class FailureDetector:
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         self.last_received = dict.fromkeys(self.neighbors, time.monotonic())
         """Time of each neighbor's last message, without neighbors that have closed their detector."""
+        self.silences: dict[int, float] = {}
+        """Seconds of each neighbor's silence that was printed and has not ended."""
         self.receivers = [threading.Thread(target=self._receive, args=(rank,), daemon=True) for rank in self.neighbors]
         self.heartbeats = threading.Thread(target=self._send_heartbeats, daemon=True)
         for thread in (*self.receivers, self.heartbeats):
@@ -85,6 +87,9 @@ class FailureDetector:
         deadline = time.monotonic() + GRACE_S
         for receiver in self.receivers:
             receiver.join(max(0.0, deadline - time.monotonic()))
+        for neighbor in list(self.silences):
+            if neighbor not in self.last_received:  # it closed its detector before its heartbeat was checked again
+                self._print_answer(neighbor)
 
     def report_failure(self) -> None:
         """Notify the others that this process has failed and has printed why."""
@@ -150,7 +155,6 @@ class FailureDetector:
     def _send_heartbeats(self) -> None:
         """Send a heartbeat to the neighbors every second, and check that theirs arrive."""
         senders: dict[int, threading.Thread] = {}
-        reported: dict[int, float] = {}
         last = time.monotonic()
         while not self.closing.wait(HEARTBEAT_S):
             now = time.monotonic()
@@ -163,27 +167,28 @@ class FailureDetector:
             if self.stop is not None and not self.is_stopping and self.stop.is_wanted():
                 self._handle(STOP, self.rank)
             for neighbor, received in list(self.last_received.items()):
-                self._check_silence(neighbor, now - received, reported)
+                self._check_silence(neighbor, now - received)
         for sender in senders.values():
             sender.join(SEND_S)
 
-    def _check_silence(self, neighbor: int, silence: float, reported: dict[int, float]) -> None:
-        """Act on a neighbor's silence, in seconds. ``reported``: silences already printed, by rank."""
+    def _check_silence(self, neighbor: int, silence: float) -> None:
+        """Act on a neighbor's silence, in seconds."""
         if silence > SILENT_S and self.is_stopping:
             self._handle(SILENT, neighbor)
         elif silence > NOTICE_S and self.rank == (neighbor - 1) % self.world:  # one of its two neighbors reports
-            if neighbor not in reported:
+            if neighbor not in self.silences:
                 print(
                     f"warning: {self._name(neighbor)} has not answered for {silence:.0f} s: it is stopped, or its "
                     "machine swaps or is cut off; the other processes wait for it",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
-            reported[neighbor] = silence
-        elif neighbor in reported and silence < NOTICE_S:
-            print(
-                f"{self._name(neighbor)} answers again after {reported.pop(neighbor):.0f} s",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            self.silences[neighbor] = silence
+        elif neighbor in self.silences and silence < NOTICE_S:
+            self._print_answer(neighbor)
+
+    def _print_answer(self, neighbor: int) -> None:
+        silence = self.silences.pop(neighbor)
+        print(f"{self._name(neighbor)} answers again after {silence:.0f} s", file=sys.stderr, flush=True)
 
     def _name(self, rank: int) -> str:
         return f"rank {rank}" + (f" ({self.names[rank]})" if rank in self.names else "")
