@@ -15,7 +15,7 @@ written as in a recipe, nested or dotted:
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -26,29 +26,6 @@ MAX_RUNS = 200
 
 MOST_TRIALS = 10_000
 """Maximum number of configurations of a search."""
-
-METRICS = (
-    "train_loss",
-    "train_accuracy",
-    "train_accuracy_all_images",
-    "val_loss",
-    "val_accuracy",
-    "val_top5_accuracy",
-    "val_balanced_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "test_top5_accuracy",
-    "test_balanced_accuracy",
-    "last_train_loss",
-    "last_train_accuracy",
-    "last_val_accuracy",
-    "last_test_accuracy",
-    "epochs",
-    "parameters",
-    "seconds",
-    "images_per_second",
-)
-"""Columns of a study's table: metrics of the best epoch (``last_``: of the last epoch), and the cost of the run."""
 
 MetricName = Literal[
     "train_loss",
@@ -71,6 +48,9 @@ MetricName = Literal[
     "seconds",
     "images_per_second",
 ]
+"""Columns of a study's table: metrics of the best epoch (``last_``: of the last epoch), and the cost of the run."""
+
+METRICS: tuple[str, ...] = get_args(MetricName)
 
 Outcome = Literal[
     "train_loss",
