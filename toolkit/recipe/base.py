@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1, inclusive."""
+
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+"""A number from 0 to 1, excluding 1."""
 
 NAME_PATTERN = r"^[^\W_]([ .]?[\w+=,@-])*$"
 """A name that is safe as a folder, W&B name and job name: letters, digits and ``_+=,@-``.
@@ -15,6 +18,9 @@ NAME_PATTERN = r"^[^\W_]([ .]?[\w+=,@-])*$"
 A space or dot is only allowed between two other characters, so neither ``..`` nor one at the end is possible."""
 
 NAME_LENGTH = 100
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 SLURM_WORD = r"^[\w.,@+-]+$"
 """Names of partitions, accounts and similar."""
@@ -51,3 +57,12 @@ class ConfigModel(BaseModel):
 def describe(text: str, *, unit: str | None = None) -> Any:
     """Return a pydantic field with a description and unit, for the JSON Schema and the reference page."""
     return Field(description=text, json_schema_extra={"unit": unit} if unit else None)
+
+
+# Units, for Field(json_schema_extra=...): shown in the JSON Schema and the reference page.
+EPOCHS: dict[str, JsonValue] = {"unit": "epochs"}
+STEPS: dict[str, JsonValue] = {"unit": "steps"}
+IMAGES: dict[str, JsonValue] = {"unit": "images"}
+PIXELS: dict[str, JsonValue] = {"unit": "pixels"}
+SECONDS: dict[str, JsonValue] = {"unit": "seconds"}
+MINUTES: dict[str, JsonValue] = {"unit": "minutes"}
