@@ -133,6 +133,8 @@ def datasets(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = Fa
 
         names = matching(pattern, DATASETS, "data set")
         found = [{"name": name, **asdict(DATASETS[name])} for name in names]
+        for facts in found:
+            del facts["opener"]
         _show(found, [(name, DATASETS[name].description, DATASETS[name].source) for name in names], as_json)
         return EXIT_OK
 

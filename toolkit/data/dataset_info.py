@@ -1,4 +1,4 @@
-"""Facts about each data set that are known without opening it, as constants without further imports."""
+"""The data sets: one record of constants for each. Reading them imports neither torch nor what opens the data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 class DatasetInfo:
     """A data set as published by its authors."""
 
+    title: str
+    """Display name."""
     description: str
     classes: int | None
-    """Number of classes; None if it depends on the folders."""
+    """Number of classes, without a background class; None if it depends on the folders."""
     images: tuple[int, int] | None
     """Images in the official training and test lists, 0 if there is no such list; None if it depends on the folders."""
     size: int | None
@@ -19,37 +21,75 @@ class DatasetInfo:
     channels: int
     source: str
     """Where the data come from."""
+    opener: str
+    """What :func:`toolkit.data.datasets.open_dataset` calls: a function of the recipe's [data] table, or a class of
+    torchvision with the attributes ``data``, ``targets`` and ``classes``."""
+
+    def class_count(self, *, background_class: bool) -> int | None:
+        """Return the number of classes without opening the data set; None if it depends on the folders."""
+        return self.classes if self.classes is None else self.classes + background_class
 
 
 DATASETS = {
     "digits": DatasetInfo(
-        "handwritten digits (UCI; scikit-learn)", 10, (1797, 0), 8, 1, "part of scikit-learn, nothing to download"
+        title="Optical Recognition of Handwritten Digits",
+        description="handwritten digits (UCI; scikit-learn)",
+        classes=10,
+        images=(1797, 0),
+        size=8,
+        channels=1,
+        source="part of scikit-learn, nothing to download",
+        opener="toolkit.data.datasets.open_digits",
     ),
     "cifar10": DatasetInfo(
-        "objects in 10 classes (Krizhevsky 2009)", 10, (50_000, 10_000), 32, 3, "downloaded to data.root (163 MiB)"
+        title="CIFAR-10",
+        description="objects in 10 classes (Krizhevsky 2009)",
+        classes=10,
+        images=(50_000, 10_000),
+        size=32,
+        channels=3,
+        source="downloaded to data.root (163 MiB)",
+        opener="torchvision.datasets.CIFAR10",
     ),
     "cifar100": DatasetInfo(
-        "objects in 100 classes (Krizhevsky 2009)", 100, (50_000, 10_000), 32, 3, "downloaded to data.root (161 MiB)"
+        title="CIFAR-100",
+        description="objects in 100 classes (Krizhevsky 2009)",
+        classes=100,
+        images=(50_000, 10_000),
+        size=32,
+        channels=3,
+        source="downloaded to data.root (161 MiB)",
+        opener="torchvision.datasets.CIFAR100",
     ),
     "fashion_mnist": DatasetInfo(
-        "articles of clothing (Xiao et al. 2017)", 10, (60_000, 10_000), 28, 1, "downloaded to data.root (30 MiB)"
+        title="Fashion-MNIST",
+        description="articles of clothing (Xiao et al. 2017)",
+        classes=10,
+        images=(60_000, 10_000),
+        size=28,
+        channels=1,
+        source="downloaded to data.root (30 MiB)",
+        opener="torchvision.datasets.FashionMNIST",
     ),
     "caltech101": DatasetInfo(
-        "objects in 101 classes (Li et al. 2004); one more with data.background_class",
-        101,
-        None,
-        None,
-        3,
-        "unpacked by you into data.root/caltech101, from https://doi.org/10.22002/D1.20086",
+        title="Caltech-101",
+        description="objects in 101 classes (Li et al. 2004); one more with data.background_class",
+        classes=101,
+        images=None,
+        size=None,
+        channels=3,
+        source="unpacked by you into data.root/caltech101, from https://doi.org/10.22002/D1.20086",
+        opener="toolkit.data.datasets.open_caltech101",
     ),
     "imagefolder": DatasetInfo(
-        "your own images, one folder per class", None, None, None, 3, "data.root/[train|val|test/]<class>/<image>"
+        title="the author's own images",
+        description="your own images, one folder per class",
+        classes=None,
+        images=None,
+        size=None,
+        channels=3,
+        source="data.root/[train|val|test/]<class>/<image>",
+        opener="toolkit.data.datasets.open_imagefolder",
     ),
 }
 """Data sets by their name in ``data.dataset``."""
-
-
-def known_classes(dataset: str, *, background_class: bool) -> int | None:
-    """Return the number of classes of a data set without opening it; None if it depends on the folders."""
-    classes = DATASETS[dataset].classes
-    return classes + 1 if classes and dataset == "caltech101" and background_class else classes

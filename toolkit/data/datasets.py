@@ -1,10 +1,12 @@
 """Supported data sets: how each one's images, labels and official lists are read.
 
-Every data set is a plain :class:`Dataset`; only the opening function differs. Nothing here is random.
+What is known of each without opening it, and what opens it, is its record in :mod:`toolkit.data.dataset_info`. Nothing
+here is random.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.data.dataset_info import DATASETS
 from toolkit.data.folder_layout import read_layout
 from toolkit.data.folder_walk import FolderWalk
 from toolkit.data.image_sources import CANNOT_READ, HAS_CHANGED, ImageFiles, ImageSource, InMemoryImages
@@ -50,15 +53,13 @@ class Dataset:
 
 def open_dataset(table: DataConfig) -> Dataset:
     """Open the data set of a recipe. Raises UserError if it is missing or its folder layout is invalid."""
-    dataset = _OPENERS[table.dataset](table)
-    classes, notes = (
-        [encode_name(name) for name in dataset.classes],
-        tuple(map(escape_control_characters, dataset.notes)),
-    )
-    return replace(dataset, classes=classes, notes=notes)
+    opener = pkgutil.resolve_name(DATASETS[table.dataset].opener)
+    dataset: Dataset = _open_torchvision(opener, table) if isinstance(opener, type) else opener(table)
+    classes = [encode_name(name) for name in dataset.classes]
+    return replace(dataset, classes=classes, notes=tuple(map(escape_control_characters, dataset.notes)))
 
 
-def _open_digits(table: DataConfig) -> Dataset:
+def open_digits(table: DataConfig) -> Dataset:
     """Open scikit-learn's 1,797 handwritten digits of 8x8 pixels (UCI); values 0..16 are scaled to 0..255."""
     from sklearn.datasets import load_digits
 
@@ -69,12 +70,9 @@ def _open_digits(table: DataConfig) -> Dataset:
     return Dataset("digits", [str(d) for d in range(10)], images, labels, {"train": np.arange(len(labels))}, 8, 1)
 
 
-def _open_torchvision(table: DataConfig) -> Dataset:
-    """Open cifar10, cifar100 or fashion_mnist with torchvision's classes, which verify checksums."""
-    from torchvision import datasets
-
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}
-    train, test = _fetch(kind[table.dataset], table)
+def _open_torchvision(kind: Callable[..., Any], table: DataConfig) -> Dataset:
+    """Open a data set with a class of torchvision, which verifies checksums."""
+    train, test = _fetch(kind, table)
     pixels = np.concatenate([np.asarray(train.data), np.asarray(test.data)])
     labels = np.concatenate([np.asarray(train.targets), np.asarray(test.targets)]).astype(np.int64)
     lists = {"train": np.arange(len(train)), "test": np.arange(len(train), len(labels))}
@@ -110,7 +108,7 @@ def _fetch(kind: Callable[..., Any], table: DataConfig) -> tuple[Any, Any]:
         ) from error
 
 
-def _open_caltech101(table: DataConfig) -> Dataset:
+def open_caltech101(table: DataConfig) -> Dataset:
     """Open Caltech-101 (Li et al. 2022), with or without the homework's train.txt and test.txt next to the images."""
     home = _caltech_home(Path(table.root))
     walk = FolderWalk(home / CALTECH_IMAGES)
@@ -172,7 +170,7 @@ def _caltech_list(home: Path, name: str, present: dict[str, list[str]], backgrou
     return paths
 
 
-def _open_imagefolder(table: DataConfig) -> Dataset:
+def open_imagefolder(table: DataConfig) -> Dataset:
     """Open a folder of images with one subfolder per class, in a folder per split or directly in the root."""
     root = Path(table.root)
     if not root.is_dir():
@@ -198,13 +196,3 @@ def _files(root: Path, paths: list[str], table: DataConfig) -> ImageFiles:
     """Build the image files with the reading options of the recipe."""
     advice = CANNOT_READ if table.on_bad_image == "error" else HAS_CHANGED
     return ImageFiles(root, paths, table.channels or 3, exif=table.exif, value_range=table.known_range, advice=advice)
-
-
-_OPENERS: dict[str, Callable[[DataConfig], Dataset]] = {
-    "digits": _open_digits,
-    "cifar10": _open_torchvision,
-    "cifar100": _open_torchvision,
-    "fashion_mnist": _open_torchvision,
-    "caltech101": _open_caltech101,
-    "imagefolder": _open_imagefolder,
-}

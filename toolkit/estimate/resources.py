@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from toolkit.cache.frozen_features import tail_of
-from toolkit.data.dataset_info import DATASETS, known_classes
+from toolkit.data.dataset_info import DATASETS
 from toolkit.data.datasets import open_dataset
 from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
 from toolkit.data.sampling import check_batch_size, check_steps, steps_per_epoch
@@ -157,7 +157,7 @@ def _contents(data: DataConfig, classes: int | None) -> DatasetCounts:
         dataset = open_dataset(data.model_copy(update={"download": False}))
     except UserError as error:
         facts = DATASETS[data.dataset]
-        known = classes or known_classes(data.dataset, background_class=data.background_class)
+        known = classes or facts.class_count(background_class=data.background_class)
         if known is None:
             message = f"{error}. Without the data the number of classes is not known: give it with --classes"
             raise UserError(message) from None

@@ -30,16 +30,6 @@ FIGURES = {
 }
 """Metrics of summary.json shown in the model card, with their names in words."""
 
-TITLES = {
-    "digits": "Optical Recognition of Handwritten Digits",
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "fashion_mnist": "Fashion-MNIST",
-    "caltech101": "Caltech-101",
-    "imagefolder": "the author's own images",
-}
-"""Display names of data sets."""
-
 MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]")
 """Characters with a meaning in Markdown."""
 
@@ -148,8 +138,8 @@ def model_card(
                 _figures(recipe, summary), _limits(recipe), _licence(recipe, license_id))  # fmt: skip
     front = _front_matter(trained, recipe, summary, title, license_id)
     opening = (
-        f"{_architecture(recipe)}, trained on {TITLES[recipe.data.dataset]} by the recipe `{recipe.recipe.name}` "
-        f"(run {run.id}).{' ' + recipe.recipe.description if recipe.recipe.description else ''}"
+        f"{_architecture(recipe)}, trained on {DATASETS[recipe.data.dataset].title} by the recipe "
+        f"`{recipe.recipe.name}` (run {run.id}).{' ' + recipe.recipe.description if recipe.recipe.description else ''}"
     )
     return "\n\n".join([f"---\n{front}\n---", f"# {title}", opening, *sections]) + "\n"
 
@@ -159,7 +149,7 @@ def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any]
         EvalResult(
             task_type="image-classification",
             dataset_type=recipe.data.dataset,
-            dataset_name=TITLES[recipe.data.dataset],
+            dataset_name=DATASETS[recipe.data.dataset].title,
             dataset_split="test",
             metric_type="accuracy",
             metric_name=words,
@@ -200,8 +190,8 @@ def _architecture(recipe: Recipe) -> str:
 
 
 def _dataset(recipe: Recipe) -> str:
-    name = recipe.data.dataset
-    return f"{TITLES[name]}: {DATASETS[name].description}" if name != "imagefolder" else TITLES[name]
+    info = DATASETS[recipe.data.dataset]
+    return info.title if recipe.data.dataset == "imagefolder" else f"{info.title}: {info.description}"
 
 
 def _use(trained: TrainedModel, repo: str) -> str:

@@ -10,10 +10,11 @@ and accuracies.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from toolkit.data.dataset_info import DATASETS
 from toolkit.recipe.base import (
     EPOCHS,
     IMAGES,
@@ -36,6 +37,11 @@ from toolkit.recipe.base import (
     Selection,
 )
 from toolkit.recipe.study_schema import StudyConfig
+
+if TYPE_CHECKING:
+    DatasetName = str
+else:
+    DatasetName = Literal[tuple(DATASETS)]
 
 MOST_CHANNELS = 65_536
 """Maximum number of channels of a convolution and maximum width of a hidden layer."""
@@ -96,9 +102,7 @@ class NormalizeValues(ConfigModel):
 class DataConfig(ConfigModel):
     """Data set, split, preprocessing and caching."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "fashion_mnist", "caltech101", "imagefolder"] = Field(
-        description="Name of the data set; `toolkit datasets` describes each."
-    )
+    dataset: DatasetName = Field(description="Name of the data set; `toolkit datasets` describes each.")
     root: str = Field("data", min_length=1, description="Data folder; `digits` does not need one.")
     download: bool = Field(True, description="Download the data if it is missing and a download is available.")
     split: SplitConfig = Field(
@@ -123,7 +127,7 @@ class DataConfig(ConfigModel):
     channels: Literal[1, 3] | None = Field(
         None,
         description="Input channels of the model; grayscale images are repeated, color images averaged. Default: 3; "
-        "1 for digits and fashion_mnist.",
+        f"1 for {' and '.join(name for name, info in DATASETS.items() if info.channels == 1)}.",
     )
     image_size: ImageSize | None = Field(
         None,

@@ -19,7 +19,7 @@ from torch import nn
 
 from toolkit.augment.mixup import mixup_config
 from toolkit.augment.transforms import build_transform, is_deterministic
-from toolkit.data.dataset_info import DATASETS, known_classes
+from toolkit.data.dataset_info import DATASETS
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
 from toolkit.data.splits import split_dataset, split_hash
@@ -170,7 +170,7 @@ def _shape_keys(recipe: Recipe) -> Any:
 
 def _classes(recipe: Recipe) -> int:
     """Return the number of classes; a constant if only missing data could tell, as it is the same for all runs."""
-    known = known_classes(recipe.data.dataset, background_class=recipe.data.background_class)
+    known = DATASETS[recipe.data.dataset].class_count(background_class=recipe.data.background_class)
     if known is not None:
         return known
     try:
