@@ -1,7 +1,7 @@
 # What developers do often. Everything else is `toolkit --help`.
 PYTHON ?= .venv/bin/python
 
-.PHONY: check test slow generated quickstart
+.PHONY: check docs generated quickstart slow test
 
 check:  ## lint and types
 	$(PYTHON) -m ruff check .
@@ -13,6 +13,9 @@ test:  ## the default tests
 
 slow:  ## the long variants: kills, soaks, all architectures
 	$(PYTHON) -m pytest -m slow
+
+docs:  ## the documentation as a site in build/docs, without a network; a broken link or an unreachable page is an error
+	$(PYTHON) -m sphinx -q -W --keep-going docs build/docs
 
 generated:  ## files made from the schema and the installed libraries
 	$(PYTHON) -m toolkit.recipe.catalog

@@ -12,14 +12,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "fit", "load_recipe", "open_run"]
+__all__ = ["__version__", "fit", "load_model", "load_recipe", "open_run"]
 
 if TYPE_CHECKING:
+    from toolkit.inference.predict import load_model
     from toolkit.recipe import load_recipe
     from toolkit.runs import open_run
     from toolkit.training.fit import fit
 
-_HOMES = {"fit": "toolkit.training.fit", "load_recipe": "toolkit.recipe", "open_run": "toolkit.runs"}
+_HOMES = {
+    "fit": "toolkit.training.fit",
+    "load_model": "toolkit.inference.predict",
+    "load_recipe": "toolkit.recipe",
+    "open_run": "toolkit.runs",
+}
 
 
 def __getattr__(name: str) -> Any:
