@@ -1,0 +1,203 @@
+"""Every command that a page of the documentation shows is executed: here, or by the test that is named for it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import typer
+from cli import toolkit
+from finished import digit_files
+
+from toolkit.cli.main import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+ELSEWHERE = {
+    r"toolkit submit .*": "test_slurm_cluster.py::test_two_nodes_end_like_one_process",
+    r"toolkit submit (STUDY|recipes/studies/|search).*": (
+        "test_slurm_arrays.py::test_array_of_six_goes_on_where_one_failed"
+    ),
+    r"toolkit (cancel|logs) .*": "test_slurm.py::test_status_logs_and_cancel_without_jobs",
+    r"toolkit status runs/(digits-seeds|search)": "test_slurm.py::test_status_of_a_study_names_the_row_of_each_run",
+    r"toolkit publish .*": "test_publish.py::test_where_there_is_a_login_everything_is_pushed",
+    r"toolkit sync .+": "test_sync.py::test_a_run_arrives_whole_and_once",
+    r"toolkit report .*--wandb": (
+        "test_wandb_report.py::test_table_curves_comparison_and_notes_over_the_runs_of_the_study"
+    ),
+    r"toolkit report RUN --filters 3,17": "test_report.py::test_filters_by_number",
+    r"toolkit bench .*": "test_bench.py::test_figures_of_the_quickstart",
+    r"toolkit bench .*--compare\]?": "test_bench.py::test_comparing_with_the_plain_loop_needs_no_sources",
+    r"toolkit --(install|show)-completion": "test_cli.py::test_completion_script_and_completion",
+    r"toolkit export RUN --format onnx.*": (
+        "test_export.py::test_a_round_trip_computes_the_same_for_any_number_of_images"
+    ),
+    r"toolkit (train|study) --resume.*|toolkit train .*--resume auto": "test_resume.py::test_",
+    r"toolkit study FILE --worker": "test_study_workers.py::test_",
+    r"toolkit train RUN/recipe.toml": "test_study_running.py::test_a_run_keeps_its_own_recipe_and_where_it_came_from",
+    r"toolkit train recipes/(convnet|efficientnet).*|toolkit train recipes/alexnet.*": (
+        "test_train.py::test_every_shipped_recipe_passes_a_dry_run"
+    ),
+    r"toolkit study recipes/(papers|studies)/.*": "test_papers.py::test_every_study_passes_its_plan",
+    r"toolkit study (dead|typo)\.toml": "test_study_forms.py::test_each_mistake_has_its_message",
+    r"toolkit study momentum\.toml.*": (
+        "test_study_forms.py::test_all_faults_of_all_runs_are_told_at_once_and_each_once"
+    ),
+    r"toolkit study diverges\.toml": (
+        "test_study_running.py::test_a_run_that_fails_does_not_end_the_study_and_is_retried_when_asked"
+    ),
+    r"toolkit study other\.toml": "test_study_running.py::test_a_folder_with_another_study_is_left_alone",
+    r"toolkit study dropout\.toml --set 'recipe.run_root.*": (
+        "test_study_running.py::test_storage_that_cannot_be_written_is_one_message"
+    ),
+    r"toolkit study dropout\.toml --set study.max_runs.*": "test_study_running.py::test_more_runs_than_stated_need_yes",
+    r"toolkit table .*--by .*": "test_study_table.py::test_grouping_by_a_key",
+    r"toolkit table .*--compare .*": "test_study_table.py::test_comparison_of_two_rows_over_the_same_seeds",
+    r"toolkit table runs/digits-bohb --figures": "test_study_table.py::test_trials_the_best_first",
+    r"toolkit data recipes/.*": "test_cli_data.py::test_",
+    r"toolkit explain .*": "test_explain.py::test_",
+    r"toolkit predict RUN @.*": "test_predict.py::test_",
+}
+"""Commands that need what this test lacks (a cluster, a server, hours, a faulty file): the tests that execute them.
+
+The last pattern that matches counts. A name that ends in ``test_`` stands for the whole file.
+"""
+
+
+def documented() -> list[str]:
+    """Return the `toolkit` commands in the pages' code blocks and code spans."""
+    found: set[str] = set()
+    for page in PAGES:
+        text = page.read_text()
+        joined = re.sub(r"\\\n *", "", text)
+        lines = re.findall(r"^(?: {4,}|```(?:sh|console)?\n)(?:\$ )?(toolkit .*)$", joined, re.MULTILINE)
+        for command in [*lines, *re.findall(r"`(toolkit [^`]+)`", re.sub(r"\s+", " ", text))]:
+            found.add(re.sub(r" +(#|>) .*", "", command))
+    return sorted(found)
+
+
+def is_complete(command: str) -> bool:
+    """Whether the command has all required arguments; otherwise the page only mentions it."""
+    _, name, *arguments = shlex.split(re.sub(r"\[([^\]' ]*)\]", "", command))
+    if name not in COMMANDS:
+        return True
+    try:
+        COMMANDS[name].make_context(name, arguments)
+    except typer.BadParameter as error:
+        return "Missing" not in type(error).__name__
+    except typer.Exit:  # --help
+        return True
+    return command != "toolkit train"  # RECIPE or --resume
+
+
+DOCUMENTED = documented()
+CALLED = [command for command in DOCUMENTED if is_complete(command)]
+
+
+def covering_test(command: str) -> str | None:
+    """Return the test elsewhere that executes the command; None if this file does."""
+    tests = [test for pattern, test in ELSEWHERE.items() if re.fullmatch(pattern, command)]
+    return tests[-1] if tests else None
+
+
+def test_many_commands_are_found() -> None:
+    assert len(CALLED) > 80
+    assert {command.split()[1] for command in CALLED} >= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_documented_options_exist(command: str) -> None:
+    _, name, *arguments = shlex.split(re.sub(r"\[([^\]' ]*)\]", r"\1", command))
+    if name == "COMMAND" or name.startswith("-") or "--help" in arguments:
+        return
+    assert name in COMMANDS
+    if command in CALLED and "|" not in "".join(arguments):
+        COMMANDS[name].make_context(name, arguments)
+    else:
+        options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+        assert {a for a in arguments if a.startswith("-")} <= options
+
+
+@pytest.mark.parametrize("pattern", ELSEWHERE)
+def test_tests_elsewhere_exist_and_are_needed(pattern: str) -> None:
+    file, _, name = ELSEWHERE[pattern].partition("::")
+    text = (ROOT / "tests" / file).read_text()
+    assert re.search(rf"^def {name}" + ("" if name == "test_" else "\\("), text, re.MULTILINE), ELSEWHERE[pattern]
+    assert any(covering_test(command) == ELSEWHERE[pattern] for command in CALLED), f"no page shows {pattern}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the pages' commands are called: recipes, a finished run, a finished study, images."""
+    folder = tmp_path_factory.mktemp("documented")
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    quickstart = folder / "recipes" / "quickstart.toml"
+    short = quickstart.read_text().replace("epochs = 20", "epochs = 1").split("[expected_metrics]")[0]
+    quickstart.write_text(f"{short}\n[tracking]\ntrackers = []\n")
+    expected = "\n[expected_metrics]\ntest_accuracy = { at_least = 0.01, source = 'chance' }\n"
+    (folder / "recipe.toml").write_text(f'extends = "recipes/quickstart.toml"\n{expected}')
+    study = re.search(
+        r"^```toml\n(extends = .*?)```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert study is not None
+    (folder / "dropout.toml").write_text(study[1])
+    digit_files(folder / "flowers")
+    recipe = re.search(r"`flowers.toml`:\n\n```toml\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
+    assert recipe is not None
+    offline = recipe[1]
+    for online, local in {  # pretrained weights need a network, and give the image size
+        'name = "resnet50"\nweights = "a1_in1k"': 'name = "test_resnet"',
+        'mode = "finetune"\nbackbone_lr = 0.1': 'mode = "scratch"\n',
+        "\n[augment]": "image_size = 16\n[augment]",
+    }.items():
+        assert online in offline
+        offline = offline.replace(online, local)
+    (folder / "flowers.toml").write_text(offline)
+    return folder
+
+
+PLACEHOLDERS = {
+    r"runs/quickstart/\S+": "RUN",
+    r"runs/(giunta-dropout|mereu-table08|digits-\w+)": "STUDY",
+    r"\bSTUDY_DIR\b": "STUDY",
+    r"\bDIR\b": "STUDY",
+    r"\bRUN\|STUDY\b": "RUN",
+    r"\bFILE\b": "dropout.toml",
+    r"\bRECIPE\b": "recipe.toml",
+    r"\bA B\b": "recipe.toml recipes/quickstart.toml",
+    r"\bPATH\.\.\.": "flowers/test/0",
+    r"\[PATH\.\.\.\]": "",
+    r"\bPATH\b": "RUN",
+    r"\bPATTERN\b": "a",
+    r"\bCOMMAND\b": "train",
+    r"\blist\|clean\b": "list",
+    r"\.\.\.|[\[\]](?![^']*')": "",
+}
+
+
+def filled_in(command: str) -> str:
+    """Replace a page's placeholders and names of runs by what ``folder`` has."""
+    for pattern, value in PLACEHOLDERS.items():
+        command = re.sub(pattern, value, command)
+    return command
+
+
+@pytest.mark.parametrize("command", sorted({filled_in(c) for c in CALLED if covering_test(c) is None}))
+def test_documented_commands_run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    if re.search(r"\bRUN\b|latest|runs/quickstart", command) and not (folder / "runs" / "quickstart").is_dir():
+        assert toolkit("train", "recipe.toml", "--no-report").status == 0
+    if re.search(r"\bSTUDY\b|runs$", command) and not (folder / "runs" / "head-dropout").is_dir():
+        assert toolkit("study", "dropout.toml").status == 0
+    command = command.replace("RUN", "latest").replace("STUDY", "runs/head-dropout")
+    arguments = [
+        name for a in shlex.split(command)[1:] for name in (sorted(map(str, Path().glob(a))) if "*" in a else [a])
+    ]
+    outcome = toolkit(*arguments)
+    assert outcome.status == (2 if "train.epoch=5" in command else 0), outcome.stderr
+    assert outcome.stdout or outcome.stderr
