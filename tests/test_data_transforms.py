@@ -257,7 +257,7 @@ def test_any_image_becomes_the_channels_asked_for(mode: str, channels: int) -> N
         ({"name": "RandomHorizontalFlop"}, r"augment.train\[1\]: .*no 'RandomHorizontalFlop'; did you mean RandomHori"),
         ({"name": "Zzz"}, r"has no 'Zzz' \(`toolkit transforms` lists all\)"),
         ({"name": "functional"}, "has no 'functional'"),
-        ({"name": "RandomRotation", "degree": 3}, "RandomRotation takes no 'degree'; did you mean 'degrees'"),
+        ({"name": "RandomRotation", "degree": 3}, "RandomRotation takes no 'degree'; did you mean degrees"),
         ({"name": "RandomRotation"}, "RandomRotation cannot be created with no arguments: .*degrees"),
         ({"name": "RandomRotation", "degrees": -3}, "RandomRotation cannot be created with degrees = -3"),
         ({"name": "RandomRotation", "degrees": 3, "interpolation": "cubic"}, "'cubic' is not one of nearest"),

@@ -9,6 +9,7 @@ import pytest
 
 from toolkit.recipe import catalog
 from toolkit.recipe.catalog.generate import EXCLUDED_TRANSFORMS, generate
+from toolkit.similar_names import similar_names
 
 
 def test_catalog_is_current() -> None:
@@ -73,8 +74,8 @@ def test_optimizers_take_what_the_catalog_says() -> None:
             create_optimizer_v2([parameter], opt=name, lr=0.1)
 
 
-def test_nearest_ignores_case_and_absurd_lengths() -> None:
-    assert catalog.nearest("RESNET18", ["resnet18", "vgg"], 1) == ["resnet18"]
-    assert catalog.nearest("randomhorizontalflip", ["RandomHorizontalFlip"]) == ["RandomHorizontalFlip"]
-    assert catalog.nearest("zzz", ["resnet18"]) == []
-    assert catalog.nearest("resnet18" * 20, ["resnet18"]) == []
+def test_similar_names_ignore_case_and_absurd_lengths() -> None:
+    assert similar_names("RESNET18", ["resnet18", "vgg"], 1) == ["resnet18"]
+    assert similar_names("randomhorizontalflip", ["RandomHorizontalFlip"]) == ["RandomHorizontalFlip"]
+    assert similar_names("zzz", ["resnet18"]) == []
+    assert similar_names("resnet18" * 20, ["resnet18"]) == []

@@ -129,7 +129,7 @@ def test_what_the_recipe_check_says_comes_first() -> None:
         (["--set", "study.grid={ optimizer = { l = [1, 2] } }"], "did you mean lr"),
         ([*TWO_SEEDS, "--set", "train.batch_size=33", "--processes-per-node", "2"], "batch_size"),
         (["--set", f"study.space={SPACE}", "--set", "study.bohb.trials=9", "--nodes", "2"], "on one node"),
-        (["--profile", "lap"], "did you mean 'lab'"),
+        (["--profile", "lap"], "did you mean lab?"),
     ],
 )
 def test_bad_input(arguments: list[str], words: str) -> None:

@@ -8,7 +8,6 @@ torch's default generator; timm's policies draw from Python's and NumPy's genera
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import json
 import random
@@ -41,6 +40,7 @@ from toolkit.errors import UserError
 from toolkit.recipe.catalog import excluded_transforms
 from toolkit.recipe.gpu_support import FIXED, is_random
 from toolkit.recipe.schema import AugmentConfig, TransformConfig
+from toolkit.similar_names import did_you_mean
 
 TENSOR_ONLY = frozenset({"GaussianNoise"})
 """Transforms that need a tensor, and so are applied after the scaling to 0..1 by default."""
@@ -297,9 +297,8 @@ def _build_entry(entry: TransformConfig, where: str, image_size: int) -> NamedTr
     parameters = inspect.signature(kind).parameters
     unknown = [name for name in arguments if name not in parameters]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], parameters, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{where}: {entry.name} takes no {unknown[0]!r}; {hint}It takes: {', '.join(parameters)}")
+        hint = did_you_mean(unknown[0], parameters, prefix="; ", otherwise=".")
+        raise UserError(f"{where}: {entry.name} takes no {unknown[0]!r}{hint} It takes: {', '.join(parameters)}")
     if "size" in parameters and "size" not in arguments:
         arguments["size"] = (image_size, image_size)
     try:
@@ -318,8 +317,7 @@ def _find(name: str, where: str) -> type[v2.Transform]:
         raise UserError(f"{where}: {name} cannot be used, since it {excluded_transforms()[name]}")
     known = transform_names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, 3, 0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = did_you_mean(name, known, 3, prefix="; ")
         raise UserError(f"{where}: torchvision.transforms.v2 has no {name!r}{hint} (`toolkit transforms` lists all)")
     faster: dict[str, type[v2.Transform]] = {"Resize": Resize, "RandomResizedCrop": RandomResizedCrop}
     kind: type[v2.Transform] = faster.get(name) or getattr(v2, name)

@@ -13,6 +13,7 @@ import typer
 from toolkit.cli.options import DataRoot, ModelPath, RunPath
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 from toolkit.filenames import escape_control_characters
+from toolkit.similar_names import did_you_mean
 from toolkit.train import AsJson, Debug, exit_with_status, is_first_process, run_with_error_handling
 
 if TYPE_CHECKING:
@@ -139,13 +140,9 @@ def predict(
 
 
 def _check_style(style: str) -> None:
-    from difflib import get_close_matches
-
     if style not in FORMATS:
-        near = get_close_matches(style.lower(), FORMATS, 1)
-        raise UserError(
-            f"--format {style}: expected {', '.join(FORMATS)}{f'; did you mean {near[0]}?' if near else ''}"
-        )
+        hint = did_you_mean(style, FORMATS, prefix="; ")
+        raise UserError(f"--format {style}: expected {', '.join(FORMATS)}{hint}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from toolkit.errors import EXIT_OK, UserError
+from toolkit.similar_names import did_you_mean
 from toolkit.train import AsJson, Debug, exit_with_status, run_with_error_handling
 
 Pattern = Annotated[
@@ -150,11 +151,7 @@ def matching(pattern: str | None, known: Iterable[str], kind: str) -> list[str]:
     is_pattern = any(char in pattern for char in "*?[")
     found = [n for n in names if (fnmatchcase(n.casefold(), folded) if is_pattern else folded in n.casefold())]
     if not found:
-        from toolkit.recipe.catalog import nearest
-
-        similar = nearest(pattern, names)
-        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
-        raise UserError(f"no {kind} matches {pattern!r}{hint}")
+        raise UserError(f"no {kind} matches {pattern!r}{did_you_mean(pattern, names, 3, prefix='; ')}")
     return found
 
 

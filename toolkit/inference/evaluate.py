@@ -6,7 +6,6 @@ whatever the number of processes now: on the same kind of machine all metrics ar
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from toolkit.inference.predict import TrainedModel, load_model
 from toolkit.reading import DamagedFile
 from toolkit.recipe import Recipe
 from toolkit.runs import Run
+from toolkit.similar_names import did_you_mean
 from toolkit.training.checkpoint import find_latest, load_checkpoint
 from toolkit.training.console import table
 from toolkit.training.evaluation import EvalResult, evaluate
@@ -98,8 +98,7 @@ def check_split(split: str) -> None:
     """Raise UserError if ``split`` is not the name of a split."""
     if split in SPLITS:
         return
-    near = difflib.get_close_matches("validation" if split.startswith("val") else split, SPLITS, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean("validation" if split.startswith("val") else split, SPLITS, prefix="; ")
     raise UserError(f"there is no split {split!r}: a run has {', '.join(SPLITS)}{hint}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import math
 import re
@@ -26,6 +25,7 @@ from toolkit.models.unknown_names import first_line
 from toolkit.reading import DamagedFile
 from toolkit.report.plot_style import plot_style, save, short
 from toolkit.runs import Run
+from toolkit.similar_names import did_you_mean
 
 AT_ONCE = 16
 """Batch size."""
@@ -241,8 +241,8 @@ def _last_that_matters(module: nn.Module, layers: Sequence[CamLayer], sample: Te
 def _named(trained: TrainedModel, wanted: str, outputs: list[tuple[str, Tensor]]) -> CamLayer:
     found = dict(outputs)
     if wanted not in found:
-        near = difflib.get_close_matches(wanted, found, 3, 0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else f"; the last ones are {', '.join([*found][-6:])}"
+        last = f"; the last ones are {', '.join([*found][-6:])}"
+        hint = did_you_mean(wanted, found, 3, prefix="; ", otherwise=last)
         raise UserError(
             f"--layer {wanted}: {trained.table.name} has no layer of this name that is called exactly once{hint}"
         )

@@ -7,7 +7,6 @@ model's on 64 images in batches of several sizes. Only if they agree is the fold
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.util
 import json
 import logging
@@ -31,6 +30,7 @@ from toolkit.models.pretrained import is_file_reference, pack_state
 from toolkit.models.unknown_names import first_line
 from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import Run, open_run
+from toolkit.similar_names import did_you_mean
 
 IMAGES = 64
 BATCHES = (1, 5, 26, 32)
@@ -133,8 +133,7 @@ def _root(error: BaseException) -> BaseException:
 
 def _format(name: str) -> ExportFormat:
     if name not in FORMATS:
-        near = difflib.get_close_matches(name.lower(), FORMATS, 1, 0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, FORMATS, prefix="; ")
         raise UserError(f"--format {name}: expected {', '.join(FORMATS)}{hint}")
     chosen = FORMATS[name]
     missing = [package for package in chosen.packages if importlib.util.find_spec(package) is None]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.recipe.catalog_checks import OWN_MODEL_KEYS
+from toolkit.similar_names import did_you_mean
 
 
 def unknown_name(key: str, name: str, known: Collection[str]) -> UserError:
     """Build the error for a name that is not in ``known``, suggesting close matches, or all names if they are few."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near and len(known) > 8 else f"known: {', '.join(known) or 'none'}"
+    listed = f"known: {', '.join(known) or 'none'}"
+    hint = did_you_mean(name, known, 3, otherwise=listed) if len(known) > 8 else listed
     return UserError(f"{key} = {name!r} is not known; {hint}")
 
 

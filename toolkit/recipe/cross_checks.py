@@ -1,4 +1,4 @@
-"""Checks across keys: combinations that cannot work or are likely mistakes. One small function per rule."""
+"""Checks across keys: combinations that cannot work or are likely mistakes. One function per recipe table or topic."""
 
 from __future__ import annotations
 
@@ -12,19 +12,13 @@ from toolkit.data.dataset_info import DATASETS
 from toolkit.errors import UserError
 from toolkit.recipe import catalog_checks
 from toolkit.recipe.catalog import weights_input
-from toolkit.recipe.catalog_checks import MODEL, SOURCE, WEIGHTS
-from toolkit.recipe.diagnostics import Issue, dotted
+from toolkit.recipe.diagnostics import Issue, error, warning
 from toolkit.recipe.gpu_support import is_random, unsupported_on_gpu
 from toolkit.recipe.image_size import convnet_output_size, input_size
 from toolkit.recipe.schema import NormalizeValues, Recipe, SchedulerConfig
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
 
-MODE = ("transfer", "mode")
-EPOCHS = ("train", "epochs")
-IMAGE_SIZE = ("data", "image_size")
-SELECT = ("train", "best_metric")
-VALIDATION = ("data", "split", "validation")
 NORMALIZATIONS = {
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     "half": ([0.5] * 3, [0.5] * 3),
@@ -50,106 +44,76 @@ LONGEST_LABEL = 128
 """W&B's limit for run names, groups and similar, in characters."""
 
 
-def mode_fits_weights(recipe: Recipe) -> Iterator[Issue]:
-    """Check that pretrained weights are set if the transfer mode needs them, and not set for scratch."""
-    mode, weights = recipe.transfer.mode, recipe.model.weights
+def transfer(recipe: Recipe) -> Iterator[Issue]:
+    """Check that the transfer mode, the weights and the keys of [transfer] fit together."""
+    table, weights = recipe.transfer, recipe.model.weights
+    mode, at = table.mode, table.unfreeze_at
     if mode == "scratch" and weights != "none":
         hint = 'set transfer.mode = "finetune" to use the weights, or model.weights = "none" to train from scratch'
-        yield Issue(
-            'transfer.mode: "scratch" contradicts model.weights, which names pretrained weights', MODE, (WEIGHTS,), hint
-        )
+        text = '"scratch" contradicts model.weights, which names pretrained weights'
+        yield error("transfer.mode", text, "model.weights", hint=hint)
     elif mode == "finetune" and weights == "none":
-        message = 'transfer.mode: "finetune" without pretrained weights is the same as "scratch"'
-        yield Issue(message, MODE, (WEIGHTS,), "set model.weights", severity="warning")
+        text = '"finetune" without pretrained weights is the same as "scratch"'
+        yield warning("transfer.mode", text, "model.weights", hint="set model.weights")
     elif mode not in ("scratch", "finetune") and weights == "none":
-        message = f'transfer.mode: "{mode}" needs pretrained weights, but model.weights is "none"'
-        yield Issue(message, MODE, (WEIGHTS,), 'set model.weights, or transfer.mode = "scratch"')
-
-
-def unfreezing_fits_mode(recipe: Recipe) -> Iterator[Issue]:
-    """Check that unfreeze_at is only used with mode gradual, is increasing, and ends within the run."""
-    mode, at = recipe.transfer.mode, recipe.transfer.unfreeze_at
-    path = ("transfer", "unfreeze_at")
+        text = f'"{mode}" needs pretrained weights, but model.weights is "none"'
+        yield error("transfer.mode", text, "model.weights", hint='set model.weights, or transfer.mode = "scratch"')
     if mode == "gradual" and not at:
-        yield Issue('transfer.mode: "gradual" needs unfreeze_at', MODE, (path,), "for example unfreeze_at = [5, 10]")
+        hint = "for example unfreeze_at = [5, 10]"
+        yield error("transfer.mode", '"gradual" needs unfreeze_at', "transfer.unfreeze_at", hint=hint)
     if mode != "gradual" and at:
-        yield Issue(f'transfer.unfreeze_at: only mode "gradual" uses it, not "{mode}"', path, (MODE,), at="key")
+        text = f'only mode "gradual" uses it, not "{mode}"'
+        yield error("transfer.unfreeze_at", text, "transfer.mode", at="key")
     if any(later <= earlier for earlier, later in pairwise(at)):
-        yield Issue("transfer.unfreeze_at: the epochs must be increasing", path)
+        yield error("transfer.unfreeze_at", "the epochs must be increasing")
     if at and max(at) > recipe.train.epochs:
-        message = f"transfer.unfreeze_at: epoch {max(at)} is beyond the run's {recipe.train.epochs} epochs"
-        yield Issue(message, path, (EPOCHS,))
+        text = f"epoch {max(at)} is beyond the run's {recipe.train.epochs} epochs"
+        yield error("transfer.unfreeze_at", text, "train.epochs")
+    if table.new_layer == "freeze" and mode != "backbone_only":
+        text = f'only mode "backbone_only" uses it, not "{mode}"'
+        yield error("transfer.new_layer", text, "transfer.mode", at="key")
 
 
-def new_layer_fits_mode(recipe: Recipe) -> Iterator[Issue]:
-    """Check that new_layer is only used with mode backbone_only."""
-    if recipe.transfer.new_layer == "freeze" and recipe.transfer.mode != "backbone_only":
-        message = f'transfer.new_layer: only mode "backbone_only" uses it, not "{recipe.transfer.mode}"'
-        yield Issue(message, ("transfer", "new_layer"), (MODE,), at="key")
+def model(recipe: Recipe) -> Iterator[Issue]:
+    """Check that head, stem and ConvNet fit the architecture, and that images are large enough for the ConvNet."""
+    table = recipe.model
+    architecture = ("model.name", "model.source")
+    has_classifier = table.source == "torchvision" and table.name.startswith(("alexnet", "vgg"))
+    if table.head.scope == "classifier" and not has_classifier:
+        text = f'"classifier" is for torchvision\'s alexnet and vgg, not {toml_value(table.name)}'
+        yield error("model.head.scope", text, *architecture, hint='set "last_layer"')
+    if table.stem == "small" and not table.name.startswith(("resnet", "resnext", "wide_resnet")):
+        yield error("model.stem", f'"small" is for ResNets, not {toml_value(table.name)}', *architecture)
+    elif table.stem == "small" and table.weights != "none":
+        text = '"small" replaces the first convolution, whose pretrained weights are lost'
+        yield warning("model.stem", text, "model.weights")
+    size = input_size(recipe)
+    if table.convnet is not None and table.source != "toolkit":  # perhaps inherited
+        message = f'model.convnet has no effect with source = "{table.source}"'
+        yield Issue(message, ("model", "convnet"), (("model", "source"),), severity="warning")
+    elif table.convnet is not None and size is not None:
+        try:
+            convnet_output_size(table.convnet, size)
+        except UserError as fault:
+            yield error("model.convnet.blocks", str(fault), "data.image_size")
 
 
-def head_fits_model(recipe: Recipe) -> Iterator[Issue]:
-    """Check that scope = "classifier" is only used with AlexNet and VGG, whose classifiers have several layers."""
-    model, path = recipe.model, ("model", "head", "scope")
-    has_classifier = model.source == "torchvision" and model.name.startswith(("alexnet", "vgg"))
-    if model.head.scope == "classifier" and not has_classifier:
-        message = f'model.head.scope: "classifier" is for torchvision\'s alexnet and vgg, not {toml_value(model.name)}'
-        yield Issue(message, path, (MODEL, SOURCE), 'set "last_layer"')
-
-
-def convnet_has_effect(recipe: Recipe) -> Iterator[Issue]:
-    """Warn about a [model.convnet], perhaps inherited, that is unused because the source is another library."""
-    source = recipe.model.source
-    if source != "toolkit" and recipe.model.convnet is not None:
-        message = f'model.convnet has no effect with source = "{source}"'
-        yield Issue(message, ("model", "convnet"), (SOURCE,), severity="warning")
-
-
-def stem_fits_model(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the small stem is only used with ResNets; warn if it replaces a pretrained layer."""
-    model, path = recipe.model, ("model", "stem")
-    if model.stem != "small":
-        return
-    if not model.name.startswith(("resnet", "resnext", "wide_resnet")):
-        yield Issue(f'model.stem: "small" is for ResNets, not {toml_value(model.name)}', path, (MODEL, SOURCE))
-    elif model.weights != "none":
-        message = 'model.stem: "small" replaces the first convolution, whose pretrained weights are lost'
-        yield Issue(message, path, (WEIGHTS,), severity="warning")
-
-
-def image_size_is_known(recipe: Recipe) -> Iterator[Issue]:
-    """Require image_size if neither the data set nor the pretrained weights determine a square input size."""
-    has_expected_size = recipe.model.source != "toolkit" and recipe.model.weights != "none"
-    if input_size(recipe) is None and not has_expected_size:
-        message = f'data.image_size: must be given, since the images of "{recipe.data.dataset}" differ in size'
-        related = (("data", "dataset"), MODEL, WEIGHTS)
-        yield Issue(message, IMAGE_SIZE, related, "for example image_size = 224", at="table")
-    model = recipe.model
-    expected = weights_input(model.source, model.name, model.weights) if has_expected_size else None
-    if recipe.data.image_size is None and expected and expected.height:
-        message = (
-            f"data.image_size: must be given, since the weights were trained on {expected.height} x "
-            f"{expected.image_size} pixels (height x width), but the model's input is square: images will be squashed"
+def image_size(recipe: Recipe) -> Iterator[Issue]:
+    """Check that the size of the model's input is known, and that the resize produces it if there is no crop."""
+    data, table, size = recipe.data, recipe.model, input_size(recipe)
+    has_expected_size = table.source != "toolkit" and table.weights != "none"
+    if size is None and not has_expected_size:
+        text = f'must be given, since the images of "{data.dataset}" differ in size'
+        related = ("data.dataset", "model.name", "model.weights")
+        yield error("data.image_size", text, *related, hint="for example image_size = 224", at="table")
+    expected = weights_input(table.source, table.name, table.weights) if has_expected_size else None
+    if data.image_size is None and expected and expected.height:
+        text = (
+            f"must be given, since the weights were trained on {expected.height} x {expected.image_size} pixels "
+            "(height x width), but the model's input is square: images will be squashed"
         )
-        yield Issue(
-            message, IMAGE_SIZE, (MODEL, WEIGHTS), f"for example image_size = {expected.image_size}", at="table"
-        )
-
-
-def images_reach_every_layer(recipe: Recipe) -> Iterator[Issue]:
-    """Check that images are large enough for every convolution and pooling layer of [model.convnet]."""
-    size, model = input_size(recipe), recipe.model
-    if model.source != "toolkit" or model.convnet is None or size is None:
-        return
-    try:
-        convnet_output_size(model.convnet, size)
-    except UserError as error:
-        yield Issue(f"model.convnet.blocks: {error}", ("model", "convnet", "blocks"), (IMAGE_SIZE,))
-
-
-def resize_gives_image_size(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the resize produces images of data.image_size if there is no crop."""
-    data, size = recipe.data, input_size(recipe)
+        hint = f"for example image_size = {expected.image_size}"
+        yield error("data.image_size", text, "model.name", "model.weights", hint=hint, at="table")
     # The transforms of a split may determine its image size.
     is_plain = not (recipe.augment.train and recipe.augment.validation and recipe.augment.test)
     if data.crop != "none" or data.resize in (None, "none") or size is None or not is_plain:
@@ -157,15 +121,13 @@ def resize_gives_image_size(recipe: Recipe) -> Iterator[Issue]:
     resized = data.resize if isinstance(data.resize, list) else [data.resize, data.resize]
     if resized != [size, size]:
         shown = " x ".join(map(str, resized)) if isinstance(data.resize, list) else f"a short side of {data.resize}"
-        message = (
-            f'data.resize: with crop = "none" images would have {shown} pixels, but the model takes {size} x {size}'
-        )
-        yield Issue(message, ("data", "resize"), (("data", "crop"), IMAGE_SIZE), 'set crop = "center"')
+        text = f'with crop = "none" images would have {shown} pixels, but the model takes {size} x {size}'
+        yield error("data.resize", text, "data.crop", "data.image_size", hint='set crop = "center"')
 
 
-def splits_leave_images(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the validation and test splits leave training images, if the size of the data set is known."""
-    images, split = DATASETS[recipe.data.dataset].images, recipe.data.split
+def splits(recipe: Recipe) -> Iterator[Issue]:
+    """Check that the splits leave training images, and drop_last a step, if the size of the data set is known."""
+    images, split, train = DATASETS[recipe.data.dataset].images, recipe.data.split, recipe.train
     if images is None:
         return
     taken = {"validation": split.validation, "test": 0 if images[1] else split.test}
@@ -173,27 +135,18 @@ def splits_leave_images(recipe: Recipe) -> Iterator[Issue]:
     if sum(counts.values()) >= images[0]:
         asked = " and ".join(f"{count} for {key}" for key, count in counts.items() if count)
         key = max(counts, key=lambda name: counts[name])
-        message = f"data.split.{key}: {asked} of {images[0]} images leaves no training images"
-        yield Issue(message, ("data", "split", key), (("data", "dataset"),))
-
-
-def an_epoch_has_a_step(recipe: Recipe) -> Iterator[Issue]:
-    """Check that drop_last leaves at least one batch per epoch, if the number of training images is known."""
-    images, split, table = DATASETS[recipe.data.dataset].images, recipe.data.split, recipe.train
-    if images is None or not table.drop_last:
-        return
+        yield error(f"data.split.{key}", f"{asked} of {images[0]} images leaves no training images", "data.dataset")
     count = images[0]
     if not images[1]:
         count -= _taken(0.2 if split.test == "auto" else split.test, count)
     count -= count // 2 if split.method == "alternate" and split.validation else _taken(split.validation, count)
-    if 0 < count < table.batch_size:
-        message = (
-            f"train.batch_size: {table.batch_size} is more than the {count} training images, and train.drop_last "
-            "drops incomplete batches: an epoch would have no steps"
+    if train.drop_last and 0 < count < train.batch_size:
+        text = (
+            f"{train.batch_size} is more than the {count} training images, and train.drop_last drops incomplete "
+            "batches: an epoch would have no steps"
         )
-        related = (("train", "drop_last"), ("data", "dataset"))
         hint = f"set train.batch_size to {count} or less, or train.drop_last = false"
-        yield Issue(message, ("train", "batch_size"), related, hint)
+        yield error("train.batch_size", text, "train.drop_last", "data.dataset", hint=hint)
 
 
 def _taken(share: float, images: int) -> int:
@@ -208,24 +161,18 @@ def channels_of(recipe: Recipe) -> int:
     return DATASETS[recipe.data.dataset].channels if recipe.model.weights == "none" else 3
 
 
-def normalization_has_all_channels(recipe: Recipe) -> Iterator[Issue]:
-    """Check that explicit normalization constants have one value per channel."""
-    values, channels = recipe.data.normalize, channels_of(recipe)
-    if isinstance(values, NormalizeValues) and len(values.mean) != channels:
-        related: tuple[KeyPath, ...] = (("data", "channels"), ("data", "dataset"), WEIGHTS)
-        message = f"data.normalize: {len(values.mean)} values for {channels} channel{'s' if channels > 1 else ''}"
-        yield Issue(message, ("data", "normalize"), related, "give one value per channel")
-
-
-def normalization_fits_weights(recipe: Recipe) -> Iterator[Issue]:
-    """Warn if the normalization differs from what the pretrained weights were trained with."""
-    model, choice = recipe.model, recipe.data.normalize
-    if choice == "auto" or model.source == "toolkit" or channels_of(recipe) != 3:
+def normalization(recipe: Recipe) -> Iterator[Issue]:
+    """Check that the normalization has all channels; warn if it is not what the pretrained weights expect."""
+    table, choice, channels = recipe.model, recipe.data.normalize, channels_of(recipe)
+    if isinstance(choice, NormalizeValues) and len(choice.mean) != channels:
+        text = f"{len(choice.mean)} values for {channels} channel{'s' if channels > 1 else ''}"
+        related = ("data.channels", "data.dataset", "model.weights")
+        yield error("data.normalize", text, *related, hint="give one value per channel")
+    if choice == "auto" or table.source == "toolkit" or channels != 3:
         return
-    expected = weights_input(model.source, model.name, model.weights)
+    expected = weights_input(table.source, table.name, table.weights)
     if expected is None:
         return
-    wanted = f"mean {toml_value(expected.mean)} and std {toml_value(expected.std)}"
     if choice == "dataset":
         given = "those of the training images"
     else:
@@ -233,238 +180,172 @@ def normalization_fits_weights(recipe: Recipe) -> Iterator[Issue]:
         if _close(mean, expected.mean) and _close(std, expected.std):
             return
         given = f"mean {toml_value(mean)} and std {toml_value(std)}"
-    message = f"data.normalize: the weights {model.weights} of {model.name} expect {wanted}; the recipe gives {given}"
-    yield Issue(
-        message,
-        ("data", "normalize"),
-        (MODEL, SOURCE, WEIGHTS),
-        'normalize = "auto" follows the weights',
-        severity="warning",
+    text = (
+        f"the weights {table.weights} of {table.name} expect mean {toml_value(expected.mean)} and std "
+        f"{toml_value(expected.std)}; the recipe gives {given}"
     )
+    related = ("model.name", "model.source", "model.weights")
+    yield warning("data.normalize", text, *related, hint='normalize = "auto" follows the weights')
 
 
 def _close(one: Any, other: Any) -> bool:
     return len(one) == len(other) and all(abs(a - b) < 1e-3 for a, b in zip(one, other, strict=True))
 
 
-def warmup_fits_run(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the warm-up is shorter than the run."""
-    warmup, epochs = recipe.scheduler.warmup_epochs, recipe.train.epochs
-    if warmup >= epochs:
-        message = f"scheduler.warmup_epochs: a warm-up of {warmup:g} epochs is not shorter than the run of {epochs}"
-        yield Issue(message, ("scheduler", "warmup_epochs"), (EPOCHS,))
+def data(recipe: Recipe) -> Iterator[Issue]:
+    """Warn about keys of [data] that have no effect."""
+    table = recipe.data
+    if table.fixed_views is not None and not is_random("train", recipe.augment):
+        text = "has no effect, since training images are not augmented randomly: all views are the same"
+        yield warning("data.fixed_views", text, "augment.train", at="key")
+    no_effect = f'has no effect with dataset = "{table.dataset}"'
+    if table.background_class and table.dataset != "caltech101":
+        yield warning("data.background_class", no_effect, "data.dataset", at="key")
+    if table.class_folders != "auto" and table.dataset != "imagefolder":
+        yield warning("data.class_folders", no_effect, "data.dataset", at="key")
 
 
-def step_fits_run(recipe: Recipe) -> Iterator[Issue]:
-    """Warn if the learning rate is never stepped within the run."""
-    table, epochs = recipe.scheduler, recipe.train.epochs
+def scheduler(recipe: Recipe) -> Iterator[Issue]:
+    """Check that the schedule fits the run; warn about keys that it does not use."""
+    table, epochs, default = recipe.scheduler, recipe.train.epochs, SchedulerConfig()
+    if table.warmup_epochs >= epochs:
+        text = f"a warm-up of {table.warmup_epochs:g} epochs is not shorter than the run of {epochs}"
+        yield error("scheduler.warmup_epochs", text, "train.epochs")
     if table.name == "step" and table.step_size is not None and table.step_size >= epochs:
-        message = f"scheduler.step_size: a period of {table.step_size} epochs has no effect in a run of {epochs}"
-        yield Issue(message, ("scheduler", "step_size"), (EPOCHS, ("scheduler", "name")), severity="warning")
-
-
-def schedule_uses_keys(recipe: Recipe) -> Iterator[Issue]:
-    """Warn about keys that the chosen schedule does not use."""
-    table, default = recipe.scheduler, SchedulerConfig()
+        text = f"a period of {table.step_size} epochs has no effect in a run of {epochs}"
+        yield warning("scheduler.step_size", text, "train.epochs", "scheduler.name")
     for key, users in SCHEDULE_KEYS.items():
         if table.name not in users and getattr(table, key) != getattr(default, key):
-            message = f'scheduler.{key}: has no effect with name = "{table.name}"; it is for {" and ".join(users)}'
-            yield Issue(message, ("scheduler", key), (("scheduler", "name"),), severity="warning", at="key")
+            text = f'has no effect with name = "{table.name}"; it is for {" and ".join(users)}'
+            yield warning(f"scheduler.{key}", text, "scheduler.name", at="key")
+    if table.min_lr > recipe.optimizer.lr and table.name in SCHEDULE_KEYS["min_lr"]:
+        text = f"{table.min_lr:g} is above optimizer.lr, {recipe.optimizer.lr:g}"
+        yield error("scheduler.min_lr", text, "optimizer.lr", "scheduler.name")
 
 
-def lowest_rate_is_below(recipe: Recipe) -> Iterator[Issue]:
-    """Check that min_lr is not above lr."""
-    low, high = recipe.scheduler.min_lr, recipe.optimizer.lr
-    if low > high and recipe.scheduler.name in SCHEDULE_KEYS["min_lr"]:
-        message = f"scheduler.min_lr: {low:g} is above optimizer.lr, {high:g}"
-        yield Issue(message, ("scheduler", "min_lr"), (("optimizer", "lr"), ("scheduler", "name")))
-
-
-def stopping_fits_run(recipe: Recipe) -> Iterator[Issue]:
+def early_stopping(recipe: Recipe) -> Iterator[Issue]:
     """Warn if early stopping cannot happen within the run, or has a min_delta but no patience."""
     table, epochs = recipe.early_stopping, recipe.train.epochs
-    path = ("early_stopping", "patience")
     if table.patience is not None and table.patience >= epochs:
-        message = (
-            f"early_stopping.patience: {table.patience} epochs without improvement cannot occur in a run of {epochs}"
-        )
-        yield Issue(message, path, (EPOCHS,), severity="warning")
+        text = f"{table.patience} epochs without improvement cannot occur in a run of {epochs}"
+        yield warning("early_stopping.patience", text, "train.epochs")
     if table.patience is None and table.min_delta:
-        message = "early_stopping.min_delta: has no effect without patience"
-        yield Issue(message, ("early_stopping", "min_delta"), (path,), severity="warning", at="key")
+        text = "has no effect without patience"
+        yield warning("early_stopping.min_delta", text, "early_stopping.patience", at="key")
 
 
-def selection_is_measured(recipe: Recipe) -> Iterator[Issue]:
-    """Check that model selection and the schedule do not need a missing validation split.
-
-    Also reject early stopping together with best_metric = "last".
-    """
-    best_metric = recipe.train.best_metric
+def monitored_metrics(recipe: Recipe) -> Iterator[Issue]:
+    """Check that best_metric, schedule and early stopping use metrics that the run measures, in a meaningful way."""
+    best_metric, plateau = recipe.train.best_metric, recipe.scheduler.name == "plateau"
     if best_metric == "last" and recipe.early_stopping.patience is not None:
-        message = (
-            'train.best_metric: "last" keeps the last epoch, but early stopping ends a run some epochs after its best: '
+        text = (
+            '"last" keeps the last epoch, but early stopping ends a run some epochs after its best: '
             "the two contradict each other"
         )
         hint = "remove early_stopping.patience, or select by a validation metric"
-        yield Issue(message, SELECT, (("early_stopping", "patience"),), hint)
+        yield error("train.best_metric", text, "early_stopping.patience", hint=hint)
+    mixes = [key for key in ("mixup", "cutmix") if getattr(recipe.augment, key)]
+    watched = {"early_stopping.metric": recipe.early_stopping.patience and recipe.early_stopping.metric}
+    watched |= {"scheduler.metric": recipe.scheduler.metric} if plateau else {}
+    for key, metric in watched.items():
+        if mixes and metric == "train/accuracy":
+            text = f"with {' and '.join(mixes)}, train/accuracy is measured on mixed images"
+            related = (*(f"augment.{mix}" for mix in mixes), "early_stopping.patience")
+            yield warning(key, text, *related, hint="monitor a validation metric")
     if recipe.data.split.validation != 0:
         return
     if best_metric != "last":
-        message = (
-            f"train.best_metric: {toml_value(best_metric)} needs validation images, but data.split.validation is 0"
-        )
-        yield Issue(
-            message, SELECT, (VALIDATION,), 'set train.best_metric = "last", or hold out some images for validation'
-        )
-    if recipe.scheduler.name == "plateau" and recipe.scheduler.metric.startswith("val/"):
-        message = (
-            f"scheduler.metric: {toml_value(recipe.scheduler.metric)} is not measured with data.split.validation = 0"
-        )
-        path = ("scheduler", "metric")
-        yield Issue(message, path, (VALIDATION, ("scheduler", "name")), 'set "train/loss", or use another schedule')
-    if recipe.augment.validation:
-        message = "augment.validation: has no effect with data.split.validation = 0"
-        yield Issue(message, ("augment", "validation"), (VALIDATION,), severity="warning", at="key")
+        text = f"{toml_value(best_metric)} needs validation images, but data.split.validation is 0"
+        hint = 'set train.best_metric = "last", or hold out some images for validation'
+        yield error("train.best_metric", text, "data.split.validation", hint=hint)
+    if plateau and recipe.scheduler.metric.startswith("val/"):
+        text = f"{toml_value(recipe.scheduler.metric)} is not measured with data.split.validation = 0"
+        hint = 'set "train/loss", or use another schedule'
+        yield error("scheduler.metric", text, "data.split.validation", "scheduler.name", hint=hint)
 
 
-def expectations_are_measured(recipe: Recipe) -> Iterator[Issue]:
-    """Warn about [expected_metrics] and test_images_per_class of a split that is disabled."""
+def disabled_splits(recipe: Recipe) -> Iterator[Issue]:
+    """Warn about keys that refer to a split that is disabled."""
+    no_effect = "has no effect with data.split.{} = 0"
+    if recipe.data.split.validation == 0 and recipe.augment.validation:
+        yield warning("augment.validation", no_effect.format("validation"), "data.split.validation", at="key")
+    if recipe.data.split.test == 0 and recipe.data.test_images_per_class is not None:
+        yield warning("data.test_images_per_class", no_effect.format("test"), "data.split.test", at="key")
     for split, prefix in (("validation", "val_"), ("test", "test_")):
-        path = ("data", "split", split)
-        if getattr(recipe.data.split, split) != 0:
-            continue
-        if split == "test" and recipe.data.test_images_per_class is not None:
-            message = "data.test_images_per_class: has no effect with data.split.test = 0"
-            yield Issue(message, ("data", "test_images_per_class"), (path,), severity="warning", at="key")
-        for figure in recipe.expected_metrics:
-            if figure.removeprefix("last_").startswith(prefix):
-                message = f"expected_metrics.{figure}: is not compared, since data.split.{split} = 0"
-                yield Issue(message, ("expected_metrics", figure), (path,), severity="warning", at="key")
+        for metric in recipe.expected_metrics if getattr(recipe.data.split, split) == 0 else ():
+            if metric.removeprefix("last_").startswith(prefix):
+                text = f"is not compared, since data.split.{split} = 0"
+                yield warning(("expected_metrics", metric), text, f"data.split.{split}", at="key")
 
 
-def metric_is_measured_plainly(recipe: Recipe) -> Iterator[Issue]:
-    """Warn if train/accuracy is monitored while mixup or CutMix is on, as mixed images have no single label."""
-    mixes = [key for key in ("mixup", "cutmix") if getattr(recipe.augment, key)]
-    watched = {("early_stopping", "metric"): recipe.early_stopping.patience and recipe.early_stopping.metric}
-    if recipe.scheduler.name == "plateau":
-        watched["scheduler", "metric"] = recipe.scheduler.metric
-    for path, metric in watched.items():
-        if mixes and metric == "train/accuracy":
-            related: tuple[KeyPath, ...] = (*(("augment", key) for key in mixes), ("early_stopping", "patience"))
-            message = f"{dotted(path)}: with {' and '.join(mixes)}, train/accuracy is measured on mixed images"
-            yield Issue(message, path, related, "monitor a validation metric", severity="warning")
-
-
-def mixing_keys_have_effect(recipe: Recipe) -> Iterator[Issue]:
-    """Warn about mixup_prob and mixup_switch_prob if mixup and CutMix are off."""
+def augment(recipe: Recipe) -> Iterator[Issue]:
+    """Warn about mixing probabilities without effect; check that the transforms support whole batches if they must."""
     table = recipe.augment
-    related: tuple[KeyPath, ...] = (("augment", "mixup"), ("augment", "cutmix"))
+    mixing = ("augment.mixup", "augment.cutmix")
     if table.mixup_prob != 1 and not (table.mixup or table.cutmix):
-        message = "augment.mixup_prob: has no effect without mixup or cutmix"
-        yield Issue(message, ("augment", "mixup_prob"), related, severity="warning", at="key")
+        yield warning("augment.mixup_prob", "has no effect without mixup or cutmix", *mixing, at="key")
     if table.mixup_switch_prob != 0.5 and not (table.mixup and table.cutmix):
-        message = "augment.mixup_switch_prob: has no effect unless both mixup and cutmix are on"
-        yield Issue(message, ("augment", "mixup_switch_prob"), related, severity="warning", at="key")
-
-
-def augmentation_fits_device(recipe: Recipe) -> Iterator[Issue]:
-    """Check that every transform supports whole batches if run_on = "device"."""
-    if recipe.augment.run_on != "device":
-        return
-    for split in ("train", "validation", "test"):
-        obstacle = unsupported_on_gpu(split, recipe.augment)
+        text = "has no effect unless both mixup and cutmix are on"
+        yield warning("augment.mixup_switch_prob", text, *mixing, at="key")
+    for split in ("train", "validation", "test") if table.run_on == "device" else ():
+        obstacle = unsupported_on_gpu(split, table)
         if obstacle is not None:
-            message = f'augment.run_on: "device" does not support {obstacle}'
-            yield Issue(message, ("augment", "run_on"), (("augment", split),), 'set "auto" or "workers", or remove it')
+            hint = 'set "auto" or "workers", or remove it'
+            yield error("augment.run_on", f'"device" does not support {obstacle}', f"augment.{split}", hint=hint)
 
 
-def batch_divides(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the batch size is a multiple of grad_accum_steps."""
+def train(recipe: Recipe) -> Iterator[Issue]:
+    """Check that the batch size is a multiple of grad_accum_steps; warn if rare classes are favored twice."""
     batch, parts = recipe.train.batch_size, recipe.train.grad_accum_steps
     if batch % parts:
         below, above = batch // parts * parts, (batch // parts + 1) * parts
         hint = f"for example batch_size = {f'{below} or ' if below else ''}{above}"
-        message = f"train.batch_size: {batch} is not divisible by train.grad_accum_steps = {parts}"
-        yield Issue(message, ("train", "batch_size"), (("train", "grad_accum_steps"),), hint)
-
-
-def balance_is_not_doubled(recipe: Recipe) -> Iterator[Issue]:
-    """Warn about balanced sampling with balanced class weights, which favor rare classes twice."""
+        text = f"{batch} is not divisible by train.grad_accum_steps = {parts}"
+        yield error("train.batch_size", text, "train.grad_accum_steps", hint=hint)
     if recipe.train.sampling == "balanced" and recipe.train.class_weights == "balanced":
-        message = 'train.class_weights: with sampling = "balanced" rare classes are favored twice'
-        yield Issue(message, ("train", "class_weights"), (("train", "sampling"),), severity="warning")
+        text = 'with sampling = "balanced" rare classes are favored twice'
+        yield warning("train.class_weights", text, "train.sampling")
 
 
-def data_keys_have_effect(recipe: Recipe) -> Iterator[Issue]:
-    """Warn about data keys without effect: background_class, class_folders and fixed_views."""
-    data = recipe.data
-    if data.fixed_views is not None and not is_random("train", recipe.augment):
-        message = (
-            "data.fixed_views: has no effect, since training images are not augmented randomly: all views are the same"
-        )
-        yield Issue(message, ("data", "fixed_views"), (("augment", "train"),), severity="warning", at="key")
-    if data.background_class and data.dataset != "caltech101":
-        message = f'data.background_class: has no effect with dataset = "{data.dataset}"'
-        yield Issue(message, ("data", "background_class"), (("data", "dataset"),), severity="warning", at="key")
-    if data.class_folders != "auto" and data.dataset != "imagefolder":
-        message = f'data.class_folders: has no effect with dataset = "{data.dataset}"'
-        yield Issue(message, ("data", "class_folders"), (("data", "dataset"),), severity="warning", at="key")
-
-
-def labels_are_one_line(recipe: Recipe) -> Iterator[Issue]:
+def labels(recipe: Recipe) -> Iterator[Issue]:
     """Check that labels and paths have no line breaks or control characters, and that labels fit W&B's limits."""
     tracking = recipe.tracking
-    labels: dict[KeyPath, str | None] = {
+    found: dict[KeyPath, str | None] = {
         ("tracking", key): getattr(tracking, key) for key in ("entity", "group", "run_name")
     }
-    labels |= {("tracking", "tags", index): tag for index, tag in enumerate(tracking.tags)}
-    for path, text in labels.items():
+    found |= {("tracking", "tags", index): tag for index, tag in enumerate(tracking.tags)}
+    for path, text in found.items():
         longest = 64 if "tags" in path else LONGEST_LABEL
         if text is not None and not 1 <= len(text) <= longest:
-            yield Issue(f"{dotted(path)}: expected text of 1 to {longest} characters, found {len(text)}", path)
-    labels |= {("recipe", "description"): recipe.recipe.description, ("recipe", "run_root"): recipe.recipe.run_root}
-    labels |= {("data", "root"): recipe.data.root, WEIGHTS: recipe.model.weights}
-    for path, text in labels.items():
+            yield error(path, f"expected text of 1 to {longest} characters, found {len(text)}")
+    found |= {("recipe", "description"): recipe.recipe.description, ("recipe", "run_root"): recipe.recipe.run_root}
+    found |= {("data", "root"): recipe.data.root, ("model", "weights"): recipe.model.weights}
+    for path, text in found.items():
         if text and any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in text):
-            yield Issue(f"{dotted(path)}: line breaks and control characters are not allowed here", path)
+            yield error(path, "line breaks and control characters are not allowed here")
 
 
 RULES = (
-    catalog_checks.model_is_known,
-    catalog_checks.weights_are_known,
-    catalog_checks.model_arguments_are_free,
-    catalog_checks.optimizer_is_known,
-    catalog_checks.transforms_are_known,
-    catalog_checks.places_are_free,
-    catalog_checks.policy_is_known,
-    catalog_checks.figures_are_known,
-    mode_fits_weights,
-    unfreezing_fits_mode,
-    new_layer_fits_mode,
-    head_fits_model,
-    convnet_has_effect,
-    stem_fits_model,
-    image_size_is_known,
-    images_reach_every_layer,
-    resize_gives_image_size,
-    splits_leave_images,
-    an_epoch_has_a_step,
-    normalization_has_all_channels,
-    normalization_fits_weights,
-    warmup_fits_run,
-    step_fits_run,
-    schedule_uses_keys,
-    lowest_rate_is_below,
-    stopping_fits_run,
-    selection_is_measured,
-    expectations_are_measured,
-    metric_is_measured_plainly,
-    mixing_keys_have_effect,
-    augmentation_fits_device,
-    batch_divides,
-    balance_is_not_doubled,
-    data_keys_have_effect,
-    labels_are_one_line,
+    catalog_checks.model,
+    catalog_checks.weights,
+    catalog_checks.optimizer,
+    catalog_checks.transforms,
+    catalog_checks.stages,
+    catalog_checks.auto_augment,
+    catalog_checks.expected_metrics,
+    transfer,
+    model,
+    image_size,
+    splits,
+    normalization,
+    scheduler,
+    early_stopping,
+    monitored_metrics,
+    disabled_splits,
+    augment,
+    train,
+    data,
+    labels,
 )
 
 

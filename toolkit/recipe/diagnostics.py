@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from toolkit.errors import UserError
@@ -83,6 +83,33 @@ class RecipeError(UserError):
         if len(self.diagnostics) > SHOWN:
             shown.append(f"... and {len(self.diagnostics) - SHOWN} more")
         return "\n".join([*shown, f"{errors} error{'s' if errors != 1 else ''} in the recipe"])
+
+
+def error(
+    key: str | KeyPath,
+    text: str,
+    *related: str | KeyPath,
+    hint: str | None = None,
+    at: Literal["value", "key", "table"] = "value",
+) -> Issue:
+    """Return an error about a key: ``train.batch_size: TEXT``. Keys are paths or dotted names without list indices."""
+    path = _path(key)
+    return Issue(f"{dotted(path)}: {text}", path, tuple(map(_path, related)), hint or None, at=at)
+
+
+def warning(
+    key: str | KeyPath,
+    text: str,
+    *related: str | KeyPath,
+    hint: str | None = None,
+    at: Literal["value", "key", "table"] = "value",
+) -> Issue:
+    """Return a warning about a key, with arguments as for :func:`error`."""
+    return replace(error(key, text, *related, hint=hint, at=at), severity="warning")
+
+
+def _path(key: str | KeyPath) -> KeyPath:
+    return tuple(key.split(".")) if isinstance(key, str) else key
 
 
 def dotted(path: KeyPath) -> str:

@@ -16,6 +16,7 @@ from toolkit.recipe.diagnostics import Diagnostic, Location, RecipeError, dotted
 from toolkit.recipe.earlier_versions import update_recipe
 from toolkit.recipe.resolve import is_resolved
 from toolkit.recipe.toml_positions import KeyPath, SourcePosition, SourceSpan, scan
+from toolkit.similar_names import similar_names
 
 MAX_BYTES = 64 * 1024
 """Maximum size of a recipe file and all it extends. Long recipes have 5 KB; the limit guards against malicious ones."""
@@ -210,15 +211,13 @@ def _read(name: str, asked_at: Location | None, chain: list[str]) -> str:
 
 def _neighbour(name: str) -> str | None:
     """Return a hint: a recipe of a similar name in the same folder, or that the folder does not exist."""
-    from toolkit.recipe.catalog import nearest
-
     folder = os.path.dirname(name) or "."
     try:
         with os.scandir(folder) as entries:
             known = [entry.name for _, entry in zip(range(1000), entries, strict=False) if entry.name.endswith(".toml")]
     except (OSError, ValueError):
         return f"the folder {folder} does not exist"
-    similar = nearest(PurePath(name).name, known, 1)
+    similar = similar_names(PurePath(name).name, known, 1)
     return f"did you mean {os.path.join(os.path.dirname(name), similar[0])}?" if similar else None
 
 

@@ -81,9 +81,13 @@ def describe_value(value: Any) -> str:
     """Describe an invalid value, truncated to a readable length: ``the text "8"``, ``1.5``, ``a table``."""
     if isinstance(value, dict):
         return "a table"
+    return f"the text {shown(value)}" if isinstance(value, str) else shown(value)
+
+
+def shown(value: Any) -> str:
+    """Format a value as TOML, truncated to a readable length."""
     text = toml_value(value)
-    text = text if len(text) <= SHOWN else text[: SHOWN - 4] + "..." + text[-1]
-    return f"the text {text}" if isinstance(value, str) else text
+    return text if len(text) <= SHOWN else text[: SHOWN - 4] + "..." + text[-1]
 
 
 def _either(words: list[str]) -> str:

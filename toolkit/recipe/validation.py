@@ -20,13 +20,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from toolkit.recipe.catalog import nearest
 from toolkit.recipe.diagnostics import Issue, dotted
 from toolkit.recipe.earlier_versions import RENAMED_VALUES, renamed_key, renamed_metric
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
 from toolkit.recipe.type_descriptions import describe_type, describe_value, unwrap_annotation
+from toolkit.similar_names import similar_names
 
 MAX_ERRORS = 100
 """Maximum number of errors handled per round: nobody reads more, and a malicious recipe can have 50,000."""
@@ -226,7 +226,7 @@ def _similar(place: _SchemaLocation) -> list[str]:
     assert place.table is not None, "only a table has unknown keys"
     name, known = str(place.path[-1]), place.table.model_fields
     other = OTHER_NAMES.get(name)
-    return [other] if other in known else nearest(name, known, 2)
+    return [other] if other in known else similar_names(name, known, 2)
 
 
 def _value_hint(place: _SchemaLocation) -> str | None:
@@ -238,7 +238,7 @@ def _value_hint(place: _SchemaLocation) -> str | None:
     words = list(_words(place.annotation))
     if (new := RENAMED_VALUES.get(value, renamed_metric(value))) != value and new in words:
         return f'renamed to "{new}"'
-    similar = nearest(value, words, 1)
+    similar = similar_names(value, words, 1)
     if similar:
         return f'did you mean "{similar[0]}"?'
     expected = describe_type(place.annotation, place.constraints)

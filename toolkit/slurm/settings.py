@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tomllib
@@ -14,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from toolkit.errors import UserError
 from toolkit.recipe.base import ConfigModel
 from toolkit.recipe.schema import Recipe, SlurmConfig
+from toolkit.similar_names import did_you_mean
 
 DEFAULTS: dict[str, Any] = {
     "nodes": 1,
@@ -124,11 +124,9 @@ def find_profile(name: str) -> Path:
         if (folder / f"{name}.toml").is_file():
             return folder / f"{name}.toml"
     known = sorted({file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.toml")})
-    near = difflib.get_close_matches(name, known, 1)
     raise UserError(
-        f"no cluster profile {name!r}"
-        + (f"; did you mean {near[0]!r}?" if near else "")
-        + f" Known: {', '.join(known) or 'none'}. Looked in {', '.join(map(str, folders))}; "
+        f"no cluster profile {name!r}{did_you_mean(name, known, prefix='; ', otherwise='.')} "
+        f"Known: {', '.join(known) or 'none'}. Looked in {', '.join(map(str, folders))}; "
         f"{SHIPPED_PROFILES / 'example.toml'} is an example to copy into one of these folders"
     )
 
@@ -151,8 +149,7 @@ def _faults(error: ValidationError) -> list[str]:
     for fault in error.errors(include_url=False):
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, keys, 1)
-            lines.append(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+            lines.append(f"unknown key {key}{did_you_mean(key, keys, prefix='; ')}")
         else:
             lines.append(f"{key}: {fault['msg']}" if key else fault["msg"].removeprefix("Value error, "))
     return lines

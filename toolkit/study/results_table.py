@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.recipe.study_schema import METRICS, StudyConfig
+from toolkit.similar_names import did_you_mean
 from toolkit.study.directory import StudyRun
 from toolkit.study.grid import label
 from toolkit.study.results import RunResult, higher_is_better
@@ -161,8 +161,7 @@ def _grouping(results: Sequence[RunResult], by: Sequence[str]) -> Callable[[RunR
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return a hint with the closest name, or with all names if none is close."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known) or 'none'}"
+    return did_you_mean(name, known, prefix="; ", otherwise=f"; there are: {', '.join(known) or 'none'}")
 
 
 def short_key(key: str, keys: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ not hold is left out, so the recipe's own value applies.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from toolkit.errors import UserError
+from toolkit.similar_names import did_you_mean
 from toolkit.study.grid import conditions, same
 
 Kind = Literal["uniform", "log_uniform", "integers", "choice"]
@@ -166,8 +166,7 @@ def _is_range(value: Mapping[str, Any]) -> bool:
 def _parameter(key: str, leaf: Any) -> SearchParameter:
     if not isinstance(leaf, Mapping):
         last = key.rsplit(".", 1)[-1]
-        near = difflib.get_close_matches(last, KINDS, 1)
-        hint = f"; did you mean {near[0]}?" if near else "; write a list of values as { choice = [...] }"
+        hint = did_you_mean(last, KINDS, prefix="; ", otherwise="; write a list of values as { choice = [...] }")
         raise UserError(f"expected {FORMS}{hint if isinstance(leaf, list) else ''}")
     kinds = [name for name in leaf if name != "when"]
     if len(kinds) != 1 or kinds[0] not in KINDS:
@@ -207,8 +206,7 @@ def _faults_of_conditions(parameters: Mapping[str, SearchParameter], base: Mappi
                 if wrong:
                     yield f"{start} = {wrong[0]!r}: the space never gives it that value"
             elif key not in base:
-                near = difflib.get_close_matches(key, [*parameters, *base], 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = did_you_mean(key, [*parameters, *base], prefix="; ")
                 yield f"{start}: neither the space nor the recipe has this key{hint}"
     circle = _circle(parameters)
     if circle:

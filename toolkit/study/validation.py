@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from toolkit.recipe.catalog import nearest
 from toolkit.recipe.diagnostics import Issue
 from toolkit.recipe.study_schema import StudyConfig
 from toolkit.recipe.toml_positions import KeyPath
+from toolkit.similar_names import did_you_mean
 from toolkit.study.directory import StudyRun
 from toolkit.study.grid import (
     MOST_COMBINATIONS,
@@ -66,8 +66,7 @@ def check_claims(table: StudyConfig, members: Sequence[StudyRun]) -> Iterator[Is
             for name in (claim.better, *claim.than):
                 if name not in rows:
                     key = "better" if name == claim.better else "than"
-                    near = nearest(name, rows, 1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"the rows are: {', '.join(rows)}"
+                    hint = did_you_mean(name, rows, otherwise=f"the rows are: {', '.join(rows)}")
                     yield Issue(f"study.claims: there is no row {name!r}", (*place, key), hint=hint)
             if claim.better in claim.than or rows == [claim.better]:
                 yield Issue("study.claims: a row is compared with itself", (*place, "than"))
@@ -193,8 +192,7 @@ def _conditions_can_hold(
     for variable in grid:
         for key in variable.when:
             if key not in known:
-                near = nearest(key, known, 1)
-                hint = f"did you mean {near[0]}?" if near else None
+                hint = did_you_mean(key, known)
                 yield Issue(f"{variable.key}: when {key}: no such key", (*variable.place, "when"), hint=hint)
     looped = circle(grid)
     if looped:
@@ -202,9 +200,8 @@ def _conditions_can_hold(
     for number, item in enumerate(table.published):
         for key in conditions(item.where):
             if key not in known:
-                near = nearest(key, known, 1)
                 place: KeyPath = ("study", "published", number, "where")
-                hint = f"did you mean {near[0]}?" if near else None
+                hint = did_you_mean(key, known)
                 yield Issue(f"study.published[{number}].where: no such key {key}", place, hint=hint)
 
 

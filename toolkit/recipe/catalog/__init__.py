@@ -6,9 +6,7 @@ regenerates that file from the installed versions of torch, torchvision and timm
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,16 +35,6 @@ def catalog() -> dict[str, Any]:
     """Return the content of catalog.json."""
     content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
     return content
-
-
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Return known names similar to ``name``, best first, ignoring case; none for excessively long names."""
-    by_folded: dict[str, str] = {}
-    for candidate in known:
-        by_folded.setdefault(candidate.casefold(), candidate)
-    if len(name) > 80:  # difflib is quadratic
-        return []
-    return [by_folded[match] for match in difflib.get_close_matches(name.casefold(), by_folded, count, 0.6)]
 
 
 def model_names(source: str) -> list[str]:
