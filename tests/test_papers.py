@@ -214,6 +214,24 @@ def test_the_page_tells_of_every_row_and_every_study() -> None:
     assert [name for name in [*RUNS, *SEARCHES] if f"recipes/papers/{name}.toml" not in page] == []
 
 
+def test_the_pages_published_values_are_those_of_the_studies() -> None:
+    page = (REPOSITORY / "docs" / "papers.md").read_text()
+    cells = re.findall(r"^\| [^|]* \| `recipes/papers/([\w/]+)\.toml` \|[^|]*\|[^|]*\| ([^|]*) \|", page, re.MULTILINE)
+    assert {name for name, _ in cells} == {*RUNS, *SEARCHES}
+    for name, cell in cells:
+        if cell != "none":
+            match = re.fullmatch(r"(.*): .*? ([\d.]+)(?: ± [\d.]+)?( %)?( \(n = 10\))?", cell)
+            assert match is not None, cell
+            rows = [run.member for run in expansion(name).runs if run.member.row == match[1]]
+            values = [mean_of(value) for value in rows[0].published.values()]
+            assert float(match[2]) / (100 if match[3] else 1) in [pytest.approx(value) for value in values], name
+
+
+def mean_of(published: Any) -> float:
+    """Return a published value, or the mean of one over several runs."""
+    return float(getattr(published, "mean", published))
+
+
 # -- protocols --------------------------------------------------------------------------------------------------------
 
 
