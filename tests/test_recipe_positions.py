@@ -8,7 +8,8 @@ import tomli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.recipe.toml_positions import KeyPath, SourceSpan, scan
+from toolkit.recipe.layers import parse
+from toolkit.recipe.toml_positions import KeyPath, Span, scan
 from toolkit.recipe.toml_writer import toml_document, toml_key, toml_value
 
 SAMPLE = '''\
@@ -37,14 +38,21 @@ def test_known_places() -> None:
         ("list", 1, "z"): (12, 1, 12, 5),
         ("list", 1, "inner", "q"): (14, 1, 14, 5),
     }
-    found = {path: spans[path] for path in expected}
-    assert {
-        path: (span.key.line, span.key.column, span.value.line, span.value.column) for path, span in found.items()
-    } == expected
+    found = {path: (*line_and_column(spans[path].key), *line_and_column(spans[path].value)) for path in expected}
+    assert found == expected
+
+
+def line_and_column(offset: int) -> tuple[int, int]:
+    """Of an offset in the sample, both counted from 1."""
+    before = SAMPLE[:offset].split("\n")
+    return len(before), len(before[-1]) + 1
 
 
 def test_windows_line_ends_do_not_move_anything() -> None:
-    assert scan(SAMPLE.replace("\n", "\r\n")) == scan(SAMPLE)
+    windows, plain = parse("x", SAMPLE.replace("\n", "\r\n")), parse("x", SAMPLE)
+    for path in plain.spans:
+        for at_key in (True, False):
+            assert windows.location(path, at_key=at_key) == plain.location(path, at_key=at_key)
 
 
 KEYS = st.text(min_size=1, max_size=6) | st.sampled_from(["a", "b", "a.b", "with space", "é", '"', "'", "#", "="])
@@ -74,9 +82,8 @@ def surrogate_free(value: Any) -> bool:
     return True
 
 
-def text_at(text: str, span: SourceSpan, *, at_key: bool) -> str:
-    place = span.key if at_key else span.value
-    return text.split("\n")[place.line - 1][place.column - 1 :]
+def text_at(text: str, span: Span, *, at_key: bool) -> str:
+    return text[span.key if at_key else span.value :].split("\n")[0]
 
 
 @settings(max_examples=150, deadline=None)

@@ -15,7 +15,7 @@ import tomli
 from toolkit.recipe.diagnostics import Diagnostic, Location, RecipeError, dotted
 from toolkit.recipe.earlier_versions import update_recipe
 from toolkit.recipe.resolve import is_resolved
-from toolkit.recipe.toml_positions import KeyPath, SourcePosition, SourceSpan, scan
+from toolkit.recipe.toml_positions import KeyPath, Span, scan
 from toolkit.similar_names import similar_names
 
 MAX_BYTES = 64 * 1024
@@ -26,7 +26,6 @@ MAX_NESTING = 12
 """Maximum nesting of tables and lists; the recipe language itself needs 5."""
 
 SET = "--set"
-_PLACE = re.compile(r"(?P<text>.*?) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)\Z", re.DOTALL)
 _BARE_WORD = re.compile(r"\s*(?P<word>(?:[^\W\d]|~?/|\.\.?/)[\w./:+~-]*)\s*(?:#.*)?\Z")
 _DOTTED_RUN = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")
 
@@ -37,9 +36,9 @@ class ConfigLayer:
 
     name: str
     """Path as shown to the user, or ``--set``."""
-    lines: list[str]
+    text: str
     data: dict[str, Any]
-    spans: dict[KeyPath, SourceSpan]
+    spans: dict[KeyPath, Span]
     note: str | None = None
     """For inherited values: the chain of files through which they were inherited."""
 
@@ -50,7 +49,7 @@ class ConfigLayer:
         if not path:
             return None
         span = self.spans[path]
-        return _location(self.name, self.lines, span.key if at_key else span.value)
+        return _location(self.name, self.text, span.key if at_key else span.value)
 
 
 @dataclass
@@ -99,19 +98,19 @@ def read_chain(path: str | os.PathLike[str]) -> list[ConfigLayer]:
     sources: list[ConfigLayer] = []
     seen: list[str] = []
     chain: list[str] = []
-    name, asked_at, size = os.fspath(path), None, 0
+    name, extends_location, size = os.fspath(path), None, 0
     while True:
         real, chain = os.path.realpath(name) if "\0" not in name else name, [*chain, name]
         if real in seen:
-            raise _fault("extends leads back to the same recipe", asked_at, name, _chain(chain))
+            raise _error("extends leads back to the same recipe", extends_location, _chain(chain))
         if len(seen) > MAX_PARENTS:
-            raise _fault(f"more than {MAX_PARENTS} recipes extend one another", asked_at, name, _chain(chain))
+            raise _error(f"more than {MAX_PARENTS} recipes extend one another", extends_location, _chain(chain))
         seen.append(real)
-        text = _read(name, asked_at, chain)
+        text = _read(name, extends_location, chain)
         note = f"inherited: {_chain(chain)}" if len(chain) > 1 else None
         size += len(text.encode())
         if size > MAX_BYTES:
-            raise _fault(f"the recipes together are larger than {MAX_BYTES // 1024} KiB", asked_at, name, note)
+            raise _error(f"the recipes together are larger than {MAX_BYTES // 1024} KiB", extends_location, note)
         source = parse(name, text, note)
         parent = source.data.pop("extends", None)
         if len(chain) > 1:  # [expected_metrics] applies to one recipe, not to those that extend it
@@ -119,57 +118,59 @@ def read_chain(path: str | os.PathLike[str]) -> list[ConfigLayer]:
         sources.insert(0, source)
         if parent is None:
             return sources
-        asked_at = source.location(("extends",), at_key=False)
+        extends_location = source.location(("extends",), at_key=False)
         if not isinstance(parent, str) or not parent:
-            raise _fault("extends: expected the path of one recipe, as text", asked_at, name, None)
+            raise _error("extends: expected the path of one recipe, as text", extends_location)
         name = os.path.normpath(os.path.join(os.path.dirname(name), parent))
 
 
 def parse(name: str, text: str, note: str | None = None) -> ConfigLayer:
     """Parse TOML text with positions. Raises RecipeError if it is not valid TOML or nested too deeply."""
-    lines = text.replace("\r\n", "\n").split("\n")
+    text = text.replace("\r\n", "\n")
     try:
-        run = _DOTTED_RUN.search(text)  # tomli takes quadratic time in the number of parts of a key
-        if run:
+        if _DOTTED_RUN.search(text):  # tomli takes quadratic time in the number of parts of a key
             raise RecursionError
         data = tomli.loads(text)
     except RecursionError:
         raise RecipeError(
             [Diagnostic("error", "lists, tables or keys are nested too deeply", file=name, note=note)]
         ) from None
-    except ValueError as error:  # TOMLDecodeError, and Python's own error for numbers with thousands of digits
-        raise RecipeError([_syntax_fault(name, lines, error, note)]) from None
+    except tomli.TOMLDecodeError as error:
+        raise RecipeError([_syntax_error(name, text, error, note)]) from None
+    except ValueError:  # Python's own error for numbers with thousands of digits
+        message = "not valid TOML: a number with too many digits"
+        raise RecipeError([Diagnostic("error", message, file=name, note=note)]) from None
     deep = _too_deep(data)
     if deep:
         message = f"{dotted(deep[:4])}: nested more than {MAX_NESTING} levels deep"
         raise RecipeError([Diagnostic("error", message, file=name, note=note)])
     if is_resolved(text):
         update_recipe(data)
-    return ConfigLayer(name, lines, data, scan(text), note)
+    return ConfigLayer(name, text, data, scan(text), note)
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[ConfigLayer]:
     """Parse the ``--set`` arguments. Raises RecipeError listing all that are not ``table.key=value``."""
-    sources, faults = [], []
+    sources, errors = [], []
     for argument in arguments:
         try:
             sources.append(_parse_override(argument))
         except RecipeError as error:
-            faults += error.diagnostics
-    if faults:
-        raise RecipeError(faults)
+            errors += error.diagnostics
+    if errors:
+        raise RecipeError(errors)
     return sources
 
 
 def _parse_override(argument: str) -> ConfigLayer:
     key, equals, value = argument.partition("=")
-    start = _location(SET, [argument.split("\n")[0]], SourcePosition(1, 1))
+    start = _location(SET, argument, 0)
     if not equals or not key.strip() or "\n" in argument or "\r" in argument or len(argument) > MAX_BYTES:
         raise RecipeError([Diagnostic("error", "expected table.key=value, on one line", location=start)])
     try:
         source = parse(SET, argument)
     except RecipeError as error:
-        at_value = _location(SET, [argument], SourcePosition(1, len(key) + 2))
+        at_value = _location(SET, argument, len(key) + 1)
         word = _BARE_WORD.match(value)
         if word and word["word"] not in ("true", "false", "inf", "nan"):
             message = f"{word['word']} is not a TOML value"
@@ -183,33 +184,33 @@ def _parse_override(argument: str) -> ConfigLayer:
     return source
 
 
-def _read(name: str, asked_at: Location | None, chain: list[str]) -> str:
-    """Read the text of a recipe file; ``asked_at`` is the location of the ``extends`` that names it, if any."""
+def _read(name: str, extends_location: Location | None, chain: list[str]) -> str:
+    """Read the text of a recipe file; ``extends_location`` is the location of the ``extends`` that names it, if any."""
     note = _chain(chain) if len(chain) > 1 else None
     try:
         mode = os.stat(name).st_mode
         if not stat.S_ISREG(mode):
             what = "is a folder" if stat.S_ISDIR(mode) else "is not a regular file"
-            raise _fault(f"{name} {what}, expected a recipe file", asked_at, name, note)
+            raise _error(f"{name} {what}, expected a recipe file", extends_location, note)
         with open(name, "rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise _fault(f"there is no recipe {name}", asked_at, name, note, _neighbour(name)) from None
+        raise _error(f"there is no recipe {name}", extends_location, note, _missing_file_hint(name)) from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise _fault(f"cannot read {name}: {reason}", asked_at, name, note) from None
+        raise _error(f"cannot read {name}: {reason}", extends_location, note) from None
     if len(content) > MAX_BYTES:
-        raise _fault(f"{name} is larger than {MAX_BYTES // 1024} KiB, too large for a recipe", asked_at, name, note)
+        raise _error(f"{name} is larger than {MAX_BYTES // 1024} KiB, too large for a recipe", extends_location, note)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise _fault(
-            f"{name} is not UTF-8 text: byte {content[error.start]:#04x} in line {line}", asked_at, name, note
+        raise _error(
+            f"{name} is not UTF-8 text: byte {content[error.start]:#04x} in line {line}", extends_location, note
         ) from None
 
 
-def _neighbour(name: str) -> str | None:
+def _missing_file_hint(name: str) -> str | None:
     """Return a hint: a recipe of a similar name in the same folder, or that the folder does not exist."""
     folder = os.path.dirname(name) or "."
     try:
@@ -221,24 +222,17 @@ def _neighbour(name: str) -> str | None:
     return f"did you mean {os.path.join(os.path.dirname(name), similar[0])}?" if similar else None
 
 
-def _syntax_fault(name: str, lines: list[str], error: ValueError, note: str | None) -> Diagnostic:
-    match = _PLACE.match(str(error))
-    if not match:
-        return Diagnostic("error", "not valid TOML: a number with too many digits", file=name, note=note)
-    if match["line"]:
-        place = SourcePosition(int(match["line"]), int(match["column"]))
-    else:
-        place = SourcePosition(len(lines), len(lines[-1]) + 1)
-    text = match["text"][:1].lower() + match["text"][1:]
-    hint = _syntax_hint(text, lines[place.line - 1][place.column - 1 :])
-    return Diagnostic("error", f"not valid TOML: {text}", (), _location(name, lines, place), hint, note)
+def _syntax_error(name: str, text: str, error: tomli.TOMLDecodeError, note: str | None) -> Diagnostic:
+    message = error.msg[:1].lower() + error.msg[1:]
+    hint = _syntax_hint(message, text[error.pos :].split("\n")[0])
+    return Diagnostic("error", f"not valid TOML: {message}", (), _location(name, text, error.pos), hint, note)
 
 
-def _syntax_hint(text: str, rest: str) -> str | None:
-    if "cannot overwrite" in text or "twice" in text:
+def _syntax_hint(message: str, rest: str) -> str | None:
+    if "cannot overwrite" in message or "twice" in message:
         return "this key or table is already defined above"
     word = _BARE_WORD.match(rest)
-    if text == "invalid value" and word:
+    if message == "invalid value" and word:
         lower = word["word"].lower()
         return f"write {lower}" if lower in ("true", "false") else f'put text into quotes: "{word["word"]}"'
     return None
@@ -258,17 +252,15 @@ def _too_deep(data: dict[str, Any]) -> KeyPath | None:
     return None
 
 
-def _fault(
-    message: str, asked_at: Location | None, name: str, note: str | None, hint: str | None = None
-) -> RecipeError:
-    if asked_at is None:
-        return RecipeError([Diagnostic("error", message, hint=hint, note=note)])
-    return RecipeError([Diagnostic("error", message, ("extends",), asked_at, hint, note)])
+def _error(message: str, location: Location | None, note: str | None = None, hint: str | None = None) -> RecipeError:
+    """Return an error about a file, located at the ``extends`` that names it, if any."""
+    return RecipeError([Diagnostic("error", message, ("extends",) if location else (), location, hint, note)])
 
 
 def _chain(names: list[str]) -> str:
     return " extends ".join(names)
 
 
-def _location(name: str, lines: list[str], place: SourcePosition) -> Location:
-    return Location(name, place.line, place.column, lines[place.line - 1])
+def _location(name: str, text: str, offset: int) -> Location:
+    start = text.rfind("\n", 0, offset) + 1
+    return Location(name, text.count("\n", 0, offset) + 1, offset - start + 1, text[start:].split("\n", 1)[0])

@@ -19,7 +19,7 @@ from toolkit.recipe.load import LoadedRecipe, placed, read_sources, resolve
 from toolkit.recipe.resolve import leaves, recipe_hash, with_defaults
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.study_schema import PublishedMean, PublishedMetrics, PublishedResults, StudyConfig, StudyRow
-from toolkit.recipe.toml_positions import KeyPath, SourcePosition, SourceSpan
+from toolkit.recipe.toml_positions import KeyPath, Span
 from toolkit.recipe.validation import validate
 from toolkit.study.directory import StudyRun
 from toolkit.study.grid import (
@@ -147,16 +147,16 @@ class StudySpec:
         spans = {(*path, *place[depth:]): span for place, span in origin.spans.items() if place[:depth] == value.place}
         here = _nearest(origin, value.place)
         named = _nearest(origin, tuple(part for part in value.place if isinstance(part, str))) or here
-        spans |= {path[:n]: SourceSpan(named.key, named.key) for n in range(1, len(path))}
-        spans[path] = SourceSpan(named.key, here.value)
-        return ConfigLayer(origin.name, origin.lines, nested(key, value.value), spans, origin.note)
+        spans |= {path[:n]: Span(named.key, named.key) for n in range(1, len(path))}
+        spans[path] = Span(named.key, here.value)
+        return ConfigLayer(origin.name, origin.text, nested(key, value.value), spans, origin.note)
 
 
-def _nearest(origin: ConfigLayer, place: KeyPath) -> SourceSpan:
+def _nearest(origin: ConfigLayer, place: KeyPath) -> Span:
     """Return the span of ``place``, or of the innermost enclosing entry that has one."""
     while place and place not in origin.spans:
         place = place[:-1]
-    return origin.spans.get(place) or SourceSpan(SourcePosition(1, 1), SourcePosition(1, 1))
+    return origin.spans.get(place) or Span(0, 0)
 
 
 def is_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> bool:
