@@ -19,6 +19,7 @@ from toolkit.augment.transforms import build_transform
 from toolkit.data.datasets import open_dataset
 from toolkit.data.splits import split_dataset
 from toolkit.inference.predict import load_model
+from toolkit.metrics import EPOCH_METRICS, EXPECTED_METRICS, MEASURES, METRICS
 from toolkit.runs import Run, open_run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -50,11 +51,23 @@ def test_the_run_directory_holds_what_it_should(run: Run) -> None:
     assert not list(run.path.rglob("*.tmp"))
 
 
+def test_every_metric_is_computed_and_has_an_entry_in_metrics_py(run: Run) -> None:
+    summary, epochs = run.summary, run.epochs()
+    values = {name: metric.read(summary, epochs) for name, metric in METRICS.items()}
+    assert [name for name, value in values.items() if value is None] == []
+    assert {"last_train_loss": epochs[-1]["train/loss"], "test_accuracy": summary["best"]["test_accuracy"],
+            "last_val_loss": summary["last"]["val_loss"], "epochs": 3}.items() <= values.items()  # fmt: skip
+    computed = {key.removeprefix("test_") for key in summary["best"] if key.startswith("test_")}
+    assert computed == set(MEASURES)
+    assert all(metric.read(summary) is not None for metric in EXPECTED_METRICS.values()), "without metrics.jsonl"
+
+
 def test_metrics_and_summary_use_the_agreed_names(run: Run) -> None:
     epochs = run.epochs()
     assert [record["epoch"] for record in epochs] == [1, 2, 3]
     assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/top5_accuracy", "val/balanced_accuracy",
             "lr"} <= set(epochs[0])  # fmt: skip
+    assert {key for key in epochs[0] if key.startswith(("train/", "val/"))} == set(EPOCH_METRICS)
     steps = [record for record in run.metrics() if "train/step_loss" in record]
     assert [record["step"] for record in steps] == [2, 4, 7, 9, 12, 14], "every two of the five steps of an epoch"
     summary = run.summary

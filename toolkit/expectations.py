@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.metrics import EXPECTED_METRICS
 from toolkit.recipe.resolve import leaves, resolved_content
 from toolkit.recipe.schema import Expectation, Recipe
 
@@ -48,7 +49,8 @@ def check_expectations(recipe: Recipe, summary: dict[str, Any]) -> list[Expectat
 
 
 def _judge(recipe: Recipe, summary: dict[str, Any], figure: str, expected: Expectation) -> ExpectationResult:
-    measured = _measured(summary, figure)
+    metric = EXPECTED_METRICS.get(figure)
+    measured = metric.read(summary) if metric else None
     reason = _not_comparable(recipe, expected, measured)
     if reason:
         verdict = "not comparable"
@@ -56,15 +58,6 @@ def _judge(recipe: Recipe, summary: dict[str, Any], figure: str, expected: Expec
         assert measured is not None
         verdict = "met" if _is_met(expected, measured) else "missed"
     return ExpectationResult(figure, _wording(expected), measured, verdict, reason, expected.source)
-
-
-def _measured(summary: dict[str, Any], figure: str) -> float | None:
-    """Look up a metric: test_accuracy is the best model's, last_test_accuracy the last one's; others are top-level."""
-    if figure.startswith("last_"):
-        value = summary["last"].get(figure.removeprefix("last_"))
-    else:
-        value = summary["best"].get(figure, summary.get(figure))
-    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _not_comparable(recipe: Recipe, expected: Expectation, measured: float | None) -> str:

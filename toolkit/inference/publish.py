@@ -16,19 +16,13 @@ from toolkit.errors import RunFailed, UserError
 from toolkit.inference.export import FORMATS, images_to_compare, new_folder, portable, write_checked
 from toolkit.inference.predict import TrainedModel, load_model
 from toolkit.inference.timm_config import fits_timm
+from toolkit.metrics import MEASURES
 from toolkit.models.pretrained import is_file_reference
 from toolkit.models.unknown_names import first_line
 from toolkit.reading import DamagedFile
 from toolkit.recipe import Recipe, resolved_toml
 from toolkit.runs import Run, open_run
 from toolkit.training.resume import check_recipe
-
-FIGURES = {
-    "accuracy": "top-1 accuracy",
-    "top5_accuracy": "top-5 accuracy",
-    "balanced_accuracy": "balanced accuracy",
-}
-"""Metrics of summary.json shown in the model card, with their names in words."""
 
 MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]")
 """Characters with a meaning in Markdown."""
@@ -152,11 +146,11 @@ def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any]
             dataset_name=DATASETS[recipe.data.dataset].title,
             dataset_split="test",
             metric_type="accuracy",
-            metric_name=words,
+            metric_name=_label(name),
             metric_value=round(summary["best"][f"test_{name}"], 6),
         )
-        for name, words in FIGURES.items()
-        if f"test_{name}" in summary["best"]
+        for name, measure in MEASURES.items()
+        if measure.unit == "%" and f"test_{name}" in summary["best"]
     ]
     data = ModelCardData(
         license=license_id,
@@ -253,9 +247,9 @@ def _figures(recipe: Recipe, summary: dict[str, Any]) -> str:
     lines = ["## Metrics\n"]
     if splits:
         lines += [f"| | {' | '.join(splits.values())} |", "|---" * (len(splits) + 1) + "|"]
-        for name, words in {"loss": "cross-entropy", **FIGURES}.items():
+        for name in MEASURES:
             cells = " | ".join(f"{best[f'{short}_{name}']:.4f}" for short in splits)
-            lines.append(f"| {words} | {cells} |")
+            lines.append(f"| {_label(name)} | {cells} |")
         lines.append("")
     chosen = "It is the last epoch's model"
     if best_metric != "last":
@@ -263,6 +257,11 @@ def _figures(recipe: Recipe, summary: dict[str, Any]) -> str:
     tested = "the test images were evaluated once, at the end" if "test" in splits else "no images were kept for a test"
     lines.append(f"One run with one seed. {chosen}; {tested}.")
     return "\n".join(lines)
+
+
+def _label(measure: str) -> str:
+    """Return a measure's label as model cards have it."""
+    return {"loss": "cross-entropy", "accuracy": "top-1 accuracy"}.get(measure, MEASURES[measure].label)
 
 
 def _limits(recipe: Recipe) -> str:

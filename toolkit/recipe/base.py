@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from toolkit.metrics import EPOCH_METRICS, METRICS, MODEL_METRICS, VALIDATION_METRICS
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1, inclusive."""
@@ -33,17 +35,21 @@ SLURM_MEMORY = r"^\d+[KMGT]?$"
 SLURM_OPTION = r"^--[a-z][a-z-]*(=[\w.,:/@%+=&|*()\[\]-]+)?$"
 """Options that need no quoting in an #SBATCH line: no quotation marks or spaces."""
 
-ValidationMetric = Literal["val/loss", "val/accuracy", "val/top5_accuracy", "val/balanced_accuracy"]
-Metric = Literal[
-    "train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/top5_accuracy", "val/balanced_accuracy"
-]
-"""Metrics logged every epoch, named as in metrics.jsonl and the trackers.
-
-``balanced_accuracy`` is the mean of the per-class accuracies (recall).
-"""
-
-Selection = Literal["val/loss", "val/accuracy", "val/top5_accuracy", "val/balanced_accuracy", "last"]
-"""Metric that selects the epoch whose weights are kept; ``last``: the last epoch, whatever its metrics."""
+if TYPE_CHECKING:  # type checkers cannot evaluate a Literal of computed names
+    EpochMetric = str
+    ValidationMetric = str
+    Selection = str
+    MetricName = str
+    ModelMetricName = str
+else:
+    EpochMetric = Literal[*EPOCH_METRICS]
+    """Metrics logged every epoch, named as in metrics.jsonl and the trackers."""
+    ValidationMetric = Literal[*VALIDATION_METRICS]
+    Selection = Literal[*VALIDATION_METRICS, "last"]
+    """Metric that selects the epoch whose weights are kept; ``last``: the last epoch, whatever its metrics."""
+    MetricName = Literal[*METRICS]
+    """Column of a study's table."""
+    ModelMetricName = Literal[*MODEL_METRICS]
 
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "none"]
 

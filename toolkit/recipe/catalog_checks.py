@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from toolkit.metrics import EXPECTED_METRICS
 from toolkit.recipe import catalog
 from toolkit.recipe.diagnostics import Issue, dotted, error, warning
 from toolkit.recipe.schema import Recipe, TransformConfig
@@ -18,18 +19,6 @@ from toolkit.similar_names import did_you_mean
 
 LIST = "`toolkit {}` lists the known ones"
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
-_MEASURES = ("loss", "accuracy", "top5_accuracy", "balanced_accuracy")
-_OF_SPLITS = [f"{split}_{measure}" for split in ("val", "test") for measure in _MEASURES]
-FIGURES = (
-    *_OF_SPLITS,
-    *(f"last_{name}" for name in _OF_SPLITS),
-    "epochs_run",
-    "seconds",
-    "parameters",
-    "trainable_parameters",
-)
-"""Metrics that [expected_metrics] can refer to: those of summary.json."""
-
 _WEIGHTS_KEY = "model.weights decides which weights are loaded"
 _LOADER = "it is an option of the library's loader, not an argument of the architecture; remove it"
 OWN_MODEL_KEYS = {
@@ -287,12 +276,14 @@ def expected_metrics(recipe: Recipe) -> Iterator[Issue]:
     """Check that [expected_metrics] names metrics that a run has, with accuracies from 0 to 1."""
     for name, expected in recipe.expected_metrics.items():
         path = ("expected_metrics", name)
-        if name not in FIGURES:
-            hint = did_you_mean(name, FIGURES, 2, otherwise="the metrics are " + ", ".join(FIGURES))
+        metric = EXPECTED_METRICS.get(name)
+        if metric is None:
+            hint = did_you_mean(name, EXPECTED_METRICS, 2, otherwise="the metrics are " + ", ".join(EXPECTED_METRICS))
             yield Issue(f"[expected_metrics]: a run has no metric {shown(name)}", path, hint=hint, at="key")
         for bound in ("at_least", "at_most", "value"):
             value = getattr(expected, bound)
-            if name.endswith("accuracy") and value is not None and not 0 <= value <= 1:
+            is_fraction = metric is not None and metric.measure.unit == "%"
+            if is_fraction and value is not None and not 0 <= value <= 1:
                 message = f"{dotted((*path, bound))}: accuracies are numbers from 0 to 1, found {describe_value(value)}"
                 yield Issue(
                     message, (*path, bound), hint=f"{value / 100:g} is {value:g} %" if 1 < value <= 100 else None

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from toolkit.recipe.catalog_checks import FIGURES
+from toolkit.metrics import EXPECTED_METRICS
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.toml_writer import toml_value
 from toolkit.recipe.type_descriptions import describe_type, unwrap_annotation
@@ -47,7 +47,7 @@ def _sections(path: str, entry: FieldInfo) -> Iterator[str]:
     yield f"### `{heading}`{alike}\n"
     yield f"{(model.__doc__ or '').strip()}\n"
     if path == "expected_metrics":
-        yield f"Metrics: {', '.join(f'`{figure}`' for figure in FIGURES)}.\n"
+        yield f"Metrics: {', '.join(f'`{name}`' for name in EXPECTED_METRICS)}.\n"
     yield "| key | value | default | unit | meaning |\n|---|---|---|---|---|"
     for name, field in model.model_fields.items():
         yield _row(f"{path}.{name}", name, field)

@@ -13,9 +13,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from toolkit.metrics import EXPECTED_METRICS
 from toolkit.recipe import catalog
 from toolkit.recipe.base import NAME_PATTERN
-from toolkit.recipe.catalog_checks import FIGURES, OWN_MODEL_KEYS
+from toolkit.recipe.catalog_checks import OWN_MODEL_KEYS
 from toolkit.recipe.schema import Recipe
 
 FILE = Path(__file__).parent / "recipe.schema.json"
@@ -37,7 +38,7 @@ def recipe_schema() -> Schema:
     _name_optimizers(tables["optimizer"])
     for split in ("train", "validation", "test"):
         _name_transforms(tables["augment"]["properties"][split]["items"])
-    tables["expected_metrics"]["propertyNames"] = {"enum": list(FIGURES)}
+    tables["expected_metrics"]["propertyNames"] = {"enum": list(EXPECTED_METRICS)}
     extends = {"type": "string", "minLength": 1, "description": "Recipe to inherit from, relative to this file."}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",

@@ -29,9 +29,9 @@ from toolkit.recipe.base import (
     STEPS,
     Activation,
     ConfigModel,
+    EpochMetric,
     Fraction,
     FractionBelowOne,
-    Metric,
     Name,
     Seed,
     Selection,
@@ -499,7 +499,7 @@ class SchedulerConfig(ConfigModel):
         json_schema_extra=EPOCHS,
     )
     warmup_start_factor: Fraction = Field(0.01, description="Initial warm-up learning rate, as a fraction of lr.")
-    metric: Metric = Field("val/loss", description="plateau: metric to monitor.")
+    metric: EpochMetric = Field("val/loss", description="plateau: metric to monitor.")
     patience: int = Field(
         5,
         ge=0,
@@ -606,7 +606,7 @@ class EarlyStoppingConfig(ConfigModel):
         description="Number of epochs without improvement after which training stops. Default: never.",
         json_schema_extra=EPOCHS,
     )
-    metric: Metric = Field("val/loss", description="Metric to monitor.")
+    metric: EpochMetric = Field("val/loss", description="Metric to monitor.")
     min_delta: float = Field(0.0, ge=0, description="Smaller absolute changes do not count as improvement.")
 
 

@@ -15,11 +15,19 @@ written as in a recipe, nested or dotted:
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from toolkit.recipe.base import ConfigModel, Fraction, ValidationMetric, describe
+from toolkit.recipe.base import (
+    ConfigModel,
+    EpochMetric,
+    Fraction,
+    MetricName,
+    ModelMetricName,
+    ValidationMetric,
+    describe,
+)
 
 MAX_RUNS = 200
 """A study with more runs starts only if the user confirms."""
@@ -27,47 +35,6 @@ MAX_RUNS = 200
 MOST_TRIALS = 10_000
 """Maximum number of configurations of a search."""
 
-MetricName = Literal[
-    "train_loss",
-    "train_accuracy",
-    "train_accuracy_all_images",
-    "val_loss",
-    "val_accuracy",
-    "val_top5_accuracy",
-    "val_balanced_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "test_top5_accuracy",
-    "test_balanced_accuracy",
-    "last_train_loss",
-    "last_train_accuracy",
-    "last_val_accuracy",
-    "last_test_accuracy",
-    "epochs",
-    "parameters",
-    "seconds",
-    "images_per_second",
-]
-"""Columns of a study's table: metrics of the best epoch (``last_``: of the last epoch), and the cost of the run."""
-
-METRICS: tuple[str, ...] = get_args(MetricName)
-
-Outcome = Literal[
-    "train_loss",
-    "train_accuracy",
-    "train_accuracy_all_images",
-    "val_loss",
-    "val_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "last_train_loss",
-    "last_train_accuracy",
-    "last_val_accuracy",
-    "last_test_accuracy",
-]
-"""Columns that claims can compare: lower is better for losses, higher for accuracies."""
-
-EpochMetricName = Literal["train/loss", "train/accuracy", "val/loss", "val/accuracy"]
 ConfigOverrides = dict[str, Any]
 """Recipe keys, nested as in a recipe; the leaves are as described by the field."""
 
@@ -102,7 +69,7 @@ class StudyRow(ConfigModel):
     set: Annotated[ConfigOverrides, describe("Recipe keys and their values in this row.")] = {}
     published: Annotated[PublishedMetrics, describe(_FIGURES)] = {}
     published_epochs: Annotated[
-        dict[EpochMetricName, list[float]], describe("Published metrics per epoch, starting with the first.")
+        dict[EpochMetric, list[float]], describe("Published metrics per epoch, starting with the first.")
     ] = {}
     source: Annotated[str, describe("Where the results are published, if different from study.source.")] = ""
     note: Annotated[str, describe("Notes for the reader, such as contradictions or unclear settings.")] = ""
@@ -162,7 +129,7 @@ class ResultsTableConfig(ConfigModel):
     ]
     best_by: Annotated[ValidationMetric, describe("Validation metric that selects the best row.")] = "val/accuracy"
     per_epoch: Annotated[
-        EpochMetricName | None,
+        EpochMetric | None,
         describe(
             "Also write a table of this metric, with one line per epoch and one column per row of the study; x marks "
             "epochs after early stopping."
@@ -176,7 +143,7 @@ class Claim(ConfigModel):
 
     statement: Annotated[str, Field(min_length=1), describe("The claim, as stated in the publication.")]
     source: Annotated[str, describe("Where the claim is published.")] = ""
-    metric: Annotated[Outcome, describe("The column to compare.")]
+    metric: Annotated[ModelMetricName, describe("The column to compare.")]
     better: Annotated[
         str | ConfigOverrides, describe("Name of a row, or recipe keys and values that select a group of runs.")
     ]

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from toolkit.expectations import check_expectations
 from toolkit.formatting import duration, plural
+from toolkit.metrics import METRICS
 from toolkit.recipe.diagnostics import printable
 from toolkit.report.html import (
     HtmlCell,
@@ -181,18 +182,14 @@ def _costs(summary: Record) -> Iterator[SummaryCard]:
 
 def _models(facts: RunData) -> HtmlTable:
     """Compare the best and the last model."""
-    titles = ("val loss", "val accuracy", "test loss", "test accuracy", "test balanced accuracy", "test top-5")
+    shown = [metric for metric in METRICS.values() if metric.model == "best" and metric.split in ("val", "test")]
+    titles = (f"{metric.split} {metric.measure.label}" for metric in shown)
     columns = [HtmlColumn("model"), HtmlColumn("epoch", True), *(HtmlColumn(title, True) for title in titles)]
     rows = []
     for model in ("best", "last") if facts.summary else ():
         found = facts.summary[model]  # type: ignore[index]
-        losses = (number(found.get("val_loss")), number(found.get("test_loss")))
-        val, test, test_class, top5 = (
-            share(found.get(key))
-            for key in ("val_accuracy", "test_accuracy", "test_balanced_accuracy", "test_top5_accuracy")
-        )
-        cells = [HtmlCell(model), integer(found["epoch"]), losses[0], val, losses[1], test, test_class, top5]
-        rows.append(HtmlRow(cells, "best" if model == "best" else ""))
+        values = ((share if metric.measure.unit == "%" else number)(found.get(metric.key)) for metric in shown)
+        rows.append(HtmlRow([HtmlCell(model), integer(found["epoch"]), *values], "best" if model == "best" else ""))
     return HtmlTable(columns, rows)
 
 

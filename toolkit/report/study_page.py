@@ -12,6 +12,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from toolkit.formatting import duration
+from toolkit.metrics import CURVES, best_of, higher_is_better, metric_of
 from toolkit.recipe import Recipe
 from toolkit.recipe.diagnostics import printable
 from toolkit.report.html import (
@@ -31,8 +32,8 @@ from toolkit.report.run_data import Record
 from toolkit.report.run_page import environment_table
 from toolkit.runs import Run
 from toolkit.study.export_tables import StudyResults
-from toolkit.study.results import RunResult, best_of
-from toolkit.study.results_table import FORMATS, best_row, short_value
+from toolkit.study.results import RunResult
+from toolkit.study.results_table import best_row, short_value
 from toolkit.study.results_table import title as title_of
 from toolkit.study.text_table import BEST, DECLINE, MINUS, TextTable
 from toolkit.study.trial_table import search_metric, varied_keys
@@ -40,10 +41,6 @@ from toolkit.study.trial_table import search_metric, varied_keys
 COLOURS = ("blue", "vermilion", "green", "purple", "orange", "sky", "ink")
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
 """Rows use all colors first, then dashes; 28 combinations are distinct."""
-
-CURVES = {"val/accuracy": "Validation accuracy", "val/loss": "Validation loss", "train/loss": "Training loss",
-          "train/accuracy": "Training accuracy"}  # fmt: skip
-"""Metrics plotted for all runs, with their captions."""
 
 SHOWN = 4
 """Maximum number of different values shown for one key."""
@@ -77,7 +74,7 @@ def study_page(
         "notes": [printable(note) for note in sheet.notes],
         "judged": [{**vars(as_table(one)), "notes": [printable(n) for n in one.notes]} for one in found.judged],
         "by_epoch": [{**vars(as_table(one)), "notes": [printable(n) for n in one.notes]} for one in found.by_epoch],
-        "charts": [(key.replace("/", "-"), caption) for key, caption in CURVES.items()],
+        "charts": [(key.replace("/", "-"), metric_of(key).label.capitalize()) for key in CURVES],
         "drawn": [{"svg": Markup(svg), "label": label} for svg, label in drawn],
         "runs": run_table(found, facts.path),
         "recipe": study_recipe(facts, found.results),
@@ -100,13 +97,13 @@ def _subtitles(found: StudyResults, facts: StudyReportData) -> list[str]:
 def _cards(found: StudyResults) -> Iterator[SummaryCard]:
     """Yield cards with the most important metrics."""
     results, finished = found.results, [result for result in found.results if result.is_finished]
-    metric = search_metric(found.table).replace("/", "_")
+    metric = metric_of(search_metric(found.table)).name
     best = best_row(found.rows, metric)
     if best is not None:
         for figure in dict.fromkeys((metric, metric.replace("val", "test", 1))):
             if (estimate := best.figures.get(figure)) is not None:
-                shown = FORMATS[figure]
-                value = percent(estimate.mean) if shown.scale == 100 else f"{estimate.mean:.4f}"
+                is_share = metric_of(figure).measure.unit == "%"
+                value = percent(estimate.mean) if is_share else f"{estimate.mean:.4f}"
                 yield {"name": f"best row: {figure.replace('_', ' ')}", "value": value, "hint": best.name}
     rows = f"{len(found.rows)} {'configurations' if found.trials else 'rows'}"
     yield {"name": "runs finished", "value": f"{len(finished)} of {len(results)}", "hint": rows}
@@ -143,7 +140,7 @@ def _cell(text: str, *, is_number: bool) -> HtmlCell:
 def run_table(found: StudyResults, folder: Path) -> HtmlTable:
     """Return a table with one row per run: progress, results and a link to its report."""
     metric = search_metric(found.table)
-    is_share = FORMATS[metric.replace("/", "_")].scale == 100
+    is_share = metric_of(metric).measure.unit == "%"
     columns = [HtmlColumn("row"), HtmlColumn("seed", True), HtmlColumn("state"), HtmlColumn("epochs", True)]
     columns += [
         HtmlColumn(f"best {metric}", True),
@@ -224,7 +221,7 @@ def _listed(values: Sequence[str]) -> str:
 
 def bundle(found: StudyResults, metric: str) -> dict[str, Any]:
     """Return the curves of all runs for the page's script."""
-    scale = FORMATS[metric.replace("/", "_")].scale
+    scale = metric_of(metric).measure.scale
     rows = list(dict.fromkeys(result.member.row for result in found.results))
     series = []
     for result in found.results:
@@ -238,6 +235,5 @@ def bundle(found: StudyResults, metric: str) -> dict[str, Any]:
             "x": [x for x, _ in points], "y": [y for _, y in points],
             "colour": f"var(--{COLOURS[index % len(COLOURS)]})", "dash": DASHES[index // len(COLOURS) % len(DASHES)],
         })  # fmt: skip
-    label = "cross-entropy (nats)" if metric.endswith("loss") else "accuracy (%)"
-    return {"xLabel": "epoch", "whole": True, "yLabel": label, "series": series, "many": True,
-            "canLog": metric.endswith("loss")}  # fmt: skip
+    return {"xLabel": "epoch", "whole": True, "yLabel": metric_of(metric).axis_label, "series": series, "many": True,
+            "canLog": not higher_is_better(metric)}  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import RunFailed, UserError
+from toolkit.metrics import CURVES, metric_of
 from toolkit.models.unknown_names import first_line
 from toolkit.reading import read_json
 from toolkit.report.plot_style import CYCLE
@@ -25,8 +26,6 @@ from toolkit.wandb_sync import id_at_wandb
 
 FILE = "wandb-report.json"
 """File in the study's folder that records the report, so that the next call updates it."""
-CURVES = {"train/loss": "Training loss", "train/accuracy": "Training accuracy", "val/loss": "Validation loss",
-          "val/accuracy": "Validation accuracy", "lr": "Learning rate"}  # fmt: skip
 TITLE = 128
 """Maximum length of a title on W&B."""
 UNFIT = r"[/?#%\\<>]"
@@ -167,7 +166,8 @@ def _blocks(
     rows = list(dict.fromkeys(result.member.row for result in found.results))
     runsets = [_runset(reports, place, runs, rows) for place, runs in tracked.items()]
     every = [run for runs in tracked.values() for run in runs]
-    curves = [_curve(reports, metric, caption, every) for metric, caption in CURVES.items()]
+    captions = {**{metric: metric_of(metric).label.capitalize() for metric in CURVES}, "lr": "Learning rate"}
+    curves = [_curve(reports, metric, caption, every) for metric, caption in captions.items()]
     return [
         reports.H1("Table"),
         reports.MarkdownBlock(markdown(found.main)),
@@ -205,7 +205,7 @@ def _curve(reports: Any, metric: str, caption: str, runs: Sequence[TrackedRun]) 
 
 
 def _comparison(reports: Any, found: StudyResults) -> list[Any]:
-    metric = search_metric(found.table).replace("/", "_")
+    metric = metric_of(search_metric(found.table)).name
     figures = dict.fromkeys((metric, metric.replace("val_", "test_")))
     bars = [
         reports.BarPlot(

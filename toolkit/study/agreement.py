@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from toolkit.study.results import LAST
-from toolkit.study.results_table import FORMATS, MISSING, ResultRow, number
+from toolkit.metrics import MEASURES, METRICS, SPLITS
+from toolkit.study.results_table import MISSING, ResultRow, number
 from toolkit.study.text_table import TextTable
 
 
@@ -33,7 +33,7 @@ def agreements(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[Agreem
     found = []
     for column in columns:
         compared = [r for r in rows if not r.not_comparable and column in r.published and column in r.figures]
-        if len(compared) > 1 and column.endswith(("_accuracy", "_loss")):
+        if len(compared) > 1 and METRICS[column].measure in MEASURES.values():
             found.append(_agreement(column, compared))
     return found
 
@@ -60,13 +60,11 @@ def _noise(row: ResultRow, column: str) -> tuple[float, str] | None:
         return measured.std, "seeds"
     if published is not None and published.std is not None:
         return published.std, "published seeds"
-    split, _, kind = column.removeprefix(LAST).partition("_")
+    split = SPLITS[METRICS[column].split][0]
     images = next((r.images[split] for r in row.finished if r.images.get(split)), 0)
-    if kind != "accuracy" or split == "train" or not images:
+    if METRICS[column].measure != MEASURES["accuracy"] or split == "training" or not images:
         return None
-    return math.sqrt(
-        measured.mean * (1 - measured.mean) / images
-    ), f"{'test' if split == 'test' else 'validation'} images"
+    return math.sqrt(measured.mean * (1 - measured.mean) / images), f"{split} images"
 
 
 def _spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
@@ -85,7 +83,7 @@ def agreement_sheet(found: Sequence[Agreement]) -> TextTable:
     head = ["column", "rows", "rank correlation", "mean abs. diff.", "within noise", "noise from"]
     rows = [
         [
-            FORMATS[one.figure].heading,
+            METRICS[one.figure].heading,
             str(one.rows),
             MISSING if one.rank_correlation is None else number("val_loss", one.rank_correlation, signed=True),
             number(one.figure, one.mean_difference, mean=True),

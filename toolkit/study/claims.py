@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from toolkit.errors import UserError
+from toolkit.metrics import METRICS, higher_is_better
 from toolkit.recipe.study_schema import Claim, StudyConfig
 from toolkit.study.directory import StudyDirectory
 from toolkit.study.grid import conditions
-from toolkit.study.results import RunResult, higher_is_better
-from toolkit.study.results_table import FORMATS, MISSING, number
+from toolkit.study.results import RunResult
+from toolkit.study.results_table import MISSING, number
 from toolkit.study.significance import McNemar, estimate, pairs_needed, welch
 from toolkit.study.text_table import TextTable
 from toolkit.study.validation import in_group
@@ -205,7 +206,7 @@ def claims_sheet(judged: Sequence[JudgedClaim], confidence: float) -> TextTable:
         effect = MISSING if found.effect is None else number(claim.metric, found.effect, signed=True, mean=True)
         needed = MISSING if found.needed is None or one.verdict != "undecidable" else str(found.needed)
         intervals = [_interval(claim, found.over_seeds), _interval(claim, found.over_images)]
-        heading = FORMATS[claim.metric].heading
+        heading = METRICS[claim.metric].heading
         cells = [claim.statement, one.verdict, heading, found.than, effect, found.runs or MISSING, *intervals, needed]
         rows.append(cells)
         if claim.source or found.reason:

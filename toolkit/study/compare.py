@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from toolkit.errors import UserError
-from toolkit.study.results_table import FORMATS, MISSING, ResultRow, nearest, number, p_value
+from toolkit.metrics import METRICS
+from toolkit.study.results_table import MISSING, ResultRow, nearest, number, p_value
 from toolkit.study.significance import PairedComparison, compare
 from toolkit.study.text_table import MINUS, TextTable
-
-NO_TEST = ("parameters",)
-"""Metrics that do not depend on the seed."""
 
 
 def compare_rows(
@@ -28,7 +26,7 @@ def compare_rows(
     found = {}
     for column in columns:
         pairs = [(a[s][column], b[s][column]) for s in seeds if column in a[s] and column in b[s]]
-        if pairs and column not in NO_TEST:
+        if pairs and METRICS[column].measure.varies:
             found[column] = compare([x for x, _ in pairs], [y for _, y in pairs], confidence)
     return found
 
@@ -51,7 +49,7 @@ def comparison_sheet(found: dict[str, PairedComparison], first: str, second: str
     """Build the table of the comparison."""
     interval = f"{confidence * 100:g} % interval"
     head = ["metric", "pairs", "mean difference", interval, "t-test p", "permutation p"]
-    cells = [[FORMATS[c].heading, *_cells(c, comparison)] for c, comparison in found.items()]
+    cells = [[METRICS[c].heading, *_cells(c, comparison)] for c, comparison in found.items()]
     return TextTable(f"{first} {MINUS} {second}", head, cells, notes=_notes(list(found.values())))
 
 

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
+from toolkit.metrics import METRICS, higher_is_better, metric_of
 from toolkit.recipe.study_schema import StudyConfig
-from toolkit.study.results import higher_is_better
-from toolkit.study.results_table import FORMATS, MISSING, ResultRow, number, title
+from toolkit.study.results_table import MISSING, ResultRow, number, title
 from toolkit.study.text_table import BEST, DECLINE, TextTable
 
 ENDED = "x"
@@ -44,7 +44,7 @@ def mean_by_epoch(row: ResultRow, figure: str) -> list[float]:
 
 def _one_figure(rows: Sequence[ResultRow], table: StudyConfig, name: str, figure: str) -> list[TextTable]:
     columns = {row.name: mean_by_epoch(row, figure) for row in rows}
-    caption = f"{title(table, name)}: {FORMATS[_plain(figure)].heading} by epoch"
+    caption = f"{title(table, name)}: {metric_of(figure).heading} by epoch"
     told = _notes(rows, [row.name for row in rows if not row.finished])
     sheets = [_marked(caption, columns, figure, told, {r.name: _test_mean(r) for r in rows})]
     published = {row.name: row.results[0].member.published_epochs.get(figure, []) for row in rows}
@@ -79,7 +79,7 @@ def _marked(
     if any(value is not None for value in tested.values()):
         values = (tested[name] for name in columns)
         line = [MISSING if value is None else number("test_accuracy", value) for value in values]
-        cells.append([FORMATS["test_accuracy"].heading, *line])
+        cells.append([METRICS["test_accuracy"].heading, *line])
     told = f"{BEST}: the best epoch of the column; {DECLINE}: the epoch after it, if it is worse."
     return replace(sheet, rows=cells, notes=[told, *notes])
 
@@ -88,7 +88,7 @@ def _one_row(row: ResultRow, table: StudyConfig, name: str, figures: Sequence[st
     columns, kinds = {}, []
     published = row.results[0].member.published_epochs
     for figure in figures:
-        heading = FORMATS[_plain(figure)].heading
+        heading = metric_of(figure).heading
         columns[heading] = mean_by_epoch(row, figure)
         kinds.append(figure)
         if figure in published:
@@ -108,7 +108,7 @@ def _sheet(caption: str, columns: dict[str, list[float]], figures: Sequence[str]
 def _cell(column: Sequence[float], epoch: int, figure: str) -> str:
     if not column:
         return MISSING
-    return number(_plain(figure), column[epoch]) if epoch < len(column) else ENDED
+    return number(figure, column[epoch]) if epoch < len(column) else ENDED
 
 
 def _notes(rows: Sequence[ResultRow], missing: Sequence[str]) -> list[str]:
@@ -124,18 +124,13 @@ def _source(table: StudyConfig) -> list[str]:
     return [f"Published: {table.source}."] if table.source else []
 
 
-def _plain(figure: str) -> str:
-    """Return the column name of a metric, such as ``val_accuracy`` for ``val/accuracy``."""
-    return figure.replace("/", "_")
-
-
 def epoch_records(rows: Sequence[ResultRow], figures: Sequence[str]) -> list[dict[str, object]]:
     """Return one record per row and epoch: the means, and published metrics if there are any."""
     found: list[dict[str, object]] = []
     for row in rows:
-        columns: dict[str, Sequence[float]] = {_plain(figure): mean_by_epoch(row, figure) for figure in figures}
+        columns: dict[str, Sequence[float]] = {metric_of(figure).name: mean_by_epoch(row, figure) for figure in figures}
         published = row.results[0].member.published_epochs
-        columns |= {f"{_plain(figure)}_published": published[figure] for figure in figures if figure in published}
+        columns |= {f"{metric_of(name).name}_published": published[name] for name in figures if name in published}
         for epoch in range(max((len(column) for column in columns.values()), default=0)):
             cells = {name: column[epoch] if epoch < len(column) else None for name, column in columns.items()}
             found.append({"row": row.name, "epoch": epoch + 1, **cells})

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.recipe.study_schema import METRICS, StudyConfig
+from toolkit.metrics import METRICS, higher_is_better, metric_of
+from toolkit.recipe.study_schema import StudyConfig
 from toolkit.runs import write_atomically
 from toolkit.study.agreement import Agreement, agreement_sheet, agreements
 from toolkit.study.claims import JudgedClaim, claim_records, claims_sheet, judge_claims
 from toolkit.study.compare import compare_rows, comparison_records, comparison_sheet
 from toolkit.study.directory import StudyDirectory
 from toolkit.study.epoch_tables import epoch_records, epoch_sheets, figures_by_epoch
-from toolkit.study.results import LAST, RunResult, higher_is_better, read_results
+from toolkit.study.results import RunResult, read_results
 from toolkit.study.results_table import (
-    FORMATS,
     ResultRow,
     best_first,
     build_rows,
@@ -30,9 +30,6 @@ from toolkit.study.results_table import (
 from toolkit.study.significance import PairedComparison
 from toolkit.study.text_table import TextTable, csv_text, latex, markdown, text
 from toolkit.study.trial_table import TrialResult, outcomes, trial_records, trial_sheet
-
-SMALLER_FIRST = ("epochs", "parameters", "seconds")
-"""Metrics other than losses that are sorted in ascending order."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +77,14 @@ class StudyResults:
         rows = [found.rows[index] for index in order]
         marked = frozenset(place for place, index in enumerate(order) if index in found.marked)
         cut = f"; the first {len(rows)} of {len(found.rows)} lines" if len(rows) < len(found.rows) else ""
-        note = f"Sorted by {FORMATS[self._sorted_by].heading}, the best first{cut}."
+        note = f"Sorted by {METRICS[self._sorted_by].heading}, the best first{cut}."
         return replace(found, rows=rows, marked=marked, notes=[note, *found.notes])
 
     @property
     def _sorted_by(self) -> str | None:
         """The metric by which the main table is sorted; None: in the study's order."""
         if self.wanted.sort is None and self.wanted.top is not None:
-            return self.table.output.best_by.replace("/", "_")
+            return metric_of(self.table.output.best_by).name
         return self.wanted.sort
 
     @property
@@ -97,7 +94,7 @@ class StudyResults:
         records = self._all_records
         if figure is None:
             return list(range(len(records)))
-        sign = -1 if figure in SMALLER_FIRST or not higher_is_better(figure) else 1
+        sign = -1 if not higher_is_better(figure) else 1
 
         def rank(index: int) -> float:
             value = records[index].get(figure)
@@ -152,8 +149,8 @@ def read_outcomes(folder: StudyDirectory, wanted: TableOptions) -> StudyResults:
     columns = wanted.columns or _measured(table.output.columns, results)
     check_columns(columns)
     if wanted.sort is not None and wanted.sort not in METRICS:
-        raise UserError(f"--sort {wanted.sort}: there is no such column{nearest(wanted.sort, METRICS)}")
-    sought = wanted.sort or (table.output.best_by.replace("/", "_") if wanted.top is not None else None)
+        raise UserError(f"--sort {wanted.sort}: there is no such column{nearest(wanted.sort, list(METRICS))}")
+    sought = wanted.sort or (metric_of(table.output.best_by).name if wanted.top is not None else None)
     if sought is not None and sought not in columns:
         columns = [*columns, sought]
     rows = build_rows(results, table, wanted.by)
@@ -181,8 +178,7 @@ def _measured(columns: Sequence[str], results: Sequence[RunResult]) -> Sequence[
     finished = [result for result in results if result.is_finished]
 
     def has(column: str) -> bool:
-        split = column.removeprefix(LAST).split("_")[0]
-        return split not in ("val", "test") or any(column in result.figures for result in finished)
+        return METRICS[column].split not in ("val", "test") or any(column in result.figures for result in finished)
 
     return [column for column in columns if has(column)] if finished else columns
 

@@ -16,8 +16,8 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normal
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from toolkit.metrics import higher_is_better, metric_of
 from toolkit.report.plot_style import BLUE, CYCLE, INK, SKY, VERMILION, grid, short
-from toolkit.study.results_table import FORMATS
 
 WIDTH, HEIGHT = 6.3, 3.8
 """In inches; the width of a page of text."""
@@ -53,18 +53,6 @@ class ParallelAxis:
     ticks: Mapping[float, str]
 
 
-def label_of(metric: str) -> str:
-    """Return the axis label of a metric such as ``val/accuracy``, with its unit."""
-    split, kind = metric.split("/")
-    words = {"train": "training", "val": "validation", "test": "test"}[split]
-    return f"{words} loss (nats)" if kind == "loss" else f"{words} {kind.replace('_', ' ')} (%)"
-
-
-def scale_of(metric: str) -> float:
-    """Return the factor that converts a metric to the unit of :func:`label_of`."""
-    return FORMATS[metric.replace("/", "_")].scale
-
-
 def lightness_colormap() -> Colormap:
     """Return viridis from light to dark, readable with any color vision; its yellow end, invisible on white, is cut."""
     return LinearSegmentedColormap.from_list("ramp", colormaps["viridis"](np.linspace(0.92, 0.0, 256)))
@@ -73,7 +61,7 @@ def lightness_colormap() -> Colormap:
 def curves(curves: Sequence[Curve], metric: str, title: str) -> Figure:
     """Plot one line per row of the study, with a band of one standard deviation if it has several seeds."""
     figure, axes = _epoch_axes(metric, title)
-    scale = scale_of(metric)
+    scale = metric_of(metric).measure.scale
     shades = [lightness_colormap()(x) for x in np.linspace(0, 1, len(curves))] if len(curves) > len(CYCLE) else CYCLE
     for index, (curve, colour) in enumerate(zip(curves, shades, strict=False)):
         epochs = np.arange(1, len(curve.mean) + 1)
@@ -93,6 +81,7 @@ def coloured_curves(
 ) -> Figure:
     """Plot the curves of many runs, given as (value of the parameter, curve) and colored by the value."""
     figure, axes = _epoch_axes(metric, title)
+    scale = metric_of(metric).measure.scale
     values = [value for value, _ in curves]
     colour = _number_colours(values, log=log) if is_numeric(values) else None
     names = list(dict.fromkeys(str(value) for value in values))
@@ -101,7 +90,7 @@ def coloured_curves(
         shade = colour.to_rgba(value) if colour else CYCLE[index % len(CYCLE)]
         dash = "-" if colour else DASHES[index // len(CYCLE) % len(DASHES)]
         epochs = range(1, len(curve) + 1)
-        axes.plot(epochs, np.asarray(curve) * scale_of(metric), dash, color=shade, linewidth=1.1, marker=_dot(curve))
+        axes.plot(epochs, np.asarray(curve) * scale, dash, color=shade, linewidth=1.1, marker=_dot(curve))
     if colour:
         bar = figure.colorbar(colour, ax=axes)
         if log and len(set(values)) <= TICKS:  # matplotlib would label powers of ten only
@@ -123,7 +112,7 @@ def levels(
     """Plot the best epoch's metric, as (mean, standard deviation) over the seeds, against the parameter that varies."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
-    scale = scale_of(metric)
+    scale = metric_of(metric).measure.scale
     for points, name, colour, mark in ((validation, "validation", BLUE, "o"), (test, "test", VERMILION, "s")):
         if not points:
             continue
@@ -133,7 +122,7 @@ def levels(
     if log:
         axes.set_xscale("log")
     axes.set_xlabel(key, parse_math=False)
-    axes.set_ylabel(label_of(metric).split(" ", 1)[1])
+    axes.set_ylabel(f"{metric_of(metric).measure.label} ({metric_of(metric).measure.unit})")
     axes.set_title(textwrap.fill(title, LINE), parse_math=False)
     axes.legend()
     grid(axes)
@@ -161,7 +150,7 @@ def parallel_coordinates(axes_: Sequence[ParallelAxis], outcome: Sequence[float]
     axes = figure.subplots()
     colour = ScalarMappable(Normalize(min(outcome), max(outcome)), lightness_colormap())
     order = np.argsort(outcome, kind="stable")
-    for index in order if not metric.endswith("loss") else order[::-1]:
+    for index in order if higher_is_better(metric) else order[::-1]:
         points = [(x, axis.positions[index]) for x, axis in enumerate(axes_)]
         shown = [(x, y) for x, y in points if y is not None]
         axes.plot(*zip(*shown, strict=True), color=colour.to_rgba(outcome[index]), linewidth=1.2, alpha=0.85)
@@ -174,7 +163,7 @@ def parallel_coordinates(axes_: Sequence[ParallelAxis], outcome: Sequence[float]
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.margins(x=0.08)
-    figure.colorbar(colour, ax=axes).set_label(label_of(metric))
+    figure.colorbar(colour, ax=axes).set_label(metric_of(metric).axis_label)
     _head(figure, title)
     return figure
 
@@ -185,13 +174,13 @@ def incumbent_curve(
     """Plot the best value against the cost; each search is a list of (cost, best value so far)."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
-    scale = scale_of(metric)
+    scale = metric_of(metric).measure.scale
     for index, (name, points) in enumerate(searches.items()):
         spent, best = zip(*points, strict=True)
         axes.step(spent, np.asarray(best) * scale, DASHES[index // len(CYCLE) % len(DASHES)], where="post",
                   color=CYCLE[index % len(CYCLE)], linewidth=1.5, label=short(name, 40))  # fmt: skip
     axes.set_xlabel(cost)
-    axes.set_ylabel(f"best {label_of(metric)}")
+    axes.set_ylabel(f"best {metric_of(metric).axis_label}")
     axes.set_title(textwrap.fill(title, LINE), parse_math=False)
     if len(searches) > 1:
         axes.legend()
@@ -224,7 +213,7 @@ def _epoch_axes(metric: str, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel("epoch")
-    axes.set_ylabel(label_of(metric))
+    axes.set_ylabel(metric_of(metric).axis_label)
     axes.set_title(textwrap.fill(title, LINE), parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     grid(axes)

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.metrics import CURVES, best_of, higher_is_better, metric_of
 from toolkit.study import plot_types
 from toolkit.study.bohb import BohbScheduler, budgets
 from toolkit.study.export_tables import StudyResults
 from toolkit.study.optuna_tpe import TrialHistory, optuna_study
 from toolkit.study.plot_types import Curve, ParallelAxis
-from toolkit.study.results import RunResult, best_of, higher_is_better
+from toolkit.study.results import RunResult
 from toolkit.study.results_table import ResultRow, short_key, short_value, title
 from toolkit.study.search_space import SearchParameter, SearchSpace, read_parameters
 from toolkit.study.trial_table import search_metric, varied_keys
@@ -21,7 +22,6 @@ from toolkit.study.trial_table import search_metric, varied_keys
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CURVES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
 FEWEST = 8
 """Minimum number of configurations for estimating the importance of parameters."""
 COLOURED = 6
@@ -55,7 +55,7 @@ def study_figures(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 
 
 def row_curves(found: StudyResults) -> Iterator[tuple[str, Figure]]:
-    """Yield one figure with all rows of the study for each of :data:`CURVES`."""
+    """Yield one figure with all rows of the study for each of :data:`~toolkit.metrics.CURVES`."""
     for metric in CURVES:
         drawn = [_curve(row, metric) for row in found.rows if row.finished]
         drawn = [curve for curve in drawn if curve.mean]
@@ -267,7 +267,7 @@ def parallel(found: StudyResults) -> Iterator[tuple[str, Figure]]:
     parameters = {parameter.key: parameter for parameter in space_of(found).parameters}
     axes = [_axis(parameters[key], short_key(key, keys), [result for result, _ in runs]) for key in keys]
     name = f"{title(found.table, found.name)}: {len(runs)} {what}"
-    scale = plot_types.scale_of(metric)
+    scale = metric_of(metric).measure.scale
     yield "parallel-coordinates", plot_types.parallel_coordinates(axes, [v * scale for _, v in runs], metric, name)
 
 

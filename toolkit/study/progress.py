@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.metrics import best_of, higher_is_better
 from toolkit.runs import Run
 from toolkit.study.bohb import search_epochs
 from toolkit.study.directory import RunState, StudyDirectory, StudyRun, failure_of, state_of
-from toolkit.study.results import best_of, higher_is_better
 
 REFRESH_S = 1.0
 SHOWN = 16

@@ -9,49 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.recipe.study_schema import METRICS, StudyConfig
+from toolkit.metrics import METRICS, higher_is_better, metric_of
+from toolkit.recipe.study_schema import StudyConfig
 from toolkit.similar_names import did_you_mean
 from toolkit.study.directory import StudyRun
 from toolkit.study.grid import label
-from toolkit.study.results import RunResult, higher_is_better
+from toolkit.study.results import RunResult
 from toolkit.study.significance import MeanWithInterval, estimate, welch
 from toolkit.study.text_table import DASH, MINUS, TextTable
 
 MISSING = DASH
 """Shown in place of a missing metric."""
-
-
-@dataclass(frozen=True)
-class MetricFormat:
-    """How a metric is formatted."""
-
-    heading: str
-    decimals: int
-    scale: float = 1.0
-
-
-def _accuracies(split: str, name: str) -> dict[str, MetricFormat]:
-    kinds = (("accuracy", "acc."), ("top5_accuracy", "top-5 acc."), ("balanced_accuracy", "class acc."))
-    return {f"{split}_{kind}": MetricFormat(f"{name} {word} %", 2, 100.0) for kind, word in kinds}
-
-
-FORMATS: dict[str, MetricFormat] = {
-    "train_loss": MetricFormat("train loss", 4),
-    "val_loss": MetricFormat("val. loss", 4),
-    "test_loss": MetricFormat("test loss", 4),
-    **_accuracies("train", "train"),
-    "train_accuracy_all_images": MetricFormat("train acc. of all images %", 2, 100.0),
-    **_accuracies("val", "val."),
-    **_accuracies("test", "test"),
-    "last_train_loss": MetricFormat("last train loss", 4),
-    **_accuracies("last_train", "last train"),
-    **_accuracies("last_val", "last val."),
-    **_accuracies("last_test", "last test"),
-    "epochs": MetricFormat("epochs", 0),
-    "parameters": MetricFormat("parameters", 0),
-    "seconds": MetricFormat("seconds", 1),
-    "images_per_second": MetricFormat("images/s", 0),
-}
 
 
 @dataclass(frozen=True)
@@ -182,7 +150,7 @@ def check_columns(columns: Sequence[str]) -> None:
     """Raise UserError for an unknown metric."""
     for column in columns:
         if column not in METRICS:
-            raise UserError(f"--columns {column}: there is no such metric{nearest(column, METRICS)}")
+            raise UserError(f"--columns {column}: there is no such metric{nearest(column, list(METRICS))}")
 
 
 def sheet(
@@ -194,7 +162,7 @@ def sheet(
     head = ["setting", *(["runs"] if several else [])]
     published = ["published"] if table.not_comparable else ["published", "diff."]
     for column in columns:
-        head += [FORMATS[column].heading, *(published if column in compared else [])]
+        head += [METRICS[column].heading, *(published if column in compared else [])]
     head += ["open"] if unfinished else []
     cells = []
     for row in rows:
@@ -218,7 +186,7 @@ def title(table: StudyConfig, name: str) -> str:
 
 def number(figure: str, value: float, *, signed: bool = False, mean: bool = False) -> str:
     """Format a metric as a cell; a mean of whole numbers has one decimal."""
-    shown = FORMATS[figure]
+    shown = metric_of(figure).measure
     decimals = 1 if mean and not shown.decimals and value != int(value) else shown.decimals
     return f"{value * shown.scale:{'+' if signed else ''},.{decimals}f}".replace("-", MINUS)
 
@@ -228,7 +196,7 @@ def _measured(row: ResultRow, column: str, intervals: bool) -> str:
     if found is None:
         return MISSING
     mean = number(column, found.mean, mean=found.n > 1)
-    if found.std is None or column == "parameters":
+    if found.std is None or not METRICS[column].measure.varies:
         return mean
     if intervals and found.interval is not None:
         low, high = (number(column, end, mean=True) for end in found.interval)
@@ -254,7 +222,7 @@ def _against_several(row: ResultRow, column: str, table: StudyConfig) -> list[st
     published, found = row.published_spread.get(column), row.figures.get(column)
     if published is None or row.not_comparable:
         return []
-    what = f"{row.name}, {FORMATS[column].heading}: the published mean is over {published.n} runs"
+    what = f"{row.name}, {METRICS[column].heading}: the published mean is over {published.n} runs"
     if found is None:
         return [f"{what}."]
     test = welch(found, published)

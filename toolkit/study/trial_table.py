@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from toolkit.metrics import METRICS, best_of, higher_is_better, metric_of
 from toolkit.recipe.study_schema import StudyConfig
-from toolkit.study.results import RunResult, best_of, higher_is_better
-from toolkit.study.results_table import FORMATS, MISSING, number, short_key, short_value, title
+from toolkit.study.results import RunResult
+from toolkit.study.results_table import MISSING, number, short_key, short_value, title
 from toolkit.study.text_table import TextTable
 
 
@@ -59,10 +60,10 @@ def varied_keys(results: Sequence[RunResult]) -> list[str]:
 def trial_sheet(found: Sequence[TrialResult], table: StudyConfig, name: str, columns: Sequence[str]) -> TextTable:
     """Build the table of trials. ``columns``: metrics of finished runs, in addition to the search metric."""
     metric = search_metric(table)
-    sought = metric.replace("/", "_")
+    sought = metric_of(metric).name
     keys = varied_keys([outcome.result for outcome in found])
     shown = [column for column in columns if column not in (sought, "epochs")]
-    head = ["trial", *(short_key(key, keys) for key in keys), "state", "epochs", FORMATS[sought].heading]
+    head = ["trial", *(short_key(key, keys) for key in keys), "state", "epochs", METRICS[sought].heading]
     cells = []
     for outcome in found:
         result = outcome.result
@@ -76,7 +77,7 @@ def trial_sheet(found: Sequence[TrialResult], table: StudyConfig, name: str, col
     best = frozenset({0} if found and found[0].result.is_finished else ())
     state = len(keys) + 1
     return TextTable(
-        title(table, name), [*head, *(FORMATS[c].heading for c in shown)], cells, best, _notes(found, table),
+        title(table, name), [*head, *(METRICS[c].heading for c in shown)], cells, best, _notes(found, table),
         frozenset({0, state}),
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from toolkit.metrics import higher_is_better
 from toolkit.recipe.schema import SchedulerConfig
 
 
@@ -69,11 +70,6 @@ def gamma_of(table: SchedulerConfig) -> float:
     if table.gamma is not None:
         return table.gamma
     return 0.95 if table.name == "exponential" else 0.1
-
-
-def higher_is_better(metric: str) -> bool:
-    """Return whether higher values of a metric are better: all metrics except losses."""
-    return not metric.endswith("loss")
 
 
 def epoch_rank(record: dict[str, Any], best_metric: str) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from toolkit.distributed.process import StepConsensus, autocast_dtype, broadcast
 from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import Interrupted, RunFailed, UserError
 from toolkit.formatting import duration
+from toolkit.metrics import higher_is_better
 from toolkit.recipe import recipe_hash
 from toolkit.runs import Run
 from toolkit.trackers import Tracking
@@ -28,7 +29,7 @@ from toolkit.training.console import ProgressBar, epoch_line
 from toolkit.training.context import TrainingContext
 from toolkit.training.evaluation import EvalResult, evaluate
 from toolkit.training.loaders import CachePolicy, DataLoaders, build_loaders
-from toolkit.training.lr_schedule import MetricMonitor, ReduceLROnPlateau, epoch_rank, higher_is_better, learning_rate
+from toolkit.training.lr_schedule import MetricMonitor, ReduceLROnPlateau, epoch_rank, learning_rate
 from toolkit.training.optimizer import load_state
 from toolkit.training.progress import TrainProgress, random_state, restore_random_state
 from toolkit.training.resume import stored_recipe

@@ -1,0 +1,159 @@
+"""Every metric once: name, label, unit, direction, and where a run directory holds its value. Imports no torch.
+
+``training/evaluation.py`` computes the :data:`MEASURES` of a model on a split. The names in the recipe schema, columns
+of tables, axes of plots and the direction of *best* are derived from this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SPLITS = {"train": ("training", "train"), "val": ("validation", "val."), "test": ("test", "test")}
+"""Prefixes of metrics, with the split's name in full and as in the head of a column."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measured quantity: how it is labeled and formatted, and which direction is better."""
+
+    label: str
+    heading: str
+    """Short label for the head of a column, including the unit."""
+    unit: str = "%"
+    """Unit in which it is shown; empty for a count."""
+    decimals: int = 2
+    scale: float = 100.0
+    """Shown value per stored value; accuracies are stored as fractions."""
+    higher_is_better: bool = True
+    splits: tuple[str, ...] = ("val", "test")
+    """The splits on which it is measured."""
+    varies: bool = True
+    """Whether it differs between runs of one recipe with different seeds."""
+
+
+MEASURES = {
+    "loss": Measure("loss", "loss", "nats", 4, 1.0, higher_is_better=False, splits=tuple(SPLITS)),
+    "accuracy": Measure("accuracy", "acc. %", splits=tuple(SPLITS)),
+    "top5_accuracy": Measure("top-5 accuracy", "top-5 acc. %"),
+    "balanced_accuracy": Measure("balanced accuracy", "balanced acc. %"),  # the mean recall over the classes
+}
+"""Measures of a model on a split."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One value of a run, as a column of a study's table: a measure of its best or last model, or a cost of the run."""
+
+    name: str
+    measure: Measure
+    key: str
+    """Name in summary.json; for the training split, in metrics.jsonl."""
+    split: str = ""
+    model: Literal["best", "last", ""] = ""
+    """The model measured; empty for a cost of the run."""
+
+    @property
+    def heading(self) -> str:
+        """Head of the column, such as ``last val. acc. %``."""
+        last = "last" if self.model == "last" else ""
+        return " ".join(filter(None, (last, self.split and SPLITS[self.split][1], self.measure.heading)))
+
+    @property
+    def label(self) -> str:
+        """Label in full without the unit, such as ``validation accuracy``."""
+        return " ".join(filter(None, (self.split and SPLITS[self.split][0], self.measure.label)))
+
+    @property
+    def axis_label(self) -> str:
+        """Label of an axis, with the unit: ``validation accuracy (%)``."""
+        return f"{self.label} ({self.measure.unit})"
+
+    @property
+    def expected_name(self) -> str | None:
+        """Name in [expected_metrics], which refers to values in summary.json; None for other values."""
+        return None if self.split == "train" else f"last_{self.key}" if self.model == "last" else self.key
+
+    def read(self, summary: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]] = ()) -> float | None:
+        """Return the value of a finished run; None if it has none.
+
+        ``summary`` is the content of summary.json. ``epochs`` are the epoch records of metrics.jsonl, which only
+        metrics of the training split need.
+        """
+        model = summary.get(self.model, {}) if self.model else summary
+        if self.split == "train":
+            epoch = epochs[-1]["epoch"] if epochs and self.model == "last" else model.get("epoch")
+            model = next((record for record in epochs if record["epoch"] == epoch), {})
+        value = model.get(self.key)
+        if value is not None and self.name == ALL_IMAGES:
+            value = _of_all_images(value, summary)
+        return float(value) if isinstance(value, int | float) else None
+
+
+ALL_IMAGES = "train_accuracy_all_images"
+"""Correct predictions of an epoch divided by all training images, including those of a dropped last batch."""
+
+
+def _of_all_images(accuracy: float, summary: Mapping[str, Any]) -> float | None:
+    seen, images = summary.get("images_per_epoch"), summary.get("images", {}).get("train")
+    return accuracy * seen / images if seen and images else None
+
+
+def _of_models() -> list[Metric]:
+    found = []
+    for model, prefix in (("best", ""), ("last", "last_")):
+        for split in SPLITS:
+            for name, measure in MEASURES.items():
+                if split in measure.splits:
+                    key = f"train/{name}" if split == "train" else f"{split}_{name}"
+                    found.append(Metric(f"{prefix}{split}_{name}", measure, key, split, model))  # type: ignore[arg-type]
+    return found
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        *_of_models(),
+        Metric(ALL_IMAGES, Measure("accuracy", "acc. of all images %"), "train/accuracy", "train", "best"),
+        Metric("epochs", Measure("epochs", "epochs", "", 0, 1.0, higher_is_better=False), "epochs_run"),
+        Metric("seconds", Measure("training time", "seconds", "s", 1, 1.0, higher_is_better=False), "seconds"),
+        Metric("images_per_second", Measure("speed", "images/s", "images/s", 0, 1.0), "images_per_s"),
+        *(
+            Metric(key, Measure(label, label, "", 0, 1.0, higher_is_better=False, varies=False), key)
+            for key, label in (("parameters", "parameters"), ("trainable_parameters", "trainable parameters"))
+        ),
+    )
+}
+"""All metrics by name. Without a prefix they belong to the best epoch's model, with ``last_`` to the last epoch's."""
+
+MODEL_METRICS = tuple(name for name, metric in METRICS.items() if metric.model)
+"""The metrics of a model, which claims can compare."""
+
+EXPECTED_METRICS = {name: metric for metric in METRICS.values() if (name := metric.expected_name)}
+"""The metrics that [expected_metrics] can refer to, by their names there."""
+
+EPOCH_METRICS = tuple(
+    f"{split}/{name}" for split in ("train", "val") for name, measure in MEASURES.items() if split in measure.splits
+)
+"""Metrics logged every epoch, named as in metrics.jsonl and the trackers."""
+
+VALIDATION_METRICS = tuple(name for name in EPOCH_METRICS if name.startswith("val/"))
+
+CURVES = tuple(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy"))
+"""The metrics that studies plot by epoch."""
+
+
+def metric_of(name: str) -> Metric:
+    """Return a metric by its name in a table or, as ``val/accuracy``, in metrics.jsonl."""
+    return METRICS[name.replace("/", "_")]
+
+
+def higher_is_better(name: str) -> bool:
+    """Return whether higher values of a metric are better. Accepts ``val/loss`` and ``val_loss``."""
+    return metric_of(name).measure.higher_is_better
+
+
+def best_of(values: Sequence[float], name: str) -> float | None:
+    """Return the best of a metric's values; None if there are none."""
+    return (max if higher_is_better(name) else min)(values, default=None)
