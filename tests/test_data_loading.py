@@ -25,14 +25,14 @@ from toolkit.data.dataloader import (
     EvaluationLoader,
     SplitDataset,
     TrainLoader,
-    train_loader,
+    WorkerBatches,
     worker_count,
 )
 from toolkit.data.datasets import open_dataset
 from toolkit.data.image_sources import ImageFiles, InMemoryImages, UnreadableImageError
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.sampling import SamplingPlan, balanced_weights, plan_evaluation
-from toolkit.data.tensor_loader import TensorEvaluationLoader, TensorLoader, TensorSplit
+from toolkit.data.tensor_loader import TensorBatches
 from toolkit.distributed.cpu_count import available_cpus
 from toolkit.errors import RunFailed, UserError
 from toolkit.recipe.schema import AugmentConfig, DataConfig
@@ -52,11 +52,9 @@ def transform(augment: AugmentConfig = RANDOM) -> ImageTransform:
 
 
 def loader(workers: int = 0, augment: AugmentConfig = RANDOM, **plan: Any) -> TrainLoader:
-    images = InMemoryImages(PIXELS, "toy", 3)
     settings = {"size": N, "seed": 0, "batch_size": 6, **plan}
-    return train_loader(
-        images, LABELS, INDICES, transform(augment), SamplingPlan(**settings), workers=workers, pin_memory=False
-    )
+    split = SplitDataset(InMemoryImages(PIXELS, "toy", 3), LABELS, INDICES, transform(augment), settings["seed"])
+    return TrainLoader(WorkerBatches(split, workers, pin_memory=False), SamplingPlan(**settings))
 
 
 def by_position(loaders: list[TrainLoader], epoch: int) -> Tensor:
@@ -150,7 +148,8 @@ def test_partners_come_behind_the_own_examples() -> None:
 
 def evaluation(workers: int = 0, world: int = 1, rank: int = 0, batch_size: int = 5) -> EvaluationLoader:
     split = SplitDataset(InMemoryImages(PIXELS, "toy", 3), LABELS, INDICES, transform(), seed=0)
-    return EvaluationLoader(split, plan_evaluation(N, batch_size, world, rank), workers, pin_memory=False)
+    source = WorkerBatches(split, workers, pin_memory=False)
+    return EvaluationLoader(source, plan_evaluation(N, batch_size, world, rank))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -167,7 +166,8 @@ def test_evaluation_is_the_same_every_time_on_any_processes(workers: int) -> Non
 
 def test_a_process_without_examples_has_no_batches() -> None:
     split = SplitDataset(InMemoryImages(PIXELS, "toy", 3), LABELS, INDICES[:1], transform(), seed=0)
-    assert list(EvaluationLoader(split, plan_evaluation(1, 4, 3, 0), workers=2, pin_memory=False)) == []
+    source = WorkerBatches(split, 2, pin_memory=False)
+    assert list(EvaluationLoader(source, plan_evaluation(1, 4, 3, 0))) == []
 
 
 # -- tensors in memory -------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_features_come_in_the_order_that_images_do() -> None:
     features, labels = torch.arange(N, dtype=torch.float32)[:, None].expand(N, 4), torch.from_numpy(LABELS[INDICES])
     for plan in ({"grad_accum_steps": 2}, {"world": 2, "rank": 1}, {"weights": balanced_weights(LABELS[INDICES])}):
         settings = {"size": N, "seed": 0, "batch_size": 6, **plan}
-        tensors = TensorLoader(TensorSplit([features], LABELS[INDICES]), SamplingPlan(**settings))  # type: ignore[arg-type]
+        tensors = TrainLoader(TensorBatches([features], LABELS[INDICES]), SamplingPlan(**settings))  # type: ignore[arg-type]
         for (ours, ofs), (theirs, image) in zip(tensors.epoch(1, 1), loader(**plan).epoch(1, 1), strict=True):
             assert ours.positions.tolist() == theirs.positions.tolist()
             assert torch.equal(ofs.labels, image.labels)
@@ -191,7 +191,7 @@ def test_features_are_evaluated_once_each() -> None:
         parts = [
             b
             for rank in range(world)
-            for b in TensorEvaluationLoader(TensorSplit([features], np.arange(N)), plan_evaluation(N, 5, world, rank))
+            for b in EvaluationLoader(TensorBatches([features], np.arange(N)), plan_evaluation(N, 5, world, rank))
         ]
         assert torch.equal(torch.cat([b.images for b in parts]), features)
         assert np.concatenate([b.positions for b in parts]).tolist() == torch.cat([b.labels for b in parts]).tolist()
@@ -213,7 +213,8 @@ def files(tmp_path: Path) -> ImageFiles:
 
 def of_files(files: ImageFiles, workers: int, how: Any) -> Iterator[Any]:
     plan = SamplingPlan(size=12, seed=0, batch_size=2)
-    return train_loader(files, LABELS[:12], np.arange(12), how, plan, workers=workers, pin_memory=False).epoch(0)
+    split = SplitDataset(files, LABELS[:12], np.arange(12), how, plan.seed)
+    return TrainLoader(WorkerBatches(split, workers, pin_memory=False), plan).epoch(0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -262,7 +263,7 @@ SIGNALLED = """
 import json, os, signal, sys, time
 import numpy as np
 from toolkit.data.image_sources import InMemoryImages
-from toolkit.data.dataloader import train_loader
+from toolkit.data.dataloader import SplitDataset, TrainLoader, WorkerBatches
 from toolkit.data.sampling import SamplingPlan
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.augment.transforms import build_transform
@@ -272,8 +273,8 @@ mode = sys.argv[1]
 images = InMemoryImages(np.zeros((64, 8, 8), np.uint8), "toy", 1)
 way = build_transform("train", AugmentConfig(), Preprocessing(1, 8, None, True, "bilinear", (0.0,), (1.0,)))
 labels = np.zeros(64, np.int64)
-loader = train_loader(images, labels, np.arange(64), way, SamplingPlan(size=64, seed=0, batch_size=2), workers=2,
-                      pin_memory=False)
+source = WorkerBatches(SplitDataset(images, labels, np.arange(64), way, seed=0), 2, pin_memory=False)
+loader = TrainLoader(source, SamplingPlan(size=64, seed=0, batch_size=2))
 got = []
 for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
     signal.signal(getattr(signal, name), lambda number, frame: got.append(number))
@@ -394,10 +395,8 @@ def test_worker_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_real_images_load(caltech_subset: Path) -> None:
     data = open_dataset(DataConfig(dataset="caltech101", root=str(caltech_subset)))
     way = build_transform("train", AugmentConfig(), Preprocessing(3, 64, 73, True, "bilinear", (0.5,) * 3, (0.5,) * 3))
-    one = train_loader(
-        data.images, data.labels, data.lists["train"], way, SamplingPlan(size=80, seed=0, batch_size=32), workers=2,
-        pin_memory=False,
-    )  # fmt: skip
+    split = SplitDataset(data.images, data.labels, data.lists["train"], way, seed=0)
+    one = TrainLoader(WorkerBatches(split, 2, pin_memory=False), SamplingPlan(size=80, seed=0, batch_size=32))
     batches = [batch for _, batch in one.epoch(0)]
     one.close()
     assert [tuple(b.images.shape) for b in batches] == [(32, 3, 64, 64), (32, 3, 64, 64), (16, 3, 64, 64)]

@@ -22,7 +22,7 @@ from toolkit.cache.memory_budget import MEMORY_SHARE, available_memory, device_m
 from toolkit.cache.store import BlockRange, CacheEntry, CacheEntryWriter
 from toolkit.data.dataloader import EVALUATION, EvaluationBatch, EvaluationLoader
 from toolkit.data.sampling import IntArray
-from toolkit.data.tensor_loader import TensorEvaluationLoader, as_tensor
+from toolkit.data.tensor_loader import as_tensor
 from toolkit.distributed.process import autocast_dtype, gather_objects, local_processes
 from toolkit.errors import RunFailed
 from toolkit.models.frozen_backbone import backbone_is_deterministic, find_frozen_backbone, prefix_features
@@ -36,8 +36,6 @@ DEVICE_SHARE = 0.3
 
 BLOCK_BYTES = 16 * 2**20
 """Size of an entry's blocks, each with a checksum."""
-
-Batches = EvaluationLoader | TensorEvaluationLoader
 
 
 def tail_of(recipe: Recipe, transfer: Transfer) -> str | None:
@@ -59,7 +57,7 @@ class Features:
         tail: str,
         keeper: DistributedCache,
         guard: Guard,
-        loader: Callable[[str, list[IntArray], int], Batches],
+        loader: Callable[[str, list[IntArray], int], EvaluationLoader],
         batched: dict[str, bool],
     ) -> None:
         """Take a ``loader`` of given batches of a split and view, and whether each split is augmented in batches."""

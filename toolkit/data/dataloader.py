@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -39,9 +39,9 @@ EVALUATION = -1
 """Used in place of the epoch number in evaluation, so that evaluation is the same every time."""
 
 
-Finish = Callable[[Tensor, int, Tensor], Tensor]
-"""Function of (uint8 [m, h, w, C], epoch, draws int64 [m]) that returns model inputs, float32 [m, C, H, W] on the
-model's device."""
+Finish = Callable[[Tensor, int, IntArray], Tensor]
+"""Function of (uint8 [m, h, w, C], view, keys int64 [m]) that returns model inputs, float32 [m, C, H, W] on the model's
+device; view and keys as in :class:`BatchRequest`."""
 
 
 class Batch(NamedTuple):
@@ -55,24 +55,90 @@ class Batch(NamedTuple):
     """int64 [m], see :meth:`toolkit.data.sampling.SamplingPlan.epoch`; keys all randomness of an example."""
 
 
-class TrainLoaderProtocol(Protocol):
-    """Interface between the training loop and a loader of training batches."""
+class EvaluationBatch(NamedTuple):
+    """One batch of an evaluation; over all processes each example of the split occurs exactly once."""
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
-        """Yield the micro-batches of one epoch (counted from 0), starting at optimizer step ``first_step``."""
-        ...
-
-    def close(self) -> None:
-        """Stop the worker processes."""
-        ...
+    positions: IntArray
+    """Positions in the split, int64 [m]."""
+    images: Tensor
+    """float32 [m, C, H, W] (features: [m, ...])."""
+    labels: Tensor
+    """int64 [m]."""
 
 
 class BatchRequest(NamedTuple):
-    """One batch requested from a worker."""
+    """The examples of one batch. Their augmentation depends on nothing but the seed, the view and the key."""
 
-    epoch: int
+    view: int
+    """Number of the epoch or of the fixed view, or EVALUATION."""
     positions: IntArray
-    draws: IntArray
+    """Positions in the split, int64 [m]."""
+    keys: IntArray
+    """Key of each example's augmentation within the view, int64 [m]."""
+
+
+class BatchSource(Protocol):
+    """The examples of one split, from image files, arrays or tensors."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, requests: Sequence[BatchRequest]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield model inputs, float32 [m, ...], and labels, int64 [m], for each request, in order.
+
+        Only one iteration is possible at a time. Raises UnreadableImageError for an unreadable file and RunFailed if
+        the transforms fail on an image.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop worker processes and release memory."""
+        ...
+
+
+class TrainLoader:
+    """Loader of the training batches of one process."""
+
+    def __init__(self, source: BatchSource, plan: SamplingPlan) -> None:
+        """``plan`` defines the order of the examples."""
+        if plan.size != len(source):
+            raise ValueError(f"the plan is for {plan.size} images, the split has {len(source)}")
+        self.source, self.plan = source, plan
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
+        """Yield the micro-batches of one epoch (counted from 0), starting at optimizer step ``first_step``.
+
+        Only one epoch can be iterated at a time. Raises as :meth:`BatchSource.batches`.
+        """
+        view, steps = self.plan.view(epoch), list(self.plan.epoch(epoch, first_step))
+        requests = [BatchRequest(view, at, self.plan.augmentation_ids(at, draws)) for _, at, draws in steps]
+        for (micro, _, draws), (images, labels) in zip(steps, self.source.batches(requests), strict=True):
+            yield micro, Batch(images, labels, torch.from_numpy(draws))
+
+    def close(self) -> None:
+        """Close the source."""
+        self.source.close()
+
+
+class EvaluationLoader:
+    """Loader of this process's share of a split, the same in every iteration.
+
+    Processes may have different numbers of batches.
+    """
+
+    def __init__(self, source: BatchSource, batches: Sequence[IntArray], view: int = EVALUATION) -> None:
+        """``batches``: positions in the split. ``view`` is used in place of the number of an epoch."""
+        self.source, self.requests = source, [BatchRequest(view, positions, positions) for positions in batches]
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        for request, (images, labels) in zip(self.requests, self.source.batches(self.requests), strict=True):
+            yield EvaluationBatch(request.positions, images, labels)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def close(self) -> None:
+        """Close the source."""
+        self.source.close()
 
 
 class WorkerError(NamedTuple):
@@ -84,72 +150,14 @@ class WorkerError(NamedTuple):
     error: Exception
 
 
-class SplitDataset(torch.utils.data.Dataset[Any]):
-    """Dataset of one split that returns a whole batch per request: images [m, C, H, W] and labels [m]."""
-
-    def __init__(
-        self, images: ImageSource, labels: IntArray, indices: IntArray, transform: Callable[[Any], Tensor], seed: int
-    ) -> None:
-        self.images, self.labels, self.indices = images, labels, indices
-        self.transform, self.seed = transform, seed
-        self.draws_from_python = isinstance(transform, ImageTransform) and transform.draws_from_python
-        self.load = images.decoded if isinstance(transform, UInt8Transform) else images.load
-
-    def __getitem__(self, key: tuple[int, int, int]) -> Tensor:
-        """Return the input for (epoch, position in the split, draw): float32 [C, H, W]. Seeds the global generators."""
-        epoch, position, draw = key
-        index = int(self.indices[position])
-        image = self.load(index)
-        seed = hash64(self.seed, epoch, draw)
-        torch.default_generator.manual_seed(seed)
-        if self.draws_from_python:
-            random.seed(seed)
-            np.random.seed(seed & 0xFFFFFFFF)
-        try:
-            return self.transform(image)
-        except UserError:
-            raise
-        except Exception as error:
-            failure = RunFailed(f"{self.images.name(index)}: the transforms failed: {error}")
-            failure.add_note(traceback.format_exc())
-            raise failure from error
-
-    def __getitems__(self, request: BatchRequest) -> Batch | WorkerError:
-        """Return a whole batch. Called by PyTorch's fetcher with each item of the batch sampler."""
-        try:
-            if get_worker_info() is not None:
-                return self._batch(request)
-            with random_states_kept():
-                return self._batch(request)
-        except (RunFailed, UserError) as error:
-            return WorkerError(error)
-
-    def _batch(self, request: BatchRequest) -> Batch:
-        epoch, positions, draws = request
-        keys = zip(positions.tolist(), draws.tolist(), strict=True)
-        images = default_collate([self[epoch, position, draw] for position, draw in keys])
-        labels = self.labels[self.indices[positions]]
-        return Batch(images, torch.from_numpy(labels), torch.from_numpy(draws))
-
-
-class RequestSampler:
-    """Batch sampler that yields the requests assigned to ``current``."""
-
-    def __init__(self) -> None:
-        self.current: Iterable[Any] = ()
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.current)
-
-
 class DataWorkerPool:
     """DataLoader that answers requests in order, with worker processes that live until :meth:`close`."""
 
-    def __init__(self, split: torch.utils.data.Dataset[Any], workers: int, pin_memory: bool) -> None:
-        """``split.__getitems__`` answers a request in a worker process; a returned :class:`WorkerError` is raised."""
-        self._requests = RequestSampler()
+    def __init__(self, dataset: torch.utils.data.Dataset[Any], workers: int, pin_memory: bool) -> None:
+        """``dataset.__getitems__`` answers a request in a worker process; a returned :class:`WorkerError` is raised."""
+        self._requests: list[Any] = []
         self._loader: DataLoader[Any] | None = DataLoader(
-            split,
+            dataset,
             batch_sampler=self._requests,
             num_workers=workers,
             collate_fn=_as_is,
@@ -161,14 +169,14 @@ class DataWorkerPool:
             generator=torch.Generator(),  # PyTorch draws a seed per epoch: keep it off the global generator
         )
 
-    def answers(self, requests: Iterable[Any]) -> Iterator[Any]:
-        """Yield a batch for each request.
+    def answers(self, requests: Sequence[Any]) -> Iterator[Any]:
+        """Yield the answer to each request.
 
         Closes the pool and raises if a worker returns UnreadableImageError, RunFailed or UserError.
         """
         if self._loader is None:
             raise RuntimeError("the loader is closed")
-        self._requests.current = requests
+        self._requests[:] = requests
         with _signals_held():
             iterator = iter(self._loader)  # the first call starts the worker processes
         for answer in iterator:
@@ -191,103 +199,66 @@ class DataWorkerPool:
                 iterator._shutdown_workers()
 
 
-class TrainLoader:
-    """Loader of the training batches of one process."""
+class SplitDataset(torch.utils.data.Dataset[Any]):
+    """Images of one split; answers a request in a worker with a whole batch: images [m, C, H, W] and labels [m]."""
 
     def __init__(
-        self, split: SplitDataset, plan: SamplingPlan, workers: int, pin_memory: bool, finish: Finish | None = None
+        self, images: ImageSource, labels: IntArray, indices: IntArray, transform: Callable[[Any], Tensor], seed: int
     ) -> None:
-        self.plan, self.finish, self._pool = plan, finish, DataWorkerPool(split, workers, pin_memory)
+        """``indices`` are those of the split's images in ``images`` and ``labels``, int64 [N].
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
-        """Yield the micro-batches of one epoch (counted from 0), starting at optimizer step ``first_step``.
-
-        Only one epoch can be iterated at a time. Raises UnreadableImageError for an unreadable file and RunFailed if
-        the transforms fail on an image.
+        ``transform`` returns model inputs, or uint8 [h, w, C] of equal size from which ``finish`` of
+        :class:`WorkerBatches` computes them.
         """
-        # Workers run ahead of the loop, so the plan is iterated twice: for the requests and for the answers.
-        plan = self.plan
-        prefetch = (
-            BatchRequest(plan.view(epoch), positions, plan.augmentation_ids(positions, draws))
-            for _, positions, draws in plan.epoch(epoch, first_step)
-        )
-        answers = self._pool.answers(prefetch)
-        for (micro, _, draws), batch in zip(plan.epoch(epoch, first_step), answers, strict=True):
-            images = batch.images
-            if self.finish is not None:
-                images = self.finish(images, plan.view(epoch), batch.draws)
-            yield micro, Batch(images, batch.labels, torch.from_numpy(draws))
+        self.images, self.labels, self.indices = images, labels, indices
+        self.transform, self.seed = transform, seed
+        self.draws_from_python = isinstance(transform, ImageTransform) and transform.draws_from_python
+        self.load = images.decoded if isinstance(transform, UInt8Transform) else images.load
 
-    def close(self) -> None:
-        """Stop the worker processes."""
-        self._pool.close()
+    def __getitems__(self, request: BatchRequest) -> tuple[Tensor, Tensor] | WorkerError:
+        """Return a whole batch. Called by PyTorch's fetcher with each item of the batch sampler."""
+        indices = self.indices[request.positions]
+        keys = zip(indices.tolist(), request.keys.tolist(), strict=True)
+        try:
+            with contextlib.nullcontext() if get_worker_info() is not None else random_states_kept():
+                images = default_collate([self._image(index, request.view, key) for index, key in keys])
+        except (RunFailed, UserError) as error:
+            return WorkerError(error)
+        return images, torch.from_numpy(self.labels[indices])
+
+    def _image(self, index: int, view: int, key: int) -> Tensor:
+        """Load and transform an image. Seeds the global generators."""
+        image = self.load(index)
+        seed = hash64(self.seed, view, key)
+        torch.default_generator.manual_seed(seed)
+        if self.draws_from_python:
+            random.seed(seed)
+            np.random.seed(seed & 0xFFFFFFFF)
+        try:
+            return self.transform(image)
+        except UserError:
+            raise
+        except Exception as error:
+            failure = RunFailed(f"{self.images.name(index)}: the transforms failed: {error}")
+            failure.add_note(traceback.format_exc())
+            raise failure from error
 
 
-class EvaluationBatch(NamedTuple):
-    """One batch of an evaluation; over all processes each example of the split occurs exactly once."""
+class WorkerBatches(DataWorkerPool):
+    """Batches of images that are loaded and transformed one by one; a :class:`BatchSource`."""
 
-    positions: IntArray
-    """Positions in the split, int64 [m]."""
-    images: Tensor
-    """float32 [m, C, H, W] (features: [m, ...])."""
-    labels: Tensor
-    """int64 [m]."""
-
-
-class EvaluationLoader:
-    """Loader of this process's share of a split, the same in every iteration.
-
-    Processes may have different numbers of batches.
-    """
-
-    def __init__(
-        self,
-        split: SplitDataset,
-        batches: list[IntArray],
-        workers: int,
-        pin_memory: bool,
-        finish: Finish | None = None,
-        view: int = EVALUATION,
-    ) -> None:
-        """``view`` replaces the epoch number if the split's transform is random."""
-        self.batches, self.finish, self.view = batches, finish, view
-        self._pool = DataWorkerPool(split, min(workers, len(batches)), pin_memory)
-
-    def __iter__(self) -> Iterator[EvaluationBatch]:
-        requests = (BatchRequest(self.view, positions, positions) for positions in self.batches)
-        for positions, batch in zip(self.batches, self._pool.answers(requests), strict=True):
-            images = batch.images
-            if self.finish is not None:
-                images = self.finish(images, self.view, batch.draws)
-            yield EvaluationBatch(positions, images, batch.labels)
+    def __init__(self, split: SplitDataset, workers: int, pin_memory: bool, finish: Finish | None = None) -> None:
+        """``finish``: computes model inputs from the images that the workers return."""
+        super().__init__(split, workers, pin_memory)
+        self.size, self.finish = len(split.indices), finish
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return self.size
 
-    def close(self) -> None:
-        """Stop the worker processes."""
-        self._pool.close()
-
-
-def train_loader(
-    images: ImageSource,
-    labels: IntArray,
-    indices: IntArray,
-    transform: Callable[[Any], Tensor],
-    plan: SamplingPlan,
-    *,
-    workers: int,
-    pin_memory: bool,
-    finish: Finish | None = None,
-) -> TrainLoader:
-    """Build the loader of training batches for the examples ``indices`` (into the data set), in the order of ``plan``.
-
-    ``transform`` returns model inputs, or uint8 [h, w, C] of equal size from which ``finish`` computes them.
-    """
-    if plan.size != len(indices):
-        raise ValueError(f"the plan is for {plan.size} images, the split has {len(indices)}")
-    split = SplitDataset(images, labels, indices, transform, plan.seed)
-    return TrainLoader(split, plan, workers, pin_memory, finish)
+    def batches(self, requests: Sequence[BatchRequest]) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :class:`BatchSource`."""
+        for request, (images, labels) in zip(requests, self.answers(requests), strict=True):
+            yield images if self.finish is None else self.finish(images, request.view, request.keys), labels
 
 
 def worker_count(setting: int | str, images: ImageSource, local_processes: int) -> int:

@@ -16,6 +16,7 @@ from toolkit.augment.gpu import GpuAugmentation, gpu_augmentation
 from toolkit.augment.gpu_pipeline import AugmentationPipeline, chain_of
 from toolkit.augment.transforms import ImageTransform, build_transform, makes_floats
 from toolkit.data.preprocessing import Preprocessing
+from toolkit.data.sampling import IntArray
 from toolkit.errors import UserError
 from toolkit.recipe.gpu_support import unsupported_on_gpu
 from toolkit.recipe.schema import AugmentConfig
@@ -95,12 +96,12 @@ class DevicePreprocessor:
         self.batched, self.device, self.channels_last = delivery.batched, device, channels_last
         self.on_one_thread = beside_workers and device.type == "cpu"
 
-    def __call__(self, pixels: Tensor, epoch: int, draws: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, epoch: int, draws: IntArray) -> Tensor:
         """Convert uint8 [m, h, w, c] to float32 [m, C, image_size, image_size]; grayscale is repeated if C is 3."""
         with _one_thread() if self.on_one_thread else contextlib.nullcontext():
             return self._finished(pixels, epoch, draws)
 
-    def _finished(self, pixels: Tensor, epoch: int, draws: Tensor) -> Tensor:
+    def _finished(self, pixels: Tensor, epoch: int, draws: IntArray) -> Tensor:
         images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         if images.shape[1] != self.batched.channels:
             images = images.expand(-1, self.batched.channels, -1, -1)

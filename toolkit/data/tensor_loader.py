@@ -1,4 +1,4 @@
-"""Loaders without workers for a whole split stored as tensors: features of a frozen backbone, or uint8 images."""
+"""Batches without workers from a whole split stored as tensors: features of a frozen backbone, or uint8 images."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from toolkit.cache.store import ByteArray
-from toolkit.data.dataloader import EVALUATION, Batch, EvaluationBatch, Finish
-from toolkit.data.sampling import IntArray, MicroBatch, SamplingPlan
+from toolkit.data.dataloader import BatchRequest, Finish
+from toolkit.data.sampling import IntArray
 from toolkit.data.tensor_rows import index_rows
 
 T = TypeVar("T")
 
 
-class TensorSplit:
-    """Examples of a split as rows of tensors on any device, which may be memory-mapped files."""
+class TensorBatches:
+    """Batches of examples stored as rows of tensors on any device, which may be memory-mapped files.
+
+    A :class:`toolkit.data.dataloader.BatchSource`.
+    """
 
     def __init__(
         self,
@@ -45,16 +48,24 @@ class TensorSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def gather(self, view: int, positions: IntArray) -> tuple[Tensor, Tensor]:
-        """Return the rows [m, ...] of one view, and the labels int64 [m]."""
-        rows = self.views[view % len(self.views)]
-        index = positions if self.places is None else self.places[positions]
-        labels, taken = _taken(self.labels, positions), _taken(rows, index)
-        return (taken.pin_memory().to(self.device, non_blocking=True) if self.runs_ahead else taken), labels
+    def batches(self, requests: Sequence[BatchRequest]) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :class:`toolkit.data.dataloader.BatchSource`."""
+        gathered = (self._gather(request) for request in requests)
+        ready = prefetch(gathered, self.device) if self.runs_ahead else gathered
+        for request, (rows, labels) in zip(requests, ready, strict=True):
+            yield rows if self.finish is None else self.finish(rows, request.view, request.keys), labels
 
-    def finished(self, rows: Tensor, view: int, draws: IntArray) -> Tensor:
-        """Compute model inputs from gathered rows."""
-        return rows if self.finish is None else self.finish(rows, view, torch.from_numpy(draws))
+    def _gather(self, request: BatchRequest) -> tuple[Tensor, Tensor]:
+        """Return the rows [m, ...] of the requested view, and the labels int64 [m]."""
+        rows, positions = self.views[request.view % len(self.views)], request.positions
+        taken = _taken(rows, positions if self.places is None else self.places[positions])
+        if self.runs_ahead:
+            taken = taken.pin_memory().to(self.device, non_blocking=True)
+        return taken, _taken(self.labels, positions)
+
+    def close(self) -> None:
+        """Release the tensors, which closes memory-mapped files."""
+        self.views = []
 
 
 def _taken(rows: Tensor, places: IntArray) -> Tensor:
@@ -67,60 +78,11 @@ def _taken(rows: Tensor, places: IntArray) -> Tensor:
     return index_rows(rows, index)
 
 
-class TensorLoader:
-    """Loader of training batches from a :class:`TensorSplit`."""
-
-    def __init__(self, rows: TensorSplit, plan: SamplingPlan) -> None:
-        """``plan`` defines the order of the examples."""
-        if len(rows) != plan.size:
-            raise ValueError(f"{len(rows)} examples, a plan for {plan.size}")
-        self.rows, self.plan = rows, plan
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
-        """See :meth:`toolkit.data.dataloader.TrainLoader.epoch`."""
-        view, plan = self.plan.view(epoch), self.plan
-        gathered = (
-            (micro, self.rows.gather(view, positions), positions, draws)
-            for micro, positions, draws in plan.epoch(epoch, first_step)
-        )
-        for micro, (rows, labels), positions, draws in _maybe_ahead(gathered, self.rows):
-            images = self.rows.finished(rows, view, plan.augmentation_ids(positions, draws))
-            yield micro, Batch(images, labels, torch.from_numpy(draws))
-
-    def close(self) -> None:
-        """Release the tensors, which closes memory-mapped files."""
-        self.rows.views = []
-
-
-class TensorEvaluationLoader:
-    """Loader of evaluation batches from a :class:`TensorSplit`, the same in every iteration."""
-
-    def __init__(self, rows: TensorSplit, batches: list[IntArray], view: int = EVALUATION) -> None:
-        """``batches``: this process's share, as positions in the split."""
-        self.rows, self.batches, self.view = rows, [positions for positions in batches if len(positions)], view
-
-    def __iter__(self) -> Iterator[EvaluationBatch]:
-        gathered = ((positions, self.rows.gather(self.view, positions)) for positions in self.batches)
-        for positions, (rows, labels) in _maybe_ahead(gathered, self.rows):
-            yield EvaluationBatch(positions, self.rows.finished(rows, self.view, positions), labels)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def close(self) -> None:
-        """Release the tensors."""
-        self.rows.views = []
-
-
 def as_tensor(data: ByteArray, dtype: torch.dtype) -> Tensor:
     """View bytes as a flat tensor of ``dtype``, without a copy. Do not write to it if the bytes are read-only."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns that it does not support read-only tensors
         return torch.frombuffer(data.data, dtype=dtype)
-
-
-def _maybe_ahead(items: Iterable[T], rows: TensorSplit) -> Iterator[T]:
-    return prefetch(items, rows.device) if rows.runs_ahead else iter(items)
 
 
 def prefetch(items: Iterable[T], device: torch.device, depth: int = 2) -> Iterator[T]:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from toolkit.augment.transforms import build_transform
-from toolkit.data.dataloader import EvaluationLoader, SplitDataset, worker_count
+from toolkit.data.dataloader import EvaluationLoader, SplitDataset, WorkerBatches, worker_count
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.preprocessing import as_trained, resolve_channels
 from toolkit.data.sampling import IntArray, plan_evaluation
@@ -218,18 +218,12 @@ def _loader(
     processes = summary.get("processes") or run.processes
     size = recipe.train.images_per_evaluation
     batches = [b for rank in range(processes) for b in plan_evaluation(len(indices), size, processes, rank)]
-    return EvaluationLoader(
-        SplitDataset(
-            dataset.images,
-            dataset.labels,
-            indices,
-            build_transform(split, recipe.augment, trained.preprocessing),
-            recipe.recipe.seed,
-        ),
-        batches[accelerator.process_index :: accelerator.num_processes],
-        worker_count(recipe.data.workers, dataset.images, local_processes()),
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    transform = build_transform(split, recipe.augment, trained.preprocessing)
+    images = SplitDataset(dataset.images, dataset.labels, indices, transform, recipe.recipe.seed)
+    workers = min(worker_count(recipe.data.workers, dataset.images, local_processes()), len(mine))
+    source = WorkerBatches(images, workers, pin_memory=accelerator.device.type == "cuda")
+    return EvaluationLoader(source, mine)
 
 
 def _compare(

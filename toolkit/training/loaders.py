@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,23 +15,23 @@ from toolkit.cache.frozen_features import Features, tail_of
 from toolkit.cache.image_cache import CachedSplitImages, cache_images
 from toolkit.data.dataloader import (
     EVALUATION,
+    BatchSource,
     EvaluationLoader,
     SplitDataset,
-    TrainLoaderProtocol,
-    train_loader,
+    TrainLoader,
+    WorkerBatches,
     worker_count,
 )
 from toolkit.data.pipeline import DevicePreprocessor, PreprocessingPlan, plan_preprocessing
 from toolkit.data.sampling import IntArray, SamplingPlan, balanced_weights, plan_evaluation
 from toolkit.data.splits import SPLITS
-from toolkit.data.tensor_loader import TensorEvaluationLoader, TensorLoader, TensorSplit
+from toolkit.data.tensor_loader import TensorBatches
 from toolkit.distributed.process import local_processes
 from toolkit.training.context import TrainingContext
 
 EVALUATION_ROWS, EVALUATION_BYTES = 4096, 64 * 2**20
 """Upper limits of a process's evaluation batch of features, in rows and in bytes; the smaller one applies."""
 
-EvalLoader = EvaluationLoader | TensorEvaluationLoader
 CachePolicy = Literal["all", "images", "none"]
 
 
@@ -42,70 +43,36 @@ class ImageLoaders:
     ways: dict[str, PreprocessingPlan]
     kept: CachedSplitImages
 
-    def training(self, plan: SamplingPlan) -> TrainLoaderProtocol:
+    def training(self, plan: SamplingPlan) -> TrainLoader:
         """Return the loader of training batches."""
-        rows = self._rows("train")
-        if rows is not None:
-            return TensorLoader(rows, plan)
-        split, finish = self._split("train")
-        return train_loader(
-            split.images,
-            split.labels,
-            split.indices,
-            split.transform,
-            plan,
-            workers=self._workers(),
-            pin_memory=self._pins,
-            finish=finish,
-        )
+        return TrainLoader(self.batches("train"), plan)
 
-    def evaluation(self, split: str, batches: list[IntArray], view: int = EVALUATION) -> EvalLoader:
+    def evaluation(self, split: str, batches: list[IntArray], view: int = EVALUATION) -> EvaluationLoader:
         """Return a loader of the given batches of a split; each batch is an array of positions in the split."""
-        rows = self._rows(split)
-        if rows is not None:
-            return TensorEvaluationLoader(rows, batches, view)
-        images, finish = self._split(split)
-        return EvaluationLoader(images, batches, self._workers(), self._pins, finish, view)
+        return EvaluationLoader(self.batches(split, most_workers=len(batches)), batches, view)
 
-    def _rows(self, split: str) -> TensorSplit | None:
-        if split not in self.kept.rows:
-            return None
-        tensor, places = self.kept.rows[split]
-        device = self.setup.accelerator.device
-        return TensorSplit(
-            [tensor],
-            self.setup.labels(split),
-            places[self.setup.splits[split]],
-            self._finish(self.ways[split]),
-            prefetch=device if device.type == "cuda" and tensor.device.type == "cpu" else None,
-        )
-
-    def _split(self, split: str) -> tuple[SplitDataset, DevicePreprocessor | None]:
-        """Return the dataset for data workers, and the preprocessing left for their batches (None if nothing is)."""
-        way, done, images = self.ways[split], self.kept.done[split], self.kept.images[split]
+    def batches(self, split: str, most_workers: int = sys.maxsize) -> BatchSource:
+        """Return the source of a split's batches: from one tensor if the cache has one, else by data workers."""
+        setup, way = self.setup, self.ways[split]
+        device, indices = setup.accelerator.device, setup.splits[split]
+        channels_last = setup.recipe.train.channels_last
+        if split in self.kept.rows:
+            tensor, places = self.kept.rows[split]
+            on_device = DevicePreprocessor(way, device, channels_last=channels_last)
+            prefetch = device if device.type == "cuda" and tensor.device.type == "cpu" else None
+            return TensorBatches([tensor], setup.labels(split), places[indices], on_device, prefetch)
+        workers = min(worker_count(setup.recipe.data.workers, setup.dataset.images, local_processes()), most_workers)
+        done = self.kept.done[split]
         rest = way.transform.after(done) if done else way.transform
         transform: Any = rest
         finish = None
         # Without a cache, evaluation preprocesses image by image, the reference that all other ways are compared with.
         if way.batched is not None and (done or not way.is_exact):
             transform = UInt8Transform(rest, way.steps - done)
-            finish = self._finish(way, beside_workers=self._workers() > 0)
-        setup = self.setup
-        seed = setup.recipe.recipe.seed
-        return SplitDataset(images, setup.dataset.labels, setup.splits[split], transform, seed), finish
-
-    def _finish(self, way: PreprocessingPlan, *, beside_workers: bool = False) -> DevicePreprocessor:
-        channels_last = self.setup.recipe.train.channels_last
-        return DevicePreprocessor(
-            way, self.setup.accelerator.device, channels_last=channels_last, beside_workers=beside_workers
-        )
-
-    def _workers(self) -> int:
-        return worker_count(self.setup.recipe.data.workers, self.setup.dataset.images, local_processes())
-
-    @property
-    def _pins(self) -> bool:
-        return bool(self.setup.accelerator.device.type == "cuda")
+            finish = DevicePreprocessor(way, device, channels_last=channels_last, beside_workers=workers > 0)
+        images, seed = self.kept.images[split], setup.recipe.recipe.seed
+        dataset = SplitDataset(images, setup.dataset.labels, indices, transform, seed)
+        return WorkerBatches(dataset, workers, device.type == "cuda", finish)
 
 
 @dataclass
@@ -114,11 +81,11 @@ class DataLoaders:
 
     setup: TrainingContext
     images: ImageLoaders
-    train: TrainLoaderProtocol
+    train: TrainLoader
     mixing: MixupConfig | None
     features: Features | None
     """Precomputed inputs of the tail, if only the tail is trained."""
-    made: dict[str, tuple[EvalLoader, int]] = field(default_factory=dict)
+    made: dict[str, tuple[EvaluationLoader, int]] = field(default_factory=dict)
 
     @property
     def tail(self) -> str | None:
@@ -130,7 +97,7 @@ class DataLoaders:
         """Descriptions of the computations that are replaced by cached results."""
         return [*([] if self.features is None else [self.features.words]), *self.images.kept.shortcuts]
 
-    def evaluation(self, split: str) -> tuple[EvalLoader, int]:
+    def evaluation(self, split: str) -> tuple[EvaluationLoader, int]:
         """Return a split's batches (of features if training uses them) and the largest number that any process has.
 
         A collective on the first call for a split.
@@ -139,7 +106,7 @@ class DataLoaders:
             self.made[split] = self._evaluation(split)
         return self.made[split]
 
-    def _evaluation(self, split: str) -> tuple[EvalLoader, int]:
+    def _evaluation(self, split: str) -> tuple[EvaluationLoader, int]:
         accelerator, size = self.setup.accelerator, _eval_batch_size(self.setup)
         rows = None if self.features is None else self.features.rows(split)
         if rows is not None:
@@ -150,11 +117,12 @@ class DataLoaders:
         mine, rounds = shares[accelerator.process_index], max(len(share) for share in shares)
         if rows is None:
             return self.images.evaluation(split, mine), rounds
-        return TensorEvaluationLoader(TensorSplit(rows, self.setup.labels(split)), mine), rounds
+        return EvaluationLoader(TensorBatches(rows, self.setup.labels(split)), mine), rounds
 
     def close(self) -> None:
         """Stop all worker processes and release memory maps."""
-        for loader in (self.train, *(loader for loader, _ in self.made.values())):
+        self.train.close()
+        for loader, _ in self.made.values():
             loader.close()
         self.images.kept.forget()
         if self.features is not None:
@@ -183,7 +151,7 @@ def build_loaders(setup: TrainingContext, guard: Guard, shortcuts: CachePolicy =
     plan = _plan(setup, mixing)
     if features is None:
         return DataLoaders(setup, source, source.training(plan), mixing, None)
-    train = TensorLoader(TensorSplit(features.rows("train"), setup.labels("train")), plan)
+    train = TrainLoader(TensorBatches(features.rows("train"), setup.labels("train")), plan)
     loaders = DataLoaders(setup, source, train, mixing, features)
     if setup.has("validation"):
         loaders.evaluation("validation")
