@@ -26,6 +26,7 @@ from test_checkpoint import flip
 from trainers import Trainers, at_call, kill_self, only_run, outcome
 
 import toolkit.training.checkpoint as checkpoint_module
+from toolkit.cli.train import process_start
 from toolkit.data.splits import SPLITS
 from toolkit.errors import Interrupted, RunFailed, UserError
 from toolkit.models.pretrained import pack_state
@@ -33,7 +34,6 @@ from toolkit.recipe import Recipe, load_recipe, recipe_hash
 from toolkit.recipe.resolve import content_hash, resolved_content
 from toolkit.recipe.toml_writer import toml_document
 from toolkit.runs import Run, runs_of
-from toolkit.train import process_start
 from toolkit.training.checkpoint import (
     checkpoint_step,
     find_latest,

@@ -29,6 +29,13 @@ def open_closed_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+def escape_unknown_characters() -> None:
+    """Make stdout and stderr escape characters that the terminal's encoding lacks, instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextlib.contextmanager
 def outliving_terminal() -> Iterator[None]:
     """Keep the process running inside the context even if its terminal hangs up or its output cannot be written.

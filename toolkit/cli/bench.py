@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from toolkit.cli.options import RecipePath
-from toolkit.errors import EXIT_OK
-from toolkit.train import AsJson, Debug, Overrides, exit_with_status, run_with_error_handling
+from toolkit.cli.errors import command
+from toolkit.cli.options import AsJson, Overrides, RecipePath
 
 
+@command
 def bench(
     recipe: RecipePath,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps per repetition, at most one epoch.")] = 20,
@@ -28,7 +28,6 @@ def bench(
     ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Benchmark data loading, the model and whole training steps.
 
@@ -36,21 +35,16 @@ def bench(
 
     Example: toolkit bench recipes/resnet18_caltech.toml --compare
     """
+    from toolkit.recipe import load
 
-    def work() -> int:
-        from toolkit.recipe import load
+    loaded = load(recipe, set_ or [])
+    from toolkit import bench as module
 
-        loaded = load(recipe, set_ or [])
-        from toolkit import bench as module
-
-        speeds = module.bench(loaded.recipe, steps=steps, repeats=repeats, peak_tflops=peak_tflops)
-        if not module.is_main_process():  # the results are the same on all ranks
-            return EXIT_OK
-        plain = module.compare_with_plain_loop(recipe, set_ or [], speeds.steps, repeats) if compare else None
-        content = {**speeds.to_json(), **({"plain_loop": plain} if plain else {})}
-        if out is not None:
-            out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        print(json.dumps(content, indent=2) if as_json else module.bench_text(speeds, plain))
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    speeds = module.bench(loaded.recipe, steps=steps, repeats=repeats, peak_tflops=peak_tflops)
+    if not module.is_main_process():  # the results are the same on all ranks
+        return
+    plain = module.compare_with_plain_loop(recipe, set_ or [], speeds.steps, repeats) if compare else None
+    content = {**speeds.to_json(), **({"plain_loop": plain} if plain else {})}
+    if out is not None:
+        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(content, indent=2) if as_json else module.bench_text(speeds, plain))

@@ -8,17 +8,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from toolkit.errors import EXIT_OK, UserError
-from toolkit.train import AsJson, Debug, exit_with_status, run_with_error_handling
+from toolkit.cli.errors import command
+from toolkit.cli.options import AsJson
+from toolkit.errors import UserError
 
 
+@command
 def cache(
     action: Annotated[Literal["list", "clean"], typer.Argument(metavar="ACTION", help="list or clean.")] = "list",
     unused_days: Annotated[
         float, typer.Option(min=0, metavar="DAYS", help="With clean: only entries unused for this many days.")
     ] = 0,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """List or delete the entries of the cache folder.
 
@@ -28,17 +29,12 @@ def cache(
 
     Example: toolkit cache clean --unused-days 30
     """
-
-    def work() -> int:
-        if action == "clean":
-            _clean(unused_days, as_json)
-        elif unused_days:
-            raise UserError("--unused-days is only for toolkit cache clean")
-        else:
-            _list(as_json)
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    if action == "clean":
+        _clean(unused_days, as_json)
+    elif unused_days:
+        raise UserError("--unused-days is only for toolkit cache clean")
+    else:
+        _list(as_json)
 
 
 def _entries(count: int) -> str:

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from toolkit.cli.options import RecipePath
+from toolkit.cli.errors import command
+from toolkit.cli.options import AsJson, Overrides, RecipePath
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
-from toolkit.train import AsJson, Debug, Overrides, exit_with_status, run_with_error_handling
 
 
+@command
 def plan(
     recipe: RecipePath,
     processes: Annotated[int, typer.Option(min=1, metavar="N", help="Training processes, one per GPU.")] = 1,
@@ -22,7 +23,6 @@ def plan(
     ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Estimate the resources that a recipe needs.
 
@@ -31,24 +31,20 @@ def plan(
 
     Example: toolkit plan recipes/resnet50_caltech.toml --processes 8
     """
+    from toolkit.recipe import load
 
-    def work() -> int:
-        from toolkit.recipe import load
+    loaded = load(recipe, set_ or [])
+    for warning in loaded.warnings:
+        print(warning, file=sys.stderr)
+    # torch is imported only here, once the recipe is known to be valid.
+    from toolkit.estimate.resources import plan as make_plan
+    from toolkit.estimate.resources import plan_text
 
-        loaded = load(recipe, set_ or [])
-        for warning in loaded.warnings:
-            print(warning, file=sys.stderr)
-        # torch is imported only here, once the recipe is known to be valid.
-        from toolkit.estimate.resources import plan as make_plan
-        from toolkit.estimate.resources import plan_text
-
-        found = make_plan(loaded.recipe, processes, classes)
-        print(json.dumps(found.to_json(), indent=2) if as_json else plan_text(found))
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    found = make_plan(loaded.recipe, processes, classes)
+    print(json.dumps(found.to_json(), indent=2) if as_json else plan_text(found))
 
 
+@command
 def data(
     recipe: RecipePath,
     out: Annotated[
@@ -57,7 +53,6 @@ def data(
     ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Inspect a recipe's images.
 
@@ -66,40 +61,35 @@ def data(
 
     Example: toolkit data recipes/resnet50_caltech.toml --out figures
     """
+    from toolkit.recipe import load
 
-    def work() -> int:
-        from toolkit.recipe import load
+    loaded = load(recipe, set_ or [])
+    for warning in loaded.warnings:
+        print(warning, file=sys.stderr)
+    from toolkit.data.dataset_plots import draw
+    from toolkit.data.dataset_report import analyze_dataset, report_text
 
-        loaded = load(recipe, set_ or [])
-        for warning in loaded.warnings:
-            print(warning, file=sys.stderr)
-        from toolkit.data.dataset_plots import draw
-        from toolkit.data.dataset_report import analyze_dataset, report_text
+    def log(text: str) -> None:
+        print(text, file=sys.stderr)
 
-        def log(text: str) -> None:
-            print(text, file=sys.stderr)
-
-        report = analyze_dataset(loaded.recipe, log)
-        folder = out or Path("data-report") / loaded.recipe.recipe.name
-        files = draw(report, folder, log)
-        if as_json:
-            print(json.dumps({**report.to_json(), "figures": [str(file) for file in files]}, indent=2))
-        else:
-            print(report_text(report))
-            for file in files:
-                print(file)
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    report = analyze_dataset(loaded.recipe, log)
+    folder = out or Path("data-report") / loaded.recipe.recipe.name
+    files = draw(report, folder, log)
+    if as_json:
+        print(json.dumps({**report.to_json(), "figures": [str(file) for file in files]}, indent=2))
+    else:
+        print(report_text(report))
+        for file in files:
+            print(file)
 
 
+@command
 def doctor(
     run_root: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that will hold the run directories.")] = Path(
         "runs"
     ),
     as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
+) -> int:
     """Check whether this machine is ready for training.
 
     Checks versions, GPUs and their interconnect, precision, communication, CPUs, shared memory, disk, W&B login, SLURM.
@@ -108,17 +98,13 @@ def doctor(
 
     Exit status 1 if any check fails.
     """
+    from toolkit.doctor import examine, report_text
 
-    def work() -> int:
-        from toolkit.doctor import examine, report_text
+    checks = examine(run_root)
+    if as_json:
+        from dataclasses import asdict
 
-        checks = examine(run_root)
-        if as_json:
-            from dataclasses import asdict
-
-            print(json.dumps([asdict(check) for check in checks], indent=2))
-        else:
-            print(report_text(checks))
-        return EXIT_FAILURE if any(check.state == "fail" for check in checks) else EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+        print(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        print(report_text(checks))
+    return EXIT_FAILURE if any(check.state == "fail" for check in checks) else EXIT_OK

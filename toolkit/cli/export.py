@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
+from toolkit.cli.errors import command
 from toolkit.cli.inference import log
-from toolkit.cli.options import ModelPath, RunPath
+from toolkit.cli.options import AsJson, ModelPath, RunPath
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
-from toolkit.train import AsJson, Debug, exit_with_status, run_with_error_handling
 
 
+@command
 def export(
     run: ModelPath,
     style: Annotated[str, typer.Option("--format", metavar="FORMAT", help="onnx, torch-export, safetensors or timm.")],
@@ -25,7 +26,6 @@ def export(
         str, typer.Option(metavar="EPOCH", help="Weights to export: best (the selected epoch) or last (the last one).")
     ] = "best",
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Export a run's best or last model for use in other programs.
 
@@ -34,32 +34,28 @@ def export(
 
     Example: toolkit export runs/quickstart/20260102-030405-abcd --format onnx -o digits-onnx
     """
+    from toolkit.inference.export import LIMIT
+    from toolkit.inference.export import export as write
 
-    def work() -> int:
-        from toolkit.inference.export import LIMIT
-        from toolkit.inference.export import export as write
-
-        done = write(run, style, out, epoch)
-        for note in done.notes:
-            log(note)
-        if as_json:
-            content = {
-                "folder": str(done.folder),
-                "format": style,
-                "epoch": epoch,
-                "files": done.files(),
-                "images": done.images,
-            }
-            print(json.dumps({**content, "max_abs_difference": done.difference}, indent=2))
-            return EXIT_OK
-        for name, size in done.files().items():
-            print(f"{done.folder / name}  {size:,} bytes")
-        print(f"checked on {done.images}: logits differ by {done.difference:.1e} at most (limit {LIMIT:g})")
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    done = write(run, style, out, epoch)
+    for note in done.notes:
+        log(note)
+    if as_json:
+        content = {
+            "folder": str(done.folder),
+            "format": style,
+            "epoch": epoch,
+            "files": done.files(),
+            "images": done.images,
+        }
+        print(json.dumps({**content, "max_abs_difference": done.difference}, indent=2))
+        return
+    for name, size in done.files().items():
+        print(f"{done.folder / name}  {size:,} bytes")
+    print(f"checked on {done.images}: logits differ by {done.difference:.1e} at most (limit {LIMIT:g})")
 
 
+@command
 def publish(
     run: RunPath,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Repository of the Hugging Face Hub, OWNER/NAME.")],
@@ -72,7 +68,6 @@ def publish(
         Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Folder to write. Default: RUN/publish.")
     ] = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Publish a run's best model on the Hugging Face Hub.
 
@@ -81,33 +76,28 @@ def publish(
 
     Example: toolkit publish runs/quickstart/20260102-030405-abcd lab/digits --license mit
     """
+    from toolkit.inference.publish import how_to_push
+    from toolkit.inference.publish import publish as write
 
-    def work() -> int:
-        from toolkit.inference.publish import how_to_push
-        from toolkit.inference.publish import publish as write
-
-        done = write(run, repo, out, license_id=license_, private=private, push=not no_push)
-        if license_ == "unknown":
-            log("the model card says that no license is stated; give one with --license")
-        if done.url is None:
-            log(f"not pushed, since {done.why_not}; {how_to_push(done.folder, repo)}")
-        if as_json:
-            print(json.dumps({"folder": str(done.folder), "url": done.url, "why_not_pushed": done.why_not}, indent=2))
-        else:
-            print(done.url or done.folder)
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    done = write(run, repo, out, license_id=license_, private=private, push=not no_push)
+    if license_ == "unknown":
+        log("the model card says that no license is stated; give one with --license")
+    if done.url is None:
+        log(f"not pushed, since {done.why_not}; {how_to_push(done.folder, repo)}")
+    if as_json:
+        print(json.dumps({"folder": str(done.folder), "url": done.url, "why_not_pushed": done.why_not}, indent=2))
+    else:
+        print(done.url or done.folder)
 
 
+@command
 def sync(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(metavar="PATH", help="Runs, studies, run roots, or latest. Default: runs."),
     ] = None,
     as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
+) -> int:
     """Upload runs to W&B that were tracked offline.
 
     Each run is uploaded once, from its metrics.jsonl, under its original id; a run that is still training is skipped.
@@ -115,29 +105,25 @@ def sync(
 
     Example: toolkit sync runs/quickstart
     """
+    from toolkit.slurm.job_status import find_runs
+    from toolkit.wandb_sync import ServerUnreachable
+    from toolkit.wandb_sync import sync as upload
 
-    def work() -> int:
-        from toolkit.slurm.job_status import find_runs
-        from toolkit.wandb_sync import ServerUnreachable
-        from toolkit.wandb_sync import sync as upload
-
-        folders = runs or [Path("runs")]
-        found = [run for folder in folders for run in find_runs(folder)]
-        if not found:
-            log(f"no runs in {', '.join(map(str, folders))}")
-        done = []
-        for run in found:
-            try:
-                done.append(upload(run))
-            except ServerUnreachable:
-                raise
-            except UserError as error:  # a damaged run does not stop the others
-                log(str(error))
-                continue
-            if not as_json:
-                print(done[-1].text(), flush=True)
-        if as_json:
-            print(json.dumps([asdict(each) for each in done], indent=2))
-        return EXIT_OK if len(done) == len(found) else EXIT_FAILURE
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    folders = runs or [Path("runs")]
+    found = [run for folder in folders for run in find_runs(folder)]
+    if not found:
+        log(f"no runs in {', '.join(map(str, folders))}")
+    done = []
+    for run in found:
+        try:
+            done.append(upload(run))
+        except ServerUnreachable:
+            raise
+        except UserError as error:  # a damaged run does not stop the others
+            log(str(error))
+            continue
+        if not as_json:
+            print(done[-1].text(), flush=True)
+    if as_json:
+        print(json.dumps([asdict(each) for each in done], indent=2))
+    return EXIT_OK if len(done) == len(found) else EXIT_FAILURE

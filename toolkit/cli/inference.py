@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolkit.cli.options import DataRoot, ModelPath, RunPath
+from toolkit.cli.errors import command, is_first_process
+from toolkit.cli.options import AsJson, DataRoot, ModelPath, RunPath
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 from toolkit.filenames import escape_control_characters
 from toolkit.similar_names import did_you_mean
-from toolkit.train import AsJson, Debug, exit_with_status, is_first_process, run_with_error_handling
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,13 +35,13 @@ def log(text: str) -> None:
         print(escape_control_characters(text), file=sys.stderr, flush=True)
 
 
+@command
 def evaluate(
     run: RunPath,
     split: Annotated[str, typer.Option(metavar="SPLIT", help="test, validation or train.")] = "test",
     data_root: DataRoot = None,
     as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
+) -> int:
     """Evaluate a run's model again and compare with its summary.
 
     Each metric that the run recorded for this split is recomputed and compared: equal, different by rounding, or
@@ -51,27 +51,24 @@ def evaluate(
 
     On several processes: accelerate launch -m toolkit evaluate RUN
     """
+    from toolkit.runs import open_run
 
-    def work() -> int:
-        from toolkit.runs import open_run
+    opened = open_run(run)
+    recipe = opened.recipe
+    # torch is imported only here, once the run is known to be readable.
+    from toolkit.distributed.context import distributed_context
+    from toolkit.inference.evaluate import as_json as to_json
+    from toolkit.inference.evaluate import check_split, evaluate_run
 
-        opened = open_run(run)
-        recipe = opened.recipe
-        # torch is imported only here, once the run is known to be readable.
-        from toolkit.distributed.context import distributed_context
-        from toolkit.inference.evaluate import as_json as to_json
-        from toolkit.inference.evaluate import check_split, evaluate_run
-
-        check_split(split)
-        with distributed_context(recipe.train) as accelerator:
-            outcome = evaluate_run(opened, split, accelerator, data_root)
-            if accelerator.is_main_process:
-                print(to_json(opened, outcome) if as_json else outcome.text(), flush=True)
-        return EXIT_FAILURE if outcome.differs else EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    check_split(split)
+    with distributed_context(recipe.train) as accelerator:
+        outcome = evaluate_run(opened, split, accelerator, data_root)
+        if accelerator.is_main_process:
+            print(to_json(opened, outcome) if as_json else outcome.text(), flush=True)
+    return EXIT_FAILURE if outcome.differs else EXIT_OK
 
 
+@command
 def predict(
     run: ModelPath,
     paths: Annotated[
@@ -102,8 +99,7 @@ def predict(
         int | None,
         typer.Option(min=0, metavar="N", help="Data loader workers. Default: the available CPUs minus one."),
     ] = None,
-    debug: Debug = False,
-) -> None:
+) -> int:
     """Predict images with a run's best model.
 
     Images are preprocessed as in the run; the preprocessing is stored with the weights. Files that cannot be read are
@@ -113,30 +109,26 @@ def predict(
 
     On several processes: accelerate launch -m toolkit predict RUN photos/
     """
+    chosen = "json" if as_json else style
+    _check_style(chosen)
+    arguments = [*(paths or []), *(f"@{path}" for path in list_ or [])]
+    from toolkit.distributed.context import distributed_context
+    from toolkit.inference.predict import load_model
 
-    def work() -> int:
-        chosen = "json" if as_json else style
-        _check_style(chosen)
-        arguments = [*(paths or []), *(f"@{path}" for path in list_ or [])]
-        from toolkit.distributed.context import distributed_context
-        from toolkit.inference.predict import load_model
-
-        trained = load_model(run)
-        if trained.caution:
-            log(trained.caution)
-        settings = _settings(run)
-        if batch_size is not None:
-            settings = replace(settings, batch_size=batch_size)
-        with distributed_context(settings.train) as accelerator:
-            predictions = _predict(trained, arguments, accelerator, settings, top_k, workers)
-            _hand_over(accelerator, predictions, chosen, out)
-        for fault in predictions.faults:
-            log(f"{predictions.paths[fault.position]}: {fault.reason}")
-        if predictions.faults:
-            log(f"{len(predictions.faults)} of {len(predictions.paths)} files could not be predicted; skipped")
-        return EXIT_FAILURE if predictions.faults else EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    trained = load_model(run)
+    if trained.caution:
+        log(trained.caution)
+    settings = _settings(run)
+    if batch_size is not None:
+        settings = replace(settings, batch_size=batch_size)
+    with distributed_context(settings.train) as accelerator:
+        predictions = _predict(trained, arguments, accelerator, settings, top_k, workers)
+        _hand_over(accelerator, predictions, chosen, out)
+    for fault in predictions.faults:
+        log(f"{predictions.paths[fault.position]}: {fault.reason}")
+    if predictions.faults:
+        log(f"{len(predictions.faults)} of {len(predictions.paths)} files could not be predicted; skipped")
+    return EXIT_FAILURE if predictions.faults else EXIT_OK
 
 
 def _check_style(style: str) -> None:
@@ -215,6 +207,7 @@ def _hand_over(accelerator: Accelerator, predictions: Predictions, style: str, o
     main_only(accelerator, write)
 
 
+@command
 def explain(
     run: ModelPath,
     paths: Annotated[
@@ -234,8 +227,7 @@ def explain(
     ] = None,
     data_root: DataRoot = None,
     as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
+) -> int:
     """Explain predictions with Grad-CAM heat maps.
 
     Draws one figure per image: the image as the model receives it, a heat map of the evidence for the prediction, and
@@ -243,30 +235,26 @@ def explain(
 
     Example: toolkit explain runs/quickstart/20260102-030405-abcd --worst 16
     """
+    if paths and worst is not None:
+        raise UserError("name images, or ask for the worst mistakes, not both")
+    from toolkit.inference.explain import explain_run, require_captum
 
-    def work() -> int:
-        if paths and worst is not None:
-            raise UserError("name images, or ask for the worst mistakes, not both")
-        from toolkit.inference.explain import explain_run, require_captum
+    require_captum()
+    from toolkit.inference.predict import load_model
 
-        require_captum()
-        from toolkit.inference.predict import load_model
-
-        trained = load_model(run)
-        if trained.caution:
-            log(trained.caution)
-        subjects, count = _subjects(run, trained, paths, worst, data_root)
-        folder = out or run / "figures" / "explain"
-        place, found, files = explain_run(trained, subjects, layer, folder, log) if subjects else (None, [], [])
-        if place is not None:
-            log(f"layer {place.name}")
-        if as_json:
-            _print_explanations(trained, found, files)
-        else:
-            print(*files, sep="\n")
-        return EXIT_OK if len(subjects) == count else EXIT_FAILURE
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    trained = load_model(run)
+    if trained.caution:
+        log(trained.caution)
+    subjects, count = _subjects(run, trained, paths, worst, data_root)
+    folder = out or run / "figures" / "explain"
+    place, found, files = explain_run(trained, subjects, layer, folder, log) if subjects else (None, [], [])
+    if place is not None:
+        log(f"layer {place.name}")
+    if as_json:
+        _print_explanations(trained, found, files)
+    else:
+        print(*files, sep="\n")
+    return EXIT_OK if len(subjects) == count else EXIT_FAILURE
 
 
 def _subjects(

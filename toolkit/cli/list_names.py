@@ -9,15 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from toolkit.errors import EXIT_OK, UserError
+from toolkit.cli.errors import command
+from toolkit.cli.options import AsJson
+from toolkit.errors import UserError
 from toolkit.similar_names import did_you_mean
-from toolkit.train import AsJson, Debug, exit_with_status, run_with_error_handling
 
 Pattern = Annotated[
     str | None, typer.Argument(metavar="PATTERN", help="Part of a name, or a pattern with * and ?; case is ignored.")
 ]
 
 
+@command
 def models(
     pattern: Pattern = None,
     source: Annotated[
@@ -25,28 +27,22 @@ def models(
     ] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Also list pretrained weights, default first.")] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """List the models that a recipe can use.
 
     Example: toolkit models "resnet*" --source torchvision --weights
     """
+    from toolkit.recipe import catalog
 
-    def work() -> int:
-        from toolkit.recipe import catalog
-
-        if source not in (None, "torchvision", "timm", "toolkit"):
-            raise UserError(f"--source {source}: expected torchvision, timm or toolkit")
-        known = {"toolkit": ["convnet"], **{name: catalog.model_names(name) for name in ("torchvision", "timm")}}
-        asked = [(place, name) for place in known if source in (None, place) for name in known[place]]
-        names = set(matching(pattern, [name for _, name in asked], "model"))
-        found = [
-            {"source": place, "name": name, "weights": _weights(place, name)} for place, name in asked if name in names
-        ]
-        _show(found, [_model_row(entry, weights) for entry in found], as_json)
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    if source not in (None, "torchvision", "timm", "toolkit"):
+        raise UserError(f"--source {source}: expected torchvision, timm or toolkit")
+    known = {"toolkit": ["convnet"], **{name: catalog.model_names(name) for name in ("torchvision", "timm")}}
+    asked = [(place, name) for place in known if source in (None, place) for name in known[place]]
+    names = set(matching(pattern, [name for _, name in asked], "model"))
+    found = [
+        {"source": place, "name": name, "weights": _weights(place, name)} for place, name in asked if name in names
+    ]
+    _show(found, [_model_row(entry, weights) for entry in found], as_json)
 
 
 def _weights(source: str, model: str) -> list[dict[str, Any]]:
@@ -65,24 +61,20 @@ def _model_row(entry: dict[str, Any], weights: bool) -> tuple[str, ...]:
     return (*row, ", ".join(each["name"] for each in entry["weights"]) or "none") if weights else row
 
 
-def transforms(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = False) -> None:
+@command
+def transforms(pattern: Pattern = None, as_json: AsJson = False) -> None:
     """List the transforms that a recipe can use.
 
     Shows their arguments and defaults.
 
     Example: toolkit transforms flip
     """
+    from toolkit.recipe import catalog
 
-    def work() -> int:
-        from toolkit.recipe import catalog
-
-        known = catalog.transforms()
-        names = matching(pattern, known, "transform")
-        found = [{"name": name, "arguments": known[name]} for name in names]
-        _show(found, [(name, _arguments(known[name])) for name in names], as_json)
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    known = catalog.transforms()
+    names = matching(pattern, known, "transform")
+    found = [{"name": name, "arguments": known[name]} for name in names]
+    _show(found, [(name, _arguments(known[name])) for name in names], as_json)
 
 
 def _arguments(arguments: dict[str, dict[str, Any]]) -> str:
@@ -99,47 +91,39 @@ def _default(about: dict[str, Any]) -> str:
     return f" = {toml_value(value)}"
 
 
-def optimizers(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = False) -> None:
+@command
+def optimizers(pattern: Pattern = None, as_json: AsJson = False) -> None:
     """List the optimizers that a recipe can use.
 
     "momentum" marks those with a momentum argument.
 
     Example: toolkit optimizers "*adam*"
     """
+    from toolkit.recipe import catalog
 
-    def work() -> int:
-        from toolkit.recipe import catalog
-
-        known = catalog.optimizers()
-        found = [{"name": name, **known[name]} for name in matching(pattern, known, "optimizer")]
-        rows = [(entry["name"], "momentum" if entry["momentum"] else "", str(entry["description"])) for entry in found]
-        _show(found, rows, as_json)
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    known = catalog.optimizers()
+    found = [{"name": name, **known[name]} for name in matching(pattern, known, "optimizer")]
+    rows = [(entry["name"], "momentum" if entry["momentum"] else "", str(entry["description"])) for entry in found]
+    _show(found, rows, as_json)
 
 
-def datasets(pattern: Pattern = None, as_json: AsJson = False, debug: Debug = False) -> None:
+@command
+def datasets(pattern: Pattern = None, as_json: AsJson = False) -> None:
     """List the data sets that a recipe can use.
 
     Shows how each one is obtained.
 
     Example: toolkit datasets cifar
     """
+    from dataclasses import asdict
 
-    def work() -> int:
-        from dataclasses import asdict
+    from toolkit.data.dataset_info import DATASETS
 
-        from toolkit.data.dataset_info import DATASETS
-
-        names = matching(pattern, DATASETS, "data set")
-        found = [{"name": name, **asdict(DATASETS[name])} for name in names]
-        for facts in found:
-            del facts["opener"]
-        _show(found, [(name, DATASETS[name].description, DATASETS[name].source) for name in names], as_json)
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    names = matching(pattern, DATASETS, "data set")
+    found = [{"name": name, **asdict(DATASETS[name])} for name in names]
+    for facts in found:
+        del facts["opener"]
+    _show(found, [(name, DATASETS[name].description, DATASETS[name].source) for name in names], as_json)
 
 
 def matching(pattern: str | None, known: Iterable[str], kind: str) -> list[str]:

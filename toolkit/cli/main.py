@@ -12,19 +12,20 @@ import typer
 
 from toolkit.cli.bench import bench
 from toolkit.cli.cache import cache
+from toolkit.cli.errors import command
 from toolkit.cli.estimate import data, doctor, plan
 from toolkit.cli.export import export, publish, sync
 from toolkit.cli.inference import evaluate, explain, predict
 from toolkit.cli.list_names import datasets, models, optimizers, transforms
-from toolkit.cli.options import RunPath
+from toolkit.cli.options import AsJson, RunPath
 from toolkit.cli.recipe import diff, show, validate
 from toolkit.cli.report import report
 from toolkit.cli.results import table
 from toolkit.cli.slurm import cancel, logs, status, submit
 from toolkit.cli.study import study
+from toolkit.cli.train import train
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
-from toolkit.terminal import open_closed_streams
-from toolkit.train import AsJson, Debug, exit_with_status, run_with_error_handling, show_any_name, train
+from toolkit.terminal import escape_unknown_characters, open_closed_streams
 
 
 def _print_version(is_given: bool) -> None:
@@ -40,16 +41,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
-for command in (train, validate, show, diff, plan, data, models, transforms, optimizers, datasets, doctor):
-    app.command()(command)
-for speed_command in (bench, cache):
-    app.command()(speed_command)
-for job_command in (submit, status, logs, cancel):
-    app.command()(job_command)
-for study_command in (study, table):
-    app.command()(study_command)
-for use_command in (report, evaluate, predict, explain, export, publish, sync):
-    app.command()(use_command)
+COMMANDS = (
+    train, validate, show, diff, plan, data, models, transforms, optimizers, datasets, doctor, bench, cache,
+    submit, status, logs, cancel, study, table, report, evaluate, predict, explain, export, publish, sync,
+)  # fmt: skip
+for function in COMMANDS:
+    app.command()(function)
 
 
 @app.callback()
@@ -62,38 +59,35 @@ def program(
 
 
 @app.command()
-def check(run: RunPath, as_json: AsJson = False, debug: Debug = False) -> None:
+@command
+def check(run: RunPath, as_json: AsJson = False) -> int:
     """Compare a run's metrics with those that its recipe expects.
 
     Each metric is met, missed or not comparable. Exit status 1 if one is missed.
 
     Example: toolkit check runs/quickstart
     """
+    from dataclasses import asdict
 
-    def work() -> int:
-        from dataclasses import asdict
+    from toolkit.expectations import check_expectations
+    from toolkit.runs import open_run
 
-        from toolkit.expectations import check_expectations
-        from toolkit.runs import open_run
-
-        opened = open_run(run)
-        verdicts = check_expectations(opened.recipe, opened.summary)
-        if as_json:
-            print(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
-        else:
-            for verdict in verdicts:
-                print(verdict.line())
-            if not verdicts:
-                print("the recipe has no [expected_metrics] table: nothing to check")
-        return EXIT_FAILURE if any(verdict.verdict == "missed" for verdict in verdicts) else EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    opened = open_run(run)
+    verdicts = check_expectations(opened.recipe, opened.summary)
+    if as_json:
+        print(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
+    else:
+        for verdict in verdicts:
+            print(verdict.line())
+        if not verdicts:
+            print("the recipe has no [expected_metrics] table: nothing to check")
+    return EXIT_FAILURE if any(verdict.verdict == "missed" for verdict in verdicts) else EXIT_OK
 
 
 def main() -> None:
     """Run the `toolkit` command."""
     open_closed_streams()
-    show_any_name()
+    escape_unknown_characters()
     app()
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from toolkit.train import is_first_process
+from toolkit.cli.errors import is_first_process
 
 
 def chosen_run(text: str) -> Path:
@@ -21,6 +21,11 @@ def chosen_run(text: str) -> Path:
     return path
 
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key; the value is TOML, so text needs quotes."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="TOML file.")]
 RunPath = Annotated[
     Path,

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolkit.cli.options import RecipePath, chosen_run
+from toolkit.cli.errors import command
+from toolkit.cli.options import AsJson, Overrides, RecipePath, chosen_run
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_OK
-from toolkit.train import AsJson, Debug, Overrides, exit_with_status, run_with_error_handling
 
 if TYPE_CHECKING:
     from toolkit.recipe import Diagnostic, Recipe
 
 
+@command
 def validate(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE", help="TOML files.")],
     set_: Overrides = None,
     as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
+) -> int:
     """Validate recipes and report every error.
 
     Makes all checks that need neither data nor a GPU. Prints one line per recipe to stdout, errors and warnings to
@@ -30,18 +30,14 @@ def validate(
 
     Example: toolkit validate recipes/*.toml
     """
-
-    def work() -> int:
-        verdicts = {path: _verdict(path, set_ or []) for path in recipes}
-        if as_json:
-            _print_json([_verdict_json(path, found) for path, found in verdicts.items()])
-        for path, found in verdicts.items() if not as_json else ():
-            for item in found:
-                print(item, file=sys.stderr)
-            print(_verdict_line(path, found))
-        return EXIT_BAD_INPUT if any(_errors(found) for found in verdicts.values()) else EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    verdicts = {path: _verdict(path, set_ or []) for path in recipes}
+    if as_json:
+        _print_json([_verdict_json(path, found) for path, found in verdicts.items()])
+    for path, found in verdicts.items() if not as_json else ():
+        for item in found:
+            print(item, file=sys.stderr)
+        print(_verdict_line(path, found))
+    return EXIT_BAD_INPUT if any(_errors(found) for found in verdicts.values()) else EXIT_OK
 
 
 def _verdict(path: str, overrides: list[str]) -> list[Diagnostic]:
@@ -93,7 +89,8 @@ def _diagnostic_json(item: Diagnostic) -> dict[str, Any]:
     }
 
 
-def show(recipe: RecipePath, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+@command
+def show(recipe: RecipePath, set_: Overrides = None, as_json: AsJson = False) -> None:
     """Print a resolved recipe with the origin of each value.
 
     Shows every key with its value and origin: file and line, --set, or default. Keys of [data] that the recipe leaves
@@ -101,28 +98,23 @@ def show(recipe: RecipePath, set_: Overrides = None, as_json: AsJson = False, de
 
     Example: toolkit show recipes/resnet50_caltech.toml --set train.epochs=5
     """
+    from toolkit.recipe import load
+    from toolkit.recipe.diagnostics import dotted
+    from toolkit.recipe.resolve import leaves, resolved_content
 
-    def work() -> int:
-        from toolkit.recipe import load
-        from toolkit.recipe.diagnostics import dotted
-        from toolkit.recipe.resolve import leaves, resolved_content
-
-        loaded = load(recipe, set_ or [])
-        for warning in loaded.warnings:
-            print(warning, file=sys.stderr)
-        known = _known_input(loaded.recipe)
-        if as_json:
-            values = leaves(resolved_content(loaded.recipe))
-            keys = {dotted(path): {"value": value, "origin": loaded.origins[path]} for path, value in values}
-            for key, (value, origin) in known.items():
-                entry = keys.setdefault(f"data.{key}", {"value": None, "origin": "default"})
-                entry["becomes"] = {"value": value, "origin": origin}
-            _print_json(keys)
-        else:
-            print(_with_comments(loaded.annotated(), known), end="")
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    loaded = load(recipe, set_ or [])
+    for warning in loaded.warnings:
+        print(warning, file=sys.stderr)
+    known = _known_input(loaded.recipe)
+    if as_json:
+        values = leaves(resolved_content(loaded.recipe))
+        keys = {dotted(path): {"value": value, "origin": loaded.origins[path]} for path, value in values}
+        for key, (value, origin) in known.items():
+            entry = keys.setdefault(f"data.{key}", {"value": None, "origin": "default"})
+            entry["becomes"] = {"value": value, "origin": origin}
+        _print_json(keys)
+    else:
+        print(_with_comments(loaded.annotated(), known), end="")
 
 
 def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
@@ -165,11 +157,12 @@ def _with_comments(text: str, known: dict[str, tuple[Any, str]]) -> str:
     """Add the values of unset keys to a resolved recipe, as comments at the end of [data]."""
     from toolkit.recipe.toml_writer import toml_value
 
-    exit_with_status = text.index("\n\n", text.index("\n[data]\n"))
+    end = text.index("\n\n", text.index("\n[data]\n"))
     lines = [f"\n# {key} = {toml_value(value)}  # {origin}" for key, (value, origin) in known.items()]
-    return text[:exit_with_status] + "".join(lines) + text[exit_with_status:]
+    return text[:end] + "".join(lines) + text[end:]
 
 
+@command
 def diff(
     first: Annotated[
         Path, typer.Argument(metavar="A", parser=chosen_run, help="Recipe, or run as for toolkit evaluate.")
@@ -178,7 +171,6 @@ def diff(
         Path, typer.Argument(metavar="B", parser=chosen_run, help="Recipe, or run as for toolkit evaluate.")
     ],
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Compare two recipes, or two runs.
 
@@ -186,23 +178,18 @@ def diff(
 
     Example: toolkit diff recipes/colbertaldo_fast.toml recipes/colbertaldo_best.toml
     """
+    from toolkit.recipe import diff as differing
+    from toolkit.recipe.diagnostics import dotted
 
-    def work() -> int:
-        from toolkit.recipe import diff as differing
-        from toolkit.recipe.diagnostics import dotted
-
-        keys = [(dotted(path), one, two) for path, one, two in differing(_recipe_of(first), _recipe_of(second))]
-        figures = _differing_figures(first, second)
-        if as_json:
-            _print_json({"recipe": _pairs(keys), "figures": _pairs(figures)})
-            return EXIT_OK
-        for line in [_difference(*item) for item in keys] or ["the recipes are equal"]:
-            print(line)
-        for name, one, two in figures:
-            print(f"metric {name}: {_figure(one)} -> {_figure(two)}")
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    keys = [(dotted(path), one, two) for path, one, two in differing(_recipe_of(first), _recipe_of(second))]
+    figures = _differing_figures(first, second)
+    if as_json:
+        _print_json({"recipe": _pairs(keys), "figures": _pairs(figures)})
+        return
+    for line in [_difference(*item) for item in keys] or ["the recipes are equal"]:
+        print(line)
+    for name, one, two in figures:
+        print(f"metric {name}: {_figure(one)} -> {_figure(two)}")
 
 
 def _recipe_of(path: Path) -> Recipe:

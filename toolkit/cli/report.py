@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolkit.cli.options import DataRoot, RunOrStudyPath
-from toolkit.errors import EXIT_OK, UserError
-from toolkit.train import AsJson, Debug, exit_with_status, run_with_error_handling
+from toolkit.cli.errors import command
+from toolkit.cli.options import AsJson, DataRoot, RunOrStudyPath
+from toolkit.errors import UserError
 
 if TYPE_CHECKING:
     from toolkit.report.run_report import ReportResult
 
 
+@command
 def report(
     path: RunOrStudyPath,
     out: Annotated[
@@ -31,7 +32,6 @@ def report(
     runs: Annotated[bool, typer.Option("--runs", help="STUDY: also write the reports of all its runs.")] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="STUDY: also create a W&B report and print its link.")] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Write the report of a run or a study.
 
@@ -40,38 +40,29 @@ def report(
 
     Example: toolkit report runs/quickstart/20260102-030405-abcd
     """
+    numbers = _numbers(filters)
+    images = None if data_root is None else str(data_root)
+    if _is_study(path):
+        if filters is not None:
+            raise UserError("--filters is for a run: give one of the study's run directories")
+        from toolkit.report.study_report import read_study, write_study_report
 
-    def work() -> int:
-        numbers = _numbers(filters)
-        images = None if data_root is None else str(data_root)
-        if _is_study(path):
-            if filters is not None:
-                raise UserError("--filters is for a run: give one of the study's run directories")
-            from toolkit.report.study_report import read_study, write_study_report
+        found = read_study(path)
+        written = write_study_report(found, path, out, figures_only=figures_only, runs=runs, data_root=images, log=_say)
+        if wandb:
+            from toolkit.report.wandb_report import create_wandb_report
 
-            found = read_study(path)
-            written = write_study_report(
-                found, path, out, figures_only=figures_only, runs=runs, data_root=images, log=_say
-            )
-            if wandb:
-                from toolkit.report.wandb_report import create_wandb_report
+            link = create_wandb_report(found, path)
+            written = replace(written, missing=[*written.missing, *link.missing], url=link.url)
+    else:
+        if runs or wandb:
+            option = "--runs" if runs else "--wandb"
+            raise UserError(f"{option} is for a study, and {path} is a run directory")
+        from toolkit.report.run_report import write_report
+        from toolkit.runs import Run
 
-                link = create_wandb_report(found, path)
-                written = replace(written, missing=[*written.missing, *link.missing], url=link.url)
-        else:
-            if runs or wandb:
-                option = "--runs" if runs else "--wandb"
-                raise UserError(f"{option} is for a study, and {path} is a run directory")
-            from toolkit.report.run_report import write_report
-            from toolkit.runs import Run
-
-            written = write_report(
-                Run(path), out, figures_only=figures_only, data_root=images, filters=numbers, log=_say
-            )
-        _tell(written, as_json)
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+        written = write_report(Run(path), out, figures_only=figures_only, data_root=images, filters=numbers, log=_say)
+    _tell(written, as_json)
 
 
 def _say(line: str) -> None:

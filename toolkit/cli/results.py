@@ -10,10 +10,12 @@ from typing import Annotated
 
 import typer
 
-from toolkit.errors import EXIT_OK, UserError
-from toolkit.train import AsJson, Debug, exit_with_status, run_with_error_handling
+from toolkit.cli.errors import command
+from toolkit.cli.options import AsJson
+from toolkit.errors import UserError
 
 
+@command
 def table(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study's folder.")],
     columns: Annotated[
@@ -37,7 +39,6 @@ def table(
     ] = None,
     figures: Annotated[bool, typer.Option("--figures", help="Also draw figures, SVG and PDF.")] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Print a study's results table.
 
@@ -46,26 +47,21 @@ def table(
 
     Example: toolkit table runs/giunta-dropout
     """
+    from toolkit.study.directory import StudyDirectory
+    from toolkit.study.export_tables import TableOptions, read_outcomes, terminal_text, to_json, write_tables
 
-    def work() -> int:
-        from toolkit.study.directory import StudyDirectory
-        from toolkit.study.export_tables import TableOptions, read_outcomes, terminal_text, to_json, write_tables
+    wanted = TableOptions(_listed(columns), _listed(by), compare, intervals, sort, top)
+    found = read_outcomes(StudyDirectory(study), wanted)
+    print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if as_json else terminal_text(found))
+    try:
+        write_tables(replace(found, wanted=replace(wanted, sort=None, top=None)), study)  # the files hold all rows
+    except UserError as error:  # a study in a read-only folder can still be printed
+        print(f"warning: {error}", file=sys.stderr)
+    if figures:
+        from toolkit.study.plots import draw
 
-        wanted = TableOptions(_listed(columns), _listed(by), compare, intervals, sort, top)
-        found = read_outcomes(StudyDirectory(study), wanted)
-        print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if as_json else terminal_text(found))
-        try:
-            write_tables(replace(found, wanted=replace(wanted, sort=None, top=None)), study)  # the files hold all rows
-        except UserError as error:  # a study in a read-only folder can still be printed
-            print(f"warning: {error}", file=sys.stderr)
-        if figures:
-            from toolkit.study.plots import draw
-
-            for path in draw(found, study / "figures", lambda line: print(line, file=sys.stderr)):
-                print(path, file=sys.stderr)
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+        for path in draw(found, study / "figures", lambda line: print(line, file=sys.stderr)):
+            print(path, file=sys.stderr)
 
 
 def _listed(text: str | None) -> list[str]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolkit.cli.options import RunPath, chosen_run
+from toolkit.cli.errors import command
+from toolkit.cli.options import AsJson, Overrides, RunPath, chosen_run
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
-from toolkit.train import AsJson, Debug, Overrides, exit_with_status, run_with_error_handling
 
 if TYPE_CHECKING:
     from toolkit.recipe.diagnostics import Diagnostic
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 POLL_S = 1.0
 
 
+@command
 def submit(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE|STUDY", help="TOML file; one with a [study] table becomes a job array.")
@@ -53,8 +54,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; submit and write nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the log until the job has ended.")] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
+) -> int:
     """Train a recipe, or all runs of a study, on a SLURM cluster.
 
     A recipe becomes one job; a study becomes a job array and a final job for its table and report.
@@ -69,25 +69,21 @@ def submit(
         "processes_per_node": processes_per_node, "cpus_per_task": cpus_per_task, "memory": memory, "time": limit,
         "partition": partition, "account": account, "qos": qos, "constraint": constraint, "max_restarts": max_restarts,
     }  # fmt: skip
+    from toolkit.recipe.toml_writer import toml_value
+    from toolkit.study.expand import is_study
 
-    def work() -> int:
-        from toolkit.recipe.toml_writer import toml_value
-        from toolkit.study.expand import is_study
-
-        options = [f"slurm.{key}={toml_value(value)}" for key, value in asked.items() if value is not None]
-        overrides = [*(set_ or []), *options]
-        if is_study(recipe, overrides):
-            done = _submit_study(recipe, overrides, parallel, yes=yes, dry_run=dry_run)
-        elif parallel is not None:
-            raise UserError(f"--parallel is for studies; {recipe} has no [study] table, so it is one run")
-        else:
-            done = _submit_run(recipe, overrides, dry_run=dry_run)
-        if done is None:
-            return EXIT_OK
-        _tell(done, as_json=as_json)
-        return _wait(done) if wait else EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    options = [f"slurm.{key}={toml_value(value)}" for key, value in asked.items() if value is not None]
+    overrides = [*(set_ or []), *options]
+    if is_study(recipe, overrides):
+        done = _submit_study(recipe, overrides, parallel, yes=yes, dry_run=dry_run)
+    elif parallel is not None:
+        raise UserError(f"--parallel is for studies; {recipe} has no [study] table, so it is one run")
+    else:
+        done = _submit_run(recipe, overrides, dry_run=dry_run)
+    if done is None:
+        return EXIT_OK
+    _tell(done, as_json=as_json)
+    return _wait(done) if wait else EXIT_OK
 
 
 def _submit_run(path: str, overrides: list[str], *, dry_run: bool) -> SubmitResult | None:
@@ -209,10 +205,10 @@ def _print_from(log: Path, position: int) -> int:
     return position + len(text)
 
 
+@command
 def status(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Run, study, folder of runs, or latest.")] = Path("runs"),
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """List runs and their states.
 
@@ -221,28 +217,23 @@ def status(
 
     Example: toolkit status runs
     """
+    from toolkit.slurm.array import headline
+    from toolkit.slurm.job_status import find_runs, queue, states
 
-    def work() -> int:
-        from toolkit.slurm.array import headline
-        from toolkit.slurm.job_status import find_runs, queue, states
-
-        runs = find_runs(path)
-        jobs = queue()
-        if as_json:
-            print(json.dumps([state.to_json() for state in states(runs, jobs)], indent=2))
-        elif runs:
-            try:
-                said = headline(path, jobs)
-            except UserError as error:
-                said = str(error)
-            if said is not None:
-                print(said)
-            _show_states(runs, jobs)
-        else:
-            print(f"no runs in {path}")
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    runs = find_runs(path)
+    jobs = queue()
+    if as_json:
+        print(json.dumps([state.to_json() for state in states(runs, jobs)], indent=2))
+    elif runs:
+        try:
+            said = headline(path, jobs)
+        except UserError as error:
+            said = str(error)
+        if said is not None:
+            print(said)
+        _show_states(runs, jobs)
+    else:
+        print(f"no runs in {path}")
 
 
 def _show_states(runs: list[Any], jobs: Any) -> None:
@@ -275,32 +266,27 @@ def _state_row(state: JobStatus) -> list[str]:
     ]
 
 
+@command
 def logs(
     run: RunPath,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Follow the log until the job has ended.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Print the log of a run's job.
 
     Example: toolkit logs -f runs/quickstart/20260102-030405-abcd
     """
+    from toolkit.runs import open_run
+    from toolkit.slurm.job_status import SlurmJob
 
-    def work() -> int:
-        from toolkit.runs import open_run
-        from toolkit.slurm.job_status import SlurmJob
-
-        opened = open_run(run)
-        record = SlurmJob(opened).record
-        log = opened.log_file if record is None else Path(record["log"])
-        if not log.exists() and not follow:
-            raise UserError(f"{log} does not exist yet: the job has not started (toolkit status {run})")
-        if follow:
-            _follow(log, lambda: _has_ended(run))
-        else:
-            _print_from(log, 0)
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    opened = open_run(run)
+    record = SlurmJob(opened).record
+    log = opened.log_file if record is None else Path(record["log"])
+    if not log.exists() and not follow:
+        raise UserError(f"{log} does not exist yet: the job has not started (toolkit status {run})")
+    if follow:
+        _follow(log, lambda: _has_ended(run))
+    else:
+        _print_from(log, 0)
 
 
 def _has_ended(path: Path) -> bool:
@@ -311,13 +297,13 @@ def _has_ended(path: Path) -> bool:
     return state_of(open_run(path), jobs).state not in ("pending", "running", "unknown", "new")
 
 
+@command
 def cancel(
     runs: Annotated[
         list[Path],
         typer.Argument(metavar="RUN|STUDY", parser=chosen_run, help="Runs as for toolkit evaluate, or studies."),
     ],
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Cancel the jobs of runs, or of whole studies.
 
@@ -325,20 +311,15 @@ def cancel(
 
     Example: toolkit cancel runs/quickstart/20260102-030405-abcd
     """
+    from toolkit.runs import open_run
+    from toolkit.slurm.array import array_record, cancel_array
+    from toolkit.slurm.submit import cancel as cancel_job
 
-    def work() -> int:
-        from toolkit.runs import open_run
-        from toolkit.slurm.array import array_record, cancel_array
-        from toolkit.slurm.submit import cancel as cancel_job
-
-        cancelled = []
-        for run in runs:
-            number = cancel_array(run) if array_record(run) is not None else cancel_job(open_run(run))
-            cancelled.append({"path": str(run), "job": str(number)})
-            if not as_json:
-                print(f"cancelled job {number}: {run}")
-        if as_json:
-            print(json.dumps(cancelled, indent=2))
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=debug))
+    cancelled = []
+    for run in runs:
+        number = cancel_array(run) if array_record(run) is not None else cancel_job(open_run(run))
+        cancelled.append({"path": str(run), "job": str(number)})
+        if not as_json:
+            print(f"cancelled job {number}: {run}")
+    if as_json:
+        print(json.dumps(cancelled, indent=2))

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolkit.cli.errors import command
+from toolkit.cli.options import AsJson, Overrides
 from toolkit.distributed.launcher import is_distributed
 from toolkit.errors import EXIT_OK, UserError
 from toolkit.terminal import outliving_terminal
-from toolkit.train import AsJson, Debug, Overrides, exit_with_status, run_with_error_handling
 
 if TYPE_CHECKING:
     from toolkit.study.expand import ExpandedStudy, StudySpec
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 StudyPath = Annotated[str, typer.Argument(metavar="STUDY", help="TOML file with a [study] table.")]
 
 
+@outliving_terminal()
+@command
 def study(
     study: StudyPath,
     set_: Overrides = None,
@@ -32,8 +35,7 @@ def study(
         bool, typer.Option("--worker", help="Only work on runs of a `toolkit study` that was started elsewhere.")
     ] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
+) -> int:
     """Train all runs of a study and print their table.
 
     Run the same command again to continue: finished runs are skipped, interrupted ones are resumed.
@@ -42,33 +44,27 @@ def study(
 
     Exit status: 0 all runs finished, 1 some failed, 2 bad input, 3 interrupted.
     """
+    from toolkit.study.expand import expand, read_study
 
-    def work() -> int:
-        from toolkit.study.expand import expand, read_study
+    if is_distributed():
+        raise UserError("toolkit study starts its processes itself: call it without a launcher")
+    found = read_study(study, set_ or [])
+    if worker:
+        from toolkit.study.worker import main
 
-        if is_distributed():
-            raise UserError("toolkit study starts its processes itself: call it without a launcher")
-        found = read_study(study, set_ or [])
-        if worker:
-            from toolkit.study.worker import main
-
-            return main(found.folder)
-        expansion = expand(found)
-        for warning in expansion.warnings:
-            print(warning, file=sys.stderr)
-        # torch is imported only here, once all recipes are known to be valid.
-        remarks = _prove(found, expansion)
-        if plan:
-            _show_plan(found, expansion, remarks, as_json=as_json)
-            return EXIT_OK
-        for remark in [*expansion.remarks, *remarks]:
-            print(f"note: {remark}", file=sys.stderr)
-        check_size(found, expansion, yes=yes)
-        return _run(found, expansion, parallel, retry=retry, as_json=as_json)
-
-    with outliving_terminal():
-        status = run_with_error_handling(work, debug=debug)
-    exit_with_status(status)
+        return main(found.folder)
+    expansion = expand(found)
+    for warning in expansion.warnings:
+        print(warning, file=sys.stderr)
+    # torch is imported only here, once all recipes are known to be valid.
+    remarks = _prove(found, expansion)
+    if plan:
+        _show_plan(found, expansion, remarks, as_json=as_json)
+        return EXIT_OK
+    for remark in [*expansion.remarks, *remarks]:
+        print(f"note: {remark}", file=sys.stderr)
+    check_size(found, expansion, yes=yes)
+    return _run(found, expansion, parallel, retry=retry, as_json=as_json)
 
 
 def _prove(study: StudySpec, expansion: ExpandedStudy) -> list[str]:

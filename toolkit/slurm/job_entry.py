@@ -8,50 +8,42 @@ from pathlib import Path
 
 import typer
 
-from toolkit.errors import EXIT_OK
+from toolkit.cli.errors import command
+from toolkit.cli.options import Overrides
 from toolkit.runs import create_run, runs_of
 from toolkit.slurm.array import acquire_run
 from toolkit.slurm.job_status import SlurmJob
 from toolkit.study.directory import StudyDirectory
-from toolkit.train import Overrides, exit_with_status, run_with_error_handling
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command("begin")
+@command
 def create_run_in_job(recipe: str, set_: Overrides = None) -> None:
     """Print the run directory of this job: the one it had before it was requeued, or a new one."""
+    from toolkit.recipe import load, resolved_toml
 
-    def work() -> int:
-        from toolkit.recipe import load, resolved_toml
-
-        loaded = load(recipe, set_ or [])
-        for warning in loaded.warnings:
-            print(warning, file=sys.stderr)
-        table = loaded.recipe.recipe
-        job = os.environ["SLURM_JOB_ID"]
-        run = next((run for run in runs_of(table.run_root, table.name) if SlurmJob(run).current == job), None)
-        if run is None or not os.environ.get("SLURM_RESTART_COUNT"):
-            run = create_run(table.run_root, table.name)
-            run.write_text("recipe.toml", resolved_toml(loaded.recipe))
-            run.write_json("origins.json", loaded.origins_dict(recipe))
-            SlurmJob(run).write_record(job, log=Path(f"slurm-{job}.txt").resolve())
-        print(run.path.resolve())
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=False))
+    loaded = load(recipe, set_ or [])
+    for warning in loaded.warnings:
+        print(warning, file=sys.stderr)
+    table = loaded.recipe.recipe
+    job = os.environ["SLURM_JOB_ID"]
+    run = next((run for run in runs_of(table.run_root, table.name) if SlurmJob(run).current == job), None)
+    if run is None or not os.environ.get("SLURM_RESTART_COUNT"):
+        run = create_run(table.run_root, table.name)
+        run.write_text("recipe.toml", resolved_toml(loaded.recipe))
+        run.write_json("origins.json", loaded.origins_dict(recipe))
+        SlurmJob(run).write_record(job, log=Path(f"slurm-{job}.txt").resolve())
+    print(run.path.resolve())
 
 
 @app.command("claim")
+@command
 def acquire_run_in_job(folder: Path) -> None:
     """Print the run of a study that this array task has claimed, or claims now; print nothing if none is left."""
-
-    def work() -> int:
-        run = acquire_run(StudyDirectory(folder), os.environ["SLURM_ARRAY_JOB_ID"], os.environ["SLURM_ARRAY_TASK_ID"])
-        print("" if run is None else run.path)
-        return EXIT_OK
-
-    exit_with_status(run_with_error_handling(work, debug=False))
+    run = acquire_run(StudyDirectory(folder), os.environ["SLURM_ARRAY_JOB_ID"], os.environ["SLURM_ARRAY_TASK_ID"])
+    print("" if run is None else run.path)
 
 
 if __name__ == "__main__":

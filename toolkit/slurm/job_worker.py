@@ -13,6 +13,8 @@ import time
 
 import typer
 
+from toolkit.cli.errors import exit_with_status, is_first_process, run_with_error_handling
+from toolkit.cli.train import report_at_end, show_outcome
 from toolkit.distributed.launcher import is_distributed
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.locks import Lock
@@ -20,7 +22,6 @@ from toolkit.runs import Run, open_run
 from toolkit.slurm.job_status import SlurmJob
 from toolkit.study.directory import claim, clear_failure, is_of_study, record_failure
 from toolkit.terminal import open_closed_streams, outliving_terminal
-from toolkit.train import exit_with_status, is_first_process, report_at_end, run_with_error_handling, show_outcome
 
 LOCK_WAIT_S = 180
 """Seconds to wait for the run's lock: a job restarted after a node failure may overlap with its old processes."""
@@ -116,7 +117,7 @@ def train_run(run: str) -> None:
     """Start or resume training in the run directory RUN."""
     opened = open_run(run)
     with outliving_terminal():
-        status = run_with_error_handling(lambda: work(opened), debug=False)
+        status = run_with_error_handling(lambda: work(opened))
     if status == Interrupted.exit_status and is_distributed():
         # The outcome is recorded; the launcher treats any other status as a failure and prints stack traces.
         sys.stdout.flush()

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from toolkit.cli.errors import run_with_error_handling
 from toolkit.distributed.signals import GracefulStop
 from toolkit.slurm.array import STUDY
 from toolkit.slurm.job_worker import check_gpus
@@ -18,7 +19,6 @@ from toolkit.study.directory import StudyDirectory
 from toolkit.study.expand import StudySpec, read_study
 from toolkit.study.leader_election import run_worker
 from toolkit.study.worker_pool import WorkerSlot, gpus, slots_for
-from toolkit.train import run_with_error_handling
 
 
 def work(place: Path) -> int:
@@ -47,4 +47,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_with_error_handling(lambda: work(Path(sys.argv[1])), debug=False))
+    sys.exit(run_with_error_handling(lambda: work(Path(sys.argv[1]))))

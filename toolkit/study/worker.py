@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolkit.cli.errors import environment_error_message
 from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import EXIT_INTERRUPTED, EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.locks import Lock, is_held
@@ -34,7 +35,6 @@ from toolkit.study.directory import (
 )
 from toolkit.study.init import CONTROLLER, study_folder
 from toolkit.study.torchrun import train_with_torchrun
-from toolkit.train import environment_error_message
 from toolkit.training.fit import fit
 
 POLL_S = 0.5
@@ -179,6 +179,6 @@ def main(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    from toolkit.train import run_with_error_handling
+    from toolkit.cli.errors import run_with_error_handling
 
-    sys.exit(run_with_error_handling(lambda: main(Path(sys.argv[1])), debug=False))
+    sys.exit(run_with_error_handling(lambda: main(Path(sys.argv[1]))))
