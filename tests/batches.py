@@ -1,4 +1,4 @@
-"""For tests of augmentation in batches: photographs, and torchvision's word for the parameters that were drawn."""
+"""For tests of augmentation in batches: photographs, and torchvision's result for the parameters that were drawn."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from toolkit.augment.gpu import _AUGMENT_STREAM, GpuAugmentation, gpu_augmentation, keyed_uniforms
+from toolkit.augment.gpu import _AUGMENT_STREAM, GpuAugmentation, keyed_uniforms
 from toolkit.augment.gpu_affine import AffineOp, RandomAffine, RandomPerspective
 from toolkit.augment.gpu_color import ColorJitter, GaussianBlur, Grayscale, RandomErasing
 from toolkit.augment.gpu_crop_flip import BatchOp, CenterCrop, CropFlipOp, Floats, Pad, RandomCrop, RandomFlip
+from toolkit.augment.transforms import build_transform
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.recipe.schema import AugmentConfig
 
@@ -49,15 +50,20 @@ def augmentation(*train: Entry, size: int = 224, channels: int = 3, seed: int = 
     """A training chain whose output is in 0..1, for images of any size."""
     table = AugmentConfig.model_validate({"train": list(train), **values})
     preprocessing = Preprocessing(channels, size, None, True, "bilinear", (0.0,) * channels, (1.0,) * channels)
-    made = gpu_augmentation(table, preprocessing, seed)
-    assert isinstance(made, GpuAugmentation), made
-    return made
+    return batched(table, preprocessing, seed)
+
+
+def batched(table: AugmentConfig, preprocessing: Preprocessing, seed: int = 0, split: str = "train") -> GpuAugmentation:
+    """All that follows the resize, in batches."""
+    resized = sum(entry.stage == "before_resize" for entry in getattr(table, split))
+    resized += preprocessing.resize is not None
+    return GpuAugmentation(build_transform(split, table, preprocessing).steps[resized:], preprocessing, seed)
 
 
 def numbers(augment: GpuAugmentation, epoch: int, draws: Floats | Any) -> Floats:
     """The uniform numbers behind a batch, [m, slots]."""
     return keyed_uniforms(
-        np.asarray(draws), sum(one.slots for one in augment.chain.all), _AUGMENT_STREAM, augment.seed, epoch
+        np.asarray(draws), sum(one.slots for one in augment.all), _AUGMENT_STREAM, augment.seed, epoch
     )
 
 
@@ -66,15 +72,15 @@ def one_by_one(augment: GpuAugmentation, image: Image.Image, u: Floats) -> Tenso
 
     Pillow images throughout, each transform after the other, as in a worker.
     """
-    for one in augment.chain.passes:
+    for one in augment.passes:
         image = after(one, image, u[None, : one.slots])
         u = u[one.slots :]
     pixels = functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
-    if augment.chain.erase is not None:
-        plan = augment.chain.erase.plan(u[None], (image.height, image.width))
+    if augment.erase is not None:
+        plan = augment.erase.plan(u[None], (image.height, image.width))
         if plan.applied[0]:
             top, left, height, width = plan.table[0].astype(int).tolist()
-            value = torch.tensor(augment.chain.erase.value)[:, None, None]
+            value = torch.tensor(augment.erase.value)[:, None, None]
             pixels = functional.erase(pixels, top, left, height, width, value)
     return pixels
 
@@ -103,7 +109,7 @@ def after(one: BatchOp, image: Any, u: Floats) -> Any:
     row = plan.table[0]
     match one:
         case ColorJitter():
-            used = (one.brightness, one.contrast, one.saturation, one.hue)
+            used = one.ranges
             for kind in row[4:].astype(int).tolist():
                 image = image if used[kind] is None else ADJUST[kind](image, float(row[kind]))
             return image

@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import Entry, after, augmentation, batch, numbers, one_by_one, photographs
+from batches import Entry, after, augmentation, batch, batched, numbers, one_by_one, photographs
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from toolkit.augment import gpu_crop_flip
-from toolkit.augment.gpu import GpuAugmentation, gpu_augmentation, keyed_uniforms
+from toolkit.augment.gpu import GpuAugmentation, keyed_uniforms
 from toolkit.augment.gpu_affine import AffineOp, _product
 from toolkit.augment.gpu_color import Grayscale, RandomErasing, _within
 from toolkit.augment.transforms import build_transform
 from toolkit.data.image_sources import InMemoryImages
+from toolkit.data.pipeline import plan_preprocessing
 from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from toolkit.data.sampling import hash64
 from toolkit.errors import UserError
@@ -41,6 +42,8 @@ JITTER: Entry = {"name": "ColorJitter", "brightness": 0.5, "contrast": 0.5, "sat
 GREY: Entry = {"name": "RandomGrayscale", "p": 0.5}
 BLUR: Entry = {"name": "GaussianBlur", "kernel_size": [5, 9], "sigma": [0.1, 2.0]}
 ERASE: Entry = {"name": "RandomErasing", "p": 0.7, "value": [124.0, 116.0, 104.0], "stage": "after_crop"}
+HALF = (0.5, 0.5, 0.5)
+SMALL = Preprocessing(3, 32, 32, True, "bilinear", HALF, HALF)
 PAD: Entry = {"name": "Pad", "padding": [3, 1, 2, 6], "fill": 7}
 
 # Name: the transforms, the recipe's other keys, and whether every pixel must be equal.
@@ -129,7 +132,7 @@ def test_crops_and_padding_are_exact(name: str, height: int, width: int, channel
 
 
 def test_neighbouring_moves_are_one_pass_and_flips_part_of_a_warp() -> None:
-    chain = augmentation(crop(stage="crop"), FLIP, UPSIDE, JITTER, FLIP, TURN, UPSIDE, GREY).chain
+    chain = augmentation(crop(stage="crop"), FLIP, UPSIDE, JITTER, FLIP, TURN, UPSIDE, GREY)
     assert [type(one).__name__ for one in chain.passes] == ["CropFlipOp", "ColorJitter", "AffineOp", "Grayscale"]
 
 
@@ -139,7 +142,7 @@ def test_two_warps_in_one_would_not_be_what_torchvision_gives(interpolation: str
     augment = augmentation(
         {**TURN, "interpolation": interpolation}, {**AFFINE, "interpolation": interpolation}, size=32
     )
-    _, first, second = augment.chain.passes
+    _, first, second = augment.passes
     assert isinstance(first, AffineOp)
     assert isinstance(second, AffineOp)
     images, u = photographs(12, 32, 32), numbers(augment, 0, np.arange(12))
@@ -155,8 +158,7 @@ def test_without_randomness_the_pixels_are_those_of_the_workers_bit_for_bit() ->
     images = photographs(6, 256, 300)
     preprocessing = Preprocessing(3, 224, None, True, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
     one_at_a_time = build_transform("train", AugmentConfig(), preprocessing)
-    made = gpu_augmentation(AugmentConfig(), preprocessing, 0)
-    assert isinstance(made, GpuAugmentation)
+    made = batched(AugmentConfig(), preprocessing)
     expected = torch.stack([one_at_a_time(image) for image in images])
     for channels_last in (True, False):
         assert torch.equal(made(batch(images, channels_last=channels_last), 0, np.arange(6)), expected)
@@ -167,8 +169,7 @@ def test_without_randomness_the_pixels_are_those_of_the_workers_bit_for_bit() ->
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_each_split_has_its_own_chain(split: str) -> None:
     table = AugmentConfig.model_validate({"train": [TURN], split: [{**FLIP, "p": 1.0}], "random_erasing": 1.0})
-    made = gpu_augmentation(table, Preprocessing(3, 32, None, True, "bilinear", (0.0,) * 3, (1.0,) * 3), 0, split)
-    assert isinstance(made, GpuAugmentation)
+    made = batched(table, Preprocessing(3, 32, None, True, "bilinear", (0.0,) * 3, (1.0,) * 3), 0, split)
     pixels = batch(photographs(3, 32, 32))
     assert torch.equal(made(pixels, 0, np.arange(3)), pixels.flip(3).float() * (1 / 255))
 
@@ -180,7 +181,7 @@ def test_grey_images() -> None:
     made = augment(batch(images), 0, draws)
     for image, u, result in zip(images, numbers(augment, 0, draws), made, strict=True):
         expected_image = image
-        for one in augment.chain.passes:
+        for one in augment.passes:
             if not isinstance(one, Grayscale):
                 expected_image = after(one, expected_image, u[None, : one.slots])
             u = u[one.slots :]
@@ -197,7 +198,7 @@ def test_what_needs_float_works_on_float(size: int) -> None:
     made = augment(batch(images), 0, draws)
     for image, u, result in zip(images, numbers(augment, 0, draws), made, strict=True):
         expected = functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
-        centre, warp, blur, erase = augment.chain.passes
+        centre, warp, blur, erase = augment.passes
         assert centre.slots == 0
         assert isinstance(warp, AffineOp)
         assert isinstance(erase, RandomErasing)
@@ -319,30 +320,45 @@ def test_the_two_ways_to_erase_agree() -> None:
 )  # fmt: skip
 def test_what_prevents_it_is_named(entry: Entry, said: str) -> None:
     table = AugmentConfig.model_validate({"train": [FLIP, entry]})
-    assert gpu_augmentation(table, Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3), 0) == said
+    plan = plan_preprocessing("train", table, SMALL, 0, None)
+    assert plan.obstacle == said
 
 
-def test_the_recipe_has_the_last_word() -> None:
-    preprocessing = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
+def test_the_recipe_decides() -> None:
     workers = AugmentConfig.model_validate({"train": [FLIP], "run_on": "workers"})
-    assert gpu_augmentation(workers, preprocessing, 0) == 'augment.run_on = "workers"'
+    assert plan_preprocessing("train", workers, SMALL, 0, None).batched is None
     device = AugmentConfig.model_validate({"train": [{"name": "RandAugment"}], "run_on": "device"})
-    with pytest.raises(UserError, match=r"does not support augment.train\[0\]: RandAugment"):
-        gpu_augmentation(device, preprocessing, 0)
+    with pytest.raises(UserError, match=r"is not possible: augment.train\[0\]: RandAugment"):
+        plan_preprocessing("train", device, SMALL, 0, None)
 
 
 def test_a_policy_prevents_it() -> None:
     table = AugmentConfig.model_validate({"auto_augment": "rand-m9"})
-    preprocessing = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    assert gpu_augmentation(table, preprocessing, 0) == "augment.auto_augment = 'rand-m9'"
-    assert isinstance(gpu_augmentation(table, preprocessing, 0, "validation"), GpuAugmentation)
+    plan = plan_preprocessing("train", table, SMALL, 0, None)
+    assert (plan.obstacle, plan.batched) == ("augment.auto_augment = 'rand-m9'", None)
+    assert plan_preprocessing("validation", table, SMALL, 0, None).batched is not None
 
 
-def test_what_is_fixed_before_the_resize_is_no_concern_of_the_batch() -> None:
+def test_fixed_transforms_before_the_resize_do_not_prevent_it() -> None:
     table = AugmentConfig.model_validate({"train": [{**PAD, "stage": "before_resize"}, FLIP]})
-    made = gpu_augmentation(table, Preprocessing(3, 32, 40, True, "bilinear", (0.5,) * 3, (0.5,) * 3), 0)
-    assert isinstance(made, GpuAugmentation)
-    assert made(batch(photographs(2, 40, 40)), 0, np.arange(2)).shape == (2, 3, 32, 32)
+    plan = plan_preprocessing("train", table, Preprocessing(3, 32, 40, True, "bilinear", HALF, HALF), 0, None)
+    assert plan.batched is not None
+    assert plan.steps == 3, "padding, resize and crop are applied to each image"
+    assert plan.batched(batch(photographs(2, 32, 32)), 0, np.arange(2)).shape == (2, 3, 32, 32)
+
+
+def test_images_padded_to_a_square_are_augmented_in_batches_too() -> None:
+    """Weights of timm with crop_mode = "border": the long side is resized, the rest padded with the mean color."""
+    padded = Preprocessing(3, 32, 32, True, "bilinear", (0.0,) * 3, (1.0,) * 3, border=(10, 20, 30))
+    for entry in ({**FLIP, "p": 1.0}, {**FLIP, "p": 1.0, "stage": "before_crop"}):
+        table = AugmentConfig.model_validate({"train": [entry]})
+        plan = plan_preprocessing("train", table, padded, 0, 40)
+        assert plan.batched is not None
+        images = photographs(2, 30, 40)
+        made = plan.batched(
+            batch([Image.fromarray(plan.transform.pixels(one, plan.steps)) for one in images]), 0, [0, 1]
+        )
+        assert torch.equal(made, torch.stack([plan.transform(one) for one in images]))
 
 
 def test_images_of_the_wrong_size_are_refused() -> None:

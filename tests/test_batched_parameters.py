@@ -29,7 +29,7 @@ def uniforms(slots: int, key: int = 0) -> Sample:
 
 def only_pass(**entry: Any) -> Any:
     """The one pass that the transform becomes, of images that need no crop."""
-    passes = augmentation(entry, size=60).chain.passes
+    passes = augmentation(entry, size=60).passes
     assert isinstance(passes[0], CropFlipOp)
     return passes[1]
 
@@ -76,7 +76,7 @@ def test_the_uniform_numbers_are_uniform_and_independent() -> None:
 def test_probabilities(p: float) -> None:
     for entry in ({"name": "RandomHorizontalFlip"}, {"name": "RandomVerticalFlip"}):
         augment = augmentation({**entry, "p": p}, size=32)
-        flips = augment.chain.passes[0].steps[-1]  # type: ignore[attr-defined]
+        flips = augment.passes[0].steps[-1]  # type: ignore[attr-defined]
         assert isinstance(flips, RandomFlip)
         assert_share(flips.draw(numbers(augment, 0, np.arange(N))), p)
     for one in (
@@ -88,7 +88,7 @@ def test_probabilities(p: float) -> None:
         only_pass(name="RandomErasing", p=p),
     ):
         assert_share(one.plan(uniforms(one.slots), SIZE).applied, p)
-    crop = augmentation({"name": "RandomCrop", "padding": 4, "apply_p": p}, size=32).chain.passes[0].steps[-1]  # type: ignore[attr-defined]
+    crop = augmentation({"name": "RandomCrop", "padding": 4, "apply_p": p}, size=32).passes[0].steps[-1]  # type: ignore[attr-defined]
     rows, _ = crop.maps(uniforms(3), (32, 32))
     assert_share((rows != np.arange(32)).any(1), p * 8 / 9)  # the middle one of nine places is no change
 

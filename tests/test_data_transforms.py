@@ -15,13 +15,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from toolkit.augment.resize import resizing_kernel
-from toolkit.augment.transforms import (
-    TENSOR_ONLY,
-    build_transform,
-    is_deterministic,
-    transform_names,
-    try_transform,
-)
+from toolkit.augment.steps import transform_names
+from toolkit.augment.transforms import TENSOR_ONLY, build_transform, is_deterministic, try_transform
 from toolkit.data.image_sources import InMemoryImages
 from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from toolkit.errors import UserError

@@ -89,6 +89,10 @@ ALIVE = {
     "degrees": (
         'augment.train = [[{ name = "RandomRotation", degrees = 9 }], [{ name = "RandomRotation", degrees = 5 }]]', (),
     ),
+    "probability of a transform": (
+        'augment.train = [[{ name = "RandomRotation", degrees = 9, apply_p = 0.2 }],'
+        ' [{ name = "RandomRotation", degrees = 9, apply_p = 0.7 }]]', (),
+    ),
     "versions": ("data.fixed_views = [1, 2]", ('augment.train=[{ name = "RandomRotation", degrees = 9 }]',)),
     "size": ("data.image_size = [8, 12]", ()),
     "normalisation": ('data.normalize = ["half", "none"]', ()),

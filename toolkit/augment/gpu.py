@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from toolkit.augment.gpu_crop_flip import BatchOp, Floats, SampledParams
-from toolkit.augment.gpu_pipeline import AugmentationPipeline, after_resize, chain_of
+from toolkit.augment.gpu_pipeline import batch_ops
+from toolkit.augment.steps import Step
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.sampling import IntArray, hash64
 from toolkit.data.tensor_rows import assign_rows, index_rows, memory_format
 from toolkit.errors import UserError
-from toolkit.recipe.gpu_support import unsupported_on_gpu
-from toolkit.recipe.schema import AugmentConfig
 
 _AUGMENT_STREAM = 0x6175676D656E74
 """Separates these random numbers from all others with the same seed ("augment" in ASCII)."""
@@ -31,10 +30,13 @@ _CHUNK = 2**18
 
 
 class GpuAugmentation:
-    """The augmentations, crop and normalization of one split, for batches."""
+    """The last steps of one split's transform, for batches: all that follow those applied image by image."""
 
-    def __init__(self, chain: AugmentationPipeline, preprocessing: Preprocessing, seed: int) -> None:
-        self.chain, self.seed = chain, seed
+    def __init__(self, steps: Sequence[Step], preprocessing: Preprocessing, seed: int) -> None:
+        """``steps`` end with the normalization, or with random erasing after it."""
+        self.passes, self.erase = batch_ops(steps)
+        self.all = [*self.passes, *([self.erase] if self.erase else [])]
+        self.seed = seed
         self.size, self.channels = preprocessing.image_size, preprocessing.channels
         self.mean, self.std = (torch.tensor(values) for values in (preprocessing.mean, preprocessing.std))
         self._row_mean, self._row_std = self.mean.repeat(self.size), self.std.repeat(self.size)
@@ -42,10 +44,9 @@ class GpuAugmentation:
     def __call__(self, images: Tensor, epoch: int, draws: Tensor | IntArray) -> Tensor:
         """Augment and normalize uint8 [m, C, h, w] to float32 [m, C, image_size, image_size] on the same device.
 
-        ``images`` are decoded, resized and of equal size; if the fixed center crop directly follows the resize, it may
-        already have been applied. ``draws``: int64 [m] on the CPU, see
-        :meth:`toolkit.data.sampling.SamplingPlan.epoch`. The memory format (channels_last) is kept. There is no GPU
-        synchronization. Each call has an overhead of some hundred microseconds, so combine small batches.
+        ``draws``: int64 [m] on the CPU, see :meth:`toolkit.data.sampling.SamplingPlan.epoch`. The memory format
+        (channels_last) is kept. There is no GPU synchronization. Each call has an overhead of some hundred
+        microseconds, so combine small batches.
 
         Raises UserError if the result does not have the size ``image_size``.
         """
@@ -63,10 +64,10 @@ class GpuAugmentation:
 
     def plans(self, epoch: int, draws: Tensor | IntArray, size: tuple[int, int]) -> list[SampledParams]:
         """Sample the parameters of each operation of the pipeline for each image of a batch."""
-        slots = [one.slots for one in self.chain.all]
+        slots = [one.slots for one in self.all]
         u = keyed_uniforms(np.asarray(draws), sum(slots), _AUGMENT_STREAM, self.seed, epoch)
         plans: list[SampledParams] = []
-        for one, end in zip(self.chain.all, np.cumsum(slots).tolist(), strict=True):
+        for one, end in zip(self.all, np.cumsum(slots).tolist(), strict=True):
             plans.append(one.plan(u[:, end - one.slots : end], size))
             size = plans[-1].size
         if size != (self.size, self.size):
@@ -78,12 +79,11 @@ class GpuAugmentation:
 
     def _make(self, images: Tensor, made: Tensor, plans: Sequence[SampledParams], tables: Sequence[Tensor]) -> None:
         """Apply the pipeline to some of the images and write the result to ``made``."""
-        count = len(self.chain.passes)
-        for one, plan, table in zip(self.chain.passes, plans[:count], tables[:count], strict=True):
-            images = _where_due(one, images, plan, table)
+        for one, plan, table in zip(self.passes, plans, tables, strict=False):  # the last plan may be that of erase
+            images = _apply_where_due(one, images, plan, table)
         self._normalize(images, made)
-        if self.chain.erase is not None:
-            self.chain.erase.erase(made, plans[-1], tables[-1])
+        if self.erase is not None:
+            self.erase.erase(made, plans[-1], tables[-1])
 
     def _normalize(self, images: Tensor, made: Tensor) -> None:
         """Normalize 0..255 with torchvision's operations in their order, so that results are equal bit for bit."""
@@ -95,22 +95,6 @@ class GpuAugmentation:
         else:
             mean, std = (values.to(made.device, non_blocking=True)[:, None, None] for values in (self.mean, self.std))
             made.mul_(1 / 255).sub_(mean).div_(std)
-
-
-def gpu_augmentation(
-    augment: AugmentConfig, preprocessing: Preprocessing, seed: int, split: str = "train"
-) -> GpuAugmentation | str:
-    """Build the batch augmentations of a split, or return why that is not possible (the recipe entry and its name).
-
-    Raises UserError if that is not possible and ``augment.run_on = "device"``, and like
-    :func:`toolkit.augment.transforms.build_transform`.
-    """
-    obstacle = 'augment.run_on = "workers"' if augment.run_on == "workers" else unsupported_on_gpu(split, augment)
-    if obstacle is None:
-        return GpuAugmentation(chain_of(after_resize(split, augment, preprocessing)), preprocessing, seed)
-    if augment.run_on == "device":
-        raise UserError(f'augment.run_on = "device" does not support {obstacle}; set "auto" or "workers"')
-    return obstacle
 
 
 def keyed_uniforms(draws: IntArray, n: int, *key: int) -> Floats:
@@ -145,7 +129,7 @@ def _on_device(tables: Sequence[Floats], device: torch.device) -> list[Tensor]:
     return list(whole.to(device, non_blocking=True).split([table.shape[1] for table in tables], 1))
 
 
-def _where_due(one: BatchOp, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
+def _apply_where_due(one: BatchOp, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
     """Apply an operation to those images that it changes."""
     if plan.applied.all():
         return one.apply(images, plan, table)

@@ -11,7 +11,6 @@ differs from that by more than 2/255 (see tests/test_batched_geometry.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,19 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.augment.gpu_crop_flip import Floats, Places, RandomFlip, SampledParams, Size, randint
-
-
-class CoordinateMap(Protocol):
-    """A transform that maps coordinates by a matrix."""
-
-    @property
-    def slots(self) -> int:
-        """Random numbers needed per image."""
-        ...
-
-    def matrices(self, u: Floats, size: Size) -> Floats:
-        """Return the matrices from output coordinates (x, y, 1) to input coordinates of m images, [m, 3, 3]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,7 @@ class RandomAffine:
         return drawn
 
     def matrices(self, u: Floats, size: Size) -> Floats:
-        """See :class:`CoordinateMap`."""
+        """Return the matrices from output coordinates (x, y, 1) to input coordinates of m images, [m, 3, 3]."""
         center = self.center or (size[1] / 2, size[0] / 2)
         return affine_matrices(self.draw(u, size) * [self.turn, 1, 1, 1, 1, 1], center)
 
@@ -104,7 +90,7 @@ class RandomPerspective:
         return corners
 
     def matrices(self, u: Floats, size: Size) -> Floats:
-        """See :class:`CoordinateMap`."""
+        """See :meth:`RandomAffine.matrices`."""
         return perspective_matrices(self.draw(u, size), size)
 
 
@@ -136,7 +122,7 @@ class AffineOp:
     """A rotation, affine or perspective transform, with the flips before and after it."""
 
     before: tuple[RandomFlip, ...]
-    warp: CoordinateMap
+    warp: RandomAffine | RandomPerspective
     p: float
     after: tuple[RandomFlip, ...]
     bilinear: bool

@@ -27,12 +27,9 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 class ColorJitter:
     """ColorJitter: brightness, contrast, saturation and hue, in a random order per image."""
 
-    brightness: tuple[float, float] | None
-    """Range of the factor; None: unchanged."""
-    contrast: tuple[float, float] | None
-    saturation: tuple[float, float] | None
-    hue: tuple[float, float] | None
-    """Range of the shift as a fraction of the color circle."""
+    ranges: tuple[tuple[float, float] | None, ...]
+    """Ranges of the factors of brightness, contrast and saturation, and of the hue's shift as a fraction of the color
+    circle; None: unchanged."""
     p: float
     slots: int = 9
 
@@ -42,7 +39,7 @@ class ColorJitter:
         Columns of the table: the four factors, then the four operations (0..3) in order.
         """
         factors = [np.ones(len(u)) if span is None else span[0] + (span[1] - span[0]) * u[:, 1 + kind]
-                   for kind, span in enumerate(self._spans)]  # fmt: skip
+                   for kind, span in enumerate(self.ranges)]  # fmt: skip
         order = np.argsort(u[:, 5:9], axis=1, kind="stable")
         return SampledParams(u[:, 0] < self.p, np.column_stack([*factors, order]), size)
 
@@ -50,7 +47,7 @@ class ColorJitter:
         """Apply the operations in each image's order, batching the images that share the current operation."""
         # Contiguous format, because sums over the channels of a pixel are slow in channels_last.
         images = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        active = [kind for kind, span in enumerate(self._spans) if span is not None]
+        active = [kind for kind, span in enumerate(self.ranges) if span is not None]
         if images.shape[1] == 1:  # gray has neither saturation nor hue
             active = [kind for kind in active if kind in (BRIGHTNESS, CONTRAST)]
         for turn in range(4):
@@ -64,10 +61,6 @@ class ColorJitter:
                     assign_rows(images, where, _OPERATIONS[kind](some, table[where, kind, None, None, None]))
         return images
 
-    @property
-    def _spans(self) -> tuple[tuple[float, float] | None, ...]:
-        return self.brightness, self.contrast, self.saturation, self.hue
-
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Multiply by ``factor``.
@@ -80,9 +73,9 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean of each image's grayscale version."""
-    grey = luma(images) if images.shape[1] == 3 else images
+    gray = luma(images) if images.shape[1] == 3 else images
     # A float64 sum of integers is exact, so it depends neither on the order nor on the rest of the batch.
-    mean = (grey.mean((1, 2, 3), keepdim=True, dtype=torch.float64) + 0.5).floor_().float()
+    mean = (gray.mean((1, 2, 3), keepdim=True, dtype=torch.float64) + 0.5).floor_().float()
     return _blend(mean, images, factor)
 
 
@@ -126,8 +119,8 @@ def luma(images: Tensor) -> Tensor:
     """Convert color [n, 3, H, W] to gray [n, 1, H, W], rounded as in Pillow (ITU-R 601-2, 16-bit weights)."""
     red, green, blue = images.unbind(1)
     # All products and sums are integers below 2**24, so exact in float32.
-    grey = (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768)
-    return grey.mul_(2.0**-16).floor_()[:, None]
+    gray = (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768)
+    return gray.mul_(2.0**-16).floor_()[:, None]
 
 
 @dataclass(frozen=True)

@@ -63,19 +63,6 @@ class BatchOp(Protocol):
         ...
 
 
-class IndexMap(Protocol):
-    """A transform that only rearranges whole rows and columns of pixels."""
-
-    @property
-    def slots(self) -> int:
-        """Random numbers needed per image."""
-        ...
-
-    def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
-        """Return the input row of each output row [m, H] and the input columns [m, W] of m images; -1 for padding."""
-        ...
-
-
 @dataclass(frozen=True)
 class RandomFlip:
     """RandomHorizontalFlip and RandomVerticalFlip."""
@@ -90,7 +77,7 @@ class RandomFlip:
         return flipped
 
     def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
-        """See :class:`IndexMap`."""
+        """Return the input row of each output row [m, H] and the input columns [m, W] of m images; -1 for padding."""
         rows, columns = (np.broadcast_to(np.arange(n), (len(u), n)) for n in size)
         flipped = self.draw(u)[:, None]
         if self.vertical:
@@ -136,7 +123,7 @@ class RandomCrop:
         return corners[0], corners[1]
 
     def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
-        """See :class:`IndexMap`."""
+        """See :meth:`RandomFlip.maps`."""
         found = []
         for axis, (corner, padding) in enumerate(zip(self.draw(u, size), self._paddings(size), strict=True)):
             found.append(padded(size[axis], padding, self.mode)[corner[:, None] + np.arange(self.size[axis])])
@@ -161,13 +148,13 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """CenterCrop: the center of the image, padded with zeros if the image is smaller than ``size``."""
+    """CenterCrop, and timm's CenterCropOrPad: the center of the image, padded if the image is smaller than ``size``."""
 
     size: Size
     slots: int = 0
 
     def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
-        """See :class:`IndexMap`."""
+        """See :meth:`RandomFlip.maps`."""
         found = []
         for have, want in zip(size, self.size, strict=True):
             missing = max(0, want - have)
@@ -187,7 +174,7 @@ class Pad:
     slots: int = 0
 
     def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
-        """See :class:`IndexMap`."""
+        """See :meth:`RandomFlip.maps`."""
         left, right, top, bottom = self.padding
         rows, columns = padded(size[0], (top, bottom), self.mode), padded(size[1], (left, right), self.mode)
         return np.broadcast_to(rows, (len(u), len(rows))), np.broadcast_to(columns, (len(u), len(columns)))
@@ -196,10 +183,13 @@ class Pad:
 def padded(n: int, padding: tuple[int, int], mode: str) -> Places:
     """Return the source index of each position of a line of n padded before and after; -1 for constant padding."""
     line = np.arange(n)
-    places: Places = (
-        np.pad(line, padding, constant_values=-1) if mode == "constant" else np.pad(line, padding, mode=mode)  # type: ignore[call-overload]
-    )
+    values = {"constant_values": -1} if mode == "constant" else {}
+    places: Places = np.pad(line, padding, mode=mode, **values)  # type: ignore[call-overload]
     return places
+
+
+IndexMap = RandomFlip | RandomCrop | CenterCrop | Pad
+"""A transform that only rearranges whole rows and columns of pixels."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Resize(v2.Resize):  # type: ignore[misc]  # torchvision has no types
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """See torchvision."""
-        if not (_is_colour(inpt) and resizes_bytes(self)):
+        if not (_is_color(inpt) and resizes_bytes(self)):
             return super().transform(inpt, params)
         return as_image(_resized(as_bytes(inpt), self.size, self.interpolation, self.max_size))
 
@@ -40,7 +40,7 @@ class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """See torchvision."""
-        if not (_is_colour(inpt) and resizes_bytes(self)):
+        if not (_is_color(inpt) and resizes_bytes(self)):
             return super().transform(inpt, params)
         left, top = params["left"], params["top"]
         crop = inpt.crop((left, top, left + params["width"], top + params["height"]))
@@ -87,7 +87,7 @@ def as_bytes(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _is_colour(image: Any) -> bool:
+def _is_color(image: Any) -> bool:
     return isinstance(image, Image.Image) and image.mode == "RGB"
 
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolkit.augment.gpu import GpuAugmentation, gpu_augmentation
-from toolkit.augment.gpu_pipeline import AugmentationPipeline, chain_of
-from toolkit.augment.transforms import ImageTransform, build_transform, makes_floats
+from toolkit.augment.gpu import GpuAugmentation
+from toolkit.augment.transforms import CENTER_CROP, ImageTransform, build_transform, makes_floats
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.sampling import IntArray
 from toolkit.errors import UserError
@@ -53,29 +52,31 @@ def plan_preprocessing(
     ``augment.run_on = "device"`` is not possible.
     """
     transform = build_transform(split, augment, preprocessing)
-    if makes_floats(transform.after(len(transform.fixed))):
-        plain = GpuAugmentation(AugmentationPipeline((), None), preprocessing, seed)
-        return PreprocessingPlan(transform, len(transform.fixed), plain, True, "")
+
+    def batched_after(steps: int) -> GpuAugmentation:
+        return GpuAugmentation(transform.steps[steps:], preprocessing, seed)
+
+    fixed = len(transform.fixed)
+    if makes_floats(transform.after(fixed)):
+        return PreprocessingPlan(transform, fixed, batched_after(fixed), True, "")
     if augment.run_on == "workers":
         return PreprocessingPlan(transform, 0, None, False, "")
-    batched = gpu_augmentation(augment, preprocessing, seed, split)
-    if isinstance(batched, str):
-        obstacle = batched
-    elif _is_uniform(transform, preprocessing, native_size):
-        return PreprocessingPlan(transform, transform.base, batched, False, "")
-    else:
+    obstacle = unsupported_on_gpu(split, augment)
+    if obstacle is None and not _is_uniform(transform, preprocessing, native_size):
         obstacle = f"augment.{split}: the images have different sizes before the random transforms"
+    if obstacle is None:
+        return PreprocessingPlan(transform, transform.base, batched_after(transform.base), False, "")
     if augment.run_on == "device":
         raise UserError(f'augment.run_on = "device" is not possible: {obstacle}; set "auto" or "workers"')
     if unsupported_on_gpu(split, augment, after_crop=True) is None and _is_cropped(split, augment, preprocessing):
-        rest = GpuAugmentation(chain_of(transform.steps[transform.cropped :]), preprocessing, seed)
-        return PreprocessingPlan(transform, transform.cropped, rest, False, obstacle)
+        cropped = transform.cropped
+        return PreprocessingPlan(transform, cropped, batched_after(cropped), False, obstacle)
     return PreprocessingPlan(transform, 0, None, False, obstacle)
 
 
 def _is_uniform(transform: ImageTransform, preprocessing: Preprocessing, native_size: int | None) -> bool:
     """Return whether all images have the same size after the base steps."""
-    crops = preprocessing.crop and transform.base > 0 and transform.fixed[transform.base - 1].startswith("center crop")
+    crops = preprocessing.crop and transform.base > 0 and transform.fixed[transform.base - 1].startswith(CENTER_CROP)
     return crops or isinstance(preprocessing.resize, tuple) or native_size is not None
 
 

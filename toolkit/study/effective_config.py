@@ -132,7 +132,7 @@ def _transforms(recipe: Recipe) -> Hashable:
     told = [repr(preprocessing)]
     for split in ("train", "validation", "test"):
         steps = build_transform(split, recipe.augment, preprocessing).steps
-        told += [_ADDRESS.sub("", f"{step!r}") for step in steps if getattr(step, "p", 1) != 0]
+        told += [f"{step.p:g} {_ADDRESS.sub('', repr(step))}" for step in steps if step.probability]
     if not is_deterministic("train", recipe.augment):
         told.append(f"{recipe.data.fixed_views} versions")
     return tuple(told)
