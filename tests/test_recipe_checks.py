@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from toolkit.recipe import RecipeError, loads_recipe
-from toolkit.recipe.cross_checks import NORMALIZATIONS, RULES, channels_of, check
-from toolkit.recipe.schema import Recipe
+from toolkit.recipe.cross_checks import RULES, channels_of, check
+from toolkit.recipe.schema import NORMALIZATIONS, Recipe
 
 BASE = """\
 [recipe]
@@ -413,10 +413,11 @@ def test_channels_follow_weights(overrides: list[str], channels: int) -> None:
     assert channels_of(loads_recipe(BASE, [*PLAIN, 'data.dataset="digits"'])) == 1
 
 
-def test_named_normalizations_are_those_of_preprocessing() -> None:
-    from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+def test_named_normalizations_are_those_of_timm() -> None:
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
-    assert NORMALIZATIONS["imagenet"] == (list(IMAGENET_MEAN), list(IMAGENET_STD))
+    assert NORMALIZATIONS["imagenet"] == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert NORMALIZATIONS["half"] == (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
 
 
 def test_all_choices_of_normalization_but_two_have_values() -> None:

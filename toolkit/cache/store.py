@@ -35,6 +35,7 @@ import numpy.typing as npt
 from filelock import Timeout
 
 from toolkit.distributed.cpu_count import available_cpus
+from toolkit.hashing import json_hash
 from toolkit.locks import Lock, acquire
 
 ByteArray = npt.NDArray[np.uint8]
@@ -67,7 +68,7 @@ def cache_root() -> Path:
 
 def content_key(parts: Mapping[str, Any]) -> str:
     """Return a hash of JSON-serializable values, 32 hexadecimal digits."""
-    return hashlib.sha256(_canonical(parts)).hexdigest()[:32]
+    return json_hash(parts)[:32]
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _header(folder: Path) -> CacheEntry | None:
         return None
     except (OSError, ValueError) as error:
         raise CorruptCacheEntry(f"entry.json cannot be read: {error}") from None
-    if not isinstance(facts, dict) or facts.pop("sha256", None) != _digest(facts):
+    if not isinstance(facts, dict) or facts.pop("sha256", None) != json_hash(facts):
         raise CorruptCacheEntry("the checksum of entry.json differs")
     if facts.get("format") != FORMAT:
         raise CorruptCacheEntry("it was written by another version")
@@ -207,7 +208,7 @@ class CacheEntryWriter:
         digest = hashlib.sha256((self.folder / "tables.npz").read_bytes()).hexdigest()
         size = (self.folder / "data.bin").stat().st_size
         whole = {"format": FORMAT, "bytes": size, "tables": digest, "made": time.time(), **facts}
-        (self.folder / "entry.json").write_text(json.dumps({**whole, "sha256": _digest(whole)}, indent=1))
+        (self.folder / "entry.json").write_text(json.dumps({**whole, "sha256": json_hash(whole)}, indent=1))
         try:
             os.rename(self.folder, self.target)
         except OSError:
@@ -316,11 +317,3 @@ def folder_size(folder: Path) -> int:
     with contextlib.suppress(OSError):
         return sum(path.stat().st_size for path in folder.iterdir())
     return 0
-
-
-def _canonical(values: Mapping[str, Any]) -> bytes:
-    return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_canonical(facts)).hexdigest()

@@ -123,7 +123,7 @@ def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
     Weights from a file are assumed to expect the same input as the architecture's default weights, as in training.
     """
     from toolkit.data.dataset_info import DATASETS
-    from toolkit.data.preprocessing import PretrainedInput, resolve_channels, resolve_preprocessing
+    from toolkit.data.preprocessing import resolve_channels, resolve_preprocessing
     from toolkit.recipe.catalog import weights_input
 
     model, facts = recipe.model, DATASETS[recipe.data.dataset]
@@ -135,7 +135,7 @@ def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
             return {}
     found = resolve_preprocessing(
         resolve_channels(recipe.data, pretrained=is_pretrained),
-        None if expected is None else PretrainedInput(**expected._asdict()),
+        expected,
         facts.size,
         facts.channels,
         lambda plain: (plain.mean, plain.std),

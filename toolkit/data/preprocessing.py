@@ -7,32 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.earlier_versions import DEFAULTS
-from toolkit.recipe.schema import DataConfig, NormalizeValues
+from toolkit.recipe.schema import NORMALIZATIONS, DataConfig, NormalizeValues
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = NORMALIZATIONS["imagenet"]
 
 SMALL_IMAGE = 64
 """Inputs up to this size (pixels) are resized without a crop margin by default, larger ones with ImageNet's margin."""
-
-
-@dataclass(frozen=True)
-class PretrainedInput:
-    """Preprocessing that pretrained weights were trained with, as stated by their publisher."""
-
-    image_size: int
-    """Height and width of the input in pixels; only the width if ``height`` is set."""
-    resize: int
-    """Side before the center crop in pixels; ``crop_mode`` determines which side."""
-    interpolation: str
-    """nearest, bilinear or bicubic."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_mode: str = "center"
-    """center: the short side becomes ``resize``. squash: both sides do, whatever the aspect ratio. border: the long
-    side does, and the image is padded to the input's size with the mean color."""
-    height: int | None = None
-    """Height in pixels of an input that is not square."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +123,10 @@ def _normalization(
         return tuple(choice.mean), tuple(choice.std)
     if choice == "auto" and weights:
         return _as_channels(weights.mean, channels), _as_channels(weights.std, channels)
-    if choice in ("auto", "half"):
-        return (0.5,) * channels, (0.5,) * channels
-    if choice == "imagenet":
-        return _as_channels(IMAGENET_MEAN, channels), _as_channels(IMAGENET_STD, channels)
-    if choice == "none":
-        return (0.0,) * channels, (1.0,) * channels
-    return measure(plain)
+    if choice == "dataset":
+        return measure(plain)
+    mean, std = NORMALIZATIONS["half" if choice == "auto" else choice]
+    return _as_channels(mean, channels), _as_channels(std, channels)
 
 
 def _as_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

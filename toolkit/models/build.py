@@ -9,7 +9,6 @@ import timm.models.resnet
 import torchvision.models
 from torch import nn
 
-from toolkit.data.preprocessing import PretrainedInput
 from toolkit.errors import UserError
 from toolkit.models import timm_models, torchvision_models
 from toolkit.models.convnet import ConvNet
@@ -26,6 +25,7 @@ from toolkit.models.pretrained import (
     without_prefix,
 )
 from toolkit.models.unknown_names import first_line
+from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.schema import ModelConfig
 
 STEM = "conv1"

@@ -14,12 +14,12 @@ from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from toolkit.data.preprocessing import PretrainedInput
 from toolkit.errors import UserError
 from toolkit.models.head import DropoutLinear, with_dropout
 from toolkit.models.layer_groups import is_under
 from toolkit.models.pretrained import StateDict, is_file_reference, map_efficientnet_lite
 from toolkit.models.unknown_names import check_arguments, first_line, unknown_name
+from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.schema import ModelConfig
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")

@@ -10,10 +10,10 @@ import torchvision
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from toolkit.data.preprocessing import PretrainedInput
 from toolkit.errors import UserError
 from toolkit.models.pretrained import StateDict, map_densenet
 from toolkit.models.unknown_names import check_arguments, first_line, unknown_name
+from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.schema import ModelConfig
 
 AUXILIARY = ("AuxLogits", "aux1", "aux2")

@@ -15,16 +15,9 @@ from toolkit.recipe.catalog import weights_input
 from toolkit.recipe.diagnostics import Issue, error, warning
 from toolkit.recipe.gpu_support import is_random, unsupported_on_gpu
 from toolkit.recipe.image_size import convnet_output_size, input_size
-from toolkit.recipe.schema import NormalizeValues, Recipe, SchedulerConfig
+from toolkit.recipe.schema import NORMALIZATIONS, NormalizeValues, Recipe, SchedulerConfig
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
-
-NORMALIZATIONS = {
-    "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    "half": ([0.5] * 3, [0.5] * 3),
-    "none": ([0.0] * 3, [1.0] * 3),
-}
-"""Mean and standard deviation of the named choices of data.normalize."""
 
 SCHEDULE_KEYS = {
     "step_size": ("step",),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from toolkit.hashing import json_hash
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_document
@@ -17,15 +16,15 @@ MOMENTUM = 0.9
 GAMMA = {"step": 0.1, "exponential": 0.95, "plateau": 0.1}
 """Default decay factors of the schedules that have one."""
 
-ASIDE = (
+NOT_HASHED = (
     "slurm", "study", "tracking", "checkpoint", "expected_metrics", "recipe.description", "recipe.run_root",
     "expect",  # the name of expected_metrics in earlier versions
 )  # fmt: skip
 """Tables and keys that do not affect the result of a run and are excluded from the hash."""
 
 HEADER = """\
-# Resolved recipe: every key with its value, defaults written out; a key that is absent is not set.
-# It is complete: it extends no other file and can be run as it stands.
+# Resolved recipe: all keys with their values, including defaults. Keys that are missing here are not set.
+# This file is complete: it does not extend another recipe, and can be trained as it is.
 
 """
 
@@ -46,7 +45,7 @@ def with_defaults(recipe: Recipe) -> Recipe:
 
 def is_resolved(text: str) -> bool:
     """Whether a recipe's text was written by :func:`resolved_toml`."""
-    return text.startswith(HEADER.splitlines()[0])
+    return text.startswith("# Resolved recipe:")  # the sentence itself differs between versions
 
 
 def resolved_content(recipe: Recipe) -> dict[str, Any]:
@@ -54,33 +53,32 @@ def resolved_content(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(exclude_none=True)
 
 
-def resolved_toml(recipe: Recipe, remark: Callable[[KeyPath], str | None] = lambda path: None) -> str:
-    """Return the complete recipe as TOML; reading it gives an equal Recipe. ``remark`` returns a key's comment."""
-    return HEADER + toml_document(resolved_content(recipe), remark)
+def resolved_toml(recipe: Recipe, comment: Callable[[KeyPath], str | None] = lambda path: None) -> str:
+    """Return the complete recipe as TOML; reading it gives an equal Recipe. ``comment`` returns a key's comment."""
+    return HEADER + toml_document(resolved_content(recipe), comment)
 
 
 def recipe_hash(recipe: Recipe) -> str:
     """Return the SHA-256 of the resolved content (64 hexadecimal digits), independent of the order of keys.
 
-    Keys in :data:`ASIDE` are excluded.
+    Keys in :data:`NOT_HASHED` are excluded.
     """
     return content_hash(resolved_content(recipe))
 
 
 def content_hash(content: dict[str, Any]) -> str:
     """Return the hash of a resolved recipe's content read from a file, with the keys of the version that wrote it."""
-    counted = {table: value for table, value in content.items() if table not in ASIDE}
-    counted["recipe"] = {key: value for key, value in counted["recipe"].items() if f"recipe.{key}" not in ASIDE}
-    text = json.dumps(counted, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    counted = {table: value for table, value in content.items() if table not in NOT_HASHED}
+    counted["recipe"] = {key: value for key, value in counted["recipe"].items() if f"recipe.{key}" not in NOT_HASHED}
+    return json_hash(counted)
 
 
 def experiment_diff(first: Recipe, second: Recipe) -> list[tuple[KeyPath, Any, Any]]:
-    """Return the differences (see :func:`diff`) that affect the result, that is, without the keys in :data:`ASIDE`."""
+    """Return the differences (see :func:`diff`) that affect the result: without the keys in :data:`NOT_HASHED`."""
     return [
         change
         for change in diff(first, second)
-        if not {str(change[0][0]), ".".join(map(str, change[0][:2]))} & {*ASIDE}
+        if not {str(change[0][0]), ".".join(map(str, change[0][:2]))} & {*NOT_HASHED}
     ]
 
 

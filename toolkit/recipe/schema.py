@@ -88,6 +88,14 @@ class SplitConfig(ConfigModel):
     )
 
 
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+"""Mean and standard deviation of the three color channels, for the names that data.normalize allows."""
+
+
 class NormalizeValues(ConfigModel):
     """Explicit normalization constants."""
 

@@ -31,20 +31,20 @@ def toml_value(value: Any) -> str:
     return repr(value)  # int and float: Python's repr is valid TOML
 
 
-def toml_document(content: Mapping[str, Any], remark: Callable[[KeyPath], str | None] = lambda path: None) -> str:
-    """Format tables under headers, with tables in arrays inline. ``remark`` returns a key path's comment, if any."""
-    return "\n\n".join(_tables((), content, remark)) + "\n"
+def toml_document(content: Mapping[str, Any], comment: Callable[[KeyPath], str | None] = lambda path: None) -> str:
+    """Format tables under headers, with tables in arrays inline. ``comment`` returns a key path's comment, if any."""
+    return "\n\n".join(_tables((), content, comment)) + "\n"
 
 
-def _tables(path: KeyPath, table: Mapping[str, Any], remark: Callable[[KeyPath], str | None]) -> list[str]:
+def _tables(path: KeyPath, table: Mapping[str, Any], comment: Callable[[KeyPath], str | None]) -> list[str]:
     """Return the text of this table, then those of its subtables."""
     own = {key: value for key, value in table.items() if not isinstance(value, Mapping) or not value}
     lines = ["[" + ".".join(toml_key(str(part)) for part in path) + "]"] if path else []
     for key, value in own.items():
-        comment = remark((*path, key))
-        lines.append(f"{toml_key(key)} = {toml_value(value)}" + (f"  # {comment}" if comment else ""))
+        text = comment((*path, key))
+        lines.append(f"{toml_key(key)} = {toml_value(value)}" + (f"  # {text}" if text else ""))
     texts = ["\n".join(lines)] if lines and (own or not table) else []
     for key, value in table.items():
         if key not in own:
-            texts += _tables((*path, key), value, remark)
+            texts += _tables((*path, key), value, comment)
     return texts

@@ -14,20 +14,22 @@ from typing import Any, NamedTuple
 FILE = Path(__file__).parent.parent / "catalog.json"
 
 
-class Input(NamedTuple):
-    """Input configuration of pretrained weights."""
+class PretrainedInput(NamedTuple):
+    """Preprocessing that pretrained weights were trained with, as stated by their publisher."""
 
     image_size: int
-    """Height and width of the input, in pixels."""
+    """Height and width of the input, in pixels; only the width if ``height`` is set."""
     resize: int
     """Side length before the center crop, in pixels; ``crop_mode`` determines which side."""
     interpolation: str
+    """nearest, bilinear or bicubic."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_mode: str = "center"
-    """center: resize the shorter side to ``resize``; squash: both sides; border: the longer side, and pad the rest."""
+    """center: resize the shorter side to ``resize``. squash: both sides, whatever the aspect ratio. border: the longer
+    side, and pad the image to the input's size with the mean color."""
     height: int | None = None
-    """Height of a non-square input, in pixels; image_size is then its width."""
+    """Height of an input that is not square, in pixels."""
 
 
 @cache
@@ -53,7 +55,7 @@ def weights_names(source: str, model: str) -> list[str]:
     return list(catalog()[source]["models"][model])
 
 
-def weights_input(source: str, model: str, weights: str) -> Input | None:
+def weights_input(source: str, model: str, weights: str) -> PretrainedInput | None:
     """Return the input configuration of named weights (or DEFAULT); None if they are unknown."""
     known = catalog()[source]["models"].get(model, {})
     if weights == "DEFAULT" and known:
@@ -61,7 +63,7 @@ def weights_input(source: str, model: str, weights: str) -> Input | None:
     if weights not in known:
         return None
     size, resize, interpolation, mean, std, *rest = catalog()["inputs"][known[weights]]
-    return Input(size, resize, interpolation, tuple(mean), tuple(std), *rest)
+    return PretrainedInput(size, resize, interpolation, tuple(mean), tuple(std), *rest)
 
 
 def transforms() -> dict[str, dict[str, dict[str, Any]]]:
