@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -58,11 +58,6 @@ class ConfigModel(BaseModel):
     """Base class of all tables: unknown keys are rejected, types are not converted, instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def describe(text: str, *, unit: str | None = None) -> Any:
-    """Return a pydantic field with a description and unit, for the JSON Schema and the reference page."""
-    return Field(description=text, json_schema_extra={"unit": unit} if unit else None)
 
 
 # Units, for Field(json_schema_extra=...): shown in the JSON Schema and the reference page.

@@ -5,6 +5,7 @@ The text above the marker in that file is written by hand and left unchanged.
 
 from __future__ import annotations
 
+import inspect
 import types
 import typing
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def _sections(path: str, entry: FieldInfo) -> Iterator[str]:
         return
     alike = ", `[[augment.validation]]`, `[[augment.test]]`" if path == "augment.train" else ""
     yield f"### `{heading}`{alike}\n"
-    yield f"{(model.__doc__ or '').strip()}\n"
+    yield f"{inspect.cleandoc(model.__doc__ or '')}\n"
     if path == "expected_metrics":
         yield f"Metrics: {', '.join(f'`{name}`' for name in EXPECTED_METRICS)}.\n"
     yield "| key | value | default | unit | meaning |\n|---|---|---|---|---|"

@@ -129,13 +129,14 @@ class DataConfig(ConfigModel):
         "auto",
         description="imagefolder: which folders are classes. top: the direct subfolders of data.root or of a split's "
         "folder, each with all images below it. leaf: every folder that directly contains images, named by its "
-        'path, such as "a/abbey". auto: top, but reject a class folder whose images are all in subfolders.',
+        'path, such as "a/abbey". auto: top, but a class folder whose images are all in subfolders is an error.',
     )
     background_class: bool = Field(False, description="caltech101: keep BACKGROUND_Google as a class.")
     channels: Literal[1, 3] | None = Field(
         None,
-        description="Input channels of the model; grayscale images are repeated, color images averaged. Default: 3; "
-        f"1 for {' and '.join(name for name, info in DATASETS.items() if info.channels == 1)}.",
+        description="Number of input channels of the model. Grayscale images are repeated to fill 3 channels, color "
+        "images are averaged to 1. Default: 3 with pretrained weights, else that of the data set "
+        f"(1 for {' and '.join(name for name, info in DATASETS.items() if info.channels == 1)}, 3 for the others).",
     )
     image_size: ImageSize | None = Field(
         None,
@@ -179,10 +180,11 @@ class DataConfig(ConfigModel):
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error",
-        description="Unreadable image file. error: stop and name the file. skip: exclude it everywhere and count it.",
+        description="How to treat an unreadable image file. error: stop with its name. skip: exclude it from all "
+        "splits, and report the number.",
     )
     max_bad_fraction: Fraction = Field(
-        0.01, description="With on_bad_image = skip: stop if more than this fraction is bad."
+        0.01, description="With on_bad_image = skip: stop if more than this fraction of the images is unreadable."
     )
     cache: Literal["auto", "off", "disk", "memory", "device"] = Field(
         "auto",
@@ -286,7 +288,8 @@ class HeadConfig(ConfigModel):
     )
     bias: Literal["auto"] | bool = Field(
         "auto",
-        description="Whether hidden layers have a bias. auto: if no batch norm follows. The last layer always has one.",
+        description="Whether hidden layers have a bias. auto: only if no batch norm follows. The last layer always "
+        "has one.",
     )
     activation: Activation = Field("relu", description="Activation after each hidden layer.")
     dropout: FractionBelowOne = Field(
@@ -310,11 +313,15 @@ class ConvBlock(ConfigModel):
     channels: int = Field(ge=1, le=MOST_CHANNELS, description="Output channels.")
     kernel: int = Field(3, ge=1, le=63, description="Kernel size.", json_schema_extra=PIXELS)
     stride: int = Field(1, ge=1, le=4096, description="Stride.", json_schema_extra=PIXELS)
-    padding: int = Field(1, ge=0, le=63, description="Zero padding; at most kernel.", json_schema_extra=PIXELS)
-    batch_norm: bool | None = Field(None, description="Batch norm in this block. Default: that of the table.")
+    padding: int = Field(
+        1, ge=0, le=63, description="Zero padding on each side; at most kernel.", json_schema_extra=PIXELS
+    )
+    batch_norm: bool | None = Field(
+        None, description="Batch norm in this block. Default: batch_norm of [model.convnet]."
+    )
     pool: int = Field(0, ge=0, le=4096, description="Max pooling window and stride; 0: none.", json_schema_extra=PIXELS)
     dropout: FractionBelowOne | None = Field(
-        None, description="Dropout probability, at its position in `order`. Default: that of the table."
+        None, description="Dropout probability, at its position in `order`. Default: dropout of [model.convnet]."
     )
 
     @model_validator(mode="after")
@@ -407,8 +414,8 @@ class ModelConfig(ConfigModel):
     )
     stem: Literal["imagenet", "small"] = Field(
         "imagenet",
-        description="small: ResNets start with a 3x3 convolution of stride 1 and no pooling, for images of about 32 "
-        "pixels.",
+        description="First layers of a ResNet. imagenet: as published. small: a 3x3 convolution of stride 1 without "
+        "pooling, for images of about 32 pixels.",
     )
     convnet: ConvNetConfig | None = Field(None, description="Definition of the ConvNet, with source = toolkit.")
     head: HeadConfig = Field(HeadConfig(), description="The new classifier on top of the backbone.")
@@ -435,7 +442,7 @@ class TransferConfig(ConfigModel):
         [], description="Also freeze parameters whose names match one of these patterns (features.0.*)."
     )
     train: list[str] = Field(
-        [], description="Also train parameters whose names match one of these patterns; overrides `mode` and `freeze`."
+        [], description="Also train parameters whose names match one of these patterns; this overrides mode and freeze."
     )
     new_layer: Literal["train", "freeze"] = Field(
         "train",
@@ -474,7 +481,7 @@ class OptimizerConfig(ConfigModel):
     )
     lr: float = Field(gt=0, le=1e30, description="Peak learning rate (after warm-up).")
     momentum: FractionBelowOne | None = Field(
-        None, description="sgd, nag and other optimizers with momentum. Default: 0.9 for sgd and nag."
+        None, description="Momentum of sgd, nag and other optimizers that have it. Default: 0.9 for sgd and nag."
     )
     weight_decay: float = Field(
         0.0, ge=0, le=1e6, description="L2 penalty (sgd, nag, adam) or decoupled weight decay (adamw and most others)."
@@ -495,7 +502,9 @@ class SchedulerConfig(ConfigModel):
         description="step: multiply by gamma every step_size epochs. exponential: multiply by gamma every epoch. "
         "plateau: multiply by gamma when the metric stops improving.",
     )
-    step_size: int | None = Field(None, ge=1, description="step: period.", json_schema_extra=EPOCHS)
+    step_size: int | None = Field(
+        None, ge=1, description="step: epochs between two reductions.", json_schema_extra=EPOCHS
+    )
     gamma: float | None = Field(
         None, gt=0, le=1, description="Decay factor of step (default 0.1), exponential (0.95) and plateau (0.1)."
     )
@@ -562,7 +571,9 @@ class TrainConfig(ConfigModel):
         "val/loss, ties in loss by val/accuracy, then the earlier epoch wins); or last: keep the last epoch's "
         "weights.",
     )
-    max_grad_norm: float | None = Field(None, gt=0, description="Clip gradients to this L2 norm.")
+    max_grad_norm: float | None = Field(
+        None, gt=0, description="Clip the gradients to this total L2 norm. Default: no clipping."
+    )
     ema: float | None = Field(
         None,
         gt=0,
@@ -699,7 +710,7 @@ class SlurmConfig(ConfigModel):
         None,
         ge=1,
         le=4096,
-        description="CPUs per node (one task per node), shared by its processes. Default: that of the cluster.",
+        description="CPUs per node (one task per node), shared by its processes. Default: the cluster's.",
     )
     memory: str | None = Field(
         None, pattern=SLURM_MEMORY, description="Memory per node, such as 64G; plain numbers are megabytes."
