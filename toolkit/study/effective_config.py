@@ -1,13 +1,14 @@
 """Effective configuration of a recipe, found by building each component: data, transforms, model, optimizer, schedule.
 
-Two recipes with equal fingerprints train the same model on the same data in the same way, even if their texts differ.
-Models are built without memory (PyTorch's meta device), optimizers take real steps on tiny parameters, schedules are
-evaluated; weights are not loaded, and data is opened only if the [data] tables of the recipes differ.
+Two recipes with equal effective configurations train the same model on the same data in the same way, even if their
+texts differ. Models are built without memory (PyTorch's meta device), optimizers take real steps on tiny parameters,
+schedules are evaluated; weights are not loaded, and data is opened only if the [data] tables of the recipes differ.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Hashable, Sequence
@@ -27,64 +28,66 @@ from toolkit.errors import UserError
 from toolkit.models.build import ModelBundle, build_model, expected_input
 from toolkit.models.transfer import apply_transfer, new_param_groups
 from toolkit.recipe.catalog import weights_names
-from toolkit.recipe.schema import DataConfig, OptimizerConfig, Recipe, TransferConfig
+from toolkit.recipe.schema import DataConfig, OptimizerConfig, Recipe
 from toolkit.training.lr_schedule import gamma_of, learning_rate
 from toolkit.training.optimizer import build_optimizer
 
 STEPS = 8
 """Number of optimizer steps to take; enough for Lookahead, which acts every sixth step."""
 
-ELSEWHERE = {"root", "download", "workers", "cache", "on_bad_image", "max_bad_fraction"}
-"""Keys of [data] that set where images come from and how fast, not which images or how they look."""
-
 SOME_CLASSES = 10
+
+NOT_BUILT = {"download", "workers", "cache", "on_bad_image", "max_bad_fraction"}
+"""Keys of [data] that set how images are read, not which images or how they look."""
+
 LOOKS = {"channels", "image_size", "resize", "crop", "interpolation", "normalize", "exif", "value_range"}
 """Keys of [data] that set how images look, not which images."""
+
+SHAPE = {"dataset", "root", "class_folders", "background_class", "channels", "image_size"}
+"""Keys of [data] that set the shape of the model's input and output."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @dataclass(frozen=True)
 class Component:
-    """A component that is built: the recipe values it depends on, and how to fingerprint it."""
+    """A part of a run that is built: the recipe values it depends on, and how to describe what was built."""
 
     depends: Callable[[Recipe], Any]
     """Plain values; equal values give equal components, so nothing is built twice."""
-    find: Callable[[Recipe], Hashable]
+    build: Callable[[Recipe], Hashable]
 
 
 class EffectiveConfigs:
-    """Fingerprints of many recipes; each component is built once."""
+    """Effective configurations of many recipes; each component is built once."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[str, str], Hashable] = {}
 
-    def whole(self, recipe: Recipe) -> None:
+    def check(self, recipe: Recipe) -> None:
         """Build everything that depends on the recipe alone. Raises UserError if something cannot be built."""
-        for name in ("transforms", "model", "transfer", "optimizer"):
-            self._mark(name, recipe)
+        for name in ("transforms", "network"):
+            self._built(name, recipe)
 
     def differ(self, one: Recipe, other: Recipe) -> bool:
         """Return whether training would differ."""
-        return any(self._mark(name, one) != self._mark(name, other) for name in self._parts_in_doubt([one, other]))
+        return not self.groups([one, other])
 
     def groups(self, recipes: Sequence[Recipe]) -> list[list[int]]:
-        """Return groups of two or more indices of equivalent recipes."""
-        parts = self._parts_in_doubt(recipes)
+        """Return groups of two or more indices of equivalent recipes.
+
+        Only components that depend on values in which the recipes differ are built.
+        """
+        names = [name for name, part in PARTS.items() if len({_text(part.depends(recipe)) for recipe in recipes}) > 1]
         found: dict[tuple[Hashable, ...], list[int]] = {}
         for index, recipe in enumerate(recipes):
-            found.setdefault(tuple(self._mark(name, recipe) for name in parts), []).append(index)
+            found.setdefault(tuple(self._built(name, recipe) for name in names), []).append(index)
         return [group for group in found.values() if len(group) > 1]
 
-    def _parts_in_doubt(self, recipes: Sequence[Recipe]) -> list[str]:
-        """Return the components that depend on values in which the recipes differ."""
-        return [name for name, part in PARTS.items() if len({_text(part.depends(recipe)) for recipe in recipes}) > 1]
-
-    def _mark(self, name: str, recipe: Recipe) -> Hashable:
-        part = PARTS[name]
-        key = (name, _text(part.depends(recipe)))
+    def _built(self, name: str, recipe: Recipe) -> Hashable:
+        key = name, _text(PARTS[name].depends(recipe))
         if key not in self.known:
-            self.known[key] = part.find(recipe)
+            self.known[key] = PARTS[name].build(recipe)
         return self.known[key]
 
 
@@ -95,18 +98,13 @@ def _text(values: Any) -> str:
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def _data_keys(recipe: Recipe) -> Any:
-    data = recipe.data.model_dump(exclude=ELSEWHERE)
-    return data | {"pretrained": recipe.model.weights != "none", "root": recipe.data.root}
-
-
 def _images(recipe: Recipe) -> Hashable:
     """Return which images are in each split; if the data is not available, the recipe values that determine it."""
+    table = recipe.data
     try:
-        dataset = _open(recipe.data)
-        return split_hash(dataset, split_dataset(dataset, recipe.data))
+        dataset = _open(table)
+        return split_hash(dataset, split_dataset(dataset, table))
     except UserError:
-        table = recipe.data
         return _text([table.dataset, table.root, table.split, table.images_per_class, table.test_images_per_class])
 
 
@@ -127,45 +125,50 @@ def _preprocessing(recipe: Recipe) -> Preprocessing:
 
 
 def _transforms(recipe: Recipe) -> Hashable:
-    """Return every step from an image to the model's input, per split."""
+    """Return every step from an image to the model's input, per split, and how images and labels are mixed."""
     preprocessing = _preprocessing(recipe)
-    told = [repr(preprocessing)]
+    found = [repr(preprocessing)]
     for split in ("train", "validation", "test"):
         steps = build_transform(split, recipe.augment, preprocessing).steps
-        told += [f"{step.p:g} {_ADDRESS.sub('', repr(step))}" for step in steps if step.probability]
+        found += [f"{step.p:g} {_ADDRESS.sub('', repr(step))}" for step in steps if step.probability]
     if not is_deterministic("train", recipe.augment):
-        told.append(f"{recipe.data.fixed_views} versions")
-    return tuple(told)
+        found.append(f"{recipe.data.fixed_views} versions")
+    mixed = mixup_config(recipe.augment)
+    if mixed is not None:
+        both = mixed.mixup > 0 and mixed.cutmix > 0
+        found += [repr((mixed.mixup, mixed.cutmix, mixed.mixup_prob, both and mixed.mixup_switch_prob))]
+    return tuple(found), recipe.augment.label_smoothing, recipe.augment.auto_augment
 
 
-def _mixing(recipe: Recipe) -> Hashable:
-    settings = mixup_config(recipe.augment)
-    both = settings is not None and settings.mixup > 0 and settings.cutmix > 0
-    mixed = settings and (
-        settings.mixup,
-        settings.cutmix,
-        settings.mixup_prob,
-        settings.mixup_switch_prob if both else None,
-    )
-    return mixed, recipe.augment.label_smoothing, recipe.augment.auto_augment
+# -- model, transfer and optimizer ------------------------------------------------------------------------------------
 
 
-# -- model ------------------------------------------------------------------------------------------------------------
-
-
-def _model_keys(recipe: Recipe) -> Any:
-    table = recipe.model
-    weights = table.weights
+def _network(recipe: Recipe) -> Hashable:
+    """Return the model with its initial values, what trains in which epoch, and how the optimizer changes it."""
+    built, weights = _build(recipe), recipe.model.weights
     if weights == "DEFAULT":
-        weights = next(iter(weights_names(table.source, table.name)), weights)
-    rest = {key: value for key, value in table.model_dump().items() if key not in ("weights", "convnet")}
-    return {**rest, "weights": weights, "convnet": table.convnet if table.source == "toolkit" else None}
+        weights = next(iter(weights_names(recipe.model.source, recipe.model.name)), weights)
+    shapes = tuple((name, tuple(value.shape)) for name, value in built.module.state_dict().items())
+    start = _start(recipe) if recipe.model.source == "toolkit" else ""
+    model = str(built.module), shapes, weights, start, _text(recipe.model.args)
 
+    transfer = apply_transfer(built, recipe.transfer)
+    groups = new_param_groups(built, recipe.transfer, recipe.optimizer, [])
+    trained = [(0, tuple(transfer.trainable))]
+    for epoch in range(1, recipe.train.epochs + 1):
+        if transfer.unfreeze_for_epoch(epoch):
+            trained.append((epoch, tuple(transfer.trainable)))
+    transfer.train_mode()
+    in_eval_mode = tuple(name for name, module in built.module.named_modules() if not module.training)
 
-def _shape_keys(recipe: Recipe) -> Any:
-    data = recipe.data
-    return [data.dataset, data.root if data.dataset == "imagefolder" else "", data.background_class, data.channels,
-            data.image_size]  # fmt: skip
+    unfrozen: list[dict[str, Any]] = []
+    if recipe.transfer.mode == "gradual":
+        built.module.requires_grad_(True)
+        unfrozen = new_param_groups(built, recipe.transfer, recipe.optimizer, [])
+    described = tuple((g["name"], len(g["params"]), g["lr"], g["lr_scale"], g["weight_decay"]) for g in groups)
+    later = tuple((g["name"], g["lr"], g["weight_decay"]) for g in unfrozen)
+    settings = sorted({(group["lr"], group["weight_decay"]) for group in groups})
+    return model, tuple(trained), in_eval_mode, described, later, _steps(recipe.optimizer, settings)
 
 
 def _classes(recipe: Recipe) -> int:
@@ -197,14 +200,6 @@ def _build(recipe: Recipe, *, on_meta: bool = True) -> ModelBundle:
         return build()
 
 
-def _model(recipe: Recipe) -> Hashable:
-    """Return the modules, parameter shapes, weights name and, if the recipe sets them, a hash of the initial values."""
-    built = _build(recipe)
-    shapes = tuple((name, tuple(value.shape)) for name, value in built.module.state_dict().items())
-    start = _start(recipe) if recipe.model.source == "toolkit" else ""
-    return str(built.module), shapes, _model_keys(recipe)["weights"], start, _text(recipe.model.args)
-
-
 def _start(recipe: Recipe) -> str:
     """Return a hash of the initial parameters of a ConvNet described in the recipe, which sets the initialization."""
     digest = hashlib.sha256()
@@ -213,108 +208,64 @@ def _start(recipe: Recipe) -> str:
     return digest.hexdigest()
 
 
-def _transfer_keys(recipe: Recipe) -> Any:
-    return [_model_keys(recipe), _shape_keys(recipe), recipe.transfer, recipe.train.epochs]
+def _steps(table: OptimizerConfig, settings: Sequence[tuple[float, float]]) -> str:
+    """Return a hash of tiny stand-in parameters after a few steps with each (learning rate, weight decay).
 
-
-def _transfer(recipe: Recipe) -> Hashable:
-    """Return which parameters are trainable from which epoch, and the modules that run in evaluation mode."""
-    built = _build(recipe)
-    transfer = apply_transfer(built, recipe.transfer)
-    told: list[Hashable] = [tuple(transfer.trainable)]
-    for epoch in range(1, recipe.train.epochs + 1):
-        if transfer.unfreeze_for_epoch(epoch):
-            told.append((epoch, tuple(transfer.trainable)))
-    transfer.train_mode()
-    told.append(tuple(name for name, module in built.module.named_modules() if not module.training))
-    return tuple(told)
-
-
-# -- optimizer and schedule -------------------------------------------------------------------------------------------
-
-
-def _optimizer(recipe: Recipe) -> Hashable:
-    """Return the parameter groups, and a hash of the optimizer's effect on tiny stand-in parameters."""
-    built = _build(recipe)
-    apply_transfer(built, recipe.transfer)
-    groups = new_param_groups(built, recipe.transfer, recipe.optimizer, [])
-    told = tuple((g["name"], len(g["params"]), g["lr"], g["lr_scale"], g["weight_decay"]) for g in groups)
-    settings = sorted({(group["lr"], group["weight_decay"]) for group in groups})
-    return told, _steps(recipe.optimizer, settings), _later_scales(built, recipe.transfer, recipe.optimizer)
-
-
-def _later_scales(built: ModelBundle, transfer: TransferConfig, table: OptimizerConfig) -> Hashable:
-    """Return the parameter groups of the stages that gradual unfreezing unfreezes later."""
-    for parameter in built.module.parameters():
-        parameter.requires_grad_(True)
-    if transfer.mode != "gradual":
-        return ()
-    return tuple((g["name"], g["lr"], g["weight_decay"]) for g in new_param_groups(built, transfer, table, []))
-
-
-def _steps(table: OptimizerConfig, settings: Sequence[tuple[float, float]]) -> Hashable:
-    """Return a hash of the parameters after a few steps, or the optimizer's settings if it cannot step on its own."""
+    The optimizer's settings, if it cannot step on its own.
+    """
     random = torch.Generator().manual_seed(0)
+    parameters = [[nn.Parameter(torch.randn(shape, generator=random)) for shape in ((4, 3), (4,))] for _ in settings]
     groups = [
-        {"params": [nn.Parameter(torch.randn(shape, generator=random)) for shape in ((4, 3), (4,))],
-         "lr": lr, "weight_decay": decay}
-        for lr, decay in settings
-    ]  # fmt: skip
+        {"params": params, "lr": lr, "weight_decay": decay}
+        for params, (lr, decay) in zip(parameters, settings, strict=True)
+    ]
     optimizer = build_optimizer(table, groups)
-    parameters = [parameter for group in groups for parameter in group["params"]]  # type: ignore[attr-defined]
     digest = hashlib.sha256()
     try:
         for _ in range(STEPS):
-            for parameter in parameters:
+            for parameter in itertools.chain(*parameters):
                 parameter.grad = torch.randn(parameter.shape, generator=random)
             optimizer.step()
-        for parameter in parameters:
-            digest.update(parameter.detach().numpy().tobytes())
     except Exception:  # an optimizer that needs a closure or a graph
-        told = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        return repr(told)
+        return repr([{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups])
+    for parameter in itertools.chain(*parameters):
+        digest.update(parameter.detach().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _optimizer_keys(recipe: Recipe) -> Any:
-    return [_model_keys(recipe), _shape_keys(recipe), recipe.transfer, recipe.optimizer]
+# -- schedule ---------------------------------------------------------------------------------------------------------
 
 
 def _schedule(recipe: Recipe) -> Hashable:
-    """Return the learning rate at every quarter of an epoch; for plateau, also the rule by which it falls."""
-    table, epochs = recipe.scheduler, recipe.train.epochs
+    """Return the learning rate at every quarter of an epoch, the rules by which it falls and by which training ends."""
+    table, epochs, stopping = recipe.scheduler, recipe.train.epochs, recipe.early_stopping
     curve = tuple(learning_rate(table, recipe.optimizer.lr, step / 4, epochs) for step in range(4 * epochs))
-    falls = table.name == "plateau" and gamma_of(table) < 1 and table.patience < epochs
-    rule = (table.metric, gamma_of(table), table.patience, table.threshold, table.threshold_mode, table.min_lr)
-    return curve, rule if falls else None
-
-
-def _stopping(recipe: Recipe) -> Hashable:
-    """Return when training ends and which epoch is kept."""
-    table, epochs = recipe.early_stopping, recipe.train.epochs
-    stops = table.patience is not None and table.patience < epochs
-    return epochs, recipe.train.best_metric, (table.patience, table.metric, table.min_delta) if stops else None
+    plateau, end = None, None
+    if table.name == "plateau" and gamma_of(table) < 1 and table.patience < epochs:
+        plateau = table.metric, gamma_of(table), table.patience, table.threshold, table.threshold_mode, table.min_lr
+    if stopping.patience is not None and stopping.patience < epochs:
+        end = stopping.patience, stopping.metric, stopping.min_delta
+    return curve, plateau, end, recipe.train.best_metric
 
 
 # -- all --------------------------------------------------------------------------------------------------------------
 
 
-def _loop_keys(recipe: Recipe) -> Any:
+def _loop_values(recipe: Recipe) -> Any:
     """Return values that the training loop uses directly: batches, loss, precision, and speed settings."""
     train = recipe.train.model_dump(exclude={"epochs", "best_metric", "log_every"})
-    data = recipe.data
-    return [recipe.recipe.seed, train, recipe.augment.run_on, data.workers, data.cache, data.on_bad_image,
-            data.max_bad_fraction]  # fmt: skip
+    reading = recipe.data.model_dump(include=NOT_BUILT - {"download"})
+    return [recipe.recipe.seed, train, recipe.augment.run_on, reading]
 
 
 PARTS = {
-    "images": Component(lambda r: [r.data.model_dump(exclude=ELSEWHERE | LOOKS), r.data.root], _images),
-    "transforms": Component(lambda r: [_data_keys(r), _model_keys(r), r.augment], _transforms),
-    "mixing": Component(lambda r: r.augment, _mixing),
-    "model": Component(lambda r: [_model_keys(r), _shape_keys(r)], _model),
-    "transfer": Component(_transfer_keys, _transfer),
-    "optimizer": Component(_optimizer_keys, _optimizer),
-    "schedule": Component(lambda r: [r.scheduler, r.optimizer.lr, r.train.epochs], _schedule),
-    "stopping": Component(lambda r: [r.early_stopping, r.train.epochs, r.train.best_metric], _stopping),
-    "loop": Component(_loop_keys, lambda r: _text(_loop_keys(r))),
+    "images": Component(lambda r: r.data.model_dump(exclude=NOT_BUILT | LOOKS), _images),
+    "transforms": Component(lambda r: [r.data.model_dump(exclude=NOT_BUILT), r.model, r.augment], _transforms),
+    "network": Component(
+        lambda r: [r.data.model_dump(include=SHAPE), r.model, r.transfer, r.optimizer, r.train.epochs], _network
+    ),
+    "schedule": Component(
+        lambda r: [r.scheduler, r.optimizer.lr, r.early_stopping, r.train.epochs, r.train.best_metric], _schedule
+    ),
+    "loop": Component(_loop_values, lambda r: _text(_loop_values(r))),
 }
