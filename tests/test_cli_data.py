@@ -17,7 +17,7 @@ from toolkit.data.dataset_plots import contact_sheet, histogram
 from toolkit.data.dataset_report import analyze_dataset
 from toolkit.recipe import load_recipe
 from toolkit.report.data_plots import CAPTION, GAP, TILE, class_totals
-from toolkit.report.plot_style import SPLIT_COLOURS
+from toolkit.report.plot_style import SPLIT_COLORS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CLASSES = ["$x_1$ & <b>", "ñandú", "日本"]
@@ -162,7 +162,7 @@ def test_histogram_has_a_bar_for_each_class_and_split() -> None:
     legend = upper.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["train (1,294)", "validation (144)"]
-    assert len(set(SPLIT_COLOURS.values())) == 3
+    assert len(set(SPLIT_COLORS.values())) == 3
 
 
 def test_the_whole_data_set_is_one_panel() -> None:

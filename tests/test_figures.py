@@ -22,14 +22,14 @@ from toolkit.report.conv_filters import (
     channel_products,
     choose,
     effect_figure,
-    filter_picture,
+    filter_image,
     filters_figure,
     tinted,
 )
-from toolkit.report.misclassified import misclassifications, misclassified_figure
-from toolkit.report.plot_style import CYCLE, SPLIT_COLOURS, page_svg, plot_style, save
-from toolkit.report.prediction_metrics import Predictions, calibration
-from toolkit.report.run_data import ConvFilters, RunData, load_run_data
+from toolkit.report.plot_style import CYCLE, SPLIT_COLORS, page_svg, plot_style, save
+from toolkit.report.prediction_metrics import RunPredictions, calibration
+from toolkit.report.run_data import ConvFilters, FilterEffect, Mistake, RunData, load_run_data
+from toolkit.report.run_report import load_images
 from toolkit.runs import Run
 
 
@@ -38,23 +38,23 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> RunData:
     return load_run_data(write_run(tmp_path_factory.mktemp("known"), images=False))
 
 
-def predictions(facts: RunData) -> Predictions:
+def predictions(facts: RunData) -> RunPredictions:
     assert facts.predictions is not None
     return facts.predictions
 
 
-def many_classes(count: int) -> Predictions:
+def many_classes(count: int) -> RunPredictions:
     """Each class has ten images, of which as many are right as its number's last digit."""
     labels = np.repeat(np.arange(count), 10)
     right = np.tile(np.arange(10), count) < labels % 10
     predicted = np.where(right, labels, (labels + 1) % count)
     names = [f"a rather long name of class {number}" for number in range(count)]
-    return Predictions([str(i) for i in range(10 * count)], names, labels, predicted, np.full(10 * count, 0.5))
+    return RunPredictions([str(i) for i in range(10 * count)], names, labels, predicted, np.full(10 * count, 0.5))
 
 
 def test_curves_have_the_metrics_and_mark_best_and_stopping_epoch(facts: RunData) -> None:
-    for draw, scale, unit in ((learning_curves.loss_curves, 1, "nats"), (learning_curves.accuracy_curves, 100, "%")):
-        (axes,) = draw(facts).axes
+    for metric, scale, unit in (("loss", 1, "nats"), ("accuracy", 100, "%")):
+        (axes,) = learning_curves.learning_curves(facts, metric).axes
         train, validation, best, stop = axes.lines
         expected = [1 - a for a in VAL_ACCURACY] if scale == 1 else [100 * a for a in VAL_ACCURACY]
         assert list(validation.get_xdata()) == [1, 2, 3, 4, 5]
@@ -91,7 +91,7 @@ def test_names_beside_a_confusion_matrix_do_not_overlap(count: int, size: float)
 
 
 def test_class_accuracy_is_sorted_and_shows_support(facts: RunData) -> None:
-    figure = test_plots.balanced_accuracy_figure("title", predictions(facts))
+    figure = test_plots.class_accuracy_figure("title", predictions(facts))
     (axes,) = figure.axes
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([100, 200 / 3, 50])
     assert [label.get_text() for label in axes.get_yticklabels()] == [
@@ -102,7 +102,7 @@ def test_class_accuracy_is_sorted_and_shows_support(facts: RunData) -> None:
 
 def test_reliability_diagram(facts: RunData) -> None:
     found = predictions(facts)
-    measured = calibration(found.probabilities, found.right)
+    measured = calibration(found.probabilities, found.correct)
     upper, lower = test_plots.reliability_figure("title", measured).axes
     assert f"{100 * measured.expected_error:.2f} %" in upper.get_title(), "as in the page's text"
     assert sum(bar.get_height() for bar in lower.patches) == len(PREDICTIONS)
@@ -112,12 +112,13 @@ def test_reliability_diagram(facts: RunData) -> None:
 
 
 def test_worst_mistakes_name_class_prediction_and_probability(facts: RunData) -> None:
-    worst = misclassifications(predictions(facts), {}, 10)
+    load_images(facts, None, ())
+    worst = facts.mistakes
     assert [(one.label, one.prediction, one.probability) for one in worst] == [
         (HOSTILE[0], HOSTILE[1], 0.9),
         (HOSTILE[1], HOSTILE[2], 0.55),
     ]
-    texts = [text.get_text() for text in misclassified_figure("title", worst).axes[0].texts]
+    texts = [text.get_text() for text in test_plots.mistakes_figure("title", worst).axes[0].texts]
     assert texts[0].endswith("0.90")
     assert "image not available" in texts
 
@@ -135,10 +136,10 @@ def known_filters(count: int = 4) -> ConvFilters:
 def test_a_filter_is_drawn_on_its_own_scale_with_grey_for_zero() -> None:
     weights = np.zeros((3, 1, 3), dtype=np.float32)
     weights[:, 0, 0], weights[:, 0, 1] = 0.02, -0.01
-    assert filter_picture(weights, 3)[0].tolist() == [[255] * 3, [64] * 3, [128] * 3]
+    assert filter_image(weights, 3)[0].tolist() == [[255] * 3, [64] * 3, [128] * 3]
     weights[0] *= -1
-    assert filter_picture(weights, 3)[0, 0].tolist() == [0, 255, 255], "three channels are red, green and blue"
-    assert filter_picture(np.array([[[1.0]], [[0.0]]], dtype=np.float32), 1).tolist() == [[[255] * 3]], "else the mean"
+    assert filter_image(weights, 3)[0, 0].tolist() == [0, 255, 255], "three channels are red, green and blue"
+    assert filter_image(np.array([[[1.0]], [[0.0]]], dtype=np.float32), 1).tolist() == [[[255] * 3]], "else the mean"
 
 
 def test_filters_before_and_after_stand_side_by_side_under_the_same_numbers() -> None:
@@ -193,7 +194,7 @@ def test_effect_of_filters(facts: RunData) -> None:
     from PIL import Image
 
     image = np.random.default_rng(3).normal(size=(3, 300, 300)).astype(np.float32)
-    figure = effect_figure("title", known_filters(), [2, 0], Image.new("L", (300, 300)), image)
+    figure = effect_figure("title", known_filters(), FilterEffect([2, 0], "", Image.new("L", (300, 300)), image))
     shown = {axes: axes.images[0].get_array().shape for axes in figure.axes if axes.images}
     assert len(shown) == 1 + 2 * 5, "an image, and of both filters: itself, two responses, two images of products"
     assert max(side for shape in shown.values() for side in shape[:2]) <= 160, "large responses are thinned out"
@@ -201,7 +202,7 @@ def test_effect_of_filters(facts: RunData) -> None:
         "filter 3",
         "filter 1",
     ]
-    gray = effect_figure("title", known_filters(), [0], Image.new("L", (300, 300)), image[:1])
+    gray = effect_figure("title", known_filters(), FilterEffect([0], "", Image.new("L", (300, 300)), image[:1]))
     assert len([axes for axes in gray.axes if axes.images]) == 1 + 3, "one channel has no tint"
 
 
@@ -211,9 +212,8 @@ def test_the_title_of_an_effect_is_not_cut_off(count: int) -> None:
     from PIL import Image
 
     image = np.random.default_rng(3).normal(size=(3, 32, 32)).astype(np.float32)
-    figure = effect_figure(
-        "giunta-convnet-with-a-long-name", known_filters(8), list(range(count)), Image.new("RGB", (32, 32)), image
-    )
+    effect = FilterEffect(list(range(count)), "", Image.new("RGB", (32, 32)), image)
+    figure = effect_figure("giunta-convnet-with-a-long-name", known_filters(8), effect)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     box = figure._suptitle.get_window_extent(canvas.get_renderer())
@@ -228,23 +228,23 @@ LONG = "-".join(["a-name-as-long-as-a-recipe-may-have-without-a-space"] * 2)[:10
 def drawn(facts: RunData) -> dict[str, Figure]:
     """Every figure of a run's report, with the longest name that a recipe may have."""
     found = predictions(facts)
-    counts = {split: np.array([3, 2, 1]) for split in SPLIT_COLOURS}
+    counts = {split: np.array([3, 2, 1]) for split in SPLIT_COLORS}
     image = np.zeros((3, 20, 20), dtype=np.float32)
     picture = Image.new("RGB", (20, 20))
     names = ["a", "b", "c"]
     long = replace(facts, recipe=None, run=Run(facts.run.path / ".." / ".." / LONG / "run"))
     assert long.name == LONG
     return {
-        "loss": learning_curves.loss_curves(long),
-        "accuracy": learning_curves.accuracy_curves(long),
+        "loss": learning_curves.learning_curves(long, "loss"),
+        "accuracy": learning_curves.learning_curves(long, "accuracy"),
         "learning rate": learning_curves.learning_rate_curve(long),
         "confusion": test_plots.confusion_figure(f"{LONG}: test images", found),
-        "class accuracy": test_plots.balanced_accuracy_figure(f"{LONG}: test accuracy by class", found),
-        "reliability": test_plots.reliability_figure(LONG, calibration(found.probabilities, found.right)),
-        "mistakes": misclassified_figure(LONG, misclassifications(found, {}, 10)),
+        "class accuracy": test_plots.class_accuracy_figure(f"{LONG}: test accuracy by class", found),
+        "reliability": test_plots.reliability_figure(LONG, calibration(found.probabilities, found.correct)),
+        "mistakes": test_plots.mistakes_figure(LONG, [Mistake("x.png", "a", "b", 0.9, None)]),
         "filters": filters_figure(LONG, known_filters()),
-        "one filter": effect_figure(LONG, known_filters(), [1], picture, image),
-        "two filters": effect_figure(LONG, known_filters(), [0, 3], picture, image),
+        "one filter": effect_figure(LONG, known_filters(), FilterEffect([1], "", picture, image)),
+        "two filters": effect_figure(LONG, known_filters(), FilterEffect([0, 3], "", picture, image)),
         "histogram": data_plots.class_histogram(LONG, names, counts),
         "totals": data_plots.class_totals(LONG, names, np.array([3, 2, 1])),
         "samples": data_plots.contact_sheet(LONG, names[:1], [picture], [picture], (0, 1)),
@@ -269,7 +269,7 @@ def test_no_title_is_cut_off(facts: RunData) -> None:
 def test_files_for_print_and_for_a_page(facts: RunData, tmp_path: Path) -> None:
     said: list[str] = []
     with plot_style(said.append):
-        figure = test_plots.balanced_accuracy_figure(f"{facts.name}: <b>", predictions(facts))
+        figure = test_plots.class_accuracy_figure(f"{facts.name}: <b>", predictions(facts))
         page = page_svg(figure, 'what "it" is')
         svg, pdf = save(figure, tmp_path / "deep" / "er", "name")
         again = [path.read_bytes() for path in save(figure, tmp_path, "name")]
@@ -289,6 +289,6 @@ def test_colours_are_okabe_and_itos_and_differ() -> None:
     okabe_ito = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
     assert set(CYCLE) <= okabe_ito
     assert len(set(CYCLE)) == len(CYCLE)
-    assert len(set(SPLIT_COLOURS.values())) == 3
+    assert len(set(SPLIT_COLORS.values())) == 3
     figure = Figure()
-    assert to_hex(figure.subplots().bar([0], [1], color=SPLIT_COLOURS["train"])[0].get_facecolor()) == "#0072b2"
+    assert to_hex(figure.subplots().bar([0], [1], color=SPLIT_COLORS["train"])[0].get_facecolor()) == "#0072b2"

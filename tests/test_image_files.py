@@ -14,8 +14,8 @@ from finished import CONVNET, ON_FILES, train
 from PIL import Image
 
 from toolkit.inference.predict import load_model
-from toolkit.report.dataset_images import open_dataset_images
 from toolkit.report.run_data import load_run_data
+from toolkit.report.run_images import open_run_images
 from toolkit.runs import Run
 
 SIZE = 16
@@ -90,7 +90,8 @@ def test_training_sees_what_prediction_sees(turned: Path, cache: str, rule: str,
 
 
 def test_the_report_shows_images_upright(run: Run, turned: Path) -> None:
-    pictures = open_dataset_images(load_run_data(run))
+    data = load_run_data(run)
+    pictures = open_run_images(run.recipe, data.preprocessing, data.classes)
     for label in ("0", "1"):
         names = [name for name in run.split["train"] if name.startswith(f"{label}/")]
         for name in names:

@@ -125,8 +125,8 @@ CONTRAST = """() => {
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
   const ground = (e) => {
     for (; e; e = e.parentElement) {
-      const colour = parse(getComputedStyle(e).backgroundColor);
-      if (colour[3] === 1) return colour;
+      const color = parse(getComputedStyle(e).backgroundColor);
+      if (color[3] === 1) return color;
     }
     return [255, 255, 255, 1];
   };
@@ -275,11 +275,11 @@ def test_lines_of_a_chart_are_switched_on_and_off(opened: Open) -> None:
     chart = page.locator("[data-chart=accuracy]")
     lines = chart.locator("path.line")
     assert lines.count() == 2
-    button = chart.get_by_role("button", name="validation, mean over classes")
+    button = chart.get_by_role("button", name="validation, balanced")
     assert button.get_attribute("aria-pressed") == "false"
     button.click()
     assert (lines.count(), button.get_attribute("aria-pressed")) == (3, "true")
-    for name in ("train", "validation", "validation, mean over classes"):
+    for name in ("train", "validation", "validation, balanced"):
         chart.get_by_role("button", name=name, exact=True).click()
     assert lines.count() == 0
 
@@ -409,7 +409,7 @@ def test_ticks_leave_the_axis_title_free(opened: Open, values: list[float]) -> N
           figure.querySelector(".legend").replaceChildren();
           figure.id = "probe";
           document.querySelector("#curves").append(figure);
-          const series = { name: "s", x: values.map((_, i) => i), y: values, colour: "black" };
+          const series = { name: "s", x: values.map((_, i) => i), y: values, color: "black" };
           new Chart(figure, { xLabel: "x", yLabel: "a title", series: [series] });
         }""",
         values,

@@ -263,7 +263,7 @@ def test_other_data_in_its_place(run: Run, tmp_path: Path) -> None:
     digit_files(tmp_path / "data", train=1, test=1)
     outcome = report(run.path)
     assert outcome.status == 0
-    assert "has different classes from those of the run" in outcome.stderr
+    assert "now has different classes (10) than the run was trained on (3)" in outcome.stderr
 
 
 @pytest.mark.usefixtures("unrendered")
@@ -272,7 +272,7 @@ def test_single_images_gone(run: Run, tmp_path: Path) -> None:
         path.write_bytes(b"no image")
     outcome = report(run.path)
     assert outcome.status == 0
-    assert "1 of 2 images of the worst mistakes: gone or damaged" in outcome.stderr
+    assert "1 of 2 images of the worst mistakes: missing or damaged" in outcome.stderr
 
 
 @pytest.mark.usefixtures("unprinted")

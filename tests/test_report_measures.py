@@ -9,8 +9,8 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from toolkit.report.prediction_metrics import (
     BINS,
     ClassConfusion,
-    Predictions,
-    balanced_accuracy,
+    RunPredictions,
+    accuracy_by_class,
     calibration,
     confusion_matrix,
     confusions,
@@ -18,9 +18,9 @@ from toolkit.report.prediction_metrics import (
 )
 
 
-def predictions(labels: list[int], predicted: list[int], probabilities: list[float], classes: int) -> Predictions:
+def predictions(labels: list[int], predicted: list[int], probabilities: list[float], classes: int) -> RunPredictions:
     names = [str(number) for number in range(len(labels))]
-    return Predictions(
+    return RunPredictions(
         names, list("abcdefgh"[:classes]), np.array(labels), np.array(predicted), np.array(probabilities)
     )
 
@@ -62,8 +62,8 @@ def test_confusion_matrix_is_scikit_learns() -> None:
 
 def test_class_accuracy_leaves_out_classes_without_images() -> None:
     matrix = confusion_matrix(predictions([0, 0, 0, 2], [0, 0, 1, 2], [0.5] * 4, 3))
-    assert balanced_accuracy(matrix)[[0, 2]] == pytest.approx([2 / 3, 1])
-    assert np.isnan(balanced_accuracy(matrix)[1])
+    assert accuracy_by_class(matrix)[[0, 2]] == pytest.approx([2 / 3, 1])
+    assert np.isnan(accuracy_by_class(matrix)[1])
 
 
 def test_confusions_are_the_mistakes_by_frequency() -> None:

@@ -188,7 +188,7 @@ def test_the_report_leaves_out_what_there_is_not(bare: Run) -> None:
         "charts"
     ]
     assert [series["name"] for series in charts["loss"]["series"]] == ["train"]
-    assert charts["loss"]["marks"][0]["label"] == "last: 3"
+    assert charts["loss"]["markers"][0]["label"] == "last: 3"
     assert "0 validation, 0 test" in page
 
 

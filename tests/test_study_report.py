@@ -108,7 +108,7 @@ def test_every_run_has_its_line_and_its_curve(study: StudyDirectory) -> None:
         ("lr 0.1, seed 0", "lr 0.1", [30, 60, 80]), ("lr 0.1, seed 1", "lr 0.1", [30, 50, 70]),
         ("lr 0.01, seed 0", "lr 0.01", [20, 30, 40]), ("lr 0.01, seed 1", "lr 0.01", [20]),
     ]  # fmt: skip
-    looks = {one["group"]: (one["colour"], one["dash"]) for one in chart["series"]}
+    looks = {one["group"]: (one["color"], one["dash"]) for one in chart["series"]}
     assert len(set(looks.values())) == 2, "a look a row"
 
 

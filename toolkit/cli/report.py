@@ -41,14 +41,15 @@ def report(
     Example: toolkit report runs/quickstart/20260102-030405-abcd
     """
     numbers = _numbers(filters)
-    images = None if data_root is None else str(data_root)
     if _is_study(path):
         if filters is not None:
             raise UserError("--filters is for a run: give one of the study's run directories")
         from toolkit.report.study_report import read_study, write_study_report
 
         found = read_study(path)
-        written = write_study_report(found, path, out, figures_only=figures_only, runs=runs, data_root=images, log=_say)
+        written = write_study_report(
+            found, path, out, figures_only=figures_only, runs=runs, data_root=data_root, log=_say
+        )
         if wandb:
             from toolkit.report.wandb_report import create_wandb_report
 
@@ -61,7 +62,9 @@ def report(
         from toolkit.report.run_report import write_report
         from toolkit.runs import Run
 
-        written = write_report(Run(path), out, figures_only=figures_only, data_root=images, filters=numbers, log=_say)
+        written = write_report(
+            Run(path), out, figures_only=figures_only, data_root=data_root, filters=numbers, log=_say
+        )
     _tell(written, as_json)
 
 

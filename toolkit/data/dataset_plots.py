@@ -51,5 +51,5 @@ def contact_sheet(report: DatasetReport) -> Figure:
     raw = [report.dataset.images.load(report.examples[label]) for label in labels]
     transform = build_transform("test", AugmentConfig(), report.preprocessing)
     mode = MODES[report.preprocessing.channels]
-    inputs, scale = data_plots.as_pictures([transform(to_mode(image, mode)).numpy() for image in raw])
+    inputs, scale = data_plots.to_images([transform(to_mode(image, mode)).numpy() for image in raw])
     return data_plots.contact_sheet(title, [report.classes[label] for label in labels], raw, inputs, scale)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from toolkit.errors import UserError
 from toolkit.report.plot_style import columns_for, short
-from toolkit.report.run_data import ConvFilters
+from toolkit.report.run_data import ConvFilters, FilterEffect
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -70,7 +70,7 @@ def _sheet(weights: Floats, columns: int) -> Pixels:
     for index, one in enumerate(weights):
         top, left = _place(index, columns)
         place = sheet[top + NUMBER : top + NUMBER + TILE, left : left + TILE]
-        place[..., :3], place[..., 3] = filter_picture(one, TILE), 255
+        place[..., :3], place[..., 3] = filter_image(one, TILE), 255
     return sheet
 
 
@@ -79,7 +79,7 @@ def _place(index: int, columns: int) -> tuple[int, int]:
     return index // columns * CELL[0], index % columns * CELL[1] + GAP // 2
 
 
-def filter_picture(weights: Floats, side: int) -> Pixels:
+def filter_image(weights: Floats, side: int) -> Pixels:
     """Draw a filter [C, h, w] as an image [side, side, 3]; 0 is gray, the largest absolute weight black or white."""
     channels = weights if len(weights) == 3 else weights.mean(0, keepdims=True)
     scaled = 0.5 + 0.5 * channels / max(float(np.abs(channels).max()), 1e-12)
@@ -130,20 +130,18 @@ def channel_products(weights: Floats, image: Floats) -> Floats:
 def tinted(products: Floats) -> Floats:
     """Convert the products of red, green and blue [3, H, W] to an image [H, W, 3] in 0..1, on one scale; gray is 0."""
     reach = max(float(np.abs(products).max()), 1e-12)
-    picture: Floats = (0.5 + 0.5 * products / reach).transpose(1, 2, 0)
-    return picture
+    image: Floats = (0.5 + 0.5 * products / reach).transpose(1, 2, 0)
+    return image
 
 
-def effect_figure(
-    title: str, filters: ConvFilters, chosen: Sequence[int], picture: Image.Image, image: Floats
-) -> Figure:
+def effect_figure(title: str, filters: ConvFilters, effect: FilterEffect) -> Figure:
     """Draw an image, and each chosen filter with its responses to the image before and after training.
 
-    ``chosen`` holds indices from 0. ``picture`` is the original image, ``image`` the model's input, [C, H, W]. The
-    colors of a response range over plus and minus its largest absolute value; white is 0. For three channels the
+    The colors of a response range over plus and minus its largest absolute value; white is 0. For three channels the
     per-channel products are also shown, as an image: a filter that passes one color more than the others gives it a
     tint, which the response, their sum, does not show.
     """
+    chosen, image = effect.filters, effect.input
     labels = ["response\nbefore\ntraining", "response\nafter\ntraining"]
     if len(image) == 3:
         labels += ["red, green,\nblue products\nbefore", "red, green,\nblue products\nafter"]
@@ -155,12 +153,12 @@ def effect_figure(
         cell.set_axis_off()
     for row, label in enumerate(["filter after\ntraining", *labels]):
         cells[row, 0].text(0.5, 0.5, label, ha="center", va="center", fontsize=8, transform=cells[row, 0].transAxes)
-    is_small = max(picture.size) <= SIDE
-    enlarged = picture.convert("RGB").resize((160, 160), Image.Resampling.NEAREST if is_small else None)
+    is_small = max(effect.image.size) <= SIDE
+    enlarged = effect.image.convert("RGB").resize((160, 160), Image.Resampling.NEAREST if is_small else None)
     cells[1, 1].imshow(enlarged, interpolation="none")
     cells[1, 1].set_title("image", fontsize=8)
     for column, index in enumerate(chosen, 2):
-        cells[0, column].imshow(filter_picture(filters.after[index], TILE), interpolation="none")
+        cells[0, column].imshow(filter_image(filters.after[index], TILE), interpolation="none")
         cells[0, column].set_title(f"filter {index + 1}", fontsize=8)
         for row, weights in ((1, filters.before), (2, filters.after)):
             products = channel_products(weights[index], image)

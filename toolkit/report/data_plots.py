@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from toolkit.formatting import plural
-from toolkit.report.plot_style import DPI, SKY, SPLIT_COLOURS, columns_for, fitted, grid, short
+from toolkit.report.plot_style import DPI, SKY, SPLIT_COLORS, columns_for, fitted, grid, short
 from toolkit.report.prediction_metrics import Counts
 
 LABELLED = 250
@@ -69,7 +69,7 @@ def _class_panels(title: str, names: Sequence[str], panels: Sequence[Mapping[str
 
 
 def _bars(axes: Axes, positions: Any, heights: Counts, split: str, bottom: Any = None) -> None:
-    style: dict[str, Any] = {"color": SPLIT_COLOURS.get(split, SKY), "label": f"{split} ({int(heights.sum()):,})"}
+    style: dict[str, Any] = {"color": SPLIT_COLORS.get(split, SKY), "label": f"{split} ({int(heights.sum()):,})"}
     if len(heights) <= LABELLED:
         axes.bar(positions, heights, 0.8, bottom=bottom, **style)
         return
@@ -116,7 +116,7 @@ def contact_sheet(
     return figure
 
 
-def as_pictures(inputs: Sequence[npt.NDArray[np.float32]]) -> tuple[list[Image.Image], tuple[float, float]]:
+def to_images(inputs: Sequence[npt.NDArray[np.float32]]) -> tuple[list[Image.Image], tuple[float, float]]:
     """Convert a model's inputs, float [C, H, W], to images on one scale; also return the values of black and white."""
     low, high = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
     scale = 255 / max(high - low, 1e-9)

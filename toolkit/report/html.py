@@ -7,26 +7,21 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import toolkit
+from toolkit.errors import UserError
+from toolkit.metrics import Metric
 from toolkit.recipe.diagnostics import printable
+from toolkit.runs import write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True)
-class HtmlColumn:
-    """A column of a sortable table."""
-
-    name: str
-    number: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,11 +31,10 @@ class HtmlCell:
     text: str
     value: float | None = None
     """Sort key; default: the text."""
-    share: float | None = None
-    """Drawn as a bar, 0..1."""
-    name: bool = False
-    """Whether the text may be long and wrap anywhere."""
-    code: bool = False
+    kind: Literal["", "name", "code"] = ""
+    """``name`` and ``code`` may be long and wrap anywhere."""
+    is_bar: bool = False
+    """Whether ``value``, 0..1, is also drawn as a bar."""
     link: str = ""
     """Relative URL of a linked file."""
 
@@ -57,72 +51,72 @@ class HtmlRow:
 class HtmlTable:
     """A table that can be sorted and filtered."""
 
-    columns: Sequence[HtmlColumn]
+    head: Sequence[str]
     rows: Sequence[HtmlRow]
+    numbers: Container[int] = ()
+    """Indices of the columns of numbers, which are right-aligned and sorted in descending order first."""
     text: str = ""
+    """Caption, or an introduction."""
     buttons: Sequence[tuple[str, str]] = ()
     """Filter buttons: the label, and the kinds of rows shown. The first is active."""
+    notes: Sequence[str] = ()
 
 
-@dataclass
-class HtmlReport:
-    """Content of a report page."""
+def write_page(path: Path, template: str, data: dict[str, Any], **content: Any) -> Path:
+    """Render a template to one HTML file and return its path. Raises UserError if it cannot be written.
 
-    template: str
-    title: str
-    subtitles: list[str]
-    sections: list[tuple[str, str]]
-    """Id and title of each section."""
-    missing: list[str]
-    data: dict[str, Any]
-    """Charts and confusion matrix cells for the page's script."""
-    content: dict[str, Any] = field(default_factory=dict)
-    """Template variables."""
-
-
-def render(page: HtmlReport) -> str:
-    """Render the HTML file.
-
-    The templates escape all text; a content security policy allows only the page's own script and no external requests.
+    The template's variables are ``content``; ``data`` holds the charts for the page's script. All text is escaped, and
+    control characters are replaced; a content security policy allows only the page's script and no external requests.
     """
     script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    return environment.get_template(page.template).render(
-        title=printable(page.title),
-        subtitles=[printable(line) for line in page.subtitles],
-        sections=page.sections,
-        missing=page.missing,
+    text = environment.get_template(template).render(
         version=toolkit.__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
         style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=_json(page.data),
-        **page.content,
+        data=_json(data),
+        **content,
     )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode(errors="replace"))
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {path}: {error.strerror}") from None
+    return path
 
 
 def _json(value: Any) -> Markup:
     """Serialize to JSON that is safe inside an HTML element: no ``<``, ``>`` or ``&``; NaN and Infinity become null."""
-    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(_json_value(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _finite(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        return [_json_value(item) for item in value]
+    if isinstance(value, str):
+        return printable(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def name(text: str) -> HtmlCell:
     """Return a cell with a name read from a file."""
-    return HtmlCell(printable(text), name=True)
+    return HtmlCell(text, kind="name")
+
+
+def code(text: str) -> HtmlCell:
+    """Return a cell with a key or value."""
+    return HtmlCell(text, kind="code")
 
 
 def integer(value: int) -> HtmlCell:
@@ -137,13 +131,17 @@ def percent(share: float, digits: int = 2) -> str:
 
 def number(value: object, form: str = ".4f") -> HtmlCell:
     """Return a cell with a number, or a dash if ``value`` is not a finite number."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return HtmlCell("-")
-    return HtmlCell(format(value, form), float(value))
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return HtmlCell(format(value, form), float(value)) if is_number else HtmlCell("-")  # type: ignore[arg-type]
+
+
+def metric_cell(metric: Metric, value: object) -> HtmlCell:
+    """Return a cell with the value of a metric."""
+    return share(value) if metric.measure.unit == "%" else number(value, f".{metric.measure.decimals}f")
 
 
 def share(value: object, *, bar: bool = False) -> HtmlCell:
     """Return a cell with a fraction as a percentage, or a dash if ``value`` is not a finite number."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return HtmlCell("-")
-    return HtmlCell(percent(value), float(value), float(value) if bar else None)
+    return HtmlCell(percent(value), float(value), is_bar=bar)

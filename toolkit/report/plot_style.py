@@ -28,7 +28,7 @@ YELLOW, BLUE, VERMILION, PURPLE = "#f0e442", "#0072b2", "#d55e00", "#cc79a7"
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 """Colors of lines on white, most visible first. Yellow is left out as hardly visible."""
 
-SPLIT_COLOURS = {"train": BLUE, "validation": VERMILION, "test": GREEN}
+SPLIT_COLORS = {"train": BLUE, "validation": VERMILION, "test": GREEN}
 
 INK, GRID = "#1a1a1a", "#d9d9d9"
 """Colors of text and axes, and of grid lines."""
@@ -36,7 +36,7 @@ INK, GRID = "#1a1a1a", "#d9d9d9"
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans")
 """Fonts tried in this order for each character, if installed."""
 
-PAGE_COLOURS = {
+PAGE_COLORS = {
     INK: "var(--ink)", BLACK: "var(--ink)", GRID: "var(--line)", "#ffffff": "var(--paper)", BLUE: "var(--blue)",
     GREEN: "var(--green)", ORANGE: "var(--orange)", VERMILION: "var(--vermilion)", PURPLE: "var(--purple)",
     SKY: "var(--sky)",
@@ -112,7 +112,7 @@ def page_svg(figure: Figure, label: str, *, is_light: bool = False) -> str:
     text = text.replace("<svg ", f'<svg class="{kind}" style="{size}" role="img" aria-label="{html.escape(label)}" ', 1)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids must be unique on a page
     text = re.sub(r"font-family: [^;\"]*; ", "", text)
-    return text if is_light else re.sub(r"#[0-9a-f]{6}\b", lambda found: PAGE_COLOURS.get(found[0], found[0]), text)
+    return text if is_light else re.sub(r"#[0-9a-f]{6}\b", lambda found: PAGE_COLORS.get(found[0], found[0]), text)
 
 
 def _bytes(figure: Figure, kind: str, **settings: Any) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ BINS = 15
 
 
 @dataclass(frozen=True)
-class Predictions:
+class RunPredictions:
     """Content of predictions.csv, in row order."""
 
     names: list[str]
@@ -31,38 +32,37 @@ class Predictions:
     """Probability of that class, 0..1, [N]."""
 
     @property
-    def right(self) -> npt.NDArray[np.bool_]:
+    def correct(self) -> npt.NDArray[np.bool_]:
         """Whether each prediction is correct, [N]."""
-        is_right: npt.NDArray[np.bool_] = self.labels == self.predictions
-        return is_right
+        is_correct: npt.NDArray[np.bool_] = self.labels == self.predictions
+        return is_correct
 
     def worst(self, count: int) -> Ints:
         """Return at most ``count`` rows of mistakes with the highest probability, worst first."""
-        wrong = np.flatnonzero(~self.right)
+        wrong = np.flatnonzero(~self.correct)
         return wrong[np.argsort(-self.probabilities[wrong], kind="stable")][:count]
 
 
-def confusion_matrix(found: Predictions) -> Ints:
+def confusion_matrix(found: RunPredictions) -> Ints:
     """Count the images of class i (row) predicted as class j (column), [K, K]."""
     size = len(found.classes)
     flat = np.bincount(found.labels * size + found.predictions, minlength=size * size)
     return flat.reshape(size, size).astype(np.int64)
 
 
-def balanced_accuracy(matrix: Ints) -> Floats:
+def accuracy_by_class(matrix: Ints) -> Floats:
     """Return the fraction of each class's images classified correctly, 0..1, [K]; NaN for a class without images."""
     support = matrix.sum(1)
     share: Floats = np.divide(matrix.diagonal(), support, out=np.full(len(matrix), np.nan), where=support > 0)
     return share
 
 
-@dataclass(frozen=True)
-class ClassConfusion:
+class ClassConfusion(NamedTuple):
     """A pair of true and predicted class, and how often it occurs."""
 
     label: int
     prediction: int
-    count: int
+    images: int
 
 
 def confusions(matrix: Ints) -> list[ClassConfusion]:
@@ -89,7 +89,7 @@ class Calibration:
     """Expected calibration error, 0..1: the mean over images of |accuracy - confidence| of their bin."""
 
 
-def calibration(probabilities: Floats, right: Sequence[bool] | npt.NDArray[np.bool_]) -> Calibration:
+def calibration(probabilities: Floats, correct: Sequence[bool] | npt.NDArray[np.bool_]) -> Calibration:
     """Compute the calibration of the predicted class's probability: Naeini et al. (2015), Guo et al. (2017), eq. 3."""
     edges = np.linspace(0, 1, BINS + 1)
     bins = np.clip(np.ceil(probabilities * BINS).astype(np.int64) - 1, 0, BINS - 1)
@@ -101,14 +101,14 @@ def calibration(probabilities: Floats, right: Sequence[bool] | npt.NDArray[np.bo
         means: Floats = np.divide(sums, counts, out=np.full(BINS, np.nan), where=filled)
         return means
 
-    confidence, accuracy = mean(probabilities), mean(np.asarray(right, dtype=np.float64))
+    confidence, accuracy = mean(probabilities), mean(np.asarray(correct, dtype=np.float64))
     error = np.sum(counts[filled] * np.abs(accuracy - confidence)[filled]) / max(len(probabilities), 1)
     return Calibration(edges, counts.astype(np.int64), confidence, accuracy, float(error))
 
 
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval (Wilson 1927) of ``right`` correct out of ``count`` test images."""
-    z, share = 1.959964, right / count
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval (Wilson 1927) of ``correct`` out of ``count`` test images."""
+    z, share = 1.959964, correct / count
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * float(np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)))
     return middle - half, middle + half

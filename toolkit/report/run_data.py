@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
-from toolkit.reading import read_json, require_file
+from toolkit.reading import DamagedFile, read_json, require_file
 from toolkit.recipe import Recipe
 from toolkit.recipe.diagnostics import printable
-from toolkit.report.prediction_metrics import Ints, Predictions
+from toolkit.report.prediction_metrics import Calibration, Counts, RunPredictions, calibration
 from toolkit.runs import Run
 from toolkit.training.lr_schedule import epoch_rank
 
@@ -36,9 +38,47 @@ class ConvFilters:
     """Weights of the best epoch, same shape."""
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """A misclassified test image."""
+
+    name: str
+    label: str
+    prediction: str
+    probability: float
+    image: Image.Image | None
+    """None if the image is not available."""
+
+
+@dataclass(frozen=True)
+class TrainingSamples:
+    """One training image of each class, as in the file and as the model's input."""
+
+    classes: list[str]
+    files: list[Image.Image]
+    inputs: list[Image.Image]
+    """Model inputs in evaluation."""
+    augmented: list[Image.Image]
+    """Model inputs with the recipe's random augmentation; empty if it has none."""
+    scale: tuple[float, float]
+    """Values shown as black and white in the inputs."""
+
+
+@dataclass(frozen=True)
+class FilterEffect:
+    """An image that single filters of the first convolution are applied to."""
+
+    filters: list[int]
+    """Indices of the filters."""
+    caption: str
+    image: Image.Image
+    input: npt.NDArray[np.float32]
+    """The image as the model's input, [C, H, W]."""
+
+
 @dataclass
 class RunData:
-    """Contents of a run directory."""
+    """Contents of a run directory, and of the data set as far as a report shows it."""
 
     run: Run
     recipe: Recipe | None = None
@@ -54,8 +94,14 @@ class RunData:
     """Content of checkpoints/model.json."""
     split: Record = field(default_factory=dict)
     """Content of split.json, including the names of the images by split."""
-    predictions: Predictions | None = None
+    predictions: RunPredictions | None = None
     filters: ConvFilters | None = None
+    counts: dict[str, Counts] | None = None
+    """Number of images of each class by split."""
+    mistakes: list[Mistake] = field(default_factory=list)
+    """The misclassified test images with the highest probabilities, highest first."""
+    samples: TrainingSamples | None = None
+    effect: FilterEffect | None = None
     missing: list[str] = field(default_factory=list)
     """What cannot be shown, and why."""
 
@@ -68,6 +114,14 @@ class RunData:
     def classes(self) -> list[str]:
         """Class names in label order; empty if unknown."""
         return list(self.card.get("classes", []))
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The run's preprocessing. Raises UserError if model.json does not contain it."""
+        try:
+            return Preprocessing.from_dict(self.card["preprocessing"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self.run.checkpoints / 'model.json'} has no preprocessing ({error})") from None
 
     @property
     def best_epoch(self) -> int:
@@ -87,6 +141,22 @@ class RunData:
     def last_epoch(self) -> int:
         """The last completed epoch."""
         return int(self.epochs[-1]["epoch"])
+
+    @property
+    def end_label(self) -> str:
+        """Label of the last epoch in plots."""
+        return "stopped early" if self.stopped_early else "last"
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Calibration on the test images; None without predictions."""
+        found = self.predictions
+        return calibration(found.probabilities, found.correct) if found else None
+
+    @property
+    def decays_by_factors(self) -> bool:
+        """Whether the schedule multiplies the learning rate by factors, which a logarithmic scale shows best."""
+        return self.recipe is not None and self.recipe.scheduler.name in ("step", "exponential", "plateau")
 
     @property
     def stopped_early(self) -> bool:
@@ -111,51 +181,51 @@ def try_load(missing: list[str], what: str, read: Callable[[], T]) -> T | None:
 
 def load_run_data(run: Run) -> RunData:
     """Load a run directory. Raises UserError if it has no finished epoch."""
-    facts = RunData(run)
-    facts.recipe = facts.try_load("the recipe", lambda: run.recipe)
-    _read_metrics(facts)
-    if not facts.epochs:
+    data = RunData(run)
+    data.recipe = data.try_load("the recipe", lambda: run.recipe)
+    _read_metrics(data)
+    if not data.epochs:
         raise UserError(
             f"{run.path} has no finished epoch yet, so there is nothing to report ({_state(run)}); "
             "`toolkit status` shows its progress"
         )
-    facts.summary = facts.try_load("test metrics", lambda: _checked_summary(facts))
-    facts.environment = facts.try_load("the environment", lambda: run.environment) or {}
-    facts.card = facts.try_load("the names of the classes", lambda: _checked_card(run)) or {}
-    facts.split = facts.try_load("the lists of images", lambda: run.split) or {}
-    facts.origins = facts.try_load("the origins of the recipe's values", lambda: run.origins) or {}
-    if (facts.summary is not None and run.has_test) or (run.path / "predictions.csv").exists():
-        facts.predictions = facts.try_load("predictions", lambda: _read_predictions(run, facts.classes))
-    facts.filters = facts.try_load("filters of the first layer", lambda: _read_filters(run))
-    return facts
+    data.summary = data.try_load("test metrics", lambda: _checked_summary(data))
+    data.environment = data.try_load("the environment", lambda: run.environment) or {}
+    data.card = data.try_load("the names of the classes", lambda: _checked_card(run)) or {}
+    data.split = data.try_load("the lists of images", lambda: run.split) or {}
+    data.origins = data.try_load("the origins of the recipe's values", lambda: run.origins) or {}
+    if (data.summary is not None and run.has_test) or (run.path / "predictions.csv").exists():
+        data.predictions = data.try_load("predictions", lambda: read_predictions(run, data.classes))
+    data.filters = data.try_load("filters of the first layer", lambda: _read_filters(run))
+    return data
 
 
 def _state(run: Run) -> str:
     return "metrics.jsonl has no line of an epoch" if run.metrics_file.exists() else "it has no metrics.jsonl"
 
 
-def _read_metrics(facts: RunData) -> None:
+def _read_metrics(data: RunData) -> None:
     """Read the valid lines of metrics.jsonl; the last line of a killed run may be incomplete."""
-    lines = facts.try_load("metrics", lambda: list(facts.run.metric_lines())) or []
+    lines = data.try_load("metrics", lambda: list(data.run.metric_lines())) or []
     bad = [number for number, line in enumerate(lines, 1) if isinstance(line, ValueError)]
     for line in lines:
         if not isinstance(line, ValueError):
             record = _numbers(line)
-            (facts.epochs if "train/loss" in record else facts.steps).append(record)
+            (data.epochs if "train/loss" in record else data.steps).append(record)
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        facts.missing.append(f"{len(bad)} of {len(lines)} lines of metrics.jsonl: damaged (line {shown})")
+        data.missing.append(f"{len(bad)} of {len(lines)} lines of metrics.jsonl: damaged (line {shown})")
 
 
-def _checked_summary(facts: RunData) -> Record:
+def _checked_summary(data: RunData) -> Record:
     """Return the summary, without values that should be numbers and are not."""
-    file = facts.run.path / "summary.json"
+    file = data.run.path / "summary.json"
     summary = read_json(file)  # the valid parts of a damaged summary are shown
     for model in ("best", "last"):
         if not isinstance(summary.get(model), dict) or not isinstance(summary[model].get("epoch"), int):
             raise UserError(f"{file} is damaged: it has no {model}.epoch")
         wrong = [key for key, value in summary[model].items() if not isinstance(value, int | float)]
-        facts.missing += [printable(f"{model}.{key}: {file} is damaged: not a number") for key in wrong]
+        data.missing += [printable(f"{model}.{key}: {file} is damaged: not a number") for key in wrong]
     texts = {key: str(summary[key]) for key in ("device", "precision") if key in summary}
     tables = {key: _numbers(summary[key]) for key in ("best", "last", "images") if isinstance(summary.get(key), dict)}
     return _numbers(summary) | texts | tables
@@ -173,27 +243,23 @@ def _checked_card(run: Run) -> Record:
     return card
 
 
-def _read_predictions(run: Run, classes: list[str]) -> Predictions:
-    rows = run.predictions()
-    if not classes:
-        classes = sorted({row[column] for row in rows for column in ("label", "prediction")})
-    index = {name: number for number, name in enumerate(classes)}
-    labels, predictions, probabilities = [], [], []
-    for number, row in enumerate(rows, 2):
-        try:
-            labels.append(index[row["label"]])
-            predictions.append(index[row["prediction"]])
-            probabilities.append(float(row["probability"]))
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{run.path / 'predictions.csv'} is damaged at line {number}") from None
+def read_predictions(run: Run, classes: list[str]) -> RunPredictions:
+    """Read predictions.csv. If ``classes`` is empty, they are those of the file. Raises UserError if it is damaged."""
+    file, rows = run.path / "predictions.csv", run.predictions()
     if not rows:
-        raise UserError(f"{run.path / 'predictions.csv'} is damaged: it has no rows")
-    names = [row["path"] for row in rows]
-    return Predictions(names, classes, _ints(labels), _ints(predictions), np.array(probabilities, dtype=np.float64))
-
-
-def _ints(values: list[int]) -> Ints:
-    return np.array(values, dtype=np.int64)
+        raise DamagedFile(file, "it has no rows")
+    classes = classes or sorted({row[column] for row in rows for column in ("label", "prediction")})
+    index = {name: number for number, name in enumerate(classes)}
+    unknown = next((row for row in rows if row["label"] not in index or row["prediction"] not in index), None)
+    if unknown is not None:
+        raise DamagedFile(file, f"line {rows.index(unknown) + 2} names a class that the run does not have")
+    return RunPredictions(
+        [row["path"] for row in rows],
+        classes,
+        np.array([index[row["label"]] for row in rows], dtype=np.int64),
+        np.array([index[row["prediction"]] for row in rows], dtype=np.int64),
+        np.array([float(row["probability"]) for row in rows], dtype=np.float64),
+    )
 
 
 def _read_filters(run: Run) -> ConvFilters:

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from toolkit.errors import UserError
 from toolkit.recipe.diagnostics import printable
 from toolkit.recipe.gpu_support import is_random
-from toolkit.report import learning_curves, test_plots
 from toolkit.report.conv_filters import choose, effect_figure, filters_figure
-from toolkit.report.data_plots import as_pictures, class_histogram, contact_sheet
-from toolkit.report.dataset_images import (
-    SMALL,
-    DatasetImages,
-    augmented_input,
-    data_uri,
-    model_input,
-    open_dataset_images,
-    preprocessing_of,
-)
-from toolkit.report.html import render
-from toolkit.report.misclassified import COUNT, misclassifications, misclassified_figure
+from toolkit.report.data_plots import class_histogram, contact_sheet, to_images
+from toolkit.report.learning_curves import learning_curves, learning_rate_curve
 from toolkit.report.plot_style import PRINT, page_svg, plot_style, save
-from toolkit.report.prediction_metrics import calibration
-from toolkit.report.run_data import SPLITS, RunData, load_run_data
-from toolkit.report.run_page import ReportExtras, count_by_class, run_page
-from toolkit.runs import Run, write_atomically
+from toolkit.report.prediction_metrics import Counts
+from toolkit.report.run_data import (
+    SPLITS,
+    FilterEffect,
+    Mistake,
+    RunData,
+    TrainingSamples,
+    load_run_data,
+)
+from toolkit.report.run_images import RunImages, model_inputs, open_run_images
+from toolkit.report.run_page import write_run_page
+from toolkit.report.test_plots import class_accuracy_figure, confusion_figure, mistakes_figure, reliability_figure
+from toolkit.runs import Run
 
 ON_PAGE = {
     "reliability": "Reliability diagram",
@@ -44,12 +42,10 @@ ON_PAGE = {
 PHOTOGRAPHS = ("mistakes", "samples")
 """Figures that consist of photographs, written as PNG instead of SVG."""
 
-GALLERY = 60
+MISTAKES = 60
 """Maximum number of mistakes on the page."""
-THUMBNAIL = 180
-"""Longer side of a mistake's image on the page, in pixels."""
-SAMPLES, SAMPLE = 200, 112
-"""Maximum number of classes shown by a sample image, and its longer side in pixels."""
+SAMPLES = 200
+"""Maximum number of classes of which a training image is shown."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ def write_report(
     output: Path | None = None,
     *,
     figures_only: bool = False,
-    data_root: str | None = None,
+    data_root: Path | None = None,
     filters: Sequence[int] = (),
     log: Callable[[str], None],
 ) -> ReportResult:
@@ -78,142 +74,133 @@ def write_report(
     ``data_root`` overrides the recipe's location of the images; ``filters`` are the numbers, from 1, of the filters
     applied to an image. Raises UserError if the run has no finished epoch or the files cannot be written.
     """
-    facts = load_run_data(run)
-    shown = ReportExtras()
-    pictures = facts.try_load("images", lambda: open_dataset_images(facts, data_root))
+    data = load_run_data(run)
+    load_images(data, data_root, filters)
+    svg: dict[str, str] = {}
     files: list[Path] = []
     with plot_style(log):
-        for name, draw in _figures(facts, pictures, shown, filters):
-            figure = facts.try_load(f"figure {name}", draw)
+        for name, draw in _figures(data).items():
+            figure = data.try_load(f"figure {name}", draw)
             if figure is None:
                 continue
             if name in ON_PAGE and not figures_only:
-                shown.svg[name] = page_svg(figure, ON_PAGE[name])
+                svg[name] = page_svg(figure, ON_PAGE[name])
             files += save(figure, run.figures, name, ("png", "pdf") if name in PHOTOGRAPHS else PRINT)
-    if figures_only:
-        return ReportResult(None, files, facts.missing)
-    shown.files = [file.name for file in files]
-    report = write_page(render(run_page(facts, shown)), output or run.report_file)
-    return ReportResult(report, files, facts.missing)
+    page = None if figures_only else write_run_page(output or run.report_file, data, svg, files)
+    return ReportResult(page, files, data.missing)
 
 
-def write_page(text: str, path: Path) -> Path:
-    """Write a page and return its path. Raises UserError if that fails."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode(errors="replace"))
-    except OSError as error:
-        raise UserError(f"the report cannot be written to {path}: {error.strerror}") from None
-    return path
-
-
-Draw = tuple[str, Callable[[], Figure]]
-
-
-def _figures(
-    facts: RunData, pictures: DatasetImages | None, shown: ReportExtras, chosen: Sequence[int]
-) -> Iterator[Draw]:
-    """Yield the name and draw function of each figure; also fill ``shown`` with the other content of the page."""
-    yield "loss", lambda: learning_curves.loss_curves(facts)
-    yield "accuracy", lambda: learning_curves.accuracy_curves(facts)
-    yield "learning-rate", lambda: learning_curves.learning_rate_curve(facts)
-    if (found := facts.predictions) is not None:
-        shown.calibration = measured = calibration(found.probabilities, found.right)
-        yield "confusion", lambda: test_plots.confusion_figure(f"{facts.name}: test images", found)
-        yield (
-            "class-accuracy",
-            lambda: test_plots.balanced_accuracy_figure(f"{facts.name}: test accuracy by class", found),
+def _figures(data: RunData) -> dict[str, Callable[[], Figure]]:
+    """Return a function that draws each figure for which there are data, by name."""
+    name = data.name
+    figures: dict[str, Callable[[], Figure]] = {
+        "loss": lambda: learning_curves(data, "loss"),
+        "accuracy": lambda: learning_curves(data, "accuracy"),
+        "learning-rate": lambda: learning_rate_curve(data),
+    }
+    if (found := data.predictions) is not None and (measured := data.calibration) is not None:
+        figures["confusion"] = lambda: confusion_figure(f"{name}: test images", found)
+        figures["class-accuracy"] = lambda: class_accuracy_figure(f"{name}: test accuracy by class", found)
+        figures["reliability"] = lambda: reliability_figure(name, measured)
+    if data.mistakes:
+        figures["mistakes"] = lambda: mistakes_figure(name, data.mistakes)
+    if (filters := data.filters) is not None:
+        figures["filters"] = lambda: filters_figure(name, filters)
+        if (effect := data.effect) is not None:
+            figures["filter-effect"] = lambda: effect_figure(name, filters, effect)
+    if (counts := data.counts) is not None:
+        classes = [printable(each) for each in data.classes]
+        figures["class-histogram"] = lambda: class_histogram(f"{name}: images per class", classes, counts)
+    if (samples := data.samples) is not None:
+        title, shown = f"{name}: one training image per class", [printable(each) for each in samples.classes]
+        figures["samples"] = lambda: contact_sheet(
+            title, shown, samples.files, samples.inputs, samples.scale, samples.augmented
         )
-        yield "reliability", lambda: test_plots.reliability_figure(facts.name, measured)
-        yield from _mistakes(facts, pictures, shown)
-    if (filters := facts.filters) is not None:
-        yield "filters", lambda: filters_figure(facts.name, filters)
-        if pictures is not None:
-            yield "filter-effect", lambda: _effect(facts, pictures, shown, chosen)
-    shown.counts = counts = _counts(facts, pictures)
-    if counts is not None:
-        title = f"{facts.name}: images per class"
-        yield "class-histogram", lambda: class_histogram(title, _printable(facts.classes), counts)
-    if pictures is not None and facts.split:
-        yield "samples", lambda: _samples(facts, pictures, shown)
+    return figures
 
 
-def _mistakes(facts: RunData, pictures: DatasetImages | None, shown: ReportExtras) -> Iterator[Draw]:
-    assert facts.predictions is not None
-    names = [facts.predictions.names[row] for row in facts.predictions.worst(GALLERY)]
-    images = {name: image for name in names if pictures and (image := pictures.load(name)) is not None}
-    worst = misclassifications(facts.predictions, images, GALLERY)
-    shown.mistakes = [
-        {
-            "uri": data_uri(one.image, THUMBNAIL) if one.image else None,
-            "small": one.image is not None and max(one.image.size) <= SMALL,
-            "name": printable(one.name),
-            "label": printable(one.label),
-            "prediction": printable(one.prediction),
-            "probability": one.probability,
-        }
-        for one in worst
+# -- what needs the data set ------------------------------------------------------------------------------------------
+
+
+def load_images(data: RunData, data_root: Path | None, filters: Sequence[int]) -> None:
+    """Add to ``data`` what needs the data set. ``filters``: numbers, from 1, of the filters applied to an image."""
+    images = data.try_load("images", lambda: _open(data, data_root))
+    data.counts = data.try_load("images per class", lambda: _counts(data, images))
+    data.mistakes = _mistakes(data, images)
+    if images is not None and data.filters is not None:
+        data.effect = data.try_load("figure filter-effect", lambda: _filter_effect(data, images, filters))
+    if images is not None and data.split:
+        data.samples = data.try_load("figure samples", lambda: _samples(data, images))
+
+
+def _open(data: RunData, data_root: Path | None) -> RunImages:
+    if data.recipe is None:
+        raise UserError("the recipe, which says where they are, cannot be read")
+    preprocessing = None
+    with contextlib.suppress(UserError):  # model.json is damaged: use the recipe's settings
+        preprocessing = data.preprocessing
+    return open_run_images(data.recipe, preprocessing, data.classes, data_root)
+
+
+def _counts(data: RunData, images: RunImages | None) -> dict[str, Counts]:
+    """Return the images of each class by split, as recorded by the run or else counted in the data set."""
+    if recorded := data.split.get("images_per_class"):
+        counts = {split: np.array(recorded[split], dtype=np.int64) for split in SPLITS}
+        if any(len(numbers) != len(data.classes) for numbers in counts.values()):
+            raise ValueError("images_per_class does not fit the classes")
+        return counts
+    if images is None or not data.split:
+        raise UserError("the run did not record them, and the data set is not available")
+    labels, size = images.dataset.labels, len(images.dataset.classes)
+    indices = {split: images.indices(data.split[split], f"{split} images") for split in SPLITS}
+    return {split: np.bincount(labels[found], minlength=size).astype(np.int64) for split, found in indices.items()}
+
+
+def _mistakes(data: RunData, images: RunImages | None) -> list[Mistake]:
+    found = data.predictions
+    if found is None:
+        return []
+    mistakes = [
+        Mistake(
+            found.names[i],
+            found.classes[found.labels[i]],
+            found.classes[found.predictions[i]],
+            float(found.probabilities[i]),
+            images.load(found.names[i]) if images else None,
+        )
+        for i in found.worst(MISTAKES)
     ]
-    if pictures is not None and (gone := len(names) - len(images)):
-        facts.missing.append(f"{gone} of {len(names)} images of the worst mistakes: gone or damaged")
-    if worst:
-        yield "mistakes", lambda: misclassified_figure(facts.name, worst[:COUNT])
+    unreadable = sum(mistake.image is None for mistake in mistakes)
+    if images is not None and unreadable:
+        data.missing.append(f"{unreadable} of {len(mistakes)} images of the worst mistakes: missing or damaged")
+    return mistakes
 
 
-def _effect(facts: RunData, pictures: DatasetImages, shown: ReportExtras, chosen: Sequence[int]) -> Figure:
-    """Draw the chosen filters' responses to the first readable test image, or another image if there is none."""
-    assert facts.filters is not None
-    numbers, which = choose(facts.filters, chosen)
-    names = facts.predictions.names if facts.predictions else facts.split.get("test", [])
-    for name in names or [*facts.split.get("validation", []), *facts.split.get("train", [])]:
-        image = pictures.load(name)
-        if image is not None:
-            shown.effect_caption = f"{which.capitalize()}, on {printable(name)}: orange is negative, purple positive."
-            given = model_input(preprocessing_of(facts), image)
-            return effect_figure(facts.name, facts.filters, numbers, image, given)
+def _filter_effect(data: RunData, images: RunImages, wanted: Sequence[int]) -> FilterEffect:
+    """Choose filters, and the first readable test image, or another image if there is none."""
+    assert data.filters is not None
+    chosen, description = choose(data.filters, wanted)
+    names = data.predictions.names if data.predictions else data.split.get("test", [])
+    for name in names or [*data.split.get("validation", []), *data.split.get("train", [])]:
+        if (image := images.load(name)) is not None:
+            caption = f"{description.capitalize()}, on {name}: orange is negative, purple positive."
+            return FilterEffect(chosen, caption, image, model_inputs(data.preprocessing, [image])[0])
     raise UserError("no image can be read")
 
 
-def _counts(facts: RunData, pictures: DatasetImages | None) -> Any:
-    """Return the images per class by split, as recorded by the run or else counted in the data set."""
-    if "images_per_class" in facts.split:
-        return facts.try_load("images per class", lambda: count_by_class(facts))
-    if pictures is None or not facts.split:
-        facts.missing.append("images per class: the run did not record them, and the data set is not available")
-        return None
-    return facts.try_load("images per class", lambda: {s: pictures.counts(facts.split[s]) for s in SPLITS})
-
-
-def _samples(facts: RunData, pictures: DatasetImages, shown: ReportExtras) -> Figure:
-    """Draw the first training image of each class, as in the file and as the model's input; add it to the page."""
-    preprocessing = preprocessing_of(facts)
-    names: list[str] = []
-    raw: list[Image.Image] = []
-    for label, name in list(pictures.first_of_each_class(facts.split["train"]).items())[:SAMPLES]:
-        if (image := pictures.load(name)) is not None:
-            names.append(printable(pictures.dataset.classes[label]))
-            raw.append(image)
-    if not raw:
+def _samples(data: RunData, images: RunImages) -> TrainingSamples:
+    """Load the first training image of each class."""
+    assert data.recipe is not None
+    first: dict[int, str] = {}
+    for name in data.split["train"]:
+        if name in images.index:
+            first.setdefault(int(images.dataset.labels[images.index[name]]), name)
+    loaded = {label: images.load(name) for label, name in sorted(first.items())[:SAMPLES]}
+    files = {images.dataset.classes[label]: image for label, image in loaded.items() if image is not None}
+    if not files:
         raise UserError("no training image can be read")
-    arrays = [model_input(preprocessing, image) for image in raw]
-    is_augmented = facts.recipe is not None and is_random("train", facts.recipe.augment)
-    if is_augmented:
-        arrays += [augmented_input(facts, preprocessing, image, seed) for seed, image in enumerate(raw)]
-    found, shown.scale = as_pictures(arrays)
-    inputs, augmented = found[: len(raw)], found[len(raw) :]
-    shown.samples = [
-        {
-            "name": name,
-            "raw": data_uri(image, SAMPLE),
-            "input": data_uri(inputs[number], SAMPLE),
-            "augmented": data_uri(augmented[number], SAMPLE) if is_augmented else None,
-            "small": max(image.size) <= SMALL,
-        }
-        for number, (name, image) in enumerate(zip(names, raw, strict=True))
-    ]
-    title = f"{facts.name}: one training image per class"
-    return contact_sheet(title, names, raw, inputs, shown.scale, augmented)
-
-
-def _printable(names: Sequence[str]) -> list[str]:
-    return [printable(name) for name in names]
+    augment = data.recipe.augment if is_random("train", data.recipe.augment) else None
+    inputs = model_inputs(data.preprocessing, files.values())
+    inputs += model_inputs(data.preprocessing, files.values(), augment) if augment else []
+    shown, scale = to_images(inputs)
+    return TrainingSamples([*files], [*files.values()], shown[: len(files)], shown[len(files) :], scale)

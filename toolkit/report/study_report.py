@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.report.html import render
 from toolkit.report.plot_style import CYCLE, page_svg, plot_style, save
-from toolkit.report.run_data import DAMAGE, try_load
-from toolkit.report.run_report import ReportResult, write_page, write_report
-from toolkit.report.study_page import StudyReportData, study_page
+from toolkit.report.run_data import DAMAGE
+from toolkit.report.run_report import ReportResult, write_report
+from toolkit.report.study_page import write_study_page
 from toolkit.runs import Run
 from toolkit.study.directory import FILE, StudyDirectory
 from toolkit.study.export_tables import StudyResults, TableOptions, read_outcomes
@@ -23,9 +21,10 @@ LABELS = {
     "curves-val-loss": "Validation loss by epoch",
     "curves-val-accuracy": "Validation accuracy by epoch",
     "best-so-far": "Best value found against the epochs trained",
-    "parallel-coordinates": "Parameters and outcome of each run",
+    "parallel-coordinates": "Parameters and result of each run",
     "importance": "Importance of the parameters",
 }
+"""Captions of figures on the page."""
 
 
 def write_study_report(
@@ -35,7 +34,7 @@ def write_study_report(
     *,
     figures_only: bool = False,
     runs: bool = False,
-    data_root: str | None = None,
+    data_root: Path | None = None,
     log: Callable[[str], None],
 ) -> ReportResult:
     """Write a study's figures, and its page to ``output`` (by default report.html in the study's folder).
@@ -52,11 +51,12 @@ def write_study_report(
             if not figures_only:
                 drawn.append((page_svg(figure, _label(name), is_light=_has_scale(found, name)), _label(name)))
             files += save(figure, folder / "figures", name)
+    # Failed runs are also named in the notes below the table.
+    missing = [f"{r.member.row}, seed {r.member.seed}: {r.trouble}" for r in found.results if r.trouble]
     if figures_only:
-        return ReportResult(None, files, _troubles(found))
-    facts = _gather(found, folder)
-    page = study_page(found, facts, drawn, [file.name for file in files])
-    return ReportResult(write_page(render(page), output or folder / "report.html"), files, [*facts.missing])
+        return ReportResult(None, files, missing)
+    page = write_study_page(output or folder / "report.html", found, folder, drawn, files, missing)
+    return ReportResult(page, files, missing)
 
 
 def read_study(folder: Path) -> StudyResults:
@@ -86,36 +86,9 @@ def _has_scale(found: StudyResults, name: str) -> bool:
     return is_scale or (name.startswith("curves-") and len(found.rows) > len(CYCLE))
 
 
-def _write_runs(found: StudyResults, folder: Path, data_root: str | None, log: Callable[[str], None]) -> None:
+def _write_runs(found: StudyResults, folder: Path, data_root: Path | None, log: Callable[[str], None]) -> None:
     members = dict.fromkeys(result.member.run for result in found.results if result.epochs and result.member.run)
     for number, run in enumerate(members, 1):
         log(f"run {number} of {len(members)}: {folder / run}")
         for line in write_report(Run(folder / run), data_root=data_root, log=log).missing:
             log(f"not shown: {line}")
-
-
-def _gather(found: StudyResults, folder: Path) -> StudyReportData:
-    missing = _troubles(found)
-    begun = dict.fromkeys(result.member.run for result in found.results if result.epochs or result.is_finished)
-    there = [Run(folder / name) for name in begun if name is not None]
-    read = _environments(there, missing)
-    first = next((run for run in there if (run.path / "recipe.toml").exists()), None)
-    if first is None:
-        missing.append("the recipe: no run has a recipe.toml")
-        return StudyReportData(folder, None, {}, read, missing)
-    recipe = try_load(missing, f"the recipe of {first.id}", lambda: first.recipe)
-    origins = try_load(missing, f"the origins of {first.id}'s values", lambda: first.origins) or {}
-    return StudyReportData(folder, recipe, origins, read, missing)
-
-
-def _environments(runs: Sequence[Run], missing: list[str]) -> list[dict[str, Any]]:
-    reasons: list[str] = []
-    found = [try_load(reasons, run.id, lambda run=run: run.environment) for run in runs]  # type: ignore[misc]
-    if reasons:
-        missing.append(f"the environment of {len(reasons)} of {len(runs)} runs; {reasons[0]}")
-    return [environment for environment in found if environment is not None]
-
-
-def _troubles(found: StudyResults) -> list[str]:
-    """List the runs with something that cannot be shown; failed runs are also in the table's notes."""
-    return [f"{r.member.row}, seed {r.member.seed}: {r.trouble}" for r in found.results if r.trouble]

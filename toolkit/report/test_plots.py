@@ -1,6 +1,8 @@
-"""Plots of the test results: confusion matrix, accuracy by class, reliability diagram."""
+"""Plots of the test results: confusion matrix, accuracy by class, reliability diagram, worst mistakes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,9 +10,11 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from toolkit.formatting import plural
+from toolkit.report.data_plots import paste
 from toolkit.report.html import percent
 from toolkit.report.plot_style import BLUE, GRID, INK, ORANGE, SKY, VERMILION, fitted, grid, short
-from toolkit.report.prediction_metrics import Calibration, Ints, Predictions, balanced_accuracy, confusion_matrix
+from toolkit.report.prediction_metrics import Calibration, Ints, RunPredictions, accuracy_by_class, confusion_matrix
+from toolkit.report.run_data import Mistake
 
 COUNTED = 25
 """Up to this number of classes, the cells of a confusion matrix show their counts."""
@@ -18,8 +22,15 @@ COUNTED = 25
 LABELLED = 250
 """Up to this number of classes, class names are shown."""
 
+MISTAKES, COLUMNS = 24, 6
+"""Number of mistakes in the figure, and in a row of it."""
+TILE, GAP, CAPTION = 176, 14, 56
+"""Side of a mistake's image, space next to it, height of the text above it; in pixels."""
+HEADER = 0.4
+"""Height reserved for the title of the mistakes, in inches."""
 
-def confusion_figure(title: str, found: Predictions) -> Figure:
+
+def confusion_figure(title: str, found: RunPredictions) -> Figure:
     """Plot the confusion matrix; the color is the fraction of the true class's images."""
     matrix = confusion_matrix(found)
     count = len(matrix)
@@ -54,14 +65,14 @@ def confusion_figure(title: str, found: Predictions) -> Figure:
 
 def _write_counts(axes: Axes, matrix: Ints, share: np.ndarray) -> None:
     for row, column in zip(*np.nonzero(matrix), strict=True):
-        colour = "white" if share[row, column] > 40 else INK
-        axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=7.5, color=colour)
+        color = "white" if share[row, column] > 40 else INK
+        axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=7.5, color=color)
 
 
-def balanced_accuracy_figure(title: str, found: Predictions) -> Figure:
+def class_accuracy_figure(title: str, found: RunPredictions) -> Figure:
     """Plot the accuracy of each class, sorted, with its number of test images."""
     matrix = confusion_matrix(found)
-    accuracy, support = balanced_accuracy(matrix), matrix.sum(1)
+    accuracy, support = accuracy_by_class(matrix), matrix.sum(1)
     order = [int(i) for i in np.argsort(-np.nan_to_num(accuracy, nan=-1), kind="stable") if support[i] > 0]
     labelled = len(order) <= LABELLED
     height = 0.16 * len(order) if labelled else 12.0
@@ -108,4 +119,29 @@ def reliability_figure(title: str, found: Calibration) -> Figure:
     for axes in (upper, lower):
         grid(axes)
     figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def mistakes_figure(title: str, mistakes: Sequence[Mistake]) -> Figure:
+    """Draw the first mistakes, each with its image, true class, predicted class and probability."""
+    worst, cell = mistakes[:MISTAKES], (CAPTION + TILE, TILE + GAP)
+    rows = -(-len(worst) // COLUMNS)
+    sheet = np.full((rows * cell[0], COLUMNS * cell[1], 3), 255, dtype=np.uint8)
+    width = 9.0
+    height = width * sheet.shape[0] / sheet.shape[1] + HEADER
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1 - HEADER / height))
+    for number, one in enumerate(worst):
+        top, left = number // COLUMNS * cell[0], number % COLUMNS * cell[1] + GAP // 2
+        text = f"{short(one.label, 24)}\n\N{RIGHTWARDS ARROW} {short(one.prediction, 18)} {one.probability:.2f}"
+        axes.text(left, top + CAPTION - 8, text, fontsize=6.5, va="bottom", parse_math=False)
+        if one.image is not None:
+            paste(sheet, one.image, top + CAPTION, left, TILE)
+        else:
+            axes.text(left, top + CAPTION + TILE // 2, "image not available", fontsize=6.5)
+    axes.imshow(sheet, interpolation="none")
+    axes.set_axis_off()
+    what = "worst mistakes: true class \N{RIGHTWARDS ARROW} prediction and its probability"
+    text = fitted(f"{title}: {what}", width, 9)
+    figure.text(0.5, 1 - 0.2 / height, text, ha="center", va="center", fontsize=9, parse_math=False)
     return figure

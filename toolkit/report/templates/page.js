@@ -1,5 +1,5 @@
 "use strict";
-// The page's own behaviour: theme, tables, filters, charts, confusion matrix. No library, no network.
+// The page's script: theme, tables, filters, charts, confusion matrix. It uses no library and no network.
 const data = JSON.parse(document.getElementById("page-data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -12,7 +12,7 @@ function make(parent, name, attributes = {}, text = null) {
   return element;
 }
 
-// -- theme: the system's, until the button says otherwise ---------------------------------------------------------
+// -- theme: the system's, unless the button has been used ----------------------------------------------------------
 
 function setUpTheme() {
   const root = document.documentElement, button = document.getElementById("theme");
@@ -45,7 +45,7 @@ function sortKey(cell) {
 function compare(one, other) {
   const kinds = [typeof one, typeof other];
   if (kinds[0] === "number" && kinds[1] === "number") return one - other;
-  if (kinds[0] !== kinds[1]) return kinds[0] === "number" ? -1 : 1; // what has no number comes last
+  if (kinds[0] !== kinds[1]) return kinds[0] === "number" ? -1 : 1; // cells without a number come last
   return one.localeCompare(other, undefined, { numeric: true });
 }
 
@@ -69,15 +69,15 @@ function setUpFilter(id) {
   const input = document.querySelector(`[data-filter="${id}"]`), count = document.querySelector(`[data-count="${id}"]`);
   const buttons = [...document.querySelectorAll(`[data-only="${id}"]`)];
   const apply = () => {
-    const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const terms = input.value.toLowerCase().split(/\s+/).filter(Boolean);
     const pressed = buttons.find((button) => button.getAttribute("aria-pressed") === "true");
     const kinds = pressed && pressed.dataset.kind ? pressed.dataset.kind.split(" ") : null;
     let shown = 0;
     for (const item of items) {
       const text = item.textContent.toLowerCase();
-      const fits = words.every((word) => text.includes(word)) && (!kinds || kinds.includes(item.dataset.kind));
-      item.hidden = !fits;
-      shown += fits;
+      const matches = terms.every((term) => text.includes(term)) && (!kinds || kinds.includes(item.dataset.kind));
+      item.hidden = !matches;
+      shown += matches;
     }
     count.textContent = shown === items.length ? `${shown} shown` : `${shown} of ${items.length} shown`;
   };
@@ -164,7 +164,7 @@ class Chart {
   }
 
   stroke(series) {
-    return `fill:none;stroke:${series.colour};stroke-width:${this.spec.many ? 1.5 : 2};stroke-dasharray:${series.dash || "none"}`;
+    return `fill:none;stroke:${series.color};stroke-width:${this.spec.many ? 1.5 : 2};stroke-dasharray:${series.dash || "none"}`;
   }
 
   visible() {
@@ -184,8 +184,8 @@ class Chart {
     const box = { right: width - 10, top: 36, bottom: height - 38 };
     const series = this.visible();
     const values = series.flatMap((one) => one.y).filter((y) => y !== null && (!this.log || y > 0));
-    const marks = (spec.marks || []).map((mark) => mark.x);
-    const all = spec.series.flatMap((one) => one.x).concat(marks);
+    const markers = (spec.markers || []).map((marker) => marker.x);
+    const all = spec.series.flatMap((one) => one.x).concat(markers);
     let [left, right] = [Math.min(...all), Math.max(...all)];
     if (left === right) [left, right] = [left - 1, right + 1];
     let [low, high] = values.length ? [Math.min(...values), Math.max(...values)] : [0, 1];
@@ -200,9 +200,9 @@ class Chart {
     this.y = (value) => box.bottom - (((log ? Math.log10(value) : value) - low) / (high - low)) * (box.bottom - box.top);
     this.box = box;
     this.axes(levels, ticks(left, right, Math.max(2, width / 90)));
-    for (const mark of spec.marks || []) this.mark(mark);
+    for (const marker of spec.markers || []) this.marker(marker);
     for (const one of series) this.line(one, log);
-    this.hair = make(svg, "g");
+    this.crosshair = make(svg, "g");
     this.moveTo(this.cursor);
   }
 
@@ -219,7 +219,7 @@ class Chart {
       make(svg, "path", { d: `M${box.left} ${y}H${box.right}`, style: "stroke:var(--line)" });
       make(svg, "text", { x: box.left - 6, y: y + 4, "text-anchor": "end" }, format(value));
     }
-    for (const value of positions.filter((position) => !spec.whole || Number.isInteger(position))) {
+    for (const value of positions.filter((position) => !spec.integerTicks || Number.isInteger(position))) {
       make(svg, "text", { x: this.x(value), y: box.bottom + 16, "text-anchor": "middle" }, format(value));
     }
     make(svg, "path", { d: `M${box.left} ${box.top}V${box.bottom}H${box.right}`, style: "stroke:var(--ink);fill:none" });
@@ -228,13 +228,13 @@ class Chart {
     make(svg, "text", { transform: `translate(12 ${y}) rotate(-90)`, "text-anchor": "middle" }, spec.yLabel);
   }
 
-  mark(mark) {
-    const x = this.x(mark.x), atRight = x > (this.box.left + this.box.right) / 2;
-    const style = `stroke:var(--soft);stroke-dasharray:${mark.dash || "none"}`;
-    const top = this.box.top - 8 - 14 * mark.row; // labels stand above the curves, each in its own row
+  marker(marker) {
+    const x = this.x(marker.x), atRight = x > (this.box.left + this.box.right) / 2;
+    const style = `stroke:var(--soft);stroke-dasharray:${marker.dash || "none"}`;
+    const top = this.box.top - 8 - 14 * marker.row; // labels stand above the curves, each in its own row
     make(this.svg, "path", { d: `M${x} ${top - 10}V${this.box.bottom}`, style });
     const place = { x: x + (atRight ? -4 : 4), y: top, "text-anchor": atRight ? "end" : "start" };
-    make(this.svg, "text", place, mark.label);
+    make(this.svg, "text", place, marker.label);
   }
 
   path(series, log) {
@@ -255,7 +255,7 @@ class Chart {
     series.x.forEach((x, i) => {
       const y = series.y[i];
       if (y === null || (log && y <= 0)) return;
-      make(this.svg, "circle", { cx: this.x(x), cy: this.y(y), r: 2.5, style: `fill:${series.colour}` });
+      make(this.svg, "circle", { cx: this.x(x), cy: this.y(y), r: 2.5, style: `fill:${series.color}` });
     });
   }
 
@@ -276,23 +276,23 @@ class Chart {
 
   moveTo(x) {
     this.cursor = x;
-    this.hair.replaceChildren();
+    this.crosshair.replaceChildren();
     if (x === null) { this.readout.textContent = ""; return; }
-    make(this.hair, "path", { d: `M${this.x(x)} ${this.box.top}V${this.box.bottom}`, style: "stroke:var(--ink)" });
+    make(this.crosshair, "path", { d: `M${this.x(x)} ${this.box.top}V${this.box.bottom}`, style: "stroke:var(--ink)" });
     const parts = [];
     for (const series of this.visible()) {
       const y = series.y[series.x.indexOf(x)];
       if (y === undefined || y === null) continue;
       parts.push(`${series.name} ${format(y)}`);
       if (this.log && y <= 0) continue;
-      make(this.hair, "circle", { cx: this.x(x), cy: this.y(y), r: 4, style: `fill:${series.colour};stroke:var(--paper)` });
+      make(this.crosshair, "circle", { cx: this.x(x), cy: this.y(y), r: 4, style: `fill:${series.color};stroke:var(--paper)` });
     }
-    this.readout.textContent = `${this.spec.xName || this.spec.xLabel} ${format(x)}: ${parts.join(", ")}`;
+    this.readout.textContent = `${this.spec.xLabel} ${format(x)}: ${parts.join(", ")}`;
   }
 }
 
-// Curves of many runs: what is told is the one nearest to the pointer, or the one that the arrow keys go to.
-class Bundle extends Chart {
+// Curves of many runs: the readout shows the curve nearest to the pointer, or the one selected by the arrow keys.
+class ManyCurvesChart extends Chart {
   at(x) {
     const points = this.visible().map((series) => ({ series, y: series.y[series.x.indexOf(x)] }));
     const there = points.filter(({ y }) => y !== undefined && y !== null && !(this.log && y <= 0));
@@ -320,7 +320,7 @@ class Bundle extends Chart {
   moveTo(x) {
     const found = x === null ? [] : this.at(x);
     this.cursor = x;
-    this.hair.replaceChildren();
+    this.crosshair.replaceChildren();
     if (!found.length) {
       this.readout.textContent = "";
       this.chosen = null;
@@ -328,17 +328,17 @@ class Bundle extends Chart {
     }
     const { series, y } = (this.choose ?? ((all) => all.at(-1)))(found);
     this.chosen = series;
-    make(this.hair, "path", { d: `M${this.x(x)} ${this.box.top}V${this.box.bottom}`, style: "stroke:var(--line)" });
+    make(this.crosshair, "path", { d: `M${this.x(x)} ${this.box.top}V${this.box.bottom}`, style: "stroke:var(--line)" });
     const path = this.path(series, this.log);
-    make(this.hair, "path", { d: path, style: `${this.stroke(series)};stroke-width:5;stroke-dasharray:none` });
-    make(this.hair, "circle", { cx: this.x(x), cy: this.y(y), r: 6, style: `fill:${series.colour};stroke:var(--paper)` });
+    make(this.crosshair, "path", { d: path, style: `${this.stroke(series)};stroke-width:5;stroke-dasharray:none` });
+    make(this.crosshair, "circle", { cx: this.x(x), cy: this.y(y), r: 6, style: `fill:${series.color};stroke:var(--paper)` });
     this.readout.textContent = `${series.name}, ${this.spec.xLabel} ${format(x)}: ${format(y)}`;
   }
 }
 
 // -- confusion matrix -------------------------------------------------------------------------------------------------
 
-class Cells {
+class MatrixChart {
   constructor(figure, spec) {
     this.spec = spec;
     this.svg = figure.querySelector("svg");
@@ -419,7 +419,7 @@ document.querySelectorAll("main table").forEach(setUpSorting);
 document.querySelectorAll("[data-filter]").forEach((input) => setUpFilter(input.dataset.filter));
 document.querySelectorAll("[data-chart]").forEach((figure) => {
   const spec = data.charts[figure.dataset.chart];
-  new (spec.many ? Bundle : Chart)(figure, spec);
+  new (spec.many ? ManyCurvesChart : Chart)(figure, spec);
 });
-document.querySelectorAll("[data-cells]").forEach((figure) => new Cells(figure, data.cells[figure.dataset.cells]));
+document.querySelectorAll("[data-cells]").forEach((figure) => new MatrixChart(figure, data.cells[figure.dataset.cells]));
 document.documentElement.dataset.ready = "true";

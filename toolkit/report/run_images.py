@@ -1,0 +1,92 @@
+"""The images that a run was trained and tested on, if the data set is still where the recipe says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from toolkit.data.datasets import Dataset, open_dataset
+from toolkit.data.image_sources import MODES, UnreadableImageError, to_mode
+from toolkit.data.preprocessing import Preprocessing, as_trained, resolve_channels
+from toolkit.errors import UserError
+from toolkit.recipe import Recipe
+from toolkit.recipe.schema import AugmentConfig
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """The data set of a run, with its images accessed by name."""
+
+    dataset: Dataset
+    index: dict[str, int]
+    """Index in the data set of each image."""
+
+    def load(self, name: str) -> Image.Image | None:
+        """Return an image, or None if it is missing or damaged."""
+        try:
+            return self.dataset.images.load(self.index[name])
+        except (KeyError, UnreadableImageError):
+            return None
+
+    def indices(self, names: Sequence[str], what: str) -> npt.NDArray[np.int64]:
+        """Return the indices of images. Raises UserError, which calls them ``what``, if some are missing."""
+        missing = [name for name in names if name not in self.index]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of the {len(names)} {what} are no longer in the data set: "
+                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+            )
+        return np.array([self.index[name] for name in names], dtype=np.int64)
+
+
+def open_run_images(
+    recipe: Recipe, preprocessing: Preprocessing | None, classes: Sequence[str], data_root: Path | None = None
+) -> RunImages:
+    """Open a run's data set without downloading anything.
+
+    The images are decoded as in ``preprocessing``; None: as the recipe says now. ``data_root`` overrides the recipe's
+    data.root. Raises UserError if the images are missing or, unless ``classes`` is empty, if the classes have changed.
+    """
+    config = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
+    config = config if preprocessing is None else as_trained(config, preprocessing)
+    config = config.model_copy(update={"download": False, "root": str(data_root or config.root)})
+    dataset = open_dataset(config)
+    if classes and dataset.classes != list(classes):
+        raise UserError(
+            f"the data set at {config.root} now has different classes ({len(dataset.classes)}) than the run was "
+            f"trained on ({len(classes)}): {_first_difference(dataset.classes, classes)}"
+        )
+    return RunImages(dataset, {dataset.images.name(i): i for i in range(len(dataset.images))})
+
+
+def _first_difference(now: Sequence[str], then: Sequence[str]) -> str:
+    new, gone = [c for c in now if c not in then], [c for c in then if c not in now]
+    return f"{'new' if new else 'gone'}: {(new or gone)[0]}" if new or gone else "in another order"
+
+
+def model_inputs(
+    preprocessing: Preprocessing, images: Iterable[Image.Image], augment: AugmentConfig | None = None
+) -> list[npt.NDArray[np.float32]]:
+    """Return images as the model's inputs, float32 [C, H, W]: as in evaluation, or with ``augment`` as in training.
+
+    Mixup and CutMix are left out.
+    """
+    import torch
+
+    from toolkit.augment.transforms import build_transform, random_states_kept
+
+    transform = build_transform("train" if augment else "test", augment or AugmentConfig(), preprocessing)
+    found = []
+    with random_states_kept():
+        for seed, image in enumerate(images):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            found.append(transform(to_mode(image, MODES[preprocessing.channels])).numpy())
+    return found
