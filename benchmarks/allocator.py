@@ -36,7 +36,7 @@ TASKS = ("resnet18 training", "efficientnet_lite0 inference")
 def child(setting: str, task: str, steps: int) -> dict[str, float]:
     """Images a second (median over steps), page faults an image and most resident memory, in this process."""
     if "toolkit" in setting:
-        from toolkit.training.malloc import tune_malloc
+        from toolkit.distributed.malloc import tune_malloc
 
         if not tune_malloc():
             raise SystemExit("tune_malloc() does nothing here")

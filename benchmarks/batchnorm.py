@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit.distributed.batchnorm import SyncBatchNorm
-from toolkit.training.malloc import tune_malloc
+from toolkit.distributed.malloc import tune_malloc
 
 WAYS = ("pytorch", "contiguous", "toolkit")
 SHAPES = ((64, 32, 8, 8), (32, 64, 112, 112))

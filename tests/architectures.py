@@ -10,12 +10,12 @@ from torch import nn
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.inference.explain import find_layer
 from toolkit.inference.export import _write_safetensors
-from toolkit.inference.predict import TrainedModel, load_model
 from toolkit.models.build import ModelBundle
 from toolkit.models.dry_forward import probe
 from toolkit.models.layer_groups import is_under
 from toolkit.models.transfer import apply_transfer, param_groups
 from toolkit.recipe.schema import ModelConfig, OptimizerConfig, TransferConfig
+from toolkit.training.trained_model import TrainedModel, load_model
 
 CLASSES = ["a", "b", "c", "d", "e", "f", "g"]
 

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from toolkit.training.malloc import is_settled_by_user
+from toolkit.distributed.malloc import is_settled_by_user
 
 PAGES = """
 import resource, torch
-from toolkit.training.malloc import tune_malloc
+from toolkit.distributed.malloc import tune_malloc
 if {kept}:
     print(tune_malloc())
 torch.set_num_threads(1)

@@ -19,10 +19,10 @@ from torch.nn import functional
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.inference.explain import CamInput, CamLayer, explain, find_layer, heat_maps
-from toolkit.inference.predict import TrainedModel
 from toolkit.models.build import build_model
 from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import Run
+from toolkit.training.trained_model import TrainedModel
 
 CLASSES = ["a", "b", "c"]
 

@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from toolkit.inference import export as exporting
-from toolkit.inference.predict import TrainedModel, load_model
 from toolkit.inference.timm_config import crop_share
 from toolkit.runs import Run
 from toolkit.training.checkpoint import find_latest, load_checkpoint
+from toolkit.training.trained_model import TrainedModel, load_model
 
 VIT = """
 [model]

@@ -13,10 +13,10 @@ from cli import toolkit
 from finished import CONVNET, ON_FILES, train
 from PIL import Image
 
-from toolkit.inference.predict import load_model
 from toolkit.report.run_data import load_run_data
 from toolkit.report.run_images import open_run_images
 from toolkit.runs import Run
+from toolkit.training.trained_model import load_model
 
 SIZE = 16
 IMAGES = 10

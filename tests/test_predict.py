@@ -22,10 +22,11 @@ from typer.testing import CliRunner
 from toolkit.cli.main import app
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.filenames import decode_name
-from toolkit.inference.predict import Predictions, collect, load_model, model_card, predict
+from toolkit.inference.predict import Predictions, collect, predict
 from toolkit.models.build import build_model
 from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import Run
+from toolkit.training.trained_model import load_model, model_card
 
 
 @pytest.fixture(scope="module")

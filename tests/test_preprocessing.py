@@ -20,12 +20,12 @@ from toolkit.augment.transforms import build_transform
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing
 from toolkit.errors import UserError
 from toolkit.inference.export import _steps
-from toolkit.inference.predict import TrainedModel
 from toolkit.inference.timm_config import timm_config
 from toolkit.models.build import expected_input
 from toolkit.recipe import catalog
 from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.schema import AugmentConfig, DataConfig, ModelConfig
+from toolkit.training.trained_model import TrainedModel
 
 NO_SQUARE = {f"vit_{size}_patch16_sapiens2.fb" for size in ("base", "large", "huge", "giant", "5b")}
 """Their input is 1024 x 768 pixels."""

@@ -16,9 +16,9 @@ from finished import CONVNET, TIMM, train_on_files
 from hub import Hub
 from huggingface_hub import ModelCard, constants
 
-from toolkit.inference.predict import load_model
 from toolkit.recipe import load_recipe
 from toolkit.runs import Run
+from toolkit.training.trained_model import load_model
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from toolkit.distributed.precision import precision_line, resolve_precision
 from toolkit.distributed.process import init_accelerator
 from toolkit.errors import UserError
 from toolkit.recipe.schema import OptimizerConfig, TrainConfig
 from toolkit.training.evaluation import evaluate
 from toolkit.training.optimizer import build_optimizer, load_state
-from toolkit.training.precision import precision_line, resolve_precision
 from toolkit.training.train_step import NonFiniteDetector
 
 NAN, INF = float("nan"), float("inf")

@@ -18,9 +18,9 @@ from cli import toolkit
 from toolkit.augment.transforms import build_transform
 from toolkit.data.datasets import open_dataset
 from toolkit.data.splits import split_dataset
-from toolkit.inference.predict import load_model
 from toolkit.metrics import EPOCH_METRICS, EXPECTED_METRICS, MEASURES, METRICS
 from toolkit.runs import Run, open_run
+from toolkit.training.trained_model import load_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = ("--set", "data.images_per_class=8", "--set", "data.test_images_per_class=5", "--set", "train.batch_size=16")

@@ -15,14 +15,14 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "fit", "load_model", "load_recipe", "open_run"]
 
 if TYPE_CHECKING:
-    from toolkit.inference.predict import load_model
     from toolkit.recipe import load_recipe
     from toolkit.runs import open_run
     from toolkit.training.fit import fit
+    from toolkit.training.trained_model import load_model
 
 _HOMES = {
     "fit": "toolkit.training.fit",
-    "load_model": "toolkit.inference.predict",
+    "load_model": "toolkit.training.trained_model",
     "load_recipe": "toolkit.recipe",
     "open_run": "toolkit.runs",
 }

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from toolkit.inference.explain import CamInput, CamResult
-    from toolkit.inference.predict import Predictions, TrainedModel
+    from toolkit.inference.predict import Predictions
     from toolkit.recipe.schema import TrainConfig
+    from toolkit.training.trained_model import TrainedModel
 
 FORMATS = ("csv", "json", "jsonl")
 WORST = 16
@@ -113,7 +114,7 @@ def predict(
     _check_style(chosen)
     arguments = [*(paths or []), *(f"@{path}" for path in list_ or [])]
     from toolkit.distributed.context import distributed_context
-    from toolkit.inference.predict import load_model
+    from toolkit.training.trained_model import load_model
 
     trained = load_model(run)
     if trained.caution:
@@ -240,7 +241,7 @@ def explain(
     from toolkit.inference.explain import explain_run, require_captum
 
     require_captum()
-    from toolkit.inference.predict import load_model
+    from toolkit.training.trained_model import load_model
 
     trained = load_model(run)
     if trained.caution:

@@ -187,7 +187,7 @@ def compile_in_recipe(train: TrainConfig) -> str:
 
 
 def _precision(train: TrainConfig) -> str:
-    from toolkit.training.precision import resolve_precision
+    from toolkit.distributed.precision import resolve_precision
 
     return resolve_precision(train.precision)
 

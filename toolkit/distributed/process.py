@@ -23,13 +23,13 @@ from toolkit.distributed.launcher import (
     precision_in_recipe,
     read_process_info,
 )
+from toolkit.distributed.malloc import tune_malloc
+from toolkit.distributed.precision import on_gpu, resolve_precision
 from toolkit.distributed.rendezvous import join
 from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import RunFailed, UserError
 from toolkit.formatting import plural
 from toolkit.recipe.schema import TrainConfig
-from toolkit.training.malloc import tune_malloc
-from toolkit.training.precision import on_gpu, resolve_precision
 
 T = TypeVar("T")
 

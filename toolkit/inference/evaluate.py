@@ -23,7 +23,6 @@ from toolkit.data.sampling import IntArray, plan_evaluation
 from toolkit.data.splits import SPLITS, split_hash
 from toolkit.distributed.process import autocast_dtype, local_processes
 from toolkit.errors import UserError
-from toolkit.inference.predict import TrainedModel, load_model
 from toolkit.reading import DamagedFile
 from toolkit.recipe import Recipe
 from toolkit.runs import Run
@@ -32,6 +31,7 @@ from toolkit.training.checkpoint import find_latest, load_checkpoint
 from toolkit.training.console import table
 from toolkit.training.evaluation import EvalResult, evaluate
 from toolkit.training.resume import check_recipe
+from toolkit.training.trained_model import TrainedModel, load_model
 
 PREFIXES = {"validation": "val_", "test": "test_"}
 """Prefix of a split's metrics in summary.json, which has none for training images without augmentation."""

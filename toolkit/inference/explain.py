@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from toolkit.data.image_sources import UnreadableImageError
 from toolkit.errors import UserError
 from toolkit.inference.evaluate import images_of
-from toolkit.inference.predict import TrainedModel
 from toolkit.models.unknown_names import first_line
 from toolkit.reading import DamagedFile
 from toolkit.report.plot_style import plot_style, save, short
 from toolkit.runs import Run
 from toolkit.similar_names import did_you_mean
+from toolkit.training.trained_model import TrainedModel
 
 AT_ONCE = 16
 """Batch size."""

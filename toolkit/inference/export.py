@@ -24,13 +24,13 @@ from torch import Tensor, nn
 import toolkit
 from toolkit.errors import RunFailed, UserError
 from toolkit.inference.evaluate import images_of, load_last_model
-from toolkit.inference.predict import TrainedModel, load_model, model_card
 from toolkit.inference.timm_config import fits_timm, timm_config, transform_note
 from toolkit.models.pretrained import is_file_reference, pack_state
 from toolkit.models.unknown_names import first_line
 from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import Run, open_run
 from toolkit.similar_names import did_you_mean
+from toolkit.training.trained_model import TrainedModel, load_model, model_card
 
 IMAGES = 64
 BATCHES = (1, 5, 26, 32)

@@ -1,200 +1,33 @@
-"""Prediction with a run's best model, which is built from its folder alone: without data, recipe file or network."""
+"""Prediction of image files with a trained model."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 import os
 import signal
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from toolkit.augment.transforms import ImageTransform, build_transform, random_states_kept
+from toolkit.augment.transforms import ImageTransform, random_states_kept
 from toolkit.data.folder_walk import FORMATS, FolderWalk
 from toolkit.data.image_sources import ImageFiles, UnreadableImageError
-from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.sampling import hash64
 from toolkit.errors import UserError
 from toolkit.filenames import encode_name
-from toolkit.models.build import build_model
-from toolkit.reading import DamagedFile, Shape, check_shape, read_json
-from toolkit.recipe.earlier_versions import update_model
-from toolkit.recipe.schema import AugmentConfig, ModelConfig, TransformConfig
-from toolkit.runs import Run
-from toolkit.training.checkpoint import finished_fault, load_weights
 from toolkit.training.evaluation import to_device
-
-FORMAT = 1
-"""Version of model.json."""
-
-WEIGHTS = ("best.safetensors", "model.safetensors")
-"""Names of the weights file in a run and in a folder written by `toolkit export`."""
-
-
-class _Preprocessing(Shape):
-    """Schema of ``preprocessing`` in model.json."""
-
-    channels: Literal[1, 3]
-    image_size: int = Field(ge=1, le=10_000)
-    resize: int | list[int] | None
-    crop: bool
-    interpolation: Literal["nearest", "bilinear", "bicubic"]
-    mean: list[float]
-    std: list[float]
-
-
-class _Card(Shape):
-    """Schema of model.json."""
-
-    recipe: str
-    model: dict[str, Any]
-    classes: list[str] = Field(min_length=1)
-    preprocessing: _Preprocessing
-    transforms: list[dict[str, Any]] = Field([])
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A model in evaluation mode, with its preprocessing and classes."""
-
-    module: nn.Module
-    """float32 [n, C, H, W] -> logits [n, K]."""
-    preprocessing: Preprocessing
-    transforms: tuple[TransformConfig, ...]
-    """The recipe's own transforms of test images, in addition to the preprocessing ([augment] test)."""
-    classes: list[str]
-    table: ModelConfig
-    recipe: str
-    """Name of the recipe that trained it."""
-    weights: Path
-    """File of the weights."""
-
-    @property
-    def transform(self) -> ImageTransform:
-        """Transform from a decoded image to a model input, as for the run's test images."""
-        return build_transform("test", AugmentConfig(test=list(self.transforms)), self.preprocessing)
-
-    def files(self, paths: Sequence[str]) -> ImageFiles:
-        """Return a reader that decodes image files as the run did; ``load(i)`` returns input of :attr:`transform`."""
-        wanted = self.preprocessing
-        return ImageFiles(Path(), paths, wanted.channels, exif=wanted.exif, value_range=wanted.value_range)
-
-    @property
-    def caution(self) -> str | None:
-        """Warning to show to the user, if any."""
-        if self.weights.name in WEIGHTS:
-            return None
-        return f"the run has not finished: {self.weights.name} holds the best epoch so far"
-
-
-def model_card(
-    table: ModelConfig,
-    classes: list[str],
-    preprocessing: Preprocessing,
-    transforms: Sequence[TransformConfig],
-    recipe_name: str,
-    version: str,
-) -> dict[str, Any]:
-    """Return the content of model.json, stored next to best.safetensors."""
-    return {
-        "format": FORMAT,
-        "toolkit_version": version,
-        "recipe": recipe_name,
-        "model": table.model_dump(mode="json"),
-        "classes": classes,
-        "preprocessing": preprocessing.to_dict(),
-        "transforms": [entry.model_dump(mode="json", exclude_none=True) for entry in transforms],
-    }
-
-
-def load_model(path: str | os.PathLike[str]) -> TrainedModel:
-    """Load the model of a run directory, a run's ``checkpoints``, or any folder with model.json and weights.
-
-    Raises UserError if a file is missing or damaged, or if the two do not belong together.
-    """
-    folder = _model_folder(Path(path))
-    weights = _weights_in(folder)
-    card = read_json(folder / "model.json")
-    if card.get("format") != FORMAT:
-        raise UserError(f"{folder / 'model.json'} was written by another version of this toolkit")
-    check_shape(folder / "model.json", card, _Card)
-    try:
-        preprocessing = Preprocessing.from_dict(card["preprocessing"])
-        if not len(preprocessing.mean) == len(preprocessing.std) == preprocessing.channels or 0 in preprocessing.std:
-            raise ValueError("preprocessing.mean and preprocessing.std do not fit the channels")
-        update_model(card["model"])
-        table, classes = ModelConfig.model_validate(card["model"]), list(card["classes"])
-        transforms = tuple(TransformConfig.model_validate(entry) for entry in card.get("transforms", []))
-        recipe = str(card["recipe"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedFile(folder / "model.json", error) from None
-    size = preprocessing.image_size
-    try:
-        with torch.inference_mode(False):  # building a model uses autograd, and the caller may be in inference mode
-            built = build_model(table, len(classes), preprocessing.channels, size, load_weights=False)
-        built.module.load_state_dict(_versioned(built.module, load_weights(weights)))
-    except (RuntimeError, MemoryError) as error:
-        raise UserError(f"{weights} does not belong to {folder / 'model.json'}: {error}") from None
-    _check_finished(folder, weights, classes)
-    return TrainedModel(built.module.eval(), preprocessing, transforms, classes, table, recipe, weights)
-
-
-def _check_finished(folder: Path, weights: Path, classes: list[str]) -> None:
-    """Raise UserError if a finished run's weights or classes are intact but belong to another run."""
-    run = Run(folder.parent)
-    if weights.name != WEIGHTS[0] or not run.is_finished:
-        return
-    with contextlib.suppress(DamagedFile):  # prediction works without the summary
-        epoch = run.summary["best"]["epoch"]
-        if fault := finished_fault(folder, epoch, classes):
-            raise UserError(f"{folder}: {fault}: it was edited, or belongs to another run. Restore the run's own file")
-
-
-def _versioned(module: nn.Module, state: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """Add the layers' version metadata to a state dict: safetensors drops it, and MNASNet requires it."""
-    versioned = OrderedDict(state)
-    versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
-    return versioned
-
-
-def _model_folder(path: Path) -> Path:
-    """Return the folder that holds model.json."""
-    if not path.is_dir():
-        raise UserError(f"{path}: there is no such folder; name a run directory, or a folder that toolkit export wrote")
-    if (path / "recipe.toml").is_file() and not (path / "model.json").is_file():
-        return path / "checkpoints"
-    if not (path / "model.json").is_file() and path.name != "checkpoints":
-        raise UserError(
-            f"{path} holds no model: neither recipe.toml (a run directory) nor model.json (what toolkit export "
-            "--format safetensors writes)"
-        )
-    return path
-
-
-def _weights_in(folder: Path) -> Path:
-    """Return the file of the best weights: the final ones, or those of the best epoch so far."""
-    whole = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    found = whole or sorted(folder.glob("best-*.safetensors"), reverse=True)
-    if not found:
-        raise UserError(f"{folder / WEIGHTS[0]} is missing: the run has not finished an epoch yet, so it has no model")
-    return found[0]
-
-
-# -- images -----------------------------------------------------------------------------------------------------------
+from toolkit.training.trained_model import TrainedModel
 
 
 def collect(

@@ -14,7 +14,6 @@ import toolkit
 from toolkit.data.dataset_info import DATASETS
 from toolkit.errors import RunFailed, UserError
 from toolkit.inference.export import FORMATS, images_to_compare, new_folder, portable, write_checked
-from toolkit.inference.predict import TrainedModel, load_model
 from toolkit.inference.timm_config import fits_timm
 from toolkit.metrics import MEASURES
 from toolkit.models.pretrained import is_file_reference
@@ -23,6 +22,7 @@ from toolkit.reading import DamagedFile
 from toolkit.recipe import Recipe, resolved_toml
 from toolkit.runs import Run, open_run
 from toolkit.training.resume import check_recipe
+from toolkit.training.trained_model import TrainedModel, load_model
 
 MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]")
 """Characters with a meaning in Markdown."""

@@ -15,8 +15,8 @@ from PIL import Image
 
 from toolkit.data.image_sources import MODES
 from toolkit.errors import UserError
-from toolkit.inference.predict import TrainedModel
 from toolkit.recipe.schema import ModelConfig
+from toolkit.training.trained_model import TrainedModel
 
 
 def fits_timm(table: ModelConfig) -> bool:

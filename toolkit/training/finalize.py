@@ -15,9 +15,9 @@ from torch import nn
 
 from toolkit.distributed.process import broadcast_object
 from toolkit.errors import Interrupted, RunFailed
-from toolkit.inference.predict import load_model
 from toolkit.training.checkpoint import best_path, link_best
 from toolkit.training.evaluation import EvalResult
+from toolkit.training.trained_model import load_model
 from toolkit.training.trainer import StopTraining, Trainer
 
 TOLERANCE = {"no": 1e-4, "bf16": 2e-2, "fp16": 1e-2}

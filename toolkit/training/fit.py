@@ -21,11 +21,11 @@ from toolkit.data.sampling import check_batch_size
 from toolkit.data.splits import SPLITS, split_hash
 from toolkit.distributed.failure_detection import FailureDetector, start_failure_detector
 from toolkit.distributed.launcher import unused_precision_line, unused_tasks_line
+from toolkit.distributed.precision import precision_line
 from toolkit.distributed.process import describe_processes, init_accelerator, main_only, out_of_memory_explained
 from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import Interrupted, RunFailed, UserError
 from toolkit.expectations import check_expectations
-from toolkit.inference.predict import model_card
 from toolkit.recipe import Recipe, diff, resolved_toml
 from toolkit.runs import Run, create_run, latest_unfinished_run, open_run, runs_of, write_atomically
 from toolkit.trackers import Tracking
@@ -34,8 +34,8 @@ from toolkit.training.context import TrainingContext, build_context, describe
 from toolkit.training.data_changes import write_file_facts
 from toolkit.training.env_info import describe_environment
 from toolkit.training.finalize import finish, write_summary
-from toolkit.training.precision import precision_line
 from toolkit.training.resume import Resumption, find_resumption
+from toolkit.training.trained_model import model_card
 from toolkit.training.trainer import StopTraining, Trainer
 
 
