@@ -74,7 +74,7 @@ def _table_of(path: str, annotation: Any) -> tuple[type[BaseModel] | None, str]:
 def _row(path: str, name: str, entry: FieldInfo) -> str:
     model, heading = _table_of(path, entry.annotation)
     is_choice = typing.get_origin(unwrap_annotation(entry.annotation)[0]) in (typing.Union, types.UnionType)
-    kind = f"table `{heading}`" if model and not is_choice else describe_type(entry.annotation, tuple(entry.metadata))
+    kind = f"table `{heading}`" if model and not is_choice else describe_type(entry.rebuild_annotation())
     extra = entry.json_schema_extra if isinstance(entry.json_schema_extra, dict) else {}
     cells = [f"`{name}`", kind, _default(entry), str(extra.get("unit", "")), entry.description or ""]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"

@@ -76,21 +76,25 @@ class LayeredConfig:
 
     def has(self, path: KeyPath) -> bool:
         """Whether any source sets this key."""
-        value: Any = self.data
-        for part in path:
-            is_there = (
-                part in value if isinstance(value, dict) else isinstance(value, list) and part in range(len(value))
-            )
-            if not is_there:
-                return False
-            value = value[part]
-        return True
+        return value_at(self.data, path) is not None
 
     def origin(self, path: KeyPath) -> ConfigLayer | None:
         """Return the source of a value, or of the innermost table or list around it."""
         while path and path not in self.origins:
             path = path[:-1]
         return self.origins.get(path)
+
+
+def value_at(data: Any, path: KeyPath) -> Any:
+    """Return the value at a path in nested tables and lists; None if there is none, as TOML has no null."""
+    for part in path:
+        if isinstance(data, dict):
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            return None
+    return data
 
 
 def read_chain(path: str | os.PathLike[str]) -> list[ConfigLayer]:

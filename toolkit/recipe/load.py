@@ -83,35 +83,35 @@ def resolve(sources: Sequence[ConfigLayer], name: str) -> LoadedRecipe:
     merged = LayeredConfig()
     for source in sources:
         merged.add(source)
-    verdict = validate(merged.data)
-    findings = list(verdict.findings)
-    if verdict.recipe is not None:
-        found = islice(check(verdict.recipe), MAX_ERRORS)
-        findings += [item for item in found if verdict.is_valid_at([item.path, *item.related])]
-    diagnostics = placed(findings, merged, name)
-    if verdict.recipe is None or any(item.severity == "error" for item in diagnostics):
+    result = validate(merged.data)
+    issues = list(result.issues)
+    if result.recipe is not None:
+        found = islice(check(result.recipe), MAX_ERRORS)
+        issues += [issue for issue in found if result.is_valid_at([issue.path, *issue.related])]
+    diagnostics = located(issues, merged, name)
+    if result.recipe is None or any(item.severity == "error" for item in diagnostics):
         raise RecipeError(diagnostics)
-    recipe = with_defaults(verdict.recipe)
+    recipe = with_defaults(result.recipe)
     return LoadedRecipe(recipe, _origins(recipe, merged), diagnostics)
 
 
-def placed(findings: Iterable[Issue], merged: LayeredConfig, name: str) -> list[Diagnostic]:
-    """Return the findings with their locations, in the order of files and lines."""
-    return sorted((_placed(item, merged, name) for item in findings), key=_reading_order)
+def located(issues: Iterable[Issue], merged: LayeredConfig, name: str) -> list[Diagnostic]:
+    """Return the issues with their locations, in the order of files and lines."""
+    return sorted((_located(issue, merged, name) for issue in issues), key=_reading_order)
 
 
-def _placed(finding: Issue, merged: LayeredConfig, name: str) -> Diagnostic:
-    """Return the finding with the location of its key in the file or argument that set it.
+def _located(issue: Issue, merged: LayeredConfig, name: str) -> Diagnostic:
+    """Return the issue with the location of its key in the file or argument that set it.
 
     If the key was not set, because its default is at fault, the first related key that was set is shown.
     """
-    path = finding.path[:-1] if finding.at == "table" else finding.path
-    shown = next((given for given in (path, *finding.related) if merged.has(given)), path)
+    path = issue.path[:-1] if issue.at == "table" else issue.path
+    shown = next((given for given in (path, *issue.related) if merged.has(given)), path)
     source = merged.origin(shown)
-    location = source.location(shown, at_key=finding.at != "value") if source else None
+    location = source.location(shown, at_key=issue.at != "value") if source else None
     note = source.note if source else None
     file = None if location else name
-    return Diagnostic(finding.severity, finding.message, finding.path, location, finding.hint, note, file)
+    return Diagnostic(issue.severity, issue.message, issue.path, location, issue.hint, note, file)
 
 
 def _reading_order(item: Diagnostic) -> tuple[bool, str, int, int]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from toolkit.errors import UserError
 from toolkit.recipe.diagnostics import Issue, RecipeError, dotted
-from toolkit.recipe.load import placed
+from toolkit.recipe.load import located
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.toml_writer import toml_value
 from toolkit.study.effective_config import EffectiveConfigs
@@ -45,7 +45,7 @@ def check_parameters_have_effect(study: StudySpec, expansion: ExpandedStudy) -> 
         checker.check_runs(distinct)
         messages = checker.check_duplicates(distinct)
     if checker.issues:
-        raise RecipeError(placed(checker.issues.values(), study.merged, study.path))
+        raise RecipeError(located(checker.issues.values(), study.merged, study.path))
     return messages
 
 

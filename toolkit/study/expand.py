@@ -15,7 +15,7 @@ from typing import Any
 from toolkit.expectations import different_conditions
 from toolkit.recipe.diagnostics import Diagnostic, RecipeError
 from toolkit.recipe.layers import ConfigLayer, LayeredConfig
-from toolkit.recipe.load import LoadedRecipe, placed, read_sources, resolve
+from toolkit.recipe.load import LoadedRecipe, located, read_sources, resolve
 from toolkit.recipe.resolve import leaves, recipe_hash, with_defaults
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.study_schema import PublishedMean, PublishedMetrics, PublishedResults, StudyConfig, StudyRow
@@ -174,12 +174,12 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     if "study" not in merged.data:
         message = f"{name} has no [study] table: it is one run. To train it: toolkit train {name}"
         raise RecipeError([Diagnostic("error", message)])
-    verdict = validate(merged.data)
+    result = validate(merged.data)
     # Other errors in the recipe are reported with its runs, which may set what is missing.
-    findings = [item for item in verdict.findings if item.path[:1] in (STUDY, ("recipe",))]
-    recipe = verdict.recipe
-    if findings or recipe is None or recipe.study is None:
-        raise RecipeError(placed(findings or verdict.findings, merged, name))
+    issues = [item for item in result.issues if item.path[:1] in (STUDY, ("recipe",))]
+    recipe = result.recipe
+    if issues or recipe is None or recipe.study is None:
+        raise RecipeError(located(issues or result.issues, merged, name))
     inherited, own = [s for s in sources if s.note], [s for s in sources if not s.note]
     bare = [*_without(inherited, "study", "expected_metrics"), *_without(own, "study")]
     last = max(
@@ -188,7 +188,7 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     study = StudySpec(name, bare, merged, recipe.study, with_defaults(recipe), last or None)
     faults = list(check_study(study.table, merged.data["study"], study.base_values))
     if faults:
-        raise RecipeError(placed(faults, merged, name))
+        raise RecipeError(located(faults, merged, name))
     return study
 
 
@@ -216,7 +216,7 @@ def expand(study: StudySpec) -> ExpandedStudy:
         raise RecipeError(faults.kept)
     wrong = list(check_claims(study.table, [run.member for run in found.runs]))
     if wrong:
-        raise RecipeError(placed(wrong, study.merged, study.path))
+        raise RecipeError(located(wrong, study.merged, study.path))
     found.warnings = faults.warnings.kept
     found.runs, found.remarks = _without_doubles(found.runs)
     changed = any(run.member.changes for run in found.runs) or study.table.bohb
