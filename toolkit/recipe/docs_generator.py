@@ -22,7 +22,7 @@ from toolkit.recipe.type_descriptions import describe_type, unwrap_annotation
 
 FILE = Path(__file__).parents[2] / "docs" / "recipes.md"
 MARKER = (
-    "<!-- Below: written by `python -m toolkit.recipe.docs_generator`; change toolkit/recipe/schema.py instead. -->"
+    "<!-- Below: written by `python -m toolkit.recipe.docs_generator`; change the schema in toolkit/recipe instead. -->"
 )
 
 

@@ -1,0 +1,232 @@
+"""The tables [data] and [augment]: what is read, how it is split, preprocessed and augmented."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from toolkit.data.dataset_info import DATASETS
+from toolkit.recipe.base import IMAGES, PIXELS, ConfigModel, Fraction, FractionBelowOne, Seed
+
+if TYPE_CHECKING:
+    DatasetName = str
+else:
+    DatasetName = Literal[tuple(DATASETS)]
+
+ImageSize = Annotated[int, Field(ge=4, le=4096)]
+"""Height or width of images, in pixels."""
+
+
+class SplitConfig(ConfigModel):
+    """How images are split into training, validation and test sets. Depends on the recipe alone."""
+
+    method: Literal["auto", "official", "stratified", "random", "alternate"] = Field(
+        "auto",
+        description="How the validation images are chosen. official: the data set's own validation list. stratified: "
+        "the same fraction of every class. random: uniformly at random. alternate: odd list positions are used for "
+        "validation, even ones for training. auto: official if the data set has one, else stratified.",
+    )
+    validation: FractionBelowOne | Annotated[int, Field(ge=0)] = Field(
+        0.1,
+        description="Fraction (0..1) or number of training images held out for validation. 0: no validation split, "
+        'regardless of the method; requires train.best_metric = "last".',
+    )
+    test: FractionBelowOne | Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="Fraction (0..1) or number of images held out for testing, if the data set has no official test "
+        "list. 0: no test split; an official test list is not used either. auto: 0.2, but no test split if the data "
+        "set has a validation list and no test list.",
+    )
+    seed: Seed | Literal["recipe.seed"] = Field(
+        0,
+        description="Seed of the split, independent of recipe.seed so that runs with different seeds share one "
+        'split. "recipe.seed": use recipe.seed, so that each seed has its own split.',
+    )
+
+
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+"""Mean and standard deviation of the three color channels, for the names that data.normalize allows."""
+
+
+class NormalizeValues(ConfigModel):
+    """Explicit normalization constants."""
+
+    mean: list[Annotated[float, Field(ge=-10, le=10)]] = Field(
+        min_length=1, max_length=4, description="Mean of each channel, for pixel values in 0..1."
+    )
+    std: list[Annotated[float, Field(ge=1e-4, le=1e4)]] = Field(
+        min_length=1, max_length=4, description="Standard deviation of each channel, for pixel values in 0..1."
+    )
+
+
+class DataConfig(ConfigModel):
+    """Data set, split, preprocessing and caching."""
+
+    dataset: DatasetName = Field(description="Name of the data set; `toolkit datasets` describes each.")
+    root: str = Field("data", min_length=1, description="Data folder; `digits` does not need one.")
+    download: bool = Field(True, description="Download the data if it is missing and a download is available.")
+    split: SplitConfig = Field(
+        SplitConfig(), description="How images are split into training, validation and test sets."
+    )
+    images_per_class: int | None = Field(
+        None,
+        ge=1,
+        description="Use only the first N training and validation images of each class.",
+        json_schema_extra=IMAGES,
+    )
+    test_images_per_class: int | None = Field(
+        None, ge=1, description="Use only the first N test images of each class.", json_schema_extra=IMAGES
+    )
+    class_folders: Literal["auto", "top", "leaf"] = Field(
+        "auto",
+        description="imagefolder: which folders are classes. top: the direct subfolders of data.root or of a split's "
+        "folder, each with all images below it. leaf: every folder that directly contains images, named by its "
+        'path, such as "a/abbey". auto: top, but a class folder whose images are all in subfolders is an error.',
+    )
+    background_class: bool = Field(False, description="caltech101: keep BACKGROUND_Google as a class.")
+    channels: Literal[1, 3] | None = Field(
+        None,
+        description="Number of input channels of the model. Grayscale images are repeated to fill 3 channels, color "
+        "images are averaged to 1. Default: 3 with pretrained weights, else that of the data set "
+        f"(1 for {' and '.join(name for name, info in DATASETS.items() if info.channels == 1)}, 3 for the others).",
+    )
+    image_size: ImageSize | None = Field(
+        None,
+        description="Height and width of the model's input. Default: the size that the pretrained weights expect, "
+        "else the data set's native size.",
+        json_schema_extra=PIXELS,
+    )
+    resize: ImageSize | Annotated[list[ImageSize], Field(min_length=2, max_length=2)] | Literal["none"] | None = Field(
+        None,
+        description="Size before the crop: length of the shorter side, or [height, width] regardless of aspect "
+        "ratio, or none. Default: what the pretrained weights expect (some fix both sides, or fix the longer side "
+        "and pad the image), else image_size / 0.875 (small images: image_size).",
+        json_schema_extra=PIXELS,
+    )
+    crop: Literal["center", "none"] = Field(
+        "center",
+        description="center: crop to image_size after the resize. none: the resize must already produce that size.",
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = Field(
+        None, description="Interpolation of the resize. Default: what the pretrained weights expect, else bilinear."
+    )
+    normalize: Literal["auto", "imagenet", "half", "dataset", "none"] | NormalizeValues = Field(
+        "auto",
+        description="Mean and standard deviation. auto: what the pretrained weights expect, else half. imagenet: "
+        "those of ImageNet. half: 0.5 and 0.5. dataset: computed from the training images. Or { mean = [...], std = "
+        "[...] }.",
+    )
+    exif: Literal["apply", "ignore"] = Field(
+        "apply",
+        description="EXIF orientation tag of image files. apply: rotate images upright, as viewers do. ignore: keep "
+        "pixels as stored, as torchvision and timm do.",
+    )
+    value_range: Annotated[list[float], Field(min_length=2, max_length=2)] | Literal["auto"] = Field(
+        "auto",
+        description="[BLACK, WHITE]: the values mapped to 0 and 255 in images with more than 8 bits per sample "
+        "(16-bit, 32-bit, float). auto: one range for the whole data set, from its largest value: 0 to 255, 1023, "
+        "4095, 16383 or 65535; 0 to 1 for float images; an error before training if the values are ambiguous.",
+    )
+    workers: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = Field(
+        "auto", description="Data-loading workers per training process; auto: from the number of available CPUs."
+    )
+    on_bad_image: Literal["error", "skip"] = Field(
+        "error",
+        description="How to treat an unreadable image file. error: stop with its name. skip: exclude it from all "
+        "splits, and report the number.",
+    )
+    max_bad_fraction: Fraction = Field(
+        0.01, description="With on_bad_image = skip: stop if more than this fraction of the images is unreadable."
+    )
+    cache: Literal["auto", "off", "disk", "memory", "device"] = Field(
+        "auto",
+        description="Where to cache results that do not change between epochs (decoded and resized images, features "
+        "of frozen layers). They are computed once and stored in the cache folder; images are read from disk, from "
+        "memory or from the device, falling back to the next with enough space. auto: if it is worthwhile and fits. "
+        "off: no caching.",
+    )
+    fixed_views: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="Number of fixed augmented views per training image, used in rotation: epoch e uses view e mod "
+        "fixed_views. Allows caching features of frozen layers despite augmentation. Default: a new random view "
+        "every epoch.",
+    )
+
+    @model_validator(mode="after")
+    def _mean_and_std_alike(self) -> DataConfig:
+        if isinstance(self.normalize, NormalizeValues) and len(self.normalize.mean) != len(self.normalize.std):
+            raise ValueError("normalize: mean and std must have the same number of values")
+        return self
+
+    @model_validator(mode="after")
+    def _black_below_white(self) -> DataConfig:
+        if self.value_range != "auto" and not self.value_range[0] < self.value_range[1]:
+            raise ValueError("value_range: the first value, of black, must be smaller than the second, of white")
+        return self
+
+    @property
+    def known_range(self) -> tuple[float, float] | None:
+        """``value_range`` as (black, white); None if it has to be determined from the data."""
+        return None if self.value_range == "auto" else (self.value_range[0], self.value_range[1])
+
+
+class TransformConfig(BaseModel):
+    """One augmentation: the name of a torchvision.transforms.v2 class, with its arguments as further keys."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    name: str = Field(description="Class in torchvision.transforms.v2; `toolkit transforms` lists them.")
+    apply_p: Fraction = Field(1.0, description="Probability of applying it to an image.")
+    stage: Literal["before_resize", "before_crop", "crop", "resize_crop", "after_crop", "tensor"] | None = Field(
+        None,
+        description="Position in the preprocessing pipeline: before_resize, before_crop (after the resize), crop "
+        "(replaces the crop), resize_crop (replaces both), after_crop, tensor (after scaling to 0..1, before "
+        "normalization). Default: after_crop; tensor for transforms that need a tensor.",
+    )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the transform class."""
+        return dict(self.model_extra or {})
+
+
+class AugmentConfig(ConfigModel):
+    """Random image transforms per split, mixup, CutMix and label smoothing."""
+
+    train: list[TransformConfig] = Field([], description="Applied to training images, in this order.")
+    validation: list[TransformConfig] = Field([], description="Applied to validation images.")
+    test: list[TransformConfig] = Field([], description="Applied to test images.")
+    auto_augment: str | None = Field(
+        None,
+        description="timm policy string such as rand-m9-mstd0.5, augmix-m3-w3 or original, applied after the crop.",
+    )
+    random_erasing: Fraction = Field(
+        0.0, description="Probability of erasing a rectangle of a training image (after normalization)."
+    )
+    run_on: Literal["auto", "workers", "device"] = Field(
+        "auto",
+        description="Where transforms run. device: on whole batches, on the training device. workers: image by "
+        "image, in the data-loading workers. auto: device if every transform of the split supports it (the log names "
+        "those that do not); else workers up to the crop and device after it, or workers throughout if the "
+        "transforms after the crop do not support batches. Workers and device draw different random numbers.",
+    )
+    mixup: float = Field(
+        0.0, ge=0, le=1000, description="Mixup: alpha of Beta(alpha, alpha); 0 disables (Zhang et al. 2018)."
+    )
+    cutmix: float = Field(
+        0.0, ge=0, le=1000, description="CutMix: alpha of Beta(alpha, alpha); 0 disables (Yun et al. 2019)."
+    )
+    mixup_prob: Fraction = Field(1.0, description="Probability of applying mixup or CutMix to a batch.")
+    mixup_switch_prob: Fraction = Field(
+        0.5, description="If both are enabled: fraction of mixed batches that use CutMix."
+    )
+    label_smoothing: FractionBelowOne = Field(
+        0.0, description="Probability mass distributed uniformly over all classes in the training loss."
+    )

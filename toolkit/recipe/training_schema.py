@@ -1,0 +1,196 @@
+"""The tables [optimizer], [scheduler], [train], [early_stopping] and [checkpoint]: how a model is trained."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from toolkit.recipe.base import (
+    EPOCHS,
+    IMAGES,
+    MINUTES,
+    STEPS,
+    ConfigModel,
+    EpochMetric,
+    Fraction,
+    FractionBelowOne,
+    Selection,
+)
+
+
+class OptimizerConfig(ConfigModel):
+    """The optimizer and its hyperparameters."""
+
+    name: str = Field(
+        "sgd", description="sgd, nag, adam, adamw (PyTorch), or any timm optimizer; `toolkit optimizers` lists them."
+    )
+    lr: float = Field(gt=0, le=1e30, description="Peak learning rate (after warm-up).")
+    momentum: FractionBelowOne | None = Field(
+        None, description="Momentum of sgd, nag and other optimizers that have it. Default: 0.9 for sgd and nag."
+    )
+    weight_decay: float = Field(
+        0.0, ge=0, le=1e6, description="L2 penalty (sgd, nag, adam) or decoupled weight decay (adamw and most others)."
+    )
+    decay_bias_and_norm: bool = Field(
+        True, description="Whether weight decay also applies to biases and normalization layers."
+    )
+    args: dict[str, Any] = Field(
+        {}, description="Additional arguments of the optimizer, such as betas = [0.9, 0.99] or eps."
+    )
+
+
+class SchedulerConfig(ConfigModel):
+    """Learning-rate schedule, a function of epochs."""
+
+    name: Literal["constant", "step", "exponential", "cosine", "one_cycle", "plateau"] = Field(
+        "constant",
+        description="step: multiply by gamma every step_size epochs. exponential: multiply by gamma every epoch. "
+        "plateau: multiply by gamma when the metric stops improving.",
+    )
+    step_size: int | None = Field(
+        None, ge=1, description="step: epochs between two reductions.", json_schema_extra=EPOCHS
+    )
+    gamma: float | None = Field(
+        None, gt=0, le=1, description="Decay factor of step (default 0.1), exponential (0.95) and plateau (0.1)."
+    )
+    min_lr: float = Field(0.0, ge=0, description="cosine, plateau: lower bound on the learning rate.")
+    warmup_epochs: float = Field(
+        0.0,
+        ge=0,
+        description="Length of the linear warm-up from warmup_start_factor x lr to lr.",
+        json_schema_extra=EPOCHS,
+    )
+    warmup_start_factor: Fraction = Field(0.01, description="Initial warm-up learning rate, as a fraction of lr.")
+    metric: EpochMetric = Field("val/loss", description="plateau: metric to monitor.")
+    patience: int = Field(
+        5,
+        ge=0,
+        description="plateau: epochs without improvement tolerated before lr is reduced.",
+        json_schema_extra=EPOCHS,
+    )
+    threshold: float = Field(1e-4, ge=0, description="plateau: smaller changes do not count as improvement.")
+    threshold_mode: Literal["rel", "abs"] = Field(
+        "rel",
+        description="plateau: threshold is relative to the best value so far (rel) or in units of the metric (abs).",
+    )
+    pct_start: float = Field(
+        0.3, gt=0, lt=1, description="one_cycle: fraction of the epochs after which lr is reached (Smith 2018)."
+    )
+    start_factor: float = Field(0.04, gt=0, le=1, description="one_cycle: first learning rate, as a fraction of lr.")
+    end_factor: float = Field(4e-6, gt=0, le=1, description="one_cycle: last learning rate, as a fraction of lr.")
+
+    @model_validator(mode="after")
+    def _step_has_a_period(self) -> SchedulerConfig:
+        if self.name == "step" and self.step_size is None:
+            raise ValueError("name = 'step' needs step_size (epochs)")
+        return self
+
+
+class TrainConfig(ConfigModel):
+    """Training loop: epochs, batch size, precision, model selection."""
+
+    epochs: int = Field(ge=1, le=1_000_000, description="Maximum number of training epochs.", json_schema_extra=EPOCHS)
+    batch_size: int = Field(
+        ge=1,
+        description="Images per optimizer step, over all processes and accumulation steps.",
+        json_schema_extra=IMAGES,
+    )
+    eval_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Images per evaluation step, over all processes. Default: 2 x batch_size / grad_accum_steps; "
+        "split into micro-batches on a GPU that does not have enough memory.",
+        json_schema_extra=IMAGES,
+    )
+    grad_accum_steps: int = Field(
+        1, ge=1, description="Gradient accumulation: number of micro-batches per batch, to save memory."
+    )
+    drop_last: bool = Field(False, description="Drop the last, incomplete batch of each epoch.")
+    precision: Literal["auto", "no", "fp16", "bf16"] = Field(
+        "auto",
+        description="Mixed precision. auto: bf16 on GPUs that support it, else (and on CPUs) no; the log states why.",
+    )
+    best_metric: Selection = Field(
+        "val/accuracy",
+        description="Metric that selects the best epoch, whose weights are kept (ties in accuracy are broken by "
+        "val/loss, ties in loss by val/accuracy, then the earlier epoch wins); or last: keep the last epoch's "
+        "weights.",
+    )
+    max_grad_norm: float | None = Field(
+        None, gt=0, description="Clip the gradients to this total L2 norm. Default: no clipping."
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay per step of an exponential moving average of the weights, which is then evaluated and "
+        "saved in their place. It is warmed up from 0 (at step n it is at most 1 - n ** (-2/3), as in timm's "
+        "ModelEmaV3).",
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none",
+        description="balanced: weight the training loss by inverse class frequency; for mixed or smoothed targets "
+        "each class probability is weighted separately, as in torch's cross_entropy.",
+    )
+    sampling: Literal["shuffle", "balanced"] = Field(
+        "shuffle",
+        description="shuffle: every image once per epoch. balanced: classes sampled uniformly, with replacement.",
+    )
+    sync_batch_norm: bool = Field(
+        True,
+        description="Synchronize batch norm statistics over all processes. false: each process normalizes by its own "
+        "images, so the result depends on the number of processes.",
+    )
+    channels_last: bool = Field(
+        True, description="Channels-last memory format for images and convolutions; faster on most hardware."
+    )
+    compile: bool = Field(False, description="Compile the model with torch.compile.")
+    cuda_graphs: bool = Field(
+        False,
+        description='Compile the model and replay its kernels as CUDA graphs (mode "reduce-overhead"), for small '
+        "models that are limited by kernel-launch overhead. GPUs only.",
+    )
+    deterministic: bool = Field(False, description="Use only deterministic algorithms, also on GPUs (slower).")
+    log_every: int = Field(
+        0, ge=0, description="Also log loss and accuracy every N steps; 0 disables.", json_schema_extra=STEPS
+    )
+
+    @property
+    def images_per_evaluation(self) -> int:
+        """``eval_batch_size`` or its default, twice the micro-batch, as evaluation stores no gradients."""
+        return self.eval_batch_size or max(1, 2 * self.batch_size // self.grad_accum_steps)
+
+
+class EarlyStoppingConfig(ConfigModel):
+    """Early stopping when a metric stops improving."""
+
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Number of epochs without improvement after which training stops. Default: never.",
+        json_schema_extra=EPOCHS,
+    )
+    metric: EpochMetric = Field("val/loss", description="Metric to monitor.")
+    min_delta: float = Field(0.0, ge=0, description="Smaller absolute changes do not count as improvement.")
+
+
+class CheckpointConfig(ConfigModel):
+    """Checkpoints for resuming: how often they are saved and how many are kept."""
+
+    every_steps: int = Field(
+        0, ge=0, description="Also save mid-epoch, every N steps; 0 disables.", json_schema_extra=STEPS
+    )
+    every_minutes: float = Field(
+        15.0, ge=0, description="Also save mid-epoch, every N minutes; 0 disables.", json_schema_extra=MINUTES
+    )
+    keep: int = Field(
+        2,
+        ge=1,
+        description="Number of most recent checkpoints to keep. At least 2 are kept mid-epoch, as the newest is "
+        "verified only by the step after it.",
+    )
+    on_write_error: Literal["continue", "stop"] = Field(
+        "continue",
+        description="If a checkpoint cannot be written (disk full): continue with the previous one, or stop.",
+    )
