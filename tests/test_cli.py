@@ -328,7 +328,7 @@ def test_diff_of_recipes_and_of_runs(tmp_path: Path) -> None:
     found = json.loads(toolkit("diff", "--json", str(one), str(two)).stdout)
     assert found == {
         "recipe": {"train.epochs": [20, 7], "train.ema": [None, 0.9]},
-        "figures": {"best.test_accuracy": [0.5, 0.75]},
+        "metrics": {"best.test_accuracy": [0.5, 0.75]},
     }
 
 

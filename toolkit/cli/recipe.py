@@ -30,17 +30,17 @@ def validate(
 
     Example: toolkit validate recipes/*.toml
     """
-    verdicts = {path: _verdict(path, set_ or []) for path in recipes}
+    results = {path: _diagnose(path, set_ or []) for path in recipes}
     if as_json:
-        _print_json([_verdict_json(path, found) for path, found in verdicts.items()])
-    for path, found in verdicts.items() if not as_json else ():
+        _print_json([_result_json(path, found) for path, found in results.items()])
+    for path, found in results.items() if not as_json else ():
         for item in found:
             print(item, file=sys.stderr)
-        print(_verdict_line(path, found))
-    return EXIT_BAD_INPUT if any(_errors(found) for found in verdicts.values()) else EXIT_OK
+        print(_result_line(path, found))
+    return EXIT_BAD_INPUT if any(_errors(found) for found in results.values()) else EXIT_OK
 
 
-def _verdict(path: str, overrides: list[str]) -> list[Diagnostic]:
+def _diagnose(path: str, overrides: list[str]) -> list[Diagnostic]:
     """Return all errors and warnings of a recipe, or of all runs of a study."""
     from toolkit.recipe import RecipeError
     from toolkit.recipe.load import read_sources, resolve
@@ -60,16 +60,16 @@ def _errors(found: list[Diagnostic]) -> int:
     return sum(item.severity == "error" for item in found)
 
 
-def _verdict_line(path: str, found: list[Diagnostic]) -> str:
+def _result_line(path: str, found: list[Diagnostic]) -> str:
     from toolkit.recipe.diagnostics import printable
 
     errors = _errors(found)
     counts = {"error": errors, "warning": len(found) - errors}
-    said = ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for word, count in counts.items() if count)
-    return printable(f"{path}: {said if errors else 'ok' + (f' ({said})' if said else '')}")
+    listed = ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in counts.items() if count)
+    return printable(f"{path}: {listed if errors else 'ok' + (f' ({listed})' if listed else '')}")
 
 
-def _verdict_json(path: str, found: list[Diagnostic]) -> dict[str, Any]:
+def _result_json(path: str, found: list[Diagnostic]) -> dict[str, Any]:
     return {"recipe": path, "ok": not _errors(found), "diagnostics": [_diagnostic_json(item) for item in found]}
 
 
@@ -178,18 +178,23 @@ def diff(
 
     Example: toolkit diff recipes/colbertaldo_fast.toml recipes/colbertaldo_best.toml
     """
-    from toolkit.recipe import diff as differing
+    from toolkit.recipe import diff as recipe_diff
     from toolkit.recipe.diagnostics import dotted
 
-    keys = [(dotted(path), one, two) for path, one, two in differing(_recipe_of(first), _recipe_of(second))]
-    figures = _differing_figures(first, second)
+    keys = [(dotted(path), one, two) for path, one, two in recipe_diff(_recipe_of(first), _recipe_of(second))]
+    metrics = _metrics_diff(first, second)
     if as_json:
-        _print_json({"recipe": _pairs(keys), "figures": _pairs(figures)})
+        _print_json(
+            {
+                name: {key: [one, two] for key, one, two in found}
+                for name, found in (("recipe", keys), ("metrics", metrics))
+            }
+        )
         return
     for line in [_difference(*item) for item in keys] or ["the recipes are equal"]:
         print(line)
-    for name, one, two in figures:
-        print(f"metric {name}: {_figure(one)} -> {_figure(two)}")
+    for name, one, two in metrics:
+        print(f"metric {name}: {_number(one)} -> {_number(two)}")
 
 
 def _recipe_of(path: Path) -> Recipe:
@@ -200,27 +205,17 @@ def _recipe_of(path: Path) -> Recipe:
     return load_recipe(path) if path.is_file() else open_run(path).recipe
 
 
-def _differing_figures(first: Path, second: Path) -> list[tuple[str, Any, Any]]:
+def _metrics_diff(first: Path, second: Path) -> list[tuple[str, Any, Any]]:
     """Return the numbers of summary.json that differ, if both are finished runs."""
+    from toolkit.recipe.diagnostics import dotted
+    from toolkit.recipe.resolve import differences
     from toolkit.runs import Run
 
     runs = [Run(first), Run(second)]
     if not all(run.path.is_dir() and run.is_finished for run in runs):
         return []
-    one, two = (_figures(run.summary) for run in runs)
-    names = [*one, *(name for name in two if name not in one)]
-    return [(name, one.get(name), two.get(name)) for name in names if one.get(name) != two.get(name)]
-
-
-def _figures(summary: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the numbers of a summary by dotted name."""
-    found: dict[str, Any] = {}
-    for key, value in summary.items():
-        if isinstance(value, dict):
-            found |= _figures(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float):
-            found[prefix + key] = value
-    return found
+    found = differences(runs[0].summary, runs[1].summary)
+    return [(dotted(path), *pair) for path, *pair in found if any(isinstance(value, int | float) for value in pair)]
 
 
 def _difference(key: str, one: Any, two: Any) -> str:
@@ -231,12 +226,8 @@ def _difference(key: str, one: Any, two: Any) -> str:
     return printable(f"{key}: {shown[0]} -> {shown[1]}")
 
 
-def _figure(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.6g}"
-
-
-def _pairs(found: list[tuple[str, Any, Any]]) -> dict[str, list[Any]]:
-    return {key: [one, two] for key, one, two in found}
 
 
 def _print_json(value: Any) -> None:

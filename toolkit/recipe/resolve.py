@@ -84,7 +84,12 @@ def experiment_diff(first: Recipe, second: Recipe) -> list[tuple[KeyPath, Any, A
 
 def diff(first: Recipe, second: Recipe) -> list[tuple[KeyPath, Any, Any]]:
     """Return the keys whose values differ with both values; None if a key is not set. Lists are compared as a whole."""
-    one, two = dict(leaves(resolved_content(first))), dict(leaves(resolved_content(second)))
+    return differences(resolved_content(first), resolved_content(second))
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[KeyPath, Any, Any]]:
+    """Return path and both values of the keys of nested tables whose values differ; None if a key is missing."""
+    one, two = dict(leaves(first)), dict(leaves(second))
     keys = [*one, *(path for path in two if path not in one)]
     return [(path, one.get(path), two.get(path)) for path in keys if one.get(path) != two.get(path)]
 
