@@ -37,10 +37,12 @@ def models(
     if source not in (None, "torchvision", "timm", "toolkit"):
         raise UserError(f"--source {source}: expected torchvision, timm or toolkit")
     known = {"toolkit": ["convnet"], **{name: catalog.model_names(name) for name in ("torchvision", "timm")}}
-    asked = [(place, name) for place in known if source in (None, place) for name in known[place]]
-    names = set(matching(pattern, [name for _, name in asked], "model"))
+    listed = [(library, name) for library in known if source in (None, library) for name in known[library]]
+    names = set(matching(pattern, [name for _, name in listed], "model"))
     found = [
-        {"source": place, "name": name, "weights": _weights(place, name)} for place, name in asked if name in names
+        {"source": library, "name": name, "weights": _weights(library, name)}
+        for library, name in listed
+        if name in names
     ]
     _show(found, [_model_row(entry, weights) for entry in found], as_json)
 
@@ -79,15 +81,15 @@ def transforms(pattern: Pattern = None, as_json: AsJson = False) -> None:
 
 def _arguments(arguments: dict[str, dict[str, Any]]) -> str:
     """Format arguments by name, with the defaults of optional ones."""
-    return ", ".join(name + _default(about) for name, about in arguments.items())
+    return ", ".join(name + _default(info) for name, info in arguments.items())
 
 
-def _default(about: dict[str, Any]) -> str:
+def _default(info: dict[str, Any]) -> str:
     from toolkit.recipe.toml_writer import toml_value
 
-    value = about.get("default")
-    if about["required"] or value is None:
-        return " (required)" if about["required"] else ""
+    value = info.get("default")
+    if info["required"] or value is None:
+        return " (required)" if info["required"] else ""
     return f" = {toml_value(value)}"
 
 
@@ -121,8 +123,8 @@ def datasets(pattern: Pattern = None, as_json: AsJson = False) -> None:
 
     names = matching(pattern, DATASETS, "data set")
     found = [{"name": name, **asdict(DATASETS[name])} for name in names]
-    for facts in found:
-        del facts["opener"]
+    for entry in found:
+        del entry["opener"]
     _show(found, [(name, DATASETS[name].description, DATASETS[name].source) for name in names], as_json)
 
 

@@ -76,14 +76,14 @@ def _result_json(path: str, found: list[Diagnostic]) -> dict[str, Any]:
 def _diagnostic_json(item: Diagnostic) -> dict[str, Any]:
     from toolkit.recipe.diagnostics import dotted
 
-    place = item.location
+    location = item.location
     return {
         "severity": item.severity,
         "message": item.message,
         "key": dotted(item.path),
-        "file": place.file if place else item.file,
-        "line": place.line if place else None,
-        "column": place.column if place else None,
+        "file": location.file if location else item.file,
+        "line": location.line if location else None,
+        "column": location.column if location else None,
         "hint": item.hint,
         "note": item.note,
     }
@@ -126,7 +126,7 @@ def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
     from toolkit.data.preprocessing import resolve_channels, resolve_preprocessing
     from toolkit.recipe.catalog import weights_input
 
-    model, facts = recipe.model, DATASETS[recipe.data.dataset]
+    model, dataset = recipe.model, DATASETS[recipe.data.dataset]
     is_pretrained, is_file = model.weights != "none", model.weights.startswith(("file:", "package:"))
     expected = None
     if is_pretrained and model.source != "toolkit":
@@ -136,8 +136,8 @@ def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
     found = resolve_preprocessing(
         resolve_channels(recipe.data, pretrained=is_pretrained),
         expected,
-        facts.size,
-        facts.channels,
+        dataset.size,
+        dataset.channels,
         lambda plain: (plain.mean, plain.std),
     )
     weights = f"from {model.name}'s default weights" if is_file else f"from the weights {model.weights}"

@@ -205,18 +205,18 @@ def _transform_arguments(entry: TransformConfig, known: dict[str, Any], path: Ke
             issue = _unknown_argument(entry.name, (*path, argument), known, name, ("apply_p", "stage"))
             is_old = argument == "at"
             yield replace(issue, hint=f"renamed to {dotted((*path, 'stage'))}") if is_old else issue
-    missing = [key for key, about in known.items() if about["required"] and key not in given]
+    missing = [key for key, info in known.items() if info["required"] and key not in given]
     if missing:
         hint = "give " + ", ".join(f"{key} = {_expected(known[key])}" for key in missing)
         yield error(path, f"{entry.name} needs {' and '.join(missing)}", name, hint=hint)
 
 
-def _transform_argument(about: dict[str, Any], value: Any, path: KeyPath, name: KeyPath) -> Iterator[Issue]:
-    kind, kinds, choices = _kind(value), about["kinds"], about.get("choices", [])
+def _transform_argument(info: dict[str, Any], value: Any, path: KeyPath, name: KeyPath) -> Iterator[Issue]:
+    kind, kinds, choices = _kind(value), info["kinds"], info.get("choices", [])
     is_kind = not kinds or kind in kinds or (kind == "integer" and "number" in kinds)
     if not is_kind or (choices and value not in choices):
         hint = did_you_mean(value, choices) if isinstance(value, str) else None
-        yield error(path, f"expected {_expected(about)}, found {describe_value(value)}", name, hint=hint)
+        yield error(path, f"expected {_expected(info)}, found {describe_value(value)}", name, hint=hint)
     elif path[-1] == "p" and not 0 <= value <= 1:
         yield error(path, f"expected a number from 0 to 1, found {describe_value(value)}", name)
 
@@ -305,7 +305,7 @@ def _is_like(value: Any, default: Any) -> bool:
     return _kind(value) == _kind(default)
 
 
-def _expected(about: dict[str, Any]) -> str:
-    if "choices" in about:
-        return " or ".join(toml_value(choice) for choice in about["choices"])
-    return " or ".join(KINDS[kind] for kind in about["kinds"]) or "a value"
+def _expected(info: dict[str, Any]) -> str:
+    if "choices" in info:
+        return " or ".join(toml_value(choice) for choice in info["choices"])
+    return " or ".join(KINDS[kind] for kind in info["kinds"]) or "a value"

@@ -62,8 +62,8 @@ class Diagnostic:
     """The file it belongs to, if it has no location in that file."""
 
     def __str__(self) -> str:
-        place = self.location or self.file
-        lines = [f"{place}: {self.severity}: {self.message}" if place else f"{self.severity}: {self.message}"]
+        location = self.location or self.file
+        lines = [f"{location}: {self.severity}: {self.message}" if location else f"{self.severity}: {self.message}"]
         if self.location:
             lines += _excerpt(self.location)
         lines += [f"  {kind}: {text}" for kind, text in (("hint", self.hint), ("note", self.note)) if text]

@@ -106,8 +106,8 @@ def _name_optimizers(table: Schema) -> None:
     optimizers = catalog.optimizers()
     table["properties"]["name"]["enum"] = list(optimizers)
     alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for name, about in optimizers.items():
-        alike[tuple(about["args"])].append(name)
+    for name, info in optimizers.items():
+        alike[tuple(info["args"])].append(name)
     table["allOf"] = [
         _when("name", names, {"properties": {"args": {"propertyNames": {"enum": list(args)}}}})
         for args, names in alike.items()
@@ -124,21 +124,21 @@ def _name_transforms(entry: Schema) -> None:
             "name",
             [name],
             {
-                "properties": {key: _argument(about) for key, about in arguments.items()},
+                "properties": {key: _argument(info) for key, info in arguments.items()},
                 "propertyNames": {"enum": [*own, *arguments]},
-                "required": [key for key, about in arguments.items() if about["required"]],
+                "required": [key for key, info in arguments.items() if info["required"]],
             },
         )
         for name, arguments in transforms.items()
     ]
 
 
-def _argument(about: dict[str, Any]) -> Schema:
-    schema: Schema = {"type": [JSON_TYPES[kind] for kind in about["kinds"]]} if about["kinds"] else {}
-    if "choices" in about:
-        schema["enum"] = about["choices"]
-    if about.get("default") is not None:
-        schema["default"] = about["default"]
+def _argument(info: dict[str, Any]) -> Schema:
+    schema: Schema = {"type": [JSON_TYPES[kind] for kind in info["kinds"]]} if info["kinds"] else {}
+    if "choices" in info:
+        schema["enum"] = info["choices"]
+    if info.get("default") is not None:
+        schema["default"] = info["default"]
     return schema
 
 

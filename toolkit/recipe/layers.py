@@ -65,12 +65,12 @@ class LayeredConfig:
 
     def _add(self, into: dict[str, Any], new: dict[str, Any], path: KeyPath, source: ConfigLayer) -> None:
         for key, value in new.items():
-            place = (*path, key)
-            self.origins[place] = source
+            key_path = (*path, key)
+            self.origins[key_path] = source
             if isinstance(value, dict):
                 if not isinstance(into.get(key), dict):
                     into[key] = {}
-                self._add(into[key], value, place, source)
+                self._add(into[key], value, key_path, source)
             else:
                 into[key] = value
 

@@ -50,8 +50,8 @@ def loads_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe from TOML text, which must not extend a file. Raises RecipeError."""
     source = parse("<text>", text)
     if "extends" in source.data:
-        place = source.location(("extends",), at_key=True)
-        raise RecipeError([Diagnostic("error", "a recipe given as text cannot extend a file", ("extends",), place)])
+        location = source.location(("extends",), at_key=True)
+        raise RecipeError([Diagnostic("error", "a recipe given as text cannot extend a file", ("extends",), location)])
     return resolve([source, *parse_overrides(overrides)], source.name).recipe
 
 
@@ -62,19 +62,19 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedR
 
 def read_sources(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[ConfigLayer]:
     """Read the files and arguments of a recipe, base first. Raises RecipeError listing all that cannot be read."""
-    faults: list[Diagnostic] = []
+    errors: list[Diagnostic] = []
     files: list[ConfigLayer] = []
     arguments: list[ConfigLayer] = []
     try:
         files = read_chain(path)
     except RecipeError as error:
-        faults += error.diagnostics
+        errors += error.diagnostics
     try:
         arguments = parse_overrides(overrides)
     except RecipeError as error:
-        faults += error.diagnostics
-    if faults:
-        raise RecipeError(faults)
+        errors += error.diagnostics
+    if errors:
+        raise RecipeError(errors)
     return [*files, *arguments]
 
 
@@ -115,8 +115,8 @@ def _located(issue: Issue, merged: LayeredConfig, name: str) -> Diagnostic:
 
 
 def _reading_order(item: Diagnostic) -> tuple[bool, str, int, int]:
-    place = item.location
-    return (place is None, place.file, place.line, place.column) if place else (True, "", 0, 0)
+    location = item.location
+    return (location is None, location.file, location.line, location.column) if location else (True, "", 0, 0)
 
 
 def _origins(recipe: Recipe, merged: LayeredConfig) -> dict[KeyPath, str]:
@@ -128,5 +128,5 @@ def _origin(path: KeyPath, merged: LayeredConfig) -> str:
     source = merged.origins.get(path)
     if source is None:
         return DEFAULT
-    place = source.location(path, at_key=True)
-    return SET if source.name == SET or place is None else f"{place.file}:{place.line}"
+    location = source.location(path, at_key=True)
+    return SET if source.name == SET or location is None else f"{location.file}:{location.line}"

@@ -90,8 +90,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 4] + "..." + text[-1]
 
 
-def _either(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+def _either(options: list[str]) -> str:
+    return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} or {options[-1]}"
 
 
 def _text(constraints: tuple[Any, ...]) -> str:
