@@ -174,12 +174,9 @@ def chosen() -> list[tuple[str, str, int]]:
 
 SMALL = small()
 
-NEEDS = {name: {"rope_rescale_coords": 1.0} for name in timm.list_models("vit_*_sapiens2")}
-"""Arguments without which the toolkit refuses them: they scale positions at random."""
-
 
 def table_of(source: str, name: str) -> ModelConfig:
-    return ModelConfig.model_validate({"source": source, "name": name, "args": NEEDS.get(name, {})})
+    return ModelConfig.model_validate({"source": source, "name": name})
 
 
 @pytest.mark.parametrize(("source", "name", "size"), chosen())

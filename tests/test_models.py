@@ -16,6 +16,7 @@ import torchvision
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from toolkit.errors import UserError
 from toolkit.models import timm_models
@@ -453,7 +454,7 @@ def test_probing_leaves_layers_that_blocks_share_as_they_are() -> None:
     assert module(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
 
 
-# Randomness that cannot be repeated
+# Randomness
 
 
 def test_dropout_given_as_a_rate_becomes_a_layer() -> None:
@@ -478,9 +479,23 @@ def test_attention_dropout_becomes_a_layer() -> None:
         tm("resnet18", args={"drop_block_rate": 0.1}),
     ],
 )
-def test_other_randomness_is_refused(table: ModelConfig) -> None:
-    with pytest.raises(UserError, match="draws random numbers in a way that cannot be repeated"):
-        build_on_meta(table, 64)
+def test_other_randomness_is_a_warning_that_says_what_is_lost(table: ModelConfig) -> None:
+    built = build_on_meta(table, 64)
+    assert built.unkeyed
+    (note,) = built.notes
+    assert note.startswith(f"warning: {table.name} draws random numbers that do not belong to single examples (aten.")
+    assert "depend on the number of processes and on train.grad_accum_steps" in note
+    assert "a run that is resumed on another number of processes differs" in note
+    assert "use model.head.dropout" in note
+
+
+def test_stochastic_depth_of_whole_batches_is_a_warning_too() -> None:
+    module = torchvision.models.efficientnet_b0(weights=None, num_classes=7)
+    assert not probe(module, 3, 64).random
+    for layer in module.modules():
+        if isinstance(layer, StochasticDepth):
+            layer.mode = "batch"
+    assert probe(module, 3, 64).random
 
 
 # Mistakes

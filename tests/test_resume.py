@@ -449,6 +449,18 @@ def test_adamw_with_gradual_unfreezing_goes_on_exactly(recipe: Recipe) -> None:
     assert outcome(resumed(paused(recipe))) == outcome(fit(recipe, quiet=True))
 
 
+def test_random_numbers_that_cannot_be_keyed_are_a_warning_and_repeat_on_as_many_processes(recipe: Recipe) -> None:
+    """timm's DropBlock draws its own numbers."""
+    model = {"source": "timm", "name": "test_resnet", "args": {"drop_block_rate": 0.5}}
+    recipe = Recipe.model_validate({**resolved_content(changed(recipe, data__image_size=32)), "model": model})
+    run = resumed(paused(recipe))
+    assert outcome(run) == outcome(fit(recipe, quiet=True))
+    assert (
+        "warning: test_resnet draws random numbers that do not belong to single examples"
+        in (run.path / "log.txt").read_text()
+    )
+
+
 # -- metrics.jsonl ----------------------------------------------------------------------------------------------------
 
 

@@ -232,6 +232,8 @@ def test_whole_models_split_anyhow(model: object) -> None:
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_stochastic_depth_of_whole_batches_is_refused() -> None:
-    with pytest.raises(ValueError, match="depends on the batch"):
-        key_dropout_layers(nn.Sequential(StochasticDepth(0.5, "batch")), 0)
+def test_stochastic_depth_of_whole_batches_is_left_as_it_is() -> None:
+    """Its masks do not belong to single examples; the model's note says so."""
+    model = nn.Sequential(StochasticDepth(0.5, "batch"), StochasticDepth(0.5, "row"))
+    assert len(key_dropout_layers(model, 0).calls) == 1
+    assert [type(layer) for layer in model] == [StochasticDepth, KeyedDropout]

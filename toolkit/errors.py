@@ -30,3 +30,8 @@ class Interrupted(Exception):
         """If ``agreed``, all processes stop for the same reason, so that only rank 0 prints the message."""
         super().__init__(message)
         self.agreed = agreed
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type if the message is empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import EXIT_OK, Interrupted, RunFailed, UserError
-from toolkit.models.unknown_names import first_line
+from toolkit.errors import EXIT_OK, Interrupted, RunFailed, UserError, first_line
 from toolkit.reading import Shape, read_bytes, read_json
 from toolkit.runs import Run, RunInUse, write_atomically
 from toolkit.trackers import define_axes, flatten, offline_reason, wandb_settings

@@ -18,9 +18,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from toolkit.data.image_sources import UnreadableImageError
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.inference.evaluate import images_of
-from toolkit.models.unknown_names import first_line
 from toolkit.reading import DamagedFile
 from toolkit.report.plot_style import plot_style, save, short
 from toolkit.runs import Run

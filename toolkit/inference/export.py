@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 import toolkit
-from toolkit.errors import RunFailed, UserError
+from toolkit.errors import RunFailed, UserError, first_line
 from toolkit.inference.evaluate import images_of, load_last_model
 from toolkit.inference.timm_config import fits_timm, timm_config, transform_note
 from toolkit.models.pretrained import is_file_reference, pack_state
-from toolkit.models.unknown_names import first_line
 from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import Run, open_run
 from toolkit.similar_names import did_you_mean

@@ -12,12 +12,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import toolkit
 from toolkit.data.dataset_info import DATASETS
-from toolkit.errors import RunFailed, UserError
+from toolkit.errors import RunFailed, UserError, first_line
 from toolkit.inference.export import FORMATS, images_to_compare, new_folder, portable, write_checked
 from toolkit.inference.timm_config import fits_timm
 from toolkit.metrics import MEASURES
 from toolkit.models.pretrained import is_file_reference
-from toolkit.models.unknown_names import first_line
 from toolkit.reading import DamagedFile
 from toolkit.recipe import Recipe, resolved_toml
 from toolkit.runs import Run, open_run

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import timm.models.resnet
 import torchvision.models
 from torch import nn
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.models import timm_models, torchvision_models
 from toolkit.models.convnet import ConvNet
 from toolkit.models.dry_forward import DryForwardResult, input_shape, is_logits, probe
@@ -24,12 +25,16 @@ from toolkit.models.pretrained import (
     read_state,
     without_prefix,
 )
-from toolkit.models.unknown_names import first_line
+from toolkit.models.unknown_names import check_arguments
 from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.schema import ModelConfig
 
 STEM = "conv1"
 """Name of a ResNet's first convolution in torchvision and timm."""
+
+
+LIBRARIES: dict[str, ModuleType] = {"torchvision": torchvision_models, "timm": timm_models}
+"""Modules with the same functions (construct, inputs, published_state and adapt) by model.source."""
 
 
 @dataclass
@@ -47,9 +52,11 @@ class ModelBundle:
     inputs: PretrainedInput | None
     """Input preprocessing that the weights were trained with; None without weights."""
     notes: list[str]
-    """Notes for the user about the weights and the head."""
+    """Notes for the user about the weights, the head and randomness."""
     new_stem: str | None
     """Dotted name of the first convolution if it is randomly initialized although the rest is pretrained."""
+    unkeyed: tuple[str, ...] = ()
+    """Operations that draw random numbers in training and are not in a dropout layer, so that they cannot be keyed."""
 
     @property
     def head(self) -> str:
@@ -67,124 +74,171 @@ def build_model(
     models that PyTorch cannot build or that do not fit in memory.
     """
     try:
-        return _built(table, num_classes, channels, image_size, load_weights)
+        return _Builder(table, num_classes, channels, image_size).build(load_weights)
     except (RuntimeError, MemoryError, OverflowError) as error:
         raise UserError(f"{table.name} cannot be built as [model] describes it: {first_line(error)}") from error
-
-
-def _built(table: ModelConfig, num_classes: int, channels: int, image_size: int, load_weights: bool) -> ModelBundle:
-    module, heads = _construct(table, num_classes, channels, image_size)
-    if table.stem == "small":
-        _shrink_stem(module, table)
-    heads = _replace_head(table, module, heads, num_classes, channels, image_size)
-    loaded = _load(table, module, heads, image_size, load_weights)
-    used = _settle(table, module, heads, num_classes, channels, image_size)
-    stages, classifier = find_stages(module, heads, used), _classifier_parts(module, heads)
-    new_stem = STEM if STEM in loaded.new else None
-    return ModelBundle(module, heads, classifier, stages, expected_input(table), loaded.notes, new_stem)
 
 
 def expected_input(table: ModelConfig) -> PretrainedInput | None:
     """Return the published preprocessing of the recipe's weights, without building or downloading anything."""
     if table.weights == "none" or table.source == "toolkit":
         return None
-    return timm_models.inputs(table) if table.source == "timm" else torchvision_models.inputs(table)
+    found: PretrainedInput = LIBRARIES[table.source].inputs(table)
+    return found
 
 
-def _construct(
-    table: ModelConfig, num_classes: int, channels: int, image_size: int
-) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the randomly initialized architecture and the dotted names of its last layers."""
-    if table.source == "toolkit":
-        assert table.convnet is not None
-        return ConvNet(table.convnet, table.head, num_classes, channels, image_size), ("head",)
-    if table.source == "timm":
-        return timm_models.construct(table, num_classes, channels, image_size)
-    return torchvision_models.construct(table, num_classes, channels, image_size)
+class _Builder:
+    """One model while it is built."""
 
+    def __init__(self, table: ModelConfig, num_classes: int, channels: int, image_size: int) -> None:
+        self.table, self.library = table, LIBRARIES.get(table.source)
+        self.num_classes, self.channels, self.image_size = num_classes, channels, image_size
+        self.module: nn.Module
+        self.heads: tuple[str, ...]
+        if self.library is None:
+            assert table.convnet is not None
+            self.module, self.heads = ConvNet(table.convnet, table.head, num_classes, channels, image_size), ("head",)
+        else:
+            check_arguments(table.args)
+            self.module, self.heads = self.library.construct(table, num_classes, channels, image_size)
 
-def _shrink_stem(module: nn.Module, table: ModelConfig) -> None:
-    """Replace a ResNet's stem by a 3x3 convolution of stride 1 without pooling, as in He et al. (2016) for CIFAR-10."""
-    conv = getattr(module, STEM, None)
-    is_resnet = isinstance(module, torchvision.models.ResNet | timm.models.resnet.ResNet)
-    if not (is_resnet and isinstance(conv, nn.Conv2d) and conv.kernel_size == (7, 7)):
-        raise UserError(f"model.stem = 'small' needs a ResNet that begins with one 7x7 convolution, not {table.name}")
-    new = nn.Conv2d(conv.in_channels, conv.out_channels, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    module.set_submodule(STEM, new)
-    module.set_submodule("maxpool", nn.Identity())
+    def build(self, load_weights: bool) -> ModelBundle:
+        """Adapt the architecture to the recipe, load the weights and check the result."""
+        if self.table.stem == "small":
+            self._shrink_stem()
+        if self.library is not None:  # a ConvNet is built with its head
+            self._replace_head()
+        loaded = self._load(load_weights)
+        found = self._probe_and_key()
+        return ModelBundle(
+            self.module,
+            self.heads,
+            _classifier_parts(self.module, self.heads),
+            find_stages(self.module, self.heads, found.used),
+            expected_input(self.table),
+            [*loaded.notes, *self._randomness_note(found.random)],
+            STEM if STEM in loaded.new else None,
+            found.random,
+        )
 
-
-def _replace_head(
-    table: ModelConfig, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
-) -> tuple[str, ...]:
-    """Replace the architecture's head by the recipe's and return its dotted names. A ConvNet is built with it."""
-    head = table.head
-    if table.source == "toolkit":
-        return heads
-    if head.scope == "classifier":
-        return (_replace_classifier(table, module, heads, num_classes, channels, image_size),)
-    if not head.hidden and not head.batch_norm and not head.dropout:
-        return heads
-    for name in heads:
-        layer = module.get_submodule(name)
-        if not isinstance(layer, nn.Linear):
+    def _shrink_stem(self) -> None:
+        """Replace a ResNet's stem by a 3x3 convolution of stride 1 without pooling, as in He et al. 2016."""
+        conv = getattr(self.module, STEM, None)
+        is_resnet = isinstance(self.module, torchvision.models.ResNet | timm.models.resnet.ResNet)
+        if not (is_resnet and isinstance(conv, nn.Conv2d) and conv.kernel_size == (7, 7)):
             raise UserError(
-                f"the last layer of {table.name} is a {type(layer).__name__}, not a Linear; "
-                "leave out model.head's hidden, batch_norm and dropout"
+                f"model.stem = 'small' needs a ResNet that begins with one 7x7 convolution, not {self.table.name}"
             )
-        is_same_layer = not head.hidden and not head.batch_norm
-        new = with_dropout(layer, head.dropout) if is_same_layer else build_head(head, layer.in_features, num_classes)
-        module.set_submodule(name, new)
-    return heads
+        new = nn.Conv2d(conv.in_channels, conv.out_channels, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+        self.module.set_submodule(STEM, new)
+        self.module.set_submodule("maxpool", nn.Identity())
 
+    def _replace_head(self) -> None:
+        """Replace the architecture's head by the recipe's, if it describes one."""
+        head = self.table.head
+        if head.scope == "classifier":
+            self.heads = (self._replace_classifier(),)
+            return
+        if not head.hidden and not head.batch_norm and not head.dropout:
+            return
+        for name in self.heads:
+            layer = self.module.get_submodule(name)
+            if not isinstance(layer, nn.Linear):
+                raise UserError(
+                    f"the last layer of {self.table.name} is a {type(layer).__name__}, not a Linear; "
+                    "leave out model.head's hidden, batch_norm and dropout"
+                )
+            is_same_layer = not head.hidden and not head.batch_norm
+            new = (
+                with_dropout(layer, head.dropout)
+                if is_same_layer
+                else build_head(head, layer.in_features, self.num_classes)
+            )
+            self.module.set_submodule(name, new)
 
-def _replace_classifier(
-    table: ModelConfig, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
-) -> str:
-    """Replace all fully connected layers and the pooling before them by the recipe's head; return its name."""
-    if table.source != "torchvision" or not isinstance(getattr(module, "avgpool", None), nn.Module):
-        raise UserError(
-            f"model.head.scope = 'classifier' needs a torchvision model that pools before its classifier, such as "
-            f"AlexNet or VGG; for {table.name} use 'last_layer'"
+    def _replace_classifier(self) -> str:
+        """Replace all fully connected layers and the pooling before them by the recipe's head; return its name."""
+        if self.table.source != "torchvision" or not isinstance(getattr(self.module, "avgpool", None), nn.Module):
+            raise UserError(
+                "model.head.scope = 'classifier' needs a torchvision model that pools before its classifier, such as "
+                f"AlexNet or VGG; for {self.table.name} use 'last_layer'"
+            )
+        container = self.heads[0].split(".")[0]
+        self.module.set_submodule("avgpool", nn.Identity())
+        try:
+            features = input_shape(self.module, container, self.channels, self.image_size)
+        except Exception as error:
+            raise self._unfit_size(error) from None
+        new = build_head(self.table.head, math.prod(features), self.num_classes)
+        self.module.set_submodule(container, new if len(features) == 1 else nn.Sequential(nn.Flatten(), new))
+        return container
+
+    def _load(self, load_weights: bool) -> WeightLoadReport:
+        """Load the recipe's weights. A replaced head or stem that does not match them keeps its initialization."""
+        table, module = self.table, self.module
+        may_differ = [*self.heads, *([STEM] if table.stem == "small" else [])]
+        is_file = is_file_reference(table.weights)
+        if self.library is None and table.weights != "none" and not is_file:
+            raise UserError(
+                f"model.weights = {table.weights!r}: a custom ConvNet has no published weights; "
+                "use 'none' or 'file:PATH'"
+            )
+        if table.weights == "none" or (is_file and not load_weights):
+            return WeightLoadReport([], [])
+        if not load_weights:
+            return WeightLoadReport([f"weights {table.weights}: not loaded"], may_differ)
+        notes: list[str] = []
+        if is_file:
+            origin = f"the weights file {table.weights}"
+            state, notes = _file_state(table, module, origin)
+            if self.library is not None:
+                state = self.library.adapt(table, module, state, self.image_size)
+        else:
+            assert self.library is not None
+            origin = f"the weights {table.weights} of {table.name}"
+            state = self.library.published_state(table, module, self.image_size)
+        loaded = fit_state(module, state, new=may_differ, source=origin, ignored=torchvision_models.AUXILIARY)
+        return WeightLoadReport([*notes, *loaded.notes], loaded.new)
+
+    def _probe_and_key(self) -> DryForwardResult:
+        """Check that images of this size give logits, and move randomness into dropout layers if possible."""
+        found = self._probe()
+        for make_keyable in (timm_models.use_plain_attention, timm_models.use_dropout_layer):
+            if found.random and self.table.source == "timm":
+                make_keyable(self.module, self.heads)
+                found = self._probe()
+        if not is_logits(found.output, self.num_classes):
+            raise UserError(
+                f"{self.table.name} does not return {self.num_classes} logits per image, so it is not a classifier"
+            )
+        return found
+
+    def _probe(self) -> DryForwardResult:
+        try:
+            return probe(self.module, self.channels, self.image_size)
+        except Exception as error:
+            raise self._unfit_size(error) from None
+
+    def _unfit_size(self, error: Exception) -> UserError:
+        size = self.image_size
+        return UserError(
+            f"{self.table.name} cannot take images of {size}x{size} pixels (too small, or not a multiple of the "
+            f"required size); choose another data.image_size. The error was: {first_line(error)}"
         )
-    container = heads[0].split(".")[0]
-    module.set_submodule("avgpool", nn.Identity())
-    try:
-        features = input_shape(module, container, channels, image_size)
-    except Exception as error:
-        raise _unfit_size(table, image_size, error) from None
-    new = build_head(table.head, math.prod(features), num_classes)
-    module.set_submodule(container, new if len(features) == 1 else nn.Sequential(nn.Flatten(), new))
-    return container
 
-
-def _load(
-    table: ModelConfig, module: nn.Module, heads: tuple[str, ...], image_size: int, load_weights: bool
-) -> WeightLoadReport:
-    """Load the recipe's weights. A replaced head or stem that does not match them keeps its initialization."""
-    may_differ = [*heads, *([STEM] if table.stem == "small" else [])]
-    is_file = is_file_reference(table.weights)
-    if table.source == "toolkit" and table.weights != "none" and not is_file:
-        raise UserError(
-            f"model.weights = {table.weights!r}: a custom ConvNet has no published weights; use 'none' or 'file:PATH'"
-        )
-    if table.weights == "none" or (is_file and not load_weights):
-        return WeightLoadReport([], [])
-    if not load_weights:
-        return WeightLoadReport([f"weights {table.weights}: not loaded"], may_differ)
-    source = f"the weights file {table.weights}" if is_file else f"the weights {table.weights} of {table.name}"
-    notes: list[str] = []
-    if is_file:
-        state, notes = _file_state(table, module, source)
-    else:
-        state = _published_state(table, image_size)
-    if table.source == "torchvision":
-        state = torchvision_models.adapt(module, state, image_size)
-    elif table.source == "timm" and is_file:
-        state = timm_models.adapt(table, module, state)
-    loaded = fit_state(module, state, new=may_differ, source=source, ignored=torchvision_models.AUXILIARY)
-    return WeightLoadReport([*notes, *loaded.notes], loaded.new)
+    def _randomness_note(self, operations: tuple[str, ...]) -> list[str]:
+        """Return a warning that says what is lost if some random numbers cannot be keyed by example."""
+        if not operations:
+            return []
+        return [
+            f"warning: {self.table.name} draws random numbers that do not belong to single examples "
+            f"({', '.join(operations)}). The results depend on the number of processes and on "
+            "train.grad_accum_steps, so a run that is resumed on another number of processes differs from one that is "
+            "not interrupted. To avoid this, leave out dropout, drop rates and random positions (rope_*_coords) in "
+            "model.args (or set them to 0, or rope_rescale_coords to 1, if the model has some by default), and use "
+            "model.head.dropout"
+        ]
 
 
 def _file_state(table: ModelConfig, module: nn.Module, source: str) -> tuple[StateDict, list[str]]:
@@ -194,50 +248,6 @@ def _file_state(table: ModelConfig, module: nn.Module, source: str) -> tuple[Sta
     is_prefix = key is not None and any(is_under(name, (key,)) for name in state)
     state, more = without_prefix(module, state, key if is_prefix else None, source)
     return state, [*notes, *more]
-
-
-def _published_state(table: ModelConfig, image_size: int) -> StateDict:
-    if table.source == "timm":
-        return timm_models.published_state(table, image_size)
-    return torchvision_models.published_state(table)
-
-
-def _settle(
-    table: ModelConfig, module: nn.Module, heads: tuple[str, ...], num_classes: int, channels: int, image_size: int
-) -> tuple[str, ...]:
-    """Check that images of this size give logits, and that all randomness is in dropout layers that can be keyed.
-
-    Returns the names of the parameters in the order of their first use. Raises UserError if a check fails.
-    """
-    found = _probe(table, module, channels, image_size)
-    for make_repeatable in (timm_models.use_plain_attention, timm_models.use_dropout_layer):
-        if found.random and table.source == "timm":
-            make_repeatable(module, heads)
-            found = _probe(table, module, channels, image_size)
-    if found.random:
-        raise UserError(
-            f"{table.name} draws random numbers in a way that cannot be repeated on another number of processes "
-            f"({', '.join(found.random)}); leave out dropout, drop rates and random positions (rope_*_coords) in "
-            "model.args (or set them to 0, or rope_rescale_coords to 1, "
-            "if the model has some by default), and use model.head.dropout"
-        )
-    if not is_logits(found.output, num_classes):
-        raise UserError(f"{table.name} does not return {num_classes} logits per image, so it is not a classifier")
-    return found.used
-
-
-def _probe(table: ModelConfig, module: nn.Module, channels: int, image_size: int) -> DryForwardResult:
-    try:
-        return probe(module, channels, image_size)
-    except Exception as error:
-        raise _unfit_size(table, image_size, error) from None
-
-
-def _unfit_size(table: ModelConfig, image_size: int, error: Exception) -> UserError:
-    return UserError(
-        f"{table.name} cannot take images of {image_size}x{image_size} pixels (too small, or not a multiple of the "
-        f"required size); choose another data.image_size. The error was: {first_line(error)}"
-    )
 
 
 def _classifier_parts(module: nn.Module, heads: tuple[str, ...]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from toolkit.models.keyed_dropout import DROPOUT_TYPES
+from toolkit.models.keyed_dropout import can_be_keyed
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _training_without_dropout(module: nn.Module) -> Iterator[None]:
     modes = {submodule: submodule.training for submodule in module.modules()}
     module.train()
     for submodule in modes:
-        if isinstance(submodule, DROPOUT_TYPES):
+        if can_be_keyed(submodule):
             submodule.eval()
     try:
         yield

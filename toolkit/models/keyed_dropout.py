@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 DROPOUT_TYPES: tuple[type[nn.Module], ...] = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, DropPath, StochasticDepth)
-"""The modules that :func:`key_dropout_layers` replaces."""
+"""Dropout and stochastic depth layers."""
 
 _MASK64 = 2**64 - 1
 _MASK32 = 2**32 - 1
@@ -88,18 +88,20 @@ class KeyedDropout(nn.Module):
 def key_dropout_layers(module: nn.Module, seed: int) -> DropoutKeys:
     """Replace every dropout and stochastic depth layer of ``module`` in place. State dict names do not change.
 
-    The layers are numbered in registration order, so the same model gets the same masks everywhere. Raises ValueError
-    for stochastic depth with mode='batch'.
+    The layers are numbered in registration order, so the same model gets the same masks everywhere. Stochastic depth of
+    whole batches stays as it is, because its masks do not belong to single examples.
     """
-    found = [
-        (n, layer) for n, layer in module.named_modules(remove_duplicate=False) if isinstance(layer, DROPOUT_TYPES)
-    ]
+    found = [(name, layer) for name, layer in module.named_modules(remove_duplicate=False) if can_be_keyed(layer)]
     state = DropoutKeys(seed, len(found))
     for number, (name, layer) in enumerate(found):
-        if isinstance(layer, StochasticDepth) and layer.mode != "row":
-            raise ValueError(f"{name}: stochastic depth of whole batches depends on the batch; use mode='row'")
         module.set_submodule(name, KeyedDropout(layer, state, number))
     return state
+
+
+def can_be_keyed(layer: nn.Module) -> bool:
+    """Whether :func:`key_dropout_layers` replaces a layer."""
+    is_per_batch = isinstance(layer, StochasticDepth) and layer.mode != "row"
+    return isinstance(layer, DROPOUT_TYPES) and not is_per_batch
 
 
 def example_keys(seed: int, epoch: int, draws: np.ndarray) -> np.ndarray:

@@ -14,11 +14,11 @@ from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.models.head import DropoutLinear, with_dropout
 from toolkit.models.layer_groups import is_under
 from toolkit.models.pretrained import StateDict, is_file_reference, map_efficientnet_lite
-from toolkit.models.unknown_names import check_arguments, first_line, unknown_name
+from toolkit.models.unknown_names import unknown_name
 from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.schema import ModelConfig
 
@@ -29,7 +29,6 @@ def construct(
     table: ModelConfig, num_classes: int, channels: int, image_size: int
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Build the randomly initialized model with ``num_classes`` outputs; also return the names of its last layers."""
-    check_arguments(table.args)
     arguments = {"num_classes": num_classes, "in_chans": channels, **_arguments(table, image_size)}
     module = _create(_full_name(table), arguments)
     if not hasattr(module, "get_classifier"):
@@ -37,7 +36,7 @@ def construct(
     return module, _last_layers(module)
 
 
-def published_state(table: ModelConfig, image_size: int) -> StateDict:
+def published_state(table: ModelConfig, module: nn.Module, image_size: int) -> StateDict:
     """Return the tag's weights as timm loads them, with the published classes and channels.
 
     They are read from the Hugging Face cache without network access, or else downloaded. Raises UserError if the tag
@@ -63,7 +62,7 @@ def _arguments(table: ModelConfig, image_size: int) -> dict[str, Any]:
     return {**({"img_size": image_size} if is_fixed else {}), **table.args}
 
 
-def adapt(table: ModelConfig, module: nn.Module, state: StateDict) -> StateDict:
+def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: int) -> StateDict:
     """Convert a file's names and position embeddings to those of ``module``."""
     if "_conv_stem.weight" in state and hasattr(module, "blocks"):
         if not table.name.startswith("tf_efficientnet_lite"):

@@ -10,9 +10,9 @@ import torchvision
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.models.pretrained import StateDict, map_densenet
-from toolkit.models.unknown_names import check_arguments, first_line, unknown_name
+from toolkit.models.unknown_names import unknown_name
 from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.schema import ModelConfig
 
@@ -27,7 +27,6 @@ def construct(
     known = torchvision.models.list_models(module=torchvision.models)
     if table.name not in known:
         raise unknown_name("model.name", table.name, known)
-    check_arguments(table.args)
     arguments = {**_own_arguments(table, channels, image_size), **table.args}
     try:
         module = torchvision.models.get_model(table.name, weights=None, num_classes=num_classes, **arguments)
@@ -38,20 +37,21 @@ def construct(
     return module, (_last_layer(module, num_classes),)
 
 
-def published_state(table: ModelConfig) -> StateDict:
+def published_state(table: ModelConfig, module: nn.Module, image_size: int) -> StateDict:
     """Return the weights of the enum member, from torch's cache or downloaded. Raises UserError if that fails."""
     weights = _enum(table)
     try:
-        return dict(weights.get_state_dict(progress=False, check_hash=True))
+        state = dict(weights.get_state_dict(progress=False, check_hash=True))
     except Exception as error:  # URLError, OSError, RuntimeError for a wrong hash, ...
         target = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         raise UserError(
             f"weights {table.weights} of {table.name} could not be fetched ({first_line(error)}). Without a network: "
             f"bring {weights.url} to {target}, or give model.weights = 'file:PATH'"
         ) from None
+    return adapt(table, module, state, image_size)
 
 
-def adapt(module: nn.Module, state: StateDict, image_size: int) -> StateDict:
+def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: int) -> StateDict:
     """Convert published names and position embeddings to those of ``module``."""
     state = map_densenet(state)
     position = "encoder.pos_embedding"

@@ -22,8 +22,3 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     for name in arguments:
         if name in OWN_MODEL_KEYS:
             raise UserError(f"model.args.{name} cannot be given: {OWN_MODEL_KEYS[name]}")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import RunFailed, UserError
+from toolkit.errors import RunFailed, UserError, first_line
 from toolkit.metrics import CURVES, metric_of
-from toolkit.models.unknown_names import first_line
 from toolkit.reading import read_json
 from toolkit.report.plot_style import CYCLE
 from toolkit.runs import Run, write_atomically

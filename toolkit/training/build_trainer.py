@@ -39,6 +39,7 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
         cuda_graphs=recipe.train.cuda_graphs,
         steps_per_epoch=setup.steps,
         log_every=recipe.train.log_every,
+        has_unkeyed_randomness=bool(setup.built.unkeyed),
     )
     ema = None if recipe.train.ema is None else ModelEma(network, recipe.train.ema)
     wrapped = accelerator.prepare_model(network)

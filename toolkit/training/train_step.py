@@ -20,11 +20,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from toolkit.augment.mixup import MixupConfig, mix
-from toolkit.data.sampling import MicroBatch
+from toolkit.data.sampling import MicroBatch, hash64
 from toolkit.distributed.batchnorm import set_replicated
-from toolkit.errors import RunFailed
+from toolkit.errors import RunFailed, first_line
 from toolkit.models.keyed_dropout import DropoutKeys, example_keys
-from toolkit.models.unknown_names import first_line
 from toolkit.training.ema import ModelEma
 from toolkit.training.evaluation import to_device
 
@@ -131,6 +130,8 @@ class TrainStepConfig:
     cuda_graphs: bool
     steps_per_epoch: int
     log_every: int
+    has_unkeyed_randomness: bool = False
+    """Whether the model draws random numbers outside its dropout layers."""
 
 
 @dataclass
@@ -200,6 +201,8 @@ class TrainStep:
         if self.stochastic.calls:
             keys = example_keys(settings.seed, epoch, np.asarray(batch.draws[: micro.own]))
             self.stochastic.set_keys(torch.from_numpy(keys).to(accelerator.device, non_blocking=True))
+        if settings.has_unkeyed_randomness:  # different numbers on each process, the same again in a resumed run
+            torch.manual_seed(hash64(settings.seed, epoch, micro.step, micro.part, accelerator.process_index))
         if accelerator.num_processes > 1:
             set_replicated(self.network, micro.replicated)
         if settings.cuda_graphs:
