@@ -27,8 +27,7 @@ from toolkit.recipe.resolve import diff
 from toolkit.recipe.schema import Recipe
 from toolkit.study.directory import StudyRun
 from toolkit.study.expand import ExpandedStudy, PlannedRun, StudySpec, expand, read_study
-from toolkit.study.grid import dotted_leaves
-from toolkit.study.search_space import KINDS
+from toolkit.study.search_space import RANGES, dotted_leaves
 from toolkit.training.fit import dry_run
 
 PAPERS = REPOSITORY / "recipes" / "papers"
@@ -687,7 +686,7 @@ def keys_set(name: str) -> set[str]:
     study = study_file(name)
     given = {leaf.key for source in study.sources for leaf in dotted_leaves(source.data, ())}
     given |= {key for run in expansion(name).runs for key in run.changes}
-    given |= {leaf.key for leaf in dotted_leaves(study.table.space, (), frozenset({*KINDS, "when"}))}
+    given |= {leaf.key for leaf in dotted_leaves(study.table.space, (), RANGES)}
     return {key for key in given if not key.startswith(UNMARKED) and key != "extends"}
 
 

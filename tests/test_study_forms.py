@@ -407,7 +407,7 @@ MISTAKES = {
     "circle": (
         "[study.grid]\ntrain.ema = { values = [0.5], when = { train.max_grad_norm = 1.0 } }\n"
         "train.max_grad_norm = { values = [1.0], when = { train.ema = 0.5 } }\n",
-        "depends on itself",
+        "study.grid: conditions are circular: train.ema on train.max_grad_norm on train.ema",
     ),
     "unknown word beside values": (
         "[study.grid]\noptimizer.lr = { values = [0.1], if = 3 }\n",

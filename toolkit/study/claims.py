@@ -11,9 +11,9 @@ from toolkit.errors import UserError
 from toolkit.metrics import METRICS, higher_is_better
 from toolkit.recipe.study_schema import Claim, StudyConfig
 from toolkit.study.directory import StudyDirectory
-from toolkit.study.grid import conditions
 from toolkit.study.results import RunResult
 from toolkit.study.results_table import MISSING, number
+from toolkit.study.search_space import conditions
 from toolkit.study.significance import McNemar, estimate, pairs_needed, welch
 from toolkit.study.text_table import TextTable
 from toolkit.study.validation import in_group

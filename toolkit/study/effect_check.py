@@ -21,8 +21,8 @@ from toolkit.recipe.schema import Recipe
 from toolkit.recipe.toml_writer import toml_value
 from toolkit.study.effective_config import EffectiveConfigs
 from toolkit.study.expand import STUDY, ExpandedStudy, PlannedRun, StudySpec
-from toolkit.study.grid import LocatedValue, ParameterSet, same
-from toolkit.study.search_space import SearchParameter, SearchSpace
+from toolkit.study.grid import ParameterSet
+from toolkit.study.search_space import LocatedValue, SearchParameter, SearchSpace, same
 
 TRIED = 24
 """Maximum number of pairs of runs tried before a key is reported to have no effect."""

@@ -22,20 +22,16 @@ from toolkit.recipe.study_schema import PublishedMean, PublishedMetrics, Publish
 from toolkit.recipe.toml_positions import KeyPath, Span
 from toolkit.recipe.validation import validate
 from toolkit.study.directory import StudyRun
-from toolkit.study.grid import (
+from toolkit.study.grid import ParameterSet, RowNamer, nested, products, read_variables, zipped
+from toolkit.study.search_space import (
     LocatedValue,
-    ParameterSet,
-    RowNamer,
-    SweptParameter,
+    SearchSpace,
     conditions,
     dotted_leaves,
-    nested,
-    products,
-    read_variables,
+    random_configurations,
+    read_space,
     same,
-    zipped,
 )
-from toolkit.study.search_space import KINDS, SearchSpace, random_configurations, read_space
 from toolkit.study.validation import check_claims, check_study
 
 STUDY: KeyPath = ("study",)
@@ -91,11 +87,6 @@ class StudySpec:
     """Number of ``sources`` up to and including the last that states published metrics; None: all."""
 
     @property
-    def stating_sources(self) -> list[ConfigLayer]:
-        """The sources to which the published metrics refer."""
-        return self.sources[: self.stating]
-
-    @property
     def name(self) -> str:
         """Name of the study and of the recipe of all its runs."""
         return self.base.recipe.name
@@ -132,13 +123,9 @@ class StudySpec:
 
     def drawn(self, changes: Mapping[str, Any], seed: LocatedValue | None = None) -> PlannedRun:
         """Build the run of a configuration from the space, named by its values. Raises RecipeError."""
-        ends = frozenset({*KINDS, "when"})
-        places = {leaf.key: leaf.place for leaf in dotted_leaves(self.table.space, (*STUDY, "space"), ends)}
-        names = RowNamer(
-            [SweptParameter(parameter.key, places[parameter.key], ()) for parameter in self.space.parameters]
-        )
+        places = {parameter.key: parameter.place for parameter in self.space.parameters}
         values = {key: LocatedValue(value, places[key]) for key, value in changes.items()}
-        return self.run(names.plain(values), values, seed)
+        return self.run(RowNamer(self.space.parameters).plain(values), values, seed)
 
     def _source(self, key: str, value: LocatedValue) -> ConfigLayer:
         """Return a change as one more layer of the recipe, positioned where it stands in the study's file."""
@@ -201,24 +188,25 @@ def expand(study: StudySpec) -> ExpandedStudy:
 
     Raises RecipeError with all errors of all runs.
     """
-    found, faults = ExpandedStudy(), _Diagnostics()
-    seeds = _seeds(study)
+    found = ExpandedStudy()
+    errors: dict[tuple[str, str], Diagnostic] = {}
+    warnings: dict[tuple[str, str], Diagnostic] = {}
     for row, name, changes in () if study.table.bohb else _rows(study):
-        for seed in seeds:
+        for seed in _seeds(study):
             try:
                 run = study.run(name, changes, seed)
             except RecipeError as error:
-                faults.add(error.diagnostics, name)
+                _add_new(errors, error.diagnostics, name)
                 break  # other seeds have the same errors
-            found.runs.append(_compared(study, _with_published(run, study.table, row), seed))
-            faults.warnings.add(run.loaded.warnings, name)
-    if faults.kept:
-        raise RecipeError(faults.kept)
+            found.runs.append(_with_published(run, study, row, _not_comparable(study, run, seed)))
+            _add_new(warnings, run.loaded.warnings, name)
+    if errors:
+        raise RecipeError(list(errors.values()))
     wrong = list(check_claims(study.table, [run.member for run in found.runs]))
     if wrong:
         raise RecipeError(located(wrong, study.merged, study.path))
-    found.warnings = faults.warnings.kept
-    found.runs, found.remarks = _without_doubles(found.runs)
+    found.warnings = list(warnings.values())
+    found.runs, found.remarks = _without_duplicates(found.runs)
     changed = any(run.member.changes for run in found.runs) or study.table.bohb
     if changed and any("expected_metrics" in source.data for source in study.sources):
         found.remarks.append(
@@ -227,22 +215,11 @@ def expand(study: StudySpec) -> ExpandedStudy:
     return found
 
 
-class _Diagnostics:
-    """Deduplicated diagnostics of many runs, each with the first row that has it."""
-
-    def __init__(self, *, has_warnings: bool = True) -> None:
-        self.kept: list[Diagnostic] = []
-        self.seen: set[tuple[str, str]] = set()
-        if has_warnings:
-            self.warnings = _Diagnostics(has_warnings=False)
-
-    def add(self, items: Sequence[Diagnostic], row: str) -> None:
-        """Add the diagnostics that are new."""
-        for item in items:
-            mark = (item.message, str(item.location))
-            if mark not in self.seen:
-                self.seen.add(mark)
-                self.kept.append(replace(item, note=item.note or f"in the row {row!r}"))
+def _add_new(known: dict[tuple[str, str], Diagnostic], items: Sequence[Diagnostic], row: str) -> None:
+    """Add the diagnostics whose message and location no earlier row has."""
+    for item in items:
+        new = replace(item, note=item.note or f"in the row {row!r}")
+        known.setdefault((item.message, str(item.location)), new)
 
 
 def _seeds(study: StudySpec) -> list[LocatedValue | None]:
@@ -287,45 +264,44 @@ def _drawn(study: StudySpec) -> Iterator[tuple[str, ParameterSet]]:
         yield run.member.row, run.changes
 
 
-def _with_published(run: PlannedRun, table: StudyConfig, row: StudyRow | None) -> PlannedRun:
+def _with_published(run: PlannedRun, study: StudySpec, row: StudyRow | None, not_comparable: str) -> PlannedRun:
     """Return the run with its published metrics; those of its row override those of the study."""
-    also = [item for item in table.published if _meets(item, run.recipe)]
+    also = [item for item in study.table.published if _meets(item, run.recipe)]
     figures: PublishedMetrics = {}
     for item in also:
         figures |= item.figures
     figures |= row.published if row else {}
-    several = {str(name): value for name, value in figures.items() if isinstance(value, PublishedMean)}
     sources = [row.source if row else "", *(item.source for item in also)]
     notes = [row.note if row else "", *(item.note for item in also)]
+    several = {name: value for name, value in figures.items() if isinstance(value, PublishedMean)}
     member = replace(
         run.member,
-        published={
-            str(name): value.mean if isinstance(value, PublishedMean) else value for name, value in figures.items()
-        },
+        published={name: value.mean if isinstance(value, PublishedMean) else value for name, value in figures.items()},
         published_spread={name: {"std": value.std, "n": value.n} for name, value in several.items()},
-        published_epochs={str(name): values for name, values in (row.published_epochs if row else {}).items()},
+        published_epochs=row.published_epochs if row else {},
         source=next(filter(None, sources), ""),
         note=" ".join(filter(None, notes)),
+        not_comparable=not_comparable,
     )
     return replace(run, member=member)
 
 
-def _compared(study: StudySpec, run: PlannedRun, seed: LocatedValue | None) -> PlannedRun:
-    """Return the run with the reason why its metrics cannot be compared with the published ones, if there is one.
+def _not_comparable(study: StudySpec, run: PlannedRun, seed: LocatedValue | None) -> str:
+    """Return why the run's metrics cannot be compared with the published ones; empty if they can.
 
     Published metrics belong to the recipe up to the file that states them: a file that extends it, or --set, may change
     the conditions. The reason is set for runs without published metrics too, since claims compare them.
     """
     if study.table.not_comparable:
-        return replace(run, member=replace(run.member, not_comparable=study.table.not_comparable))
-    stating = StudySpec(study.path, study.stating_sources, study.merged, study.table, study.base)
+        return study.table.not_comparable
     stated = run.recipe
-    if len(stating.sources) < len(study.sources):
+    if study.stating is not None and study.stating < len(study.sources):
+        stating = replace(study, sources=study.sources[: study.stating])
         try:
             stated = stating.run(run.member.row, run.changes, seed).recipe
         except RecipeError:
-            return replace(run, member=replace(run.member, not_comparable="its recipe is incomplete without --set"))
-    return replace(run, member=replace(run.member, not_comparable=different_conditions(run.recipe, stated)))
+            return "its recipe is incomplete without --set"
+    return different_conditions(run.recipe, stated)
 
 
 def _meets(published: PublishedResults, recipe: Recipe) -> bool:
@@ -335,7 +311,7 @@ def _meets(published: PublishedResults, recipe: Recipe) -> bool:
     return all(any(same(content.get(key), value) for value in allowed) for key, allowed in wanted.items())
 
 
-def _without_doubles(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
+def _without_duplicates(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
     """Merge duplicates: different rows of the same run share it, a repeated row is dropped. Return messages on both."""
     kept: list[PlannedRun] = []
     hashes: set[str] = set()

@@ -1,19 +1,25 @@
-"""Swept keys of [study]: lists of values, their positions in the file, and how they are combined.
-
-A key is written nested or dotted, as in a recipe: ``optimizer.lr = [...]`` and ``"optimizer.lr" = [...]`` are the same.
-"""
+"""[study.grid] and [study.zip]: lists of values, how they are combined, and the names of rows."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from toolkit.recipe.diagnostics import Issue
+from toolkit.recipe.diagnostics import Issue, error
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.type_descriptions import describe_value
+from toolkit.study.search_space import (
+    Leaf,
+    LocatedValue,
+    SearchParameter,
+    SearchSpace,
+    conditions,
+    dotted_leaves,
+    in_order,
+    same,
+)
 
 MOST_COMBINATIONS = 100_000
 """Larger grids are rejected without being enumerated, as they are almost certainly a mistake."""
@@ -22,93 +28,42 @@ LONGEST_LABEL = 40
 """Maximum length of a value in a row's name, in characters; a longer one is shown by its index."""
 
 
-@dataclass(frozen=True)
-class LocatedValue:
-    """A value that a key takes in some runs, and its position in the study's file."""
-
-    value: Any
-    place: KeyPath
-
-
-@dataclass(frozen=True)
-class SweptParameter:
-    """A key that varies, in [study.grid] or [study.zip]."""
-
-    key: str
-    """Dotted recipe key."""
-    place: KeyPath
-    """Position of the key in the study's file."""
-    values: tuple[LocatedValue, ...]
-    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Conditions: other keys with their allowed values; if they do not hold, this key keeps the recipe's value."""
-
-
 ParameterSet = dict[str, LocatedValue]
 """Values in one run, by dotted key."""
 
 
-def dotted_leaves(table: Mapping[str, Any], place: KeyPath, ends: frozenset[str] = frozenset()) -> Iterator[_Leaf]:
-    """Yield the dotted keys of a table with values and positions. A table that contains one of ``ends`` is a value."""
-    for name, value in table.items():
-        here = (*place, name)
-        if isinstance(value, Mapping) and value and not ends & value.keys():
-            for leaf in dotted_leaves(value, here, ends):
-                yield _Leaf(f"{name}.{leaf.key}", leaf.value, leaf.place)
-        else:
-            yield _Leaf(name, value, here)
+def read_variables(table: Mapping[str, Any], place: KeyPath) -> tuple[list[SearchParameter], list[Issue]]:
+    """Read the variables of [study.grid] or [study.zip], each a choice. Return them with the issues found."""
+    found = [_variable(leaf) for leaf in dotted_leaves(table, place, frozenset({"values", "when"}))]
+    return [item for item in found if not isinstance(item, Issue)], [item for item in found if isinstance(item, Issue)]
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    key: str
-    value: Any
-    place: KeyPath
-
-
-def read_variables(table: Mapping[str, Any], place: KeyPath) -> tuple[list[SweptParameter], list[Issue]]:
-    """Read the variables of [study.grid] or [study.zip]. Return them with the issues found."""
-    variables, faults = [], []
-    for leaf in dotted_leaves(table, place, frozenset({"values", "when"})):
-        variable = _variable(leaf)
-        if isinstance(variable, Issue):
-            faults.append(variable)
-        else:
-            variables.append(variable)
-    return variables, faults
-
-
-def _variable(leaf: _Leaf) -> SweptParameter | Issue:
-    value, place, when = leaf.value, leaf.place, {}
-    name = ".".join(str(part) for part in leaf.place)
-    if isinstance(value, Mapping) and "values" in value:
-        unknown = sorted(value.keys() - {"values", "when"})
+def _variable(leaf: Leaf) -> SearchParameter | Issue:
+    values, when = leaf.value, {}
+    if isinstance(leaf.value, Mapping) and "values" in leaf.value:
+        unknown = sorted(leaf.value.keys() - {"values", "when"})
         if unknown:
-            return Issue(f"{name}: takes values and when, not {', '.join(unknown)}", leaf.place, at="key")
-        if not isinstance(value.get("when", {}), Mapping):
-            return Issue(f"{name}.when: expected recipe keys with values, {{ optimizer.name = ... }}", leaf.place)
-        when = conditions(value.get("when", {}))
-        value, place = value["values"], (*place, "values")
-    if not isinstance(value, list):
+            return error(leaf.place, f"takes values and when, not {', '.join(unknown)}", at="key")
+        values, when = leaf.value["values"], leaf.value.get("when", {})
+        if not isinstance(when, Mapping):
+            return error((*leaf.place, "when"), "expected recipe keys with values, { optimizer.name = ... }")
+    if not isinstance(values, list):
         hint = "a single value for all runs belongs in its own table, outside [study]"
-        return Issue(f"{name}: expected a list of values, found {describe_value(value)}", leaf.place, hint=hint)
-    if not value:
-        return Issue(f"{name}: the list is empty, so there are no runs", leaf.place)
-    return SweptParameter(leaf.key, leaf.place, tuple(LocatedValue(v, (*place, i)) for i, v in enumerate(value)), when)
+        return error(leaf.place, f"expected a list of values, found {describe_value(values)}", hint=hint)
+    if not values:
+        return error(leaf.place, "the list is empty, so there are no runs")
+    place = (*leaf.place, "values") if values is not leaf.value else leaf.place
+    located = tuple(LocatedValue(value, (*place, index)) for index, value in enumerate(values))
+    return SearchParameter(leaf.key, "choice", tuple(values), conditions(when), leaf.place, located)
 
 
-def conditions(table: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Return the allowed values of a ``when`` table by dotted key."""
-    leaves = dotted_leaves(table, ())
-    return {leaf.key: tuple(leaf.value) if isinstance(leaf.value, list) else (leaf.value,) for leaf in leaves}
-
-
-def zipped(variables: Sequence[SweptParameter]) -> list[ParameterSet]:
+def zipped(variables: Sequence[SearchParameter]) -> list[ParameterSet]:
     """Combine the lists element by element: one combination per position."""
-    steps = zip(*(variable.values for variable in variables), strict=True)
+    steps = zip(*(variable.located for variable in variables), strict=True)
     return [dict(zip((v.key for v in variables), step, strict=True)) for step in steps] if variables else [{}]
 
 
-def uneven(variables: Sequence[SweptParameter]) -> Issue | None:
+def uneven(variables: Sequence[SearchParameter]) -> Issue | None:
     """Return an issue if the lists of [study.zip] differ in length."""
     lengths = {variable.key: len(variable.values) for variable in variables}
     if len(set(lengths.values())) < 2:
@@ -117,53 +72,25 @@ def uneven(variables: Sequence[SweptParameter]) -> Issue | None:
     return Issue(f"study.zip: the lists must have the same length; {told} values", ("study", "zip"), at="key")
 
 
-def products(variables: Sequence[SweptParameter], fixed: Mapping[str, Any]) -> Iterator[ParameterSet]:
+def products(variables: Sequence[SearchParameter], fixed: Mapping[str, Any]) -> Iterator[ParameterSet]:
     """Yield all distinct combinations, the last variable fastest; keys whose condition does not hold are left out.
 
     ``fixed``: the other values of the recipe by dotted key, for conditions.
     """
-    seen = set()
-    for values in itertools.product(*(variable.values for variable in variables)):
+    space, seen = SearchSpace(tuple(in_order(variables)), fixed), set()
+    for values in itertools.product(*(variable.located for variable in variables)):
         chosen = dict(zip((v.key for v in variables), values, strict=True))
-        combination = _holding(variables, chosen, fixed)
+        active = space.active({key: value.value for key, value in chosen.items()})
+        combination = {key: value for key, value in chosen.items() if key in active}
         mark = tuple((key, value.place) for key, value in combination.items())
         if mark not in seen:
             seen.add(mark)
             yield combination
 
 
-def _holding(variables: Sequence[SweptParameter], chosen: ParameterSet, fixed: Mapping[str, Any]) -> ParameterSet:
-    """Return the part of ``chosen`` whose conditions hold; a condition on a key that is left out does not hold."""
-    by_key = {variable.key: variable for variable in variables}
-
-    def holds(key: str) -> bool:
-        return all(
-            (other not in by_key or holds(other))
-            and any(same(chosen[other].value if other in by_key else fixed.get(other), value) for value in allowed)
-            for other, allowed in by_key[key].when.items()
-        )
-
-    return {key: value for key, value in chosen.items() if holds(key)}
-
-
-def circle(variables: Sequence[SweptParameter]) -> str | None:
-    """Return a key whose condition depends on itself, if there is one."""
-    by_key = {variable.key: variable for variable in variables}
-
-    def leads_back(key: str, way: tuple[str, ...]) -> bool:
-        return key in way or any(leads_back(other, (*way, key)) for other in by_key[key].when if other in by_key)
-
-    return next((key for key in by_key if leads_back(key, ())), None)
-
-
-def count_products(variables: Sequence[SweptParameter]) -> int:
+def count_products(variables: Sequence[SearchParameter]) -> int:
     """Return the number of combinations, ignoring conditions."""
     return math.prod(len(variable.values) for variable in variables)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Return whether two TOML values are equal; unlike in Python, true is not 1."""
-    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -176,7 +103,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 class RowNamer:
     """Builds row names from swept values and their combinations."""
 
-    def __init__(self, variables: Iterable[SweptParameter]) -> None:
+    def __init__(self, variables: Iterable[SearchParameter]) -> None:
         self.variables = {variable.key: variable for variable in variables}
         last = [key.rsplit(".", 1)[-1] for key in self.variables]
         self.short = {
@@ -197,11 +124,11 @@ class RowNamer:
     def _value(self, key: str, value: LocatedValue) -> str:
         """Return the value's label if it is short and unique among the key's values, else its number, as in ``#2``."""
         values = self.variables[key].values
-        words = [label(each.value) for each in values]
+        words = [label(each) for each in values]
         mine = label(value.value)
-        if len(mine) <= LONGEST_LABEL and words.count(mine) == sum(same(v.value, value.value) for v in values):
+        if len(mine) <= LONGEST_LABEL and words.count(mine) == sum(same(v, value.value) for v in values):
             return mine
-        return f"#{1 + next(i for i, each in enumerate(values) if same(each.value, value.value))}"
+        return f"#{1 + next(i for i, each in enumerate(values) if same(each, value.value))}"
 
 
 def label(value: Any) -> str:

@@ -189,7 +189,7 @@ class _ReplayedSearch(BohbScheduler):
 def space_of(found: StudyResults) -> SearchSpace:
     """Return the space of a search, without conditions; for any other study, the values of its runs."""
     if found.table.space:
-        return SearchSpace(tuple(read_parameters(found.table.space)), {})
+        return SearchSpace(tuple(read_parameters(found.table.space)[0]), {})
     values: dict[str, list[Any]] = {}
     for result in found.results:
         for key, value in result.member.changes.items():

@@ -1,5 +1,6 @@
-"""[study.space]: a search space of recipe keys with ranges, some of which are active only under a condition.
+"""Varied keys of [study] and their conditions, and the search space of [study.space].
 
+A key is written nested or dotted, as in a recipe: ``optimizer.lr = [...]`` and ``"optimizer.lr" = [...]`` are the same.
 A configuration is a dictionary from dotted recipe keys to values, the *changes* of a run. A key whose condition does
 not hold is left out, so the recipe's own value applies.
 """
@@ -7,27 +8,73 @@ not hold is left out, so the recipe's own value applies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from toolkit.errors import UserError
+from toolkit.recipe.diagnostics import Issue, dotted, error
+from toolkit.recipe.toml_positions import KeyPath
 from toolkit.similar_names import did_you_mean
-from toolkit.study.grid import conditions, same
 
 Kind = Literal["uniform", "log_uniform", "integers", "choice"]
 KINDS: tuple[str, ...] = get_args(Kind)
+RANGES = frozenset({*KINDS, "when"})
+"""Keys of a table that is a range of a search space, not a table of recipe keys."""
+
 FORMS = "{ uniform = [a, b] }, { log_uniform = [a, b] }, { integers = [a, b] } or { choice = [...] }"
 
 DIGITS = 6
 """Significant digits of a sampled number: few enough to show in a table, and the same on every machine."""
 
+SPACE: KeyPath = ("study", "space")
+
+
+class Leaf(NamedTuple):
+    """An entry of a table, by its dotted key."""
+
+    key: str
+    value: Any
+    place: KeyPath
+
+
+def dotted_leaves(table: Mapping[str, Any], place: KeyPath, ends: frozenset[str] = frozenset()) -> Iterator[Leaf]:
+    """Yield the dotted keys of a table with values and positions. A table that contains one of ``ends`` is a value."""
+    for name, value in table.items():
+        here = (*place, name)
+        if isinstance(value, Mapping) and value and not ends & value.keys():
+            for leaf in dotted_leaves(value, here, ends):
+                yield leaf._replace(key=f"{name}.{leaf.key}")
+        else:
+            yield Leaf(name, value, here)
+
+
+def conditions(table: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Return the allowed values of a ``when`` table by dotted key."""
+    leaves = dotted_leaves(table, ())
+    return {leaf.key: tuple(leaf.value) if isinstance(leaf.value, list) else (leaf.value,) for leaf in leaves}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two TOML values are equal; unlike in Python, true is not 1."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
+@dataclass(frozen=True)
+class LocatedValue:
+    """A value that a key takes in some runs, and its position in the study's file."""
+
+    value: Any
+    place: KeyPath
+
 
 @dataclass(frozen=True)
 class SearchParameter:
-    """One key of the space: its range, and when it is active."""
+    """A key that varies: its values, and when it is active."""
 
     key: str
     """Dotted recipe key."""
@@ -36,6 +83,10 @@ class SearchParameter:
     """(lowest, highest), both inclusive; for a choice, its options."""
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Conditions under which the key is active: other keys, with the values that each may have."""
+    place: KeyPath = ()
+    """Position of the key in the study's file."""
+    located: tuple[LocatedValue, ...] = ()
+    """The values with their positions, in [study.grid] and [study.zip]."""
 
     def at(self, position: float) -> Any:
         """Return the value at a position from 0 to 1 of the range; equal intervals are equally probable."""
@@ -77,7 +128,7 @@ class SearchSpace:
         """Return the changes that result from calling ``choose`` for each active parameter, in order."""
         changes: dict[str, Any] = {}
         for parameter in self.parameters:
-            if self._counts(parameter, changes):
+            if self._is_active(parameter, changes):
                 changes[parameter.key] = choose(parameter)
         return changes
 
@@ -86,15 +137,22 @@ class SearchSpace:
         positions = dict(zip(self.keys, random.random(len(self.parameters)).tolist(), strict=True))
         return self.configuration(lambda parameter: parameter.at(positions[parameter.key]))
 
+    def active(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the part of ``values``, which has all keys, whose conditions hold."""
+        return self.configuration(lambda parameter: values[parameter.key])
+
     @property
     def keys(self) -> list[str]:
         """The varied keys."""
         return [parameter.key for parameter in self.parameters]
 
-    def _counts(self, parameter: SearchParameter, changes: Mapping[str, Any]) -> bool:
-        varied = set(self.keys)
+    @cached_property
+    def _varied(self) -> frozenset[str]:
+        return frozenset(self.keys)
+
+    def _is_active(self, parameter: SearchParameter, changes: Mapping[str, Any]) -> bool:
         return all(
-            (key in changes or key not in varied)
+            (key in changes or key not in self._varied)
             and any(same(changes.get(key, self.base.get(key)), allowed) for allowed in values)
             for key, values in parameter.when.items()
         )
@@ -126,57 +184,42 @@ def read_space(table: Mapping[str, Any], base: Mapping[str, Any]) -> SearchSpace
 
     Raises UserError with all errors.
     """
-    parameters = {parameter.key: parameter for parameter in read_parameters(table)}
-    faults = list(_faults_of_conditions(parameters, base))
-    if faults:
-        raise UserError("\n".join(faults))
-    return SearchSpace(tuple(_in_order(parameters)), base)
+    parameters, issues = read_parameters(table)
+    issues = issues or list(check_conditions(parameters, base, SPACE))
+    if issues:
+        raise UserError("\n".join(f"{issue.message}{issue.hint and '; '}{issue.hint or ''}" for issue in issues))
+    return SearchSpace(tuple(in_order(parameters)), base)
 
 
-def read_parameters(table: Mapping[str, Any]) -> list[SearchParameter]:
-    """Read the parameters of a [study.space] table, one by one. Raises UserError with all errors."""
-    faults, parameters = [], []
-    for path, leaf in _leaves(table):
-        key = ".".join(path)
+def read_parameters(table: Mapping[str, Any]) -> tuple[list[SearchParameter], list[Issue]]:
+    """Read the parameters of a [study.space] table, one by one. Return them with the issues found."""
+    parameters: list[SearchParameter] = []
+    issues = [] if table else [Issue(f"study.space is empty: give recipe keys with {FORMS}", SPACE, at="key")]
+    for leaf in dotted_leaves(table, SPACE, RANGES):
         try:
-            parameters.append(_parameter(key, leaf))
+            parameters.append(_parameter(leaf))
         except UserError as fault:
-            faults.append(f"study.space.{key}: {fault}")
-    if not table:
-        faults.append(f"study.space is empty: give recipe keys with {FORMS}")
-    if faults:
-        raise UserError("\n".join(faults))
-    return parameters
+            issues.append(error(leaf.place, str(fault), at="key"))
+    return parameters, issues
 
 
-def _leaves(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield key paths with their values: a table with a known kind, or anything that is not a table."""
-    for key, value in table.items():
-        if isinstance(value, Mapping) and value and not _is_range(value):
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
-def _is_range(value: Mapping[str, Any]) -> bool:
-    """Return whether a table is a range, possibly a malformed one, and not a table of keys."""
-    return any(key in KINDS for key in value) or ("when" in value and len(value) <= 2)
-
-
-def _parameter(key: str, leaf: Any) -> SearchParameter:
-    if not isinstance(leaf, Mapping):
-        last = key.rsplit(".", 1)[-1]
+def _parameter(leaf: Leaf) -> SearchParameter:
+    """Read one key of [study.space]. Raises UserError without the key's name."""
+    value = leaf.value
+    if not isinstance(value, Mapping):
+        last = leaf.key.rsplit(".", 1)[-1]
         hint = did_you_mean(last, KINDS, prefix="; ", otherwise="; write a list of values as { choice = [...] }")
-        raise UserError(f"expected {FORMS}{hint if isinstance(leaf, list) else ''}")
-    kinds = [name for name in leaf if name != "when"]
+        raise UserError(f"expected {FORMS}{hint if isinstance(value, list) else ''}")
+    kinds = [name for name in value if name != "when"]
     if len(kinds) != 1 or kinds[0] not in KINDS:
-        raise UserError(f"expected one of {FORMS}, and optionally when = {{...}}; found {', '.join(leaf) or 'nothing'}")
+        raise UserError(
+            f"expected one of {FORMS}, and optionally when = {{...}}; found {', '.join(value) or 'nothing'}"
+        )
     kind: Any = kinds[0]
-    values = _checked(kind, leaf[kind])
-    when = leaf.get("when", {})
+    when = value.get("when", {})
     if not isinstance(when, Mapping):
         raise UserError('when: expected recipe keys with values, such as when = { optimizer.name = "sgd" }')
-    return SearchParameter(key, kind, values, conditions(when))
+    return SearchParameter(leaf.key, kind, _checked(kind, value[kind]), conditions(when), leaf.place)
 
 
 def _checked(kind: Kind, values: Any) -> tuple[Any, ...]:
@@ -197,37 +240,30 @@ def _checked(kind: Kind, values: Any) -> tuple[Any, ...]:
     return tuple(values) if kind == "integers" else tuple(float(v) for v in values)
 
 
-def _faults_of_conditions(parameters: Mapping[str, SearchParameter], base: Mapping[str, Any]) -> Iterator[str]:
-    for parameter in parameters.values():
+def check_conditions(parameters: Sequence[SearchParameter], known: Iterable[str], table: KeyPath) -> Iterator[Issue]:
+    """Yield issues in the conditions of one table's keys. ``known``: the other keys that conditions may name."""
+    by_key, known = {parameter.key: parameter for parameter in parameters}, list(known)
+    for parameter in parameters:
+        name = f"{dotted(parameter.place)}: when"
         for key, values in parameter.when.items():
-            start = f"study.space.{parameter.key}: when {key}"
-            if key in parameters:
-                wrong = [value for value in values if not parameters[key].can_be(value)]
+            place = (*parameter.place, "when")
+            if key in by_key:
+                wrong = [value for value in values if not by_key[key].can_be(value)]
                 if wrong:
-                    yield f"{start} = {wrong[0]!r}: the space never gives it that value"
-            elif key not in base:
-                hint = did_you_mean(key, [*parameters, *base], prefix="; ")
-                yield f"{start}: neither the space nor the recipe has this key{hint}"
-    circle = _circle(parameters)
-    if circle:
-        yield f"study.space: conditions are circular: {' on '.join(circle)}"
+                    yield Issue(f"{name} {key} = {wrong[0]!r}: the {table[-1]} never gives it that value", place)
+            elif key not in known:
+                hint = did_you_mean(key, [*by_key, *known]) or None
+                yield Issue(f"{name} {key}: no such key", place, hint=hint)
+    try:
+        TopologicalSorter({key: parameter.when.keys() & by_key for key, parameter in by_key.items()}).prepare()
+    except CycleError as cycle:
+        text = f"{dotted(table)}: conditions are circular: {' on '.join(reversed(cycle.args[1]))}"
+        yield Issue(text, table, at="key")
 
 
-def _circle(parameters: Mapping[str, SearchParameter]) -> list[str]:
-    """Return a cycle of keys whose conditions depend on each other; empty if there is none."""
-
-    def follow(key: str, way: list[str]) -> list[str]:
-        if key in way:
-            return [*way[way.index(key) :], key]
-        found = (follow(other, [*way, key]) for other in parameters[key].when if other in parameters)
-        return next((circle for circle in found if circle), [])
-
-    return next((circle for key in parameters if (circle := follow(key, []))), [])
-
-
-def _in_order(parameters: Mapping[str, SearchParameter]) -> Iterator[SearchParameter]:
-    """Yield each parameter after those that its condition names, otherwise in file order."""
-    waiting = dict(parameters)
+def in_order(parameters: Iterable[SearchParameter]) -> Iterator[SearchParameter]:
+    """Yield each parameter after those that its condition names, otherwise in the given order."""
+    waiting = {parameter.key: parameter for parameter in parameters}
     while waiting:
         key = next(k for k, parameter in waiting.items() if not parameter.when.keys() & waiting.keys())
         yield waiting.pop(key)

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from toolkit.metrics import metric_of
 from toolkit.recipe.diagnostics import Issue
 from toolkit.recipe.study_schema import StudyConfig
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.similar_names import did_you_mean
 from toolkit.study.directory import StudyRun
-from toolkit.study.grid import (
-    MOST_COMBINATIONS,
-    SweptParameter,
-    circle,
+from toolkit.study.grid import MOST_COMBINATIONS, count_products, read_variables, uneven
+from toolkit.study.search_space import (
+    RANGES,
+    SPACE,
+    SearchParameter,
+    check_conditions,
     conditions,
-    count_products,
     dotted_leaves,
-    read_variables,
+    read_parameters,
     same,
-    uneven,
 )
 
 FORMS = ("rows", "grid", "zip", "seeds", "random", "bohb")
@@ -29,8 +30,6 @@ FIXED = {
     "recipe.seed": "give study.seeds = [0, 1, 2], so that the table has mean and standard deviation over them",
 }
 """Keys that cannot vary, and why."""
-
-RANGES = frozenset({"uniform", "log_uniform", "integers", "choice", "when"})
 
 
 def check_study(table: StudyConfig, given: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[Issue]:
@@ -48,7 +47,8 @@ def check_study(table: StudyConfig, given: Mapping[str, Any], base: Mapping[str,
     if not faults and not more:
         yield from _size_is_sane(table, grid, zip_)
     if table.space and (table.random or table.bohb):
-        yield from _space_is_right(table, base)
+        parameters, wrong = read_parameters(table.space)
+        yield from wrong or check_conditions(parameters, base, SPACE)
 
 
 def check_claims(table: StudyConfig, members: Sequence[StudyRun]) -> Iterator[Issue]:
@@ -109,7 +109,7 @@ def _figures_are_measured(table: StudyConfig, given: Mapping[str, Any], base: Ma
         if table.bohb is not None:
             named.append((("study", "bohb", "metric"), table.bohb.metric))
         for path, figure in named:
-            if figure.removeprefix("last_").replace("/", "_").startswith(f"{short}_"):
+            if metric_of(figure).split == short:
                 message = f"{path[1]}.{path[2]}: no run has {figure}, since {key} = 0"
                 yield Issue(f"study.{message}", path, hint=f"use a training metric, or give {key} another value")
 
@@ -148,7 +148,7 @@ def _seeds_differ(table: StudyConfig) -> Iterator[Issue]:
         yield Issue("study.seeds: duplicate seed", ("study", "seeds"))
 
 
-def _keys_vary_once(table: StudyConfig, variables: list[SweptParameter]) -> Iterator[Issue]:
+def _keys_vary_once(table: StudyConfig, variables: list[SearchParameter]) -> Iterator[Issue]:
     homes = {variable.key: variable.place for variable in variables}
     for variable in variables:
         if homes[variable.key] != variable.place:
@@ -182,21 +182,15 @@ def _is_of_a_run(key: str, place: KeyPath) -> Iterator[Issue]:
 
 
 def _conditions_can_hold(
-    table: StudyConfig, grid: list[SweptParameter], zip_: list[SweptParameter], base: Mapping[str, Any]
+    table: StudyConfig, grid: list[SearchParameter], zip_: list[SearchParameter], base: Mapping[str, Any]
 ) -> Iterator[Issue]:
     rows = [leaf.key for row in table.rows for leaf in dotted_leaves(row.set, ())]
-    known = [*(v.key for v in grid), *(v.key for v in zip_), *rows, *base]
+    known = [*(v.key for v in zip_), *rows, *base]
     for variable in zip_:
         if variable.when:
             yield Issue(f"{variable.key}: a list in study.zip cannot have a condition", variable.place, at="key")
-    for variable in grid:
-        for key in variable.when:
-            if key not in known:
-                hint = did_you_mean(key, known)
-                yield Issue(f"{variable.key}: when {key}: no such key", (*variable.place, "when"), hint=hint)
-    looped = circle(grid)
-    if looped:
-        yield Issue(f"study.grid: the condition of {looped} depends on itself", ("study", "grid"), at="key")
+    yield from check_conditions(grid, known, ("study", "grid"))
+    known += [v.key for v in grid]
     for number, item in enumerate(table.published):
         for key in conditions(item.where):
             if key not in known:
@@ -205,7 +199,7 @@ def _conditions_can_hold(
                 yield Issue(f"study.published[{number}].where: no such key {key}", place, hint=hint)
 
 
-def _size_is_sane(table: StudyConfig, grid: list[SweptParameter], zip_: list[SweptParameter]) -> Iterator[Issue]:
+def _size_is_sane(table: StudyConfig, grid: list[SearchParameter], zip_: list[SearchParameter]) -> Iterator[Issue]:
     wrong = uneven(zip_)
     if wrong:
         yield wrong
@@ -216,19 +210,3 @@ def _size_is_sane(table: StudyConfig, grid: list[SweptParameter], zip_: list[Swe
     if count > MOST_COMBINATIONS:
         message = f"study: {count:,} combinations; the limit is {MOST_COMBINATIONS:,}"
         yield Issue(message, ("study", "grid"), hint="shorten the lists, or search: [study.random]", at="key")
-
-
-def _space_is_right(table: StudyConfig, base: Mapping[str, Any]) -> Iterator[Issue]:
-    from toolkit.errors import UserError
-    from toolkit.study.search_space import read_space
-
-    try:
-        read_space(table.space, base)
-    except UserError as error:
-        for line in str(error).splitlines():
-            yield Issue(line, _place_named(line), at="key")
-
-
-def _place_named(line: str) -> KeyPath:
-    """Return the key path at the beginning of a message."""
-    return tuple(line.split(":")[0].split(" ")[0].split("."))
