@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from toolkit.recipe import RecipeError, loads_recipe, resolved_toml
-from toolkit.recipe.earlier_versions import RENAMED, renamed_metric, update_metrics
+from toolkit.recipe.earlier_versions import RENAMED, renamed_metric, update_study
 from toolkit.recipe.resolve import content_hash, resolved_content
 from toolkit.runs import Run
 
@@ -50,8 +50,11 @@ last_test_balanced_accuracy = { at_least = 0.9, source = "a report" }
 """
 
 
+OF_A_RUN = {path: new for path, new in RENAMED.items() if path[0] != "study"}
+
+
 def in_old_words(text: str) -> str:
-    for path, new in RENAMED.items():
+    for path, new in OF_A_RUN.items():
         old = path[-1]
         text = text.replace(f"[{new}", f"[{old}") if len(path) == 1 else text.replace(f"{new} =", f"{old} =")
     for new, old in (("backbone_only", "frozen_classifier"), ("last_test_", "stopped_test_"), ("balanced_", "class_")):
@@ -62,9 +65,9 @@ def in_old_words(text: str) -> str:
 def test_a_recipe_that_an_earlier_version_wrote_out_in_full() -> None:
     recipe = loads_recipe(RECIPE, ['data.exif="ignore"', "data.value_range=[0, 65535]"])
     old = in_old_words(resolved_toml(recipe))
-    used = [path[-1] for path in RENAMED if path[1:2] not in (("validation",), ("test",))]
+    used = [path[-1] for path in OF_A_RUN if path[1:2] not in (("validation",), ("test",))]
     assert not [key for key in used if f"{key} =" not in old and f"[{key}" not in old]
-    assert not [new for new in RENAMED.values() if f"\n{new} =" in old]
+    assert not [new for new in OF_A_RUN.values() if f"\n{new} =" in old]
     assert loads_recipe(old) == recipe
 
 
@@ -78,7 +81,7 @@ def test_a_recipe_of_ones_own_with_old_keys_is_refused_with_the_new_names() -> N
     with pytest.raises(RecipeError) as caught:
         loads_recipe(in_old_words(RECIPE))
     message = str(caught.value)
-    for path, new in RENAMED.items():
+    for path, new in OF_A_RUN.items():
         if path[1:2] not in (("validation",), ("test",)):
             where = "augment.train[0]" if path[1:2] == ("train",) else ".".join(path[:-1])
             assert f"renamed to {where + '.' if where else ''}{new}" in message
@@ -113,9 +116,14 @@ def test_summary_and_metrics_of_an_earlier_version(tmp_path: Path) -> None:
     assert run.epochs() == [{"epoch": 1, "train/loss": 1.0, "val/balanced_accuracy": 0.25}]
 
 
-def test_columns_of_an_earlier_study() -> None:
+def test_columns_and_published_metrics_of_an_earlier_study() -> None:
     output = {"columns": ["stopped_val_accuracy", "epochs"], "best_by": "val/accuracy"}
-    assert update_metrics({"study": {"output": output}})["study"]["output"]["columns"] == [
-        "last_val_accuracy",
-        "epochs",
-    ]
+    published = [{"where": {}, "figures": {"stopped_val_accuracy": 0.5}}]
+    study = update_study({"study": {"output": output, "published": published}})["study"]
+    assert study["output"]["columns"] == ["last_val_accuracy", "epochs"]
+    assert study["published"] == [{"where": {}, "metrics": {"last_val_accuracy": 0.5}}]
+
+
+def test_the_old_name_of_published_metrics_is_refused_with_the_new_one() -> None:
+    with pytest.raises(RecipeError, match=r"renamed to study\.published\[0\]\.metrics\n1 error in the recipe"):
+        loads_recipe(RECIPE, ["study.published=[{ figures = {} }]"])

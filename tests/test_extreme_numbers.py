@@ -163,7 +163,7 @@ def study_text(parts: list[str], value: str) -> str:
         inner = f"{{ val_loss = {value} }}" if parts[2] == "published" else f'{{ "val/loss" = [{value}] }}'
         return f'[[study.rows]]\nname = "a"\n{parts[2]} = {inner}\n'
     if parts[0] == "published":
-        return f"{STUDY}[[study.published]]\nfigures = {{ val_loss = {value} }}\n"
+        return f"{STUDY}[[study.published]]\nmetrics = {{ val_loss = {value} }}\n"
     shown = f"[{value}]" if parts[-1] == "[]" else value
     return f"{STUDY}{'.'.join(part for part in parts if part != '[]')} = {shown}\n"
 

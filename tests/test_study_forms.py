@@ -95,7 +95,7 @@ def test_rows_have_their_own_names_and_published_figures(tmp_path: Path) -> None
 def test_a_published_figure_may_be_a_mean_over_several_runs(tmp_path: Path) -> None:
     text = """
         [study]
-        published = [{{ where = {{}}, figures = {{ val_accuracy = {{ mean = 0.8, std = 0.01, n = 3 }} }} }}]
+        published = [{{ where = {{}}, metrics = {{ val_accuracy = {{ mean = 0.8, std = 0.01, n = 3 }} }} }}]
         [[study.rows]]
         name = "fast"
         published = {{ test_accuracy = {{ mean = 0.7591, std = 0.0034, n = {n} }}, val_loss = 0.5 }}
@@ -255,7 +255,7 @@ def test_published_figures_find_their_runs_by_values(tmp_path: Path) -> None:
         train.batch_size = [8, 16]
         [[study.published]]
         where = { optimizer.lr = 0.2, train.batch_size = [8, 32] }
-        figures = { val_accuracy = 0.75 }
+        metrics = { val_accuracy = 0.75 }
         source = "table 2"
         """,
     )
@@ -440,7 +440,7 @@ MISTAKES = {
         "min_epochs = 9 is more than max_epochs = 3",
     ),
     "published of an unknown key": (
-        "[study]\nseeds = 1\n[[study.published]]\nwhere.optimizer.rate = 1\nfigures = { val_loss = 1 }\n",
+        "[study]\nseeds = 1\n[[study.published]]\nwhere.optimizer.rate = 1\nmetrics = { val_loss = 1 }\n",
         "no such key optimizer.rate",
     ),
 }

@@ -25,6 +25,7 @@ RENAMED: dict[KeyPath, str] = {
     ("train", "accumulation"): "grad_accum_steps",
     ("train", "clip_norm"): "max_grad_norm",
     ("train", "select"): "best_metric",
+    ("study", "published", "figures"): "metrics",
 }
 """Renamed recipe keys: old path, without list indices, and new last part."""
 
@@ -85,6 +86,14 @@ def update_metrics(value: Any) -> Any:
     if isinstance(value, list):
         return [renamed_metric(item) if isinstance(item, str) else update_metrics(item) for item in value]
     return value
+
+
+def update_study(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of study.json with current names."""
+    if isinstance(record.get("study"), dict):
+        _rename_keys(record["study"], ("study",))
+    updated: dict[str, Any] = update_metrics(record)
+    return updated
 
 
 def _rename_keys(content: dict[str, Any], path: KeyPath) -> None:

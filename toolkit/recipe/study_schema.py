@@ -51,14 +51,14 @@ class PublishedMean(ConfigModel):
 PublishedMetrics = dict[MetricName, float | PublishedMean]
 """Published metrics, of a single run or as mean, standard deviation and number of runs."""
 
-_FIGURES = "Published metrics; accuracies as fractions. Over several runs: { mean = ..., std = ..., n = ... }."
+_METRICS = "Published metrics; accuracies as fractions. Over several runs: { mean = ..., std = ..., n = ... }."
 
 
 class PublishedResults(ConfigModel):
     """Published results of the runs with the given values."""
 
     where: ConfigOverrides = Field({}, description="Recipe keys and the values that a run must have; {}: all runs.")
-    figures: PublishedMetrics = Field(description=_FIGURES)
+    metrics: PublishedMetrics = Field(description=_METRICS)
     source: str = Field("", description="Where the results are published.")
     note: str = Field("", description="Notes for the reader, such as contradictions or unclear settings.")
 
@@ -68,7 +68,7 @@ class StudyRow(ConfigModel):
 
     name: str = Field(min_length=1, max_length=120, description="Name of the row in the table.")
     set: ConfigOverrides = Field({}, description="Recipe keys and their values in this row.")
-    published: PublishedMetrics = Field({}, description=_FIGURES)
+    published: PublishedMetrics = Field({}, description=_METRICS)
     published_epochs: dict[EpochMetric, list[float]] = Field(
         {}, description="Published metrics per epoch, starting with the first."
     )

@@ -211,7 +211,7 @@ def _similar(key: _Key) -> list[str]:
     """Return the known keys of this table that resemble an unknown one."""
     assert key.table is not None, "only a table has unknown keys"
     name, known = str(key.path[-1]), key.table.model_fields
-    other = OTHER_NAMES.get(name)
+    other = renamed_key(key.path) or OTHER_NAMES.get(name)
     return [other] if other in known else similar_names(name, known, 2)
 
 

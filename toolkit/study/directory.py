@@ -29,7 +29,7 @@ from pydantic import Field
 from toolkit.errors import UserError
 from toolkit.locks import Lock, acquire, held, is_held
 from toolkit.reading import DamagedFile, Shape, check_shape, read_json
-from toolkit.recipe.earlier_versions import update_metrics
+from toolkit.recipe.earlier_versions import update_study
 from toolkit.recipe.study_schema import StudyConfig
 from toolkit.runs import RUN_ID, Run, write_atomically
 
@@ -141,7 +141,7 @@ class StudyDirectory:
         """The content of study.json. Raises UserError if it is missing or has another version."""
         if not self.exists:
             raise UserError(f"{self.path} is not a study directory: it has no {FILE} (toolkit study FILE creates one)")
-        record = update_metrics(read_json(self.path / FILE))
+        record = update_study(read_json(self.path / FILE))
         if record.get("format") != FORMAT:
             raise UserError(f"{self.path / FILE} was written by another version of this toolkit")
         return check_shape(self.path / FILE, record, _Study)

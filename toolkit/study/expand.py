@@ -269,7 +269,7 @@ def _with_published(run: PlannedRun, study: StudySpec, row: StudyRow | None, not
     also = [item for item in study.table.published if _meets(item, run.recipe)]
     figures: PublishedMetrics = {}
     for item in also:
-        figures |= item.figures
+        figures |= item.metrics
     figures |= row.published if row else {}
     sources = [row.source if row else "", *(item.source for item in also)]
     notes = [row.note if row else "", *(item.note for item in also)]
