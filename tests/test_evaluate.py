@@ -36,10 +36,10 @@ def copy(run: Run, tmp_path: Path) -> Run:
 def figures(outcome: Outcome) -> dict[str, Any]:
     assert outcome.status == 0, outcome.stderr
     content = json.loads(outcome.stdout)
-    assert {each["verdict"] for model in content["figures"].values() for each in model.values()} == {"equal"}
+    assert {each["verdict"] for model in content["metrics"].values() for each in model.values()} == {"equal"}
     return {
         model: {name: each["evaluated"] for name, each in each_model.items()}
-        for model, each_model in content["figures"].items()
+        for model, each_model in content["metrics"].items()
     }
 
 

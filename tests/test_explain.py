@@ -191,10 +191,10 @@ def test_the_worst_mistakes_are_those_of_predictions_csv(run: Run) -> None:
     ]
     for one, row in zip(found, worst, strict=True):
         assert one["probability"] == pytest.approx(float(row["probability"]), abs=1e-5)
-        with Image.open(one["picture"]) as picture:
-            assert picture.format == "PNG"
-            assert len(np.unique(np.asarray(picture))) > 10
-    assert {Path(one["picture"]).parent for one in found} == {run.figures / "explain"}
+        with Image.open(one["figure"]) as image:
+            assert image.format == "PNG"
+            assert len(np.unique(np.asarray(image))) > 10
+    assert {Path(one["figure"]).parent for one in found} == {run.figures / "explain"}
 
 
 def test_named_images_are_explained_and_bad_files_are_named(run: Run, tmp_path: Path) -> None:
@@ -221,7 +221,8 @@ def test_a_user_s_mistake_is_one_message(run: Run, copy: Run, monkeypatch: pytes
     assert "predictions.csv is damaged: elsewhere.png is not a test image" in message(copy.path)
     table.write_text(f"{header}\n{first.split(',')[0]},0,1,likely\n")
     assert "predictions.csv is damaged: row 1 has the probability 'likely'" in message(copy.path)
-    table.write_text(header + "\n")
+    right = [f"{row['path']},{row['label']},{row['label']},0.5" for row in run.predictions()]
+    table.write_text("\n".join([header, *right]) + "\n")
     assert "has made no mistake on its test images: name images to explain" in message(copy.path)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "captum" else find(name))

@@ -144,16 +144,14 @@ def test_bad_files_are_named_left_out_and_counted(run: Run, tmp_path: Path) -> N
 
 
 def predict_with_gaps(path: str, images: list[str]) -> Predictions:
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size())
-    device = torch.device("cpu")
-    return predict(load_model(path), images, device, top_k=1, batch_size=2, workers=0, world=world, rank=rank)
+    return predict(load_model(path), images, torch.device("cpu"), top_k=1, batch_size=2, workers=0)
 
 
 def test_several_processes_know_of_all_bad_files(run: Run) -> None:
     images = [str(path) for path in sorted((folder_of_test(run) / "5").iterdir())]
     gaps = [*images[:2], "nowhere/1", *images[2:], "nowhere/2", "nowhere/3"]
     one, two = run_on(2, predict_with_gaps, str(run.path), gaps)
-    assert one.faults == two.faults == [(2, "no such file"), (6, "no such file"), (7, "no such file")]
+    assert one.failed == two.failed == [(2, "no such file"), (6, "no such file"), (7, "no such file")]
     assert [path for path, _ in one.rows()] == images
     assert list(one.rows()) == list(two.rows())
 
@@ -225,7 +223,7 @@ def test_a_model_that_asks_for_the_version_of_its_layers_is_loaded(tmp_path: Pat
     table = ModelConfig(source="torchvision", name="mnasnet0_5")
     module = build_model(table, 3, 3, 32).module
     plain = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    (tmp_path / "model.json").write_text(json.dumps(model_card(table, ["a", "b", "c"], plain, (), "none", "0")))
+    (tmp_path / "model.json").write_text(json.dumps(model_card(table, ["a", "b", "c"], plain, (), "none")))
     safetensors.torch.save_file(module.state_dict(), tmp_path / "model.safetensors")
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(load_model(tmp_path).module(images), module.eval()(images))
@@ -236,7 +234,7 @@ def test_a_card_of_an_earlier_version_means_a_convnet_with_biases(tmp_path: Path
     table = ModelConfig.model_validate({"source": "toolkit", **layers})
     module = build_model(table, 3, 3, 8).module
     plain = Preprocessing(3, 8, 8, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    card = model_card(table, ["a", "b", "c"], plain, (), "none", "0")
+    card = model_card(table, ["a", "b", "c"], plain, (), "none")
     del card["model"]["convnet"]["bias"], card["model"]["head"]["bias"]
     (tmp_path / "model.json").write_text(json.dumps(card))
     safetensors.torch.save_file(module.state_dict(), tmp_path / "model.safetensors")

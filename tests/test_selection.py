@@ -169,7 +169,7 @@ def test_evaluate_names_the_splits_that_there_are(bare: Run) -> None:
     assert outcome.stderr == f"{bare.path} has no test images (data.split.test); evaluate others: --split train\n"
     found = json.loads(toolkit("evaluate", bare.path, "--split", "train", "--json").stdout)
     assert found["images"] == 200
-    assert found["figures"]["best"]["train_accuracy"]["evaluated"] > 0.3
+    assert found["metrics"]["best"]["train_accuracy"]["evaluated"] > 0.3
 
 
 def test_predict_gives_the_classes_of_images(bare: Run, tmp_path: Path) -> None:

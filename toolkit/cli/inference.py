@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,15 +57,14 @@ def evaluate(
     recipe = opened.recipe
     # torch is imported only here, once the run is known to be readable.
     from toolkit.distributed.context import distributed_context
-    from toolkit.inference.evaluate import as_json as to_json
     from toolkit.inference.evaluate import check_split, evaluate_run
 
     check_split(split)
     with distributed_context(recipe.train) as accelerator:
-        outcome = evaluate_run(opened, split, accelerator, data_root)
+        report = evaluate_run(opened, split, accelerator, data_root)
         if accelerator.is_main_process:
-            print(to_json(opened, outcome) if as_json else outcome.text(), flush=True)
-    return EXIT_FAILURE if outcome.differs else EXIT_OK
+            print(report.json(opened) if as_json else report.text(), flush=True)
+    return EXIT_FAILURE if report.differs else EXIT_OK
 
 
 @command
@@ -119,17 +117,15 @@ def predict(
     trained = load_model(run)
     if trained.caution:
         log(trained.caution)
-    settings = _settings(run)
-    if batch_size is not None:
-        settings = replace(settings, batch_size=batch_size)
-    with distributed_context(settings.train) as accelerator:
-        predictions = _predict(trained, arguments, accelerator, settings, top_k, workers)
-        _hand_over(accelerator, predictions, chosen, out)
-    for fault in predictions.faults:
-        log(f"{predictions.paths[fault.position]}: {fault.reason}")
-    if predictions.faults:
-        log(f"{len(predictions.faults)} of {len(predictions.paths)} files could not be predicted; skipped")
-    return EXIT_FAILURE if predictions.faults else EXIT_OK
+    train, own_batch_size = _settings(run)
+    with distributed_context(train) as accelerator:
+        predictions = _predict(trained, arguments, accelerator, train, top_k, batch_size or own_batch_size, workers)
+        _output(accelerator, predictions, chosen, out)
+    for file in predictions.failed:
+        log(f"{predictions.paths[file.position]}: {file.reason}")
+    if predictions.failed:
+        log(f"{len(predictions.failed)} of {len(predictions.paths)} files could not be predicted; skipped")
+    return EXIT_FAILURE if predictions.failed else EXIT_OK
 
 
 def _check_style(style: str) -> None:
@@ -138,32 +134,25 @@ def _check_style(style: str) -> None:
         raise UserError(f"--format {style}: expected {', '.join(FORMATS)}{hint}")
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """Inference settings: the run's own if available, defaults for exported models."""
-
-    train: TrainConfig
-    batch_size: int
-    """Per process."""
-
-
-def _settings(path: Path) -> _Settings:
+def _settings(path: Path) -> tuple[TrainConfig, int]:
+    """Return the settings of training, and the batch size per process: the run's own, or defaults without a run."""
     from toolkit.recipe.schema import TrainConfig
     from toolkit.runs import Run
 
     if not ((path / "recipe.toml").is_file() and (path / "checkpoints").is_dir()):
-        return _Settings(TrainConfig(epochs=1, batch_size=64, precision="no", channels_last=False), 64)
+        return TrainConfig(epochs=1, batch_size=64, precision="no", channels_last=False), 64
     run = Run(path)
     train = run.recipe.train
-    return _Settings(train, max(1, train.images_per_evaluation // run.processes))
+    return train, max(1, train.images_per_evaluation // run.processes)
 
 
 def _predict(
     trained: TrainedModel,
     arguments: list[str],
     accelerator: Accelerator,
-    settings: _Settings,
+    train: TrainConfig,
     top_k: int,
+    batch_size: int,
     workers: int | None,
 ) -> Predictions:
     from toolkit.data.dataloader import MAX_WORKERS
@@ -179,17 +168,15 @@ def _predict(
             paths,
             accelerator.device,
             top_k=top_k,
-            batch_size=settings.batch_size,
+            batch_size=batch_size,
             workers=min(available_cpus(local_processes()) - 1, MAX_WORKERS) if workers is None else workers,
-            world=accelerator.num_processes,
-            rank=accelerator.process_index,
             autocast_dtype=autocast_dtype(accelerator.mixed_precision),
-            channels_last=settings.train.channels_last,
+            channels_last=train.channels_last,
             advance=lambda images: bar.advance(images * accelerator.num_processes),
         )
 
 
-def _hand_over(accelerator: Accelerator, predictions: Predictions, style: str, out: Path | None) -> None:
+def _output(accelerator: Accelerator, predictions: Predictions, style: str, out: Path | None) -> None:
     """Write the predictions on the main process. Collective: its failure is raised on all ranks."""
     from toolkit.distributed.process import main_only
     from toolkit.runs import write_atomically
@@ -203,7 +190,7 @@ def _hand_over(accelerator: Accelerator, predictions: Predictions, style: str, o
             write_atomically(out, text.encode(errors="backslashreplace"))
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}") from None
-        log(f"{out}: {len(predictions.paths) - len(predictions.faults)} predictions")
+        log(f"{out}: {len(predictions.paths) - len(predictions.failed)} predictions")
 
     main_only(accelerator, write)
 
@@ -282,7 +269,7 @@ def _print_explanations(trained: TrainedModel, found: list[CamResult], files: li
             "label": None if each.subject.label is None else trained.classes[each.subject.label],
             "prediction": trained.classes[each.prediction],
             "probability": round(each.probability, 6),
-            "picture": str(file),
+            "figure": str(file),
         }
         for each, file in zip(found, files, strict=True)
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 
 from toolkit.data.image_sources import UnreadableImageError
 from toolkit.errors import UserError, first_line
-from toolkit.inference.evaluate import images_of
+from toolkit.inference.evaluate import split_images
 from toolkit.reading import DamagedFile
 from toolkit.report.plot_style import plot_style, save, short
+from toolkit.report.run_data import read_predictions
 from toolkit.runs import Run
 from toolkit.similar_names import did_you_mean
 from toolkit.training.trained_model import TrainedModel
@@ -121,24 +121,19 @@ def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path 
     """Return the misclassified test images with the highest probabilities in predictions.csv, highest first."""
     if not run.has_test:
         raise UserError(f"{run.path} has no test images whose mistakes could be shown: name images to explain")
-    try:
-        wrong = [
-            (float(row["probability"]), row["path"], trained.classes.index(row["label"]))
-            for row in run.predictions()
-            if row["prediction"] != row["label"]
-        ]
-    except ValueError as error:
-        raise DamagedFile(run.path / "predictions.csv", error) from None
-    if not wrong:
+    found = read_predictions(run, trained.classes)
+    worst = found.worst(count)
+    if not len(worst):
         raise UserError(f"{run.path} has made no mistake on its test images: name images to explain")
-    dataset, indices = images_of(run, "test", trained, data_root)
-    images, transform = dataset.images, trained.transform
-    place = {images.name(int(index)): int(index) for index in indices}
-    wrong.sort(key=lambda mistake: -mistake[0])
-    unknown = [path for _, path, _ in wrong[:count] if path not in place]
-    if unknown:
-        raise UserError(f"{run.path / 'predictions.csv'} is damaged: {unknown[0]} is not a test image of this run")
-    return [CamInput(path, transform(images.load(place[path])), label) for _, path, label in wrong[:count]]
+    dataset, indices = split_images(run, "test", trained, data_root)
+    index = {dataset.images.name(int(i)): int(i) for i in indices}
+    if unknown := next((found.names[row] for row in worst if found.names[row] not in index), None):
+        raise DamagedFile(run.path / "predictions.csv", f"{unknown} is not a test image of this run")
+    transform = trained.transform
+    return [
+        CamInput(found.names[row], transform(dataset.images.load(index[found.names[row]])), int(found.labels[row]))
+        for row in worst
+    ]
 
 
 # -- layer ------------------------------------------------------------------------------------------------------------
@@ -148,43 +143,46 @@ def find_layer(trained: TrainedModel, sample: Tensor, wanted: str | None = None)
     """Return the layer ``wanted``, or the last one with spatial maps (more than 1x1) that the prediction depends on.
 
     For a ConvNet, VGG or ResNet that is the end of its convolutions; for a transformer that classifies by its class
-    token, the input of the last attention. ``sample`` is one input [C, H, W]. Raises UserError if there is none.
+    token, the input of the last attention, since patch tokens after it have no gradient. ``sample`` is one input
+    [C, H, W]. Raises UserError if there is none.
     """
-    outputs = _outputs(trained.module, sample)
+    module = trained.module
+    score, outputs = _outputs(module, sample)
     if wanted is not None:
         return _named(trained, wanted, outputs)
-    layers = [_as_layer(trained.module, name, output) for name, output in outputs]
-    candidates = [layer for layer in layers if layer is not None and _is_place_to_look(trained.module, layer.name)]
-    found = _last_that_matters(trained.module, candidates, sample)
-    if found is not None:
-        return found
+    layers = [_as_layer(module, name, output) for name, output in outputs.items()]
+    candidates = [layer for layer in layers if layer is not None and _may_be_explained(module, layer.name)]
+    tensors = [outputs[layer.name] for layer in candidates]
+    gradients = torch.autograd.grad(score, tensors, allow_unused=True) if tensors else ()
+    for layer, gradient in reversed([*zip(candidates, gradients, strict=True)]):
+        if gradient is not None and layer.to_maps(gradient).any():
+            return layer
     raise UserError(
         f"{trained.table.name} has no layer with maps larger than 1x1; name one with --layer "
-        f"(the last ones are {', '.join(name for name, _ in outputs[-6:])})"
+        f"(the last ones are {', '.join([*outputs][-6:])})"
     )
 
 
-def _outputs(module: nn.Module, sample: Tensor) -> list[tuple[str, Tensor]]:
-    """Return name and output (on meta) of each submodule called exactly once that returns one tensor, in order."""
-    found: list[tuple[str, Tensor]] = []
-    calls: Counter[str] = Counter()
+def _outputs(module: nn.Module, sample: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the largest logit of one image.
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, arguments: Any, output: Any) -> None:
-            calls[name] += 1
-            if isinstance(output, Tensor):
-                found.append((name, output.detach().to("meta")))
+    Also return, in order, the output of each submodule that is called exactly once and returns one tensor, by name.
+    """
+    found: dict[str, list[Any]] = {}
 
-        return hook
+    def recorder(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _, arguments, output: found.setdefault(name, []).append(output)
 
-    handles = [layer.register_forward_hook(keep(name)) for name, layer in module.named_modules() if name]
+    handles = [layer.register_forward_hook(recorder(name)) for name, layer in module.named_modules() if name]
     try:
-        with torch.no_grad():
-            module(sample[None])
+        with torch.enable_grad():
+            score = module(sample[None].detach().requires_grad_()).max()
     finally:
         for handle in handles:
             handle.remove()
-    return [(name, output) for name, output in found if calls[name] == 1]
+    return score, {
+        name: outputs[0] for name, outputs in found.items() if len(outputs) == 1 and isinstance(outputs[0], Tensor)
+    }
 
 
 def _as_layer(module: nn.Module, name: str, output: Tensor) -> CamLayer | None:
@@ -204,7 +202,7 @@ def _as_layer(module: nn.Module, name: str, output: Tensor) -> CamLayer | None:
     return None
 
 
-def _is_place_to_look(module: nn.Module, name: str) -> bool:
+def _may_be_explained(module: nn.Module, name: str) -> bool:
     """Return whether a layer may be explained: not one of SKIPPED, and not inside an attention block.
 
     Outputs inside attention may look like spatial maps without being any.
@@ -214,41 +212,17 @@ def _is_place_to_look(module: nn.Module, name: str) -> bool:
     return not isinstance(layer, SKIPPED) and not inside
 
 
-def _last_that_matters(module: nn.Module, layers: Sequence[CamLayer], sample: Tensor) -> CamLayer | None:
-    """Return the last layer whose maps have a nonzero gradient; patch tokens after the last attention have none."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, arguments: Any, output: Tensor) -> None:
-            kept[name] = output
-
-        return hook
-
-    handles = [module.get_submodule(layer.name).register_forward_hook(keep(layer.name)) for layer in layers]
-    try:
-        with torch.enable_grad():
-            score = module(sample[None].detach().requires_grad_()).max()
-            gradients = torch.autograd.grad(score, list(kept.values()), allow_unused=True) if kept else ()
-    finally:
-        for handle in handles:
-            handle.remove()
-    slopes = dict(zip(kept, gradients, strict=True))
-    matter = [layer for layer in layers if slopes[layer.name] is not None and layer.to_maps(slopes[layer.name]).any()]
-    return matter[-1] if matter else None
-
-
-def _named(trained: TrainedModel, wanted: str, outputs: list[tuple[str, Tensor]]) -> CamLayer:
-    found = dict(outputs)
-    if wanted not in found:
-        last = f"; the last ones are {', '.join([*found][-6:])}"
-        hint = did_you_mean(wanted, found, 3, prefix="; ", otherwise=last)
+def _named(trained: TrainedModel, wanted: str, outputs: dict[str, Tensor]) -> CamLayer:
+    if wanted not in outputs:
+        last = f"; the last ones are {', '.join([*outputs][-6:])}"
+        hint = did_you_mean(wanted, outputs, 3, prefix="; ", otherwise=last)
         raise UserError(
             f"--layer {wanted}: {trained.table.name} has no layer of this name that is called exactly once{hint}"
         )
-    layer = _as_layer(trained.module, wanted, found[wanted])
+    layer = _as_layer(trained.module, wanted, outputs[wanted])
     if layer is None:
         raise UserError(
-            f"--layer {wanted} returns {list(found[wanted].shape)} for one image; Grad-CAM needs maps larger than "
+            f"--layer {wanted} returns {list(outputs[wanted].shape)} for one image; Grad-CAM needs maps larger than "
             "1x1: [1, C, h, w], [1, h, w, C] or [1, tokens, C]"
         )
     return layer
@@ -337,7 +311,7 @@ def _figure(trained: TrainedModel, found: CamResult, layer: CamLayer) -> Figure:
     label = "" if subject.label is None else f"label: {short(classes[subject.label], 28)}\n"
     prediction = f"prediction: {short(classes[found.prediction], 28)}, {found.probability:.3f}"
     titles = [label + prediction, *(title for _, title in heats)]
-    image = _picture(trained, subject.input)
+    image = _pixels(trained, subject.input)
     for place, title in zip(axes, titles, strict=True):
         place.imshow(image, cmap="gray", vmin=0, vmax=1)
         place.set_title(title, fontsize=9, parse_math=False)
@@ -349,13 +323,13 @@ def _figure(trained: TrainedModel, found: CamResult, layer: CamLayer) -> Figure:
     return figure
 
 
-def _picture(trained: TrainedModel, inputs: Tensor) -> np.ndarray:
+def _pixels(trained: TrainedModel, inputs: Tensor) -> np.ndarray:
     """Undo the normalization of an input: values 0..1, [H, W, C], or [H, W] for grayscale."""
     mean, std = (
         torch.tensor(values).reshape(-1, 1, 1) for values in (trained.preprocessing.mean, trained.preprocessing.std)
     )
-    picture: np.ndarray = (inputs * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-    return picture[:, :, 0] if picture.shape[2] == 1 else picture
+    image: np.ndarray = (inputs * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    return image[:, :, 0] if image.shape[2] == 1 else image
 
 
 def explain_run(

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import toolkit
 from toolkit.errors import RunFailed, UserError, first_line
-from toolkit.inference.evaluate import images_of, load_last_model
+from toolkit.inference.evaluate import load_last_model, split_images
 from toolkit.inference.timm_config import fits_timm, timm_config, transform_note
 from toolkit.models.pretrained import is_file_reference, pack_state
 from toolkit.recipe.schema import ModelConfig
@@ -183,7 +182,7 @@ def _of_run(run: Run, trained: TrainedModel) -> Tensor:
     """Return the first 64 test images; if there are fewer, followed by validation and training images."""
     inputs: list[Tensor] = []
     for split in ("test", "validation", "train"):
-        dataset, indices = images_of(run, split, trained)
+        dataset, indices = split_images(run, split, trained)
         transform = trained.transform
         inputs += [transform(dataset.images.load(int(i))) for i in indices[: IMAGES - len(inputs)]]
         if len(inputs) == IMAGES:
@@ -286,14 +285,8 @@ def _sample(trained: TrainedModel) -> Tensor:
 def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
     """Write weights and model.json, which `toolkit predict` and `load_model` read."""
     _write_weights(trained, folder)
-    card = model_card(
-        portable(trained.table),
-        trained.classes,
-        trained.preprocessing,
-        trained.transforms,
-        trained.recipe,
-        toolkit.__version__,
-    )
+    config = portable(trained.table)
+    card = model_card(config, trained.classes, trained.preprocessing, trained.transforms, trained.recipe)
     write_json(folder / "model.json", card)
 
 

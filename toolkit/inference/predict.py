@@ -41,23 +41,18 @@ def collect(
     """
     found: list[str] = []
     for argument in arguments:
+        lines = [argument]
         if argument == "-":
             lines = _lines(read_stdin(), "standard input")
         elif argument.startswith("@") and not os.path.lexists(argument):
-            lines = _lines(_read_list(argument[1:]), argument[1:])
-        else:
-            lines = [argument]
+            try:
+                lines = _lines(Path(argument[1:]).read_bytes(), argument[1:])
+            except OSError as error:
+                raise UserError(f"the list {argument[1:]} cannot be read: {error.strerror}") from None
         found += [path for line in lines for path in _expand(line, log)]
     if not found:
         raise UserError("no image is named: give images, folders, @LIST (one per line), or - for standard input")
     return found
-
-
-def _read_list(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"the list {path} cannot be read: {error.strerror}") from None
 
 
 def _lines(content: bytes, source: str) -> list[str]:
@@ -102,38 +97,36 @@ class Predictions:
     """Class indices by decreasing probability, [N, k]."""
     probabilities: npt.NDArray[np.float64]
     """Their probabilities, [N, k]."""
-    faults: list[FailedFile]
+    failed: list[FailedFile]
 
     def rows(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """Yield, for each readable image, its path and (class, probability to six digits) by decreasing probability."""
-        bad = {fault.position for fault in self.faults}
+        failed = {file.position for file in self.failed}
         for position, path in enumerate(self.paths):
-            if position not in bad:
+            if position not in failed:
                 pairs = zip(self.ranking[position], self.probabilities[position], strict=True)
                 yield path, [(self.classes[int(index)], f"{np.float32(p):.6g}") for index, p in pairs]
 
     def text(self, style: str) -> str:
         """Format all rows as ``csv``, ``json`` (one array) or ``jsonl`` (one object per line)."""
-        return {"csv": self._csv, "json": self._json, "jsonl": self._jsonl}[style]()
+        if style == "csv":
+            return self._csv()
+        objects = [
+            {"path": path, "predictions": [{"class": name, "probability": float(p)} for name, p in pairs]}
+            for path, pairs in self.rows()
+        ]
+        if style == "json":
+            return json.dumps(objects, indent=1) + "\n"
+        return "".join(json.dumps(each) + "\n" for each in objects)
 
     def _csv(self) -> str:
         """Format as CSV: columns path, prediction, probability, then prediction_2, probability_2, ..."""
         out = io.StringIO(newline="")
         writer = csv.writer(out, lineterminator="\n")
-        suffixes = ["", *(f"_{place}" for place in range(2, self.ranking.shape[1] + 1))]
+        suffixes = ["", *(f"_{rank}" for rank in range(2, self.ranking.shape[1] + 1))]
         writer.writerow(["path", *(name + suffix for suffix in suffixes for name in ("prediction", "probability"))])
         writer.writerows([path, *(cell for pair in pairs for cell in pair)] for path, pairs in self.rows())
         return out.getvalue()
-
-    def _json(self) -> str:
-        return json.dumps(list(self._objects()), indent=1) + "\n"
-
-    def _jsonl(self) -> str:
-        return "".join(json.dumps(each) + "\n" for each in self._objects())
-
-    def _objects(self) -> Iterator[dict[str, Any]]:
-        for path, pairs in self.rows():
-            yield {"path": path, "predictions": [{"class": name, "probability": float(p)} for name, p in pairs]}
 
 
 class _Inputs(NamedTuple):
@@ -141,7 +134,7 @@ class _Inputs(NamedTuple):
 
     positions: list[int]
     images: Tensor | None
-    faults: list[FailedFile]
+    failed: list[FailedFile]
 
 
 class _Files(Dataset[Any]):
@@ -152,16 +145,11 @@ class _Files(Dataset[Any]):
 
     def __getitems__(self, positions: list[int]) -> _Inputs:
         """Return a batch; images that cannot be read or transformed are returned as failures."""
-        inputs, good, faults = [], [], []
         with random_states_kept():
-            for position in positions:
-                outcome = self._input(position)
-                if isinstance(outcome, Tensor):
-                    good.append(position)
-                    inputs.append(outcome)
-                else:
-                    faults.append(FailedFile(position, outcome))
-        return _Inputs(good, torch.stack(inputs) if inputs else None, faults)
+            found = {position: self._input(position) for position in positions}
+        inputs = {position: image for position, image in found.items() if isinstance(image, Tensor)}
+        failed = [FailedFile(position, text) for position, text in found.items() if isinstance(text, str)]
+        return _Inputs([*inputs], torch.stack([*inputs.values()]) if inputs else None, failed)
 
     def _input(self, position: int) -> Tensor | str:
         """Return the input [C, H, W], or the reason why there is none."""
@@ -187,13 +175,11 @@ def predict(
     top_k: int,
     batch_size: int,
     workers: int,
-    world: int = 1,
-    rank: int = 0,
     autocast_dtype: torch.dtype | None = None,
     channels_last: bool = False,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Predictions:
-    """Predict each image once on one of ``world`` processes, and gather the results. Collective.
+    """Predict each image once on one of the processes, and gather the results. Collective.
 
     ``batch_size`` is per process. The paths are divided into batches before these are distributed, so that the results
     do not depend on the number of processes. ``advance`` is called with the number of images of each batch of this
@@ -202,39 +188,36 @@ def predict(
     module = trained.module.to(device)
     if channels_last:
         module.to(memory_format=torch.channels_last)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     count, top_k = len(paths), min(top_k, len(trained.classes))
     batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)][rank::world]
-    table, faults = torch.zeros(count, 2 * top_k, dtype=torch.float64), list[FailedFile]()
-    for positions, images, bad in _loader(trained, paths, batches, workers):
-        faults += bad
+    workers = min(workers, len(batches))
+    loader: DataLoader[Any] = DataLoader(
+        _Files(trained.files(paths), trained.transform),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_identity,
+        worker_init_fn=_leave_interrupts_to_parent if workers else None,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+    found = torch.zeros(count, 2, top_k, dtype=torch.float64)  # probabilities and class indices
+    failed = list[FailedFile]()
+    for positions, images, bad in loader:
+        failed += bad
         if images is not None:
             inputs = to_device(images, device, channels_last)
             with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
                 logits = module(inputs)
             probabilities, classes = logits.float().softmax(1).topk(top_k, 1)
-            table[positions] = torch.cat([classes.double(), probabilities.double()], 1).cpu()
+            found[positions] = torch.stack([probabilities.double(), classes.double()], 1).cpu()
         advance(len(positions) + len(bad))
-    table, faults = _joined(table, faults, device)
-    ranking, probabilities = table.numpy()[:, :top_k].astype(np.int64), table.numpy()[:, top_k:]
-    return Predictions([encode_name(path) for path in paths], trained.classes, ranking, probabilities, faults)
+    found, failed = _gathered(found, failed, device)
+    probabilities, classes = found.unbind(1)
+    names = [encode_name(path) for path in paths]
+    return Predictions(names, trained.classes, classes.numpy().astype(np.int64), probabilities.numpy(), failed)
 
 
-def _loader(
-    trained: TrainedModel, paths: Sequence[str], batches: list[list[int]], workers: int
-) -> DataLoader[Any] | Iterator[_Inputs]:
-    files = _Files(trained.files(paths), trained.transform)
-    workers = min(workers, len(batches))
-    return DataLoader(
-        files,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_as_is,
-        worker_init_fn=_leave_interrupts_to_parent if workers else None,
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-    )
-
-
-def _as_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
@@ -242,12 +225,12 @@ def _leave_interrupts_to_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _joined(table: Tensor, faults: list[FailedFile], device: torch.device) -> tuple[Tensor, list[FailedFile]]:
-    """Combine the rows and faults of all processes; rows of other processes must be 0 in ``table``. Collective."""
+def _gathered(found: Tensor, failed: list[FailedFile], device: torch.device) -> tuple[Tensor, list[FailedFile]]:
+    """Combine the rows and failures of all processes; rows of other processes must be 0 in ``found``. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return table, faults
-    shared = table.to(device) if dist.get_backend() == "nccl" else table
+        return found, failed
+    shared = found.to(device) if dist.get_backend() == "nccl" else found
     dist.all_reduce(shared)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, faults)
-    return shared.cpu(), sorted(fault for share in gathered for fault in share)
+    dist.all_gather_object(gathered, failed)
+    return shared.cpu(), sorted(file for process in gathered for file in process)

@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-import toolkit
 from toolkit.data.sampling import check_batch_size
 from toolkit.data.splits import SPLITS, split_hash
 from toolkit.distributed.failure_detection import FailureDetector, start_failure_detector
@@ -300,7 +299,6 @@ def _write_beginnings(setup: TrainingContext, run: Run, resumption: Resumption |
         setup.preprocessing,
         setup.recipe.augment.test,
         setup.recipe.recipe.name,
-        toolkit.__version__,
     )
     run.write_json("checkpoints/model.json", card)
 

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+import toolkit
 from toolkit.augment.transforms import ImageTransform, build_transform
 from toolkit.data.image_sources import ImageFiles
 from toolkit.data.preprocessing import Preprocessing
@@ -94,12 +95,11 @@ def model_card(
     preprocessing: Preprocessing,
     transforms: Sequence[TransformConfig],
     recipe_name: str,
-    version: str,
 ) -> dict[str, Any]:
     """Return the content of model.json, stored next to best.safetensors."""
     return {
         "format": FORMAT,
-        "toolkit_version": version,
+        "toolkit_version": toolkit.__version__,
         "recipe": recipe_name,
         "model": table.model_dump(mode="json"),
         "classes": classes,
