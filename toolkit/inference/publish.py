@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCardData, constants, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
 import toolkit
 from toolkit.data.dataset_info import DATASETS
@@ -23,8 +24,12 @@ from toolkit.runs import Run, open_run
 from toolkit.training.resume import check_recipe
 from toolkit.training.trained_model import TrainedModel, load_model
 
+TEMPLATE = Path(__file__).with_name("model_card.md")
 MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]")
 """Characters with a meaning in Markdown."""
+
+SPLITS = {"val": "validation", "test": "test"}
+"""Splits in the table of metrics, by the prefix of their metrics."""
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
@@ -59,8 +64,8 @@ def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, priv
         (unfinished / "recipe.toml").write_text(resolved_toml(shareable(recipe)), encoding="utf-8")
         try:
             card = model_card(run, trained, recipe, summary, repo, license_id)
-        except KeyError as key:
-            raise DamagedFile(run.path / "summary.json", f"it has no {key}") from None
+        except UndefinedError as error:
+            raise DamagedFile(run.path / "summary.json", error) from None
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     why_not = _cannot_push() if push else "--no-push was given"
     return PublishResult(target, None if why_not else _push(target, repo, private), why_not)
@@ -125,16 +130,39 @@ def how_to_push(folder: Path, repo: str) -> str:
 def model_card(
     run: Run, trained: TrainedModel, recipe: Recipe, summary: dict[str, Any], repo: str, license_id: str
 ) -> str:
-    """Return README.md: the Hub's front matter, then use, data, recipe, metrics, limits and license."""
-    title = repo.rpartition("/")[2]
-    sections = (_use(trained, repo), _data(recipe, trained, summary), _recipe(recipe, summary),
-                _figures(recipe, summary), _limits(recipe), _licence(recipe, license_id))  # fmt: skip
-    front = _front_matter(trained, recipe, summary, title, license_id)
-    opening = (
-        f"{_architecture(recipe)}, trained on {DATASETS[recipe.data.dataset].title} by the recipe "
-        f"`{recipe.recipe.name}` (run {run.id}).{' ' + recipe.recipe.description if recipe.recipe.description else ''}"
+    """Return README.md: the Hub's front matter, then use, data, recipe, metrics, limits and license.
+
+    Raises jinja2.UndefinedError if the summary lacks a value.
+    """
+    environment = Environment(  # autoescape is for HTML; the card is Markdown
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    return "\n\n".join([f"---\n{front}\n---", f"# {title}", opening, *sections]) + "\n"
+    environment.filters["markdown"] = lambda text: MARKDOWN.sub(r"\\\g<0>", text)
+    title, model = repo.rpartition("/")[2], recipe.model
+    is_convnet = model.source == "toolkit"
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        front_matter=_front_matter(trained, recipe, summary, title, license_id),
+        title=title,
+        architecture="A ConvNet that `recipe.toml` describes" if is_convnet else f"`{model.name}` of {model.source}",
+        info=DATASETS[recipe.data.dataset],
+        run=run,
+        repo=repo,
+        license_id=license_id,
+        recipe=recipe,
+        summary=summary,
+        best=summary["best"],
+        is_timm=fits_timm(trained.table),
+        classes=trained.classes,
+        preprocessing=trained.preprocessing,
+        weights=portable(model).weights,
+        measures={name: _label(name) for name in MEASURES},
+        splits={key: name for key, name in SPLITS.items() if f"{key}_loss" in summary["best"]},
+    )
+
+
+def _label(measure: str) -> str:
+    """Return a measure's label as model cards have it."""
+    return {"loss": "cross-entropy", "accuracy": "top-1 accuracy"}.get(measure, MEASURES[measure].label)
 
 
 def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any], title: str, license_id: str) -> str:
@@ -173,111 +201,3 @@ def _base_model(recipe: Recipe) -> str | None:
     tag = "" if recipe.model.weights == "DEFAULT" else f".{recipe.model.weights}"
     config = get_pretrained_cfg(recipe.model.name if "." in recipe.model.name else recipe.model.name + tag)
     return config.hf_hub_id if config is not None else None
-
-
-def _architecture(recipe: Recipe) -> str:
-    model = recipe.model
-    return (
-        "A ConvNet that `recipe.toml` describes" if model.source == "toolkit" else f"`{model.name}` of {model.source}"
-    )
-
-
-def _dataset(recipe: Recipe) -> str:
-    info = DATASETS[recipe.data.dataset]
-    return info.title if recipe.data.dataset == "imagefolder" else f"{info.title}: {info.description}"
-
-
-def _use(trained: TrainedModel, repo: str) -> str:
-    if fits_timm(trained.table):
-        code = (
-            f'import timm\n\nmodel = timm.create_model("hf-hub:{repo}", pretrained=True).eval()\n'
-            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
-        )
-        return f"## Use\n\n```python\n{code}\n```\n\n`preprocessing.json` has every step of the preprocessing."
-    return (
-        f"## Use\n\n```sh\nhf download {repo} --local-dir model\ntoolkit predict model photo.jpg --top-k 5\n```\n\n"
-        "`model.json` describes how the model is built, `preprocessing.json` every step of the preprocessing."
-    )
-
-
-def _data(recipe: Recipe, trained: TrainedModel, summary: dict[str, Any]) -> str:
-    counts = ", ".join(f"{count:,} {split}" for split, count in summary["images"].items() if count)
-    split = recipe.data.split
-    drawn = f"validation by `{split.method}` with seed {split.seed}" if summary["images"]["validation"] else ""
-    names = ", ".join(MARKDOWN.sub(r"\\\g<0>", name) for name in trained.classes[:20]) + (
-        ", ..." if len(trained.classes) > 20 else ""
-    )
-    wanted = trained.preprocessing
-    lines = [
-        f"{_dataset(recipe)}. {len(trained.classes)} classes ({names}).",
-        f"Images: {counts}; {drawn or 'none were kept for validation'}.",
-        f"Input: {wanted.channels} x {wanted.image_size} x {wanted.image_size}.",
-    ]
-    if recipe.data.images_per_class or recipe.data.test_images_per_class:
-        lines.append("**Only part of the data set's images was used.**")
-    return "## Data\n\n" + "\n".join(lines)
-
-
-def _recipe(recipe: Recipe, summary: dict[str, Any]) -> str:
-    optimizer, train = recipe.optimizer, recipe.train
-    weights = portable(recipe.model).weights
-    rows = {
-        "initial weights": "random" if weights == "none" else weights,
-        "transfer": recipe.transfer.mode,
-        "optimizer": f"{optimizer.name}, learning rate {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
-        "schedule": recipe.scheduler.name,
-        "epochs": f"{summary['epochs_run']} of {train.epochs}; weights of epoch {summary['best']['epoch']}",
-        "batch size": str(train.batch_size),
-        "precision": str(summary["precision"]),
-        "augmentation": ", ".join(entry.name for entry in recipe.augment.train) or "only what `recipe.toml` states",
-        "seed": str(summary["seed"]),
-        "parameters": f"{summary['parameters']:,}, of which {summary['trainable_parameters']:,} trained",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return (
-        f"## Recipe\n\n| | |\n|---|---|\n{table}\n\n"
-        "`recipe.toml` is complete: `toolkit train recipe.toml` reproduces the run."
-    )
-
-
-def _figures(recipe: Recipe, summary: dict[str, Any]) -> str:
-    best, best_metric = summary["best"], recipe.train.best_metric
-    splits = {short: name for short, name in (("val", "validation"), ("test", "test")) if f"{short}_loss" in best}
-    lines = ["## Metrics\n"]
-    if splits:
-        lines += [f"| | {' | '.join(splits.values())} |", "|---" * (len(splits) + 1) + "|"]
-        for name in MEASURES:
-            cells = " | ".join(f"{best[f'{short}_{name}']:.4f}" for short in splits)
-            lines.append(f"| {_label(name)} | {cells} |")
-        lines.append("")
-    chosen = "It is the last epoch's model"
-    if best_metric != "last":
-        chosen = f"The epoch was chosen on the validation images by `{best_metric}`"
-    tested = "the test images were evaluated once, at the end" if "test" in splits else "no images were kept for a test"
-    lines.append(f"One run with one seed. {chosen}; {tested}.")
-    return "\n".join(lines)
-
-
-def _label(measure: str) -> str:
-    """Return a measure's label as model cards have it."""
-    return {"loss": "cross-entropy", "accuracy": "top-1 accuracy"}.get(measure, MEASURES[measure].label)
-
-
-def _limits(recipe: Recipe) -> str:
-    lines = [
-        "- It knows only the classes above, and assigns one of them to any image.",
-        "- The metrics apply to images like those of the data set; other cameras, places or times were not tested.",
-        "- Its probabilities were not calibrated, and differences between groups of people were not examined.",
-        "- It was made for research and teaching; do not use it where mistakes could harm people.",
-    ]
-    if recipe.model.weights != "none":
-        lines.append("- It may have inherited biases of the data that its initial weights were trained on.")
-    return "## Limits\n\n" + "\n".join(lines)
-
-
-def _licence(recipe: Recipe, license_id: str) -> str:
-    said = (
-        "Its author has not stated a license." if license_id == "unknown" else f"The weights are under `{license_id}`."
-    )
-    weights = "" if recipe.model.weights == "none" else " The initial weights have terms of their own as well."
-    return f"## License\n\n{said} The images belong to the data set, which has its own terms.{weights}"
