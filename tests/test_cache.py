@@ -61,7 +61,7 @@ def test_an_entry_gives_back_what_was_written(tmp_path: Path) -> None:
     entry = find_entry(tmp_path, NAME)
     assert entry is not None
     assert np.array_equal(entry.data(), np.concatenate(PARTS))
-    assert np.array_equal(entry.tables()["shapes"], np.arange(6))
+    assert np.array_equal(entry.tables["shapes"], np.arange(6))
     assert entry.facts["what"] == "decode"
     assert damaged(tmp_path) == ""
     with pytest.raises(ValueError, match="read-only"):
@@ -93,7 +93,7 @@ def _add(i: int) -> store.BlockRange:
     return _writers[0].add(np.full(100 + i, i, dtype=np.uint8))
 
 
-@pytest.mark.parametrize("file", ["data.bin", "tables.npz", "entry.json"])
+@pytest.mark.parametrize("file", ["data.bin", "entry.npz"])
 @pytest.mark.parametrize("kind", ["cut", "flipped", "gone"])
 def test_damage_is_noticed(tmp_path: Path, file: str, kind: str) -> None:
     path = written(tmp_path).folder / file
@@ -101,7 +101,7 @@ def test_damage_is_noticed(tmp_path: Path, file: str, kind: str) -> None:
     if kind == "gone":
         path.unlink()
     elif kind == "cut":
-        path.write_bytes(content[:-1] if file != "entry.json" else content[:-10])
+        path.write_bytes(content[:-1])
     else:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
@@ -176,7 +176,7 @@ def test_cleaning_leaves_alone_what_is_not_the_cache_s_own(tmp_path: Path, own_c
     (own_cache / "images-of-my-children").mkdir()
     (own_cache / "notes.txt").write_text("mine")
     month = time.time() - 30 * 86400
-    os.utime(own_cache / other / "entry.json", (month, month))
+    os.utime(own_cache / other / "entry.npz", (month, month))
     assert [one.name for one in list_entries(own_cache)] == [NAME, other], "the one used last first"
     assert clean(own_cache, unused_s=86400)[0] == 1
     assert [one.name for one in list_entries(own_cache)] == [NAME]
@@ -189,7 +189,7 @@ def test_cleaning_leaves_alone_what_is_not_the_cache_s_own(tmp_path: Path, own_c
 def test_looking_at_an_entry_is_no_use_and_finding_it_is(own_cache: Path) -> None:
     written(own_cache)
     month = time.time() - 30 * 86400
-    os.utime(own_cache / NAME / "entry.json", (month, month))
+    os.utime(own_cache / NAME / "entry.npz", (month, month))
     assert list_entries(own_cache)[0].used == pytest.approx(month, abs=2)
     find_entry(own_cache, NAME)
     assert list_entries(own_cache)[0].used > month + 86400
@@ -205,8 +205,8 @@ def test_the_command_lists_and_cleans(own_cache: Path) -> None:
     (listed,) = json.loads(toolkit("cache", "--json").stdout)["entries"]
     assert listed["name"] == NAME
     assert listed["images"] == 3
-    (own_cache / NAME / "entry.json").write_text("{")
-    assert "damaged: entry.json cannot be read" in toolkit("cache").stdout
+    (own_cache / NAME / "entry.npz").write_text("{")
+    assert "damaged: the checksum of entry.npz differs" in toolkit("cache").stdout
     assert toolkit("cache", "list", "--unused-days", "1").status == 2
     assert json.loads(toolkit("cache", "clean", "--json").stdout)["entries"] == 1
     assert list(own_cache.iterdir()) == []

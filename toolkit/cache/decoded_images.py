@@ -154,8 +154,7 @@ class CachedImages:
 
     def __init__(self, entry: CacheEntry, part: CachePartition, images: ImageSource) -> None:
         self.images, self._data = images, as_tensor(entry.data(), torch.uint8)
-        tables = entry.tables()
-        self._offsets, self._shapes = tables["offsets"], tables["shapes"]
+        self._offsets, self._shapes = entry.tables["offsets"], entry.tables["shapes"]
         self._rows = np.full(len(images), -1, dtype=np.int64)
         self._rows[part.indices] = np.arange(len(part.indices))
 

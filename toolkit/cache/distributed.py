@@ -42,19 +42,12 @@ class DistributedCache:
     def __init__(self, setup: TrainingContext, guard: Guard) -> None:
         self.setup, self.guard, self.root = setup, guard, cache_root()
         self.is_broken = False
-
-    def obtain(self, name: str, fill: EntryBuilder, size: int) -> CacheEntry | None:
-        """Return an entry, built by one process per machine if missing; None if it cannot be built. Collective.
-
-        Waits for another run that is building the entry. ``size`` is its approximate size in bytes.
-        """
-        work = self._built(name, fill, size) if self._works() and not self.is_broken else None
-        return self._shared(name, self._done(work))
+        self.lock: Lock | None = None
+        """Build lock that this process holds."""
 
     def look(self, name: str) -> CacheEntry | None:
         """Return an entry if every process finds it intact, else None. Collective."""
-        work = self._found(name) if self._works() else None
-        entry = self._shared(name, self._done(work))
+        entry = self._together(name, self._found(name) if self._is_first_of_machine else None)
         return entry if all(gather_objects(entry is not None)) else None
 
     @contextlib.contextmanager
@@ -63,25 +56,30 @@ class DistributedCache:
 
         Waits for another run that holds the lock. Collective.
         """
-        locks: list[Lock] = []
-        work = self._claimed(name, locks) if self.setup.accelerator.is_main_process and not self.is_broken else None
+        is_main = self.setup.accelerator.is_main_process
         try:
-            self._done(work)
+            self._together(name, self._claimed(name) if is_main and not self.is_broken else None)
             yield self.look(name)
         finally:
-            for lock in locks:
-                lock.release()
+            self._unlock()
 
     def store(self, name: str, fill: EntryBuilder, size: int) -> CacheEntry | None:
-        """Write an entry on each machine from data that every process has, under :meth:`claim`. Collective."""
-        work = self._stored(name, fill, size) if self._works() and not self.is_broken else None
-        return self._shared(name, self._done(work))
+        """Build an entry, under :meth:`claim`, by one process per machine or per shared folder; None if that fails.
 
-    def _works(self) -> bool:
+        ``size`` is its approximate size in bytes. Collective.
+        """
+        builds = self._is_first_of_machine and not self.is_broken
+        return self._together(name, self._stored(name, fill, size) if builds else None)
+
+    @property
+    def _is_first_of_machine(self) -> bool:
         return bool(self.setup.accelerator.is_local_main_process)
 
-    def _done(self, work: Work | None) -> CacheEntry | None:
-        """Run the work of the processes that have some while the others wait; all can be stopped. Collective."""
+    def _together(self, name: str, work: Work | None) -> CacheEntry | None:
+        """Run the work of the processes that have some while the others wait; all can be stopped. Collective.
+
+        Returns the resulting entry on every process of a machine whose main process has it.
+        """
         entry, is_active = None, work is not None
         try:
             while True:
@@ -89,19 +87,14 @@ class DistributedCache:
                     assert work is not None
                     is_active, entry = _advance(work)
                 if not any(gather_objects(is_active)):
-                    return entry
+                    break
         finally:
             if work is not None:
                 work.close()
-
-    def _shared(self, name: str, entry: CacheEntry | None) -> CacheEntry | None:
-        """Return the entry on every process of a machine whose main process has it. Collective."""
         everyone, accelerator = gather_objects(entry is not None), self.setup.accelerator
         if entry is None and everyone[accelerator.process_index - accelerator.local_process_index]:
-            try:
+            with contextlib.suppress(CorruptCacheEntry):
                 entry = find_entry(self.root, name)
-            except CorruptCacheEntry:
-                return None
         return entry
 
     def _found(self, name: str) -> Work:
@@ -123,33 +116,20 @@ class DistributedCache:
             log(f"warning: cache entry {name} cannot be read ({error.strerror or error})")
         return None
 
-    def _built(self, name: str, fill: EntryBuilder, size: int) -> Work:
-        """Return a verified entry, built under its lock if it does not exist."""
-        locks: list[Lock] = []
-        try:
-            entry = yield from self._claimed(name, locks)
-            if entry is None and locks:
-                entry = yield from self._stored(name, fill, size)
-            return entry
-        finally:
-            for lock in locks:
-                lock.release()
-
-    def _claimed(self, name: str, locks: list[Lock]) -> Work:
-        """Return a verified entry, or None with its lock in ``locks``; no lock if the cache cannot be written."""
+    def _claimed(self, name: str) -> Work:
+        """Return a verified entry, or None with its lock held; without the lock if the cache cannot be written."""
         waits = False
         while True:
             entry = yield from self._found(name)
-            if entry is not None or locks:
+            if entry is not None or self.lock is not None:
                 return entry
             try:
-                lock = try_lock(self.root, name)
+                self.lock = try_lock(self.root, name)
             except OSError as error:
                 self._complain(error)
                 return None
-            if lock is not None:
-                locks.append(lock)  # check again: the lock's last owner may have built the entry
-                continue
+            if self.lock is not None:
+                continue  # check again: the lock's last owner may have built the entry
             if not waits:
                 self.setup.display.log(f"another run is building cache entry {name}: waiting for it")
                 waits = True
@@ -157,13 +137,16 @@ class DistributedCache:
             yield
 
     def _stored(self, name: str, fill: EntryBuilder, size: int) -> Work:
-        """Build an entry if there is enough disk space."""
-        free = free_disk(self.root)
-        if size > free * DISK_SHARE:
-            where = f"the cache {folder_of(self.root)}, with {gib(free)} free"
-            self.setup.display.log(f"{gib(size)} do not fit into {where}: they are not cached")
-            return None
+        """Return a verified entry, built under its lock if it does not exist and there is enough disk space."""
         try:
+            entry = yield from self._claimed(name)
+            if entry is not None or self.lock is None:
+                return entry
+            free = free_disk(self.root)
+            if size > free * DISK_SHARE:
+                where = f"the cache {folder_of(self.root)}, with {gib(free)} free"
+                self.setup.display.log(f"{gib(size)} do not fit into {where}: they are not cached")
+                return None
             remove_leftovers(self.root, name)
             writer = CacheEntryWriter(self.root, name)
             try:
@@ -173,6 +156,13 @@ class DistributedCache:
         except OSError as error:
             self._complain(error)
             return None
+        finally:
+            self._unlock()  # other machines may wait for it, and claim() for them
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
 
     def _complain(self, error: OSError) -> None:
         """Disable the cache after an I/O error, and log a warning."""

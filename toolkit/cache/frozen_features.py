@@ -111,7 +111,7 @@ class Features:
         Not a collective: each process checks the cache on its own.
         """
         names = [[self._name(split, view) for view in self.views(split)] for split in self._used]
-        return max(sum(not (self.keeper.root / n / "entry.json").exists() for n in of_split) for of_split in names)
+        return max(sum(not (self.keeper.root / n).is_dir() for n in of_split) for of_split in names)
 
     def rows(self, split: str) -> list[Tensor]:
         """Return the features of a split for each view, float32 [N, ...], on the device if they fit."""

@@ -120,7 +120,8 @@ def _keep_part(
         if reason:
             setup.display.log(f"decoded images of {_listed(part.splits)} are not cached: {reason}")
             return
-        entry = keeper.obtain(name, _filled(setup, part), size)
+        with keeper.claim(name) as entry:
+            entry = entry or keeper.store(name, _filled(setup, part), size)
     if not all(gather_objects(entry is not None)) or entry is None:
         return
     stored = CachedImages(entry, part, images)

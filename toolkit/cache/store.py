@@ -3,18 +3,20 @@
 An entry is a folder that is published atomically, by renaming, and never changed afterwards:
 
     <root>/images-<key>/data.bin      the data, to be memory-mapped
-    <root>/images-<key>/tables.npz    the layout of the data, and a checksum of each block
-    <root>/images-<key>/entry.json    description, sizes, checksums; its modification time is the time of last use
+    <root>/images-<key>/entry.npz     description (JSON), layout of the data, a checksum of each block, and the SHA-256
+                                      of all this; its modification time is the time of last use
     <root>/images-<key>.lock          held by the process that builds the entry
 
 The key is a hash of everything that the content depends on, so entries are never stale and need no invalidation.
-Concurrent runs, and all processes of a machine, share entries.
+Concurrent runs, and all processes of a machine, share entries. No library's store does this: diskcache and zarr have
+no memory map of the data, safetensors has no checksums and is not written in pieces by several processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -42,11 +44,12 @@ ByteArray = npt.NDArray[np.uint8]
 BlockRange = tuple[int, int, int]
 """Offset and length in bytes, checksum."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of the entry layout."""
 ABANDONED_S = 600
 """Seconds without a write after which a partial entry is considered left over from a killed process."""
 
+DIGEST = hashlib.sha256().digest_size
 _PAGE = 4096
 _ENTRY = re.compile("(images|features)-[0-9a-f]{32}")
 _LEFTOVER = re.compile(rf"\.{_ENTRY.pattern}-\d+-[0-9a-f]{{8}}")
@@ -71,23 +74,20 @@ def content_key(parts: Mapping[str, Any]) -> str:
     return json_hash(parts)[:32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CacheEntry:
     """A complete entry."""
 
     folder: Path
     facts: dict[str, Any]
-    """Content of entry.json: at least kind, what (a description), bytes, tables (their SHA-256)."""
+    """Description: at least kind, what (the precomputed steps) and bytes."""
+    tables: dict[str, npt.NDArray[Any]]
+    """Arrays stored with the data; "blocks", int64 [n, 3], holds offset, length and checksum of each block."""
 
     @property
     def size(self) -> int:
         """Size of the data in bytes."""
         return int(self.facts["bytes"])
-
-    def tables(self) -> dict[str, npt.NDArray[Any]]:
-        """Load the arrays stored with the data."""
-        with np.load(self.folder / "tables.npz", allow_pickle=False) as tables:
-            return {name: tables[name] for name in tables.files}
 
     def data(self) -> ByteArray:
         """Return the data as a read-only memory map, uint8 [bytes]. The mapping ends with the array."""
@@ -97,41 +97,40 @@ class CacheEntry:
 def find_entry(root: Path, name: str) -> CacheEntry | None:
     """Return the entry of that name, or None, and update its time of last use. Raises CorruptCacheEntry.
 
-    Checks the header, its hash, the hash of the tables and the size of the data; :func:`verify` checks the data itself.
+    Checks everything but the data itself, of which it checks the size; see :func:`verify`.
     """
-    entry = _header(root / name)
+    entry = _read(root / name)
     if entry is None:
         return None
-    folder = entry.folder
     try:
-        size = (folder / "data.bin").stat().st_size
-        tables = hashlib.sha256((folder / "tables.npz").read_bytes()).hexdigest()
+        size = (entry.folder / "data.bin").stat().st_size
     except OSError as error:
-        raise CorruptCacheEntry(f"{Path(error.filename).name}: {error.strerror}") from None
+        raise CorruptCacheEntry(f"data.bin: {error.strerror}") from None
     if size != entry.size:
         raise CorruptCacheEntry(f"data.bin has {size} bytes instead of {entry.size}")
-    if tables != entry.facts["tables"]:
-        raise CorruptCacheEntry("the checksum of tables.npz differs")
     with contextlib.suppress(OSError):  # the cache may be read-only
-        os.utime(folder / "entry.json")
+        os.utime(entry.folder / "entry.npz")
     return entry
 
 
-def _header(folder: Path) -> CacheEntry | None:
-    """Read entry.json; return None if the entry does not exist. Raises CorruptCacheEntry."""
+def _read(folder: Path) -> CacheEntry | None:
+    """Read entry.npz; return None if there is no entry. Raises CorruptCacheEntry."""
     try:
-        facts = json.loads((folder / "entry.json").read_bytes())
+        content = (folder / "entry.npz").read_bytes()
     except FileNotFoundError:
         if folder.is_dir():
-            raise CorruptCacheEntry("entry.json is missing") from None
+            raise CorruptCacheEntry("entry.npz is missing, or it was written by another version") from None
         return None
-    except (OSError, ValueError) as error:
-        raise CorruptCacheEntry(f"entry.json cannot be read: {error}") from None
-    if not isinstance(facts, dict) or facts.pop("sha256", None) != json_hash(facts):
-        raise CorruptCacheEntry("the checksum of entry.json differs")
-    if facts.get("format") != FORMAT:
+    except OSError as error:
+        raise CorruptCacheEntry(f"entry.npz cannot be read: {error.strerror}") from None
+    if hashlib.sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
+        raise CorruptCacheEntry("the checksum of entry.npz differs")
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        tables = {name: file[name] for name in file.files}
+    facts = json.loads(str(tables.pop("facts")))
+    if facts["format"] != FORMAT:
         raise CorruptCacheEntry("it was written by another version")
-    return CacheEntry(folder, facts)
+    return CacheEntry(folder, facts, tables)
 
 
 def verify(entry: CacheEntry) -> Iterator[int]:
@@ -143,7 +142,7 @@ def verify(entry: CacheEntry) -> Iterator[int]:
     path = entry.folder / "data.bin"
     if _verified.get(path) == _signature(path):
         return
-    signature, data, blocks = _signature(path), entry.data(), entry.tables()["blocks"]
+    signature, data, blocks = _signature(path), entry.data(), entry.tables["blocks"]
 
     def is_right(block: npt.NDArray[np.int64]) -> bool:
         start, length, expected = (int(value) for value in block)
@@ -203,20 +202,20 @@ class CacheEntryWriter:
         self, facts: Mapping[str, Any], tables: Mapping[str, npt.NDArray[Any]], blocks: list[BlockRange]
     ) -> CacheEntry:
         """Publish the entry; if another process has already done so, discard this one and use that. Raises OSError."""
-        arrays: dict[str, Any] = {"blocks": np.array(blocks, dtype=np.int64), **tables}
-        np.savez(self.folder / "tables.npz", **arrays)
-        digest = hashlib.sha256((self.folder / "tables.npz").read_bytes()).hexdigest()
+        arrays = {"blocks": np.array(blocks, dtype=np.int64), **tables}
         size = (self.folder / "data.bin").stat().st_size
-        whole = {"format": FORMAT, "bytes": size, "tables": digest, "made": time.time(), **facts}
-        (self.folder / "entry.json").write_text(json.dumps({**whole, "sha256": json_hash(whole)}, indent=1))
+        whole = {"format": FORMAT, "bytes": size, "made": time.time(), **facts}
+        content = io.BytesIO()
+        np.savez(content, facts=np.array(json.dumps(whole)), **arrays)
+        (self.folder / "entry.npz").write_bytes(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
         try:
             os.rename(self.folder, self.target)
         except OSError:
-            if not (self.target / "entry.json").exists():
+            if not (self.target / "entry.npz").exists():
                 raise
             self.discard()
         _verified[self.target / "data.bin"] = _signature(self.target / "data.bin")
-        return CacheEntry(self.target, whole)
+        return CacheEntry(self.target, whole, arrays)
 
     def discard(self) -> None:
         """Remove the temporary folder, unless the entry was published."""
@@ -284,15 +283,23 @@ def list_entries(root: Path) -> list[CacheEntryInfo]:
         if not _ENTRY.fullmatch(folder.name) or not folder.is_dir():
             continue
         try:
-            entry = _header(folder)
+            entry = _read(folder)
             if entry is None:  # removed meanwhile
                 continue
             facts = entry.facts
         except CorruptCacheEntry as error:
             facts = {"what": f"damaged: {error}"}
-        told = str(facts.get("data", "")), int(facts.get("images", 0)), str(facts["what"])
-        used = next((p.stat().st_mtime for p in (folder / "entry.json", folder) if p.exists()), 0.0)
-        found.append(CacheEntryInfo(folder.name, folder.name.split("-")[0], *told, folder_size(folder), used))
+        found.append(
+            CacheEntryInfo(
+                name=folder.name,
+                kind=folder.name.split("-")[0],
+                data=str(facts.get("data", "")),
+                images=int(facts.get("images", 0)),
+                what=str(facts["what"]),
+                bytes=folder_size(folder),
+                used=next((p.stat().st_mtime for p in (folder / "entry.npz", folder) if p.exists()), 0.0),
+            )
+        )
     return sorted(found, key=lambda one: one.used, reverse=True)
 
 
