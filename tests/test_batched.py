@@ -17,7 +17,7 @@ from toolkit.augment.gpu import GpuAugmentation, keyed_uniforms
 from toolkit.augment.gpu_affine import AffineOp, _product
 from toolkit.augment.gpu_color import Grayscale, RandomErasing, _within
 from toolkit.augment.transforms import build_transform
-from toolkit.data.image_sources import InMemoryImages
+from toolkit.data.image_sources import InMemoryImages, as_image, as_pixels
 from toolkit.data.pipeline import plan_preprocessing
 from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from toolkit.data.sampling import hash64
@@ -356,9 +356,9 @@ def test_images_padded_to_a_square_are_augmented_in_batches_too() -> None:
         assert plan.batched is not None
         images = photographs(2, 30, 40)
         made = plan.batched(
-            batch([Image.fromarray(plan.transform.pixels(one, plan.steps)) for one in images]), 0, [0, 1]
+            batch([as_image(plan.transform.apply(as_pixels(one), plan.steps)) for one in images]), 0, [0, 1]
         )
-        assert torch.equal(made, torch.stack([plan.transform(one) for one in images]))
+        assert torch.equal(made, torch.stack([plan.transform(as_pixels(one)) for one in images]))
 
 
 def test_images_of_the_wrong_size_are_refused() -> None:
@@ -376,6 +376,9 @@ def test_a_data_set_in_memory_goes_through_as_it_is() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
     augment = augmentation(size=28, channels=1)
     expected = torch.stack(
-        [functional.pil_to_tensor(InMemoryImages(pixels, "m", 1).load(i)).float() * (1 / 255) for i in range(6)]
+        [
+            torch.from_numpy(InMemoryImages(pixels, "m", 1).load(i)).permute(2, 0, 1).float() * (1 / 255)
+            for i in range(6)
+        ]
     )
     assert torch.equal(augment(torch.from_numpy(pixels)[:, None], 0, np.arange(6)), expected)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from toolkit.data.dataset_plots import contact_sheet, histogram
 from toolkit.data.dataset_report import analyze_dataset
+from toolkit.data.image_sources import as_image
 from toolkit.recipe import load_recipe
 from toolkit.report.data_plots import CAPTION, GAP, TILE, class_totals
 from toolkit.report.plot_style import SPLIT_COLORS
@@ -181,7 +182,9 @@ def test_contact_sheet_shows_raw_and_normalised_images() -> None:
     assert [text.get_text() for text in axes.texts] == [str(digit) for digit in range(10)]
     (shown,) = axes.images
     sheet = np.asarray(shown.get_array())
-    raw = np.asarray(report.dataset.images.load(report.examples[0]).resize((TILE, TILE), Image.Resampling.NEAREST))
+    raw = np.asarray(
+        as_image(report.dataset.images.load(report.examples[0])).resize((TILE, TILE), Image.Resampling.NEAREST)
+    )
     left = sheet[CAPTION : CAPTION + TILE, GAP : GAP + TILE, 0]
     assert np.array_equal(left, raw)
     right = sheet[CAPTION : CAPTION + TILE, GAP + TILE + GAP // 2 :][:, :TILE, 0]

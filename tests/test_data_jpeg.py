@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from torch import Tensor
 
 from toolkit.data import jpeg_decoding
 from toolkit.data.image_sources import ImageFiles, UnreadableImageError
@@ -68,7 +67,7 @@ def test_a_decoder_that_breaks_down_is_no_verdict_on_the_file(tmp_path: Path, mo
     monkeypatch.setattr(jpeg_decoding.simplejpeg, "decode_jpeg", broken)
     image = photograph(64, 48)
     (tmp_path / "a.jpg").write_bytes(as_jpeg(image, quality=95))
-    assert ImageFiles(tmp_path, ["a.jpg"], 3).load(0).size == image.size
+    assert ImageFiles(tmp_path, ["a.jpg"], 3).load(0).shape == (image.height, image.width, 3)
 
 
 @pytest.mark.parametrize("with_decoder", [pytest.param(True, marks=needs_simplejpeg), False])
@@ -88,8 +87,6 @@ def test_files_are_the_same_with_and_without_it(
         images = ImageFiles(tmp_path, names, channels)
         for i, name in enumerate(names[:3]):
             wanted = np.asarray(Image.open(tmp_path / name).convert(mode))
-            assert np.array_equal(np.asarray(images.load(i)), wanted)
-            assert np.array_equal(np.asarray(images.decoded(i)), wanted)
-        assert isinstance(images.decoded(0), Tensor) == (with_decoder and mode == "RGB")
+            assert np.array_equal(images.load(i), wanted.reshape(images.load(i).shape))
         with pytest.raises(UnreadableImageError, match=r"truncated.jpg: damaged \(image file is truncated"):
             images.load(3)

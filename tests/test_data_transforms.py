@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 from toolkit.augment.resize import resizing_kernel
 from toolkit.augment.steps import transform_names
 from toolkit.augment.transforms import TENSOR_ONLY, build_transform, is_deterministic, try_transform
-from toolkit.data.image_sources import InMemoryImages
+from toolkit.data.image_sources import InMemoryImages, to_pixels
 from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from toolkit.errors import UserError
 from toolkit.recipe.gpu_support import FIXED
@@ -54,7 +54,7 @@ def same(ours: Callable[[Any], Tensor], by_hand: list[Any], image: Image.Image) 
         torch.manual_seed(seed)
         expected = compose(image)
         torch.manual_seed(seed)
-        assert torch.equal(ours(image), expected.as_subclass(Tensor))
+        assert torch.equal(ours(to_pixels(image, 3)), expected.as_subclass(Tensor))
 
 
 FLIP = {"name": "RandomHorizontalFlip"}
@@ -159,7 +159,10 @@ def test_bytes_are_those_of_the_pillow_image(preprocessing: Preprocessing, size:
     image = photograph(*size)
     assert transform.fixed
     for count in range(len(transform.fixed) + 1):
-        assert np.array_equal(transform.pixels(image, count), np.array(transform.begin(image, count))), count
+        by_pillow = image
+        for step in transform.steps[:count]:
+            by_pillow = step.on_image(by_pillow)
+        assert np.array_equal(transform.apply(to_pixels(image, 3), count), np.array(by_pillow)), count
 
 
 def test_every_place_is_where_it_says() -> None:
@@ -220,10 +223,10 @@ def test_timm_policies_do_what_timm_does(policy: str) -> None:
     hand = v2.Compose([timm_policy, *FLOAT, v2.Normalize(HALF, HALF)])
     for seed in range(10):
         results = []
-        for transform in (ours, hand):
+        for transform, image in ((ours, to_pixels(photograph(), 3)), (hand, photograph())):
             random.seed(seed)
             np.random.seed(seed)
-            results.append(transform(photograph()).as_subclass(Tensor))
+            results.append(transform(image).as_subclass(Tensor))
         assert torch.equal(*results)
     assert not build_transform("validation", AugmentConfig(auto_augment=policy), CIFAR).draws_from_python
 
@@ -235,14 +238,14 @@ def test_timm_policies_take_greyscale(policy: str) -> None:
     for seed in range(40):
         random.seed(seed)
         np.random.seed(seed)
-        assert transform(photograph(28, 28)).shape == (1, 28, 28)
+        assert transform(to_pixels(photograph(28, 28), 1)).shape == (1, 28, 28)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "RGB"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_any_image_becomes_the_channels_asked_for(mode: str, channels: int) -> None:
     one = Preprocessing(channels, 32, 32, True, "bilinear", (0.5,) * channels, (0.5,) * channels)
-    result = build_transform("test", AugmentConfig(), one)(photograph().convert(mode))
+    result = build_transform("test", AugmentConfig(), one)(to_pixels(photograph().convert(mode), channels))
     assert (result.shape, result.dtype, type(result)) == ((channels, 32, 32), torch.float32, Tensor)
 
 
@@ -299,15 +302,15 @@ def test_the_largest_magnitudes_do_not_fail() -> None:
         for seed in range(20):
             random.seed(seed)
             np.random.seed(seed)
-            assert transform(photograph()).isfinite().all()
+            assert transform(to_pixels(photograph(), 3)).isfinite().all()
 
 
 def test_wrong_size_is_told_with_both_sizes() -> None:
     uncropped = Preprocessing(3, 32, 32, False, "bilinear", HALF, HALF)
     transform = build_transform("test", AugmentConfig(), uncropped)
-    assert transform(photograph(50, 50)).shape == (3, 32, 32)
+    assert transform(to_pixels(photograph(50, 50), 3)).shape == (3, 32, 32)
     with pytest.raises(UserError, match=r"32 x 64 pixels out of one of 50 x 100, but data.image_size is 32"):
-        transform(photograph(50, 100))
+        transform(to_pixels(photograph(50, 100), 3))
 
 
 def test_trying_a_transform_blames_the_recipe_and_leaves_random_states_alone() -> None:
@@ -345,7 +348,7 @@ REQUIRED: dict[str, Entry] = {
 def test_every_transform_on_offer_works_on_an_image(name: str) -> None:
     """Each at its default place."""
     transform = build_transform("train", augment({"name": name, **REQUIRED.get(name, {})}), CIFAR)
-    assert transform(photograph()).shape == (3, 32, 32)
+    assert transform(to_pixels(photograph(), 3)).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("name", sorted(FIXED.intersection(transform_names())))
@@ -353,7 +356,7 @@ def test_what_is_called_deterministic_draws_nothing(name: str) -> None:
     entry = {"name": name, **REQUIRED.get(name, {}), **({"num_output_channels": 3} if name == "Grayscale" else {})}
     transform = build_transform("train", augment(entry), CIFAR)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()
-    transform(photograph())
+    transform(to_pixels(photograph(), 3))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()) == states[1:]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from toolkit.augment import resize
 from toolkit.augment.transforms import build_transform
+from toolkit.data.image_sources import as_pixels, to_pixels
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing
 from toolkit.errors import UserError
 from toolkit.inference.export import _steps
@@ -49,7 +50,7 @@ def photographs() -> Iterator[Image.Image]:
 def assert_same_inputs(ours: Preprocessing, theirs: Callable[[Image.Image], Tensor]) -> None:
     mine = build_transform("test", AugmentConfig(), ours)
     for image in photographs():
-        torch.testing.assert_close(mine(image), theirs(image), rtol=0, atol=1e-6 / min(ours.std))
+        torch.testing.assert_close(mine(as_pixels(image)), theirs(image), rtol=0, atol=1e-6 / min(ours.std))
 
 
 @pytest.fixture
@@ -135,11 +136,10 @@ def test_images_of_another_size_keep_the_mode_of_the_weights() -> None:
     mean = half.border
     assert mean is not None
     image = Image.new("RGB", (100, 50), (9, 9, 9))
-    made = build_transform("test", AugmentConfig(), half).begin(image, 2)
-    assert made.size == (196, 196)
-    assert made.getpixel((98, 48)) == mean
-    assert made.getpixel((98, 49)) == made.getpixel((98, 146)) == (9, 9, 9)
-    assert made.getpixel((98, 147)) == mean
+    made = build_transform("test", AugmentConfig(), half).apply(to_pixels(image, 3), 2)
+    assert made.shape == (196, 196, 3)
+    assert tuple(made[48, 98]) == tuple(made[147, 98]) == mean
+    assert tuple(made[49, 98]) == tuple(made[146, 98]) == (9, 9, 9)
 
 
 def test_a_recipe_s_own_resize_takes_the_place_of_the_mode() -> None:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from toolkit.data.datasets import open_dataset
-from toolkit.data.image_sources import BLOCKS_KEPT
+from toolkit.data.image_sources import BLOCKS_KEPT, as_image
 from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
 from toolkit.data.splits import split_dataset
 from toolkit.models.build import build_model, expected_input
@@ -56,7 +56,7 @@ class ImageList(Dataset[Any]):
             with Image.open(self.path(index)) as file:
                 image = file.convert("RGB")
         else:
-            image = self.images.load(index)
+            image = as_image(self.images.load(index))
         return self.transform(image), int(self.labels[index])
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
+from toolkit.data.image_sources import Pixels, as_image, as_pixels
+
 _FILTERS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, "bilinear", "bicubic")
 
 
@@ -32,7 +34,7 @@ class Resize(v2.Resize):  # type: ignore[misc]  # torchvision has no types
         """See torchvision."""
         if not (_is_color(inpt) and resizes_bytes(self)):
             return super().transform(inpt, params)
-        return as_image(_resized(as_bytes(inpt), self.size, self.interpolation, self.max_size))
+        return as_image(_resized(as_pixels(inpt), self.size, self.interpolation, self.max_size))
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
@@ -44,11 +46,11 @@ class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
             return super().transform(inpt, params)
         left, top = params["left"], params["top"]
         crop = inpt.crop((left, top, left + params["width"], top + params["height"]))
-        return as_image(_resized(as_bytes(crop), self.size, self.interpolation))
+        return as_image(_resized(as_pixels(crop), self.size, self.interpolation))
 
 
 def is_same_on_bytes(step: Any) -> bool:
-    """Return whether a step has the same result for a color image as uint8 tensor and as Pillow image."""
+    """Return whether a step has the same result for a color image as uint8 array and as Pillow image."""
     return isinstance(step, v2.CenterCrop) or resizes_bytes(step)
 
 
@@ -61,41 +63,36 @@ def resizes_bytes(step: Any) -> bool:
     return is_resize and bool(step.antialias) and step.interpolation in _FILTERS and resizing_kernel() != "Pillow"
 
 
-def on_bytes(step: Any, pixels: Tensor) -> Tensor:
-    """Apply a Resize, RandomResizedCrop or CenterCrop to uint8 [3, h, w], without torchvision's dispatch overhead.
+def on_bytes(step: Any, pixels: Pixels) -> Pixels:
+    """Apply a Resize, RandomResizedCrop or CenterCrop to uint8 [h, w, 3], without torchvision's dispatch overhead.
 
     A RandomResizedCrop draws the same random numbers from torch's generator as for a Pillow image.
     """
     if isinstance(step, Resize):
         return _resized(pixels, step.size, step.interpolation, step.max_size)
     if isinstance(step, RandomResizedCrop):
-        box = step.make_params([pixels])
+        box = step.make_params([as_tensor(pixels)])
         left, top = box["left"], box["top"]
-        crop = pixels[None, :, top : top + box["height"], left : left + box["width"]]
+        crop = pixels[top : top + box["height"], left : left + box["width"]]
         # The kernel would first split a window of a larger image into channels.
-        return _resized(crop.contiguous(memory_format=torch.channels_last)[0], step.size, step.interpolation)
-    (height, width), (rows, columns) = pixels.shape[1:], step.size
+        return _resized(np.ascontiguousarray(crop), step.size, step.interpolation)
+    (height, width), (rows, columns) = pixels.shape[:2], step.size
     if height < rows or width < columns:
-        padded: Tensor = functional.center_crop(pixels, step.size)
+        padded: Pixels = functional.center_crop(as_tensor(pixels), step.size).permute(1, 2, 0).numpy()
         return padded
     top, left = round((height - rows) / 2), round((width - columns) / 2)
-    return pixels[:, top : top + rows, left : left + columns]
+    return pixels[top : top + rows, left : left + columns]
 
 
-def as_bytes(image: Image.Image) -> Tensor:
-    """Convert a color image to uint8 [3, h, w], channels last in memory."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def as_tensor(pixels: Pixels) -> Tensor:
+    """View uint8 [h, w, 3] as [3, h, w], channels last in memory."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _is_color(image: Any) -> bool:
     return isinstance(image, Image.Image) and image.mode == "RGB"
 
 
-def as_image(pixels: Tensor) -> Image.Image:
-    """Convert uint8 [3, h, w] to a Pillow image."""
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
-def _resized(pixels: Tensor, size: Any, interpolation: Any, max_size: int | None = None) -> Tensor:
-    resized: Tensor = functional.resize(pixels, size, interpolation, max_size, antialias=True)
-    return resized
+def _resized(pixels: Pixels, size: Any, interpolation: Any, max_size: int | None = None) -> Pixels:
+    resized: Tensor = functional.resize(as_tensor(pixels), size, interpolation, max_size, antialias=True)
+    return resized.permute(1, 2, 0).numpy()

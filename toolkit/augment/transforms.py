@@ -15,16 +15,15 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from toolkit.augment.resize import as_bytes, as_image, is_same_on_bytes, on_bytes, resizes_bytes
+from toolkit.augment.resize import is_same_on_bytes, on_bytes
 from toolkit.augment.steps import Step, policy_step, recipe_step, torchvision_step
-from toolkit.data.image_sources import MODES, ImageSource, as_picture, to_mode
+from toolkit.data.image_sources import ImageSource, Pixels, as_image, as_pixels
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.recipe.gpu_support import is_random
@@ -44,7 +43,6 @@ class ImageTransform:
         self, split: str, steps: Sequence[Step], preprocessing: Preprocessing, base: int = 0, cropped: int = 0
     ) -> None:
         self.split, self.steps = split, tuple(steps)
-        self.mode: str | None = MODES[preprocessing.channels]
         self.size = preprocessing.image_size
         self.fixed = tuple(step.fixed for step in takewhile(lambda step: step.fixed, steps) if step.fixed)
         """Descriptions of the leading deterministic steps."""
@@ -55,57 +53,35 @@ class ImageTransform:
         self.draws_from_python = any(step.name == "auto_augment" for step in steps)
         """Whether Python's and NumPy's random states must be seeded in addition to torch's."""
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Transform a Pillow image of any size to float32 [C, image_size, image_size].
+    def __call__(self, pixels: Pixels) -> Tensor:
+        """Transform uint8 [h, w, C] of any size to float32 [C, image_size, image_size].
 
         Raises UserError if the result has another size.
         """
-        tensor: Tensor = self.begin(image, len(self.steps)).as_subclass(Tensor)
-        self.check_size((image.height, image.width), (tensor.shape[-2], tensor.shape[-1]))
+        tensor: Tensor = self.apply(pixels, len(self.steps)).as_subclass(Tensor)
+        self.check_size(pixels, (tensor.shape[-2], tensor.shape[-1]))
         return tensor
 
-    def begin(self, image: Image.Image, count: int) -> Any:
-        """Apply the first ``count`` steps to an image. Returns a Pillow image if these steps are among ``fixed``."""
-        result: Any = image if self.mode is None else to_mode(image, self.mode)
+    def apply(self, pixels: Pixels, count: int) -> Any:
+        """Apply the first ``count`` steps, random or not. Returns uint8 [h, w, C] if these are before ToImage."""
+        result: Any = pixels
         for step in self.steps[:count]:
-            result = step.on_image(result)
-        return result
+            result = _apply(step, result)
+        return as_pixels(result) if isinstance(result, Image.Image) else result
 
-    def pixels(self, image: Image.Image | Tensor, count: int) -> npt.NDArray[np.uint8]:
-        """Apply the first ``count`` steps, random or not, all before ToImage. Returns uint8 [h, w, C], read-only.
-
-        ``image`` is a Pillow image or uint8 [h, w, 3]. It is converted between the two only if a step requires it.
-        """
-        at: Image.Image | Tensor
-        if isinstance(image, Tensor) and self.mode in ("RGB", None):
-            at = image.permute(2, 0, 1)
-        else:
-            at = self.begin(as_picture(image), 0)
-        for step in (each.on_image for each in self.steps[:count]):
-            if isinstance(at, Tensor):
-                at = on_bytes(step, at) if is_same_on_bytes(step) else step(as_image(at))
-            elif at.mode == "RGB" and resizes_bytes(step):
-                at = on_bytes(step, as_bytes(at))
-            else:
-                at = step(at)
-        if isinstance(at, Tensor):
-            return at.permute(1, 2, 0).numpy()
-        array = np.array(at)
-        return array if array.ndim == 3 else array[..., None]
-
-    def check_size(self, given: tuple[int, int], made: tuple[int, int]) -> None:
-        """Raise UserError unless an image has the model's size after the transform; both are (height, width)."""
+    def check_size(self, given: Pixels, made: tuple[int, int]) -> None:
+        """Raise UserError unless ``made``, the (height, width) after the transform of an image, is the model's size."""
         if made != (self.size, self.size):
             raise UserError(
                 f"augment.{self.split}, data.resize and data.crop make an image of {made[0]} x {made[1]} pixels out of "
-                f"one of {given[0]} x {given[1]}, but data.image_size is {self.size}: set data.crop = 'center', "
-                f"or data.resize = [{self.size}, {self.size}]"
+                f"one of {given.shape[0]} x {given.shape[1]}, but data.image_size is {self.size}: "
+                f"set data.crop = 'center', or data.resize = [{self.size}, {self.size}]"
             )
 
     def after(self, count: int) -> ImageTransform:
         """Return the transform that remains after the first ``count`` steps."""
         rest = copy.copy(self)
-        rest.steps, rest.fixed, rest.mode = self.steps[count:], self.fixed[count:], None
+        rest.steps, rest.fixed = self.steps[count:], self.fixed[count:]
         rest.base, rest.cropped = 0, max(0, self.cropped - count)
         return rest
 
@@ -117,16 +93,28 @@ class UInt8Transform:
         self.transform, self.count = transform, count
         self.is_all = makes_floats(transform.after(count))
 
-    def __call__(self, image: Image.Image | Tensor) -> Tensor:
-        """Transform a Pillow image or uint8 [h, w, 3] to uint8 [h, w, C].
+    def __call__(self, pixels: Pixels) -> Tensor:
+        """Transform uint8 [h, w, C] to uint8 [h, w, C].
 
         Raises UserError if the size is wrong and no remaining step changes it.
         """
-        pixels = self.transform.pixels(image, self.count)
+        result = self.transform.apply(pixels, self.count)
         if self.is_all:
-            found = image.shape[:2] if isinstance(image, Tensor) else (image.height, image.width)
-            self.transform.check_size((found[0], found[1]), pixels.shape[:2])
-        return torch.from_numpy(pixels)
+            self.transform.check_size(pixels, result.shape[:2])
+        return torch.from_numpy(result)
+
+
+def _apply(step: Step, image: Any) -> Any:
+    """Apply a step to uint8 [h, w, C], to a Pillow image or, from ToImage on, to a tensor.
+
+    An array remains one if the result is the same; other steps before ToImage need a Pillow image.
+    """
+    if isinstance(image, np.ndarray):
+        if image.shape[2] == 3 and is_same_on_bytes(step.on_image):
+            return on_bytes(step.on_image, image)
+        if step.name != "ToImage":
+            image = as_image(image)
+    return step.on_image(image)
 
 
 def build_transform(split: str, augment: AugmentConfig, preprocessing: Preprocessing) -> ImageTransform:
@@ -184,18 +172,18 @@ def try_transform(transform: ImageTransform, images: ImageSource, index: int) ->
     The random states are restored. Raises UserError, naming the step, if a step fails, and UnreadableImageError if the
     image cannot be read.
     """
-    image = images.load(index)
-    result: Any = transform.begin(image, 0)
+    pixels = images.load(index)
+    result: Any = pixels
     with random_states_kept():
         for step in transform.steps:
             try:
-                result = step(result)
+                result = _apply(step, result)
             except Exception as error:  # whatever the transform raises: its message is quoted
                 raise UserError(
                     f"augment.{transform.split}: {step.name} fails on {images.name(index)} "
-                    f"({image.width} x {image.height} pixels): {error}"
+                    f"({pixels.shape[1]} x {pixels.shape[0]} pixels): {error}"
                 ) from error
-        return transform(image)
+        return transform(pixels)
 
 
 @contextmanager

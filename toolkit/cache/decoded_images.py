@@ -1,7 +1,7 @@
 """Decoded and resized images, computed once and stored as bytes in the cache.
 
-An image is stored as it leaves the leading deterministic steps of a split's transform: a Pillow image with 8 bits per
-channel, which is exactly the input of the next step.
+An image is stored as it leaves the leading deterministic steps of a split's transform: uint8 [h, w, C], exactly the
+input of the next step.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy.typing as npt
 import PIL
 import torch
 import torchvision
-from PIL import Image, features
+from PIL import features
 from torch import Tensor
 
 from toolkit.augment.resize import resizing_kernel
 from toolkit.augment.transforms import CENTER_CROP, ImageTransform
-from toolkit.cache.store import BlockRange, ByteArray, CacheEntry, CacheEntryWriter, content_key
+from toolkit.cache.store import BlockRange, CacheEntry, CacheEntryWriter, content_key
 from toolkit.data.dataloader import WorkerError
-from toolkit.data.image_sources import ImageSource, InMemoryImages, as_picture
+from toolkit.data.image_sources import ImageSource, InMemoryImages, Pixels
 from toolkit.data.jpeg_decoding import jpeg_decoder
 from toolkit.data.sampling import IntArray
 from toolkit.data.tensor_loader import as_tensor
@@ -80,7 +80,6 @@ def part_key(images: ImageSource, part: CachePartition) -> dict[str, Any]:
     """Return everything that the stored bytes depend on."""
     return {
         "images": images.identity(part.indices),
-        "mode": part.transform.mode,
         "steps": part.words,
         "pillow": [PIL.__version__, *(str(features.version(name)) for name in DECODERS)],
         "jpeg": jpeg_decoder(),
@@ -101,13 +100,14 @@ def expected_bytes(images: ImageSource, part: CachePartition) -> int:
     return round(sum(sizes) / len(sizes) * len(part.indices))
 
 
-def decode(images: ImageSource, part: CachePartition, index: int) -> ByteArray:
+def decode(images: ImageSource, part: CachePartition, index: int) -> Pixels:
     """Return one image as it is stored, uint8 [h, w, c]. Raises BadImage, RunFailed."""
-    image = images.decoded(index)
+    pixels = images.load(index)
     try:
-        return part.transform.pixels(image, part.steps)
+        result: Pixels = part.transform.apply(pixels, part.steps)
     except Exception as error:
         raise RunFailed(f"{images.name(index)}: the transforms failed: {error}") from error
+    return result
 
 
 class DecodedBlock:
@@ -153,7 +153,7 @@ class CachedImages:
     """Memory-mapped images of a partition, indexed like the data set; only the partition's images can be read."""
 
     def __init__(self, entry: CacheEntry, part: CachePartition, images: ImageSource) -> None:
-        self.images, self._data = images, as_tensor(entry.data(), torch.uint8)
+        self.images, self._data = images, entry.data()
         self._offsets, self._shapes = entry.tables["offsets"], entry.tables["shapes"]
         self._rows = np.full(len(images), -1, dtype=np.int64)
         self._rows[part.indices] = np.arange(len(part.indices))
@@ -169,17 +169,11 @@ class CachedImages:
         """Return the cache key of the source images."""
         return self.images.identity(indices)
 
-    def decoded(self, i: int) -> Image.Image | Tensor:
-        """Return image i as stored: a uint8 tensor [h, w, 3], or a Pillow image in mode L if it is grayscale."""
+    def load(self, i: int) -> Pixels:
+        """Return image i as stored, read-only."""
         row = self._rows[i]
-        height, width, channels = (int(n) for n in self._shapes[row])
-        start = int(self._offsets[row])
-        pixels = self._data[start : start + height * width * channels].view(height, width, channels)
-        return pixels if channels == 3 else Image.fromarray(pixels[..., 0].numpy())
-
-    def load(self, i: int) -> Image.Image:
-        """Return image i as stored, as a Pillow image in mode RGB or L."""
-        return as_picture(self.decoded(i))
+        start, shape = int(self._offsets[row]), self._shapes[row]
+        return self._data[start : start + int(shape.prod())].reshape(shape)
 
     def tensor(self) -> tuple[Tensor, IntArray] | None:
         """Return all images as one tensor, uint8 [n, h, w, c], and the row of each image of the data set (-1: absent).
@@ -189,22 +183,13 @@ class CachedImages:
         if (self._shapes != self._shapes[0]).any():
             return None
         height, width, channels = (int(n) for n in self._shapes[0])
-        images = self._data.view(-1, height, width, channels)
+        images = as_tensor(self._data, torch.uint8).view(-1, height, width, channels)
         places = np.where(self._rows >= 0, self._offsets[self._rows] // (height * width * channels), -1)
         return images, places
 
 
-def array_tensor(images: InMemoryImages) -> tuple[Tensor, IntArray]:
-    """Return in-memory images in the form of :meth:`CachedImages.tensor`."""
-    pixels = images.pixels
-    if images.mode == "L" and pixels.ndim == 4 and pixels.shape[3] > 1:  # converted by Pillow
-        pixels = np.stack([np.asarray(images.load(i)) for i in range(len(images))])
-    whole = torch.from_numpy(pixels if pixels.ndim == 4 else pixels[..., None])
-    return whole, np.arange(len(images))
-
-
 def are_kept(images: InMemoryImages, transform: ImageTransform, steps: int) -> bool:
     """Whether the first steps of a transform leave in-memory images unchanged, so that caching them is pointless."""
-    noise = np.random.default_rng(0).integers(0, 256, images.pixels.shape[1:], dtype=np.uint8)
-    one = InMemoryImages(noise[None], "", 3 if images.mode == "RGB" else 1).load(0)
-    return np.array_equal(np.asarray(one), np.asarray(transform.begin(one, steps)))
+    noise = np.random.default_rng(0).integers(0, 256, (1, *images.pixels.shape[1:]), dtype=np.uint8)
+    one = InMemoryImages(noise, "", images.channels).load(0)
+    return np.array_equal(one, transform.apply(one, steps))

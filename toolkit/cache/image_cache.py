@@ -14,7 +14,6 @@ from toolkit.cache.decoded_images import (
     DecodedBlock,
     DecodingDataset,
     are_kept,
-    array_tensor,
     entry_name,
     expected_bytes,
     part_key,
@@ -93,10 +92,9 @@ def _keep_array(setup: TrainingContext, deliveries: dict[str, PreprocessingPlan]
         if way.batched and way.is_fixed and are_kept(images, way.transform, way.steps)
     ]
     if plain:
-        tensor, places = array_tensor(images)
-        tensor, tier = _on_tier(setup, tensor)
+        tensor, tier = _on_tier(setup, torch.from_numpy(images.pixels))
         for split in plain:
-            kept.rows[split], kept.done[split] = (tensor, places), deliveries[split].steps
+            kept.rows[split], kept.done[split] = (tensor, np.arange(len(images))), deliveries[split].steps
         if tier == "device":
             _say(setup, kept, f"images of {_listed(plain)}, {gib(tensor.nbytes)}, held on the device as bytes")
     return [split for split in deliveries if split not in plain]

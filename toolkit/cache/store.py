@@ -202,7 +202,7 @@ class CacheEntryWriter:
         self, facts: Mapping[str, Any], tables: Mapping[str, npt.NDArray[Any]], blocks: list[BlockRange]
     ) -> CacheEntry:
         """Publish the entry; if another process has already done so, discard this one and use that. Raises OSError."""
-        arrays = {"blocks": np.array(blocks, dtype=np.int64), **tables}
+        arrays: dict[str, Any] = {"blocks": np.array(blocks, dtype=np.int64), **tables}
         size = (self.folder / "data.bin").stat().st_size
         whole = {"format": FORMAT, "bytes": size, "made": time.time(), **facts}
         content = io.BytesIO()

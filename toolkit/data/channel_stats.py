@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.augment.transforms import resize_and_crop
-from toolkit.data.image_sources import MODES, ImageSource, to_mode
+from toolkit.data.image_sources import ImageSource, as_image
 from toolkit.data.preprocessing import SMALL_IMAGE, Preprocessing
 from toolkit.distributed.cpu_count import available_cpus
 
@@ -23,13 +23,13 @@ def channel_statistics(
     Images are resized and cropped according to ``preprocessing``, but not normalized. Pixels and sums are integers, so
     the result depends neither on the order of the images nor on the number of threads. Raises UnreadableImageError.
     """
-    steps, mode = resize_and_crop(preprocessing), MODES[preprocessing.channels]
+    steps = resize_and_crop(preprocessing)
 
     def count_values(chunk: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Count each pixel value in each channel, [channels, 256]."""
         counts = np.zeros(256 * preprocessing.channels, dtype=np.int64)
         for i in chunk:
-            image = to_mode(images.load(int(i)), mode)
+            image = as_image(images.load(int(i)))
             for step in steps:
                 image = step(image)
             counts += np.array(image.histogram())

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
-from toolkit.augment.transforms import ImageTransform, UInt8Transform, random_states_kept
-from toolkit.data.image_sources import ImageSource, InMemoryImages
+from toolkit.augment.transforms import ImageTransform, random_states_kept
+from toolkit.data.image_sources import ImageSource, InMemoryImages, Pixels
 from toolkit.data.sampling import IntArray, MicroBatch, SamplingPlan, hash64
 from toolkit.distributed.cpu_count import available_cpus
 from toolkit.errors import RunFailed, UserError
@@ -203,7 +203,7 @@ class SplitDataset(torch.utils.data.Dataset[Any]):
     """Images of one split; answers a request in a worker with a whole batch: images [m, C, H, W] and labels [m]."""
 
     def __init__(
-        self, images: ImageSource, labels: IntArray, indices: IntArray, transform: Callable[[Any], Tensor], seed: int
+        self, images: ImageSource, labels: IntArray, indices: IntArray, transform: Callable[[Pixels], Tensor], seed: int
     ) -> None:
         """``indices`` are those of the split's images in ``images`` and ``labels``, int64 [N].
 
@@ -213,7 +213,6 @@ class SplitDataset(torch.utils.data.Dataset[Any]):
         self.images, self.labels, self.indices = images, labels, indices
         self.transform, self.seed = transform, seed
         self.draws_from_python = isinstance(transform, ImageTransform) and transform.draws_from_python
-        self.load = images.decoded if isinstance(transform, UInt8Transform) else images.load
 
     def __getitems__(self, request: BatchRequest) -> tuple[Tensor, Tensor] | WorkerError:
         """Return a whole batch. Called by PyTorch's fetcher with each item of the batch sampler."""
@@ -228,14 +227,14 @@ class SplitDataset(torch.utils.data.Dataset[Any]):
 
     def _image(self, index: int, view: int, key: int) -> Tensor:
         """Load and transform an image. Seeds the global generators."""
-        image = self.load(index)
+        pixels = self.images.load(index)
         seed = hash64(self.seed, view, key)
         torch.default_generator.manual_seed(seed)
         if self.draws_from_python:
             random.seed(seed)
             np.random.seed(seed & 0xFFFFFFFF)
         try:
-            return self.transform(image)
+            return self.transform(pixels)
         except UserError:
             raise
         except Exception as error:

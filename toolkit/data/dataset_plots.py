@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from toolkit.augment.transforms import build_transform
 from toolkit.data.dataset_report import DatasetReport
-from toolkit.data.image_sources import MODES, to_mode
+from toolkit.data.image_sources import as_image
 from toolkit.recipe.schema import AugmentConfig
 from toolkit.report import data_plots
 from toolkit.report.plot_style import plot_style, save
@@ -50,6 +50,7 @@ def contact_sheet(report: DatasetReport) -> Figure:
         labels = [labels[number * len(labels) // SHEET_CLASSES] for number in range(SHEET_CLASSES)]
     raw = [report.dataset.images.load(report.examples[label]) for label in labels]
     transform = build_transform("test", AugmentConfig(), report.preprocessing)
-    mode = MODES[report.preprocessing.channels]
-    inputs, scale = data_plots.to_images([transform(to_mode(image, mode)).numpy() for image in raw])
-    return data_plots.contact_sheet(title, [report.classes[label] for label in labels], raw, inputs, scale)
+    inputs, scale = data_plots.to_images([transform(pixels).numpy() for pixels in raw])
+    return data_plots.contact_sheet(
+        title, [report.classes[label] for label in labels], [as_image(pixels) for pixels in raw], inputs, scale
+    )

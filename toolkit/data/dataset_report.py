@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from toolkit.data.channel_stats import channel_statistics
 from toolkit.data.datasets import Dataset, open_dataset
-from toolkit.data.image_sources import ImageFiles, UnreadableImageError, check_images
+from toolkit.data.image_sources import ImageFiles, UnreadableImageError, as_image, check_images
 from toolkit.data.near_duplicates import MOST, MOST_CROPS, SMALLEST, near_pairs, thumbnail
 from toolkit.data.near_duplicates import groups as connected
 from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
@@ -155,14 +155,13 @@ def hash_images(dataset: Dataset, indices: Sizes) -> tuple[dict[int, ImageInfo],
 
     def look(index: int) -> ImageInfo | str:
         try:
-            image = dataset.images.load(index)
+            pixels = dataset.images.load(index)
         except UnreadableImageError as error:
             return error.reason
-        head = f"{image.mode} {image.width} {image.height} ".encode()
-        small = thumbnail(image) if min(image.size) >= SMALLEST else None
-        return ImageInfo(
-            image.width, image.height, small, hashlib.blake2b(head + image.tobytes(), digest_size=16).digest()
-        )
+        height, width, channels = pixels.shape
+        small = thumbnail(as_image(pixels)) if min(height, width) >= SMALLEST else None
+        digest = hashlib.blake2b(f"{width} {height} {channels} ".encode() + pixels.tobytes(), digest_size=16)
+        return ImageInfo(width, height, small, digest.digest())
 
     numbers = [int(i) for i in indices]
     with ThreadPoolExecutor(available_cpus()) as pool:  # decoders and hashes release the interpreter lock

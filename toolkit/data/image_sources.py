@@ -1,4 +1,8 @@
-"""Collections of images that are cheap to share between processes: one array or one flat index for all images."""
+"""Collections of images that are cheap to share between processes: one array or one flat index for all images.
+
+A decoded image is a uint8 array [h, w, C] everywhere, with 1 (gray) or 3 channels. Only steps that need a Pillow image
+convert it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import hashlib
 import io
 import os
 import stat
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +20,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from toolkit.data.jpeg_decoding import decode_jpeg
 from toolkit.data.orientation import jpeg_turn, load_oriented
@@ -35,6 +38,9 @@ from toolkit.data.value_range import (
 from toolkit.distributed.cpu_count import available_cpus
 from toolkit.errors import RunFailed
 from toolkit.filenames import encode_name, escape_control_characters
+
+Pixels = npt.NDArray[np.uint8]
+"""A decoded image, [h, w, C]; it may be read-only."""
 
 MODES = {1: "L", 3: "RGB"}
 """Pillow mode by number of channels."""
@@ -60,6 +66,9 @@ JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 BLOCKS_KEPT = 4
 """Memory blocks of freed images that Pillow reuses. By default it returns them to the system, and the page faults of
 new blocks take a third of the time to decode a JPEG file."""
+
+# Images of the cache are read-only memory maps; PyTorch warns that writing to a tensor made of one would fail.
+warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
 
 if "PILLOW_BLOCKS_MAX" not in os.environ:
     Image.core.set_blocks_max(BLOCKS_KEPT)  # type: ignore[attr-defined]
@@ -92,12 +101,8 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, i: int) -> Image.Image:
-        """Return image i, fully decoded, in mode RGB or L. Raises UnreadableImageError."""
-        ...
-
-    def decoded(self, i: int) -> Image.Image | Tensor:
-        """Return image i as :meth:`load` does, or as uint8 [h, w, 3] (read-only) if it was decoded to a tensor."""
+    def load(self, i: int) -> Pixels:
+        """Return image i, decoded, with the collection's number of channels. Raises UnreadableImageError."""
         ...
 
     def name(self, i: int) -> str:
@@ -118,26 +123,27 @@ class InMemoryImages:
     def __init__(self, pixels: npt.NDArray[np.uint8], prefix: str, channels: int) -> None:
         if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
             raise ValueError(f"pixels must be uint8 [N, H, W] or [N, H, W, C], not {pixels.dtype} {pixels.shape}")
-        self.pixels, self.prefix, self.mode = pixels, prefix, MODES[channels]
+        self.prefix, self.channels = prefix, channels
+        if channels == 1 and pixels.ndim == 4 and pixels.shape[3] > 1:
+            pixels = np.stack([to_pixels(Image.fromarray(image), 1) for image in pixels])
+        self.pixels = pixels if pixels.ndim == 4 else pixels[..., None]
+        """uint8 [N, H, W, 1 or channels]."""
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def load(self, i: int) -> Image.Image:
-        """Return image i in the collection's mode."""
-        return to_mode(Image.fromarray(self.pixels[i]), self.mode)
-
-    def decoded(self, i: int) -> Image.Image:
-        """Return image i in the collection's mode."""
-        return self.load(i)
+    def load(self, i: int) -> Pixels:
+        """Return image i; a gray one is repeated if the collection has 3 channels."""
+        image: Pixels = self.pixels[i]
+        return image if image.shape[2] == self.channels else np.repeat(image, self.channels, axis=2)
 
     def name(self, i: int) -> str:
         """Return "<prefix>/<i>"."""
         return f"{self.prefix}/{i}"
 
     def identity(self, indices: npt.NDArray[np.int64]) -> str:
-        """Return the SHA-256 of shape, mode and pixels."""
-        digest = hashlib.sha256(f"{len(indices)} {self.pixels.shape[1:]} {self.mode}".encode())
+        """Return the SHA-256 of shape, number of channels and pixels."""
+        digest = hashlib.sha256(f"{len(indices)} {self.pixels.shape[1:]} {self.channels}".encode())
         for start in range(0, len(indices), 1024):
             digest.update(np.ascontiguousarray(self.pixels[indices[start : start + 1024]]).data)
         return digest.hexdigest()
@@ -165,7 +171,7 @@ class ImageFiles:
         ``value_range``: black and white values of samples with more than 8 bits (:mod:`toolkit.data.value_range`).
         ``advice``: appended to messages about unreadable images.
         """
-        self.root, self.mode = str(root), MODES[channels]
+        self.root, self.channels = str(root), channels
         self.exif, self.value_range, self.advice = exif, value_range, advice
         buffer, ends = bytearray(), [0]
         for path in paths:
@@ -196,30 +202,26 @@ class ImageFiles:
         other.value_range = value_range
         return other
 
-    def load(self, i: int) -> Image.Image:
+    def load(self, i: int) -> Pixels:
         """Read and decode image i. Raises UnreadableImageError for a missing, empty, truncated or non-image file."""
-        return as_picture(self.decoded(i))
-
-    def decoded(self, i: int) -> Image.Image | Tensor:
-        """Read and decode image i; returns uint8 [h, w, 3] if the JPEG decoder made it. Raises as :meth:`load`."""
         try:
             with _open(self.path(i)) as file:
                 data = file.read()
-            pixels = decode_jpeg(data) if self.mode == "RGB" else None
+            pixels = decode_jpeg(data) if self.channels == 3 else None
             if pixels is None:
                 return self._decoded_by_pillow(data)
             turn = jpeg_turn(data) if self.exif == "apply" else None
-            return torch.from_numpy(pixels) if turn is None else Image.fromarray(pixels).transpose(turn)
+            return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
         except Exception as error:  # a damaged file can make a decoder raise nearly anything
             raise self._fault(error, i) from error
 
-    def _decoded_by_pillow(self, data: bytes) -> Image.Image:
+    def _decoded_by_pillow(self, data: bytes) -> Pixels:
         with Image.open(io.BytesIO(data)) as image:
             kind, value_range = sample_kind(image), FULL if states_maximum(image) else self.value_range
             upright = load_oriented(image, apply=self.exif == "apply")
             if kind is not None:
                 upright = to_bytes(upright, kind, value_range)
-            return to_mode(upright, self.mode)
+            return to_pixels(upright, self.channels)
 
     def identity(self, indices: npt.NDArray[np.int64]) -> str:
         """Return the SHA-256 of relative paths, sizes, modification times, and the content of a sample of the files.
@@ -227,7 +229,7 @@ class ImageFiles:
         The location of the folder does not count: a copy with the same modification times has the same identity.
         Raises UnreadableImageError.
         """
-        digest = hashlib.sha256(f"{len(indices)} {self.mode} {self.exif} {self.value_range}".encode())
+        digest = hashlib.sha256(f"{len(indices)} {MODES[self.channels]} {self.exif} {self.value_range}".encode())
         sampled = set(np.linspace(0, len(indices) - 1, min(SAMPLED, len(indices)), dtype=np.int64).tolist())
         for number, i in enumerate(indices.tolist()):
             try:
@@ -277,13 +279,19 @@ class ImageFiles:
         return UnreadableImageError(name, _reason(error, number, path), self.advice)
 
 
-def as_picture(decoded: Image.Image | Tensor) -> Image.Image:
-    """Convert a result of :meth:`ImageSource.decoded` to a Pillow image."""
-    return Image.fromarray(decoded.numpy()) if isinstance(decoded, Tensor) else decoded
+def as_image(pixels: Pixels) -> Image.Image:
+    """Convert uint8 [h, w, 1 or 3] to a Pillow image in mode L or RGB."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Decode fully and convert to RGB or L: palettes are resolved and alpha is dropped.
+def as_pixels(image: Image.Image) -> Pixels:
+    """Convert a Pillow image with 8 bits per sample to uint8 [h, w, C]."""
+    pixels = np.array(image)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def to_pixels(image: Image.Image, channels: int) -> Pixels:
+    """Decode fully and convert to 1 or 3 channels, uint8 [h, w, channels]: palettes are resolved and alpha is dropped.
 
     Color becomes grayscale with the usual luma weights (0.299, 0.587, 0.114). Samples with more than 8 bits are
     accepted only if their values show that they are 16-bit (:func:`toolkit.data.value_range.to_bytes`).
@@ -294,7 +302,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
         image = to_bytes(image, kind, None)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns if such an image is converted to RGB directly
-    return image if image.mode == mode else image.convert(mode)
+    return as_pixels(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
 
 
 class Checked(NamedTuple):

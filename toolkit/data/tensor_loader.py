@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -80,9 +79,7 @@ def _taken(rows: Tensor, places: IntArray) -> Tensor:
 
 def as_tensor(data: ByteArray, dtype: torch.dtype) -> Tensor:
     """View bytes as a flat tensor of ``dtype``, without a copy. Do not write to it if the bytes are read-only."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch warns that it does not support read-only tensors
-        return torch.frombuffer(data.data, dtype=dtype)
+    return torch.from_numpy(data).view(dtype)
 
 
 def prefetch(items: Iterable[T], device: torch.device, depth: int = 2) -> Iterator[T]:

@@ -13,7 +13,7 @@ import timm
 import timm.data
 from PIL import Image
 
-from toolkit.data.image_sources import MODES
+from toolkit.data.image_sources import MODES, to_pixels
 from toolkit.errors import UserError
 from toolkit.recipe.schema import ModelConfig
 from toolkit.training.trained_model import TrainedModel
@@ -80,7 +80,7 @@ def transform_note(trained: TrainedModel, folder: Path) -> str | None:
     noise = np.random.default_rng(0).integers(0, 256, (size + 37, size + 11, 3), dtype=np.uint8)
     image = Image.fromarray(noise).convert(mode)
     with contextlib.suppress(UserError):  # a run may accept images of one size only
-        ours, other = trained.transform(image), theirs(image)
+        ours, other = trained.transform(to_pixels(image, trained.preprocessing.channels)), theirs(image)
         # The mean difference must be below 1/255; it is not 0, since timm resizes with Pillow (toolkit.augment.resize).
         if ours.shape == other.shape and float((ours - other).abs().mean()) < 1 / 255 / max(trained.preprocessing.std):
             return None

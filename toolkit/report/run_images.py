@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from toolkit.data.datasets import Dataset, open_dataset
-from toolkit.data.image_sources import MODES, UnreadableImageError, to_mode
+from toolkit.data.image_sources import UnreadableImageError, as_image, to_pixels
 from toolkit.data.preprocessing import Preprocessing, as_trained, resolve_channels
 from toolkit.errors import UserError
 from toolkit.recipe import Recipe
@@ -30,7 +30,7 @@ class RunImages:
     def load(self, name: str) -> Image.Image | None:
         """Return an image, or None if it is missing or damaged."""
         try:
-            return self.dataset.images.load(self.index[name])
+            return as_image(self.dataset.images.load(self.index[name]))
         except (KeyError, UnreadableImageError):
             return None
 
@@ -88,5 +88,5 @@ def model_inputs(
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)
-            found.append(transform(to_mode(image, MODES[preprocessing.channels])).numpy())
+            found.append(transform(to_pixels(image, preprocessing.channels)).numpy())
     return found
