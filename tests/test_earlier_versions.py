@@ -1,4 +1,4 @@
-"""Files of earlier versions are read as what they meant; a recipe with an old key is refused with the new name."""
+"""Files of earlier versions are read with current names; a recipe with an old key is refused with the new name."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ last_test_balanced_accuracy = { at_least = 0.9, source = "a report" }
 OF_A_RUN = {path: new for path, new in RENAMED.items() if path[0] != "study"}
 
 
-def in_old_words(text: str) -> str:
+def with_old_names(text: str) -> str:
     for path, new in OF_A_RUN.items():
         old = path[-1]
         text = text.replace(f"[{new}", f"[{old}") if len(path) == 1 else text.replace(f"{new} =", f"{old} =")
@@ -62,9 +62,9 @@ def in_old_words(text: str) -> str:
     return text
 
 
-def test_a_recipe_that_an_earlier_version_wrote_out_in_full() -> None:
+def test_a_resolved_recipe_of_an_earlier_version() -> None:
     recipe = loads_recipe(RECIPE, ['data.exif="ignore"', "data.value_range=[0, 65535]"])
-    old = in_old_words(resolved_toml(recipe))
+    old = with_old_names(resolved_toml(recipe))
     used = [path[-1] for path in OF_A_RUN if path[1:2] not in (("validation",), ("test",))]
     assert not [key for key in used if f"{key} =" not in old and f"[{key}" not in old]
     assert not [new for new in OF_A_RUN.values() if f"\n{new} =" in old]
@@ -77,9 +77,9 @@ def test_the_hash_of_a_recipe_does_not_depend_on_expected_metrics_under_their_ol
     assert content_hash({**without, "expect": content["expected_metrics"]}) == content_hash(content)
 
 
-def test_a_recipe_of_ones_own_with_old_keys_is_refused_with_the_new_names() -> None:
+def test_a_recipe_with_old_keys_is_refused_with_the_new_names() -> None:
     with pytest.raises(RecipeError) as caught:
-        loads_recipe(in_old_words(RECIPE))
+        loads_recipe(with_old_names(RECIPE))
     message = str(caught.value)
     for path, new in OF_A_RUN.items():
         if path[1:2] not in (("validation",), ("test",)):

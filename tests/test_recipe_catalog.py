@@ -1,4 +1,4 @@
-"""The catalog of names: current, and right about what torchvision, timm and torch really take."""
+"""The catalog of names: current, and consistent with what torchvision, timm and torch accept."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_transforms_take_what_the_catalog_says() -> None:
         needed |= {"kernel_size": 3} if "kernel_size" in arguments else {}
         needed |= {"quality": 50} if "quality" in arguments else {}
         defaults = {key: about["default"] for key, about in arguments.items() if about.get("default") is not None}
-        defaults.pop("policy", None)  # an enumeration; the builder of transforms makes it from the word
+        defaults.pop("policy", None)  # an enumeration; augment/transforms.py converts it from text
         getattr(v2, name)(**{**defaults, **needed})
     classes = {name for name, value in vars(v2).items() if isinstance(value, type) and issubclass(value, v2.Transform)}
     assert set(catalog.transforms()) == classes - set(EXCLUDED_TRANSFORMS)
@@ -74,7 +74,7 @@ def test_optimizers_take_what_the_catalog_says() -> None:
             create_optimizer_v2([parameter], opt=name, lr=0.1)
 
 
-def test_similar_names_ignore_case_and_absurd_lengths() -> None:
+def test_similar_names_ignore_case_and_skip_very_long_names() -> None:
     assert similar_names("RESNET18", ["resnet18", "vgg"], 1) == ["resnet18"]
     assert similar_names("randomhorizontalflip", ["RandomHorizontalFlip"]) == ["RandomHorizontalFlip"]
     assert similar_names("zzz", ["resnet18"]) == []

@@ -1,4 +1,4 @@
-"""Rules between keys: each one speaks where it should and is silent just beside it."""
+"""Checks across keys: each one reports the case it is for, and nothing for a similar valid case."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ MIXED = ["augment.mixup=0.2", "early_stopping.patience=3"]
 CONVNET = [*PLAIN, 'model.source="toolkit"', 'model.name="convnet"', "model.convnet={blocks=[{channels=4}]}"]
 
 
-def findings(*overrides: str) -> list[str]:
-    """``severity path`` and message of everything that is found, with the overrides over BASE."""
+def issues(*overrides: str) -> list[str]:
+    """Severity and message of all issues of BASE with these overrides."""
     try:
         recipe = loads_recipe(BASE, overrides)
     except RecipeError as error:
@@ -40,7 +40,7 @@ def findings(*overrides: str) -> list[str]:
 
 
 CASES: list[tuple[str, list[str], list[str]]] = [
-    # what is found, where it is, and where it is not
+    # the issue, overrides that cause it, overrides that do not
     ("error: model.name: torchvision has no model", ['model.name="resnet19"'], ['model.name="resnet34"']),
     ("error: model.name: torchvision has no model", ['model.name="hf-hub:evil/model"'], []),
     ("error: model.name: source", [*CONVNET, 'model.name="x"'], CONVNET),
@@ -377,12 +377,12 @@ CASES: list[tuple[str, list[str], list[str]]] = [
 
 @pytest.mark.parametrize(("found", "there", "not_there"), CASES)
 def test_rule(found: str, there: list[str], not_there: list[str]) -> None:
-    assert any(line.startswith(found) for line in findings(*there)), findings(*there)
-    assert not any(line.startswith(found) for line in findings(*not_there)), findings(*not_there)
+    assert any(line.startswith(found) for line in issues(*there)), issues(*there)
+    assert not any(line.startswith(found) for line in issues(*not_there)), issues(*not_there)
 
 
-def test_the_base_recipe_is_without_fault() -> None:
-    assert findings() == []
+def test_the_base_recipe_has_no_issue() -> None:
+    assert issues() == []
 
 
 def test_every_rule_is_in_the_list_once() -> None:
@@ -390,18 +390,18 @@ def test_every_rule_is_in_the_list_once() -> None:
     assert all(rule.__doc__ for rule in RULES)
 
 
-def test_nothing_is_said_that_rests_on_a_faulty_value() -> None:
-    """A wrong type of weights is one fault, not also linear_probe without weights; likewise a misspelt key."""
-    assert len(findings('transfer.mode="linear_probe"', "model.weights=3")) == 1
+def test_values_that_were_replaced_cause_no_further_errors() -> None:
+    """A wrong type of weights is one error, not also linear_probe without weights; likewise a misspelled key."""
+    assert len(issues('transfer.mode="linear_probe"', "model.weights=3")) == 1
     no_weights = BASE.replace("weights =", "weigths =").replace('"finetune"', '"linear_probe"')
     with pytest.raises(RecipeError) as caught:
         loads_recipe(no_weights)
     assert [item.message for item in caught.value.diagnostics] == ["unknown key model.weigths"]
-    assert len(findings("train.epochs=0", "scheduler.warmup_epochs=50", "early_stopping.patience=99")) == 1
+    assert len(issues("train.epochs=0", "scheduler.warmup_epochs=50", "early_stopping.patience=99")) == 1
 
 
-def test_faults_of_one_table_do_not_hide_others() -> None:
-    found = findings(
+def test_errors_in_one_table_do_not_hide_others() -> None:
+    found = issues(
         'optimizer.name="sdg"', 'optimizer.lr="x"', 'model.name="resnet19"', "train.epochs=0", "data.spilt=3"
     )
     assert len(found) == 5

@@ -1,4 +1,4 @@
-"""Loading: inheritance, overrides, origins, resolution; and that nothing hostile gets through."""
+"""Loading: inheritance, overrides, origins, resolution, and hostile input."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ test_accuracy = { value = 0.81, tolerance = 0.02, source = "a report" }
 
 
 def write(folder: Path, **files: str) -> Path:
-    """Write NAME.toml files; gives the path of the first."""
+    """Write NAME.toml files; return the path of the first."""
     for name, text in files.items():
         (folder / f"{name}.toml").write_text(text, encoding="utf-8")
     return folder / f"{next(iter(files))}.toml"
@@ -65,7 +65,7 @@ def errors(text: str, *overrides: str) -> str:
 
 
 def test_expectations_are_not_inherited(tmp_path: Path) -> None:
-    """Merged, the child would promise an accuracy of at least 0.8 and at most 0.6."""
+    """If merged, the child would require an accuracy of at least 0.8 and at most 0.6."""
     expect = '[expected_metrics]\nval_accuracy = {{ {bound}, source = "x" }}\n'
     (tmp_path / "parent.toml").write_text(VALID.split("[expected_metrics]")[0] + expect.format(bound="at_most = 0.6"))
     child = tmp_path / "child.toml"
@@ -123,10 +123,10 @@ def test_parents_are_relative_to_the_child(tmp_path: Path, monkeypatch: pytest.M
     assert load_recipe("child.toml") == recipe
 
 
-def test_a_child_can_replace_a_table_by_a_word_and_back(tmp_path: Path) -> None:
-    words = {"grand": VALID + "\n[data.normalize]\nmean = [0.1, 0.2, 0.3]\nstd = [1, 1, 1]\n"}
-    words["parent"] = 'extends = "grand.toml"\n[data]\nnormalize = "half"\n'
-    write(tmp_path, **words)
+def test_a_child_can_replace_a_table_by_text_and_back(tmp_path: Path) -> None:
+    files = {"grand": VALID + "\n[data.normalize]\nmean = [0.1, 0.2, 0.3]\nstd = [1, 1, 1]\n"}
+    files["parent"] = 'extends = "grand.toml"\n[data]\nnormalize = "half"\n'
+    write(tmp_path, **files)
     assert load_recipe(tmp_path / "parent.toml").data.normalize == "half"
     child = write(tmp_path, child='extends = "parent.toml"\n[data]\nnormalize = { mean = [0.5, 0.5, 0.5] }\n')
     with pytest.raises(RecipeError, match=r"child\.toml:3:1: error: \[data.normalize\] lacks std"):
@@ -140,19 +140,19 @@ def test_too_many_parents_are_refused_with_the_chain(tmp_path: Path) -> None:
         load_recipe(tmp_path / "r0.toml")
 
 
-def test_a_recipe_that_extends_itself_is_a_circle(tmp_path: Path) -> None:
+def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="extends leads back"):
         load_recipe(write(tmp_path, own='extends = "./own.toml"\n'))
 
 
-def test_overrides_have_the_last_word_in_their_order(tmp_path: Path) -> None:
+def test_overrides_apply_last_in_their_order(tmp_path: Path) -> None:
     path = write(tmp_path, recipe=VALID)
     recipe = load_recipe(path, ["train.epochs=9", 'optimizer."lr"=1e-3', "train.epochs = 7", "data.split={seed=2}"])
     assert (recipe.train.epochs, recipe.optimizer.lr) == (7, 0.001)
     assert (recipe.data.split.seed, recipe.data.split.validation) == (2, 1000)
 
 
-def test_faults_of_overrides_and_of_the_file_are_reported_together(tmp_path: Path) -> None:
+def test_errors_in_overrides_and_in_the_file_are_reported_together(tmp_path: Path) -> None:
     path = write(tmp_path, recipe=VALID.replace("[train]", "[train"))
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, ["model.name=vgg", "nonsense"])
@@ -186,7 +186,7 @@ def test_resolved_recipe_is_complete_and_stands_alone(tmp_path: Path) -> None:
     assert all(origin.startswith(f"{path}:") for origin in load(path).origins.values())
 
 
-def test_keys_that_an_earlier_version_did_not_have_mean_what_it_did() -> None:
+def test_keys_that_an_earlier_version_did_not_have_get_its_behavior() -> None:
     text = (RECIPES / "quickstart.toml").read_text(encoding="utf-8")
     plateau = 'scheduler={name="plateau", threshold_mode="abs"}'
     settings = ['data.exif="ignore"', "data.value_range=[0, 65535]", "model.convnet.bias=true", "model.head.bias=true"]
@@ -253,7 +253,7 @@ def test_unusable_paths(tmp_path: Path) -> None:
         load_recipe(write(tmp_path, child='extends = "pipe"\n'))
 
 
-def test_a_mark_at_the_start_of_the_file_is_no_fault(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_bytes(b"\xef\xbb\xbf" + VALID.replace("\n", "\r\n").encode())
     assert load_recipe(path) == loads_recipe(VALID)
@@ -292,12 +292,12 @@ def _basic(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["a", "resnet50-caltech", "Größe 3.5", "a.b c_d+e=f,g@h", "x" * 100, "実験1"])
-def test_names_that_are_safe_are_taken(name: str) -> None:
+def test_safe_names_are_accepted(name: str) -> None:
     assert loads_recipe(VALID, [f'recipe.name="{name}"']).recipe.name == name
 
 
 AT_ONCE_S = 5
-"""Ten times what the slowest text here takes, in a process whose collector has much to go through; what grows with
+"""Ten times what the slowest text here takes in a process with much garbage to collect; what grows with
 the square of a text takes minutes."""
 
 HOSTILE = {

@@ -1,4 +1,4 @@
-"""Places of keys and values in TOML texts, against tomli's values and against texts with known places."""
+"""Positions of keys and values in TOML texts, compared with tomli's values and in texts with known positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ top = 1
 SAMPLE += "'''it's\n# no comment'''\n[[list]]\n[[list]]\nz = {}\n[list.inner]\nq = true\n"
 
 
-def test_known_places() -> None:
+def test_known_positions() -> None:
     spans = scan(SAMPLE)
     expected: dict[KeyPath, tuple[int, int, int, int]] = {
         ("top",): (2, 1, 2, 7),
@@ -43,7 +43,7 @@ def test_known_places() -> None:
 
 
 def line_and_column(offset: int) -> tuple[int, int]:
-    """Of an offset in the sample, both counted from 1."""
+    """Line and column of an offset in the sample, both counted from 1."""
     before = SAMPLE[:offset].split("\n")
     return len(before), len(before[-1]) + 1
 
@@ -88,7 +88,7 @@ def text_at(text: str, span: Span, *, at_key: bool) -> str:
 
 @settings(max_examples=150, deadline=None)
 @given(DOCUMENTS.filter(surrogate_free), st.sampled_from(["", "# c [x] = \n\n", "\t \n"]))
-def test_every_value_of_tomli_has_a_place_that_begins_with_its_key(document: dict[str, Any], before: str) -> None:
+def test_every_value_of_tomli_has_a_position_at_which_its_key_begins(document: dict[str, Any], before: str) -> None:
     text = before + toml_document(document)
     parsed = tomli.loads(text)
     assert parsed == document
@@ -113,7 +113,7 @@ def test_toml_text_is_read_back_as_it_was(document: dict[str, Any]) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_any_text_that_tomli_accepts_is_scanned_completely(data: st.DataObject) -> None:
-    """Lines drawn from all kinds of TOML syntax; what tomli refuses is not the scanner's business."""
+    """Lines drawn from all kinds of TOML syntax; texts that tomli rejects are not scanned."""
     lines = data.draw(st.lists(st.sampled_from(LINES), max_size=8))
     text = "\n".join(lines)
     try:

@@ -1,4 +1,4 @@
-"""The JSON Schema for editors and the reference page: current, valid, and of one mind with the loader."""
+"""The JSON Schema for editors and the reference page: current, valid, and consistent with the loader."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ FOUND_BY_SCHEMA = (
     "unknown-dataset", "unions-in-one-message", "name-leaves-the-run-root", "unknown-torchvision-model",
     "model-of-another-source", "unknown-timm-model", "timm-tag-in-name", "model-args-that-load-files",
     "unknown-transform", "excluded-transform", "transform-arguments", "unknown-optimizer", "excluded-optimizer",
-    "optimizer-arguments", "watching-mixed-accuracy", "unknown-figure", "tracking-names", "extends-is-a-list",
+    "optimizer-arguments", "watching-mixed-accuracy", "unknown-metric", "tracking-names", "extends-is-a-list",
     "wide-characters", "several-faults-at-once",
 )  # fmt: skip
-"""The broken recipes that an editor underlines; the others need rules between tables, other files, or are no TOML."""
+"""The broken recipes that an editor underlines; the others break rules between tables or files, or are not TOML."""
 
 
 def schema_errors(text: str) -> list[str]:
@@ -47,14 +47,14 @@ def test_checked_in_schema_is_current_and_valid() -> None:
 
 
 def test_every_key_is_described_and_none_is_required_outside_lists() -> None:
-    def visit(node: dict[str, Any], place: str, in_list: bool) -> None:
-        assert in_list or "required" not in node, place
+    def visit(node: dict[str, Any], path: str, in_list: bool) -> None:
+        assert in_list or "required" not in node, path
         for key, value in node.get("properties", {}).items():
-            assert value.get("description"), f"{place}.{key}"
+            assert value.get("description"), f"{path}.{key}"
             assert "$ref" not in json.dumps(value)
-            visit(value, f"{place}.{key}", in_list)
+            visit(value, f"{path}.{key}", in_list)
         if isinstance(node.get("items"), dict):
-            visit(node["items"], f"{place}[]", True)
+            visit(node["items"], f"{path}[]", True)
 
     visit(SCHEMA, "", False)
     assert set(SCHEMA["properties"]) == {"extends", *Recipe.model_fields}
@@ -104,7 +104,7 @@ def test_page_is_current() -> None:
             assert f"| `{key}` |" in page
 
 
-def test_examples_of_the_page_are_true() -> None:
+def test_examples_of_the_page_are_valid_recipes() -> None:
     examples = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(examples) == 2
     complete, child = examples

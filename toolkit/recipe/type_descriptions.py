@@ -6,7 +6,6 @@ import types
 import typing
 from typing import Any
 
-from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -95,14 +94,15 @@ def _either(options: list[str]) -> str:
 
 
 def _text(constraints: tuple[Any, ...]) -> str:
-    for item in constraints:
-        if getattr(item, "pattern", None) in PATTERNS:
-            return PATTERNS[item.pattern]
-    return "text, not empty" if _bound(constraints, MinLen, "min_length") else "text"
+    limits = _limits(constraints)
+    if limits.get("pattern") in PATTERNS:
+        return PATTERNS[limits["pattern"]]
+    return "text, not empty" if "min_length" in limits else "text"
 
 
 def _list(item: Any, constraints: tuple[Any, ...]) -> str:
-    least, most = _bound(constraints, MinLen, "min_length"), _bound(constraints, MaxLen, "max_length")
+    limits = _limits(constraints)
+    least, most = limits.get("min_length"), limits.get("max_length")
     if least is not None and most is not None:
         size = f" of {least}" if least == most else f" of {least} to {most}"
     else:
@@ -111,14 +111,14 @@ def _list(item: Any, constraints: tuple[Any, ...]) -> str:
 
 
 def _range(constraints: tuple[Any, ...]) -> str:
-    ge, gt = _bound(constraints, Ge, "ge"), _bound(constraints, Gt, "gt")
-    le, lt = _bound(constraints, Le, "le"), _bound(constraints, Lt, "lt")
-    if ge is not None and le is not None:
-        return f"from {ge} to {le}"
-    low = f">= {ge}" if ge is not None else f"> {gt}" if gt is not None else ""
-    high = f"<= {le}" if le is not None else f"< {lt}" if lt is not None else ""
-    return " and ".join(filter(None, [low, high]))
+    limits = _limits(constraints)
+    if "ge" in limits and "le" in limits:
+        return f"from {limits['ge']} to {limits['le']}"
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return " and ".join(f"{sign} {limits[name]}" for name, sign in signs.items() if name in limits)
 
 
-def _bound(constraints: tuple[Any, ...], kind: type, name: str) -> Any:
-    return next((getattr(item, name) for item in constraints if isinstance(item, kind)), None)
+def _limits(constraints: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the limits of numbers and lengths, and the pattern, by their names in pydantic."""
+    names = ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern")
+    return {name: getattr(item, name) for item in reversed(constraints) for name in names if hasattr(item, name)}

@@ -51,14 +51,14 @@ def generate() -> str:
     import torch
     import torchvision
 
-    inputs = _Inputs()
+    inputs: dict[str, int] = {}  # input configurations as JSON, and their index
     excluded_optimizers = _excluded_optimizers()
     content = {
         "versions": {module.__name__: _release(module.__version__) for module in (torch, torchvision, timm)},
         "torchvision": {"models": _torchvision_models(inputs)},
         "timm": {"models": _timm_models(inputs)},
         "excluded_models": excluded_models(),
-        "inputs": inputs.rows,
+        "inputs": [json.loads(text) for text in inputs],
         "transforms": _transforms(EXCLUDED_TRANSFORMS),
         "excluded_transforms": EXCLUDED_TRANSFORMS,
         "optimizers": _optimizers(excluded_optimizers),
@@ -96,22 +96,12 @@ def excluded_models() -> dict[str, str]:
     return dict.fromkeys(sorted(timm.list_models("*_enc")), reason)
 
 
-class _Inputs:
-    """Deduplicated input configurations."""
-
-    def __init__(self) -> None:
-        self.rows: list[list[Any]] = []
-        self._index: dict[str, int] = {}
-
-    def number(self, row: list[Any]) -> int:
-        key = json.dumps(row)
-        if key not in self._index:
-            self._index[key] = len(self.rows)
-            self.rows.append(row)
-        return self._index[key]
+def _index(inputs: dict[str, int], row: list[Any]) -> int:
+    """Return the index of an input configuration, which is added if it is new."""
+    return inputs.setdefault(json.dumps(row), len(inputs))
 
 
-def _torchvision_models(inputs: _Inputs) -> dict[str, dict[str, int]]:
+def _torchvision_models(inputs: dict[str, int]) -> dict[str, dict[str, int]]:
     """Return the weights of each classification model, default first, with the index of their input configuration."""
     from torchvision import models
 
@@ -119,7 +109,7 @@ def _torchvision_models(inputs: _Inputs) -> dict[str, dict[str, int]]:
     for name in sorted(models.list_models(module=models)):
         weights = models.get_model_weights(name)
         ordered = sorted(weights, key=lambda entry: (entry is not weights.DEFAULT, entry.name))
-        found[name] = {entry.name: inputs.number(_preset_row(entry.transforms())) for entry in ordered}
+        found[name] = {entry.name: _index(inputs, _preset_row(entry.transforms())) for entry in ordered}
     return found
 
 
@@ -133,7 +123,7 @@ def _preset_row(preset: Any) -> list[Any]:
     ]
 
 
-def _timm_models(inputs: _Inputs) -> dict[str, dict[str, int]]:
+def _timm_models(inputs: dict[str, int]) -> dict[str, dict[str, int]]:
     """Return the tags of each architecture, default first, with the index of their input configuration."""
     import timm
     from timm.models import get_pretrained_cfg
@@ -145,7 +135,7 @@ def _timm_models(inputs: _Inputs) -> dict[str, dict[str, int]]:
         if name in excluded:
             continue
         default = get_pretrained_cfg(name)
-        row = inputs.number(_timm_row(get_pretrained_cfg(full_name)))
+        row = _index(inputs, _timm_row(get_pretrained_cfg(full_name)))
         if default is not None and default.tag == tag:
             found[name] = {tag: row, **found[name]}
         else:
