@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from toolkit.augment.mixup import MixupConfig, cut_box, mix, mixup_config
+from toolkit.augment.mixup import cut_box, is_mixed, mix
 from toolkit.data.sampling import plan_epoch
 from toolkit.recipe.schema import AugmentConfig
 
-MIXUP, CUTMIX = MixupConfig(1.0, 0.0, 1.0, 0.5), MixupConfig(0.0, 1.0, 1.0, 0.5)
+MIXUP, CUTMIX = (
+    AugmentConfig(mixup=1.0),
+    AugmentConfig(cutmix=1.0),
+)
 SWAP = np.array([1, 0])
 
 
@@ -21,7 +24,7 @@ def pair(size: int = 16) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX])
-def test_targets_have_the_share_that_the_images_have(settings: MixupConfig) -> None:
+def test_targets_have_the_share_that_the_images_have(settings: AugmentConfig) -> None:
     for step in range(50):
         images, targets = mix(*pair(), SWAP, 2, settings, (0, 0, step))
         share = images.mean((1, 2, 3))
@@ -37,7 +40,7 @@ def test_mixup_is_its_formula_with_beta_distributed_share() -> None:
     share = soft[0, 0]
     torch.testing.assert_close(mixed, share * images + (1 - share) * images[[1, 0, 3, 2]])
     # Beta(0.4, 0.4): mean 1/2, variance 1 / (4 (2 * 0.4 + 1)).
-    alpha = MixupConfig(0.4, 0.0, 1.0, 0.5)
+    alpha = AugmentConfig(mixup=0.4)
     shares = np.array([mix(*pair(1), SWAP, 2, alpha, (0, 0, s))[1][0, 0].item() for s in range(2000)])
     assert shares.mean() == pytest.approx(0.5, abs=0.035)
     assert shares.var() == pytest.approx(1 / (4 * 1.8), rel=0.1)
@@ -59,14 +62,14 @@ def test_box_has_the_area_of_its_share_inside_the_image_and_is_clipped_at_its_bo
 
 
 def test_mixing_is_a_function_of_the_key() -> None:
-    settings = MixupConfig(0.8, 1.0, 1.0, 0.5)
+    settings = AugmentConfig(mixup=0.8, cutmix=1.0)
     first, again, other = (mix(*pair(), SWAP, 2, settings, key)[0] for key in ((0, 1, 2), (0, 1, 2), (0, 1, 3)))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_probability_and_share_of_cutmix_are_kept() -> None:
-    settings = MixupConfig(1.0, 1.0, 0.6, 0.25)
+    settings = AugmentConfig(mixup=1.0, cutmix=1.0, mixup_prob=0.6, mixup_switch_prob=0.25)
     kinds = []
     for step in range(1000):
         image = mix(*pair(), SWAP, 2, settings, (3, 0, step))[0][0]
@@ -86,7 +89,9 @@ def test_inputs_are_left_alone() -> None:
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX])
 @pytest.mark.parametrize(("world", "grad_accum_steps"), [(2, 1), (3, 1), (1, 2), (2, 3)])
-def test_processes_and_parts_mix_as_one_process_does(settings: MixupConfig, world: int, grad_accum_steps: int) -> None:
+def test_processes_and_parts_mix_as_one_process_does(
+    settings: AugmentConfig, world: int, grad_accum_steps: int
+) -> None:
     n, batch = 17, 12  # 17: the second step is smaller, odd, and ends in a part smaller than the processes
     images, targets = torch.randn(n, 3, 8, 8), torch.eye(n)
 
@@ -114,6 +119,6 @@ def test_processes_and_parts_mix_as_one_process_does(settings: MixupConfig, worl
 
 
 def test_no_settings_where_nothing_is_mixed() -> None:
-    assert mixup_config(AugmentConfig()) is None
-    assert mixup_config(AugmentConfig(mixup=0.2, mixup_prob=0.0)) is None
-    assert mixup_config(AugmentConfig(cutmix=1.0)) == MixupConfig(0.0, 1.0, 1.0, 0.5)
+    assert not is_mixed(AugmentConfig())
+    assert not is_mixed(AugmentConfig(mixup=0.2, mixup_prob=0.0))
+    assert is_mixed(AugmentConfig(cutmix=1.0))

@@ -15,9 +15,9 @@ from finished import CONVNET, train
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from toolkit.augment.mixup import MixupConfig
 from toolkit.data.sampling import SamplingPlan
 from toolkit.models.keyed_dropout import DropoutKeys
+from toolkit.recipe.schema import AugmentConfig
 from toolkit.training.ema import ModelEma, decay_at, short_run_warning
 from toolkit.training.train_step import RunningMetrics, TrainCallbacks, TrainStep, TrainStepConfig, _means
 
@@ -52,12 +52,13 @@ class Constant(nn.Module):
         return self.logits.expand(len(images), -1)
 
 
-def gradient(mixing: MixupConfig | None, *, smoothing: float = 0.0, weights: Tensor | None, logits: Tensor) -> Tensor:
+def gradient(mixing: AugmentConfig | None, *, smoothing: float = 0.0, weights: Tensor | None, logits: Tensor) -> Tensor:
     """Of one epoch's mean loss by the logits: minus the weighted mass of each class's target, plus its prediction."""
     module, accelerator = Constant(logits.clone()), Accelerator(cpu=True)
     steps = 10
+    augment = (mixing or AugmentConfig()).model_copy(update={"label_smoothing": smoothing})
     settings = TrainStepConfig(
-        seed=0, classes=CLASSES, label_smoothing=smoothing, mixing=mixing, max_grad_norm=None, channels_last=False,
+        seed=0, classes=CLASSES, augment=augment, max_grad_norm=None, channels_last=False,
         class_weights=weights, cuda_graphs=False, steps_per_epoch=steps, log_every=0,
     )  # fmt: skip
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
@@ -74,10 +75,15 @@ WEIGHTS = torch.tensor([1 / 1.8, 5.0])
 
 @pytest.mark.parametrize(
     "mixing",
-    [None, MixupConfig(1.0, 0.0, 1.0, 0.5), MixupConfig(0.0, 1.0, 1.0, 0.5), MixupConfig(0.4, 1.0, 0.8, 0.5)],
+    [
+        None,
+        AugmentConfig(mixup=1.0),
+        AugmentConfig(cutmix=1.0),
+        AugmentConfig(mixup=0.4, cutmix=1.0, mixup_prob=0.8),
+    ],
     ids=["none", "mixup", "cutmix", "both"],
 )
-def test_balanced_weights_give_each_class_half_of_the_loss(mixing: MixupConfig | None) -> None:
+def test_balanced_weights_give_each_class_half_of_the_loss(mixing: AugmentConfig | None) -> None:
     """At equal logits the gradient of each is (mass of both targets) / 2 - (mass of its own): 0 where they are equal.
 
     Weighting an image's whole loss by its own label gave 0.69 : 0.31 under mixup.
@@ -106,7 +112,12 @@ def test_smoothed_mixed_targets_are_weighted_class_by_class() -> None:
     shares = torch.tensor([0.9, 0.1]) * (1 - smoothing) + smoothing / CLASSES
     mass = shares * WEIGHTS
     expected = mass.sum() / 2 - mass
-    found = gradient(MixupConfig(1.0, 0.0, 1.0, 0.5), smoothing=smoothing, weights=WEIGHTS, logits=torch.zeros(2))
+    found = gradient(
+        AugmentConfig(mixup=1.0),
+        smoothing=smoothing,
+        weights=WEIGHTS,
+        logits=torch.zeros(2),
+    )
     torch.testing.assert_close(found, expected, rtol=0.05, atol=2e-3)
 
 

@@ -222,7 +222,7 @@ def test_head_of_batch_norm_and_one_linear_layer(source: Callable[..., ModelConf
     transfer.train_mode()
     assert transfer.trainable == ["fc.1.weight", "fc.1.bias"]
     assert [norm.training, built.module.get_submodule("bn1").training] == [True, False]
-    rows = layer_group_table(built, transfer, TransferConfig(mode="linear_probe"), OptimizerConfig(lr=0.1))
+    rows = layer_group_table(transfer, OptimizerConfig(lr=0.1))
     assert [rows[0].batch_norm, rows[-1].batch_norm] == ["fixed", "updated"]
     assert find_frozen_backbone(transfer) == "fc", "the norm sees features that may be kept"
 

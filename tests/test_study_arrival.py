@@ -237,12 +237,12 @@ def test_a_bug_that_loses_a_value_on_its_way_is_found(tmp_path: Path, monkeypatc
     """As in the notebook whose grid varied the weight decay while the optimiser was given a constant."""
     import toolkit.study.effective_config
 
-    real = toolkit.study.effective_config.new_param_groups
+    real = toolkit.study.effective_config.param_groups
 
     def constant(*arguments: Any) -> Any:
         return [{**group, "weight_decay": 5e-5} for group in real(*arguments)]
 
-    monkeypatch.setattr(toolkit.study.effective_config, "new_param_groups", constant)
+    monkeypatch.setattr(toolkit.study.effective_config, "param_groups", constant)
     assert "optimizer.weight_decay varies" in refusal(tmp_path, "[study.grid]\noptimizer.weight_decay = [1e-5, 1e-4]\n")
 
 

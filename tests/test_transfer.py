@@ -15,7 +15,7 @@ from toolkit.models.build import ModelBundle, build_model
 from toolkit.models.frozen_backbone import backbone_is_deterministic, find_frozen_backbone, prefix_features
 from toolkit.models.keyed_dropout import key_dropout_layers
 from toolkit.models.layer_groups import is_under
-from toolkit.models.transfer import Transfer, apply_transfer, layer_group_table, new_param_groups, param_groups
+from toolkit.models.transfer import Transfer, apply_transfer, layer_group_table, param_groups
 from toolkit.recipe.schema import HeadConfig, ModelConfig, OptimizerConfig, TransferConfig
 
 CLASSES = 5
@@ -168,7 +168,7 @@ def test_gradual_opens_stage_after_stage(name: str) -> None:
     opened = {1: [head], 2: [head, *first], 3: [head, *first], 4: [head, *first, *second], 5: [head, *first, *second]}
     for epoch, parts in opened.items():
         assert transfer.unfreeze_for_epoch(epoch) == (epoch in (2, 4))
-        fresh_groups = new_param_groups(built, table, SGD, groups)
+        fresh_groups = param_groups(built, table, SGD, groups)
         assert bool(fresh_groups) == (epoch in (2, 4))
         groups += fresh_groups
         expected = names_under(built.module, parts)
@@ -201,7 +201,7 @@ def test_gradual_trains_what_it_opened() -> None:
     optimizer = train_two_steps("resnet18", transfer, groups)
     before = {key: value.clone() for key, value in built.module.state_dict().items()}
     assert transfer.unfreeze_for_epoch(2)
-    for group in new_param_groups(built, table, SGD, optimizer.param_groups):
+    for group in param_groups(built, table, SGD, optimizer.param_groups):
         optimizer.add_param_group(group)
     train_two_steps("resnet18", transfer, [], optimizer)
     moved = {
@@ -300,7 +300,7 @@ def test_groups_carry_rates_by_stage() -> None:
     assert all(p.ndim > 1 for group in groups[::2] for p in group["params"])
     covered = [id(p) for group in groups for p in group["params"]]
     assert sorted(covered) == sorted(id(p) for p in built.module.parameters())
-    rows = layer_group_table(built, transfer, table, optimizer)
+    rows = layer_group_table(transfer, optimizer)
     assert [row.lr for row in rows] == pytest.approx([0.4 * scale for scale in scales])
 
 
@@ -308,7 +308,7 @@ def test_parts_table_of_a_linear_probe() -> None:
     """ResNet18 has 11,176,512 parameters below its last layer; stage sizes as published."""
     built = fresh("resnet18")
     table = TransferConfig(mode="linear_probe")
-    rows = layer_group_table(built, apply_transfer(built, table), table, SGD)
+    rows = layer_group_table(apply_transfer(built, table), SGD)
     assert [(row.name, row.parameters) for row in rows] == [
         ("stem", 9_536),
         ("layer1", 147_968),
@@ -323,7 +323,7 @@ def test_parts_table_of_a_linear_probe() -> None:
     assert (rows[0].lr, rows[0].weight_decay, rows[-1].lr, rows[-1].weight_decay) == (0.0, 0.0, 0.1, 0.1)
     for mode, word in (("finetune", "trained"), ("linear_probe", "updated")):
         table = TransferConfig(mode=mode, frozen_batch_norm="update")  # type: ignore[arg-type]
-        assert layer_group_table(built, apply_transfer(built, table), table, SGD)[1].batch_norm == word
+        assert layer_group_table(apply_transfer(built, table), SGD)[1].batch_norm == word
 
 
 def test_a_new_small_stem_is_not_left_frozen() -> None:

@@ -33,7 +33,7 @@ from toolkit.data.image_sources import BLOCKS_KEPT, as_image
 from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
 from toolkit.data.splits import split_dataset
 from toolkit.models.build import build_model, expected_input
-from toolkit.models.transfer import apply_transfer, new_param_groups
+from toolkit.models.transfer import apply_transfer, param_groups
 from toolkit.recipe import load
 from toolkit.recipe.schema import Recipe
 from toolkit.training.optimizer import build_optimizer
@@ -113,9 +113,7 @@ class PlainLoop:
         )
         self.transfer = apply_transfer(built, recipe.transfer)
         self.model = built.module.to(self.device)
-        self.optimizer = build_optimizer(
-            recipe.optimizer, new_param_groups(built, recipe.transfer, recipe.optimizer, [])
-        )
+        self.optimizer = build_optimizer(recipe.optimizer, param_groups(built, recipe.transfer, recipe.optimizer))
         self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.augment.label_smoothing)
         workers = max(1, len(os.sched_getaffinity(0)) - 1)
         train = ImageList(dataset, self.splits["train"], transform_of(recipe, self.preprocessing, train=True))

@@ -25,7 +25,7 @@ from toolkit.errors import UserError
 _AUGMENT_STREAM = 0x6175676D656E74
 """Separates these random numbers from all others with the same seed ("augment" in ASCII)."""
 
-_CHUNK = 2**18
+CHUNK = 2**18
 """Values (4 bytes each) that a CPU processes at a time, so that they stay in its caches."""
 
 
@@ -56,7 +56,7 @@ class GpuAugmentation:
         tables = _on_device([plan.table for plan in plans], images.device)
         shape = (len(images), self.channels, self.size, self.size)
         made = torch.empty(shape, device=images.device, memory_format=memory_format(images))
-        count = len(images) if images.device.type != "cpu" else max(1, _CHUNK // (self.channels * self.size**2))
+        count = len(images) if images.device.type != "cpu" else max(1, CHUNK // (self.channels * self.size**2))
         for start in range(0, len(images), count):
             part = slice(start, start + count)
             self._make(images[part], made[part], [plan.of(part) for plan in plans], [table[part] for table in tables])
@@ -80,7 +80,7 @@ class GpuAugmentation:
     def _make(self, images: Tensor, made: Tensor, plans: Sequence[SampledParams], tables: Sequence[Tensor]) -> None:
         """Apply the pipeline to some of the images and write the result to ``made``."""
         for one, plan, table in zip(self.passes, plans, tables, strict=False):  # the last plan may be that of erase
-            images = _apply_where_due(one, images, plan, table)
+            images = apply_where_due(one, images, plan, table)
         self._normalize(images, made)
         if self.erase is not None:
             self.erase.erase(made, plans[-1], tables[-1])
@@ -129,7 +129,7 @@ def _on_device(tables: Sequence[Floats], device: torch.device) -> list[Tensor]:
     return list(whole.to(device, non_blocking=True).split([table.shape[1] for table in tables], 1))
 
 
-def _apply_where_due(one: BatchOp, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
+def apply_where_due(one: BatchOp, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
     """Apply an operation to those images that it changes."""
     if plan.applied.all():
         return one.apply(images, plan, table)

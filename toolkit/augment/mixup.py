@@ -7,8 +7,6 @@ number of processes, nor on accumulation, nor on the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -21,25 +19,9 @@ _MIXING_STREAM = 0x6D6978696E67
 """Separates these random numbers from all others with the same seed ("mixing" in ASCII)."""
 
 
-@dataclass(frozen=True)
-class MixupConfig:
-    """Settings of mixup and CutMix, as in the recipe's [augment] table."""
-
-    mixup: float
-    """Alpha of mixup's Beta(alpha, alpha); 0 disables mixup."""
-    cutmix: float
-    """Alpha of CutMix's Beta(alpha, alpha); 0 disables CutMix."""
-    mixup_prob: float
-    """Probability that a batch is mixed."""
-    mixup_switch_prob: float
-    """Probability of CutMix instead of mixup for a mixed batch, if both are enabled."""
-
-
-def mixup_config(augment: AugmentConfig) -> MixupConfig | None:
-    """Return the settings of a recipe; None if nothing is ever mixed."""
-    if augment.mixup_prob == 0 or not (augment.mixup or augment.cutmix):
-        return None
-    return MixupConfig(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob)
+def is_mixed(augment: AugmentConfig) -> bool:
+    """Return whether a recipe's training images are ever mixed."""
+    return augment.mixup_prob > 0 and bool(augment.mixup or augment.cutmix)
 
 
 def mix(
@@ -47,7 +29,7 @@ def mix(
     targets: Tensor,
     partners: npt.NDArray[np.int64],
     own: int,
-    settings: MixupConfig,
+    settings: AugmentConfig,
     key: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     """Mix the first ``own`` examples with their partners.

@@ -6,6 +6,7 @@ runs in evaluation mode: its batch norm statistics stay as loaded, and its dropo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -51,7 +52,7 @@ class Transfer:
     def unfreeze_for_epoch(self, epoch: int) -> bool:
         """Unfreeze the layer groups due at the start of ``epoch`` (from 1), last group first; return if any changed.
 
-        Only the mode ``gradual`` unfreezes. After a change, add :func:`new_param_groups` to the optimizer and wrap the
+        Only the mode ``gradual`` unfreezes. After a change, add :func:`param_groups` to the optimizer and wrap the
         model in DDP again.
         """
         due = sum(start <= epoch for start in self.table.unfreeze_at) if self.table.mode == "gradual" else 0
@@ -174,8 +175,11 @@ def _set_frozen_eval(module: nn.Module) -> None:
             _set_frozen_eval(child)
 
 
-def new_param_groups(
-    built: ModelBundle, table: TransferConfig, optimizer: OptimizerConfig, groups: list[dict[str, Any]]
+def param_groups(
+    built: ModelBundle,
+    table: TransferConfig,
+    optimizer: OptimizerConfig,
+    groups: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Return parameter groups for trainable parameters that are in none of ``groups`` yet, input first.
 
@@ -205,29 +209,21 @@ def new_param_groups(
     return found
 
 
-def param_groups(built: ModelBundle, table: TransferConfig, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return parameter groups of all trainable parameters, each parameter once; see :func:`new_param_groups`."""
-    return new_param_groups(built, table, optimizer, [])
-
-
 def _lr_scales(built: ModelBundle, table: TransferConfig) -> list[float]:
     """Return the learning rate of each layer group as a multiple of optimizer.lr, input first."""
     below = len(built.stages) - 1
     return [*(table.backbone_lr * table.layer_decay ** (below - index) for index in range(below)), table.head_lr]
 
 
-def layer_group_table(
-    built: ModelBundle, transfer: Transfer, table: TransferConfig, optimizer: OptimizerConfig
-) -> list[LayerGroupSummary]:
+def layer_group_table(transfer: Transfer, optimizer: OptimizerConfig) -> list[LayerGroupSummary]:
     """Return one row per layer group, input first."""
-    scales = _lr_scales(built, table)
-    return [_row(built, stage, scale, table, optimizer) for stage, scale in zip(transfer.stages, scales, strict=True)]
+    scales = _lr_scales(transfer.built, transfer.table)
+    return [_row(transfer, stage, scale, optimizer) for stage, scale in zip(transfer.stages, scales, strict=True)]
 
 
-def _row(
-    built: ModelBundle, stage: LayerGroup, lr_scale: float, table: TransferConfig, optimizer: OptimizerConfig
-) -> LayerGroupSummary:
-    inside = [p for name, p in built.module.named_parameters() if stage.holds(name)]
+def _row(transfer: Transfer, stage: LayerGroup, lr_scale: float, optimizer: OptimizerConfig) -> LayerGroupSummary:
+    module = transfer.built.module
+    inside = [p for name, p in module.named_parameters() if stage.holds(name)]
     trainable = sum(p.numel() for p in inside if p.requires_grad)
     return LayerGroupSummary(
         name=stage.name,
@@ -235,7 +231,7 @@ def _row(
         trainable=trainable,
         lr=optimizer.lr * lr_scale if trainable else 0.0,
         weight_decay=optimizer.weight_decay if trainable else 0.0,
-        batch_norm=_batch_norm(built.module, stage, table),
+        batch_norm=_batch_norm(module, stage, transfer.table),
     )
 
 

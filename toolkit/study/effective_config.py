@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from toolkit.augment.mixup import mixup_config
+from toolkit.augment.mixup import is_mixed
 from toolkit.augment.transforms import build_transform, is_deterministic
 from toolkit.data.dataset_info import DATASETS
 from toolkit.data.datasets import Dataset, open_dataset
@@ -26,7 +26,7 @@ from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_
 from toolkit.data.splits import split_dataset, split_hash
 from toolkit.errors import UserError
 from toolkit.models.build import ModelBundle, build_model, expected_input
-from toolkit.models.transfer import apply_transfer, new_param_groups
+from toolkit.models.transfer import apply_transfer, param_groups
 from toolkit.recipe.catalog import weights_names
 from toolkit.recipe.schema import DataConfig, OptimizerConfig, Recipe
 from toolkit.training.lr_schedule import gamma_of, learning_rate
@@ -133,8 +133,8 @@ def _transforms(recipe: Recipe) -> Hashable:
         found += [f"{step.p:g} {_ADDRESS.sub('', repr(step))}" for step in steps if step.probability]
     if not is_deterministic("train", recipe.augment):
         found.append(f"{recipe.data.fixed_views} versions")
-    mixed = mixup_config(recipe.augment)
-    if mixed is not None:
+    mixed = recipe.augment
+    if is_mixed(mixed):
         both = mixed.mixup > 0 and mixed.cutmix > 0
         found += [repr((mixed.mixup, mixed.cutmix, mixed.mixup_prob, both and mixed.mixup_switch_prob))]
     return tuple(found), recipe.augment.label_smoothing, recipe.augment.auto_augment
@@ -153,7 +153,7 @@ def _network(recipe: Recipe) -> Hashable:
     model = str(built.module), shapes, weights, start, _text(recipe.model.args)
 
     transfer = apply_transfer(built, recipe.transfer)
-    groups = new_param_groups(built, recipe.transfer, recipe.optimizer, [])
+    groups = param_groups(built, recipe.transfer, recipe.optimizer)
     trained = [(0, tuple(transfer.trainable))]
     for epoch in range(1, recipe.train.epochs + 1):
         if transfer.unfreeze_for_epoch(epoch):
@@ -164,7 +164,7 @@ def _network(recipe: Recipe) -> Hashable:
     unfrozen: list[dict[str, Any]] = []
     if recipe.transfer.mode == "gradual":
         built.module.requires_grad_(True)
-        unfrozen = new_param_groups(built, recipe.transfer, recipe.optimizer, [])
+        unfrozen = param_groups(built, recipe.transfer, recipe.optimizer)
     described = tuple((g["name"], len(g["params"]), g["lr"], g["lr_scale"], g["weight_decay"]) for g in groups)
     later = tuple((g["name"], g["lr"], g["weight_decay"]) for g in unfrozen)
     settings = sorted({(group["lr"], group["weight_decay"]) for group in groups})

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toolkit.models.transfer import new_param_groups
+from toolkit.models.transfer import param_groups
 from toolkit.training.context import TrainingContext
 from toolkit.training.ema import ModelEma
 from toolkit.training.loaders import DataLoaders
@@ -31,8 +31,7 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
     settings = TrainStepConfig(
         seed=recipe.recipe.seed,
         classes=len(setup.dataset.classes),
-        label_smoothing=recipe.augment.label_smoothing,
-        mixing=loaders.mixing,
+        augment=recipe.augment,
         max_grad_norm=recipe.train.max_grad_norm,
         channels_last=recipe.train.channels_last,
         class_weights=_class_weights(setup),
@@ -54,7 +53,7 @@ def unfreeze(setup: TrainingContext, trainer: TrainStep, epoch: int) -> bool:
     if not setup.transfer.unfreeze_for_epoch(epoch + 1):
         return False
     known = trainer.optimizer.param_groups
-    for group in new_param_groups(setup.built, setup.recipe.transfer, setup.recipe.optimizer, known):
+    for group in param_groups(setup.built, setup.recipe.transfer, setup.recipe.optimizer, known):
         trainer.optimizer.add_param_group(group)
     if trainer.ema is not None:
         trainer.ema.follow(trainer.network)
@@ -85,7 +84,7 @@ def _groups(setup: TrainingContext, epochs_begun: int) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
     for epoch in range(epochs_begun):
         setup.transfer.unfreeze_for_epoch(epoch + 1)
-        groups += new_param_groups(setup.built, setup.recipe.transfer, setup.recipe.optimizer, groups)
+        groups += param_groups(setup.built, setup.recipe.transfer, setup.recipe.optimizer, groups)
     return groups
 
 

@@ -202,7 +202,7 @@ def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
     """
     recipe, train, built = setup.recipe, setup.recipe.train, setup.built
     module_text = f"\n{built.module}" if whole else ""
-    rows = layer_group_table(built, setup.transfer, recipe.transfer, recipe.optimizer)
+    rows = layer_group_table(setup.transfer, recipe.optimizer)
     cells = [
         (
             row.name,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from toolkit.augment.mixup import MixupConfig, mixup_config
+from toolkit.augment.mixup import is_mixed
 from toolkit.augment.transforms import UInt8Transform, try_transform
 from toolkit.cache.distributed import DistributedCache, Guard
 from toolkit.cache.frozen_features import Features, tail_of
@@ -82,7 +82,6 @@ class DataLoaders:
     setup: TrainingContext
     images: ImageLoaders
     train: TrainLoader
-    mixing: MixupConfig | None
     features: Features | None
     """Precomputed inputs of the tail, if only the tail is trained."""
     made: dict[str, tuple[EvaluationLoader, int]] = field(default_factory=dict)
@@ -147,12 +146,11 @@ def build_loaders(setup: TrainingContext, guard: Guard, shortcuts: CachePolicy =
     features = _features(setup, source, keeper, guard) if shortcuts == "all" else None
     passes = recipe.train.epochs if features is None else features.passes()
     source.kept = cache_images(setup, ways, keeper, passes)
-    mixing = mixup_config(recipe.augment)
-    plan = _plan(setup, mixing)
+    plan = _plan(setup)
     if features is None:
-        return DataLoaders(setup, source, source.training(plan), mixing, None)
+        return DataLoaders(setup, source, source.training(plan), None)
     train = TrainLoader(TensorBatches(features.rows("train"), setup.labels("train")), plan)
-    loaders = DataLoaders(setup, source, train, mixing, features)
+    loaders = DataLoaders(setup, source, train, features)
     if setup.has("validation"):
         loaders.evaluation("validation")
     setup.display.log(f'shortcut: {features.words}; data.cache = "off" turns it off')
@@ -181,7 +179,7 @@ def _features(
     return features
 
 
-def _plan(setup: TrainingContext, mixing: MixupConfig | None) -> SamplingPlan:
+def _plan(setup: TrainingContext) -> SamplingPlan:
     table = setup.recipe.train
     return SamplingPlan(
         size=len(setup.splits["train"]),
@@ -191,7 +189,7 @@ def _plan(setup: TrainingContext, mixing: MixupConfig | None) -> SamplingPlan:
         drop_last=table.drop_last,
         world=setup.accelerator.num_processes,
         rank=setup.accelerator.process_index,
-        mixing=mixing is not None,
+        mixing=is_mixed(setup.recipe.augment),
         weights=balanced_weights(setup.labels("train")) if table.sampling == "balanced" else None,
         views=setup.recipe.data.fixed_views,
     )

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from toolkit.augment.mixup import MixupConfig, mix
+from toolkit.augment.mixup import mix
 from toolkit.data.sampling import MicroBatch, hash64
 from toolkit.distributed.batchnorm import set_replicated
 from toolkit.errors import RunFailed, first_line
 from toolkit.models.keyed_dropout import DropoutKeys, example_keys
+from toolkit.recipe.schema import AugmentConfig
 from toolkit.training.ema import ModelEma
 from toolkit.training.evaluation import to_device
 
@@ -121,8 +122,8 @@ class TrainStepConfig:
 
     seed: int
     classes: int
-    label_smoothing: float
-    mixing: MixupConfig | None
+    augment: AugmentConfig
+    """Mixup, CutMix and label smoothing."""
     max_grad_norm: float | None
     channels_last: bool
     class_weights: Tensor | None
@@ -194,10 +195,10 @@ class TrainStep:
         inputs = to_device(batch.images, accelerator.device, settings.channels_last)
         labels = batch.labels.to(accelerator.device, non_blocking=True)
         targets: Tensor = labels[: micro.own]
-        if settings.mixing is not None and micro.partners is not None:
+        if micro.partners is not None:
             soft = F.one_hot(labels, settings.classes).to(inputs.dtype)
             key = (settings.seed, epoch, micro.step)
-            inputs, targets = mix(inputs, soft, micro.partners, micro.own, settings.mixing, key)
+            inputs, targets = mix(inputs, soft, micro.partners, micro.own, settings.augment, key)
         if self.stochastic.calls:
             keys = example_keys(settings.seed, epoch, np.asarray(batch.draws[: micro.own]))
             self.stochastic.set_keys(torch.from_numpy(keys).to(accelerator.device, non_blocking=True))
@@ -216,7 +217,7 @@ class TrainStep:
                 targets,
                 weight=settings.class_weights,
                 reduction="none",
-                label_smoothing=settings.label_smoothing,
+                label_smoothing=settings.augment.label_smoothing,
             )
             # DDP averages gradients over processes; scaling by their number gives the sum.
             scale = (1 if alone else accelerator.num_processes) / micro.step_count
