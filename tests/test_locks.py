@@ -22,8 +22,7 @@ from toolkit import locks
 from toolkit.cache.store import try_lock
 from toolkit.locks import acquire, held, is_held
 from toolkit.runs import Run, RunInUse
-from toolkit.slurm.job_status import is_locked
-from toolkit.study.directory import StudyDirectory, claim, count_external_workers, external_worker, is_claimed
+from toolkit.study.directory import claim, is_claimed
 from toolkit.training.train_step import TrainStep
 
 LEASE_S = 1.0
@@ -142,26 +141,20 @@ def test_a_dead_holder_of_another_host_loses_it_when_its_time_is_over(
 
 @pytest.mark.usefixtures("no_flock")
 def test_every_lock_is_freed_by_the_death_of_its_holder(tmp_path: Path, holders: Callable[..., Holder]) -> None:
-    run, folder = Run(tmp_path / "run"), StudyDirectory(tmp_path)
+    run = Run(tmp_path / "run")
     run.path.mkdir()
 
     def trainer() -> object:
         return run.lock(), claim(run), try_lock(tmp_path, "entry")
 
-    def helper() -> object:
-        context = external_worker(folder)
-        context.__enter__()
-        return context
-
-    holder, second = holders(tmp_path, trainer), holders(tmp_path, helper)
-    assert (is_locked(run), is_claimed(run), count_external_workers(folder)) == (True, True, 1)
+    holder = holders(tmp_path, trainer)
+    assert (is_held(run.path / ".lock"), is_claimed(run)) == (True, True)
     with pytest.raises(RunInUse):
         run.lock()
     assert claim(run) is None
     assert try_lock(tmp_path, "entry") is None
     holder.kill()
-    second.kill()
-    assert (is_locked(run), is_claimed(run), count_external_workers(folder)) == (False, False, 0)
+    assert (is_held(run.path / ".lock"), is_claimed(run)) == (False, False)
     kept = [run.lock(), claim(run), try_lock(tmp_path, "entry")]
     for lock in kept:
         assert lock is not None

@@ -16,8 +16,8 @@ from toolkit.errors import UserError
 from toolkit.recipe import load_recipe, recipe_hash
 from toolkit.runs import Run
 from toolkit.slurm import sbatch
-from toolkit.slurm.array import acquire_run
-from toolkit.slurm.job_status import QueueEntry, SlurmJob, duration, state_of
+from toolkit.slurm.array import take_run
+from toolkit.slurm.job_status import QueueEntry, SlurmJob, state_of
 from toolkit.slurm.settings import find_profile, local_reason, read_profile, resolve_settings
 from toolkit.study.directory import StudyDirectory, StudyRun, claim
 
@@ -283,12 +283,12 @@ def test_runs_of_an_array_are_taken_once() -> None:
     assert state_of(runs[1], {"30_0": entry("PENDING", "30_0", "Priority")["30_0"]}).state == "pending"
     lock = claim(runs[3])  # a worker of the study, somewhere else
     assert lock is not None
-    taken = [acquire_run(folder, "30", task) for task in ("0", "1", "2")]
+    taken = [take_run(folder, "30", task) for task in ("0", "1", "2")]
     lock.release()
     assert taken == [runs[1], runs[2], None]
-    assert acquire_run(folder, "30", "1") == runs[2]  # requeued, the task gets its own again
+    assert take_run(folder, "30", "1") == runs[2]  # requeued, the task gets its own again
     assert state_of(runs[2], entry("RUNNING", "30_1")).state == "running"
-    assert acquire_run(folder, "31", "0") == runs[1]  # a later submission
+    assert take_run(folder, "31", "0") == runs[1]  # a later submission
 
 
 def test_status_logs_and_cancel_without_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,3 @@ def test_status_does_not_take_a_published_folder_for_a_run(monkeypatch: pytest.M
         (folder / "model.safetensors").touch()
     for path in ("runs", str(run.path.parent)):
         assert [found["run"] for found in json.loads(toolkit("status", path, "--json").stdout)] == [str(run.path)]
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (5, 300, 7500)] == ["5 s", "5 min", "2 h 05 min"]

@@ -15,9 +15,10 @@ from PIL import Image
 from slurm_cluster import status_of, submit, wait_for_end, wait_until, write
 
 from toolkit.runs import Run
-from toolkit.slurm.array import array_record, study_runs
+from toolkit.slurm.array import array_record
 from toolkit.slurm.job_status import SlurmJob, queue, state_of
 from toolkit.study.directory import StudyDirectory
+from toolkit.study.worker_pool import LOGS
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -54,7 +55,7 @@ def test_array_of_six_goes_on_where_one_failed(place: Path) -> None:
     assert outcome.status == 2
     assert f"6 task(s) of array job {array} are still active" in outcome.stderr
     (place / "later").rename("away")
-    runs = study_runs(folder)
+    runs = folder.runs
     subprocess.run(["scontrol", "release", array], check=True)
     most, seen = 0, set()
 
@@ -107,31 +108,29 @@ def _images(folder: Path) -> None:
                 Image.new("L", (8, 8), shade).save(folder / split / name / f"{index}.png")
 
 
-def test_a_search_goes_on_when_the_task_that_leads_it_ends(place: Path) -> None:
+def test_a_search_continues_when_one_of_its_tasks_ends(place: Path) -> None:
     path = study("search", SEARCH)
     text = submit(path, "--parallel", "2")
     array, table = re.search(r"array job (\d+), 2 task", text)[1], re.search(r"by job (\d+)", text)[1]  # type: ignore[index]
     folder = StudyDirectory(Path("runs/search").resolve())
-    leaders: list[str] = []
 
-    def leads() -> bool:
-        logs = {name: _log(folder, array, name) for name in ("0", "1")}
-        leaders[:] = [name for name, log in logs.items() if "leads the search" in log]
-        return bool(leaders)
+    def at_work() -> list[str]:
+        return [task for task in ("0", "1") if "claimed " in _worker_log(folder, task)]
 
-    wait_until(leads, lambda: _log(folder, array, "0") + _log(folder, array, "1"))
-    leader, other = leaders[0], "1" if leaders[0] == "0" else "0"
+    wait_until(lambda: bool(at_work()), lambda: _log(folder, array, "0") + _log(folder, array, "1"))
+    first, other = ("0", "1") if at_work()[0] == "0" else ("1", "0")
     # Held still, it cannot bring the search to its end before it is cancelled.
-    for pid in _processes(folder.path / "slurm" / f"{array}_{leader}"):
+    for pid in _processes(array, first):
         os.kill(pid, signal.SIGSTOP)
-    subprocess.run(["scancel", f"{array}_{leader}"], check=True)
+    assert not folder.is_complete
+    subprocess.run(["scancel", f"{array}_{first}"], check=True)
     wait_for_end(array)
     assert status_of(table) == 0
-    told = _log(folder, array, "0") + _log(folder, array, "1")
-    assert "leads the search" in _log(folder, array, other), told
-    assert folder.is_complete, told
-    assert (queue() or {})[f"{array}_{other}"].state == "COMPLETED", told
-    runs = study_runs(folder)
+    logs = _log(folder, array, "0") + _log(folder, array, "1") + _worker_log(folder, "0") + _worker_log(folder, "1")
+    assert "claimed " in _worker_log(folder, other), logs
+    assert folder.is_complete, logs
+    assert (queue() or {})[f"{array}_{other}"].state == "COMPLETED", logs
+    runs = folder.runs
     assert len(runs) == 4
     assert any(run.is_finished and len(run.epochs()) == 3 for run in runs)
     assert {state_of(run, queue()).state for run in runs} == {"finished", "paused"}
@@ -148,15 +147,23 @@ def _log(folder: StudyDirectory, array: str, task: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _processes(place: Path) -> list[int]:
-    """Of the task, its leading process alone."""
+def _worker_log(folder: StudyDirectory, task: str) -> str:
+    """Of the task's only worker."""
+    path = folder.path / LOGS / f"{task}.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def _processes(array: str, task: str) -> list[int]:
+    """The Python processes of a task, on any node."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
+            environment = (folder / "environ").read_bytes().split(b"\0") if folder.name.isdigit() else []
             command = (folder / "cmdline").read_bytes() if folder.name.isdigit() else b""
         except OSError:
             continue
-        if b"toolkit.slurm.search_worker\0" + bytes(place) + b"\0" in command:
+        names = {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
+        if names <= set(environment) and b"python" in command.split(b"\0")[0]:
             found.append(int(folder.name))
     return found
 
@@ -170,7 +177,7 @@ def test_a_cancelled_study_stays_cancelled_until_it_is_submitted_again(place: Pa
     assert "2 pending (JobHeldUser)" in toolkit("status", str(folder.path)).stdout
     assert f"cancelled job {record['job']}" in toolkit("cancel", str(folder.path)).stdout
     wait_for_end(record["job"], record["table_job"])
-    assert [state_of(run, queue()).state for run in study_runs(folder)] == ["cancelled"] * 2
+    assert [state_of(run, queue()).state for run in folder.runs] == ["cancelled"] * 2
     assert (folder.path / "table.md").exists()
 
 

@@ -1,19 +1,24 @@
-"""What a search assigns where workers come and go. Nothing is trained here (on a cluster: test_slurm_arrays.py)."""
+"""What a search assigns when workers come and go. Nothing is trained here (on a cluster: test_slurm_arrays.py)."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
+import pytest
 from studies import write_study
 
+from toolkit.locks import Lock, held, is_held
 from toolkit.runs import Run
-from toolkit.study.directory import StudyDirectory, claim, external_worker, open_runs
+from toolkit.study import assign
+from toolkit.study.assign import SearchAssigner
+from toolkit.study.bohb import BohbScheduler
+from toolkit.study.directory import WRITING, StudyDirectory, claim, open_runs, record_failure, target_epoch
 from toolkit.study.expand import expand, read_study
-from toolkit.study.init import CONTROLLER, init_study, study_lock
-from toolkit.study.search_driver import SearchDriver
+from toolkit.study.init import init_study, study_lock
+from toolkit.study.worker import LockedRun, acquire_run
 
 SEARCH = """
 [study.space]
@@ -21,66 +26,181 @@ optimizer.lr = { log_uniform = [1e-3, 1e-1] }
 [study.bohb]
 trials = 9
 min_epochs = 1
-max_epochs = 3
+max_epochs = 9
 """
 
 
-def begun(tmp_path: Path) -> tuple[StudyDirectory, SearchDriver]:
+def prepared(tmp_path: Path) -> StudyDirectory:
     """A search in whose folder nothing was trained yet."""
     study = read_study(write_study(tmp_path, SEARCH))
     with study_lock(study) as folder:
         init_study(study, folder, expand(study))
-    return folder, SearchDriver(study, folder)
+    return folder
 
 
-def test_one_assignment_lies_ready_for_the_next_worker_and_no_more(tmp_path: Path) -> None:
-    folder, search = begun(tmp_path)
-    locks = []
-    for busy in range(4):
-        assert search.step(1, in_all=4)
-        assert len(search.under_way) == min(busy + 1, 4)
-        locks.append(next(lock for run in open_runs(folder) if (lock := claim(run))))
-    search.step(1, in_all=4)
-    assert len(search.under_way) == 4, "all four workers have something"
-    for lock in locks:
-        lock.release()
+def next_run(folder: StudyDirectory) -> LockedRun:
+    """What a worker does to get a run."""
+    found = acquire_run(folder)
+    if found is None:
+        assert SearchAssigner(folder).assign()
+        found = acquire_run(folder)
+    assert found is not None
+    return found
 
 
-def test_without_others_a_search_assigns_what_its_own_workers_can_take(tmp_path: Path) -> None:
-    folder, search = begun(tmp_path)
-    search.step(2)
-    locks = [claim(run) for run in open_runs(folder)]
-    search.step(2)
-    assert len(search.under_way) == len(locks) == 2
+def log_epochs(run: Run, *accuracies: float) -> None:
+    """Write the metrics of a run as training does."""
+    lines = [
+        {"epoch": epoch, "train/loss": 1.0, "val/loss": 1 - value, "val/accuracy": value}
+        for epoch, value in enumerate(accuracies, 1)
+    ]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_who_helps_has_something_to_do_and_who_was_killed_has_not(tmp_path: Path) -> None:
-    folder, search = begun(tmp_path)
-    with external_worker(folder):
-        search.step(1)
-        assert len(search.under_way) == 2
+def test_each_worker_gets_a_configuration_and_none_is_assigned_ahead(tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
+    taken = [next_run(folder) for _ in range(4)]
+    assert len({locked.run.id for locked in taken}) == len(folder.members) == 4
+    changes = [member.changes for member in folder.members]
+    assert all(change not in changes[:n] for n, change in enumerate(changes))
+    # A worker that has died leaves its run to the next one; the search is not asked.
+    taken[2].release()
+    assert next_run(folder).run.id == taken[2].run.id
+    assert len(folder.members) == 4
+
+
+def test_only_one_process_makes_assignments_at_a_time(tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
+    with held(folder.path / WRITING):
+        assert not SearchAssigner(folder).assign()
+    assert folder.members == []
+    assert SearchAssigner(folder).assign()
+    assert len(folder.members) == 1
+
+
+def test_a_process_killed_while_it_makes_assignments_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
     context = multiprocessing.get_context("fork")
-    helper = context.Process(target=help_until_killed, args=(folder, started := context.Event()))
-    helper.start()
-    assert started.wait(30)
-    search.step(2)
-    assert len(search.under_way) == 3
-    helper.kill()
-    helper.join()
-    search.step(3)
-    assert len(search.under_way) == 3
+    process = context.Process(target=hold_until_killed, args=(folder,))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not is_held(folder.path / WRITING):
+        assert time.monotonic() < deadline
+    assert not SearchAssigner(folder).assign()
+    process.kill()
+    process.join()
+    assert SearchAssigner(folder).assign()
 
 
-def help_until_killed(folder: StudyDirectory, started: Event) -> None:
-    with external_worker(folder):
-        started.set()
-        time.sleep(60)
+def hold_until_killed(folder: StudyDirectory) -> None:
+    with held(folder.path / WRITING):
+        time.sleep(600)
 
 
-def test_the_folder_has_one_leader(tmp_path: Path) -> None:
-    folder, _ = begun(tmp_path)
-    first = claim(Run(folder.path), CONTROLLER)
-    assert first is not None
-    assert claim(Run(folder.path), CONTROLLER) is None
-    first.release()
-    assert claim(Run(folder.path), CONTROLLER) is not None
+@pytest.mark.parametrize("last", ["create_run", "set_target_epoch", "write"])
+def test_a_crash_between_the_steps_of_an_assignment_loses_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """``last``: what the process has done before it dies."""
+    whole, folder = prepared(tmp_path / "whole"), prepared(tmp_path / "crashes")
+    for each in (whole, folder):
+        next_run(each).release()
+
+    class Death(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Death
+
+    log_epochs(folder.runs[0], 0.5)
+    log_epochs(whole.runs[0], 0.5)
+    with monkeypatch.context() as patch:
+        if last == "create_run":
+            patch.setattr(assign, "set_target_epoch", die)
+        elif last == "set_target_epoch":
+            patch.setattr(StudyDirectory, "write", die)
+        if last == "write":
+            SearchAssigner(folder).assign()
+        else:
+            with pytest.raises(Death):
+                SearchAssigner(folder).assign()
+    made = next_run(folder).run
+    next_run(whole)
+    assert [member.changes for member in folder.members] == [member.changes for member in whole.members]
+    assert target_epoch(made) == 1
+    assert sum((path / "recipe.toml").exists() for path in folder.path.iterdir()) == 2
+
+
+def test_results_promote_a_run_and_failures_do_not(tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
+    search = SearchAssigner(folder)
+    for accuracy in (0.5, 0.9, None):
+        locked = next_run(folder)
+        if accuracy is None:
+            record_failure(locked.run, "diverged")
+        else:
+            log_epochs(locked.run, accuracy)
+        locked.release()
+    assert search.assign()
+    assert [target_epoch(run) for run in folder.runs] == [1, 3, 1]
+    assert list(open_runs(folder)) == [folder.runs[1]]
+
+
+def test_a_run_that_stopped_early_keeps_its_promotion(tmp_path: Path) -> None:
+    """Else another one would be promoted in its place, the next time that the search is rebuilt."""
+    folder = prepared(tmp_path)
+    for accuracy in (0.5, 0.9, 0.7):
+        locked = next_run(folder)
+        log_epochs(locked.run, accuracy)
+        if accuracy == 0.9:
+            locked.run.write_json("summary.json", {"best": {"epoch": 1}, "last": {"epoch": 1}})
+        locked.release()
+    assert SearchAssigner(folder).assign()
+    assert len(folder.members) == 4, "nothing is left to train of the promoted one, so there is a new configuration"
+    assert [target_epoch(run) for run in folder.runs] == [1, 3, 1, 1]
+
+
+def test_a_search_is_not_asked_again_before_there_are_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = prepared(tmp_path)
+    search = SearchAssigner(folder)
+    locks: list[LockedRun] = []
+    while search.assign():
+        locks.append(next_run(folder))
+    assert len(locks) == 9
+    monkeypatch.setattr(BohbScheduler, "ask", None)
+    assert not search.assign()
+    monkeypatch.undo()
+    log_epochs(locks[3].run, 0.5)
+    log_epochs(locks[4].run, 0.6)
+    log_epochs(locks[5].run, 0.7)
+    assert search.assign()
+    assert target_epoch(locks[5].run) == 3
+
+
+def test_a_status_check_never_keeps_a_worker_from_a_run(tmp_path: Path) -> None:
+    """However long a loaded machine takes between the two halves of the check."""
+    import fcntl
+
+    folder = prepared(tmp_path)
+    assert SearchAssigner(folder).assign()
+    (run,) = folder.runs
+    lock = claim(run)
+    assert lock is not None
+    lock.release()
+    with open(run.path / ".claim", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as is_held() does
+        assert not is_held(run.path / ".claim"), "two checks do not disturb each other"
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=claim_and_note, args=(run, folder.path / "claimed"))
+        process.start()
+        time.sleep(0.5)
+        assert not (folder.path / "claimed").exists()
+        fcntl.flock(file, fcntl.LOCK_UN)
+        process.join(60)
+    assert (folder.path / "claimed").exists()
+
+
+def claim_and_note(run: Run, note: Path) -> None:
+    lock: Lock | None = claim(run)
+    if lock is not None:
+        note.touch()

@@ -217,12 +217,12 @@ def test_memory_does_not_grow_from_run_to_run(tmp_path: Path) -> None:
     from toolkit.distributed.signals import GracefulStop
     from toolkit.study.expand import expand, read_study
     from toolkit.study.init import init_study, study_lock
-    from toolkit.study.worker import run_pending, train_run
+    from toolkit.study.worker import train_run, worker_loop
 
     found = read_study(write_study(tmp_path, "[study]\nseeds = 5\n", epochs=1))
     with GracefulStop() as stop, study_lock(found) as folder:
         init_study(found, folder, expand(found))
-        assert run_pending(folder, stop, train_run, after=count) == 0
+        assert worker_loop(folder, stop, train_run, after=count) == 0
     assert len(tensors) == 5
     assert tensors[1:] == [tensors[1]] * 4
 
@@ -238,18 +238,18 @@ def test_the_live_table_shows_progress_time_left_and_the_best_so_far(tmp_path: P
     found = read_study(write_study(tmp_path, TWO, epochs=4))
     with study_lock(found) as folder:
         init_study(found, folder, expand(found))
-    board = StudyProgress(folder)
+    progress = StudyProgress(folder)
     (_, first), _ = runs_of(tmp_path)
     lines = [
         {"epoch": epoch, "train/loss": 1.0, "val/loss": 1.0, "val/accuracy": value}
         for epoch, value in ((1, 0.5), (2, 0.75), (3, 0.625))
     ]
     first.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    board.started -= 30  # seconds; three of eight epochs took them
+    progress.started -= 30  # seconds; three of eight epochs took them
     held = claim(first)
     assert held is not None
     console = Console(record=True, width=120, file=io.StringIO())
-    console.print(board._table())
+    console.print(progress._table())
     shown = console.export_text().splitlines()
     held.release()
     assert shown[0].startswith(

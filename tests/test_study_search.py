@@ -412,12 +412,17 @@ def test_a_space_that_is_used_up_ends_the_search() -> None:
 
 
 def known(search: BohbScheduler) -> list[RestoredTrial]:
-    """What the run directories of a search tell."""
-    states: dict[str, Any] = {"failed": "failed"}
+    """What the run directories of a search record."""
+    states: dict[str, Any] = {"failed": "failed", "ended": "ended"}
     return [
-        RestoredTrial(t.changes, list(t.values), "ended" if len(t.values) == 30 else states.get(t.state, "open"))
+        RestoredTrial(t.changes, search.budgets[t.rung], list(t.values), states.get(t.state, "open"))
         for t in search.trials
     ]
+
+
+def in_training(search: BohbScheduler) -> list[tuple[int, int]]:
+    """The trials that are assigned and not measured yet, with the epochs to which they are trained."""
+    return [(t.number, search.budgets[t.rung]) for t in search.trials if t.state == "training"]
 
 
 @pytest.mark.parametrize("brackets", [1, 2])
@@ -428,7 +433,8 @@ def test_a_search_rebuilt_at_any_moment_goes_on_as_if_it_had_never_died(brackets
         first = bohb(29, brackets=brackets, seed=5)
         finish(first, limit=moment)
         second = bohb(29, brackets=brackets, seed=5)
-        assert second.replay(known(first)) == []
+        second.restore(known(first))
+        assert in_training(second) == []
         assert finish(second) == whole[moment:]
 
 
@@ -440,8 +446,9 @@ def test_what_was_under_way_is_continued_first() -> None:
     half = losses(under_way.changes)[: under_way.until_epoch - 1]
     rebuilt = bohb(27)
     records = known(first)
-    records[under_way.trial] = RestoredTrial(under_way.changes, half)
-    assert rebuilt.replay(records) == [under_way]
+    records[under_way.trial] = RestoredTrial(under_way.changes, under_way.until_epoch, half)
+    rebuilt.restore(records)
+    assert in_training(rebuilt) == [(under_way.trial, under_way.until_epoch)]
     # Meanwhile others are asked for; the one under way is not.
     other = rebuilt.ask()
     assert other is not None
@@ -453,7 +460,8 @@ def test_a_configuration_without_any_epoch_is_continued_too() -> None:
     assignment = first.ask()
     assert assignment is not None
     rebuilt = bohb(5)
-    assert rebuilt.replay([RestoredTrial(assignment.changes)]) == [assignment]
+    rebuilt.restore([RestoredTrial(assignment.changes, assignment.until_epoch)])
+    assert in_training(rebuilt) == [(assignment.trial, assignment.until_epoch)]
 
 
 def test_failed_trials_stay_failed() -> None:
@@ -462,7 +470,8 @@ def test_failed_trials_stay_failed() -> None:
         assert first.ask() is not None
     first.fail(0)
     rebuilt = bohb(6)
-    assert [a.trial for a in rebuilt.replay(known(first))] == [1]
+    rebuilt.restore(known(first))
+    assert [trial for trial, _ in in_training(rebuilt)] == [1]
     assert rebuilt.trials[0].state == "failed"
 
 
@@ -470,7 +479,7 @@ def test_more_trials_continue_a_search_that_was_done() -> None:
     first = bohb(12)
     finish(first)
     longer = bohb(18)
-    longer.replay(known(first))
+    longer.restore(known(first))
     finish(longer)
     assert [t.changes for t in longer.trials[:12]] == [t.changes for t in first.trials]
     assert len(longer.trials) == 18

@@ -21,9 +21,11 @@ from studies import GRID, outcomes, runs_of, start, study_folder, write_study
 from trainers import Trainers
 
 from toolkit.distributed.signals import GracefulStop
+from toolkit.errors import UserError
 from toolkit.runs import Run
 from toolkit.study import worker, worker_pool
 from toolkit.study.directory import (
+    STUDY_COPY,
     StudyDirectory,
     claim,
     failure_of,
@@ -228,7 +230,7 @@ def test_an_assignment_says_how_far_a_run_is_trained(tmp_path: Path) -> None:
     for until, epochs in ((1, 1), (1, 1), (2, 2), (None, 3)):
         set_target_epoch(run, until)
         with GracefulStop() as stop:
-            assert worker_loop(folder, stop, train_run, waits=False) == 0
+            assert worker_loop(folder, stop, train_run, stays=False) == 0
         assert len(run.epochs()) == epochs
         assert not is_open(run)
     assert run.is_finished
@@ -241,6 +243,30 @@ def test_a_worker_by_the_command_line_helps_and_ends_with_the_study(tmp_path: Pa
     assert toolkit("study", path, "--worker").status == 0
     assert all(state_of(run) == "finished" for _, run in runs_of(tmp_path))
     assert folder.is_complete
+
+
+def test_a_worker_by_the_command_line_brings_a_search_to_its_end(tmp_path: Path) -> None:
+    """Whoever started it may be gone; no process leads the search."""
+    text = """
+        [study]
+        bohb = { trials = 3, min_epochs = 1, max_epochs = 3 }
+        space.optimizer.lr = { log_uniform = [1e-3, 1.0] }
+        """
+    folder = prepared(tmp_path, text)
+    assert folder.members == []
+    path = tmp_path / "study.toml"
+    write_study(tmp_path, text.replace("trials = 3", "trials = 5"))
+    assert toolkit("study", path, "--worker").status == 0
+    assert folder.is_complete
+    assert sorted(len(run.epochs()) for run in folder.runs) == [1, 1, 3]
+
+
+def test_what_keeps_all_workers_of_a_search_from_working_is_one_message_of_the_command(tmp_path: Path) -> None:
+    text = "[study]\nbohb = { trials = 3 }\nspace.optimizer.lr = { log_uniform = [1e-3, 1.0] }\n"
+    folder = prepared(tmp_path, text)
+    (folder.path / STUDY_COPY).write_text("not TOML")
+    with GracefulStop() as stop, pytest.raises(UserError, match=r"study\.toml:1:5: error"):
+        WorkerPool(folder, [WorkerSlot(0), WorkerSlot(1)]).run(stop, print)
 
 
 def test_a_run_that_kills_its_worker_again_and_again_is_given_up(tmp_path: Path) -> None:

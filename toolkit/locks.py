@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ POLL_S = 0.02
 """Interval between attempts."""
 NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 """Errors of file systems that do not support flock."""
+HELD = {errno.EAGAIN, errno.EACCES}
+"""Errors of flock if another process holds the lock."""
 
 Lock = BaseFileLock
 
@@ -37,18 +40,23 @@ def acquire(
 ) -> Lock:
     """Acquire a lock, to be released with its ``release()``. Raises Timeout if another process holds it.
 
-    ``timeout``: seconds to wait for it; None waits indefinitely. Without flock, it can take LEASE_S longer to find out
-    whether the holder is alive, which is then logged through ``log``. ``on_loss`` is called, in another thread, if this
-    process could not touch its lease for so long that another may have taken it. Raises OSError if the lock file
-    cannot be written.
+    ``timeout``: seconds to wait for it; None waits indefinitely. A process that only checks the lock (:func:`is_held`)
+    does not count as its holder. Without flock, it can take LEASE_S longer to find out whether the holder is alive,
+    which is then logged through ``log``. ``on_loss`` is called, in another thread, if this process could not touch its
+    lease for so long that another may have taken it. Raises OSError if the lock file cannot be written.
     """
     lock = FileLock(path, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=-1 if timeout is None else timeout, poll_interval=POLL_S)
-    except OSError as error:
-        if error.errno not in NO_FLOCK:
-            raise
-        return _acquire_lease(path, timeout, on_loss, log)
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=-1 if timeout is None else timeout, poll_interval=POLL_S)
+        except Timeout:
+            if is_held(path):
+                raise
+            time.sleep(POLL_S)
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            return _acquire_lease(path, timeout, on_loss, log)
     if lease_is_held(path):  # by a host whose mount has no flock
         lock.release()
         raise Timeout(str(path))
@@ -65,20 +73,30 @@ def held(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def try_acquire(path: Path, *, log: Callable[[str], None] = lambda line: None) -> Lock | None:
+    """Acquire a lock, or return None if another process holds it. Raises OSError as :func:`acquire` does."""
+    try:
+        return acquire(path, log=log)
+    except Timeout:
+        return None
+
+
 def is_held(path: Path) -> bool:
     """Return whether any process holds the lock, without waiting or changing anything."""
     if lease_is_held(path):
         return True
-    if not path.exists():
-        return False
-    lock = FileLock(path, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:
-        return False  # no flock, or no permission to write in the folder
-    lock.release()
+        file = os.open(path, os.O_RDONLY)
+    except OSError:  # it does not exist, or may not be read
+        return False
+    try:
+        # A shared lock, so that two checks at the same time do not take each other for the holder.
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_UN)  # not left to close(): a child process forked meanwhile has the file open
+    except OSError as error:
+        return error.errno in HELD
+    finally:
+        os.close(file)
     return False
 
 

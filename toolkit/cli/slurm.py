@@ -82,7 +82,7 @@ def submit(
         done = _submit_run(recipe, overrides, dry_run=dry_run)
     if done is None:
         return EXIT_OK
-    _tell(done, as_json=as_json)
+    _show_submission(done, as_json=as_json)
     return _wait(done) if wait else EXIT_OK
 
 
@@ -123,14 +123,14 @@ def _submit_study(
     return array.submit_study(study, expansion, settings, parallel)
 
 
-def _warn(findings: Sequence[Diagnostic], remarks: Sequence[str]) -> None:
+def _warn(findings: Sequence[Diagnostic], notes: Sequence[str]) -> None:
     for finding in findings:
         print(finding, file=sys.stderr)
-    for remark in remarks:
-        print(f"warning: {remark}", file=sys.stderr)
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
 
 
-def _tell(done: SubmitResult, *, as_json: bool) -> None:
+def _show_submission(done: SubmitResult, *, as_json: bool) -> None:
     if as_json:
         record = {**asdict(done), "path": str(done.path), "script": str(done.script), "log": str(done.log)}
         print(json.dumps(record, indent=2), flush=True)
@@ -226,11 +226,11 @@ def status(
         print(json.dumps([state.to_json() for state in states(runs, jobs)], indent=2))
     elif runs:
         try:
-            said = headline(path, jobs)
+            line = headline(path, jobs)
         except UserError as error:
-            said = str(error)
-        if said is not None:
-            print(said)
+            line = str(error)
+        if line is not None:
+            print(line)
         _show_states(runs, jobs)
     else:
         print(f"no runs in {path}")

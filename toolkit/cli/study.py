@@ -50,33 +50,33 @@ def study(
         raise UserError("toolkit study starts its processes itself: call it without a launcher")
     found = read_study(study, set_ or [])
     if worker:
-        from toolkit.study.worker import main
+        from toolkit.study.worker import join_study
 
-        return main(found.folder)
+        return join_study(found.folder)
     expansion = expand(found)
     for warning in expansion.warnings:
         print(warning, file=sys.stderr)
     # torch is imported only here, once all recipes are known to be valid.
-    remarks = _prove(found, expansion)
+    notes = _check_effects(found, expansion)
     if plan:
-        _show_plan(found, expansion, remarks, as_json=as_json)
+        _show_plan(found, expansion, notes, as_json=as_json)
         return EXIT_OK
-    for remark in [*expansion.remarks, *remarks]:
-        print(f"note: {remark}", file=sys.stderr)
+    for note in [*expansion.remarks, *notes]:
+        print(f"note: {note}", file=sys.stderr)
     check_size(found, expansion, yes=yes)
     return _run(found, expansion, parallel, retry=retry, as_json=as_json)
 
 
-def _prove(study: StudySpec, expansion: ExpandedStudy) -> list[str]:
+def _check_effects(study: StudySpec, expansion: ExpandedStudy) -> list[str]:
     from toolkit.study.effect_check import check_parameters_have_effect
 
     return check_parameters_have_effect(study, expansion)
 
 
-def _show_plan(study: StudySpec, expansion: ExpandedStudy, remarks: list[str], *, as_json: bool) -> None:
+def _show_plan(study: StudySpec, expansion: ExpandedStudy, notes: list[str], *, as_json: bool) -> None:
     from toolkit.study.cost_estimate import plan_study, plan_text
 
-    planned = plan_study(study, expansion, remarks)
+    planned = plan_study(study, expansion, notes)
     print(json.dumps(planned.to_json(), indent=2) if as_json else plan_text(planned))
 
 

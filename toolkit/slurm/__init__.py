@@ -1,4 +1,4 @@
-"""SLURM support: jobs that survive their time limit. Only `job_worker` and `search_worker` import torch.
+"""SLURM support: jobs that survive their time limit. Only `job_worker` and `search_task` import torch.
 
 settings        resources of a job, from the command, the recipe and the cluster profile
 sbatch          generation of sbatch scripts
@@ -7,5 +7,5 @@ array           submission of a study as a job array
 job_status      state of a run from its directory and from SLURM
 job_entry       commands called by job scripts: create a run, or claim one of a study
 job_worker      entry point of the training processes of a job
-search_worker   entry point of an array task that works on a search
+search_task     entry point of an array task that works on a search
 """

@@ -3,12 +3,10 @@
 slurm/job.json         ids of the array and of the table job, and the time of submission
 slurm/train.sbatch     script of the array; slurm/table.sbatch: script of the table job
 slurm/log-JOB_TASK.txt output of a task before it has a run (for a search: all output); slurm/table-log.txt
-slurm/study.toml       for a search: the study as submitted
 slurm/JOB_TASK/        for a search: files of a task, as in the ``slurm/`` folders of runs
 
 A study with a fixed list of runs (rows, grid, random) gets one task per run; each task trains the next open run. The
-runs of a search are created while it is running, so each of its tasks works on the search until it is complete (see
-toolkit/study/leader_election.py).
+runs of a search are created while it is running, so each of its tasks keeps workers on the search until it is complete.
 """
 
 from __future__ import annotations
@@ -25,40 +23,37 @@ from toolkit.data.sampling import check_batch_size
 from toolkit.errors import UserError
 from toolkit.reading import Shape, read_bytes, read_json
 from toolkit.recipe.study_schema import BohbSearchConfig
-from toolkit.recipe.toml_writer import toml_document
-from toolkit.runs import Run, runs_of, write_atomically
+from toolkit.runs import Run, write_atomically
 from toolkit.slurm.job_status import QueueEntry, SlurmJob, queue
 from toolkit.slurm.sbatch import array_script, search_script, table_script
-from toolkit.slurm.settings import JobSettings, check_places, resolve_settings
-from toolkit.slurm.submit import SubmitResult, require_slurm, rollback_on_error, sbatch, scancel
-from toolkit.study.directory import FILE, StudyDirectory, is_claimed
+from toolkit.slurm.settings import JobSettings, check_paths, resolve_settings
+from toolkit.slurm.submit import SubmitResult, remove_empty_on_error, require_slurm, sbatch, scancel
+from toolkit.study.bohb import bracket_sizes
+from toolkit.study.directory import CONTROLLER, FILE, STUDY_COPY, StudyDirectory, is_claimed
 from toolkit.study.expand import ExpandedStudy, StudySpec
-from toolkit.study.init import CONTROLLER, init_study, study_lock
-from toolkit.study.search_driver import check_search
-
-STUDY = "slurm/study.toml"
+from toolkit.study.init import init_study, study_lock
 
 
 def plan_study(study: StudySpec, expansion: ExpandedStudy) -> tuple[JobSettings, list[str]]:
     """Return the settings of every task, and warnings. Raises UserError if the runs cannot be trained with them."""
     settings = resolve_settings(study.base)
-    remarks = []
+    notes = []
     if study.table.bohb is not None:
         if settings.nodes > 1:
             raise UserError(
                 f"slurm.nodes = {settings.nodes}: each run of a search is trained on one node; for more workers raise "
                 "--parallel or slurm.gpus_per_node"
             )
-        check_search(study)
+        bracket_sizes(study.table.bohb)  # raises UserError for settings that do not fit together
     else:
         for run in expansion.runs:
             check_batch_size(run.recipe.train.batch_size, settings.world, run.recipe.train.grad_accum_steps)
         ignored = [name for name in ("gpus_per_run", "runs_per_gpu") if getattr(study.table, name) != 1]
-        remarks = [
+        notes = [
             f"study.{name} applies to `toolkit study` only; an array task trains one run on the GPUs set in [slurm]"
             for name in ignored
         ]
-    return settings, [*remarks, *check_places(settings, study.base.recipe.run_root, [study.path])]
+    return settings, [*notes, *check_paths(settings, study.base.recipe.run_root, [study.path])]
 
 
 def preview(study: StudySpec, expansion: ExpandedStudy, settings: JobSettings, parallel: int | None) -> str:
@@ -75,20 +70,18 @@ def submit_study(
     do, or if SLURM rejects the job; the folder is then left unchanged.
     """
     require_slurm()
-    refuse_if_at_work(study.folder)
+    refuse_if_active(study.folder)
     path = study.folder.absolute()
     search, folder = study.table.bohb, StudyDirectory(path)
     script = path / "slurm" / "train.sbatch"
-    with rollback_on_error(path), study_lock(study):
-        with _rollback_on_error(path):
-            refuse_if_at_work(path)  # another process may have submitted it meanwhile
+    with remove_empty_on_error(path), study_lock(study):
+        with _restore_on_error(path):
+            refuse_if_active(path)  # another process may have submitted it meanwhile
             if search is not None:
                 _refuse_if_done(search, folder)
             init_study(study, folder, expansion)
             left = [] if search is not None else _left(folder)
             (path / "slurm").mkdir(exist_ok=True)
-            if search is not None:
-                write_atomically(path / STUDY, toml_document(study.merged.data).encode())
             tasks = len(left) or parallel or 1
             write_atomically(script, _script(study, settings, path, tasks, parallel).encode())
             number = sbatch(script)
@@ -108,7 +101,7 @@ def _script(study: StudySpec, settings: JobSettings, path: Path, tasks: int, par
 
 def _left(folder: StudyDirectory) -> list[Run]:
     """Return the unfinished runs of a list. Raises UserError if there are none."""
-    runs = study_runs(folder)
+    runs = folder.runs
     left = [run for run in runs if not run.is_finished]
     if not left:
         raise UserError(f"all {len(runs)} runs are finished: toolkit table {folder.path}")
@@ -124,24 +117,17 @@ def _refuse_if_done(search: BohbSearchConfig, folder: StudyDirectory) -> None:
 
 
 @contextlib.contextmanager
-def _rollback_on_error(path: Path) -> Iterator[None]:
-    """On an error, remove new runs and files of the study's folder, or restore study.json."""
-    known = {run.path for run in runs_of(str(path.parent), path.name)}
-    was_there = (path / "slurm").exists()
-    before = read_bytes(path / FILE) if (path / FILE).exists() else None
+def _restore_on_error(path: Path) -> Iterator[None]:
+    """On an error, remove what is new in the study's folder, and restore its files. The caller holds its lock."""
+    before = {file: read_bytes(file) for file in (path / FILE, path / STUDY_COPY) if file.exists()}
+    known = set(path.iterdir()) - (set() if before else {path / CONTROLLER})
     try:
         yield
     except BaseException:
-        for run in runs_of(str(path.parent), path.name):
-            if run.path not in known:
-                shutil.rmtree(run.path)
-        if before is None:
-            for name in (FILE, CONTROLLER):
-                (path / name).unlink(missing_ok=True)
-            if not was_there:
-                shutil.rmtree(path / "slurm", ignore_errors=True)
-        else:
-            write_atomically(path / FILE, before)
+        for new in set(path.iterdir()) - known:
+            shutil.rmtree(new) if new.is_dir() else new.unlink()
+        for file, content in before.items():
+            write_atomically(file, content)
         raise
 
 
@@ -156,12 +142,6 @@ def _submit_table(settings: JobSettings, path: Path, name: str, array_job: str) 
 
 
 # -- status -----------------------------------------------------------------------------------------------------------
-
-
-def study_runs(folder: StudyDirectory) -> list[Run]:
-    """Return the run directories of a study, each once, in table order."""
-    names = dict.fromkeys(member.run for member in folder.members if member.run is not None)
-    return [Run(folder.path / name) for name in names]
 
 
 class _ArrayRecord(Shape):
@@ -182,7 +162,7 @@ def tasks_of(job: str, jobs: Mapping[str, QueueEntry]) -> dict[str, QueueEntry]:
     return {name: entry for name, entry in jobs.items() if name.split("_")[0] == job}
 
 
-def refuse_if_at_work(path: Path) -> None:
+def refuse_if_active(path: Path) -> None:
     """Raise UserError if tasks of the study's last submission are queued or running."""
     record = array_record(path)
     if record is None:
@@ -201,9 +181,7 @@ def refuse_if_at_work(path: Path) -> None:
 def cancel_array(path: Path) -> str:
     """Cancel all tasks of a study's array and return its id. The table job then starts. Raises UserError."""
     number = str((array_record(path) or {})["job"])
-    marked = [
-        run for run in study_runs(StudyDirectory(path)) if not run.is_finished and SlurmJob(run).is_part_of(number)
-    ]
+    marked = [run for run in StudyDirectory(path).runs if not run.is_finished and SlurmJob(run).is_part_of(number)]
     for run in marked:
         run.write_text("slurm/cancelled", "")
     scancel(number)
@@ -215,25 +193,26 @@ def headline(path: Path, jobs: Mapping[str, QueueEntry] | None) -> str | None:
     record = array_record(path)
     if record is None:
         return None
-    parts = [f"array job {record['job']}: {_told(tasks_of(record['job'], jobs or {}))}"]
+    parts = [f"array job {record['job']}: {_counts(tasks_of(record['job'], jobs or {}))}"]
     follower = record.get("table_job")
     if follower is not None:
-        parts.append(f"table job {follower}: {_told(tasks_of(follower, jobs or {}))}")
+        parts.append(f"table job {follower}: {_counts(tasks_of(follower, jobs or {}))}")
     return "; ".join(parts)
 
 
-def _told(tasks: Mapping[str, QueueEntry]) -> str:
+def _counts(tasks: Mapping[str, QueueEntry]) -> str:
     if not tasks:
         return "no longer known to SLURM"
     reasons = {e.state: e.reason for e in tasks.values() if e.state == "PENDING" and e.reason != "None"}
     counts = Counter(entry.state for entry in tasks.values())
-    told = [f"{count} {s.lower()}" + (f" ({reasons[s]})" if s in reasons else "") for s, count in counts.items()]
-    return ", ".join(told)
+    return ", ".join(
+        f"{count} {s.lower()}" + (f" ({reasons[s]})" if s in reasons else "") for s, count in counts.items()
+    )
 
 
-def acquire_run(folder: StudyDirectory, array_job: str, task: str) -> Run | None:
+def take_run(folder: StudyDirectory, array_job: str, task: str) -> Run | None:
     """Return the run that the task had before it was requeued, else claim the first open run; None if none is left."""
-    runs = study_runs(folder)
+    runs = folder.runs
     name = f"{array_job}_{task}"
     for run in runs:
         if SlurmJob(run).claimed_by(array_job) == name:

@@ -11,7 +11,7 @@ import typer
 from toolkit.cli.errors import command
 from toolkit.cli.options import Overrides
 from toolkit.runs import create_run, runs_of
-from toolkit.slurm.array import acquire_run
+from toolkit.slurm.array import take_run
 from toolkit.slurm.job_status import SlurmJob
 from toolkit.study.directory import StudyDirectory
 
@@ -40,9 +40,9 @@ def create_run_in_job(recipe: str, set_: Overrides = None) -> None:
 
 @app.command("claim")
 @command
-def acquire_run_in_job(folder: Path) -> None:
+def take_run_in_job(folder: Path) -> None:
     """Print the run of a study that this array task has claimed, or claims now; print nothing if none is left."""
-    run = acquire_run(StudyDirectory(folder), os.environ["SLURM_ARRAY_JOB_ID"], os.environ["SLURM_ARRAY_TASK_ID"])
+    run = take_run(StudyDirectory(folder), os.environ["SLURM_ARRAY_JOB_ID"], os.environ["SLURM_ARRAY_TASK_ID"])
     print("" if run is None else run.path)
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.locks import lease_is_held
+from toolkit.formatting import duration
+from toolkit.locks import is_held
 from toolkit.reading import Shape, read_bytes, read_json, read_text, require_file
 from toolkit.runs import RUN_ID, Run, newest_run
 from toolkit.study.directory import StudyDirectory, StudyRun, failure_of, is_claimed, is_of_study, target_epoch
@@ -209,8 +210,8 @@ def accounted_state(job: str) -> str | None:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
     except (subprocess.SubprocessError, OSError):
         return None
-    words = answer.stdout.split()
-    return words[0] if answer.returncode == 0 and words else None
+    states = answer.stdout.split()
+    return states[0] if answer.returncode == 0 and states else None
 
 
 def state_or_damage(run: Run, jobs: dict[str, QueueEntry] | None) -> JobStatus:
@@ -254,8 +255,8 @@ def state_of(run: Run, jobs: dict[str, QueueEntry] | None) -> JobStatus:
         detail = _progress(run, starts, entry)
     if state == "finished":
         best = run.summary["best"]
-        figures = {"test accuracy": "test_accuracy", "validation accuracy": "val_accuracy"}
-        detail = next((f"{name} {best[key]:.4f}" for name, key in figures.items() if key in best), "")
+        metrics = {"test accuracy": "test_accuracy", "validation accuracy": "val_accuracy"}
+        detail = next((f"{name} {best[key]:.4f}" for name, key in metrics.items() if key in best), "")
     number = current or (str(record["job"]) if record else None)
     requeued = max((start.restarts for start in starts), default=0)
     if state == "pending" and starts:
@@ -297,12 +298,12 @@ def _verdict(job: SlurmJob, entry: QueueEntry | None, slurm_answered: bool) -> t
     ended = entry.state if entry else accounted_state(job.current) or ""
     if ended.startswith("CANCELLED"):
         return "cancelled", "scancel"
-    words = job.last_log_line()
-    return "failed", f"{ended}: {words}" if ended else words or GONE
+    line = job.last_log_line()
+    return "failed", f"{ended}: {line}" if ended else line or GONE
 
 
 def _without_slurm(run: Run) -> tuple[str, str]:
-    if is_locked(run) or is_claimed(run):
+    if is_held(run.path / ".lock") or is_claimed(run):
         return "running", ""
     failure = failure_of(run)
     if failure is not None:
@@ -314,21 +315,9 @@ def _without_slurm(run: Run) -> tuple[str, str]:
     return ("interrupted", f"toolkit train --resume {run.path}") if has_checkpoint else ("failed", "no checkpoint")
 
 
-def is_locked(run: Run) -> bool:
-    """Whether a process of this machine, or a lease holder on any machine, trains in the run directory."""
-    if lease_is_held(run.path / ".lock"):
-        return True
-    try:
-        found = os.stat(run.path / ".lock")
-        locks = Path("/proc/locks").read_text(encoding="ascii")
-    except OSError:
-        return False
-    return any(line.split()[5].endswith(f":{found.st_ino}") for line in locks.splitlines() if len(line.split()) > 5)
-
-
 def _progress(run: Run, starts: list[JobStart], entry: QueueEntry | None) -> str:
     """Return the remaining training time at the last start's pace, and the time left until the time limit."""
-    said = []
+    parts = []
     # environment.json is written when training begins, after all imports.
     environment = run.path / "environment.json"
     begun = max(starts[-1].time, environment.stat().st_mtime) if starts and environment.exists() else None
@@ -337,10 +326,10 @@ def _progress(run: Run, starts: list[JobStart], entry: QueueEntry | None) -> str
         at_start = _epochs_at(run, len(starts))
         if done > at_start:
             pace = (run.metrics_file.stat().st_mtime - begun) / (done - at_start)
-            said.append(f"about {duration(pace * (total - done))} to go")
+            parts.append(f"about {duration(pace * (total - done))} to go")
     if entry is not None and entry.time_left not in ("", "UNLIMITED", "INVALID", "NOT_SET"):
-        said.append(f"time limit in {entry.time_left}")
-    return ", ".join(said)
+        parts.append(f"time limit in {entry.time_left}")
+    return ", ".join(parts)
 
 
 def _epochs_at(run: Run, start: int) -> int:
@@ -348,14 +337,6 @@ def _epochs_at(run: Run, start: int) -> int:
     path = run.path / "slurm" / f"epochs-{start}"
     text = read_text(path).strip() if path.exists() else ""
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
-
-
-def duration(seconds: float) -> str:
-    """Format a duration as 40 s, 12 min or 3 h 05 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def find_runs(path: Path) -> list[Run]:

@@ -6,21 +6,22 @@ because launchers replace the exit status by their own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
-import time
 
 import typer
+from filelock import Timeout
 
 from toolkit.cli.errors import exit_with_status, is_first_process, run_with_error_handling
 from toolkit.cli.train import report_at_end, show_outcome
 from toolkit.distributed.launcher import is_distributed
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
-from toolkit.locks import Lock
+from toolkit.locks import Lock, acquire
 from toolkit.runs import Run, open_run
 from toolkit.slurm.job_status import SlurmJob
-from toolkit.study.directory import claim, clear_failure, is_of_study, record_failure
+from toolkit.study.directory import CLAIM, clear_failure, is_of_study, record_failure
 from toolkit.terminal import open_closed_streams, outliving_terminal
 
 LOCK_WAIT_S = 180
@@ -29,10 +30,10 @@ LOCK_WAIT_S = 180
 
 def work(run: Run) -> int:
     """Train or resume, and record the outcome."""
-    claims = []
+    claim = None
     try:
         if is_first_process():
-            claims = wait_for_run(run, LOCK_WAIT_S)
+            claim = wait_for_run(run)
             _note_epochs(run)
             clear_failure(run)
         recipe = run.recipe
@@ -53,8 +54,8 @@ def work(run: Run) -> int:
         note(run, EXIT_FAILURE, f"{type(error).__name__}: {error}")
         raise
     finally:
-        for lock in claims:
-            lock.release()
+        if claim is not None:
+            claim.release()
     note(run, EXIT_OK, "")
     if is_first_process():
         if not is_of_study(run):  # a study has a table and plots of all its runs
@@ -72,23 +73,20 @@ def note(run: Run, status: int, message: str) -> None:
             record_failure(run, message)
 
 
-def wait_for_run(run: Run, seconds: float) -> list[Lock]:
-    """Wait until no other process trains in the run directory. Raises UserError after ``seconds``.
+def wait_for_run(run: Run) -> Lock | None:
+    """Wait until no other process trains in the run directory. Raises UserError after :data:`LOCK_WAIT_S`.
 
-    Returns the locks to hold while training: workers of a study must not take its run either.
+    Returns the claim of a study's run, to hold while training: workers of the study must not take it either.
     """
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            run.lock().release()
-            claims = [claim(run)] if is_of_study(run) else []
-            if None not in claims:
-                return [lock for lock in claims if lock is not None]
-            raise UserError(f"{run.path} is being trained by another worker of its study")
-        except UserError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(2)
+    with contextlib.suppress(Timeout, OSError):
+        acquire(run.path / ".lock", LOCK_WAIT_S).release()
+    run.lock().release()  # raises UserError if it is still in use, or cannot be written
+    if not is_of_study(run):
+        return None
+    try:
+        return acquire(run.path / CLAIM, LOCK_WAIT_S)
+    except Timeout:
+        raise UserError(f"{run.path} is being trained by another worker of its study") from None
 
 
 def check_gpus() -> None:

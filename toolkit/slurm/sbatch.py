@@ -51,7 +51,7 @@ def search_script(settings: JobSettings, folder: Path, name: str, workers: int) 
     choose = [
         "processes_per_node=1",
         f"run={shlex.quote(str(folder / 'slurm'))}/${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID",
-        "task=toolkit.slurm.search_worker",
+        "task=toolkit.slurm.search_task",
     ]
     return _script(header, settings, values, choose)
 
@@ -75,11 +75,9 @@ def table_script(settings: JobSettings, folder: Path, name: str, array_job: str)
         _option("output", _file(folder / "slurm" / "table-log.txt")),
         f"#SBATCH --dependency=afterany:{array_job}",
     ]
-    place = shlex.quote(str(folder))
-    commands = [
-        f'$container "$python" -m toolkit.cli.main {command} {place} || exit' for command in ("table", "report")
-    ]
-    return "\n".join(["#!/bin/bash", *header, "", *_surroundings(small), "", *commands, ""])
+    path = shlex.quote(str(folder))
+    commands = [f'$container "$python" -m toolkit.cli.main {command} {path} || exit' for command in ("table", "report")]
+    return "\n".join(["#!/bin/bash", *header, "", *_environment(small), "", *commands, ""])
 
 
 def template() -> str:
@@ -109,7 +107,7 @@ def body() -> str:
 
 def _script(header: list[str], settings: JobSettings, values: list[str], choose: list[str]) -> str:
     head = ["#!/bin/bash", "# Written by `toolkit submit`.", *header, "", *values]
-    return "\n".join([*head, *_surroundings(settings), "", *choose, "", body()])
+    return "\n".join([*head, *_environment(settings), "", *choose, "", body()])
 
 
 def _header(settings: JobSettings, name: str, *, requeue: bool = True) -> list[str]:
@@ -164,7 +162,7 @@ def _values(settings: JobSettings) -> list[str]:
     ]
 
 
-def _surroundings(settings: JobSettings) -> list[str]:
+def _environment(settings: JobSettings) -> list[str]:
     """Return the lines for the profile's Python, container, scratch folder, setup commands and variables."""
     profile = settings.profile
     lines = [f"python={shlex.quote(profile.python or sys.executable)}", f"container={shlex.quote(profile.container)}"]

@@ -48,7 +48,7 @@ class ClusterProfile(ConfigModel):
     scratch: Annotated[str | None, Field(pattern=r'^[^\n"`]+$')] = None
     """Folder on each node; may contain $USER and the like. The job's TMPDIR is created there and removed at the end."""
     shared: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
-    """Folders shared by all nodes although they look local."""
+    """Folders shared by all nodes although they seem local."""
 
     @model_validator(mode="after")
     def _no_secrets(self) -> ClusterProfile:
@@ -155,7 +155,7 @@ def _faults(error: ValidationError) -> list[str]:
     return lines
 
 
-def check_places(settings: JobSettings, run_root: str, files: list[str]) -> list[str]:
+def check_paths(settings: JobSettings, run_root: str, files: list[str]) -> list[str]:
     """Return warnings about folders that the nodes may not see.
 
     Raises UserError if a job on several nodes has a run root that is certainly local.
@@ -169,34 +169,34 @@ def check_places(settings: JobSettings, run_root: str, files: list[str]) -> list
             "that all of them see. Use one on the shared file system; if this one is shared after all, declare it in "
             f"the cluster's profile: shared = [{str(root)!r}]"
         )
-    for name, place in (("recipe.run_root", root), *((f"recipe {file}", Path(file).resolve()) for file in files)):
-        found = local_reason(place, settings.profile.shared)
+    for name, path in (("recipe.run_root", root), *((f"recipe {file}", Path(file).resolve()) for file in files)):
+        found = local_reason(path, settings.profile.shared)
         if found:
-            warnings.append(f"{name}: {place} {found[1]}; the nodes may not see it")
+            warnings.append(f"{name}: {path} {found[1]}; the nodes may not see it")
     return warnings
 
 
-def local_reason(place: Path, shared: list[str], mounts: Path = Path("/proc/self/mounts")) -> tuple[bool, str] | None:
-    """Return whether ``place`` is certainly local to one machine, and the reason; None if it seems to be shared."""
-    if any(place.is_relative_to(Path(folder).resolve()) for folder in shared):
+def local_reason(path: Path, shared: list[str], mounts: Path = Path("/proc/self/mounts")) -> tuple[bool, str] | None:
+    """Return whether ``path`` is certainly local to one machine, and the reason; None if it seems to be shared."""
+    if any(path.is_relative_to(Path(folder).resolve()) for folder in shared):
         return None
     own = os.environ.get("TMPDIR")
     for folder in (*LOCAL_FOLDERS, *([own] if own else [])):
-        if place.is_relative_to(Path(folder).resolve()):
+        if path.is_relative_to(Path(folder).resolve()):
             return True, f"is below {folder}, which is local to each machine"
-    kind = file_system(place, mounts)
+    kind = file_system(path, mounts)
     if kind in LOCAL_KINDS:
         return kind in ("tmpfs", "ramfs"), f"is on a file system of this machine ({kind})"
     return None
 
 
-def file_system(place: Path, mounts: Path) -> str:
-    """Return the type of the file system of ``place``; "" if unknown."""
+def file_system(path: Path, mounts: Path) -> str:
+    """Return the type of the file system of ``path``; "" if unknown."""
     try:
         lines = [line.split(" ")[1:3] for line in mounts.read_text(encoding="utf-8").splitlines()]
     except OSError:
         return ""
-    found = [(len(point), kind) for point, kind in lines if place.is_relative_to(_unescaped(point))]
+    found = [(len(point), kind) for point, kind in lines if path.is_relative_to(_unescaped(point))]
     return max(found)[1] if found else ""
 
 

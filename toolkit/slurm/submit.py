@@ -17,7 +17,7 @@ from toolkit.recipe import Recipe, resolved_toml
 from toolkit.runs import Run, create_run, new_run_id
 from toolkit.slurm.job_status import SlurmJob, queue
 from toolkit.slurm.sbatch import run_script
-from toolkit.slurm.settings import JobSettings, check_places, resolve_settings
+from toolkit.slurm.settings import JobSettings, check_paths, resolve_settings
 
 OPTIONS = {
     "partition": "slurm.partition",
@@ -53,7 +53,7 @@ def plan(path: str, recipe: Recipe) -> tuple[JobSettings, list[str]]:
     """Return the job's settings, and warnings. Raises UserError if the recipe cannot run with them."""
     settings = resolve_settings(recipe)
     check_batch_size(recipe.train.batch_size, settings.world, recipe.train.grad_accum_steps)
-    return settings, check_places(settings, recipe.recipe.run_root, [path])
+    return settings, check_paths(settings, recipe.recipe.run_root, [path])
 
 
 def preview(recipe: Recipe, settings: JobSettings) -> str:
@@ -68,7 +68,7 @@ def submit_run(recipe: Recipe, settings: JobSettings, origins: dict[str, Any]) -
     Raises UserError, leaving nothing behind, if SLURM is not installed or rejects the job.
     """
     require_slurm()
-    with rollback_on_error(Path(recipe.recipe.run_root).absolute() / recipe.recipe.name):
+    with remove_empty_on_error(Path(recipe.recipe.run_root).absolute() / recipe.recipe.name):
         run = _new_run(recipe)
         try:
             job = SlurmJob(run)
@@ -83,7 +83,7 @@ def submit_run(recipe: Recipe, settings: JobSettings, origins: dict[str, Any]) -
 
 
 @contextlib.contextmanager
-def rollback_on_error(folder: Path) -> Iterator[None]:
+def remove_empty_on_error(folder: Path) -> Iterator[None]:
     """On an error, remove the folder and its parents if they did not exist before and are empty."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -123,10 +123,10 @@ def sbatch(script: Path) -> str:
 
 
 def _refusal(stderr: str) -> str:
-    words = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in stderr.splitlines()]
-    said = "; ".join(line for line in words if line) or "no reason given"
-    keys = next((keys for word, keys in OPTIONS.items() if word in said.lower()), None)
-    return f"sbatch refused the job: {said}" + (f"\nlook at {keys}" if keys else "") + "\nnothing was submitted"
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in stderr.splitlines()]
+    message = "; ".join(line for line in lines if line) or "no reason given"
+    keys = next((keys for word, keys in OPTIONS.items() if word in message.lower()), None)
+    return f"sbatch refused the job: {message}" + (f"\nlook at {keys}" if keys else "") + "\nnothing was submitted"
 
 
 def cancel(run: Run) -> str:

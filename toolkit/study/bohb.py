@@ -1,6 +1,6 @@
 """BOHB (Falkner et al. 2018): what to train next and to which epoch, as a function of the measurements so far.
 
-Nothing is trained or written here. A controller asks for assignments, has runs trained, and reports their results:
+Nothing is trained or written here. The caller asks for assignments, has runs trained, and reports their results:
 
     search = BohbScheduler(table, space)
     while (assignment := search.ask()) is not None:
@@ -8,11 +8,12 @@ Nothing is trained or written here. A controller asks for assignments, has runs 
         search.tell(assignment.trial, values)
 
 Trials are numbered from 0 in the order in which they are proposed. Given the same measurements, trial n is always the
-same configuration, so an interrupted search is rebuilt with :meth:`BohbScheduler.replay`.
+same configuration, so a search can be rebuilt from its trials at any time (:meth:`BohbScheduler.restore`).
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -46,9 +47,11 @@ class TrialBudget:
 
 @dataclass(frozen=True)
 class RestoredTrial:
-    """State of a trial of an earlier session, restored from its run directory."""
+    """State of a trial as recorded in its run directory."""
 
     changes: dict[str, Any]
+    until_epoch: int | None
+    """The epoch that it was assigned; None: the largest budget."""
     values: Sequence[float] = ()
     """The metric after each epoch so far, the first epoch first."""
     state: Literal["open", "ended", "failed"] = "open"
@@ -70,7 +73,7 @@ class Trial:
 
 
 class BohbScheduler:
-    """The state of one search. Not thread-safe: one controller owns it."""
+    """The state of one search. Not thread-safe."""
 
     def __init__(self, table: BohbSearchConfig, space: SearchSpace) -> None:
         self.table, self.space = table, space
@@ -81,12 +84,13 @@ class BohbScheduler:
         self.is_used_up = False
         """Whether every configuration of the space has been tried."""
 
-    # -- for the controller -------------------------------------------------------------------------------------------
+    # -- for the caller -----------------------------------------------------------------------------------------------
 
     def ask(self) -> TrialBudget | None:
         """Return what to train next; None if there is nothing, or nothing until more results are reported.
 
-        Promotions come before new configurations, those to the largest budget first.
+        Promotions come before new configurations, those to the largest budget first. A promoted trial that had
+        stopped early has nothing left to train; only its ``rung`` is raised.
         """
         while (promoted := self._promotable()) is not None:
             promoted.rung += 1
@@ -125,21 +129,20 @@ class BohbScheduler:
         """Whether nothing is being trained and nothing more will be proposed."""
         return not (self._is_training or self._may_propose or self._promotable() is not None)
 
-    def replay(self, known: Iterable[RestoredTrial]) -> list[TrialBudget]:
-        """Restore the trials of an earlier session, in order, and return those to be resumed first.
-
-        These were between two budgets when the search was interrupted, or had not started.
-        """
+    def restore(self, known: Iterable[RestoredTrial]) -> None:
+        """Add the trials known so far, in order, to a search that has none yet."""
+        largest = len(self.budgets) - 1
         for trial in known:
             tried = self._add(trial.changes)
-            reached = sum(len(trial.values) >= budget for budget in self.budgets)
-            on_its_way = len(trial.values) > self.budgets[reached - 1] if reached else True
-            tried.rung = max(tried.rung, min(reached - 1 + on_its_way, len(self.budgets) - 1))
-            if trial.state == "failed":
-                self.fail(tried.number)
+            tried.values = list(trial.values)
+            if trial.until_epoch is None:
+                tried.rung = largest
             else:
-                self.tell(tried.number, trial.values, ended=trial.state == "ended")
-        return [self._assignment(tried) for tried in self.trials if tried.state == "training"]
+                tried.rung = min(bisect.bisect_left(self.budgets, trial.until_epoch), largest)
+            if trial.state != "open":
+                tried.state = trial.state
+            elif tried.rung < largest and len(tried.values) >= self.budgets[tried.rung]:
+                tried.state = "waiting"
 
     def value(self, tried: Trial, budget: int | None = None) -> float | None:
         """Return a trial's best value within ``budget`` epochs (None: all), as the run keeps the best epoch's model."""
@@ -172,13 +175,13 @@ class BohbScheduler:
         """
         ranked = self._ranked(bracket, rung)
         quota = len(ranked) // self.table.eta
-        if not quota and self._is_last_word(bracket, rung):
+        if not quota and self._is_last_chance(bracket, rung):
             quota = 1
         if sum(tried.rung > rung for tried in ranked) >= quota:
             return None
         return next((tried for tried in ranked if tried.rung == rung and tried.state in ("waiting", "ended")), None)
 
-    def _is_last_word(self, bracket: int, rung: int) -> bool:
+    def _is_last_chance(self, bracket: int, rung: int) -> bool:
         """Return whether a rung can receive no more results; its best trial is then promoted, however few there are."""
         coming = any(t.state == "training" and t.rung <= rung for t in self.trials if t.bracket == bracket)
         below = any(self._promotable_from(bracket, lower) for lower in range(bracket, rung))

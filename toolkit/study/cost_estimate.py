@@ -15,6 +15,7 @@ from typing import Any
 from toolkit.errors import UserError
 from toolkit.estimate.resources import ResourceEstimate
 from toolkit.estimate.resources import plan as plan_run
+from toolkit.formatting import duration, plural
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.study_schema import BohbSearchConfig
 from toolkit.recipe.toml_writer import toml_value
@@ -221,11 +222,8 @@ def _count_text(found: StudyEstimate) -> str:
     if table is not None:
         return f"up to {table.trials} configurations, {search_epochs(table):,} epochs in all"
     states = Counter(line.state for line in {line.run.member.hash: line for line in found.lines}.values())
-    told = ", ".join(
-        f"{states[state]} {state}" for state in ("finished", "running", "paused", "failed") if states[state]
-    )
-    word = "run" if found.count == 1 else "runs"
-    return f"{found.count} {word}" + (f", of which {told}" if told else "")
+    counts = [f"{states[state]} {state}" for state in ("finished", "running", "paused", "failed") if states[state]]
+    return plural(found.count, "run") + (f", of which {', '.join(counts)}" if counts else "")
 
 
 def _cost_text(found: StudyEstimate) -> str:
@@ -234,14 +232,14 @@ def _cost_text(found: StudyEstimate) -> str:
     if not epochs and not found.left:
         return "nothing is left to train"
     work = found.arithmetic
-    told = f"to train: {epochs:,} epochs" if found.search else f"to train: {len(costs)} runs, {epochs:,} epochs"
+    text = f"to train: {epochs:,} epochs" if found.search else f"to train: {len(costs)} runs, {epochs:,} epochs"
     if work is not None:
         images = sum(cost.epochs * (cost.images or 0) for cost in costs)
-        told += f", {images:,} images, {_flops(work)}"
+        text += f", {images:,} images, {_flops(work)}"
     seconds = found.seconds
     if seconds is None:
-        return f"{told}; no time estimate until a run of this study is finished"
-    return f"{told}; about {_duration(seconds)} one after another, at the speed of its finished runs"
+        return f"{text}; no time estimate until a run of this study is finished"
+    return f"{text}; about {duration(seconds)} one after another, at the speed of its finished runs"
 
 
 def _flops(count: float) -> str:
@@ -249,9 +247,3 @@ def _flops(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count / 1e9:.3g} GFLOP"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,33 +1,31 @@
 """The directory of a study: which runs it consists of, and how far each has come. File access only; needs no torch.
 
-    <run_root>/<recipe name>/         (the recipe name is the study's)
-      study.json                      what varies, and the runs known so far (a search adds to them)
-      <run id>/                       run directories, as everywhere
-        assignment.json               the epoch to train to, if a search has set one
-        failed.json                   why it failed; removed when it is retried
-        .claim                        lock of the worker that trains it; the system releases it if that worker dies
-      table.csv table.md table.tex figures/
-
-Only the controller writes study.json and assignment.json; workers write only in run directories.
+<run_root>/<recipe name>/         (the recipe name is the study's)
+  study.json                      what varies, and the runs known so far (a search adds to them)
+  study.toml                      for a search: the study's file as it was started, from which its runs are made
+  <run id>/                       run directories, as everywhere
+    assignment.json               the epoch to train to, if a search has set one
+    failed.json                   why it failed; removed when it is retried
+    .claim                        lock of the worker that trains it; the system releases it if that worker dies
+  .controller                     lock of the `toolkit study` that was started here
+  .writing                        lock of the process that changes study.json or assignments
+  table.csv table.md table.tex figures/
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from filelock import Timeout
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from toolkit.errors import UserError
-from toolkit.locks import Lock, acquire, held, is_held
+from toolkit.locks import Lock, is_held, try_acquire
 from toolkit.reading import DamagedFile, Shape, check_shape, read_json
 from toolkit.recipe.earlier_versions import update_study
 from toolkit.recipe.study_schema import StudyConfig
@@ -40,15 +38,19 @@ FORMAT = 1
 """Version of the format of study.json."""
 
 FILE = "study.json"
+STUDY_COPY = "study.toml"
 CLAIM = ".claim"
+CONTROLLER = ".controller"
+WRITING = ".writing"
 ASSIGNMENT = "assignment.json"
 FAILURE = "failed.json"
-HELPERS = ".helpers"
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study."""
+    """One run of a study: an entry of study.json's members."""
+
+    __pydantic_config__ = ConfigDict(strict=False)
 
     row: str
     """Name of its table row: the row's own name, or the varied values. Runs that differ only in the seed share it."""
@@ -57,7 +59,7 @@ class StudyRun:
     """Dotted keys that vary, with their values; the seed is not included."""
     hash: str
     """Hash of its resolved recipe (:func:`toolkit.recipe.recipe_hash`); members with the same hash share one run."""
-    run: str | None = None
+    run: Annotated[str | None, Field(pattern=f"^{RUN_ID.pattern}$")] = None
     """Name of its run directory in the study's directory; None before it is created."""
     published: dict[str, float] = field(default_factory=dict)
     """Published metrics of this run, or their means over several runs."""
@@ -70,21 +72,6 @@ class StudyRun:
     """Why the run's metrics cannot be compared with the published ones; empty if they can."""
 
 
-class _Member(Shape):
-    """An entry of study.json's members."""
-
-    row: str
-    seed: int
-    changes: dict[str, Any]
-    hash: str
-    run: str | None = Field(None, pattern=f"^{RUN_ID.pattern}$")
-    published: dict[str, float] = Field({})
-    published_epochs: dict[str, list[float]] = Field({})
-    source: str = ""
-    note: str = ""
-    not_comparable: str = ""
-
-
 class _Study(Shape):
     """study.json."""
 
@@ -94,25 +81,11 @@ class _Study(Shape):
     assumptions: dict[str, str] = Field({})
     search: dict[str, Any] | None
     complete: bool
-    members: list[_Member]
+    members: list[StudyRun]
 
 
-class _Failure(Shape):
-    """failed.json."""
-
-    message: str
-    when: str
-
-
-class _Assignment(Shape):
-    """assignment.json."""
-
-    until: int | None
-
-
-@dataclass(frozen=True)
-class RunFailure:
-    """Why a run failed."""
+class RunFailure(Shape):
+    """Why a run failed: failed.json."""
 
     message: str
     """The message in full; the last line is the cause."""
@@ -123,6 +96,12 @@ class RunFailure:
         """The cause in one line."""
         lines = self.message.strip().splitlines()
         return lines[-1] if lines else "no reason is known"
+
+
+class _Assignment(Shape):
+    """assignment.json."""
+
+    until: int | None
 
 
 @dataclass(frozen=True)
@@ -171,6 +150,12 @@ class StudyDirectory:
         return [StudyRun(**{key: item[key] for key in item if key in known}) for item in self.record["members"]]
 
     @property
+    def runs(self) -> list[Run]:
+        """The run directories, each once, in table order; rows with the same recipe share one."""
+        names = dict.fromkeys(member.run for member in self.members if member.run is not None)
+        return [Run(self.path / name) for name in names]
+
+    @property
     def has_search(self) -> bool:
         """Whether the study is a search (with bohb, members are added while it runs)."""
         return self.record["search"] is not None
@@ -190,7 +175,7 @@ class StudyDirectory:
         return "missing" if run is None or not run.path.is_dir() else state_of(run)
 
     def write(self, record: dict[str, Any], members: list[StudyRun]) -> None:
-        """Write study.json; only the controller may. Raises UserError if the directory is not writable."""
+        """Write study.json; for a search, hold :data:`WRITING`. Raises UserError if the directory is not writable."""
         content = {"format": FORMAT, **record, "members": [asdict(member) for member in members]}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -218,10 +203,9 @@ def failure_of(run: Run) -> RunFailure | None:
     if not (run.path / FAILURE).exists():
         return None
     try:
-        found = read_json(run.path / FAILURE, _Failure)
-        return RunFailure(found["message"], found["when"])
+        return RunFailure(**read_json(run.path / FAILURE, RunFailure))
     except UserError as error:
-        return RunFailure(str(error))
+        return RunFailure(message=str(error))
 
 
 def record_failure(run: Run, message: str) -> None:
@@ -244,7 +228,7 @@ def target_epoch(run: Run) -> int | None:
 
 
 def set_target_epoch(run: Run, until: int | None) -> None:
-    """Set the epoch to which the run is to be trained; only the controller may."""
+    """Set the epoch to which the run is to be trained; the caller holds :data:`WRITING`."""
     run.write_json(ASSIGNMENT, {"until": until})
 
 
@@ -262,20 +246,12 @@ def is_open(run: Run) -> bool:
     return until is None or epochs_done(run) < until
 
 
-def claim(run: Run, name: str = CLAIM) -> Lock | None:
+def claim(run: Run) -> Lock | None:
     """Claim the run for training; return None if another worker has claimed it.
 
     Separate from the trainer's own lock, which is taken by the run's processes; those may not be the worker itself.
     """
-    try:
-        # A status check holds the lock only briefly, so wait a moment.
-        return acquire(run.path / name, LOOK_S)
-    except Timeout:
-        return None
-
-
-LOOK_S = 0.1
-"""Lock timeout in seconds; longer than a status check takes."""
+    return try_acquire(run.path / CLAIM)
 
 
 def is_claimed(run: Run) -> bool:
@@ -283,35 +259,16 @@ def is_claimed(run: Run) -> bool:
     return is_held(run.path / CLAIM)
 
 
-@contextlib.contextmanager
-def external_worker(folder: StudyDirectory) -> Iterator[None]:
-    """Register this process as an external worker while the context is active; a search then has work for one more."""
-    place = folder.path / HELPERS / f"{socket.gethostname()}-{os.getpid()}"
-    place.parent.mkdir(exist_ok=True)
-    with held(place):
-        yield
-    place.unlink(missing_ok=True)
-
-
-def count_external_workers(folder: StudyDirectory) -> int:
-    """Return the number of active external workers; killed ones are not counted."""
-    return sum(is_held(place) for place in (folder.path / HELPERS).glob("*"))
-
-
 def open_runs(folder: StudyDirectory) -> Iterator[Run]:
     """Yield the runs that still need training, each once, in table order.
 
     A run with damaged files is recorded as failed, so that the others are still trained.
     """
-    seen: set[str] = set()
-    for member in folder.members:
-        if member.run is not None and member.run not in seen:
-            seen.add(member.run)
-            run = Run(folder.path / member.run)
-            try:
-                is_wanted = is_open(run)
-            except UserError as error:
-                record_failure(run, str(error))
-                continue
-            if is_wanted:
-                yield run
+    for run in folder.runs:
+        try:
+            is_wanted = is_open(run)
+        except UserError as error:
+            record_failure(run, str(error))
+            continue
+        if is_wanted:
+            yield run

@@ -1,7 +1,7 @@
 """Setup of a study before it starts or resumes: its directory and run directories, and a check that they are its own.
 
 Needs no torch. A run is identified by the hash of its resolved recipe among the run directories, so nothing is trained
-twice however the study's file was edited. Only the controller creates run directories, and only here.
+twice however the study's file was edited.
 """
 
 from __future__ import annotations
@@ -9,25 +9,21 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
-
 from toolkit.errors import UserError
-from toolkit.locks import acquire
+from toolkit.locks import held, try_acquire
 from toolkit.recipe import Recipe, diff, recipe_hash, resolved_toml
 from toolkit.recipe.diagnostics import dotted
 from toolkit.recipe.resolve import resolved_content
-from toolkit.runs import Run, create_run, runs_of
-from toolkit.study.directory import StudyDirectory, StudyRun, epochs_done
+from toolkit.recipe.toml_writer import toml_document
+from toolkit.runs import Run, create_run, runs_of, write_atomically
+from toolkit.study.bohb import bracket_sizes
+from toolkit.study.directory import CONTROLLER, STUDY_COPY, WRITING, StudyDirectory, StudyRun, epochs_done
 from toolkit.study.expand import ExpandedStudy, PlannedRun, StudySpec
-
-CONTROLLER = ".controller"
-LOCK_WAIT_S = 1.0
-"""Lock timeout; a status check holds the controller's lock only briefly."""
 
 
 @contextlib.contextmanager
@@ -36,14 +32,14 @@ def study_lock(study: StudySpec) -> Iterator[StudyDirectory]:
     folder = StudyDirectory(study.folder)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        lock = acquire(folder.path / CONTROLLER, LOCK_WAIT_S, log=lambda line: print(line, file=sys.stderr))
-    except Timeout:
+        lock = try_acquire(folder.path / CONTROLLER, log=lambda line: print(line, file=sys.stderr))
+    except OSError as error:
+        raise UserError(f"recipe.run_root: cannot write in {folder.path}: {error.strerror}") from None
+    if lock is None:
         raise UserError(
             f"{folder.path} is in use by another running `toolkit study`; to join it from here: "
             f"toolkit study {study.path} --worker"
-        ) from None
-    except OSError as error:
-        raise UserError(f"recipe.run_root: cannot write in {folder.path}: {error.strerror}") from None
+        )
     try:
         yield folder
     finally:
@@ -55,13 +51,16 @@ def init_study(study: StudySpec, folder: StudyDirectory, expansion: ExpandedStud
 
     Raises UserError if the directory holds another study, and then changes nothing.
     """
-    remarks = check_same_study(study, folder, expansion)
-    known = RunIndex(folder, study.path)
-    members = [known.member(run) for run in expansion.runs]
-    if study.table.bohb is not None and folder.exists:
-        members = folder.members
-    folder.write(study_record(study, complete=study.table.bohb is None), members)
-    return remarks
+    notes = check_same_study(study, folder, expansion)
+    if study.table.bohb is None:
+        known = RunIndex(folder, study.path)
+        folder.write(study_record(study, complete=True), [known.member(run) for run in expansion.runs])
+        return notes
+    bracket_sizes(study.table.bohb)  # raises UserError for settings that do not fit together
+    with held(folder.path / WRITING):  # workers that were started elsewhere may be adding runs
+        write_atomically(folder.path / STUDY_COPY, toml_document(study.merged.data).encode())
+        folder.write(study_record(study, complete=False), folder.members if folder.exists else [])
+    return notes
 
 
 def study_record(study: StudySpec, *, complete: bool) -> dict[str, Any]:
@@ -89,17 +88,23 @@ def search_of(study: StudySpec) -> dict[str, Any] | None:
 
 
 class RunIndex:
-    """Run directories of a study, indexed by the hash of their recipes."""
+    """Run directories of a study, indexed by the hash of their recipes.
 
-    def __init__(self, folder: StudyDirectory, file: str = "") -> None:
+    ``members``: runs whose hashes are known, so that their recipes need not be read.
+    """
+
+    def __init__(self, folder: StudyDirectory, file: str = "", members: Sequence[StudyRun] = ()) -> None:
         self.folder, self.file = folder, file
-        self.by_hash: dict[str, Run] = {}
+        self.by_hash = {member.hash: run for member in members if (run := folder.run(member)) is not None}
+        known = {member.run for member in members}
         for run in runs_of(str(folder.path.parent), folder.path.name):
+            if run.id in known:
+                continue
             with contextlib.suppress(UserError):  # a run with a damaged recipe is ignored
-                mark = recipe_hash(run.recipe)
-                other = self.by_hash.get(mark)
+                key = recipe_hash(run.recipe)
+                other = self.by_hash.get(key)
                 if other is None or _progress(run) > _progress(other):
-                    self.by_hash[mark] = run
+                    self.by_hash[key] = run
 
     def member(self, planned: PlannedRun) -> StudyRun:
         """Return the planned run with its run directory, which is created if there is none."""
@@ -143,7 +148,7 @@ def check_same_study(study: StudySpec, folder: StudyDirectory, expansion: Expand
         return []
     begun = [m for m in folder.members if (run := folder.run(m)) is not None and _has_begun(run)]
     hashes = {run.member.hash for run in expansion.runs}
-    gone = [member for member in begun if _mark_of(folder, member) not in hashes]
+    gone = [member for member in begun if _member_hash(folder, member) not in hashes]
     if begun and len(gone) == len(begun):
         raise UserError(_other_runs(study, folder, gone, expansion))
     return [f"{len(gone)} run(s) in {folder.path} no longer belong to any row; they are kept"] if gone else []
@@ -159,11 +164,11 @@ def _differences(theirs: dict[str, Any] | None, mine: dict[str, Any] | None) -> 
         yield "another space"
     if theirs["settings"] != mine["settings"]:
         yield "other settings"
-    if _mark(theirs["recipe"]) != _mark(mine["recipe"]):
+    if _stored_hash(theirs["recipe"]) != _stored_hash(mine["recipe"]):
         yield "another base recipe"
 
 
-def _mark(content: dict[str, Any]) -> str:
+def _stored_hash(content: dict[str, Any]) -> str:
     """Return the hash of a stored recipe, filling in defaults of keys added since."""
     try:
         return recipe_hash(Recipe.model_validate(content))
@@ -171,7 +176,7 @@ def _mark(content: dict[str, Any]) -> str:
         return ""
 
 
-def _mark_of(folder: StudyDirectory, member: StudyRun) -> str:
+def _member_hash(folder: StudyDirectory, member: StudyRun) -> str:
     """Return a member's hash from its run directory, which later versions of the toolkit can read too."""
     run = folder.run(member)
     with contextlib.suppress(UserError):
@@ -180,14 +185,14 @@ def _mark_of(folder: StudyDirectory, member: StudyRun) -> str:
 
 
 def _other_runs(study: StudySpec, folder: StudyDirectory, gone: Iterable[StudyRun], expansion: ExpandedStudy) -> str:
-    told = ""
+    found = ""
     old = folder.run(next(iter(gone)))
     if old is not None and expansion.runs:
         with contextlib.suppress(UserError):
             changes = diff(old.recipe, expansion.runs[0].recipe)
-            told = "; ".join(f"{dotted(key)}: {one!r} -> {two!r}" for key, one, two in changes[:3])
+            found = "; ".join(f"{dotted(key)}: {one!r} -> {two!r}" for key, one, two in changes[:3])
     return (
-        f"{folder.path} contains a study with other runs{f' ({told})' if told else ''}. Give this one its own "
+        f"{folder.path} contains a study with other runs{f' ({found})' if found else ''}. Give this one its own "
         f"recipe.name in {study.path}, or move {folder.path} away"
     )
 

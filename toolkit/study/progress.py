@@ -34,7 +34,7 @@ class RunStatus:
     value: float | None
     """Best value of the validation metric so far."""
     test_accuracy: float | None = None
-    trouble: str = ""
+    reason: str = ""
 
     @property
     def title(self) -> str:
@@ -58,29 +58,29 @@ class StudyProgress:
         self.started = time.monotonic()
         self.epochs: dict[str, int] = {}
         self.known: dict[str, tuple[Any, RunStatus]] = {}
-        self.told: dict[str, RunState] = {}
+        self.logged: dict[str, RunState] = {}
         self.live: Any = None
-        runs = self.look()
+        runs = self.read()
         self.done_before, _ = self._epochs(runs)
-        self.told = {name: seen.state for name, seen in runs.items()}
+        self.logged = {name: status.state for name, status in runs.items()}
 
-    def look(self) -> dict[str, RunStatus]:
+    def read(self) -> dict[str, RunStatus]:
         """Return the status of all runs by directory name; unchanged runs are not read again."""
         found = {}
         for member in self.folder.members:
             if member.run is not None and member.run not in found:
-                found[member.run] = self._seen(member, Run(self.folder.path / member.run))
+                found[member.run] = self._status(member, Run(self.folder.path / member.run))
         return found
 
-    def _seen(self, member: StudyRun, run: Run) -> RunStatus:
+    def _status(self, member: StudyRun, run: Run) -> RunStatus:
         """Return a run's status from its files; a run with damaged files counts as failed."""
         try:
-            return self._read(member, run)
+            return self._read_run(member, run)
         except UserError as error:
-            trouble = str(error).strip().splitlines()[0]
-            return RunStatus(member.row, member.seed, "failed", 0, self.epochs.get(run.id, 0), None, None, trouble)
+            reason = str(error).strip().splitlines()[0]
+            return RunStatus(member.row, member.seed, "failed", 0, self.epochs.get(run.id, 0), None, None, reason)
 
-    def _read(self, member: StudyRun, run: Run) -> RunStatus:
+    def _read_run(self, member: StudyRun, run: Run) -> RunStatus:
         state = state_of(run)
         size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
         known = self.known.get(run.id)
@@ -95,27 +95,27 @@ class StudyProgress:
         test = None
         if state == "finished":
             test = run.summary["best"].get("test_accuracy")
-        seen = RunStatus(
+        status = RunStatus(
             member.row, member.seed, state, epoch, self.epochs[run.id], best_of(values, self.metric), test,
             failure.line if failure else "",
         )  # fmt: skip
-        self.known[run.id] = ((state, size), seen)
-        return seen
+        self.known[run.id] = ((state, size), status)
+        return status
 
-    def tell(self) -> None:
+    def log_ended(self) -> None:
         """Log the runs that have ended since the last call, one line per run."""
-        runs = self.look()
-        ended = sum(seen.state in ("finished", "failed") for seen in runs.values())
-        new = [name for name, s in runs.items() if s.state in ("finished", "failed") and self.told.get(name) != s.state]
-        for number, name in enumerate(new, ended - len(new) + 1):
+        runs = self.read()
+        ended = {name: status.state for name, status in runs.items() if status.state in ("finished", "failed")}
+        new = [name for name, state in ended.items() if self.logged.get(name) != state]
+        for number, name in enumerate(new, len(ended) - len(new) + 1):
             self.log(f"[{number}/{len(runs)}] {self._end(runs[name])}")
-        self.told = {name: seen.state for name, seen in runs.items()}
+        self.logged = {name: status.state for name, status in runs.items()}
 
-    def _end(self, seen: RunStatus) -> str:
-        if seen.state == "failed":
-            return f"{seen.title}: failed: {seen.trouble}"
-        test = "" if seen.test_accuracy is None else f", test accuracy {seen.test_accuracy:.4f}"
-        return f"{seen.title}: {self.metric} {_figure(seen.value)}{test}, {seen.epoch} epochs"
+    def _end(self, status: RunStatus) -> str:
+        if status.state == "failed":
+            return f"{status.title}: failed: {status.reason}"
+        test = "" if status.test_accuracy is None else f", test accuracy {status.test_accuracy:.4f}"
+        return f"{status.title}: {self.metric} {_number(status.value)}{test}, {status.epoch} epochs"
 
     def log(self, text: str) -> None:
         """Print one line, above the live table if it is shown."""
@@ -126,9 +126,9 @@ class StudyProgress:
 
     def headline(self, runs: dict[str, RunStatus]) -> str:
         """Return a summary: runs by state, time left, best value so far."""
-        states = Counter(seen.state for seen in runs.values())
-        told = [f"{states[state]} {state}" for state in ("finished", "failed", "running", "paused") if states[state]]
-        parts = [f"{len(runs)} runs: {', '.join(told)}", *self._time_left(runs), *self._best(runs)]
+        states = Counter(status.state for status in runs.values())
+        counts = [f"{states[state]} {state}" for state in ("finished", "failed", "running", "paused") if states[state]]
+        parts = [f"{len(runs)} runs: {', '.join(counts)}", *self._time_left(runs), *self._best(runs)]
         return "; ".join(parts)
 
     def _time_left(self, runs: dict[str, RunStatus]) -> list[str]:
@@ -141,16 +141,16 @@ class StudyProgress:
     def _epochs(self, runs: dict[str, RunStatus]) -> tuple[int, int]:
         """Return the number of epochs that need no more training, and of all epochs."""
         if self.search_epochs is not None:
-            return sum(seen.epoch for seen in runs.values()), self.search_epochs
-        return sum(seen.done for seen in runs.values()), sum(seen.epochs for seen in runs.values())
+            return sum(status.epoch for status in runs.values()), self.search_epochs
+        return sum(status.done for status in runs.values()), sum(status.epochs for status in runs.values())
 
     def _best(self, runs: dict[str, RunStatus]) -> list[str]:
-        values = [(seen.value, seen) for seen in runs.values() if seen.value is not None]
+        values = [(status.value, status) for status in runs.values() if status.value is not None]
         if not values:
             return []
         choose = max if higher_is_better(self.metric) else min
-        value, seen = choose(values, key=lambda item: item[0])
-        return [f"best so far {self.metric} {_figure(value)}: {seen.title}"]
+        value, status = choose(values, key=lambda item: item[0])
+        return [f"best so far {self.metric} {_number(value)}: {status.title}"]
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
@@ -175,19 +175,19 @@ class StudyProgress:
         from rich.table import Table
         from rich.text import Text
 
-        runs = self.look()
+        runs = self.read()
         table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
         for name, justify in (("running", "left"), ("epoch", "right"), (self.metric, "right")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        under_way = [seen for seen in runs.values() if seen.state == "running"]
-        for seen in under_way[:SHOWN]:
-            table.add_row(Text(seen.title), f"{seen.epoch}/{seen.epochs}", _figure(seen.value))
-        if len(under_way) > SHOWN:
-            table.add_row(f"and {len(under_way) - SHOWN} more", "", "")
+        running = [status for status in runs.values() if status.state == "running"]
+        for status in running[:SHOWN]:
+            table.add_row(Text(status.title), f"{status.epoch}/{status.epochs}", _number(status.value))
+        if len(running) > SHOWN:
+            table.add_row(f"and {len(running) - SHOWN} more", "", "")
         return Group(Text(self.headline(runs)), table)
 
 
-def _figure(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 

@@ -1,7 +1,6 @@
-"""The controller of a study: sets up its directory, has its runs trained, and reports results to the search.
+"""`toolkit study`: sets up the study's directory, has its runs trained by workers, and shows the progress.
 
-Only the controller writes study.json. Workers, here or on other nodes, read what to train from the run directories, so
-any of them, and the controller itself, may die at any moment; when restarted, it resumes from the directory.
+All state is in the directory, so this process and any worker may die at any moment; the same command resumes.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
@@ -17,80 +15,42 @@ from toolkit.study.directory import StudyDirectory, clear_failure, open_runs
 from toolkit.study.expand import ExpandedStudy, StudySpec
 from toolkit.study.init import init_study, study_lock
 from toolkit.study.progress import REFRESH_S, StudyProgress
-from toolkit.study.search_driver import SearchDriver
-from toolkit.study.worker import run_pending, trainer
+from toolkit.study.worker import trainer, worker_loop
 from toolkit.study.worker_pool import WorkerPool, WorkerSlot
-
-TICK_S = 0.1
-
-
-@dataclass
-class StudySession:
-    """One invocation of a study's controller, with the study lock held."""
-
-    folder: StudyDirectory
-    stop: GracefulStop
-    board: StudyProgress
-    search: SearchDriver | None
-    slots: Sequence[WorkerSlot]
-
-    def run(self) -> int:
-        """Train the open runs. Return the exit status: 0, 1 if runs have failed, 3 if interrupted."""
-        with self.board.shown():
-            status = self._by_crew() if len(self.slots) > 1 else self._alone(self.slots[0])
-        self.board.tell()
-        if status == EXIT_INTERRUPTED:
-            print(f"stopped; {self.board.headline(self.board.look())}. The same command resumes it", file=sys.stderr)
-            return status
-        return EXIT_FAILURE if any(seen.state == "failed" for seen in self.board.look().values()) else EXIT_OK
-
-    def _alone(self, slot: WorkerSlot) -> int:
-        """Train one run after another in this process."""
-        train = trainer(slot.processes, slot.devices, slot.gpu_share, self.stop)
-        while True:
-            goes_on = self.search is not None and self.search.step(workers=1)
-            status = run_pending(self.folder, self.stop, train, after=lambda run: self.board.tell())
-            if status == EXIT_INTERRUPTED or not (goes_on or any(open_runs(self.folder))):
-                return status
-            if not goes_on:  # workers elsewhere are still training
-                time.sleep(REFRESH_S)
-
-    def _by_crew(self) -> int:
-        """Train the runs in worker processes."""
-        crew = WorkerPool(self.folder, self.slots)
-        looked = 0.0
-        try:
-            while not self.stop.is_wanted():
-                goes_on = self.search is not None and self.search.step(len(self.slots))
-                for said in crew.look():
-                    self.board.log(said)
-                if goes_on or any(open_runs(self.folder)):
-                    crew.start()
-                elif not crew.workers:
-                    return EXIT_OK
-                if time.monotonic() - looked > REFRESH_S:
-                    self.board.tell()
-                    looked = time.monotonic()
-                crew.wait(TICK_S)
-            return EXIT_INTERRUPTED
-        finally:
-            crew.stop()
 
 
 def run_study(study: StudySpec, expansion: ExpandedStudy, slots: Sequence[WorkerSlot], *, retry: bool = False) -> int:
     """Train all unfinished runs of a study. Return the exit status: 0, 1 if a run failed, 3 if interrupted."""
     with GracefulStop() as stop, study_lock(study) as folder:
-        for remark in init_study(study, folder, expansion):
-            print(f"note: {remark}", file=sys.stderr)
+        for note in init_study(study, folder, expansion):
+            print(f"note: {note}", file=sys.stderr)
         if retry:
-            forget_failures(folder)
-        search = SearchDriver(study, folder) if study.table.bohb is not None else None
-        return StudySession(folder, stop, StudyProgress(folder), search, slots).run()
+            for run in folder.runs:
+                clear_failure(run)
+        progress = StudyProgress(folder)
+        with progress.shown():
+            status = _train(folder, stop, slots, progress)
+        progress.log_ended()
+        states = progress.read()
+        if status == EXIT_INTERRUPTED:
+            print(f"stopped; {progress.headline(states)}. The same command resumes it", file=sys.stderr)
+            return status
+        return EXIT_FAILURE if any(run.state == "failed" for run in states.values()) else EXIT_OK
 
 
-def forget_failures(folder: StudyDirectory) -> None:
-    """Delete all failure records, so that failed runs are tried again."""
-    for member in folder.members:
-        run = folder.run(member)
-        if run is not None:
-            clear_failure(run)
+def _train(folder: StudyDirectory, stop: GracefulStop, slots: Sequence[WorkerSlot], progress: StudyProgress) -> int:
+    """Work on the study in this process, or in one process per slot."""
+    if len(slots) == 1:
+        train = trainer(slots[0].processes, slots[0].devices, slots[0].gpu_share, stop)
+        return worker_loop(folder, stop, train, after=lambda run: progress.log_ended())
+    if folder.is_complete and not any(open_runs(folder)):
+        return EXIT_OK
+    logged = time.monotonic()
+
+    def log_ended() -> None:
+        nonlocal logged
+        if time.monotonic() - logged > REFRESH_S:
+            progress.log_ended()
+            logged = time.monotonic()
+
+    return WorkerPool(folder, slots).run(stop, progress.log, log_ended)

@@ -1,10 +1,9 @@
-"""A worker of a study: claims one open run after another in the study's directory and trains it, in one process.
+"""The worker loop: the one way in which the runs of a study are trained.
 
-The worker knows nothing of a search: the run directory states what to train and to which epoch, and receives the
-results. Any number of workers, on any nodes that share the directory, can claim runs. If a worker is killed, another
-one resumes its run from the last checkpoint.
-
-    python -m toolkit.study.worker FOLDER
+The study's directory states what to train and receives the results, so any number of workers, on any machines that
+share the directory, can work on a study, and each may be killed at any moment: another one resumes its run from the
+last checkpoint. `toolkit study` runs the loop itself, or in a pool of processes (:mod:`toolkit.study.worker_pool`), as
+do SLURM tasks; `toolkit study FILE --worker` runs it on a further machine.
 """
 
 from __future__ import annotations
@@ -22,24 +21,23 @@ from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import EXIT_INTERRUPTED, EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.locks import Lock, is_held
 from toolkit.runs import Run
+from toolkit.study.assign import SearchAssigner
 from toolkit.study.directory import (
     StudyDirectory,
     claim,
     clear_failure,
-    external_worker,
     is_claimed,
     is_open,
     open_runs,
     record_failure,
     target_epoch,
 )
-from toolkit.study.init import CONTROLLER, study_folder
+from toolkit.study.init import study_folder
 from toolkit.study.torchrun import train_with_torchrun
 from toolkit.training.fit import fit
 
 POLL_S = 0.5
-ALONE_S = 60.0
-"""Seconds without a controller after which workers exit from a study that needs one."""
+"""Interval at which a worker without a run looks for one."""
 
 
 @dataclass
@@ -57,8 +55,7 @@ class LockedRun:
 def acquire_run(folder: StudyDirectory) -> LockedRun | None:
     """Claim the first run that needs training and is not being trained; None if there is none at the moment."""
     for run in open_runs(folder):
-        # is_claimed returns at once, whereas claim may wait for a status check.
-        lock = None if is_claimed(run) else claim(run)
+        lock = None if is_claimed(run) else claim(run)  # claim() alone would wait to learn whether a lease is alive
         if lock is None:
             continue
         # Another worker may have finished it before the claim, or a process without a claim may be training it.
@@ -78,50 +75,39 @@ def _nothing(_: Run) -> None:
     pass
 
 
-def run_pending(
+def worker_loop(
     folder: StudyDirectory,
     stop: GracefulStop,
     train: TrainFunction,
     *,
+    stays: bool = True,
     before: RunCallback = _nothing,
     after: RunCallback = _nothing,
 ) -> int:
-    """Train runs until none can be claimed. Return the exit status: 0, or 3 if interrupted.
-
-    ``before`` and ``after`` are called with each run; ``after`` also if it failed, but not if it was interrupted.
-    """
-    while not stop.is_wanted():
-        claimed = acquire_run(folder)
-        if claimed is None:
-            return EXIT_OK
-        before(claimed.run)
-        try:
-            train(claimed.run)
-        except Interrupted:
-            return EXIT_INTERRUPTED
-        finally:
-            claimed.release()
-        after(claimed.run)
-    return EXIT_INTERRUPTED
-
-
-def worker_loop(
-    folder: StudyDirectory, stop: GracefulStop, train: TrainFunction, *, waits: bool, before: RunCallback = _nothing
-) -> int:
     """Train runs until no more can come. Return the exit status: 0, or 3 if interrupted.
 
-    ``waits``: also wait for runs that other workers are training, in case those die. A search is waited for as long as
-    it has a controller.
+    A worker that finds no run in a search asks the search for one. ``stays``: also wait for runs that other workers are
+    training, in case those die. ``before`` and ``after`` are called with each run; ``after`` also if it failed, but not
+    if it was interrupted.
     """
-    heard = time.monotonic()
-    while run_pending(folder, stop, train, before=before) == EXIT_OK:
-        if folder.is_complete and not (waits and any(open_runs(folder))):
-            return EXIT_OK
-        if is_held(folder.path / CONTROLLER):
-            heard = time.monotonic()
-        elif time.monotonic() - heard > ALONE_S:
-            return EXIT_OK
-        time.sleep(POLL_S)
+    search = SearchAssigner(folder)
+    while not stop.is_wanted():
+        claimed = acquire_run(folder)
+        if claimed is not None:
+            before(claimed.run)
+            try:
+                train(claimed.run)
+            except Interrupted:
+                return EXIT_INTERRUPTED
+            finally:
+                claimed.release()
+            after(claimed.run)
+        elif folder.is_complete:
+            if not (stays and any(open_runs(folder))):
+                return EXIT_OK
+            time.sleep(POLL_S)
+        elif not search.assign():
+            time.sleep(POLL_S)
     return EXIT_INTERRUPTED
 
 
@@ -171,14 +157,8 @@ def release_memory() -> None:
         dynamo.reset()
 
 
-def main(path: Path) -> int:
-    """Work on the study in ``path`` until no runs are left."""
+def join_study(path: Path) -> int:
+    """Work on the study in ``path``, which was started elsewhere, until no runs are left."""
     folder = study_folder(path)
-    with GracefulStop() as stop, external_worker(folder):
-        return worker_loop(folder, stop, train_run, waits=False)
-
-
-if __name__ == "__main__":
-    from toolkit.cli.errors import run_with_error_handling
-
-    sys.exit(run_with_error_handling(lambda: main(Path(sys.argv[1]))))
+    with GracefulStop() as stop:
+        return worker_loop(folder, stop, train_run, stays=False)

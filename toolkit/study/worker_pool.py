@@ -15,12 +15,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import EXIT_INTERRUPTED, EXIT_OK, RunFailed
+from toolkit.distributed.signals import GracefulStop
+from toolkit.errors import EXIT_INTERRUPTED, EXIT_OK, RunFailed, UserError
 from toolkit.runs import Run
 from toolkit.study.directory import StudyDirectory, claim, epochs_done, record_failure
 
@@ -31,10 +32,13 @@ DEATHS = 3
 """A run fails after its worker has died this many times in a row without progress."""
 
 GRACE_S = 60.0
-"""Seconds that a worker has to write its checkpoint after its controller is gone."""
+"""Seconds that a worker has to write its checkpoint after the pool's process is gone."""
 
 STOP_AGAIN_S = 2.0
 """Seconds after which a worker that has not exited is asked again."""
+
+TICK_S = 0.1
+"""Interval at which the pool looks after its workers."""
 
 SHARING = "TOOLKIT_RUNS_AT_ONCE"
 """Environment variable with the number of runs that share this machine, see
@@ -61,7 +65,8 @@ class Worker:
     slot: WorkerSlot
     process: multiprocessing.process.BaseProcess
     link: multiprocessing.connection.Connection
-    """Receives the names of the runs it claims; when this end closes, the worker knows that the controller is gone."""
+    """Receives the names of the runs it claims, or a UserError. When this end closes, the worker knows that the pool's
+    process is gone."""
     run: str | None = None
 
 
@@ -76,15 +81,24 @@ class WorkerPool:
     """Per run: how many times in a row its worker has died, and the run's progress then."""
     idle_deaths: int = 0
 
-    def start(self) -> None:
-        """Start a worker for each unused slot."""
-        for slot in self.slots:
-            if slot.number not in self.workers:
-                self.workers[slot.number] = self._started(slot)
+    def run(self, stop: GracefulStop, log: Callable[[str], None], on_tick: Callable[[], None] = lambda: None) -> int:
+        """Keep a worker in each slot until nothing is left to do. Return the exit status: 0, or 3 if interrupted.
 
-    def _started(self, slot: WorkerSlot) -> Worker:
+        Raises RunFailed if the workers keep dying on start, and UserError for what keeps them from working.
+        """
+        try:
+            self.workers = {slot.number: self._start(slot) for slot in self.slots}
+            while self.workers and not stop.is_wanted():
+                multiprocessing.connection.wait([worker.process.sentinel for worker in self.workers.values()], TICK_S)
+                self._replace_dead(log)
+                on_tick()
+            return EXIT_INTERRUPTED if stop.is_wanted() else EXIT_OK
+        finally:
+            self._stop()
+
+    def _start(self, slot: WorkerSlot) -> Worker:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["toolkit.study.worker"])
+        context.set_forkserver_preload(["toolkit.study.worker", *(["optuna"] if not self.folder.is_complete else [])])
         link, other = context.Pipe()
         (self.folder.path / LOGS).mkdir(exist_ok=True)
         arguments = (str(self.folder.path), slot, len(self.slots), other)
@@ -93,45 +107,46 @@ class WorkerPool:
         other.close()
         return Worker(slot, process, link)
 
-    def look(self) -> list[str]:
-        """Reap workers that have exited and return messages about them. Raises RunFailed if they die on every start."""
-        said = []
+    def _replace_dead(self, log: Callable[[str], None]) -> None:
+        """Restart workers that have died; those that have nothing left to do are not replaced."""
         for number, worker in list(self.workers.items()):
-            with contextlib.suppress(EOFError, OSError):
-                while worker.link.poll():
-                    worker.run = worker.link.recv()
+            while (message := _received(worker.link)) is not None:
+                if isinstance(message, UserError):
+                    raise message
+                worker.run = message
             status = worker.process.exitcode
             if status is None:
                 continue
             del self.workers[number]
             worker.link.close()
             if status not in (EXIT_OK, EXIT_INTERRUPTED):
-                said.append(self._note_death(worker, status))
-        return said
+                log(self._note_death(worker, status))
+            if status != EXIT_OK:
+                self.workers[number] = self._start(worker.slot)
 
     def _note_death(self, worker: Worker, status: int) -> str:
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-        told = f"worker {worker.slot.number} has died ({how})"
+        death = f"worker {worker.slot.number} has died ({how})"
         if worker.run is None:
             self.idle_deaths += 1
             if self.idle_deaths >= DEATHS:
-                raise RunFailed(f"{told} before it claimed a run; see {self.folder.path / LOGS}")
-            return told
+                raise RunFailed(f"{death} before it claimed a run; see {self.folder.path / LOGS}")
+            return death
         self.idle_deaths = 0
         run = Run(self.folder.path / worker.run)
-        place = _place(run)
+        progress = _progress(run)
         count, before = self.deaths.get(worker.run, (0, None))
-        count = count + 1 if place == before else 1
-        self.deaths[worker.run] = (count, place)
+        count = count + 1 if progress == before else 1
+        self.deaths[worker.run] = (count, progress)
         if count < DEATHS:
-            return f"{told}; its run {worker.run} resumes from its last checkpoint"
+            return f"{death}; its run {worker.run} resumes from its last checkpoint"
         lock = claim(run)
         if lock is not None:
             record_failure(run, f"its worker has died {count} times without making progress ({how}; out of memory?)")
             lock.release()
-        return f"{told}, the {count}rd time in run {worker.run}, which is given up"
+        return f"{death}, the {count}rd time in run {worker.run}, which is given up"
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         """Ask all workers to write a checkpoint and exit, and wait until they have."""
         while alive := [worker.process for worker in self.workers.values() if worker.process.exitcode is None]:
             for process in alive:
@@ -139,40 +154,48 @@ class WorkerPool:
             # A worker that has only just started may have missed the signal.
             multiprocessing.connection.wait([process.sentinel for process in alive], STOP_AGAIN_S)
 
-    def wait(self, seconds: float) -> None:
-        """Wait until a worker exits, for at most ``seconds``."""
-        multiprocessing.connection.wait([worker.process.sentinel for worker in self.workers.values()], seconds)
+
+def _received(link: multiprocessing.connection.Connection) -> str | UserError | None:
+    """Return the next message of a worker: the name of a run that it has claimed, or the error that ended it."""
+    with contextlib.suppress(EOFError, OSError):
+        if link.poll():
+            message: str | UserError = link.recv()
+            return message
+    return None
 
 
-def _place(run: Run) -> Any:
+def _progress(run: Run) -> Any:
     """Return a run's progress, for comparison."""
     return epochs_done(run), sorted(path.name for path in run.checkpoints.glob("*.json"))
 
 
 def _worker(path: str, slot: WorkerSlot, sharing: int, link: multiprocessing.connection.Connection) -> None:
     """Entry point of a worker process."""
-    _show_in(Path(path) / LOGS / f"{slot.number}.txt")
+    _redirect_output(Path(path) / LOGS / f"{slot.number}.txt")
     os.environ[SHARING] = str(sharing)
     if slot.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(slot.devices)
-    from toolkit.distributed.signals import GracefulStop
     from toolkit.study.worker import trainer, worker_loop
 
     def before(run: Run) -> None:
-        _say(f"claimed {run.id}")
+        _log(f"claimed {run.id}")
         link.send(run.id)
 
-    _say(f"worker {slot.number}, process {os.getpid()} on {os.uname().nodename}, GPUs {', '.join(slot.devices) or '-'}")
+    _log(f"worker {slot.number}, process {os.getpid()} on {os.uname().nodename}, GPUs {', '.join(slot.devices) or '-'}")
     with GracefulStop() as stop:
-        threading.Thread(target=_watch_controller, args=(link,), daemon=True).start()
+        threading.Thread(target=_watch_pool, args=(link,), daemon=True).start()
         train = trainer(slot.processes, slot.devices, slot.gpu_share, stop)
-        status = worker_loop(StudyDirectory(Path(path)), stop, train, waits=True, before=before)
+        try:
+            status = worker_loop(StudyDirectory(Path(path)), stop, train, before=before)
+        except UserError as error:  # of the study as a whole: a run's errors are recorded in its directory
+            link.send(UserError(str(error)))
+            status = error.exit_status
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _show_in(path: Path) -> None:
+def _redirect_output(path: Path) -> None:
     """Redirect the output of this process to a file."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)
@@ -180,12 +203,12 @@ def _show_in(path: Path) -> None:
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
-def _watch_controller(link: multiprocessing.connection.Connection) -> None:
-    """When the controller is gone, request a stop; exit at once if that takes longer than the grace period."""
+def _watch_pool(link: multiprocessing.connection.Connection) -> None:
+    """When the pool's process is gone, request a stop; exit at once if that takes longer than the grace period."""
     with contextlib.suppress(EOFError, OSError):
         link.recv()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -203,11 +226,11 @@ def slots_for(parallel: int | None, gpus_per_run: int, runs_per_gpu: int, device
         return [WorkerSlot(number) for number in range(parallel or 1)]
     size = min(gpus_per_run, len(devices))
     groups = [tuple(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)]
-    places = groups if size > 1 else [group for group in groups for _ in range(runs_per_gpu)]
-    count = parallel or len(places)
+    shares = groups if size > 1 else [group for group in groups for _ in range(runs_per_gpu)]
+    count = parallel or len(shares)
     if size > 1:
         count = min(count, len(groups))
-    chosen = [groups[number % len(groups)] for number in range(count)] if parallel else places
+    chosen = [groups[number % len(groups)] for number in range(count)] if parallel else shares
     return [WorkerSlot(n, group, size, 1 / chosen.count(group)) for n, group in enumerate(chosen)]
 
 
