@@ -48,13 +48,13 @@ def report(
 
         found = read_study(path)
         written = write_study_report(
-            found, path, out, figures_only=figures_only, runs=runs, data_root=data_root, log=_say
+            found, path, out, figures_only=figures_only, runs=runs, data_root=data_root, log=_log
         )
         if wandb:
             from toolkit.report.wandb_report import create_wandb_report
 
-            link = create_wandb_report(found, path)
-            written = replace(written, missing=[*written.missing, *link.missing], url=link.url)
+            url, missing = create_wandb_report(found, path)
+            written = replace(written, missing=[*written.missing, *missing], url=url)
     else:
         if runs or wandb:
             option = "--runs" if runs else "--wandb"
@@ -63,12 +63,12 @@ def report(
         from toolkit.runs import Run
 
         written = write_report(
-            Run(path), out, figures_only=figures_only, data_root=data_root, filters=numbers, log=_say
+            Run(path), out, figures_only=figures_only, data_root=data_root, filters=numbers, log=_log
         )
-    _tell(written, as_json)
+    _print_result(written, as_json)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr)
 
 
@@ -85,7 +85,7 @@ def _is_study(path: Path) -> bool:
     raise UserError(f"{path} is not a run directory (no recipe.toml) or a study's folder (no {FILE}){hint}")
 
 
-def _tell(written: ReportResult, as_json: bool) -> None:
+def _print_result(written: ReportResult, as_json: bool) -> None:
     """Print the files to stdout, and what could not be shown to stderr."""
     for line in written.missing:
         print(f"not shown: {line}", file=sys.stderr)

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +31,19 @@ UNFIT = r"[/?#%\\<>]"
 SHOWN = 100
 """Maximum number of runs in one panel; W&B's default is ten."""
 
-SavedReport = tuple[str, str]
-"""Entity and project."""
+Project = tuple[str, str]
+"""Entity and project on W&B."""
+
+TrackedRuns = dict[Project, dict[str, RunResult]]
+"""The study's runs that are on W&B, by project and by their id there."""
 
 
-@dataclass(frozen=True)
-class TrackedRun:
-    """A run of the study that is on W&B."""
-
-    id: str
-    """Id of the run on W&B."""
-    result: RunResult
-
-    @property
-    def name(self) -> str:
-        """Label of the run's line in the plots."""
-        return f"{self.result.member.row}, seed {self.result.member.seed}"
-
-
-@dataclass(frozen=True)
-class WandbReport:
-    """A report on W&B."""
-
-    url: str
-    missing: list[str]
-    """Messages about runs that are not on W&B."""
-
-
-def create_wandb_report(found: StudyResults, folder: Path) -> WandbReport:
+def create_wandb_report(found: StudyResults, folder: Path) -> tuple[str, list[str]]:
     """Create the report of a study on W&B, or update it if it exists.
 
-    The report selects the study's runs by id, so later runs do not appear in it. Raises UserError if there is no login,
-    the server does not answer, or no run of the study is on it; RunFailed if the server rejects the report.
+    Returns its URL and messages about runs that are not on W&B. The report selects the study's runs by id, so later
+    runs do not appear in it. Raises UserError if there is no login, the server does not answer, or no run of the study
+    is on it; RunFailed if the server rejects the report.
     """
     reports = _library()
     if why := offline_reason():
@@ -74,16 +54,14 @@ def create_wandb_report(found: StudyResults, folder: Path) -> WandbReport:
     import wandb
 
     try:
-        api = wandb.Api()
-        tracked, missing = _tracked(found, folder, api)
+        tracked, missing = _tracked(found, folder, wandb.Api())
         if not tracked:
             raise UserError(f"no W&B report: none of the study's runs is on W&B; toolkit sync {folder} uploads them")
-        report = _saved(reports, found, folder, tracked, missing)
+        return _save(reports, found, folder, tracked, missing), missing
     except UserError:
         raise
     except Exception as error:  # from the client, its HTTP library or its schema
         raise RunFailed(f"W&B rejected the report ({first_line(error)}); try again later") from error
-    return WandbReport(report.url, missing)
 
 
 def _library() -> Any:
@@ -95,35 +73,36 @@ def _library() -> Any:
     return reports
 
 
-def _tracked(found: StudyResults, folder: Path, api: Any) -> tuple[dict[SavedReport, list[TrackedRun]], list[str]]:
-    """Return the study's runs that are on the server, by project, and messages about those that are not."""
-    asked: dict[SavedReport, dict[str, TrackedRun]] = {}
-    untracked, seen = 0, set()
+def _tracked(found: StudyResults, folder: Path, api: Any) -> tuple[TrackedRuns, list[str]]:
+    """Return the study's runs that are on the server, and messages about those that are not."""
+    begun: dict[str, RunResult] = {}
     for result in found.results:
-        name = result.member.run
-        if name is None or name in seen or not result.epochs:
-            continue
-        seen.add(name)
+        if result.member.run is not None and result.epochs:
+            begun.setdefault(result.member.run, result)
+    local: TrackedRuns = {}
+    for name, result in begun.items():
         run = Run(folder / name)
-        known = id_at_wandb(run)
-        if known is None:
-            untracked += 1
-            continue
-        table = run.recipe.tracking
-        place = (table.entity or str(api.default_entity), table.project)
-        asked.setdefault(place, {})[known] = TrackedRun(known, result)
-    there = {place: _on_server(api, place, list(runs)) for place, runs in asked.items()}
-    tracked = {place: [runs[key] for key in runs if key in there[place]] for place, runs in asked.items()}
-    absent = sum(len(runs) for runs in asked.values()) - sum(len(runs) for runs in tracked.values())
-    missing = [f"{untracked} of {len(seen)} runs: they were not tracked by W&B"] if untracked else []
-    missing += [f"{absent} of {len(seen)} runs: not uploaded; toolkit sync {folder}"] if absent else []
-    return {place: runs for place, runs in tracked.items() if runs}, missing
+        if (run_id := id_at_wandb(run)) is not None:
+            config = run.recipe.tracking
+            local.setdefault((config.entity or str(api.default_entity), config.project), {})[run_id] = result
+    tracked: TrackedRuns = {}
+    for project, runs in local.items():
+        uploaded = _on_server(api, project, list(runs))
+        if present := {run_id: result for run_id, result in runs.items() if run_id in uploaded}:
+            tracked[project] = present
+    known, present_count = (sum(map(len, runs.values())) for runs in (local, tracked))
+    missing = []
+    if untracked := len(begun) - known:
+        missing.append(f"{untracked} of {len(begun)} runs: they were not tracked by W&B")
+    if absent := known - present_count:
+        missing.append(f"{absent} of {len(begun)} runs: not uploaded; toolkit sync {folder}")
+    return tracked, missing
 
 
-def _on_server(api: Any, place: SavedReport, ids: Sequence[str]) -> set[str]:
+def _on_server(api: Any, project: Project, ids: Sequence[str]) -> set[str]:
     """Return the ids of the runs that the server has."""
     try:
-        runs = api.runs("/".join(place), filters={"name": {"$in": list(ids)}}, per_page=min(max(len(ids), 1), 500))
+        runs = api.runs("/".join(project), filters={"name": {"$in": list(ids)}}, per_page=min(max(len(ids), 1), 500))
         return {str(run.id) for run in runs} & set(ids)
     except ValueError as error:
         if "not find project" not in str(error):
@@ -131,9 +110,8 @@ def _on_server(api: Any, place: SavedReport, ids: Sequence[str]) -> set[str]:
         return set()
 
 
-def _saved(
-    reports: Any, found: StudyResults, folder: Path, tracked: dict[SavedReport, list[TrackedRun]], missing: list[str]
-) -> Any:
+def _save(reports: Any, found: StudyResults, folder: Path, tracked: TrackedRuns, missing: list[str]) -> str:
+    """Create or update the report, record it in the study's folder, and return its URL."""
     entity, project = next(iter(tracked))
     name = " ".join(re.sub(UNFIT, " ", title(found.table, found.name)).split())[:TITLE]
     report = reports.Report(entity=entity, project=project, title=name)
@@ -143,30 +121,43 @@ def _saved(
     report.save()
     content = {"id": report.id, "entity": entity, "project": project, "url": report.url}
     write_atomically(folder / FILE, (json.dumps(content, indent=2) + "\n").encode())
-    return report
+    return str(report.url)
 
 
-def _id_before(reports: Any, folder: Path, place: SavedReport) -> str:
+def _id_before(reports: Any, folder: Path, project: Project) -> str:
     """Return the id of the existing report; "" if there is none, which creates a new one."""
     if not (folder / FILE).exists():
         return ""
     try:
         before = read_json(folder / FILE)
-        if (before["entity"], before["project"]) != place:
+        if (before["entity"], before["project"]) != project:
             return ""
         return str(reports.Report.from_url(before["url"]).id)
     except Exception:  # the report was deleted or is not accessible; the library may raise anything
         return ""
 
 
-def _blocks(
-    reports: Any, found: StudyResults, tracked: dict[SavedReport, list[TrackedRun]], missing: Sequence[str]
-) -> list[Any]:
+def _blocks(reports: Any, found: StudyResults, tracked: TrackedRuns, missing: Sequence[str]) -> list[Any]:
     rows = list(dict.fromkeys(result.member.row for result in found.results))
-    runsets = [_runset(reports, place, runs, rows) for place, runs in tracked.items()]
-    every = [run for runs in tracked.values() for run in runs]
+    runsets = [_runset(reports, project, runs, rows) for project, runs in tracked.items()]
+    labels = {
+        run_id: f"{result.member.row}, seed {result.member.seed}"
+        for runs in tracked.values()
+        for run_id, result in runs.items()
+    }
     captions = {**{metric: metric_of(metric).label.capitalize() for metric in CURVES}, "lr": "Learning rate"}
-    curves = [_curve(reports, metric, caption, every) for metric, caption in captions.items()]
+    curves = [
+        reports.LinePlot(
+            title=caption,
+            x="epoch",
+            y=[metric],
+            title_x="epoch",
+            max_runs_to_show=SHOWN,
+            smoothing_type="none",
+            line_titles={f"{run_id}:{metric}": label for run_id, label in labels.items()},
+        )
+        for metric, caption in captions.items()
+    ]
     return [
         reports.H1("Table"),
         reports.MarkdownBlock(markdown(found.main)),
@@ -179,41 +170,30 @@ def _blocks(
     ]
 
 
-def _runset(reports: Any, place: SavedReport, runs: Sequence[TrackedRun], rows: Sequence[str]) -> Any:
+def _runset(reports: Any, project: Project, runs: dict[str, RunResult], rows: Sequence[str]) -> Any:
     """Build a run set of exactly these runs; the seeds of a row share a color."""
-    colours = {run.id: CYCLE[rows.index(run.result.member.row) % len(CYCLE)] for run in runs}
     return reports.Runset(
-        entity=place[0],
-        project=place[1],
+        entity=project[0],
+        project=project[1],
         name="Runs of the study",
-        filters=f"Metric('ID') in {[run.id for run in runs]!r}",
-        run_settings={key: reports.RunSettings(color=colour) for key, colour in colours.items()},
-    )
-
-
-def _curve(reports: Any, metric: str, caption: str, runs: Sequence[TrackedRun]) -> Any:
-    return reports.LinePlot(
-        title=caption,
-        x="epoch",
-        y=[metric],
-        title_x="epoch",
-        max_runs_to_show=SHOWN,
-        smoothing_type="none",
-        line_titles={f"{run.id}:{metric}": run.name for run in runs},
+        filters=f"Metric('ID') in {list(runs)!r}",
+        run_settings={
+            run_id: reports.RunSettings(color=CYCLE[rows.index(result.member.row) % len(CYCLE)])
+            for run_id, result in runs.items()
+        },
     )
 
 
 def _comparison(reports: Any, found: StudyResults) -> list[Any]:
     metric = metric_of(search_metric(found.table)).name
-    figures = dict.fromkeys((metric, metric.replace("val_", "test_")))
     bars = [
         reports.BarPlot(
-            title=f"Best epoch: {figure.replace('_', ' ')}",
-            metrics=[reports.SummaryMetric(f"best.{figure}")],
+            title=f"Best epoch: {name.replace('_', ' ')}",
+            metrics=[reports.SummaryMetric(f"best.{name}")],
             max_runs_to_show=SHOWN,
             max_bars_to_show=SHOWN,
         )
-        for figure in figures
+        for name in dict.fromkeys((metric, metric.replace("val_", "test_")))
     ]
     columns = [reports.ParallelCoordinatesPlotColumn(metric=reports.Config(key), display_name=key)
                for key in varied_keys(found.results)]  # fmt: skip
@@ -227,7 +207,7 @@ def _notes(found: StudyResults, missing: Sequence[str]) -> str:
     lines += [found.table.note] if found.table.note else []
     lines += [f"Not in this report: {line}." for line in missing]
     lines.append(
-        "The table was made by `toolkit report` from the run directories. Curves and bars are W&B's, of the study's "
-        "runs only. Each row of the table has its own color, as long as there are enough colors."
+        "`toolkit report` made the table from the run directories. Curves and bars are drawn by W&B from the study's "
+        "runs only. The runs of a row share a color; rows beyond the seventh repeat the colors."
     )
     return "\n\n".join(lines)
