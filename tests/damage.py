@@ -21,13 +21,13 @@ LIMIT_S = 60
 
 VALUES: tuple[Any, ...] = (None, float("nan"), float("inf"), -1, -(10**6), 10**30, 1e308, 0.5, True, "", "text", [], {},
                            [[1]], {"a": {}}, "../../etc", "\0")  # fmt: skip
-"""What a person or a broken program writes in another value's place."""
+"""Values that a person or a broken program may write in place of the right one."""
 
 Damage = Callable[[Path, Random], None]
 
 
 def _written(content: Callable[[bytes, Random], bytes]) -> Damage:
-    """The file with other bytes in it."""
+    """Replace the content of the file."""
 
     def damage(path: Path, random: Random) -> None:
         path.write_bytes(content(path.read_bytes(), random))
@@ -36,7 +36,7 @@ def _written(content: Callable[[bytes, Random], bytes]) -> Damage:
 
 
 def _replaced(put: Callable[[Path], Any]) -> Damage:
-    """Something else under the file's name."""
+    """Replace the file by something else of its name."""
 
     def damage(path: Path, random: Random) -> None:
         path.unlink()
@@ -74,7 +74,7 @@ def _lost_line(data: bytes, random: Random) -> bytes:
 
 
 def _edited(data: bytes, random: Random) -> bytes:
-    """One value of a JSON file, or of one line of it, or one cell of a CSV file, replaced or taken away."""
+    """One value of a JSON file, or of one line of it, or one cell of a CSV file, replaced or deleted."""
     lines = data.split(b"\n")
     try:
         return json.dumps(_with_other_value(json.loads(data), random)).encode()
@@ -90,7 +90,7 @@ def _edited(data: bytes, random: Random) -> bytes:
 
 
 def _with_other_value(value: Any, random: Random) -> Any:
-    """The JSON value with one entry, at any depth, changed or taken away."""
+    """The JSON value with one entry, at any depth, changed or deleted."""
     if not isinstance(value, dict | list) or not value or random.random() < 0.1:
         return random.choice(VALUES)
     key = random.choice(list(value) if isinstance(value, dict) else range(len(value)))
@@ -127,10 +127,10 @@ KINDS: dict[str, Damage] = {
 
 @contextmanager
 def limited(seconds: int = LIMIT_S) -> Iterator[None]:
-    """Fail where something takes longer."""
+    """Raise TimeoutError after ``seconds``."""
 
     def late(*_: object) -> None:
-        raise TimeoutError(f"still at it after {seconds} s")
+        raise TimeoutError(f"not finished after {seconds} s")
 
     old = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
@@ -162,7 +162,7 @@ def reading_commands(run: Path, image: Path, out: Path) -> dict[str, tuple[objec
 
 
 def fault_of(name: str, arguments: tuple[object, ...], run: Path, healthy: Path) -> tuple[str, Outcome | None]:
-    """What is wrong with how a command took the damage; "" where it is as it should be."""
+    """Return what is wrong with a command's reaction to the damage; "" if nothing is."""
     try:
         with limited():
             outcome = toolkit(*arguments)
@@ -185,7 +185,7 @@ def fault_of(name: str, arguments: tuple[object, ...], run: Path, healthy: Path)
 
 
 def damaged_copy(original: Run, healthy: Run, folder: Path, file: str, kind: str, seed: int) -> Path:
-    """A copy of a run in ``folder``/runs/NAME/ID, with one file damaged, beside a healthy one."""
+    """A copy of a run in ``folder``/runs/NAME/ID, with one file damaged, next to a healthy one."""
     target = folder / "runs" / original.path.parent.name / original.id
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(original.path, target, symlinks=True)

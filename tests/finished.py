@@ -1,4 +1,4 @@
-"""Finished runs to evaluate, predict with, explain, export: small, trained within the test's process."""
+"""Small finished runs for tests of evaluate, predict, explain and export, trained within the test's process."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ trackers = []
 
 
 def digit_files(root: Path, train: int = 8, test: int = 5) -> Path:
-    """The digits as PNG files of 8x8 pixels, so many of each class, in train/<digit>/ and test/<digit>/."""
+    """The digits as PNG files of 8x8 pixels, the given numbers of each class, in train/<digit>/ and test/<digit>/."""
     digits = load_digits()
     for label in range(10):
         members = np.flatnonzero(digits.target == label)
@@ -73,7 +73,7 @@ def digit_files(root: Path, train: int = 8, test: int = 5) -> Path:
 
 
 def train_on_files(folder: Path, model: str, *settings: str, size: int = 16, epochs: int = 1) -> Run:
-    """A run on :func:`digit_files` in ``folder``/data, made where they are not there yet."""
+    """A run on :func:`digit_files` in ``folder``/data, which is created if needed."""
     if not (folder / "data").is_dir():
         digit_files(folder / "data")
     path = folder / "recipe.toml"

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on the loopback interface: takes a repository's files, checks nothing."""
+"""A stand-in for the Hugging Face Hub on the loopback interface: it stores a repository's files without checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Hub:
-    """The server; ``repositories`` holds what was pushed, by name and path. ``refuse`` makes it answer 403."""
+    """The server; ``repositories`` holds the pushed files, by name and path. ``refuse`` makes it answer 403."""
 
     def __init__(self, owner: str = "lab", refuse: bool = False) -> None:
         self.owner, self.refuse = owner, refuse
@@ -30,7 +30,7 @@ class Hub:
         self.server.server_close()
 
     def answer(self, path: str, body: bytes) -> dict[str, Any]:
-        """What the Hub says to one request."""
+        """Return the answer to one request."""
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or self.owner}/{asked['name']}"

@@ -1,4 +1,4 @@
-"""Run directories written by hand, with figures that are known: for tests of figures and pages. Nothing is trained."""
+"""Run directories with known metrics, written without training, for tests of figures and pages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from toolkit.runs import Run
 from toolkit.study.directory import StudyDirectory
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "a'\"&amp; $x_1$", "plain"]
-"""Names that folders can have, in their order."""
+"""Names that folders can have, in sorted order."""
 SCRIPT = ["</script><script>alert(1)</script>", "{{ 7 * 7 }}", "plain"]
 """Names that files of a run can have."""
 
@@ -31,7 +31,7 @@ PREDICTIONS = ((0, 0, 0.95), (0, 0, 0.7), (0, 1, 0.9), (1, 1, 0.8), (1, 2, 0.55)
 RECIPE = """
 [recipe]
 name = "known"
-description = "A run whose figures are known"
+description = "A run whose metrics are known"
 
 [data]
 dataset = "imagefolder"
@@ -108,7 +108,7 @@ def _names(classes: Sequence[str], test: Sequence[Any]) -> dict[str, list[str]]:
 
 
 def _write_image(path: Path, number: int) -> None:
-    """96 x 72 pixels of noise around a colour."""
+    """Write 96 x 72 pixels of noise around a color."""
     path.parent.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(number)
     pixels = random.integers(0, 200, 3) + random.integers(0, 55, (72, 96, 3))

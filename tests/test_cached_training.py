@@ -1,4 +1,4 @@
-"""Whole runs with and without what is kept: the same figures, and every shortcut told."""
+"""Runs with and without cached images and features have the same metrics, and report everything that is cached."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def test_features_of_frozen_layers_give_the_same_run(tmp_path: Path, own_cache: 
     assert plain.summary["shortcuts"] == []
     assert not own_cache.exists()
     once = run_of(recipe)
-    (shortcut,) = once.summary["shortcuts"]
-    assert shortcut.startswith("inputs of head")
-    assert "computed once for 220 images" in shortcut
-    assert f"shortcut: {shortcut}" in log_of(once)
+    (description,) = once.summary["shortcuts"]
+    assert description.startswith("inputs of head")
+    assert "computed once for 220 images" in description
+    assert f"shortcut: {description}" in log_of(once)
     assert_close(once, plain)
 
 
@@ -71,8 +71,8 @@ def test_views_are_the_same_with_and_without_features(tmp_path: Path, own_cache:
     every = run_of(recipe)
     assert every.summary["shortcuts"] == [], "a new version each epoch leaves no fixed features"
     once, plain = run_of(recipe, "data.fixed_views=3"), run_of(recipe, "data.fixed_views=3", 'data.cache="off"')
-    (shortcut,) = once.summary["shortcuts"]
-    assert "3 versions of each training image" in shortcut
+    (description,) = once.summary["shortcuts"]
+    assert "3 versions of each training image" in description
     assert_close(once, plain)
     assert len(entries(own_cache)) == 3 + 2, "three of train, one of validation and of test"
     losses = [epoch["train/loss"] for epoch in every.epochs()]
@@ -121,7 +121,7 @@ def test_other_frozen_weights_have_other_features(tmp_path: Path, own_cache: Pat
     assert len(entries(own_cache)) == before + 3
 
 
-def test_features_that_do_not_fit_into_memory_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_do_not_fit_into_memory_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path, FROZEN)
     plain = run_of(recipe, 'data.cache="off"')
     monkeypatch.setattr(frozen_features, "available_memory", lambda: 1000)
@@ -131,7 +131,7 @@ def test_features_that_do_not_fit_into_memory_are_not_kept(tmp_path: Path, monke
     assert small.metrics_file.read_bytes() == plain.metrics_file.read_bytes()
 
 
-def test_features_do_without_a_folder(tmp_path: Path, own_cache: Path) -> None:
+def test_features_need_no_cache_folder(tmp_path: Path, own_cache: Path) -> None:
     own_cache.parent.mkdir(parents=True, exist_ok=True)
     recipe = write_recipe(tmp_path, FROZEN)
     kept = run_of(recipe)
@@ -145,7 +145,7 @@ def test_features_do_without_a_folder(tmp_path: Path, own_cache: Path) -> None:
     assert without.metrics_file.read_bytes() == kept.metrics_file.read_bytes()
 
 
-def test_damaged_features_are_computed_anew(tmp_path: Path, own_cache: Path) -> None:
+def test_damaged_features_are_recomputed(tmp_path: Path, own_cache: Path) -> None:
     recipe = write_recipe(tmp_path, FROZEN)
     first = run_of(recipe)
     for number, path in enumerate(sorted(own_cache.glob("features-*/data.bin"))):
@@ -180,28 +180,28 @@ def use_cache(folder: Path, rank: int) -> None:
 
 
 @pytest.mark.parametrize("tier", ["auto", "disk", "memory", "device"])
-def test_images_kept_anywhere_give_the_same_run(tmp_path: Path, tier: str) -> None:
+def test_images_cached_anywhere_give_the_same_run(tmp_path: Path, tier: str) -> None:
     augment = '[augment]\ntrain = [{ name = "RandomHorizontalFlip" }]\n'
     settings = ("train.epochs=2",)
     plain = train_on_files(tmp_path, CONVNET + augment, *settings, 'data.cache="off"')
     kept = train_on_files(tmp_path, CONVNET + augment, *settings, f'data.cache="{tier}"')
     assert plain.summary["shortcuts"] == []
-    (shortcut,) = kept.summary["shortcuts"]
-    assert "prepared once" in shortcut
-    assert f"shortcut: {shortcut}" in log_of(kept)
+    (description,) = kept.summary["shortcuts"]
+    assert "prepared once" in description
+    assert f"shortcut: {description}" in log_of(kept)
     assert kept.metrics_file.read_bytes() == plain.metrics_file.read_bytes(), "to the last bit"
     assert (kept.path / "predictions.csv").read_bytes() == (plain.path / "predictions.csv").read_bytes()
     assert kept.best_weights.read_bytes() == plain.best_weights.read_bytes()
 
 
 def wait_for(path: Path, text: str, rank: int) -> None:
-    """Have a run publish nothing before another has said something."""
+    """Delay a run's publication of cache entries until another run has logged ``text``."""
     publish = CacheEntryWriter.publish
 
     def late(*arguments: Any) -> Any:
         deadline = time.monotonic() + 90
         while text not in (path.read_text() if path.exists() else ""):
-            assert time.monotonic() < deadline, f"nobody said {text!r}"
+            assert time.monotonic() < deadline, f"no run logged {text!r}"
             time.sleep(0.02)
         return publish(*arguments)
 
@@ -218,7 +218,7 @@ def image_run(folder: Path, data: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["images", "features"])
-def test_of_two_runs_that_need_the_same_one_builds_it(tmp_path: Path, own_cache: Path, kind: str) -> None:
+def test_of_two_runs_that_need_the_same_entry_one_builds_it(tmp_path: Path, own_cache: Path, kind: str) -> None:
     data = digit_files(tmp_path / "data")
     recipes = [
         image_run(tmp_path / run, data) if kind == "images" else write_recipe(tmp_path / run, FROZEN)
@@ -252,17 +252,17 @@ def test_a_run_killed_while_it_builds_leaves_no_entry_and_no_lock(tmp_path: Path
     assert "waiting" not in after.text()
 
 
-def on_a_machine_of_its_own(cache: Path, rank: int) -> None:
-    """Have each process believe that it is alone on its machine, whose cache nobody else sees."""
+def on_separate_machines(cache: Path, rank: int) -> None:
+    """Let each process find itself alone on its machine, with a cache of its own."""
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TOOLKIT_CACHE": str(cache / str(rank))}
 
 
 @pytest.mark.parametrize("kind", ["images", "features"])
-def test_every_machine_keeps_its_own_and_all_train_alike(tmp_path: Path, own_cache: Path, kind: str) -> None:
+def test_every_machine_has_its_own_cache_and_the_same_training(tmp_path: Path, own_cache: Path, kind: str) -> None:
     data = digit_files(tmp_path / "data")
     settings = ("--set", "train.epochs=2", "--set", "train.batch_size=12")
     off = ("--set", 'data.cache="off"')
-    both = functools.partial(on_a_machine_of_its_own, own_cache)
+    both = functools.partial(on_separate_machines, own_cache)
     ways: dict[str, tuple[int, tuple[str, ...], Any]] = {
         "plain": (2, off, None), "one machine": (2, (), None), "two machines": (2, (), both)
     }  # fmt: skip

@@ -50,7 +50,7 @@ def healthy(folder: Path, original: Run) -> Run:
 
 @pytest.fixture
 def run(original: Run, healthy: Run, tmp_path: Path) -> Run:
-    """A copy to be damaged, beside the healthy one."""
+    """A copy to be damaged, next to the healthy one."""
     for one in (original, healthy):
         shutil.copytree(one.path, tmp_path / "runs" / "tiny" / one.id)
     return Run(tmp_path / "runs" / "tiny" / original.id)
@@ -132,7 +132,7 @@ def test_lines_are_judged_one_by_one(tmp_path: Path) -> None:
     ]
     assert str(found[3]) == "count is not an integer"
     path.write_bytes(b'{"count": 1}')
-    assert list(read_json_lines(path, _Shape)) == [{"count": 1}], "a whole last line without its line break counts"
+    assert list(read_json_lines(path, _Shape)) == [{"count": 1}], "a complete last line without a line break is read"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_bad_utf8_in_one_line_of_metrics_costs_a_report_that_line(run: Run) -> N
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes the rights of another user, which only root can")
 def test_permission_denied(original: Run, healthy: Run) -> None:
-    """As a user who may not read: a single file, and a whole run."""
+    """As a user without permission to read a single file, or the run directory."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     try:
@@ -281,15 +281,15 @@ def test_of_a_checkpoint_whose_manifest_is_damaged_the_one_before_is_used(
     first, last = sorted(run.checkpoints.glob("*-*.json"))
     manifest = json.loads(last.read_text())
     last.write_text(json.dumps({**manifest, **change}))
-    said: list[str] = []
-    found = find_latest(run.checkpoints, said.append)
+    warnings: list[str] = []
+    found = find_latest(run.checkpoints, warnings.append)
     assert found is not None
     assert found.name == json.loads(first.read_text())["file"]
-    assert len(said) == 1
-    assert fault in said[0]
+    assert len(warnings) == 1
+    assert fault in warnings[0]
 
 
-def test_a_run_without_its_checkpoints_starts_anew(tmp_path: Path) -> None:
+def test_a_run_without_its_checkpoints_starts_over(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "run", MUCH)
 
     def prepare(rank: int) -> None:

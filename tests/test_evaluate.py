@@ -1,4 +1,4 @@
-"""`toolkit evaluate`: summary.json's figures again, to the last bit, on any number of processes; and damaged runs."""
+"""`toolkit evaluate`: the metrics of summary.json, to the last bit, on any number of processes; and damaged runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainers import MUCH, Trainers, only_run, write_recipe
 
 from toolkit.runs import Run
 
-FIGURES = ("loss", "accuracy", "top5_accuracy", "balanced_accuracy")
+METRICS = ("loss", "accuracy", "top5_accuracy", "balanced_accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def copy(run: Run, tmp_path: Path) -> Run:
     return Run(shutil.copytree(run.path, tmp_path / "copy"))
 
 
-def figures(outcome: Outcome) -> dict[str, Any]:
+def metrics(outcome: Outcome) -> dict[str, Any]:
     assert outcome.status == 0, outcome.stderr
     content = json.loads(outcome.stdout)
     assert {each["verdict"] for model in content["metrics"].values() for each in model.values()} == {"equal"}
@@ -44,15 +44,15 @@ def figures(outcome: Outcome) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("split", "prefix"), [("test", "test_"), ("validation", "val_")])
-def test_the_summary_s_figures_come_out_equal(run: Run, split: str, prefix: str) -> None:
+def test_the_metrics_equal_those_of_the_summary(run: Run, split: str, prefix: str) -> None:
     summary = run.summary
-    assert summary["best"]["epoch"] < summary["last"]["epoch"] == 5, "the two models are to differ"
-    found = figures(toolkit("evaluate", run.path, "--split", split, "--json"))
+    assert summary["best"]["epoch"] < summary["last"]["epoch"] == 5, "the two models must differ"
+    found = metrics(toolkit("evaluate", run.path, "--split", split, "--json"))
     for model in ("best", "last"):
-        assert found[model] == {prefix + name: summary[model][prefix + name] for name in FIGURES}
+        assert found[model] == {prefix + name: summary[model][prefix + name] for name in METRICS}
 
 
-def test_it_says_so_in_words_and_compares_the_predictions(run: Run) -> None:
+def test_without_json_it_states_the_result_and_compares_the_predictions(run: Run) -> None:
     outcome = toolkit("evaluate", run.path)
     assert outcome.status == 0
     assert "predictions.csv: 50 of 50 rows are the same" in outcome.stdout
@@ -61,8 +61,8 @@ def test_it_says_so_in_words_and_compares_the_predictions(run: Run) -> None:
 
 def test_several_processes_give_the_same_bits(run: Run) -> None:
     first, *others = launch(3, toolkit, "evaluate", str(run.path), "--json")
-    assert figures(first)["best"]["test_loss"] == run.summary["best"]["test_loss"]
-    assert [other.stdout for other in others] == ["", ""], "one process speaks"
+    assert metrics(first)["best"]["test_loss"] == run.summary["best"]["test_loss"]
+    assert [other.stdout for other in others] == ["", ""], "only one process prints"
 
 
 def test_a_run_of_two_processes_is_reproduced_on_one_and_on_three(tmp_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_a_run_of_two_processes_is_reproduced_on_one_and_on_three(tmp_path: Path
     trainers = Trainers(2, tmp_path, recipe, "--set", "train.epochs=2", "--set", "train.eval_batch_size=10")
     assert trainers.wait() == [0, 0], trainers.text()
     path = str(only_run(tmp_path).path)
-    figures(toolkit("evaluate", path, "--json"))
-    figures(launch(3, toolkit, "evaluate", path, "--json")[0])
+    metrics(toolkit("evaluate", path, "--json"))
+    metrics(launch(3, toolkit, "evaluate", path, "--json")[0])
 
 
 def test_training_images_are_evaluated_too_but_nothing_was_recorded_of_them(run: Run) -> None:
@@ -81,14 +81,14 @@ def test_training_images_are_evaluated_too_but_nothing_was_recorded_of_them(run:
     assert "the run has recorded no metrics of this split" in outcome.stdout
 
 
-def test_weights_that_are_not_the_run_s_are_found_out(copy: Run) -> None:
+def test_weights_of_another_run_are_detected(copy: Run) -> None:
     state = safetensors.torch.load_file(copy.best_weights)
     state["head.bias"] += 1.0 * (state["head.bias"] > 0)
     safetensors.torch.save_file(state, copy.best_weights)
     outcome = toolkit("evaluate", copy.path)
     assert outcome.status == 2
     assert "best.safetensors is not the file that this run ended with" in outcome.stderr
-    for path in copy.checkpoints.glob("0*"):  # without a checkpoint the figures alone tell
+    for path in copy.checkpoints.glob("0*"):  # without a checkpoint only the metrics differ
         path.unlink()
     outcome = toolkit("evaluate", copy.path)
     assert outcome.status == 1
@@ -96,7 +96,7 @@ def test_weights_that_are_not_the_run_s_are_found_out(copy: Run) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, Path.touch])
-def test_where_the_last_checkpoint_is_gone_the_best_model_is_evaluated_alone(copy: Run, damage: Any) -> None:
+def test_without_the_last_checkpoint_only_the_best_model_is_evaluated(copy: Run, damage: Any) -> None:
     for path in copy.checkpoints.glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-1])
         damage(path)
@@ -116,13 +116,13 @@ def test_a_run_that_was_killed_is_evaluated_with_nothing_to_compare_with(copy: R
     assert "nothing to compare with" in outcome.stdout
 
 
-def test_images_that_have_moved_are_found_where_one_says(run: Run, tmp_path: Path) -> None:
+def test_images_that_have_moved_are_found_with_data_root(run: Run, tmp_path: Path) -> None:
     data = Path(run.recipe.data.root)
     moved = tmp_path / "moved"
     data.rename(moved)
     try:
         refused = toolkit("evaluate", run.path)
-        figures(toolkit("evaluate", run.path, "--data-root", moved, "--json"))
+        metrics(toolkit("evaluate", run.path, "--data-root", moved, "--json"))
     finally:
         moved.rename(data)
     assert refused.status == 2
@@ -130,7 +130,7 @@ def test_images_that_have_moved_are_found_where_one_says(run: Run, tmp_path: Pat
     assert "--data-root FOLDER" in refused.stderr
 
 
-def test_images_that_were_lost_or_exchanged_are_named(run: Run, tmp_path: Path) -> None:
+def test_missing_images_and_other_classes_are_named(run: Run, tmp_path: Path) -> None:
     data = shutil.copytree(run.recipe.data.root, tmp_path / "data")
     lost = min((data / "test" / "3").iterdir())
     lost.unlink()
@@ -138,7 +138,7 @@ def test_images_that_were_lost_or_exchanged_are_named(run: Run, tmp_path: Path) 
     assert outcome.status == 2
     assert "1 of the 50 test images" in outcome.stderr
     assert f"test/3/{lost.name}" in outcome.stderr
-    figures(toolkit("evaluate", run.path, "--split", "validation", "--data-root", data, "--json"))
+    metrics(toolkit("evaluate", run.path, "--split", "validation", "--data-root", data, "--json"))
     (data / "train" / "extra").mkdir()
     shutil.copy(min((data / "test" / "4").iterdir()), data / "train" / "extra")
     outcome = toolkit("evaluate", run.path, "--data-root", data)
@@ -156,8 +156,8 @@ def test_an_unknown_split_names_the_nearest(run: Run) -> None:
 def test_data_sets_in_memory_are_reproduced_as_well(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, MUCH)
     run = train(recipe, "train.epochs=2", "train.eval_batch_size=13")
-    found = figures(toolkit("evaluate", run.path, "--json"))
-    assert set(found["best"]) == {f"test_{name}" for name in FIGURES}
+    found = metrics(toolkit("evaluate", run.path, "--json"))
+    assert set(found["best"]) == {f"test_{name}" for name in METRICS}
 
 
 @pytest.mark.parametrize(

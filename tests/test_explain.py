@@ -1,4 +1,4 @@
-"""`toolkit explain`: Grad-CAM as its formula says, at a layer that has maps, on the images that were asked for."""
+"""`toolkit explain`: Grad-CAM according to its formula, at a layer that has maps, on the requested images."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def enlarged(maps: Tensor, size: int) -> Tensor:
 # -- the formula ------------------------------------------------------------------------------------------------------
 
 
-def test_where_a_mean_and_a_linear_layer_follow_it_is_the_class_activation_map() -> None:
+def test_before_a_mean_and_a_linear_layer_it_is_the_class_activation_map() -> None:
     """The gradient is then the linear layer's weight over the number of places (Selvaraju et al. 2017, section 3.1)."""
     model = built("torchvision", "resnet18")
     kept: list[Tensor] = []
@@ -63,7 +63,7 @@ def test_where_a_mean_and_a_linear_layer_follow_it_is_the_class_activation_map()
     assert heat.amax((1, 2)).min() > 0
 
 
-def test_of_a_transformer_the_patches_gradients_and_values_are_taken() -> None:
+def test_for_a_transformer_it_uses_the_patches_gradients_and_values() -> None:
     model = built("timm", "test_vit")
     inputs = images(2)
     layer = find_layer(model, inputs[0])
@@ -80,7 +80,7 @@ def test_of_a_transformer_the_patches_gradients_and_values_are_taken() -> None:
     assert heat.amax((1, 2)).min() > 0
 
 
-def test_tokens_lie_row_by_row_and_those_without_a_place_stay() -> None:
+def test_tokens_are_arranged_row_by_row_and_non_spatial_ones_are_kept() -> None:
     tokens = torch.arange(2 * 11 * 3.0).reshape(2, 11, 3)
     layer = CamLayer("any", "tokens", prefix=2)
     maps = layer.to_maps(tokens)
@@ -90,7 +90,7 @@ def test_tokens_lie_row_by_row_and_those_without_a_place_stay() -> None:
 
 
 class Corner(nn.Module):
-    """Knows class 1 by how bright the upper left quarter is, class 0 by the lower right one, and nothing else."""
+    """The logit of class 1 is the brightness of the upper left quarter, that of class 0 of the lower right one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def test_the_heat_lies_where_the_evidence_is_and_the_label_s_is_shown_where_it_i
     assert right.probability == pytest.approx(model.module(bright[None]).softmax(1)[0, 1].item())
 
 
-# -- where to look ----------------------------------------------------------------------------------------------------
+# -- choice of the layer -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_the_last_layer_with_maps_that_matter_is_found(source: str, name: str, k
     assert torch.isfinite(heat).all()
 
 
-def test_a_layer_can_be_named_and_the_nearest_names_are_told() -> None:
+def test_a_layer_can_be_named_and_similar_names_are_suggested() -> None:
     model = built("torchvision", "resnet18")
     sample = images(1)[0]
     assert find_layer(model, sample, "layer3") == CamLayer("layer3", "channels_first")
@@ -202,9 +202,9 @@ def test_named_images_are_explained_and_bad_files_are_named(run: Run, tmp_path: 
     outcome = toolkit("explain", run.path, *chosen, tmp_path / "none.png", "-o", tmp_path / "out")
     assert outcome.status == 1
     assert f"{tmp_path / 'none.png'}: no such file" in outcome.stderr
-    pictures = sorted(str(path) for path in (tmp_path / "out").iterdir())
-    assert outcome.stdout.splitlines() == pictures
-    assert len(pictures) == 2
+    figures = sorted(str(path) for path in (tmp_path / "out").iterdir())
+    assert outcome.stdout.splitlines() == figures
+    assert len(figures) == 2
 
 
 def test_a_user_s_mistake_is_one_message(run: Run, copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ RUNS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "timm": (TIMM, 32, ("data.channels=1", "model.head.dropout=0.2")),
     "vit": (VIT, 64, ()),
 }
-"""Model, image size, settings: colour and greyscale, and an image size that is built into the model."""
+"""Model, image size, settings: color and grayscale, and an image size that is built into the model."""
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,10 @@ def test_a_round_trip_computes_the_same_for_any_number_of_images(
     run = runs(model)
     outcome = toolkit("export", run.path, "--format", name, "-o", tmp_path / "out", "--json")
     assert outcome.status == 0, outcome.stderr
-    said = json.loads(outcome.stdout)
-    assert said["images"] == "64 images of the run's data"
-    assert said["files"] == {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
-    assert "preprocessing.json" in said["files"]
+    result = json.loads(outcome.stdout)
+    assert result["images"] == "64 images of the run's data"
+    assert result["files"] == {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert "preprocessing.json" in result["files"]
     trained = load_model(run.path)
     for count in (1, 5):
         size, channels = trained.preprocessing.image_size, trained.preprocessing.channels
@@ -98,7 +98,7 @@ def test_a_round_trip_computes_the_same_for_any_number_of_images(
         with torch.inference_mode():
             difference = float((READERS[name](tmp_path / "out", images) - trained.module(images)).abs().max())
         assert difference <= 1e-4
-    assert said["max_abs_difference"] <= 1e-4
+    assert result["max_abs_difference"] <= 1e-4
 
 
 def test_without_json_it_prints_files_sizes_and_the_difference(runs: Callable[[str], Run]) -> None:
@@ -187,7 +187,7 @@ def test_timm_s_crop_share_gives_back_the_resize(size: int, resize: int) -> None
     assert int(np.floor(size / crop_share(size, resize))) == resize
 
 
-def test_timm_s_transform_of_colour_images_is_the_run_s_but_for_the_last_bit(tmp_path: Path) -> None:
+def test_timm_s_transform_of_color_images_is_the_run_s_but_for_the_last_bit(tmp_path: Path) -> None:
     run = train_on_files(tmp_path, TIMM, "data.resize=36", size=32)
     outcome = toolkit("export", run.path, "--format", "timm", "-o", tmp_path / "out")
     assert outcome.status == 0
@@ -322,9 +322,9 @@ def test_the_last_model_can_be_exported_too(runs: Callable[[str], Run], tmp_path
     copy = Run(shutil.copytree(run.path, tmp_path / "copy"))
     for path in copy.checkpoints.glob("*.pt"):
         path.unlink()
-    said = toolkit("export", copy.path, "--format", "safetensors", "--epoch", "last", "-o", tmp_path / "out")
-    assert (said.status, (tmp_path / "out").exists()) == (2, False)
-    assert "has no whole checkpoint of epoch" in said.stderr
+    refused = toolkit("export", copy.path, "--format", "safetensors", "--epoch", "last", "-o", tmp_path / "out")
+    assert (refused.status, (tmp_path / "out").exists()) == (2, False)
+    assert "has no whole checkpoint of epoch" in refused.stderr
     assert "--epoch 3: expected best or last" in toolkit("export", run.path, "--format", "onnx", "--epoch", "3").stderr
 
 

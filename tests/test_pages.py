@@ -27,7 +27,7 @@ Open = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One browser for all tests here; where there is none they skip, on CI they fail."""
+    """One browser for all tests here; without a browser they are skipped, and fail on CI."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         missing = "no Chromium (Debian and Ubuntu: apt-get install --no-install-recommends chromium)"
@@ -68,8 +68,8 @@ def _many_classes(folder: Path) -> Run:
 
 @pytest.fixture
 def opened(browser: Browser, files: dict[str, Path]) -> Iterator[Open]:
-    """Opens a report; at the end of the test nothing must have been complained of or asked for."""
-    troubles: list[str] = []
+    """Opens a report; at the end of the test there must have been no error and no request."""
+    errors: list[str] = []
     with ExitStack() as stack:
 
         def open_(name: str = "hostile", size: tuple[int, int] = DESKTOP, theme: Any = "light") -> Page:
@@ -78,21 +78,21 @@ def opened(browser: Browser, files: dict[str, Path]) -> Iterator[Open]:
             stack.callback(context.close)
             page = context.new_page()
             page.set_default_timeout(120_000)
-            page.on("console", lambda message: troubles.append(f"{message.type}: {message.text}"))
-            page.on("pageerror", lambda error: troubles.append(str(error)))
-            page.on("dialog", lambda dialog: (troubles.append(dialog.message), dialog.dismiss()))
-            page.on("request", lambda r: r.url.startswith("data:") or asked.append(r.url))
+            page.on("console", lambda message: errors.append(f"{message.type}: {message.text}"))
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.on("dialog", lambda dialog: (errors.append(dialog.message), dialog.dismiss()))
+            page.on("request", lambda r: r.url.startswith("data:") or requested.append(r.url))
             page.goto(files[name].as_uri())
             page.wait_for_selector("html[data-ready]")
             return page
 
-        asked: list[str] = []
+        requested: list[str] = []
         yield open_
-    assert not troubles
-    assert all(url.startswith("file:") and Path(url).name == "report.html" for url in asked), asked
+    assert not errors
+    assert all(url.startswith("file:") and Path(url).name == "report.html" for url in requested), requested
 
 
-# As a whole
+# Whole pages
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -106,7 +106,7 @@ def test_renders_quietly_and_fits_desktop_and_phone(opened: Open, name: str) -> 
               return box.width > 0 && box.right > innerWidth + 1 && !e.closest(".scroll");
             }).map((e) => e.outerHTML.slice(0, 80))"""
         )
-        assert wide == [], "what is wider than the screen scrolls in a box of its own"
+        assert wide == [], "only elements in a scrolling box are wider than the screen"
         for image in page.query_selector_all("img"):
             image.scroll_into_view_if_needed()
             assert image.evaluate("(e) => e.decode().then(() => e.naturalWidth)") > 0
@@ -144,7 +144,7 @@ CONTRAST = """() => {
   }
   return [seen, [...new Set(poor)]];
 }"""
-"""Texts seen, and those whose contrast is less than WCAG 2.2 (1.4.3) asks for."""
+"""Number of texts, and those whose contrast is less than WCAG 2.2 (1.4.3) requires."""
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -203,7 +203,7 @@ def test_everything_can_be_reached_by_keyboard(opened: Open, name: str) -> None:
         stop, outline = page.evaluate(
             "() => [document.activeElement.dataset.stop, getComputedStyle(document.activeElement).outlineStyle]"
         )
-        assert outline == "solid", "focus is seen"
+        assert outline == "solid", "the focus is visible"
         stops.append(int(stop))
     assert stops == list(range(wanted)), "once each, in the order of the page"
     page.evaluate("scrollTo(0, 0); document.activeElement.blur()")
@@ -284,7 +284,7 @@ def test_lines_of_a_chart_are_switched_on_and_off(opened: Open) -> None:
     assert lines.count() == 0
 
 
-def test_a_chart_tells_its_values(opened: Open) -> None:
+def test_a_chart_shows_its_values(opened: Open) -> None:
     page = opened()
     chart = page.locator("[data-chart=accuracy]")
     svg, readout = chart.locator("svg[tabindex]"), chart.locator(".readout")
@@ -295,11 +295,11 @@ def test_a_chart_tells_its_values(opened: Open) -> None:
     page.mouse.move(0, 0)
     assert readout.inner_text() == ""
     svg.focus()
-    told = []
+    shown = []
     for key in ("ArrowRight", "ArrowRight", "End", "ArrowLeft", "Home"):
         page.keyboard.press(key)
-        told.append(readout.inner_text().split(":")[0])
-    assert told == ["epoch 1", "epoch 2", "epoch 5", "epoch 4", "epoch 1"]
+        shown.append(readout.inner_text().split(":")[0])
+    assert shown == ["epoch 1", "epoch 2", "epoch 5", "epoch 4", "epoch 1"]
 
 
 def test_loss_on_a_logarithmic_scale(opened: Open) -> None:
@@ -328,7 +328,7 @@ def test_best_and_stopping_epoch_are_marked(opened: Open) -> None:
 # Confusion matrix
 
 
-def test_confusion_matrix_tells_its_cells(opened: Open) -> None:
+def test_confusion_matrix_shows_its_cells(opened: Open) -> None:
     page = opened()
     svg, readout = page.locator("[data-cells] svg"), page.locator("[data-cells] .readout")
     svg.focus()
@@ -360,11 +360,11 @@ def test_curves_of_many_runs(opened: Open) -> None:
     assert readout.inner_text() == "lr 0.01, seed 0, epoch 2: 30"
     page.mouse.move(0, 0)
     svg.focus()
-    told = []
+    shown = []
     for key in ("End", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowLeft", "Home"):
         page.keyboard.press(key)
-        told.append(readout.inner_text())
-    assert told == [
+        shown.append(readout.inner_text())
+    assert shown == [
         "lr 0.1, seed 0, epoch 3: 80", "lr 0.1, seed 1, epoch 3: 70", "lr 0.01, seed 0, epoch 3: 40",
         "lr 0.01, seed 0, epoch 3: 40", "lr 0.1, seed 1, epoch 3: 70", "lr 0.1, seed 1, epoch 2: 50",
         "lr 0.1, seed 1, epoch 1: 30",
@@ -431,11 +431,11 @@ def test_a_small_confusion_matrix_fills_its_card_and_fits_a_phone(opened: Open, 
     wide = opened("hostile")
     side = wide.evaluate("Number(document.querySelector('[data-cells] rect.cell').getAttribute('width'))")
     assert side == 44
-    beside = wide.evaluate("document.getElementById('confusions').getBoundingClientRect().left")
-    assert beside > wide.evaluate(f"{svg}.right"), "the list of mistakes stands beside it"
+    left = wide.evaluate("document.getElementById('confusions').getBoundingClientRect().left")
+    assert left > wide.evaluate(f"{svg}.right"), "the list of mistakes is to its right"
 
 
-def test_what_scrolls_sideways_says_so_on_a_phone(opened: Open) -> None:
+def test_a_phone_shows_a_hint_that_tables_scroll_sideways(opened: Open) -> None:
     page = opened("caltech-like", PHONE)
     assert page.is_visible("#confusion .hint")
     shadow = page.evaluate("getComputedStyle(document.querySelector('#confusion .scroll')).backgroundImage")

@@ -1,4 +1,4 @@
-"""`toolkit predict`: each image once, in order, as the run itself predicted it; bad files are named and left out."""
+"""`toolkit predict`: each image once, in order, as the run itself predicted it; bad files are named and skipped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from toolkit.training.trained_model import load_model, model_card
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Trained on images that test time turns into negatives: the preprocessing must come from the run."""
+    """Evaluated on negatives of the images: the preprocessing must come from the run."""
     folder = tmp_path_factory.mktemp("predict")
     negative = 'augment.test=[{ name = "RandomInvert", p = 1.0 }]'
     return train_on_files(folder, CONVNET, negative, 'augment.validation=[{ name = "Grayscale" }]', epochs=3)
@@ -52,7 +52,7 @@ def folder_of_test(run: Run) -> Path:
 
 
 def as_the_run(run: Run) -> list[dict[str, str]]:
-    """predictions.csv in predict's form."""
+    """predictions.csv in the format of `toolkit predict`."""
     root = Path(run.recipe.data.root)
     return [
         {"path": str(root / row["path"]), "prediction": row["prediction"], "probability": row["probability"]}
@@ -99,11 +99,11 @@ def test_all_classes_are_ranked_and_their_probabilities_add_up(run: Run, tmp_pat
         assert {each["class"] for each in one["predictions"]} == {str(digit) for digit in range(10)}
 
 
-def test_formats_say_the_same(run: Run) -> None:
+def test_all_formats_have_the_same_content(run: Run) -> None:
     arguments = ("predict", run.path, folder_of_test(run), "-k", "2", "--format")
-    table, whole, lines = (toolkit(*arguments, style).stdout for style in ("csv", "json", "jsonl"))
-    assert json.loads(whole) == [json.loads(line) for line in lines.splitlines()]
-    for row, entry in zip(rows(table), json.loads(whole), strict=True):
+    csv_text, json_text, jsonl_text = (toolkit(*arguments, style).stdout for style in ("csv", "json", "jsonl"))
+    assert json.loads(json_text) == [json.loads(line) for line in jsonl_text.splitlines()]
+    for row, entry in zip(rows(csv_text), json.loads(json_text), strict=True):
         first, second = entry["predictions"]
         assert list(row) == ["path", "prediction", "probability", "prediction_2", "probability_2"]
         assert (row["path"], row["prediction"], row["prediction_2"]) == (entry["path"], first["class"], second["class"])
@@ -123,18 +123,18 @@ def test_lists_standard_input_and_single_files_mean_the_same_images(run: Run, tm
     assert piped.stdout == alone
 
 
-def test_bad_files_are_named_left_out_and_counted(run: Run, tmp_path: Path) -> None:
-    whole = sorted((folder_of_test(run) / "5").iterdir())[:2]
+def test_bad_files_are_named_skipped_and_counted(run: Run, tmp_path: Path) -> None:
+    good = sorted((folder_of_test(run) / "5").iterdir())[:2]
     truncated, empty, text = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(truncated)
     truncated.write_bytes(truncated.read_bytes()[:900])
     empty.touch()
     text.write_text("no image")
-    named = [whole[0], truncated, empty, tmp_path / "missing.png", text, whole[1]]
+    named = [good[0], truncated, empty, tmp_path / "missing.png", text, good[1]]
     outcome = toolkit("predict", run.path, *named, "--batch-size", "2")
     assert outcome.status == 1
-    assert [row["path"] for row in rows(outcome.stdout)] == [str(path) for path in whole]
+    assert [row["path"] for row in rows(outcome.stdout)] == [str(path) for path in good]
     lines = outcome.stderr.splitlines()
     assert [line.split(": ")[0] for line in lines[:4]] == [str(path) for path in named[1:5]]
     reasons = [line.split(": ", 1)[1] for line in lines[:4]]
@@ -147,7 +147,7 @@ def predict_with_gaps(path: str, images: list[str]) -> Predictions:
     return predict(load_model(path), images, torch.device("cpu"), top_k=1, batch_size=2, workers=0)
 
 
-def test_several_processes_know_of_all_bad_files(run: Run) -> None:
+def test_all_processes_know_all_bad_files(run: Run) -> None:
     images = [str(path) for path in sorted((folder_of_test(run) / "5").iterdir())]
     gaps = [*images[:2], "nowhere/1", *images[2:], "nowhere/2", "nowhere/3"]
     one, two = run_on(2, predict_with_gaps, str(run.path), gaps)
@@ -276,7 +276,7 @@ def cut_card(path: Path) -> Any:
         (cut_card, "model.json is damaged"),
     ],
 )
-def test_what_is_no_whole_model_is_refused_in_one_message(copy: Run, damage: Any, message: str) -> None:
+def test_an_incomplete_model_is_refused_in_one_message(copy: Run, damage: Any, message: str) -> None:
     images = folder_of_test(copy)
     damage(copy.path)
     outcome = toolkit("predict", copy.path, images)

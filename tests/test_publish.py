@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The client is logged in at a Hub of its own."""
+    """The client is logged in to a stand-in for the Hub."""
     with Hub() as server:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -56,7 +56,7 @@ def test_the_card_s_front_matter_is_read_by_the_hub_s_own_library(run: Run, tmp_
     assert {(result.dataset_type, result.dataset_split) for result in data.eval_results} == {("imagefolder", "test")}
 
 
-def test_the_card_tells_data_recipe_figures_limits_and_licence(run: Run, tmp_path: Path) -> None:
+def test_the_card_has_data_recipe_metrics_limits_and_license(run: Run, tmp_path: Path) -> None:
     toolkit("publish", run.path, "lab/digits", "--no-push", "-o", tmp_path / "out")
     text = card_of(tmp_path / "out").text
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
@@ -122,7 +122,7 @@ def test_what_the_hub_refuses_stays_ready_in_the_folder(run: Run, hub: Hub) -> N
     assert f"hf upload lab/digits {folder} ." in outcome.stderr
     assert (folder / "README.md").is_file()
     hub.refuse = False
-    assert toolkit("publish", run.path, "lab/digits").status == 0, "the folder is made anew"
+    assert toolkit("publish", run.path, "lab/digits").status == 0, "the folder is replaced"
 
 
 def test_without_a_login_the_folder_is_left_and_it_says_how_to_push(

@@ -1,4 +1,4 @@
-"""toolkit report RUN: what is written, and what is said of runs that are not whole."""
+"""toolkit report RUN: the files written, and the messages about incomplete runs."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def _unwritten(figure: Figure, folder: Path, name: str, kinds: Sequence[str]) ->
 
 @pytest.fixture
 def unprinted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are drawn, and those of the page rendered, but no files for print are written: half the time."""
+    """Figures are drawn, and those of the page rendered, but no files for print are written, to take half the time."""
     monkeypatch.setattr(run_report, "save", _unwritten)
 
 
 @pytest.fixture
 def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are drawn as objects, and neither written nor rendered: a tenth of the time."""
+    """Figures are drawn as objects, and neither written nor rendered, which takes a tenth of the time."""
     monkeypatch.setattr(run_report, "save", _unwritten)
     monkeypatch.setattr(run_report, "page_svg", lambda figure, label: f"<svg><title>{html.escape(label)}</title></svg>")
 
@@ -86,7 +86,7 @@ def test_page_fetches_nothing_and_escapes_everything(tmp_path: Path) -> None:
         assert all(link.startswith(("#", "data:image/")) for link in found.links)
         assert all(place.startswith("url(#") for place in re.findall(r"url\([^)]*\)", text))
         assert found.names.count("script") == 2, "the page's data and the page's script"
-        assert "alert(1)" in text, "as text, names are shown"
+        assert "alert(1)" in text, "names are shown as text"
         assert not [name for name in found.attributes if name.startswith("on")], "no handlers"
         assert "default-src 'none'" in text
 
@@ -133,11 +133,11 @@ def test_filters_by_number(run: Run) -> None:
         assert "give filter numbers separated by commas" in outcome.stderr
 
 
-# Runs that are not whole
+# Incomplete runs
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_a_run_under_way_is_shown_as_far_as_it_is(run: Run) -> None:
+def test_an_unfinished_run_is_shown_as_far_as_it_is_complete(run: Run) -> None:
     (run.path / "summary.json").unlink()
     (run.path / "predictions.csv").unlink()
     outcome = report(run.path)
@@ -159,7 +159,7 @@ def test_a_run_without_a_finished_epoch_is_bad_input(run: Run) -> None:
         run.metrics_file.unlink(missing_ok=True)
 
 
-def test_what_is_no_run_is_bad_input(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_bad_input(tmp_path: Path) -> None:
     outcome = report(tmp_path)
     assert outcome.status == 2
     assert f"{tmp_path} is not a run directory" in outcome.stderr
@@ -223,7 +223,7 @@ def test_damaged_lines_of_metrics_are_counted_and_left_out(run: Run) -> None:
     run.metrics_file.write_bytes(b"".join([lines[0], b"{garbage\n", *lines[2:], b'{"epoch": 6, "val/lo']))
     outcome = report(run.path)
     assert outcome.status == 0
-    assert "1 of 5 lines of metrics.jsonl: damaged (line 2)" in outcome.stderr, "a half-written last line is no damage"
+    assert "1 of 5 lines of metrics.jsonl: damaged (line 2)" in outcome.stderr, "an incomplete last line is not damage"
     assert json.loads(_data(page(outcome)))["charts"]["loss"]["series"][1]["x"] == [1, 3, 4, 5]
 
 
@@ -234,7 +234,7 @@ def _data(text: str) -> str:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_losses_that_are_no_numbers_are_gaps(run: Run) -> None:
+def test_losses_that_are_not_numbers_are_gaps(run: Run) -> None:
     lines = run.metrics_file.read_text().splitlines()
     lines[1] = re.sub(r'"train/loss": [\d.]+', '"train/loss": NaN', lines[1])
     run.metrics_file.write_text("\n".join(lines) + "\n")
@@ -242,23 +242,23 @@ def test_losses_that_are_no_numbers_are_gaps(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_data_gone(run: Run, tmp_path: Path) -> None:
+def test_a_missing_data_set(run: Run, tmp_path: Path) -> None:
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     outcome = report(run.path)
     assert outcome.status == 0
     assert "not shown: images: data.root = " in outcome.stderr
     text = page(outcome)
     assert "<img" not in text
-    assert "Images per class" in text, "the run has noted them"
+    assert "Images per class" in text, "the run recorded them"
     assert "test/plain" not in text or "Worst mistakes" in text
     assert "samples.png" not in outcome.stdout
     with_root = report(run.path, "--data-root", tmp_path / "elsewhere")
     assert with_root.stderr == ""
-    assert page(with_root).count("<img ") == 2 + 2 * 3, "two mistakes, and three classes raw and normalised"
+    assert page(with_root).count("<img ") == 2 + 2 * 3, "two mistakes, and three classes raw and normalized"
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_other_data_in_its_place(run: Run, tmp_path: Path) -> None:
+def test_a_data_set_with_other_classes_in_its_place(run: Run, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "data")
     digit_files(tmp_path / "data", train=1, test=1)
     outcome = report(run.path)
@@ -267,7 +267,7 @@ def test_other_data_in_its_place(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_single_images_gone(run: Run, tmp_path: Path) -> None:
+def test_single_unreadable_images(run: Run, tmp_path: Path) -> None:
     for path in (tmp_path / "data" / "test").glob("*/2.png"):
         path.write_bytes(b"no image")
     outcome = report(run.path)
@@ -348,9 +348,9 @@ def test_the_end_of_a_run_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run_report, "write_report", fail)
     outcome = toolkit("train", str(QUICKSTART), *settings)
     run = Run(Path(outcome.stdout.splitlines()[-1]))
-    assert outcome.status == 0, "the run is not to blame"
-    told = f"warning: no report (a fault of ours); to try again: toolkit report {run.path}"
-    assert outcome.stderr.splitlines().count(told) == 1
+    assert outcome.status == 0, "the run itself succeeded"
+    warning = f"warning: no report (a fault of ours); to try again: toolkit report {run.path}"
+    assert outcome.stderr.splitlines().count(warning) == 1
     assert run.is_finished
     assert not run.report_file.exists()
 
@@ -393,5 +393,5 @@ def test_counts_come_with_the_right_form_of_their_noun(count: int, text: str) ->
         (2, 32, "64 = 2 processes x 32 accumulation steps x 1 image"),
     ],
 )
-def test_what_becomes_of_a_batch(processes: int, grad_accum_steps: int, text: str) -> None:
+def test_the_split_of_a_batch_is_formatted(processes: int, grad_accum_steps: int, text: str) -> None:
     assert batch_split(64, processes, grad_accum_steps) == text

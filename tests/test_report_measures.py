@@ -1,4 +1,4 @@
-"""Figures of predictions against formulas, other libraries and numbers worked out by hand."""
+"""Metrics of predictions compared with formulas, other libraries and values computed by hand."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def predictions(labels: list[int], predicted: list[int], probabilities: list[flo
     )
 
 
-def test_calibration_error_worked_out_by_hand() -> None:
-    """Two images at 0.9 of which one is right (gap 0.4), two at 0.6, both right (gap 0.4), one sure and right."""
+def test_calibration_error_computed_by_hand() -> None:
+    """Two images at 0.9 of which one is right (gap 0.4), two at 0.6, both right (gap 0.4), one certain and right."""
     found = calibration(np.array([0.9, 0.9, 0.6, 0.6, 1.0]), [True, False, True, True, True])
     assert found.expected_error == pytest.approx((2 * 0.4 + 2 * 0.4 + 0) / 5)
     assert found.counts.sum() == 5

@@ -1,6 +1,6 @@
-"""toolkit report STUDY --wandb: W&B's real client and library, and a loopback server in the place of W&B's.
+"""toolkit report STUDY --wandb: W&B's real client and library, and a loopback server in place of W&B's.
 
-It shows what is sent, not that W&B would draw it.
+The tests show what is sent, not that W&B displays it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_table_curves_comparison_and_notes_over_the_runs_of_the_study(
     assert (study.path / "report.html").exists(), "the page that needs no server is written too"
 
     texts = [block["content"] for block in blocks(server, "markdown-block")]
-    assert any("70.00 ± 7.07" in text and "74.00" in text for text in texts), "the table, published figures beside"
+    assert any("70.00 ± 7.07" in text and "74.00" in text for text in texts), "the table, with the published metrics"
     assert any("mereu, table 14" in text for text in texts), "notes"
     grids = blocks(server, "panel-grid")
     panels = [panel for grid in grids for panel in grid["metadata"]["panelBankSectionConfig"]["panels"]]
@@ -115,7 +115,7 @@ def _values(node: Any) -> list[tuple[tuple[str, str], str, Any]]:
     return [found for part in node.values() for found in _values(part)]
 
 
-def test_the_next_call_writes_the_same_report_anew(study: StudyDirectory, server: WandbServer) -> None:
+def test_the_next_call_updates_the_same_report(study: StudyDirectory, server: WandbServer) -> None:
     uploaded(server, ids(study)[:2])
     first = report(study)
     assert "2 of 4 runs: not uploaded; toolkit sync" in first.stderr
@@ -140,7 +140,7 @@ def test_json_has_the_link_whatever_the_mode_of_training_is(
     assert json.loads(outcome.stdout)["wandb"].startswith(server.url)
 
 
-# What stands in the way
+# Errors
 
 
 def test_no_login(study: StudyDirectory) -> None:
@@ -167,7 +167,9 @@ def test_no_run_on_the_server(study: StudyDirectory, server: WandbServer) -> Non
     assert f"none of the study's runs is on W&B; toolkit sync {study.path} uploads them" in outcome.stderr
 
 
-def test_a_server_that_refuses(study: StudyDirectory, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_rejects_the_report(
+    study: StudyDirectory, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uploaded(server, ids(study))
     monkeypatch.setattr(server, "_upsert_view", lambda variables: None)
     outcome = report(study)
@@ -176,6 +178,6 @@ def test_a_server_that_refuses(study: StudyDirectory, server: WandbServer, monke
     assert "Traceback" not in outcome.stderr
 
 
-def test_a_run_is_no_study(tmp_path: Path) -> None:
+def test_a_run_is_not_a_study(tmp_path: Path) -> None:
     outcome = toolkit("report", str(write_run(tmp_path, images=False).path), "--wandb")
     assert (outcome.status, "--wandb is for a study" in outcome.stderr) == (2, True)
