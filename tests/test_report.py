@@ -125,7 +125,7 @@ def test_output_figures_only_and_json(run: Run, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unrendered")
 def test_filters_by_number(run: Run) -> None:
     assert "The filters that training has changed most, on test/" in page(report(run.path))
-    assert "The filters asked for, on test/" in page(report(run.path, "--filters", "3, 1"))
+    assert "The requested filters, on test/" in page(report(run.path, "--filters", "3, 1"))
     assert "numbered from 1 to 4" in report(run.path, "--filters", "0").stderr
     for wrong in ("x", "1,,2", "-1"):
         outcome = report(run.path, f"--filters={wrong}")

@@ -26,7 +26,7 @@ from toolkit.inference.evaluate import load_last_model, split_images
 from toolkit.inference.timm_config import fits_timm, timm_config, transform_note
 from toolkit.models.pretrained import is_file_reference, pack_state
 from toolkit.recipe.schema import ModelConfig
-from toolkit.runs import Run, open_run
+from toolkit.runs import open_run
 from toolkit.similar_names import did_you_mean
 from toolkit.training.trained_model import TrainedModel, load_model, model_card
 
@@ -169,25 +169,22 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def images_to_compare(path: Path, trained: TrainedModel) -> tuple[Tensor, str]:
-    """Return 64 inputs, float32 [64, C, H, W], with a description: images of the run, or noise if they are missing."""
+    """Return 64 inputs, float32 [64, C, H, W], with a description.
+
+    They are the first test images of the run, followed by validation and training images if there are fewer; noise if
+    the run has fewer than 64 images, or they are missing.
+    """
     if not (path / "recipe.toml").is_file():
         return _noise(trained), f"{IMAGES} synthetic images (an exported model has no data)"
-    try:
-        return _of_run(open_run(path), trained), f"{IMAGES} images of the run's data"
-    except UserError:
-        return _noise(trained), f"{IMAGES} synthetic images (the run's data are not here)"
-
-
-def _of_run(run: Run, trained: TrainedModel) -> Tensor:
-    """Return the first 64 test images; if there are fewer, followed by validation and training images."""
     inputs: list[Tensor] = []
-    for split in ("test", "validation", "train"):
-        dataset, indices = split_images(run, split, trained)
-        transform = trained.transform
-        inputs += [transform(dataset.images.load(int(i))) for i in indices[: IMAGES - len(inputs)]]
-        if len(inputs) == IMAGES:
-            return torch.stack(inputs)
-    raise UserError(f"the run has only {len(inputs)} images")
+    with contextlib.suppress(UserError):
+        for split in ("test", "validation", "train"):
+            dataset, indices = split_images(open_run(path), split, trained)
+            transform = trained.transform
+            inputs += [transform(dataset.images.load(int(i))) for i in indices[: IMAGES - len(inputs)]]
+            if len(inputs) == IMAGES:
+                return torch.stack(inputs), f"{IMAGES} images of the run's data"
+    return _noise(trained), f"{IMAGES} synthetic images (the run's data are not here)"
 
 
 def _noise(trained: TrainedModel) -> Tensor:

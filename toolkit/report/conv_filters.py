@@ -109,7 +109,7 @@ def choose(filters: ConvFilters, wanted: Sequence[int] = ()) -> tuple[list[int],
     if wrong:
         raise UserError(f"--filters {wrong[0]}: {filters.layer} has {count} filters, numbered from 1 to {count}")
     if wanted:
-        return [number - 1 for number in wanted], "the filters asked for"
+        return [number - 1 for number in wanted], "the requested filters"
     change = relative_change(filters)
     is_changed = bool(change.max() > 0)
     rank = change if is_changed else (filters.after**2).sum((1, 2, 3))

@@ -35,7 +35,7 @@ def learning_curves(data: RunData, metric: Literal["loss", "accuracy"]) -> Figur
 
 def learning_rate_curve(data: RunData) -> Figure:
     """Plot the learning rate over the completed epochs."""
-    figure, axes = _empty("epochs done", "learning rate")
+    figure, axes = _empty("completed epochs", "learning rate")
     xs, ys = learning_rates(data)
     axes.plot(xs, ys, color=BLUE, linewidth=1.6, **_markers(len(xs)))
     if data.decays_by_factors:

@@ -219,7 +219,7 @@ def _confusions(found: RunPredictions) -> HtmlTable:
                  share(float(count / support[label]))])
         for label, prediction, count in confusions(matrix)[:CONFUSIONS]
     ]  # fmt: skip
-    return HtmlTable(["true class", "predicted class", "images", "of the class"], rows, (2, 3))
+    return HtmlTable(["true class", "predicted class", "images", "of the true class"], rows, (2, 3))
 
 
 def _cells(found: RunPredictions) -> dict[str, Any]:
