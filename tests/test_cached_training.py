@@ -16,6 +16,7 @@ from finished import CONVNET, ON_FILES, digit_files, train_on_files
 from trainers import FROZEN, Trainers, at_call, kill_self, only_run, write_recipe
 
 from toolkit.cache import frozen_features
+from toolkit.cache.frozen_features import Features
 from toolkit.cache.store import CacheEntryWriter
 from toolkit.recipe import load_recipe
 from toolkit.runs import Run
@@ -89,10 +90,8 @@ def test_runs_that_share_what_is_frozen_share_its_features(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed = []
-    compute = frozen_features.compute_features
-    monkeypatch.setattr(
-        frozen_features, "compute_features", lambda *args, **named: computed.append(1) or compute(*args, **named)
-    )
+    compute = Features._compute
+    monkeypatch.setattr(Features, "_compute", lambda *args: computed.append(1) or compute(*args))
     recipe = write_recipe(tmp_path, FROZEN)
     first = run_of(recipe)
     assert len(computed) == 3

@@ -17,7 +17,7 @@ from PIL import Image
 
 from toolkit.cache import distributed, image_cache, memory_budget, store
 from toolkit.cache.distributed import DistributedCache
-from toolkit.cache.image_cache import CachedSplitImages, cache_images
+from toolkit.cache.image_cache import SplitImages
 from toolkit.data.datasets import Dataset
 from toolkit.data.image_sources import ImageFiles, InMemoryImages, UnreadableImageError
 from toolkit.data.pipeline import plan_preprocessing
@@ -133,12 +133,14 @@ def unguarded(batches: Iterable[Any], rounds: int) -> Iterator[Any]:
 
 def batches_of(
     setup: TrainingContext, cached: bool, passes: int = 3
-) -> tuple[dict[str, list[torch.Tensor]], CachedSplitImages]:
+) -> tuple[dict[str, list[torch.Tensor]], SplitImages]:
     """What the model would be given: two epochs of training, validation, test."""
     recipe = setup.recipe
     arguments = recipe.augment, setup.preprocessing, recipe.recipe.seed, setup.dataset.native_size
     ways = {split: plan_preprocessing(split, *arguments) for split in SPLITS}
-    kept = cache_images(setup, ways, DistributedCache(setup, unguarded) if cached else None, passes)
+    kept = SplitImages(setup, ways)
+    if cached:
+        kept.cache(DistributedCache(setup, unguarded), passes)
     images = ImageLoaders(setup, ways, kept)
     plan = SamplingPlan(size=5, seed=1, batch_size=2, grad_accum_steps=1, drop_last=False, world=1, rank=0,
                      views=recipe.data.fixed_views)  # fmt: skip
@@ -295,7 +297,7 @@ def test_views_take_turns(photographs: Path) -> None:
     seen: dict[int, set[bytes]] = {0: set(), 1: set(), 2: set(), 3: set()}
     ways = {split: plan_preprocessing(split, setup.recipe.augment, setup.preprocessing, 0, None) for split in SPLITS}
     plan = SamplingPlan(size=5, seed=1, batch_size=2, grad_accum_steps=1, drop_last=False, world=1, rank=0, views=2)
-    loader = ImageLoaders(setup, ways, CachedSplitImages.of(setup, ways)).training(plan)
+    loader = ImageLoaders(setup, ways, SplitImages(setup, ways)).training(plan)
     for epoch, images in seen.items():
         images |= {image.numpy().tobytes() for _, batch in loader.epoch(epoch) for image in batch.images}
     loader.close()
@@ -393,7 +395,8 @@ def test_a_device_that_runs_out_of_memory(photographs: Path, monkeypatch: pytest
         arguments = setup.recipe.augment, setup.preprocessing, 0, None
         ways = {split: plan_preprocessing(split, *arguments) for split in SPLITS}
         patched.setattr(torch.Tensor, "to", full)
-        kept = cache_images(setup, ways, DistributedCache(setup, unguarded), 3)
+        kept = SplitImages(setup, ways)
+        kept.cache(DistributedCache(setup, unguarded), 3)
     assert "it ran out of memory; they stay in memory or on disk" in said.text
     assert "held in memory" in kept.shortcuts[0]
     once, _ = batches_of(setup, cached=True)

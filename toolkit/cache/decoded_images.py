@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +48,8 @@ class CachePartition:
     """Number of precomputed steps."""
 
     @property
-    def words(self) -> str:
-        """Description of the precomputed steps, for messages and for the cache key."""
+    def description(self) -> str:
+        """The precomputed steps, for messages and for the cache key."""
         return ", ".join(("decode", *self.transform.fixed[: self.steps]))
 
 
@@ -80,7 +80,7 @@ def part_key(images: ImageSource, part: CachePartition) -> dict[str, Any]:
     """Return everything that the stored bytes depend on."""
     return {
         "images": images.identity(part.indices),
-        "steps": part.words,
+        "steps": part.description,
         "pillow": [PIL.__version__, *(str(features.version(name)) for name in DECODERS)],
         "jpeg": jpeg_decoder(),
         "torchvision": torchvision.__version__,
@@ -110,11 +110,16 @@ def decode(images: ImageSource, part: CachePartition, index: int) -> Pixels:
     return result
 
 
-class DecodedBlock:
+class DecodedBlock(NamedTuple):
     """Result of a :class:`DecodingDataset`: the location of its images in the entry."""
 
-    def __init__(self, indices: IntArray, offsets: IntArray, shapes: npt.NDArray[np.int32], block: BlockRange) -> None:
-        self.indices, self.offsets, self.shapes, self.block = indices, offsets, shapes, block
+    indices: IntArray
+    """Indices of the images in the data set, int64 [n]."""
+    offsets: IntArray
+    """Offsets of their pixels in the entry, in bytes, int64 [n]."""
+    shapes: npt.NDArray[np.int32]
+    """Their heights, widths and channels, [n, 3]."""
+    block: BlockRange
 
 
 class DecodingDataset(torch.utils.data.Dataset[Any]):

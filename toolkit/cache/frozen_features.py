@@ -7,7 +7,8 @@ are stored in the cache and shared by all runs with the same images, preprocessi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from toolkit.augment.transforms import is_deterministic
 from toolkit.cache.distributed import DistributedCache, EntryBuilder, Guard, Work
 from toolkit.cache.feature_key import feature_name, frozen_part, weights_hash
-from toolkit.cache.memory_budget import MEMORY_SHARE, available_memory, device_memory, gib
+from toolkit.cache.memory_budget import MEMORY_SHARE, available_memory, copy_to_device, gib
 from toolkit.cache.store import BlockRange, CacheEntry, CacheEntryWriter
-from toolkit.data.dataloader import EVALUATION, EvaluationBatch, EvaluationLoader
+from toolkit.data.dataloader import EVALUATION, EvaluationLoader
 from toolkit.data.sampling import IntArray
 from toolkit.data.tensor_loader import as_tensor
 from toolkit.distributed.process import autocast_dtype, gather_objects, local_processes
@@ -30,9 +31,6 @@ from toolkit.models.transfer import Transfer
 from toolkit.recipe.schema import Recipe
 from toolkit.training.context import TrainingContext
 from toolkit.training.evaluation import to_device
-
-DEVICE_SHARE = 0.3
-"""Maximum share of a GPU's free memory used for features."""
 
 BLOCK_BYTES = 16 * 2**20
 """Size of an entry's blocks, each with a checksum."""
@@ -55,13 +53,13 @@ class Features:
         self,
         setup: TrainingContext,
         tail: str,
-        keeper: DistributedCache,
+        cache: DistributedCache,
         guard: Guard,
         loader: Callable[[str, list[IntArray], int], EvaluationLoader],
         batched: dict[str, bool],
     ) -> None:
         """Take a ``loader`` of given batches of a split and view, and whether each split is augmented in batches."""
-        self.setup, self.tail, self.keeper, self.guard, self.loader = setup, tail, keeper, guard, loader
+        self.setup, self.tail, self.cache, self.guard, self.loader = setup, tail, cache, guard, loader
         self.batched, self.frozen = batched, frozen_part(setup, tail)
         self.made: dict[str, list[Tensor]] = {}
         self.identities: dict[str, str] = {}
@@ -73,8 +71,8 @@ class Features:
         return feature_name(setup, self.frozen, self.identities[split], split, view, self.batched[split])
 
     @property
-    def words(self) -> str:
-        """Description of the caching, for messages."""
+    def description(self) -> str:
+        """What is cached, for messages."""
         versions = len(self.views("train"))
         images = sum(len(self.setup.splits[split]) for split in self._used)
         each = f", {versions} versions of each training image" if versions > 1 else ""
@@ -111,7 +109,7 @@ class Features:
         Not a collective: each process checks the cache on its own.
         """
         names = [[self._name(split, view) for view in self.views(split)] for split in self._used]
-        return max(sum(not (self.keeper.root / n).is_dir() for n in of_split) for of_split in names)
+        return max(sum(not (self.cache.root / n).is_dir() for n in of_split) for of_split in names)
 
     def rows(self, split: str) -> list[Tensor]:
         """Return the features of a split for each view, float32 [N, ...], on the device if they fit."""
@@ -122,11 +120,11 @@ class Features:
     def _of_view(self, split: str, view: int) -> Tensor:
         setup, name = self.setup, self._name(split, view)
         version = f", version {view + 1}" if view >= 0 else ""
-        with self.keeper.claim(name) as entry:
+        with self.cache.claim(name) as entry:
             if entry is not None:
                 setup.display.log(f"features of {split}{version} taken from the cache: inputs of {self.tail}")
                 return _mapped(entry)
-            features = self._computed(split, view)
+            features = self._compute(split, view)
             facts = {
                 "kind": "features",
                 "data": setup.dataset.name,
@@ -134,37 +132,38 @@ class Features:
                 "what": f"inputs of {self.tail} of {setup.recipe.model.name}, {split}{version}",
                 "shape": list(features.shape),
             }
-            entry = self.keeper.store(name, _written(features, facts), features.nbytes)
+            entry = self.cache.store(name, _written(features, facts), features.nbytes)
         return features if entry is None else _mapped(entry)
 
-    def _computed(self, split: str, view: int) -> Tensor:
-        """Compute the features of one view; they do not depend on the batch size or the number of processes."""
+    def _compute(self, split: str, view: int) -> Tensor:
+        """Compute the features of one view; they do not depend on the batch size or the number of processes.
+
+        Returns float32 [N, ...] on the CPU, on every process.
+        """
         setup, accelerator = self.setup, self.setup.accelerator
         count, world = len(setup.splits[split]), accelerator.num_processes
         chunk = chunk_size(setup.preprocessing.image_size)
         chunks = [np.arange(start, min(start + chunk, count)) for start in range(0, count, chunk)]
         bounds = [len(chunks) * rank // world for rank in range(world + 1)]
         mine = chunks[bounds[accelerator.process_index] : bounds[accelerator.process_index + 1]]
-        loader = self.loader(split, mine, view)
-        with setup.display.bar(f"frozen features of {split}", count) as bar:
+        loader, features = self.loader(split, mine, view), None
+        module = setup.built.module.eval()
+        with contextlib.closing(loader), setup.display.bar(f"frozen features of {split}", count) as bar:
+            for positions, images, _ in self.guard(loader, max(np.diff(bounds).tolist())):
+                batch = self._forward(module, images)
+                if features is None:
+                    features = batch.new_zeros((count, *batch.shape[1:]))
+                features[torch.from_numpy(positions)] = batch
+                bar.advance(len(positions) * world)
+        return _join(features, count, accelerator.device)
 
-            def counted() -> Iterator[Any]:
-                for batch in loader:
-                    yield batch
-                    bar.advance(len(batch.positions) * world)
-
-            try:
-                return compute_features(
-                    setup.built.module,
-                    self.tail,
-                    self.guard(counted(), max(np.diff(bounds).tolist())),
-                    count,
-                    accelerator.device,
-                    autocast_dtype=autocast_dtype(accelerator.mixed_precision),
-                    channels_last=setup.recipe.train.channels_last,
-                )
-            finally:
-                loader.close()
+    @torch.no_grad()
+    def _forward(self, module: nn.Module, images: Tensor) -> Tensor:
+        """Return the inputs of the tail of ``module`` for a batch, float32 [m, ...] on the CPU."""
+        device, dtype = self.setup.accelerator.device, autocast_dtype(self.setup.accelerator.mixed_precision)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            inputs = to_device(images, device, self.setup.recipe.train.channels_last)
+            return prefix_features(module, self.tail, inputs).float().cpu()
 
     def prove(self, written: nn.Module) -> None:
         """Raise RunFailed unless ``written``, a complete model, has the frozen backbone that produced the features.
@@ -177,12 +176,8 @@ class Features:
         if not fault:
             split = self._used[-1]
             used = self.made[split][0][: chunk_size(setup.preprocessing.image_size)].cpu()
-            loader = self.loader(split, [np.arange(len(used))], self.views(split)[0])
-            images = next(iter(loader)).images
-            loader.close()
-            dtype = autocast_dtype(setup.accelerator.mixed_precision)
-            channels_last = setup.recipe.train.channels_last
-            found = _forward(written.eval(), tail, images, setup.accelerator.device, dtype, channels_last)
+            with contextlib.closing(self.loader(split, [np.arange(len(used))], self.views(split)[0])) as loader:
+                found = self._forward(written.eval(), next(iter(loader)).images)
             fault = not torch.allclose(found, used, rtol=1e-3, atol=1e-3 * float(used.abs().max()))
         if fault:
             raise RunFailed(
@@ -190,18 +185,14 @@ class Features:
                 "that the run used"
             )
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Release the memory-mapped features."""
         self.made = {}
 
     def _placed(self, features: Tensor) -> Tensor:
         device = self.setup.accelerator.device
-        if device.type == "cpu" or features.nbytes > device_memory(device, local_processes()) * DEVICE_SHARE:
-            return features
-        try:
-            return features.to(device)
-        except torch.OutOfMemoryError:
-            return features
+        placed = features if device.type == "cpu" else copy_to_device(features, device, local_processes())
+        return placed if isinstance(placed, Tensor) else features
 
 
 def chunk_size(image_size: int) -> int:
@@ -210,45 +201,6 @@ def chunk_size(image_size: int) -> int:
     The last bits of the features depend on it, so it must not depend on the recipe's batch size.
     """
     return max(1, min(256, 64 * 224**2 // image_size**2))
-
-
-@torch.no_grad()
-def compute_features(
-    module: nn.Module,
-    tail: str,
-    batches: Iterable[EvaluationBatch],
-    count: int,
-    device: torch.device,
-    *,
-    autocast_dtype: torch.dtype | None,
-    channels_last: bool,
-) -> Tensor:
-    """Return the inputs of ``tail`` for every example of a split, float32 [count, ...] on the CPU. Collective.
-
-    Every process gets all rows. ``batches`` is this process's share; ``module`` is left in evaluation mode.
-    """
-    module.eval()
-    features: Tensor | None = None
-    for positions, images, _ in batches:
-        batch = _forward(module, tail, images, device, autocast_dtype, channels_last)
-        if features is None:
-            features = batch.new_zeros((count, *batch.shape[1:]))
-        features[torch.from_numpy(positions)] = batch
-    return _join(features, count, device)
-
-
-@torch.no_grad()
-def _forward(
-    module: nn.Module,
-    tail: str,
-    images: Tensor,
-    device: torch.device,
-    autocast_dtype: torch.dtype | None,
-    channels_last: bool,
-) -> Tensor:
-    """Return the tail's inputs for a batch, float32 [m, ...] on the CPU."""
-    with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-        return prefix_features(module, tail, to_device(images, device, channels_last)).float().cpu()
 
 
 def _join(features: Tensor | None, count: int, device: torch.device) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,13 +19,7 @@ from toolkit.cache.decoded_images import (
     tables_of,
 )
 from toolkit.cache.distributed import DistributedCache, EntryBuilder, Work, folder_of
-from toolkit.cache.memory_budget import (
-    DEVICE_SHARE,
-    MEMORY_SHARE,
-    available_memory,
-    device_memory,
-    gib,
-)
+from toolkit.cache.memory_budget import MEMORY_SHARE, available_memory, copy_to_device, gib
 from toolkit.cache.store import CacheEntryWriter
 from toolkit.data.dataloader import DataWorkerPool
 from toolkit.data.image_sources import ImageSource, InMemoryImages
@@ -41,188 +33,133 @@ BLOCK = 64
 """Number of images that a worker decodes and writes at a time."""
 
 
-@dataclass
-class CachedSplitImages:
+class SplitImages:
     """Sources of each split's images, and the number of transform steps already applied to them."""
 
-    images: dict[str, ImageSource]
-    done: dict[str, int]
-    rows: dict[str, tuple[Tensor, IntArray]] = field(default_factory=dict)
-    """For splits stored as one tensor: the tensor, uint8 [n, h, w, c], on the CPU or device, and the row of each image
-    of the data set."""
-    shortcuts: list[str] = field(default_factory=list)
+    def __init__(self, setup: TrainingContext, plans: dict[str, PreprocessingPlan]) -> None:
+        """Every image is read from the data set until :meth:`cache` is called."""
+        self.setup, self.plans = setup, plans
+        self.images: dict[str, ImageSource] = dict.fromkeys(plans, setup.dataset.images)
+        self.done = dict.fromkeys(plans, 0)
+        self.rows: dict[str, tuple[Tensor, IntArray]] = {}
+        """For splits stored as one tensor: the tensor, uint8 [n, h, w, c], on the CPU or device, and the row of each
+        image of the data set."""
+        self.shortcuts: list[str] = []
+        """Descriptions of what is cached."""
 
-    @classmethod
-    def of(cls, setup: TrainingContext, deliveries: dict[str, PreprocessingPlan]) -> CachedSplitImages:
-        """Return an empty cache: every image is read from the data set."""
-        return cls(dict.fromkeys(deliveries, setup.dataset.images), dict.fromkeys(deliveries, 0))
+    def cache(self, cache: DistributedCache, passes: int) -> None:
+        """Cache the images that fit and whose caching pays off. Collective.
 
-    def forget(self) -> None:
+        ``passes`` is the number of times each image is needed, not counting evaluation.
+        """
+        images, splits = self.setup.dataset.images, list(self.plans)
+        if isinstance(images, InMemoryImages):
+            splits = self._use_array(images)
+        transforms = {split: self.plans[split].transform for split in splits}
+        for part in parts(transforms, {split: self.setup.splits[split] for split in splits}):
+            if not (isinstance(images, InMemoryImages) and are_kept(images, part.transform, part.steps)):
+                self._use_entry(cache, part, passes)
+
+    def release(self) -> None:
         """Release the memory-mapped images."""
         self.images, self.rows = {}, {}
 
+    def _use_array(self, images: InMemoryImages) -> list[str]:
+        """Use the data set's own array for splits whose precomputed steps leave it unchanged; return the others."""
+        splits = [
+            split
+            for split, plan in self.plans.items()
+            if plan.batched and plan.is_fixed and are_kept(images, plan.transform, plan.steps)
+        ]
+        if splits:
+            tensor, place = self._place(torch.from_numpy(images.pixels))
+            for split in splits:
+                self.rows[split], self.done[split] = (tensor, np.arange(len(images))), self.plans[split].steps
+            if place == "held on the device":
+                self._announce(f"images of {', '.join(splits)}, {gib(tensor.nbytes)}, {place} as bytes")
+        return [split for split in self.plans if split not in splits]
 
-def cache_images(
-    setup: TrainingContext, deliveries: dict[str, PreprocessingPlan], keeper: DistributedCache | None, passes: int
-) -> CachedSplitImages:
-    """Cache the images that fit and whose caching pays off. Collective.
-
-    ``passes`` is the number of times each image is needed, not counting evaluation. Without ``keeper`` nothing is
-    cached.
-    """
-    kept = CachedSplitImages.of(setup, deliveries)
-    if keeper is None:
-        return kept
-    left = _keep_array(setup, deliveries, kept)
-    images = setup.dataset.images
-    for part in parts({s: deliveries[s].transform for s in left}, {s: setup.splits[s] for s in left}):
-        if not (isinstance(images, InMemoryImages) and are_kept(images, part.transform, part.steps)):
-            _keep_part(setup, deliveries, keeper, part, passes, kept)
-    return kept
-
-
-def _keep_array(setup: TrainingContext, deliveries: dict[str, PreprocessingPlan], kept: CachedSplitImages) -> list[str]:
-    """Use the data set's own array for splits whose precomputed steps leave it unchanged; return the other splits."""
-    images = setup.dataset.images
-    if not isinstance(images, InMemoryImages):
-        return list(deliveries)
-    plain = [
-        s
-        for s, way in deliveries.items()
-        if way.batched and way.is_fixed and are_kept(images, way.transform, way.steps)
-    ]
-    if plain:
-        tensor, tier = _on_tier(setup, torch.from_numpy(images.pixels))
-        for split in plain:
-            kept.rows[split], kept.done[split] = (tensor, np.arange(len(images))), deliveries[split].steps
-        if tier == "device":
-            _say(setup, kept, f"images of {_listed(plain)}, {gib(tensor.nbytes)}, held on the device as bytes")
-    return [split for split in deliveries if split not in plain]
-
-
-def _keep_part(
-    setup: TrainingContext,
-    deliveries: dict[str, PreprocessingPlan],
-    keeper: DistributedCache,
-    part: CachePartition,
-    passes: int,
-    kept: CachedSplitImages,
-) -> None:
-    """Read one partition from the cache, or build its entry if that pays off. Collective."""
-    images = setup.dataset.images
-    name = entry_name(part_key(images, part))
-    entry = keeper.look(name)
-    if entry is None:
-        size = expected_bytes(images, part) if setup.accelerator.is_local_main_process else 0
-        reason = _why_not(setup, part, size, passes)
-        if reason:
-            setup.display.log(f"decoded images of {_listed(part.splits)} are not cached: {reason}")
+    def _use_entry(self, cache: DistributedCache, part: CachePartition, passes: int) -> None:
+        """Read one partition from the cache, or build its entry if that pays off. Collective."""
+        setup, splits, choice = self.setup, ", ".join(part.splits), self.setup.recipe.data.cache
+        name = entry_name(part_key(setup.dataset.images, part))
+        entry = cache.look(name)
+        if entry is None:
+            size = expected_bytes(setup.dataset.images, part) if setup.accelerator.is_local_main_process else 0
+            reason = self._why_not_cached(part, size, passes)
+            if reason:
+                setup.display.log(f"decoded images of {splits} are not cached: {reason}")
+                return
+            with cache.claim(name) as entry:
+                entry = entry or cache.store(name, self._builder(part), size)
+        if not all(gather_objects(entry is not None)) or entry is None:
             return
-        with keeper.claim(name) as entry:
-            entry = entry or keeper.store(name, _filled(setup, part), size)
-    if not all(gather_objects(entry is not None)) or entry is None:
-        return
-    stored = CachedImages(entry, part, images)
-    tensor, tier = stored.tensor(), "memory" if _fits_memory(setup, entry.size) else "disk"
-    whole = [s for s in part.splits if deliveries[s].batched and deliveries[s].steps == part.steps]
-    if tensor is not None and whole:
-        pixels, tier = _on_tier(setup, tensor[0])
-        kept.rows |= dict.fromkeys(whole, (pixels, tensor[1]))
-    elif setup.recipe.data.cache == "device":
-        setup.display.log(f"images of {_listed(part.splits)} are not held on the device: {_why_not_device(tensor)}")
-    if tier == "disk" and setup.recipe.data.cache in ("memory", "device"):
-        setup.display.log(f"images are not held in memory: {gib(entry.size)} do not fit into {gib(available_memory())}")
-    for split in part.splits:
-        kept.images[split], kept.done[split] = stored, part.steps
-    where = {"device": "held on the device", "memory": "held in memory", "disk": "read from disk"}[tier]
-    _say(
-        setup,
-        kept,
-        f"images of {_listed(part.splits)} prepared once ({part.words}): {gib(entry.size)} of bytes in "
-        f"{folder_of(keeper.root)}, {where}",
-    )
+        stored = CachedImages(entry, part, setup.dataset.images)
+        tensor, place = stored.tensor(), self._place_of_file(entry.size)
+        whole = [split for split in part.splits if self.plans[split].batched and self.plans[split].steps == part.steps]
+        if tensor is not None and whole:
+            pixels, place = self._place(tensor[0])
+            self.rows |= dict.fromkeys(whole, (pixels, tensor[1]))
+        elif choice == "device":
+            why = "they differ in size" if tensor is None else "they are augmented one by one, by data workers"
+            setup.display.log(f"images of {splits} are not held on the device: {why}")
+        if place == "read from disk" and choice in ("memory", "device"):
+            free = gib(available_memory())
+            setup.display.log(f"images are not held in memory: {gib(entry.size)} do not fit into {free}")
+        for split in part.splits:
+            self.images[split], self.done[split] = stored, part.steps
+        where = f"{gib(entry.size)} of bytes in {folder_of(cache.root)}, {place}"
+        self._announce(f"images of {splits} prepared once ({part.description}): {where}")
 
+    def _announce(self, shortcut: str) -> None:
+        self.setup.display.log(f'shortcut: {shortcut}; data.cache = "off" turns it off')
+        self.shortcuts.append(shortcut)
 
-def _say(setup: TrainingContext, kept: CachedSplitImages, shortcut: str) -> None:
-    setup.display.log(f'shortcut: {shortcut}; data.cache = "off" turns it off')
-    kept.shortcuts.append(shortcut)
-
-
-def _listed(splits: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(splits)
-
-
-def _why_not_device(tensor: object) -> str:
-    if tensor is None:
-        return "they differ in size"
-    return "they are augmented one by one, by data workers"
-
-
-def _why_not(setup: TrainingContext, part: CachePartition, size: int, passes: int) -> str:
-    """Return why data.cache = "auto" does not cache a partition of ``size`` bytes; "" if it does. Collective."""
-    reason = ""
-    if setup.recipe.data.cache == "auto" and passes < 2:
-        reason = "they are needed once at most"
-    elif setup.recipe.data.cache == "auto" and not part.steps and size > available_memory() * MEMORY_SHARE:
-        reason = f"{gib(size)} of decoded images are larger than the files, and do not fit in memory"
-    return next((each for each in gather_objects(reason) if each), "")
-
-
-def _on_tier(setup: TrainingContext, tensor: Tensor) -> tuple[Tensor, str]:
-    """Place the tensor where the recipe asks for it, if it fits; return it with its tier: device, memory or disk."""
-    choice, device = setup.recipe.data.cache, setup.accelerator.device
-    if choice == "device" or (choice == "auto" and device.type == "cuda"):
+    def _why_not_cached(self, part: CachePartition, size: int, passes: int) -> str:
+        """Return why data.cache = "auto" does not cache a partition of ``size`` bytes; "" if it does. Collective."""
         reason = ""
-        free = device_memory(device, local_processes())
-        if tensor.nbytes <= free * DEVICE_SHARE:
+        if self.setup.recipe.data.cache == "auto" and passes < 2:
+            reason = "they are needed once at most"
+        elif self.setup.recipe.data.cache == "auto" and not part.steps and size > available_memory() * MEMORY_SHARE:
+            reason = f"{gib(size)} of decoded images are larger than the files, and do not fit in memory"
+        return next((each for each in gather_objects(reason) if each), "")
+
+    def _place(self, tensor: Tensor) -> tuple[Tensor, str]:
+        """Place a tensor where the recipe asks for it, if it fits; return it with a description of the place."""
+        choice, device = self.setup.recipe.data.cache, self.setup.accelerator.device
+        if choice == "device" or (choice == "auto" and device.type == "cuda"):
+            placed = copy_to_device(tensor, device, local_processes())
+            if isinstance(placed, Tensor):
+                return placed, "held on the device"
+            self.setup.display.log(f"images are not held on the device: {placed}; they stay in memory or on disk")
+        return tensor, self._place_of_file(tensor.nbytes)
+
+    def _place_of_file(self, size: int) -> str:
+        """Return whether a mapped file's pages fit in memory, where verifying its checksums has already loaded them."""
+        fits = self.setup.recipe.data.cache != "disk" and size <= available_memory() * MEMORY_SHARE
+        return "held in memory" if fits else "read from disk"
+
+    def _builder(self, part: CachePartition) -> EntryBuilder:
+        """Return a function that decodes a partition's images into an entry, using worker processes."""
+        setup, count = self.setup, len(part.indices)
+        workers = setup.recipe.data.workers if isinstance(setup.recipe.data.workers, int) else available_cpus()
+        title = f"decoding images of {', '.join(part.splits)} once"
+
+        def fill(writer: CacheEntryWriter) -> Work:
+            setup.display.log(f"{title}: {count:,} images into {folder_of(writer.target.parent)}")
+            dataset = DecodingDataset(setup.dataset.images, part, writer)
+            pool = DataWorkerPool(dataset, workers if count > 4 * BLOCK else 0, pin_memory=False)
+            decoded: list[DecodedBlock] = []
             try:
-                return tensor.to(device, copy=True), "device"
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                reason = "it ran out of memory"
-        reason = reason or f"{gib(tensor.nbytes)} do not fit into {gib(free)} free"
-        setup.display.log(f"images are not held on the device: {reason}; they stay in memory or on disk")
-    return tensor, "memory" if _fits_memory(setup, tensor.nbytes) else "disk"
+                with setup.display.bar(title, count) as bar:
+                    for answer in pool.answers(np.array_split(part.indices, -(-count // BLOCK))):
+                        decoded.append(answer)
+                        bar.advance(len(answer.indices))
+                        yield
+            finally:
+                pool.close()
+            tables, blocks = tables_of(decoded)
+            facts = {"kind": "images", "data": setup.dataset.name, "images": count, "what": part.description}
+            return writer.publish(facts, tables, blocks)
 
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _fits_memory(setup: TrainingContext, size: int) -> bool:
-    """Whether a mapped file's pages fit in memory, where verifying its checksums has already loaded them."""
-    return setup.recipe.data.cache != "disk" and size <= available_memory() * MEMORY_SHARE
-
-
-def _filled(setup: TrainingContext, part: CachePartition) -> EntryBuilder:
-    """Return a builder that decodes a partition's images into an entry, using worker processes."""
-
-    def fill(writer: CacheEntryWriter) -> Work:
-        images = setup.dataset.images
-        title = f"decoding images of {_listed(part.splits)} once"
-        setup.display.log(f"{title}: {len(part.indices):,} images into {folder_of(writer.target.parent)}")
-        pool = DataWorkerPool(DecodingDataset(images, part, writer), _builders(setup, part), pin_memory=False)
-        decoded: list[DecodedBlock] = []
-        try:
-            with setup.display.bar(title, len(part.indices)) as bar:
-                blocks = np.array_split(part.indices, -(-len(part.indices) // BLOCK))
-                for answer in pool.answers(blocks):
-                    decoded.append(answer)
-                    bar.advance(len(answer.indices))
-                    yield
-        finally:
-            pool.close()
-        tables, written = tables_of(decoded)
-        what = {"kind": "images", "data": setup.dataset.name, "images": len(part.indices), "what": part.words}
-        return writer.publish(what, tables, written)
-
-    return fill
-
-
-def _builders(setup: TrainingContext, part: CachePartition) -> int:
-    """Return the number of worker processes that build an entry: by default the CPUs available on the machine."""
-    setting = setup.recipe.data.workers
-    if len(part.indices) <= 4 * BLOCK:
-        return 0
-    return setting if isinstance(setting, int) else available_cpus()
+        return fill

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from toolkit.distributed.cpu_count import cgroups
 
@@ -63,6 +64,19 @@ def device_memory(device: torch.device, local_processes: int) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory() // local_processes
+
+
+def copy_to_device(tensor: Tensor, device: torch.device, local_processes: int) -> Tensor | str:
+    """Return a copy on the device if it takes at most DEVICE_SHARE of its free memory, else the reason why not."""
+    free = device_memory(device, local_processes)
+    if tensor.nbytes > free * DEVICE_SHARE:
+        return f"{gib(tensor.nbytes)} do not fit into {gib(free)} free"
+    try:
+        return tensor.to(device, copy=True)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        return "it ran out of memory"
 
 
 def gib(size: float) -> str:

@@ -12,7 +12,7 @@ from toolkit.augment.mixup import is_mixed
 from toolkit.augment.transforms import UInt8Transform, try_transform
 from toolkit.cache.distributed import DistributedCache, Guard
 from toolkit.cache.frozen_features import Features, tail_of
-from toolkit.cache.image_cache import CachedSplitImages, cache_images
+from toolkit.cache.image_cache import SplitImages
 from toolkit.data.dataloader import (
     EVALUATION,
     BatchSource,
@@ -40,8 +40,8 @@ class ImageLoaders:
     """Image batches of each split, from the dataset or from the cache."""
 
     setup: TrainingContext
-    ways: dict[str, PreprocessingPlan]
-    kept: CachedSplitImages
+    plans: dict[str, PreprocessingPlan]
+    cached: SplitImages
 
     def training(self, plan: SamplingPlan) -> TrainLoader:
         """Return the loader of training batches."""
@@ -53,24 +53,24 @@ class ImageLoaders:
 
     def batches(self, split: str, most_workers: int = sys.maxsize) -> BatchSource:
         """Return the source of a split's batches: from one tensor if the cache has one, else by data workers."""
-        setup, way = self.setup, self.ways[split]
+        setup, plan = self.setup, self.plans[split]
         device, indices = setup.accelerator.device, setup.splits[split]
         channels_last = setup.recipe.train.channels_last
-        if split in self.kept.rows:
-            tensor, places = self.kept.rows[split]
-            on_device = DevicePreprocessor(way, device, channels_last=channels_last)
+        if split in self.cached.rows:
+            tensor, places = self.cached.rows[split]
+            on_device = DevicePreprocessor(plan, device, channels_last=channels_last)
             prefetch = device if device.type == "cuda" and tensor.device.type == "cpu" else None
             return TensorBatches([tensor], setup.labels(split), places[indices], on_device, prefetch)
         workers = min(worker_count(setup.recipe.data.workers, setup.dataset.images, local_processes()), most_workers)
-        done = self.kept.done[split]
-        rest = way.transform.after(done) if done else way.transform
+        done = self.cached.done[split]
+        rest = plan.transform.after(done) if done else plan.transform
         transform: Any = rest
         finish = None
         # Without a cache, evaluation preprocesses image by image, the reference that all other ways are compared with.
-        if way.batched is not None and (done or not way.is_exact):
-            transform = UInt8Transform(rest, way.steps - done)
-            finish = DevicePreprocessor(way, device, channels_last=channels_last, beside_workers=workers > 0)
-        images, seed = self.kept.images[split], setup.recipe.recipe.seed
+        if plan.batched is not None and (done or not plan.is_exact):
+            transform = UInt8Transform(rest, plan.steps - done)
+            finish = DevicePreprocessor(plan, device, channels_last=channels_last, beside_workers=workers > 0)
+        images, seed = self.cached.images[split], setup.recipe.recipe.seed
         dataset = SplitDataset(images, setup.dataset.labels, indices, transform, seed)
         return WorkerBatches(dataset, workers, device.type == "cuda", finish)
 
@@ -94,7 +94,7 @@ class DataLoaders:
     @property
     def shortcuts(self) -> list[str]:
         """Descriptions of the computations that are replaced by cached results."""
-        return [*([] if self.features is None else [self.features.words]), *self.images.kept.shortcuts]
+        return [*([] if self.features is None else [self.features.description]), *self.images.cached.shortcuts]
 
     def evaluation(self, split: str) -> tuple[EvaluationLoader, int]:
         """Return a split's batches (of features if training uses them) and the largest number that any process has.
@@ -123,9 +123,9 @@ class DataLoaders:
         self.train.close()
         for loader, _ in self.made.values():
             loader.close()
-        self.images.kept.forget()
+        self.images.cached.release()
         if self.features is not None:
-            self.features.forget()
+            self.features.release()
 
 
 def build_loaders(setup: TrainingContext, guard: Guard, shortcuts: CachePolicy = "all") -> DataLoaders:
@@ -135,41 +135,42 @@ def build_loaders(setup: TrainingContext, guard: Guard, shortcuts: CachePolicy =
     """
     recipe, images = setup.recipe, setup.dataset.images
     arguments = recipe.augment, setup.preprocessing, recipe.recipe.seed, setup.dataset.native_size
-    ways = {split: plan_preprocessing(split, *arguments) for split in SPLITS if setup.has(split)}
-    for split, way in ways.items():
-        try_transform(way.transform, images, int(setup.splits[split][0]))
-        if way.obstacle and recipe.augment.run_on == "auto":
-            which = "augmented" if way.batched is None else "augmented up to the crop"
-            setup.display.log(f"{split} images are {which} one by one, by data workers: {way.obstacle}")
-    keeper = DistributedCache(setup, guard) if shortcuts != "none" and recipe.data.cache != "off" else None
-    source = ImageLoaders(setup, ways, CachedSplitImages.of(setup, ways))
-    features = _features(setup, source, keeper, guard) if shortcuts == "all" else None
+    plans = {split: plan_preprocessing(split, *arguments) for split in SPLITS if setup.has(split)}
+    for split, plan in plans.items():
+        try_transform(plan.transform, images, int(setup.splits[split][0]))
+        if plan.obstacle and recipe.augment.run_on == "auto":
+            which = "augmented" if plan.batched is None else "augmented up to the crop"
+            setup.display.log(f"{split} images are {which} one by one, by data workers: {plan.obstacle}")
+    cache = DistributedCache(setup, guard) if shortcuts != "none" and recipe.data.cache != "off" else None
+    source = ImageLoaders(setup, plans, SplitImages(setup, plans))
+    features = _features(setup, source, cache, guard) if shortcuts == "all" else None
     passes = recipe.train.epochs if features is None else features.passes()
-    source.kept = cache_images(setup, ways, keeper, passes)
-    plan = _plan(setup)
+    if cache is not None:
+        source.cached.cache(cache, passes)
+    sampling = _plan(setup)
     if features is None:
-        return DataLoaders(setup, source, source.training(plan), None)
-    train = TrainLoader(TensorBatches(features.rows("train"), setup.labels("train")), plan)
+        return DataLoaders(setup, source, source.training(sampling), None)
+    train = TrainLoader(TensorBatches(features.rows("train"), setup.labels("train")), sampling)
     loaders = DataLoaders(setup, source, train, features)
     if setup.has("validation"):
         loaders.evaluation("validation")
-    setup.display.log(f'shortcut: {features.words}; data.cache = "off" turns it off')
+    setup.display.log(f'shortcut: {features.description}; data.cache = "off" turns it off')
     return loaders
 
 
 def _features(
-    setup: TrainingContext, images: ImageLoaders, keeper: DistributedCache | None, guard: Guard
+    setup: TrainingContext, images: ImageLoaders, cache: DistributedCache | None, guard: Guard
 ) -> Features | None:
     """Return the features of the frozen backbone, after a trial on two images; None if they cannot be used.
 
     The reason is logged if the recipe allows them in principle.
     """
     tail = tail_of(setup.recipe, setup.transfer)
-    if tail is None or keeper is None:
+    if tail is None or cache is None:
         return None
-    batched = {split: way.batched is not None and not way.is_exact for split, way in images.ways.items()}
-    features = Features(setup, tail, keeper, guard, images.evaluation, batched)
-    transform, first = images.ways["train"].transform, setup.splits["train"][:2]
+    batched = {split: plan.batched is not None and not plan.is_exact for split, plan in images.plans.items()}
+    features = Features(setup, tail, cache, guard, images.evaluation, batched)
+    transform, first = images.plans["train"].transform, setup.splits["train"][:2]
     two = [try_transform(transform, setup.dataset.images, int(i)) for i in first]
     setup.transfer.train_mode()
     reason = features.obstacle(torch.stack(two).to(setup.accelerator.device))
