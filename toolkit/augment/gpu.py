@@ -18,7 +18,7 @@ from toolkit.augment.gpu_crop_flip import BatchOp, Floats, SampledParams
 from toolkit.augment.gpu_pipeline import batch_ops
 from toolkit.augment.steps import Step
 from toolkit.data.preprocessing import Preprocessing
-from toolkit.data.sampling import IntArray, hash64
+from toolkit.data.sampling import GOLDEN_GAMMA, IntArray, finalize64, hash64
 from toolkit.data.tensor_rows import assign_rows, index_rows, memory_format
 from toolkit.errors import UserError
 
@@ -102,19 +102,11 @@ def keyed_uniforms(draws: IntArray, n: int, *key: int) -> Floats:
 
     Vectorized :func:`toolkit.data.sampling.hash64` of (*key, draw, 0..n-1).
     """
-    state = np.uint64(hash64(*key)) + draws.astype(np.uint64)
-    state = _mixed(_mixed(state)[:, None] + np.arange(n, dtype=np.uint64))
-    numbers: Floats = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    step = np.uint64(GOLDEN_GAMMA)
+    state = finalize64(np.uint64(hash64(*key)) + draws.astype(np.uint64) + step)
+    slots = np.arange(n, dtype=np.uint64) + step
+    numbers: Floats = (finalize64(state[:, None] + slots) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return numbers
-
-
-def _mixed(state: np.ndarray) -> np.ndarray:
-    """Apply SplitMix64's finalizer, as in hash64; uint64 arithmetic wraps around."""
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = state ^ (state >> np.uint64(31))
-    return mixed
 
 
 def _on_device(tables: Sequence[Floats], device: torch.device) -> list[Tensor]:

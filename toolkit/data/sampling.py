@@ -23,6 +23,9 @@ from toolkit.formatting import plural
 
 IntArray = npt.NDArray[np.int64]
 
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+"""SplitMix64's increment."""
+
 _MASK = 2**64 - 1
 _ORDER_STREAM = 0x6F72646572
 """Separates the random numbers of the order from all others with the same seed ("order" in ASCII)."""
@@ -32,11 +35,18 @@ def hash64(*key: int) -> int:
     """Hash integers to a number in 0..2**64-1 with SplitMix64's finalizer (Steele et al. 2014), chained."""
     state = 0
     for part in key:
-        state = (state + part + 0x9E3779B97F4A7C15) & _MASK
+        state = (state + part + GOLDEN_GAMMA) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return state
+
+
+def finalize64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Apply SplitMix64's finalizer to each number; ``hash64(k) == finalize64(k + GOLDEN_GAMMA)``, modulo 2**64."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
 
 
 def keyed_bits(n: int, *key: int) -> npt.NDArray[np.uint64]:

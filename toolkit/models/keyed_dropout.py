@@ -17,10 +17,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from toolkit.data.sampling import GOLDEN_GAMMA, finalize64, hash64
+
 DROPOUT_TYPES: tuple[type[nn.Module], ...] = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, DropPath, StochasticDepth)
 """Dropout and stochastic depth layers."""
 
-_MASK64 = 2**64 - 1
 _MASK32 = 2**32 - 1
 _LEVELS = 2**16
 """Rates are rounded to multiples of 1/65536, so that one 32-bit hash serves two elements."""
@@ -106,11 +107,9 @@ def can_be_keyed(layer: nn.Module) -> bool:
 
 def example_keys(seed: int, epoch: int, draws: np.ndarray) -> np.ndarray:
     """Return one 64-bit key, int64 [n], for each draw (an example's position in the epoch's order), int64 [n]."""
-    start = _mix64(_mix64(seed) ^ epoch)
-    keys = np.asarray(draws).astype(np.int64).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
-    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (keys ^ (keys >> np.uint64(31))).view(np.int64)
+    start = np.uint64(hash64(hash64(seed) ^ epoch))
+    steps = np.asarray(draws).astype(np.int64).view(np.uint64) * np.uint64(GOLDEN_GAMMA)
+    return finalize64(steps + start).view(np.int64)
 
 
 def random_levels(keys: Tensor, salt: tuple[int, int], shape: tuple[int, ...] | torch.Size) -> Tensor:
@@ -141,17 +140,9 @@ def _hash32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _mix64(x: int) -> int:
-    """Hash one integer with the SplitMix64 step (Steele et al. 2014)."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return x ^ (x >> 31)
-
-
 def _salt(seed: int, layer: int, call: int) -> tuple[int, int]:
     """Return two 32-bit words that are distinct per layer and per call of a layer within a forward pass."""
-    mixed = _mix64(_mix64(_mix64(seed) ^ layer) ^ call)
+    mixed = hash64(hash64(hash64(seed) ^ layer) ^ call)
     return mixed & _MASK32, mixed >> 32
 
 
