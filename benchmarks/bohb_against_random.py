@@ -62,7 +62,7 @@ def searched(kind: str, seed: int, options: argparse.Namespace, table: str, more
 
 def best(found: StudyResults) -> dict[str, float]:
     """Figures of the best finished run by the value sought."""
-    return found.trials[0].result.figures
+    return found.trials[0].result.metrics
 
 
 def findings(pairs: list[tuple[StudyResults, StudyResults]]) -> TextTable:

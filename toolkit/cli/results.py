@@ -50,11 +50,11 @@ def table(
     from toolkit.study.directory import StudyDirectory
     from toolkit.study.export_tables import TableOptions, read_outcomes, terminal_text, to_json, write_tables
 
-    wanted = TableOptions(_listed(columns), _listed(by), compare, intervals, sort, top)
-    found = read_outcomes(StudyDirectory(study), wanted)
+    options = TableOptions(_listed(columns), _listed(by), compare, intervals, sort, top)
+    found = read_outcomes(StudyDirectory(study), options)
     print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if as_json else terminal_text(found))
     try:
-        write_tables(replace(found, wanted=replace(wanted, sort=None, top=None)), study)  # the files hold all rows
+        write_tables(replace(found, options=replace(options, sort=None, top=None)), study)  # the files hold all rows
     except UserError as error:  # a study in a read-only folder can still be printed
         print(f"warning: {error}", file=sys.stderr)
     if figures:

@@ -75,13 +75,13 @@ def _cards(found: StudyResults) -> Iterator[SummaryCard]:
     metric = metric_of(search_metric(found.table)).name
     best = best_row(found.rows, metric)
     for key in dict.fromkeys((metric, metric.replace("val", "test", 1))):
-        if best is not None and (estimate := best.figures.get(key)) is not None:
+        if best is not None and (estimate := best.metrics.get(key)) is not None:
             value = metric_cell(metric_of(key), estimate.mean).text
             yield f"best row: {key.replace('_', ' ')}", value, best.name
     rows = f"{len(found.rows)} {'configurations' if found.trials else 'rows'}"
     yield "runs finished", f"{len(finished)} of {len(results)}", rows
     yield "epochs trained", f"{sum(len(result.epochs) for result in results):,}", "total of all runs"
-    if seconds := [result.figures["seconds"] for result in finished if "seconds" in result.figures]:
+    if seconds := [result.metrics["seconds"] for result in finished if "seconds" in result.metrics]:
         yield "training time", duration(sum(seconds)), "total of the finished runs"
 
 
@@ -116,7 +116,7 @@ def _run_table(found: StudyResults, folder: Path) -> HtmlTable:
             HtmlCell(result.state),
             integer(len(result.epochs)),
             metric_cell(metric_of(metric), best_of(result.values(metric), metric)),
-            *(metric_cell(METRICS[key], result.figures.get(key)) for key in ("test_accuracy", "seconds")),
+            *(metric_cell(METRICS[key], result.metrics.get(key)) for key in ("test_accuracy", "seconds")),
             _link(result, folder),
         ]
         rows.append(HtmlRow(cells, result.state))

@@ -16,7 +16,7 @@ from toolkit.study.text_table import TextTable
 class Agreement:
     """Agreement of one column, over the rows that can be compared with published metrics."""
 
-    figure: str
+    metric: str
     rows: int
     rank_correlation: float | None
     """Spearman's; None for fewer than three rows or if all values are equal."""
@@ -32,14 +32,14 @@ def agreements(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[Agreem
     """Return the agreement of each accuracy or loss column for which at least two rows have published metrics."""
     found = []
     for column in columns:
-        compared = [r for r in rows if not r.not_comparable and column in r.published and column in r.figures]
+        compared = [r for r in rows if not r.not_comparable and column in r.published and column in r.metrics]
         if len(compared) > 1 and METRICS[column].measure in MEASURES.values():
             found.append(_agreement(column, compared))
     return found
 
 
 def _agreement(column: str, rows: Sequence[ResultRow]) -> Agreement:
-    ours, theirs = [row.figures[column].mean for row in rows], [row.published[column] for row in rows]
+    ours, theirs = [row.metrics[column].mean for row in rows], [row.published[column] for row in rows]
     differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     noises = [_noise(row, column) for row in rows]
     known = [(d, *noise) for d, noise in zip(differences, noises, strict=True) if noise is not None]
@@ -55,7 +55,7 @@ def _agreement(column: str, rows: Sequence[ResultRow]) -> Agreement:
 
 def _noise(row: ResultRow, column: str) -> tuple[float, str] | None:
     """Return the standard deviation of one run and its source; from the test images alone it is a lower bound."""
-    measured, published = row.figures[column], row.published_spread.get(column)
+    measured, published = row.metrics[column], row.published_spread.get(column)
     if measured.std is not None:
         return measured.std, "seeds"
     if published is not None and published.std is not None:
@@ -83,10 +83,10 @@ def agreement_sheet(found: Sequence[Agreement]) -> TextTable:
     head = ["column", "rows", "rank correlation", "mean abs. diff.", "within noise", "noise from"]
     rows = [
         [
-            METRICS[one.figure].heading,
+            METRICS[one.metric].heading,
             str(one.rows),
             MISSING if one.rank_correlation is None else number("val_loss", one.rank_correlation, signed=True),
-            number(one.figure, one.mean_difference, mean=True),
+            number(one.metric, one.mean_difference, mean=True),
             MISSING if one.within is None else f"{100 * one.within:.0f} %",
             one.noise or MISSING,
         ]

@@ -12,7 +12,7 @@ from toolkit.metrics import METRICS, higher_is_better
 from toolkit.recipe.study_schema import Claim, StudyConfig
 from toolkit.study.directory import StudyDirectory
 from toolkit.study.results import RunResult
-from toolkit.study.results_table import MISSING, number
+from toolkit.study.results_table import MISSING, interval_text, number
 from toolkit.study.search_space import conditions
 from toolkit.study.significance import McNemar, estimate, pairs_needed, welch
 from toolkit.study.text_table import TextTable
@@ -20,7 +20,7 @@ from toolkit.study.validation import in_group
 
 Outcome = Literal["reproduced", "not reproduced", "undecidable"]
 Interval = tuple[float, float]
-Rights = Callable[[RunResult], dict[str, bool]]
+CorrectImages = Callable[[RunResult], dict[str, bool]]
 """Maps test images to whether a run's prediction is correct; empty if the predictions cannot be read."""
 
 
@@ -54,17 +54,17 @@ class JudgedClaim:
 def judge_claims(folder: StudyDirectory, table: StudyConfig, results: Sequence[RunResult]) -> list[JudgedClaim]:
     """Judge each claim of the study. Reads predictions.csv if a row has one run."""
 
-    def rights(result: RunResult) -> dict[str, bool]:
+    def correct(result: RunResult) -> dict[str, bool]:
         run = folder.run(result.member)
         try:
             return {row["path"]: row["label"] == row["prediction"] for row in run.predictions()} if run else {}
         except (UserError, OSError):
             return {}
 
-    return [judge(claim, results, table.output.confidence, rights) for claim in table.claims]
+    return [judge(claim, results, table.output.confidence, correct) for claim in table.claims]
 
 
-def judge(claim: Claim, results: Sequence[RunResult], confidence: float, rights: Rights) -> JudgedClaim:
+def judge(claim: Claim, results: Sequence[RunResult], confidence: float, correct: CorrectImages) -> JudgedClaim:
     """Judge one claim.
 
     A claim over several rows is reproduced if each contrast confirms it, and not reproduced if one refutes it at a
@@ -73,7 +73,7 @@ def judge(claim: Claim, results: Sequence[RunResult], confidence: float, rights:
     one = [r for r in results if _is_in(r, claim.better)]
     others = _others(claim, results)
     strict = 1 - (1 - confidence) / max(1, len(others))
-    contrasts = [_contrast(claim, one, name, runs, (confidence, strict), rights) for name, runs in others]
+    contrasts = [_contrast(claim, one, name, runs, (confidence, strict), correct) for name, runs in others]
     verdicts = [_verdict(claim, contrast) for contrast in contrasts]
     wanted: Outcome = (
         "not reproduced" if "not reproduced" in verdicts
@@ -106,8 +106,8 @@ def _values(claim: Claim, runs: Sequence[RunResult]) -> dict[tuple[Any, ...], fl
         keys = set() if isinstance(claim.better, str) else {*conditions(claim.better), *conditions(_keys(claim.than))}
         changes = run.member.changes.items() if keys else ()
         mark = (run.member.seed, *sorted((key, repr(value)) for key, value in changes if key not in keys))
-        if claim.metric in run.figures:
-            found[mark] = run.figures[claim.metric] * (1 if higher_is_better(claim.metric) else -1)
+        if claim.metric in run.metrics:
+            found[mark] = run.metrics[claim.metric] * (1 if higher_is_better(claim.metric) else -1)
     return found
 
 
@@ -121,7 +121,7 @@ def _contrast(
     name: str,
     other: Sequence[RunResult],
     levels: tuple[float, float],
-    rights: Rights,
+    correct: CorrectImages,
 ) -> Contrast:
     a, b = _values(claim, one), _values(claim, other)
     if not a or not b:
@@ -138,8 +138,8 @@ def _contrast(
     mark = shared[0] if shared else None
     effect = (a[mark] - b[mark]) if mark else sum(a.values()) / len(a) - sum(b.values()) / len(b)
     if len(a) == len(b) == 1 and claim.metric == "test_accuracy":
-        mine, theirs = (next(r for r in runs if claim.metric in r.figures) for runs in (one, other))
-        return _over_images(name, effect, rights(mine), rights(theirs), levels)
+        mine, theirs = (next(r for r in runs if claim.metric in r.metrics) for runs in (one, other))
+        return _over_images(name, effect, correct(mine), correct(theirs), levels)
     what = "1 run each" if len(a) == len(b) == 1 else f"{len(a)} and {len(b)} runs"
     return Contrast(name, effect, what, reason="at least two seeds per row are needed")
 
@@ -205,7 +205,7 @@ def claims_sheet(judged: Sequence[JudgedClaim], confidence: float) -> TextTable:
         claim, found = one.claim, one.contrast
         effect = MISSING if found.effect is None else number(claim.metric, found.effect, signed=True, mean=True)
         needed = MISSING if found.needed is None or one.verdict != "undecidable" else str(found.needed)
-        intervals = [_interval(claim, found.over_seeds), _interval(claim, found.over_images)]
+        intervals = [interval_text(claim.metric, found.over_seeds), interval_text(claim.metric, found.over_images)]
         heading = METRICS[claim.metric].heading
         cells = [claim.statement, one.verdict, heading, found.than, effect, found.runs or MISSING, *intervals, needed]
         rows.append(cells)
@@ -220,13 +220,6 @@ def claims_sheet(judged: Sequence[JudgedClaim], confidence: float) -> TextTable:
         "Seeds to decide: for a t-test with a power of 80 %, if effect and spread seen here are the true ones."
     )
     return TextTable("Claims", head, rows, notes=notes, left=frozenset({0, 1, 2, 3}))
-
-
-def _interval(claim: Claim, interval: Interval | None) -> str:
-    if interval is None:
-        return MISSING
-    low, high = (number(claim.metric, end, signed=True, mean=True) for end in interval)
-    return f"[{low}, {high}]"
 
 
 def claim_records(judged: Sequence[JudgedClaim]) -> list[dict[str, object]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from toolkit.errors import UserError
 from toolkit.metrics import METRICS
-from toolkit.study.results_table import MISSING, ResultRow, nearest, number, p_value
+from toolkit.study.results_table import ResultRow, interval_text, nearest, number, p_value
 from toolkit.study.significance import PairedComparison, compare
 from toolkit.study.text_table import MINUS, TextTable
 
@@ -42,7 +42,7 @@ def _by_seed(row: ResultRow) -> dict[int, dict[str, float]]:
     seeds = [result.member.seed for result in row.finished]
     if len(set(seeds)) != len(seeds):
         raise UserError(f"--compare {row.name!r}: the row has several runs of one seed; compare without --by")
-    return {result.member.seed: result.figures for result in row.finished}
+    return {result.member.seed: result.metrics for result in row.finished}
 
 
 def comparison_sheet(found: dict[str, PairedComparison], first: str, second: str, confidence: float) -> TextTable:
@@ -55,18 +55,13 @@ def comparison_sheet(found: dict[str, PairedComparison], first: str, second: str
 
 def _cells(column: str, comparison: PairedComparison) -> list[str]:
     difference = comparison.difference
-    low, high = difference.interval or (None, None)
     return [
         str(difference.n),
         number(column, difference.mean, signed=True, mean=True),
-        MISSING if low is None or high is None else f"[{_end(column, low)}, {_end(column, high)}]",
+        interval_text(column, difference.interval),
         p_value(comparison.t_test),
         p_value(comparison.exact),
     ]
-
-
-def _end(column: str, value: float) -> str:
-    return number(column, value, signed=True, mean=True)
 
 
 def _notes(found: Sequence[PairedComparison]) -> list[str]:
@@ -74,11 +69,13 @@ def _notes(found: Sequence[PairedComparison]) -> list[str]:
     if pairs < 2:
         return ["One seed: no significance is claimed; the difference may be chance."]
     least = max(comparison.least_exact for comparison in found)
-    told = [
+    notes = [
         "Paired over the same seeds. t-test: two-sided, assumes normally distributed differences.",
         f"Permutation: exact, two-sided; with {pairs} pairs it cannot be below {p_value(least)}.",
     ]
-    return [*told, "Each metric is a separate test: one in twenty has p < 0.05 by chance."] if len(found) > 1 else told
+    return (
+        [*notes, "Each metric is a separate test: one in twenty has p < 0.05 by chance."] if len(found) > 1 else notes
+    )
 
 
 def comparison_records(found: dict[str, PairedComparison]) -> dict[str, dict[str, object]]:

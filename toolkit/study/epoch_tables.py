@@ -15,60 +15,56 @@ ENDED = "x"
 """Shown for epochs after a run's last one."""
 
 
-def epoch_sheets(rows: Sequence[ResultRow], table: StudyConfig, name: str, figures: Sequence[str]) -> list[TextTable]:
+def epoch_sheets(rows: Sequence[ResultRow], table: StudyConfig, name: str, metrics: Sequence[str]) -> list[TextTable]:
     """Build per-epoch tables: for one metric, a column per row; for several, a table per row with a column per metric.
 
     Published metrics get a table of the same layout, or adjacent columns. Empty if no run is finished.
     """
     done = [row for row in rows if row.finished]
-    if not done or not figures:
+    if not done or not metrics:
         return []
-    if len(figures) == 1:
-        return _one_figure(rows, table, name, figures[0])
-    return [_one_row(row, table, name, figures) for row in done]
+    if len(metrics) == 1:
+        return _one_metric(rows, table, name, metrics[0])
+    return [_one_row(row, table, name, metrics) for row in done]
 
 
-def figures_by_epoch(rows: Sequence[ResultRow], table: StudyConfig) -> list[str]:
+def epoch_metrics(rows: Sequence[ResultRow], table: StudyConfig) -> list[str]:
     """Return the per-epoch metrics of the study: its own and the published ones; none if it has no per-epoch output."""
     wanted = table.output.per_epoch
-    published = [figure for row in rows for result in row.results for figure in result.member.published_epochs]
+    published = [metric for row in rows for result in row.results for metric in result.member.published_epochs]
     return list(dict.fromkeys([*sorted(published), wanted])) if wanted else []
 
 
-def mean_by_epoch(row: ResultRow, figure: str) -> list[float]:
+def mean_by_epoch(row: ResultRow, metric: str) -> list[float]:
     """Return the per-epoch mean over a row's finished runs, up to the longest run."""
-    curves = [result.values(figure) for result in row.finished]
+    curves = [result.values(metric) for result in row.finished]
     length = max((len(curve) for curve in curves), default=0)
     return [statistics.fmean(curve[i] for curve in curves if len(curve) > i) for i in range(length)]
 
 
-def _one_figure(rows: Sequence[ResultRow], table: StudyConfig, name: str, figure: str) -> list[TextTable]:
-    columns = {row.name: mean_by_epoch(row, figure) for row in rows}
-    caption = f"{title(table, name)}: {metric_of(figure).heading} by epoch"
-    told = _notes(rows, [row.name for row in rows if not row.finished])
-    sheets = [_marked(caption, columns, figure, told, {r.name: _test_mean(r) for r in rows})]
-    published = {row.name: row.results[0].member.published_epochs.get(figure, []) for row in rows}
+def _one_metric(rows: Sequence[ResultRow], table: StudyConfig, name: str, metric: str) -> list[TextTable]:
+    columns = {row.name: mean_by_epoch(row, metric) for row in rows}
+    caption = f"{title(table, name)}: {metric_of(metric).heading} by epoch"
+    notes = _notes(rows, [row.name for row in rows if not row.finished])
+    tested = {row.name: row.metrics["test_accuracy"].mean if "test_accuracy" in row.metrics else None for row in rows}
+    sheets = [_marked(caption, columns, metric, notes, tested)]
+    published = {row.name: row.results[0].member.published_epochs.get(metric, []) for row in rows}
     if any(published.values()):
         tested = {row.name: row.published.get("test_accuracy") for row in rows}
-        sheets.append(_marked(f"{caption}, as published", published, figure, _source(table), tested))
+        sheets.append(_marked(f"{caption}, as published", published, metric, _source(table), tested))
     return sheets
 
 
-def _test_mean(row: ResultRow) -> float | None:
-    found = row.figures.get("test_accuracy")
-    return found.mean if found else None
-
-
 def _marked(
-    caption: str, columns: dict[str, list[float]], figure: str, notes: Sequence[str], tested: dict[str, float | None]
+    caption: str, columns: dict[str, list[float]], metric: str, notes: Sequence[str], tested: dict[str, float | None]
 ) -> TextTable:
     """Build a table with a column per row, its best epoch and a decline after it marked, and test accuracies below.
 
     ``tested`` is each row's test accuracy as a fraction; None if there is none.
     """
-    sheet = _sheet(caption, columns, [figure] * len(columns), notes)
+    sheet = _sheet(caption, columns, [metric] * len(columns), notes)
     cells = [list(line) for line in sheet.rows]
-    sign = 1 if higher_is_better(figure) else -1
+    sign = 1 if higher_is_better(metric) else -1
     for place, column in enumerate(columns.values(), 1):
         if not column:
             continue
@@ -80,35 +76,35 @@ def _marked(
         values = (tested[name] for name in columns)
         line = [MISSING if value is None else number("test_accuracy", value) for value in values]
         cells.append([METRICS["test_accuracy"].heading, *line])
-    told = f"{BEST}: the best epoch of the column; {DECLINE}: the epoch after it, if it is worse."
-    return replace(sheet, rows=cells, notes=[told, *notes])
+    legend = f"{BEST}: the best epoch of the column; {DECLINE}: the epoch after it, if it is worse."
+    return replace(sheet, rows=cells, notes=[legend, *notes])
 
 
-def _one_row(row: ResultRow, table: StudyConfig, name: str, figures: Sequence[str]) -> TextTable:
+def _one_row(row: ResultRow, table: StudyConfig, name: str, metrics: Sequence[str]) -> TextTable:
     columns, kinds = {}, []
     published = row.results[0].member.published_epochs
-    for figure in figures:
-        heading = metric_of(figure).heading
-        columns[heading] = mean_by_epoch(row, figure)
-        kinds.append(figure)
-        if figure in published:
-            columns[f"{heading}, published"] = published[figure]
-            kinds.append(figure)
-    told = [*_notes([row], []), *(_source(table) if published else [])]
-    return _sheet(f"{title(table, name)}: {row.name}, by epoch", columns, kinds, told)
+    for metric in metrics:
+        heading = metric_of(metric).heading
+        columns[heading] = mean_by_epoch(row, metric)
+        kinds.append(metric)
+        if metric in published:
+            columns[f"{heading}, published"] = published[metric]
+            kinds.append(metric)
+    notes = [*_notes([row], []), *(_source(table) if published else [])]
+    return _sheet(f"{title(table, name)}: {row.name}, by epoch", columns, kinds, notes)
 
 
-def _sheet(caption: str, columns: dict[str, list[float]], figures: Sequence[str], notes: Sequence[str]) -> TextTable:
+def _sheet(caption: str, columns: dict[str, list[float]], metrics: Sequence[str], notes: Sequence[str]) -> TextTable:
     length = max(len(column) for column in columns.values())
-    cells = [[str(epoch + 1), *(_cell(column, epoch, figure) for column, figure in zip(columns.values(), figures,
+    cells = [[str(epoch + 1), *(_cell(column, epoch, metric) for column, metric in zip(columns.values(), metrics,
               strict=True))] for epoch in range(length)]  # fmt: skip
     return TextTable(caption, ["epoch", *columns], cells, notes=notes)
 
 
-def _cell(column: Sequence[float], epoch: int, figure: str) -> str:
+def _cell(column: Sequence[float], epoch: int, metric: str) -> str:
     if not column:
         return MISSING
-    return number(figure, column[epoch]) if epoch < len(column) else ENDED
+    return number(metric, column[epoch]) if epoch < len(column) else ENDED
 
 
 def _notes(rows: Sequence[ResultRow], missing: Sequence[str]) -> list[str]:
@@ -124,13 +120,13 @@ def _source(table: StudyConfig) -> list[str]:
     return [f"Published: {table.source}."] if table.source else []
 
 
-def epoch_records(rows: Sequence[ResultRow], figures: Sequence[str]) -> list[dict[str, object]]:
+def epoch_records(rows: Sequence[ResultRow], metrics: Sequence[str]) -> list[dict[str, object]]:
     """Return one record per row and epoch: the means, and published metrics if there are any."""
     found: list[dict[str, object]] = []
     for row in rows:
-        columns: dict[str, Sequence[float]] = {metric_of(figure).name: mean_by_epoch(row, figure) for figure in figures}
+        columns: dict[str, Sequence[float]] = {metric_of(metric).name: mean_by_epoch(row, metric) for metric in metrics}
         published = row.results[0].member.published_epochs
-        columns |= {f"{metric_of(name).name}_published": published[name] for name in figures if name in published}
+        columns |= {f"{metric_of(name).name}_published": published[name] for name in metrics if name in published}
         for epoch in range(max((len(column) for column in columns.values()), default=0)):
             cells = {name: column[epoch] if epoch < len(column) else None for name, column in columns.items()}
             found.append({"row": row.name, "epoch": epoch + 1, **cells})

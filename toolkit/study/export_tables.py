@@ -16,7 +16,7 @@ from toolkit.study.agreement import Agreement, agreement_sheet, agreements
 from toolkit.study.claims import JudgedClaim, claim_records, claims_sheet, judge_claims
 from toolkit.study.compare import compare_rows, comparison_records, comparison_sheet
 from toolkit.study.directory import StudyDirectory
-from toolkit.study.epoch_tables import epoch_records, epoch_sheets, figures_by_epoch
+from toolkit.study.epoch_tables import epoch_metrics, epoch_records, epoch_sheets
 from toolkit.study.results import RunResult, read_results
 from toolkit.study.results_table import (
     ResultRow,
@@ -57,7 +57,7 @@ class StudyResults:
     trials: Sequence[TrialResult]
     """Trials of a search in which each configuration is one run; otherwise empty."""
     columns: Sequence[str]
-    wanted: TableOptions
+    options: TableOptions
     comparison: dict[str, PairedComparison]
     assumptions: Mapping[str, str] = field(default_factory=dict)
     """Sources of the values of keys."""
@@ -69,7 +69,7 @@ class StudyResults:
         if self.trials:
             found = trial_sheet(self.trials, self.table, self.name, self.columns)
         else:
-            found = sheet(self.rows, self.table, self.name, self.columns, intervals=self.wanted.intervals)
+            found = sheet(self.rows, self.table, self.name, self.columns, intervals=self.options.intervals)
             found = replace(found, notes=[*found.notes, *_our_assumptions(self.assumptions)])
         if self._sorted_by is None:
             return found
@@ -83,24 +83,24 @@ class StudyResults:
     @property
     def _sorted_by(self) -> str | None:
         """The metric by which the main table is sorted; None: in the study's order."""
-        if self.wanted.sort is None and self.wanted.top is not None:
+        if self.options.sort is None and self.options.top is not None:
             return metric_of(self.table.output.best_by).name
-        return self.wanted.sort
+        return self.options.sort
 
     @property
     def _order(self) -> list[int]:
         """Indices of the lines shown in the main table, in display order."""
-        figure = self._sorted_by
+        metric = self._sorted_by
         records = self._all_records
-        if figure is None:
+        if metric is None:
             return list(range(len(records)))
-        sign = -1 if not higher_is_better(figure) else 1
+        sign = -1 if not higher_is_better(metric) else 1
 
         def rank(index: int) -> float:
-            value = records[index].get(figure)
+            value = records[index].get(metric)
             return math.inf if not isinstance(value, int | float) or math.isnan(value) else -sign * value
 
-        return sorted(range(len(records)), key=rank)[: self.wanted.top]
+        return sorted(range(len(records)), key=rank)[: self.options.top]
 
     @property
     def agreement(self) -> list[Agreement]:
@@ -116,19 +116,19 @@ class StudyResults:
     @property
     def by_epoch(self) -> list[TextTable]:
         """The per-epoch tables, if the study has any."""
-        return epoch_sheets(self.rows, self.table, self.name, self.epoch_figures)
+        return epoch_sheets(self.rows, self.table, self.name, self.epoch_metrics)
 
     @property
-    def epoch_figures(self) -> list[str]:
+    def epoch_metrics(self) -> list[str]:
         """The metrics of the per-epoch tables."""
-        return [] if self.trials or self.wanted.by else figures_by_epoch(self.rows, self.table)
+        return [] if self.trials or self.options.by else epoch_metrics(self.rows, self.table)
 
     @property
     def compared(self) -> list[TextTable]:
         """The comparison of two rows, if requested."""
-        if self.wanted.compare is None:
+        if self.options.compare is None:
             return []
-        return [comparison_sheet(self.comparison, *self.wanted.compare, self.table.output.confidence)]
+        return [comparison_sheet(self.comparison, *self.options.compare, self.table.output.confidence)]
 
     @property
     def records(self) -> list[dict[str, object]]:
@@ -143,34 +143,34 @@ class StudyResults:
         return records(self.rows, self.columns)
 
 
-def read_outcomes(folder: StudyDirectory, wanted: TableOptions) -> StudyResults:
+def read_outcomes(folder: StudyDirectory, options: TableOptions) -> StudyResults:
     """Read the results of the study in ``folder``. Raises UserError if it is missing, or a column or key is unknown."""
     table, results = folder.table, read_results(folder)
-    columns = wanted.columns or _measured(table.output.columns, results)
+    columns = options.columns or _measured(table.output.columns, results)
     check_columns(columns)
-    if wanted.sort is not None and wanted.sort not in METRICS:
-        raise UserError(f"--sort {wanted.sort}: there is no such column{nearest(wanted.sort, list(METRICS))}")
-    sought = wanted.sort or (metric_of(table.output.best_by).name if wanted.top is not None else None)
+    if options.sort is not None and options.sort not in METRICS:
+        raise UserError(f"--sort {options.sort}: there is no such column{nearest(options.sort, METRICS)}")
+    sought = options.sort or (metric_of(table.output.best_by).name if options.top is not None else None)
     if sought is not None and sought not in columns:
         columns = [*columns, sought]
-    rows = build_rows(results, table, wanted.by)
+    rows = build_rows(results, table, options.by)
     is_search = table.bohb is not None or table.random is not None
     if is_search:
         rows = best_first(rows, table.output.best_by)
-    single = all(len(row.results) == 1 for row in rows) and not wanted.by
+    single = all(len(row.results) == 1 for row in rows) and not options.by
     trials = outcomes(results, table) if is_search and single else []
-    compared = compare_rows(rows, *wanted.compare, columns, table.output.confidence) if wanted.compare else {}
+    compared = compare_rows(rows, *options.compare, columns, table.output.confidence) if options.compare else {}
     claims = judge_claims(folder, table, results)
     return StudyResults(
-        folder.name, table, results, rows, trials, columns, wanted, compared, folder.assumptions, claims
+        folder.name, table, results, rows, trials, columns, options, compared, folder.assumptions, claims
     )  # fmt: skip
 
 
 def _our_assumptions(assumptions: Mapping[str, str]) -> list[str]:
     """Return a note with the keys that the publication does not state."""
     ours = {key: value.partition(": ")[2] for key, value in assumptions.items() if value.partition(":")[0] == "ours"}
-    told = "; ".join(f"{key} ({remark})" if remark else key for key, remark in ours.items())
-    return [f"Not stated by the publication, our assumption: {told}."] if told else []
+    keys = "; ".join(f"{key} ({note})" if note else key for key, note in ours.items())
+    return [f"Not stated by the publication, our assumption: {keys}."] if keys else []
 
 
 def _measured(columns: Sequence[str], results: Sequence[RunResult]) -> Sequence[str]:
@@ -178,7 +178,7 @@ def _measured(columns: Sequence[str], results: Sequence[RunResult]) -> Sequence[
     finished = [result for result in results if result.is_finished]
 
     def has(column: str) -> bool:
-        return METRICS[column].split not in ("val", "test") or any(column in result.figures for result in finished)
+        return METRICS[column].split not in ("val", "test") or any(column in result.metrics for result in finished)
 
     return [column for column in columns if has(column)] if finished else columns
 
@@ -200,7 +200,7 @@ def to_json(found: StudyResults) -> dict[str, Any]:
         "assumptions": dict(found.assumptions),
         "agreement": [asdict(one) for one in found.agreement],
         "claims": claim_records(found.claims),
-        "epochs": epoch_records(found.rows, found.epoch_figures),
+        "epochs": epoch_records(found.rows, found.epoch_metrics),
         "comparison": comparison_records(found.comparison),
     }
 
@@ -219,8 +219,8 @@ def write_tables(found: StudyResults, folder: Path) -> list[Path]:
     }
     if found.claims:
         files["claims.csv"] = csv_text(claim_records(found.claims))
-    if found.epoch_figures:
-        files["epochs.csv"] = csv_text(epoch_records(found.rows, found.epoch_figures))
+    if found.epoch_metrics:
+        files["epochs.csv"] = csv_text(epoch_records(found.rows, found.epoch_metrics))
     try:
         for name, content in files.items():
             write_atomically(folder / name, content.encode())
@@ -237,7 +237,7 @@ def run_records(results: Sequence[RunResult]) -> list[dict[str, object]]:
             "seed": result.member.seed,
             **result.member.changes,
             "state": result.state,
-            **result.figures,
+            **result.metrics,
             "run": result.member.run,
         }
         for result in results

@@ -120,7 +120,7 @@ def level_plot(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 
 
 def _points(rows: Sequence[ResultRow], figure: str) -> list[tuple[float, float]]:
-    found = [row.figures.get(figure) for row in rows]
+    found = [row.metrics.get(figure) for row in rows]
     return [(each.mean, each.std or 0.0) for each in found if each] if all(found) else []
 
 

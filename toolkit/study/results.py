@@ -16,7 +16,7 @@ class RunResult:
 
     member: StudyRun
     state: RunState
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     """The :data:`~toolkit.metrics.METRICS` that the run has; empty unless it is finished."""
     epochs: list[dict[str, Any]] = field(default_factory=list)
     """Records of the epochs trained so far, finished or not."""

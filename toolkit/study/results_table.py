@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class ResultRow:
 
     name: str
     results: Sequence[RunResult]
-    figures: dict[str, MeanWithInterval]
+    metrics: dict[str, MeanWithInterval]
     """Mean and interval of each metric over the finished runs."""
     is_best: bool = False
 
@@ -53,9 +53,9 @@ class ResultRow:
         """The published metrics that are means over several runs."""
         spread = self.results[0].member.published_spread
         return {
-            figure: MeanWithInterval(value, int(spread[figure]["n"]), spread[figure]["std"], None)
-            for figure, value in self.published.items()
-            if figure in spread
+            metric: MeanWithInterval(value, int(spread[metric]["n"]), spread[metric]["std"], None)
+            for metric, value in self.published.items()
+            if metric in spread
         }
 
     @property
@@ -80,35 +80,35 @@ def build_rows(results: Sequence[RunResult], table: StudyConfig, by: Sequence[st
     confidence = table.output.confidence
     rows = [ResultRow(name, group, _estimates(group, confidence)) for name, group in groups.items()]
     best = best_row(rows, table.output.best_by.replace("/", "_"))
-    return [ResultRow(row.name, row.results, row.figures, is_best=row is best) for row in rows]
+    return [ResultRow(row.name, row.results, row.metrics, is_best=row is best) for row in rows]
 
 
-def best_row(rows: Sequence[ResultRow], figure: str) -> ResultRow | None:
+def best_row(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
     """Return the row with the best mean of a validation metric; None if no finished run has it.
 
     Ties in accuracy are broken by the validation loss, ties in loss by the accuracy; then the first row wins.
     """
-    return min((r for r in rows if figure in r.figures), key=lambda r: _rank(r, figure), default=None)
+    return min((r for r in rows if metric in r.metrics), key=lambda r: _rank(r, metric), default=None)
 
 
 def best_first(rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
     """Sort rows by a validation metric, ties as in :func:`best_row`; rows without it come last, in their own order."""
-    figure = metric.replace("/", "_")
-    return sorted(rows, key=lambda r: _rank(r, figure))
+    metric = metric.replace("/", "_")
+    return sorted(rows, key=lambda r: _rank(r, metric))
 
 
-def _rank(row: ResultRow, figure: str) -> tuple[float, ...]:
+def _rank(row: ResultRow, metric: str) -> tuple[float, ...]:
     """Sort key that puts the best row first."""
-    second = "val_accuracy" if figure == "val_loss" else "val_loss"
+    second = "val_accuracy" if metric == "val_loss" else "val_loss"
     return tuple(
-        (-1 if higher_is_better(name) else 1) * row.figures[name].mean if name in row.figures else math.inf
-        for name in (figure, second)
+        (-1 if higher_is_better(name) else 1) * row.metrics[name].mean if name in row.metrics else math.inf
+        for name in (metric, second)
     )
 
 
 def _estimates(group: Sequence[RunResult], confidence: float) -> dict[str, MeanWithInterval]:
-    values = {figure: [r.figures[figure] for r in group if figure in r.figures] for figure in METRICS}
-    return {figure: estimate(found, confidence) for figure, found in values.items() if found}
+    values = {metric: [r.metrics[metric] for r in group if metric in r.metrics] for metric in METRICS}
+    return {metric: estimate(found, confidence) for metric, found in values.items() if found}
 
 
 def _grouping(results: Sequence[RunResult], by: Sequence[str]) -> Callable[[RunResult], str]:
@@ -118,7 +118,7 @@ def _grouping(results: Sequence[RunResult], by: Sequence[str]) -> Callable[[RunR
     known = dict.fromkeys(["recipe.seed", *(key for result in results for key in result.member.changes)])
     for key in by:
         if key not in known:
-            raise UserError(f"--by {key}: no run of the study varies it{nearest(key, list(known))}")
+            raise UserError(f"--by {key}: no run of the study varies it{nearest(key, known)}")
 
     def named(result: RunResult) -> str:
         values = {"recipe.seed": result.member.seed, **result.member.changes}
@@ -127,7 +127,7 @@ def _grouping(results: Sequence[RunResult], by: Sequence[str]) -> Callable[[RunR
     return named
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint with the closest name, or with all names if none is close."""
     return did_you_mean(name, known, prefix="; ", otherwise=f"; there are: {', '.join(known) or 'none'}")
 
@@ -150,7 +150,7 @@ def check_columns(columns: Sequence[str]) -> None:
     """Raise UserError for an unknown metric."""
     for column in columns:
         if column not in METRICS:
-            raise UserError(f"--columns {column}: there is no such metric{nearest(column, list(METRICS))}")
+            raise UserError(f"--columns {column}: there is no such metric{nearest(column, METRICS)}")
 
 
 def sheet(
@@ -172,10 +172,10 @@ def sheet(
             line += _published(row, column)[: len(published)] if column in compared else ()
         cells.append([*line, *([row.open] if unfinished else [])])
     marked = frozenset(index for index, row in enumerate(rows) if row.is_best)
-    told = notes(rows, table, compared=bool(compared), intervals=intervals)
-    told += [line for row in rows for column in columns for line in _against_several(row, column, table)]
+    lines = notes(rows, table, compared=bool(compared), intervals=intervals)
+    lines += [line for row in rows for column in columns for line in _against_several(row, column, table)]
     return TextTable(
-        title(table, name), head, cells, marked, told, frozenset({0, len(head) - 1} if unfinished else {0})
+        title(table, name), head, cells, marked, lines, frozenset({0, len(head) - 1} if unfinished else {0})
     )
 
 
@@ -184,28 +184,27 @@ def title(table: StudyConfig, name: str) -> str:
     return table.description or name
 
 
-def number(figure: str, value: float, *, signed: bool = False, mean: bool = False) -> str:
+def number(metric: str, value: float, *, signed: bool = False, mean: bool = False) -> str:
     """Format a metric as a cell; a mean of whole numbers has one decimal."""
-    shown = metric_of(figure).measure
+    shown = metric_of(metric).measure
     decimals = 1 if mean and not shown.decimals and value != int(value) else shown.decimals
     return f"{value * shown.scale:{'+' if signed else ''},.{decimals}f}".replace("-", MINUS)
 
 
 def _measured(row: ResultRow, column: str, intervals: bool) -> str:
-    found = row.figures.get(column)
+    found = row.metrics.get(column)
     if found is None:
         return MISSING
     mean = number(column, found.mean, mean=found.n > 1)
     if found.std is None or not METRICS[column].measure.varies:
         return mean
-    if intervals and found.interval is not None:
-        low, high = (number(column, end, mean=True) for end in found.interval)
-        return f"{mean} [{low}, {high}]"
+    if intervals:
+        return f"{mean} {interval_text(column, found.interval, signed=False)}"
     return f"{mean} ± {number(column, found.std, mean=True)}"
 
 
 def _published(row: ResultRow, column: str) -> tuple[str, str]:
-    published, found = row.published.get(column), row.figures.get(column)
+    published, found = row.published.get(column), row.metrics.get(column)
     if published is None:
         return "", ""
     difference = number(column, found.mean - published, signed=True, mean=True) if found else MISSING
@@ -219,7 +218,7 @@ def _published(row: ResultRow, column: str) -> tuple[str, str]:
 
 def _against_several(row: ResultRow, column: str, table: StudyConfig) -> list[str]:
     """Compare a measured mean with a published one over several runs, by Welch's t-test."""
-    published, found = row.published_spread.get(column), row.figures.get(column)
+    published, found = row.published_spread.get(column), row.metrics.get(column)
     if published is None or row.not_comparable:
         return []
     what = f"{row.name}, {METRICS[column].heading}: the published mean is over {published.n} runs"
@@ -228,12 +227,20 @@ def _against_several(row: ResultRow, column: str, table: StudyConfig) -> list[st
     test = welch(found, published)
     if test is None:
         return [f"{what}; Welch's t-test needs at least two runs here, and values that vary."]
-    low, high = (number(column, end, signed=True, mean=True) for end in test.interval(table.output.confidence))
+    interval = interval_text(column, test.interval(table.output.confidence))
     return [
         f"{what}. Welch's t-test, measured {MINUS} published over {found.n} and {published.n} runs: "
         f"{number(column, test.difference, signed=True, mean=True)}, "
-        f"{table.output.confidence * 100:g} % interval [{low}, {high}], p {p_value(test.p)}."
+        f"{table.output.confidence * 100:g} % interval {interval}, p {p_value(test.p)}."
     ]
+
+
+def interval_text(metric: str, interval: tuple[float, float] | None, *, signed: bool = True) -> str:
+    """Format an interval of a metric, or of a difference of two, as a cell."""
+    if interval is None:
+        return MISSING
+    low, high = (number(metric, end, signed=signed, mean=True) for end in interval)
+    return f"[{low}, {high}]"
 
 
 def p_value(p: float | None) -> str:
@@ -262,10 +269,10 @@ def notes(rows: Sequence[ResultRow], table: StudyConfig, *, compared: bool, inte
         found.append(f"Published: {table.source or 'see the study'}; diff.: measured {MINUS} published.")
     if table.note:
         found.append(table.note)
-    told = {row.name: row.results[0].member for row in rows}
-    for note in dict.fromkeys(member.note for member in told.values() if member.note):
-        found.append(f"{'; '.join(name for name, member in told.items() if member.note == note)}: {note}")
-    found += [f"{name}: published in {m.source}." for name, m in told.items() if m.source and m.source != table.source]
+    members = {row.name: row.results[0].member for row in rows}
+    for note in dict.fromkeys(member.note for member in members.values() if member.note):
+        found.append(f"{'; '.join(name for name, member in members.items() if member.note == note)}: {note}")
+    found += [f"{name}: published in {m.source}." for name, m in members.items() if m.source not in ("", table.source)]
     return found + [f"{r.member.row}, seed {r.member.seed}: {r.state}: {r.trouble}" for r in results if r.trouble]
 
 
@@ -306,7 +313,7 @@ def _record(row: ResultRow, columns: Sequence[str]) -> dict[str, object]:
         **({"not_comparable": row.not_comparable} if row.published and row.not_comparable else {}),
     }
     for column in columns:
-        found = row.figures.get(column)
+        found = row.metrics.get(column)
         low, high = (found.interval if found else None) or (None, None)
         record |= {
             column: found.mean if found else None,

@@ -72,7 +72,7 @@ def trial_sheet(found: Sequence[TrialResult], table: StudyConfig, name: str, col
         cells.append(
             [str(outcome.trial), *(short_value(changes[k]) if k in changes else MISSING for k in keys),
              result.state, str(outcome.epochs), value,
-             *(number(c, result.figures[c]) if c in result.figures else MISSING for c in shown)]
+             *(number(c, result.metrics[c]) if c in result.metrics else MISSING for c in shown)]
         )  # fmt: skip
     best = frozenset({0} if found and found[0].result.is_finished else ())
     state = len(keys) + 1
@@ -85,13 +85,13 @@ def trial_sheet(found: Sequence[TrialResult], table: StudyConfig, name: str, col
 def _notes(found: Sequence[TrialResult], table: StudyConfig) -> list[str]:
     finished = sum(outcome.result.is_finished for outcome in found)
     spent = sum(outcome.epochs for outcome in found)
-    told = [
+    notes = [
         f"{len(found)} configurations, {finished} trained to the end; {spent:,} epochs trained in all.",
         f"Ordered by the epochs reached, then by {search_metric(table)} of the best epoch; never by test.",
         "One run per configuration: whether two configurations differ is not known; train the best with several seeds.",
     ]
-    told += [table.note] if table.note else []
-    return told + [f"Trial {o.trial}: {o.result.state}: {o.result.trouble}" for o in found if o.result.trouble]
+    notes += [table.note] if table.note else []
+    return notes + [f"Trial {o.trial}: {o.result.state}: {o.result.trouble}" for o in found if o.result.trouble]
 
 
 def trial_records(found: Sequence[TrialResult], table: StudyConfig, columns: Sequence[str]) -> list[dict[str, object]]:
@@ -104,7 +104,7 @@ def trial_records(found: Sequence[TrialResult], table: StudyConfig, columns: Seq
             "state": outcome.result.state,
             "epochs": outcome.epochs,
             search_metric(table): outcome.value,
-            **{column: outcome.result.figures.get(column) for column in columns if column != "epochs"},
+            **{column: outcome.result.metrics.get(column) for column in columns if column != "epochs"},
             "run": outcome.result.member.run,
         }
         for outcome in found
