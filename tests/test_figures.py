@@ -63,7 +63,7 @@ def test_curves_have_the_metrics_and_mark_best_and_stopping_epoch(facts: RunData
         assert (list(stop.get_xdata()), stop.get_label()) == ([5, 5], "stopped early: epoch 5")
         assert axes.get_xlabel() == "epoch"
         assert unit in axes.get_ylabel()
-        assert train.get_linestyle() != validation.get_linestyle(), "told apart without colours too"
+        assert train.get_linestyle() != validation.get_linestyle(), "distinguishable without colors too"
     (axes,) = learning_curves.learning_rate_curve(facts).axes
     assert list(axes.lines[0].get_xdata()) == [0, 1, 2, 3, 4], "the rate of an epoch is the one it begins with"
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.1, 0.1 / 2, 0.1 / 3, 0.1 / 4, 0.1 / 5])
@@ -282,10 +282,10 @@ def test_files_for_print_and_for_a_page(facts: RunData, tmp_path: Path) -> None:
     texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {f"{HOSTILE[0]}  (3)", f"{HOSTILE[1]}  (2)", "known: <b>"} <= texts, "as they are, and as text"
     assert all("id" not in element.attrib for element in root.iter("{http://www.w3.org/2000/svg}g"))
-    assert "#1a1a1a" not in page, "the page's colours"
+    assert "#1a1a1a" not in page, "the page's colors"
 
 
-def test_colours_are_okabe_and_itos_and_differ() -> None:
+def test_colors_are_okabe_and_itos_and_differ() -> None:
     okabe_ito = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
     assert set(CYCLE) <= okabe_ito
     assert len(set(CYCLE)) == len(CYCLE)

@@ -83,7 +83,7 @@ def test_rows_in_one_figure_with_their_spread(tmp_path: Path) -> None:
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 9
 
 
-def test_runs_coloured_by_a_parameter(tmp_path: Path) -> None:
+def test_runs_colored_by_a_parameter(tmp_path: Path) -> None:
     """M12: 18 curves, light for the least value and dark for the greatest, a scale beside."""
     figure = drawn(dropout_study(tmp_path))["curves-by-dropout"]
     axes, scale = figure.axes

@@ -35,7 +35,7 @@ from toolkit.study.search_space import (
 from toolkit.study.validation import check_claims, check_study
 
 STUDY: KeyPath = ("study",)
-ASIDE = ("recipe.seed", "expected_metrics.")
+NOT_COUNTED = ("recipe.seed", "expected_metrics.")
 """Prefixes of a row's keys that do not count as changes."""
 
 
@@ -104,16 +104,16 @@ class StudySpec:
 
     def run(self, row: str, changes: ParameterSet, seed: LocatedValue | None = None) -> PlannedRun:
         """Build one run. Raises RecipeError."""
-        told = {key: value.value for key, value in changes.items() if not key.startswith(ASIDE)}
+        counted = {key: value.value for key, value in changes.items() if not key.startswith(NOT_COUNTED)}
         layers = (self._source(key, value) for key, value in changes.items())
-        sources = [*(_without(self.sources, "expected_metrics") if told else self.sources), *layers]
+        sources = [*(_without(self.sources, "expected_metrics") if counted else self.sources), *layers]
         if seed is not None:
             sources.append(self._source("recipe.seed", seed))
         if self.table.bohb is not None:
             epochs = LocatedValue(self.table.bohb.max_epochs, (*STUDY, "bohb", "max_epochs"))
             sources.append(self._source("train.epochs", epochs))
         loaded = resolve(sources, self.path)
-        member = StudyRun(row, loaded.recipe.recipe.seed, told, recipe_hash(loaded.recipe))
+        member = StudyRun(row, loaded.recipe.recipe.seed, counted, recipe_hash(loaded.recipe))
         return PlannedRun(member, loaded, changes)
 
     @cached_property
@@ -244,8 +244,8 @@ def _rows(study: StudySpec) -> Iterator[tuple[StudyRow | None, str, ParameterSet
         for step in zipped(zip_):
             fixed = study.base_values | {key: value.value for key, value in (changes | step).items()}
             for point in products(grid, fixed):
-                words = [row.name if row else "", names.of(step), names.of(point)]
-                yield row, ", ".join(filter(None, words)) or study.name, changes | step | point
+                parts = [row.name if row else "", names.of(step), names.of(point)]
+                yield row, ", ".join(filter(None, parts)) or study.name, changes | step | point
 
 
 def _row_changes(table: StudyConfig) -> Iterator[tuple[StudyRow | None, ParameterSet]]:
@@ -316,14 +316,14 @@ def _without_duplicates(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[
     kept: list[PlannedRun] = []
     hashes: set[str] = set()
     first: dict[str, str] = {}
-    remarks: dict[str, None] = {}
+    messages: dict[str, None] = {}
     for run in runs:
         row = first.setdefault(run.member.hash, run.member.row)
         if row != run.member.row:
-            remarks[f"rows {row!r} and {run.member.row!r} are the same run, which is trained once"] = None
+            messages[f"rows {row!r} and {run.member.row!r} are the same run, which is trained once"] = None
         elif run.member.hash in hashes:
-            remarks[f"row {row!r} appears twice; it is trained once"] = None
+            messages[f"row {row!r} appears twice; it is trained once"] = None
             continue
         kept.append(run)
         hashes.add(run.member.hash)
-    return kept, list(remarks)
+    return kept, list(messages)

@@ -43,7 +43,7 @@ class TableOptions:
     sort: str | None = None
     """Metric by which the main table is sorted, best first; lines without it come last."""
     top: int | None = None
-    """Maximum number of lines in the main table; without ``sort``, it is sorted by the study's output.best_by."""
+    """Maximum number of lines in the main table; if ``sort`` is None, it becomes the study's output.best_by."""
 
 
 @dataclass(frozen=True)
@@ -71,34 +71,26 @@ class StudyResults:
         else:
             found = sheet(self.rows, self.table, self.name, self.columns, intervals=self.options.intervals)
             found = replace(found, notes=[*found.notes, *_our_assumptions(self.assumptions)])
-        if self._sorted_by is None:
+        if self.options.sort is None:
             return found
         order = self._order
         rows = [found.rows[index] for index in order]
         marked = frozenset(place for place, index in enumerate(order) if index in found.marked)
         cut = f"; the first {len(rows)} of {len(found.rows)} lines" if len(rows) < len(found.rows) else ""
-        note = f"Sorted by {METRICS[self._sorted_by].heading}, the best first{cut}."
+        note = f"Sorted by {METRICS[self.options.sort].heading}, the best first{cut}."
         return replace(found, rows=rows, marked=marked, notes=[note, *found.notes])
-
-    @property
-    def _sorted_by(self) -> str | None:
-        """The metric by which the main table is sorted; None: in the study's order."""
-        if self.options.sort is None and self.options.top is not None:
-            return metric_of(self.table.output.best_by).name
-        return self.options.sort
 
     @property
     def _order(self) -> list[int]:
         """Indices of the lines shown in the main table, in display order."""
-        metric = self._sorted_by
-        records = self._all_records
+        metric, records = self.options.sort, self._all_records
         if metric is None:
             return list(range(len(records)))
-        sign = -1 if not higher_is_better(metric) else 1
+        sign = -1 if higher_is_better(metric) else 1
 
         def rank(index: int) -> float:
             value = records[index].get(metric)
-            return math.inf if not isinstance(value, int | float) or math.isnan(value) else -sign * value
+            return math.inf if not isinstance(value, int | float) or math.isnan(value) else sign * value
 
         return sorted(range(len(records)), key=rank)[: self.options.top]
 
@@ -150,9 +142,10 @@ def read_outcomes(folder: StudyDirectory, options: TableOptions) -> StudyResults
     check_columns(columns)
     if options.sort is not None and options.sort not in METRICS:
         raise UserError(f"--sort {options.sort}: there is no such column{nearest(options.sort, METRICS)}")
-    sought = options.sort or (metric_of(table.output.best_by).name if options.top is not None else None)
-    if sought is not None and sought not in columns:
-        columns = [*columns, sought]
+    if options.sort is None and options.top is not None:
+        options = replace(options, sort=metric_of(table.output.best_by).name)
+    if options.sort is not None and options.sort not in columns:
+        columns = [*columns, options.sort]
     rows = build_rows(results, table, options.by)
     is_search = table.bohb is not None or table.random is not None
     if is_search:

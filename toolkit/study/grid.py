@@ -68,8 +68,8 @@ def uneven(variables: Sequence[SearchParameter]) -> Issue | None:
     lengths = {variable.key: len(variable.values) for variable in variables}
     if len(set(lengths.values())) < 2:
         return None
-    told = ", ".join(f"{key} has {length}" for key, length in lengths.items())
-    return Issue(f"study.zip: the lists must have the same length; {told} values", ("study", "zip"), at="key")
+    found = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+    return Issue(f"study.zip: the lists must have the same length; {found} values", ("study", "zip"), at="key")
 
 
 def products(variables: Sequence[SearchParameter], fixed: Mapping[str, Any]) -> Iterator[ParameterSet]:
@@ -112,21 +112,21 @@ class RowNamer:
 
     def of(self, combination: ParameterSet) -> str:
         """Return the name of a combination, such as ``adamw, lr 0.01``; the value of a ``name`` key stands alone."""
-        return ", ".join(self._said(key, self._value(key, value)) for key, value in combination.items())
+        return ", ".join(self._part(key, self._value(key, value)) for key, value in combination.items())
 
     def plain(self, combination: ParameterSet) -> str:
         """Return the name of a combination whose values do not come from a list."""
-        return ", ".join(self._said(key, label(value.value)) for key, value in combination.items())
+        return ", ".join(self._part(key, label(value.value)) for key, value in combination.items())
 
-    def _said(self, key: str, value: str) -> str:
+    def _part(self, key: str, value: str) -> str:
         return value if self.short[key] == "name" else f"{self.short[key]} {value}"
 
     def _value(self, key: str, value: LocatedValue) -> str:
         """Return the value's label if it is short and unique among the key's values, else its number, as in ``#2``."""
         values = self.variables[key].values
-        words = [label(each) for each in values]
+        labels = [label(each) for each in values]
         mine = label(value.value)
-        if len(mine) <= LONGEST_LABEL and words.count(mine) == sum(same(v, value.value) for v in values):
+        if len(mine) <= LONGEST_LABEL and labels.count(mine) == sum(same(v, value.value) for v in values):
             return mine
         return f"#{1 + next(i for i, each in enumerate(values) if same(each, value.value))}"
 

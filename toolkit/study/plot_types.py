@@ -63,36 +63,36 @@ def curves(curves: Sequence[Curve], metric: str, title: str) -> Figure:
     figure, axes = _epoch_axes(metric, title)
     scale = metric_of(metric).measure.scale
     shades = [lightness_colormap()(x) for x in np.linspace(0, 1, len(curves))] if len(curves) > len(CYCLE) else CYCLE
-    for index, (curve, colour) in enumerate(zip(curves, shades, strict=False)):
+    for index, (curve, color) in enumerate(zip(curves, shades, strict=False)):
         epochs = np.arange(1, len(curve.mean) + 1)
         mean = np.asarray(curve.mean) * scale
         dash = DASHES[index % len(DASHES)] if len(curves) > 1 else "-"
-        axes.plot(epochs, mean, dash, color=colour, linewidth=1.5, label=short(curve.name, 40), marker=_mark(curve))
+        axes.plot(epochs, mean, dash, color=color, linewidth=1.5, label=short(curve.name, 40), marker=_dot(curve.mean))
         if curve.std:
             std = np.asarray(curve.std) * scale
-            axes.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
     if len(curves) <= LEGEND_ROWS:
         _legend(figure, axes, len(curves))
     return figure
 
 
-def coloured_curves(
+def colored_curves(
     curves: Sequence[tuple[Any, Sequence[float]]], metric: str, key: str, title: str, *, log: bool
 ) -> Figure:
     """Plot the curves of many runs, given as (value of the parameter, curve) and colored by the value."""
     figure, axes = _epoch_axes(metric, title)
     scale = metric_of(metric).measure.scale
     values = [value for value, _ in curves]
-    colour = _number_colours(values, log=log) if is_numeric(values) else None
+    color = _color_scale(values, log=log) if is_numeric(values) else None
     names = list(dict.fromkeys(str(value) for value in values))
     for value, curve in curves:
         index = names.index(str(value))
-        shade = colour.to_rgba(value) if colour else CYCLE[index % len(CYCLE)]
-        dash = "-" if colour else DASHES[index // len(CYCLE) % len(DASHES)]
+        shade = color.to_rgba(value) if color else CYCLE[index % len(CYCLE)]
+        dash = "-" if color else DASHES[index // len(CYCLE) % len(DASHES)]
         epochs = range(1, len(curve) + 1)
         axes.plot(epochs, np.asarray(curve) * scale, dash, color=shade, linewidth=1.1, marker=_dot(curve))
-    if colour:
-        bar = figure.colorbar(colour, ax=axes)
+    if color:
+        bar = figure.colorbar(color, ax=axes)
         if log and len(set(values)) <= TICKS:  # matplotlib would label powers of ten only
             bar.set_ticks(sorted(set(values)), labels=[f"{value:g}" for value in sorted(set(values))])
             bar.minorticks_off()
@@ -113,11 +113,11 @@ def levels(
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     scale = metric_of(metric).measure.scale
-    for points, name, colour, mark in ((validation, "validation", BLUE, "o"), (test, "test", VERMILION, "s")):
+    for points, name, color, mark in ((validation, "validation", BLUE, "o"), (test, "test", VERMILION, "s")):
         if not points:
             continue
         mean, std = (np.asarray(column) * scale for column in zip(*points, strict=True))
-        axes.errorbar(values, mean, std if std.any() else None, color=colour, marker=mark, markersize=4,
+        axes.errorbar(values, mean, std if std.any() else None, color=color, marker=mark, markersize=4,
                       linewidth=1.4, capsize=3, label=name)  # fmt: skip
     if log:
         axes.set_xscale("log")
@@ -148,12 +148,12 @@ def parallel_coordinates(axes_: Sequence[ParallelAxis], outcome: Sequence[float]
     """Plot one line per configuration through its parameter values, colored by its outcome, with the best on top."""
     figure = Figure(figsize=(max(WIDTH, 1.3 * len(axes_) + 1), HEIGHT), layout="constrained")
     axes = figure.subplots()
-    colour = ScalarMappable(Normalize(min(outcome), max(outcome)), lightness_colormap())
+    color = ScalarMappable(Normalize(min(outcome), max(outcome)), lightness_colormap())
     order = np.argsort(outcome, kind="stable")
     for index in order if higher_is_better(metric) else order[::-1]:
         points = [(x, axis.positions[index]) for x, axis in enumerate(axes_)]
         shown = [(x, y) for x, y in points if y is not None]
-        axes.plot(*zip(*shown, strict=True), color=colour.to_rgba(outcome[index]), linewidth=1.2, alpha=0.85)
+        axes.plot(*zip(*shown, strict=True), color=color.to_rgba(outcome[index]), linewidth=1.2, alpha=0.85)
     for x, axis in enumerate(axes_):
         axes.axvline(x, color=INK, linewidth=0.8)
         for y, text in axis.ticks.items():
@@ -163,7 +163,7 @@ def parallel_coordinates(axes_: Sequence[ParallelAxis], outcome: Sequence[float]
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.margins(x=0.08)
-    figure.colorbar(colour, ax=axes).set_label(metric_of(metric).axis_label)
+    figure.colorbar(color, ax=axes).set_label(metric_of(metric).axis_label)
     _head(figure, title)
     return figure
 
@@ -199,7 +199,7 @@ def is_wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) > LOG_FROM * min(values)
 
 
-def _number_colours(values: Sequence[float], *, log: bool) -> ScalarMappable:
+def _color_scale(values: Sequence[float], *, log: bool) -> ScalarMappable:
     norm = (LogNorm if log else Normalize)(min(values), max(values))
     return ScalarMappable(norm, lightness_colormap())
 
@@ -218,10 +218,6 @@ def _epoch_axes(metric: str, title: str) -> tuple[Figure, Axes]:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     grid(axes)
     return figure, axes
-
-
-def _mark(curve: Curve) -> str | None:
-    return _dot(curve.mean)
 
 
 def _dot(curve: Sequence[float]) -> str | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FEWEST = 8
 """Minimum number of configurations for estimating the importance of parameters."""
-COLOURED = 6
+MOST_COLORINGS = 6
 """Maximum number of keys by which curves are colored; each gives one figure."""
 
 
@@ -76,14 +76,14 @@ def curves_by_parameter(found: StudyResults) -> Iterator[tuple[str, Figure]]:
     results = [result for result in found.results if result.epochs and (found.trials or result.is_finished)]
     keys = varied_keys(results)
     metric = search_metric(found.table)
-    for key in keys[:COLOURED]:
+    for key in keys[:MOST_COLORINGS]:
         with_it = [result for result in results if key in result.member.changes]
         values = [result.member.changes[key] for result in with_it]
         if len({short_value(value) for value in values}) > 1:
             shown = values if plot_types.is_numeric(values) else [short_value(value) for value in values]
             drawn = list(zip(shown, (result.values(metric) for result in with_it), strict=True))
             is_log = _is_logarithmic(found, key, values)
-            figure = plot_types.coloured_curves(drawn, metric, key, title(found.table, found.name), log=is_log)
+            figure = plot_types.colored_curves(drawn, metric, key, title(found.table, found.name), log=is_log)
             yield f"curves-by-{short_key(key, keys).replace('.', '-')}", figure
 
 
@@ -132,8 +132,7 @@ def best_against_cost(found: StudyResults) -> Iterator[tuple[str, Figure]]:
     points = incumbents(found)
     metric = search_metric(found.table)
     if points:
-        name = title(found.table, found.name)
-        yield "best-so-far", plot_types.incumbent_curve({found.name: points}, metric, name)
+        yield "best-so-far", plot_types.incumbent_curve({found.name: points}, metric, title(found.table, found.name))
 
 
 def incumbents(found: StudyResults) -> list[tuple[float, float]]:
