@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from toolkit.augment.resize import resizing_kernel
 from toolkit.augment.transforms import is_deterministic
 from toolkit.cache.store import content_key
 from toolkit.data.jpeg_decoding import jpeg_decoder
+from toolkit.models.pretrained import state_hash
 from toolkit.recipe.schema import AugmentConfig
 from toolkit.training.context import TrainingContext
 
@@ -75,13 +75,8 @@ def _layers(module: nn.Module, tail: str) -> list[tuple[str, str, str]]:
 
 
 def weights_hash(module: nn.Module, tail: str) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and values of all parameters and buffers outside the tail."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        if not _is_within(name, tail):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """Return the hash of all parameters and buffers outside the tail."""
+    return state_hash({name: value for name, value in module.state_dict().items() if not _is_within(name, tail)})
 
 
 def _is_within(name: str, tail: str) -> bool:

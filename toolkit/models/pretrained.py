@@ -187,7 +187,7 @@ def pack_state(state: StateDict, **facts: Any) -> bytes:
         tensors[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     # A single entry, because safetensors writes several in random order and equal weights must give equal files.
-    data: bytes = save(tensors, metadata={METADATA: json.dumps({**facts, "sha256": _digest(tensors)})})
+    data: bytes = save(tensors, metadata={METADATA: json.dumps({**facts, "sha256": state_hash(tensors)})})
     return data
 
 
@@ -201,17 +201,17 @@ def has_its_digest(path: Path, state: StateDict) -> bool:
     if text is None:
         return True
     try:
-        return bool(json.loads(text)["sha256"] == _digest(state))
+        return bool(json.loads(text)["sha256"] == state_hash(state))
     except (ValueError, KeyError, TypeError):
         return False
 
 
-def _digest(state: StateDict) -> str:
-    """Return the SHA-256 (hex) of names, dtypes, shapes and values."""
+def state_hash(state: StateDict) -> str:
+    """Return the SHA-256 (64 hexadecimal digits) of names, dtypes, shapes and values of all tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -57,7 +57,10 @@ def schema_text() -> str:
 
 
 def _plain(node: Schema, definitions: Schema, *, in_list: bool) -> Schema:
-    """Return pydantic's schema without references, nulls and titles, and without required keys outside lists."""
+    """Return pydantic's schema without references, nulls and titles, and without required keys outside lists.
+
+    Units are added to the descriptions, which editors show.
+    """
     node = dict(node)
     if "$ref" in node:
         node = {**definitions[node.pop("$ref").rsplit("/", 1)[1]], **node}
@@ -78,16 +81,12 @@ def _plain(node: Schema, definitions: Schema, *, in_list: bool) -> Schema:
     if isinstance(node.get("additionalProperties"), dict):
         node["additionalProperties"] = _plain(node["additionalProperties"], definitions, in_list=in_list)
     if "properties" in node:
-        node["properties"] = {key: _key(value, definitions, in_list) for key, value in node["properties"].items()}
+        node["properties"] = {
+            key: _plain(value, definitions, in_list=in_list) for key, value in node["properties"].items()
+        }
+    if "unit" in node:
+        node["description"] += f" Unit: {node['unit']}."
     return node
-
-
-def _key(node: Schema, definitions: Schema, in_list: bool) -> Schema:
-    """Return the schema of a key, with its unit added to the description, which editors show."""
-    key = _plain(node, definitions, in_list=in_list)
-    if "unit" in key:
-        key["description"] = f"{key['description']} Unit: {key['unit']}."
-    return key
 
 
 def _name_models(table: Schema) -> None:
