@@ -14,7 +14,7 @@ KINDS = {
     "bytes as they are kept": torch.randint(0, 256, (9, 6, 5, 3), dtype=torch.uint8),
     "channels last": torch.randint(0, 256, (9, 6, 5, 3), dtype=torch.uint8).permute(0, 3, 1, 2),
     "channels first": torch.rand(9, 3, 6, 5),
-    "grey": torch.rand(9, 1, 6, 5),
+    "gray": torch.rand(9, 1, 6, 5),
     "features": torch.rand(9, 7),
     "labels": torch.arange(9),
 }

@@ -101,20 +101,20 @@ def test_a_fault_of_the_machine_is_not_blamed_on_the_image(folder: ImageFiles, m
     assert not isinstance(caught.value, UnreadableImageError)
 
 
-def test_every_mode_becomes_rgb_or_greyscale(tmp_path: Path) -> None:
-    colour = Image.fromarray(PIXELS)
+def test_every_mode_becomes_rgb_or_grayscale(tmp_path: Path) -> None:
+    color = Image.fromarray(PIXELS)
     sixteen_bits = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
     made = {
-        "rgb.png": colour,
-        "grey.png": colour.convert("L"),
-        "palette.png": colour.convert("P"),
-        "alpha.png": colour.convert("RGBA"),
-        "grey alpha.png": colour.convert("LA"),
-        "bilevel.png": colour.convert("1"),
-        "cmyk.jpg": colour.convert("CMYK"),
+        "rgb.png": color,
+        "gray.png": color.convert("L"),
+        "palette.png": color.convert("P"),
+        "alpha.png": color.convert("RGBA"),
+        "gray alpha.png": color.convert("LA"),
+        "bilevel.png": color.convert("1"),
+        "cmyk.jpg": color.convert("CMYK"),
         "sixteen.png": sixteen_bits,
     }
-    transparent = colour.convert("P")
+    transparent = color.convert("P")
     transparent.info["transparency"] = bytes(range(256))
     made["transparent palette.png"] = transparent
     for name, image in made.items():
@@ -122,8 +122,8 @@ def test_every_mode_becomes_rgb_or_greyscale(tmp_path: Path) -> None:
     for channels in (3, 1):
         images = ImageFiles(tmp_path, made, channels)
         assert {images.load(i).shape[2] for i in range(len(images))} == {channels}
-    grey = ImageFiles(tmp_path, made, 1).load(list(made).index("sixteen.png"))
-    assert grey[..., 0].tolist() == [[0, 1, 255]]  # scaled, not clipped
+    gray = ImageFiles(tmp_path, made, 1).load(list(made).index("sixteen.png"))
+    assert gray[..., 0].tolist() == [[0, 1, 255]]  # scaled, not clipped
     images = ImageFiles(tmp_path, made, 3)
     assert np.array_equal(images.load(0), PIXELS)
     opaque, through = (images.load(list(made).index(n)) for n in ("palette.png", "transparent palette.png"))

@@ -45,7 +45,7 @@ def test_it_gives_pillows_bytes(subsampling: int, progressive: bool, size: tuple
 def test_what_is_not_plain_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = as_jpeg(photograph(64, 48))
     others = {
-        "grey": as_jpeg(photograph(64, 48, "L")),
+        "gray": as_jpeg(photograph(64, 48, "L")),
         "CMYK": as_jpeg(photograph(64, 48, "CMYK")),
         "truncated": whole[: len(whole) // 2],
         "start only": whole[:3],
@@ -78,11 +78,11 @@ def test_files_are_the_same_with_and_without_it(
         monkeypatch.setattr(jpeg_decoding, "simplejpeg", None)
         assert jpeg_decoder() == "Pillow"
     whole = as_jpeg(photograph(64, 48))
-    (tmp_path / "colour.jpg").write_bytes(whole)
-    (tmp_path / "grey.jpg").write_bytes(as_jpeg(photograph(64, 48, "L")))
+    (tmp_path / "color.jpg").write_bytes(whole)
+    (tmp_path / "gray.jpg").write_bytes(as_jpeg(photograph(64, 48, "L")))
     (tmp_path / "cmyk.jpg").write_bytes(as_jpeg(photograph(64, 48, "CMYK")))
     (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    names = ["colour.jpg", "grey.jpg", "cmyk.jpg", "truncated.jpg"]
+    names = ["color.jpg", "gray.jpg", "cmyk.jpg", "truncated.jpg"]
     for channels, mode in ((3, "RGB"), (1, "L")):
         images = ImageFiles(tmp_path, names, channels)
         for i, name in enumerate(names[:3]):

@@ -64,8 +64,8 @@ def test_every_format_is_turned_or_left_by_one_rule(kind: str, tmp_path: Path) -
     for i, (tag, name) in enumerate(zip(STORED, names, strict=True)):
         close(upright.load(i), UPRIGHT, name)
         close(stored.load(i), STORED[tag], name)
-        grey = ImageFiles(tmp_path, names, 1).load(i)
-        assert grey.shape == (40, 56, 1)
+        gray = ImageFiles(tmp_path, names, 1).load(i)
+        assert gray.shape == (40, 56, 1)
 
 
 def test_the_faster_decoder_gives_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

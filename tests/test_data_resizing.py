@@ -81,7 +81,7 @@ def test_the_longest_side_is_kept_within_bounds() -> None:
 
 
 @pytest.mark.parametrize("size", [*SIZES, (225, 226), (31, 33), (32, 500)])
-def test_a_centre_crop_of_bytes_is_torchvisions(size: tuple[int, int]) -> None:
+def test_a_center_crop_of_bytes_is_torchvisions(size: tuple[int, int]) -> None:
     step, image = v2.CenterCrop((32, 31)), picture(size)
     assert np.array_equal(on_bytes(step, as_pixels(image)), as_pixels(step(image)))
 

@@ -17,7 +17,7 @@ from toolkit.recipe.schema import DataConfig, SplitConfig
 
 
 def dataset(counts: list[int], **lists: list[int]) -> Dataset:
-    """Images of these many a class, classes interleaved at random; all in the training list unless told otherwise."""
+    """Images of these many a class, classes interleaved at random; all in the training list by default."""
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int64)
     images = InMemoryImages(np.zeros((len(labels), 2, 2), np.uint8), "toy", 1)
     official = {name: np.array(indices, dtype=np.int64) for name, indices in lists.items()}

@@ -49,7 +49,7 @@ def test_nearly_constant_images_lose_nothing_to_rounding() -> None:
 
 @pytest.mark.slow
 def test_cifar10_jpeg_training_images(shared_data: Path, tmp_path: Path) -> None:
-    """The figures in the notes of the data, made by others with other code."""
+    """The values in the notes of the data, computed by others with other code."""
     with tarfile.open(shared_data / "cifar10.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     data = open_dataset(DataConfig(dataset="imagefolder", root=str(tmp_path / "cifar10")))

@@ -125,10 +125,10 @@ def test_transform_sets_of_mereu_stand_between_resize_and_crop(name: str) -> Non
 
 
 MURABITO: dict[str, tuple[list[Entry], list[Any]]] = {
-    "centre crop": ([], [v2.CenterCrop(224)]),
+    "center crop": ([], [v2.CenterCrop(224)]),
     "random crop": ([{"name": "RandomCrop", "stage": "crop"}], [v2.RandomCrop(224)]),
-    "centre crop, flip": ([FLIP], [v2.CenterCrop(224), V2_FLIP]),
-    "centre crop, rotation": (
+    "center crop, flip": ([FLIP], [v2.CenterCrop(224), V2_FLIP]),
+    "center crop, rotation": (
         [{"name": "RandomRotation", "degrees": 180}],
         [v2.CenterCrop(224), v2.RandomRotation(180)],
     ),
@@ -232,9 +232,9 @@ def test_timm_policies_do_what_timm_does(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original"])
-def test_timm_policies_take_greyscale(policy: str) -> None:
-    grey = Preprocessing(1, 28, None, True, "bilinear", (0.3,), (0.2,))
-    transform = build_transform("train", AugmentConfig(auto_augment=policy), grey)
+def test_timm_policies_take_grayscale(policy: str) -> None:
+    gray = Preprocessing(1, 28, None, True, "bilinear", (0.3,), (0.2,))
+    transform = build_transform("train", AugmentConfig(auto_augment=policy), gray)
     for seed in range(40):
         random.seed(seed)
         np.random.seed(seed)

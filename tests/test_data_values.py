@@ -17,7 +17,7 @@ from toolkit.errors import UserError
 
 RAMP = np.linspace(0, 1, 2400).reshape(40, 60)
 """From black to white."""
-GREYS = np.rint(RAMP * 255).astype(int)
+GRAYS = np.rint(RAMP * 255).astype(int)
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -58,14 +58,14 @@ def test_black_is_0_and_white_255_whatever_the_depth(name: str, white: int, tmp_
     assert images.value_range == (0, white)
     pixels = images.load(0)[..., 0].astype(int)
     assert (pixels.min(), pixels.max()) == (0, 255)
-    assert np.abs(pixels - GREYS).max() <= 1  # the file's own rounding
+    assert np.abs(pixels - GRAYS).max() <= 1  # the file's own rounding
 
 
 def test_one_range_holds_for_the_whole_data_set(tmp_path: Path) -> None:
     """An image is not stretched by its own values: one half as bright stays half as bright."""
     for name, factor in (("bright.png", 4000), ("half.png", 2000), ("dark.png", 20)):
         save(tmp_path / name, RAMP * factor)
-    Image.fromarray(GREYS.astype(np.uint8)).save(tmp_path / "eight.png")
+    Image.fromarray(GRAYS.astype(np.uint8)).save(tmp_path / "eight.png")
     images = settled(ImageFiles(tmp_path, ["dark.png", "bright.png", "half.png", "eight.png"], 1))
     assert images.value_range == (0, 4095)
     assert [int(images.load(i).max()) for i in range(4)] == [1, 249, 125, 255]
@@ -74,8 +74,8 @@ def test_one_range_holds_for_the_whole_data_set(tmp_path: Path) -> None:
 
 
 def test_eight_bits_stored_in_sixteen_come_back_exactly(tmp_path: Path) -> None:
-    save(tmp_path / "a.png", GREYS * 257.0)
-    assert np.array_equal(settled(ImageFiles(tmp_path, ["a.png"], 1)).load(0)[..., 0], GREYS)
+    save(tmp_path / "a.png", GRAYS * 257.0)
+    assert np.array_equal(settled(ImageFiles(tmp_path, ["a.png"], 1)).load(0)[..., 0], GRAYS)
 
 
 def test_a_pgm_file_states_its_white(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_what_cannot_be_known_is_refused_and_can_be_said(
     with pytest.raises(UnreadableImageError, match="not known; convert it to 8 bits"):
         images.load(0)
     pixels = images.with_range((low, high)).load(0)[..., 0].astype(int)
-    assert np.abs(pixels - GREYS).max() <= (15 if factor == 9 else 1)
+    assert np.abs(pixels - GRAYS).max() <= (15 if factor == 9 else 1)
 
 
 def test_beyond_the_range_values_are_clipped(tmp_path: Path) -> None:

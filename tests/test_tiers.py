@@ -80,7 +80,7 @@ class Said:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEGs of different sizes, one of them greyscale, and a PNG with transparency."""
+    """JPEGs of different sizes, one of them grayscale, and a PNG with transparency."""
     folder, random = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for i in range(COUNT):
         noise = random.integers(0, 256, (6, 7, 3), dtype=np.uint8)
@@ -228,7 +228,7 @@ def test_a_random_crop_keeps_whole_images_and_the_fixed_crop_is_made_of_them(pho
     assert "center crop" not in kept.shortcuts[0]
 
 
-def test_greyscale_input_is_kept_with_one_channel(photographs: Path, own_cache: Path) -> None:
+def test_grayscale_input_is_kept_with_one_channel(photographs: Path, own_cache: Path) -> None:
     setup, _ = setup_of(loads_recipe(ON_FILES, ["data.channels=1"]), files_of(photographs, 1), None)
     plain, _ = batches_of(setup, cached=False)
     once, _ = batches_of(setup, cached=True)
@@ -241,7 +241,7 @@ CROPS = {
     "in place of both": '{ name = "RandomResizedCrop", stage = "resize_crop" }',
     "of images that differ in size": '{ name = "RandomCrop", stage = "crop" }',
     "turned before": '{ name = "RandomRotation", degrees = 20, stage = "before_resize" }',
-    "in strange colours": '{ name = "RandomSolarize", threshold = 128, stage = "before_crop" }',
+    "in strange colors": '{ name = "RandomSolarize", threshold = 128, stage = "before_crop" }',
 }
 """Transforms up to the crop that cannot be made in batches."""
 
@@ -362,12 +362,12 @@ def test_no_tier_is_chosen_that_does_not_fit(photographs: Path, monkeypatch: pyt
     plain, _ = batches_of(setup_of(loads_recipe(ON_FILES), files_of(photographs), None)[0], cached=False)
     for module in (image_cache, memory_budget):
         monkeypatch.setattr(module, "available_memory", lambda: 50 * 1024)
-    for tier, told in (("auto", ""), ("memory", "not held in memory"), ("device", "not held on the device")):
+    for tier, message in (("auto", ""), ("memory", "not held in memory"), ("device", "not held on the device")):
         setup, said = setup_of(loads_recipe(ON_FILES, [f'data.cache="{tier}"']), files_of(photographs), None)
         once, kept = batches_of(setup, cached=True)
         assert_equal(plain, once)
         assert "read from disk" in kept.shortcuts[0], tier
-        assert told in said.text
+        assert message in said.text
 
 
 def test_whole_images_that_do_not_fit_into_memory_are_not_kept(

@@ -165,7 +165,7 @@ class Features:
             inputs = to_device(images, device, self.setup.recipe.train.channels_last)
             return prefix_features(module, self.tail, inputs).float().cpu()
 
-    def prove(self, written: nn.Module) -> None:
+    def check_backbone(self, written: nn.Module) -> None:
         """Raise RunFailed unless ``written``, a complete model, has the frozen backbone that produced the features.
 
         Its frozen weights must be bitwise equal. Features recomputed from some images of the last split used in every

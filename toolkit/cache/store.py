@@ -236,10 +236,10 @@ def try_lock(root: Path, name: str) -> Lock | None:
 
 def remove_entry(folder: Path) -> None:
     """Remove an entry, renaming it first so that it disappears atomically. Existing memory maps stay valid."""
-    doomed = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    moved = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
     with contextlib.suppress(FileNotFoundError):
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, moved)
+        shutil.rmtree(moved, ignore_errors=True)
     _verified.pop(folder / "data.bin", None)
 
 
@@ -309,14 +309,14 @@ def clean(root: Path, unused_s: float = 0) -> tuple[int, int]:
     Nothing else in the folder is touched, nor entries being built. Processes that are reading an entry keep their map.
     Raises OSError if an entry cannot be removed.
     """
-    doomed = [one for one in list_entries(root) if time.time() - one.used >= unused_s]
-    for one in doomed:
+    unused = [one for one in list_entries(root) if time.time() - one.used >= unused_s]
+    for one in unused:
         remove_entry(root / one.name)
         lock = try_lock(root, one.name)
         if lock is not None:
             (root / f"{one.name}.lock").unlink(missing_ok=True)
             lock.release()
-    return len(doomed), sum(one.bytes for one in doomed) + remove_leftovers(root)
+    return len(unused), sum(one.bytes for one in unused) + remove_leftovers(root)
 
 
 def folder_size(folder: Path) -> int:

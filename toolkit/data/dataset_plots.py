@@ -1,4 +1,4 @@
-"""Figures of the report by `toolkit data`."""
+"""Plots of the report by `toolkit data`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHEET_CLASSES = 200
 
 
 def draw(report: DatasetReport, folder: Path, log: Callable[[str], None]) -> list[Path]:
-    """Write all figures to ``folder`` and return their paths. Raises UserError if that fails."""
+    """Write all plots to ``folder`` and return their paths. Raises UserError if that fails."""
     with plot_style(log):
         bars, sheet = histogram(report), contact_sheet(report)
         title = f"{report.recipe.recipe.name}: images per class of {report.dataset.name}, all splits together"

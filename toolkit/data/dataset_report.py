@@ -267,20 +267,21 @@ def _printable(groups: dict[str, list[list[str]]]) -> dict[str, list[list[str]]]
 
 def report_text(report: DatasetReport) -> str:
     """Format the report as text."""
-    figures = report.to_json()
-    total = {split: f"{figures['images'][split]:,}" for split in SPLITS}
+    values = report.to_json()
+    total = {split: f"{values['images'][split]:,}" for split in SPLITS}
     lines = [
-        f"data set   {report.dataset.name}: {plural(sum(figures['images'].values()), 'image')} used, "
+        f"data set   {report.dataset.name}: {plural(sum(values['images'].values()), 'image')} used, "
         + plural(len(report.classes), "class", "classes"),
         "images     " + ", ".join(f"{total[split]} {split}" for split in SPLITS),
         *(f"note       {note}" for note in report.notes),
         *_class_lines(report),
-        *(f"{side:<10} {_spread_text(figures[side])} pixels" for side in ("width", "height") if figures[side]),
-        "sizes      " + ", ".join(f"{size} ({count:,})" for size, count in figures["sizes"].items()),
+        *(f"{side:<10} {_spread_text(values[side])} pixels" for side in ("width", "height") if values[side]),
+        "sizes      " + ", ".join(f"{size} ({count:,})" for size, count in values["sizes"].items()),
         f"mean       {_values(report.mean)}",
         f"std        {_values(report.std)}  (training images, resized and cropped, pixels in 0..1)",
         f"normalized with mean {_values(report.preprocessing.mean)}, std {_values(report.preprocessing.std)}",
-        *_listed("unreadable", [f"{name}: {why}" for name, why in report.unreadable]),
+        f"unreadable {len(report.unreadable) or 'none'}",
+        *_first([f"{name}: {why}" for name, why in report.unreadable]),
         *_duplicate_lines(report.duplicates, report.near),
     ]
     return "\n".join(printable(line) for line in lines)
@@ -302,15 +303,15 @@ def _class_lines(report: DatasetReport) -> list[str]:
 
 def _duplicate_lines(found: Duplicates, near: Duplicates) -> list[str]:
     lines = []
-    for words, duplicates, sign in (("images are", found, "="), ("groups of near-duplicates are", near, "~")):
+    for subject, duplicates, sign in (("images are", found, "="), ("groups of near-duplicates are", near, "~")):
         for pair, groups in duplicates.across.items():
-            what = f"leakage    {len(groups)} {words} in both {pair.replace(', ', ' and ')}"
+            what = f"leakage    {len(groups)} {subject} in both {pair.replace(', ', ' and ')}"
             lines += [what, *_examples(groups, sign)] if groups else []
         for split, groups in duplicates.within.items():
             more = "more than once in" if sign == "=" else "within"
-            lines += [f"repeated   {len(groups)} {words} {more} {split}", *_examples(groups, sign)] if groups else []
+            lines += [f"repeated   {len(groups)} {subject} {more} {split}", *_examples(groups, sign)] if groups else []
         if duplicates.contradicting:
-            what = f"labels     {len(duplicates.contradicting)} {words} of more than one class"
+            what = f"labels     {len(duplicates.contradicting)} {subject} of more than one class"
             lines += [what, *_examples(duplicates.contradicting, sign)]
     if not any(found.across.values()):
         lines.append("leakage    none: no two splits share an image with equal pixels")
@@ -318,13 +319,13 @@ def _duplicate_lines(found: Duplicates, near: Duplicates) -> list[str]:
 
 
 def _examples(groups: list[list[str]], sign: str) -> list[str]:
-    shown = [f"  {f' {sign} '.join(group)}" for group in groups[:SHOWN]]
-    return shown + ([f"  ... and {len(groups) - SHOWN} more"] if len(groups) > SHOWN else [])
+    return _first([f" {sign} ".join(group) for group in groups])
 
 
-def _listed(word: str, items: list[str]) -> list[str]:
+def _first(items: list[str]) -> list[str]:
+    """Format the first items, one per line, and the number of the others."""
     more = [f"  ... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
-    return [f"{word} {len(items) or 'none'}", *(f"  {item}" for item in items[:SHOWN]), *more]
+    return [*(f"  {item}" for item in items[:SHOWN]), *more]
 
 
 def _spread_text(spread: dict[str, float]) -> str:

@@ -90,25 +90,20 @@ class DevicePreprocessor:
     """Computes model inputs from uint8 batches on the device."""
 
     def __init__(
-        self, delivery: PreprocessingPlan, device: torch.device, *, channels_last: bool, beside_workers: bool = False
+        self, plan: PreprocessingPlan, device: torch.device, *, channels_last: bool, beside_workers: bool = False
     ) -> None:
         """``beside_workers``: data workers may be using the other cores at the same time."""
-        assert delivery.batched is not None
-        self.batched, self.device, self.channels_last = delivery.batched, device, channels_last
+        assert plan.batched is not None
+        self.batched, self.device, self.channels_last = plan.batched, device, channels_last
         self.on_one_thread = beside_workers and device.type == "cpu"
 
     def __call__(self, pixels: Tensor, epoch: int, draws: IntArray) -> Tensor:
         """Convert uint8 [m, h, w, c] to float32 [m, C, image_size, image_size]; grayscale is repeated if C is 3."""
         with _one_thread() if self.on_one_thread else contextlib.nullcontext():
-            return self._finished(pixels, epoch, draws)
-
-    def _finished(self, pixels: Tensor, epoch: int, draws: IntArray) -> Tensor:
-        images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        if images.shape[1] != self.batched.channels:
-            images = images.expand(-1, self.batched.channels, -1, -1)
-        if not self.channels_last:
-            images = images.contiguous()
-        return self.batched(images, epoch, draws)
+            images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            if images.shape[1] != self.batched.channels:
+                images = images.expand(-1, self.batched.channels, -1, -1)
+            return self.batched(images if self.channels_last else images.contiguous(), epoch, draws)
 
 
 @contextlib.contextmanager

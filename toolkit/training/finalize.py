@@ -76,7 +76,7 @@ def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], E
         written.to(memory_format=torch.channels_last)
     features = training.loaders.features
     if features is not None:
-        features.prove(written)
+        features.check_backbone(written)
     network = written if features is None else written.get_submodule(features.tail)
     if training.setup.has("validation"):
         _prove(training, training.evaluate_network(network, "validation"))
