@@ -1,4 +1,4 @@
-"""Augmentation in batches does to each image what torchvision does to it alone, whatever stands beside it."""
+"""Batched augmentation gives each image what torchvision gives it alone, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ AFFINE: Entry = {
 SMOOTH_AFFINE: Entry = {**AFFINE, "interpolation": "bilinear", "center": [8.0, 20.0], "fill": [200, 10, 60]}
 PERSPECTIVE: Entry = {"name": "RandomPerspective", "p": 1.0, "distortion_scale": 0.4}
 JITTER: Entry = {"name": "ColorJitter", "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.2}
-GREY: Entry = {"name": "RandomGrayscale", "p": 0.5}
+GRAY: Entry = {"name": "RandomGrayscale", "p": 0.5}
 BLUR: Entry = {"name": "GaussianBlur", "kernel_size": [5, 9], "sigma": [0.1, 2.0]}
 ERASE: Entry = {"name": "RandomErasing", "p": 0.7, "value": [124.0, 116.0, 104.0], "stage": "after_crop"}
 HALF = (0.5, 0.5, 0.5)
@@ -63,18 +63,18 @@ CHAINS: dict[str, tuple[list[Entry], dict[str, Any], bool]] = {
     "contrast": ([{"name": "ColorJitter", "contrast": [0.0, 2.0]}], {}, True),
     "saturation": ([{"name": "ColorJitter", "saturation": 0.9}], {}, True),
     "hue": ([{"name": "ColorJitter", "hue": 0.5, "apply_p": 0.8}], {}, False),
-    "grey": ([GREY], {}, True),
-    "all grey": ([{"name": "Grayscale", "num_output_channels": 3}], {}, True),
+    "gray": ([GRAY], {}, True),
+    "all gray": ([{"name": "Grayscale", "num_output_channels": 3}], {}, True),
     "blur": ([BLUR], {}, False),
     "erasing": ([ERASE], {}, True),
-    "erasing after normalisation": ([FLIP], {"random_erasing": 0.8}, True),
+    "erasing after normalization": ([FLIP], {"random_erasing": 0.8}, True),
     # in a row
     "flips": ([FLIP, UPSIDE], {}, True),
     "flip, rotation": ([FLIP, TURN], {}, False),
     "flips around a rotation": ([FLIP, UPSIDE, TURN, FLIP, UPSIDE], {}, False),
     "two warps": ([TURN, FLIP, SMOOTH_AFFINE], {}, False),
-    "the usual": ([FLIP, TURN, JITTER, GREY, {**BLUR, "apply_p": 0.5}], {"random_erasing": 0.25}, False),
-    "all in another order": ([JITTER, ERASE, BLUR, PERSPECTIVE, GREY, FLIP], {}, False),
+    "the usual": ([FLIP, TURN, JITTER, GRAY, {**BLUR, "apply_p": 0.5}], {"random_erasing": 0.25}, False),
+    "all in another order": ([JITTER, ERASE, BLUR, PERSPECTIVE, GRAY, FLIP], {}, False),
 }  # fmt: skip
 
 
@@ -104,9 +104,9 @@ def crop(**values: Any) -> Entry:
 
 
 CROPS: dict[str, list[Entry]] = {
-    "centre": [],
+    "center": [],
     "padded": [crop(padding=4)],
-    "padded unevenly, coloured": [crop(padding=[5, 0, 2, 9], fill=[9, 80, 200]), FLIP],
+    "padded unevenly, colored": [crop(padding=[5, 0, 2, 9], fill=[9, 80, 200]), FLIP],
     "reflected": [crop(padding=6, padding_mode="reflect"), FLIP],
     "symmetric": [FLIP, crop(padding=6, padding_mode="symmetric")],
     "edge": [crop(padding=[3, 5], padding_mode="edge")],
@@ -114,13 +114,13 @@ CROPS: dict[str, list[Entry]] = {
     "in place of the crop": [crop(stage="crop"), FLIP],
     "after a flip": [{**FLIP, "stage": "before_crop"}, crop(stage="crop")],
     "larger than the image": [crop(stage="crop", pad_if_needed=True, fill=3)],
-    "two paddings of one colour": [{**PAD, "stage": "before_crop"}, crop(stage="crop", padding=5, fill=7)],
-    "two paddings of two colours": [{**PAD, "stage": "before_crop"}, crop(stage="crop", padding=5, fill=200)],
+    "two paddings of one color": [{**PAD, "stage": "before_crop"}, crop(stage="crop", padding=5, fill=7)],
+    "two paddings of two colors": [{**PAD, "stage": "before_crop"}, crop(stage="crop", padding=5, fill=200)],
 }
 
 
 SIZES = [(name, *size) for name in CROPS for size in ((40, 48), (37, 32), (250, 250))]
-SIZES += [("larger than the image", 31, 45), ("centre", 31, 45)]
+SIZES += [("larger than the image", 31, 45), ("center", 31, 45)]
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -131,13 +131,13 @@ def test_crops_and_padding_are_exact(name: str, height: int, width: int, channel
     assert found.max() < EXACT
 
 
-def test_neighbouring_moves_are_one_pass_and_flips_part_of_a_warp() -> None:
-    chain = augmentation(crop(stage="crop"), FLIP, UPSIDE, JITTER, FLIP, TURN, UPSIDE, GREY)
+def test_adjacent_crops_and_flips_are_one_pass_and_flips_join_a_warp() -> None:
+    chain = augmentation(crop(stage="crop"), FLIP, UPSIDE, JITTER, FLIP, TURN, UPSIDE, GRAY)
     assert [type(one).__name__ for one in chain.passes] == ["CropFlipOp", "ColorJitter", "AffineOp", "Grayscale"]
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
-def test_two_warps_in_one_would_not_be_what_torchvision_gives(interpolation: str) -> None:
+def test_two_fused_warps_would_differ_from_torchvision(interpolation: str) -> None:
     """The reason why they stay two passes."""
     augment = augmentation(
         {**TURN, "interpolation": interpolation}, {**AFFINE, "interpolation": interpolation}, size=32
@@ -163,7 +163,7 @@ def test_without_randomness_the_pixels_are_those_of_the_workers_bit_for_bit() ->
     for channels_last in (True, False):
         assert torch.equal(made(batch(images, channels_last=channels_last), 0, np.arange(6)), expected)
     cropped = batch(images)[:, :, 16:240, 38:262]
-    assert torch.equal(made(cropped, 0, np.arange(6)), expected), "the centre crop may have been made already"
+    assert torch.equal(made(cropped, 0, np.arange(6)), expected), "the center crop may have been made already"
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -174,9 +174,9 @@ def test_each_split_has_its_own_chain(split: str) -> None:
     assert torch.equal(made(pixels, 0, np.arange(3)), pixels.flip(3).float() * (1 / 255))
 
 
-def test_grey_images() -> None:
+def test_gray_images() -> None:
     images = [image.convert("L") for image in photographs(5, 32, 32)]
-    augment = augmentation(crop(padding=4), FLIP, {**JITTER, "hue": 0.1}, GREY, TURN, size=32, channels=1)
+    augment = augmentation(crop(padding=4), FLIP, {**JITTER, "hue": 0.1}, GRAY, TURN, size=32, channels=1)
     draws = np.arange(5)
     made = augment(batch(images), 0, draws)
     for image, u, result in zip(images, numbers(augment, 0, draws), made, strict=True):
@@ -191,15 +191,15 @@ def test_grey_images() -> None:
 
 @pytest.mark.parametrize("size", [32, 224])
 def test_what_needs_float_works_on_float(size: int) -> None:
-    """stage = "tensor": nothing is rounded, colours are in 0..1."""
+    """stage = "tensor": nothing is rounded, colors are in 0..1."""
     entries = [{**FLIP, "p": 1.0}, {**SMOOTH_TURN, "fill": 0.4}, BLUR, {**ERASE, "p": 1.0, "value": 0.5}]
     augment = augmentation(*({**entry, "stage": "tensor"} for entry in entries), size=size)
     images, draws = photographs(5, size, size), np.arange(5)
     made = augment(batch(images), 0, draws)
     for image, u, result in zip(images, numbers(augment, 0, draws), made, strict=True):
         expected = functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
-        centre, warp, blur, erase = augment.passes
-        assert centre.slots == 0
+        center, warp, blur, erase = augment.passes
+        assert center.slots == 0
         assert isinstance(warp, AffineOp)
         assert isinstance(erase, RandomErasing)
         ours = u[None]
@@ -216,7 +216,7 @@ def test_what_needs_float_works_on_float(size: int) -> None:
 
 # -- randomness --------------------------------------------------------------------------------------------------------
 
-EVERYTHING = [crop(padding=4), {**FLIP, "apply_p": 0.9}, AFFINE, UPSIDE, {**PERSPECTIVE, "p": 0.5}, JITTER, GREY,
+EVERYTHING = [crop(padding=4), {**FLIP, "apply_p": 0.9}, AFFINE, UPSIDE, {**PERSPECTIVE, "p": 0.5}, JITTER, GRAY,
               {**BLUR, "apply_p": 0.5}, {**ERASE, "p": 0.5}]  # fmt: skip
 EVERYTHING += [{**SMOOTH_TURN, "stage": "tensor", "apply_p": 0.5}]
 
@@ -228,7 +228,7 @@ def test_the_numbers_are_hashes_of_their_keys() -> None:
 
 
 @pytest.mark.parametrize(("size", "count"), [(32, 200), (224, 7)])
-def test_an_example_is_the_same_bit_for_bit_in_any_company(size: int, count: int) -> None:
+def test_an_example_is_the_same_bit_for_bit_whatever_else_is_in_the_batch(size: int, count: int) -> None:
     augment = augmentation(*EVERYTHING, size=size, random_erasing=0.5)
     pixels, draws = batch(photographs(count, size, size)), np.arange(count) * 31
     whole = augment(pixels, 2, draws)
@@ -305,7 +305,7 @@ def test_the_two_ways_to_erase_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "expected"),
     [
         ({"name": "RandomResizedCrop", "stage": "resize_crop"}, "augment.train[1]: RandomResizedCrop"),
         ({"name": "ElasticTransform"}, "augment.train[1]: ElasticTransform"),
@@ -318,10 +318,10 @@ def test_the_two_ways_to_erase_agree() -> None:
         ({"name": "CenterCrop", "apply_p": 0.5}, "augment.train[1]: CenterCrop with apply_p"),
     ],
 )  # fmt: skip
-def test_what_prevents_it_is_named(entry: Entry, said: str) -> None:
+def test_the_obstacle_is_named(entry: Entry, expected: str) -> None:
     table = AugmentConfig.model_validate({"train": [FLIP, entry]})
     plan = plan_preprocessing("train", table, SMALL, 0, None)
-    assert plan.obstacle == said
+    assert plan.obstacle == expected
 
 
 def test_the_recipe_decides() -> None:
@@ -371,7 +371,7 @@ def test_images_of_the_wrong_size_are_refused() -> None:
         augmentation(crop(stage="crop", apply_p=0.5), size=32)(batch(photographs(8, 40, 40)), 0, np.arange(8))
 
 
-def test_a_data_set_in_memory_goes_through_as_it_is() -> None:
+def test_a_data_set_in_memory_needs_no_conversion() -> None:
     """Fashion-MNIST and the like: uint8 [N, H, W]."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
     augment = augmentation(size=28, channels=1)

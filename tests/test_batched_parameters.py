@@ -1,4 +1,4 @@
-"""What augmentation in batches draws is distributed as torchvision documents it, and as torchvision itself draws."""
+"""The parameters of batched augmentation have the documented distributions, which are those of torchvision."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_perspectives_that_take_the_origin_to_infinity() -> None:
         assert made.isfinite().all()
 
 
-def test_crops_lie_anywhere_alike() -> None:
+def test_crop_positions_are_uniform() -> None:
     tops, lefts = RandomCrop((32, 32), (4, 4, 2, 2), False, "constant", 1.0).draw(uniforms(3), (32, 32))
     for places, count in ((tops, 5), (lefts, 9)):
         counts = np.bincount(places, minlength=count)
@@ -177,7 +177,7 @@ def test_jitter_factors_are_uniform_and_every_order_comes() -> None:
     assert np.abs(counts - N / 24).max() <= 5 * math.sqrt(N / 24)
 
 
-def test_blur_is_as_strong_as_said() -> None:
+def test_blur_strength_is_uniform_in_its_range() -> None:
     one = only_pass(name="GaussianBlur", kernel_size=5, sigma=[0.5, 1.5])
     assert isinstance(one, GaussianBlur)
     assert_uniform(one.draw(uniforms(2)), 0.5, 1.5)

@@ -118,7 +118,7 @@ def test_processes_and_parts_mix_as_one_process_does(
         assert torch.equal(ours, alone)
 
 
-def test_no_settings_where_nothing_is_mixed() -> None:
+def test_whether_images_are_mixed() -> None:
     assert not is_mixed(AugmentConfig())
     assert not is_mixed(AugmentConfig(mixup=0.2, mixup_prob=0.0))
     assert is_mixed(AugmentConfig(cutmix=1.0))

@@ -165,7 +165,7 @@ def test_bytes_are_those_of_the_pillow_image(preprocessing: Preprocessing, size:
         assert np.array_equal(transform.apply(to_pixels(image, 3), count), np.array(by_pillow)), count
 
 
-def test_every_place_is_where_it_says() -> None:
+def test_each_stage_is_at_its_position() -> None:
     table = augment(
         {"name": "RandomRotation", "degrees": 5, "stage": "before_resize"},
         {"name": "GaussianNoise", "sigma": 0.05},  # needs a tensor: goes there by itself
@@ -305,7 +305,7 @@ def test_the_largest_magnitudes_do_not_fail() -> None:
             assert transform(to_pixels(photograph(), 3)).isfinite().all()
 
 
-def test_wrong_size_is_told_with_both_sizes() -> None:
+def test_wrong_size_is_reported_with_both_sizes() -> None:
     uncropped = Preprocessing(3, 32, 32, False, "bilinear", HALF, HALF)
     transform = build_transform("test", AugmentConfig(), uncropped)
     assert transform(to_pixels(photograph(50, 50), 3)).shape == (3, 32, 32)
@@ -352,7 +352,7 @@ def test_every_transform_on_offer_works_on_an_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FIXED.intersection(transform_names())))
-def test_what_is_called_deterministic_draws_nothing(name: str) -> None:
+def test_deterministic_transforms_draw_no_random_numbers(name: str) -> None:
     entry = {"name": name, **REQUIRED.get(name, {}), **({"num_output_channels": 3} if name == "Grayscale" else {})}
     transform = build_transform("train", augment(entry), CIFAR)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()

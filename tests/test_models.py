@@ -151,7 +151,7 @@ def test_blocks_take_batch_norm_and_dropout_from_the_table_unless_they_say_other
     assert kinds == [["Conv2d", "BatchNorm2d", "ReLU", "Dropout"], ["Conv2d", "ReLU"]]
 
 
-def test_order_of_a_block_and_grey_images() -> None:
+def test_order_of_a_block_and_gray_images() -> None:
     block = ConvBlock(channels=4, pool=2, batch_norm=True, dropout=0.5)
     order = ["norm", "act", "conv", "dropout", "pool"]
     table = ConvNetConfig(blocks=[block], order=order, activation="tanh")
@@ -162,7 +162,7 @@ def test_order_of_a_block_and_grey_images() -> None:
     assert built.module(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
 
 
-def test_gaussian_initialisation() -> None:
+def test_gaussian_initialization() -> None:
     torch.manual_seed(0)
     table = ConvNetConfig(blocks=[ConvBlock(channels=64), ConvBlock(channels=64)], init="gaussian", init_std=0.02)
     built = build_model(ModelConfig(source="toolkit", convnet=table), 10, 3, 16)
@@ -262,14 +262,14 @@ def test_small_stem(source: Callable[..., ModelConfig]) -> None:
         build_model(source("densenet121", stem="small"), 10, 3, 32)
 
 
-def test_grey_images_take_the_sum_of_the_colour_weights(tmp_path: Path) -> None:
-    """A grey image through one channel equals the same image repeated through three."""
-    colour = build_model(tv("resnet18"), 10, 3, 32).module.eval()
-    save_file(colour.state_dict(), tmp_path / "w.safetensors")
+def test_gray_images_take_the_sum_of_the_color_weights(tmp_path: Path) -> None:
+    """A gray image through one channel equals the same image repeated through three."""
+    color = build_model(tv("resnet18"), 10, 3, 32).module.eval()
+    save_file(color.state_dict(), tmp_path / "w.safetensors")
     for source in (tv, tm):
         built = build_model(source("resnet18", weights=f"file:{tmp_path / 'w.safetensors'}"), 10, 1, 32)
-        grey = torch.rand(2, 1, 32, 32)
-        torch.testing.assert_close(built.module.eval()(grey), colour(grey.repeat(1, 3, 1, 1)), rtol=1e-4, atol=1e-4)
+        gray = torch.rand(2, 1, 32, 32)
+        torch.testing.assert_close(built.module.eval()(gray), color(gray.repeat(1, 3, 1, 1)), rtol=1e-4, atol=1e-4)
         assert any("adapted from 3 input channels to 1" in note for note in built.notes)
         assert any("fits and is kept" in note for note in built.notes)
 
@@ -532,7 +532,7 @@ def test_mistakes_are_told(table: ModelConfig, size: int, message: str) -> None:
 
 
 def test_no_argument_of_timm_s_loader_is_passed_on() -> None:
-    """Each would be accepted without a word and do something else than a constructor's argument."""
+    """Each would be accepted silently, with another meaning than a constructor's argument."""
     loader = (timm.create_model, timm.models.build_model_with_cfg, torchvision.models.get_model)
     named = {name for one in loader for name in inspect.signature(one).parameters} - {"kwargs", "config", "name"}
     extra = {"features_only", "out_indices", "feature_cls", "pruned", "device", "dtype"}
@@ -671,7 +671,7 @@ def same_backbone(module: nn.Module, state: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "module.", "_orig_mod.", "module._orig_mod.net.encoder."])
 def test_the_prefix_of_a_wrapper_is_found(prefix: str, resnet_state: dict[str, Tensor], tmp_path: Path) -> None:
-    """Also where other names stand beside it: what is left out is told."""
+    """Also if the file has other names: those left out are listed."""
     state: dict[str, Tensor] = {f"{prefix}{key}": value for key, value in resnet_state.items()}
     save_file(state, tmp_path / "plain.safetensors")
     built = build_model(tv("resnet18", weights=f"file:{tmp_path / 'plain.safetensors'}"), 7, 3, 32)
@@ -700,7 +700,7 @@ def test_torch_s_averaged_model_and_a_classifier_beside_the_backbone(
     assert all(torch.equal(a, b) for a, b in zip(built.module.parameters(), module.parameters(), strict=True))
 
 
-def test_which_of_several_models_in_a_file_is_told_and_can_be_chosen(
+def test_which_of_several_models_in_a_file_is_reported_and_can_be_chosen(
     resnet_state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     average = {key: value + 1 for key, value in resnet_state.items()}

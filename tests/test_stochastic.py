@@ -86,7 +86,7 @@ def test_mask_does_not_depend_on_the_rest_of_the_batch() -> None:
 
 
 def test_windows_of_one_example_belong_to_it() -> None:
-    """Window attention cuts each example into neighbouring rows."""
+    """Window attention cuts each example into adjacent rows."""
     model = nn.Sequential(nn.Dropout(0.5))
     state = key_dropout_layers(model, 0)
     x = torch.ones(6 * 4, 10)
@@ -212,7 +212,7 @@ def test_example_keys_are_distinct_and_stable() -> None:
     ],
     ids=["vit", "swin", "mobilenet"],
 )
-def test_whole_models_split_anyhow(model: object) -> None:
+def test_whole_models_give_the_same_for_any_split_of_a_batch(model: object) -> None:
     """A batch in one piece and in pieces gives the same outputs (batch norm in evaluation, which it is not about)."""
     module: nn.Module = model()  # type: ignore[operator]
     state = key_dropout_layers(module, 3)

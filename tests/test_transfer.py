@@ -321,9 +321,9 @@ def test_parts_table_of_a_linear_probe() -> None:
     assert [row.trainable for row in rows] == [0, 0, 0, 0, 0, 512 * CLASSES + CLASSES]
     assert [row.batch_norm for row in rows] == ["fixed"] * 5 + ["-"]
     assert (rows[0].lr, rows[0].weight_decay, rows[-1].lr, rows[-1].weight_decay) == (0.0, 0.0, 0.1, 0.1)
-    for mode, word in (("finetune", "trained"), ("linear_probe", "updated")):
+    for mode, expected in (("finetune", "trained"), ("linear_probe", "updated")):
         table = TransferConfig(mode=mode, frozen_batch_norm="update")  # type: ignore[arg-type]
-        assert layer_group_table(apply_transfer(built, table), SGD)[1].batch_norm == word
+        assert layer_group_table(apply_transfer(built, table), SGD)[1].batch_norm == expected
 
 
 def test_a_new_small_stem_is_not_left_frozen() -> None:
