@@ -16,7 +16,7 @@ import pytest
 from cli import toolkit
 
 from toolkit.runs import Run, open_run
-from toolkit.slurm.job_status import SlurmJob, find_runs, queue, state_of
+from toolkit.slurm.job_status import SlurmJob, find_runs, queue, state_of, tasks_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "slurm" / "local-cluster.sh"
@@ -214,9 +214,7 @@ def wait_for_end(*jobs: str) -> None:
 
     def over() -> bool:
         known = queue()
-        return known is not None and not any(
-            entry.is_active and name.split("_")[0] in jobs for name, entry in known.items()
-        )
+        return known is not None and not any(entry.is_active for job in jobs for entry in tasks_of(job, known))
 
     wait_until(over, lambda: str(queue()))
 

@@ -177,6 +177,19 @@ def test_a_search_is_not_asked_again_before_there_are_results(tmp_path: Path, mo
     assert target_epoch(locks[5].run) == 3
 
 
+def test_a_worker_learns_that_a_search_was_started_again_with_more_trials(tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
+    worker = SearchAssigner(folder)
+    while worker.assign():
+        record_failure(next_run(folder).run, "diverged")
+    assert len(folder.members) == 9
+    study = read_study(write_study(tmp_path, SEARCH), ["study.bohb.trials=12"])
+    with study_lock(study):
+        init_study(study, folder, expand(study))
+    assert worker.assign()
+    assert len(folder.members) == 10
+
+
 def test_a_status_check_never_keeps_a_worker_from_a_run(tmp_path: Path) -> None:
     """However long a loaded machine takes between the two halves of the check."""
     import fcntl

@@ -170,12 +170,12 @@ def _wait(done: SubmitResult) -> int:
 
 def _is_over(jobs: list[str]) -> bool:
     """Return whether all these jobs, and all tasks of these arrays, have ended."""
-    from toolkit.slurm.job_status import queue
+    from toolkit.slurm.job_status import queue, tasks_of
 
     known = queue()
     if known is None:
         return False  # SLURM does not answer; the jobs continue
-    return not any(entry.is_active and name.split("_")[0] in jobs for name, entry in known.items())
+    return not any(entry.is_active for job in jobs for entry in tasks_of(job, known))
 
 
 def _follow(log: Path, is_over: Callable[[], bool]) -> None:
@@ -223,7 +223,7 @@ def status(
     runs = find_runs(path)
     jobs = queue()
     if as_json:
-        print(json.dumps([state.to_json() for state in states(runs, jobs)], indent=2))
+        print(json.dumps([asdict(state) for state in states(runs, jobs)], indent=2))
     elif runs:
         try:
             line = headline(path, jobs)

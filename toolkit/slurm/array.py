@@ -15,7 +15,7 @@ import contextlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from toolkit.errors import UserError
 from toolkit.reading import Shape, read_bytes, read_json
 from toolkit.recipe.study_schema import BohbSearchConfig
 from toolkit.runs import Run, write_atomically
-from toolkit.slurm.job_status import QueueEntry, SlurmJob, queue
+from toolkit.slurm.job_status import QueueEntry, SlurmJob, queue, tasks_of
 from toolkit.slurm.sbatch import array_script, search_script, table_script
 from toolkit.slurm.settings import JobSettings, check_paths, resolve_settings
 from toolkit.slurm.submit import SubmitResult, remove_empty_on_error, require_slurm, sbatch, scancel
@@ -157,11 +157,6 @@ def array_record(path: Path) -> dict[str, Any] | None:
     return read_json(file, _ArrayRecord) if file.exists() and (path / FILE).exists() else None
 
 
-def tasks_of(job: str, jobs: Mapping[str, QueueEntry]) -> dict[str, QueueEntry]:
-    """Return the tasks of an array that SLURM still lists."""
-    return {name: entry for name, entry in jobs.items() if name.split("_")[0] == job}
-
-
 def refuse_if_active(path: Path) -> None:
     """Raise UserError if tasks of the study's last submission are queued or running."""
     record = array_record(path)
@@ -170,7 +165,7 @@ def refuse_if_active(path: Path) -> None:
     jobs = queue()
     if jobs is None:
         raise UserError("SLURM does not answer (squeue), so active tasks cannot be ruled out; try again")
-    alive = [name for name, entry in tasks_of(record["job"], jobs).items() if entry.is_active]
+    alive = [entry for entry in tasks_of(record["job"], jobs) if entry.is_active]
     if alive:
         raise UserError(
             f"{len(alive)} task(s) of array job {record['job']} are still active: toolkit status {path} shows them; "
@@ -200,11 +195,11 @@ def headline(path: Path, jobs: Mapping[str, QueueEntry] | None) -> str | None:
     return "; ".join(parts)
 
 
-def _counts(tasks: Mapping[str, QueueEntry]) -> str:
+def _counts(tasks: Sequence[QueueEntry]) -> str:
     if not tasks:
         return "no longer known to SLURM"
-    reasons = {e.state: e.reason for e in tasks.values() if e.state == "PENDING" and e.reason != "None"}
-    counts = Counter(entry.state for entry in tasks.values())
+    reasons = {e.state: e.reason for e in tasks if e.state == "PENDING" and e.reason != "None"}
+    counts = Counter(entry.state for entry in tasks)
     return ", ".join(
         f"{count} {s.lower()}" + (f" ({reasons[s]})" if s in reasons else "") for s, count in counts.items()
     )

@@ -17,8 +17,8 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,6 @@ class JobStatus:
     """Name of the run's row in its study's table (several, joined by "; ", if rows share the run); else None."""
     seed: int | None = None
     """The run's seed in its study."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON-serializable values."""
-        return asdict(self)
 
 
 class _Record(Shape):
@@ -201,6 +197,11 @@ def queue() -> dict[str, QueueEntry] | None:
     return {entry.job: entry for entry in entries}
 
 
+def tasks_of(job: str, jobs: Mapping[str, QueueEntry]) -> list[QueueEntry]:
+    """Return the entries of a job, or of all tasks of an array, that SLURM still lists."""
+    return [entry for name, entry in jobs.items() if name.split("_")[0] == job]
+
+
 def accounted_state(job: str) -> str | None:
     """Return sacct's state of a job that squeue no longer lists; None if it is unknown or accounting is disabled."""
     if shutil.which("sacct") is None:
@@ -270,7 +271,7 @@ def _entry(jobs: dict[str, QueueEntry], record: dict[str, Any] | None, current: 
         return jobs.get(current)
     if record is None:
         return None
-    tasks = [entry for name, entry in jobs.items() if name.split("_")[0] == str(record["job"]) and entry.is_active]
+    tasks = [entry for entry in tasks_of(str(record["job"]), jobs) if entry.is_active]
     return next((entry for entry in tasks if entry.state == "PENDING"), tasks[0] if tasks else None)
 
 

@@ -34,12 +34,12 @@ class SearchAssigner:
 
     def __init__(self, folder: StudyDirectory) -> None:
         self.folder = folder
-        self._exhausted: list[RestoredTrial] | None = None
-        """The results for which the search had nothing to assign."""
+        self._exhausted: tuple[BohbSearchConfig, list[RestoredTrial]] | None = None
+        """The settings and results for which the search had nothing to assign."""
 
     @cached_property
     def study(self) -> StudySpec:
-        """The study as it was started; edits of its file take effect at the next start."""
+        """The study as it was started, for its space and the recipes of its runs, which stay the same."""
         return replace(read_study(self.folder.path / STUDY_COPY), path=self.folder.record["file"])
 
     def assign(self) -> bool:
@@ -56,10 +56,11 @@ class SearchAssigner:
             lock.release()
 
     def _assign(self) -> bool:
-        table, members = self.study.table.bohb, self.folder.members
+        # Not self.study's table: meanwhile the study may have been started again with more trials.
+        table, members = self.folder.table.bohb, self.folder.members
         assert table is not None
         trials = [self._trial(member, table) for member in members]
-        if trials == self._exhausted:
+        if (table, trials) == self._exhausted:
             return False
         search = BohbScheduler(table, self.study.space)
         search.restore(trials)
@@ -76,7 +77,7 @@ class SearchAssigner:
             self._set_target(members[-1], assignment.until_epoch, table)
             self.folder.write(self.folder.record, members)
         if assignment is None:
-            self._exhausted = trials
+            self._exhausted = table, trials
             if search.is_done:
                 self.folder.write(self.folder.record | {"complete": True}, members)
         return assignment is not None
