@@ -66,7 +66,7 @@ trackers = []
 
 def ways(training: Trainer, batch: Any, steps: int) -> dict[str, Callable[[], None]]:
     """The three loops, each as a call that trains so many steps."""
-    model, device = training.trainer.network, training.accelerator.device
+    model, device = training.train_step.network, training.accelerator.device
     micro, content = batch
     images, labels = content.images, content.labels
     kind = autocast_dtype(training.accelerator.mixed_precision)

@@ -173,7 +173,7 @@ def evaluated(count: int, batch_size: int) -> list[float]:
         for positions in plan_evaluation(count, batch_size, world, rank)
     ]
     outcome = evaluate(torch.nn.Identity(), batches, labels, torch.device("cpu"))
-    return [len(outcome.predictions), *outcome.predictions.tolist(), *outcome.figures("").values()]
+    return [len(outcome.predictions), *outcome.predictions.tolist(), *outcome.metrics("").values()]
 
 
 def all_evaluations() -> list[list[float]]:

@@ -258,26 +258,26 @@ class Recorder:
 
 def test_a_courier_keeps_the_order_and_does_not_wait_for_a_slow_tracker() -> None:
     tracker, said = Recorder(), []
-    courier = TrackerThread(tracker, said.append)
+    thread = TrackerThread(tracker, said.append)
     for line in range(100):
-        courier.hand(functools.partial(Recorder.log, line=line))
+        thread.submit(functools.partial(Recorder.log, line=line))
     assert tracker.lines == []
     tracker.go.set()
-    courier.close(lambda tracker: tracker.lines.append(-1))
-    courier.wait(60)
+    thread.close(lambda tracker: tracker.lines.append(-1))
+    thread.wait(60)
     assert tracker.lines == [*range(100), -1]
     assert said == []
 
 
 def test_what_waits_for_a_slow_tracker_is_bounded() -> None:
     tracker, said = Recorder(), []
-    courier = TrackerThread(tracker, said.append)
+    thread = TrackerThread(tracker, said.append)
     for line in range(BACKLOG + 10):
-        courier.hand(functools.partial(Recorder.log, line=line))
+        thread.submit(functools.partial(Recorder.log, line=line))
     assert said == [f"warning: recorder logging has stopped (it is {BACKLOG} lines behind); metrics.jsonl is complete"]
-    assert courier.calls.qsize() <= BACKLOG
+    assert thread.calls.qsize() <= BACKLOG
     tracker.go.set()
-    courier.close(lambda tracker: tracker.lines.append(-1))
-    courier.wait(60)
+    thread.close(lambda tracker: tracker.lines.append(-1))
+    thread.wait(60)
     assert tracker.lines[-1] == -1
     assert len(tracker.lines) < 3, "after a failure nothing but the end"

@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 
 from toolkit.data.sampling import MicroBatch
-from toolkit.distributed.process import init_accelerator
+from toolkit.distributed.process import init_accelerator, leave
 from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import RunFailed, UserError
 from toolkit.estimate.step_cost import flop_counter
@@ -121,9 +121,11 @@ def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: flo
     if steps < 1:
         raise UserError("an epoch of this recipe has no step: nothing to measure")
     try:
-        return _measure(training, steps, repeats, peak_tflops)
+        result = _measure(training, steps, repeats, peak_tflops)
+        leave(accelerator)
+        return result
     finally:
-        training.close()
+        training.loaders.close()
 
 
 def is_main_process() -> bool:
@@ -194,8 +196,8 @@ def _train(training: Trainer, loader: Any, steps: int) -> None:
         return done >= steps
 
     hooks = TrainCallbacks(lambda epoch: None, after_step, lambda *_: None)
-    training.trainer.train_epoch(loader, 0, 0, sums, hooks)
-    sums.figures(training.accelerator)  # waits for the device
+    training.train_step.train_epoch(loader, 0, 0, sums, hooks)
+    sums.means(training.accelerator)  # waits for the device
 
 
 def _median(work: Callable[[], None], repeats: int, device: torch.device) -> float:

@@ -42,14 +42,14 @@ Call = Callable[[Any], None]
 class TrackerThread:
     """Background thread that makes the calls to one tracker, in order."""
 
-    def __init__(self, tracker: Any, say: Callable[[str], None]) -> None:
-        self.tracker, self.say = tracker, say
+    def __init__(self, tracker: Any, log: Callable[[str], None]) -> None:
+        self.tracker, self.log_message = tracker, log
         self.failed = False
         self.calls: queue.SimpleQueue[tuple[Call, bool]] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def hand(self, call: Call) -> None:
+    def submit(self, call: Call) -> None:
         """Queue a call; after a failure calls are dropped."""
         if self.calls.qsize() >= BACKLOG:
             self._fail(f"it is {BACKLOG} lines behind")
@@ -79,24 +79,24 @@ class TrackerThread:
     def _fail(self, reason: str) -> None:
         if not self.failed:
             self.failed = True
-            self.say(f"warning: {self.tracker.name} logging has stopped ({reason}); metrics.jsonl is complete")
+            self.log_message(f"warning: {self.tracker.name} logging has stopped ({reason}); metrics.jsonl is complete")
 
 
 class Tracking:
     """The trackers of one run. Every process may create one; only the main process logs."""
 
-    def __init__(self, accelerator: Accelerator, recipe: Recipe, folder: Path, run_id: str, say: Callable[[str], None]):
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, folder: Path, run_id: str, log: Callable[[str], None]):
         self.accelerator = accelerator
         self.names: list[str] = list(recipe.tracking.trackers) if accelerator.is_main_process else []
-        self.say = say
-        self.couriers: list[TrackerThread] = []
+        self.log_message = log
+        self.threads: list[TrackerThread] = []
         self.wandb_mode = ""
         if "wandb" in self.names:
             self.wandb_mode, why = wandb_mode(recipe.tracking.mode)
             if self.wandb_mode == "disabled":
                 self.names.remove("wandb")
             elif why:
-                say(f"W&B is offline: {why}. To upload later: toolkit sync {folder}")
+                log(f"W&B is offline: {why}. To upload later: toolkit sync {folder}")
         if self.names:
             self._start(recipe, folder, run_id)
 
@@ -110,7 +110,7 @@ class Tracking:
             if self.wandb_mode != "online":
                 self._fail(error)
                 return
-            self.say(f"W&B did not answer ({_first_line(error)}); logging offline instead")
+            self.log_message(f"W&B did not answer ({_first_line(error)}); logging offline instead")
             self.wandb_mode = settings["mode"] = "offline"
             self._init_offline(recipe, settings, config, folder)
 
@@ -121,19 +121,19 @@ class Tracking:
         """
         import wandb
 
-        for try_load in range(OFFLINE_ATTEMPTS):
+        for attempt in range(OFFLINE_ATTEMPTS):
             try:
                 wandb.teardown()
                 self._init(recipe, settings, config, folder)
                 return
             except Exception as error:
-                if try_load == OFFLINE_ATTEMPTS - 1:
+                if attempt == OFFLINE_ATTEMPTS - 1:
                     self._fail(error)
                 else:
                     time.sleep(OFFLINE_PAUSE_S)
 
     def _fail(self, error: Exception) -> None:
-        self.say(f"warning: the trackers could not start ({_first_line(error)}); metrics.jsonl is complete")
+        self.log_message(f"warning: the trackers could not start ({_first_line(error)}); metrics.jsonl is complete")
 
     def _init(self, recipe: Recipe, wandb: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
         # Accelerate passes one project name to all trackers, which TensorBoard uses as a folder name.
@@ -144,26 +144,26 @@ class Tracking:
         self.accelerator.init_trackers(recipe.tracking.project, config, {"wandb": wandb})
         if "wandb" in self.names:
             define_axes(self.accelerator.get_tracker("wandb", unwrap=True))
-        self.couriers = [TrackerThread(tracker, self.say) for tracker in self.accelerator.trackers]
+        self.threads = [TrackerThread(tracker, self.log_message) for tracker in self.accelerator.trackers]
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Log one line of metrics.jsonl; ``step`` is the number of optimizer steps so far."""
-        for courier in self.couriers:
-            courier.hand(lambda tracker: tracker.log(record, step=step))
+        for thread in self.threads:
+            thread.submit(lambda tracker: tracker.log(record, step=step))
 
-    def summarise(self, figures: dict[str, Any]) -> None:
+    def summarize(self, metrics: dict[str, Any]) -> None:
         """Add the run's final metrics to W&B's summary."""
-        for courier in self.couriers:
-            if courier.tracker.name == "wandb":
-                courier.hand(lambda tracker: tracker.tracker.summary.update(flatten(figures)))
+        for thread in self.threads:
+            if thread.tracker.name == "wandb":
+                thread.submit(lambda tracker: tracker.tracker.summary.update(flatten(metrics)))
 
     def finish(self, exit_code: int) -> None:
         """Close the trackers with the run's exit status (0 done, 3 interrupted, else failed)."""
-        for courier in self.couriers:
-            courier.close(lambda tracker: _close(tracker, exit_code))
+        for thread in self.threads:
+            thread.close(lambda tracker: _close(tracker, exit_code))
         deadline = time.monotonic() + LEAVE_SECONDS
-        for courier in self.couriers:
-            courier.wait(deadline - time.monotonic())
+        for thread in self.threads:
+            thread.wait(deadline - time.monotonic())
 
 
 def _close(tracker: Any, exit_code: int) -> None:
@@ -213,9 +213,9 @@ def wandb_settings(recipe: Recipe, folder: Path, run_id: str, mode: str) -> dict
 
 def wandb_mode(wanted: str) -> tuple[str, str]:
     """Return online, offline or disabled, and the reason if it is offline without being asked to. Never prompts."""
-    said = os.environ.get("WANDB_MODE", "").lower()
-    if wanted == "auto" and said in ("online", "offline", "disabled", "dryrun"):
-        return ("offline" if said == "dryrun" else said), ""
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    if wanted == "auto" and mode in ("online", "offline", "disabled", "dryrun"):
+        return ("offline" if mode == "dryrun" else mode), ""
     if wanted in ("offline", "disabled"):
         return wanted, ""
     why = offline_reason()
@@ -234,8 +234,8 @@ def offline_reason() -> str:
     if not known:
         return "there is no W&B login"
     server = urlparse(wandb.setup().settings.base_url)
-    unheard = _server_error(server.geturl())
-    return f"its server {server.hostname} {unheard}" if unheard else ""
+    fault = _server_error(server.geturl())
+    return f"its server {server.hostname} {fault}" if fault else ""
 
 
 def _server_error(url: str) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch.distributed as dist
 from accelerate import Accelerator
 
-from toolkit.distributed.failure_detection import start_failure_detector
 from toolkit.distributed.launcher import check_launch
-from toolkit.distributed.process import init_accelerator
+from toolkit.distributed.process import init_accelerator, leave
 from toolkit.recipe.schema import TrainConfig
 
 
@@ -22,10 +20,5 @@ def distributed_context(train: TrainConfig) -> Iterator[Accelerator]:
     """
     check_launch(train)
     accelerator = init_accelerator(train)
-    peers = start_failure_detector()
     yield accelerator
-    if peers is not None:
-        peers.close()
-    accelerator.wait_for_everyone()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave(accelerator)

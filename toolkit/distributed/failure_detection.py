@@ -217,6 +217,12 @@ def start_failure_detector(
     return FailureDetector(stop, names)
 
 
+def close_failure_detector() -> None:
+    """Close this process's failure detector, if it has one; all processes call this before they end."""
+    if current is not None:
+        current.close()
+
+
 def is_peer_lost_error(error: BaseException) -> bool:
     """Return whether an error is only a consequence of another process's end."""
     text = str(error).lower()

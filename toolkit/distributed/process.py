@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from toolkit.distributed.cpu_count import available_cpus
+from toolkit.distributed.failure_detection import close_failure_detector, start_failure_detector
 from toolkit.distributed.launcher import (
     compile_in_recipe,
     contradiction,
@@ -37,8 +38,9 @@ T = TypeVar("T")
 def init_accelerator(train: TrainConfig, stop: GracefulStop | None = None) -> Accelerator:
     """Join the processes that the launcher started, and set up device and precision according to the recipe.
 
-    Raises UserError if the launcher's settings contradict the recipe or the precision is not supported, RunFailed if a
-    process does not join in time, and Interrupted if ``stop`` is requested before all have joined.
+    If one process fails from now on, the others end too. Raises UserError if the launcher's settings contradict the
+    recipe or the precision is not supported, RunFailed if a process does not join in time, and Interrupted if ``stop``
+    is requested before all have joined.
     """
     place = read_process_info()
     _set_threads()
@@ -63,6 +65,7 @@ def init_accelerator(train: TrainConfig, stop: GracefulStop | None = None) -> Ac
     )
     if accelerator.device.type == "cpu":  # on a GPU, tensors are not allocated by the C library
         tune_malloc()
+    start_failure_detector(stop)
     return accelerator
 
 
@@ -136,6 +139,10 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+class StopTraining(Exception):
+    """Raised on all processes if a stop is requested during evaluation or precomputation."""
+
+
 class StepConsensus:
     """Agreement of all processes, once per step, on whether to stop, to checkpoint, or to fail.
 
@@ -143,9 +150,8 @@ class StepConsensus:
     is never waited for. All processes must call :meth:`exchange` equally often.
     """
 
-    STOP, SAVE, NON_FINITE = 0, 1, 2
-
-    def __init__(self) -> None:
+    def __init__(self, stop: GracefulStop) -> None:
+        self.stop = stop
         self.group: dist.ProcessGroup | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             group = dist.new_group(backend="gloo")
@@ -153,27 +159,51 @@ class StepConsensus:
             self.group = group
         self.pending: tuple[Any, torch.Tensor] | None = None
 
-    def exchange(self, *, stop: bool, save: bool, non_finite: bool) -> tuple[bool, bool, bool]:
-        """Submit this step's flags; return the logical OR over processes of the previous step's flags.
+    def exchange(self, *, save: bool = False, non_finite: bool = False) -> tuple[bool, bool, bool]:
+        """Submit this step's flags; return the previous step's, each the logical OR over all processes.
 
-        A single process gets this step's flags.
+        The flags are: stop (requested), save, non_finite. A single process gets this step's flags.
         """
-        word = torch.tensor([stop, save, non_finite], dtype=torch.int32)
+        stop = self.stop.is_wanted()
         if self.group is None:
             return stop, save, non_finite
         agreed = self.settle()
-        self.pending = (dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.group, async_op=True), word)
+        flags = torch.tensor([stop, save, non_finite], dtype=torch.int32)
+        self.pending = (dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flags)
         return agreed
 
     def settle(self) -> tuple[bool, bool, bool]:
         """Wait for the pending reduction, if any, and return its flags."""
         if self.pending is None:
             return False, False, False
-        work, word = self.pending
+        work, flags = self.pending
         work.wait()
         self.pending = None
-        stop, save, non_finite = (bool(flag) for flag in word)
+        stop, save, non_finite = (bool(flag) for flag in flags)
         return stop, save, non_finite
+
+    def stop_aware(self, batches: Iterable[Any], rounds: int) -> Iterator[Any]:
+        """Yield ``batches``; raise StopTraining on all processes if a stop is requested on any of them (a collective).
+
+        The processes agree ``rounds`` times, which must be equal on all of them; numbers of batches may differ.
+        """
+        waiting = iter(batches)
+        for _ in range(rounds):
+            batch = next(waiting, None)
+            if batch is not None:
+                yield batch
+            if self.exchange()[0]:
+                raise StopTraining
+        if self.settle()[0]:
+            raise StopTraining
+
+
+def leave(accelerator: Accelerator) -> None:
+    """Close the failure detector and leave the process group (a collective)."""
+    close_failure_detector()
+    accelerator.wait_for_everyone()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main_first(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -168,12 +168,12 @@ def evaluate_run(
     allowed = max(ROUNDING[accelerator.mixed_precision or "no"], ROUNDING[summary.get("precision") or "no"])
     try:
         best = measure()
-        report.metrics += _compare("best", best.figures(prefix), summary.get("best", {}), allowed)
+        report.metrics += _compare("best", best.metrics(prefix), summary.get("best", {}), allowed)
         if split == "test" and summary:
             report.predictions_equal = _equal_rows(run, best, trained.classes)
         if summary and (epoch := summary["last"]["epoch"]) != summary["best"]["epoch"]:
             if load_last_model(run, module, epoch):
-                report.metrics += _compare("last", measure().figures(prefix), summary["last"], allowed)
+                report.metrics += _compare("last", measure().metrics(prefix), summary["last"], allowed)
             else:
                 report.notes.append(f"the last model was not evaluated: no whole checkpoint of epoch {epoch} is left")
     finally:

@@ -6,14 +6,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from toolkit.distributed.batchnorm import replace_batch_norms
 from toolkit.models.transfer import param_groups
 from toolkit.training.context import TrainingContext
 from toolkit.training.ema import ModelEma
 from toolkit.training.loaders import DataLoaders
 from toolkit.training.optimizer import build_optimizer
 from toolkit.training.train_step import TrainStep, TrainStepConfig
+
+
+def place_model(setup: TrainingContext) -> None:
+    """Move the model to its device, with the batch norm and memory format that the recipe asks for."""
+    module, accelerator, train = setup.built.module, setup.accelerator, setup.recipe.train
+    synchronized = accelerator.num_processes > 1 and train.sync_batch_norm
+    if synchronized or accelerator.device.type == "cpu":  # on CPUs it also sums more exactly than torch's
+        replace_batch_norms(module, synchronized=synchronized)
+    module.to(accelerator.device)
+    if train.channels_last:
+        module.to(memory_format=torch.channels_last)
 
 
 def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun: int) -> TrainStep:
@@ -60,23 +72,6 @@ def unfreeze(setup: TrainingContext, trainer: TrainStep, epoch: int) -> bool:
     # DDP checks requires_grad only when it wraps a module.
     trainer.wrapped = setup.accelerator.prepare_model(setup.accelerator.unwrap_model(trainer.wrapped))
     return True
-
-
-def state_tensors(module: nn.Module, trainer: TrainStep) -> dict[str, Tensor]:
-    """Return the tensors that must be finite in a checkpoint, by a readable name.
-
-    Of the buffers, only batch norm statistics: others may be infinite by design, such as attention masks.
-    """
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    tensors = {name: parameter.detach() for parameter, name in names.items()}
-    tensors |= {name: b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))}
-    if trainer.ema is not None:
-        tensors |= {f"the average of {name}": value for name, value in trainer.ema.averages.items()}
-    for parameter, state in trainer.optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"the optimizer's {key} of {names.get(parameter, 'a parameter')}"] = value
-    return tensors
 
 
 def _groups(setup: TrainingContext, epochs_begun: int) -> list[dict[str, Any]]:

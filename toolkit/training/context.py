@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -56,6 +57,12 @@ class TrainingContext:
     def has(self, split: str) -> bool:
         """Return whether a split has images; validation and test may be empty."""
         return len(self.splits[split]) > 0
+
+    @functools.cached_property
+    def batches_key(self) -> list[str | int | bool]:
+        """All that determines an epoch's batches; a run resumes mid-epoch only if all of it is unchanged."""
+        train, seed = self.recipe.train, self.recipe.recipe.seed
+        return [split_hash(self.dataset, self.splits), seed, train.batch_size, train.drop_last, train.sampling]
 
     @property
     def steps(self) -> int:

@@ -27,7 +27,7 @@ class EvalResult:
     labels: np.ndarray
     """True class, int64 [N]."""
 
-    def figures(self, prefix: str) -> dict[str, float]:
+    def metrics(self, prefix: str) -> dict[str, float]:
         """Return loss, accuracy, top5_accuracy and balanced_accuracy, each name prefixed (e.g. with ``val/``).
 
         balanced_accuracy is the mean recall over the classes that occur in the split.

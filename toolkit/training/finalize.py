@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from toolkit.distributed.process import broadcast_object
+from toolkit.distributed.process import StopTraining, broadcast_object
 from toolkit.errors import Interrupted, RunFailed
 from toolkit.training.checkpoint import best_path, link_best
 from toolkit.training.evaluation import EvalResult
 from toolkit.training.trained_model import load_model
-from toolkit.training.trainer import StopTraining, Trainer
+from toolkit.training.trainer import Trainer
 
 TOLERANCE = {"no": 1e-4, "bf16": 2e-2, "fp16": 1e-2}
 """Allowed relative difference between the logged loss and that of the saved weights, by precision.
@@ -56,13 +56,13 @@ def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], E
 
     The test result is the best model's, and None for a run without test images.
     """
-    position, run = training.position, training.run
-    assert position.best is not None
-    assert position.last is not None
+    progress, run = training.progress, training.run
+    assert progress.best is not None
+    assert progress.last is not None
     assert run is not None
     training.finish_writing()
-    epoch = position.best["epoch"]
-    if fault := broadcast_object(training.journal.best_fault(epoch)):
+    epoch = progress.best["epoch"]
+    if fault := broadcast_object(training.writer.best_fault(epoch)):
         raise RunFailed(
             f"there is no best model to test: {best_path(run.checkpoints, epoch)} is damaged ({fault}). Restore the "
             f"file if you have a copy, then run: toolkit train --resume {run.path}. Without a copy, it goes back to "
@@ -79,18 +79,18 @@ def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], E
         features.check_backbone(written)
     network = written if features is None else written.get_submodule(features.tail)
     if training.setup.has("validation"):
-        _prove(training, training.evaluate_network(network, "validation"))
+        _verify(training, training.evaluate_network(network, "validation"))
     else:
-        _prove_equal(training, written)
+        _verify_equal(training, written)
     has_test = training.setup.has("test")
     test = training.evaluate_network(network, "test") if has_test else None
-    best = _figures(position.best, test)
-    if position.best["epoch"] == position.last["epoch"]:
+    best = _model_metrics(progress.best, test)
+    if progress.best["epoch"] == progress.last["epoch"]:
         return best, dict(best), test
-    return best, _figures(position.last, training.evaluate("test") if has_test else None), test
+    return best, _model_metrics(progress.last, training.evaluate("test") if has_test else None), test
 
 
-def _prove_equal(training: Trainer, written: nn.Module) -> None:
+def _verify_equal(training: Trainer, written: nn.Module) -> None:
     """Raise RunFailed unless the saved weights equal those in memory exactly; used without validation images."""
     with training.averaged_weights():
         trained = training.setup.built.module.state_dict()
@@ -104,11 +104,11 @@ def _prove_equal(training: Trainer, written: nn.Module) -> None:
     training.display.log("best.safetensors read again: it holds the weights of the last epoch")
 
 
-def _prove(training: Trainer, again: EvalResult) -> None:
+def _verify(training: Trainer, again: EvalResult) -> None:
     """Raise RunFailed unless the saved weights reproduce the validation metrics logged for their epoch."""
-    logged = training.position.best
+    logged = training.progress.best
     assert logged is not None
-    measured = again.figures("val/")
+    measured = again.metrics("val/")
     allowed = TOLERANCE[training.accelerator.mixed_precision or "no"]
     off = abs(measured["val/loss"] - logged["val/loss"]) / max(abs(logged["val/loss"]), 1e-6)
     right = abs(measured["val/accuracy"] - logged["val/accuracy"]) * len(again.labels)
@@ -124,27 +124,27 @@ def _prove(training: Trainer, again: EvalResult) -> None:
     )
 
 
-def _figures(record: dict[str, Any], test: EvalResult | None) -> dict[str, Any]:
+def _model_metrics(record: dict[str, Any], test: EvalResult | None) -> dict[str, Any]:
     """Return summary.json's entry for one model; ``test`` is None without test images."""
     validation = {key.replace("/", "_"): value for key, value in record.items() if key.startswith("val/")}
-    return {"epoch": record["epoch"], **validation, **({} if test is None else test.figures("test_"))}
+    return {"epoch": record["epoch"], **validation, **({} if test is None else test.metrics("test_"))}
 
 
 def _summary(training: Trainer, best: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
-    position, setup = training.position, training.setup
+    progress, setup = training.progress, training.setup
     parameters = list(setup.built.module.parameters())
     return {
         "best": best,
         "last": last,
-        "train_loss": position.last["train/loss"] if position.last else None,
-        "train_accuracy": position.last["train/accuracy"] if position.last else None,
-        "epochs_run": position.epoch,
-        "stopped_early": position.stopped_early,
+        "train_loss": progress.last["train/loss"] if progress.last else None,
+        "train_accuracy": progress.last["train/accuracy"] if progress.last else None,
+        "epochs_run": progress.epoch,
+        "stopped_early": progress.stopped_early,
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "seconds": round(position.train_seconds, 3),
+        "seconds": round(progress.train_seconds, 3),
         "startup_seconds": training.startup_seconds,
-        "images_per_s": round(position.train_images / max(position.train_seconds, 1e-9), 2),
+        "images_per_s": round(progress.train_images / max(progress.train_seconds, 1e-9), 2),
         "peak_memory_gib": round(peak_memory_gib(training.accelerator.device), 3),
         "shortcuts": training.loaders.shortcuts,
         "images": {name: len(indices) for name, indices in setup.splits.items()},

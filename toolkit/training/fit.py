@@ -12,16 +12,22 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
-import torch
 from accelerate import Accelerator
 from torch import nn
 
 from toolkit.data.sampling import check_batch_size
 from toolkit.data.splits import SPLITS, split_hash
-from toolkit.distributed.failure_detection import FailureDetector, start_failure_detector
+from toolkit.distributed.failure_detection import close_failure_detector
 from toolkit.distributed.launcher import unused_precision_line, unused_tasks_line
 from toolkit.distributed.precision import precision_line
-from toolkit.distributed.process import describe_processes, init_accelerator, main_only, out_of_memory_explained
+from toolkit.distributed.process import (
+    StopTraining,
+    describe_processes,
+    init_accelerator,
+    leave,
+    main_only,
+    out_of_memory_explained,
+)
 from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import Interrupted, RunFailed, UserError
 from toolkit.expectations import check_expectations
@@ -33,9 +39,9 @@ from toolkit.training.context import TrainingContext, build_context, describe
 from toolkit.training.data_changes import write_file_facts
 from toolkit.training.env_info import describe_environment
 from toolkit.training.finalize import finish, write_summary
-from toolkit.training.resume import Resumption, find_resumption
+from toolkit.training.resume import Resumption, accept_changes, find_resumption
 from toolkit.training.trained_model import model_card
-from toolkit.training.trainer import StopTraining, Trainer
+from toolkit.training.trainer import Trainer
 
 
 def fit(
@@ -67,9 +73,8 @@ def fit(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(GracefulStop())
         accelerator, display = _join_processes(recipe, stop, quiet=quiet)
-        peers = start_failure_detector(stop)
         if (finished := _finished_before_requeue(recipe, accelerator, display, resume)) is not None:
-            _leave(accelerator, peers)
+            leave(accelerator)
             return finished
         run = _run_to_resume(recipe, accelerator, display, resume, allow_changes)
         resumption = None
@@ -79,50 +84,57 @@ def fit(
         settle = None if resumption is None else resumption.settle
         setup = build_context(recipe, accelerator, display, load_weights=resumption is None, settle=settle)
         if run is None:
-            created = main_only(accelerator, lambda: str(create_run(recipe.recipe.run_root, recipe.recipe.name).path))
-            run = Run(Path(created))
+            run = _new_run(recipe, accelerator, origins)
             stack.enter_context(_locked(run, accelerator, display))
-            if origins is not None and accelerator.is_main_process:
-                run.write_json("origins.json", origins)
         stop.watch(run.path)
         if accelerator.is_main_process:
             _write_beginnings(setup, run, resumption)
-            if resumption is None:
-                _keep_first_layer(setup, run)
             display.set_log_file(run.log_file)
         display.log(describe(setup, accelerator.mixed_precision, whole=show_module))
         display.log(f"run directory {run.path}")
-        try:
+        with _errors_logged(display):
             with (
                 out_of_memory_explained(recipe.train, accelerator.num_processes),
                 _tracked(recipe, accelerator, run, display) as tracking,
             ):
                 training = _training(setup, run, tracking, stop, resumption)
                 stack.callback(training.loaders.close)
-                training.startup_seconds = _say_startup(display, called, called if began is None else began)
+                training.startup_seconds = _log_startup(display, called, called if began is None else began)
                 summary = finish(training) if training.run_epochs(until) else None
                 if summary is not None:
-                    tracking.summarise(summary)
+                    tracking.summarize(summary)
             if summary is None:
-                display.log(f"paused after epoch {training.position.epoch}, as requested")
+                display.log(f"paused after epoch {training.progress.epoch}, as requested")
             else:
                 display.note(closing_text(recipe, summary))
                 write_summary(training, summary)
-        except Interrupted as interrupted:
-            display.note(str(interrupted))
-            if peers is not None:
-                peers.close()
-            raise
-        except Exception as error:  # also logged, because the terminal that shows it may be gone
-            display.note(str(error) if isinstance(error, UserError | RunFailed) else traceback.format_exc())
-            raise
-        if peers is not None:
-            peers.close()
-        training.close()
+        leave(accelerator)
     return run
 
 
-def _say_startup(display: Console, called: float, began: float) -> float:
+def _new_run(recipe: Recipe, accelerator: Accelerator, origins: dict[str, Any] | None) -> Run:
+    """Create a run directory, the same on every process (a collective)."""
+    run = Run(Path(main_only(accelerator, lambda: str(create_run(recipe.recipe.run_root, recipe.recipe.name).path))))
+    if origins is not None and accelerator.is_main_process:
+        run.write_json("origins.json", origins)
+    return run
+
+
+@contextlib.contextmanager
+def _errors_logged(display: Console) -> Iterator[None]:
+    """Also write errors to log.txt, because the terminal that shows them may be gone."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        display.note(str(interrupted))
+        close_failure_detector()
+        raise
+    except Exception as error:
+        display.note(str(error) if isinstance(error, UserError | RunFailed) else traceback.format_exc())
+        raise
+
+
+def _log_startup(display: Console, called: float, began: float) -> float:
     """Log and return the seconds from the start of the command to the first step."""
     seconds = time.monotonic() - began
     imports = f", including {called - began:.1f} s of imports" if called > began else ""
@@ -138,8 +150,6 @@ def dry_run(recipe: Recipe, *, load_weights: bool = True, show_module: bool = Fa
     with out_of_memory_explained(recipe.train, accelerator.num_processes):
         training = Trainer(setup, None, None, GracefulStop(), None, "none")
         loss = training.dry_run_step()
-    if (peers := start_failure_detector()) is not None:
-        peers.close()
     training.close()
     display.log(f"dry run: one batch forward and backward, loss {loss:.4f}; nothing was written")
 
@@ -151,7 +161,7 @@ def _training(
     try:
         training = Trainer(setup, run, tracking, stop, None if resumption is None else resumption.checkpoint)
         if resumption is not None and resumption.changed:
-            training.accept_changes()
+            accept_changes(training)
         return training
     except StopTraining:
         raise Interrupted(f"stopped before training; resume with: toolkit train --resume {run.path}") from None
@@ -194,15 +204,6 @@ def _finished_before_requeue(
 
     path = main_only(accelerator, find)
     return None if path is None else Run(Path(path))
-
-
-def _leave(accelerator: Accelerator, peers: FailureDetector | None) -> None:
-    """Leave the process group without having trained (a collective)."""
-    if peers is not None:
-        peers.close()
-    accelerator.wait_for_everyone()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _run_to_resume(
@@ -301,6 +302,8 @@ def _write_beginnings(setup: TrainingContext, run: Run, resumption: Resumption |
         setup.recipe.recipe.name,
     )
     run.write_json("checkpoints/model.json", card)
+    if resumption is None:
+        _keep_first_layer(setup, run)
 
 
 def _keep_first_layer(setup: TrainingContext, run: Run) -> None:

@@ -13,7 +13,7 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from accelerate import Accelerator
@@ -27,9 +27,13 @@ from toolkit.recipe import Recipe, recipe_hash
 from toolkit.recipe.earlier_versions import update_recipe
 from toolkit.recipe.resolve import content_hash, experiment_diff, resolved_content
 from toolkit.runs import Run
-from toolkit.training.checkpoint import BestWeightsLost, find_latest, load_checkpoint
+from toolkit.training.checkpoint import BestWeightsLost, best_path, find_latest, load_checkpoint, load_weights
 from toolkit.training.console import Console
 from toolkit.training.data_changes import DataDifference, FileFacts, Splits
+from toolkit.training.train_step import RunningMetrics
+
+if TYPE_CHECKING:
+    from toolkit.training.trainer import Trainer
 
 ADVICE = (
     "Restore the data that the run was trained with, start a new run, or add --allow-changes, which keeps the images "
@@ -252,3 +256,50 @@ def _plain_recipe(run: Run) -> dict[str, Any]:
     """Return recipe.toml as written, without the defaults of keys added since."""
     with open(run.path / "recipe.toml", "rb") as file:
         return tomllib.load(file)
+
+
+# -- after the state was restored -------------------------------------------------------------------------------------
+
+
+def accept_changes(trainer: Trainer) -> None:
+    """Adopt a changed recipe or changed data: validate again and write a checkpoint with them (a collective)."""
+    progress = trainer.progress
+    trainer.resumed_under_changes = (progress.epoch, progress.step)
+    if progress.best is not None and trainer.setup.has("validation"):
+        _validate_again(trainer, progress.best)
+    trainer.take_last_if_best()
+    trainer.save(RunningMetrics.restored(progress.sums, trainer.accelerator) if progress.step else None)
+
+
+def _validate_again(trainer: Trainer, best: dict[str, Any]) -> None:
+    """Validate the best and the last epoch again under the changes, so that later epochs compare with them."""
+    progress, module = trainer.progress, trainer.setup.built.module
+    now = trainer.evaluate("validation").metrics("val/") if progress.step == 0 else {}
+    if progress.step == 0 and best["epoch"] == progress.epoch:
+        validated = best | now
+    else:
+        assert trainer.run is not None
+        state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        module.load_state_dict(load_weights(best_path(trainer.run.checkpoints, best["epoch"])))
+        validated = best | trainer.evaluate_network(trainer.train_step.network, "validation").metrics("val/")
+        module.load_state_dict(state)
+    if progress.last is not None and progress.step == 0:
+        progress.last = progress.last | now
+    if validated != best:
+        progress.best = validated
+        trainer.patience.best, trainer.patience.waited = validated.get(trainer.recipe.early_stopping.metric), 0
+        trainer.display.log(
+            f"validated again under the changes: epoch {best['epoch']}, the best so far, has "
+            f"loss {validated['val/loss']:.4f} and accuracy {validated['val/accuracy']:.4f}; patience starts over"
+        )
+
+
+def choose_best_again(trainer: Trainer) -> None:
+    """Select the best epoch again after its weights were lost: the last epoch, if its weights are the current ones.
+
+    Otherwise there is no best epoch until the next one ends.
+    """
+    progress = trainer.progress
+    progress.best, trainer.writer.best_weights = None, None
+    trainer.take_last_if_best()
+    trainer.display.log(f"the best epoch is chosen from epoch {progress.epochs_begun} onwards")

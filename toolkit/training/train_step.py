@@ -43,6 +43,20 @@ class RunningMetrics:
         kind = torch.float32 if device.type == "mps" else torch.float64
         return cls(torch.zeros(3, dtype=kind, device=device), torch.zeros(3, dtype=kind, device=device))
 
+    @classmethod
+    def restored(cls, saved: list[list[float]], accelerator: Accelerator) -> RunningMetrics:
+        """Return this process's share of the sums of an unfinished epoch; ``saved``: :meth:`state` of each process.
+
+        If the number of processes changed, the main process takes all.
+        """
+        sums = cls.zero(accelerator.device)
+        if len(saved) == accelerator.num_processes:
+            sums.add_state(saved[accelerator.process_index])
+        elif accelerator.is_main_process:
+            for state in saved:
+                sums.add_state(state)
+        return sums
+
     def add(self, losses: Tensor, right: Tensor) -> None:
         """Add a micro-batch, without waiting for the device."""
         count = torch.full_like(self.values[2], len(right))
@@ -50,15 +64,15 @@ class RunningMetrics:
         self.values += more
         self.since_log += more
 
-    def figures(self, accelerator: Accelerator) -> tuple[float, float]:
+    def means(self, accelerator: Accelerator) -> tuple[float, float]:
         """Return mean loss and accuracy over all processes (a collective)."""
         return _means(self.values, accelerator)
 
     def metrics_since_log(self, accelerator: Accelerator) -> tuple[float, float]:
         """Return mean loss and accuracy since the last call, over all processes (a collective)."""
-        figures = _means(self.since_log, accelerator)
+        means = _means(self.since_log, accelerator)
         self.since_log.zero_()
-        return figures
+        return means
 
     def state(self) -> list[float]:
         """Return the sums as six numbers, for a checkpoint."""
