@@ -9,11 +9,11 @@ def plural(count: int, singular: str, plural: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a duration: ``12.3 s``, ``5 min``, ``2 h 7 min``."""
+    """Format a duration: ``5 s``, ``12.3 s``, ``5 min``, ``2 h 05 min``."""
     if seconds < 100:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}".removesuffix(".0") + " s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def batch_split(batch_size: int, processes: int, grad_accum_steps: int) -> str:

@@ -1,4 +1,4 @@
-"""Reading of files that may be missing, damaged or edited by hand: any fault raises a single UserError.
+"""Reading of files that may be missing, damaged or edited by hand: any fault raises one UnreadableFile.
 
 Every file of a run or study directory is read here. A folder, named pipe or device in place of a file is rejected
 before it is opened, so that reading cannot block.
@@ -25,6 +25,9 @@ LARGEST = 2**63 - 1
 """Larger integers are treated as damage: this project never writes them, and arrays cannot hold them."""
 
 
+MISSING = "is missing"
+"""State of a file that does not exist, in :class:`UnreadableFile`."""
+
 EXPECTED = {
     "missing": "is missing",
     "model_type": "is not a JSON object",
@@ -38,15 +41,12 @@ EXPECTED = {
 """Messages for pydantic's error types."""
 
 
-class MissingFile(UserError):
-    """The file does not exist."""
+class UnreadableFile(UserError):
+    """A file does not exist, cannot be read or does not have the expected content."""
 
-
-class DamagedFile(UserError):
-    """The file exists, but cannot be read or does not have the expected content."""
-
-    def __init__(self, path: Path, reason: object) -> None:
-        super().__init__(f"{path} is damaged: {reason}")
+    def __init__(self, path: Path, reason: object, state: str = "is damaged") -> None:
+        super().__init__(f"{path} {state}: {reason}")
+        self.is_missing = state == MISSING
 
 
 class Shape(BaseModel):
@@ -56,28 +56,30 @@ class Shape(BaseModel):
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a regular file. Raises MissingFile or another UserError."""
+    """Read a regular file. Raises UnreadableFile."""
     require_file(path)
     try:
         return path.read_bytes()
-    except FileNotFoundError:
-        raise MissingFile(f"{path} is missing: the run has not reached that point, or the file was removed") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise _system_error(path, error) from None
 
 
 def require_file(path: Path) -> None:
-    """Raise MissingFile if the file does not exist, and another UserError if it is not a regular file."""
+    """Raise UnreadableFile if the file does not exist or is not a regular file."""
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise MissingFile(f"{path} is missing: the run has not reached that point, or the file was removed") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise _system_error(path, error) from None
     except ValueError as error:  # a null character in the path
         raise UserError(f"{str(path)!r} cannot be read: {error}") from None
     if not stat.S_ISREG(mode):
-        raise DamagedFile(path, "a folder has its name" if stat.S_ISDIR(mode) else "it is not a regular file")
+        raise UnreadableFile(path, "a folder has its name" if stat.S_ISDIR(mode) else "it is not a regular file")
+
+
+def _system_error(path: Path, error: OSError) -> UnreadableFile:
+    if isinstance(error, FileNotFoundError):
+        return UnreadableFile(path, "the run has not reached that point, or the file was removed", MISSING)
+    return UnreadableFile(path, error.strerror, "cannot be read")
 
 
 def read_text(path: Path) -> str:
@@ -85,7 +87,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:
-        raise DamagedFile(path, f"it is not UTF-8 text ({error.reason} at byte {error.start:,})") from None
+        raise UnreadableFile(path, f"it is not UTF-8 text ({error.reason} at byte {error.start:,})") from None
 
 
 def read_json(path: Path, shape: type[Shape] | None = None) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def read_json(path: Path, shape: type[Shape] | None = None) -> dict[str, Any]:
     try:
         return _checked(_parsed(text), shape)
     except ValueError as error:
-        raise DamagedFile(path, error) from None
+        raise UnreadableFile(path, error) from None
 
 
 def check_shape(path: Path, value: dict[str, Any], shape: type[Shape]) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def check_shape(path: Path, value: dict[str, Any], shape: type[Shape]) -> dict[s
     try:
         return _checked(value, shape)
     except ValueError as error:
-        raise DamagedFile(path, error) from None
+        raise UnreadableFile(path, error) from None
 
 
 def read_json_lines(path: Path, shape: type[Shape] | None = None) -> Iterator[dict[str, Any] | ValueError]:
@@ -131,7 +133,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
                 raise ValueError(f"line {rows.line_num} has {len(row)} cells instead of {len(columns)}")
             found.append(dict(zip(header, row, strict=True)))
     except (ValueError, csv.Error) as error:
-        raise DamagedFile(path, error) from None
+        raise UnreadableFile(path, error) from None
     return found
 
 

@@ -37,7 +37,7 @@ from pydantic import ConfigDict, Field
 
 from toolkit.errors import EXIT_FAILURE, UserError
 from toolkit.locks import Lock, acquire
-from toolkit.reading import DamagedFile, Shape, check_shape, read_bytes, read_csv, read_json, read_json_lines
+from toolkit.reading import Shape, UnreadableFile, check_shape, read_bytes, read_csv, read_json, read_json_lines
 from toolkit.recipe import Recipe, load_recipe
 from toolkit.recipe.earlier_versions import update_metrics
 
@@ -282,7 +282,7 @@ class Run:
         rows = read_csv(path, PREDICTION_COLUMNS)
         for number, row in enumerate(rows, 1):
             if not _is_share(row["probability"]):
-                raise DamagedFile(path, f"row {number} has the probability {row['probability'][:20]!r}")
+                raise UnreadableFile(path, f"row {number} has the probability {row['probability'][:20]!r}")
         return rows
 
     def lock(self, log: Callable[[str], None] = lambda line: None) -> Lock:

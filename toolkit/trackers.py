@@ -22,7 +22,7 @@ from urllib.parse import urlparse
 
 from accelerate import Accelerator
 
-from toolkit.errors import Interrupted
+from toolkit.errors import Interrupted, first_line
 from toolkit.recipe.schema import Recipe
 
 CONNECT_SECONDS = 3
@@ -74,7 +74,7 @@ class TrackerThread:
                 try:
                     call(self.tracker)
                 except Exception as error:  # whatever a tracker raises must not end a training run
-                    self._fail(_first_line(error))
+                    self._fail(first_line(error))
 
     def _fail(self, reason: str) -> None:
         if not self.failed:
@@ -110,7 +110,7 @@ class Tracking:
             if self.wandb_mode != "online":
                 self._fail(error)
                 return
-            self.log_message(f"W&B did not answer ({_first_line(error)}); logging offline instead")
+            self.log_message(f"W&B did not answer ({first_line(error)}); logging offline instead")
             self.wandb_mode = settings["mode"] = "offline"
             self._init_offline(recipe, settings, config, folder)
 
@@ -133,7 +133,7 @@ class Tracking:
                     time.sleep(OFFLINE_PAUSE_S)
 
     def _fail(self, error: Exception) -> None:
-        self.log_message(f"warning: the trackers could not start ({_first_line(error)}); metrics.jsonl is complete")
+        self.log_message(f"warning: the trackers could not start ({first_line(error)}); metrics.jsonl is complete")
 
     def _init(self, recipe: Recipe, wandb: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
         # Accelerate passes one project name to all trackers, which TensorBoard uses as a folder name.
@@ -230,7 +230,7 @@ def offline_reason() -> str:
         wandb.setup(wandb.Settings(silent=True, mode="online"))  # overrides WANDB_MODE
         known = wandb.login(prompt=False, verify=False)
     except Exception as error:  # a malformed key raises one of several types
-        return f"the W&B login does not work ({_first_line(error)})"
+        return f"the W&B login does not work ({first_line(error)})"
     if not known:
         return "there is no W&B login"
     server = urlparse(wandb.setup().settings.base_url)
@@ -278,8 +278,3 @@ def _tracker_types(names: list[str]) -> list[Any]:
     from accelerate.utils import LoggerType
 
     return [LoggerType(name) for name in names]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, Overrides, RecipePath
+from toolkit.cli.options import AsJson, Overrides, RecipePath, load_recipe
 
 
 @command
@@ -35,9 +35,7 @@ def bench(
 
     Example: toolkit bench recipes/resnet18_caltech.toml --compare
     """
-    from toolkit.recipe import load
-
-    loaded = load(recipe, set_ or [])
+    loaded = load_recipe(recipe, set_)
     from toolkit import bench as module
 
     speeds = module.bench(loaded.recipe, steps=steps, repeats=repeats, peak_tflops=peak_tflops)

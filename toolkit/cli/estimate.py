@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, Overrides, RecipePath
+from toolkit.cli.options import AsJson, Overrides, RecipePath, load_recipe
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
 
 
@@ -31,11 +31,7 @@ def plan(
 
     Example: toolkit plan recipes/resnet50_caltech.toml --processes 8
     """
-    from toolkit.recipe import load
-
-    loaded = load(recipe, set_ or [])
-    for warning in loaded.warnings:
-        print(warning, file=sys.stderr)
+    loaded = load_recipe(recipe, set_)
     # torch is imported only here, once the recipe is known to be valid.
     from toolkit.estimate.resources import plan as make_plan
     from toolkit.estimate.resources import plan_text
@@ -61,11 +57,7 @@ def data(
 
     Example: toolkit data recipes/resnet50_caltech.toml --out figures
     """
-    from toolkit.recipe import load
-
-    loaded = load(recipe, set_ or [])
-    for warning in loaded.warnings:
-        print(warning, file=sys.stderr)
+    loaded = load_recipe(recipe, set_)
     from toolkit.data.dataset_plots import draw
     from toolkit.data.dataset_report import analyze_dataset, report_text
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from toolkit.cli.errors import is_first_process
+
+if TYPE_CHECKING:
+    from toolkit.recipe.load import LoadedRecipe
 
 
 def chosen_run(text: str) -> Path:
@@ -19,6 +22,17 @@ def chosen_run(text: str) -> Path:
     if path != Path(text) and is_first_process():
         print(f"run {path}", file=sys.stderr)
     return path
+
+
+def load_recipe(path: str, overrides: list[str] | None) -> LoadedRecipe:
+    """Load a recipe with the values of ``--set``; print its warnings."""
+    from toolkit.recipe import load  # imports pydantic, which would slow down `toolkit --help`
+
+    loaded = load(path, overrides or [])
+    if is_first_process():
+        for warning in loaded.warnings:
+            print(warning, file=sys.stderr)
+    return loaded
 
 
 Overrides = Annotated[

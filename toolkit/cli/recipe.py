@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, Overrides, RecipePath, chosen_run
+from toolkit.cli.options import AsJson, Overrides, RecipePath, chosen_run, load_recipe
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_OK
 
 if TYPE_CHECKING:
@@ -98,13 +98,10 @@ def show(recipe: RecipePath, set_: Overrides = None, as_json: AsJson = False) ->
 
     Example: toolkit show recipes/resnet50_caltech.toml --set train.epochs=5
     """
-    from toolkit.recipe import load
     from toolkit.recipe.diagnostics import dotted
     from toolkit.recipe.resolve import leaves, resolved_content
 
-    loaded = load(recipe, set_ or [])
-    for warning in loaded.warnings:
-        print(warning, file=sys.stderr)
+    loaded = load_recipe(recipe, set_)
     known = _known_input(loaded.recipe)
     if as_json:
         values = leaves(resolved_content(loaded.recipe))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit.cli.errors import command, is_first_process
-from toolkit.cli.options import AsJson, Overrides, chosen_run
+from toolkit.cli.options import AsJson, Overrides, chosen_run, load_recipe
 from toolkit.distributed.launcher import check_launch, read_process_info
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.terminal import outliving_terminal
 
 if TYPE_CHECKING:
@@ -50,15 +50,11 @@ def train(
 
     Exit status: 0 done, 2 bad input, 3 interrupted but resumable, 1 anything else.
     """
-    from toolkit.recipe import load
 
     read_process_info()  # rejects invalid launcher variables before anything else reads them
     run_to_resume = resume if resume in (None, "auto") else str(chosen_run(resume))
     path = _recipe_path(recipe, run_to_resume)
-    loaded = load(path, set_ or [])
-    if is_first_process():
-        for warning in loaded.warnings:
-            print(warning, file=sys.stderr)
+    loaded = load_recipe(path, set_)
     if loaded.recipe.study is not None:
         raise UserError(f"{recipe} is a study of many runs: toolkit study {recipe}")
     check_launch(loaded.recipe.train)
@@ -104,8 +100,7 @@ def report_at_end(run: Run) -> None:
         for line in written.missing:
             print(f"not shown in the report: {line}", file=sys.stderr)
     except (Exception, KeyboardInterrupt) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        print(f"warning: no report ({reason}); to try again: toolkit report {run.path}", file=sys.stderr)
+        print(f"warning: no report ({first_line(error)}); to try again: toolkit report {run.path}", file=sys.stderr)
 
 
 def _recipe_path(recipe: str | None, resume: str | None) -> str:

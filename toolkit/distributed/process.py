@@ -28,7 +28,7 @@ from toolkit.distributed.malloc import tune_malloc
 from toolkit.distributed.precision import on_gpu, resolve_precision
 from toolkit.distributed.rendezvous import join
 from toolkit.distributed.signals import GracefulStop
-from toolkit.errors import RunFailed, UserError
+from toolkit.errors import RunFailed, UserError, first_line
 from toolkit.formatting import plural
 from toolkit.recipe.schema import TrainConfig
 
@@ -245,11 +245,10 @@ def out_of_memory_explained(train: TrainConfig, processes: int) -> Iterator[None
         if not is_known and not any(some in str(error) for some in ("can't allocate memory", "out of memory")):
             raise
         at_once = train.batch_size // processes // train.grad_accum_steps
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunFailed(
             f"out of memory with {at_once} images at once in each process (train.batch_size = {train.batch_size} over "
             f"{plural(processes, 'process', 'processes')} and train.grad_accum_steps = {train.grad_accum_steps}): "
-            f"{first:.200}\n"
+            f"{first_line(error):.200}\n"
             "Try a larger train.grad_accum_steps (same experiment, fewer images at once), train.precision = 'bf16', a "
             "smaller train.eval_batch_size, or a smaller train.batch_size"
         ) from error

@@ -24,7 +24,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from toolkit.distributed.failure_detection import start_failure_detector
 from toolkit.distributed.launcher import ProcessInfo
 from toolkit.distributed.signals import GracefulStop
-from toolkit.errors import Interrupted, RunFailed, UserError
+from toolkit.errors import Interrupted, RunFailed, UserError, first_line
 
 TIMEOUT_VARIABLE = "TOOLKIT_JOIN_TIMEOUT"
 ONE_MACHINE_S = 30.0
@@ -150,9 +150,8 @@ class _Joining(threading.Thread):
             self.error = error
         except Exception as error:
             time.sleep(5 * POLL_S)  # the main thread may find the cause meanwhile: the end of another process
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.error = RunFailed(
-                f"the processes could not join: {first:.300} ({self.state()}). {_advice(self.place)}"
+                f"the processes could not join: {first_line(error):.300} ({self.state()}). {_advice(self.place)}"
             )
         self.finished.set()
 

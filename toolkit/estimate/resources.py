@@ -20,7 +20,7 @@ from toolkit.data.splits import split_dataset
 from toolkit.distributed.process import autocast_dtype
 from toolkit.errors import UserError
 from toolkit.estimate.step_cost import Memory, StepCost, measure_memory, measure_step
-from toolkit.formatting import batch_split, plural
+from toolkit.formatting import batch_split, duration, plural
 from toolkit.models.build import ModelBundle, build_model, expected_input
 from toolkit.models.transfer import Transfer, apply_transfer
 from toolkit.recipe.schema import DataConfig, Recipe
@@ -307,13 +307,7 @@ def _time_text(found: ResourceEstimate) -> str:
     at = f"{speed.images_per_s:,.0f} images/s measured on {speed.processes} x {speed.device} in {speed.run}"
     if speed.processes != found.processes:
         at += f", scaled to {found.processes} processes"
-    return f"{_duration(found.seconds)} of training ({at})" if found.seconds is not None else f"unknown ({at})"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"{duration(found.seconds)} of training ({at})" if found.seconds is not None else f"unknown ({at})"
 
 
 def _size(count: int) -> str:

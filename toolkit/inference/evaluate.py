@@ -22,7 +22,7 @@ from toolkit.data.sampling import IntArray, plan_evaluation
 from toolkit.data.splits import SPLITS, split_hash
 from toolkit.distributed.process import autocast_dtype, local_processes
 from toolkit.errors import UserError
-from toolkit.reading import DamagedFile
+from toolkit.reading import UnreadableFile
 from toolkit.report.run_images import open_run_images
 from toolkit.runs import Run
 from toolkit.similar_names import did_you_mean
@@ -218,7 +218,7 @@ def _equal_rows(run: Run, found: EvalResult, classes: list[str]) -> int:
     """Return the number of rows of predictions.csv with the same prediction as now."""
     rows, predicted = run.predictions(), [classes[int(index)] for index in found.predictions]
     if len(rows) != len(predicted):
-        raise DamagedFile(run.path / "predictions.csv", f"{len(rows)} rows of {len(predicted)} test images")
+        raise UnreadableFile(run.path / "predictions.csv", f"{len(rows)} rows of {len(predicted)} test images")
     return sum(row["prediction"] == now for row, now in zip(rows, predicted, strict=True))
 
 

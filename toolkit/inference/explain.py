@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from toolkit.data.image_sources import UnreadableImageError
 from toolkit.errors import UserError, first_line
 from toolkit.inference.evaluate import split_images
-from toolkit.reading import DamagedFile
+from toolkit.reading import UnreadableFile
 from toolkit.report.plot_style import plot_style, save, short
 from toolkit.report.run_data import read_predictions
 from toolkit.runs import Run
@@ -128,7 +128,7 @@ def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path 
     dataset, indices = split_images(run, "test", trained, data_root)
     index = {dataset.images.name(int(i)): int(i) for i in indices}
     if unknown := next((found.names[row] for row in worst if found.names[row] not in index), None):
-        raise DamagedFile(run.path / "predictions.csv", f"{unknown} is not a test image of this run")
+        raise UnreadableFile(run.path / "predictions.csv", f"{unknown} is not a test image of this run")
     transform = trained.transform
     return [
         CamInput(found.names[row], transform(dataset.images.load(index[found.names[row]])), int(found.labels[row]))

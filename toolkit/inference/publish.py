@@ -18,7 +18,7 @@ from toolkit.inference.export import FORMATS, images_to_compare, new_folder, por
 from toolkit.inference.timm_config import fits_timm
 from toolkit.metrics import MEASURES
 from toolkit.models.pretrained import is_file_reference
-from toolkit.reading import DamagedFile
+from toolkit.reading import UnreadableFile
 from toolkit.recipe import Recipe, resolved_toml
 from toolkit.runs import Run, open_run
 from toolkit.training.resume import check_recipe
@@ -65,7 +65,7 @@ def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, priv
         try:
             card = model_card(run, trained, recipe, summary, repo, license_id)
         except UndefinedError as error:
-            raise DamagedFile(run.path / "summary.json", error) from None
+            raise UnreadableFile(run.path / "summary.json", error) from None
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     why_not = _cannot_push() if push else "--no-push was given"
     return PublishResult(target, None if why_not else _push(target, repo, private), why_not)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
-from toolkit.reading import DamagedFile, read_json, require_file
+from toolkit.reading import UnreadableFile, read_json, require_file
 from toolkit.recipe import Recipe
 from toolkit.recipe.diagnostics import printable
 from toolkit.report.prediction_metrics import Calibration, Counts, RunPredictions, calibration
@@ -247,12 +247,12 @@ def read_predictions(run: Run, classes: list[str]) -> RunPredictions:
     """Read predictions.csv. If ``classes`` is empty, they are those of the file. Raises UserError if it is damaged."""
     file, rows = run.path / "predictions.csv", run.predictions()
     if not rows:
-        raise DamagedFile(file, "it has no rows")
+        raise UnreadableFile(file, "it has no rows")
     classes = classes or sorted({row[column] for row in rows for column in ("label", "prediction")})
     index = {name: number for number, name in enumerate(classes)}
     unknown = next((row for row in rows if row["label"] not in index or row["prediction"] not in index), None)
     if unknown is not None:
-        raise DamagedFile(file, f"line {rows.index(unknown) + 2} names a class that the run does not have")
+        raise UnreadableFile(file, f"line {rows.index(unknown) + 2} names a class that the run does not have")
     return RunPredictions(
         [row["path"] for row in rows],
         classes,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import Overrides
+from toolkit.cli.options import Overrides, load_recipe
 from toolkit.runs import create_run, runs_of
 from toolkit.slurm.array import take_run
 from toolkit.slurm.job_status import SlurmJob
@@ -22,11 +21,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @command
 def create_run_in_job(recipe: str, set_: Overrides = None) -> None:
     """Print the run directory of this job: the one it had before it was requeued, or a new one."""
-    from toolkit.recipe import load, resolved_toml
+    from toolkit.recipe import resolved_toml
 
-    loaded = load(recipe, set_ or [])
-    for warning in loaded.warnings:
-        print(warning, file=sys.stderr)
+    loaded = load_recipe(recipe, set_)
     table = loaded.recipe.recipe
     job = os.environ["SLURM_JOB_ID"]
     run = next((run for run in runs_of(table.run_root, table.name) if SlurmJob(run).current == job), None)

@@ -26,7 +26,7 @@ from pydantic import ConfigDict, Field
 
 from toolkit.errors import UserError
 from toolkit.locks import Lock, is_held, try_acquire
-from toolkit.reading import DamagedFile, Shape, check_shape, read_json
+from toolkit.reading import Shape, UnreadableFile, check_shape, read_json
 from toolkit.recipe.earlier_versions import update_study
 from toolkit.recipe.study_schema import StudyConfig
 from toolkit.runs import RUN_ID, Run, write_atomically
@@ -136,7 +136,7 @@ class StudyDirectory:
         try:
             return StudyConfig.model_validate(self.record["study"])
         except ValueError as error:
-            raise DamagedFile(self.path / FILE, error) from None
+            raise UnreadableFile(self.path / FILE, error) from None
 
     @property
     def assumptions(self) -> dict[str, str]:

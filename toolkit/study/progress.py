@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.formatting import duration
 from toolkit.metrics import best_of, higher_is_better
 from toolkit.runs import Run
 from toolkit.study.bohb import search_epochs
@@ -136,7 +137,7 @@ class StudyProgress:
         gained, spent = done - self.done_before, time.monotonic() - self.started
         if gained <= 0 or done >= total:
             return []
-        return [f"{_duration((total - done) * spent / gained)} left"]
+        return [f"{duration((total - done) * spent / gained)} left"]
 
     def _epochs(self, runs: dict[str, RunStatus]) -> tuple[int, int]:
         """Return the number of epochs that need no more training, and of all epochs."""
@@ -189,9 +190,3 @@ class StudyProgress:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

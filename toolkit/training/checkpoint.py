@@ -34,9 +34,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.models.pretrained import has_its_digest, pack_state
-from toolkit.reading import DamagedFile, MissingFile, Shape, read_json, require_file
+from toolkit.reading import Shape, UnreadableFile, read_json, require_file
 from toolkit.runs import sync_folder, write_atomically
 
 STEM = re.compile(r"\.?(\d{4,})-(\d{6,})[-.]")
@@ -167,7 +167,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
             f"{path} is refused: it holds more than tensors and plain values, or is not a checkpoint "
-            f"({str(error).strip().splitlines()[0]})"
+            f"({first_line(error)})"
         ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} was written by another version of this toolkit: use that one, or start a new run")
@@ -250,7 +250,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
         is_intact = has_its_digest(path, tensors)
     except Exception as error:  # safetensors raises its own, private exception types
-        raise DamagedFile(path, error) from None
+        raise UnreadableFile(path, error) from None
     if not is_intact:
         raise UserError(f"{path} is damaged: its checksum differs; restore a copy, or train again")
     return tensors
@@ -275,8 +275,8 @@ def _examine(manifest_path: Path) -> tuple[Path | None, str]:
         if (manifest["epoch"], manifest["step"]) != checkpoint_step(manifest_path):
             return None, f"it says epoch {manifest['epoch']} and step {manifest['step']}, unlike its name"
         fault = manifest.get("refused") or _file_fault(path, manifest["bytes"], manifest["sha256"])
-    except MissingFile:
-        return None, f"half-written: {manifest_path.name} is missing"
+    except UnreadableFile as error:
+        return None, f"half-written: {manifest_path.name} is missing" if error.is_missing else str(error)
     except FileNotFoundError as error:
         return None, f"half-written: {Path(error.filename).name} is missing"
     except (OSError, UserError) as error:

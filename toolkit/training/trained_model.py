@@ -20,7 +20,7 @@ from toolkit.data.image_sources import ImageFiles
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.models.build import build_model
-from toolkit.reading import DamagedFile, Shape, check_shape, read_json
+from toolkit.reading import Shape, UnreadableFile, check_shape, read_json
 from toolkit.recipe.earlier_versions import update_model
 from toolkit.recipe.schema import AugmentConfig, ModelConfig, TransformConfig
 from toolkit.runs import Run
@@ -128,7 +128,7 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
         transforms = tuple(TransformConfig.model_validate(entry) for entry in card.get("transforms", []))
         recipe = str(card["recipe"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedFile(folder / "model.json", error) from None
+        raise UnreadableFile(folder / "model.json", error) from None
     size = preprocessing.image_size
     try:
         with torch.inference_mode(False):  # building a model uses autograd, and the caller may be in inference mode
@@ -145,7 +145,7 @@ def _check_finished(folder: Path, weights: Path, classes: list[str]) -> None:
     run = Run(folder.parent)
     if weights.name != WEIGHTS[0] or not run.is_finished:
         return
-    with contextlib.suppress(DamagedFile):  # prediction works without the summary
+    with contextlib.suppress(UnreadableFile):  # prediction works without the summary
         epoch = run.summary["best"]["epoch"]
         if fault := finished_fault(folder, epoch, classes):
             raise UserError(f"{folder}: {fault}: it was edited, or belongs to another run. Restore the run's own file")
