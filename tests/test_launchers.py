@@ -15,13 +15,12 @@ import torch.distributed as dist
 from distributed import launch
 from trainers import MUCH, Trainers, only_run, write_recipe
 
-from toolkit.distributed import failure_detection, launcher
-from toolkit.distributed.launcher import check_launch, read_process_info
-from toolkit.distributed.process import check_launcher
+from toolkit.distributed import failure_detection, launcher, precision
+from toolkit.distributed.launcher import check_environment, check_launch, read_process_info
 from toolkit.errors import UserError
 from toolkit.recipe import load
 from toolkit.recipe.schema import TrainConfig
-from toolkit.training import fit, precision
+from toolkit.training import fit
 
 BIN = Path(sys.executable).parent
 OURS = ["-m", "toolkit.train", "recipe.toml", "--set", "train.epochs=1"]
@@ -156,10 +155,10 @@ def test_the_environment_of_accelerate(
         monkeypatch.setenv(name, value)
     train = trained(**table)
     if words is None:
-        check_launcher(train, meant)
+        check_environment(train, meant)
     else:
         with pytest.raises(UserError, match=re.escape(words)):
-            check_launcher(train, meant)
+            check_environment(train, meant)
 
 
 # -- the number of processes ------------------------------------------------------------------------------------------
@@ -220,7 +219,7 @@ def test_a_configuration_file_without_mixed_precision_is_no_obstacle_but_noted(
     path = configuration(tmp_path / "default.yaml", num_processes=1, mixed_precision="'no'")
     launched("--config_file", str(path), ACCELERATE_MIXED_PRECISION="no")
     check_launch(trained(precision="bf16"))
-    check_launcher(trained(precision="bf16"), "bf16")
+    check_environment(trained(precision="bf16"), "bf16")
     note = "note: Accelerate's configuration file says mixed_precision: no, but the recipe decides: bf16"
     assert launcher.unused_precision_line("bf16") == note
     assert launcher.unused_precision_line("no") is None

@@ -77,9 +77,6 @@ class _RepeatedBatch:
         for _ in range(self.steps):
             yield from self.micro_batches
 
-    def close(self) -> None:
-        """Do nothing."""
-
 
 class _EndlessLoader:
     """Loader that chains epochs, so that a repetition continues where the last one stopped, without start-up cost.
@@ -102,9 +99,6 @@ class _EndlessLoader:
     def _endless(self) -> Iterator[tuple[MicroBatch, Any]]:
         for epoch in itertools.count():
             yield from self.loader.epoch(epoch)
-
-    def close(self) -> None:
-        """Do nothing: the wrapped loader is closed by its owner."""
 
 
 def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: float | None = None) -> BenchmarkResult:

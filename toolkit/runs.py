@@ -411,8 +411,3 @@ def runs_of(run_root: str, name: str) -> list[Run]:
         return []
     folders = sorted((p for p in parent.iterdir() if RUN_ID.fullmatch(p.name)), reverse=True)
     return [Run(p) for p in folders if (p / "recipe.toml").exists()]
-
-
-def latest_unfinished_run(run_root: str, name: str) -> Run | None:
-    """Return the most recent run of a recipe that has no summary yet."""
-    return next((run for run in runs_of(run_root, name) if not run.is_finished), None)

@@ -145,51 +145,60 @@ def check_launch(train: TrainConfig) -> None:
     _check_task_count()
 
 
-def _check_options(options: argparse.Namespace, train: TrainConfig) -> None:
-    """Raise UserError for options that contradict the recipe and that Accelerate does not put into the environment.
+def _settings(train: TrainConfig, precision: str) -> list[tuple[str, str, object, str]]:
+    """Return the options of `accelerate launch` that the recipe decides, as (option, Accelerate's default, value, key).
 
-    Values of --mixed_precision and --dynamo_backend other than 'no' are in the environment, even if they come from a
-    configuration file: see :func:`toolkit.distributed.process.check_launcher`.
+    ``precision``: what train.precision means on this machine.
     """
-    is_compiled = train.compile or train.cuda_graphs
-    grad_accum_steps, max_grad_norm = options.gradient_accumulation_steps, options.gradient_clipping
-    contradictions = [
-        ("mixed_precision", "no", options.mixed_precision == "no" and _precision(train) != "no",
-         precision_in_recipe(train.precision, _precision(train))),
-        ("dynamo_backend", "no", options.dynamo_backend == "no" and is_compiled, compile_in_recipe(train)),
-        ("gradient_accumulation_steps", grad_accum_steps, grad_accum_steps not in (None, train.grad_accum_steps),
+    is_auto = train.precision == "auto"
+    compiled = "train.cuda_graphs = true" if train.cuda_graphs else f"train.compile = {str(train.compile).lower()}"
+    clipping = train.max_grad_norm
+    return [
+        ("mixed_precision", "no", precision, f"train.precision = {train.precision!r}"
+         + (f", which means {precision!r} on this machine" if is_auto else "")),
+        ("gradient_accumulation_steps", "1", train.grad_accum_steps,
          f"train.grad_accum_steps = {train.grad_accum_steps}"),
-        ("gradient_clipping", max_grad_norm, max_grad_norm not in (None, train.max_grad_norm),
-         "no train.max_grad_norm" if train.max_grad_norm is None else f"train.max_grad_norm = {train.max_grad_norm:g}"),
+        ("dynamo_backend", "no", "inductor" if train.compile or train.cuda_graphs else "no", compiled),
+        ("gradient_clipping", "none", clipping,
+         "no train.max_grad_norm" if clipping is None else f"train.max_grad_norm = {clipping:g}"),
     ]  # fmt: skip
-    for option, value, contradicts, recipe in contradictions:
-        if contradicts:
-            raise UserError(contradiction(option, value, recipe))
 
 
-def contradiction(option: str, value: object, recipe: str) -> str:
-    """Return the error message for a contradicting option of `accelerate launch` or line of its configuration file."""
-    return (
+def _check_options(options: argparse.Namespace, train: TrainConfig) -> None:
+    """Raise UserError for options of `accelerate launch` that contradict the recipe."""
+    from toolkit.distributed.precision import resolve_precision
+
+    for option, _, value, recipe in _settings(train, resolve_precision(train.precision)):
+        found = getattr(options, option)
+        found = found.lower() if isinstance(found, str) else found
+        if found not in (None, value):
+            raise _contradiction(option, found, recipe)
+
+
+def check_environment(train: TrainConfig, precision: str) -> None:
+    """Raise UserError if Accelerate's environment variables contradict the recipe, also from a configuration file.
+
+    A variable with Accelerate's default is not compared, because Accelerate also sets it if the option was not given.
+    DeepSpeed, FSDP and Megatron-LM are refused. ``precision``: what train.precision means on this machine.
+    """
+    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"),
+                           ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):  # fmt: skip
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"the launcher asks for {name}; this toolkit trains with DDP: remove {name} from its settings"
+            )
+    for option, default, value, recipe in _settings(train, precision):
+        found = os.environ.get(f"ACCELERATE_{option.upper()}", default).lower()
+        if found not in (default, str(value)):
+            raise _contradiction(option, found, recipe)
+
+
+def _contradiction(option: str, value: object, recipe: str) -> UserError:
+    return UserError(
         f"accelerate launch was given {option} = {value}, but the recipe has {recipe}. These settings come from the "
         f"recipe alone: leave out --{option} (or the line {option} of Accelerate's configuration file), or change the "
         "recipe, for instance with --set"
     )
-
-
-def precision_in_recipe(key: str, precision: str) -> str:
-    """Format train.precision for messages. ``precision``: what the key means on this machine."""
-    return f"train.precision = {key!r}" + (f", which means {precision!r} on this machine" if key == "auto" else "")
-
-
-def compile_in_recipe(train: TrainConfig) -> str:
-    """Format the key that decides whether the model is compiled, for messages."""
-    return "train.cuda_graphs = true" if train.cuda_graphs else f"train.compile = {str(train.compile).lower()}"
-
-
-def _precision(train: TrainConfig) -> str:
-    from toolkit.distributed.precision import resolve_precision
-
-    return resolve_precision(train.precision)
 
 
 def _check_accelerate_count(options: argparse.Namespace) -> None:

@@ -17,13 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from toolkit.distributed.cpu_count import available_cpus
 from toolkit.distributed.failure_detection import close_failure_detector, start_failure_detector
-from toolkit.distributed.launcher import (
-    compile_in_recipe,
-    contradiction,
-    positive_number,
-    precision_in_recipe,
-    read_process_info,
-)
+from toolkit.distributed.launcher import check_environment, positive_number, read_process_info
 from toolkit.distributed.malloc import tune_malloc
 from toolkit.distributed.precision import on_gpu, resolve_precision
 from toolkit.distributed.rendezvous import join
@@ -47,7 +41,7 @@ def init_accelerator(train: TrainConfig, stop: GracefulStop | None = None) -> Ac
     # Accelerate keeps one state per Python process; in a notebook the next fit may have another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = resolve_precision(train.precision)
-    check_launcher(train, precision)
+    check_environment(train, precision)
     if train.cuda_graphs and not on_gpu():
         raise UserError("train.cuda_graphs = true needs a GPU, and none is used here: leave it out")
     if train.deterministic:
@@ -67,37 +61,6 @@ def init_accelerator(train: TrainConfig, stop: GracefulStop | None = None) -> Ac
         tune_malloc()
     start_failure_detector(stop)
     return accelerator
-
-
-def check_launcher(train: TrainConfig, precision: str) -> None:
-    """Raise UserError if the launcher's precision, gradient accumulation or compilation contradicts the recipe.
-
-    DeepSpeed, FSDP and Megatron-LM are refused as well. ``precision``: what train.precision means on this machine.
-    Options of `accelerate launch` that are not in the environment are checked by
-    :func:`toolkit.distributed.launcher.check_launch`.
-    """
-    compiled = "inductor" if train.compile or train.cuda_graphs else "no"
-    settings = [
-        # option, its default (which Accelerate also sets if it was not given), the recipe's value and key
-        ("mixed_precision", "no", precision, precision_in_recipe(train.precision, precision)),
-        (
-            "gradient_accumulation_steps",
-            "1",
-            str(train.grad_accum_steps),
-            f"train.grad_accum_steps = {train.grad_accum_steps}",
-        ),
-        ("dynamo_backend", "no", compiled, compile_in_recipe(train)),
-    ]
-    for option, default, wanted, recipe in settings:
-        found = os.environ.get(f"ACCELERATE_{option.upper()}", default).lower()
-        if found not in (default, wanted):
-            raise UserError(contradiction(option, found, recipe))
-    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"),
-                           ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):  # fmt: skip
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise UserError(
-                f"the launcher asks for {name}; this toolkit trains with DDP: remove {name} from its settings"
-            )
 
 
 def local_processes() -> int:

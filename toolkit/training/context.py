@@ -24,7 +24,7 @@ from toolkit.formatting import batch_split, plural
 from toolkit.models.build import ModelBundle, build_model, expected_input
 from toolkit.models.keyed_dropout import DropoutKeys, key_dropout_layers
 from toolkit.models.transfer import Transfer, apply_transfer, layer_group_table
-from toolkit.recipe.schema import Recipe
+from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.training.console import Console, table
 from toolkit.training.ema import short_run_warning
 from toolkit.training.single_value_batches import check_single_value_batches
@@ -82,21 +82,13 @@ def build_context(
 
     ``settle``: called with the dataset and the splits that the recipe draws; returns the splits to use.
     """
-    data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
-    dataset = main_first(accelerator, lambda: open_dataset(data))
-    splits = split_dataset(dataset, recipe.data)
-    for note in (*dataset.notes, describe_splits(dataset, recipe.data)):
-        display.log(note)
-    checked = _check_images(recipe, accelerator, dataset, splits)
-    splits, bad_images = _without_bad_images(recipe, display, dataset, splits, checked.bad)
-    if isinstance(dataset.images, ImageFiles) and (value_range := choose_range(checked.extents)) is not None:
-        display.log(range_words(checked.extents, value_range))
-        dataset = replace(dataset, images=dataset.images.with_range(value_range))
-        data = data.model_copy(update={"value_range": list(value_range)})
+    train, world = recipe.train, accelerator.num_processes
+    data, dataset, splits, bad_images = _open_images(recipe, accelerator, display)
     drawn = split_hash(dataset, splits)
     if settle is not None:
         splits = settle(dataset, splits)
-    check_steps(len(splits["train"]), recipe.train.batch_size, recipe.train.drop_last)
+    count = len(splits["train"])
+    check_steps(count, train.batch_size, train.drop_last)
     preprocessing = resolve_preprocessing(
         data,
         expected_input(recipe.model),
@@ -104,23 +96,15 @@ def build_context(
         dataset.native_channels,
         lambda plain: _measure(accelerator, display, dataset, splits["train"], plain),
     )
+    channels, size = preprocessing.channels, preprocessing.image_size
 
     def build() -> ModelBundle:
         torch.manual_seed(recipe.recipe.seed)
-        return build_model(
-            recipe.model,
-            len(dataset.classes),
-            preprocessing.channels,
-            preprocessing.image_size,
-            load_weights=load_weights,
-        )
+        return build_model(recipe.model, len(dataset.classes), channels, size, load_weights=load_weights)
 
     built = main_first(accelerator, build)  # weights are downloaded once
     transfer = apply_transfer(built, recipe.transfer)
-    images, world = len(splits["train"]), accelerator.num_processes
-    check_single_value_batches(
-        built, transfer, recipe.train, images, world, preprocessing.channels, preprocessing.image_size
-    )
+    check_single_value_batches(built, transfer, train, count, world, channels, size)
     stochastic = key_dropout_layers(built.module, recipe.recipe.seed)
     setup = TrainingContext(
         recipe,
@@ -135,11 +119,30 @@ def build_context(
         bad_images,
         drawn,
     )
-    if recipe.train.ema is not None:
-        warning = short_run_warning(recipe.train.ema, setup.steps * recipe.train.epochs)
-        if warning:
-            display.log(warning)
+    if train.ema is not None and (warning := short_run_warning(train.ema, setup.steps * train.epochs)):
+        display.log(warning)
     return setup
+
+
+def _open_images(
+    recipe: Recipe, accelerator: Accelerator, display: Console
+) -> tuple[DataConfig, Dataset, dict[str, np.ndarray], list[str]]:
+    """Open the data set, split it and leave out unreadable images (a collective).
+
+    Returns the [data] table with what the data set settles, the data set, its splits, and the images left out.
+    """
+    data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
+    dataset = main_first(accelerator, lambda: open_dataset(data))
+    splits = split_dataset(dataset, recipe.data)
+    for note in (*dataset.notes, describe_splits(dataset, recipe.data)):
+        display.log(note)
+    checked = _check_images(recipe, accelerator, dataset, splits)
+    splits, bad_images = _without_bad_images(recipe, display, dataset, splits, checked.bad)
+    if isinstance(dataset.images, ImageFiles) and (value_range := choose_range(checked.extents)) is not None:
+        display.log(range_words(checked.extents, value_range))
+        dataset = replace(dataset, images=dataset.images.with_range(value_range))
+        data = data.model_copy(update={"value_range": list(value_range)})
+    return data, dataset, splits, bad_images
 
 
 def _measure(

@@ -32,7 +32,7 @@ from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import Interrupted, RunFailed, UserError
 from toolkit.expectations import check_expectations
 from toolkit.recipe import Recipe, diff, resolved_toml
-from toolkit.runs import Run, create_run, latest_unfinished_run, open_run, runs_of, write_atomically
+from toolkit.runs import Run, create_run, open_run, runs_of, write_atomically
 from toolkit.trackers import Tracking
 from toolkit.training.console import Console, summary_table
 from toolkit.training.context import TrainingContext, build_context, describe
@@ -220,7 +220,7 @@ def _run_to_resume(
     def choose() -> str | None:
         if str(resume) == "auto":
             where = recipe.recipe.run_root, recipe.recipe.name
-            run = latest_unfinished_run(*where)
+            run = next((run for run in runs_of(*where) if not run.is_finished), None)
             if run is None and (finished := runs_of(*where)):
                 display.log(f"{finished[0].path} is finished, so this is a new run")
         else:

@@ -63,9 +63,14 @@ class Resumption:
         """Whether anything changed that the next checkpoint must record."""
         return self.recipe_changed or self.data_changed or bool(self.checkpoint.get("best_lost"))
 
-    def compare_recipe(self) -> None:
-        """Raise UserError if the recipe differs from the checkpoint's, unless changes are allowed (a collective)."""
-        self.recipe_changed = main_only(self.accelerator, self._compare_recipe)
+    def compare(self) -> None:
+        """Raise UserError if the recipe or metrics.jsonl changed, unless changes are allowed (a collective)."""
+        self.recipe_changed = main_only(self.accelerator, self._compare)
+
+    def _compare(self) -> bool:
+        is_changed = self._compare_recipe()
+        self._compare_metrics()
+        return is_changed
 
     def _compare_recipe(self) -> bool:
         listed = recipe_changes(self.run, self.recipe, self.checkpoint)
@@ -78,10 +83,6 @@ class Resumption:
             )
         self.display.log(f"the recipe has changed since the checkpoint was written ({listed})")
         return True
-
-    def compare_metrics(self) -> None:
-        """Raise UserError if lines of metrics.jsonl were lost or edited, unless changes are allowed (a collective)."""
-        main_only(self.accelerator, self._compare_metrics)
 
     def _compare_metrics(self) -> None:
         path, length = self.run.metrics_file, self.checkpoint["position"]["metrics_bytes"]
@@ -194,8 +195,7 @@ def find_resumption(
         return None
     checkpoint = load_checkpoint(path) | {"best_lost": best_lost}
     resumption = Resumption(run, recipe, checkpoint, accelerator, display, allow_changes)
-    resumption.compare_recipe()
-    resumption.compare_metrics()
+    resumption.compare()
     return resumption
 
 
