@@ -25,6 +25,7 @@ from study_folders import FakeRun, write_study
 from toolkit.cli.main import app
 from toolkit.data.dataset_info import DATASETS
 from toolkit.data.preprocessing import resolve_channels, resolve_preprocessing
+from toolkit.formatting import duration
 from toolkit.models.build import expected_input
 from toolkit.recipe import catalog, load_recipe
 from toolkit.recipe.schema import DataConfig
@@ -485,3 +486,7 @@ def test_progress_shows_loss_time_left_for_all_epochs_and_evaluation(tmp_path: P
     assert "glibc" not in text
     (run,) = (tmp_path / "quickstart").iterdir()
     assert "left for all epochs" not in (run / "log.txt").read_text()
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (5, 12.34, 300, 7500)] == ["5 s", "12.3 s", "5 min", "2 h 05 min"]
