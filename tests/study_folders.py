@@ -20,7 +20,7 @@ class FakeRun:
     seed: int = 0
     changes: dict[str, Any] = field(default_factory=dict)
     val_accuracy: Sequence[float] = (0.5,)
-    """After each epoch. Losses are 1 minus it, training figures 0.05 better."""
+    """After each epoch. Losses are 1 minus it, training metrics 0.05 better."""
     test_accuracy: float = 0.5
     state: str = "finished"
     published: dict[str, float] = field(default_factory=dict)

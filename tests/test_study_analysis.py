@@ -75,7 +75,7 @@ def dropout_study(path: Path) -> StudyResults:
 def test_rows_in_one_figure_with_their_spread(tmp_path: Path) -> None:
     axes = drawn(dropout_study(tmp_path))["curves-val-accuracy"].axes[0]
     assert len(axes.lines) == 9
-    # The mean of both seeds, in percent, over the ten epochs that both have; the deviation of 0.00 and 0.01.
+    # The mean of both seeds, in percent, over the ten epochs that both have; the standard deviation of 0.00 and 0.01.
     assert np.asarray(axes.lines[0].get_ydata()) == pytest.approx([50.5 + epoch for epoch in range(10)])
     band = axes.collections[0].get_paths()[0].vertices
     assert np.ptp(band[band[:, 0] == 1][:, 1]) == pytest.approx(2 * 100 * 0.01 / math.sqrt(2))

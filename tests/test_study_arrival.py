@@ -47,7 +47,7 @@ DEAD = {
     "learning rate of a frozen backbone": (
         "transfer.backbone_lr = [0.1, 0.5]", ('transfer.freeze=["blocks.*"]',), "transfer.backbone_lr varies"
     ),
-    "deviation of weights drawn otherwise": ("model.convnet.init_std = [0.1, 0.5]", (), "model.convnet.init_std"),
+    "init_std without Gaussian weights": ("model.convnet.init_std = [0.1, 0.5]", (), "model.convnet.init_std"),
     "activation without hidden layers": ('model.head.activation = ["elu", "tanh"]', (), "model.head.activation varies"),
     "a tracker's name": ('tracking.project = ["a", "b"]', (), "tracking.project varies"),
     "rotation that never is": (
@@ -95,7 +95,7 @@ ALIVE = {
     ),
     "versions": ("data.fixed_views = [1, 2]", ('augment.train=[{ name = "RandomRotation", degrees = 9 }]',)),
     "size": ("data.image_size = [8, 12]", ()),
-    "normalisation": ('data.normalize = ["half", "none"]', ()),
+    "normalization": ('data.normalize = ["half", "none"]', ()),
     "split": ("data.split.seed = [0, 1]", ()),
     "share": ("data.split.validation = [0.2, 0.3]", ()),
     "blocks": ("model.convnet.blocks = [[{ channels = 4 }], [{ channels = 5 }]]", ()),
@@ -122,7 +122,7 @@ def test_a_key_that_counts_in_some_runs_only_needs_a_condition(tmp_path: Path) -
     assert proven(tmp_path, text + '{ values = [0.5, 0.9], when = { scheduler.name = "exponential" } }\n') == []
 
 
-def test_two_values_of_a_key_that_come_to_the_same_are_told(tmp_path: Path) -> None:
+def test_two_equivalent_values_of_a_key_are_reported(tmp_path: Path) -> None:
     text = '[study.grid]\noptimizer.name = ["sgd", "adam", "adamw"]\n'
     assert proven(tmp_path, text) == ["rows 'adam' and 'adamw' train identically"]
     assert proven(tmp_path, text, "optimizer.weight_decay=0.01") == []
@@ -158,7 +158,7 @@ def test_a_row_may_spell_out_a_default(tmp_path: Path) -> None:
     assert proven(tmp_path, text) == []
 
 
-def test_rows_that_come_to_the_same_are_told(tmp_path: Path) -> None:
+def test_equivalent_rows_are_reported(tmp_path: Path) -> None:
     text = """
         [[study.rows]]
         name = "never"
@@ -204,7 +204,7 @@ def test_a_choice_among_equals_is_refused(tmp_path: Path) -> None:
     assert 'scheduler.metric varies ("val/loss", "train/loss")' in found
 
 
-def test_a_run_that_cannot_be_built_is_told_with_its_row(tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_built_is_reported_with_its_row(tmp_path: Path) -> None:
     found = refusal(
         tmp_path, "[study.grid]\nmodel.convnet.blocks = [[{ channels = 4, pool = 2 }], [{ channels = 4, pool = 16 }]]\n"
     )

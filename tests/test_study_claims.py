@@ -1,4 +1,4 @@
-"""Verdicts on claims, agreement with published figures and what does not compare, on runs with known answers."""
+"""Verdicts on claims, agreement with published values, and what cannot be compared, on runs with known answers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_not_reproduced_where_the_opposite_is_significant(tmp_path: Path) -> Non
 
 
 def test_undecidable_with_the_number_of_seeds_that_would_decide(tmp_path: Path) -> None:
-    """Differences 0.01, 0.02, -0.015: mean 0.005, deviation 0.0180278."""
+    """Differences 0.01, 0.02, -0.015: mean 0.005, standard deviation 0.0180278."""
     found = judged(tmp_path, run_seeds("a", [0.51, 0.62, 0.685]) + run_seeds("b", [0.5, 0.6, 0.7]))
     assert found["verdict"] == "undecidable"
     assert found["seeds_to_decide"] == pairs_needed(0.005, 0.0180278, 0.95)
@@ -154,7 +154,7 @@ def test_a_row_that_is_not_finished_decides_nothing(tmp_path: Path) -> None:
 
 
 def test_the_power_calculation() -> None:
-    """Effect of half a deviation, 80 % power, 5 %: 34 pairs, or 64 in each of two samples (Cohen 1988)."""
+    """Effect of half a standard deviation, 80 % power, 5 %: 34 pairs, or 64 in each of two samples (Cohen 1988)."""
     assert pairs_needed(0.5, 1.0, 0.95) == 34
     assert pairs_needed(0.5, math.sqrt(2), 0.95, samples=2) == 64
     assert pairs_needed(0.0, 1.0, 0.95) is None

@@ -65,7 +65,7 @@ def test_lists_of_zip_go_in_step(tmp_path: Path) -> None:
     assert [tuple(run.member.changes.values()) for run in found.runs] == [(0.1, 8), (0.2, 16)]
 
 
-def test_rows_have_their_own_names_and_published_figures(tmp_path: Path) -> None:
+def test_rows_have_their_own_names_and_published_values(tmp_path: Path) -> None:
     found = expanded(
         tmp_path,
         """
@@ -147,8 +147,8 @@ def test_seeds_share_a_split_or_have_one_each(tmp_path: Path) -> None:
         set.data.split.seed = "recipe.seed"
         """,
     )
-    told = [(run.member.row, run.recipe.recipe.seed, run.recipe.data.split.seed) for run in found.runs]
-    assert told == [("one split", 7, 0), ("one split", 8, 0), ("own splits", 7, 7), ("own splits", 8, 8)]
+    found_values = [(run.member.row, run.recipe.recipe.seed, run.recipe.data.split.seed) for run in found.runs]
+    assert found_values == [("one split", 7, 0), ("one split", 8, 0), ("own splits", 7, 7), ("own splits", 8, 8)]
     dataset = open_dataset(found.runs[0].recipe.data)
     validated = [split_dataset(dataset, run.recipe.data)["validation"].tolist() for run in found.runs]
     assert validated[0] == validated[1]
@@ -164,8 +164,8 @@ def test_a_conditional_key_varies_only_where_its_condition_holds(tmp_path: Path)
         optimizer.name = ["sgd", "adamw", "nag"]
         """,
     )
-    told = [(run.recipe.optimizer.name, run.recipe.optimizer.momentum) for run in found.runs]
-    assert sorted(told, key=str) == sorted(
+    found_values = [(run.recipe.optimizer.name, run.recipe.optimizer.momentum) for run in found.runs]
+    assert sorted(found_values, key=str) == sorted(
         [("sgd", 0.5), ("sgd", 0.9), ("nag", 0.5), ("nag", 0.9), ("adamw", None)], key=str
     )
     assert [run.member.row for run in found.runs if run.recipe.optimizer.name == "adamw"] == ["adamw"]
@@ -210,13 +210,13 @@ def test_values_may_be_tables_and_lists(tmp_path: Path) -> None:
     assert [len(run.recipe.augment.train) for run in found.runs] == [0, 2]
 
 
-def test_values_that_cannot_be_told_apart_in_words_are_numbered(tmp_path: Path) -> None:
+def test_values_with_equal_labels_are_numbered(tmp_path: Path) -> None:
     one, other = (f'[{{ name = "RandomRotation", degrees = {degrees} }}]' for degrees in (10, 20))
     found = rows(tmp_path, f"[study.grid]\naugment.train = [{one}, {other}]\n")
     assert [row for row, _ in found] == ["train #1", "train #2"]
 
 
-def test_keys_of_one_last_name_are_told_apart(tmp_path: Path) -> None:
+def test_keys_with_the_same_last_part_are_written_in_full(tmp_path: Path) -> None:
     found = rows(
         tmp_path,
         '[study.grid]\nearly_stopping.patience = [1]\nscheduler.patience = [2]\nscheduler.name = ["plateau"]\n',
@@ -259,9 +259,9 @@ def test_published_figures_find_their_runs_by_values(tmp_path: Path) -> None:
         source = "table 2"
         """,
     )
-    told = {run.member.row: (run.member.published, run.member.source) for run in found.runs}
-    assert told["lr 0.2, batch_size 8"] == ({"val_accuracy": 0.75}, "table 2")
-    assert all(told[row] == ({}, "") for row in told if row != "lr 0.2, batch_size 8")
+    found_values = {run.member.row: (run.member.published, run.member.source) for run in found.runs}
+    assert found_values["lr 0.2, batch_size 8"] == ({"val_accuracy": 0.75}, "table 2")
+    assert all(found_values[row] == ({}, "") for row in found_values if row != "lr 0.2, batch_size 8")
 
 
 def test_random_search_is_a_list_of_runs_that_more_draws_only_lengthen(tmp_path: Path) -> None:
@@ -465,7 +465,7 @@ def test_a_fault_is_shown_at_its_place_in_the_studys_file(tmp_path: Path) -> Non
     assert "in the row 'lr -3'" in said
 
 
-def test_all_faults_of_all_runs_are_told_at_once_and_each_once(tmp_path: Path) -> None:
+def test_all_errors_of_all_runs_are_reported_at_once_and_each_once(tmp_path: Path) -> None:
     said = message(
         tmp_path,
         """

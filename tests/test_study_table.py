@@ -24,7 +24,7 @@ COLUMNS = ["train_loss", "val_accuracy", "test_accuracy", "epochs"]
 
 
 def test_mean_deviation_and_interval_of_five() -> None:
-    """1..5: deviation sqrt(10 / 4); t of 4 degrees of freedom is 2.776445 (any table)."""
+    """1..5: standard deviation sqrt(10 / 4); t of 4 degrees of freedom is 2.776445 (any table)."""
     found = estimate([1.0, 2.0, 3.0, 4.0, 5.0], 0.95)
     assert found.mean == 3
     assert found.n == 5
@@ -86,7 +86,7 @@ def test_many_pairs_have_the_t_test_alone() -> None:
 
 
 def seeded_study(path: Path) -> Path:
-    """Three rows over three seeds: a whole one, one with a failure, one that was not begun."""
+    """Three rows over three seeds: one finished, one with a failed run, one that was not started."""
     runs = [
         FakeRun("sgd", s, {"optimizer.name": "sgd"}, [0.5, 0.60 + 0.01 * s, 0.55], 0.61 + 0.02 * s,
                 published={"val_accuracy": 0.58}, note="read from a figure")
@@ -96,7 +96,7 @@ def seeded_study(path: Path) -> Path:
     runs += [FakeRun("adam", 2, {"optimizer.name": "adam"}, [0.9], state="failed")]
     runs += [FakeRun("nag", s, {"optimizer.name": "nag"}, state="missing") for s in range(3)]
     study = {
-        "description": "Optimisers",
+        "description": "Optimizers",
         "source": "somebody, table 1",
         "note": "Of small images.",
         "rows": [{"name": "sgd"}],
@@ -110,7 +110,7 @@ def plain(shown: str) -> str:
     return shown.replace("\N{EN DASH}", "-").replace("\N{MINUS SIGN}", "-").replace("\N{DOWNWARDS ARROW}", "v")
 
 
-def test_a_note_that_rows_share_is_told_once_with_all_of_them(tmp_path: Path) -> None:
+def test_a_note_of_several_rows_is_shown_once_with_their_names(tmp_path: Path) -> None:
     runs = [FakeRun(name, note=note) for name, note in (("a", "torn"), ("b", ""), ("c", "torn"), ("d", "read"))]
     outcome = toolkit("table", write_study(tmp_path / "small", {}, runs).path)
     assert [line for line in outcome.stdout.splitlines() if line.endswith(("torn", "read"))] == [
@@ -125,7 +125,7 @@ def test_text_over_seeds(tmp_path: Path) -> None:
     assert (
         plain(outcome.stdout)
         == """\
-Optimisers
+Optimizers
   setting    runs       train loss   val. acc. %  published  diff.   test acc. %  epochs  open
 ---------------------------------------------------------------------------------------------------
   sgd           3  0.3400 ± 0.0100  61.00 ± 1.00      58.00  +3.00  63.00 ± 2.00   3 ± 0
@@ -161,7 +161,7 @@ def test_files_say_the_same(tmp_path: Path) -> None:
     assert (adam["best"], adam["runs"], adam["finished"]) == ("True", "3", "2")
     assert (nag["val_accuracy"], nag["open"]) == ("", "3 missing")
     assert plain((folder / "table.md").read_text()).splitlines()[2:8] == [
-        "**Optimisers**",
+        "**Optimizers**",
         "",
         "| setting | runs | train loss | val. acc. % | published | diff. | test acc. % | epochs | open |",
         "| :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | :--- |",
@@ -214,8 +214,8 @@ def test_the_best_row_is_chosen_by_validation(tmp_path: Path) -> None:
     assert "\n* b " in toolkit("table", write_study(tmp_path / "t" / "s", study, lowest).path).stdout
 
 
-def test_best_and_stopped_figures(tmp_path: Path) -> None:
-    """The best epoch is the second; training figures are that epoch's too, ``stopped_`` are of the last."""
+def test_metrics_of_the_best_and_the_last_epoch(tmp_path: Path) -> None:
+    """The best epoch is the second; training metrics are of that epoch too, ``last_`` of the last."""
     run = FakeRun("a", val_accuracy=[0.5, 0.7, 0.6], test_accuracy=0.66, published={"last_train_loss": 0.3})
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, [run]).path
     expected = {
@@ -348,7 +348,7 @@ def test_a_table_is_read_where_nothing_can_be_written(tmp_path: Path) -> None:
 
 
 def test_a_column_a_level_and_x_after_the_stop(tmp_path: Path) -> None:
-    """G8's shape, and the published figures in the same shape below."""
+    """G8's shape, with the published values in the same layout below."""
     runs = [
         FakeRun(
             "0.1",
@@ -408,7 +408,7 @@ def test_rows_sorted_by_a_column_and_the_first_of_them(tmp_path: Path) -> None:
         return [str(row["row"]) for row in json.loads(outcome.stdout)["rows"]]
 
     assert names("--sort", "val_accuracy", "--top", "3") == best[:3]
-    assert names("--sort", "test_accuracy") == [*best[::-1], "open"], "rows without the figure stand last"
+    assert names("--sort", "test_accuracy") == [*best[::-1], "open"], "rows without the metric are last"
     assert names("--sort", "val_loss", "--top", "2") == best[:2], "the smallest loss first"
     assert names("--top", "2") == best[:2], "by output.best_by"
     assert names() == [*(name for name, _ in found), "open"]
