@@ -63,7 +63,7 @@ class Cluster:
         self.folder, self.environment = folder, environment
 
     def do(self, action: str, *arguments: str) -> str:
-        """slurm/local-cluster.sh ACTION FOLDER ARGUMENTS; what it said."""
+        """slurm/local-cluster.sh ACTION FOLDER ARGUMENTS; its output."""
         command = [str(SCRIPT), action, str(self.folder), *arguments]
         # Not through pipes: the daemons would hold them open.
         with open(self.folder.parent / "cluster.txt", "w+") as output:
@@ -178,11 +178,11 @@ def _command_line(process: Path) -> str:
         return ""
 
 
-def wait_until(what: Callable[[], bool], told: Callable[[], str]) -> None:
-    """Wait until it is so; fail with what ``told`` says."""
+def wait_until(what: Callable[[], bool], describe: Callable[[], str]) -> None:
+    """Wait until the condition holds; fail with what ``describe`` returns."""
     end = time.monotonic() + DEADLINE_S
     while not what():
-        assert time.monotonic() < end, f"not within {DEADLINE_S} s\n{told()}"
+        assert time.monotonic() < end, f"not within {DEADLINE_S} s\n{describe()}"
         time.sleep(0.2)
 
 
@@ -193,9 +193,9 @@ def log_of(run: Run) -> str:
 
 
 def wait_for(run: Run, state: str) -> None:
-    """Wait until `toolkit status` would say so."""
+    """Wait until `toolkit status` would show this state."""
 
-    def told() -> str:
+    def describe() -> str:
         return f"{state_of(run, queue())}\n{log_of(run)}"
 
     def reached() -> bool:
@@ -203,10 +203,10 @@ def wait_for(run: Run, state: str) -> None:
         if now != state and now not in ("pending", "running", "interrupted", "unknown"):
             wait_for_end(number_of(run))  # between two starts SLURM may show a job as ended
             now = state_of(run, queue()).state
-            assert now == state, told()
+            assert now == state, describe()
         return now == state
 
-    wait_until(reached, told)
+    wait_until(reached, describe)
 
 
 def wait_for_end(*jobs: str) -> None:
@@ -231,9 +231,9 @@ def wait_for_start(run: Run, count: int) -> None:
 
 def sbatch(*arguments: str, **environment: str) -> str:
     """`sbatch ARGUMENTS`: the job's id."""
-    surroundings = {name: value for name, value in (os.environ | environment).items() if value}
+    variables = {name: value for name, value in (os.environ | environment).items() if value}
     command = ["sbatch", "--parsable", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=surroundings).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout.strip()
 
 
 def status_of(job: str) -> int:

@@ -87,7 +87,7 @@ def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def start(shown: Path, *arguments: object) -> ForkProcess:
-    """`toolkit ARGUMENTS` in a process of its own, forked, whose talk goes to a file."""
+    """`toolkit ARGUMENTS` in a process of its own, forked, whose output goes to a file."""
     process = multiprocessing.get_context("fork").Process(target=_command, args=(shown, [str(a) for a in arguments]))
     process.start()
     return process

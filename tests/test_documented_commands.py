@@ -21,7 +21,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 ELSEWHERE = {
     r"toolkit submit .*": "test_slurm_cluster.py::test_two_nodes_end_like_one_process",
     r"toolkit submit (STUDY|recipes/studies/|search).*": (
-        "test_slurm_arrays.py::test_array_of_six_goes_on_where_one_failed"
+        "test_slurm_arrays.py::test_array_of_six_continues_after_one_failed"
     ),
     r"toolkit (cancel|logs) .*": "test_slurm.py::test_status_logs_and_cancel_without_jobs",
     r"toolkit status runs/(digits-seeds|search)": "test_slurm.py::test_status_of_a_study_names_the_row_of_each_run",

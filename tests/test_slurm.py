@@ -43,7 +43,7 @@ def profile(text: str, name: str = "lab") -> Path:
 
 
 def submit(*arguments: str, status: int = 0) -> str:
-    """`toolkit submit quickstart ARGUMENTS`: the script, or what was said."""
+    """`toolkit submit quickstart ARGUMENTS`: the script, or the error message."""
     outcome = toolkit("submit", QUICKSTART, *arguments)
     assert outcome.status == status, outcome.stderr
     assert not Path("runs").exists()
@@ -230,7 +230,7 @@ def a_run(name: str = "20260102-030405-abcd", job: str | None = "7", array: Path
 
 
 def entry(state: str, job: str = "7", reason: str = "None") -> dict[str, QueueEntry]:
-    """What squeue says."""
+    """A queue with one job."""
     return {job: QueueEntry(job, state, reason, "3:59:00")}
 
 

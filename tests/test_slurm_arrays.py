@@ -44,7 +44,7 @@ def study(name: str, text: str) -> str:
     return path
 
 
-def test_array_of_six_goes_on_where_one_failed(place: Path) -> None:
+def test_array_of_six_continues_after_one_failed(place: Path) -> None:
     six = study("six", SIX)
     _images(place / "later")
     # The array is held until the images of one run are gone.

@@ -160,14 +160,14 @@ def test_modules_container_scratch_and_metacharacters(among: Path, monkeypatch: 
     run = submitted("a name, with + signs")
     wait_for(run, "finished")
     wait_for_end(number_of(run))
-    told = dict(line.split(": ", 1) for line in (among / "inside.txt").read_text().splitlines())
+    values = dict(line.split(": ", 1) for line in (among / "inside.txt").read_text().splitlines())
     user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
     scratch = among / "scratch" / user
-    assert told["image"] == "image.sif"
-    assert told["command"] == f"{sys.executable} -m toolkit.slurm.job_worker {run.path}"
-    assert told["modules"] == "cuda/12.6"
-    assert told["greeting"] == "it's $HOME"
-    assert told["scratch"] == str(scratch / f"toolkit-{number_of(run)}")
+    assert values["image"] == "image.sif"
+    assert values["command"] == f"{sys.executable} -m toolkit.slurm.job_worker {run.path}"
+    assert values["modules"] == "cuda/12.6"
+    assert values["greeting"] == "it's $HOME"
+    assert values["scratch"] == str(scratch / f"toolkit-{number_of(run)}")
     assert list(scratch.iterdir()) == []  # the job has removed its own folder, and nothing else
     for path in (run.path / "slurm").rglob("*"):
         assert b"secretkey" not in path.read_bytes()

@@ -25,12 +25,12 @@ pytestmark = pytest.mark.timeout(1800)
 QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.toml"
 
 
-def run_of(job: str, folder: Path, said: str = "") -> Run:
+def run_of(job: str, folder: Path, log: str = "") -> Run:
     """A run directory as the job's submission left it; the job noted nothing but what it printed."""
     run = Run(folder / job)
     (run.path / "slurm").mkdir(parents=True)
     run.write_text("recipe.toml", QUICKSTART.read_text())
-    run.write_text("slurm/log.txt", said)
+    run.write_text("slurm/log.txt", log)
     SlurmJob(run).write_record(job)
     return run
 

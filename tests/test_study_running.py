@@ -90,13 +90,13 @@ def test_each_run_of_a_study_is_what_it_is_alone(tmp_path: Path) -> None:
         """,
     )
     study(path)
-    told = outcomes(tmp_path)
+    results = outcomes(tmp_path)
     assert not torch.are_deterministic_algorithms_enabled()
     alone = write_study(tmp_path / "alone", STATEFUL, name="recipe.toml")
     assert toolkit("train", alone).status == 0
     (run,) = (tmp_path / "alone" / "runs" / "small").iterdir()
-    assert outcome(open_run(run)) == told["plain, seed 0"]
-    assert told["plain, seed 0"]["weights"] != told["adamw, seed 0"]["weights"]
+    assert outcome(open_run(run)) == results["plain, seed 0"]
+    assert results["plain, seed 0"]["weights"] != results["adamw, seed 0"]["weights"]
 
 
 def test_a_run_keeps_its_own_recipe_and_where_it_came_from(tmp_path: Path) -> None:
@@ -137,12 +137,12 @@ def test_rows_that_are_added_are_trained_and_the_others_are_not(tmp_path: Path) 
     assert list(after) == ["lr 0.2, seed 0", "lr 0.1, seed 0", "lr 0.05, seed 0"]
     assert all(after[title] == before[title] for title in before)
     write_study(tmp_path, "[study.grid]\noptimizer.lr = [0.1]\n", epochs=1)
-    said = study(path)
-    assert "2 run(s) in" in said
+    output = study(path)
+    assert "2 run(s) in" in output
     assert all(run_path.exists() for run_path in after.values())
 
 
-def test_an_interrupted_study_goes_on_and_comes_out_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_study_resumes_and_comes_out_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write_study(tmp_path / "whole", TWO, epochs=3)
     study(whole)
     path = write_study(tmp_path / "parts", TWO, epochs=3)
@@ -184,10 +184,10 @@ def test_a_run_that_fails_does_not_end_the_study_and_is_retried_when_asked(tmp_p
         name = "fine"
         """,
     )
-    said = study(path, status=1)
-    assert "needs a file, seed 0: failed: " in said
-    assert "weights.safetensors" in said
-    assert "diverges, seed 0: failed: the loss is not finite" in said
+    output = study(path, status=1)
+    assert "needs a file, seed 0: failed: " in output
+    assert "weights.safetensors" in output
+    assert "diverges, seed 0: failed: the loss is not finite" in output
     states = {title: state_of(run) for title, run in runs_of(tmp_path)}
     assert list(states.values()) == ["failed", "failed", "finished"]
     fine = outcome(dict(runs_of(tmp_path))["fine, seed 0"])
@@ -201,7 +201,7 @@ def test_a_run_that_fails_does_not_end_the_study_and_is_retried_when_asked(tmp_p
 
     module = build_model(loads_recipe(BASE.format(root="r", epochs=1)).model, 10, 3, 8).module
     safetensors.torch.save_file(module.state_dict(), weights)
-    said = study(path, "--retry", status=1)
+    output = study(path, "--retry", status=1)
     states = {title: state_of(run) for title, run in runs_of(tmp_path)}
     assert list(states.values()) == ["finished", "failed", "finished"]
     assert outcome(dict(runs_of(tmp_path))["fine, seed 0"]) == fine
@@ -317,12 +317,12 @@ def test_a_folder_with_another_study_is_left_alone(tmp_path: Path) -> None:
     study(path)
     kept = {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()}
     other = write_study(tmp_path, "[study.grid]\noptimizer.lr = [0.5, 0.7]\n", epochs=1, name="other.toml")
-    said = study(other, status=2)
-    assert f"{study_folder(tmp_path).path} contains a study with other runs (optimizer.lr: 0.1 -> 0.5)" in said
-    assert "Give this one its own recipe.name" in said
+    output = study(other, status=2)
+    assert f"{study_folder(tmp_path).path} contains a study with other runs (optimizer.lr: 0.1 -> 0.5)" in output
+    assert "Give this one its own recipe.name" in output
     search = "[study]\nrandom.runs = 2\nspace.optimizer.lr = { uniform = [0.1, 0.2] }\n"
-    said = study(write_study(tmp_path, search, epochs=1, name="search.toml"), status=2)
-    assert "contains a study with runs that are listed, not searched for" in said
+    output = study(write_study(tmp_path, search, epochs=1, name="search.toml"), status=2)
+    assert "contains a study with runs that are listed, not searched for" in output
     assert {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()} == kept
 
 
@@ -343,7 +343,7 @@ SEARCH = (
 
 
 @pytest.mark.parametrize("text", [TWO, SEARCH], ids=["grid", "search"])
-def test_a_study_goes_on_where_the_recipe_language_has_got_a_key_since(
+def test_a_study_continues_after_the_recipe_language_has_got_a_new_key(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Runs are known by their recipes with the new key's default, not by a hash from before it."""
@@ -365,8 +365,8 @@ def test_a_study_goes_on_where_the_recipe_language_has_got_a_key_since(
     study(path)
     assert outcomes(tmp_path) == before
     if record["search"]:
-        said = study(path, "--set", "train.batch_size=8", status=2)
-        assert "contains a study with another base recipe" in said
+        output = study(path, "--set", "train.batch_size=8", status=2)
+        assert "contains a study with another base recipe" in output
 
 
 @pytest.mark.parametrize("where", ["a file", "nowhere"])
@@ -374,9 +374,9 @@ def test_storage_that_cannot_be_written_is_one_message(tmp_path: Path, where: st
     path = write_study(tmp_path, TWO, epochs=1)
     (tmp_path / "file").write_text("")
     root = {"a file": str(tmp_path / "file" / "runs"), "nowhere": "/proc/nowhere"}[where]
-    said = study(path, "--set", f'recipe.run_root="{root}"', status=2)
-    assert "recipe.run_root: cannot write in" in said
-    assert "Traceback" not in said
+    output = study(path, "--set", f'recipe.run_root="{root}"', status=2)
+    assert "recipe.run_root: cannot write in" in output
+    assert "Traceback" not in output
 
 
 def test_train_sends_a_study_to_its_own_command(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""BOHB as pure logic, on formulas, not on training: budgets, promotions, proposals, a search that died and goes on."""
+"""BOHB as pure logic, on formulas, not on training: budgets, promotions, proposals, and a search that is rebuilt."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_wrong_space_is_refused_by_name(space: dict[str, Any], message: str) -
     assert message in str(caught.value)
 
 
-def test_all_faults_of_a_space_are_told_at_once() -> None:
+def test_all_faults_of_a_space_are_reported_at_once() -> None:
     with pytest.raises(UserError) as caught:
         read_space({"a": {"uniform": [1, 0]}, "b": {"choice": []}}, {})
     assert len(str(caught.value).splitlines()) == 2
@@ -196,21 +196,21 @@ def fixed(values: dict[int, float]) -> Callable[[TrialBudget], list[float]]:
     return lambda assignment: [values[assignment.trial]] * assignment.until_epoch
 
 
-def test_the_best_third_goes_on_as_soon_as_it_is_known() -> None:
+def test_the_best_third_is_promoted_as_soon_as_it_is_known() -> None:
     search = bohb(9)
     train = fixed({0: 0.5, 1: 0.3, 2: 0.9, 3: 0.8, 4: 0.7, 5: 0.1, 6: 0.6, 7: 0.4, 8: 0.2})
-    told = []
+    assigned = []
     while (assignment := search.ask()) is not None:
-        told.append((assignment.trial, assignment.until_epoch))
+        assigned.append((assignment.trial, assignment.until_epoch))
         search.tell(assignment.trial, train(assignment))
-    # Of three one may go on, and 1 is the best; of six 5; of nine 8; of the three at 10 epochs 5 is the best.
-    assert told == [(0, 3), (1, 3), (2, 3), (1, 10), (3, 3), (4, 3), (5, 3), (5, 10), (6, 3), (7, 3), (8, 3), (8, 10),
-                    (5, 30)]  # fmt: skip
+    # Of three one may be promoted, and 1 is the best; of six 5; of nine 8; of the three at 10 epochs 5 is the best.
+    assert assigned == [(0, 3), (1, 3), (2, 3), (1, 10), (3, 3), (4, 3), (5, 3), (5, 10), (6, 3), (7, 3), (8, 3),
+                        (8, 10), (5, 30)]  # fmt: skip
     assert search.is_done
 
 
-def test_a_promoted_configuration_goes_on_and_is_not_trained_again() -> None:
-    """27 trials: 9 go on from 3 to 10 epochs, 3 from 10 to 30; trained again they would cost 9 * 3 + 3 * 10 more."""
+def test_a_promoted_configuration_continues_and_is_not_trained_again() -> None:
+    """27 trials: 9 continue from 3 to 10 epochs, 3 from 10 to 30; trained again they would cost 9 * 3 + 3 * 10 more."""
     search = bohb(27)
     trained, again, reached = 0, 0, Counter[int]()
     for assignment in finish(search):
@@ -426,7 +426,7 @@ def in_training(search: BohbScheduler) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("brackets", [1, 2])
-def test_a_search_rebuilt_at_any_moment_goes_on_as_if_it_had_never_died(brackets: int) -> None:
+def test_a_search_rebuilt_at_any_moment_continues_as_if_it_had_never_died(brackets: int) -> None:
     whole = finish(bohb(29, brackets=brackets, seed=5))
     moments = random.Random(0).sample(range(1, len(whole)), 8)
     for moment in moments:
@@ -438,21 +438,21 @@ def test_a_search_rebuilt_at_any_moment_goes_on_as_if_it_had_never_died(brackets
         assert finish(second) == whole[moment:]
 
 
-def test_what_was_under_way_is_continued_first() -> None:
+def test_what_was_in_training_is_continued_first() -> None:
     first = bohb(27)
     finish(first, limit=20)
-    under_way = first.ask()
-    assert under_way is not None
-    half = losses(under_way.changes)[: under_way.until_epoch - 1]
+    unfinished = first.ask()
+    assert unfinished is not None
+    half = losses(unfinished.changes)[: unfinished.until_epoch - 1]
     rebuilt = bohb(27)
     records = known(first)
-    records[under_way.trial] = RestoredTrial(under_way.changes, under_way.until_epoch, half)
+    records[unfinished.trial] = RestoredTrial(unfinished.changes, unfinished.until_epoch, half)
     rebuilt.restore(records)
-    assert in_training(rebuilt) == [(under_way.trial, under_way.until_epoch)]
+    assert in_training(rebuilt) == [(unfinished.trial, unfinished.until_epoch)]
     # Meanwhile others are asked for; the one under way is not.
     other = rebuilt.ask()
     assert other is not None
-    assert other.trial != under_way.trial
+    assert other.trial != unfinished.trial
 
 
 def test_a_configuration_without_any_epoch_is_continued_too() -> None:
@@ -493,18 +493,18 @@ def test_seeds_differ_and_repeat() -> None:
 def test_no_two_workers_get_the_same_configuration() -> None:
     """Results come in any order; no configuration is proposed twice, and none is lost."""
     search, order = bohb(40, seed=2), random.Random(1)
-    under_way: list[TrialBudget] = []
+    unfinished: list[TrialBudget] = []
     while not search.is_done:
-        while len(under_way) < 3 and (assignment := search.ask()) is not None:
-            under_way.append(assignment)
-        done = under_way.pop(order.randrange(len(under_way)))
+        while len(unfinished) < 3 and (assignment := search.ask()) is not None:
+            unfinished.append(assignment)
+        done = unfinished.pop(order.randrange(len(unfinished)))
         search.tell(done.trial, losses(done.changes)[: done.until_epoch])
     proposals = [repr(sorted(t.changes.items())) for t in search.trials]
     assert len(set(proposals)) == len(proposals) == 40
 
 
 def test_a_bracket_is_known_by_its_own_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model of a bracket is not told of another's trials, whose values are of other budgets."""
+    """The model of a bracket does not see another's trials, whose values are of other budgets."""
     seen: list[int] = []
     monkeypatch.setattr(
         search_module, "optuna_study",

@@ -54,7 +54,7 @@ def wait_until(condition: Callable[[], bool], shown: Path | None = None) -> None
 
 
 def progress(folder: StudyDirectory) -> int:
-    """Rises as runs go on."""
+    """Grows as runs make progress."""
     if not folder.exists:
         return 0
     names = {member.run for member in folder.members if member.run is not None}
@@ -66,7 +66,7 @@ def _has_log(folder: StudyDirectory, name: str) -> bool:
 
 
 def workers_of(folder: StudyDirectory) -> list[int]:
-    """Process ids of the youngest worker in each place."""
+    """Process ids of the most recent worker in each slot."""
     found = []
     for log in sorted((folder.path / LOGS).glob("*.txt")):
         ids = re.findall(r"worker \d+, process (\d+)", log.read_text())
@@ -76,7 +76,7 @@ def workers_of(folder: StudyDirectory) -> list[int]:
 
 @contextlib.contextmanager
 def killing(folder: StudyDirectory, kills: int, draw: random.Random) -> Iterator[list[int]]:
-    """In the background, kill a worker at random, ``kills`` times, each time after some run has gone on a little."""
+    """In the background, kill a worker at random, ``kills`` times, each time after some run has made progress."""
     killed: list[int] = []
     over = threading.Event()
 
@@ -126,11 +126,11 @@ def test_a_grid_with_two_workers_killed_at_random_gives_the_same_table(tmp_path:
     assert result.status == 0, result.stderr
     assert len(killed) >= 2
     assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
-    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
+    assert table_of(tmp_path / "killed") == table_of(tmp_path / "whole")
 
 
-def figures(folder: Path) -> list[str]:
-    """The study's table without the columns that tell times."""
+def table_of(folder: Path) -> list[str]:
+    """The study's table without the columns of times."""
     columns = "train_loss,train_accuracy,val_loss,val_accuracy,test_loss,test_accuracy,epochs"
     return toolkit("table", study_folder(folder).path, "--columns", columns).stdout.splitlines()
 
@@ -174,7 +174,7 @@ def test_a_search_with_one_worker_is_reproducible_also_when_it_is_interrupted(tm
         bohb = { trials = 9, min_epochs = 1, max_epochs = 4, eta = 2, startup_trials = 3, seed = 4 }
         space.optimizer.lr = { log_uniform = [1e-3, 1.0] }
         """
-    told = []
+    found = []
     for name, stops in (("one", 0), ("two", 3)):
         path = write_study(tmp_path / name, text)
         for _ in range(stops):
@@ -184,8 +184,8 @@ def test_a_search_with_one_worker_is_reproducible_also_when_it_is_interrupted(tm
             controller.kill()
             controller.join()
         assert toolkit("study", path).status == 0
-        told.append(outcomes_of_finished(tmp_path / name))
-    assert told[0] == told[1]
+        found.append(outcomes_of_finished(tmp_path / name))
+    assert found[0] == found[1]
 
 
 # -- dealing with runs ------------------------------------------------------------------------------------------------
@@ -340,18 +340,18 @@ def test_the_machines_gpus_are_shared_out(
     assert [slot.number for slot in found] == list(range(len(found)))
 
 
-def told_to_a_worker(
+def environment_of_worker(
     folder: StudyDirectory, slot: WorkerSlot, sharing: int, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
     """What a worker process finds in its environment when it takes a run, and what it has set before."""
-    told = folder.path / "told.json"
+    record = folder.path / "environment.json"
     limits: list[float] = []
 
     def worker_loop(*_: object, before: Callable[[Run], None], **__: object) -> int:
         before(next(iter(open_runs(folder))))
         names = ("CUDA_VISIBLE_DEVICES", worker_pool.SHARING)
         found = {name: os.environ[name] for name in names if name in os.environ}
-        told.write_text(json.dumps(found | {"memory": str(limits)}))
+        record.write_text(json.dumps(found | {"memory": str(limits)}))
         return 0
 
     monkeypatch.setattr(worker, "worker_loop", worker_loop)
@@ -363,7 +363,7 @@ def told_to_a_worker(
     process.join()
     assert process.exitcode == 0
     assert link.recv() == next(iter(open_runs(folder))).id
-    return dict(json.loads(told.read_text()))
+    return dict(json.loads(record.read_text()))
 
 
 def test_a_worker_sees_its_gpus_alone_and_its_share_of_their_memory(
@@ -373,16 +373,16 @@ def test_a_worker_sees_its_gpus_alone_and_its_share_of_their_memory(
     folder = prepared(tmp_path, "[study]\nseeds = 1\n")
     (folder.path / LOGS).mkdir()
     first, _, third, _ = slots_for(None, 1, 2, ["4", "5"])
-    assert told_to_a_worker(folder, first, 4, monkeypatch) == {
+    assert environment_of_worker(folder, first, 4, monkeypatch) == {
         "CUDA_VISIBLE_DEVICES": "4",
         worker_pool.SHARING: "4",
         "memory": "[0.5]",
     }
-    assert told_to_a_worker(folder, third, 4, monkeypatch)["CUDA_VISIBLE_DEVICES"] == "5"
+    assert environment_of_worker(folder, third, 4, monkeypatch)["CUDA_VISIBLE_DEVICES"] == "5"
     (several, _) = slots_for(None, 2, 1, ["4", "5", "6", "7"])
-    told = told_to_a_worker(folder, several, 2, monkeypatch)
-    assert (told["CUDA_VISIBLE_DEVICES"], told["memory"]) == ("4,5", "[]")
-    on_cpu = told_to_a_worker(folder, WorkerSlot(0), 3, monkeypatch)
+    found = environment_of_worker(folder, several, 2, monkeypatch)
+    assert (found["CUDA_VISIBLE_DEVICES"], found["memory"]) == ("4,5", "[]")
+    on_cpu = environment_of_worker(folder, WorkerSlot(0), 3, monkeypatch)
     assert (on_cpu["CUDA_VISIBLE_DEVICES"], on_cpu[worker_pool.SHARING]) == ("4,5,6,7", "3")
 
 
