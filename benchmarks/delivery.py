@@ -54,7 +54,7 @@ def measure(recipe: Recipe, passes: int) -> dict[str, Any]:
     plain = PlainLoop(recipe)
     train, validation = plain.train_loader.dataset, plain.validation_loader.dataset
     test = ImageList(validation, plain.splits["test"], validation.transform)
-    setup = build_context(recipe, init_accelerator(recipe.train), Console(speaks=True))
+    setup = build_context(recipe, init_accelerator(recipe.train), Console(is_main=True))
     loaders: Any = None
 
     def ordinary(*splits: Any) -> Iterator[torch.Tensor]:

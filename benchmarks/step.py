@@ -104,7 +104,7 @@ def measure(model: str, size: int, batch: int, precision: str, steps: int, round
         path.write_text(RECIPE.format(model=model, size=size, batch=batch, precision=precision))
         recipe = load(path).recipe
     accelerator = init_accelerator(recipe.train)
-    setup = build_context(recipe, accelerator, Console(speaks=True, shows=False))
+    setup = build_context(recipe, accelerator, Console(is_main=True, shows=False))
     training = Trainer(setup, None, None, GracefulStop(), None, "images")
     setup.transfer.train_mode()
     loops = ways(training, first_step(training), steps)

@@ -416,7 +416,7 @@ class Terminal(io.StringIO):
 def test_progress_only_on_a_terminal_and_without_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     def shown(stream: io.StringIO) -> str:
         monkeypatch.setattr(sys, "stderr", stream)
-        with Console(speaks=True).bar("epoch 1", 10) as bar:
+        with Console(is_main=True).bar("epoch 1", 10) as bar:
             bar.advance(10)
         return stream.getvalue()
 

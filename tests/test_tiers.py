@@ -71,7 +71,7 @@ class Said:
     def bar(self, *_: Any) -> Any:
         from toolkit.training.console import Console
 
-        return Console(speaks=False).bar("", 1)
+        return Console(is_main=False).bar("", 1)
 
     @property
     def text(self) -> str:

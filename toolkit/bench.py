@@ -108,7 +108,7 @@ def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: flo
     are not used: every image passes through the whole model. Raises UserError if an epoch has no step.
     """
     accelerator = init_accelerator(recipe.train)
-    display = Console(speaks=accelerator.is_main_process)
+    display = Console(is_main=accelerator.is_main_process)
     setup = build_context(recipe, accelerator, display)
     training = Trainer(setup, None, None, GracefulStop(), None, "images")
     steps = min(steps, setup.steps)

@@ -269,8 +269,8 @@ def wandb_login() -> Check:
         return Check("W&B", "warn", f"no answer within {WANDB_SECONDS:.0f} s", "runs will be logged offline")
     mode, why = answers[0]
     if not why:
-        said = " (by WANDB_MODE)" if os.environ.get("WANDB_MODE") else ""
-        return Check("W&B", "ok", ("logged in, server reached" if mode == "online" and not said else mode) + said)
+        source = " (by WANDB_MODE)" if os.environ.get("WANDB_MODE") else ""
+        return Check("W&B", "ok", ("logged in, server reached" if mode == "online" and not source else mode) + source)
     return Check("W&B", "warn", f"offline: {why}", "wandb login, or set WANDB_MODE=offline if that is intended")
 
 

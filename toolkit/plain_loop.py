@@ -177,9 +177,9 @@ def measure(recipe: Recipe, steps: int, repeats: int) -> dict[str, float]:
     loop = PlainLoop(recipe)
     loop.transfer.train_mode()
     batches = loop.endless()
-    figures: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for name in ("data", "step"):
-        rates = []
+        repetitions = []
         for _ in range(repeats + 1):
             began, images = time.perf_counter(), 0
             for _ in range(steps):
@@ -189,9 +189,9 @@ def measure(recipe: Recipe, steps: int, repeats: int) -> dict[str, float]:
                     loop.step(batch, labels)
                 else:
                     batch.to(loop.device)
-            rates.append(images / (time.perf_counter() - began))
-        figures[f"{name}_images_per_s"] = statistics.median(rates[1:])
-    return figures
+            repetitions.append(images / (time.perf_counter() - began))
+        rates[f"{name}_images_per_s"] = statistics.median(repetitions[1:])
+    return rates
 
 
 def main() -> None:

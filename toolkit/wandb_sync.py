@@ -112,7 +112,7 @@ def _upload(run: Run, wandb_id: str) -> SyncResult:
     lines, recipe = run.metrics(), run.recipe
     if damaged := next((line for line in lines if not isinstance(line.get("step"), int)), None):
         raise UserError(f"{run.metrics_file} is damaged: a line has no step: {json.dumps(damaged)[:60]}")
-    figures = flatten(run.summary) if run.is_finished else {}
+    metrics = flatten(run.summary) if run.is_finished else {}
     with tempfile.TemporaryDirectory(prefix="toolkit-sync-") as folder:
         arguments = wandb_settings(recipe, Path(folder), wandb_id, "online") | {"settings": _settings(wandb)}
         try:
@@ -122,7 +122,7 @@ def _upload(run: Run, wandb_id: str) -> SyncResult:
             missing = [line for line in lines if line["step"] >= there.starting_step]
             for line in missing:
                 there.log(line, step=line["step"])
-            there.summary.update(figures)
+            there.summary.update(metrics)
             url, path = there.url, there.path
             there.finish(exit_code=EXIT_OK if run.is_finished else Interrupted.exit_status)
             _make_sure(wandb.Api(), path, max((line["step"] for line in lines), default=-1))

@@ -162,7 +162,7 @@ def _predict(
     from toolkit.training.console import Console
 
     paths = main_only(accelerator, lambda: collect(arguments, sys.stdin.buffer.read, log))
-    with Console(speaks=accelerator.is_main_process).bar("images", len(paths)) as bar:
+    with Console(is_main=accelerator.is_main_process).bar("images", len(paths)) as bar:
         return predict(
             trained,
             paths,

@@ -98,7 +98,7 @@ def join(place: ProcessInfo, backend: str, stop: GracefulStop | None = None) -> 
             raise RunFailed(f"gave up after {limit:g} s: {joining.state()}. {_advice(place)}")
         if not noticed and waited > min(NOTICE_S, limit / 2):
             noticed = True
-            if joining.speaks():
+            if joining.prints_notice():
                 rest = f"waiting up to {limit:g} s ({TIMEOUT_VARIABLE})"
                 print(f"rank {place.rank}: {joining.state()}; {rest}", file=sys.stderr, flush=True)
     if joining.error is not None:
@@ -264,7 +264,7 @@ class _Joining(threading.Thread):
         gone = next((rank for rank, member in self.members.items() if member.has_ended()), None)
         return None if gone is None else f"rank {gone} ({self.members[gone]})"
 
-    def speaks(self) -> bool:
+    def prints_notice(self) -> bool:
         """Return whether this process prints the notice for all: the lowest rank that has joined does."""
         return self.place.rank == min(self.members, default=self.place.rank)
 

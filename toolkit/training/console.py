@@ -16,20 +16,20 @@ NOTE_EVERY_S = 0.5
 
 
 class Console:
-    """Output to stderr and log.txt. ``speaks``: False on all processes but the main one, which write nothing.
+    """Output to stderr and log.txt. ``is_main``: False on all processes but the main one, which write nothing.
 
     With ``shows`` False, messages go to log.txt only.
     """
 
-    def __init__(self, *, speaks: bool, shows: bool = True) -> None:
-        self.speaks, self.shows = speaks, shows
+    def __init__(self, *, is_main: bool, shows: bool = True) -> None:
+        self.is_main, self.shows = is_main, shows
         self.log_file: Path | None = None
         self.early_lines: list[str] = []
         self.progress: Any = None
 
     def log(self, text: str = "") -> None:
         """Print text and write it to log.txt; lines logged before log.txt exists are added once it does."""
-        if not self.speaks:
+        if not self.is_main:
             return
         text = escape_control_characters(text)
         if self.progress is not None:
@@ -41,12 +41,12 @@ class Console:
 
     def note(self, text: str) -> None:
         """Write text to log.txt only."""
-        if self.speaks:
+        if self.is_main:
             self._log(escape_control_characters(text))
 
     def set_log_file(self, path: Path) -> None:
         """Write all messages, including earlier ones, to this file as well."""
-        if self.speaks:
+        if self.is_main:
             self.log_file = path
             for line in self.early_lines:
                 self._log(line)
@@ -62,7 +62,7 @@ class Console:
     @contextlib.contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
         """Show a progress bar if stderr is a terminal, otherwise nothing."""
-        if not self.speaks or not self.shows or sys.stderr is None or not sys.stderr.isatty():
+        if not self.is_main or not self.shows or sys.stderr is None or not sys.stderr.isatty():
             yield ProgressBar(None, 0)
             return
         from rich.console import Console
@@ -131,10 +131,10 @@ def epoch_line(record: dict[str, Any], epochs: int, *, best: bool, images_per_s:
 def summary_table(summary: dict[str, Any]) -> str:
     """Format the summary table: validation and test metrics of the best and the last model, if the run has them."""
     known = ("val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_balanced_accuracy")
-    figures = [figure for figure in known if figure in summary["best"]]
+    metrics = [metric for metric in known if metric in summary["best"]]
     rows = [
-        (name, str(summary[name]["epoch"]), *(f"{summary[name][figure]:.4f}" for figure in figures))
+        (name, str(summary[name]["epoch"]), *(f"{summary[name][metric]:.4f}" for metric in metrics))
         for name in ("best", "last")
     ]
-    header = ("model", "epoch", *(figure.replace("_", " ") for figure in figures))
+    header = ("model", "epoch", *(metric.replace("_", " ") for metric in metrics))
     return table(rows, header, frozenset(range(1, len(header))))

@@ -173,7 +173,7 @@ def _join_processes(
     """Initialize distributed training, check the batch size against the process count, and log ranks and precision."""
     accelerator = init_accelerator(recipe.train, stop)
     check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.grad_accum_steps)
-    display = Console(speaks=accelerator.is_main_process, shows=not quiet)
+    display = Console(is_main=accelerator.is_main_process, shows=not quiet)
     if line := unused_tasks_line():
         display.log(line)
     for line in describe_processes(accelerator):

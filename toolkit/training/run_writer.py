@@ -48,8 +48,8 @@ class RunWriter:
             return
         there = self.run.metrics_file.read_bytes()[:length] if self.run.metrics_file.exists() else b""
         if len(there) < length:
-            said = f"{len(there)} of the {length} bytes that the checkpoint recorded"
-            log(f"warning: metrics.jsonl has {said}; lines are missing")
+            left = f"{len(there)} of the {length} bytes that the checkpoint recorded"
+            log(f"warning: metrics.jsonl has {left}; lines are missing")
             there = there[: there.rfind(b"\n") + 1]  # the next line must not be joined to a partial one
         self.length = self.run.write_metrics(len(there), b"")
         self.digest = hashlib.sha256(there)
