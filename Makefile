@@ -1,18 +1,21 @@
 # What developers do often. Everything else is `toolkit --help`.
 PYTHON ?= .venv/bin/python
 
-.PHONY: check docs generated quickstart slow test
+.PHONY: check docs generated quick quickstart slow test
 
 check:  ## lint and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-test:  ## the default tests
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+quick:  ## the tests without a marker; one that takes longer than 30 s needs the marker `long`
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not (slow or cluster or long)" --timeout 30
 
-slow:  ## the long variants: kills, soaks, all architectures
-	$(PYTHON) -m pytest -m slow
+test:  ## the default tests
+	$(PYTHON) -m pytest -n 3 --dist loadfile
+
+slow:  ## kills, soaks, clusters at length, the attack suite, all architectures
+	$(PYTHON) -m pytest -m "slow or cluster"
 
 docs:  ## the documentation as a site in build/docs, without a network; a broken link or an unreachable page is an error
 	$(PYTHON) -m sphinx -q -W --keep-going docs build/docs

@@ -1,4 +1,4 @@
-"""Surroundings of all tests: no network, one thread, and the real images where they are at hand."""
+"""The environment of all tests: no network, one thread, and the real images if they are available."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ from slurm_cluster import cluster, place
 __all__ = ["cluster", "place"]
 
 torch.set_num_threads(1)
+
+
+def _without_waiting_for_the_disk(descriptor: int) -> None:
+    os.fstat(descriptor)  # raises as os.fsync does if nothing is open there
+
+
+# os.fsync protects against a loss of power, which no test can cause: what a killed process wrote is in the page cache.
+# Most runs here take less time than their files would take to reach the disk. Tests that count or interrupt calls of
+# os.fsync wrap this function, and processes that are started with `python -m` use the real one.
+os.fsync = _without_waiting_for_the_disk
+
 # Autograd makes its threads at the first backward pass, one for each kind of device it then sees. After a test with
 # fake GPUs it would see some, and no process could be forked any more; now it sees none.
 torch.zeros(1, requires_grad=True).sum().backward()
@@ -32,14 +43,26 @@ ARCHIVES = ("caltech101-a.tar", "caltech101-b.tar", "cifar10.tar.xz", "cifar10-o
 SUBSET_CLASSES = (
     "Faces", "Leopards", "Motorbikes", "accordion", "airplanes", "anchor", "bonsai", "butterfly", "car_side", "chair",
 )  # fmt: skip
-"""All in the first archive; every image of car_side is greyscale."""
+"""All in the first archive; every image of car_side is grayscale."""
 SUBSET_TRAIN, SUBSET_TEST = 8, 4
 """Images of each class in the subset's train.txt and test.txt."""
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the order below with `--dist loadfile`, which else begins with the files of the most tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take long come first, and of these the ones on a cluster, so that all processes end together."""
+    long = {item.path for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: (item.path not in long, "slurm" not in item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test finds in the cache what another has computed."""
+    """Give each test an empty cache folder."""
     folder = Path(tempfile.mkdtemp(dir=CACHES)) / "cache"
     monkeypatch.setenv("TOOLKIT_CACHE", str(folder))
     return folder
@@ -56,7 +79,7 @@ def _real_images() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder with the archives of real images; the test is skipped where there is none."""
+    """Folder with the archives of real images; the test is skipped if there is none."""
     folder = _real_images()
     missing = [name for name in ARCHIVES if not (folder / name).is_file()]
     if missing:

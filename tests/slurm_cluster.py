@@ -245,7 +245,7 @@ def status_of(job: str) -> int:
 
 def local_run(recipe: str) -> Run:
     """The same recipe trained in this process, undisturbed."""
-    outcome = toolkit("train", recipe, "--set", 'recipe.run_root="alone"')
+    outcome = toolkit("train", recipe, "--no-report", "--set", 'recipe.run_root="alone"')
     assert outcome.status == 0, outcome.stderr
     return open_run(outcome.stdout.splitlines()[-1])
 

@@ -11,6 +11,8 @@ import pytest
 
 from toolkit.distributed.malloc import is_settled_by_user
 
+pytestmark = pytest.mark.long
+
 PAGES = """
 import resource, torch
 from toolkit.distributed.malloc import tune_malloc

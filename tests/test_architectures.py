@@ -20,6 +20,8 @@ from toolkit.models.build import ModelBundle, build_model
 from toolkit.recipe import catalog
 from toolkit.recipe.schema import ModelConfig
 
+pytestmark = pytest.mark.long
+
 FAMILIES = """
 byoanet: halonet_h1 256, eca_botnext26ts_256 64
 byobnet: test_byobnet 64, mobileone_s1 64
@@ -150,7 +152,8 @@ SLOW = (
     "xception41p",
 )
 """More than 20 million parameters, or slow to build: in the sample only where they are risky."""
-SAMPLE = 60
+SAMPLE = 22
+"""Of test_sample; the slow lane tries all that are small."""
 
 
 def small() -> list[tuple[str, str, int]]:

@@ -22,6 +22,8 @@ from toolkit.data.splits import split_dataset
 from toolkit.recipe import load_recipe
 from toolkit.runs import Run, open_run
 
+pytestmark = pytest.mark.long
+
 SKIP = 'data.on_bad_image = "skip"'
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from toolkit.distributed import batchnorm
 from toolkit.distributed.batchnorm import SyncBatchNorm, average_statistics, replace_batch_norms, set_replicated
 
+pytestmark = pytest.mark.long
+
 SHARES = {2: [(0, 5), (5, 7)], 3: [(0, 1), (1, 3), (3, 7)]}
 """Uneven shares of a batch of seven."""
 

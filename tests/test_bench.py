@@ -21,6 +21,8 @@ from toolkit import bench
 from toolkit.errors import RunFailed
 from toolkit.recipe import load
 
+pytestmark = pytest.mark.long
+
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
 
 

@@ -22,6 +22,8 @@ from toolkit.recipe import load_recipe
 from toolkit.runs import Run
 from toolkit.training.fit import fit
 
+pytestmark = pytest.mark.long
+
 AUGMENTED = (
     FROZEN
     + """

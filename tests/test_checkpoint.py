@@ -27,6 +27,8 @@ from toolkit.training.checkpoint import (
 )
 from toolkit.training.train_step import TrainStep
 
+pytestmark = pytest.mark.long
+
 
 def saved(folder: Path, *places: tuple[int, int], keep: int = 9) -> list[Path]:
     return [save_checkpoint(folder, place, {"value": torch.tensor(place)}, keep) for place in places]
@@ -223,7 +225,7 @@ def test_a_finished_run_and_a_place_without_run_are_refused(tmp_path: Path) -> N
     assert "no-such" in go_on(tmp_path, 1, tmp_path / "recipe.toml", "--resume", tmp_path / "no-such")[1]
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on_exactly_from_the_end_of_an_epoch(
     tmp_path: Path, before: int, after: int
 ) -> None:
@@ -248,7 +250,7 @@ def compile_without_a_compiler(rank: int) -> None:
     torch.nn.Module.compile = lambda module, **_: original(module, backend=backend)  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("compiled", "world"), [(True, 1), (True, 2), (False, 2)])
+@pytest.mark.parametrize(("compiled", "world"), [(True, 1), pytest.param(True, 2, marks=pytest.mark.slow), (False, 2)])
 def test_compiled_and_distributed_weights_have_the_names_of_plain_ones(
     tmp_path: Path, compiled: bool, world: int
 ) -> None:

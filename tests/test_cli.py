@@ -32,6 +32,8 @@ from toolkit.recipe.schema import DataConfig
 from toolkit.recipe.toml_writer import toml_value
 from toolkit.training.console import Console
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 QUICKSTART = RECIPES / "quickstart.toml"

@@ -20,6 +20,8 @@ from toolkit.recipe import load, load_recipe, resolved_toml
 from toolkit.recipe.schema import OptimizerConfig
 from toolkit.training.optimizer import build_optimizer
 
+pytestmark = pytest.mark.long
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.toml"
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -27,6 +28,8 @@ from toolkit.runs import Run, open_run
 from toolkit.study.directory import failure_of, open_runs, set_target_epoch
 from toolkit.training.checkpoint import find_latest
 from toolkit.training.train_step import TrainStep
+
+pytestmark = pytest.mark.long
 
 CHEAP = ("status", "status --json", "check", "logs", "sync", "validate")
 READS = 100
@@ -228,38 +231,41 @@ def test_bad_utf8_in_one_line_of_metrics_costs_a_report_that_line(run: Run) -> N
     assert facts.missing == [f"1 of {len(data) + 1} lines of metrics.jsonl: damaged (line 1)"]
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="takes the rights of another user, which only root can")
 def test_permission_denied(original: Run, healthy: Run) -> None:
     """As a user without permission to read a single file, or the run directory."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
+    run = Run(folder / "runs" / "tiny" / original.id)
     try:
         for one in (original, healthy):
-            shutil.copytree(one.path, folder / "runs" / "tiny" / one.id)
-        run = Run(folder / "runs" / "tiny" / original.id)
+            shutil.copytree(one.path, run.path.with_name(one.id))
         (run.path / "summary.json").chmod(0)
-        with as_nobody():
+        with without_root():
             outcome = toolkit("check", run.path)
             listed = toolkit("status", folder / "runs")
         assert one_line(outcome) == f"{run.path / 'summary.json'} cannot be read: Permission denied"
         assert "summary.json cannot be read: Permission denied" in listed.stdout
         assert f"test accuracy {healthy.summary['best']['test_accuracy']:.4f}" in listed.stdout
         run.path.chmod(0)
-        with as_nobody():
+        with without_root():
             assert "Permission denied" in one_line(toolkit("check", run.path))
             assert toolkit("status", folder / "runs").status == 0
     finally:
+        run.path.chmod(0o755)
         shutil.rmtree(folder)
 
 
-class as_nobody:
-    """The rights of a user who owns nothing."""
-
-    def __enter__(self) -> None:
+@contextlib.contextmanager
+def without_root() -> Iterator[None]:
+    """The rights of a user who owns nothing if root runs the tests. Other users cannot read files of mode 0 either."""
+    is_root = os.geteuid() == 0
+    if is_root:
         os.seteuid(65534)
-
-    def __exit__(self, *_: object) -> None:
-        os.seteuid(0)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the documentation names is there."""
+"""Files, tests and pages that the documentation names exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def names_of_tests() -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tests_modules_and_pages_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
-    if page.name == "reliability.md":  # elsewhere such words are figures
+    if page.name == "reliability.md":  # elsewhere such names are metrics
         named = set(re.findall(r"`(test_\w+)`", text))
         assert named <= names_of_tests(), named - names_of_tests()
     paths = set(re.findall(r"`((?:tests|toolkit|launch|slurm|benchmarks)/[\w/.-]+\.(?:py|yaml|sh|md))`", text))
@@ -34,7 +34,7 @@ def test_tests_modules_and_pages_that_are_named_exist(page: Path) -> None:
     "file", [*PAGES, *sorted((ROOT / "toolkit").rglob("*.py"))], ids=lambda file: str(file.relative_to(ROOT))
 )
 def test_no_install_command_asks_the_package_index_for_this_project(file: Path) -> None:
-    """There the name is another project's: `pip install 'toolkit[explain]'` would install a stranger's package."""
+    """The name is another project's there: `pip install 'toolkit[explain]'` would install a stranger's package."""
     assert re.findall(r"pip install [^`\n]*?(?<![\w./-])toolkit(?![\w-])[^`\n]*", file.read_text()) == []
 
 

@@ -14,14 +14,16 @@ from finished import digit_files
 
 from toolkit.cli.main import app
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 ELSEWHERE = {
-    r"toolkit submit .*": "test_slurm_cluster.py::test_two_nodes_end_like_one_process",
+    r"toolkit submit .*": "test_slurm_cluster.py::test_a_run_on_two_nodes_equals_one_on_one_process",
     r"toolkit submit (STUDY|recipes/studies/|search).*": (
-        "test_slurm_arrays.py::test_array_of_six_continues_after_one_failed"
+        "test_slurm_arrays.py::test_a_resubmitted_array_trains_only_the_run_that_failed"
     ),
     r"toolkit (cancel|logs) .*": "test_slurm.py::test_status_logs_and_cancel_without_jobs",
     r"toolkit status runs/(digits-seeds|search)": "test_slurm.py::test_status_of_a_study_names_the_row_of_each_run",

@@ -16,6 +16,8 @@ from trainers import MUCH, Trainers, only_run, write_recipe
 
 from toolkit.runs import Run
 
+pytestmark = pytest.mark.long
+
 METRICS = ("loss", "accuracy", "top5_accuracy", "balanced_accuracy")
 
 

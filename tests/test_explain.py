@@ -24,6 +24,8 @@ from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import Run
 from toolkit.training.trained_model import TrainedModel
 
+pytestmark = pytest.mark.long
+
 CLASSES = ["a", "b", "c"]
 
 

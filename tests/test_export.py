@@ -26,6 +26,8 @@ from toolkit.runs import Run
 from toolkit.training.checkpoint import find_latest, load_checkpoint
 from toolkit.training.trained_model import TrainedModel, load_model
 
+pytestmark = pytest.mark.long
+
 VIT = """
 [model]
 source = "timm"
@@ -80,7 +82,14 @@ FORMATS_OF = {"convnet": ("onnx", "torch-export", "safetensors"), "resnet18": ("
               "timm": tuple(READERS), "vit": ("timm",)}  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "name"), [(model, name) for model, names in FORMATS_OF.items() for name in names])
+SLOW = {("timm", "onnx"), ("timm", "torch-export")}
+"""Left to the slow lane: convnet and resnet18 are written in these formats too, in gray and in color."""
+
+
+@pytest.mark.parametrize(("model", "name"), [
+    pytest.param(model, name, marks=pytest.mark.slow if (model, name) in SLOW else ())
+    for model, names in FORMATS_OF.items() for name in names
+])  # fmt: skip
 def test_a_round_trip_computes_the_same_for_any_number_of_images(
     runs: Callable[[str], Run], tmp_path: Path, model: str, name: str
 ) -> None:

@@ -18,6 +18,8 @@ from toolkit.distributed import rendezvous
 from toolkit.distributed.launcher import ProcessInfo, read_process_info
 from toolkit.errors import UserError
 
+pytestmark = pytest.mark.long
+
 GOOD = {
     "RANK": "1",
     "WORLD_SIZE": "4",

@@ -22,6 +22,8 @@ from toolkit.recipe import load
 from toolkit.recipe.schema import TrainConfig
 from toolkit.training import fit
 
+pytestmark = pytest.mark.long
+
 BIN = Path(sys.executable).parent
 OURS = ["-m", "toolkit.train", "recipe.toml", "--set", "train.epochs=1"]
 Launched = Callable[..., None]

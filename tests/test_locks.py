@@ -25,6 +25,8 @@ from toolkit.runs import Run, RunInUse
 from toolkit.study.directory import claim, is_claimed
 from toolkit.training.train_step import TrainStep
 
+pytestmark = pytest.mark.long
+
 LEASE_S = 1.0
 
 

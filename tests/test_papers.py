@@ -30,6 +30,8 @@ from toolkit.study.expand import ExpandedStudy, PlannedRun, StudySpec, expand, r
 from toolkit.study.search_space import RANGES, dotted_leaves
 from toolkit.training.fit import dry_run
 
+pytestmark = pytest.mark.long
+
 PAPERS = REPOSITORY / "recipes" / "papers"
 REPORTS = {
     "giunta": "giunta_cifar10.txt",

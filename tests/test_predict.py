@@ -28,6 +28,8 @@ from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import Run
 from toolkit.training.trained_model import load_model, model_card
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:

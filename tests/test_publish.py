@@ -20,6 +20,8 @@ from toolkit.recipe import load_recipe
 from toolkit.runs import Run
 from toolkit.training.trained_model import load_model
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:

@@ -25,6 +25,8 @@ from toolkit.formatting import batch_split, plural
 from toolkit.report import run_report
 from toolkit.runs import Run
 
+pytestmark = pytest.mark.long
+
 FIGURES = {
     "loss", "accuracy", "learning-rate", "confusion", "class-accuracy", "reliability", "filters", "filter-effect",
     "class-histogram",

@@ -15,13 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import torch
 from cli import toolkit
-from PIL import Image
-from sklearn.datasets import load_digits
+from image_folders import CLASSES, EACH, STEPS, write_images, write_recipe
 from test_checkpoint import flip
 from trainers import Trainers, at_call, kill_self, only_run, outcome
 
@@ -46,56 +44,14 @@ from toolkit.training.fit import fit
 from toolkit.training.train_step import TrainStep
 from toolkit.training.trainer import Trainer
 
-RECIPE = """
-[recipe]
-name = "small"
-run_root = "{folder}/runs"
-
-[data]
-dataset = "imagefolder"
-root = "{folder}/data"
-image_size = 8
-channels = 1
-workers = 0
-split = {{ validation = 0.2, test = 0.2 }}
-
-[model]
-source = "toolkit"
-
-[model.convnet]
-blocks = [{{ channels = 4, batch_norm = true, pool = 2 }}]
-
-[optimizer]
-name = "sgd"
-lr = 0.05
-
-[train]
-epochs = 4
-batch_size = 12
-precision = "no"
-
-[tracking]
-trackers = []
-"""
-CLASSES, EACH = 4, 15
-STEPS = 4
-"""Of an epoch: 4 x 15 images, of which 40 train."""
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     """A recipe on 60 image files, four classes c0 to c3."""
-    digits = load_digits()
-    for label in range(CLASSES):
-        folder = tmp_path / "data" / f"c{label}"
-        folder.mkdir(parents=True)
-        for number, i in enumerate(np.flatnonzero(digits.target == label)[:EACH]):
-            pixels = np.rint(digits.images[i] * (255 / 16)).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number:02d}.bmp")  # all are of one size in bytes
-            os.utime(folder / f"{number:02d}.bmp", ns=(0, 10**18 + int(i)))
-    path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE.format(folder=tmp_path))
-    return load_recipe(path)
+    write_images(tmp_path / "data")
+    return load_recipe(write_recipe(tmp_path))
 
 
 def changed(recipe: Recipe, **settings: Any) -> Recipe:

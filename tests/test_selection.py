@@ -19,6 +19,8 @@ from toolkit.report.run_data import load_run_data
 from toolkit.runs import Run, open_run
 from toolkit.training.lr_schedule import epoch_rank
 
+pytestmark = pytest.mark.long
+
 DIGITS = """
 [recipe]
 name = "chosen"

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ from slurm_cluster import (
 from toolkit.runs import Run
 from toolkit.slurm.job_status import SlurmJob, queue, state_of
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 AWKWARD = "it's $HOME; 100% & `more`"
 """A folder's name."""
@@ -124,7 +125,7 @@ def test_two_jobs_at_once_on_one_node(among: Path) -> None:
     assert [run.summary["seed"] for run in runs] == [0, 1]
 
 
-def test_two_nodes_end_like_one_process(among: Path) -> None:
+def test_a_run_on_two_nodes_equals_one_on_one_process(among: Path) -> None:
     text, run = Path("two-nodes.txt").read_text(), submitted("two-nodes")
     assert re.match(r"submitted job \d+\n", text)
     assert str(run.path / "slurm" / "train.sbatch") in text
@@ -146,7 +147,7 @@ def test_two_nodes_end_like_one_process(among: Path) -> None:
     assert len(SlurmJob(run).starts) == 1  # a finished job is not requeued
 
 
-def test_by_hand(among: Path) -> None:
+def test_the_batch_script_can_be_submitted_by_hand(among: Path) -> None:
     job = Path("by-hand.txt").read_text()
     assert status_of(job) == 0, Path(f"slurm-{job}.txt").read_text()
     run = submitted("by-hand")
@@ -155,7 +156,9 @@ def test_by_hand(among: Path) -> None:
     assert "start 1" in toolkit("logs", str(run.path)).stdout
 
 
-def test_modules_container_scratch_and_metacharacters(among: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_s_modules_container_scratch_folder_and_variables_reach_the_job(
+    among: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(among / AWKWARD)
     run = submitted("a name, with + signs")
     wait_for(run, "finished")
@@ -173,7 +176,7 @@ def test_modules_container_scratch_and_metacharacters(among: Path, monkeypatch: 
         assert b"secretkey" not in path.read_bytes()
 
 
-def test_gpus_and_cpus_follow_the_grant(among: Path) -> None:
+def test_a_job_uses_the_cpus_and_gpus_that_slurm_granted_or_refuses(among: Path) -> None:
     run = submitted("gpus")
     script, other = SlurmJob(run).script.read_text(), Run(among / "other")
     # As if SLURM had given another number: the same script, submitted by hand with other options.
@@ -196,7 +199,7 @@ def test_gpus_and_cpus_follow_the_grant(among: Path) -> None:
     wait_for(run, "finished")
 
 
-def test_what_a_profile_cannot_have_ends_the_job(place: Path) -> None:
+def test_a_setup_line_or_scratch_folder_that_fails_ends_the_job(place: Path) -> None:
     profiles = Path("slurm/profiles")
     profiles.mkdir(parents=True)
     Path("modules.sh").write_text(MODULES)
@@ -214,45 +217,60 @@ def test_what_a_profile_cannot_have_ends_the_job(place: Path) -> None:
     assert "cannot make the scratch folder /proc/none/toolkit-" in states[1].detail
 
 
-def test_requeued_by_limit_by_preemption_and_by_a_dead_node_it_ends_bit_identical(
-    cluster: Cluster, place: Path
-) -> None:
-    recipe = write("requeued", epochs=30, data='dataset = "digits"', trackers='"wandb"')
-    submit(recipe, "--partition", "low", "--set", "slurm.signal_before_s=110")
-    run = submitted("requeued")
-    job, number = SlurmJob(run), number_of(run)
-
-    # First the time limit comes near: 110 s before it SLURM warns the batch shell.
-    wait_for_epoch(run, 2)
+def comes_near_its_time_limit(cluster: Cluster, run: Run) -> None:
+    """SLURM warns the batch shell 110 s before the limit."""
+    number = number_of(run)
     with frozen(run):
         subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=2"], check=True)
         wait_until((run.path / "stop").exists, lambda: log_of(run))
     wait_for_start(run, 2)
     subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=30"], check=True)
 
-    # Then a job of a partition with priority needs the node: SLURM gives notice to the processes on the node.
-    wait_for_epoch(run, len(run.epochs()) + 2)
-    with frozen(run):
-        node = job.starts[-1].nodes
-        prior = sbatch("--partition=debug", f"--nodelist={node}", "--exclusive", "--wrap=true")
-        wait_until(lambda: "CANCELLED AT" in log_of(run), lambda: log_of(run))
-    alone = local_run(recipe)
-    assert status_of(prior) == 0
-    wait_for_start(run, 3)
-    assert state_of(run, queue()).requeued == 2
 
-    # Then the node dies, with all that runs on it.
-    wait_for_epoch(run, len(run.epochs()) + 2)
-    node = job.starts[-1].nodes
+def is_preempted(cluster: Cluster, run: Run) -> None:
+    """A job of a partition with priority needs the node: SLURM gives notice to the processes there."""
+    starts = SlurmJob(run).starts
+    with frozen(run):
+        prior = sbatch("--partition=debug", f"--nodelist={starts[-1].nodes}", "--exclusive", "--wrap=true")
+        wait_until(lambda: "CANCELLED AT" in log_of(run), lambda: log_of(run))
+    assert status_of(prior) == 0
+    wait_for_start(run, len(starts) + 1)
+    assert state_of(run, queue()).requeued == len(starts)
+
+
+def loses_its_node(cluster: Cluster, run: Run) -> None:
+    """The node dies, with all that runs on it, and comes back."""
+    node = SlurmJob(run).starts[-1].nodes
     cluster.do("kill-node", node)
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], check=True)
     assert not run.is_finished
     cluster.do("start-node", node)
+
+
+ALL_REASONS = (comes_near_its_time_limit, is_preempted, loses_its_node)
+
+
+@pytest.mark.parametrize(
+    ("reasons", "epochs"),
+    [((comes_near_its_time_limit,), 12), pytest.param(ALL_REASONS, 30, marks=pytest.mark.cluster)],
+    ids=["time limit", "time limit, preemption, dead node"],
+)
+def test_requeued_a_job_ends_bit_identical(
+    cluster: Cluster, place: Path, reasons: tuple[Callable[[Cluster, Run], None], ...], epochs: int
+) -> None:
+    recipe = write("requeued", epochs=epochs, data='dataset = "digits"', trackers='"wandb"')
+    submit(recipe, "--partition", "low", "--set", "slurm.signal_before_s=110")
+    run = submitted("requeued")
+    for requeue in reasons:
+        wait_for_epoch(run, len(run.epochs()) + 2)
+        requeue(cluster, run)
+    alone = local_run(recipe)
     wait_for(run, "finished")
 
-    assert [start.restarts for start in job.starts] == [0, 1, 2, 3]
-    assert {start.job for start in job.starts} == {number}
-    assert log_of(run).count("checkpoint written, requeue") == 2
+    starts = SlurmJob(run).starts
+    assert [start.restarts for start in starts] == list(range(len(reasons) + 1))
+    assert {start.job for start in starts} == {number_of(run)}
+    assert log_of(run).count("checkpoint written, requeue") == len([each for each in reasons if each != loses_its_node])
     ours, theirs = load_file(run.best_weights), load_file(alone.best_weights)
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == theirs[name]).all() for name in theirs)
@@ -260,7 +278,7 @@ def test_requeued_by_limit_by_preemption_and_by_a_dead_node_it_ends_bit_identica
     assert (run.path / "predictions.csv").read_bytes() == (alone.path / "predictions.csv").read_bytes()
     # One W&B run, however often it was resumed.
     parts = [folder.name.split("-", 3)[3] for folder in (run.path / "wandb").glob("offline-run-*")]
-    assert len(parts) == 4
+    assert len(parts) == len(starts)
     assert set(parts) == {f"requeued-{run.id}"}
 
 
@@ -325,7 +343,7 @@ def test_tasks_of_srun_are_refused(place: Path) -> None:
     assert not Path("runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_command_that_the_refusal_of_tasks_gives_trains_one_run(place: Path) -> None:
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
     command = ["srun", "--ntasks", "1", *torchrun, "-m", "toolkit.train", write("tasks", epochs=1)]

@@ -20,7 +20,7 @@ from slurm_cluster import (
 from toolkit.runs import Run
 from toolkit.slurm.job_status import GONE, SlurmJob, accounted_state, state_of
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.toml"
 

@@ -25,6 +25,8 @@ from toolkit.recipe import load
 from toolkit.training.fit import fit
 from toolkit.training.train_step import TrainStep
 
+pytestmark = pytest.mark.long
+
 LIMIT_S = 10
 
 

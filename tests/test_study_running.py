@@ -23,6 +23,8 @@ from toolkit.study.directory import failure_of, state_of
 from toolkit.training.fit import fit
 from toolkit.training.trainer import Trainer
 
+pytestmark = pytest.mark.long
+
 TWO = "[study.grid]\noptimizer.lr = [0.1, 0.05]\n"
 
 STATEFUL = """
@@ -93,7 +95,7 @@ def test_each_run_of_a_study_is_what_it_is_alone(tmp_path: Path) -> None:
     results = outcomes(tmp_path)
     assert not torch.are_deterministic_algorithms_enabled()
     alone = write_study(tmp_path / "alone", STATEFUL, name="recipe.toml")
-    assert toolkit("train", alone).status == 0
+    assert toolkit("train", alone, "--no-report").status == 0
     (run,) = (tmp_path / "alone" / "runs" / "small").iterdir()
     assert outcome(open_run(run)) == results["plain, seed 0"]
     assert results["plain, seed 0"]["weights"] != results["adamw, seed 0"]["weights"]

@@ -41,9 +41,17 @@ from toolkit.study.worker_pool import LOGS, WorkerPool, WorkerSlot, slots_for
 
 WAIT_S = 600.0
 OFTEN = "[checkpoint]\nevery_steps = 2\nevery_minutes = 0.0\n"
-KILLS = 4
+EIGHT = """
+[study]
+seeds = 2
 
-pytestmark = pytest.mark.timeout(1800)  # for machines on which a start takes a minute
+[study.grid]
+optimizer.lr = [0.2, 0.05]
+optimizer.momentum = [0.5, 0.9]
+"""
+KILLS = 3
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]  # for machines on which a start takes a minute
 
 
 def wait_until(condition: Callable[[], bool], shown: Path | None = None) -> None:
@@ -103,9 +111,9 @@ def killing(folder: StudyDirectory, kills: int, draw: random.Random) -> Iterator
 
 def test_a_grid_with_two_workers_killed_at_random_gives_the_same_table(tmp_path: Path) -> None:
     """The controller too: the first one is killed, the second stopped by SIGTERM, the third comes to the end."""
-    whole = write_study(tmp_path / "whole", OFTEN + GRID, epochs=3)
+    whole = write_study(tmp_path / "whole", OFTEN + EIGHT, epochs=3)
     assert toolkit("study", whole).status == 0
-    path = write_study(tmp_path / "killed", OFTEN + GRID, epochs=3)
+    path = write_study(tmp_path / "killed", OFTEN + EIGHT, epochs=3)
     folder, draw, shown = study_folder(tmp_path / "killed"), random.Random(6), tmp_path / "shown.txt"
     for number in (signal.SIGKILL, signal.SIGTERM):
         controller = start(shown, "study", path, "--parallel", "2")
@@ -171,11 +179,11 @@ def outcomes_of_finished(folder: Path) -> dict[str, bytes]:
 def test_a_search_with_one_worker_is_reproducible_also_when_it_is_interrupted(tmp_path: Path) -> None:
     text = """
         [study]
-        bohb = { trials = 9, min_epochs = 1, max_epochs = 4, eta = 2, startup_trials = 3, seed = 4 }
+        bohb = { trials = 6, min_epochs = 1, max_epochs = 4, eta = 2, startup_trials = 3, seed = 4 }
         space.optimizer.lr = { log_uniform = [1e-3, 1.0] }
         """
     found = []
-    for name, stops in (("one", 0), ("two", 3)):
+    for name, stops in (("one", 0), ("two", 2)):
         path = write_study(tmp_path / name, text)
         for _ in range(stops):
             controller = start(tmp_path / "shown.txt", "study", path)

@@ -19,6 +19,8 @@ from trainers import EMA, MUCH, RECIPE, Trainers, at_call, only_run, outcome, wr
 
 from toolkit.training.train_step import TrainStep
 
+pytestmark = pytest.mark.long
+
 EPOCHS = 5
 BIN = Path(sys.executable).parent
 

@@ -31,6 +31,8 @@ from toolkit.study.expand import expand, read_study
 from toolkit.training.context import TrainingContext
 from toolkit.training.loaders import ImageLoaders
 
+pytestmark = pytest.mark.long
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 COUNT = 12
 FLIP = '[augment]\ntrain = [{ name = "RandomHorizontalFlip" }]\n'

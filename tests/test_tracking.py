@@ -26,6 +26,8 @@ from toolkit.runs import Run
 from toolkit.trackers import BACKLOG, FINISH_SECONDS, LEAVE_SECONDS, TrackerThread, wandb_mode
 from toolkit.training.train_step import TrainStep
 
+pytestmark = pytest.mark.long
+
 LIMIT_S = 10
 """A run asked to stop is gone within this time."""
 

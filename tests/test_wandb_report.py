@@ -19,6 +19,8 @@ from wandb_server import KEY, ServerRun, WandbServer, logged_in_here, wandb_serv
 from toolkit.report import study_report as written_study
 from toolkit.study.directory import StudyDirectory
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(autouse=True)
 def _a_machine_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def train(combination: Combination, folder: Path, *resume: object) -> Trainers:
 
 @dataclass
 class Plain:
-    """What the undisturbed run of a combination came to, and how long its parts took, in seconds."""
+    """The outcome of a combination's uninterrupted run, and how long its parts took, in seconds."""
 
     outcome: dict[str, Any]
     startup_s: float
@@ -101,7 +101,7 @@ def draw_kill(random: Random, world: int, plain: Plain) -> Kill:
     ranks = (random.randrange(world),) if is_alone else tuple(range(world))
     if random.random() < 0.1:
         return Kill(number, ranks, False, random.random() * plain.startup_s)
-    # A third of the length: every sitting starts from the last checkpoint, and each run should meet several kills.
+    # A third of the length: every start continues from the last checkpoint, and each run should meet several kills.
     return Kill(number, ranks, True, random.random() * plain.training_s * random.choice((0.15, 0.35, 1.05)))
 
 

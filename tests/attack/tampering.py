@@ -11,53 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
+from image_folders import write_images, write_recipe
 
 from toolkit.recipe import load_recipe
 from toolkit.runs import Run
 from toolkit.training.fit import fit
 
-RECIPE = """
-[recipe]
-name = "small"
-run_root = "{folder}/runs"
-seed = {seed}
-
-[data]
-dataset = "imagefolder"
-root = "{folder}/data"
-image_size = 8
-channels = 1
-workers = 0
-split = {{ validation = 0.2, test = 0.2 }}
-
-[model]
-source = "toolkit"
-
-[model.convnet]
-blocks = [{{ channels = 4, batch_norm = true, pool = 2 }}]
-
-[optimizer]
-name = "sgd"
-lr = 0.02
-
-[train]
-epochs = 4
-batch_size = 12
-precision = "no"
-best_metric = "val/loss"
-
-[tracking]
-trackers = []
-"""
-CLASSES, EACH = 4, 15
-
 
 @dataclass
 class Place:
-    """Where a case plays: a run's own copy, its data, and another run of the same model, trained with another seed."""
+    """Where a case is tried: a copy of a run, its data, and another run of the same model with another seed."""
 
     run: Run
     data: Path
@@ -100,17 +63,6 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def digit_data(root: Path) -> None:
-    digits = load_digits()
-    for label in range(CLASSES):
-        folder = root / f"c{label}"
-        folder.mkdir(parents=True)
-        for number, i in enumerate(np.flatnonzero(digits.target == label)[:EACH]):
-            pixels = np.rint(digits.images[i] * (255 / 16)).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number:02d}.bmp")
-            os.utime(folder / f"{number:02d}.bmp", ns=(0, 10**18 + int(i)))
-
-
 @dataclass
 class Originals:
     """The runs that cases get copies of, all on the same data: paused after two of four epochs, and finished."""
@@ -123,13 +75,12 @@ class Originals:
 
     @classmethod
     def make(cls, folder: Path) -> Originals:
-        digit_data(folder / "data")
+        write_images(folder / "data")
         shutil.copytree(folder / "data", folder / "kept")
         runs = []
         for seed in (0, 7):
-            path = folder / f"recipe{seed}.toml"
-            path.write_text(RECIPE.format(folder=folder, seed=seed))
-            recipe = load_recipe(path)
+            settings = [f"recipe.seed={seed}", "optimizer.lr=0.02", 'train.best_metric="val/loss"']
+            recipe = load_recipe(write_recipe(folder), settings)
             runs += [fit(recipe, until=2, quiet=True), fit(recipe, quiet=True)]
         for run in runs:
             shutil.move(run.path, folder / "originals" / run.id)

@@ -52,7 +52,9 @@ def healthy(folder: Path, original: Run) -> Run:
     return train_on_files(folder, CONVNET, "recipe.seed=1")
 
 
-def test_reads_of_damaged_runs(original: Run, healthy: Run, folder: Path, tmp_path: Path) -> None:
+def test_every_read_of_a_damaged_run_ends_with_a_status_and_no_stack_trace(
+    original: Run, healthy: Run, folder: Path, tmp_path: Path
+) -> None:
     image = next((folder / "data").rglob("*.png"))
     names = list(reading_commands(original.path, image, tmp_path))
     everything = [(file, kind, name) for file in files_of(original.path) for kind in KINDS for name in names]
@@ -70,7 +72,7 @@ def test_reads_of_damaged_runs(original: Run, healthy: Run, folder: Path, tmp_pa
     assert min(counts["exit status 0"], counts["exit status 2"]) > 0, "the damage must reach some of the commands"
 
 
-def test_reads_of_damaged_studies(tmp_path: Path) -> None:
+def test_every_read_of_a_damaged_study_ends_with_a_status_and_no_stack_trace(tmp_path: Path) -> None:
     path = write_study(tmp_path / "made", "[study]\nseeds = 2\n", epochs=1)
     assert toolkit("study", path).status == 0
     made = study_folder(tmp_path / "made")

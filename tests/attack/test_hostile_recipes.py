@@ -212,7 +212,7 @@ def fault_of(command: tuple[str, ...], expected: str, text: str | bytes) -> str:
     return ""
 
 
-def test_hostile_recipes(sandbox: Path) -> None:
+def test_every_hostile_recipe_is_refused_with_its_fault(sandbox: Path) -> None:
     counts: Counter[str] = Counter()
     faults = []
     before: set[str] = set()
@@ -234,7 +234,7 @@ def test_hostile_recipes(sandbox: Path) -> None:
     assert len(RECIPES) >= 60
 
 
-def test_the_recipe_that_they_are_made_from_is_valid(sandbox: Path) -> None:
+def test_the_recipe_that_the_hostile_ones_are_made_from_is_valid(sandbox: Path) -> None:
     (sandbox / "recipe.toml").write_text(VALID)
     outcome = toolkit("validate", "recipe.toml", "--json")
     assert outcome.status == 0, outcome.stderr

@@ -1,8 +1,8 @@
 """200 kills at random moments, over eighteen combinations of settings on one and two processes.
 
 Expected of each: no file under its final name is torn, a signal that asks to stop ends all processes with status 3,
-and the run, resumed until it finishes, has the weights, metrics, predictions and summary of an undisturbed one byte for
-byte. Run with -m slow; -s shows the counts.
+and the run, resumed until it finishes, has byte for byte the weights, metrics, predictions and summary of an
+uninterrupted one. Run with -m slow; -s shows the counts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ COMBINATIONS = (
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda combination: combination.name)
-def test_killed_and_resumed_it_comes_out_the_same(
+def test_a_killed_and_resumed_run_comes_out_the_same(
     combination: Combination, tmp_path: Path, record_property: pytest.RecordProperty
 ) -> None:
     counts: Counter[str] = Counter()

@@ -1,6 +1,6 @@
-"""Image folders as disks, phones, archives and attackers leave them, met by `toolkit data` and `toolkit train`.
+"""Image folders as disks, phones, archives and attackers leave them, read by `toolkit data` and `toolkit train`.
 
-Each has one right outcome: so many images of so many classes in these splits, or a refusal that names what is odd.
+Each has one right outcome: so many images of so many classes in these splits, or an error that names what is odd.
 Training must agree with what `toolkit data` counts. Run with -m slow; -s shows the counts.
 """
 
@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from cli import toolkit
 from damage import limited
+from image_folders import write_recipe
 from PIL import Image
 
 from toolkit.data import folder_walk
@@ -34,37 +35,7 @@ LIMIT_S = 60
 EACH = 8
 """Images of each of the classes a and b that a folder begins with."""
 
-RECIPE = """
-[recipe]
-name = "odd"
-run_root = {runs}
-
-[data]
-dataset = "imagefolder"
-root = {root}
-image_size = 8
-channels = 1
-workers = 0
-split = {{ validation = 0.25, test = 0.25 }}
-
-[model]
-source = "toolkit"
-
-[model.convnet]
-blocks = [{{ channels = 4 }}]
-
-[optimizer]
-name = "sgd"
-lr = 0.1
-
-[train]
-epochs = 1
-batch_size = 4
-precision = "no"
-
-[tracking]
-trackers = []
-"""
+SETTINGS = ("train.epochs=1", "train.batch_size=4", "data.split.validation=0.25", "data.split.test=0.25")
 
 
 def picture(path: Path, mode: str = "L", size: int = 12, **options: object) -> Path:
@@ -231,10 +202,8 @@ KINDS = (
 
 
 def arguments(folder: Path, *settings: str) -> list[str]:
-    path = folder / "recipe.toml"
-    places = {"runs": json.dumps(str(folder / "runs")), "root": json.dumps(str(folder / "data"))}
-    path.write_text(RECIPE.format(**places))
-    return [str(path), *(part for setting in settings for part in ("--set", setting))]
+    chosen = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
+    return [str(write_recipe(folder)), *chosen]
 
 
 def refused(said: str, pattern: str, status: int) -> str:
@@ -281,7 +250,7 @@ def fault_of(odd: Odd, folder: Path) -> str:
     return "" if odd.splits in (None, splits) else f"train: the splits hold {splits}"
 
 
-def test_odd_folders(tmp_path: Path) -> None:
+def test_every_odd_folder_is_read_completely_or_refused(tmp_path: Path) -> None:
     faults = []
     began = time.monotonic()
     for number, odd in enumerate(Random(SEED).sample(KINDS, len(KINDS))):
@@ -304,8 +273,8 @@ def test_odd_folders(tmp_path: Path) -> None:
     assert not faults, "\n".join(faults)
 
 
-def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for a user who lacks the right, whoever runs this test."""
+def test_a_folder_without_read_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated, so that root can run this test too."""
     pictures(tmp_path / "data", "a", "b", "b/deep")
     scandir = os.scandir
 

@@ -71,7 +71,7 @@ def check_all(
     assert not faults, "\n".join(faults)
 
 
-def test_resumed(originals: Originals) -> None:
+def test_tampered_runs_are_resumed_exactly_or_refused(originals: Originals) -> None:
     right = without_times(originals.finished)
 
     def play(case: Case, place: Place) -> str:
@@ -86,7 +86,7 @@ def published(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
 
 
-def test_published(originals: Originals, tmp_path: Path) -> None:
+def test_tampered_runs_are_published_unchanged_or_refused(originals: Originals, tmp_path: Path) -> None:
     place = originals.place(of_finished=True)
     assert toolkit("publish", place.run.path, "lab/x", "--no-push", "-o", tmp_path / "right").status == 0
     right = published(tmp_path / "right")
@@ -100,15 +100,15 @@ def test_published(originals: Originals, tmp_path: Path) -> None:
     check_all("published", PUBLISHED, originals, True, play)
 
 
-def test_evaluated(originals: Originals) -> None:
+def test_tampered_runs_are_evaluated_with_equal_metrics_or_refused(originals: Originals) -> None:
     def play(case: Case, place: Place) -> str:
         command = ("evaluate", place.run.path)
-        return fault_of(case, place, command, lambda outcome: [] if EQUAL in outcome.stdout else ["figures"])
+        return fault_of(case, place, command, lambda outcome: [] if EQUAL in outcome.stdout else ["metrics"])
 
     check_all("evaluated", EVALUATED, originals, True, play)
 
 
-def test_exported_and_predicted(originals: Originals, tmp_path: Path) -> None:
+def test_tampered_weights_are_neither_exported_nor_used(originals: Originals, tmp_path: Path) -> None:
     def play(case: Case, place: Place) -> str:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         image = place.data / place.run.split["test"][0]
