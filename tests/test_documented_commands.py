@@ -48,7 +48,7 @@ ELSEWHERE = {
     r"toolkit study recipes/(papers|studies)/.*": "test_papers.py::test_every_study_passes_its_plan",
     r"toolkit study (dead|typo)\.toml": "test_study_forms.py::test_each_mistake_has_its_message",
     r"toolkit study momentum\.toml.*": (
-        "test_study_forms.py::test_all_faults_of_all_runs_are_told_at_once_and_each_once"
+        "test_study_forms.py::test_all_errors_of_all_runs_are_reported_at_once_and_each_once"
     ),
     r"toolkit study diverges\.toml": (
         "test_study_running.py::test_a_run_that_fails_does_not_end_the_study_and_is_retried_when_asked"
