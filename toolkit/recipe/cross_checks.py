@@ -18,20 +18,7 @@ from toolkit.recipe.image_size import convnet_output_size, input_size
 from toolkit.recipe.schema import NORMALIZATIONS, NormalizeValues, Recipe, SchedulerConfig
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
-
-SCHEDULE_KEYS = {
-    "step_size": ("step",),
-    "gamma": ("step", "exponential", "plateau"),
-    "min_lr": ("cosine", "plateau"),
-    "metric": ("plateau",),
-    "patience": ("plateau",),
-    "threshold": ("plateau",),
-    "threshold_mode": ("plateau",),
-    "pct_start": ("one_cycle",),
-    "start_factor": ("one_cycle",),
-    "end_factor": ("one_cycle",),
-}
-"""The schedules that use each key; keys not listed apply to all schedules."""
+from toolkit.recipe.training_schema import SCHEDULE_KEYS
 
 LONGEST_LABEL = 128
 """W&B's limit for run names, groups and similar, in characters."""

@@ -87,6 +87,21 @@ class SchedulerConfig(ConfigModel):
         return self
 
 
+SCHEDULE_KEYS = {
+    "step_size": ("step",),
+    "gamma": ("step", "exponential", "plateau"),
+    "min_lr": ("cosine", "plateau"),
+    "metric": ("plateau",),
+    "patience": ("plateau",),
+    "threshold": ("plateau",),
+    "threshold_mode": ("plateau",),
+    "pct_start": ("one_cycle",),
+    "start_factor": ("one_cycle",),
+    "end_factor": ("one_cycle",),
+}
+"""The schedules that use each key; keys not listed apply to all schedules."""
+
+
 class TrainConfig(ConfigModel):
     """Training loop: epochs, batch size, precision, model selection."""
 
