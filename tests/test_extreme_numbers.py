@@ -53,6 +53,7 @@ WITH: dict[str, list[str]] = {
     "scheduler.step_size": ['scheduler.name="step"'],
     "scheduler.gamma": ['scheduler.name="step"', "scheduler.step_size=1"],
     "scheduler.min_lr": ['scheduler.name="cosine"'],
+    "scheduler.power": ['scheduler.name="polynomial"'],
     "scheduler.patience": ['scheduler.name="plateau"'],
     "scheduler.threshold": ['scheduler.name="plateau"'],
     "scheduler.pct_start": ['scheduler.name="one_cycle"'],

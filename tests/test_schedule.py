@@ -40,6 +40,11 @@ def stepped(make, epochs: int) -> list[float]:
             {"name": "cosine", "min_lr": 0.01},
             lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 12, eta_min=0.01),
         ),
+        (
+            {"name": "polynomial", "power": 2.0},
+            lambda o: torch.optim.lr_scheduler.PolynomialLR(o, 12, power=2.0),
+        ),
+        ({"name": "polynomial"}, lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, 12)),
         ({"name": "constant"}, lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
     ],
 )

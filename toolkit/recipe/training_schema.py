@@ -43,10 +43,11 @@ class OptimizerConfig(ConfigModel):
 class SchedulerConfig(ConfigModel):
     """Learning-rate schedule, a function of epochs."""
 
-    name: Literal["constant", "step", "exponential", "cosine", "one_cycle", "plateau"] = Field(
+    name: Literal["constant", "step", "exponential", "cosine", "polynomial", "one_cycle", "plateau"] = Field(
         "constant",
         description="step: multiply by gamma every step_size epochs. exponential: multiply by gamma every epoch. "
-        "plateau: multiply by gamma when the metric stops improving.",
+        "cosine, polynomial: fall from lr to min_lr, along half a cosine or as (remaining share of the epochs) ** "
+        "power. plateau: multiply by gamma when the metric stops improving.",
     )
     step_size: int | None = Field(
         None, ge=1, description="step: epochs between two reductions.", json_schema_extra=EPOCHS
@@ -54,7 +55,8 @@ class SchedulerConfig(ConfigModel):
     gamma: float | None = Field(
         None, gt=0, le=1, description="Decay factor of step (default 0.1), exponential (0.95) and plateau (0.1)."
     )
-    min_lr: float = Field(0.0, ge=0, description="cosine, plateau: lower bound on the learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="cosine, polynomial, plateau: lower bound on the learning rate.")
+    power: float = Field(1.0, gt=0, le=100, description="polynomial: exponent; 1 is a linear decay.")
     warmup_epochs: float = Field(
         0.0,
         ge=0,
@@ -90,7 +92,8 @@ class SchedulerConfig(ConfigModel):
 SCHEDULE_KEYS = {
     "step_size": ("step",),
     "gamma": ("step", "exponential", "plateau"),
-    "min_lr": ("cosine", "plateau"),
+    "min_lr": ("cosine", "polynomial", "plateau"),
+    "power": ("polynomial",),
     "metric": ("plateau",),
     "patience": ("plateau",),
     "threshold": ("plateau",),

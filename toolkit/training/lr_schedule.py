@@ -18,18 +18,17 @@ def lr_factor(table: SchedulerConfig, epoch: float, epochs: int) -> float:
     """Return the factor of the peak learning rate at ``epoch``, a fraction between 0 (start) and ``epochs`` (end).
 
     step: StepLR. exponential: multiply by gamma per epoch. cosine: Loshchilov & Hutter 2017 (arXiv:1608.03983), one
-    cycle. one_cycle: Smith & Topin 2018 (arXiv:1708.07120) with cosine annealing. The warm-up factor multiplies that of
-    the schedule. The lower bound ``min_lr`` of cosine is applied by :func:`learning_rate`.
+    cycle. polynomial: PolynomialLR over the epochs after the warm-up. one_cycle: Smith & Topin 2018 (arXiv:1708.07120) with cosine annealing. The warm-up factor multiplies that of
+    the schedule. The lower bound ``min_lr`` of cosine and polynomial is applied by :func:`learning_rate`.
     """
     return _warmup(table, epoch) * _base(table, epoch, epochs)
 
 
 def learning_rate(table: SchedulerConfig, peak: float, epoch: float, epochs: int, plateau_factor: float = 1.0) -> float:
     """Return the learning rate of a parameter group whose peak is ``peak``."""
-    if table.name == "cosine":
-        cosine = _base(table, epoch, epochs)
+    if table.name in ("cosine", "polynomial"):
         floor = min(table.min_lr, peak)
-        return _warmup(table, epoch) * (floor + (peak - floor) * cosine)
+        return _warmup(table, epoch) * (floor + (peak - floor) * _base(table, epoch, epochs))
     if table.name == "plateau":
         return _warmup(table, epoch) * max(peak * plateau_factor, min(table.min_lr, peak))
     return peak * lr_factor(table, epoch, epochs)
@@ -48,10 +47,10 @@ def _base(table: SchedulerConfig, epoch: float, epochs: int) -> float:
             return gamma_of(table) ** (math.floor(epoch) // table.step_size)
         case "exponential":
             return gamma_of(table) ** math.floor(epoch)
-        case "cosine":
+        case "cosine" | "polynomial":
             start = min(table.warmup_epochs, epochs)
             share = min(max((epoch - start) / max(epochs - start, 1e-9), 0.0), 1.0)
-            return 0.5 * (1 + math.cos(math.pi * share))
+            return 0.5 * (1 + math.cos(math.pi * share)) if table.name == "cosine" else (1 - share) ** table.power
         case "one_cycle":
             share = min(epoch / epochs, 1.0)
             if share < table.pct_start:
