@@ -19,6 +19,7 @@ from toolkit.data.sampling import SamplingPlan
 from toolkit.models.keyed_dropout import DropoutKeys
 from toolkit.recipe.schema import AugmentConfig
 from toolkit.training.ema import ModelEma, decay_at, short_run_warning
+from toolkit.training.losses import training_loss
 from toolkit.training.train_step import RunningMetrics, TrainCallbacks, TrainStep, TrainStepConfig, _means
 
 IMAGES, CLASSES = 400, 2
@@ -56,10 +57,9 @@ def gradient(mixing: AugmentConfig | None, *, smoothing: float = 0.0, weights: T
     """Of one epoch's mean loss by the logits: minus the weighted mass of each class's target, plus its prediction."""
     module, accelerator = Constant(logits.clone()), Accelerator(cpu=True)
     steps = 10
-    augment = (mixing or AugmentConfig()).model_copy(update={"label_smoothing": smoothing})
     settings = TrainStepConfig(
-        seed=0, classes=CLASSES, augment=augment, max_grad_norm=None, channels_last=False,
-        class_weights=weights, cuda_graphs=False, steps_per_epoch=steps, log_every=0,
+        seed=0, classes=CLASSES, loss=training_loss(smoothing, weights), augment=mixing or AugmentConfig(), max_grad_norm=None,
+        channels_last=False, cuda_graphs=False, steps_per_epoch=steps, log_every=0,
     )  # fmt: skip
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
     trainer = TrainStep(accelerator, module, module, optimizer, DropoutKeys(0, 0), None, settings)

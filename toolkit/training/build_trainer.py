@@ -13,6 +13,7 @@ from toolkit.models.transfer import param_groups
 from toolkit.training.context import TrainingContext
 from toolkit.training.ema import ModelEma
 from toolkit.training.loaders import DataLoaders
+from toolkit.training.losses import training_loss
 from toolkit.training.optimizer import build_optimizer
 from toolkit.training.train_step import TrainStep, TrainStepConfig
 
@@ -43,10 +44,10 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
     settings = TrainStepConfig(
         seed=recipe.recipe.seed,
         classes=len(setup.dataset.classes),
+        loss=training_loss(recipe.augment.label_smoothing, _class_weights(setup)),
         augment=recipe.augment,
         max_grad_norm=recipe.train.max_grad_norm,
         channels_last=recipe.train.channels_last,
-        class_weights=_class_weights(setup),
         cuda_graphs=recipe.train.cuda_graphs,
         steps_per_epoch=setup.steps,
         log_every=recipe.train.log_every,

@@ -18,8 +18,9 @@ def lr_factor(table: SchedulerConfig, epoch: float, epochs: int) -> float:
     """Return the factor of the peak learning rate at ``epoch``, a fraction between 0 (start) and ``epochs`` (end).
 
     step: StepLR. exponential: multiply by gamma per epoch. cosine: Loshchilov & Hutter 2017 (arXiv:1608.03983), one
-    cycle. polynomial: PolynomialLR over the epochs after the warm-up. one_cycle: Smith & Topin 2018 (arXiv:1708.07120) with cosine annealing. The warm-up factor multiplies that of
-    the schedule. The lower bound ``min_lr`` of cosine and polynomial is applied by :func:`learning_rate`.
+    cycle. polynomial: PolynomialLR over the epochs after the warm-up. one_cycle: Smith & Topin 2018 (arXiv:1708.07120)
+    with cosine annealing. The warm-up factor multiplies that of the schedule. The lower bound ``min_lr`` of cosine and
+    polynomial is applied by :func:`learning_rate`.
     """
     return _warmup(table, epoch) * _base(table, epoch, epochs)
 

@@ -27,6 +27,7 @@ from toolkit.models.keyed_dropout import DropoutKeys, example_keys
 from toolkit.recipe.schema import AugmentConfig
 from toolkit.training.ema import ModelEma
 from toolkit.training.evaluation import to_device
+from toolkit.training.losses import Loss
 
 
 @dataclass
@@ -136,12 +137,11 @@ class TrainStepConfig:
 
     seed: int
     classes: int
+    loss: Loss
     augment: AugmentConfig
-    """Mixup, CutMix and label smoothing."""
+    """Mixup and CutMix."""
     max_grad_norm: float | None
     channels_last: bool
-    class_weights: Tensor | None
-    """Weight of each class in the loss, float32 [K] on the device, mean 1 over the training images."""
     cuda_graphs: bool
     steps_per_epoch: int
     log_every: int
@@ -225,14 +225,7 @@ class TrainStep:
         alone = micro.replicated or accelerator.num_processes == 1
         with contextlib.nullcontext() if micro.is_last else accelerator.no_sync(self.wrapped):
             logits = self.wrapped(inputs[: micro.own])
-            # With soft targets, each class's share is weighted by that class's weight.
-            losses = F.cross_entropy(
-                logits,
-                targets,
-                weight=settings.class_weights,
-                reduction="none",
-                label_smoothing=settings.augment.label_smoothing,
-            )
+            losses = settings.loss(logits, targets)
             # DDP averages gradients over processes; scaling by their number gives the sum.
             scale = (1 if alone else accelerator.num_processes) / micro.step_count
             accelerator.backward(losses.sum() * scale)
