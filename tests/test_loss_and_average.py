@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from cli import toolkit
-from finished import CONVNET, train
+from finished import CONVNET, train, train_on_files
+from timm.loss import BinaryCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -58,8 +59,9 @@ def gradient(mixing: AugmentConfig | None, *, smoothing: float = 0.0, weights: T
     module, accelerator = Constant(logits.clone()), Accelerator(cpu=True)
     steps = 10
     settings = TrainStepConfig(
-        seed=0, classes=CLASSES, loss=training_loss(smoothing, weights), augment=mixing or AugmentConfig(), max_grad_norm=None,
-        channels_last=False, cuda_graphs=False, steps_per_epoch=steps, log_every=0,
+        seed=0, classes=CLASSES, loss=training_loss("cross_entropy", smoothing, weights),
+        augment=mixing or AugmentConfig(), max_grad_norm=None, channels_last=False, cuda_graphs=False,
+        steps_per_epoch=steps, log_every=0,
     )  # fmt: skip
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
     trainer = TrainStep(accelerator, module, module, optimizer, DropoutKeys(0, 0), None, settings)
@@ -119,6 +121,32 @@ def test_smoothed_mixed_targets_are_weighted_class_by_class() -> None:
         logits=torch.zeros(2),
     )
     torch.testing.assert_close(found, expected, rtol=0.05, atol=2e-3)
+
+
+def test_binary_cross_entropy_is_timms() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
+    mixed = torch.rand(6, 5).softmax(1)
+    for smoothing in (0.0, 0.1):
+        ours = training_loss("bce", smoothing, None)
+        expected = BinaryCrossEntropy(smoothing=smoothing, reduction="none")(logits, labels)
+        torch.testing.assert_close(ours(logits, labels), expected.mean(1))
+    dense = BinaryCrossEntropy(smoothing=0.0, reduction="none")(logits, mixed).mean(1)
+    torch.testing.assert_close(training_loss("bce", 0.0, None)(logits, mixed), dense)
+
+
+def test_class_weights_weight_each_class_of_the_binary_cross_entropy() -> None:
+    logits, labels, weights = torch.zeros(2, 2), torch.tensor([0, 1]), torch.tensor([0.5, 3.0])
+    found = training_loss("bce", 0.0, weights)(logits, labels)
+    torch.testing.assert_close(found, torch.full((2,), np.log(2.0) * 3.5 / 2))
+
+
+def test_a_run_with_binary_cross_entropy_learns_and_validates_by_cross_entropy(tmp_path: Path) -> None:
+    run = train_on_files(tmp_path, CONVNET, 'train.loss="bce"', "optimizer.lr=1.0", epochs=6)
+    losses = [record["train/loss"] for record in run.epochs()]
+    assert losses[0] < np.log(2) * 1.1, "ten classes of which nine are absent"
+    assert losses[-1] < 0.8 * losses[0]
+    assert run.summary["best"]["val_loss"] > 1.0, "cross-entropy is several times as large"
 
 
 def test_a_mean_over_no_images_is_an_error() -> None:

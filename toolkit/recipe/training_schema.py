@@ -146,6 +146,11 @@ class TrainConfig(ConfigModel):
         "saved in their place. It is warmed up from 0 (at step n it is at most 1 - n ** (-2/3), as in timm's "
         "ModelEmaV3).",
     )
+    loss: Literal["cross_entropy", "bce"] = Field(
+        "cross_entropy",
+        description="Training loss. bce: binary cross-entropy of each class, averaged over the classes (Wightman et "
+        "al. 2021, arXiv:2110.00476). The validation and test loss is the cross-entropy.",
+    )
     class_weights: Literal["none", "balanced"] = Field(
         "none",
         description="balanced: weight the training loss by inverse class frequency; for mixed or smoothed targets "

@@ -44,7 +44,7 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
     settings = TrainStepConfig(
         seed=recipe.recipe.seed,
         classes=len(setup.dataset.classes),
-        loss=training_loss(recipe.augment.label_smoothing, _class_weights(setup)),
+        loss=training_loss(recipe.train.loss, recipe.augment.label_smoothing, _class_weights(setup)),
         augment=recipe.augment,
         max_grad_norm=recipe.train.max_grad_norm,
         channels_last=recipe.train.channels_last,
