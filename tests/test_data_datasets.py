@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import struct
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def test_real_caltech_subset(caltech_subset: Path) -> None:
 # -- torchvision's classes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "fashion_mnist"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "fashion_mnist", "kmnist"])
 def test_missing_data_without_download_says_what_to_do(tmp_path: Path, dataset: str) -> None:
     with pytest.raises(UserError, match=rf"{dataset} is not in data.root = .*data.download is false.*download=true"):
         open_(dataset, tmp_path, download=False)
@@ -219,6 +220,23 @@ def test_damaged_data_is_told(tmp_path: Path) -> None:
         (raw / f"{part}-ubyte").write_bytes(b"\0\0\x08\x01")
     with pytest.raises(UserError, match=r"fashion_mnist is not in .*, or damaged"):
         open_("fashion_mnist", tmp_path)
+
+
+@pytest.mark.parametrize(("dataset", "folder"), [("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
+def test_files_of_the_mnist_family_are_read(tmp_path: Path, dataset: str, folder: str) -> None:
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+    labels = np.arange(20, dtype=np.uint8) % 10
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, 20, 28, 28) + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 20) + labels.tobytes())
+    data = open_(dataset, tmp_path)
+    assert {name: len(members) for name, members in data.lists.items()} == {"train": 20, "test": 20}
+    assert len(data.classes) == 10
+    assert data.native_channels == 1
+    np.testing.assert_array_equal(data.labels, np.tile(labels, 2))
+    np.testing.assert_array_equal(np.asarray(data.images.load(7)).reshape(28, 28), pixels[7])
 
 
 @pytest.fixture

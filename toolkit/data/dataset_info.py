@@ -71,6 +71,16 @@ DATASETS = {
         source="downloaded to data.root (30 MiB)",
         opener="torchvision.datasets.FashionMNIST",
     ),
+    "kmnist": DatasetInfo(
+        title="Kuzushiji-MNIST",
+        description="cursive Japanese characters (Clanuwat et al. 2018)",
+        classes=10,
+        images=(60_000, 10_000),
+        size=28,
+        channels=1,
+        source="downloaded to data.root (21 MiB)",
+        opener="torchvision.datasets.KMNIST",
+    ),
     "caltech101": DatasetInfo(
         title="Caltech-101",
         description="objects in 101 classes (Li et al. 2004); one more with data.background_class",
