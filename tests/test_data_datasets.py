@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pickle
-import threading
 import struct
+import threading
 import urllib.error
 from pathlib import Path
 from typing import Any

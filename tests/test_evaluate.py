@@ -7,18 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 from cli import Outcome, toolkit
 from distributed import launch
 from finished import CONVNET, train, train_on_files
+from sklearn.metrics import accuracy_score, f1_score, recall_score
 from trainers import MUCH, Trainers, only_run, write_recipe
 
+from toolkit.metrics import MEASURES
 from toolkit.runs import Run
+from toolkit.training.evaluation import EvalResult
 
 pytestmark = pytest.mark.long
-
-METRICS = ("loss", "accuracy", "top5_accuracy", "balanced_accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +47,32 @@ def metrics(outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def test_accuracies_and_f1_are_scikit_learns() -> None:
+    """Class 3 never occurs, class 4 is never predicted, class 5 is only predicted."""
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.choice([0, 1, 2, 4], 500, p=[0.6, 0.2, 0.1, 0.1]), rng.choice([0, 1, 2, 5], 500)
+    zeros = np.zeros(500)
+    found = EvalResult(zeros, predictions, zeros, zeros.astype(bool), labels).metrics("")
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, predictions), abs=1e-12)
+    recall = recall_score(labels, predictions, average="macro", labels=[0, 1, 2, 4])
+    assert found["balanced_accuracy"] == pytest.approx(recall, abs=1e-12)
+    assert found["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"), abs=1e-12)
+
+
 @pytest.mark.parametrize(("split", "prefix"), [("test", "test_"), ("validation", "val_")])
 def test_the_metrics_equal_those_of_the_summary(run: Run, split: str, prefix: str) -> None:
     summary = run.summary
     assert summary["best"]["epoch"] < summary["last"]["epoch"] == 5, "the two models must differ"
     found = metrics(toolkit("evaluate", run.path, "--split", split, "--json"))
     for model in ("best", "last"):
-        assert found[model] == {prefix + name: summary[model][prefix + name] for name in METRICS}
+        assert found[model] == {prefix + name: summary[model][prefix + name] for name in MEASURES}
 
 
 def test_without_json_it_states_the_result_and_compares_the_predictions(run: Run) -> None:
     outcome = toolkit("evaluate", run.path)
     assert outcome.status == 0
     assert "predictions.csv: 50 of 50 rows are the same" in outcome.stdout
-    assert outcome.stdout.splitlines()[-1] == "all 8 metrics equal those of summary.json"
+    assert outcome.stdout.splitlines()[-1] == f"all {2 * len(MEASURES)} metrics equal those of summary.json"
 
 
 def test_several_processes_give_the_same_bits(run: Run) -> None:
@@ -106,7 +120,7 @@ def test_without_the_last_checkpoint_only_the_best_model_is_evaluated(copy: Run,
     assert outcome.status == 0
     assert "the last model was not evaluated: no whole checkpoint of epoch 5 is left" in outcome.stdout
     assert outcome.stderr == ""
-    assert "all 4 metrics equal" in outcome.stdout
+    assert f"all {len(MEASURES)} metrics equal" in outcome.stdout
 
 
 def test_a_run_that_was_killed_is_evaluated_with_nothing_to_compare_with(copy: Run) -> None:
@@ -159,7 +173,7 @@ def test_data_sets_in_memory_are_reproduced_as_well(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, MUCH)
     run = train(recipe, "train.epochs=2", "train.eval_batch_size=13")
     found = metrics(toolkit("evaluate", run.path, "--json"))
-    assert set(found["best"]) == {f"test_{name}" for name in METRICS}
+    assert set(found["best"]) == {f"test_{name}" for name in MEASURES}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from cli import toolkit
 from finished import CONVNET, train
 from PIL import Image
 
+from toolkit.metrics import MEASURES
 from toolkit.recipe import loads_recipe
 from toolkit.report.run_data import load_run_data
 from toolkit.runs import Run, open_run
@@ -157,11 +158,9 @@ def test_all_images_train(bare: Run) -> None:
 
 def test_only_one_of_the_two_may_be_left_out(tmp_path: Path) -> None:
     no_validation = train(write(tmp_path), "data.split.validation=0", 'train.best_metric="last"').summary
-    assert set(no_validation["best"]) == {
-        "epoch", "test_loss", "test_accuracy", "test_top5_accuracy", "test_balanced_accuracy"}  # fmt: skip
+    assert set(no_validation["best"]) == {"epoch", *(f"test_{name}" for name in MEASURES)}
     no_test = train(write(tmp_path), "data.split.test=0").summary
-    assert set(no_test["best"]) == {
-        "epoch", "val_loss", "val_accuracy", "val_top5_accuracy", "val_balanced_accuracy"}  # fmt: skip
+    assert set(no_test["best"]) == {"epoch", *(f"val_{name}" for name in MEASURES)}
     assert no_test["images"]["test"] == 0
 
 

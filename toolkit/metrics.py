@@ -38,6 +38,7 @@ MEASURES = {
     "accuracy": Measure("accuracy", "acc. %", splits=tuple(SPLITS)),
     "top5_accuracy": Measure("top-5 accuracy", "top-5 acc. %"),
     "balanced_accuracy": Measure("balanced accuracy", "balanced acc. %"),  # the mean recall over the classes
+    "macro_f1": Measure("macro F1", "macro F1 %"),  # the mean F1 over the classes
 }
 """Measures of a model on a split."""
 

@@ -28,19 +28,22 @@ class EvalResult:
     """True class, int64 [N]."""
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Return loss, accuracy, top5_accuracy and balanced_accuracy, each name prefixed (e.g. with ``val/``).
+        """Return the metrics of :data:`toolkit.metrics.MEASURES`, each name prefixed (e.g. with ``val/``).
 
-        balanced_accuracy is the mean recall over the classes that occur in the split.
+        balanced_accuracy is the mean recall over the classes that occur in the split; macro_f1 the mean F1 over the
+        classes that occur in the split or were predicted, as in scikit-learn.
         """
         right = self.predictions == self.labels
-        support = np.bincount(self.labels)
-        hits = np.bincount(self.labels, weights=right, minlength=len(support))
-        present = support > 0
+        count = int(max(self.labels.max(), self.predictions.max())) + 1
+        support, predicted = (np.bincount(classes, minlength=count) for classes in (self.labels, self.predictions))
+        hits = np.bincount(self.labels, weights=right, minlength=count)
+        present, occurs = support > 0, support + predicted > 0
         return {
             f"{prefix}loss": float(self.losses.mean()),
             f"{prefix}accuracy": float(right.mean()),
             f"{prefix}top5_accuracy": float(self.in_top5.mean()),
             f"{prefix}balanced_accuracy": float((hits[present] / support[present]).mean()),
+            f"{prefix}macro_f1": float((2 * hits[occurs] / (support + predicted)[occurs]).mean()),
         }
 
 
