@@ -236,6 +236,32 @@ def test_mistakes_are_told(table: TransferConfig, message: str) -> None:
         apply_transfer(fresh("resnet18"), table)
 
 
+@pytest.mark.parametrize(
+    ("name", "norms", "count"),
+    [("resnet50", ("bn", "downsample.1"), 53_120), ("vit_tiny_patch16_224", ("norm", "norm1", "norm2"), 25 * 2 * 192)],
+)
+def test_norm_tuning_trains_the_head_and_every_normalization_layer(
+    name: str, norms: tuple[str, ...], count: int
+) -> None:
+    built = fresh(name)
+    before = {key: value.clone() for key, value in built.module.named_parameters()}
+    table = TransferConfig(mode="norm_tuning")
+    transfer = apply_transfer(built, table)
+    head = MODELS[name][4]
+    below = {key for key in transfer.trainable if not is_under(key, [head])}
+    assert all(any(norm in key for norm in norms) for key in below)
+    assert sum(before[key].numel() for key in below) == count
+    assert names_under(built.module, [head]) <= set(transfer.trainable)
+    train_two_steps(name, transfer, param_groups(built, table, SGD))
+    moved = {key for key, value in built.module.named_parameters() if not torch.equal(value, before[key])}
+    assert moved == set(transfer.trainable)
+
+
+def test_norm_tuning_needs_normalization_layers() -> None:
+    with pytest.raises(UserError, match="no normalization layers; use linear_probe"):
+        apply_transfer(fresh("alexnet"), TransferConfig(mode="norm_tuning"))
+
+
 def test_patterns_add_to_the_mode() -> None:
     table = TransferConfig(mode="linear_probe", train=["layer4.1.*", "*.bn1.weight"], freeze=["fc.bias"])
     built = fresh("resnet18")

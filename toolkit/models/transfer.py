@@ -19,6 +19,8 @@ from toolkit.models.build import ModelBundle
 from toolkit.models.layer_groups import LayerGroup, is_under
 from toolkit.recipe.schema import OptimizerConfig, TransferConfig
 
+NORMALIZATION_LAYERS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
 
 @dataclass
 class Transfer:
@@ -96,6 +98,8 @@ def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
             f"transfer.mode = {table.mode!r} with freeze = {table.freeze} leaves nothing to train; "
             f"the layer groups are {_listed(built)}"
         )
+    if table.mode == "norm_tuning" and not any(isinstance(m, NORMALIZATION_LAYERS) for m in built.module.modules()):
+        raise UserError("transfer.mode = 'norm_tuning': the model has no normalization layers; use linear_probe")
     _check_unfreezing(built, table)
     _check_stem(built, transfer)
     transfer.train_mode()
@@ -114,6 +118,8 @@ def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> boo
             return not is_classifier or (is_head and table.new_layer == "train")
         case "linear_probe" | "gradual":
             return is_head
+        case "norm_tuning":
+            return is_head or isinstance(built.module.get_submodule(name.rpartition(".")[0]), NORMALIZATION_LAYERS)
 
 
 def _matches(key: str, patterns: list[str], names: list[str], built: ModelBundle) -> set[str]:

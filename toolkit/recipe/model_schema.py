@@ -167,13 +167,16 @@ class ModelConfig(ConfigModel):
 class TransferConfig(ConfigModel):
     """Which parameters are trained, and their learning-rate multipliers."""
 
-    mode: Literal["scratch", "finetune", "feature_extractor", "backbone_only", "linear_probe", "gradual"] = Field(
+    mode: Literal[
+        "scratch", "finetune", "feature_extractor", "backbone_only", "linear_probe", "gradual", "norm_tuning"
+    ] = Field(
         "scratch",
         description="scratch, finetune: all parameters are trained. feature_extractor: the backbone is frozen, all "
         "fully connected layers are trained. backbone_only: the backbone is trained, all fully connected layers are "
         "frozen (see new_layer). linear_probe: only the new head is trained. gradual: like linear_probe, then layer "
-        "groups are unfrozen from the top (see unfreeze_at). Default: finetune if model.weights is pretrained, else "
-        "scratch.",
+        "groups are unfrozen from the top (see unfreeze_at). norm_tuning: the new head and the scale and shift of all "
+        "normalization layers are trained (Frankle et al. 2021, arXiv:2003.00152). Default: finetune if model.weights "
+        "is pretrained, else scratch.",
     )
     freeze: list[str] = Field(
         [], description="Also freeze parameters whose names match one of these patterns (features.0.*)."
