@@ -13,6 +13,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from toolkit.runs import Run, open_run
 
+pytestmark = pytest.mark.long
+
 REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 CONFIGURATIONS = sorted((REPOSITORY / "launch").glob("*.yaml"))

@@ -19,6 +19,8 @@ from wandb_server import KEY, WandbServer, logged_in_here, without_login
 import toolkit.wandb_sync as syncing
 from toolkit.runs import Run
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
