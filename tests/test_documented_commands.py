@@ -58,6 +58,9 @@ ELSEWHERE = {
         "test_study_running.py::test_storage_that_cannot_be_written_is_one_message"
     ),
     r"toolkit study dropout\.toml --set study.max_runs.*": "test_study_running.py::test_more_runs_than_stated_need_yes",
+    r"toolkit table runs/\S+ runs/\S+": (
+        "test_study_claims.py::test_agreement_over_several_studies_is_that_of_all_their_rows"
+    ),
     r"toolkit table .*--by .*": "test_study_table.py::test_grouping_by_a_key",
     r"toolkit table .*--compare .*": "test_study_table.py::test_comparison_of_two_rows_over_the_same_seeds",
     r"toolkit table runs/digits-bohb --figures": "test_study_table.py::test_trials_the_best_first",

@@ -190,6 +190,25 @@ def test_agreement_of_single_runs(tmp_path: Path) -> None:
     assert (found["rows"], found["noise"]) == (3, "test images")
 
 
+def test_agreement_over_several_studies_is_that_of_all_their_rows(tmp_path: Path) -> None:
+    """Two studies of one and two rows agree as one study of all three does; each row alone has no agreement."""
+    first, *others = published_rows()
+    one = write_study(tmp_path / "one", {}, [first]).path
+    other = write_study(tmp_path / "other", {"claims": [CLAIM | {"better": "b", "than": ["c"]}]}, others).path
+    whole = outcome(tmp_path, published_rows())
+    shown = toolkit("table", str(one), str(other), "--columns", "test_accuracy", "--json")
+    assert shown.status == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["agreement"] == [each for each in whole["agreement"] if each["metric"] == "test_accuracy"]
+    assert len(found["agreement"]) == 1
+    assert [claim["claim"] for claim in found["claims"]] == ["a beats b"]
+    text = toolkit("table", str(one), str(other)).stdout
+    assert "rank correlation" in text
+    assert "a beats b" in text
+    refused = toolkit("table", str(one), str(other), "--sort", "test_accuracy")
+    assert (refused.status, "only --columns and --json" in refused.stderr) == (2, True)
+
+
 def test_agreement_over_seeds_uses_their_spread(tmp_path: Path) -> None:
     """Deviation 0.1 each: the means 0.5 and 0.6 are within 0.2 of 0.65 and beyond 0.2 of 0.9."""
     runs = [

@@ -17,7 +17,9 @@ from toolkit.errors import UserError
 
 @command
 def table(
-    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study's folder.")],
+    studies: Annotated[
+        list[Path], typer.Argument(metavar="STUDY...", help="Folder of a study, or of several for their agreement.")
+    ],
     columns: Annotated[
         str | None, typer.Option(metavar="METRICS", help="Metrics separated by commas, such as val_loss,test_accuracy.")
     ] = None,
@@ -43,14 +45,24 @@ def table(
     """Print a study's results table.
 
     Shows mean and standard deviation over seeds next to published metrics, and marks the best row by validation. Also
-    writes table.csv, table.md, table.tex and runs.csv to the folder.
+    writes table.csv, table.md, table.tex and runs.csv to the folder. With several studies, prints the agreement of all
+    their rows with the published metrics, and the verdicts on all their claims.
 
     Example: toolkit table runs/giunta-dropout
     """
     from toolkit.study.directory import StudyDirectory
-    from toolkit.study.export_tables import TableOptions, read_outcomes, terminal_text, to_json, write_tables
+    from toolkit.study.export_tables import TableOptions, overall, read_outcomes, terminal_text, to_json, write_tables
+    from toolkit.study.text_table import text
 
     options = TableOptions(_listed(columns), _listed(by), compare, intervals, sort, top)
+    if len(studies) > 1:
+        if by or compare or intervals or sort or top or figures:
+            raise UserError("with several studies, only --columns and --json have a meaning: no table of rows is shown")
+        tables, content = overall([read_outcomes(StudyDirectory(study), options) for study in studies], options.columns)
+        shown = "\n\n".join(text(part) for part in tables) or "no two rows can be compared with published metrics"
+        print(json.dumps(content, indent=2, ensure_ascii=False) if as_json else shown)
+        return
+    (study,) = studies
     found = read_outcomes(StudyDirectory(study), options)
     print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if as_json else terminal_text(found))
     try:

@@ -198,6 +198,20 @@ def to_json(found: StudyResults) -> dict[str, Any]:
     }
 
 
+def overall(studies: Sequence[StudyResults], columns: Sequence[str]) -> tuple[list[TextTable], dict[str, Any]]:
+    """Return the agreement of all rows of several studies and the verdicts on all their claims: as tables, and as JSON.
+
+    ``columns`` are the metrics compared; if empty, those of the studies' tables.
+    """
+    shown = columns or list(dict.fromkeys(name for study in studies for name in study.columns))
+    found = agreements([row for study in studies if not study.trials for row in study.rows], shown)
+    claims = [claim for study in studies for claim in study.claims]
+    tables = [agreement_sheet(found)] if found else []
+    tables += [claims_sheet(claims, studies[0].table.output.confidence)] if claims else []
+    content = {"studies": [study.name for study in studies], "agreement": [asdict(one) for one in found]}
+    return tables, content | {"claims": claim_records(claims)}
+
+
 def write_tables(found: StudyResults, folder: Path) -> list[Path]:
     """Write table.csv, table.md, table.tex, runs.csv and, if the study has them, claims.csv and epochs.csv.
 
