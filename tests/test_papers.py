@@ -398,7 +398,7 @@ SPOTS: list[tuple[str, str, dict[str, float]]] = [
     ("murabito/pretrained", "lr 0.005, 30 epochs, step 25", {"last_train_loss": 0.002, "val_accuracy": 0.853}),
     ("murabito/freezing", "only convolutional",
      {"last_train_loss": 2.0, "val_accuracy": 0.49, "test_accuracy": 0.48}),
-    ("murabito/transforms", "centre crop, rotation 180", {"last_train_loss": 0.07, "test_accuracy": 0.64}),
+    ("murabito/transforms", "center crop, rotation 180", {"last_train_loss": 0.07, "test_accuracy": 0.64}),
     ("murabito/resnet18", "ResNet18", {"last_train_loss": 0.0046, "val_accuracy": 0.9381}),
 ]  # fmt: skip
 
@@ -505,8 +505,8 @@ EPOCHS: list[tuple[str, str, str, int, dict[int, float]]] = [
     ("murabito/freezing", "only convolutional", "val/accuracy", 20, {1: 0.0747, 19: 0.4938}),
     ("murabito/freezing", "only fully connected", "train/loss", 20, {1: 2.9148, 16: 0.0155, 17: 0.0174, 20: 0.0142}),
     ("murabito/freezing", "only convolutional", "train/loss", 20, {1: 4.6834, 16: 2.1546, 20: 2.0172}),
-    ("murabito/transforms", "centre crop, rotation 180", "train/loss", 20, {1: 3.6166, 15: 0.2246, 20: 0.0636}),
-    ("murabito/transforms", "centre crop, rotation 180", "val/accuracy", 20, {1: 0.4308, 18: 0.7019, 20: 0.7006}),
+    ("murabito/transforms", "center crop, rotation 180", "train/loss", 20, {1: 3.6166, 15: 0.2246, 20: 0.0636}),
+    ("murabito/transforms", "center crop, rotation 180", "val/accuracy", 20, {1: 0.4308, 18: 0.7019, 20: 0.7006}),
     ("murabito/resnet18", "ResNet18", "val/accuracy", 30, {1: 0.684, 22: 0.9381}),
 ]
 
@@ -559,7 +559,7 @@ NETWORKS: dict[tuple[str, str], tuple[int, int]] = {
     ("giunta/figures_02_07", "without batch norm"): (7_678_474, 7_678_474),
     ("giunta/figures_02_07", "with batch norm"): (7_682_826, 7_682_826),
     ("giunta/dropout", "dropout 0.5"): (7_682_826, 7_682_826),
-    ("giunta/init", "Gaussian, deviation 0.05"): (7_682_826, 7_682_826),
+    ("giunta/init", "Gaussian, std 0.05"): (7_682_826, 7_682_826),
     ("giunta/vgg11bn", "frozen"): (VGG11_CONVOLUTIONS + VGG11_GIUNTA, VGG11_GIUNTA),
     ("giunta/vgg11bn", "frozen, batch norm fixed"): (VGG11_CONVOLUTIONS + VGG11_GIUNTA, VGG11_GIUNTA),
     ("giunta/vgg11bn", "fine-tuned"): (VGG11_CONVOLUTIONS + VGG11_GIUNTA, VGG11_CONVOLUTIONS + VGG11_GIUNTA),
