@@ -1,4 +1,4 @@
-"""What holds for every architecture that can be named: checks used by the sample and by the list of all."""
+"""Checks that hold for every architecture; used by the sampled tests and by the tests of all architectures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = ["a", "b", "c", "d", "e", "f", "g"]
 
 
 def check_structure(built: ModelBundle, size: int) -> None:
-    """Heads, stages in the order of use, optimizer groups; probing leaves every parameter where it was."""
+    """Check heads, layer groups and optimizer groups; probing the model must leave all parameters unchanged."""
     module = built.module
     before = [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
     used = probe(module, 3, size).used
@@ -42,7 +42,7 @@ def check_structure(built: ModelBundle, size: int) -> None:
 
 
 def check_order(built: ModelBundle, used: tuple[str, ...]) -> None:
-    """All parts of a stage are first used before any part of the next."""
+    """Check that every parameter of a layer group is used for the first time before any of the next group."""
     steps = {name: step for step, name in enumerate(used)}
     end = -1
     for stage in built.stages[:-1]:
@@ -50,13 +50,13 @@ def check_order(built: ModelBundle, used: tuple[str, ...]) -> None:
         for prefix in stage.prefixes:
             inside = [steps[name] for name in steps if is_under(name, (prefix,))]
             firsts += [min(inside)] if inside else []
-        if firsts:  # else no parameter of the stage is used
-            assert min(firsts) > end, f"{stage.name} is used before the stage in front of it"
+        if firsts:  # otherwise no parameter of the layer group is used
+            assert min(firsts) > end, f"{stage.name} is used before the preceding layer group"
             end = max(firsts)
 
 
 def check_step(built: ModelBundle, size: int) -> None:
-    """One step of SGD: the loss is finite and every parameter that is used changes or has a gradient of zero."""
+    """Check one SGD step: the loss is finite, and every parameter in use changes or has a gradient of zero."""
     transfer = apply_transfer(built, TransferConfig())
     groups = param_groups(built, TransferConfig(), OptimizerConfig(name="sgd", lr=0.01))
     optimizer = torch.optim.SGD(groups, lr=0.01)
@@ -79,11 +79,11 @@ def trained(built: ModelBundle, table: ModelConfig, size: int) -> TrainedModel:
 
 
 def check_explained(model: TrainedModel, built: ModelBundle) -> None:
-    """Grad-CAM looks into the second half of the network, not at its input."""
+    """Check that Grad-CAM chooses a layer in the second half of the network."""
     size = model.preprocessing.image_size
     sample = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for head in built.heads:  # some begin at zero, so that nothing would matter
+        for head in built.heads:  # some are initialized to zero, which makes all gradients zero
             for parameter in model.module.get_submodule(head).parameters():
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     layer = find_layer(model, sample)
@@ -95,12 +95,12 @@ def check_explained(model: TrainedModel, built: ModelBundle) -> None:
     inside = [name for name in order if is_under(name, (layer.name,))]
     last = [name for name in inside if next(modules[name].parameters(False), None) is not None] or owners
     names = [f"{last[-1]}.{name}" for name, _ in modules[last[-1]].named_parameters(recurse=False)]
-    place = next(index for index, stage in enumerate(built.stages) if stage.holds(names[0]))
-    assert place >= (len(built.stages) - 1) // 2, f"{layer.name} is in {built.stages[place].name}"
+    group_index = next(index for index, stage in enumerate(built.stages) if stage.holds(names[0]))
+    assert group_index >= (len(built.stages) - 1) // 2, f"{layer.name} is in {built.stages[group_index].name}"
 
 
 def check_export(model: TrainedModel, folder: Path) -> None:
-    """The written folder gives the same logits."""
+    """Check that the exported folder computes the same logits."""
     _write_safetensors(model, folder)
     again = load_model(folder)
     size = model.preprocessing.image_size

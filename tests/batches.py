@@ -1,4 +1,4 @@
-"""For tests of augmentation in batches: photographs, and torchvision's result for the parameters that were drawn."""
+"""Photographs for tests of batched augmentation, and torchvision's result for the same random parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Entry = dict[str, Any]
 
 @functools.cache
 def photographs(n: int, height: int, width: int) -> list[Image.Image]:
-    """n different pieces of two photographs that come with scikit-learn."""
+    """Return n different crops of the two photographs that come with scikit-learn."""
     pictures = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     pieces = []
     for i in range(n):
@@ -41,36 +41,36 @@ def photographs(n: int, height: int, width: int) -> list[Image.Image]:
 
 
 def batch(images: list[Image.Image], *, channels_last: bool = True) -> Tensor:
-    """uint8 [n, C, h, w]."""
+    """Stack the images as uint8 [n, C, h, w]."""
     pixels = torch.from_numpy(np.stack([np.atleast_3d(np.asarray(image)) for image in images])).permute(0, 3, 1, 2)
     return pixels if channels_last else pixels.contiguous()
 
 
 def augmentation(*train: Entry, size: int = 224, channels: int = 3, seed: int = 0, **values: Any) -> GpuAugmentation:
-    """A training chain whose output is in 0..1, for images of any size."""
+    """Return training augmentation for images of any size, with output in 0..1."""
     table = AugmentConfig.model_validate({"train": list(train), **values})
     preprocessing = Preprocessing(channels, size, None, True, "bilinear", (0.0,) * channels, (1.0,) * channels)
     return batched(table, preprocessing, seed)
 
 
 def batched(table: AugmentConfig, preprocessing: Preprocessing, seed: int = 0, split: str = "train") -> GpuAugmentation:
-    """All that follows the resize, in batches."""
+    """Return the augmentation after the resize, applied to batches."""
     resized = sum(entry.stage == "before_resize" for entry in getattr(table, split))
     resized += preprocessing.resize is not None
     return GpuAugmentation(build_transform(split, table, preprocessing).steps[resized:], preprocessing, seed)
 
 
 def numbers(augment: GpuAugmentation, epoch: int, draws: Floats | Any) -> Floats:
-    """The uniform numbers behind a batch, [m, slots]."""
+    """Return the uniform random numbers of a batch, [m, slots]."""
     return keyed_uniforms(
         np.asarray(draws), sum(one.slots for one in augment.all), _AUGMENT_STREAM, augment.seed, epoch
     )
 
 
 def one_by_one(augment: GpuAugmentation, image: Image.Image, u: Floats) -> Tensor:
-    """torchvision's result for one image and the parameters that come of ``u`` [slots]: float32 [C, H, W] in 0..1.
+    """Return torchvision's result for one image and the parameters that ``u`` [slots] gives: float32 [C, H, W] in 0..1.
 
-    Pillow images throughout, each transform after the other, as in a worker.
+    All transforms are applied to Pillow images, one after the other, as in a data worker.
     """
     for one in augment.passes:
         image = after(one, image, u[None, : one.slots])
@@ -86,7 +86,7 @@ def one_by_one(augment: GpuAugmentation, image: Image.Image, u: Floats) -> Tenso
 
 
 def after(one: BatchOp, image: Any, u: Floats) -> Any:
-    """An image after one pass, by torchvision; u: [1, slots]."""
+    """Return the image after one pass, computed by torchvision; u: [1, slots]."""
     size = (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[-2:])
     match one:
         case CropFlipOp():
@@ -125,7 +125,7 @@ def after(one: BatchOp, image: Any, u: Floats) -> Any:
 
 
 def moved(step: Any, image: Any, u: Floats, fill: tuple[float, ...] | None) -> Any:
-    """An image after a flip, a crop or padding."""
+    """Return the image after a flip, a crop or padding."""
     color = list(fill or (0.0,))
     match step:
         case RandomFlip():
@@ -148,7 +148,7 @@ def moved(step: Any, image: Any, u: Floats, fill: tuple[float, ...] | None) -> A
 
 
 def warped(one: AffineOp, image: Any, u: Floats, size: tuple[int, int]) -> Any:
-    """An image after a rotation, an affine or a perspective transform."""
+    """Return the image after a rotation, an affine or a perspective transform."""
     mode = InterpolationMode.BILINEAR if one.bilinear else InterpolationMode.NEAREST
     rest: Entry = {"interpolation": mode, "fill": list(one.fill)}
     warp = one.warp

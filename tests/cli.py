@@ -1,4 +1,4 @@
-"""The command line within the test's process: fast, with exit status, stdout and stderr."""
+"""Run the command line in the test's process, which is fast, and capture exit status, stdout and stderr."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from toolkit.cli.main import app
 
 @dataclass
 class Outcome:
-    """What a command left."""
+    """Exit status and output of a command."""
 
     status: int
     stdout: str
@@ -19,7 +19,7 @@ class Outcome:
 
 
 def toolkit(*arguments: str) -> Outcome:
-    """`toolkit ARGUMENTS`."""
+    """Run `toolkit ARGUMENTS`."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch or wandb are imported anywhere, and inherited by every process that a test starts.
+# Set before torch or wandb are imported anywhere; every process that a test starts inherits it.
 os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true", HF_HUB_OFFLINE="1")
 os.environ["TOOLKIT_CACHE"] = tempfile.mkdtemp(prefix="toolkit-cache-")  # for fixtures that tests share
 
@@ -27,12 +27,12 @@ def _without_waiting_for_the_disk(descriptor: int) -> None:
 
 
 # os.fsync protects against a loss of power, which no test can cause: what a killed process wrote is in the page cache.
-# Most runs here take less time than their files would take to reach the disk. Tests that count or interrupt calls of
-# os.fsync wrap this function, and processes that are started with `python -m` use the real one.
+# Most test runs take less time than os.fsync would take to write their files to the disk. Tests that count or interrupt
+# calls of os.fsync wrap this function, and processes that are started with `python -m` use the real one.
 os.fsync = _without_waiting_for_the_disk
 
-# Autograd makes its threads at the first backward pass, one for each kind of device it then sees. After a test with
-# fake GPUs it would see some, and no process could be forked any more; now it sees none.
+# Autograd creates its threads at the first backward pass, one per device that it sees. After a test with fake GPUs it
+# would create some, and no process could be forked any more; here it sees no GPU.
 torch.zeros(1, requires_grad=True).sum().backward()
 
 CACHES = Path(os.environ["TOOLKIT_CACHE"])
@@ -43,19 +43,19 @@ ARCHIVES = ("caltech101-a.tar", "caltech101-b.tar", "cifar10.tar.xz", "cifar10-o
 SUBSET_CLASSES = (
     "Faces", "Leopards", "Motorbikes", "accordion", "airplanes", "anchor", "bonsai", "butterfly", "car_side", "chair",
 )  # fmt: skip
-"""All in the first archive; every image of car_side is grayscale."""
+"""All are in the first archive; every image of car_side is grayscale."""
 SUBSET_TRAIN, SUBSET_TEST = 8, 4
-"""Images of each class in the subset's train.txt and test.txt."""
+"""Images per class in the subset's train.txt and test.txt."""
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the order below with `--dist loadfile`, which else begins with the files of the most tests."""
+    """Keep the order below with `--dist loadfile`, which otherwise starts with the files that have the most tests."""
     config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take long come first, and of these the ones on a cluster, so that all processes end together."""
+    """Run files with long tests first, and of these the ones on a cluster, so that all workers end at the same time."""
     long = {item.path for item in items if item.get_closest_marker("long")}
     items.sort(key=lambda item: (item.path not in long, "slurm" not in item.path.name))
 
@@ -73,13 +73,13 @@ def pytest_unconfigure() -> None:
 
 
 def _real_images() -> Path:
-    """Where the real images should be."""
+    """Return the folder in which the real images should be."""
     return Path(os.environ.get("TOOLKIT_TEST_DATA", SHARED / "data"))
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder with the archives of real images; the test is skipped if there is none."""
+    """Return the folder with the archives of real images; skip the test if there is none."""
     folder = _real_images()
     missing = [name for name in ARCHIVES if not (folder / name).is_file()]
     if missing:
@@ -89,9 +89,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def caltech_subset(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root with 10 classes of Caltech-101, 8 training and 4 test images each, in the original layout.
+    """Return a data root with 10 classes of Caltech-101, 8 training and 4 test images each, in the original layout.
 
-    The lists keep the original's lines for BACKGROUND_Google, whose images are not there.
+    The lists keep the original lines for BACKGROUND_Google, whose images are missing.
     """
     root = tmp_path_factory.mktemp("data")
     home = root / "caltech101"
@@ -117,7 +117,7 @@ def caltech_subset(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """On CI, where the real images lie beside the repository, a test that needs them must not skip."""
+    """Make a skipped test fail on CI if it needs the real images and they are next to the repository."""
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
     needs_images = "shared_data" in getattr(item, "fixturenames", ())

@@ -17,17 +17,17 @@ from cli import Outcome, toolkit
 from toolkit.runs import Run
 
 LIMIT_S = 60
-"""A command that takes longer hangs."""
+"""A command that takes longer counts as hanging."""
 
 VALUES: tuple[Any, ...] = (None, float("nan"), float("inf"), -1, -(10**6), 10**30, 1e308, 0.5, True, "", "text", [], {},
                            [[1]], {"a": {}}, "../../etc", "\0")  # fmt: skip
-"""Values that a person or a broken program may write in place of the right one."""
+"""Values that a person or a broken program may write instead of the right one."""
 
 Damage = Callable[[Path, Random], None]
 
 
 def _written(content: Callable[[bytes, Random], bytes]) -> Damage:
-    """Replace the content of the file."""
+    """Return the damage that replaces the content of a file."""
 
     def damage(path: Path, random: Random) -> None:
         path.write_bytes(content(path.read_bytes(), random))
@@ -36,7 +36,7 @@ def _written(content: Callable[[bytes, Random], bytes]) -> Damage:
 
 
 def _replaced(put: Callable[[Path], Any]) -> Damage:
-    """Replace the file by something else of its name."""
+    """Return the damage that replaces a file by something else with the same name."""
 
     def damage(path: Path, random: Random) -> None:
         path.unlink()
@@ -50,8 +50,8 @@ def _cut(data: bytes, random: Random) -> bytes:
 
 
 def _bad_utf8(data: bytes, random: Random) -> bytes:
-    place = random.randrange(len(data) + 1)
-    return data[:place] + b"\xff\xfe\x80" + data[place:]
+    index = random.randrange(len(data) + 1)
+    return data[:index] + b"\xff\xfe\x80" + data[index:]
 
 
 def _flipped(data: bytes, random: Random) -> bytes:
@@ -74,23 +74,23 @@ def _lost_line(data: bytes, random: Random) -> bytes:
 
 
 def _edited(data: bytes, random: Random) -> bytes:
-    """One value of a JSON file, or of one line of it, or one cell of a CSV file, replaced or deleted."""
+    """Replace or delete one value of a JSON or JSON Lines file, or one cell of a CSV file."""
     lines = data.split(b"\n")
     try:
         return json.dumps(_with_other_value(json.loads(data), random)).encode()
     except ValueError:
-        place = random.randrange(max(1, len(lines) - 1))
+        index = random.randrange(max(1, len(lines) - 1))
     try:
-        lines[place] = json.dumps(_with_other_value(json.loads(lines[place]), random)).encode()
+        lines[index] = json.dumps(_with_other_value(json.loads(lines[index]), random)).encode()
     except ValueError:
-        cells = lines[place].split(b",")
+        cells = lines[index].split(b",")
         cells[random.randrange(len(cells))] = str(random.choice(VALUES)).encode()
-        lines[place] = b",".join(cells)
+        lines[index] = b",".join(cells)
     return b"\n".join(lines)
 
 
 def _with_other_value(value: Any, random: Random) -> Any:
-    """The JSON value with one entry, at any depth, changed or deleted."""
+    """Return the JSON value with one entry, at any depth, changed or deleted."""
     if not isinstance(value, dict | list) or not value or random.random() < 0.1:
         return random.choice(VALUES)
     key = random.choice(list(value) if isinstance(value, dict) else range(len(value)))
@@ -142,7 +142,7 @@ def limited(seconds: int = LIMIT_S) -> Iterator[None]:
 
 
 def reading_commands(run: Path, image: Path, out: Path) -> dict[str, tuple[object, ...]]:
-    """Every command that reads a run directory."""
+    """Return every command that reads a run directory, by name."""
     return {
         "status": ("status", run.parent.parent),
         "status --json": ("status", run.parent.parent, "--json"),
@@ -172,7 +172,7 @@ def fault_of(name: str, arguments: tuple[object, ...], run: Path, healthy: Path)
         return outcome.stderr.strip().splitlines()[-1], outcome
     if outcome.status not in (0, 1, 2):
         return f"exit status {outcome.status}", outcome
-    # An expectation that is missed, or metrics that differ, are results on stdout.
+    # Missed expectations and different metrics are results, which are printed on stdout.
     if outcome.status and not outcome.stderr.strip() and name not in ("check", "evaluate"):
         return "it failed without a message", outcome
     if name.startswith("status"):
@@ -185,7 +185,7 @@ def fault_of(name: str, arguments: tuple[object, ...], run: Path, healthy: Path)
 
 
 def damaged_copy(original: Run, healthy: Run, folder: Path, file: str, kind: str, seed: int) -> Path:
-    """A copy of a run in ``folder``/runs/NAME/ID, with one file damaged, next to a healthy one."""
+    """Copy a run to ``folder``/runs/NAME/ID, with one file damaged, next to a healthy one."""
     target = folder / "runs" / original.path.parent.name / original.id
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(original.path, target, symlinks=True)
@@ -196,7 +196,7 @@ def damaged_copy(original: Run, healthy: Run, folder: Path, file: str, kind: str
 
 
 def files_of(run: Path) -> list[str]:
-    """The files of a run that commands read, as paths in it."""
+    """Return the files of a run that commands read, as paths relative to the run directory."""
     unread = (".svg", ".pdf", ".png", ".html")
     found = [str(path.relative_to(run)) for path in sorted(run.rglob("*")) if path.is_file()]
     return [name for name in found if not name.endswith(unread) and not Path(name).name.startswith(".")]

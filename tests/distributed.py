@@ -1,4 +1,4 @@
-"""Several processes over gloo within a test: forked, so that torch is not imported again for each."""
+"""Run functions on several gloo processes within a test; they are forked, so that torch is imported only once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import torch.distributed as dist
 
 
 def run_on(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
-    """``work(*arguments)`` on ``world`` processes joined by gloo; their results in order of rank."""
+    """Run ``work(*arguments)`` on ``world`` processes joined by gloo; return their results in order of rank."""
     with tempfile.TemporaryDirectory() as folder:
         return launch(world, _joined, f"file://{Path(folder) / 'store'}", work, arguments, timeout_s=timeout_s)
 
 
 def launch(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
-    """``work(*arguments)`` on ``world`` processes with the variables that torchrun sets; results in order of rank."""
+    """Run ``work(*arguments)`` on ``world`` processes with torchrun's variables; return results in order of rank."""
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
     port = free_port()
@@ -47,7 +47,7 @@ def launch(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: flo
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """Return a TCP port on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -78,4 +78,4 @@ def _run(rank: int, world: int, port: int, pipe: Any, work: Callable[..., Any], 
         outcome = (False, work(*arguments))
     except Exception:
         outcome = (True, traceback.format_exc())
-    pipe.send_bytes(pickle.dumps(outcome))  # by value: a sent tensor would need this process alive
+    pipe.send_bytes(pickle.dumps(outcome))  # by value: a tensor sent directly requires that this process stays alive

@@ -1,4 +1,4 @@
-"""Small finished runs for tests of evaluate, predict, explain and export, trained within the test's process."""
+"""Small finished runs for tests of evaluate, predict, explain and export, trained in the test's process."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ trackers = []
 
 
 def digit_files(root: Path, train: int = 8, test: int = 5) -> Path:
-    """The digits as PNG files of 8x8 pixels, the given numbers of each class, in train/<digit>/ and test/<digit>/."""
+    """Write the given numbers of digits per class, as PNG files of 8x8 pixels, to train/<digit>/ and test/<digit>/."""
     digits = load_digits()
     for label in range(10):
         members = np.flatnonzero(digits.target == label)
@@ -73,17 +73,17 @@ def digit_files(root: Path, train: int = 8, test: int = 5) -> Path:
 
 
 def train_on_files(folder: Path, model: str, *settings: str, size: int = 16, epochs: int = 1) -> Run:
-    """A run on :func:`digit_files` in ``folder``/data, which is created if needed."""
+    """Train a run on :func:`digit_files` in ``folder``/data, which is created if needed."""
     if not (folder / "data").is_dir():
         digit_files(folder / "data")
     path = folder / "recipe.toml"
-    places = {"runs": json.dumps(str(folder / "runs")), "data": json.dumps(str(folder / "data"))}
-    path.write_text(ON_FILES.format(**places, size=size, epochs=epochs) + model)
+    folders = {"runs": json.dumps(str(folder / "runs")), "data": json.dumps(str(folder / "data"))}
+    path.write_text(ON_FILES.format(**folders, size=size, epochs=epochs) + model)
     return train(path, *settings)
 
 
 def train(recipe: Path, *settings: str) -> Run:
-    """`toolkit train RECIPE --no-report --set ...`."""
+    """Run `toolkit train RECIPE --no-report --set ...`."""
     outcome = toolkit("train", recipe, "--no-report", *(part for setting in settings for part in ("--set", setting)))
     assert outcome.status == 0, outcome.stderr
     return open_run(outcome.stdout.splitlines()[-1])

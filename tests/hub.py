@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on the loopback interface: it stores a repository's files without checks."""
+"""A local replacement for the Hugging Face Hub, which stores a repository's files without checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Hub:
-    """The server; ``repositories`` holds the pushed files, by name and path. ``refuse`` makes it answer 403."""
+    """The server; ``repositories`` contains the pushed files by name and path. With ``refuse`` it answers 403."""
 
     def __init__(self, owner: str = "lab", refuse: bool = False) -> None:
         self.owner, self.refuse = owner, refuse
@@ -71,4 +71,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Silent."""
+        """Log nothing."""

@@ -44,11 +44,11 @@ trackers = []
 """
 CLASSES, EACH = 4, 15
 STEPS = 4
-"""Of an epoch: 4 x 15 images, of which 40 train."""
+"""Per epoch: 40 of the 4 x 15 images are for training."""
 
 
 def write_recipe(folder: Path) -> Path:
-    """A recipe on the images in ``folder``/data whose runs go to ``folder``/runs."""
+    """Write a recipe for the images in ``folder``/data, with its runs in ``folder``/runs."""
     path = folder / "recipe.toml"
     path.write_text(RECIPE.format(runs=json.dumps(str(folder / "runs")), data=json.dumps(str(folder / "data"))))
     return path
@@ -56,14 +56,14 @@ def write_recipe(folder: Path) -> Path:
 
 @cache
 def _digits(label: int) -> list[tuple[int, np.ndarray]]:
-    """The first images of a digit, 8 x 8 with values of 0 to 255, and their indices in scikit-learn's data set."""
+    """Return the first images of a digit, 8 x 8 with values from 0 to 255, and their indices in scikit-learn's data."""
     digits = load_digits()
     chosen = np.flatnonzero(digits.target == label)[:EACH]
     return [(int(i), np.rint(digits.images[i] * (255 / 16)).astype(np.uint8)) for i in chosen]
 
 
 def write_images(root: Path) -> None:
-    """60 image files of equal size in bytes, in the folders c0 to c3, each with a modification time of its own."""
+    """Write 60 image files of equal size in bytes to the folders c0 to c3, each with its own modification time."""
     for label in range(CLASSES):
         folder = root / f"c{label}"
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Run directories with known metrics, written without training, for tests of figures and pages."""
+"""Run directories with known metrics, written without training, for tests of plots and pages."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from toolkit.runs import Run
 from toolkit.study.directory import StudyDirectory
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "a'\"&amp; $x_1$", "plain"]
-"""Names that folders can have, in sorted order."""
+"""Folder names that are valid but hard to display, in sorted order."""
 SCRIPT = ["</script><script>alert(1)</script>", "{{ 7 * 7 }}", "plain"]
-"""Names that files of a run can have."""
+"""File names that are valid but hard to display."""
 
 TRAIN, VALIDATION = 3, 2
-"""Images of each class."""
+"""Images per class."""
 VAL_ACCURACY = (0.4, 0.6, 0.9, 0.8, 0.7)
-"""After each epoch: the third is the best, the fifth the last."""
+"""Accuracy after each epoch: the third is the best epoch, the fifth the last."""
 PREDICTIONS = ((0, 0, 0.95), (0, 0, 0.7), (0, 1, 0.9), (1, 1, 0.8), (1, 2, 0.55), (2, 2, 0.99), (2, 2, 0.65))
-"""Class, prediction and its probability of each test image: 5 of 7 right."""
+"""Class, prediction and probability of the prediction for each test image: 5 of 7 are correct."""
 
 RECIPE = """
 [recipe]
@@ -63,7 +63,7 @@ test_accuracy = {{ at_least = 0.7, source = "made up" }}
 def write_run(
     folder: Path, classes: Sequence[str] = HOSTILE, *, images: bool = True, test: Sequence[Any] = PREDICTIONS
 ) -> Run:
-    """A finished run in ``folder``/run on images in ``folder``/data."""
+    """Write a finished run to ``folder``/run, with its images in ``folder``/data."""
     data, run = folder / "data", Run(folder / "run")
     (run.path / "checkpoints").mkdir(parents=True)
     names = _names(classes, test)
@@ -91,7 +91,7 @@ def write_run(
 
 
 def first_layer() -> tuple[np.ndarray, np.ndarray]:
-    """Four filters of 3 channels and 3x3 weights, before and after: only the third has changed."""
+    """Return four filters of 3 channels and 3x3 weights, before and after training: only the third has changed."""
     before = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
     after = before.copy()
     after[2] *= -0.5
@@ -134,11 +134,11 @@ def _epochs() -> list[dict[str, float]]:
 
 def _summary(test: Sequence[Any]) -> dict[str, Any]:
     right = sum(label == prediction for label, prediction, _ in test) / len(test)
-    figures = {"test_loss": 0.6, "test_accuracy": right, "test_top5_accuracy": 1.0, "test_balanced_accuracy": 13 / 18}
+    metrics = {"test_loss": 0.6, "test_accuracy": right, "test_top5_accuracy": 1.0, "test_balanced_accuracy": 13 / 18}
     validation = [{key.replace("/", "_"): v for key, v in e.items() if key.startswith("val/")} for e in _epochs()]
     return {
-        "best": {"epoch": 3, **validation[2], **figures},
-        "last": {"epoch": 5, **validation[4], **figures},
+        "best": {"epoch": 3, **validation[2], **metrics},
+        "last": {"epoch": 5, **validation[4], **metrics},
         "epochs_run": 5,
         "stopped_early": True,
         "parameters": 1234,
@@ -172,7 +172,7 @@ RUNS = [
 
 
 def small_study(path: Path) -> StudyDirectory:
-    """Two rates over two seeds, of which one run failed."""
+    """Write a study of two learning rates and two seeds, in which one run failed."""
     folder = write_study(path, TABLE, RUNS, name="rates")
     for number, member in enumerate(folder.members):
         run = folder.run(member)

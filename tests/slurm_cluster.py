@@ -1,4 +1,4 @@
-"""A real SLURM cluster of two nodes for the tests, started by slurm/local-cluster.sh, and what tests do with it."""
+"""A real SLURM cluster of two nodes, started by slurm/local-cluster.sh, and helpers for the tests that use it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCRIPT = REPOSITORY / "slurm" / "local-cluster.sh"
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2 util-linux procps"
 ACCOUNT_PACKAGES = "slurmdbd mariadb-server-core mariadb-client-core"
 DEADLINE_S = 480
-"""For what takes seconds on an idle machine."""
+"""Limit for operations that take seconds on an idle machine."""
 
 RECIPE = """
 [recipe]
@@ -57,13 +57,13 @@ DIGITS = 'dataset = "digits"\nimages_per_class = 20\ntest_images_per_class = 10'
 
 
 class Cluster:
-    """slurm/local-cluster.sh on one folder."""
+    """A cluster that slurm/local-cluster.sh manages in one folder."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder, self.environment = folder, environment
 
     def do(self, action: str, *arguments: str) -> str:
-        """slurm/local-cluster.sh ACTION FOLDER ARGUMENTS; its output."""
+        """Run slurm/local-cluster.sh ACTION FOLDER ARGUMENTS and return its output."""
         command = [str(SCRIPT), action, str(self.folder), *arguments]
         # Not through pipes: the daemons would hold them open.
         with open(self.folder.parent / "cluster.txt", "w+") as output:
@@ -77,12 +77,12 @@ class Cluster:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What its env.sh exports."""
+        """Return the variables that the cluster's env.sh exports."""
         return dict(re.findall(r"^export (\w+)=(.*)$", (self.folder / "env.sh").read_text(), re.MULTILINE))
 
 
 def require(program: str, packages: str) -> None:
-    """Skip the test where a daemon is not installed; on CI, fail."""
+    """Skip the test if a daemon is not installed; on CI, fail."""
     if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
         message = f"no {program} here: apt-get install --no-install-recommends {packages}"
         if os.environ.get("CI"):
@@ -92,7 +92,7 @@ def require(program: str, packages: str) -> None:
 
 @contextlib.contextmanager
 def running(name: str, **environment: str) -> Iterator[Cluster]:
-    """A cluster with two idle nodes, which the environment of this process leads to."""
+    """Start a cluster with two idle nodes and point this process's environment to it."""
     home = Path(f"/tmp/toolkit-slurm-{os.getpid()}-{name}")
     shutil.rmtree(home, ignore_errors=True)
     (home / "c").mkdir(parents=True)
@@ -111,7 +111,7 @@ def running(name: str, **environment: str) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two idle nodes; skipped where SLURM is not installed, but a failure on CI."""
+    """Start two idle nodes; skip if SLURM is not installed, but fail on CI."""
     require("slurmctld", PACKAGES)
     with running("a") as cluster:
         yield cluster
@@ -119,46 +119,46 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def place(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder."""
+    """Return an empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def write(name: str, *, epochs: int = 3, data: str = DIGITS, recipe: str = "", trackers: str = "") -> str:
-    """A recipe in the working folder."""
+    """Write a recipe to the working folder."""
     text = RECIPE.format(name=name, epochs=epochs, data=data, recipe=recipe, trackers=trackers)
     Path(f"{name}.toml").write_text(text)
     return f"{name}.toml"
 
 
 def submit(*arguments: str, profile: str = "local") -> str:
-    """`toolkit submit ARGUMENTS`, which must succeed; what it printed."""
+    """Run `toolkit submit ARGUMENTS`, which must succeed, and return what it printed."""
     outcome = toolkit("submit", *arguments, "--profile", profile, "--time", "30")
     assert outcome.status == 0, outcome.stderr + outcome.stdout
     return outcome.stdout
 
 
 def submitted(name: str) -> Run:
-    """The only run of a recipe."""
+    """Return the only run of a recipe."""
     runs = find_runs(Path("runs").resolve() / name)
     assert len(runs) == 1
     return runs[0]
 
 
 def number_of(run: Run) -> str:
-    """Its job."""
+    """Return the id of the run's job."""
     return str(SlurmJob(run).current)
 
 
 def trainers(run: Run) -> list[int]:
-    """Processes, on any node, that train in the run directory or are about to."""
+    """Return the processes, on any node, that train in the run directory or are about to."""
     found = (folder for folder in Path("/proc").iterdir() if folder.name.isdigit())
     return [int(folder.name) for folder in found if f"toolkit.slurm.job_worker\0{run.path}\0" in _command_line(folder)]
 
 
 @contextlib.contextmanager
 def frozen(run: Run) -> Iterator[None]:
-    """Hold the trainer of a run still, so that a fast machine does not finish before it is interrupted."""
+    """Suspend the trainer of a run, so that it does not finish before it is interrupted on a fast machine."""
     pids = trainers(run)
     assert pids
     for pid in pids:
@@ -167,7 +167,7 @@ def frozen(run: Run) -> Iterator[None]:
         yield
     finally:
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError):  # SLURM wakes processes that it ends
+            with contextlib.suppress(ProcessLookupError):  # SLURM resumes processes in order to end them
                 os.kill(pid, signal.SIGCONT)
 
 
@@ -187,7 +187,7 @@ def wait_until(what: Callable[[], bool], describe: Callable[[], str]) -> None:
 
 
 def log_of(run: Run) -> str:
-    """What its job has printed."""
+    """Return what the run's job has printed."""
     path = SlurmJob(run).log
     return path.read_text() if path.exists() else ""
 
@@ -210,7 +210,7 @@ def wait_for(run: Run, state: str) -> None:
 
 
 def wait_for_end(*jobs: str) -> None:
-    """Wait until SLURM has done with these jobs."""
+    """Wait until SLURM has finished these jobs."""
 
     def over() -> bool:
         known = queue()
@@ -220,36 +220,36 @@ def wait_for_end(*jobs: str) -> None:
 
 
 def wait_for_epoch(run: Run, epoch: int) -> None:
-    """Wait until so many epochs are done."""
+    """Wait until this epoch is finished."""
     wait_until(lambda: len(run.epochs()) >= epoch, lambda: log_of(run))
 
 
 def wait_for_start(run: Run, count: int) -> None:
-    """Wait until the job has started so often."""
+    """Wait until the job has started ``count`` times."""
     wait_until(lambda: len(SlurmJob(run).starts) >= count, lambda: log_of(run))
 
 
 def sbatch(*arguments: str, **environment: str) -> str:
-    """`sbatch ARGUMENTS`: the job's id."""
+    """Run `sbatch ARGUMENTS` and return the job's id."""
     variables = {name: value for name, value in (os.environ | environment).items() if value}
     command = ["sbatch", "--parsable", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout.strip()
 
 
 def status_of(job: str) -> int:
-    """The exit status of a job, which is waited for. (sbatch --wait looks every half minute only.)"""
+    """Wait for a job and return its exit status. (sbatch --wait checks only every half minute.)"""
     wait_for_end(job)
     shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
     return int(re.search(r" ExitCode=(\d+):", shown)[1])  # type: ignore[index]
 
 
 def local_run(recipe: str) -> Run:
-    """The same recipe trained in this process, undisturbed."""
+    """Train the same recipe in this process without interruption."""
     outcome = toolkit("train", recipe, "--no-report", "--set", 'recipe.run_root="alone"')
     assert outcome.status == 0, outcome.stderr
     return open_run(outcome.stdout.splitlines()[-1])
 
 
 def run_mode() -> str:
-    """Of the cluster: net or plain."""
+    """Return the mode of the cluster: net or plain."""
     return (Path(os.environ["SLURM_CONF"]).parent / "mode").read_text().strip()

@@ -1,4 +1,4 @@
-"""Small studies on the digits, run within the test's process or in one of their own that can be killed."""
+"""Small studies on the digits, run in the test's process or in a separate one that can be killed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ optimizer.momentum = [0.5, 0.9]
 
 
 def write_study(folder: Path, study: str, *, epochs: int = 2, name: str = "study.toml") -> Path:
-    """A study's file in ``folder`` whose runs go below it."""
+    """Write a study's file to ``folder``, with its runs in the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text(BASE.format(root=folder / "runs", epochs=epochs) + study)
@@ -68,12 +68,12 @@ def write_study(folder: Path, study: str, *, epochs: int = 2, name: str = "study
 
 
 def study_folder(folder: Path) -> StudyDirectory:
-    """The study's folder of :func:`write_study`."""
+    """Return the directory of the study that :func:`write_study` wrote."""
     return StudyDirectory(folder / "runs" / "small")
 
 
 def runs_of(folder: Path) -> Iterator[tuple[str, Run]]:
-    """Rows with seeds, and their runs."""
+    """Yield the runs of a study, each with its row and seed."""
     study = study_folder(folder)
     for member in study.members:
         run = study.run(member)
@@ -82,22 +82,22 @@ def runs_of(folder: Path) -> Iterator[tuple[str, Run]]:
 
 
 def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
-    """:func:`outcome` of all runs of a study."""
+    """Return :func:`outcome` of all runs of a study."""
     return {title: outcome(run) for title, run in runs_of(folder)}
 
 
-def start(shown: Path, *arguments: object) -> ForkProcess:
-    """`toolkit ARGUMENTS` in a process of its own, forked, whose output goes to a file."""
-    process = multiprocessing.get_context("fork").Process(target=_command, args=(shown, [str(a) for a in arguments]))
+def start(output: Path, *arguments: object) -> ForkProcess:
+    """Start `toolkit ARGUMENTS` in a forked process, with its output in the file ``output``."""
+    process = multiprocessing.get_context("fork").Process(target=_command, args=(output, [str(a) for a in arguments]))
     process.start()
     return process
 
 
-def _command(shown: Path, arguments: Sequence[str]) -> None:
-    # The server that forks the test's own workers is no child of this process.
+def _command(output: Path, arguments: Sequence[str]) -> None:
+    # The server that forks the test's own workers is not a child of this process.
     server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
     server._forkserver_pid = server._forkserver_address = server._forkserver_alive_fd = None
-    descriptor = os.open(shown, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)

@@ -1,4 +1,4 @@
-"""Studies' folders as files, without training: for tests of tables and figures."""
+"""Study directories written as files, without training, for tests of tables and plots."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from toolkit.study.directory import StudyDirectory, StudyRun
 
 @dataclass
 class FakeRun:
-    """One run: what its epochs measured, and whether it is at its end."""
+    """One run: the metrics of its epochs, and its state."""
 
     row: str
     seed: int = 0
     changes: dict[str, Any] = field(default_factory=dict)
     val_accuracy: Sequence[float] = (0.5,)
-    """After each epoch. Losses are 1 minus it, training metrics 0.05 better."""
+    """The value after each epoch. Losses are 1 minus this value, and training metrics are 0.05 better."""
     test_accuracy: float = 0.5
     state: str = "finished"
     published: dict[str, float] = field(default_factory=dict)
@@ -30,12 +30,12 @@ class FakeRun:
     failure: str = "the loss is nan"
     not_comparable: str = ""
     right: Sequence[bool] = ()
-    """Whether the prediction of each test image is right; empty: no predictions.csv."""
+    """Whether the prediction of each test image is correct; if empty, there is no predictions.csv."""
     images: dict[str, int] = field(default_factory=lambda: {"train": 2892})
 
 
 def write_study(path: Path, study: Mapping[str, Any], runs: Sequence[FakeRun], name: str = "small") -> StudyDirectory:
-    """A folder with study.json and run directories in which nothing was trained."""
+    """Write a folder with study.json and run directories in which nothing was trained."""
     members = [_write_run(path, number, run) for number, run in enumerate(runs)]
     table = StudyConfig.model_validate(dict(study))
     folder = StudyDirectory(path)

@@ -1,4 +1,4 @@
-"""Whole trainers (`toolkit train ...`) on one or more processes, forked so that torch is imported once; to be ended."""
+"""Run `toolkit train ...` on one or more processes that a test can end; they are forked, so torch is imported once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from toolkit.models.build import build_model
 from toolkit.recipe import loads_recipe
 from toolkit.runs import Run, open_run
 
-# All of this is imported, and the digits read, before processes are forked: once instead of in each.
+# Modules are imported and the digits read before processes are forked, so that this happens only once.
 sklearn.datasets.load_digits()
 
 RECIPE = """
@@ -84,7 +84,7 @@ patience = 0
 gamma = 0.5
 warmup_epochs = 1.0
 """
-"""Everything that has a state; with EMA below."""
+"""Together with EMA below, settings with every kind of state that a checkpoint holds."""
 
 PRETRAINED = """
 [model]
@@ -99,7 +99,7 @@ FROZEN = f"""{PRETRAINED}
 [transfer]
 mode = "linear_probe"
 """
-"""Features of the frozen layers are computed once."""
+"""A frozen backbone, whose features are computed once."""
 
 GRADUAL = f"""{PRETRAINED}
 [transfer]
@@ -111,11 +111,11 @@ EMA = ("--set", "train.ema=0.9", "--set", "train.max_grad_norm=1.0", "--set", 't
 """For MUCH."""
 
 Prepare = Callable[[int], None]
-"""Run in each process, with its rank, before the command."""
+"""Called in each process with its rank, before the command."""
 
 
 def write_recipe(folder: Path, text: str) -> Path:
-    """A recipe in ``folder`` whose runs go below it."""
+    """Write a recipe to ``folder``, with its runs in the same folder."""
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.toml"
     path.write_text((RECIPE + text).format(root=folder / "runs"))
@@ -128,13 +128,13 @@ def write_recipe(folder: Path, text: str) -> Path:
 
 
 def only_run(folder: Path) -> Run:
-    """The one run of :func:`write_recipe`'s recipe."""
+    """Return the only run of :func:`write_recipe`'s recipe."""
     (path,) = (folder / "runs" / "small").iterdir()
     return open_run(path)
 
 
 def outcome(run: Run) -> dict[str, Any]:
-    """All of a run that must come out the same however it was run; what tells times is left out."""
+    """Return the parts of a run that must not depend on how it was run; recorded times are left out."""
     unlike = {"seconds", "startup_seconds", "images_per_s", "peak_memory_gib"}
     return {
         "weights": run.best_weights.read_bytes(),
@@ -145,7 +145,7 @@ def outcome(run: Run) -> dict[str, Any]:
 
 
 class Trainers:
-    """The processes of one `toolkit train`; what they show goes to one file."""
+    """The processes of one `toolkit train`, which write their output to one file."""
 
     def __init__(self, world: int, folder: Path, *arguments: object, prepare: Prepare | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ class Trainers:
                 os.kill(pid, number)
 
     def wait(self, timeout_s: float = 100) -> list[int]:
-        """Exit statuses in order of rank (negative: the signal that killed it); fails, and kills, after the time."""
+        """Return the exit statuses in order of rank (negative: killed by this signal); on a time-out, kill and fail."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
@@ -180,19 +180,19 @@ class Trainers:
         return [int(process.exitcode or 0) for process in self.processes]
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
-        """Wait for something to be true while they run."""
+        """Wait until a condition holds while the processes run."""
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline, f"waited {timeout_s} s in vain:\n{self.text()}"
-            assert any(process.is_alive() for process in self.processes), f"all have ended:\n{self.text()}"
+            assert time.monotonic() < deadline, f"the condition did not hold within {timeout_s} s:\n{self.text()}"
+            assert any(process.is_alive() for process in self.processes), f"all processes have ended:\n{self.text()}"
             time.sleep(0.02)
 
     def wait_until_first_ends(self, timeout_s: float = 100) -> None:
-        """Wait for one of them to end, however it does."""
+        """Wait until one of the processes ends, for any reason."""
         multiprocessing.connection.wait([process.sentinel for process in self.processes], timeout_s)
 
     def text(self) -> str:
-        """What all have shown, in the order of time."""
+        """Return the output of all processes in chronological order."""
         return self.shown.read_text()
 
 
@@ -217,7 +217,7 @@ def _trainer(rank: int, world: int, port: int, shown: Path, arguments: list[str]
 
 
 def at_call(owner: Any, name: str, count: int, act: Callable[[], None], *, after: bool = False) -> None:
-    """Have ``act`` happen before (or after) the ``count``-th call of ``owner.name`` in this process."""
+    """Call ``act`` before (or after) the ``count``-th call of ``owner.name`` in this process."""
     original, calls = getattr(owner, name), [0]
 
     def called(*arguments: Any, **named: Any) -> Any:
@@ -233,12 +233,12 @@ def at_call(owner: Any, name: str, count: int, act: Callable[[], None], *, after
 
 
 def after_seconds(seconds: float, act: Callable[[], None]) -> None:
-    """Have ``act`` happen in this process some time from now."""
+    """Call ``act`` in this process after a number of seconds."""
     timer = threading.Timer(seconds, act)
     timer.daemon = True
     timer.start()
 
 
 def kill_self() -> None:
-    """End as `kill -9` does."""
+    """End this process as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A loopback server that W&B's real client takes for its own, as far as a run goes. What is sent is kept; it may hang.
+"""A local server that W&B's real client uses as if it were W&B's. It stores what is sent for runs, and can hang.
 
 It shows what the client sends, not that W&B would accept it.
 """
@@ -22,26 +22,26 @@ from typing import Any
 import pytest
 
 KEY = "a" * 40
-"""What W&B's client takes for a key."""
+"""A key whose format W&B's client accepts."""
 
 OPERATION = re.compile(r"\b(?:query|mutation)\s+([A-Za-z_]\w*)")
 
 
 @dataclass
 class ServerRun:
-    """What arrived of one run."""
+    """What the server has received of one run."""
 
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     exit_code: int | None = None
 
     def lines(self) -> list[dict[str, Any]]:
-        """History as it was logged, without W&B's own keys."""
+        """Return the history as it was logged, without W&B's own keys."""
         return [{key: value for key, value in line.items() if not key.startswith("_")} for line in self.history]
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Answers POST requests unless ``hanging`` or ``refusing`` names their kind: "graphql" (questions) or "history"."""
+    """Answers POST requests unless ``hanging`` or ``refusing`` names their kind: "graphql" (queries) or "history"."""
 
     daemon_threads = True
 
@@ -50,7 +50,7 @@ class WandbServer(ThreadingHTTPServer):
         self.runs: dict[str, ServerRun] = {}
         self.projects = ["toolkit"]
         self.views: dict[str, dict[str, Any]] = {}
-        """Reports by their ids."""
+        """Reports by id."""
         self.hanging: set[str] = set()
         self.refusing: set[str] = set()
         self.asked = 0
@@ -59,23 +59,23 @@ class WandbServer(ThreadingHTTPServer):
         """Requests that were not answered in time."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves is no fault."""
+        """Ignore clients that disconnect."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """Return the URL at which the server listens."""
         return f"http://127.0.0.1:{self.server_port}"
 
     def wait_while_hanging(self, kind: str) -> None:
-        """As a server that has stopped to answer."""
+        """Wait as long as this kind of request is set to hang."""
         self.hung += kind in self.hanging
         while kind in self.hanging:
             time.sleep(0.05)
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any] | None:
-        """The data of one GraphQL operation; None for one that is not known."""
+        """Return the data of one GraphQL operation; None for an unknown one."""
         name = variables.get("name") or ""
         match operation:
             case "GetProjects":
@@ -144,7 +144,7 @@ class WandbServer(ThreadingHTTPServer):
                 "group": None, "jobType": None, "notes": None, "state": "running"}  # fmt: skip
 
     def take(self, name: str, body: dict[str, Any]) -> None:
-        """Keep what a file stream brings."""
+        """Store the content of a file-stream request."""
         run = self.runs.setdefault(name, ServerRun())
         files = body.get("files") or {}
         if "wandb-history.jsonl" in files:
@@ -161,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: WandbServer
 
     def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         self._send({})
@@ -211,13 +211,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
-        except OSError:  # the client has left
+        except OSError:  # the client has disconnected
             self.close_connection = True
 
 
 @contextmanager
 def wandb_server() -> Iterator[WandbServer]:
-    """A server that listens until the end of the block."""
+    """Run a server until the end of the block."""
     with WandbServer() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
@@ -229,7 +229,7 @@ def wandb_server() -> Iterator[WandbServer]:
 
 @contextmanager
 def logged_in_here(patch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    """The same, and it is W&B's server as far as this process and those that it starts know."""
+    """Run a server that this process, and those that it starts, use as W&B's server."""
     with wandb_server() as server:
         patch.setenv("WANDB_API_KEY", KEY)
         patch.setenv("WANDB_BASE_URL", server.url)
@@ -238,7 +238,7 @@ def logged_in_here(patch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 
 def without_login(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """No login of the machine's, and no client that other tests started: forked processes would have it too."""
+    """Remove the machine's login and any client that other tests started, which forked processes would inherit."""
     import wandb
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

@@ -1,4 +1,4 @@
-"""Runs that are killed from outside at random moments and resumed until they finish; for kill tests with a seed."""
+"""Kill runs at random moments, drawn from a seed, and resume them until they finish."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainers import Trainers, only_run, outcome, write_recipe
 
 from toolkit.runs import Run
 
-FAILED, LAST = 1, 3
+FAILED, STOPPED = 1, 3
 """Exit statuses of a run that lost one of its processes, and of one that was asked to stop and wrote a checkpoint."""
 READY = "ready for the first step"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -31,7 +31,7 @@ ADAMW = 'name = "adamw"\nlr = 0.01\nweight_decay = 0.05\n'
 
 @dataclass(frozen=True)
 class Combination:
-    """Settings of one experiment, laid over the recipe of :mod:`trainers`."""
+    """Settings of one experiment, applied to the recipe of :mod:`trainers`."""
 
     name: str
     world: int
@@ -39,13 +39,13 @@ class Combination:
     settings: tuple[str, ...] = ()
     epochs: int = 8
     uses_files: bool = False
-    """Whether the images are files in folders instead of the digits."""
+    """Whether the images are files in class folders; otherwise the data set is digits."""
     optimizer: str = SGD
-    """Lines of the table in the recipe's place."""
+    """Lines that replace those of the recipe's [optimizer] table."""
 
 
 def train(combination: Combination, folder: Path, *resume: object) -> Trainers:
-    """The combination's trainers, started in ``folder``."""
+    """Start the combination's training processes in ``folder``."""
     settings = [*combination.settings, f"train.epochs={combination.epochs}"]
     if combination.uses_files:
         data = folder.parent / "data"
@@ -62,26 +62,26 @@ def train(combination: Combination, folder: Path, *resume: object) -> Trainers:
 
 
 @dataclass
-class Plain:
-    """The outcome of a combination's uninterrupted run, and how long its parts took, in seconds."""
+class UninterruptedRun:
+    """The outcome of a combination's uninterrupted run, and the durations of its phases in seconds."""
 
     outcome: dict[str, Any]
     startup_s: float
     training_s: float
 
 
-def undisturbed(combination: Combination, folder: Path) -> Plain:
+def run_uninterrupted(combination: Combination, folder: Path) -> UninterruptedRun:
     began = time.monotonic()
     trainers = train(combination, folder)
     trainers.wait_until(lambda: READY in trainers.text())
     ready = time.monotonic()
     assert trainers.wait(LIMIT_S) == [0] * combination.world, trainers.text()
-    return Plain(outcome(only_run(folder)), ready - began, time.monotonic() - ready)
+    return UninterruptedRun(outcome(only_run(folder)), ready - began, time.monotonic() - ready)
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Which signal is sent to which ranks, and when: so many seconds after the start, or after training began."""
+    """Which signal is sent to which ranks, and how many seconds after the start or after training began."""
 
     number: int
     ranks: tuple[int, ...]
@@ -93,22 +93,24 @@ class Kill:
         return f"{signal.Signals(self.number).name} to ranks {list(self.ranks)}, {self.delay_s:.3f} s after {since}"
 
 
-def draw_kill(random: Random, world: int, plain: Plain) -> Kill:
-    """Seven in ten are SIGKILL; nine in ten fall between the first step and a little after the end of training."""
+def draw_kill(random: Random, world: int, uninterrupted: UninterruptedRun) -> Kill:
+    """Draw a kill: 70 % are SIGKILL; 90 % fall between the first step and shortly after the end of training."""
     number = signal.SIGKILL if random.random() < 0.7 else random.choice(STOP_SIGNALS)
-    # A process that dies alone ends the others after up to 6 s, so this is the rarer kind.
+    # If one process dies alone, the others take up to 6 s to end, so this kind is drawn less often.
     is_alone = world > 1 and random.random() < 0.3
     ranks = (random.randrange(world),) if is_alone else tuple(range(world))
     if random.random() < 0.1:
-        return Kill(number, ranks, False, random.random() * plain.startup_s)
-    # A third of the length: every start continues from the last checkpoint, and each run should meet several kills.
-    return Kill(number, ranks, True, random.random() * plain.training_s * random.choice((0.15, 0.35, 1.05)))
+        return Kill(number, ranks, False, random.random() * uninterrupted.startup_s)
+    # Within a third of the training time: every start resumes from the last checkpoint, and each run should be
+    # killed several times.
+    return Kill(number, ranks, True, random.random() * uninterrupted.training_s * random.choice((0.15, 0.35, 1.05)))
 
 
-def strike(trainers: Trainers, kill: Kill, is_finished: Callable[[], bool]) -> str:
-    """Send the signal and wait for all to end. Returns where it hit: "starting" or "training"; "": all had ended.
+def send_kill(trainers: Trainers, kill: Kill, is_finished: Callable[[], bool]) -> str:
+    """Send the signal and wait until all processes end. Return the phase that it hit.
 
-    Raises AssertionError where a process hangs, or ends otherwise than the signal asks.
+    The phase is "starting" or "training", or "" if all processes had ended before. Raises AssertionError if a process
+    hangs or ends with a status that does not follow from the signal.
     """
     alive = [process.is_alive for process in trainers.processes]
     if kill.after_ready:
@@ -125,21 +127,21 @@ def strike(trainers: Trainers, kill: Kill, is_finished: Callable[[], bool]) -> s
         assert not any(statuses), described
         return ""
     if not was_ready:
-        return "starting"  # before the handlers are set, Python and the system end a process as they always do
-    # After a SIGKILL, data workers of Python's multiprocessing may say that their parent's connection is gone.
+        return "starting"  # signal handlers are not installed yet, so any exit status is allowed
+    # After a SIGKILL, Python's data workers may print a stack trace about the lost connection to their parent.
     assert kill.number == signal.SIGKILL or "Traceback" not in trainers.text(), described
-    if is_finished():  # the last file was there: what is left of a process is its exit
-        assert {*statuses} <= {0, LAST, FAILED, -kill.number}, described
+    if is_finished():  # the last file had been written, so the processes only had to exit
+        assert {*statuses} <= {0, STOPPED, FAILED, -kill.number}, described
     elif kill.number == signal.SIGKILL:
         assert all(statuses[rank] == -signal.SIGKILL for rank in kill.ranks), described
         assert all(statuses), described
     else:
-        assert statuses == [LAST] * len(statuses), described
+        assert statuses == [STOPPED] * len(statuses), described
     return "training"
 
 
 def torn_files(run: Run) -> list[str]:
-    """Files under their final names that are not whole, read without the toolkit's own readers."""
+    """Return the incomplete files that have their final names, read without the toolkit's own readers."""
     torn = []
     for path in sorted(run.path.rglob("*")):
         if not path.is_file() or path.name.startswith("."):
@@ -152,14 +154,14 @@ def torn_files(run: Run) -> list[str]:
 
 
 def _read_whole(path: Path) -> None:
-    """Raise where a file is not what its name says."""
+    """Raise an exception if a file's content does not have the format that its name implies."""
     if path.suffix == ".json":
         content = json.loads(path.read_text())
         if isinstance(content, dict) and {"file", "sha256", "bytes"} <= content.keys():
             named = path.with_name(content["file"])
-            # A checkpoint loses its JSON before its content, so what a JSON names is there.
+            # A checkpoint's manifest is deleted before its content, so the file that a manifest names must exist.
             digest = hashlib.sha256(named.read_bytes()).hexdigest()
-            assert digest == content["sha256"], f"{named.name} has another checksum"
+            assert digest == content["sha256"], f"{named.name} has a different checksum"
     elif path.suffix == ".safetensors":
         with safetensors.safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
@@ -168,7 +170,7 @@ def _read_whole(path: Path) -> None:
         lines = path.read_text().splitlines()
         test = json.loads((path.parent / "split.json").read_text())["test"]
         assert len(lines) == len(test) + 1, f"{len(lines)} lines for {len(test)} images"
-    elif path.name == "metrics.jsonl":  # it grows, so only its last line may be half written
+    elif path.name == "metrics.jsonl":  # it is appended to, so only its last line may be incomplete
         for line in path.read_bytes().split(b"\n")[:-1]:
             json.loads(line)
     elif path.suffix == ".toml":
@@ -176,33 +178,33 @@ def _read_whole(path: Path) -> None:
 
 
 def runs_in(folder: Path) -> list[Run]:
-    """The run directories that a chain has made; one that was killed before its recipe was written is none."""
+    """Return the run directories of a chain, without those of runs that were killed before they wrote their recipe."""
     return [Run(path) for path in (folder / "runs").glob("*/*") if (path / "recipe.toml").exists()]
 
 
 def finished(folder: Path) -> bool:
-    """Whether the chain's run is: a process killed after its summary leaves a finished run, as the docs say."""
+    """Return whether the chain's run is finished, as is a run that was killed after it wrote its summary."""
     return any(run.is_finished for run in runs_in(folder))
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Names of the parts of an outcome that are not equal byte for byte."""
+    """Return the names of the parts of two outcomes that differ in any byte."""
     return [name for name in expected if found[name] != expected[name]]
 
 
 @dataclass
 class Chains:
-    """Runs of one combination, each killed and resumed until it finishes, until so many kills were made."""
+    """Runs of one combination, each killed and resumed until it finishes, until the number of kills is reached."""
 
     combination: Combination
     folder: Path
     kills: int
     seed: int
 
-    def play(self, counts: Counter[str]) -> list[str]:
-        """All chains until the first fault; what was found, with what repeats it."""
+    def run_all(self, counts: Counter[str]) -> list[str]:
+        """Run all chains until the first fault. Return the faults, each with what is needed to reproduce it."""
         random = Random(f"{self.seed} {self.combination.name}")
-        plain = undisturbed(self.combination, self.folder / "plain")
+        uninterrupted = run_uninterrupted(self.combination, self.folder / "plain")
         faults: list[str] = []
         made = 0
         while made < self.kills:
@@ -213,11 +215,11 @@ class Chains:
                     trainers = train(self.combination, folder, "--resume", "auto")
                     if made == self.kills:
                         statuses = trainers.wait(LIMIT_S)
-                        assert not any(statuses), f"resumed, it ends with {statuses}:\n{trainers.text()}"
+                        assert not any(statuses), f"the resumed run ended with {statuses}:\n{trainers.text()}"
                         continue
-                    kill = draw_kill(random, self.combination.world, plain)
+                    kill = draw_kill(random, self.combination.world, uninterrupted)
                     history.append(str(kill))
-                    hit = strike(trainers, kill, partial(finished, folder))
+                    hit = send_kill(trainers, kill, partial(finished, folder))
                     if hit:
                         made += 1
                         counts[f"{signal.Signals(kill.number).name} while {hit}"] += 1
@@ -225,8 +227,8 @@ class Chains:
                     torn = [each for run in runs_in(folder) for each in torn_files(run)]
                     assert not torn, f"torn files: {torn}"
                 (run,) = runs_in(folder)
-                wrong = differences(outcome(run), plain.outcome)
-                assert not wrong, f"{run.path}: other {', '.join(wrong)} than undisturbed"
+                wrong = differences(outcome(run), uninterrupted.outcome)
+                assert not wrong, f"{run.path}: {', '.join(wrong)} differ from the uninterrupted run's"
             except AssertionError as error:
                 faults.append(
                     f"seed {self.seed}, {self.combination.name}, {folder}, after {'; '.join(history)}: {error}"

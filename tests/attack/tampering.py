@@ -1,4 +1,4 @@
-"""Ways to tamper with a run directory and its data between two commands, and the right outcome of each."""
+"""Ways to tamper with a run directory and its data between two commands, and the correct outcome of each."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from toolkit.training.fit import fit
 
 
 @dataclass
-class Place:
-    """Where a case is tried: a copy of a run, its data, and another run of the same model with another seed."""
+class CaseFiles:
+    """Files of one case: a copy of a run, its data, and another run of the same model with another seed."""
 
     run: Run
     data: Path
@@ -31,7 +31,7 @@ class Place:
         return self.run.checkpoints
 
     def edit(self, name: str, *changes: tuple[str, str]) -> None:
-        """Replace texts in one of the run's files; each must be there."""
+        """Replace texts in one of the run's files; each must occur in it."""
         path = self.run.path / name
         text = path.read_text()
         for old, new in changes:
@@ -46,15 +46,15 @@ class Place:
         path.write_text(json.dumps(content))
 
     def content_of(self, stem: str) -> Path:
-        """The file of tensors of a checkpoint."""
+        """Return the file that holds a checkpoint's tensors."""
         (path,) = self.checkpoints.glob(f"{stem}-*.pt")
         return path
 
 
-def flip(path: Path, place: int = -3) -> None:
-    """Flip one bit; time and size stay."""
+def flip(path: Path, index: int = -3) -> None:
+    """Flip one bit without changing the file's modification time and size."""
     state, data = path.stat(), bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[index] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
@@ -65,7 +65,7 @@ def cut(path: Path) -> None:
 
 @dataclass
 class Originals:
-    """The runs that cases get copies of, all on the same data: paused after two of four epochs, and finished."""
+    """The runs that cases copy, all on the same data: some paused after two of four epochs, some finished."""
 
     folder: Path
     paused: Run
@@ -86,79 +86,79 @@ class Originals:
             shutil.move(run.path, folder / "originals" / run.id)
         paused, finished, *others = (Run(folder / "originals" / run.id) for run in runs)
         losses = [record["val/loss"] for record in finished.epochs()]
-        assert losses == sorted(losses, reverse=True), "each checkpoint must need other best weights"
+        assert losses == sorted(losses, reverse=True), "each checkpoint must refer to different best weights"
         return cls(folder, paused, finished, *others)
 
-    def place(self, *, of_finished: bool) -> Place:
-        """Fresh copies of everything, at the same paths in every case."""
+    def fresh_copy(self, *, of_finished: bool) -> CaseFiles:
+        """Copy everything, to the same paths in every case."""
         shutil.rmtree(self.folder / "data")
         shutil.copytree(self.folder / "kept", self.folder / "data")
         run = self.finished if of_finished else self.paused
         target = self.folder / "runs" / "small" / run.id
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(run.path, target)
-        return Place(Run(target), self.folder / "data", self.other_finished if of_finished else self.other_paused)
+        return CaseFiles(Run(target), self.folder / "data", self.other_finished if of_finished else self.other_paused)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is done, and the one right outcome."""
+    """One way to tamper, and its only correct outcome."""
 
     name: str
-    tamper: Callable[[Place], object]
+    tamper: Callable[[CaseFiles], object]
     refusal: str = ""
-    """A pattern of the message with which the command must refuse; "": it must give the result of an untouched run."""
+    """A pattern of the refusal's message; "": the command must give the result of an untouched run."""
     logged: str = ""
-    """With a result: a pattern of what log.txt must say."""
+    """If the command must give a result: a pattern that log.txt must match."""
 
 
-def _recipe(*changes: tuple[str, str]) -> Callable[[Place], object]:
-    return lambda place: place.edit("recipe.toml", *changes)
+def _recipe(*changes: tuple[str, str]) -> Callable[[CaseFiles], object]:
+    return lambda files: files.edit("recipe.toml", *changes)
 
 
-def _swap_data(place: Place) -> None:
-    one, two, aside = place.data / "c0/03.bmp", place.data / "c1/03.bmp", place.data / "aside"
+def _swap_data(files: CaseFiles) -> None:
+    one, two, aside = files.data / "c0/03.bmp", files.data / "c1/03.bmp", files.data / "aside"
     one.rename(aside)
     two.rename(one)
     aside.rename(two)
 
 
-def _copy(place: Place, pattern: str) -> None:
-    for path in place.other.checkpoints.glob(pattern):
-        shutil.copy(path, place.checkpoints)
+def _copy(files: CaseFiles, pattern: str) -> None:
+    for path in files.other.checkpoints.glob(pattern):
+        shutil.copy(path, files.checkpoints)
 
 
-def _other_checkpoint(place: Place) -> None:
-    for path in [*place.checkpoints.glob("0*.json"), *place.checkpoints.glob("*.pt")]:
+def _other_checkpoint(files: CaseFiles) -> None:
+    for path in [*files.checkpoints.glob("0*.json"), *files.checkpoints.glob("*.pt")]:
         path.unlink()
-    _copy(place, "*")
+    _copy(files, "*")
 
 
-def _swap_manifests(place: Place) -> None:
-    one, two = (place.checkpoints / f"000{n}-000000.json" for n in (1, 2))
+def _swap_manifests(files: CaseFiles) -> None:
+    one, two = (files.checkpoints / f"000{n}-000000.json" for n in (1, 2))
     texts = one.read_text(), two.read_text()
     one.write_text(texts[1])
     two.write_text(texts[0])
 
 
-def _all_content(damage: Callable[[Path], object]) -> Callable[[Place], object]:
-    return lambda place: [damage(path) for path in place.checkpoints.glob("*.pt")]
+def _all_content(damage: Callable[[Path], object]) -> Callable[[CaseFiles], object]:
+    return lambda files: [damage(path) for path in files.checkpoints.glob("*.pt")]
 
 
-def _move(place: Place, old: str, new: str) -> None:
-    (place.data / new).parent.mkdir(exist_ok=True)
-    (place.data / old).rename(place.data / new)
+def _move(files: CaseFiles, old: str, new: str) -> None:
+    (files.data / new).parent.mkdir(exist_ok=True)
+    (files.data / old).rename(files.data / new)
 
 
-def _touch(place: Place, pattern: str) -> None:
-    for path in place.data.glob(pattern):
+def _touch(files: CaseFiles, pattern: str) -> None:
+    for path in files.data.glob(pattern):
         os.utime(path)
 
 
-def _new_image(place: Place, name: str) -> None:
-    path = place.data / name
+def _new_image(files: CaseFiles, name: str) -> None:
+    path = files.data / name
     path.parent.mkdir(exist_ok=True)
-    shutil.copy(place.data / "c1/02.bmp", path)
+    shutil.copy(files.data / "c1/02.bmp", path)
     flip(path)
 
 
@@ -168,12 +168,12 @@ def _split_moved(content: dict[str, Any]) -> None:
 
 NEWEST, BEFORE = "checkpoints/0002-000000", "checkpoints/0001-000000"
 BEST, BEST_BEFORE = "checkpoints/best-0002.safetensors", "checkpoints/best-0001.safetensors"
-TRIED = "checkpoint 0002-000000 is damaged .*trying the one before it"
-ASIDE = r"checkpoint 0002-000000 is skipped, because best-0002\.safetensors is "
+FELL_BACK = "checkpoint 0002-000000 is damaged .*trying the one before it"
+SKIPPED = r"checkpoint 0002-000000 is skipped, because best-0002\.safetensors is "
 
 
-def _file(name: str, damage: Callable[[Path], object]) -> Callable[[Place], object]:
-    return lambda place: damage(place.run.path / name)
+def _file(name: str, damage: Callable[[Path], object]) -> Callable[[CaseFiles], object]:
+    return lambda files: damage(files.run.path / name)
 
 
 def _text(content: str) -> Callable[[Path], object]:
@@ -204,26 +204,26 @@ RESUMED = [
     Case("a newer checkpoint of another run", lambda p: (
         shutil.copy(next(p.other.checkpoints.glob("0002-000000.json")), p.checkpoints),
         _copy(p, "0002-000000-*.pt"), _copy(p, "best-*")), r"another recipe \(recipe\.seed: 7 -> 0\)"),
-    Case("newest content flipped", lambda p: flip(p.content_of("0002-000000")), logged=TRIED),
-    Case("newest content flipped in the middle", lambda p: flip(p.content_of("0002-000000"), 5000), logged=TRIED),
-    Case("newest content cut", lambda p: cut(p.content_of("0002-000000")), logged=TRIED),
-    Case("newest content empty", lambda p: os.truncate(p.content_of("0002-000000"), 0), logged=TRIED),
-    Case("newest content missing", lambda p: p.content_of("0002-000000").unlink(), logged=TRIED),
-    Case("content of the one before in the newest's place", lambda p: shutil.copy(
-        p.content_of("0001-000000"), p.content_of("0002-000000")), logged=TRIED),
-    Case("content of another run in the newest's place", lambda p: shutil.copy(
-        next(p.other.checkpoints.glob("0002-000000-*.pt")), p.content_of("0002-000000")), logged=TRIED),
+    Case("newest content flipped", lambda p: flip(p.content_of("0002-000000")), logged=FELL_BACK),
+    Case("newest content flipped in the middle", lambda p: flip(p.content_of("0002-000000"), 5000), logged=FELL_BACK),
+    Case("newest content cut", lambda p: cut(p.content_of("0002-000000")), logged=FELL_BACK),
+    Case("newest content empty", lambda p: os.truncate(p.content_of("0002-000000"), 0), logged=FELL_BACK),
+    Case("newest content missing", lambda p: p.content_of("0002-000000").unlink(), logged=FELL_BACK),
+    Case("newest content replaced by the one before", lambda p: shutil.copy(
+        p.content_of("0001-000000"), p.content_of("0002-000000")), logged=FELL_BACK),
+    Case("newest content replaced by another run's", lambda p: shutil.copy(
+        next(p.other.checkpoints.glob("0002-000000-*.pt")), p.content_of("0002-000000")), logged=FELL_BACK),
     Case("every content flipped", _all_content(flip), logged="no whole checkpoint is left: the run starts over"),
     Case("checkpoints folder missing", lambda p: shutil.rmtree(p.checkpoints), logged="is missing: the run starts"),
     # manifests
-    Case("newest manifest missing", _file(f"{NEWEST}.json", Path.unlink), logged=TRIED),
-    Case("newest manifest cut", _file(f"{NEWEST}.json", cut), logged=TRIED),
-    Case("newest manifest says another epoch", lambda p: p.edit_json(f"{NEWEST}.json", lambda c: c.update(epoch=3)),
-         logged=TRIED),
+    Case("newest manifest missing", _file(f"{NEWEST}.json", Path.unlink), logged=FELL_BACK),
+    Case("newest manifest cut", _file(f"{NEWEST}.json", cut), logged=FELL_BACK),
+    Case("newest manifest with another epoch", lambda p: p.edit_json(f"{NEWEST}.json", lambda c: c.update(epoch=3)),
+         logged=FELL_BACK),
     Case("newest manifest has another checksum", lambda p: p.edit_json(
-        f"{NEWEST}.json", lambda c: c.update(sha256="0" * 64)), logged=TRIED),
+        f"{NEWEST}.json", lambda c: c.update(sha256="0" * 64)), logged=FELL_BACK),
     Case("newest manifest names a file elsewhere", lambda p: p.edit_json(
-        f"{NEWEST}.json", lambda c: c.update(file="../../../etc/passwd")), logged=TRIED),
+        f"{NEWEST}.json", lambda c: c.update(file="../../../etc/passwd")), logged=FELL_BACK),
     Case("newest manifest names the content before", lambda p: p.edit_json(
         f"{NEWEST}.json", lambda c: c.update(json.loads((p.run.path / f"{BEFORE}.json").read_text())
                                              | {"epoch": 2}))),
@@ -234,22 +234,22 @@ RESUMED = [
         p.run.path / f"{BEFORE}.json", p.checkpoints / "0003-000000.json"), logged="0003-000000 is damaged"),
     Case("a half-written later checkpoint", lambda p: (p.checkpoints / ".0003-000000.json.1.tmp").write_text("{")),
     # best weights
-    Case("best weights flipped", _file(BEST, flip), logged=ASIDE),
-    Case("best weights missing", _file(BEST, Path.unlink), logged=ASIDE),
-    Case("best weights cut", _file(BEST, cut), logged=ASIDE),
-    Case("best weights of another run", lambda p: _copy(p, "best-0002*"), logged=ASIDE),
+    Case("best weights flipped", _file(BEST, flip), logged=SKIPPED),
+    Case("best weights missing", _file(BEST, Path.unlink), logged=SKIPPED),
+    Case("best weights cut", _file(BEST, cut), logged=SKIPPED),
+    Case("best weights of another run", lambda p: _copy(p, "best-0002*"), logged=SKIPPED),
     Case("best weights of the epoch before", lambda p: shutil.copy(p.run.path / BEST_BEFORE, p.run.path / BEST),
-         logged=ASIDE),
+         logged=SKIPPED),
     Case("all best weights flipped", lambda p: [flip(path) for path in p.checkpoints.glob("best-*")],
          r"best-0002\.safetensors is lost \(its checksum differs\)"),
-    Case("best weights that the newest does not need", _file(BEST_BEFORE, flip)),
+    Case("best weights that the newest checkpoint does not need", _file(BEST_BEFORE, flip)),
     # other files of the run
     Case("metrics missing", _file("metrics.jsonl", Path.unlink), r"metrics\.jsonl"),
     Case("metrics cut", _file("metrics.jsonl", cut), r"metrics\.jsonl"),
     Case("metrics edited", lambda p: p.edit("metrics.jsonl", ('"lr": 0.02', '"lr": 0.03')), r"metrics\.jsonl"),
-    Case("metrics with a half line more", lambda p: (p.run.metrics_file.open("a").write('{"epoch": 3, "tr'))),
+    Case("metrics with an incomplete last line", lambda p: (p.run.metrics_file.open("a").write('{"epoch": 3, "tr'))),
     Case("split.json missing", _file("split.json", Path.unlink)),
-    Case("split.json: a trained image among the test's", lambda p: p.edit_json("split.json", _split_moved)),
+    Case("split.json: a training image in the test split", lambda p: p.edit_json("split.json", _split_moved)),
     Case("split.json: another hash", lambda p: p.edit_json("split.json", lambda c: c.update(hash="0" * 64))),
     Case("split.json cut", _file("split.json", cut)),
     Case("model.json missing", _file("checkpoints/model.json", Path.unlink)),
@@ -257,7 +257,7 @@ RESUMED = [
         "checkpoints/model.json", lambda c: c["classes"].reverse())),
     Case("files.safetensors missing", _file("checkpoints/files.safetensors", Path.unlink)),
     Case("environment.json missing", _file("environment.json", Path.unlink)),
-    Case("a summary by hand", _file("summary.json", _text("{}")), "is finished: there is nothing to resume"),
+    Case("a hand-written summary", _file("summary.json", _text("{}")), "is finished: there is nothing to resume"),
     # data
     Case("an image added", lambda p: _new_image(p, "c0/99.bmp"), r"1 image\(s\) added: c0/99\.bmp"),
     Case("an image removed", lambda p: (p.data / "c2/00.bmp").unlink(), r"1 image\(s\) removed: c2/00\.bmp"),
@@ -299,7 +299,7 @@ WEIGHTS = [
         r"model\.json",
     ),
 ]
-"""For every command that needs a finished run's model."""
+"""Cases for every command that needs a finished run's model."""
 PUBLISHED = [
     *WEIGHTS,
     Case("lr edited", _recipe(("lr = 0.02", "lr = 0.01")), r"optimizer\.lr: 0\.02 -> 0\.01"),
@@ -310,7 +310,7 @@ PUBLISHED = [
 ]
 EVALUATED = [
     *WEIGHTS,
-    Case("split.json: a trained image among the test's", lambda p: p.edit_json("split.json", _split_moved),
+    Case("split.json: a training image in the test split", lambda p: p.edit_json("split.json", _split_moved),
          r"split\.json"),
     Case("split.json missing", _file("split.json", Path.unlink), r"split\.json"),
     Case("split.json cut", _file("split.json", cut), r"split\.json"),
@@ -325,13 +325,13 @@ EVALUATED = [
 
 
 def without_times(run: Run) -> dict[str, Any]:
-    """What must come out the same; the shortcuts say which images were in the cache already."""
-    unlike = re.compile("seconds|images_per_s|peak_memory_gib|shortcuts")
+    """Return the parts of a run that must be equal: no times, and no record of which images were already cached."""
+    varying = re.compile("seconds|images_per_s|peak_memory_gib|shortcuts")
     return {
         "weights": run.best_weights.read_bytes(),
         "metrics": run.metrics_file.read_bytes(),
         "predictions": (run.path / "predictions.csv").read_bytes(),
-        **{f"summary's {key}": value for key, value in run.summary.items() if not unlike.search(key)},
+        **{f"summary's {key}": value for key, value in run.summary.items() if not varying.search(key)},
         "split": {key: run.split[key] for key in ("hash", "train", "validation", "test")},
         "classes": run.model_card["classes"],
     }

@@ -1,7 +1,7 @@
-"""Damage of every kind to every file of a finished run and of a study, met by every command that reads them.
+"""Damage of every kind to every file of a finished run and of a study, read by every command that reads them.
 
-Expected of each read: it ends in time, with exit status 0, 1 or 2 and no stack trace; if it fails, with a message; and
-`toolkit status` lists the damaged run beside the healthy one. Run with -m slow; -s shows the counts.
+Each read must end in time, with exit status 0, 1 or 2 and no stack trace; a failing one must print a message; and
+`toolkit status` must list the damaged run next to the healthy one. Run with -m slow; -s shows the counts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def original(folder: Path) -> Run:
-    """A finished run with everything that a run directory can hold."""
+    """Return a finished run with every file that a run directory can contain."""
     run = train_on_files(folder, CONVNET, epochs=2)
     (run.path / "wandb" / "offline-run-1").mkdir(parents=True)
     (run.path / "wandb" / "offline-run-1" / "run-abc.wandb").write_bytes(b":W&B\0\0\0")
@@ -48,7 +48,7 @@ def original(folder: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def healthy(folder: Path, original: Run) -> Run:
-    """Another one, that stays as it is."""
+    """Return another run, which stays undamaged."""
     return train_on_files(folder, CONVNET, "recipe.seed=1")
 
 

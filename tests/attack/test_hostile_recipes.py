@@ -1,8 +1,8 @@
-"""Sixty recipes that an attacker or a broken program might write, met by `toolkit validate` and `toolkit train`.
+"""Sixty recipes that an attacker or a broken program might write, given to `toolkit validate` and `toolkit train`.
 
-Expected of each: exit status 2 in bounded time, one report that names the fault (with file and line where the text has
-lines) and says nothing that commands a terminal; no code runs, and no file is written. Run with -m slow; -s shows the
-counts.
+Each must be refused with exit status 2 in bounded time, by one report that names the fault (with file and line if the
+text has lines) and contains no control characters for the terminal; no code runs, and no file is written. Run with
+-m slow; -s shows the counts.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SEED = 13
 LIMIT_S = 20
-"""Of processor time; the usual is below one second."""
+"""Seconds of CPU time; a command usually takes less than one."""
 
-MOST_SAID = {"train": 20_000, "validate": 200_000}
-"""Characters: `train` shows the first 30 faults, `validate` all that a recipe of 64 KiB can have."""
+MAX_CHARACTERS = {"train": 20_000, "validate": 200_000}
+"""Characters: `train` prints the first 30 faults, `validate` all faults that a recipe of 64 KiB can contain."""
 
 VALID = """\
 [recipe]
@@ -59,7 +59,7 @@ trackers = []
 
 
 def changed(old: str, new: str) -> str:
-    """The valid recipe with one line replaced."""
+    """Return the valid recipe with one line replaced."""
     assert VALID.count(old) == 1, old
     return VALID.replace(old, new)
 
@@ -109,13 +109,13 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
     "a random file": (Random(SEED).randbytes(3000), "is not UTF-8 text"),
     "64 KiB of nothing": ("#" * (64 * 1024 + 1), "is larger than 64 KiB"),
     # paths
-    "a name that goes up": (changed(NAME, 'name = "../../escaped"'), r"recipe\.name"),
+    "a name with parent folders": (changed(NAME, 'name = "../../escaped"'), r"recipe\.name"),
     "an absolute name": (changed(NAME, 'name = "/tmp/escaped"'), r"recipe\.name"),
     "the name ..": (changed(NAME, 'name = ".."'), r"recipe\.name"),
     "an option as name": (changed(NAME, 'name = "-rf"'), r"recipe\.name"),
     "60,000 letters as name": (changed(NAME, 'name = "' + "a" * 60_000 + '"'), r"recipe\.name"),
     "an empty run_root": (changed('run_root = "runs"', 'run_root = ""'), r"recipe\.run_root"),
-    "a profile that goes up": (added('[slurm]\nprofile = "../../../etc/passwd"'), r"slurm\.profile"),
+    "a profile with parent folders": (added('[slurm]\nprofile = "../../../etc/passwd"'), r"slurm\.profile"),
     "a partition that is a command": (added('[slurm]\npartition = "x; touch CODE"'), r"slurm\.partition"),
     "an sbatch option with a line break": (added('[slurm]\noptions = ["--comment=a\\ntouch CODE"]'), r"slurm\.options"),
     # code
@@ -158,7 +158,7 @@ TABLES = ("recipe", "data", "augment", "model", "transfer", "optimizer", "schedu
 
 
 def of_wrong_type(table: str) -> str:
-    """The valid recipe with a value, drawn by the table's name, where this table should be."""
+    """Return the valid recipe with this table replaced by a value of another type, drawn by the table's name."""
     value = Random(f"{SEED} {table}").choice(WRONG)
     parent, _, key = table.rpartition(".")
     kept = re.sub(rf"(?ms)^\[{re.escape(table)}(\.\w+)?\]\n.*?(?=^\[|\Z)", "", VALID)
@@ -166,14 +166,14 @@ def of_wrong_type(table: str) -> str:
 
 
 RECIPES |= {
-    f"{table} is no table": (of_wrong_type(table), rf"recipe.toml:\d+:\d+: error: {re.escape(table)}\b")
+    f"{table} is not a table": (of_wrong_type(table), rf"recipe.toml:\d+:\d+: error: {re.escape(table)}\b")
     for table in TABLES
 }
 
 
 @pytest.fixture
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that commands run in; what recipes name lies beside them."""
+    """Return the folder in which commands run; the files that recipes name are in it."""
     folder = tmp_path / "home" / "work"
     folder.mkdir(parents=True)
     (folder / "circle.toml").write_text('extends = "recipe.toml"\n')
@@ -188,7 +188,7 @@ def files_below(folder: Path) -> set[str]:
 
 
 def fault_of(command: tuple[str, ...], expected: str, text: str | bytes) -> str:
-    """What is wrong with how a command took recipe.toml; "" where it is as it should be."""
+    """Return what is wrong with how a command handled recipe.toml; "" if nothing is."""
     begin = time.process_time()
     try:
         with limited(3 * LIMIT_S):
@@ -196,16 +196,16 @@ def fault_of(command: tuple[str, ...], expected: str, text: str | bytes) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     seconds = time.process_time() - begin
-    said = outcome.stderr
+    message = outcome.stderr
     if outcome.status != 2:
-        return f"exit status {outcome.status}: {said[-300:]}"
-    if "Traceback" in said + outcome.stdout:
-        return f"a stack trace: {said[-300:]}"
-    if not re.search(expected, said):
-        return f"it does not say {expected}: {said[:600]}"
-    if len(said) > MOST_SAID[command[0]]:
-        return f"{len(said)} characters in {len(said.splitlines())} lines"
-    if bad := sorted({char for char in said if not char.isprintable() and char not in "\n\t"}):
+        return f"exit status {outcome.status}: {message[-300:]}"
+    if "Traceback" in message + outcome.stdout:
+        return f"a stack trace: {message[-300:]}"
+    if not re.search(expected, message):
+        return f"its message does not match {expected}: {message[:600]}"
+    if len(message) > MAX_CHARACTERS[command[0]]:
+        return f"{len(message)} characters in {len(message.splitlines())} lines"
+    if bad := sorted({char for char in message if not char.isprintable() and char not in "\n\t"}):
         return f"it sends {bad} to the terminal"
     if seconds > LIMIT_S:
         return f"{seconds:.0f} s"
@@ -222,7 +222,7 @@ def test_every_hostile_recipe_is_refused_with_its_fault(sandbox: Path) -> None:
         before = before or files_below(sandbox.parent.parent)
         for command in (("validate", "recipe.toml"), ("train", "recipe.toml", "--no-report")):
             if name == "weights that are a pickle" and command[0] == "validate":
-                continue  # files that are there are opened by training alone
+                continue  # only training opens the weights file
             fault = fault_of(command, expected, text)
             counts["faults" if fault else f"{command[0]}: exit status 2"] += 1
             faults += [f"seed {SEED}, {name}, {' '.join(command)}: {fault}"] if fault else []

@@ -1,7 +1,7 @@
-"""Image folders as disks, phones, archives and attackers leave them, read by `toolkit data` and `toolkit train`.
+"""Oddly structured image folders from disks, phones, archives and attackers, read by two commands.
 
-Each has one right outcome: so many images of so many classes in these splits, or an error that names what is odd.
-Training must agree with what `toolkit data` counts. Run with -m slow; -s shows the counts.
+Each has one correct outcome: known numbers of images, classes and images per split, or an error that names the problem.
+`toolkit train` must agree with the counts of `toolkit data`. Run with -m slow; -s shows the counts.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SEED = 13
 LIMIT_S = 60
 EACH = 8
-"""Images of each of the classes a and b that a folder begins with."""
+"""Images in each of the classes a and b that every folder starts with."""
 
 SETTINGS = ("train.epochs=1", "train.batch_size=4", "data.split.validation=0.25", "data.split.test=0.25")
 
 
-def picture(path: Path, mode: str = "L", size: int = 12, **options: object) -> Path:
-    """An image of random pixels, the same for the same name."""
+def write_image(path: Path, mode: str = "L", size: int = 12, **options: object) -> Path:
+    """Write an image of random pixels, which are a function of its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(zlib.crc32(os.fsencode(path.name)))
     channels = {"L": (), "RGB": (3,), "CMYK": (4,), "RGBA": (4,), "LA": (2,)}[mode]
@@ -47,33 +47,33 @@ def picture(path: Path, mode: str = "L", size: int = 12, **options: object) -> P
     return path
 
 
-def pictures(root: Path, *folders: str, each: int = EACH) -> None:
+def write_images(root: Path, *folders: str, each: int = EACH) -> None:
     for folder in folders:
         for number in range(each):
-            picture(root / folder / f"{number}.png")
+            write_image(root / folder / f"{number}.png")
 
 
 @dataclass(frozen=True)
-class Odd:
-    """A kind of folder, made from the classes a and b, and its one right outcome."""
+class Kind:
+    """A kind of folder, made from the classes a and b, and its only correct outcome."""
 
     name: str
     make: Callable[[Path], object]
     images: int = 0
     classes: int = 2
     refusal: str = ""
-    """A pattern of the message of both commands; "" where the folder is taken."""
+    """A pattern of both commands' error message; "" if the folder is accepted."""
     bad: str = ""
-    """A pattern of one more image that `toolkit data` counts and lists as unreadable, and `toolkit train` refuses."""
+    """A pattern of an additional image that `toolkit data` lists as unreadable and `toolkit train` refuses."""
     settings: tuple[str, ...] = ()
     splits: tuple[int, int, int] | None = None
-    """Images that train, validate and test, where the folders say it."""
+    """Numbers of training, validation and test images, if the folders determine them."""
     plain: bool = True
-    """Whether a and b are there from the beginning."""
+    """Whether the folder starts with the classes a and b."""
 
 
 def _png_of(width: int, height: int) -> bytes:
-    """A PNG file whose header states a size and that holds no pixels of it."""
+    """Return a PNG file whose header states a size, but which contains no pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -83,11 +83,11 @@ def _png_of(width: int, height: int) -> bytes:
 
 
 def _splits(*names: str) -> Callable[[Path], object]:
-    return lambda root: [pictures(root, f"{name}/a", f"{name}/b", each=4) for name in names]
+    return lambda root: [write_images(root, f"{name}/a", f"{name}/b", each=4) for name in names]
 
 
 def _cut(root: Path, kind: str, suffix: str) -> None:
-    path = picture(root / f"a/cut.{suffix}", "RGB", 64, format=kind)
+    path = write_image(root / f"a/cut.{suffix}", "RGB", 64, format=kind)
     os.truncate(path, path.stat().st_size * 6 // 10)
 
 
@@ -96,7 +96,7 @@ def _write(name: str, content: bytes) -> Callable[[Path], object]:
 
 
 def _deep(root: Path, white: float, kind: type, suffix: str) -> None:
-    """All images with more than 8 bits."""
+    """Convert all images to more than 8 bits per sample."""
     for path in [*root.rglob("*.png")]:
         values = np.asarray(Image.open(path)).astype(np.float64) / 255 * white
         path.unlink()
@@ -109,7 +109,7 @@ def _link(name: str, target: str) -> Callable[[Path], object]:
 
 def _named(root: Path, *names: bytes) -> None:
     for name in names:
-        os.rename(picture(root / "a/new.png"), os.path.join(os.fsencode(root), b"a", name))
+        os.rename(write_image(root / "a/new.png"), os.path.join(os.fsencode(root), b"a", name))
 
 
 def _sockets(root: Path) -> None:
@@ -125,79 +125,80 @@ def _sockets(root: Path) -> None:
 
 TWICE = 2 * EACH
 KINDS = (
-    Odd("nothing odd", lambda root: None, TWICE),
+    Kind("nothing odd", lambda root: None, TWICE),
     # splits
-    Odd("Train, Val, Test", _splits("Train", "Val", "Test"), 24, splits=(8, 8, 8), plain=False),
-    Odd("TRAINING and TESTING", _splits("TRAINING", "TESTING"), 16, splits=(6, 2, 8), plain=False),
-    Odd("train and dev", _splits("train", "dev"), 16, splits=(8, 8, 0), plain=False,
+    Kind("Train, Val, Test", _splits("Train", "Val", "Test"), 24, splits=(8, 8, 8), plain=False),
+    Kind("TRAINING and TESTING", _splits("TRAINING", "TESTING"), 16, splits=(6, 2, 8), plain=False),
+    Kind("train and dev", _splits("train", "dev"), 16, splits=(8, 8, 0), plain=False,
         settings=('data.split.test="auto"',)),
-    Odd("training_set and test_set within a folder of an archive", _splits("zip/training_set", "zip/test_set"), 16,
+    Kind("training_set and test_set within a folder of an archive", _splits("zip/training_set", "zip/test_set"), 16,
         splits=(6, 2, 8), plain=False),
-    Odd("train and Train", _splits("train", "Train"), refusal="has both Train/ and train/", plain=False),
-    Odd("seg_train and seg_test", _splits("seg_train", "seg_test"), refusal="may be splits", plain=False),
-    Odd("val without train", _splits("val", "test"), refusal="but no train/", plain=False),
-    Odd("a split beside classes", lambda root: pictures(root, "train/a"), refusal=r"splits \(train/\).*\(a/, b/\)"),
-    Odd("a class named train", lambda root: pictures(root, "train"), 3 * EACH, 3),
-    Odd("a class that only test has", lambda root: (_splits("train", "test")(root), pictures(root, "test/c")),
+    Kind("train and Train", _splits("train", "Train"), refusal="has both Train/ and train/", plain=False),
+    Kind("seg_train and seg_test", _splits("seg_train", "seg_test"), refusal="may be splits", plain=False),
+    Kind("val without train", _splits("val", "test"), refusal="but no train/", plain=False),
+    Kind("a split next to classes", lambda root: write_images(root, "train/a"),
+        refusal=r"splits \(train/\).*\(a/, b/\)"),
+    Kind("a class named train", lambda root: write_images(root, "train"), 3 * EACH, 3),
+    Kind("a class that only test has", lambda root: (_splits("train", "test")(root), write_images(root, "test/c")),
         refusal="training images do not have: c", plain=False),
     # depth
-    Odd("one class", lambda root: pictures(root, "images"), refusal="holds only one class, images/", plain=False),
-    Odd("images without folders", lambda root: picture(root / "1.png"), refusal="has no class folders", plain=False),
-    Odd("an empty root", lambda root: None, refusal="it is empty", plain=False),
-    Odd("an empty class folder", lambda root: (root / "c").mkdir(), refusal=r"class folder \S*/c holds no image"),
-    Odd("classes by letter", lambda root: pictures(root, "x/abbey", "y/bar"),
+    Kind("one class", lambda root: write_images(root, "images"), refusal="holds only one class, images/", plain=False),
+    Kind("no class folders", lambda root: write_image(root / "1.png"), refusal="has no class folders", plain=False),
+    Kind("an empty root", lambda root: None, refusal="it is empty", plain=False),
+    Kind("an empty class folder", lambda root: (root / "c").mkdir(), refusal=r"class folder \S*/c holds no image"),
+    Kind("classes by letter", lambda root: write_images(root, "x/abbey", "y/bar"),
         refusal=r'class_folders = "leaf"'),
-    Odd("classes by letter, which is said", lambda root: pictures(root, "x/abbey", "x/alley", "y/bar"), 3 * EACH, 3,
+    Kind("classes grouped by letter", lambda root: write_images(root, "x/abbey", "x/alley", "y/bar"), 3 * EACH, 3,
         settings=('data.class_folders="leaf"',), plain=False),
-    Odd("versions of one data set", lambda root: pictures(root, "color/a", "color/b", "gray/a", "gray/b"),
+    Kind("versions of one data set", lambda root: write_images(root, "color/a", "color/b", "gray/a", "gray/b"),
         refusal=r"hold the same folders \(a/, b/\)", plain=False),
     # links and special files
-    Odd("a link to its own folder", _link("a/loop", "."), TWICE),
-    Odd("a link to the root", _link("a/loop", ".."), TWICE),
-    Odd("twelve links to their own folder", lambda root: [_link(f"a/{n}", ".")(root) for n in range(12)], TWICE),
-    Odd("a link to another class", _link("a/more", "../b"), refusal="would be both in"),
-    Odd("a class that is a link to nothing", _link("c", "gone"), refusal=r"the link \S*/c leads to gone"),
-    Odd("an image that is a link to nothing", _link("a/x.png", "gone.png"), TWICE, bad=r"a/x\.png"),
-    Odd("an image that is a link to itself", _link("a/x.png", "x.png"), TWICE, bad=r"a/x\.png"),
-    Odd("a link to an endless device", _link("a/x.png", "/dev/zero"), TWICE),
-    Odd("a pipe and a socket named like images", _sockets, TWICE),
-    Odd("a folder named like an image", lambda root: picture(root / "a/x.png/1.png"), TWICE + 1),
+    Kind("a link to its own folder", _link("a/loop", "."), TWICE),
+    Kind("a link to the root", _link("a/loop", ".."), TWICE),
+    Kind("twelve links to their own folder", lambda root: [_link(f"a/{n}", ".")(root) for n in range(12)], TWICE),
+    Kind("a link to another class", _link("a/more", "../b"), refusal="would be both in"),
+    Kind("a class that is a link to nothing", _link("c", "gone"), refusal=r"the link \S*/c leads to gone"),
+    Kind("an image that is a link to nothing", _link("a/x.png", "gone.png"), TWICE, bad=r"a/x\.png"),
+    Kind("an image that is a link to itself", _link("a/x.png", "x.png"), TWICE, bad=r"a/x\.png"),
+    Kind("a link to an endless device", _link("a/x.png", "/dev/zero"), TWICE),
+    Kind("a pipe and a socket named like images", _sockets, TWICE),
+    Kind("a folder named like an image", lambda root: write_image(root / "a/x.png/1.png"), TWICE + 1),
     # what is left out
-    Odd("hidden folders and files", lambda root: [picture(root / name) for name in (
+    Kind("hidden folders and files", lambda root: [write_image(root / name) for name in (
         "a/.trash/1.png", "b/.ipynb_checkpoints/1.png", "a/@eaDir/1.png", "__MACOSX/a/1.png", "b/._1.png")], TWICE),
-    Odd("texts and archives", lambda root: [(root / name).write_text("text") for name in (
+    Kind("texts and archives", lambda root: [(root / name).write_text("text") for name in (
         "a/notes.txt", "b/LICENSE", "a/x.zip", "labels.csv")], TWICE),
     # files
-    Odd("wrong suffixes", lambda root: (
-        picture(root / "a/new.jpg", format="PNG"), picture(root / "b/new.PNG", format="GIF")), TWICE + 2),
-    Odd("many formats", lambda root: [picture(root / f"a/new.{suffix}", "RGB") for suffix in (
+    Kind("wrong suffixes", lambda root: (
+        write_image(root / "a/new.jpg", format="PNG"), write_image(root / "b/new.PNG", format="GIF")), TWICE + 2),
+    Kind("many formats", lambda root: [write_image(root / f"a/new.{suffix}", "RGB") for suffix in (
         "avif", "jfif", "jp2", "jpe", "tga", "qoi", "bmp", "gif", "webp", "tiff", "ppm")], TWICE + 11),
-    Odd("CMYK", lambda root: picture(root / "a/new.jpg", "CMYK"), TWICE + 1),
-    Odd("a palette, alpha, one bit", lambda root: (
-        Image.open(root / "a/0.png").convert("P").save(root / "a/p.png"), picture(root / "a/la.png", "LA"),
-        picture(root / "b/rgba.png", "RGBA"), Image.open(root / "a/0.png").convert("1").save(root / "b/1bit.png")),
+    Kind("CMYK", lambda root: write_image(root / "a/new.jpg", "CMYK"), TWICE + 1),
+    Kind("a palette, alpha, one bit", lambda root: (
+        Image.open(root / "a/0.png").convert("P").save(root / "a/p.png"), write_image(root / "a/la.png", "LA"),
+        write_image(root / "b/rgba.png", "RGBA"), Image.open(root / "a/0.png").convert("1").save(root / "b/1bit.png")),
         TWICE + 4),
-    Odd("16 bits", lambda root: _deep(root, 65535, np.uint16, ".png"), TWICE),
-    Odd("12 bits in 16", lambda root: _deep(root, 4095, np.uint16, ".png"), TWICE),
-    Odd("16 bits, all of them dark", lambda root: _deep(root, 900, np.uint16, ".png"), TWICE),
-    Odd("16 bits, of an unclear range", lambda root: _deep(root, 20, np.uint16, ".png"), refusal="value_range"),
-    Odd("floats to 1", lambda root: _deep(root, 1, np.float32, ".tiff"), TWICE),
-    Odd("floats to 300", lambda root: _deep(root, 300, np.float32, ".tiff"), refusal="value_range"),
-    Odd("an empty file", _write("a/x.png", b""), TWICE, bad=r"a/x\.png"),
-    Odd("a text named like an image", _write("a/x.jpg", b"no image"), TWICE, bad=r"a/x\.jpg"),
-    Odd("a page named like an image", _write("a/x.png", b"<html><script>1</script>"), TWICE, bad=r"a/x\.png"),
-    Odd("a huge image", _write("a/x.png", _png_of(60_000, 60_000)), TWICE, bad=r"a/x\.png"),
-    Odd("an image without height", _write("a/x.png", _png_of(8, 0)), TWICE, bad=r"a/x\.png"),
-    *(Odd(f"a {kind} that is cut", lambda root, kind=kind, suffix=suffix: _cut(root, kind, suffix), TWICE,
+    Kind("16 bits", lambda root: _deep(root, 65535, np.uint16, ".png"), TWICE),
+    Kind("12 bits in 16", lambda root: _deep(root, 4095, np.uint16, ".png"), TWICE),
+    Kind("16 bits, all of them dark", lambda root: _deep(root, 900, np.uint16, ".png"), TWICE),
+    Kind("16 bits, of an unclear range", lambda root: _deep(root, 20, np.uint16, ".png"), refusal="value_range"),
+    Kind("floats to 1", lambda root: _deep(root, 1, np.float32, ".tiff"), TWICE),
+    Kind("floats to 300", lambda root: _deep(root, 300, np.float32, ".tiff"), refusal="value_range"),
+    Kind("an empty file", _write("a/x.png", b""), TWICE, bad=r"a/x\.png"),
+    Kind("a text named like an image", _write("a/x.jpg", b"no image"), TWICE, bad=r"a/x\.jpg"),
+    Kind("a page named like an image", _write("a/x.png", b"<html><script>1</script>"), TWICE, bad=r"a/x\.png"),
+    Kind("a huge image", _write("a/x.png", _png_of(60_000, 60_000)), TWICE, bad=r"a/x\.png"),
+    Kind("an image without height", _write("a/x.png", _png_of(8, 0)), TWICE, bad=r"a/x\.png"),
+    *(Kind(f"a {kind} that is cut", lambda root, kind=kind, suffix=suffix: _cut(root, kind, suffix), TWICE,
           bad=rf"a/cut\.{suffix}")
       for kind, suffix in (("PNG", "png"), ("JPEG", "jpg"), ("GIF", "gif"), ("BMP", "bmp"), ("TIFF", "tiff"))),
     # names
-    Odd("a name that is not UTF-8", lambda root: _named(root, b"caf\xe9.png", b"\xff\xfe.png"), TWICE + 2),
-    Odd("line breaks in names", lambda root: _named(root, b"a\nb.png", b"a\rb.png", b"a\r\nb.png"), TWICE + 3),
-    Odd("escapes and formulas in names", lambda root: _named(
+    Kind("a name that is not UTF-8", lambda root: _named(root, b"caf\xe9.png", b"\xff\xfe.png"), TWICE + 2),
+    Kind("line breaks in names", lambda root: _named(root, b"a\nb.png", b"a\rb.png", b"a\r\nb.png"), TWICE + 3),
+    Kind("escapes and formulas in names", lambda root: _named(
         root, b"\x1b[2J.png", b"=1+1.png", b"@x.png", b"-rf.png", b"%41.png", b"a,b\"c.png"), TWICE + 6),
-    Odd("a class that is not UTF-8", lambda root: pictures(root, os.fsdecode(b"caf\xe9")), 3 * EACH, 3),
-    Odd("a class of a line break", lambda root: pictures(root, "c\nd"), 3 * EACH, 3),
+    Kind("a class that is not UTF-8", lambda root: write_images(root, os.fsdecode(b"caf\xe9")), 3 * EACH, 3),
+    Kind("a class of a line break", lambda root: write_images(root, "c\nd"), 3 * EACH, 3),
 )  # fmt: skip
 
 
@@ -206,18 +207,18 @@ def arguments(folder: Path, *settings: str) -> list[str]:
     return [str(write_recipe(folder)), *chosen]
 
 
-def refused(said: str, pattern: str, status: int) -> str:
-    """What is wrong with a refusal."""
+def refused(message: str, pattern: str, status: int) -> str:
+    """Return what is wrong with a refusal; "" if nothing is."""
     if status not in (1, 2):
-        return f"it must refuse, and ends with status {status}"
-    if "Traceback" in said:
-        return f"a stack trace: {said[-500:]}"
-    last = (said.strip() or "nothing").splitlines()[-1]
-    return "" if re.search(pattern, last) else f"its last line does not say {pattern!r}: {last[:400]}"
+        return f"it must refuse, but ended with status {status}"
+    if "Traceback" in message:
+        return f"a stack trace: {message[-500:]}"
+    last = (message.strip() or "nothing").splitlines()[-1]
+    return "" if re.search(pattern, last) else f"its last line does not match {pattern!r}: {last[:400]}"
 
 
-def fault_of(odd: Odd, folder: Path) -> str:
-    """What is wrong with how both commands take a folder; "" where the outcome is the right one."""
+def fault_of(odd: Kind, folder: Path) -> str:
+    """Return what is wrong with how both commands handle a folder; "" if the outcome is correct."""
     given = arguments(folder, *odd.settings)
     with limited(LIMIT_S):
         seen = toolkit("data", *given, "--json")
@@ -258,7 +259,7 @@ def test_every_odd_folder_is_read_completely_or_refused(tmp_path: Path) -> None:
         root = folder / "data"
         root.mkdir(parents=True)
         if odd.plain:
-            pictures(root, "a", "b")
+            write_images(root, "a", "b")
         odd.make(root)
         try:
             fault = fault_of(odd, folder)
@@ -274,8 +275,8 @@ def test_every_odd_folder_is_read_completely_or_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_read_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulated, so that root can run this test too."""
-    pictures(tmp_path / "data", "a", "b", "b/deep")
+    """The error is simulated, so that root can run this test too."""
+    write_images(tmp_path / "data", "a", "b", "b/deep")
     scandir = os.scandir
 
     def refuse(path: str | Path) -> Iterator[os.DirEntry[str]]:

@@ -1,6 +1,6 @@
 """Run directories and data that were tampered with before a run is resumed, published, evaluated or exported.
 
-Each case has one right outcome: a refusal that names the cause, or exactly the result of an untouched run. Run with
+Each case has one correct outcome: a refusal that names the cause, or exactly the result of an untouched run. Run with
 -m slow; -s shows the counts.
 """
 
@@ -17,7 +17,7 @@ import pytest
 from cli import Outcome, toolkit
 from damage import limited
 from killing import differences
-from tampering import EVALUATED, PUBLISHED, RESUMED, WEIGHTS, Case, Originals, Place, without_times
+from tampering import EVALUATED, PUBLISHED, RESUMED, WEIGHTS, Case, CaseFiles, Originals, without_times
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -31,9 +31,11 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
     return Originals.make(tmp_path_factory.mktemp("tampered"))
 
 
-def fault_of(case: Case, place: Place, command: tuple[object, ...], unlike: Callable[[Outcome], list[str]]) -> str:
-    """What is wrong with how a command took the tampering; "" where its outcome is the right one."""
-    case.tamper(place)
+def fault_of(
+    case: Case, files: CaseFiles, command: tuple[object, ...], find_differences: Callable[[Outcome], list[str]]
+) -> str:
+    """Return what is wrong with how a command handled the tampering; "" if its outcome is correct."""
+    case.tamper(files)
     try:
         with limited(LIMIT_S):
             outcome = toolkit(*command)
@@ -44,24 +46,28 @@ def fault_of(case: Case, place: Place, command: tuple[object, ...], unlike: Call
         return f"a stack trace: {outcome.stderr[-500:]}"
     if case.refusal:
         if outcome.status != 2:
-            return f"it must refuse, and ends with status {outcome.status}: {last[:300]}"
-        return "" if re.search(case.refusal, outcome.stderr) else f"it does not say {case.refusal!r}: {last[:500]}"
+            return f"it must refuse, but ended with status {outcome.status}: {last[:300]}"
+        return (
+            ""
+            if re.search(case.refusal, outcome.stderr)
+            else f"its message does not match {case.refusal!r}: {last[:500]}"
+        )
     if outcome.status != 0:
-        return f"it must succeed, and ends with status {outcome.status}: {last[:500]}"
-    if others := unlike(outcome):
-        return f"the result is not that of an untouched run: other {', '.join(others)}"
-    if case.logged and not re.search(case.logged, place.run.log_file.read_text()):
-        return f"log.txt does not say {case.logged!r}: {place.run.log_file.read_text()[-800:]}"
+        return f"it must succeed, but ended with status {outcome.status}: {last[:500]}"
+    if differing := find_differences(outcome):
+        return f"the result is not that of an untouched run: {', '.join(differing)} differ"
+    if case.logged and not re.search(case.logged, files.run.log_file.read_text()):
+        return f"log.txt does not match {case.logged!r}: {files.run.log_file.read_text()[-800:]}"
     return ""
 
 
 def check_all(
-    kind: str, cases: list[Case], originals: Originals, of_finished: bool, play: Callable[[Case, Place], str]
+    kind: str, cases: list[Case], originals: Originals, of_finished: bool, run_case: Callable[[Case, CaseFiles], str]
 ) -> None:
     faults = []
     began = time.monotonic()
     for case in Random(SEED).sample(cases, len(cases)):
-        fault = play(case, originals.place(of_finished=of_finished))
+        fault = run_case(case, originals.fresh_copy(of_finished=of_finished))
         faults += [f"seed {SEED}, {kind}, {case.name}: {fault}"] if fault else []
     refused = sum(bool(case.refusal) for case in cases)
     print(
@@ -72,14 +78,14 @@ def check_all(
 
 
 def test_tampered_runs_are_resumed_exactly_or_refused(originals: Originals) -> None:
-    right = without_times(originals.finished)
+    expected = without_times(originals.finished)
 
-    def play(case: Case, place: Place) -> str:
-        command = ("train", "--resume", place.run.path, "--no-report")
-        return fault_of(case, place, command, lambda _: differences(without_times(place.run), right))
+    def run_case(case: Case, files: CaseFiles) -> str:
+        command = ("train", "--resume", files.run.path, "--no-report")
+        return fault_of(case, files, command, lambda _: differences(without_times(files.run), expected))
 
-    untouched = Case("untouched", lambda place: None)
-    check_all("resumed", [*RESUMED, untouched], originals, False, play)
+    untouched = Case("untouched", lambda files: None)
+    check_all("resumed", [*RESUMED, untouched], originals, False, run_case)
 
 
 def published(folder: Path) -> dict[str, bytes]:
@@ -87,37 +93,37 @@ def published(folder: Path) -> dict[str, bytes]:
 
 
 def test_tampered_runs_are_published_unchanged_or_refused(originals: Originals, tmp_path: Path) -> None:
-    place = originals.place(of_finished=True)
-    assert toolkit("publish", place.run.path, "lab/x", "--no-push", "-o", tmp_path / "right").status == 0
-    right = published(tmp_path / "right")
+    files = originals.fresh_copy(of_finished=True)
+    assert toolkit("publish", files.run.path, "lab/x", "--no-push", "-o", tmp_path / "right").status == 0
+    expected = published(tmp_path / "right")
 
-    def play(case: Case, place: Place) -> str:
+    def run_case(case: Case, files: CaseFiles) -> str:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        command = ("publish", place.run.path, "lab/x", "--no-push", "-o", tmp_path / "out")
-        fault = fault_of(case, place, command, lambda _: differences(published(tmp_path / "out"), right))
+        command = ("publish", files.run.path, "lab/x", "--no-push", "-o", tmp_path / "out")
+        fault = fault_of(case, files, command, lambda _: differences(published(tmp_path / "out"), expected))
         return fault or ("it left files" if case.refusal and (tmp_path / "out").exists() else "")
 
-    check_all("published", PUBLISHED, originals, True, play)
+    check_all("published", PUBLISHED, originals, True, run_case)
 
 
 def test_tampered_runs_are_evaluated_with_equal_metrics_or_refused(originals: Originals) -> None:
-    def play(case: Case, place: Place) -> str:
-        command = ("evaluate", place.run.path)
-        return fault_of(case, place, command, lambda outcome: [] if EQUAL in outcome.stdout else ["metrics"])
+    def run_case(case: Case, files: CaseFiles) -> str:
+        command = ("evaluate", files.run.path)
+        return fault_of(case, files, command, lambda outcome: [] if EQUAL in outcome.stdout else ["metrics"])
 
-    check_all("evaluated", EVALUATED, originals, True, play)
+    check_all("evaluated", EVALUATED, originals, True, run_case)
 
 
 def test_tampered_weights_are_neither_exported_nor_used(originals: Originals, tmp_path: Path) -> None:
-    def play(case: Case, place: Place) -> str:
+    def run_case(case: Case, files: CaseFiles) -> str:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        image = place.data / place.run.split["test"][0]
-        exported = ("export", place.run.path, "--format", "safetensors", "-o", tmp_path / "out")
-        fault = fault_of(case, place, exported, lambda _: [])
+        image = files.data / files.run.split["test"][0]
+        exported = ("export", files.run.path, "--format", "safetensors", "-o", tmp_path / "out")
+        fault = fault_of(case, files, exported, lambda _: [])
         if fault:
             return f"export: {fault}"
-        fault = fault_of(Case(case.name, lambda place: None, case.refusal), place,
-                         ("predict", place.run.path, image), lambda _: [])  # fmt: skip
+        fault = fault_of(Case(case.name, lambda files: None, case.refusal), files,
+                         ("predict", files.run.path, image), lambda _: [])  # fmt: skip
         return f"predict: {fault}" if fault else ""
 
-    check_all("exported and predicted", WEIGHTS, originals, True, play)
+    check_all("exported and predicted", WEIGHTS, originals, True, run_case)
