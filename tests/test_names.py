@@ -1,4 +1,4 @@
-"""Class and file names of any bytes: one reversible encoding in every file, through every command."""
+"""Class and file names of arbitrary bytes: one reversible encoding in every file and every command."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def is_safe(text: str) -> bool:
-    """Nothing that commands a terminal or begins a formula; only newlines and tabs between lines and columns."""
+    """Return whether text has no terminal escapes or formula prefixes, and only newlines and tabs as separators."""
     return all(unicodedata.category(char) not in UNSAFE for char in text.replace("\n", "").replace("\t", ""))
 
 
@@ -64,12 +64,12 @@ def is_safe(text: str) -> bool:
         ("", ""),
     ],
 )
-def test_only_what_must_be_is_encoded(name: str, encoded: str) -> None:
+def test_only_unsafe_characters_are_encoded(name: str, encoded: str) -> None:
     assert encode_name(name) == encoded
     assert decode_name(encoded) == name
 
 
-def test_any_bytes_come_back_and_no_two_names_meet() -> None:
+def test_any_bytes_are_decoded_exactly_and_no_two_names_collide() -> None:
     rng = np.random.default_rng(0)
     few = b"%=-@ \t\r\n\x1b\xe2\x80\xae\xc3\xa9aA2/5\xff"
     names = {os.fsdecode(bytes(rng.choice(list(few), rng.integers(1, 9)).tolist())) for _ in range(5000)}
@@ -83,13 +83,13 @@ def test_any_bytes_come_back_and_no_two_names_meet() -> None:
         assert all(not part or (part == part.strip() and part[0] not in "=+-@") for part in text.split("/"))
 
 
-def test_messages_are_encoded_but_for_their_lines() -> None:
+def test_messages_are_encoded_except_for_their_line_breaks() -> None:
     assert escape_control_characters("a\tb\nc: 100%\x1b[2J\udce9\ud800") == "a\tb\nc: 100%%1B[2J%E9%ED%A0%80"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe and its data set: a class for each of the worst names, with files of other such names."""
+    """Write a recipe and its data set, with the worst names as class and file names."""
     folder = tmp_path_factory.mktemp("names")
     for label, name in enumerate(WORST):
         (folder / "data" / name).mkdir(parents=True)
@@ -97,8 +97,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = np.random.default_rng(100 * label + number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
             file = f"{WORST[(label + number) % len(WORST)]}{number}.png"
             Image.fromarray(pixels).save(folder / "data" / name / file)
-    places = {"runs": json.dumps(str(folder / "runs")), "data": json.dumps(str(folder / "data"))}
-    (folder / "recipe.toml").write_text(ON_FILES.format(**places, size=8, epochs=1) + CONVNET)
+    paths = {"runs": json.dumps(str(folder / "runs")), "data": json.dumps(str(folder / "data"))}
+    (folder / "recipe.toml").write_text(ON_FILES.format(**paths, size=8, epochs=1) + CONVNET)
     return folder
 
 
@@ -107,7 +107,7 @@ def run(home: Path) -> Run:
     return train(home / "recipe.toml")
 
 
-def fine(*arguments: object, status: int = 0) -> Outcome:
+def run_command(*arguments: object, status: int = 0) -> Outcome:
     outcome = toolkit(*map(str, arguments))
     assert outcome.status == status, outcome.stderr
     assert is_safe(outcome.stdout), outcome.stdout
@@ -116,7 +116,7 @@ def fine(*arguments: object, status: int = 0) -> Outcome:
 
 
 def written_safely(folder: Path) -> None:
-    """Every text file below a folder is UTF-8 without unsafe characters, in JSON after reading it too."""
+    """Assert that each text file below a folder is UTF-8 without unsafe characters, JSON also once parsed."""
     for path in folder.rglob("*"):
         if path.suffix in (".json", ".jsonl", ".csv", ".txt", ".toml", ".html", ".md"):
             text = path.read_bytes().decode()
@@ -147,20 +147,20 @@ def test_predictions_are_one_line_each_and_read_back_exactly(home: Path, run: Ru
         assert all(cell[0] not in "=+-@\t\r" for cell in row.values())
 
 
-def test_evaluate_finds_every_image_again(run: Run) -> None:
-    outcome = fine("evaluate", run.path)
+def test_evaluate_finds_every_image_of_the_run(run: Run) -> None:
+    outcome = run_command("evaluate", run.path)
     count = len(run.split["test"])
     assert f"predictions.csv: {count} of {count} rows are the same" in outcome.stdout
     assert "equal those of summary.json" in outcome.stdout
 
 
 @pytest.mark.parametrize("style", ["csv", "json", "jsonl"])
-def test_predict_gives_back_every_path(home: Path, run: Run, style: str, tmp_path: Path) -> None:
+def test_predict_writes_every_path(home: Path, run: Run, style: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    fine("predict", run.path, home / "data", "--format", style, "-o", out)
+    run_command("predict", run.path, home / "data", "--format", style, "-o", out)
     text = out.read_bytes().decode()
     assert is_safe(text)
-    assert fine("predict", run.path, home / "data", "--format", style).stdout == text
+    assert run_command("predict", run.path, home / "data", "--format", style).stdout == text
     if style == "csv":
         rows = list(csv.DictReader(text.splitlines()))
     else:
@@ -168,54 +168,54 @@ def test_predict_gives_back_every_path(home: Path, run: Run, style: str, tmp_pat
     assert sorted(decode_name(row["path"]) for row in rows) == sorted(map(str, (home / "data").rglob("*.png")))
 
 
-def test_predict_names_bad_files_safely(run: Run, tmp_path: Path) -> None:
+def test_predict_encodes_the_names_of_bad_files(run: Run, tmp_path: Path) -> None:
     bad = tmp_path / "\x1b[2J\r.png"
     bad.write_bytes(b"")
-    outcome = fine("predict", run.path, bad, status=1)
+    outcome = run_command("predict", run.path, bad, status=1)
     assert f"{tmp_path}/%1B[2J%0D.png: an empty file" in outcome.stderr
 
 
-def test_report_explain_and_data(home: Path, run: Run, tmp_path: Path) -> None:
-    fine("report", run.path, "-o", tmp_path / "report")
+def test_report_explain_and_data_encode_every_name(home: Path, run: Run, tmp_path: Path) -> None:
+    run_command("report", run.path, "-o", tmp_path / "report")
     written_safely(tmp_path / "report")
-    mistakes = json.loads(fine("explain", run.path, "--worst", 3, "--json", "-o", tmp_path / "worst").stdout)
+    mistakes = json.loads(run_command("explain", run.path, "--worst", 3, "--json", "-o", tmp_path / "worst").stdout)
     assert {one["path"] for one in mistakes} <= set(run.split["test"])
     files = sorted((home / "data" / "=HYPERLINK(1)").iterdir())[:2]
-    explained = json.loads(fine("explain", run.path, *files, "--json", "-o", tmp_path / "files").stdout)
+    explained = json.loads(run_command("explain", run.path, *files, "--json", "-o", tmp_path / "files").stdout)
     assert [decode_name(one["path"]) for one in explained] == [str(file) for file in files]
-    found = json.loads(fine("data", home / "recipe.toml", "--json").stdout)
-    assert sorted(map(decode_name, found["images_per_class"])) == sorted(WORST)  # no two names fall together
-    fine("data", home / "recipe.toml", "--out", tmp_path / "figures")
+    found = json.loads(run_command("data", home / "recipe.toml", "--json").stdout)
+    assert sorted(map(decode_name, found["images_per_class"])) == sorted(WORST)  # no two names collide
+    run_command("data", home / "recipe.toml", "--out", tmp_path / "figures")
 
 
-def test_export_and_publish(run: Run, tmp_path: Path) -> None:
-    fine("export", run.path, "--format", "safetensors", "-o", tmp_path / "exported")
+def test_export_and_publish_encode_every_name(run: Run, tmp_path: Path) -> None:
+    run_command("export", run.path, "--format", "safetensors", "-o", tmp_path / "exported")
     written_safely(tmp_path / "exported")
     card = json.loads((tmp_path / "exported" / "model.json").read_text())
     assert card["classes"] == run.model_card["classes"]
-    fine("publish", run.path, "lab/worst", "--no-push", "-o", tmp_path / "published")
+    run_command("publish", run.path, "lab/worst", "--no-push", "-o", tmp_path / "published")
     written_safely(tmp_path / "published")
     readme = (tmp_path / "published" / "README.md").read_text()
     assert "%1B[2J" in readme.replace("\\", "")
     assert r"\<b\>\|\`\*\_\[x\](y)" in readme
 
 
-def test_status_check_and_sync(run: Run) -> None:
-    assert run.id in fine("status", run.path.parent).stdout
-    fine("check", run.path)
-    fine("sync", run.path.parent)
+def test_status_check_and_sync_encode_every_name(run: Run) -> None:
+    assert run.id in run_command("status", run.path.parent).stdout
+    run_command("check", run.path)
+    run_command("sync", run.path.parent)
 
 
-def test_study_and_table(home: Path, tmp_path: Path) -> None:
+def test_study_and_table_encode_every_name(home: Path, tmp_path: Path) -> None:
     study = '\n[study]\nseeds = 2\nrows = [{ name = "one" }]\n'
     (tmp_path / "study.toml").write_text((home / "recipe.toml").read_text() + study)
-    fine("study", tmp_path / "study.toml")
-    fine("table", next((home / "runs").glob("**/study.json")).parent)
-    fine("status", home / "runs")
+    run_command("study", tmp_path / "study.toml")
+    run_command("table", next((home / "runs").glob("**/study.json")).parent)
+    run_command("status", home / "runs")
     written_safely(home / "runs")
 
 
-def test_all_is_done_in_a_folder_whose_name_is_not_utf8(
+def test_every_command_works_in_a_folder_whose_name_is_not_utf8(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     odd = tmp_path / os.fsdecode(b"odd \xff\x1b[31m")
@@ -224,7 +224,7 @@ def test_all_is_done_in_a_folder_whose_name_is_not_utf8(
     recipe = ON_FILES.format(runs='"runs"', data='"data"', size=8, epochs=1) + CONVNET
     (odd / "recipe.toml").write_text(recipe)
     monkeypatch.chdir(odd)
-    path = fine("train", "recipe.toml", "--no-report").stdout.splitlines()[-1]
-    assert "equal those of summary.json" in fine("evaluate", path).stdout
-    fine("predict", path, odd / "data")
+    path = run_command("train", "recipe.toml", "--no-report").stdout.splitlines()[-1]
+    assert "equal those of summary.json" in run_command("evaluate", path).stdout
+    run_command("predict", path, odd / "data")
     written_safely(odd / path)

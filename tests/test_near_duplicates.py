@@ -1,4 +1,4 @@
-"""Near-duplicates: the same image rescaled, recompressed or cropped, on images whose copies are known."""
+"""Near-duplicates: detecting rescaled, recompressed and cropped copies in images with known copies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def scene(seed: int) -> Image.Image:
-    """A smooth pattern with detail, 240 x 160 pixels: other seeds give other scenes."""
+    """Return a smooth pattern with detail of 240 x 160 pixels; each seed gives a different scene."""
     draw = np.random.default_rng(seed)
     layers = [
         np.asarray(Image.fromarray(draw.integers(0, 256, (n, n), dtype=np.uint8)).resize((240, 160)), dtype=np.float32)
@@ -50,21 +50,21 @@ def pairs_of(images: list[Image.Image]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("kind", COPIES)
-def test_copies_are_found_and_nothing_else(kind: str) -> None:
+def test_all_copies_and_only_copies_are_found(kind: str) -> None:
     originals = [scene(seed) for seed in range(8)]
     assert pairs_of(originals) == []
     found = pairs_of([*originals, *(COPIES[kind](image) for image in originals)])
     assert set(found) <= {(n, n + 8) for n in range(8)}, "nothing else"
-    # A crop may lie between two of the windows that are compared; whole images are found always.
+    # A crop may fall between two compared windows; copies of whole images are always found.
     assert len(found) >= (4 if kind in ("half", "crop-rescaled") else 8)
 
 
-def test_images_without_content_are_not_duplicates_of_each_other() -> None:
+def test_blank_images_are_not_duplicates_of_each_other() -> None:
     assert pairs_of([Image.new("RGB", (64, 64), (level, level, level)) for level in (0, 10, 255)]) == []
     assert near_pairs(np.zeros((0, 64, 64), np.uint8), np.zeros(0, np.float32)) == []
 
 
-def test_groups_are_what_pairs_connect() -> None:
+def test_groups_are_the_connected_components_of_pairs() -> None:
     assert groups([(0, 1), (4, 5), (1, 2), (5, 7), (2, 0)]) == [[0, 1, 2], [4, 5, 7]]
 
 
@@ -99,7 +99,7 @@ def test_the_command_counts_across_and_within_splits_with_and_without_the_same_c
 
 
 def test_caltech_has_31_images_in_its_smallest_class(shared_data: Path) -> None:
-    """The report says 45; the official lists say otherwise."""
+    """The report states 45; the official lists contradict it."""
     lists = Path(shared_data) / "caltech101-a.tar"
     with tarfile.open(lists) as archive:
         files = [archive.extractfile(f"caltech101/{name}.txt") for name in ("train", "test")]

@@ -1,4 +1,4 @@
-"""When one process of several fails, the others end soon and its message is the last; disk, memory, images."""
+"""When one of several processes fails, the others exit soon and its error comes last; disk, memory and image errors."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ pytestmark = pytest.mark.long
 LIMIT_S = 30
 
 
-def ended(
+def statuses_and_output(
     folder: Path, world: int, prepare: Callable[[int], None], *settings: str, text: str = MUCH
 ) -> tuple[list[int], str]:
-    """Exit statuses and all that was shown, of trainers that must end by themselves within the time."""
+    """Return exit statuses and output of trainers that must exit by themselves within the time limit."""
     settings = ("--set", f"train.batch_size={18 if world == 3 else 16}", *settings)
     trainers = Trainers(world, folder, write_recipe(folder, text), *settings, prepare=prepare)
     trainers.wait_until_first_ends()
@@ -45,19 +45,19 @@ def ended(
     return statuses, trainers.text()
 
 
-def fail_on(rank: int, place: str, act: Callable[[], None], mine: int) -> None:
-    owner, name = {"step": (TrainStep, "_update"), "evaluation": (toolkit.training.evaluation, "outcomes")}[place]
+def fail_on(rank: int, phase: str, act: Callable[[], None], mine: int) -> None:
+    owner, name = {"step": (TrainStep, "_update"), "evaluation": (toolkit.training.evaluation, "outcomes")}[phase]
     if mine == rank:
         at_call(owner, name, 5, act)
 
 
-def blow() -> None:
+def raise_error() -> None:
     raise ZeroDivisionError("a fault planted by the test")
 
 
-@pytest.mark.parametrize(("world", "rank", "place"), [(2, 0, "step"), (2, 1, "step"), (3, 1, "evaluation")])
-def test_an_exception_ends_all_and_is_the_last_thing_shown(tmp_path: Path, world: int, rank: int, place: str) -> None:
-    statuses, text = ended(tmp_path, world, functools.partial(fail_on, rank, place, blow), *EMA)
+@pytest.mark.parametrize(("world", "rank", "phase"), [(2, 0, "step"), (2, 1, "step"), (3, 1, "evaluation")])
+def test_an_exception_ends_all_processes_and_is_printed_last(tmp_path: Path, world: int, rank: int, phase: str) -> None:
+    statuses, text = statuses_and_output(tmp_path, world, functools.partial(fail_on, rank, phase, raise_error), *EMA)
     assert all(status != 0 for status in statuses), text
     assert text.rstrip().endswith("ZeroDivisionError: a fault planted by the test")
     assert f"rank {rank}: Traceback" in text
@@ -76,14 +76,14 @@ def add_an_unused_parameter(rank: int) -> None:
 
 
 def test_a_parameter_without_gradient_ends_the_run_with_its_cause(tmp_path: Path) -> None:
-    statuses, text = ended(tmp_path, 2, add_an_unused_parameter, *EMA)
+    statuses, text = statuses_and_output(tmp_path, 2, add_an_unused_parameter, *EMA)
     assert all(status != 0 for status in statuses), text
     assert "your module has parameters that were not used in producing loss" in text
 
 
 @pytest.mark.parametrize(("world", "rank"), [(2, 0), (2, 1), (3, 1)])
-def test_a_killed_process_ends_all_and_is_named(tmp_path: Path, world: int, rank: int) -> None:
-    statuses, text = ended(tmp_path, world, functools.partial(fail_on, rank, "step", kill_self), *EMA)
+def test_a_killed_process_ends_the_others_and_is_named(tmp_path: Path, world: int, rank: int) -> None:
+    statuses, text = statuses_and_output(tmp_path, world, functools.partial(fail_on, rank, "step", kill_self), *EMA)
     assert statuses[rank] == -signal.SIGKILL
     assert all(status != 0 for status in statuses), text
     last = text.strip().splitlines()[-1]
@@ -92,28 +92,28 @@ def test_a_killed_process_ends_all_and_is_named(tmp_path: Path, world: int, rank
     assert "Traceback" not in text
 
 
-def test_a_main_thread_that_notices_nothing_does_not_keep_the_process(tmp_path: Path) -> None:
-    """As where it waits for a GPU that waits for the lost process."""
+def test_a_blocked_main_thread_does_not_keep_its_process_alive(tmp_path: Path) -> None:
+    """As when it waits for a GPU that waits for the lost process."""
 
     def prepare(rank: int) -> None:
         at_call(TrainStep, "_update", 5, kill_self if rank == 1 else functools.partial(time.sleep, 100))
 
-    statuses, text = ended(tmp_path, 2, prepare, *EMA)
+    statuses, text = statuses_and_output(tmp_path, 2, prepare, *EMA)
     assert statuses == [1, -signal.SIGKILL]
     assert "rank 1 ended without an error message" in text.strip().splitlines()[-1]
 
 
-# -- silent processes -------------------------------------------------------------------------------------------------
+# -- unresponsive processes -------------------------------------------------------------------------------------------
 
 
 def stop_self_at_step(count: int, rank: int, mine: int) -> None:
-    """Have one rank stop, as by SIGSTOP or on a machine that hangs, before its ``count``-th step."""
+    """Suspend one rank before its ``count``-th step, as SIGSTOP or a hanging machine would."""
     if mine == rank:
         at_call(TrainStep, "_update", count, functools.partial(os.kill, os.getpid(), signal.SIGSTOP))
 
 
 def with_a_stopped_rank(folder: Path, world: int, rank: int) -> Trainers:
-    """Trainers of which one has stopped in its fifth step, after the checkpoint of the third."""
+    """Start trainers of which one is suspended in its fifth step, after the checkpoint of the third."""
     settings = ("--set", f"train.batch_size={18 if world == 3 else 16}", *EMA)
     prepare = functools.partial(stop_self_at_step, 5, rank)
     trainers = Trainers(world, folder, write_recipe(folder, MUCH), *settings, prepare=prepare)
@@ -123,7 +123,7 @@ def with_a_stopped_rank(folder: Path, world: int, rank: int) -> Trainers:
 
 
 @pytest.mark.parametrize(("world", "rank"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.slow)])
-def test_after_a_stop_request_a_silent_process_is_named_and_not_waited_for(
+def test_after_a_stop_request_an_unresponsive_process_is_named_and_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, rank: int
 ) -> None:
     monkeypatch.setattr(failure_detection, "SILENT_S", 3.0)
@@ -139,18 +139,18 @@ def test_after_a_stop_request_a_silent_process_is_named_and_not_waited_for(
     message = rf"rank \d: {who} has not answered for 3 s and a stop was requested .* --resume continues it"
     assert len(re.findall(message, trainers.text())) == 1, trainers.text()
     trainers.signal(signal.SIGCONT, rank)
-    assert trainers.wait(LIMIT_S)[rank] not in (0, -signal.SIGKILL), "it ends by itself once it is continued"
+    assert trainers.wait(LIMIT_S)[rank] not in (0, -signal.SIGKILL), "it exits by itself once it is continued"
     assert "Traceback" not in trainers.text()
     run = only_run(tmp_path)
     resumed = Trainers(world, tmp_path / "resumed", "--resume", run.path)
     assert resumed.wait() == [0] * world, resumed.text()
     assert "resuming after epoch 0, step 3" in resumed.text()
     plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA) if world == 2 else None
-    assert plain is None or outcome(run) == plain, "equality to the last bit holds for up to two processes"
+    assert plain is None or outcome(run) == plain, "results are bit-identical for up to two processes"
     assert run.is_finished
 
 
-def test_without_a_stop_request_a_silent_process_is_named_and_waited_for(
+def test_without_a_stop_request_an_unresponsive_process_is_named_and_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(failure_detection, "NOTICE_S", 3.0)
@@ -164,9 +164,9 @@ def test_without_a_stop_request_a_silent_process_is_named_and_waited_for(
     assert outcome(only_run(tmp_path)) == undisturbed(tmp_path / "plain", 2, MUCH, *EMA)
 
 
-def test_the_launcher_is_given_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launcher_receives_the_error_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    ended(tmp_path, 1, functools.partial(fail_on, 0, "step", blow), *EMA)
+    statuses_and_output(tmp_path, 1, functools.partial(fail_on, 0, "step", raise_error), *EMA)
     assert "ZeroDivisionError: a fault planted by the test" in (tmp_path / "error.json").read_text()
 
 
@@ -181,7 +181,7 @@ blocks = [{{ channels = 4 }}]
 
 
 def image_folder(root: Path) -> Path:
-    """Three classes of twenty noisy images of 12 x 12 pixels."""
+    """Write three classes of twenty noisy images of 12 x 12 pixels."""
     for name in ("a", "b", "c"):
         (root / name).mkdir(parents=True)
         for number in range(20):
@@ -191,7 +191,7 @@ def image_folder(root: Path) -> Path:
 
 
 def damage_middle(path: Path) -> None:
-    """Damage that only decoding finds: both ends of the file are whole."""
+    """Damage an image so that only decoding detects it: both ends of the file stay intact."""
     data = bytearray(path.read_bytes())
     middle = data.index(b"IDAT") + 20
     data[middle : middle + 40] = bytes(40)
@@ -206,12 +206,12 @@ def images_settings(root: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2)])
-def test_a_damaged_image_in_mid_epoch_ends_all_and_is_named(tmp_path: Path, world: int, workers: int) -> None:
+def test_a_damaged_image_in_mid_epoch_ends_all_processes_and_is_named(tmp_path: Path, world: int, workers: int) -> None:
     root = image_folder(tmp_path / "images")
     for number in range(0, 20, 3):
         damage_middle(root / "b" / f"{number:02d}.png")
     settings = images_settings(root, f"data.workers={workers}", 'data.cache="off"')
-    statuses, text = ended(tmp_path, world, lambda _: None, *settings, text=IMAGES)
+    statuses, text = statuses_and_output(tmp_path, world, lambda _: None, *settings, text=IMAGES)
     assert all(status != 0 for status in statuses), text
     assert ".png: damaged (" in text.strip().splitlines()[-1]
     assert "b/" in text.strip().splitlines()[-1]
@@ -219,7 +219,7 @@ def test_a_damaged_image_in_mid_epoch_ends_all_and_is_named(tmp_path: Path, worl
     assert "Traceback" not in text
 
 
-def test_skipping_leaves_out_the_same_images_everywhere_up_to_a_share(tmp_path: Path) -> None:
+def test_skipping_leaves_out_the_same_images_in_all_processes_up_to_a_limit(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "images")
     damage_middle(root / "a" / "07.png")
     (root / "c" / "11.png").write_bytes((root / "c" / "11.png").read_bytes()[:100])
@@ -227,7 +227,7 @@ def test_skipping_leaves_out_the_same_images_everywhere_up_to_a_share(tmp_path: 
     for world in (1, 2):
         folder = tmp_path / str(world)
         settings = images_settings(root, 'data.on_bad_image="skip"', "data.max_bad_fraction=0.05")
-        statuses, text = ended(folder, world, lambda _: None, *settings, text=IMAGES)
+        statuses, text = statuses_and_output(folder, world, lambda _: None, *settings, text=IMAGES)
         assert statuses == [0] * world, text
         run = only_run(folder)
         assert run.summary["images_left_out"] == 2
@@ -235,7 +235,7 @@ def test_skipping_leaves_out_the_same_images_everywhere_up_to_a_share(tmp_path: 
         epochs.append(run.epochs())
     for one, two in zip(*epochs, strict=True):
         assert one == pytest.approx(two, rel=1e-5)
-    statuses, text = ended(
+    statuses, text = statuses_and_output(
         tmp_path / "3", 1, lambda _: None,
         *images_settings(root, 'data.on_bad_image="skip"', "data.max_bad_fraction=0.02"), text=IMAGES,
     )  # fmt: skip
@@ -247,7 +247,7 @@ def test_skipping_leaves_out_the_same_images_everywhere_up_to_a_share(tmp_path: 
 
 
 def full_disk(calls: range, rank: int) -> None:
-    """Some of the writes into checkpoints/ and metrics.jsonl find the disk full, half-way."""
+    """Make some writes to checkpoints/ and metrics.jsonl fail half-way with a full disk."""
     original, count = toolkit.training.checkpoint.write_atomically, [0]
 
     def write(path: Path, data: bytes) -> None:
@@ -273,7 +273,7 @@ def full_disk(calls: range, rank: int) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_full_disk_is_a_warning_and_nothing_is_lost(tmp_path: Path, world: int) -> None:
     plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA)
-    statuses, text = ended(tmp_path / "full", world, functools.partial(full_disk, range(4, 12)), *EMA)
+    statuses, text = statuses_and_output(tmp_path / "full", world, functools.partial(full_disk, range(4, 12)), *EMA)
     assert statuses == [0] * world, text
     assert "warning: a checkpoint could not be written in" in text
     assert "No space left on device" in text
@@ -281,11 +281,11 @@ def test_a_full_disk_is_a_warning_and_nothing_is_lost(tmp_path: Path, world: int
     assert outcome(only_run(tmp_path / "full")) == plain
 
 
-def test_a_full_disk_stops_the_run_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_run_if_the_recipe_says_so(tmp_path: Path) -> None:
     stop = ("--set", 'checkpoint.on_write_error="stop"')
     plain = undisturbed(tmp_path / "plain", 2, MUCH, *EMA, *stop)
     folder = tmp_path / "full"
-    statuses, text = ended(folder, 2, functools.partial(full_disk, range(9, 12)), *EMA, *stop)
+    statuses, text = statuses_and_output(folder, 2, functools.partial(full_disk, range(9, 12)), *EMA, *stop)
     assert statuses == [1, 1], text
     assert "No space left on device" in text.strip().splitlines()[-1]
     assert "Traceback" not in text
@@ -294,39 +294,39 @@ def test_a_full_disk_stops_the_run_where_that_is_asked_for(tmp_path: Path) -> No
     assert outcome(only_run(folder)) == plain
 
 
-def test_a_disk_that_stays_full_ends_with_a_message(tmp_path: Path) -> None:
-    statuses, text = ended(tmp_path, 2, functools.partial(full_disk, range(9, 10_000)), *EMA)
+def test_a_disk_that_stays_full_ends_the_run_with_a_message(tmp_path: Path) -> None:
+    statuses, text = statuses_and_output(tmp_path, 2, functools.partial(full_disk, range(9, 10_000)), *EMA)
     assert statuses == [1, 1], text
     assert "results could not be written" in text.strip().splitlines()[-1]
 
 
-def test_a_real_full_disk(tmp_path: Path) -> None:
-    """A limit on the size of files, kept by the system: weights and lines fit in, checkpoints do not."""
+def test_a_real_full_disk_is_handled_like_a_simulated_one(tmp_path: Path) -> None:
+    """The operating system limits file sizes: weights and log lines fit, checkpoints do not."""
     import resource
 
     def limited(rank: int) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
 
-    statuses, text = ended(tmp_path, 1, limited, *EMA)
+    statuses, text = statuses_and_output(tmp_path, 1, limited, *EMA)
     assert statuses == [0], text
     assert "warning: a checkpoint could not be written" in text
     assert "(File too large); there is no checkpoint to resume from, and the run continues" in text
     assert "checkpoint of" not in text
     assert not list(only_run(tmp_path).checkpoints.glob("*.pt"))
-    assert not list(only_run(tmp_path).checkpoints.glob(".*")), "nothing half-written stays"
+    assert not list(only_run(tmp_path).checkpoints.glob(".*")), "no partial file is left"
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_run_root_that_cannot_be_written_is_told_before_training(tmp_path: Path, world: int) -> None:
+def test_a_run_root_that_cannot_be_written_is_reported_before_training(tmp_path: Path, world: int) -> None:
     (tmp_path / "file").write_text("")
     settings = (*EMA, "--set", f'recipe.run_root="{tmp_path}/file/runs"')
-    statuses, text = ended(tmp_path, world, lambda _: None, *settings)
+    statuses, text = statuses_and_output(tmp_path, world, lambda _: None, *settings)
     assert statuses == [2] * world, text
     assert "recipe.run_root: cannot create a run directory under" in text.strip().splitlines()[-1]
 
 
-def test_a_second_trainer_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+def test_a_second_trainer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, MUCH)
     workers = (*EMA, "--set", "data.workers=2", "--set", 'data.cache="off"')
     there = tmp_path / "there"
@@ -341,7 +341,7 @@ def test_a_second_trainer_is_refused_and_a_killed_one_holds_nothing(tmp_path: Pa
     assert "is in use by another trainer that still runs" in second.text()
     first.signal(signal.SIGKILL)
     first.wait()
-    third = Trainers(1, tmp_path / "third", "--resume", only_run(tmp_path).path)  # at once, though workers still end
+    third = Trainers(1, tmp_path / "third", "--resume", only_run(tmp_path).path)  # although data workers still run
     assert third.wait() == [0], third.text()
 
 
@@ -364,7 +364,7 @@ def no_memory(error: type[Exception], message: str, rank: int) -> None:
     ],
 )
 def test_out_of_memory_says_what_to_try(tmp_path: Path, error: type[Exception], message: str) -> None:
-    statuses, text = ended(tmp_path, 2, functools.partial(no_memory, error, message), *EMA)
+    statuses, text = statuses_and_output(tmp_path, 2, functools.partial(no_memory, error, message), *EMA)
     assert all(status != 0 for status in statuses)
     assert "rank 1: out of memory with 8 images at once in each process (train.batch_size = 16 over 2" in text
     last = text.strip().splitlines()[-1]
@@ -372,10 +372,10 @@ def test_out_of_memory_says_what_to_try(tmp_path: Path, error: type[Exception], 
     assert "Traceback" not in text
 
 
-def test_a_real_failing_allocation(tmp_path: Path) -> None:
-    def hungry(rank: int) -> None:
+def test_a_real_failing_allocation_is_reported_as_out_of_memory(tmp_path: Path) -> None:
+    def allocate_too_much(rank: int) -> None:
         at_call(TrainStep, "_forward_backward", 5, lambda: torch.empty(2**60))  # type: ignore[arg-type, return-value]
 
-    statuses, text = ended(tmp_path, 1, hungry, *EMA)
+    statuses, text = statuses_and_output(tmp_path, 1, allocate_too_much, *EMA)
     assert statuses == [1]
     assert "out of memory with 16 images at once" in text

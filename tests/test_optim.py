@@ -1,4 +1,4 @@
-"""Every optimiser that a recipe can name takes steps, with the groups that transfer makes."""
+"""Every optimizer that a recipe can name takes steps with the parameter groups of transfer learning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = sorted(optimizers())
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NAMES)
-def test_it_moves_the_weights(name: str) -> None:
+def test_every_optimizer_changes_the_weights(name: str) -> None:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     before = [p.detach().clone() for p in module.parameters()]
@@ -41,7 +41,7 @@ def test_nag_is_sgd_with_nesterov_momentum_and_sgd_is_plain() -> None:
         assert optimizer.defaults["nesterov"] is nesterov
 
 
-def test_an_argument_that_it_does_not_take_is_named() -> None:
+def test_an_unsupported_optimizer_argument_is_named() -> None:
     group = {"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}
     with pytest.raises(UserError, match="bettas"):
         build_optimizer(OptimizerConfig(name="adam", lr=0.1, args={"bettas": [0.9, 0.99]}), [group])

@@ -29,7 +29,7 @@ Open = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One browser for all tests here; without a browser they are skipped, and fail on CI."""
+    """Start one browser for all tests of this file. Without a browser they are skipped, or fail on CI."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         missing = "no Chromium (Debian and Ubuntu: apt-get install --no-install-recommends chromium)"
@@ -44,7 +44,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Reports, by name."""
+    """Write the reports; return their files by name."""
     runs = {
         "hostile": write_run(tmp_path_factory.mktemp("hostile")),
         "caltech-like": _many_classes(tmp_path_factory.mktemp("many")),
@@ -62,7 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _many_classes(folder: Path) -> Run:
-    """101 classes with two test images each, every tenth of which is taken for the next class."""
+    """Write a run with 101 classes of two test images each, every tenth misclassified as the next class."""
     classes = [f"{'a rather long name of ' if number % 9 == 0 else ''}class {number:03d}" for number in range(101)]
     test = [(i // 2, (i // 2 + 1) % 101 if i % 10 == 0 else i // 2, 0.5 + 0.49 * (i % 7) / 7) for i in range(202)]
     return write_run(folder, classes, test=test)
@@ -70,7 +70,7 @@ def _many_classes(folder: Path) -> Run:
 
 @pytest.fixture
 def opened(browser: Browser, files: dict[str, Path]) -> Iterator[Open]:
-    """Opens a report; at the end of the test there must have been no error and no request."""
+    """Return a function that opens a report; on teardown, assert that there was no error and no request."""
     errors: list[str] = []
     with ExitStack() as stack:
 
@@ -98,7 +98,7 @@ def opened(browser: Browser, files: dict[str, Path]) -> Iterator[Open]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_renders_quietly_and_fits_desktop_and_phone(opened: Open, name: str) -> None:
+def test_a_page_renders_without_errors_and_fits_desktop_and_phone(opened: Open, name: str) -> None:
     for size in (DESKTOP, PHONE):
         page = opened(name, size)
         assert page.evaluate("document.documentElement.scrollWidth") <= size[0], "no horizontal scrolling"
@@ -114,7 +114,7 @@ def test_renders_quietly_and_fits_desktop_and_phone(opened: Open, name: str) -> 
             assert image.evaluate("(e) => e.decode().then(() => e.naturalWidth)") > 0
 
 
-def test_names_are_text(opened: Open) -> None:
+def test_names_are_escaped_as_text(opened: Open) -> None:
     page = opened()
     assert page.locator("#by-class tbody td:first-child").all_inner_texts() == [HOSTILE[2], HOSTILE[0], HOSTILE[1]]
     assert page.locator("img[src=x]").count() == 0
@@ -151,29 +151,29 @@ CONTRAST = """() => {
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["hostile", "study"])
-def test_text_is_legible_in_both_themes(opened: Open, name: str, theme: str) -> None:
+def test_text_has_enough_contrast_in_both_themes(opened: Open, name: str, theme: str) -> None:
     page = opened(name, DESKTOP, theme)
     seen, poor = page.evaluate(CONTRAST)
     assert seen > 300
     assert poor == []
 
 
-def test_theme_is_the_systems_until_the_button_is_pressed(opened: Open) -> None:
+def test_the_theme_follows_the_system_until_the_button_is_pressed(opened: Open) -> None:
     grounds = {}
     for theme in ("light", "dark"):
         page = opened("hostile", DESKTOP, theme)
-        grounds[theme] = _ground(page)
+        grounds[theme] = _background(page)
     page.get_by_role("button", name="Switch to the light theme").click()
-    assert _ground(page) == grounds["light"] != grounds["dark"]
+    assert _background(page) == grounds["light"] != grounds["dark"]
     page.reload()
-    assert _ground(page) == grounds["light"], "it is remembered"
+    assert _background(page) == grounds["light"], "the choice is stored"
 
 
-def _ground(page: Page) -> str:
+def _background(page: Page) -> str:
     return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
 
 
-def test_text_is_large_enough_on_a_phone(opened: Open) -> None:
+def test_text_is_large_enough_to_read_on_a_phone(opened: Open) -> None:
     for name in ("hostile", "caltech-like", "study"):
         page = opened(name, PHONE)
         sizes = page.evaluate(
@@ -217,7 +217,7 @@ def test_everything_can_be_reached_by_keyboard(opened: Open, name: str) -> None:
 # Tables
 
 
-def test_tables_sort(opened: Open) -> None:
+def test_tables_sort_by_a_clicked_column(opened: Open) -> None:
     page = opened("caltech-like")
     for column, title in enumerate(page.locator("#by-class th").all_inner_texts()):
         header = page.locator("#by-class th").nth(column)
@@ -236,7 +236,7 @@ def test_tables_sort(opened: Open) -> None:
     assert page.locator("#by-class tbody tr").count() == 101
 
 
-def test_tables_and_galleries_filter(opened: Open) -> None:
+def test_tables_and_galleries_filter_by_text(opened: Open) -> None:
     page = opened("caltech-like")
     box = page.locator("[data-filter=by-class]")
     box.fill("LONG name 027")
@@ -252,7 +252,7 @@ def test_tables_and_galleries_filter(opened: Open) -> None:
     assert all("class 010" in text for text in after)
 
 
-def test_recipe_shows_what_differs(opened: Open) -> None:
+def test_the_recipe_table_highlights_values_that_differ_from_defaults(opened: Open) -> None:
     page = opened()
     rows = page.locator("#recipe-table tbody tr:visible")
     all_ = rows.count()
@@ -272,7 +272,7 @@ def test_recipe_shows_what_differs(opened: Open) -> None:
 # Curves
 
 
-def test_lines_of_a_chart_are_switched_on_and_off(opened: Open) -> None:
+def test_lines_of_a_chart_can_be_hidden_and_shown(opened: Open) -> None:
     page = opened()
     chart = page.locator("[data-chart=accuracy]")
     lines = chart.locator("path.line")
@@ -286,7 +286,7 @@ def test_lines_of_a_chart_are_switched_on_and_off(opened: Open) -> None:
     assert lines.count() == 0
 
 
-def test_a_chart_shows_its_values(opened: Open) -> None:
+def test_a_chart_shows_the_values_under_the_pointer(opened: Open) -> None:
     page = opened()
     chart = page.locator("[data-chart=accuracy]")
     svg, readout = chart.locator("svg[tabindex]"), chart.locator(".readout")
@@ -304,7 +304,7 @@ def test_a_chart_shows_its_values(opened: Open) -> None:
     assert shown == ["epoch 1", "epoch 2", "epoch 5", "epoch 4", "epoch 1"]
 
 
-def test_loss_on_a_logarithmic_scale(opened: Open) -> None:
+def test_loss_can_be_shown_on_a_logarithmic_scale(opened: Open) -> None:
     page = opened()
     chart = page.locator("[data-chart=loss]")
     before = chart.locator("path.line").first.get_attribute("d")
@@ -320,7 +320,7 @@ def _heights(path: str | None) -> list[float]:
     return [float(point.split(" ")[1]) for point in re.split("[ML]", path or "")[1:]]
 
 
-def test_best_and_stopping_epoch_are_marked(opened: Open) -> None:
+def test_the_best_and_the_stopping_epoch_are_marked(opened: Open) -> None:
     page = opened()
     for chart in ("loss", "accuracy"):
         texts = page.locator(f"[data-chart={chart}] svg[tabindex] text").all_text_contents()
@@ -330,7 +330,7 @@ def test_best_and_stopping_epoch_are_marked(opened: Open) -> None:
 # Confusion matrix
 
 
-def test_confusion_matrix_shows_its_cells(opened: Open) -> None:
+def test_the_confusion_matrix_describes_the_selected_cell(opened: Open) -> None:
     page = opened()
     svg, readout = page.locator("[data-cells] svg"), page.locator("[data-cells] .readout")
     svg.focus()
@@ -340,7 +340,9 @@ def test_confusion_matrix_shows_its_cells(opened: Open) -> None:
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowLeft")
-    assert readout.inner_text().startswith(f"true {HOSTILE[0]}, predicted {HOSTILE[0]}"), "it ends at the edges"
+    assert readout.inner_text().startswith(f"true {HOSTILE[0]}, predicted {HOSTILE[0]}"), (
+        "the selection stops at the edges"
+    )
     page.locator("[data-cells] rect.cell").last.hover(force=True)
     assert readout.inner_text() == f"true {HOSTILE[2]}, predicted {HOSTILE[2]}: 2 of 2 images (100 %)"
 
@@ -348,7 +350,7 @@ def test_confusion_matrix_shows_its_cells(opened: Open) -> None:
 # Studies
 
 
-def test_curves_of_many_runs(opened: Open) -> None:
+def test_curves_of_many_runs_can_be_told_apart(opened: Open) -> None:
     page = opened("study")
     chart = page.locator("[data-chart=val-accuracy]")
     svg, readout, lines = chart.locator("svg[tabindex]"), chart.locator(".readout"), chart.locator("path.line")
@@ -390,8 +392,8 @@ def test_runs_of_a_study_are_selected_by_their_state(opened: Open) -> None:
 # Layout
 
 
-def test_curves_stand_at_one_height(opened: Open) -> None:
-    """However many rows their legends take."""
+def test_curves_side_by_side_have_the_same_top(opened: Open) -> None:
+    """Even if their legends take different numbers of rows."""
     for size in (DESKTOP, (1000, 900)):
         page = opened("hostile", size)
         tops = page.evaluate("""() => [...document.querySelectorAll("#curves .chart > svg")].map((svg) => {
@@ -403,7 +405,7 @@ def test_curves_stand_at_one_height(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("values", [[5e-4, 4e-4, 4.5e-4], [1e-7, 3e-7], [1234567.0, 7654321.0]])
-def test_ticks_leave_the_axis_title_free(opened: Open, values: list[float]) -> None:
+def test_tick_labels_do_not_overlap_the_axis_title(opened: Open, values: list[float]) -> None:
     page = opened("hostile")
     page.evaluate(
         """(values) => {

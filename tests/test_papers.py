@@ -1,6 +1,6 @@
-"""The five reports as studies: which runs they are, what was published of each, and that every network trains.
+"""The five reports as studies: their runs, the published values of each run, and a dry run of every network.
 
-The published figures here were typed from the reports' text, independently of the study files.
+The published values in this file were typed from the reports' text, independently of the study files.
 """
 
 from __future__ import annotations
@@ -145,24 +145,24 @@ def member(name: str, row: str) -> StudyRun:
 
 
 def members() -> Iterator[tuple[str, StudyRun]]:
-    """Everybody's runs, with the handle of the report."""
+    """Return the runs of all reports, each with the report's author handle."""
     return ((name.split("/")[0], run.member) for name in RUNS for run in expansion(name).runs)
 
 
-# -- which runs -------------------------------------------------------------------------------------------------------
+# -- runs of each study -----------------------------------------------------------------------------------------------
 
 
 def test_every_study_file_is_counted_here() -> None:
     files = {path.relative_to(PAPERS).with_suffix("").as_posix(): path for path in PAPERS.rglob("*.toml")}
     studies = {name for name, path in files.items() if "[study]" in path.read_text()}
     assert studies == set(RUNS) | SEARCHES
-    assert {name for names in ROWS.values() for name in names} == studies, "each study is of a row of the reports' list"
+    assert {name for names in ROWS.values() for name in names} == studies, "each study has a row in the list"
     shared = {f"mereu/{name}" for name in ("alexnet_scratch", "alexnet_pretrained", "vgg16", "resnet50")}
-    assert set(files) - studies == shared, "what several studies have in common"
+    assert set(files) - studies == shared, "files that several studies extend"
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_study_has_the_runs_of_its_table(name: str) -> None:
+def test_a_study_has_the_runs_of_its_published_table(name: str) -> None:
     found = expansion(name)
     assert found.count == len(found.runs) == RUNS[name]
     assert not found.remarks, "no two rows are the same run"
@@ -170,7 +170,7 @@ def test_a_study_has_the_runs_of_its_table(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SEARCHES))
-def test_a_search_is_over_the_reports_space(name: str) -> None:
+def test_a_search_uses_the_reports_search_space(name: str) -> None:
     table, base = study_file(name).table, study_file(name).base
     assert table.bohb is not None
     assert (table.bohb.min_epochs, table.bohb.max_epochs, table.bohb.eta) == (3, 30, 3)
@@ -188,15 +188,15 @@ def test_a_search_is_over_the_reports_space(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*RUNS, *sorted(SEARCHES)])
-def test_every_study_passes_its_plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run can be built, and each key that varies changes what is built."""
+def test_every_study_passes_validation_and_planning(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run can be built, and each varied key changes the model, data or optimizer that is built."""
     monkeypatch.chdir(tmp_path)
     outcome = toolkit("study", str(PAPERS / f"{name}.toml"), "--plan", "--json")
     assert outcome.status == 0, outcome.stderr
     plan = json.loads(outcome.stdout)
     assert plan["runs"] == RUNS.get(name, 0)
     if name in SEARCHES:
-        # 26 configurations begin with 3 epochs, of which 8 and then 2 go on; 14 with 10, of which 4 go on to 30.
+        # 26 configurations start with 3 epochs, of which 8 and then 2 are promoted; 14 with 10, of which 4 reach 30.
         assert plan["epochs_left"] == 26 * 3 + 8 * 7 + 2 * 20 + 14 * 10 + 4 * 20
     assert list(tmp_path.iterdir()) == [], "a plan writes nothing"
 
@@ -209,13 +209,13 @@ def test_every_row_of_the_reports_list_is_accounted_for() -> None:
     assert {one or other for one, other in rows} == set(ROWS)
 
 
-def test_the_page_tells_of_every_row_and_every_study() -> None:
+def test_the_papers_page_covers_every_row_and_every_study() -> None:
     page = (REPOSITORY / "docs" / "papers.md").read_text()
     assert [row for row in ROWS if not re.search(rf"\b{row}\b", page)] == []
     assert [name for name in [*RUNS, *SEARCHES] if f"recipes/papers/{name}.toml" not in page] == []
 
 
-def test_the_pages_published_values_are_those_of_the_studies() -> None:
+def test_the_papers_page_has_the_published_values_of_the_studies() -> None:
     page = (REPOSITORY / "docs" / "papers.md").read_text()
     cells = re.findall(r"^\| [^|]* \| `recipes/papers/([\w/]+)\.toml` \|[^|]*\|[^|]*\| ([^|]*) \|", page, re.MULTILINE)
     assert {name for name, _ in cells} == {*RUNS, *SEARCHES}
@@ -236,7 +236,7 @@ def mean_of(published: Any) -> float:
 # -- protocols --------------------------------------------------------------------------------------------------------
 
 
-def test_the_grid_is_every_combination() -> None:
+def test_the_grid_study_contains_every_combination() -> None:
     assert "4 x 2 x 3 x 3 x 2 = 144 combinations, not 72" in study_file("giunta/grid").table.note
     recipes = [run.recipe for run in expansion("giunta/grid").runs]
     assert Counter(recipe.train.epochs for recipe in recipes) == {5: 36, 10: 36, 30: 36, 50: 36}
@@ -249,7 +249,7 @@ def test_the_grid_is_every_combination() -> None:
     assert sum(bool(run.member.published) for run in expansion("giunta/grid").runs) == 10
 
 
-def test_mereus_runs_keep_to_mereus_protocol() -> None:
+def test_mereus_runs_follow_his_protocol() -> None:
     for name in [name for name in RUNS if name.startswith("mereu/")]:
         for run in expansion(name).runs:
             recipe = run.recipe
@@ -264,7 +264,7 @@ def test_mereus_runs_keep_to_mereus_protocol() -> None:
 
 
 @pytest.mark.parametrize("table", [10, 11, 12])
-def test_augmented_images_are_squashed_and_one_row_keeps_the_aspect_ratio(table: int) -> None:
+def test_augmented_images_are_squashed_except_in_one_row_that_keeps_the_aspect_ratio(table: int) -> None:
     *rows, kept = expansion(f"mereu/table{table}").runs
     assert [run.recipe.data.resize for run in rows] == [[256, 256]] * 6
     plain = [*expansion("mereu/table07").runs, *expansion("mereu/table08").runs]
@@ -277,30 +277,32 @@ def test_augmented_images_are_squashed_and_one_row_keeps_the_aspect_ratio(table:
 
 @pytest.mark.parametrize("name", [f"mereu/table{table:02}" for table in range(1, 15)])
 def test_no_published_train_accuracy_is_above_the_share_of_images_in_whole_batches(name: str) -> None:
-    """2,892 training images; the last batch is dropped, and right answers were divided by all images."""
+    """Of 2,892 training images the last batch is dropped, but correct predictions were divided by all images."""
     note = study_file(name).table.note
     assert "Published train accuracies are right answers divided by all 2,892 training images" in note
     for run in expansion(name).runs:
         size = run.recipe.train.batch_size
         ceiling = round(2892 // size * size / 2892, 4)
         assert run.recipe.train.drop_last
-        figure = "train_accuracy_all_images" if name == "mereu/table06" else "train_accuracy"
-        assert run.member.published.get(figure, 0.0) <= ceiling
+        metric = "train_accuracy_all_images" if name == "mereu/table06" else "train_accuracy"
+        assert run.member.published.get(metric, 0.0) <= ceiling
         assert f"{ceiling:.4f}" in note
 
 
-def test_published_train_accuracies_stand_at_their_ceiling() -> None:
-    """45 batches of 64 images are 2,880 of 2,892."""
+def test_published_train_accuracies_reach_that_upper_bound() -> None:
+    """45 batches of 64 images contain 2,880 of 2,892 images."""
     found = [run.member.published.get("train_accuracy") for run in expansion("mereu/table14").runs]
     assert found.count(round(2880 / 2892, 4)) == 3
 
 
-def test_the_constant_weight_decay_of_the_notebook_is_told_beside_its_rows() -> None:
+def test_the_constant_weight_decay_of_the_notebook_is_noted_at_its_rows() -> None:
     for name in ("mereu/table07", "mereu/table08"):
         for run in expansion(name).runs:
-            is_told = "weight decay 5e-5" in run.member.note
-            assert is_told == (run.recipe.optimizer.name in ("sgd", "nag")), run.member.row
-            assert f"wd {run.recipe.optimizer.weight_decay:.0e}".replace("e-0", "e-") in run.member.row, "it arrives"
+            is_noted = "weight decay 5e-5" in run.member.note
+            assert is_noted == (run.recipe.optimizer.name in ("sgd", "nag")), run.member.row
+            assert f"wd {run.recipe.optimizer.weight_decay:.0e}".replace("e-0", "e-") in run.member.row, (
+                "the value is used"
+            )
 
 
 @pytest.mark.parametrize("name", [*RUNS, *sorted(SEARCHES)])
@@ -316,10 +318,10 @@ def test_every_run_is_in_fp32_as_in_the_reports(name: str) -> None:
         ("vgg16_caltech", "mereu/table13", "fine-tuning, SGD, lr 1.33e-2", (0.9274, 0.9416)),
     ],
 )
-def test_a_recipe_of_mereus_best_run_is_the_row_of_his_table(
+def test_the_recipe_of_mereus_best_run_equals_the_row_of_his_table(
     name: str, study: str, row: str, best: tuple[float, float]
 ) -> None:
-    """Third augmentation set, squashed to 256 x 256, batch 64, the epoch with the least validation loss, fp32."""
+    """Third augmentation set, squashed to 256 x 256, batch size 64, epoch of the lowest validation loss, fp32."""
     recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.toml")
     assert diff(recipe.model_copy(update={"recipe": planned(study, row).recipe.recipe, "expected_metrics": {}}),
                 planned(study, row).recipe) == []  # fmt: skip
@@ -329,7 +331,7 @@ def test_a_recipe_of_mereus_best_run_is_the_row_of_his_table(
     assert two(*best).items() <= member(study, row).published.items()
 
 
-# -- published figures ------------------------------------------------------------------------------------------------
+# -- published values -------------------------------------------------------------------------------------------------
 
 FIVE = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accuracy")
 TWO = ("val_accuracy", "test_accuracy")
@@ -403,22 +405,22 @@ SPOTS: list[tuple[str, str, dict[str, float]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "row", "figures"), SPOTS, ids=[f"{name}-{row}" for name, row, _ in SPOTS])
-def test_published_figures_stand_in_their_row(name: str, row: str, figures: dict[str, float]) -> None:
-    assert member(name, row).published == figures
+@pytest.mark.parametrize(("name", "row", "metrics"), SPOTS, ids=[f"{name}-{row}" for name, row, _ in SPOTS])
+def test_published_values_are_in_their_row(name: str, row: str, metrics: dict[str, float]) -> None:
+    assert member(name, row).published == metrics
 
 
-def test_ten_seeds_are_run_on_one_split_and_on_a_split_each() -> None:
+def test_ten_seeds_are_run_on_one_split_and_on_one_split_per_seed() -> None:
     runs = expansion("colbertaldo/seeds").runs
     assert [run.member.seed for run in runs] == [*range(42, 52)] * 2
     assert [run.recipe.data.split.seed for run in runs] == [0] * 10 + [*range(42, 52)]
 
 
-def test_ten_seeds_have_the_published_mean_deviation_and_number() -> None:
+def test_ten_seeds_have_the_published_mean_standard_deviation_and_count() -> None:
     for run in expansion("colbertaldo/seeds").runs:
         assert run.member.published == {"last_test_accuracy": 0.7591}
         assert run.member.published_spread == {"last_test_accuracy": {"std": 0.0034, "n": 10}}
-    assert not re.search(r"\d", study_file("colbertaldo/seeds").table.description), "the heading has no figures"
+    assert not re.search(r"\d", study_file("colbertaldo/seeds").table.description), "the heading contains no numbers"
 
 
 def test_colbertaldo_evaluates_the_model_after_the_last_epoch() -> None:
@@ -427,26 +429,26 @@ def test_colbertaldo_evaluates_the_model_after_the_last_epoch() -> None:
         assert {tuple(run.member.published) for run in expansion(name).runs} == {("last_test_accuracy",)}
     for name, value in (("fast", 0.7591), ("best", 0.83)):
         expect = load_recipe(REPOSITORY / "recipes" / f"colbertaldo_{name}.toml").expected_metrics
-        assert {figure: expected.value for figure, expected in expect.items()} == {"last_test_accuracy": value}
+        assert {metric: expected.value for metric, expected in expect.items()} == {"last_test_accuracy": value}
 
 
-def test_colbertaldos_two_figures_of_his_second_network_are_two_rows() -> None:
-    """85 % in 100 epochs with pixels normalized by 0.5; 83 % in 60 with the training images' mean and deviation."""
+def test_colbertaldos_two_accuracies_of_his_second_network_are_two_rows() -> None:
+    """85 % in 100 epochs with pixels normalized by 0.5; 83 % in 60 with the training images' mean and std."""
     runs = [run for run in expansion("colbertaldo/models").runs if run.recipe.scheduler.name == "plateau"]
-    told = [
+    stated = [
         (run.recipe.train.epochs, run.recipe.data.normalize, run.member.published["last_test_accuracy"]) for run in runs
     ]
-    assert told == [(60, "dataset", 0.83), (100, "half", 0.85)]
+    assert stated == [(60, "dataset", 0.83), (100, "half", 0.85)]
     assert {(run.recipe.scheduler.threshold, run.recipe.scheduler.threshold_mode) for run in runs} == {(1e-4, "rel")}
 
 
 def expected(name: str) -> dict[str, tuple[float | None, float | None, float | None]]:
-    """Value, lower and upper bound of each figure that a recipe beside the studies promises."""
+    """Return value, lower and upper bound of each expected metric of a recipe in recipes/."""
     recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.toml")
-    return {figure: (one.value, one.at_least, one.at_most) for figure, one in recipe.expected_metrics.items()}
+    return {metric: (one.value, one.at_least, one.at_most) for metric, one in recipe.expected_metrics.items()}
 
 
-def test_vgg11_is_expected_to_reach_what_giunta_reports() -> None:
+def test_vgg11_is_expected_to_reach_the_accuracy_that_giunta_reports() -> None:
     """60 to 65 % frozen; up to 88 %, test 84 % fine-tuned; from scratch the report gives the test accuracy alone."""
     assert expected("vgg11bn_cifar10_frozen") == {"val_accuracy": (None, 0.6, 0.65)}
     assert expected("vgg11bn_cifar10_finetune") == {
@@ -455,7 +457,7 @@ def test_vgg11_is_expected_to_reach_what_giunta_reports() -> None:
     assert expected("vgg11bn_cifar10_scratch") == {"test_accuracy": (0.8, None, None)}
 
 
-def test_a_run_with_patience_8_is_not_held_against_one_without_early_stopping() -> None:
+def test_a_run_with_patience_8_is_not_compared_with_one_without_early_stopping() -> None:
     assert expected("convnet_cifar10_batchnorm") == {"trainable_parameters": (7_682_826, None, None)}
     assert member("yildiz/batch_norm", "with batch norm").published["test_accuracy"] == 0.822
     assert planned("yildiz/batch_norm", "with batch norm").recipe.early_stopping.patience is None
@@ -466,7 +468,7 @@ def test_a_run_with_patience_8_is_not_held_against_one_without_early_stopping() 
     [("giunta/vgg11bn", "frozen"), ("yildiz/vgg11bn", "frozen"), ("mereu/table14", "feature extractor")],
 )
 def test_batch_norm_statistics_of_frozen_networks_follow_the_data(name: str, frozen: str) -> None:
-    """The reports switched gradients off alone. A second row of each keeps the statistics, and is not published."""
+    """The reports only disabled gradients. A second row of each freezes the statistics too and is unpublished."""
     runs = [run for run in expansion(name).runs if run.member.row.startswith(frozen)]
     published = [run for run in runs if run.member.published]
     others = [run for run in runs if not run.member.published]
@@ -476,7 +478,7 @@ def test_batch_norm_statistics_of_frozen_networks_follow_the_data(name: str, fro
         assert diff(one.recipe, other.recipe) == [(("transfer", "frozen_batch_norm"), "update", "fixed")]
 
 
-def test_the_search_of_resnet50s_feature_extractor_has_the_same_batch_norm() -> None:
+def test_the_search_of_resnet50s_feature_extractor_updates_batch_norm_too() -> None:
     assert study_file("mereu/table14_bohb_feature_extractor").base.transfer.frozen_batch_norm == "update"
     assert load_recipe(REPOSITORY / "recipes" / "vgg11bn_cifar10_frozen.toml").transfer.frozen_batch_norm == "update"
 
@@ -487,7 +489,7 @@ def test_murabitos_loss_is_that_of_the_last_epoch(name: str) -> None:
     assert "train_loss" not in study_file(name).table.output.columns
     assert "last_train_loss" in study_file(name).table.output.columns
     published = [run.member.published for run in expansion(name).runs if run.member.published]
-    assert all("train_loss" not in figures and "last_train_loss" in figures for figures in published)
+    assert all("train_loss" not in metrics and "last_train_loss" in metrics for metrics in published)
 
 
 EPOCHS: list[tuple[str, str, str, int, dict[int, float]]] = [
@@ -511,11 +513,11 @@ EPOCHS: list[tuple[str, str, str, int, dict[int, float]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "row", "figure", "count", "spots"), EPOCHS)
-def test_published_epochs_stand_in_their_line(
-    name: str, row: str, figure: str, count: int, spots: dict[int, float]
+@pytest.mark.parametrize(("name", "row", "metric", "count", "spots"), EPOCHS)
+def test_published_epoch_values_are_in_their_row(
+    name: str, row: str, metric: str, count: int, spots: dict[int, float]
 ) -> None:
-    values = member(name, row).published_epochs[figure]
+    values = member(name, row).published_epochs[metric]
     assert len(values) == count
     assert {epoch: values[epoch - 1] for epoch in spots} == spots
 
@@ -527,7 +529,7 @@ UNPRINTED = {
 
 
 @pytest.mark.parametrize("handle", REPORTS)
-def test_every_published_figure_is_in_the_reports_text(handle: str) -> None:
+def test_every_published_value_is_in_the_reports_text(handle: str) -> None:
     report = SHARED / "papers" / REPORTS[handle]
     if not SHARED.is_dir():
         pytest.skip(f"no report: {report}")
@@ -595,14 +597,14 @@ QUICK = {
 
 
 def network(recipe: Recipe) -> str:
-    """A network and what of it trains; how much is dropped out and which weights are loaded make no other."""
+    """Identify a network and its trainable part, ignoring dropout rates and loaded weights."""
     model = recipe.model.model_dump(exclude={"weights"})
     if recipe.model.convnet is not None:
         model["convnet"]["dropout"] = recipe.model.convnet.dropout > 0
     return json.dumps([recipe.data.dataset, model, recipe.transfer.model_dump()], sort_keys=True)
 
 
-def test_no_network_is_left_out() -> None:
+def test_every_network_of_the_studies_is_in_the_list() -> None:
     recipes = [run.recipe for name in RUNS for run in expansion(name).runs]
     recipes += [study_file(name).base for name in SEARCHES]
     known = {network(planned(*case).recipe) for case in NETWORKS}
@@ -621,7 +623,7 @@ def test_networks_have_the_reports_number_of_parameters(case: tuple[str, str]) -
     assert (sum(n for n, _ in counts), sum(n for n, trains in counts if trains)) == NETWORKS[case]
 
 
-def test_giuntas_parameters_layer_by_layer() -> None:
+def test_giuntas_parameter_counts_hold_layer_by_layer() -> None:
     """By the formula of yildiz, question 1: (kernel^2 x channels in + 1) x channels out."""
     recipe = planned("giunta/figures_02_07", "without batch norm").recipe
     with torch.device("meta"):
@@ -633,7 +635,7 @@ def test_giuntas_parameters_layer_by_layer() -> None:
 
 
 def images(folder: Path, classes: list[str], count: int, size: int) -> None:
-    """Noise, ``count`` images a class."""
+    """Write noise images, ``count`` per class."""
     random = np.random.default_rng(0)
     for name in classes:
         (folder / name).mkdir(parents=True)
@@ -643,8 +645,8 @@ def images(folder: Path, classes: list[str], count: int, size: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Data of the right number of classes for each data set, as overrides of a recipe."""
+def substitute_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Return overrides per data set that replace it with noise images of the same number of classes."""
     root = tmp_path_factory.mktemp("data")
     ten, many = [f"class_{n}" for n in range(10)], [f"class_{n:03d}" for n in range(101)]
     images(root / "cifar" / "train", ten, 4, 32)
@@ -654,7 +656,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     for name, numbers in (("train", range(4)), ("test", range(4, 5))):
         lines = [f"{one}/image_{number:04d}.jpg" for one in many for number in numbers]
         (home / f"{name}.txt").write_text("\n".join(lines))
-    # torchvision's CIFAR10 takes the original files alone; folders are the same to a network.
+    # torchvision's CIFAR10 requires the original files; for a dry run folders are equivalent.
     cifar = ['data.dataset="imagefolder"', f"data.root={json.dumps(str(root / 'cifar'))}", "data.split.validation=0.5"]
     return {"cifar10": cifar, "caltech101": [f"data.root={json.dumps(str(root))}"]}
 
@@ -666,10 +668,10 @@ def dry_run_cases() -> list[Any]:
 
 @pytest.mark.parametrize("case", dry_run_cases())
 def test_every_network_passes_a_dry_run(
-    case: tuple[str, str], stand_ins: dict[str, list[str]], capfd: pytest.CaptureFixture[str]
+    case: tuple[str, str], substitute_data: dict[str, list[str]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     name, row = case
-    settings = [*stand_ins[study_file(name).base.data.dataset], "train.batch_size=4", "data.workers=0"]
+    settings = [*substitute_data[study_file(name).base.data.dataset], "train.batch_size=4", "data.workers=0"]
     (run,) = [run for run in expand(read_study(PAPERS / f"{name}.toml", settings)).runs if run.member.row == row]
     dry_run(run.recipe, load_weights=False)
     loss = re.search(r"one batch forward and backward, loss ([\d.]+)", capfd.readouterr().err)
@@ -677,14 +679,14 @@ def test_every_network_passes_a_dry_run(
     assert 0 < float(loss[1]) < 100
 
 
-# -- where values come from -------------------------------------------------------------------------------------------
+# -- sources of values ------------------------------------------------------------------------------------------------
 
 UNMARKED = ("recipe.", "tracking.", "expected_metrics.", "assumptions.", "data.root")
 """Names, places and promises, which no report has to state."""
 
 
 def keys_set(name: str) -> set[str]:
-    """Dotted keys that the files of a study, its rows or its search set."""
+    """Return the dotted keys that a study's files, rows or search space set."""
     study = study_file(name)
     given = {leaf.key for source in study.sources for leaf in dotted_leaves(source.data, ())}
     given |= {key for run in expansion(name).runs for key in run.changes}
@@ -693,12 +695,12 @@ def keys_set(name: str) -> set[str]:
 
 
 def covers(mark: str, key: str) -> bool:
-    """Whether a mark is of the key or of a table that it is in."""
+    """Return whether a source mark applies to the key or to a table that contains it."""
     return key == mark or key.startswith(f"{mark}.")
 
 
 @pytest.mark.parametrize("name", [*RUNS, *sorted(SEARCHES)])
-def test_every_key_that_a_study_sets_says_where_its_value_comes_from(name: str) -> None:
+def test_every_key_that_a_study_sets_has_a_source_mark(name: str) -> None:
     keys, marks = keys_set(name), study_file(name).base.assumptions
     assert len(keys) > 10
     assert {key for key in keys if not any(covers(mark, key) for mark in marks)} == set(), "not marked"
@@ -706,31 +708,31 @@ def test_every_key_that_a_study_sets_says_where_its_value_comes_from(name: str) 
 
 
 @pytest.mark.parametrize("handle", REPORTS)
-def test_every_report_has_claims_with_their_place(handle: str) -> None:
+def test_every_report_has_claims_with_their_page_or_section(handle: str) -> None:
     claims = [claim for name in RUNS if name.startswith(handle) for claim in study_file(name).table.claims]
     assert claims
     assert all(claim.source.startswith(f"{handle}, ") for claim in claims)
 
 
 def test_claims_agree_with_the_published_figures_of_their_rows() -> None:
-    """A claim whose rows were typed the wrong way round would contradict the report's own table."""
+    """A claim with swapped rows would contradict the report's own table."""
     compared = 0
     for name in RUNS:
         runs = [run.member for run in expansion(name).runs]
         for claim in study_file(name).table.claims:
             if not isinstance(claim.better, str):
                 continue
-            figures = {m.row: m.published[claim.metric] for m in runs if claim.metric in m.published}
+            metrics = {m.row: m.published[claim.metric] for m in runs if claim.metric in m.published}
             sign = -1 if claim.metric.endswith("loss") else 1
-            for other in claim.than or [row for row in figures if row != claim.better]:
-                if claim.better in figures and other in figures:
+            for other in claim.than or [row for row in metrics if row != claim.better]:
+                if claim.better in metrics and other in metrics:
                     compared += 1
-                    is_better = sign * (figures[claim.better] - figures[other]) > claim.margin
+                    is_better = sign * (metrics[claim.better] - metrics[other]) > claim.margin
                     assert is_better is claim.holds, (name, claim.statement, other)
     assert compared > 50
 
 
-def test_a_study_of_another_network_says_that_it_does_not_compare() -> None:
+def test_a_study_of_another_network_is_marked_not_comparable() -> None:
     studies = sorted((REPOSITORY / "recipes" / "studies").glob("efficientnet_lite0_table*.toml"))
     assert len(studies) == 5
     for path in studies:
@@ -738,13 +740,13 @@ def test_a_study_of_another_network_says_that_it_does_not_compare() -> None:
         assert {run.member.not_comparable for run in runs} == {"another network, EfficientNet-Lite0"}, path.name
 
 
-def test_a_study_of_a_part_of_the_data_says_that_it_does_not_compare() -> None:
+def test_a_study_of_a_part_of_the_data_is_marked_not_comparable() -> None:
     def reasons(*settings: str) -> set[str]:
         study = read_study(PAPERS / "murabito" / "freezing.toml", settings)
         return {run.member.not_comparable for run in expand(study).runs}
 
     assert reasons() == {""}
-    assert reasons("optimizer.momentum=0.8") == {""}, "no condition of the comparison"
+    assert reasons("optimizer.momentum=0.8") == {""}, "not a condition of comparability"
     assert reasons("data.images_per_class=5") == {"the run used part of the images"}
     assert reasons("train.epochs=3") == {"train.epochs is 3, not 20"}
     assert reasons("data.background_class=true") == {"data.background_class is True, not False"}

@@ -1,4 +1,4 @@
-"""`toolkit predict`: each image once, in order, as the run itself predicted it; bad files are named and skipped."""
+"""`toolkit predict`: each image is predicted once, in order, as in the run's evaluation; bad files are skipped."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Evaluated on negatives of the images: the preprocessing must come from the run."""
+    """Train a run that inverts its images, so that predictions are right only with the run's preprocessing."""
     folder = tmp_path_factory.mktemp("predict")
     negative = 'augment.test=[{ name = "RandomInvert", p = 1.0 }]'
     return train_on_files(folder, CONVNET, negative, 'augment.validation=[{ name = "Grayscale" }]', epochs=3)
@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def copy(run: Run, tmp_path: Path) -> Run:
-    """The run, to be damaged."""
+    """Copy the run, so that a test can damage it."""
     return Run(shutil.copytree(run.path, tmp_path / "copy"))
 
 
@@ -53,8 +53,8 @@ def folder_of_test(run: Run) -> Path:
     return Path(run.recipe.data.root) / "test"
 
 
-def as_the_run(run: Run) -> list[dict[str, str]]:
-    """predictions.csv in the format of `toolkit predict`."""
+def expected_csv(run: Run) -> list[dict[str, str]]:
+    """Return the run's predictions.csv in the format of `toolkit predict`."""
     root = Path(run.recipe.data.root)
     return [
         {"path": str(root / row["path"]), "prediction": row["prediction"], "probability": row["probability"]}
@@ -65,19 +65,19 @@ def as_the_run(run: Run) -> list[dict[str, str]]:
 def test_the_test_images_are_predicted_as_in_predictions_csv(run: Run) -> None:
     outcome = toolkit("predict", run.path, folder_of_test(run))
     assert outcome.status == 0, outcome.stderr
-    assert rows(outcome.stdout) == as_the_run(run)
+    assert rows(outcome.stdout) == expected_csv(run)
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_several_processes_give_every_row_once_and_in_order(run: Run, world: int) -> None:
+def test_several_processes_write_every_row_once_and_in_order(run: Run, world: int) -> None:
     first, *others = launch(world, toolkit, "predict", str(run.path), str(folder_of_test(run)), "--workers", "1")
-    assert rows(first.stdout) == as_the_run(run)
+    assert rows(first.stdout) == expected_csv(run)
     assert {other.stdout for other in others} == {""}
 
 
 def test_batch_size_and_workers_change_no_prediction(run: Run) -> None:
     outcome = toolkit("predict", run.path, folder_of_test(run), "--batch-size", "7", "--workers", "2")
-    expected = as_the_run(run)
+    expected = expected_csv(run)
     found = rows(outcome.stdout)
     assert [row["prediction"] for row in found] == [row["prediction"] for row in expected]
     assert [float(row["probability"]) for row in found] == pytest.approx(
@@ -92,7 +92,7 @@ def test_all_classes_are_ranked_and_their_probabilities_add_up(run: Run, tmp_pat
     assert outcome.stdout == ""
     found = json.loads(out.read_text())
     assert [(one["path"], one["predictions"][0]["class"]) for one in found] == [
-        (row["path"], row["prediction"]) for row in as_the_run(run)
+        (row["path"], row["prediction"]) for row in expected_csv(run)
     ]
     for one in found:
         probabilities = [each["probability"] for each in one["predictions"]]
@@ -112,8 +112,8 @@ def test_all_formats_have_the_same_content(run: Run) -> None:
         assert float(row["probability_2"]) == second["probability"]
 
 
-def test_lists_standard_input_and_single_files_mean_the_same_images(run: Run, tmp_path: Path) -> None:
-    expected = as_the_run(run)[:3]
+def test_lists_standard_input_and_single_files_select_the_same_images(run: Run, tmp_path: Path) -> None:
+    expected = expected_csv(run)[:3]
     paths = [row["path"] for row in expected]
     listed = tmp_path / "list.txt"
     listed.write_text("\r\n".join([paths[0], "", *paths[1:]]) + "\n")
@@ -149,7 +149,7 @@ def predict_with_gaps(path: str, images: list[str]) -> Predictions:
     return predict(load_model(path), images, torch.device("cpu"), top_k=1, batch_size=2, workers=0)
 
 
-def test_all_processes_know_all_bad_files(run: Run) -> None:
+def test_all_processes_receive_the_list_of_all_bad_files(run: Run) -> None:
     images = [str(path) for path in sorted((folder_of_test(run) / "5").iterdir())]
     gaps = [*images[:2], "nowhere/1", *images[2:], "nowhere/2", "nowhere/3"]
     one, two = run_on(2, predict_with_gaps, str(run.path), gaps)
@@ -158,7 +158,7 @@ def test_all_processes_know_all_bad_files(run: Run) -> None:
     assert list(one.rows()) == list(two.rows())
 
 
-def test_images_that_the_run_s_preprocessing_does_not_take_are_bad_files(tmp_path: Path) -> None:
+def test_images_that_the_preprocessing_rejects_are_bad_files(tmp_path: Path) -> None:
     run = train_on_files(tmp_path, CONVNET, 'data.resize="none"', 'data.crop="none"', "data.image_size=8")
     large = tmp_path / "large.png"
     Image.new("L", (30, 20)).save(large)
@@ -169,7 +169,7 @@ def test_images_that_the_run_s_preprocessing_does_not_take_are_bad_files(tmp_pat
     assert len(rows(outcome.stdout)) == 5
 
 
-def test_folders_are_searched_to_the_bottom_and_hidden_files_are_not_seen(tmp_path: Path) -> None:
+def test_folders_are_searched_recursively_without_hidden_files(tmp_path: Path) -> None:
     for name in ("b/deep/2.JPG", "a.png", ".hidden/x.png", "b/.y.png", "b/notes.txt", "c/3.webp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -177,7 +177,7 @@ def test_folders_are_searched_to_the_bottom_and_hidden_files_are_not_seen(tmp_pa
     assert found == [str(tmp_path / name) for name in ("a.png", "b/deep/2.JPG", "c/3.webp")]
 
 
-def test_names_that_are_not_utf8_can_be_read_back_from_the_file(run: Run, tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_can_be_decoded_from_the_file(run: Run, tmp_path: Path) -> None:
     odd = tmp_path / "caf\udce9.png"
     shutil.copy(next((folder_of_test(run) / "2").iterdir()), odd)
     out = tmp_path / "out.csv"
@@ -193,7 +193,7 @@ def test_a_run_that_was_killed_predicts_with_its_best_epoch_so_far(copy: Run) ->
     outcome = toolkit("predict", copy.path, folder_of_test(copy))
     assert outcome.status == 0
     assert "the run has not finished: best-000" in outcome.stderr
-    assert rows(outcome.stdout) == as_the_run(copy)
+    assert rows(outcome.stdout) == expected_csv(copy)
 
 
 @pytest.mark.parametrize(
@@ -207,21 +207,21 @@ def test_a_run_that_was_killed_predicts_with_its_best_epoch_so_far(copy: Run) ->
         (["@BINARY"], "is not a text file with one path per line"),
     ],
 )
-def test_a_user_s_mistake_is_one_message(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_a_users_mistake_is_one_message(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary").write_bytes(b"\x89PNG\r\n\x00\x00")
-    places = {
+    paths = {
         "IMAGES": str(folder_of_test(run)),
         "EMPTY": str(tmp_path / "empty"),
         "@BINARY": f"@{tmp_path / 'binary'}",
     }
-    outcome = toolkit("predict", run.path, *(places.get(argument, argument) for argument in arguments))
+    outcome = toolkit("predict", run.path, *(paths.get(argument, argument) for argument in arguments))
     assert outcome.status == 2
     assert message in outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
 
 
-def test_a_model_that_asks_for_the_version_of_its_layers_is_loaded(tmp_path: Path) -> None:
+def test_a_model_that_checks_the_version_of_its_layers_is_loaded(tmp_path: Path) -> None:
     table = ModelConfig(source="torchvision", name="mnasnet0_5")
     module = build_model(table, 3, 3, 32).module
     plain = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
@@ -231,7 +231,7 @@ def test_a_model_that_asks_for_the_version_of_its_layers_is_loaded(tmp_path: Pat
     assert torch.equal(load_model(tmp_path).module(images), module.eval()(images))
 
 
-def test_a_card_of_an_earlier_version_means_a_convnet_with_biases(tmp_path: Path) -> None:
+def test_a_model_card_of_an_earlier_version_gives_a_convnet_with_biases(tmp_path: Path) -> None:
     layers = {"convnet": {"blocks": [{"channels": 4, "batch_norm": True}], "bias": True}, "head": {"bias": True}}
     table = ModelConfig.model_validate({"source": "toolkit", **layers})
     module = build_model(table, 3, 3, 8).module

@@ -1,4 +1,4 @@
-"""Inputs of pretrained weights: for every published name, what timm's and torchvision's own transforms make."""
+"""Inputs of pretrained weights: for every published name, the same as timm's and torchvision's transforms produce."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def resolved(weights: PretrainedInput | None, **data: object) -> Preprocessing:
 
 
 def photographs() -> Iterator[Image.Image]:
-    """A wide one and a tall one, with structure at all scales up to their edges."""
+    """Return a wide and a tall image with structure at all scales up to the edges."""
     for height, width in ((61, 150), (143, 64)):
         pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         pixels[: height // 3] //= 4
@@ -47,28 +47,30 @@ def photographs() -> Iterator[Image.Image]:
         yield Image.fromarray(pixels)
 
 
-def assert_same_inputs(ours: Preprocessing, theirs: Callable[[Image.Image], Tensor]) -> None:
-    mine = build_transform("test", AugmentConfig(), ours)
+def assert_same_inputs(preprocessing: Preprocessing, reference: Callable[[Image.Image], Tensor]) -> None:
+    transform = build_transform("test", AugmentConfig(), preprocessing)
     for image in photographs():
-        torch.testing.assert_close(mine(as_pixels(image)), theirs(image), rtol=0, atol=1e-6 / min(ours.std))
+        torch.testing.assert_close(
+            transform(as_pixels(image)), reference(image), rtol=0, atol=1e-6 / min(preprocessing.std)
+        )
 
 
 @pytest.fixture
 def pillow_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both sides with Pillow's kernel, so that pixels are equal and not only close."""
+    """Resize with Pillow's kernel in both pipelines, so that pixels are equal and not only close."""
     monkeypatch.setattr(resize, "resizing_kernel", lambda: "Pillow")
 
 
 @pytest.mark.usefixtures("pillow_resizes")
-def test_every_timm_tag_is_fed_as_timm_feeds_it() -> None:
-    """Parameters of all tags; pixels of a wide and a tall image for one tag of each geometry."""
+def test_inputs_of_every_timm_tag_equal_timms_own() -> None:
+    """Compare the parameters of all tags, and the pixels of two images for one tag of each geometry."""
     tried: dict[Geometry, str] = {}
     modes = {"center": 0, "squash": 0, "border": 0}
     for tag in timm.list_pretrained():
         config = resolve_data_config(pretrained_cfg=get_pretrained_cfg(tag).to_dict())
         name, _, weights = tag.partition(".")
-        ours = expected_input(ModelConfig(source="timm", name=name, weights=weights))
-        assert ours is not None
+        preprocessing = expected_input(ModelConfig(source="timm", name=name, weights=weights))
+        assert preprocessing is not None
         _, height, width = config["input_size"]
         wanted = PretrainedInput(
             width,
@@ -79,42 +81,45 @@ def test_every_timm_tag_is_fed_as_timm_feeds_it() -> None:
             config["crop_mode"],
             height if height != width else None,
         )
-        assert ours == wanted, tag
+        assert preprocessing == wanted, tag
         listed = catalog.weights_input("timm", name, weights)
         if name in catalog.excluded_models():
             assert listed is None
         else:
-            assert listed == ours, tag
+            assert listed == preprocessing, tag
         modes[config["crop_mode"]] += 1
         assert (height != width) == (tag in NO_SQUARE)
-        geometry = (height, width, ours.resize, ours.crop_mode, ours.interpolation)
+        geometry = (height, width, preprocessing.resize, preprocessing.crop_mode, preprocessing.interpolation)
         if geometry not in tried and height == width:
             tried[geometry] = tag
-            assert_same_inputs(resolved(ours), create_transform(**config))
+            assert_same_inputs(resolved(preprocessing), create_transform(**config))
     assert modes["squash"] >= 131
     assert modes["border"] >= 6
     assert len(tried) > 80
 
 
 @pytest.mark.usefixtures("pillow_resizes")
-def test_all_torchvision_weights_are_fed_as_torchvision_feeds_them() -> None:
+def test_inputs_of_all_torchvision_weights_equal_torchvisions_own() -> None:
     tried = set()
     count = 0
     for name in torchvision.models.list_models(module=torchvision.models):
         for entry in torchvision.models.get_model_weights(name):
             count += 1
-            ours = expected_input(ModelConfig(source="torchvision", name=name, weights=entry.name))
-            assert ours is not None
-            preset = entry.transforms()
-            assert (ours.image_size, ours.resize) == (preset.crop_size[0], preset.resize_size[0]), entry
-            assert (ours.interpolation, ours.mean, ours.std) == (
-                preset.interpolation.value,
-                tuple(preset.mean),
-                tuple(preset.std),
+            preprocessing = expected_input(ModelConfig(source="torchvision", name=name, weights=entry.name))
+            assert preprocessing is not None
+            published = entry.transforms()
+            assert (preprocessing.image_size, preprocessing.resize) == (
+                published.crop_size[0],
+                published.resize_size[0],
+            ), entry
+            assert (preprocessing.interpolation, preprocessing.mean, preprocessing.std) == (
+                published.interpolation.value,
+                tuple(published.mean),
+                tuple(published.std),
             )
-            if ours not in tried:
-                tried.add(ours)
-                assert_same_inputs(resolved(ours), preset)
+            if preprocessing not in tried:
+                tried.add(preprocessing)
+                assert_same_inputs(resolved(preprocessing), published)
     assert count >= 115
 
 
@@ -125,7 +130,7 @@ def weights(tag: str) -> PretrainedInput:
     return found
 
 
-def test_images_of_another_size_keep_the_mode_of_the_weights() -> None:
+def test_images_of_another_size_keep_the_crop_mode_of_the_weights() -> None:
     squash = next(tag for tag in timm.list_pretrained() if get_pretrained_cfg(tag).crop_mode == "squash")
     config = get_pretrained_cfg(squash)
     side = round(math.floor(config.input_size[-1] / config.crop_pct) * 128 / config.input_size[-1])
@@ -142,7 +147,7 @@ def test_images_of_another_size_keep_the_mode_of_the_weights() -> None:
     assert tuple(made[49, 98]) == tuple(made[146, 98]) == (9, 9, 9)
 
 
-def test_a_recipe_s_own_resize_takes_the_place_of_the_mode() -> None:
+def test_a_recipes_own_resize_replaces_the_crop_mode() -> None:
     border = next(tag for tag in timm.list_pretrained() if get_pretrained_cfg(tag).crop_mode == "border")
     own = resolved(weights(border), image_size=64, resize=72)
     assert (own.resize, own.border) == (72, None)
@@ -156,18 +161,20 @@ def test_weights_for_images_that_are_not_square_need_an_image_size() -> None:
 
 
 @pytest.mark.parametrize("mode", ["squash", "border"])
-def test_the_mode_travels_with_an_exported_model(mode: str) -> None:
-    """timm makes the same transform of config.json, and preprocessing.json says it in words."""
-    ours = resolved(PretrainedInput(64, 72, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), mode))
-    assert Preprocessing.from_dict(ours.to_dict()) == ours
+def test_the_crop_mode_is_exported_with_a_model(mode: str) -> None:
+    """timm builds the same transform from config.json, and preprocessing.json describes it in words."""
+    preprocessing = resolved(PretrainedInput(64, 72, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), mode))
+    assert Preprocessing.from_dict(preprocessing.to_dict()) == preprocessing
     table = ModelConfig(source="timm", name="test_resnet")
     module = timm.create_model("test_resnet", num_classes=2)
-    trained = TrainedModel(module, ours, (), ["a", "b"], table, "none", None)  # type: ignore[arg-type]
+    trained = TrainedModel(module, preprocessing, (), ["a", "b"], table, "none", None)  # type: ignore[arg-type]
     config = timm_config(trained)["pretrained_cfg"]
     assert config["crop_mode"] == mode
-    theirs = create_transform(**resolve_data_config(pretrained_cfg=config))
+    reference = create_transform(**resolve_data_config(pretrained_cfg=config))
     for image in photographs():
-        difference = (build_transform("test", AugmentConfig(), ours)(image) - theirs(image)).abs()
+        difference = (build_transform("test", AugmentConfig(), preprocessing)(image) - reference(image)).abs()
         assert float(difference.mean()) < 0.02
-    said = "resize to (72, 72) (height, width) pixels" if mode == "squash" else "padding smaller images with the color"
-    assert any(said in step for step in _steps(trained))
+    description = (
+        "resize to (72, 72) (height, width) pixels" if mode == "squash" else "padding smaller images with the color"
+    )
+    assert any(description in step for step in _steps(trained))

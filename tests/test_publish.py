@@ -1,4 +1,4 @@
-"""`toolkit publish`: the folder, its model card, and the push by the real client to a stand-in for the Hub."""
+"""`toolkit publish`: the folder, its model card, and the push by the real client to a local mock of the Hub."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The client is logged in to a stand-in for the Hub."""
+    """Log the client in to a local mock of the Hub."""
     with Hub() as server:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -42,7 +42,7 @@ def card_of(folder: Path) -> Any:
     return ModelCard.load(folder / "README.md")
 
 
-def test_the_card_s_front_matter_is_read_by_the_hub_s_own_library(run: Run, tmp_path: Path) -> None:
+def test_the_cards_front_matter_is_parsed_by_the_hubs_own_library(run: Run, tmp_path: Path) -> None:
     outcome = toolkit("publish", run.path, "lab/digits", "--license", "mit", "--no-push", "-o", tmp_path / "out")
     assert outcome.status == 0, outcome.stderr
     data = card_of(tmp_path / "out").data
@@ -58,7 +58,7 @@ def test_the_card_s_front_matter_is_read_by_the_hub_s_own_library(run: Run, tmp_
     assert {(result.dataset_type, result.dataset_split) for result in data.eval_results} == {("imagefolder", "test")}
 
 
-def test_the_card_has_data_recipe_metrics_limits_and_license(run: Run, tmp_path: Path) -> None:
+def test_the_card_describes_data_recipe_metrics_limits_and_license(run: Run, tmp_path: Path) -> None:
     toolkit("publish", run.path, "lab/digits", "--no-push", "-o", tmp_path / "out")
     text = card_of(tmp_path / "out").text
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
@@ -70,7 +70,7 @@ def test_the_card_has_data_recipe_metrics_limits_and_license(run: Run, tmp_path:
     assert "Its author has not stated a license." in text
 
 
-def test_the_folder_predicts_as_the_run_does_and_names_no_path_of_this_machine(run: Run, tmp_path: Path) -> None:
+def test_the_folder_predicts_as_the_run_does_and_contains_no_local_path(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     assert toolkit("publish", run.path, "lab/digits", "--no-push", "-o", folder).status == 0
     assert {path.name for path in folder.iterdir()} == {
@@ -83,7 +83,7 @@ def test_the_folder_predicts_as_the_run_does_and_names_no_path_of_this_machine(r
     assert load_recipe(folder / "recipe.toml").model == run.recipe.model
 
 
-def test_a_model_of_timm_goes_out_as_timm_reads_it(tmp_path: Path) -> None:
+def test_a_timm_model_is_published_in_timms_format(tmp_path: Path) -> None:
     run = train_on_files(tmp_path, TIMM, size=32)
     assert toolkit("publish", run.path, "lab/small", "--no-push").status == 0
     folder = run.path / "publish"
@@ -94,7 +94,7 @@ def test_a_model_of_timm_goes_out_as_timm_reads_it(tmp_path: Path) -> None:
         assert torch.equal(module(images), load_model(run.path).module(images))
 
 
-def test_where_there_is_a_login_everything_is_pushed(run: Run, hub: Hub, tmp_path: Path) -> None:
+def test_with_a_login_everything_is_pushed(run: Run, hub: Hub, tmp_path: Path) -> None:
     outcome = toolkit("publish", run.path, "lab/digits", "--private", "-o", tmp_path / "out")
     assert outcome.status == 0, outcome.stderr
     assert outcome.stdout == f"{hub.url}/lab/digits\n"
@@ -115,7 +115,7 @@ def test_a_name_without_an_owner_is_refused_before_anything_is_written(run: Run,
     assert not hub.private["lab/digits"]
 
 
-def test_what_the_hub_refuses_stays_ready_in_the_folder(run: Run, hub: Hub) -> None:
+def test_a_refused_push_leaves_the_folder_ready_to_push(run: Run, hub: Hub) -> None:
     hub.refuse = True
     outcome = toolkit("publish", run.path, "lab/digits")
     assert outcome.status == 1
@@ -127,7 +127,7 @@ def test_what_the_hub_refuses_stays_ready_in_the_folder(run: Run, hub: Hub) -> N
     assert toolkit("publish", run.path, "lab/digits").status == 0, "the folder is replaced"
 
 
-def test_without_a_login_the_folder_is_left_and_it_says_how_to_push(
+def test_without_a_login_the_folder_is_written_and_the_message_says_how_to_push(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -142,7 +142,7 @@ def test_without_a_login_the_folder_is_left_and_it_says_how_to_push(
     assert "no license is stated; give one with --license" in outcome.stderr
 
 
-def test_a_secret_reaches_no_file(run: Run, hub: Hub, tmp_path: Path) -> None:
+def test_a_secret_is_written_to_no_file(run: Run, hub: Hub, tmp_path: Path) -> None:
     toolkit("publish", run.path, "lab/digits", "-o", tmp_path / "out")
     assert not [path for path in (tmp_path / "out").iterdir() if b"hf_" + b"x" * 34 in path.read_bytes()]
 
@@ -156,16 +156,16 @@ def test_a_secret_reaches_no_file(run: Run, hub: Hub, tmp_path: Path) -> None:
         (["lab/digits", "-o", "USED"], "already exists; name a new folder"),
     ],
 )
-def test_a_user_s_mistake_is_one_message(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_a_users_mistake_is_one_message(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "used").write_text("")
-    places = {"USED": str(tmp_path / "used")}
-    outcome = toolkit("publish", run.path, *(places.get(argument, argument) for argument in arguments))
+    paths = {"USED": str(tmp_path / "used")}
+    outcome = toolkit("publish", run.path, *(paths.get(argument, argument) for argument in arguments))
     assert outcome.status == 2
     assert message in outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
 
 
-def test_an_unfinished_run_has_nothing_to_publish(run: Run, tmp_path: Path) -> None:
+def test_an_unfinished_run_cannot_be_published(run: Run, tmp_path: Path) -> None:
     copy = Run(shutil.copytree(run.path, tmp_path / "copy", ignore=shutil.ignore_patterns("publish")))
     (copy.path / "summary.json").unlink()
     outcome = toolkit("publish", copy.path, "lab/digits")
