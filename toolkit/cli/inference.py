@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolkit.cli.errors import command, is_first_process
+from toolkit.cli.errors import command
 from toolkit.cli.options import AsJson, DataRoot, ModelPath, RunPath
+from toolkit.error_handling import is_first_process
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 from toolkit.filenames import escape_control_characters
 from toolkit.similar_names import did_you_mean

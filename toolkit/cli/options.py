@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolkit.cli.errors import is_first_process
+from toolkit.error_handling import is_first_process
 
 if TYPE_CHECKING:
     from toolkit.recipe.load import LoadedRecipe

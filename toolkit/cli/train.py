@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolkit.cli.errors import command, is_first_process
+from toolkit.cli.errors import command
 from toolkit.cli.options import AsJson, Overrides, chosen_run, load_recipe
 from toolkit.distributed.launcher import check_launch, read_process_info
+from toolkit.error_handling import is_first_process
 from toolkit.errors import UserError, first_line
 from toolkit.terminal import outliving_terminal
 

@@ -14,9 +14,10 @@ import sys
 import typer
 from filelock import Timeout
 
-from toolkit.cli.errors import exit_with_status, is_first_process, run_with_error_handling
+from toolkit.cli.errors import exit_with_status
 from toolkit.cli.train import report_at_end, show_outcome
 from toolkit.distributed.launcher import is_distributed
+from toolkit.error_handling import is_first_process, run_with_error_handling
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.locks import Lock, acquire
 from toolkit.runs import Run, open_run

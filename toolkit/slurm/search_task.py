@@ -8,8 +8,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from toolkit.cli.errors import run_with_error_handling
 from toolkit.distributed.signals import GracefulStop
+from toolkit.error_handling import run_with_error_handling
 from toolkit.slurm.job_worker import check_gpus
 from toolkit.study.directory import StudyDirectory
 from toolkit.study.worker_pool import WorkerPool, gpus, slots_for

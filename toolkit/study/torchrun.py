@@ -68,7 +68,7 @@ def _die_with_parent() -> None:
 
 def train_worker_main(path: Path, until: int | None) -> int:
     """Train in one of the processes and return the exit status; an error is recorded in the run directory."""
-    from toolkit.cli.errors import is_first_process
+    from toolkit.error_handling import is_first_process
     from toolkit.training.fit import fit
 
     run = open_run(path)
@@ -85,7 +85,7 @@ def train_worker_main(path: Path, until: int | None) -> int:
 
 def main() -> None:
     """Entry point of `python -m toolkit.study.torchrun RUN [EPOCH]`."""
-    from toolkit.cli.errors import run_with_error_handling
+    from toolkit.error_handling import run_with_error_handling
 
     open_closed_streams()
     until = int(sys.argv[2]) if len(sys.argv) > 2 else None

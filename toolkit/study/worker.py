@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.cli.errors import environment_error_message
 from toolkit.distributed.signals import GracefulStop
+from toolkit.error_handling import environment_error_message
 from toolkit.errors import EXIT_INTERRUPTED, EXIT_OK, Interrupted, RunFailed, UserError
 from toolkit.locks import Lock, is_held
 from toolkit.runs import Run
