@@ -1,4 +1,4 @@
-"""The C library keeps what training frees, unless the user has said how memory is to be allocated."""
+"""The C library keeps the memory that training frees, unless the user has configured the allocator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def page_faults(*, kept: bool) -> int:
-    """Page faults of filling a tensor ten times."""
+    """Return the number of page faults when a tensor is filled ten times."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     code = [sys.executable, "-c", PAGES.format(kept=kept)]
     lines = subprocess.run(code, env=environment, capture_output=True, text=True, check=True).stdout.split()
@@ -37,14 +37,14 @@ def page_faults(*, kept: bool) -> int:
     return int(lines[-1])
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc: nothing is set")
-def test_freed_tensors_are_not_fetched_from_the_kernel_again() -> None:
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc: nothing is configured")
+def test_freed_memory_is_reused_without_page_faults() -> None:
     assert page_faults(kept=False) > 10 * 10_000
     assert page_faults(kept=True) < 1000
 
 
 @pytest.mark.parametrize(
-    ("environment", "settled"),
+    ("environment", "configures"),
     [
         ({}, False),
         ({"MALLOC_TRIM_THRESHOLD_": "131072"}, True),
@@ -54,5 +54,5 @@ def test_freed_tensors_are_not_fetched_from_the_kernel_again() -> None:
         ({"LD_PRELOAD": "/usr/lib/libother.so"}, False),
     ],
 )
-def test_the_user_s_own_settings_are_left_alone(environment: dict[str, str], settled: bool) -> None:
-    assert is_settled_by_user(environment) is settled
+def test_the_user_s_allocator_settings_are_not_changed(environment: dict[str, str], configures: bool) -> None:
+    assert is_settled_by_user(environment) is configures

@@ -1,4 +1,4 @@
-"""Every architecture that is listed can be used: a sample on the CPU, and all of them without memory (slow)."""
+"""Every listed architecture can be used: a sample is trained on the CPU, and all are built without memory (slow)."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ xcit: xcit_nano_12_p8_224 64, xcit_nano_12_p8_384 64
 torchvision: mobilenet_v3_small 64, mobilenet_v2 64, shufflenet_v2_x0_5 64, squeezenet1_1 64, mnasnet0_5 64,
   regnet_y_400mf 64, resnet18 64, efficientnet_b0 64, densenet121 64, googlenet 96, swin_t 64
 """
-"""Small architectures with the size of image at which they are tried: ``family: name size, ...``, families of timm's
-modules that have one of less than 30 million parameters, and torchvision."""
+"""Small architectures and the image size at which they are tested, as ``family: name size, ...``: every family of timm
+with an architecture of less than 30 million parameters, and torchvision."""
 
 RISKY = (
     "cait_xxs24_224",
@@ -126,7 +126,7 @@ RISKY = (
     "volo_d1_224",
     "xcit_nano_12_p8_224",
 )
-"""Several heads, shared layers, position tables, lists of layers used in turns: always in the sample."""
+"""Several heads, shared layers, position tables, or alternating lists of layers: always in the sample."""
 SLOW = (
     "convmixer_768_32",
     "coat_tiny",
@@ -151,13 +151,13 @@ SLOW = (
     "tresnet_m",
     "xception41p",
 )
-"""More than 20 million parameters, or slow to build: in the sample only where they are risky."""
+"""More than 20 million parameters, or slow to build: in the sample only if they are in RISKY."""
 SAMPLE = 22
-"""Of test_sample; the slow lane tries all that are small."""
+"""Number of sampled architectures; the slow tests cover all small ones."""
 
 
 def small() -> list[tuple[str, str, int]]:
-    """Source, name and image size of all in FAMILIES."""
+    """Return source, name and image size of all architectures in FAMILIES."""
     found = []
     for line in FAMILIES.strip().replace("\n  ", " ").splitlines():
         family, _, entries = line.partition(": ")
@@ -168,7 +168,7 @@ def small() -> list[tuple[str, str, int]]:
 
 
 def chosen() -> list[tuple[str, str, int]]:
-    """The risky ones, and others drawn by a fixed seed."""
+    """Return the risky architectures, and others drawn with a fixed seed."""
     risky = [entry for entry in small() if entry[1] in RISKY and entry[0] == "timm"]
     assert len(risky) == len(RISKY)
     rest = [entry for entry in small() if entry[1] not in (*RISKY, *SLOW) and entry[2] <= 96]
@@ -183,8 +183,10 @@ def table_of(source: str, name: str) -> ModelConfig:
 
 
 @pytest.mark.parametrize(("source", "name", "size"), chosen())
-def test_sample(source: str, name: str, size: int, tmp_path: Path) -> None:
-    """Build, one step, every parameter in one group in the order of use, head, Grad-CAM's layer, export."""
+def test_sampled_architectures_can_be_trained_explained_and_exported(
+    source: str, name: str, size: int, tmp_path: Path
+) -> None:
+    """Check one training step, the layer groups and their order, heads, Grad-CAM's layer, and export."""
     torch.manual_seed(0)
     table = table_of(source, name)
     built = build_model(table, len(CLASSES), 3, size)
@@ -197,9 +199,11 @@ def test_sample(source: str, name: str, size: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "name", "size"), SMALL)
-def test_all_small_ones(source: str, name: str, size: int, tmp_path: Path) -> None:
-    """As the sample, and torch.export's program computes the same."""
-    test_sample(source, name, size, tmp_path)
+def test_all_small_architectures_can_be_trained_explained_and_exported(
+    source: str, name: str, size: int, tmp_path: Path
+) -> None:
+    """Check the same as for the sample, and that torch.export's program computes the same outputs."""
+    test_sampled_architectures_can_be_trained_explained_and_exported(source, name, size, tmp_path)
     table = table_of(source, name)
     model = trained(build_model(table, len(CLASSES), 3, size), table, size)
     program = FORMATS["torch-export"]
@@ -210,7 +214,7 @@ def test_all_small_ones(source: str, name: str, size: int, tmp_path: Path) -> No
 
 
 def build_without_memory(table: ModelConfig, size: int) -> ModelBundle:
-    """On the meta device; where a constructor computes with its tensors, its parameters alone are there."""
+    """Build on the meta device; if a constructor computes with its tensors, only its parameters are on that device."""
     try:
         with torch.device("meta"):
             return build_model(table, len(CLASSES), 3, size)
@@ -230,8 +234,8 @@ def native_size(source: str, name: str) -> int:
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("source", ["torchvision", "timm"])
 @pytest.mark.parametrize("part", range(8))
-def test_every_architecture_that_is_listed(source: str, part: int) -> None:
-    """Without memory for its parameters: it builds, and its head, stages and groups are right."""
+def test_every_listed_architecture_can_be_built(source: str, part: int) -> None:
+    """Check heads, layer groups and optimizer groups, without memory for the parameters."""
     faults = []
     for name in catalog.model_names(source)[part::8]:
         try:
@@ -241,7 +245,7 @@ def test_every_architecture_that_is_listed(source: str, part: int) -> None:
     assert not faults, "\n".join(faults)
 
 
-def test_all_that_the_libraries_have_is_listed_or_has_a_reason() -> None:
+def test_every_architecture_of_the_libraries_is_listed_or_excluded_with_a_reason() -> None:
     excluded = catalog.excluded_models()
     assert {*catalog.model_names("timm"), *excluded} == set(timm.list_models())
     assert not set(catalog.model_names("timm")) & set(excluded)
@@ -249,7 +253,7 @@ def test_all_that_the_libraries_have_is_listed_or_has_a_reason() -> None:
     assert all(excluded.values())
 
 
-def test_what_is_not_listed_has_no_classifier() -> None:
+def test_architectures_that_are_not_listed_have_no_classifier() -> None:
     for name in catalog.excluded_models():
         with torch.device("meta"), pytest.raises(UserError, match=f"timm's {name} has no classifier"):
             build_model(ModelConfig(source="timm", name=name), len(CLASSES), 3, 224)

@@ -1,4 +1,4 @@
-"""Images that only decoding finds damaged: the file and the key that skips it are named, whenever it comes."""
+"""Damaged images that only decoding detects: whenever it happens, the message names the file and the key to skip it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
 
 def damaged(kind: str) -> bytes:
-    """A file whose header and, in PNG, end are whole, and whose pixels are not."""
+    """Return a file whose header and, for PNG, end are intact, and whose pixels are damaged."""
     file = io.BytesIO()
     Image.fromarray(PIXELS).save(file, kind)
     data = file.getvalue()
@@ -44,7 +44,7 @@ KINDS = {"png": "PNG", "bmp": "BMP", "gif": "GIF", "tiff": "TIFF", "ppm": "PPM"}
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Two classes of 12 images of 16 x 16 pixels."""
+    """Return a folder with two classes of 12 images of 16 x 16 pixels."""
     root = tmp_path / "data"
     for name in ("a", "b"):
         (root / name).mkdir(parents=True)
@@ -56,14 +56,14 @@ def data(tmp_path: Path) -> Path:
 
 def arguments(tmp_path: Path, *settings: str) -> list[str]:
     path = tmp_path / "recipe.toml"
-    places = {"runs": json.dumps(str(tmp_path / "runs")), "data": json.dumps(str(tmp_path / "data"))}
-    path.write_text(ON_FILES.format(**places, size=16, epochs=2) + CONVNET)
+    folders = {"runs": json.dumps(str(tmp_path / "runs")), "data": json.dumps(str(tmp_path / "data"))}
+    path.write_text(ON_FILES.format(**folders, size=16, epochs=2) + CONVNET)
     given = ("data.split={ validation = 0.25, test = 0.25 }", "train.batch_size=4", *settings)
     return ["train", str(path), "--no-report", *(part for setting in given for part in ("--set", setting))]
 
 
-def fails(outcome: Outcome, name: str) -> str:
-    """The last line of a command that names the image and the key."""
+def last_error_line(outcome: Outcome, name: str) -> str:
+    """Return the last line of a failed command, which must name the image and the key."""
     assert outcome.status in (1, 2), outcome.stderr
     last = outcome.stderr.strip().splitlines()[-1]
     assert f"{name}: damaged (" in last
@@ -79,7 +79,7 @@ def trained(tmp_path: Path, *settings: str) -> Run:
 
 
 def in_split(tmp_path: Path, split: str) -> list[str]:
-    """Names of the images of a split of the recipe."""
+    """Return the names of the images in a split of the recipe."""
     _, path, _, *settings = arguments(tmp_path)
     table = load_recipe(path, settings[1::2]).data
     dataset = open_dataset(table)
@@ -87,13 +87,15 @@ def in_split(tmp_path: Path, split: str) -> list[str]:
 
 
 @pytest.mark.parametrize("suffix", KINDS)
-def test_formats_whose_damage_opening_does_not_show(data: Path, tmp_path: Path, suffix: str) -> None:
+def test_damaged_pixels_are_detected_in_formats_that_open_without_an_error(
+    data: Path, tmp_path: Path, suffix: str
+) -> None:
     bad = data / "a" / f"broken.{suffix}"
     bad.write_bytes(damaged(KINDS[suffix]))
     images = ImageFiles(data, [f"a/broken.{suffix}"], 3)
     assert check_images(images, np.arange(1), decode=False).bad == []
     assert len(check_images(images, np.arange(1), decode=True).bad) == 1
-    fails(toolkit(*arguments(tmp_path, 'data.cache="off"')), f"a/broken.{suffix}")
+    last_error_line(toolkit(*arguments(tmp_path, 'data.cache="off"')), f"a/broken.{suffix}")
     run = trained(tmp_path, 'data.on_bad_image="skip"', "data.max_bad_fraction=0.1")
     assert run.summary["images_left_out"] == 1
     assert [line.partition(":")[0] for line in run.split["left_out"]] == [f"a/broken.{suffix}"]
@@ -102,29 +104,29 @@ def test_formats_whose_damage_opening_does_not_show(data: Path, tmp_path: Path, 
 @pytest.mark.parametrize("cache", ["off", "disk"])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_in_workers_and_in_the_cache_for_every_split(
+def test_a_damaged_image_is_named_with_workers_and_cache_in_every_split(
     data: Path, tmp_path: Path, split: str, workers: int, cache: str
 ) -> None:
-    name = in_split(tmp_path, split)[-1]  # the first image of a split is tried before training
+    name = in_split(tmp_path, split)[-1]  # the first image of a split is checked before training
     (data / name).write_bytes(damaged("PNG"))
-    fails(toolkit(*arguments(tmp_path, f"data.cache={json.dumps(cache)}", f"data.workers={workers}")), name)
+    last_error_line(toolkit(*arguments(tmp_path, f"data.cache={json.dumps(cache)}", f"data.workers={workers}")), name)
 
 
 @pytest.mark.parametrize("settings", [('data.normalize="dataset"',), ()])
-def test_before_the_first_step(data: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
-    """By the statistics of the training images, and by the first image of a split that is tried."""
+def test_a_damaged_image_is_named_before_the_first_step(data: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """The channel statistics of the training images detect it, or the check of each split's first image."""
     names = in_split(tmp_path, "train")
     name = names[-1] if settings else names[0]
     (data / name).write_bytes(damaged("PNG"))
-    fails(toolkit(*arguments(tmp_path, *settings), "--dry-run"), name)
+    last_error_line(toolkit(*arguments(tmp_path, *settings), "--dry-run"), name)
 
 
-def test_after_training(data: Path, tmp_path: Path) -> None:
-    """evaluate names it; predict and explain leave it out, say so, and end with 1."""
+def test_a_damaged_image_is_named_after_training(data: Path, tmp_path: Path) -> None:
+    """evaluate names it; predict and explain skip it, report this, and exit with status 1."""
     run = trained(tmp_path)
     name = run.split["test"][1]
     (data / name).write_bytes(damaged("PNG"))
-    fails(toolkit("evaluate", str(run.path)), name)
+    last_error_line(toolkit("evaluate", str(run.path)), name)
     outcome = toolkit("predict", str(run.path), str(data / name), str(data / run.split["test"][0]))
     assert outcome.status == 1
     assert f"{data / name}: damaged (" in outcome.stderr
@@ -132,8 +134,8 @@ def test_after_training(data: Path, tmp_path: Path) -> None:
     assert "cannot be read" not in toolkit("report", str(run.path)).stderr
 
 
-def breaking(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], count: int) -> None:
-    """Have something happen before the ``count``-th batch is made."""
+def call_before_batch(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], count: int) -> None:
+    """Call ``act`` before the ``count``-th batch is made."""
     original, calls = SplitDataset.__getitems__, [0]
 
     def called(self: SplitDataset, request: tuple[IntArray, ...]) -> object:
@@ -145,17 +147,19 @@ def breaking(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], count: in
     monkeypatch.setattr(SplitDataset, "__getitems__", called)
 
 
-def test_with_skip_nothing_is_left_out_after_the_beginning(
+def test_with_skip_an_image_that_is_damaged_during_training_is_not_skipped(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What becomes unreadable in the middle of a run ends it; with the image back, it comes to what it would have."""
+    """An image that becomes unreadable ends the run; once it is restored, the resumed run gives the same result."""
     settings = ('data.on_bad_image="skip"', 'data.cache="off"', "checkpoint.every_steps=1")
     wanted = trained(tmp_path, *settings)
     name = wanted.split["train"][3]
     whole, kept = (data / name).read_bytes(), (data / name).stat()
     with monkeypatch.context() as patched:
-        breaking(patched, lambda: (data / name).write_bytes(damaged("PNG")) and None, 4)  # after an epoch's first step
-        last = fails(toolkit(*arguments(tmp_path, *settings)), name)
+        call_before_batch(
+            patched, lambda: (data / name).write_bytes(damaged("PNG")) and None, 4
+        )  # after an epoch's first step
+        last = last_error_line(toolkit(*arguments(tmp_path, *settings)), name)
     assert "could be read then" in last
     (path,) = (p for p in wanted.path.parent.iterdir() if p != wanted.path)
     (data / name).write_bytes(whole)

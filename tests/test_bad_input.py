@@ -1,4 +1,4 @@
-"""Bad input: one clear message that says what to do, exit status 2, before any training, and nothing is left behind."""
+"""Bad input gives one clear message that says what to do, and exit status 2, before training; no files remain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
 
 
 def refused(tmp_path: Path, *settings: str, recipe: Path = QUICKSTART) -> str:
-    """The message with which training refuses; nothing may have been written."""
+    """Return the message with which training refuses; nothing may have been written."""
     runs = tmp_path / "runs"
     arguments = [part for setting in settings for part in ("--set", setting)]
     outcome = toolkit("train", recipe, "--set", f"recipe.run_root={json.dumps(str(runs))}", *arguments)
@@ -29,7 +29,7 @@ def refused(tmp_path: Path, *settings: str, recipe: Path = QUICKSTART) -> str:
 
 
 def folder_of_images(root: Path, classes: dict[str, int]) -> Path:
-    """An imagefolder with so many small random images in each class."""
+    """Write a folder with the given number of small random images per class."""
     generator = np.random.default_rng(0)
     for name, count in classes.items():
         (root / name).mkdir(parents=True)
@@ -39,18 +39,18 @@ def folder_of_images(root: Path, classes: dict[str, int]) -> Path:
     return root
 
 
-def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
     message = refused(tmp_path, recipe=tmp_path / "none.toml")
     assert "none.toml" in message
 
 
-def test_no_recipe_at_all() -> None:
+def test_training_without_a_recipe_is_refused() -> None:
     outcome = toolkit("train")
     assert outcome.status == 2
     assert "no recipe given" in outcome.stderr
 
 
-def test_broken_toml_is_located(tmp_path: Path) -> None:
+def test_a_toml_syntax_error_is_reported_with_its_position(tmp_path: Path) -> None:
     recipe = tmp_path / "broken.toml"
     recipe.write_text('[recipe]\nname = "x"\nseed = = 3\n')
     assert f"{recipe}:3:8" in refused(tmp_path, recipe=recipe)
@@ -72,32 +72,34 @@ def test_broken_toml_is_located(tmp_path: Path) -> None:
         ('model={ source = "torchvision", name = "resnet50", weights = "IMAGENET1K_V3" }', ["IMAGENET1K_V2"]),
     ],
 )
-def test_what_the_language_refuses(tmp_path: Path, setting: str, parts: list[str]) -> None:
+def test_a_misspelled_or_missing_value_is_refused_with_the_correct_one(
+    tmp_path: Path, setting: str, parts: list[str]
+) -> None:
     message = refused(tmp_path, setting)
     for part in parts:
         assert part in message
 
 
-def test_a_data_root_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_data_root_is_refused(tmp_path: Path) -> None:
     message = refused(tmp_path, 'data.dataset="imagefolder"', f"data.root={json.dumps(str(tmp_path / 'no'))}")
     assert str(tmp_path / "no") in message
     assert "data.root" in message
 
 
-def test_caltech_says_where_to_get_it(tmp_path: Path) -> None:
+def test_missing_caltech_data_are_refused_with_their_source(tmp_path: Path) -> None:
     message = refused(
         tmp_path, 'data.dataset="caltech101"', "data.image_size=64", f"data.root={json.dumps(str(tmp_path))}"
     )
     assert "10.22002/D1.20086" in message
 
 
-def test_a_download_that_was_forbidden(tmp_path: Path) -> None:
+def test_missing_data_are_refused_if_downloads_are_off(tmp_path: Path) -> None:
     root = f"data.root={json.dumps(str(tmp_path / 'cifar'))}"
     message = refused(tmp_path, 'data.dataset="cifar10"', "data.download=false", root)
     assert "data.download" in message
 
 
-def test_a_class_without_training_images(tmp_path: Path) -> None:
+def test_a_class_without_training_images_is_refused(tmp_path: Path) -> None:
     data = folder_of_images(tmp_path / "data", {"cat": 10, "dog": 10, "one": 1})
     message = refused(tmp_path, 'data.dataset="imagefolder"', f"data.root={json.dumps(str(data))}",
                       "data.image_size=16", "data.split.validation=0.5", 'data.split.method="random"',
@@ -106,18 +108,18 @@ def test_a_class_without_training_images(tmp_path: Path) -> None:
     assert "training image" in message
 
 
-def test_fp16_on_a_cpu(tmp_path: Path) -> None:
+def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
     assert "fp16" in refused(tmp_path, 'train.precision="fp16"')
 
 
-def test_weights_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
     missing = tmp_path / "none.safetensors"
     message = refused(tmp_path, f'model={{ source = "timm", name = "resnet18", weights = "file:{missing}" }}',
                       'transfer.mode="finetune"')  # fmt: skip
     assert "none.safetensors" in message
 
 
-def test_weights_of_another_architecture(tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     weights = tmp_path / "other.pth"
     torch.save({"conv.weight": torch.zeros(3, 3)}, weights)
     message = refused(tmp_path, f'model={{ source = "timm", name = "resnet18", weights = "file:{weights}" }}',
@@ -144,7 +146,7 @@ def test_weights_that_carry_code_are_refused_and_do_not_run(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", None])
-def test_a_file_that_is_no_image_is_named_before_the_first_epoch(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_not_an_image_is_named_before_the_first_epoch(tmp_path: Path, content: bytes | None) -> None:
     data = folder_of_images(tmp_path / "data", {"cat": 10, "dog": 10})
     bad = data / "cat" / "004.png"
     bad.write_bytes(bad.read_bytes()[:200] if content is None else content)
@@ -154,7 +156,7 @@ def test_a_file_that_is_no_image_is_named_before_the_first_epoch(tmp_path: Path,
     assert "on_bad_image" in message
 
 
-def test_a_batch_that_cannot_be_divided(tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_divided_among_the_processes_is_refused(tmp_path: Path) -> None:
     settings = ["--set", "train.batch_size=30", "--set", "train.grad_accum_steps=2"]
     settings += ["--set", f"recipe.run_root={json.dumps(str(tmp_path / 'runs'))}"]
     trainers = Trainers(2, tmp_path, QUICKSTART, *settings)
@@ -173,7 +175,7 @@ def test_a_batch_that_cannot_be_divided(tmp_path: Path) -> None:
         ("ACCELERATE_USE_FSDP", "true", ["FSDP"]),
     ],
 )
-def test_a_launcher_that_contradicts_the_recipe(
+def test_launcher_variables_that_contradict_the_recipe_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, parts: list[str]
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -182,13 +184,13 @@ def test_a_launcher_that_contradicts_the_recipe(
         assert part in message
 
 
-def test_a_run_directory_to_resume_that_is_none(tmp_path: Path) -> None:
+def test_resuming_a_folder_that_is_not_a_run_directory_is_refused(tmp_path: Path) -> None:
     outcome = toolkit("train", QUICKSTART, "--resume", tmp_path)
     assert outcome.status == 2
     assert "is not a run directory" in outcome.stderr
 
 
-def test_a_run_root_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_run_root_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     root = f"recipe.run_root={json.dumps(str(tmp_path / 'file'))}"
     outcome = toolkit("train", QUICKSTART, "--set", root)

@@ -1,4 +1,4 @@
-"""Batched augmentation gives each image what torchvision gives it alone, whatever else is in the batch."""
+"""Batched augmentation gives each image the same result as torchvision gives for that image alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from toolkit.errors import UserError
 from toolkit.recipe.schema import AugmentConfig
 
 ALLOWED = 2 / 255
-"""Mean absolute difference of an image to torchvision's, for pixels in 0..1."""
+"""Mean absolute difference between an image and torchvision's result, for pixels in 0..1."""
 EXACT = 1e-6
 
 FLIP: Entry = {"name": "RandomHorizontalFlip"}
@@ -68,7 +68,7 @@ CHAINS: dict[str, tuple[list[Entry], dict[str, Any], bool]] = {
     "blur": ([BLUR], {}, False),
     "erasing": ([ERASE], {}, True),
     "erasing after normalization": ([FLIP], {"random_erasing": 0.8}, True),
-    # in a row
+    # several in sequence
     "flips": ([FLIP, UPSIDE], {}, True),
     "flip, rotation": ([FLIP, TURN], {}, False),
     "flips around a rotation": ([FLIP, UPSIDE, TURN, FLIP, UPSIDE], {}, False),
@@ -81,7 +81,7 @@ CHAINS: dict[str, tuple[list[Entry], dict[str, Any], bool]] = {
 def differences(
     augment: GpuAugmentation, images: list[Image.Image], *, channels_last: bool = True, epoch: int = 3
 ) -> np.ndarray:
-    """Mean absolute difference of each image of a batch to torchvision's, pixels in 0..1."""
+    """Return each image's mean absolute difference from torchvision's result, for pixels in 0..1."""
     draws = np.arange(len(images)) * 7 + 1
     made = augment(batch(images, channels_last=channels_last), epoch, draws)
     assert made.dtype == torch.float32
@@ -93,7 +93,7 @@ def differences(
 
 @pytest.mark.parametrize("size", [32, 224])
 @pytest.mark.parametrize("name", CHAINS)
-def test_a_batch_gets_what_torchvision_gives_each_image(name: str, size: int) -> None:
+def test_a_batch_gets_the_result_of_torchvision_on_each_image(name: str, size: int) -> None:
     entries, values, is_exact = CHAINS[name]
     found = differences(augmentation(*entries, size=size, **values), photographs(12, size, size))
     assert found.max() <= (EXACT if is_exact else ALLOWED), found
@@ -111,7 +111,7 @@ CROPS: dict[str, list[Entry]] = {
     "symmetric": [FLIP, crop(padding=6, padding_mode="symmetric")],
     "edge": [crop(padding=[3, 5], padding_mode="edge")],
     "at times": [crop(padding=8, apply_p=0.5)],
-    "in place of the crop": [crop(stage="crop"), FLIP],
+    "instead of the crop": [crop(stage="crop"), FLIP],
     "after a flip": [{**FLIP, "stage": "before_crop"}, crop(stage="crop")],
     "larger than the image": [crop(stage="crop", pad_if_needed=True, fill=3)],
     "two paddings of one color": [{**PAD, "stage": "before_crop"}, crop(stage="crop", padding=5, fill=7)],
@@ -138,7 +138,7 @@ def test_adjacent_crops_and_flips_are_one_pass_and_flips_join_a_warp() -> None:
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
 def test_two_fused_warps_would_differ_from_torchvision(interpolation: str) -> None:
-    """The reason why they stay two passes."""
+    """This is why they stay two passes."""
     augment = augmentation(
         {**TURN, "interpolation": interpolation}, {**AFFINE, "interpolation": interpolation}, size=32
     )
@@ -154,7 +154,7 @@ def test_two_fused_warps_would_differ_from_torchvision(interpolation: str) -> No
     assert (made - expected).abs().mean() > ALLOWED
 
 
-def test_without_randomness_the_pixels_are_those_of_the_workers_bit_for_bit() -> None:
+def test_without_randomness_pixels_equal_those_of_the_data_workers_bit_for_bit() -> None:
     images = photographs(6, 256, 300)
     preprocessing = Preprocessing(3, 224, None, True, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
     one_at_a_time = build_transform("train", AugmentConfig(), preprocessing)
@@ -163,18 +163,18 @@ def test_without_randomness_the_pixels_are_those_of_the_workers_bit_for_bit() ->
     for channels_last in (True, False):
         assert torch.equal(made(batch(images, channels_last=channels_last), 0, np.arange(6)), expected)
     cropped = batch(images)[:, :, 16:240, 38:262]
-    assert torch.equal(made(cropped, 0, np.arange(6)), expected), "the center crop may have been made already"
+    assert torch.equal(made(cropped, 0, np.arange(6)), expected), "images may already be center-cropped"
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_each_split_has_its_own_chain(split: str) -> None:
+def test_each_split_has_its_own_transforms(split: str) -> None:
     table = AugmentConfig.model_validate({"train": [TURN], split: [{**FLIP, "p": 1.0}], "random_erasing": 1.0})
     made = batched(table, Preprocessing(3, 32, None, True, "bilinear", (0.0,) * 3, (1.0,) * 3), 0, split)
     pixels = batch(photographs(3, 32, 32))
     assert torch.equal(made(pixels, 0, np.arange(3)), pixels.flip(3).float() * (1 / 255))
 
 
-def test_gray_images() -> None:
+def test_gray_images_get_the_result_of_torchvision() -> None:
     images = [image.convert("L") for image in photographs(5, 32, 32)]
     augment = augmentation(crop(padding=4), FLIP, {**JITTER, "hue": 0.1}, GRAY, TURN, size=32, channels=1)
     draws = np.arange(5)
@@ -190,8 +190,8 @@ def test_gray_images() -> None:
 
 
 @pytest.mark.parametrize("size", [32, 224])
-def test_what_needs_float_works_on_float(size: int) -> None:
-    """stage = "tensor": nothing is rounded, colors are in 0..1."""
+def test_transforms_of_the_tensor_stage_get_floats(size: int) -> None:
+    """With stage = "tensor", nothing is rounded and colors are in 0..1."""
     entries = [{**FLIP, "p": 1.0}, {**SMOOTH_TURN, "fill": 0.4}, BLUR, {**ERASE, "p": 1.0, "value": 0.5}]
     augment = augmentation(*({**entry, "stage": "tensor"} for entry in entries), size=size)
     images, draws = photographs(5, size, size), np.arange(5)
@@ -221,7 +221,7 @@ EVERYTHING = [crop(padding=4), {**FLIP, "apply_p": 0.9}, AFFINE, UPSIDE, {**PERS
 EVERYTHING += [{**SMOOTH_TURN, "stage": "tensor", "apply_p": 0.5}]
 
 
-def test_the_numbers_are_hashes_of_their_keys() -> None:
+def test_random_numbers_are_hashes_of_their_keys() -> None:
     draws = np.array([0, 5, 2**40, 12345678901])
     expected = [[(hash64(9, 3, int(draw), slot) >> 11) * 2.0**-53 for slot in range(6)] for draw in draws]
     assert np.array_equal(keyed_uniforms(draws, 6, 9, 3), expected)
@@ -233,10 +233,10 @@ def test_an_example_is_the_same_bit_for_bit_whatever_else_is_in_the_batch(size: 
     pixels, draws = batch(photographs(count, size, size)), np.arange(count) * 31
     whole = augment(pixels, 2, draws)
     order = np.random.default_rng(1).permutation(count)
-    for part in np.array_split(order, 5):  # as five processes would share a batch
+    for part in np.array_split(order, 5):  # like the shares of five processes
         assert torch.equal(augment(pixels[part], 2, draws[part]), whole[part])
-    for place in order[:3]:
-        alone = slice(int(place), int(place) + 1)
+    for position in order[:3]:
+        alone = slice(int(position), int(position) + 1)
         assert torch.equal(augment(pixels[alone], 2, draws[alone]), whole[alone])
 
 
@@ -248,7 +248,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_threads_change_nothing(two_threads: None) -> None:
+def test_the_number_of_threads_does_not_change_the_result(two_threads: None) -> None:
     augment, pixels = augmentation(*EVERYTHING, random_erasing=0.5), batch(photographs(4, 224, 224))
     with_two = augment(pixels, 0, np.arange(4))
     torch.set_num_threads(1)
@@ -256,7 +256,7 @@ def test_threads_change_nothing(two_threads: None) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 224])
-def test_the_memory_format_changes_nothing_and_is_kept(size: int) -> None:
+def test_the_memory_format_is_kept_and_does_not_change_the_result(size: int) -> None:
     augment, images = augmentation(FLIP, JITTER, random_erasing=0.5, size=size), photographs(4, size, size)
     made = augment(batch(images), 0, np.arange(4))
     other = augment(batch(images, channels_last=False), 0, np.arange(4))
@@ -265,14 +265,14 @@ def test_the_memory_format_changes_nothing_and_is_kept(size: int) -> None:
     assert other.is_contiguous()
 
 
-def test_the_images_given_are_left_as_they_are() -> None:
+def test_input_images_are_not_modified() -> None:
     pixels = batch(photographs(4, 32, 32), channels_last=False)
     before = pixels.clone()
     augmentation({**ERASE, "p": 1.0}, *EVERYTHING, size=32)(pixels, 0, np.arange(4))
     assert torch.equal(pixels, before)
 
 
-def test_seed_epoch_and_draw_all_matter_and_nothing_else() -> None:
+def test_the_result_depends_on_seed_epoch_and_draw_only() -> None:
     pixels, draws = batch(photographs(1, 32, 32) * 8), np.arange(8)
     augment = augmentation(*EVERYTHING, size=32)
     made = augment(pixels, 0, draws)
@@ -280,19 +280,19 @@ def test_seed_epoch_and_draw_all_matter_and_nothing_else() -> None:
     np.random.seed(7)
     assert torch.equal(augmentation(*EVERYTHING, size=32)(pixels, 0, draws), made)
     assert torch.equal(augment(pixels, 0, torch.from_numpy(draws)), made)
-    assert len(torch.unique(made, dim=0)) == 8, "each draw has its own"
+    assert len(torch.unique(made, dim=0)) == 8, "each draw has its own random numbers"
     assert not torch.equal(augment(pixels, 1, draws), made)
     assert not torch.equal(augmentation(*EVERYTHING, size=32, seed=1)(pixels, 0, draws), made)
 
 
-def test_the_two_ways_to_copy_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_ways_to_copy_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     augment, pixels = augmentation(crop(padding=9, fill=[1, 2, 3]), FLIP, UPSIDE), batch(photographs(5, 224, 224))
     by_slices = augment(pixels, 0, np.arange(5))
     monkeypatch.setattr(gpu_crop_flip, "LARGE", 2**40)
     assert torch.equal(augment(pixels, 0, np.arange(5)), by_slices)
 
 
-def test_the_two_ways_to_erase_agree() -> None:
+def test_both_ways_to_erase_give_the_same_result() -> None:
     plan = RandomErasing((0.02, 0.33), (0.3, 3.3), (0.0,), 0.7).plan(
         np.random.default_rng(0).random((50, 23)), (40, 30)
     )
@@ -301,7 +301,7 @@ def test_the_two_ways_to_erase_agree() -> None:
     assert torch.equal(_within(torch.from_numpy(plan.table), torch.Size((40, 30))), images == 0)
 
 
-# -- what is not made in batches ---------------------------------------------------------------------------------------
+# -- transforms that prevent batching ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -318,13 +318,13 @@ def test_the_two_ways_to_erase_agree() -> None:
         ({"name": "CenterCrop", "apply_p": 0.5}, "augment.train[1]: CenterCrop with apply_p"),
     ],
 )  # fmt: skip
-def test_the_obstacle_is_named(entry: Entry, expected: str) -> None:
+def test_the_transform_that_prevents_batching_is_named(entry: Entry, expected: str) -> None:
     table = AugmentConfig.model_validate({"train": [FLIP, entry]})
     plan = plan_preprocessing("train", table, SMALL, 0, None)
     assert plan.obstacle == expected
 
 
-def test_the_recipe_decides() -> None:
+def test_the_recipe_decides_where_augmentation_runs() -> None:
     workers = AugmentConfig.model_validate({"train": [FLIP], "run_on": "workers"})
     assert plan_preprocessing("train", workers, SMALL, 0, None).batched is None
     device = AugmentConfig.model_validate({"train": [{"name": "RandAugment"}], "run_on": "device"})
@@ -332,14 +332,14 @@ def test_the_recipe_decides() -> None:
         plan_preprocessing("train", device, SMALL, 0, None)
 
 
-def test_a_policy_prevents_it() -> None:
+def test_a_policy_prevents_batched_augmentation() -> None:
     table = AugmentConfig.model_validate({"auto_augment": "rand-m9"})
     plan = plan_preprocessing("train", table, SMALL, 0, None)
     assert (plan.obstacle, plan.batched) == ("augment.auto_augment = 'rand-m9'", None)
     assert plan_preprocessing("validation", table, SMALL, 0, None).batched is not None
 
 
-def test_fixed_transforms_before_the_resize_do_not_prevent_it() -> None:
+def test_fixed_transforms_before_the_resize_do_not_prevent_batched_augmentation() -> None:
     table = AugmentConfig.model_validate({"train": [{**PAD, "stage": "before_resize"}, FLIP]})
     plan = plan_preprocessing("train", table, Preprocessing(3, 32, 40, True, "bilinear", HALF, HALF), 0, None)
     assert plan.batched is not None

@@ -28,14 +28,14 @@ def uniforms(slots: int, key: int = 0) -> Sample:
 
 
 def only_pass(**entry: Any) -> Any:
-    """The one pass that the transform becomes, of images that need no crop."""
+    """Return the only pass that implements the transform, for images that need no crop."""
     passes = augmentation(entry, size=60).passes
     assert isinstance(passes[0], CropFlipOp)
     return passes[1]
 
 
 def assert_uniform(sample: Sample, low: float, high: float) -> None:
-    """Kolmogorov-Smirnov against the uniform distribution; the bound fails once in a thousand samples."""
+    """Kolmogorov-Smirnov test against the uniform distribution; one in a thousand samples exceeds the bound."""
     assert sample.min() >= low
     assert sample.max() <= high
     expected = (np.sort(sample) - low) / (high - low)
@@ -44,20 +44,20 @@ def assert_uniform(sample: Sample, low: float, high: float) -> None:
     assert distance < 1.95 / math.sqrt(len(sample))
 
 
-def assert_alike(ours: Sample, theirs: Sample) -> None:
-    """Kolmogorov-Smirnov between two samples; the bound fails once in a thousand pairs."""
-    places = np.union1d(ours, theirs)
-    shares = [np.searchsorted(np.sort(one), places, side="right") / len(one) for one in (ours, theirs)]
-    assert np.abs(shares[0] - shares[1]).max() < 1.95 * math.sqrt(1 / len(ours) + 1 / len(theirs))
+def assert_alike(ours: Sample, of_torchvision: Sample) -> None:
+    """Kolmogorov-Smirnov test of two samples; one in a thousand pairs exceeds the bound."""
+    positions = np.union1d(ours, of_torchvision)
+    shares = [np.searchsorted(np.sort(one), positions, side="right") / len(one) for one in (ours, of_torchvision)]
+    assert np.abs(shares[0] - shares[1]).max() < 1.95 * math.sqrt(1 / len(ours) + 1 / len(of_torchvision))
 
 
 def assert_share(flags: npt.NDArray[np.bool_], p: float) -> None:
-    """Within four standard deviations of the share of a coin with this bias."""
+    """Check that the share of True is within four standard deviations of ``p``."""
     assert abs(flags.mean() - p) <= 4 * math.sqrt(p * (1 - p) / len(flags))
 
 
-def theirs(transform: v2.Transform, n: int = N) -> list[dict[str, Any]]:
-    """torchvision's own parameters."""
+def of_torchvision(transform: v2.Transform, n: int = N) -> list[dict[str, Any]]:
+    """Return torchvision's own parameters."""
     torch.manual_seed(0)
     image = torch.zeros(3, *SIZE)
     return [transform.make_params([image]) for _ in range(n)]
@@ -73,7 +73,7 @@ def test_the_uniform_numbers_are_uniform_and_independent() -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-def test_probabilities(p: float) -> None:
+def test_transforms_are_applied_with_their_probability(p: float) -> None:
     for entry in ({"name": "RandomHorizontalFlip"}, {"name": "RandomVerticalFlip"}):
         augment = augmentation({**entry, "p": p}, size=32)
         flips = augment.passes[0].steps[-1]  # type: ignore[attr-defined]
@@ -90,10 +90,10 @@ def test_probabilities(p: float) -> None:
         assert_share(one.plan(uniforms(one.slots), SIZE).applied, p)
     crop = augmentation({"name": "RandomCrop", "padding": 4, "apply_p": p}, size=32).passes[0].steps[-1]  # type: ignore[attr-defined]
     rows, _ = crop.maps(uniforms(3), (32, 32))
-    assert_share((rows != np.arange(32)).any(1), p * 8 / 9)  # the middle one of nine places is no change
+    assert_share((rows != np.arange(32)).any(1), p * 8 / 9)  # the middle one of nine positions changes nothing
 
 
-def test_both_probabilities_of_one_transform_count() -> None:
+def test_the_two_probabilities_of_a_transform_are_multiplied() -> None:
     assert_share(only_pass(name="RandomGrayscale", p=0.5, apply_p=0.4).plan(uniforms(1), SIZE).applied, 0.2)
 
 
@@ -109,7 +109,7 @@ def test_affine_is_drawn_as_torchvision_does() -> None:
     arguments["shear"] = [-5.0, 9.0, 0.0, 3.0]
     one = only_pass(name="RandomAffine", **arguments)
     drawn = one.warp.draw(uniforms(6), SIZE)
-    expected = theirs(v2.RandomAffine(**arguments))
+    expected = of_torchvision(v2.RandomAffine(**arguments))
     columns = [
         np.array([[each["angle"], *each["translate"], each["scale"], *each["shear"]] for each in expected])[:, column]
         for column in range(6)
@@ -137,14 +137,14 @@ def test_perspective_moves_each_corner_inwards(distortion: float) -> None:
     assert (right.min(), right.max()) == (width - 1 - far_x, width - 1)
     assert (top.min(), top.max()) == (0, far_y)
     assert (bottom.min(), bottom.max()) == (height - 1 - far_y, height - 1)
-    for places in (left, top):
-        counts = np.bincount(places.ravel())
+    for positions in (left, top):
+        counts = np.bincount(positions.ravel())
         assert np.abs(counts - counts.mean()).max() <= 5 * math.sqrt(counts.mean())
 
 
-def test_perspectives_that_take_the_origin_to_infinity() -> None:
+def test_perspectives_that_map_the_origin_to_infinity_give_finite_pixels() -> None:
     moves = np.array(list(itertools.product(range(3), repeat=8))).reshape(-1, 4, 2)
-    corners = moves + np.array([[0, 0], [5, 0], [5, 5], [0, 5]])  # all that an image of 8 x 8 pixels can have
+    corners = moves + np.array([[0, 0], [5, 0], [5, 5], [0, 5]])  # all that are possible for an image of 8 x 8 pixels
     matrices = perspective_matrices(corners, (8, 8))
     assert (np.abs(matrices[:, 2, 2]) < 1e-9).any()
     x, y, w = np.moveaxis(matrices @ np.concatenate([corners, np.ones((len(corners), 4, 1))], 2).swapaxes(1, 2), 1, 0)
@@ -160,13 +160,13 @@ def test_perspectives_that_take_the_origin_to_infinity() -> None:
 
 def test_crop_positions_are_uniform() -> None:
     tops, lefts = RandomCrop((32, 32), (4, 4, 2, 2), False, "constant", 1.0).draw(uniforms(3), (32, 32))
-    for places, count in ((tops, 5), (lefts, 9)):
-        counts = np.bincount(places, minlength=count)
+    for positions, count in ((tops, 5), (lefts, 9)):
+        counts = np.bincount(positions, minlength=count)
         assert len(counts) == count
         assert np.abs(counts - N / count).max() <= 5 * math.sqrt(N / count)
 
 
-def test_jitter_factors_are_uniform_and_every_order_comes() -> None:
+def test_jitter_factors_are_uniform_and_every_order_occurs() -> None:
     one = only_pass(name="ColorJitter", brightness=0.4, contrast=[0.5, 3.0], saturation=2.0, hue=[-0.1, 0.3])
     assert isinstance(one, ColorJitter)
     table = one.plan(uniforms(9), SIZE).table
@@ -191,7 +191,7 @@ def test_rectangles_to_erase_are_drawn_as_torchvision_does(arguments: dict[str, 
     one = only_pass(name="RandomErasing", p=1.0, **arguments)
     assert isinstance(one, RandomErasing)
     plan = one.plan(uniforms(one.slots), SIZE)
-    expected = [each for each in theirs(v2.RandomErasing(p=1.0, **arguments)) if each["v"] is not None]
+    expected = [each for each in of_torchvision(v2.RandomErasing(p=1.0, **arguments)) if each["v"] is not None]
     assert abs(plan.applied.mean() - len(expected) / N) < 0.01
     drawn = plan.table[plan.applied]
     for column, name in enumerate(("i", "j", "h", "w")):

@@ -1,4 +1,4 @@
-"""Batch norm over processes is batch norm over the whole batch."""
+"""Batch norm over several processes equals batch norm over the whole batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make(kind: str) -> nn.Module:
 
 def batch(kind: str) -> Tensor:
     shape = (7, 4) if kind == "1d" else (7, 4, 3, 2)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3 + 100  # a mean that invites cancellation
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3 + 100  # a large mean causes cancellation
 
 
 def train_step(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def share_of(kind: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["1d", "2d", "timm"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_uneven_shares_give_what_the_whole_batch_gives(kind: str, world: int) -> None:
+def test_uneven_shares_give_the_same_as_the_whole_batch(kind: str, world: int) -> None:
     whole = train_step(make(kind), batch(kind))
     shares = run_on(world, share_of, kind)
     for key in ("out", "input gradient"):
@@ -77,7 +77,7 @@ def test_a_replicated_batch_is_counted_once() -> None:
             assert torch.equal(share[key], value), key
 
 
-def test_synchronising_keeps_names_values_and_timm_activation() -> None:
+def test_synchronizing_keeps_names_values_and_timm_s_activation() -> None:
     module = make("timm")
     names = list(module.state_dict())
     changed = replace_batch_norms(module)
@@ -91,7 +91,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def as_view(x: Tensor) -> Tensor:
-    """Neither contiguous nor channels_last."""
+    """Return a view that is neither contiguous nor channels_last."""
     return torch.cat([x, x], dim=-1)[..., : x.shape[-1]]
 
 
@@ -108,23 +108,23 @@ def results(norm: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     ("shape", "laid_out"),
     [
         ((64, 32, 8, 8), channels_last),
-        ((60, 32, 8, 8), channels_last),  # 3840 positions: no power of two
+        ((60, 32, 8, 8), channels_last),  # 3840 positions: not a power of two
         ((13, 5, 17, 7), channels_last),  # 1547 = 7 x 13 x 17
         ((8, 64, 112, 112), channels_last),
         ((3, 2048, 7, 7), channels_last),
         ((16, 9, 1, 1), channels_last),
         ((8, 16, 64, 64), as_view),
         ((8, 16, 64, 64), Tensor.contiguous),
-        ((50_000, 12), Tensor.contiguous),  # tokens of a whole batch, as LeViT has them
+        ((50_000, 12), Tensor.contiguous),  # tokens of a whole batch, as in LeViT
         ((8, 40, 31), Tensor.contiguous),
     ],
 )
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("mean", [1.0, 30.0])
-def test_on_one_process_its_error_is_that_of_the_contiguous_kernel(
+def test_on_one_process_the_error_is_that_of_the_contiguous_kernel(
     shape: tuple[int, ...], laid_out: Callable[[Tensor], Tensor], affine: bool, mean: float
 ) -> None:
-    """Within a factor of ten of that kernel's distance from float64; channels_last is up to 1000 times off."""
+    """Its error is at most ten times that kernel's; PyTorch's channels_last kernel has up to 1000 times the error."""
     torch.manual_seed(0)
     kind = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
     norm = kind(shape[1], affine=affine)
@@ -142,7 +142,7 @@ def test_on_one_process_its_error_is_that_of_the_contiguous_kernel(
         assert error <= 10 * usual + 1e-7 * value.abs().max(), key
 
 
-def test_pieces_that_differ_in_size_are_weighted_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_different_size_are_weighted_by_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batchnorm, "PIECE_ROWS", (4, 4))
     monkeypatch.setattr(batchnorm, "PIECE_CHANNELS", 6)
     x = channels_last(torch.randn(5, 3, 3, 2, dtype=torch.float64) * torch.arange(1, 6).view(5, 1, 1, 1))
@@ -152,7 +152,7 @@ def test_pieces_that_differ_in_size_are_weighted_by_it(monkeypatch: pytest.Monke
     torch.testing.assert_close(variance, x.var((0, 2, 3), correction=0))
 
 
-def test_in_bf16_it_is_exact_up_to_the_rounding_of_its_values() -> None:
+def test_in_bf16_the_only_error_is_the_rounding_of_the_values() -> None:
     torch.manual_seed(0)
     x, grad = (channels_last(torch.randn(16, 8, 32, 32).bfloat16()) for _ in range(2))
     true = results(nn.BatchNorm2d(8).double(), x.double(), grad.double())
@@ -160,12 +160,12 @@ def test_in_bf16_it_is_exact_up_to_the_rounding_of_its_values() -> None:
         assert (value - true[key]).abs().max() <= 2**-8 * true[key].abs().max(), key
 
 
-def test_one_value_a_channel_is_refused_as_pytorch_does() -> None:
+def test_one_value_per_channel_is_refused_as_in_pytorch() -> None:
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         replace_batch_norms(nn.BatchNorm2d(3))(channels_last(torch.randn(1, 3, 1, 1)))
 
 
-def test_in_evaluation_it_gives_pytorch_s_bits() -> None:
+def test_in_evaluation_mode_the_output_equals_pytorch_s_bit_for_bit() -> None:
     norm = make("timm").eval()
     x = channels_last(batch("timm"))
     expected = norm(x)
@@ -186,7 +186,7 @@ def own_share() -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_compiled_it_is_as_exact() -> None:
+def test_compiled_batch_norm_is_as_exact() -> None:
     torch.manual_seed(0)
     x, grad = channels_last(torch.randn(64, 32, 8, 8) * 2 + 1), channels_last(torch.randn(64, 32, 8, 8) + 0.3)
     true = results(nn.BatchNorm2d(32).double(), x.double(), grad.double())
@@ -203,14 +203,14 @@ def averaged() -> list[Tensor]:
     return [module[0].running_mean, module[0].running_var]
 
 
-def test_average_statistics() -> None:
+def test_averaged_statistics_are_the_mean_over_processes() -> None:
     for mean, variance in run_on(3, averaged):
         assert torch.equal(mean, torch.ones(4))
         torch.testing.assert_close(variance, torch.ones(4))
 
 
 def resnet_gradient() -> Tensor:
-    """Gradient of ResNet18's mean loss over eight images, of which this process holds its share, in float64."""
+    """Return the float64 gradient of ResNet18's mean loss over eight images, of which this process has a share."""
     torch.manual_seed(0)
     module = replace_batch_norms(torchvision.models.resnet18(num_classes=5).double())
     images = torch.randn((8, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -225,9 +225,9 @@ def resnet_gradient() -> Tensor:
     return gradient
 
 
-def test_a_whole_network_s_gradient_is_that_of_one_process() -> None:
-    """In float64, since an untrained ResNet amplifies float32's rounding: 1e-7 on its input moves ResNet50's gradient
-    by a percent, whatever the number of processes."""
+def test_a_whole_network_s_gradient_equals_that_of_one_process() -> None:
+    """In float64, since an untrained ResNet amplifies float32's rounding: a change of 1e-7 in the input changes
+    ResNet50's gradient by one percent, for any number of processes."""
     alone = run_on(1, resnet_gradient)[0]
     for world in (2, 3):
         for gradient in run_on(world, resnet_gradient):

@@ -1,4 +1,4 @@
-"""toolkit bench: figures that must hang together, and arithmetic that can be counted by hand."""
+"""toolkit bench: its metrics must be consistent, and its operation counts equal those computed by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.long
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
 
 
-def test_figures_of_the_quickstart() -> None:
+def test_metrics_of_the_quickstart_are_consistent() -> None:
     recipe = load(QUICKSTART, ["train.batch_size=16", "data.images_per_class=8"]).recipe
     speeds = bench.bench(recipe, steps=2, repeats=1)
     # 8x8 pixels, 3x3 kernels: 1 to 32 and 32 to 64 channels; pooled to 4x4: 64 to 128; pooled to 2x2: a linear layer.
@@ -40,7 +40,7 @@ def test_figures_of_the_quickstart() -> None:
     assert "whole step" in bench.bench_text(speeds, {"step_images_per_s": speeds.step_images_per_s / 2})
 
 
-def test_processes_of_a_launcher_measure_together_and_one_speaks(tmp_path: Path) -> None:
+def test_processes_of_a_launcher_measure_together_and_one_prints(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "toolkit", "bench"]
     command += [str(QUICKSTART), "--steps", "2", "--repeats", "1", "--json", "-o", str(tmp_path / "figures.json")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -49,7 +49,7 @@ def test_processes_of_a_launcher_measure_together_and_one_speaks(tmp_path: Path)
     assert json.loads(done.stdout) == json.loads((tmp_path / "figures.json").read_text())
 
 
-def test_a_convolution_in_groups_costs_a_group_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grouped_convolution_counts_the_operations_of_its_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     grouped = nn.Sequential(
         nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Flatten(), nn.Linear(128, 2)
     )
@@ -60,7 +60,7 @@ def test_a_convolution_in_groups_costs_a_group_each(monkeypatch: pytest.MonkeyPa
     assert counted == 2 * pointwise + 3 * depthwise + 3 * linear  # the first layer's input needs no gradient
 
 
-def test_repetitions_go_on_in_the_stream() -> None:
+def test_each_repetition_continues_the_stream_of_batches() -> None:
     epochs: list[int] = []
 
     def epoch(number: int) -> Iterator[int]:
@@ -72,7 +72,9 @@ def test_repetitions_go_on_in_the_stream() -> None:
     assert epochs == [0, 1]
 
 
-def test_comparing_with_the_plain_loop_needs_no_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparing_with_the_plain_loop_needs_no_source_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loop is a module of the package, so that --compare works from an installed one, in any folder."""
     monkeypatch.chdir(tmp_path)
     few = ["train.batch_size=16", "data.images_per_class=8"]
@@ -82,7 +84,7 @@ def test_comparing_with_the_plain_loop_needs_no_sources(tmp_path: Path, monkeypa
         bench.compare_with_plain_loop(str(QUICKSTART), ["train.epochs=0"], 1, 1)
 
 
-def test_a_recipe_that_is_wrong_is_not_measured(tmp_path: Path) -> None:
+def test_an_invalid_recipe_is_not_measured(tmp_path: Path) -> None:
     path = tmp_path / "wrong.toml"
     path.write_text('[recipe]\nname = "wrong"\n')
     assert toolkit("bench", path).status == 2

@@ -1,4 +1,4 @@
-"""The cache folder: entries that are whole or not there, damage that is noticed, room that is respected."""
+"""The cache folder: entries are complete or absent, damage is detected, and limits on space are respected."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def written(root: Path, name: str = NAME) -> CacheEntry:
 
 
 def damaged(root: Path, name: str = NAME) -> str:
-    """What is found to be wrong with an entry; "" where nothing is."""
-    store._verified.clear()  # as a new process would find it
+    """Return what is wrong with an entry; "" if nothing is."""
+    store._verified.clear()  # as in a new process
     try:
         entry = find_entry(root, name)
         assert entry is not None
@@ -55,7 +55,7 @@ def damaged(root: Path, name: str = NAME) -> str:
     return ""
 
 
-def test_an_entry_gives_back_what_was_written(tmp_path: Path) -> None:
+def test_an_entry_returns_what_was_written(tmp_path: Path) -> None:
     assert find_entry(tmp_path, NAME) is None
     written(tmp_path)
     entry = find_entry(tmp_path, NAME)
@@ -68,7 +68,7 @@ def test_an_entry_gives_back_what_was_written(tmp_path: Path) -> None:
         entry.data()[0] = 1
 
 
-def test_forked_processes_write_beside_each_other(tmp_path: Path) -> None:
+def test_forked_processes_write_one_entry_concurrently(tmp_path: Path) -> None:
     writer = CacheEntryWriter(tmp_path, NAME)
     with multiprocessing.get_context("fork").Pool(3, _take, (writer,)) as pool:
         blocks = pool.map(_add, range(40), chunksize=1)
@@ -95,7 +95,7 @@ def _add(i: int) -> store.BlockRange:
 
 @pytest.mark.parametrize("file", ["data.bin", "entry.npz"])
 @pytest.mark.parametrize("kind", ["cut", "flipped", "gone"])
-def test_damage_is_noticed(tmp_path: Path, file: str, kind: str) -> None:
+def test_damaged_entries_are_detected(tmp_path: Path, file: str, kind: str) -> None:
     path = written(tmp_path).folder / file
     content = bytearray(path.read_bytes())
     if kind == "gone":
@@ -111,19 +111,19 @@ def test_damage_is_noticed(tmp_path: Path, file: str, kind: str) -> None:
     assert not damaged(tmp_path)
 
 
-def test_every_byte_counts_in_the_checksum() -> None:
+def test_the_checksum_depends_on_every_byte() -> None:
     data = np.zeros(4096 * 2 + 100, dtype=np.uint8)
     plain = checksum(data)
-    for place in (0, 7, 4095, 4096, 8191, 8192, len(data) - 1):
-        data[place] = 1
-        assert checksum(data) != plain, place
-        data[place] = 0
+    for index in (0, 7, 4095, 4096, 8191, 8192, len(data) - 1):
+        data[index] = 1
+        assert checksum(data) != plain, index
+        data[index] = 0
     swapped = np.arange(4096 * 2, dtype=np.uint64).view(np.uint8)
     pages = swapped.reshape(-1, 4096)
     assert checksum(swapped) != checksum(pages[::-1].reshape(-1)), "the order of pages"
 
 
-def test_the_first_of_two_that_publish_is_kept(tmp_path: Path) -> None:
+def test_of_two_published_entries_the_first_is_kept(tmp_path: Path) -> None:
     one, two = CacheEntryWriter(tmp_path, NAME), CacheEntryWriter(tmp_path, NAME)
     one.publish(FACTS, {}, [one.add(PARTS[0])])
     two.publish(FACTS, {}, [two.add(PARTS[0])])
@@ -137,7 +137,7 @@ def test_a_key_depends_on_every_value() -> None:
     assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
 
 
-def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+def test_a_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
     lock = try_lock(tmp_path, NAME)
     assert lock is not None
     assert try_lock(tmp_path, NAME) is None
@@ -147,15 +147,15 @@ def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
     again.release()
 
 
-def test_a_removed_entry_stays_with_those_who_read_it(tmp_path: Path) -> None:
+def test_a_removed_entry_stays_readable_where_it_is_open(tmp_path: Path) -> None:
     data = written(tmp_path).data()
     remove_entry(tmp_path / NAME)
     assert list(tmp_path.iterdir()) == []
     assert np.array_equal(data, np.concatenate(PARTS))
-    remove_entry(tmp_path / NAME)  # gone already: nothing to do
+    remove_entry(tmp_path / NAME)  # already removed: nothing to do
 
 
-def test_what_killed_processes_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
+def test_old_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     old, young = CacheEntryWriter(tmp_path, NAME), CacheEntryWriter(tmp_path, NAME)
     for writer in (old, young):
         writer.add(PARTS[0])
@@ -170,14 +170,14 @@ def test_what_killed_processes_left_is_removed_when_it_is_old(tmp_path: Path) ->
     assert foreign.exists()
 
 
-def test_cleaning_leaves_alone_what_is_not_the_cache_s_own(tmp_path: Path, own_cache: Path) -> None:
+def test_cleaning_keeps_files_that_are_not_cache_entries(tmp_path: Path, own_cache: Path) -> None:
     other = f"features-{'1' * 32}"
     written(own_cache), written(own_cache, other)
     (own_cache / "images-of-my-children").mkdir()
     (own_cache / "notes.txt").write_text("mine")
     month = time.time() - 30 * 86400
     os.utime(own_cache / other / "entry.npz", (month, month))
-    assert [one.name for one in list_entries(own_cache)] == [NAME, other], "the one used last first"
+    assert [one.name for one in list_entries(own_cache)] == [NAME, other], "most recently used first"
     assert clean(own_cache, unused_s=86400)[0] == 1
     assert [one.name for one in list_entries(own_cache)] == [NAME]
     count, freed = clean(own_cache)
@@ -186,7 +186,7 @@ def test_cleaning_leaves_alone_what_is_not_the_cache_s_own(tmp_path: Path, own_c
     assert sorted(path.name for path in own_cache.iterdir()) == ["images-of-my-children", "notes.txt"]
 
 
-def test_looking_at_an_entry_is_no_use_and_finding_it_is(own_cache: Path) -> None:
+def test_finding_an_entry_counts_as_use_and_listing_it_does_not(own_cache: Path) -> None:
     written(own_cache)
     month = time.time() - 30 * 86400
     os.utime(own_cache / NAME / "entry.npz", (month, month))
@@ -195,7 +195,7 @@ def test_looking_at_an_entry_is_no_use_and_finding_it_is(own_cache: Path) -> Non
     assert list_entries(own_cache)[0].used > month + 86400
 
 
-def test_the_command_lists_and_cleans(own_cache: Path) -> None:
+def test_the_cache_command_lists_and_cleans(own_cache: Path) -> None:
     assert toolkit("cache").stdout == f"0 entries, 0.0 MiB in {own_cache}\n", "the folder need not exist"
     written(own_cache)
     shown = toolkit("cache").stdout
@@ -212,7 +212,7 @@ def test_the_command_lists_and_cleans(own_cache: Path) -> None:
     assert list(own_cache.iterdir()) == []
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_environment_variables_set_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "here"))
     assert cache_root() == tmp_path / "here"
     monkeypatch.delenv("TOOLKIT_CACHE")
@@ -222,7 +222,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache_root() == Path.home() / ".cache" / "toolkit"
 
 
-def test_free_space_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+def test_free_space_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
     free = free_disk(tmp_path / "not" / "there")
     assert free == pytest.approx(free_disk(tmp_path), rel=0.5)
     assert free > 0
@@ -253,7 +253,7 @@ def test_free_space_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     ],
     ids=["no limit", "max", "version 2", "a job's group above, with file pages", "version 1"],
 )
-def test_memory_that_is_free(tmp_path: Path, files: dict[str, Any], expected: int) -> None:
+def test_free_memory_is_limited_by_the_cgroup(tmp_path: Path, files: dict[str, Any], expected: int) -> None:
     groups = "4:memory:/old\n0::/job/step\n"
     stat = {"sys/fs/cgroup/memory.stat": "anon 1\n"}
     for name, text in {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n", "proc/self/cgroup": groups,

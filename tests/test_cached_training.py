@@ -43,20 +43,20 @@ def log_of(run: Run) -> str:
 
 
 def assert_close(one: Run, other: Run, tolerance: float = 1e-5) -> None:
-    """All losses and accuracies of every epoch."""
-    for ours, theirs in zip(one.metrics(), other.metrics(), strict=True):
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            assert value == pytest.approx(theirs[key], abs=tolerance), key
-    ours, theirs = one.summary["best"], other.summary["best"]
-    assert ours == pytest.approx(theirs, abs=tolerance)
+    """Check that all losses and accuracies of every epoch agree within the tolerance."""
+    for found, expected in zip(one.metrics(), other.metrics(), strict=True):
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            assert value == pytest.approx(expected[key], abs=tolerance), key
+    found, expected = one.summary["best"], other.summary["best"]
+    assert found == pytest.approx(expected, abs=tolerance)
 
 
 def entries(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.glob("[fi]*-*/"))
 
 
-def test_features_of_frozen_layers_give_the_same_run(tmp_path: Path, own_cache: Path) -> None:
+def test_a_run_on_cached_features_of_frozen_layers_gives_the_same_metrics(tmp_path: Path, own_cache: Path) -> None:
     recipe = write_recipe(tmp_path, FROZEN)
     plain = run_of(recipe, 'data.cache="off"')
     assert plain.summary["shortcuts"] == []
@@ -69,10 +69,10 @@ def test_features_of_frozen_layers_give_the_same_run(tmp_path: Path, own_cache: 
     assert_close(once, plain)
 
 
-def test_views_are_the_same_with_and_without_features(tmp_path: Path, own_cache: Path) -> None:
+def test_fixed_views_give_the_same_metrics_with_and_without_cached_features(tmp_path: Path, own_cache: Path) -> None:
     recipe = write_recipe(tmp_path, AUGMENTED)
     every = run_of(recipe)
-    assert every.summary["shortcuts"] == [], "a new version each epoch leaves no fixed features"
+    assert every.summary["shortcuts"] == [], "with a new version per epoch, no features are fixed"
     once, plain = run_of(recipe, "data.fixed_views=3"), run_of(recipe, "data.fixed_views=3", 'data.cache="off"')
     (description,) = once.summary["shortcuts"]
     assert "3 versions of each training image" in description
@@ -82,13 +82,13 @@ def test_views_are_the_same_with_and_without_features(tmp_path: Path, own_cache:
     assert losses != [epoch["train/loss"] for epoch in once.epochs()]
 
 
-def test_views_by_workers_are_the_same_too(tmp_path: Path) -> None:
+def test_fixed_views_by_data_workers_give_the_same_metrics(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, AUGMENTED)
     settings = ("data.fixed_views=2", 'augment.run_on="workers"')
     assert_close(run_of(recipe, *settings), run_of(recipe, *settings, 'data.cache="off"'))
 
 
-def test_runs_that_share_what_is_frozen_share_its_features(
+def test_runs_with_the_same_frozen_layers_share_their_features(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed = []
@@ -102,11 +102,11 @@ def test_runs_that_share_what_is_frozen_share_its_features(
         assert "taken from the cache" in log_of(run_of(recipe, *settings))
     assert len(computed) == 3
     again = run_of(recipe)
-    assert again.metrics_file.read_bytes() == first.metrics_file.read_bytes(), "to the last bit"
+    assert again.metrics_file.read_bytes() == first.metrics_file.read_bytes(), "equal to the last bit"
     before = entries(own_cache)
     run_of(recipe, 'data.normalize="none"')
     assert len(computed) == 6
-    assert len(entries(own_cache)) == len(before) + 3, "another input, other features"
+    assert len(entries(own_cache)) == len(before) + 3, "different inputs have different features"
 
 
 def test_other_frozen_weights_have_other_features(tmp_path: Path, own_cache: Path) -> None:
@@ -190,13 +190,13 @@ def test_images_cached_anywhere_give_the_same_run(tmp_path: Path, tier: str) -> 
     (description,) = kept.summary["shortcuts"]
     assert "prepared once" in description
     assert f"shortcut: {description}" in log_of(kept)
-    assert kept.metrics_file.read_bytes() == plain.metrics_file.read_bytes(), "to the last bit"
+    assert kept.metrics_file.read_bytes() == plain.metrics_file.read_bytes(), "equal to the last bit"
     assert (kept.path / "predictions.csv").read_bytes() == (plain.path / "predictions.csv").read_bytes()
     assert kept.best_weights.read_bytes() == plain.best_weights.read_bytes()
 
 
 def wait_for(path: Path, text: str, rank: int) -> None:
-    """Delay a run's publication of cache entries until another run has logged ``text``."""
+    """Delay this run's publishing of cache entries until another run has logged ``text``."""
     publish = CacheEntryWriter.publish
 
     def late(*arguments: Any) -> Any:
@@ -210,7 +210,7 @@ def wait_for(path: Path, text: str, rank: int) -> None:
 
 
 def image_run(folder: Path, data: Path) -> Path:
-    """A recipe on files, whose runs go below the folder."""
+    """Write a recipe on image files, with its runs in ``folder``."""
     (folder / "runs").mkdir(parents=True)
     path = folder / "recipe.toml"
     text = ON_FILES.format(runs=f'"{folder}/runs"', data=f'"{data}"', size=16, epochs=2).replace('"tiny"', '"small"')
@@ -219,7 +219,7 @@ def image_run(folder: Path, data: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["images", "features"])
-def test_of_two_runs_that_need_the_same_entry_one_builds_it(tmp_path: Path, own_cache: Path, kind: str) -> None:
+def test_of_two_runs_that_need_the_same_cache_entry_one_builds_it(tmp_path: Path, own_cache: Path, kind: str) -> None:
     data = digit_files(tmp_path / "data")
     recipes = [
         image_run(tmp_path / run, data) if kind == "images" else write_recipe(tmp_path / run, FROZEN)
@@ -254,7 +254,7 @@ def test_a_run_killed_while_it_builds_leaves_no_entry_and_no_lock(tmp_path: Path
 
 
 def on_separate_machines(cache: Path, rank: int) -> None:
-    """Let each process find itself alone on its machine, with a cache of its own."""
+    """Make each process the only one of its machine, with its own cache."""
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TOOLKIT_CACHE": str(cache / str(rank))}
 
 
@@ -276,7 +276,7 @@ def test_every_machine_has_its_own_cache_and_the_same_training(tmp_path: Path, o
     assert one.summary["shortcuts"]
     assert two.metrics_file.read_bytes() == one.metrics_file.read_bytes()
     if kind == "images":
-        assert plain.metrics_file.read_bytes() == one.metrics_file.read_bytes(), "to the last bit"
+        assert plain.metrics_file.read_bytes() == one.metrics_file.read_bytes(), "equal to the last bit"
     else:
         assert_close(plain, one)
     assert entries(own_cache / "0") == entries(own_cache / "1") == entries(own_cache) != []

@@ -1,4 +1,4 @@
-"""Checkpoints: damage is recognised, code is refused, an edited recipe too; another number of processes goes on."""
+"""Checkpoints: damage, code and an edited recipe are detected, and another number of processes can resume."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from toolkit.training.train_step import TrainStep
 pytestmark = pytest.mark.long
 
 
-def saved(folder: Path, *places: tuple[int, int], keep: int = 9) -> list[Path]:
-    return [save_checkpoint(folder, place, {"value": torch.tensor(place)}, keep) for place in places]
+def saved(folder: Path, *positions: tuple[int, int], keep: int = 9) -> list[Path]:
+    return [save_checkpoint(folder, position, {"value": torch.tensor(position)}, keep) for position in positions]
 
 
 def truncate(path: Path) -> None:
@@ -61,18 +61,20 @@ DAMAGES = [truncate, flip, Path.unlink, lose_manifest, empty_manifest, half_writ
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_one_is_told_and_the_one_before_it_used(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     first, second = saved(tmp_path, (1, 0), (1, 3))
     damage(second)
-    said: list[str] = []
-    assert find_latest(tmp_path, said.append) == first
-    (line,) = said
+    messages: list[str] = []
+    assert find_latest(tmp_path, messages.append) == first
+    (line,) = messages
     assert line.startswith("checkpoint 0001-000003 is damaged (")
     assert load_checkpoint(first)["value"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("bits", range(8))
-def test_any_flipped_bit_is_found(tmp_path: Path, bits: int) -> None:
+def test_any_flipped_bit_is_detected(tmp_path: Path, bits: int) -> None:
     (path,) = saved(tmp_path, (1, 0))
     data = path.read_bytes()
     for position in range(bits, len(data), 97):
@@ -82,18 +84,18 @@ def test_any_flipped_bit_is_found(tmp_path: Path, bits: int) -> None:
     assert find_latest(tmp_path, lambda _: None) == path
 
 
-def test_all_damaged_begins_anew_and_none_at_all_is_no_fault(tmp_path: Path) -> None:
-    said: list[str] = []
-    assert find_latest(tmp_path, said.append) is None
-    assert said == []
+def test_without_an_undamaged_checkpoint_the_run_starts_over(tmp_path: Path) -> None:
+    messages: list[str] = []
+    assert find_latest(tmp_path, messages.append) is None
+    assert messages == []
     for path in saved(tmp_path, (1, 0), (2, 0)):
         truncate(path)
-    assert find_latest(tmp_path, said.append) is None
-    assert len(said) == 3
-    assert "the run starts over" in said[-1]
+    assert find_latest(tmp_path, messages.append) is None
+    assert len(messages) == 3
+    assert "the run starts over" in messages[-1]
 
 
-def test_the_last_are_kept_with_the_best_weights_they_name(tmp_path: Path) -> None:
+def test_the_last_checkpoints_are_kept_with_the_best_weights_that_they_name(tmp_path: Path) -> None:
     for epoch in range(1, 6):
         best = 2 if epoch < 5 else 5
         if best == epoch:
@@ -106,7 +108,7 @@ def test_the_last_are_kept_with_the_best_weights_they_name(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_after_going_back_the_new_ones_count_as_the_last(tmp_path: Path, keep: int) -> None:
+def test_checkpoints_written_after_falling_back_count_as_the_last(tmp_path: Path, keep: int) -> None:
     _, *damaged = saved(tmp_path, (3, 0), (4, 0), (5, 0))
     for path in damaged:
         flip(path)
@@ -115,8 +117,10 @@ def test_after_going_back_the_new_ones_count_as_the_last(tmp_path: Path, keep: i
         assert find_latest(tmp_path, pytest.fail) == new
 
 
-def test_writing_again_at_the_same_place_never_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped twice in one evaluation, a run writes the same place again; killed there, the first one must be whole."""
+def test_rewriting_a_checkpoint_of_the_same_step_always_leaves_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run stopped twice in one evaluation rewrites its checkpoint; if killed then, the first one must remain."""
     first = save_checkpoint(tmp_path, (1, 0), {"value": 1}, keep=1)
     replace = os.replace
 
@@ -132,7 +136,7 @@ def test_writing_again_at_the_same_place_never_leaves_none(tmp_path: Path, monke
     monkeypatch.undo()
     second = save_checkpoint(tmp_path, (1, 0), {"value": 3}, keep=1)
     assert find_latest(tmp_path, pytest.fail) == second
-    assert len(list(tmp_path.glob("*.pt"))) == 1, "files that no manifest names are cleared away"
+    assert len(list(tmp_path.glob("*.pt"))) == 1, "files that no manifest names are removed"
 
 
 class Bomb:
@@ -145,7 +149,7 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_a_checkpoint_that_carries_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+def test_a_checkpoint_that_contains_code_is_refused_without_running_it(tmp_path: Path) -> None:
     bomb = {"format": 2, "model": Bomb(tmp_path / "exploded")}
     torch.save(bomb, tmp_path / "torch.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(bomb, protocol=2))
@@ -169,12 +173,12 @@ def killed_run(folder: Path, world: int, count: int, *settings: str) -> Path:
     return recipe
 
 
-def go_on(folder: Path, world: int, *arguments: object) -> tuple[list[int], str]:
+def resume_run(folder: Path, world: int, *arguments: object) -> tuple[list[int], str]:
     trainers = Trainers(world, folder, *arguments)
     return trainers.wait(), trainers.text()
 
 
-def test_a_run_goes_on_from_the_one_before_a_damaged_one_and_from_none(tmp_path: Path) -> None:
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one_or_starts_over(tmp_path: Path) -> None:
     plain = undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
     for damaged, line in ((1, "is damaged (its checksum differs)"), (2, "the run starts over")):
         folder = tmp_path / str(damaged)
@@ -183,22 +187,22 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one_and_from_none(tmp_path:
         assert len(files) == 2
         for path in files[-damaged:]:
             flip(path)
-        statuses, text = go_on(folder, 1, "--resume", only_run(folder).path)
+        statuses, text = resume_run(folder, 1, "--resume", only_run(folder).path)
         assert statuses == [0], text
         assert line in text
         assert outcome(only_run(folder)) == plain
 
 
-def test_an_edited_recipe_is_refused_with_its_differences_unless_told(tmp_path: Path) -> None:
+def test_an_edited_recipe_is_refused_with_its_differences_unless_allowed(tmp_path: Path) -> None:
     recipe = killed_run(tmp_path, 1, 14, *EMA)
     edited = ("--set", "optimizer.lr=0.01", "--set", "train.epochs=4")
     for resume in ("auto", only_run(tmp_path).path):
-        statuses, text = go_on(tmp_path, 1, recipe, *EMA, *edited, "--resume", resume)
+        statuses, text = resume_run(tmp_path, 1, recipe, *EMA, *edited, "--resume", resume)
         assert statuses == [2]
         assert "optimizer.lr: 0.05 -> 0.01" in text
         assert "train.epochs: 5 -> 4" in text
         assert "--allow-changes" in text
-    statuses, text = go_on(tmp_path, 1, recipe, *EMA, *edited, "--resume", "auto", "--allow-changes")
+    statuses, text = resume_run(tmp_path, 1, recipe, *EMA, *edited, "--resume", "auto", "--allow-changes")
     assert statuses == [0], text
     assert [record["epoch"] for record in only_run(tmp_path).epochs()] == [1, 2, 3, 4]
     assert only_run(tmp_path).recipe.optimizer.lr == 0.01
@@ -212,35 +216,37 @@ def test_an_edited_recipe_is_refused_with_its_differences_unless_told(tmp_path: 
         ("train.batch_size=20", 0, "the batches have changed: epoch 3 starts over"),
     ],
 )
-def test_changes_that_are_allowed_but_do_not_fit(tmp_path: Path, setting: str, status: int, message: str) -> None:
+def test_allowed_changes_that_do_not_fit_the_checkpoint_are_reported(
+    tmp_path: Path, setting: str, status: int, message: str
+) -> None:
     recipe = killed_run(tmp_path, 1, 19, *EMA)
-    statuses, text = go_on(tmp_path, 1, recipe, *EMA, "--set", setting, "--resume", "auto", "--allow-changes")
+    statuses, text = resume_run(tmp_path, 1, recipe, *EMA, "--set", setting, "--resume", "auto", "--allow-changes")
     assert statuses == [status], text
     assert message in text
 
 
-def test_a_finished_run_and_a_place_without_run_are_refused(tmp_path: Path) -> None:
+def test_resuming_a_finished_or_missing_run_is_refused(tmp_path: Path) -> None:
     undisturbed(tmp_path, 1, MUCH, *EMA)
-    assert "is finished" in go_on(tmp_path, 1, "--resume", only_run(tmp_path).path)[1]
-    assert "no-such" in go_on(tmp_path, 1, tmp_path / "recipe.toml", "--resume", tmp_path / "no-such")[1]
+    assert "is finished" in resume_run(tmp_path, 1, "--resume", only_run(tmp_path).path)[1]
+    assert "no-such" in resume_run(tmp_path, 1, tmp_path / "recipe.toml", "--resume", tmp_path / "no-such")[1]
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
-def test_another_number_of_processes_goes_on_exactly_from_the_end_of_an_epoch(
+def test_another_number_of_processes_resumes_exactly_from_the_end_of_an_epoch(
     tmp_path: Path, before: int, after: int
 ) -> None:
     settings = (*EMA, "--set", "checkpoint.every_steps=0", "--set", "train.batch_size=18")
     plain = undisturbed(tmp_path / "plain", 1, MUCH, *settings)
     killed_run(tmp_path / "killed", before, 16, *settings)
-    statuses, text = go_on(tmp_path / "killed", after, "--resume", only_run(tmp_path / "killed").path)
+    statuses, text = resume_run(tmp_path / "killed", after, "--resume", only_run(tmp_path / "killed").path)
     assert statuses == [0] * after, text
     assert "resuming after epoch 2, step 0" in text
-    assert_same_experiment(figures(only_run(tmp_path / "plain")), figures(only_run(tmp_path / "killed")))
+    assert_same_experiment(parts_of(only_run(tmp_path / "plain")), parts_of(only_run(tmp_path / "killed")))
     assert plain["summary"]["best"]["epoch"] == only_run(tmp_path / "killed").summary["best"]["epoch"]
 
 
 def compile_without_a_compiler(rank: int) -> None:
-    """Dynamo as ever, but its graphs are run as they are; that it was used is said."""
+    """Let Dynamo run its graphs uncompiled, and print that it was used."""
     original = torch.nn.Module.compile
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
@@ -254,7 +260,7 @@ def compile_without_a_compiler(rank: int) -> None:
 def test_compiled_and_distributed_weights_have_the_names_of_plain_ones(
     tmp_path: Path, compiled: bool, world: int
 ) -> None:
-    """What reads them is always the bare module, so that equal names are all that every pair of ways needs."""
+    """Weights are always loaded into the bare module, so equal names make all combinations compatible."""
     settings = (*EMA, "--set", f"train.compile={str(compiled).lower()}", "--set", "train.epochs=2")
     recipe = write_recipe(tmp_path, MUCH)
     trainers = Trainers(world, tmp_path, recipe, *settings, prepare=compile_without_a_compiler)
@@ -268,23 +274,23 @@ def test_compiled_and_distributed_weights_have_the_names_of_plain_ones(
     assert list(load_checkpoint(path)["model"]) == names
 
 
-def figures(run: Any) -> dict[str, Any]:
-    """As test_exact compares them."""
+def parts_of(run: Any) -> dict[str, Any]:
+    """Return the parts of a run that test_exact compares."""
     weights = {name: tensor.numpy() for name, tensor in load_weights(run.best_weights).items()}
     return {"epochs": run.epochs(), "summary": run.summary, "predictions": run.predictions(), "weights": weights}
 
 
-def test_statistics_that_differ_between_processes_are_kept(tmp_path: Path) -> None:
-    """Without synchronised batch norm each process has its own until an evaluation averages them."""
+def test_batch_norm_statistics_that_differ_between_processes_are_kept(tmp_path: Path) -> None:
+    """Without synchronized batch norm, each process has its own statistics until an evaluation averages them."""
     settings = (*EMA, "--set", "train.sync_batch_norm=false")
     plain = undisturbed(tmp_path / "plain", 2, MUCH, *settings)
     killed_run(tmp_path / "killed", 2, 8, *settings)
-    statuses, text = go_on(tmp_path / "killed", 2, "--resume", only_run(tmp_path / "killed").path)
+    statuses, text = resume_run(tmp_path / "killed", 2, "--resume", only_run(tmp_path / "killed").path)
     assert statuses == [0, 0], text
     assert outcome(only_run(tmp_path / "killed")) == plain
 
 
-def test_no_token_in_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_contain_no_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = "5ec12e7" * 5 + "abcde"
     monkeypatch.setenv("HF_TOKEN", "hf_" + token)
     monkeypatch.setenv("WANDB_API_KEY", token)
@@ -295,7 +301,7 @@ def test_no_token_in_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert json.loads(next(only_run(tmp_path).checkpoints.glob("0*.json")).read_text())["sha256"]
 
 
-def test_weights_in_a_folder_whose_name_is_not_utf8_are_not_called_damaged(tmp_path: Path) -> None:
+def test_weights_in_a_folder_whose_name_is_not_utf8_are_not_reported_as_damaged(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"r\xff")
     folder.mkdir()
     (folder / "best.safetensors").write_bytes(b"")

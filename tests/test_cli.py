@@ -1,4 +1,4 @@
-"""The command line: checking, showing, comparing, listing; habits of the shell; names that try to escape."""
+"""The command line: validate, show, diff and lists; shell conventions; names that try to leave the run root."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BROKEN = '[recipe]\nname = "x"\n[data]\ndataset = "digits"\n[model]\nsource = "t
 
 
 def commands() -> dict[str, Any]:
-    """The subcommands by name, as click (or Typer's own copy of it) has them."""
+    """Return the subcommands by name, as objects of click (or of Typer's copy of it)."""
     group: Any = typer.main.get_command(app)
     return dict(group.commands)
 
@@ -64,7 +64,7 @@ def test_every_command_has_one_example_that_parses() -> None:
             commands()[name].make_context(name, words[2:])
 
 
-def test_documentation_speaks_of_every_command() -> None:
+def test_every_command_is_documented() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## `toolkit ([a-z-]+)", text, re.MULTILINE)
     assert sorted(headings) == sorted(commands())
@@ -79,7 +79,7 @@ SHARED = {"-o": ["-o", "--out"], "--out": ["-o", "--out"], "--json": ["--json"],
 """Options that mean the same in every command, with all their names."""
 
 
-def test_options_are_alike_in_all_commands() -> None:
+def test_options_are_the_same_in_all_commands() -> None:
     for name, command in commands().items():
         values = [param for param in command.params if not getattr(param, "is_flag", False)]
         for param in values:
@@ -91,12 +91,12 @@ def test_options_are_alike_in_all_commands() -> None:
                     assert param.opts == SHARED[option], f"{name}: {param.opts}"
         opts = {option for param in command.params for option in param.opts}
         assert "--debug" in opts, name
-        assert "--json" in opts or name == "logs", name  # logs prints a file as it is
+        assert "--json" in opts or name == "logs", name  # logs prints a file unchanged
 
 
 @pytest.fixture
 def two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """Run directories of two recipes as far as their recipes; the one of b is the newer."""
+    """Write run directories of two recipes that contain only the recipe; the one of b is newer."""
     monkeypatch.chdir(tmp_path)
     paths = "runs/a/20260101-000000-0000", "runs/b/20260102-000000-0000"
     for path, older in (*((path, False) for path in paths), ("runs/a/20251231-000000-0000", True)):
@@ -107,12 +107,12 @@ def two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]
     return paths
 
 
-def test_a_recipe_s_folder_means_its_newest_run_and_latest_the_newest_of_all(two_runs: tuple[str, str]) -> None:
+def test_a_recipe_s_folder_means_its_newest_run_and_latest_means_the_newest_of_all(two_runs: tuple[str, str]) -> None:
     newest_a, newest_b = two_runs
     for argument, expected in (("runs/a", newest_a), ("runs/b/", newest_b), ("latest", newest_b)):
         outcome = toolkit("evaluate", argument)
         assert outcome.stderr.startswith(f"run {expected}\n"), "the choice is logged"
-        assert expected in outcome.stderr.splitlines()[-1], "and is what the command works on"
+        assert expected in outcome.stderr.splitlines()[-1], "and the command works on it"
     assert toolkit("diff", "runs/a", newest_a).stdout == "the recipes are equal\n"
     assert 'recipe.name: "a" -> "b"' in toolkit("diff", "runs/a", "latest").stdout
     for command in ("predict", "explain", "export", "publish", "report", "check", "logs", "cancel", "train"):
@@ -121,7 +121,7 @@ def test_a_recipe_s_folder_means_its_newest_run_and_latest_the_newest_of_all(two
         assert f"run {newest_a}\n" in toolkit(command, *words).stderr, command
 
 
-def test_status_and_sync_take_latest_too(two_runs: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_and_sync_accept_latest(two_runs: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     shown = json.loads(toolkit("status", "latest", "--json").stdout)
     assert [row["run"] for row in shown] == [two_runs[1]]
     uploaded: list[Path] = []
@@ -162,7 +162,7 @@ def test_help_names_every_command_in_a_whole_sentence() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["plan"], ["plan", "x.toml", "--processes", "none"], ["--bad"]])
-def test_wrong_usage_is_bad_input(arguments: list[str]) -> None:
+def test_wrong_usage_has_the_exit_status_of_bad_input(arguments: list[str]) -> None:
     outcome = toolkit(*arguments)
     assert outcome.status == 2
     assert outcome.stdout == ""
@@ -170,8 +170,8 @@ def test_wrong_usage_is_bad_input(arguments: list[str]) -> None:
     assert "Traceback" not in outcome.stderr
 
 
-def run_apart(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`toolkit ARGUMENTS` in a process of its own."""
+def run_separately(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `toolkit ARGUMENTS` in a separate process."""
     return subprocess.run(
         [sys.executable, "-m", "toolkit.cli.main", *arguments],
         capture_output=True,
@@ -180,7 +180,7 @@ def run_apart(*arguments: str, **environment: str) -> subprocess.CompletedProces
     )
 
 
-def test_completion_script_and_completion() -> None:
+def test_the_completion_script_and_completion_work() -> None:
     program = [sys.executable, "-c", "from toolkit.cli.main import app; app(prog_name='toolkit')"]
 
     def complete(**environment: str) -> str:
@@ -197,7 +197,7 @@ def test_completion_script_and_completion() -> None:
     assert "compdef" in shown.stdout
 
 
-def test_checks_and_lists_import_no_torch() -> None:
+def test_validation_and_lists_do_not_import_torch() -> None:
     program = """
 import sys
 import termios
@@ -231,7 +231,7 @@ def test_validate_accepts_every_shipped_recipe() -> None:
     assert len(recipes) >= 20
 
 
-def test_validate_shows_all_faults_of_all_recipes(tmp_path: Path) -> None:
+def test_validate_reports_all_faults_of_all_recipes(tmp_path: Path) -> None:
     broken, missing = tmp_path / "broken.toml", tmp_path / "missing.toml"
     broken.write_text(BROKEN)
     outcome = toolkit("validate", str(QUICKSTART), str(broken), str(missing))
@@ -241,7 +241,7 @@ def test_validate_shows_all_faults_of_all_recipes(tmp_path: Path) -> None:
         assert place in outcome.stderr
 
 
-def test_validate_json_has_every_fault_with_its_place(tmp_path: Path) -> None:
+def test_validate_json_has_every_fault_with_its_position(tmp_path: Path) -> None:
     broken = tmp_path / "broken.toml"
     broken.write_text(BROKEN)
     outcome = toolkit("validate", "--json", str(QUICKSTART), str(broken))
@@ -264,7 +264,7 @@ def test_validate_counts_warnings_but_passes() -> None:
 # show and diff
 
 
-def test_show_tells_where_each_value_comes_from() -> None:
+def test_show_prints_the_origin_of_each_value() -> None:
     recipe = RECIPES / "resnet50_caltech.toml"
     lines = recipe.read_text().splitlines()
     rate = lines.index("lr = 4.61e-2") + 1
@@ -278,7 +278,7 @@ def test_show_tells_where_each_value_comes_from() -> None:
     assert f"drop_last = true  # {base}:{inherited}\n" in outcome.stdout
 
 
-def test_what_show_prints_is_the_same_recipe(tmp_path: Path) -> None:
+def test_the_output_of_show_is_the_same_recipe(tmp_path: Path) -> None:
     copy = tmp_path / "copy.toml"
     copy.write_text(toolkit("show", str(RECIPES / "vit_small_caltech.toml")).stdout)
     recipe = load_recipe(RECIPES / "vit_small_caltech.toml")
@@ -292,8 +292,8 @@ def test_show_json() -> None:
 
 
 @pytest.mark.parametrize("name", ["quickstart", "vit_small_caltech", "resnet50_caltech", "efficientnet_lite0_caltech"])
-def test_show_tells_what_the_open_keys_of_the_input_become(name: str) -> None:
-    """The same values as training resolves from the libraries' own configurations."""
+def test_show_prints_the_input_settings_that_the_weights_determine(name: str) -> None:
+    """They equal the values that training resolves from the libraries' own configurations."""
     recipe = load_recipe(RECIPES / f"{name}.toml")
     weights = expected_input(recipe.model)
     facts = DATASETS[recipe.data.dataset]
@@ -311,7 +311,7 @@ def test_show_tells_what_the_open_keys_of_the_input_become(name: str) -> None:
 
 
 def resolved(folder: Path, *settings: str) -> Path:
-    """A run directory as far as diff reads it."""
+    """Write the parts of a run directory that diff reads."""
     folder.mkdir()
     overrides = [part for setting in settings for part in ("--set", setting)]
     (folder / "recipe.toml").write_text(toolkit("show", str(QUICKSTART), *overrides).stdout)
@@ -335,7 +335,7 @@ def test_diff_of_recipes_and_of_runs(tmp_path: Path) -> None:
     }
 
 
-def test_diff_refuses_what_is_neither(tmp_path: Path) -> None:
+def test_diff_refuses_a_folder_that_is_not_a_run_directory(tmp_path: Path) -> None:
     outcome = toolkit("diff", str(QUICKSTART), str(tmp_path))
     assert outcome.status == 2
     assert outcome.stderr == f"{tmp_path} is not a run directory: it has no recipe.toml\n"
@@ -376,23 +376,23 @@ def test_datasets_are_those_of_the_schema_and_of_the_files() -> None:
     )  # fmt: skip
 
 
-def test_nothing_found_names_the_nearest() -> None:
+def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:
     outcome = toolkit("models", "resnet5O")
     assert outcome.status == 2
     assert outcome.stdout == ""
     assert "no model matches 'resnet5O'; did you mean resnet50" in outcome.stderr
 
 
-# Habits of the shell
+# Shell conventions
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_closed_output_pipe_is_not_an_error() -> None:
     program = f"{sys.executable} -m toolkit.cli.main models --json --weights | head -1"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[\n", "")
 
 
-def test_a_fault_has_no_stack_trace_unless_asked_for() -> None:
+def test_an_error_has_a_stack_trace_only_with_debug() -> None:
     assert "Traceback" not in toolkit("show", "missing.toml").stderr
     outcome = toolkit("show", "missing.toml", "--debug")
     assert outcome.status == 2
@@ -400,14 +400,14 @@ def test_a_fault_has_no_stack_trace_unless_asked_for() -> None:
     assert "there is no recipe missing.toml" in outcome.stderr
 
 
-def test_a_name_that_the_terminal_cannot_show_is_no_error(tmp_path: Path) -> None:
+def test_a_name_that_the_terminal_cannot_show_is_not_an_error(tmp_path: Path) -> None:
     recipe = tmp_path / f"{'long-' * 40}日本.toml"
     recipe.write_text(QUICKSTART.read_text())
-    done = run_apart("validate", str(recipe), PYTHONIOENCODING="ascii")
+    done = run_separately("validate", str(recipe), PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/{'long-' * 40}\\u65e5\\u672c.toml: ok\n"
     shown = toolkit("validate", str(recipe))
-    assert shown.stdout == f"{recipe}: ok\n", "whole, not cut to the terminal's width"
+    assert shown.stdout == f"{recipe}: ok\n", "complete, not cut to the terminal's width"
 
 
 class Terminal(io.StringIO):
@@ -415,7 +415,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_only_on_a_terminal_and_without_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_shown_on_terminals_only_and_without_color_if_unwanted(monkeypatch: pytest.MonkeyPatch) -> None:
     def shown(stream: io.StringIO) -> str:
         monkeypatch.setattr(sys, "stderr", stream)
         with Console(is_main=True).bar("epoch 1", 10) as bar:
@@ -425,15 +425,15 @@ def test_progress_only_on_a_terminal_and_without_colour_where_none_is_wanted(mon
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     assert shown(io.StringIO()) == ""
-    colour = re.compile(r"\x1b\[[\d;]*[34]\d[\d;]*m")
-    assert colour.search(shown(Terminal()))
+    color_code = re.compile(r"\x1b\[[\d;]*[34]\d[\d;]*m")
+    assert color_code.search(shown(Terminal()))
     monkeypatch.setenv("NO_COLOR", "1")
     plain = shown(Terminal())
     assert "epoch 1" in plain
-    assert not colour.search(plain)
+    assert not color_code.search(plain)
 
 
-# Names that try to escape
+# Names that try to leave the run root
 
 HOSTILE = ["..", "../x", "a/../../x", "/etc/x", "a/b", "a\\b", ".hidden", "-rf", "~", "x\ny", "x\0y", "x\x1b[2J",
            "a..b", "$(touch x)", "`touch x`", "a;touch x", "a|b", "a'b", 'a"b', "x ", " x", "x.", "",
@@ -458,16 +458,14 @@ def test_no_name_of_a_recipe_leaves_the_run_root(
 @pytest.mark.parametrize(
     "argument", ["extends='/etc/passwd'", "recipe.name='x'\nrecipe.run_root='/'", "x", "=1", "a.b=1"]
 )
-def test_no_override_brings_in_another_file_or_line(
-    argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_override_adds_another_file_or_line(argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert toolkit("train", str(QUICKSTART), "--set", argument).status == 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_progress_shows_loss_time_left_for_all_epochs_and_evaluation(tmp_path: Path) -> None:
-    """On a terminal; log.txt has none of it. A beginner's first lines do not mention the C library."""
+def test_progress_shows_loss_remaining_time_and_evaluation(tmp_path: Path) -> None:
+    """Progress is shown on a terminal and not in log.txt. The first lines do not mention the C library."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
     command = [sys.executable, "-m", "toolkit.train", str(QUICKSTART), "--no-report", "--set", "train.epochs=2",
@@ -490,5 +488,5 @@ def test_progress_shows_loss_time_left_for_all_epochs_and_evaluation(tmp_path: P
     assert "left for all epochs" not in (run / "log.txt").read_text()
 
 
-def test_durations() -> None:
+def test_durations_are_formatted_in_readable_units() -> None:
     assert [duration(s) for s in (5, 12.34, 300, 7500)] == ["5 s", "12.3 s", "5 min", "2 h 05 min"]

@@ -1,4 +1,4 @@
-"""toolkit data: every figure on images whose figures are known, and the drawings."""
+"""toolkit data: its numbers on images for which they are known, and its plots."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from toolkit.report.plot_style import SPLIT_COLORS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CLASSES = ["$x_1$ & <b>", "ñandú", "日本"]
-"""Sorted as the data set sorts them; one would be a formula to matplotlib, one has characters two columns wide."""
+"""In the data set's order; matplotlib would read one as a formula, and one has characters that are two columns wide."""
 COUNTS = {"train": 4, "val": 2, "test": 3}
 
 
-def picture(path: Path, seed: int, size: tuple[int, int] = (24, 16)) -> None:
-    """Half black, half white (so mean and deviation are one half), with a pattern of pixels by ``seed``."""
+def write_image(path: Path, seed: int, size: tuple[int, int] = (24, 16)) -> None:
+    """Write an image that is half black, half white (so mean and standard deviation are 1/2), drawn by ``seed``."""
     pixels = np.zeros(size[0] * size[1], dtype=np.uint8)
     pixels[np.random.default_rng(seed).permutation(len(pixels))[: len(pixels) // 2]] = 255
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,17 +36,17 @@ def picture(path: Path, seed: int, size: tuple[int, int] = (24, 16)) -> None:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes in three lists: one file unreadable, one image in train and test, one of two classes."""
+    """Write three classes in three splits: one file is unreadable, one image is in two splits, one in two classes."""
     root = tmp_path_factory.mktemp("images")
     seed = 0
     for split, count in COUNTS.items():
         for name in CLASSES:
             for number in range(count):
-                picture(root / split / name / f"{number}.png", seed := seed + 1)
+                write_image(root / split / name / f"{number}.png", seed := seed + 1)
     Image.open(root / "train" / "日本" / "0.png").save(root / "test" / "日本" / "0.bmp")
     (root / "test" / "日本" / "0.png").unlink()
     Image.open(root / "train" / "ñandú" / "1.png").save(root / "train" / "日本" / "1.png")
-    picture(root / "test" / "ñandú" / "2.png", 1000, (32, 8))
+    write_image(root / "test" / "ñandú" / "2.png", 1000, (32, 8))
     (root / "val" / "ñandú" / "1.png").write_bytes(b"no image")
     return root
 
@@ -66,18 +66,18 @@ def report(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return found
 
 
-def test_counts_by_class_and_split(report: dict[str, Any]) -> None:
+def test_images_are_counted_by_class_and_split(report: dict[str, Any]) -> None:
     assert report["images"] == {"train": 12, "validation": 6, "test": 9}
     assert report["images_per_class"] == {name: {"train": 4, "validation": 2, "test": 3} for name in CLASSES}
 
 
-def test_sizes(report: dict[str, Any]) -> None:
+def test_sizes_are_counted_for_readable_images(report: dict[str, Any]) -> None:
     assert report["sizes"] == {"24x16": 25, "32x8": 1}, "26 of 27 can be read"
     assert report["width"] == {"min": 24, "median": 24.0, "mean": round((25 * 24 + 32) / 26, 2), "max": 32}
     assert report["height"] == {"min": 8, "median": 16.0, "mean": round((25 * 16 + 8) / 26, 2), "max": 16}
 
 
-def test_unreadable_and_repeated_images(report: dict[str, Any]) -> None:
+def test_unreadable_and_repeated_images_are_listed(report: dict[str, Any]) -> None:
     assert report["unreadable"] == [{"name": "val/ñandú/1.png", "reason": "not an image of a known format"}]
     duplicates = report["duplicates"]
     leaked = ["train/日本/0.png", "test/日本/0.bmp"]
@@ -88,17 +88,19 @@ def test_unreadable_and_repeated_images(report: dict[str, Any]) -> None:
 
 
 def test_channel_statistics_of_half_black_half_white(images: Path, tmp_path: Path) -> None:
-    """Whole images: exactly one half each."""
+    """Over whole images, mean and standard deviation are exactly one half."""
     for split in COUNTS:
         for seed, name in enumerate(CLASSES):
-            picture(tmp_path / "d" / split / name / "0.png", seed, (16, 16))
+            write_image(tmp_path / "d" / split / name / "0.png", seed, (16, 16))
     arguments = [*settings(tmp_path / "d"), "--out", str(tmp_path / "out"), "--json"]
     found = json.loads(toolkit("data", str(RECIPES / "quickstart.toml"), *arguments).stdout)
     assert found["mean"] == pytest.approx([0.5] * 3)
     assert found["std"] == pytest.approx([0.5] * 3)
 
 
-def test_text_shows_names_as_they_are(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_shows_names_unchanged_in_aligned_columns(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     outcome = toolkit("data", str(RECIPES / "quickstart.toml"), *settings(images))
     assert outcome.status == 0
@@ -127,7 +129,7 @@ def test_text_shows_names_as_they_are(images: Path, tmp_path: Path, monkeypatch:
 def test_control_characters_in_names_are_not_sent_to_the_terminal(tmp_path: Path) -> None:
     for split in COUNTS:
         for seed, name in enumerate(("a\x1b[2Jb", "c")):
-            picture(tmp_path / "d" / split / name / "0.png", seed, (16, 16))
+            write_image(tmp_path / "d" / split / name / "0.png", seed, (16, 16))
     outcome = toolkit("data", str(RECIPES / "quickstart.toml"), *settings(tmp_path / "d"), "--out", str(tmp_path / "o"))
     assert outcome.status == 0, outcome.stderr
     assert "\x1b" not in outcome.stdout + outcome.stderr
@@ -149,7 +151,7 @@ def test_missing_data_is_bad_input(tmp_path: Path) -> None:
     assert "101_ObjectCategories" in outcome.stderr
 
 
-# The drawings
+# Plots
 
 
 def test_histogram_has_a_bar_for_each_class_and_split() -> None:
@@ -166,15 +168,15 @@ def test_histogram_has_a_bar_for_each_class_and_split() -> None:
     assert len(set(SPLIT_COLORS.values())) == 3
 
 
-def test_the_whole_data_set_is_one_panel() -> None:
-    """Mereu's figure of the data: images per class over all splits together."""
+def test_all_splits_together_are_one_panel() -> None:
+    """Mereu's plot of the data: images per class over all splits together."""
     report = analyze_dataset(load_recipe(RECIPES / "quickstart.toml"), lambda text: None)
     (axes,) = class_totals("title", report.classes, sum(report.counts.values())).axes
     assert [bar.get_height() for bar in axes.patches] == np.bincount(report.dataset.labels).tolist()
     assert axes.get_legend().get_texts()[0].get_text() == "all splits (1,797)"
 
 
-def test_contact_sheet_shows_raw_and_normalised_images() -> None:
+def test_contact_sheet_shows_raw_and_normalized_images() -> None:
     settings = ["data.normalize = { mean = [0.0], std = [0.5] }"]
     report = analyze_dataset(load_recipe(RECIPES / "quickstart.toml", settings), lambda text: None)
     figure = contact_sheet(report)
@@ -192,8 +194,8 @@ def test_contact_sheet_shows_raw_and_normalised_images() -> None:
     assert any(re.search(r"0\.00 black, 2\.00 white", text.get_text()) for text in figure.texts)
 
 
-def test_drawing_is_bounded_for_any_number_of_classes(tmp_path: Path) -> None:
-    """Of 600 classes 200 are on the contact sheet, evenly spread; the histogram has all, as one outline a split."""
+def test_the_plots_have_a_bounded_size_for_any_number_of_classes(tmp_path: Path) -> None:
+    """The contact sheet shows 200 of 600 classes, evenly spaced; the histogram shows all, as one outline per split."""
     pixels = np.random.default_rng(0).integers(0, 256, (600, 3, 8, 8), dtype=np.uint8)
     for label, images in enumerate(pixels):
         for number, image in enumerate(images):
@@ -214,7 +216,7 @@ def test_drawing_is_bounded_for_any_number_of_classes(tmp_path: Path) -> None:
     assert (validation.edges[0], validation.edges[-1]) == (-0.5, 599.5)
 
 
-def test_real_images(caltech_subset: Path, tmp_path: Path) -> None:
+def test_the_report_on_real_images(caltech_subset: Path, tmp_path: Path) -> None:
     arguments = ["--set", f"data.root={json.dumps(str(caltech_subset))}", "--out", str(tmp_path / "o"), "--json"]
     found = json.loads(toolkit("data", str(RECIPES / "resnet50_caltech.toml"), *arguments).stdout)
     assert found["images"] == {"train": 5 * SUBSET_TRAIN, "validation": 5 * SUBSET_TRAIN, "test": 10 * SUBSET_TEST}

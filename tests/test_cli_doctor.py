@@ -1,4 +1,4 @@
-"""toolkit doctor: each line is right about a machine that is made up, and nothing secret is told."""
+"""toolkit doctor: each line is correct for a simulated machine, and no secret is printed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Legend:
 """
 
 
-def test_the_whole_report(tmp_path: Path) -> None:
+def test_the_report_has_a_line_for_every_check(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     outcome = toolkit("doctor", "--run-root", str(root))
     lines = outcome.stdout.splitlines()
@@ -43,7 +43,7 @@ def test_the_whole_report(tmp_path: Path) -> None:
     for word in ("torch", "accelerate", "wandb", "precision", "gloo", "NCCL", "CPUs", "shared memory", "run root",
                  "W&B", "SLURM"):  # fmt: skip
         assert any(line[6:].startswith(word) for line in lines), word
-    assert not root.exists(), "looking creates nothing"
+    assert not root.exists(), "checking creates no files"
 
 
 def test_every_warning_and_failure_says_what_to_do(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_every_warning_and_failure_says_what_to_do(tmp_path: Path) -> None:
     assert [c["name"] for c in checks if c["state"] != "ok" and not c["advice"]] == []
 
 
-def test_a_faster_decoder_is_named_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_decoder_is_recommended_if_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         if name not in installed:
             raise doctor.metadata.PackageNotFoundError(name)
@@ -65,7 +65,7 @@ def test_a_faster_decoder_is_named_where_it_is_not_installed(monkeypatch: pytest
     assert (doctor.decoder().found, doctor.decoder().advice) == ("decoded by simplejpeg 1.9.0", "")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines without a GPU")
 def test_a_driver_that_torch_cannot_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(doctor.gpus()).state == "warn"
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -73,7 +73,7 @@ def test_a_driver_that_torch_cannot_use_fails(monkeypatch: pytest.MonkeyPatch) -
     assert next(doctor.gpus()).state == "fail"
 
 
-def test_interconnect() -> None:
+def test_gpus_without_a_direct_link_are_warned_about() -> None:
     good = doctor.interconnect(4, TOPOLOGY.format(far="NV18"))
     assert (good.state, good.found) == ("ok", "NV18")
     far = doctor.interconnect(4, TOPOLOGY.format(far="SYS"))
@@ -81,7 +81,7 @@ def test_interconnect() -> None:
     assert doctor.interconnect(4, "").state == "warn"
 
 
-def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_versions_are_compared_with_the_required_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["torch>=99", "no-such-package>=1", "pydantic>=2",
                                                                    'tensorboard; extra == "dev"'])  # fmt: skip
     checks = {check.name: check for check in doctor.requirements()}
@@ -96,7 +96,9 @@ def test_a_failure_makes_the_exit_status_1(monkeypatch: pytest.MonkeyPatch, tmp_
     assert toolkit("doctor", "--run-root", str(tmp_path)).status == 1
 
 
-def test_run_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_root_that_is_not_writable_or_nearly_full_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert doctor.run_root_is_writable(tmp_path / "a" / "b").state in ("ok", "warn")
     file = tmp_path / "file"
     file.touch()
@@ -106,7 +108,7 @@ def test_run_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.run_root_is_writable(tmp_path).state == "warn"
 
 
-def test_little_shared_memory_and_few_cpus_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_little_shared_memory_and_few_cpus_are_warned_about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(doctor, "SHARED_GIB", 1e9)
     assert doctor.shared_memory().state == "warn"
@@ -116,7 +118,7 @@ def test_little_shared_memory_and_few_cpus_are_warned_of(monkeypatch: pytest.Mon
     assert doctor.cpus().state == "warn"
 
 
-def test_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_slurm_version_and_job_are_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\necho slurm 24.05.1\n")
     sbatch.chmod(0o755)
@@ -125,7 +127,7 @@ def test_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert doctor.slurm().found == "slurm 24.05.1, inside job 42"
 
 
-def test_wandb_key_is_never_told_and_a_silent_server_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wandb_key_is_never_printed_and_a_hanging_server_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_API_KEY", SECRET)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
@@ -136,6 +138,6 @@ def test_wandb_key_is_never_told_and_a_silent_server_not_waited_for(monkeypatch:
     assert SECRET not in f"{check}"
 
 
-def test_wandb_offline_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline_mode_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert doctor.wandb_login() == doctor.Check("W&B", "ok", "offline (by WANDB_MODE)")

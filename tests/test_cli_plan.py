@@ -1,4 +1,4 @@
-"""toolkit plan: figures that are known by formula, for every shipped recipe, without data, weights or network."""
+"""toolkit plan: its estimates equal formulas, and exist for every shipped recipe without data, weights or network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUICKSTART = RECIPES / "quickstart.toml"
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("the plan asked the network for something")
+        raise AssertionError("the plan used the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -42,7 +42,7 @@ def plan(recipe: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_quickstart_by_formula() -> None:
+def test_estimates_of_the_quickstart_equal_formulas() -> None:
     found = plan(QUICKSTART, "--processes", "4")
     assert found["images"] == {"train": 1294, "validation": 144, "test": 359}
     assert (found["steps_per_epoch"], found["steps"]) == (21, 420), "1294 images in batches of 64, the last one smaller"
@@ -51,9 +51,13 @@ def test_quickstart_by_formula() -> None:
     parameters = convolutions + 2 * (32 + 64 + 128) + 512 * 10 + 10
     assert found["parameters"] == found["trainable_parameters"] == parameters == 98_026
     memory = found["memory"]
-    assert memory["weights"] == 4 * parameters + 2 * 4 * (32 + 64 + 128) + 3 * 8, "and the batch norms' statistics"
+    assert memory["weights"] == 4 * parameters + 2 * 4 * (32 + 64 + 128) + 3 * 8, (
+        "including the batch norms' statistics"
+    )
     assert memory["gradients"] == 4 * parameters
-    assert memory["optimizer"] == 2 * 4 * parameters + 11 * 4, "AdamW: two moments, and a count for each of 11 tensors"
+    assert memory["optimizer"] == 2 * 4 * parameters + 11 * 4, (
+        "AdamW: two moments, and a step count for each of 11 tensors"
+    )
     assert memory["images"] == 4 * 16 * 8 * 8
     assert memory["total"] == sum(value for key, value in memory.items() if key != "total")
     multiplications = 64 * 9 * 32 + 64 * 9 * 32 * 64 + 16 * 9 * 64 * 128 + 512 * 10
@@ -61,8 +65,8 @@ def test_quickstart_by_formula() -> None:
     assert found["measured_by"] == BY_SHAPES
 
 
-def test_known_models() -> None:
-    """Published figures: ResNet50's 25.6 million parameters, 1,000 classes' head replaced; 4.09 GMAC at 224 pixels."""
+def test_estimates_of_known_models_equal_published_values() -> None:
+    """Published values: ResNet50 has 25.6 million parameters (here with another head) and 4.09 GMAC at 224 pixels."""
     found = plan(RECIPES / "resnet50_caltech.toml", "--processes", "8")
     assert found["parameters"] == 25_557_032 - (2048 * 1000 + 1000) + (2048 * 101 + 101)
     assert found["forward_flops_per_image"] / 2e9 == pytest.approx(4.09, rel=0.01)
@@ -82,7 +86,7 @@ def test_the_shipped_recipes_are_found() -> None:
 
 
 @pytest.mark.parametrize("recipe", shipped(), ids=lambda path: path.stem)
-def test_every_shipped_recipe_without_its_data(recipe: Path, tmp_path: Path) -> None:
+def test_every_shipped_recipe_is_estimated_without_its_data(recipe: Path, tmp_path: Path) -> None:
     found = plan(recipe, "--set", f"data.root={json.dumps(str(tmp_path))}")
     if load_recipe(recipe).data.dataset != "digits":
         assert found["images"] is None
@@ -94,7 +98,7 @@ def test_every_shipped_recipe_without_its_data(recipe: Path, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_classes_are_asked_for_where_only_the_data_know(tmp_path: Path) -> None:
+def test_the_number_of_classes_is_required_if_only_the_data_determine_it(tmp_path: Path) -> None:
     settings = ["--set", 'data.dataset="imagefolder"', "--set", f"data.root={json.dumps(str(tmp_path / 'no'))}",
                 "--set", "data.image_size=16"]  # fmt: skip
     outcome = toolkit("plan", str(QUICKSTART), *settings)
@@ -103,14 +107,14 @@ def test_classes_are_asked_for_where_only_the_data_know(tmp_path: Path) -> None:
     assert plan(QUICKSTART, *settings, "--classes", "7")["classes"] == 7
 
 
-def test_a_batch_that_does_not_divide_is_bad_input() -> None:
+def test_a_batch_that_the_processes_do_not_divide_is_bad_input() -> None:
     outcome = toolkit("plan", str(QUICKSTART), "--processes", "3")
     assert outcome.status == 2
     assert "the nearest are 63 or 66" in outcome.stderr
 
 
-def test_text_has_the_figures_and_says_how_they_were_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # no runs here to estimate from
+def test_text_has_the_estimates_and_how_they_were_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # no runs here to estimate the time from
     text = toolkit("plan", str(QUICKSTART)).stdout
     assert "1,294 train, 144 validation, 359 test" in text
     assert "98,026, of which 98,026 train" in text
@@ -118,7 +122,7 @@ def test_text_has_the_figures_and_says_how_they_were_found(tmp_path: Path, monke
     assert "no estimate: no finished run" in text
 
 
-def test_precision_halves_what_is_kept() -> None:
+def test_half_precision_halves_the_activations() -> None:
     plain = plan(QUICKSTART, "--set", 'train.precision="no"')["memory"]
     mixed = plan(QUICKSTART, "--set", 'train.precision="bf16"')["memory"]
     assert 0.4 * plain["activations"] < mixed["activations"] < 0.7 * plain["activations"]
@@ -134,8 +138,8 @@ def two_layers() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
-class Peeping(nn.Module):
-    """Looks at values, which fake tensors do not have."""
+class ReadsValues(nn.Module):
+    """A module that reads values, which fake tensors do not have."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -158,7 +162,7 @@ def test_activations_and_operations_by_formula(images: int) -> None:
     assert step.training_flops == step.forward_flops + 2 * (48 * 32 + 2 * 32 * 10), "no gradient for the images"
 
 
-def test_frozen_layers_keep_nothing() -> None:
+def test_frozen_layers_have_no_backward_cost() -> None:
     module = two_layers()
     for parameter in module[1].parameters():
         parameter.requires_grad_(False)
@@ -166,10 +170,10 @@ def test_frozen_layers_keep_nothing() -> None:
     assert step.training_flops == step.forward_flops + 2 * 32 * 10
 
 
-def test_a_model_that_looks_at_values_is_measured_by_two_images() -> None:
+def test_a_model_that_reads_values_is_measured_with_two_images() -> None:
     module = two_layers()
     expected, _ = measure_step(module, (64, 3, 4, 4), None)
-    step, by = measure_step(Peeping(module), (64, 3, 4, 4), None)
+    step, by = measure_step(ReadsValues(module), (64, 3, 4, 4), None)
     assert by == BY_IMAGES
     assert step.activations == pytest.approx(expected.activations, rel=0.02)
     assert step.forward_flops == expected.forward_flops
@@ -192,7 +196,7 @@ def test_optimizer_state_is_what_a_real_step_allocates(name: str) -> None:
     assert optimizer_bytes(table, groups()) == sum(t.numel() * t.element_size() for t in tensors)
 
 
-def test_measuring_leaves_the_module_alone() -> None:
+def test_measuring_does_not_change_the_module() -> None:
     module = two_layers()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     step_cost.measure_step(module, (4, 3, 4, 4), torch.bfloat16)
@@ -204,7 +208,7 @@ def test_measuring_leaves_the_module_alone() -> None:
 
 
 def finished(root: Path, run_id: str, images_per_s: float, *settings: str) -> None:
-    """A finished run of the quickstart as far as the plan reads it."""
+    """Write the parts of a finished quickstart run that the plan reads."""
     folder = root / "quickstart" / run_id
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text(resolved_toml(load_recipe(QUICKSTART, settings)))
@@ -214,7 +218,7 @@ def finished(root: Path, run_id: str, images_per_s: float, *settings: str) -> No
     (folder / "environment.json").write_text(json.dumps({"device": "cpu"}))
 
 
-def test_time_comes_from_the_youngest_like_run(tmp_path: Path) -> None:
+def test_time_is_estimated_from_the_most_recent_similar_run(tmp_path: Path) -> None:
     here = ("--set", f"recipe.run_root={json.dumps(str(tmp_path))}")
     finished(tmp_path, "20260101-000000-0000", 5000.0)
     finished(tmp_path, "20260102-000000-0000", 1294.0)
@@ -237,7 +241,7 @@ def test_time_comes_from_the_youngest_like_run(tmp_path: Path) -> None:
     ["alexnet", "resnet18", "resnet50", "resnext50_32x4d", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small",
      "efficientnet_b0", "shufflenet_v2_x1_0", "convnext_tiny"],
 )  # fmt: skip
-def test_operations_of_known_architectures(name: str) -> None:
+def test_operation_counts_of_known_architectures_equal_torchvision_s(name: str) -> None:
     """torchvision states multiply-adds per image; backward costs twice the forward pass, less the input's gradient."""
     weights = next(iter(torchvision.models.get_model_weights(name)))
     with torch.device("meta"):

@@ -33,9 +33,9 @@ ELSEWHERE = {
         "test_wandb_report.py::test_table_curves_comparison_and_notes_over_the_runs_of_the_study"
     ),
     r"toolkit report RUN --filters 3,17": "test_report.py::test_filters_by_number",
-    r"toolkit bench .*": "test_bench.py::test_figures_of_the_quickstart",
-    r"toolkit bench .*--compare\]?": "test_bench.py::test_comparing_with_the_plain_loop_needs_no_sources",
-    r"toolkit --(install|show)-completion": "test_cli.py::test_completion_script_and_completion",
+    r"toolkit bench .*": "test_bench.py::test_metrics_of_the_quickstart_are_consistent",
+    r"toolkit bench .*--compare\]?": "test_bench.py::test_comparing_with_the_plain_loop_needs_no_source_checkout",
+    r"toolkit --(install|show)-completion": "test_cli.py::test_the_completion_script_and_completion_work",
     r"toolkit export RUN --format onnx.*": (
         "test_export.py::test_a_round_trip_computes_the_same_for_any_number_of_images"
     ),
