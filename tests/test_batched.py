@@ -19,10 +19,10 @@ from toolkit.augment.gpu_color import Grayscale, RandomErasing, _within
 from toolkit.augment.transforms import build_transform
 from toolkit.data.image_sources import InMemoryImages, as_image, as_pixels
 from toolkit.data.pipeline import plan_preprocessing
-from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.sampling import hash64
 from toolkit.errors import UserError
-from toolkit.recipe.schema import AugmentConfig
+from toolkit.recipe.schema import NORMALIZATIONS, AugmentConfig
 
 ALLOWED = 2 / 255
 """Mean absolute difference between an image and torchvision's result, for pixels in 0..1."""
@@ -156,7 +156,7 @@ def test_two_fused_warps_would_differ_from_torchvision(interpolation: str) -> No
 
 def test_without_randomness_pixels_equal_those_of_the_data_workers_bit_for_bit() -> None:
     images = photographs(6, 256, 300)
-    preprocessing = Preprocessing(3, 224, None, True, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
+    preprocessing = Preprocessing(3, 224, None, True, "bilinear", *NORMALIZATIONS["imagenet"])
     one_at_a_time = build_transform("train", AugmentConfig(), preprocessing)
     made = batched(AugmentConfig(), preprocessing)
     expected = torch.stack([one_at_a_time(image) for image in images])

@@ -18,14 +18,14 @@ from toolkit.augment.resize import resizing_kernel
 from toolkit.augment.steps import transform_names
 from toolkit.augment.transforms import TENSOR_ONLY, build_transform, is_deterministic, try_transform
 from toolkit.data.image_sources import InMemoryImages, to_pixels
-from toolkit.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.recipe.gpu_support import FIXED
-from toolkit.recipe.schema import AugmentConfig
+from toolkit.recipe.schema import NORMALIZATIONS, AugmentConfig
 
 HALF = (0.5, 0.5, 0.5)
 CIFAR = Preprocessing(3, 32, 32, True, "bilinear", HALF, HALF)
-CALTECH = Preprocessing(3, 224, 256, True, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
+CALTECH = Preprocessing(3, 224, 256, True, "bilinear", *NORMALIZATIONS["imagenet"])
 SQUASHED = Preprocessing(3, 224, (256, 256), True, "bilinear", HALF, HALF)
 FLOAT = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
 
@@ -139,7 +139,7 @@ MURABITO: dict[str, tuple[list[Entry], list[Any]]] = {
 def test_transform_sets_of_murabito(name: str) -> None:
     entries, by_hand = MURABITO[name]
     ours = build_transform("train", augment(*entries), CALTECH)
-    hand = [v2.Resize(256), *by_hand, *FLOAT, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    hand = [v2.Resize(256), *by_hand, *FLOAT, v2.Normalize(*NORMALIZATIONS["imagenet"])]
     same(ours, hand, photograph(300, 400))
 
 
@@ -184,7 +184,7 @@ def test_each_stage_is_at_its_position() -> None:
         *FLOAT,
         v2.GaussianNoise(sigma=0.05),
         v2.RandomInvert(),
-        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        v2.Normalize(*NORMALIZATIONS["imagenet"]),
         v2.RandomErasing(0.5, value=0),
     ]
     same(build_transform("train", table, CALTECH), hand, photograph(280, 300))
@@ -199,7 +199,7 @@ def test_resized_crop_replaces_both_and_names_are_enumerations() -> None:
         v2.RandomResizedCrop(224, scale=(0.3, 1.0), interpolation=InterpolationMode.BICUBIC),
         v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
         *FLOAT,
-        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        v2.Normalize(*NORMALIZATIONS["imagenet"]),
     ]
     same(build_transform("train", table, CALTECH), hand, photograph(100, 300))
 

@@ -307,11 +307,11 @@ def test_a_failed_trial_counts_as_worse_than_all_others() -> None:
         if trial:
             search.tell(trial, [0.9] * 3)
         else:
-            search.fail(trial)
+            search.trials[trial].state = "failed"
     promoted = search.ask()
     assert promoted is not None
     assert (promoted.trial, promoted.until_epoch) == (1, 10)
-    search.fail(1)
+    search.trials[1].state = "failed"
     finish(search)
     assert search.is_done
     assert search.trials[0].state == search.trials[1].state == "failed"
@@ -321,7 +321,7 @@ def test_a_search_in_which_everything_fails_ends() -> None:
     search = bohb(20)
     count = 0
     while (assignment := search.ask()) is not None:
-        search.fail(assignment.trial)
+        search.trials[assignment.trial].state = "failed"
         count += 1
     assert count == 20
     assert search.is_done
@@ -334,7 +334,7 @@ def test_the_model_avoids_where_trials_fail() -> None:
         search = bohb(40, startup_trials=15, seed=seed)
         while (assignment := search.ask()) is not None:
             if assignment.changes["optimizer.lr"] > 1e-4:
-                search.fail(assignment.trial)
+                search.trials[assignment.trial].state = "failed"
             else:
                 decay = abs(math.log10(assignment.changes["optimizer.weight_decay"]) + 4)
                 search.tell(assignment.trial, [decay] * assignment.until_epoch)
@@ -346,7 +346,7 @@ def test_a_failed_trial_may_be_tried_again() -> None:
     search = bohb(3)
     first = search.ask()
     assert first is not None
-    search.fail(first.trial)
+    search.trials[first.trial].state = "failed"
     search.tell(first.trial, [0.1] * 3)
     finish(search)
     assert search.is_done
@@ -468,7 +468,7 @@ def test_failed_trials_stay_failed() -> None:
     first = bohb(6)
     for _ in range(2):
         assert first.ask() is not None
-    first.fail(0)
+    first.trials[0].state = "failed"
     rebuilt = bohb(6)
     rebuilt.restore(known(first))
     assert [trial for trial, _ in in_training(rebuilt)] == [1]

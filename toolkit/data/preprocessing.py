@@ -11,8 +11,6 @@ from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.earlier_versions import DEFAULTS
 from toolkit.recipe.schema import NORMALIZATIONS, DataConfig, NormalizeValues
 
-IMAGENET_MEAN, IMAGENET_STD = NORMALIZATIONS["imagenet"]
-
 SMALL_IMAGE = 64
 """Inputs up to this size (pixels) are resized without a crop margin by default, larger ones with ImageNet's margin."""
 

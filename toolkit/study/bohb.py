@@ -120,10 +120,6 @@ class BohbScheduler:
         else:
             tried.state = "training"
 
-    def fail(self, trial: int) -> None:
-        """Mark a trial as failed, for example if it diverged: it is not trained further and ranks below all others."""
-        self.trials[trial].state = "failed"
-
     @property
     def is_done(self) -> bool:
         """Whether nothing is being trained and nothing more will be proposed."""

@@ -67,13 +67,6 @@ def generate() -> str:
     return _layout(content) + "\n"
 
 
-def installed_versions() -> dict[str, str]:
-    """Return the versions of the packages from which catalog.json is generated, without importing them."""
-    from importlib.metadata import version
-
-    return {name: _release(version(name)) for name in ("torch", "torchvision", "timm")}
-
-
 def _release(version: str) -> str:
     """Strip the local part of a version: 2.11.0+cpu becomes 2.11.0."""
     return str(version).split("+")[0]
