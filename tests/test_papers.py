@@ -165,7 +165,7 @@ def test_every_study_file_is_counted_here() -> None:
 def test_a_study_has_the_runs_of_its_published_table(name: str) -> None:
     found = expansion(name)
     assert found.count == len(found.runs) == RUNS[name]
-    assert not found.remarks, "no two rows are the same run"
+    assert not found.notes, "no two rows are the same run"
     assert study_file(name).table.source.startswith(name.split("/")[0])
 
 

@@ -118,7 +118,7 @@ def test_a_key_that_counts_in_some_runs_only_needs_a_condition(tmp_path: Path) -
     text = '[study.grid]\nscheduler.name = ["constant", "exponential"]\nscheduler.gamma = '
     found = refusal(tmp_path, text + "[0.5, 0.9]\n")
     assert "scheduler.gamma varies (0.5, 0.9), but changes nothing in the row 'constant, gamma 0.5'" in found
-    assert "vary it only where it has an effect: scheduler.gamma = { values = [...], when = { ... } }" in found
+    assert "vary it only when it has an effect: scheduler.gamma = { values = [...], when = { ... } }" in found
     assert proven(tmp_path, text + '{ values = [0.5, 0.9], when = { scheduler.name = "exponential" } }\n') == []
 
 

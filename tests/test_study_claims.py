@@ -284,14 +284,14 @@ than = ["as it is"]
 def test_verdicts_and_assumptions_are_in_all_files(tmp_path: Path) -> None:
     runs = run_seeds("a", [0.53, 0.64, 0.75]) + run_seeds("b", [0.5, 0.6, 0.7])
     found = outcome(tmp_path, runs, {"train.epochs": "ours: not stated", "optimizer": "report"})
-    assert "Not stated by the publication, our assumption: train.epochs (not stated)." in found["notes"]
+    assert "Not stated in the publication, assumed here: train.epochs (not stated)." in found["notes"]
     folder = tmp_path / "small"
     for name in ("table.md", "table.tex", "claims.csv"):
         assert "reproduced" in (folder / name).read_text(), name
     report = toolkit("report", str(folder))
     assert report.status == 0, report.stderr
     page = (folder / "report.html").read_text()
-    for text in ("a beats b", "reproduced", "someone, 1", "our assumption: train.epochs (not stated)"):
+    for text in ("a beats b", "reproduced", "someone, 1", "assumed here: train.epochs (not stated)"):
         assert text in page, text
 
 

@@ -237,13 +237,13 @@ def test_equal_rows_share_a_run_and_it_is_said(tmp_path: Path) -> None:
     )
     assert found.count == 1
     assert len(found.runs) == 2
-    assert found.remarks == ["rows 'as it is' and 'spelt out' are the same run, which is trained once"]
+    assert found.notes == ["rows 'as it is' and 'spelt out' are the same run, which is trained once"]
 
 
 def test_a_value_given_twice_is_one_row_and_it_is_said(tmp_path: Path) -> None:
     found = expanded(tmp_path, "[study.grid]\noptimizer.lr = [0.1, 0.1]\n")
     assert [run.member.row for run in found.runs] == ["lr 0.1"]
-    assert found.remarks == ["row 'lr 0.1' appears twice; it is trained once"]
+    assert found.notes == ["row 'lr 0.1' appears twice; it is trained once"]
 
 
 def test_published_figures_find_their_runs_by_values(tmp_path: Path) -> None:
@@ -322,18 +322,18 @@ def test_an_inherited_promise_is_none_of_a_studys_runs(tmp_path: Path) -> None:
     found = expand(read_study(path))
     assert promised(found) == [None, 0.5]
     assert found.runs[1].member.changes == {"optimizer.lr": 0.2}
-    assert not found.remarks
+    assert not found.notes
 
 
 def test_a_files_own_promise_holds_for_runs_that_change_nothing_but_the_seed(tmp_path: Path) -> None:
     found = expanded(tmp_path, EXPECT + "[study]\nseeds = 2\n")
     assert promised(found) == [0.98, 0.98]
-    assert not found.remarks
+    assert not found.notes
     found = expanded(
         tmp_path, EXPECT + '[[study.rows]]\nname = "a"\n[[study.rows]]\nname = "b"\nset.optimizer.lr = 0.2\n'
     )
     assert promised(found) == [0.98, None]
-    assert found.remarks == [
+    assert found.notes == [
         "[expected_metrics] describes the unchanged recipe; runs that change it are not compared with it"
     ]
 
@@ -432,7 +432,7 @@ MISTAKES = {
     ),
     "search and grid": (
         "[study]\nrandom.runs = 2\nspace.optimizer.lr = { uniform = [0.1, 0.2] }\ngrid.train.batch_size = [8]\n",
-        "study.grid does not combine with study.random",
+        "study.grid cannot be combined with study.random",
     ),
     "bad range": ("[study]\nrandom.runs = 2\nspace.optimizer.lr = { uniform = [0.2, 0.1] }\n", "the lower one first"),
     "budgets": (

@@ -153,7 +153,7 @@ def test_an_interrupted_study_resumes_and_comes_out_the_same(tmp_path: Path, mon
             patch.setattr(Trainer, "_after_step", interrupting(count))
             result = toolkit("study", path)
         assert result.status == 3, result.stderr
-        assert "The same command resumes it" in result.stderr
+        assert "Run the same command again to resume it" in result.stderr
     study(path)
     assert outcomes(tmp_path / "parts") == outcomes(tmp_path / "whole")
 

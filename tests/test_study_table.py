@@ -131,8 +131,8 @@ Optimizers
   sgd           3  0.3400 ± 0.0100  61.00 ± 1.00      58.00  +3.00  63.00 ± 2.00   3 ± 0
 * adam     2 of 3  0.2400 ± 0.0141  71.00 ± 1.41                    60.00 ± 0.00   2 ± 0  1 failed
   nag      0 of 3                -             -                               -       -  3 missing
-5 of 9 runs finished; only they count.
-Best so far by val/accuracy (never by test): adam.
+5 of 9 runs finished; only these are counted.
+Best so far by val/accuracy (never by a test metric): adam.
 Mean ± standard deviation (n - 1) over the runs of a row.
 Published: somebody, table 1; diff.: measured - published.
 Of small images.
@@ -254,7 +254,9 @@ def test_a_published_mean_is_compared_by_welchs_test(tmp_path: Path) -> None:
         "a, test acc. %: the published mean is over 10 runs. Welch's t-test, measured - published over 3 and 10 runs: "
         f"+0.22, 95 % interval [-0.60, +1.05], p {theirs.pvalue:.4f}." in shown
     )
-    assert "b, test acc. %: the published mean is over 10 runs; Welch's t-test needs at least two runs here" in shown
+    assert (
+        "b, test acc. %: the published mean is over 10 runs; Welch's t-test needs at least two measured runs" in shown
+    )
 
 
 def test_welchs_test_has_scipys_interval() -> None:
@@ -283,8 +285,8 @@ def test_grouping_by_a_key(tmp_path: Path) -> None:
 def test_one_run_a_row_claims_nothing(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, [FakeRun("a"), FakeRun("b")]).path
     shown = toolkit("table", folder, "--compare", "a", "b").stdout
-    assert "One run per row: no known spread; whether such a row differs from another is not known." in shown
-    assert "One seed: no significance is claimed" in shown
+    assert "One run per row: the spread over seeds is not known, so differences may be due to chance." in shown
+    assert "One seed: significance cannot be tested" in shown
     assert "±" not in shown
 
 
@@ -416,7 +418,7 @@ def test_rows_sorted_by_a_column_and_the_first_of_them(tmp_path: Path) -> None:
     lines = shown.splitlines()
     assert (lines[3].startswith(f"* {best[0]} "), lines[4].startswith(f"  {best[1]} ")) == (True, True)
     assert "val. acc. %" in lines[1]
-    assert "Sorted by val. acc. %, the best first; the first 2 of 13 lines." in shown
+    assert "Sorted by val. acc. %, the best first; the first 2 of 13 rows." in shown
     with open(folder / "table.csv", newline="") as file:
         assert [line["row"] for line in csv.DictReader(file)] == [*(name for name, _ in found), "open"]
     assert (
@@ -478,8 +480,8 @@ Search
   0        0.001         -  paused         3        91.00            -
   3          0.9         -  failed         1        10.00            -
 4 configurations, 1 trained to the end; 11 epochs trained in all.
-Ordered by the epochs reached, then by val/accuracy of the best epoch; never by test.
-One run per configuration: whether two configurations differ is not known; train the best with several seeds.
+Ordered by the epochs reached, then by val/accuracy of the best epoch; never by a test metric.
+One run per configuration: differences may be due to chance; train the best ones with several seeds.
 Trial 3: failed: the loss is nan
 """
     )

@@ -238,7 +238,7 @@ def test_an_assignment_says_how_far_a_run_is_trained(tmp_path: Path) -> None:
     for until, epochs in ((1, 1), (1, 1), (2, 2), (None, 3)):
         set_target_epoch(run, until)
         with GracefulStop() as stop:
-            assert worker_loop(folder, stop, train_run, stays=False) == 0
+            assert worker_loop(folder, stop, train_run, wait_for_others=False) == 0
         assert len(run.epochs()) == epochs
         assert not is_open(run)
     assert run.is_finished
@@ -291,7 +291,7 @@ def test_a_run_that_kills_its_worker_again_and_again_is_given_up(tmp_path: Path)
     assert "resumes from its last checkpoint" in die()
     assert "resumes from its last checkpoint" in die()
     assert failure_of(run) is None
-    assert "is given up" in die()
+    assert "is recorded as failed" in die()
     failure = failure_of(run)
     assert failure is not None
     assert "died 3 times without making progress (signal SIGKILL" in failure.line

@@ -53,7 +53,9 @@ def _list(as_json: bool) -> None:
         print(json.dumps({"folder": str(root), "entries": [asdict(one) for one in found]}, indent=2))
         return
     if found:
-        rows = [(_size(one.bytes), _moment(one.used), one.kind, one.data, f"{one.images:,}", one.what) for one in found]
+        rows = [
+            (_size(one.bytes), _local_time(one.used), one.kind, one.data, f"{one.images:,}", one.what) for one in found
+        ]
         print(table(rows, ("size", "last used", "kind", "data", "images", "what"), frozenset((0, 4))))
     print(f"{_entries(len(found))}, {_size(sum(one.bytes for one in found))} in {root}")
 
@@ -76,6 +78,6 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _moment(seconds: float) -> str:
+def _local_time(seconds: float) -> str:
     """Format a timestamp as local time, to the minute."""
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from toolkit.training.trained_model import TrainedModel
 
 FORMATS = ("csv", "json", "jsonl")
-WORST = 16
-EXPLAINED = 256
+DEFAULT_WORST = 16
+MAX_EXPLAINED = 256
 """Maximum number of images per call, since each produces a file."""
 
 
@@ -236,9 +236,9 @@ def explain(
         log(trained.caution)
     subjects, count = _subjects(run, trained, paths, worst, data_root)
     folder = out or run / "figures" / "explain"
-    place, found, files = explain_run(trained, subjects, layer, folder, log) if subjects else (None, [], [])
-    if place is not None:
-        log(f"layer {place.name}")
+    used_layer, found, files = explain_run(trained, subjects, layer, folder, log) if subjects else (None, [], [])
+    if used_layer is not None:
+        log(f"layer {used_layer.name}")
     if as_json:
         _print_explanations(trained, found, files)
     else:
@@ -255,11 +255,11 @@ def _subjects(
     from toolkit.runs import open_run
 
     if not paths:
-        found = worst_mistakes(open_run(run), trained, worst or WORST, data_root)
+        found = worst_mistakes(open_run(run), trained, worst or DEFAULT_WORST, data_root)
         return found, len(found)
     files = collect(paths, sys.stdin.buffer.read, log)
-    if len(files) > EXPLAINED:
-        raise UserError(f"{len(files)} images are too many to explain at once; name at most {EXPLAINED}")
+    if len(files) > MAX_EXPLAINED:
+        raise UserError(f"{len(files)} images are too many to explain at once; name at most {MAX_EXPLAINED}")
     return subjects_from_files(trained, files, log), len(files)
 
 

@@ -54,7 +54,7 @@ def table(
     from toolkit.study.export_tables import TableOptions, overall, read_outcomes, terminal_text, to_json, write_tables
     from toolkit.study.text_table import text
 
-    options = TableOptions(_listed(columns), _listed(by), compare, intervals, sort, top)
+    options = TableOptions(_split_list(columns), _split_list(by), compare, intervals, sort, top)
     if len(studies) > 1:
         if by or compare or intervals or sort or top or figures:
             raise UserError("with several studies, only --columns and --json have a meaning: no table of rows is shown")
@@ -76,6 +76,6 @@ def table(
             print(path, file=sys.stderr)
 
 
-def _listed(text: str | None) -> list[str]:
+def _split_list(text: str | None) -> list[str]:
     """Split a comma-separated list."""
-    return [] if text is None else [word.strip() for word in text.split(",") if word.strip()]
+    return [] if text is None else [part.strip() for part in text.split(",") if part.strip()]

@@ -64,7 +64,7 @@ def submit(
     A job that reaches its time limit, is preempted or loses a node is requeued and resumes. Submitting a study again
     continues its unfinished runs.
     """
-    asked = {
+    requested = {
         "profile": profile, "nodes": nodes, "gpus_per_node": gpus_per_node, "gpu_type": gpu_type,
         "processes_per_node": processes_per_node, "cpus_per_task": cpus_per_task, "memory": memory, "time": limit,
         "partition": partition, "account": account, "qos": qos, "constraint": constraint, "max_restarts": max_restarts,
@@ -72,7 +72,7 @@ def submit(
     from toolkit.recipe.toml_writer import toml_value
     from toolkit.study.expand import is_study
 
-    options = [f"slurm.{key}={toml_value(value)}" for key, value in asked.items() if value is not None]
+    options = [f"slurm.{key}={toml_value(value)}" for key, value in requested.items() if value is not None]
     overrides = [*(set_ or []), *options]
     if is_study(recipe, overrides):
         done = _submit_study(recipe, overrides, parallel, yes=yes, dry_run=dry_run)
@@ -110,7 +110,7 @@ def _submit_study(
     study = read_study(path, overrides)
     expansion = expand(study)
     settings, warnings = array.plan_study(study, expansion)
-    _warn(expansion.warnings, [*expansion.remarks, *warnings])
+    _warn(expansion.warnings, [*expansion.notes, *warnings])
     if dry_run:
         print(array.preview(study, expansion, settings, parallel), end="")
         return None
@@ -180,11 +180,11 @@ def _is_over(jobs: list[str]) -> bool:
 
 def _follow(log: Path, is_over: Callable[[], bool]) -> None:
     """Print a growing file until ``is_over()``, which is polled at increasing intervals of up to 10 s."""
-    position, pause, asked = 0, POLL_S, 0.0
+    position, pause, last_poll = 0, POLL_S, 0.0
     while True:
         over = False
-        if time.monotonic() - asked > pause:
-            over, asked, pause = is_over(), time.monotonic(), min(10.0, pause * 1.2)
+        if time.monotonic() - last_poll > pause:
+            over, last_poll, pause = is_over(), time.monotonic(), min(10.0, pause * 1.2)
         position = _print_from(log, position)
         if over:
             return

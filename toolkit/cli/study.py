@@ -61,7 +61,7 @@ def study(
     if plan:
         _show_plan(found, expansion, notes, as_json=as_json)
         return EXIT_OK
-    for note in [*expansion.remarks, *notes]:
+    for note in [*expansion.notes, *notes]:
         print(f"note: {note}", file=sys.stderr)
     check_size(found, expansion, yes=yes)
     return _run(found, expansion, parallel, retry=retry, as_json=as_json)

@@ -26,9 +26,9 @@ from toolkit.runs import Run
 from toolkit.similar_names import did_you_mean
 from toolkit.training.trained_model import TrainedModel
 
-AT_ONCE = 16
+BATCH_SIZE = 16
 """Batch size."""
-MOST_PREFIX_TOKENS = 2
+MAX_PREFIX_TOKENS = 2
 """A class token and a distillation token; more only if the model declares them."""
 SKIPPED = (
     nn.Identity,
@@ -195,9 +195,9 @@ def _as_layer(module: nn.Module, name: str, output: Tensor) -> CamLayer | None:
     if len(shape) == 3 and shape[0] == 1:
         # Class tokens and registers come first. Try the number the model declares, then the fewest that leave a square.
         declared = int(getattr(module, "num_prefix_tokens", 0))
-        for prefix in (declared, *range(MOST_PREFIX_TOKENS + 1)):
-            places = shape[1] - prefix
-            if places > 1 and math.isqrt(places) ** 2 == places:
+        for prefix in (declared, *range(MAX_PREFIX_TOKENS + 1)):
+            tokens = shape[1] - prefix
+            if tokens > 1 and math.isqrt(tokens) ** 2 == tokens:
                 return CamLayer(name, "tokens", prefix)
     return None
 
@@ -264,8 +264,8 @@ def heat_maps(trained: TrainedModel, layer: CamLayer, inputs: Tensor, classes: T
 def explain(trained: TrainedModel, subjects: Sequence[CamInput], layer: CamLayer) -> list[CamResult]:
     """Predict each image and compute heat maps for its prediction and, if that is another class, for its label."""
     found: list[CamResult] = []
-    for start in range(0, len(subjects), AT_ONCE):
-        part = subjects[start : start + AT_ONCE]
+    for start in range(0, len(subjects), BATCH_SIZE):
+        part = subjects[start : start + BATCH_SIZE]
         inputs = torch.stack([subject.input for subject in part])
         with torch.inference_mode():
             probabilities, predictions = trained.module(inputs).softmax(1).max(1)
@@ -312,12 +312,12 @@ def _figure(trained: TrainedModel, found: CamResult, layer: CamLayer) -> Figure:
     prediction = f"prediction: {short(classes[found.prediction], 28)}, {found.probability:.3f}"
     titles = [label + prediction, *(title for _, title in heats)]
     image = _pixels(trained, subject.input)
-    for place, title in zip(axes, titles, strict=True):
-        place.imshow(image, cmap="gray", vmin=0, vmax=1)
-        place.set_title(title, fontsize=9, parse_math=False)
-        place.set_axis_off()
-    for place, (heat, _) in zip(axes[1:], heats, strict=True):
-        shown = place.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6)
+    for panel, title in zip(axes, titles, strict=True):
+        panel.imshow(image, cmap="gray", vmin=0, vmax=1)
+        panel.set_title(title, fontsize=9, parse_math=False)
+        panel.set_axis_off()
+    for panel, (heat, _) in zip(axes[1:], heats, strict=True):
+        shown = panel.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6)
     figure.colorbar(shown, ax=axes[-1], shrink=0.75, label="evidence, share of maximum")
     figure.supxlabel(f"{short(subject.name, 70)}; Grad-CAM at {layer.name}", fontsize=7, parse_math=False)
     return figure

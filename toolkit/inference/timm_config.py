@@ -28,7 +28,7 @@ def timm_config(trained: TrainedModel) -> dict[str, Any]:
     """Return the content of config.json."""
     module, wanted, count = trained.module, trained.preprocessing, len(trained.classes)
     size = wanted.image_size
-    own: dict[str, Any] = getattr(module, "pretrained_cfg", {})
+    pretrained_cfg: dict[str, Any] = getattr(module, "pretrained_cfg", {})
     is_squashed = wanted.resize is not None and not isinstance(wanted.resize, int)
     mode = "squash" if is_squashed else "center" if wanted.border is None else "border"
     side = wanted.resize[0] if isinstance(wanted.resize, tuple) else wanted.resize or size
@@ -39,7 +39,11 @@ def timm_config(trained: TrainedModel) -> dict[str, Any]:
         "label_names": trained.classes,
         "model_args": _timm_arguments(trained),
         "pretrained_cfg": {
-            **{key: own[key] for key in ("first_conv", "classifier", "fixed_input_size") if own.get(key)},
+            **{
+                key: pretrained_cfg[key]
+                for key in ("first_conv", "classifier", "fixed_input_size")
+                if pretrained_cfg.get(key)
+            },
             "custom_load": False,
             "input_size": [wanted.channels, size, size],
             "interpolation": wanted.interpolation,
@@ -75,13 +79,15 @@ def _timm_arguments(trained: TrainedModel) -> dict[str, Any]:
 def transform_note(trained: TrainedModel, folder: Path) -> str | None:
     """Return a note if timm's transform, created from config.json, differs from the run's on a test image."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
-    theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
+    timm_transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
     size, mode = trained.preprocessing.image_size, MODES[trained.preprocessing.channels]
     noise = np.random.default_rng(0).integers(0, 256, (size + 37, size + 11, 3), dtype=np.uint8)
     image = Image.fromarray(noise).convert(mode)
     with contextlib.suppress(UserError):  # a run may accept images of one size only
-        ours, other = trained.transform(to_pixels(image, trained.preprocessing.channels)), theirs(image)
+        expected, actual = trained.transform(to_pixels(image, trained.preprocessing.channels)), timm_transform(image)
         # The mean difference must be below 1/255; it is not 0, since timm resizes with Pillow (toolkit.augment.resize).
-        if ours.shape == other.shape and float((ours - other).abs().mean()) < 1 / 255 / max(trained.preprocessing.std):
+        if expected.shape == actual.shape and float((expected - actual).abs().mean()) < 1 / 255 / max(
+            trained.preprocessing.std
+        ):
             return None
     return "timm's own transform, created from config.json, differs from the run's: use preprocessing.json"

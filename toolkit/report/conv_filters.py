@@ -17,17 +17,17 @@ from toolkit.report.run_data import ConvFilters, FilterEffect
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
-SHOWN = 256
+MAX_SHOWN = 256
 """Maximum number of filters drawn."""
-CHOSEN = 8
+DEFAULT_COUNT = 8
 """Number of filters applied to an image by default."""
 TILE, GAP, NUMBER = 48, 6, 16
 """Side of a drawn filter, space between filters, height of the number above a filter; in pixels."""
 CELL = (TILE + GAP + NUMBER, TILE + GAP)
 """Height and width of a filter's cell, in pixels."""
-SIDE = 128
+MAX_SIDE = 128
 """Maximum side of a drawn response in pixels; a larger one is subsampled, as a strided layer does."""
-LETTERS = 12
+TITLE_CHARACTERS = 12
 """Characters of a 9-point title per inch of a figure's width."""
 HEADER = 0.6
 """Height reserved for the titles, in inches."""
@@ -39,20 +39,20 @@ def filters_figure(title: str, filters: ConvFilters) -> Figure:
     Each filter is scaled to its own full range so that its pattern is visible; gray is 0. Three input channels are
     drawn as red, green and blue; for any other number of channels the mean is drawn in gray.
     """
-    count = min(len(filters.after), SHOWN)
+    count = min(len(filters.after), MAX_SHOWN)
     columns = columns_for(count, CELL[1] / CELL[0])
     sheets = [_sheet(weights[:count], columns) for weights in (filters.before, filters.after)]
     side, gap = 4.4, 0.3
     width, height = 2 * side + gap, side * sheets[0].shape[0] / sheets[0].shape[1] + HEADER
     figure = Figure(figsize=(width, height))
     for number, (sheet, when) in enumerate(zip(sheets, ("before training", "after training"), strict=True)):
-        place = (number * (side + gap) / width, 0, side / width, 1 - HEADER / height)
-        axes = figure.add_axes(place)
+        position = (number * (side + gap) / width, 0, side / width, 1 - HEADER / height)
+        axes = figure.add_axes(position)
         axes.imshow(sheet, interpolation="none")
         axes.set_axis_off()
         axes.set_title(when, fontsize=8, pad=3)
         for index in range(count):
-            top, left = _place(index, columns)
+            top, left = _cell_corner(index, columns)
             axes.text(left, top + NUMBER - 4, str(index + 1), fontsize=min(7.0, 70 / columns))
     some = f", first {count} of {len(filters.after)}" if count < len(filters.after) else ""
     change = 100 * float(relative_change(filters).mean())
@@ -68,13 +68,13 @@ def _sheet(weights: Floats, columns: int) -> Pixels:
     rows = -(-len(weights) // columns)
     sheet = np.zeros((rows * CELL[0], columns * CELL[1], 4), dtype=np.uint8)
     for index, one in enumerate(weights):
-        top, left = _place(index, columns)
-        place = sheet[top + NUMBER : top + NUMBER + TILE, left : left + TILE]
-        place[..., :3], place[..., 3] = filter_image(one, TILE), 255
+        top, left = _cell_corner(index, columns)
+        tile = sheet[top + NUMBER : top + NUMBER + TILE, left : left + TILE]
+        tile[..., :3], tile[..., 3] = filter_image(one, TILE), 255
     return sheet
 
 
-def _place(index: int, columns: int) -> tuple[int, int]:
+def _cell_corner(index: int, columns: int) -> tuple[int, int]:
     """Return the top and left of a filter's cell."""
     return index // columns * CELL[0], index % columns * CELL[1] + GAP // 2
 
@@ -114,7 +114,7 @@ def choose(filters: ConvFilters, wanted: Sequence[int] = ()) -> tuple[list[int],
     is_changed = bool(change.max() > 0)
     rank = change if is_changed else (filters.after**2).sum((1, 2, 3))
     which = "the filters that training has changed most" if is_changed else "the strongest filters (none has changed)"
-    return [int(i) for i in np.argsort(-rank, kind="stable")[:CHOSEN]], which
+    return [int(i) for i in np.argsort(-rank, kind="stable")[:DEFAULT_COUNT]], which
 
 
 def channel_products(weights: Floats, image: Floats) -> Floats:
@@ -129,8 +129,8 @@ def channel_products(weights: Floats, image: Floats) -> Floats:
 
 def tinted(products: Floats) -> Floats:
     """Convert the products of red, green and blue [3, H, W] to an image [H, W, 3] in 0..1, on one scale; gray is 0."""
-    reach = max(float(np.abs(products).max()), 1e-12)
-    image: Floats = (0.5 + 0.5 * products / reach).transpose(1, 2, 0)
+    limit = max(float(np.abs(products).max()), 1e-12)
+    image: Floats = (0.5 + 0.5 * products / limit).transpose(1, 2, 0)
     return image
 
 
@@ -153,7 +153,7 @@ def effect_figure(title: str, filters: ConvFilters, effect: FilterEffect) -> Fig
         cell.set_axis_off()
     for row, label in enumerate(["filter after\ntraining", *labels]):
         cells[row, 0].text(0.5, 0.5, label, ha="center", va="center", fontsize=8, transform=cells[row, 0].transAxes)
-    is_small = max(effect.image.size) <= SIDE
+    is_small = max(effect.image.size) <= MAX_SIDE
     enlarged = effect.image.convert("RGB").resize((160, 160), Image.Resampling.NEAREST if is_small else None)
     cells[1, 1].imshow(enlarged, interpolation="none")
     cells[1, 1].set_title("image", fontsize=8)
@@ -162,14 +162,14 @@ def effect_figure(title: str, filters: ConvFilters, effect: FilterEffect) -> Fig
         cells[0, column].set_title(f"filter {index + 1}", fontsize=8)
         for row, weights in ((1, filters.before), (2, filters.after)):
             products = channel_products(weights[index], image)
-            step = -(-max(products.shape[1:]) // SIDE)
+            step = -(-max(products.shape[1:]) // MAX_SIDE)
             products = products[:, ::step, ::step]
             found = products.sum(0)
-            reach = max(float(np.abs(found).max()), 1e-12)
-            cells[row, column].imshow(found, cmap="PuOr", vmin=-reach, vmax=reach, interpolation="none")
+            limit = max(float(np.abs(found).max()), 1e-12)
+            cells[row, column].imshow(found, cmap="PuOr", vmin=-limit, vmax=limit, interpolation="none")
             if len(image) == 3:
                 cells[row + 2, column].imshow(tinted(products), interpolation="none")
     scale = "responses: orange -, white 0, purple +" + ("; products: gray 0" if len(image) == 3 else "")
     what = f"{title}: filters of the first layer on an image ({scale})"
-    figure.suptitle(textwrap.fill(what, int(width * LETTERS)), fontsize=9, parse_math=False)
+    figure.suptitle(textwrap.fill(what, int(width * TITLE_CHARACTERS)), fontsize=9, parse_math=False)
     return figure

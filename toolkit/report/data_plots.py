@@ -15,7 +15,7 @@ from toolkit.formatting import plural
 from toolkit.report.plot_style import DPI, SKY, SPLIT_COLORS, columns_for, fitted, grid, short
 from toolkit.report.prediction_metrics import Counts
 
-LABELLED = 250
+MAX_LABELED = 250
 """Above this number, classes are drawn as one outline without their names."""
 
 TILE, GAP = 96, 8
@@ -42,7 +42,7 @@ def _class_panels(title: str, names: Sequence[str], panels: Sequence[Mapping[str
     """Plot one panel of bars per mapping, one below the other; the counts of a mapping are stacked."""
     count, positions = len(names), np.arange(len(names))
     width = min(max(7.0, 1.2 + 0.17 * count), 40.0)
-    longest = max(len(name) for name in names) if count <= LABELLED else 0
+    longest = max(len(name) for name in names) if count <= MAX_LABELED else 0
     upright = count > 12 or count * longest > 90
     labels_height = (0.075 * min(longest, 40) if upright else 0.3) + 0.2
     shares = (3, 2)[: len(panels)]
@@ -58,7 +58,7 @@ def _class_panels(title: str, names: Sequence[str], panels: Sequence[Mapping[str
         axes.legend(loc="upper right", ncols=2)
         axes.margins(x=0.6 / max(count, 1), y=0.18)
     lowest = cells[-1]
-    if count <= LABELLED:
+    if count <= MAX_LABELED:
         small = {"fontsize": 7 if count > 40 else 9}
         shown = [short(name, 40) for name in names]
         lowest.set_xticks(positions, shown, rotation=90 if upright else 0, parse_math=False, **small)
@@ -70,7 +70,7 @@ def _class_panels(title: str, names: Sequence[str], panels: Sequence[Mapping[str
 
 def _bars(axes: Axes, positions: Any, heights: Counts, split: str, bottom: Any = None) -> None:
     style: dict[str, Any] = {"color": SPLIT_COLORS.get(split, SKY), "label": f"{split} ({int(heights.sum()):,})"}
-    if len(heights) <= LABELLED:
+    if len(heights) <= MAX_LABELED:
         axes.bar(positions, heights, 0.8, bottom=bottom, **style)
         return
     # One outline for all classes: thousands of rectangles would take minutes.

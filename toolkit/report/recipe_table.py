@@ -19,7 +19,7 @@ from toolkit.report.html import HtmlCell, HtmlRow, HtmlTable, code, name
 OWN, BASE, UNCHANGED = "changed", "base", "default"
 """Kinds of rows: set by the recipe itself or --set; inherited from the file it extends; left at the default."""
 
-SHOWN = 4
+MAX_VALUES = 4
 """Maximum number of different values shown for one key."""
 
 
@@ -42,7 +42,7 @@ def recipe_table(
             kind = UNCHANGED if path in defaults and value == default else OWN
         shown = toml_value(value)
         if varied is not None and key in varied:
-            kind, shown = OWN, _listed(varied[key], ", ")
+            kind, shown = OWN, _join_values(varied[key], ", ")
         elif varied is not None and kind == OWN:
             kind = BASE
         default_shown = "" if path not in defaults else "not set" if default is None else toml_value(default)
@@ -86,11 +86,11 @@ def environment_table(environments: Sequence[Mapping[str, Any]]) -> HtmlTable:
                 known = values.setdefault(f"{key} {inner}".strip(), [])
                 text = "-" if item is None else str(item)
                 known += [text] if text not in known else []
-    rows = [HtmlRow([HtmlCell(key), code(_listed(found, " | "))]) for key, found in values.items()]
+    rows = [HtmlRow([HtmlCell(key), code(_join_values(found, " | "))]) for key, found in values.items()]
     return HtmlTable(["entry", "value"], rows)
 
 
-def _listed(values: Sequence[str], separator: str) -> str:
+def _join_values(values: Sequence[str], separator: str) -> str:
     """Join the first values, and state their number if there are more."""
-    shown = values if len(values) <= SHOWN else [*values[:SHOWN], f"... ({len(values)} values)"]
+    shown = values if len(values) <= MAX_VALUES else [*values[:MAX_VALUES], f"... ({len(values)} values)"]
     return separator.join(shown)

@@ -186,7 +186,7 @@ def load_run_data(run: Run) -> RunData:
     _read_metrics(data)
     if not data.epochs:
         raise UserError(
-            f"{run.path} has no finished epoch yet, so there is nothing to report ({_state(run)}); "
+            f"{run.path} has no finished epoch yet, so there is nothing to report ({_missing_epochs_reason(run)}); "
             "`toolkit status` shows its progress"
         )
     data.summary = data.try_load("test metrics", lambda: _checked_summary(data))
@@ -200,7 +200,7 @@ def load_run_data(run: Run) -> RunData:
     return data
 
 
-def _state(run: Run) -> str:
+def _missing_epochs_reason(run: Run) -> str:
     return "metrics.jsonl has no line of an epoch" if run.metrics_file.exists() else "it has no metrics.jsonl"
 
 

@@ -29,9 +29,9 @@ from toolkit.report.prediction_metrics import (
 from toolkit.report.recipe_table import environment_table, recipe_table
 from toolkit.report.run_data import Record, RunData
 
-CONFUSIONS = 300
+MAX_CONFUSIONS = 300
 """Maximum number of confused pairs of classes in the table."""
-SMALL = 64
+SMALL_SIDE = 64
 """Images of at most this side in pixels are embedded unchanged and enlarged for display."""
 
 SummaryCard = tuple[str, str, str]
@@ -61,7 +61,7 @@ def write_run_page(path: Path, data: RunData, svg: Mapping[str, str], files: Seq
         environment=environment_table([data.environment]),
         files=[file.name for file in files],
         data_uri=data_uri,
-        is_small=lambda image: max(image.size) <= SMALL,
+        is_small=lambda image: max(image.size) <= SMALL_SIDE,
     )
 
 
@@ -80,7 +80,7 @@ def data_uri(image: Image.Image, side: int) -> str:
     """Encode an image for an HTML page: small ones as PNG, others as WebP with a longer side of at most ``side``."""
     image = image.convert("RGB")
     data = io.BytesIO()
-    if max(image.size) <= SMALL:
+    if max(image.size) <= SMALL_SIDE:
         image.save(data, "PNG", optimize=True)
         kind = "png"
     else:
@@ -217,7 +217,7 @@ def _confusions(found: RunPredictions) -> HtmlTable:
     rows = [
         HtmlRow([name(found.classes[label]), name(found.classes[prediction]), integer(count),
                  share(float(count / support[label]))])
-        for label, prediction, count in confusions(matrix)[:CONFUSIONS]
+        for label, prediction, count in confusions(matrix)[:MAX_CONFUSIONS]
     ]  # fmt: skip
     return HtmlTable(["true class", "predicted class", "images", "of the true class"], rows, (2, 3))
 

@@ -39,12 +39,12 @@ ON_PAGE = {
 }
 """Figures embedded in the page, with their accessible descriptions."""
 
-PHOTOGRAPHS = ("mistakes", "samples")
+PHOTO_FIGURES = ("mistakes", "samples")
 """Figures that consist of photographs, written as PNG instead of SVG."""
 
-MISTAKES = 60
+MAX_MISTAKES = 60
 """Maximum number of mistakes on the page."""
-SAMPLES = 200
+MAX_SAMPLES = 200
 """Maximum number of classes of which a training image is shown."""
 
 
@@ -85,7 +85,7 @@ def write_report(
                 continue
             if name in ON_PAGE and not figures_only:
                 svg[name] = page_svg(figure, ON_PAGE[name])
-            files += save(figure, run.figures, name, ("png", "pdf") if name in PHOTOGRAPHS else PRINT)
+            files += save(figure, run.figures, name, ("png", "pdf") if name in PHOTO_FIGURES else PRINT)
     page = None if figures_only else write_run_page(output or run.report_file, data, svg, files)
     return ReportResult(page, files, data.missing)
 
@@ -168,7 +168,7 @@ def _mistakes(data: RunData, images: RunImages | None) -> list[Mistake]:
             float(found.probabilities[i]),
             images.load(found.names[i]) if images else None,
         )
-        for i in found.worst(MISTAKES)
+        for i in found.worst(MAX_MISTAKES)
     ]
     unreadable = sum(mistake.image is None for mistake in mistakes)
     if images is not None and unreadable:
@@ -195,7 +195,7 @@ def _samples(data: RunData, images: RunImages) -> TrainingSamples:
     for name in data.split["train"]:
         if name in images.index:
             first.setdefault(int(images.dataset.labels[images.index[name]]), name)
-    loaded = {label: images.load(name) for label, name in sorted(first.items())[:SAMPLES]}
+    loaded = {label: images.load(name) for label, name in sorted(first.items())[:MAX_SAMPLES]}
     files = {images.dataset.classes[label]: image for label, image in loaded.items() if image is not None}
     if not files:
         raise UserError("no training image can be read")

@@ -67,7 +67,7 @@ def write_study_report(
                 drawn.append((page_svg(figure, _label(name), is_light=_has_scale(found, name)), _label(name)))
             files += save(figure, folder / "figures", name)
     # Failed runs are also named in the notes below the table.
-    missing = [f"{r.member.row}, seed {r.member.seed}: {r.trouble}" for r in found.results if r.trouble]
+    missing = [f"{r.member.row}, seed {r.member.seed}: {r.failure_reason}" for r in found.results if r.failure_reason]
     if figures_only:
         return ReportResult(None, files, missing)
     page = _write_page(output or folder / "report.html", found, folder, drawn, files, missing)
@@ -125,8 +125,8 @@ def _write_page(
     ``drawn`` holds figures as SVG elements with their captions, ``files`` the figures for print. What cannot be shown
     is added to ``missing``.
     """
-    begun = dict.fromkeys(r.member.run for r in found.results if r.member.run and (r.epochs or r.is_finished))
-    runs = [Run(folder / name) for name in begun]
+    started = dict.fromkeys(r.member.run for r in found.results if r.member.run and (r.epochs or r.is_finished))
+    runs = [Run(folder / name) for name in started]
     environments = _environments(runs, missing)
     return write_page(
         path,

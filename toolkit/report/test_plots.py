@@ -16,10 +16,10 @@ from toolkit.report.plot_style import BLUE, GRID, INK, ORANGE, SKY, VERMILION, f
 from toolkit.report.prediction_metrics import Calibration, Ints, RunPredictions, accuracy_by_class, confusion_matrix
 from toolkit.report.run_data import Mistake
 
-COUNTED = 25
+MAX_COUNTED = 25
 """Up to this number of classes, the cells of a confusion matrix show their counts."""
 
-LABELLED = 250
+MAX_LABELED = 250
 """Up to this number of classes, class names are shown."""
 
 MISTAKES, COLUMNS = 24, 6
@@ -35,25 +35,25 @@ def confusion_figure(title: str, found: RunPredictions) -> Figure:
     matrix = confusion_matrix(found)
     count = len(matrix)
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    side = 0.45 * count if count <= COUNTED else 0.125 * min(count, LABELLED)
-    longest = min(max(len(name) for name in found.classes), 24) if count <= LABELLED else 0
+    side = 0.45 * count if count <= MAX_COUNTED else 0.125 * min(count, MAX_LABELED)
+    longest = min(max(len(name) for name in found.classes), 24) if count <= MAX_LABELED else 0
     room = 1.0 + 0.075 * longest
     figure = Figure(figsize=(max(side, 2.6) + room + 0.9, max(side, 2.6) + room), layout="constrained")
     axes = figure.subplots()
     seen = np.ma.masked_equal(share, 0)  # zero has the background color
     image = axes.imshow(seen, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="none")
-    if count <= LABELLED:
-        size = 8 if count <= COUNTED else 5.5
+    if count <= MAX_LABELED:
+        size = 8 if count <= MAX_COUNTED else 5.5
         names = [short(name, 24) for name in found.classes]
         axes.set_xticks(range(count), names, rotation=90, fontsize=size, parse_math=False)
         axes.set_yticks(range(count), names, fontsize=size, parse_math=False)
     axes.tick_params(length=0)
-    if count <= COUNTED:
+    if count <= MAX_COUNTED:
         _write_counts(axes, matrix, share)
     axes.spines[:].set_visible(False)
     between = np.arange(count + 1) - 0.5
     for lines in (axes.hlines, axes.vlines):
-        lines(between, -0.5, count - 0.5, color=GRID, linewidth=0.5 if count <= LABELLED else 0)
+        lines(between, -0.5, count - 0.5, color=GRID, linewidth=0.5 if count <= MAX_LABELED else 0)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(fitted(title, figure.get_figwidth() - room - 1.4), parse_math=False)
@@ -74,14 +74,14 @@ def class_accuracy_figure(title: str, found: RunPredictions) -> Figure:
     matrix = confusion_matrix(found)
     accuracy, support = accuracy_by_class(matrix), matrix.sum(1)
     order = [int(i) for i in np.argsort(-np.nan_to_num(accuracy, nan=-1), kind="stable") if support[i] > 0]
-    labelled = len(order) <= LABELLED
-    height = 0.16 * len(order) if labelled else 12.0
+    labeled = len(order) <= MAX_LABELED
+    height = 0.16 * len(order) if labeled else 12.0
     figure = Figure(figsize=(6.3, 1.2 + height), layout="constrained")
     axes = figure.subplots()
-    axes.barh(range(len(order)), [100 * accuracy[i] for i in order], 0.72 if labelled else 1.0, color=BLUE)
+    axes.barh(range(len(order)), [100 * accuracy[i] for i in order], 0.72 if labeled else 1.0, color=BLUE)
     mean = 100 * float(np.nanmean(accuracy))
     axes.axvline(mean, color=VERMILION, linewidth=1.2, label=f"mean over classes: {mean:.1f} %")
-    if labelled:
+    if labeled:
         names = [f"{short(found.classes[i], 28)}  ({support[i]})" for i in order]
         axes.set_yticks(range(len(order)), names, fontsize=7, parse_math=False)
     axes.tick_params(axis="y", length=0)
@@ -89,7 +89,7 @@ def class_accuracy_figure(title: str, found: RunPredictions) -> Figure:
     axes.set_xlim(0, 100)
     grid(axes, "x")
     axes.set_xlabel("accuracy (%)")
-    axes.set_ylabel("class (test images)" if labelled else plural(len(order), "class", "classes"))
+    axes.set_ylabel("class (test images)" if labeled else plural(len(order), "class", "classes"))
     figure.legend(loc="outside lower right")
     axes.set_title(fitted(title, 3.8), parse_math=False)  # the axes are to the right of the names
     return figure

@@ -24,11 +24,11 @@ from toolkit.wandb_sync import id_at_wandb
 
 FILE = "wandb-report.json"
 """File in the study's folder that records the report, so that the next call updates it."""
-TITLE = 128
+MAX_TITLE = 128
 """Maximum length of a title on W&B."""
-UNFIT = r"[/?#%\\<>]"
+UNSAFE = r"[/?#%\\<>]"
 """Characters that the library does not escape in the link, which breaks it."""
-SHOWN = 100
+MAX_RUNS = 100
 """Maximum number of runs in one panel; W&B's default is ten."""
 
 Project = tuple[str, str]
@@ -113,18 +113,18 @@ def _on_server(api: Any, project: Project, ids: Sequence[str]) -> set[str]:
 def _save(reports: Any, found: StudyResults, folder: Path, tracked: TrackedRuns, missing: list[str]) -> str:
     """Create or update the report, record it in the study's folder, and return its URL."""
     entity, project = next(iter(tracked))
-    name = " ".join(re.sub(UNFIT, " ", title(found.table, found.name)).split())[:TITLE]
+    name = " ".join(re.sub(UNSAFE, " ", title(found.table, found.name)).split())[:MAX_TITLE]
     report = reports.Report(entity=entity, project=project, title=name)
     report.description = f"{sum(map(len, tracked.values()))} runs of the study {found.name}"
     report.blocks = _blocks(reports, found, tracked, missing)
-    report.id = _id_before(reports, folder, (entity, project))
+    report.id = _existing_id(reports, folder, (entity, project))
     report.save()
     content = {"id": report.id, "entity": entity, "project": project, "url": report.url}
     write_atomically(folder / FILE, (json.dumps(content, indent=2) + "\n").encode())
     return str(report.url)
 
 
-def _id_before(reports: Any, folder: Path, project: Project) -> str:
+def _existing_id(reports: Any, folder: Path, project: Project) -> str:
     """Return the id of the existing report; "" if there is none, which creates a new one."""
     if not (folder / FILE).exists():
         return ""
@@ -152,7 +152,7 @@ def _blocks(reports: Any, found: StudyResults, tracked: TrackedRuns, missing: Se
             x="epoch",
             y=[metric],
             title_x="epoch",
-            max_runs_to_show=SHOWN,
+            max_runs_to_show=MAX_RUNS,
             smoothing_type="none",
             line_titles={f"{run_id}:{metric}": label for run_id, label in labels.items()},
         )
@@ -190,8 +190,8 @@ def _comparison(reports: Any, found: StudyResults) -> list[Any]:
         reports.BarPlot(
             title=f"Best epoch: {name.replace('_', ' ')}",
             metrics=[reports.SummaryMetric(f"best.{name}")],
-            max_runs_to_show=SHOWN,
-            max_bars_to_show=SHOWN,
+            max_runs_to_show=MAX_RUNS,
+            max_bars_to_show=MAX_RUNS,
         )
         for name in dict.fromkeys((metric, metric.replace("val_", "test_")))
     ]

@@ -1,4 +1,4 @@
-"""Agreement of a study's rows with the published metrics, in one number per column."""
+"""Agreement between a study's measured and published metrics: rank correlation and differences per column."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from toolkit.study.text_table import TextTable
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of one column, over the rows that can be compared with published metrics."""
+    """Agreement in one column, over the rows that can be compared with published metrics."""
 
     metric: str
     rows: int
     rank_correlation: float | None
-    """Spearman's; None for fewer than three rows or if all values are equal."""
+    """Spearman's rank correlation; None for fewer than three rows or if all values are equal."""
     mean_difference: float
-    """Mean absolute difference."""
+    """Mean absolute difference between the measured and the published values."""
     within: float | None
-    """Share of the rows whose difference is at most twice the noise of one run; None if the noise is unknown."""
+    """Fraction of the rows whose difference is at most twice the noise of one run; None if the noise is unknown."""
     noise: str
-    """Source of the noise: ``seeds``, ``published seeds``, ``test images``, or several of them."""
+    """Sources of the noise estimates, comma-separated: ``seeds``, ``published seeds``, ``test images``."""
 
 
 def agreements(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[Agreement]:
@@ -39,14 +39,14 @@ def agreements(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[Agreem
 
 
 def _agreement(column: str, rows: Sequence[ResultRow]) -> Agreement:
-    ours, theirs = [row.metrics[column].mean for row in rows], [row.published[column] for row in rows]
-    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    measured, published = [row.metrics[column].mean for row in rows], [row.published[column] for row in rows]
+    differences = [abs(a - b) for a, b in zip(measured, published, strict=True)]
     noises = [_noise(row, column) for row in rows]
     known = [(d, *noise) for d, noise in zip(differences, noises, strict=True) if noise is not None]
     return Agreement(
         column,
         len(rows),
-        _spearman(ours, theirs),
+        _spearman(measured, published),
         sum(differences) / len(differences),
         sum(d <= 2 * noise for d, noise, _ in known) / len(known) if len(known) == len(rows) else None,
         ", ".join(dict.fromkeys(name for *_, name in known)),
@@ -54,7 +54,10 @@ def _agreement(column: str, rows: Sequence[ResultRow]) -> Agreement:
 
 
 def _noise(row: ResultRow, column: str) -> tuple[float, str] | None:
-    """Return the standard deviation of one run and its source; from the test images alone it is a lower bound."""
+    """Return the standard deviation of one run and its source; None if unknown.
+
+    An estimate from the number of images alone is a lower bound, since it ignores the variation between seeds.
+    """
     measured, published = row.metrics[column], row.published_spread.get(column)
     if measured.std is not None:
         return measured.std, "seeds"
@@ -78,8 +81,8 @@ def _spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
     return None if math.isnan(found) else found
 
 
-def agreement_sheet(found: Sequence[Agreement]) -> TextTable:
-    """Build the table of agreement."""
+def build_agreement_table(found: Sequence[Agreement]) -> TextTable:
+    """Build the text table of agreements."""
     head = ["column", "rows", "rank correlation", "mean abs. diff.", "within noise", "noise from"]
     rows = [
         [
@@ -94,7 +97,7 @@ def agreement_sheet(found: Sequence[Agreement]) -> TextTable:
     ]
     notes = [
         "Rank correlation: Spearman's, of measured and published metrics over the rows that can be compared.",
-        "Within noise: share of the rows that differ by at most two standard deviations of one run: over its seeds if "
+        "Within noise: fraction of rows that differ by at most two standard deviations of one run: over its seeds if "
         "it has several, else as published, else binomial over the images, which ignores the variation between seeds.",
     ]
     return TextTable("Agreement with the published metrics", head, rows, notes=notes, left=frozenset({0, 5}))

@@ -1,8 +1,8 @@
 """Assignments of a search: which configuration is trained next, and to which epoch. Any worker may make them.
 
-BOHB is a pure function of the results so far, and these are in the study's directory: the configurations in study.json,
-in order, their progress in the run directories. So no process has to remember or lead anything: a worker that finds
-no run to train takes the directory's lock, rebuilds the search, and writes the next assignment.
+BOHB is a pure function of the results so far, which are in the study's directory: study.json lists the configurations
+in order, and the run directories contain their progress. No process keeps state or coordinates the others: a worker
+that finds no run to train acquires the directory's lock, rebuilds the search, and writes the next assignment.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from toolkit.study.init import RunIndex
 
 
 class SearchAssigner:
-    """Makes assignments in the directory of a BOHB search. Trial n is the n-th member of study.json."""
+    """Assigns the runs of a BOHB search to workers. Trial n is the n-th member of study.json."""
 
     def __init__(self, folder: StudyDirectory) -> None:
         self.folder = folder
         self._exhausted: tuple[BohbSearchConfig, list[RestoredTrial]] | None = None
-        """The settings and results for which the search had nothing to assign."""
+        """Settings and results when there was last nothing to assign; the search is skipped until they change."""
 
     @cached_property
     def study(self) -> StudySpec:
-        """The study as it was started, for its space and the recipes of its runs, which stay the same."""
+        """The study as it was started; its space and the recipes of its runs do not change."""
         return replace(read_study(self.folder.path / STUDY_COPY), path=self.folder.record["file"])
 
     def assign(self) -> bool:
@@ -56,7 +56,7 @@ class SearchAssigner:
             lock.release()
 
     def _assign(self) -> bool:
-        # Not self.study's table: meanwhile the study may have been started again with more trials.
+        # Read again, since the study may have been restarted with more trials; self.study has the original number.
         table, members = self.folder.table.bohb, self.folder.members
         assert table is not None
         trials = [self._trial(member, table) for member in members]
@@ -70,10 +70,10 @@ class SearchAssigner:
             if trial.rung != rung:  # a run that stopped early is promoted too, but not trained further
                 self._set_target(members[trial.number], search.budgets[trial.rung], table)
         if assignment is not None and assignment.trial == len(members):
-            # It has its run directory before it enters study.json. After a crash in between, the same configuration is
-            # proposed again, and the directory is found by the hash of its recipe.
+            # The run directory is created before the entry in study.json. After a crash in between, the same
+            # configuration is proposed again, and the directory is found by the hash of its recipe.
             known = RunIndex(self.folder, self.study.path, members)
-            members = [*members, known.member(self.study.drawn(assignment.changes))]
+            members = [*members, known.member(self.study.configuration_run(assignment.changes))]
             self._set_target(members[-1], assignment.until_epoch, table)
             self.folder.write(self.folder.record, members)
         if assignment is None:
@@ -84,11 +84,11 @@ class SearchAssigner:
 
     def _run(self, member: StudyRun) -> Run:
         run = self.folder.run(member)
-        assert run is not None, "a trial has a run directory from its beginning"
+        assert run is not None, "every trial is created with a run directory"
         return run
 
     def _trial(self, member: StudyRun, table: BohbSearchConfig) -> RestoredTrial:
-        """Return a trial as its run directory records it; with damaged files it counts as failed."""
+        """Restore a trial from its run directory; a trial with damaged files counts as failed."""
         run = self._run(member)
         try:
             has_failed = failure_of(run) is not None and not is_claimed(run)

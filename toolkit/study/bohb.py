@@ -1,14 +1,14 @@
-"""BOHB (Falkner et al. 2018): what to train next and to which epoch, as a function of the measurements so far.
+"""BOHB (Falkner et al. 2018): what to train next and to which epoch, as a function of the results so far.
 
-Nothing is trained or written here. The caller asks for assignments, has runs trained, and reports their results:
+This module does not train or write anything. The caller asks for assignments, trains them, and reports the results:
 
     search = BohbScheduler(table, space)
     while (assignment := search.ask()) is not None:
         values = ...train configuration ``assignment.changes`` until epoch ``assignment.until_epoch``...
         search.tell(assignment.trial, values)
 
-Trials are numbered from 0 in the order in which they are proposed. Given the same measurements, trial n is always the
-same configuration, so a search can be rebuilt from its trials at any time (:meth:`BohbScheduler.restore`).
+Trials are numbered from 0 in the order in which they are proposed. Given the same results, trial n is always the same
+configuration, so a search can be rebuilt from its trials at any time (:meth:`BohbScheduler.restore`).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ import numpy as np
 from toolkit.errors import UserError
 from toolkit.recipe.study_schema import BohbSearchConfig
 from toolkit.study.optuna_tpe import TrialHistory, optuna_study, suggest, tpe_sampler
-from toolkit.study.search_space import MISSES, SearchSpace
+from toolkit.study.search_space import MAX_MISSES, SearchSpace
 
 if TYPE_CHECKING:
     from optuna.study import Study
 
 TrialState = Literal["training", "waiting", "ended", "failed"]
-"""training: assigned to a worker. waiting: measured, not assigned. ended: nothing left to train."""
+"""training: assigned to a worker. waiting: has reached its budget and is not assigned. ended: nothing left to train."""
 
-ENOUGH = 10
-"""Number of trials that a bracket must exceed to have a useful model of its own."""
+MIN_TRIALS = 10
+"""A bracket needs more trials than this for a useful model of its own."""
 
 
 @dataclass(frozen=True)
 class TrialBudget:
-    """Train a configuration until an epoch, resuming from its last checkpoint if it was trained before."""
+    """An assignment: train a configuration to an epoch, resuming from its last checkpoint if it has one."""
 
     trial: int
     changes: dict[str, Any]
@@ -51,11 +51,11 @@ class RestoredTrial:
 
     changes: dict[str, Any]
     until_epoch: int | None
-    """The epoch that it was assigned; None: the largest budget."""
+    """The epoch to which the trial was to be trained; None: the largest budget."""
     values: Sequence[float] = ()
-    """The metric after each epoch so far, the first epoch first."""
+    """The metric after each epoch so far, in order."""
     state: Literal["open", "ended", "failed"] = "open"
-    """ended: the run is finished, at the largest budget or by early stopping. failed: not to be retried."""
+    """ended: the run finished, at the largest budget or by early stopping. failed: the run is not retried."""
 
 
 @dataclass
@@ -66,14 +66,14 @@ class Trial:
     bracket: int
     changes: dict[str, Any]
     rung: int
-    """Index of the budget to which it is being, or was last, trained."""
+    """Index of the budget to which it is being trained, or was last trained."""
     state: TrialState = "training"
     values: list[float] = field(default_factory=list)
     """The metric after each epoch so far."""
 
 
 class BohbScheduler:
-    """The state of one search. Not thread-safe."""
+    """Scheduler of one search. Not thread-safe."""
 
     def __init__(self, table: BohbSearchConfig, space: SearchSpace) -> None:
         self.table, self.space = table, space
@@ -84,13 +84,13 @@ class BohbScheduler:
         self.is_used_up = False
         """Whether every configuration of the space has been tried."""
 
-    # -- for the caller -----------------------------------------------------------------------------------------------
+    # -- public interface ---------------------------------------------------------------------------------------------
 
     def ask(self) -> TrialBudget | None:
-        """Return what to train next; None if there is nothing, or nothing until more results are reported.
+        """Return what to train next; None if the search is done or must wait for more results.
 
-        Promotions come before new configurations, those to the largest budget first. A promoted trial that had
-        stopped early has nothing left to train; only its ``rung`` is raised.
+        Promotions come before new configurations, and those to the largest budget come first. A promoted trial that
+        had stopped early has nothing left to train; only its ``rung`` is raised.
         """
         while (promoted := self._promotable()) is not None:
             promoted.rung += 1
@@ -141,7 +141,7 @@ class BohbScheduler:
                 tried.state = "waiting"
 
     def value(self, tried: Trial, budget: int | None = None) -> float | None:
-        """Return a trial's best value within ``budget`` epochs (None: all), as the run keeps the best epoch's model."""
+        """Return a trial's best value within ``budget`` epochs (None: all), as a run keeps its best epoch's model."""
         return (max if self.maximise else min)(tried.values[:budget], default=None)
 
     # -- successive halving, asynchronous (after Li et al. 2020, ASHA) -------------------------------------------------
@@ -155,7 +155,7 @@ class BohbScheduler:
         return any(tried.state == "training" for tried in self.trials)
 
     def _promotable(self) -> Trial | None:
-        """Return the next trial to promote; of all brackets, the one with the largest next budget."""
+        """Return the next trial to promote: among all brackets, the one with the largest next budget."""
         for rung in reversed(range(len(self.budgets) - 1)):
             for bracket in range(len(self.brackets)):
                 found = self._promotable_from(bracket, rung)
@@ -166,8 +166,9 @@ class BohbScheduler:
     def _promotable_from(self, bracket: int, rung: int) -> Trial | None:
         """Return the best trial of a rung not yet promoted, if fewer than 1/eta of its trials have been promoted.
 
-        ASHA promotes every trial that is among the best 1/eta when it is considered. With a model whose proposals keep
-        improving, nearly every trial is, and most would be trained to the end; here the cost is known in advance.
+        Unlike this, ASHA promotes every trial that is among the best 1/eta at that moment. If the model's proposals
+        keep improving, that applies to nearly every trial, and most would be trained to the end. The limit on
+        promotions makes the cost known in advance.
         """
         ranked = self._ranked(bracket, rung)
         quota = len(ranked) // self.table.eta
@@ -178,7 +179,7 @@ class BohbScheduler:
         return next((tried for tried in ranked if tried.rung == rung and tried.state in ("waiting", "ended")), None)
 
     def _is_last_chance(self, bracket: int, rung: int) -> bool:
-        """Return whether a rung can receive no more results; its best trial is then promoted, however few there are."""
+        """Return whether a rung can receive no more results, so that its best trial is promoted in any case."""
         coming = any(t.state == "training" and t.rung <= rung for t in self.trials if t.bracket == bracket)
         below = any(self._promotable_from(bracket, lower) for lower in range(bracket, rung))
         return not (self._may_propose or coming or below)
@@ -216,18 +217,18 @@ class BohbScheduler:
         return allocate_brackets(self.brackets, number + 1)[number]
 
     def _new_configuration(self) -> dict[str, Any] | None:
-        """Return a proposal that was not tried yet; None if many attempts yield none."""
+        """Return a configuration that has not been tried; None after :data:`MAX_MISSES` attempts without one."""
         known = [tried.changes for tried in self.trials]
-        for try_load in range(MISSES):
-            changes = self._propose(try_load)
+        for attempt in range(MAX_MISSES):
+            changes = self._propose(attempt)
             if changes not in known:
                 return changes
         return None
 
-    def _propose(self, try_load: int) -> dict[str, Any]:
-        """Return a proposal of the model of the next trial's bracket. Each proposal has its own random seed."""
+    def _propose(self, attempt: int) -> dict[str, Any]:
+        """Return a configuration proposed by the model of the next trial's bracket. Each attempt has its own seed."""
         number = len(self.trials)
-        seed = int(np.random.SeedSequence([self.table.seed, number, try_load]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([self.table.seed, number, attempt]).generate_state(1)[0])
         trial = self._study(self._bracket(number), seed).ask()
         return self.space.configuration(lambda parameter: suggest(trial, parameter))
 
@@ -237,7 +238,7 @@ class BohbScheduler:
         return optuna_study(self.space, trials, maximise=self.maximise, sampler=tpe_sampler(self.table, seed))
 
     def _measured(self, tried: Trial) -> TrialHistory:
-        """Return a trial as Optuna sees it: its value at each budget that it has reached."""
+        """Convert a trial for Optuna, with its value at each budget that it has reached."""
         values = {self.budgets[rung]: self._result(tried, rung) for rung in range(tried.bracket, tried.rung + 1)}
         known = {budget: value for budget, value in values.items() if value is not None}
         if tried.state == "failed":
@@ -249,10 +250,10 @@ class BohbScheduler:
 
 
 def budgets(least: int, most: int, eta: int) -> list[int]:
-    """Return the epochs to which a configuration is trained in turn: most / eta^k, as long as that is >= least.
+    """Return the successive budgets of a configuration, in epochs: most / eta^k for every k for which it is >= least.
 
-    Counted down from the largest, as in Hyperband, so that the last budget is exactly ``most``: 3..30 with eta = 3
-    gives 3 (3.33 rounded), 10 and 30.
+    They are computed down from the largest, as in Hyperband, so that the last budget is exactly ``most``: 3..30 with
+    eta = 3 gives 3 (3.33 rounded), 10 and 30.
     """
     count = 1
     while most / eta**count >= least:
@@ -264,7 +265,7 @@ def bracket_sizes(table: BohbSearchConfig) -> list[int]:
     """Return the relative sizes of Hyperband's brackets; bracket b begins at the b-th budget.
 
     With n budgets, the bracket with s promotions has size ceil(n / (s + 1) * eta^s) (Li et al. 2018). With ``auto``,
-    brackets that begin at large budgets are dropped until each has more than :data:`ENOUGH` trials.
+    brackets that begin at large budgets are dropped until each has more than :data:`MIN_TRIALS` trials.
     """
     count = len(budgets(table.min_epochs, table.max_epochs, table.eta))
     sizes = [math.ceil(count / (s + 1) * table.eta**s) for s in reversed(range(count))]
@@ -275,13 +276,13 @@ def bracket_sizes(table: BohbSearchConfig) -> list[int]:
                 f"{table.eta} have {count} budgets, hence {count} brackets at most"
             )
         return sizes[: table.brackets]
-    while len(sizes) > 1 and table.trials * sizes[-1] / sum(sizes) <= ENOUGH:
+    while len(sizes) > 1 and table.trials * sizes[-1] / sum(sizes) <= MIN_TRIALS:
         sizes.pop()
     return sizes
 
 
 def allocate_brackets(sizes: Sequence[int], trials: int) -> list[int]:
-    """Return the bracket of each trial in turn: the one furthest below its share, counting this trial."""
+    """Return the bracket of each trial, in order: the one that is furthest below its share when the trial is added."""
     brackets: list[int] = []
     for number in range(1, trials + 1):
         behind = [size * number / sum(sizes) - brackets.count(bracket) for bracket, size in enumerate(sizes)]

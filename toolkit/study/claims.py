@@ -21,7 +21,7 @@ from toolkit.study.validation import in_group
 Outcome = Literal["reproduced", "not reproduced", "undecidable"]
 Interval = tuple[float, float]
 CorrectImages = Callable[[RunResult], dict[str, bool]]
-"""Maps test images to whether a run's prediction is correct; empty if the predictions cannot be read."""
+"""Function from a run to whether its prediction of each test image is correct; empty if they cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Contrast:
 
     than: str
     effect: float | None = None
-    """Difference of the groups; None if one has no finished run."""
+    """Difference of the groups' means; None if one group has no finished run."""
     runs: str = ""
     """The runs compared: ``3 pairs``, ``2 and 3 runs``, ``1 run each``."""
     over_seeds: Interval | None = None
@@ -38,7 +38,7 @@ class Contrast:
     refuting: Interval | None = None
     """The interval that can refute the claim; wider if there are several contrasts."""
     needed: int | None = None
-    """Number of seeds needed for a decision with a power of 80 %, if effect and spread are the true ones."""
+    """Seeds needed for a decision with 80 % power if the observed effect and spread are the true ones."""
     reason: str = ""
 
 
@@ -67,8 +67,8 @@ def judge_claims(folder: StudyDirectory, table: StudyConfig, results: Sequence[R
 def judge(claim: Claim, results: Sequence[RunResult], confidence: float, correct: CorrectImages) -> JudgedClaim:
     """Judge one claim.
 
-    A claim over several rows is reproduced if each contrast confirms it, and not reproduced if one refutes it at a
-    level divided by the number of contrasts (Bonferroni).
+    A claim about several rows is reproduced if every contrast confirms it. It is not reproduced if one contrast refutes
+    it at a significance level divided by the number of contrasts (Bonferroni).
     """
     one = [r for r in results if _is_in(r, claim.better)]
     others = _others(claim, results)
@@ -91,7 +91,7 @@ def _is_in(result: RunResult, group: str | dict[str, Any]) -> bool:
 
 
 def _others(claim: Claim, results: Sequence[RunResult]) -> list[tuple[str, list[RunResult]]]:
-    """Return the groups that the claim compares with, by name."""
+    """Return the names and runs of the groups that the claim's first group is compared with."""
     if isinstance(claim.than, dict):
         name = ", ".join(f"{key} {' or '.join(map(str, values))}" for key, values in conditions(claim.than).items())
         return [(name, [r for r in results if _is_in(r, claim.than)])]
@@ -100,14 +100,17 @@ def _others(claim: Claim, results: Sequence[RunResult]) -> list[tuple[str, list[
 
 
 def _values(claim: Claim, runs: Sequence[RunResult]) -> dict[tuple[Any, ...], float]:
-    """Return the metric of finished runs by pairing key: the seed and, for groups by keys, all other varied keys."""
+    """Return the metric of finished runs by pairing key: the seed and, for groups defined by keys, other varied keys.
+
+    Values are negated if lower is better.
+    """
     found = {}
     for run in runs:
         keys = set() if isinstance(claim.better, str) else {*conditions(claim.better), *conditions(_keys(claim.than))}
         changes = run.member.changes.items() if keys else ()
-        mark = (run.member.seed, *sorted((key, repr(value)) for key, value in changes if key not in keys))
+        pair = (run.member.seed, *sorted((key, repr(value)) for key, value in changes if key not in keys))
         if claim.metric in run.metrics:
-            found[mark] = run.metrics[claim.metric] * (1 if higher_is_better(claim.metric) else -1)
+            found[pair] = run.metrics[claim.metric] * (1 if higher_is_better(claim.metric) else -1)
     return found
 
 
@@ -127,19 +130,19 @@ def _contrast(
     if not a or not b:
         missing = "the first group" if not a else name
         return Contrast(name, reason=f"{missing} has no finished run with this metric")
-    unlike = next((r.member.not_comparable for r in (*one, *other) if r.member.not_comparable), "")
-    if unlike:
-        return Contrast(name, reason=f"not comparable: {unlike}")
-    shared = [mark for mark in a if mark in b]
+    not_comparable = next((r.member.not_comparable for r in (*one, *other) if r.member.not_comparable), "")
+    if not_comparable:
+        return Contrast(name, reason=f"not comparable: {not_comparable}")
+    shared = [pair for pair in a if pair in b]
     if len(shared) > 1:
-        return _paired(claim, name, [a[mark] - b[mark] for mark in shared], levels)
+        return _paired(claim, name, [a[pair] - b[pair] for pair in shared], levels)
     if len(a) > 1 and len(b) > 1:
         return _unpaired(claim, name, list(a.values()), list(b.values()), levels)
-    mark = shared[0] if shared else None
-    effect = (a[mark] - b[mark]) if mark else sum(a.values()) / len(a) - sum(b.values()) / len(b)
+    pair = shared[0] if shared else None
+    effect = (a[pair] - b[pair]) if pair else sum(a.values()) / len(a) - sum(b.values()) / len(b)
     if len(a) == len(b) == 1 and claim.metric == "test_accuracy":
-        mine, theirs = (next(r for r in runs if claim.metric in r.metrics) for runs in (one, other))
-        return _over_images(name, effect, correct(mine), correct(theirs), levels)
+        first, second = (next(r for r in runs if claim.metric in r.metrics) for runs in (one, other))
+        return _over_images(name, effect, correct(first), correct(second), levels)
     what = "1 run each" if len(a) == len(b) == 1 else f"{len(a)} and {len(b)} runs"
     return Contrast(name, effect, what, reason="at least two seeds per row are needed")
 
@@ -166,17 +169,24 @@ def _unpaired(
 
 
 def _over_images(
-    name: str, effect: float, mine: dict[str, bool], theirs: dict[str, bool], levels: tuple[float, float]
+    name: str,
+    effect: float,
+    first_correct: dict[str, bool],
+    second_correct: dict[str, bool],
+    levels: tuple[float, float],
 ) -> Contrast:
-    """Compare two single runs by McNemar's test, which is about these two models, not about the two recipes."""
-    if not mine or mine.keys() != theirs.keys():
+    """Compare two single runs by McNemar's test. It applies to these two models, not to their recipes in general."""
+    if not first_correct or first_correct.keys() != second_correct.keys():
         return Contrast(name, effect, "1 run each", reason="no predictions on the same test images")
     test = McNemar(
-        sum(right and not theirs[path] for path, right in mine.items()),
-        sum(not right and theirs[path] for path, right in mine.items()),
-        len(mine),
+        sum(right and not second_correct[path] for path, right in first_correct.items()),
+        sum(not right and second_correct[path] for path, right in first_correct.items()),
+        len(first_correct),
     )
-    reason = f"McNemar's exact test: p {test.p:.4f}; of these two models, since the spread over seeds is not known"
+    reason = (
+        f"McNemar's exact test: p {test.p:.4f}; it applies to these two models only, since the spread over seeds is "
+        "not known"
+    )
     found, wider = (test.interval(level) for level in levels)
     return Contrast(name, test.difference, "1 run each", None, found, wider, None, reason)
 
@@ -192,11 +202,11 @@ def _verdict(claim: Claim, contrast: Contrast) -> Outcome:
     return "reproduced" if confirmed else "not reproduced" if refuted else "undecidable"
 
 
-# -- as cells and records ---------------------------------------------------------------------------------------------
+# -- tables and records -----------------------------------------------------------------------------------------------
 
 
-def claims_sheet(judged: Sequence[JudgedClaim], confidence: float) -> TextTable:
-    """Build the table of verdicts."""
+def build_claims_table(judged: Sequence[JudgedClaim], confidence: float) -> TextTable:
+    """Build the text table of verdicts."""
     level = f"{confidence * 100:g} %"
     head = ["claim", "verdict", "column", "compared with", "effect", "runs", f"{level} over seeds",
             f"{level} over test images", "seeds to decide"]  # fmt: skip
@@ -212,18 +222,19 @@ def claims_sheet(judged: Sequence[JudgedClaim], confidence: float) -> TextTable:
         if claim.source or found.reason:
             notes.append(f"{claim.statement}: {'; '.join(filter(None, (claim.source, found.reason)))}.")
     about = (
-        "Effect: how much better (above 0) the claim's first row is; for a loss, how much lower. Of several rows the "
-        "deciding one is shown. Paired t-test if the seeds match (for groups, also other varied keys); else Welch's."
+        "Effect: how much better the claim's first row is (for a loss, how much lower); negative if it is worse. Among "
+        "several rows, the deciding one is shown. Paired t-test if the seeds match (for groups, also the other varied "
+        "keys); otherwise Welch's t-test."
     )
     notes.insert(0, about)
     notes.append(
-        "Seeds to decide: for a t-test with a power of 80 %, if effect and spread seen here are the true ones."
+        "Seeds to decide: for a t-test with 80 % power, if the effect and spread observed here are the true ones."
     )
     return TextTable("Claims", head, rows, notes=notes, left=frozenset({0, 1, 2, 3}))
 
 
 def claim_records(judged: Sequence[JudgedClaim]) -> list[dict[str, object]]:
-    """Return the verdicts for programs; effects and intervals are unscaled numbers."""
+    """Return the verdicts as records; effects and intervals are unscaled."""
     records: list[dict[str, object]] = []
     for one in judged:
         found = one.contrast

@@ -45,8 +45,8 @@ def _by_seed(row: ResultRow) -> dict[int, dict[str, float]]:
     return {result.member.seed: result.metrics for result in row.finished}
 
 
-def comparison_sheet(found: dict[str, PairedComparison], first: str, second: str, confidence: float) -> TextTable:
-    """Build the table of the comparison."""
+def build_comparison_table(found: dict[str, PairedComparison], first: str, second: str, confidence: float) -> TextTable:
+    """Build the text table of the comparison."""
     interval = f"{confidence * 100:g} % interval"
     head = ["metric", "pairs", "mean difference", interval, "t-test p", "permutation p"]
     cells = [[METRICS[c].heading, *_cells(c, comparison)] for c, comparison in found.items()]
@@ -67,19 +67,21 @@ def _cells(column: str, comparison: PairedComparison) -> list[str]:
 def _notes(found: Sequence[PairedComparison]) -> list[str]:
     pairs = min((comparison.difference.n for comparison in found), default=0)
     if pairs < 2:
-        return ["One seed: no significance is claimed; the difference may be chance."]
+        return ["One seed: significance cannot be tested; the difference may be due to chance."]
     least = max(comparison.least_exact for comparison in found)
     notes = [
         "Paired over the same seeds. t-test: two-sided, assumes normally distributed differences.",
         f"Permutation: exact, two-sided; with {pairs} pairs it cannot be below {p_value(least)}.",
     ]
     return (
-        [*notes, "Each metric is a separate test: one in twenty has p < 0.05 by chance."] if len(found) > 1 else notes
+        [*notes, "Each metric is tested separately: without any true difference, one test in twenty has p < 0.05."]
+        if len(found) > 1
+        else notes
     )
 
 
 def comparison_records(found: dict[str, PairedComparison]) -> dict[str, dict[str, object]]:
-    """Return the comparison for programs."""
+    """Return the comparison as a record per metric."""
     return {
         column: {
             "pairs": comparison.difference.n,

@@ -1,7 +1,7 @@
-"""Cost estimate of a study before it starts: its runs, how many are finished, and the cost of the rest.
+"""Cost estimate of a study: its runs, how many are finished, and the cost of the others.
 
-The cost of a run is epochs x training images x FLOPs per image. It is converted to time if a finished run shows the
-speed of this machine, with the same model and batch size or, in proportion to the FLOPs, with another.
+The cost of a run is epochs x training images x FLOPs per image. It is converted to time if a finished run provides the
+speed of this machine, with the same model and batch size or, scaled by the FLOPs, with different ones.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from toolkit.study.expand import ExpandedStudy, PlannedRun, StudySpec
 from toolkit.study.init import RunIndex
 from toolkit.training.console import table
 
-LONGEST_CHANGES = 60
-"""Maximum length of the changes in the text, in characters; longer ones are truncated, but complete with --json."""
+MAX_CHANGES_LENGTH = 60
+"""Maximum number of characters of a row's changes in the text; --json prints them in full."""
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """Cost of a run."""
+    """Remaining cost of a run."""
 
     epochs: int
     """Maximum number of epochs left to train."""
@@ -50,7 +50,7 @@ class RunCost:
 
 @dataclass(frozen=True)
 class EstimateRow:
-    """One run of the estimate."""
+    """A run with its state and its remaining cost."""
 
     run: PlannedRun
     state: RunState
@@ -64,7 +64,7 @@ class StudyEstimate:
     study: StudySpec
     lines: list[EstimateRow]
     search: RunCost | None = None
-    """Remaining cost of a search, whose runs are created as it proceeds; based on one configuration of its space."""
+    """Remaining cost of a search, whose runs do not exist yet; based on one configuration of its space."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -91,7 +91,7 @@ class StudyEstimate:
 
     @property
     def seconds(self) -> float | None:
-        """Training time left in seconds, running one after another; None without a finished run to measure."""
+        """Training time left in seconds, one run after another; None without a finished run that provides the speed."""
         costs = [line.cost for line in self.lines] if self.search is None else [self.search]
         measured = [cost for cost in costs if cost.seconds_per_image is not None]
         if not measured or self.arithmetic is None:
@@ -100,7 +100,7 @@ class StudyEstimate:
         return sum(_seconds(cost, per_flop) for cost in self.costs)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the estimate for programs; times are in seconds."""
+        """Return the estimate as JSON values; times are in seconds."""
         return {
             "study": self.study.name,
             "folder": str(self.study.folder),
@@ -134,16 +134,16 @@ def _line_json(line: EstimateRow) -> dict[str, Any]:
 
 
 def plan_study(study: StudySpec, expansion: ExpandedStudy, notes: Sequence[str] = ()) -> StudyEstimate:
-    """Estimate the cost of a study. Raises UserError for whatever training would reject."""
+    """Estimate the cost of a study. Raises UserError for anything that training would reject."""
     costs = _CostModel()
     known = RunIndex(StudyDirectory(study.folder)).by_hash
     lines = []
     for run in expansion.runs:
-        there = known.get(run.member.hash)
-        state = state_of(there) if there is not None else "missing"
-        done = epochs_done(there) if there is not None else 0
+        existing = known.get(run.member.hash)
+        state = state_of(existing) if existing is not None else "missing"
+        done = epochs_done(existing) if existing is not None else 0
         lines.append(EstimateRow(run, state, costs.of(run.recipe, done)))
-    found = StudyEstimate(study, lines, notes=[*expansion.remarks, *notes])
+    found = StudyEstimate(study, lines, notes=[*expansion.notes, *notes])
     if study.table.bohb is not None:
         found.search = _cost_of_search(study, study.table.bohb, costs)
     found.notes += costs.notes
@@ -152,7 +152,7 @@ def plan_study(study: StudySpec, expansion: ExpandedStudy, notes: Sequence[str] 
 
 def _cost_of_search(study: StudySpec, table: BohbSearchConfig, costs: _CostModel) -> RunCost:
     """Return the remaining cost, assuming that all configurations cost as much as the first value of each range."""
-    one = study.drawn(study.space.configuration(lambda parameter: parameter.values[0]))
+    one = study.configuration_run(study.space.configuration(lambda parameter: parameter.values[0]))
     folder = StudyDirectory(study.folder)
     runs = [run for member in folder.members if (run := folder.run(member))] if folder.exists else []
     left = search_epochs(table) - sum(epochs_done(run) for run in runs)
@@ -161,7 +161,7 @@ def _cost_of_search(study: StudySpec, table: BohbSearchConfig, costs: _CostModel
 
 
 class _CostModel:
-    """Estimates the cost of runs; each model and batch size is measured once."""
+    """Estimates the cost of runs; each combination of model and batch size is estimated once."""
 
     def __init__(self) -> None:
         self.known: dict[str, ResourceEstimate] = {}
@@ -191,7 +191,7 @@ def plan_text(found: StudyEstimate) -> str:
     study = found.study
     lines = [f"study {study.name} in {study.folder}"]
     if study.table.source:
-        lines.append(f"repeats {study.table.source}")
+        lines.append(f"reproduces {study.table.source}")
     if found.lines:
         lines += ["", _rows_text(found), ""]
     lines.append(_count_text(found))
@@ -210,8 +210,8 @@ def _rows_text(found: StudyEstimate) -> str:
 def _row_cells(name: str, lines: Sequence[EstimateRow]) -> tuple[str, ...]:
     first = lines[0]
     changes = ", ".join(f"{key} = {toml_value(value)}" for key, value in first.run.member.changes.items())
-    if len(changes) > LONGEST_CHANGES:
-        changes = changes[: LONGEST_CHANGES - 3] + "..."
+    if len(changes) > MAX_CHANGES_LENGTH:
+        changes = changes[: MAX_CHANGES_LENGTH - 3] + "..."
     finished = sum(line.state == "finished" for line in lines)
     epochs = str(first.run.recipe.train.epochs)
     return name, str(len(lines)), str(finished), epochs, f"{first.cost.flops / 1e9:.3g}", changes
@@ -239,7 +239,7 @@ def _cost_text(found: StudyEstimate) -> str:
     seconds = found.seconds
     if seconds is None:
         return f"{text}; no time estimate until a run of this study is finished"
-    return f"{text}; about {duration(seconds)} one after another, at the speed of its finished runs"
+    return f"{text}; about {duration(seconds)} one after another, at the speed of the finished runs"
 
 
 def _flops(count: float) -> str:

@@ -1,13 +1,13 @@
-"""The directory of a study: which runs it consists of, and how far each has come. File access only; needs no torch.
+"""The directory of a study: its runs and their states. File access only; does not import torch.
 
 <run_root>/<recipe name>/         (the recipe name is the study's)
-  study.json                      what varies, and the runs known so far (a search adds to them)
-  study.toml                      for a search: the study's file as it was started, from which its runs are made
-  <run id>/                       run directories, as everywhere
-    assignment.json               the epoch to train to, if a search has set one
-    failed.json                   why it failed; removed when it is retried
-    .claim                        lock of the worker that trains it; the system releases it if that worker dies
-  .controller                     lock of the `toolkit study` that was started here
+  study.json                      the [study] table and the runs known so far (a search adds more)
+  study.toml                      for a search: the study's file when it was started, from which runs are created
+  <run id>/                       run directories, as for single runs, with additional files:
+    assignment.json               epoch to which a search wants the run trained
+    failed.json                   why the run failed; removed when it is retried
+    .claim                        lock of the worker that trains the run; released by the system if it dies
+  .controller                     lock of the running `toolkit study`
   .writing                        lock of the process that changes study.json or assignments
   table.csv table.md table.tex figures/
 """
@@ -53,7 +53,7 @@ class StudyRun:
     __pydantic_config__ = ConfigDict(strict=False)
 
     row: str
-    """Name of its table row: the row's own name, or the varied values. Runs that differ only in the seed share it."""
+    """Name of its table row: the row's own, or made of the varied values; shared by runs that differ only in seed."""
     seed: int
     changes: dict[str, Any]
     """Dotted keys that vary, with their values; the seed is not included."""
@@ -73,7 +73,7 @@ class StudyRun:
 
 
 class _Study(Shape):
-    """study.json."""
+    """Schema of study.json."""
 
     name: str
     file: str
@@ -85,10 +85,10 @@ class _Study(Shape):
 
 
 class RunFailure(Shape):
-    """Why a run failed: failed.json."""
+    """Why a run failed; schema of failed.json."""
 
     message: str
-    """The message in full; the last line is the cause."""
+    """The whole error message; the last line is the cause."""
     when: str = ""
 
     @property
@@ -99,14 +99,14 @@ class RunFailure(Shape):
 
 
 class _Assignment(Shape):
-    """assignment.json."""
+    """Schema of assignment.json."""
 
     until: int | None
 
 
 @dataclass(frozen=True)
 class StudyDirectory:
-    """A study on disk, as read by the table, the plots and the report."""
+    """Access to the directory of a study."""
 
     path: Path
 
@@ -127,12 +127,12 @@ class StudyDirectory:
 
     @property
     def name(self) -> str:
-        """Name of the study, which is the name of its recipe."""
+        """Name of the study and of its recipe."""
         return str(self.record["name"])
 
     @property
     def table(self) -> StudyConfig:
-        """The [study] table of its file: what varies, published metrics, columns."""
+        """The [study] table of its file."""
         try:
             return StudyConfig.model_validate(self.record["study"])
         except ValueError as error:
@@ -151,7 +151,7 @@ class StudyDirectory:
 
     @property
     def runs(self) -> list[Run]:
-        """The run directories, each once, in table order; rows with the same recipe share one."""
+        """The distinct run directories, in table order; rows with the same recipe share one."""
         names = dict.fromkeys(member.run for member in self.members if member.run is not None)
         return [Run(self.path / name) for name in names]
 
@@ -170,12 +170,12 @@ class StudyDirectory:
         return None if member.run is None else Run(self.path / member.run)
 
     def state(self, member: StudyRun) -> RunState:
-        """Return how far the member has come."""
+        """Return the state of the member's run."""
         run = self.run(member)
         return "missing" if run is None or not run.path.is_dir() else state_of(run)
 
     def write(self, record: dict[str, Any], members: list[StudyRun]) -> None:
-        """Write study.json; for a search, hold :data:`WRITING`. Raises UserError if the directory is not writable."""
+        """Write study.json; in a search, the caller holds :data:`WRITING`. Raises UserError if it cannot be written."""
         content = {"format": FORMAT, **record, "members": [asdict(member) for member in members]}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ class StudyDirectory:
 
 
 def state_of(run: Run) -> RunState:
-    """Return how far a run has come; ``running`` if a worker has claimed it."""
+    """Return the state of a run directory; ``running`` if a worker has claimed it."""
     if run.is_finished:
         return "finished"
     if is_claimed(run):
@@ -215,12 +215,12 @@ def record_failure(run: Run, message: str) -> None:
 
 
 def clear_failure(run: Run) -> None:
-    """Delete the failure record, so that the run is tried again."""
+    """Delete the failure record, so that the run is retried."""
     (run.path / FAILURE).unlink(missing_ok=True)
 
 
 def target_epoch(run: Run) -> int | None:
-    """Return the epoch to which a search wants the run trained; None: to its end."""
+    """Return the epoch to which a search wants the run trained; None: the recipe's last epoch."""
     if not (run.path / ASSIGNMENT).exists():
         return None
     until: int | None = read_json(run.path / ASSIGNMENT, _Assignment)["until"]
@@ -228,7 +228,7 @@ def target_epoch(run: Run) -> int | None:
 
 
 def set_target_epoch(run: Run, until: int | None) -> None:
-    """Set the epoch to which the run is to be trained; the caller holds :data:`WRITING`."""
+    """Set the epoch to which the run is to be trained (None: the last). The caller holds :data:`WRITING`."""
     run.write_json(ASSIGNMENT, {"until": until})
 
 
@@ -239,7 +239,7 @@ def epochs_done(run: Run) -> int:
 
 
 def is_open(run: Run) -> bool:
-    """Return whether the run still needs training, judged by its files; a worker may be training it already."""
+    """Return whether the run still needs training according to its files; a worker may be training it already."""
     if run.is_finished or failure_of(run) is not None:
         return False
     until = target_epoch(run)
@@ -249,7 +249,7 @@ def is_open(run: Run) -> bool:
 def claim(run: Run) -> Lock | None:
     """Claim the run for training; return None if another worker has claimed it.
 
-    Separate from the trainer's own lock, which is taken by the run's processes; those may not be the worker itself.
+    Separate from the trainer's own lock, which the training processes hold; those may be others than the worker.
     """
     return try_acquire(run.path / CLAIM)
 

@@ -1,8 +1,9 @@
 """Effective configuration of a recipe, found by building each component: data, transforms, model, optimizer, schedule.
 
 Two recipes with equal effective configurations train the same model on the same data in the same way, even if their
-texts differ. Models are built without memory (PyTorch's meta device), optimizers take real steps on tiny parameters,
-schedules are evaluated; weights are not loaded, and data is opened only if the [data] tables of the recipes differ.
+texts differ. Models are built on PyTorch's meta device, which allocates no memory; optimizers take real steps on tiny
+parameters; schedules are evaluated. Weights are not loaded, and data is opened only if the recipes' [data] tables
+differ.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from toolkit.training.lr_schedule import gamma_of, learning_rate
 from toolkit.training.optimizer import build_optimizer
 
 STEPS = 8
-"""Number of optimizer steps to take; enough for Lookahead, which acts every sixth step."""
+"""Number of optimizer steps to take; enough for Lookahead, which updates its slow weights every sixth step."""
 
-SOME_CLASSES = 10
+ASSUMED_CLASSES = 10
+"""Number of classes assumed if the data set is needed to count them and is not available."""
 
 NOT_BUILT = {"download", "workers", "cache", "on_bad_image", "max_bad_fraction"}
 """Keys of [data] that set how images are read, not which images or how they look."""
 
-LOOKS = {"channels", "image_size", "resize", "crop", "interpolation", "normalize", "exif", "value_range"}
+APPEARANCE = {"channels", "image_size", "resize", "crop", "interpolation", "normalize", "exif", "value_range"}
 """Keys of [data] that set how images look, not which images."""
 
 SHAPE = {"dataset", "root", "class_folders", "background_class", "channels", "image_size"}
@@ -51,10 +53,10 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 @dataclass(frozen=True)
 class Component:
-    """A part of a run that is built: the recipe values it depends on, and how to describe what was built."""
+    """A component of a run: the recipe values it depends on, and a function that builds and describes it."""
 
     depends: Callable[[Recipe], Any]
-    """Plain values; equal values give equal components, so nothing is built twice."""
+    """Returns plain values; components with equal values are equal and built only once."""
     build: Callable[[Recipe], Hashable]
 
 
@@ -65,18 +67,18 @@ class EffectiveConfigs:
         self.known: dict[tuple[str, str], Hashable] = {}
 
     def check(self, recipe: Recipe) -> None:
-        """Build everything that depends on the recipe alone. Raises UserError if something cannot be built."""
+        """Build the components that do not need data. Raises UserError if one cannot be built."""
         for name in ("transforms", "network"):
             self._built(name, recipe)
 
     def differ(self, one: Recipe, other: Recipe) -> bool:
-        """Return whether training would differ."""
+        """Return whether the two recipes train differently."""
         return not self.groups([one, other])
 
     def groups(self, recipes: Sequence[Recipe]) -> list[list[int]]:
-        """Return groups of two or more indices of equivalent recipes.
+        """Group equivalent recipes; return the indices of each group of two or more.
 
-        Only components that depend on values in which the recipes differ are built.
+        Components whose values are the same in all recipes are not built.
         """
         names = [name for name, part in PARTS.items() if len({_text(part.depends(recipe)) for recipe in recipes}) > 1]
         found: dict[tuple[Hashable, ...], list[int]] = {}
@@ -99,7 +101,7 @@ def _text(values: Any) -> str:
 
 
 def _images(recipe: Recipe) -> Hashable:
-    """Return which images are in each split; if the data is not available, the recipe values that determine it."""
+    """Return a hash of the images in each split; without the data, the recipe values that determine them."""
     table = recipe.data
     try:
         dataset = _open(table)
@@ -113,7 +115,7 @@ def _open(data: DataConfig) -> Dataset:
 
 
 def _preprocessing(recipe: Recipe) -> Preprocessing:
-    """Return the preprocessing as in training; channel means that would have to be computed are -1."""
+    """Return the preprocessing of training; channel means that would have to be computed from data are set to -1."""
     data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     facts = DATASETS[data.dataset]
     size, channels = facts.size, facts.channels
@@ -125,7 +127,7 @@ def _preprocessing(recipe: Recipe) -> Preprocessing:
 
 
 def _transforms(recipe: Recipe) -> Hashable:
-    """Return every step from an image to the model's input, per split, and how images and labels are mixed."""
+    """Describe all steps from an image to the model's input, per split, and the mixing of images and labels."""
     preprocessing = _preprocessing(recipe)
     found = [repr(preprocessing)]
     for split in ("train", "validation", "test"):
@@ -144,7 +146,7 @@ def _transforms(recipe: Recipe) -> Hashable:
 
 
 def _network(recipe: Recipe) -> Hashable:
-    """Return the model with its initial values, what trains in which epoch, and how the optimizer changes it."""
+    """Describe the model and its initial values, the parameters trained in each epoch, and the optimizer's updates."""
     built, weights = _build(recipe), recipe.model.weights
     if weights == "DEFAULT":
         weights = next(iter(weights_names(recipe.model.source, recipe.model.name)), weights)
@@ -172,14 +174,14 @@ def _network(recipe: Recipe) -> Hashable:
 
 
 def _classes(recipe: Recipe) -> int:
-    """Return the number of classes; a constant if only missing data could tell, as it is the same for all runs."""
+    """Return the number of classes; :data:`ASSUMED_CLASSES` if it cannot be determined without the missing data."""
     known = DATASETS[recipe.data.dataset].class_count(background_class=recipe.data.background_class)
     if known is not None:
         return known
     try:
         return len(_open(recipe.data).classes)
     except UserError:
-        return SOME_CLASSES
+        return ASSUMED_CLASSES
 
 
 def _build(recipe: Recipe, *, on_meta: bool = True) -> ModelBundle:
@@ -193,7 +195,7 @@ def _build(recipe: Recipe, *, on_meta: bool = True) -> ModelBundle:
         try:
             with torch.device("meta"):
                 return build()
-        except Exception:  # some constructors read values; errors in the recipe are raised again below
+        except Exception:  # some constructors need real tensors; errors in the recipe are raised again below
             pass
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -201,7 +203,7 @@ def _build(recipe: Recipe, *, on_meta: bool = True) -> ModelBundle:
 
 
 def _start(recipe: Recipe) -> str:
-    """Return a hash of the initial parameters of a ConvNet described in the recipe, which sets the initialization."""
+    """Return a hash of the initial parameters of the toolkit's ConvNet, whose recipe sets the initialization."""
     digest = hashlib.sha256()
     for value in _build(recipe, on_meta=False).module.state_dict().values():
         digest.update(value.numpy().tobytes())
@@ -209,9 +211,9 @@ def _start(recipe: Recipe) -> str:
 
 
 def _steps(table: OptimizerConfig, settings: Sequence[tuple[float, float]]) -> str:
-    """Return a hash of tiny stand-in parameters after a few steps with each (learning rate, weight decay).
+    """Return a hash of tiny parameters after a few optimizer steps with each (learning rate, weight decay).
 
-    The optimizer's settings, if it cannot step on its own.
+    For an optimizer that needs more than gradients, return its settings instead.
     """
     random = torch.Generator().manual_seed(0)
     parameters = [[nn.Parameter(torch.randn(shape, generator=random)) for shape in ((4, 3), (4,))] for _ in settings]
@@ -237,7 +239,7 @@ def _steps(table: OptimizerConfig, settings: Sequence[tuple[float, float]]) -> s
 
 
 def _schedule(recipe: Recipe) -> Hashable:
-    """Return the learning rate at every quarter of an epoch, the rules by which it falls and by which training ends."""
+    """Return the learning rate at every quarter of an epoch, and the settings of plateau decay and early stopping."""
     table, epochs, stopping = recipe.scheduler, recipe.train.epochs, recipe.early_stopping
     curve = tuple(learning_rate(table, recipe.optimizer.lr, step / 4, epochs) for step in range(4 * epochs))
     plateau, end = None, None
@@ -252,14 +254,14 @@ def _schedule(recipe: Recipe) -> Hashable:
 
 
 def _loop_values(recipe: Recipe) -> Any:
-    """Return values that the training loop uses directly: batches, loss, precision, and speed settings."""
+    """Return the recipe values that the training loop uses directly: batches, loss, precision, speed settings."""
     train = recipe.train.model_dump(exclude={"epochs", "best_metric", "log_every"})
     reading = recipe.data.model_dump(include=NOT_BUILT - {"download"})
     return [recipe.recipe.seed, train, recipe.augment.run_on, reading]
 
 
 PARTS = {
-    "images": Component(lambda r: r.data.model_dump(exclude=NOT_BUILT | LOOKS), _images),
+    "images": Component(lambda r: r.data.model_dump(exclude=NOT_BUILT | APPEARANCE), _images),
     "transforms": Component(lambda r: [r.data.model_dump(exclude=NOT_BUILT), r.model, r.augment], _transforms),
     "network": Component(
         lambda r: [r.data.model_dump(include=SHAPE), r.model, r.transfer, r.optimizer, r.train.epochs], _network

@@ -1,6 +1,6 @@
-"""Expansion of a study's file into its runs: rows x zip x grid x seeds, each a complete recipe, checked like any other.
+"""Expansion of a study's file into its runs: rows x zip x grid x seeds, each with a complete, validated recipe.
 
-Needs no torch. All errors of all runs are reported at once, at their positions in the study's file.
+Does not import torch. All errors of all runs are reported at once, at their positions in the study's file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from toolkit.study.validation import check_claims, check_study
 
 STUDY: KeyPath = ("study",)
 NOT_COUNTED = ("recipe.seed", "expected_metrics.")
-"""Prefixes of a row's keys that do not count as changes."""
+"""Prefixes of keys that a row may set without counting as a changed recipe."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class ExpandedStudy:
     """The runs of a study, in table order."""
 
     runs: list[PlannedRun] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-    """Messages to the user about duplicate runs."""
+    notes: list[str] = field(default_factory=list)
+    """Messages to the user, for example about duplicate runs."""
     warnings: list[Diagnostic] = field(default_factory=list)
 
     @property
@@ -71,10 +71,10 @@ class ExpandedStudy:
 
 @dataclass(frozen=True)
 class StudySpec:
-    """A study as defined by its file. ``merged`` is the recipe with [study], ``sources`` are the layers without it.
+    """A study as defined by its file: ``merged`` is the recipe with [study], ``sources`` are its layers without it.
 
-    [expected_metrics] describes one recipe: an inherited one is left out of ``sources``, the file's own applies to the
-    runs that change only the seed, and a row may state its own.
+    [expected_metrics] applies to one recipe. It is omitted from ``sources`` if it is inherited; the file's own table
+    applies to runs that change only the seed; and a row may have its own.
     """
 
     path: str
@@ -82,9 +82,9 @@ class StudySpec:
     merged: LayeredConfig
     table: StudyConfig
     base: Recipe
-    """The recipe that the runs change; keys that every run sets may hold placeholders."""
+    """The recipe that the runs change; keys that every run sets may have placeholder values."""
     stating: int | None = None
-    """Number of ``sources`` up to and including the last that states published metrics; None: all."""
+    """Number of ``sources`` up to and including the last one with published metrics; None: all."""
 
     @property
     def name(self) -> str:
@@ -93,7 +93,7 @@ class StudySpec:
 
     @property
     def folder(self) -> Path:
-        """The directory of its runs."""
+        """The study's directory."""
         return Path(self.base.recipe.run_root) / self.name
 
     @cached_property
@@ -121,33 +121,37 @@ class StudySpec:
         """The search space."""
         return read_space(self.table.space, self.base_values)
 
-    def drawn(self, changes: Mapping[str, Any], seed: LocatedValue | None = None) -> PlannedRun:
-        """Build the run of a configuration from the space, named by its values. Raises RecipeError."""
-        places = {parameter.key: parameter.place for parameter in self.space.parameters}
-        values = {key: LocatedValue(value, places[key]) for key, value in changes.items()}
+    def configuration_run(self, changes: Mapping[str, Any], seed: LocatedValue | None = None) -> PlannedRun:
+        """Build the run of a configuration of the search space; its row is named by the values. Raises RecipeError."""
+        key_paths = {parameter.key: parameter.key_path for parameter in self.space.parameters}
+        values = {key: LocatedValue(value, key_paths[key]) for key, value in changes.items()}
         return self.run(RowNamer(self.space.parameters).plain(values), values, seed)
 
     def _source(self, key: str, value: LocatedValue) -> ConfigLayer:
-        """Return a change as one more layer of the recipe, positioned where it stands in the study's file."""
-        origin = self.merged.origin(value.place) or self.sources[-1]
-        path, depth = tuple(key.split(".")), len(value.place)
-        spans = {(*path, *place[depth:]): span for place, span in origin.spans.items() if place[:depth] == value.place}
-        here = _nearest(origin, value.place)
-        named = _nearest(origin, tuple(part for part in value.place if isinstance(part, str))) or here
+        """Return a change as an additional layer of the recipe, with its position in the study's file."""
+        origin = self.merged.origin(value.key_path) or self.sources[-1]
+        path, depth = tuple(key.split(".")), len(value.key_path)
+        spans = {
+            (*path, *key_path[depth:]): span
+            for key_path, span in origin.spans.items()
+            if key_path[:depth] == value.key_path
+        }
+        here = _nearest(origin, value.key_path)
+        named = _nearest(origin, tuple(part for part in value.key_path if isinstance(part, str))) or here
         spans |= {path[:n]: Span(named.key, named.key) for n in range(1, len(path))}
         spans[path] = Span(named.key, here.value)
         return ConfigLayer(origin.name, origin.text, nested(key, value.value), spans, origin.note)
 
 
-def _nearest(origin: ConfigLayer, place: KeyPath) -> Span:
-    """Return the span of ``place``, or of the innermost enclosing entry that has one."""
-    while place and place not in origin.spans:
-        place = place[:-1]
-    return origin.spans.get(place) or Span(0, 0)
+def _nearest(origin: ConfigLayer, key_path: KeyPath) -> Span:
+    """Return the span of ``key_path``, or of the innermost enclosing entry that has one."""
+    while key_path and key_path not in origin.spans:
+        key_path = key_path[:-1]
+    return origin.spans.get(key_path) or Span(0, 0)
 
 
 def is_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> bool:
-    """Return whether a file or its overrides have a [study] table. Raises RecipeError if it cannot be read."""
+    """Return whether a file, or its overrides, contain a [study] table. Raises RecipeError if it cannot be read."""
     return any("study" in source.data for source in read_sources(path, overrides))
 
 
@@ -162,7 +166,7 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         message = f"{name} has no [study] table: it is one run. To train it: toolkit train {name}"
         raise RecipeError([Diagnostic("error", message)])
     result = validate(merged.data)
-    # Other errors in the recipe are reported with its runs, which may set what is missing.
+    # Other errors in the recipe are reported for its runs, which may set missing keys.
     issues = [item for item in result.issues if item.path[:1] in (STUDY, ("recipe",))]
     recipe = result.recipe
     if issues or recipe is None or recipe.study is None:
@@ -173,9 +177,9 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         (n for n, s in enumerate(sources, 1) if {"rows", "published"} & s.data.get("study", {}).keys()), default=0
     )
     study = StudySpec(name, bare, merged, recipe.study, with_defaults(recipe), last or None)
-    faults = list(check_study(study.table, merged.data["study"], study.base_values))
-    if faults:
-        raise RecipeError(located(faults, merged, name))
+    issues_in_study = list(check_study(study.table, merged.data["study"], study.base_values))
+    if issues_in_study:
+        raise RecipeError(located(issues_in_study, merged, name))
     return study
 
 
@@ -202,40 +206,40 @@ def expand(study: StudySpec) -> ExpandedStudy:
             _add_new(warnings, run.loaded.warnings, name)
     if errors:
         raise RecipeError(list(errors.values()))
-    wrong = list(check_claims(study.table, [run.member for run in found.runs]))
-    if wrong:
-        raise RecipeError(located(wrong, study.merged, study.path))
+    issues_in_claims = list(check_claims(study.table, [run.member for run in found.runs]))
+    if issues_in_claims:
+        raise RecipeError(located(issues_in_claims, study.merged, study.path))
     found.warnings = list(warnings.values())
-    found.runs, found.remarks = _without_duplicates(found.runs)
+    found.runs, found.notes = _without_duplicates(found.runs)
     changed = any(run.member.changes for run in found.runs) or study.table.bohb
     if changed and any("expected_metrics" in source.data for source in study.sources):
-        found.remarks.append(
+        found.notes.append(
             "[expected_metrics] describes the unchanged recipe; runs that change it are not compared with it"
         )
     return found
 
 
 def _add_new(known: dict[tuple[str, str], Diagnostic], items: Sequence[Diagnostic], row: str) -> None:
-    """Add the diagnostics whose message and location no earlier row has."""
+    """Add the diagnostics of a row that no earlier row has with the same message and location."""
     for item in items:
         new = replace(item, note=item.note or f"in the row {row!r}")
         known.setdefault((item.message, str(item.location)), new)
 
 
 def _seeds(study: StudySpec) -> list[LocatedValue | None]:
-    seeds, place = study.table.seeds, (*STUDY, "seeds")
+    seeds, key_path = study.table.seeds, (*STUDY, "seeds")
     if seeds is None:
         return [None]
     if isinstance(seeds, int):
         first = study.base.recipe.seed
-        return [LocatedValue(seed, place) for seed in range(first, first + seeds)]
-    return [LocatedValue(seed, (*place, index)) for index, seed in enumerate(seeds)]
+        return [LocatedValue(seed, key_path) for seed in range(first, first + seeds)]
+    return [LocatedValue(seed, (*key_path, index)) for index, seed in enumerate(seeds)]
 
 
 def _rows(study: StudySpec) -> Iterator[tuple[StudyRow | None, str, ParameterSet]]:
-    """Yield every line of the table: the row it belongs to, its name, and what it changes."""
+    """Yield each table row: the [[study.rows]] entry that it belongs to, its name, and its changes."""
     if study.table.random is not None:
-        yield from ((None, name, changes) for name, changes in _drawn(study))
+        yield from ((None, name, changes) for name, changes in _random_rows(study))
         return
     grid, _ = read_variables(study.table.grid, (*STUDY, "grid"))
     zip_, _ = read_variables(study.table.zip, (*STUDY, "zip"))
@@ -253,30 +257,30 @@ def _row_changes(table: StudyConfig) -> Iterator[tuple[StudyRow | None, Paramete
         yield None, {}
     for number, row in enumerate(table.rows):
         found = dotted_leaves(row.set, (*STUDY, "rows", number, "set"))
-        yield row, {leaf.key: LocatedValue(leaf.value, leaf.place) for leaf in found}
+        yield row, {leaf.key: LocatedValue(leaf.value, leaf.key_path) for leaf in found}
 
 
-def _drawn(study: StudySpec) -> Iterator[tuple[str, ParameterSet]]:
-    """Yield the configurations of a random search, which are known before it starts."""
+def _random_rows(study: StudySpec) -> Iterator[tuple[str, ParameterSet]]:
+    """Yield the row names and changes of a random search; unlike BOHB's, they are known before it starts."""
     assert study.table.random is not None
     for changes in random_configurations(study.space, study.table.random.runs, study.table.random.seed):
-        run = study.drawn(changes)
+        run = study.configuration_run(changes)
         yield run.member.row, run.changes
 
 
 def _with_published(run: PlannedRun, study: StudySpec, row: StudyRow | None, not_comparable: str) -> PlannedRun:
-    """Return the run with its published metrics; those of its row override those of the study."""
-    also = [item for item in study.table.published if _meets(item, run.recipe)]
-    figures: PublishedMetrics = {}
-    for item in also:
-        figures |= item.metrics
-    figures |= row.published if row else {}
-    sources = [row.source if row else "", *(item.source for item in also)]
-    notes = [row.note if row else "", *(item.note for item in also)]
-    several = {name: value for name, value in figures.items() if isinstance(value, PublishedMean)}
+    """Return the run with its published metrics; those of its row take precedence over those of the study."""
+    applicable = [item for item in study.table.published if _meets(item, run.recipe)]
+    metrics: PublishedMetrics = {}
+    for item in applicable:
+        metrics |= item.metrics
+    metrics |= row.published if row else {}
+    sources = [row.source if row else "", *(item.source for item in applicable)]
+    notes = [row.note if row else "", *(item.note for item in applicable)]
+    several = {name: value for name, value in metrics.items() if isinstance(value, PublishedMean)}
     member = replace(
         run.member,
-        published={name: value.mean if isinstance(value, PublishedMean) else value for name, value in figures.items()},
+        published={name: value.mean if isinstance(value, PublishedMean) else value for name, value in metrics.items()},
         published_spread={name: {"std": value.std, "n": value.n} for name, value in several.items()},
         published_epochs=row.published_epochs if row else {},
         source=next(filter(None, sources), ""),
@@ -289,8 +293,8 @@ def _with_published(run: PlannedRun, study: StudySpec, row: StudyRow | None, not
 def _not_comparable(study: StudySpec, run: PlannedRun, seed: LocatedValue | None) -> str:
     """Return why the run's metrics cannot be compared with the published ones; empty if they can.
 
-    Published metrics belong to the recipe up to the file that states them: a file that extends it, or --set, may change
-    the conditions. The reason is set for runs without published metrics too, since claims compare them.
+    Published metrics apply to the recipe of the file that contains them; a file that extends it, or --set, may change
+    the conditions. The reason is also returned for runs without published metrics, since claims compare them.
     """
     if study.table.not_comparable:
         return study.table.not_comparable
@@ -305,14 +309,14 @@ def _not_comparable(study: StudySpec, run: PlannedRun, seed: LocatedValue | None
 
 
 def _meets(published: PublishedResults, recipe: Recipe) -> bool:
-    """Return whether a run has the values to which published metrics apply."""
+    """Return whether a recipe has the values for which the metrics were published."""
     content = {".".join(str(part) for part in path): value for path, value in leaves(recipe.model_dump())}
     wanted = conditions(published.where)
     return all(any(same(content.get(key), value) for value in allowed) for key, allowed in wanted.items())
 
 
 def _without_duplicates(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
-    """Merge duplicates: different rows of the same run share it, a repeated row is dropped. Return messages on both."""
+    """Merge duplicates: rows with the same recipe share a run, and a repeated row is dropped. Also return messages."""
     kept: list[PlannedRun] = []
     hashes: set[str] = set()
     first: dict[str, str] = {}

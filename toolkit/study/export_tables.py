@@ -1,4 +1,4 @@
-"""All results of a study as one object, and its export to files."""
+"""All results of a study, and their export to files."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from toolkit.errors import UserError
 from toolkit.metrics import METRICS, higher_is_better, metric_of
 from toolkit.recipe.study_schema import StudyConfig
 from toolkit.runs import write_atomically
-from toolkit.study.agreement import Agreement, agreement_sheet, agreements
-from toolkit.study.claims import JudgedClaim, claim_records, claims_sheet, judge_claims
-from toolkit.study.compare import compare_rows, comparison_records, comparison_sheet
+from toolkit.study.agreement import Agreement, agreements, build_agreement_table
+from toolkit.study.claims import JudgedClaim, build_claims_table, claim_records, judge_claims
+from toolkit.study.compare import build_comparison_table, compare_rows, comparison_records
 from toolkit.study.directory import StudyDirectory
-from toolkit.study.epoch_tables import epoch_metrics, epoch_records, epoch_sheets
+from toolkit.study.epoch_tables import build_epoch_tables, epoch_metrics, epoch_records
 from toolkit.study.results import RunResult, read_results
 from toolkit.study.results_table import (
     ResultRow,
     best_first,
+    build_results_table,
     build_rows,
     check_columns,
     nearest,
     records,
-    sheet,
 )
 from toolkit.study.significance import PairedComparison
 from toolkit.study.text_table import TextTable, csv_text, latex, markdown, text
-from toolkit.study.trial_table import TrialResult, outcomes, trial_records, trial_sheet
+from toolkit.study.trial_table import TrialResult, build_trial_table, outcomes, trial_records
 
 
 @dataclass(frozen=True)
 class TableOptions:
-    """Options of the caller that override the study's file."""
+    """Options of `toolkit table`, which override the study's file."""
 
     columns: Sequence[str] = ()
     by: Sequence[str] = ()
     compare: tuple[str, str] | None = None
     intervals: bool = False
     sort: str | None = None
-    """Metric by which the main table is sorted, best first; lines without it come last."""
+    """Metric by which the main table is sorted, best first; rows without it come last."""
     top: int | None = None
-    """Maximum number of lines in the main table; if ``sort`` is None, it becomes the study's output.best_by."""
+    """Maximum number of rows in the main table; implies sorting by the study's output.best_by if ``sort`` is None."""
 
 
 @dataclass(frozen=True)
 class StudyResults:
-    """Results of a study so far."""
+    """The results of a study so far, and its tables."""
 
     name: str
     table: StudyConfig
@@ -60,29 +60,31 @@ class StudyResults:
     options: TableOptions
     comparison: dict[str, PairedComparison]
     assumptions: Mapping[str, str] = field(default_factory=dict)
-    """Sources of the values of keys."""
+    """Source of each key's value, from [assumptions]."""
     claims: Sequence[JudgedClaim] = ()
 
     @property
     def main(self) -> TextTable:
         """The main table."""
         if self.trials:
-            found = trial_sheet(self.trials, self.table, self.name, self.columns)
+            found = build_trial_table(self.trials, self.table, self.name, self.columns)
         else:
-            found = sheet(self.rows, self.table, self.name, self.columns, intervals=self.options.intervals)
-            found = replace(found, notes=[*found.notes, *_our_assumptions(self.assumptions)])
+            found = build_results_table(
+                self.rows, self.table, self.name, self.columns, intervals=self.options.intervals
+            )
+            found = replace(found, notes=[*found.notes, *_assumption_note(self.assumptions)])
         if self.options.sort is None:
             return found
         order = self._order
         rows = [found.rows[index] for index in order]
-        marked = frozenset(place for place, index in enumerate(order) if index in found.marked)
-        cut = f"; the first {len(rows)} of {len(found.rows)} lines" if len(rows) < len(found.rows) else ""
+        marked = frozenset(position for position, index in enumerate(order) if index in found.marked)
+        cut = f"; the first {len(rows)} of {len(found.rows)} rows" if len(rows) < len(found.rows) else ""
         note = f"Sorted by {METRICS[self.options.sort].heading}, the best first{cut}."
         return replace(found, rows=rows, marked=marked, notes=[note, *found.notes])
 
     @property
     def _order(self) -> list[int]:
-        """Indices of the lines shown in the main table, in display order."""
+        """Indices of the rows shown in the main table, in display order."""
         metric, records = self.options.sort, self._all_records
         if metric is None:
             return list(range(len(records)))
@@ -96,19 +98,19 @@ class StudyResults:
 
     @property
     def agreement(self) -> list[Agreement]:
-        """Agreement of the rows with the published metrics."""
+        """Agreement between measured and published metrics, per column."""
         return [] if self.trials else agreements(self.rows, self.columns)
 
     @property
     def judged(self) -> list[TextTable]:
-        """Tables of the agreement and of the verdicts on claims, if there are any."""
-        found = [agreement_sheet(self.agreement)] if self.agreement else []
-        return [*found, *([claims_sheet(self.claims, self.table.output.confidence)] if self.claims else [])]
+        """The tables of agreements and of claims; empty without published metrics and claims."""
+        found = [build_agreement_table(self.agreement)] if self.agreement else []
+        return [*found, *([build_claims_table(self.claims, self.table.output.confidence)] if self.claims else [])]
 
     @property
     def by_epoch(self) -> list[TextTable]:
         """The per-epoch tables, if the study has any."""
-        return epoch_sheets(self.rows, self.table, self.name, self.epoch_metrics)
+        return build_epoch_tables(self.rows, self.table, self.name, self.epoch_metrics)
 
     @property
     def epoch_metrics(self) -> list[str]:
@@ -120,11 +122,11 @@ class StudyResults:
         """The comparison of two rows, if requested."""
         if self.options.compare is None:
             return []
-        return [comparison_sheet(self.comparison, *self.options.compare, self.table.output.confidence)]
+        return [build_comparison_table(self.comparison, *self.options.compare, self.table.output.confidence)]
 
     @property
     def records(self) -> list[dict[str, object]]:
-        """The main table for programs, sorted and truncated like :attr:`main`."""
+        """The main table as records, sorted and truncated like :attr:`main`."""
         records = self._all_records
         return [records[index] for index in self._order]
 
@@ -136,7 +138,7 @@ class StudyResults:
 
 
 def read_outcomes(folder: StudyDirectory, options: TableOptions) -> StudyResults:
-    """Read the results of the study in ``folder``. Raises UserError if it is missing, or a column or key is unknown."""
+    """Read the results of the study in ``folder``. Raises UserError if it is missing or a column or key is unknown."""
     table, results = folder.table, read_results(folder)
     columns = options.columns or _measured(table.output.columns, results)
     check_columns(columns)
@@ -159,15 +161,15 @@ def read_outcomes(folder: StudyDirectory, options: TableOptions) -> StudyResults
     )  # fmt: skip
 
 
-def _our_assumptions(assumptions: Mapping[str, str]) -> list[str]:
-    """Return a note with the keys that the publication does not state."""
-    ours = {key: value.partition(": ")[2] for key, value in assumptions.items() if value.partition(":")[0] == "ours"}
-    keys = "; ".join(f"{key} ({note})" if note else key for key, note in ours.items())
-    return [f"Not stated by the publication, our assumption: {keys}."] if keys else []
+def _assumption_note(assumptions: Mapping[str, str]) -> list[str]:
+    """Return a note that lists the keys whose values the publication does not state; empty if there are none."""
+    assumed = {key: value.partition(": ")[2] for key, value in assumptions.items() if value.partition(":")[0] == "ours"}
+    keys = "; ".join(f"{key} ({note})" if note else key for key, note in assumed.items())
+    return [f"Not stated in the publication, assumed here: {keys}."] if keys else []
 
 
 def _measured(columns: Sequence[str], results: Sequence[RunResult]) -> Sequence[str]:
-    """Return the study's columns without those of a split that no finished run has."""
+    """Return the study's columns without validation and test metrics that no finished run has."""
     finished = [result for result in results if result.is_finished]
 
     def has(column: str) -> bool:
@@ -182,7 +184,7 @@ def terminal_text(found: StudyResults) -> str:
 
 
 def to_json(found: StudyResults) -> dict[str, Any]:
-    """Return all tables for programs."""
+    """Return all tables as JSON values."""
     return {
         "name": found.name,
         "description": found.table.description,

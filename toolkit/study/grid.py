@@ -1,4 +1,4 @@
-"""[study.grid] and [study.zip]: lists of values, how they are combined, and the names of rows."""
+"""[study.grid] and [study.zip]: lists of values, their combinations, and the names of rows."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from toolkit.study.search_space import (
     same,
 )
 
-MOST_COMBINATIONS = 100_000
-"""Larger grids are rejected without being enumerated, as they are almost certainly a mistake."""
+MAX_COMBINATIONS = 100_000
+"""Maximum number of combinations; more are almost certainly a mistake and are rejected without enumeration."""
 
-LONGEST_LABEL = 40
+MAX_LABEL_LENGTH = 40
 """Maximum length of a value in a row's name, in characters; a longer one is shown by its index."""
 
 
 ParameterSet = dict[str, LocatedValue]
-"""Values in one run, by dotted key."""
+"""The values that a run changes, by dotted key."""
 
 
-def read_variables(table: Mapping[str, Any], place: KeyPath) -> tuple[list[SearchParameter], list[Issue]]:
-    """Read the variables of [study.grid] or [study.zip], each a choice. Return them with the issues found."""
-    found = [_variable(leaf) for leaf in dotted_leaves(table, place, frozenset({"values", "when"}))]
+def read_variables(table: Mapping[str, Any], key_path: KeyPath) -> tuple[list[SearchParameter], list[Issue]]:
+    """Read the lists of [study.grid] or [study.zip] as parameters of kind choice. Also return the issues found."""
+    found = [_variable(leaf) for leaf in dotted_leaves(table, key_path, frozenset({"values", "when"}))]
     return [item for item in found if not isinstance(item, Issue)], [item for item in found if isinstance(item, Issue)]
 
 
@@ -43,18 +43,18 @@ def _variable(leaf: Leaf) -> SearchParameter | Issue:
     if isinstance(leaf.value, Mapping) and "values" in leaf.value:
         unknown = sorted(leaf.value.keys() - {"values", "when"})
         if unknown:
-            return error(leaf.place, f"takes values and when, not {', '.join(unknown)}", at="key")
+            return error(leaf.key_path, f"takes values and when, not {', '.join(unknown)}", at="key")
         values, when = leaf.value["values"], leaf.value.get("when", {})
         if not isinstance(when, Mapping):
-            return error((*leaf.place, "when"), "expected recipe keys with values, { optimizer.name = ... }")
+            return error((*leaf.key_path, "when"), "expected recipe keys with values, { optimizer.name = ... }")
     if not isinstance(values, list):
         hint = "a single value for all runs belongs in its own table, outside [study]"
-        return error(leaf.place, f"expected a list of values, found {describe_value(values)}", hint=hint)
+        return error(leaf.key_path, f"expected a list of values, found {describe_value(values)}", hint=hint)
     if not values:
-        return error(leaf.place, "the list is empty, so there are no runs")
-    place = (*leaf.place, "values") if values is not leaf.value else leaf.place
-    located = tuple(LocatedValue(value, (*place, index)) for index, value in enumerate(values))
-    return SearchParameter(leaf.key, "choice", tuple(values), conditions(when), leaf.place, located)
+        return error(leaf.key_path, "the list is empty, so there are no runs")
+    key_path = (*leaf.key_path, "values") if values is not leaf.value else leaf.key_path
+    located = tuple(LocatedValue(value, (*key_path, index)) for index, value in enumerate(values))
+    return SearchParameter(leaf.key, "choice", tuple(values), conditions(when), leaf.key_path, located)
 
 
 def zipped(variables: Sequence[SearchParameter]) -> list[ParameterSet]:
@@ -64,7 +64,7 @@ def zipped(variables: Sequence[SearchParameter]) -> list[ParameterSet]:
 
 
 def uneven(variables: Sequence[SearchParameter]) -> Issue | None:
-    """Return an issue if the lists of [study.zip] differ in length."""
+    """Return an issue if the lists of [study.zip] differ in length; None otherwise."""
     lengths = {variable.key: len(variable.values) for variable in variables}
     if len(set(lengths.values())) < 2:
         return None
@@ -73,18 +73,18 @@ def uneven(variables: Sequence[SearchParameter]) -> Issue | None:
 
 
 def products(variables: Sequence[SearchParameter], fixed: Mapping[str, Any]) -> Iterator[ParameterSet]:
-    """Yield all distinct combinations, the last variable fastest; keys whose condition does not hold are left out.
+    """Yield all distinct combinations, the last variable fastest. Keys whose condition does not hold are omitted.
 
-    ``fixed``: the other values of the recipe by dotted key, for conditions.
+    ``fixed``: the recipe's other values by dotted key, on which conditions may depend.
     """
     space, seen = SearchSpace(tuple(in_order(variables)), fixed), set()
     for values in itertools.product(*(variable.located for variable in variables)):
         chosen = dict(zip((v.key for v in variables), values, strict=True))
         active = space.active({key: value.value for key, value in chosen.items()})
         combination = {key: value for key, value in chosen.items() if key in active}
-        mark = tuple((key, value.place) for key, value in combination.items())
-        if mark not in seen:
-            seen.add(mark)
+        identity = tuple((key, value.key_path) for key, value in combination.items())
+        if identity not in seen:
+            seen.add(identity)
             yield combination
 
 
@@ -101,7 +101,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 
 class RowNamer:
-    """Builds row names from swept values and their combinations."""
+    """Builds the names of rows from their combinations of values."""
 
     def __init__(self, variables: Iterable[SearchParameter]) -> None:
         self.variables = {variable.key: variable for variable in variables}
@@ -111,7 +111,7 @@ class RowNamer:
         }
 
     def of(self, combination: ParameterSet) -> str:
-        """Return the name of a combination, such as ``adamw, lr 0.01``; the value of a ``name`` key stands alone."""
+        """Return the name of a combination, such as ``adamw, lr 0.01``; for a ``name`` key only the value is shown."""
         return ", ".join(self._part(key, self._value(key, value)) for key, value in combination.items())
 
     def plain(self, combination: ParameterSet) -> str:
@@ -122,12 +122,12 @@ class RowNamer:
         return value if self.short[key] == "name" else f"{self.short[key]} {value}"
 
     def _value(self, key: str, value: LocatedValue) -> str:
-        """Return the value's label if it is short and unique among the key's values, else its number, as in ``#2``."""
+        """Return the value's label if it is short and unique among the key's values; else its number, as in ``#2``."""
         values = self.variables[key].values
         labels = [label(each) for each in values]
-        mine = label(value.value)
-        if len(mine) <= LONGEST_LABEL and labels.count(mine) == sum(same(v, value.value) for v in values):
-            return mine
+        own = label(value.value)
+        if len(own) <= MAX_LABEL_LENGTH and labels.count(own) == sum(same(v, value.value) for v in values):
+            return own
         return f"#{1 + next(i for i, each in enumerate(values) if same(each, value.value))}"
 
 

@@ -1,7 +1,7 @@
-"""Setup of a study before it starts or resumes: its directory and run directories, and a check that they are its own.
+"""Setup of a study before it starts or resumes: create its directories, and check that existing ones belong to it.
 
-Needs no torch. A run is identified by the hash of its resolved recipe among the run directories, so nothing is trained
-twice however the study's file was edited.
+Does not import torch. Existing runs are found by the hash of their resolved recipes, so that no run is trained twice
+even if the study's file was edited.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def study_lock(study: StudySpec) -> Iterator[StudyDirectory]:
 def init_study(study: StudySpec, folder: StudyDirectory, expansion: ExpandedStudy) -> list[str]:
     """Create what is missing: study.json and a run directory for each run. Return messages to the user.
 
-    Raises UserError if the directory holds another study, and then changes nothing.
+    Raises UserError, without changing anything, if the directory belongs to another study.
     """
     notes = check_same_study(study, folder, expansion)
     if study.table.bohb is None:
         known = RunIndex(folder, study.path)
         folder.write(study_record(study, complete=True), [known.member(run) for run in expansion.runs])
         return notes
-    bracket_sizes(study.table.bohb)  # raises UserError for settings that do not fit together
+    bracket_sizes(study.table.bohb)  # raises UserError for inconsistent settings
     with held(folder.path / WRITING):  # workers that were started elsewhere may be adding runs
         write_atomically(folder.path / STUDY_COPY, toml_document(study.merged.data).encode())
         folder.write(study_record(study, complete=False), folder.members if folder.exists else [])
@@ -64,7 +64,7 @@ def init_study(study: StudySpec, folder: StudyDirectory, expansion: ExpandedStud
 
 
 def study_record(study: StudySpec, *, complete: bool) -> dict[str, Any]:
-    """Return the content of study.json without the members."""
+    """Return the content of study.json, except for its members."""
     return {
         "name": study.name,
         "file": os.path.abspath(study.path),
@@ -76,7 +76,7 @@ def study_record(study: StudySpec, *, complete: bool) -> dict[str, Any]:
 
 
 def search_of(study: StudySpec) -> dict[str, Any] | None:
-    """Return what must stay the same when a search is resumed: its space, settings and base recipe."""
+    """Return the parts of a search that must not change when it is resumed; None if the study is not a search."""
     table = study.table
     search = table.bohb or table.random
     if search is None:
@@ -88,9 +88,9 @@ def search_of(study: StudySpec) -> dict[str, Any] | None:
 
 
 class RunIndex:
-    """Run directories of a study, indexed by the hash of their recipes.
+    """Index of a study's run directories by the hash of their recipes.
 
-    ``members``: runs whose hashes are known, so that their recipes need not be read.
+    ``members``: entries of study.json with known hashes, whose recipes need not be read.
     """
 
     def __init__(self, folder: StudyDirectory, file: str = "", members: Sequence[StudyRun] = ()) -> None:
@@ -107,7 +107,7 @@ class RunIndex:
                     self.by_hash[key] = run
 
     def member(self, planned: PlannedRun) -> StudyRun:
-        """Return the planned run with its run directory, which is created if there is none."""
+        """Return the planned run as a member with a run directory, which is created if it does not exist."""
         run = self.by_hash.get(planned.member.hash) or self._create(planned)
         self.by_hash[planned.member.hash] = run
         return replace(planned.member, run=run.id)
@@ -119,7 +119,7 @@ class RunIndex:
         return run
 
 
-def _has_begun(run: Run) -> bool:
+def _has_started(run: Run) -> bool:
     """Return whether the run has a finished epoch, or files that cannot be read."""
     try:
         return run.is_finished or bool(run.epochs())
@@ -132,9 +132,9 @@ def _progress(run: Run) -> tuple[bool, int]:
 
 
 def check_same_study(study: StudySpec, folder: StudyDirectory, expansion: ExpandedStudy) -> list[str]:
-    """Check that study.json, if it exists, belongs to this study; raise UserError if not. Return messages to the user.
+    """Raise UserError if the directory contains another study. Return messages to the user.
 
-    Rows may be added and removed; their runs are kept. A search must be the same.
+    Rows may be added and removed; runs of removed rows are kept. A search must not change.
     """
     if not folder.exists:
         return []
@@ -146,30 +146,30 @@ def check_same_study(study: StudySpec, folder: StudyDirectory, expansion: Expand
         )
     if study.table.bohb is not None:
         return []
-    begun = [m for m in folder.members if (run := folder.run(m)) is not None and _has_begun(run)]
+    started = [m for m in folder.members if (run := folder.run(m)) is not None and _has_started(run)]
     hashes = {run.member.hash for run in expansion.runs}
-    gone = [member for member in begun if _member_hash(folder, member) not in hashes]
-    if begun and len(gone) == len(begun):
+    gone = [member for member in started if _member_hash(folder, member) not in hashes]
+    if started and len(gone) == len(started):
         raise UserError(_other_runs(study, folder, gone, expansion))
     return [f"{len(gone)} run(s) in {folder.path} no longer belong to any row; they are kept"] if gone else []
 
 
-def _differences(theirs: dict[str, Any] | None, mine: dict[str, Any] | None) -> Iterator[str]:
-    """Yield in what respects the search in the directory differs."""
-    if theirs is None or mine is None:
-        if theirs != mine:
-            yield "runs that are listed, not searched for" if theirs is None else "a search"
+def _differences(stored: dict[str, Any] | None, current: dict[str, Any] | None) -> Iterator[str]:
+    """Yield the differences between the search in the directory and the current one, as parts of a message."""
+    if stored is None or current is None:
+        if stored != current:
+            yield "runs that are listed, not searched for" if stored is None else "a search"
         return
-    if theirs["space"] != mine["space"]:
+    if stored["space"] != current["space"]:
         yield "another space"
-    if theirs["settings"] != mine["settings"]:
+    if stored["settings"] != current["settings"]:
         yield "other settings"
-    if _stored_hash(theirs["recipe"]) != _stored_hash(mine["recipe"]):
+    if _stored_hash(stored["recipe"]) != _stored_hash(current["recipe"]):
         yield "another base recipe"
 
 
 def _stored_hash(content: dict[str, Any]) -> str:
-    """Return the hash of a stored recipe, filling in defaults of keys added since."""
+    """Return the hash of a stored recipe with defaults for keys added since; empty if it is no longer valid."""
     try:
         return recipe_hash(Recipe.model_validate(content))
     except ValueError:
@@ -177,7 +177,7 @@ def _stored_hash(content: dict[str, Any]) -> str:
 
 
 def _member_hash(folder: StudyDirectory, member: StudyRun) -> str:
-    """Return a member's hash from its run directory, which later versions of the toolkit can read too."""
+    """Return a member's hash, recomputed from its run directory, since older versions may have hashed differently."""
     run = folder.run(member)
     with contextlib.suppress(UserError):
         return member.hash if run is None else recipe_hash(run.recipe)

@@ -1,4 +1,4 @@
-"""Optuna as used by the search and the analysis: always in memory, rebuilt from the run directories."""
+"""Interface to Optuna for the search and the analysis; its studies are in memory, rebuilt from run directories."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrialHistory:
-    """Measurements of a configuration."""
+    """A configuration and its results."""
 
     changes: Mapping[str, Any]
     values: Mapping[int, float]
-    """Metric by number of epochs; may be empty."""
+    """The metric by number of epochs; may be empty."""
     state: Literal["running", "cut short", "complete"]
 
 
@@ -63,7 +63,7 @@ def _frozen(space: SearchSpace, trial: TrialHistory) -> FrozenTrial:
 
 
 def distribution(parameter: SearchParameter) -> BaseDistribution:
-    """Return Optuna's distribution of a parameter; for a choice, over the indices of its options (possibly tables)."""
+    """Return the Optuna distribution of a parameter; for a choice, over option indices, since options may be tables."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if parameter.kind == "choice":
@@ -89,11 +89,11 @@ def _to_optuna(parameter: SearchParameter, value: Any) -> Any:
 
 
 def tpe_sampler(table: BohbSearchConfig, seed: int) -> BaseSampler:
-    """Build the tree-structured Parzen estimator (Bergstra et al. 2011), joint over all parameters as in BOHB.
+    """Build a tree-structured Parzen estimator (Bergstra et al. 2011) that models all parameters jointly, as in BOHB.
 
-    ``group``: parameters that only some configurations have get their own model. ``constant_liar``: configurations
-    still in training count as poor, so that workers do not all get the same one. Every option is set explicitly, since
-    Optuna's defaults have changed; its warnings of future removals are silenced, as pyproject.toml bounds the version.
+    ``group``: conditional parameters are modeled separately. ``constant_liar``: configurations in training count as
+    poor, so that workers do not all get similar ones. Every option is set explicitly, since Optuna's defaults have
+    changed; deprecation warnings are suppressed, since pyproject.toml bounds the version.
     """
     from optuna.samplers import TPESampler
 
@@ -117,10 +117,10 @@ def tpe_sampler(table: BohbSearchConfig, seed: int) -> BaseSampler:
 
 
 def n_good_trials(trials: int) -> int:
-    """Return how many trials the model treats as good."""
+    """Return the number of trials that the model treats as good: 15 %, rounded up."""
     return max(1, -(-15 * trials // 100))
 
 
 def equal_weights(trials: int) -> npt.NDArray[np.float64]:
-    """Return the weights of the trials in the model: old and new ones count the same."""
+    """Return equal weights, so that old and new trials count the same in the model."""
     return np.ones(trials)

@@ -1,4 +1,4 @@
-"""Plot types of studies: each function takes plain values and returns a labeled matplotlib figure with units."""
+"""Plot types of studies: each function takes plain values and returns a labeled Matplotlib figure with units."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from toolkit.metrics import higher_is_better, metric_of
 from toolkit.report.plot_style import BLUE, CYCLE, INK, SKY, VERMILION, grid, short
 
 WIDTH, HEIGHT = 6.3, 3.8
-"""In inches; the width of a page of text."""
+"""Size of a figure in inches; the width is that of a text column."""
 DASHES = ("-", "--", ":", "-.")
-"""Line styles, so that curves can be told apart without color."""
-LINE = 64
+"""Line styles that distinguish curves without color."""
+TITLE_LINE = 64
 """Maximum number of characters per title line."""
 LEGEND_ROWS = 14
-"""Maximum number of curves with a legend; more cannot be read."""
+"""Maximum number of curves with a legend; a longer one would be illegible."""
 TICKS = 8
-"""Maximum number of distinct values that are all labeled on a logarithmic color scale."""
-LOG_FROM = 50.0
+"""Maximum number of distinct values on a logarithmic color scale for which each value has a tick label."""
+LOG_RATIO = 50.0
 """Values are plotted on a logarithmic scale if the ratio of the largest to the smallest exceeds this."""
 
 
@@ -54,12 +54,12 @@ class ParallelAxis:
 
 
 def lightness_colormap() -> Colormap:
-    """Return viridis from light to dark, readable with any color vision; its yellow end, invisible on white, is cut."""
+    """Return viridis from light to dark, which suits any color vision, without its yellow end, invisible on white."""
     return LinearSegmentedColormap.from_list("ramp", colormaps["viridis"](np.linspace(0.92, 0.0, 256)))
 
 
 def curves(curves: Sequence[Curve], metric: str, title: str) -> Figure:
-    """Plot one line per row of the study, with a band of one standard deviation if it has several seeds."""
+    """Plot one curve per row of the study, with a band of one standard deviation if the row has several seeds."""
     figure, axes = _epoch_axes(metric, title)
     scale = metric_of(metric).measure.scale
     shades = [lightness_colormap()(x) for x in np.linspace(0, 1, len(curves))] if len(curves) > len(CYCLE) else CYCLE
@@ -67,7 +67,15 @@ def curves(curves: Sequence[Curve], metric: str, title: str) -> Figure:
         epochs = np.arange(1, len(curve.mean) + 1)
         mean = np.asarray(curve.mean) * scale
         dash = DASHES[index % len(DASHES)] if len(curves) > 1 else "-"
-        axes.plot(epochs, mean, dash, color=color, linewidth=1.5, label=short(curve.name, 40), marker=_dot(curve.mean))
+        axes.plot(
+            epochs,
+            mean,
+            dash,
+            color=color,
+            linewidth=1.5,
+            label=short(curve.name, 40),
+            marker=_single_point_marker(curve.mean),
+        )
         if curve.std:
             std = np.asarray(curve.std) * scale
             axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
@@ -79,7 +87,7 @@ def curves(curves: Sequence[Curve], metric: str, title: str) -> Figure:
 def colored_curves(
     curves: Sequence[tuple[Any, Sequence[float]]], metric: str, key: str, title: str, *, log: bool
 ) -> Figure:
-    """Plot the curves of many runs, given as (value of the parameter, curve) and colored by the value."""
+    """Plot the curves of many runs, colored by a parameter; ``curves`` holds pairs of its value and the curve."""
     figure, axes = _epoch_axes(metric, title)
     scale = metric_of(metric).measure.scale
     values = [value for value, _ in curves]
@@ -90,10 +98,12 @@ def colored_curves(
         shade = color.to_rgba(value) if color else CYCLE[index % len(CYCLE)]
         dash = "-" if color else DASHES[index // len(CYCLE) % len(DASHES)]
         epochs = range(1, len(curve) + 1)
-        axes.plot(epochs, np.asarray(curve) * scale, dash, color=shade, linewidth=1.1, marker=_dot(curve))
+        axes.plot(
+            epochs, np.asarray(curve) * scale, dash, color=shade, linewidth=1.1, marker=_single_point_marker(curve)
+        )
     if color:
         bar = figure.colorbar(color, ax=axes)
-        if log and len(set(values)) <= TICKS:  # matplotlib would label powers of ten only
+        if log and len(set(values)) <= TICKS:  # by default, Matplotlib labels only powers of ten
             bar.set_ticks(sorted(set(values)), labels=[f"{value:g}" for value in sorted(set(values))])
             bar.minorticks_off()
         bar.set_label(key, parse_math=False)
@@ -109,7 +119,7 @@ def levels(
     values: Sequence[float], validation: Sequence[tuple[float, float]], test: Sequence[tuple[float, float]],
     key: str, metric: str, title: str, *, log: bool,
 ) -> Figure:  # fmt: skip
-    """Plot the best epoch's metric, as (mean, standard deviation) over the seeds, against the parameter that varies."""
+    """Plot the best epoch's metric, as (mean, standard deviation) over the seeds, against the varied parameter."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     scale = metric_of(metric).measure.scale
@@ -123,29 +133,29 @@ def levels(
         axes.set_xscale("log")
     axes.set_xlabel(key, parse_math=False)
     axes.set_ylabel(f"{metric_of(metric).measure.label} ({metric_of(metric).measure.unit})")
-    axes.set_title(textwrap.fill(title, LINE), parse_math=False)
+    axes.set_title(textwrap.fill(title, TITLE_LINE), parse_math=False)
     axes.legend()
     grid(axes)
     return figure
 
 
 def importance(shares: Mapping[str, float], title: str) -> Figure:
-    """Plot the share of each parameter in the variance of the outcome, largest on top."""
+    """Plot the fraction of the metric's variance that each parameter explains, largest on top."""
     ordered = sorted(shares.items(), key=lambda item: item[1])
     figure = Figure(figsize=(WIDTH, 1.2 + 0.32 * len(ordered)), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh([short(name, 45) for name, _ in ordered], [share * 100 for _, share in ordered], color=SKY)
     axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
-    axes.set_xlabel("share of the variance of the outcome (%), by fANOVA")
+    axes.set_xlabel("share of the metric's variance (%), by fANOVA")
     axes.set_xlim(0, 108)
-    _head(figure, title)
+    _set_title(figure, title)
     for tick in axes.get_yticklabels():
         tick.set_parse_math(False)
     return figure
 
 
 def parallel_coordinates(axes_: Sequence[ParallelAxis], outcome: Sequence[float], metric: str, title: str) -> Figure:
-    """Plot one line per configuration through its parameter values, colored by its outcome, with the best on top."""
+    """Plot one line per configuration through its parameter values, colored by ``outcome``, with the best on top."""
     figure = Figure(figsize=(max(WIDTH, 1.3 * len(axes_) + 1), HEIGHT), layout="constrained")
     axes = figure.subplots()
     color = ScalarMappable(Normalize(min(outcome), max(outcome)), lightness_colormap())
@@ -164,14 +174,14 @@ def parallel_coordinates(axes_: Sequence[ParallelAxis], outcome: Sequence[float]
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.margins(x=0.08)
     figure.colorbar(color, ax=axes).set_label(metric_of(metric).axis_label)
-    _head(figure, title)
+    _set_title(figure, title)
     return figure
 
 
 def incumbent_curve(
     searches: Mapping[str, Sequence[tuple[float, float]]], metric: str, title: str, *, cost: str = "epochs trained"
 ) -> Figure:
-    """Plot the best value against the cost; each search is a list of (cost, best value so far)."""
+    """Plot the best value so far against the cost; ``searches`` holds a list of (cost, best value) per search."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     scale = metric_of(metric).measure.scale
@@ -181,7 +191,7 @@ def incumbent_curve(
                   color=CYCLE[index % len(CYCLE)], linewidth=1.5, label=short(name, 40))  # fmt: skip
     axes.set_xlabel(cost)
     axes.set_ylabel(f"best {metric_of(metric).axis_label}")
-    axes.set_title(textwrap.fill(title, LINE), parse_math=False)
+    axes.set_title(textwrap.fill(title, TITLE_LINE), parse_math=False)
     if len(searches) > 1:
         axes.legend()
     grid(axes)
@@ -189,14 +199,14 @@ def incumbent_curve(
 
 
 def is_numeric(values: Sequence[Any]) -> bool:
-    """Return whether all values are numbers and not all equal."""
+    """Return whether all values are finite numbers and at least two differ."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
     return numbers and len(set(values)) > 1
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Return whether a logarithmic scale shows the values better."""
-    return min(values) > 0 and max(values) > LOG_FROM * min(values)
+    """Return whether the values suit a logarithmic scale: positive, and with a wide range."""
+    return min(values) > 0 and max(values) > LOG_RATIO * min(values)
 
 
 def _color_scale(values: Sequence[float], *, log: bool) -> ScalarMappable:
@@ -204,9 +214,9 @@ def _color_scale(values: Sequence[float], *, log: bool) -> ScalarMappable:
     return ScalarMappable(norm, lightness_colormap())
 
 
-def _head(figure: Figure, title: str) -> None:
-    """Set a title over the whole figure, wrapped to several lines, since the axes may be narrow."""
-    figure.suptitle(textwrap.fill(title, LINE), fontsize=10, parse_math=False)
+def _set_title(figure: Figure, title: str) -> None:
+    """Set a wrapped title for the whole figure, since the axes may be too narrow for it."""
+    figure.suptitle(textwrap.fill(title, TITLE_LINE), fontsize=10, parse_math=False)
 
 
 def _epoch_axes(metric: str, title: str) -> tuple[Figure, Axes]:
@@ -214,13 +224,13 @@ def _epoch_axes(metric: str, title: str) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.set_xlabel("epoch")
     axes.set_ylabel(metric_of(metric).axis_label)
-    axes.set_title(textwrap.fill(title, LINE), parse_math=False)
+    axes.set_title(textwrap.fill(title, TITLE_LINE), parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     grid(axes)
     return figure, axes
 
 
-def _dot(curve: Sequence[float]) -> str | None:
+def _single_point_marker(curve: Sequence[float]) -> str | None:
     """Return a marker for a curve of one point, which is otherwise invisible."""
     return "o" if len(curve) == 1 else None
 

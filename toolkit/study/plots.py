@@ -1,4 +1,4 @@
-"""Plots of a study: which ones there are and their contents; drawn by :mod:`toolkit.study.plot_types`."""
+"""Plots of a study: selects them and prepares their data; drawn by :mod:`toolkit.study.plot_types`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from toolkit.study.trial_table import search_metric, varied_keys
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FEWEST = 8
+MIN_CONFIGURATIONS = 8
 """Minimum number of configurations for estimating the importance of parameters."""
-MOST_COLORINGS = 6
+MAX_COLORINGS = 6
 """Maximum number of keys by which curves are colored; each gives one figure."""
 
 
@@ -40,7 +40,7 @@ def draw(found: StudyResults, folder: Path, log: Callable[[str], None]) -> list[
 
 
 def study_figures(found: StudyResults) -> Iterator[tuple[str, Figure]]:
-    """Yield names and figures of the plots for which there are results."""
+    """Yield the name and figure of each plot for which the study has results."""
     if not found.trials:
         yield from row_curves(found)
     yield from curves_by_parameter(found)
@@ -57,14 +57,17 @@ def study_figures(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 def row_curves(found: StudyResults) -> Iterator[tuple[str, Figure]]:
     """Yield one figure with all rows of the study for each of :data:`~toolkit.metrics.CURVES`."""
     for metric in CURVES:
-        drawn = [_curve(row, metric) for row in found.rows if row.finished]
-        drawn = [curve for curve in drawn if curve.mean]
-        if drawn:
-            yield f"curves-{metric.replace('/', '-')}", plot_types.curves(drawn, metric, title(found.table, found.name))
+        plotted = [_curve(row, metric) for row in found.rows if row.finished]
+        plotted = [curve for curve in plotted if curve.mean]
+        if plotted:
+            yield (
+                f"curves-{metric.replace('/', '-')}",
+                plot_types.curves(plotted, metric, title(found.table, found.name)),
+            )
 
 
 def _curve(row: ResultRow, metric: str) -> Curve:
-    """Return a row's curve over the epochs that all its finished runs have, so mean and band cover the same runs."""
+    """Return a row's curve, up to the last epoch of its shortest finished run, so that every point covers all runs."""
     curves = [result.values(metric) for result in row.finished]
     columns = list(zip(*curves, strict=False))
     std = [statistics.stdev(column) for column in columns] if len(curves) > 1 else []
@@ -76,21 +79,21 @@ def curves_by_parameter(found: StudyResults) -> Iterator[tuple[str, Figure]]:
     results = [result for result in found.results if result.epochs and (found.trials or result.is_finished)]
     keys = varied_keys(results)
     metric = search_metric(found.table)
-    for key in keys[:MOST_COLORINGS]:
+    for key in keys[:MAX_COLORINGS]:
         with_it = [result for result in results if key in result.member.changes]
         values = [result.member.changes[key] for result in with_it]
         if len({short_value(value) for value in values}) > 1:
             shown = values if plot_types.is_numeric(values) else [short_value(value) for value in values]
-            drawn = list(zip(shown, (result.values(metric) for result in with_it), strict=True))
+            plotted = list(zip(shown, (result.values(metric) for result in with_it), strict=True))
             is_log = _is_logarithmic(found, key, values)
-            figure = plot_types.colored_curves(drawn, metric, key, title(found.table, found.name), log=is_log)
+            figure = plot_types.colored_curves(plotted, metric, key, title(found.table, found.name), log=is_log)
             yield f"curves-by-{short_key(key, keys).replace('.', '-')}", figure
 
 
 def _is_logarithmic(found: StudyResults, key: str, values: Sequence[Any]) -> bool:
-    """Return whether to plot a key on a logarithmic scale: as in the space, else if its values cover a wide range.
+    """Return whether to plot a key on a logarithmic scale: as in the search space, or if its range is wide.
 
-    Batch sizes always use one, since studies double them.
+    Batch sizes always use one, since they are usually powers of two.
     """
     kind = next((parameter.kind for parameter in space_of(found).parameters if parameter.key == key), "choice")
     is_doubled = key == "train.batch_size"
@@ -100,7 +103,7 @@ def _is_logarithmic(found: StudyResults, key: str, values: Sequence[Any]) -> boo
 
 
 def level_plot(found: StudyResults) -> Iterator[tuple[str, Figure]]:
-    """Yield validation and test metrics against the varied key if only one number varies, such as a dropout rate."""
+    """Yield validation and test metrics against a numeric key, such as a dropout rate, if no other key varies."""
     rows = [row for row in found.rows if row.finished]
     keys = varied_keys([row.results[0] for row in rows])
     if len(keys) != 1 or found.trials or not all(keys[0] in row.results[0].member.changes for row in rows):
@@ -119,12 +122,12 @@ def level_plot(found: StudyResults) -> Iterator[tuple[str, Figure]]:
     yield f"levels-{keys[0].rsplit('.', 1)[-1]}", figure
 
 
-def _points(rows: Sequence[ResultRow], figure: str) -> list[tuple[float, float]]:
-    found = [row.metrics.get(figure) for row in rows]
+def _points(rows: Sequence[ResultRow], metric: str) -> list[tuple[float, float]]:
+    found = [row.metrics.get(metric) for row in rows]
     return [(each.mean, each.std or 0.0) for each in found if each] if all(found) else []
 
 
-# -- of a search ------------------------------------------------------------------------------------------------------
+# -- searches ---------------------------------------------------------------------------------------------------------
 
 
 def best_against_cost(found: StudyResults) -> Iterator[tuple[str, Figure]]:
@@ -136,7 +139,7 @@ def best_against_cost(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 
 
 def incumbents(found: StudyResults) -> list[tuple[float, float]]:
-    """Return (epochs trained, best value so far) after each time a configuration was trained further.
+    """Return (epochs trained, best value so far) after each assignment of the search.
 
     Run directories do not record when an epoch was trained; the order is that of a single worker.
     """
@@ -171,7 +174,7 @@ def training_order(found: StudyResults) -> list[tuple[RunResult, int, int]]:
 
 
 class _ReplayedSearch(BohbScheduler):
-    """A search that repeats its recorded proposals."""
+    """A search that proposes the recorded configurations again."""
 
     def __init__(self, found: StudyResults, results: Sequence[RunResult]) -> None:
         assert found.table.bohb is not None
@@ -182,11 +185,11 @@ class _ReplayedSearch(BohbScheduler):
         return self.results[len(self.trials)].member.changes
 
 
-# -- of parameters ----------------------------------------------------------------------------------------------------
+# -- parameters -------------------------------------------------------------------------------------------------------
 
 
 def space_of(found: StudyResults) -> SearchSpace:
-    """Return the space of a search, without conditions; for any other study, the values of its runs."""
+    """Return a search's space, without conditions; for other studies, the values that occur in their runs."""
     if found.table.space:
         return SearchSpace(tuple(read_parameters(found.table.space)[0]), {})
     values: dict[str, list[Any]] = {}
@@ -198,9 +201,10 @@ def space_of(found: StudyResults) -> SearchSpace:
 
 
 def comparable(found: StudyResults) -> tuple[list[tuple[RunResult, float]], str]:
-    """Return runs with comparable values and a description of them; for BOHB, the value within the smallest budget.
+    """Return the runs with comparable values, and a description of them.
 
-    All configurations have that value, poor ones too; those trained further are a selection.
+    For BOHB, the value is the best within the smallest budget, which all configurations have reached; those trained
+    further are a biased selection.
     """
     metric, bohb = search_metric(found.table), found.table.bohb
     if bohb is None:
@@ -214,7 +218,7 @@ def comparable(found: StudyResults) -> tuple[list[tuple[RunResult, float]], str]
 
 
 def importances(found: StudyResults) -> Iterator[tuple[str, Figure]]:
-    """Yield the share of each parameter in the variance of the outcome."""
+    """Yield the plot of the parameters' importance."""
     runs, what = comparable(found)
     shares = parameter_importance(found, runs)
     if shares:
@@ -225,13 +229,13 @@ def importances(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 def parameter_importance(found: StudyResults, runs: Sequence[tuple[RunResult, float]]) -> dict[str, float]:
     """Return Optuna's fANOVA importance (Hutter et al. 2014) per parameter, from 0 to 1; empty with too few runs.
 
-    A parameter that only some runs have is evaluated on those runs, as noted in its name.
+    A parameter that only some runs have is evaluated on those runs; their number is appended to its name.
     """
     everywhere = {key for key in _varied(runs) if all(key in result.member.changes for result, _ in runs)}
-    shares = _shares(found, runs, sorted(everywhere)) if len(runs) >= FEWEST else {}
+    shares = _shares(found, runs, sorted(everywhere)) if len(runs) >= MIN_CONFIGURATIONS else {}
     for key in _varied(runs):
         with_it = [(result, value) for result, value in runs if key in result.member.changes]
-        if key not in everywhere and len(with_it) >= FEWEST:
+        if key not in everywhere and len(with_it) >= MIN_CONFIGURATIONS:
             share = _shares(found, with_it, sorted({*everywhere, key})).get(key)
             if share is not None:
                 shares[f"{key} (in {len(with_it)} of {len(runs)})"] = share
@@ -271,16 +275,16 @@ def parallel(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 
 
 def _axis(parameter: SearchParameter, name: str, results: Sequence[RunResult]) -> ParallelAxis:
-    """Build an axis: numbers are placed by value (or its logarithm), anything else at equal distances."""
+    """Build an axis: numbers are positioned by value (or its logarithm), other values at equal distances."""
     key = parameter.key
     values = [result.member.changes.get(key) for result in results]
     given = [value for value in values if value is not None]
     if parameter.kind == "choice" or not plot_types.is_numeric(given):
         options = [value for value in parameter.values if value in given]
         options = sorted(options) if plot_types.is_numeric(options) else options
-        places = {short_value(value): i / max(len(options) - 1, 1) for i, value in enumerate(options)}
-        return ParallelAxis(name, [None if v is None else places[short_value(v)] for v in values],
-                    {place: text for text, place in places.items()})  # fmt: skip
+        positions = {short_value(value): i / max(len(options) - 1, 1) for i, value in enumerate(options)}
+        return ParallelAxis(name, [None if v is None else positions[short_value(v)] for v in values],
+                    {position: text for text, position in positions.items()})  # fmt: skip
     change = math.log10 if parameter.kind == "log_uniform" else float
     low, high = change(min(given)), change(max(given))
     ticks = {0.0: short_value(min(given)), 1.0: short_value(max(given))}

@@ -18,7 +18,7 @@ from toolkit.study.bohb import search_epochs
 from toolkit.study.directory import RunState, StudyDirectory, StudyRun, failure_of, state_of
 
 REFRESH_S = 1.0
-SHOWN = 16
+MAX_SHOWN = 16
 """Maximum number of running runs in the table."""
 
 
@@ -44,7 +44,7 @@ class RunStatus:
 
     @property
     def done(self) -> int:
-        """Number of epochs that need no more training."""
+        """Number of epochs that need no further training."""
         return self.epochs if self.state in ("finished", "failed") else self.epoch
 
 
@@ -66,7 +66,7 @@ class StudyProgress:
         self.logged = {name: status.state for name, status in runs.items()}
 
     def read(self) -> dict[str, RunStatus]:
-        """Return the status of all runs by directory name; unchanged runs are not read again."""
+        """Return the status of all runs by directory name; unchanged runs are not reread."""
         found = {}
         for member in self.folder.members:
             if member.run is not None and member.run not in found:
@@ -109,10 +109,10 @@ class StudyProgress:
         ended = {name: status.state for name, status in runs.items() if status.state in ("finished", "failed")}
         new = [name for name, state in ended.items() if self.logged.get(name) != state]
         for number, name in enumerate(new, len(ended) - len(new) + 1):
-            self.log(f"[{number}/{len(runs)}] {self._end(runs[name])}")
+            self.log(f"[{number}/{len(runs)}] {self._ended_line(runs[name])}")
         self.logged = {name: status.state for name, status in runs.items()}
 
-    def _end(self, status: RunStatus) -> str:
+    def _ended_line(self, status: RunStatus) -> str:
         if status.state == "failed":
             return f"{status.title}: failed: {status.reason}"
         test = "" if status.test_accuracy is None else f", test accuracy {status.test_accuracy:.4f}"
@@ -134,13 +134,13 @@ class StudyProgress:
 
     def _time_left(self, runs: dict[str, RunStatus]) -> list[str]:
         done, total = self._epochs(runs)
-        gained, spent = done - self.done_before, time.monotonic() - self.started
-        if gained <= 0 or done >= total:
+        trained, spent = done - self.done_before, time.monotonic() - self.started
+        if trained <= 0 or done >= total:
             return []
-        return [f"{duration((total - done) * spent / gained)} left"]
+        return [f"{duration((total - done) * spent / trained)} left"]
 
     def _epochs(self, runs: dict[str, RunStatus]) -> tuple[int, int]:
-        """Return the number of epochs that need no more training, and of all epochs."""
+        """Return the number of epochs that need no further training, and the total number."""
         if self.search_epochs is not None:
             return sum(status.epoch for status in runs.values()), self.search_epochs
         return sum(status.done for status in runs.values()), sum(status.epochs for status in runs.values())
@@ -181,10 +181,10 @@ class StudyProgress:
         for name, justify in (("running", "left"), ("epoch", "right"), (self.metric, "right")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         running = [status for status in runs.values() if status.state == "running"]
-        for status in running[:SHOWN]:
+        for status in running[:MAX_SHOWN]:
             table.add_row(Text(status.title), f"{status.epoch}/{status.epochs}", _number(status.value))
-        if len(running) > SHOWN:
-            table.add_row(f"and {len(running) - SHOWN} more", "", "")
+        if len(running) > MAX_SHOWN:
+            table.add_row(f"and {len(running) - MAX_SHOWN} more", "", "")
         return Group(Text(self.headline(runs)), table)
 
 

@@ -1,4 +1,4 @@
-"""Results of a study's runs, read from their run directories; imports no torch."""
+"""Results of a study's runs, read from their run directories. Does not import torch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class RunResult:
     stopped_early: bool = False
     images: dict[str, int] = field(default_factory=dict)
     """Number of images per split."""
-    trouble: str = ""
-    """Why it has no metrics, if known."""
+    failure_reason: str = ""
+    """Why the run has no metrics, if known."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run is finished and counts."""
+        """Whether the run is finished; only finished runs enter the metrics of a row."""
         return self.state == "finished"
 
     def values(self, metric: str) -> list[float]:
@@ -50,7 +50,7 @@ def _result(folder: StudyDirectory, member: StudyRun) -> RunResult:
         epochs = run.epochs()
         if state != "finished":
             failure = failure_of(run) if state == "failed" else None
-            return RunResult(member, state, epochs=epochs, trouble=failure.line if failure else "")
+            return RunResult(member, state, epochs=epochs, failure_reason=failure.line if failure else "")
         summary = run.summary
         return RunResult(
             member,
@@ -61,6 +61,8 @@ def _result(folder: StudyDirectory, member: StudyRun) -> RunResult:
             {str(name): int(count) for name, count in summary.get("images", {}).items()},
         )
     except UserError as fault:
-        return RunResult(member, "failed", trouble=str(fault).strip().splitlines()[0])
+        return RunResult(member, "failed", failure_reason=str(fault).strip().splitlines()[0])
     except OSError as fault:
-        return RunResult(member, "failed", trouble=f"{fault.filename or folder.path} cannot be read: {fault.strerror}")
+        return RunResult(
+            member, "failed", failure_reason=f"{fault.filename or folder.path} cannot be read: {fault.strerror}"
+        )

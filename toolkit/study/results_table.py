@@ -1,4 +1,4 @@
-"""Results table of a study: one row per named setting, its metrics over the seeds, and the published values."""
+"""Results table of a study: one row per setting, with its metrics over the seeds and the published values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MISSING = DASH
 
 @dataclass(frozen=True)
 class ResultRow:
-    """Runs that differ only in their seeds (or were grouped by keys), and their metrics."""
+    """A row of the table: runs that differ only in their seeds (or were grouped by keys), and their metrics."""
 
     name: str
     results: Sequence[RunResult]
@@ -84,21 +84,21 @@ def build_rows(results: Sequence[RunResult], table: StudyConfig, by: Sequence[st
 
 
 def best_row(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
-    """Return the row with the best mean of a validation metric; None if no finished run has it.
+    """Return the row with the best mean of a validation metric; None if no finished run has the metric.
 
-    Ties in accuracy are broken by the validation loss, ties in loss by the accuracy; then the first row wins.
+    Ties in accuracy are broken by the validation loss, ties in loss by the accuracy, and remaining ties by order.
     """
     return min((r for r in rows if metric in r.metrics), key=lambda r: _rank(r, metric), default=None)
 
 
 def best_first(rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
-    """Sort rows by a validation metric, ties as in :func:`best_row`; rows without it come last, in their own order."""
+    """Sort rows by a validation metric, breaking ties as :func:`best_row` does; rows without it come last, in order."""
     metric = metric.replace("/", "_")
     return sorted(rows, key=lambda r: _rank(r, metric))
 
 
 def _rank(row: ResultRow, metric: str) -> tuple[float, ...]:
-    """Sort key that puts the best row first."""
+    """Return a sort key that puts the best row first."""
     second = "val_accuracy" if metric == "val_loss" else "val_loss"
     return tuple(
         (-1 if higher_is_better(name) else 1) * row.metrics[name].mean if name in row.metrics else math.inf
@@ -128,7 +128,7 @@ def _grouping(results: Sequence[RunResult], by: Sequence[str]) -> Callable[[RunR
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint with the closest name, or with all names if none is close."""
+    """Return a hint with the closest known name, or with all known names if none is close."""
     return did_you_mean(name, known, prefix="; ", otherwise=f"; there are: {', '.join(known) or 'none'}")
 
 
@@ -143,7 +143,7 @@ def short_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else label(value)
 
 
-# -- as cells ---------------------------------------------------------------------------------------------------------
+# -- table ------------------------------------------------------------------------------------------------------------
 
 
 def check_columns(columns: Sequence[str]) -> None:
@@ -153,10 +153,10 @@ def check_columns(columns: Sequence[str]) -> None:
             raise UserError(f"--columns {column}: there is no such metric{nearest(column, METRICS)}")
 
 
-def sheet(
+def build_results_table(
     rows: Sequence[ResultRow], table: StudyConfig, name: str, columns: Sequence[str], *, intervals: bool
 ) -> TextTable:
-    """Build the text table. ``intervals``: show confidence intervals instead of standard deviations."""
+    """Build the text table of results. ``intervals``: show confidence intervals instead of standard deviations."""
     compared = {column for column in columns if any(column in row.published for row in rows)}
     several, unfinished = any(len(row.results) > 1 for row in rows), any(row.open for row in rows)
     head = ["setting", *(["runs"] if several else [])]
@@ -185,7 +185,7 @@ def title(table: StudyConfig, name: str) -> str:
 
 
 def number(metric: str, value: float, *, signed: bool = False, mean: bool = False) -> str:
-    """Format a metric as a cell; a mean of whole numbers has one decimal."""
+    """Format a metric for a cell; a mean of integers has one decimal."""
     shown = metric_of(metric).measure
     decimals = 1 if mean and not shown.decimals and value != int(value) else shown.decimals
     return f"{value * shown.scale:{'+' if signed else ''},.{decimals}f}".replace("-", MINUS)
@@ -217,7 +217,7 @@ def _published(row: ResultRow, column: str) -> tuple[str, str]:
 
 
 def _against_several(row: ResultRow, column: str, table: StudyConfig) -> list[str]:
-    """Compare a measured mean with a published one over several runs, by Welch's t-test."""
+    """Return a note that compares a measured mean with a published mean over several runs, by Welch's t-test."""
     published, found = row.published_spread.get(column), row.metrics.get(column)
     if published is None or row.not_comparable:
         return []
@@ -226,7 +226,7 @@ def _against_several(row: ResultRow, column: str, table: StudyConfig) -> list[st
         return [f"{what}."]
     test = welch(found, published)
     if test is None:
-        return [f"{what}; Welch's t-test needs at least two runs here, and values that vary."]
+        return [f"{what}; Welch's t-test needs at least two measured runs, and values that vary."]
     interval = interval_text(column, test.interval(table.output.confidence))
     return [
         f"{what}. Welch's t-test, measured {MINUS} published over {found.n} and {published.n} runs: "
@@ -254,14 +254,14 @@ def _count(row: ResultRow) -> str:
 
 
 def notes(rows: Sequence[ResultRow], table: StudyConfig, *, compared: bool, intervals: bool) -> list[str]:
-    """Return the notes below the table: runs counted, meaning of marks and spreads, sources of published metrics."""
+    """Return the notes below the table: number of finished runs, best row, spread, sources of published metrics."""
     results = [result for row in rows for result in row.results]
     finished = [result for result in results if result.is_finished]
-    found = [f"{len(finished)} of {len(results)} runs finished; only they count."]
+    found = [f"{len(finished)} of {len(results)} runs finished; only these are counted."]
     if any(row.is_best for row in rows):
         so_far = "" if len(finished) == len(results) else " so far"
         best = next(row.name for row in rows if row.is_best)
-        found.append(f"Best{so_far} by {table.output.best_by} (never by test): {best}.")
+        found.append(f"Best{so_far} by {table.output.best_by} (never by a test metric): {best}.")
     found += _about_spread(rows, table.output.confidence, intervals)
     if compared and table.not_comparable:
         found.append(f"Published: {table.source or 'see the study'}. Not comparable: {table.not_comparable}.")
@@ -273,7 +273,9 @@ def notes(rows: Sequence[ResultRow], table: StudyConfig, *, compared: bool, inte
     for note in dict.fromkeys(member.note for member in members.values() if member.note):
         found.append(f"{'; '.join(name for name, member in members.items() if member.note == note)}: {note}")
     found += [f"{name}: published in {m.source}." for name, m in members.items() if m.source not in ("", table.source)]
-    return found + [f"{r.member.row}, seed {r.member.seed}: {r.state}: {r.trouble}" for r in results if r.trouble]
+    return found + [
+        f"{r.member.row}, seed {r.member.seed}: {r.state}: {r.failure_reason}" for r in results if r.failure_reason
+    ]
 
 
 def _about_spread(rows: Sequence[ResultRow], confidence: float, intervals: bool) -> list[str]:
@@ -290,16 +292,16 @@ def _about_spread(rows: Sequence[ResultRow], confidence: float, intervals: bool)
         )
         found.append(f"Mean {what} over the runs of a row.")
     if least == 1:
-        which = "Rows of one run have" if most > 1 else "One run per row:"
-        found.append(f"{which} no known spread; whether such a row differs from another is not known.")
+        which = "Rows with one run" if most > 1 else "One run per row"
+        found.append(f"{which}: the spread over seeds is not known, so differences may be due to chance.")
     return found
 
 
-# -- as records -------------------------------------------------------------------------------------------------------
+# -- records ----------------------------------------------------------------------------------------------------------
 
 
 def records(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[dict[str, object]]:
-    """Return the table for programs, one record per row: unscaled fractions and numbers, None for a missing metric."""
+    """Return one record per row; fractions are unscaled, and missing metrics are None."""
     return [_record(row, columns) for row in rows]
 
 

@@ -1,6 +1,6 @@
-"""`toolkit study`: sets up the study's directory, has its runs trained by workers, and shows the progress.
+"""`toolkit study`: set up the study's directory, train its runs with workers, and show the progress.
 
-All state is in the directory, so this process and any worker may die at any moment; the same command resumes.
+All state is in the directory, so this process and any worker may be killed at any moment; the same command resumes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run_study(study: StudySpec, expansion: ExpandedStudy, slots: Sequence[Worker
         progress.log_ended()
         states = progress.read()
         if status == EXIT_INTERRUPTED:
-            print(f"stopped; {progress.headline(states)}. The same command resumes it", file=sys.stderr)
+            print(f"stopped; {progress.headline(states)}. Run the same command again to resume it", file=sys.stderr)
             return status
         return EXIT_FAILURE if any(run.state == "failed" for run in states.values()) else EXIT_OK
 

@@ -24,28 +24,28 @@ from toolkit.similar_names import did_you_mean
 Kind = Literal["uniform", "log_uniform", "integers", "choice"]
 KINDS: tuple[str, ...] = get_args(Kind)
 RANGES = frozenset({*KINDS, "when"})
-"""Keys of a table that is a range of a search space, not a table of recipe keys."""
+"""Keys that distinguish a range of a search space from a nested table of recipe keys."""
 
 FORMS = "{ uniform = [a, b] }, { log_uniform = [a, b] }, { integers = [a, b] } or { choice = [...] }"
 
 DIGITS = 6
-"""Significant digits of a sampled number: few enough to show in a table, and the same on every machine."""
+"""Significant digits of a sampled number: few enough for a table, and identical on every machine."""
 
 SPACE: KeyPath = ("study", "space")
 
 
 class Leaf(NamedTuple):
-    """An entry of a table, by its dotted key."""
+    """A value in a table, with its dotted key and its position."""
 
     key: str
     value: Any
-    place: KeyPath
+    key_path: KeyPath
 
 
-def dotted_leaves(table: Mapping[str, Any], place: KeyPath, ends: frozenset[str] = frozenset()) -> Iterator[Leaf]:
-    """Yield the dotted keys of a table with values and positions. A table that contains one of ``ends`` is a value."""
+def dotted_leaves(table: Mapping[str, Any], key_path: KeyPath, ends: frozenset[str] = frozenset()) -> Iterator[Leaf]:
+    """Yield the dotted keys of a table with values and positions. A table with one of the keys ``ends`` is a value."""
     for name, value in table.items():
-        here = (*place, name)
+        here = (*key_path, name)
         if isinstance(value, Mapping) and value and not ends & value.keys():
             for leaf in dotted_leaves(value, here, ends):
                 yield leaf._replace(key=f"{name}.{leaf.key}")
@@ -66,15 +66,15 @@ def same(one: Any, other: Any) -> bool:
 
 @dataclass(frozen=True)
 class LocatedValue:
-    """A value that a key takes in some runs, and its position in the study's file."""
+    """A value of a varied key, and its position in the study's file."""
 
     value: Any
-    place: KeyPath
+    key_path: KeyPath
 
 
 @dataclass(frozen=True)
 class SearchParameter:
-    """A key that varies: its values, and when it is active."""
+    """A varied key, its values, and the conditions under which it is active."""
 
     key: str
     """Dotted recipe key."""
@@ -82,14 +82,14 @@ class SearchParameter:
     values: tuple[Any, ...]
     """(lowest, highest), both inclusive; for a choice, its options."""
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Conditions under which the key is active: other keys, with the values that each may have."""
-    place: KeyPath = ()
+    """Conditions under which the key is active: the allowed values of other keys."""
+    key_path: KeyPath = ()
     """Position of the key in the study's file."""
     located: tuple[LocatedValue, ...] = ()
     """The values with their positions, in [study.grid] and [study.zip]."""
 
     def at(self, position: float) -> Any:
-        """Return the value at a position from 0 to 1 of the range; equal intervals are equally probable."""
+        """Map a position from 0 to 1, uniformly distributed, to a value of the range."""
         low, high = self.values[0], self.values[-1]
         if self.kind == "choice":
             return self.values[min(int(position * len(self.values)), len(self.values) - 1)]
@@ -109,7 +109,7 @@ class SearchParameter:
         return next(index for index, value in enumerate(self.values) if same(value, option))
 
     def can_be(self, value: Any) -> bool:
-        """Return whether the range contains the value."""
+        """Return whether the parameter can have the value."""
         if self.kind == "choice":
             return any(same(value, option) for option in self.values)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -118,14 +118,14 @@ class SearchParameter:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All parameters, ordered so that those named in a condition come before those that depend on them."""
+    """All parameters of a search, ordered so that each comes after those that its condition depends on."""
 
     parameters: tuple[SearchParameter, ...]
     base: Mapping[str, Any]
     """Values of the recipe by dotted key, for conditions on keys that do not vary."""
 
     def configuration(self, choose: Callable[[SearchParameter], Any]) -> dict[str, Any]:
-        """Return the changes that result from calling ``choose`` for each active parameter, in order."""
+        """Build a configuration by calling ``choose`` for each active parameter, in order."""
         changes: dict[str, Any] = {}
         for parameter in self.parameters:
             if self._is_active(parameter, changes):
@@ -133,12 +133,12 @@ class SearchSpace:
         return changes
 
     def draw(self, random: np.random.Generator) -> dict[str, Any]:
-        """Sample a configuration. Each parameter uses one random number, active or not, so samples stay aligned."""
+        """Sample a configuration. Inactive parameters consume a random number too, which keeps the sequence aligned."""
         positions = dict(zip(self.keys, random.random(len(self.parameters)).tolist(), strict=True))
         return self.configuration(lambda parameter: parameter.at(positions[parameter.key]))
 
     def active(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the part of ``values``, which has all keys, whose conditions hold."""
+        """Return the active keys of ``values``, which has a value for every key."""
         return self.configuration(lambda parameter: values[parameter.key])
 
     @property
@@ -159,24 +159,24 @@ class SearchSpace:
 
 
 def random_configurations(space: SearchSpace, count: int, seed: int) -> list[dict[str, Any]]:
-    """Sample up to ``count`` different configurations; fewer only if the space has no more.
+    """Sample ``count`` distinct configurations; fewer if the space is exhausted.
 
     With the same seed, a longer list begins with the shorter one.
     """
     random, misses = np.random.default_rng(seed), 0
     found: list[dict[str, Any]] = []
-    while len(found) < count and misses < MISSES:
-        drawn = space.draw(random)
-        if drawn in found:
+    while len(found) < count and misses < MAX_MISSES:
+        sampled = space.draw(random)
+        if sampled in found:
             misses += 1
         else:
-            found.append(drawn)
+            found.append(sampled)
             misses = 0
     return found
 
 
-MISSES = 100
-"""A space counts as exhausted after this many consecutive samples that were already known."""
+MAX_MISSES = 100
+"""Number of consecutive duplicate samples after which a space counts as exhausted."""
 
 
 def read_space(table: Mapping[str, Any], base: Mapping[str, Any]) -> SearchSpace:
@@ -192,14 +192,14 @@ def read_space(table: Mapping[str, Any], base: Mapping[str, Any]) -> SearchSpace
 
 
 def read_parameters(table: Mapping[str, Any]) -> tuple[list[SearchParameter], list[Issue]]:
-    """Read the parameters of a [study.space] table, one by one. Return them with the issues found."""
+    """Read the parameters of a [study.space] table. Also return the issues found."""
     parameters: list[SearchParameter] = []
     issues = [] if table else [Issue(f"study.space is empty: give recipe keys with {FORMS}", SPACE, at="key")]
     for leaf in dotted_leaves(table, SPACE, RANGES):
         try:
             parameters.append(_parameter(leaf))
         except UserError as fault:
-            issues.append(error(leaf.place, str(fault), at="key"))
+            issues.append(error(leaf.key_path, str(fault), at="key"))
     return parameters, issues
 
 
@@ -219,11 +219,11 @@ def _parameter(leaf: Leaf) -> SearchParameter:
     when = value.get("when", {})
     if not isinstance(when, Mapping):
         raise UserError('when: expected recipe keys with values, such as when = { optimizer.name = "sgd" }')
-    return SearchParameter(leaf.key, kind, _checked(kind, value[kind]), conditions(when), leaf.place)
+    return SearchParameter(leaf.key, kind, _checked(kind, value[kind]), conditions(when), leaf.key_path)
 
 
 def _checked(kind: Kind, values: Any) -> tuple[Any, ...]:
-    """Return the checked ends of a range, or the options of a choice."""
+    """Check and return the ends of a range, or the options of a choice. Raises UserError."""
     if not isinstance(values, list):
         raise UserError(f"{kind}: expected a list, found {values!r}")
     if kind == "choice":
@@ -241,19 +241,19 @@ def _checked(kind: Kind, values: Any) -> tuple[Any, ...]:
 
 
 def check_conditions(parameters: Sequence[SearchParameter], known: Iterable[str], table: KeyPath) -> Iterator[Issue]:
-    """Yield issues in the conditions of one table's keys. ``known``: the other keys that conditions may name."""
+    """Yield the issues in the conditions of a table's keys. ``known``: other keys that conditions may refer to."""
     by_key, known = {parameter.key: parameter for parameter in parameters}, list(known)
     for parameter in parameters:
-        name = f"{dotted(parameter.place)}: when"
+        name = f"{dotted(parameter.key_path)}: when"
         for key, values in parameter.when.items():
-            place = (*parameter.place, "when")
+            key_path = (*parameter.key_path, "when")
             if key in by_key:
                 wrong = [value for value in values if not by_key[key].can_be(value)]
                 if wrong:
-                    yield Issue(f"{name} {key} = {wrong[0]!r}: the {table[-1]} never gives it that value", place)
+                    yield Issue(f"{name} {key} = {wrong[0]!r}: the {table[-1]} never gives it that value", key_path)
             elif key not in known:
                 hint = did_you_mean(key, [*by_key, *known]) or None
-                yield Issue(f"{name} {key}: no such key", place, hint=hint)
+                yield Issue(f"{name} {key}: no such key", key_path, hint=hint)
     try:
         TopologicalSorter({key: parameter.when.keys() & by_key for key, parameter in by_key.items()}).prepare()
     except CycleError as cycle:
@@ -262,7 +262,7 @@ def check_conditions(parameters: Sequence[SearchParameter], known: Iterable[str]
 
 
 def in_order(parameters: Iterable[SearchParameter]) -> Iterator[SearchParameter]:
-    """Yield each parameter after those that its condition names, otherwise in the given order."""
+    """Yield each parameter after those that its condition refers to, otherwise in the given order."""
     waiting = {parameter.key: parameter for parameter in parameters}
     while waiting:
         key = next(k for k, parameter in waiting.items() if not parameter.when.keys() & waiting.keys())

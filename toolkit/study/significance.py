@@ -1,4 +1,4 @@
-"""Mean and spread over seeds, and significance tests of the difference between two rows."""
+"""Mean and standard deviation over seeds, and significance tests of the difference between two rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import bdtr, betaincinv, nctdtr, stdtr, stdtrit
 
-MOST_EXACT = 16
-"""Maximum number of pairs for which all 2^n signs are enumerated."""
+MAX_EXACT_PAIRS = 16
+"""Maximum number n of pairs for which all 2^n sign assignments are enumerated."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def estimate(values: Sequence[float], confidence: float) -> MeanWithInterval:
 
 
 def t_quantile(confidence: float, freedom: float) -> float:
-    """Return t with P(|T| <= t) = ``confidence``, for ``freedom`` degrees of freedom."""
+    """Return t such that P(|T| <= t) = ``confidence`` for ``freedom`` degrees of freedom."""
     return float(stdtrit(freedom, (1 + confidence) / 2))
 
 
@@ -79,14 +79,14 @@ def welch(first: MeanWithInterval, second: MeanWithInterval) -> Welch | None:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Paired difference, first minus second, over the seeds that both have."""
+    """Paired difference of two rows (first minus second) over their common seeds."""
 
     difference: MeanWithInterval
     t_test: float | None
     """Two-sided p-value of the paired t-test; None for one pair, or if all differences are equal."""
     exact: float | None
     """Two-sided p-value of the exact permutation test of the mean difference (each pair's sign may flip); None for one
-    pair or more than :data:`MOST_EXACT`."""
+    pair or more than :data:`MAX_EXACT_PAIRS`."""
 
     @property
     def least_exact(self) -> float:
@@ -95,7 +95,7 @@ class PairedComparison:
 
 
 def compare(first: Sequence[float], second: Sequence[float], confidence: float) -> PairedComparison:
-    """Compare two rows pair by pair; the i-th values of both belong to one seed."""
+    """Compare two rows pair by pair; the i-th values of both belong to the same seed."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
     difference = estimate(differences, confidence)
     return PairedComparison(difference, _t_test(difference), _exact(differences))
@@ -111,7 +111,7 @@ def _t_test(difference: MeanWithInterval) -> float | None:
 def _exact(differences: Sequence[float]) -> float | None:
     """Return the share of sign assignments whose sum is at least as far from 0 as the observed one (Fisher 1935)."""
     n = len(differences)
-    if not 2 <= n <= MOST_EXACT:
+    if not 2 <= n <= MAX_EXACT_PAIRS:
         return None
     sums = np.zeros(1)
     for value in differences:
@@ -122,7 +122,7 @@ def _exact(differences: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Two models on the same test images: accuracy of the first minus that of the second."""
+    """McNemar's test of two models on the same test images: accuracy of the first minus that of the second."""
 
     first_only: int
     """Images that only the first model classifies correctly."""
@@ -141,7 +141,7 @@ class McNemar:
         return min(1.0, 2 * float(bdtr(min(self.first_only, self.second_only), n, 0.5)))
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """Return the interval of the difference, given the number of discordant images (Clopper and Pearson 1934).
+        """Return the Clopper-Pearson (1934) interval of the difference, given the number of discordant images.
 
         It excludes 0 exactly if p is below 1 - confidence. Without discordant images it is [0, 0].
         """
@@ -154,18 +154,19 @@ class McNemar:
 POWER = 0.8
 """Power required by :func:`pairs_needed`."""
 
-MOST_PAIRS = 1000
+MAX_PAIRS = 1000
+"""Largest number of seeds returned by :func:`pairs_needed`."""
 
 
 def pairs_needed(effect: float, std: float, confidence: float, *, samples: int = 1) -> int | None:
     """Return the number of seeds for a two-sided t-test to detect ``effect`` with power :data:`POWER`.
 
     ``std`` is the standard deviation of a paired difference; for two independent samples (``samples = 2``), the square
-    root of the sum of their variances. None if more than :data:`MOST_PAIRS` are needed.
+    root of the sum of their variances. None if more than :data:`MAX_PAIRS` are needed.
     """
     if effect == 0:
         return None
-    for n in range(2, MOST_PAIRS + 1):
+    for n in range(2, MAX_PAIRS + 1):
         freedom = samples * (n - 1)
         shift = abs(effect) * math.sqrt(n) / std if std else math.inf
         if math.isinf(shift) or 1 - float(nctdtr(freedom, shift, t_quantile(confidence, freedom))) >= POWER:

@@ -1,4 +1,4 @@
-"""Tables of text cells, formatted for a terminal, as Markdown, LaTeX and CSV."""
+"""Tables of text cells, and their formatting for a terminal, Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BEST = "*"
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table of plain cells; the first column is left-aligned, all others right-aligned."""
+    """A table of plain text cells."""
 
     title: str
     head: Sequence[str]
@@ -30,7 +30,7 @@ class TextTable:
     notes: Sequence[str] = ()
     """Notes below the table, each of one or more sentences."""
     left: frozenset[int] = frozenset({0})
-    """Indices of left-aligned columns."""
+    """Indices of left-aligned columns; all others are right-aligned."""
 
     @property
     def has_marks(self) -> bool:
@@ -38,52 +38,52 @@ class TextTable:
         return bool(self.marked)
 
 
-def text(sheet: TextTable) -> str:
-    """Format for a terminal; columns are aligned for wide characters too."""
-    marks = [BEST if index in sheet.marked else " " for index in range(len(sheet.rows))] if sheet.has_marks else None
-    lines = [[_line(cell) for cell in row] for row in (sheet.head, *sheet.rows)]
+def text(table: TextTable) -> str:
+    """Format a table for a terminal; columns are aligned even with wide characters."""
+    marks = [BEST if index in table.marked else " " for index in range(len(table.rows))] if table.has_marks else None
+    lines = [[_line(cell) for cell in row] for row in (table.head, *table.rows)]
     if marks is not None:
         lines = [[f"{mark} {row[0]}", *row[1:]] for mark, row in zip([" ", *marks], lines, strict=True)]
-    widths = [max(width(row[column]) for row in lines) for column in range(len(sheet.head))]
-    aligned = ["  ".join(_pad(c, w, i in sheet.left) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+    widths = [max(width(row[column]) for row in lines) for column in range(len(table.head))]
+    aligned = ["  ".join(_pad(c, w, i in table.left) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
                for row in lines]  # fmt: skip
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     shown = [aligned[0], rule, *aligned[1:]]
-    return "\n".join([_line(sheet.title), *(line.rstrip() for line in shown), *(_line(note) for note in sheet.notes)])
+    return "\n".join([_line(table.title), *(line.rstrip() for line in shown), *(_line(note) for note in table.notes)])
 
 
-def markdown(sheet: TextTable) -> str:
-    """Format as GitHub Markdown; the best rows are bold."""
-    ruler = [":---" if column in sheet.left else "---:" for column in range(len(sheet.head))]
-    body = [[_markdown(cell) for cell in row] for row in sheet.rows]
+def markdown(table: TextTable) -> str:
+    """Format a table as GitHub Markdown; the best rows are bold."""
+    ruler = [":---" if column in table.left else "---:" for column in range(len(table.head))]
+    body = [[_markdown(cell) for cell in row] for row in table.rows]
     body = [
-        [f"**{cell}**" if cell else "" for cell in row] if index in sheet.marked else row
+        [f"**{cell}**" if cell else "" for cell in row] if index in table.marked else row
         for index, row in enumerate(body)
     ]
-    lines = ["| " + " | ".join(row) + " |" for row in ([_markdown(cell) for cell in sheet.head], ruler, *body)]
-    notes = [f"- {_markdown(note)}" for note in sheet.notes]
-    return "\n".join([f"**{_markdown(sheet.title)}**", "", *lines, *(["", *notes] if notes else [])])
+    lines = ["| " + " | ".join(row) + " |" for row in ([_markdown(cell) for cell in table.head], ruler, *body)]
+    notes = [f"- {_markdown(note)}" for note in table.notes]
+    return "\n".join([f"**{_markdown(table.title)}**", "", *lines, *(["", *notes] if notes else [])])
 
 
-def latex(sheet: TextTable) -> str:
-    """Format as a LaTeX table environment, which needs the booktabs package; the best rows are bold."""
-    columns = "".join("l" if column in sheet.left else "r" for column in range(len(sheet.head)))
-    body = [[_latex(cell) for cell in row] for row in sheet.rows]
+def latex(table: TextTable) -> str:
+    """Format a table as a LaTeX table environment, which needs the booktabs package; the best rows are bold."""
+    columns = "".join("l" if column in table.left else "r" for column in range(len(table.head)))
+    body = [[_latex(cell) for cell in row] for row in table.rows]
     body = [
-        [rf"\textbf{{{cell}}}" if cell else "" for cell in row] if index in sheet.marked else row
+        [rf"\textbf{{{cell}}}" if cell else "" for cell in row] if index in table.marked else row
         for index, row in enumerate(body)
     ]
     lines = [" & ".join(row) + r" \\" for row in body]
-    notes = [rf"\\ {{\footnotesize {_latex(note)}}}" for note in sheet.notes]
+    notes = [rf"\\ {{\footnotesize {_latex(note)}}}" for note in table.notes]
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}",
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{_latex(sheet.title)}}}",
+            rf"\caption{{{_latex(table.title)}}}",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
-            " & ".join(_latex(cell) for cell in sheet.head) + r" \\",
+            " & ".join(_latex(cell) for cell in table.head) + r" \\",
             r"\midrule",
             *lines,
             r"\bottomrule",
@@ -95,7 +95,7 @@ def latex(sheet: TextTable) -> str:
 
 
 def csv_text(records: Sequence[Mapping[str, object]]) -> str:
-    """Format records as CSV, with a column for each key in order of appearance; None is empty."""
+    """Format records as CSV, with a column for each key in order of appearance and empty cells for None."""
     head = list(dict.fromkeys(key for record in records for key in record))
     stream = io.StringIO(newline="")
     writer = csv.DictWriter(stream, head, restval="", lineterminator="\n")
@@ -122,7 +122,7 @@ def _line(cell: str) -> str:
 
 def _markdown(cell: str) -> str:
     escaped = re.sub(r"([\\|<*`])", r"\\\1", _line(cell))
-    return escaped.replace("](", "]\\(")  # prevents a link
+    return escaped.replace("](", "]\\(")  # prevents Markdown links
 
 
 _LATEX = {
@@ -132,7 +132,7 @@ _LATEX = {
     DECLINE: r"$\downarrow$",
     "[": "{[}", "]": "{]}",
 }  # fmt: skip
-"""``[`` is in braces: after \\\\ it would start an optional argument."""
+"""Replacements for LaTeX. ``[`` is in braces: after \\\\ it would start an optional argument."""
 
 
 def _latex(cell: str) -> str:

@@ -1,6 +1,6 @@
-"""Training of a run on several GPUs: torchrun starts its processes, as from the command line, and the worker waits.
+"""Training of a study's run on several GPUs: torchrun starts the training processes, and the worker waits for them.
 
-python -m toolkit.study.torchrun RUN [EPOCH]        run by each process
+python -m toolkit.study.torchrun RUN [EPOCH]        command of each training process
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from toolkit.terminal import open_closed_streams
 OUTPUT = "launcher.txt"
 """File in the run directory with the output of the launcher and its processes."""
 
-LOOK_EVERY_S = 0.2
+POLL_S = 0.2
 
 
 def train_with_torchrun(run: Run, processes: int, devices: Sequence[str], stop: GracefulStop) -> bool:
@@ -51,23 +51,23 @@ def train_with_torchrun(run: Run, processes: int, devices: Sequence[str], stop: 
 
 
 def _wait(launcher: subprocess.Popen[bytes], run: Run, stop: GracefulStop) -> int:
-    """Wait for the launcher and return its exit status; pass on a stop request by the stop file."""
+    """Wait for the launcher and return its exit status; forward a stop request by creating the stop file."""
     while launcher.poll() is None:
         if stop.is_wanted():
             (run.path / STOP_FILE).touch()
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(POLL_S)
     return launcher.returncode
 
 
 def _die_with_parent() -> None:
-    """Have the launcher receive SIGTERM when the worker is killed, so that it ends its processes (Linux)."""
+    """In the launcher, request SIGTERM when the worker dies, so that the training processes end too (Linux only)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def train_worker_main(path: Path, until: int | None) -> int:
-    """Train in one of the processes and return the exit status; an error is recorded in the run directory."""
+    """Run one training process and return its exit status; errors are recorded in the run directory."""
     from toolkit.error_handling import is_first_process
     from toolkit.training.fit import fit
 

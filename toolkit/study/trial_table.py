@@ -1,4 +1,4 @@
-"""Table of a search: one line per configuration, with its epochs and results, best first."""
+"""Table of a search: one row per configuration, with its epochs and results, best first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TrialResult:
     """Index in the order of proposals, from 0."""
     result: RunResult
     value: float | None
-    """Value of the best epoch; None for a configuration that was not trained yet."""
+    """The search metric at the best epoch; None for a configuration that has not been trained yet."""
 
     @property
     def epochs(self) -> int:
@@ -29,15 +29,15 @@ class TrialResult:
 
 
 def search_metric(table: StudyConfig) -> str:
-    """Return the metric that the search optimizes, or by which trials are ranked."""
+    """Return the metric that BOHB optimizes; for other studies, output.best_by."""
     return table.bohb.metric if table.bohb else table.output.best_by
 
 
 def outcomes(results: Sequence[RunResult], table: StudyConfig) -> list[TrialResult]:
     """Rank all configurations, best first: finished ones, then by epochs reached, then by value.
 
-    Values after few and after many epochs are not comparable, so a finished configuration comes before one that is not;
-    failed ones come last.
+    Values after few and after many epochs are not comparable, so finished configurations come before unfinished ones.
+    Failed ones come last.
     """
     metric = search_metric(table)
     found = [TrialResult(i, r, best_of(r.values(metric), metric)) for i, r in enumerate(results)]
@@ -57,7 +57,7 @@ def varied_keys(results: Sequence[RunResult]) -> list[str]:
     return list(dict.fromkeys(key for result in results for key in result.member.changes))
 
 
-def trial_sheet(found: Sequence[TrialResult], table: StudyConfig, name: str, columns: Sequence[str]) -> TextTable:
+def build_trial_table(found: Sequence[TrialResult], table: StudyConfig, name: str, columns: Sequence[str]) -> TextTable:
     """Build the table of trials. ``columns``: metrics of finished runs, in addition to the search metric."""
     metric = search_metric(table)
     sought = metric_of(metric).name
@@ -87,15 +87,17 @@ def _notes(found: Sequence[TrialResult], table: StudyConfig) -> list[str]:
     spent = sum(outcome.epochs for outcome in found)
     notes = [
         f"{len(found)} configurations, {finished} trained to the end; {spent:,} epochs trained in all.",
-        f"Ordered by the epochs reached, then by {search_metric(table)} of the best epoch; never by test.",
-        "One run per configuration: whether two configurations differ is not known; train the best with several seeds.",
+        f"Ordered by the epochs reached, then by {search_metric(table)} of the best epoch; never by a test metric.",
+        "One run per configuration: differences may be due to chance; train the best ones with several seeds.",
     ]
     notes += [table.note] if table.note else []
-    return notes + [f"Trial {o.trial}: {o.result.state}: {o.result.trouble}" for o in found if o.result.trouble]
+    return notes + [
+        f"Trial {o.trial}: {o.result.state}: {o.result.failure_reason}" for o in found if o.result.failure_reason
+    ]
 
 
 def trial_records(found: Sequence[TrialResult], table: StudyConfig, columns: Sequence[str]) -> list[dict[str, object]]:
-    """Return the trials for programs, best first."""
+    """Return one record per trial, best first."""
     keys = varied_keys([outcome.result for outcome in found])
     return [
         {

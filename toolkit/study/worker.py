@@ -1,7 +1,7 @@
-"""The worker loop: the one way in which the runs of a study are trained.
+"""The worker loop, which trains the runs of a study wherever it is executed.
 
-The study's directory states what to train and receives the results, so any number of workers, on any machines that
-share the directory, can work on a study, and each may be killed at any moment: another one resumes its run from the
+The study's directory defines what to train and receives the results. Any number of workers, on any machines that share
+the directory, can therefore work on a study. A worker may be killed at any moment; another one resumes its run from the
 last checkpoint. `toolkit study` runs the loop itself, or in a pool of processes (:mod:`toolkit.study.worker_pool`), as
 do SLURM tasks; `toolkit study FILE --worker` runs it on a further machine.
 """
@@ -37,7 +37,7 @@ from toolkit.study.torchrun import train_with_torchrun
 from toolkit.training.fit import fit
 
 POLL_S = 0.5
-"""Interval at which a worker without a run looks for one."""
+"""Interval in seconds at which an idle worker checks for a run to train."""
 
 
 @dataclass
@@ -53,9 +53,10 @@ class LockedRun:
 
 
 def acquire_run(folder: StudyDirectory) -> LockedRun | None:
-    """Claim the first run that needs training and is not being trained; None if there is none at the moment."""
+    """Claim the first run that needs training and is not being trained. Return None if there is none at the moment."""
     for run in open_runs(folder):
-        lock = None if is_claimed(run) else claim(run)  # claim() alone would wait to learn whether a lease is alive
+        # is_claimed() comes first, since claim() may wait to find out whether a lease is still alive.
+        lock = None if is_claimed(run) else claim(run)
         if lock is None:
             continue
         # Another worker may have finished it before the claim, or a process without a claim may be training it.
@@ -71,7 +72,7 @@ TrainFunction = Callable[[Run], bool]
 RunCallback = Callable[[Run], None]
 
 
-def _nothing(_: Run) -> None:
+def _no_callback(_: Run) -> None:
     pass
 
 
@@ -80,15 +81,15 @@ def worker_loop(
     stop: GracefulStop,
     train: TrainFunction,
     *,
-    stays: bool = True,
-    before: RunCallback = _nothing,
-    after: RunCallback = _nothing,
+    wait_for_others: bool = True,
+    before: RunCallback = _no_callback,
+    after: RunCallback = _no_callback,
 ) -> int:
-    """Train runs until no more can come. Return the exit status: 0, or 3 if interrupted.
+    """Train runs until the study is complete. Return the exit status: 0, or 3 if interrupted.
 
-    A worker that finds no run in a search asks the search for one. ``stays``: also wait for runs that other workers are
-    training, in case those die. ``before`` and ``after`` are called with each run; ``after`` also if it failed, but not
-    if it was interrupted.
+    A worker of a search that finds no run asks the search for one. ``wait_for_others``: keep waiting while other
+    workers train the remaining runs, in case they die. ``before`` and ``after`` are called with each run; ``after``
+    also if the run failed, but not if it was interrupted.
     """
     search = SearchAssigner(folder)
     while not stop.is_wanted():
@@ -103,7 +104,7 @@ def worker_loop(
                 claimed.release()
             after(claimed.run)
         elif folder.is_complete:
-            if not (stays and any(open_runs(folder))):
+            if not (wait_for_others and any(open_runs(folder))):
                 return EXIT_OK
             time.sleep(POLL_S)
         elif not search.assign():
@@ -124,7 +125,7 @@ def train_run(run: Run) -> bool:
     except (UserError, RunFailed) as error:
         record_failure(run, str(error))
         return False
-    except Exception as error:  # any error of this run; the others continue
+    except Exception as error:  # one failed run must not stop the others
         record_failure(run, environment_error_message(error) or traceback.format_exc())
         return False
     finally:
@@ -133,13 +134,13 @@ def train_run(run: Run) -> bool:
 
 
 def trainer(processes: int, devices: Sequence[str], gpu_share: float, stop: GracefulStop) -> TrainFunction:
-    """Return the function that trains a run on these GPUs: in this process, or in processes that it starts."""
+    """Return a function that trains a run on these GPUs: in this process, or in ``processes`` processes it starts."""
     if processes > 1:
         return lambda run: train_with_torchrun(run, processes, devices, stop)
     if gpu_share < 1:
         import torch
 
-        # Limit the memory, so that what a run can allocate does not depend on which run started first.
+        # Without a limit, the memory that a run can allocate would depend on which run started first.
         torch.cuda.set_per_process_memory_fraction(gpu_share)
     return train_run
 
@@ -161,4 +162,4 @@ def join_study(path: Path) -> int:
     """Work on the study in ``path``, which was started elsewhere, until no runs are left."""
     folder = study_folder(path)
     with GracefulStop() as stop:
-        return worker_loop(folder, stop, train_run, stays=False)
+        return worker_loop(folder, stop, train_run, wait_for_others=False)

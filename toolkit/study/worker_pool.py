@@ -1,7 +1,7 @@
 """Worker processes on this machine, each with its share of CPUs and GPUs; a worker that dies is replaced.
 
-They are forked from a server process that has only imported PyTorch, so that a worker starts at once and inherits
-neither threads nor a CUDA context.
+Workers are forked from a server process that has already imported PyTorch, so that they start quickly, without
+inheriting threads or a CUDA context.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ DEATHS = 3
 """A run fails after its worker has died this many times in a row without progress."""
 
 GRACE_S = 60.0
-"""Seconds that a worker has to write its checkpoint after the pool's process is gone."""
+"""Seconds that a worker has to write its checkpoint after the pool's process has exited."""
 
 STOP_AGAIN_S = 2.0
-"""Seconds after which a worker that has not exited is asked again."""
+"""Seconds after which SIGTERM is sent again to a worker that has not exited."""
 
 TICK_S = 0.1
-"""Interval at which the pool looks after its workers."""
+"""Interval in seconds at which the pool checks its workers."""
 
 SHARING = "TOOLKIT_RUNS_AT_ONCE"
-"""Environment variable with the number of runs that share this machine, see
+"""Environment variable with the number of runs that share this machine; see
 :func:`toolkit.distributed.process.local_processes`."""
 
 
@@ -65,8 +65,8 @@ class Worker:
     slot: WorkerSlot
     process: multiprocessing.process.BaseProcess
     link: multiprocessing.connection.Connection
-    """Receives the names of the runs it claims, or a UserError. When this end closes, the worker knows that the pool's
-    process is gone."""
+    """Receives the names of the runs that the worker claims, or a UserError. Closing this end tells the worker that the
+    pool's process has exited."""
     run: str | None = None
 
 
@@ -78,13 +78,13 @@ class WorkerPool:
     slots: Sequence[WorkerSlot]
     workers: dict[int, Worker] = field(default_factory=dict)
     deaths: dict[str, tuple[int, Any]] = field(default_factory=dict)
-    """Per run: how many times in a row its worker has died, and the run's progress then."""
+    """For each run, how many times in a row its worker died, and the run's progress at the last death."""
     idle_deaths: int = 0
 
     def run(self, stop: GracefulStop, log: Callable[[str], None], on_tick: Callable[[], None] = lambda: None) -> int:
-        """Keep a worker in each slot until nothing is left to do. Return the exit status: 0, or 3 if interrupted.
+        """Keep a worker in each slot until no runs are left. Return the exit status: 0, or 3 if interrupted.
 
-        Raises RunFailed if the workers keep dying on start, and UserError for what keeps them from working.
+        Raises RunFailed if workers keep dying at startup, and UserError if a worker reports an error of the study.
         """
         try:
             self.workers = {slot.number: self._start(slot) for slot in self.slots}
@@ -108,7 +108,7 @@ class WorkerPool:
         return Worker(slot, process, link)
 
     def _replace_dead(self, log: Callable[[str], None]) -> None:
-        """Restart workers that have died; those that have nothing left to do are not replaced."""
+        """Replace workers that have died, but not those that exited because no runs are left."""
         for number, worker in list(self.workers.items()):
             while (message := _received(worker.link)) is not None:
                 if isinstance(message, UserError):
@@ -144,14 +144,14 @@ class WorkerPool:
         if lock is not None:
             record_failure(run, f"its worker has died {count} times without making progress ({how}; out of memory?)")
             lock.release()
-        return f"{death}, the {count}rd time in run {worker.run}, which is given up"
+        return f"{death}, the {count}rd time in run {worker.run}, which is recorded as failed"
 
     def _stop(self) -> None:
         """Ask all workers to write a checkpoint and exit, and wait until they have."""
         while alive := [worker.process for worker in self.workers.values() if worker.process.exitcode is None]:
             for process in alive:
                 process.terminate()
-            # A worker that has only just started may have missed the signal.
+            # A worker that was just starting may have missed the signal.
             multiprocessing.connection.wait([process.sentinel for process in alive], STOP_AGAIN_S)
 
 
@@ -165,7 +165,7 @@ def _received(link: multiprocessing.connection.Connection) -> str | UserError | 
 
 
 def _progress(run: Run) -> Any:
-    """Return a run's progress, for comparison."""
+    """Return a value that changes whenever the run makes progress."""
     return epochs_done(run), sorted(path.name for path in run.checkpoints.glob("*.json"))
 
 
@@ -187,7 +187,7 @@ def _worker(path: str, slot: WorkerSlot, sharing: int, link: multiprocessing.con
         train = trainer(slot.processes, slot.devices, slot.gpu_share, stop)
         try:
             status = worker_loop(StudyDirectory(Path(path)), stop, train, before=before)
-        except UserError as error:  # of the study as a whole: a run's errors are recorded in its directory
+        except UserError as error:  # an error of the study; a run's errors are recorded in its directory
             link.send(UserError(str(error)))
             status = error.exit_status
     sys.stdout.flush()
@@ -208,7 +208,7 @@ def _log(text: str) -> None:
 
 
 def _watch_pool(link: multiprocessing.connection.Connection) -> None:
-    """When the pool's process is gone, request a stop; exit at once if that takes longer than the grace period."""
+    """When the pool's process exits, request a stop; if stopping exceeds the grace period, exit immediately."""
     with contextlib.suppress(EOFError, OSError):
         link.recv()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -217,10 +217,10 @@ def _watch_pool(link: multiprocessing.connection.Connection) -> None:
 
 
 def slots_for(parallel: int | None, gpus_per_run: int, runs_per_gpu: int, devices: Sequence[str]) -> list[WorkerSlot]:
-    """Return the worker slots of this machine: ``parallel`` of them, or as many as its GPUs have room for.
+    """Return ``parallel`` worker slots for this machine, or by default as many as its GPUs allow.
 
-    ``devices`` are the GPUs, as in CUDA_VISIBLE_DEVICES; without any, the default is one worker. Runs on several GPUs
-    never share one.
+    ``devices`` are the GPUs, as in CUDA_VISIBLE_DEVICES; without GPUs the default is one worker. Runs on several GPUs
+    do not share them.
     """
     if not devices:
         return [WorkerSlot(number) for number in range(parallel or 1)]
