@@ -208,8 +208,8 @@ def overall(studies: Sequence[StudyResults], columns: Sequence[str]) -> tuple[li
     shown = columns or list(dict.fromkeys(name for study in studies for name in study.columns))
     found = agreements([row for study in studies if not study.trials for row in study.rows], shown)
     claims = [claim for study in studies for claim in study.claims]
-    tables = [agreement_sheet(found)] if found else []
-    tables += [claims_sheet(claims, studies[0].table.output.confidence)] if claims else []
+    tables = [build_agreement_table(found)] if found else []
+    tables += [build_claims_table(claims, studies[0].table.output.confidence)] if claims else []
     content = {"studies": [study.name for study in studies], "agreement": [asdict(one) for one in found]}
     return tables, content | {"claims": claim_records(claims)}
 
