@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# A SLURM cluster of two nodes on this machine, to try submissions with: real daemons, a throw-away configuration.
+# Run a SLURM cluster of two nodes on this machine, to try submissions: real daemons with a temporary configuration.
 #
 #   slurm/local-cluster.sh start DIR             start it; DIR is a new or empty folder with a short absolute path
-#   . DIR/env.sh                                 in each shell that is to use it; then sbatch, squeue, toolkit submit ...
+#   . DIR/env.sh                                 in each shell that uses it; then sbatch, squeue, toolkit submit ...
 #   slurm/local-cluster.sh status DIR
-#   slurm/local-cluster.sh kill-node DIR node2   node2 and everything on it dies
-#   slurm/local-cluster.sh start-node DIR node2  ... and comes back
+#   slurm/local-cluster.sh kill-node DIR node2   kill node2 and all its processes
+#   slurm/local-cluster.sh start-node DIR node2  start it again
 #   slurm/local-cluster.sh on DIR node2 COMMAND  run a command there, outside any job
-#   slurm/local-cluster.sh stop DIR              cancel all jobs and stop all daemons; DIR's logs stay
+#   slurm/local-cluster.sh stop DIR              cancel all jobs and stop all daemons; the logs in DIR are kept
 #
 # Debian, Ubuntu: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge iproute2 util-linux procps
 #
-# Each node has NODE_CPUS (4) CPUs, 4 GB and NODE_GPUS (2) GPUs; these are only declared, nothing is limited, and the GPUs
-# are names without hardware. As root a node is a set of Linux namespaces with a host name, an address and processes of
-# its own; without the rights for that (or with CLUSTER_MODE=plain) the nodes are two daemons on 127.0.0.1.
+# Each node has NODE_CPUS (4) CPUs, 4 GB and NODE_GPUS (2) GPUs. These are only declared: nothing is limited, and the GPUs
+# are names without hardware. For root, a node is a set of Linux namespaces with its own host name, address and processes;
+# without the necessary rights (or with CLUSTER_MODE=plain) the nodes are two daemons on 127.0.0.1.
 #
-# Jobs in the partition low give way to those in debug, the default: SLURM gives notice, and after PREEMPT_GRACE (60)
-# seconds requeues them. With CLUSTER_ACCOUNTING=1 the cluster keeps accounts, for sacct; that needs the packages
+# Jobs in the partition low are preempted by those in debug, the default partition: SLURM signals them and requeues them
+# PREEMPT_GRACE (60) seconds later. CLUSTER_ACCOUNTING=1 enables accounting, for sacct; this needs the packages
 # slurmdbd mariadb-server-core mariadb-client-core.
 set -euo pipefail
 umask 022
@@ -37,7 +37,7 @@ bridge=lc$(echo "$dir" | md5sum | head -c 6)                  # names of network
 mode() { cat "$dir/mode" 2>/dev/null || echo plain; }
 number() { echo "${1#node}"; }
 
-runs() {  # runs PIDFILE NAME: the process of that file, if it lives and bears that name
+runs() {  # runs PIDFILE NAME: print the process id in the file if that process runs and has this name
     local pid
     pid=$(cat "$1" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$2" ] &&
         ! grep -q '^State:.*zombie' "/proc/$pid/status" && echo "$pid"
@@ -60,7 +60,7 @@ may_have_namespaces() {
 
 listens() { ss -Hltn 2>/dev/null | grep -qE ":($1)\b"; }  # listens PORT|PORT|...
 
-free_ports() {  # the first of five ports in a row that nobody listens on
+free_ports() {  # print the first of five consecutive ports on which nothing listens
     local first
     for _ in $(seq 100); do
         first=$((30000 + RANDOM % 2000))
@@ -69,7 +69,7 @@ free_ports() {  # the first of five ports in a row that nobody listens on
     fail "no free ports"
 }
 
-free_net() {  # three bytes of a network that this machine has no route to
+free_net() {  # print three bytes of a network to which this machine has no route
     local net
     for _ in $(seq 100); do
         net=10.$((200 + RANDOM % 50)).$((RANDOM % 250))
@@ -105,7 +105,7 @@ SlurmctldPidFile=$dir/run/slurmctld.pid
 SlurmdPidFile=$dir/run/slurmd.%n.pid
 SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/slurmd.%n.log
-# No control groups, no MPI; ended jobs are remembered for an hour.
+# No control groups, no MPI; SLURM keeps the records of ended jobs for an hour.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -118,7 +118,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-# What is declared counts, not the hardware; what cannot be had is refused at submission.
+# Use the declared resources, not the hardware's; refuse impossible requests at submission.
 SlurmdParameters=config_overrides
 EnforcePartLimits=ALL
 ReturnToService=2
@@ -137,11 +137,11 @@ CONF
         echo "PartitionName=low PriorityTier=1 PreemptMode=REQUEUE GraceTime=${PREEMPT_GRACE:-60}"
     } >"$dir/slurm.conf"
     [ "${CLUSTER_ACCOUNTING-}" != 1 ] || configure_accounts "$host" "$control" $((port + 3)) "$user"
-    # A pretended GPU must be a character device whose name ends in its number, or CUDA_VISIBLE_DEVICES is not set.
+    # A fake GPU must be a character device whose name ends in its number, or SLURM does not set CUDA_VISIBLE_DEVICES.
     for i in $(seq 0 $((${NODE_GPUS:-2} - 1))); do ln -s /dev/null "$dir/dev/nvidia$i"; done
     printf '%s\n' "AutoDetect=off" "Name=gpu Flags=nvidia_gpu_env File=$dir/dev/nvidia[0-$((${NODE_GPUS:-2} - 1))]" >"$dir/gres.conf"
     echo "CgroupPlugin=cgroup/v1" >"$dir/cgroup.conf"
-    # This one machine's folders are shared by both nodes.
+    # Both nodes are this machine, so they share its folders.
     printf '%s\n' 'description = "slurm/local-cluster.sh"' 'shared = ["/"]' >"$dir/profiles/local.toml"
     printf '%s\n' "export SLURM_CONF=$dir/slurm.conf" "export TOOLKIT_SLURM_PROFILES=$dir/profiles" \
         "export TOOLKIT_PRETENDED_GPUS=1" >"$dir/env.sh"
@@ -163,7 +163,7 @@ configure_accounts() {  # configure_accounts HOST ADDRESS PORT USER
         StoragePass=none StorageLoc=slurm_acct_db CommitDelay=1 >"$dir/slurmdbd.conf")
 }
 
-start_accounts() {  # the database, its daemon, and the cluster's name in it
+start_accounts() {  # start the database and its daemon, and register the cluster
     local port as=()
     port=$(sed -n 's/^StoragePort=//p' "$dir/slurmdbd.conf")
     [ "$(id -u)" != 0 ] || as=(--user=root)
@@ -183,12 +183,12 @@ start_accounts() {  # the database, its daemon, and the cluster's name in it
     fail "slurmdbd does not answer: $(cat "$dir/log/sacctmgr.out")"
 }
 
-init_of() {  # init_of NODE: the first process of its namespaces, as seen from here
+init_of() {  # init_of NODE: print the id, outside the namespaces, of their first process
     local holder
     holder=$(runs "$dir/run/$1.pid" unshare) && pgrep -P "$holder" | head -n 1 | grep .
 }
 
-raise_node() {  # namespaces for a node, and a cable to the bridge
+raise_node() {  # create the namespaces of a node and a virtual link to the bridge
     local net init i
     net=$(cat "$dir/net"); i=$(number "$1")
     ip link del "$bridge-$i" 2>/dev/null || true
@@ -232,13 +232,13 @@ kill_node() {
     local pid
     if [ "$(mode)" = net ]; then
         if pid=$(runs "$dir/run/$1.pid" unshare); then
-            kill -KILL "$pid"                                  # --kill-child: all in its namespace goes with it
+            kill -KILL "$pid"                                  # --kill-child: ends all processes of its namespace
             for _ in $(seq 100); do runs "$dir/run/$1.pid" unshare >/dev/null || break; sleep 0.05; done
         fi
         ip link del "$bridge-$(number "$1")" 2>/dev/null || true
     else
         if pid=$(runs "$dir/run/slurmd.$1.pid" slurmd); then kill -KILL "$pid"; fi
-        for pid in $(pgrep -x slurmstepd || true); do          # steps of this node have its log open
+        for pid in $(pgrep -x slurmstepd || true); do          # job steps of this node have its log open
             if ls -l "/proc/$pid/fd" 2>/dev/null | grep -qF -- "-> $dir/log/slurmd.$1.log"; then kill_tree "$pid"; fi
         done
     fi
