@@ -93,7 +93,7 @@ class DataConfig(ConfigModel):
         None,
         description="Number of input channels of the model. Grayscale images are repeated to fill 3 channels, color "
         "images are averaged to 1. Default: 3 with pretrained weights, else that of the data set "
-        f"(1 for {' and '.join(name for name, info in DATASETS.items() if info.channels == 1)}, 3 for the others).",
+        f"(1 for {', '.join(name for name, info in DATASETS.items() if info.channels == 1)}, 3 for the others).",
     )
     image_size: ImageSize | None = Field(
         None,
