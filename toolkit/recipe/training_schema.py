@@ -45,10 +45,10 @@ class SchedulerConfig(ConfigModel):
 
     name: Literal["constant", "step", "exponential", "cosine", "polynomial", "one_cycle", "plateau"] = Field(
         "constant",
-        description="constant: lr in every epoch. step: multiply by gamma every step_size epochs. exponential: multiply "
-        "by gamma every epoch. cosine, polynomial: fall from lr to min_lr, along half a cosine or as (remaining share of "
-        "the epochs) ** power. one_cycle: rise from start_factor x lr to lr, then fall to end_factor x lr. plateau: "
-        "multiply by gamma when the metric stops improving.",
+        description="constant: lr in every epoch. step: multiply by gamma every step_size epochs. exponential: "
+        "multiply by gamma every epoch. cosine, polynomial: fall from lr to min_lr, along half a cosine or as "
+        "(remaining share of the epochs) ** power. one_cycle: rise from start_factor x lr to lr, then fall "
+        "to end_factor x lr. plateau: multiply by gamma when the metric stops improving.",
     )
     step_size: int | None = Field(
         None, ge=1, description="step: epochs between two reductions.", json_schema_extra=EPOCHS
