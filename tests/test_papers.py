@@ -279,7 +279,7 @@ def test_augmented_images_are_squashed_except_in_one_row_that_keeps_the_aspect_r
 def test_no_published_train_accuracy_is_above_the_share_of_images_in_whole_batches(name: str) -> None:
     """Of 2,892 training images the last batch is dropped, but correct predictions were divided by all images."""
     note = study_file(name).table.note
-    assert "Published train accuracies are right answers divided by all 2,892 training images" in note
+    assert "Published training accuracies are correct predictions divided by all 2,892 training images" in note
     for run in expansion(name).runs:
         size = run.recipe.train.batch_size
         ceiling = round(2892 // size * size / 2892, 4)
