@@ -18,7 +18,7 @@ from report_runs import HOSTILE, PREDICTIONS, VAL_ACCURACY, first_layer, write_r
 from toolkit.errors import UserError
 from toolkit.report import data_plots, learning_curves, test_plots
 from toolkit.report.conv_filters import (
-    SHOWN,
+    MAX_SHOWN,
     channel_products,
     choose,
     effect_figure,
@@ -150,8 +150,8 @@ def test_filters_before_and_after_stand_side_by_side_under_the_same_numbers() ->
     ]
     assert not np.array_equal(before.images[0].get_array(), after.images[0].get_array())
     many = filters_figure("title", known_filters(400))
-    assert len(many.axes[0].texts) == SHOWN
-    assert f"first {SHOWN} of 400" in many.texts[0].get_text()
+    assert len(many.axes[0].texts) == MAX_SHOWN
+    assert f"first {MAX_SHOWN} of 400" in many.texts[0].get_text()
 
 
 def test_the_filters_shown_on_an_image() -> None:
