@@ -21,18 +21,18 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RE
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 ELSEWHERE = {
-    r"toolkit submit .*": "test_slurm_cluster.py::test_a_run_on_two_nodes_equals_one_on_one_process",
+    r"toolkit submit .*": "test_slurm_cluster.py::test_a_run_on_two_nodes_equals_a_run_in_one_process",
     r"toolkit submit (STUDY|recipes/studies/|search).*": (
         "test_slurm_arrays.py::test_a_resubmitted_array_trains_only_the_run_that_failed"
     ),
-    r"toolkit (cancel|logs) .*": "test_slurm.py::test_status_logs_and_cancel_without_jobs",
+    r"toolkit (cancel|logs) .*": "test_slurm.py::test_status_logs_and_cancel_report_that_there_are_no_jobs",
     r"toolkit status runs/(digits-seeds|search)": "test_slurm.py::test_status_of_a_study_names_the_row_of_each_run",
     r"toolkit publish .*": "test_publish.py::test_with_a_login_everything_is_pushed",
     r"toolkit sync .+": "test_sync.py::test_a_run_arrives_whole_and_once",
     r"toolkit report .*--wandb": (
         "test_wandb_report.py::test_table_curves_comparison_and_notes_over_the_runs_of_the_study"
     ),
-    r"toolkit report RUN --filters 3,17": "test_report.py::test_filters_by_number",
+    r"toolkit report RUN --filters 3,17": "test_report.py::test_first_layer_filters_are_drawn_by_their_number",
     r"toolkit bench .*": "test_bench.py::test_metrics_of_the_quickstart_are_consistent",
     r"toolkit bench .*--compare\]?": "test_bench.py::test_comparing_with_the_plain_loop_needs_no_source_checkout",
     r"toolkit --(install|show)-completion": "test_cli.py::test_the_completion_script_and_completion_work",

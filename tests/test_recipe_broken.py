@@ -1,6 +1,6 @@
 """Golden files: every recipe of tests/broken gives exactly the messages in the text file of the same name.
 
-After a wanted change of messages, write the text files anew with ``TOOLKIT_WRITE_GOLDEN=1 pytest
+After an intended change of messages, rewrite the text files with ``TOOLKIT_WRITE_GOLDEN=1 pytest
 tests/test_recipe_broken.py`` and read the difference. Leading lines ``# set: ARGUMENT`` are ``--set`` arguments.
 """
 

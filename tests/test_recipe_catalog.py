@@ -1,4 +1,4 @@
-"""The catalog of names: current, and consistent with what torchvision, timm and torch accept."""
+"""The catalog of names is up to date and consistent with what torchvision, timm and torch accept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from toolkit.recipe.catalog.generate import EXCLUDED_TRANSFORMS, generate
 from toolkit.similar_names import similar_names
 
 
-def test_catalog_is_current() -> None:
+def test_the_catalog_is_up_to_date() -> None:
     recorded, generated = catalog.catalog(), json.loads(generate())
     versions = recorded["versions"], generated["versions"]
     parts = {*recorded, *generated} - {"versions"}
@@ -22,7 +22,7 @@ def test_catalog_is_current() -> None:
     assert not changed, "run python -m toolkit.recipe.catalog"
 
 
-def test_known_facts() -> None:
+def test_the_catalog_has_known_names_and_arguments() -> None:
     assert catalog.weights_names("torchvision", "resnet50") == ["IMAGENET1K_V2", "IMAGENET1K_V1"]
     assert catalog.weights_names("torchvision", "alexnet") == ["IMAGENET1K_V1"]
     alexnet = catalog.weights_input("torchvision", "alexnet", "DEFAULT")
@@ -41,7 +41,7 @@ def test_known_facts() -> None:
     assert "efficientnet_lite0" in catalog.model_names("timm")
 
 
-def test_transforms_take_what_the_catalog_says() -> None:
+def test_transforms_accept_the_arguments_of_the_catalog() -> None:
     from torchvision.transforms import v2
 
     required = {"integer": 8, "number": 0.5, "array": [8, 8], "text": "x", "boolean": True}
@@ -58,7 +58,7 @@ def test_transforms_take_what_the_catalog_says() -> None:
     assert set(catalog.transforms()) == classes - set(EXCLUDED_TRANSFORMS)
 
 
-def test_optimizers_take_what_the_catalog_says() -> None:
+def test_optimizers_accept_the_arguments_of_the_catalog() -> None:
     import torch
     from timm.optim import create_optimizer_v2, list_optimizers
 
@@ -74,7 +74,7 @@ def test_optimizers_take_what_the_catalog_says() -> None:
             create_optimizer_v2([parameter], opt=name, lr=0.1)
 
 
-def test_similar_names_ignore_case_and_skip_very_long_names() -> None:
+def test_suggested_names_ignore_case_and_skip_very_long_input() -> None:
     assert similar_names("RESNET18", ["resnet18", "vgg"], 1) == ["resnet18"]
     assert similar_names("randomhorizontalflip", ["RandomHorizontalFlip"]) == ["RandomHorizontalFlip"]
     assert similar_names("zzz", ["resnet18"]) == []

@@ -1,4 +1,4 @@
-"""Checks across keys: each one reports the case it is for, and nothing for a similar valid case."""
+"""Checks across keys: each one reports its invalid case, and nothing for a similar valid case."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONVNET = [*PLAIN, 'model.source="toolkit"', 'model.name="convnet"', "model.conv
 
 
 def issues(*overrides: str) -> list[str]:
-    """Severity and message of all issues of BASE with these overrides."""
+    """Return severity and message of all issues of BASE with these overrides."""
     try:
         recipe = loads_recipe(BASE, overrides)
     except RecipeError as error:
@@ -40,7 +40,7 @@ def issues(*overrides: str) -> list[str]:
 
 
 CASES: list[tuple[str, list[str], list[str]]] = [
-    # the issue, overrides that cause it, overrides that do not
+    # the issue, overrides that cause it, similar overrides that do not cause it
     ("error: model.name: torchvision has no model", ['model.name="resnet19"'], ['model.name="resnet34"']),
     ("error: model.name: torchvision has no model", ['model.name="hf-hub:evil/model"'], []),
     ("error: model.name: source", [*CONVNET, 'model.name="x"'], CONVNET),
@@ -376,7 +376,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("found", "there", "not_there"), CASES)
-def test_rule(found: str, there: list[str], not_there: list[str]) -> None:
+def test_a_check_reports_its_case_but_no_similar_valid_one(found: str, there: list[str], not_there: list[str]) -> None:
     assert any(line.startswith(found) for line in issues(*there)), issues(*there)
     assert not any(line.startswith(found) for line in issues(*not_there)), issues(*not_there)
 
@@ -385,13 +385,13 @@ def test_the_base_recipe_has_no_issue() -> None:
     assert issues() == []
 
 
-def test_every_rule_is_in_the_list_once() -> None:
+def test_every_check_is_tested_once() -> None:
     assert len(set(RULES)) == len(RULES)
     assert all(rule.__doc__ for rule in RULES)
 
 
-def test_values_that_were_replaced_cause_no_further_errors() -> None:
-    """A wrong type of weights is one error, not also linear_probe without weights; likewise a misspelled key."""
+def test_an_invalid_value_causes_no_follow_up_errors() -> None:
+    """Weights of a wrong type are one error, without "linear_probe without weights" too; likewise a misspelled key."""
     assert len(issues('transfer.mode="linear_probe"', "model.weights=3")) == 1
     no_weights = BASE.replace("weights =", "weigths =").replace('"finetune"', '"linear_probe"')
     with pytest.raises(RecipeError) as caught:
@@ -408,19 +408,19 @@ def test_errors_in_one_table_do_not_hide_others() -> None:
 
 
 @pytest.mark.parametrize(("overrides", "channels"), [([], 3), (["data.channels=1"], 1), (['data.dataset="digits"'], 3)])
-def test_channels_follow_weights(overrides: list[str], channels: int) -> None:
+def test_channels_follow_the_pretrained_weights(overrides: list[str], channels: int) -> None:
     assert channels_of(loads_recipe(BASE, overrides)) == channels
     assert channels_of(loads_recipe(BASE, [*PLAIN, 'data.dataset="digits"'])) == 1
 
 
-def test_named_normalizations_are_those_of_timm() -> None:
+def test_named_normalizations_equal_timms() -> None:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
     assert NORMALIZATIONS["imagenet"] == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     assert NORMALIZATIONS["half"] == (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
 
 
-def test_all_choices_of_normalization_but_two_have_values() -> None:
+def test_all_normalization_names_but_two_have_fixed_values() -> None:
     choices = {"auto", "imagenet", "half", "dataset", "none"}
     assert set(NORMALIZATIONS) == choices - {"auto", "dataset"}
     for choice in choices:

@@ -52,7 +52,7 @@ test_accuracy = { value = 0.81, tolerance = 0.02, source = "a report" }
 
 
 def write(folder: Path, **files: str) -> Path:
-    """Write NAME.toml files; return the path of the first."""
+    """Write each text to NAME.toml; return the path of the first."""
     for name, text in files.items():
         (folder / f"{name}.toml").write_text(text, encoding="utf-8")
     return folder / f"{next(iter(files))}.toml"
@@ -76,7 +76,7 @@ def test_expectations_are_not_inherited(tmp_path: Path) -> None:
     assert (expected.at_least, expected.at_most) == (0.8, None)
 
 
-def test_a_recipe_has_its_values_and_all_defaults() -> None:
+def test_a_loaded_recipe_has_its_own_values_and_all_defaults() -> None:
     recipe = loads_recipe(VALID)
     assert (recipe.train.epochs, recipe.train.grad_accum_steps, recipe.data.split.validation) == (5, 1, 1000)
     assert recipe.augment.train[0].arguments == {"size": 32, "padding": 4}
@@ -111,7 +111,7 @@ def test_children_merge_tables_at_every_depth_and_replace_lists(tmp_path: Path) 
     assert (recipe.data.split.seed, recipe.data.split.validation) == (7, 1000)
 
 
-def test_parents_are_relative_to_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_of_parents_are_relative_to_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "recipes").mkdir()
     write(tmp_path / "base", root=VALID)
@@ -145,7 +145,7 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
         load_recipe(write(tmp_path, own='extends = "./own.toml"\n'))
 
 
-def test_overrides_apply_last_in_their_order(tmp_path: Path) -> None:
+def test_overrides_apply_last_and_in_order(tmp_path: Path) -> None:
     path = write(tmp_path, recipe=VALID)
     recipe = load_recipe(path, ["train.epochs=9", 'optimizer."lr"=1e-3', "train.epochs = 7", "data.split={seed=2}"])
     assert (recipe.train.epochs, recipe.optimizer.lr) == (7, 0.001)
@@ -159,7 +159,7 @@ def test_errors_in_overrides_and_in_the_file_are_reported_together(tmp_path: Pat
     assert [item.location is not None for item in caught.value.diagnostics] == [True] * 3
 
 
-def test_origins_name_file_and_line_override_or_default(tmp_path: Path) -> None:
+def test_the_origin_of_a_value_is_file_and_line_override_or_default(tmp_path: Path) -> None:
     path = write(tmp_path, child='extends = "parent.toml"\n[train]\nepochs = 6\n', parent=VALID)
     loaded = load(path, ["recipe.seed=4"])
     assert loaded.origins["train", "epochs"] == f"{path}:3"
@@ -177,7 +177,7 @@ def test_warnings_do_not_stop_a_recipe(tmp_path: Path) -> None:
     assert loaded.recipe.early_stopping.patience == 5
 
 
-def test_resolved_recipe_is_complete_and_stands_alone(tmp_path: Path) -> None:
+def test_the_resolved_recipe_is_complete_and_needs_no_parent(tmp_path: Path) -> None:
     recipe = loads_recipe(VALID)
     path = write(tmp_path, resolved=resolved_toml(recipe))
     assert load_recipe(path) == recipe
@@ -186,7 +186,7 @@ def test_resolved_recipe_is_complete_and_stands_alone(tmp_path: Path) -> None:
     assert all(origin.startswith(f"{path}:") for origin in load(path).origins.values())
 
 
-def test_keys_that_an_earlier_version_did_not_have_get_its_behavior() -> None:
+def test_keys_missing_in_an_earlier_version_get_that_versions_behavior() -> None:
     text = (RECIPES / "quickstart.toml").read_text(encoding="utf-8")
     plateau = 'scheduler={name="plateau", threshold_mode="abs"}'
     settings = ['data.exif="ignore"', "data.value_range=[0, 65535]", "model.convnet.bias=true", "model.head.bias=true"]
@@ -199,7 +199,7 @@ def test_keys_that_an_earlier_version_did_not_have_get_its_behavior() -> None:
     assert loads_recipe("".join(earlier[2:])) == loads_recipe(text, ['scheduler.name="plateau"'])
 
 
-def test_hash_is_of_content_not_of_layout() -> None:
+def test_the_hash_depends_on_content_not_on_layout() -> None:
     recipe = loads_recipe(VALID)
     reordered = "\n# comment\n[".join(["", *reversed(VALID[1:].split("\n["))])
     assert reordered.index("[expected_metrics]") < reordered.index("[recipe]")
@@ -210,7 +210,7 @@ def test_hash_is_of_content_not_of_layout() -> None:
     assert int(recipe_hash(recipe), 16) >= 0
 
 
-def test_diff_lists_what_differs() -> None:
+def test_diff_lists_the_keys_that_differ() -> None:
     first = loads_recipe(VALID)
     second = loads_recipe(VALID, ["train.epochs=6", "train.ema=0.99", "model.head.hidden=[]"])
     assert diff(first, first) == []
@@ -230,14 +230,14 @@ def test_diff_lists_what_differs() -> None:
         (b"", r"table \[train\] is missing"),
     ],
 )
-def test_unusable_files(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_with_invalid_content_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "recipe.toml"
     path.write_bytes(content)
     with pytest.raises(RecipeError, match=message):
         load_recipe(path)
 
 
-def test_unusable_paths(tmp_path: Path) -> None:
+def test_invalid_paths_are_refused(tmp_path: Path) -> None:
     write(tmp_path, resnet50=VALID)
     with pytest.raises(RecipeError, match=r"there is no recipe .*(?s:.*)did you mean .*resnet50\.toml"):
         load_recipe(tmp_path / "resnet5.toml")
@@ -248,7 +248,7 @@ def test_unusable_paths(tmp_path: Path) -> None:
     for name in ("a\0b", "x" * 5000):
         with pytest.raises(RecipeError):
             load_recipe(name)
-    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    os.mkfifo(tmp_path / "pipe")  # reading it would block forever
     with pytest.raises(RecipeError, match="is not a regular file"):
         load_recipe(write(tmp_path, child='extends = "pipe"\n'))
 
@@ -259,13 +259,13 @@ def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     assert load_recipe(path) == loads_recipe(VALID)
 
 
-def test_a_large_chain_is_refused(tmp_path: Path) -> None:
+def test_a_chain_of_large_files_is_refused(tmp_path: Path) -> None:
     half = "#" * (MAX_BYTES * 2 // 3) + "\n"
     with pytest.raises(RecipeError, match="together are larger than 64 KiB"):
         load_recipe(write(tmp_path, child=f'extends = "parent.toml"\n{half}', parent=half + VALID))
 
 
-def test_texts_cannot_extend_files() -> None:
+def test_a_recipe_given_as_text_cannot_extend_files() -> None:
     assert "cannot extend a file" in errors('extends = "/etc/passwd"\n' + VALID)
 
 
@@ -328,7 +328,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_texts_are_refused_quickly(text: str) -> None:
-    begin = time.process_time()  # not the wall clock: other tests may share the processor
+    begin = time.process_time()  # CPU time rather than wall-clock time, because other tests share the CPU
     message = errors(text)
     assert time.process_time() - begin < AT_ONCE_S
     assert len(message) < 20_000
@@ -337,7 +337,7 @@ def test_hostile_texts_are_refused_quickly(text: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.text() | st.text(alphabet="[]{}=.\"'#\n\\ a1_-:", max_size=60))
-def test_any_text_gives_a_recipe_or_our_error(text: str) -> None:
+def test_any_text_gives_a_recipe_or_a_recipe_error(text: str) -> None:
     if "\ud800" <= max(text, default="") <= "\udfff":
         text = text.encode("utf-8", "replace").decode()
     recipe_or_error(text)
@@ -345,8 +345,8 @@ def test_any_text_gives_a_recipe_or_our_error(text: str) -> None:
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
-def test_any_mutation_of_a_recipe_gives_a_recipe_or_our_error(data: st.DataObject) -> None:
-    """Spans of a valid recipe are removed, doubled, or replaced by fragments of TOML."""
+def test_any_mutation_of_a_recipe_gives_a_recipe_or_a_recipe_error(data: st.DataObject) -> None:
+    """Remove, double or replace spans of a valid recipe with fragments of TOML."""
     text = VALID
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(text)))
@@ -387,7 +387,7 @@ KEYS = [
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(KEYS), ODD_VALUES), max_size=3))
-def test_any_value_of_any_key_gives_a_recipe_or_our_error(changes: list[tuple[str, Any]]) -> None:
+def test_any_value_of_any_key_gives_a_recipe_or_a_recipe_error(changes: list[tuple[str, Any]]) -> None:
     recipe_or_error(VALID, [f"{key}={toml_value(value)}" for key, value in changes if "\n" not in toml_value(value)])
 
 
@@ -408,8 +408,8 @@ def recipe_or_error(text: str, overrides: list[str] | None = None) -> None:
     assert time.process_time() - begin < AT_ONCE_S
 
 
-def test_nothing_here_imports_torch() -> None:
-    """A fresh process loads a recipe, every module of the language and its writers: no torch, and under a second."""
+def test_loading_a_recipe_does_not_import_torch() -> None:
+    """A fresh process imports every module of toolkit.recipe and loads a recipe within a second and without torch."""
     code = (
         "import sys, time; begin = time.process_time()\n"
         "from toolkit.recipe import load_recipe\n"
@@ -421,4 +421,4 @@ def test_nothing_here_imports_torch() -> None:
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent / "broken" / "35-finetune-without-weights.toml")]
     tries = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3))
-    assert any(float(result.stdout) < 1 for result in tries)  # other work on the machine only adds
+    assert any(float(result.stdout) < 1 for result in tries)  # other load on the machine only adds time

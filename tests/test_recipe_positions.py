@@ -1,4 +1,4 @@
-"""Positions of keys and values in TOML texts, compared with tomli's values and in texts with known positions."""
+"""Positions of keys and values in TOML texts, checked against tomli's values and known positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ top = 1
 SAMPLE += "'''it's\n# no comment'''\n[[list]]\n[[list]]\nz = {}\n[list.inner]\nq = true\n"
 
 
-def test_known_positions() -> None:
+def test_keys_and_values_are_at_known_positions() -> None:
     spans = scan(SAMPLE)
     expected: dict[KeyPath, tuple[int, int, int, int]] = {
         ("top",): (2, 1, 2, 7),
@@ -43,12 +43,12 @@ def test_known_positions() -> None:
 
 
 def line_and_column(offset: int) -> tuple[int, int]:
-    """Line and column of an offset in the sample, both counted from 1."""
+    """Return line and column of an offset in the sample, both counted from 1."""
     before = SAMPLE[:offset].split("\n")
     return len(before), len(before[-1]) + 1
 
 
-def test_windows_line_ends_do_not_move_anything() -> None:
+def test_windows_line_endings_do_not_change_positions() -> None:
     windows, plain = parse("x", SAMPLE.replace("\n", "\r\n")), parse("x", SAMPLE)
     for path in plain.spans:
         for at_key in (True, False):
@@ -88,7 +88,7 @@ def text_at(text: str, span: Span, *, at_key: bool) -> str:
 
 @settings(max_examples=150, deadline=None)
 @given(DOCUMENTS.filter(surrogate_free), st.sampled_from(["", "# c [x] = \n\n", "\t \n"]))
-def test_every_value_of_tomli_has_a_position_at_which_its_key_begins(document: dict[str, Any], before: str) -> None:
+def test_every_value_that_tomli_reads_has_the_position_of_its_key(document: dict[str, Any], before: str) -> None:
     text = before + toml_document(document)
     parsed = tomli.loads(text)
     assert parsed == document
@@ -105,7 +105,7 @@ def test_every_value_of_tomli_has_a_position_at_which_its_key_begins(document: d
 
 @settings(max_examples=150, deadline=None)
 @given(DOCUMENTS.filter(surrogate_free))
-def test_toml_text_is_read_back_as_it_was(document: dict[str, Any]) -> None:
+def test_written_toml_is_read_back_unchanged(document: dict[str, Any]) -> None:
     assert tomli.loads(toml_document(document)) == document
     assert tomli.loads(f"value = {toml_value(document)}") == {"value": document}
 

@@ -1,4 +1,4 @@
-"""The JSON Schema for editors and the reference page: current, valid, and consistent with the loader."""
+"""The JSON Schema for editors and the reference page are up to date, valid, and consistent with the loader."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def schema_errors(text: str) -> list[str]:
     return [error.message for error in VALIDATOR.iter_errors(tomli.loads(text))]
 
 
-def test_checked_in_schema_is_current_and_valid() -> None:
+def test_the_committed_schema_is_up_to_date_and_valid() -> None:
     assert schema_text() == FILE.read_text(encoding="utf-8"), "run python -m toolkit.recipe.jsonschema"
     jsonschema.Draft7Validator.check_schema(SCHEMA)
 
 
-def test_every_key_is_described_and_none_is_required_outside_lists() -> None:
+def test_every_key_has_a_description_and_none_is_required_outside_lists() -> None:
     def visit(node: dict[str, Any], path: str, in_list: bool) -> None:
         assert in_list or "required" not in node, path
         for key, value in node.get("properties", {}).items():
@@ -63,14 +63,14 @@ def test_every_key_is_described_and_none_is_required_outside_lists() -> None:
 
 
 @pytest.mark.parametrize("name", FOUND_BY_SCHEMA)
-def test_broken_recipes_are_underlined(name: str) -> None:
+def test_the_schema_rejects_the_broken_recipes(name: str) -> None:
     (path,) = BROKEN.glob(f"[0-9][0-9]-{name}.toml")
     assert schema_errors(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", sorted(BROKEN.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_schema_is_never_stricter_than_the_loader(path: Path) -> None:
-    """What the loader accepts, perhaps with warnings, has no red underline."""
+    """The schema accepts every recipe that the loader accepts, with or without warnings."""
     try:
         recipe = loads_recipe(path.read_text(encoding="utf-8"))
     except RecipeError:
@@ -80,7 +80,7 @@ def test_the_schema_is_never_stricter_than_the_loader(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: path.stem)
-def test_shipped_recipes_fit_the_schema_and_refer_to_it(path: Path) -> None:
+def test_shipped_recipes_match_the_schema_and_refer_to_it(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert schema_errors(text) == []
     match = re.match(r"#:schema (\S+)\n", text)
@@ -88,14 +88,14 @@ def test_shipped_recipes_fit_the_schema_and_refer_to_it(path: Path) -> None:
     assert (path.parent / match[1]).resolve() == FILE
 
 
-def test_a_partial_recipe_fits() -> None:
+def test_a_partial_recipe_matches_the_schema() -> None:
     assert schema_errors('extends = "base.toml"\n[train]\nepochs = 3\n[model.head]\nhidden = []\n') == []
     assert schema_errors('[recipe]\nname = "Größe 3.5"\n') == []
     assert schema_errors('[recipe]\nname = "../x"\n')
     assert schema_errors("[augment]\ntrain = [{ p = 0.5 }]\n")
 
 
-def test_page_is_current() -> None:
+def test_the_reference_page_is_up_to_date() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert updated(page) == page, "run python -m toolkit.recipe.docs_generator"
     for name, table in Recipe.model_fields.items():
@@ -104,7 +104,7 @@ def test_page_is_current() -> None:
             assert f"| `{key}` |" in page
 
 
-def test_examples_of_the_page_are_valid_recipes() -> None:
+def test_examples_on_the_reference_page_are_valid_recipes() -> None:
     examples = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(examples) == 2
     complete, child = examples
@@ -115,7 +115,7 @@ def test_examples_of_the_page_are_valid_recipes() -> None:
 
 
 def taplo(*paths: Path) -> tuple[int, str]:
-    """Exit status and messages of Taplo's checker, which reads the schema that each file's first line names."""
+    """Return Taplo's exit status and messages; it reads the schema named in each file's first line."""
     program = shutil.which(
         "taplo", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     )
@@ -134,7 +134,7 @@ def test_taplo_accepts_the_shipped_recipes() -> None:
     assert status == 0, messages
 
 
-def test_taplo_refuses_the_broken_ones(tmp_path: Path) -> None:
+def test_taplo_rejects_the_broken_recipes(tmp_path: Path) -> None:
     copies = []
     for name in FOUND_BY_SCHEMA:
         (source,) = BROKEN.glob(f"[0-9][0-9]-{name}.toml")

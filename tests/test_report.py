@@ -1,4 +1,4 @@
-"""toolkit report RUN: the files written, and the messages about incomplete runs."""
+"""`toolkit report RUN`: the files it writes, and its messages about incomplete runs."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ def _unwritten(figure: Figure, folder: Path, name: str, kinds: Sequence[str]) ->
 
 @pytest.fixture
 def unprinted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are drawn, and those of the page rendered, but no files for print are written, to take half the time."""
+    """Draw all figures and render those of the page, but skip the files for print; halves the time."""
     monkeypatch.setattr(run_report, "save", _unwritten)
 
 
 @pytest.fixture
 def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are drawn as objects, and neither written nor rendered, which takes a tenth of the time."""
+    """Draw figures as objects, without writing or rendering them; takes a tenth of the time."""
     monkeypatch.setattr(run_report, "save", _unwritten)
     monkeypatch.setattr(run_report, "page_svg", lambda figure, label: f"<svg><title>{html.escape(label)}</title></svg>")
 
 
-def test_all_figures_and_one_page(run: Run) -> None:
+def test_a_report_has_all_figures_and_one_page(run: Run) -> None:
     outcome = report(run.path)
     assert (outcome.status, outcome.stderr) == (0, "")
     expected = {f"{name}.{kind}" for name in FIGURES for kind in ("svg", "pdf")}
@@ -79,7 +79,7 @@ def test_all_figures_and_one_page(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("unprinted")
-def test_page_fetches_nothing_and_escapes_everything(tmp_path: Path) -> None:
+def test_the_page_makes_no_request_and_escapes_all_text(tmp_path: Path) -> None:
     for number, (classes, images) in enumerate(((HOSTILE, True), (SCRIPT, False))):
         run = write_run(tmp_path / str(number), classes, images=images)
         text = page(report(run.path))
@@ -87,14 +87,14 @@ def test_page_fetches_nothing_and_escapes_everything(tmp_path: Path) -> None:
         assert found.links
         assert all(link.startswith(("#", "data:image/")) for link in found.links)
         assert all(place.startswith("url(#") for place in re.findall(r"url\([^)]*\)", text))
-        assert found.names.count("script") == 2, "the page's data and the page's script"
-        assert "alert(1)" in text, "names are shown as text"
-        assert not [name for name in found.attributes if name.startswith("on")], "no handlers"
+        assert found.names.count("script") == 2, "only the page's data and script"
+        assert "alert(1)" in text, "names are escaped"
+        assert not [name for name in found.attributes if name.startswith("on")], "no event handlers"
         assert "default-src 'none'" in text
 
 
 class _Elements(HTMLParser):
-    """What a browser finds on a page."""
+    """Collects the elements that a browser finds on a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class _Elements(HTMLParser):
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_output_figures_only_and_json(run: Run, tmp_path: Path) -> None:
+def test_the_options_output_figures_only_and_json(run: Run, tmp_path: Path) -> None:
     found = json.loads(report(run.path, "-o", tmp_path / "deep" / "er.html", "--json").stdout)
     assert found["report"] == str(tmp_path / "deep" / "er.html")
     assert len(found["figures"]) == 2 * len(FIGURES | PHOTOGRAPHS)
@@ -125,7 +125,7 @@ def test_output_figures_only_and_json(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_filters_by_number(run: Run) -> None:
+def test_first_layer_filters_are_drawn_by_their_number(run: Run) -> None:
     assert "The filters that training has changed most, on test/" in page(report(run.path))
     assert "The requested filters, on test/" in page(report(run.path, "--filters", "3, 1"))
     assert "numbered from 1 to 4" in report(run.path, "--filters", "0").stderr
@@ -139,7 +139,7 @@ def test_filters_by_number(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_an_unfinished_run_is_shown_as_far_as_it_is_complete(run: Run) -> None:
+def test_an_unfinished_run_is_reported_up_to_its_last_epoch(run: Run) -> None:
     (run.path / "summary.json").unlink()
     (run.path / "predictions.csv").unlink()
     outcome = report(run.path)
@@ -151,7 +151,7 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is_complete(run: Run) -> None:
     assert "Confusion" not in text
 
 
-def test_a_run_without_a_finished_epoch_is_bad_input(run: Run) -> None:
+def test_a_run_without_a_finished_epoch_is_refused(run: Run) -> None:
     run.write_metrics(0, b'{"epoch": 0.5, "step": 1, "lr": 0.1, "train/step_loss": 2.0}\n')
     for _ in range(2):
         outcome = report(run.path)
@@ -161,14 +161,14 @@ def test_a_run_without_a_finished_epoch_is_bad_input(run: Run) -> None:
         run.metrics_file.unlink(missing_ok=True)
 
 
-def test_a_folder_that_is_not_a_run_is_bad_input(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     outcome = report(tmp_path)
     assert outcome.status == 2
     assert f"{tmp_path} is not a run directory" in outcome.stderr
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_what_cannot_be_written_is_bad_input(run: Run, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     outcome = report(run.path, "-o", tmp_path / "file" / "x.html")
     assert outcome.status == 2
@@ -190,7 +190,7 @@ GARBAGE: dict[str, list[bytes]] = {
 
 @pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("name", GARBAGE)
-def test_damage_is_named_and_the_rest_is_shown(run: Run, name: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_named_and_the_rest_is_reported(run: Run, name: str, tmp_path: Path) -> None:
     for number, content in enumerate(GARBAGE[name]):
         damaged = Run(tmp_path / f"damaged{number}")
         shutil.copytree(run.path, damaged.path)
@@ -207,7 +207,7 @@ def test_damage_is_named_and_the_rest_is_shown(run: Run, name: str, tmp_path: Pa
 
 @pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("name", [*GARBAGE, "metrics.jsonl"])
-def test_a_missing_file_is_named_and_the_rest_is_shown(run: Run, name: str) -> None:
+def test_a_missing_file_is_named_and_the_rest_is_reported(run: Run, name: str) -> None:
     (run.path / name).unlink(missing_ok=True)
     outcome = report(run.path)
     if name == "metrics.jsonl":
@@ -236,7 +236,7 @@ def _data(text: str) -> str:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_losses_that_are_not_numbers_are_gaps(run: Run) -> None:
+def test_losses_that_are_not_finite_are_gaps_in_the_curve(run: Run) -> None:
     lines = run.metrics_file.read_text().splitlines()
     lines[1] = re.sub(r'"train/loss": [\d.]+', '"train/loss": NaN', lines[1])
     run.metrics_file.write_text("\n".join(lines) + "\n")
@@ -244,7 +244,7 @@ def test_losses_that_are_not_numbers_are_gaps(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_a_missing_data_set(run: Run, tmp_path: Path) -> None:
+def test_a_report_without_the_data_set_has_no_images(run: Run, tmp_path: Path) -> None:
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     outcome = report(run.path)
     assert outcome.status == 0
@@ -260,7 +260,7 @@ def test_a_missing_data_set(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_a_data_set_with_other_classes_in_its_place(run: Run, tmp_path: Path) -> None:
+def test_a_data_set_with_other_classes_is_not_used(run: Run, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "data")
     digit_files(tmp_path / "data", train=1, test=1)
     outcome = report(run.path)
@@ -269,7 +269,7 @@ def test_a_data_set_with_other_classes_in_its_place(run: Run, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_single_unreadable_images(run: Run, tmp_path: Path) -> None:
+def test_unreadable_images_are_left_out(run: Run, tmp_path: Path) -> None:
     for path in (tmp_path / "data" / "test").glob("*/2.png"):
         path.write_bytes(b"no image")
     outcome = report(run.path)
@@ -278,7 +278,7 @@ def test_single_unreadable_images(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unprinted")
-def test_many_classes_stay_small_and_are_cut(tmp_path: Path) -> None:
+def test_a_report_on_many_classes_stays_small(tmp_path: Path) -> None:
     classes = [f"class {number:03d}" for number in range(300)]
     run = write_run(tmp_path, classes, images=False)
     outcome = report(run.path)
@@ -290,11 +290,11 @@ def test_many_classes_stay_small_and_are_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_recipe_highlights_what_differs(run: Run) -> None:
+def test_the_recipe_table_highlights_keys_that_differ_from_the_default(run: Run) -> None:
     text = page(report(run.path))
     assert "Highlighted: values that differ from the defaults. The run did not record" in text
     rows = _recipe_rows(text)
-    assert rows["train.epochs"][0] == "changed", "it has no default"
+    assert rows["train.epochs"][0] == "changed", "the key has no default"
     assert rows["early_stopping.patience"] == ("changed", "2", "not set")
     assert rows["recipe.seed"] == ("default", "0", "0")
     keys = {"train.epochs": "recipes/a.toml:12", "optimizer.lr": "--set", "data.root": "recipes/base/b.toml:3"}
@@ -309,7 +309,7 @@ def test_recipe_highlights_what_differs(run: Run) -> None:
 
 
 def _recipe_rows(text: str) -> dict[str, tuple[str, str, str]]:
-    """Kind, value and default of each key."""
+    """Return kind, value and default of each key."""
     table = text[text.index('<table id="recipe-table"') :]
     rows = re.findall(r'<tr class="(\w+)"[^>]*>(.*?)</tr>', table[: table.index("</table>")])
     cells = [(kind, re.findall(r"<code>(.*?)</code>", row)) for kind, row in rows]
@@ -325,7 +325,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.usefixtures("unprinted")
-def test_a_trained_run_has_what_its_report_needs(trained: Run) -> None:
+def test_a_trained_run_has_all_files_that_its_report_needs(trained: Run) -> None:
     outcome = report(trained.path)
     assert (outcome.status, outcome.stderr) == (0, "")
     text = page(outcome)
@@ -337,7 +337,7 @@ def test_a_trained_run_has_what_its_report_needs(trained: Run) -> None:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_the_end_of_a_run_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_writes_its_report_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = _small(tmp_path)
     outcome = toolkit("train", str(QUICKSTART), *settings)
     assert outcome.status == 0, outcome.stderr
@@ -364,8 +364,8 @@ def _small(folder: Path) -> list[str]:
     return [part for setting in given for part in ("--set", setting)]
 
 
-def test_samples_are_shown_as_they_are_trained_on(tmp_path: Path) -> None:
-    """File, evaluation input and one with the recipe's augmentation, which here turns images upside down."""
+def test_sample_images_are_shown_as_the_model_gets_them(tmp_path: Path) -> None:
+    """Shows the file, the evaluation input and an augmented input; the augmentation here flips images vertically."""
     run = train_on_files(tmp_path, CONVNET, 'augment.train=[{ name = "RandomVerticalFlip", p = 1.0 }]')
     text = page(report(run.path))
     samples = re.findall(r'<li><div class="images">(.+?)</div><b>(\d)</b></li>', text)
@@ -381,7 +381,7 @@ def _pixels(base64_png: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 processes"), (1, "1 process"), (2, "2 processes")])
-def test_counts_come_with_the_right_form_of_their_noun(count: int, text: str) -> None:
+def test_nouns_agree_with_their_counts(count: int, text: str) -> None:
     assert plural(count, "process", "processes") == text
     assert plural(count, "epoch") == text.replace("processes", "epochs").replace("process", "epoch")
 
@@ -395,5 +395,5 @@ def test_counts_come_with_the_right_form_of_their_noun(count: int, text: str) ->
         (2, 32, "64 = 2 processes x 32 accumulation steps x 1 image"),
     ],
 )
-def test_the_split_of_a_batch_is_formatted(processes: int, grad_accum_steps: int, text: str) -> None:
+def test_micro_batches_and_processes_of_a_batch_are_formatted(processes: int, grad_accum_steps: int, text: str) -> None:
     assert batch_split(64, processes, grad_accum_steps) == text

@@ -1,4 +1,4 @@
-"""Resuming after something changed: the recipe, the data, the best weights, values that are not finite, the clock."""
+"""Resuming after a change of the recipe, data, best weights or clock, and after values that are not finite."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    """A recipe on 60 image files, four classes c0 to c3."""
+    """Write a recipe on 60 image files in four classes, c0 to c3."""
     write_images(tmp_path / "data")
     return load_recipe(write_recipe(tmp_path))
 
 
 def changed(recipe: Recipe, **settings: Any) -> Recipe:
-    """The recipe with other values, ``table__key=value``."""
+    """Return the recipe with changed values, given as ``table__key=value``."""
     content = resolved_content(recipe)
     for key, value in settings.items():
         table, _, name = key.partition("__")
@@ -71,7 +71,7 @@ def resumed(run: Run, recipe: Recipe | None = None, **arguments: Any) -> Run:
     return fit(recipe or run.recipe, resume=run.path, quiet=True, **arguments)
 
 
-def places(run: Run) -> list[str]:
+def checkpoint_names(run: Run) -> list[str]:
     return sorted(path.stem for path in run.checkpoints.glob("0*.json"))
 
 
@@ -79,7 +79,7 @@ def content(run: Run) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path.name != "log.txt"}
 
 
-def pictures(recipe: Recipe, names: list[str]) -> set[bytes]:
+def image_bytes(recipe: Recipe, names: list[str]) -> set[bytes]:
     return {Path(recipe.data.root, name).read_bytes() for name in names}
 
 
@@ -110,7 +110,7 @@ def relabel_under_the_same_name(data: Path) -> None:
 
 
 def swap(data: Path) -> None:
-    """Both names stay, and each image has the other's class."""
+    """Swap two images of different classes; both file names stay."""
     (data / "c0" / "03.bmp").rename(data / "aside")
     (data / "c1" / "03.bmp").rename(data / "c0" / "03.bmp")
     (data / "aside").rename(data / "c1" / "03.bmp")
@@ -131,7 +131,7 @@ def replace_one_of_equal_size(data: Path) -> None:
 
 
 def copy_and_replace(data: Path) -> None:
-    """All times differ, as in a copy; a whole class has other images of the same sizes."""
+    """Change all file times, as copying does, and replace a whole class with other images of the same sizes."""
     for path in data.rglob("*.bmp"):
         os.utime(path)
     for path in data.glob("c0/*.bmp"):
@@ -152,7 +152,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_data_are_refused_with_their_differences_and_nothing_is_written(
+def test_resuming_on_changed_data_is_refused_with_the_differences_and_writes_nothing(
     recipe: Recipe, change: Callable[[Path], None]
 ) -> None:
     run = paused(recipe)
@@ -165,7 +165,7 @@ def test_changed_data_are_refused_with_their_differences_and_nothing_is_written(
     assert content(run) == before
 
 
-def test_unchanged_and_copied_data_go_on_exactly(recipe: Recipe) -> None:
+def test_resuming_on_unchanged_or_copied_data_is_bit_identical(recipe: Recipe) -> None:
     plain = outcome(fit(recipe, quiet=True))
     run = paused(recipe)
     assert outcome(resumed(run)) == plain
@@ -177,29 +177,31 @@ def test_unchanged_and_copied_data_go_on_exactly(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("change", [c for c in CHANGES if c is not copy_and_replace])
-def test_under_allowed_changes_trained_images_stay_out_of_validation_and_test(
+def test_with_allowed_changes_trained_images_stay_out_of_validation_and_test(
     recipe: Recipe, change: Callable[[Path], None]
 ) -> None:
     run = paused(recipe)
     before = run.split
-    trained, aside = pictures(recipe, before["train"]), pictures(recipe, before["validation"] + before["test"])
+    trained, aside = image_bytes(recipe, before["train"]), image_bytes(recipe, before["validation"] + before["test"])
     change(Path(recipe.data.root))
     resumed(run, until=3, allow_changes=True)
     now = run.split
-    assert not trained & pictures(recipe, now["validation"] + now["test"])
+    assert not trained & image_bytes(recipe, now["validation"] + now["test"])
     assert json.loads((run.path / "split-1.json").read_text()) == before
-    there = pictures(recipe, [name for split in SPLITS for name in now[split]])
-    if change not in (swap, relabel_under_the_same_name):  # there a name and an image mean different splits
-        assert there & aside <= pictures(recipe, now["validation"] + now["test"]), "the others stay where they were"
+    there = image_bytes(recipe, [name for split in SPLITS for name in now[split]])
+    if change not in (swap, relabel_under_the_same_name):  # in that case name and content belong to different splits
+        assert there & aside <= image_bytes(recipe, now["validation"] + now["test"]), (
+            "untrained images keep their split"
+        )
     split = (run.path / "split.json").read_bytes()
-    resumed(run)  # now these data are the run's own
+    resumed(run)  # from now on these are the run's data
     assert (run.path / "split.json").read_bytes() == split
     assert run.is_finished
     assert len(run.predictions()) == len(now["test"])
     assert [path.name for path in run.path.glob("split-*.json")] == ["split-1.json"]
 
 
-def test_images_that_were_trained_and_come_back_do_not_land_in_test(recipe: Recipe) -> None:
+def test_trained_images_that_return_after_deletion_do_not_enter_test(recipe: Recipe) -> None:
     run = paused(recipe, 1)
     trained = run.split["train"]
     data, aside = Path(recipe.data.root), Path(recipe.data.root).parent / "aside"
@@ -216,8 +218,8 @@ def test_images_that_were_trained_and_come_back_do_not_land_in_test(recipe: Reci
     assert sorted(path.name for path in run.path.glob("split-*.json")) == ["split-1.json", "split-2.json"]
 
 
-def test_an_edited_split_file_is_not_what_a_run_goes_on_from(recipe: Recipe) -> None:
-    """The data are those of the checkpoint, as its hash says, so the file is written anew."""
+def test_resuming_ignores_an_edited_split_file(recipe: Recipe) -> None:
+    """The checkpoint's hash shows that the data are unchanged, so the split file is rewritten."""
     plain = fit(recipe, quiet=True)
     run = paused(recipe)
     split = run.split
@@ -227,14 +229,14 @@ def test_an_edited_split_file_is_not_what_a_run_goes_on_from(recipe: Recipe) -> 
     assert run.split == plain.split
 
 
-def test_a_class_order_that_changed_is_refused_even_if_changes_are_allowed(recipe: Recipe) -> None:
+def test_a_changed_class_order_is_refused_even_if_changes_are_allowed(recipe: Recipe) -> None:
     run = paused(recipe)
     (Path(recipe.data.root) / "c0").rename(Path(recipe.data.root) / "d")
     with pytest.raises(UserError, match="the model's 4 outputs are the classes in the order of their names"):
         resumed(run, allow_changes=True)
 
 
-def test_another_split_in_the_recipe_keeps_trained_images_out_too(recipe: Recipe) -> None:
+def test_changing_the_split_in_the_recipe_keeps_trained_images_out_too(recipe: Recipe) -> None:
     run = paused(recipe)
     trained = set(run.split["train"])
     other = {**resolved_content(recipe)["data"]["split"], "seed": 5, "test": 0.4}
@@ -243,7 +245,7 @@ def test_another_split_in_the_recipe_keeps_trained_images_out_too(recipe: Recipe
     assert run.is_finished
 
 
-def test_where_it_is_not_known_what_was_trained_changed_data_are_refused(recipe: Recipe) -> None:
+def test_changed_data_are_refused_if_the_trained_images_are_unknown(recipe: Recipe) -> None:
     run = paused(recipe)
     remove(Path(recipe.data.root))
     (run.path / "split.json").write_text("{}")
@@ -269,7 +271,7 @@ def test_two_processes_refuse_changed_data_together(tmp_path: Path, recipe: Reci
     assert allowed.wait() == [0, 0], allowed.text()
     run = only_run(tmp_path)
     before = json.loads((run.path / "split-1.json").read_text())
-    assert not pictures(recipe, before["train"]) & pictures(recipe, run.split["validation"] + run.split["test"])
+    assert not image_bytes(recipe, before["train"]) & image_bytes(recipe, run.split["validation"] + run.split["test"])
 
 
 # -- the recipe -------------------------------------------------------------------------------------------------------
@@ -311,19 +313,19 @@ def test_a_recipe_edited_inside_the_run_is_refused_with_its_differences(recipe: 
     assert "--allow-changes" in message
     assert content(run) == before
     resumed(run, until=2, allow_changes=True)
-    resumed(run)  # from here on the checkpoint is one of the edited recipe
+    resumed(run)  # the checkpoint now has the edited recipe
     assert [(record["epoch"], record["lr"]) for record in run.epochs()] == [(1, 0.05), (2, 0.05), (3, 0.01)]
 
 
-def test_fewer_epochs_than_were_trained_finish_with_the_last_one_where_this_is_wanted(recipe: Recipe) -> None:
+def test_with_allowed_changes_fewer_epochs_than_trained_end_the_run(recipe: Recipe) -> None:
     last = changed(recipe, train__best_metric="last")
     run = paused(last, 3)
     resumed(run, changed(last, train__epochs=2), allow_changes=True)
     assert run.summary["best"]["epoch"] == run.summary["epochs_run"] == 3
 
 
-def test_images_taken_from_validation_and_test_for_good(recipe: Recipe) -> None:
-    """Resumed without validation and test, on all images."""
+def test_a_run_can_be_resumed_without_validation_and_test(recipe: Recipe) -> None:
+    """The resumed run trains on all images."""
     run = paused(recipe)
     none = {**resolved_content(recipe)["data"]["split"], "validation": 0, "test": 0}
     resumed(run, changed(recipe, data__split=none, train__best_metric="last"), allow_changes=True)
@@ -331,11 +333,11 @@ def test_images_taken_from_validation_and_test_for_good(recipe: Recipe) -> None:
     assert run.summary["best"]["epoch"] == 4
 
 
-def test_an_edit_that_does_not_change_the_experiment_is_no_matter(recipe: Recipe) -> None:
+def test_an_edit_that_does_not_change_the_experiment_is_accepted(recipe: Recipe) -> None:
     run = paused(recipe)
     edit(run, ("keep = 2", "keep = 1"))
     assert resumed(run).is_finished
-    assert len(places(run)) == 1
+    assert len(checkpoint_names(run)) == 1
 
 
 def test_a_checkpoint_of_another_run_is_refused(recipe: Recipe) -> None:
@@ -346,7 +348,7 @@ def test_a_checkpoint_of_another_run_is_refused(recipe: Recipe) -> None:
         resumed(run)
 
 
-def test_a_key_that_the_toolkit_got_meanwhile_is_no_difference(recipe: Recipe) -> None:
+def test_a_recipe_key_added_by_a_later_version_is_not_a_difference(recipe: Recipe) -> None:
     plain = outcome(fit(recipe, quiet=True))
 
     def without_key(checkpoint: dict[str, Any]) -> None:
@@ -360,7 +362,7 @@ def test_a_key_that_the_toolkit_got_meanwhile_is_no_difference(recipe: Recipe) -
 
 
 def of_an_earlier_version(run: Run) -> None:
-    """Nothing in the checkpoint but the hash of a recipe without a key that came later."""
+    """Reduce the checkpoint's recipe to a hash that lacks a key of a later version."""
     stored = resolved_content(run.recipe)
     del stored["train"]["drop_last"]
     (run.path / "recipe.toml").write_text(toml_document(stored))
@@ -375,7 +377,7 @@ def of_an_earlier_version(run: Run) -> None:
     assert content_hash(stored) != recipe_hash(run.recipe)
 
 
-def test_a_run_of_an_earlier_version_goes_on_but_not_if_its_recipe_was_edited(recipe: Recipe) -> None:
+def test_a_run_of_an_earlier_version_resumes_unless_its_recipe_was_edited(recipe: Recipe) -> None:
     plain = outcome(fit(recipe, quiet=True))
     run = paused(recipe)
     of_an_earlier_version(run)
@@ -385,12 +387,12 @@ def test_a_run_of_an_earlier_version_goes_on_but_not_if_its_recipe_was_edited(re
         resumed(run)
     (run.path / "recipe.toml").write_text(text)
     resumed(run, until=2)
-    assert (run.path / "recipe.toml").read_text() == text, "a kill before the next checkpoint must not lose its hash"
+    assert (run.path / "recipe.toml").read_text() == text, "a kill before the next checkpoint does not lose the hash"
     assert outcome(resumed(run)) == plain
 
 
-def test_adamw_with_gradual_unfreezing_goes_on_exactly(recipe: Recipe) -> None:
-    """The choice of PyTorch's fused kernel must not depend on what had begun to train when a run stopped."""
+def test_resuming_adamw_with_gradual_unfreezing_is_bit_identical(recipe: Recipe) -> None:
+    """The choice of PyTorch's fused kernel must not depend on which layers were trainable when the run stopped."""
     blocks = [{"channels": 4, "pool": 2}, {"channels": 6, "pool": 2}]
     recipe = changed(recipe, data__channels=3, model__convnet={"blocks": blocks})
     weights = fit(recipe, quiet=True).best_weights
@@ -405,8 +407,8 @@ def test_adamw_with_gradual_unfreezing_goes_on_exactly(recipe: Recipe) -> None:
     assert outcome(resumed(paused(recipe))) == outcome(fit(recipe, quiet=True))
 
 
-def test_random_numbers_that_cannot_be_keyed_are_a_warning_and_repeat_on_as_many_processes(recipe: Recipe) -> None:
-    """timm's DropBlock draws its own numbers."""
+def test_unkeyed_random_numbers_are_a_warning_and_repeat_on_the_same_number_of_processes(recipe: Recipe) -> None:
+    """timm's DropBlock uses the global random generator."""
     model = {"source": "timm", "name": "test_resnet", "args": {"drop_block_rate": 0.5}}
     recipe = Recipe.model_validate({**resolved_content(changed(recipe, data__image_size=32)), "model": model})
     run = resumed(paused(recipe))
@@ -440,7 +442,7 @@ def test_lost_or_edited_lines_of_metrics_are_refused(
     assert f"warning: metrics.jsonl is damaged ({fault}" in run.log_file.read_text()
 
 
-def test_lines_after_the_checkpoint_are_no_damage(recipe: Recipe) -> None:
+def test_lines_after_the_checkpoint_are_not_damage(recipe: Recipe) -> None:
     plain = outcome(fit(recipe, quiet=True))
     run = paused(recipe)
     with run.metrics_file.open("a") as file:
@@ -462,7 +464,7 @@ def best_file(run: Run) -> Path:
 
 
 def improving(recipe: Recipe) -> Recipe:
-    """With this selection each epoch is better than those before."""
+    """Return a recipe whose best metric, the validation loss, improves in every epoch; assert that it does."""
     better = changed(recipe, train__best_metric="val/loss", optimizer__lr=0.02)
     losses = [record["val/loss"] for record in fit(better, quiet=True).epochs()]
     assert losses == sorted(losses, reverse=True)
@@ -470,7 +472,7 @@ def improving(recipe: Recipe) -> Recipe:
 
 
 @pytest.mark.parametrize("damage", [flip_weights, Path.unlink, lambda path: os.truncate(path, 99)])
-def test_damaged_best_weights_are_found_and_the_checkpoint_before_is_used(
+def test_damaged_best_weights_are_detected_and_the_previous_checkpoint_is_used(
     recipe: Recipe, damage: Callable[[Path], None]
 ) -> None:
     recipe = improving(recipe)
@@ -483,7 +485,7 @@ def test_damaged_best_weights_are_found_and_the_checkpoint_before_is_used(
     assert "resuming after epoch 1, step 0" in log
 
 
-def test_where_all_checkpoints_need_the_lost_weights_nothing_is_begun_anew_unasked(recipe: Recipe) -> None:
+def test_if_all_checkpoints_need_lost_weights_training_does_not_restart_unasked(recipe: Recipe) -> None:
     recipe = improving(recipe)
     run = paused(changed(recipe, checkpoint__keep=1))
     path = best_file(run)
@@ -496,11 +498,11 @@ def test_where_all_checkpoints_need_the_lost_weights_nothing_is_begun_anew_unask
         resumed(run)
     assert content(run) == before
     resumed(run, until=2, allow_changes=True)
-    assert path.read_bytes() == lost, "they are those of the last epoch, which the checkpoint has"
+    assert path.read_bytes() == lost, "the best weights are those of the last epoch, which the checkpoint contains"
     assert resumed(run).summary["best"]["epoch"] == 4
 
 
-def test_a_best_file_that_is_gone_at_the_end_ends_with_a_sentence_and_the_run_can_be_resumed(
+def test_best_weights_missing_at_the_end_are_one_message_and_the_run_can_be_resumed(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = improving(recipe)
@@ -525,7 +527,7 @@ def test_a_best_file_that_is_gone_at_the_end_ends_with_a_sentence_and_the_run_ca
     ("predict", "RUN", "IMAGE"), ("evaluate", "RUN"), ("export", "RUN", "--format", "safetensors", "--out", "OUT"),
     ("publish", "RUN", "lab/small", "--no-push"),
 ])  # fmt: skip
-def test_a_flipped_bit_in_a_finished_run_s_weights_is_noticed_by_every_command(
+def test_every_command_detects_a_flipped_bit_in_a_finished_runs_weights(
     recipe: Recipe, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     run = fit(recipe, quiet=True)
@@ -545,7 +547,7 @@ def test_a_flipped_bit_in_a_finished_run_s_weights_is_noticed_by_every_command(
 
 
 def use(run: Run, folder: Path) -> dict[str, Any]:
-    """Every command that needs a finished run's model, with its outcome."""
+    """Run every command that needs a finished run's model; return the outcomes."""
     image = next(Path(run.recipe.data.root).rglob("*.bmp"))
     return {
         "predict": toolkit("predict", run.path, image),
@@ -555,14 +557,14 @@ def use(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
-def test_best_weights_or_classes_of_another_run_are_refused_by_every_command(recipe: Recipe, tmp_path: Path) -> None:
+def test_every_command_refuses_best_weights_or_classes_of_another_run(recipe: Recipe, tmp_path: Path) -> None:
     run, other = fit(recipe, quiet=True), fit(changed(recipe, recipe__seed=7), quiet=True)
     whole = run.best_weights.read_bytes()
     shutil.copy(other.best_weights, run.best_weights)
     for name, found in use(run, tmp_path).items():
         assert found.status == 2, name
         assert "best.safetensors is not the file that this run ended with" in found.stderr
-    run.best_weights.unlink()  # a hard link to the best epoch's file
+    run.best_weights.unlink()  # it is a hard link to the best epoch's file
     run.best_weights.write_bytes(whole)
     card = run.model_card
     run.write_json("checkpoints/model.json", {**card, "classes": card["classes"][::-1]})
@@ -586,13 +588,13 @@ def test_a_recipe_that_was_edited_after_the_end_is_not_published(recipe: Recipe,
             in found[name].stderr
         )
     assert not (tmp_path / "2/published").exists()
-    for path in run.checkpoints.glob("0*"):  # then nothing is left to compare with
+    for path in run.checkpoints.glob("0*"):  # without a checkpoint there is nothing to compare with
         path.unlink()
     assert {each.status for each in use(run, tmp_path / "3").values()} == {0}
 
 
 @pytest.mark.parametrize("bit", [0, 5])
-def test_any_flipped_bit_of_weights_is_found_or_does_no_harm(tmp_path: Path, bit: int) -> None:
+def test_any_flipped_bit_of_weights_is_detected_or_harmless(tmp_path: Path, bit: int) -> None:
     state = {"a": torch.arange(4.0), "b": torch.tensor(3), "c": torch.ones(2, 2, dtype=torch.bfloat16)}
     path = tmp_path / "w.safetensors"
     whole = pack_state(state, epoch=3)
@@ -604,10 +606,10 @@ def test_any_flipped_bit_of_weights_is_found_or_does_no_harm(tmp_path: Path, bit
             harmless += 1
             assert found.keys() == state.keys()
             assert all(torch.equal(found[name], value) for name, value in state.items())
-    assert harmless < 40, "those of the digest's own name and of the epoch"
+    assert harmless < 40, "only bits in the metadata keys of the digest and the epoch"
 
 
-def test_exported_weights_and_weights_to_begin_with_are_checked_too(recipe: Recipe, tmp_path: Path) -> None:
+def test_exported_and_initial_weights_are_checked_too(recipe: Recipe, tmp_path: Path) -> None:
     run, exported = fit(recipe, quiet=True), tmp_path / "exported"
     assert toolkit("export", run.path, "--format", "safetensors", "--out", exported).status == 0
     flip_weights(exported / "model.safetensors")
@@ -617,10 +619,10 @@ def test_exported_weights_and_weights_to_begin_with_are_checked_too(recipe: Reci
         fit(changed(recipe, model__weights=f"file:{exported / 'model.safetensors'}"), quiet=True)
 
 
-# -- what is not finite -----------------------------------------------------------------------------------------------
+# -- values that are not finite ---------------------------------------------------------------------------------------
 
 
-def test_the_first_tensor_that_is_not_finite_is_found() -> None:
+def test_the_first_tensor_that_is_not_finite_is_named() -> None:
     good = {"a": torch.ones(3), "b": torch.tensor(2.0), "none": torch.empty(0), "count": torch.tensor(7),
             "largest": torch.full((2,), torch.finfo(torch.float32).max), "half": torch.ones(2).bfloat16()}  # fmt: skip
     assert first_not_finite(good) is None
@@ -631,7 +633,7 @@ def test_the_first_tensor_that_is_not_finite_is_found() -> None:
 
 
 def exploding(recipe: Recipe, **settings: Any) -> Recipe:
-    """After one step the weights are near 1e24, which is finite, and the next loss is not."""
+    """Set a learning rate so that after one step weights near 1e24 are finite and the next loss is not."""
     return changed(recipe, optimizer__lr=1e25, checkpoint__every_steps=1, train__log_every=1, **settings)
 
 
@@ -639,17 +641,17 @@ def without_batch_norm(recipe: Recipe) -> Recipe:
     return changed(recipe, model__convnet={"blocks": [{"channels": 4, "pool": 2}]})
 
 
-def test_a_checkpoint_whose_next_loss_is_not_finite_is_not_called_good(recipe: Recipe) -> None:
+def test_a_checkpoint_followed_by_a_non_finite_loss_is_not_marked_good(recipe: Recipe) -> None:
     with pytest.raises(RunFailed, match=r"not finite at epoch 1, step 2 of 4.*; there is no checkpoint to resume from"):
         fit(exploding(without_batch_norm(recipe)), quiet=True)
     (run,) = runs_of(recipe.recipe.run_root, "small")
-    assert places(run) == ["0000-000001"]
+    assert checkpoint_names(run) == ["0000-000001"]
     assert find_latest(run.checkpoints, lambda _: None) is None
     assert torch.isfinite(load_checkpoint(next(run.checkpoints.glob("*.pt")))["model"]["head.weight"]).all()
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_the_last_good_checkpoint_is_kept_and_goes_on_as_if_nothing_had_happened(recipe: Recipe, keep: int) -> None:
+def test_resuming_from_the_last_good_checkpoint_is_bit_identical(recipe: Recipe, keep: int) -> None:
     recipe = changed(without_batch_norm(recipe), checkpoint__keep=keep, checkpoint__every_steps=1, train__log_every=1)
     plain = outcome(fit(recipe, quiet=True))
     run = paused(recipe, 1)
@@ -669,10 +671,10 @@ def newest_good(run: Run) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "name"), [("optimizer", "exp_avg_sq of "), ("weights", "head.weight")])
-def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(
+def test_a_state_that_is_not_finite_is_not_checkpointed(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
 ) -> None:
-    """In epoch 2, with all losses still finite."""
+    """The state becomes non-finite in epoch 2 while all losses are still finite."""
     recipe = changed(recipe, optimizer__name="adamw", optimizer__momentum=None, checkpoint__every_steps=2)
     update, count = TrainStep._update, itertools.count(1)
 
@@ -700,7 +702,7 @@ def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(
 @pytest.mark.parametrize(("first", "kept"), [
     (1, "there is no checkpoint to resume from"), (STEPS + 1, "the checkpoint of the end of epoch 1 is kept"),
 ])  # fmt: skip
-def test_stopped_with_a_full_disk_it_says_which_checkpoint_there_is(
+def test_stopping_with_a_full_disk_names_the_last_checkpoint(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, first: int, kept: str
 ) -> None:
     def full(path: Path, data: bytes) -> None:
@@ -719,12 +721,12 @@ def test_stopped_with_a_full_disk_it_says_which_checkpoint_there_is(
 # -- the clock --------------------------------------------------------------------------------------------------------
 
 
-def test_the_start_of_this_process_is_told_on_a_clock_that_nobody_sets() -> None:
+def test_the_process_start_time_is_on_the_monotonic_clock() -> None:
     age = time.monotonic() - process_start()
-    assert age == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.5)  # psutil knows whole seconds
+    assert age == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.5)  # psutil has whole seconds
 
 
-def test_a_clock_that_runs_backwards_changes_no_duration(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_set_back_changes_no_duration(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     began, clock = process_start(), itertools.count(time.time(), -1000.0)
     monkeypatch.setattr(time, "time", lambda: next(clock))
     run = fit(recipe, quiet=True, began=began)
@@ -732,5 +734,7 @@ def test_a_clock_that_runs_backwards_changes_no_duration(recipe: Recipe, monkeyp
     assert 0 < run.summary["startup_seconds"] < age
     assert 0 < run.summary["seconds"] < age
     assert run.summary["images_per_s"] > 0
-    said = re.findall(r"ready for the first step after (\S+) s, including (\S+) s of imports", run.log_file.read_text())
-    assert [float(value) >= 0 for value in said[0]] == [True, True]
+    durations = re.findall(
+        r"ready for the first step after (\S+) s, including (\S+) s of imports", run.log_file.read_text()
+    )
+    assert [float(value) >= 0 for value in durations[0]] == [True, True]

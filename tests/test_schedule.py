@@ -1,4 +1,4 @@
-"""Learning rates against torch's schedulers, which are stepped where ours are computed."""
+"""Learning rates, which the toolkit computes as functions of the step, against torch's schedulers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def optimizer() -> torch.optim.Optimizer:
 
 
 def stepped(make, epochs: int) -> list[float]:
-    """The learning rate of each epoch under a torch scheduler stepped once an epoch."""
+    """Return the learning rate of each epoch under a torch scheduler stepped once per epoch."""
     sgd = optimizer()
     scheduler = make(sgd)
     rates = []
@@ -48,18 +48,18 @@ def stepped(make, epochs: int) -> list[float]:
         ({"name": "constant"}, lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
     ],
 )
-def test_epoch_by_epoch_like_torch(table: dict, make) -> None:
-    ours = [learning_rate(SchedulerConfig(**table), PEAK, epoch, 12) for epoch in range(12)]
-    assert ours == pytest.approx(stepped(make, 12), rel=1e-9)
+def test_each_schedule_equals_torchs_epoch_by_epoch(table: dict, make) -> None:
+    computed = [learning_rate(SchedulerConfig(**table), PEAK, epoch, 12) for epoch in range(12)]
+    assert computed == pytest.approx(stepped(make, 12), rel=1e-9)
 
 
-def test_step_and_exponential_hold_within_an_epoch_and_cosine_does_not() -> None:
+def test_step_and_exponential_are_constant_within_an_epoch_and_cosine_is_not() -> None:
     for name, holds in (("step", True), ("exponential", True), ("cosine", False)):
         table = SchedulerConfig(name=name, step_size=1 if name == "step" else None)
         assert (learning_rate(table, PEAK, 2.0, 10) == learning_rate(table, PEAK, 2.75, 10)) is holds
 
 
-def test_one_cycle_peaks_where_said() -> None:
+def test_one_cycle_peaks_at_its_given_step() -> None:
     table = SchedulerConfig(name="one_cycle", pct_start=0.25, start_factor=0.1, end_factor=0.001)
     rates = [learning_rate(table, PEAK, epoch / 10, 8) for epoch in range(81)]
     assert rates[0] == pytest.approx(PEAK * 0.1)
@@ -69,7 +69,7 @@ def test_one_cycle_peaks_where_said() -> None:
 
 
 @pytest.mark.parametrize("name", ["constant", "step", "exponential", "cosine", "plateau"])
-def test_warmup_is_linear_and_then_gone(name: str) -> None:
+def test_warmup_is_linear_and_then_the_schedule_starts(name: str) -> None:
     table = SchedulerConfig(
         name=name, step_size=5 if name == "step" else None, warmup_epochs=2.0, warmup_start_factor=0.1
     )
@@ -87,29 +87,29 @@ LOSSES = [1.0, 0.9, 0.95, 0.93, 0.91, 0.92, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.4999
 
 
 def reductions(threshold: dict[str, Any], metric: str, values: list[float]) -> list[float]:
-    """The learning rate after each value, which must be that of PyTorch's scheduler."""
+    """Return the learning rate after each value; assert that it equals that of PyTorch's scheduler."""
     sgd = optimizer()
-    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(
         sgd, "min" if metric == "val/loss" else "max", factor=0.5, patience=2, min_lr=0.04, **threshold
     )
     table = SchedulerConfig(name="plateau", metric=metric, gamma=0.5, patience=2, min_lr=0.04, **threshold)
-    ours, rates = ReduceLROnPlateau(table), []
+    computed, rates = ReduceLROnPlateau(table), []
     for epoch, value in enumerate(values):
-        theirs.step(value)
-        ours.update(value)
-        rates.append(learning_rate(table, PEAK, epoch, 99, ours.factor))
+        reference.step(value)
+        computed.update(value)
+        rates.append(learning_rate(table, PEAK, epoch, 99, computed.factor))
         assert rates[-1] == pytest.approx(sgd.param_groups[0]["lr"])
     return rates
 
 
 @pytest.mark.parametrize("threshold", [{}, {"threshold_mode": "abs"}, {"threshold": 0.02}], ids=str)
-def test_plateau_like_torch(threshold: dict[str, Any]) -> None:
-    assert min(reductions(threshold, "val/loss", LOSSES)) < 0.5 * PEAK, "it must have been reduced more than once"
+def test_reduce_on_plateau_equals_torchs(threshold: dict[str, Any]) -> None:
+    assert min(reductions(threshold, "val/loss", LOSSES)) < 0.5 * PEAK, "the learning rate was reduced more than once"
     reductions(threshold, "val/accuracy", [1 - loss / 2 for loss in LOSSES])
 
 
 def test_the_plateau_threshold_is_relative_unless_the_recipe_says_otherwise() -> None:
-    """The second loss is lower by 0.0002: more than 1e-4, but less than 1e-4 of 3."""
+    """The second loss is lower by 0.0002: more than 1e-4, but less than 1e-4 times 3."""
     losses = [3.0, 2.9998, 2.9998, 2.9998]
     assert reductions({"threshold_mode": "abs"}, "val/loss", losses) == [PEAK] * 4
     assert reductions({"threshold_mode": "rel"}, "val/loss", losses) == [PEAK] * 3 + [PEAK / 2]
@@ -123,7 +123,7 @@ def test_patience_counts_epochs_without_enough_improvement() -> None:
     assert patience.best == 0.52
 
 
-def test_a_first_value_that_is_no_number_is_no_best() -> None:
+def test_a_first_value_of_nan_is_not_the_best() -> None:
     patience = MetricMonitor(higher_is_better=False)
     assert not patience.update(math.nan)
     assert patience.update(3.0)

@@ -57,7 +57,7 @@ def write(folder: Path, more: str = "") -> Path:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run on all images: no validation, no test."""
+    """Train a run on all images, without validation and test."""
     return train(write(tmp_path_factory.mktemp("bare")), *NONE)
 
 
@@ -73,9 +73,9 @@ def record(epoch: int, loss: float, accuracy: float) -> dict[str, float]:
     [("val/accuracy", 3), ("val/balanced_accuracy", 3), ("val/loss", 4), ("last", 5), ("val/top5_accuracy", 1)],
 )
 def test_equal_accuracies_are_decided_by_loss_and_equal_losses_by_accuracy(best_metric: str, best: int) -> None:
-    """Epochs 2, 3 and 5 have the best accuracy, 3 and 5 of them with the lower loss; 4 and 1 the least loss.
+    """Epochs 2, 3 and 5 have the best accuracy, 3 and 5 of them the lower loss; epochs 4 and 1 have the lowest loss.
 
-    None of them has a top-5 accuracy, so that the loss alone decides and the first of equals is taken.
+    None has a top-5 accuracy, so that the loss alone decides and the first of equal epochs is taken.
     """
     epochs = [record(1, 0.01, 0.8), record(2, 0.05, 1.0), record(3, 0.02, 1.0), record(4, 0.01, 0.9),
               record(5, 0.02, 1.0)]  # fmt: skip
@@ -83,25 +83,25 @@ def test_equal_accuracies_are_decided_by_loss_and_equal_losses_by_accuracy(best_
 
 
 def test_a_run_keeps_the_lower_loss_of_equal_accuracies(tmp_path: Path) -> None:
-    """Ten validation images: many epochs have the same accuracy, and not the first of them is the best."""
+    """With ten validation images many epochs have the same accuracy, and the first of them is not the best."""
     run = train(write(tmp_path), "data.split.validation=10", "train.epochs=20")
     epochs, best = run.epochs(), run.summary["best"]
     highest = max(r["val/accuracy"] for r in epochs)
     tied = [r for r in epochs if r["val/accuracy"] == highest]
     assert len(tied) > 1
     lowest = min(tied, key=lambda r: r["val/loss"])
-    assert lowest["epoch"] != tied[0]["epoch"], "else the first of equals would be right as well"
+    assert lowest["epoch"] != tied[0]["epoch"], "otherwise taking the first of equal epochs would pass too"
     assert (best["epoch"], best["val_loss"], best["val_accuracy"]) == (
         lowest["epoch"], lowest["val/loss"], highest)  # fmt: skip
     assert load_run_data(run).best_epoch == best["epoch"]
     (run.path / "summary.json").unlink()
-    assert load_run_data(run).best_epoch == best["epoch"], "as a report on an unfinished run finds it"
+    assert load_run_data(run).best_epoch == best["epoch"], "a report on an unfinished run finds the same epoch"
 
 
 # -- the last epoch ---------------------------------------------------------------------------------------------------
 
 
-def test_the_last_epoch_is_kept_whatever_validation_says(tmp_path: Path) -> None:
+def test_with_best_metric_last_the_last_epoch_is_kept(tmp_path: Path) -> None:
     """The learning rate is raised so that the last epoch is not the best one."""
     settings = ("train.epochs=4", "optimizer.lr=0.3", 'scheduler={name="one_cycle", pct_start=0.9, start_factor=0.05}')
     run = train(write(tmp_path), *settings, 'train.best_metric="last"')
@@ -109,10 +109,10 @@ def test_the_last_epoch_is_kept_whatever_validation_says(tmp_path: Path) -> None
     assert run.summary["best"]["epoch"] == 4
     chosen = train(write(tmp_path), *settings).summary
     assert chosen["best"]["epoch"] != 4
-    assert chosen["last"] == run.summary["last"], "the same training"
+    assert chosen["last"] == run.summary["last"], "both runs train identically"
 
 
-def test_a_run_without_validation_goes_on_after_a_pause_as_if_there_had_been_none(tmp_path: Path) -> None:
+def test_resuming_a_run_without_validation_is_bit_identical(tmp_path: Path) -> None:
     from toolkit.training.fit import fit
 
     recipe = loads_recipe(write(tmp_path).read_text(), [*NONE, "train.ema=0.9"])
@@ -124,10 +124,10 @@ def test_a_run_without_validation_goes_on_after_a_pause_as_if_there_had_been_non
     assert resumed.metrics_file.read_bytes() == whole.metrics_file.read_bytes()
 
 
-def test_written_weights_other_than_the_last_epochs_are_noticed(
+def test_saved_weights_that_differ_from_the_last_epochs_are_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without validation images the file is compared with memory, tensor by tensor."""
+    """Without validation images the file is compared with the model in memory, tensor by tensor."""
     from toolkit.training import run_writer
 
     def spoiled(folder: Path, epoch: int, state: dict[str, torch.Tensor]) -> None:
@@ -143,7 +143,7 @@ def test_written_weights_other_than_the_last_epochs_are_noticed(
 # -- no validation, no test -------------------------------------------------------------------------------------------
 
 
-def test_all_images_train(bare: Run) -> None:
+def test_without_validation_and_test_all_images_are_trained(bare: Run) -> None:
     split, summary = bare.split, bare.summary
     assert [len(split[name]) for name in ("train", "validation", "test")] == [200, 0, 0]
     assert summary["images"] == {"train": 200, "validation": 0, "test": 0}
@@ -156,7 +156,7 @@ def test_all_images_train(bare: Run) -> None:
     assert "it holds the weights of the last epoch" in log
 
 
-def test_only_one_of_the_two_may_be_left_out(tmp_path: Path) -> None:
+def test_validation_or_test_alone_can_be_left_out(tmp_path: Path) -> None:
     no_validation = train(write(tmp_path), "data.split.validation=0", 'train.best_metric="last"').summary
     assert set(no_validation["best"]) == {"epoch", *(f"test_{name}" for name in MEASURES)}
     no_test = train(write(tmp_path), "data.split.test=0").summary
@@ -164,7 +164,7 @@ def test_only_one_of_the_two_may_be_left_out(tmp_path: Path) -> None:
     assert no_test["images"]["test"] == 0
 
 
-def test_evaluate_names_the_splits_that_there_are(bare: Run) -> None:
+def test_evaluate_names_the_available_splits(bare: Run) -> None:
     outcome = toolkit("evaluate", bare.path)
     assert outcome.status == 2
     assert outcome.stderr == f"{bare.path} has no test images (data.split.test); evaluate others: --split train\n"
@@ -173,14 +173,14 @@ def test_evaluate_names_the_splits_that_there_are(bare: Run) -> None:
     assert found["metrics"]["best"]["train_accuracy"]["evaluated"] > 0.3
 
 
-def test_predict_gives_the_classes_of_images(bare: Run, tmp_path: Path) -> None:
+def test_predict_works_without_validation_and_test(bare: Run, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     rows = toolkit("predict", bare.path, tmp_path / "a.png").stdout.splitlines()
     assert rows[0] == "path,prediction,probability"
     assert rows[1].split(",")[1] in "0123456789"
 
 
-def test_the_report_leaves_out_what_there_is_not(bare: Run) -> None:
+def test_the_report_leaves_out_missing_splits(bare: Run) -> None:
     outcome = toolkit("report", bare.path)
     assert outcome.status == 0, outcome.stderr
     assert "not shown in the report" not in outcome.stderr
@@ -193,7 +193,7 @@ def test_the_report_leaves_out_what_there_is_not(bare: Run) -> None:
     assert "0 validation, 0 test" in page
 
 
-def test_status_explain_export_and_publish(bare: Run, tmp_path: Path) -> None:
+def test_status_explain_export_and_publish_work_without_validation_and_test(bare: Run, tmp_path: Path) -> None:
     assert "finished  3/3" in toolkit("status", bare.path).stdout
     outcome = toolkit("explain", bare.path)
     assert outcome.status == 2
@@ -201,8 +201,8 @@ def test_status_explain_export_and_publish(bare: Run, tmp_path: Path) -> None:
     exported = toolkit("export", bare.path, "--format", "safetensors", "-o", tmp_path / "exported")
     assert exported.status == 0, exported.stderr
     state = safetensors.torch.load_file(tmp_path / "exported" / "model.safetensors")
-    ours = safetensors.torch.load_file(bare.best_weights)
-    assert all(torch.equal(value, ours[name]) for name, value in state.items())
+    own = safetensors.torch.load_file(bare.best_weights)
+    assert all(torch.equal(value, own[name]) for name, value in state.items())
     published = toolkit("publish", bare.path, "lab/digits", "--no-push", "-o", tmp_path / "published")
     assert published.status == 0, published.stderr
     card = (tmp_path / "published" / "README.md").read_text()
@@ -210,7 +210,7 @@ def test_status_explain_export_and_publish(bare: Run, tmp_path: Path) -> None:
     assert "It is the last epoch's model; no images were kept for a test." in card
 
 
-def test_a_card_of_a_run_with_one_of_the_splits_has_its_column(tmp_path: Path) -> None:
+def test_a_model_card_has_a_column_only_for_existing_splits(tmp_path: Path) -> None:
     run = train(write(tmp_path), "data.split.test=0")
     toolkit("publish", run.path, "lab/digits", "--no-push", "-o", tmp_path / "published")
     card = (tmp_path / "published" / "README.md").read_text()
@@ -218,7 +218,7 @@ def test_a_card_of_a_run_with_one_of_the_splits_has_its_column(tmp_path: Path) -
     assert f"| top-1 accuracy | {run.summary['best']['val_accuracy']:.4f} |" in card
 
 
-def test_data_and_plan_count_all_images_as_training_images(tmp_path: Path) -> None:
+def test_data_and_plan_count_all_images_as_training_images_without_other_splits(tmp_path: Path) -> None:
     settings = [part for setting in NONE for part in ("--set", setting)]
     recipe = write(tmp_path)
     assert "images     200 train, 0 validation, 0 test" in toolkit("data", recipe, *settings).stdout
@@ -226,16 +226,16 @@ def test_data_and_plan_count_all_images_as_training_images(tmp_path: Path) -> No
     assert (plan["images"]["train"], plan["steps_per_epoch"]) == (200, 4)
 
 
-def test_frozen_features_are_used_without_validation(bare: Run, tmp_path: Path) -> None:
+def test_frozen_features_are_cached_without_validation_too(bare: Run, tmp_path: Path) -> None:
     more = ('transfer.mode="linear_probe"', f'model.weights="file:{bare.best_weights}"', "data.channels=1")
     run = train(write(tmp_path), *NONE, *more)
     assert any("computed once for 200 images" in words for words in run.summary["shortcuts"])
     plain = train(write(tmp_path), *NONE, *more, 'data.cache="off"')
-    ours, theirs = run.epochs()[-1]["train/loss"], plain.epochs()[-1]["train/loss"]
-    assert ours == pytest.approx(theirs, rel=1e-6)
+    own, expected = run.epochs()[-1]["train/loss"], plain.epochs()[-1]["train/loss"]
+    assert own == pytest.approx(expected, rel=1e-6)
 
 
-def test_trackers_get_the_figures_that_there_are(tmp_path: Path) -> None:
+def test_trackers_get_the_metrics_of_existing_splits(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = train(write(tmp_path), *NONE, 'tracking.trackers=["tensorboard", "wandb"]', 'tracking.mode="offline"')
@@ -250,7 +250,7 @@ def test_trackers_get_the_figures_that_there_are(tmp_path: Path) -> None:
     assert not any(tag.startswith("val/") for tag in tags)
 
 
-def test_expected_figures_of_a_split_that_is_left_out_do_not_compare(tmp_path: Path) -> None:
+def test_expected_metrics_of_a_missing_split_are_not_comparable(tmp_path: Path) -> None:
     recipe = write(tmp_path, '\n[expected_metrics]\ntest_accuracy = { at_least = 0.1, source = "here" }\n')
     settings = [part for setting in NONE for part in ("--set", setting)]
     checked = toolkit("validate", recipe, *settings)
@@ -267,7 +267,7 @@ def test_expected_figures_of_a_split_that_is_left_out_do_not_compare(tmp_path: P
 
 
 def study(folder: Path, more: str) -> Path:
-    """A study whose runs have no validation and no test images, unless ``more`` says otherwise."""
+    """Write a study whose runs have no validation and no test images unless ``more`` sets them."""
     path = write(folder)
     text = path.read_text().replace("precision =", 'best_metric = "last"\nprecision =')
     text = text.replace("test_images_per_class = 6", "split = { validation = 0, test = 0 }")
@@ -288,19 +288,19 @@ def study(folder: Path, more: str) -> Path:
          "study.bohb.metric: no run has val/accuracy, since data.split.validation = 0"),
     ],
 )  # fmt: skip
-def test_a_study_is_refused_columns_and_metrics_that_no_run_has(tmp_path: Path, text: str, message: str) -> None:
+def test_a_study_with_columns_or_metrics_that_no_run_has_is_refused(tmp_path: Path, text: str, message: str) -> None:
     outcome = toolkit("validate", study(tmp_path, f"\n[study]\n{text}\n"))
     assert outcome.status == 2
     assert message in outcome.stdout + outcome.stderr
 
 
-def test_a_study_whose_runs_differ_in_it_may_have_the_columns(tmp_path: Path) -> None:
+def test_a_study_of_which_some_runs_have_the_split_may_have_its_columns(tmp_path: Path) -> None:
     text = '\n[study]\ngrid.data.split.validation = [0, 0.1]\noutput.columns = ["train_loss", "val_loss"]\n'
     outcome = toolkit("validate", study(tmp_path, text))
     assert outcome.status == 0, outcome.stdout + outcome.stderr
 
 
-def test_the_table_of_a_study_has_the_columns_that_its_runs_have(tmp_path: Path) -> None:
+def test_a_studys_table_has_the_columns_of_its_runs_splits(tmp_path: Path) -> None:
     recipe = study(tmp_path, "\n[study]\ngrid.optimizer.lr = [0.01, 0.1]\n")
     outcome = toolkit("study", recipe)
     assert outcome.status == 0, outcome.stderr
@@ -317,7 +317,7 @@ def test_the_table_of_a_study_has_the_columns_that_its_runs_have(tmp_path: Path)
 
 @pytest.mark.parametrize("sync", ["true", "false"])
 def test_two_processes_train_on_all_images(tmp_path: Path, sync: str) -> None:
-    """Without synchronization the statistics of batch norm differ between them, and are averaged all the same."""
+    """Without synchronized batch norm the statistics differ between processes; they are averaged all the same."""
     from trainers import Trainers
 
     settings = [part for one in (*NONE, f"train.sync_batch_norm={sync}", "train.ema=0.9") for part in ("--set", one)]

@@ -1,4 +1,4 @@
-"""Submission as far as it goes without a cluster: settings, scripts, refusals, states."""
+"""Submission without a cluster: settings, scripts, refused input and job states."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def profile(text: str, name: str = "lab") -> Path:
-    """A profile file in its place."""
+    """Write a profile file where the toolkit looks for it."""
     path = Path("slurm/profiles") / f"{name}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -43,18 +43,18 @@ def profile(text: str, name: str = "lab") -> Path:
 
 
 def submit(*arguments: str, status: int = 0) -> str:
-    """`toolkit submit quickstart ARGUMENTS`: the script, or the error message."""
+    """Run `toolkit submit quickstart ARGUMENTS`; return the script or the error message."""
     outcome = toolkit("submit", QUICKSTART, *arguments)
     assert outcome.status == status, outcome.stderr
     assert not Path("runs").exists()
     return outcome.stdout if status == 0 else outcome.stderr
 
 
-def test_template_is_current() -> None:
+def test_the_batch_script_in_the_repository_matches_the_template() -> None:
     assert (REPOSITORY / "slurm" / "train.sbatch").read_text() == sbatch.template()
 
 
-def test_scripts_are_bash() -> None:
+def test_job_scripts_are_valid_bash() -> None:
     many = submit(*TWO_SEEDS, "--parallel", "1", "--dry-run")
     assert "#SBATCH --array=0-1%1\n" in many
     search = submit("--set", f"study.space={SPACE}", "--set", "study.bohb.trials=9", "--parallel", "4", "--dry-run")
@@ -65,14 +65,14 @@ def test_scripts_are_bash() -> None:
         assert text.endswith(sbatch.body())
 
 
-def test_example_profile_is_good() -> None:
-    """It is part of the package, so that --profile example works wherever the package is installed."""
+def test_the_example_profile_is_valid() -> None:
+    """It ships with the package, so that --profile example works wherever the package is installed."""
     found = find_profile("example")
     assert found == Path(sbatch.__file__).parent / "profiles" / "example.toml"
     assert read_profile(found).defaults.time == "4:00:00"
 
 
-def test_script_asks_for_what_was_said(tmp_path: Path) -> None:
+def test_the_script_requests_the_given_resources(tmp_path: Path) -> None:
     profile('shared = ["/"]\n[defaults]\npartition = "gpu"\ntime = "1:00:00"\nsignal = "USR2"')
     options = "--nodes 2 --gpus-per-node 4 --gpu-type a100 --cpus-per-task 16 --memory 64G --time 2-12 --profile lab"
     text = submit(*options.split(), "--set", 'slurm.options=["--exclusive"]', "--dry-run")
@@ -85,7 +85,7 @@ def test_script_asks_for_what_was_said(tmp_path: Path) -> None:
     assert {"nodes=2", "gpus_per_node=4", "processes_per_node=4", "signal=USR2"} <= set(text.splitlines())
 
 
-def test_command_wins_over_recipe_over_profile() -> None:
+def test_command_options_override_the_recipe_which_overrides_the_profile() -> None:
     profile('[defaults]\naccount = "profile"\nqos = "profile"\npartition = "profile"')
     recipe = Path("mine.toml")
     recipe.write_text(f'extends = "{QUICKSTART}"\n[slurm]\nprofile = "lab"\nqos = "recipe"\npartition = "recipe"\n')
@@ -93,21 +93,21 @@ def test_command_wins_over_recipe_over_profile() -> None:
     assert (table.account, table.qos, table.partition, table.nodes) == ("profile", "recipe", "command", 1)
 
 
-def test_slurm_table_is_no_part_of_the_experiment() -> None:
+def test_the_slurm_table_does_not_change_the_recipe_hash() -> None:
     assert recipe_hash(load_recipe(QUICKSTART, ["slurm.nodes=3"])) == recipe_hash(load_recipe(QUICKSTART))
 
 
 @pytest.mark.parametrize("text", ["90", "4:00", "4:00:00", "2-12", "2-12:30", "2-12:30:15"])
-def test_time_limits(text: str) -> None:
+def test_time_limits_are_parsed(text: str) -> None:
     assert f"#SBATCH --time={text}\n" in submit("--time", text, "--dry-run")
 
 
 @pytest.mark.parametrize("text", ["4h", "4 hours", "4:60:00", "-1", "1:2:3:4", "", "4:00:00\n#SBATCH --uid=0"])
-def test_bad_time_limits(text: str) -> None:
+def test_invalid_time_limits_are_refused(text: str) -> None:
     assert "slurm.time" in submit("--time", text, "--dry-run", status=2)
 
 
-def test_what_the_recipe_check_says_comes_first() -> None:
+def test_recipe_errors_are_reported_before_slurm_errors() -> None:
     assert "did you mean epochs" in submit("--set", "train.epoch=3", "--nodes", "0", status=2)
 
 
@@ -132,19 +132,19 @@ def test_what_the_recipe_check_says_comes_first() -> None:
         (["--profile", "lap"], "did you mean lab?"),
     ],
 )
-def test_bad_input(arguments: list[str], words: str) -> None:
+def test_invalid_submissions_are_refused(arguments: list[str], words: str) -> None:
     profile("")
     assert words in submit(*arguments, "--dry-run", status=2)
 
 
-def test_no_slurm_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submitting_without_slurm_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert "toolkit train" in submit(status=2)
     assert "no SLURM" in submit(*TWO_SEEDS, status=2)
     assert "#SBATCH" in submit("--dry-run")
 
 
-def test_profile_faults_are_named() -> None:
+def test_errors_in_a_profile_are_named() -> None:
     path = profile('set_up = ["x"]\n[defaults]\npartitoin = "gpu"\ntime = "4h"')
     with pytest.raises(UserError) as error:
         read_profile(path)
@@ -156,14 +156,14 @@ def test_profile_faults_are_named() -> None:
         read_profile(profile("not toml"))
 
 
-def test_secrets_do_not_get_into_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_not_written_to_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="looks like a secret"):
         read_profile(profile('[variables]\nWANDB_API_KEY = "abc"'))
     monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
     assert "planted-secret" not in submit("--dry-run")
 
 
-def test_profile_reaches_the_script() -> None:
+def test_the_profiles_settings_are_in_the_script() -> None:
     profile(
         'setup = ["module load cuda"]\npython = "my python"\ncontainer = "apptainer exec x"\n[variables]\nA = "b c"'
     )
@@ -181,8 +181,8 @@ def test_profiles_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_profile("home") == tmp_path / "home.toml"
 
 
-def test_the_profiles_that_the_package_brings_are_found_in_any_folder(tmp_path: Path) -> None:
-    """They are files of the package, so that --profile works from an installed one."""
+def test_packaged_profiles_are_found_from_any_folder(tmp_path: Path) -> None:
+    """They ship with the package, so that --profile works with an installed package."""
     shipped = find_profile("example")
     assert Path.cwd() == tmp_path
     assert shipped == Path(sbatch.__file__).parent / "profiles" / "example.toml"
@@ -190,7 +190,7 @@ def test_the_profiles_that_the_package_brings_are_found_in_any_folder(tmp_path: 
     assert "profiles/*.toml" in project["tool"]["setuptools"]["package-data"]["toolkit.slurm"]
 
 
-def test_local_run_root_is_refused_for_several_nodes_only(tmp_path: Path) -> None:
+def test_a_run_root_on_a_local_disk_is_refused_for_several_nodes_only(tmp_path: Path) -> None:
     profile(f'shared = ["{tmp_path}"]', "shared")
     elsewhere = 'recipe.run_root="/tmp/nowhere"'
     message = submit("--nodes", "2", "--set", elsewhere, "--dry-run", status=2)
@@ -202,7 +202,7 @@ def test_local_run_root_is_refused_for_several_nodes_only(tmp_path: Path) -> Non
     submit("--nodes", "2", "--profile", "shared", "--dry-run")
 
 
-def test_file_systems(tmp_path: Path) -> None:
+def test_the_file_system_of_a_path_is_found(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text(
         "d / ext4 rw 0 0\nd /home nfs4 rw 0 0\nd /home/my\\040disk xfs rw 0 0\n"
@@ -218,7 +218,7 @@ def test_file_systems(tmp_path: Path) -> None:
 
 
 def a_run(name: str = "20260102-030405-abcd", job: str | None = "7", array: Path | None = None) -> Run:
-    """A run directory as submission leaves it."""
+    """Write a run directory as submission leaves it."""
     path = Path("runs/quickstart") / name
     (path / "slurm").mkdir(parents=True)
     (path / "checkpoints").mkdir()
@@ -230,11 +230,11 @@ def a_run(name: str = "20260102-030405-abcd", job: str | None = "7", array: Path
 
 
 def entry(state: str, job: str = "7", reason: str = "None") -> dict[str, QueueEntry]:
-    """A queue with one job."""
+    """Return a queue with one job."""
     return {job: QueueEntry(job, state, reason, "3:59:00")}
 
 
-def test_states() -> None:
+def test_the_state_of_a_job_is_read_from_queue_and_run_directory() -> None:
     run = a_run()
     job = SlurmJob(run)
     pending = state_of(run, entry("PENDING", reason="Priority"))
@@ -259,7 +259,7 @@ def test_states() -> None:
     assert (state_of(run, {}).state, state_of(run, {}).detail) == ("finished", "test accuracy 0.5000")
 
 
-def test_states_without_outcome() -> None:
+def test_a_job_without_an_outcome_gets_its_state_from_queue_and_lock() -> None:
     run = a_run()
     assert state_of(run, None).state == "unknown"
     SlurmJob(run).log.write_text("something\nslurmstepd: error: out of memory\n\n")
@@ -273,7 +273,7 @@ def test_states_without_outcome() -> None:
     lock.release()
 
 
-def test_runs_of_an_array_are_taken_once() -> None:
+def test_each_run_of_an_array_is_assigned_once() -> None:
     folder = StudyDirectory(Path("runs/quickstart"))
     runs = [a_run(f"20260102-030405-000{index}", "30", folder.path) for index in range(4)]
     members = [StudyRun("row", seed, {}, str(seed), run.id) for seed, run in enumerate(runs)]
@@ -281,17 +281,17 @@ def test_runs_of_an_array_are_taken_once() -> None:
     folder.write(record, members)
     runs[0].write_json("summary.json", {})
     assert state_of(runs[1], {"30_0": entry("PENDING", "30_0", "Priority")["30_0"]}).state == "pending"
-    lock = claim(runs[3])  # a worker of the study, somewhere else
+    lock = claim(runs[3])  # a worker of the study on another machine
     assert lock is not None
     taken = [take_run(folder, "30", task) for task in ("0", "1", "2")]
     lock.release()
     assert taken == [runs[1], runs[2], None]
-    assert take_run(folder, "30", "1") == runs[2]  # requeued, the task gets its own again
+    assert take_run(folder, "30", "1") == runs[2]  # a requeued task gets its own run again
     assert state_of(runs[2], entry("RUNNING", "30_1")).state == "running"
     assert take_run(folder, "31", "0") == runs[1]  # a later submission
 
 
-def test_status_logs_and_cancel_without_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_logs_and_cancel_report_that_there_are_no_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     outcome = toolkit("status")
     assert outcome.status == 2
@@ -306,7 +306,7 @@ def test_status_logs_and_cancel_without_jobs(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_status_of_a_study_names_the_row_of_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows with the same recipe share a run; a run of its own belongs to no row."""
+    """Two rows with the same recipe share a run; a run started on its own belongs to no row."""
     monkeypatch.setenv("PATH", "/nonexistent")
     folder = StudyDirectory(Path("runs/quickstart"))
     runs = [a_run(f"20260102-030405-000{index}", None, folder.path) for index in range(3)]
@@ -323,7 +323,7 @@ def test_status_of_a_study_names_the_row_of_each_run(monkeypatch: pytest.MonkeyP
         assert lines[3].split()[1:3] == ["-", "-"]
 
 
-def test_status_does_not_take_a_published_folder_for_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_does_not_list_a_published_folder_as_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     run = a_run(job=None)
     for folder in (run.path / "publish", run.path.parent / "for-the-hub"):

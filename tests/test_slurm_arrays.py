@@ -38,7 +38,7 @@ max_epochs = 3
 
 
 def study(name: str, text: str) -> str:
-    """A study's file in the working folder."""
+    """Write a study file in the working folder."""
     path = write(name, epochs=1, data='dataset = "digits"')
     Path(path).write_text(Path(path).read_text() + text)
     return path
@@ -74,7 +74,7 @@ def test_a_resubmitted_array_trains_only_the_run_that_failed(place: Path) -> Non
     states = [state_of(run, queue()) for run in runs]
     assert states[0].state == "failed"
     assert "later" in states[0].detail
-    assert len(SlurmJob(runs[0]).starts) == 1  # a failed one is not requeued
+    assert len(SlurmJob(runs[0]).starts) == 1  # a failed task is not requeued
     assert [state.state for state in states[1:]] == ["finished"] * 2
     assert f"array job {array}: " in toolkit("status", str(folder.path)).stdout
     assert "failed" in (folder.path / "table.md").read_text()
@@ -84,7 +84,7 @@ def test_a_resubmitted_array_trains_only_the_run_that_failed(place: Path) -> Non
     outcome = toolkit("submit", recipe, "--parallel", "2", "--profile", "local", "--time", "30", "--wait")
     assert outcome.status == 0, outcome.stderr
     assert re.search(r"array job \d+, 1 task", outcome.stdout)
-    assert "best.safetensors" not in outcome.stdout, "states and table, not the logs of all runs"
+    assert "best.safetensors" not in outcome.stdout, "states and table are printed, not the logs of all runs"
     assert "digits 2" in outcome.stdout
     assert "digits 2" in (folder.path / "report.html").read_text()
     assert all(run.is_finished for run in runs), toolkit("status", str(folder.path)).stdout
@@ -100,7 +100,7 @@ def test_a_resubmitted_array_trains_only_the_run_that_failed(place: Path) -> Non
 
 
 def _images(folder: Path) -> None:
-    """Black and white images in two folders."""
+    """Write black and white images in a folder per class."""
     for split, count in (("train", 16), ("test", 4)):
         for shade, name in ((0, "black"), (255, "white")):
             (folder / split / name).mkdir(parents=True)
@@ -108,19 +108,19 @@ def _images(folder: Path) -> None:
                 Image.new("L", (8, 8), shade).save(folder / split / name / f"{index}.png")
 
 
-@pytest.mark.cluster  # in this machine's processes: test_study_workers.py
+@pytest.mark.cluster  # test_study_workers.py tests the same with local processes
 def test_a_search_continues_when_one_of_its_tasks_ends(place: Path) -> None:
     path = study("search", SEARCH)
     text = submit(path, "--parallel", "2")
     array, table = re.search(r"array job (\d+), 2 task", text)[1], re.search(r"by job (\d+)", text)[1]  # type: ignore[index]
     folder = StudyDirectory(Path("runs/search").resolve())
 
-    def at_work() -> list[str]:
+    def tasks_with_a_run() -> list[str]:
         return [task for task in ("0", "1") if "claimed " in _worker_log(folder, task)]
 
-    wait_until(lambda: bool(at_work()), lambda: _log(folder, array, "0") + _log(folder, array, "1"))
-    first, other = ("0", "1") if at_work()[0] == "0" else ("1", "0")
-    # Held still, it cannot bring the search to its end before it is cancelled.
+    wait_until(lambda: bool(tasks_with_a_run()), lambda: _log(folder, array, "0") + _log(folder, array, "1"))
+    first, other = ("0", "1") if tasks_with_a_run()[0] == "0" else ("1", "0")
+    # Suspended, the task cannot finish the search before it is cancelled.
     for pid in _processes(array, first):
         os.kill(pid, signal.SIGSTOP)
     assert not folder.is_complete
@@ -135,7 +135,7 @@ def test_a_search_continues_when_one_of_its_tasks_ends(place: Path) -> None:
     assert len(runs) == 4
     assert any(run.is_finished and len(run.epochs()) == 3 for run in runs)
     assert {state_of(run, queue()).state for run in runs} == {"finished", "paused"}
-    # Not more was trained than a search by itself does: one configuration to the end, three for an epoch.
+    # As many epochs as in an uninterrupted search: one configuration to the end, three for one epoch.
     assert sorted(len(run.epochs()) for run in runs) == [1, 1, 1, 3]
     assert "4 configurations, 1 trained to the end; 6 epochs" in (folder.path / "table.md").read_text()
     outcome = toolkit("submit", path, "--profile", "local")
@@ -149,13 +149,13 @@ def _log(folder: StudyDirectory, array: str, task: str) -> str:
 
 
 def _worker_log(folder: StudyDirectory, task: str) -> str:
-    """Of the task's only worker."""
+    """Return the log of the task's only worker."""
     path = folder.path / LOGS / f"{task}.txt"
     return path.read_text() if path.exists() else ""
 
 
 def _processes(array: str, task: str) -> list[int]:
-    """The Python processes of a task, on any node."""
+    """Return the Python processes of a task on any node."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
@@ -189,7 +189,7 @@ def test_a_refused_study_leaves_nothing_new(place: Path) -> None:
         assert outcome.status == 2
         assert "nothing was submitted" in outcome.stderr
         assert not Path("runs").exists()
-    # Neither where a study was begun before.
+    # The same holds if a study of that name exists.
     assert toolkit("study", path).status == 0
     content = sorted(file for file in Path("runs").rglob("*") if "slurm" not in file.parts)
     described = Path("runs/refused/study.json").read_bytes()

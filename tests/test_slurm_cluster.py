@@ -69,7 +69,7 @@ module() { case $2 in cuda/*) export LOADED=$2 ;; *) echo "no module $2"; return
 
 @pytest.fixture(scope="module")
 def early(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of jobs that do not disturb each other. They are submitted all at once, to fill the machine."""
+    """Submit all independent jobs at once, to use the whole machine; return their folder."""
     place = tmp_path_factory.mktemp("early")
     with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch:
         for seed, name in enumerate(("left", "right")):
@@ -94,7 +94,7 @@ def early(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _submit_awkward(place: Path, patch: pytest.MonkeyPatch) -> None:
-    """A job whose folder, names, profile and environment have all that could go wrong in a shell."""
+    """Submit a job whose folder, names, profile and environment contain characters special to a shell."""
     (place / "enter").write_text(CONTAINER.format(notes=place / "inside.txt"))
     (place / "enter").chmod(0o755)
     (place / "modules.sh").write_text(MODULES)
@@ -108,24 +108,24 @@ def _submit_awkward(place: Path, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def among(early: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the early jobs as working folder."""
+    """Change to the folder of the early jobs; return it."""
     monkeypatch.chdir(early)
     return early
 
 
-def test_two_jobs_at_once_on_one_node(among: Path) -> None:
+def test_two_jobs_run_on_one_node_at_once(among: Path) -> None:
     runs = [submitted(name) for name in ("left", "right")]
     for run in runs:
         wait_for(run, "finished")
     first, second = (SlurmJob(run).starts[0] for run in runs)
     ends = [(run.path / "summary.json").stat().st_mtime for run in runs]
     assert first.nodes == second.nodes == "node1"
-    assert max(first.time, second.time) < min(ends)  # they did overlap
+    assert max(first.time, second.time) < min(ends)  # they overlapped in time
     assert [run.summary["processes"] for run in runs] == [2, 2]
     assert [run.summary["seed"] for run in runs] == [0, 1]
 
 
-def test_a_run_on_two_nodes_equals_one_on_one_process(among: Path) -> None:
+def test_a_run_on_two_nodes_equals_a_run_in_one_process(among: Path) -> None:
     text, run = Path("two-nodes.txt").read_text(), submitted("two-nodes")
     assert re.match(r"submitted job \d+\n", text)
     assert str(run.path / "slurm" / "train.sbatch") in text
@@ -137,9 +137,9 @@ def test_a_run_on_two_nodes_equals_one_on_one_process(among: Path) -> None:
     log = log_of(run)
     assert run.summary["processes"] == 2
     assert len(set(re.findall(r"rank \d of 2 on (\S+),", log))) == (2 if run_mode() == "net" else 1)
-    for ours, theirs in zip(run.epochs(), alone.epochs(), strict=True):
-        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
-        assert ours["val/loss"] == pytest.approx(theirs["val/loss"], abs=1e-5)
+    for actual, expected in zip(run.epochs(), alone.epochs(), strict=True):
+        assert actual["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-5)
+        assert actual["val/loss"] == pytest.approx(expected["val/loss"], abs=1e-5)
     assert run.summary["best"]["test_loss"] == pytest.approx(alone.summary["best"]["test_loss"], abs=1e-5)
     assert run.summary["best"]["test_accuracy"] == alone.summary["best"]["test_accuracy"]
     assert "Traceback" not in log
@@ -156,7 +156,7 @@ def test_the_batch_script_can_be_submitted_by_hand(among: Path) -> None:
     assert "start 1" in toolkit("logs", str(run.path)).stdout
 
 
-def test_a_profile_s_modules_container_scratch_folder_and_variables_reach_the_job(
+def test_a_job_gets_the_profiles_modules_container_scratch_folder_and_variables(
     among: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(among / AWKWARD)
@@ -171,7 +171,7 @@ def test_a_profile_s_modules_container_scratch_folder_and_variables_reach_the_jo
     assert values["modules"] == "cuda/12.6"
     assert values["greeting"] == "it's $HOME"
     assert values["scratch"] == str(scratch / f"toolkit-{number_of(run)}")
-    assert list(scratch.iterdir()) == []  # the job has removed its own folder, and nothing else
+    assert list(scratch.iterdir()) == []  # the job removed only its own folder
     for path in (run.path / "slurm").rglob("*"):
         assert b"secretkey" not in path.read_bytes()
 
@@ -179,7 +179,7 @@ def test_a_profile_s_modules_container_scratch_folder_and_variables_reach_the_jo
 def test_a_job_uses_the_cpus_and_gpus_that_slurm_granted_or_refuses(among: Path) -> None:
     run = submitted("gpus")
     script, other = SlurmJob(run).script.read_text(), Run(among / "other")
-    # As if SLURM had given another number: the same script, submitted by hand with other options.
+    # Submit the same script by hand with other options, as if SLURM had granted another number.
     text = script.replace(str(run.path), str(other.path)).replace("exec $container", "env; exec true $container")
     Path("other.sbatch").write_text(text)
     (other.path / "slurm").mkdir(parents=True)
@@ -189,7 +189,7 @@ def test_a_job_uses_the_cpus_and_gpus_that_slurm_granted_or_refuses(among: Path)
     outcome = SlurmJob(other).outcome
     assert outcome is not None
     assert outcome[0] == 2
-    assert outcome[1] in log_of(other).splitlines()  # srun adds lines of its own, before or after
+    assert outcome[1] in log_of(other).splitlines()  # srun prints lines of its own before or after
     assert status_of(sbatch("--nodes=2", "other.sbatch")) == 2
     assert "asked for 1 node(s), SLURM gave 2" in log_of(other)
     assert status_of(sbatch("other.sbatch", OMP_NUM_THREADS="")) == 0
@@ -218,7 +218,7 @@ def test_a_setup_line_or_scratch_folder_that_fails_ends_the_job(place: Path) -> 
 
 
 def comes_near_its_time_limit(cluster: Cluster, run: Run) -> None:
-    """SLURM warns the batch shell 110 s before the limit."""
+    """SLURM signals the batch shell 110 s before the time limit."""
     number = number_of(run)
     with frozen(run):
         subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=2"], check=True)
@@ -228,7 +228,7 @@ def comes_near_its_time_limit(cluster: Cluster, run: Run) -> None:
 
 
 def is_preempted(cluster: Cluster, run: Run) -> None:
-    """A job of a partition with priority needs the node: SLURM gives notice to the processes there."""
+    """A job of a higher-priority partition needs the node: SLURM signals the processes there."""
     starts = SlurmJob(run).starts
     with frozen(run):
         prior = sbatch("--partition=debug", f"--nodelist={starts[-1].nodes}", "--exclusive", "--wrap=true")
@@ -239,7 +239,7 @@ def is_preempted(cluster: Cluster, run: Run) -> None:
 
 
 def loses_its_node(cluster: Cluster, run: Run) -> None:
-    """The node dies, with all that runs on it, and comes back."""
+    """The node fails with all its processes and comes back."""
     node = SlurmJob(run).starts[-1].nodes
     cluster.do("kill-node", node)
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], check=True)
@@ -255,7 +255,7 @@ ALL_REASONS = (comes_near_its_time_limit, is_preempted, loses_its_node)
     [((comes_near_its_time_limit,), 12), pytest.param(ALL_REASONS, 30, marks=pytest.mark.cluster)],
     ids=["time limit", "time limit, preemption, dead node"],
 )
-def test_requeued_a_job_ends_bit_identical(
+def test_a_requeued_job_ends_bit_identical(
     cluster: Cluster, place: Path, reasons: tuple[Callable[[Cluster, Run], None], ...], epochs: int
 ) -> None:
     recipe = write("requeued", epochs=epochs, data='dataset = "digits"', trackers='"wandb"')
@@ -271,23 +271,23 @@ def test_requeued_a_job_ends_bit_identical(
     assert [start.restarts for start in starts] == list(range(len(reasons) + 1))
     assert {start.job for start in starts} == {number_of(run)}
     assert log_of(run).count("checkpoint written, requeue") == len([each for each in reasons if each != loses_its_node])
-    ours, theirs = load_file(run.best_weights), load_file(alone.best_weights)
-    assert ours.keys() == theirs.keys()
-    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    actual, expected = load_file(run.best_weights), load_file(alone.best_weights)
+    assert actual.keys() == expected.keys()
+    assert all((actual[name] == expected[name]).all() for name in expected)
     assert run.epochs() == alone.epochs()
     assert (run.path / "predictions.csv").read_bytes() == (alone.path / "predictions.csv").read_bytes()
-    # One W&B run, however often it was resumed.
+    # A single W&B run, even after several resumptions.
     parts = [folder.name.split("-", 3)[3] for folder in (run.path / "wandb").glob("offline-run-*")]
     assert len(parts) == len(starts)
     assert set(parts) == {f"requeued-{run.id}"}
 
 
-def test_cancelled_and_at_its_limit_of_restarts_a_job_is_not_requeued(place: Path) -> None:
+def test_a_cancelled_job_or_one_at_its_restart_limit_is_not_requeued(place: Path) -> None:
     submit(write("cancelled", epochs=1000), "--set", 'slurm.options=["--nodelist=node1"]')
     options = ("--processes-per-node", "2", "--cpus-per-task", "2", "--set", 'slurm.options=["--nodelist=node2"]')
     submit(write("limited", epochs=1000), "--max-restarts", "0", *options)
     cancelled, limited = submitted("cancelled"), submitted("limited")
-    # The notice reaches launcher and trainers that are only starting.
+    # The signal reaches launcher and trainers while they are still starting.
     wait_until(lambda: len(trainers(limited)) > 0, lambda: log_of(limited))
     subprocess.run(["scancel", "--signal=TERM", number_of(limited)], check=True)
     wait_for_epoch(cancelled, 1)
@@ -306,7 +306,7 @@ def test_cancelled_and_at_its_limit_of_restarts_a_job_is_not_requeued(place: Pat
     assert "has ended already" in outcome.stderr
 
 
-def test_sbatch_refuses_and_nothing_is_left(place: Path) -> None:
+def test_a_job_that_sbatch_rejects_leaves_no_files(place: Path) -> None:
     recipe = write("refused")
     for option, value, words in (
         ("--partition", "nope", "invalid partition specified: nope"),
@@ -333,8 +333,8 @@ def test_wait_shows_the_log_and_returns_the_status(place: Path) -> None:
     assert "nowhere" in state.detail
 
 
-def test_tasks_of_srun_are_refused(place: Path) -> None:
-    """Each of them would train a run of its own."""
+def test_several_srun_tasks_are_refused(place: Path) -> None:
+    """Each task would train a run of its own."""
     command = ["srun", "--nodes", "1", "--ntasks", "2", sys.executable, "-m", "toolkit.train", write("tasks", epochs=1)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
@@ -344,7 +344,7 @@ def test_tasks_of_srun_are_refused(place: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_the_command_that_the_refusal_of_tasks_gives_trains_one_run(place: Path) -> None:
+def test_the_command_suggested_in_that_error_trains_one_run(place: Path) -> None:
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
     command = ["srun", "--ntasks", "1", *torchrun, "-m", "toolkit.train", write("tasks", epochs=1)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The local cluster itself, and what is known of jobs that squeue has forgotten. No training here."""
+"""The local test cluster, and the state of jobs that squeue no longer lists. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.to
 
 
 def run_of(job: str, folder: Path, log: str = "") -> Run:
-    """A run directory as the job's submission left it; the job noted nothing but what it printed."""
+    """Write a run directory as submission leaves it, with a log but without records of the job."""
     run = Run(folder / job)
     (run.path / "slurm").mkdir(parents=True)
     run.write_text("recipe.toml", QUICKSTART.read_text())
@@ -35,16 +35,16 @@ def run_of(job: str, folder: Path, log: str = "") -> Run:
     return run
 
 
-def test_without_accounts_a_forgotten_job_is_known_by_its_folder(cluster: Cluster, tmp_path: Path) -> None:
+def test_without_accounting_a_job_missing_from_squeue_is_read_from_its_folder(cluster: Cluster, tmp_path: Path) -> None:
     assert accounted_state("1") is None
     silent = state_of(run_of("999", tmp_path), {})
     assert (silent.state, silent.detail) == ("failed", GONE)
-    spoke = state_of(run_of("998", tmp_path, "start 1 on node1\nslurmstepd: error: Detected 1 oom-kill event\n"), {})
-    assert (spoke.state, spoke.detail) == ("failed", "slurmstepd: error: Detected 1 oom-kill event")
+    logged = state_of(run_of("998", tmp_path, "start 1 on node1\nslurmstepd: error: Detected 1 oom-kill event\n"), {})
+    assert (logged.state, logged.detail) == ("failed", "slurmstepd: error: Detected 1 oom-kill event")
 
 
-def test_with_accounts_sacct_tells_what_became_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a cluster in plain mode, which keeps accounts; at its end no daemon is left."""
+def test_with_accounting_sacct_gives_the_state_of_a_past_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster runs in plain mode with accounting; after it ends no daemon is left."""
     require("slurmctld", PACKAGES)
     require("slurmdbd", ACCOUNT_PACKAGES)
     monkeypatch.chdir(tmp_path)
@@ -58,7 +58,7 @@ def test_with_accounts_sacct_tells_what_became_of_it(tmp_path: Path, monkeypatch
         assert status_of(failing) == 7
         status_of(array)
         expected = {failing: "FAILED", waiting: "CANCELLED", f"{array}_0": "COMPLETED", f"{array}_1": "FAILED"}
-        # The accounts are a moment late.
+        # The accounting database lags behind.
         wait_until(
             lambda: all(accounted_state(job) == state for job, state in expected.items()),
             lambda: str({job: accounted_state(job) for job in expected}),
@@ -69,11 +69,11 @@ def test_with_accounts_sacct_tells_what_became_of_it(tmp_path: Path, monkeypatch
         folder = cluster.folder
         pids = {path.name: int(path.read_text()) for path in (folder / "run").glob("*.pid")}
         assert len(pids) == 6, pids
-    left = {name: pid for name, pid in pids.items() if _lives(pid) and str(folder) in _arguments(pid)}
+    left = {name: pid for name, pid in pids.items() if _is_alive(pid) and str(folder) in _arguments(pid)}
     assert not left
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status")
     return status.exists() and "zombie" not in status.read_text()
 

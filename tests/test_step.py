@@ -1,4 +1,4 @@
-"""The training step and evaluation: what is done for speed changes no figure."""
+"""The training step and evaluation: optimizations for speed change no metric."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def test_the_first_loss_that_is_not_finite_is_found(losses: list[float], bad: in
 
 
 class LateEvent:
-    """A GPU's event that has not come yet: waiting for it makes it come."""
+    """A CUDA event that is not complete until it is synchronized."""
 
     def __init__(self) -> None:
-        self.has_come = self.was_waited_for = False
+        self.is_complete = self.was_waited_for = False
 
     def query(self) -> bool:
-        return self.has_come
+        return self.is_complete
 
     def synchronize(self) -> None:
-        self.has_come = self.was_waited_for = True
+        self.is_complete = self.was_waited_for = True
 
 
-def test_a_verdict_on_its_way_is_not_waited_for_until_too_many_are() -> None:
+def test_pending_finiteness_checks_are_not_waited_for_until_too_many_are_pending() -> None:
     finite, events = NonFiniteDetector(), [LateEvent() for _ in range(NonFiniteDetector.MOST + 2)]
     for step, event in enumerate(events[: NonFiniteDetector.MOST], 1):
         finite.waiting.append((step, torch.tensor(step != 2), event))  # type: ignore[arg-type]
@@ -84,17 +84,17 @@ def stepped(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> 
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_a_fused_optimiser_takes_the_same_steps(name: str) -> None:
+def test_a_fused_optimizer_takes_the_same_steps(name: str) -> None:
     one, other = network(), network()
     fused, plain = optimizer_of(one, name), optimizer_of(other, name, fused=False)
     assert fused.param_groups[0]["fused"]
     assert not plain.param_groups[0]["fused"]
     stepped(one, fused, 20), stepped(other, plain, 20)
-    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_lies_otherwise_in_memory_is_not_fused_on_a_cpu() -> None:
+def test_parameters_with_another_memory_format_are_not_fused_on_a_cpu() -> None:
     """PyTorch's fused kernels for CPUs read weights and gradients as if both were contiguous."""
     convolution = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     assert not optimizer_of(convolution, "adamw").param_groups[0].get("fused")
@@ -102,31 +102,31 @@ def test_what_lies_otherwise_in_memory_is_not_fused_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "nag", "adam", "adamw"])
-def test_a_state_from_another_kind_of_device_is_stepped_as_is_best_here(name: str) -> None:
+def test_a_state_from_another_device_type_uses_the_fastest_kernel_of_this_device(name: str) -> None:
     module = network()
     optimizer = optimizer_of(module, name)
     stepped(module, optimizer, 3)
-    ways = [(group.get("fused"), group.get("foreach"), group.get("capturable")) for group in optimizer.param_groups]
+    kernels = [(group.get("fused"), group.get("foreach"), group.get("capturable")) for group in optimizer.param_groups]
     weights = {key: value.clone() for key, value in module.state_dict().items()}
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
-        group |= {"fused": True, "foreach": False, "lr": 0.005}  # as a GPU's, at another epoch
+        group |= {"fused": True, "foreach": False, "lr": 0.005}  # as saved on a GPU, in another epoch
         if "capturable" in group:
             group["capturable"] = True
-    taken_up = network()
-    taken_up.load_state_dict(weights)
-    other = optimizer_of(taken_up, name)
+    restored = network()
+    restored.load_state_dict(weights)
+    other = optimizer_of(restored, name)
     load_state(other, state)
-    assert [(g.get("fused"), g.get("foreach"), g.get("capturable")) for g in other.param_groups] == ways
-    assert other.param_groups[0]["lr"] == 0.005, "what is computed comes from the state"
+    assert [(g.get("fused"), g.get("foreach"), g.get("capturable")) for g in other.param_groups] == kernels
+    assert other.param_groups[0]["lr"] == 0.005, "the step depends on the loaded state"
     optimizer.param_groups[0]["lr"] = 0.005
-    stepped(module, optimizer, 3), stepped(taken_up, other, 3)
-    for ours, theirs in zip(module.parameters(), taken_up.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    stepped(module, optimizer, 3), stepped(restored, other, 3)
+    for actual, expected in zip(module.parameters(), restored.parameters(), strict=True):
+        assert torch.equal(actual, expected)
 
 
 class Small(nn.Module):
-    """A device with memory for so many images at once."""
+    """A network on a device with memory for ``room`` images at once."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -149,24 +149,24 @@ def evaluated(module: nn.Module) -> tuple[list[float], list[int]]:
 
 
 @pytest.mark.parametrize(("room", "sizes"), [(8, [8, 8, 5]), (3, [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1]), (1, None)])
-def test_evaluation_without_room_takes_smaller_parts(room: int, sizes: list[int] | None) -> None:
+def test_evaluation_out_of_memory_uses_smaller_batches(room: int, sizes: list[int] | None) -> None:
     module = Small(room)
     losses, predictions = evaluated(module)
     plain_losses, plain = evaluated(network())
     assert predictions == plain
     assert losses == pytest.approx(plain_losses, abs=1e-6)
     if sizes is not None:
-        assert module.sizes == sizes, "what fits is remembered"
+        assert module.sizes == sizes, "the batch size that fits is kept"
 
 
-def test_evaluation_without_room_for_one_image_fails() -> None:
+def test_evaluation_without_memory_for_one_image_fails() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         evaluated(Small(0))
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], bool], None]:
-    """Have PyTorch say that there is a GPU of some compute capability."""
+    """Make PyTorch report a GPU of a given compute capability."""
 
     def set_gpu(capability: tuple[int, int], bf16: bool) -> None:
         monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
@@ -177,7 +177,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], bool], No
     return set_gpu
 
 
-def test_precision_on_a_cpu() -> None:
+def test_precision_on_a_cpu_defaults_to_fp32() -> None:
     assert resolve_precision("auto") == "no"
     assert resolve_precision("bf16") == "bf16"
     why = "on a CPU bf16 is faster for some models, slower for others (see toolkit bench)"
@@ -187,7 +187,7 @@ def test_precision_on_a_cpu() -> None:
         resolve_precision("fp16")
 
 
-def test_precision_on_gpus(gpu: Callable[[tuple[int, int], bool], None]) -> None:
+def test_precision_on_a_gpu_depends_on_its_capabilities(gpu: Callable[[tuple[int, int], bool], None]) -> None:
     gpu((9, 0), True)
     assert resolve_precision("auto") == "bf16"
     assert "the GPU supports it" in precision_line("auto", "bf16")
@@ -199,7 +199,7 @@ def test_precision_on_gpus(gpu: Callable[[tuple[int, int], bool], None]) -> None
     assert resolve_precision("fp16") == "fp16"
 
 
-def test_a_gpu_that_is_not_used_does_not_count(
+def test_an_unused_gpu_does_not_affect_precision(
     gpu: Callable[[tuple[int, int], bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu((9, 0), True)
@@ -220,5 +220,5 @@ def test_cuda_graphs_need_a_gpu() -> None:
         ({"batch_size": 16, "eval_batch_size": 5}, 5),
     ],
 )
-def test_evaluation_takes_twice_as_many_images(settings: dict[str, int], expected: int) -> None:
+def test_evaluation_batches_are_twice_as_large(settings: dict[str, int], expected: int) -> None:
     assert TrainConfig(epochs=1, **settings).images_per_evaluation == expected

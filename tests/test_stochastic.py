@@ -1,4 +1,4 @@
-"""Dropout masks are a function of (seed, epoch, draw, layer) alone, and good random numbers."""
+"""Dropout masks are a function of (seed, epoch, draw, layer) alone and statistically random."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def keys(count: int, *, seed: int = 0, epoch: int = 1, first: int = 0) -> Tensor
 
 
 def kept(layer: nn.Module, shape: tuple[int, ...], **of_keys: int) -> Tensor:
-    """Which elements of ones a single stateless layer keeps, as float."""
+    """Return which elements of a tensor of ones a keyed layer keeps, as float."""
     model = nn.Sequential(layer)
     key_dropout_layers(model, 0).set_keys(keys(shape[0], **of_keys))
     return (model(torch.ones(shape)) != 0).float()
@@ -33,8 +33,8 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_rate_and_scale(p: float) -> None:
-    """Kept with probability 1 - p within 4.5 deviations of a Bernoulli; kept values are x / (1 - p)."""
+def test_dropout_has_its_rate_and_scale(p: float) -> None:
+    """Elements are kept with probability 1 - p, within 4.5 standard deviations, and scaled by 1 / (1 - p)."""
     model = nn.Sequential(nn.Dropout(p))
     key_dropout_layers(model, 0).set_keys(keys(64))
     out = model(torch.ones(64, 10_000))
@@ -43,8 +43,8 @@ def test_rate_and_scale(p: float) -> None:
     assert out.max().item() == pytest.approx(1 / (1 - p), rel=1e-4)
 
 
-def test_levels_are_uniform() -> None:
-    """Chi-squared over 256 bins: mean 255, deviation sqrt(510)."""
+def test_random_levels_are_uniform() -> None:
+    """Chi-squared over 256 bins has mean 255 and standard deviation sqrt(510)."""
     levels = random_levels(keys(100), (1, 2), (100, 10_001))
     counts = torch.bincount(levels.flatten() // 256, minlength=256).double()
     expected = levels.numel() / 256
@@ -53,10 +53,10 @@ def test_levels_are_uniform() -> None:
     assert int(levels.max()) < 65536
 
 
-def test_example_means_spread_like_independent_draws() -> None:
+def test_shares_of_kept_elements_vary_like_independent_draws() -> None:
     """The variance of each example's share of kept elements is that of independent elements, p(1-p)/n."""
     shares = kept(nn.Dropout(0.5), (4000, 500)).mean(dim=1)
-    assert float(shares.var()) == pytest.approx(0.25 / 500, rel=0.12)  # 5 deviations: sqrt(2 / 4000) = 0.022
+    assert float(shares.var()) == pytest.approx(0.25 / 500, rel=0.12)  # 5 standard deviations of sqrt(2 / 4000) = 0.022
 
 
 def test_elements_examples_layers_and_epochs_are_uncorrelated() -> None:
@@ -74,7 +74,7 @@ def test_elements_examples_layers_and_epochs_are_uncorrelated() -> None:
         assert abs(correlation(mask, other)) < limit
 
 
-def test_mask_does_not_depend_on_the_rest_of_the_batch() -> None:
+def test_a_mask_does_not_depend_on_the_rest_of_the_batch() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Dropout2d(0.5), DropPath(0.5), StochasticDepth(0.5, "row"))
     state = key_dropout_layers(model, 7)
     x, k = torch.rand(12, 6, 5, 5) + 1, keys(12)
@@ -85,7 +85,7 @@ def test_mask_does_not_depend_on_the_rest_of_the_batch() -> None:
         assert torch.equal(model(x[part]), whole[part])
 
 
-def test_windows_of_one_example_belong_to_it() -> None:
+def test_attention_windows_use_the_key_of_their_example() -> None:
     """Window attention cuts each example into adjacent rows."""
     model = nn.Sequential(nn.Dropout(0.5))
     state = key_dropout_layers(model, 0)
@@ -99,7 +99,7 @@ def test_windows_of_one_example_belong_to_it() -> None:
         model(x)
 
 
-def test_channels_and_rows_fall_together() -> None:
+def test_channel_dropout_drops_whole_channels_and_stochastic_depth_whole_rows() -> None:
     channels = kept(nn.Dropout2d(0.5), (16, 32, 4, 4))
     assert torch.equal(channels, channels[:, :, :1, :1].expand_as(channels))
     assert 0.4 < float(channels.mean()) < 0.6
@@ -111,13 +111,13 @@ def test_channels_and_rows_fall_together() -> None:
         assert abs(float(rows[:, 0, 0].mean()) - 0.7) < 4.5 * math.sqrt(0.21 / 2000)
 
 
-def test_drop_path_scaling_is_respected() -> None:
+def test_drop_path_respects_its_scaling_option() -> None:
     model = nn.Sequential(DropPath(0.5, scale_by_keep=False))
     key_dropout_layers(model, 0).set_keys(keys(50))
     assert set(model(torch.ones(50, 2)).unique().tolist()) == {0.0, 1.0}
 
 
-def test_a_layer_used_twice_draws_two_masks() -> None:
+def test_a_layer_called_twice_draws_two_masks() -> None:
     """As in torchvision's Swin blocks, whose two branches share one stochastic depth layer."""
     model = nn.Sequential(nn.Dropout(0.5))
     state = key_dropout_layers(model, 0)
@@ -128,7 +128,7 @@ def test_a_layer_used_twice_draws_two_masks() -> None:
     assert torch.equal(model(torch.ones(4, 100)), first)
 
 
-def test_plain_in_evaluation_and_without_keys() -> None:
+def test_keyed_layers_equal_torchs_in_evaluation_and_without_keys() -> None:
     model = nn.Sequential(nn.Linear(5, 100), nn.Dropout(0.5))
     names = list(model.state_dict())
     state = key_dropout_layers(model, 0)
@@ -144,13 +144,13 @@ def test_plain_in_evaluation_and_without_keys() -> None:
     assert torch.equal(model(x), model[0](x))
 
 
-def test_modes_survive_the_replacement() -> None:
+def test_replacing_layers_keeps_their_training_mode() -> None:
     model = nn.Sequential(nn.Dropout(0.5).eval(), nn.Dropout(0.5))
     key_dropout_layers(model, 0)
     assert [layer.training for layer in model] == [False, True]
 
 
-def test_random_state_is_left_alone() -> None:
+def test_the_global_random_state_is_not_used() -> None:
     model = nn.Sequential(nn.Dropout(0.5))
     key_dropout_layers(model, 0).set_keys(keys(3))
     before = torch.get_rng_state()
@@ -158,7 +158,7 @@ def test_random_state_is_left_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_deep_copies_follow_the_same_keys() -> None:
+def test_deep_copies_use_the_same_keys() -> None:
     model = nn.Sequential(nn.Linear(5, 50), nn.Dropout(0.5))
     state = key_dropout_layers(model, 0)
     twin = copy.deepcopy(model)
@@ -169,7 +169,7 @@ def test_deep_copies_follow_the_same_keys() -> None:
     assert torch.equal(*results)
 
 
-def test_gradient_uses_the_mask_of_the_forward_pass() -> None:
+def test_the_gradient_uses_the_mask_of_the_forward_pass() -> None:
     model = nn.Sequential(nn.Dropout(0.5))
     key_dropout_layers(model, 0).set_keys(keys(4))
     x = torch.ones(4, 50, requires_grad=True)
@@ -179,7 +179,7 @@ def test_gradient_uses_the_mask_of_the_forward_pass() -> None:
     assert torch.equal(x.grad, out.detach())
 
 
-def test_compiles_into_one_graph() -> None:
+def test_keyed_layers_compile_into_one_graph() -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.3), DropPath(0.2))
     state = key_dropout_layers(model, 0)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -212,8 +212,8 @@ def test_example_keys_are_distinct_and_stable() -> None:
     ],
     ids=["vit", "swin", "mobilenet"],
 )
-def test_whole_models_give_the_same_for_any_split_of_a_batch(model: object) -> None:
-    """A batch in one piece and in pieces gives the same outputs (batch norm in evaluation, which it is not about)."""
+def test_whole_models_give_the_same_outputs_for_any_split_of_a_batch(model: object) -> None:
+    """A whole batch and its micro-batches give the same outputs (batch norm is in evaluation mode here)."""
     module: nn.Module = model()  # type: ignore[operator]
     state = key_dropout_layers(module, 3)
     module.train()
@@ -232,8 +232,8 @@ def test_whole_models_give_the_same_for_any_split_of_a_batch(model: object) -> N
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_stochastic_depth_of_whole_batches_is_left_as_it_is() -> None:
-    """Its masks do not belong to single examples; the model's note says so."""
+def test_stochastic_depth_of_whole_batches_is_not_replaced() -> None:
+    """Its masks do not belong to single examples, which the model's notes state."""
     model = nn.Sequential(StochasticDepth(0.5, "batch"), StochasticDepth(0.5, "row"))
     assert len(key_dropout_layers(model, 0).calls) == 1
     assert [type(layer) for layer in model] == [StochasticDepth, KeyedDropout]

@@ -1,4 +1,4 @@
-"""Stopping on request: the step is finished, a checkpoint written, exit status 3 soon; the run goes on exactly."""
+"""Stopping on request: the step is finished, a checkpoint written, exit status 3 soon; resuming is bit-identical."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ LIMIT_S = 10
 
 
 def mark(path: Path) -> None:
-    """Touch a file and stay until it is taken away: so the request arrives here, where the test wants it."""
+    """Touch a file and wait until it is deleted, so that the stop request arrives at this point of the run."""
     path.touch()
     deadline = time.monotonic() + 30
     while path.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
-def mark_at(place: str, count: int, path: Path, rank: int) -> None:
-    """Have a process touch a file when it comes to a place, and stay there until it is gone."""
+def mark_at(phase: str, count: int, path: Path, rank: int) -> None:
+    """Make rank 0 touch a file at the ``count``-th call of a phase and wait there until it is deleted."""
     owner, name = {
         "step": (TrainStep, "_update"),
         "evaluation": (toolkit.training.evaluation, "outcomes"),
         "features": (frozen_features, "prefix_features"),
-    }[place]
+    }[phase]
     if rank == 0:
         at_call(owner, name, count, functools.partial(mark, path))
 
 
 def stopped(
-    folder: Path, world: int, text: str, place: str, count: int, request: Callable[[Trainers], None], *settings: str
+    folder: Path, world: int, text: str, phase: str, count: int, request: Callable[[Trainers], None], *settings: str
 ) -> Trainers:
-    """Trainers that were asked to stop when rank 0 was at a place; their statuses are checked."""
+    """Start trainers, request a stop while rank 0 is in a phase, and check their exit statuses."""
     recipe = write_recipe(folder, text)
     there = folder / "there"
     there.unlink(missing_ok=True)
-    prepare = functools.partial(mark_at, place, count, there)
+    prepare = functools.partial(mark_at, phase, count, there)
     trainers = Trainers(world, folder, recipe, "--resume", "auto", *settings, prepare=prepare)
     trainers.wait_until(there.exists)
     request(trainers)
@@ -79,56 +79,56 @@ def by_signal(number: int, *ranks: int) -> Callable[[Trainers], None]:
     return lambda trainers: trainers.signal(number, *ranks)
 
 
-def test_each_signal_and_the_stop_file_in_steps_and_evaluations(tmp_path: Path) -> None:
+def test_each_signal_and_the_stop_file_stop_steps_and_evaluations(tmp_path: Path) -> None:
     plain = undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
     folder = tmp_path / "last"
 
     def stop_file(_: Trainers) -> None:
         (only_run(folder).path / "stop").touch()
-        time.sleep(1.1)  # it is looked for once a second
+        time.sleep(1.1)  # the stop file is polled once per second
 
-    for place, count, request, reason in (
+    for phase, count, request, reason in (
         ("step", 4, by_signal(signal.SIGTERM), "SIGTERM"),
         ("evaluation", 2, by_signal(signal.SIGINT), "SIGINT"),
-        ("evaluation", 1, by_signal(signal.SIGUSR1), "SIGUSR1"),  # twice at the same place
+        ("evaluation", 1, by_signal(signal.SIGUSR1), "SIGUSR1"),  # twice in the same phase
         ("step", 5, stop_file, "the file stop"),
     ):
-        assert f"stopped by {reason}" in stopped(folder, 1, MUCH, place, count, request, *EMA).text()
+        assert f"stopped by {reason}" in stopped(folder, 1, MUCH, phase, count, request, *EMA).text()
     assert finished(folder, 1) == plain
     assert not (only_run(folder).path / "stop").exists()
 
 
-@pytest.mark.parametrize("place", ["step", "evaluation"])
-def test_of_two_processes_one_gets_the_signal(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("phase", ["step", "evaluation"])
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path: Path, phase: str) -> None:
     plain = undisturbed(tmp_path / "plain", 2, MUCH, *EMA)
-    stopped(tmp_path / "last", 2, MUCH, place, 4, by_signal(signal.SIGTERM, 1), *EMA)
+    stopped(tmp_path / "last", 2, MUCH, phase, 4, by_signal(signal.SIGTERM, 1), *EMA)
     assert finished(tmp_path / "last", 2) == plain
 
 
-def test_while_the_features_of_frozen_layers_are_computed(tmp_path: Path) -> None:
+def test_a_run_can_be_stopped_while_frozen_features_are_computed(tmp_path: Path) -> None:
     folder = tmp_path / "last"
     trainers = stopped(folder, 1, FROZEN, "features", 3, by_signal(signal.SIGTERM))
     assert "stopped before training" in trainers.text()
     assert finished(folder, 1) == undisturbed(tmp_path / "plain", 1, FROZEN)
 
 
-def test_data_workers_leave_the_signal_to_the_trainer(tmp_path: Path) -> None:
-    """A terminal or scheduler signals the whole process group."""
-    settings = ("--set", "data.workers=2", "--set", 'data.cache="off"')  # kept images need no workers
+def test_data_workers_ignore_the_stop_signal(tmp_path: Path) -> None:
+    """A terminal or scheduler signals the whole process group, workers included."""
+    settings = ("--set", "data.workers=2", "--set", 'data.cache="off"')  # cached images need no workers
 
-    def all_of_the_group(trainers: Trainers) -> None:
+    def whole_process_group(trainers: Trainers) -> None:
         pids = [trainers.processes[0].pid, *children(trainers.processes[0].pid)]
         assert len(pids) >= 3
         for pid in pids:
             os.kill(int(pid or 0), signal.SIGTERM)
 
-    stopped(tmp_path / "last", 1, MUCH, "step", 4, all_of_the_group, *EMA, *settings)
+    stopped(tmp_path / "last", 1, MUCH, "step", 4, whole_process_group, *EMA, *settings)
     kept = finished(tmp_path / "last", 1)
     assert kept["weights"] == undisturbed(tmp_path / "plain", 1, MUCH, *EMA)["weights"]
 
 
 def children(pid: int | None) -> list[int]:
-    """Processes whose parent is ``pid``."""
+    """Return the processes whose parent is ``pid``."""
     parents = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -138,7 +138,7 @@ def children(pid: int | None) -> list[int]:
     return [child for child, parent in parents.items() if parent == pid]
 
 
-def test_a_second_sigint_ends_at_once_but_not_the_echo_of_the_first(tmp_path: Path) -> None:
+def test_a_second_sigint_ends_a_run_at_once_but_not_a_forwarded_first_one(tmp_path: Path) -> None:
     recipe, there = write_recipe(tmp_path, MUCH), tmp_path / "there"
 
     def slow_step(rank: int) -> None:
@@ -148,13 +148,13 @@ def test_a_second_sigint_ends_at_once_but_not_the_echo_of_the_first(tmp_path: Pa
     trainers.wait_until(there.exists)
     trainers.signal(signal.SIGINT)
     time.sleep(0.1)
-    trainers.signal(signal.SIGINT)  # what the launcher passes on of the same press
+    trainers.signal(signal.SIGINT)  # the launcher forwards the same key press
     time.sleep(1.5)
     assert trainers.processes[0].is_alive()
     began = time.monotonic()
     trainers.signal(signal.SIGINT)
     assert trainers.wait(5) == [128 + signal.SIGINT]
-    assert time.monotonic() - began < 4  # the step would have taken longer
+    assert time.monotonic() - began < 4  # the slowed step would have taken longer
     assert not only_run(tmp_path).is_finished
 
 
@@ -165,7 +165,7 @@ def wandb_ids(folder: Path) -> Iterator[str]:
                 yield record.run.run_id
 
 
-def test_a_resumed_run_goes_on_under_its_wandb_id(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_wandb_id(tmp_path: Path) -> None:
     tracked = ("--set", 'tracking.trackers=["wandb"]')
     stopped(tmp_path, 1, MUCH, "step", 9, by_signal(signal.SIGTERM), *EMA, *tracked)
     finished(tmp_path, 1)
@@ -174,7 +174,7 @@ def test_a_resumed_run_goes_on_under_its_wandb_id(tmp_path: Path) -> None:
     assert len(fragments) == 2
     assert set(wandb_ids(run.path)) == {f"small-{run.id}"}
     logged = [line for name in fragments for line in history(run.path, name)]
-    assert logged == run.metrics(), "each line once over both fragments"
+    assert logged == run.metrics(), "both fragments together have each line once"
 
 
 def history(folder: Path, fragment: str) -> Iterator[dict[str, Any]]:
@@ -185,7 +185,7 @@ def history(folder: Path, fragment: str) -> Iterator[dict[str, Any]]:
 
 
 def test_ctrl_c_is_acknowledged_at_once(tmp_path: Path) -> None:
-    """Before the step that is under way has ended: here it is held up by a sleep in the handler's own process."""
+    """The message appears before the current step ends; here the step is a busy loop."""
     code = (
         "import os, signal, time\n"
         "from toolkit.distributed.signals import GracefulStop\n"
@@ -202,10 +202,10 @@ def test_ctrl_c_is_acknowledged_at_once(tmp_path: Path) -> None:
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, "RANK": "1"}
     )
-    assert other.stderr == "step ends", "one process of several speaks"
+    assert other.stderr == "step ends", "only the main process prints"
 
 
-def test_an_edited_recipe_is_refused_with_the_commands_to_give(tmp_path: Path) -> None:
+def test_an_edited_recipe_is_refused_with_the_commands_to_run(tmp_path: Path) -> None:
     recipe = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
     few = [f'recipe.run_root="{tmp_path}"', "data.images_per_class=8", "train.batch_size=16", "train.epochs=2"]
     run = fit(load(recipe, few).recipe, until=1, quiet=True)
