@@ -1,4 +1,4 @@
-"""Damaged and hand-edited files: one message that names the file; a damaged run does not hide the others."""
+"""Damaged and hand-edited files give one message that names the file, and a damaged run does not hide the others."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def original(folder: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def healthy(folder: Path, original: Run) -> Run:
-    """Another one, that stays as it is."""
+    """Return another run, which stays undamaged."""
     return train_on_files(folder, CONVNET, "recipe.seed=1")
 
 
 @pytest.fixture
 def run(original: Run, healthy: Run, tmp_path: Path) -> Run:
-    """A copy to be damaged, next to the healthy one."""
+    """Return a copy of the run to damage, next to the healthy one."""
     for one in (original, healthy):
         shutil.copytree(one.path, tmp_path / "runs" / "tiny" / one.id)
     return Run(tmp_path / "runs" / "tiny" / original.id)
@@ -86,7 +86,9 @@ class _Shape(Shape):
         (b'{"a": ' + b"[" * 30 + b"]" * 30 + b', "count": 1}', "it is nested too deeply"),
     ],
 )
-def test_json_that_is_none(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_that_is_not_the_expected_json_is_reported_as_damaged(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     path = tmp_path / "file.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -94,7 +96,7 @@ def test_json_that_is_none(tmp_path: Path, content: bytes, message: str) -> None
     assert str(caught.value) == f"{path} is damaged: {message}"
 
 
-def test_json_that_is_whole_may_have_more_than_its_shape(tmp_path: Path) -> None:
+def test_json_may_have_more_entries_than_required(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text('{"count": 9223372036854775807, "more": [{"deep": [1, null, NaN]}]}')
     found = read_json(path, _Shape)
@@ -112,7 +114,7 @@ def test_json_that_is_whole_may_have_more_than_its_shape(tmp_path: Path) -> None
         (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels of symbolic links"),
     ],
 )
-def test_what_is_no_file_is_neither_read_nor_waited_for(
+def test_folders_pipes_and_devices_are_refused_without_waiting(
     tmp_path: Path, put: Callable[[Path], object], message: str
 ) -> None:
     path = tmp_path / "file"
@@ -122,7 +124,7 @@ def test_what_is_no_file_is_neither_read_nor_waited_for(
             read(path)
 
 
-def test_lines_are_judged_one_by_one(tmp_path: Path) -> None:
+def test_damaged_json_lines_do_not_hide_the_others(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     path.write_bytes(b'{"count": 1}\nnull\n{"count": "\xff"}\n{"count": {}}\n{"count": 2}\n{"count": 3')
     found = list(read_json_lines(path, _Shape))
@@ -148,7 +150,7 @@ def test_lines_are_judged_one_by_one(tmp_path: Path) -> None:
         ('a,b\n"1,2\n', "unexpected end of data"),
     ],
 )
-def test_csv_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+def test_a_damaged_csv_file_is_reported_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "file.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -158,8 +160,8 @@ def test_csv_that_is_none(tmp_path: Path, text: str, message: str) -> None:
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def test_any_damage_to_any_file_is_a_message(original: Run, healthy: Run, tmp_path: Path) -> None:
-    """The commands that take no time; the others in tests/attack."""
+def test_any_damage_to_any_file_gives_a_message(original: Run, healthy: Run, tmp_path: Path) -> None:
+    """Tested with the fast commands; tests/attack has the others."""
     image = next((original.path.parents[2] / "data").rglob("*.png"))
     random = Random(0)
     everything = [(file, kind, name) for file in files_of(original.path) for kind in KINDS for name in CHEAP]
@@ -206,7 +208,7 @@ def one_line(outcome: Outcome) -> str:
     return outcome.stderr.strip()
 
 
-def test_best_that_is_no_number(run: Run) -> None:
+def test_a_metric_in_the_summary_that_is_not_a_number_is_reported(run: Run) -> None:
     summary = run.summary
     run.write_json("summary.json", {**summary, "best": float("nan")})
     assert one_line(toolkit("check", run.path)).endswith("summary.json is damaged: best is not a JSON object")
@@ -214,14 +216,14 @@ def test_best_that_is_no_number(run: Run) -> None:
     assert one_line(toolkit("check", run.path)).endswith("summary.json is damaged: best.val_loss is not a number")
 
 
-def test_predictions_shorter_than_the_split(run: Run) -> None:
+def test_predictions_with_fewer_rows_than_the_split_are_reported(run: Run) -> None:
     rows = run.predictions()
     run.write_predictions([list(row.values()) for row in rows[:-2]])
     problem = f"predictions.csv is damaged: {len(rows) - 2} rows of {len(rows)} test images"
     assert problem in one_line(toolkit("evaluate", run.path))
 
 
-def test_bad_utf8_in_one_line_of_metrics_costs_a_report_that_line(run: Run) -> None:
+def test_a_report_leaves_out_one_line_of_metrics_with_bad_utf8(run: Run) -> None:
     epochs = run.epochs()
     data = run.metrics_file.read_bytes().splitlines(keepends=True)
     run.metrics_file.write_bytes(b"".join([b'{"epoch": "\xff"}\n', *data]))
@@ -231,8 +233,8 @@ def test_bad_utf8_in_one_line_of_metrics_costs_a_report_that_line(run: Run) -> N
     assert facts.missing == [f"1 of {len(data) + 1} lines of metrics.jsonl: damaged (line 1)"]
 
 
-def test_permission_denied(original: Run, healthy: Run) -> None:
-    """As a user without permission to read a single file, or the run directory."""
+def test_files_without_read_permission_are_reported(original: Run, healthy: Run) -> None:
+    """A user has no permission to read a single file, or the run directory."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     run = Run(folder / "runs" / "tiny" / original.id)
@@ -257,7 +259,7 @@ def test_permission_denied(original: Run, healthy: Run) -> None:
 
 @contextlib.contextmanager
 def without_root() -> Iterator[None]:
-    """The rights of a user who owns nothing if root runs the tests. Other users cannot read files of mode 0 either."""
+    """If root runs the tests, use the permissions of a user without files: root can read files of mode 0."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)
@@ -281,7 +283,7 @@ def without_root() -> Iterator[None]:
         ({"bytes": "x"}, "bytes is not an integer"),
     ],
 )
-def test_of_a_checkpoint_whose_manifest_is_damaged_the_one_before_is_used(
+def test_if_a_manifest_is_damaged_the_checkpoint_before_it_is_used(
     run: Run, change: dict[str, object], fault: str
 ) -> None:
     first, last = sorted(run.checkpoints.glob("*-*.json"))
@@ -316,7 +318,7 @@ def test_a_run_without_its_checkpoints_starts_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "summary.json"])
 @pytest.mark.parametrize("kind", ["null", "folder", "FIFO", "deep", "bad UTF-8"])
-def test_a_damaged_member_is_named_and_the_others_count(tmp_path: Path, file: str, kind: str) -> None:
+def test_a_damaged_run_of_a_study_is_named_and_the_others_are_counted(tmp_path: Path, file: str, kind: str) -> None:
     path = tmp_path / "small"
     write_fake_study(path, {"seeds": 2}, [FakeRun("row", 0, test_accuracy=0.5), FakeRun("row", 1, test_accuracy=0.7)])
     KINDS[kind](path / "20260101-000000-0000" / file, Random(0))
@@ -337,7 +339,7 @@ def test_a_damaged_member_is_named_and_the_others_count(tmp_path: Path, file: st
         ({"format": 99}, "was written by another version of this toolkit"),
     ],
 )
-def test_a_damaged_study_is_one_message(tmp_path: Path, change: dict[str, object], problem: str) -> None:
+def test_a_damaged_study_gives_one_message(tmp_path: Path, change: dict[str, object], problem: str) -> None:
     path = tmp_path / "small"
     write_fake_study(path, {"seeds": 1}, [FakeRun("row")])
     (path / "study.json").write_text(json.dumps(json.loads((path / "study.json").read_text()) | change))
@@ -348,7 +350,7 @@ def test_a_damaged_study_is_one_message(tmp_path: Path, change: dict[str, object
     assert toolkit("report", path).status == 2
 
 
-def test_a_member_outside_its_study_is_refused(tmp_path: Path) -> None:
+def test_a_run_outside_its_study_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "small"
     folder = write_fake_study(path, {"seeds": 1}, [FakeRun("row")])
     record = json.loads((path / "study.json").read_text())
@@ -366,7 +368,7 @@ def test_a_study_trains_its_other_runs_and_names_the_damaged_one(tmp_path: Path)
     for run in (damaged, other):
         (run.path / "summary.json").unlink()
     damaged.metrics_file.write_bytes(b"null\n")
-    set_target_epoch(damaged, 2)  # as a search does, which has to know how far a run has come
+    set_target_epoch(damaged, 2)  # as a search does, which reads how many epochs a run has finished
     outcome = toolkit("study", path)
     assert outcome.status == 1
     assert "metrics.jsonl:1: damaged line (not a JSON object)" in outcome.stderr + outcome.stdout

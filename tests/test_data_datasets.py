@@ -1,4 +1,4 @@
-"""Where the data sets come from, and what is said when they are not there."""
+"""How data sets are opened, and the messages if they are missing or damaged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def open_(dataset: str, root: Path, **values: Any) -> Dataset:
 
 
 def make(root: Path, *paths: str) -> Path:
-    """Small images, each of its own shade."""
+    """Write small images, each with a different gray value."""
     for shade, path in enumerate(paths):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 6), (shade, shade, shade)).save(root / path)
@@ -32,11 +32,11 @@ def make(root: Path, *paths: str) -> Path:
 
 
 def shades(data: Dataset, indices: Any) -> list[int]:
-    """Which of make's images these are."""
+    """Return which of the images of :func:`make` these are."""
     return [int(data.images.load(int(i))[0, 0, 0]) for i in indices]
 
 
-def test_digits_are_scikit_learns_brought_to_eight_bits() -> None:
+def test_digits_are_those_of_scikit_learn_scaled_to_eight_bits() -> None:
     from sklearn.datasets import load_digits
 
     data = open_("digits", Path("nowhere"))
@@ -51,7 +51,7 @@ def test_digits_are_scikit_learns_brought_to_eight_bits() -> None:
 # -- imagefolder -------------------------------------------------------------------------------------------------------
 
 
-def test_imagefolder_reads_lists_from_folders_with_classes_sorted(tmp_path: Path) -> None:
+def test_imagefolder_reads_splits_from_folders_and_sorts_classes(tmp_path: Path) -> None:
     paths = ("train/b/1.png", "train/a/2.JPG", "train/a/1.png", "val/a/x.png", "test/b/y.png")
     data = open_("imagefolder", make(tmp_path, *paths))
     assert data.classes == ["a", "b"]
@@ -65,19 +65,19 @@ def test_imagefolder_reads_lists_from_folders_with_classes_sorted(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "valid"])
-def test_imagefolder_knows_three_names_for_validation(tmp_path: Path, name: str) -> None:
+def test_imagefolder_accepts_three_names_for_validation(tmp_path: Path, name: str) -> None:
     data = open_("imagefolder", make(tmp_path, "train/a/1.png", f"{name}/a/2.png", "train/b/1.png"))
     assert shades(data, data.lists["validation"]) == [1]
 
 
-def test_imagefolder_without_train_is_one_pool(tmp_path: Path) -> None:
+def test_imagefolder_without_a_train_folder_is_one_list(tmp_path: Path) -> None:
     data = open_("imagefolder", make(tmp_path, "ant/1.png", "ant/deep/er/2.png", "Bee/3.png", "Ähre/4.png"))
     assert data.classes == ["Bee", "ant", "Ähre"]
     assert list(data.lists) == ["train"]
     assert data.labels.tolist() == [0, 1, 1, 2]
 
 
-def test_imagefolder_leaves_out_what_is_no_image(tmp_path: Path) -> None:
+def test_imagefolder_skips_and_reports_files_that_are_not_images(tmp_path: Path) -> None:
     make(tmp_path, "train/a/1.png", "train/b/1.png", "train/a/._1.png", "train/.git/2.png")
     (tmp_path / "train/a/Thumbs.db").touch()
     (tmp_path / "train/readme.txt").touch()
@@ -100,7 +100,7 @@ def test_imagefolder_leaves_out_what_is_no_image(tmp_path: Path) -> None:
         (("train/a/1.png", "test/1.png"), "test has no class folders"),
     ],
 )
-def test_imagefolder_laid_out_wrongly(tmp_path: Path, paths: tuple[str, ...], message: str) -> None:
+def test_wrong_layouts_of_imagefolder_are_refused(tmp_path: Path, paths: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_("imagefolder", make(tmp_path, *paths))
 
@@ -141,7 +141,7 @@ def test_caltech_keeps_the_order_of_its_lists_and_drops_the_background(tmp_path:
         assert data.labels.tolist() == [1, 0, 0, 1]
 
 
-def test_caltech_background_is_a_class_where_asked_for(tmp_path: Path) -> None:
+def test_caltech_background_is_a_class_if_requested(tmp_path: Path) -> None:
     caltech(tmp_path, *LISTS)
     with pytest.raises(UserError, match="BACKGROUND_Google is missing"):
         open_("caltech101", tmp_path, background_class=True)
@@ -152,7 +152,7 @@ def test_caltech_background_is_a_class_where_asked_for(tmp_path: Path) -> None:
     assert data.labels.tolist() == [2, 1, 0, 1, 2]
 
 
-def test_caltech_without_lists_is_one_pool(tmp_path: Path) -> None:
+def test_caltech_without_split_files_is_one_list(tmp_path: Path) -> None:
     caltech(tmp_path, "", "")
     for name in ("train.txt", "test.txt"):
         (tmp_path / "caltech101" / name).unlink()
@@ -168,24 +168,26 @@ def test_caltech_without_lists_is_one_pool(tmp_path: Path) -> None:
         ("ant/1.png\nBee/1.png", "ant/1.png", "list ant/1.png more than once"),
     ],
 )
-def test_caltech_lists_that_do_not_fit(tmp_path: Path, train: str, test: str, message: str) -> None:
+def test_caltech_split_files_that_do_not_fit_the_images_are_refused(
+    tmp_path: Path, train: str, test: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         open_("caltech101", caltech(tmp_path, train, test))
 
 
-def test_caltech_with_one_list_only(tmp_path: Path) -> None:
+def test_caltech_with_only_one_split_file_is_refused(tmp_path: Path) -> None:
     caltech(tmp_path, *LISTS)
     (tmp_path / "caltech101/train.txt").unlink()
     with pytest.raises(UserError, match=r"has test.txt but not train.txt"):
         open_("caltech101", tmp_path)
 
 
-def test_caltech_that_is_missing_says_where_to_get_it(tmp_path: Path) -> None:
+def test_missing_caltech_images_are_refused_with_their_source(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"10.22002/D1.20086, file caltech-101.zip"):
         open_("caltech101", tmp_path)
 
 
-def test_real_caltech_subset(caltech_subset: Path) -> None:
+def test_the_real_caltech_subset_is_read(caltech_subset: Path) -> None:
     data = open_("caltech101", caltech_subset)
     assert (len(data.classes), len(data.lists["train"]), len(data.lists["test"])) == (10, 80, 40)
     files = caltech_subset / "caltech101/101_ObjectCategories"
@@ -212,8 +214,8 @@ def test_failing_download_gives_the_reason(tmp_path: Path, monkeypatch: pytest.M
         open_("cifar10", tmp_path / "new")
 
 
-def test_damaged_data_is_told(tmp_path: Path) -> None:
-    """torchvision verifies CIFAR by checksum, FashionMNIST only by its files' names."""
+def test_damaged_data_are_reported(tmp_path: Path) -> None:
+    """torchvision verifies CIFAR by checksum, but FashionMNIST only by the names of its files."""
     raw = tmp_path / "FashionMNIST/raw"
     raw.mkdir(parents=True)
     for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
@@ -241,7 +243,7 @@ def test_files_of_the_mnist_family_are_read(tmp_path: Path, dataset: str, folder
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch, shared_data: Path) -> list[Path]:
-    """A stand-in for the server, with real images in torchvision's files; lists the downloads made."""
+    """Replace the server by one with real images in torchvision's file formats; return the list of downloads."""
     kind = torchvision.datasets.CIFAR10
     for name in ("train_list", "test_list"):
         monkeypatch.setattr(kind, name, [[file, None] for file, _ in getattr(kind, name)])
@@ -263,7 +265,7 @@ def downloads(monkeypatch: pytest.MonkeyPatch, shared_data: Path) -> list[Path]:
     return made
 
 
-def test_cifar10_is_its_images_in_their_order(tmp_path: Path, downloads: list[Path], shared_data: Path) -> None:
+def test_cifar10_has_its_images_in_the_original_order(tmp_path: Path, downloads: list[Path], shared_data: Path) -> None:
     data = open_("cifar10", tmp_path)
     real = np.load(shared_data / "cifar10-original-subset.npz")
     assert data.classes == real["class_names"].tolist()
@@ -281,8 +283,8 @@ def test_cifar10_is_its_images_in_their_order(tmp_path: Path, downloads: list[Pa
     open_("cifar10", tmp_path, download=False)
 
 
-def test_of_many_processes_one_downloads(tmp_path: Path, downloads: list[Path]) -> None:
-    """Threads stand for processes here: each takes the lock file on its own."""
+def test_only_one_of_many_processes_downloads(tmp_path: Path, downloads: list[Path]) -> None:
+    """Threads replace processes here, since each takes the lock file separately."""
     threads = [threading.Thread(target=open_, args=("cifar10", tmp_path / "data")) for _ in range(4)]
     for thread in threads:
         thread.start()

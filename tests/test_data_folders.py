@@ -1,4 +1,4 @@
-"""Folders as public data sets and people lay them out: each is read rightly, or refused in a sentence."""
+"""Folder layouts of public data sets and users: each is read correctly or refused with a clear message."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
 
 
 def make(root: Path, *paths: str) -> Path:
-    """Files with these names; layouts are read without opening them."""
+    """Create files with these names; layouts are read without opening the files."""
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).touch()
@@ -38,7 +38,7 @@ def table(root: Path, **values: Any) -> DataConfig:
 
 
 def read(root: Path, **values: Any) -> dict[str, dict[str, list[str]]]:
-    """Names of the images by list and class."""
+    """Return the names of the images by split and class."""
     data = open_dataset(table(root, **values))
     found: dict[str, dict[str, list[str]]] = {}
     for split, indices in data.lists.items():
@@ -75,24 +75,24 @@ def refusal(root: Path, **values: Any) -> str:
         (["Training"], ["train"]),
     ],
 )
-def test_usual_names_of_splits(tmp_path: Path, folders: list[str], splits: list[str]) -> None:
+def test_usual_names_of_split_folders_are_recognized(tmp_path: Path, folders: list[str], splits: list[str]) -> None:
     for folder in folders:
         make(tmp_path, f"{folder}/a/1.jpg", f"{folder}/b/1.jpg")
     assert read(tmp_path) == {
         split: {name: [f"{folder}/{name}/1.jpg"] for name in "ab"}
         for folder, split in zip(folders, splits, strict=True)
     }
-    said = ", ".join(f"{split} is {folder}/" for folder, split in zip(folders, splits, strict=True))
-    assert f"splits by folders: {said}" in open_(tmp_path).notes
+    messages = ", ".join(f"{split} is {folder}/" for folder, split in zip(folders, splits, strict=True))
+    assert f"splits by folders: {messages}" in open_(tmp_path).notes
 
 
 @pytest.mark.parametrize("name", ["trainer", "trains", "image", "data", "dataset", "set", "value", "device", "contest"])
-def test_other_names_are_no_splits(name: str) -> None:
+def test_other_folder_names_are_not_splits(name: str) -> None:
     assert split_of(name) is None
 
 
-def test_train_and_val_train_on_all_training_images_and_test_on_none(tmp_path: Path) -> None:
-    """ImageNet, Imagenette, Places365."""
+def test_with_train_and_val_folders_no_training_image_is_used_for_testing(tmp_path: Path) -> None:
+    """As in ImageNet, Imagenette and Places365."""
     for name in ("n01440764", "n02102040"):
         make(tmp_path, *(f"train/{name}/{i}.JPEG" for i in range(10)), f"val/{name}/0.JPEG")
     data = open_(tmp_path)
@@ -122,13 +122,13 @@ def test_train_and_val_train_on_all_training_images_and_test_on_none(tmp_path: P
          ["class folders that the training images do not have: A;"]),
     ],
 )  # fmt: skip
-def test_splits_that_do_not_fit_are_shown(tmp_path: Path, paths: list[str], parts: list[str]) -> None:
+def test_inconsistent_split_folders_are_refused(tmp_path: Path, paths: list[str], parts: list[str]) -> None:
     message = refusal(make(tmp_path, *paths))
     assert [part for part in parts if part not in message] == [], message
 
 
 @pytest.mark.parametrize("name", ["train", "test"])
-def test_a_class_that_is_named_like_a_split(tmp_path: Path, name: str) -> None:
+def test_a_class_may_be_named_like_a_split(tmp_path: Path, name: str) -> None:
     make(tmp_path, "bus/1.jpg", "car/1.jpg", f"{name}/1.jpg")
     assert read(tmp_path) == {"train": {each: [f"{each}/1.jpg"] for each in sorted(["bus", "car", name])}}
     assert open_(tmp_path).notes == (
@@ -136,12 +136,12 @@ def test_a_class_that_is_named_like_a_split(tmp_path: Path, name: str) -> None:
     )
 
 
-def test_a_class_whose_name_contains_a_split_s(tmp_path: Path) -> None:
+def test_a_class_name_may_contain_the_name_of_a_split(tmp_path: Path) -> None:
     make(tmp_path, "bullet_train/1.jpg", "test tube/1.jpg", "bus/1.jpg")
     assert sorted(read(tmp_path)["train"]) == ["bullet_train", "bus", "test tube"]
 
 
-def test_folders_without_images_beside_splits_are_named(tmp_path: Path) -> None:
+def test_folders_without_images_next_to_splits_are_reported(tmp_path: Path) -> None:
     make(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "annotations/1.xml", "labels.csv")
     data = open_(tmp_path)
     assert data.classes == ["a", "b"]
@@ -151,7 +151,7 @@ def test_folders_without_images_beside_splits_are_named(tmp_path: Path) -> None:
     )
 
 
-def test_classes_that_a_split_lacks_are_named(tmp_path: Path) -> None:
+def test_classes_that_a_split_lacks_are_reported(tmp_path: Path) -> None:
     make(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "train/c/1.jpg", "test/a/1.jpg")
     assert "test/ has no images of 2 of 3 classes: b, c" in open_(tmp_path).notes
 
@@ -159,8 +159,8 @@ def test_classes_that_a_split_lacks_are_named(tmp_path: Path) -> None:
 # -- wrapper folders, depth -------------------------------------------------------------------------------------------
 
 
-def test_a_wrapper_folder_is_seen_through(tmp_path: Path) -> None:
-    """A zip file of Kaggle as it unpacks on a Mac; names are those that the inner folder as data.root would give."""
+def test_a_single_folder_around_the_data_is_skipped(tmp_path: Path) -> None:
+    """A zip file from Kaggle, unpacked on a Mac; image names are the same as if data.root were the inner folder."""
     inner = make(tmp_path / "archive/pets", "Train/cat/1.jpg", "Train/dog/1.jpg", "Test/cat/2.jpg")
     make(tmp_path, "__MACOSX/archive/._1.jpg", "__MACOSX/archive/Train/cat/1.jpg", ".cache/x/1.jpg", "readme.txt")
     assert (
@@ -176,8 +176,8 @@ def test_a_wrapper_folder_is_seen_through(tmp_path: Path) -> None:
     assert data.notes[0].endswith(f"the images are read from {tmp_path / 'archive'} (not read: readme.txt)")
 
 
-def test_wrappers_within_splits_are_seen_through(tmp_path: Path) -> None:
-    """Kaggle's cats and dogs: training_set/training_set/cats."""
+def test_single_folders_within_splits_are_skipped(tmp_path: Path) -> None:
+    """As in Kaggle's cats and dogs: training_set/training_set/cats."""
     make(
         tmp_path, *(f"{part}_set/{part}_set/{name}/1.jpg" for part in ("training", "test") for name in ("cats", "dogs"))
     )
@@ -187,13 +187,13 @@ def test_wrappers_within_splits_are_seen_through(tmp_path: Path) -> None:
     }
 
 
-def test_a_split_with_one_of_the_classes_is_no_wrapper(tmp_path: Path) -> None:
+def test_a_split_with_only_one_of_the_classes_is_not_skipped(tmp_path: Path) -> None:
     make(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg")
     assert read(tmp_path)["validation"] == {"a": ["val/a/1.jpg"]}
 
 
-def test_a_lone_folder_of_classes(tmp_path: Path) -> None:
-    """Food-101 without its lists."""
+def test_a_single_folder_of_classes_is_read(tmp_path: Path) -> None:
+    """As in Food-101 without its split files."""
     make(tmp_path, "images/apple_pie/1.jpg", "images/waffles/1.jpg")
     assert read(tmp_path) == {"train": {"apple_pie": ["apple_pie/1.jpg"], "waffles": ["waffles/1.jpg"]}}
 
@@ -213,7 +213,7 @@ def test_a_lone_folder_of_classes(tmp_path: Path) -> None:
         (["a/1.jpg", "b/1.txt", "c/1.txt"], ["2 of 3 folders", "b/, c/"]),
     ],
 )  # fmt: skip
-def test_what_is_not_at_least_two_classes(tmp_path: Path, paths: list[str], parts: list[str]) -> None:
+def test_fewer_than_two_classes_are_refused(tmp_path: Path, paths: list[str], parts: list[str]) -> None:
     message = refusal(make(tmp_path, *paths))
     assert [part for part in parts if part not in message] == [], message
 
@@ -222,8 +222,8 @@ SUN = ("a/abbey/1.jpg", "a/apartment_building/outdoor/1.jpg", "b/badlands/1.jpg"
 PLANTS = ("color/Apple/1.jpg", "color/Corn/1.jpg", "grayscale/Apple/1.jpg", "grayscale/Corn/1.jpg")
 
 
-def test_folders_of_folders_are_not_guessed_at(tmp_path: Path) -> None:
-    """SUN397 and Places by letter, PlantVillage by version, iNaturalist by kingdom."""
+def test_nested_folders_are_refused_rather_than_guessed(tmp_path: Path) -> None:
+    """SUN397 and Places group classes by letter, PlantVillage by version, iNaturalist by kingdom."""
     message = refusal(make(tmp_path / "sun", *SUN))
     assert "a/, b/ hold no images themselves but folders (a/abbey/, b/badlands/)" in message
     assert 'set data.class_folders = "leaf"' in message
@@ -236,7 +236,7 @@ def test_folders_of_folders_are_not_guessed_at(tmp_path: Path) -> None:
     assert "b/ hold no images themselves but folders (b/x/)" in message
 
 
-def test_the_recipe_says_which_folders_are_classes(tmp_path: Path) -> None:
+def test_the_recipe_can_state_which_folders_are_classes(tmp_path: Path) -> None:
     make(tmp_path, *(f"train/{path}" for path in SUN), "val/a/abbey/2.jpg")
     assert read(tmp_path, class_folders="leaf") == {
         "train": {path.rpartition("/")[0]: [f"train/{path}"] for path in SUN},
@@ -249,7 +249,7 @@ def test_the_recipe_says_which_folders_are_classes(tmp_path: Path) -> None:
     assert "3 images in folders within class folders" in " ".join(open_(tmp_path, class_folders="top").notes)
 
 
-def test_tiny_imagenet(tmp_path: Path) -> None:
+def test_the_layout_of_tiny_imagenet(tmp_path: Path) -> None:
     """Training images are in <wnid>/images/; validation and test images are not sorted."""
     make(tmp_path, "train/n1/images/1.JPEG", "train/n2/images/1.JPEG", "train/n1/n1_boxes.txt", "wnids.txt")
     assert read(tmp_path) == {"train": {"n1": ["train/n1/images/1.JPEG"], "n2": ["train/n2/images/1.JPEG"]}}
@@ -262,8 +262,8 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     assert "val/<class>/, or set data.split.validation = 0: then it is not read" in message
 
 
-def test_folders_of_splits_that_are_left_out_are_not_read(tmp_path: Path) -> None:
-    """So unsorted images need not be moved away."""
+def test_folders_of_unused_splits_are_not_read(tmp_path: Path) -> None:
+    """So unsorted images need not be moved elsewhere."""
     make(tmp_path, *(f"train/{name}/images/{i}.JPEG" for name in ("n1", "n2") for i in range(5)))
     make(tmp_path, "val/images/1.JPEG", "test/1.JPEG")
     recipe = table(tmp_path, split={"validation": 0, "test": 0})
@@ -277,10 +277,12 @@ def test_folders_of_splits_that_are_left_out_are_not_read(tmp_path: Path) -> Non
     (tmp_path / "test/1.JPEG").unlink()
     (tmp_path / "test").rmdir()
     recipe = table(tmp_path, split={"validation": 0})
-    assert len(split_dataset(open_dataset(recipe), recipe)["train"]) == 10, "no test is drawn either: there is val/"
+    assert len(split_dataset(open_dataset(recipe), recipe)["train"]) == 10, (
+        "no test split is drawn either, since val/ exists"
+    )
 
 
-def test_splits_within_classes(tmp_path: Path) -> None:
+def test_split_folders_within_class_folders_are_refused(tmp_path: Path) -> None:
     message = refusal(make(tmp_path, "bottle/train/1.jpg", "bottle/test/1.jpg", "cable/train/1.jpg", "cable/2.jpg"))
     assert "named like splits within class folders (bottle/test/, bottle/train/, cable/train/)" in message
 
@@ -297,48 +299,48 @@ PLAIN = {"train": {"a": ["a/1.jpg", "a/2.jpg"], "b": ["b/1.jpg", "b/deep/2.jpg"]
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "/"])
-def test_links_back_count_no_image_twice(ab: Path, target: str) -> None:
-    for place in ("a/loop", "a/loop2", "b/deep/loop"):
-        (ab / place).symlink_to(target)
-    if target == ".":  # within its own class even where it is another folder
+def test_links_to_parent_folders_count_no_image_twice(ab: Path, target: str) -> None:
+    for link in ("a/loop", "a/loop2", "b/deep/loop"):
+        (ab / link).symlink_to(target)
+    if target == ".":  # within its own class even if it is another folder
         (ab / "b/other").symlink_to("deep")
     assert read(ab) == PLAIN
     assert f"{4 if target == '.' else 3} repeated folders (a/loop, ...)" in open_(ab).notes[-1]
     assert sorted(collect([str(ab)], bytes)) == [str(ab / path) for paths in PLAIN["train"].values() for path in paths]
 
 
-def test_many_links_are_walked_once(ab: Path) -> None:
-    """Each way through them would be a folder of its own: 12 ** 40."""
+def test_many_links_to_one_folder_are_followed_once(ab: Path) -> None:
+    """If every path through them were a separate folder, there would be 12 ** 40."""
     for number in range(12):
         (ab / f"a/{number}").symlink_to(".")
     assert read(ab) == PLAIN
 
 
 @pytest.mark.parametrize(("link", "target"), [("a/extra", "../b"), ("c", "a"), ("a/extra", "../b/deep")])
-def test_images_of_two_classes_are_refused(ab: Path, link: str, target: str) -> None:
+def test_links_that_put_images_into_two_classes_are_refused(ab: Path, link: str, target: str) -> None:
     (ab / link).symlink_to(target)
     message = refusal(ab)
     assert "are the same folder, so its images would be both in" in message
     assert str(ab / link) in message
 
 
-def test_a_class_folder_that_is_a_link(ab: Path, tmp_path: Path) -> None:
-    """A subset of a data set by links to class folders or to files is usual."""
+def test_a_class_folder_may_be_a_link(ab: Path, tmp_path: Path) -> None:
+    """Users often create a subset of a data set with links to class folders or files."""
     make(tmp_path / "elsewhere", "1.jpg")
     (ab / "c").symlink_to(tmp_path / "elsewhere")
     (ab / "a/3.jpg").symlink_to(tmp_path / "elsewhere/1.jpg")
     assert read(ab)["train"] == {"a": [*PLAIN["train"]["a"], "a/3.jpg"], "b": PLAIN["train"]["b"], "c": ["c/1.jpg"]}
 
 
-def test_a_link_back_within_linked_folders(ab: Path, tmp_path: Path) -> None:
-    """It leads above the class, to images of other classes, by a way that does not pass through data.root."""
+def test_a_link_to_a_parent_folder_within_linked_folders(ab: Path, tmp_path: Path) -> None:
+    """It leads to a folder above the class, with images of other classes, by a path outside data.root."""
     make(tmp_path / "elsewhere", "c/1.jpg", "other/1.jpg", "2.jpg")
     (ab / "c").symlink_to(tmp_path / "elsewhere/c")
     (tmp_path / "elsewhere/c/loop").symlink_to("..")
     assert read(ab)["train"] == {**PLAIN["train"], "c": ["c/1.jpg"]}
 
 
-def test_one_folder_as_two_splits(tmp_path: Path) -> None:
+def test_one_folder_as_two_splits_is_refused(tmp_path: Path) -> None:
     make(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/b/1.jpg")
     (tmp_path / "test").symlink_to("val")
     assert "test and" in (message := refusal(tmp_path))
@@ -349,13 +351,13 @@ def test_one_folder_as_two_splits(tmp_path: Path) -> None:
     assert "so its images would be both in" in refusal(tmp_path)
 
 
-def test_a_link_to_the_data_as_a_class(ab: Path) -> None:
+def test_a_link_to_the_data_root_as_a_class_is_refused(ab: Path) -> None:
     (ab / "all").symlink_to(".")
     assert f"{ab / 'all'} is a link to {ab}" in refusal(ab)
 
 
 @pytest.mark.parametrize("link", ["c", "a/more", "a/loop"])
-def test_links_to_nothing_are_named(ab: Path, link: str) -> None:
+def test_broken_links_are_named(ab: Path, link: str) -> None:
     (ab / link).symlink_to("loop" if link == "a/loop" else "gone")
     message = refusal(ab)
     assert f"the link {ab / link} leads to {'loop' if link == 'a/loop' else 'gone'}" in message
@@ -364,7 +366,7 @@ def test_links_to_nothing_are_named(ab: Path, link: str) -> None:
         collect([str(ab)], bytes)
 
 
-def test_a_link_to_no_image_is_a_bad_image(ab: Path) -> None:
+def test_a_broken_link_to_an_image_is_an_unreadable_image(ab: Path) -> None:
     (ab / "a/3.jpg").symlink_to("gone.jpg")
     data = open_(ab)
     assert [data.images.name(i) for i in range(3)] == ["a/1.jpg", "a/2.jpg", "a/3.jpg"]
@@ -374,7 +376,7 @@ def test_a_link_to_no_image_is_a_bad_image(ab: Path) -> None:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_pipes_and_sockets_are_left_out_and_do_not_hang(ab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipes_and_sockets_are_skipped_without_hanging(ab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ab)  # the path of a socket must be short
     os.mkfifo("a/pipe.png")
     with socket.socket(socket.AF_UNIX) as listening:
@@ -389,18 +391,18 @@ def test_pipes_and_sockets_are_left_out_and_do_not_hang(ab: Path, monkeypatch: p
                     look(i)
 
 
-def test_hidden_folders_are_left_out_and_counted(ab: Path) -> None:
+def test_hidden_folders_are_skipped_and_counted(ab: Path) -> None:
     make(ab, "a/.trash/3.jpg", "a/.ipynb_checkpoints/1-checkpoint.jpg", "a/@eaDir/1.jpg/THUMB.jpg", "b/._1.jpg")
     assert read(ab) == PLAIN
     assert open_(ab).notes[-1] == (
         "left out of the images: 3 hidden folders (a/.ipynb_checkpoints, ...), 1 hidden file (b/._1.jpg)"
     )
-    said: list[str] = []
-    assert len(collect([str(ab)], bytes, said.append)) == 4
-    assert said == [f"{ab}: {open_(ab).notes[-1]}"]
+    messages: list[str] = []
+    assert len(collect([str(ab)], bytes, messages.append)) == 4
+    assert messages == [f"{ab}: {open_(ab).notes[-1]}"]
 
 
-def test_what_is_left_out_is_counted_by_kind(ab: Path) -> None:
+def test_skipped_files_are_counted_by_kind(ab: Path) -> None:
     make(ab, "a/x.HEIC", "a/y.heic", "b/notes.txt", "b/LICENSE", "top.jpg")
     assert open_(ab).notes[-1] == (
         "left out of the images: 2 .heic files (a/x.HEIC, ...), 1 .txt file (b/notes.txt), 1 file (b/LICENSE), "
@@ -410,16 +412,16 @@ def test_what_is_left_out_is_counted_by_kind(ab: Path) -> None:
 
 @pytest.fixture
 def unreadable(ab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that may not be listed; whoever runs the tests may be allowed to read everything."""
-    place, scandir = ab / "b/deep", os.scandir
+    """Return a folder whose listing fails; this is simulated, since the user who runs the tests may read everything."""
+    unlistable, scandir = ab / "b/deep", os.scandir
 
     def refuse(path: str | Path) -> Any:
-        if str(path) == str(place):
+        if str(path) == str(unlistable):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(folder_walk.os, "scandir", refuse)
-    return place
+    return unlistable
 
 
 def test_unreadable_folders_are_named(unreadable: Path) -> None:
@@ -437,10 +439,10 @@ WRITTEN = {
     "JPEG2000": (".jp2", ".j2k"), "QOI": (".qoi",), "PPM": (".ppm",), "PCX": (".pcx",), "SGI": (".sgi", ".rgb"),
     "ICO": (".ico",), "DDS": (".dds",), "ICNS": (".icns",),
 }  # fmt: skip
-"""Formats that Pillow can write, so that files of each can be made here."""
+"""Formats that Pillow can write, so that this test can create files of each."""
 
 
-def test_all_formats_are_taken_and_read(tmp_path: Path) -> None:
+def test_images_of_all_formats_are_read(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         for kind, suffixes in WRITTEN.items():
@@ -453,7 +455,7 @@ def test_all_formats_are_taken_and_read(tmp_path: Path) -> None:
     assert collect([str(tmp_path)], bytes) == [str(tmp_path / data.images.name(i)) for i in range(len(data.images))]
 
 
-def test_the_suffixes_are_those_that_pillow_decodes_by_itself() -> None:
+def test_the_suffixes_are_those_that_pillow_decodes_without_other_programs() -> None:
     Image.init()
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     videos, programs = {".mpg", ".mpeg"}, {".eps", ".ps"}  # not decoded; PostScript, run by Ghostscript
@@ -463,8 +465,8 @@ def test_the_suffixes_are_those_that_pillow_decodes_by_itself() -> None:
     assert len(IMAGE_SUFFIXES) == len(set(IMAGE_SUFFIXES))
 
 
-def test_training_on_a_wrapped_train_and_val(tmp_path: Path) -> None:
-    """From a downloaded archive to a run: the log says how it was read; no training image is kept for a test."""
+def test_training_on_an_archive_with_train_and_val(tmp_path: Path) -> None:
+    """Train on an unpacked archive: the log describes how it was read, and no training image is used for testing."""
     for number in range(24):
         path = tmp_path / "zip/pets" / ("Train" if number < 16 else "Val") / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

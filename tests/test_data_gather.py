@@ -1,4 +1,4 @@
-"""Rows of tensors are what PyTorch's own indexing gives, in the same memory format."""
+"""Selected rows of tensors equal those of PyTorch's own indexing, in the same memory format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from toolkit.data.tensor_loader import as_tensor
 from toolkit.data.tensor_rows import assign_rows, index_rows, memory_format
 
 KINDS = {
-    "bytes as they are kept": torch.randint(0, 256, (9, 6, 5, 3), dtype=torch.uint8),
+    "bytes as stored": torch.randint(0, 256, (9, 6, 5, 3), dtype=torch.uint8),
     "channels last": torch.randint(0, 256, (9, 6, 5, 3), dtype=torch.uint8).permute(0, 3, 1, 2),
     "channels first": torch.rand(9, 3, 6, 5),
     "gray": torch.rand(9, 1, 6, 5),
@@ -21,7 +21,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("tensor", KINDS.values(), ids=KINDS)
-def test_rows_are_taken_and_put_as_by_indexing(tensor: Tensor) -> None:
+def test_reading_and_writing_rows_equals_indexing(tensor: Tensor) -> None:
     index = torch.tensor([7, 0, 4])
     taken = index_rows(tensor, index)
     assert torch.equal(taken, tensor[index])
@@ -34,7 +34,7 @@ def test_rows_are_taken_and_put_as_by_indexing(tensor: Tensor) -> None:
     assert torch.equal(found, wanted)
 
 
-def test_taking_no_rows_and_rows_of_read_only_memory() -> None:
+def test_selecting_no_rows_and_rows_of_read_only_memory() -> None:
     kept = np.arange(12, dtype=np.uint8).reshape(4, 3)
     kept.flags.writeable = False
     rows = as_tensor(kept, torch.uint8).view(4, 3)

@@ -1,4 +1,4 @@
-"""Collections of images: modes, bad files, memory."""
+"""Image sources: color modes, unreadable files and memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BAD = {
 GOOD = {
     "fine.jpg": jpeg(),
     "fine.png": png(),
-    "appended.jpg": jpeg() + b"\0" * 20,  # cameras do this
+    "appended.jpg": jpeg() + b"\0" * 20,  # some cameras append zero bytes
     "appended.png": png() + b"\0" * 20,
     "wrong suffix.jpg": png(),
 }
@@ -51,7 +51,7 @@ GOOD = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> ImageFiles:
-    """Good and bad files, the bad ones first."""
+    """Return good and bad files, the bad ones first."""
     contents = {name: content for name, (content, _) in BAD.items()} | GOOD
     for name, content in contents.items():
         if content is not None:
@@ -60,7 +60,7 @@ def folder(tmp_path: Path) -> ImageFiles:
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_bad_files_are_found_and_good_ones_are_not_accused(folder: ImageFiles, decode: bool) -> None:
+def test_bad_files_are_found_and_good_ones_are_not(folder: ImageFiles, decode: bool) -> None:
     done: list[int] = []
     found = check_images(folder, np.arange(len(folder)), decode=decode, threads=2, progress=done.append).bad
     assert [folder.name(i) for i, _ in found] == list(BAD)
@@ -69,7 +69,7 @@ def test_bad_files_are_found_and_good_ones_are_not_accused(folder: ImageFiles, d
     assert done[-1] == len(folder)
 
 
-def test_damage_in_the_middle_is_found_by_decoding_only(tmp_path: Path) -> None:
+def test_damage_in_the_middle_of_a_file_is_only_found_by_decoding(tmp_path: Path) -> None:
     content = bytearray(png())
     content[len(content) // 2] ^= 0xFF  # breaks a checksum, not the end
     (tmp_path / "flipped.png").write_bytes(content)
@@ -89,8 +89,10 @@ def test_loading_a_bad_file_names_it_and_survives_pickling(folder: ImageFiles, n
     assert isinstance(copy, RunFailed)
 
 
-def test_a_fault_of_the_machine_is_not_blamed_on_the_image(folder: ImageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With on_bad_image = skip a moment without file handles must not drop images."""
+def test_an_error_of_the_machine_is_not_reported_as_a_bad_image(
+    folder: ImageFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With on_bad_image = skip, a temporary lack of file handles must not drop images."""
 
     def fail(*_: object) -> None:
         raise OSError(24, "Too many open files")
@@ -130,7 +132,7 @@ def test_every_mode_becomes_rgb_or_grayscale(tmp_path: Path) -> None:
     assert np.array_equal(opaque, through)
 
 
-def test_names_may_be_any_that_the_system_allows(tmp_path: Path) -> None:
+def test_file_names_may_contain_any_bytes_that_the_system_allows(tmp_path: Path) -> None:
     names = ["人/写真 1.png", "Käfer/Ähre.png", "new\nline.png", os.fsdecode(b"latin-\xe9.png"), "a" * 200 + ".png"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -147,7 +149,7 @@ def test_names_may_be_any_that_the_system_allows(tmp_path: Path) -> None:
         images.name(len(names))
 
 
-def test_arrays_are_images() -> None:
+def test_an_array_is_an_image_source() -> None:
     images = InMemoryImages(PIXELS[None], "toy", 3)
     assert len(images) == 1
     assert images.name(0) == "toy/0"
@@ -160,7 +162,7 @@ def test_arrays_are_images() -> None:
 N_LARGE = 1_300_000
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of private memory")
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's statistics of private memory")
 def test_a_worker_copies_little_of_a_large_index() -> None:
     """A forked worker reads every name: with Python objects, their reference counts would copy every page."""
     images = ImageFiles(Path("data"), (f"train/n{i % 1000:08d}/image_{i:08d}.jpg" for i in range(N_LARGE)), 3)
@@ -181,6 +183,6 @@ def test_a_worker_copies_little_of_a_large_index() -> None:
 
 
 def _private_bytes() -> int:
-    """Memory of this process that it shares with no other."""
+    """Return the memory that this process does not share with any other, in bytes."""
     text = Path("/proc/self/smaps_rollup").read_text()
     return 1024 * sum(int(kb) for kb in re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""The faster decoder of JPEG files gives Pillow's bytes, and leaves to Pillow what is not plain."""
+"""The faster JPEG decoder gives the same bytes as Pillow, and leaves unusual files to Pillow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def as_jpeg(image: Image.Image, **options: object) -> bytes:
 @pytest.mark.parametrize("subsampling", [0, 1, 2], ids=["444", "422", "420"])
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("size", [(301, 203), (16, 16), (17, 1), (1, 1)])
-def test_it_gives_pillows_bytes(subsampling: int, progressive: bool, size: tuple[int, int]) -> None:
+def test_the_faster_decoder_gives_the_same_bytes_as_pillow(
+    subsampling: int, progressive: bool, size: tuple[int, int]
+) -> None:
     for quality in (10, 75, 100):
         data = as_jpeg(photograph(*size), subsampling=subsampling, progressive=progressive, quality=quality)
         found = decode_jpeg(data)
@@ -42,7 +44,7 @@ def test_it_gives_pillows_bytes(subsampling: int, progressive: bool, size: tuple
 
 
 @needs_simplejpeg
-def test_what_is_not_plain_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusual_jpeg_files_are_decoded_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = as_jpeg(photograph(64, 48))
     others = {
         "gray": as_jpeg(photograph(64, 48, "L")),
@@ -60,7 +62,9 @@ def test_what_is_not_plain_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_simplejpeg
-def test_a_decoder_that_breaks_down_is_no_verdict_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_on_which_the_faster_decoder_fails_is_decoded_by_pillow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(data: bytes) -> None:
         raise RuntimeError("out of handles")
 
@@ -71,7 +75,7 @@ def test_a_decoder_that_breaks_down_is_no_verdict_on_the_file(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("with_decoder", [pytest.param(True, marks=needs_simplejpeg), False])
-def test_files_are_the_same_with_and_without_it(
+def test_images_are_the_same_with_and_without_the_faster_decoder(
     with_decoder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not with_decoder:

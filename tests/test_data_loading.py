@@ -1,4 +1,4 @@
-"""Loading: the same batches whatever the workers and processes, and no worker ever hangs."""
+"""Loading: batches do not depend on the number of workers and processes, and no worker hangs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ from toolkit.recipe.schema import AugmentConfig, DataConfig
 N = 23
 PIXELS = np.random.default_rng(0).integers(0, 256, (N + 5, 8, 8, 3), dtype=np.uint8)
 LABELS = np.arange(N + 5, dtype=np.int64) % 4
-INDICES = np.arange(N + 5, dtype=np.int64)[5:][::-1].copy()  # a split is not the data set: positions are not indices
+INDICES = np.arange(N + 5, dtype=np.int64)[5:][
+    ::-1
+].copy()  # a split is not the whole data set, so positions are not indices
 PLAIN = Preprocessing(3, 8, None, True, "bilinear", (0.0,) * 3, (1.0,) * 3)
 RANDOM = AugmentConfig.model_validate(
     {"train": [{"name": "RandomCrop", "padding": 2}, {"name": "ColorJitter", "hue": 0.5}], "auto_augment": "rand-m9"}
@@ -58,7 +60,7 @@ def loader(workers: int = 0, augment: AugmentConfig = RANDOM, **plan: Any) -> Tr
 
 
 def by_position(loaders: list[TrainLoader], epoch: int) -> Tensor:
-    """What each position's image became in an epoch, float32 [N, 3, 8, 8]; every one exactly once."""
+    """Return the augmented image at each position of an epoch, float32 [N, 3, 8, 8]; each must occur exactly once."""
     result, seen = torch.full((N, 3, 8, 8), torch.nan), []
     for one in loaders:
         for micro, batch in one.epoch(epoch):
@@ -90,7 +92,7 @@ def test_augmentation_does_not_depend_on_workers_processes_or_accumulation() -> 
         assert torch.equal(by_position(ranks, 3), expected)
 
 
-def test_augmentation_differs_between_epochs_and_seeds_and_comes_again() -> None:
+def test_augmentation_differs_between_epochs_and_seeds_and_is_reproducible() -> None:
     one = loader()
     first, second = by_position([loader()], 0), by_position([loader()], 1)
     assert (first != second).flatten(1).any(1).all()
@@ -98,7 +100,7 @@ def test_augmentation_differs_between_epochs_and_seeds_and_comes_again() -> None
     assert torch.equal(torch.cat([b.images for _, b in one.epoch(0)]), torch.cat([b.images for _, b in one.epoch(0)]))
 
 
-def test_an_image_drawn_twice_is_augmented_in_two_ways() -> None:
+def test_an_image_drawn_twice_is_augmented_differently() -> None:
     weights = balanced_weights(LABELS[INDICES]) * (INDICES < 7)  # two images only
     batches = [batch for _, batch in loader(weights=weights).epoch(0)]
     images, draws = torch.cat([b.images for b in batches]), torch.cat([b.draws for b in batches])
@@ -107,7 +109,7 @@ def test_an_image_drawn_twice_is_augmented_in_two_ways() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_can_begin_at_any_step_and_be_left_at_any(workers: int) -> None:
+def test_an_epoch_can_start_and_be_abandoned_at_any_step(workers: int) -> None:
     one = loader(workers, grad_accum_steps=2)
     whole = list(one.epoch(2))
     for first in (0, 3, 1):
@@ -135,7 +137,7 @@ def test_the_main_process_keeps_its_random_states() -> None:
         assert (random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()) == states[1:]
 
 
-def test_partners_come_behind_the_own_examples() -> None:
+def test_mixing_partners_follow_the_examples_of_the_process() -> None:
     for rank in (0, 1):
         for micro, batch in loader(world=2, rank=rank, mixing=True).epoch(0):
             assert len(batch.images) == len(batch.labels) == len(batch.draws) == len(micro.positions) >= micro.own
@@ -153,8 +155,8 @@ def evaluation(workers: int = 0, world: int = 1, rank: int = 0, batch_size: int 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_is_the_same_every_time_on_any_processes(workers: int) -> None:
-    """Even where the split's transform is random."""
+def test_evaluation_batches_do_not_depend_on_processes_and_are_reproducible(workers: int) -> None:
+    """Even if the split's transform is random."""
     alone = evaluation(workers)
     once, again = (torch.cat([b.images for b in alone]) for _ in range(2))
     assert torch.equal(once, again)
@@ -173,19 +175,19 @@ def test_a_process_without_examples_has_no_batches() -> None:
 # -- tensors in memory -------------------------------------------------------------------------------------------------
 
 
-def test_features_come_in_the_order_that_images_do() -> None:
+def test_features_have_the_same_order_as_images() -> None:
     features, labels = torch.arange(N, dtype=torch.float32)[:, None].expand(N, 4), torch.from_numpy(LABELS[INDICES])
     for plan in ({"grad_accum_steps": 2}, {"world": 2, "rank": 1}, {"weights": balanced_weights(LABELS[INDICES])}):
         settings = {"size": N, "seed": 0, "batch_size": 6, **plan}
         tensors = TrainLoader(TensorBatches([features], LABELS[INDICES]), SamplingPlan(**settings))  # type: ignore[arg-type]
-        for (ours, ofs), (theirs, image) in zip(tensors.epoch(1, 1), loader(**plan).epoch(1, 1), strict=True):
-            assert ours.positions.tolist() == theirs.positions.tolist()
+        for (ours, ofs), (expected, image) in zip(tensors.epoch(1, 1), loader(**plan).epoch(1, 1), strict=True):
+            assert ours.positions.tolist() == expected.positions.tolist()
             assert torch.equal(ofs.labels, image.labels)
             assert torch.equal(ofs.draws, image.draws)
             assert torch.equal(labels[ofs.images[:, 0].long()], ofs.labels)
 
 
-def test_features_are_evaluated_once_each() -> None:
+def test_each_feature_is_evaluated_once() -> None:
     features = torch.randn(N, 4)
     for world in (1, 2, 3):
         parts = [
@@ -219,7 +221,7 @@ def of_files(files: ImageFiles, workers: int, how: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.timeout(30)
-def test_a_bad_image_ends_the_epoch_with_its_name(files: ImageFiles, workers: int) -> None:
+def test_an_unreadable_image_ends_the_epoch_and_is_named(files: ImageFiles, workers: int) -> None:
     with pytest.raises(UnreadableImageError) as caught:
         list(of_files(files, workers, transform()))
     assert caught.value.name == "image 7.png"
@@ -227,7 +229,7 @@ def test_a_bad_image_ends_the_epoch_with_its_name(files: ImageFiles, workers: in
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_failing_transform_names_the_image_and_keeps_its_trace(files: ImageFiles, workers: int) -> None:
+def test_a_failing_transform_names_the_image_and_keeps_its_traceback(files: ImageFiles, workers: int) -> None:
     too_large = transform(AugmentConfig.model_validate({"train": [{"name": "RandomCrop", "size": 9}]}))
     with pytest.raises(RunFailed, match=r"image \d+.png: the transforms failed: Required crop size") as caught:
         list(of_files(files, workers, too_large))
@@ -240,8 +242,8 @@ def test_a_failing_transform_names_the_image_and_keeps_its_trace(files: ImageFil
 
 
 @pytest.mark.timeout(30)
-def test_workers_end_at_once_though_a_traceback_keeps_the_loader(files: ImageFiles) -> None:
-    """PyTorch's own way would wait 5 s for each of them: with 16 workers the other processes would time out."""
+def test_workers_end_at_once_even_if_a_traceback_references_the_loader(files: ImageFiles) -> None:
+    """PyTorch's own shutdown would wait 5 s per worker: with 16 workers the other processes would time out."""
     before = {child.pid for child in multiprocessing.active_children()}
     kept = of_files(files, 2, transform())
     with pytest.raises(UnreadableImageError):
@@ -258,8 +260,8 @@ def test_workers_end_at_once_though_a_traceback_keeps_the_loader(files: ImageFil
         next(one.epoch(0))
 
 
-# A process whose workers are asked for batches while signals come; run apart, so that pytest sees none of them.
-SIGNALLED = """
+# A process that receives signals while its workers prepare batches; it is separate, so that pytest gets no signal.
+SIGNALED = """
 import json, os, signal, sys, time
 import numpy as np
 from toolkit.data.image_sources import InMemoryImages
@@ -292,9 +294,9 @@ print(json.dumps([count, sorted(set(got))]), flush=True)
 
 
 def start(mode: str) -> tuple[subprocess.Popen[str], list[int]]:
-    """The process above, and the process ids of its workers."""
+    """Start the process above; return it and the process ids of its workers."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SIGNALLED, mode], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", SIGNALED, mode], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None
     return process, [int(child) for child in json.loads(process.stdout.readline())]
@@ -311,8 +313,8 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @needs_linux
-def test_workers_leave_signals_to_the_training_process_and_still_end_with_it() -> None:
-    """A scheduler signals the whole group: the step under way must still get its batches."""
+def test_workers_ignore_signals_to_the_group_and_end_with_the_training_process() -> None:
+    """A scheduler signals the whole process group, but the current step must still get its batches."""
     process, workers = start("signals")
     assert len(workers) == 2
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -321,13 +323,13 @@ def test_workers_leave_signals_to_the_training_process_and_still_end_with_it() -
     count, got = json.loads(process.stdout.readline())
     assert count == 32
     assert len(got) == 4
-    # The loader is still referred to: Python ends the workers by SIGTERM, which counts when it comes from the parent.
+    # The loader is still referenced, so Python ends the workers by SIGTERM, which they obey if the parent sends it.
     assert process.wait(20) == 0
     assert not any(alive(worker) for worker in workers)
 
 
 @needs_linux
-def test_workers_end_when_the_training_process_was_killed() -> None:
+def test_workers_end_if_the_training_process_is_killed() -> None:
     process, workers = start("hang up")
     process.kill()
     process.wait()
@@ -337,12 +339,12 @@ def test_workers_end_when_the_training_process_was_killed() -> None:
     assert not any(alive(worker) for worker in workers)
 
 
-# -- how many workers --------------------------------------------------------------------------------------------------
+# -- number of workers ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A machine of 64 CPUs without quota or scheduler; the root of its file system."""
+    """Simulate a machine with 64 CPUs, without quota or scheduler; return the root of its file system."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_STEP_TASKS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
@@ -355,7 +357,7 @@ def write(root: Path, **files: str) -> None:
         (root / path).write_text(content)
 
 
-def test_cpus_are_those_granted_divided_among_processes(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpus_of_the_job_are_divided_among_processes(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_cpus(1, machine) == 64
     assert available_cpus(8, machine) == 8
     assert available_cpus(100, machine) == 1
@@ -374,7 +376,7 @@ def test_cpus_are_limited_by_quota(machine: Path) -> None:
     assert available_cpus(2, machine) == 3
 
 
-def test_cpus_are_limited_by_quota_of_version_1(machine: Path) -> None:
+def test_cpus_are_limited_by_a_quota_of_cgroup_version_1(machine: Path) -> None:
     files = {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "250000\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}
     write(machine, **files)
     assert available_cpus(1, machine) == 2
@@ -382,7 +384,7 @@ def test_cpus_are_limited_by_quota_of_version_1(machine: Path) -> None:
     assert available_cpus(1, machine) == 64
 
 
-def test_worker_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_number_of_workers_follows_recipe_and_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     files, array = ImageFiles(tmp_path, ["1.png"], 3), InMemoryImages(PIXELS, "toy", 3)
     monkeypatch.setattr("toolkit.data.dataloader.available_cpus", lambda processes: 64 // processes)
     assert worker_count("auto", files, 8) == 7  # one CPU is the training process's own
@@ -392,7 +394,7 @@ def test_worker_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert worker_count(3, array, 1) == 3
 
 
-def test_real_images_load(caltech_subset: Path) -> None:
+def test_real_images_are_loaded(caltech_subset: Path) -> None:
     data = open_dataset(DataConfig(dataset="caltech101", root=str(caltech_subset)))
     way = build_transform("train", AugmentConfig(), Preprocessing(3, 64, 73, True, "bilinear", (0.5,) * 3, (0.5,) * 3))
     split = SplitDataset(data.images, data.labels, data.lists["train"], way, seed=0)

@@ -19,12 +19,12 @@ SWAP = np.array([1, 0])
 
 
 def pair(size: int = 16) -> tuple[Tensor, Tensor]:
-    """A black and a white image, of class 0 and 1: a mixed image's mean is the other one's share."""
+    """Return a black image of class 0 and a white one of class 1: the mean of a mix is the share of the white image."""
     return torch.stack([torch.zeros(3, size, size), torch.ones(3, size, size)]), torch.eye(2)
 
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX])
-def test_targets_have_the_share_that_the_images_have(settings: AugmentConfig) -> None:
+def test_targets_are_mixed_in_the_same_proportion_as_the_images(settings: AugmentConfig) -> None:
     for step in range(50):
         images, targets = mix(*pair(), SWAP, 2, settings, (0, 0, step))
         share = images.mean((1, 2, 3))
@@ -33,7 +33,7 @@ def test_targets_have_the_share_that_the_images_have(settings: AugmentConfig) ->
         torch.testing.assert_close(targets[0, 1], targets[1, 0])
 
 
-def test_mixup_is_its_formula_with_beta_distributed_share() -> None:
+def test_mixup_follows_its_formula_with_a_beta_distributed_weight() -> None:
     images, targets = torch.randn(4, 3, 8, 8), torch.eye(4)
     partners = np.array([1, 0, 3, 2])
     mixed, soft = mix(images, targets, partners, 4, MIXUP, (1, 2, 3))
@@ -46,7 +46,7 @@ def test_mixup_is_its_formula_with_beta_distributed_share() -> None:
     assert shares.var() == pytest.approx(1 / (4 * 1.8), rel=0.1)
 
 
-def test_cutmix_pastes_one_box_of_the_partner() -> None:
+def test_cutmix_pastes_one_box_from_the_partner() -> None:
     for step in range(30):
         images, _ = mix(*pair(), SWAP, 2, CUTMIX, (0, 0, step))
         assert set(images[0].flatten().tolist()) <= {0.0, 1.0}
@@ -55,32 +55,32 @@ def test_cutmix_pastes_one_box_of_the_partner() -> None:
         assert torch.equal(images[0, 0], 1 - images[1, 0])
 
 
-def test_box_has_the_area_of_its_share_inside_the_image_and_is_clipped_at_its_border() -> None:
+def test_the_box_has_the_area_of_its_weight_and_is_clipped_at_the_border() -> None:
     assert cut_box(100, 200, 0.75, 0.5, 0.5) == (25, 75, 50, 150)  # a quarter of the area: half of each side
     assert cut_box(100, 200, 0.75, 0.0, 0.0) == (0, 25, 0, 50)
     assert cut_box(100, 200, 1.0, 0.5, 0.5) == (50, 50, 100, 100)
 
 
-def test_mixing_is_a_function_of_the_key() -> None:
+def test_mixing_depends_only_on_the_key() -> None:
     settings = AugmentConfig(mixup=0.8, cutmix=1.0)
     first, again, other = (mix(*pair(), SWAP, 2, settings, key)[0] for key in ((0, 1, 2), (0, 1, 2), (0, 1, 3)))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_probability_and_share_of_cutmix_are_kept() -> None:
+def test_mixing_and_cutmix_occur_with_their_probabilities() -> None:
     settings = AugmentConfig(mixup=1.0, cutmix=1.0, mixup_prob=0.6, mixup_switch_prob=0.25)
     kinds = []
     for step in range(1000):
         image = mix(*pair(), SWAP, 2, settings, (3, 0, step))[0][0]
         share = image.mean().item()
         kinds.append("none" if share == 0 else "cutmix" if len(set(image.flatten().tolist())) == 2 else "mixup")
-    # CutMix with a box of no pixel also counts as none: rare.
+    # CutMix with an empty box, which is rare, also counts as no mixing.
     assert kinds.count("mixup") / 1000 == pytest.approx(0.6 * 0.75, abs=0.06)
     assert kinds.count("cutmix") / 1000 == pytest.approx(0.6 * 0.25, abs=0.05)
 
 
-def test_inputs_are_left_alone() -> None:
+def test_mixing_does_not_change_its_inputs() -> None:
     images, targets = pair()
     mix(images, targets, SWAP, 2, CUTMIX, (0, 0, 1))
     assert images[0].max() == 0
@@ -89,10 +89,10 @@ def test_inputs_are_left_alone() -> None:
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX])
 @pytest.mark.parametrize(("world", "grad_accum_steps"), [(2, 1), (3, 1), (1, 2), (2, 3)])
-def test_processes_and_parts_mix_as_one_process_does(
+def test_mixing_does_not_depend_on_processes_and_micro_batches(
     settings: AugmentConfig, world: int, grad_accum_steps: int
 ) -> None:
-    n, batch = 17, 12  # 17: the second step is smaller, odd, and ends in a part smaller than the processes
+    n, batch = 17, 12  # 17: the second step is smaller, odd, and its last micro-batch has fewer images than processes
     images, targets = torch.randn(n, 3, 8, 8), torch.eye(n)
 
     def epoch(world: int, grad_accum_steps: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ def test_processes_and_parts_mix_as_one_process_does(
         assert torch.equal(ours, alone)
 
 
-def test_whether_images_are_mixed() -> None:
+def test_mixing_is_on_if_the_recipe_has_mixup_or_cutmix() -> None:
     assert not is_mixed(AugmentConfig())
     assert not is_mixed(AugmentConfig(mixup=0.2, mixup_prob=0.0))
     assert is_mixed(AugmentConfig(cutmix=1.0))

@@ -1,4 +1,4 @@
-"""The order of examples: a function of (seed, epoch) alone, cut up without loss whatever the processes."""
+"""The order of examples depends on seed and epoch only, and is divided among any number of processes without loss."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def plan(n: int, world: int, rank: int, **changes: object) -> list[MicroBatch]:
     return list(plan_epoch(n, world=world, rank=rank, **settings))  # type: ignore[arg-type]
 
 
-def test_the_order_is_these_numbers_on_every_machine_and_version() -> None:
+def test_the_order_is_the_same_on_every_machine_and_version() -> None:
     assert hash64(0) == 0xE220A8397B1DCDAF  # SplitMix64's published first output for seed 0
-    # Recorded once: whoever changes them changes every run that is under way and every published result.
+    # Recorded once: changing these numbers would change every unfinished run and every published result.
     assert hash64(1, 2, 3) == 7702586659592502839
     assert epoch_order(0, 0, 10).tolist() == [1, 0, 9, 6, 3, 4, 2, 8, 5, 7]
     assert epoch_order(7, 3, 10, np.arange(10.0)).tolist() == [8, 7, 3, 8, 7, 7, 5, 3, 9, 3]
@@ -47,7 +47,7 @@ def test_epochs_and_seeds_differ_and_every_epoch_is_a_permutation() -> None:
     assert len({tuple(order) for order in orders}) == 9
 
 
-def test_first_places_are_uniform() -> None:
+def test_every_image_is_first_equally_often() -> None:
     """Chi-squared over 6,000 epochs of 6 images: 5 degrees of freedom, 20.5 is the 99.9th percentile."""
     first = [int(epoch_order(0, epoch, 6)[0]) for epoch in range(6000)]
     assert ((np.bincount(first, minlength=6) - 1000) ** 2 / 1000).sum() < 20.5
@@ -67,7 +67,7 @@ def test_zero_weight_is_never_drawn() -> None:
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_all_processes_together_cover_every_place_once(drop_last: bool) -> None:
+def test_all_processes_together_cover_every_position_once(drop_last: bool) -> None:
     for n, world, batch, grad_accum_steps in SMALL:
         covered = n // batch * batch if drop_last else n
         seen = []
@@ -78,8 +78,8 @@ def test_all_processes_together_cover_every_place_once(drop_last: bool) -> None:
         assert sorted(seen) == list(range(covered)), (n, world, batch, grad_accum_steps)
 
 
-def test_processes_agree_on_steps_parts_and_counts() -> None:
-    """No process may do a backward pass that the others do not: they would wait for ever."""
+def test_processes_agree_on_steps_micro_batches_and_counts() -> None:
+    """If a process did a backward pass that the others do not, it would wait forever."""
     for n, world, batch, grad_accum_steps in SMALL:
         shapes = [
             [
@@ -95,7 +95,7 @@ def test_processes_agree_on_steps_parts_and_counts() -> None:
         ) == 0
 
 
-def test_a_step_holds_the_same_places_whatever_processes_and_parts() -> None:
+def test_a_step_has_the_same_positions_for_any_processes_and_micro_batches() -> None:
     for n, world, batch, grad_accum_steps in SMALL:
         steps: dict[int, set[int]] = {}
         for rank in range(world):
@@ -104,7 +104,7 @@ def test_a_step_holds_the_same_places_whatever_processes_and_parts() -> None:
         assert steps == {s: set(range(s * batch, min((s + 1) * batch, n))) for s in range(-(-n // batch))}
 
 
-def test_mixing_partners_do_not_depend_on_processes_and_parts() -> None:
+def test_mixing_partners_do_not_depend_on_processes_and_micro_batches() -> None:
     for n, world, batch, grad_accum_steps in SMALL:
         partner_of: dict[int, int] = {}
         for rank in range(world):
@@ -113,10 +113,10 @@ def test_mixing_partners_do_not_depend_on_processes_and_parts() -> None:
                 assert len(m.positions) <= m.own + 2
                 assert len(set(m.positions.tolist())) == len(m.positions)
                 partner_of |= dict(zip(m.positions[: m.own].tolist(), m.positions[m.partners].tolist(), strict=True))
-        for place, partner in partner_of.items():
-            start, end = place // batch * batch, min((place // batch + 1) * batch, n)
-            neighbour = start + ((place - start) ^ 1)
-            assert partner == (neighbour if neighbour < end else place)
+        for position, partner in partner_of.items():
+            start, end = position // batch * batch, min((position // batch + 1) * batch, n)
+            neighbor = start + ((position - start) ^ 1)
+            assert partner == (neighbor if neighbor < end else position)
         assert len(partner_of) == n
 
 
@@ -127,21 +127,21 @@ def test_starting_at_a_step_gives_the_rest_of_the_epoch() -> None:
         assert [m.positions.tolist() for m in rest] == [m.positions.tolist() for m in whole if m.step >= first]
 
 
-def test_a_part_smaller_than_the_processes_goes_to_all() -> None:
+def test_a_micro_batch_with_fewer_images_than_processes_goes_to_all() -> None:
     last = [plan(9, 2, rank)[-1] for rank in range(2)]  # 4 + 4 + 1 images
     assert [m.replicated for m in last] == [True, True]
     assert [m.positions.tolist() for m in last] == [[8], [8]]
     assert last[0].step_count == 1
 
 
-def test_draws_name_an_appearance() -> None:
+def test_each_draw_of_an_image_has_its_own_number() -> None:
     labels = np.array([0, 0, 0, 1])
     shuffled = SamplingPlan(size=4, seed=0, batch_size=2)
     balanced = SamplingPlan(size=4, seed=0, batch_size=2, weights=balanced_weights(labels))
     for _, positions, draws in shuffled.epoch(0):
         assert positions.tolist() == draws.tolist()
     drawn = [int(d) for _, _, draws in balanced.epoch(0) for d in draws]
-    assert drawn == [4, 5, 6, 7]  # an image drawn twice is augmented in two ways
+    assert drawn == [4, 5, 6, 7]  # an image drawn twice is augmented differently
 
 
 def test_evaluation_gives_every_position_to_exactly_one_process() -> None:
@@ -163,7 +163,7 @@ def test_indivisible_batch_names_the_nearest_legal_sizes(
     check_batch_size(world * grad_accum_steps * 3, world, grad_accum_steps)
 
 
-def test_dropping_the_only_batch_is_an_error() -> None:
+def test_dropping_the_only_batch_is_refused() -> None:
     assert steps_per_epoch(10, 4, True) == 2
     assert steps_per_epoch(10, 4, False) == 3
     check_steps(10, 10, True)

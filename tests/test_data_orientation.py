@@ -1,4 +1,4 @@
-"""data.exif: one rule for all formats, and the same pixels in training, evaluation, prediction and the cache's keys."""
+"""data.exif: one rule for all formats, with the same pixels for every decoder, and separate cache entries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from toolkit.data.preprocessing import Preprocessing
 from toolkit.recipe.schema import AugmentConfig
 
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-"""What a person sees, 40 x 56 pixels in blocks of 8, which JPEG keeps."""
+"""The upright image, 40 x 56 pixels in blocks of 8, which JPEG compression preserves."""
 
 STORED = {
     1: UPRIGHT,
@@ -29,7 +29,7 @@ STORED = {
     7: UPRIGHT[::-1, ::-1].transpose(1, 0, 2),
     8: np.rot90(UPRIGHT, -1),
 }
-"""The pixels in a file whose tag says so, by the EXIF standard (6: the first row is the right side of the scene)."""
+"""The stored pixels for each value of the orientation tag, by the EXIF standard (6: row 0 is the right side)."""
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 FORMATS = {
@@ -56,7 +56,7 @@ def close(found: np.ndarray, wanted: np.ndarray, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_is_turned_or_left_by_one_rule(kind: str, tmp_path: Path) -> None:
+def test_images_of_every_format_are_rotated_by_the_same_rule(kind: str, tmp_path: Path) -> None:
     names = [f"{tag}.{kind}" for tag in STORED]
     for tag, name in zip(STORED, names, strict=True):
         save(tmp_path / name, tag, **FORMATS[kind])
@@ -68,7 +68,9 @@ def test_every_format_is_turned_or_left_by_one_rule(kind: str, tmp_path: Path) -
         assert gray.shape == (40, 56, 1)
 
 
-def test_the_faster_decoder_gives_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_decoder_applies_the_orientation_like_pillow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = [f"{tag}.jpg" for tag in STORED]
     for tag, name in zip(STORED, names, strict=True):
         save(tmp_path / name, tag, quality=90)
@@ -79,7 +81,7 @@ def test_the_faster_decoder_gives_the_same_pixels(tmp_path: Path, monkeypatch: p
         assert np.array_equal(pixels, images.load(i)), names[i]
 
 
-def test_xmp_counts_where_there_is_no_exif_and_exif_goes_before_it(tmp_path: Path) -> None:
+def test_the_orientation_in_xmp_is_used_only_if_there_is_none_in_exif(tmp_path: Path) -> None:
     image = Image.fromarray(np.ascontiguousarray(STORED[6]))
     image.save(tmp_path / "xmp.jpg", xmp=XMP, quality=100, subsampling=0)
     exif = Image.Exif()
@@ -90,13 +92,13 @@ def test_xmp_counts_where_there_is_no_exif_and_exif_goes_before_it(tmp_path: Pat
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"])
-def test_damaged_metadata_do_not_make_an_image_bad(exif: bytes, tmp_path: Path) -> None:
+def test_damaged_metadata_do_not_make_an_image_unreadable(exif: bytes, tmp_path: Path) -> None:
     for name in ("a.jpg", "a.png", "a.webp"):
         Image.fromarray(UPRIGHT).save(tmp_path / name, exif=exif, **({"lossless": True} if name == "a.webp" else {}))
         assert ImageFiles(tmp_path, [name], 3).load(0).shape == (40, 56, 3)
 
 
-def test_a_tag_out_of_range_turns_nothing(tmp_path: Path) -> None:
+def test_an_orientation_out_of_range_is_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 9
     Image.fromarray(UPRIGHT).save(tmp_path / "a.jpg", exif=exif)
@@ -114,7 +116,7 @@ def test_a_jpeg_without_metadata_is_not_opened_twice(tmp_path: Path, monkeypatch
     assert jpeg_turn((tmp_path / "a.jpg").read_bytes()) is None
 
 
-def test_the_cache_keeps_both_apart(tmp_path: Path) -> None:
+def test_the_cache_key_depends_on_the_orientation_rule(tmp_path: Path) -> None:
     save(tmp_path / "a.jpg", 6)
     preprocessing = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     part = CachePartition(("train",), np.arange(1), build_transform("train", AugmentConfig(), preprocessing), 1)
@@ -124,7 +126,7 @@ def test_the_cache_keeps_both_apart(tmp_path: Path) -> None:
     assert part_key(deep, part) not in keys
 
 
-def test_the_tags_are_those_of_the_standard() -> None:
+def test_the_orientation_tags_follow_the_exif_standard() -> None:
     for tag, turn in TURNS.items():
         stored = Image.fromarray(np.ascontiguousarray(STORED[tag]))
         assert np.array_equal(np.asarray(stored.transpose(turn)), UPRIGHT), tag

@@ -1,4 +1,4 @@
-"""Splits: disjoint, exact in number, a function of the recipe alone."""
+"""Splits are disjoint, exact in number, and depend only on the recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from toolkit.recipe.schema import DataConfig, SplitConfig
 
 
 def dataset(counts: list[int], **lists: list[int]) -> Dataset:
-    """Images of these many a class, classes interleaved at random; all in the training list by default."""
+    """Return a data set with these numbers of images per class, in random order; by default all are training images."""
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int64)
     images = InMemoryImages(np.zeros((len(labels), 2, 2), np.uint8), "toy", 1)
     official = {name: np.array(indices, dtype=np.int64) for name, indices in lists.items()}
@@ -42,8 +42,8 @@ def test_splits_are_disjoint_complete_ordered_and_repeatable(method: str) -> Non
     assert all(np.array_equal(splits[name], again[name]) for name in splits)
 
 
-def test_split_is_these_images_on_every_machine() -> None:
-    """Recorded once: a change would make new results incomparable with all before."""
+def test_the_split_has_the_same_images_on_every_machine() -> None:
+    """Recorded once: with other splits, new results would not be comparable with earlier ones."""
     splits = split_dataset(dataset([6, 4]), table("stratified", 0.25, 2))
     assert {name: indices.tolist() for name, indices in splits.items()} == {
         "train": [2, 3, 4, 5, 8, 9],
@@ -52,7 +52,7 @@ def test_split_is_these_images_on_every_machine() -> None:
     }
 
 
-def test_shares_are_of_what_is_left_and_numbers_are_exact() -> None:
+def test_shares_are_of_the_remaining_images_and_numbers_are_exact() -> None:
     splits = split_dataset(dataset([1000, 797]), table())
     assert {name: len(indices) for name, indices in splits.items()} == {"test": 359, "validation": 144, "train": 1294}
     splits = split_dataset(dataset([1000, 797]), table(validation=100, test=97))
@@ -76,7 +76,7 @@ def test_seeds_draw_different_images_without_replacement() -> None:
     assert all(len(set(indices.tolist())) == len(indices) for indices in drawn)
 
 
-def test_alternate_takes_odd_positions_of_the_list_not_odd_indices() -> None:
+def test_alternate_selects_odd_positions_of_the_list_not_odd_indices() -> None:
     data = dataset([10, 10], train=[4, 2, 9, 7, 0, 11, 12], test=[1, 3])
     splits = split_dataset(data, table("alternate"))
     assert splits["train"].tolist() == [4, 9, 0, 12]
@@ -84,14 +84,14 @@ def test_alternate_takes_odd_positions_of_the_list_not_odd_indices() -> None:
     assert splits["test"].tolist() == [1, 3]
 
 
-def test_official_lists_are_taken_as_they_are() -> None:
+def test_official_lists_are_used_unchanged() -> None:
     data = dataset([10, 10], train=list(range(12)), validation=[19, 12, 15], test=[13, 14])
     for method in ("auto", "official"):
         splits = split_dataset(data, table(method))
         assert [splits[name].tolist() for name in splits] == [list(range(12)), [19, 12, 15], [13, 14]]
 
 
-def test_validation_list_is_not_trained_on_by_another_method() -> None:
+def test_the_validation_list_is_not_trained_on_with_another_method() -> None:
     data = dataset([10, 10], train=list(range(12)), validation=list(range(12, 18)), test=[18, 19])
     splits = split_dataset(data, table("random", 0.25))
     assert set(splits["train"].tolist()) | set(splits["validation"].tolist()) == set(range(12))
@@ -106,7 +106,7 @@ def test_images_per_class_keeps_the_first_of_each_class_after_the_split() -> Non
         assert few[name].tolist() == sorted(expected)
 
 
-def test_class_without_training_image_is_named() -> None:
+def test_a_class_without_training_images_is_named() -> None:
     data = dataset([10, 10, 1])
     only = int(np.flatnonzero(data.labels == 2)[0])
     lists = {"train": np.setdiff1d(np.arange(21), [only]), "test": np.array([only])}
@@ -115,7 +115,7 @@ def test_class_without_training_image_is_named() -> None:
         split_dataset(without, table("random", 0.1))
 
 
-def test_empty_splits_are_errors() -> None:
+def test_empty_splits_are_refused() -> None:
     with pytest.raises(UserError, match=r"data.split.validation = 0.01 would take 0 of 8 images"):
         split_dataset(dataset([5, 5]), table(validation=0.01))
     with pytest.raises(UserError, match=r"data.split.test = 10 would take 10 of 10 images"):
@@ -127,7 +127,7 @@ def test_empty_splits_are_errors() -> None:
 @pytest.mark.parametrize("method", ["auto", "stratified", "random", "alternate"])
 @pytest.mark.parametrize("zero", [0, 0.0])
 def test_splits_can_be_left_out(method: str, zero: float) -> None:
-    """All images train then; and the other split is what it would be anyway."""
+    """All images are then for training, and the other split stays the same."""
     data = dataset([50, 31, 7])
     splits = split_dataset(data, table(method, validation=zero, test=zero))
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [88, 0, 0]
@@ -137,7 +137,7 @@ def test_splits_can_be_left_out(method: str, zero: float) -> None:
     assert len(split_dataset(data, table(method, test=zero))["test"]) == 0
 
 
-def test_official_lists_of_splits_that_are_left_out_are_not_trained_on() -> None:
+def test_official_lists_of_unused_splits_are_not_trained_on() -> None:
     data = dataset([5, 5], train=list(range(6)), validation=[6, 7], test=[8, 9])
     splits = split_dataset(data, table(validation=0, test=0))
     assert {name: indices.tolist() for name, indices in splits.items()} == {
@@ -145,7 +145,7 @@ def test_official_lists_of_splits_that_are_left_out_are_not_trained_on() -> None
 
 
 def test_by_default_a_validation_list_without_a_test_list_means_no_test() -> None:
-    """No training image is silently set aside; a stated share is."""
+    """No training image is used for testing unless the recipe states a share."""
     data = dataset([10, 10], train=list(range(12)), validation=list(range(12, 20)))
     splits = split_dataset(data, table())
     assert [splits[name].tolist() for name in splits] == [list(range(12)), list(range(12, 20)), []]
@@ -171,19 +171,19 @@ def test_by_default_a_validation_list_without_a_test_list_means_no_test() -> Non
          "data set's own list"),
     ],
 )  # fmt: skip
-def test_the_log_says_where_the_splits_come_from(
+def test_the_log_describes_the_origin_of_the_splits(
     lists: dict[str, list[int]], settings: dict[str, Any], line: str
 ) -> None:
     data = dataset([10, 10], train=list(range(2, 20)), **lists)
     assert describe_splits(data, table(**settings)) == f"splits: {line}"
 
 
-def test_official_without_a_list_says_what_is_allowed() -> None:
+def test_official_without_a_list_is_refused_with_the_allowed_methods() -> None:
     with pytest.raises(UserError, match="no validation list of its own; allowed here: auto, stratified"):
         split_dataset(dataset([5, 5]), table("official"))
 
 
-def test_hash_knows_images_classes_and_splits() -> None:
+def test_the_split_hash_depends_on_images_classes_and_splits() -> None:
     data = dataset([20, 20])
     splits = split_dataset(data, table())
     moved = {**splits, "train": splits["test"], "test": splits["train"]}
@@ -195,7 +195,7 @@ def test_hash_knows_images_classes_and_splits() -> None:
 
 @pytest.mark.parametrize("method", ["alternate", "stratified", "random"])
 def test_caltech_official_lists_halve_into_2892_and_2892(shared_data: Path, tmp_path: Path, method: str) -> None:
-    """The counts of the reports, from the real lists and file names (the files themselves are empty here)."""
+    """The counts of the reports, from the real lists and file names (the files are empty here)."""
     home = tmp_path / "caltech101"
     for name in ("caltech101-a.tar", "caltech101-b.tar"):
         with tarfile.open(shared_data / name) as archive:

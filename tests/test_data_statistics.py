@@ -1,4 +1,4 @@
-"""Mean and deviation of channels, against numpy and against the data's own notes."""
+"""Mean and standard deviation of channels, compared with numpy and with published values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plain(channels: int, size: int, resize: int | None = None, crop: bool = Fals
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_equals_numpy_over_all_pixels_of_the_images_asked_for(threads: int) -> None:
+def test_statistics_equal_numpy_s_over_the_pixels_of_the_given_images(threads: int) -> None:
     indices = np.arange(0, 700, 2)[::-1]
     mean, std = channel_statistics(InMemoryImages(PIXELS, "toy", 3), indices, plain(3, 8), threads)
     chosen = PIXELS[::2] / 255
@@ -30,14 +30,14 @@ def test_equals_numpy_over_all_pixels_of_the_images_asked_for(threads: int) -> N
     np.testing.assert_allclose(std, chosen.std((0, 1, 2)), rtol=1e-12)
 
 
-def test_only_what_is_left_after_the_crop_counts() -> None:
+def test_only_pixels_inside_the_crop_count() -> None:
     framed = np.zeros((5, 10, 10), np.uint8)
     framed[:, 3:7, 3:7] = 255
     mean, std = channel_statistics(InMemoryImages(framed, "toy", 1), np.arange(5), plain(1, 4, crop=True))
     assert (mean, std) == ((1.0,), (0.0,))
 
 
-def test_nearly_constant_images_lose_nothing_to_rounding() -> None:
+def test_nearly_constant_images_have_no_rounding_error() -> None:
     """E[x^2] - E[x]^2 in floating point would have an error as large as the result here."""
     pixels = np.full((2000, 10, 10), 255, np.uint8)
     pixels[0, 0, 0] = 254
@@ -48,8 +48,8 @@ def test_nearly_constant_images_lose_nothing_to_rounding() -> None:
 
 
 @pytest.mark.slow
-def test_cifar10_jpeg_training_images(shared_data: Path, tmp_path: Path) -> None:
-    """The values in the notes of the data, computed by others with other code."""
+def test_statistics_of_the_cifar10_training_images(shared_data: Path, tmp_path: Path) -> None:
+    """Compared with the values that come with the data, which were computed independently."""
     with tarfile.open(shared_data / "cifar10.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     data = open_dataset(DataConfig(dataset="imagefolder", root=str(tmp_path / "cifar10")))

@@ -1,4 +1,4 @@
-"""Transforms: the recipe's list must do exactly what the same Compose written by hand does."""
+"""Transforms: the recipe's list gives exactly the same images as the equivalent hand-written Compose."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Entry = dict[str, Any]
 
 
 def photograph(height: int = 32, width: int = 32) -> Image.Image:
-    """Noise: any difference in what is done to it shows."""
+    """Return an image of noise, in which any difference in processing is visible."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -42,12 +42,12 @@ def augment(*train: Entry, **values: Any) -> AugmentConfig:
 
 
 def as_tensor(step: Any) -> Callable[[Image.Image], Image.Image]:
-    """A step of torchvision's done to a tensor of bytes, and so by its kernel instead of by Pillow."""
+    """Apply a transform to a tensor of bytes, so that torchvision's kernel is used instead of Pillow's."""
     return lambda image: v2.functional.to_pil_image(step(v2.functional.pil_to_tensor(image)))
 
 
 def same(ours: Callable[[Any], Tensor], by_hand: list[Any], image: Image.Image) -> None:
-    """Equal bit for bit, from the same torch seeds."""
+    """Check that both give the same bits from the same torch seeds."""
     resizing = (v2.Resize, v2.RandomResizedCrop) if resizing_kernel() != "Pillow" else ()
     compose = v2.Compose([as_tensor(step) if isinstance(step, resizing) else step for step in by_hand])
     for seed in range(10):
@@ -97,7 +97,7 @@ ON_CIFAR: dict[str, tuple[list[Entry], list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", ON_CIFAR)
-def test_transform_sets_of_the_cifar_reports(name: str) -> None:
+def test_transforms_of_the_cifar_reports_equal_a_hand_written_compose(name: str) -> None:
     entries, by_hand = ON_CIFAR[name]
     ours = build_transform("train", augment(*entries), CIFAR)
     same(ours, [*by_hand, *FLOAT, v2.Normalize(HALF, HALF)], photograph())
@@ -117,7 +117,7 @@ MEREU: dict[str, tuple[list[Entry], list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", MEREU)
-def test_transform_sets_of_mereu_stand_between_resize_and_crop(name: str) -> None:
+def test_transforms_of_mereu_are_applied_between_resize_and_crop(name: str) -> None:
     entries, by_hand = MEREU[name]
     ours = build_transform("train", augment(*({**entry, **EARLY} for entry in entries)), SQUASHED)
     hand = [v2.Resize((256, 256)), *by_hand, v2.CenterCrop(224), *FLOAT, v2.Normalize(HALF, HALF)]
@@ -136,7 +136,7 @@ MURABITO: dict[str, tuple[list[Entry], list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", MURABITO)
-def test_transform_sets_of_murabito(name: str) -> None:
+def test_transforms_of_murabito_equal_a_hand_written_compose(name: str) -> None:
     entries, by_hand = MURABITO[name]
     ours = build_transform("train", augment(*entries), CALTECH)
     hand = [v2.Resize(256), *by_hand, *FLOAT, v2.Normalize(*NORMALIZATIONS["imagenet"])]
@@ -153,8 +153,10 @@ def test_transform_sets_of_murabito(name: str) -> None:
         Preprocessing(3, 64, None, True, "bilinear", HALF, HALF),
     ],
 )
-def test_bytes_are_those_of_the_pillow_image(preprocessing: Preprocessing, size: tuple[int, int]) -> None:
-    """Done to a tensor of bytes or to a Pillow image, step by step; crops larger than the image too."""
+def test_transforms_of_bytes_equal_those_of_the_pillow_image(
+    preprocessing: Preprocessing, size: tuple[int, int]
+) -> None:
+    """Each transform gives the same for a tensor of bytes and a Pillow image, also if the crop is larger than it."""
     transform = build_transform("test", AugmentConfig(), preprocessing)
     image = photograph(*size)
     assert transform.fixed
@@ -165,10 +167,10 @@ def test_bytes_are_those_of_the_pillow_image(preprocessing: Preprocessing, size:
         assert np.array_equal(transform.apply(to_pixels(image, 3), count), np.array(by_pillow)), count
 
 
-def test_each_stage_is_at_its_position() -> None:
+def test_each_stage_is_applied_at_its_position() -> None:
     table = augment(
         {"name": "RandomRotation", "degrees": 5, "stage": "before_resize"},
-        {"name": "GaussianNoise", "sigma": 0.05},  # needs a tensor: goes there by itself
+        {"name": "GaussianNoise", "sigma": 0.05},  # needs a tensor, so its default stage is "tensor"
         {"name": "RandomVerticalFlip", "stage": "after_crop"},
         {"name": "RandomPerspective", "stage": "before_crop"},
         {"name": "RandomInvert", "stage": "tensor"},
@@ -190,7 +192,7 @@ def test_each_stage_is_at_its_position() -> None:
     same(build_transform("train", table, CALTECH), hand, photograph(280, 300))
 
 
-def test_resized_crop_replaces_both_and_names_are_enumerations() -> None:
+def test_resized_crop_replaces_resize_and_crop_and_enumerations_are_given_by_name() -> None:
     table = augment(
         {"name": "RandomResizedCrop", "stage": "resize_crop", "scale": [0.3, 1.0], "interpolation": "bicubic"},
         {"name": "AutoAugment", "policy": "cifar10"},
@@ -204,7 +206,7 @@ def test_resized_crop_replaces_both_and_names_are_enumerations() -> None:
     same(build_transform("train", table, CALTECH), hand, photograph(100, 300))
 
 
-def test_splits_have_their_own_lists_and_only_training_is_erased() -> None:
+def test_splits_have_their_own_transforms_and_only_training_images_are_erased() -> None:
     table = augment(FLIP, validation=[{"name": "Grayscale", "num_output_channels": 3}], random_erasing=1.0)
     normal = [*FLOAT, v2.Normalize(HALF, HALF)]
     same(build_transform("validation", table, CIFAR), [v2.Grayscale(3), *normal], photograph())
@@ -212,7 +214,7 @@ def test_splits_have_their_own_lists_and_only_training_is_erased() -> None:
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original"])
-def test_timm_policies_do_what_timm_does(policy: str) -> None:
+def test_timm_policies_give_the_same_images_as_timm(policy: str) -> None:
     timms = create_transform(
         32, is_training=True, no_aug=False, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, color_jitter=0.0,
         auto_augment=policy, interpolation="bilinear", mean=HALF, std=HALF,
@@ -232,7 +234,7 @@ def test_timm_policies_do_what_timm_does(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original"])
-def test_timm_policies_take_grayscale(policy: str) -> None:
+def test_timm_policies_accept_grayscale_images(policy: str) -> None:
     gray = Preprocessing(1, 28, None, True, "bilinear", (0.3,), (0.2,))
     transform = build_transform("train", AugmentConfig(auto_augment=policy), gray)
     for seed in range(40):
@@ -243,7 +245,7 @@ def test_timm_policies_take_grayscale(policy: str) -> None:
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "RGB"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_image_becomes_the_channels_asked_for(mode: str, channels: int) -> None:
+def test_images_are_converted_to_the_requested_channels(mode: str, channels: int) -> None:
     one = Preprocessing(channels, 32, 32, True, "bilinear", (0.5,) * channels, (0.5,) * channels)
     result = build_transform("test", AugmentConfig(), one)(to_pixels(photograph().convert(mode), channels))
     assert (result.shape, result.dtype, type(result)) == ((channels, 32, 32), torch.float32, Tensor)
@@ -267,12 +269,12 @@ def test_any_image_becomes_the_channels_asked_for(mode: str, channels: int) -> N
         ({"name": "Normalize", "mean": [0.5], "std": [0.5]}, r"use data.normalize"),
     ],
 )
-def test_an_entry_that_cannot_be_names_itself_and_the_reason(entry: Entry, message: str) -> None:
+def test_an_invalid_transform_is_refused_with_its_name_and_the_reason(entry: Entry, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_transform("train", augment(FLIP, entry), CIFAR)
 
 
-def test_only_one_transform_takes_the_place_of_the_crop() -> None:
+def test_only_one_transform_can_replace_the_crop() -> None:
     with pytest.raises(UserError, match="only one transform"):
         build_transform("train", augment({**CROP, "stage": "crop"}, {**CROP, "stage": "crop"}), CIFAR)
     resized = {"name": "RandomResizedCrop", "stage": "resize_crop"}
@@ -290,13 +292,13 @@ def test_only_one_transform_takes_the_place_of_the_crop() -> None:
         ("augmix-mm-w3", "'mm' has no effect"),
     ],
 )
-def test_policy_that_timm_does_not_know(policy: str, message: str) -> None:
+def test_a_policy_that_timm_does_not_know_is_refused(policy: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_transform("train", AugmentConfig(auto_augment=policy), CIFAR)
 
 
 def test_the_largest_magnitudes_do_not_fail() -> None:
-    """timm's posterize asks for 0 bits there, which Pillow 13 refuses: training would stop at some random image."""
+    """timm's posterize then uses 0 bits, which Pillow 13 refuses: training would stop at a random image."""
     for policy in ("rand-m10-n20-p1-inc1", "augmix-m10-d9"):
         transform = build_transform("train", AugmentConfig(auto_augment=policy), CIFAR)
         for seed in range(20):
@@ -305,7 +307,7 @@ def test_the_largest_magnitudes_do_not_fail() -> None:
             assert transform(to_pixels(photograph(), 3)).isfinite().all()
 
 
-def test_wrong_size_is_reported_with_both_sizes() -> None:
+def test_a_wrong_image_size_is_reported_with_the_expected_one() -> None:
     uncropped = Preprocessing(3, 32, 32, False, "bilinear", HALF, HALF)
     transform = build_transform("test", AugmentConfig(), uncropped)
     assert transform(to_pixels(photograph(50, 50), 3)).shape == (3, 32, 32)
@@ -313,7 +315,7 @@ def test_wrong_size_is_reported_with_both_sizes() -> None:
         transform(to_pixels(photograph(50, 100), 3))
 
 
-def test_trying_a_transform_blames_the_recipe_and_leaves_random_states_alone() -> None:
+def test_a_failing_transform_is_reported_before_training_without_changing_random_states() -> None:
     images = InMemoryImages(np.asarray(photograph())[None], "toy", 3)
     torch.manual_seed(1)
     before = torch.rand(1), random.random(), np.random.rand()
@@ -327,7 +329,7 @@ def test_trying_a_transform_blames_the_recipe_and_leaves_random_states_alone() -
         try_transform(too_large, images, 0)
 
 
-# Arguments for those that have required ones.
+# Arguments of transforms that require some.
 REQUIRED: dict[str, Entry] = {
     "GaussianBlur": {"kernel_size": 3},
     "JPEG": {"quality": 50},
@@ -345,8 +347,8 @@ REQUIRED: dict[str, Entry] = {
 
 
 @pytest.mark.parametrize("name", transform_names())
-def test_every_transform_on_offer_works_on_an_image(name: str) -> None:
-    """Each at its default place."""
+def test_every_available_transform_works_on_an_image(name: str) -> None:
+    """Each is tested at its default stage."""
     transform = build_transform("train", augment({"name": name, **REQUIRED.get(name, {})}), CIFAR)
     assert transform(to_pixels(photograph(), 3)).shape == (3, 32, 32)
 
@@ -361,7 +363,7 @@ def test_deterministic_transforms_draw_no_random_numbers(name: str) -> None:
     assert (random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()) == states[1:]
 
 
-def test_deterministic_only_where_known_to_be() -> None:
+def test_transforms_are_deterministic_only_if_known_to_be() -> None:
     assert is_deterministic("train", AugmentConfig())
     assert is_deterministic("train", augment({"name": "Grayscale", "num_output_channels": 3}))
     assert not is_deterministic("train", augment(FLIP))

@@ -1,4 +1,4 @@
-"""Files with more than 8 bits per sample: one range for a data set, the same for one image alone, else a refusal."""
+"""Files with more than 8 bits per sample have one range per data set, also for a single image, or are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def color_png(values: npt.NDArray[np.int64]) -> bytes:
-    """A PNG file of 16-bit RGB values [h, w, 3], which Pillow cannot write."""
+    """Return a PNG file of 16-bit RGB values [h, w, 3], which Pillow cannot write."""
     height, width, _ = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
@@ -33,7 +33,7 @@ def color_png(values: npt.NDArray[np.int64]) -> bytes:
 
 
 def save(path: Path, values: npt.NDArray[np.float64]) -> None:
-    """``values``, as 16-bit PNG or PGM, int32 TIFF or float TIFF or PFM by the name."""
+    """Save ``values`` as 16-bit PNG or PGM, int32 TIFF, float TIFF or PFM, depending on the name."""
     kind: type = {"png": np.uint16, "pgm": np.uint16, "int.tiff": np.int32, "jp2": np.uint16}.get(
         path.name.partition(".")[2], np.float32
     )
@@ -41,7 +41,7 @@ def save(path: Path, values: npt.NDArray[np.float64]) -> None:
 
 
 def settled(images: ImageFiles) -> ImageFiles:
-    """The images with the range that training would find."""
+    """Return the images with the range that training would determine."""
     found = check_images(images, np.arange(len(images)), decode=False)
     assert found.bad == []
     return images.with_range(choose_range(found.extents))
@@ -52,7 +52,7 @@ def settled(images: ImageFiles) -> ImageFiles:
     [(n, w) for n in ("a.png", "a.int.tiff") for w in (255, 1023, 4095, 16383, 65535)]
     + [("a.float.tiff", 1), ("a.pfm", 1)],
 )
-def test_black_is_0_and_white_255_whatever_the_depth(name: str, white: int, tmp_path: Path) -> None:
+def test_black_is_0_and_white_255_for_any_bit_depth(name: str, white: int, tmp_path: Path) -> None:
     save(tmp_path / name, RAMP * white)
     images = settled(ImageFiles(tmp_path, [name], 1))
     assert images.value_range == (0, white)
@@ -61,8 +61,8 @@ def test_black_is_0_and_white_255_whatever_the_depth(name: str, white: int, tmp_
     assert np.abs(pixels - GRAYS).max() <= 1  # the file's own rounding
 
 
-def test_one_range_holds_for_the_whole_data_set(tmp_path: Path) -> None:
-    """An image is not stretched by its own values: one half as bright stays half as bright."""
+def test_the_whole_data_set_has_one_range(tmp_path: Path) -> None:
+    """An image is not scaled by its own values: one that is half as bright stays half as bright."""
     for name, factor in (("bright.png", 4000), ("half.png", 2000), ("dark.png", 20)):
         save(tmp_path / name, RAMP * factor)
     Image.fromarray(GRAYS.astype(np.uint8)).save(tmp_path / "eight.png")
@@ -73,13 +73,13 @@ def test_one_range_holds_for_the_whole_data_set(tmp_path: Path) -> None:
     assert np.array_equal(alone.load(0), images.load(2))
 
 
-def test_eight_bits_stored_in_sixteen_come_back_exactly(tmp_path: Path) -> None:
+def test_eight_bits_stored_in_sixteen_are_read_exactly(tmp_path: Path) -> None:
     save(tmp_path / "a.png", GRAYS * 257.0)
     assert np.array_equal(settled(ImageFiles(tmp_path, ["a.png"], 1)).load(0)[..., 0], GRAYS)
 
 
-def test_a_pgm_file_states_its_white(tmp_path: Path) -> None:
-    """Dark or not: by maxval in its header, which decides for it even where all images are dark."""
+def test_the_header_of_a_pgm_file_states_its_white(tmp_path: Path) -> None:
+    """The maxval in its header is used even if all images are dark."""
     values = np.rint(RAMP * 100).astype(">u2")
     (tmp_path / "a.pgm").write_bytes(b"P5\n60 40\n1023\n" + values.tobytes())
     plain = ImageFiles(tmp_path, ["a.pgm"], 1)
@@ -88,7 +88,7 @@ def test_a_pgm_file_states_its_white(tmp_path: Path) -> None:
         assert np.abs(images.load(0)[..., 0] - values * 255 / 1023).max() <= 0.51
 
 
-def test_sixteen_bit_color_is_read_and_dark_one_refused(tmp_path: Path) -> None:
+def test_sixteen_bit_color_is_read_and_dark_color_refused(tmp_path: Path) -> None:
     values = np.rint(RAMP * 65535).astype(np.int64)[..., None].repeat(3, 2)
     (tmp_path / "a.png").write_bytes(color_png(values))
     (tmp_path / "b.png").write_bytes(color_png(values // 16))
@@ -117,7 +117,7 @@ def test_sixteen_bit_color_is_read_and_dark_one_refused(tmp_path: Path) -> None:
         ("a.pfm", 255, 0),
     ],
 )
-def test_what_cannot_be_known_is_refused_and_can_be_said(
+def test_an_unknown_range_is_refused_and_can_be_stated_in_the_recipe(
     name: str, factor: float, offset: float, tmp_path: Path
 ) -> None:
     save(tmp_path / name, RAMP * factor + offset)
@@ -125,23 +125,23 @@ def test_what_cannot_be_known_is_refused_and_can_be_said(
     low, high = offset, factor + offset
     with pytest.raises(UserError) as caught:
         settled(images)
-    for said in (name, f"from {low:g} to {high:g}", "data.value_range = [BLACK, WHITE]"):
-        assert said in str(caught.value)
+    for part in (name, f"from {low:g} to {high:g}", "data.value_range = [BLACK, WHITE]"):
+        assert part in str(caught.value)
     with pytest.raises(UnreadableImageError, match="not known; convert it to 8 bits"):
         images.load(0)
     pixels = images.with_range((low, high)).load(0)[..., 0].astype(int)
     assert np.abs(pixels - GRAYS).max() <= (15 if factor == 9 else 1)
 
 
-def test_beyond_the_range_values_are_clipped(tmp_path: Path) -> None:
-    """A window, as for computed tomography."""
+def test_values_outside_the_range_are_clipped(tmp_path: Path) -> None:
+    """The range is a window, as in computed tomography."""
     save(tmp_path / "a.int.tiff", RAMP * 3000 - 1000)
     pixels = ImageFiles(tmp_path, ["a.int.tiff"], 1, value_range=(-100, 400)).load(0)[..., 0].astype(float)
     assert np.abs(pixels - ((RAMP * 3000 - 1000 + 100) * 255 / 500).clip(0, 255)).max() <= 0.8
 
 
-def test_one_image_alone_is_taken_only_where_its_values_leave_no_doubt(tmp_path: Path) -> None:
-    """By a model that was trained on files of 8 bits."""
+def test_a_single_image_is_accepted_only_if_its_range_is_unambiguous(tmp_path: Path) -> None:
+    """For a model that was trained on files of 8 bits."""
     save(tmp_path / "full.png", RAMP * 65535)
     save(tmp_path / "twelve.png", RAMP * 4095)
     images = ImageFiles(tmp_path, ["full.png", "twelve.png"], 1)
@@ -152,7 +152,7 @@ def test_one_image_alone_is_taken_only_where_its_values_leave_no_doubt(tmp_path:
         images.load(1)
 
 
-def test_values_that_are_no_numbers_are_damage(tmp_path: Path) -> None:
+def test_values_that_are_not_numbers_are_reported_as_damage(tmp_path: Path) -> None:
     save(tmp_path / "nan.float.tiff", np.where(RAMP > 0.5, np.nan, RAMP))
     save(tmp_path / "fine.float.tiff", RAMP)
     images = ImageFiles(tmp_path, ["nan.float.tiff", "fine.float.tiff"], 1)
@@ -163,7 +163,7 @@ def test_values_that_are_no_numbers_are_damage(tmp_path: Path) -> None:
         images.with_range((0, 1)).load(0)
 
 
-def test_kinds_that_no_one_range_fits_are_refused() -> None:
+def test_images_with_different_kinds_of_samples_are_refused() -> None:
     with pytest.raises(UserError, match="a and b have samples of different kinds"):
         choose_range([Extent("float", 0, 1, "a"), Extent("integer", 0, 255, "b")])
     assert choose_range([]) is None

@@ -1,4 +1,4 @@
-"""Files, tests and pages that the documentation names exist."""
+"""All files, tests and pages that the documentation names exist."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PITFALLS = 44
 
 
 def names_of_tests() -> set[str]:
-    """Names of all test functions."""
+    """Return the names of all test functions."""
     texts = [path.read_text() for path in (ROOT / "tests").glob("test_*.py")]
     return {name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tests_modules_and_pages_that_are_named_exist(page: Path) -> None:
+def test_tests_modules_and_pages_that_the_documentation_names_exist(page: Path) -> None:
     text = page.read_text()
     if page.name == "reliability.md":  # elsewhere such names are metrics
         named = set(re.findall(r"`(test_\w+)`", text))
@@ -34,7 +34,7 @@ def test_tests_modules_and_pages_that_are_named_exist(page: Path) -> None:
     "file", [*PAGES, *sorted((ROOT / "toolkit").rglob("*.py"))], ids=lambda file: str(file.relative_to(ROOT))
 )
 def test_no_install_command_asks_the_package_index_for_this_project(file: Path) -> None:
-    """The name is another project's there: `pip install 'toolkit[explain]'` would install a stranger's package."""
+    """On the index, the name belongs to another project, which `pip install 'toolkit[explain]'` would install."""
     assert re.findall(r"pip install [^`\n]*?(?<![\w./-])toolkit(?![\w-])[^`\n]*", file.read_text()) == []
 
 

@@ -1,4 +1,4 @@
-"""Every command that a page of the documentation shows is executed: here, or by the test that is named for it."""
+"""Every command in the documentation is executed, either here or by another test that ELSEWHERE names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ELSEWHERE = {
     r"toolkit bench .*--compare\]?": "test_bench.py::test_comparing_with_the_plain_loop_needs_no_source_checkout",
     r"toolkit --(install|show)-completion": "test_cli.py::test_the_completion_script_and_completion_work",
     r"toolkit export RUN --format onnx.*": (
-        "test_export.py::test_a_round_trip_computes_the_same_for_any_number_of_images"
+        "test_export.py::test_an_exported_model_computes_the_same_for_any_number_of_images"
     ),
     r"toolkit (train|study) --resume.*|toolkit train .*--resume auto": "test_resume.py::test_",
     r"toolkit study FILE --worker": "test_study_workers.py::test_",
@@ -70,7 +70,7 @@ ELSEWHERE = {
 }
 """Commands that need what this test lacks (a cluster, a server, hours, a faulty file): the tests that execute them.
 
-The last pattern that matches counts. A name that ends in ``test_`` stands for the whole file.
+The last matching pattern applies. A name that ends in ``test_`` means the whole file.
 """
 
 
@@ -87,7 +87,7 @@ def documented() -> list[str]:
 
 
 def is_complete(command: str) -> bool:
-    """Whether the command has all required arguments; otherwise the page only mentions it."""
+    """Return whether the command has all required arguments; otherwise the page only mentions it."""
     _, name, *arguments = shlex.split(re.sub(r"\[([^\]' ]*)\]", "", command))
     if name not in COMMANDS:
         return True
@@ -110,7 +110,7 @@ def covering_test(command: str) -> str | None:
     return tests[-1] if tests else None
 
 
-def test_many_commands_are_found() -> None:
+def test_the_documentation_has_many_commands() -> None:
     assert len(CALLED) > 80
     assert {command.split()[1] for command in CALLED} >= set(COMMANDS)
 
@@ -129,7 +129,7 @@ def test_documented_options_exist(command: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ELSEWHERE)
-def test_tests_elsewhere_exist_and_are_needed(pattern: str) -> None:
+def test_tests_that_execute_other_commands_exist_and_are_needed(pattern: str) -> None:
     file, _, name = ELSEWHERE[pattern].partition("::")
     text = (ROOT / "tests" / file).read_text()
     assert re.search(rf"^def {name}" + ("" if name == "test_" else "\\("), text, re.MULTILINE), ELSEWHERE[pattern]
@@ -138,7 +138,7 @@ def test_tests_elsewhere_exist_and_are_needed(pattern: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the pages' commands are called: recipes, a finished run, a finished study, images."""
+    """Return the folder in which the commands run, with recipes, a finished run, a finished study and images."""
     folder = tmp_path_factory.mktemp("documented")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     quickstart = folder / "recipes" / "quickstart.toml"
@@ -186,7 +186,7 @@ PLACEHOLDERS = {
 
 
 def filled_in(command: str) -> str:
-    """Replace a page's placeholders and names of runs by what ``folder`` has."""
+    """Replace placeholders and names of runs in a command by files in ``folder``."""
     for pattern, value in PLACEHOLDERS.items():
         command = re.sub(pattern, value, command)
     return command

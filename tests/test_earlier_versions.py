@@ -62,7 +62,7 @@ def with_old_names(text: str) -> str:
     return text
 
 
-def test_a_resolved_recipe_of_an_earlier_version() -> None:
+def test_a_resolved_recipe_of_an_earlier_version_is_read_with_current_names() -> None:
     recipe = loads_recipe(RECIPE, ['data.exif="ignore"', "data.value_range=[0, 65535]"])
     old = with_old_names(resolved_toml(recipe))
     used = [path[-1] for path in OF_A_RUN if path[1:2] not in (("validation",), ("test",))]
@@ -100,12 +100,12 @@ def test_a_recipe_with_old_keys_is_refused_with_the_new_names() -> None:
         ("test_accuracy", "test_accuracy"),
     ],
 )
-def test_names_of_metrics(old: str, new: str) -> None:
+def test_old_metric_names_are_translated(old: str, new: str) -> None:
     assert renamed_metric(old) == new
     assert renamed_metric(new) == new
 
 
-def test_summary_and_metrics_of_an_earlier_version(tmp_path: Path) -> None:
+def test_summary_and_metrics_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     models: dict[str, Any] = {"best": {"epoch": 1, "test_class_accuracy": 0.5}, "stopped": {"epoch": 2}}
     (tmp_path / "summary.json").write_text(json.dumps({**models, "stopped_early": True}))
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "train/loss": 1.0, "val/class_accuracy": 0.25}\n')
@@ -116,7 +116,7 @@ def test_summary_and_metrics_of_an_earlier_version(tmp_path: Path) -> None:
     assert run.epochs() == [{"epoch": 1, "train/loss": 1.0, "val/balanced_accuracy": 0.25}]
 
 
-def test_columns_and_published_metrics_of_an_earlier_study() -> None:
+def test_columns_and_published_metrics_of_an_earlier_study_are_read() -> None:
     output = {"columns": ["stopped_val_accuracy", "epochs"], "best_by": "val/accuracy"}
     published = [{"where": {}, "figures": {"stopped_val_accuracy": 0.5}}]
     study = update_study({"study": {"output": output, "published": published}})["study"]
@@ -124,6 +124,6 @@ def test_columns_and_published_metrics_of_an_earlier_study() -> None:
     assert study["published"] == [{"where": {}, "metrics": {"last_val_accuracy": 0.5}}]
 
 
-def test_the_old_name_of_published_metrics_is_refused_with_the_new_one() -> None:
+def test_the_old_key_of_published_metrics_is_refused_with_the_new_one() -> None:
     with pytest.raises(RecipeError, match=r"renamed to study\.published\[0\]\.metrics\n1 error in the recipe"):
         loads_recipe(RECIPE, ["study.published=[{ figures = {} }]"])

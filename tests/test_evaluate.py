@@ -1,4 +1,4 @@
-"""`toolkit evaluate`: the metrics of summary.json, to the last bit, on any number of processes; and damaged runs."""
+"""`toolkit evaluate` reproduces the metrics of summary.json bit for bit on any number of processes; damaged runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Batch norm, averaged weights, and a learning rate that rises until the last epoch is not the best one."""
+    """A run with batch norm, averaged weights, and a rising learning rate, so that the last epoch is not the best."""
     rising = 'scheduler={ name = "one_cycle", pct_start = 0.9, start_factor = 0.05 }'
     settings = ("train.ema=0.5", "optimizer.lr=5.0", rising)
     return train_on_files(tmp_path_factory.mktemp("evaluate"), CONVNET, *settings, epochs=5)
@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def copy(run: Run, tmp_path: Path) -> Run:
-    """The run, to be damaged."""
+    """Return a copy of the run to damage."""
     return Run(shutil.copytree(run.path, tmp_path / "copy"))
 
 
@@ -47,8 +47,8 @@ def metrics(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def test_accuracies_and_f1_are_scikit_learns() -> None:
-    """Class 3 never occurs, class 4 is never predicted, class 5 is only predicted."""
+def test_accuracies_and_f1_equal_scikit_learn_s() -> None:
+    """Class 3 never occurs, class 4 is never predicted, and class 5 is only predicted."""
     rng = np.random.default_rng(0)
     labels, predictions = rng.choice([0, 1, 2, 4], 500, p=[0.6, 0.2, 0.1, 0.1]), rng.choice([0, 1, 2, 5], 500)
     zeros = np.zeros(500)
@@ -68,14 +68,14 @@ def test_the_metrics_equal_those_of_the_summary(run: Run, split: str, prefix: st
         assert found[model] == {prefix + name: summary[model][prefix + name] for name in MEASURES}
 
 
-def test_without_json_it_states_the_result_and_compares_the_predictions(run: Run) -> None:
+def test_without_json_the_result_is_stated_and_the_predictions_are_compared(run: Run) -> None:
     outcome = toolkit("evaluate", run.path)
     assert outcome.status == 0
     assert "predictions.csv: 50 of 50 rows are the same" in outcome.stdout
     assert outcome.stdout.splitlines()[-1] == f"all {2 * len(MEASURES)} metrics equal those of summary.json"
 
 
-def test_several_processes_give_the_same_bits(run: Run) -> None:
+def test_several_processes_give_the_same_metrics_bit_for_bit(run: Run) -> None:
     first, *others = launch(3, toolkit, "evaluate", str(run.path), "--json")
     assert metrics(first)["best"]["test_loss"] == run.summary["best"]["test_loss"]
     assert [other.stdout for other in others] == ["", ""], "only one process prints"
@@ -90,7 +90,7 @@ def test_a_run_of_two_processes_is_reproduced_on_one_and_on_three(tmp_path: Path
     metrics(launch(3, toolkit, "evaluate", path, "--json")[0])
 
 
-def test_training_images_are_evaluated_too_but_nothing_was_recorded_of_them(run: Run) -> None:
+def test_training_images_are_evaluated_though_no_metrics_were_recorded(run: Run) -> None:
     outcome = toolkit("evaluate", run.path, "--split", "train")
     assert outcome.status == 0
     assert "train: 72 images" in outcome.stdout
@@ -123,7 +123,7 @@ def test_without_the_last_checkpoint_only_the_best_model_is_evaluated(copy: Run,
     assert f"all {len(MEASURES)} metrics equal" in outcome.stdout
 
 
-def test_a_run_that_was_killed_is_evaluated_with_nothing_to_compare_with(copy: Run) -> None:
+def test_a_killed_run_is_evaluated_without_a_comparison(copy: Run) -> None:
     for name in ("summary.json", "predictions.csv", "checkpoints/best.safetensors"):
         (copy.path / name).unlink()
     outcome = toolkit("evaluate", copy.path)
@@ -132,7 +132,7 @@ def test_a_run_that_was_killed_is_evaluated_with_nothing_to_compare_with(copy: R
     assert "nothing to compare with" in outcome.stdout
 
 
-def test_images_that_have_moved_are_found_with_data_root(run: Run, tmp_path: Path) -> None:
+def test_moved_images_are_found_with_data_root(run: Run, tmp_path: Path) -> None:
     data = Path(run.recipe.data.root)
     moved = tmp_path / "moved"
     data.rename(moved)
@@ -146,7 +146,7 @@ def test_images_that_have_moved_are_found_with_data_root(run: Run, tmp_path: Pat
     assert "--data-root FOLDER" in refused.stderr
 
 
-def test_missing_images_and_other_classes_are_named(run: Run, tmp_path: Path) -> None:
+def test_missing_images_and_different_classes_are_named(run: Run, tmp_path: Path) -> None:
     data = shutil.copytree(run.recipe.data.root, tmp_path / "data")
     lost = min((data / "test" / "3").iterdir())
     lost.unlink()
@@ -163,13 +163,13 @@ def test_missing_images_and_other_classes_are_named(run: Run, tmp_path: Path) ->
     assert "new: extra" in outcome.stderr
 
 
-def test_an_unknown_split_names_the_nearest(run: Run) -> None:
+def test_an_unknown_split_is_refused_with_the_nearest_name(run: Run) -> None:
     outcome = toolkit("evaluate", run.path, "--split", "val")
     assert outcome.status == 2
     assert outcome.stderr == "there is no split 'val': a run has train, validation, test; did you mean validation?\n"
 
 
-def test_data_sets_in_memory_are_reproduced_as_well(tmp_path: Path) -> None:
+def test_runs_on_data_sets_in_memory_are_reproduced(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, MUCH)
     run = train(recipe, "train.epochs=2", "train.eval_batch_size=13")
     found = metrics(toolkit("evaluate", run.path, "--json"))
@@ -192,7 +192,7 @@ def test_data_sets_in_memory_are_reproduced_as_well(tmp_path: Path) -> None:
         (lambda path: shutil.rmtree(path / "checkpoints"), "the run has not finished an epoch yet"),
     ],
 )
-def test_a_damaged_run_is_one_clear_message(copy: Run, damage: Any, message: str) -> None:
+def test_a_damaged_run_gives_one_clear_message(copy: Run, damage: Any, message: str) -> None:
     damage(copy.path)
     outcome = toolkit("evaluate", copy.path)
     assert outcome.status == 2

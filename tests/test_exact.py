@@ -1,4 +1,4 @@
-"""The number of processes, of accumulation parts and of data workers does not change the experiment."""
+"""The numbers of processes, accumulation steps and data workers do not change the experiment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from toolkit.data.sampling import plan_evaluation
 from toolkit.recipe import load_recipe, loads_recipe
 from toolkit.training.checkpoint import load_weights
 from toolkit.training.evaluation import evaluate
-from toolkit.training.fit import fit  # imported before the processes are forked, once for all
+from toolkit.training.fit import fit  # imported before the processes are forked, so only once
 
 pytestmark = pytest.mark.long
 
@@ -77,11 +77,11 @@ trackers = []
 
 
 IMAGES = {"train": 109, "validation": 101, "test": 1549}
-"""All prime: nothing divides them, neither batches nor processes."""
+"""All are prime, so neither batch sizes nor numbers of processes divide them."""
 
 
 def trained(root: Path, batch_norm: bool, settings: tuple[str, ...]) -> dict[str, Any]:
-    """Metrics, summary, predictions and best weights of one run (on each process the same)."""
+    """Return metrics, summary, predictions and best weights of one run (the same on each process)."""
     text = RECIPE.format(root=root, batch_norm=str(batch_norm).lower())
     with contextlib.redirect_stderr(io.StringIO()):
         run = fit(loads_recipe(text, settings))
@@ -91,12 +91,12 @@ def trained(root: Path, batch_norm: bool, settings: tuple[str, ...]) -> dict[str
 
 
 def run_with(tmp_path: Path, world: int, batch_norm: bool, *settings: str) -> dict[str, Any]:
-    # A fork for one process as well: the test's own process keeps no Accelerate state.
+    # Fork for one process too, so that the test's own process has no Accelerate state.
     return launch(world, trained, tmp_path / f"{world}-{len(settings)}-{hash(settings)}", batch_norm, settings)[0]
 
 
 def assert_same_experiment(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert len(one["epochs"]) == len(other["epochs"]), "early stopping at another epoch"
+    assert len(one["epochs"]) == len(other["epochs"]), "early stopping at a different epoch"
     for mine, theirs in zip(one["epochs"], other["epochs"], strict=True):
         for key in mine:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-5), f"{key} of epoch {mine['epoch']}"
@@ -107,14 +107,14 @@ def assert_same_experiment(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
-SMOOTH = (  # a network without ReLU and max pooling, whose gradient jumps where two values are equal up to rounding
+SMOOTH = (  # no ReLU and max pooling, whose gradients jump if two values are equal up to rounding
     'model.convnet.activation="gelu"',
     "model.convnet.blocks=[{channels=32,batch_norm=true},{channels=64,batch_norm=true,stride=2}]",
 )
 
 
 def quickstart(root: Path, settings: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The epochs of the shipped recipe."""
+    """Train the shipped quickstart recipe and return its metrics per epoch."""
     common = (f'recipe.run_root="{root}"', "tracking.trackers=[]", "train.batch_size=60")
     with contextlib.redirect_stderr(io.StringIO()):
         return fit(load_recipe(QUICKSTART, (*common, *settings))).epochs()
@@ -124,12 +124,12 @@ def quickstart(root: Path, settings: tuple[str, ...]) -> list[dict[str, Any]]:
     ("settings", "tolerance"),
     [
         pytest.param(("train.epochs=2", *SMOOTH), 1e-5, id="adamw, smooth"),
-        # ReLU or max pooling may decide otherwise where two values are equal up to rounding; AdamW amplifies it.
+        # ReLU or max pooling may differ if two values are equal up to rounding; AdamW amplifies the difference.
         pytest.param(("train.epochs=2", 'optimizer.name="sgd"'), 1e-4, id="sgd"),
-        pytest.param(("train.epochs=1",), 1e-2, id="as it is"),
+        pytest.param(("train.epochs=1",), 1e-2, id="unchanged recipe"),
     ],
 )
-def test_the_quickstart_on_one_two_and_three_processes(
+def test_the_quickstart_gives_the_same_metrics_on_one_two_and_three_processes(
     tmp_path: Path, settings: tuple[str, ...], tolerance: float
 ) -> None:
     one, *others = (launch(world, quickstart, tmp_path / str(world), settings)[0] for world in (1, 2, 3))
@@ -145,7 +145,7 @@ def test_the_quickstart_on_one_two_and_three_processes(
     ids=["one more each", "all"],
 )
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_one_two_and_three_processes_with_and_without_accumulation(
+def test_processes_and_accumulation_do_not_change_the_experiment(
     tmp_path: Path, batch_norm: bool, worlds: dict[int, tuple[int, ...]]
 ) -> None:
     for grad_accum_steps, processes in worlds.items():
@@ -154,24 +154,24 @@ def test_one_two_and_three_processes_with_and_without_accumulation(
         assert len(alone["epochs"]) >= 3
         for world in processes:
             assert_same_experiment(alone, run_with(tmp_path, world, batch_norm, setting))
-        if not batch_norm:  # with it, statistics are those of a part, and parts differ by design
+        if not batch_norm:  # batch norm uses the statistics of a micro-batch, which depend on accumulation by design
             assert_same_experiment(alone, run_with(tmp_path, 1, batch_norm, "train.grad_accum_steps=3"))
 
 
-def test_the_number_of_data_workers_changes_nothing(tmp_path: Path) -> None:
+def test_the_number_of_data_workers_does_not_change_the_experiment(tmp_path: Path) -> None:
     runs = [run_with(tmp_path, 1, True, f"data.workers={workers}") for workers in (0, 3)]
     for key in ("epochs", "predictions"):
         assert runs[0][key] == runs[1][key]
 
 
-def test_the_same_recipe_twice_is_identical_to_the_last_bit(tmp_path: Path) -> None:
+def test_training_the_same_recipe_twice_gives_identical_bits(tmp_path: Path) -> None:
     one, other = (run_with(tmp_path, 2, True, f'recipe.description="{i}"') for i in range(2))
     assert one["epochs"] == other["epochs"]
     assert all((one["weights"][name] == other["weights"][name]).all() for name in one["weights"])
 
 
 def evaluated(count: int, batch_size: int) -> list[float]:
-    """Figures and predictions of a fixed model on ``count`` examples, evaluated on the processes there are."""
+    """Return metrics and predictions of a fixed model on ``count`` examples, evaluated on all processes."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     rank = torch.distributed.get_rank() if world > 1 else 0
     inputs = torch.randn((17, 6), generator=torch.Generator().manual_seed(3))[:count]
@@ -188,7 +188,7 @@ def all_evaluations() -> list[list[float]]:
     return [evaluated(count, batch_size) for count in range(1, 18) for batch_size in range(1, 6)]
 
 
-def test_every_example_counts_once_for_every_size_batch_and_number_of_processes() -> None:
+def test_every_example_is_evaluated_once_for_any_batch_size_and_number_of_processes() -> None:
     alone = run_on(1, all_evaluations)[0]
     assert len(alone) == 17 * 5
     for world in (2, 3):

@@ -1,4 +1,4 @@
-"""`toolkit explain`: Grad-CAM according to its formula, at a layer that has maps, on the requested images."""
+"""`toolkit explain`: Grad-CAM follows its formula, at a layer with feature maps, on the requested images."""
 
 from __future__ import annotations
 
@@ -51,8 +51,11 @@ def enlarged(maps: Tensor, size: int) -> Tensor:
 # -- the formula ------------------------------------------------------------------------------------------------------
 
 
-def test_before_a_mean_and_a_linear_layer_it_is_the_class_activation_map() -> None:
-    """The gradient is then the linear layer's weight over the number of places (Selvaraju et al. 2017, section 3.1)."""
+def test_before_a_mean_and_a_linear_layer_grad_cam_is_the_class_activation_map() -> None:
+    """The gradient is then the linear layer's weight divided by the number of positions (Selvaraju et al. 2017).
+
+    See section 3.1 of the paper.
+    """
     model = built("torchvision", "resnet18")
     kept: list[Tensor] = []
     model.module.layer4.register_forward_hook(lambda module, arguments, output: kept.append(output.detach()))
@@ -65,7 +68,7 @@ def test_before_a_mean_and_a_linear_layer_it_is_the_class_activation_map() -> No
     assert heat.amax((1, 2)).min() > 0
 
 
-def test_for_a_transformer_it_uses_the_patches_gradients_and_values() -> None:
+def test_for_a_transformer_grad_cam_uses_the_patches_gradients_and_values() -> None:
     model = built("timm", "test_vit")
     inputs = images(2)
     layer = find_layer(model, inputs[0])
@@ -92,7 +95,7 @@ def test_tokens_are_arranged_row_by_row_and_non_spatial_ones_are_kept() -> None:
 
 
 class Corner(nn.Module):
-    """The logit of class 1 is the brightness of the upper left quarter, that of class 0 of the lower right one."""
+    """The logit of class 1 is the brightness of the upper left quarter, and that of class 0 of the lower right one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class Corner(nn.Module):
         return torch.stack([lower, upper, torch.full_like(lower, -9.0)], 1)
 
 
-def test_the_heat_lies_where_the_evidence_is_and_the_label_s_is_shown_where_it_is_another() -> None:
+def test_the_heatmap_covers_the_evidence_and_a_wrong_prediction_has_one_for_the_label() -> None:
     model = trained(Corner(), ModelConfig(source="timm", name="corner"), 8)
     bright = torch.zeros(3, 8, 8)
     bright[:, :4, :4] = 2
@@ -140,7 +143,7 @@ def test_the_heat_lies_where_the_evidence_is_and_the_label_s_is_shown_where_it_i
         ("timm", "volo_d1_224", "tokens", "norm"),
     ],
 )
-def test_the_last_layer_with_maps_that_matter_is_found(source: str, name: str, kind: str, expected: str | None) -> None:
+def test_the_last_layer_with_relevant_maps_is_found(source: str, name: str, kind: str, expected: str | None) -> None:
     size = 240 if "crossvit" in name else 224 if "swin" in name else 64
     model = built(source, name, size)
     inputs = images(1, size)
@@ -196,7 +199,7 @@ def test_the_worst_mistakes_are_those_of_predictions_csv(run: Run) -> None:
         with Image.open(one["figure"]) as image:
             assert image.format == "PNG"
             assert len(np.unique(np.asarray(image))) > 10
-    assert {Path(one["figure"]).parent for one in found} == {run.figures / "explain"}
+    assert {Path(one["figure"]).parent for one in found} == {run.files / "explain"}
 
 
 def test_named_images_are_explained_and_bad_files_are_named(run: Run, tmp_path: Path) -> None:
@@ -204,12 +207,12 @@ def test_named_images_are_explained_and_bad_files_are_named(run: Run, tmp_path: 
     outcome = toolkit("explain", run.path, *chosen, tmp_path / "none.png", "-o", tmp_path / "out")
     assert outcome.status == 1
     assert f"{tmp_path / 'none.png'}: no such file" in outcome.stderr
-    figures = sorted(str(path) for path in (tmp_path / "out").iterdir())
-    assert outcome.stdout.splitlines() == figures
-    assert len(figures) == 2
+    files = sorted(str(path) for path in (tmp_path / "out").iterdir())
+    assert outcome.stdout.splitlines() == files
+    assert len(files) == 2
 
 
-def test_a_user_s_mistake_is_one_message(run: Run, copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_s_mistake_gives_one_message(run: Run, copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def message(*arguments: object) -> str:
         outcome = toolkit("explain", *(str(argument) for argument in arguments))
         assert (outcome.status, len(outcome.stderr.splitlines())) == (2, 1), outcome.stderr

@@ -1,4 +1,4 @@
-"""`toolkit export`: each format is read back by its own library and computes what the run's model computes."""
+"""`toolkit export`: each format, read by its own library, computes the same outputs as the run's model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ RUNS: dict[str, tuple[str, int, tuple[str, ...]]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """A run of each model, trained when it is first asked for."""
+    """Return a function that gives a run of each model, trained when it is first requested."""
     folder, made = tmp_path_factory.mktemp("export"), dict[str, Run]()
 
     def get(name: str) -> Run:
@@ -83,14 +83,14 @@ FORMATS_OF = {"convnet": ("onnx", "torch-export", "safetensors"), "resnet18": ("
 
 
 SLOW = {("timm", "onnx"), ("timm", "torch-export")}
-"""Left to the slow lane: convnet and resnet18 are written in these formats too, in gray and in color."""
+"""Only in the slow tests: convnet and resnet18 cover these formats too, in gray and in color."""
 
 
 @pytest.mark.parametrize(("model", "name"), [
     pytest.param(model, name, marks=pytest.mark.slow if (model, name) in SLOW else ())
     for model, names in FORMATS_OF.items() for name in names
 ])  # fmt: skip
-def test_a_round_trip_computes_the_same_for_any_number_of_images(
+def test_an_exported_model_computes_the_same_for_any_number_of_images(
     runs: Callable[[str], Run], tmp_path: Path, model: str, name: str
 ) -> None:
     run = runs(model)
@@ -110,7 +110,7 @@ def test_a_round_trip_computes_the_same_for_any_number_of_images(
     assert result["max_abs_difference"] <= 1e-4
 
 
-def test_without_json_it_prints_files_sizes_and_the_difference(runs: Callable[[str], Run]) -> None:
+def test_without_json_files_sizes_and_the_difference_are_printed(runs: Callable[[str], Run]) -> None:
     run = runs("convnet")
     outcome = toolkit("export", run.path, "--format", "safetensors")
     folder = run.path / "export" / "safetensors"
@@ -119,7 +119,7 @@ def test_without_json_it_prints_files_sizes_and_the_difference(runs: Callable[[s
     assert outcome.stdout.splitlines()[-1] == last
 
 
-def test_an_exported_model_predicts_as_its_run(runs: Callable[[str], Run], tmp_path: Path) -> None:
+def test_an_exported_model_predicts_the_same_as_its_run(runs: Callable[[str], Run], tmp_path: Path) -> None:
     run = runs("resnet18")
     assert toolkit("export", run.path, "--format", "safetensors", "-o", tmp_path / "out").status == 0
     images = Path(run.recipe.data.root) / "test"
@@ -135,7 +135,7 @@ def test_the_example_in_a_torch_export_is_two_images(runs: Callable[[str], Run],
     assert example.untyped_storage().nbytes() == 2 * 1 * 16 * 16 * 4
 
 
-def test_whoever_may_read_one_file_may_read_all(runs: Callable[[str], Run], tmp_path: Path) -> None:
+def test_all_exported_files_have_the_same_permissions(runs: Callable[[str], Run], tmp_path: Path) -> None:
     assert toolkit("export", runs("timm").path, "--format", "timm", "-o", tmp_path / "out").status == 0
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
@@ -146,7 +146,7 @@ def photo(width: int = 90, height: int = 61) -> Image.Image:
 
 
 def by_hand(card: dict[str, Any], image: Image.Image) -> np.ndarray:
-    """preprocessing.json followed with Pillow and numpy alone: [C, H, W]."""
+    """Preprocess an image by preprocessing.json with only Pillow and numpy; return [C, H, W]."""
     image = image.convert("RGB" if card["channels"] == 3 else "L")
     short, size = card["resize"], card["image_size"]
     width, height = image.size
@@ -159,13 +159,13 @@ def by_hand(card: dict[str, Any], image: Image.Image) -> np.ndarray:
     return normalised.transpose(2, 0, 1)
 
 
-def test_preprocessing_json_is_all_that_another_program_needs(runs: Callable[[str], Run], tmp_path: Path) -> None:
+def test_preprocessing_json_is_sufficient_for_other_programs(runs: Callable[[str], Run], tmp_path: Path) -> None:
     run = train_on_files(tmp_path, CONVNET, "data.resize=20", 'data.interpolation="bicubic"', "data.image_size=16")
     assert toolkit("export", run.path, "--format", "onnx", "-o", tmp_path / "out").status == 0
     card = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
     ours = load_model(run.path).transform(to_pixels(photo(), 3))
     difference = np.abs(by_hand(card, photo()) - ours.numpy()) * np.max(card["std"]) * 255
-    assert difference.max() < 3  # of 255: Pillow's cubic filter is not the kernel's to the last bit
+    assert difference.max() < 3  # of 255: Pillow's cubic filter differs slightly from the kernel's
     assert difference.mean() < 0.5
     assert card["steps"][1:4] == [
         "turn the image upright by its EXIF orientation",
@@ -181,7 +181,7 @@ def test_preprocessing_json_is_all_that_another_program_needs(runs: Callable[[st
 
 
 @pytest.mark.parametrize("model", ["timm", "vit"])
-def test_timm_s_own_transform_is_the_run_s(runs: Callable[[str], Run], tmp_path: Path, model: str) -> None:
+def test_timm_s_own_transform_equals_the_run_s(runs: Callable[[str], Run], tmp_path: Path, model: str) -> None:
     run = runs(model)
     assert toolkit("export", run.path, "--format", "timm", "-o", tmp_path / "out").status == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
@@ -192,18 +192,18 @@ def test_timm_s_own_transform_is_the_run_s(runs: Callable[[str], Run], tmp_path:
 
 
 @pytest.mark.parametrize(("size", "resize"), [(224, 256), (224, 257), (299, 342), (16, 18), (7, 9), (160, 183)])
-def test_timm_s_crop_share_gives_back_the_resize(size: int, resize: int) -> None:
+def test_the_resize_is_recovered_from_timm_s_crop_share(size: int, resize: int) -> None:
     assert int(np.floor(size / crop_share(size, resize))) == resize
 
 
-def test_timm_s_transform_of_color_images_is_the_run_s_but_for_the_last_bit(tmp_path: Path) -> None:
+def test_timm_s_transform_of_color_images_equals_the_run_s_except_for_the_last_bit(tmp_path: Path) -> None:
     run = train_on_files(tmp_path, TIMM, "data.resize=36", size=32)
     outcome = toolkit("export", run.path, "--format", "timm", "-o", tmp_path / "out")
     assert outcome.status == 0
     assert "differs from the run's" not in outcome.stderr
 
 
-def test_what_timm_s_transform_cannot_say_is_told(tmp_path: Path) -> None:
+def test_transforms_that_timm_s_config_cannot_express_are_reported(tmp_path: Path) -> None:
     negative = 'augment.test=[{ name = "RandomInvert", p = 1.0 }]'
     run = train_on_files(tmp_path, TIMM, negative, size=32)
     outcome = toolkit("export", run.path, "--format", "timm", "-o", tmp_path / "out")
@@ -213,7 +213,9 @@ def test_what_timm_s_transform_cannot_say_is_told(tmp_path: Path) -> None:
     assert "RandomInvert {'p': 1.0} (the recipe's own)" in card["steps"]
 
 
-def test_where_the_data_are_gone_noise_is_compared_and_that_is_said(runs: Callable[[str], Run], tmp_path: Path) -> None:
+def test_without_the_data_synthetic_images_are_compared_and_reported(
+    runs: Callable[[str], Run], tmp_path: Path
+) -> None:
     run = runs("convnet")
     data = Path(run.recipe.data.root)
     data.rename(tmp_path / "moved")
@@ -226,7 +228,7 @@ def test_where_the_data_are_gone_noise_is_compared_and_that_is_said(runs: Callab
 
 
 @pytest.mark.parametrize("error", [1.1e-4, float("nan")])
-def test_a_model_that_computes_something_else_is_not_left_behind(
+def test_an_export_with_different_outputs_is_deleted(
     runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
 ) -> None:
     honest = exporting.FORMATS["safetensors"]
@@ -243,7 +245,7 @@ def test_a_model_that_computes_something_else_is_not_left_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_exporter_that_fails_leaves_nothing_and_is_told_in_one_line(
+def test_a_failing_exporter_leaves_no_files_and_is_reported_in_one_line(
     runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(trained: TrainedModel, folder: Path) -> None:
@@ -257,9 +259,7 @@ def test_an_exporter_that_fails_leaves_nothing_and_is_told_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_weights_file_that_training_began_with_is_named_without_its_folder(
-    runs: Callable[[str], Run], tmp_path: Path
-) -> None:
+def test_the_initial_weights_file_is_named_without_its_folder(runs: Callable[[str], Run], tmp_path: Path) -> None:
     begin = tmp_path / "begin.safetensors"
     state = load_model(runs("resnet18").path).module.state_dict()
     safetensors.torch.save_file({name: tensor for name, tensor in state.items() if "fc." not in name}, begin)
@@ -278,7 +278,7 @@ def test_the_weights_file_that_training_began_with_is_named_without_its_folder(
         ("timm", "--format timm is for unmodified timm models; toolkit's convnet is not one"),
     ],
 )
-def test_a_format_that_does_not_fit_is_refused(
+def test_an_unknown_or_unsuitable_format_is_refused(
     runs: Callable[[str], Run], tmp_path: Path, name: str, message: str
 ) -> None:
     outcome = toolkit("export", runs("convnet").path, "--format", name, "-o", tmp_path / "out")
@@ -294,7 +294,7 @@ def test_a_head_that_timm_cannot_build_is_refused_for_timm(tmp_path: Path) -> No
     assert "test_resnet with a head or stem of its own is not one" in outcome.stderr
 
 
-def test_missing_packages_are_named_with_the_command(
+def test_missing_packages_are_named_with_the_command_to_install_them(
     runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = exporting.importlib.util.find_spec
@@ -307,8 +307,8 @@ def test_missing_packages_are_named_with_the_command(
     )
 
 
-def test_an_earlier_export_in_the_run_is_replaced(runs: Callable[[str], Run]) -> None:
-    """As toolkit publish does: only a folder that the user names must be new."""
+def test_an_earlier_export_in_the_run_directory_is_replaced(runs: Callable[[str], Run]) -> None:
+    """As in toolkit publish, only a folder that the user names must be new."""
     run = runs("convnet")
     for _ in range(2):
         assert toolkit("export", run.path, "--format", "safetensors").status == 0
@@ -317,7 +317,7 @@ def test_an_earlier_export_in_the_run_is_replaced(runs: Callable[[str], Run]) ->
 
 
 def test_the_last_model_can_be_exported_too(runs: Callable[[str], Run], tmp_path: Path) -> None:
-    """Colbertaldo's C5: the state dict after the last epoch, which the last checkpoint holds."""
+    """As in Colbertaldo's C5: the state dict after the last epoch, which is in the last checkpoint."""
     run = runs("convnet")
     outcome = toolkit("export", run.path, "--format", "safetensors", "--epoch", "last")
     assert outcome.status == 0, outcome.stderr
@@ -337,7 +337,7 @@ def test_the_last_model_can_be_exported_too(runs: Callable[[str], Run], tmp_path
     assert "--epoch 3: expected best or last" in toolkit("export", run.path, "--format", "onnx", "--epoch", "3").stderr
 
 
-def test_a_folder_in_use_and_a_place_that_cannot_be_written_are_refused(
+def test_an_existing_folder_and_one_that_cannot_be_written_are_refused(
     runs: Callable[[str], Run], tmp_path: Path
 ) -> None:
     (tmp_path / "used").mkdir()

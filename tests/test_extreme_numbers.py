@@ -1,4 +1,4 @@
-"""Every numeric key of the recipe with values beyond sense: one sentence or a run, no traceback and no endless loop.
+"""Every numeric key of the recipe with extreme values gives a message or a run, no traceback and no endless loop.
 
 Values are drawn with a seed; `pytest -m slow` tries all of them.
 """
@@ -65,11 +65,11 @@ WITH: dict[str, list[str]] = {
     "optimizer.momentum": ['optimizer.name="sgd"'],
     "model.convnet.init_std": ['model.convnet.init="gaussian"'],
 }
-"""What a key needs to have an effect."""
+"""Other settings that a key needs to have an effect."""
 
 ONLY_READ = {"data.image_size", "data.resize", "data.workers", "model.convnet.blocks.[].kernel",
              "model.convnet.blocks.[].padding"}  # fmt: skip
-"""Keys whose largest allowed values make sense on a larger machine, and take a small one minutes."""
+"""Keys whose largest allowed values are for large machines, and take minutes on a small one."""
 
 FLOATS = ("0.0", "-1.0", "1e-308", "1e-30", "0.9999999999", "1e30", "1e308", "-1e308", "nan", "inf", "1e999")
 INTEGERS = ("0", "-1", "1", "65536", "1000000", "2147483648", "1000000000000", "9223372036854775807",
@@ -77,7 +77,7 @@ INTEGERS = ("0", "-1", "1", "65536", "1000000", "2147483648", "1000000000000", "
 
 
 def numeric_keys(annotation: Any, path: tuple[str, ...] = ()) -> list[tuple[str, type]]:
-    """Dotted names of all numbers below an annotation, with [] for items of lists and {} for values of tables."""
+    """Return the dotted names of all numbers in an annotation, with [] for list items and {} for table values."""
     annotation, _ = unwrap_annotation(annotation)
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
@@ -99,7 +99,7 @@ ALL_OF_RUNS = [(key, value) for key, kind in OF_RUNS for value in (FLOATS if kin
 
 
 def overrides(key: str, value: str) -> list[str]:
-    """``--set`` arguments that give a key this value, and what it needs around it."""
+    """Return ``--set`` arguments that give a key this value, with the other settings that it needs."""
     parts = key.split(".")
     if key.startswith("model.convnet.blocks"):
         more = {"kernel": "", "padding": ", kernel = 63"}.get(parts[-1], "")
@@ -121,12 +121,12 @@ def overrides(key: str, value: str) -> list[str]:
 
 
 def try_load(folder: Path, key: str, value: str) -> None:
-    """A dry run with the value: it trains a batch, or says in a sentence what is wrong, naming the key."""
+    """Check that a dry run with the value either trains a batch or prints a message that names the key."""
     path = folder / "recipe.toml"
     path.write_text(RECIPE.format(root=folder / "runs"))
     arguments = [part for one in overrides(key, value) for part in ("--set", one)]
     if key in ONLY_READ:
-        arguments += ["--set", "recipe.name=1"]  # a fault that stops it before training
+        arguments += ["--set", "recipe.name=1"]  # an error that stops it before training
     outcome = toolkit("train", path, "--dry-run", *arguments)
     assert outcome.status in (0, 1, 2), outcome.stderr
     assert "Traceback" not in outcome.stderr, outcome.stderr
@@ -135,7 +135,7 @@ def try_load(folder: Path, key: str, value: str) -> None:
         assert "dry run: one batch forward and backward, loss " in outcome.stderr
 
 
-def test_the_walk_finds_the_keys() -> None:
+def test_all_kinds_of_numeric_keys_are_found() -> None:
     names = [key for key, _ in KEYS]
     assert {"optimizer.lr", "model.head.hidden.[]", "data.split.validation", "augment.train.[].apply_p",
             "model.convnet.blocks.[].stride", "study.bohb.trials",
@@ -145,18 +145,18 @@ def test_the_walk_finds_the_keys() -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), random.Random(20261128).sample(ALL_OF_RUNS, 24))
-def test_a_value_beyond_sense_is_one_sentence_or_trains(tmp_path: Path, key: str, value: str) -> None:
+def test_an_extreme_value_gives_one_message_or_trains(tmp_path: Path, key: str, value: str) -> None:
     try_load(tmp_path, key, value)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("key", "value"), ALL_OF_RUNS)
-def test_any_value_beyond_sense_is_one_sentence_or_trains(tmp_path: Path, key: str, value: str) -> None:
+def test_any_extreme_value_gives_one_message_or_trains(tmp_path: Path, key: str, value: str) -> None:
     try_load(tmp_path, key, value)
 
 
 def study_text(parts: list[str], value: str) -> str:
-    """A [study] table in which the key has the value."""
+    """Return a [study] table in which the key has the value."""
     if parts[0] in ("random", "bohb"):
         name, least = ("runs", 2) if parts[0] == "random" else ("trials", 3)
         needed = "" if parts[1] == name else f"{name} = {least}, "
@@ -172,7 +172,7 @@ def study_text(parts: list[str], value: str) -> str:
 
 
 @pytest.mark.parametrize(("key", "kind"), OF_STUDIES)
-def test_studies_of_any_number_are_read_or_refused_at_once(tmp_path: Path, key: str, kind: type) -> None:
+def test_studies_with_extreme_numbers_are_read_or_refused_at_once(tmp_path: Path, key: str, kind: type) -> None:
     path = tmp_path / "study.toml"
     statuses = []
     for value in FLOATS if kind is float else INTEGERS:
@@ -180,11 +180,11 @@ def test_studies_of_any_number_are_read_or_refused_at_once(tmp_path: Path, key: 
         outcome = toolkit("validate", path)
         assert outcome.status in (0, 2), outcome.stderr
         statuses.append(outcome.status)
-    assert 2 in statuses, "no key takes all of these"
+    assert 2 in statuses, "no key accepts all of these"
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("optimizer.lr=1e308", "optimizer.lr: expected a number > 0 and <= 1e+30, found 1e+308"),
         ("optimizer.weight_decay=1e308", "optimizer.weight_decay: expected a number from 0 to 1000000.0, found 1e+308"),
@@ -199,16 +199,16 @@ def test_studies_of_any_number_are_read_or_refused_at_once(tmp_path: Path, key: 
         ("model.head.hidden=[65536, 65536, 65536]", "of memory are free: make it smaller"),
     ],
 )  # fmt: skip
-def test_the_sentence_says_what_is_allowed(tmp_path: Path, setting: str, said: str) -> None:
+def test_the_message_states_the_allowed_range(tmp_path: Path, setting: str, message: str) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE.format(root=tmp_path / "runs"))
     outcome = toolkit("train", path, "--dry-run", "--set", setting)
     assert outcome.status == 2
-    assert said in outcome.stderr, outcome.stderr
+    assert message in outcome.stderr, outcome.stderr
 
 
-def test_the_largest_rates_that_are_allowed_take_a_step(tmp_path: Path) -> None:
-    """What is allowed stays within float32, also multiplied."""
+def test_the_largest_allowed_learning_rates_can_take_a_step(tmp_path: Path) -> None:
+    """Allowed values stay within the range of float32, also if they are multiplied."""
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE.format(root=tmp_path / "runs"))
     for name in ("sgd", "adam", "adamw"):
