@@ -1,6 +1,7 @@
-"""What the C library's thresholds bring on a CPU: training and inference under several settings of the allocator.
+"""Measure training and inference on a CPU with several settings of the C library's memory allocator.
 
-Each setting runs in processes of its own, in turns, so that a machine that changes its speed does not favour one.
+Each setting runs in its own processes, and the settings take turns, so that a machine that changes its speed favors
+none.
 
     python benchmarks/allocator.py [--rounds 3] [--jemalloc /usr/lib/x86_64-linux-gnu/libjemalloc.so.2]
 """
@@ -34,7 +35,7 @@ TASKS = ("resnet18 training", "efficientnet_lite0 inference")
 
 
 def child(setting: str, task: str, steps: int) -> dict[str, float]:
-    """Images a second (median over steps), page faults an image and most resident memory, in this process."""
+    """Return images per second (median over steps), page faults per image and peak resident memory of this process."""
     if "toolkit" in setting:
         from toolkit.distributed.malloc import tune_malloc
 
@@ -75,7 +76,7 @@ def child(setting: str, task: str, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line and print a table per task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
@@ -99,7 +100,7 @@ def main() -> None:
                 found.setdefault((task, setting), []).append(json.loads(done.stdout))
     for task in TASKS:
         usual = statistics.median(one["images_per_s"] for one in found[task, "default"])
-        print(f"\n{task}\n| setting | images/s | against default | page faults an image | memory, MB |")
+        print(f"\n{task}\n| setting | images/s | ratio to default | page faults per image | memory, MB |")
         print("| --- | --- | --- | --- | --- |")
         for setting in settings:
             each = {key: statistics.median(one[key] for one in found[task, setting]) for key in found[task, setting][0]}

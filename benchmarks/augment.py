@@ -1,10 +1,10 @@
-"""Batched augmentation beside torchvision's functional kernels, called for each image with given parameters.
+"""Compare batched augmentation with torchvision's functional kernels, called for each image with given parameters.
 
     python benchmarks/augment.py [--rounds 15]
 
 Parameters like angles and factors differ in each image, so a group of equal parameters is one image (two groups for a
-flip). Prints CPU time per image on one thread, and how far each way is from torchvision on Pillow images, which is what
-data workers compute: mean absolute difference in 1/255 for the same parameters.
+flip). Prints CPU time per image on one thread, and the mean absolute difference in 1/255 of both implementations from
+torchvision on Pillow images, which is what data workers compute, for the same parameters.
 """
 
 from __future__ import annotations

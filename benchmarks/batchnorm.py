@@ -1,7 +1,7 @@
-"""How exact batch norm is on a CPU in channels_last, and what that costs in ResNet18's training step at 224 pixels.
+"""Measure the accuracy of batch norm on a CPU in channels_last, and its cost in ResNet18's training step at 224 pixels.
 
-Three ways: PyTorch's channels_last kernel; PyTorch's contiguous kernel, with a copy before and after it; the toolkit's.
-Each step is made in all three ways in turns, and the ratio is that of CPU time, so that a busy machine favors none.
+Three implementations: PyTorch's channels_last kernel; PyTorch's contiguous kernel, with a copy before and after it; the
+toolkit's. They take turns at every step, and ratios are of CPU time, so that a busy machine favors none.
 
     python benchmarks/batchnorm.py [--batch-size 32] [--rounds 15] [--threads 1] [--bf16]
 """
@@ -26,12 +26,12 @@ SHAPES = ((64, 32, 8, 8), (32, 64, 112, 112))
 
 
 class Norm(SyncBatchNorm):
-    """Batch norm in one of the ways."""
+    """Batch norm in one of the three implementations."""
 
     way = "toolkit"
 
     def forward(self, input: Tensor) -> Tensor:
-        """[n, C, h, w] -> the same shape."""
+        """Map [n, C, h, w] to the same shape."""
         if Norm.way == "pytorch":
             return _BatchNorm.forward(self, input)
         if Norm.way == "contiguous":
@@ -40,7 +40,7 @@ class Norm(SyncBatchNorm):
 
 
 def errors(shape: tuple[int, ...]) -> None:
-    """Print each way's largest error against float64, relative to the largest value."""
+    """Print the largest error of each implementation compared with float64, relative to the largest value."""
     torch.manual_seed(0)
     x, gradient = torch.randn(shape) * 2 + 1, torch.randn(shape) + 0.3
 
@@ -61,7 +61,7 @@ def errors(shape: tuple[int, ...]) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line and print errors and times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
@@ -79,7 +79,7 @@ def main() -> None:
     labels = torch.randint(0, 1000, (args.batch_size,))
 
     def step(way: str) -> float:
-        """CPU seconds of one training step."""
+        """Return the CPU seconds of one training step."""
         Norm.way = way
         began = time.process_time()
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):

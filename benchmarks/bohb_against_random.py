@@ -1,10 +1,10 @@
-"""BOHB with three workers against random search at equal epochs, on digits, over several seeds of the search.
+"""Compare BOHB with random search at equal numbers of epochs, on digits, three workers each, over several search seeds.
 
     python benchmarks/bohb_against_random.py [--seeds 5] [--workers 3] [--runs FOLDER] [--set KEY=VALUE]
 
-For each seed: recipes/studies/digits_bohb.toml, then recipes/studies/digits_random.toml with as many runs as the epochs
-that BOHB trained suffice for, rounded up. What is trained already in FOLDER is not trained again. Prints what each has
-found and the paired comparison, in Markdown, and writes the best so far against the epochs trained as SVG and PDF.
+For each seed: recipes/studies/digits_bohb.toml, then recipes/studies/digits_random.toml with as many runs as fit in the
+epochs that BOHB trained, rounded up. Finished runs in FOLDER are not trained again. Prints the result of each search
+and the paired comparison, in Markdown, and plots the best value so far (SVG and PDF).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FIGURES = ("val_loss", "val_accuracy", "test_accuracy")
 
 
 def main() -> None:
-    """Train what is missing, compare, print."""
+    """Train the missing runs, compare the searches and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=3)
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def searched(kind: str, seed: int, options: argparse.Namespace, table: str, more: list[str]) -> StudyResults:
-    """What a search has found, after it was made or completed."""
+    """Run or complete a search and return its result."""
     name = f"digits-{kind}-{seed}"
     settings = [f'recipe.name="{name}"', f'recipe.run_root="{options.runs}"', f"study.{table}.seed={seed}", *more]
     study = read_study(STUDIES / f"digits_{kind}.toml", [*settings, *options.set])
@@ -61,12 +61,12 @@ def searched(kind: str, seed: int, options: argparse.Namespace, table: str, more
 
 
 def best(found: StudyResults) -> dict[str, float]:
-    """Figures of the best finished run by the value sought."""
+    """Return the metrics of the best finished run by the objective."""
     return found.trials[0].result.metrics
 
 
 def findings(pairs: list[tuple[StudyResults, StudyResults]]) -> TextTable:
-    """A line a search."""
+    """Return a table with one row per search."""
     head = [
         "search",
         "seed",
@@ -88,7 +88,7 @@ def findings(pairs: list[tuple[StudyResults, StudyResults]]) -> TextTable:
 
 
 def if_retrained(found: StudyResults) -> int:
-    """Epochs that the search would have taken if every budget were trained from the first epoch on."""
+    """Return the epochs that the search would need if every budget were trained from the first epoch."""
     table = found.table.bohb
     steps = budgets(table.min_epochs, table.max_epochs, table.eta) if table else []
     reached = [len(result.epochs) for result in found.results]
@@ -96,7 +96,7 @@ def if_retrained(found: StudyResults) -> int:
 
 
 def comparison(pairs: list[tuple[StudyResults, StudyResults]]) -> TextTable:
-    """BOHB minus random search over the seeds."""
+    """Return a table of the paired differences, BOHB minus random search, over the seeds."""
     head = [
         "figure",
         "BOHB, mean",
@@ -121,7 +121,7 @@ def comparison(pairs: list[tuple[StudyResults, StudyResults]]) -> TextTable:
 
 
 def draw(pairs: list[tuple[StudyResults, StudyResults]], folder: Path) -> None:
-    """The best value so far against the epochs trained: the mean over the seeds, from where all have one."""
+    """Plot the best value so far against the epochs trained: the mean over the seeds, once all of them have one."""
     curves = {
         name: mean_of([incumbents(pair[index]) for pair in pairs])
         for index, name in enumerate(("BOHB", "random search"))
@@ -133,7 +133,7 @@ def draw(pairs: list[tuple[StudyResults, StudyResults]], folder: Path) -> None:
 
 
 def mean_of(searches: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """The mean of step functions, at each place where one of them steps, while all of them last."""
+    """Return the mean of step functions at each point where one of them changes, over their common range."""
     first, last = max(points[0][0] for points in searches), min(points[-1][0] for points in searches)
     places = sorted({cost for points in searches for cost, _ in points if first <= cost <= last})
     return [(cost, sum(_at(points, cost) for points in searches) / len(searches)) for cost in places]

@@ -1,14 +1,14 @@
-"""How long a DDP step takes on many GPUs, from compute, gradient bytes and links: a simulation, and its check.
+"""Simulate the time of a DDP step on many GPUs from compute, gradient bytes and links; compare it with measurements.
 
     python benchmarks/ddp_model.py predict                       # the tables of docs/scaling.md
     python benchmarks/ddp_model.py predict --images-per-s 2500   # with your GPU's own speed (toolkit bench RECIPE)
     torchrun --nproc_per_node 2 benchmarks/ddp_model.py check    # two CPU processes, measured and predicted
 
-DDP (Li et al. 2020, arXiv:2006.15704) sums gradients in buckets, from the last layer to the first, while the backward
-pass goes on. So a step is a race between two queues: the layers' backward passes make gradients ready, and the link
-sums one bucket after the other. The simulation is that race. Summing B bytes over N processes in a ring moves
-2 (N - 1) / N x B through each link and takes 2 (N - 1) steps of latency; with several GPUs a node NCCL sums within the
-node, between the nodes and within the node again, each GPU's share over its own network card.
+DDP (Li et al. 2020, arXiv:2006.15704) sums gradients in buckets, from the last layer to the first, during the backward
+pass. The simulation models two queues: the layers' backward passes produce gradients, and the link sums one bucket
+after the other. Summing B bytes over N processes in a ring moves 2 (N - 1) / N x B through each link and takes 2 (N -
+1) steps of latency; with several GPUs per node NCCL sums within the node, between the nodes and within the node again,
+each GPU's share over its own network card.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BACKWARD = 2 / 3
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with parameters of its own: its gradient's bytes (float32) and its share of the model's arithmetic."""
+    """A module with direct parameters: bytes of its gradient (float32) and its share of the model's arithmetic."""
 
     bytes: int
     share: float
@@ -44,13 +44,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Link:
-    """What one process sends through, to one peer at a time: bytes a second, and seconds before the first byte."""
+    """A link from one process to one peer at a time: bytes per second, and seconds before the first byte."""
 
     bandwidth: float
     latency: float
 
     def all_reduce(self, count: int, processes: int) -> float:
-        """Seconds to sum ``count`` bytes over so many processes in a ring."""
+        """Return the seconds to sum ``count`` bytes over several processes in a ring."""
         if processes == 1:
             return 0.0
         return 2 * (processes - 1) / processes * count / self.bandwidth + 2 * (processes - 1) * self.latency
@@ -58,20 +58,20 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of some GPUs each; ``outer`` is one GPU's share of its node's network."""
+    """A cluster of nodes with several GPUs each; ``outer`` is one GPU's share of its node's network."""
 
     gpus_per_node: int
     inner: Link
     outer: Link
 
     def all_reduce(self, count: int, gpus: int) -> float:
-        """Seconds to sum ``count`` bytes over so many GPUs: in the node, between nodes, in the node."""
+        """Return the seconds to sum ``count`` bytes over several GPUs: in the node, between nodes, in the node."""
         local = min(gpus, self.gpus_per_node)
         return self.inner.all_reduce(count, local) + self.outer.all_reduce(count // local, max(1, gpus // local))
 
 
 def layers_of(name: str, size: int = 224) -> list[Layer]:
-    """The layers of a timm model in the order of its forward pass, with their share of one image's arithmetic."""
+    """Return the layers of a timm model in the order of its forward pass, with their shares of its arithmetic."""
     with torch.device("meta"):
         model = timm.create_model(name)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -88,7 +88,7 @@ def layers_of(name: str, size: int = 224) -> list[Layer]:
 
 
 def buckets_of(layers: list[Layer]) -> list[tuple[int, float]]:
-    """DDP's buckets in the order in which they fill: bytes, and the share of the backward pass that is then done."""
+    """Return DDP's buckets in the order in which they fill: bytes, and the share of the backward pass done by then."""
     buckets, size, done = [], 0, 0.0
     total = sum(layer.share for layer in layers) or 1.0
     for layer in reversed(layers):
@@ -105,7 +105,7 @@ def buckets_of(layers: list[Layer]) -> list[tuple[int, float]]:
 def step_seconds(
     buckets: list[tuple[int, float]], compute: float, all_reduce: Callable[[int], float], *, overlaps: bool = True
 ) -> float:
-    """Seconds of one step whose compute alone takes ``compute``; without ``overlaps`` links and compute take turns."""
+    """Return the seconds of a step with ``compute`` seconds of compute; without ``overlaps`` sums come after it."""
     if not overlaps:
         return compute + sum(all_reduce(size) for size, _ in buckets)
     forward = compute * (1 - BACKWARD)
@@ -124,7 +124,7 @@ ETHERNET_NODES = Cluster(8, Link(350e9, 5e-6), Link(2.5e9, 30e-6))
 """Assumed: the same nodes, but eight GPUs share two 100 Gbit/s Ethernet cards: 2.5 GB/s each."""
 
 MODELS = {"resnet50": (2500.0, 128), "vit_base_patch16_224": (1000.0, 128)}
-"""Assumed images a second of one GPU in training with bf16, and images of one GPU in a step."""
+"""Assumed images per second of one GPU in training with bf16, and images per GPU and step."""
 
 
 def predict(images_per_s: float | None) -> None:
@@ -149,7 +149,7 @@ def predict(images_per_s: float | None) -> None:
 
 
 def check(name: str, size: int, batch: int, repeats: int) -> None:
-    """Two CPU processes over gloo: measure compute, link and steps, and compare the steps with the prediction."""
+    """Measure compute, link and steps of two CPU processes over gloo, and compare the steps with the prediction."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -192,7 +192,7 @@ def _over(link: Link) -> Callable[[int], float]:
 
 
 def _measure_link(repeats: int) -> Link:
-    """Bandwidth from a large sum, latency from a small one."""
+    """Return the bandwidth, from a large sum, and the latency, from a small one."""
     small, large = torch.zeros(256), torch.zeros(25 * 2**18)
     least = _median(lambda: dist.all_reduce(small), 10 * repeats)
     most = _median(lambda: dist.all_reduce(large), repeats)
@@ -202,7 +202,7 @@ def _measure_link(repeats: int) -> Link:
 
 
 def _median(work: Callable[[], None], repeats: int) -> float:
-    """Median seconds of ``work`` on the slowest process."""
+    """Return the median seconds of ``work`` on the slowest process."""
     for _ in range(3):
         work()
     seconds = []
@@ -217,7 +217,7 @@ def _median(work: Callable[[], None], repeats: int) -> float:
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line and run the prediction or the check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     predicting = commands.add_parser("predict")

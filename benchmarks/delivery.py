@@ -1,9 +1,9 @@
-"""Augmented 224-pixel batches from Caltech-101 on one core: the toolkit's cache beside the fair ordinary way.
+"""Measure loading augmented 224-pixel batches of Caltech-101 on one core, with the toolkit's cache and a plain loader.
 
-The ordinary way is a DataLoader over Pillow and torchvision's transforms, image by image (toolkit/plain_loop.py).
-Counted are images a second of CPU time, of this process and its workers, so that the figure is one of work done, not of
-idle cores. One thread, no training. The pass that builds the cache takes all splits, and so does the ordinary pass
-beside it; the passes after it are of training images.
+The plain loader is a DataLoader over Pillow and torchvision's transforms, image by image (toolkit/plain_loop.py). The
+results are images per second of CPU time, of this process and its workers, so that idle cores do not count. One thread,
+no training. The first pass, which builds the cache, reads all splits, as does the pass of the plain loader that it is
+compared with; later passes read training images.
 
     python benchmarks/delivery.py recipes/resnet18_caltech.toml --set 'augment.train=[{name="RandomHorizontalFlip"}]'
 """
@@ -33,13 +33,13 @@ from toolkit.training.loaders import build_loaders
 
 
 def cpu_seconds() -> float:
-    """CPU time so far, of this process and of the workers that have ended."""
+    """Return the CPU time so far, of this process and of the workers that have ended."""
     spent = os.times()
     return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def images_per_core_second(batches: Callable[[], Iterable[torch.Tensor]]) -> float:
-    """Images a CPU second of one pass, and of what comes before its first batch."""
+    """Return images per CPU second of one pass, including what comes before its first batch."""
     before, images = cpu_seconds(), 0
     for batch in batches():
         images += len(batch)
@@ -48,7 +48,7 @@ def images_per_core_second(batches: Callable[[], Iterable[torch.Tensor]]) -> flo
 
 
 def measure(recipe: Recipe, passes: int) -> dict[str, Any]:
-    """Both ways, the ordinary one before and after, so that a machine that changes its speed shows."""
+    """Measure both, the plain loader before and after the toolkit, to show changes of the machine's speed."""
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     plain = PlainLoop(recipe)
@@ -89,7 +89,7 @@ def measure(recipe: Recipe, passes: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line and print the measurements as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--passes", type=int, default=5)

@@ -1,7 +1,7 @@
-"""What writing the cache costs in memory that the system hands out for the first time, and in memory it has just freed.
+"""Measure writing the cache to memory that the system has just provided, and to memory that was just freed.
 
-Each round writes as many blocks as `--mb` says to a new file, 32 images of 224 pixels a block, and removes it. A
-virtual machine that gives freed memory back to its host pays for each page of the first round, and after a pause.
+Each round writes `--mb` megabytes to a new file, in blocks of 32 images of 224 pixels, and removes it. A virtual
+machine that returns freed memory to its host pays for each page in the first round, and again after a pause.
 
     python benchmarks/fresh_memory.py --folder /tmp --mb 1000
 """
@@ -22,7 +22,7 @@ IMAGES, BYTES = 32, 32 * 224 * 224 * 3
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line and print the times as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--mb", type=int, default=1000)
@@ -40,7 +40,7 @@ def main() -> None:
             after = os.times()
             writer.discard()
             found.append((after.user + after.system - before.user - before.system) / (blocks * IMAGES) * 1e3)
-    print(json.dumps({"ms of CPU time an image, round by round": [round(one, 3) for one in found]}))
+    print(json.dumps({"ms of CPU time per image, round by round": [round(one, 3) for one in found]}))
 
 
 if __name__ == "__main__":

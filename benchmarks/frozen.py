@@ -1,11 +1,11 @@
-"""A frozen backbone over many epochs, and a grid of such runs: the toolkit's features computed once beside a loop.
+"""Compare a frozen backbone over many epochs, and a grid of such runs, with the plain loop, which caches no features.
 
 The plain loop (toolkit/plain_loop.py) sends every image through the whole network in every epoch. Some of its epochs
-are measured and their time is multiplied, since all are alike. The toolkit's run is measured whole, from an empty cache
-to the summary, once with fit() in this process and then as `toolkit study` over 12 learning rates, whose time contains
-starting Python, importing PyTorch and the tables. Both use all cores.
+are measured and their time is multiplied, because all take equally long. The toolkit's run is measured as a whole, from
+an empty cache to the summary, once with fit() in this process and then as `toolkit study` over 12 learning rates, whose
+time contains starting Python, importing PyTorch and the tables. Both use all cores.
 
-    python benchmarks/frozen.py --data data --model resnet18                    # one Linear trains
+    python benchmarks/frozen.py --data data --model resnet18                    # trains one linear layer
     python benchmarks/frozen.py --data data --model alexnet --mode feature_extractor   # three fully connected layers
 """
 
@@ -76,12 +76,12 @@ grid = {{ "optimizer.lr" = [{rates}] }}
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds of both ways, and their ratios."""
+    """Return the seconds of both, and their ratios."""
     base = Path(__file__).resolve().parent.parent / "recipes" / "base" / "caltech101.toml"
     settings = {name: getattr(arguments, name) for name in ("model", "mode", "images", "epochs")}
     recipe = folder / "frozen.toml"
     recipe.write_text(RECIPE.format(base=base, folder=folder, data=arguments.data.resolve(), **settings))
-    # Random weights: the arithmetic is the same, and they can be had without a network.
+    # Random weights: the arithmetic is the same, and no network is needed.
     module = torchvision.models.get_model(arguments.model)
     safetensors.torch.save_file(module.state_dict(), folder / "weights.safetensors")
     loaded = load(recipe).recipe
@@ -110,7 +110,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def grid_seconds(folder: Path, runs: int) -> float:
-    """A study over the learning rate, with a cache folder of its own, from the command to the end."""
+    """Return the seconds of a study over the learning rate, with an empty cache folder, from the command to its end."""
     rates = ", ".join(f"{0.001 * 1.5**number:.6f}" for number in range(runs))
     (folder / "grid.toml").write_text(GRID.format(rates=rates))
     command = [sys.executable, "-m", "toolkit", "study", str(folder / "grid.toml"), "--parallel", "1"]
@@ -123,9 +123,9 @@ def grid_seconds(folder: Path, runs: int) -> float:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line and print the measurements as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder that caltech101 lies in")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder that contains caltech101")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--mode", default="linear_probe")
     parser.add_argument("--images", type=int, default=15, help="images of each class")

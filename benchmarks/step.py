@@ -1,12 +1,12 @@
-"""The whole training step beside the bare model, and beside timm's loop, on batches that lie ready in memory.
+"""Compare the whole training step with the model alone and with timm's training loop, on batches in memory.
 
-bare      forward, loss, backward, optimiser, zero_grad: what no training loop can do without
-toolkit   the toolkit's own epoch over the same batch, with all it does besides (exact sums, stop word, finite check)
-timm      the order of work of timm's train.py: its loss, its optimiser by name, loss.item() for its meter, and its
-          update of an average of losses. Its train.py is not part of the package that pip installs, so that this is our
-          transcript of its loop, without its loader
+bare      the model alone: forward, loss, backward, optimizer, zero_grad, which every training loop needs
+toolkit   the toolkit's epoch over the same batch, with everything else it does (exact sums, stop flags, finite check)
+timm      timm's training loop: its loss, its optimizer by name, loss.item() for its meter, and its running average of
+          losses. timm's train.py is not part of the package that pip installs, so this is a transcript of its loop,
+          without its loader
 
-All three in one process, with the same model, memory format, precision and allocator, in turns.
+All three run in one process, with the same model, memory format, precision and allocator, in turns.
 
     python benchmarks/step.py --model resnet18 --batch 32 --steps 8 --rounds 7
 """
@@ -65,7 +65,7 @@ trackers = []
 
 
 def ways(training: Trainer, batch: Any, steps: int) -> dict[str, Callable[[], None]]:
-    """The three loops, each as a call that trains so many steps."""
+    """Return the three loops, each as a function that trains the given number of steps."""
     model, device = training.train_step.network, training.accelerator.device
     micro, content = batch
     images, labels = content.images, content.labels
@@ -98,7 +98,7 @@ def ways(training: Trainer, batch: Any, steps: int) -> dict[str, Callable[[], No
 
 
 def measure(model: str, size: int, batch: int, precision: str, steps: int, rounds: int) -> dict[str, Any]:
-    """Images a second of each way: medians over the rounds, each of which runs all three."""
+    """Return images per second of each loop: medians over the rounds, each of which runs all three."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.toml"
         path.write_text(RECIPE.format(model=model, size=size, batch=batch, precision=precision))
@@ -130,12 +130,12 @@ def measure(model: str, size: int, batch: int, precision: str, steps: int, round
 
 
 def turned(names: list[str], by: int) -> list[str]:
-    """The names in an order that changes from round to round."""
+    """Return the names in an order that changes from round to round."""
     return names[by % len(names) :] + names[: by % len(names)]
 
 
 def first_step(training: Trainer) -> Any:
-    """The first batch of the first epoch, on the device."""
+    """Return the first batch of the first epoch, on the device."""
     steps: Iterator[Any] = training.loaders.train.epoch(0)
     micro, batch = next(steps)
     images = batch.images.to(training.accelerator.device).contiguous(memory_format=torch.channels_last)
@@ -143,7 +143,7 @@ def first_step(training: Trainer) -> Any:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line and print the measurements as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--size", type=int, default=224)

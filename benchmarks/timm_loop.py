@@ -1,11 +1,11 @@
-"""A whole training step on images from disk: the toolkit beside timm's loader, model, optimiser and order of work.
+"""Compare the whole step on images from disk with timm's loader, model, optimizer and training loop.
 
-timm's train.py is not part of the package that pip installs; `as_timm` is our transcript of its loop with its own
-dataset, loader (create_loader, with its prefetcher and persistent workers), AverageMeter and create_optimizer_v2. It is
-measured twice: "defaults" has what the command line gives who says nothing (4 workers, channels first), "tuned" what
-suits the machine (--channels-last, one worker less than there are CPUs). Both have --color-jitter 0, --smoothing 0 and
---train-interpolation bilinear, so that the work is the same. The toolkit is `toolkit bench`, its cache warm. Each way
-runs in a process of its own, in turns; all crop and flip at random (RandomResizedCrop 0.08 to 1).
+timm's train.py is not part of the package that pip installs; `as_timm` is a transcript of its loop with timm's dataset,
+loader (create_loader, with its prefetcher and persistent workers), AverageMeter and create_optimizer_v2. It is measured
+twice: "defaults" has the defaults of timm's command line (4 workers, channels first), "tuned" has what suits the
+machine (--channels-last, one worker less than there are CPUs). Both have --color-jitter 0, --smoothing 0 and
+--train-interpolation bilinear, so that the work is the same. The toolkit is measured by `toolkit bench` with a filled
+cache. Each runs in its own process, in turns; all crop and flip at random (RandomResizedCrop 0.08 to 1).
 
     python benchmarks/timm_loop.py --data data --model mobilenetv3_small_100 --batch 32
 """
@@ -61,7 +61,7 @@ trackers = []
 def as_timm(
     folder: Path, tuned: bool, precision: str, model_name: str, size: int, batch: int, steps: int, repeats: int
 ) -> dict[str, float]:
-    """Images a second of data alone and of training, medians after one repetition that is not counted."""
+    """Return images per second of data loading alone and of training: medians after one uncounted repetition."""
     import timm
     import timm.data
     import timm.optim
@@ -107,7 +107,7 @@ def as_timm(
 
 
 def toolkit_bench(recipe: Path, steps: int, repeats: int) -> dict[str, float]:
-    """The same of the toolkit."""
+    """Return the same for the toolkit."""
     command = [sys.executable, "-m", "toolkit", "bench", str(recipe), "--json"]
     command += ["--steps", str(steps), "--repeats", str(repeats)]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -115,9 +115,9 @@ def toolkit_bench(recipe: Path, steps: int, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, measure in turns, and print the results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder that holds caltech101")
+    parser.add_argument("--data", type=Path, required=True, help="the folder that contains caltech101")
     parser.add_argument("--model", default="mobilenetv3_small_100")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=32)
