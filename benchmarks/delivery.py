@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from toolkit.distributed.process import init_accelerator
-from toolkit.plain_loop import ImageList, PlainLoop, pillow_as_it_comes
+from toolkit.plain_loop import ImageList, PlainLoop, default_pillow_allocation
 from toolkit.recipe import load
 from toolkit.recipe.schema import Recipe
 from toolkit.training.console import Console
@@ -58,7 +58,7 @@ def measure(recipe: Recipe, passes: int) -> dict[str, Any]:
     loaders: Any = None
 
     def ordinary(*splits: Any) -> Iterator[torch.Tensor]:
-        with pillow_as_it_comes():
+        with default_pillow_allocation():
             for split in splits:
                 for images, _ in DataLoader(split, batch_size=recipe.train.batch_size, shuffle=split is train):
                     yield images
@@ -83,7 +83,7 @@ def measure(recipe: Recipe, passes: int) -> dict[str, Any]:
     figures["ordinary"].append(images_per_core_second(lambda: ordinary(train)))
     figures["ratio, pass that builds"] = figures["building, all"] / figures["ordinary, all"]
     figures["ratio, later passes"] = statistics.median(figures["cached"]) / statistics.mean(figures["ordinary"])
-    figures["shortcuts"] = loaders.shortcuts
+    figures["cached"] = loaders.cached
     loaders.close()
     return figures
 

@@ -24,7 +24,7 @@ from typing import Any
 import safetensors.torch
 import torchvision
 
-from toolkit.plain_loop import PlainLoop, pillow_as_it_comes
+from toolkit.plain_loop import PlainLoop, default_pillow_allocation
 from toolkit.recipe import load
 from toolkit.training.fit import fit
 
@@ -87,7 +87,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     loaded = load(recipe).recipe
 
     plain = PlainLoop(loaded)
-    with pillow_as_it_comes():
+    with default_pillow_allocation():
         plain.epochs(1)  # starts the workers and fills the page cache
         epoch = plain.epochs(arguments.plain_epochs) / arguments.plain_epochs
     began = time.perf_counter()
@@ -100,7 +100,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"plain, {arguments.epochs} epochs, s (multiplied)": round(epoch * arguments.epochs, 1),
         "toolkit, s": round(once, 2),
         "ratio": epoch * arguments.epochs / once,
-        "shortcuts": run.summary["shortcuts"],
+        "cached": run.summary["cached"],
     }
     if arguments.runs:
         grid = grid_seconds(folder, arguments.runs)

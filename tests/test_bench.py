@@ -36,7 +36,7 @@ def test_metrics_of_the_quickstart_are_consistent() -> None:
     assert speeds.steps == 2
     assert 0 <= speeds.waiting_for_data <= 1
     assert speeds.data_images_per_s > speeds.step_images_per_s
-    assert speeds.utilisation is None
+    assert speeds.utilization is None
     assert "whole step" in bench.bench_text(speeds, {"step_images_per_s": speeds.step_images_per_s / 2})
 
 

@@ -59,22 +59,22 @@ def entries(cache: Path) -> list[str]:
 def test_a_run_on_cached_features_of_frozen_layers_gives_the_same_metrics(tmp_path: Path, own_cache: Path) -> None:
     recipe = write_recipe(tmp_path, FROZEN)
     plain = run_of(recipe, 'data.cache="off"')
-    assert plain.summary["shortcuts"] == []
+    assert plain.summary["cached"] == []
     assert not own_cache.exists()
     once = run_of(recipe)
-    (description,) = once.summary["shortcuts"]
+    (description,) = once.summary["cached"]
     assert description.startswith("inputs of head")
     assert "computed once for 220 images" in description
-    assert f"shortcut: {description}" in log_of(once)
+    assert f"cached: {description}" in log_of(once)
     assert_close(once, plain)
 
 
 def test_fixed_views_give_the_same_metrics_with_and_without_cached_features(tmp_path: Path, own_cache: Path) -> None:
     recipe = write_recipe(tmp_path, AUGMENTED)
     every = run_of(recipe)
-    assert every.summary["shortcuts"] == [], "with a new version per epoch, no features are fixed"
+    assert every.summary["cached"] == [], "with a new version per epoch, no features are fixed"
     once, plain = run_of(recipe, "data.fixed_views=3"), run_of(recipe, "data.fixed_views=3", 'data.cache="off"')
-    (description,) = once.summary["shortcuts"]
+    (description,) = once.summary["cached"]
     assert "3 versions of each training image" in description
     assert_close(once, plain)
     assert len(entries(own_cache)) == 3 + 2, "three of train, one of validation and of test"
@@ -127,8 +127,8 @@ def test_features_that_do_not_fit_into_memory_are_not_cached(tmp_path: Path, mon
     plain = run_of(recipe, 'data.cache="off"')
     monkeypatch.setattr(frozen_features, "available_memory", lambda: 1000)
     small = run_of(recipe)
-    assert small.summary["shortcuts"] == []
-    assert "frozen features are not cached: its features would take" in log_of(small)
+    assert small.summary["cached"] == []
+    assert "frozen features are not cached: its features need" in log_of(small)
     assert small.metrics_file.read_bytes() == plain.metrics_file.read_bytes()
 
 
@@ -142,7 +142,7 @@ def test_features_need_no_cache_folder(tmp_path: Path, own_cache: Path) -> None:
     own_cache.write_text("a file is in the place of the folder")
     without = run_of(recipe)
     assert log_of(without).count("warning: ") == 1
-    assert without.summary["shortcuts"] == kept.summary["shortcuts"], "they are computed once for this run"
+    assert without.summary["cached"] == kept.summary["cached"], "they are computed once for this run"
     assert without.metrics_file.read_bytes() == kept.metrics_file.read_bytes()
 
 
@@ -186,10 +186,10 @@ def test_images_cached_anywhere_give_the_same_run(tmp_path: Path, tier: str) -> 
     settings = ("train.epochs=2",)
     plain = train_on_files(tmp_path, CONVNET + augment, *settings, 'data.cache="off"')
     kept = train_on_files(tmp_path, CONVNET + augment, *settings, f'data.cache="{tier}"')
-    assert plain.summary["shortcuts"] == []
-    (description,) = kept.summary["shortcuts"]
-    assert "prepared once" in description
-    assert f"shortcut: {description}" in log_of(kept)
+    assert plain.summary["cached"] == []
+    (description,) = kept.summary["cached"]
+    assert "preprocessed once" in description
+    assert f"cached: {description}" in log_of(kept)
     assert kept.metrics_file.read_bytes() == plain.metrics_file.read_bytes(), "equal to the last bit"
     assert (kept.path / "predictions.csv").read_bytes() == (plain.path / "predictions.csv").read_bytes()
     assert kept.best_weights.read_bytes() == plain.best_weights.read_bytes()
@@ -273,7 +273,7 @@ def test_every_machine_has_its_own_cache_and_the_same_training(tmp_path: Path, o
         trainers = Trainers(world, folder, recipe, *settings, *more, prepare=prepare)
         assert trainers.wait() == [0] * world, trainers.text()
     plain, one, two = (only_run(tmp_path / name) for name in ways)
-    assert one.summary["shortcuts"]
+    assert one.summary["cached"]
     assert two.metrics_file.read_bytes() == one.metrics_file.read_bytes()
     if kind == "images":
         assert plain.metrics_file.read_bytes() == one.metrics_file.read_bytes(), "equal to the last bit"
@@ -297,4 +297,4 @@ def test_a_run_can_be_stopped_while_it_builds(tmp_path: Path, own_cache: Path, k
     assert "stopped before training" in stopped.text()
     after = Trainers(1, tmp_path, recipe, "--resume", "auto")
     assert after.wait() == [0], after.text()
-    assert only_run(tmp_path).summary["shortcuts"]
+    assert only_run(tmp_path).summary["cached"]

@@ -107,12 +107,14 @@ def test_old_metric_names_are_translated(old: str, new: str) -> None:
 
 def test_summary_and_metrics_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     models: dict[str, Any] = {"best": {"epoch": 1, "test_class_accuracy": 0.5}, "stopped": {"epoch": 2}}
-    (tmp_path / "summary.json").write_text(json.dumps({**models, "stopped_early": True}))
+    (tmp_path / "summary.json").write_text(json.dumps({**models, "stopped_early": True, "shortcuts": ["features"]}))
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "train/loss": 1.0, "val/class_accuracy": 0.25}\n')
     run = Run(tmp_path)
     assert run.summary["last"] == {"epoch": 2}
     assert run.summary["best"]["test_balanced_accuracy"] == 0.5
     assert run.summary["stopped_early"]
+    assert run.summary["cached"] == ["features"]
+    assert "shortcuts" not in run.summary
     assert run.epochs() == [{"epoch": 1, "train/loss": 1.0, "val/balanced_accuracy": 0.25}]
 
 

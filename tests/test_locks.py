@@ -213,7 +213,7 @@ def test_a_requeued_job_takes_over_the_run_of_a_dead_node(tmp_path: Path) -> Non
     first.wait_until(there.exists)
     second = Trainers(1, folder / "second", "--resume", only_run(folder).path)
     assert second.wait() == [2]
-    assert "is in use by another trainer that still runs" in second.text()
+    assert "is in use by another trainer, which is still running" in second.text()
     first.signal(signal.SIGKILL)
     first.wait()
     third = Trainers(1, folder / "third", "--resume", only_run(folder).path)

@@ -318,10 +318,10 @@ def test_a_norm_sees_as_many_images_as_the_plan_gives_it(
     """Against the plan itself: of a part that all processes share, synchronized batch norm sees the sum."""
     from toolkit.data.sampling import plan_epoch
     from toolkit.recipe.schema import TrainConfig
-    from toolkit.training.single_value_batches import _is_lone
+    from toolkit.training.single_value_batches import _is_affected
 
     table = TrainConfig(epochs=1, batch_size=count, grad_accum_steps=grad_accum_steps, sync_batch_norm=sync)
-    assert _is_lone(count, table, world) == is_lone
+    assert _is_affected(count, table, world) == is_lone
     plans = [
         list(plan_epoch(count, batch_size=count, grad_accum_steps=grad_accum_steps, drop_last=False, world=world,
                         rank=rank,

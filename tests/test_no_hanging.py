@@ -338,7 +338,7 @@ def test_a_second_trainer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: P
     first.wait_until(there.exists)
     second = Trainers(1, tmp_path / "second", "--resume", only_run(tmp_path).path)
     assert second.wait() == [2]
-    assert "is in use by another trainer that still runs" in second.text()
+    assert "is in use by another trainer, which is still running" in second.text()
     first.signal(signal.SIGKILL)
     first.wait()
     third = Trainers(1, tmp_path / "third", "--resume", only_run(tmp_path).path)  # although data workers still run

@@ -229,7 +229,7 @@ def test_data_and_plan_count_all_images_as_training_images_without_other_splits(
 def test_frozen_features_are_cached_without_validation_too(bare: Run, tmp_path: Path) -> None:
     more = ('transfer.mode="linear_probe"', f'model.weights="file:{bare.best_weights}"', "data.channels=1")
     run = train(write(tmp_path), *NONE, *more)
-    assert any("computed once for 200 images" in words for words in run.summary["shortcuts"])
+    assert any("computed once for 200 images" in words for words in run.summary["cached"])
     plain = train(write(tmp_path), *NONE, *more, 'data.cache="off"')
     own, expected = run.epochs()[-1]["train/loss"], plain.epochs()[-1]["train/loss"]
     assert own == pytest.approx(expected, rel=1e-6)

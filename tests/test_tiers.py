@@ -195,7 +195,7 @@ def test_every_shipped_set_of_transforms_gives_the_same_pixels(photographs: Path
         assert_equal(plain, once)
         kinds.add((bool(kept.rows), native is None))
         if native is None:
-            assert kept.shortcuts, "photographs are always worth it"
+            assert kept.descriptions, "photographs are always worth it"
     assert kinds >= {(True, True), (True, False)}
 
 
@@ -211,8 +211,8 @@ def test_every_tier_gives_the_same_pixels_and_says_where_they_are(photographs: P
              "device": "held on the device"}[tier]  # fmt: skip
     if (tier, "workers" in more) == ("device", True):
         assert "train, validation, test are not held on the device" not in said.text
-    assert any(where in line for line in kept.shortcuts), said.text
-    assert all(line in said.text for line in kept.shortcuts)
+    assert any(where in line for line in kept.descriptions), said.text
+    assert all(line in said.text for line in kept.descriptions)
     again, kept = batches_of(setup, cached=True)
     assert_equal(plain, again)
     assert said.text.count("decoding images") == 1, "the second time they are found"
@@ -225,9 +225,9 @@ def test_a_random_crop_keeps_whole_images_and_the_fixed_crop_is_made_of_them(pho
     plain, _ = batches_of(setup, cached=False)
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
-    assert len(kept.shortcuts) == 1
-    assert "train, validation, test" in kept.shortcuts[0]
-    assert "center crop" not in kept.shortcuts[0]
+    assert len(kept.descriptions) == 1
+    assert "train, validation, test" in kept.descriptions[0]
+    assert "center crop" not in kept.descriptions[0]
 
 
 def test_grayscale_input_is_kept_with_one_channel(photographs: Path, own_cache: Path) -> None:
@@ -368,7 +368,7 @@ def test_no_tier_is_chosen_that_does_not_fit(photographs: Path, monkeypatch: pyt
         setup, said = setup_of(loads_recipe(ON_FILES, [f'data.cache="{tier}"']), files_of(photographs), None)
         once, kept = batches_of(setup, cached=True)
         assert_equal(plain, once)
-        assert "read from disk" in kept.shortcuts[0], tier
+        assert "read from disk" in kept.descriptions[0], tier
         assert message in said.text
 
 
@@ -400,7 +400,7 @@ def test_a_device_that_runs_out_of_memory(photographs: Path, monkeypatch: pytest
         kept = SplitImages(setup, ways)
         kept.cache(DistributedCache(setup, unguarded), 3)
     assert "it ran out of memory; they stay in memory or on disk" in said.text
-    assert "held in memory" in kept.shortcuts[0]
+    assert "held in memory" in kept.descriptions[0]
     once, _ = batches_of(setup, cached=True)
     assert_equal(plain, once)
 
@@ -408,11 +408,11 @@ def test_a_device_that_runs_out_of_memory(photographs: Path, monkeypatch: pytest
 def test_what_is_needed_once_is_not_kept(photographs: Path, own_cache: Path) -> None:
     setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
     _, kept = batches_of(setup, cached=True, passes=1)
-    assert kept.shortcuts == []
-    assert "needed once at most" in said.text
+    assert kept.descriptions == []
+    assert "needed at most once" in said.text
     assert not list(own_cache.glob("images-*/"))
     asked, _ = setup_of(loads_recipe(ON_FILES, ['data.cache="disk"']), files_of(photographs), None)
-    assert batches_of(asked, cached=True, passes=1)[1].shortcuts, "but where the recipe asks for it"
+    assert batches_of(asked, cached=True, passes=1)[1].descriptions, "but where the recipe asks for it"
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut"])
@@ -428,7 +428,7 @@ def test_a_damaged_entry_is_built_anew(photographs: Path, own_cache: Path, damag
     assert_equal(plain, once)
     assert "is damaged" in said.text
     assert "rebuilding it" in said.text
-    assert kept.shortcuts
+    assert kept.descriptions
 
 
 def test_a_folder_that_cannot_be_written_costs_one_warning(photographs: Path, own_cache: Path) -> None:
@@ -438,7 +438,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(photographs: Path, ow
     plain, _ = batches_of(setup, cached=False)
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
-    assert kept.shortcuts == []
+    assert kept.descriptions == []
     assert said.text.count("warning: ") == 1
 
 
@@ -453,7 +453,7 @@ def test_a_disk_that_fills_up_costs_one_warning(
     monkeypatch.setattr(os, "pwrite", full)
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
-    assert kept.shortcuts == []
+    assert kept.descriptions == []
     assert said.text.count("warning: ") == 1
     assert "No space left on device" in said.text
     assert not [path for path in own_cache.iterdir() if path.suffix != ".lock"], "nothing half-written stays"
@@ -463,7 +463,7 @@ def test_a_disk_without_room_is_left_alone(photographs: Path, own_cache: Path, m
     monkeypatch.setattr(distributed, "free_disk", lambda folder: 50 * 1024)
     setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
     _, kept = batches_of(setup, cached=True)
-    assert kept.shortcuts == []
+    assert kept.descriptions == []
     assert "do not fit into the cache" in said.text
     assert not list(own_cache.glob("*images-*/"))
 
@@ -488,7 +488,7 @@ def test_several_workers_build_an_entry(
     plain, _ = batches_of(setup, cached=False)
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
-    assert kept.shortcuts
+    assert kept.descriptions
     store._verified.clear()
     again, _ = batches_of(setup, cached=True)
     assert_equal(plain, again)

@@ -77,7 +77,7 @@ def test_metrics_and_summary_use_the_agreed_names(run: Run) -> None:
         assert {"epoch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_balanced_accuracy"} <= set(
             summary[model]
         )
-    assert {"parameters", "seconds", "images_per_s", "peak_memory_gib", "shortcuts"} <= set(summary)
+    assert {"parameters", "seconds", "images_per_s", "peak_memory_gib", "cached"} <= set(summary)
     assert summary["images_per_epoch"] == summary["images"]["train"], "no batch is dropped"
     assert summary["startup_seconds"] > 0
     assert f"ready for the first step after {summary['startup_seconds']:.1f} s" in (run.path / "log.txt").read_text()
@@ -186,7 +186,7 @@ def test_expected_figures_are_met_missed_or_not_comparable(tmp_path: Path) -> No
     )
     run = train(tmp_path, *whole, *(part for figure in figures for part in ("--set", figure)))
     outcome = toolkit("check", run.path, "--json")
-    verdicts = {verdict["figure"]: verdict["verdict"] for verdict in json.loads(outcome.stdout)}
+    verdicts = {verdict["metric"]: verdict["verdict"] for verdict in json.loads(outcome.stdout)}
     assert verdicts["parameters"] == "met"
     assert verdicts["val_loss"] == "missed"
     assert verdicts["test_loss"] == "not comparable"
@@ -206,15 +206,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_a_linear_probe_on_real_images_with_real_weights(tmp_path: Path, caltech_subset: Path) -> None:
-    """The shortcut (features once) and the plain way agree, and six images a class go far."""
+    """Features computed once and features computed each epoch give the same results, and six images a class go far."""
     settings = ("--set", f"data.root={json.dumps(str(caltech_subset))}", "--set", "data.split.validation=0.25",
                 "--set", "train.batch_size=20", "--set", 'scheduler={ name = "constant" }',
                 "--set", "tracking.trackers=[]", "--no-report")  # fmt: skip
     recipe = "efficientnet_lite0_caltech.toml"
     once = train(tmp_path, *settings, "--set", "train.epochs=40", recipe=recipe)
     plain = train(tmp_path, *settings, "--set", "train.epochs=1", "--set", 'data.cache="off"', recipe=recipe)
-    assert "computed once" in once.summary["shortcuts"][0]
-    assert plain.summary["shortcuts"] == []
+    assert "computed once" in once.summary["cached"][0]
+    assert plain.summary["cached"] == []
     for mine, theirs in zip(once.epochs()[:1], plain.epochs(), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
     assert once.summary["best"]["test_accuracy"] >= 0.7, "chance is 0.1"

@@ -163,7 +163,7 @@ def test_a_run_killed_ten_times_comes_out_the_same(tmp_path: Path, world: int) -
 def test_with_frozen_features_or_gradual_unfreezing_it_comes_out_the_same(tmp_path: Path, text: str) -> None:
     ema = ("--set", "train.ema=0.9")
     plain = undisturbed(tmp_path / "plain", 1, text, *ema, *epochs(8))
-    assert bool(plain["summary"]["shortcuts"]) == (text is FROZEN)
+    assert bool(plain["summary"]["cached"]) == (text is FROZEN)
     assert survive(tmp_path / "killed", 1, text, 5, 8, 5, *ema) == plain
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from toolkit.training.fit import fit
     from toolkit.training.trained_model import load_model
 
-_HOMES = {
+_MODULES = {
     "fit": "toolkit.training.fit",
     "load_model": "toolkit.training.trained_model",
     "load_recipe": "toolkit.recipe",
@@ -29,8 +29,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
+    if name in _MODULES:
         import importlib
 
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'toolkit' has no attribute {name!r}")

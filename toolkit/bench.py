@@ -58,9 +58,9 @@ class BenchmarkResult:
     """Peak GPU memory allocated by this process; without a GPU, its peak resident memory."""
     gflop_per_image: float
     """Forward and backward; a multiplication and an addition count as two."""
-    utilisation: float | None
+    utilization: float | None
     """Model FLOP/s as a fraction of the device's peak, 0..1; None if the peak is unknown."""
-    shortcuts: list[str]
+    cached: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain values."""
@@ -162,8 +162,8 @@ def _measure(training: Trainer, steps: int, repeats: int, peak_tflops: float | N
         waiting_for_data=min(1.0, stream.seconds / (repeats + 1) / step_seconds),
         memory_mb=_memory_mb(device),
         gflop_per_image=flops / 1e9,
-        utilisation=None if peak is None else flops * rate / world / (peak * 1e12),
-        shortcuts=training.loaders.shortcuts,
+        utilization=None if peak is None else flops * rate / world / (peak * 1e12),
+        cached=training.loaders.cached,
     )
 
 
@@ -222,8 +222,8 @@ def _flops(training: Trainer, first: list[tuple[MicroBatch, Any]]) -> float:
 def _peak(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision not in ("bf16", "fp16"):
         return None
-    words = torch.cuda.get_device_name(device).replace("-", " ").split()
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in words), None)
+    parts = torch.cuda.get_device_name(device).replace("-", " ").split()
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in parts), None)
 
 
 def _device_name(device: torch.device) -> str:
@@ -266,9 +266,9 @@ def bench_text(speeds: BenchmarkResult, plain: dict[str, Any] | None = None) -> 
         f"memory           {speeds.memory_mb:10,.0f} MB",
         f"arithmetic       {speeds.gflop_per_image:10.3f} GFLOP per image, forward and backward",
     ]
-    if speeds.utilisation is not None:
-        lines.append(f"utilization      {speeds.utilisation:10.1%} of the device's peak")
-    lines += [f"shortcut: {shortcut}" for shortcut in speeds.shortcuts]
+    if speeds.utilization is not None:
+        lines.append(f"utilization      {speeds.utilization:10.1%} of the device's peak")
+    lines += [f"cached: {description}" for description in speeds.cached]
     if plain is not None:
         ratio = speeds.step_images_per_s / plain["step_images_per_s"]
         lines.append(

@@ -27,7 +27,7 @@ CONDITIONS = (
 class ExpectationResult:
     """An expected metric and the measured one."""
 
-    figure: str
+    metric: str
     expected: str
     measured: float | None
     verdict: str
@@ -36,20 +36,20 @@ class ExpectationResult:
     source: str
 
     def line(self) -> str:
-        """Format the comparison for the end of a run."""
+        """Format the comparison as one line."""
         measured = "-" if self.measured is None else f"{self.measured:.4f}"
         reason = f" ({self.reason})" if self.reason else ""
         found = f"measured {measured}: {self.verdict}{reason}"
-        return f"expected {self.figure} {self.expected}, {found}; source: {self.source}"
+        return f"expected {self.metric} {self.expected}, {found}; source: {self.source}"
 
 
 def check_expectations(recipe: Recipe, summary: dict[str, Any]) -> list[ExpectationResult]:
-    """Compare a run with [expected_metrics]; seeds other than those stated, and subsets, are not comparable."""
-    return [_judge(recipe, summary, figure, expected) for figure, expected in recipe.expected_metrics.items()]
+    """Compare a run with [expected_metrics]; runs with other seeds or on a subset of the data are not comparable."""
+    return [_judge(recipe, summary, name, expected) for name, expected in recipe.expected_metrics.items()]
 
 
-def _judge(recipe: Recipe, summary: dict[str, Any], figure: str, expected: Expectation) -> ExpectationResult:
-    metric = EXPECTED_METRICS.get(figure)
+def _judge(recipe: Recipe, summary: dict[str, Any], name: str, expected: Expectation) -> ExpectationResult:
+    metric = EXPECTED_METRICS.get(name)
     measured = metric.read(summary) if metric else None
     reason = _not_comparable(recipe, expected, measured)
     if reason:
@@ -57,7 +57,7 @@ def _judge(recipe: Recipe, summary: dict[str, Any], figure: str, expected: Expec
     else:
         assert measured is not None
         verdict = "met" if _is_met(expected, measured) else "missed"
-    return ExpectationResult(figure, _wording(expected), measured, verdict, reason, expected.source)
+    return ExpectationResult(name, _format_bounds(expected), measured, verdict, reason, expected.source)
 
 
 def _not_comparable(recipe: Recipe, expected: Expectation, measured: float | None) -> str:
@@ -66,12 +66,12 @@ def _not_comparable(recipe: Recipe, expected: Expectation, measured: float | Non
     if reason := different_conditions(recipe):
         return reason
     if expected.seeds and recipe.recipe.seed not in expected.seeds:
-        return f"stated for seed {', '.join(map(str, expected.seeds))}, this run has {recipe.recipe.seed}"
+        return f"stated for seed {', '.join(map(str, expected.seeds))}, this run has seed {recipe.recipe.seed}"
     return ""
 
 
 def different_conditions(recipe: Recipe, stated: Recipe | None = None) -> str:
-    """Return why metrics of a recipe cannot be compared with a published one; empty if they can.
+    """Return why a recipe's metrics cannot be compared with a published one; empty if they can.
 
     ``stated`` is the recipe of the published metric. Without it only the number of images is checked.
     """
@@ -95,7 +95,7 @@ def _is_met(expected: Expectation, measured: float) -> bool:
     )
 
 
-def _wording(expected: Expectation) -> str:
+def _format_bounds(expected: Expectation) -> str:
     parts = []
     if expected.at_least is not None:
         parts.append(f">= {expected.at_least:g}")

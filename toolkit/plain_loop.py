@@ -62,27 +62,27 @@ class ImageList(Dataset[Any]):
 
 def transform_of(recipe: Recipe, preprocessing: Preprocessing, *, train: bool) -> Any:
     """Compose torchvision's transforms: resize, augmentations, crop, tensor conversion, normalization."""
-    places: dict[str, list[Any]] = {}
+    by_stage: dict[str, list[Any]] = {}
     for entry in recipe.augment.train if train else []:
         built = getattr(v2, entry.name)(**entry.arguments)
         if entry.apply_p < 1:
             built = v2.RandomApply([built], p=entry.apply_p)
-        places.setdefault(entry.stage or "after_crop", []).append(built)
-    steps = [*places.get("before_resize", [])]
-    if "resize_crop" in places:
-        steps += places["resize_crop"]
+        by_stage.setdefault(entry.stage or "after_crop", []).append(built)
+    steps = [*by_stage.get("before_resize", [])]
+    if "resize_crop" in by_stage:
+        steps += by_stage["resize_crop"]
     else:
         if preprocessing.resize is not None:
             size = preprocessing.resize if isinstance(preprocessing.resize, int) else list(preprocessing.resize)
             steps.append(v2.Resize(size, InterpolationMode(preprocessing.interpolation)))
-        steps += places.get("before_crop", [])
-        steps += places.get("crop", [v2.CenterCrop(preprocessing.image_size)] if preprocessing.crop else [])
-    steps += [*places.get("after_crop", []), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        steps += by_stage.get("before_crop", [])
+        steps += by_stage.get("crop", [v2.CenterCrop(preprocessing.image_size)] if preprocessing.crop else [])
+    steps += [*by_stage.get("after_crop", []), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     return v2.Compose([*steps, v2.Normalize(list(preprocessing.mean), list(preprocessing.std))])
 
 
 @contextlib.contextmanager
-def pillow_as_it_comes() -> Iterator[None]:
+def default_pillow_allocation() -> Iterator[None]:
     """Restore Pillow's default memory allocation: keeping freed blocks is one of the toolkit's optimizations."""
     Image.core.set_blocks_max(0)  # type: ignore[attr-defined]
     try:
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args()
     recipe = load(arguments.recipe, arguments.set).recipe
-    with pillow_as_it_comes():
+    with default_pillow_allocation():
         if arguments.epochs:
             print(json.dumps({"seconds": PlainLoop(recipe).epochs(arguments.epochs)}))
         else:

@@ -140,7 +140,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 def _parsed(text: str) -> Any:
     """Parse JSON. Raises ValueError for any fault."""
     try:
-        value = json.loads(text, parse_int=_whole)
+        value = json.loads(text, parse_int=_parse_integer)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level = [value]
@@ -156,7 +156,7 @@ def _parsed(text: str) -> Any:
     raise ValueError("it is nested too deeply")
 
 
-def _whole(digits: str) -> int:
+def _parse_integer(digits: str) -> int:
     number = int(digits) if len(digits) < 20 else LARGEST + 1
     if abs(number) > LARGEST:
         raise ValueError(f"{digits[:12]}... is out of range")

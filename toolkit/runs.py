@@ -1,4 +1,4 @@
-"""The run directory: its layout, and how its files are written and read. No other module knows the file names.
+"""The run directory: its layout, and how its files are written and read. Only this module knows the file names.
 
     <run_root>/<recipe name>/<run id>/
       recipe.toml        resolved, complete
@@ -13,7 +13,7 @@
       log.txt            console output
       wandb/ tensorboard/
 
-Every file is written under a temporary name, synced and moved into place (metrics.jsonl and log.txt are appended to).
+Every file is written under a temporary name, synced to disk and renamed (metrics.jsonl and log.txt are appended to).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from toolkit.errors import EXIT_FAILURE, UserError
 from toolkit.locks import Lock, acquire
 from toolkit.reading import Shape, UnreadableFile, check_shape, read_bytes, read_csv, read_json, read_json_lines
 from toolkit.recipe import Recipe, load_recipe
-from toolkit.recipe.earlier_versions import update_metrics
+from toolkit.recipe.earlier_versions import update_metrics, update_summary
 
 PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
@@ -48,10 +48,10 @@ Number = float | None
 
 
 class RunInUse(UserError):
-    """Another trainer is using the run directory."""
+    """Raised if another trainer is using the run directory."""
 
 
-class _Figures(Shape):
+class _ModelMetrics(Shape):
     """Entry of summary.json for one model: its epoch and metrics."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -62,8 +62,8 @@ class _Figures(Shape):
 class _Summary(Shape):
     """Schema of summary.json. Only the metrics of the two models are required; earlier versions wrote fewer keys."""
 
-    best: _Figures
-    last: _Figures
+    best: _ModelMetrics
+    last: _ModelMetrics
     train_loss: Number = None
     train_accuracy: Number = None
     epochs_run: int = Field(0, ge=0)
@@ -189,7 +189,7 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Final metrics. Raises UserError if the run has not finished."""
         path = self.path / "summary.json"
-        return check_shape(path, update_metrics(read_json(path)), _Summary)
+        return check_shape(path, update_summary(read_json(path)), _Summary)
 
     @property
     def model_card(self) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Versions, devices, command."""
+        """Versions, devices and command of the run."""
         return read_json(self.path / "environment.json", _Environment)
 
     @property
@@ -245,7 +245,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether training completed, that is, whether summary.json exists."""
+        """Whether the run has finished, that is, whether summary.json exists."""
         return (self.path / "summary.json").exists()
 
     @property
@@ -294,13 +294,13 @@ class Run:
         """
 
         def end() -> None:
-            print(f"{self.path}: another trainer may have taken over this run, so this one ends", file=sys.stderr)
+            print(f"{self.path}: another trainer may have taken over this run, so this one exits", file=sys.stderr)
             os._exit(EXIT_FAILURE)
 
         try:
             return acquire(self.path / ".lock", on_loss=end, log=log)
         except Timeout:
-            raise RunInUse(f"{self.path} is in use by another trainer that still runs") from None
+            raise RunInUse(f"{self.path} is in use by another trainer, which is still running") from None
         except OSError as error:
             raise UserError(f"cannot write in {self.path}: {error.strerror}") from None
 

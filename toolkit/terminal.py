@@ -45,7 +45,7 @@ def outliving_terminal() -> Iterator[None]:
     streams = sys.stdout, sys.stderr
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if is_main else None
-    sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
+    sys.stdout, sys.stderr = _ignoring_write_errors(sys.stdout), _ignoring_write_errors(sys.stderr)
     try:
         yield
     finally:
@@ -67,7 +67,7 @@ class _LossyFile(io.FileIO):
             return len(data)
 
 
-def _lasting(stream: TextIO) -> TextIO:
+def _ignoring_write_errors(stream: TextIO) -> TextIO:
     """Wrap a stream so that failed writes are dropped; return it unchanged if it has no file descriptor."""
     try:
         descriptor = stream.fileno()

@@ -1,6 +1,6 @@
-"""Upload of offline runs to W&B: metrics.jsonl is replayed into one clean run by W&B's own client.
+"""Upload of offline runs to W&B: its client logs the lines of metrics.jsonl to one run.
 
-W&B's offline files are not used: an interrupted run has several of them with the same id, of which W&B would keep one.
+W&B's offline files are not used: an interrupted run has several with the same id, and W&B would keep only one.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class _Marker(Shape):
 
 
 class ServerUnreachable(UserError):
-    """There is no login, or the server does not respond."""
+    """Raised if there is no login or the server does not respond."""
 
 
 def sync(run: Run) -> SyncResult:
-    """Upload what W&B lacks of a run, unless it is still training or unchanged since the last upload.
+    """Upload the part of a run that W&B lacks, unless it is still training or unchanged since the last upload.
 
-    Raises ServerUnreachable if there is no login or server, another UserError if the run is damaged, and RunFailed if
-    the upload is incomplete; the next call then sends the rest.
+    Raises ServerUnreachable if there is no login or the server does not respond, another UserError if the run is
+    damaged, and RunFailed if the upload is incomplete; the next call then sends the rest.
     """
     wandb_id = id_at_wandb(run)
     if wandb_id is None:
@@ -116,16 +116,16 @@ def _upload(run: Run, wandb_id: str) -> SyncResult:
     with tempfile.TemporaryDirectory(prefix="toolkit-sync-") as folder:
         arguments = wandb_settings(recipe, Path(folder), wandb_id, "online") | {"settings": _settings(wandb)}
         try:
-            there = wandb.init(project=recipe.tracking.project, **arguments)
-            there.config.update(flatten(recipe.model_dump(mode="json", exclude_none=True)), allow_val_change=True)
-            define_axes(there)
-            missing = [line for line in lines if line["step"] >= there.starting_step]
+            remote = wandb.init(project=recipe.tracking.project, **arguments)
+            remote.config.update(flatten(recipe.model_dump(mode="json", exclude_none=True)), allow_val_change=True)
+            define_axes(remote)
+            missing = [line for line in lines if line["step"] >= remote.starting_step]
             for line in missing:
-                there.log(line, step=line["step"])
-            there.summary.update(metrics)
-            url, path = there.url, there.path
-            there.finish(exit_code=EXIT_OK if run.is_finished else Interrupted.exit_status)
-            _make_sure(wandb.Api(), path, max((line["step"] for line in lines), default=-1))
+                remote.log(line, step=line["step"])
+            remote.summary.update(metrics)
+            url, path = remote.url, remote.path
+            remote.finish(exit_code=EXIT_OK if run.is_finished else Interrupted.exit_status)
+            _wait_until_shown(wandb.Api(), path, max((line["step"] for line in lines), default=-1))
         except Exception as error:  # of the client, its HTTP library or the system
             raise RunFailed(
                 f"{run.path}: the upload is incomplete ({first_line(error)}); run toolkit sync again to send the rest"
@@ -136,9 +136,9 @@ def _upload(run: Run, wandb_id: str) -> SyncResult:
 
 
 def _settings(wandb: Any) -> Any:
-    """Return settings with longer timeouts than in training, and without data of this machine.
+    """Return settings with longer timeouts than in training.
 
-    It need not be the machine that trained the run.
+    They exclude data about this machine, which need not be the one that trained the run.
     """
     return wandb.Settings(
         init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
@@ -146,7 +146,7 @@ def _settings(wandb: Any) -> Any:
     )  # fmt: skip
 
 
-def _make_sure(api: Any, path: str, last_step: int) -> None:
+def _wait_until_shown(api: Any, path: str, last_step: int) -> None:
     """Wait for the server to show the last step: if an upload is rejected midway, the client raises no error."""
     deadline = time.monotonic() + SHOWN_SECONDS
     while (shown := api.run(path).lastHistoryStep) < last_step:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.augment.gpu_crop_flip import Floats, Places, RandomFlip, SampledParams, Size, randint
+from toolkit.augment.gpu_crop_flip import Floats, Indices, RandomFlip, SampledParams, Size, randint
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class RandomPerspective:
     """Maximum movement as a fraction of half the width and height."""
     slots: int = 8
 
-    def draw(self, u: Floats, size: Size) -> Places:
+    def draw(self, u: Floats, size: Size) -> Indices:
         """Sample the new corners (top left, top right, bottom right, bottom left), x and y in pixels: [m, 4, 2]."""
         height, width = size
         bounds = np.array([int(self.distortion * (width // 2)) + 1, int(self.distortion * (height // 2)) + 1])
         moved = randint(u.reshape(-1, 4, 2), np.broadcast_to(bounds, (4, 2)))
         far = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * (np.array([width, height]) - bounds)
-        corners: Places = moved + far
+        corners: Indices = moved + far
         return corners
 
     def matrices(self, u: Floats, size: Size) -> Floats:
@@ -94,7 +94,7 @@ class RandomPerspective:
         return perspective_matrices(self.draw(u, size), size)
 
 
-def perspective_matrices(corners: Places, size: Size) -> Floats:
+def perspective_matrices(corners: Indices, size: Size) -> Floats:
     """Return the matrices that map each of ``corners`` [m, 4, 2] to the corresponding image corner: [m, 3, 3].
 
     (x, y) -> ((ax + by + c) / (gx + hy + 1), (dx + ey + f) / (gx + hy + 1)): eight equations in eight unknowns. A map

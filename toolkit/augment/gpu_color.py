@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.augment.gpu_crop_flip import Floats, Places, SampledParams, Size, randint
+from toolkit.augment.gpu_crop_flip import Floats, Indices, SampledParams, Size, randint
 from toolkit.data.tensor_rows import assign_rows, index_rows
 
 ATTEMPTS = 10
@@ -223,7 +223,7 @@ class RandomErasing:
         height, width = np.rint(np.sqrt(erased * aspect)), np.rint(np.sqrt(erased / aspect))
         fits = (height < size[0]) & (width < size[1])
         first = fits.argmax(1)[:, None]
-        shape: list[Places] = [np.take_along_axis(side, first, 1)[:, 0].astype(np.int64) for side in (height, width)]
+        shape: list[Indices] = [np.take_along_axis(side, first, 1)[:, 0].astype(np.int64) for side in (height, width)]
         corner = [randint(u[:, -2 + axis], np.maximum(size[axis] - shape[axis] + 1, 1)) for axis in (0, 1)]
         applied = (u[:, 0] < self.p) & fits.any(1)
         return SampledParams(applied, np.column_stack([*corner, *shape]) * applied[:, None].astype(np.float64), size)

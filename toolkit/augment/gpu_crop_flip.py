@@ -18,7 +18,7 @@ from toolkit.errors import UserError
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
-Places = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 Size = tuple[int, int]
 """Height and width in pixels."""
 
@@ -37,9 +37,9 @@ class SampledParams:
     size: Size
     """Size of the resulting images."""
 
-    def of(self, places: slice | Places) -> SampledParams:
+    def of(self, indices: slice | Indices) -> SampledParams:
         """Return the parameters of some of the images."""
-        return SampledParams(self.applied[places], self.table[places], self.size)
+        return SampledParams(self.applied[indices], self.table[indices], self.size)
 
 
 class BatchOp(Protocol):
@@ -76,7 +76,7 @@ class RandomFlip:
         flipped: Flags = u[:, 0] < self.p
         return flipped
 
-    def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
+    def maps(self, u: Floats, size: Size) -> tuple[Indices, Indices]:
         """Return the input row of each output row [m, H] and the input columns [m, W] of m images; -1 for padding."""
         rows, columns = (np.broadcast_to(np.arange(n), (len(u), n)) for n in size)
         flipped = self.draw(u)[:, None]
@@ -105,12 +105,12 @@ class RandomCrop:
     p: float
     slots: int = 3
 
-    def draw(self, u: Floats, size: Size) -> tuple[Places, Places]:
+    def draw(self, u: Floats, size: Size) -> tuple[Indices, Indices]:
         """Sample the top and left of the window within the padded image, [m] each.
 
         Raises UserError if the padded image is smaller than the window.
         """
-        corners: list[Places] = []
+        corners: list[Indices] = []
         for axis, (before, after) in enumerate(self._paddings(size)):
             room = size[axis] + before + after - self.size[axis] + 1
             if room < 1:
@@ -122,7 +122,7 @@ class RandomCrop:
             corners.append(randint(u[:, 1 + axis], room))
         return corners[0], corners[1]
 
-    def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
+    def maps(self, u: Floats, size: Size) -> tuple[Indices, Indices]:
         """See :meth:`RandomFlip.maps`."""
         found = []
         for axis, (corner, padding) in enumerate(zip(self.draw(u, size), self._paddings(size), strict=True)):
@@ -153,7 +153,7 @@ class CenterCrop:
     size: Size
     slots: int = 0
 
-    def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
+    def maps(self, u: Floats, size: Size) -> tuple[Indices, Indices]:
         """See :meth:`RandomFlip.maps`."""
         found = []
         for have, want in zip(size, self.size, strict=True):
@@ -173,19 +173,19 @@ class Pad:
     mode: str
     slots: int = 0
 
-    def maps(self, u: Floats, size: Size) -> tuple[Places, Places]:
+    def maps(self, u: Floats, size: Size) -> tuple[Indices, Indices]:
         """See :meth:`RandomFlip.maps`."""
         left, right, top, bottom = self.padding
         rows, columns = padded(size[0], (top, bottom), self.mode), padded(size[1], (left, right), self.mode)
         return np.broadcast_to(rows, (len(u), len(rows))), np.broadcast_to(columns, (len(u), len(columns)))
 
 
-def padded(n: int, padding: tuple[int, int], mode: str) -> Places:
+def padded(n: int, padding: tuple[int, int], mode: str) -> Indices:
     """Return the source index of each position of a line of n padded before and after; -1 for constant padding."""
     line = np.arange(n)
     values = {"constant_values": -1} if mode == "constant" else {}
-    places: Places = np.pad(line, padding, mode=mode, **values)  # type: ignore[call-overload]
-    return places
+    indices: Indices = np.pad(line, padding, mode=mode, **values)  # type: ignore[call-overload]
+    return indices
 
 
 IndexMap = RandomFlip | RandomCrop | CenterCrop | Pad
@@ -242,19 +242,19 @@ def _gather(images: Tensor, rows: Tensor, columns: Tensor, fill: Tensor | None) 
     """
     count, channels, height, width = images.shape
     first = torch.arange(count, device=images.device)[:, None, None] * (height * width)
-    places = first + rows.clamp(min=0) * width + columns.clamp(min=0)
-    pixels = images.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, places.view(-1))
-    taken = pixels.view(*places.shape, channels).permute(0, 3, 1, 2)
+    indices = first + rows.clamp(min=0) * width + columns.clamp(min=0)
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, indices.view(-1))
+    taken = pixels.view(*indices.shape, channels).permute(0, 3, 1, 2)
     return taken if fill is None else torch.where(((rows < 0) | (columns < 0))[:, None], fill, taken)
 
 
-def _follow(first: Places, second: Places) -> Places:
+def _follow(first: Indices, second: Indices) -> Indices:
     """Compose ``second`` (output -> intermediate) with ``first`` (intermediate -> input) per image, [m, n]."""
-    through: Places = np.take_along_axis(first, second.clip(min=0), 1)
+    through: Indices = np.take_along_axis(first, second.clip(min=0), 1)
     return np.where(second < 0, -1, through)
 
 
-def _copy(image: Tensor, result: Tensor, rows: Places, columns: Places, fill: Tensor) -> None:
+def _copy(image: Tensor, result: Tensor, rows: Indices, columns: Indices, fill: Tensor) -> None:
     """Copy the given rows and columns of ``image`` to ``result`` [C, H, W], with slices if they are contiguous."""
     (top, bottom, row), (left, right, column) = _run(rows), _run(columns)
     if (top, left) != (0, 0) or (bottom, right) != result.shape[1:]:
@@ -272,7 +272,7 @@ def _copy(image: Tensor, result: Tensor, rows: Places, columns: Places, fill: Te
     window.copy_(part.flip(backwards) if backwards else part)
 
 
-def _run(line: Places) -> tuple[int, int, int]:
+def _run(line: Indices) -> tuple[int, int, int]:
     """Return the range of a line that is not fill (start, end), and its step: 1, -1, or 0 if it is not contiguous."""
     valid = np.flatnonzero(line >= 0)
     if not len(valid):
@@ -283,7 +283,7 @@ def _run(line: Places) -> tuple[int, int, int]:
     return first, end, step if abs(step) == 1 and (steps == step).all() and end - first == len(valid) else 0
 
 
-def randint(u: Floats, n: int | Places) -> Places:
+def randint(u: Floats, n: int | Indices) -> Indices:
     """Convert uniform numbers in [0, 1) to integers in 0..n-1."""
-    whole: Places = np.minimum(np.floor(u * n), np.asarray(n) - 1).astype(np.int64)
+    whole: Indices = np.minimum(np.floor(u * n), np.asarray(n) - 1).astype(np.int64)
     return whole

@@ -30,10 +30,10 @@ from toolkit.recipe.gpu_support import is_random
 from toolkit.recipe.schema import AugmentConfig
 
 TENSOR_ONLY = frozenset({"GaussianNoise"})
-"""Transforms that need a tensor, and so are applied after the scaling to 0..1 by default."""
+"""Transforms that need a tensor; by default they are applied after scaling to 0..1."""
 
 CENTER_CROP = "center crop"
-"""Start of the description of the fixed crop."""
+"""Beginning of the fixed crop's description."""
 
 
 class ImageTransform:
@@ -121,30 +121,30 @@ def build_transform(split: str, augment: AugmentConfig, preprocessing: Preproces
     """Build the transform of one split: "train", "validation" or "test".
 
     Raises UserError, naming the entry, for an unknown or excluded transform, invalid arguments, and more than one
-    transform in place of the crop.
+    transform that replaces the crop.
     """
-    places: dict[str, list[Step]] = {}
+    by_stage: dict[str, list[Step]] = {}
     for number, entry in enumerate(getattr(augment, split)):
         where = f"augment.{split}[{number}]"
-        place = entry.stage or ("tensor" if entry.name in TENSOR_ONLY else "after_crop")
-        if entry.name in TENSOR_ONLY and place != "tensor":
+        stage = entry.stage or ("tensor" if entry.name in TENSOR_ONLY else "after_crop")
+        if entry.name in TENSOR_ONLY and stage != "tensor":
             raise UserError(
-                f"{where}: {entry.name} needs a tensor; set stage = 'tensor' or leave it out, not {place!r}"
+                f"{where}: {entry.name} needs a tensor; set stage = 'tensor' or leave it out, not {stage!r}"
             )
-        places.setdefault(place, []).append(recipe_step(entry, where, preprocessing.image_size))
+        by_stage.setdefault(stage, []).append(recipe_step(entry, where, preprocessing.image_size))
     is_train = split == "train"
-    up_to_crop = [*places.get("before_resize", []), *_resize_and_crop(split, places, preprocessing)]
+    up_to_crop = [*by_stage.get("before_resize", []), *_resize_and_crop(split, by_stage, preprocessing)]
     steps = [
         *up_to_crop,
-        *places.get("after_crop", []),
+        *by_stage.get("after_crop", []),
         *([policy_step(augment.auto_augment, preprocessing)] if is_train and augment.auto_augment else []),
         torchvision_step("ToImage"),
         torchvision_step("ToDtype", dtype=torch.float32, scale=True),
-        *places.get("tensor", []),
+        *by_stage.get("tensor", []),
         torchvision_step("Normalize", mean=list(preprocessing.mean), std=list(preprocessing.std)),
         *([torchvision_step("RandomErasing", p=augment.random_erasing)] if is_train and augment.random_erasing else []),
     ]
-    return ImageTransform(split, steps, preprocessing, _base(places, preprocessing), len(up_to_crop))
+    return ImageTransform(split, steps, preprocessing, _base(by_stage, preprocessing), len(up_to_crop))
 
 
 def resize_and_crop(preprocessing: Preprocessing) -> list[Step]:
@@ -198,23 +198,21 @@ def random_states_kept() -> Iterator[None]:
         random.setstate(states[2])
 
 
-def _base(places: dict[str, list[Step]], preprocessing: Preprocessing) -> int:
-    """Count the steps before the resize, the resize, and the fixed crop if it comes next."""
-    count = len(places.get("before_resize", []))
-    if places.get("resize_crop"):
+def _base(by_stage: dict[str, list[Step]], preprocessing: Preprocessing) -> int:
+    """Count the steps up to the resize, including the fixed crop if it comes next."""
+    count = len(by_stage.get("before_resize", []))
+    if by_stage.get("resize_crop"):
         return count
     count += len(_resize(preprocessing))
-    return count if places.get("before_crop") or places.get("crop") else count + len(_crop(preprocessing))
+    return count if by_stage.get("before_crop") or by_stage.get("crop") else count + len(_crop(preprocessing))
 
 
-def _resize_and_crop(split: str, places: dict[str, list[Step]], preprocessing: Preprocessing) -> list[Step]:
-    """Return resize and crop, with any transforms between them or in their place."""
-    both, crop = places.get("resize_crop", []), places.get("crop", [])
-    before_crop = places.get("before_crop", [])
+def _resize_and_crop(split: str, by_stage: dict[str, list[Step]], preprocessing: Preprocessing) -> list[Step]:
+    """Return the resize and the crop, with the transforms between them or that replace them."""
+    both, crop = by_stage.get("resize_crop", []), by_stage.get("crop", [])
+    before_crop = by_stage.get("before_crop", [])
     if len(both) + len(crop) > 1:
-        raise UserError(
-            f"augment.{split}: only one transform can take the crop's place (stage = 'crop' or 'resize_crop')"
-        )
+        raise UserError(f"augment.{split}: only one transform can replace the crop (stage = 'crop' or 'resize_crop')")
     if both and before_crop:
         raise UserError(
             f"augment.{split}: stage = 'before_crop' cannot be combined with another entry's stage = 'resize_crop'"

@@ -189,11 +189,11 @@ class CachedImages:
             return None
         height, width, channels = (int(n) for n in self._shapes[0])
         images = as_tensor(self._data, torch.uint8).view(-1, height, width, channels)
-        places = np.where(self._rows >= 0, self._offsets[self._rows] // (height * width * channels), -1)
-        return images, places
+        rows = np.where(self._rows >= 0, self._offsets[self._rows] // (height * width * channels), -1)
+        return images, rows
 
 
-def are_kept(images: InMemoryImages, transform: ImageTransform, steps: int) -> bool:
+def leaves_images_unchanged(images: InMemoryImages, transform: ImageTransform, steps: int) -> bool:
     """Whether the first steps of a transform leave in-memory images unchanged, so that caching them is pointless."""
     noise = np.random.default_rng(0).integers(0, 256, (1, *images.pixels.shape[1:]), dtype=np.uint8)
     one = InMemoryImages(noise, "", images.channels).load(0)

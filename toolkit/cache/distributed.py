@@ -47,7 +47,7 @@ class DistributedCache:
 
     def look(self, name: str) -> CacheEntry | None:
         """Return an entry if every process finds it intact, else None. Collective."""
-        entry = self._together(name, self._found(name) if self._is_first_of_machine else None)
+        entry = self._run_work(name, self._found(name) if self._is_first_of_machine else None)
         return entry if all(gather_objects(entry is not None)) else None
 
     @contextlib.contextmanager
@@ -58,7 +58,7 @@ class DistributedCache:
         """
         is_main = self.setup.accelerator.is_main_process
         try:
-            self._together(name, self._claimed(name) if is_main and not self.is_broken else None)
+            self._run_work(name, self._claimed(name) if is_main and not self.is_broken else None)
             yield self.look(name)
         finally:
             self._unlock()
@@ -69,13 +69,13 @@ class DistributedCache:
         ``size`` is its approximate size in bytes. Collective.
         """
         builds = self._is_first_of_machine and not self.is_broken
-        return self._together(name, self._stored(name, fill, size) if builds else None)
+        return self._run_work(name, self._stored(name, fill, size) if builds else None)
 
     @property
     def _is_first_of_machine(self) -> bool:
         return bool(self.setup.accelerator.is_local_main_process)
 
-    def _together(self, name: str, work: Work | None) -> CacheEntry | None:
+    def _run_work(self, name: str, work: Work | None) -> CacheEntry | None:
         """Run the work of the processes that have some while the others wait; all can be stopped. Collective.
 
         Returns the resulting entry on every process of a machine whose main process has it.
@@ -126,7 +126,7 @@ class DistributedCache:
             try:
                 self.lock = try_lock(self.root, name)
             except OSError as error:
-                self._complain(error)
+                self._disable(error)
                 return None
             if self.lock is not None:
                 continue  # check again: the lock's last owner may have built the entry
@@ -154,7 +154,7 @@ class DistributedCache:
             finally:
                 writer.discard()
         except OSError as error:
-            self._complain(error)
+            self._disable(error)
             return None
         finally:
             self._unlock()  # other machines may wait for it, and claim() for them
@@ -164,7 +164,7 @@ class DistributedCache:
             self.lock.release()
             self.lock = None
 
-    def _complain(self, error: OSError) -> None:
+    def _disable(self, error: OSError) -> None:
         """Disable the cache after an I/O error, and log a warning."""
         self.is_broken = True
         self.setup.display.log(

@@ -72,11 +72,11 @@ class Features:
 
     @property
     def description(self) -> str:
-        """What is cached, for messages."""
+        """Description of what is cached, for messages."""
         versions = len(self.views("train"))
         images = sum(len(self.setup.splits[split]) for split in self._used)
         each = f", {versions} versions of each training image" if versions > 1 else ""
-        return f"inputs of {self.tail} computed once for {images} images{each}: all before it is frozen"
+        return f"inputs of {self.tail} computed once for {images} images{each}: all layers before it are frozen"
 
     @property
     def _used(self) -> list[str]:
@@ -100,7 +100,7 @@ class Features:
         need, free = one.numel() * 4 * images * local_processes(), available_memory()
         fits = need <= free * MEMORY_SHARE or not self.passes()
         if not all(gather_objects(fits)):
-            return f"its features would take {gib(need)} of {gib(free)} free"
+            return f"its features need {gib(need)}, and {gib(free)} are free"
         return ""
 
     def passes(self) -> int:

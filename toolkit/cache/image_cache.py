@@ -11,9 +11,9 @@ from toolkit.cache.decoded_images import (
     CachePartition,
     DecodedBlock,
     DecodingDataset,
-    are_kept,
     entry_name,
     expected_bytes,
+    leaves_images_unchanged,
     part_key,
     parts,
     tables_of,
@@ -37,15 +37,15 @@ class SplitImages:
     """Sources of each split's images, and the number of transform steps already applied to them."""
 
     def __init__(self, setup: TrainingContext, plans: dict[str, PreprocessingPlan]) -> None:
-        """Every image is read from the data set until :meth:`cache` is called."""
+        """Start with the data set as the source of every image; :meth:`cache` changes that."""
         self.setup, self.plans = setup, plans
         self.images: dict[str, ImageSource] = dict.fromkeys(plans, setup.dataset.images)
         self.done = dict.fromkeys(plans, 0)
         self.rows: dict[str, tuple[Tensor, IntArray]] = {}
         """For splits stored as one tensor: the tensor, uint8 [n, h, w, c], on the CPU or device, and the row of each
         image of the data set."""
-        self.shortcuts: list[str] = []
-        """Descriptions of what is cached."""
+        self.descriptions: list[str] = []
+        """What is cached, one description per log line."""
 
     def cache(self, cache: DistributedCache, passes: int) -> None:
         """Cache the images that fit and whose caching pays off. Collective.
@@ -57,7 +57,7 @@ class SplitImages:
             splits = self._use_array(images)
         transforms = {split: self.plans[split].transform for split in splits}
         for part in parts(transforms, {split: self.setup.splits[split] for split in splits}):
-            if not (isinstance(images, InMemoryImages) and are_kept(images, part.transform, part.steps)):
+            if not (isinstance(images, InMemoryImages) and leaves_images_unchanged(images, part.transform, part.steps)):
                 self._use_entry(cache, part, passes)
 
     def release(self) -> None:
@@ -69,14 +69,14 @@ class SplitImages:
         splits = [
             split
             for split, plan in self.plans.items()
-            if plan.batched and plan.is_fixed and are_kept(images, plan.transform, plan.steps)
+            if plan.batched and plan.is_fixed and leaves_images_unchanged(images, plan.transform, plan.steps)
         ]
         if splits:
-            tensor, place = self._place(torch.from_numpy(images.pixels))
+            tensor, storage = self._place(torch.from_numpy(images.pixels))
             for split in splits:
                 self.rows[split], self.done[split] = (tensor, np.arange(len(images))), self.plans[split].steps
-            if place == "held on the device":
-                self._announce(f"images of {', '.join(splits)}, {gib(tensor.nbytes)}, {place} as bytes")
+            if storage == "held on the device":
+                self._announce(f"images of {', '.join(splits)}, {gib(tensor.nbytes)}, {storage}")
         return [split for split in self.plans if split not in splits]
 
     def _use_entry(self, cache: DistributedCache, part: CachePartition, passes: int) -> None:
@@ -95,47 +95,47 @@ class SplitImages:
         if not all(gather_objects(entry is not None)) or entry is None:
             return
         stored = CachedImages(entry, part, setup.dataset.images)
-        tensor, place = stored.tensor(), self._place_of_file(entry.size)
+        tensor, storage = stored.tensor(), self._storage_of_file(entry.size)
         whole = [split for split in part.splits if self.plans[split].batched and self.plans[split].steps == part.steps]
         if tensor is not None and whole:
-            pixels, place = self._place(tensor[0])
+            pixels, storage = self._place(tensor[0])
             self.rows |= dict.fromkeys(whole, (pixels, tensor[1]))
         elif choice == "device":
             why = "they differ in size" if tensor is None else "they are augmented one by one, by data workers"
             setup.display.log(f"images of {splits} are not held on the device: {why}")
-        if place == "read from disk" and choice in ("memory", "device"):
+        if storage == "read from disk" and choice in ("memory", "device"):
             free = gib(available_memory())
             setup.display.log(f"images are not held in memory: {gib(entry.size)} do not fit into {free}")
         for split in part.splits:
             self.images[split], self.done[split] = stored, part.steps
-        where = f"{gib(entry.size)} of bytes in {folder_of(cache.root)}, {place}"
-        self._announce(f"images of {splits} prepared once ({part.description}): {where}")
+        details = f"{gib(entry.size)} in {folder_of(cache.root)}, {storage}"
+        self._announce(f"images of {splits}, preprocessed once ({part.description}): {details}")
 
-    def _announce(self, shortcut: str) -> None:
-        self.setup.display.log(f'shortcut: {shortcut}; data.cache = "off" turns it off')
-        self.shortcuts.append(shortcut)
+    def _announce(self, description: str) -> None:
+        self.setup.display.log(f'cached: {description}; data.cache = "off" turns it off')
+        self.descriptions.append(description)
 
     def _why_not_cached(self, part: CachePartition, size: int, passes: int) -> str:
         """Return why data.cache = "auto" does not cache a partition of ``size`` bytes; "" if it does. Collective."""
         reason = ""
         if self.setup.recipe.data.cache == "auto" and passes < 2:
-            reason = "they are needed once at most"
+            reason = "they are needed at most once"
         elif self.setup.recipe.data.cache == "auto" and not part.steps and size > available_memory() * MEMORY_SHARE:
-            reason = f"{gib(size)} of decoded images are larger than the files, and do not fit in memory"
+            reason = f"{gib(size)} of decoded images are more than the files take, and do not fit in memory"
         return next((each for each in gather_objects(reason) if each), "")
 
     def _place(self, tensor: Tensor) -> tuple[Tensor, str]:
-        """Place a tensor where the recipe asks for it, if it fits; return it with a description of the place."""
+        """Move a tensor to the storage that the recipe requests, if it fits; return it and its storage."""
         choice, device = self.setup.recipe.data.cache, self.setup.accelerator.device
         if choice == "device" or (choice == "auto" and device.type == "cuda"):
             placed = copy_to_device(tensor, device, local_processes())
             if isinstance(placed, Tensor):
                 return placed, "held on the device"
             self.setup.display.log(f"images are not held on the device: {placed}; they stay in memory or on disk")
-        return tensor, self._place_of_file(tensor.nbytes)
+        return tensor, self._storage_of_file(tensor.nbytes)
 
-    def _place_of_file(self, size: int) -> str:
-        """Return whether a mapped file's pages fit in memory, where verifying its checksums has already loaded them."""
+    def _storage_of_file(self, size: int) -> str:
+        """Return whether a mapped file stays in memory, which verifying its checksums has already loaded it into."""
         fits = self.setup.recipe.data.cache != "disk" and size <= available_memory() * MEMORY_SHARE
         return "held in memory" if fits else "read from disk"
 

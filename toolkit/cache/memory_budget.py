@@ -53,9 +53,9 @@ def _numbers(file: Path) -> dict[str, int]:
 
 def free_disk(folder: Path) -> int:
     """Return the bytes free for this user on the disk of a folder, or of its nearest existing parent."""
-    for place in (folder, *folder.absolute().parents):
-        if place.is_dir():
-            return shutil.disk_usage(place).free
+    for ancestor in (folder, *folder.absolute().parents):
+        if ancestor.is_dir():
+            return shutil.disk_usage(ancestor).free
     return 0
 
 

@@ -20,7 +20,7 @@ from toolkit.data.near_duplicates import MOST, MOST_CROPS, SMALLEST, near_pairs,
 from toolkit.data.near_duplicates import groups as connected
 from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
 from toolkit.data.splits import SPLITS, describe_splits, split_dataset
-from toolkit.data.value_range import choose_range, range_words
+from toolkit.data.value_range import choose_range, describe_range
 from toolkit.distributed.cpu_count import available_cpus
 from toolkit.formatting import plural
 from toolkit.models.build import expected_input
@@ -123,7 +123,7 @@ def analyze_dataset(recipe: Recipe, log: Callable[[str], None]) -> DatasetReport
     if isinstance(dataset.images, ImageFiles):
         extents = check_images(dataset.images, used, decode=False).extents
         if (value_range := choose_range(extents)) is not None:
-            log(range_words(extents, value_range))
+            log(describe_range(extents, value_range))
             dataset = replace(dataset, images=dataset.images.with_range(value_range))
     seen, unreadable = hash_images(dataset, used)
     readable = {split: np.array([i for i in splits[split] if int(i) in seen], dtype=np.int64) for split in SPLITS}

@@ -110,53 +110,53 @@ def _fetch(kind: Callable[..., Any], table: DataConfig) -> tuple[Any, Any]:
 
 def open_caltech101(table: DataConfig) -> Dataset:
     """Open Caltech-101 (Li et al. 2022), with or without the homework's train.txt and test.txt next to the images."""
-    home = _caltech_home(Path(table.root))
-    walk = FolderWalk(home / CALTECH_IMAGES)
+    folder = _caltech_folder(Path(table.root))
+    walk = FolderWalk(folder / CALTECH_IMAGES)
     folders = walk.above_classes("").folders
     if table.background_class and CALTECH_BACKGROUND not in folders:
-        raise UserError(f"data.background_class = true, but {home / CALTECH_IMAGES / CALTECH_BACKGROUND} is missing")
+        raise UserError(f"data.background_class = true, but {folder / CALTECH_IMAGES / CALTECH_BACKGROUND} is missing")
     classes = [name for name in folders if name != CALTECH_BACKGROUND or table.background_class]
     present = {name: walk.images(name, name) for name in classes}
     empty = [name for name, files in present.items() if not files]
     if len(classes) < 2 or empty:
         raise UserError(
-            f"{home / CALTECH_IMAGES} is incomplete: it has {len(classes)} class folder(s)"
+            f"{folder / CALTECH_IMAGES} is incomplete: it has {len(classes)} class folder(s)"
             f"{f', and {empty[0]} holds no image' if empty else ''}; unpack all of Caltech-101"
         )
-    with_lists = [(home / f"{name}.txt").is_file() for name in ("train", "test")]
+    with_lists = [(folder / f"{name}.txt").is_file() for name in ("train", "test")]
     if not any(with_lists):
         paths = [path for name in classes for path in present[name]]
         lists = {"train": np.arange(len(paths))}
     elif all(with_lists):
-        train, test = (_caltech_list(home, name, present, table.background_class) for name in ("train", "test"))
+        train, test = (_caltech_list(folder, name, present, table.background_class) for name in ("train", "test"))
         paths = train + test
         repeated = [path for path, count in Counter(paths).items() if count > 1]
         if repeated:
-            raise UserError(f"{home / 'train.txt'} and test.txt together list {repeated[0]} more than once")
+            raise UserError(f"{folder / 'train.txt'} and test.txt together list {repeated[0]} more than once")
         lists = {"train": np.arange(len(train)), "test": np.arange(len(train), len(paths))}
     else:
         found, other = ("train.txt", "test.txt") if with_lists[0] else ("test.txt", "train.txt")
-        raise UserError(f"{home} has {found} but not {other}: put both there, or neither to split all images")
+        raise UserError(f"{folder} has {found} but not {other}: put both there, or neither to split all images")
     index = {name: label for label, name in enumerate(classes)}
     labels = np.array([index[path.partition("/")[0]] for path in paths], dtype=np.int64)
-    images = _files(home / CALTECH_IMAGES, paths, table)
+    images = _files(folder / CALTECH_IMAGES, paths, table)
     return Dataset("caltech101", classes, images, labels, lists, None, 3, tuple(walk.notes()))
 
 
-def _caltech_home(root: Path) -> Path:
+def _caltech_folder(root: Path) -> Path:
     """Return the folder that contains 101_ObjectCategories."""
-    for home in (root / "caltech101", root, root / "caltech-101"):
-        if (home / CALTECH_IMAGES).is_dir():
-            return home
+    for folder in (root / "caltech101", root, root / "caltech-101"):
+        if (folder / CALTECH_IMAGES).is_dir():
+            return folder
     raise UserError(
         f"no folder {CALTECH_IMAGES} in data.root = {str(root)!r} or its subfolder caltech101. Caltech-101 is not "
         f"downloaded by this program: get it from {CALTECH_SOURCE} and unpack it there"
     )
 
 
-def _caltech_list(home: Path, name: str, present: dict[str, list[str]], background: bool) -> list[str]:
+def _caltech_list(folder: Path, name: str, present: dict[str, list[str]], background: bool) -> list[str]:
     """Read the paths of one official list, without the background class unless ``background`` is true."""
-    lines = (home / f"{name}.txt").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    lines = (folder / f"{name}.txt").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     paths = [line.strip() for line in lines if line.strip()]
     if not background:
         paths = [path for path in paths if not path.startswith(f"{CALTECH_BACKGROUND}/")]
@@ -164,7 +164,7 @@ def _caltech_list(home: Path, name: str, present: dict[str, list[str]], backgrou
     missing = [path for path in paths if path not in known]
     if missing:
         raise UserError(
-            f"{home / f'{name}.txt'} lists {len(missing)} image(s) that are not in {home / CALTECH_IMAGES}: "
+            f"{folder / f'{name}.txt'} lists {len(missing)} image(s) that are not in {folder / CALTECH_IMAGES}: "
             f"{missing[0]}{', ...' if len(missing) > 1 else ''}; unpack all of Caltech-101, or take the lines out"
         )
     return paths

@@ -30,16 +30,16 @@ class TensorBatches:
         self,
         views: Sequence[Tensor],
         labels: IntArray,
-        places: IntArray | None = None,
+        row_indices: IntArray | None = None,
         finish: Finish | None = None,
         prefetch: torch.device | None = None,
     ) -> None:
         """``views``: one tensor [rows, ...], or one per augmented version. ``labels``: int64 [N].
 
-        ``places``: the row of each example, int64 [N]; None: example i is row i. ``finish``: computes model inputs from
-        rows. ``prefetch``: a GPU to which a background thread copies rows ahead of training, through pinned memory.
+        ``row_indices``: the row of each example, int64 [N]; None: example i is row i. ``finish``: computes model inputs
+        from rows. ``prefetch``: a GPU to which a background thread copies rows in advance, through pinned memory.
         """
-        self.views, self.places, self.finish = list(views), places, finish
+        self.views, self.row_indices, self.finish = list(views), row_indices, finish
         self.device = self.views[0].device if prefetch is None else prefetch
         self.runs_ahead = prefetch is not None
         self.labels = torch.from_numpy(labels).to(self.device)
@@ -57,7 +57,7 @@ class TensorBatches:
     def _gather(self, request: BatchRequest) -> tuple[Tensor, Tensor]:
         """Return the rows [m, ...] of the requested view, and the labels int64 [m]."""
         rows, positions = self.views[request.view % len(self.views)], request.positions
-        taken = _taken(rows, positions if self.places is None else self.places[positions])
+        taken = _taken(rows, positions if self.row_indices is None else self.row_indices[positions])
         if self.runs_ahead:
             taken = taken.pin_memory().to(self.device, non_blocking=True)
         return taken, _taken(self.labels, positions)
@@ -67,11 +67,11 @@ class TensorBatches:
         self.views = []
 
 
-def _taken(rows: Tensor, places: IntArray) -> Tensor:
-    """Return the rows at ``places``; a view without a copy if they are consecutive."""
-    if len(places) and (np.diff(places) == 1).all():
-        return rows[int(places[0]) : int(places[-1]) + 1]
-    index = torch.from_numpy(places)
+def _taken(rows: Tensor, row_indices: IntArray) -> Tensor:
+    """Return the rows at ``row_indices``; a view without a copy if they are consecutive."""
+    if len(row_indices) and (np.diff(row_indices) == 1).all():
+        return rows[int(row_indices[0]) : int(row_indices[-1]) + 1]
+    index = torch.from_numpy(row_indices)
     if rows.device.type == "cuda":
         index = index.pin_memory().to(rows.device, non_blocking=True)
     return index_rows(rows, index)
@@ -83,7 +83,7 @@ def as_tensor(data: ByteArray, dtype: torch.dtype) -> Tensor:
 
 
 def prefetch(items: Iterable[T], device: torch.device, depth: int = 2) -> Iterator[T]:
-    """Yield ``items`` from a thread that runs up to ``depth`` items ahead and always ends with the iteration."""
+    """Yield ``items``, computed up to ``depth`` items in advance by a thread that always ends with the iteration."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     is_left = threading.Event()
 

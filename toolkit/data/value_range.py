@@ -138,7 +138,7 @@ def choose_range(extents: list[Extent]) -> Range | None:
     )
 
 
-def range_words(extents: list[Extent], chosen: Range) -> str:
+def describe_range(extents: list[Extent], chosen: Range) -> str:
     """Describe the chosen range in one line for the log."""
     count, low, high = sum(e.images for e in extents), min(e.low for e in extents), max(e.high for e in extents)
     return (

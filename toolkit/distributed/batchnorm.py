@@ -208,10 +208,10 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """[n, C, ...] -> the same shape."""
-        out: Tensor = self.act(self.drop(self._normalise(input)))
+        out: Tensor = self.act(self.drop(self._normalize(input)))
         return out
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor) -> Tensor:
         is_distributed = self.synchronized and not self.replicated and dist.is_initialized()
         processes = dist.get_world_size() if is_distributed else 1
         on_cpu = x.device.type == "cpu"

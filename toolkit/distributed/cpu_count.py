@@ -51,9 +51,9 @@ def cgroups(system: Path = Path("/"), controller: str = "") -> list[Path]:
 def _quota(quota_file: Path, period_file: Path | None) -> list[float]:
     """Return [CPUs] for a quota, [] without one. cgroup v2 has "quota period" in one file, with "max" for no limit."""
     try:
-        words = quota_file.read_text(encoding="ascii").split()
-        period = float(period_file.read_text(encoding="ascii") if period_file else words[1])
-        quota = float(words[0])
+        fields = quota_file.read_text(encoding="ascii").split()
+        period = float(period_file.read_text(encoding="ascii") if period_file else fields[1])
+        quota = float(fields[0])
     except (OSError, ValueError, IndexError):
         return []
     return [max(1.0, quota / period)] if quota > 0 else []

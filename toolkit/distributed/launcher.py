@@ -85,8 +85,8 @@ def _translate_mpi_variables() -> None:
     """
     if any(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) or _mpi_size() < 2:
         return
-    found = {name: next((os.environ[some] for some in theirs if os.environ.get(some)), None)
-             for name, theirs in MPI_VARIABLES.items()}  # fmt: skip
+    found = {name: next((os.environ[some] for some in names if os.environ.get(some)), None)
+             for name, names in MPI_VARIABLES.items()}  # fmt: skip
     values = {name: value for name, value in found.items() if value is not None}
     if len(values) < len(MPI_VARIABLES):
         return  # check_launch refuses this

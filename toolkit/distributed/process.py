@@ -36,7 +36,7 @@ def init_accelerator(train: TrainConfig, stop: GracefulStop | None = None) -> Ac
     recipe or the precision is not supported, RunFailed if a process does not join in time, and Interrupted if ``stop``
     is requested before all have joined.
     """
-    place = read_process_info()
+    info = read_process_info()
     _set_threads()
     # Accelerate keeps one state per Python process; in a notebook the next fit may have another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -50,8 +50,8 @@ def init_accelerator(train: TrainConfig, stop: GracefulStop | None = None) -> Ac
     torch.backends.cudnn.benchmark = not train.deterministic
     # torch 2.15 renames the argument; torch 2.11 and Accelerate do not know the new name.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
-    if place is not None and not dist.is_initialized():
-        join(place, "nccl" if on_gpu() else "gloo", stop)
+    if info is not None and not dist.is_initialized():
+        join(info, "nccl" if on_gpu() else "gloo", stop)
     accelerator = Accelerator(
         cpu=not on_gpu(),
         mixed_precision=precision,

@@ -75,14 +75,14 @@ def _namespace() -> str:
         return socket.gethostname()
 
 
-def join(place: ProcessInfo, backend: str, stop: GracefulStop | None = None) -> None:
+def join(info: ProcessInfo, backend: str, stop: GracefulStop | None = None) -> None:
     """Create the process group and the failure detector (a collective).
 
     Raises UserError if a RANK is taken or the processes disagree about WORLD_SIZE, RunFailed if one does not join
     within the time limit (see :func:`time_limit`), and Interrupted as soon as ``stop`` is requested.
     """
-    limit = time_limit(place)
-    joining = _Joining(place, backend, limit, stop)
+    limit = time_limit(info)
+    joining = _Joining(info, backend, limit, stop)
     began, noticed = time.monotonic(), False
     joining.start()
     while not joining.finished.wait(POLL_S):
@@ -95,21 +95,21 @@ def join(place: ProcessInfo, backend: str, stop: GracefulStop | None = None) -> 
         if ended := joining.ended():
             raise RunFailed(f"{ended} ended while the processes were joining, so this one ends too")
         if waited > limit:
-            raise RunFailed(f"gave up after {limit:g} s: {joining.state()}. {_advice(place)}")
+            raise RunFailed(f"gave up after {limit:g} s: {joining.state()}. {_advice(info)}")
         if not noticed and waited > min(NOTICE_S, limit / 2):
             noticed = True
             if joining.prints_notice():
                 rest = f"waiting up to {limit:g} s ({TIMEOUT_VARIABLE})"
-                print(f"rank {place.rank}: {joining.state()}; {rest}", file=sys.stderr, flush=True)
+                print(f"rank {info.rank}: {joining.state()}; {rest}", file=sys.stderr, flush=True)
     if joining.error is not None:
         raise joining.error
 
 
-def time_limit(place: ProcessInfo) -> float:
+def time_limit(info: ProcessInfo) -> float:
     """Return the seconds that processes have to join: TOOLKIT_JOIN_TIMEOUT, or 30 on one machine and 600 on several."""
     text = os.environ.get(TIMEOUT_VARIABLE, "").strip()
     if not text:
-        return ONE_MACHINE_S if place.is_on_one_machine else SEVERAL_MACHINES_S
+        return ONE_MACHINE_S if info.is_on_one_machine else SEVERAL_MACHINES_S
     try:
         seconds = float(text)
     except ValueError:
@@ -119,10 +119,10 @@ def time_limit(place: ProcessInfo) -> float:
     return seconds
 
 
-def _advice(place: ProcessInfo) -> str:
+def _advice(info: ProcessInfo) -> str:
     return (
-        f"Check that exactly WORLD_SIZE = {place.world} processes were started, each with a RANK of its own, and that "
-        f"all of them reach MASTER_ADDR:MASTER_PORT = {place.address}:{place.port}; if processes need longer to "
+        f"Check that exactly WORLD_SIZE = {info.world} processes were started, each with a RANK of its own, and that "
+        f"all of them reach MASTER_ADDR:MASTER_PORT = {info.address}:{info.port}; if processes need longer to "
         f"start, set {TIMEOUT_VARIABLE} to more seconds"
     )
 
@@ -130,13 +130,13 @@ def _advice(place: ProcessInfo) -> str:
 class _Joining(threading.Thread):
     """Thread that connects to the store, waits for all ranks, and creates the process groups."""
 
-    def __init__(self, place: ProcessInfo, backend: str, limit: float, stop: GracefulStop | None) -> None:
+    def __init__(self, info: ProcessInfo, backend: str, limit: float, stop: GracefulStop | None) -> None:
         super().__init__(daemon=True)
-        self.place, self.backend, self.stop = place, backend, stop
+        self.info, self.backend, self.stop = info, backend, stop
         self.limit = timedelta(seconds=limit)
         self.finished = threading.Event()
         self.error: BaseException | None = None
-        self.trouble = "no answer yet"
+        self.connection_error = "no answer yet"
         """Why the store cannot be reached."""
         self.is_connected = False
         self.members: dict[int, Peer] = {}
@@ -151,38 +151,38 @@ class _Joining(threading.Thread):
         except Exception as error:
             time.sleep(5 * POLL_S)  # the main thread may find the cause meanwhile: the end of another process
             self.error = RunFailed(
-                f"the processes could not join: {first_line(error):.300} ({self.state()}). {_advice(self.place)}"
+                f"the processes could not join: {first_line(error):.300} ({self.state()}). {_advice(self.info)}"
             )
         self.finished.set()
 
     def _join(self) -> None:
         store, number = self._connect(), next(_joins)
         self.is_connected = True
-        self._call_roll(PrefixStore(f"toolkit/join/{number}", store))
+        self._register(PrefixStore(f"toolkit/join/{number}", store))
         store.set_timeout(STORE_TIMEOUT)
         group_store = PrefixStore(f"toolkit/group/{number}", store)
-        place = self.place
-        dist.init_process_group(self.backend, store=group_store, rank=place.rank, world_size=place.world)
+        info = self.info
+        dist.init_process_group(self.backend, store=group_store, rank=info.rank, world_size=info.world)
         start_failure_detector(self.stop, {rank: str(member) for rank, member in self.members.items()})
 
     # -- the store ----------------------------------------------------------------------------------------------------
 
     def _connect(self) -> Any:
-        place = self.place
-        where = place.address, place.port
+        info = self.info
+        where = info.address, info.port
         if where not in _stores:
-            serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+            serves = info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
             if not serves:
                 self._wait_for_server()
             try:
                 _stores[where] = TCPStore(
-                    *where, place.world, serves, timeout=self.limit, wait_for_workers=False, multi_tenant=True
+                    *where, info.world, serves, timeout=self.limit, wait_for_workers=False, multi_tenant=True
                 )
             except dist.DistError as error:
                 if "EADDRINUSE" not in str(error) and "in use" not in str(error):
                     raise
                 raise UserError(
-                    f"port {place.port} of this machine ({socket.gethostname()}) is in use, by another program or by "
+                    f"port {info.port} of this machine ({socket.gethostname()}) is in use, by another program or by "
                     "a second process with RANK=0: choose another one (MASTER_PORT; torchrun --master-port; accelerate "
                     "launch --main_process_port)"
                 ) from None
@@ -192,11 +192,11 @@ class _Joining(threading.Thread):
         """Wait until rank 0 or torchrun's agent accepts connections, because TCPStore does not report why it fails."""
         while True:
             try:
-                socket.create_connection((self.place.address, self.place.port), timeout=5).close()
+                socket.create_connection((self.info.address, self.info.port), timeout=5).close()
                 return
             except OSError as error:
-                self.trouble = (
-                    f"{self.place.address} is not a known host"
+                self.connection_error = (
+                    f"{self.info.address} is not a known host"
                     if isinstance(error, socket.gaierror)
                     else str(error.strerror or error)
                 )
@@ -204,60 +204,60 @@ class _Joining(threading.Thread):
 
     # -- the ranks ----------------------------------------------------------------------------------------------------
 
-    def _call_roll(self, roll: Any) -> None:
+    def _register(self, registry: Any) -> None:
         """Register this rank and wait for all others. Contradictions are stored for all ranks to raise."""
-        place = self.place
-        self.members[place.rank] = Peer(socket.gethostname(), os.getpid(), _namespace())
-        entry = json.dumps(vars(self.members[place.rank]))
-        mine = f"{place.world} for rank {place.rank} on {socket.gethostname()}"
-        first = roll.compare_set("world", "", mine).decode()
-        if int(first.split()[0]) != place.world:
-            self._refuse(roll, f"WORLD_SIZE is {mine}, but {first}")
-        if roll.add(f"entries/{place.rank}", 1) > 1:
-            other = Peer(**json.loads(roll.get(f"rank/{place.rank}")))
-            self._refuse(roll, f"RANK={place.rank} was given to two processes: {other}; {self.members[place.rank]}")
-        roll.set(f"rank/{place.rank}", entry)
-        roll.add("count", 1)
-        read_every, read_at = max(1.0, place.world / 50), time.monotonic()
-        while (count := roll.add("count", 0)) < place.world:
-            if roll.check(["fault"]):
-                if place.rank == 0:
+        info = self.info
+        self.members[info.rank] = Peer(socket.gethostname(), os.getpid(), _namespace())
+        entry = json.dumps(vars(self.members[info.rank]))
+        stated = f"{info.world} for rank {info.rank} on {socket.gethostname()}"
+        first = registry.compare_set("world", "", stated).decode()
+        if int(first.split()[0]) != info.world:
+            self._refuse(registry, f"WORLD_SIZE is {stated}, but {first}")
+        if registry.add(f"entries/{info.rank}", 1) > 1:
+            other = Peer(**json.loads(registry.get(f"rank/{info.rank}")))
+            self._refuse(registry, f"RANK={info.rank} was given to two processes: {other}; {self.members[info.rank]}")
+        registry.set(f"rank/{info.rank}", entry)
+        registry.add("count", 1)
+        read_every, read_at = max(1.0, info.world / 50), time.monotonic()
+        while (count := registry.add("count", 0)) < info.world:
+            if registry.check(["fault"]):
+                if info.rank == 0:
                     time.sleep(1)  # rank 0 may serve the store: let the others read it
-                raise UserError(roll.get("fault").decode())
+                raise UserError(registry.get("fault").decode())
             if time.monotonic() - read_at > read_every:  # not each time, because it takes one request per rank
-                self._read_members(roll)
+                self._read_members(registry)
                 read_at = time.monotonic()
             time.sleep(POLL_S if count else 2 * POLL_S)
-        self._read_members(roll)
+        self._read_members(registry)
 
-    def _read_members(self, roll: Any) -> None:
-        for rank in range(self.place.world):
+    def _read_members(self, registry: Any) -> None:
+        for rank in range(self.info.world):
             key = f"rank/{rank}"
-            if rank not in self.members and roll.check([key]):
-                self.members = {**self.members, rank: Peer(**json.loads(roll.get(key)))}
+            if rank not in self.members and registry.check([key]):
+                self.members = {**self.members, rank: Peer(**json.loads(registry.get(key)))}
 
-    def _refuse(self, roll: Any, fault: str) -> None:
+    def _refuse(self, registry: Any, fault: str) -> None:
         fault += ". Each process needs a RANK of its own, and all need the same WORLD_SIZE; torchrun sets both"
-        roll.set("fault", fault)
+        registry.set("fault", fault)
         raise UserError(fault)
 
     # -- called by the main thread ------------------------------------------------------------------------------------
 
     def state(self) -> str:
         """Describe what this process is waiting for."""
-        place, members = self.place, self.members
+        info, members = self.info, self.members
         if not self.is_connected:
             return (
-                f"rank {place.rank} of {place.world} cannot reach rank 0 at MASTER_ADDR:MASTER_PORT = "
-                f"{place.address}:{place.port} ({self.trouble})"
+                f"rank {info.rank} of {info.world} cannot reach rank 0 at MASTER_ADDR:MASTER_PORT = "
+                f"{info.address}:{info.port} ({self.connection_error})"
             )
-        missing = [rank for rank in range(place.world) if rank not in members]
+        missing = [rank for rank in range(info.world) if rank not in members]
         joined = "; ".join(f"rank {rank} ({members[rank]})" for rank in sorted(members)[:8])
         more = f" and {len(members) - 8} more" if len(members) > 8 else ""
         if missing:
             have = "has" if len(missing) == 1 else "have"
-            return f"{_ranks(missing)} of {place.world} {have} not joined; joined: {joined}{more}"
-        return f"all {place.world} ranks have joined ({joined}{more}), but their connections are not complete"
+            return f"{_ranks(missing)} of {info.world} {have} not joined; joined: {joined}{more}"
+        return f"all {info.world} ranks have joined ({joined}{more}), but their connections are not complete"
 
     def ended(self) -> str | None:
         """Name a process on this machine that has joined and ended since; None if there is none."""
@@ -266,7 +266,7 @@ class _Joining(threading.Thread):
 
     def prints_notice(self) -> bool:
         """Return whether this process prints the notice for all: the lowest rank that has joined does."""
-        return self.place.rank == min(self.members, default=self.place.rank)
+        return self.info.rank == min(self.members, default=self.info.rank)
 
 
 def _ranks(ranks: list[int]) -> str:

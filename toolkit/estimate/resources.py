@@ -281,7 +281,7 @@ def plan_text(found: ResourceEstimate) -> str:
 
 
 def _memory_rows(memory: Memory) -> list[tuple[str, int]]:
-    words = {
+    labels = {
         "weights": "weights",
         "gradients": "gradients",
         "optimizer": "optimizer state",
@@ -289,7 +289,7 @@ def _memory_rows(memory: Memory) -> list[tuple[str, int]]:
         "activations": "activations kept for the backward pass",
         "images": "images",
     }
-    return [(words[key], value) for key, value in asdict(memory).items() if value or key != "average"]
+    return [(labels[key], value) for key, value in asdict(memory).items() if value or key != "average"]
 
 
 def _steps_text(found: ResourceEstimate) -> str:

@@ -72,7 +72,7 @@ def _copies_on(device: torch.device, module: nn.Module) -> Iterator[None]:
 
     Submodules registered under several names are swapped only once. torch.func.functional_call does not restore those.
     """
-    places: list[tuple[dict[str, Any], str, Tensor]] = [
+    entries: list[tuple[dict[str, Any], str, Tensor]] = [
         (tensors, name, tensor)
         for submodule in module.modules()
         for tensors in (submodule._parameters, submodule._buffers)
@@ -80,17 +80,17 @@ def _copies_on(device: torch.device, module: nn.Module) -> Iterator[None]:
         if tensor is not None
     ]
     copies: dict[int, Tensor] = {}
-    for _, _, tensor in places:
+    for _, _, tensor in entries:
         if isinstance(tensor, nn.Parameter):
             copies[id(tensor)] = nn.Parameter(tensor.detach().to(device), tensor.requires_grad)
         else:
             copies[id(tensor)] = tensor.detach().clone().to(device)
     try:
-        for tensors, name, tensor in places:
+        for tensors, name, tensor in entries:
             tensors[name] = copies[id(tensor)]
         yield
     finally:
-        for tensors, name, tensor in places:
+        for tensors, name, tensor in entries:
             tensors[name] = tensor
 
 

@@ -259,13 +259,13 @@ def _adapt_first_convolution(module: nn.Module, own: StateDict, state: StateDict
     name = f"{first}.weight"
     if name not in own or name not in state or state[name].ndim != 4:
         return []
-    theirs, ours = state[name].shape, own[name].shape
-    if theirs[1] == ours[1] or (theirs[0], *theirs[2:]) != (ours[0], *ours[2:]):
+    file_shape, model_shape = state[name].shape, own[name].shape
+    if file_shape[1] == model_shape[1] or (file_shape[0], *file_shape[2:]) != (model_shape[0], *model_shape[2:]):
         return []
     from timm.models import adapt_input_conv
 
-    state[name] = adapt_input_conv(ours[1], state[name])
-    return [f"{name}: adapted from {theirs[1]} input channels to {ours[1]}"]
+    state[name] = adapt_input_conv(model_shape[1], state[name])
+    return [f"{name}: adapted from {file_shape[1]} input channels to {model_shape[1]}"]
 
 
 def _check_fit(own: StateDict, state: StateDict, source: str) -> None:

@@ -88,6 +88,14 @@ def update_metrics(value: Any) -> Any:
     return value
 
 
+def update_summary(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of summary.json with current names."""
+    updated: dict[str, Any] = update_metrics(summary)
+    if "shortcuts" in updated:
+        updated["cached"] = updated.pop("shortcuts")
+    return updated
+
+
 def update_study(record: dict[str, Any]) -> dict[str, Any]:
     """Return the content of study.json with current names."""
     if isinstance(record.get("study"), dict):

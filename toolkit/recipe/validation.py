@@ -194,10 +194,10 @@ def _unknown_hint(key: _Key) -> str:
         return f"renamed to {dotted((*key.path[:-1], new))}"
     if similar:
         return f"did you mean {' or '.join(similar)}?"
-    if homes := _tables_with(name):
-        return f"{name} belongs to " + " or ".join(f"[{home}]" for home in homes)
-    if homes := _tables_with(OTHER_NAMES.get(name, "")):
-        return f"did you mean {' or '.join(f'{home}.{OTHER_NAMES[name]}' for home in homes)}?"
+    if tables := _tables_with(name):
+        return f"{name} belongs to " + " or ".join(f"[{table}]" for table in tables)
+    if tables := _tables_with(OTHER_NAMES.get(name, "")):
+        return f"did you mean {' or '.join(f'{table}.{OTHER_NAMES[name]}' for table in tables)}?"
     known = ", ".join(key.table.model_fields)
     return f"{_table(key.path[:-1])} takes {known}" if key.path[:-1] else f"the tables are {known}"
 

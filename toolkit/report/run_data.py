@@ -15,6 +15,7 @@ from toolkit.errors import UserError
 from toolkit.reading import UnreadableFile, read_json, require_file
 from toolkit.recipe import Recipe
 from toolkit.recipe.diagnostics import printable
+from toolkit.recipe.earlier_versions import update_summary
 from toolkit.report.prediction_metrics import Calibration, Counts, RunPredictions, calibration
 from toolkit.runs import Run
 from toolkit.training.lr_schedule import epoch_rank
@@ -220,7 +221,7 @@ def _read_metrics(data: RunData) -> None:
 def _checked_summary(data: RunData) -> Record:
     """Return the summary, without values that should be numbers and are not."""
     file = data.run.path / "summary.json"
-    summary = read_json(file)  # the valid parts of a damaged summary are shown
+    summary = update_summary(read_json(file))  # the valid parts of a damaged summary are shown
     for model in ("best", "last"):
         if not isinstance(summary.get(model), dict) or not isinstance(summary[model].get("epoch"), int):
             raise UserError(f"{file} is damaged: it has no {model}.epoch")

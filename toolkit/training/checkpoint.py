@@ -1,12 +1,12 @@
-"""Checkpoints that stay valid if the process is killed at any moment.
+"""Checkpoints that remain valid if the process is killed at any moment.
 
 A checkpoint is a file of tensors and plain values, plus a small JSON manifest that is written after it and holds its
 name and SHA-256. A file that no manifest names, or that does not match its checksum, is ignored, and the checkpoint
 before it is used. The manifest also has the SHA-256 of the best weights so far, without which a run could not finish
 from that checkpoint.
 
-A checkpoint within an epoch is known to be good once the next step has a finite loss; until then the one before it is
-kept as well. If that loss is not finite, the manifest gets the key "refused", and the checkpoint is not used.
+A mid-epoch checkpoint is known to be good once the next step has a finite loss; until then the previous one is kept as
+well. If that loss is not finite, the manifest gets the key "refused", and the checkpoint is not used.
 
     checkpoints/0007-000123.json            {"file": ..., "sha256": ..., "bytes": ..., "epoch": 7, "step": 123, ...}
     checkpoints/0007-000123-5fe1ab0c.pt     completed epochs - steps of the next one - start of the file's checksum
@@ -68,52 +68,53 @@ class _Manifest(_File):
 
 
 class BestWeightsLost(UserError):
-    """Raised if no whole checkpoint has its best weights; ``path`` is the newest of these checkpoints."""
+    """Raised if every intact checkpoint lacks its best weights; ``path`` is the newest of them."""
 
     def __init__(self, path: Path, weights: Path, fault: str) -> None:
         super().__init__(f"{weights} is lost ({fault}), and every remaining checkpoint needs it")
         self.path, self.weights = path, weights
 
 
-def save_checkpoint(folder: Path, place: CheckpointStep, content: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(folder: Path, position: CheckpointStep, content: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint, then delete the oldest ones.
 
     Raises OSError (e.g. disk full), which leaves the existing checkpoints intact. The file of an earlier checkpoint at
     the same step is never overwritten: the manifest is switched to the new file.
     """
-    # Through memory: torch's own writer and safetensors' hide a full disk behind other exceptions.
+    # Serialize in memory first: torch and safetensors report a full disk with other exceptions.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-    manifest_path = folder / _manifest_name(place)
+    manifest_path = folder / _manifest_name(position)
     path = folder / f"{manifest_path.stem}-{digest[:8]}.pt"
     write_atomically(path, buffer.getbuffer())
     manifest = {
         "file": path.name,
         "sha256": digest,
         "bytes": len(buffer.getbuffer()),
-        "epoch": place[0],
-        "step": place[1],
+        "epoch": position[0],
+        "step": position[1],
         "best_epoch": content.get("best_epoch"),
         "best_weights": content.get("best_weights"),
         "classes": _classes_digest(content.get("classes")),
     }
     write_atomically(manifest_path, json.dumps(manifest).encode())
-    _prune(folder, place, keep)
+    _prune(folder, position, keep)
     return path
 
 
 def find_latest(folder: Path, warn: Callable[[str], None], *, with_best: bool = False) -> Path | None:
-    """Return the file of the newest whole checkpoint, or None. Unusable ones are reported through ``warn``.
+    """Return the file of the newest intact checkpoint, or None. Unusable ones are reported through ``warn``.
 
-    ``with_best``: its best weights must be whole as well. Raises BestWeightsLost if only these are missing.
+    ``with_best``: its best weights must be intact as well. Raises BestWeightsLost if only these are missing.
     """
-    places = sorted({place for path in folder.glob("*") if (place := checkpoint_step(path)) is not None}, reverse=True)
+    steps = (checkpoint_step(path) for path in folder.glob("*"))
+    positions = sorted({step for step in steps if step is not None}, reverse=True)
     if not folder.is_dir():
         warn(f"{folder} is missing: the run starts over")
     lost: BestWeightsLost | None = None
-    for place in places:
-        manifest = folder / _manifest_name(place)
+    for position in positions:
+        manifest = folder / _manifest_name(position)
         path, fault = _examine(manifest)
         problem = f"is {'skipped' if _is_refused(manifest) else 'damaged'} ({fault})"
         if path is not None:
@@ -122,18 +123,18 @@ def find_latest(folder: Path, warn: Callable[[str], None], *, with_best: bool = 
                 return path
             lost = lost or BestWeightsLost(path, weights, fault)
             problem = f"is skipped, because {weights.name} is {fault}"
-        next_try = "" if place == places[-1] else "; trying the one before it"
+        next_try = "" if position == positions[-1] else "; trying the previous one"
         warn(f"checkpoint {manifest.stem} {problem}{next_try}")
     if lost is not None:
         raise lost
-    if places:
-        warn("no whole checkpoint is left: the run starts over")
+    if positions:
+        warn("no intact checkpoint is left: the run starts over")
     return None
 
 
-def refuse_checkpoint(folder: Path, place: CheckpointStep, reason: str) -> None:
-    """Mark the checkpoint at ``place``, if there is one, as unusable. Raises OSError (e.g. disk full)."""
-    path = folder / _manifest_name(place)
+def refuse_checkpoint(folder: Path, position: CheckpointStep, reason: str) -> None:
+    """Mark the checkpoint at ``position``, if there is one, as unusable. Raises OSError (e.g. disk full)."""
+    path = folder / _manifest_name(position)
     try:
         manifest = read_json(path, _Manifest)
         write_atomically(path, json.dumps({**manifest, "refused": reason}).encode())
@@ -268,7 +269,7 @@ def checkpoint_step(path: Path) -> CheckpointStep | None:
 
 
 def _examine(manifest_path: Path) -> tuple[Path | None, str]:
-    """Return the file of a whole checkpoint, or None and what is wrong with it."""
+    """Return the file of an intact checkpoint, or None and what is wrong with it."""
     try:
         manifest = read_json(manifest_path, _Manifest)
         path = manifest_path.with_name(Path(manifest["file"]).name)
@@ -305,20 +306,20 @@ def _file_fault(path: Path, size: int | None, sha256: str | None) -> str:
     return "" if digest == sha256 else "its checksum differs"
 
 
-def _manifest_name(place: CheckpointStep) -> str:
-    return f"{place[0]:04d}-{place[1]:06d}.json"
+def _manifest_name(position: CheckpointStep) -> str:
+    return f"{position[0]:04d}-{position[1]:06d}.json"
 
 
-def _prune(folder: Path, place: CheckpointStep, keep: int) -> None:
-    """Keep the last ``keep`` checkpoints up to the new one at ``place``, and their best weights; delete the others.
+def _prune(folder: Path, position: CheckpointStep, keep: int) -> None:
+    """Keep the last ``keep`` checkpoints up to the new one at ``position``, and their best weights; delete the others.
 
     Within an epoch at least two are kept, because the loss after the new one is not known yet. Later ones were damaged
     or refused, so the run resumed from an earlier checkpoint; they are deleted.
     """
-    if place[1]:
+    if position[1]:
         keep = max(keep, 2)
     manifests = sorted((checkpoint_step(p), p) for p in folder.glob("*.json") if checkpoint_step(p) is not None)
-    kept = [path for at, path in manifests if at is not None and at <= place and not _is_refused(path)][-keep:]
+    kept = [path for at, path in manifests if at is not None and at <= position and not _is_refused(path)][-keep:]
     named = set(kept)
     for path in kept:
         try:

@@ -16,7 +16,7 @@ from toolkit.data.image_sources import Checked, ImageFiles, check_images
 from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
 from toolkit.data.sampling import check_steps, steps_per_epoch
 from toolkit.data.splits import SPLITS, check_splits, describe_splits, split_dataset, split_hash
-from toolkit.data.value_range import choose_range, range_words
+from toolkit.data.value_range import choose_range, describe_range
 from toolkit.distributed.cpu_count import available_cpus
 from toolkit.distributed.process import broadcast_object, local_processes, main_first
 from toolkit.errors import UserError
@@ -139,7 +139,7 @@ def _open_images(
     checked = _check_images(recipe, accelerator, dataset, splits)
     splits, bad_images = _without_bad_images(recipe, display, dataset, splits, checked.bad)
     if isinstance(dataset.images, ImageFiles) and (value_range := choose_range(checked.extents)) is not None:
-        display.log(range_words(checked.extents, value_range))
+        display.log(describe_range(checked.extents, value_range))
         dataset = replace(dataset, images=dataset.images.with_range(value_range))
         data = data.model_copy(update={"value_range": list(value_range)})
     return data, dataset, splits, bad_images

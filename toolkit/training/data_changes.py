@@ -183,15 +183,15 @@ class FileFacts:
     @functools.cache  # noqa: B019  (one object per resume)
     def replaced(self) -> list[str]:
         """Return the names of files whose content changed, as far as can be told without reading them all."""
-        places = np.array([self.index.get(name, -1) for name in self.names], dtype=np.int64)
-        there = np.flatnonzero(places >= 0)
-        other_size, other_time = (self.files[there] != _stat(self.images, places[there])).T
+        indices = np.array([self.index.get(name, -1) for name in self.names], dtype=np.int64)
+        there = np.flatnonzero(indices >= 0)
+        other_size, other_time = (self.files[there] != _stat(self.images, indices[there])).T
         self.is_current = not other_time.any()
         if not other_time.all():
             return [self.names[row] for row in there[other_size | other_time]]
         rows = _sampled(len(self.names))
-        is_there = places[rows] >= 0
-        digests = _digests(self.images, places[rows[is_there]])
+        is_there = indices[rows] >= 0
+        digests = _digests(self.images, indices[rows[is_there]])
         other_content = rows[is_there][(digests != self.sample[is_there]).any(1)]
         return [self.names[row] for row in sorted({*there[other_size].tolist(), *other_content.tolist()})]
 

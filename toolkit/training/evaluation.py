@@ -64,16 +64,16 @@ def evaluate(
     """
     module.eval()
     forward = _ChunkedForward(module, device, autocast_dtype)
-    places: list[np.ndarray] = []
+    all_positions: list[np.ndarray] = []
     found: list[Tensor] = []  # kept on the device until the end, to avoid synchronization
     for positions, inputs, targets in batches:
         logits = forward(to_device(inputs, device, channels_last))
         found.append(outcomes(logits.float(), targets.to(device, non_blocking=True)))
-        places.append(positions)
+        all_positions.append(positions)
     # Columns: count, loss, prediction, probability, top 5. Each process fills its own rows, which are then summed.
     table = torch.zeros(len(labels), 5, dtype=torch.float64)
     if found:
-        table.index_add_(0, torch.from_numpy(np.concatenate(places)), torch.cat(found).cpu())
+        table.index_add_(0, torch.from_numpy(np.concatenate(all_positions)), torch.cat(found).cpu())
     if dist.is_initialized() and dist.get_world_size() > 1:
         shared = table.to(device) if dist.get_backend() == "nccl" else table
         dist.all_reduce(shared)

@@ -146,7 +146,7 @@ def _summary(training: Trainer, best: dict[str, Any], last: dict[str, Any]) -> d
         "startup_seconds": training.startup_seconds,
         "images_per_s": round(progress.train_images / max(progress.train_seconds, 1e-9), 2),
         "peak_memory_gib": round(peak_memory_gib(training.accelerator.device), 3),
-        "shortcuts": training.loaders.shortcuts,
+        "cached": training.loaders.cached,
         "images": {name: len(indices) for name, indices in setup.splits.items()},
         "images_per_epoch": min(len(setup.splits["train"]), setup.steps * training.recipe.train.batch_size),
         "images_left_out": len(setup.bad_images),

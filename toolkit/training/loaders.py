@@ -57,10 +57,10 @@ class ImageLoaders:
         device, indices = setup.accelerator.device, setup.splits[split]
         channels_last = setup.recipe.train.channels_last
         if split in self.cached.rows:
-            tensor, places = self.cached.rows[split]
+            tensor, row_indices = self.cached.rows[split]
             on_device = DevicePreprocessor(plan, device, channels_last=channels_last)
             prefetch = device if device.type == "cuda" and tensor.device.type == "cpu" else None
-            return TensorBatches([tensor], setup.labels(split), places[indices], on_device, prefetch)
+            return TensorBatches([tensor], setup.labels(split), row_indices[indices], on_device, prefetch)
         workers = min(worker_count(setup.recipe.data.workers, setup.dataset.images, local_processes()), most_workers)
         done = self.cached.done[split]
         rest = plan.transform.after(done) if done else plan.transform
@@ -92,9 +92,9 @@ class DataLoaders:
         return None if self.features is None else self.features.tail
 
     @property
-    def shortcuts(self) -> list[str]:
+    def cached(self) -> list[str]:
         """Descriptions of the computations that are replaced by cached results."""
-        return [*([] if self.features is None else [self.features.description]), *self.images.cached.shortcuts]
+        return [*([] if self.features is None else [self.features.description]), *self.images.cached.descriptions]
 
     def evaluation(self, split: str) -> tuple[EvaluationLoader, int]:
         """Return a split's batches (of features if training uses them) and the largest number that any process has.
@@ -128,10 +128,10 @@ class DataLoaders:
             self.features.release()
 
 
-def build_loaders(setup: TrainingContext, guard: Guard, shortcuts: CachePolicy = "all") -> DataLoaders:
+def build_loaders(setup: TrainingContext, guard: Guard, cache_policy: CachePolicy = "all") -> DataLoaders:
     """Build the loaders; the model must be on its device and have its initial weights (a collective).
 
-    ``shortcuts``: what may be cached if the recipe allows it: "all" (images and features), "images" or "none".
+    ``cache_policy``: what may be cached if the recipe allows it: "all" (images and features), "images" or "none".
     """
     recipe, images = setup.recipe, setup.dataset.images
     arguments = recipe.augment, setup.preprocessing, recipe.recipe.seed, setup.dataset.native_size
@@ -141,9 +141,9 @@ def build_loaders(setup: TrainingContext, guard: Guard, shortcuts: CachePolicy =
         if plan.obstacle and recipe.augment.run_on == "auto":
             which = "augmented" if plan.batched is None else "augmented up to the crop"
             setup.display.log(f"{split} images are {which} one by one, by data workers: {plan.obstacle}")
-    cache = DistributedCache(setup, guard) if shortcuts != "none" and recipe.data.cache != "off" else None
+    cache = DistributedCache(setup, guard) if cache_policy != "none" and recipe.data.cache != "off" else None
     source = ImageLoaders(setup, plans, SplitImages(setup, plans))
-    features = _features(setup, source, cache, guard) if shortcuts == "all" else None
+    features = _features(setup, source, cache, guard) if cache_policy == "all" else None
     passes = recipe.train.epochs if features is None else features.passes()
     if cache is not None:
         source.cached.cache(cache, passes)
@@ -154,7 +154,7 @@ def build_loaders(setup: TrainingContext, guard: Guard, shortcuts: CachePolicy =
     loaders = DataLoaders(setup, source, train, features)
     if setup.has("validation"):
         loaders.evaluation("validation")
-    setup.display.log(f'shortcut: {features.description}; data.cache = "off" turns it off')
+    setup.display.log(f'cached: {features.description}; data.cache = "off" turns it off')
     return loaders
 
 

@@ -77,16 +77,16 @@ class RunWriter:
             self.best_weights = save_best(self.run.checkpoints, *self.best)
             self.best = None
 
-    def save(self, place: CheckpointStep, content: dict[str, Any]) -> None:
+    def save(self, position: CheckpointStep, content: dict[str, Any]) -> None:
         """Write a checkpoint; call :meth:`flush` first. Raises OSError, which leaves the previous one intact."""
         if self.run is not None:
-            save_checkpoint(self.run.checkpoints, place, content, self.keep)
+            save_checkpoint(self.run.checkpoints, position, content, self.keep)
 
-    def refuse(self, place: CheckpointStep, reason: str) -> None:
-        """Mark the checkpoint at ``place``, if there is one, as unusable."""
+    def refuse(self, position: CheckpointStep, reason: str) -> None:
+        """Mark the checkpoint at ``position``, if there is one, as unusable."""
         if self.run is not None:
             with contextlib.suppress(OSError):
-                refuse_checkpoint(self.run.checkpoints, place, reason)
+                refuse_checkpoint(self.run.checkpoints, position, reason)
 
     def latest(self) -> CheckpointStep | None:
         """Return the epochs and steps of the newest usable checkpoint, None if there is none."""

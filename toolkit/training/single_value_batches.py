@@ -1,4 +1,4 @@
-"""Check for batches that are too small for batch norm, before training instead of at the end of the first epoch.
+"""Check before training for batches that are too small for batch norm; an error would otherwise end the first epoch.
 
 Batch norm in training mode needs more than one value per channel. A convolution's output usually has many per image,
 the output of global pooling or a linear layer only one, so a micro-batch of a single image cannot be normalized there.
@@ -22,19 +22,21 @@ def check_single_value_batches(
     built: ModelBundle, transfer: Transfer, train: TrainConfig, images: int, world: int, channels: int, image_size: int
 ) -> None:
     """Raise UserError if an epoch of ``images`` on ``world`` processes gives a batch norm one value per channel."""
-    lone = [count for count in _step_sizes(images, train.batch_size, train.drop_last) if _is_lone(count, train, world)]
-    if not lone:
+    affected = [
+        count for count in _step_sizes(images, train.batch_size, train.drop_last) if _is_affected(count, train, world)
+    ]
+    if not affected:
         return
     norms = single_value_norms(built, transfer, train.epochs, channels, image_size)
     if not norms:
         return
     more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
-    share = "1 image" if lone[0] == 1 else f"{lone[0]} images, of which a forward pass gets 1"
-    which = "every batch" if lone[0] == train.batch_size else "the last batch of an epoch"
+    share = "1 image" if affected[0] == 1 else f"{affected[0]} images, of which a forward pass gets 1"
+    which = "every batch" if affected[0] == train.batch_size else "the last batch of an epoch"
     advice = []
     if sizes := _other_sizes(images, train, world):
         advice.append(f"train.batch_size = {' or '.join(map(str, sizes))}")
-    if lone[0] != train.batch_size:
+    if affected[0] != train.batch_size:
         advice.append("train.drop_last = true")
     if train.grad_accum_steps > 1:
         advice.append("a smaller train.grad_accum_steps")
@@ -93,7 +95,7 @@ def _step_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
     return [*full, rest] if rest and not drop_last else full
 
 
-def _is_lone(count: int, train: TrainConfig, world: int) -> bool:
+def _is_affected(count: int, train: TrainConfig, world: int) -> bool:
     """Return whether a batch norm sees a single image in a step of ``count``, split as in :func:`plan_epoch`."""
     return 1 in _seen_at_once(count, train, world)
 
@@ -107,11 +109,11 @@ def _seen_at_once(count: int, train: TrainConfig, world: int) -> Iterator[int]:
 
 
 def _other_sizes(images: int, train: TrainConfig, world: int) -> list[int]:
-    """Return the nearest smaller and larger batch sizes that avoid the problem."""
+    """Return the nearest smaller and larger batch sizes without this problem."""
     unit = world * train.grad_accum_steps
 
     def fits(size: int) -> bool:
-        return not any(_is_lone(count, train, world) for count in _step_sizes(images, size, train.drop_last))
+        return not any(_is_affected(count, train, world) for count in _step_sizes(images, size, train.drop_last))
 
     highest = min(train.batch_size - unit, images // unit * unit)
     below = next((size for size in range(highest, 0, -unit) if fits(size)), None)

@@ -57,7 +57,7 @@ class Trainer:
         tracking: Tracking | None,
         stop: GracefulStop,
         checkpoint: dict[str, Any] | None,
-        shortcuts: CachePolicy = "all",
+        cache_policy: CachePolicy = "all",
     ) -> None:
         self.setup, self.run, self.tracking, self.stop = setup, run, tracking, stop
         self.recipe, self.accelerator, self.display = setup.recipe, setup.accelerator, setup.display
@@ -78,7 +78,7 @@ class Trainer:
         place_model(setup)
         if checkpoint is not None:
             restore_model(self, checkpoint)
-        self.loaders: DataLoaders = build_loaders(setup, self.consensus.stop_aware, shortcuts)
+        self.loaders: DataLoaders = build_loaders(setup, self.consensus.stop_aware, cache_policy)
         self.train_step = build_train_step(setup, self.loaders, self.progress.epochs_begun)
         if checkpoint is not None:
             restore_rest(self, checkpoint)
@@ -261,22 +261,22 @@ class Trainer:
         )
         raise self._not_finite(reason, (epoch, step - 1))
 
-    def _not_finite(self, reason: str, place: CheckpointStep) -> RunFailed:
-        """Mark the checkpoint at ``place``, whose weights led to the failure, as refused; return the error to raise.
+    def _not_finite(self, reason: str, position: CheckpointStep) -> RunFailed:
+        """Mark the checkpoint at ``position``, whose weights led to the failure, as refused; return the error to raise.
 
         A collective. Two checkpoints are not marked: one at the end of an epoch, because its validation loss was
         finite, and the one that this process resumed from with changes, because they may be the cause.
         """
-        if place[1] and place != self.resumed_under_changes:
-            self.writer.refuse(place, reason)
+        if position[1] and position != self.resumed_under_changes:
+            self.writer.refuse(position, reason)
         return RunFailed(f"{reason}; {self.kept_text()}. {ADVICE}")
 
     def kept_text(self) -> str:
         """Return a phrase that names the checkpoint to resume from, for messages (a collective)."""
-        place = broadcast_object(self.writer.latest())
-        if place is None:
+        position = broadcast_object(self.writer.latest())
+        if position is None:
             return "there is no checkpoint to resume from"
-        epoch, step = place
+        epoch, step = position
         where = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
         return f"the checkpoint of {where} is kept"
 
@@ -368,7 +368,7 @@ class Trainer:
         """Write all results still held in memory (a collective). Raises RunFailed if they cannot be written."""
         self._written(self.writer.flush, "results could not be written", must=True)
 
-    def _written(self, write: Callable[[], None], trouble: str, *, must: bool = False) -> bool:
+    def _written(self, write: Callable[[], None], problem: str, *, must: bool = False) -> bool:
         """Call ``write()`` on the main process and return whether it succeeded on all processes (a collective).
 
         On failure, raise RunFailed if ``must`` or if checkpoint.on_write_error is "stop"; otherwise log a warning.
@@ -378,7 +378,7 @@ class Trainer:
             try:
                 write()
             except OSError as failure:
-                error = f"{trouble} in {self.run.path if self.run else ''} ({failure.strerror or failure})"
+                error = f"{problem} in {self.run.path if self.run else ''} ({failure.strerror or failure})"
         error = broadcast_object(error)
         if error and (must or self.recipe.checkpoint.on_write_error == "stop"):
             raise RunFailed(f"{error}; {self.kept_text()}. Free disk space, then continue with --resume")
