@@ -1,7 +1,7 @@
 """Decoded and resized images, computed once and stored as bytes in the cache.
 
-An image is stored as it leaves the leading deterministic steps of a split's transform: uint8 [h, w, C], exactly the
-input of the next step.
+The leading deterministic steps of a split's transform are applied before an image is stored: uint8 [h, w, C], exactly
+the input of the next step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SAMPLE = 16
 
 @dataclass(frozen=True, eq=False)
 class CachePartition:
-    """Images of a data set that share the same precomputed leading steps."""
+    """Images of a data set for which the same leading steps are precomputed."""
 
     splits: tuple[str, ...]
     indices: IntArray
@@ -77,7 +77,7 @@ def _serves(first: tuple[str, ...], whole: tuple[str, ...]) -> bool:
 
 
 def part_key(images: ImageSource, part: CachePartition) -> dict[str, Any]:
-    """Return everything that the stored bytes depend on."""
+    """Return everything that the stored bytes depend on, as JSON-serializable values."""
     return {
         "images": images.identity(part.indices),
         "steps": part.description,
@@ -194,7 +194,7 @@ class CachedImages:
 
 
 def leaves_images_unchanged(images: InMemoryImages, transform: ImageTransform, steps: int) -> bool:
-    """Whether the first steps of a transform leave in-memory images unchanged, so that caching them is pointless."""
+    """Return whether the first steps of a transform leave in-memory images unchanged, so that caching is pointless."""
     noise = np.random.default_rng(0).integers(0, 256, (1, *images.pixels.shape[1:]), dtype=np.uint8)
     one = InMemoryImages(noise, "", images.channels).load(0)
     return np.array_equal(one, transform.apply(one, steps))

@@ -25,14 +25,14 @@ from toolkit.locks import Lock
 from toolkit.training.context import TrainingContext
 
 Guard = Callable[[Any, int], Iterator[Any]]
-"""Wraps a stream of batches so that all processes can agree to stop; the number is how often they check."""
+"""Wraps an iterable of batches so that all processes can agree to stop; the number is how often they check."""
 Work = Generator[None, None, CacheEntry | None]
 """Generator that works in small steps and returns the resulting entry."""
 EntryBuilder = Callable[[CacheEntryWriter], Work]
 """Writes an entry and publishes it."""
 
 TURN_S = 0.5
-"""Seconds that a process works before all processes check whether to stop."""
+"""Seconds of work between two checks of all processes whether to stop."""
 POLL_S = 0.2
 
 
@@ -52,7 +52,7 @@ class DistributedCache:
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[CacheEntry | None]:
-        """Yield an entry if every process finds it intact; otherwise yield None and hold its build lock in the context.
+        """Yield an entry if every process finds it intact; otherwise hold its build lock in the context and yield None.
 
         Waits for another run that holds the lock. Collective.
         """
@@ -76,7 +76,7 @@ class DistributedCache:
         return bool(self.setup.accelerator.is_local_main_process)
 
     def _run_work(self, name: str, work: Work | None) -> CacheEntry | None:
-        """Run the work of the processes that have some while the others wait; all can be stopped. Collective.
+        """Run ``work`` on the processes that have any while the others wait; all can be stopped. Collective.
 
         Returns the resulting entry on every process of a machine whose main process has it.
         """
@@ -157,7 +157,7 @@ class DistributedCache:
             self._disable(error)
             return None
         finally:
-            self._unlock()  # other machines may wait for it, and claim() for them
+            self._unlock()  # other machines may wait for this lock, and claim() waits for them
 
     def _unlock(self) -> None:
         if self.lock is not None:

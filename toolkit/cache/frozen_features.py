@@ -1,8 +1,8 @@
 """Precomputed features of a frozen backbone.
 
-If transfer freezes everything before one submodule (the tail) and the tail's inputs do not change between epochs, they
-are computed once and training starts from them: the losses are the same without running the frozen layers. The features
-are stored in the cache and shared by all runs with the same images, preprocessing and frozen backbone.
+If the transfer mode freezes all layers before one submodule (the tail) and the tail's inputs do not change between
+epochs, they are computed once and used as training inputs: the losses are the same, and the frozen layers need not run.
+The features are stored in the cache and shared by all runs with the same images, preprocessing and frozen backbone.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ class Features:
         loader: Callable[[str, list[IntArray], int], EvaluationLoader],
         batched: dict[str, bool],
     ) -> None:
-        """Take a ``loader`` of given batches of a split and view, and whether each split is augmented in batches."""
+        """``loader`` returns a loader of given batches of a split and view.
+
+        ``batched``: whether the images of each split are augmented in batches.
+        """
         self.setup, self.tail, self.cache, self.guard, self.loader = setup, tail, cache, guard, loader
         self.batched, self.frozen = batched, frozen_part(setup, tail)
         self.made: dict[str, list[Tensor]] = {}
@@ -169,7 +172,7 @@ class Features:
         """Raise RunFailed unless ``written``, a complete model, has the frozen backbone that produced the features.
 
         Its frozen weights must be bitwise equal. Features recomputed from some images of the last split used in every
-        epoch must match within the tolerance of a device's choice of algorithms.
+        epoch must match up to differences between a device's algorithms.
         """
         setup, tail = self.setup, self.tail
         fault = weights_hash(written, tail) != self.frozen["weights"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from toolkit.distributed.cpu_count import cgroups
 
 MEMORY_SHARE = 0.4
-"""Maximum share of the machine's free memory used for caching, over all its processes."""
+"""Maximum share of the machine's free memory used for caching by all its processes together."""
 DISK_SHARE = 0.5
 """Maximum share of a disk's free space used for caching."""
 DEVICE_SHARE = 0.3
@@ -21,7 +21,7 @@ DEVICE_SHARE = 0.3
 
 
 def available_memory(system: Path = Path("/")) -> int:
-    """Return the bytes that can be allocated when only file pages are evicted: the minimum of machine and cgroups.
+    """Return the bytes that can be allocated by evicting only file pages: the minimum over the machine and its cgroups.
 
     ``system`` is the root of the file system.
     """

@@ -8,8 +8,8 @@ An entry is a folder that is published atomically, by renaming, and never change
     <root>/images-<key>.lock          held by the process that builds the entry
 
 The key is a hash of everything that the content depends on, so entries are never stale and need no invalidation.
-Concurrent runs, and all processes of a machine, share entries. No library's store does this: diskcache and zarr have
-no memory map of the data, safetensors has no checksums and is not written in pieces by several processes.
+Concurrent runs, and all processes of a machine, share entries. No library provides all of this: diskcache and zarr
+cannot memory-map the data; safetensors has no checksums and cannot be written in pieces by several processes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BlockRange = tuple[int, int, int]
 """Offset and length in bytes, checksum."""
 
 FORMAT = 2
-"""Version of the entry layout."""
+"""Version of the layout of entries."""
 ABANDONED_S = 600
 """Seconds without a write after which a partial entry is considered left over from a killed process."""
 
@@ -58,7 +58,7 @@ _verified: dict[Path, tuple[int, int, int]] = {}
 
 
 class CorruptCacheEntry(Exception):
-    """An entry differs from what was written; the message says how."""
+    """Raised for an entry that differs from what was written; the message says how."""
 
 
 def cache_root() -> Path:

@@ -34,7 +34,7 @@ STEM = "conv1"
 
 
 LIBRARIES: dict[str, ModuleType] = {"torchvision": torchvision_models, "timm": timm_models}
-"""Modules with the same functions (construct, inputs, published_state and adapt) by model.source."""
+"""Modules by model.source. Each has the functions construct, inputs, published_state and adapt."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class ModelBundle:
     new_stem: str | None
     """Dotted name of the first convolution if it is randomly initialized although the rest is pretrained."""
     unkeyed: tuple[str, ...] = ()
-    """Operations that draw random numbers in training and are not in a dropout layer, so that they cannot be keyed."""
+    """Operations outside dropout layers that draw random numbers in training. They cannot be keyed by example."""
 
     @property
     def head(self) -> str:
@@ -88,7 +88,7 @@ def expected_input(table: ModelConfig) -> PretrainedInput | None:
 
 
 class _Builder:
-    """One model while it is built."""
+    """Builds one model from the recipe's [model] table."""
 
     def __init__(self, table: ModelConfig, num_classes: int, channels: int, image_size: int) -> None:
         self.table, self.library = table, LIBRARIES.get(table.source)
@@ -106,7 +106,7 @@ class _Builder:
         """Adapt the architecture to the recipe, load the weights and check the result."""
         if self.table.stem == "small":
             self._shrink_stem()
-        if self.library is not None:  # a ConvNet is built with its head
+        if self.library is not None:  # a ConvNet is already built with its head
             self._replace_head()
         loaded = self._load(load_weights)
         found = self._probe_and_key()
@@ -122,7 +122,7 @@ class _Builder:
         )
 
     def _shrink_stem(self) -> None:
-        """Replace a ResNet's stem by a 3x3 convolution of stride 1 without pooling, as in He et al. 2016."""
+        """Replace a ResNet's stem with a 3x3 convolution of stride 1 without pooling, as in He et al. 2016."""
         conv = getattr(self.module, STEM, None)
         is_resnet = isinstance(self.module, torchvision.models.ResNet | timm.models.resnet.ResNet)
         if not (is_resnet and isinstance(conv, nn.Conv2d) and conv.kernel_size == (7, 7)):
@@ -135,7 +135,7 @@ class _Builder:
         self.module.set_submodule("maxpool", nn.Identity())
 
     def _replace_head(self) -> None:
-        """Replace the architecture's head by the recipe's, if it describes one."""
+        """Replace the architecture's head with the recipe's, if it defines one."""
         head = self.table.head
         if head.scope == "classifier":
             self.heads = (self._replace_classifier(),)
@@ -158,7 +158,7 @@ class _Builder:
             self.module.set_submodule(name, new)
 
     def _replace_classifier(self) -> str:
-        """Replace all fully connected layers and the pooling before them by the recipe's head; return its name."""
+        """Replace all fully connected layers and the pooling before them with the recipe's head; return its name."""
         if self.table.source != "torchvision" or not isinstance(getattr(self.module, "avgpool", None), nn.Module):
             raise UserError(
                 "model.head.scope = 'classifier' needs a torchvision model that pools before its classifier, such as "
@@ -202,7 +202,7 @@ class _Builder:
         return WeightLoadReport([*notes, *loaded.notes], loaded.new)
 
     def _probe_and_key(self) -> DryForwardResult:
-        """Check that images of this size give logits, and move randomness into dropout layers if possible."""
+        """Check that the model returns logits for images of this size, and key its dropout layers by example."""
         found = self._probe()
         for make_keyable in (timm_models.use_plain_attention, timm_models.use_dropout_layer):
             if found.random and self.table.source == "timm":
@@ -228,7 +228,7 @@ class _Builder:
         )
 
     def _randomness_note(self, operations: tuple[str, ...]) -> list[str]:
-        """Return a warning that says what is lost if some random numbers cannot be keyed by example."""
+        """Return a warning about the consequences if some random numbers cannot be keyed by example."""
         if not operations:
             return []
         return [
@@ -251,7 +251,7 @@ def _file_state(table: ModelConfig, module: nn.Module, source: str) -> tuple[Sta
 
 
 def _classifier_parts(module: nn.Module, heads: tuple[str, ...]) -> list[str]:
-    """Return the names of the modules that make up the classifier, as few as possible.
+    """Return the fewest module names that make up the classifier.
 
     A normalization layer before the last layer (as in ConvNeXt) belongs to the backbone, whichever module holds it.
     """

@@ -1,4 +1,4 @@
-"""Inspect a model's forward pass on PyTorch's meta device, that is, without computing anything."""
+"""Inspect a model's forward pass on PyTorch's meta device, which computes no values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def probe(module: nn.Module, channels: int, image_size: int) -> DryForwardResult
     try:
         return _probe_on(torch.device("meta"), module, channels, image_size)
     except Exception:
-        # A few models read values, which meta tensors do not have. A real error is raised again on the CPU.
+        # A few models read values, which meta tensors do not have. Errors with other causes recur on the CPU.
         return _probe_on(torch.device("cpu"), module, channels, image_size)
 
 
@@ -45,7 +45,7 @@ def input_shape(module: nn.Module, name: str, channels: int, image_size: int) ->
     try:
         probe(module, channels, image_size)
     except Exception:
-        # The layers after ``name`` may not fit this shape: they are about to be replaced.
+        # The layers after ``name`` may reject this shape; they will be replaced.
         if not shapes:
             raise
     finally:
@@ -129,7 +129,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _is_settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a random operation has a fixed result: attention without dropout, or a uniform range of one number."""
+    """Return whether a random operation has a fixed result: attention without dropout, or an empty uniform range."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     if "scaled_dot_product" in str(func):
         return not given.get("dropout_p", 0.0)
@@ -137,5 +137,5 @@ def _is_settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 
 def is_logits(output: Any, num_classes: int) -> bool:
-    """Whether the output of :func:`probe` is one tensor of shape [2, num_classes]."""
+    """Return whether the output of :func:`probe` is one tensor of shape [2, num_classes]."""
     return isinstance(output, Tensor) and tuple(output.shape) == (2, num_classes)

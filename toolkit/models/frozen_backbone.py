@@ -45,9 +45,9 @@ def prefix_features(module: nn.Module, tail: str, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def backbone_is_deterministic(module: nn.Module, tail: str, x: Tensor) -> bool:
-    """Whether ``tail`` applied to the backbone's features equals ``module(x)`` exactly, in the modules' current modes.
+    """Return whether ``tail`` on the backbone's features gives exactly ``module(x)``, in the modules' current modes.
 
-    Two passes through the backbone must also agree, so nothing random may come before the tail. Buffers and random
+    Two passes through the backbone must also agree, which rules out randomness before the tail. Buffers and random
     states are restored.
     """
     end = module.get_submodule(tail)
@@ -68,7 +68,7 @@ def backbone_is_deterministic(module: nn.Module, tail: str, x: Tensor) -> bool:
 
 
 class _ReachedError(Exception):
-    """Carries the tail's input out of the forward pass."""
+    """Raised to stop the forward pass at the tail; holds the tail's input."""
 
     def __init__(self, features: Tensor) -> None:
         super().__init__("reached")
@@ -82,7 +82,7 @@ def _stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoRetu
 
 
 def _varies(layer: nn.Module) -> bool:
-    """Whether a layer in training mode can give different outputs for the same example."""
+    """Return whether a layer in training mode can give different outputs for the same example."""
     return isinstance(layer, _BatchNorm) or drop_rate(layer) > 0.0
 
 

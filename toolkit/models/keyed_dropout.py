@@ -43,8 +43,8 @@ class DropoutKeys:
     def set_keys(self, keys: Tensor | None) -> None:
         """Set the keys before each training forward pass: int64 [n], one per example in batch order.
 
-        None selects plain dropout. A layer input whose first dimension is a multiple of n is taken to hold the rows of
-        each example consecutively, as with attention windows.
+        None selects plain dropout. If a layer's input has a multiple of n rows, the rows of each example must be
+        consecutive, as with attention windows.
         """
         self.keys = keys
         self.calls = [0] * len(self.calls)
@@ -55,7 +55,7 @@ class DropoutKeys:
 
 
 class KeyedDropout(nn.Module):
-    """Replacement for a dropout or stochastic depth layer. Without keys and in evaluation mode it calls that layer."""
+    """Replacement for a dropout or stochastic depth layer. Calls that layer without keys and in evaluation mode."""
 
     def __init__(self, plain: nn.Module, state: DropoutKeys, layer: int) -> None:
         super().__init__()
@@ -89,8 +89,8 @@ class KeyedDropout(nn.Module):
 def key_dropout_layers(module: nn.Module, seed: int) -> DropoutKeys:
     """Replace every dropout and stochastic depth layer of ``module`` in place. State dict names do not change.
 
-    The layers are numbered in registration order, so the same model gets the same masks everywhere. Stochastic depth of
-    whole batches stays as it is, because its masks do not belong to single examples.
+    Layers are numbered in registration order, so a model gets the same masks on every machine and in every process.
+    Stochastic depth of whole batches stays as it is, because its masks do not belong to single examples.
     """
     found = [(name, layer) for name, layer in module.named_modules(remove_duplicate=False) if can_be_keyed(layer)]
     state = DropoutKeys(seed, len(found))
@@ -100,7 +100,7 @@ def key_dropout_layers(module: nn.Module, seed: int) -> DropoutKeys:
 
 
 def can_be_keyed(layer: nn.Module) -> bool:
-    """Whether :func:`key_dropout_layers` replaces a layer."""
+    """Return whether :func:`key_dropout_layers` replaces a layer."""
     is_per_batch = isinstance(layer, StochasticDepth) and layer.mode != "row"
     return isinstance(layer, DROPOUT_TYPES) and not is_per_batch
 

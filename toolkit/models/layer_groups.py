@@ -1,4 +1,4 @@
-"""A model's layer groups from input to output: rows of the layer table, units of gradual unfreezing and layer decay."""
+"""Divide a model into layer groups, from input to output, for gradual unfreezing, layer decay and the layer table."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class LayerGroup:
     """Dotted names of the modules or parameters in the group."""
 
     def holds(self, parameter: str) -> bool:
-        """Whether the parameter named ``parameter`` belongs to the group."""
+        """Return whether the parameter named ``parameter`` belongs to the group."""
         return is_under(parameter, self.prefixes)
 
 
 def is_under(name: str, prefixes: tuple[str, ...] | list[str]) -> bool:
-    """Whether ``name`` equals one of these dotted names or lies below one."""
+    """Return whether ``name`` equals one of these dotted names or lies below one."""
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
@@ -48,7 +48,7 @@ def find_stages(module: nn.Module, heads: tuple[str, ...], used: Sequence[str]) 
     names = [name for name, _ in module.named_parameters()]
     kept = {name for name in names if not is_under(name, heads)}
     groups = [[name for name in group if name in kept] for group in _timm_groups(module)]
-    if sum(map(bool, groups)) <= FEWEST:  # fewer than stem, blocks, and layers after them
+    if sum(map(bool, groups)) <= FEWEST:  # a useful grouping has at least a stem, blocks and the layers after them
         groups = [[name for name in group if name in kept] for group in _child_groups(module)]
     parts = _parts(module, groups, _count_prefixes(names), used)
     prefixes = [tuple(part.prefix for part in stage) for stage in _join(parts)]
@@ -63,7 +63,7 @@ class _Part:
     prefix: str
     group: int
     is_small: bool
-    """Whether it holds only normalization, position or class token parameters, which do not form their own group."""
+    """Whether it holds only normalization, position or class token parameters, which form no group of their own."""
     first: int
     last: int
     """Indices into ``used`` at which the part's first and last parameters are first used."""
@@ -145,7 +145,7 @@ def _without_containers(module: nn.Module, prefix: str, steps: dict[str, int]) -
 
 
 def _is_small(module: nn.Module, parameter: str) -> bool:
-    """Whether the parameter is not part of a linear map or embedding (normalization, token, position table)."""
+    """Return whether the parameter is not part of a linear map or embedding (normalization, token, position table)."""
     owner = module.get_submodule(parameter.rpartition(".")[0])
     return not isinstance(owner, nn.Linear | _ConvNd | nn.Embedding | nn.Bilinear)
 

@@ -1,4 +1,4 @@
-"""Load pretrained weights from files: safe reading, key remapping, and strict loading with a report of mismatches."""
+"""Load pretrained weights from files: safe reading, mapping of names, strict loading, a report of mismatches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ StateDict = dict[str, Tensor]
 SHOWN = 4
 """Maximum number of names listed in a message."""
 WRAPPED_AS = ("state_dict", "model", "model_state_dict", "module")
-"""Usual checkpoint entries for the trained weights, preferred first. Others hold averages or other models."""
+"""Usual checkpoint entries for the trained weights, in order of preference. Others hold averages or other models."""
 METADATA = "toolkit"
 """Key in a .safetensors file's metadata that holds a digest of its tensors."""
 
@@ -43,7 +43,7 @@ class WeightLoadReport:
 
 
 def is_file_reference(weights: str) -> bool:
-    """Whether ``[model] weights`` names a file rather than published weights."""
+    """Return whether ``[model] weights`` refers to a file instead of published weights."""
     return weights.startswith(("file:", "package:"))
 
 
@@ -119,7 +119,7 @@ def _choose_entry(path: Path, entries: list[str], key: str | None) -> str:
 
 
 def _is_state(content: Any) -> bool:
-    """Whether ``content`` is a non-empty mapping from names to tensors."""
+    """Return whether ``content`` is a non-empty mapping from names to tensors."""
     return isinstance(content, dict) and bool(content) and all(isinstance(value, Tensor) for value in content.values())
 
 
@@ -137,7 +137,7 @@ def without_prefix(module: nn.Module, state: StateDict, key: str | None, source:
         for depth in range(len(parts)):
             if ".".join(parts[depth:]) in own:
                 found["".join(f"{part}." for part in parts[:depth])] += 1
-    # Fewer than half of the names may match by chance: then they are another library's, which `adapt` may know.
+    # If fewer than half of the names match, it may be by chance: `adapt` may convert another library's names.
     best = [prefix for prefix, count in found.items() if count == max(found.values()) and 2 * count >= len(own)]
     if key is not None:
         prefix = f"{key}."
@@ -183,7 +183,7 @@ def pack_state(state: StateDict, **facts: Any) -> bytes:
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        # safetensors rejects tensors that share memory, such as a layer shared by several blocks of CoaT.
+        # safetensors rejects tensors that share memory, such as those of a layer that several blocks of CoaT share.
         tensors[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     # A single entry, because safetensors writes several in random order and equal weights must give equal files.
@@ -192,7 +192,7 @@ def pack_state(state: StateDict, **facts: Any) -> bytes:
 
 
 def has_its_digest(path: Path, state: StateDict) -> bool:
-    """Whether ``state``, read from ``path``, matches the digest stored in the file; True for a file without one.
+    """Return whether ``state``, read from ``path``, matches the digest stored in the file; True for a file without one.
 
     Raises SafetensorError or OSError if the file cannot be read.
     """
@@ -269,7 +269,7 @@ def _adapt_first_convolution(module: nn.Module, own: StateDict, state: StateDict
 
 
 def _check_fit(own: StateDict, state: StateDict, source: str) -> None:
-    """Raise UserError unless both have the same names and shapes. Old files may lack ``num_batches_tracked``."""
+    """Raise UserError if names or shapes differ. Old files may lack ``num_batches_tracked``."""
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
     misshapen = [

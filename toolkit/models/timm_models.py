@@ -77,7 +77,7 @@ def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: i
         return state
     try:
         return dict(own_filter(state, module))
-    except Exception:  # the filter expects this architecture's files; the check that follows reports any mismatch
+    except Exception:  # the filter may fail on another architecture's file; the check that follows reports the mismatch
         return state
 
 
@@ -152,11 +152,11 @@ def _cached_file(config: Any) -> str | None:
 
 
 def _is_reachable(config: Any) -> bool:
-    """Whether the publisher's host name resolves. Otherwise the hub's client would retry for most of a minute."""
+    """Return whether the publisher's host name resolves; if not, the hub's client would retry for almost a minute."""
     if constants.HF_HUB_OFFLINE:
         return False
     if urllib.request.getproxies():
-        return True  # the proxy resolves names
+        return True  # the proxy resolves host names
     host = urllib.parse.urlparse(constants.ENDPOINT if config.hf_hub_id else config.url).hostname
     try:
         return bool(socket.getaddrinfo(host, 443))

@@ -1,4 +1,4 @@
-"""Transfer learning: which parameters train, their learning rates, and the mode that each layer runs in.
+"""Transfer learning: which parameters are trained, their learning rates, and the mode of each layer.
 
 A frozen parameter has no gradient, no weight decay and no optimizer state. A module whose parameters are all frozen
 runs in evaluation mode: its batch norm statistics stay as loaded, and its dropout and stochastic depth are off.
@@ -38,7 +38,7 @@ class Transfer:
 
     @property
     def trainable(self) -> list[str]:
-        """Names of the parameters that currently train."""
+        """Names of the parameters that are currently trained."""
         return [name for name, p in self.built.module.named_parameters() if p.requires_grad]
 
     def train_mode(self) -> None:
@@ -52,7 +52,7 @@ class Transfer:
                     layer.train()
 
     def unfreeze_for_epoch(self, epoch: int) -> bool:
-        """Unfreeze the layer groups due at the start of ``epoch`` (from 1), last group first; return if any changed.
+        """Unfreeze the layer groups due at the start of ``epoch`` (from 1), last group first; return whether any are.
 
         Only the mode ``gradual`` unfreezes. After a change, add :func:`param_groups` to the optimizer and wrap the
         model in DDP again.
@@ -83,10 +83,10 @@ class LayerGroupSummary:
 
 
 def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
-    """Set ``requires_grad`` on all parameters and ``train_mode`` on the model.
+    """Set ``requires_grad`` of all parameters and the training mode of all layers.
 
-    Raises UserError for a pattern without a match, if nothing would train, if ``unfreeze_at`` does not fit the layer
-    groups, and if a new first convolution would stay frozen.
+    Raises UserError for a pattern without a match, if no parameter would be trained, if ``unfreeze_at`` does not fit
+    the layer groups, and if a new first convolution would stay frozen.
     """
     names = [name for name, _ in built.module.named_parameters()]
     frozen, trained = _matches("freeze", table.freeze, names, built), _matches("train", table.train, names, built)
@@ -107,7 +107,7 @@ def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
 
 
 def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> bool:
-    """Whether the mode alone lets a parameter train at the start."""
+    """Return whether the mode alone, without patterns, trains a parameter from the start."""
     is_head, is_classifier = is_under(name, built.heads), is_under(name, built.classifier)
     match table.mode:
         case "scratch" | "finetune":
@@ -248,7 +248,7 @@ def _batch_norm(module: nn.Module, stage: LayerGroup, table: TransferConfig) -> 
     def mode(layer: _BatchNorm) -> str:
         if any(p.requires_grad for p in layer.parameters()):
             return "trained"
-        has_live_statistics = stage_trains and not layer.affine  # without parameters it follows the layers around it
+        has_live_statistics = stage_trains and not layer.affine  # else it follows the surrounding layers
         return "updated" if has_live_statistics or table.frozen_batch_norm == "update" else "fixed"
 
     layers = [layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm) and stage.holds(name)]

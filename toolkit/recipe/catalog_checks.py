@@ -297,7 +297,7 @@ def _kind(value: Any) -> str:
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether an optimizer argument has the same kind as its default."""
+    """Return whether an optimizer argument has the same kind as its default."""
     if isinstance(default, list):
         return isinstance(value, list) and len(value) == len(default) and all(map(_is_like, value, default))
     if _kind(default) in ("integer", "number"):

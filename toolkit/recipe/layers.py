@@ -75,7 +75,7 @@ class LayeredConfig:
                 into[key] = value
 
     def has(self, path: KeyPath) -> bool:
-        """Whether any source sets this key."""
+        """Return whether any source sets this key."""
         return value_at(self.data, path) is not None
 
     def origin(self, path: KeyPath) -> ConfigLayer | None:

@@ -93,11 +93,11 @@ class ConvNetConfig(ConfigModel):
     init_std: float = Field(0.05, gt=0, le=1000, description="gaussian: standard deviation.")
 
     def has_batch_norm(self, block: ConvBlock) -> bool:
-        """Whether a block has batch norm: its own setting if given, else that of the table."""
+        """Return whether a block has batch norm: its own setting if given, else that of the table."""
         return self.batch_norm if block.batch_norm is None else block.batch_norm
 
     def has_bias(self, block: ConvBlock) -> bool:
-        """Whether a block's convolution has a bias."""
+        """Return whether a block's convolution has a bias."""
         if self.bias != "auto":
             return self.bias
         if not self.has_batch_norm(block) or self.order.index("norm") < self.order.index("conv"):

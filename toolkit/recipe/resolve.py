@@ -44,7 +44,7 @@ def with_defaults(recipe: Recipe) -> Recipe:
 
 
 def is_resolved(text: str) -> bool:
-    """Whether a recipe's text was written by :func:`resolved_toml`."""
+    """Return whether a recipe's text was written by :func:`resolved_toml`."""
     return text.startswith("# Resolved recipe:")  # the sentence itself differs between versions
 
 

@@ -73,7 +73,7 @@ class ValidationResult:
     untrusted: set[KeyPath] = field(default_factory=set)
 
     def is_valid_at(self, paths: Iterable[KeyPath]) -> bool:
-        """Whether none of the values at, above or below these paths had to be replaced."""
+        """Return whether none of the values at, above or below these paths had to be replaced."""
         return not any(path[: len(bad)] == bad or bad[: len(path)] == path for path in paths for bad in self.untrusted)
 
 
