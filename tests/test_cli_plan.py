@@ -117,7 +117,7 @@ def test_text_has_the_estimates_and_how_they_were_found(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)  # no runs here to estimate the time from
     text = toolkit("plan", str(QUICKSTART)).stdout
     assert "1,294 train, 144 validation, 359 test" in text
-    assert "98,026, of which 98,026 train" in text
+    assert "98,026, of which 98,026 are trained" in text
     assert BY_SHAPES in text
     assert "no estimate: no finished run" in text
 

@@ -1,9 +1,9 @@
 """Augmentation of whole batches on the training device, instead of single images in data workers.
 
 The augmentation of an example depends only on (seed, epoch, draw): parameters are sampled on the CPU from a
-counter-based generator and applied to the pixels by elementwise operations. So the result does not depend on the other
-examples in the batch, the number of processes or the order of calls, bit for bit (floating point may differ between
-devices). The distributions are torchvision's; the numbers are not, because its generators are sequential.
+counter-based generator and applied to the pixels by elementwise operations. Therefore the result does not depend on the
+other examples in the batch, the number of processes or the order of calls, bit for bit (floating point may differ
+between devices). The distributions are torchvision's; the numbers are not, because its generators are sequential.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class GpuAugmentation:
 
     def _make(self, images: Tensor, made: Tensor, plans: Sequence[SampledParams], tables: Sequence[Tensor]) -> None:
         """Apply the pipeline to some of the images and write the result to ``made``."""
-        for one, plan, table in zip(self.passes, plans, tables, strict=False):  # the last plan may be that of erase
+        for one, plan, table in zip(self.passes, plans, tables, strict=False):  # plans may end with random erasing's
             images = apply_where_due(one, images, plan, table)
         self._normalize(images, made)
         if self.erase is not None:
@@ -122,7 +122,7 @@ def _on_device(tables: Sequence[Floats], device: torch.device) -> list[Tensor]:
 
 
 def apply_where_due(one: BatchOp, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
-    """Apply an operation to those images that it changes."""
+    """Apply an operation to the images for which ``plan.applied`` is true."""
     if plan.applied.all():
         return one.apply(images, plan, table)
     due = np.flatnonzero(plan.applied)

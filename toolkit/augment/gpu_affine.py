@@ -98,7 +98,7 @@ def perspective_matrices(corners: Indices, size: Size) -> Floats:
     """Return the matrices that map each of ``corners`` [m, 4, 2] to the corresponding image corner: [m, 3, 3].
 
     (x, y) -> ((ax + by + c) / (gx + hy + 1), (dx + ey + f) / (gx + hy + 1)): eight equations in eight unknowns. A map
-    that takes (0, 0) to infinity has 0 in place of the 1, so these equations have no solution (torchvision fails).
+    that takes (0, 0) to infinity has 0 instead of the 1, so these equations have no solution (torchvision fails).
     """
     height, width = size
     own = np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]], dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Conversion of steps to equivalent batch operations, fused if possible."""
+"""Convert transform steps to equivalent batch operations, fused if possible."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _batch_op(step: Step, *, is_float: bool) -> BatchOp:
         case "RandomErasing":
             value = (each * 255 if is_float else float(int(each)) for each in _values(given["value"]))
             return _random_erasing(step, tuple(value))
-    raise AssertionError(f"{step.name} is not made in batches")
+    raise AssertionError(f"{step.name} cannot be applied to batches")
 
 
 def _warp(step: Step) -> RandomAffine | RandomPerspective:

@@ -1,8 +1,9 @@
 """Resizing of color images with PyTorch's vectorized uint8 kernel, in a third of Pillow's time.
 
-Both use the same antialiased triangle or cubic filter in integer arithmetic. The kernel's weights have fewer bits, so
-on photographs one value in a thousand differs by 1 of 255 (three in a thousand with the cubic filter, some by 2).
-Pillow is used if the CPU lacks AVX2, and for grayscale images and other filters, for which the kernel is not faster.
+PyTorch and Pillow use the same antialiased triangle or cubic filter in integer arithmetic. The weights in PyTorch's
+kernel have fewer bits, so on photographs one value in a thousand differs by 1 of 255 (three in a thousand with the
+cubic filter, some by 2). Pillow is used if the CPU lacks AVX2, and for grayscale images and other filters, for which
+the kernel is not faster.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _FILTERS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, "bilinear", "
 
 
 def resizing_kernel() -> str:
-    """Return what resizes color images on this machine, for cache keys: "torch <version>" or "Pillow"."""
+    """Return the library that resizes color images on this machine, for cache keys: "torch <version>" or "Pillow"."""
     has_kernel = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return f"torch {torch.__version__}" if has_kernel else "Pillow"
 

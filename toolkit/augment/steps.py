@@ -1,7 +1,7 @@
 """Single steps from a decoded image to the model's input, and the augmentations that a recipe names.
 
-A :class:`Step` is a name with arguments. Both forms of an augmentation are built from it: the one for an image here,
-the one for batches in :mod:`toolkit.augment.gpu_pipeline`.
+A :class:`Step` is a name with arguments. Both forms of an augmentation are built from it: the form for single images
+here, the form for batches in :mod:`toolkit.augment.gpu_pipeline`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Step:
     arguments: dict[str, Any]
     """Arguments of that class with torchvision's types, including the defaults."""
     p: float
-    """Probability of applying the step. An argument ``p`` counts in addition."""
+    """Probability of applying the step. The class's own argument ``p`` applies in addition."""
     on_image: Callable[[Any], Any]
     """The step for one image."""
     fixed: str | None = None

@@ -1,4 +1,4 @@
-"""Transforms from a decoded image to the model's input: :class:`Preprocessing` combined with the augmentations.
+"""Transforms from a decoded image to the model's input: the preprocessing combined with the augmentations.
 
 Order: before_resize, resize, before_crop, crop, after_crop, timm's policy, float tensor in 0..1, tensor, normalization,
 random erasing. The policy and random erasing apply to training images only. torchvision.transforms.v2 draws from
@@ -47,7 +47,7 @@ class ImageTransform:
         self.fixed = tuple(step.fixed for step in takewhile(lambda step: step.fixed, steps) if step.fixed)
         """Descriptions of the leading deterministic steps."""
         self.base = min(len(self.fixed), base)
-        """Number of these up to the resize, including the fixed crop if it is next."""
+        """Number of leading deterministic steps up to the resize, including the fixed crop if it is next."""
         self.cropped = cropped
         """Number of steps up to the crop or its replacement; they may be random."""
         self.draws_from_python = any(step.name == "auto_augment" for step in steps)
@@ -178,7 +178,7 @@ def try_transform(transform: ImageTransform, images: ImageSource, index: int) ->
         for step in transform.steps:
             try:
                 result = _apply(step, result)
-            except Exception as error:  # whatever the transform raises: its message is quoted
+            except Exception as error:  # a transform may raise anything; its message is quoted
                 raise UserError(
                     f"augment.{transform.split}: {step.name} fails on {images.name(index)} "
                     f"({pixels.shape[1]} x {pixels.shape[0]} pixels): {error}"

@@ -29,14 +29,14 @@ from toolkit.errors import RunFailed, UserError
 
 MAX_WORKERS = 16
 SMALL_BYTES = 8 * 2**20
-"""In-memory images up to this size (digits: 0.1 MB) use no workers: communication would take longer than the work."""
+"""In-memory images up to this size (digits: 0.1 MB) use no workers: communication would take longer than loading."""
 
 _LEFT_TO_TRAINER = {
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 }
 
 EVALUATION = -1
-"""Used in place of the epoch number in evaluation, so that evaluation is the same every time."""
+"""Used instead of the epoch number in evaluation, so that every evaluation is the same."""
 
 
 Finish = Callable[[Tensor, int, IntArray], Tensor]
@@ -126,7 +126,7 @@ class EvaluationLoader:
     """
 
     def __init__(self, source: BatchSource, batches: Sequence[IntArray], view: int = EVALUATION) -> None:
-        """``batches``: positions in the split. ``view`` is used in place of the number of an epoch."""
+        """``batches``: positions in the split. ``view`` is used instead of the number of an epoch."""
         self.source, self.requests = source, [BatchRequest(view, positions, positions) for positions in batches]
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
@@ -142,7 +142,7 @@ class EvaluationLoader:
 
 
 class WorkerError(NamedTuple):
-    """An error returned by a worker in place of a batch.
+    """An error returned by a worker instead of a batch.
 
     PyTorch re-raises worker exceptions from a single string, which loses their other attributes.
     """
@@ -166,7 +166,7 @@ class DataWorkerPool:
             worker_init_fn=_start_worker if workers else None,
             # fork shares the index and the array with the workers; it is not safe on systems other than Linux.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-            generator=torch.Generator(),  # PyTorch draws a seed per epoch: keep it off the global generator
+            generator=torch.Generator(),  # PyTorch draws a seed per epoch
         )
 
     def answers(self, requests: Sequence[Any]) -> Iterator[Any]:
@@ -194,13 +194,13 @@ class DataWorkerPool:
         iterator = None if self._loader is None else self._loader._iterator
         self._loader = None
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            # PyTorch raises here if a signal killed a worker, which does not matter any more.
+            # PyTorch raises here if a signal killed a worker, which no longer matters.
             with contextlib.suppress(RuntimeError):
                 iterator._shutdown_workers()
 
 
 class SplitDataset(torch.utils.data.Dataset[Any]):
-    """Images of one split; answers a request in a worker with a whole batch: images [m, C, H, W] and labels [m]."""
+    """Images of one split. A worker answers a request with a whole batch: images [m, C, H, W] and labels [m]."""
 
     def __init__(
         self, images: ImageSource, labels: IntArray, indices: IntArray, transform: Callable[[Pixels], Tensor], seed: int

@@ -1,4 +1,4 @@
-"""The data sets: one record of constants for each. Reading them imports neither torch nor what opens the data."""
+"""The data sets: one record of constants for each. Importing this module imports neither torch nor other libraries."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class DatasetInfo:
     source: str
     """Where the data come from."""
     opener: str
-    """What :func:`toolkit.data.datasets.open_dataset` calls: a function of the recipe's [data] table, or a class of
-    torchvision with the attributes ``data``, ``targets`` and ``classes``."""
+    """Callable used by :func:`toolkit.data.datasets.open_dataset`: a function of the recipe's [data] table, or a class
+    of torchvision with the attributes ``data``, ``targets`` and ``classes``."""
 
     def class_count(self, *, background_class: bool) -> int | None:
         """Return the number of classes without opening the data set; None if it depends on the folders."""

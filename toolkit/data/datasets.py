@@ -1,7 +1,7 @@
 """Supported data sets: how each one's images, labels and official lists are read.
 
-What is known of each without opening it, and what opens it, is its record in :mod:`toolkit.data.dataset_info`. Nothing
-here is random.
+The constants of each data set and the name of its opener are in :mod:`toolkit.data.dataset_info`. Nothing here is
+random.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _UNREADABLE = (RuntimeError, OSError, ValueError, AssertionError)
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images with labels and the official lists of the data set."""
+    """Images with labels, and the data set's official lists."""
 
     name: str
     classes: list[str]
@@ -165,7 +165,7 @@ def _caltech_list(folder: Path, name: str, present: dict[str, list[str]], backgr
     if missing:
         raise UserError(
             f"{folder / f'{name}.txt'} lists {len(missing)} image(s) that are not in {folder / CALTECH_IMAGES}: "
-            f"{missing[0]}{', ...' if len(missing) > 1 else ''}; unpack all of Caltech-101, or take the lines out"
+            f"{missing[0]}{', ...' if len(missing) > 1 else ''}; unpack all of Caltech-101, or remove these lines"
         )
     return paths
 

@@ -1,6 +1,6 @@
 """Layout of image folders: which folders are splits and which are classes.
 
-An unambiguous layout is read, with a note on how. Any other raises an error that shows what was found and what to do.
+An unambiguous layout is read, and a note says how. Any other raises an error that says what was found and what to do.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def read_layout(root: Path, class_folders: str = "auto", unread: Collection[str]
     """Find the images of a folder data set by split and class, with any of the usual folder names.
 
     ``class_folders`` defines which folders are classes: "top", those directly in the root or the split folder; "leaf",
-    every folder that contains images itself; "auto", the top ones if no other reading makes sense. Folders of splits
-    in ``unread`` are not read and count as empty. Raises UserError for an ambiguous layout.
+    every folder that contains images itself; "auto", the top ones if the layout allows no other interpretation. Folders
+    of splits in ``unread`` are not read and count as empty. Raises UserError for an ambiguous layout.
     """
     root, notes = _unwrapped(root, lambda only: split_of(only) is not None)
     splits, more = _split_folders(root)

@@ -87,7 +87,7 @@ def _sort_in(entry: os.DirEntry[str], found: FolderListing) -> None:
 
 
 class FolderWalk:
-    """Finds the images below the folders of one root, following links and visiting each folder at most once."""
+    """Recursive search below one root folder, which follows links and visits each folder at most once."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = str(root)
@@ -147,7 +147,7 @@ class FolderWalk:
         self._examples.setdefault(kind, name)
 
     def notes(self) -> list[str]:
-        """Return one line on everything that was left out; no line if nothing was."""
+        """Return one line about everything that was left out; [] if nothing was."""
         if not self._left_out:
             return []
         kinds = [

@@ -55,8 +55,8 @@ _FILE_FAULTS = {
     errno.EACCES: "not readable (permission denied)",
     errno.EPERM: "not readable (permission denied)",
 }
-"""Errors of the file itself. Other errors (too many open files, a failing disk) are not the file's: skipping the image
-would hide them, and each process could skip different images."""
+"""Errors caused by the file itself. Others (too many open files, a failing disk) are caused by the system: skipping the
+image would hide them, and each process could skip different images."""
 
 SAMPLED = 32
 """Number of files whose whole content is hashed for the identity of a collection."""
@@ -67,7 +67,7 @@ BLOCKS_KEPT = 4
 """Memory blocks of freed images that Pillow reuses. By default it returns them to the system, and the page faults of
 new blocks take a third of the time to decode a JPEG file."""
 
-# Images of the cache are read-only memory maps; PyTorch warns that writing to a tensor made of one would fail.
+# Cached images are read-only memory maps; PyTorch warns that tensors made from them must not be written to.
 warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
 
 if "PILLOW_BLOCKS_MAX" not in os.environ:
@@ -226,7 +226,7 @@ class ImageFiles:
     def identity(self, indices: npt.NDArray[np.int64]) -> str:
         """Return the SHA-256 of relative paths, sizes, modification times, and the content of a sample of the files.
 
-        The location of the folder does not count: a copy with the same modification times has the same identity.
+        The location of the folder is not included: a copy with the same modification times has the same identity.
         Raises UnreadableImageError.
         """
         digest = hashlib.sha256(f"{len(indices)} {MODES[self.channels]} {self.exif} {self.value_range}".encode())

@@ -1,7 +1,7 @@
 """Detection of near-duplicates: the same photograph rescaled, recompressed or cropped.
 
-No library is used: imagehash does not match a crop with its source image, and network features would need weights that
-may not be available. Each image is reduced to a gray thumbnail. Its whole area, as 6 x 6 means, is compared with many
+No library is used: imagehash does not match a crop with its source image, and features of a network would require
+pretrained weights. Each image is reduced to a gray thumbnail. Its whole area, as 6 x 6 means, is compared with many
 windows of every other image by normalized cross-correlation. The best candidates are aligned and compared again at
 16 x 16, where different photographs of the same subject differ.
 """

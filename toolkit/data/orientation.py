@@ -1,4 +1,4 @@
-"""EXIF orientation of images: the transposition that a file requires to be shown upright."""
+"""EXIF orientation of images: the transposition that makes an image upright."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Preprocessing of a split: which steps run once per image, which per example, and which on whole batches.
 
-The choice depends only on the recipe and the data set, never on caching: a cache does not change a single pixel.
+The choice depends only on the recipe and the data set, not on caching, so a cache does not change any pixel.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class DevicePreprocessor:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one PyTorch thread: operations are short, and a second thread waiting for a worker's core delays each one."""
+    """Use one PyTorch thread: operations are short, and a second thread would wait for a core used by a worker."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

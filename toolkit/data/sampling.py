@@ -1,10 +1,10 @@
 """Sampling order of training and evaluation: pure functions of (seed, epoch, step, world, rank), in NumPy alone.
 
-The module rests on three principles:
+Three principles:
 
 * the order of an epoch depends only on (seed, epoch), so training can resume anywhere;
-* a step is a range of consecutive places in that order, which accumulation steps and processes only subdivide;
-* randomness is keyed by the *draw* (this image in this epoch), never by a worker, a process or a place in a queue.
+* a step is a range of consecutive indices in that order, which accumulation steps and processes only subdivide;
+* randomness is keyed by the *draw* (this image in this epoch), never by a worker, a process or a position in a queue.
 
 Random numbers are the raw output of a counter-based generator (Philox; Salmon et al. 2011, SC'11), whose stream NumPy
 guarantees. Permutations and choices are derived from it here, so they are the same on every platform and version.
@@ -28,7 +28,7 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 _MASK = 2**64 - 1
 _ORDER_STREAM = 0x6F72646572
-"""Separates the random numbers of the order from all others with the same seed ("order" in ASCII)."""
+"""Separates the random numbers that determine the order from all others with the same seed ("order" in ASCII)."""
 
 
 def hash64(*key: int) -> int:
@@ -97,7 +97,7 @@ class MicroBatch:
     is_last: bool
     """Whether this is the last accumulation step, after which the optimizer steps."""
     positions: IntArray
-    """Places in the epoch's order that this process loads; the first ``own`` are its own examples, the rest only serve
+    """Indices in the epoch's order that this process loads; the first ``own`` are its own examples, the rest only serve
     as partners for mixup or CutMix."""
     own: int
     """Number of examples that this process trains on."""
@@ -125,13 +125,13 @@ def plan_epoch(
     mixing: bool,
     first_step: int = 0,
 ) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of process ``rank`` of ``world`` in an epoch of n places, starting at ``first_step``.
+    """Yield the micro-batches of process ``rank`` of ``world`` in an epoch of n images, starting at ``first_step``.
 
-    Optimizer step s consists of the ``batch_size`` places from s * batch_size on. It is divided into
-    ``grad_accum_steps`` accumulation steps (fewer if it has fewer images), and each of these among the processes, as
-    evenly as whole images allow. With ``mixing``, place p of a step is mixed with its neighbor p^1 (the last place of
-    an odd step with itself), whatever accumulation step or process that belongs to, so the pairs depend neither on
-    accumulation nor on the number of processes.
+    Optimizer step s consists of ``batch_size`` consecutive indices in the epoch's order from s * batch_size on. It is
+    divided into ``grad_accum_steps`` accumulation steps (fewer if it has fewer images), and each of these among the
+    processes, as evenly as whole images allow. With ``mixing``, index p of a step is mixed with its neighbor p^1 (the
+    last index of an odd step with itself), whatever accumulation step or process that belongs to, so the pairs depend
+    neither on accumulation nor on the number of processes.
     """
     for step in range(first_step, steps_per_epoch(n, batch_size, drop_last)):
         start = step * batch_size
@@ -147,7 +147,7 @@ def plan_epoch(
 
 
 def _with_partners(low: int, high: int, count: int) -> tuple[IntArray, IntArray]:
-    """Return places low..high-1 of a step of ``count`` images plus any partners outside, and each partner's index."""
+    """Return indices low..high-1 of a step of ``count`` images plus any partners outside, and each partner's index."""
     own = np.arange(low, high, dtype=np.int64)
     partner = own ^ 1
     partner[partner >= count] = count - 1
@@ -195,7 +195,7 @@ class SamplingPlan:
         """Yield this process's micro-batches, each with the positions in the split and the draws it loads, int64 [m].
 
         A draw identifies one appearance of an image within the epoch, and keys its augmentation. It is the position
-        itself if every image occurs once, else ``size`` plus the place in the epoch's order.
+        itself if every image occurs once, else ``size`` plus the index in the epoch's order.
         """
         order = epoch_order(self.seed, epoch, self.size, self.weights)
         micro_batches = plan_epoch(

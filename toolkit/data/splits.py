@@ -116,7 +116,7 @@ def check_splits(dataset: Dataset, splits: dict[str, IntArray], needed: Sequence
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise UserError(
             f"the split leaves {len(missing)} of {len(dataset.classes)} classes without a training image: {shown}; "
-            "change data.split, or take these classes out of the data"
+            "change data.split, or remove these classes from the data"
         )
 
 

@@ -1,8 +1,8 @@
 """Range of values that is mapped to 0..255 for image files with more than 8 bits per sample.
 
 In an 8-bit file 0 is black and 255 is white. Files with 16-bit, 32-bit or floating-point samples often do not state
-which value is white (12-bit sensor data are stored in 16 bits). One range therefore applies to a whole data set and is
-stored in the model card; images are never scaled by their own values.
+which value is white (12-bit sensor data, for example, are stored in 16 bits). One range therefore applies to a whole
+data set and is stored in the model card; images are never scaled by their own values.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from toolkit.runs import Run, runs_of
 
 @dataclass(frozen=True)
 class DatasetCounts:
-    """Classes, native image format and image counts of a recipe's data set."""
+    """Number of classes and images, and native image format, of a recipe's data set."""
 
     classes: int
     native_size: int | None
@@ -161,13 +161,13 @@ def _contents(data: DataConfig, classes: int | None) -> DatasetCounts:
         if known is None:
             message = f"{error}. Without the data the number of classes is not known: give it with --classes"
             raise UserError(message) from None
-        return DatasetCounts(known, facts.size, facts.channels, None, f"the data are not here ({error})")
+        return DatasetCounts(known, facts.size, facts.channels, None, f"the data are not on this machine ({error})")
     images = {split: len(indices) for split, indices in split_dataset(dataset, data).items()}
     return DatasetCounts(len(dataset.classes), dataset.native_size, dataset.native_channels, images, "")
 
 
 def _preprocessing(recipe: Recipe, contents: DatasetCounts) -> Preprocessing:
-    """Resolve the preprocessing as in training, except for normalization statistics that would have to be computed."""
+    """Resolve the preprocessing as in training, except for normalization statistics, which are not computed."""
     data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
 
     def unmeasured(plain: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -213,12 +213,12 @@ def _measure(
 
 def _transfer_notes(recipe: Recipe, transfer: Transfer) -> list[str]:
     if recipe.transfer.mode == "gradual":
-        return ["gradual unfreezing: trainable parameters and memory are those after the last stage has been opened"]
+        return ["gradual unfreezing: parameters and memory are those with all layer groups unfrozen"]
     tail = tail_of(recipe, transfer)
     if tail is None:
         return []
     return [
-        f"everything before {tail} is frozen and deterministic: training may compute its outputs once and then run "
+        f"all layers before {tail} are frozen and deterministic: training may compute their outputs once and then run "
         f"{tail} alone, with far less memory and time than shown"
     ]
 
@@ -267,7 +267,7 @@ def plan_text(found: ResourceEstimate) -> str:
         ("input", f"{found.preprocessing.channels} x {size} x {size}"),
         ("steps", _steps_text(found)),
         ("batch", batch_split(train.batch_size, found.processes, train.grad_accum_steps)),
-        ("parameters", f"{found.parameters:,}, of which {found.trainable:,} train"),
+        ("parameters", f"{found.parameters:,}, of which {found.trainable:,} are trained"),
         ("precision", found.precision),
         ("memory", f"{_size(memory.total)} on each device, measured by {found.measured_by}"),
         *[("", f"{_size(value):>10}  {word}") for word, value in _memory_rows(memory)],

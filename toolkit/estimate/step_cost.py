@@ -22,7 +22,7 @@ from toolkit.models.transfer import param_groups
 from toolkit.recipe.schema import OptimizerConfig, Recipe
 from toolkit.training.optimizer import build_optimizer
 
-BY_SHAPES = "shapes alone (fake tensors), nothing computed"
+BY_SHAPES = "fake tensors (shapes without values)"
 BY_IMAGES = "two real images on the CPU"
 
 
@@ -54,7 +54,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum of all parts, without what libraries, kernels and the allocator use in addition."""
+        """Sum of all parts, without the additional memory of libraries, kernels and the allocator."""
         return sum(asdict(self).values())
 
 
@@ -151,7 +151,7 @@ def measure_memory(recipe: Recipe, built: ModelBundle, step: StepCost, shape: tu
 
 def optimizer_bytes(table: OptimizerConfig, groups: list[dict[str, Any]]) -> int:
     """Return the bytes of the optimizer's state after a step over these parameter groups."""
-    on_meta = [{**group, "params": [_stand_in(p, "meta") for p in group["params"]]} for group in groups]
+    on_meta = [{**group, "params": [_placeholder(p, "meta") for p in group["params"]]} for group in groups]
     try:
         return _state_bytes(table, on_meta)
     except RuntimeError:  # the optimizer reads values: use real tensors, one per shape and decay
@@ -161,7 +161,7 @@ def optimizer_bytes(table: OptimizerConfig, groups: list[dict[str, Any]]) -> int
             for parameter in group["params"]:
                 key = (tuple(parameter.shape), group["weight_decay"])
                 if key not in sizes:
-                    sizes[key] = _state_bytes(table, [{**group, "params": [_stand_in(parameter, "cpu")]}])
+                    sizes[key] = _state_bytes(table, [{**group, "params": [_placeholder(parameter, "cpu")]}])
                 total += sizes[key]
         return total
 
@@ -175,7 +175,7 @@ def _state_bytes(table: OptimizerConfig, groups: list[dict[str, Any]]) -> int:
     return _nbytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
 
 
-def _stand_in(parameter: Tensor, device: str) -> nn.Parameter:
+def _placeholder(parameter: Tensor, device: str) -> nn.Parameter:
     return nn.Parameter(torch.ones(parameter.shape, device=device))
 
 
