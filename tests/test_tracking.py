@@ -276,7 +276,7 @@ def test_what_waits_for_a_slow_tracker_is_bounded() -> None:
     thread = TrackerThread(tracker, said.append)
     for line in range(BACKLOG + 10):
         thread.submit(functools.partial(Recorder.log, line=line))
-    assert said == [f"warning: recorder logging has stopped (it is {BACKLOG} lines behind); metrics.jsonl is complete"]
+    assert said == [f"warning: recorder logging has stopped ({BACKLOG} lines are waiting); metrics.jsonl is complete"]
     assert thread.calls.qsize() <= BACKLOG
     tracker.go.set()
     thread.close(lambda tracker: tracker.lines.append(-1))

@@ -33,12 +33,12 @@ from toolkit.training.train_step import RunningMetrics, TrainCallbacks
 from toolkit.training.trainer import Trainer
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "V100": 125.0, "T4": 65.0}
-"""Dense 16-bit matrix TFLOP/s stated by the manufacturers, by a word of the device's name."""
+"""Dense 16-bit matrix TFLOP/s according to the manufacturers, by GPU model."""
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """Medians over the repetitions of a benchmark. Images per second are summed over all processes."""
+    """Medians over the repetitions of a benchmark. Throughputs are summed over all processes."""
 
     device: str
     precision: str
@@ -61,6 +61,7 @@ class BenchmarkResult:
     utilization: float | None
     """Model FLOP/s as a fraction of the device's peak, 0..1; None if the peak is unknown."""
     cached: list[str]
+    """What was read from the cache."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain values."""
@@ -272,6 +273,6 @@ def bench_text(speeds: BenchmarkResult, plain: dict[str, Any] | None = None) -> 
     if plain is not None:
         ratio = speeds.step_images_per_s / plain["step_images_per_s"]
         lines.append(
-            f"plain loop       {plain['step_images_per_s']:10,.1f} images/s; this is {ratio:.2f} times as fast"
+            f"plain loop       {plain['step_images_per_s']:10,.1f} images/s; the toolkit is {ratio:.2f} times as fast"
         )
     return "\n".join(lines)

@@ -35,7 +35,7 @@ class Check:
 
 
 def examine(run_root: Path) -> list[Check]:
-    """Run all checks. They do not raise, prompt, take long or print secrets."""
+    """Run all checks. No check raises, prompts, takes long or prints secrets."""
     return [
         python_version(),
         *requirements(),
@@ -246,7 +246,7 @@ def run_root_is_writable(run_root: Path) -> Check:
     folder = next(path for path in (absolute, *absolute.parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"tried")
+            file.write(b"test")
         free = shutil.disk_usage(folder).free / 2**30
     except OSError as error:
         return Check("run root", "fail", f"{run_root}: {error.strerror}", "set recipe.run_root to a folder of your own")

@@ -36,7 +36,7 @@ def decode_name(text: str) -> str:
 
 
 def escape_control_characters(text: str) -> str:
-    """Encode characters of a message that a terminal would interpret, like in names; keep newlines and tabs."""
+    """Encode characters of a message that a terminal would interpret, as in names; keep newlines and tabs."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in _UNSAFE else _percent(c) for c in text)
 
 

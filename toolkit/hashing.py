@@ -1,4 +1,4 @@
-"""The hash of plain values, which identifies recipes, cache entries and the like."""
+"""Hash of JSON-serializable values, which identifies recipes and cache entries."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ def acquire(
     """Acquire a lock, to be released with its ``release()``. Raises Timeout if another process holds it.
 
     ``timeout``: seconds to wait for it; None waits indefinitely. A process that only checks the lock (:func:`is_held`)
-    does not count as its holder. Without flock, it can take LEASE_S longer to find out whether the holder is alive,
-    which is then logged through ``log``. ``on_loss`` is called, in another thread, if this process could not touch its
+    does not count as its holder. Without flock, it can take LEASE_S longer to determine whether the holder is alive;
+    this is logged through ``log``. ``on_loss`` is called, in another thread, if this process could not touch its
     lease for so long that another may have taken it. Raises OSError if the lock file cannot be written.
     """
     lock = FileLock(path, fallback_to_soft=False)
@@ -90,7 +90,7 @@ def is_held(path: Path) -> bool:
     except OSError:  # it does not exist, or may not be read
         return False
     try:
-        # A shared lock, so that two checks at the same time do not take each other for the holder.
+        # A shared lock, so that two concurrent checks do not mistake each other for the holder.
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         fcntl.flock(file, fcntl.LOCK_UN)  # not left to close(): a child process forked meanwhile has the file open
     except OSError as error:

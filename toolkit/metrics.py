@@ -1,4 +1,4 @@
-"""Every metric once: name, label, unit, direction, and where a run directory holds its value. Imports no torch.
+"""The only definition of each metric: name, label, unit, direction, and its key in a run's files. Imports no torch.
 
 ``training/evaluation.py`` computes the :data:`MEASURES` of a model on a split. The names in the recipe schema, columns
 of tables, axes of plots and the direction of *best* are derived from this module.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 SPLITS = {"train": ("training", "train"), "val": ("validation", "val."), "test": ("test", "test")}
-"""Prefixes of metrics, with the split's name in full and as in the head of a column."""
+"""Prefixes of metrics, with the split's full name and its name in column headings."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Measure:
 
     label: str
     heading: str
-    """Short label for the head of a column, including the unit."""
+    """Short label for column headings, including the unit."""
     unit: str = "%"
     """Unit in which it is shown; empty for a count."""
     decimals: int = 2
@@ -57,13 +57,13 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """Head of the column, such as ``last val. acc. %``."""
+        """Heading of the column, such as ``last val. acc. %``."""
         last = "last" if self.model == "last" else ""
         return " ".join(filter(None, (last, self.split and SPLITS[self.split][1], self.measure.heading)))
 
     @property
     def label(self) -> str:
-        """Label in full without the unit, such as ``validation accuracy``."""
+        """Full label without the unit, such as ``validation accuracy``."""
         return " ".join(filter(None, (self.split and SPLITS[self.split][0], self.measure.label)))
 
     @property

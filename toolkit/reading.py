@@ -1,4 +1,4 @@
-"""Reading of files that may be missing, damaged or edited by hand: any fault raises one UnreadableFile.
+"""Read files that may be missing, damaged or edited by hand; any problem raises UnreadableFile.
 
 Every file of a run or study directory is read here. A folder, named pipe or device in place of a file is rejected
 before it is opened, so that reading cannot block.

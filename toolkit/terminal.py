@@ -1,6 +1,6 @@
 """Handling of closed or broken standard streams and of a terminal that hangs up.
 
-Training must not stop because its output cannot be written: log.txt has all of it.
+Training must not stop because its output cannot be written: log.txt has the complete output.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""W&B and TensorBoard through Accelerate's trackers. Best effort: metrics.jsonl is authoritative, trackers get a copy.
+"""W&B and TensorBoard through Accelerate's trackers. metrics.jsonl is authoritative; trackers get a copy, if possible.
 
 W&B is online if there is a login and its server responds, otherwise offline; it never prompts. Each tracker has its own
 thread, so that training does not wait for it. Any failure results in one warning, and training continues.
@@ -52,7 +52,7 @@ class TrackerThread:
     def submit(self, call: Call) -> None:
         """Queue a call; after a failure calls are dropped."""
         if self.calls.qsize() >= BACKLOG:
-            self._fail(f"it is {BACKLOG} lines behind")
+            self._fail(f"{BACKLOG} lines are waiting")
         if not self.failed:
             self.calls.put((call, False))
 
@@ -117,7 +117,7 @@ class Tracking:
     def _init_offline(self, recipe: Recipe, settings: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
         """Start W&B offline after its server did not respond.
 
-        Retries, since the client that still waits for the server keeps the run's id for a while.
+        Retries, because the client that is still waiting for the server keeps the run's id for a while.
         """
         import wandb
 

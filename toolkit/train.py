@@ -1,4 +1,4 @@
-"""Entry of `python -m toolkit.train RECIPE`: the command `toolkit train`, in the form that launchers take."""
+"""Entry of `python -m toolkit.train RECIPE`: the command `toolkit train`, in the form that launchers accept."""
 
 from __future__ import annotations
 

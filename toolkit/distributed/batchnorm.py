@@ -2,8 +2,8 @@
 
 PyTorch's CPU kernel for channels_last sums all positions of a channel sequentially in float32. Its rounding error grows
 with the batch size, so a run on one process is less accurate than one on two. Here short pieces are summed in float32
-and their sums added in float64. torch's SyncBatchNorm has no CPU kernel either, so both cases share one function on
-CPUs. On a GPU torch's fused kernels are used. Cost: benchmarks/README.md.
+and the sums of the pieces in float64. torch's SyncBatchNorm has no CPU kernel either, so both cases share one function
+on CPUs. On a GPU torch's fused kernels are used. Cost: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _CpuBatchNorm(torch.autograd.Function):
         grad, (mean, variance) = gradients[0], statistics
         scale = (variance + ctx.eps).rsqrt()
         sums = (_OPAQUE_GRADIENT_SUMS if torch.compiler.is_compiling() else _gradient_sums)(grad, x, mean, scale)
-        weight_grad, bias_grad = sums.to(_at_least_float32(x), copy=True)  # of this process alone
+        weight_grad, bias_grad = sums.to(_at_least_float32(x), copy=True)  # of this process only
         grad_input = None
         if ctx.needs_input_grad[0]:
             if ctx.processes > 1:
@@ -204,10 +204,10 @@ class SyncBatchNorm(_BatchNorm):
         self.act: nn.Module = nn.Identity()
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Accept any [n, C, ...]: the replaced layer was chosen to match its input."""
+        """Accept any [n, C, ...]; the replaced layer already matched its input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[n, C, ...] -> the same shape."""
+        """Map [n, C, ...] to the same shape."""
         out: Tensor = self.act(self.drop(self._normalize(input)))
         return out
 

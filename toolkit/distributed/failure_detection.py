@@ -39,7 +39,7 @@ NOTICE_S = 30.0
 CLOSED, FAILED, LOST, HEARTBEAT, STOP, SILENT = range(6)
 """Kinds of messages."""
 BROKEN = ("connection closed by peer", "connection reset", "broken pipe", "gloo/transport", "nccl", "socket")
-"""Parts of torch.distributed's error messages that are caused by the end of another process."""
+"""Parts of torch.distributed's error messages when another process has ended."""
 
 current: FailureDetector | None = None
 """This process's failure detector, while it is in a group with other processes."""
@@ -130,7 +130,7 @@ class FailureDetector:
                 self._handle(kind, rank)
 
     def _handle(self, kind: int, rank: int) -> None:
-        """Act on a message and forward it, once, because it arrives from both sides."""
+        """Handle a message and forward it, but only once, because it arrives from both sides."""
         if kind == STOP:
             if not self.is_stopping:
                 self.is_stopping = True
@@ -153,7 +153,7 @@ class FailureDetector:
         self._send(kind, rank)
 
     def _send_heartbeats(self) -> None:
-        """Send a heartbeat to the neighbors every second, and check that theirs arrive."""
+        """Send a heartbeat to the neighbors every second, and check that their heartbeats arrive."""
         senders: dict[int, threading.Thread] = {}
         last = time.monotonic()
         while not self.closing.wait(HEARTBEAT_S):
@@ -208,7 +208,7 @@ class FailureDetector:
 def start_failure_detector(
     stop: GracefulStop | None = None, names: dict[int, str] | None = None
 ) -> FailureDetector | None:
-    """Return the failure detector, None for a single process; the first call creates it (a collective).
+    """Return the failure detector, or None for a single process; the first call creates it (a collective).
 
     ``stop``: once a stop is requested, silent processes are not waited for.
     """
@@ -224,7 +224,7 @@ def close_failure_detector() -> None:
 
 
 def is_peer_lost_error(error: BaseException) -> bool:
-    """Return whether an error is only a consequence of another process's end."""
+    """Return whether an error is only a consequence of the end of another process."""
     text = str(error).lower()
     return current is not None and isinstance(error, RuntimeError) and any(word in text for word in BROKEN)
 

@@ -1,6 +1,6 @@
 """Settings of the launcher (torchrun, accelerate launch, srun, mpirun), as seen by a process that it started.
 
-This module does not import torch, so that mistakes are reported immediately.
+This module does not import torch, so that wrong settings are reported immediately.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def check_launch(train: TrainConfig) -> None:
 
 
 def _settings(train: TrainConfig, precision: str) -> list[tuple[str, str, object, str]]:
-    """Return the options of `accelerate launch` that the recipe decides, as (option, Accelerate's default, value, key).
+    """Return the options of `accelerate launch` that the recipe determines: (option, Accelerate's default, value, key).
 
     ``precision``: what train.precision means on this machine.
     """

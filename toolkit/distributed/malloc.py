@@ -1,8 +1,8 @@
 """Configuration of glibc's allocator to keep freed memory for reuse.
 
-A step on a CPU allocates and frees the same large tensors over and over. By default, glibc returns each of them to the
-kernel, which has to zero every page again when it is next touched; this can take most of the time of an inference. The
-process then keeps its peak memory, which the next step needs anyway. Speedups: benchmarks/README.md.
+A step on a CPU allocates and frees the same large tensors again and again. By default, glibc returns each of them to
+the kernel, which has to zero every page again when it is next touched; this can take most of the time of an inference.
+With these settings the process keeps its peak memory, which the next step needs anyway. Speedups: benchmarks/README.md.
 """
 
 from __future__ import annotations

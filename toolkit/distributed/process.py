@@ -57,7 +57,7 @@ def init_accelerator(train: TrainConfig, stop: GracefulStop | None = None) -> Ac
         mixed_precision=precision,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
-    if accelerator.device.type == "cpu":  # on a GPU, tensors are not allocated by the C library
+    if accelerator.device.type == "cpu":  # on a GPU, tensors are not allocated by glibc
         tune_malloc()
     start_failure_detector(stop)
     return accelerator

@@ -1,4 +1,4 @@
-"""Rendezvous of a run's processes, with a time limit and with missing ranks named.
+"""Rendezvous of a run's processes with a time limit; messages name the missing ranks.
 
 Everything that may block happens in a thread, so that the main thread can handle signals and the time limit.
 """
@@ -149,7 +149,7 @@ class _Joining(threading.Thread):
         except (UserError, RunFailed) as error:
             self.error = error
         except Exception as error:
-            time.sleep(5 * POLL_S)  # the main thread may find the cause meanwhile: the end of another process
+            time.sleep(5 * POLL_S)  # meanwhile the main thread may find the cause, the end of another process
             self.error = RunFailed(
                 f"the processes could not join: {first_line(error):.300} ({self.state()}). {_advice(self.info)}"
             )
@@ -205,7 +205,7 @@ class _Joining(threading.Thread):
     # -- the ranks ----------------------------------------------------------------------------------------------------
 
     def _register(self, registry: Any) -> None:
-        """Register this rank and wait for all others. Contradictions are stored for all ranks to raise."""
+        """Register this rank and wait for all others. A contradiction is stored, so that all ranks raise it."""
         info = self.info
         self.members[info.rank] = Peer(socket.gethostname(), os.getpid(), _namespace())
         entry = json.dumps(vars(self.members[info.rank]))
@@ -222,7 +222,7 @@ class _Joining(threading.Thread):
         while (count := registry.add("count", 0)) < info.world:
             if registry.check(["fault"]):
                 if info.rank == 0:
-                    time.sleep(1)  # rank 0 may serve the store: let the others read it
+                    time.sleep(1)  # rank 0 may serve the store: let the others read the error first
                 raise UserError(registry.get("fault").decode())
             if time.monotonic() - read_at > read_every:  # not each time, because it takes one request per rank
                 self._read_members(registry)

@@ -22,7 +22,7 @@ def place_model(setup: TrainingContext) -> None:
     """Move the model to its device, with the batch norm and memory format that the recipe asks for."""
     module, accelerator, train = setup.built.module, setup.accelerator, setup.recipe.train
     synchronized = accelerator.num_processes > 1 and train.sync_batch_norm
-    if synchronized or accelerator.device.type == "cpu":  # on CPUs it also sums more exactly than torch's
+    if synchronized or accelerator.device.type == "cpu":  # on CPUs its sums are also more accurate than torch's
         replace_batch_norms(module, synchronized=synchronized)
     module.to(accelerator.device)
     if train.channels_last:

@@ -16,9 +16,9 @@ NOTE_EVERY_S = 0.5
 
 
 class Console:
-    """Output to stderr and log.txt. ``is_main``: False on all processes but the main one, which write nothing.
+    """Output to stderr and log.txt. ``is_main``: False on all but the main process; these processes write nothing.
 
-    With ``shows`` False, messages go to log.txt only.
+    If ``shows`` is False, messages are written to log.txt only.
     """
 
     def __init__(self, *, is_main: bool, shows: bool = True) -> None:

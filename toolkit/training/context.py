@@ -60,7 +60,7 @@ class TrainingContext:
 
     @functools.cached_property
     def batches_key(self) -> list[str | int | bool]:
-        """All that determines an epoch's batches; a run resumes mid-epoch only if all of it is unchanged."""
+        """Everything that determines an epoch's batches; a run resumes mid-epoch only if it is unchanged."""
         train, seed = self.recipe.train, self.recipe.recipe.seed
         return [split_hash(self.dataset, self.splits), seed, train.batch_size, train.drop_last, train.sampling]
 
@@ -129,7 +129,7 @@ def _open_images(
 ) -> tuple[DataConfig, Dataset, dict[str, np.ndarray], list[str]]:
     """Open the data set, split it and leave out unreadable images (a collective).
 
-    Returns the [data] table with what the data set settles, the data set, its splits, and the images left out.
+    Returns the [data] table with the values that depend on the data set, the data set, its splits, and images left out.
     """
     data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     dataset = main_first(accelerator, lambda: open_dataset(data))
@@ -158,7 +158,7 @@ def _measure(
 
 
 def _check_images(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, splits: dict[str, np.ndarray]) -> Checked:
-    """Look for unreadable images before the first epoch, on the main process (a collective).
+    """Find unreadable images before the first epoch, on the main process (a collective).
 
     With on_bad_image = "error" files are opened but not decoded (cheap); with "skip" they are decoded, so that the same
     ones are left out on every process. Files with more than 8 bits per sample are decoded if their value range has to
@@ -182,7 +182,7 @@ def _without_bad_images(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return the splits without unreadable images, and these with reasons.
 
-    Raises UserError unless data.on_bad_image is "skip", or if there are more than data.max_bad_fraction allows.
+    Raises UserError unless data.on_bad_image is "skip", or if there are more of them than data.max_bad_fraction allows.
     """
     if not bad:
         return splits, []

@@ -1,4 +1,4 @@
-"""Changes in a run's data since its checkpoint was written, and splits that keep trained images out of evaluation.
+"""Detect changes in a run's data since its checkpoint was written; keep images trained on out of evaluation.
 
 The names and classes of each split's images are compared, and the size and modification time of image files. If the
 modification time of every file differs, the data were copied: then sizes are compared, and the content of up to 32
@@ -37,7 +37,7 @@ CHUNK = 1024
 
 
 class DataDifference:
-    """Differences between the current images and splits and recorded ones; ``str()`` describes them for messages."""
+    """Differences of the current images and splits from the recorded ones; ``str()`` describes them for messages."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class DataDifference:
         return "; ".join(part for part in parts if part) or "the same images are split differently"
 
     def check_outputs(self) -> None:
-        """Raise UserError if an output of the trained model would now stand for another class."""
+        """Raise UserError if an output of the trained model would now refer to another class."""
         then, now = self.classes, self.dataset.classes
         if len(then) != len(now) or any(then.index(c) != i for i, c in enumerate(now) if c in then):
             raise UserError(
@@ -182,7 +182,7 @@ class FileFacts:
 
     @functools.cache  # noqa: B019  (one object per resume)
     def replaced(self) -> list[str]:
-        """Return the names of files whose content changed, as far as can be told without reading them all."""
+        """Return the names of files whose content changed, as far as is known without reading all of them."""
         indices = np.array([self.index.get(name, -1) for name in self.names], dtype=np.int64)
         there = np.flatnonzero(indices >= 0)
         other_size, other_time = (self.files[there] != _stat(self.images, indices[there])).T
@@ -206,7 +206,7 @@ def _stat(images: ImageFiles, indices: IntArray) -> npt.NDArray[np.int64]:
                 found[row] = state.st_size, state.st_mtime_ns
 
     found = np.full((len(indices), 2), -1, dtype=np.int64)
-    with ThreadPoolExecutor(8) as pool:  # network file systems answer several requests at once
+    with ThreadPoolExecutor(8) as pool:  # network file systems serve several requests at once
         list(pool.map(look, range(0, len(indices), CHUNK)))
     return found
 

@@ -98,7 +98,7 @@ class _ChunkedForward:
         """Number of examples that fit in memory at once, None until it ran out."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """[n, ...] -> [n, K]. Raises OutOfMemoryError if not even one example fits."""
+        """Map inputs [n, ...] to logits [n, K]. Raises OutOfMemoryError if not even one example fits."""
         while True:
             at_once = min(self.most or len(inputs), len(inputs))
             try:
@@ -112,7 +112,7 @@ class _ChunkedForward:
 
 
 def outcomes(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits [n, K] and labels [n] -> float64 [n, 5]: 1, loss, prediction, its probability, whether in the top 5."""
+    """Map logits [n, K] and labels [n] to float64 [n, 5]: 1, loss, prediction, its probability, whether in top 5."""
     losses = F.cross_entropy(logits, targets, reduction="none")
     probability, prediction = logits.softmax(1).max(1)
     top5 = logits.topk(min(5, logits.shape[1]), 1).indices.eq(targets[:, None]).any(1)

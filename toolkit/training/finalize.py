@@ -52,7 +52,7 @@ def write_summary(training: Trainer, summary: dict[str, Any]) -> None:
 
 
 def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], EvalResult | None]:
-    """Return the metrics of the best model (from its file) and of the last one (from memory), and the test result.
+    """Return the metrics of the best model (from its file) and the last one (from memory), and the test result.
 
     The test result is the best model's, and None for a run without test images.
     """
@@ -65,8 +65,8 @@ def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], E
     if fault := broadcast_object(training.writer.best_fault(epoch)):
         raise RunFailed(
             f"there is no best model to test: {best_path(run.checkpoints, epoch)} is damaged ({fault}). Restore the "
-            f"file if you have a copy, then run: toolkit train --resume {run.path}. Without a copy, it goes back to "
-            "the newest checkpoint whose best weights are whole"
+            f"file if you have a copy, then run: toolkit train --resume {run.path}. Without a copy, the run resumes "
+            "from the newest checkpoint whose best weights are intact"
         )
     if training.accelerator.is_main_process:
         link_best(run.checkpoints, epoch)
@@ -91,7 +91,7 @@ def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], E
 
 
 def _verify_equal(training: Trainer, written: nn.Module) -> None:
-    """Raise RunFailed unless the saved weights equal those in memory exactly; used without validation images."""
+    """Raise RunFailed unless the saved weights equal those in memory exactly; for runs without validation images."""
     with training.averaged_weights():
         trained = training.setup.built.module.state_dict()
         found = written.state_dict()
@@ -114,9 +114,10 @@ def _verify(training: Trainer, again: EvalResult) -> None:
     right = abs(measured["val/accuracy"] - logged["val/accuracy"]) * len(again.labels)
     if off > allowed or right > 1 + allowed * len(again.labels):
         raise RunFailed(
-            f"best.safetensors scores validation loss {measured['val/loss']:.6f} and accuracy "
-            f"{measured['val/accuracy']:.4f}, but the log says {logged['val/loss']:.6f} and "
-            f"{logged['val/accuracy']:.4f} for epoch {logged['epoch']}: the file is not the model that was logged"
+            f"best.safetensors gives validation loss {measured['val/loss']:.6f} and accuracy "
+            f"{measured['val/accuracy']:.4f}, but {logged['val/loss']:.6f} and "
+            f"{logged['val/accuracy']:.4f} were logged for epoch {logged['epoch']}: the file does "
+            "not hold the model of that epoch"
         )
     training.display.log(
         f"best.safetensors evaluated again: validation loss {measured['val/loss']:.4f}, accuracy "

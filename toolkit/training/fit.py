@@ -122,7 +122,7 @@ def _new_run(recipe: Recipe, accelerator: Accelerator, origins: dict[str, Any] |
 
 @contextlib.contextmanager
 def _errors_logged(display: Console) -> Iterator[None]:
-    """Also write errors to log.txt, because the terminal that shows them may be gone."""
+    """Also write errors to log.txt, because the terminal that shows them may be closed."""
     try:
         yield
     except Interrupted as interrupted:
@@ -189,7 +189,7 @@ def _finished_before_requeue(
 ) -> Run | None:
     """Return the run that this SLURM job finished before it was requeued, if any (a collective).
 
-    A job whose node fails just as the job ends is requeued; without this check it would train a second run.
+    A job whose node fails while the job ends is requeued; without this check it would train a second run.
     """
     job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
     if str(resume) != "auto" or not job or restarts == "0":
@@ -277,7 +277,7 @@ def _tracked(recipe: Recipe, accelerator: Accelerator, run: Run, display: Consol
 def _write_beginnings(setup: TrainingContext, run: Run, resumption: Resumption | None) -> None:
     """Write the files known before training: recipe, environment, splits, and how to rebuild the model."""
     names = {split: [setup.dataset.images.name(int(i)) for i in setup.splits[split]] for split in SPLITS}
-    run.checkpoints.mkdir(exist_ok=True)  # somebody may have removed it
+    run.checkpoints.mkdir(exist_ok=True)  # it may have been removed
     # An equal recipe is not rewritten: checkpoints of earlier versions hold the hash of its text, without newer keys.
     if resumption is None or diff(run.recipe, setup.recipe):
         run.write_text("recipe.toml", resolved_toml(setup.recipe))

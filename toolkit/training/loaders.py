@@ -66,7 +66,7 @@ class ImageLoaders:
         rest = plan.transform.after(done) if done else plan.transform
         transform: Any = rest
         finish = None
-        # Without a cache, evaluation preprocesses image by image, the reference that all other ways are compared with.
+        # Without a cache, evaluation preprocesses image by image, which is the reference for all other methods.
         if plan.batched is not None and (done or not plan.is_exact):
             transform = UInt8Transform(rest, plan.steps - done)
             finish = DevicePreprocessor(plan, device, channels_last=channels_last, beside_workers=workers > 0)
@@ -93,7 +93,7 @@ class DataLoaders:
 
     @property
     def cached(self) -> list[str]:
-        """Descriptions of the computations that are replaced by cached results."""
+        """Descriptions of the computations whose results are cached."""
         return [*([] if self.features is None else [self.features.description]), *self.images.cached.descriptions]
 
     def evaluation(self, split: str) -> tuple[EvaluationLoader, int]:

@@ -30,7 +30,7 @@ def training_loss(name: Literal["cross_entropy", "bce"], label_smoothing: float,
 def binary_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, weight: Tensor | None) -> Tensor:
     """Return the mean over the classes of the binary cross-entropy of each class (Wightman et al. 2021, section 3.1).
 
-    Arguments and result as of :data:`Loss`. Smoothed targets are those of cross-entropy, as in timm's
+    Arguments and result are those of :data:`Loss`. Smoothed targets are those of cross-entropy, as in timm's
     BinaryCrossEntropy.
     """
     if targets.dim() == 1:

@@ -53,9 +53,9 @@ _WAYS = ("foreach", "fused", "capturable")
 
 
 def _can_fuse(name: str, groups: list[dict[str, Any]], later: Iterable[Tensor]) -> bool:
-    """Return whether to use PyTorch's fused kernel: on GPUs always, where launching many small kernels is slow.
+    """Return whether to use PyTorch's fused kernel: always on GPUs, where launching many small kernels is slow.
 
-    On a CPU it halves the time of adam and adamw and gains nothing for SGD. There PyTorch's kernel ignores the strides
+    On a CPU the fused kernel halves the time of adam and adamw and gains nothing for SGD. It ignores the strides
     of weights and gradients, so it is safe only for contiguous ones.
     """
     parameters = [*(parameter for group in groups for parameter in group["params"]), *later]

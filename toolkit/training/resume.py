@@ -172,7 +172,7 @@ class Resumption:
 def find_resumption(
     run: Run, recipe: Recipe, accelerator: Accelerator, display: Console, allow_changes: bool
 ) -> Resumption | None:
-    """Return the run at its newest whole checkpoint, chosen by the main process; None without one (a collective).
+    """Return the run at its newest intact checkpoint, chosen by the main process; None without one (a collective).
 
     Raises UserError if the checkpoint was written under another recipe, if metrics.jsonl is damaged, or if the best
     weights of all checkpoints are lost, unless changes are allowed.
@@ -262,7 +262,7 @@ def _plain_recipe(run: Run) -> dict[str, Any]:
 
 
 def accept_changes(trainer: Trainer) -> None:
-    """Adopt a changed recipe or changed data: validate again and write a checkpoint with them (a collective)."""
+    """Accept a changed recipe or changed data: validate again and write a checkpoint with them (a collective)."""
     progress = trainer.progress
     trainer.resumed_under_changes = (progress.epoch, progress.step)
     if progress.best is not None and trainer.setup.has("validation"):

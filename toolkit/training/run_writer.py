@@ -1,7 +1,7 @@
 """Writer of a run's metrics.jsonl, best weights and checkpoints during training.
 
 A checkpoint records the length of metrics.jsonl and the best epoch, so it is written after them. Data that cannot be
-written (disk full) is kept in memory and retried at the next checkpoint; no checkpoint is written before it.
+written (disk full) is kept in memory until the next checkpoint; no checkpoint is written before it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RunWriter:
         self.digest = hashlib.sha256(there)
 
     def add_line(self, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl, or keep it in memory until the disk accepts it."""
+        """Append a record to metrics.jsonl, or keep it in memory until it can be written."""
         if self.run is None:
             return
         self.lines += (json.dumps(record) + "\n").encode()

@@ -1,4 +1,4 @@
-"""The state of a training run: what a checkpoint holds, collected from a trainer and restored into it."""
+"""The state of a training run: the content of a checkpoint, collected from a trainer and restored into it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def checkpoint_content(trainer: Trainer, processes: list[dict[str, Any]]) -> dic
 
 
 def restore_model(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Restore the model and the training progress, which must precede the loaders and the optimizer."""
+    """Restore the model and the training progress; call before building the loaders and the optimizer."""
     if checkpoint["optimizer_name"] != trainer.recipe.optimizer.name:
         raise UserError(
             f"the run was trained with optimizer.name = {checkpoint['optimizer_name']!r}, and its state does not "

@@ -32,11 +32,11 @@ from toolkit.training.losses import Loss
 
 @dataclass
 class RunningMetrics:
-    """Sums of loss, correct predictions and images so far in an epoch, of this process: float64 [3] on the device."""
+    """This process's sums of loss, correct predictions and images so far in an epoch: float64 [3] on the device."""
 
     values: Tensor
     since_log: Tensor
-    """The same since the last logged step."""
+    """The same sums since the last logged step."""
 
     @classmethod
     def zero(cls, device: torch.device) -> RunningMetrics:
@@ -93,7 +93,7 @@ def _means(values: Tensor, accelerator: Accelerator) -> tuple[float, float]:
 
 
 class NonFiniteDetector:
-    """Detector of the first step whose loss is not finite, which does not make the CPU wait for a GPU.
+    """Detects the first step whose loss is not finite, without making the CPU wait for a GPU.
 
     On a GPU, each step's result is copied to the CPU asynchronously and read once it has arrived. Only if more than
     ``MOST`` results are pending is the oldest one waited for, which also limits how far the CPU runs ahead.
@@ -216,7 +216,7 @@ class TrainStep:
         if self.stochastic.calls:
             keys = example_keys(settings.seed, epoch, np.asarray(batch.draws[: micro.own]))
             self.stochastic.set_keys(torch.from_numpy(keys).to(accelerator.device, non_blocking=True))
-        if settings.has_unkeyed_randomness:  # different numbers on each process, the same again in a resumed run
+        if settings.has_unkeyed_randomness:  # random numbers that differ between processes and recur in a resumed run
             torch.manual_seed(hash64(settings.seed, epoch, micro.step, micro.part, accelerator.process_index))
         if accelerator.num_processes > 1:
             set_replicated(self.network, micro.replicated)

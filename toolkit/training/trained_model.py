@@ -1,4 +1,4 @@
-"""A trained model as files: weights and model.json, from which it is rebuilt without data, recipe file or network."""
+"""A trained model, loaded from its weights and model.json without data, recipe file or network."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class TrainedModel:
         return build_transform("test", AugmentConfig(test=list(self.transforms)), self.preprocessing)
 
     def files(self, paths: Sequence[str]) -> ImageFiles:
-        """Return a reader that decodes image files as the run did; ``load(i)`` returns input of :attr:`transform`."""
+        """Return a reader that decodes image files as the run did; pass its ``load(i)`` to :attr:`transform`."""
         wanted = self.preprocessing
         return ImageFiles(Path(), paths, wanted.channels, exif=wanted.exif, value_range=wanted.value_range)
 

@@ -225,7 +225,7 @@ class Trainer:
             group["lr"] = self._learning_rate(epoch, group["lr_scale"])
 
     def _after_step(self, epoch: int, step: int, sums: RunningMetrics) -> bool:
-        """Count the step, agree with the other processes, and checkpoint if due. Return True to stop training."""
+        """Count the step, synchronize with the other processes, and checkpoint if due. Return True to stop training."""
         progress, batch_size = self.progress, self.recipe.train.batch_size
         count = min(batch_size, len(self.setup.splits["train"]) - (step - 1) * batch_size)
         progress.step = step
@@ -330,7 +330,7 @@ class Trainer:
         raise Interrupted(self._stopped_message())
 
     def _refuse_stop(self) -> None:
-        """Raise Interrupted if a stop was requested; the checkpoint of the last epoch exists already."""
+        """Raise Interrupted if a stop was requested; the last epoch's checkpoint is already written."""
         if any(gather_objects(self.stop.is_wanted())):
             raise Interrupted(self._stopped_message())
 
@@ -365,7 +365,7 @@ class Trainer:
         self.is_saved = self._written(lambda: self._write_checkpoint(everyone), "a checkpoint could not be written")
 
     def finish_writing(self) -> None:
-        """Write all results still held in memory (a collective). Raises RunFailed if they cannot be written."""
+        """Write all results that are still in memory (a collective). Raises RunFailed if they cannot be written."""
         self._written(self.writer.flush, "results could not be written", must=True)
 
     def _written(self, write: Callable[[], None], problem: str, *, must: bool = False) -> bool:
