@@ -20,7 +20,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from toolkit.augment.gpu import CHUNK, GpuAugmentation, apply_where_due
+from toolkit.augment.gpu import CHUNK, GpuAugmentation, apply_to_changed
 from toolkit.augment.gpu_affine import AffineOp
 from toolkit.augment.gpu_color import ColorJitter, GaussianBlur
 from toolkit.augment.transforms import build_transform
@@ -84,7 +84,7 @@ def compare(name: str, size: int, count: int, rounds: int) -> str:
         for start in range(0, count, chunk):
             part = slice(start, start + chunk)
             values = torch.from_numpy(plan.table[part].astype(np.float32))
-            made[part] = apply_where_due(op, pixels[part], plan.of(part), values)
+            made[part] = apply_to_changed(op, pixels[part], plan.of(part), values)
         return made
 
     def per_image() -> Tensor:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from toolkit.distributed.malloc import is_settled_by_user
+from toolkit.distributed.malloc import is_configured_by_user
 
 pytestmark = pytest.mark.long
 
@@ -55,4 +55,4 @@ def test_freed_memory_is_reused_without_page_faults() -> None:
     ],
 )
 def test_the_user_s_allocator_settings_are_not_changed(environment: dict[str, str], configures: bool) -> None:
-    assert is_settled_by_user(environment) is configures
+    assert is_configured_by_user(environment) is configures

@@ -80,7 +80,7 @@ class GpuAugmentation:
     def _make(self, images: Tensor, made: Tensor, plans: Sequence[SampledParams], tables: Sequence[Tensor]) -> None:
         """Apply the pipeline to some of the images and write the result to ``made``."""
         for one, plan, table in zip(self.passes, plans, tables, strict=False):  # plans may end with random erasing's
-            images = apply_where_due(one, images, plan, table)
+            images = apply_to_changed(one, images, plan, table)
         self._normalize(images, made)
         if self.erase is not None:
             self.erase.erase(made, plans[-1], tables[-1])
@@ -121,7 +121,7 @@ def _on_device(tables: Sequence[Floats], device: torch.device) -> list[Tensor]:
     return list(whole.to(device, non_blocking=True).split([table.shape[1] for table in tables], 1))
 
 
-def apply_where_due(one: BatchOp, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
+def apply_to_changed(one: BatchOp, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
     """Apply an operation to the images for which ``plan.applied`` is true."""
     if plan.applied.all():
         return one.apply(images, plan, table)

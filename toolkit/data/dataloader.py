@@ -177,7 +177,7 @@ class DataWorkerPool:
         if self._loader is None:
             raise RuntimeError("the loader is closed")
         self._requests[:] = requests
-        with _signals_held():
+        with _signals_blocked():
             iterator = iter(self._loader)  # the first call starts the worker processes
         for answer in iterator:
             if isinstance(answer, WorkerError):
@@ -279,7 +279,7 @@ def _as_is(batch: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
+def _signals_blocked() -> Iterator[None]:
     """Block signals while worker processes start, until they have set up their own signal handling."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -302,10 +302,10 @@ def _start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
 
 
-def _obey_parent() -> None:
+def _exit_on_sigterm_of_parent() -> None:
     """Wait for SIGTERM and exit once the parent has sent it."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass

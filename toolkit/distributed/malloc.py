@@ -31,7 +31,7 @@ def tune_malloc() -> bool:
     Does nothing if another C library or allocator is in use, or if the user has set a MALLOC_ variable or malloc
     tunables, which take precedence.
     """
-    if platform.libc_ver()[0] != "glibc" or is_settled_by_user(os.environ):
+    if platform.libc_ver()[0] != "glibc" or is_configured_by_user(os.environ):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -40,7 +40,7 @@ def tune_malloc() -> bool:
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
 
 
-def is_settled_by_user(environment: Mapping[str, str]) -> bool:
+def is_configured_by_user(environment: Mapping[str, str]) -> bool:
     """Return whether the user has configured memory allocation through environment variables."""
     preloaded = environment.get("LD_PRELOAD", "")
     return (

@@ -19,14 +19,14 @@ from toolkit.similar_names import did_you_mean
 
 LIST = "`toolkit {}` lists the known ones"
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
-_WEIGHTS_KEY = "model.weights decides which weights are loaded"
+_WEIGHTS_KEY = "model.weights determines which weights are loaded"
 _LOADER = "it is an option of the library's loader, not an argument of the architecture; remove it"
 OWN_MODEL_KEYS = {
-    "num_classes": "the data set decides it",
-    "in_chans": "data.channels decides it",
-    "img_size": "data.image_size decides it",
-    "image_size": "data.image_size decides it",
-    "input_size": "data.image_size decides it",
+    "num_classes": "the data set determines it",
+    "in_chans": "data.channels determines it",
+    "img_size": "data.image_size determines it",
+    "image_size": "data.image_size determines it",
+    "input_size": "data.image_size determines it",
     "aux_logits": "auxiliary classifiers are not trained",
     "pretrained": _WEIGHTS_KEY,
     "weights": _WEIGHTS_KEY,
@@ -40,8 +40,8 @@ OWN_MODEL_KEYS = {
     "pruned": "name the pruned architecture instead, such as efficientnet_b1_pruned",
     "model_name": "use model.name",
     "variant": "use model.name",
-    "device": "the launcher decides it",
-    "dtype": "train.precision decides it",
+    "device": "the launcher determines it",
+    "dtype": "train.precision determines it",
     **dict.fromkeys(
         (
             "pretrained_strict",
@@ -59,7 +59,7 @@ OWN_MODEL_KEYS = {
         _LOADER,
     ),
 }
-"""Arguments that are set by other recipe keys or are not constructor arguments of an architecture, and why."""
+"""Arguments that model.args must not contain, and why: other keys set them, or no constructor takes them."""
 
 OWN_OPTIMIZER_KEYS = {key: f"optimizer.{key}" for key in ("lr", "momentum", "weight_decay")} | {
     "nesterov": 'optimizer.name = "nag"'
@@ -90,7 +90,7 @@ _POLICIES = {
 
 
 def model(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the source provides the architecture, and that model.args does not set what other keys set."""
+    """Check that the source provides the architecture, and that model.args has no arguments that other keys set."""
     table = recipe.model
     if table.source != "toolkit":
         yield from _architecture(table.source, table.name)
@@ -222,7 +222,7 @@ def _transform_argument(info: dict[str, Any], value: Any, path: KeyPath, name: K
 
 
 def _unknown_name(kind: str, path: KeyPath, name: str, known: Iterable[str], excluded: dict[str, str]) -> Issue:
-    """Return the issue of a transform or optimizer that a recipe cannot use."""
+    """Return the issue for a transform or optimizer that a recipe cannot use."""
     listed = LIST.format(f"{kind}s")
     if name in excluded:
         return error(path, f"{name} {excluded[name]}", hint=listed)
@@ -232,7 +232,7 @@ def _unknown_name(kind: str, path: KeyPath, name: str, known: Iterable[str], exc
 def _unknown_argument(
     owner: str, path: KeyPath, known: Collection[str], name: KeyPath, keys: tuple[str, ...] = ()
 ) -> Issue:
-    """Return the issue of an argument that a transform or optimizer does not take, near which ``keys`` are allowed."""
+    """Return the issue for an argument that a transform or optimizer does not take; ``keys`` are also allowed there."""
     takes = f"{owner} takes {', '.join(known) or 'no arguments'}"
     hint = did_you_mean(str(path[-1]), [*known, *keys], otherwise=takes)
     message = f"{dotted(path[:-1])}: {owner} takes no argument {shown(str(path[-1]))}"

@@ -21,7 +21,7 @@ from toolkit.recipe.toml_writer import toml_value
 from toolkit.recipe.training_schema import SCHEDULE_KEYS
 
 LONGEST_LABEL = 128
-"""W&B's limit for run names, groups and similar, in characters."""
+"""W&B's limit for run names, groups and other labels, in characters."""
 
 
 def transfer(recipe: Recipe) -> Iterator[Issue]:
@@ -68,7 +68,7 @@ def model(recipe: Recipe) -> Iterator[Issue]:
         text = '"small" replaces the first convolution, whose pretrained weights are lost'
         yield warning("model.stem", text, "model.weights")
     size = input_size(recipe)
-    if table.convnet is not None and table.source != "toolkit":  # perhaps inherited
+    if table.convnet is not None and table.source != "toolkit":  # may be inherited
         message = f'model.convnet has no effect with source = "{table.source}"'
         yield Issue(message, ("model", "convnet"), (("model", "source"),), severity="warning")
     elif table.convnet is not None and size is not None:
@@ -94,7 +94,7 @@ def image_size(recipe: Recipe) -> Iterator[Issue]:
         )
         hint = f"for example image_size = {expected.image_size}"
         yield error("data.image_size", text, "model.name", "model.weights", hint=hint, at="table")
-    # The transforms of a split may determine its image size.
+    # A split's transforms may determine its image size.
     is_plain = not (recipe.augment.train and recipe.augment.validation and recipe.augment.test)
     if data.crop != "none" or data.resize in (None, "none") or size is None or not is_plain:
         return
@@ -106,7 +106,7 @@ def image_size(recipe: Recipe) -> Iterator[Issue]:
 
 
 def splits(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the splits leave training images, and drop_last a step, if the size of the data set is known."""
+    """Check that the splits leave training images, and that drop_last leaves a step, if their number is known."""
     images, split, train = DATASETS[recipe.data.dataset].images, recipe.data.split, recipe.train
     if images is None:
         return
@@ -142,7 +142,7 @@ def channels_of(recipe: Recipe) -> int:
 
 
 def normalization(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the normalization has all channels; warn if it is not what the pretrained weights expect."""
+    """Check that the normalization has a value per channel; warn if it is not what the pretrained weights expect."""
     table, choice, channels = recipe.model, recipe.data.normalize, channels_of(recipe)
     if isinstance(choice, NormalizeValues) and len(choice.mean) != channels:
         text = f"{len(choice.mean)} values for {channels} channel{'s' if channels > 1 else ''}"
@@ -259,7 +259,7 @@ def disabled_splits(recipe: Recipe) -> Iterator[Issue]:
 
 
 def augment(recipe: Recipe) -> Iterator[Issue]:
-    """Warn about mixing probabilities without effect; check that the transforms support whole batches if they must."""
+    """Warn about mixing probabilities without effect; check that the transforms support run_on."""
     table = recipe.augment
     mixing = ("augment.mixup", "augment.cutmix")
     if table.mixup_prob != 1 and not (table.mixup or table.cutmix):

@@ -160,7 +160,7 @@ class DataConfig(ConfigModel):
     )
 
     @model_validator(mode="after")
-    def _mean_and_std_alike(self) -> DataConfig:
+    def _mean_and_std_have_equal_length(self) -> DataConfig:
         if isinstance(self.normalize, NormalizeValues) and len(self.normalize.mean) != len(self.normalize.std):
             raise ValueError("normalize: mean and std must have the same number of values")
         return self

@@ -1,6 +1,6 @@
 """Generate the reference section of docs/recipes.md from the schema: ``python -m toolkit.recipe.docs_generator``.
 
-The text above the marker in that file is written by hand and left unchanged.
+The text above the marker in that file is hand-written and stays unchanged.
 """
 
 from __future__ import annotations

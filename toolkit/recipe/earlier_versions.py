@@ -1,6 +1,6 @@
 """Keys and metrics that have been renamed since earlier versions, and defaults that have changed.
 
-A user's recipe with an old key is rejected with a message that gives the new name. Files written by earlier versions
+A user's recipe with an old key is rejected with a message that names the new key. Files written by earlier versions
 (a run's resolved recipe, summary and metrics, a study's record) are converted when they are read.
 """
 

@@ -1,6 +1,6 @@
 """Which augmentations can be applied to whole batches on the training device (:mod:`toolkit.augment.gpu`).
 
-Decided from the recipe alone, without importing torch, so that an unsupported recipe is rejected early.
+This depends on the recipe alone and needs no torch, so an unsupported recipe is rejected early.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BATCHED = GEOMETRIC | COLOR | {"GaussianBlur", "Identity", "RandomErasing"}
 """Transforms that can be applied to a batch, if :func:`unsupported_on_gpu` accepts their arguments."""
 
 FIXED = frozenset({"CenterCrop", "Grayscale", "Identity", "Pad", "RGB", "Resize"})
-"""Transforms known to be deterministic: before the resize they are applied once, with it. Others count as random."""
+"""Transforms known to be deterministic; before the resize they are applied once, with it. Others may be random."""
 
 
 def is_random(split: str, augment: AugmentConfig) -> bool:
@@ -49,7 +49,7 @@ def unsupported_on_gpu(split: str, augment: AugmentConfig, *, after_crop: bool =
 
 
 def _obstacle(entry: TransformConfig) -> str | None:
-    """Return why a transform cannot be applied to batches, as text to follow its name; None if it can."""
+    """Return why a transform cannot be applied to batches, as text that follows its name; None if it can."""
     given = entry.arguments
     if entry.stage == "before_resize":
         return None if entry.name in FIXED and entry.apply_p == 1 else ' stage = "before_resize"'

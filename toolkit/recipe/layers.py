@@ -19,7 +19,7 @@ from toolkit.recipe.toml_positions import KeyPath, Span, scan
 from toolkit.similar_names import similar_names
 
 MAX_BYTES = 64 * 1024
-"""Maximum size of a recipe file and all it extends. Long recipes have 5 KB; the limit guards against malicious ones."""
+"""Maximum size of a recipe file and all that it extends. Long recipes have 5 KB; the limit is for malicious files."""
 
 MAX_PARENTS = 8
 MAX_NESTING = 12
@@ -98,7 +98,7 @@ def value_at(data: Any, path: KeyPath) -> Any:
 
 
 def read_chain(path: str | os.PathLike[str]) -> list[ConfigLayer]:
-    """Read a recipe file and all it extends, base first; parents without [expected_metrics]. Raises RecipeError."""
+    """Read a recipe file and all that it extends, base first; parents lose [expected_metrics]. Raises RecipeError."""
     sources: list[ConfigLayer] = []
     seen: list[str] = []
     chain: list[str] = []
@@ -215,7 +215,7 @@ def _read(name: str, extends_location: Location | None, chain: list[str]) -> str
 
 
 def _missing_file_hint(name: str) -> str | None:
-    """Return a hint: a recipe of a similar name in the same folder, or that the folder does not exist."""
+    """Return a hint: a recipe with a similar name in the same folder, or that the folder does not exist."""
     folder = os.path.dirname(name) or "."
     try:
         with os.scandir(folder) as entries:
@@ -243,7 +243,7 @@ def _syntax_hint(message: str, rest: str) -> str | None:
 
 
 def _too_deep(data: dict[str, Any]) -> KeyPath | None:
-    """Return a path that is nested too deeply, if there is one. Not recursive, as the nesting may be very deep."""
+    """Return a path that is nested too deeply, if there is one. Not recursive, because the nesting may be very deep."""
     stack: list[tuple[KeyPath, Any]] = [((), data)]
     while stack:
         path, value = stack.pop()

@@ -1,4 +1,4 @@
-"""Load a Recipe from a TOML file: read, inherit, override, validate, check. Never imports torch."""
+"""Load a recipe from a TOML file: read, inherit, override, validate, check. Does not import torch."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def located(issues: Iterable[Issue], merged: LayeredConfig, name: str) -> list[D
 def _located(issue: Issue, merged: LayeredConfig, name: str) -> Diagnostic:
     """Return the issue with the location of its key in the file or argument that set it.
 
-    If the key was not set, because its default is at fault, the first related key that was set is shown.
+    If the key was not set and its default is invalid, the first related key that was set is shown.
     """
     path = issue.path[:-1] if issue.at == "table" else issue.path
     shown = next((given for given in (path, *issue.related) if merged.has(given)), path)

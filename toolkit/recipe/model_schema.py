@@ -62,7 +62,7 @@ class ConvBlock(ConfigModel):
     )
 
     @model_validator(mode="after")
-    def _padding_sees_pixels(self) -> ConvBlock:
+    def _padding_at_most_kernel(self) -> ConvBlock:
         if self.padding > self.kernel:
             raise ValueError(
                 f"padding = {self.padding} is more than kernel = {self.kernel}: the border would be all zero"
@@ -158,7 +158,7 @@ class ModelConfig(ConfigModel):
     head: HeadConfig = Field(HeadConfig(), description="The new classifier on top of the backbone.")
 
     @model_validator(mode="after")
-    def _convnet_where_due(self) -> ModelConfig:
+    def _convnet_is_defined(self) -> ModelConfig:
         if self.source == "toolkit" and self.convnet is None:
             raise ValueError("source = 'toolkit' needs a table [model.convnet] with its blocks")
         return self

@@ -45,7 +45,7 @@ def with_defaults(recipe: Recipe) -> Recipe:
 
 def is_resolved(text: str) -> bool:
     """Return whether a recipe's text was written by :func:`resolved_toml`."""
-    return text.startswith("# Resolved recipe:")  # the sentence itself differs between versions
+    return text.startswith("# Resolved recipe:")  # the rest of the comment differs between versions
 
 
 def resolved_content(recipe: Recipe) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class _Scanner:
         self.text = text
         self.at = 0
         self.spans: dict[KeyPath, Span] = {}
-        self.lengths: dict[KeyPath, int] = {}  # of the arrays of tables seen so far
+        self.lengths: dict[KeyPath, int] = {}  # number of elements of each array of tables so far
 
     def document(self) -> None:
         table: KeyPath = ()

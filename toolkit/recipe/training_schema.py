@@ -84,7 +84,7 @@ class SchedulerConfig(ConfigModel):
     end_factor: float = Field(4e-6, gt=0, le=1, description="one_cycle: last learning rate, as a fraction of lr.")
 
     @model_validator(mode="after")
-    def _step_has_a_period(self) -> SchedulerConfig:
+    def _step_needs_step_size(self) -> SchedulerConfig:
         if self.name == "step" and self.step_size is None:
             raise ValueError("name = 'step' needs step_size (epochs)")
         return self

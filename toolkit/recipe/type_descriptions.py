@@ -1,4 +1,4 @@
-"""Descriptions of schema types and values in words, for messages and the reference page."""
+"""Descriptions of schema types and values in English, for messages and the reference page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Validate a recipe's values against the schema and report every error in plain words.
+"""Validate a recipe's values against the schema and report every error in plain English.
 
 pydantic checks a rule between keys of a table only if the values of the table are valid, and the checks across tables
-need a complete recipe. So each error is recorded, and the bad value replaced with a placeholder, until the recipe is
+need a complete recipe. So each error is recorded and its value replaced with a placeholder, until the recipe is
 valid. Nothing that depends on a replaced value is reported.
 """
 
@@ -30,7 +30,7 @@ from toolkit.recipe.type_descriptions import describe_type, describe_value, unwr
 from toolkit.similar_names import similar_names
 
 MAX_ERRORS = 100
-"""Maximum number of errors handled per round: nobody reads more, and a malicious recipe can have 50,000."""
+"""Maximum number of errors handled per round: nobody reads more, and a malicious recipe may have 50,000."""
 
 MAX_ROUNDS = 8
 
@@ -61,7 +61,7 @@ OTHER_NAMES = {
     "architecture": "name",
     "pretrained": "weights",
 }
-"""Names of keys in other tools that are too different from ours to be found by similarity."""
+"""Names that other tools use for a key and that are too different from its name to be found by similarity."""
 
 
 @dataclass
@@ -173,7 +173,7 @@ def _locate(loc: tuple[str | int, ...], data: Any) -> _Key | None:
 
 
 def _issue(key: _Key, kind: str) -> Issue:
-    """Return the issue of an unknown key, a missing key or a value of the wrong type."""
+    """Return the issue for an unknown key, a missing key or a value of the wrong type."""
     path, value = key.path, key.value
     if kind == "extra_forbidden":
         what = f"table [{dotted(path)}]" if isinstance(value, dict) else f"key {dotted(path)}"
@@ -246,7 +246,7 @@ def _table(path: KeyPath) -> str:
 
 
 def _broken_rule(key: _Key, message: str) -> Issue:
-    """Return the issue of a rule within one table, located at the key that the message starts with, if any."""
+    """Return the issue for a broken rule within one table, located at the key that the message starts with, if any."""
     first = message.split()[0].rstrip(":")
     names_key = _is_model(key.annotation) and first in key.annotation.model_fields
     return Issue(f"{_table(key.path)}: {message}", (*key.path, first) if names_key else key.path, at="key")

@@ -108,13 +108,13 @@ def _moved(gone: list[str], new: list[str], files: FileFacts | None) -> dict[str
     for name in gone:
         by_file[os.path.basename(name)].append(name)
         if files is not None:
-            by_facts[files.then(name)].append(name)
+            by_facts[files.recorded(name)].append(name)
     found = {}
     for name in sorted(new):
         same = by_file.get(os.path.basename(name), [])
         if files is not None:
-            size, time = files.now(name)
-            same = [old for old in same if files.then(old)[0] == size] + by_facts.get((size, time), [])
+            size, time = files.current(name)
+            same = [old for old in same if files.recorded(old)[0] == size] + by_facts.get((size, time), [])
         if earlier := [old for old in dict.fromkeys(same) if old != name]:
             found[name] = earlier
     return found
@@ -170,12 +170,12 @@ class FileFacts:
             return None
         return cls(names, dataset.images, files, sample)
 
-    def then(self, name: str) -> tuple[int, int]:
+    def recorded(self, name: str) -> tuple[int, int]:
         """Return the recorded size and modification time of a file."""
         size, time = self.files[self.rows[name]].tolist()
         return size, time
 
-    def now(self, name: str) -> tuple[int, int]:
+    def current(self, name: str) -> tuple[int, int]:
         """Return the current size and modification time of a file."""
         size, time = _stat(self.images, np.array([self.index[name]]))[0].tolist()
         return size, time

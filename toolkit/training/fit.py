@@ -88,7 +88,7 @@ def fit(
             stack.enter_context(_locked(run, accelerator, display))
         stop.watch(run.path)
         if accelerator.is_main_process:
-            _write_beginnings(setup, run, resumption)
+            _write_initial_files(setup, run, resumption)
             display.set_log_file(run.log_file)
         display.log(describe(setup, accelerator.mixed_precision, whole=show_module))
         display.log(f"run directory {run.path}")
@@ -274,7 +274,7 @@ def _tracked(recipe: Recipe, accelerator: Accelerator, run: Run, display: Consol
         tracking.finish(status)
 
 
-def _write_beginnings(setup: TrainingContext, run: Run, resumption: Resumption | None) -> None:
+def _write_initial_files(setup: TrainingContext, run: Run, resumption: Resumption | None) -> None:
     """Write the files known before training: recipe, environment, splits, and how to rebuild the model."""
     names = {split: [setup.dataset.images.name(int(i)) for i in setup.splits[split]] for split in SPLITS}
     run.checkpoints.mkdir(exist_ok=True)  # it may have been removed

@@ -42,13 +42,13 @@ def build_optimizer(
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer state, which may come from another device type, but keep this optimizer's own kernel flags."""
-    ways = [{key: group[key] for key in _WAYS if key in group} for group in optimizer.param_groups]
+    kernel_flags = [{key: group[key] for key in _KERNEL_FLAGS if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, way in zip(optimizer.param_groups, ways, strict=True):
-        group.update(way)
+    for group, flags in zip(optimizer.param_groups, kernel_flags, strict=True):
+        group.update(flags)
 
 
-_WAYS = ("foreach", "fused", "capturable")
+_KERNEL_FLAGS = ("foreach", "fused", "capturable")
 """Entries of PyTorch's parameter groups that select an implementation and do not affect the result."""
 
 

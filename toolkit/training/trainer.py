@@ -98,7 +98,7 @@ class Trainer:
         last = epochs if until is None else min(until, epochs)
         while progress.epoch < last and not progress.stopped_early:
             self._epoch(progress.epoch)
-        self._refuse_stop()
+        self._raise_if_stopped()
         return progress.epoch >= epochs or progress.stopped_early
 
     def _epoch(self, epoch: int) -> None:
@@ -194,7 +194,7 @@ class Trainer:
         with self.display.bar(f"evaluating on {split}", len(labels)) as bar:
             return evaluate(
                 network,
-                self._shown(bar, self.consensus.stop_aware(loader, rounds)),
+                self._with_progress(bar, self.consensus.stop_aware(loader, rounds)),
                 labels,
                 self.accelerator.device,
                 autocast_dtype=autocast_dtype(self.accelerator.mixed_precision),
@@ -248,9 +248,9 @@ class Trainer:
     def _check_finite(self, epoch: int) -> None:
         """Raise RunFailed if the loss of any step so far was not finite (a collective)."""
         self.consensus.settle()
-        self._fail_where_bad(epoch, gather_objects(self.train_step.finite.first_nonfinite_step(wait=True)))
+        self._raise_if_nonfinite(epoch, gather_objects(self.train_step.finite.first_nonfinite_step(wait=True)))
 
-    def _fail_where_bad(self, epoch: int, steps: list[int | None]) -> None:
+    def _raise_if_nonfinite(self, epoch: int, steps: list[int | None]) -> None:
         """Raise RunFailed if any process has a step with a non-finite loss; ``steps`` has the first one of each."""
         step = min((step for step in steps if step is not None), default=None)
         if step is None:
@@ -297,7 +297,7 @@ class Trainer:
         if self.tracking is not None:
             self.tracking.log(record, record["step"])
 
-    def _shown(self, bar: ProgressBar, batches: Iterable[Any]) -> Iterator[Any]:
+    def _with_progress(self, bar: ProgressBar, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield evaluation batches and advance the progress bar, assuming that all processes advance equally."""
         for batch in batches:
             yield batch
@@ -329,7 +329,7 @@ class Trainer:
         self.save(sums)
         raise Interrupted(self._stopped_message())
 
-    def _refuse_stop(self) -> None:
+    def _raise_if_stopped(self) -> None:
         """Raise Interrupted if a stop was requested; the last epoch's checkpoint is already written."""
         if any(gather_objects(self.stop.is_wanted())):
             raise Interrupted(self._stopped_message())
@@ -355,7 +355,7 @@ class Trainer:
             **process_state(self),
         }
         everyone = gather_objects(mine)
-        self._fail_where_bad(self.progress.epoch, [each["bad_step"] for each in everyone])
+        self._raise_if_nonfinite(self.progress.epoch, [each["bad_step"] for each in everyone])
         if (name := next((each["not_finite"] for each in everyone if each["not_finite"]), None)) is not None:
             step = f", step {self.progress.step}" if self.progress.step else ""
             where = f"epoch {self.progress.epochs_begun}{step}"

@@ -1,4 +1,4 @@
-"""Generate catalog.json. The only module of this package that imports torch, and only when called."""
+"""Generate catalog.json. Only the functions of this module import torch; importing the package does not."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EXCLUDED_TRANSFORMS = {
     "Transform": "is the base of the other classes",
     "UniformTemporalSubsample": "is for videos",
 }
-"""Classes that cannot be used on single images in a recipe, and why, as worded in the error message."""
+"""Classes that cannot be used on single images in a recipe, and the reason, as text of the error message."""
 
 OWN_OPTIMIZER_KEYS = {"self", "params", "lr", "weight_decay", "momentum", "nesterov", "maximize", "differentiable"}
 """Arguments that other recipe keys set (lr, nag), or that would break training."""
