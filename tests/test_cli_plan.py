@@ -74,7 +74,7 @@ def test_estimates_of_known_models_equal_published_values() -> None:
     frozen = plan(RECIPES / "alexnet_caltech_feature_extractor.toml")
     assert frozen["parameters"] > frozen["trainable_parameters"] > 0
     assert frozen["memory"]["gradients"] == 4 * frozen["trainable_parameters"]
-    assert any("is frozen and deterministic" in note for note in frozen["notes"])
+    assert any("are frozen and deterministic" in note for note in frozen["notes"])
 
 
 def shipped() -> list[Path]:
