@@ -278,7 +278,7 @@ def without_root() -> Iterator[None]:
     [
         ({"epoch": -1}, "epoch is wrong: Input should be greater than or equal to 0"),
         ({"step": None}, "step is not an integer"),
-        ({"epoch": 7}, "it says epoch 7 and step 0, unlike its name"),
+        ({"epoch": 7}, "it contains epoch 7 and step 0, unlike its name"),
         ({"file": 3}, "file is not a string"),
         ({"bytes": "x"}, "bytes is not an integer"),
     ],

@@ -146,7 +146,7 @@ def test_without_mixed_precision_where_auto_means_bf16(launched: Launched, monke
         ({"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, {"compile": True}, "no", "dynamo_backend = eager, but the recipe has "
          "train.compile = true."),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "no", "gradient_accumulation_steps = 4, but"),
-        ({"ACCELERATE_USE_FSDP": "true"}, {}, "no", "the launcher asks for FSDP"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "no", "the launcher is configured for FSDP"),
     ],
 )  # fmt: skip
 def test_the_environment_of_accelerate(
@@ -222,7 +222,7 @@ def test_a_configuration_file_without_mixed_precision_is_no_obstacle_but_noted(
     launched("--config_file", str(path), ACCELERATE_MIXED_PRECISION="no")
     check_launch(trained(precision="bf16"))
     check_environment(trained(precision="bf16"), "bf16")
-    note = "note: Accelerate's configuration file says mixed_precision: no, but the recipe decides: bf16"
+    note = "note: Accelerate's configuration file has mixed_precision: no, but the recipe is used: bf16"
     assert launcher.unused_precision_line("bf16") == note
     assert launcher.unused_precision_line("no") is None
     launched("--config_file", str(configuration(path, num_processes=1)))

@@ -309,7 +309,7 @@ def test_a_recipe_edited_inside_the_run_is_refused_with_its_differences(recipe: 
     refused = toolkit("train", "--resume", run.path)
     assert refused.status == 2
     message = refused.stderr.splitlines()[-1]
-    assert "was written under another recipe (optimizer.lr: 0.05 -> 0.01; train.epochs: 4 -> 3)" in message
+    assert "was written with another recipe (optimizer.lr: 0.05 -> 0.01; train.epochs: 4 -> 3)" in message
     assert "--allow-changes" in message
     assert content(run) == before
     resumed(run, until=2, allow_changes=True)
@@ -344,7 +344,7 @@ def test_a_checkpoint_of_another_run_is_refused(recipe: Recipe) -> None:
     run, other = paused(recipe), paused(changed(recipe, recipe__seed=7), 3)
     for path in other.checkpoints.glob("*"):
         shutil.copy(path, run.checkpoints)
-    with pytest.raises(UserError, match=r"was written under another recipe \(recipe.seed: 0 -> 7\)|: 7 -> 0\)"):
+    with pytest.raises(UserError, match=r"was written with another recipe \(recipe.seed: 0 -> 7\)|: 7 -> 0\)"):
         resumed(run)
 
 

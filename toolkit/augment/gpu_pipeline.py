@@ -110,7 +110,7 @@ def _random_erasing(step: Step, value: tuple[float, ...]) -> RandomErasing:
 
 
 def _values(value: Any) -> tuple[float, ...]:
-    """Return a number or several as a tuple."""
+    """Return one number, or several in a list, as a tuple."""
     return tuple(float(each) for each in value) if isinstance(value, list | tuple) else (float(value),)
 
 
@@ -121,7 +121,7 @@ def _pair(value: Any) -> Any:
 
 
 def _symmetric(value: Any) -> Any:
-    """Return the range of an angle: plus and minus a single number."""
+    """Return the range of an angle: a list as it is, a single number x as -x to x."""
     return tuple(value) if isinstance(value, list | tuple) else (-value, value)
 
 

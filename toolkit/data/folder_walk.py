@@ -167,7 +167,10 @@ class FolderWalk:
             return True
         owner, first = self._owners[key]
         if owner is None and folder == group:
-            raise UserError(f"{self._path(folder)} is a link to {self._path(first)}, a folder of folders: remove it")
+            raise UserError(
+                f"{self._path(folder)} is a link to {self._path(first)}, which contains several splits or classes: "
+                "remove the link"
+            )
         if owner not in (None, group):
             raise UserError(
                 f"{self._path(folder)} and {self._path(first)} are the same folder, so its images would be both in "
@@ -177,7 +180,7 @@ class FolderWalk:
         return False
 
     def _leads_back(self, link: str) -> bool:
-        """Return whether a link leads to a folder that contains it, by real paths."""
+        """Return whether a link leads to a folder that contains the link; real paths are compared."""
         real = os.path.realpath(self._path(link))
         return Path(os.path.realpath(os.path.dirname(self._path(link)))).is_relative_to(real)
 

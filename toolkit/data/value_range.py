@@ -112,7 +112,7 @@ def choose_range(extents: list[Extent]) -> Range | None:
         return None
     if len({one.kind == "float" for one in extents}) > 1:
         raise UserError(
-            f"data.value_range cannot be found: {extents[0].name} and {extents[1].name} have samples of different "
+            f"data.value_range cannot be determined: {extents[0].name} and {extents[1].name} have samples of different "
             "kinds (integer and floating point), and one range must hold for all images; convert the images to 8 bits, "
             "or to one kind"
         )
@@ -127,13 +127,13 @@ def choose_range(extents: list[Extent]) -> Range | None:
     example = f"{whole.name} has the largest"
     if has_color:
         raise UserError(
-            f"data.value_range cannot be found: {whole.images} images have 16 bits per sample, with values up to "
+            f"data.value_range cannot be determined: {whole.images} images have 16 bits per sample, with values up to "
             f"about {whole.high:g} ({example}). Of 16-bit color images Pillow reads only the upper 8 bits, so that "
             "these would be nearly black: convert them to 8 bits, or accept that with data.value_range = [0, 65535]"
         )
     raise UserError(
-        f"data.value_range cannot be found: {whole.images} images have {whole.kind} samples of more than 8 bits, "
-        f"with values from {whole.low:g} to {whole.high:g} ({example}), and their files do not say which value is "
+        f"data.value_range cannot be determined: {whole.images} images have {whole.kind} samples of more than 8 bits, "
+        f"with values from {whole.low:g} to {whole.high:g} ({example}), and their files do not state which value is "
         "white; set data.value_range = [BLACK, WHITE], or convert the images to 8 bits"
     )
 

@@ -234,9 +234,9 @@ def peer_lost_message() -> str:
     if current is not None and current.is_silent and current.lost is not None:
         return (
             f"{current._name(current.lost)} has not answered for {SILENT_S:.0f} s and a stop was requested "
-            "(it is stopped, or its machine hangs), so this one ends without it; the last checkpoint is kept, and "
-            "--resume continues it"
+            "(it is stopped, or its machine hangs), so this one exits without waiting; the last checkpoint is "
+            "kept, and --resume continues from it"
         )
     who = "another process" if current is None or current.lost is None else f"rank {current.lost}"
-    lost = f"{who} ended without an error message (killed, or out of memory), so this one ends too"
+    lost = f"{who} ended without an error message (killed, or out of memory), so this one exits too"
     return f"{lost}; checkpoints written so far are kept"

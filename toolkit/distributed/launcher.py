@@ -185,7 +185,8 @@ def check_environment(train: TrainConfig, precision: str) -> None:
                            ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):  # fmt: skip
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise UserError(
-                f"the launcher asks for {name}; this toolkit trains with DDP: remove {name} from its settings"
+                f"the launcher is configured for {name}, but the toolkit trains with DDP: "
+                f"remove {name} from the settings"
             )
     for option, default, value, recipe in _settings(train, precision):
         found = os.environ.get(f"ACCELERATE_{option.upper()}", default).lower()
@@ -258,7 +259,7 @@ def unused_precision_line(precision: str) -> str | None:
     configuration = _configuration(options)
     if configuration is None or str(configuration.mixed_precision) != "no":
         return None
-    return f"note: Accelerate's configuration file says mixed_precision: no, but the recipe decides: {precision}"
+    return f"note: Accelerate's configuration file has mixed_precision: no, but the recipe is used: {precision}"
 
 
 def accelerate_options() -> argparse.Namespace | None:

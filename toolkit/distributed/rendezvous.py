@@ -93,7 +93,7 @@ def join(info: ProcessInfo, backend: str, stop: GracefulStop | None = None) -> N
                 agreed=False,
             )
         if ended := joining.ended():
-            raise RunFailed(f"{ended} ended while the processes were joining, so this one ends too")
+            raise RunFailed(f"{ended} ended while the processes were joining, so this one exits too")
         if waited > limit:
             raise RunFailed(f"gave up after {limit:g} s: {joining.state()}. {_advice(info)}")
         if not noticed and waited > min(NOTICE_S, limit / 2):

@@ -11,7 +11,7 @@ from toolkit.similar_names import did_you_mean
 
 
 def unknown_name(key: str, name: str, known: Collection[str]) -> UserError:
-    """Return the error for a name that is not in ``known``; with close matches as a hint, or all names if few."""
+    """Return the error for a name that is not in ``known``; it lists close matches, or all names if they are few."""
     listed = f"known: {', '.join(known) or 'none'}"
     hint = did_you_mean(name, known, 3, otherwise=listed) if len(known) > 8 else listed
     return UserError(f"{key} = {name!r} is not known; {hint}")

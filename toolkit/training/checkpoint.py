@@ -274,7 +274,7 @@ def _examine(manifest_path: Path) -> tuple[Path | None, str]:
         manifest = read_json(manifest_path, _Manifest)
         path = manifest_path.with_name(Path(manifest["file"]).name)
         if (manifest["epoch"], manifest["step"]) != checkpoint_step(manifest_path):
-            return None, f"it says epoch {manifest['epoch']} and step {manifest['step']}, unlike its name"
+            return None, f"it contains epoch {manifest['epoch']} and step {manifest['step']}, unlike its name"
         fault = manifest.get("refused") or _file_fault(path, manifest["bytes"], manifest["sha256"])
     except UnreadableFile as error:
         return None, f"half-written: {manifest_path.name} is missing" if error.is_missing else str(error)

@@ -197,7 +197,7 @@ def _without_bad_images(
     if len(bad) > recipe.data.max_bad_fraction * total:
         raise UserError(
             f"{len(bad)} of {total} images cannot be read, more than data.max_bad_fraction = "
-            f"{recipe.data.max_bad_fraction:g} allows to leave out: {shown}"
+            f"{recipe.data.max_bad_fraction:g} allows: {shown}"
         )
     kept = {name: indices[~np.isin(indices, [index for index, _ in bad])] for name, indices in splits.items()}
     check_splits(dataset, kept, [name for name in SPLITS if len(splits[name])])

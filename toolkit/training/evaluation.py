@@ -80,7 +80,7 @@ def evaluate(
         table = shared.cpu()
     count, losses, predictions, probabilities, in_top5 = table.numpy().T
     if not (count == 1).all():
-        raise AssertionError(f"evaluation counted {int((count != 1).sum())} of {len(labels)} examples other than once")
+        raise AssertionError(f"{int((count != 1).sum())} of {len(labels)} examples were not evaluated exactly once")
     return EvalResult(
         losses.copy(), predictions.astype(np.int64), probabilities.copy(), in_top5.astype(bool), labels.astype(np.int64)
     )

@@ -78,7 +78,7 @@ class Resumption:
             return False
         if not self.allow_changes:
             raise UserError(
-                f"the checkpoint of {self.run.path} was written under another recipe ({listed}): recipe.toml was "
+                f"the checkpoint of {self.run.path} was written with another recipe ({listed}): recipe.toml was "
                 "edited, or the checkpoint is another run's. Undo this, or add --allow-changes"
             )
         self.display.log(f"the recipe has changed since the checkpoint was written ({listed})")
@@ -174,7 +174,7 @@ def find_resumption(
 ) -> Resumption | None:
     """Return the run at its newest intact checkpoint, chosen by the main process; None without one (a collective).
 
-    Raises UserError if the checkpoint was written under another recipe, if metrics.jsonl is damaged, or if the best
+    Raises UserError if the checkpoint was written with another recipe, if metrics.jsonl is damaged, or if the best
     weights of all checkpoints are lost, unless changes are allowed.
     """
 
@@ -247,7 +247,7 @@ def _validated(stored: str) -> Recipe:
         return Recipe.model_validate(content)
     except ValueError:
         raise UserError(
-            "the checkpoint was written under a recipe that this version of the toolkit cannot read: use the version "
+            "the checkpoint was written with a recipe that this version of the toolkit cannot read: use the version "
             "that started the run, or start a new run"
         ) from None
 
