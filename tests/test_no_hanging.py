@@ -136,7 +136,7 @@ def test_after_a_stop_request_an_unresponsive_process_is_named_and_not_waited_fo
     assert time.monotonic() - began < 3 + 2 + failure_detection.SEND_S + 4
     assert [trainers.processes[other].exitcode for other in others] == [3] * len(others)
     who = rf"rank {rank} \(\S+, process {trainers.processes[rank].pid}\)"
-    message = rf"rank \d: {who} has not answered for 3 s and a stop was requested .* --resume continues it"
+    message = rf"rank \d: {who} has not answered for 3 s and a stop was requested .* --resume continues from it"
     assert len(re.findall(message, trainers.text())) == 1, trainers.text()
     trainers.signal(signal.SIGCONT, rank)
     assert trainers.wait(LIMIT_S)[rank] not in (0, -signal.SIGKILL), "it exits by itself once it is continued"

@@ -20,9 +20,9 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
 LEASE_S = 60.0
-"""Must be the same in all processes that use a lock."""
+"""Seconds after which an untouched lease counts as abandoned; must be equal in all processes that use a lock."""
 POLL_S = 0.02
-"""Interval between attempts."""
+"""Seconds between attempts to acquire a lock."""
 NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 """Errors of file systems that do not support flock."""
 HELD = {errno.EAGAIN, errno.EACCES}

@@ -42,7 +42,7 @@ EXPECTED = {
 
 
 class UnreadableFile(UserError):
-    """A file does not exist, cannot be read or does not have the expected content."""
+    """Raised for a file that does not exist, cannot be read or does not have the expected content."""
 
     def __init__(self, path: Path, reason: object, state: str = "is damaged") -> None:
         super().__init__(f"{path} {state}: {reason}")
@@ -138,7 +138,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _parsed(text: str) -> Any:
-    """Parse JSON. Raises ValueError for any fault."""
+    """Parse JSON. Raises ValueError if the text is invalid, nested too deeply or has an integer out of range."""
     try:
         value = json.loads(text, parse_int=_parse_integer)
     except RecursionError:

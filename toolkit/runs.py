@@ -281,7 +281,7 @@ class Run:
             raise UserError(f"{self.path} has no test images, so it has no predictions.csv (data.split.test)")
         rows = read_csv(path, PREDICTION_COLUMNS)
         for number, row in enumerate(rows, 1):
-            if not _is_share(row["probability"]):
+            if not _is_fraction(row["probability"]):
                 raise UnreadableFile(path, f"row {number} has the probability {row['probability'][:20]!r}")
         return rows
 
@@ -342,7 +342,7 @@ class Run:
             path.unlink(missing_ok=True)
 
 
-def _is_share(text: str) -> bool:
+def _is_fraction(text: str) -> bool:
     """Return whether a text is a number from 0 to 1."""
     try:
         return 0 <= float(text) <= 1

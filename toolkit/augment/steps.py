@@ -37,7 +37,7 @@ class Step:
     arguments: dict[str, Any]
     """Arguments of that class with torchvision's types, including the defaults."""
     p: float
-    """Probability of applying the step. The class's own argument ``p`` applies in addition."""
+    """Probability of applying the step; the class's own argument ``p`` applies in addition."""
     on_image: Callable[[Any], Any]
     """The step for one image."""
     fixed: str | None = None

@@ -101,7 +101,7 @@ def expected_bytes(images: ImageSource, part: CachePartition) -> int:
 
 
 def decode(images: ImageSource, part: CachePartition, index: int) -> Pixels:
-    """Return one image as it is stored, uint8 [h, w, c]. Raises BadImage, RunFailed."""
+    """Return one image as it is stored, uint8 [h, w, c]. Raises UnreadableImageError and RunFailed."""
     pixels = images.load(index)
     try:
         result: Pixels = part.transform.apply(pixels, part.steps)

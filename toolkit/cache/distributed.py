@@ -32,7 +32,7 @@ EntryBuilder = Callable[[CacheEntryWriter], Work]
 """Writes an entry and publishes it."""
 
 TURN_S = 0.5
-"""Seconds of work between two checks of all processes whether to stop."""
+"""Seconds of work after which all processes check again whether to stop."""
 POLL_S = 0.2
 
 

@@ -184,7 +184,7 @@ class Features:
             fault = not torch.allclose(found, used, rtol=1e-3, atol=1e-3 * float(used.abs().max()))
         if fault:
             raise RunFailed(
-                f"best.safetensors is not the model that was trained: its inputs of {tail} differ from the features "
+                f"best.safetensors does not hold the trained model: its inputs of {tail} differ from the features "
                 "that the run used"
             )
 

@@ -20,7 +20,7 @@ SIDE = 64
 SMALLEST = 32
 """Images with a side below this (pixels) have too little detail to be distinguished, and are skipped."""
 MOST_CROPS, MOST = 20_000, 60_000
-"""Maximum number of images for the search for crops, and for rescaled images; time grows with its square."""
+"""Maximum number of images for the search for crops, and for rescaled images; the time grows quadratically."""
 COARSE, FINE = 6, 16
 SHARES = (1.0, 0.85, 0.7, 0.58, 0.48, 0.4)
 """Widths and heights of the windows as fractions of the image's."""

@@ -57,7 +57,7 @@ class FailureDetector:
         self.neighbors = sorted({(self.rank + 1) % self.world, (self.rank - 1) % self.world})
         self.stop, self.names = stop, names or {}
         self.failure_reported = threading.Event()
-        """Some process has failed and has printed why."""
+        """Set once a process has failed and has printed why."""
         self.lost: int | None = None
         """The rank that ended without reporting a failure, or is silent after a stop was requested."""
         self.is_silent = False

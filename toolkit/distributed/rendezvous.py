@@ -28,14 +28,14 @@ from toolkit.errors import Interrupted, RunFailed, UserError, first_line
 
 TIMEOUT_VARIABLE = "TOOLKIT_JOIN_TIMEOUT"
 ONE_MACHINE_S = 30.0
-"""Time limit on one machine, where one launcher starts all processes at once."""
+"""Time limit in seconds on one machine, where one launcher starts all processes at once."""
 SEVERAL_MACHINES_S = 600.0
-"""Time limit on several machines, which may start minutes apart (boot, container download, slow import of torch)."""
+"""Time limit in seconds on several machines, which may start minutes apart (boot, container download, slow imports)."""
 NOTICE_S = 10.0
-"""Time after which the missing ranks are named; waiting continues."""
+"""Seconds after which a message names the missing ranks; waiting continues."""
 POLL_S = 0.1
 STORE_TIMEOUT = timedelta(minutes=30)
-"""Time limit of later use of the store by communicators; torch's default."""
+"""Time limit of requests to the store after joining; torch's default."""
 
 _stores: dict[tuple[str, int], Any] = {}
 """Connections by address and port: another run in this Python process (a notebook) joins through the same store."""

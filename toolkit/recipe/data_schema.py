@@ -137,7 +137,7 @@ class DataConfig(ConfigModel):
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error",
-        description="How to treat an unreadable image file. error: stop with its name. skip: exclude it from all "
+        description="How to treat an unreadable image file. error: stop and name the file. skip: exclude it from all "
         "splits, and report the number.",
     )
     max_bad_fraction: Fraction = Field(

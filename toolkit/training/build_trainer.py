@@ -19,7 +19,7 @@ from toolkit.training.train_step import TrainStep, TrainStepConfig
 
 
 def place_model(setup: TrainingContext) -> None:
-    """Move the model to its device, with the batch norm and memory format that the recipe asks for."""
+    """Move the model to its device, with the batch norm and memory format that the recipe specifies."""
     module, accelerator, train = setup.built.module, setup.accelerator, setup.recipe.train
     synchronized = accelerator.num_processes > 1 and train.sync_batch_norm
     if synchronized or accelerator.device.type == "cpu":  # on CPUs its sums are also more accurate than torch's

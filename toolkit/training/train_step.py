@@ -139,7 +139,7 @@ class TrainStepConfig:
     classes: int
     loss: Loss
     augment: AugmentConfig
-    """Mixup and CutMix."""
+    """Settings of mixup and CutMix."""
     max_grad_norm: float | None
     channels_last: bool
     cuda_graphs: bool
