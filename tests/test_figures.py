@@ -1,4 +1,4 @@
-"""What stands in the figures of a run whose figures are known."""
+"""The contents of the plots of a run whose metrics are known."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def predictions(facts: RunData) -> RunPredictions:
 
 
 def many_classes(count: int) -> RunPredictions:
-    """Each class has ten images, of which as many are right as its number's last digit."""
+    """Return predictions for ten images per class, of which as many are correct as the last digit of its index."""
     labels = np.repeat(np.arange(count), 10)
     right = np.tile(np.arange(10), count) < labels % 10
     predicted = np.where(right, labels, (labels + 1) % count)
@@ -52,7 +52,7 @@ def many_classes(count: int) -> RunPredictions:
     return RunPredictions([str(i) for i in range(10 * count)], names, labels, predicted, np.full(10 * count, 0.5))
 
 
-def test_curves_have_the_metrics_and_mark_best_and_stopping_epoch(facts: RunData) -> None:
+def test_learning_curves_show_the_metrics_and_mark_best_and_stopping_epoch(facts: RunData) -> None:
     for metric, scale, unit in (("loss", 1, "nats"), ("accuracy", 100, "%")):
         (axes,) = learning_curves.learning_curves(facts, metric).axes
         train, validation, best, stop = axes.lines
@@ -63,13 +63,13 @@ def test_curves_have_the_metrics_and_mark_best_and_stopping_epoch(facts: RunData
         assert (list(stop.get_xdata()), stop.get_label()) == ([5, 5], "stopped early: epoch 5")
         assert axes.get_xlabel() == "epoch"
         assert unit in axes.get_ylabel()
-        assert train.get_linestyle() != validation.get_linestyle(), "distinguishable without colors too"
+        assert train.get_linestyle() != validation.get_linestyle(), "also distinguishable without colors"
     (axes,) = learning_curves.learning_rate_curve(facts).axes
-    assert list(axes.lines[0].get_xdata()) == [0, 1, 2, 3, 4], "the rate of an epoch is the one it begins with"
+    assert list(axes.lines[0].get_xdata()) == [0, 1, 2, 3, 4], "an epoch's learning rate is the one at its start"
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.1, 0.1 / 2, 0.1 / 3, 0.1 / 4, 0.1 / 5])
 
 
-def test_confusion_matrix_with_few_classes_has_its_numbers(facts: RunData) -> None:
+def test_a_confusion_matrix_with_few_classes_shows_its_numbers(facts: RunData) -> None:
     axes = test_plots.confusion_figure("title", predictions(facts)).axes[0]
     cells = {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in axes.texts}
     assert cells == {(0, 0): "2", (0, 1): "1", (1, 1): "1", (1, 2): "1", (2, 2): "2"}
@@ -79,7 +79,7 @@ def test_confusion_matrix_with_few_classes_has_its_numbers(facts: RunData) -> No
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 8.0), (101, 5.5)])
-def test_names_beside_a_confusion_matrix_do_not_overlap(count: int, size: float) -> None:
+def test_class_names_next_to_a_confusion_matrix_do_not_overlap(count: int, size: float) -> None:
     figure = test_plots.confusion_figure("title", many_classes(count))
     figure.draw_without_rendering()
     for labels, vertical in ((figure.axes[0].get_yticklabels(), True), (figure.axes[0].get_xticklabels(), False)):
@@ -90,7 +90,7 @@ def test_names_beside_a_confusion_matrix_do_not_overlap(count: int, size: float)
         assert all(upper[1] >= lower[0] - 0.5 for upper, lower in pairwise(ends))
 
 
-def test_class_accuracy_is_sorted_and_shows_support(facts: RunData) -> None:
+def test_class_accuracy_is_sorted_and_shows_the_number_of_images(facts: RunData) -> None:
     figure = test_plots.class_accuracy_figure("title", predictions(facts))
     (axes,) = figure.axes
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([100, 200 / 3, 50])
@@ -100,18 +100,18 @@ def test_class_accuracy_is_sorted_and_shows_support(facts: RunData) -> None:
     assert axes.lines[0].get_label() == "mean over classes: 72.2 %"
 
 
-def test_reliability_diagram(facts: RunData) -> None:
+def test_the_reliability_diagram_shows_the_calibration_metrics(facts: RunData) -> None:
     found = predictions(facts)
     measured = calibration(found.probabilities, found.correct)
     upper, lower = test_plots.reliability_figure("title", measured).axes
-    assert f"{100 * measured.expected_error:.2f} %" in upper.get_title(), "as in the page's text"
+    assert f"{100 * measured.expected_error:.2f} %" in upper.get_title(), "equal to the page's text"
     assert sum(bar.get_height() for bar in lower.patches) == len(PREDICTIONS)
     filled = measured.counts > 0
     heights = [bar.get_height() for bar in upper.patches[: filled.sum()]]
     assert heights == pytest.approx(list(measured.accuracy[filled]))
 
 
-def test_worst_mistakes_name_class_prediction_and_probability(facts: RunData) -> None:
+def test_worst_mistakes_show_class_prediction_and_probability(facts: RunData) -> None:
     load_images(facts, None, ())
     worst = facts.mistakes
     assert [(one.label, one.prediction, one.probability) for one in worst] == [
@@ -133,16 +133,18 @@ def known_filters(count: int = 4) -> ConvFilters:
     )
 
 
-def test_a_filter_is_drawn_on_its_own_scale_with_grey_for_zero() -> None:
+def test_a_filter_is_drawn_on_its_own_scale_with_gray_for_zero() -> None:
     weights = np.zeros((3, 1, 3), dtype=np.float32)
     weights[:, 0, 0], weights[:, 0, 1] = 0.02, -0.01
     assert filter_image(weights, 3)[0].tolist() == [[255] * 3, [64] * 3, [128] * 3]
     weights[0] *= -1
     assert filter_image(weights, 3)[0, 0].tolist() == [0, 255, 255], "three channels are red, green and blue"
-    assert filter_image(np.array([[[1.0]], [[0.0]]], dtype=np.float32), 1).tolist() == [[[255] * 3]], "else the mean"
+    assert filter_image(np.array([[[1.0]], [[0.0]]], dtype=np.float32), 1).tolist() == [[[255] * 3]], (
+        "otherwise the mean over channels"
+    )
 
 
-def test_filters_before_and_after_stand_side_by_side_under_the_same_numbers() -> None:
+def test_filters_before_and_after_training_are_shown_side_by_side_with_the_same_numbers() -> None:
     before, after = filters_figure("title", known_filters()).axes
     assert [(a.get_title(), [t.get_text() for t in a.texts]) for a in (before, after)] == [
         ("before training", ["1", "2", "3", "4"]),
@@ -154,9 +156,9 @@ def test_filters_before_and_after_stand_side_by_side_under_the_same_numbers() ->
     assert f"first {MAX_SHOWN} of 400" in many.texts[0].get_text()
 
 
-def test_the_filters_shown_on_an_image() -> None:
+def test_filters_to_show_are_chosen_by_change_or_number() -> None:
     filters = known_filters()
-    assert choose(filters)[0][0] == 2, "the one that has changed"
+    assert choose(filters)[0][0] == 2, "the only filter that has changed"
     assert choose(filters, [4, 1])[0] == [3, 0], "numbers count from 1, indices from 0"
     unchanged = ConvFilters("conv.weight", filters.before, filters.before)
     strongest = int((filters.before**2).sum((1, 2, 3)).argmax())
@@ -168,7 +170,7 @@ def test_the_filters_shown_on_an_image() -> None:
         choose(filters, [0])
 
 
-def test_products_of_channels_are_the_convolution_of_each_channel() -> None:
+def test_the_products_of_a_filter_are_the_convolution_of_each_channel() -> None:
     image = np.random.default_rng(2).normal(size=(3, 9, 7)).astype(np.float32)
     weights = first_layer()[0]
     expected = torch.nn.functional.conv2d(torch.from_numpy(image)[None], torch.from_numpy(weights))[0].numpy()
@@ -182,22 +184,22 @@ def test_products_of_channels_are_the_convolution_of_each_channel() -> None:
         assert products[1] == pytest.approx(alone[0, 0].numpy(), abs=1e-5)
 
 
-def test_a_filter_that_passes_one_color_gives_the_image_its_tint() -> None:
+def test_a_filter_that_passes_one_color_tints_the_image_with_it() -> None:
     weights = np.zeros((3, 3, 3), dtype=np.float32)
     weights[1] = 1 / 9
     tint = tinted(channel_products(weights, np.ones((3, 8, 8), dtype=np.float32)))
     assert tint.shape == (6, 6, 3)
-    assert tint[0, 0] == pytest.approx([0.5, 1.0, 0.5]), "green, where red and blue are at gray"
+    assert tint[0, 0] == pytest.approx([0.5, 1.0, 0.5]), "green, with red and blue at gray"
 
 
-def test_effect_of_filters(facts: RunData) -> None:
+def test_the_effect_of_filters_shows_responses_and_products(facts: RunData) -> None:
     from PIL import Image
 
     image = np.random.default_rng(3).normal(size=(3, 300, 300)).astype(np.float32)
     figure = effect_figure("title", known_filters(), FilterEffect([2, 0], "", Image.new("L", (300, 300)), image))
     shown = {axes: axes.images[0].get_array().shape for axes in figure.axes if axes.images}
-    assert len(shown) == 1 + 2 * 5, "an image, and of both filters: itself, two responses, two images of products"
-    assert max(side for shape in shown.values() for side in shape[:2]) <= 160, "large responses are thinned out"
+    assert len(shown) == 1 + 2 * 5, "the image, and for both filters: the filter, two responses, two images of products"
+    assert max(side for shape in shown.values() for side in shape[:2]) <= 160, "large responses are subsampled"
     assert [axes.get_title() for axes in figure.axes if axes.get_title().startswith("filter")] == [
         "filter 3",
         "filter 1",
@@ -226,7 +228,7 @@ LONG = "-".join(["a-name-as-long-as-a-recipe-may-have-without-a-space"] * 2)[:10
 
 
 def drawn(facts: RunData) -> dict[str, Figure]:
-    """Every figure of a run's report, with the longest name that a recipe may have."""
+    """Return every plot of a run's report, with the longest name that a recipe may have."""
     found = predictions(facts)
     counts = {split: np.array([3, 2, 1]) for split in SPLIT_COLORS}
     image = np.zeros((3, 20, 20), dtype=np.float32)
@@ -266,26 +268,26 @@ def test_no_title_is_cut_off(facts: RunData) -> None:
 # Files
 
 
-def test_files_for_print_and_for_a_page(facts: RunData, tmp_path: Path) -> None:
-    said: list[str] = []
-    with plot_style(said.append):
+def test_plots_are_written_for_print_and_for_pages(facts: RunData, tmp_path: Path) -> None:
+    messages: list[str] = []
+    with plot_style(messages.append):
         figure = test_plots.class_accuracy_figure(f"{facts.name}: <b>", predictions(facts))
         page = page_svg(figure, 'what "it" is')
         svg, pdf = save(figure, tmp_path / "deep" / "er", "name")
         again = [path.read_bytes() for path in save(figure, tmp_path, "name")]
-    assert not said
+    assert not messages
     assert pdf.read_bytes().startswith(b"%PDF-")
-    assert [svg.read_bytes(), pdf.read_bytes()] == again, "the same figure is the same file"
-    assert "<text" not in svg.read_text(), "print does not depend on installed fonts"
+    assert [svg.read_bytes(), pdf.read_bytes()] == again, "the same plot gives the same file"
+    assert "<text" not in svg.read_text(), "print files do not depend on installed fonts"
     root = ElementTree.fromstring(page)
     assert root.attrib["aria-label"] == 'what "it" is'
     texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
-    assert {f"{HOSTILE[0]}  (3)", f"{HOSTILE[1]}  (2)", "known: <b>"} <= texts, "as they are, and as text"
+    assert {f"{HOSTILE[0]}  (3)", f"{HOSTILE[1]}  (2)", "known: <b>"} <= texts, "unchanged, and as text"
     assert all("id" not in element.attrib for element in root.iter("{http://www.w3.org/2000/svg}g"))
     assert "#1a1a1a" not in page, "the page's colors"
 
 
-def test_colors_are_okabe_and_itos_and_differ() -> None:
+def test_colors_are_those_of_okabe_and_ito_and_differ() -> None:
     okabe_ito = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
     assert set(CYCLE) <= okabe_ito
     assert len(set(CYCLE)) == len(CYCLE)

@@ -1,4 +1,4 @@
-"""Orientation and range of values from end to end: training, evaluation, prediction, report and export agree."""
+"""Orientation and value range are the same in training, evaluation, prediction, report and export."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGES = 10
 
 
 def shape(label: int, number: int) -> np.ndarray:
-    """0..1, [16, 16]: class 0 is bright above, class 1 on the left, a turn by 90 degrees apart."""
+    """Return an image in 0..1, [16, 16]: class 0 is bright at the top, class 1 on the left, 90 degrees apart."""
     values = np.full((SIZE, SIZE), 0.2)
     values[: SIZE // 2] = 0.95
     values += np.random.default_rng(number).uniform(-0.05, 0.05, values.shape)
@@ -31,15 +31,15 @@ def shape(label: int, number: int) -> np.ndarray:
 
 
 def recipe(folder: Path, channels: int) -> Path:
-    places = {"runs": json.dumps(str(folder / "runs")), "data": json.dumps(str(folder / "data"))}
-    text = ON_FILES.format(**places, size=SIZE, epochs=3).replace("workers = 0", f"workers = 0\nchannels = {channels}")
+    folders = {"runs": json.dumps(str(folder / "runs")), "data": json.dumps(str(folder / "data"))}
+    text = ON_FILES.format(**folders, size=SIZE, epochs=3).replace("workers = 0", f"workers = 0\nchannels = {channels}")
     (folder / "recipe.toml").write_text(text + CONVNET)
     return folder / "recipe.toml"
 
 
 @pytest.fixture(scope="module")
 def turned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs of a phone: each is stored as its tag says, so that the two classes are one without the tags."""
+    """Write images as a phone stores them, rotated with a tag, so that the classes look alike without the tags."""
     folder = tmp_path_factory.mktemp("turned")
     for label in (0, 1):
         (folder / "data" / str(label)).mkdir(parents=True)
@@ -58,7 +58,7 @@ def run(turned: Path) -> Run:
     return train(recipe(turned, 3))
 
 
-def test_the_card_the_recipe_and_the_export_say_it(run: Run, turned: Path, tmp_path: Path) -> None:
+def test_model_card_recipe_and_export_state_the_orientation_rule(run: Run, turned: Path, tmp_path: Path) -> None:
     assert run.model_card["preprocessing"]["exif"] == "apply"
     assert run.recipe.data.exif == "apply"
     assert "exif = " in (run.path / "recipe.toml").read_text()
@@ -75,8 +75,8 @@ def test_the_card_the_recipe_and_the_export_say_it(run: Run, turned: Path, tmp_p
 
 @pytest.mark.parametrize("cache", ["off", "disk"])
 @pytest.mark.parametrize("rule", ["apply", "ignore"])
-def test_training_sees_what_prediction_sees(turned: Path, cache: str, rule: str, tmp_path: Path) -> None:
-    """predictions.csv by the run's own loaders, kept images or not, and by predict from the files."""
+def test_training_and_prediction_use_the_same_pixels(turned: Path, cache: str, rule: str, tmp_path: Path) -> None:
+    """Compare predictions.csv, with or without cached images, with predictions from the files by `toolkit predict`."""
     trained = train(recipe(turned, 3), f"data.cache={json.dumps(cache)}", f"data.exif={json.dumps(rule)}")
     rows = trained.predictions()
     files = [turned / "data" / row["path"] for row in rows]
@@ -85,7 +85,7 @@ def test_training_sees_what_prediction_sees(turned: Path, cache: str, rule: str,
     assert [row["prediction"] for row in found] == [row["prediction"] for row in rows]
     for one, other in zip(found, rows, strict=True):
         assert float(one["probability"]) == pytest.approx(float(other["probability"]), abs=2e-6)
-    if rule == "apply":  # without the tags the classes cannot be told apart
+    if rule == "apply":  # without the tags the classes cannot be distinguished
         assert trained.summary["best"]["val_accuracy"] == 1
 
 
@@ -101,7 +101,7 @@ def test_the_report_shows_images_upright(run: Run, turned: Path) -> None:
             assert np.abs(np.asarray(image.convert("L")).astype(float) - wanted).mean() < 8, name
 
 
-def test_a_card_from_before_the_key_means_what_was_done_then(run: Run, tmp_path: Path) -> None:
+def test_a_model_card_without_the_key_means_the_earlier_behavior(run: Run, tmp_path: Path) -> None:
     card: dict[str, Any] = run.model_card
     del card["preprocessing"]["exif"], card["preprocessing"]["value_range"]
     (tmp_path / "model.json").write_text(json.dumps(card))
@@ -112,7 +112,7 @@ def test_a_card_from_before_the_key_means_what_was_done_then(run: Run, tmp_path:
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of a 12-bit sensor in 16-bit PNG and int32 TIFF; `>> 8` would leave them black."""
+    """Write images of a 12-bit sensor as 16-bit PNG and int32 TIFF; `>> 8` would make them black."""
     folder = tmp_path_factory.mktemp("deep")
     for label in (0, 1):
         (folder / "data" / str(label)).mkdir(parents=True)
@@ -126,7 +126,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_twelve_bits_are_learned_and_one_image_alone_is_read_like_all(deep: Path) -> None:
+def test_twelve_bit_images_are_trained_on_and_a_single_image_is_read_the_same(deep: Path) -> None:
     outcome = toolkit("train", recipe(deep, 1), "--no-report", "--set", 'data.normalize="dataset"')
     assert outcome.status == 0, outcome.stderr
     assert "20 images have more than 8 bits per sample, with values from" in outcome.stderr
@@ -143,11 +143,11 @@ def test_twelve_bits_are_learned_and_one_image_alone_is_read_like_all(deep: Path
         assert line["prediction"] == row["prediction"]
         assert float(line["probability"]) == pytest.approx(float(row["probability"]), abs=2e-6)
     found = json.loads(toolkit("data", recipe(deep, 1), "--json").stdout)
-    assert found["mean"][0] == pytest.approx(card["mean"][0], abs=0.01)  # of the training images, all in one split
+    assert found["mean"][0] == pytest.approx(card["mean"][0], abs=0.01)  # over the training images only
     assert found["unreadable"] == []
 
 
-def test_values_in_doubt_stop_before_training_and_a_range_settles_them(deep: Path, tmp_path: Path) -> None:
+def test_an_ambiguous_value_range_is_refused_before_training_unless_stated(deep: Path, tmp_path: Path) -> None:
     for path in (deep / "data").glob("*/*.png"):
         values = np.asarray(Image.open(path)).astype(np.float32) / 100
         Image.fromarray(values).save(tmp_path / f"{path.parent.name}{path.stem}.tiff")

@@ -1,4 +1,4 @@
-"""Any module of the toolkit can be the first one to be imported: there are no circular imports."""
+"""Any module of the toolkit can be imported first: there are no circular imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-import accelerate  # noqa: F401  (imported here, so that the children need not)
+import accelerate  # noqa: F401  (imported here once, instead of in each child process)
 import pytest
 import timm  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Starting: every mistake of a launcher is one message within the time limit, which names what was waited for."""
+"""Start-up: a launcher's mistake gives one message within the time limit, which names the missing processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def in_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -
         monkeypatch.setenv(name, value)
 
 
-def test_the_place_that_torchrun_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variables_of_torchrun_give_rank_and_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
     in_environment(monkeypatch, GOOD)
     assert read_process_info() == ProcessInfo(1, 4, 1, "node7", 29500, is_on_one_machine=False)
     in_environment(monkeypatch, GOOD | {"LOCAL_WORLD_SIZE": "4"})
@@ -51,7 +51,7 @@ def test_without_a_launcher_a_process_trains_alone(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"RANK": "x"}, "RANK = 'x' in the environment is not a whole number"),
         ({"RANK": "1.0"}, "RANK = '1.0' in the environment is not a whole number"),
@@ -73,13 +73,15 @@ def test_without_a_launcher_a_process_trains_alone(monkeypatch: pytest.MonkeyPat
         ({"MASTER_PORT": "0"}, "use --standalone instead of --master-port 0"),
     ],
 )
-def test_variables_that_cannot_be(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], words: str) -> None:
+def test_invalid_launcher_variables_are_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
+) -> None:
     in_environment(monkeypatch, GOOD | changes)
-    with pytest.raises(UserError, match=re.escape(words)):
+    with pytest.raises(UserError, match=re.escape(message)):
         read_process_info()
 
 
-def test_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_limit_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     several, one = (ProcessInfo(0, 2, 0, "node7", 29500, is_on_one_machine=one) for one in (False, True))
     monkeypatch.delenv("TOOLKIT_JOIN_TIMEOUT", raising=False)
     assert (rendezvous.time_limit(one), rendezvous.time_limit(several)) == (30, 600)
@@ -91,7 +93,7 @@ def test_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
             rendezvous.time_limit(one)
 
 
-def test_lists_of_ranks() -> None:
+def test_lists_of_ranks_are_abbreviated() -> None:
     assert rendezvous._ranks([3]) == "rank 3"
     assert rendezvous._ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
 
@@ -103,10 +105,10 @@ def started(folder: Path, world: int, prepare: Callable[[int], None], *settings:
     return Trainers(world, folder, write_recipe(folder, MUCH), *settings, prepare=prepare)
 
 
-def ended(
+def statuses_and_output(
     folder: Path, world: int, prepare: Callable[[int], None], *settings: str, within_s: float = 20
 ) -> tuple[list[int], str]:
-    """Exit statuses and all that was shown, of trainers that must end by themselves within the time."""
+    """Return exit statuses and output of trainers, which must end by themselves within the time."""
     trainers = started(folder, world, prepare, *settings)
     statuses = trainers.wait(within_s)
     return statuses, trainers.text()
@@ -116,8 +118,8 @@ def variables(**values: str) -> Callable[[int], None]:
     return lambda rank: os.environ.update(values)
 
 
-def test_a_world_size_that_is_too_large_names_the_missing_rank(tmp_path: Path) -> None:
-    statuses, text = ended(tmp_path, 2, variables(WORLD_SIZE="4", TOOLKIT_JOIN_TIMEOUT="4"))
+def test_with_a_world_size_that_is_too_large_the_missing_ranks_are_named(tmp_path: Path) -> None:
+    statuses, text = statuses_and_output(tmp_path, 2, variables(WORLD_SIZE="4", TOOLKIT_JOIN_TIMEOUT="4"))
     assert statuses == [1, 1]
     joined = rf"joined: rank 0 \({re.escape(socket.gethostname())}, process \d+\); rank 1 \(\S+, process \d+\)"
     notice = rf"rank 0: ranks 2-3 of 4 have not joined; {joined}; waiting up to 4 s \(TOOLKIT_JOIN_TIMEOUT\)"
@@ -131,7 +133,7 @@ def test_a_rank_given_twice_is_refused_at_once(tmp_path: Path) -> None:
     def twice(rank: int) -> None:
         os.environ["RANK"] = str(min(rank, 1))
 
-    statuses, text = ended(tmp_path, 3, twice)
+    statuses, text = statuses_and_output(tmp_path, 3, twice)
     assert statuses == [2, 2, 2]
     pair = r"RANK=1 was given to two processes: \S+, process (\d+); \S+, process (\d+)\."
     first = re.search(pair, text)
@@ -143,7 +145,7 @@ def test_processes_that_disagree_about_the_world_size_are_refused_at_once(tmp_pa
     def more(rank: int) -> None:
         os.environ["WORLD_SIZE"] = str(3 - rank)
 
-    statuses, text = ended(tmp_path, 2, more)
+    statuses, text = statuses_and_output(tmp_path, 2, more)
     assert statuses == [2, 2]
     assert re.search(
         r"WORLD_SIZE is (2 for rank 1|3 for rank 0) on \S+, but (2 for rank 1|3 for rank 0) on \S+\.", text
@@ -156,7 +158,7 @@ def test_without_rank_0_the_address_is_named(tmp_path: Path) -> None:
         if rank == 0:
             os._exit(0)
 
-    statuses, text = ended(tmp_path, 2, first_is_gone)
+    statuses, text = statuses_and_output(tmp_path, 2, first_is_gone)
     assert statuses == [0, 1]
     assert re.search(
         r"gave up after 3 s: rank 1 of 2 cannot reach rank 0 at MASTER_ADDR:MASTER_PORT = 127\.0\.0\.1:\d+ "
@@ -164,49 +166,49 @@ def test_without_rank_0_the_address_is_named(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_an_unknown_host_is_said(tmp_path: Path) -> None:
-    statuses, text = ended(
+def test_an_unknown_host_is_reported(tmp_path: Path) -> None:
+    statuses, text = statuses_and_output(
         tmp_path, 2, lambda rank: os.environ.update(MASTER_ADDR="no-such-host.invalid", TOOLKIT_JOIN_TIMEOUT="3")
     )
     assert statuses[1] == 1
     assert "(no-such-host.invalid is not a known host)" in text
 
 
-def test_a_taken_port_is_said_at_once(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_at_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        statuses, text = ended(tmp_path, 2, variables(MASTER_PORT=port, TOOLKIT_JOIN_TIMEOUT="3"))
+        statuses, text = statuses_and_output(tmp_path, 2, variables(MASTER_PORT=port, TOOLKIT_JOIN_TIMEOUT="3"))
     assert statuses == [2, 1]
     assert f"rank 0: port {port} of this machine ({socket.gethostname()}) is in use" in text
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_killed_while_another_joins_ends_that_one_too(tmp_path: Path, rank: int) -> None:
-    """Rank 2 is never there, so that both wait; rank 0 serves the store."""
+def test_if_a_process_is_killed_while_others_join_they_end_too(tmp_path: Path, rank: int) -> None:
+    """Rank 2 never starts, so both wait; rank 0 serves the store."""
 
     def kill_one(mine: int) -> None:
         os.environ["WORLD_SIZE"] = "3"
         if mine == rank:
             after_seconds(3, kill_self)
 
-    statuses, text = ended(tmp_path, 2, kill_one)
+    statuses, text = statuses_and_output(tmp_path, 2, kill_one)
     assert statuses[rank] == -signal.SIGKILL
     assert statuses[1 - rank] == 1
     assert re.search(rf"rank {rank} \(\S+, process \d+\) ended while the processes were joining", text)
 
 
-def test_a_process_killed_before_its_connections_are_made_ends_the_others(tmp_path: Path) -> None:
+def test_if_a_process_is_killed_before_it_is_connected_the_others_end(tmp_path: Path) -> None:
     def kill_late(rank: int) -> None:
         if rank == 1:
             at_call(rendezvous, "start_failure_detector", 1, kill_self)
 
-    statuses, text = ended(tmp_path, 3, kill_late, "--set", "train.batch_size=18")
+    statuses, text = statuses_and_output(tmp_path, 3, kill_late, "--set", "train.batch_size=18")
     assert statuses[1] == -signal.SIGKILL
     assert statuses[0] == statuses[2] == 1
     assert re.search(r"rank 1 \(\S+, process \d+\) ended while the processes were joining", text)
 
 
-def test_a_store_that_hangs_does_not_hold_the_others_longer_than_the_limit(tmp_path: Path) -> None:
+def test_a_hanging_store_does_not_block_the_others_longer_than_the_limit(tmp_path: Path) -> None:
     def stop_first(rank: int) -> None:
         os.environ |= {"WORLD_SIZE": "3", "TOOLKIT_JOIN_TIMEOUT": "5"}
         if rank == 0:
@@ -224,8 +226,8 @@ def test_a_stop_request_while_joining_ends_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(rendezvous, "NOTICE_S", 0.2)
-    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    trainers = started(tmp_path, 1, variables(**place, MASTER_PORT=str(free_port())))
+    first_variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    trainers = started(tmp_path, 1, variables(**first_variables, MASTER_PORT=str(free_port())))
     trainers.wait_until(lambda: "has not joined" in trainers.text())
     began = time.monotonic()
     trainers.signal(number)
@@ -238,13 +240,13 @@ def test_a_stop_request_while_joining_ends_at_once(
     )
 
 
-def test_a_process_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_starts_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "NOTICE_S", 0.2)
 
     def late(rank: int) -> None:
         time.sleep(3 * rank)
 
-    statuses, text = ended(tmp_path, 2, late, "--set", "train.epochs=2", within_s=60)
+    statuses, text = statuses_and_output(tmp_path, 2, late, "--set", "train.epochs=2", within_s=60)
     assert statuses == [0, 0], text
     assert "rank 1 of 2 has not joined" in text
-    assert only_run(tmp_path).environment["processes"] == 2
+    assert only_run(tmp_path).first_variables["processes"] == 2

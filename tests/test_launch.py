@@ -1,4 +1,4 @@
-"""The same training through every way in, each a real command with processes of its own."""
+"""Training gives the same metrics with every launcher, each a real command with its own processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.long
 REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 CONFIGURATIONS = sorted((REPOSITORY / "launch").glob("*.yaml"))
-WAYS = {
+LAUNCHERS = {
     "python": ([sys.executable, "-m", "toolkit.train"], 1),
     "accelerate": (
         [str(BIN / "accelerate"), "launch", "--config_file", str(REPOSITORY / "launch" / "cpu.yaml"), "-m",
@@ -38,7 +38,7 @@ def started(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess[s
         "data.test_images_per_class": 5,
         "train.batch_size": 16,
         "tracking.trackers": [],
-        # Not AdamW, which amplifies rounding.
+        # AdamW would amplify rounding errors.
         "optimizer.name": "sgd",
     }
     arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
@@ -49,23 +49,23 @@ def started(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess[s
     )
 
 
-def test_every_way_in_trains_the_same(tmp_path: Path) -> None:
+def test_every_launcher_gives_the_same_metrics(tmp_path: Path) -> None:
     runs: dict[str, Run] = {}
-    for name, (command, processes) in WAYS.items():
+    for name, (command, processes) in LAUNCHERS.items():
         done = started(command, tmp_path)
         assert done.returncode == 0, done.stderr
         runs[name] = open_run(done.stdout.strip().splitlines()[-1])
         for rank in range(processes):
             assert f"rank {rank} of {processes} on " in done.stderr, "start-up names every process"
         assert runs[name].environment["processes"] == processes
-    figures = {name: run.epochs()[0] for name, run in runs.items()}
+    first_epochs = {name: run.epochs()[0] for name, run in runs.items()}
     for name in ("accelerate", "torchrun"):
-        assert figures[name] == pytest.approx(figures["python"], rel=1e-5)
+        assert first_epochs[name] == pytest.approx(first_epochs["python"], rel=1e-5)
 
 
-def test_the_shipped_configurations_are_what_accelerate_reads() -> None:
+def test_accelerate_reads_the_shipped_configurations() -> None:
     assert [path.stem for path in CONFIGURATIONS] == ["cpu", "gpu", "node", "nodes"]
     for path in CONFIGURATIONS:
         configuration = load_config_from_file(str(path))
-        assert configuration.mixed_precision in (None, "no"), "precision is the recipe's"
-        assert path.read_text().startswith("# "), "each is explained"
+        assert configuration.mixed_precision in (None, "no"), "the recipe sets the precision"
+        assert path.read_text().startswith("# "), "each starts with a comment"

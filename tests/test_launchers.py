@@ -1,4 +1,4 @@
-"""What a launcher was asked for and the recipe does not say: followed or refused, never ignored."""
+"""Options of a launcher that the recipe does not contain are followed or refused, never ignored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from toolkit.training import fit
 pytestmark = pytest.mark.long
 
 BIN = Path(sys.executable).parent
-OURS = ["-m", "toolkit.train", "recipe.toml", "--set", "train.epochs=1"]
+TRAIN_COMMAND = ["-m", "toolkit.train", "recipe.toml", "--set", "train.epochs=1"]
 Launched = Callable[..., None]
 
 
@@ -35,7 +35,7 @@ def trained(**values: Any) -> TrainConfig:
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No variable of a launcher, and no configuration file of Accelerate."""
+    """Remove the variables of launchers and Accelerate's configuration file."""
     for name in list(os.environ):
         if name.startswith(("ACCELERATE_", "SLURM_", "OMPI_", "PMI_", "MPI_", "MV2_", "MASTER_")):
             monkeypatch.delenv(name)
@@ -46,10 +46,10 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
-    """Make this process look like one that `accelerate launch OPTIONS -m toolkit.train ...` has started."""
+    """Return a function that makes this process look like one of `accelerate launch OPTIONS -m toolkit.train ...`."""
 
     def started(*options: str, **environment: str) -> None:
-        command = [sys.executable, str(BIN / "accelerate"), "launch", *options, *OURS]
+        command = [sys.executable, str(BIN / "accelerate"), "launch", *options, *TRAIN_COMMAND]
         monkeypatch.setattr(launcher, "_ancestor_commands", lambda: iter([["bash"], command, ["init"]]))
         monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
         for name, value in environment.items():
@@ -71,8 +71,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
         ([], None),
     ],
 )
-def test_which_command_lines_are_those_of_accelerate(command: list[str], arguments: list[str] | None) -> None:
-    if command[-1:] == ["launch"]:  # a recipe of this name is an argument of ours, not a launcher
+def test_command_lines_of_accelerate_launch_are_recognized(command: list[str], arguments: list[str] | None) -> None:
+    if command[-1:] == ["launch"]:  # here "launch" is a recipe's name, an argument of toolkit.train
         command = [*command[:3], "recipe.toml", *command[3:]]
     assert launcher._launch_arguments(command) == arguments
 
@@ -91,14 +91,14 @@ OPTIONS: list[tuple[list[str], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "table", "words"), OPTIONS)
-def test_options_that_contradict_the_recipe(
-    launched: Launched, options: list[str], table: dict[str, Any], words: str
+@pytest.mark.parametrize(("options", "table", "message"), OPTIONS)
+def test_launcher_options_that_contradict_the_recipe_are_refused(
+    launched: Launched, options: list[str], table: dict[str, Any], message: str
 ) -> None:
     launched(*options)
     with pytest.raises(UserError) as refused:
         check_launch(trained(**table))
-    assert f"accelerate launch was given {words}" in str(refused.value)
+    assert f"accelerate launch was given {message}" in str(refused.value)
     assert f"leave out {options[0]} " in str(refused.value)
 
 
@@ -115,12 +115,16 @@ def test_options_that_contradict_the_recipe(
         (["--num_processes", "1"], {}),
     ],
 )
-def test_options_that_agree_with_the_recipe(launched: Launched, options: list[str], table: dict[str, Any]) -> None:
+def test_launcher_options_that_agree_with_the_recipe_are_accepted(
+    launched: Launched, options: list[str], table: dict[str, Any]
+) -> None:
     launched(*options)
     check_launch(trained(**table))
 
 
-def test_without_mixed_precision_where_auto_means_bf16(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_mixed_precision_contradicts_auto_if_auto_means_bf16(
+    launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(precision, "resolve_precision", lambda wanted: "bf16")
     launched("--mixed_precision", "no")
     with pytest.raises(
@@ -130,7 +134,7 @@ def test_without_mixed_precision_where_auto_means_bf16(launched: Launched, monke
 
 
 @pytest.mark.parametrize(
-    ("variables", "table", "meant", "words"),
+    ("variables", "table", "meant", "message"),
     [
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"precision": "no"}, "no", "mixed_precision = bf16, but the recipe "
          "has train.precision = 'no'."),
@@ -149,17 +153,17 @@ def test_without_mixed_precision_where_auto_means_bf16(launched: Launched, monke
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "no", "the launcher is configured for FSDP"),
     ],
 )  # fmt: skip
-def test_the_environment_of_accelerate(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], table: dict[str, Any], meant: str, words: str | None
+def test_variables_of_accelerate_that_contradict_the_recipe_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], table: dict[str, Any], meant: str, message: str | None
 ) -> None:
-    """Among them bf16 in Accelerate's default file, which is no obstacle where auto means bf16."""
+    """Including bf16 in Accelerate's default file, which is accepted if auto means bf16."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     train = trained(**table)
-    if words is None:
+    if message is None:
         check_environment(train, meant)
     else:
-        with pytest.raises(UserError, match=re.escape(words)):
+        with pytest.raises(UserError, match=re.escape(message)):
             check_environment(train, meant)
 
 
@@ -173,7 +177,7 @@ def configuration(path: Path, **values: object) -> Path:
 
 
 @pytest.mark.parametrize("cpu", [False, True])
-def test_several_processes_that_were_not_started(launched: Launched, cpu: bool) -> None:
+def test_processes_that_accelerate_did_not_start_are_reported(launched: Launched, cpu: bool) -> None:
     launched("--num_processes", "2", *(["--cpu"] if cpu else []), ACCELERATE_USE_CPU=str(cpu))
     with pytest.raises(UserError) as refused:
         check_launch(trained())
@@ -184,7 +188,7 @@ def test_several_processes_that_were_not_started(launched: Launched, cpu: bool) 
     assert "accelerate launch --config_file launch/cpu.yaml --num_processes 2 -m toolkit.train RECIPE" in text
 
 
-def test_several_machines_each_of_which_would_train_alone(launched: Launched) -> None:
+def test_machines_that_would_each_train_alone_are_refused(launched: Launched) -> None:
     launched("--num_machines", "2", "--machine_rank", "0", "--main_process_ip", "node1")
     with pytest.raises(UserError) as refused:
         check_launch(trained())
@@ -192,12 +196,12 @@ def test_several_machines_each_of_which_would_train_alone(launched: Launched) ->
     assert "launch/nodes.yaml --num_machines 2 -m toolkit.train RECIPE" in str(refused.value)
 
 
-def test_several_processes_that_were_started(launched: Launched) -> None:
+def test_several_started_processes_are_accepted(launched: Launched) -> None:
     launched("--multi_gpu", "--num_processes", "2", RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
     check_launch(trained())
 
 
-def test_several_processes_in_a_configuration_file(
+def test_the_number_of_processes_in_a_configuration_file_is_checked(
     launched: Launched, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = configuration(tmp_path / "default.yaml", num_processes=3)
@@ -208,16 +212,16 @@ def test_several_processes_in_a_configuration_file(
     launched()
     with pytest.raises(UserError, match="was asked for 3 processes but started only this process"):
         check_launch(trained())
-    launched("--cpu")  # Accelerate does not read the default file then
+    launched("--cpu")  # with this option, Accelerate does not read the default file
     check_launch(trained())
     launched("--num_processes", "1")
     check_launch(trained())
 
 
-def test_a_configuration_file_without_mixed_precision_is_no_obstacle_but_noted(
+def test_a_configuration_file_without_mixed_precision_is_accepted_with_a_note(
     launched: Launched, tmp_path: Path
 ) -> None:
-    """`accelerate config` writes mixed_precision: 'no' where nobody asked for it."""
+    """`accelerate config` writes mixed_precision: 'no' if the user does not choose one."""
     path = configuration(tmp_path / "default.yaml", num_processes=1, mixed_precision="'no'")
     launched("--config_file", str(path), ACCELERATE_MIXED_PRECISION="no")
     check_launch(trained(precision="bf16"))
@@ -240,7 +244,7 @@ def test_the_command_line_of_a_real_accelerate_launch_is_read(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "setting", "words"),
+    ("options", "setting", "message"),
     [
         (["--mixed_precision", "no"], 'train.precision="bf16"', "was given mixed_precision = no, but"),
         (["--mixed_precision", "bf16"], 'train.precision="auto"', "was given mixed_precision = bf16, but"),
@@ -254,12 +258,14 @@ def test_the_command_line_of_a_real_accelerate_launch_is_read(tmp_path: Path) ->
         ),
     ],
 )
-def test_options_of_a_real_accelerate_launch(tmp_path: Path, options: list[str], setting: str, words: str) -> None:
+def test_options_of_a_real_accelerate_launch_are_checked(
+    tmp_path: Path, options: list[str], setting: str, message: str
+) -> None:
     recipe = write_recipe(tmp_path, MUCH)
     ours = ["-m", "toolkit.train", str(recipe), "--set", setting]
     command = [str(BIN / "accelerate"), "launch", *options, *ours]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert words in done.stderr
+    assert message in done.stderr
     assert "returned non-zero exit status 2" in done.stderr
     assert not list((tmp_path / "runs").iterdir())
 
@@ -274,7 +280,7 @@ def test_tasks_of_srun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_launch(trained())
     assert "srun started 2 tasks, each of which would train alone" in str(refused.value)
     assert "srun --ntasks 1 torchrun --standalone --nproc-per-node 2 -m toolkit.train RECIPE" in str(refused.value)
-    monkeypatch.setenv("WORLD_SIZE", "2")  # a script that sets torchrun's variables itself
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a script does that sets torchrun's variables itself
     check_launch(trained())
 
 
@@ -292,7 +298,9 @@ def under_mpirun(names: tuple[str, ...], size: int, rank: int, local_size: int, 
 
 
 @pytest.mark.parametrize("names", MPI.values(), ids=MPI)
-def test_the_place_that_mpirun_gives(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
+def test_the_variables_of_mpirun_give_rank_and_world_size(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
     monkeypatch.setattr(os, "environ", os.environ | under_mpirun(names, 4, 3, 4, 3))
     assert read_process_info() == launcher.ProcessInfo(3, 4, 3, "127.0.0.1", 29500, is_on_one_machine=True)
     assert launcher.is_distributed()
@@ -313,7 +321,7 @@ def test_mpi_without_a_local_rank_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         check_launch(trained())
 
 
-def test_processes_of_mpirun_train_one_run(tmp_path: Path) -> None:
+def test_processes_of_mpirun_train_one_run_together(tmp_path: Path) -> None:
     def prepare(rank: int) -> None:
         port = os.environ["MASTER_PORT"]
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -325,14 +333,14 @@ def test_processes_of_mpirun_train_one_run(tmp_path: Path) -> None:
     assert only_run(tmp_path).summary["processes"] == 2
 
 
-# -- leaving ----------------------------------------------------------------------------------------------------------
+# -- exit ----------------------------------------------------------------------------------------------------------
 
 
-def try_and_leave(recipe: str) -> tuple[bool, bool]:
+def dry_run_and_exit(recipe: str) -> tuple[bool, bool]:
     fit.dry_run(load(recipe).recipe)
     return failure_detection.current is None, dist.is_initialized()
 
 
-def test_a_dry_run_on_two_processes_leaves_no_thread_that_aborts_the_interpreter(tmp_path: Path) -> None:
+def test_a_dry_run_on_two_processes_ends_its_threads_and_process_group(tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path, MUCH))
-    assert launch(2, try_and_leave, recipe) == [(True, False), (True, False)]
+    assert launch(2, dry_run_and_exit, recipe) == [(True, False), (True, False)]

@@ -1,4 +1,4 @@
-"""Locks where the file system has no flock: a live holder is told from a dead one, on this host and on others."""
+"""Locks on file systems without flock: live and dead holders are distinguished, on this host and on others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LEASE_S = 1.0
 
 @pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=lambda number: errno.errorcode[number])
 def no_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without flock, as Lustre, NFS and others say it; here and in processes that are forked."""
+    """Simulate a file system without flock, with the errors of Lustre, NFS and others, also in forked processes."""
 
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(request.param, os.strerror(request.param))
@@ -42,23 +42,23 @@ def no_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Holder:
-    """Another process that takes a lock, on this host or under another host's name."""
+    """Another process that holds a lock, on this host or under another host's name."""
 
     def __init__(self, folder: Path, take: Callable[[], object], host: str | None = None) -> None:
-        there = folder / "holder-is-there"
-        there.unlink(missing_ok=True)
+        marker = folder / "holder-is-there"
+        marker.unlink(missing_ok=True)
 
         def hold() -> None:
             if host is not None:
                 socket.gethostname = lambda: host
             self.kept = take()
-            there.touch()
+            marker.touch()
             time.sleep(60)
 
         self.process: ForkProcess = multiprocessing.get_context("fork").Process(target=hold)
         self.process.start()
         deadline = time.monotonic() + 20
-        while not there.exists():
+        while not marker.exists():
             assert time.monotonic() < deadline
             assert self.process.is_alive()
             time.sleep(0.01)
@@ -70,7 +70,7 @@ class Holder:
 
 @pytest.fixture
 def holders() -> Iterator[Callable[..., Holder]]:
-    """Makes holders, and ends them after the test."""
+    """Return a function that makes holders, which end after the test."""
     made: list[Holder] = []
 
     def make(*arguments: object, **named: object) -> Holder:
@@ -91,10 +91,10 @@ def seconds(action: Callable[[], object]) -> float:
 @pytest.mark.usefixtures("no_flock")
 @pytest.mark.parametrize("no_flock", [errno.ENOSYS], indirect=True)
 @pytest.mark.parametrize("host", [None, "node7"])
-def test_a_live_holder_keeps_it(tmp_path: Path, holders: Callable[..., Holder], host: str | None) -> None:
+def test_a_live_holder_keeps_the_lock(tmp_path: Path, holders: Callable[..., Holder], host: str | None) -> None:
     path = tmp_path / "lock"
     holders(tmp_path, lambda: acquire(path), host=host)
-    time.sleep(1.2 * LEASE_S)  # it is touched meanwhile
+    time.sleep(1.2 * LEASE_S)  # the holder renews the lease meanwhile
     assert is_held(path)
     with pytest.raises(Timeout):
         acquire(path)
@@ -104,7 +104,9 @@ def test_a_live_holder_keeps_it(tmp_path: Path, holders: Callable[..., Holder], 
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_a_killed_holder_of_this_host_frees_it_at_once(tmp_path: Path, holders: Callable[..., Holder]) -> None:
+def test_the_lock_of_a_killed_process_on_this_host_is_free_at_once(
+    tmp_path: Path, holders: Callable[..., Holder]
+) -> None:
     path = tmp_path / "lock"
     holder = holders(tmp_path, lambda: acquire(path))
     assert is_held(path)
@@ -114,35 +116,33 @@ def test_a_killed_holder_of_this_host_frees_it_at_once(tmp_path: Path, holders: 
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_the_process_id_of_a_dead_holder_may_belong_to_another_process_now(
-    tmp_path: Path, holders: Callable[..., Holder]
-) -> None:
+def test_a_reused_process_id_of_a_dead_holder_is_recognized(tmp_path: Path, holders: Callable[..., Holder]) -> None:
     path, lease = tmp_path / "lock", tmp_path / "lock.lease"
     holder = holders(tmp_path, lambda: acquire(path))
     holder.kill()
     lines = lease.read_text().splitlines()
-    place = lines.index(next(line for line in lines if str(holder.process.pid) in line))
-    lines[place] = lines[place].replace(str(holder.process.pid), str(os.getpid()))
+    index = lines.index(next(line for line in lines if str(holder.process.pid) in line))
+    lines[index] = lines[index].replace(str(holder.process.pid), str(os.getpid()))
     lease.write_text("\n".join(lines) + "\n")
     assert not is_held(path)
     assert seconds(lambda: acquire(path).release()) < LEASE_S / 2
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_a_dead_holder_of_another_host_loses_it_when_its_time_is_over(
+def test_a_dead_holder_on_another_host_loses_the_lock_when_its_lease_expires(
     tmp_path: Path, holders: Callable[..., Holder]
 ) -> None:
     path = tmp_path / "lock"
     holders(tmp_path, lambda: acquire(path), host="node7").kill()
-    assert is_held(path), "nothing can be known yet"
-    said: list[str] = []
-    assert LEASE_S <= seconds(lambda: acquire(path, log=said.append).release()) < 3 * LEASE_S
-    assert said == [f"{path}.lease exists: waiting up to {LEASE_S:g} s to see whether its holder is alive"]
+    assert is_held(path), "too early to know whether the holder is alive"
+    messages: list[str] = []
+    assert LEASE_S <= seconds(lambda: acquire(path, log=messages.append).release()) < 3 * LEASE_S
+    assert messages == [f"{path}.lease exists: waiting up to {LEASE_S:g} s to see whether its holder is alive"]
     assert not is_held(path)
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_every_lock_is_freed_by_the_death_of_its_holder(tmp_path: Path, holders: Callable[..., Holder]) -> None:
+def test_every_kind_of_lock_is_freed_when_its_holder_dies(tmp_path: Path, holders: Callable[..., Holder]) -> None:
     run = Run(tmp_path / "run")
     run.path.mkdir()
 
@@ -166,7 +166,7 @@ def test_every_lock_is_freed_by_the_death_of_its_holder(tmp_path: Path, holders:
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_a_trainer_that_stood_still_while_another_took_over_ends_at_once(
+def test_a_suspended_trainer_ends_at_once_if_another_has_taken_over_its_run(
     tmp_path: Path, holders: Callable[..., Holder]
 ) -> None:
     run = Run(tmp_path)
@@ -181,7 +181,7 @@ def test_a_trainer_that_stood_still_while_another_took_over_ends_at_once(
     lock.release()
 
 
-def test_a_lease_of_a_host_without_flock_holds_on_one_that_has_it(
+def test_a_lease_of_a_host_without_flock_is_respected_on_hosts_with_flock(
     tmp_path: Path, holders: Callable[..., Holder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "lock"
@@ -203,14 +203,14 @@ def test_a_lease_of_a_host_without_flock_holds_on_one_that_has_it(
 @pytest.mark.usefixtures("no_flock")
 @pytest.mark.parametrize("no_flock", [errno.ENOSYS], indirect=True)
 def test_a_requeued_job_takes_over_the_run_of_a_dead_node(tmp_path: Path) -> None:
-    recipe, there, folder = write_recipe(tmp_path / "job", MUCH), tmp_path / "there", tmp_path / "job"
+    recipe, marker, folder = write_recipe(tmp_path / "job", MUCH), tmp_path / "there", tmp_path / "job"
 
     def on_other_node(rank: int) -> None:
         socket.gethostname = lambda: "node7"
-        at_call(TrainStep, "_update", 9, lambda: (there.touch(), time.sleep(60)))  # type: ignore[arg-type, func-returns-value]
+        at_call(TrainStep, "_update", 9, lambda: (marker.touch(), time.sleep(60)))  # type: ignore[arg-type, func-returns-value]
 
     first = Trainers(1, folder, recipe, *EMA, prepare=on_other_node)
-    first.wait_until(there.exists)
+    first.wait_until(marker.exists)
     second = Trainers(1, folder / "second", "--resume", only_run(folder).path)
     assert second.wait() == [2]
     assert "is in use by another trainer, which is still running" in second.text()

@@ -1,4 +1,4 @@
-"""The weights of classes under mixing, the average of the weights, and runs that would train nothing."""
+"""Class weights with mixed images, averaged model weights, and runs without any training step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Loader:
 
 
 class Constant(nn.Module):
-    """The same logits for every image."""
+    """A model with the same logits for every image."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Constant(nn.Module):
 
 
 def gradient(mixing: AugmentConfig | None, *, smoothing: float = 0.0, weights: Tensor | None, logits: Tensor) -> Tensor:
-    """Of one epoch's mean loss by the logits: minus the weighted mass of each class's target, plus its prediction."""
+    """Return the gradient of an epoch's mean loss by the logits: the weighted difference of prediction and target."""
     module, accelerator = Constant(logits.clone()), Accelerator(cpu=True)
     steps = 10
     settings = TrainStepConfig(
@@ -85,10 +85,10 @@ WEIGHTS = torch.tensor([1 / 1.8, 5.0])
     ],
     ids=["none", "mixup", "cutmix", "both"],
 )
-def test_balanced_weights_give_each_class_half_of_the_loss(mixing: AugmentConfig | None) -> None:
-    """At equal logits the gradient of each is (mass of both targets) / 2 - (mass of its own): 0 where they are equal.
+def test_balanced_class_weights_give_each_of_two_classes_half_of_the_loss(mixing: AugmentConfig | None) -> None:
+    """At equal logits each class's gradient is (mass of both targets) / 2 - (mass of its own): 0 if they are equal.
 
-    Weighting an image's whole loss by its own label gave 0.69 : 0.31 under mixup.
+    Weighting an image's whole loss by its own label would give 0.69 : 0.31 with mixup.
     """
     found = gradient(mixing, weights=WEIGHTS, logits=torch.zeros(CLASSES))
     assert found.abs().max() < 1e-3
@@ -96,8 +96,8 @@ def test_balanced_weights_give_each_class_half_of_the_loss(mixing: AugmentConfig
     assert unweighted.tolist() == pytest.approx([-0.4, 0.4], abs=1e-2), "0.5 - 0.9 and 0.5 - 0.1"
 
 
-def test_label_smoothing_is_weighted_as_torch_does() -> None:
-    """Hard labels: torch's own cross-entropy over all images at once."""
+def test_label_smoothing_is_weighted_as_in_torch() -> None:
+    """Compared with torch's own cross-entropy of hard labels over all images at once."""
     logits = torch.tensor([0.3, -0.2], requires_grad=True)
     labels = Loader(mixing=False).labels
     losses = nn.functional.cross_entropy(
@@ -109,7 +109,7 @@ def test_label_smoothing_is_weighted_as_torch_does() -> None:
 
 
 def test_smoothed_mixed_targets_are_weighted_class_by_class() -> None:
-    """With equal logits the gradient tells the weighted mass of the targets, which mixing leaves as it is."""
+    """With equal logits the gradient shows the weighted mass of the targets, which mixing does not change."""
     smoothing = 0.2
     shares = torch.tensor([0.9, 0.1]) * (1 - smoothing) + smoothing / CLASSES
     mass = shares * WEIGHTS
@@ -123,7 +123,7 @@ def test_smoothed_mixed_targets_are_weighted_class_by_class() -> None:
     torch.testing.assert_close(found, expected, rtol=0.05, atol=2e-3)
 
 
-def test_binary_cross_entropy_is_timms() -> None:
+def test_binary_cross_entropy_equals_timm_s() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
     mixed = torch.rand(6, 5).softmax(1)
@@ -135,16 +135,16 @@ def test_binary_cross_entropy_is_timms() -> None:
     torch.testing.assert_close(training_loss("bce", 0.0, None)(logits, mixed), dense)
 
 
-def test_class_weights_weight_each_class_of_the_binary_cross_entropy() -> None:
+def test_class_weights_apply_to_each_class_of_the_binary_cross_entropy() -> None:
     logits, labels, weights = torch.zeros(2, 2), torch.tensor([0, 1]), torch.tensor([0.5, 3.0])
     found = training_loss("bce", 0.0, weights)(logits, labels)
     torch.testing.assert_close(found, torch.full((2,), np.log(2.0) * 3.5 / 2))
 
 
-def test_a_run_with_binary_cross_entropy_learns_and_validates_by_cross_entropy(tmp_path: Path) -> None:
+def test_a_run_with_binary_cross_entropy_learns_and_is_validated_by_cross_entropy(tmp_path: Path) -> None:
     run = train_on_files(tmp_path, CONVNET, 'train.loss="bce"', "optimizer.lr=1.0", epochs=6)
     losses = [record["train/loss"] for record in run.epochs()]
-    assert losses[0] < np.log(2) * 1.1, "ten classes of which nine are absent"
+    assert losses[0] < np.log(2) * 1.1, "ten classes, of which nine are negative"
     assert losses[-1] < 0.8 * losses[0]
     assert run.summary["best"]["val_loss"] > 1.0, "cross-entropy is several times as large"
 
@@ -154,11 +154,11 @@ def test_a_mean_over_no_images_is_an_error() -> None:
         _means(torch.zeros(3, dtype=torch.float64), Accelerator(cpu=True))
 
 
-# -- average of the weights -------------------------------------------------------------------------------------------
+# -- averaged model weights -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.9999])
-def test_the_average_is_that_of_timms_ema_with_warmup(decay: float) -> None:
+def test_averaged_weights_equal_those_of_timm_s_ema_with_warmup(decay: float) -> None:
     torch.manual_seed(0)
     module = nn.Linear(5, 3)
     ours, theirs = ModelEma(module, decay), ModelEmaV3(module, decay=decay, use_warmup=True)
@@ -171,11 +171,11 @@ def test_the_average_is_that_of_timms_ema_with_warmup(decay: float) -> None:
         assert decay_at(decay, update) == pytest.approx(theirs.get_decay(update), abs=1e-12)
     for name, value in theirs.module.state_dict().items():
         torch.testing.assert_close(ours.averages[name], value)
-    assert decay_at(decay, 1) == 0.0, "nothing of the start is left after the first update"
+    assert decay_at(decay, 1) == 0.0, "the initial weights have no influence after the first update"
     assert decay_at(decay, 10**9) == decay
 
 
-def test_an_average_over_more_steps_than_the_run_has_is_warned_of() -> None:
+def test_an_average_over_more_steps_than_the_run_has_gives_a_warning() -> None:
     assert short_run_warning(0.9, 31) is None
     assert short_run_warning(0.9, 25) is not None
     assert short_run_warning(0.999, 105) == (
@@ -188,8 +188,8 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SMALL = ("tracking={trackers=[]}", "train.epochs=5")
 
 
-def test_a_short_run_is_not_evaluated_with_its_random_start(tmp_path: Path) -> None:
-    """The quickstart for 5 epochs: without the ramp its averaged weights scored 0.10, by chance."""
+def test_averaged_weights_of_a_short_run_do_not_contain_the_random_start(tmp_path: Path) -> None:
+    """The quickstart for 5 epochs: without the warmup of the decay, the averaged weights had chance accuracy, 0.10."""
     run = train(RECIPES / "quickstart.toml", f'recipe.run_root="{tmp_path}"', *SMALL, "train.ema=0.999")
     assert run.summary["last"]["test_accuracy"] > 0.95
     assert "warning: train.ema = 0.999 is an average over about 1,000 steps" in run.log_file.read_text()
@@ -199,7 +199,7 @@ def test_a_short_run_is_not_evaluated_with_its_random_start(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("mode", ["--dry-run", "--no-report"])
-def test_a_batch_larger_than_the_data_without_the_last_batch_is_refused(tmp_path: Path, mode: str) -> None:
+def test_dropping_the_only_batch_of_an_epoch_is_refused(tmp_path: Path, mode: str) -> None:
     settings = (
         "data.images_per_class=20",
         "train.batch_size=300",
@@ -217,8 +217,8 @@ def test_a_batch_larger_than_the_data_without_the_last_batch_is_refused(tmp_path
     assert not list(tmp_path.iterdir()), "no run directory"
 
 
-def test_the_summary_says_how_many_images_an_epoch_trains_on(tmp_path: Path) -> None:
-    """1,294 images: two whole batches of 500; train accuracy is a share of these 1,000."""
+def test_the_summary_contains_the_number_of_images_per_epoch(tmp_path: Path) -> None:
+    """Of 1,294 images, two full batches of 500 are used; train accuracy is over these 1,000."""
     settings = ("train.batch_size=500", "train.drop_last=true", f'recipe.run_root="{tmp_path}"', "train.epochs=1")
     run = train(RECIPES / "quickstart.toml", *settings, "tracking={trackers=[]}")
     assert (run.summary["images_per_epoch"], run.summary["images"]["train"]) == (1000, 1294)
@@ -249,33 +249,35 @@ trackers = []
 """
 
 
-def lone(tmp_path: Path, model: str, *settings: str, mode: str = "--dry-run", images: int = 9) -> tuple[int, str]:
-    """Status and last line of a run over ``images`` of each of 10 classes."""
+def train_on_images(
+    tmp_path: Path, model: str, *settings: str, mode: str = "--dry-run", images: int = 9
+) -> tuple[int, str]:
+    """Return exit status and last line of a run on ``images`` images in each of 10 classes."""
     path = tmp_path / "recipe.toml"
     path.write_text(DIGITS.format(root=tmp_path / "runs", images=images) + model)
     outcome = toolkit("train", path, mode, *(part for setting in settings for part in ("--set", setting)))
     return outcome.status, outcome.stderr.splitlines()[-1]
 
 
-def test_a_last_batch_of_one_image_is_predicted_with_sizes_that_avoid_it(tmp_path: Path) -> None:
-    """90 training images in batches of 89."""
-    status, said = lone(tmp_path, HEAD, "train.batch_size=89")
+def test_a_last_batch_of_one_image_is_refused_with_batch_sizes_that_avoid_it(tmp_path: Path) -> None:
+    """With 90 training images in batches of 89."""
+    status, last_line = train_on_images(tmp_path, HEAD, "train.batch_size=89")
     assert status == 2
-    assert said == (
+    assert last_line == (
         "the last batch of an epoch has 1 image (90 training images, train.batch_size = 89), and batch norm needs more "
         "than one value per channel: head.1 would get one. Set train.batch_size = 88 or 90, or train.drop_last = true"
     )
     for remedy in ("train.batch_size=88", "train.batch_size=90", "train.drop_last=true"):
         settings = ["train.batch_size=89"] * remedy.startswith("train.drop") + [remedy]
-        status, said = lone(tmp_path, HEAD, *settings, mode="--no-report")
-        assert status == 0, said
+        status, last_line = train_on_images(tmp_path, HEAD, *settings, mode="--no-report")
+        assert status == 0, last_line
 
 
-def test_parts_of_one_image_are_predicted_too(tmp_path: Path) -> None:
-    status, said = lone(tmp_path, HEAD, "train.batch_size=16", "train.grad_accum_steps=16")
+def test_micro_batches_of_one_image_are_refused(tmp_path: Path) -> None:
+    status, last_line = train_on_images(tmp_path, HEAD, "train.batch_size=16", "train.grad_accum_steps=16")
     assert status == 2
-    assert said.startswith("every batch has 16 images, of which a forward pass gets 1 (90 training images")
-    assert "a smaller train.grad_accum_steps" in said
+    assert last_line.startswith("every batch has 16 images, of which a forward pass gets 1 (90 training images")
+    assert "a smaller train.grad_accum_steps" in last_line
 
 
 @pytest.mark.parametrize(
@@ -288,20 +290,20 @@ def test_parts_of_one_image_are_predicted_too(tmp_path: Path) -> None:
     ids=["batch norm over pixels", "none", "none in the head"],
 )
 def test_a_model_that_can_train_on_one_image_is_not_refused(tmp_path: Path, model: str, settings: list[str]) -> None:
-    status, said = lone(tmp_path, model, *settings, mode="--no-report")
-    assert status == 0, said
+    status, last_line = train_on_images(tmp_path, model, *settings, mode="--no-report")
+    assert status == 0, last_line
 
 
 def test_frozen_batch_norm_can_take_one_image_unless_its_statistics_are_updated(tmp_path: Path) -> None:
     from toolkit.runs import open_run
 
-    lone(tmp_path, HEAD, mode="--no-report")
+    train_on_images(tmp_path, HEAD, mode="--no-report")
     (folder,) = (tmp_path / "runs" / "lone").iterdir()
     frozen = ['transfer.mode="linear_probe"', f'model.weights="file:{open_run(folder).best_weights}"',
               "data.channels=1", 'transfer.freeze=["head.0.*", "head.1.*"]', "train.batch_size=89"]  # fmt: skip
-    assert lone(tmp_path, HEAD, *frozen, mode="--no-report")[0] == 0
-    status, said = lone(tmp_path, HEAD, *frozen, 'transfer.frozen_batch_norm="update"')
-    assert (status, "head.1 would get one" in said) == (2, True)
+    assert train_on_images(tmp_path, HEAD, *frozen, mode="--no-report")[0] == 0
+    status, last_line = train_on_images(tmp_path, HEAD, *frozen, 'transfer.frozen_batch_norm="update"')
+    assert (status, "head.1 would get one" in last_line) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -312,10 +314,10 @@ def test_frozen_batch_norm_can_take_one_image_unless_its_statistics_are_updated(
         (4, True, 1, 1, True), (4, False, 1, 3, False), (4, False, 2, 7, True), (4, True, 2, 7, False),
     ],
 )  # fmt: skip
-def test_a_norm_sees_as_many_images_as_the_plan_gives_it(
+def test_the_number_of_images_per_norm_equals_that_of_the_sampling_plan(
     world: int, sync: bool, grad_accum_steps: int, count: int, is_lone: bool
 ) -> None:
-    """Against the plan itself: of a part that all processes share, synchronized batch norm sees the sum."""
+    """Compared with the sampling plan; in a replicated micro-batch, synchronized batch norm counts all processes."""
     from toolkit.data.sampling import plan_epoch
     from toolkit.recipe.schema import TrainConfig
     from toolkit.training.single_value_batches import _is_affected
@@ -337,8 +339,8 @@ def test_a_norm_sees_as_many_images_as_the_plan_gives_it(
 
 
 @pytest.mark.parametrize("sync", ["true", "false"])
-def test_synchronized_batch_norm_counts_the_images_of_all_processes(tmp_path: Path, sync: str) -> None:
-    """A last batch of two images on two processes: one for each, which only synchronized batch norm can take."""
+def test_synchronized_batch_norm_counts_images_over_all_processes(tmp_path: Path, sync: str) -> None:
+    """With a last batch of two images on two processes, each has one, which only synchronized batch norm can handle."""
     from trainers import Trainers
 
     path = tmp_path / "recipe.toml"
