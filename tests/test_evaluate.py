@@ -118,7 +118,7 @@ def test_without_the_last_checkpoint_only_the_best_model_is_evaluated(copy: Run,
         damage(path)
     outcome = toolkit("evaluate", copy.path)
     assert outcome.status == 0
-    assert "the last model was not evaluated: no whole checkpoint of epoch 5 is left" in outcome.stdout
+    assert "the last model was not evaluated: no intact checkpoint of epoch 5 is left" in outcome.stdout
     assert outcome.stderr == ""
     assert f"all {len(MEASURES)} metrics equal" in outcome.stdout
 

@@ -333,7 +333,7 @@ def test_the_last_model_can_be_exported_too(runs: Callable[[str], Run], tmp_path
         path.unlink()
     refused = toolkit("export", copy.path, "--format", "safetensors", "--epoch", "last", "-o", tmp_path / "out")
     assert (refused.status, (tmp_path / "out").exists()) == (2, False)
-    assert "has no whole checkpoint of epoch" in refused.stderr
+    assert "has no intact checkpoint of epoch" in refused.stderr
     assert "--epoch 3: expected best or last" in toolkit("export", run.path, "--format", "onnx", "--epoch", "3").stderr
 
 

@@ -514,7 +514,11 @@ def test_stochastic_depth_of_whole_batches_is_a_warning_too() -> None:
         (tv("resnet18", weights="IMAGENET1K_V2"), 32, "known: IMAGENET1K_V1"),
         (tv("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),
         (tm("resnet18", args={"foo": 1}), 32, "unexpected keyword argument 'foo'"),
-        (tm("resnet18", args={"num_classes": 3}), 32, r"model.args.num_classes cannot be given: the data set decides"),
+        (
+            tm("resnet18", args={"num_classes": 3}),
+            32,
+            r"model.args.num_classes cannot be given: the data set determines",
+        ),
         (
             tm("resnet18", args={"no_jit": True}),
             32,

@@ -64,7 +64,7 @@ def sync(run: Run) -> SyncResult:
     Raises ServerUnreachable if there is no login or the server does not respond, another UserError if the run is
     damaged, and RunFailed if the upload is incomplete; the next call then sends the rest.
     """
-    wandb_id = id_at_wandb(run)
+    wandb_id = wandb_run_id(run)
     if wandb_id is None:
         return SyncResult(str(run.path), "untracked")
     try:
@@ -93,7 +93,7 @@ def _require_server() -> None:
         )
 
 
-def id_at_wandb(run: Run) -> str | None:
+def wandb_run_id(run: Run) -> str | None:
     """Return the id under which W&B's client logged the run on this machine; None if it did not."""
     log = next(run.path.glob("wandb/*run-*/run-*.wandb"), None)
     return None if log is None else log.stem.removeprefix("run-")

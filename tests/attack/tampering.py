@@ -168,7 +168,7 @@ def _split_moved(content: dict[str, Any]) -> None:
 
 NEWEST, BEFORE = "checkpoints/0002-000000", "checkpoints/0001-000000"
 BEST, BEST_BEFORE = "checkpoints/best-0002.safetensors", "checkpoints/best-0001.safetensors"
-FELL_BACK = "checkpoint 0002-000000 is damaged .*trying the one before it"
+FELL_BACK = "checkpoint 0002-000000 is damaged .*trying the previous one"
 SKIPPED = r"checkpoint 0002-000000 is skipped, because best-0002\.safetensors is "
 
 
@@ -213,7 +213,7 @@ RESUMED = [
         p.content_of("0001-000000"), p.content_of("0002-000000")), logged=FELL_BACK),
     Case("newest content replaced by another run's", lambda p: shutil.copy(
         next(p.other.checkpoints.glob("0002-000000-*.pt")), p.content_of("0002-000000")), logged=FELL_BACK),
-    Case("every content flipped", _all_content(flip), logged="no whole checkpoint is left: the run starts over"),
+    Case("every content flipped", _all_content(flip), logged="no intact checkpoint is left: the run starts over"),
     Case("checkpoints folder missing", lambda p: shutil.rmtree(p.checkpoints), logged="is missing: the run starts"),
     # manifests
     Case("newest manifest missing", _file(f"{NEWEST}.json", Path.unlink), logged=FELL_BACK),

@@ -174,7 +174,7 @@ def try_transform(transform: ImageTransform, images: ImageSource, index: int) ->
     """
     pixels = images.load(index)
     result: Any = pixels
-    with random_states_kept():
+    with preserved_random_states():
         for step in transform.steps:
             try:
                 result = _apply(step, result)
@@ -187,7 +187,7 @@ def try_transform(transform: ImageTransform, images: ImageSource, index: int) ->
 
 
 @contextmanager
-def random_states_kept() -> Iterator[None]:
+def preserved_random_states() -> Iterator[None]:
     """Restore the random states of torch (CPU), NumPy and Python on exit."""
     states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     try:

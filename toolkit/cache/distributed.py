@@ -45,9 +45,9 @@ class DistributedCache:
         self.lock: Lock | None = None
         """Build lock that this process holds."""
 
-    def look(self, name: str) -> CacheEntry | None:
+    def find(self, name: str) -> CacheEntry | None:
         """Return an entry if every process finds it intact, else None. Collective."""
-        entry = self._run_work(name, self._found(name) if self._is_first_of_machine else None)
+        entry = self._run_work(name, self._find(name) if self._is_first_of_machine else None)
         return entry if all(gather_objects(entry is not None)) else None
 
     @contextlib.contextmanager
@@ -58,8 +58,8 @@ class DistributedCache:
         """
         is_main = self.setup.accelerator.is_main_process
         try:
-            self._run_work(name, self._claimed(name) if is_main and not self.is_broken else None)
-            yield self.look(name)
+            self._run_work(name, self._claim(name) if is_main and not self.is_broken else None)
+            yield self.find(name)
         finally:
             self._unlock()
 
@@ -69,7 +69,7 @@ class DistributedCache:
         ``size`` is its approximate size in bytes. Collective.
         """
         builds = self._is_first_of_machine and not self.is_broken
-        return self._run_work(name, self._stored(name, fill, size) if builds else None)
+        return self._run_work(name, self._store(name, fill, size) if builds else None)
 
     @property
     def _is_first_of_machine(self) -> bool:
@@ -97,7 +97,7 @@ class DistributedCache:
                 entry = find_entry(self.root, name)
         return entry
 
-    def _found(self, name: str) -> Work:
+    def _find(self, name: str) -> Work:
         """Return a verified entry; remove a damaged one."""
         log = self.setup.display.log
         try:
@@ -116,11 +116,11 @@ class DistributedCache:
             log(f"warning: cache entry {name} cannot be read ({error.strerror or error})")
         return None
 
-    def _claimed(self, name: str) -> Work:
+    def _claim(self, name: str) -> Work:
         """Return a verified entry, or None with its lock held; without the lock if the cache cannot be written."""
         waits = False
         while True:
-            entry = yield from self._found(name)
+            entry = yield from self._find(name)
             if entry is not None or self.lock is not None:
                 return entry
             try:
@@ -136,10 +136,10 @@ class DistributedCache:
             time.sleep(POLL_S)
             yield
 
-    def _stored(self, name: str, fill: EntryBuilder, size: int) -> Work:
+    def _store(self, name: str, fill: EntryBuilder, size: int) -> Work:
         """Return a verified entry, built under its lock if it does not exist and there is enough disk space."""
         try:
-            entry = yield from self._claimed(name)
+            entry = yield from self._claim(name)
             if entry is not None or self.lock is None:
                 return entry
             free = free_disk(self.root)

@@ -83,7 +83,7 @@ class SplitImages:
         """Read one partition from the cache, or build its entry if that pays off. Collective."""
         setup, splits, choice = self.setup, ", ".join(part.splits), self.setup.recipe.data.cache
         name = entry_name(part_key(setup.dataset.images, part))
-        entry = cache.look(name)
+        entry = cache.find(name)
         if entry is None:
             size = expected_bytes(setup.dataset.images, part) if setup.accelerator.is_local_main_process else 0
             reason = self._why_not_cached(part, size, passes)

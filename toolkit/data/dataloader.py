@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
-from toolkit.augment.transforms import ImageTransform, random_states_kept
+from toolkit.augment.transforms import ImageTransform, preserved_random_states
 from toolkit.data.image_sources import ImageSource, InMemoryImages, Pixels
 from toolkit.data.sampling import IntArray, MicroBatch, SamplingPlan, hash64
 from toolkit.distributed.cpu_count import available_cpus
@@ -219,7 +219,7 @@ class SplitDataset(torch.utils.data.Dataset[Any]):
         indices = self.indices[request.positions]
         keys = zip(indices.tolist(), request.keys.tolist(), strict=True)
         try:
-            with contextlib.nullcontext() if get_worker_info() is not None else random_states_kept():
+            with contextlib.nullcontext() if get_worker_info() is not None else preserved_random_states():
                 images = default_collate([self._image(index, request.view, key) for index, key in keys])
         except (RunFailed, UserError) as error:
             return WorkerError(error)

@@ -56,7 +56,7 @@ def read_layout(root: Path, class_folders: str = "auto", unread: Collection[str]
     walk = FolderWalk(root)
     for folder in splits.values():
         if folder:
-            walk.holds_groups(folder)
+            walk.mark_as_parent_of_groups(folder)
     if "" not in splits.values():
         walk.above_classes("")
     files: dict[str, dict[str, list[str]]] = {}
@@ -161,7 +161,7 @@ def _classes(
         inner, notes = _unwrapped(Path(walk.root, folder), lambda only: only in known)
         if notes:
             folder = inner.relative_to(walk.root).as_posix()
-            walk.holds_groups(folder)
+            walk.mark_as_parent_of_groups(folder)
     path, listing = Path(walk.root, folder), walk.above_classes(folder)
     if not listing.folders:
         held = f"it holds {plural(len(listing.images), 'image')} directly" if listing.images else "it is empty"

@@ -99,7 +99,7 @@ class FolderWalk:
         self._left_out: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
 
-    def holds_groups(self, folder: str) -> None:
+    def mark_as_parent_of_groups(self, folder: str) -> None:
         """Mark a folder as containing several groups, so that links to it from within a group are not followed.
 
         Raises UserError if the folder already has another role under another path.

@@ -305,7 +305,7 @@ def to_pixels(image: Image.Image, channels: int) -> Pixels:
     return as_pixels(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
 
 
-class Checked(NamedTuple):
+class ImageCheckResult(NamedTuple):
     """Result of :func:`check_images`."""
 
     bad: list[tuple[int, str]]
@@ -321,7 +321,7 @@ def check_images(
     decode: bool,
     threads: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
-) -> Checked:
+) -> ImageCheckResult:
     """Find the unreadable images among ``indices``.
 
     ``decode=False`` checks only the first and last bytes (see :meth:`ImageFiles.check`); ``decode=True`` decodes every
@@ -329,9 +329,9 @@ def check_images(
     ``progress`` is called with the number of images checked so far, once per 1,024 images.
     """
     if not isinstance(images, ImageFiles):
-        return Checked([], [])
+        return ImageCheckResult([], [])
 
-    def look(i: int) -> Extent | str | None:
+    def check_one(i: int) -> Extent | str | None:
         try:
             return images.check(i, decode=decode)
         except UnreadableImageError as error:
@@ -342,11 +342,11 @@ def check_images(
     with ThreadPoolExecutor(threads or available_cpus()) as pool:  # decoders release the interpreter lock
         for start in range(0, len(indices), 1024):
             chunk = [int(i) for i in indices[start : start + 1024]]
-            found = list(pool.map(look, chunk))
+            found = list(pool.map(check_one, chunk))
             bad += [(i, one) for i, one in zip(chunk, found, strict=True) if isinstance(one, str)]
             extents = joined([*extents, *(one for one in found if isinstance(one, Extent))])
             progress(start + len(chunk))
-    return Checked(bad, extents)
+    return ImageCheckResult(bad, extents)
 
 
 def _open(path: str) -> BinaryIO:

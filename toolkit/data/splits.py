@@ -47,7 +47,7 @@ def split_dataset(dataset: Dataset, table: DataConfig) -> dict[str, IntArray]:
         raise ValueError('data.split.seed = "recipe.seed" must be resolved first: toolkit.recipe.resolve.with_defaults')
     method = _method(dataset, split)
     train = lists["train"]
-    test_share = share_of_test(dataset, split)
+    test_share = test_fraction(dataset, split)
     if test_share == 0:
         test = np.array([], dtype=np.int64)
     elif "test" in lists:
@@ -73,7 +73,7 @@ def split_dataset(dataset: Dataset, table: DataConfig) -> dict[str, IntArray]:
     return splits
 
 
-def share_of_test(dataset: Dataset, split: SplitConfig) -> float | int:
+def test_fraction(dataset: Dataset, split: SplitConfig) -> float | int:
     """Resolve "auto" in ``split.test``: 0 for a data set with a validation list but no test list, else 0.2."""
     if split.test != "auto":
         return split.test
@@ -83,7 +83,7 @@ def share_of_test(dataset: Dataset, split: SplitConfig) -> float | int:
 def describe_splits(dataset: Dataset, table: DataConfig) -> str:
     """Describe where the images of each split come from, in one line for the log."""
     split, method = table.split, _method(dataset, table.split)
-    share = share_of_test(dataset, split)
+    share = test_fraction(dataset, split)
     if split.validation == 0:
         validation = "none (data.split.validation = 0)"
     elif method == "official":

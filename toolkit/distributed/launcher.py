@@ -206,7 +206,7 @@ def _check_accelerate_count(options: argparse.Namespace) -> None:
     """Raise UserError if `accelerate launch --num_processes N` silently started one process, as without --multi_gpu."""
     if os.environ.get("RANK") or _mpi_size() > 1:
         return
-    processes, machines = _asked_for(options, "num_processes"), _asked_for(options, "num_machines")
+    processes, machines = _requested_count(options, "num_processes"), _requested_count(options, "num_machines")
     if max(processes, machines) < 2:
         return
     program = "-m toolkit.train RECIPE"
@@ -228,7 +228,7 @@ def _check_accelerate_count(options: argparse.Namespace) -> None:
     )
 
 
-def _asked_for(options: argparse.Namespace, name: str) -> int:
+def _requested_count(options: argparse.Namespace, name: str) -> int:
     """Return num_processes or num_machines from the option or else from Accelerate's configuration file; 0 if unset."""
     value = getattr(options, name)
     if value is None and (configuration := _configuration(options)) is not None:

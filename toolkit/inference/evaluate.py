@@ -175,7 +175,7 @@ def evaluate_run(
             if load_last_model(run, module, epoch):
                 report.metrics += _compare("last", measure().metrics(prefix), summary["last"], allowed)
             else:
-                report.notes.append(f"the last model was not evaluated: no whole checkpoint of epoch {epoch} is left")
+                report.notes.append(f"the last model was not evaluated: no intact checkpoint of epoch {epoch} is left")
     finally:
         loader.close()
     report.notes += _notes(trained, summary, accelerator)

@@ -101,7 +101,7 @@ def _load_last(path: Path, trained: TrainedModel) -> None:
     epochs = run.epochs()
     last = int(epochs[-1]["epoch"]) if epochs else 0
     if not load_last_model(run, trained.module, last):
-        raise UserError(f"--epoch last: {run.checkpoints} has no whole checkpoint of epoch {last}, the last one")
+        raise UserError(f"--epoch last: {run.checkpoints} has no intact checkpoint of epoch {last}, the last one")
 
 
 def write_checked(chosen: ExportFormat, trained: TrainedModel, folder: Path, inputs: Tensor, name: str) -> float:

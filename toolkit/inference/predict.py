@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from toolkit.augment.transforms import ImageTransform, random_states_kept
+from toolkit.augment.transforms import ImageTransform, preserved_random_states
 from toolkit.data.folder_walk import FORMATS, FolderWalk
 from toolkit.data.image_sources import ImageFiles, UnreadableImageError
 from toolkit.data.sampling import hash64
@@ -145,7 +145,7 @@ class _Files(Dataset[Any]):
 
     def __getitems__(self, positions: list[int]) -> _Inputs:
         """Return a batch; images that cannot be read or transformed are returned as failures."""
-        with random_states_kept():
+        with preserved_random_states():
             found = {position: self._input(position) for position in positions}
         inputs = {position: image for position, image in found.items() if isinstance(image, Tensor)}
         failed = [FailedFile(position, text) for position, text in found.items() if isinstance(text, str)]

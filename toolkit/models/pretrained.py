@@ -168,7 +168,7 @@ def _without_common_prefix(state: StateDict) -> StateDict:
 def _read_safetensors(path: Path) -> StateDict:
     try:
         state = dict(load_file(path))
-        is_intact = has_its_digest(path, state)
+        is_intact = matches_stored_digest(path, state)
     except (SafetensorError, OSError) as error:
         raise UserError(f"weights file {path} cannot be read: {error}") from None
     if not is_intact:
@@ -191,7 +191,7 @@ def pack_state(state: StateDict, **facts: Any) -> bytes:
     return data
 
 
-def has_its_digest(path: Path, state: StateDict) -> bool:
+def matches_stored_digest(path: Path, state: StateDict) -> bool:
     """Return whether ``state``, read from ``path``, matches the digest stored in the file; True for a file without one.
 
     Raises SafetensorError or OSError if the file cannot be read.

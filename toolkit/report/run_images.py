@@ -79,11 +79,11 @@ def model_inputs(
     """
     import torch
 
-    from toolkit.augment.transforms import build_transform, random_states_kept
+    from toolkit.augment.transforms import build_transform, preserved_random_states
 
     transform = build_transform("train" if augment else "test", augment or AugmentConfig(), preprocessing)
     found = []
-    with random_states_kept():
+    with preserved_random_states():
         for seed, image in enumerate(images):
             torch.manual_seed(seed)
             random.seed(seed)

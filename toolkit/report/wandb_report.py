@@ -20,7 +20,7 @@ from toolkit.study.results_table import title
 from toolkit.study.text_table import markdown
 from toolkit.study.trial_table import search_metric, varied_keys
 from toolkit.trackers import offline_reason
-from toolkit.wandb_sync import id_at_wandb
+from toolkit.wandb_sync import wandb_run_id
 
 FILE = "wandb-report.json"
 """File in the study's folder that records the report, so that the next call updates it."""
@@ -82,7 +82,7 @@ def _tracked(found: StudyResults, folder: Path, api: Any) -> tuple[TrackedRuns, 
     local: TrackedRuns = {}
     for name, result in begun.items():
         run = Run(folder / name)
-        if (run_id := id_at_wandb(run)) is not None:
+        if (run_id := wandb_run_id(run)) is not None:
             config = run.recipe.tracking
             local.setdefault((config.entity or str(api.default_entity), config.project), {})[run_id] = result
     tracked: TrackedRuns = {}

@@ -35,7 +35,7 @@ from pydantic import Field
 from torch import Tensor
 
 from toolkit.errors import UserError, first_line
-from toolkit.models.pretrained import has_its_digest, pack_state
+from toolkit.models.pretrained import matches_stored_digest, pack_state
 from toolkit.reading import Shape, UnreadableFile, read_json, require_file
 from toolkit.runs import sync_folder, write_atomically
 
@@ -249,7 +249,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: safetensors cannot open a path that is not UTF-8; rename the folder")
     try:
         tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
-        is_intact = has_its_digest(path, tensors)
+        is_intact = matches_stored_digest(path, tensors)
     except Exception as error:  # safetensors raises its own, private exception types
         raise UnreadableFile(path, error) from None
     if not is_intact:

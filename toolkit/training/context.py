@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from toolkit.data.channel_stats import channel_statistics
 from toolkit.data.datasets import Dataset, open_dataset
-from toolkit.data.image_sources import Checked, ImageFiles, check_images
+from toolkit.data.image_sources import ImageCheckResult, ImageFiles, check_images
 from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
 from toolkit.data.sampling import check_steps, steps_per_epoch
 from toolkit.data.splits import SPLITS, check_splits, describe_splits, split_dataset, split_hash
@@ -157,19 +157,21 @@ def _measure(
     return tuple(mean), tuple(std)
 
 
-def _check_images(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, splits: dict[str, np.ndarray]) -> Checked:
+def _check_images(
+    recipe: Recipe, accelerator: Accelerator, dataset: Dataset, splits: dict[str, np.ndarray]
+) -> ImageCheckResult:
     """Find unreadable images before the first epoch, on the main process (a collective).
 
     With on_bad_image = "error" files are opened but not decoded (cheap); with "skip" they are decoded, so that the same
     ones are left out on every process. Files with more than 8 bits per sample are decoded if their value range has to
     be determined.
     """
-    checked = Checked([], [])
+    checked = ImageCheckResult([], [])
     if accelerator.is_main_process:
         every = np.concatenate([splits[name] for name in SPLITS])
         decode, threads = recipe.data.on_bad_image == "skip", available_cpus(local_processes())
         checked = check_images(dataset.images, every, decode=decode, threads=threads)
-    found: Checked = broadcast_object(checked)
+    found: ImageCheckResult = broadcast_object(checked)
     return found
 
 
