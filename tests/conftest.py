@@ -15,9 +15,9 @@ os.environ["TOOLKIT_CACHE"] = tempfile.mkdtemp(prefix="toolkit-cache-")  # for f
 
 import pytest
 import torch
-from slurm_cluster import cluster, place
+from slurm_cluster import cluster, work_dir
 
-__all__ = ["cluster", "place"]
+__all__ = ["cluster", "work_dir"]
 
 torch.set_num_threads(1)
 

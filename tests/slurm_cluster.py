@@ -118,7 +118,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def place(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work_dir(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return an empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -157,7 +157,7 @@ def trainers(run: Run) -> list[int]:
 
 
 @contextlib.contextmanager
-def frozen(run: Run) -> Iterator[None]:
+def suspended(run: Run) -> Iterator[None]:
     """Suspend the trainer of a run, so that it does not finish before it is interrupted on a fast machine."""
     pids = trainers(run)
     assert pids

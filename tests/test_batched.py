@@ -202,13 +202,13 @@ def test_transforms_of_the_tensor_stage_get_floats(size: int) -> None:
         assert center.slots == 0
         assert isinstance(warp, AffineOp)
         assert isinstance(erase, RandomErasing)
-        ours = u[None]
-        angle = float(warp.warp.draw(ours[:, 1:7], (size, size))[0, 0])  # type: ignore[attr-defined]
+        uniform = u[None]
+        angle = float(warp.warp.draw(uniform[:, 1:7], (size, size))[0, 0])  # type: ignore[attr-defined]
         expected = functional.rotate(
             functional.horizontal_flip(expected), angle, functional.InterpolationMode.BILINEAR, fill=[0.4]
         )
-        expected = after(blur, expected, ours[:, warp.slots : warp.slots + blur.slots])
-        plan = erase.plan(ours[:, warp.slots + blur.slots :], (size, size))
+        expected = after(blur, expected, uniform[:, warp.slots : warp.slots + blur.slots])
+        plan = erase.plan(uniform[:, warp.slots + blur.slots :], (size, size))
         top, left, height, width = plan.table[0].astype(int).tolist()
         expected = functional.erase(expected, top, left, height, width, torch.tensor(0.5))
         assert (result - expected).abs().max() < 1e-4

@@ -35,7 +35,7 @@ def only_pass(**entry: Any) -> Any:
 
 
 def assert_uniform(sample: Sample, low: float, high: float) -> None:
-    """Kolmogorov-Smirnov test against the uniform distribution; one in a thousand samples exceeds the bound."""
+    """Check uniformity by a Kolmogorov-Smirnov test; one in a thousand uniform samples exceeds the bound."""
     assert sample.min() >= low
     assert sample.max() <= high
     expected = (np.sort(sample) - low) / (high - low)
@@ -44,11 +44,11 @@ def assert_uniform(sample: Sample, low: float, high: float) -> None:
     assert distance < 1.95 / math.sqrt(len(sample))
 
 
-def assert_alike(ours: Sample, of_torchvision: Sample) -> None:
-    """Kolmogorov-Smirnov test of two samples; one in a thousand pairs exceeds the bound."""
-    positions = np.union1d(ours, of_torchvision)
-    shares = [np.searchsorted(np.sort(one), positions, side="right") / len(one) for one in (ours, of_torchvision)]
-    assert np.abs(shares[0] - shares[1]).max() < 1.95 * math.sqrt(1 / len(ours) + 1 / len(of_torchvision))
+def assert_alike(of_toolkit: Sample, of_torchvision: Sample) -> None:
+    """Check by a Kolmogorov-Smirnov test that two samples have one distribution; one in a thousand pairs fails."""
+    positions = np.union1d(of_toolkit, of_torchvision)
+    shares = [np.searchsorted(np.sort(one), positions, side="right") / len(one) for one in (of_toolkit, of_torchvision)]
+    assert np.abs(shares[0] - shares[1]).max() < 1.95 * math.sqrt(1 / len(of_toolkit) + 1 / len(of_torchvision))
 
 
 def assert_share(flags: npt.NDArray[np.bool_], p: float) -> None:
@@ -114,8 +114,8 @@ def test_affine_is_drawn_as_torchvision_does() -> None:
         np.array([[each["angle"], *each["translate"], each["scale"], *each["shear"]] for each in expected])[:, column]
         for column in range(6)
     ]
-    for ours, other in zip(drawn.T, columns, strict=True):
-        assert_alike(ours, other)
+    for of_toolkit, other in zip(drawn.T, columns, strict=True):
+        assert_alike(of_toolkit, other)
     assert np.array_equal(drawn[:, 1:3], drawn[:, 1:3].round())
     assert set(np.abs(drawn[:, 1])) == set(range(7))  # a tenth of 60 pixels
 

@@ -216,8 +216,8 @@ def resnet_gradient() -> Tensor:
     images = torch.randn((8, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
-    mine = slice(8 * rank // world, 8 * (rank + 1) // world)
-    losses = nn.functional.cross_entropy(module(images[mine]), torch.arange(8)[mine] % 5, reduction="none")
+    indices = slice(8 * rank // world, 8 * (rank + 1) // world)
+    losses = nn.functional.cross_entropy(module(images[indices]), torch.arange(8)[indices] % 5, reduction="none")
     (losses.sum() / 8).backward()
     gradient = torch.cat([p.grad.flatten() for p in module.parameters()])
     if world > 1:

@@ -163,7 +163,7 @@ def test_a_checkpoint_that_contains_code_is_refused_without_running_it(tmp_path:
 
 
 def killed_run(folder: Path, world: int, count: int, *settings: str) -> Path:
-    """The recipe of a run that was killed after ``count`` steps (seven make an epoch)."""
+    """Kill a run after ``count`` steps, seven per epoch; return its recipe."""
     recipe = write_recipe(folder, MUCH)
 
     def prepare(rank: int) -> None:

@@ -237,8 +237,8 @@ def test_validate_reports_all_faults_of_all_recipes(tmp_path: Path) -> None:
     outcome = toolkit("validate", str(QUICKSTART), str(broken), str(missing))
     assert outcome.status == 2
     assert outcome.stdout.splitlines() == [f"{QUICKSTART}: ok", f"{broken}: 3 errors", f"{missing}: 1 error"]
-    for place in (f"{broken}:7:", f"{broken}:10:", f"{broken}:14:"):
-        assert place in outcome.stderr
+    for position in (f"{broken}:7:", f"{broken}:10:", f"{broken}:14:"):
+        assert position in outcome.stderr
 
 
 def test_validate_json_has_every_fault_with_its_position(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ class ReadsValues(nn.Module):
         self.inner = inner
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
+        """Return logits."""
         assert float(images.sum()) == 0
         output: Tensor = self.inner(images)
         return output

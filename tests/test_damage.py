@@ -259,7 +259,7 @@ def test_files_without_read_permission_are_reported(original: Run, healthy: Run)
 
 @contextlib.contextmanager
 def without_root() -> Iterator[None]:
-    """If root runs the tests, use the permissions of a user without files: root can read files of mode 0."""
+    """Drop root's permissions if root runs the tests, since root can read files of mode 0."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)

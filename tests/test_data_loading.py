@@ -180,8 +180,10 @@ def test_features_have_the_same_order_as_images() -> None:
     for plan in ({"grad_accum_steps": 2}, {"world": 2, "rank": 1}, {"weights": balanced_weights(LABELS[INDICES])}):
         settings = {"size": N, "seed": 0, "batch_size": 6, **plan}
         tensors = TrainLoader(TensorBatches([features], LABELS[INDICES]), SamplingPlan(**settings))  # type: ignore[arg-type]
-        for (ours, ofs), (expected, image) in zip(tensors.epoch(1, 1), loader(**plan).epoch(1, 1), strict=True):
-            assert ours.positions.tolist() == expected.positions.tolist()
+        for (feature_batch, ofs), (expected, image) in zip(
+            tensors.epoch(1, 1), loader(**plan).epoch(1, 1), strict=True
+        ):
+            assert feature_batch.positions.tolist() == expected.positions.tolist()
             assert torch.equal(ofs.labels, image.labels)
             assert torch.equal(ofs.draws, image.draws)
             assert torch.equal(labels[ofs.images[:, 0].long()], ofs.labels)
@@ -204,7 +206,7 @@ def test_each_feature_is_evaluated_once() -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> ImageFiles:
-    """Twelve images, of which number 7 is cut off."""
+    """Write twelve images, of which number 7 is truncated."""
     names = [f"image {i}.png" for i in range(12)]
     for i, name in enumerate(names):
         Image.fromarray(PIXELS[i]).save(tmp_path / name)

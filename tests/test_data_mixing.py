@@ -114,8 +114,8 @@ def test_mixing_does_not_depend_on_processes_and_micro_batches(
                 )
         return mixed, soft
 
-    for ours, alone in zip(epoch(world, grad_accum_steps), epoch(1, 1), strict=True):
-        assert torch.equal(ours, alone)
+    for together, alone in zip(epoch(world, grad_accum_steps), epoch(1, 1), strict=True):
+        assert torch.equal(together, alone)
 
 
 def test_mixing_is_on_if_the_recipe_has_mixup_or_cutmix() -> None:

@@ -46,7 +46,7 @@ def as_tensor(step: Any) -> Callable[[Image.Image], Image.Image]:
     return lambda image: v2.functional.to_pil_image(step(v2.functional.pil_to_tensor(image)))
 
 
-def same(ours: Callable[[Any], Tensor], by_hand: list[Any], image: Image.Image) -> None:
+def same(built: Callable[[Any], Tensor], by_hand: list[Any], image: Image.Image) -> None:
     """Check that both give the same bits from the same torch seeds."""
     resizing = (v2.Resize, v2.RandomResizedCrop) if resizing_kernel() != "Pillow" else ()
     compose = v2.Compose([as_tensor(step) if isinstance(step, resizing) else step for step in by_hand])
@@ -54,7 +54,7 @@ def same(ours: Callable[[Any], Tensor], by_hand: list[Any], image: Image.Image) 
         torch.manual_seed(seed)
         expected = compose(image)
         torch.manual_seed(seed)
-        assert torch.equal(ours(to_pixels(image, 3)), expected.as_subclass(Tensor))
+        assert torch.equal(built(to_pixels(image, 3)), expected.as_subclass(Tensor))
 
 
 FLIP = {"name": "RandomHorizontalFlip"}
@@ -99,8 +99,8 @@ ON_CIFAR: dict[str, tuple[list[Entry], list[Any]]] = {
 @pytest.mark.parametrize("name", ON_CIFAR)
 def test_transforms_of_the_cifar_reports_equal_a_hand_written_compose(name: str) -> None:
     entries, by_hand = ON_CIFAR[name]
-    ours = build_transform("train", augment(*entries), CIFAR)
-    same(ours, [*by_hand, *FLOAT, v2.Normalize(HALF, HALF)], photograph())
+    built = build_transform("train", augment(*entries), CIFAR)
+    same(built, [*by_hand, *FLOAT, v2.Normalize(HALF, HALF)], photograph())
 
 
 MEREU_JITTER = {"name": "ColorJitter", "brightness": 0.1, "contrast": 0.05, "saturation": 0.05, "hue": 0.1}
@@ -119,9 +119,9 @@ MEREU: dict[str, tuple[list[Entry], list[Any]]] = {
 @pytest.mark.parametrize("name", MEREU)
 def test_transforms_of_mereu_are_applied_between_resize_and_crop(name: str) -> None:
     entries, by_hand = MEREU[name]
-    ours = build_transform("train", augment(*({**entry, **EARLY} for entry in entries)), SQUASHED)
+    built = build_transform("train", augment(*({**entry, **EARLY} for entry in entries)), SQUASHED)
     hand = [v2.Resize((256, 256)), *by_hand, v2.CenterCrop(224), *FLOAT, v2.Normalize(HALF, HALF)]
-    same(ours, hand, photograph(300, 200))
+    same(built, hand, photograph(300, 200))
 
 
 MURABITO: dict[str, tuple[list[Entry], list[Any]]] = {
@@ -138,9 +138,9 @@ MURABITO: dict[str, tuple[list[Entry], list[Any]]] = {
 @pytest.mark.parametrize("name", MURABITO)
 def test_transforms_of_murabito_equal_a_hand_written_compose(name: str) -> None:
     entries, by_hand = MURABITO[name]
-    ours = build_transform("train", augment(*entries), CALTECH)
+    built = build_transform("train", augment(*entries), CALTECH)
     hand = [v2.Resize(256), *by_hand, *FLOAT, v2.Normalize(*NORMALIZATIONS["imagenet"])]
-    same(ours, hand, photograph(300, 400))
+    same(built, hand, photograph(300, 400))
 
 
 @pytest.mark.parametrize("size", [(500, 300), (300, 500), (20, 30), (256, 256)])
@@ -220,12 +220,12 @@ def test_timm_policies_give_the_same_images_as_timm(policy: str) -> None:
         auto_augment=policy, interpolation="bilinear", mean=HALF, std=HALF,
     )  # fmt: skip
     timm_policy = next(step for step in timms.transforms if type(step).__module__ == "timm.data.auto_augment")
-    ours = build_transform("train", AugmentConfig(auto_augment=policy), CIFAR)
-    assert ours.draws_from_python
+    built = build_transform("train", AugmentConfig(auto_augment=policy), CIFAR)
+    assert built.draws_from_python
     hand = v2.Compose([timm_policy, *FLOAT, v2.Normalize(HALF, HALF)])
     for seed in range(10):
         results = []
-        for transform, image in ((ours, to_pixels(photograph(), 3)), (hand, photograph())):
+        for transform, image in ((built, to_pixels(photograph(), 3)), (hand, photograph())):
             random.seed(seed)
             np.random.seed(seed)
             results.append(transform(image).as_subclass(Tensor))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with batch norm, averaged weights, and a rising learning rate, so that the last epoch is not the best."""
+    """Train a run with batch norm, averaged weights, and a rising learning rate, whose last epoch is not the best."""
     rising = 'scheduler={ name = "one_cycle", pct_start = 0.9, start_factor = 0.05 }'
     settings = ("train.ema=0.5", "optimizer.lr=5.0", rising)
     return train_on_files(tmp_path_factory.mktemp("evaluate"), CONVNET, *settings, epochs=5)

@@ -97,9 +97,9 @@ def run_with(tmp_path: Path, world: int, batch_norm: bool, *settings: str) -> di
 
 def assert_same_experiment(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert len(one["epochs"]) == len(other["epochs"]), "early stopping at a different epoch"
-    for mine, theirs in zip(one["epochs"], other["epochs"], strict=True):
-        for key in mine:
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-5), f"{key} of epoch {mine['epoch']}"
+    for found, expected in zip(one["epochs"], other["epochs"], strict=True):
+        for key in found:
+            assert found[key] == pytest.approx(expected[key], rel=1e-5), f"{key} of epoch {found['epoch']}"
     assert one["summary"]["best"]["epoch"] == other["summary"]["best"]["epoch"]
     for name, weight in one["weights"].items():
         np.testing.assert_allclose(weight, other["weights"][name], rtol=1e-5, atol=1e-5, err_msg=name)
@@ -134,9 +134,9 @@ def test_the_quickstart_gives_the_same_metrics_on_one_two_and_three_processes(
 ) -> None:
     one, *others = (launch(world, quickstart, tmp_path / str(world), settings)[0] for world in (1, 2, 3))
     for other in others:
-        for mine, theirs in zip(one, other, strict=True):
+        for found, expected in zip(one, other, strict=True):
             for key in ("train/loss", "val/loss"):
-                assert mine[key] == pytest.approx(theirs[key], rel=tolerance), f"{key} of epoch {mine['epoch']}"
+                assert found[key] == pytest.approx(expected[key], rel=tolerance), f"{key} of epoch {found['epoch']}"
 
 
 @pytest.mark.parametrize(
@@ -193,5 +193,5 @@ def test_every_example_is_evaluated_once_for_any_batch_size_and_number_of_proces
     assert len(alone) == 17 * 5
     for world in (2, 3):
         for of_rank in run_on(world, all_evaluations):
-            for mine, theirs in zip(of_rank, alone, strict=True):
-                assert mine == pytest.approx(theirs, rel=1e-12)
+            for found, expected in zip(of_rank, alone, strict=True):
+                assert found == pytest.approx(expected, rel=1e-12)

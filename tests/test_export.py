@@ -163,8 +163,8 @@ def test_preprocessing_json_is_sufficient_for_other_programs(runs: Callable[[str
     run = train_on_files(tmp_path, CONVNET, "data.resize=20", 'data.interpolation="bicubic"', "data.image_size=16")
     assert toolkit("export", run.path, "--format", "onnx", "-o", tmp_path / "out").status == 0
     card = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
-    ours = load_model(run.path).transform(to_pixels(photo(), 3))
-    difference = np.abs(by_hand(card, photo()) - ours.numpy()) * np.max(card["std"]) * 255
+    preprocessed = load_model(run.path).transform(to_pixels(photo(), 3))
+    difference = np.abs(by_hand(card, photo()) - preprocessed.numpy()) * np.max(card["std"]) * 255
     assert difference.max() < 3  # of 255: Pillow's cubic filter differs slightly from the kernel's
     assert difference.mean() < 0.5
     assert card["steps"][1:4] == [
@@ -173,7 +173,7 @@ def test_preprocessing_json_is_sufficient_for_other_programs(runs: Callable[[str
         "crop the center, 16 x 16 pixels",
     ]
     assert card["input"]["shape"] == ["batch", 3, 16, 16]
-    logits = by_onnxruntime(tmp_path / "out", ours[None])
+    logits = by_onnxruntime(tmp_path / "out", preprocessed[None])
     path = tmp_path / "photo.png"
     photo().save(path)
     predicted = toolkit("predict", run.path, path).stdout.splitlines()[1].split(",")[1]
@@ -185,10 +185,10 @@ def test_timm_s_own_transform_equals_the_run_s(runs: Callable[[str], Run], tmp_p
     run = runs(model)
     assert toolkit("export", run.path, "--format", "timm", "-o", tmp_path / "out").status == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
-    theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
+    timm_transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
     trained = load_model(run.path)
     image = photo().convert("RGB" if trained.preprocessing.channels == 3 else "L")
-    assert torch.allclose(theirs(image), trained.transform(as_pixels(image)), atol=1e-6)
+    assert torch.allclose(timm_transform(image), trained.transform(as_pixels(image)), atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "resize"), [(224, 256), (224, 257), (299, 342), (16, 18), (7, 9), (160, 183)])

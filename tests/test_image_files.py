@@ -97,8 +97,8 @@ def test_the_report_shows_images_upright(run: Run, turned: Path) -> None:
         for name in names:
             image = pictures.load(name)
             assert image is not None
-            wanted = shape(int(label), int(Path(name).stem)) * 255
-            assert np.abs(np.asarray(image.convert("L")).astype(float) - wanted).mean() < 8, name
+            expected = shape(int(label), int(Path(name).stem)) * 255
+            assert np.abs(np.asarray(image.convert("L")).astype(float) - expected).mean() < 8, name
 
 
 def test_a_model_card_without_the_key_means_the_earlier_behavior(run: Run, tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_a_model_card_without_the_key_means_the_earlier_behavior(run: Run, tmp_p
     del card["preprocessing"]["exif"], card["preprocessing"]["value_range"]
     (tmp_path / "model.json").write_text(json.dumps(card))
     (tmp_path / "best.safetensors").write_bytes(run.best_weights.read_bytes())
-    wanted = load_model(tmp_path).preprocessing
-    assert (wanted.exif, wanted.value_range) == ("ignore", (0, 65535))
+    expected = load_model(tmp_path).preprocessing
+    assert (expected.exif, expected.value_range) == ("ignore", (0, 65535))
 
 
 @pytest.fixture(scope="module")

@@ -186,9 +186,9 @@ def test_a_port_in_use_is_reported_at_once(tmp_path: Path) -> None:
 def test_if_a_process_is_killed_while_others_join_they_end_too(tmp_path: Path, rank: int) -> None:
     """Rank 2 never starts, so both wait; rank 0 serves the store."""
 
-    def kill_one(mine: int) -> None:
+    def kill_one(own_rank: int) -> None:
         os.environ["WORLD_SIZE"] = "3"
-        if mine == rank:
+        if own_rank == rank:
             after_seconds(3, kill_self)
 
     statuses, text = statuses_and_output(tmp_path, 2, kill_one)

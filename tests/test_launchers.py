@@ -262,8 +262,8 @@ def test_options_of_a_real_accelerate_launch_are_checked(
     tmp_path: Path, options: list[str], setting: str, message: str
 ) -> None:
     recipe = write_recipe(tmp_path, MUCH)
-    ours = ["-m", "toolkit.train", str(recipe), "--set", setting]
-    command = [str(BIN / "accelerate"), "launch", *options, *ours]
+    train_command = ["-m", "toolkit.train", str(recipe), "--set", setting]
+    command = [str(BIN / "accelerate"), "launch", *options, *train_command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert message in done.stderr
     assert "returned non-zero exit status 2" in done.stderr

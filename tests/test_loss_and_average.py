@@ -128,9 +128,9 @@ def test_binary_cross_entropy_equals_timm_s() -> None:
     logits, labels = torch.randn(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
     mixed = torch.rand(6, 5).softmax(1)
     for smoothing in (0.0, 0.1):
-        ours = training_loss("bce", smoothing, None)
+        binary_loss = training_loss("bce", smoothing, None)
         expected = BinaryCrossEntropy(smoothing=smoothing, reduction="none")(logits, labels)
-        torch.testing.assert_close(ours(logits, labels), expected.mean(1))
+        torch.testing.assert_close(binary_loss(logits, labels), expected.mean(1))
     dense = BinaryCrossEntropy(smoothing=0.0, reduction="none")(logits, mixed).mean(1)
     torch.testing.assert_close(training_loss("bce", 0.0, None)(logits, mixed), dense)
 
@@ -161,16 +161,16 @@ def test_a_mean_over_no_images_is_an_error() -> None:
 def test_averaged_weights_equal_those_of_timm_s_ema_with_warmup(decay: float) -> None:
     torch.manual_seed(0)
     module = nn.Linear(5, 3)
-    ours, theirs = ModelEma(module, decay), ModelEmaV3(module, decay=decay, use_warmup=True)
+    model_ema, timm_ema = ModelEma(module, decay), ModelEmaV3(module, decay=decay, use_warmup=True)
     for update in range(1, 60):
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        ours.update(module, update)
-        theirs.update(module, step=update)
-        assert decay_at(decay, update) == pytest.approx(theirs.get_decay(update), abs=1e-12)
-    for name, value in theirs.module.state_dict().items():
-        torch.testing.assert_close(ours.averages[name], value)
+        model_ema.update(module, update)
+        timm_ema.update(module, step=update)
+        assert decay_at(decay, update) == pytest.approx(timm_ema.get_decay(update), abs=1e-12)
+    for name, value in timm_ema.module.state_dict().items():
+        torch.testing.assert_close(model_ema.averages[name], value)
     assert decay_at(decay, 1) == 0.0, "the initial weights have no influence after the first update"
     assert decay_at(decay, 10**9) == decay
 

@@ -44,9 +44,9 @@ def study(name: str, text: str) -> str:
     return path
 
 
-def test_a_resubmitted_array_trains_only_the_run_that_failed(place: Path) -> None:
+def test_a_resubmitted_array_trains_only_the_run_that_failed(work_dir: Path) -> None:
     recipe = study("three", THREE)
-    _images(place / "later")
+    _images(work_dir / "later")
     # The array is held until the images of one run are gone.
     text = submit(recipe, "--parallel", "2", "--set", 'slurm.options=["--hold"]')
     folder = StudyDirectory(Path("runs/three"))
@@ -54,7 +54,7 @@ def test_a_resubmitted_array_trains_only_the_run_that_failed(place: Path) -> Non
     outcome = toolkit("submit", recipe, "--profile", "local")
     assert outcome.status == 2
     assert f"3 task(s) of array job {array} are still active" in outcome.stderr
-    (place / "later").rename("away")
+    (work_dir / "later").rename("away")
     runs = folder.runs
     subprocess.run(["scontrol", "release", array], check=True)
     most, seen = 0, set()
@@ -80,7 +80,7 @@ def test_a_resubmitted_array_trains_only_the_run_that_failed(place: Path) -> Non
     assert "failed" in (folder.path / "table.md").read_text()
     before = [(run.path / "summary.json").stat().st_mtime_ns for run in runs[1:]]
 
-    (place / "away").rename("later")
+    (work_dir / "away").rename("later")
     outcome = toolkit("submit", recipe, "--parallel", "2", "--profile", "local", "--time", "30", "--wait")
     assert outcome.status == 0, outcome.stderr
     assert re.search(r"array job \d+, 1 task", outcome.stdout)
@@ -109,7 +109,7 @@ def _images(folder: Path) -> None:
 
 
 @pytest.mark.cluster  # test_study_workers.py tests the same with local processes
-def test_a_search_continues_when_one_of_its_tasks_ends(place: Path) -> None:
+def test_a_search_continues_when_one_of_its_tasks_ends(work_dir: Path) -> None:
     path = study("search", SEARCH)
     text = submit(path, "--parallel", "2")
     array, table = re.search(r"array job (\d+), 2 task", text)[1], re.search(r"by job (\d+)", text)[1]  # type: ignore[index]
@@ -169,7 +169,7 @@ def _processes(array: str, task: str) -> list[int]:
     return found
 
 
-def test_a_cancelled_study_stays_cancelled_until_it_is_submitted_again(place: Path) -> None:
+def test_a_cancelled_study_stays_cancelled_until_it_is_submitted_again(work_dir: Path) -> None:
     path = study("pair", "[study]\nseeds = 2\n")
     submit(path, "--parallel", "1", "--set", 'slurm.options=["--hold"]')
     folder = StudyDirectory(Path("runs/pair").resolve())
@@ -182,7 +182,7 @@ def test_a_cancelled_study_stays_cancelled_until_it_is_submitted_again(place: Pa
     assert (folder.path / "table.md").exists()
 
 
-def test_a_refused_study_leaves_nothing_new(place: Path) -> None:
+def test_a_refused_study_leaves_nothing_new(work_dir: Path) -> None:
     path = study("refused", "[study]\nseeds = 2\n")
     for refused in (("--partition", "nope"), ("--nodes", "4")):
         outcome = toolkit("submit", path, "--profile", "local", *refused)

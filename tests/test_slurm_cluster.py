@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from slurm_cluster import (
     REPOSITORY,
     Cluster,
-    frozen,
     local_run,
     log_of,
     number_of,
@@ -27,6 +26,7 @@ from slurm_cluster import (
     status_of,
     submit,
     submitted,
+    suspended,
     trainers,
     wait_for,
     wait_for_end,
@@ -70,8 +70,8 @@ module() { case $2 in cuda/*) export LOADED=$2 ;; *) echo "no module $2"; return
 @pytest.fixture(scope="module")
 def early(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Submit all independent jobs at once, to use the whole machine; return their folder."""
-    place = tmp_path_factory.mktemp("early")
-    with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch:
+    work_dir = tmp_path_factory.mktemp("early")
+    with contextlib.chdir(work_dir), pytest.MonkeyPatch.context() as patch:
         for seed, name in enumerate(("left", "right")):
             options = (
                 "--processes-per-node",
@@ -89,20 +89,20 @@ def early(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("by-hand.txt").write_text(
             sbatch("--cpus-per-task=1", f"{REPOSITORY}/slurm/train.sbatch", write("by-hand", epochs=1), PATH=path)
         )
-        _submit_awkward(place, patch)
-    return place
+        _submit_awkward(work_dir, patch)
+    return work_dir
 
 
-def _submit_awkward(place: Path, patch: pytest.MonkeyPatch) -> None:
+def _submit_awkward(work_dir: Path, patch: pytest.MonkeyPatch) -> None:
     """Submit a job whose folder, names, profile and environment contain characters special to a shell."""
-    (place / "enter").write_text(CONTAINER.format(notes=place / "inside.txt"))
-    (place / "enter").chmod(0o755)
-    (place / "modules.sh").write_text(MODULES)
-    profiles = place / AWKWARD / "slurm" / "profiles"
+    (work_dir / "enter").write_text(CONTAINER.format(notes=work_dir / "inside.txt"))
+    (work_dir / "enter").chmod(0o755)
+    (work_dir / "modules.sh").write_text(MODULES)
+    profiles = work_dir / AWKWARD / "slurm" / "profiles"
     profiles.mkdir(parents=True)
-    (profiles / "lab.toml").write_text(PROFILE.format(place=place))
+    (profiles / "lab.toml").write_text(PROFILE.format(work_dir=work_dir))
     patch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2 + "secretkey")
-    with contextlib.chdir(place / AWKWARD):
+    with contextlib.chdir(work_dir / AWKWARD):
         submit(write("a name, with + signs", epochs=1), profile="lab")
 
 
@@ -199,11 +199,11 @@ def test_a_job_uses_the_cpus_and_gpus_that_slurm_granted_or_refuses(among: Path)
     wait_for(run, "finished")
 
 
-def test_a_setup_line_or_scratch_folder_that_fails_ends_the_job(place: Path) -> None:
+def test_a_setup_line_or_scratch_folder_that_fails_ends_the_job(work_dir: Path) -> None:
     profiles = Path("slurm/profiles")
     profiles.mkdir(parents=True)
     Path("modules.sh").write_text(MODULES)
-    lines = f'shared = ["/"]\nsetup = ["source {place}/modules.sh", "module load cuda/0 && module load nope"]'
+    lines = f'shared = ["/"]\nsetup = ["source {work_dir}/modules.sh", "module load cuda/0 && module load nope"]'
     (profiles / "modules.toml").write_text(lines)
     (profiles / "scratch.toml").write_text('shared = ["/"]\nscratch = "/proc/none"')
     runs = []
@@ -220,7 +220,7 @@ def test_a_setup_line_or_scratch_folder_that_fails_ends_the_job(place: Path) -> 
 def comes_near_its_time_limit(cluster: Cluster, run: Run) -> None:
     """SLURM signals the batch shell 110 s before the time limit."""
     number = number_of(run)
-    with frozen(run):
+    with suspended(run):
         subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=2"], check=True)
         wait_until((run.path / "stop").exists, lambda: log_of(run))
     wait_for_start(run, 2)
@@ -230,7 +230,7 @@ def comes_near_its_time_limit(cluster: Cluster, run: Run) -> None:
 def is_preempted(cluster: Cluster, run: Run) -> None:
     """A job of a higher-priority partition needs the node: SLURM signals the processes there."""
     starts = SlurmJob(run).starts
-    with frozen(run):
+    with suspended(run):
         prior = sbatch("--partition=debug", f"--nodelist={starts[-1].nodes}", "--exclusive", "--wrap=true")
         wait_until(lambda: "CANCELLED AT" in log_of(run), lambda: log_of(run))
     assert status_of(prior) == 0
@@ -256,7 +256,7 @@ ALL_REASONS = (comes_near_its_time_limit, is_preempted, loses_its_node)
     ids=["time limit", "time limit, preemption, dead node"],
 )
 def test_a_requeued_job_ends_bit_identical(
-    cluster: Cluster, place: Path, reasons: tuple[Callable[[Cluster, Run], None], ...], epochs: int
+    cluster: Cluster, work_dir: Path, reasons: tuple[Callable[[Cluster, Run], None], ...], epochs: int
 ) -> None:
     recipe = write("requeued", epochs=epochs, data='dataset = "digits"', trackers='"wandb"')
     submit(recipe, "--partition", "low", "--set", "slurm.signal_before_s=110")
@@ -282,7 +282,7 @@ def test_a_requeued_job_ends_bit_identical(
     assert set(parts) == {f"requeued-{run.id}"}
 
 
-def test_a_cancelled_job_or_one_at_its_restart_limit_is_not_requeued(place: Path) -> None:
+def test_a_cancelled_job_or_one_at_its_restart_limit_is_not_requeued(work_dir: Path) -> None:
     submit(write("cancelled", epochs=1000), "--set", 'slurm.options=["--nodelist=node1"]')
     options = ("--processes-per-node", "2", "--cpus-per-task", "2", "--set", 'slurm.options=["--nodelist=node2"]')
     submit(write("limited", epochs=1000), "--max-restarts", "0", *options)
@@ -306,7 +306,7 @@ def test_a_cancelled_job_or_one_at_its_restart_limit_is_not_requeued(place: Path
     assert "has ended already" in outcome.stderr
 
 
-def test_a_job_that_sbatch_rejects_leaves_no_files(place: Path) -> None:
+def test_a_job_that_sbatch_rejects_leaves_no_files(work_dir: Path) -> None:
     recipe = write("refused")
     for option, value, words in (
         ("--partition", "nope", "invalid partition specified: nope"),
@@ -321,7 +321,7 @@ def test_a_job_that_sbatch_rejects_leaves_no_files(place: Path) -> None:
         assert not Path("runs").exists()
 
 
-def test_wait_shows_the_log_and_returns_the_status(place: Path) -> None:
+def test_wait_shows_the_log_and_returns_the_status(work_dir: Path) -> None:
     recipe = write("waiting", data='dataset = "imagefolder"\nroot = "nowhere"\nimage_size = 8')
     outcome = toolkit("submit", recipe, "--profile", "local", "--wait")
     assert outcome.status == 2
@@ -333,7 +333,7 @@ def test_wait_shows_the_log_and_returns_the_status(place: Path) -> None:
     assert "nowhere" in state.detail
 
 
-def test_several_srun_tasks_are_refused(place: Path) -> None:
+def test_several_srun_tasks_are_refused(work_dir: Path) -> None:
     """Each task would train a run of its own."""
     command = ["srun", "--nodes", "1", "--ntasks", "2", sys.executable, "-m", "toolkit.train", write("tasks", epochs=1)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -344,7 +344,7 @@ def test_several_srun_tasks_are_refused(place: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_the_command_suggested_in_that_error_trains_one_run(place: Path) -> None:
+def test_the_command_suggested_in_that_error_trains_one_run(work_dir: Path) -> None:
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
     command = ["srun", "--ntasks", "1", *torchrun, "-m", "toolkit.train", write("tasks", epochs=1)]
     done = subprocess.run(command, capture_output=True, text=True)
