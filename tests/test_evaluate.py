@@ -94,7 +94,7 @@ def test_training_images_are_evaluated_though_no_metrics_were_recorded(run: Run)
     outcome = toolkit("evaluate", run.path, "--split", "train")
     assert outcome.status == 0
     assert "train: 72 images" in outcome.stdout
-    assert "the run has recorded no metrics of this split" in outcome.stdout
+    assert "the run has no recorded metrics of this split" in outcome.stdout
 
 
 def test_weights_of_another_run_are_detected(copy: Run) -> None:
@@ -142,7 +142,7 @@ def test_moved_images_are_found_with_data_root(run: Run, tmp_path: Path) -> None
     finally:
         moved.rename(data)
     assert refused.status == 2
-    assert f"the images of {run.path} are not here" in refused.stderr
+    assert f"the images of {run.path} are not available" in refused.stderr
     assert "--data-root FOLDER" in refused.stderr
 
 

@@ -218,7 +218,7 @@ def test_a_user_s_mistake_gives_one_message(run: Run, copy: Run, monkeypatch: py
         assert (outcome.status, len(outcome.stderr.splitlines())) == (2, 1), outcome.stderr
         return outcome.stderr
 
-    assert "name images, or ask for the worst mistakes, not both" in message(run.path, "x.png", "--worst", "2")
+    assert "give either images or --worst, not both" in message(run.path, "x.png", "--worst", "2")
     assert "the images of" in message(run.path, "--data-root", copy.path / "nowhere")
     table = copy.path / "predictions.csv"
     header, first, *rest = table.read_text().splitlines()
@@ -228,7 +228,7 @@ def test_a_user_s_mistake_gives_one_message(run: Run, copy: Run, monkeypatch: py
     assert "predictions.csv is damaged: row 1 has the probability 'likely'" in message(copy.path)
     right = [f"{row['path']},{row['label']},{row['label']},0.5" for row in run.predictions()]
     table.write_text("\n".join([header, *right]) + "\n")
-    assert "has made no mistake on its test images: name images to explain" in message(copy.path)
+    assert "misclassified none of its test images: give images to explain" in message(copy.path)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "captum" else find(name))
     assert "needs captum, which is not installed: pip install captum" in message(run.path)

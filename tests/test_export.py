@@ -115,7 +115,7 @@ def test_without_json_files_sizes_and_the_difference_are_printed(runs: Callable[
     outcome = toolkit("export", run.path, "--format", "safetensors")
     folder = run.path / "export" / "safetensors"
     assert f"{folder / 'model.safetensors'}  {(folder / 'model.safetensors').stat().st_size:,} bytes" in outcome.stdout
-    last = "checked on 64 images of the run's data: logits differ by 0.0e+00 at most (limit 0.0001)"
+    last = "checked on 64 images of the run's data: logits differ by at most 0.0e+00 (limit 0.0001)"
     assert outcome.stdout.splitlines()[-1] == last
 
 
@@ -224,7 +224,7 @@ def test_without_the_data_synthetic_images_are_compared_and_reported(
     finally:
         (tmp_path / "moved").rename(data)
     assert outcome.status == 0
-    assert "checked on 64 synthetic images (the run's data are not here)" in outcome.stdout
+    assert "checked on 64 synthetic images (the run's data set is not available)" in outcome.stdout
 
 
 @pytest.mark.parametrize("error", [1.1e-4, float("nan")])

@@ -199,7 +199,7 @@ def test_a_run_that_was_killed_predicts_with_its_best_epoch_so_far(copy: Run) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no image is named"),
+        ([], "no images given"),
         (["--format", "jason", "x.png"], "--format jason: expected csv, json, jsonl; did you mean json?"),
         (["@nowhere.txt"], "the list nowhere.txt cannot be read: No such file"),
         (["-o", "nowhere/out.csv", "IMAGES"], "nowhere/out.csv cannot be written: No such file"),

@@ -167,7 +167,7 @@ def test_validation_or_test_alone_can_be_left_out(tmp_path: Path) -> None:
 def test_evaluate_names_the_available_splits(bare: Run) -> None:
     outcome = toolkit("evaluate", bare.path)
     assert outcome.status == 2
-    assert outcome.stderr == f"{bare.path} has no test images (data.split.test); evaluate others: --split train\n"
+    assert outcome.stderr == f"{bare.path} has no test images (data.split.test); choose another split: --split train\n"
     found = json.loads(toolkit("evaluate", bare.path, "--split", "train", "--json").stdout)
     assert found["images"] == 200
     assert found["metrics"]["best"]["train_accuracy"]["evaluated"] > 0.3
@@ -197,7 +197,7 @@ def test_status_explain_export_and_publish_work_without_validation_and_test(bare
     assert "finished  3/3" in toolkit("status", bare.path).stdout
     outcome = toolkit("explain", bare.path)
     assert outcome.status == 2
-    assert "no test images whose mistakes could be shown: name images to explain" in outcome.stderr
+    assert "no test images, hence no mistakes to explain: give images" in outcome.stderr
     exported = toolkit("export", bare.path, "--format", "safetensors", "-o", tmp_path / "exported")
     assert exported.status == 0, exported.stderr
     state = safetensors.torch.load_file(tmp_path / "exported" / "model.safetensors")
@@ -206,8 +206,8 @@ def test_status_explain_export_and_publish_work_without_validation_and_test(bare
     published = toolkit("publish", bare.path, "lab/digits", "--no-push", "-o", tmp_path / "published")
     assert published.status == 0, published.stderr
     card = (tmp_path / "published" / "README.md").read_text()
-    assert "Images: 200 train; none were kept for validation." in card
-    assert "It is the last epoch's model; no images were kept for a test." in card
+    assert "Images: 200 train; no validation images." in card
+    assert "It is the last epoch's model; there were no test images." in card
 
 
 def test_a_model_card_has_a_column_only_for_existing_splits(tmp_path: Path) -> None:

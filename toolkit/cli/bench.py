@@ -21,7 +21,8 @@ def bench(
         bool, typer.Option("--compare", help="Also measure a plain PyTorch loop on the same recipe.")
     ] = False,
     peak_tflops: Annotated[
-        float | None, typer.Option(metavar="TFLOPS", help="Peak of the device, if it is not known.")
+        float | None,
+        typer.Option(metavar="TFLOPS", help="Peak performance of the device, if the toolkit does not know it."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the results to this JSON file.")

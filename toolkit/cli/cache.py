@@ -23,8 +23,8 @@ def cache(
 ) -> None:
     """List or delete the entries of the cache folder.
 
-    Entries are decoded images and features of frozen layers, shown with size and last use. Deleting them does not
-    disturb runs that are reading them; later runs compute them again. The folder is TOOLKIT_CACHE, or
+    Entries are decoded images and features of frozen layers, listed with their size and last use. Deleting them does
+    not affect runs that are reading them; later runs compute them again. The folder is TOOLKIT_CACHE, or
     ~/.cache/toolkit by default.
 
     Example: toolkit cache clean --unused-days 30

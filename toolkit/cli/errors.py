@@ -21,7 +21,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of ev
 def command(work: Callable[..., int | None]) -> Callable[..., None]:
     """Turn a function into a command with the option ``--debug``, whose errors are shown as one message.
 
-    The process exits with the status that the function returns (None: success) or that belongs to its error.
+    The process exits with the status that the function returns (None: success), or with that of the error it raises.
     """
 
     @functools.wraps(work)

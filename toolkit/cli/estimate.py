@@ -19,7 +19,7 @@ def plan(
     recipe: RecipePath,
     processes: Annotated[int, typer.Option(min=1, metavar="N", help="Training processes, one per GPU.")] = 1,
     classes: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Number of classes, if the data are not here.")
+        int | None, typer.Option(min=1, metavar="N", help="Number of classes, if the data set is not on this machine.")
     ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,

@@ -29,8 +29,8 @@ def export(
 ) -> None:
     """Export a run's best or last model for use in other programs.
 
-    The preprocessing is written next to it. The exported model is read back and compared with the original on 64
-    images before the folder is moved into place; logits must agree within 1e-4.
+    Also writes the preprocessing. Before the folder is moved into place, the exported model is loaded again and
+    compared with the original on 64 images; logits must agree within 1e-4.
 
     Example: toolkit export runs/quickstart/20260102-030405-abcd --format onnx -o digits-onnx
     """
@@ -52,7 +52,7 @@ def export(
         return
     for name, size in done.files().items():
         print(f"{done.folder / name}  {size:,} bytes")
-    print(f"checked on {done.images}: logits differ by {done.difference:.1e} at most (limit {LIMIT:g})")
+    print(f"checked on {done.images}: logits differ by at most {done.difference:.1e} (limit {LIMIT:g})")
 
 
 @command
@@ -72,7 +72,7 @@ def publish(
     """Publish a run's best model on the Hugging Face Hub.
 
     Writes weights, preprocessing, recipe and a model card to a folder, and pushes it if you are logged in
-    (hf auth login); otherwise prints how to push it later.
+    (hf auth login); otherwise prints the command to push it later.
 
     Example: toolkit publish runs/quickstart/20260102-030405-abcd lab/digits --license mit
     """
@@ -119,7 +119,7 @@ def sync(
             done.append(upload(run))
         except ServerUnreachable:
             raise
-        except UserError as error:  # a damaged run does not stop the others
+        except UserError as error:  # one damaged run must not stop the others
             log(str(error))
             continue
         if not as_json:

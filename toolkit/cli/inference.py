@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FORMATS = ("csv", "json", "jsonl")
 DEFAULT_WORST = 16
 MAX_EXPLAINED = 256
-"""Maximum number of images per call, since each produces a file."""
+"""Maximum number of images per call, since each one produces a file."""
 
 
 def log(text: str) -> None:
@@ -136,7 +136,7 @@ def _check_style(style: str) -> None:
 
 
 def _settings(path: Path) -> tuple[TrainConfig, int]:
-    """Return the settings of training, and the batch size per process: the run's own, or defaults without a run."""
+    """Return the training settings and the batch size per process: the run's, or defaults for an exported model."""
     from toolkit.recipe.schema import TrainConfig
     from toolkit.runs import Run
 
@@ -178,7 +178,7 @@ def _predict(
 
 
 def _output(accelerator: Accelerator, predictions: Predictions, style: str, out: Path | None) -> None:
-    """Write the predictions on the main process. Collective: its failure is raised on all ranks."""
+    """Write the predictions on the main process. Collective: a write error is raised on all ranks."""
     from toolkit.distributed.process import main_only
     from toolkit.runs import write_atomically
 
@@ -225,7 +225,7 @@ def explain(
     Example: toolkit explain runs/quickstart/20260102-030405-abcd --worst 16
     """
     if paths and worst is not None:
-        raise UserError("name images, or ask for the worst mistakes, not both")
+        raise UserError("give either images or --worst, not both")
     from toolkit.inference.explain import explain_run, require_captum
 
     require_captum()

@@ -48,7 +48,7 @@ def models(
 
 
 def _weights(source: str, model: str) -> list[dict[str, Any]]:
-    """Return the pretrained weights of a model, with the input they expect."""
+    """Return the pretrained weights of a model, with the input that they expect."""
     from toolkit.recipe import catalog
 
     found = []

@@ -1,4 +1,4 @@
-"""The `toolkit` command. Each subcommand imports what it needs only when called, so that help and checks are fast.
+"""The `toolkit` command. Subcommands import their dependencies only when called, so that help and checks are fast.
 
 Results go to stdout, messages to stderr. Exit status: 0 done, 2 bad input, 3 interrupted but resumable, 1 other errors.
 """

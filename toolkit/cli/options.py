@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def chosen_run(text: str) -> Path:
-    """Resolve an argument to a run directory; log the result if it differs from the argument."""
+    """Resolve an argument to a run directory; print the result to stderr if it differs from the argument."""
     from toolkit.runs import newest_run  # imports pydantic, which would slow down `toolkit --help`
 
     path = newest_run(text)
@@ -37,7 +37,7 @@ def load_recipe(path: str, overrides: list[str] | None) -> LoadedRecipe:
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key; the value is TOML, so text needs quotes."),
+    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key; the value is TOML, so strings need quotes."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="TOML file.")]

@@ -25,7 +25,7 @@ def validate(
 ) -> int:
     """Validate recipes and report every error.
 
-    Makes all checks that need neither data nor a GPU. Prints one line per recipe to stdout, errors and warnings to
+    Performs all checks that need neither data nor a GPU. Prints one line per recipe to stdout, errors and warnings to
     stderr; with --json everything to stdout. Exit status 2 if there is any error.
 
     Example: toolkit validate recipes/*.toml
@@ -49,7 +49,7 @@ def _diagnose(path: str, overrides: list[str]) -> list[Diagnostic]:
         sources = read_sources(path, overrides)
         if not any("study" in source.data for source in sources):
             return resolve(sources, path).warnings
-        from toolkit.study.expand import expand, read_study  # imports numpy, which a single recipe does not need
+        from toolkit.study.expand import expand, read_study  # imports NumPy, which a single recipe does not need
 
         return expand(read_study(path, overrides)).warnings
     except RecipeError as error:
@@ -115,7 +115,7 @@ def show(recipe: RecipePath, set_: Overrides = None, as_json: AsJson = False) ->
 
 
 def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
-    """Return value and origin of the unset keys of [data] that the pretrained weights or the data set determine.
+    """Return the value and origin of each unset key of [data] that the pretrained weights or the data set determine.
 
     Weights from a file are assumed to expect the same input as the architecture's default weights, as in training.
     """
@@ -203,7 +203,7 @@ def _recipe_of(path: Path) -> Recipe:
 
 
 def _metrics_diff(first: Path, second: Path) -> list[tuple[str, Any, Any]]:
-    """Return the numbers of summary.json that differ, if both are finished runs."""
+    """Return the numbers in summary.json that differ; empty unless both are finished runs."""
     from toolkit.recipe.diagnostics import dotted
     from toolkit.recipe.resolve import differences
     from toolkit.runs import Run

@@ -24,7 +24,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE", help="HTML file. Default: report.html in the folder.")
     ] = None,
-    figures_only: Annotated[bool, typer.Option("--figures-only", help="Only the figures for print.")] = False,
+    figures_only: Annotated[bool, typer.Option("--figures-only", help="Write only the figures for print.")] = False,
     data_root: DataRoot = None,
     filters: Annotated[
         str | None, typer.Option(help="RUN: first-layer filters to apply to an image: 3,17.", metavar="NUMBERS")
@@ -36,14 +36,14 @@ def report(
     """Write the report of a run or a study.
 
     Writes figures for print (SVG and PDF) to its folder figures/, and one HTML file that needs no network. Missing or
-    damaged files are reported, and the rest is shown.
+    damaged files are listed; everything else is shown.
 
     Example: toolkit report runs/quickstart/20260102-030405-abcd
     """
     numbers = _numbers(filters)
     if _is_study(path):
         if filters is not None:
-            raise UserError("--filters is for a run: give one of the study's run directories")
+            raise UserError("--filters is for runs: give one of the study's run directories")
         from toolkit.report.study_report import read_study, write_study_report
 
         found = read_study(path)
@@ -58,7 +58,7 @@ def report(
     else:
         if runs or wandb:
             option = "--runs" if runs else "--wandb"
-            raise UserError(f"{option} is for a study, and {path} is a run directory")
+            raise UserError(f"{option} is for studies; {path} is a run directory")
         from toolkit.report.run_report import write_report
         from toolkit.runs import Run
 

@@ -33,7 +33,7 @@ def submit(
     parallel: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Study: concurrent runs. Default: all; for bohb, one.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Also submit more than study.max_runs runs.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Submit even if there are more than study.max_runs runs.")] = False,
     profile: Annotated[str | None, typer.Option(metavar="NAME", help="Cluster profile.")] = None,
     nodes: Annotated[int | None, typer.Option(metavar="N", help="Number of nodes.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(metavar="N", help="GPUs per node, one process each.")] = None,
@@ -57,7 +57,7 @@ def submit(
 ) -> int:
     """Train a recipe, or all runs of a study, on a SLURM cluster.
 
-    A recipe becomes one job; a study becomes a job array and a final job for its table and report.
+    A recipe becomes one job; a study becomes a job array and a final job that writes its table and report.
 
     Example: toolkit submit recipes/resnet50_caltech.toml --nodes 2 --gpus-per-node 4 --time 4:00:00 --profile lab
 
@@ -116,7 +116,7 @@ def _submit_study(
         return None
     check_size(study, expansion, yes=yes)
     require_slurm()
-    # torch is imported here to verify that every varied key has an effect before many GPU hours are spent.
+    # Imports torch to verify that every varied key has an effect, before many GPU hours are spent.
     from toolkit.study.effect_check import check_parameters_have_effect
 
     _warn([], check_parameters_have_effect(study, expansion))
@@ -169,12 +169,12 @@ def _wait(done: SubmitResult) -> int:
 
 
 def _is_over(jobs: list[str]) -> bool:
-    """Return whether all these jobs, and all tasks of these arrays, have ended."""
+    """Return whether all jobs, and all tasks of arrays among them, have ended."""
     from toolkit.slurm.job_status import queue, tasks_of
 
     known = queue()
     if known is None:
-        return False  # SLURM does not answer; the jobs continue
+        return False  # SLURM does not answer, so the jobs may still be running
     return not any(entry.is_active for job in jobs for entry in tasks_of(job, known))
 
 

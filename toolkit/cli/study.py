@@ -30,9 +30,9 @@ def study(
         int | None, typer.Option(min=1, metavar="N", help="Concurrent runs. Default: one per GPU; without GPUs, one.")
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Retry failed runs.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Also start more than study.max_runs runs.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Start even if there are more than study.max_runs runs.")] = False,
     worker: Annotated[
-        bool, typer.Option("--worker", help="Only work on runs of a `toolkit study` that was started elsewhere.")
+        bool, typer.Option("--worker", help="Train runs of a study that another `toolkit study` has started.")
     ] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -47,7 +47,7 @@ def study(
     from toolkit.study.expand import expand, read_study
 
     if is_distributed():
-        raise UserError("toolkit study starts its processes itself: call it without a launcher")
+        raise UserError("toolkit study starts its own processes: run it without a launcher")
     found = read_study(study, set_ or [])
     if worker:
         from toolkit.study.worker import join_study

@@ -49,7 +49,7 @@ def train(
 
     Example: accelerate launch -m toolkit.train recipes/resnet50_caltech.toml --set train.epochs=5
 
-    Exit status: 0 done, 2 bad input, 3 interrupted but resumable, 1 anything else.
+    Exit status: 0 done, 2 bad input, 3 interrupted but resumable, 1 other errors.
     """
 
     read_process_info()  # rejects invalid launcher variables before anything else reads them
@@ -80,10 +80,10 @@ def train(
 
 
 def process_start() -> float:
-    """Return when this process started, on the time.monotonic() clock, since the wall clock may be adjusted."""
+    """Return the start time of this process on the time.monotonic() clock, since the wall clock may be adjusted."""
     try:
         with open("/proc/self/stat", encoding="utf-8") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])  # since the machine started, see proc(5)
+            ticks = int(file.read().rpartition(")")[2].split()[19])  # since boot, see proc(5)
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):  # not Linux
         import psutil
@@ -93,7 +93,7 @@ def process_start() -> float:
 
 
 def report_at_end(run: Run) -> None:
-    """Write the figures and report of a finished run; any failure is reduced to one warning."""
+    """Write the figures and report of a finished run; any error becomes a one-line warning."""
     try:
         from toolkit.report.run_report import write_report
 

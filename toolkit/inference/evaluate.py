@@ -1,7 +1,7 @@
 """Re-evaluation of a run's model on the run's own images, to reproduce the metrics of summary.json.
 
-The images are found by the names in split.json, and are evaluated in exactly the batches of the run's own evaluation,
-whatever the number of processes now: on the same kind of machine all metrics are equal bit for bit.
+The images are found by their names in split.json and evaluated in exactly the batches of the run's own evaluation,
+independently of the current number of processes, so all metrics are bitwise equal on the same kind of machine.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from toolkit.training.resume import check_recipe
 from toolkit.training.trained_model import TrainedModel, load_model
 
 PREFIXES = {"validation": "val_", "test": "test_"}
-"""Prefix of a split's metrics in summary.json, which has none for training images without augmentation."""
+"""Prefix of a split's metrics in summary.json, which has no metrics of training images without augmentation."""
 
 ROUNDING = {"no": 1e-5, "bf16": 2e-2, "fp16": 1e-2}
-"""Largest relative difference that another machine or another order of summation can explain, by precision."""
+"""Largest relative difference that another machine or order of summation can explain, by precision."""
 
 
 @dataclass(frozen=True)
 class MetricComparison:
-    """A metric as evaluated now and as recorded by the run."""
+    """The value of a metric now, and as recorded by the run."""
 
     model: str
     """best or last."""
@@ -60,7 +60,7 @@ class ReevaluationReport:
     images: int
     metrics: list[MetricComparison] = field(default_factory=list)
     predictions_equal: int | None = None
-    """Rows of predictions.csv with the same prediction as now; None if not compared."""
+    """Number of rows of predictions.csv with the same prediction as now; None if not compared."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -84,7 +84,7 @@ class ReevaluationReport:
         compared = [metric for metric in self.metrics if metric.recorded is not None]
         other = [metric for metric in compared if metric.verdict != "equal"]
         if not compared:
-            return "nothing to compare with: the run has recorded no metrics of this split"
+            return "nothing to compare with: the run has no recorded metrics of this split"
         if not other:
             return f"all {len(compared)} metrics equal those of summary.json"
         names = ", ".join(f"{metric.model} {metric.name}" for metric in other)
@@ -120,15 +120,15 @@ def split_images(
         images = open_run_images(run.recipe, trained.preprocessing, trained.classes, data_root)
     except UserError as error:
         raise UserError(
-            f"the images of {run.path} are not here: {error}. If they have moved, use --data-root FOLDER"
+            f"the images of {run.path} are not available: {error}. If they were moved, use --data-root FOLDER"
         ) from None
     found = images.indices(names[split], f"{split} images of {run.path}")
     if all(name in images.index for other in SPLITS for name in names[other]):
         splits = {other: images.indices(names[other], other) for other in SPLITS}
         if split_hash(images.dataset, splits) != names["hash"]:
             raise UserError(
-                f"the data set gives images of {run.path} other classes than it had when the run was trained (the hash "
-                "in split.json differs); restore the data as they were"
+                f"some images of {run.path} now have other classes than when the run was trained (the hash in "
+                "split.json differs); restore the original data set"
             )
     return images.dataset, found
 
@@ -144,7 +144,8 @@ def evaluate_run(
     if not run.split[split]:
         others = [other for other in SPLITS if run.split[other]]
         raise UserError(
-            f"{run.path} has no {split} images (data.split.{split}); evaluate others: --split {' or '.join(others)}"
+            f"{run.path} has no {split} images (data.split.{split}); "
+            f"choose another split: --split {' or '.join(others)}"
         )
     trained, recipe = load_model(run.path), run.recipe
     summary: dict[str, Any] = {}
@@ -183,7 +184,7 @@ def evaluate_run(
 
 
 def _loader(run: Run, images: SplitDataset, processes: int, accelerator: Accelerator) -> EvaluationLoader:
-    """Return a loader of the batches of the run's own evaluation, distributed over the current processes."""
+    """Return a loader that distributes the batches of the run's own evaluation over the current processes."""
     recipe, count = run.recipe, len(images.indices)
     size = recipe.train.images_per_evaluation
     batches = [batch for rank in range(processes) for batch in plan_evaluation(count, size, processes, rank)]
@@ -227,7 +228,7 @@ def load_last_model(run: Run, module: nn.Module, epoch: int) -> bool:
 
     With train.ema these are the averaged weights, which the run evaluates.
     """
-    path = find_latest(run.checkpoints, lambda warning: None)  # the warnings only matter for resuming
+    path = find_latest(run.checkpoints, lambda warning: None)  # its warnings matter only when resuming
     content = None if path is None else load_checkpoint(path)
     if content is None or content["position"]["epoch"] != epoch or content["position"]["step"]:
         return False
@@ -245,5 +246,7 @@ def _notes(trained: TrainedModel, summary: dict[str, Any], accelerator: Accelera
     then = (summary.get("device"), summary.get("precision"))
     now = (accelerator.device.type, accelerator.mixed_precision)
     if summary and then != now:
-        notes.append(f"the run evaluated on {then[0]} with precision {then[1]}, this is {now[0]} with {now[1]}")
+        notes.append(
+            f"the run was evaluated on {then[0]} with precision {then[1]}, now on {now[0]} with precision {now[1]}"
+        )
     return notes

@@ -27,9 +27,9 @@ from toolkit.similar_names import did_you_mean
 from toolkit.training.trained_model import TrainedModel
 
 BATCH_SIZE = 16
-"""Batch size."""
+"""Number of images explained at once."""
 MAX_PREFIX_TOKENS = 2
-"""A class token and a distillation token; more only if the model declares them."""
+"""Number of leading non-spatial tokens to try: class and distillation token; more if the model declares them."""
 SKIPPED = (
     nn.Identity,
     nn.Linear,
@@ -40,7 +40,7 @@ SKIPPED = (
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
 )
-"""Layers not considered, since they compute no features or are part of a larger layer."""
+"""Types of layers that are not considered, since they compute no features or are part of a larger layer."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class CamInput:
 
 @dataclass(frozen=True)
 class CamResult:
-    """An image, its prediction, and the evidence for it."""
+    """An image with its prediction and the evidence for it."""
 
     subject: CamInput
     prediction: int
@@ -64,7 +64,7 @@ class CamResult:
     heat: np.ndarray
     """Evidence for the prediction, scaled to a maximum of 1, float32 [H, W]."""
     heat_of_label: np.ndarray | None
-    """The same for the label, if that is another class."""
+    """The same for the label, if it differs from the prediction."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class CamLayer:
     def from_maps(self, maps: Tensor, output: Tensor) -> Tensor:
         """Convert maps back, inverting :meth:`to_maps`; non-spatial tokens are taken from ``output``."""
         if self.kind == "channels_first":
-            return maps.clone()  # the next layer may work in place
+            return maps.clone()  # the next layer may be an in-place operation
         if self.kind == "channels_last":
             return maps.permute(0, 2, 3, 1)
         return torch.cat([output[:, : self.prefix], maps.flatten(2).transpose(1, 2)], 1)
@@ -120,11 +120,11 @@ def subjects_from_files(trained: TrainedModel, paths: Sequence[str], log: Callab
 def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path | None = None) -> list[CamInput]:
     """Return the misclassified test images with the highest probabilities in predictions.csv, highest first."""
     if not run.has_test:
-        raise UserError(f"{run.path} has no test images whose mistakes could be shown: name images to explain")
+        raise UserError(f"{run.path} has no test images, hence no mistakes to explain: give images")
     found = read_predictions(run, trained.classes)
     worst = found.worst(count)
     if not len(worst):
-        raise UserError(f"{run.path} has made no mistake on its test images: name images to explain")
+        raise UserError(f"{run.path} misclassified none of its test images: give images to explain")
     dataset, indices = split_images(run, "test", trained, data_root)
     index = {dataset.images.name(int(i)): int(i) for i in indices}
     if unknown := next((found.names[row] for row in worst if found.names[row] not in index), None):
@@ -203,7 +203,7 @@ def _as_layer(module: nn.Module, name: str, output: Tensor) -> CamLayer | None:
 
 
 def _may_be_explained(module: nn.Module, name: str) -> bool:
-    """Return whether a layer may be explained: not one of SKIPPED, and not inside an attention block.
+    """Return whether Grad-CAM may use a layer: not one of :data:`SKIPPED`, and not inside an attention block.
 
     Outputs inside attention may look like spatial maps without being any.
     """
@@ -249,8 +249,8 @@ def _maps_of(module: nn.Module, layer: CamLayer) -> Iterator[nn.Module]:
 def heat_maps(trained: TrainedModel, layer: CamLayer, inputs: Tensor, classes: Tensor) -> Tensor:
     """Compute Grad-CAM of each input [n, C, H, W] for its class [n]: nonnegative, [n, H, W], in units of the logit.
 
-    That is the ReLU of the sum of the layer's maps, each weighted by the mean of the logit's gradient with respect to
-    it, interpolated to the input size.
+    The heat map is the ReLU of the layer's maps, summed with the mean gradients of the logit as weights, interpolated
+    to the input size.
     """
     from captum.attr import LayerAttribution, LayerGradCam
 
@@ -262,7 +262,7 @@ def heat_maps(trained: TrainedModel, layer: CamLayer, inputs: Tensor, classes: T
 
 
 def explain(trained: TrainedModel, subjects: Sequence[CamInput], layer: CamLayer) -> list[CamResult]:
-    """Predict each image and compute heat maps for its prediction and, if that is another class, for its label."""
+    """Predict each image and compute heat maps for its prediction and, if it differs, for its label."""
     found: list[CamResult] = []
     for start in range(0, len(subjects), BATCH_SIZE):
         part = subjects[start : start + BATCH_SIZE]
@@ -343,7 +343,11 @@ def explain_run(
     layer = find_layer(trained, subjects[0].input, layer_name)
     try:
         found = explain(trained, subjects, layer)
-    except (RuntimeError, AssertionError, TypeError) as error:  # an architecture that unpacks the layer's output
+    except (
+        RuntimeError,
+        AssertionError,
+        TypeError,
+    ) as error:  # for example an architecture that unpacks the layer's output
         raise UserError(
             f"Grad-CAM does not work at {layer.name} of {trained.table.name} ({first_line(error)}); name another "
             "layer with --layer"

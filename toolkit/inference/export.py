@@ -1,7 +1,7 @@
 """Export of trained models to the formats of other programs, with preprocessing and a numerical check.
 
-Every exported file is read back by the library that will read it elsewhere, and its logits are compared with the
-model's on 64 images in batches of several sizes. Only if they agree is the folder moved into place.
+Every exported model is loaded by the library that will load it elsewhere, and its logits are compared with the
+original's on 64 images, in batches of several sizes. The folder is moved into place only if they agree.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from toolkit.training.trained_model import TrainedModel, load_model, model_card
 
 IMAGES = 64
 BATCHES = (1, 5, 26, 32)
-"""Batch sizes in which the 64 images are compared, since the batch dimension must be dynamic."""
+"""Batch sizes into which the 64 images are divided, to check that the batch dimension is dynamic."""
 EPOCHS = ("best", "last")
-"""Weights that can be exported: those of the selected epoch, or of the last one."""
+"""Epochs whose weights can be exported: the selected one and the last one."""
 LIMIT = 1e-4
 """Largest allowed absolute difference of a logit."""
 WEIGHTS, ONNX, PROGRAM = "model.safetensors", "model.onnx", "model.pt2"
 
 Compute = Callable[[Tensor], Tensor]
-"""float32 [n, C, H, W] to logits [n, K]."""
+"""Maps images, float32 [n, C, H, W], to logits [n, K]."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ExportFormat:
     write: Callable[[TrainedModel, Path], None]
     read: Callable[[Path], Compute]
     packages: tuple[str, ...] = ()
-    """Import names of packages it needs in addition to the toolkit's own dependencies."""
+    """Import names of packages required in addition to the toolkit's own dependencies."""
 
 
 @dataclass
@@ -76,8 +76,8 @@ def export(path: Path, name: str, folder: Path | None = None, epoch: str = "best
     the default is ``path/export/name`` (``path/export/name-last``), which replaces an earlier export.
 
     Raises UserError for an unknown format or epoch, missing packages, an existing folder, a model that the format
-    cannot represent, or a last model whose checkpoint is missing; RunFailed if the written model computes different
-    logits. On an error no folder is left.
+    cannot represent, or a missing checkpoint of the last epoch; RunFailed if the exported model computes different
+    logits. After an error, no folder is left.
     """
     chosen = _format(name)
     if epoch not in EPOCHS:
@@ -96,7 +96,7 @@ def export(path: Path, name: str, folder: Path | None = None, epoch: str = "best
 def _load_last(path: Path, trained: TrainedModel) -> None:
     """Replace the best weights by those of the run's last epoch."""
     if not (path / "recipe.toml").is_file():
-        raise UserError(f"--epoch last: {path} is not a run directory, and an exported folder holds one model only")
+        raise UserError(f"--epoch last: {path} is not a run directory; an exported folder contains only one model")
     run = open_run(path)
     epochs = run.epochs()
     last = int(epochs[-1]["epoch"]) if epochs else 0
@@ -125,7 +125,7 @@ def write_checked(chosen: ExportFormat, trained: TrainedModel, folder: Path, inp
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return the root cause of an exception: exporters wrap it in advice for their own developers."""
+    """Return the root cause of an exception, which exporters wrap in advice for their own developers."""
     return error if error.__cause__ is None else _root(error.__cause__)
 
 
@@ -171,8 +171,8 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 def images_to_compare(path: Path, trained: TrainedModel) -> tuple[Tensor, str]:
     """Return 64 inputs, float32 [64, C, H, W], with a description.
 
-    They are the first test images of the run, followed by validation and training images if there are fewer; noise if
-    the run has fewer than 64 images, or they are missing.
+    These are the run's first test images, followed by validation and training images if there are fewer than 64; or
+    noise, if the run has fewer than 64 images or they are not available.
     """
     if not (path / "recipe.toml").is_file():
         return _noise(trained), f"{IMAGES} synthetic images (an exported model has no data)"
@@ -184,7 +184,7 @@ def images_to_compare(path: Path, trained: TrainedModel) -> tuple[Tensor, str]:
             inputs += [transform(dataset.images.load(int(i))) for i in indices[: IMAGES - len(inputs)]]
             if len(inputs) == IMAGES:
                 return torch.stack(inputs), f"{IMAGES} images of the run's data"
-    return _noise(trained), f"{IMAGES} synthetic images (the run's data are not here)"
+    return _noise(trained), f"{IMAGES} synthetic images (the run's data set is not available)"
 
 
 def _noise(trained: TrainedModel) -> Tensor:
@@ -204,7 +204,7 @@ def _difference(trained: TrainedModel, compute: Compute, inputs: Tensor) -> floa
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the warnings of exporters; the check finds what matters."""
+    """Suppress the warnings of exporters, since the numerical check finds relevant problems."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -218,7 +218,7 @@ def _quiet() -> Iterator[None]:
 
 
 def preprocessing_card(trained: TrainedModel) -> dict[str, Any]:
-    """Return the content of preprocessing.json: everything another program needs besides the model file."""
+    """Return the content of preprocessing.json: everything that another program needs besides the model file."""
     wanted = trained.preprocessing
     size = wanted.image_size
     return {
@@ -264,7 +264,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def portable(table: ModelConfig) -> ModelConfig:
-    """Return the model config without paths of this machine."""
+    """Return the model config without paths on this machine."""
     if not is_file_reference(table.weights):
         return table
     kind, _, path = table.weights.partition(":")
@@ -275,7 +275,7 @@ def portable(table: ModelConfig) -> ModelConfig:
 
 
 def _sample(trained: TrainedModel) -> Tensor:
-    """Return two inputs: with one, exporters would treat the batch size as a constant."""
+    """Return two inputs, since exporters treat a batch size of one as a constant."""
     return _noise(trained)[:2].clone()  # a view would be saved with its whole storage
 
 
@@ -312,7 +312,7 @@ def _read_program(folder: Path) -> Compute:
 
 
 def _write_onnx(trained: TrainedModel, folder: Path) -> None:
-    """Write ONNX by way of torch.export; weights over 2 GB go to a separate file."""
+    """Write ONNX via torch.export; weights over 2 GB are stored in a separate file."""
     with _plain_attention(trained.module):
         program = torch.onnx.export(
             trained.module,

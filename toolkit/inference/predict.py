@@ -33,11 +33,11 @@ from toolkit.training.trained_model import TrainedModel
 def collect(
     arguments: Sequence[str], read_stdin: Callable[[], bytes], log: Callable[[str], None] = lambda text: None
 ) -> list[str]:
-    """Return the paths of the images that the arguments name, in order.
+    """Expand command-line arguments to image paths, in order.
 
     An argument is an image, a folder (every image below it, sorted), ``@LIST`` (a text file with one image or folder
     per line) or ``-`` (the same from standard input). ``log`` receives a message about files skipped in a folder.
-    Raises UserError if no image is named.
+    Raises UserError if there are no images.
     """
     found: list[str] = []
     for argument in arguments:
@@ -51,7 +51,7 @@ def collect(
                 raise UserError(f"the list {argument[1:]} cannot be read: {error.strerror}") from None
         found += [path for line in lines for path in _expand(line, log)]
     if not found:
-        raise UserError("no image is named: give images, folders, @LIST (one per line), or - for standard input")
+        raise UserError("no images given: give images, folders, @LIST (one path per line), or - for standard input")
     return found
 
 
@@ -91,7 +91,7 @@ class Predictions:
     """The most probable classes of each image, in the order of the paths, the same on every process."""
 
     paths: list[str]
-    """Encoded by :func:`toolkit.filenames.encode_name`, as in all files."""
+    """Paths encoded by :func:`toolkit.filenames.encode_name`, as in all output files."""
     classes: list[str]
     ranking: npt.NDArray[np.int64]
     """Class indices by decreasing probability, [N, k]."""
@@ -130,7 +130,7 @@ class Predictions:
 
 
 class _Inputs(NamedTuple):
-    """A batch as returned by a worker."""
+    """A batch of inputs from a data loader worker."""
 
     positions: list[int]
     images: Tensor | None
@@ -152,12 +152,12 @@ class _Files(Dataset[Any]):
         return _Inputs([*inputs], torch.stack([*inputs.values()]) if inputs else None, failed)
 
     def _input(self, position: int) -> Tensor | str:
-        """Return the input [C, H, W], or the reason why there is none."""
+        """Return the input [C, H, W], or the reason for a failure."""
         try:
             image = self.images.load(position)
         except UnreadableImageError as error:
             return error.reason
-        torch.default_generator.manual_seed(hash64(position))  # for test transforms that draw random numbers
+        torch.default_generator.manual_seed(hash64(position))  # for test transforms that use random numbers
         try:
             return self.transform(image)
         except UserError as error:
@@ -179,9 +179,9 @@ def predict(
     channels_last: bool = False,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Predictions:
-    """Predict each image once on one of the processes, and gather the results. Collective.
+    """Predict each image on one of the processes, and gather the results. Collective.
 
-    ``batch_size`` is per process. The paths are divided into batches before these are distributed, so that the results
+    ``batch_size`` is per process. The paths are divided into batches, which are then distributed, so that the results
     do not depend on the number of processes. ``advance`` is called with the number of images of each batch of this
     process.
     """

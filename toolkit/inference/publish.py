@@ -29,7 +29,7 @@ MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]")
 """Characters with a meaning in Markdown."""
 
 SPLITS = {"val": "validation", "test": "test"}
-"""Splits in the table of metrics, by the prefix of their metrics."""
+"""Names of the splits in the table of metrics, by metric prefix."""
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
@@ -40,8 +40,9 @@ class PublishResult:
 
     folder: Path
     url: str | None
-    """Address of the repository; None if it was not pushed."""
+    """URL of the repository; None if it was not pushed."""
     why_not: str = ""
+    """Why it was not pushed; empty if it was."""
 
 
 def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, private: bool, push: bool) -> PublishResult:
@@ -112,7 +113,7 @@ def _push(folder: Path, repo: str, private: bool) -> str:
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=f"By toolkit {toolkit.__version__}")
-    except Exception as error:  # of the client, its HTTP library or the system: any of them means it was not pushed
+    except Exception as error:  # from the client, its HTTP library or the system
         raise RunFailed(
             f"{repo} was not pushed ({first_line(error)}). The folder {folder} is ready; {how_to_push(folder, repo)}"
         ) from error
@@ -161,7 +162,7 @@ def model_card(
 
 
 def _label(measure: str) -> str:
-    """Return a measure's label as model cards have it."""
+    """Return a measure's label in model cards."""
     return {"loss": "cross-entropy", "accuracy": "top-1 accuracy"}.get(measure, MEASURES[measure].label)
 
 
@@ -193,7 +194,7 @@ def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any]
 
 
 def _base_model(recipe: Recipe) -> str | None:
-    """Return the Hub's name of the initial weights, if they are from the Hub."""
+    """Return the Hub id of the initial weights; None if they are not from the Hub."""
     if recipe.model.source != "timm" or recipe.model.weights == "none" or is_file_reference(recipe.model.weights):
         return None
     from timm.models import get_pretrained_cfg

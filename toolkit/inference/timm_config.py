@@ -1,4 +1,4 @@
-"""timm's description of a model: config.json for `create_model("local-dir:...")` and the Hub."""
+"""Creation of timm's config.json for a model, as read by `create_model("local-dir:...")` and the Hub."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def crop_share(size: int, resize: int) -> float:
 
 
 def _timm_arguments(trained: TrainedModel) -> dict[str, Any]:
-    """Return the arguments of timm's constructor besides the number of classes."""
+    """Return the arguments of timm's constructor, except for the number of classes."""
     wanted, table = trained.preprocessing, trained.table
     arguments = {**({} if wanted.channels == 3 else {"in_chans": wanted.channels}), **table.args}
     if not getattr(trained.module, "pretrained_cfg", {}).get("fixed_input_size"):
@@ -83,7 +83,7 @@ def transform_note(trained: TrainedModel, folder: Path) -> str | None:
     size, mode = trained.preprocessing.image_size, MODES[trained.preprocessing.channels]
     noise = np.random.default_rng(0).integers(0, 256, (size + 37, size + 11, 3), dtype=np.uint8)
     image = Image.fromarray(noise).convert(mode)
-    with contextlib.suppress(UserError):  # a run may accept images of one size only
+    with contextlib.suppress(UserError):  # a run may accept only images of one size
         expected, actual = trained.transform(to_pixels(image, trained.preprocessing.channels)), timm_transform(image)
         # The mean difference must be below 1/255; it is not 0, since timm resizes with Pillow (toolkit.augment.resize).
         if expected.shape == actual.shape and float((expected - actual).abs().mean()) < 1 / 255 / max(

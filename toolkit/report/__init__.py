@@ -1,1 +1,1 @@
-"""Plots and HTML reports of runs and studies. Everything here reads run directories only."""
+"""Plots and HTML reports of runs and studies. They only read run directories; nothing is trained."""

@@ -20,15 +20,15 @@ Pixels = npt.NDArray[np.uint8]
 MAX_SHOWN = 256
 """Maximum number of filters drawn."""
 DEFAULT_COUNT = 8
-"""Number of filters applied to an image by default."""
+"""Default number of filters applied to an image."""
 TILE, GAP, NUMBER = 48, 6, 16
-"""Side of a drawn filter, space between filters, height of the number above a filter; in pixels."""
+"""Side of a drawn filter, space between filters, and height of the number above each filter, in pixels."""
 CELL = (TILE + GAP + NUMBER, TILE + GAP)
 """Height and width of a filter's cell, in pixels."""
 MAX_SIDE = 128
-"""Maximum side of a drawn response in pixels; a larger one is subsampled, as a strided layer does."""
+"""Maximum side of a drawn response in pixels; larger responses are subsampled, as by a strided convolution."""
 TITLE_CHARACTERS = 12
-"""Characters of a 9-point title per inch of a figure's width."""
+"""Number of characters of a 9-point title that fit in one inch."""
 HEADER = 0.6
 """Height reserved for the titles, in inches."""
 
@@ -64,7 +64,7 @@ def filters_figure(title: str, filters: ConvFilters) -> Figure:
 
 
 def _sheet(weights: Floats, columns: int) -> Pixels:
-    """Draw all filters on one transparent sheet, RGBA."""
+    """Draw all filters in a grid; return an RGBA image with a transparent background."""
     rows = -(-len(weights) // columns)
     sheet = np.zeros((rows * CELL[0], columns * CELL[1], 4), dtype=np.uint8)
     for index, one in enumerate(weights):
@@ -75,12 +75,12 @@ def _sheet(weights: Floats, columns: int) -> Pixels:
 
 
 def _cell_corner(index: int, columns: int) -> tuple[int, int]:
-    """Return the top and left of a filter's cell."""
+    """Return the top and left coordinates of a filter's cell, in pixels."""
     return index // columns * CELL[0], index % columns * CELL[1] + GAP // 2
 
 
 def filter_image(weights: Floats, side: int) -> Pixels:
-    """Draw a filter [C, h, w] as an image [side, side, 3]; 0 is gray, the largest absolute weight black or white."""
+    """Draw a filter [C, h, w] as an image [side, side, 3]: 0 is gray, the largest absolute weight is black or white."""
     channels = weights if len(weights) == 3 else weights.mean(0, keepdims=True)
     scaled = 0.5 + 0.5 * channels / max(float(np.abs(channels).max()), 1e-12)
     pixels = np.rint(255 * scaled).astype(np.uint8).transpose(1, 2, 0)
@@ -90,7 +90,7 @@ def filter_image(weights: Floats, side: int) -> Pixels:
 
 
 def relative_change(filters: ConvFilters) -> Floats:
-    """Return the distance that training moved each filter, relative to its initial norm, [filters]."""
+    """Return the norm of each filter's change by training, relative to its initial norm, [filters]."""
     axes = (1, 2, 3)
     moved = np.sqrt(((filters.after - filters.before) ** 2).sum(axes))
     lengths = np.sqrt((filters.before**2).sum(axes))
@@ -101,7 +101,7 @@ def relative_change(filters: ConvFilters) -> Floats:
 def choose(filters: ConvFilters, wanted: Sequence[int] = ()) -> tuple[list[int], str]:
     """Return the indices of the filters to show, and a description of the selection.
 
-    These are the ``wanted`` filters, else those that training has changed most, or the strongest if none has changed.
+    By default, these are the filters that training has changed most, or those with the largest norm if none changed.
     ``wanted`` holds numbers from 1; the indices start at 0. Raises UserError for a number out of range.
     """
     count = len(filters.after)
@@ -137,9 +137,9 @@ def tinted(products: Floats) -> Floats:
 def effect_figure(title: str, filters: ConvFilters, effect: FilterEffect) -> Figure:
     """Draw an image, and each chosen filter with its responses to the image before and after training.
 
-    The colors of a response range over plus and minus its largest absolute value; white is 0. For three channels the
-    per-channel products are also shown, as an image: a filter that passes one color more than the others gives it a
-    tint, which the response, their sum, does not show.
+    The color scale of a response is symmetric around 0 (white), up to its largest absolute value. For three channels,
+    the per-channel products are also shown as an image, whose tint reveals filters that pass one color more than the
+    others; the response, their sum, does not show that.
     """
     chosen, image = effect.filters, effect.input
     labels = ["response\nbefore\ntraining", "response\nafter\ntraining"]

@@ -16,10 +16,10 @@ from toolkit.report.plot_style import DPI, SKY, SPLIT_COLORS, columns_for, fitte
 from toolkit.report.prediction_metrics import Counts
 
 MAX_LABELED = 250
-"""Above this number, classes are drawn as one outline without their names."""
+"""Maximum number of classes with names; more are drawn as one outline without names."""
 
 TILE, GAP = 96, 8
-"""Width and height of an image on a sheet, and the space around it; in pixels."""
+"""Side of an image on a contact sheet, and the space around it, in pixels."""
 CAPTION = 22
 """Height of a class's name above its images, in pixels."""
 
@@ -39,7 +39,7 @@ def class_totals(title: str, names: Sequence[str], totals: Counts) -> Figure:
 
 
 def _class_panels(title: str, names: Sequence[str], panels: Sequence[Mapping[str, Counts]]) -> Figure:
-    """Plot one panel of bars per mapping, one below the other; the counts of a mapping are stacked."""
+    """Plot one panel of bars per mapping, from top to bottom; the counts of a mapping are stacked."""
     count, positions = len(names), np.arange(len(names))
     width = min(max(7.0, 1.2 + 0.17 * count), 40.0)
     longest = max(len(name) for name in names) if count <= MAX_LABELED else 0
@@ -73,7 +73,7 @@ def _bars(axes: Axes, positions: Any, heights: Counts, split: str, bottom: Any =
     if len(heights) <= MAX_LABELED:
         axes.bar(positions, heights, 0.8, bottom=bottom, **style)
         return
-    # One outline for all classes: thousands of rectangles would take minutes.
+    # One outline for all classes, since thousands of rectangles would take minutes.
     base = np.zeros_like(heights) if bottom is None else bottom
     axes.stairs(base + heights, np.arange(len(heights) + 1) - 0.5, baseline=base, fill=True, **style)
 

@@ -32,7 +32,7 @@ class HtmlCell:
     value: float | None = None
     """Sort key; default: the text."""
     kind: Literal["", "name", "code"] = ""
-    """``name`` and ``code`` may be long and wrap anywhere."""
+    """Cells of kind ``name`` and ``code`` may be long and wrap at any character."""
     is_bar: bool = False
     """Whether ``value``, 0..1, is also drawn as a bar."""
     link: str = ""
@@ -41,7 +41,7 @@ class HtmlCell:
 
 @dataclass(frozen=True)
 class HtmlRow:
-    """A row of a table; ``kind`` is its CSS class, which buttons filter by."""
+    """A row of a table; ``kind`` is its CSS class, by which the buttons filter."""
 
     cells: Sequence[HtmlCell]
     kind: str = ""
@@ -54,19 +54,19 @@ class HtmlTable:
     head: Sequence[str]
     rows: Sequence[HtmlRow]
     numbers: Container[int] = ()
-    """Indices of the columns of numbers, which are right-aligned and sorted in descending order first."""
+    """Indices of numeric columns, which are right-aligned and whose first click sorts in descending order."""
     text: str = ""
-    """Caption, or an introduction."""
+    """Caption or introduction of the table."""
     buttons: Sequence[tuple[str, str]] = ()
-    """Filter buttons: the label, and the kinds of rows shown. The first is active."""
+    """Filter buttons: label, and the row kinds that it shows, separated by spaces. The first one is active."""
     notes: Sequence[str] = ()
 
 
 def write_page(path: Path, template: str, data: dict[str, Any], **content: Any) -> Path:
     """Render a template to one HTML file and return its path. Raises UserError if it cannot be written.
 
-    The template's variables are ``content``; ``data`` holds the charts for the page's script. All text is escaped, and
-    control characters are replaced; a content security policy allows only the page's script and no external requests.
+    ``content`` holds the template's variables, ``data`` holds the charts for the page's script. All text is escaped,
+    and control characters are replaced. A content security policy allows only the page's own script and no requests.
     """
     script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
     environment = Environment(

@@ -13,11 +13,11 @@ from toolkit.report.plot_style import BLUE, INK, SPLIT_COLORS, fitted, grid
 from toolkit.report.run_data import Record, RunData
 
 SIZE = (6.3, 3.6)
-"""Width and height in inches; as wide as a page of text."""
+"""Width and height of a figure in inches; the width is that of a text column."""
 
 
 def learning_curves(data: RunData, metric: Literal["loss", "accuracy"]) -> Figure:
-    """Plot a metric of the training and validation images after each epoch, and mark the best and last epoch."""
+    """Plot the training and validation metric of each epoch, and mark the best and the last epoch."""
     scale, label = (100.0, "accuracy (%)") if metric == "accuracy" else (1.0, "cross-entropy (nats)")
     figure, axes = _empty("epoch", label)
     for split, key, style in (("train", f"train/{metric}", "--"), ("validation", f"val/{metric}", "-")):
@@ -47,7 +47,7 @@ def learning_rate_curve(data: RunData) -> Figure:
 
 
 def learning_rates(data: RunData) -> tuple[list[float], list[float]]:
-    """Return completed epochs and learning rate for each logged value: at the start of epochs and within them."""
+    """Return the learning rates logged at the start of and within epochs, as (completed epochs, learning rates)."""
     begun = [(float(record["epoch"]) - 1, float(record["lr"])) for record in data.epochs if "lr" in record]
     within = [(float(record["epoch"]), float(record["lr"])) for record in data.steps if "lr" in record]
     found = sorted(begun + within)
@@ -65,11 +65,11 @@ def _empty(x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def points(epochs: Sequence[Record], key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
-    """Return the epochs that have a metric, and its values times ``scale``."""
+    """Return the epochs for which a metric was logged, and its values multiplied by ``scale``."""
     records = [record for record in epochs if key in record]
     return [int(record["epoch"]) for record in records], [scale * record[key] for record in records]
 
 
 def _markers(count: int) -> dict[str, Any]:
-    """Return marker settings: points are marked if there are few, since a single one would otherwise be invisible."""
+    """Return marker settings: few points get markers, since a single point would otherwise be invisible."""
     return {"marker": "o", "markersize": 3.0} if count <= 40 else {}

@@ -23,10 +23,10 @@ from toolkit.runs import write_atomically
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#e69f00", "#56b4e9", "#009e73"
 BLUE, VERMILION, PURPLE = "#0072b2", "#d55e00", "#cc79a7"
-"""Colors that are distinguishable with any color vision (Okabe & Ito 2008)."""
+"""Colors that remain distinguishable with color vision deficiencies (Okabe & Ito 2008)."""
 
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-"""Colors of lines on white, most visible first. Yellow is left out as hardly visible."""
+"""Line colors, most visible on white first; without yellow, which is hardly visible."""
 
 SPLIT_COLORS = {"train": BLUE, "validation": VERMILION, "test": GREEN}
 
@@ -41,10 +41,10 @@ PAGE_COLORS = {
     GREEN: "var(--green)", ORANGE: "var(--orange)", VERMILION: "var(--vermilion)", PURPLE: "var(--purple)",
     SKY: "var(--sky)",
 }  # fmt: skip
-"""CSS variables that replace the colors on a page, which may use a dark theme."""
+"""CSS variables that replace the colors on HTML pages, which may use a dark theme."""
 
 NARROW = 290
-"""Width in points up to which a figure is shrunk to fit a phone; a wider one is scrolled to stay legible."""
+"""Figures up to this width, in points, are shrunk to fit a phone; wider ones scroll, to remain legible."""
 
 PRINT = ("svg", "pdf")
 DPI = 150
@@ -53,7 +53,7 @@ ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
 @contextlib.contextmanager
 def plot_style(log: Callable[[str], None]) -> Iterator[None]:
-    """Apply the style to figures drawn and saved in the context; at the end, log characters that no font has."""
+    """Apply the style to figures drawn and saved in the context; on exit, log characters missing from all fonts."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     settings: Any = {
         "font.family": [name for name in FONTS if name in installed],
@@ -83,7 +83,7 @@ def plot_style(log: Callable[[str], None]) -> Iterator[None]:
 
 
 def save(figure: Figure, folder: Path, name: str, kinds: tuple[str, ...] = PRINT) -> list[Path]:
-    """Write a figure to ``folder`` in each format and return the paths. Raises UserError if that fails."""
+    """Write a figure to ``folder`` in each format and return the paths. Raises UserError if it cannot be written."""
     paths = [folder / f"{name}.{kind}" for kind in kinds]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,8 +98,8 @@ def save(figure: Figure, folder: Path, name: str, kinds: tuple[str, ...] = PRINT
 def page_svg(figure: Figure, label: str, *, is_light: bool = False) -> str:
     """Render the figure as an SVG element for an HTML page, with real text and the page's colors and font.
 
-    ``label`` is the accessible description. With ``is_light`` the figure is dark on white in either theme, for color
-    scales, which are designed for white.
+    ``label`` is the accessible description. With ``is_light``, the figure has a white background in both themes, as
+    color scales require.
     """
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         text = _bytes(figure, "svg", transparent=True).decode()
@@ -129,7 +129,7 @@ def grid(axes: Axes, axis: str = "y") -> None:
 
 def fitted(title: str, inches: float, size: float = 10.0) -> str:
     """Wrap a title to a figure ``inches`` wide; ``size`` is the font size in points."""
-    return textwrap.fill(title, max(12, int(inches * 72 / (0.62 * size))))  # a character is about 0.6 of the size wide
+    return textwrap.fill(title, max(12, int(inches * 72 / (0.62 * size))))  # width is about 0.6 of the size
 
 
 def short(name: str, length: int) -> str:
@@ -140,7 +140,8 @@ def short(name: str, length: int) -> str:
 def columns_for(count: int, aspect: float) -> int:
     """Return the number of columns for a sheet of ``count`` cells, each ``aspect`` times as wide as high.
 
-    The sheet is somewhat wider than high; among similar numbers, the one that fills the last row best is chosen.
+    The sheet is somewhat wider than high; among similar numbers of columns, the one with the fullest last row is
+    chosen.
     """
     wanted = max(1, min(count, round(math.sqrt(count / aspect * 1.3))))
     return min(range(wanted, min(count, wanted + 2) + 1), key=lambda columns: -count % columns)

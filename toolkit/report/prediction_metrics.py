@@ -1,4 +1,4 @@
-"""Metrics of a run's predictions, in NumPy: confusion matrix, accuracy by class, calibration, worst mistakes."""
+"""Metrics of a run's predictions, with NumPy: confusion matrix, accuracy by class, calibration, worst mistakes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RunPredictions:
         return is_correct
 
     def worst(self, count: int) -> Ints:
-        """Return at most ``count`` rows of mistakes with the highest probability, worst first."""
+        """Return the rows of at most ``count`` mistakes with the highest probabilities, highest first."""
         wrong = np.flatnonzero(~self.correct)
         return wrong[np.argsort(-self.probabilities[wrong], kind="stable")][:count]
 
@@ -58,7 +58,7 @@ def accuracy_by_class(matrix: Ints) -> Floats:
 
 
 class ClassConfusion(NamedTuple):
-    """A pair of true and predicted class, and how often it occurs."""
+    """A pair of true and predicted class, and the number of images."""
 
     label: int
     prediction: int

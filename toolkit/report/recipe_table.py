@@ -1,4 +1,4 @@
-"""Tables of the resolved recipe, with differences from its base and the defaults, and of the environment."""
+"""Tables of the resolved recipe, with differences from its base and the defaults, and of the environments."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def recipe_table(
 ) -> HtmlTable:
     """Return a table of every key with its value and default, and its origin if the run recorded it (``origins``).
 
-    The keys that the recipe itself sets are highlighted; in a study, those that vary, of which ``varied`` holds the
-    values.
+    Keys that the recipe itself sets are highlighted; in a study, the varied keys, whose values are in ``varied``.
     """
     keys, file = origins.get("keys"), str(origins.get("file", ""))
     defaults = dict(_defaults(recipe, ()))
@@ -56,7 +55,7 @@ def recipe_table(
         text = "Highlighted: values that differ from the defaults. The run did not record the origins of its values."
         buttons = [("all", ""), ("differs from default", OWN)]
     else:
-        text = f"Highlighted: values set by {file} itself or --set, as opposed to its base and the defaults."
+        text = f"Highlighted: values set by {file} itself or by --set, not inherited from its base or the defaults."
         buttons = [("all", ""), ("differs from its base", OWN), ("differs from the defaults", f"{OWN} {BASE}")]
     return HtmlTable(head, rows, text=text, buttons=buttons)
 
@@ -91,6 +90,6 @@ def environment_table(environments: Sequence[Mapping[str, Any]]) -> HtmlTable:
 
 
 def _join_values(values: Sequence[str], separator: str) -> str:
-    """Join the first values, and state their number if there are more."""
+    """Join the first values; if there are more, append their total number."""
     shown = values if len(values) <= MAX_VALUES else [*values[:MAX_VALUES], f"... ({len(values)} values)"]
     return separator.join(shown)

@@ -67,7 +67,7 @@ class TrainingSamples:
 
 @dataclass(frozen=True)
 class FilterEffect:
-    """An image that single filters of the first convolution are applied to."""
+    """An image to which single filters of the first convolution are applied."""
 
     filters: list[int]
     """Indices of the filters."""
@@ -79,7 +79,7 @@ class FilterEffect:
 
 @dataclass
 class RunData:
-    """Contents of a run directory, and of the data set as far as a report shows it."""
+    """Contents of a run directory, and what a report shows of the data set."""
 
     run: Run
     recipe: Recipe | None = None
@@ -104,11 +104,11 @@ class RunData:
     samples: TrainingSamples | None = None
     effect: FilterEffect | None = None
     missing: list[str] = field(default_factory=list)
-    """What cannot be shown, and why."""
+    """Messages about what cannot be shown, and why."""
 
     @property
     def name(self) -> str:
-        """Name of the recipe; if it cannot be read, of its folder."""
+        """Name of the recipe, or of the parent folder if the recipe cannot be read."""
         return self.recipe.recipe.name if self.recipe else self.run.path.resolve().parent.name
 
     @property
@@ -156,7 +156,7 @@ class RunData:
 
     @property
     def decays_by_factors(self) -> bool:
-        """Whether the schedule multiplies the learning rate by factors, which a logarithmic scale shows best."""
+        """Whether the schedule multiplies the learning rate by a factor, which suits a logarithmic scale."""
         return self.recipe is not None and self.recipe.scheduler.name in ("step", "exponential", "plateau")
 
     @property
@@ -219,7 +219,7 @@ def _read_metrics(data: RunData) -> None:
 
 
 def _checked_summary(data: RunData) -> Record:
-    """Return the summary, without values that should be numbers and are not."""
+    """Return the summary without values that should be numbers and are not. Raises UserError if epochs are missing."""
     file = data.run.path / "summary.json"
     summary = update_summary(read_json(file))  # the valid parts of a damaged summary are shown
     for model in ("best", "last"):
@@ -245,7 +245,7 @@ def _checked_card(run: Run) -> Record:
 
 
 def read_predictions(run: Run, classes: list[str]) -> RunPredictions:
-    """Read predictions.csv. If ``classes`` is empty, they are those of the file. Raises UserError if it is damaged."""
+    """Read predictions.csv. If ``classes`` is empty, it is taken from the file. Raises UserError if damaged."""
     file, rows = run.path / "predictions.csv", run.predictions()
     if not rows:
         raise UnreadableFile(file, "it has no rows")

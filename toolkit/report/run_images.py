@@ -1,4 +1,4 @@
-"""The images that a run was trained and tested on, if the data set is still where the recipe says."""
+"""Access to the images that a run was trained and tested on, if the data set is still available."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RunImages:
 
     dataset: Dataset
     index: dict[str, int]
-    """Index in the data set of each image."""
+    """Index of each image in the data set, by name."""
 
     def load(self, name: str) -> Image.Image | None:
         """Return an image, or None if it is missing or damaged."""
@@ -35,7 +35,7 @@ class RunImages:
             return None
 
     def indices(self, names: Sequence[str], what: str) -> npt.NDArray[np.int64]:
-        """Return the indices of images. Raises UserError, which calls them ``what``, if some are missing."""
+        """Return the indices of images. Raises UserError, naming them ``what``, if some are missing."""
         missing = [name for name in names if name not in self.index]
         if missing:
             raise UserError(
@@ -50,8 +50,9 @@ def open_run_images(
 ) -> RunImages:
     """Open a run's data set without downloading anything.
 
-    The images are decoded as in ``preprocessing``; None: as the recipe says now. ``data_root`` overrides the recipe's
-    data.root. Raises UserError if the images are missing or, unless ``classes`` is empty, if the classes have changed.
+    The images are decoded according to ``preprocessing``; None: according to the recipe. ``data_root`` overrides the
+    recipe's data.root. Raises UserError if the images are missing or, unless ``classes`` is empty, if the classes have
+    changed.
     """
     config = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     config = config if preprocessing is None else as_trained(config, preprocessing)
@@ -75,7 +76,7 @@ def model_inputs(
 ) -> list[npt.NDArray[np.float32]]:
     """Return images as the model's inputs, float32 [C, H, W]: as in evaluation, or with ``augment`` as in training.
 
-    Mixup and CutMix are left out.
+    Mixup and CutMix are not applied.
     """
     import torch
 

@@ -32,7 +32,7 @@ from toolkit.report.run_data import Record, RunData
 MAX_CONFUSIONS = 300
 """Maximum number of confused pairs of classes in the table."""
 SMALL_SIDE = 64
-"""Images of at most this side in pixels are embedded unchanged and enlarged for display."""
+"""Images with sides of at most this number of pixels are embedded unchanged and enlarged for display."""
 
 SummaryCard = tuple[str, str, str]
 """Name, value and further details of a metric."""
@@ -77,7 +77,7 @@ def _subtitles(data: RunData) -> list[str]:
 
 
 def data_uri(image: Image.Image, side: int) -> str:
-    """Encode an image for an HTML page: small ones as PNG, others as WebP with a longer side of at most ``side``."""
+    """Encode an image as a data URI: small ones as PNG, others as WebP whose longer side has at most ``side``."""
     image = image.convert("RGB")
     data = io.BytesIO()
     if max(image.size) <= SMALL_SIDE:
@@ -94,7 +94,7 @@ def data_uri(image: Image.Image, side: int) -> str:
 
 
 def _cards(data: RunData) -> Iterator[SummaryCard]:
-    """Yield cards with the most important metrics."""
+    """Yield the summary cards of a run: its most important metrics and costs."""
     best = data.summary["best"] if data.summary else {}
     metrics = (
         ("test accuracy", "test_accuracy", _interval(data.predictions)),
@@ -122,7 +122,7 @@ def _interval(found: RunPredictions | None) -> str:
 
 def _costs(summary: Record) -> Iterator[SummaryCard]:
     if "parameters" in summary:
-        yield "parameters", f"{summary['parameters']:,}", f"{summary.get('trainable_parameters', 0):,} of them trained"
+        yield "parameters", f"{summary['parameters']:,}", f"{summary.get('trainable_parameters', 0):,} trainable"
     if images := summary.get("images", {}):
         details = f"{images.get('validation', 0):,} validation, {images.get('test', 0):,} test"
         yield "training images", f"{images.get('train', 0):,}", details
@@ -138,7 +138,7 @@ def _costs(summary: Record) -> Iterator[SummaryCard]:
 
 
 def _models(summary: Record | None) -> HtmlTable:
-    """Compare the best and the last model."""
+    """Return a table that compares the best and the last model."""
     metrics = [metric for metric in METRICS.values() if metric.model == "best" and metric.split in ("val", "test")]
     rows = []
     for model in ("best", "last") if summary else ():
@@ -163,7 +163,7 @@ def _charts(data: RunData) -> dict[str, Any]:
     by_epoch = {"xLabel": "epoch", "integerTicks": True, "markers": markers}
 
     def series(key: str, title: str, color: str, dash: str, *, shown: bool = True) -> list[dict[str, Any]]:
-        """Return a list of one series; an empty one if there are no values, as in a run without validation images."""
+        """Return a list of one series; empty if there are no values, as in a run without validation images."""
         xs, ys = points(data.epochs, key, 1 if key.endswith("loss") else 100)
         return [{"name": title, "x": xs, "y": ys, "color": color, "dash": dash, "shown": shown}] if xs else []
 

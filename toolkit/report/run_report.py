@@ -1,4 +1,4 @@
-"""Write a run's figures for print and its report as one HTML file, from the run directory."""
+"""Write a run's figures, for print, and its report, one HTML file, from its run directory."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ ON_PAGE = {
 """Figures embedded in the page, with their accessible descriptions."""
 
 PHOTO_FIGURES = ("mistakes", "samples")
-"""Figures that consist of photographs, written as PNG instead of SVG."""
+"""Figures that consist mostly of images, written as PNG instead of SVG."""
 
 MAX_MISTAKES = 60
 """Maximum number of mistakes on the page."""
 MAX_SAMPLES = 200
-"""Maximum number of classes of which a training image is shown."""
+"""Maximum number of classes for which a training image is shown."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ReportResult:
     report: Path | None
     figures: list[Path]
     missing: list[str]
-    """What could not be shown, and why."""
+    """Messages about what could not be shown, and why."""
     url: str = ""
     """URL of the W&B report, if one was requested."""
 
@@ -91,7 +91,7 @@ def write_report(
 
 
 def _figures(data: RunData) -> dict[str, Callable[[], Figure]]:
-    """Return a function that draws each figure for which there are data, by name."""
+    """Return, by name, a function that draws each figure for which there is data."""
     name = data.name
     figures: dict[str, Callable[[], Figure]] = {
         "loss": lambda: learning_curves(data, "loss"),
@@ -119,11 +119,11 @@ def _figures(data: RunData) -> dict[str, Callable[[], Figure]]:
     return figures
 
 
-# -- what needs the data set ------------------------------------------------------------------------------------------
+# -- figures of the data set ------------------------------------------------------------------------------------------
 
 
 def load_images(data: RunData, data_root: Path | None, filters: Sequence[int]) -> None:
-    """Add to ``data`` what needs the data set. ``filters``: numbers, from 1, of the filters applied to an image."""
+    """Add to ``data`` what requires the data set. ``filters``: numbers, from 1, of filters to apply to an image."""
     images = data.try_load("images", lambda: _open(data, data_root))
     data.counts = data.try_load("images per class", lambda: _counts(data, images))
     data.mistakes = _mistakes(data, images)
@@ -135,7 +135,7 @@ def load_images(data: RunData, data_root: Path | None, filters: Sequence[int]) -
 
 def _open(data: RunData, data_root: Path | None) -> RunImages:
     if data.recipe is None:
-        raise UserError("the recipe, which says where they are, cannot be read")
+        raise UserError("the recipe, which contains their location, cannot be read")
     preprocessing = None
     with contextlib.suppress(UserError):  # model.json is damaged: use the recipe's settings
         preprocessing = data.preprocessing
@@ -143,7 +143,7 @@ def _open(data: RunData, data_root: Path | None) -> RunImages:
 
 
 def _counts(data: RunData, images: RunImages | None) -> dict[str, Counts]:
-    """Return the images of each class by split, as recorded by the run or else counted in the data set."""
+    """Return the number of images of each class by split, as recorded by the run or counted in the data set."""
     if recorded := data.split.get("images_per_class"):
         counts = {split: np.array(recorded[split], dtype=np.int64) for split in SPLITS}
         if any(len(numbers) != len(data.classes) for numbers in counts.values()):
@@ -177,7 +177,7 @@ def _mistakes(data: RunData, images: RunImages | None) -> list[Mistake]:
 
 
 def _filter_effect(data: RunData, images: RunImages, wanted: Sequence[int]) -> FilterEffect:
-    """Choose filters, and the first readable test image, or another image if there is none."""
+    """Choose filters and an image: the first readable test image, or another one if there are no test images."""
     assert data.filters is not None
     chosen, description = choose(data.filters, wanted)
     names = data.predictions.names if data.predictions else data.split.get("test", [])

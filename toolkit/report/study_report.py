@@ -1,4 +1,4 @@
-"""Write a study's figures for print and its report as one HTML file, from the study's folder."""
+"""Write a study's figures, for print, and its report, one HTML file, from the study's folder."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from toolkit.study.trial_table import search_metric, varied_keys
 
 COLORS = ("blue", "vermilion", "green", "purple", "orange", "sky", "ink")
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
-"""Rows use all colors first, then dashes; 28 combinations are distinct."""
+"""Line styles of rows, which vary after the colors; there are 28 combinations."""
 
 LABELS = {
     **{f"curves-{key.replace('/', '-')}": f"{metric_of(key).label.capitalize()} by epoch" for key in CURVES},
-    "best-so-far": "Best value found against the epochs trained",
+    "best-so-far": "Best value so far against the epochs trained",
     "parallel-coordinates": "Parameters and result of each run",
     "importance": "Importance of the parameters",
 }
@@ -96,7 +96,7 @@ def _label(name: str) -> str:
 
 
 def _has_scale(found: StudyResults, name: str) -> bool:
-    """Whether the figure uses a color scale from light to dark, which needs a white background."""
+    """Return whether the figure uses a color scale from light to dark, which needs a white background."""
     is_scale = name.startswith(("curves-by-", "parallel-"))
     return is_scale or (name.startswith("curves-") and len(found.rows) > len(CYCLE))
 
@@ -122,8 +122,8 @@ def _write_page(
 ) -> Path:
     """Write the report page of the study in ``folder``.
 
-    ``drawn`` holds figures as SVG elements with their captions, ``files`` the figures for print. What cannot be shown
-    is added to ``missing``.
+    ``drawn`` holds figures as SVG elements with their captions, ``files`` the figures for print. Messages about what
+    cannot be shown are added to ``missing``.
     """
     started = dict.fromkeys(r.member.run for r in found.results if r.member.run and (r.epochs or r.is_finished))
     runs = [Run(folder / name) for name in started]
@@ -153,7 +153,7 @@ def _write_page(
 
 
 def _cards(found: StudyResults) -> Iterator[SummaryCard]:
-    """Yield cards with the most important metrics."""
+    """Yield the summary cards of a study: its best row and its costs."""
     results, finished = found.results, [result for result in found.results if result.is_finished]
     metric = metric_of(search_metric(found.table)).name
     best = best_row(found.rows, metric)
@@ -183,7 +183,7 @@ def html_table(table: TextTable) -> HtmlTable:
 
 
 def _cell(text: str) -> HtmlCell:
-    """Return the cell of a formatted number, sorted by its value."""
+    """Return a cell with a formatted number, sorted by the number's value."""
     number = re.match(r"[+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?", text.lstrip(f"{BEST}{DECLINE} ").replace(MINUS, "-"))
     return HtmlCell(text, float(number[0].replace(",", "")) if number else None)
 
@@ -218,7 +218,7 @@ def _link(result: RunResult, folder: Path) -> HtmlCell:
 
 
 def _recipe(results: Sequence[RunResult], runs: Sequence[Run], missing: list[str]) -> HtmlTable | None:
-    """Return the recipe shared by all runs, with the varied keys highlighted and their values."""
+    """Return the table of the recipe shared by all runs, highlighting the varied keys; None if it cannot be read."""
     first = next((run for run in runs if (run.path / "recipe.toml").exists()), None)
     if first is None:
         missing.append("the recipe: no run has a recipe.toml")

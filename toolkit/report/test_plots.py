@@ -17,21 +17,21 @@ from toolkit.report.prediction_metrics import Calibration, Ints, RunPredictions,
 from toolkit.report.run_data import Mistake
 
 MAX_COUNTED = 25
-"""Up to this number of classes, the cells of a confusion matrix show their counts."""
+"""Maximum number of classes for which the cells of a confusion matrix show their counts."""
 
 MAX_LABELED = 250
-"""Up to this number of classes, class names are shown."""
+"""Maximum number of classes for which their names are shown."""
 
 MISTAKES, COLUMNS = 24, 6
-"""Number of mistakes in the figure, and in a row of it."""
+"""Number of mistakes in the figure, and in each of its rows."""
 TILE, GAP, CAPTION = 176, 14, 56
-"""Side of a mistake's image, space next to it, height of the text above it; in pixels."""
+"""Side of a mistake's image, space next to it, and height of the text above it, in pixels."""
 HEADER = 0.4
 """Height reserved for the title of the mistakes, in inches."""
 
 
 def confusion_figure(title: str, found: RunPredictions) -> Figure:
-    """Plot the confusion matrix; the color is the fraction of the true class's images."""
+    """Plot the confusion matrix; colors show the fraction of the true class's images."""
     matrix = confusion_matrix(found)
     count = len(matrix)
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)

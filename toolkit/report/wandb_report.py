@@ -1,4 +1,4 @@
-"""Publish a study as a W&B report with W&B's own library: table, curves, comparison and notes of its runs only."""
+"""Publish a study as a W&B report, with its table, curves, comparison and notes, by W&B's own library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILE = "wandb-report.json"
 MAX_TITLE = 128
 """Maximum length of a title on W&B."""
 UNSAFE = r"[/?#%\\<>]"
-"""Characters that the library does not escape in the link, which breaks it."""
+"""Characters in a title that break the report's URL, since the library does not escape them."""
 MAX_RUNS = 100
 """Maximum number of runs in one panel; W&B's default is ten."""
 
@@ -35,21 +35,21 @@ Project = tuple[str, str]
 """Entity and project on W&B."""
 
 TrackedRuns = dict[Project, dict[str, RunResult]]
-"""The study's runs that are on W&B, by project and by their id there."""
+"""The study's runs that are on W&B, by project and W&B id."""
 
 
 def create_wandb_report(found: StudyResults, folder: Path) -> tuple[str, list[str]]:
     """Create the report of a study on W&B, or update it if it exists.
 
     Returns its URL and messages about runs that are not on W&B. The report selects the study's runs by id, so later
-    runs do not appear in it. Raises UserError if there is no login, the server does not answer, or no run of the study
-    is on it; RunFailed if the server rejects the report.
+    runs do not appear in it. Raises UserError if there is no login, the server does not answer, or it has none of the
+    study's runs; RunFailed if the server rejects the report.
     """
     reports = _library()
     if why := offline_reason():
         raise UserError(
-            f"no W&B report: {why}. Log in with: wandb login (or set WANDB_API_KEY, and WANDB_BASE_URL for a server of "
-            "your own). The report in one HTML file needs neither"
+            f"no W&B report: {why}. Log in with: wandb login (or set WANDB_API_KEY, and WANDB_BASE_URL for your own "
+            "server). The HTML report requires neither"
         )
     import wandb
 
@@ -100,7 +100,7 @@ def _tracked(found: StudyResults, folder: Path, api: Any) -> tuple[TrackedRuns, 
 
 
 def _on_server(api: Any, project: Project, ids: Sequence[str]) -> set[str]:
-    """Return the ids of the runs that the server has."""
+    """Return the ids of those runs that are on the server."""
     try:
         runs = api.runs("/".join(project), filters={"name": {"$in": list(ids)}}, per_page=min(max(len(ids), 1), 500))
         return {str(run.id) for run in runs} & set(ids)
@@ -125,7 +125,7 @@ def _save(reports: Any, found: StudyResults, folder: Path, tracked: TrackedRuns,
 
 
 def _existing_id(reports: Any, folder: Path, project: Project) -> str:
-    """Return the id of the existing report; "" if there is none, which creates a new one."""
+    """Return the id of the existing report; "" if there is none, in which case a new one is created."""
     if not (folder / FILE).exists():
         return ""
     try:
@@ -207,7 +207,7 @@ def _notes(found: StudyResults, missing: Sequence[str]) -> str:
     lines += [found.table.note] if found.table.note else []
     lines += [f"Not in this report: {line}." for line in missing]
     lines.append(
-        "`toolkit report` made the table from the run directories. Curves and bars are drawn by W&B from the study's "
+        "`toolkit report` created the table from the run directories. W&B draws the curves and bars from the study's "
         "runs only. The runs of a row share a color; rows beyond the seventh repeat the colors."
     )
     return "\n\n".join(lines)

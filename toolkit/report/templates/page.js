@@ -12,13 +12,13 @@ function make(parent, name, attributes = {}, text = null) {
   return element;
 }
 
-// -- theme: the system's, unless the button has been used ----------------------------------------------------------
+// -- theme: the system's until the button is used -------------------------------------------------------------------
 
 function setUpTheme() {
   const root = document.documentElement, button = document.getElementById("theme");
   const system = matchMedia("(prefers-color-scheme: dark)");
   let chosen = null;
-  try { chosen = localStorage.getItem("toolkit-theme"); } catch { /* a file may have no storage */ }
+  try { chosen = localStorage.getItem("toolkit-theme"); } catch { /* storage may be unavailable for local files */ }
   const show = () => {
     const dark = chosen ? chosen === "dark" : system.matches;
     root.dataset.theme = dark ? "dark" : "light";
@@ -194,7 +194,7 @@ class Chart {
     const room = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
     [low, high] = [spec.fromZero && !log ? 0 : low - room, high + room];
     const levels = log ? this.decades(low, high) : ticks(low, high, 5);
-    // Room for the longest tick label (12 px font) beside the axis title.
+    // Space for the longest tick label (12 px font) next to the axis title.
     box.left = 30 + 7.2 * Math.max(3, ...levels.map((value) => format(value).length));
     this.x = (value) => box.left + ((value - left) / (right - left)) * (box.right - box.left);
     this.y = (value) => box.bottom - (((log ? Math.log10(value) : value) - low) / (high - low)) * (box.bottom - box.top);
@@ -231,7 +231,7 @@ class Chart {
   marker(marker) {
     const x = this.x(marker.x), atRight = x > (this.box.left + this.box.right) / 2;
     const style = `stroke:var(--soft);stroke-dasharray:${marker.dash || "none"}`;
-    const top = this.box.top - 8 - 14 * marker.row; // labels stand above the curves, each in its own row
+    const top = this.box.top - 8 - 14 * marker.row; // labels are above the curves, each in its own row
     make(this.svg, "path", { d: `M${x} ${top - 10}V${this.box.bottom}`, style });
     const place = { x: x + (atRight ? -4 : 4), y: top, "text-anchor": atRight ? "end" : "start" };
     make(this.svg, "text", place, marker.label);
@@ -349,7 +349,7 @@ class MatrixChart {
     const smallest = this.count <= 25 ? 26 : this.count <= 60 ? 18 : this.count <= 250 ? 10 : 3;
     this.font = Math.min(12, smallest);
     this.room = this.named ? 14 + longest * this.font * 0.58 : 14;
-    // As large as the page has room for, up to 44 px per cell; below the smallest legible size the matrix scrolls.
+    // As large as fits on the page, up to 44 px per cell; below the smallest legible size the matrix scrolls.
     const available = figure.clientWidth - this.room - 4;
     this.side = Math.max(smallest, Math.min(44, Math.floor(available / this.count)));
     this.values = new Map(spec.cells.map(([row, column, value]) => [row * this.count + column, value]));
