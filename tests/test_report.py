@@ -300,7 +300,7 @@ def test_the_recipe_table_highlights_keys_that_differ_from_the_default(run: Run)
     keys = {"train.epochs": "recipes/a.toml:12", "optimizer.lr": "--set", "data.root": "recipes/base/b.toml:3"}
     run.write_json("origins.json", {"file": "recipes/a.toml", "keys": {"recipe.seed": "default", **keys}})
     text = page(report(run.path))
-    assert "Highlighted: values set by recipes/a.toml itself or --set" in text
+    assert "Highlighted: values set by recipes/a.toml itself or by --set" in text
     rows = _recipe_rows(text)
     kinds = {key: rows[key][0] for key in (*keys, "recipe.seed")}
     assert kinds == {
