@@ -180,13 +180,13 @@ def test_features_have_the_same_order_as_images() -> None:
     for plan in ({"grad_accum_steps": 2}, {"world": 2, "rank": 1}, {"weights": balanced_weights(LABELS[INDICES])}):
         settings = {"size": N, "seed": 0, "batch_size": 6, **plan}
         tensors = TrainLoader(TensorBatches([features], LABELS[INDICES]), SamplingPlan(**settings))  # type: ignore[arg-type]
-        for (feature_batch, ofs), (expected, image) in zip(
+        for (feature_micro, feature_batch), (image_micro, image_batch) in zip(
             tensors.epoch(1, 1), loader(**plan).epoch(1, 1), strict=True
         ):
-            assert feature_batch.positions.tolist() == expected.positions.tolist()
-            assert torch.equal(ofs.labels, image.labels)
-            assert torch.equal(ofs.draws, image.draws)
-            assert torch.equal(labels[ofs.images[:, 0].long()], ofs.labels)
+            assert feature_micro.positions.tolist() == image_micro.positions.tolist()
+            assert torch.equal(feature_batch.labels, image_batch.labels)
+            assert torch.equal(feature_batch.draws, image_batch.draws)
+            assert torch.equal(labels[feature_batch.images[:, 0].long()], feature_batch.labels)
 
 
 def test_each_feature_is_evaluated_once() -> None:

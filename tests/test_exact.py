@@ -142,7 +142,7 @@ def test_the_quickstart_gives_the_same_metrics_on_one_two_and_three_processes(
 @pytest.mark.parametrize(
     "worlds",
     [{1: (3,), 2: (2,)}, pytest.param({1: (2, 3), 2: (2, 3)}, marks=pytest.mark.slow)],
-    ids=["one more each", "all"],
+    ids=["one per accumulation", "all"],
 )
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_processes_and_accumulation_do_not_change_the_experiment(

@@ -135,12 +135,12 @@ def only_run(folder: Path) -> Run:
 
 def outcome(run: Run) -> dict[str, Any]:
     """Return the parts of a run that must not depend on how it was run; recorded times are left out."""
-    unlike = {"seconds", "startup_seconds", "images_per_s", "peak_memory_gib"}
+    varying = {"seconds", "startup_seconds", "images_per_s", "peak_memory_gib"}
     return {
         "weights": run.best_weights.read_bytes(),
         "metrics": run.metrics_file.read_bytes(),
         "predictions": (run.path / "predictions.csv").read_bytes() if run.has_test else None,
-        "summary": {key: value for key, value in run.summary.items() if key not in unlike},
+        "summary": {key: value for key, value in run.summary.items() if key not in varying},
     }
 
 
