@@ -28,9 +28,9 @@ ELSEWHERE = {
     r"toolkit (cancel|logs) .*": "test_slurm.py::test_status_logs_and_cancel_report_that_there_are_no_jobs",
     r"toolkit status runs/(digits-seeds|search)": "test_slurm.py::test_status_of_a_study_names_the_row_of_each_run",
     r"toolkit publish .*": "test_publish.py::test_with_a_login_everything_is_pushed",
-    r"toolkit sync .+": "test_sync.py::test_a_run_arrives_whole_and_once",
+    r"toolkit sync .+": "test_sync.py::test_a_run_is_uploaded_completely_and_once",
     r"toolkit report .*--wandb": (
-        "test_wandb_report.py::test_table_curves_comparison_and_notes_over_the_runs_of_the_study"
+        "test_wandb_report.py::test_a_report_has_table_curves_comparison_and_notes_of_the_studys_runs"
     ),
     r"toolkit report RUN --filters 3,17": "test_report.py::test_first_layer_filters_are_drawn_by_their_number",
     r"toolkit bench .*": "test_bench.py::test_metrics_of_the_quickstart_are_consistent",
@@ -41,29 +41,33 @@ ELSEWHERE = {
     ),
     r"toolkit (train|study) --resume.*|toolkit train .*--resume auto": "test_resume.py::test_",
     r"toolkit study FILE --worker": "test_study_workers.py::test_",
-    r"toolkit train RUN/recipe.toml": "test_study_running.py::test_a_run_keeps_its_own_recipe_and_where_it_came_from",
+    r"toolkit train RUN/recipe.toml": (
+        "test_study_running.py::test_a_run_keeps_its_own_recipe_and_the_origin_of_each_value"
+    ),
     r"toolkit train recipes/(convnet|efficientnet).*|toolkit train recipes/alexnet.*": (
         "test_train.py::test_every_shipped_recipe_passes_a_dry_run"
     ),
     r"toolkit study recipes/(papers|studies)/.*": "test_papers.py::test_every_study_passes_validation_and_planning",
-    r"toolkit study (dead|typo)\.toml": "test_study_forms.py::test_each_mistake_has_its_message",
+    r"toolkit study (dead|typo)\.toml": "test_study_forms.py::test_each_error_has_its_message",
     r"toolkit study momentum\.toml.*": (
         "test_study_forms.py::test_all_errors_of_all_runs_are_reported_at_once_and_each_once"
     ),
     r"toolkit study diverges\.toml": (
-        "test_study_running.py::test_a_run_that_fails_does_not_end_the_study_and_is_retried_when_asked"
+        "test_study_running.py::test_a_failed_run_does_not_end_the_study_and_is_retried_on_request"
     ),
-    r"toolkit study other\.toml": "test_study_running.py::test_a_folder_with_another_study_is_left_alone",
+    r"toolkit study other\.toml": "test_study_running.py::test_a_folder_with_another_study_is_refused",
     r"toolkit study dropout\.toml --set 'recipe.run_root.*": (
         "test_study_running.py::test_storage_that_cannot_be_written_is_one_message"
     ),
-    r"toolkit study dropout\.toml --set study.max_runs.*": "test_study_running.py::test_more_runs_than_stated_need_yes",
+    r"toolkit study dropout\.toml --set study.max_runs.*": (
+        "test_study_running.py::test_more_runs_than_the_limit_need_the_yes_option"
+    ),
     r"toolkit table runs/\S+ runs/\S+": (
         "test_study_claims.py::test_agreement_over_several_studies_is_that_of_all_their_rows"
     ),
-    r"toolkit table .*--by .*": "test_study_table.py::test_grouping_by_a_key",
-    r"toolkit table .*--compare .*": "test_study_table.py::test_comparison_of_two_rows_over_the_same_seeds",
-    r"toolkit table runs/digits-bohb --figures": "test_study_table.py::test_trials_the_best_first",
+    r"toolkit table .*--by .*": "test_study_table.py::test_rows_can_be_grouped_by_a_key",
+    r"toolkit table .*--compare .*": "test_study_table.py::test_two_rows_are_compared_over_their_common_seeds",
+    r"toolkit table runs/digits-bohb --figures": "test_study_table.py::test_trials_are_listed_with_the_best_first",
     r"toolkit data recipes/.*": "test_cli_data.py::test_",
     r"toolkit explain .*": "test_explain.py::test_",
     r"toolkit predict RUN @.*": "test_predict.py::test_",

@@ -1,4 +1,4 @@
-"""Figures of studies: what stands in them, on studies whose outcome is a formula."""
+"""The contents of study plots, on studies whose results follow a formula."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SPACE: dict[str, Any] = {
 
 
 def accuracies(changes: dict[str, Any]) -> list[float]:
-    """Of 30 epochs: best at lr 1e-3, a little dependent on weight decay, not at all on the optimiser's name."""
+    """Return 30 accuracies: best at lr 1e-3, weakly dependent on weight decay, not on the optimizer's name."""
     off = abs(math.log10(changes["optimizer.lr"]) + 3) + 0.1 * abs(math.log10(changes["optimizer.weight_decay"]) + 4)
     return [round(0.95 - 0.1 * off - 0.3 * math.exp(-epoch / 5), 6) for epoch in range(1, 31)]
 
@@ -46,7 +46,7 @@ def outcomes_of(folder: StudyDirectory) -> StudyResults:
 
 
 def bohb_study(path: Path, trials: int = 40) -> tuple[StudyResults, BohbScheduler, list[tuple[int, int]]]:
-    """A search that one worker did, and in which order: (trial, epochs after)."""
+    """Write a search by one worker; return its directory and order as (trial, epochs reached)."""
     table = BohbSearchConfig(trials=trials, brackets=1)
     search, order = BohbScheduler(table, read_space(SPACE, {})), []
     while (assignment := search.ask()) is not None:
@@ -63,7 +63,7 @@ def drawn(found: StudyResults) -> dict[str, Figure]:
 
 
 def dropout_study(path: Path) -> StudyResults:
-    """Nine levels, two seeds each, 10 and 12 epochs."""
+    """Write a study of nine dropout rates, each with two seeds of 10 and 12 epochs."""
     runs = [
         FakeRun(f"dropout {level / 10}", seed, {"model.convnet.dropout": level / 10},
                 [0.5 + 0.01 * epoch + 0.01 * seed for epoch in range(10 + 2 * seed)], 0.6)
@@ -72,7 +72,7 @@ def dropout_study(path: Path) -> StudyResults:
     return outcomes_of(write_study(path / "dropout", {"description": "Dropout", "rows": [{"name": "x"}]}, runs))
 
 
-def test_rows_in_one_figure_with_their_spread(tmp_path: Path) -> None:
+def test_rows_are_in_one_plot_with_their_standard_deviation(tmp_path: Path) -> None:
     axes = drawn(dropout_study(tmp_path))["curves-val-accuracy"].axes[0]
     assert len(axes.lines) == 9
     # The mean of both seeds, in percent, over the ten epochs that both have; the standard deviation of 0.00 and 0.01.
@@ -84,7 +84,7 @@ def test_rows_in_one_figure_with_their_spread(tmp_path: Path) -> None:
 
 
 def test_runs_colored_by_a_parameter(tmp_path: Path) -> None:
-    """M12: 18 curves, light for the least value and dark for the greatest, a scale beside."""
+    """As in figure M12: 18 curves, from light for the smallest to dark for the largest value, with a color bar."""
     figure = drawn(dropout_study(tmp_path))["curves-by-dropout"]
     axes, scale = figure.axes
     assert len(axes.lines) == 18
@@ -94,8 +94,8 @@ def test_runs_colored_by_a_parameter(tmp_path: Path) -> None:
     assert axes.lines[1].get_xdata()[-1] == 12
 
 
-def test_batch_sizes_are_colored_by_their_logarithms(tmp_path: Path) -> None:
-    """Mereu's table 6: 32 to 512, each twice the one before, lie at equal distances on the color scale."""
+def test_batch_sizes_are_colored_on_a_logarithmic_scale(tmp_path: Path) -> None:
+    """In Mereu's table 6, 32 to 512 in powers of two are at equal distances on the color scale."""
     sizes = [32, 64, 128, 256, 512]
     runs = [FakeRun(f"batch {n}", 0, {"train.batch_size": n}, [0.5, 0.6]) for n in sizes]
     figure = drawn(outcomes_of(write_study(tmp_path / "s", {"rows": [{"name": "x"}]}, runs)))["curves-by-batch_size"]
@@ -104,7 +104,7 @@ def test_batch_sizes_are_colored_by_their_logarithms(tmp_path: Path) -> None:
     assert [tick.get_text() for tick in scale.get_yticklabels()] == [str(n) for n in sizes]
 
 
-def test_training_accuracy_has_its_curves(tmp_path: Path) -> None:
+def test_training_accuracy_has_curves_of_its_own(tmp_path: Path) -> None:
     axes = drawn(dropout_study(tmp_path))["curves-train-accuracy"].axes[0]
     assert axes.get_ylabel() == "training accuracy (%)"
     assert list(axes.lines[0].get_ydata()) == pytest.approx([55.5 + epoch for epoch in range(10)]), (
@@ -112,25 +112,25 @@ def test_training_accuracy_has_its_curves(tmp_path: Path) -> None:
     )
 
 
-def test_a_level_plot_has_validation_and_test(tmp_path: Path) -> None:
+def test_a_plot_over_a_varied_value_has_validation_and_test(tmp_path: Path) -> None:
     axes = drawn(dropout_study(tmp_path))["levels-dropout"].axes[0]
     assert axes.get_xlabel() == "model.convnet.dropout"
     assert axes.get_ylabel() == "accuracy (%)"
     validation, test = axes.containers
     assert list(validation[0].get_xdata()) == pytest.approx([level / 10 for level in range(1, 10)])
-    # Best epochs: 0.59 of seed 0, 0.62 of seed 1.
+    # Accuracy at the best epoch: 0.59 for seed 0, 0.62 for seed 1.
     assert list(validation[0].get_ydata()) == pytest.approx([60.5] * 9)
     assert list(test[0].get_ydata()) == pytest.approx([60.0] * 9)
 
 
-def test_a_logarithmic_range_is_drawn_so_and_a_linear_one_not(tmp_path: Path) -> None:
+def test_only_a_logarithmic_range_has_a_logarithmic_color_scale(tmp_path: Path) -> None:
     figures = drawn(bohb_study(tmp_path)[0])
     assert figures["curves-by-lr"].axes[1].get_yscale() == "log"
     assert figures["curves-by-momentum"].axes[1].get_yscale() == "linear"
 
 
-def test_importance_by_a_formula(tmp_path: Path) -> None:
-    """Of 120 random configurations: nearly all of the variance is the learning rate's, none the optimiser's name's."""
+def test_importance_follows_the_formula_of_the_results(tmp_path: Path) -> None:
+    """Over 120 random configurations the learning rate explains nearly all variance, the optimizer's name none."""
     space = read_space(SPACE, {})
     runs = [FakeRun(f"{n}", 0, c, accuracies(c)) for n, c in enumerate(random_configurations(space, 120, 0))]
     found = outcomes_of(write_study(tmp_path / "s", {"space": SPACE, "random": {"runs": 120}}, runs))
@@ -143,7 +143,7 @@ def test_importance_by_a_formula(tmp_path: Path) -> None:
     assert sum(shares[f"optimizer.{name}"] for name in ("lr", "weight_decay", "name")) == pytest.approx(1)
 
 
-def test_importance_of_a_grid_and_of_too_few(tmp_path: Path) -> None:
+def test_importance_is_computed_for_a_grid_but_not_for_too_few_runs(tmp_path: Path) -> None:
     runs = [
         FakeRun(f"{lr} {batch}", 0, {"optimizer.lr": lr, "train.batch_size": batch}, [0.5 + (lr == 0.1) * 0.3])
         for lr in (0.1, 0.01, 0.001) for batch in (32, 64, 128)
@@ -164,7 +164,7 @@ def test_all_configurations_of_a_search_are_compared_within_the_smallest_budget(
     assert [value for _, value in runs] == [max(accuracies(t.changes)[:3]) for t in search.trials]
 
 
-def test_best_so_far_in_the_order_of_one_worker(tmp_path: Path) -> None:
+def test_best_so_far_follows_the_order_of_one_worker(tmp_path: Path) -> None:
     found, search, order = bohb_study(tmp_path)
     numbers = {result.member.row: number for number, result in enumerate(found.results)}
     assert [(numbers[result.member.row], until) for result, _, until in training_order(found)] == order
@@ -176,7 +176,7 @@ def test_best_so_far_in_the_order_of_one_worker(tmp_path: Path) -> None:
 
 
 def test_best_so_far_counts_every_epoch_of_a_search_by_several_workers(tmp_path: Path) -> None:
-    """A configuration that one worker would not have promoted is there too."""
+    """It includes a configuration that a single worker would not have promoted."""
     changes = random_configurations(read_space(SPACE, {}), 4, seed=0)
     runs = [FakeRun(f"{n}", 0, c, accuracies(c)[:epochs], state="paused")
             for n, (c, epochs) in enumerate(zip(changes, (10, 10, 3, 3), strict=True))]  # fmt: skip
@@ -184,7 +184,7 @@ def test_best_so_far_counts_every_epoch_of_a_search_by_several_workers(tmp_path:
     assert incumbents(outcomes_of(folder))[-1][0] == 26
 
 
-def test_parallel_coordinates_have_a_line_a_configuration(tmp_path: Path) -> None:
+def test_parallel_coordinates_have_one_line_per_configuration(tmp_path: Path) -> None:
     found, search, _ = bohb_study(tmp_path)
     figure = drawn(found)["parallel-coordinates"]
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
@@ -211,14 +211,14 @@ def test_the_command_writes_svg_and_pdf(tmp_path: Path) -> None:
     assert all((tmp_path / "dropout" / "figures" / name).stat().st_size > 1000 for name in files)
 
 
-def test_a_study_without_results_has_no_figures(tmp_path: Path) -> None:
+def test_a_study_without_results_has_no_plots(tmp_path: Path) -> None:
     runs = [FakeRun("a", state="missing"), FakeRun("b", val_accuracy=[], state="paused")]
     assert drawn(outcomes_of(write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, runs))) == {}
     study = {"space": SPACE, "bohb": {"trials": 9}}
     assert drawn(outcomes_of(write_study(tmp_path / "t", study, runs))) == {}
 
 
-def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
+def test_names_with_dollar_signs_are_not_rendered_as_formulas(tmp_path: Path) -> None:
     runs = [FakeRun(f"$x_{n}$ \\frac", 0, {"a.b": f"$y^{n}"}, [0.5, 0.6]) for n in range(3)]
     write_study(tmp_path / "s", {"description": "$\\", "rows": [{"name": "a"}]}, runs)
     assert toolkit("table", tmp_path / "s", "--figures").status == 0

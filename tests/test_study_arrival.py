@@ -1,4 +1,4 @@
-"""A study is refused where a value that it varies changes nothing of what is built."""
+"""A study is refused if a value that it varies has no effect on model, data or training."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from toolkit.study.effective_config import PARTS, EffectiveConfigs, _text
 from toolkit.study.expand import expand, read_study
 
 
-def proven(folder: Path, study: str, *overrides: str) -> list[str]:
+def effect_notes(folder: Path, study: str, *overrides: str) -> list[str]:
     found = read_study(write_study(folder, study, epochs=6), overrides)
     return check_parameters_have_effect(found, expand(found))
 
 
 def refusal(folder: Path, study: str, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        proven(folder, study, *overrides)
+        effect_notes(folder, study, *overrides)
     return str(caught.value)
 
 
-DEAD = {
+WITHOUT_EFFECT = {
     "gamma of a constant schedule": (
         "scheduler.gamma = [0.1, 0.5]", (), "scheduler.gamma varies (0.1, 0.5), but changes nothing: has no effect with"
     ),
@@ -59,18 +59,18 @@ DEAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", DEAD)
+@pytest.mark.parametrize("case", WITHOUT_EFFECT)
 def test_a_key_without_effect_is_refused_by_name(tmp_path: Path, case: str) -> None:
-    text, overrides, said = DEAD[case]
-    if said is None:
-        assert proven(tmp_path, f"[study.grid]\n{text}\n", *overrides) == []
+    text, overrides, expected = WITHOUT_EFFECT[case]
+    if expected is None:
+        assert effect_notes(tmp_path, f"[study.grid]\n{text}\n", *overrides) == []
         return
     found = refusal(tmp_path, f"[study.grid]\n{text}\n", *overrides)
-    assert said in found
+    assert expected in found
     assert "study.toml:" in found
 
 
-ALIVE = {
+WITH_EFFECT = {
     "lr": ("optimizer.lr = [0.1, 0.2]", ()),
     "weight decay": ("optimizer.weight_decay = [1e-5, 1e-4]", ()),
     "momentum": ("optimizer.momentum = [0.5, 0.9]", ()),
@@ -108,33 +108,33 @@ ALIVE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ALIVE)
+@pytest.mark.parametrize("case", WITH_EFFECT)
 def test_a_key_with_an_effect_passes(tmp_path: Path, case: str) -> None:
-    text, overrides = ALIVE[case]
-    assert proven(tmp_path, f"[study.grid]\n{text}\n", *overrides) == []
+    text, overrides = WITH_EFFECT[case]
+    assert effect_notes(tmp_path, f"[study.grid]\n{text}\n", *overrides) == []
 
 
-def test_a_key_that_counts_in_some_runs_only_needs_a_condition(tmp_path: Path) -> None:
+def test_a_key_without_effect_in_some_runs_needs_a_condition(tmp_path: Path) -> None:
     text = '[study.grid]\nscheduler.name = ["constant", "exponential"]\nscheduler.gamma = '
     found = refusal(tmp_path, text + "[0.5, 0.9]\n")
     assert "scheduler.gamma varies (0.5, 0.9), but changes nothing in the row 'constant, gamma 0.5'" in found
     assert "vary it only when it has an effect: scheduler.gamma = { values = [...], when = { ... } }" in found
-    assert proven(tmp_path, text + '{ values = [0.5, 0.9], when = { scheduler.name = "exponential" } }\n') == []
+    assert effect_notes(tmp_path, text + '{ values = [0.5, 0.9], when = { scheduler.name = "exponential" } }\n') == []
 
 
 def test_two_equivalent_values_of_a_key_are_reported(tmp_path: Path) -> None:
     text = '[study.grid]\noptimizer.name = ["sgd", "adam", "adamw"]\n'
-    assert proven(tmp_path, text) == ["rows 'adam' and 'adamw' train identically"]
-    assert proven(tmp_path, text, "optimizer.weight_decay=0.01") == []
+    assert effect_notes(tmp_path, text) == ["rows 'adam' and 'adamw' train identically"]
+    assert effect_notes(tmp_path, text, "optimizer.weight_decay=0.01") == []
 
 
-def test_a_dead_key_does_not_hide_behind_one_that_goes_with_it(tmp_path: Path) -> None:
+def test_a_zipped_key_without_effect_is_found_although_the_other_key_has_one(tmp_path: Path) -> None:
     found = refusal(tmp_path, "[study.zip]\noptimizer.lr = [0.1, 0.2]\nscheduler.gamma = [0.1, 0.5]\n")
     assert "scheduler.gamma varies" in found
     assert "optimizer.lr varies" not in found
 
 
-def test_a_dead_key_of_rows_is_refused_and_what_is_but_logged_is_not(tmp_path: Path) -> None:
+def test_a_key_of_rows_without_effect_is_refused_unless_it_only_affects_logging(tmp_path: Path) -> None:
     text = """
         [[study.rows]]
         name = "a"
@@ -144,10 +144,10 @@ def test_a_dead_key_of_rows_is_refused_and_what_is_but_logged_is_not(tmp_path: P
         set = {{ optimizer.lr = 0.2, {key} = {other} }}
         """
     assert "scheduler.gamma varies" in refusal(tmp_path, text.format(key="scheduler.gamma", one=0.1, other=0.5))
-    assert proven(tmp_path, text.format(key="train.log_every", one=1, other=2)) == []
+    assert effect_notes(tmp_path, text.format(key="train.log_every", one=1, other=2)) == []
 
 
-def test_a_row_may_spell_out_a_default(tmp_path: Path) -> None:
+def test_a_row_may_set_a_key_to_its_default(tmp_path: Path) -> None:
     text = """
         [[study.rows]]
         name = "none"
@@ -155,7 +155,7 @@ def test_a_row_may_spell_out_a_default(tmp_path: Path) -> None:
         name = "step"
         set.scheduler = { name = "step", step_size = 2, gamma = 0.1 }
         """
-    assert proven(tmp_path, text) == []
+    assert effect_notes(tmp_path, text) == []
 
 
 def test_equivalent_rows_are_reported(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_equivalent_rows_are_reported(tmp_path: Path) -> None:
         name = "soon"
         set.early_stopping.patience = 2
         """
-    assert proven(tmp_path, text) == ["rows 'never' and 'late' train identically"]
+    assert effect_notes(tmp_path, text) == ["rows 'never' and 'late' train identically"]
 
 
 SPACE = """
@@ -185,26 +185,26 @@ optimizer.name = {{ choice = ["sgd", "adamw"] }}
 """
 
 
-def test_a_space_is_tried_at_both_ends_of_each_range(tmp_path: Path) -> None:
+def test_both_ends_of_each_range_of_a_search_space_are_checked(tmp_path: Path) -> None:
     momentum = 'optimizer.momentum = { uniform = [0.1, 0.9], when = { optimizer.name = "sgd" } }'
-    assert proven(tmp_path, SPACE.format(more=momentum)) == []
+    assert effect_notes(tmp_path, SPACE.format(more=momentum)) == []
     assert "scheduler.gamma varies (0.1, 0.9)" in refusal(
         tmp_path, SPACE.format(more="scheduler.gamma = { uniform = [0.1, 0.9] }")
     )
 
 
-def test_a_space_whose_configurations_cannot_all_be_trained_is_refused_before_any_is(tmp_path: Path) -> None:
+def test_a_space_with_an_untrainable_configuration_is_refused_before_training(tmp_path: Path) -> None:
     found = refusal(tmp_path, SPACE.format(more="optimizer.momentum = { uniform = [0.1, 0.9] }"))
     assert "adamw" in found
     assert "momentum" in found
 
 
-def test_a_choice_among_equals_is_refused(tmp_path: Path) -> None:
+def test_a_choice_between_equivalent_values_is_refused(tmp_path: Path) -> None:
     found = refusal(tmp_path, SPACE.format(more='scheduler.metric = { choice = ["val/loss", "train/loss"] }'))
     assert 'scheduler.metric varies ("val/loss", "train/loss")' in found
 
 
-def test_a_run_that_cannot_be_built_is_reported_with_its_row(tmp_path: Path) -> None:
+def test_a_run_whose_model_cannot_be_built_is_reported_with_its_row(tmp_path: Path) -> None:
     found = refusal(
         tmp_path, "[study.grid]\nmodel.convnet.blocks = [[{ channels = 4, pool = 2 }], [{ channels = 4, pool = 16 }]]\n"
     )
@@ -233,8 +233,8 @@ MODE'''
         assert check_parameters_have_effect(study, expansion) == []
 
 
-def test_a_bug_that_loses_a_value_on_its_way_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the notebook whose grid varied the weight decay while the optimiser was given a constant."""
+def test_a_bug_that_drops_a_varied_value_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the notebook whose grid varied the weight decay while the optimizer received a constant."""
     import toolkit.study.effective_config
 
     real = toolkit.study.effective_config.param_groups
@@ -253,7 +253,7 @@ NOT_TRAINED = {"recipe.name", "recipe.description", "recipe.run_root", "train.lo
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")
-def test_every_key_of_the_language_is_part_of_the_fingerprint_or_knowingly_not() -> None:
+def test_every_recipe_key_is_in_the_effective_config_or_in_the_list_of_exceptions() -> None:
     recipe = loads_recipe(BASE.format(root="runs", epochs=6))
     content = recipe.model_copy(update={"study": None}).model_dump()
     missing = set()
@@ -267,13 +267,13 @@ def test_every_key_of_the_language_is_part_of_the_fingerprint_or_knowingly_not()
 
 
 def with_value(table: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A copy with another value, unchecked."""
+    """Return a copy with a changed value, without validation."""
     if len(path) > 1:
         value = with_value(getattr(table, path[0]), path[1:], value)
     return table.model_copy(update={path[0]: value})
 
 
-def test_equal_recipes_have_equal_fingerprints() -> None:
+def test_equal_recipes_have_equal_effective_configs() -> None:
     one, other = (loads_recipe(BASE.format(root="runs", epochs=6)) for _ in range(2))
     assert isinstance(one, Recipe)
     assert not EffectiveConfigs().differ(one, other)

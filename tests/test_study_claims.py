@@ -1,4 +1,4 @@
-"""Verdicts on claims, agreement with published values, and what cannot be compared, on runs with known answers."""
+"""Verdicts on claims, agreement with published values, and comparability, on runs with known answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_seeds(row: str, values: Sequence[float], first: int = 0, **more: Any) ->
 
 
 def outcome(folder: Path, runs: Sequence[FakeRun], assumptions: dict[str, str] | None = None, **claim: Any) -> Any:
-    """What ``toolkit table --json`` says of a study with one claim."""
+    """Return the output of ``toolkit table --json`` for a study with one claim."""
     study = write_study(folder / "small", {"claims": [CLAIM | claim]}, runs)
     if assumptions:
         study.write({**study.record, "assumptions": assumptions}, study.members)
@@ -52,12 +52,12 @@ def test_reproduced_over_the_same_seeds(tmp_path: Path) -> None:
     assert found["seeds_high"] == pytest.approx(0.04 + 4.302653 * 0.01 / math.sqrt(3), abs=1e-6)
 
 
-def test_not_reproduced_where_the_opposite_is_significant(tmp_path: Path) -> None:
+def test_not_reproduced_if_the_opposite_is_significant(tmp_path: Path) -> None:
     found = judged(tmp_path, run_seeds("a", [0.5, 0.6, 0.7]) + run_seeds("b", [0.53, 0.64, 0.75]))
     assert found["verdict"] == "not reproduced"
 
 
-def test_undecidable_with_the_number_of_seeds_that_would_decide(tmp_path: Path) -> None:
+def test_undecided_with_the_number_of_seeds_that_would_decide(tmp_path: Path) -> None:
     """Differences 0.01, 0.02, -0.015: mean 0.005, standard deviation 0.0180278."""
     found = judged(tmp_path, run_seeds("a", [0.51, 0.62, 0.685]) + run_seeds("b", [0.5, 0.6, 0.7]))
     assert found["verdict"] == "undecidable"
@@ -73,19 +73,19 @@ def test_a_smaller_loss_is_better(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("margin", "verdict"), [(0.0, "reproduced"), (0.04, "undecidable"), (0.07, "not reproduced")])
-def test_a_claimed_margin_is_excluded_or_not(tmp_path: Path, margin: float, verdict: str) -> None:
+def test_a_claimed_margin_is_compared_with_the_confidence_interval(tmp_path: Path, margin: float, verdict: str) -> None:
     """The interval is 0.0152 to 0.0648."""
     runs = run_seeds("a", [0.53, 0.64, 0.75]) + run_seeds("b", [0.5, 0.6, 0.7])
     assert judged(tmp_path, runs, margin=margin)["verdict"] == verdict
 
 
 @pytest.mark.parametrize(("margin", "verdict"), [(0.0, "not reproduced"), (0.04, "undecidable"), (0.07, "reproduced")])
-def test_a_claim_that_something_does_not_help(tmp_path: Path, margin: float, verdict: str) -> None:
+def test_a_claim_of_no_improvement_is_judged(tmp_path: Path, margin: float, verdict: str) -> None:
     runs = run_seeds("a", [0.53, 0.64, 0.75]) + run_seeds("b", [0.5, 0.6, 0.7])
     assert judged(tmp_path, runs, margin=margin, holds=False)["verdict"] == verdict
 
 
-def test_other_seeds_are_compared_by_welch(tmp_path: Path) -> None:
+def test_rows_with_different_seeds_are_compared_by_welchs_test(tmp_path: Path) -> None:
     a, b = [0.60, 0.61, 0.62], [0.50, 0.52, 0.51]
     found = judged(tmp_path, run_seeds("a", a) + run_seeds("b", b, first=10))
     low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
@@ -103,8 +103,8 @@ def test_the_best_row_must_beat_every_other(tmp_path: Path) -> None:
     assert judged(tmp_path / "3", [*a, *b, *better], than=[])["compared_with"] == "d"
 
 
-def test_groups_by_keys_are_paired_by_all_other_keys(tmp_path: Path) -> None:
-    """Decay 0.9 is better by 0.03, 0.04, 0.05 at three rates that are far apart."""
+def test_groups_selected_by_keys_are_paired_by_all_other_keys(tmp_path: Path) -> None:
+    """Decay 0.9 is better by 0.03, 0.04, 0.05 at three learning rates with very different accuracies."""
     runs = [
         FakeRun(f"{gamma} {lr}", 0, {"scheduler.gamma": gamma, "optimizer.lr": lr}, [value])
         for lr, low, high in ((0.1, 0.2, 0.23), (0.01, 0.5, 0.54), (0.001, 0.8, 0.85))
@@ -115,11 +115,11 @@ def test_groups_by_keys_are_paired_by_all_other_keys(tmp_path: Path) -> None:
     assert found["effect"] == pytest.approx(0.04)
 
 
-# -- one run a row ----------------------------------------------------------------------------------------------------
+# -- one run per row --------------------------------------------------------------------------------------------------
 
 
-def test_one_run_a_row_is_compared_over_test_images(tmp_path: Path) -> None:
-    """20 images only a gets right, 5 only b: p as scipy's exact binomial test has it."""
+def test_rows_of_one_run_are_compared_over_test_images(tmp_path: Path) -> None:
+    """Only a is correct on 20 images, only b on 5; p equals that of scipy's exact binomial test."""
     a = FakeRun("a", right=[True] * 120 + [False] * 5 + [False] * 75)
     b = FakeRun("b", right=[True] * 100 + [False] * 20 + [True] * 5 + [False] * 75)
     found = judged(tmp_path, [a, b], metric="test_accuracy")
@@ -143,25 +143,25 @@ def test_the_interval_over_images_agrees_with_the_exact_test(first: int, second:
 
 
 @pytest.mark.parametrize("metric", ["val_accuracy", "test_accuracy"])
-def test_one_run_without_predictions_decides_nothing(tmp_path: Path, metric: str) -> None:
+def test_one_run_without_predictions_leaves_a_claim_undecided(tmp_path: Path, metric: str) -> None:
     found = judged(tmp_path, [FakeRun("a", 0, {}, [0.9], 0.9), FakeRun("b", 0, {}, [0.1], 0.1)], metric=metric)
     assert (found["verdict"], found["effect"]) == ("undecidable", pytest.approx(0.8))
 
 
-def test_a_row_that_is_not_finished_decides_nothing(tmp_path: Path) -> None:
+def test_an_unfinished_row_leaves_a_claim_undecided(tmp_path: Path) -> None:
     found = judged(tmp_path, [*run_seeds("a", [0.5, 0.6]), FakeRun("b", state="missing")])
     assert (found["verdict"], found["reason"]) == ("undecidable", "b has no finished run with this metric")
 
 
-def test_the_power_calculation() -> None:
+def test_the_power_calculation_matches_published_tables() -> None:
     """Effect of half a standard deviation, 80 % power, 5 %: 34 pairs, or 64 in each of two samples (Cohen 1988)."""
     assert pairs_needed(0.5, 1.0, 0.95) == 34
     assert pairs_needed(0.5, math.sqrt(2), 0.95, samples=2) == 64
     assert pairs_needed(0.0, 1.0, 0.95) is None
 
 
-def test_runs_under_other_conditions_decide_nothing(tmp_path: Path) -> None:
-    """The same runs as in the first test of this file, but on a part of the images."""
+def test_runs_under_other_conditions_leave_a_claim_undecided(tmp_path: Path) -> None:
+    """The runs of the first test of this file, but trained on a part of the images."""
     a = run_seeds("a", [0.53, 0.64, 0.75])
     b = run_seeds("b", [0.5, 0.6, 0.7], not_comparable="the run used part of the images")
     found = judged(tmp_path, a + b)
@@ -209,8 +209,8 @@ def test_agreement_over_several_studies_is_that_of_all_their_rows(tmp_path: Path
     assert (refused.status, "only --columns and --json" in refused.stderr) == (2, True)
 
 
-def test_agreement_over_seeds_uses_their_spread(tmp_path: Path) -> None:
-    """Deviation 0.1 each: the means 0.5 and 0.6 are within 0.2 of 0.65 and beyond 0.2 of 0.9."""
+def test_agreement_over_seeds_uses_their_standard_deviation(tmp_path: Path) -> None:
+    """With standard deviations of 0.1 the mean 0.5 is within 0.2 of 0.65 and the mean 0.6 beyond 0.2 of 0.9."""
     runs = [
         *run_seeds("a", [0.4, 0.5, 0.6], published={"val_accuracy": 0.65}),
         *run_seeds("b", [0.5, 0.6, 0.7], published={"val_accuracy": 0.9}),
@@ -219,7 +219,7 @@ def test_agreement_over_seeds_uses_their_spread(tmp_path: Path) -> None:
     assert (found["within"], found["noise"], found["rank_correlation"]) == (0.5, "seeds", None)
 
 
-def test_rows_that_do_not_compare_print_no_difference(tmp_path: Path) -> None:
+def test_rows_that_are_not_comparable_print_no_difference(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "small", {}, published_rows("the run used part of the images")).path
     shown = toolkit("table", str(folder), "--columns", "test_accuracy")
     assert shown.status == 0
@@ -243,8 +243,8 @@ def test_a_study_under_other_conditions_has_no_column_of_differences(tmp_path: P
     assert "rank correlation" not in shown
 
 
-def test_a_study_that_is_trained_on_a_part_of_the_data_prints_no_difference_and_no_verdict(tmp_path: Path) -> None:
-    """Through the command line: the claim also names a row without a published figure."""
+def test_a_study_on_a_part_of_the_data_prints_no_difference_and_no_verdict(tmp_path: Path) -> None:
+    """Run through the command line; the claim also names a row without a published value."""
     rows = """
 [[study.rows]]
 name = "as it is"
@@ -274,7 +274,7 @@ than = ["as it is"]
     assert (first["test_accuracy_published"], first["test_accuracy_difference"]) == (0.9, None)
     assert first["test_accuracy"] is not None
     assert first["not_comparable"] == "the run used part of the images"
-    assert "not_comparable" not in second, "nothing was published of it"
+    assert "not_comparable" not in second, "the row has no published value"
     (claim,) = found["claims"]
     assert (claim["verdict"], claim["reason"]) == ("undecidable", "not comparable: the run used part of the images")
     assert found["agreement"] == []
@@ -308,7 +308,7 @@ def test_verdicts_and_assumptions_are_in_all_files(tmp_path: Path) -> None:
         ('better = "SGD"\nmetric = "test_loss"', "test_loss is not a column of the table"),
     ],
 )
-def test_claims_about_what_is_not_there_are_refused(tmp_path: Path, claim: str, message: str) -> None:
+def test_claims_about_missing_rows_or_metrics_are_refused(tmp_path: Path, claim: str, message: str) -> None:
     file = tmp_path / "study.toml"
     metric = "" if "metric" in claim else 'metric = "val_accuracy"\n'
     file.write_text(

@@ -1,4 +1,4 @@
-"""What a study's file says: which runs it amounts to, and one clear message for each mistake. No torch is needed."""
+"""Expanding a study file into runs, and one clear message for each error in it, without torch."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def message(folder: Path, study: str, *overrides: str) -> str:
     return str(caught.value)
 
 
-# -- forms ------------------------------------------------------------------------------------------------------------
+# -- grids, rows, zips and seeds --------------------------------------------------------------------------------------
 
 
-def test_a_grid_is_the_product_of_its_lists_the_last_fastest(tmp_path: Path) -> None:
+def test_a_grid_is_the_product_of_its_lists_with_the_last_varying_fastest(tmp_path: Path) -> None:
     found = expanded(tmp_path, "[study.grid]\noptimizer.lr = [0.1, 0.01]\ntrain.batch_size = [8, 16, 32]\n")
     assert [run.member.row for run in found.runs] == [
         f"lr {lr}, batch_size {size}" for lr in ("0.1", "0.01") for size in (8, 16, 32)
@@ -43,7 +43,7 @@ def test_a_grid_is_the_product_of_its_lists_the_last_fastest(tmp_path: Path) -> 
     assert found.count == 6
 
 
-def test_a_run_is_the_recipe_that_one_would_have_written_by_hand(tmp_path: Path) -> None:
+def test_a_runs_recipe_equals_one_written_by_hand(tmp_path: Path) -> None:
     found = expanded(tmp_path, "[study]\nseeds = [3]\n[study.grid]\noptimizer.lr = [0.1]\n")
     by_hand = tmp_path / "by_hand.toml"
     by_hand.write_text(BASE.format(root=tmp_path / "runs", epochs=2))
@@ -60,7 +60,7 @@ def test_keys_may_be_written_nested_or_dotted(tmp_path: Path, text: str) -> None
     assert rows(tmp_path, f"[study.grid]\n{text}\n") == [("lr 0.1", 0), ("lr 0.2", 0)]
 
 
-def test_lists_of_zip_go_in_step(tmp_path: Path) -> None:
+def test_lists_of_zip_are_paired_by_position(tmp_path: Path) -> None:
     found = expanded(tmp_path, "[study.zip]\noptimizer.lr = [0.1, 0.2]\ntrain.batch_size = [8, 16]\n")
     assert [tuple(run.member.changes.values()) for run in found.runs] == [(0.1, 8), (0.2, 16)]
 
@@ -92,7 +92,7 @@ def test_rows_have_their_own_names_and_published_values(tmp_path: Path) -> None:
     assert (slow.row, slow.changes, slow.published) == ("slow", {}, {})
 
 
-def test_a_published_figure_may_be_a_mean_over_several_runs(tmp_path: Path) -> None:
+def test_a_published_value_may_be_a_mean_over_several_runs(tmp_path: Path) -> None:
     text = """
         [study]
         published = [{{ where = {{}}, metrics = {{ val_accuracy = {{ mean = 0.8, std = 0.01, n = 3 }} }} }}]
@@ -110,7 +110,7 @@ def test_a_published_figure_may_be_a_mean_over_several_runs(tmp_path: Path) -> N
     assert "expected a number or a table { mean = ..., std = ..., n = ... }" in message(tmp_path, wrong)
 
 
-def test_forms_combine_rows_zip_grid_seeds(tmp_path: Path) -> None:
+def test_rows_zip_grid_and_seeds_can_be_combined(tmp_path: Path) -> None:
     found = rows(
         tmp_path,
         """
@@ -130,11 +130,11 @@ def test_forms_combine_rows_zip_grid_seeds(tmp_path: Path) -> None:
     assert found[-1] == ("b, warmup_epochs 1, batch_size 16", 8)
 
 
-def test_a_number_of_seeds_counts_from_the_recipes_own(tmp_path: Path) -> None:
+def test_a_number_of_seeds_counts_from_the_recipes_seed(tmp_path: Path) -> None:
     assert [seed for _, seed in rows(tmp_path, "[study]\nseeds = 3\n", "recipe.seed=5")] == [5, 6, 7]
 
 
-def test_seeds_share_a_split_or_have_one_each(tmp_path: Path) -> None:
+def test_seeds_share_one_split_or_have_one_split_each(tmp_path: Path) -> None:
     found = expanded(
         tmp_path,
         """
@@ -171,7 +171,7 @@ def test_a_conditional_key_varies_only_where_its_condition_holds(tmp_path: Path)
     assert [run.member.row for run in found.runs if run.recipe.optimizer.name == "adamw"] == ["adamw"]
 
 
-def test_a_condition_may_be_on_a_rows_value_or_the_recipes_own(tmp_path: Path) -> None:
+def test_a_condition_may_refer_to_a_rows_value_or_the_recipes_own(tmp_path: Path) -> None:
     text = """
         [study.grid]
         optimizer.momentum = {{ values = [0.5, 0.9], when = {{ {when} }} }}
@@ -185,7 +185,7 @@ def test_a_condition_may_be_on_a_rows_value_or_the_recipes_own(tmp_path: Path) -
     assert len(rows(tmp_path, text.format(when='data.dataset = "digits"'))) == 4
 
 
-def test_a_condition_on_a_key_that_is_left_out_itself_does_not_hold(tmp_path: Path) -> None:
+def test_a_condition_on_an_inactive_key_does_not_hold(tmp_path: Path) -> None:
     found = rows(
         tmp_path,
         """
@@ -216,7 +216,7 @@ def test_values_with_equal_labels_are_numbered(tmp_path: Path) -> None:
     assert [row for row, _ in found] == ["train #1", "train #2"]
 
 
-def test_keys_with_the_same_last_part_are_written_in_full(tmp_path: Path) -> None:
+def test_keys_with_the_same_last_part_are_labeled_in_full(tmp_path: Path) -> None:
     found = rows(
         tmp_path,
         '[study.grid]\nearly_stopping.patience = [1]\nscheduler.patience = [2]\nscheduler.name = ["plateau"]\n',
@@ -224,7 +224,7 @@ def test_keys_with_the_same_last_part_are_written_in_full(tmp_path: Path) -> Non
     assert found == [("early_stopping.patience 1, scheduler.patience 2, plateau", 0)]
 
 
-def test_equal_rows_share_a_run_and_it_is_said(tmp_path: Path) -> None:
+def test_equal_rows_share_a_run_and_a_note_says_so(tmp_path: Path) -> None:
     found = expanded(
         tmp_path,
         """
@@ -240,13 +240,13 @@ def test_equal_rows_share_a_run_and_it_is_said(tmp_path: Path) -> None:
     assert found.notes == ["rows 'as it is' and 'spelt out' are the same run, which is trained once"]
 
 
-def test_a_value_given_twice_is_one_row_and_it_is_said(tmp_path: Path) -> None:
+def test_a_value_given_twice_is_one_row_and_a_note_says_so(tmp_path: Path) -> None:
     found = expanded(tmp_path, "[study.grid]\noptimizer.lr = [0.1, 0.1]\n")
     assert [run.member.row for run in found.runs] == ["lr 0.1"]
     assert found.notes == ["row 'lr 0.1' appears twice; it is trained once"]
 
 
-def test_published_figures_find_their_runs_by_values(tmp_path: Path) -> None:
+def test_published_values_are_matched_to_runs_by_varied_values(tmp_path: Path) -> None:
     found = expanded(
         tmp_path,
         """
@@ -264,7 +264,7 @@ def test_published_figures_find_their_runs_by_values(tmp_path: Path) -> None:
     assert all(found_values[row] == ({}, "") for row in found_values if row != "lr 0.2, batch_size 8")
 
 
-def test_random_search_is_a_list_of_runs_that_more_draws_only_lengthen(tmp_path: Path) -> None:
+def test_more_draws_of_a_random_search_only_append_runs(tmp_path: Path) -> None:
     text = """
         [study]
         seeds = 2
@@ -283,7 +283,7 @@ def test_random_search_is_a_list_of_runs_that_more_draws_only_lengthen(tmp_path:
         assert ("optimizer.momentum" in run.member.changes) == (run.recipe.optimizer.name == "sgd")
 
 
-def test_a_study_may_extend_a_recipe_and_be_overridden(tmp_path: Path) -> None:
+def test_a_study_can_extend_a_recipe_and_take_overrides(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(BASE.format(root=tmp_path / "runs", epochs=2))
     path = tmp_path / "study.toml"
     path.write_text('extends = "base.toml"\n[study.grid]\noptimizer.lr = [0.1, 0.2]\n')
@@ -291,7 +291,7 @@ def test_a_study_may_extend_a_recipe_and_be_overridden(tmp_path: Path) -> None:
     assert [(run.recipe.optimizer.lr, run.recipe.train.epochs) for run in found.runs] == [(0.5, 7)]
 
 
-def test_keys_that_every_run_gives_may_be_missing_from_the_recipe(tmp_path: Path) -> None:
+def test_keys_that_every_run_sets_may_be_missing_in_the_recipe(tmp_path: Path) -> None:
     path = write_study(tmp_path, "[study.grid]\noptimizer.lr = [0.1, 0.2]\n")
     path.write_text(path.read_text().replace("lr = 0.05\n", ""))
     assert [run.recipe.optimizer.lr for run in expand(read_study(path)).runs] == [0.1, 0.2]
@@ -300,15 +300,15 @@ def test_keys_that_every_run_gives_may_be_missing_from_the_recipe(tmp_path: Path
 EXPECT = '[expected_metrics]\ntest_accuracy = { at_least = 0.98, source = "the base" }\n'
 
 
-def promised(found: ExpandedStudy) -> list[float | None]:
-    """The least test accuracy that each run promises."""
+def expected_accuracies(found: ExpandedStudy) -> list[float | None]:
+    """Return the lowest test accuracy that each run's recipe expects."""
     return [
         run.recipe.expected_metrics["test_accuracy"].at_least if run.recipe.expected_metrics else None
         for run in found.runs
     ]
 
 
-def test_an_inherited_promise_is_none_of_a_studys_runs(tmp_path: Path) -> None:
+def test_expected_metrics_are_not_inherited_by_a_studys_runs(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(BASE.format(root=tmp_path, epochs=2) + EXPECT)
     path = tmp_path / "study.toml"
     path.write_text("""extends = "base.toml"
@@ -320,25 +320,25 @@ def test_an_inherited_promise_is_none_of_a_studys_runs(tmp_path: Path) -> None:
         set.expected_metrics.test_accuracy = { at_least = 0.5, source = "a table" }
         """)
     found = expand(read_study(path))
-    assert promised(found) == [None, 0.5]
+    assert expected_accuracies(found) == [None, 0.5]
     assert found.runs[1].member.changes == {"optimizer.lr": 0.2}
     assert not found.notes
 
 
-def test_a_files_own_promise_holds_for_runs_that_change_nothing_but_the_seed(tmp_path: Path) -> None:
+def test_a_study_files_expected_metrics_apply_to_runs_that_change_only_the_seed(tmp_path: Path) -> None:
     found = expanded(tmp_path, EXPECT + "[study]\nseeds = 2\n")
-    assert promised(found) == [0.98, 0.98]
+    assert expected_accuracies(found) == [0.98, 0.98]
     assert not found.notes
     found = expanded(
         tmp_path, EXPECT + '[[study.rows]]\nname = "a"\n[[study.rows]]\nname = "b"\nset.optimizer.lr = 0.2\n'
     )
-    assert promised(found) == [0.98, None]
+    assert expected_accuracies(found) == [0.98, None]
     assert found.notes == [
         "[expected_metrics] describes the unchanged recipe; runs that change it are not compared with it"
     ]
 
 
-def test_what_is_no_part_of_the_experiment_does_not_make_another_run(tmp_path: Path) -> None:
+def test_keys_that_do_not_affect_the_experiment_do_not_create_another_run(tmp_path: Path) -> None:
     text = "[study]\nseeds = 1\n"
     hashes = {
         expanded(tmp_path, text, *overrides).runs[0].member.hash
@@ -347,7 +347,7 @@ def test_what_is_no_part_of_the_experiment_does_not_make_another_run(tmp_path: P
     assert len(hashes) == 1
 
 
-def test_reading_and_expanding_needs_no_torch(tmp_path: Path) -> None:
+def test_reading_and_expanding_a_study_does_not_import_torch(tmp_path: Path) -> None:
     path = write_study(tmp_path, "[study.grid]\noptimizer.lr = [0.1, 0.2]\n")
     code = (
         "import sys\nfrom toolkit.study.expand import expand, read_study\n"
@@ -356,7 +356,7 @@ def test_reading_and_expanding_needs_no_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# -- mistakes ---------------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
     "nothing varies": ("[study]\n", "[study] varies nothing: give one or more of rows, grid, zip"),
@@ -447,26 +447,26 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_each_mistake_has_its_message(tmp_path: Path, mistake: str) -> None:
-    text, said = MISTAKES[mistake]
-    assert said in message(tmp_path, text)
+def test_each_error_has_its_message(tmp_path: Path, mistake: str) -> None:
+    text, error_text = MISTAKES[mistake]
+    assert error_text in message(tmp_path, text)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_recipe_without_study_is_sent_to_train(tmp_path: Path) -> None:
+def test_a_recipe_without_a_study_table_suggests_toolkit_train(tmp_path: Path) -> None:
     assert "has no [study] table: it is one run. To train it: toolkit train" in message(tmp_path, "")
 
 
-def test_a_fault_is_shown_at_its_place_in_the_studys_file(tmp_path: Path) -> None:
-    said = message(tmp_path, "[study.grid]\noptimizer.lr = [0.1, 0.2, -3.0]\n")
+def test_an_error_in_a_row_is_shown_at_its_position_in_the_study_file(tmp_path: Path) -> None:
+    error_text = message(tmp_path, "[study.grid]\noptimizer.lr = [0.1, 0.2, -3.0]\n")
     path = tmp_path / "study.toml"
     line = path.read_text().splitlines().index("optimizer.lr = [0.1, 0.2, -3.0]") + 1
-    assert f"{path}:{line}:27: error: optimizer.lr: expected a number > 0 and <= 1e+30, found -3.0" in said
-    assert "in the row 'lr -3'" in said
+    assert f"{path}:{line}:27: error: optimizer.lr: expected a number > 0 and <= 1e+30, found -3.0" in error_text
+    assert "in the row 'lr -3'" in error_text
 
 
 def test_all_errors_of_all_runs_are_reported_at_once_and_each_once(tmp_path: Path) -> None:
-    said = message(
+    error_text = message(
         tmp_path,
         """
         [study]
@@ -480,6 +480,6 @@ def test_all_errors_of_all_runs_are_reported_at_once_and_each_once(tmp_path: Pat
         """,
         "train.batch_size=0",
     )
-    assert "3 errors in the recipe" in said
+    assert "3 errors in the recipe" in error_text
     for part in ("train.epochs: expected", "unknown key optimizer.lrr", "train.batch_size: expected"):
-        assert said.count(part) == 1
+        assert error_text.count(part) == 1

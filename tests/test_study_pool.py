@@ -1,4 +1,4 @@
-"""What a search assigns when workers come and go. Nothing is trained here (on a cluster: test_slurm_arrays.py)."""
+"""Assignments of a search while workers start and end. Nothing is trained; test_slurm_arrays.py trains."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ max_epochs = 9
 
 
 def prepared(tmp_path: Path) -> StudyDirectory:
-    """A search in whose folder nothing was trained yet."""
+    """Write a study directory of a search in which nothing was trained yet."""
     study = read_study(write_study(tmp_path, SEARCH))
     with study_lock(study) as folder:
         init_study(study, folder, expand(study))
@@ -39,7 +39,7 @@ def prepared(tmp_path: Path) -> StudyDirectory:
 
 
 def next_run(folder: StudyDirectory) -> LockedRun:
-    """What a worker does to get a run."""
+    """Acquire a run as a worker does."""
     found = acquire_run(folder)
     if found is None:
         assert SearchAssigner(folder).assign()
@@ -63,13 +63,13 @@ def test_each_worker_gets_a_configuration_and_none_is_assigned_ahead(tmp_path: P
     assert len({locked.run.id for locked in taken}) == len(folder.members) == 4
     changes = [member.changes for member in folder.members]
     assert all(change not in changes[:n] for n, change in enumerate(changes))
-    # A worker that has died leaves its run to the next one; the search is not asked.
+    # A released run goes to the next worker without a new configuration.
     taken[2].release()
     assert next_run(folder).run.id == taken[2].run.id
     assert len(folder.members) == 4
 
 
-def test_only_one_process_makes_assignments_at_a_time(tmp_path: Path) -> None:
+def test_only_one_process_assigns_runs_at_a_time(tmp_path: Path) -> None:
     folder = prepared(tmp_path)
     with held(folder.path / WRITING):
         assert not SearchAssigner(folder).assign()
@@ -78,7 +78,7 @@ def test_only_one_process_makes_assignments_at_a_time(tmp_path: Path) -> None:
     assert len(folder.members) == 1
 
 
-def test_a_process_killed_while_it_makes_assignments_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
+def test_a_process_killed_while_assigning_does_not_block_the_others(tmp_path: Path) -> None:
     folder = prepared(tmp_path)
     context = multiprocessing.get_context("fork")
     process = context.Process(target=hold_until_killed, args=(folder,))
@@ -98,31 +98,31 @@ def hold_until_killed(folder: StudyDirectory) -> None:
 
 
 @pytest.mark.parametrize("last", ["create_run", "set_target_epoch", "write"])
-def test_a_crash_between_the_steps_of_an_assignment_loses_and_doubles_nothing(
+def test_a_crash_within_an_assignment_loses_and_duplicates_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
-    """``last``: what the process has done before it dies."""
+    """``last`` is the last step of the assignment before the crash."""
     whole, folder = prepared(tmp_path / "whole"), prepared(tmp_path / "crashes")
     for each in (whole, folder):
         next_run(each).release()
 
-    class Death(BaseException):
+    class SimulatedCrash(BaseException):
         pass
 
-    def die(*_: object) -> None:
-        raise Death
+    def crash(*_: object) -> None:
+        raise SimulatedCrash
 
     log_epochs(folder.runs[0], 0.5)
     log_epochs(whole.runs[0], 0.5)
     with monkeypatch.context() as patch:
         if last == "create_run":
-            patch.setattr(assign, "set_target_epoch", die)
+            patch.setattr(assign, "set_target_epoch", crash)
         elif last == "set_target_epoch":
-            patch.setattr(StudyDirectory, "write", die)
+            patch.setattr(StudyDirectory, "write", crash)
         if last == "write":
             SearchAssigner(folder).assign()
         else:
-            with pytest.raises(Death):
+            with pytest.raises(SimulatedCrash):
                 SearchAssigner(folder).assign()
     made = next_run(folder).run
     next_run(whole)
@@ -131,7 +131,7 @@ def test_a_crash_between_the_steps_of_an_assignment_loses_and_doubles_nothing(
     assert sum((path / "recipe.toml").exists() for path in folder.path.iterdir()) == 2
 
 
-def test_results_promote_a_run_and_failures_do_not(tmp_path: Path) -> None:
+def test_results_lead_to_promotions_and_failures_do_not(tmp_path: Path) -> None:
     folder = prepared(tmp_path)
     search = SearchAssigner(folder)
     for accuracy in (0.5, 0.9, None):
@@ -147,7 +147,7 @@ def test_results_promote_a_run_and_failures_do_not(tmp_path: Path) -> None:
 
 
 def test_a_run_that_stopped_early_keeps_its_promotion(tmp_path: Path) -> None:
-    """Else another one would be promoted in its place, the next time that the search is rebuilt."""
+    """Otherwise another run would be promoted in its place when the search is rebuilt."""
     folder = prepared(tmp_path)
     for accuracy in (0.5, 0.9, 0.7):
         locked = next_run(folder)
@@ -156,11 +156,13 @@ def test_a_run_that_stopped_early_keeps_its_promotion(tmp_path: Path) -> None:
             locked.run.write_json("summary.json", {"best": {"epoch": 1}, "last": {"epoch": 1}})
         locked.release()
     assert SearchAssigner(folder).assign()
-    assert len(folder.members) == 4, "nothing is left to train of the promoted one, so there is a new configuration"
+    assert len(folder.members) == 4, "the promoted run is finished, so a new configuration is added"
     assert [target_epoch(run) for run in folder.runs] == [1, 3, 1, 1]
 
 
-def test_a_search_is_not_asked_again_before_there_are_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fully_assigned_search_is_not_asked_again_before_new_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = prepared(tmp_path)
     search = SearchAssigner(folder)
     locks: list[LockedRun] = []
@@ -177,7 +179,7 @@ def test_a_search_is_not_asked_again_before_there_are_results(tmp_path: Path, mo
     assert target_epoch(locks[5].run) == 3
 
 
-def test_a_worker_learns_that_a_search_was_started_again_with_more_trials(tmp_path: Path) -> None:
+def test_a_worker_notices_that_a_search_was_restarted_with_more_trials(tmp_path: Path) -> None:
     folder = prepared(tmp_path)
     worker = SearchAssigner(folder)
     while worker.assign():
@@ -190,8 +192,8 @@ def test_a_worker_learns_that_a_search_was_started_again_with_more_trials(tmp_pa
     assert len(folder.members) == 10
 
 
-def test_a_status_check_never_keeps_a_worker_from_a_run(tmp_path: Path) -> None:
-    """However long a loaded machine takes between the two halves of the check."""
+def test_a_status_check_never_makes_a_workers_claim_fail(tmp_path: Path) -> None:
+    """Even if a loaded machine pauses in the middle of the check."""
     import fcntl
 
     folder = prepared(tmp_path)
@@ -202,7 +204,7 @@ def test_a_status_check_never_keeps_a_worker_from_a_run(tmp_path: Path) -> None:
     lock.release()
     with open(run.path / ".claim", "rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # as is_held() does
-        assert not is_held(run.path / ".claim"), "two checks do not disturb each other"
+        assert not is_held(run.path / ".claim"), "concurrent checks do not conflict"
         context = multiprocessing.get_context("fork")
         process = context.Process(target=claim_and_note, args=(run, folder.path / "claimed"))
         process.start()

@@ -1,4 +1,4 @@
-"""toolkit report STUDY: what is written, and what is said of studies that are not whole."""
+"""`toolkit report STUDY`: the files it writes, and its messages about incomplete or damaged studies."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from toolkit.study.directory import StudyDirectory
 
 @pytest.fixture
 def study(tmp_path: Path) -> StudyDirectory:
-    """Two rates over two seeds, of which one run failed."""
+    """Write a study of two learning rates and two seeds, of which one run failed."""
     return small_study(tmp_path / "study")
 
 
 @pytest.fixture(autouse=True)
 def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are drawn as objects, and neither written nor rendered."""
+    """Draw figures as objects, without writing or rendering them."""
     monkeypatch.setattr(written_study, "save", lambda figure, folder, name: [folder / f"{name}.svg"])
     monkeypatch.setattr(written_study, "page_svg", lambda figure, label, is_light: "<svg></svg>")
     monkeypatch.setattr(run_report, "save", lambda figure, folder, name, kinds: [])
@@ -43,7 +43,7 @@ def page(outcome: Outcome) -> str:
 
 
 class _Table(HTMLParser):
-    """The texts of a table's cells, row by row."""
+    """Collects the text of a table's cells row by row."""
 
     def __init__(self, text: str, name: str) -> None:
         super().__init__()
@@ -62,7 +62,9 @@ class _Table(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
 
-def test_figures_for_print_and_one_page(study: StudyDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_report_has_figures_for_print_and_one_page(
+    study: StudyDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(written_study, "save", plot_style.save)
     monkeypatch.setattr(written_study, "page_svg", plot_style.page_svg)
     outcome = report(study.path)
@@ -73,10 +75,10 @@ def test_figures_for_print_and_one_page(study: StudyDirectory, monkeypatch: pyte
     }
     assert outcome.stdout.splitlines()[-1] == str(study.path / "report.html")
     assert text.count('<svg class="drawn') == len(expected)
-    assert text.count('<svg class="drawn light"') == 1, "colours that are a scale stay on white"
+    assert text.count('<svg class="drawn light"') == 1, "color scales keep a white background"
 
 
-def test_table_beside_the_published_figures(study: StudyDirectory) -> None:
+def test_the_table_shows_published_values_next_to_measured_ones(study: StudyDirectory) -> None:
     head, *rows = _Table(page(report(study.path)), "study-table").rows
     where = head.index("test acc. %")
     assert head[where : where + 3] == ["test acc. %", "published", "diff."]
@@ -92,7 +94,7 @@ def test_numbers_of_the_table_sort_by_their_value(study: StudyDirectory) -> None
         assert re.search(rf'data-value="{re.escape(value)}">{re.escape(shown)}<', text), shown
 
 
-def test_every_run_has_its_line_and_its_curve(study: StudyDirectory) -> None:
+def test_every_run_has_a_table_row_and_a_curve(study: StudyDirectory) -> None:
     text = page(report(study.path))
     _, *rows = _Table(text, "run-table").rows
     assert [row[:6] for row in rows] == [
@@ -109,10 +111,10 @@ def test_every_run_has_its_line_and_its_curve(study: StudyDirectory) -> None:
         ("lr 0.01, seed 0", "lr 0.01", [20, 30, 40]), ("lr 0.01, seed 1", "lr 0.01", [20]),
     ]  # fmt: skip
     looks = {one["group"]: (one["color"], one["dash"]) for one in chart["series"]}
-    assert len(set(looks.values())) == 2, "a look a row"
+    assert len(set(looks.values())) == 2, "one line style per row"
 
 
-def test_what_varies_is_highlighted_and_environments_are_put_together(study: StudyDirectory) -> None:
+def test_varied_keys_are_highlighted_and_equal_environments_are_merged(study: StudyDirectory) -> None:
     text = page(report(study.path))
     _, *rows = _Table(text, "recipe-table").rows
     assert {row[0]: row[1] for row in rows}["optimizer.lr"] == "0.1, 0.01"
@@ -122,16 +124,16 @@ def test_what_varies_is_highlighted_and_environments_are_put_together(study: Stu
     assert ["packages torch", "2.15.0"] in _Table(text, "environment-table").rows
 
 
-def test_links_to_the_reports_of_its_runs(study: StudyDirectory) -> None:
-    assert '<a href="2026' not in page(report(study.path)), "there are none yet"
+def test_the_page_links_to_the_reports_of_its_runs(study: StudyDirectory) -> None:
+    assert '<a href="2026' not in page(report(study.path)), "no run has a report yet"
     outcome = report(study.path, "--runs")
     links = re.findall(r'<a href="(2026[^"]*)"', page(outcome))
-    assert len(links) == 4, "of the failed one too, as far as it came"
+    assert len(links) == 4, "the failed run has a report up to its last epoch"
     assert all((study.path / link).is_file() for link in links)
     assert "run 1 of 4: " in outcome.stderr
 
 
-def test_failures_are_told(study: StudyDirectory) -> None:
+def test_failures_are_listed(study: StudyDirectory) -> None:
     outcome = report(study.path)
     assert "not shown: lr 0.01, seed 1: the loss is <nan>" in outcome.stderr
     text = page(outcome)
@@ -139,7 +141,7 @@ def test_failures_are_told(study: StudyDirectory) -> None:
     assert "Two &lt;b&gt;rates&lt;/b&gt;" in text
 
 
-def test_only_figures_and_json(study: StudyDirectory, tmp_path: Path) -> None:
+def test_the_options_figures_only_and_json_of_a_study_report(study: StudyDirectory, tmp_path: Path) -> None:
     found = json.loads(report(study.path, "--figures-only", "--json").stdout)
     assert found["report"] is None
     assert not (study.path / "report.html").exists()
@@ -148,10 +150,10 @@ def test_only_figures_and_json(study: StudyDirectory, tmp_path: Path) -> None:
     assert [Path(file).name for file in found["figures"]][-1] == "curves-by-lr.svg"
 
 
-# Studies that are not whole
+# Incomplete and damaged studies
 
 
-def test_no_finished_epoch_is_bad_input(tmp_path: Path) -> None:
+def test_a_study_without_a_finished_epoch_is_refused(tmp_path: Path) -> None:
     write_study(
         tmp_path / "study", TABLE, [FakeRun("a", state="missing"), FakeRun("b", val_accuracy=(), state="paused")]
     )
@@ -162,7 +164,7 @@ def test_no_finished_epoch_is_bad_input(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "name": "x", "study": {"rows": 3}, '
                                      '"search": null, "complete": true, "members": []}'])  # fmt: skip
-def test_a_damaged_study_is_bad_input(study: StudyDirectory, content: str) -> None:
+def test_a_damaged_study_is_refused(study: StudyDirectory, content: str) -> None:
     (study.path / "study.json").write_text(content)
     outcome = report(study.path)
     assert outcome.status == 2
@@ -179,7 +181,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-def test_damaged_runs_are_named_and_the_rest_is_shown(study: StudyDirectory, name: str) -> None:
+def test_damaged_runs_are_named_and_the_rest_is_reported(study: StudyDirectory, name: str) -> None:
     run = study.run(study.members[0])
     assert run is not None
     for content in (*GARBAGE[name], None):
@@ -196,7 +198,7 @@ def test_damaged_runs_are_named_and_the_rest_is_shown(study: StudyDirectory, nam
         assert rows["lr 0.1", "1"] == "finished"
 
 
-def test_what_is_neither_run_nor_study(tmp_path: Path) -> None:
+def test_a_path_that_is_neither_run_nor_study_is_refused(tmp_path: Path) -> None:
     outcome = report(tmp_path)
     assert outcome.status == 2
     assert f"{tmp_path} is not a run directory (no recipe.toml) or a study's folder (no study.json)" in outcome.stderr
@@ -206,7 +208,7 @@ def test_what_is_neither_run_nor_study(tmp_path: Path) -> None:
     assert f"it has run directories, the newest is {tmp_path / 'deep' / 'run'}" in outcome.stderr
 
 
-def test_options_of_the_other_kind_are_refused(study: StudyDirectory, tmp_path: Path) -> None:
+def test_options_for_runs_are_refused_for_studies_and_vice_versa(study: StudyDirectory, tmp_path: Path) -> None:
     assert "--filters is for a run" in report(study.path, "--filters", "1").stderr
     outcome = report(write_run(tmp_path / "deep", images=False).path, "--runs")
     assert (outcome.status, "--runs is for a study" in outcome.stderr) == (2, True)
@@ -214,7 +216,7 @@ def test_options_of_the_other_kind_are_refused(study: StudyDirectory, tmp_path: 
 
 def test_a_long_title_is_not_cut() -> None:
     title = (
-        "Optimiser x learning rate x weight decay x momentum x dropout on a frozen EfficientNet-Lite0: 23 finished runs"
+        "Optimizer x learning rate x weight decay x momentum x dropout on a frozen EfficientNet-Lite0: 23 finished runs"
     )
     drawn = plot_types.importance({"optimizer.learning_rate": 0.9, "optimizer.weight_decay": 0.1}, title)
     drawn.draw_without_rendering()

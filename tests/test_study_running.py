@@ -1,4 +1,4 @@
-"""A study runs to its end from wherever it was left, in one process, and each run is what it would be alone."""
+"""A study in one process resumes from any interruption, and each run equals the same run trained alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ mixup = 0.4
 
 
 def study(path: Path, *arguments: str, status: int = 0) -> str:
-    """`toolkit study`, and what it has shown."""
+    """Run `toolkit study`; return its output."""
     result = toolkit("study", path, *arguments)
     assert result.status == status, result.stdout + result.stderr
     return result.stdout + result.stderr
@@ -44,7 +44,7 @@ def study(path: Path, *arguments: str, status: int = 0) -> str:
 # -- pausing ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_pauses_after_epochs_comes_out_the_same(tmp_path: Path) -> None:
+def test_a_run_that_pauses_after_some_epochs_is_bit_identical(tmp_path: Path) -> None:
     text = BASE.format(root=tmp_path / "whole", epochs=4) + STATEFUL + '[scheduler]\nname = "cosine"\n'
     whole = outcome(fit(loads_recipe(text)))
     recipe = loads_recipe(text, [f'recipe.run_root="{tmp_path / "parts"}"'])
@@ -56,7 +56,7 @@ def test_a_run_that_pauses_after_epochs_comes_out_the_same(tmp_path: Path) -> No
     assert outcome(run) == whole
 
 
-def test_a_pause_behind_the_last_epoch_or_after_early_stopping_is_the_end(tmp_path: Path) -> None:
+def test_a_pause_after_the_last_epoch_or_after_early_stopping_finishes_the_run(tmp_path: Path) -> None:
     text = BASE.format(root=tmp_path, epochs=3)
     assert fit(loads_recipe(text), until=3).is_finished
     assert fit(loads_recipe(text), until=9).is_finished
@@ -65,7 +65,7 @@ def test_a_pause_behind_the_last_epoch_or_after_early_stopping_is_the_end(tmp_pa
     assert (run.is_finished, run.summary["stopped_early"], len(run.epochs())) == (True, True, 2)
 
 
-def test_a_quiet_run_says_the_same_in_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_quiet_run_writes_the_same_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = loads_recipe(BASE.format(root=tmp_path, epochs=1))
     run = fit(recipe, quiet=True)
     assert capfd.readouterr() == ("", "")
@@ -75,8 +75,8 @@ def test_a_quiet_run_says_the_same_in_its_log(tmp_path: Path, capfd: pytest.Capt
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def test_each_run_of_a_study_is_what_it_is_alone(tmp_path: Path) -> None:
-    """Whatever ran before it in the process, deterministic algorithms and other optimisers included."""
+def test_each_run_of_a_study_equals_the_same_run_trained_alone(tmp_path: Path) -> None:
+    """Independent of earlier runs in the process, including deterministic algorithms and other optimizers."""
     path = write_study(
         tmp_path,
         STATEFUL
@@ -101,7 +101,7 @@ def test_each_run_of_a_study_is_what_it_is_alone(tmp_path: Path) -> None:
     assert results["plain, seed 0"]["weights"] != results["adamw, seed 0"]["weights"]
 
 
-def test_a_run_keeps_its_own_recipe_and_where_it_came_from(tmp_path: Path) -> None:
+def test_a_run_keeps_its_own_recipe_and_the_origin_of_each_value(tmp_path: Path) -> None:
     path = write_study(tmp_path, TWO, epochs=1)
     study(path)
     (_, run), _ = runs_of(tmp_path)
@@ -123,13 +123,13 @@ def test_finished_runs_are_never_trained_again(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(worker, "fit", refuse)
     assert "2 of 2 runs finished" in study(path)
     assert outcomes(tmp_path) == before
-    # A study that is not known to the folder any more finds its runs by their recipes.
+    # Without study.json the study finds its runs by their recipes.
     (study_folder(tmp_path).path / "study.json").unlink()
     study(path)
     assert outcomes(tmp_path) == before
 
 
-def test_rows_that_are_added_are_trained_and_the_others_are_not(tmp_path: Path) -> None:
+def test_only_added_rows_are_trained(tmp_path: Path) -> None:
     path = write_study(tmp_path, TWO, epochs=1)
     study(path)
     before = {title: run.path for title, run in runs_of(tmp_path)}
@@ -144,11 +144,11 @@ def test_rows_that_are_added_are_trained_and_the_others_are_not(tmp_path: Path) 
     assert all(run_path.exists() for run_path in after.values())
 
 
-def test_an_interrupted_study_resumes_and_comes_out_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_resumed_after_interruptions_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write_study(tmp_path / "whole", TWO, epochs=3)
     study(whole)
     path = write_study(tmp_path / "parts", TWO, epochs=3)
-    for count in (4, 8, 10):  # steps after which SIGTERM comes
+    for count in (4, 8, 10):  # numbers of steps after which SIGTERM arrives
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "_after_step", interrupting(count))
             result = toolkit("study", path)
@@ -159,7 +159,7 @@ def test_an_interrupted_study_resumes_and_comes_out_the_same(tmp_path: Path, mon
 
 
 def interrupting(count: int) -> Any:
-    """Training's own _after_step, with SIGTERM at the ``count``-th call."""
+    """Return training's _after_step with a SIGTERM at the ``count``-th call."""
     calls, original = [0], Trainer._after_step
 
     def after_step(self: Trainer, *arguments: Any) -> bool:
@@ -171,7 +171,7 @@ def interrupting(count: int) -> Any:
     return after_step
 
 
-def test_a_run_that_fails_does_not_end_the_study_and_is_retried_when_asked(tmp_path: Path) -> None:
+def test_a_failed_run_does_not_end_the_study_and_is_retried_on_request(tmp_path: Path) -> None:
     weights = tmp_path / "weights.safetensors"
     path = write_study(
         tmp_path,
@@ -183,7 +183,7 @@ def test_a_run_that_fails_does_not_end_the_study_and_is_retried_when_asked(tmp_p
         name = "diverges"
         set = {{ optimizer.lr = 1e30 }}
         [[study.rows]]
-        name = "fine"
+        name = "valid"
         """,
     )
     output = study(path, status=1)
@@ -192,8 +192,8 @@ def test_a_run_that_fails_does_not_end_the_study_and_is_retried_when_asked(tmp_p
     assert "diverges, seed 0: failed: the loss is not finite" in output
     states = {title: state_of(run) for title, run in runs_of(tmp_path)}
     assert list(states.values()) == ["failed", "failed", "finished"]
-    fine = outcome(dict(runs_of(tmp_path))["fine, seed 0"])
-    # Failed runs are shown again, and not tried again unless asked.
+    valid = outcome(dict(runs_of(tmp_path))["valid, seed 0"])
+    # Failed runs are listed again, but retried only with --retry.
     broken = {title: failure_of(run) for title, run in runs_of(tmp_path)}
     study(path, status=1)
     assert {title: failure_of(run) for title, run in runs_of(tmp_path)} == broken
@@ -206,7 +206,7 @@ def test_a_run_that_fails_does_not_end_the_study_and_is_retried_when_asked(tmp_p
     output = study(path, "--retry", status=1)
     states = {title: state_of(run) for title, run in runs_of(tmp_path)}
     assert list(states.values()) == ["finished", "failed", "finished"]
-    assert outcome(dict(runs_of(tmp_path))["fine, seed 0"]) == fine
+    assert outcome(dict(runs_of(tmp_path))["valid, seed 0"]) == valid
 
 
 def test_memory_does_not_grow_from_run_to_run(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_the_live_table_shows_progress_time_left_and_the_best_so_far(tmp_path: P
         for epoch, value in ((1, 0.5), (2, 0.75), (3, 0.625))
     ]
     first.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    progress.started -= 30  # seconds; three of eight epochs took them
+    progress.started -= 30  # three of eight epochs took 30 seconds
     held = claim(first)
     assert held is not None
     console = Console(record=True, width=120, file=io.StringIO())
@@ -261,10 +261,10 @@ def test_the_live_table_shows_progress_time_left_and_the_best_so_far(tmp_path: P
     assert not any("lr 0.05, seed" in line for line in shown[1:])
 
 
-# -- what is refused, and what is printed -----------------------------------------------------------------------------
+# -- refused input and printed output ---------------------------------------------------------------------------------
 
 
-def test_a_plan_counts_what_is_there_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_plan_counts_existing_runs_and_writes_nothing(tmp_path: Path) -> None:
     path = write_study(tmp_path, GRID, epochs=1)
     plan = json.loads(toolkit("study", path, "--plan", "--json").stdout)
     assert not (tmp_path / "runs").exists()
@@ -287,7 +287,7 @@ def test_a_plan_counts_what_is_there_and_writes_nothing(tmp_path: Path) -> None:
     assert "about" in toolkit("study", path, "--plan").stdout
 
 
-def test_the_plan_of_a_search_counts_its_epochs_and_what_is_left_of_them(tmp_path: Path) -> None:
+def test_the_plan_of_a_search_counts_its_total_and_remaining_epochs(tmp_path: Path) -> None:
     search = """
         [study]
         bohb = { trials = 4, min_epochs = 1, max_epochs = 2, eta = 2 }
@@ -295,7 +295,7 @@ def test_the_plan_of_a_search_counts_its_epochs_and_what_is_left_of_them(tmp_pat
         """
     path = write_study(tmp_path, search)
     plan = json.loads(toolkit("study", path, "--plan", "--json").stdout)
-    # Four configurations for an epoch, two of them for one more.
+    # Four configurations for one epoch, two of them for one more.
     assert (plan["epochs_left"], plan["seconds_left"]) == (6, None)
     grid = json.loads(toolkit("study", write_study(tmp_path / "grid", TWO, epochs=3), "--plan", "--json").stdout)
     assert plan["flops_left"] == grid["flops_left"]
@@ -306,7 +306,7 @@ def test_the_plan_of_a_search_counts_its_epochs_and_what_is_left_of_them(tmp_pat
     assert "6 epochs in all" in text
 
 
-def test_more_runs_than_stated_need_yes(tmp_path: Path) -> None:
+def test_more_runs_than_the_limit_need_the_yes_option(tmp_path: Path) -> None:
     path = write_study(tmp_path, "[study]\nmax_runs = 1\n" + TWO, epochs=1)
     assert "has 2 runs, more than study.max_runs = 1" in study(path, status=2)
     assert not (tmp_path / "runs").exists()
@@ -314,7 +314,7 @@ def test_more_runs_than_stated_need_yes(tmp_path: Path) -> None:
     study(path, "--yes")
 
 
-def test_a_folder_with_another_study_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_another_study_is_refused(tmp_path: Path) -> None:
     path = write_study(tmp_path, TWO, epochs=1)
     study(path)
     kept = {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()}
@@ -345,10 +345,10 @@ SEARCH = (
 
 
 @pytest.mark.parametrize("text", [TWO, SEARCH], ids=["grid", "search"])
-def test_a_study_continues_after_the_recipe_language_has_got_a_new_key(
+def test_a_study_resumes_after_a_recipe_key_was_added_to_the_toolkit(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs are known by their recipes with the new key's default, not by a hash from before it."""
+    """Runs are matched by recipe with the new key's default, not by a stored hash."""
     path = write_study(tmp_path, text, epochs=1)
     study(path)
     file = study_folder(tmp_path).path / "study.json"
@@ -381,7 +381,7 @@ def test_storage_that_cannot_be_written_is_one_message(tmp_path: Path, where: st
     assert "Traceback" not in output
 
 
-def test_train_sends_a_study_to_its_own_command(tmp_path: Path) -> None:
+def test_toolkit_train_refers_a_study_to_toolkit_study(tmp_path: Path) -> None:
     path = write_study(tmp_path, TWO, epochs=1)
     result = toolkit("train", path)
     assert result.status == 2
@@ -389,7 +389,7 @@ def test_train_sends_a_study_to_its_own_command(tmp_path: Path) -> None:
     assert "has no [study] table" in study(write_study(tmp_path, "", name="recipe.toml"), status=2)
 
 
-def test_a_study_is_under_one_controller_at_a_time(tmp_path: Path) -> None:
+def test_a_study_has_one_controller_at_a_time(tmp_path: Path) -> None:
     from toolkit.study.expand import read_study
     from toolkit.study.init import study_lock
 
@@ -419,7 +419,7 @@ def test_an_interrupt_pauses_a_study(tmp_path: Path) -> None:
     assert "stopped; 2 runs:" in (tmp_path / "shown.txt").read_text()
 
 
-def test_interrupted_is_raised_through_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_propagates_through_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise Interrupted("last")
 

@@ -1,4 +1,4 @@
-"""BOHB as pure logic, on formulas, not on training: budgets, promotions, proposals, and a search that is rebuilt."""
+"""BOHB's logic on formulas instead of training: budgets, promotions, proposals, and rebuilding a search."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mereus_space() -> SearchSpace:
 
 
 def losses(changes: dict[str, Any]) -> list[float]:
-    """The loss of 30 epochs: least at lr 10^-1.5 with SGD, 10^-3 with AdamW, and weight decay 1e-4."""
+    """Return the losses of 30 epochs: lowest at lr 10^-1.5 with SGD, 10^-3 with AdamW, and weight decay 1e-4."""
     best = -1.5 if changes["optimizer.name"] == "sgd" else -3.0
     off = abs(math.log10(changes["optimizer.lr"]) - best) + 0.2 * abs(math.log10(changes["optimizer.weight_decay"]) + 4)
     return [0.1 + 0.1 * off + math.exp(-epoch / (5 + 2 * off)) for epoch in range(1, 31)]
@@ -48,7 +48,7 @@ def bohb(trials: int = 27, **settings: Any) -> BohbScheduler:
 
 
 def finish(search: BohbScheduler, objective: Objective = losses, limit: int = 10_000) -> list[TrialBudget]:
-    """Have one worker do all that is asked for; what it was."""
+    """Run all assignments in one worker; return them in order."""
     done = []
     while len(done) < limit and (assignment := search.ask()) is not None:
         done.append(assignment)
@@ -59,7 +59,7 @@ def finish(search: BohbScheduler, objective: Objective = losses, limit: int = 10
 # -- space ------------------------------------------------------------------------------------------------------------
 
 
-def test_momentum_only_where_sgd() -> None:
+def test_a_conditional_parameter_is_sampled_only_if_its_condition_holds() -> None:
     drawn = random_configurations(mereus_space(), 200, seed=0)
     assert all(("optimizer.momentum" in c) == (c["optimizer.name"] == "sgd") for c in drawn)
     assert {c["optimizer.name"] for c in drawn} == {"sgd", "adamw"}
@@ -68,7 +68,7 @@ def test_momentum_only_where_sgd() -> None:
     assert all(("optimizer.momentum" in t.changes) == (t.changes["optimizer.name"] == "sgd") for t in searched.trials)
 
 
-def test_ranges_are_kept_and_spread_as_they_say() -> None:
+def test_samples_stay_in_range_and_follow_the_given_distribution() -> None:
     space = read_space(
         {
             "a": {"log_uniform": [1e-6, 1e-1]},
@@ -82,7 +82,7 @@ def test_ranges_are_kept_and_spread_as_they_say() -> None:
     a = np.array([c["a"] for c in drawn])
     assert a.min() >= 1e-6
     assert a.max() <= 1e-1
-    # A fifth of a logarithmic range is each of its five decades; 3 standard deviations are 2.2 %.
+    # Each of five decades of a logarithmic range gets a fifth; 3 standard deviations are 2.2 %.
     assert abs(np.mean(a < 1e-5) - 0.2) < 0.025
     assert abs(np.mean([c["b"] for c in drawn]) - 0.3) < 0.005
     counts = Counter(c["c"] for c in drawn)
@@ -91,19 +91,19 @@ def test_ranges_are_kept_and_spread_as_they_say() -> None:
     assert all(isinstance(c["c"], int) for c in drawn)
 
 
-def test_random_search_is_seeded_and_a_longer_one_begins_with_the_shorter() -> None:
+def test_random_search_is_seeded_and_a_longer_one_starts_with_the_shorter() -> None:
     space = mereus_space()
     assert random_configurations(space, 8, seed=3) == random_configurations(space, 20, seed=3)[:8]
     assert random_configurations(space, 8, seed=3) != random_configurations(space, 8, seed=4)
 
 
-def test_random_search_repeats_nothing_and_ends_where_the_space_is_used_up() -> None:
+def test_random_search_repeats_no_configuration_and_ends_when_the_space_is_exhausted() -> None:
     space = read_space({"a": {"choice": [1, 2]}, "b": {"integers": [1, 3]}}, {})
     drawn = random_configurations(space, 50, seed=0)
     assert sorted((c["a"], c["b"]) for c in drawn) == [(a, b) for a in (1, 2) for b in (1, 2, 3)]
 
 
-def test_condition_on_a_key_that_does_not_vary_and_on_one_that_does_not_count() -> None:
+def test_a_condition_may_refer_to_a_fixed_key_or_to_an_inactive_one() -> None:
     ranges = {"momentum": {"uniform": [0, 1], "when": {"name": ["sgd", "nag"]}}}
     assert list(read_space(ranges, {"name": "nag"}).draw(np.random.default_rng(0))) == ["momentum"]
     assert read_space(ranges, {"name": "adamw"}).draw(np.random.default_rng(0)) == {}
@@ -141,13 +141,13 @@ def test_condition_on_a_key_that_does_not_vary_and_on_one_that_does_not_count() 
         ),
     ],
 )
-def test_a_wrong_space_is_refused_by_name(space: dict[str, Any], message: str) -> None:
+def test_an_invalid_space_is_refused_with_the_key(space: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         read_space(space, {"optimizer.name": "sgd"})
     assert message in str(caught.value)
 
 
-def test_all_faults_of_a_space_are_reported_at_once() -> None:
+def test_all_errors_of_a_space_are_reported_at_once() -> None:
     with pytest.raises(UserError) as caught:
         read_space({"a": {"uniform": [1, 0]}, "b": {"choice": []}}, {})
     assert len(str(caught.value).splitlines()) == 2
@@ -164,13 +164,13 @@ def test_budgets_are_counted_from_the_largest(least: int, most: int, eta: int, e
     assert budgets(least, most, eta) == expected
 
 
-def test_brackets_share_trials_as_hyperband_does() -> None:
+def test_trials_are_distributed_over_brackets_as_in_hyperband() -> None:
     # Three budgets, eta 3: ceil(3/3 * 9), ceil(3/2 * 3), ceil(3/1 * 1).
     assert bracket_sizes(BohbSearchConfig(trials=100, brackets=3)) == [9, 5, 3]
     assert bracket_sizes(BohbSearchConfig(trials=100, min_epochs=1, max_epochs=27, brackets=4)) == [27, 12, 6, 4]
 
 
-def test_one_bracket_where_more_would_have_ten_trials_or_fewer() -> None:
+def test_there_is_one_bracket_if_more_would_get_ten_trials_or_fewer() -> None:
     assert bracket_sizes(BohbSearchConfig(trials=28)) == [9]  # 28 * 5 / 14 = 10
     assert bracket_sizes(BohbSearchConfig(trials=29)) == [9, 5]
     assert bracket_sizes(BohbSearchConfig(trials=56)) == [9, 5]  # 56 * 3 / 17 < 10
@@ -182,7 +182,7 @@ def test_more_brackets_than_budgets_are_refused() -> None:
         bracket_sizes(BohbSearchConfig(trials=24, brackets=4))
 
 
-def test_trials_of_all_brackets_begin_at_their_budget() -> None:
+def test_trials_of_each_bracket_start_at_its_budget() -> None:
     search = bohb(34, brackets=3)
     first = {a.trial: a.until_epoch for a in reversed(finish(search))}
     assert Counter(first.values()) == {3: 18, 10: 10, 30: 6}
@@ -192,18 +192,18 @@ def test_trials_of_all_brackets_begin_at_their_budget() -> None:
 
 
 def fixed(values: dict[int, float]) -> Callable[[TrialBudget], list[float]]:
-    """Each trial's loss, the same after every epoch."""
+    """Return an objective that gives each trial a constant loss."""
     return lambda assignment: [values[assignment.trial]] * assignment.until_epoch
 
 
-def test_the_best_third_is_promoted_as_soon_as_it_is_known() -> None:
+def test_the_best_third_is_promoted_as_soon_as_possible() -> None:
     search = bohb(9)
     train = fixed({0: 0.5, 1: 0.3, 2: 0.9, 3: 0.8, 4: 0.7, 5: 0.1, 6: 0.6, 7: 0.4, 8: 0.2})
     assigned = []
     while (assignment := search.ask()) is not None:
         assigned.append((assignment.trial, assignment.until_epoch))
         search.tell(assignment.trial, train(assignment))
-    # Of three one may be promoted, and 1 is the best; of six 5; of nine 8; of the three at 10 epochs 5 is the best.
+    # One of three may be promoted: 1 is the best of three, 5 of six, 8 of nine, and 5 of the three at 10 epochs.
     assert assigned == [(0, 3), (1, 3), (2, 3), (1, 10), (3, 3), (4, 3), (5, 3), (5, 10), (6, 3), (7, 3), (8, 3),
                         (8, 10), (5, 30)]  # fmt: skip
     assert search.is_done
@@ -222,8 +222,8 @@ def test_a_promoted_configuration_continues_and_is_not_trained_again() -> None:
     assert again == trained + 9 * 3 + 3 * 10
 
 
-def test_no_more_go_on_than_one_of_eta_however_good_newcomers_are() -> None:
-    """Each trial is better than all before it: every one is among the best third when it comes."""
+def test_at_most_one_of_eta_trials_is_promoted_however_good_later_trials_are() -> None:
+    """Each trial is better than all earlier ones, so that it is among the best third when its result arrives."""
     search, running = bohb(27), Counter[int]()
     while (assignment := search.ask()) is not None:
         search.tell(assignment.trial, [1 / (1 + assignment.trial)] * assignment.until_epoch)
@@ -235,14 +235,14 @@ def test_no_more_go_on_than_one_of_eta_however_good_newcomers_are() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"trials": 10}, {"trials": 60, "brackets": "auto"}, {"brackets": 3},
                                       {"trials": 2}, {"min_epochs": 1, "max_epochs": 16, "eta": 2}])  # fmt: skip
-def test_the_cost_of_a_search_is_known_beforehand(settings: dict[str, Any]) -> None:
+def test_the_total_epochs_of_a_search_are_known_in_advance(settings: dict[str, Any]) -> None:
     search = bohb(**{"trials": 34, **settings})
     finish(search)
     assert sum(len(t.values) for t in search.trials) == search_epochs(search.table)
 
 
 def test_workers_do_not_wait_for_a_rung_to_fill() -> None:
-    """Three workers, one of them very slow: the others always get something while there are trials to come."""
+    """With three workers, one very slow, the others always get an assignment while trials remain."""
     search = bohb(12)
     slow = search.ask()
     assert slow is not None
@@ -252,14 +252,14 @@ def test_workers_do_not_wait_for_a_rung_to_fill() -> None:
         search.tell(assignment.trial, losses(assignment.changes)[: assignment.until_epoch])
     while (assignment := search.ask()) is not None:
         search.tell(assignment.trial, losses(assignment.changes)[: assignment.until_epoch])
-    assert not search.is_done, "the slow one is still being trained"
+    assert not search.is_done, "the slow trial is still training"
     search.tell(slow.trial, losses(slow.changes)[: slow.until_epoch])
     finish(search)
     assert search.is_done
 
 
 @pytest.mark.parametrize("trials", [1, 2, 3, 5])
-def test_a_small_search_trains_its_best_to_the_end_too(trials: int) -> None:
+def test_a_small_search_also_trains_its_best_trial_to_the_end(trials: int) -> None:
     search = bohb(trials)
     finish(search)
     whole = [t for t in search.trials if len(t.values) == 30]
@@ -267,14 +267,14 @@ def test_a_small_search_trains_its_best_to_the_end_too(trials: int) -> None:
     assert min(at_three, key=at_three.__getitem__) in [t.number for t in whole]
 
 
-def test_accuracy_is_sought_upwards() -> None:
+def test_accuracy_is_maximized() -> None:
     search = bohb(9, metric="val/accuracy")
     finish(search, lambda changes: [1 - loss for loss in losses(changes)])
     best = max(search.trials, key=lambda t: 1 - losses(t.changes)[29])
     assert len(best.values) == 30
 
 
-def test_a_value_is_that_of_the_best_epoch_so_far() -> None:
+def test_a_trials_value_is_that_of_its_best_epoch_so_far() -> None:
     search = bohb(3)
     curves = [[0.1, 0.9, 0.9], [0.5, 0.5, 0.5], [0.6, 0.6, 0.2]]
     for curve in curves:
@@ -286,7 +286,7 @@ def test_a_value_is_that_of_the_best_epoch_so_far() -> None:
     assert (promoted.trial, promoted.until_epoch) == (0, 10)
 
 
-def test_a_run_that_stopped_early_is_not_asked_for_again_and_counts_at_the_budgets_above() -> None:
+def test_an_early_stopped_run_is_not_assigned_again_and_counts_at_higher_budgets() -> None:
     search = bohb(3)
     for loss in (0.1, 0.5, 0.6):
         assignment = search.ask()
@@ -317,7 +317,7 @@ def test_a_failed_trial_counts_as_worse_than_all_others() -> None:
     assert search.trials[0].state == search.trials[1].state == "failed"
 
 
-def test_a_search_in_which_everything_fails_ends() -> None:
+def test_a_search_ends_if_every_trial_fails() -> None:
     search = bohb(20)
     count = 0
     while (assignment := search.ask()) is not None:
@@ -327,8 +327,8 @@ def test_a_search_in_which_everything_fails_ends() -> None:
     assert search.is_done
 
 
-def test_the_model_avoids_where_trials_fail() -> None:
-    """Above lr 1e-4, three fifths of the space, all diverge: of 100 proposals 60 by chance, under half by model."""
+def test_the_model_avoids_regions_where_trials_fail() -> None:
+    """All trials above lr 1e-4, 3/5 of the space, diverge: 60 of 100 proposals by chance, under half by the model."""
     high = 0
     for seed in range(4):
         search = bohb(40, startup_trials=15, seed=seed)
@@ -342,7 +342,7 @@ def test_the_model_avoids_where_trials_fail() -> None:
     assert high < 30
 
 
-def test_a_failed_trial_may_be_tried_again() -> None:
+def test_a_failed_trial_can_be_retried() -> None:
     search = bohb(3)
     first = search.ask()
     assert first is not None
@@ -357,24 +357,24 @@ def test_a_failed_trial_may_be_tried_again() -> None:
 
 
 def test_the_model_proposes_after_the_startup_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same search with another objective: the same configurations at first, others as soon as the model counts."""
+    """Another objective gives the same startup configurations and different ones once the model proposes."""
 
     def other(changes: dict[str, Any]) -> list[float]:
         return [abs(math.log10(changes["optimizer.lr"]) + 6.0)] * 30
 
     one, two = bohb(30, startup_trials=12), bohb(30, startup_trials=12)
-    # Without promotions both have the same numbers of results at each proposal.
+    # Without promotions both searches have the same number of results at each proposal.
     monkeypatch.setattr(BohbScheduler, "_promotable_from", lambda *_: None)
     finish(one)
     finish(two, other)
     assert [t.changes for t in one.trials[:12]] == [t.changes for t in two.trials[:12]]
     assert all(a.changes != b.changes for a, b in zip(one.trials[12:], two.trials[12:], strict=True))
-    # Where little lr is best, the model goes there: the mean of its exponents is far below -3.5, the space's middle.
+    # If a small lr is best, the mean exponent of the proposals is far below -3.5, the middle of the space.
     assert np.mean([math.log10(t.changes["optimizer.lr"]) for t in two.trials[12:]]) < -4.5
 
 
 def test_the_model_finds_more_than_chance_at_equal_epochs() -> None:
-    """Six searches on the formula against random search that trains as many epochs: better in at least five."""
+    """Of six searches at least five beat a random search that trains the same number of epochs."""
     wins = 0
     for seed in range(6):
         search = bohb(60, seed=seed)
@@ -387,7 +387,7 @@ def test_the_model_finds_more_than_chance_at_equal_epochs() -> None:
 
 
 def test_every_option_of_the_sampler_is_given() -> None:
-    """Optuna has changed defaults before: a new option must be looked at. Those not given are for other problems."""
+    """Optuna has changed defaults before, so a new option must be reviewed. Unset ones serve other problems."""
     import inspect
 
     from optuna.samplers import TPESampler
@@ -399,7 +399,7 @@ def test_every_option_of_the_sampler_is_given() -> None:
     assert {name for name in options if f"{name}=" not in source} <= {"constraints_func", "categorical_distance_func"}
 
 
-def test_a_space_that_is_used_up_ends_the_search() -> None:
+def test_an_exhausted_space_ends_the_search() -> None:
     space = read_space({"a": {"choice": [1, 2]}, "b": {"integers": [1, 2]}}, {})
     search = BohbScheduler(BohbSearchConfig(trials=50, brackets=1), space)
     finish(search, lambda changes: [changes["a"] / 10 + changes["b"] / 20] * 30)
@@ -408,11 +408,11 @@ def test_a_space_that_is_used_up_ends_the_search() -> None:
     assert search.is_done
 
 
-# -- a search that died -----------------------------------------------------------------------------------------------
+# -- rebuilding an interrupted search ---------------------------------------------------------------------------------
 
 
 def known(search: BohbScheduler) -> list[RestoredTrial]:
-    """What the run directories of a search record."""
+    """Return the records that run directories keep of a search."""
     states: dict[str, Any] = {"failed": "failed", "ended": "ended"}
     return [
         RestoredTrial(t.changes, search.budgets[t.rung], list(t.values), states.get(t.state, "open"))
@@ -421,12 +421,12 @@ def known(search: BohbScheduler) -> list[RestoredTrial]:
 
 
 def in_training(search: BohbScheduler) -> list[tuple[int, int]]:
-    """The trials that are assigned and not measured yet, with the epochs to which they are trained."""
+    """Return assigned trials without a result yet, with their target epochs."""
     return [(t.number, search.budgets[t.rung]) for t in search.trials if t.state == "training"]
 
 
 @pytest.mark.parametrize("brackets", [1, 2])
-def test_a_search_rebuilt_at_any_moment_continues_as_if_it_had_never_died(brackets: int) -> None:
+def test_a_search_rebuilt_at_any_moment_continues_as_if_uninterrupted(brackets: int) -> None:
     whole = finish(bohb(29, brackets=brackets, seed=5))
     moments = random.Random(0).sample(range(1, len(whole)), 8)
     for moment in moments:
@@ -438,7 +438,7 @@ def test_a_search_rebuilt_at_any_moment_continues_as_if_it_had_never_died(bracke
         assert finish(second) == whole[moment:]
 
 
-def test_what_was_in_training_is_continued_first() -> None:
+def test_trials_in_training_are_continued_first() -> None:
     first = bohb(27)
     finish(first, limit=20)
     unfinished = first.ask()
@@ -449,13 +449,13 @@ def test_what_was_in_training_is_continued_first() -> None:
     records[unfinished.trial] = RestoredTrial(unfinished.changes, unfinished.until_epoch, half)
     rebuilt.restore(records)
     assert in_training(rebuilt) == [(unfinished.trial, unfinished.until_epoch)]
-    # Meanwhile others are asked for; the one under way is not.
+    # Meanwhile other trials are assigned, but not the one in training.
     other = rebuilt.ask()
     assert other is not None
     assert other.trial != unfinished.trial
 
 
-def test_a_configuration_without_any_epoch_is_continued_too() -> None:
+def test_a_trial_without_any_epoch_is_continued_too() -> None:
     first = bohb(5)
     assignment = first.ask()
     assert assignment is not None
@@ -475,7 +475,7 @@ def test_failed_trials_stay_failed() -> None:
     assert rebuilt.trials[0].state == "failed"
 
 
-def test_more_trials_continue_a_search_that_was_done() -> None:
+def test_a_completed_search_continues_with_more_trials() -> None:
     first = bohb(12)
     finish(first)
     longer = bohb(18)
@@ -485,13 +485,13 @@ def test_more_trials_continue_a_search_that_was_done() -> None:
     assert len(longer.trials) == 18
 
 
-def test_seeds_differ_and_repeat() -> None:
+def test_different_seeds_differ_and_equal_seeds_repeat() -> None:
     assert finish(bohb(15, seed=1)) == finish(bohb(15, seed=1))
     assert finish(bohb(15, seed=1)) != finish(bohb(15, seed=2))
 
 
 def test_no_two_workers_get_the_same_configuration() -> None:
-    """Results come in any order; no configuration is proposed twice, and none is lost."""
+    """Results arrive in any order; no configuration is proposed twice or lost."""
     search, order = bohb(40, seed=2), random.Random(1)
     unfinished: list[TrialBudget] = []
     while not search.is_done:
@@ -503,8 +503,8 @@ def test_no_two_workers_get_the_same_configuration() -> None:
     assert len(set(proposals)) == len(proposals) == 40
 
 
-def test_a_bracket_is_known_by_its_own_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model of a bracket does not see another's trials, whose values are of other budgets."""
+def test_a_brackets_model_uses_only_its_own_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of a bracket ignores trials of other brackets, whose values are from other budgets."""
     seen: list[int] = []
     monkeypatch.setattr(
         search_module, "optuna_study",

@@ -1,4 +1,4 @@
-"""toolkit table: known answers for the statistics, and the tables' text in full."""
+"""`toolkit table`: known answers for the statistics, and complete expected table texts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ COLUMNS = ["train_loss", "val_accuracy", "test_accuracy", "epochs"]
 # -- statistics -------------------------------------------------------------------------------------------------------
 
 
-def test_mean_deviation_and_interval_of_five() -> None:
-    """1..5: standard deviation sqrt(10 / 4); t of 4 degrees of freedom is 2.776445 (any table)."""
+def test_mean_standard_deviation_and_interval_of_five_values() -> None:
+    """For 1..5 the standard deviation is sqrt(10 / 4); tables give 2.776445 for t with 4 degrees of freedom."""
     found = estimate([1.0, 2.0, 3.0, 4.0, 5.0], 0.95)
     assert found.mean == 3
     assert found.n == 5
@@ -36,32 +36,32 @@ def test_mean_deviation_and_interval_of_five() -> None:
 @pytest.mark.parametrize(
     ("confidence", "freedom", "t"), [(0.95, 1, 12.7062), (0.95, 9, 2.2622), (0.99, 4, 4.6041), (0.9, 30, 1.6973)]
 )
-def test_quantiles_of_students_t(confidence: float, freedom: int, t: float) -> None:
+def test_quantiles_of_students_t_match_published_tables(confidence: float, freedom: int, t: float) -> None:
     assert t_quantile(confidence, freedom) == pytest.approx(t, abs=5e-5)
 
 
-def test_one_run_has_no_spread() -> None:
+def test_one_run_has_no_standard_deviation() -> None:
     found = estimate([0.7], 0.95)
     assert (found.mean, found.std, found.half_width, found.interval) == (0.7, None, None, None)
 
 
-def test_paired_comparison_of_three() -> None:
+def test_a_paired_comparison_of_three_differences() -> None:
     """Differences 1, 2, 3: t = 2 / (1 / sqrt 3); with 2 degrees of freedom p = 1 - t / sqrt(t^2 + 2)."""
     found = compare([11.0, 22.0, 33.0], [10.0, 20.0, 30.0], 0.95)
     t = 2 * math.sqrt(3)
     assert found.difference.mean == 2
     assert found.difference.std == 1
     assert found.t_test == pytest.approx(1 - t / math.sqrt(t * t + 2))
-    assert found.exact == 0.25  # all of one sign: 2 of 8
+    assert found.exact == 0.25  # all of the same sign: 2 of 8
     assert found.least_exact == 0.25
 
 
-def test_permutation_counts_the_signs() -> None:
-    """Differences 3, -1, 2 with sum 4: of the 8 sums +-6, +-4, +-2, 0, 0 four are as far from 0."""
+def test_the_permutation_test_counts_sign_patterns() -> None:
+    """Differences 3, -1, 2 have sum 4; of the 8 sums +-6, +-4, +-2, 0, 0 four are at least as far from 0."""
     assert compare([3.0, -1.0, 2.0], [0.0, 0.0, 0.0], 0.95).exact == 0.5
 
 
-def test_a_permutation_of_equal_rows_is_certain_chance() -> None:
+def test_the_permutation_test_of_equal_rows_has_p_1() -> None:
     found = compare([0.5, 0.6], [0.5, 0.6], 0.95)
     assert (found.difference.mean, found.t_test, found.exact) == (0, None, 1.0)
 
@@ -71,12 +71,12 @@ def test_rounding_does_not_hide_a_tie() -> None:
     assert compare([0.1, 0.2, -0.3], [0.0, 0.0, 0.0], 0.95).exact == 1.0
 
 
-def test_of_one_pair_nothing_is_claimed() -> None:
+def test_one_pair_has_no_significance_test() -> None:
     found = compare([0.9], [0.1], 0.95)
     assert (found.t_test, found.exact, found.difference.interval) == (None, None, None)
 
 
-def test_many_pairs_have_the_t_test_alone() -> None:
+def test_many_pairs_have_only_the_t_test() -> None:
     found = compare([float(i % 5) for i in range(20)], [1.0] * 20, 0.95)
     assert found.exact is None
     assert found.t_test is not None
@@ -86,7 +86,7 @@ def test_many_pairs_have_the_t_test_alone() -> None:
 
 
 def seeded_study(path: Path) -> Path:
-    """Three rows over three seeds: one finished, one with a failed run, one that was not started."""
+    """Write three rows over three seeds: one finished, one with a failed run, one not started."""
     runs = [
         FakeRun("sgd", s, {"optimizer.name": "sgd"}, [0.5, 0.60 + 0.01 * s, 0.55], 0.61 + 0.02 * s,
                 published={"val_accuracy": 0.58}, note="read from a figure")
@@ -106,11 +106,11 @@ def seeded_study(path: Path) -> Path:
 
 
 def plain(shown: str) -> str:
-    """Dashes and minus signs as hyphens, which are easier to read in a test."""
+    """Replace dashes and minus signs by hyphens, which are easier to read in a test."""
     return shown.replace("\N{EN DASH}", "-").replace("\N{MINUS SIGN}", "-").replace("\N{DOWNWARDS ARROW}", "v")
 
 
-def test_a_note_of_several_rows_is_shown_once_with_their_names(tmp_path: Path) -> None:
+def test_a_note_shared_by_several_rows_is_shown_once_with_their_names(tmp_path: Path) -> None:
     runs = [FakeRun(name, note=note) for name, note in (("a", "torn"), ("b", ""), ("c", "torn"), ("d", "read"))]
     outcome = toolkit("table", write_study(tmp_path / "small", {}, runs).path)
     assert [line for line in outcome.stdout.splitlines() if line.endswith(("torn", "read"))] == [
@@ -119,7 +119,7 @@ def test_a_note_of_several_rows_is_shown_once_with_their_names(tmp_path: Path) -
     ]
 
 
-def test_text_over_seeds(tmp_path: Path) -> None:
+def test_the_text_table_of_a_study_over_seeds(tmp_path: Path) -> None:
     outcome = toolkit("table", seeded_study(tmp_path))
     assert outcome.status == 0
     assert (
@@ -142,14 +142,14 @@ adam, seed 2: failed: the loss is nan
     )
 
 
-def test_intervals_in_place_of_deviations(tmp_path: Path) -> None:
+def test_confidence_intervals_can_replace_standard_deviations(tmp_path: Path) -> None:
     """sgd's validation accuracy: 61 +- 4.302653 * 1 / sqrt 3 (t of 2 degrees of freedom)."""
     outcome = toolkit("table", seeded_study(tmp_path), "--intervals", "--columns", "val_accuracy")
     assert "61.00 [58.52, 63.48]" in outcome.stdout
     assert "Mean [95 % confidence interval, Student's t]" in outcome.stdout
 
 
-def test_files_say_the_same(tmp_path: Path) -> None:
+def test_csv_markdown_and_latex_files_have_the_same_content(tmp_path: Path) -> None:
     folder = seeded_study(tmp_path)
     assert toolkit("table", folder).status == 0
     with open(folder / "table.csv", newline="") as file:
@@ -180,15 +180,15 @@ def test_files_say_the_same(tmp_path: Path) -> None:
     assert [run["val_accuracy"] for run in runs[5:]] == [""] * 4
 
 
-def test_json(tmp_path: Path) -> None:
+def test_the_json_output_of_a_study(tmp_path: Path) -> None:
     found = json.loads(toolkit("table", seeded_study(tmp_path), "--json").stdout)
     assert [row["row"] for row in found["rows"]] == ["sgd", "adam", "nag"]
     assert found["rows"][0]["test_accuracy_low"] == pytest.approx(0.63 - 4.302653 * 0.02 / math.sqrt(3))
     assert found["rows"][2]["val_accuracy"] is None
 
 
-def test_only_finished_runs_count(tmp_path: Path) -> None:
-    """A failed, a paused and a running run have epochs better than all others, and change nothing."""
+def test_only_finished_runs_enter_the_table(tmp_path: Path) -> None:
+    """A failed, a paused and a running run with better epochs than all others change nothing."""
     runs = [FakeRun("a", 0, val_accuracy=[0.6]), FakeRun("a", 1, val_accuracy=[0.99], state="paused")]
     runs += [FakeRun("b", 0, val_accuracy=[0.5]), FakeRun("c", 0, val_accuracy=[0.99], state="failed")]
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, runs).path
@@ -200,7 +200,7 @@ def test_only_finished_runs_count(tmp_path: Path) -> None:
 
 
 def test_the_best_row_is_chosen_by_validation(tmp_path: Path) -> None:
-    """By test, b would win; by validation loss, c."""
+    """By test accuracy b would be the best, by validation loss c."""
     runs = [
         FakeRun("a", val_accuracy=[0.8], test_accuracy=0.5),
         FakeRun("b", val_accuracy=[0.7], test_accuracy=0.9),
@@ -215,7 +215,7 @@ def test_the_best_row_is_chosen_by_validation(tmp_path: Path) -> None:
 
 
 def test_metrics_of_the_best_and_the_last_epoch(tmp_path: Path) -> None:
-    """The best epoch is the second; training metrics are of that epoch too, ``last_`` of the last."""
+    """The best epoch is the second; training metrics are of that epoch too, ``last_`` metrics of the last epoch."""
     run = FakeRun("a", val_accuracy=[0.5, 0.7, 0.6], test_accuracy=0.66, published={"last_train_loss": 0.3})
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, [run]).path
     expected = {
@@ -227,7 +227,7 @@ def test_metrics_of_the_best_and_the_last_epoch(tmp_path: Path) -> None:
     columns = ",".join(expected)
     (row,) = json.loads(toolkit("table", folder, "--columns", columns, "--json").stdout)["rows"]
     assert [row[name] for name in expected] == pytest.approx(list(expected.values()))
-    assert row["last_train_loss_difference"] == pytest.approx(0.05), "of the last epoch, not of the best"
+    assert row["last_train_loss_difference"] == pytest.approx(0.05), "the value of the last epoch, not of the best"
     shown = toolkit("table", folder, "--columns", columns).stdout
     assert re.search(r"last train loss +published +diff\. +last train acc\. %", shown)
 
@@ -244,15 +244,17 @@ def test_a_published_mean_is_compared_by_welchs_test(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, runs).path
     arguments = ("table", folder, "--columns", "test_accuracy")
     a, b, _ = json.loads(toolkit(*arguments, "--json").stdout)["rows"]
-    theirs = stats.ttest_ind_from_stats(np.mean(values), np.std(values, ddof=1), 3, 0.7591, 0.0034, 10, equal_var=False)
-    assert a["test_accuracy_welch_p"] == pytest.approx(theirs.pvalue)
+    reference = stats.ttest_ind_from_stats(
+        np.mean(values), np.std(values, ddof=1), 3, 0.7591, 0.0034, 10, equal_var=False
+    )
+    assert a["test_accuracy_welch_p"] == pytest.approx(reference.pvalue)
     assert (a["test_accuracy_published_std"], a["test_accuracy_published_n"]) == (0.0034, 10)
-    assert b["test_accuracy_welch_p"] is None, "one run has no spread"
+    assert b["test_accuracy_welch_p"] is None, "one run has no standard deviation"
     shown = plain(toolkit(*arguments).stdout)
     assert "76.13 ± 0.40  75.91 ± 0.34  +0.22" in shown
     assert (
         "a, test acc. %: the published mean is over 10 runs. Welch's t-test, measured - published over 3 and 10 runs: "
-        f"+0.22, 95 % interval [-0.60, +1.05], p {theirs.pvalue:.4f}." in shown
+        f"+0.22, 95 % interval [-0.60, +1.05], p {reference.pvalue:.4f}." in shown
     )
     assert (
         "b, test acc. %: the published mean is over 10 runs; Welch's t-test needs at least two measured runs" in shown
@@ -262,14 +264,14 @@ def test_a_published_mean_is_compared_by_welchs_test(tmp_path: Path) -> None:
 def test_welchs_test_has_scipys_interval() -> None:
     one, other = [3.1, 2.9, 3.6, 3.3], [2.5, 2.7, 1.9]
     found = welch(estimate(one, 0.95), estimate(other, 0.95))
-    theirs = stats.ttest_ind(one, other, equal_var=False)
+    reference = stats.ttest_ind(one, other, equal_var=False)
     assert found is not None
-    assert (found.p, found.freedom) == pytest.approx((theirs.pvalue, theirs.df))
-    assert found.interval(0.9) == pytest.approx(tuple(theirs.confidence_interval(0.9)))
-    assert welch(estimate([1.0, 1.0], 0.95), estimate([2.0, 2.0], 0.95)) is None, "no spread, no test"
+    assert (found.p, found.freedom) == pytest.approx((reference.pvalue, reference.df))
+    assert found.interval(0.9) == pytest.approx(tuple(reference.confidence_interval(0.9)))
+    assert welch(estimate([1.0, 1.0], 0.95), estimate([2.0, 2.0], 0.95)) is None, "no test without variance"
 
 
-def test_grouping_by_a_key(tmp_path: Path) -> None:
+def test_rows_can_be_grouped_by_a_key(tmp_path: Path) -> None:
     runs = [
         FakeRun(f"{lr} {name}", 0, {"optimizer.lr": lr, "optimizer.name": name}, [value])
         for lr, name, value in ((0.1, "sgd", 0.5), (0.1, "adam", 0.6), (0.01, "sgd", 0.7), (0.01, "adam", 0.9))
@@ -282,7 +284,7 @@ def test_grouping_by_a_key(tmp_path: Path) -> None:
     assert "--by optimizer.nam: no run of the study varies it; did you mean optimizer.name?" in outcome.stderr
 
 
-def test_one_run_a_row_claims_nothing(tmp_path: Path) -> None:
+def test_rows_of_one_run_have_no_significance_test(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, [FakeRun("a"), FakeRun("b")]).path
     shown = toolkit("table", folder, "--compare", "a", "b").stdout
     assert "One run per row: the spread over seeds is not known, so differences may be due to chance." in shown
@@ -290,8 +292,8 @@ def test_one_run_a_row_claims_nothing(tmp_path: Path) -> None:
     assert "±" not in shown
 
 
-def test_comparison_of_two_rows_over_the_same_seeds(tmp_path: Path) -> None:
-    """Seeds 0, 1, 2 are in both; the seed that only one has does not count. Differences 1, 2 and 3 points."""
+def test_two_rows_are_compared_over_their_common_seeds(tmp_path: Path) -> None:
+    """Both rows have seeds 0, 1, 2; a seed of only one row is ignored. The differences are 1, 2 and 3 points."""
     runs = [FakeRun("a", s, val_accuracy=[0.71 + 0.01 * s]) for s in range(3)]
     runs += [FakeRun("a", 7, val_accuracy=[0.1])]
     runs += [FakeRun("b", s, val_accuracy=[0.7]) for s in range(3)]
@@ -315,7 +317,7 @@ def test_comparison_of_two_rows_over_the_same_seeds(tmp_path: Path) -> None:
         (("--columns", "val_acuracy"), "--columns val_acuracy: there is no such metric; did you mean val_accuracy?"),
     ],
 )
-def test_wrong_arguments(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     runs = [FakeRun("a"), FakeRun("b"), FakeRun("c", state="missing")]
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, runs).path
     outcome = toolkit("table", folder, *arguments)
@@ -324,13 +326,13 @@ def test_wrong_arguments(tmp_path: Path, arguments: tuple[str, ...], message: st
     assert outcome.stdout == ""
 
 
-def test_no_study(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_study_is_refused(tmp_path: Path) -> None:
     outcome = toolkit("table", tmp_path)
     assert outcome.status == 2
     assert "is not a study directory" in outcome.stderr
 
 
-def test_a_damaged_run_is_shown_and_the_others_count(tmp_path: Path) -> None:
+def test_a_damaged_run_is_shown_and_the_others_enter_the_table(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, [FakeRun("a", 0), FakeRun("a", 1)]).path
     (folder / "20260101-000000-0000" / "summary.json").write_text('{"best":')
     shown = toolkit("table", folder).stdout
@@ -338,7 +340,7 @@ def test_a_damaged_run_is_shown_and_the_others_count(tmp_path: Path) -> None:
     assert "summary.json is damaged" in shown
 
 
-def test_a_table_is_read_where_nothing_can_be_written(tmp_path: Path) -> None:
+def test_a_table_can_be_shown_from_a_read_only_folder(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", {"rows": [{"name": "a"}]}, [FakeRun("a")]).path
     (folder / "table.csv").mkdir()
     outcome = toolkit("table", folder)
@@ -349,8 +351,8 @@ def test_a_table_is_read_where_nothing_can_be_written(tmp_path: Path) -> None:
 # -- by epoch ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_column_a_level_and_x_after_the_stop(tmp_path: Path) -> None:
-    """G8's shape, with the published values in the same layout below."""
+def test_an_epoch_table_has_a_column_per_value_and_x_after_early_stopping(tmp_path: Path) -> None:
+    """The layout of table G8, with the published values in the same layout below."""
     runs = [
         FakeRun(
             "0.1",
@@ -396,8 +398,8 @@ test acc. %   47.00    -    -
     ]
 
 
-def test_rows_sorted_by_a_column_and_the_first_of_them(tmp_path: Path) -> None:
-    """The grid's best rows; the files keep all rows in the study's order."""
+def test_rows_can_be_sorted_by_a_column_and_limited_to_the_first(tmp_path: Path) -> None:
+    """Prints the grid's best rows; the files keep all rows in the study's order."""
     found = [(f"row {n}", 0.5 + 0.01 * (n * 7 % 12)) for n in range(12)]
     runs = [FakeRun(name, 0, {"a.b": name}, [value], 1 - value) for name, value in found]
     runs.append(FakeRun("open", state="missing"))
@@ -428,7 +430,7 @@ def test_rows_sorted_by_a_column_and_the_first_of_them(tmp_path: Path) -> None:
 
 
 def test_loss_and_accuracy_by_epoch(tmp_path: Path) -> None:
-    """G2's shape: epoch, training loss, validation accuracy, where both were published."""
+    """The layout of table G2: epoch, training loss, validation accuracy, if both were published."""
     published = {"train/loss": [1.4041, 1.0399], "val/accuracy": [0.522, 0.653]}
     runs = [FakeRun("base", val_accuracy=[0.5, 0.6, 0.7], published_epochs=published)]
     study = {"description": "G2", "rows": [{"name": "base"}], "output": {"per_epoch": "val/accuracy"}}
@@ -450,7 +452,7 @@ epoch  train loss  train loss, published  val. acc. %  val. acc. %, published
 
 
 def searched(path: Path) -> Path:
-    """BOHB with four trials: the second went to the end, the last failed."""
+    """Write a BOHB search of four trials: the second was trained to the end, the last failed."""
     space = {"optimizer": {"lr": {"log_uniform": [1e-4, 1.0]}}}
     runs = [
         FakeRun("0", 0, {"optimizer.lr": 0.001}, [0.4, 0.5, 0.91], state="paused"),
@@ -467,8 +469,8 @@ def searched(path: Path) -> Path:
     return write_study(path / "s", study, runs).path
 
 
-def test_trials_the_best_first(tmp_path: Path) -> None:
-    """A better value of fewer epochs stands behind the one that was trained to the end."""
+def test_trials_are_listed_with_the_best_first(tmp_path: Path) -> None:
+    """A trial trained to the end is listed before one with a better value after fewer epochs."""
     assert (
         plain(toolkit("table", searched(tmp_path)).stdout)
         == """\
@@ -491,7 +493,7 @@ Trial 3: failed: the loss is nan
         "1", "0.0123456", "4", "0.9")  # fmt: skip
 
 
-def test_random_search_over_seeds_has_rows_the_best_first(tmp_path: Path) -> None:
+def test_rows_of_a_random_search_over_seeds_are_listed_with_the_best_first(tmp_path: Path) -> None:
     runs = [FakeRun(f"lr {lr}", s, {"optimizer.lr": lr}, [lr + 0.1 * s]) for lr in (0.2, 0.6, 0.4) for s in range(2)]
     space = {"optimizer": {"lr": {"uniform": [0.0, 1.0]}}}
     study = {"space": space, "random": {"runs": 3}, "seeds": 2, "output": {"columns": ["val_accuracy"]}}
@@ -503,7 +505,7 @@ def test_random_search_over_seeds_has_rows_the_best_first(tmp_path: Path) -> Non
 # -- cells ------------------------------------------------------------------------------------------------------------
 
 
-def test_columns_of_wide_characters_stand_under_each_other() -> None:
+def test_columns_with_wide_characters_are_aligned() -> None:
     sheet = TextTable("t", ["name", "a"], [["学习率", "1.0"], ["plain", "2.0"], ["e\u0301", "3"]])
     lines = text(sheet).splitlines()
     assert len({width(line) for line in lines[1:]}) == 1
@@ -534,7 +536,7 @@ def test_markdown_is_escaped() -> None:
     assert "\x1b" not in row
 
 
-def test_a_table_needs_no_torch(tmp_path: Path) -> None:
+def test_showing_a_table_does_not_import_torch(tmp_path: Path) -> None:
     import subprocess
     import sys
 

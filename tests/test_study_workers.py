@@ -1,4 +1,4 @@
-"""Workers die, controllers die, and the study comes out as if nothing had happened."""
+"""Killed workers and controllers do not change the results of a study."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ optimizer.momentum = [0.5, 0.9]
 """
 KILLS = 3
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]  # for machines on which a start takes a minute
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]  # for machines on which starting a process takes a minute
 
 
 def wait_until(condition: Callable[[], bool], shown: Path | None = None) -> None:
     deadline = time.monotonic() + WAIT_S
     while not condition():
-        assert time.monotonic() < deadline, shown.read_text() if shown else "waited in vain"
+        assert time.monotonic() < deadline, shown.read_text() if shown else "timed out"
         time.sleep(0.02)
 
 
 def progress(folder: StudyDirectory) -> int:
-    """Grows as runs make progress."""
+    """Return the total size of the runs' logs, which grows as they train."""
     if not folder.exists:
         return 0
     names = {member.run for member in folder.members if member.run is not None}
@@ -74,7 +74,7 @@ def _has_log(folder: StudyDirectory, name: str) -> bool:
 
 
 def workers_of(folder: StudyDirectory) -> list[int]:
-    """Process ids of the most recent worker in each slot."""
+    """Return the process id of the most recent worker in each slot."""
     found = []
     for log in sorted((folder.path / LOGS).glob("*.txt")):
         ids = re.findall(r"worker \d+, process (\d+)", log.read_text())
@@ -84,7 +84,7 @@ def workers_of(folder: StudyDirectory) -> list[int]:
 
 @contextlib.contextmanager
 def killing(folder: StudyDirectory, kills: int, draw: random.Random) -> Iterator[list[int]]:
-    """In the background, kill a worker at random, ``kills`` times, each time after some run has made progress."""
+    """Kill random workers in the background, ``kills`` times, each time after some run has made progress."""
     killed: list[int] = []
     over = threading.Event()
 
@@ -109,8 +109,8 @@ def killing(folder: StudyDirectory, kills: int, draw: random.Random) -> Iterator
         thread.join()
 
 
-def test_a_grid_with_two_workers_killed_at_random_gives_the_same_table(tmp_path: Path) -> None:
-    """The controller too: the first one is killed, the second stopped by SIGTERM, the third comes to the end."""
+def test_a_grid_whose_two_workers_are_killed_at_random_gives_the_same_table(tmp_path: Path) -> None:
+    """Of the controllers the first is killed, the second stopped by SIGTERM, and the third finishes."""
     whole = write_study(tmp_path / "whole", OFTEN + EIGHT, epochs=3)
     assert toolkit("study", whole).status == 0
     path = write_study(tmp_path / "killed", OFTEN + EIGHT, epochs=3)
@@ -127,7 +127,7 @@ def test_a_grid_with_two_workers_killed_at_random_gives_the_same_table(tmp_path:
         finally:
             controller.kill()
         assert controller.exitcode == (3 if number == signal.SIGTERM else -number), shown.read_text()
-        # Its workers have noticed, written a checkpoint, and left.
+        # Its workers have noticed, written a checkpoint and exited.
         wait_until(lambda: not any(is_claimed(run) for _, run in runs_of(tmp_path / "killed")))
     with killing(folder, KILLS, draw) as killed:
         result = toolkit("study", path, "--parallel", "2")
@@ -138,13 +138,13 @@ def test_a_grid_with_two_workers_killed_at_random_gives_the_same_table(tmp_path:
 
 
 def table_of(folder: Path) -> list[str]:
-    """The study's table without the columns of times."""
+    """Return the study's table without the columns of times."""
     columns = "train_loss,train_accuracy,val_loss,val_accuracy,test_loss,test_accuracy,epochs"
     return toolkit("table", study_folder(folder).path, "--columns", columns).stdout.splitlines()
 
 
 @pytest.mark.slow
-def test_a_search_with_two_workers_killed_at_random_is_finished(tmp_path: Path) -> None:
+def test_a_search_whose_two_workers_are_killed_at_random_is_finished(tmp_path: Path) -> None:
     text = """
         [study]
         bohb = { trials = 12, min_epochs = 1, max_epochs = 4, eta = 2, startup_trials = 4 }
@@ -176,7 +176,7 @@ def outcomes_of_finished(folder: Path) -> dict[str, bytes]:
     return {title: run.metrics_file.read_bytes() for title, run in runs_of(folder)}
 
 
-def test_a_search_with_one_worker_is_reproducible_also_when_it_is_interrupted(tmp_path: Path) -> None:
+def test_a_search_with_one_worker_is_reproducible_despite_interruptions(tmp_path: Path) -> None:
     text = """
         [study]
         bohb = { trials = 6, min_epochs = 1, max_epochs = 4, eta = 2, startup_trials = 3, seed = 4 }
@@ -196,11 +196,11 @@ def test_a_search_with_one_worker_is_reproducible_also_when_it_is_interrupted(tm
     assert found[0] == found[1]
 
 
-# -- dealing with runs ------------------------------------------------------------------------------------------------
+# -- claiming runs ----------------------------------------------------------------------------------------------------
 
 
 def prepared(folder: Path, study: str, epochs: int = 1) -> StudyDirectory:
-    """A study's folder with its run directories, nothing trained."""
+    """Write a study directory with its run directories, without training."""
     from toolkit.study.expand import expand, read_study
     from toolkit.study.init import init_study, study_lock
 
@@ -210,7 +210,7 @@ def prepared(folder: Path, study: str, epochs: int = 1) -> StudyDirectory:
     return there
 
 
-def test_workers_take_different_runs_and_leave_none(tmp_path: Path) -> None:
+def test_workers_acquire_different_runs_until_none_is_left(tmp_path: Path) -> None:
     folder = prepared(tmp_path, GRID)
     taken = []
     while (claimed := acquire_run(folder)) is not None:
@@ -223,7 +223,7 @@ def test_workers_take_different_runs_and_leave_none(tmp_path: Path) -> None:
     assert again.run.id == taken[3].run.id
 
 
-def test_a_run_that_somebody_trains_by_hand_is_left_to_him(tmp_path: Path) -> None:
+def test_a_run_trained_by_hand_is_not_acquired_by_a_worker(tmp_path: Path) -> None:
     folder = prepared(tmp_path, "[study]\nseeds = 1\n")
     (run,) = open_runs(folder)
     by_hand = run.lock()
@@ -232,7 +232,7 @@ def test_a_run_that_somebody_trains_by_hand_is_left_to_him(tmp_path: Path) -> No
     assert acquire_run(folder) is not None
 
 
-def test_an_assignment_says_how_far_a_run_is_trained(tmp_path: Path) -> None:
+def test_a_worker_trains_a_run_to_its_target_epoch(tmp_path: Path) -> None:
     folder = prepared(tmp_path, "[study]\nseeds = 1\n", epochs=3)
     (run,) = open_runs(folder)
     for until, epochs in ((1, 1), (1, 1), (2, 2), (None, 3)):
@@ -244,7 +244,7 @@ def test_an_assignment_says_how_far_a_run_is_trained(tmp_path: Path) -> None:
     assert run.is_finished
 
 
-def test_a_worker_by_the_command_line_helps_and_ends_with_the_study(tmp_path: Path) -> None:
+def test_a_worker_started_on_the_command_line_trains_runs_and_exits_with_the_study(tmp_path: Path) -> None:
     path = write_study(tmp_path, "[study]\nseeds = 2\n", epochs=1)
     assert "is not a study directory" in toolkit("study", path, "--worker").stderr
     folder = prepared(tmp_path, "[study]\nseeds = 2\n")
@@ -253,8 +253,8 @@ def test_a_worker_by_the_command_line_helps_and_ends_with_the_study(tmp_path: Pa
     assert folder.is_complete
 
 
-def test_a_worker_by_the_command_line_brings_a_search_to_its_end(tmp_path: Path) -> None:
-    """Whoever started it may be gone; no process leads the search."""
+def test_a_worker_started_on_the_command_line_finishes_a_search(tmp_path: Path) -> None:
+    """It does not need the process that started the search."""
     text = """
         [study]
         bohb = { trials = 3, min_epochs = 1, max_epochs = 3 }
@@ -269,7 +269,7 @@ def test_a_worker_by_the_command_line_brings_a_search_to_its_end(tmp_path: Path)
     assert sorted(len(run.epochs()) for run in folder.runs) == [1, 1, 3]
 
 
-def test_what_keeps_all_workers_of_a_search_from_working_is_one_message_of_the_command(tmp_path: Path) -> None:
+def test_an_error_that_stops_all_workers_of_a_search_is_one_message(tmp_path: Path) -> None:
     text = "[study]\nbohb = { trials = 3 }\nspace.optimizer.lr = { log_uniform = [1e-3, 1.0] }\n"
     folder = prepared(tmp_path, text)
     (folder.path / STUDY_COPY).write_text("not TOML")
@@ -277,7 +277,7 @@ def test_what_keeps_all_workers_of_a_search_from_working_is_one_message_of_the_c
         WorkerPool(folder, [WorkerSlot(0), WorkerSlot(1)]).run(stop, print)
 
 
-def test_a_run_that_kills_its_worker_again_and_again_is_given_up(tmp_path: Path) -> None:
+def test_a_run_that_repeatedly_kills_its_worker_is_recorded_as_failed(tmp_path: Path) -> None:
     folder = prepared(tmp_path, "[study]\nseeds = 1\n")
     (run,) = open_runs(folder)
     found = WorkerPool(folder, [WorkerSlot(0)])
@@ -287,7 +287,7 @@ def test_a_run_that_kills_its_worker_again_and_again_is_given_up(tmp_path: Path)
 
     assert "resumes from its last checkpoint" in die()
     assert "resumes from its last checkpoint" in die()
-    (run.checkpoints / "0001-000000.json").write_text("{}")  # it has got further
+    (run.checkpoints / "0001-000000.json").write_text("{}")  # the run has made progress
     assert "resumes from its last checkpoint" in die()
     assert "resumes from its last checkpoint" in die()
     assert failure_of(run) is None
@@ -303,7 +303,7 @@ def test_a_claim_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
     (run,) = open_runs(folder)
     child = os.fork()
     if child == 0:
-        held = claim(run)  # the lock ends with the object
+        held = claim(run)  # keep a reference, because the lock is released with the object
         (tmp_path / "claimed").touch()
         time.sleep(WAIT_S)
         os._exit(held is None)
@@ -336,7 +336,7 @@ def test_a_claim_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
         (3, 1, 1, ["0", "1"], [(("0",), 1, 0.5), (("1",), 1, 1.0), (("0",), 1, 0.5)]),
     ],
 )
-def test_the_machines_gpus_are_shared_out(
+def test_the_machines_gpus_are_divided_among_workers(
     parallel: int | None,
     gpus_per_run: int,
     runs_per_gpu: int,
@@ -351,7 +351,7 @@ def test_the_machines_gpus_are_shared_out(
 def environment_of_worker(
     folder: StudyDirectory, slot: WorkerSlot, sharing: int, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
-    """What a worker process finds in its environment when it takes a run, and what it has set before."""
+    """Return a worker's environment when it takes a run, and the settings made before that."""
     record = folder.path / "environment.json"
     limits: list[float] = []
 
@@ -374,7 +374,7 @@ def environment_of_worker(
     return dict(json.loads(record.read_text()))
 
 
-def test_a_worker_sees_its_gpus_alone_and_its_share_of_their_memory(
+def test_a_worker_sees_only_its_gpus_and_its_share_of_their_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
@@ -394,7 +394,7 @@ def test_a_worker_sees_its_gpus_alone_and_its_share_of_their_memory(
     assert (on_cpu["CUDA_VISIBLE_DEVICES"], on_cpu[worker_pool.SHARING]) == ("4,5,6,7", "3")
 
 
-def test_processes_of_a_run_on_several_devices_leave_their_failure_in_its_directory(tmp_path: Path) -> None:
+def test_processes_of_a_run_on_several_devices_record_their_failure_in_its_directory(tmp_path: Path) -> None:
     folder = prepared(tmp_path, '[[study.rows]]\nname = "a"\nset.optimizer.lr = 1e30\n')
     (run,) = open_runs(folder)
     with pytest.raises(Exception, match="not finite"):
@@ -405,8 +405,8 @@ def test_processes_of_a_run_on_several_devices_leave_their_failure_in_its_direct
 
 
 @pytest.mark.slow
-def test_a_run_on_two_processes_is_launched_stopped_and_resumed(tmp_path: Path) -> None:
-    """torchrun, twice: stopped by the stop file after an epoch, then to the end; as two processes train it by hand."""
+def test_a_worker_launches_stops_and_resumes_a_run_on_two_processes(tmp_path: Path) -> None:
+    """torchrun is stopped by the stop file after an epoch and then finishes, equal to a launch by hand."""
     folder = prepared(tmp_path, "[study]\nseeds = 1\n", epochs=40)
     (run,) = open_runs(folder)
     set_target_epoch(run, 2)

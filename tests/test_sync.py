@@ -1,5 +1,5 @@
-"""`toolkit sync`: W&B's real client, and a loopback server in the place of W&B's. Each line arrives once, whatever came
-between; what was uploaded is not uploaded again."""
+"""`toolkit sync` with W&B's real client and a local server in place of W&B's. Each line arrives once despite
+interruptions, and nothing is uploaded twice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """A whole run without a login, and one that was stopped and went on; both tracked offline."""
+    """Train a run, and one that was stopped and resumed; both tracked offline without a login."""
     whole, twice = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("twice")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
@@ -55,7 +55,7 @@ def copy(run: Run, folder: Path) -> Run:
 
 
 def sync(*arguments: Any) -> Outcome:
-    """In a process of its own, as W&B's client keeps threads."""
+    """Run `toolkit sync` in a process of its own, because W&B's client leaves threads behind."""
     (outcome,) = launch(1, toolkit, "sync", *(str(argument) for argument in arguments))
     assert isinstance(outcome, Outcome)
     return outcome
@@ -66,7 +66,7 @@ def id_of(run: Run) -> str:
 
 
 @pytest.mark.parametrize("which", ["whole", "twice"])
-def test_a_run_arrives_whole_and_once(
+def test_a_run_is_uploaded_completely_and_once(
     runs: dict[str, Run], which: str, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = copy(runs[which], tmp_path)
@@ -85,10 +85,10 @@ def test_a_run_arrives_whole_and_once(
     outcome = sync(run.path)
     assert (outcome.status, outcome.stderr) == (0, "")
     assert outcome.stdout == f"{run.path}: already uploaded, {url}\n"
-    assert server.asked == asked, "neither login nor server are needed for that"
+    assert server.asked == asked, "this needs neither login nor server"
 
 
-def test_a_run_that_went_on_since_sends_the_rest(run: Run, server: WandbServer) -> None:
+def test_syncing_a_resumed_run_uploads_the_new_part(run: Run, server: WandbServer) -> None:
     lines, summary = run.metrics_file.read_bytes().splitlines(keepends=True), (run.path / "summary.json").read_bytes()
     run.metrics_file.write_bytes(b"".join(lines[:7]))
     (run.path / "summary.json").unlink()
@@ -102,7 +102,7 @@ def test_a_run_that_went_on_since_sends_the_rest(run: Run, server: WandbServer) 
     assert server.runs[id_of(run)].exit_code == 0
 
 
-def test_a_run_that_is_being_trained_is_left_alone(run: Run, server: WandbServer) -> None:
+def test_a_run_in_training_is_not_synced(run: Run, server: WandbServer) -> None:
     with run.lock():
         outcome = sync(run.path)
     assert (outcome.status, outcome.stdout) == (0, f"{run.path}: is still training; skipped\n")
@@ -110,7 +110,7 @@ def test_a_run_that_is_being_trained_is_left_alone(run: Run, server: WandbServer
     assert "lines uploaded" in sync(run.path).stdout
 
 
-def test_without_a_login_or_a_server_it_is_one_message(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_syncing_without_a_login_or_a_server_is_one_message(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = sync(run.path)
     assert (outcome.status, outcome.stdout) == (2, "")
     assert outcome.stderr.startswith("cannot upload: there is no W&B login. Log in with: wandb login (or set")
@@ -123,7 +123,7 @@ def test_without_a_login_or_a_server_it_is_one_message(run: Run, monkeypatch: py
 
 
 @pytest.mark.parametrize("how", ["hanging", "refusing"])
-def test_a_server_that_does_not_take_all_is_told_and_tried_again(
+def test_an_incomplete_upload_is_reported_and_retried(
     run: Run, server: WandbServer, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     getattr(server, how).add("history")
@@ -141,7 +141,7 @@ def test_a_server_that_does_not_take_all_is_told_and_tried_again(
     assert server.runs[id_of(run)].lines() == run.metrics()
 
 
-def test_a_folder_s_runs_are_all_seen_to_and_a_damaged_one_is_named(run: Run, server: WandbServer) -> None:
+def test_all_runs_of_a_folder_are_synced_and_a_damaged_one_is_named(run: Run, server: WandbServer) -> None:
     untracked, damaged = (Run(shutil.copytree(run.path, run.path.with_name(name))) for name in ("untracked", "damaged"))
     shutil.rmtree(untracked.path / "wandb")
     damaged.metrics_file.write_text("half a li\n" + damaged.metrics_file.read_text())

@@ -1,4 +1,4 @@
-"""A trainer outlives its terminal: closed streams, a reader that leaves, a terminal that hangs up."""
+"""Training continues without its terminal: closed streams, a closed pipe, a hangup."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ BIN = Path(sys.executable).parent
 
 
 def closed(command: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
-    """A command without stdin, stdout and stderr."""
+    """Return a command that runs without stdin, stdout and stderr."""
     words = [str(word) for word in arguments]
     return subprocess.run(["sh", "-c", f'{command} "$@" 0<&- 1>&- 2>&-', "sh", *words], timeout=200)
 
 
-def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
-    """What a library prints to descriptor 2 must not land in a checkpoint."""
+def test_no_file_gets_the_descriptor_of_a_closed_stream(tmp_path: Path) -> None:
+    """Output that a library writes to descriptor 2 must not end up in a checkpoint."""
     code = (
         "import os, sys; from toolkit.terminal import open_closed_streams; open_closed_streams(); "
         f"file = open({str(tmp_path / 'file')!r}, 'w'); file.write(str(file.fileno())); file.flush(); "
         "print('talk', flush=True); print('talk', file=sys.stderr, flush=True); os.write(2, b'talk')"
     )
     assert closed(sys.executable, "-c", code).returncode == 0
-    assert int((tmp_path / "file").read_text()) >= 3, "and nothing but that was written"
+    assert int((tmp_path / "file").read_text()) >= 3, "the file contains only that number"
 
 
 def without_reader(rank: int) -> None:
-    """Standard streams that go to a pipe whose reader has left, as with `| head -1`."""
+    """Redirect the standard streams to a pipe whose reader has closed it, as with `| head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     for descriptor in (1, 2):
@@ -56,7 +56,7 @@ def epochs_in_log(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_output_that_nobody_reads_is_in_the_log(tmp_path: Path, world: int) -> None:
+def test_output_to_a_closed_pipe_is_in_the_log(tmp_path: Path, world: int) -> None:
     recipe = write_recipe(tmp_path / "alone", MUCH)
     trainers = Trainers(world, tmp_path / "alone", recipe, *EMA, prepare=without_reader)
     assert trainers.wait() == [0] * world
@@ -64,10 +64,10 @@ def test_output_that_nobody_reads_is_in_the_log(tmp_path: Path, world: int) -> N
     assert outcome(only_run(tmp_path / "alone")) == undisturbed(tmp_path / "plain", world, MUCH, *EMA)
     assert epochs_in_log(tmp_path / "alone") == EPOCHS
     log = only_run(tmp_path / "alone").log_file.read_text()
-    assert "test balanced accuracy" in log.splitlines()[-4], "it ends with the table of results"
+    assert "test balanced accuracy" in log.splitlines()[-4], "the log ends with the table of results"
 
 
-def test_a_failure_that_nobody_sees_is_in_the_log(tmp_path: Path) -> None:
+def test_an_error_with_a_closed_pipe_is_in_the_log(tmp_path: Path) -> None:
     def prepare(rank: int) -> None:
         without_reader(rank)
         at_call(TrainStep, "_update", 3, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
@@ -79,8 +79,8 @@ def test_a_failure_that_nobody_sees_is_in_the_log(tmp_path: Path) -> None:
     assert log.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
-def on_terminal(master: int, slave: int, place: str, there: Path) -> Callable[[int], None]:
-    """Have rank 0 run on a terminal of its own, and wait at a place."""
+def on_terminal(master: int, slave: int, phase: str, there: Path) -> Callable[[int], None]:
+    """Return a function that gives rank 0 its own terminal and makes it wait in a phase."""
 
     def prepare(rank: int) -> None:
         os.close(master)
@@ -89,14 +89,14 @@ def on_terminal(master: int, slave: int, place: str, there: Path) -> Callable[[i
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
             for descriptor in (0, 1, 2):
                 os.dup2(slave, descriptor)
-            mark_at(place, 4, there, rank)
+            mark_at(phase, 4, there, rank)
         os.close(slave)
 
     return prepare
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_terminal_that_hangs_up(tmp_path: Path, world: int) -> None:
+def test_a_terminal_hangup_stops_the_run_with_a_checkpoint(tmp_path: Path, world: int) -> None:
     master, slave = pty.openpty()
     folder, there = tmp_path / "hung", tmp_path / "there"
     prepare = on_terminal(master, slave, "step", there)
@@ -105,14 +105,14 @@ def test_a_terminal_that_hangs_up(tmp_path: Path, world: int) -> None:
     trainers.wait_until(there.exists)
     shown = os.read(master, 1 << 16)
     assert b"rank 0 of" in shown
-    os.close(master)  # the system sends SIGHUP, and every write fails from now on
+    os.close(master)  # the kernel sends SIGHUP, and every write fails from now on
     there.unlink()
     assert trainers.wait() == [0] * world
     assert outcome(only_run(folder)) == undisturbed(tmp_path / "plain", world, MUCH, *EMA)
     assert epochs_in_log(folder) == EPOCHS
 
 
-def test_torchrun_passes_its_hangup_on_and_kills_soon_so_a_checkpoint_is_written(
+def test_a_checkpoint_is_written_before_torchrun_kills_its_trainers_after_a_hangup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "last"
@@ -142,7 +142,7 @@ def test_a_real_command_with_all_streams_closed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["closed", "head"])
-def test_torchrun_without_anybody_to_read(tmp_path: Path, how: str) -> None:
+def test_torchrun_trains_with_a_closed_pipe(tmp_path: Path, how: str) -> None:
     command = [BIN / "torchrun", "--nproc-per-node", "2", "-m", "toolkit.train", write_short(tmp_path), "--no-report"]
     if how == "closed":
         assert closed(str(command[0]), *command[1:]).returncode == 0

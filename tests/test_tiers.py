@@ -1,4 +1,4 @@
-"""Images kept on disk, in memory or on the device: the same pixels as without, for every shipped set of transforms."""
+"""Images cached on disk, in memory or on the device give the same pixels as uncached, for all shipped transforms."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ batch_size = 4
 
 
 @dataclass
-class Said:
-    """Takes what is said."""
+class RecordingConsole:
+    """A console that records its lines."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -82,7 +82,7 @@ class Said:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEGs of different sizes, one of them grayscale, and a PNG with transparency."""
+    """Write JPEGs of different sizes, one of them grayscale, and a PNG with transparency."""
     folder, random = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for i in range(COUNT):
         noise = random.integers(0, 256, (6, 7, 3), dtype=np.uint8)
@@ -101,8 +101,8 @@ def files_of(folder: Path, channels: int = 3) -> ImageFiles:
     return ImageFiles(folder, [f"{i}.png" if i == 5 else f"{i}.jpg" for i in range(COUNT)], channels)
 
 
-def setup_of(recipe: Recipe, images: Any, native: int | None) -> tuple[TrainingContext, Said]:
-    """What a run would have of a recipe, apart from the model, on a few images in three splits."""
+def setup_of(recipe: Recipe, images: Any, native: int | None) -> tuple[TrainingContext, RecordingConsole]:
+    """Return a run's context without the model, on a few images in three splits, and its console."""
     labels = np.arange(COUNT, dtype=np.int64) % 3
     dataset = Dataset("toy", ["a", "b", "c"], images, labels, {}, native, 3)
     splits = {"train": np.array([7, 1, 5, 3, 9]), "validation": np.array([0, 2, 4]), "test": np.array([11, 6, 8, 10])}
@@ -121,29 +121,29 @@ def setup_of(recipe: Recipe, images: Any, native: int | None) -> tuple[TrainingC
         process_index=0,
         local_process_index=0,
     )
-    said: Any = Said()
+    console: Any = RecordingConsole()
     nothing: Any = None
     return TrainingContext(
-        recipe, accelerator, said, dataset, splits, preprocessing, nothing, nothing, nothing, []
-    ), said
+        recipe, accelerator, console, dataset, splits, preprocessing, nothing, nothing, nothing, []
+    ), console
 
 
 def unguarded(batches: Iterable[Any], rounds: int) -> Iterator[Any]:
-    """Nobody wants to stop."""
+    """Yield all batches, without checking for a stop request."""
     yield from batches
 
 
 def batches_of(
     setup: TrainingContext, cached: bool, passes: int = 3
 ) -> tuple[dict[str, list[torch.Tensor]], SplitImages]:
-    """What the model would be given: two epochs of training, validation, test."""
+    """Return the model's inputs: two epochs of training images, validation and test."""
     recipe = setup.recipe
     arguments = recipe.augment, setup.preprocessing, recipe.recipe.seed, setup.dataset.native_size
-    ways = {split: plan_preprocessing(split, *arguments) for split in SPLITS}
-    kept = SplitImages(setup, ways)
+    plans = {split: plan_preprocessing(split, *arguments) for split in SPLITS}
+    kept = SplitImages(setup, plans)
     if cached:
         kept.cache(DistributedCache(setup, unguarded), passes)
-    images = ImageLoaders(setup, ways, kept)
+    images = ImageLoaders(setup, plans, kept)
     plan = SamplingPlan(size=5, seed=1, batch_size=2, grad_accum_steps=1, drop_last=False, world=1, rank=0,
                      views=recipe.data.fixed_views)  # fmt: skip
     train = images.training(plan)
@@ -158,12 +158,12 @@ def batches_of(
 
 def assert_equal(one: dict[str, list[torch.Tensor]], other: dict[str, list[torch.Tensor]]) -> None:
     for split in SPLITS:
-        for ours, theirs in zip(one[split], other[split], strict=True):
-            assert torch.equal(ours, theirs), split
+        for actual, expected in zip(one[split], other[split], strict=True):
+            assert torch.equal(actual, expected), split
 
 
 def shipped() -> dict[str, Recipe]:
-    """One recipe for each set of transforms that a shipped recipe or study has."""
+    """Return one recipe for each set of transforms of the shipped recipes and studies."""
     found: dict[str, Recipe] = {}
     for path in sorted(RECIPES.rglob("*.toml")):
         if "base" in path.stem or path.parent.name == "base":
@@ -178,7 +178,7 @@ def shipped() -> dict[str, Recipe]:
 
 
 def test_every_shipped_set_of_transforms_gives_the_same_pixels(photographs: Path, own_cache: Path) -> None:
-    """With random augmentation too: what is random about an image does not depend on where it comes from."""
+    """This includes random augmentation, whose parameters do not depend on where an image is cached."""
     random = np.random.default_rng(1)
     sets = shipped()
     assert len(sets) > 35
@@ -195,33 +195,35 @@ def test_every_shipped_set_of_transforms_gives_the_same_pixels(photographs: Path
         assert_equal(plain, once)
         kinds.add((bool(kept.rows), native is None))
         if native is None:
-            assert kept.descriptions, "photographs are always worth it"
+            assert kept.descriptions, "photographs are always cached"
     assert kinds >= {(True, True), (True, False)}
 
 
 @pytest.mark.parametrize("tier", ["auto", "disk", "memory", "device"])
 @pytest.mark.parametrize("more", ["", FLIP, FLIP + 'run_on = "workers"\n'], ids=["plain", "batches", "workers"])
-def test_every_tier_gives_the_same_pixels_and_says_where_they_are(photographs: Path, tier: str, more: str) -> None:
-    setup, said = setup_of(loads_recipe(ON_FILES + more, [f'data.cache="{tier}"']), files_of(photographs), None)
+def test_every_cache_tier_gives_the_same_pixels_and_logs_where_they_are(
+    photographs: Path, tier: str, more: str
+) -> None:
+    setup, console = setup_of(loads_recipe(ON_FILES + more, [f'data.cache="{tier}"']), files_of(photographs), None)
     plain, _ = batches_of(setup, cached=False)
-    assert said.text == ""
+    assert console.text == ""
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
     where = {"auto": "held in memory", "disk": "read from disk", "memory": "held in memory",
              "device": "held on the device"}[tier]  # fmt: skip
     if (tier, "workers" in more) == ("device", True):
-        assert "train, validation, test are not held on the device" not in said.text
-    assert any(where in line for line in kept.descriptions), said.text
-    assert all(line in said.text for line in kept.descriptions)
+        assert "train, validation, test are not held on the device" not in console.text
+    assert any(where in line for line in kept.descriptions), console.text
+    assert all(line in console.text for line in kept.descriptions)
     again, kept = batches_of(setup, cached=True)
     assert_equal(plain, again)
-    assert said.text.count("decoding images") == 1, "the second time they are found"
+    assert console.text.count("decoding images") == 1, "the second run finds them in the cache"
 
 
-def test_a_random_crop_keeps_whole_images_and_the_fixed_crop_is_made_of_them(photographs: Path) -> None:
-    """One entry serves all splits: what comes before the crop is the same."""
+def test_with_a_random_crop_whole_images_are_cached_and_serve_the_fixed_crop(photographs: Path) -> None:
+    """One entry serves all splits, because the steps before the crop are the same."""
     more = '[augment]\ntrain = [{ name = "RandomCrop", stage = "crop" }]\n'
-    setup, _said = setup_of(loads_recipe(ON_FILES + more), files_of(photographs), None)
+    setup, _console = setup_of(loads_recipe(ON_FILES + more), files_of(photographs), None)
     plain, _ = batches_of(setup, cached=False)
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
@@ -230,7 +232,7 @@ def test_a_random_crop_keeps_whole_images_and_the_fixed_crop_is_made_of_them(pho
     assert "center crop" not in kept.descriptions[0]
 
 
-def test_grayscale_input_is_kept_with_one_channel(photographs: Path, own_cache: Path) -> None:
+def test_grayscale_input_is_cached_with_one_channel(photographs: Path, own_cache: Path) -> None:
     setup, _ = setup_of(loads_recipe(ON_FILES, ["data.channels=1"]), files_of(photographs, 1), None)
     plain, _ = batches_of(setup, cached=False)
     once, _ = batches_of(setup, cached=True)
@@ -249,8 +251,8 @@ CROPS = {
 
 
 @pytest.mark.parametrize("crop", CROPS.values(), ids=CROPS)
-def test_what_must_be_made_one_by_one_ends_with_the_crop(photographs: Path, crop: str) -> None:
-    """From the crop on it goes in batches, and the crop is the same to the last bit as where all is made by workers."""
+def test_per_image_steps_end_with_the_crop(photographs: Path, crop: str) -> None:
+    """After the crop, steps run on batches; the crop is bit-identical to one made by workers."""
     alone = f"[augment]\ntrain = [{crop}]\n"
     by_workers, _ = batches_of(
         setup_of(loads_recipe(ON_FILES + alone, ['augment.run_on="workers"']), files_of(photographs), None)[0],
@@ -274,7 +276,7 @@ def test_what_must_be_made_one_by_one_ends_with_the_crop(photographs: Path, crop
     assert 0 < sum(flips) < len(flips)
 
 
-def test_one_by_one_to_the_end_where_sizes_differ_or_the_rest_needs_it(photographs: Path) -> None:
+def test_all_steps_run_per_image_if_sizes_differ_or_a_step_needs_it(photographs: Path) -> None:
     crop = '{ name = "RandomResizedCrop", stage = "resize_crop" }'
     for more in (
         f'train = [{crop}, {{ name = "RandomSolarize", threshold = 128 }}]',
@@ -290,16 +292,16 @@ def test_one_by_one_to_the_end_where_sizes_differ_or_the_rest_needs_it(photograp
     assert "have different sizes" in way.obstacle
 
 
-def test_views_take_turns(photographs: Path) -> None:
+def test_fixed_views_alternate_over_the_epochs(photographs: Path) -> None:
     for more in (FLIP, FLIP + 'run_on = "workers"\n'):
         setup, _ = setup_of(loads_recipe(ON_FILES + more, ["data.fixed_views=2"]), files_of(photographs), None)
         plain, _ = batches_of(setup, cached=False)
         once, _ = batches_of(setup, cached=True)
         assert_equal(plain, once)
     seen: dict[int, set[bytes]] = {0: set(), 1: set(), 2: set(), 3: set()}
-    ways = {split: plan_preprocessing(split, setup.recipe.augment, setup.preprocessing, 0, None) for split in SPLITS}
+    plans = {split: plan_preprocessing(split, setup.recipe.augment, setup.preprocessing, 0, None) for split in SPLITS}
     plan = SamplingPlan(size=5, seed=1, batch_size=2, grad_accum_steps=1, drop_last=False, world=1, rank=0, views=2)
-    loader = ImageLoaders(setup, ways, SplitImages(setup, ways)).training(plan)
+    loader = ImageLoaders(setup, plans, SplitImages(setup, plans)).training(plan)
     for epoch, images in seen.items():
         images |= {image.numpy().tobytes() for _, batch in loader.epoch(epoch) for image in batch.images}
     loader.close()
@@ -317,32 +319,32 @@ def test_views_take_turns(photographs: Path) -> None:
     ],
     ids=["touched", "other content, same size and time", "nothing"],
 )
-def test_data_that_changed_are_noticed(
+def test_changed_data_are_decoded_again(
     tmp_path: Path, photographs: Path, own_cache: Path, change: Callable[[Path], Any], is_same: bool
 ) -> None:
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in photographs.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    setup, said = setup_of(loads_recipe(ON_FILES), files_of(folder), None)
+    setup, console = setup_of(loads_recipe(ON_FILES), files_of(folder), None)
     batches_of(setup, cached=True)
     change(folder)
     plain, _ = batches_of(setup, cached=False)
     once, _ = batches_of(setup, cached=True)
     assert_equal(plain, once)
     assert len(list(own_cache.glob("images-*/"))) == (1 if is_same else 2)
-    assert said.text.count("decoding images") == (1 if is_same else 2)
+    assert console.text.count("decoding images") == (1 if is_same else 2)
 
 
 def _rewrite(path: Path) -> None:
-    """Other content of the same length, with the old time of change."""
+    """Write other content of the same length and keep the modification time."""
     state, content = path.stat(), bytearray(path.read_bytes())
     content[-20] ^= 0xFF
     path.write_bytes(content)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
-def test_another_way_of_decoding_is_another_entry(
+def test_another_way_of_decoding_uses_another_cache_entry(
     photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup, _ = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
@@ -352,42 +354,42 @@ def test_another_way_of_decoding_is_another_entry(
     monkeypatch.setattr("PIL.__version__", "0.0")
     batches_of(setup, cached=True)
     assert len(list(own_cache.glob("images-*/"))) == 3
-    same, said = setup_of(
+    same, console = setup_of(
         loads_recipe(ON_FILES, ["optimizer.lr=0.5", 'data.normalize="half"']), files_of(photographs), None
     )
     batches_of(same, cached=True)
-    assert "decoding" not in said.text, "what comes later does not matter"
+    assert "decoding" not in console.text, "later steps do not change the entry"
 
 
-def test_no_tier_is_chosen_that_does_not_fit(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tier_without_enough_room_is_not_chosen(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """12 images of 32 x 32 x 3 bytes are 36 KiB: with 50 KiB free they fit neither into memory nor onto the device."""
     plain, _ = batches_of(setup_of(loads_recipe(ON_FILES), files_of(photographs), None)[0], cached=False)
     for module in (image_cache, memory_budget):
         monkeypatch.setattr(module, "available_memory", lambda: 50 * 1024)
     for tier, message in (("auto", ""), ("memory", "not held in memory"), ("device", "not held on the device")):
-        setup, said = setup_of(loads_recipe(ON_FILES, [f'data.cache="{tier}"']), files_of(photographs), None)
+        setup, console = setup_of(loads_recipe(ON_FILES, [f'data.cache="{tier}"']), files_of(photographs), None)
         once, kept = batches_of(setup, cached=True)
         assert_equal(plain, once)
         assert "read from disk" in kept.descriptions[0], tier
-        assert message in said.text
+        assert message in console.text
 
 
-def test_whole_images_that_do_not_fit_into_memory_are_not_kept(
+def test_whole_images_that_do_not_fit_into_memory_are_not_cached(
     photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The random crop comes first: what could be kept is larger than the files."""
+    """The random crop is the first step, so that the images to cache are larger than the files."""
     more = '[augment]\ntrain = [{ name = "RandomResizedCrop", stage = "resize_crop" }]\n'
     monkeypatch.setattr(image_cache, "available_memory", lambda: 50 * 1024)
-    setup, said = setup_of(loads_recipe(ON_FILES + more), files_of(photographs), None)
+    setup, console = setup_of(loads_recipe(ON_FILES + more), files_of(photographs), None)
     plain, _ = batches_of(setup, cached=False)
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
     assert kept.done == {"train": 0, "validation": 2, "test": 2}
-    assert "decoded images of train are not cached" in said.text
+    assert "decoded images of train are not cached" in console.text
 
 
-def test_a_device_that_runs_out_of_memory(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup, said = setup_of(loads_recipe(ON_FILES, ['data.cache="device"']), files_of(photographs), None)
+def test_images_stay_off_a_device_that_runs_out_of_memory(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, console = setup_of(loads_recipe(ON_FILES, ['data.cache="device"']), files_of(photographs), None)
     plain, _ = batches_of(setup, cached=False)
 
     def full(*_: Any, **__: Any) -> torch.Tensor:
@@ -395,29 +397,29 @@ def test_a_device_that_runs_out_of_memory(photographs: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patched:
         arguments = setup.recipe.augment, setup.preprocessing, 0, None
-        ways = {split: plan_preprocessing(split, *arguments) for split in SPLITS}
+        plans = {split: plan_preprocessing(split, *arguments) for split in SPLITS}
         patched.setattr(torch.Tensor, "to", full)
-        kept = SplitImages(setup, ways)
+        kept = SplitImages(setup, plans)
         kept.cache(DistributedCache(setup, unguarded), 3)
-    assert "it ran out of memory; they stay in memory or on disk" in said.text
+    assert "it ran out of memory; they stay in memory or on disk" in console.text
     assert "held in memory" in kept.descriptions[0]
     once, _ = batches_of(setup, cached=True)
     assert_equal(plain, once)
 
 
-def test_what_is_needed_once_is_not_kept(photographs: Path, own_cache: Path) -> None:
-    setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
+def test_images_needed_once_are_not_cached(photographs: Path, own_cache: Path) -> None:
+    setup, console = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
     _, kept = batches_of(setup, cached=True, passes=1)
     assert kept.descriptions == []
-    assert "needed at most once" in said.text
+    assert "needed at most once" in console.text
     assert not list(own_cache.glob("images-*/"))
     asked, _ = setup_of(loads_recipe(ON_FILES, ['data.cache="disk"']), files_of(photographs), None)
-    assert batches_of(asked, cached=True, passes=1)[1].descriptions, "but where the recipe asks for it"
+    assert batches_of(asked, cached=True, passes=1)[1].descriptions, "cached if the recipe requests it"
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut"])
-def test_a_damaged_entry_is_built_anew(photographs: Path, own_cache: Path, damage: str) -> None:
-    setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
+def test_a_damaged_entry_is_rebuilt(photographs: Path, own_cache: Path, damage: str) -> None:
+    setup, console = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
     plain, _ = batches_of(setup, cached=True)
     (path,) = own_cache.glob("images-*/data.bin")
     content = bytearray(path.read_bytes())
@@ -426,50 +428,52 @@ def test_a_damaged_entry_is_built_anew(photographs: Path, own_cache: Path, damag
     path.write_bytes(content if damage == "flipped" else content[:-1])
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
-    assert "is damaged" in said.text
-    assert "rebuilding it" in said.text
+    assert "is damaged" in console.text
+    assert "rebuilding it" in console.text
     assert kept.descriptions
 
 
-def test_a_folder_that_cannot_be_written_costs_one_warning(photographs: Path, own_cache: Path) -> None:
+def test_a_cache_folder_that_cannot_be_written_is_one_warning(photographs: Path, own_cache: Path) -> None:
     own_cache.parent.mkdir(parents=True, exist_ok=True)
-    own_cache.write_text("a file is in the place of the folder")
-    setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
+    own_cache.write_text("a file with the folder's name")
+    setup, console = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
     plain, _ = batches_of(setup, cached=False)
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
     assert kept.descriptions == []
-    assert said.text.count("warning: ") == 1
+    assert console.text.count("warning: ") == 1
 
 
-def test_a_disk_that_fills_up_costs_one_warning(
+def test_a_disk_that_fills_up_is_one_warning(
     photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
+    setup, console = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
     plain, _ = batches_of(setup, cached=False)
     monkeypatch.setattr(os, "pwrite", full)
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
     assert kept.descriptions == []
-    assert said.text.count("warning: ") == 1
-    assert "No space left on device" in said.text
-    assert not [path for path in own_cache.iterdir() if path.suffix != ".lock"], "nothing half-written stays"
+    assert console.text.count("warning: ") == 1
+    assert "No space left on device" in console.text
+    assert not [path for path in own_cache.iterdir() if path.suffix != ".lock"], "no partial file is left"
 
 
-def test_a_disk_without_room_is_left_alone(photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_to_a_disk_without_room(
+    photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distributed, "free_disk", lambda folder: 50 * 1024)
-    setup, said = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
+    setup, console = setup_of(loads_recipe(ON_FILES), files_of(photographs), None)
     _, kept = batches_of(setup, cached=True)
     assert kept.descriptions == []
-    assert "do not fit into the cache" in said.text
+    assert "do not fit into the cache" in console.text
     assert not list(own_cache.glob("*images-*/"))
 
 
 def spoiled(folder: Path, photographs: Path) -> ImageFiles:
-    """Copies of the photographs, one of which can be opened but not decoded."""
+    """Copy the photographs; one of the copies can be opened but not decoded."""
     folder.mkdir()
     for path in photographs.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -479,12 +483,12 @@ def spoiled(folder: Path, photographs: Path) -> ImageFiles:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_several_workers_build_an_entry(
+def test_several_workers_build_an_entry_together(
     photographs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    """Six blocks of two images, written by whoever is first."""
+    """There are six blocks of two images, each written by the first worker that gets to it."""
     monkeypatch.setattr(image_cache, "BLOCK", 2)
-    setup, said = setup_of(loads_recipe(ON_FILES, [f"data.workers={workers}"]), files_of(photographs), None)
+    setup, console = setup_of(loads_recipe(ON_FILES, [f"data.workers={workers}"]), files_of(photographs), None)
     plain, _ = batches_of(setup, cached=False)
     once, kept = batches_of(setup, cached=True)
     assert_equal(plain, once)
@@ -492,8 +496,8 @@ def test_several_workers_build_an_entry(
     store._verified.clear()
     again, _ = batches_of(setup, cached=True)
     assert_equal(plain, again)
-    assert said.text.count("decoding images") == 1
-    assert "damaged" not in said.text
+    assert console.text.count("decoding images") == 1
+    assert "damaged" not in console.text
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -503,11 +507,12 @@ def test_an_image_that_cannot_be_decoded_is_named_while_an_entry_is_built(
     monkeypatch.setattr(image_cache, "BLOCK", 2)
     images = spoiled(tmp_path / "spoiled", photographs)
     setup, _ = setup_of(loads_recipe(ON_FILES, ['data.cache="disk"', f"data.workers={workers}"]), images, None)
-    monkeypatch.setattr(image_cache, "expected_bytes", lambda *_: 1000)  # or it is found while the size is guessed
+    # Otherwise the image is found while the size is estimated.
+    monkeypatch.setattr(image_cache, "expected_bytes", lambda *_: 1000)
     with pytest.raises(UnreadableImageError, match=r"7\.jpg"):
         batches_of(setup, cached=True)
     assert [path.suffix for path in own_cache.iterdir()] == [".lock"]
     (lock,) = own_cache.iterdir()
     free = store.try_lock(own_cache, lock.stem)
-    assert free is not None, "the right to build is given back"
+    assert free is not None, "the build lock is released"
     free.release()

@@ -1,4 +1,4 @@
-"""W&B's mode without a prompt; a server that is absent, or hangs; trackers that fail or hang. W&B's client is the real
+"""W&B's modes without a prompt; a server that is absent or hangs; trackers that fail or hang. W&B's client is the real
 one; metrics.jsonl is complete whatever happens."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb  # noqa: F401  (before processes are forked: once, not in each)
+import wandb  # noqa: F401  (imported once before processes are forked, not in each)
 from accelerate.tracking import TensorBoardTracker
 from distributed import free_port
 from test_train import wandb_records
@@ -39,22 +39,22 @@ def _a_machine_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 @pytest.fixture(autouse=True)
-def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow machine is no absent server; tests of what is absent set their own times."""
+def _long_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise the time-outs for slow machines; tests of an absent server set their own."""
     for name, seconds in (("CONNECT_SECONDS", 30), ("INIT_SECONDS", 60), ("FINISH_SECONDS", 60), ("LEAVE_SECONDS", 61)):
         monkeypatch.setattr(toolkit.trackers, name, seconds)
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The waits at the end are cut, so that the rest of the limit is left to a slow machine."""
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the waits at the end, which leaves the rest of the time limit to a slow machine."""
     monkeypatch.setattr(toolkit.trackers, "FINISH_SECONDS", 1)
     monkeypatch.setattr(toolkit.trackers, "LEAVE_SECONDS", 1.5)
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    """W&B's server as far as this machine knows."""
+    """Start a local server in place of W&B's, with a login."""
     with logged_in_here(monkeypatch) as server:
         yield server
 
@@ -68,14 +68,14 @@ def begin(folder: Path, *settings: str, world: int = 1, prepare: Callable[[int],
 
 
 def train(folder: Path, *settings: str, world: int = 1, prepare: Callable[[int], None] | None = None) -> str:
-    """What a run says that comes to its end."""
+    """Train a run to its end; return its output."""
     trainers = begin(folder, *(settings or tracked("wandb")), world=world, prepare=prepare)
     assert trainers.wait() == [0] * world, trainers.text()
     return trainers.text()
 
 
 def history(run: Run, fragment: str) -> list[dict[str, Any]]:
-    """What a folder of W&B's has on disk."""
+    """Return the history lines of a W&B run folder."""
     records = (record for record in wandb_records(run.path, fragment) if record.WhichOneof("record_type") == "history")
     lines = ({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.history.item} for r in records)
     return [{key: value for key, value in line.items() if not key.startswith("_")} for line in lines]
@@ -83,7 +83,7 @@ def history(run: Run, fragment: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def metrics(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """metrics.jsonl of the run without trackers."""
+    """Return metrics.jsonl of the same run without trackers."""
     folder = tmp_path_factory.mktemp("plain")
     train(folder, *EMA)
     return only_run(folder).metrics_file.read_bytes()
@@ -92,54 +92,54 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 # -- online, offline --------------------------------------------------------------------------------------------------
 
 
-def test_modes_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mode_set_by_the_user_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wandb_mode("offline") == ("offline", "")
     assert wandb_mode("disabled") == ("disabled", "")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_mode("auto") == ("disabled", "")
 
 
-def test_without_a_login_it_is_offline_and_says_how_to_upload(tmp_path: Path) -> None:
-    said = train(tmp_path)
-    assert "W&B is offline: there is no W&B login" in said
-    assert f"To upload later: toolkit sync {only_run(tmp_path).path}" in said
+def test_without_a_login_wandb_is_offline_and_the_log_says_how_to_upload(tmp_path: Path) -> None:
+    output = train(tmp_path)
+    assert "W&B is offline: there is no W&B login" in output
+    assert f"To upload later: toolkit sync {only_run(tmp_path).path}" in output
     assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
 
 
-def test_a_server_that_is_not_there_leads_to_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_server_leads_to_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
     assert "cannot be reached" in train(tmp_path)
     assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
 
 
-def test_a_server_that_takes_no_notice_leads_to_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unresponsive_server_leads_to_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolkit.trackers, "CONNECT_SECONDS", 1)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
-        said = train(tmp_path)
-    assert "W&B is offline: its server 127.0.0.1 did not answer within 1 s" in said
-    assert "warning" not in said
+        output = train(tmp_path)
+    assert "W&B is offline: its server 127.0.0.1 did not answer within 1 s" in output
+    assert "warning" not in output
     assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
 
 
-def test_a_server_that_answers_but_not_the_client_leads_to_an_offline_run(
+def test_a_server_that_does_not_answer_the_client_leads_to_an_offline_run(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(toolkit.trackers, "INIT_SECONDS", 2)
     server.hanging.add("graphql")
-    said = train(tmp_path)
+    output = train(tmp_path)
     assert server.hung
-    assert "W&B did not answer (" in said
-    assert "logging offline instead" in said
-    assert "warning" not in said
+    assert "W&B did not answer (" in output
+    assert "logging offline instead" in output
+    assert "warning" not in output
     assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
 
 
-def test_of_two_processes_one_tracks_and_the_configuration_is_the_recipe(tmp_path: Path) -> None:
+def test_only_the_main_process_tracks_and_the_config_is_the_recipe(tmp_path: Path) -> None:
     train(tmp_path, *tracked("wandb"), world=2)
     run = only_run(tmp_path)
     (fragment,) = run.path.glob("wandb/offline-run-*")
@@ -150,16 +150,16 @@ def test_of_two_processes_one_tracks_and_the_configuration_is_the_recipe(tmp_pat
     updates = [item for record in records for item in (*record.run.config.update, *record.config.update)]
     config = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in updates}
     assert config["optimizer.lr"] == run.recipe.optimizer.lr
-    assert config["train.batch_size"] == 16, "of the whole, not of a process"
+    assert config["train.batch_size"] == 16, "the batch size of all processes, not of one"
 
 
-# -- while the run goes on --------------------------------------------------------------------------------------------
+# -- during training --------------------------------------------------------------------------------------------------
 
 
 def stopped_at_step(
     folder: Path, count: int, *settings: str, prepare: Callable[[int], None] = lambda rank: None
 ) -> tuple[Trainers, float]:
-    """Trainers that got SIGTERM in a step, and how many seconds they took to end."""
+    """Stop trainers by SIGTERM in a step; return them and the seconds that they took to end."""
     there = folder / "there"
 
     def stay() -> None:
@@ -194,19 +194,19 @@ def test_a_resumed_run_is_one_run_on_the_server(tmp_path: Path, server: WandbSer
     assert server.runs[name].summary["best.test_accuracy"] == run.summary["best"]["test_accuracy"]
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_server_that_stops_answering_costs_a_warning(tmp_path: Path, server: WandbServer, metrics: bytes) -> None:
+@pytest.mark.usefixtures("short_timeouts")
+def test_a_server_that_stops_answering_is_one_warning(tmp_path: Path, server: WandbServer, metrics: bytes) -> None:
     server.hanging.add("history")
     trainers, seconds = stopped_at_step(tmp_path, 9, *tracked("wandb"))
     assert seconds < LIMIT_S
     path = only_run(tmp_path).path
     assert f"its server has not received everything; to upload the rest: toolkit sync {path}" in trainers.text()
-    said = train(tmp_path, *tracked("wandb"))
-    assert said.count("warning") == 1
+    output = train(tmp_path, *tracked("wandb"))
+    assert output.count("warning") == 1
     run = only_run(tmp_path)
     assert run.metrics_file.read_bytes() == metrics
     fragments = sorted(path.name for path in run.path.glob("wandb/run-*"))
-    assert [line for fragment in fragments for line in history(run, fragment)] == run.metrics(), "all is on disk"
+    assert [line for fragment in fragments for line in history(run, fragment)] == run.metrics(), "all lines are on disk"
 
 
 def test_the_waits_of_trackers_leave_time_to_stop_within_the_limit() -> None:
@@ -220,10 +220,10 @@ def failing_log(count: int, rank: int) -> None:
     at_call(TensorBoardTracker, "log", count, fail)
 
 
-def test_a_tracker_that_fails_costs_a_warning_and_the_others_go_on(tmp_path: Path, metrics: bytes) -> None:
-    said = train(tmp_path, *tracked("tensorboard", "wandb"), prepare=functools.partial(failing_log, 3))
+def test_a_failing_tracker_is_one_warning_and_the_others_continue(tmp_path: Path, metrics: bytes) -> None:
+    output = train(tmp_path, *tracked("tensorboard", "wandb"), prepare=functools.partial(failing_log, 3))
     assert (
-        said.count("warning: tensorboard logging has stopped (the tracker's disk is full); metrics.jsonl is complete")
+        output.count("warning: tensorboard logging has stopped (the tracker's disk is full); metrics.jsonl is complete")
         == 1
     )
     run = only_run(tmp_path)
@@ -235,8 +235,8 @@ def hanging_log(rank: int) -> None:
     at_call(TensorBoardTracker, "log", 1, functools.partial(time.sleep, 10_000))
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_tracker_that_hangs_stops_neither_training_nor_the_end(tmp_path: Path, metrics: bytes) -> None:
+@pytest.mark.usefixtures("short_timeouts")
+def test_a_hanging_tracker_blocks_neither_training_nor_its_end(tmp_path: Path, metrics: bytes) -> None:
     trainers, seconds = stopped_at_step(tmp_path, 9, *tracked("tensorboard"), prepare=hanging_log)
     assert seconds < LIMIT_S
     assert "warning: tensorboard logging has stopped (it did not close in time)" in trainers.text()
@@ -245,7 +245,7 @@ def test_a_tracker_that_hangs_stops_neither_training_nor_the_end(tmp_path: Path,
 
 
 class Recorder:
-    """A tracker that writes down what it is given; it waits before the first line until it is let go."""
+    """A tracker that records its lines; it waits before the first line until it is released."""
 
     name = "recorder"
 
@@ -258,9 +258,9 @@ class Recorder:
         self.lines.append(line)
 
 
-def test_a_courier_keeps_the_order_and_does_not_wait_for_a_slow_tracker() -> None:
-    tracker, said = Recorder(), []
-    thread = TrackerThread(tracker, said.append)
+def test_a_tracker_thread_keeps_the_order_and_does_not_block_on_a_slow_tracker() -> None:
+    tracker, output = Recorder(), []
+    thread = TrackerThread(tracker, output.append)
     for line in range(100):
         thread.submit(functools.partial(Recorder.log, line=line))
     assert tracker.lines == []
@@ -268,18 +268,18 @@ def test_a_courier_keeps_the_order_and_does_not_wait_for_a_slow_tracker() -> Non
     thread.close(lambda tracker: tracker.lines.append(-1))
     thread.wait(60)
     assert tracker.lines == [*range(100), -1]
-    assert said == []
+    assert output == []
 
 
-def test_what_waits_for_a_slow_tracker_is_bounded() -> None:
-    tracker, said = Recorder(), []
-    thread = TrackerThread(tracker, said.append)
+def test_the_backlog_of_a_slow_tracker_is_bounded() -> None:
+    tracker, output = Recorder(), []
+    thread = TrackerThread(tracker, output.append)
     for line in range(BACKLOG + 10):
         thread.submit(functools.partial(Recorder.log, line=line))
-    assert said == [f"warning: recorder logging has stopped ({BACKLOG} lines are waiting); metrics.jsonl is complete"]
+    assert output == [f"warning: recorder logging has stopped ({BACKLOG} lines are waiting); metrics.jsonl is complete"]
     assert thread.calls.qsize() <= BACKLOG
     tracker.go.set()
     thread.close(lambda tracker: tracker.lines.append(-1))
     thread.wait(60)
     assert tracker.lines[-1] == -1
-    assert len(tracker.lines) < 3, "after a failure nothing but the end"
+    assert len(tracker.lines) < 3, "after a failure only the end is passed on"

@@ -43,17 +43,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(tmp_path_factory.mktemp("runs"), *SMALL, *(part for s in settings for part in ("--set", s)))
 
 
-def test_the_run_directory_holds_what_it_should(run: Run) -> None:
+def test_the_run_directory_contains_all_documented_files(run: Run) -> None:
     names = {path.name for path in run.path.iterdir()}
     assert {"recipe.toml", "environment.json", "split.json", "metrics.jsonl", "summary.json", "predictions.csv",
             "log.txt", "checkpoints", "wandb"} <= names  # fmt: skip
-    assert run.recipe.train.epochs == 3, "the resolved recipe holds the override"
+    assert run.recipe.train.epochs == 3, "the resolved recipe contains the override"
     assert run.environment["processes"] == 1
     assert "device cpu" in run.log_file.read_text()
     assert not list(run.path.rglob("*.tmp"))
 
 
-def test_every_metric_is_computed_and_has_an_entry_in_metrics_py(run: Run) -> None:
+def test_every_computed_metric_is_in_metrics_py(run: Run) -> None:
     summary, epochs = run.summary, run.epochs()
     values = {name: metric.read(summary, epochs) for name, metric in METRICS.items()}
     assert [name for name, value in values.items() if value is None] == []
@@ -64,7 +64,7 @@ def test_every_metric_is_computed_and_has_an_entry_in_metrics_py(run: Run) -> No
     assert all(metric.read(summary) is not None for metric in EXPECTED_METRICS.values()), "without metrics.jsonl"
 
 
-def test_metrics_and_summary_use_the_agreed_names(run: Run) -> None:
+def test_metrics_and_summary_use_the_documented_names(run: Run) -> None:
     epochs = run.epochs()
     assert [record["epoch"] for record in epochs] == [1, 2, 3]
     assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/top5_accuracy", "val/balanced_accuracy",
@@ -87,7 +87,7 @@ def test_metrics_and_summary_use_the_agreed_names(run: Run) -> None:
     assert summary["last"]["epoch"] == 3
 
 
-def test_predictions_give_the_summary_s_accuracy_in_dataset_order(run: Run) -> None:
+def test_predictions_are_in_dataset_order_and_give_the_summarys_accuracy(run: Run) -> None:
     rows = run.predictions()
     assert len(rows) == 50
     right = sum(row["label"] == row["prediction"] for row in rows)
@@ -95,7 +95,7 @@ def test_predictions_give_the_summary_s_accuracy_in_dataset_order(run: Run) -> N
     assert [row["path"] for row in rows] == json.loads((run.path / "split.json").read_text())["test"]
 
 
-def test_the_model_predicts_from_its_folder_alone(run: Run) -> None:
+def test_the_run_directory_is_all_that_prediction_needs(run: Run) -> None:
     trained = load_model(run.checkpoints)
     recipe = run.recipe
     dataset = open_dataset(recipe.data)
@@ -108,7 +108,7 @@ def test_the_model_predicts_from_its_folder_alone(run: Run) -> None:
 
 
 def wandb_records(folder: Path, fragment: str = "offline-run-*") -> Iterator[Any]:
-    """Records of an offline run's transaction log: LevelDB's format around protobuf messages."""
+    """Yield the records of an offline run's log, protobuf messages in LevelDB's log format."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob(f"wandb/{fragment}/run-*.wandb")
@@ -128,7 +128,7 @@ def wandb_records(folder: Path, fragment: str = "offline-run-*") -> Iterator[Any
             yield record
 
 
-def test_wandb_holds_what_metrics_jsonl_holds(run: Run) -> None:
+def test_wandb_gets_every_line_of_metrics_jsonl(run: Run) -> None:
     history, config, runs = [], {}, []
     for record in wandb_records(run.path):
         kind = record.WhichOneof("record_type")
@@ -149,7 +149,7 @@ def test_wandb_holds_what_metrics_jsonl_holds(run: Run) -> None:
     assert runs[0].notes == "a note"
 
 
-def test_tensorboard_holds_the_losses(run: Run) -> None:
+def test_tensorboard_gets_the_losses(run: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (folder,) = {path.parent for path in run.path.glob("tensorboard/*/events.out.tfevents.*")}
@@ -158,7 +158,7 @@ def test_tensorboard_holds_the_losses(run: Run) -> None:
     assert logged == pytest.approx([record["val/loss"] for record in run.epochs()], rel=1e-5)
 
 
-def test_a_token_in_the_environment_reaches_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_in_the_environment_is_written_to_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = "5ec12e7" * 5 + "abcde"
     monkeypatch.setenv("WANDB_API_KEY", token)
     monkeypatch.setenv("HF_TOKEN", "hf_" + token)
@@ -173,24 +173,24 @@ def test_two_runs_never_share_a_directory(tmp_path: Path) -> None:
     assert train(tmp_path, *fast).path != train(tmp_path, *fast).path
 
 
-def test_expected_figures_are_met_missed_or_not_comparable(tmp_path: Path) -> None:
+def test_expected_metrics_are_met_missed_or_not_comparable(tmp_path: Path) -> None:
     fast = (*SMALL, "--no-report", "--set", "train.epochs=1", "--set", "tracking.trackers=[]")
     run = train(tmp_path, *fast, "--set", "data.test_images_per_class=5",
                 "--set", 'expected_metrics.parameters={ value = 98026, source = "counted" }')  # fmt: skip
     assert "not comparable" in toolkit("check", run.path).stdout
     whole = ("--no-report", "--set", "train.epochs=1", "--set", "tracking.trackers=[]", "--set", "augment.train=[]")
-    figures = (
+    expectations = (
         'expected_metrics.parameters={ value = 98026, source = "counted" }',
         'expected_metrics.val_loss={ at_most = 0.0, source = "a wish" }',
         'expected_metrics.test_loss={ at_least = 0.0, seeds = [7], source = "another seed" }',
     )
-    run = train(tmp_path, *whole, *(part for figure in figures for part in ("--set", figure)))
+    run = train(tmp_path, *whole, *(part for expectation in expectations for part in ("--set", expectation)))
     outcome = toolkit("check", run.path, "--json")
     verdicts = {verdict["metric"]: verdict["verdict"] for verdict in json.loads(outcome.stdout)}
     assert verdicts["parameters"] == "met"
     assert verdicts["val_loss"] == "missed"
     assert verdicts["test_loss"] == "not comparable"
-    assert outcome.status == 1, "a missed figure shows in the exit status"
+    assert outcome.status == 1, "a missed metric sets the exit status"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_a_linear_probe_on_real_images_with_real_weights(tmp_path: Path, caltech_subset: Path) -> None:
-    """Features computed once and features computed each epoch give the same results, and six images a class go far."""
+    """Features computed once equal features computed per epoch, and six images per class reach 70 % accuracy."""
     settings = ("--set", f"data.root={json.dumps(str(caltech_subset))}", "--set", "data.split.validation=0.25",
                 "--set", "train.batch_size=20", "--set", 'scheduler={ name = "constant" }',
                 "--set", "tracking.trackers=[]", "--no-report")  # fmt: skip
@@ -215,14 +215,14 @@ def test_a_linear_probe_on_real_images_with_real_weights(tmp_path: Path, caltech
     plain = train(tmp_path, *settings, "--set", "train.epochs=1", "--set", 'data.cache="off"', recipe=recipe)
     assert "computed once" in once.summary["cached"][0]
     assert plain.summary["cached"] == []
-    for mine, theirs in zip(once.epochs()[:1], plain.epochs(), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5)
+    for cached, uncached in zip(once.epochs()[:1], plain.epochs(), strict=True):
+        assert cached == pytest.approx(uncached, rel=1e-5)
     assert once.summary["best"]["test_accuracy"] >= 0.7, "chance is 0.1"
 
 
 @pytest.fixture(scope="session")
 def cifar_subset(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty training and five test images of each class of CIFAR-10 (JPEG), as folders."""
+    """Write twenty training and five test images of each class of CIFAR-10 as folders of JPEGs."""
     root = tmp_path_factory.mktemp("cifar")
     with tarfile.open(shared_data / "cifar10.tar.xz", "r:xz") as archive:
         for member in archive:
@@ -240,7 +240,7 @@ def cifar_subset(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 SHIPPED = sorted(path.name for path in RECIPES.glob("*.toml"))
 
 
-def test_all_recipes_are_tried() -> None:
+def test_every_shipped_recipe_is_in_the_list_of_dry_runs() -> None:
     wanted = {"quickstart", "resnet50_caltech", "resnet18_caltech", "alexnet_caltech_scratch",
               "alexnet_caltech_finetune", "alexnet_caltech_feature_extractor", "alexnet_caltech_frozen_classifier",
               "vgg16_caltech", "vgg11bn_cifar10_frozen", "vgg11bn_cifar10_finetune", "vgg11bn_cifar10_scratch",
@@ -259,7 +259,7 @@ def test_every_shipped_recipe_passes_a_dry_run(
     if "caltech" in name:
         settings += [f"data.root={json.dumps(str(caltech_subset))}"]
     elif name != "quickstart.toml":
-        # torchvision's CIFAR10 wants the original files, which are not to be had here; the same images as folders.
+        # torchvision's CIFAR10 needs the original files, which are unavailable here; folders have the same images.
         settings += ['data.dataset="imagefolder"', f"data.root={json.dumps(str(cifar_subset))}",
                      "data.split.validation=0.2"]  # fmt: skip
     if "images_per_class" in (RECIPES / name).read_text():
@@ -277,7 +277,7 @@ def test_documentation_lists_every_file_of_a_run(run: Run) -> None:
     documented = [name for row in rows.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
     documented += [f"checkpoints/{name}" for name in documented if name.startswith("*")]
     left = [path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()]
-    assert any(name.startswith("figures/") for name in left), "with the report"
+    assert any(name.startswith("figures/") for name in left), "the report's figures are listed"
     for name in left:
         folders = [pattern for pattern in documented if pattern.endswith("/") and name.startswith(pattern)]
         assert folders or any(fnmatch(name, pattern) for pattern in documented), name

@@ -1,4 +1,4 @@
-"""Each transfer mode, on each kind of model: exactly what trains, and that what is frozen does not move by one bit."""
+"""For each transfer mode and kind of model: which parameters train, and that frozen ones do not change by one bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SGD = OptimizerConfig(lr=0.1, weight_decay=0.1)
 VGG_CONVOLUTIONS = [f"features.{i}" for i in (0, 1, 4, 5, 8, 9, 11, 12, 15, 16, 18, 19, 22, 23, 25, 26)]
 RESNET_BACKBONE = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
 
-# Model, its table, image size, all of its backbone, its classifier, its head, and its two stages below the head.
+# Model config, image size, backbone, classifier and head prefixes, and the two layer groups below the head.
 MODELS: dict[str, tuple[ModelConfig, int, list[str], list[str], str, list[list[str]]]] = {
     "alexnet": (
         ModelConfig(source="torchvision", name="alexnet"),
@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[ModelConfig, int, list[str], list[str], str, list[list[s
         "classifier.6",
         [["classifier.4"], ["classifier.1"]],
     ),
-    "vgg11_bn": (  # giunta G9: two new linear layers in place of VGG's three
+    "vgg11_bn": (  # table G9 of giunta: two new linear layers replace VGG's three
         ModelConfig(
             source="torchvision",
             name="vgg11_bn",
@@ -78,7 +78,7 @@ MODELS: dict[str, tuple[ModelConfig, int, list[str], list[str], str, list[list[s
         [["blocks.11", "norm"], ["blocks.10"]],
     ),
 }
-# What of backbone (B), classifier below the head (C) and head (H) trains in each mode.
+# Which of backbone (B), classifier below the head (C) and head (H) train in each mode.
 MODES: dict[str, tuple[TransferConfig, str]] = {
     "scratch": (TransferConfig(mode="scratch"), "BCH"),
     "finetune": (TransferConfig(mode="finetune"), "BCH"),
@@ -97,7 +97,7 @@ def _seeded() -> None:
 
 @cache
 def initial(name: str) -> tuple[ModelBundle, dict[str, torch.Tensor]]:
-    """A model is built once; tests that change it begin from a copy of its first state."""
+    """Build a model once; tests that change it start from a copy of its initial state."""
     table, size, *_ = MODELS[name]
     built = build_model(table, CLASSES, 3, size)
     return built, {key: value.clone() for key, value in built.module.state_dict().items()}
@@ -123,7 +123,7 @@ def expected_trainable(name: str, trains: str) -> list[str]:
 def train_two_steps(
     name: str, transfer: Transfer, groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer | None = None
 ) -> torch.optim.Optimizer:
-    """An epoch of two steps on random images, with momentum and a strong weight decay."""
+    """Train two steps on random images, with momentum and a strong weight decay."""
     optimizer = optimizer or torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     size = MODELS[name][1]
     transfer.train_mode()
@@ -137,7 +137,7 @@ def train_two_steps(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", MODELS)
-def test_exactly_what_trains_moves(name: str, mode: str) -> None:
+def test_exactly_the_trainable_parameters_change(name: str, mode: str) -> None:
     table, trains = MODES[mode]
     built = fresh(name)
     before = {key: value.clone() for key, value in built.module.state_dict().items()}
@@ -159,7 +159,7 @@ def test_exactly_what_trains_moves(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradual_opens_stage_after_stage(name: str) -> None:
+def test_gradual_unfreezing_unfreezes_one_layer_group_after_another(name: str) -> None:
     table, _ = MODES["gradual"]
     head, (first, second) = MODELS[name][4], MODELS[name][5]
     built = fresh(name)
@@ -186,14 +186,14 @@ def test_gradual_opens_stage_after_stage(name: str) -> None:
         ("linear_probe", ["classifier.6"]),
     ],
 )
-def test_vgg_with_its_own_classifier(mode: str, expected: list[str]) -> None:
-    """All three fully connected layers of VGG11-BN; on the meta device, for its 129 million parameters."""
+def test_vgg_can_keep_its_own_classifier(mode: str, expected: list[str]) -> None:
+    """Its three fully connected layers are the classifier. Built on the meta device: 129 million parameters."""
     with torch.device("meta"):
         built = build_model(ModelConfig(source="torchvision", name="vgg11_bn"), CLASSES, 3, 32)
     assert set(apply_transfer(built, MODES[mode][0]).trainable) == names_under(built.module, expected)
 
 
-def test_gradual_trains_what_it_opened() -> None:
+def test_gradual_unfreezing_trains_the_unfrozen_groups() -> None:
     table, _ = MODES["gradual"]
     built = fresh("resnet18")
     transfer = apply_transfer(built, table)
@@ -210,8 +210,8 @@ def test_gradual_trains_what_it_opened() -> None:
     assert moved == {"layer4", "fc"}
 
 
-def test_gradual_catches_up_after_a_restart() -> None:
-    """A run that continues at epoch 4 opens all that epochs 2 and 4 would have opened."""
+def test_gradual_unfreezing_catches_up_after_a_resume() -> None:
+    """A run resumed at epoch 4 unfreezes the groups due at epochs 2 and 4."""
     table, _ = MODES["gradual"]
     transfer = apply_transfer(fresh("resnet18"), table)
     assert transfer.unfreeze_for_epoch(4)
@@ -231,7 +231,7 @@ def test_gradual_catches_up_after_a_restart() -> None:
         ),
     ],
 )
-def test_mistakes_are_told(table: TransferConfig, message: str) -> None:
+def test_transfer_errors_are_reported(table: TransferConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         apply_transfer(fresh("resnet18"), table)
 
@@ -271,7 +271,7 @@ def test_patterns_add_to_the_mode() -> None:
     assert set(transfer.trainable) == expected
 
 
-def test_frozen_pattern_outlasts_gradual_unfreezing() -> None:
+def test_a_frozen_pattern_stays_frozen_under_gradual_unfreezing() -> None:
     table = TransferConfig(mode="gradual", unfreeze_at=[2], freeze=["layer4.0.*"])
     transfer = apply_transfer(fresh("resnet18"), table)
     transfer.unfreeze_for_epoch(2)
@@ -279,7 +279,7 @@ def test_frozen_pattern_outlasts_gradual_unfreezing() -> None:
     assert any(name.startswith("layer4.1.") for name in transfer.trainable)
 
 
-def test_batch_norm_statistics_follow_the_data_where_asked() -> None:
+def test_batch_norm_statistics_follow_the_data_if_the_recipe_says_so() -> None:
     table = TransferConfig(mode="linear_probe", frozen_batch_norm="update")
     built = fresh("resnet18")
     before = {key: value.clone() for key, value in built.module.state_dict().items()}
@@ -290,7 +290,7 @@ def test_batch_norm_statistics_follow_the_data_where_asked() -> None:
     assert moved == statistics | {"fc.weight", "fc.bias"}
 
 
-def test_dropout_rests_with_the_layer_it_feeds() -> None:
+def test_dropout_is_off_if_the_layer_that_it_feeds_is_frozen() -> None:
     """AlexNet's classifier is dropout.0, linear.1, relu.2, dropout.3, linear.4, relu.5, linear.6."""
     built = fresh("alexnet")
     classifier = built.module.get_submodule("classifier")
@@ -301,7 +301,7 @@ def test_dropout_rests_with_the_layer_it_feeds() -> None:
         assert [classifier.get_submodule(i).training for i in ("0", "3")] == modes
 
 
-def test_vit_dropout_after_positions_rests_with_the_blocks() -> None:
+def test_vit_dropout_after_position_embeddings_is_off_if_the_blocks_are_frozen() -> None:
     table = ModelConfig(source="timm", name="vit_tiny_patch16_224", args={"pos_drop_rate": 0.5, "drop_rate": 0.2})
     built = build_model(table, CLASSES, 3, 32)
     apply_transfer(built, TransferConfig(mode="linear_probe"))
@@ -309,8 +309,8 @@ def test_vit_dropout_after_positions_rests_with_the_blocks() -> None:
     assert built.module.get_submodule("head_drop").training
 
 
-def test_groups_carry_rates_by_stage() -> None:
-    """Layer decay 0.5, backbone a tenth, head double; biases and norms without weight decay in groups of their own."""
+def test_parameter_groups_have_learning_rates_by_layer_group() -> None:
+    """Layer decay 0.5, backbone 0.1, head 2; biases and norms are in groups of their own without weight decay."""
     table = TransferConfig(mode="finetune", backbone_lr=0.1, head_lr=2.0, layer_decay=0.5)
     built = fresh("resnet18")
     transfer = apply_transfer(built, table)
@@ -330,8 +330,8 @@ def test_groups_carry_rates_by_stage() -> None:
     assert [row.lr for row in rows] == pytest.approx([0.4 * scale for scale in scales])
 
 
-def test_parts_table_of_a_linear_probe() -> None:
-    """ResNet18 has 11,176,512 parameters below its last layer; stage sizes as published."""
+def test_the_layer_group_table_of_a_linear_probe() -> None:
+    """ResNet18 has 11,176,512 parameters below its last layer; layer group sizes as published."""
     built = fresh("resnet18")
     table = TransferConfig(mode="linear_probe")
     rows = layer_group_table(apply_transfer(built, table), SGD)
@@ -352,7 +352,7 @@ def test_parts_table_of_a_linear_probe() -> None:
         assert layer_group_table(apply_transfer(built, table), SGD)[1].batch_norm == expected
 
 
-def test_a_new_small_stem_is_not_left_frozen() -> None:
+def test_a_newly_initialized_small_stem_is_not_frozen() -> None:
     table = ModelConfig(source="torchvision", name="resnet18", weights="DEFAULT", stem="small")
     built = build_model(table, CLASSES, 3, 32, load_weights=False)
     with pytest.raises(UserError, match=r'conv1 is new .* transfer.train = \["conv1\.\*"\]'):
@@ -375,7 +375,7 @@ def test_a_new_small_stem_is_not_left_frozen() -> None:
         ("vit_tiny_patch16_224", "finetune", None),
     ],
 )
-def test_prefix_and_tail_are_the_model(name: str, mode: str, tail: str | None) -> None:
+def test_the_frozen_prefix_and_the_tail_compute_the_whole_model(name: str, mode: str, tail: str | None) -> None:
     built = fresh(name)
     transfer = apply_transfer(built, TransferConfig(mode=mode))  # type: ignore[arg-type]
     key_dropout_layers(built.module, 0)
@@ -395,7 +395,7 @@ def test_prefix_and_tail_are_the_model(name: str, mode: str, tail: str | None) -
 
 
 def test_dropout_before_the_last_layer_is_part_of_the_tail() -> None:
-    """VGG drops out the input of its last layer: features at that point change, those before the classifier do not."""
+    """VGG applies dropout before its last layer, so features there are random; those before the classifier are not."""
     table = ModelConfig(source="toolkit", convnet=_tiny_convnet(), head=HeadConfig(dropout=0.5, hidden=[8]))
     built = build_model(table, CLASSES, 3, 8)
     transfer = apply_transfer(built, TransferConfig(mode="linear_probe", freeze=["head.0.*"]))
@@ -405,7 +405,7 @@ def test_dropout_before_the_last_layer_is_part_of_the_tail() -> None:
     assert not backbone_is_deterministic(built.module, "head.3", torch.randn(4, 3, 8, 8))
 
 
-def test_updated_batch_norm_leaves_no_prefix() -> None:
+def test_with_updated_batch_norm_there_is_no_frozen_prefix() -> None:
     built = fresh("resnet18")
     assert (
         find_frozen_backbone(apply_transfer(built, TransferConfig(mode="linear_probe", frozen_batch_norm="update")))
@@ -413,7 +413,7 @@ def test_updated_batch_norm_leaves_no_prefix() -> None:
     )
 
 
-def test_a_tail_whose_output_is_not_the_models_is_found_out() -> None:
+def test_a_tail_whose_output_differs_from_the_models_is_detected() -> None:
     built = fresh("resnet18")
     apply_transfer(built, TransferConfig(mode="linear_probe"))
     assert not backbone_is_deterministic(built.module, "layer4", torch.randn(2, 3, 32, 32))

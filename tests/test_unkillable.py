@@ -1,7 +1,7 @@
 """A run that is killed at any moment and resumed ends with the same bytes as an uninterrupted one.
 
-A run is started again and again, and each time but the last it is ended by SIGKILL, on one process or all. The run is
-divided into equal parts, with a kill in each: at a random step, and there at a random moment of a given kind. A kill
+A run is started repeatedly, and each time but the last one process or all are ended by SIGKILL. The run is
+divided into equal parts with a kill in each: at a random step, at a random moment of a given kind. A kill
 counts only if training had begun since the last start.
 """
 
@@ -66,7 +66,7 @@ def undisturbed(folder: Path, world: int, text: str, *settings: str) -> dict[str
 
 
 class Killer:
-    """Ends this process by SIGKILL, at the first moment of a kind after a given step of the run."""
+    """Kills this process by SIGKILL at the first moment of a kind after a given step of the run."""
 
     def __init__(self, kind: str, target: int, chance: float, note: Path) -> None:
         self.kind, self.target, self.chance, self.note = kind, target, chance, note
@@ -106,7 +106,7 @@ class Killer:
 
 
 def write_half_at(count: int, act: Callable[[], None]) -> None:
-    """Have half of the ``count``-th file of checkpoints written, and then call ``act``."""
+    """Write only half of the ``count``-th checkpoint file, and then call ``act``."""
     original, calls = toolkit.training.checkpoint.write_atomically, [0]
 
     def write(path: Path, data: bytes) -> None:
@@ -127,7 +127,7 @@ def prepare_killer(kind: str, target: int, chance: float, note: Path, victim: in
 def survive(
     folder: Path, world: int, text: str, kills: int, run_epochs: int, seed: int, *settings: str
 ) -> dict[str, Any]:
-    """Train to the end with ``kills`` kills on the way, each in a part of the run of its own."""
+    """Train to the end with ``kills`` kills, each in its own part of the run."""
     recipe, note, draw = write_recipe(folder, text), folder / "kill.json", random.Random(seed)
     kinds = [KINDS[number % len(KINDS)] for number in range(kills)]
     draw.shuffle(kinds)
@@ -138,7 +138,7 @@ def survive(
         note.unlink(missing_ok=True)
         trainers = Trainers(world, folder, recipe, "--resume", "auto", *epochs(run_epochs), *settings, prepare=prepare)
         trainers.wait_until_first_ends()
-        trainers.signal(signal.SIGKILL)  # as when a machine goes down
+        trainers.signal(signal.SIGKILL)  # as when a machine fails
         statuses = trainers.wait()
         assert statuses[victim] == -signal.SIGKILL, trainers.text()
         kind_noted, place, steps = json.loads(note.read_text())
@@ -154,13 +154,13 @@ def survive(
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_run_killed_ten_times_comes_out_the_same(tmp_path: Path, world: int) -> None:
+def test_a_run_killed_ten_times_gives_the_same_bytes(tmp_path: Path, world: int) -> None:
     plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA, *epochs(6))
     assert survive(tmp_path / "killed", world, MUCH, 2 * len(KINDS), 6, world, *EMA) == plain
 
 
 @pytest.mark.parametrize("text", [FROZEN, GRADUAL], ids=["frozen features", "gradual"])
-def test_with_frozen_features_or_gradual_unfreezing_it_comes_out_the_same(tmp_path: Path, text: str) -> None:
+def test_killed_runs_with_frozen_features_or_gradual_unfreezing_give_the_same_bytes(tmp_path: Path, text: str) -> None:
     ema = ("--set", "train.ema=0.9")
     plain = undisturbed(tmp_path / "plain", 1, text, *ema, *epochs(8))
     assert bool(plain["summary"]["cached"]) == (text is FROZEN)
@@ -170,7 +170,7 @@ def test_with_frozen_features_or_gradual_unfreezing_it_comes_out_the_same(tmp_pa
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (2, 2)])
-def test_a_run_killed_a_hundred_times_comes_out_the_same(tmp_path: Path, world: int, workers: int) -> None:
+def test_a_run_killed_a_hundred_times_gives_the_same_bytes(tmp_path: Path, world: int, workers: int) -> None:
     settings = (*EMA, "--set", f"data.workers={workers}", "--set", f'data.cache="{"off" if workers else "auto"}"')
     plain = undisturbed(tmp_path / "plain", world, MUCH, *settings, *epochs(60))
     assert survive(tmp_path / "killed", world, MUCH, 100, 60, 10 + world + workers, *settings) == plain
@@ -180,7 +180,7 @@ def test_a_run_killed_a_hundred_times_comes_out_the_same(tmp_path: Path, world: 
 
 
 def kill_before_file_operation(count: int, begin: tuple[Any, str] | None, rank: int) -> None:
-    """End the main process before its ``count``-th sync or rename, counted from the first call of ``begin`` on."""
+    """Kill the main process before its ``count``-th sync or rename after the first call of ``begin``."""
     if rank != 0:
         return
     left = [count]
@@ -207,7 +207,7 @@ def kill_before_file_operation(count: int, begin: tuple[Any, str] | None, rank: 
 
 
 def killed(world: int, folder: Path, recipe: Path, prepare: Callable[[int], None], *settings: str) -> Trainers:
-    """Start trainers of which one kills itself, and end the others with it."""
+    """Start trainers of which one kills itself, and kill the others with it."""
     trainers = Trainers(world, folder, recipe, "--resume", "auto", *settings, prepare=prepare)
     trainers.wait_until_first_ends()
     trainers.signal(signal.SIGKILL)
@@ -219,9 +219,9 @@ def test_killed_before_each_file_operation_at_the_start(tmp_path: Path) -> None:
     plain = undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
     folder = tmp_path / "killed"
     recipe = write_recipe(folder, MUCH)
-    for count in range(1, 13):  # four files, each synced, renamed, and its folder synced
+    for count in range(1, 13):  # four files, each with a sync, a rename and a sync of its folder
         trainers = killed(1, folder, recipe, functools.partial(kill_before_file_operation, count, None), *EMA)
-        assert "run directory" not in trainers.text(), "it has written more than its first files"
+        assert "run directory" not in trainers.text(), "the run has more than its first files"
     trainers = Trainers(1, folder, recipe, "--resume", "auto", *EMA)
     assert trainers.wait() == [0], trainers.text()
     (run,) = (Run(path) for path in (folder / "runs" / "small").iterdir() if (path / "recipe.toml").exists())
@@ -237,7 +237,7 @@ def test_killed_before_each_file_operation_at_the_end(tmp_path: Path, world: int
         killed(world, folder, recipe, functools.partial(kill_before_file_operation, count, begin), *EMA)
         if only_run(folder).is_finished:
             break
-    assert count == 8, "the name of the best weights, predictions.csv, and summary.json last of all"
+    assert count == 8, "best weights, predictions.csv and finally summary.json"
     assert outcome(only_run(folder)) == plain
 
 
@@ -245,12 +245,12 @@ def after_the_summary(rank: int) -> None:
     at_call(toolkit.training.fit, "write_summary", 1, kill_self, after=True)
 
 
-def test_killed_after_its_summary_a_run_is_finished_and_resume_auto_starts_another(tmp_path: Path) -> None:
+def test_a_run_killed_after_its_summary_is_finished_and_resume_auto_starts_another(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, MUCH)
     killed(1, tmp_path, recipe, after_the_summary, *EMA)
     first = only_run(tmp_path)
     log = first.log_file.read_text()
-    assert log.splitlines()[-1].startswith("last "), "the closing table is in the log"
+    assert log.splitlines()[-1].startswith("last "), "the table of results is in the log"
     trainers = Trainers(1, tmp_path, recipe, "--resume", "auto", *EMA)
     assert trainers.wait() == [0], trainers.text()
     assert f"{first.path} is finished, so this is a new run" in trainers.text()
@@ -260,7 +260,7 @@ def test_killed_after_its_summary_a_run_is_finished_and_resume_auto_starts_anoth
 
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_requeued_job_that_had_finished_its_run_starts_no_other(
+def test_a_requeued_job_with_a_finished_run_starts_no_other(
     tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -272,7 +272,7 @@ def test_a_requeued_job_that_had_finished_its_run_starts_no_other(
     first = only_run(tmp_path)
     assert f"{first.path} was finished by this job before it was requeued: nothing is left to do" in trainers.text()
     for variable, value, settings in (
-        ("SLURM_JOB_ID", "17", ("--set", "recipe.seed=1")),  # the job's second training
+        ("SLURM_JOB_ID", "17", ("--set", "recipe.seed=1")),  # a second training of the same job
         ("SLURM_JOB_ID", "18", ()),
     ):
         monkeypatch.setenv(variable, value)
@@ -281,7 +281,7 @@ def test_a_requeued_job_that_had_finished_its_run_starts_no_other(
         assert "so this is a new run" in trainers.text()
 
 
-def test_killed_after_closing_its_trackers_a_resumed_run_closes_them_again(tmp_path: Path) -> None:
+def test_a_run_killed_after_closing_its_trackers_closes_them_again_when_resumed(tmp_path: Path) -> None:
     tracked = (*EMA, "--set", 'tracking.trackers=["tensorboard"]')
     plain = undisturbed(tmp_path / "plain", 1, MUCH, *tracked)
     folder = tmp_path / "killed"

@@ -1,6 +1,6 @@
-"""toolkit report STUDY --wandb: W&B's real client and library, and a loopback server in place of W&B's.
+"""`toolkit report STUDY --wandb` with W&B's real client and library, and a local server in place of W&B's.
 
-The tests show what is sent, not that W&B displays it.
+The tests check the uploaded data, not how W&B displays them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 @pytest.fixture
 def study(tmp_path: Path) -> StudyDirectory:
-    """Four runs tracked by W&B, of which one failed in its second epoch."""
+    """Write a study of four runs tracked by W&B, of which one failed in its second epoch."""
     study = small_study(tmp_path / "study")
     for key in ids(study):
         folder = study.path / key / "wandb" / f"offline-run-20260101_000000-{key}"
@@ -71,7 +71,7 @@ def blocks(server: WandbServer, kind: str) -> list[dict[str, Any]]:
     return [block for block in spec(server)["blocks"] if block["type"] == kind]
 
 
-def test_table_curves_comparison_and_notes_over_the_runs_of_the_study(
+def test_a_report_has_table_curves_comparison_and_notes_of_the_studys_runs(
     study: StudyDirectory, server: WandbServer
 ) -> None:
     uploaded(server, [*ids(study), "somebody-elses"])
@@ -84,7 +84,7 @@ def test_table_curves_comparison_and_notes_over_the_runs_of_the_study(
     link = outcome.stdout.splitlines()[-1]
     assert link.startswith(f"{server.url}/me/toolkit/reports/")
     assert link.endswith(view["id"])
-    assert (study.path / "report.html").exists(), "the page that needs no server is written too"
+    assert (study.path / "report.html").exists(), "the local HTML report is written too"
 
     texts = [block["content"] for block in blocks(server, "markdown-block")]
     assert any("70.00 ± 7.07" in text and "74.00" in text for text in texts), "the table, with the published metrics"
@@ -103,11 +103,13 @@ def test_table_curves_comparison_and_notes_over_the_runs_of_the_study(
     for grid in grids:
         (runset,) = grid["metadata"]["runSets"]
         assert (runset["project"]["entityName"], runset["project"]["name"]) == ("me", "toolkit")
-        assert _values(runset["filters"]) == [(("run", "name"), "IN", ids(study))], "pinned: later runs do not leak in"
+        assert _values(runset["filters"]) == [(("run", "name"), "IN", ids(study))], (
+            "the runs are pinned: later runs are not included"
+        )
 
 
 def _values(node: Any) -> list[tuple[tuple[str, str], str, Any]]:
-    """Key, operation and value of each filter within."""
+    """Return key, operation and value of each nested filter."""
     if isinstance(node, list):
         return [found for part in node for found in _values(part)]
     if not isinstance(node, dict):
@@ -117,7 +119,7 @@ def _values(node: Any) -> list[tuple[tuple[str, str], str, Any]]:
     return [found for part in node.values() for found in _values(part)]
 
 
-def test_the_next_call_updates_the_same_report(study: StudyDirectory, server: WandbServer) -> None:
+def test_a_second_call_updates_the_same_report(study: StudyDirectory, server: WandbServer) -> None:
     uploaded(server, ids(study)[:2])
     first = report(study)
     assert "2 of 4 runs: not uploaded; toolkit sync" in first.stderr
@@ -129,11 +131,11 @@ def test_the_next_call_updates_the_same_report(study: StudyDirectory, server: Wa
     (runset,) = blocks(server, "panel-grid")[0]["metadata"]["runSets"]
     assert _values(runset["filters"])[0][2] == ids(study)
     server.views.clear()
-    assert report(study).status == 0, "deleted on the server: a new one"
+    assert report(study).status == 0, "after deletion on the server a new report is created"
     assert len(server.views) == 1
 
 
-def test_json_has_the_link_whatever_the_mode_of_training_is(
+def test_json_output_has_the_link_in_every_tracking_mode(
     study: StudyDirectory, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -145,14 +147,14 @@ def test_json_has_the_link_whatever_the_mode_of_training_is(
 # Errors
 
 
-def test_no_login(study: StudyDirectory) -> None:
+def test_a_report_without_a_login_is_one_message(study: StudyDirectory) -> None:
     outcome = report(study)
     assert outcome.status == 2
     assert outcome.stderr.splitlines()[-1].startswith("no W&B report: there is no W&B login. Log in with: wandb login")
     assert "Traceback" not in outcome.stderr
 
 
-def test_no_server(study: StudyDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_without_a_server_is_one_message(study: StudyDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     with wandb_server() as gone:
         url = gone.url
     monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -163,13 +165,13 @@ def test_no_server(study: StudyDirectory, monkeypatch: pytest.MonkeyPatch) -> No
     assert "Traceback" not in outcome.stderr
 
 
-def test_no_run_on_the_server(study: StudyDirectory, server: WandbServer) -> None:
+def test_a_report_without_runs_on_the_server_is_one_message(study: StudyDirectory, server: WandbServer) -> None:
     outcome = report(study)
     assert outcome.status == 2
     assert f"none of the study's runs is on W&B; toolkit sync {study.path} uploads them" in outcome.stderr
 
 
-def test_a_server_that_rejects_the_report(
+def test_a_report_that_the_server_rejects_is_one_message(
     study: StudyDirectory, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploaded(server, ids(study))
@@ -180,6 +182,6 @@ def test_a_server_that_rejects_the_report(
     assert "Traceback" not in outcome.stderr
 
 
-def test_a_run_is_not_a_study(tmp_path: Path) -> None:
+def test_a_wandb_report_of_a_run_is_refused(tmp_path: Path) -> None:
     outcome = toolkit("report", str(write_run(tmp_path, images=False).path), "--wandb")
     assert (outcome.status, "--wandb is for a study" in outcome.stderr) == (2, True)
