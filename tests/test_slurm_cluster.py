@@ -55,9 +55,9 @@ exec "$@"
 """
 PROFILE = """
 shared = ["/"]
-container = "{place}/enter image.sif"
-setup = ["source {place}/modules.sh", "module load cuda/12.6"]
-scratch = "{place}/scratch/$SLURM_JOB_USER"
+container = "{work_dir}/enter image.sif"
+setup = ["source {work_dir}/modules.sh", "module load cuda/12.6"]
+scratch = "{work_dir}/scratch/$SLURM_JOB_USER"
 [variables]
 GREETING = "it's $HOME"
 """
