@@ -160,7 +160,7 @@ def test_without_a_stop_request_an_unresponsive_process_is_named_and_waited_for(
     trainers.signal(signal.SIGCONT, 1)
     assert trainers.wait() == [0, 0], trainers.text()
     assert len(re.findall(warning, trainers.text())) == 1
-    assert re.search(r"rank 1 \(\S+, process \d+\) answers again after \d+ s", trainers.text())
+    assert re.search(r"rank 1 \(\S+, process \d+\) responds again after \d+ s", trainers.text())
     assert outcome(only_run(tmp_path)) == undisturbed(tmp_path / "plain", 2, MUCH, *EMA)
 
 

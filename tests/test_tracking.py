@@ -133,7 +133,7 @@ def test_a_server_that_does_not_answer_the_client_leads_to_an_offline_run(
     server.hanging.add("graphql")
     output = train(tmp_path)
     assert server.hung
-    assert "W&B did not answer (" in output
+    assert "W&B did not respond (" in output
     assert "logging offline instead" in output
     assert "warning" not in output
     assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()

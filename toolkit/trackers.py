@@ -110,7 +110,7 @@ class Tracking:
             if self.wandb_mode != "online":
                 self._fail(error)
                 return
-            self.log_message(f"W&B did not answer ({first_line(error)}); logging offline instead")
+            self.log_message(f"W&B did not respond ({first_line(error)}); logging offline instead")
             self.wandb_mode = settings["mode"] = "offline"
             self._init_offline(recipe, settings, config, folder)
 

@@ -121,7 +121,7 @@ def _pair(value: Any) -> Any:
 
 
 def _symmetric(value: Any) -> Any:
-    """Return the range of an angle: a list as it is, a single number x as -x to x."""
+    """Return the range of an angle; a single number x becomes (-x, x)."""
     return tuple(value) if isinstance(value, list | tuple) else (-value, value)
 
 

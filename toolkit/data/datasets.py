@@ -109,7 +109,7 @@ def _fetch(kind: Callable[..., Any], table: DataConfig) -> tuple[Any, Any]:
 
 
 def open_caltech101(table: DataConfig) -> Dataset:
-    """Open Caltech-101 (Li et al. 2022), with or without the homework's train.txt and test.txt next to the images."""
+    """Open Caltech-101 (Li et al. 2022), with the lists train.txt and test.txt next to the images, if they exist."""
     folder = _caltech_folder(Path(table.root))
     walk = FolderWalk(folder / CALTECH_IMAGES)
     folders = walk.above_classes("").folders

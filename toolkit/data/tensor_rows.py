@@ -1,6 +1,7 @@
 """Fast indexing and assignment of whole rows of a tensor.
 
-On a CPU PyTorch's ``tensor[index]`` copies value by value, which for uint8 takes at least eight times as long.
+On a CPU PyTorch's ``tensor[index]`` copies value by value, which for uint8 takes at least eight times as
+long as copying whole rows.
 """
 
 from __future__ import annotations

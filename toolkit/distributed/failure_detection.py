@@ -188,7 +188,7 @@ class FailureDetector:
 
     def _print_answer(self, neighbor: int) -> None:
         silence = self.silences.pop(neighbor)
-        print(f"{self._name(neighbor)} answers again after {silence:.0f} s", file=sys.stderr, flush=True)
+        print(f"{self._name(neighbor)} responds again after {silence:.0f} s", file=sys.stderr, flush=True)
 
     def _name(self, rank: int) -> str:
         return f"rank {rank}" + (f" ({self.names[rank]})" if rank in self.names else "")

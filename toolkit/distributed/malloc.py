@@ -1,7 +1,7 @@
 """Configuration of glibc's allocator to keep freed memory for reuse.
 
 A step on a CPU allocates and frees the same large tensors again and again. By default, glibc returns each of them to
-the kernel, which has to zero every page again when it is next touched; this can take most of the time of an inference.
+the kernel, which has to zero every page again when it is next touched; this can take most of the time of inference.
 With these settings the process keeps its peak memory, which the next step needs anyway. Speedups: benchmarks/README.md.
 """
 

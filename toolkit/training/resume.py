@@ -272,7 +272,7 @@ def accept_changes(trainer: Trainer) -> None:
 
 
 def _validate_again(trainer: Trainer, best: dict[str, Any]) -> None:
-    """Validate the best and the last epoch again under the changes, so that later epochs compare with them."""
+    """Validate the best and the last epoch again with the changes, so that later epochs compare with them."""
     progress, module = trainer.progress, trainer.setup.built.module
     now = trainer.evaluate("validation").metrics("val/") if progress.step == 0 else {}
     if progress.step == 0 and best["epoch"] == progress.epoch:
@@ -289,8 +289,9 @@ def _validate_again(trainer: Trainer, best: dict[str, Any]) -> None:
         progress.best = validated
         trainer.patience.best, trainer.patience.waited = validated.get(trainer.recipe.early_stopping.metric), 0
         trainer.display.log(
-            f"validated again under the changes: epoch {best['epoch']}, the best so far, has "
-            f"loss {validated['val/loss']:.4f} and accuracy {validated['val/accuracy']:.4f}; patience starts over"
+            f"validated again with the changes: epoch {best['epoch']}, the best so far, has "
+            f"loss {validated['val/loss']:.4f} and accuracy {validated['val/accuracy']:.4f}; "
+            "the count of epochs without improvement restarts"
         )
 
 
