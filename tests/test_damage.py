@@ -108,7 +108,7 @@ def test_json_may_have_more_entries_than_required(tmp_path: Path) -> None:
     [
         (lambda path: None, "is missing"),
         (lambda path: path.symlink_to("nowhere"), "is missing"),
-        (lambda path: path.mkdir(), "is damaged: a folder has its name"),
+        (lambda path: path.mkdir(), "is damaged: it is a folder"),
         (os.mkfifo, "is damaged: it is not a regular file"),
         (lambda path: path.symlink_to("/dev/zero"), "is damaged: it is not a regular file"),
         (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels of symbolic links"),
@@ -181,7 +181,7 @@ def test_any_damage_to_any_file_gives_a_message(original: Run, healthy: Run, tmp
         ("summary.json", "deep", "summary.json is damaged: it is nested too deeply"),
         ("summary.json", "FIFO", "summary.json is damaged: it is not a regular file"),
         ("metrics.jsonl", "null", "metrics.jsonl:1: damaged line (not a JSON object)"),
-        ("metrics.jsonl", "folder", "metrics.jsonl is damaged: a folder has its name"),
+        ("metrics.jsonl", "folder", "metrics.jsonl is damaged: it is a folder"),
         ("recipe.toml", "missing", "there is no recipe"),
         ("recipe.toml", "bad UTF-8", "recipe.toml is not UTF-8 text"),
     ],

@@ -570,7 +570,7 @@ def test_every_command_refuses_best_weights_or_classes_of_another_run(recipe: Re
     run.write_json("checkpoints/model.json", {**card, "classes": card["classes"][::-1]})
     for name, found in use(run, tmp_path).items():
         assert found.status == 2, name
-        assert "model.json names other classes, or in another order" in found.stderr
+        assert "the classes in model.json, or their order, differ" in found.stderr
     run.write_json("checkpoints/model.json", card)
     assert {found.status for found in use(run, tmp_path).values()} == {0}
 
@@ -690,7 +690,7 @@ def test_a_state_that_is_not_finite_is_not_checkpointed(
         with pytest.raises(RunFailed, match="the checkpoint of the end of epoch 1 is kept") as failed:
             fit(recipe, quiet=True)
     assert f"{name}" in str(failed.value)
-    assert "is not finite after epoch 2, step 2, so no checkpoint of it is written" in str(failed.value)
+    assert "is not finite after epoch 2, step 2, so no checkpoint is written" in str(failed.value)
     (run,) = runs_of(recipe.recipe.run_root, "small")
     assert newest(run).name.startswith("0001-000000-")
     assert outcome(resumed(run)) == outcome(fit(recipe, quiet=True))

@@ -73,7 +73,7 @@ def require_file(path: Path) -> None:
     except ValueError as error:  # a null character in the path
         raise UserError(f"{str(path)!r} cannot be read: {error}") from None
     if not stat.S_ISREG(mode):
-        raise UnreadableFile(path, "a folder has its name" if stat.S_ISDIR(mode) else "it is not a regular file")
+        raise UnreadableFile(path, "it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
 
 
 def _system_error(path: Path, error: OSError) -> UnreadableFile:

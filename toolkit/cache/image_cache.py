@@ -121,7 +121,7 @@ class SplitImages:
         if self.setup.recipe.data.cache == "auto" and passes < 2:
             reason = "they are needed at most once"
         elif self.setup.recipe.data.cache == "auto" and not part.steps and size > available_memory() * MEMORY_SHARE:
-            reason = f"{gib(size)} of decoded images are more than the files take, and do not fit in memory"
+            reason = f"the decoded images need {gib(size)}, more than the files, and do not fit in memory"
         return next((each for each in gather_objects(reason) if each), "")
 
     def _place(self, tensor: Tensor) -> tuple[Tensor, str]:

@@ -108,7 +108,7 @@ def check_splits(dataset: Dataset, splits: dict[str, IntArray], needed: Sequence
         if len(splits[name]) == 0:
             raise UserError(
                 f"the {name} split of {dataset.name} is empty: see data.split.validation, data.split.test "
-                f"({len(dataset.labels)} images in all)"
+                f"({len(dataset.labels)} images in total)"
             )
     counts = np.bincount(dataset.labels[splits["train"]], minlength=len(dataset.classes))
     missing = [dataset.classes[c] for c in np.flatnonzero(counts == 0)]

@@ -230,7 +230,7 @@ def finished_fault(folder: Path, epoch: int, classes: list[str]) -> str:
             if fault := _file_fault(folder / "best.safetensors", facts["bytes"], facts["sha256"]):
                 return f"best.safetensors is not the file that this run ended with ({fault})"
             if manifest.get("classes") not in (None, _classes_digest(classes)):
-                return "model.json names other classes, or in another order, than this run was trained with"
+                return "the classes in model.json, or their order, differ from those that this run was trained with"
             return ""
         except (OSError, UserError):
             continue  # damaged

@@ -79,7 +79,7 @@ class Resumption:
         if not self.allow_changes:
             raise UserError(
                 f"the checkpoint of {self.run.path} was written with another recipe ({listed}): recipe.toml was "
-                "edited, or the checkpoint is another run's. Undo this, or add --allow-changes"
+                "edited, or the checkpoint is another run's. Undo this change, or add --allow-changes"
             )
         self.display.log(f"the recipe has changed since the checkpoint was written ({listed})")
         return True

@@ -359,7 +359,7 @@ class Trainer:
         if (name := next((each["not_finite"] for each in everyone if each["not_finite"]), None)) is not None:
             step = f", step {self.progress.step}" if self.progress.step else ""
             where = f"epoch {self.progress.epochs_begun}{step}"
-            reason = f"{name} is not finite after {where}, so no checkpoint of it is written"
+            reason = f"{name} is not finite after {where}, so no checkpoint is written"
             raise RunFailed(f"{reason}; {self.kept_text()}. {ADVICE}")
         self.progress.sums = [each["sums"] for each in everyone] if sums is not None else []
         self.is_saved = self._written(lambda: self._write_checkpoint(everyone), "a checkpoint could not be written")
