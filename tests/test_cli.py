@@ -72,7 +72,7 @@ def test_every_command_is_documented() -> None:
 
 def test_version() -> None:
     outcome = toolkit("--version")
-    assert (outcome.status, outcome.stdout) == (0, f"toolkit {version('toolkit')}\n")
+    assert (outcome.status, outcome.stdout) == (0, f"toolkit {version('image-classification-toolkit')}\n")
 
 
 SHARED = {"-o": ["-o", "--out"], "--out": ["-o", "--out"], "--json": ["--json"], "--debug": ["--debug"]}

@@ -54,6 +54,7 @@ def test_the_cards_front_matter_is_parsed_by_the_hubs_own_library(run: Run, tmp_
         "top-1 accuracy": round(best["test_accuracy"], 6),
         "top-5 accuracy": round(best["test_top5_accuracy"], 6),
         "balanced accuracy": round(best["test_balanced_accuracy"], 6),
+        "macro F1": round(best["test_macro_f1"], 6),
     }
     assert {(result.dataset_type, result.dataset_split) for result in data.eval_results} == {("imagefolder", "test")}
 

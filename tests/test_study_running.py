@@ -255,7 +255,7 @@ def test_the_live_table_shows_progress_time_left_and_the_best_so_far(tmp_path: P
     shown = console.export_text().splitlines()
     held.release()
     assert shown[0].startswith(
-        "2 runs: 1 running, 1 paused; 0:50 left; best so far val/accuracy 0.7500: lr 0.1, seed 0"
+        "2 runs: 1 running, 1 paused; 50 s left; best so far val/accuracy 0.7500: lr 0.1, seed 0"
     )
     assert any(line.split() == ["lr", "0.1,", "seed", "0", "3/4", "0.7500"] for line in shown)
     assert not any("lr 0.05, seed" in line for line in shown[1:])

@@ -73,7 +73,7 @@ def requirements() -> Iterator[Check]:
     from packaging.requirements import Requirement
 
     try:
-        stated = metadata.requires("toolkit") or []
+        stated = metadata.requires("image-classification-toolkit") or []
     except metadata.PackageNotFoundError:
         yield Check(
             "packages", "warn", "the toolkit is importable, but not installed", "pip install -e . in its folder"
