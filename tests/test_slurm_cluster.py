@@ -303,7 +303,7 @@ def test_a_cancelled_job_or_one_at_its_restart_limit_is_not_requeued(work_dir: P
     assert len(SlurmJob(cancelled).starts) == len(SlurmJob(limited).starts) == 1
     outcome = toolkit("cancel", str(cancelled.path))
     assert outcome.status == 2
-    assert "has ended already" in outcome.stderr
+    assert "has already ended" in outcome.stderr
 
 
 def test_a_job_that_sbatch_rejects_leaves_no_files(work_dir: Path) -> None:

@@ -27,7 +27,8 @@ def report(
     figures_only: Annotated[bool, typer.Option("--figures-only", help="Write only the figures for print.")] = False,
     data_root: DataRoot = None,
     filters: Annotated[
-        str | None, typer.Option(help="RUN: first-layer filters to apply to an image: 3,17.", metavar="NUMBERS")
+        str | None,
+        typer.Option(help="RUN: numbers of first-layer filters to apply to an image, such as 3,17.", metavar="NUMBERS"),
     ] = None,
     runs: Annotated[bool, typer.Option("--runs", help="STUDY: also write the reports of all its runs.")] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="STUDY: also create a W&B report and print its link.")] = False,

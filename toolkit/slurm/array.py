@@ -6,7 +6,7 @@ slurm/log-JOB_TASK.txt output of a task before it has a run (for a search: all o
 slurm/JOB_TASK/        for a search: files of a task, as in the ``slurm/`` folders of runs
 
 A study with a fixed list of runs (rows, grid, random) gets one task per run; each task trains the next open run. The
-runs of a search are created while it is running, so each of its tasks keeps workers on the search until it is complete.
+runs of a search are created while it is running, so each of its tasks runs workers until the search is complete.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def plan_study(study: StudySpec, expansion: ExpandedStudy) -> tuple[JobSettings,
 
 
 def preview(study: StudySpec, expansion: ExpandedStudy, settings: JobSettings, parallel: int | None) -> str:
-    """Return the script as written for the first submission."""
+    """Return the script that the first submission would write."""
     return _script(study, settings, study.folder.absolute(), expansion.count, parallel)
 
 
@@ -66,8 +66,8 @@ def submit_study(
 ) -> SubmitResult:
     """Submit all unfinished runs of a study, ``parallel`` at a time, and a job that writes the table and report.
 
-    Failed runs of a list are retried. Raises UserError if an array of this study is still active, if nothing is left to
-    do, or if SLURM rejects the job; the folder is then left unchanged.
+    Failed runs of a list are retried. Raises UserError, leaving the folder unchanged, if an array of this study is
+    still active, if no runs are left, or if SLURM rejects the job.
     """
     require_slurm()
     refuse_if_active(study.folder)
@@ -118,7 +118,7 @@ def _refuse_if_done(search: BohbSearchConfig, folder: StudyDirectory) -> None:
 
 @contextlib.contextmanager
 def _restore_on_error(path: Path) -> Iterator[None]:
-    """On an error, remove what is new in the study's folder, and restore its files. The caller holds its lock."""
+    """On an error, remove new files from the study's folder and restore the others. The caller holds its lock."""
     before = {file: read_bytes(file) for file in (path / FILE, path / STUDY_COPY) if file.exists()}
     known = set(path.iterdir()) - (set() if before else {path / CONTROLLER})
     try:
@@ -132,7 +132,7 @@ def _restore_on_error(path: Path) -> Iterator[None]:
 
 
 def _submit_table(settings: JobSettings, path: Path, name: str, array_job: str) -> str | None:
-    """Submit the job for table and report; return None if SLURM rejects it, which leaves them to the user."""
+    """Submit the job for table and report; return None if SLURM rejects it, so that the user has to create them."""
     script = path / "slurm" / "table.sbatch"
     write_atomically(script, table_script(settings, path, name, array_job).encode())
     try:

@@ -6,7 +6,7 @@ slurm/log.txt        output of the job, all starts appended
 slurm/starts         one line per start: job id, number of restarts, time, nodes
 slurm/outcome        exit status and message of the last start
 slurm/cancelled      exists if `toolkit cancel` was called
-slurm/claim-JOB      the task of array JOB that has claimed this run
+slurm/claim-JOB      id of the task of array JOB that has claimed this run
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class QueueEntry:
 
 @dataclass(frozen=True)
 class JobStart:
-    """A start of a job."""
+    """One start of a job; a requeued job has several."""
 
     job: str
     restarts: int
@@ -141,7 +141,7 @@ class SlurmJob:
         return read_text(claim).strip() or None if claim.exists() else None
 
     def is_part_of(self, array_job: str) -> bool:
-        """Whether the run was last submitted with this array and has not failed in it."""
+        """Return whether the run was last submitted with this array and has not failed in it."""
         record = self.record
         return record is not None and str(record["job"]) == array_job and failure_of(self.run) is None
 
@@ -317,7 +317,7 @@ def _without_slurm(run: Run) -> tuple[str, str]:
 
 
 def _progress(run: Run, starts: list[JobStart], entry: QueueEntry | None) -> str:
-    """Return the remaining training time at the last start's pace, and the time left until the time limit."""
+    """Describe the remaining training time, at the speed since the last start, and the time until the time limit."""
     parts = []
     # environment.json is written when training begins, after all imports.
     environment = run.path / "environment.json"
@@ -355,7 +355,7 @@ def find_runs(path: Path) -> list[Run]:
     found = {file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/recipe.toml")}
     # `toolkit publish` also writes a recipe, next to the weights: to the run's folder or any other.
     found = {folder for folder in found if RUN_ID.fullmatch(folder.name) or (folder / "checkpoints").is_dir()}
-    # A run that has lost its recipe is still listed.
+    # A run whose recipe.toml is missing is still listed.
     found |= {folder.parent for depth in ("*", "*/*") for folder in path.glob(f"{depth}/checkpoints")
               if RUN_ID.fullmatch(folder.parent.name)}  # fmt: skip
     return [Run(folder) for folder in sorted(found, key=lambda folder: folder.name)]

@@ -1,7 +1,7 @@
 """Entry point of a job's training processes: `python -m toolkit.slurm.job_worker RUN`, run by the launcher.
 
-It starts or resumes training in a run directory created at submission, and records the exit status and message there,
-because launchers replace the exit status by their own.
+It starts or resumes training in a run directory created at submission. It records the exit status and message there,
+because launchers replace the exit status with their own.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def work(run: Run) -> int:
 
 
 def note(run: Run, status: int, message: str) -> None:
-    """Record the outcome of the first process, or of another process that failed before it."""
+    """Record the outcome of rank 0, or of another rank that failed before it."""
     job = SlurmJob(run)
     if is_first_process() or (status not in (EXIT_OK, Interrupted.exit_status) and job.outcome is None):
         job.record_exit(status, message)
@@ -77,7 +77,7 @@ def note(run: Run, status: int, message: str) -> None:
 def wait_for_run(run: Run) -> Lock | None:
     """Wait until no other process trains in the run directory. Raises UserError after :data:`LOCK_WAIT_S`.
 
-    Returns the claim of a study's run, to hold while training: workers of the study must not take it either.
+    Returns the claim of a study's run, which must be held while training, so that no worker of the study takes the run.
     """
     with contextlib.suppress(Timeout, OSError):
         acquire(run.path / ".lock", LOCK_WAIT_S).release()
@@ -93,7 +93,7 @@ def wait_for_run(run: Run) -> Lock | None:
 def check_gpus() -> None:
     """Raise UserError if PyTorch does not see the number of GPUs that the job requested.
 
-    TOOLKIT_PRETENDED_GPUS disables the check on the local test cluster, whose GPUs exist in name only.
+    TOOLKIT_PRETENDED_GPUS disables the check on the local test cluster, whose GPUs are not real.
     """
     import torch
 

@@ -12,7 +12,7 @@ from toolkit.slurm.settings import JobSettings
 
 TABLE_MINUTES = 30
 TRAIN = "task=toolkit.slurm.job_worker"
-"""Line that selects the module run by a node's process to train one run."""
+"""Script line that selects the module with which each node trains one run."""
 BY_HAND = """\
 #!/bin/bash
 # Train one run on SLURM, submitted manually:
@@ -147,7 +147,7 @@ def _file(path: Path, *, pattern: bool = True) -> str:
     """Format a path for an #SBATCH line. Raises UserError for characters that sbatch does not support."""
     text = str(path if path.is_absolute() else Path.cwd() / path)
     if any(char in '"\\\n\r' for char in text):
-        raise UserError(f"{text!r}: sbatch takes no quotation mark, backslash or line break in a path; rename it")
+        raise UserError(f"{text!r}: sbatch does not allow quotation marks, backslashes or line breaks in a path")
     return text.replace("%", "%%") if pattern else text
 
 
@@ -178,7 +178,7 @@ _ON_ERROR = (
     'trap \'code=$?; [ "${#BASH_SOURCE[@]}" != 1 ] || '
     '{ echo "status $code from the setup line: $(sed -n "${LINENO}p" "$0")"; exit 2; }\' ERR'
 )
-"""Ends the job if a setup line fails. Failures within sourced files are ignored: such files often probe for things."""
+"""Ends the job if a setup line fails. Failures in sourced files are ignored, since they often probe for features."""
 
 
 if __name__ == "__main__":

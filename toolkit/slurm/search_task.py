@@ -25,7 +25,7 @@ def work(task_folder: Path) -> int:
     slots = [replace(slot, number=task * len(slots) + slot.number) for slot in slots]
     _log(f"task {task + 1} of {tasks} on {os.uname().nodename}, {len(slots)} worker(s)")
     os.environ["OMP_NUM_THREADS"] = str(max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // len(slots)))
-    # The job script makes this process ignore signals, because of the server process from which workers are forked.
+    # The job script makes this process and the fork server of its workers ignore signals, so watch for a stop file.
     stop = GracefulStop()
     stop.watch(task_folder)
     return WorkerPool(folder, slots).run(stop, _log)

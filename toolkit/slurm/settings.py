@@ -22,11 +22,11 @@ DEFAULTS: dict[str, Any] = {
     "signal": "USR1",
     "signal_before_s": 120,
 }
-"""Used if neither command, recipe nor profile sets a value."""
+"""Defaults of settings that neither the command, the recipe nor the profile contains."""
 
 SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 LOCAL_KINDS = ("tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "apfs", "zfs", "f2fs", "squashfs")
-"""Types of file systems that are local to one machine, unless it exports them."""
+"""File system types that are local to one machine unless exported."""
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratch")
 """Folders that are local to each machine."""
 
@@ -36,19 +36,19 @@ class ClusterProfile(ConfigModel):
 
     description: str = ""
     defaults: SlurmConfig = SlurmConfig()
-    """Settings that neither the command nor the recipe sets."""
+    """Settings used if neither the command nor the recipe contains them."""
     setup: list[str] = Field(default_factory=list)
-    """Shell lines run before training: modules, virtual environment. The job ends if one fails."""
+    """Shell commands run before training, such as loading modules. The job ends if one fails."""
     variables: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
     """Environment variables exported before training; no secrets."""
     python: Annotated[str | None, Field(min_length=1)] = None
-    """Python interpreter of the job. Default: the one that submits."""
+    """Python interpreter of the job. Default: the interpreter that submits it."""
     container: Annotated[str, Field(pattern=r"^[^\n]*$")] = ""
     """Command prefix of python, such as ``apptainer exec --nv image.sif``."""
     scratch: Annotated[str | None, Field(pattern=r'^[^\n"`]+$')] = None
     """Folder on each node; may contain $USER and the like. The job's TMPDIR is created there and removed at the end."""
     shared: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
-    """Folders shared by all nodes although they seem local."""
+    """Folders that are shared by all nodes although they look local."""
 
     @model_validator(mode="after")
     def _no_secrets(self) -> ClusterProfile:

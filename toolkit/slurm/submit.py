@@ -1,4 +1,4 @@
-"""Submit a run to SLURM. A rejected submission leaves nothing behind. For studies see toolkit/slurm/array.py."""
+"""Submit a run to SLURM. A rejected submission leaves no files. For studies, see :mod:`toolkit.slurm.array`."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def preview(recipe: Recipe, settings: JobSettings) -> str:
 
 
 def submit_run(recipe: Recipe, settings: JobSettings, origins: dict[str, Any]) -> SubmitResult:
-    """Create a run directory and submit its training to SLURM. ``origins`` records where the recipe's values came from.
+    """Create a run directory and submit its training to SLURM. ``origins`` holds the origins of the recipe's values.
 
-    Raises UserError, leaving nothing behind, if SLURM is not installed or rejects the job.
+    Raises UserError, leaving no files, if SLURM is not installed or rejects the job.
     """
     require_slurm()
     with remove_empty_on_error(Path(recipe.recipe.run_root).absolute() / recipe.recipe.name):
@@ -108,7 +108,7 @@ def require_slurm() -> None:
         raise UserError(
             "there is no SLURM on this machine (no sbatch). To train here: toolkit train RECIPE, or with several GPUs "
             "accelerate launch --config_file launch/node.yaml -m toolkit.train RECIPE. "
-            "To see the script only: --dry-run. To try SLURM on one machine: slurm/local-cluster.sh"
+            "To print the script only: --dry-run. To try SLURM on one machine: slurm/local-cluster.sh"
         )
 
 
@@ -126,7 +126,7 @@ def _refusal(stderr: str) -> str:
     lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in stderr.splitlines()]
     message = "; ".join(line for line in lines if line) or "no reason given"
     keys = next((keys for word, keys in OPTIONS.items() if word in message.lower()), None)
-    return f"sbatch refused the job: {message}" + (f"\nlook at {keys}" if keys else "") + "\nnothing was submitted"
+    return f"sbatch rejected the job: {message}" + (f"\ncheck {keys}" if keys else "") + "\nnothing was submitted"
 
 
 def cancel(run: Run) -> str:
@@ -143,7 +143,7 @@ def cancel(run: Run) -> str:
     number = job.current or str(record["job"])
     entry = (queue() or {}).get(number)
     if entry is not None and not entry.is_active:
-        raise UserError(f"job {number} of {run.path} has ended already ({entry.state})")
+        raise UserError(f"job {number} of {run.path} has already ended ({entry.state})")
     run.write_text("slurm/cancelled", "")
     try:
         scancel(number)

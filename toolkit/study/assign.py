@@ -35,7 +35,7 @@ class SearchAssigner:
     def __init__(self, folder: StudyDirectory) -> None:
         self.folder = folder
         self._exhausted: tuple[BohbSearchConfig, list[RestoredTrial]] | None = None
-        """Settings and results when there was last nothing to assign; the search is skipped until they change."""
+        """Settings and results of the last call that had nothing to assign; they need not be examined again."""
 
     @cached_property
     def study(self) -> StudySpec:

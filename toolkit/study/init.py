@@ -47,7 +47,7 @@ def study_lock(study: StudySpec) -> Iterator[StudyDirectory]:
 
 
 def init_study(study: StudySpec, folder: StudyDirectory, expansion: ExpandedStudy) -> list[str]:
-    """Create what is missing: study.json and a run directory for each run. Return messages to the user.
+    """Create study.json and the missing run directories. Return messages to the user.
 
     Raises UserError, without changing anything, if the directory belongs to another study.
     """
