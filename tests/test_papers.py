@@ -714,7 +714,7 @@ def test_every_report_has_claims_with_their_page_or_section(handle: str) -> None
     assert all(claim.source.startswith(f"{handle}, ") for claim in claims)
 
 
-def test_claims_agree_with_the_published_figures_of_their_rows() -> None:
+def test_claims_agree_with_the_published_values_of_their_rows() -> None:
     """A claim with swapped rows would contradict the report's own table."""
     compared = 0
     for name in RUNS:

@@ -365,7 +365,7 @@ def _small(folder: Path) -> list[str]:
 
 
 def test_sample_images_are_shown_as_the_model_gets_them(tmp_path: Path) -> None:
-    """Shows the file, the evaluation input and an augmented input; the augmentation here flips images vertically."""
+    """Each sample shows the file, the evaluation input and an augmented input, which here is flipped vertically."""
     run = train_on_files(tmp_path, CONVNET, 'augment.train=[{ name = "RandomVerticalFlip", p = 1.0 }]')
     text = page(report(run.path))
     samples = re.findall(r'<li><div class="images">(.+?)</div><b>(\d)</b></li>', text)

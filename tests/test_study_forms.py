@@ -155,7 +155,7 @@ def test_seeds_share_one_split_or_have_one_split_each(tmp_path: Path) -> None:
     assert validated[2] != validated[3]
 
 
-def test_a_conditional_key_varies_only_where_its_condition_holds(tmp_path: Path) -> None:
+def test_a_conditional_key_varies_only_if_its_condition_holds(tmp_path: Path) -> None:
     found = expanded(
         tmp_path,
         """

@@ -193,7 +193,7 @@ def test_a_worker_notices_that_a_search_was_restarted_with_more_trials(tmp_path:
 
 
 def test_a_status_check_never_makes_a_workers_claim_fail(tmp_path: Path) -> None:
-    """Even if a loaded machine pauses in the middle of the check."""
+    """This holds even if a loaded machine pauses in the middle of the check."""
     import fcntl
 
     folder = prepared(tmp_path)

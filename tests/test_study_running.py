@@ -76,7 +76,7 @@ def test_a_quiet_run_writes_the_same_log(tmp_path: Path, capfd: pytest.CaptureFi
 
 
 def test_each_run_of_a_study_equals_the_same_run_trained_alone(tmp_path: Path) -> None:
-    """Independent of earlier runs in the process, including deterministic algorithms and other optimizers."""
+    """Earlier runs in the process have no effect, even with deterministic algorithms or another optimizer."""
     path = write_study(
         tmp_path,
         STATEFUL

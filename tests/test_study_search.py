@@ -373,7 +373,7 @@ def test_the_model_proposes_after_the_startup_trials(monkeypatch: pytest.MonkeyP
     assert np.mean([math.log10(t.changes["optimizer.lr"]) for t in two.trials[12:]]) < -4.5
 
 
-def test_the_model_finds_more_than_chance_at_equal_epochs() -> None:
+def test_the_model_beats_random_search_at_equal_epochs() -> None:
     """Of six searches at least five beat a random search that trains the same number of epochs."""
     wins = 0
     for seed in range(6):

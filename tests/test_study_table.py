@@ -352,7 +352,7 @@ def test_a_table_can_be_shown_from_a_read_only_folder(tmp_path: Path) -> None:
 
 
 def test_an_epoch_table_has_a_column_per_value_and_x_after_early_stopping(tmp_path: Path) -> None:
-    """The layout of table G8, with the published values in the same layout below."""
+    """The layout is that of table G8, with the published values in the same layout below."""
     runs = [
         FakeRun(
             "0.1",
@@ -399,7 +399,7 @@ test acc. %   47.00    -    -
 
 
 def test_rows_can_be_sorted_by_a_column_and_limited_to_the_first(tmp_path: Path) -> None:
-    """Prints the grid's best rows; the files keep all rows in the study's order."""
+    """The grid's best rows are printed; the files keep all rows in the study's order."""
     found = [(f"row {n}", 0.5 + 0.01 * (n * 7 % 12)) for n in range(12)]
     runs = [FakeRun(name, 0, {"a.b": name}, [value], 1 - value) for name, value in found]
     runs.append(FakeRun("open", state="missing"))
@@ -430,7 +430,7 @@ def test_rows_can_be_sorted_by_a_column_and_limited_to_the_first(tmp_path: Path)
 
 
 def test_loss_and_accuracy_by_epoch(tmp_path: Path) -> None:
-    """The layout of table G2: epoch, training loss, validation accuracy, if both were published."""
+    """The layout is that of table G2: epoch, training loss, validation accuracy, if both were published."""
     published = {"train/loss": [1.4041, 1.0399], "val/accuracy": [0.522, 0.653]}
     runs = [FakeRun("base", val_accuracy=[0.5, 0.6, 0.7], published_epochs=published)]
     study = {"description": "G2", "rows": [{"name": "base"}], "output": {"per_epoch": "val/accuracy"}}

@@ -43,7 +43,7 @@ def test_no_file_gets_the_descriptor_of_a_closed_stream(tmp_path: Path) -> None:
 
 
 def without_reader(rank: int) -> None:
-    """Redirect the standard streams to a pipe whose reader has closed it, as with `| head -1`."""
+    """Redirect the standard streams to a pipe without a reader, as after `| head -1` has exited."""
     reader, writer = os.pipe()
     os.close(reader)
     for descriptor in (1, 2):

@@ -207,7 +207,7 @@ def kill_before_file_operation(count: int, begin: tuple[Any, str] | None, rank: 
 
 
 def killed(world: int, folder: Path, recipe: Path, prepare: Callable[[int], None], *settings: str) -> Trainers:
-    """Start trainers of which one kills itself, and kill the others with it."""
+    """Start trainers, one of which kills itself, and then kill the others."""
     trainers = Trainers(world, folder, recipe, "--resume", "auto", *settings, prepare=prepare)
     trainers.wait_until_first_ends()
     trainers.signal(signal.SIGKILL)
