@@ -269,6 +269,7 @@ than = ["as it is"]
     path.write_text(base + rows)
     trained = toolkit("study", str(path), "--set", "data.images_per_class=5")
     assert trained.status == 0, trained.stderr
+    assert ", 1 epoch\n" in trained.stderr
     found = json.loads(toolkit("table", str(tmp_path / "runs" / "small"), "--json").stdout)
     first, second = found["rows"]
     assert (first["test_accuracy_published"], first["test_accuracy_difference"]) == (0.9, None)

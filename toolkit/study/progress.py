@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.formatting import duration
+from toolkit.formatting import duration, plural
 from toolkit.metrics import best_of, higher_is_better
 from toolkit.runs import Run
 from toolkit.study.bohb import search_epochs
@@ -116,7 +116,7 @@ class StudyProgress:
         if status.state == "failed":
             return f"{status.title}: failed: {status.reason}"
         test = "" if status.test_accuracy is None else f", test accuracy {status.test_accuracy:.4f}"
-        return f"{status.title}: {self.metric} {_number(status.value)}{test}, {status.epoch} epochs"
+        return f"{status.title}: {self.metric} {_number(status.value)}{test}, {plural(status.epoch, 'epoch')}"
 
     def log(self, text: str) -> None:
         """Print one line, above the live table if it is shown."""
