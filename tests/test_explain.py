@@ -199,7 +199,7 @@ def test_the_worst_mistakes_are_those_of_predictions_csv(run: Run) -> None:
         with Image.open(one["figure"]) as image:
             assert image.format == "PNG"
             assert len(np.unique(np.asarray(image))) > 10
-    assert {Path(one["figure"]).parent for one in found} == {run.files / "explain"}
+    assert {Path(one["figure"]).parent for one in found} == {run.figures / "explain"}
 
 
 def test_named_images_are_explained_and_bad_files_are_named(run: Run, tmp_path: Path) -> None:

@@ -249,4 +249,4 @@ def test_a_process_that_starts_late_is_waited_for(tmp_path: Path, monkeypatch: p
     statuses, text = statuses_and_output(tmp_path, 2, late, "--set", "train.epochs=2", within_s=60)
     assert statuses == [0, 0], text
     assert "rank 1 of 2 has not joined" in text
-    assert only_run(tmp_path).first_variables["processes"] == 2
+    assert only_run(tmp_path).environment["processes"] == 2

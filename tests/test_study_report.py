@@ -209,9 +209,9 @@ def test_a_path_that_is_neither_run_nor_study_is_refused(tmp_path: Path) -> None
 
 
 def test_options_for_runs_are_refused_for_studies_and_vice_versa(study: StudyDirectory, tmp_path: Path) -> None:
-    assert "--filters is for a run" in report(study.path, "--filters", "1").stderr
+    assert "--filters is for runs" in report(study.path, "--filters", "1").stderr
     outcome = report(write_run(tmp_path / "deep", images=False).path, "--runs")
-    assert (outcome.status, "--runs is for a study" in outcome.stderr) == (2, True)
+    assert (outcome.status, "--runs is for studies" in outcome.stderr) == (2, True)
 
 
 def test_a_long_title_is_not_cut() -> None:

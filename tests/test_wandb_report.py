@@ -184,4 +184,4 @@ def test_a_report_that_the_server_rejects_is_one_message(
 
 def test_a_wandb_report_of_a_run_is_refused(tmp_path: Path) -> None:
     outcome = toolkit("report", str(write_run(tmp_path, images=False).path), "--wandb")
-    assert (outcome.status, "--wandb is for a study" in outcome.stderr) == (2, True)
+    assert (outcome.status, "--wandb is for studies" in outcome.stderr) == (2, True)
