@@ -16,7 +16,8 @@ from PIL import Image
 
 from toolkit.data.dataloader import SplitDataset
 from toolkit.data.datasets import open_dataset
-from toolkit.data.image_sources import ImageFiles, check_images
+from toolkit.data.encoded_sources import ImageFiles
+from toolkit.data.image_sources import EncodedImages, check_images
 from toolkit.data.sampling import IntArray
 from toolkit.data.splits import split_dataset
 from toolkit.recipe import load_recipe
@@ -92,7 +93,7 @@ def test_damaged_pixels_are_detected_in_formats_that_open_without_an_error(
 ) -> None:
     bad = data / "a" / f"broken.{suffix}"
     bad.write_bytes(damaged(KINDS[suffix]))
-    images = ImageFiles(data, [f"a/broken.{suffix}"], 3)
+    images = EncodedImages(ImageFiles(data, [f"a/broken.{suffix}"]), 3)
     assert check_images(images, np.arange(1), decode=False).bad == []
     assert len(check_images(images, np.arange(1), decode=True).bad) == 1
     last_error_line(toolkit(*arguments(tmp_path, 'data.cache="off"')), f"a/broken.{suffix}")

@@ -14,9 +14,10 @@ from PIL import Image
 
 from toolkit.data import folder_walk
 from toolkit.data.datasets import Dataset, open_dataset
+from toolkit.data.encoded_sources import ImageFiles
 from toolkit.data.folder_layout import split_of
 from toolkit.data.folder_walk import IMAGE_SUFFIXES
-from toolkit.data.image_sources import ImageFiles, UnreadableImageError, check_images
+from toolkit.data.image_sources import EncodedImages, UnreadableImageError, check_images
 from toolkit.data.splits import split_dataset
 from toolkit.errors import UserError
 from toolkit.inference.predict import collect
@@ -172,7 +173,7 @@ def test_a_single_folder_around_the_data_is_skipped(tmp_path: Path) -> None:
         }
     )
     data = open_(tmp_path)
-    assert data.images.path(0) == str(inner / "Train/cat/1.jpg")  # type: ignore[attr-defined]
+    assert data.images.source.path(0) == str(inner / "Train/cat/1.jpg")  # type: ignore[attr-defined]
     assert data.notes[0].endswith(f"the images are read from {tmp_path / 'archive'} (not read: readme.txt)")
 
 
@@ -384,7 +385,7 @@ def test_pipes_and_sockets_are_skipped_without_hanging(ab: Path, monkeypatch: py
         (ab / "b/pipe.jpg").symlink_to("../a/pipe.png")
         assert read(ab) == PLAIN
         assert "3 special files (a/pipe.png, ...)" in open_(ab).notes[-1]
-        images = ImageFiles(ab, ["a/pipe.png", "a/socket.jpg"], 3)
+        images = EncodedImages(ImageFiles(ab, ["a/pipe.png", "a/socket.jpg"]), 3)
         for i in range(2):
             for look in (images.load, images.check):
                 with pytest.raises(UnreadableImageError, match="a pipe, socket or device, not a file"):

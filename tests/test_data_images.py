@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toolkit.data.image_sources import ImageFiles, InMemoryImages, UnreadableImageError, check_images
+from toolkit.data.encoded_sources import ImageFiles
+from toolkit.data.image_sources import EncodedImages, InMemoryImages, UnreadableImageError, check_images
 from toolkit.errors import RunFailed
 from toolkit.filenames import decode_name
 
@@ -50,17 +51,17 @@ GOOD = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> ImageFiles:
+def folder(tmp_path: Path) -> EncodedImages:
     """Return good and bad files, the bad ones first."""
     contents = {name: content for name, (content, _) in BAD.items()} | GOOD
     for name, content in contents.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
-    return ImageFiles(tmp_path, contents, 3)
+    return EncodedImages(ImageFiles(tmp_path, contents), 3)
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_bad_files_are_found_and_good_ones_are_not(folder: ImageFiles, decode: bool) -> None:
+def test_bad_files_are_found_and_good_ones_are_not(folder: EncodedImages, decode: bool) -> None:
     done: list[int] = []
     found = check_images(folder, np.arange(len(folder)), decode=decode, threads=2, progress=done.append).bad
     assert [folder.name(i) for i, _ in found] == list(BAD)
@@ -73,13 +74,13 @@ def test_damage_in_the_middle_of_a_file_is_only_found_by_decoding(tmp_path: Path
     content = bytearray(png())
     content[len(content) // 2] ^= 0xFF  # breaks a checksum, not the end
     (tmp_path / "flipped.png").write_bytes(content)
-    images = ImageFiles(tmp_path, ["flipped.png"], 3)
+    images = EncodedImages(ImageFiles(tmp_path, ["flipped.png"]), 3)
     assert check_images(images, np.arange(1), decode=False).bad == []
     assert len(check_images(images, np.arange(1), decode=True).bad) == 1
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_loading_a_bad_file_names_it_and_survives_pickling(folder: ImageFiles, name: str) -> None:
+def test_loading_a_bad_file_names_it_and_survives_pickling(folder: EncodedImages, name: str) -> None:
     with pytest.raises(UnreadableImageError) as caught:
         folder.load(list(BAD).index(name))
     assert caught.value.name == name
@@ -90,7 +91,7 @@ def test_loading_a_bad_file_names_it_and_survives_pickling(folder: ImageFiles, n
 
 
 def test_an_error_of_the_machine_is_not_reported_as_a_bad_image(
-    folder: ImageFiles, monkeypatch: pytest.MonkeyPatch
+    folder: EncodedImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With on_bad_image = skip, a temporary lack of file handles must not drop images."""
 
@@ -122,11 +123,11 @@ def test_every_mode_becomes_rgb_or_grayscale(tmp_path: Path) -> None:
     for name, image in made.items():
         image.save(tmp_path / name)
     for channels in (3, 1):
-        images = ImageFiles(tmp_path, made, channels)
+        images = EncodedImages(ImageFiles(tmp_path, made), channels)
         assert {images.load(i).shape[2] for i in range(len(images))} == {channels}
-    gray = ImageFiles(tmp_path, made, 1).load(list(made).index("sixteen.png"))
+    gray = EncodedImages(ImageFiles(tmp_path, made), 1).load(list(made).index("sixteen.png"))
     assert gray[..., 0].tolist() == [[0, 1, 255]]  # scaled, not clipped
-    images = ImageFiles(tmp_path, made, 3)
+    images = EncodedImages(ImageFiles(tmp_path, made), 3)
     assert np.array_equal(images.load(0), PIXELS)
     opaque, through = (images.load(list(made).index(n)) for n in ("palette.png", "transparent palette.png"))
     assert np.array_equal(opaque, through)
@@ -137,13 +138,13 @@ def test_file_names_may_contain_any_bytes_that_the_system_allows(tmp_path: Path)
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(png())
-    images = ImageFiles(tmp_path, names, 3)
+    images = EncodedImages(ImageFiles(tmp_path, names), 3)
     encoded = [images.name(i) for i in range(len(images))]
     assert encoded == [
         "人/写真 1.png", "Käfer/Ähre.png", "new%0Aline.png", "latin-%E9.png", "a" * 200 + ".png"
     ]  # fmt: skip
     assert [decode_name(name) for name in encoded] == names
-    assert [images.path(i) for i in range(len(images))] == [str(tmp_path / name) for name in names]
+    assert [images.source.path(i) for i in range(len(images))] == [str(tmp_path / name) for name in names]
     assert [images.load(i).shape for i in range(len(images))] == [(40, 60, 3)] * len(names)
     with pytest.raises(IndexError):
         images.name(len(names))
@@ -165,8 +166,9 @@ N_LARGE = 1_300_000
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's statistics of private memory")
 def test_a_worker_copies_little_of_a_large_index() -> None:
     """A forked worker reads every name: with Python objects, their reference counts would copy every page."""
-    images = ImageFiles(Path("data"), (f"train/n{i % 1000:08d}/image_{i:08d}.jpg" for i in range(N_LARGE)), 3)
-    assert sys.getsizeof(images._buffer) + images._buffer.nbytes + images._ends.nbytes < 70e6
+    files = ImageFiles(Path("data"), (f"train/n{i % 1000:08d}/image_{i:08d}.jpg" for i in range(N_LARGE)))
+    images, paths = EncodedImages(files, 3), files._paths
+    assert sys.getsizeof(paths._buffer) + paths._buffer.nbytes + paths._ends.nbytes < 70e6
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:  # the worker; it must not return into pytest

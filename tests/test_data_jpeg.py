@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from toolkit.data import jpeg_decoding
-from toolkit.data.image_sources import ImageFiles, UnreadableImageError
+from toolkit.data.encoded_sources import ImageFiles
+from toolkit.data.image_sources import EncodedImages, UnreadableImageError
 from toolkit.data.jpeg_decoding import decode_jpeg, jpeg_decoder
 
 lacks_decoder = jpeg_decoder() == "Pillow" and not os.environ.get("CI")
@@ -71,7 +72,7 @@ def test_a_file_on_which_the_faster_decoder_fails_is_decoded_by_pillow(
     monkeypatch.setattr(jpeg_decoding.simplejpeg, "decode_jpeg", broken)
     image = photograph(64, 48)
     (tmp_path / "a.jpg").write_bytes(as_jpeg(image, quality=95))
-    assert ImageFiles(tmp_path, ["a.jpg"], 3).load(0).shape == (image.height, image.width, 3)
+    assert EncodedImages(ImageFiles(tmp_path, ["a.jpg"]), 3).load(0).shape == (image.height, image.width, 3)
 
 
 @pytest.mark.parametrize("with_decoder", [pytest.param(True, marks=needs_simplejpeg), False])
@@ -88,7 +89,7 @@ def test_images_are_the_same_with_and_without_the_faster_decoder(
     (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     names = ["color.jpg", "gray.jpg", "cmyk.jpg", "truncated.jpg"]
     for channels, mode in ((3, "RGB"), (1, "L")):
-        images = ImageFiles(tmp_path, names, channels)
+        images = EncodedImages(ImageFiles(tmp_path, names), channels)
         for i, name in enumerate(names[:3]):
             wanted = np.asarray(Image.open(tmp_path / name).convert(mode))
             assert np.array_equal(images.load(i), wanted.reshape(images.load(i).shape))

@@ -29,7 +29,8 @@ from toolkit.data.dataloader import (
     worker_count,
 )
 from toolkit.data.datasets import open_dataset
-from toolkit.data.image_sources import ImageFiles, InMemoryImages, UnreadableImageError
+from toolkit.data.encoded_sources import ImageFiles
+from toolkit.data.image_sources import EncodedImages, InMemoryImages, UnreadableImageError
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.sampling import SamplingPlan, balanced_weights, plan_evaluation
 from toolkit.data.tensor_loader import TensorBatches
@@ -205,17 +206,17 @@ def test_each_feature_is_evaluated_once() -> None:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> ImageFiles:
+def files(tmp_path: Path) -> EncodedImages:
     """Write twelve images, of which number 7 is truncated."""
     names = [f"image {i}.png" for i in range(12)]
     for i, name in enumerate(names):
         Image.fromarray(PIXELS[i]).save(tmp_path / name)
     content = (tmp_path / names[7]).read_bytes()
     (tmp_path / names[7]).write_bytes(content[: len(content) // 2])
-    return ImageFiles(tmp_path, names, 3)
+    return EncodedImages(ImageFiles(tmp_path, names), 3)
 
 
-def of_files(files: ImageFiles, workers: int, how: Any) -> Iterator[Any]:
+def of_files(files: EncodedImages, workers: int, how: Any) -> Iterator[Any]:
     plan = SamplingPlan(size=12, seed=0, batch_size=2)
     split = SplitDataset(files, LABELS[:12], np.arange(12), how, plan.seed)
     return TrainLoader(WorkerBatches(split, workers, pin_memory=False), plan).epoch(0)
@@ -223,7 +224,7 @@ def of_files(files: ImageFiles, workers: int, how: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.timeout(30)
-def test_an_unreadable_image_ends_the_epoch_and_is_named(files: ImageFiles, workers: int) -> None:
+def test_an_unreadable_image_ends_the_epoch_and_is_named(files: EncodedImages, workers: int) -> None:
     with pytest.raises(UnreadableImageError) as caught:
         list(of_files(files, workers, transform()))
     assert caught.value.name == "image 7.png"
@@ -231,7 +232,7 @@ def test_an_unreadable_image_ends_the_epoch_and_is_named(files: ImageFiles, work
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_failing_transform_names_the_image_and_keeps_its_traceback(files: ImageFiles, workers: int) -> None:
+def test_a_failing_transform_names_the_image_and_keeps_its_traceback(files: EncodedImages, workers: int) -> None:
     too_large = transform(AugmentConfig.model_validate({"train": [{"name": "RandomCrop", "size": 9}]}))
     with pytest.raises(RunFailed, match=r"image \d+.png: the transforms failed: Required crop size") as caught:
         list(of_files(files, workers, too_large))
@@ -244,7 +245,7 @@ def test_a_failing_transform_names_the_image_and_keeps_its_traceback(files: Imag
 
 
 @pytest.mark.timeout(30)
-def test_workers_end_at_once_even_if_a_traceback_references_the_loader(files: ImageFiles) -> None:
+def test_workers_end_at_once_even_if_a_traceback_references_the_loader(files: EncodedImages) -> None:
     """PyTorch's own shutdown would wait 5 s per worker: with 16 workers the other processes would time out."""
     before = {child.pid for child in multiprocessing.active_children()}
     kept = of_files(files, 2, transform())
@@ -387,7 +388,7 @@ def test_cpus_are_limited_by_a_quota_of_cgroup_version_1(machine: Path) -> None:
 
 
 def test_the_number_of_workers_follows_recipe_and_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    files, array = ImageFiles(tmp_path, ["1.png"], 3), InMemoryImages(PIXELS, "toy", 3)
+    files, array = EncodedImages(ImageFiles(tmp_path, ["1.png"]), 3), InMemoryImages(PIXELS, "toy", 3)
     monkeypatch.setattr("toolkit.data.dataloader.available_cpus", lambda processes: 64 // processes)
     assert worker_count("auto", files, 8) == 7  # one CPU is the training process's own
     assert worker_count("auto", files, 1) == 16

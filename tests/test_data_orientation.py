@@ -11,7 +11,8 @@ from PIL import Image
 from toolkit.augment.transforms import build_transform
 from toolkit.cache.decoded_images import CachePartition, part_key
 from toolkit.data import jpeg_decoding
-from toolkit.data.image_sources import ImageFiles
+from toolkit.data.encoded_sources import ImageFiles
+from toolkit.data.image_sources import EncodedImages
 from toolkit.data.orientation import TURNS, jpeg_turn
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.recipe.schema import AugmentConfig
@@ -60,11 +61,14 @@ def test_images_of_every_format_are_rotated_by_the_same_rule(kind: str, tmp_path
     names = [f"{tag}.{kind}" for tag in STORED]
     for tag, name in zip(STORED, names, strict=True):
         save(tmp_path / name, tag, **FORMATS[kind])
-    upright, stored = ImageFiles(tmp_path, names, 3), ImageFiles(tmp_path, names, 3, exif="ignore")
+    upright, stored = (
+        EncodedImages(ImageFiles(tmp_path, names), 3),
+        EncodedImages(ImageFiles(tmp_path, names), 3, exif="ignore"),
+    )
     for i, (tag, name) in enumerate(zip(STORED, names, strict=True)):
         close(upright.load(i), UPRIGHT, name)
         close(stored.load(i), STORED[tag], name)
-        gray = ImageFiles(tmp_path, names, 1).load(i)
+        gray = EncodedImages(ImageFiles(tmp_path, names), 1).load(i)
         assert gray.shape == (40, 56, 1)
 
 
@@ -74,7 +78,7 @@ def test_the_faster_decoder_applies_the_orientation_like_pillow(
     names = [f"{tag}.jpg" for tag in STORED]
     for tag, name in zip(STORED, names, strict=True):
         save(tmp_path / name, tag, quality=90)
-    images = ImageFiles(tmp_path, names, 3)
+    images = EncodedImages(ImageFiles(tmp_path, names), 3)
     fast = [images.load(i) for i in range(8)]
     monkeypatch.setattr(jpeg_decoding, "simplejpeg", None)
     for i, pixels in enumerate(fast):
@@ -87,15 +91,15 @@ def test_the_orientation_in_xmp_is_used_only_if_there_is_none_in_exif(tmp_path: 
     exif = Image.Exif()
     exif[0x0112] = 1
     image.save(tmp_path / "both.jpg", xmp=XMP, exif=exif, quality=100, subsampling=0)
-    close(ImageFiles(tmp_path, ["xmp.jpg"], 3).load(0), UPRIGHT, "xmp.jpg")
-    close(ImageFiles(tmp_path, ["both.jpg"], 3).load(0), STORED[6], "both.jpg")
+    close(EncodedImages(ImageFiles(tmp_path, ["xmp.jpg"]), 3).load(0), UPRIGHT, "xmp.jpg")
+    close(EncodedImages(ImageFiles(tmp_path, ["both.jpg"]), 3).load(0), STORED[6], "both.jpg")
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"])
 def test_damaged_metadata_do_not_make_an_image_unreadable(exif: bytes, tmp_path: Path) -> None:
     for name in ("a.jpg", "a.png", "a.webp"):
         Image.fromarray(UPRIGHT).save(tmp_path / name, exif=exif, **({"lossless": True} if name == "a.webp" else {}))
-        assert ImageFiles(tmp_path, [name], 3).load(0).shape == (40, 56, 3)
+        assert EncodedImages(ImageFiles(tmp_path, [name]), 3).load(0).shape == (40, 56, 3)
 
 
 def test_an_orientation_out_of_range_is_ignored(tmp_path: Path) -> None:
@@ -103,7 +107,7 @@ def test_an_orientation_out_of_range_is_ignored(tmp_path: Path) -> None:
     exif[0x0112] = 9
     Image.fromarray(UPRIGHT).save(tmp_path / "a.jpg", exif=exif)
     assert jpeg_turn((tmp_path / "a.jpg").read_bytes()) is None
-    assert ImageFiles(tmp_path, ["a.jpg"], 3).load(0).shape == (40, 56, 3)
+    assert EncodedImages(ImageFiles(tmp_path, ["a.jpg"]), 3).load(0).shape == (40, 56, 3)
 
 
 def test_a_jpeg_without_metadata_is_not_opened_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +124,11 @@ def test_the_cache_key_depends_on_the_orientation_rule(tmp_path: Path) -> None:
     save(tmp_path / "a.jpg", 6)
     preprocessing = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     part = CachePartition(("train",), np.arange(1), build_transform("train", AugmentConfig(), preprocessing), 1)
-    keys = [part_key(ImageFiles(tmp_path, ["a.jpg"], 3, exif=exif), part) for exif in ("apply", "ignore")]
+    keys = [
+        part_key(EncodedImages(ImageFiles(tmp_path, ["a.jpg"]), 3, exif=exif), part) for exif in ("apply", "ignore")
+    ]
     assert keys[0] != keys[1]
-    deep = ImageFiles(tmp_path, ["a.jpg"], 3).with_range((0, 4095))
+    deep = EncodedImages(ImageFiles(tmp_path, ["a.jpg"]), 3).with_range((0, 4095))
     assert part_key(deep, part) not in keys
 
 

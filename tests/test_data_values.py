@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from toolkit.data.image_sources import ImageFiles, UnreadableImageError, check_images
+from toolkit.data.encoded_sources import ImageFiles
+from toolkit.data.image_sources import EncodedImages, UnreadableImageError, check_images
 from toolkit.data.value_range import Extent, choose_range
 from toolkit.errors import UserError
 
@@ -40,7 +41,7 @@ def save(path: Path, values: npt.NDArray[np.float64]) -> None:
     Image.fromarray((values if kind is np.float32 else np.rint(values)).astype(kind)).save(path)
 
 
-def settled(images: ImageFiles) -> ImageFiles:
+def settled(images: EncodedImages) -> EncodedImages:
     """Return the images with the range that training would determine."""
     found = check_images(images, np.arange(len(images)), decode=False)
     assert found.bad == []
@@ -54,7 +55,7 @@ def settled(images: ImageFiles) -> ImageFiles:
 )
 def test_black_is_0_and_white_255_for_any_bit_depth(name: str, white: int, tmp_path: Path) -> None:
     save(tmp_path / name, RAMP * white)
-    images = settled(ImageFiles(tmp_path, [name], 1))
+    images = settled(EncodedImages(ImageFiles(tmp_path, [name]), 1))
     assert images.value_range == (0, white)
     pixels = images.load(0)[..., 0].astype(int)
     assert (pixels.min(), pixels.max()) == (0, 255)
@@ -66,23 +67,25 @@ def test_the_whole_data_set_has_one_range(tmp_path: Path) -> None:
     for name, factor in (("bright.png", 4000), ("half.png", 2000), ("dark.png", 20)):
         save(tmp_path / name, RAMP * factor)
     Image.fromarray(GRAYS.astype(np.uint8)).save(tmp_path / "eight.png")
-    images = settled(ImageFiles(tmp_path, ["dark.png", "bright.png", "half.png", "eight.png"], 1))
+    images = settled(EncodedImages(ImageFiles(tmp_path, ["dark.png", "bright.png", "half.png", "eight.png"]), 1))
     assert images.value_range == (0, 4095)
     assert [int(images.load(i).max()) for i in range(4)] == [1, 249, 125, 255]
-    alone = ImageFiles(tmp_path, ["half.png"], 1, value_range=images.value_range)  # as predict reads one image
+    alone = EncodedImages(
+        ImageFiles(tmp_path, ["half.png"]), 1, value_range=images.value_range
+    )  # as predict reads one image
     assert np.array_equal(alone.load(0), images.load(2))
 
 
 def test_eight_bits_stored_in_sixteen_are_read_exactly(tmp_path: Path) -> None:
     save(tmp_path / "a.png", GRAYS * 257.0)
-    assert np.array_equal(settled(ImageFiles(tmp_path, ["a.png"], 1)).load(0)[..., 0], GRAYS)
+    assert np.array_equal(settled(EncodedImages(ImageFiles(tmp_path, ["a.png"]), 1)).load(0)[..., 0], GRAYS)
 
 
 def test_the_header_of_a_pgm_file_states_its_white(tmp_path: Path) -> None:
     """The maxval in its header is used even if all images are dark."""
     values = np.rint(RAMP * 100).astype(">u2")
     (tmp_path / "a.pgm").write_bytes(b"P5\n60 40\n1023\n" + values.tobytes())
-    plain = ImageFiles(tmp_path, ["a.pgm"], 1)
+    plain = EncodedImages(ImageFiles(tmp_path, ["a.pgm"]), 1)
     assert check_images(plain, np.arange(1), decode=False).extents == []
     for images in (plain, plain.with_range((0, 4095))):
         assert np.abs(images.load(0)[..., 0] - values * 255 / 1023).max() <= 0.51
@@ -92,10 +95,10 @@ def test_sixteen_bit_color_is_read_and_dark_color_refused(tmp_path: Path) -> Non
     values = np.rint(RAMP * 65535).astype(np.int64)[..., None].repeat(3, 2)
     (tmp_path / "a.png").write_bytes(color_png(values))
     (tmp_path / "b.png").write_bytes(color_png(values // 16))
-    both = settled(ImageFiles(tmp_path, ["a.png", "b.png"], 3))
+    both = settled(EncodedImages(ImageFiles(tmp_path, ["a.png", "b.png"]), 3))
     assert both.value_range == (0, 65535)
     assert [int(both.load(i).max()) for i in (0, 1)] == [255, 15]
-    dark = ImageFiles(tmp_path, ["b.png"], 3)
+    dark = EncodedImages(ImageFiles(tmp_path, ["b.png"]), 3)
     with pytest.raises(UserError, match=r"b\.png has the largest.*upper 8 bits.*data.value_range = \[0, 65535\]"):
         settled(dark)
     with pytest.raises(UnreadableImageError, match=r"b\.png: it has color samples.*convert it to 8 bits"):
@@ -121,7 +124,7 @@ def test_an_unknown_range_is_refused_and_can_be_stated_in_the_recipe(
     name: str, factor: float, offset: float, tmp_path: Path
 ) -> None:
     save(tmp_path / name, RAMP * factor + offset)
-    images = ImageFiles(tmp_path, [name], 1)
+    images = EncodedImages(ImageFiles(tmp_path, [name]), 1)
     low, high = offset, factor + offset
     with pytest.raises(UserError) as caught:
         settled(images)
@@ -136,7 +139,9 @@ def test_an_unknown_range_is_refused_and_can_be_stated_in_the_recipe(
 def test_values_outside_the_range_are_clipped(tmp_path: Path) -> None:
     """The range is a window, as in computed tomography."""
     save(tmp_path / "a.int.tiff", RAMP * 3000 - 1000)
-    pixels = ImageFiles(tmp_path, ["a.int.tiff"], 1, value_range=(-100, 400)).load(0)[..., 0].astype(float)
+    pixels = (
+        EncodedImages(ImageFiles(tmp_path, ["a.int.tiff"]), 1, value_range=(-100, 400)).load(0)[..., 0].astype(float)
+    )
     assert np.abs(pixels - ((RAMP * 3000 - 1000 + 100) * 255 / 500).clip(0, 255)).max() <= 0.8
 
 
@@ -144,7 +149,7 @@ def test_a_single_image_is_accepted_only_if_its_range_is_unambiguous(tmp_path: P
     """For a model that was trained on files of 8 bits."""
     save(tmp_path / "full.png", RAMP * 65535)
     save(tmp_path / "twelve.png", RAMP * 4095)
-    images = ImageFiles(tmp_path, ["full.png", "twelve.png"], 1)
+    images = EncodedImages(ImageFiles(tmp_path, ["full.png", "twelve.png"]), 1)
     assert np.array_equal(images.load(0)[..., 0], np.rint(np.rint(RAMP * 65535) * 255 / 65535))
     with pytest.raises(
         UnreadableImageError, match=r"twelve\.png: it has integer samples.* from 0 to 4095, and which value is white"
@@ -155,7 +160,7 @@ def test_a_single_image_is_accepted_only_if_its_range_is_unambiguous(tmp_path: P
 def test_values_that_are_not_numbers_are_reported_as_damage(tmp_path: Path) -> None:
     save(tmp_path / "nan.float.tiff", np.where(RAMP > 0.5, np.nan, RAMP))
     save(tmp_path / "fine.float.tiff", RAMP)
-    images = ImageFiles(tmp_path, ["nan.float.tiff", "fine.float.tiff"], 1)
+    images = EncodedImages(ImageFiles(tmp_path, ["nan.float.tiff", "fine.float.tiff"]), 1)
     found = check_images(images, np.arange(2), decode=False)
     assert [(i, "NaN" in reason) for i, reason in found.bad] == [(0, True)]
     assert choose_range(found.extents) == (0, 1)

@@ -19,7 +19,8 @@ from toolkit.cache import distributed, image_cache, memory_budget, store
 from toolkit.cache.distributed import DistributedCache
 from toolkit.cache.image_cache import SplitImages
 from toolkit.data.datasets import Dataset
-from toolkit.data.image_sources import ImageFiles, InMemoryImages, UnreadableImageError
+from toolkit.data.encoded_sources import ImageFiles
+from toolkit.data.image_sources import EncodedImages, InMemoryImages, UnreadableImageError
 from toolkit.data.pipeline import plan_preprocessing
 from toolkit.data.preprocessing import resolve_preprocessing
 from toolkit.data.sampling import SamplingPlan
@@ -97,8 +98,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def files_of(folder: Path, channels: int = 3) -> ImageFiles:
-    return ImageFiles(folder, [f"{i}.png" if i == 5 else f"{i}.jpg" for i in range(COUNT)], channels)
+def files_of(folder: Path, channels: int = 3) -> EncodedImages:
+    return EncodedImages(ImageFiles(folder, [f"{i}.png" if i == 5 else f"{i}.jpg" for i in range(COUNT)]), channels)
 
 
 def setup_of(recipe: Recipe, images: Any, native: int | None) -> tuple[TrainingContext, RecordingConsole]:
@@ -472,7 +473,7 @@ def test_nothing_is_written_to_a_disk_without_room(
     assert not list(own_cache.glob("*images-*/"))
 
 
-def spoiled(folder: Path, photographs: Path) -> ImageFiles:
+def spoiled(folder: Path, photographs: Path) -> EncodedImages:
     """Copy the photographs; one of the copies can be opened but not decoded."""
     folder.mkdir()
     for path in photographs.iterdir():

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from toolkit.data.datasets import open_dataset
-from toolkit.data.image_sources import BLOCKS_KEPT, as_image
+from toolkit.data.image_sources import BLOCKS_KEPT, EncodedImages, as_image
 from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
 from toolkit.data.splits import split_dataset
 from toolkit.models.build import build_model, expected_input
@@ -44,17 +44,15 @@ class ImageList(Dataset[Any]):
 
     def __init__(self, dataset: Any, indices: Any, transform: Any) -> None:
         self.images, self.labels, self.indices, self.transform = dataset.images, dataset.labels, indices, transform
-        paths = getattr(dataset.images, "path", None)
-        self.path = paths if callable(paths) else None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
         index = int(self.indices[position])
-        if self.path is not None:
-            with Image.open(self.path(index)) as file:
-                image = file.convert("RGB")
+        if isinstance(self.images, EncodedImages):
+            with self.images.source.open(index) as file, Image.open(file) as opened:
+                image = opened.convert("RGB")
         else:
             image = as_image(self.images.load(index))
         return self.transform(image), int(self.labels[index])

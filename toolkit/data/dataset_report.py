@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from toolkit.data.channel_stats import channel_statistics
 from toolkit.data.datasets import Dataset, open_dataset
-from toolkit.data.image_sources import ImageFiles, UnreadableImageError, as_image, check_images
+from toolkit.data.image_sources import EncodedImages, UnreadableImageError, as_image, check_images
 from toolkit.data.near_duplicates import MOST, MOST_CROPS, SMALLEST, near_pairs, thumbnail
 from toolkit.data.near_duplicates import groups as connected
 from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
@@ -120,7 +120,7 @@ def analyze_dataset(recipe: Recipe, log: Callable[[str], None]) -> DatasetReport
     splits = split_dataset(dataset, data)
     used = np.concatenate([splits[split] for split in SPLITS])
     log(f"decoding {len(used):,} images of {dataset.name}")
-    if isinstance(dataset.images, ImageFiles):
+    if isinstance(dataset.images, EncodedImages):
         extents = check_images(dataset.images, used, decode=False).extents
         if (value_range := choose_range(extents)) is not None:
             log(describe_range(extents, value_range))

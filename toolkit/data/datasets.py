@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from toolkit.data.dataset_info import DATASETS
+from toolkit.data.encoded_sources import EncodedSource, ImageFiles
 from toolkit.data.folder_layout import read_layout
 from toolkit.data.folder_walk import FolderWalk
-from toolkit.data.image_sources import CANNOT_READ, HAS_CHANGED, ImageFiles, ImageSource, InMemoryImages
+from toolkit.data.image_sources import CANNOT_READ, HAS_CHANGED, EncodedImages, ImageSource, InMemoryImages
 from toolkit.data.sampling import IntArray
 from toolkit.errors import UserError
 from toolkit.filenames import encode_name, escape_control_characters
@@ -139,7 +140,7 @@ def open_caltech101(table: DataConfig) -> Dataset:
         raise UserError(f"{folder} has {found} but not {other}: put both there, or neither to split all images")
     index = {name: label for label, name in enumerate(classes)}
     labels = np.array([index[path.partition("/")[0]] for path in paths], dtype=np.int64)
-    images = _files(folder / CALTECH_IMAGES, paths, table)
+    images = encoded_images(ImageFiles(folder / CALTECH_IMAGES, paths), table)
     return Dataset("caltech101", classes, images, labels, lists, None, 3, tuple(walk.notes()))
 
 
@@ -187,12 +188,12 @@ def open_imagefolder(table: DataConfig) -> Dataset:
             paths += files
             labels.append(np.full(len(files), index[name], dtype=np.int64))
         lists[split] = np.arange(start, len(paths))
-    images = _files(layout.root, paths, table)
+    images = encoded_images(ImageFiles(layout.root, paths), table)
     notes = tuple(layout.notes)
     return Dataset("imagefolder", layout.classes, images, np.concatenate(labels), lists, None, 3, notes)
 
 
-def _files(root: Path, paths: list[str], table: DataConfig) -> ImageFiles:
-    """Build the image files with the reading options of the recipe."""
+def encoded_images(source: EncodedSource, table: DataConfig) -> EncodedImages:
+    """Return the images of a source, decoded according to the recipe."""
     advice = CANNOT_READ if table.on_bad_image == "error" else HAS_CHANGED
-    return ImageFiles(root, paths, table.channels or 3, exif=table.exif, value_range=table.known_range, advice=advice)
+    return EncodedImages(source, table.channels or 3, exif=table.exif, value_range=table.known_range, advice=advice)

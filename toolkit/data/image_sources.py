@@ -1,4 +1,4 @@
-"""Collections of images that are cheap to share between processes: one array or one flat index for all images.
+"""Collections of images that are cheap to share between processes: one array, or encoded images with a flat index.
 
 A decoded image is a uint8 array [h, w, C] everywhere, with 1 (gray) or 3 channels. Only steps that need a Pillow image
 convert it.
@@ -11,17 +11,16 @@ import errno
 import hashlib
 import io
 import os
-import stat
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from toolkit.data.encoded_sources import EncodedSource, read_bytes
 from toolkit.data.jpeg_decoding import decode_jpeg
 from toolkit.data.orientation import jpeg_turn, load_oriented
 from toolkit.data.value_range import (
@@ -37,7 +36,7 @@ from toolkit.data.value_range import (
 )
 from toolkit.distributed.cpu_count import available_cpus
 from toolkit.errors import RunFailed
-from toolkit.filenames import encode_name, escape_control_characters
+from toolkit.filenames import escape_control_characters
 
 Pixels = npt.NDArray[np.uint8]
 """A decoded image, [h, w, C]; it may be read-only."""
@@ -59,7 +58,7 @@ _FILE_FAULTS = {
 image would hide them, and each process could skip different images."""
 
 SAMPLED = 32
-"""Number of files whose whole content is hashed for the identity of a collection."""
+"""Number of images whose encoded bytes are hashed for the identity of a collection."""
 
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 
@@ -149,17 +148,12 @@ class InMemoryImages:
         return digest.hexdigest()
 
 
-class ImageFiles:
-    """Image files below one folder.
-
-    Paths are stored end to end in one byte buffer: a list of a million str would be copied into every worker process,
-    page by page, as its reference counts change.
-    """
+class EncodedImages:
+    """Images that are decoded when they are loaded, from files or from anywhere else that gives their bytes."""
 
     def __init__(
         self,
-        root: Path,
-        paths: Iterable[str],
+        source: EncodedSource,
         channels: int,
         *,
         exif: str = "apply",
@@ -171,32 +165,17 @@ class ImageFiles:
         ``value_range``: black and white values of samples with more than 8 bits (:mod:`toolkit.data.value_range`).
         ``advice``: appended to messages about unreadable images.
         """
-        self.root, self.channels = str(root), channels
+        self.source, self.channels = source, channels
         self.exif, self.value_range, self.advice = exif, value_range, advice
-        buffer, ends = bytearray(), [0]
-        for path in paths:
-            buffer += os.fsencode(path)
-            ends.append(len(buffer))
-        self._buffer = np.frombuffer(bytes(buffer), dtype=np.uint8)
-        self._ends = np.array(ends, dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.source)
 
     def name(self, i: int) -> str:
-        """Return the path of image i relative to the folder, encoded."""
-        return encode_name(self._relative(i))
+        """Return the source's name of image i, such as its path relative to the data folder."""
+        return self.source.name(i)
 
-    def path(self, i: int) -> str:
-        """Return the path of image i for the file system."""
-        return os.path.join(self.root, self._relative(i))
-
-    def _relative(self, i: int) -> str:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        return os.fsdecode(self._buffer[self._ends[i] : self._ends[i + 1]].tobytes())
-
-    def with_range(self, value_range: Range | None) -> ImageFiles:
+    def with_range(self, value_range: Range | None) -> EncodedImages:
         """Return a copy with another range of values."""
         other = copy.copy(self)
         other.value_range = value_range
@@ -205,8 +184,7 @@ class ImageFiles:
     def load(self, i: int) -> Pixels:
         """Read and decode image i. Raises UnreadableImageError for a missing, empty, truncated or non-image file."""
         try:
-            with _open(self.path(i)) as file:
-                data = file.read()
+            data = read_bytes(self.source, i)
             pixels = decode_jpeg(data) if self.channels == 3 else None
             if pixels is None:
                 return self._decoded_by_pillow(data)
@@ -224,7 +202,7 @@ class ImageFiles:
             return to_pixels(upright, self.channels)
 
     def identity(self, indices: npt.NDArray[np.int64]) -> str:
-        """Return the SHA-256 of relative paths, sizes, modification times, and the content of a sample of the files.
+        """Return the SHA-256 of names, sizes, versions (modification times), and the bytes of a sample of the images.
 
         The location of the folder is not included: a copy with the same modification times has the same identity.
         Raises UnreadableImageError.
@@ -233,11 +211,11 @@ class ImageFiles:
         sampled = set(np.linspace(0, len(indices) - 1, min(SAMPLED, len(indices)), dtype=np.int64).tolist())
         for number, i in enumerate(indices.tolist()):
             try:
-                state = os.stat(self.path(i))
-                digest.update(os.fsencode(self._relative(i)) + f"\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+                size, version = self.source.size_and_version(i)
+                digest.update(f"{self.name(i)}\0{size}\0{version}\n".encode())
                 if number in sampled:
-                    digest.update(Path(self.path(i)).read_bytes())
-            except OSError as error:
+                    digest.update(read_bytes(self.source, i))
+            except Exception as error:
                 raise self._fault(error, i) from error
         return digest.hexdigest()
 
@@ -252,7 +230,7 @@ class ImageFiles:
         such an image is always decoded.
         """
         try:
-            with _open(self.path(i)) as file, Image.open(file) as image:
+            with self.source.open(i) as file, Image.open(file) as image:
                 end = {"JPEG": JPEG_END, "PNG": PNG_END}.get(image.format or "", b"")
                 is_settled = self.value_range is not None or states_maximum(image)
                 kind = None if is_settled else sample_kind(image)
@@ -272,11 +250,22 @@ class ImageFiles:
 
         UnreadableImageError for a fault of the file, RunFailed for a fault of the system.
         """
-        name, path = self.name(i), self.path(i)
         number = error.errno if isinstance(error, OSError) else None  # Pillow's own OSErrors have none
         if isinstance(error, MemoryError) or (number is not None and number not in _FILE_FAULTS):
-            return RunFailed(f"{encode_name(path)} could not be read: {error or type(error).__name__}")
-        return UnreadableImageError(name, _reason(error, number, path), self.advice)
+            return RunFailed(f"{self.source.location(i)} could not be read: {error or type(error).__name__}")
+        return UnreadableImageError(self.name(i), self._reason(error, number, i), self.advice)
+
+    def _reason(self, error: Exception, number: int | None, i: int) -> str:
+        """Describe what is wrong with image i; ``number`` is the errno if the system refused to read it."""
+        if number in _FILE_FAULTS:
+            return _FILE_FAULTS[number]
+        if isinstance(error, UnclearValues):
+            return str(error)
+        if self.source.size_and_version(i)[0] == 0:
+            return "an empty file"
+        if isinstance(error, UnidentifiedImageError):
+            return "not an image of a known format"
+        return escape_control_characters(f"damaged ({str(error) or type(error).__name__})")
 
 
 def as_image(pixels: Pixels) -> Image.Image:
@@ -324,11 +313,11 @@ def check_images(
 ) -> ImageCheckResult:
     """Find the unreadable images among ``indices``.
 
-    ``decode=False`` checks only the first and last bytes (see :meth:`ImageFiles.check`); ``decode=True`` decodes every
-    image, and so finds every image that would fail in training. ``threads`` defaults to the number of available CPUs.
-    ``progress`` is called with the number of images checked so far, once per 1,024 images.
+    ``decode=False`` checks only the first and last bytes (see :meth:`EncodedImages.check`); ``decode=True`` decodes
+    every image, and so finds every image that would fail in training. ``threads`` defaults to the number of available
+    CPUs. ``progress`` is called with the number of images checked so far, once per 1,024 images.
     """
-    if not isinstance(images, ImageFiles):
+    if not isinstance(images, EncodedImages):
         return ImageCheckResult([], [])
 
     def check_one(i: int) -> Extent | str | None:
@@ -347,24 +336,3 @@ def check_images(
             extents = joined([*extents, *(one for one in found if isinstance(one, Extent))])
             progress(start + len(chunk))
     return ImageCheckResult(bad, extents)
-
-
-def _open(path: str) -> BinaryIO:
-    """Open an image file. Raises OSError for pipes, sockets and devices: opening a pipe would block until a write."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), path)
-    return open(path, "rb")
-
-
-def _reason(error: Exception, number: int | None, path: str) -> str:
-    """Describe what is wrong with a file; ``number`` is the errno if the system refused to read it."""
-    if number in _FILE_FAULTS:
-        return _FILE_FAULTS[number]
-    if isinstance(error, UnclearValues):
-        return str(error)
-    if os.path.getsize(path) == 0:
-        return "an empty file"
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image of a known format"
-    return escape_control_characters(f"damaged ({str(error) or type(error).__name__})")

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from toolkit.augment.transforms import ImageTransform, preserved_random_states
 from toolkit.data.folder_walk import FORMATS, FolderWalk
-from toolkit.data.image_sources import ImageFiles, UnreadableImageError
+from toolkit.data.image_sources import EncodedImages, UnreadableImageError
 from toolkit.data.sampling import hash64
 from toolkit.errors import UserError
 from toolkit.filenames import encode_name
@@ -140,7 +140,7 @@ class _Inputs(NamedTuple):
 class _Files(Dataset[Any]):
     """Data set of preprocessed image files; a list of positions returns :class:`_Inputs`."""
 
-    def __init__(self, images: ImageFiles, transform: ImageTransform) -> None:
+    def __init__(self, images: EncodedImages, transform: ImageTransform) -> None:
         self.images, self.transform = images, transform
 
     def __getitems__(self, positions: list[int]) -> _Inputs:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from toolkit.data.channel_stats import channel_statistics
 from toolkit.data.datasets import Dataset, open_dataset
-from toolkit.data.image_sources import ImageCheckResult, ImageFiles, check_images
+from toolkit.data.image_sources import EncodedImages, ImageCheckResult, check_images
 from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
 from toolkit.data.sampling import check_steps, steps_per_epoch
 from toolkit.data.splits import SPLITS, check_splits, describe_splits, split_dataset, split_hash
@@ -138,7 +138,7 @@ def _open_images(
         display.log(note)
     checked = _check_images(recipe, accelerator, dataset, splits)
     splits, bad_images = _without_bad_images(recipe, display, dataset, splits, checked.bad)
-    if isinstance(dataset.images, ImageFiles) and (value_range := choose_range(checked.extents)) is not None:
+    if isinstance(dataset.images, EncodedImages) and (value_range := choose_range(checked.extents)) is not None:
         display.log(describe_range(checked.extents, value_range))
         dataset = replace(dataset, images=dataset.images.with_range(value_range))
         data = data.model_copy(update={"value_range": list(value_range)})

@@ -13,7 +13,6 @@ import hashlib
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,8 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from toolkit.data.datasets import Dataset
-from toolkit.data.image_sources import SAMPLED, ImageFiles
+from toolkit.data.encoded_sources import EncodedSource, read_bytes
+from toolkit.data.image_sources import SAMPLED, EncodedImages
 from toolkit.data.sampling import IntArray
 from toolkit.data.splits import SPLITS, split_hash
 from toolkit.errors import UserError
@@ -132,12 +132,13 @@ def _listed(kind: str, names: list[str]) -> str:
 
 def write_file_facts(run: Run, dataset: Dataset, splits: Splits) -> None:
     """Store size and modification time of the splits' image files, and the SHA-256 of some, for a later resume."""
-    if not isinstance(dataset.images, ImageFiles):
+    if not isinstance(dataset.images, EncodedImages):
         return
     indices = np.concatenate([splits[name] for name in SPLITS])
-    sample = _digests(dataset.images, indices[_sampled(len(indices))])
+    source = dataset.images.source
+    sample = _digests(source, indices[_sampled(len(indices))])
     data = safetensors.numpy.save(
-        {"files": _stat(dataset.images, indices), "sample": sample}, metadata={"split": split_hash(dataset, splits)}
+        {"files": _stat(source, indices), "sample": sample}, metadata={"split": split_hash(dataset, splits)}
     )
     write_atomically(run.file_facts, data)
 
@@ -146,7 +147,7 @@ class FileFacts:
     """Size and modification time of recorded image files, as recorded and now."""
 
     def __init__(
-        self, names: list[str], images: ImageFiles, files: npt.NDArray[np.int64], sample: npt.NDArray[np.uint8]
+        self, names: list[str], images: EncodedSource, files: npt.NDArray[np.int64], sample: npt.NDArray[np.uint8]
     ) -> None:
         self.names, self.images, self.files, self.sample = names, images, files, sample
         self.rows = {name: row for row, name in enumerate(names)}
@@ -166,9 +167,9 @@ class FileFacts:
         except (OSError, UserError, SafetensorError):
             return None
         fits = files.shape == (len(names), 2) and sample.shape == (len(_sampled(len(names))), 32)
-        if not (is_ours and fits and isinstance(dataset.images, ImageFiles)):
+        if not (is_ours and fits and isinstance(dataset.images, EncodedImages)):
             return None
-        return cls(names, dataset.images, files, sample)
+        return cls(names, dataset.images.source, files, sample)
 
     def recorded(self, name: str) -> tuple[int, int]:
         """Return the recorded size and modification time of a file."""
@@ -196,14 +197,13 @@ class FileFacts:
         return [self.names[row] for row in sorted({*there[other_size].tolist(), *other_content.tolist()})]
 
 
-def _stat(images: ImageFiles, indices: IntArray) -> npt.NDArray[np.int64]:
+def _stat(images: EncodedSource, indices: IntArray) -> npt.NDArray[np.int64]:
     """Return size in bytes and modification time in nanoseconds of files, int64 [n, 2]; -1 for a missing file."""
 
     def look(start: int) -> None:
         for row in range(start, min(start + CHUNK, len(indices))):
             with contextlib.suppress(OSError):
-                state = os.stat(images.path(int(indices[row])))
-                found[row] = state.st_size, state.st_mtime_ns
+                found[row] = images.size_and_version(int(indices[row]))
 
     found = np.full((len(indices), 2), -1, dtype=np.int64)
     with ThreadPoolExecutor(8) as pool:  # network file systems serve several requests at once
@@ -216,11 +216,10 @@ def _sampled(count: int) -> IntArray:
     return np.linspace(0, count - 1, min(SAMPLED, count), dtype=np.int64)
 
 
-def _digests(images: ImageFiles, indices: IntArray) -> npt.NDArray[np.uint8]:
+def _digests(images: EncodedSource, indices: IntArray) -> npt.NDArray[np.uint8]:
     """Return the SHA-256 of files, uint8 [k, 32]; zeros for a file that cannot be read."""
     digests = np.zeros((len(indices), 32), dtype=np.uint8)
     for row, i in enumerate(indices.tolist()):
-        with contextlib.suppress(OSError):
-            content = Path(images.path(i)).read_bytes()
-            digests[row] = np.frombuffer(hashlib.sha256(content).digest(), dtype=np.uint8)
+        with contextlib.suppress(Exception):  # a damaged archive can raise other errors than OSError
+            digests[row] = np.frombuffer(hashlib.sha256(read_bytes(images, i)).digest(), dtype=np.uint8)
     return digests

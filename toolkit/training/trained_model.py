@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import toolkit
 from toolkit.augment.transforms import ImageTransform, build_transform
-from toolkit.data.image_sources import ImageFiles
+from toolkit.data.encoded_sources import ImageFiles
+from toolkit.data.image_sources import EncodedImages
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.models.build import build_model
@@ -76,10 +77,11 @@ class TrainedModel:
         """Transform from a decoded image to a model input, as for the run's test images."""
         return build_transform("test", AugmentConfig(test=list(self.transforms)), self.preprocessing)
 
-    def files(self, paths: Sequence[str]) -> ImageFiles:
+    def files(self, paths: Sequence[str]) -> EncodedImages:
         """Return a reader that decodes image files as the run did; pass its ``load(i)`` to :attr:`transform`."""
         wanted = self.preprocessing
-        return ImageFiles(Path(), paths, wanted.channels, exif=wanted.exif, value_range=wanted.value_range)
+        source = ImageFiles(Path(), paths)
+        return EncodedImages(source, wanted.channels, exif=wanted.exif, value_range=wanted.value_range)
 
     @property
     def caution(self) -> str | None:
