@@ -183,8 +183,8 @@ def test_gray_images_get_the_result_of_torchvision() -> None:
         expected_image = image
         for one in augment.passes:
             if not isinstance(one, Grayscale):
-                expected_image = after(one, expected_image, u[None, : one.slots])
-            u = u[one.slots :]
+                expected_image = after(one, expected_image, u[None, : one.random_count])
+            u = u[one.random_count :]
         expected = functional.pil_to_tensor(expected_image).float() / 255
         assert (result - expected).abs().mean() < ALLOWED
 
@@ -199,7 +199,7 @@ def test_transforms_of_the_tensor_stage_get_floats(size: int) -> None:
     for image, u, result in zip(images, numbers(augment, 0, draws), made, strict=True):
         expected = functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
         center, warp, blur, erase = augment.passes
-        assert center.slots == 0
+        assert center.random_count == 0
         assert isinstance(warp, AffineOp)
         assert isinstance(erase, RandomErasing)
         uniform = u[None]
@@ -207,8 +207,8 @@ def test_transforms_of_the_tensor_stage_get_floats(size: int) -> None:
         expected = functional.rotate(
             functional.horizontal_flip(expected), angle, functional.InterpolationMode.BILINEAR, fill=[0.4]
         )
-        expected = after(blur, expected, uniform[:, warp.slots : warp.slots + blur.slots])
-        plan = erase.plan(uniform[:, warp.slots + blur.slots :], (size, size))
+        expected = after(blur, expected, uniform[:, warp.random_count : warp.random_count + blur.random_count])
+        plan = erase.plan(uniform[:, warp.random_count + blur.random_count :], (size, size))
         top, left, height, width = plan.table[0].astype(int).tolist()
         expected = functional.erase(expected, top, left, height, width, torch.tensor(0.5))
         assert (result - expected).abs().max() < 1e-4

@@ -87,7 +87,7 @@ def test_transforms_are_applied_with_their_probability(p: float) -> None:
         only_pass(name="RandomRotation", degrees=10, apply_p=p),
         only_pass(name="RandomErasing", p=p),
     ):
-        assert_share(one.plan(uniforms(one.slots), SIZE).applied, p)
+        assert_share(one.plan(uniforms(one.random_count), SIZE).applied, p)
     crop = augmentation({"name": "RandomCrop", "padding": 4, "apply_p": p}, size=32).passes[0].steps[-1]  # type: ignore[attr-defined]
     rows, _ = crop.maps(uniforms(3), (32, 32))
     assert_share((rows != np.arange(32)).any(1), p * 8 / 9)  # the middle one of nine positions changes nothing
@@ -190,7 +190,7 @@ def test_blur_strength_is_uniform_in_its_range() -> None:
 def test_rectangles_to_erase_are_drawn_as_torchvision_does(arguments: dict[str, Any]) -> None:
     one = only_pass(name="RandomErasing", p=1.0, **arguments)
     assert isinstance(one, RandomErasing)
-    plan = one.plan(uniforms(one.slots), SIZE)
+    plan = one.plan(uniforms(one.random_count), SIZE)
     expected = [each for each in of_torchvision(v2.RandomErasing(p=1.0, **arguments)) if each["v"] is not None]
     assert abs(plan.applied.mean() - len(expected) / N) < 0.01
     drawn = plan.table[plan.applied]

@@ -47,21 +47,21 @@ class BenchmarkResult:
     """Steps per repetition."""
     repeats: int
     data_images_per_s: float
-    """Loading batches and copying them to the device, without training."""
+    """Images per second when loading batches and copying them to the device, without training."""
     model_images_per_s: float
-    """Forward, backward and optimizer on one batch that stays on the device."""
+    """Images per second of forward, backward and optimizer on one batch that stays on the device."""
     step_images_per_s: float
-    """Whole training steps."""
+    """Images per second of whole training steps."""
     waiting_for_data: float
     """Fraction of a step's time spent waiting for the next batch, 0..1."""
     memory_mb: float
     """Peak GPU memory allocated by this process; without a GPU, its peak resident memory."""
     gflop_per_image: float
-    """Forward and backward; a multiplication and an addition count as two."""
+    """Operations of forward and backward, in units of 10^9; a multiplication and an addition count as two."""
     utilization: float | None
     """Model FLOP/s as a fraction of the device's peak, 0..1; None if the peak is unknown."""
     cached: list[str]
-    """What was read from the cache."""
+    """Descriptions of what was read from the cache."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain values."""
@@ -213,7 +213,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _flops(training: Trainer, first: list[tuple[MicroBatch, Any]]) -> float:
-    """Return the floating point operations of forward and backward, per image."""
+    """Return the floating-point operations of forward and backward, per image."""
     images = sum(micro.own for micro, _ in first)
     with flop_counter() as counter:
         _train(training, _RepeatedBatch(first, 1), 1)

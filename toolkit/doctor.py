@@ -17,11 +17,11 @@ from typing import Literal
 CheckStatus = Literal["ok", "warn", "fail"]
 
 WANDB_SECONDS = 5.0
-"""How long to wait for W&B's client, which may ask its server who is logged in."""
+"""Seconds to wait for W&B's client, which may ask its server who is logged in."""
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_GIB, DISK_GIB = 1.0, 5.0
-"""Warn if there is less shared memory, or less disk space for runs."""
+"""Limits in GiB: warn if there is less shared memory, or less disk space for runs."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def shared_memory() -> Check:
 
 
 def run_root_is_writable(run_root: Path) -> Check:
-    """Check that runs can be written, by a test in the folder or its nearest existing parent."""
+    """Check that runs can be written, by writing a file in the folder or its nearest existing parent."""
     absolute = run_root.absolute()
     folder = next(path for path in (absolute, *absolute.parents) if path.exists())
     try:
@@ -284,7 +284,7 @@ def slurm() -> Check:
 
 
 def _output(*command: str) -> str:
-    """Return the output of a command; empty if it fails or hangs."""
+    """Return the output of a command; empty if the command fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -16,10 +16,10 @@ from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserEr
 from toolkit.filenames import escape_control_characters
 
 OTHERS_WAIT_S = 3.0
-"""Rank 0 reports errors common to all processes; other ranks print theirs only if still alive after this delay."""
+"""Seconds that other ranks wait before printing an error common to all processes, which rank 0 normally reports."""
 
 LOSS_WAIT_S = 1.0
-"""How long to wait, after a broken connection, for the message that says which process failed or was lost."""
+"""Seconds to wait, after a connection broke, for the message that says which process failed or was lost."""
 
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO)
 """File system errors that the user can fix."""
@@ -49,7 +49,7 @@ def run_with_error_handling(work: Callable[[], int | None], *, debug: bool = Fal
 
 
 def environment_error_message(error: Exception) -> str | None:
-    """Return a one-line message for environment errors (disk full, no access, lost peer); None for others."""
+    """Return a one-line message for errors of the environment (disk full, no access, lost process); None for others."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return f"cannot write {error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, OSError) and error.filename is not None and error.errno in NO_ACCESS:

@@ -20,7 +20,7 @@ CONDITIONS = (
     "transfer.mode",
     "train.epochs",
 )
-"""Recipe keys that must have their published values for a comparison to be meaningful."""
+"""Recipe keys whose values must equal those of the publication for a comparison to be meaningful."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ExpectationResult:
     expected: str
     measured: float | None
     verdict: str
-    """met, missed, or not comparable."""
+    """Result of the comparison: met, missed, or not comparable."""
     reason: str
     source: str
 

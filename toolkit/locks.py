@@ -101,7 +101,7 @@ def is_held(path: Path) -> bool:
 
 
 def lease_is_held(path: Path) -> bool:
-    """Return whether the lock has a lease whose holder is alive, as far as is known without waiting.
+    """Return whether the lock has a lease whose holder is alive, as far as this can be known without waiting.
 
     A holder on another host counts as alive for 2 LEASE_S after it last touched the lease, since the clocks may differ.
     """

@@ -22,15 +22,15 @@ class Measure:
     heading: str
     """Short label for column headings, including the unit."""
     unit: str = "%"
-    """Unit in which it is shown; empty for a count."""
+    """Unit in which the measure is shown; empty for a count."""
     decimals: int = 2
     scale: float = 100.0
-    """Shown value per stored value; accuracies are stored as fractions."""
+    """Factor from the stored to the shown value; accuracies are stored as fractions and shown in percent."""
     higher_is_better: bool = True
     splits: tuple[str, ...] = ("val", "test")
-    """The splits on which it is measured."""
+    """Splits on which the measure is computed."""
     varies: bool = True
-    """Whether it differs between runs of one recipe with different seeds."""
+    """Whether the measure differs between runs of one recipe with different seeds."""
 
 
 MEASURES = {

@@ -40,7 +40,7 @@ from toolkit.training.optimizer import build_optimizer
 
 
 class ImageList(Dataset[Any]):
-    """Data set of one split."""
+    """Map-style data set of the image files of one split."""
 
     def __init__(self, dataset: Any, indices: Any, transform: Any) -> None:
         self.images, self.labels, self.indices, self.transform = dataset.images, dataset.labels, indices, transform

@@ -26,7 +26,7 @@ LARGEST = 2**63 - 1
 
 
 MISSING = "is missing"
-"""State of a file that does not exist, in :class:`UnreadableFile`."""
+"""Argument ``state`` of :class:`UnreadableFile` for a file that does not exist."""
 
 EXPECTED = {
     "missing": "is missing",

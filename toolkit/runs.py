@@ -193,7 +193,7 @@ class Run:
 
     @property
     def model_card(self) -> dict[str, Any]:
-        """What is needed to rebuild a model from ``best.safetensors``: architecture, classes, preprocessing."""
+        """Content of model.json, which is needed to rebuild a model: architecture, classes, preprocessing."""
         return read_json(self.checkpoints / "model.json")
 
     @property
@@ -231,7 +231,7 @@ class Run:
 
     @property
     def file_facts(self) -> Path:
-        """Size and modification time of each image file when training began."""
+        """Path of the file with size and modification time of each image file when training began."""
         return self.checkpoints / "files.safetensors"
 
     @property

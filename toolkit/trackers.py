@@ -31,12 +31,12 @@ OFFLINE_ATTEMPTS, OFFLINE_PAUSE_S = 10, 3.0
 FINISH_SECONDS = 7
 """A run that is asked to stop must exit within 10 s. What has not been uploaded stays on disk for `toolkit sync`."""
 LEAVE_SECONDS = FINISH_SECONDS + 0.5
-"""Limit for closing all trackers, in case one hangs in its client."""
+"""Maximum number of seconds for closing all trackers, in case one hangs in its client."""
 BACKLOG = 100_000
 """Maximum number of lines queued for a slow tracker; about 50 MB."""
 
 Call = Callable[[Any], None]
-"""An operation on one of Accelerate's trackers."""
+"""Function that performs an operation on one of Accelerate's trackers."""
 
 
 class TrackerThread:

@@ -21,7 +21,7 @@ from toolkit.trackers import define_axes, flatten, offline_reason, wandb_setting
 INIT_SECONDS = 60
 FINISH_SECONDS = 300
 SHOWN_SECONDS = 60.0
-"""How long to wait for the server to show uploaded data."""
+"""Seconds to wait for the server to show uploaded data."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SyncResult:
     state: str
     """uploaded, already (uploaded before), training (skipped) or untracked (nothing to upload)."""
     lines: int = 0
-    """Lines of metrics.jsonl sent by this call."""
+    """Number of lines of metrics.jsonl sent by this call."""
     url: str | None = None
 
     def text(self) -> str:
@@ -48,7 +48,7 @@ class SyncResult:
 
 
 class _Marker(Shape):
-    """Schema of wandb/synced.json: hash and address of the last upload."""
+    """Schema of wandb/synced.json: hash of the data and URL of the last upload."""
 
     digest: str
     url: str | None = None

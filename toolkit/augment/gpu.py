@@ -3,7 +3,8 @@
 The augmentation of an example depends only on (seed, epoch, draw): parameters are sampled on the CPU from a
 counter-based generator and applied to the pixels by elementwise operations. Therefore the result does not depend on the
 other examples in the batch, the number of processes or the order of calls, bit for bit (floating point may differ
-between devices). The distributions are torchvision's; the numbers are not, because its generators are sequential.
+between devices). The distributions equal torchvision's; the individual random numbers do not, because torchvision's
+generators are sequential.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from toolkit.data.tensor_rows import assign_rows, index_rows, memory_format
 from toolkit.errors import UserError
 
 _AUGMENT_STREAM = 0x6175676D656E74
-"""Separates these random numbers from all others with the same seed ("augment" in ASCII)."""
+"""Key constant that makes these random numbers independent of all others with the same seed ("augment" in ASCII)."""
 
 CHUNK = 2**18
-"""Values (4 bytes each) that a CPU processes at a time, so that they stay in its caches."""
+"""Number of values (4 bytes each) that a CPU processes at a time, so that they stay in its caches."""
 
 
 class GpuAugmentation:
-    """The last steps of one split's transform, for batches: all that follow those applied image by image."""
+    """The last steps of one split's transform, applied to batches; the steps before them are applied image by image."""
 
     def __init__(self, steps: Sequence[Step], preprocessing: Preprocessing, seed: int) -> None:
-        """``steps`` end with the normalization, or with random erasing after it."""
+        """``steps``: the last of them is the normalization, optionally followed by random erasing."""
         self.passes, self.erase = batch_ops(steps)
         self.all = [*self.passes, *([self.erase] if self.erase else [])]
         self.seed = seed
@@ -64,11 +65,11 @@ class GpuAugmentation:
 
     def plans(self, epoch: int, draws: Tensor | IntArray, size: tuple[int, int]) -> list[SampledParams]:
         """Sample the parameters of each operation of the pipeline for each image of a batch."""
-        slots = [one.slots for one in self.all]
-        u = keyed_uniforms(np.asarray(draws), sum(slots), _AUGMENT_STREAM, self.seed, epoch)
+        counts = [one.random_count for one in self.all]
+        u = keyed_uniforms(np.asarray(draws), sum(counts), _AUGMENT_STREAM, self.seed, epoch)
         plans: list[SampledParams] = []
-        for one, end in zip(self.all, np.cumsum(slots).tolist(), strict=True):
-            plans.append(one.plan(u[:, end - one.slots : end], size))
+        for one, end in zip(self.all, np.cumsum(counts).tolist(), strict=True):
+            plans.append(one.plan(u[:, end - one.random_count : end], size))
             size = plans[-1].size
         if size != (self.size, self.size):
             raise UserError(
@@ -78,7 +79,7 @@ class GpuAugmentation:
         return plans
 
     def _make(self, images: Tensor, made: Tensor, plans: Sequence[SampledParams], tables: Sequence[Tensor]) -> None:
-        """Apply the pipeline to some of the images and write the result to ``made``."""
+        """Apply the pipeline to images and write the result to ``made``."""
         for one, plan, table in zip(self.passes, plans, tables, strict=False):  # plans may end with random erasing's
             images = apply_to_changed(one, images, plan, table)
         self._normalize(images, made)
@@ -86,7 +87,7 @@ class GpuAugmentation:
             self.erase.erase(made, plans[-1], tables[-1])
 
     def _normalize(self, images: Tensor, made: Tensor) -> None:
-        """Normalize 0..255 with torchvision's operations in their order, so that results are equal bit for bit."""
+        """Normalize values in 0..255 with torchvision's operations in their order, for bitwise equal results."""
         made.copy_(images)
         if made.device.type == "cpu" and memory_format(made) is torch.channels_last:
             # Treat a row of pixels as one vector: broadcasting over only the three channels is ten times slower.
@@ -104,8 +105,8 @@ def keyed_uniforms(draws: IntArray, n: int, *key: int) -> Floats:
     """
     step = np.uint64(GOLDEN_GAMMA)
     state = finalize64(np.uint64(hash64(*key)) + draws.astype(np.uint64) + step)
-    slots = np.arange(n, dtype=np.uint64) + step
-    numbers: Floats = (finalize64(state[:, None] + slots) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    offsets = np.arange(n, dtype=np.uint64) + step
+    numbers: Floats = (finalize64(state[:, None] + offsets) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return numbers
 
 

@@ -22,7 +22,7 @@ from toolkit.augment.gpu_crop_flip import Floats, Indices, RandomFlip, SampledPa
 
 @dataclass(frozen=True)
 class RandomAffine:
-    """RandomAffine, and RandomRotation, which rotates in the opposite direction (``turn`` = -1)."""
+    """torchvision's RandomAffine, and its RandomRotation, which rotates in the opposite direction (``turn`` = -1)."""
 
     degrees: tuple[float, float]
     translate: tuple[float, float]
@@ -31,9 +31,9 @@ class RandomAffine:
     shear: tuple[float, float, float, float]
     """Range of degrees along x, then along y."""
     center: tuple[float, float] | None
-    """x and y in pixels; None: the center of the image."""
+    """Center of rotation, x and y in pixels; None: the center of the image."""
     turn: int = 1
-    slots: int = 6
+    random_count: int = 6
 
     def draw(self, u: Floats, size: Size) -> Floats:
         """Sample angle (degrees), shift along x and y (whole pixels), scale, shear along x and y (degrees): [m, 6]."""
@@ -74,11 +74,11 @@ def affine_matrices(values: Floats, center: tuple[float, float]) -> Floats:
 
 @dataclass(frozen=True)
 class RandomPerspective:
-    """RandomPerspective: moves each corner inward."""
+    """torchvision's RandomPerspective, which moves each corner inward."""
 
     distortion: float
     """Maximum movement as a fraction of half the width and height."""
-    slots: int = 8
+    random_count: int = 8
 
     def draw(self, u: Floats, size: Size) -> Indices:
         """Sample the new corners (top left, top right, bottom right, bottom left), x and y in pixels: [m, 4, 2]."""
@@ -132,15 +132,17 @@ class AffineOp:
     """Whether the result has integer values, as a uint8 image has."""
 
     @property
-    def slots(self) -> int:
+    def random_count(self) -> int:
         """See :class:`BatchOp`."""
-        return 1 + self.warp.slots + len(self.before) + len(self.after)
+        return 1 + self.warp.random_count + len(self.before) + len(self.after)
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
         """See :class:`BatchOp`. Columns of the table: the matrix to coordinates in -1..1, row by row."""
         warped = u[:, 0] < self.p
-        found = np.where(warped[:, None, None], self.warp.matrices(u[:, 1 : 1 + self.warp.slots], size), np.eye(3))
-        applied, start = warped.copy(), 1 + self.warp.slots
+        found = np.where(
+            warped[:, None, None], self.warp.matrices(u[:, 1 : 1 + self.warp.random_count], size), np.eye(3)
+        )
+        applied, start = warped.copy(), 1 + self.warp.random_count
         for flip, comes_before in [(flip, True) for flip in self.before] + [(flip, False) for flip in self.after]:
             own = u[:, start : start + 1]
             mirror = flip.matrices(own, size)

@@ -18,20 +18,20 @@ from toolkit.augment.gpu_crop_flip import Floats, Indices, SampledParams, Size, 
 from toolkit.data.tensor_rows import assign_rows, index_rows
 
 ATTEMPTS = 10
-"""Number of rectangles that torchvision samples for random erasing before it gives up."""
+"""Maximum number of rectangles that torchvision samples for random erasing before it leaves the image unchanged."""
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """ColorJitter: brightness, contrast, saturation and hue, in a random order per image."""
+    """torchvision's ColorJitter: brightness, contrast, saturation and hue, in a random order for each image."""
 
     ranges: tuple[tuple[float, float] | None, ...]
     """Ranges of the factors of brightness, contrast and saturation, and of the hue's shift as a fraction of the color
     circle; None: unchanged."""
     p: float
-    slots: int = 9
+    random_count: int = 9
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
         """See :class:`toolkit.augment.gpu_crop_flip.BatchOp`.
@@ -72,7 +72,7 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean of each image's grayscale version."""
+    """Blend each image with the mean of its grayscale version."""
     gray = luma(images) if images.shape[1] == 3 else images
     # A float64 sum of integers is exact, so it depends neither on the order nor on the rest of the batch.
     mean = (gray.mean((1, 2, 3), keepdim=True, dtype=torch.float64) + 0.5).floor_().float()
@@ -80,7 +80,7 @@ def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the grayscale images."""
+    """Blend each image with its grayscale version."""
     return _blend(luma(images), images, factor)
 
 
@@ -125,10 +125,10 @@ def luma(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Grayscale:
-    """Grayscale and RandomGrayscale; the number of channels is kept."""
+    """torchvision's Grayscale and RandomGrayscale; the number of channels is kept."""
 
     p: float
-    slots: int = 1
+    random_count: int = 1
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
         """See :class:`toolkit.augment.gpu_crop_flip.BatchOp`. The table has no columns."""
@@ -143,15 +143,15 @@ class Grayscale:
 
 @dataclass(frozen=True)
 class GaussianBlur:
-    """GaussianBlur."""
+    """torchvision's GaussianBlur."""
 
     kernel_size: tuple[int, int]
-    """Along x and y; odd."""
+    """Width and height in pixels; odd."""
     sigma: tuple[float, float]
     p: float
     rounded: bool
     """Whether the result is rounded to integer values, as a uint8 image has."""
-    slots: int = 2
+    random_count: int = 2
 
     def draw(self, u: Floats) -> Floats:
         """Sample the standard deviation of each image's kernel in pixels, [m]."""
@@ -201,16 +201,16 @@ def _weighted(images: Tensor, weights: Tensor, axis: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """RandomErasing (Zhong et al. 2020, arXiv:1708.04896)."""
+    """torchvision's RandomErasing (Zhong et al. 2020, arXiv:1708.04896)."""
 
     scale: tuple[float, float]
     """Range of the erased fraction of the image's area."""
     ratio: tuple[float, float]
     """Range of the rectangle's height divided by its width."""
     value: tuple[float, ...]
-    """One value for all channels, or one per channel."""
+    """Value of erased pixels: one for all channels, or one per channel."""
     p: float
-    slots: int = 1 + 2 * ATTEMPTS + 2
+    random_count: int = 1 + 2 * ATTEMPTS + 2
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
         """See :class:`toolkit.augment.gpu_crop_flip.BatchOp`.

@@ -23,12 +23,12 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 LARGE = 2**15
-"""Values per image from which a CPU copies faster image by image with slices than all images at once by index."""
+"""From this number of values per image, a CPU copies image by image with slices: indexing all at once is slower."""
 
 
 @dataclass(frozen=True)
 class SampledParams:
-    """The sampled parameters of one operation for m images."""
+    """The sampled parameters of one operation for a batch of m images."""
 
     applied: Flags
     """Whether the operation changes each image, [m]."""
@@ -46,12 +46,12 @@ class BatchOp(Protocol):
     """An operation on the pixels of a batch."""
 
     @property
-    def slots(self) -> int:
-        """Random numbers needed per image."""
+    def random_count(self) -> int:
+        """Number of random numbers needed per image."""
         ...
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
-        """Sample the parameters of m images of equal size from uniform numbers in [0, 1), [m, slots]."""
+        """Sample the parameters of m images of equal size from uniform numbers in [0, 1), [m, random_count]."""
         ...
 
     def apply(self, images: Tensor, plan: SampledParams, table: Tensor) -> Tensor:
@@ -65,11 +65,11 @@ class BatchOp(Protocol):
 
 @dataclass(frozen=True)
 class RandomFlip:
-    """RandomHorizontalFlip and RandomVerticalFlip."""
+    """torchvision's RandomHorizontalFlip and RandomVerticalFlip."""
 
     vertical: bool
     p: float
-    slots: int = 1
+    random_count: int = 1
 
     def draw(self, u: Floats) -> Flags:
         """Sample whether each image is flipped, [m]."""
@@ -85,7 +85,7 @@ class RandomFlip:
         return rows, np.where(flipped, columns[:, ::-1], columns)
 
     def matrices(self, u: Floats, size: Size) -> Floats:
-        """Return the flips as matrices of continuous coordinates, [m, 3, 3]."""
+        """Return the flips as matrices from output to input coordinates, [m, 3, 3]."""
         height, width = size
         mirror = np.array([[1, 0, 0], [0, -1, height], [0, 0, 1]] if self.vertical else [[-1, 0, width], [0, 1, 0],
                           [0, 0, 1]], dtype=np.float64)  # fmt: skip
@@ -94,16 +94,16 @@ class RandomFlip:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """RandomCrop: a random window of ``size`` in the padded image."""
+    """torchvision's RandomCrop: a random window of ``size`` in the padded image."""
 
     size: Size
     padding: tuple[int, int, int, int]
     """Left, right, top, bottom."""
     pad_if_needed: bool
     mode: str
-    """constant, edge, reflect or symmetric."""
+    """Padding mode: constant, edge, reflect or symmetric."""
     p: float
-    slots: int = 3
+    random_count: int = 3
 
     def draw(self, u: Floats, size: Size) -> tuple[Indices, Indices]:
         """Sample the top and left of the window within the padded image, [m] each.
@@ -148,10 +148,10 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """CenterCrop, and timm's CenterCropOrPad: the center of the image, padded if the image is smaller than ``size``."""
+    """torchvision's CenterCrop and timm's CenterCropOrPad: images smaller than ``size`` are padded."""
 
     size: Size
-    slots: int = 0
+    random_count: int = 0
 
     def maps(self, u: Floats, size: Size) -> tuple[Indices, Indices]:
         """See :meth:`RandomFlip.maps`."""
@@ -166,12 +166,12 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class Pad:
-    """Pad, as in torchvision."""
+    """torchvision's Pad."""
 
     padding: tuple[int, int, int, int]
     """Left, right, top, bottom."""
     mode: str
-    slots: int = 0
+    random_count: int = 0
 
     def maps(self, u: Floats, size: Size) -> tuple[Indices, Indices]:
         """See :meth:`RandomFlip.maps`."""
@@ -189,7 +189,7 @@ def padded(n: int, padding: tuple[int, int], mode: str) -> Indices:
 
 
 IndexMap = RandomFlip | RandomCrop | CenterCrop | Pad
-"""A transform that only rearranges whole rows and columns of pixels."""
+"""The transforms that only rearrange whole rows and columns of pixels."""
 
 
 @dataclass(frozen=True)
@@ -201,18 +201,18 @@ class CropFlipOp:
     """Padding value: one for all channels, or one per channel; None without constant padding."""
 
     @property
-    def slots(self) -> int:
+    def random_count(self) -> int:
         """See :class:`BatchOp`."""
-        return sum(step.slots for step in self.steps)
+        return sum(step.random_count for step in self.steps)
 
     def plan(self, u: Floats, size: Size) -> SampledParams:
         """See :class:`BatchOp`. Columns of the table: H input rows, then W input columns; -1 for fill."""
         lines = [np.broadcast_to(np.arange(n), (len(u), n)) for n in size]
         start = 0
         for step in self.steps:
-            more = step.maps(u[:, start : start + step.slots], (lines[0].shape[1], lines[1].shape[1]))
+            more = step.maps(u[:, start : start + step.random_count], (lines[0].shape[1], lines[1].shape[1]))
             lines = [_follow(line, further) for line, further in zip(lines, more, strict=True)]
-            start += step.slots
+            start += step.random_count
         new = (lines[0].shape[1], lines[1].shape[1])
         if new == size:
             applied = (lines[0] != np.arange(size[0])).any(1) | (lines[1] != np.arange(size[1])).any(1)
@@ -236,7 +236,7 @@ class CropFlipOp:
 
 
 def _gather(images: Tensor, rows: Tensor, columns: Tensor, fill: Tensor | None) -> Tensor:
-    """Index images [n, C, h, w] with rows int64 [n, H, 1] and columns [n, 1, W]; -1 is ``fill``.
+    """Index images [n, C, h, w] with rows int64 [n, H, 1] and columns [n, 1, W]; index -1 gives ``fill``.
 
     Returns channels_last [n, C, H, W].
     """
@@ -273,7 +273,7 @@ def _copy(image: Tensor, result: Tensor, rows: Indices, columns: Indices, fill: 
 
 
 def _run(line: Indices) -> tuple[int, int, int]:
-    """Return the range of a line that is not fill (start, end), and its step: 1, -1, or 0 if it is not contiguous."""
+    """Return the range (start, end) of indices that are not -1, and its step: 1, -1, or 0 if it is not contiguous."""
     valid = np.flatnonzero(line >= 0)
     if not len(valid):
         return 0, 0, 1

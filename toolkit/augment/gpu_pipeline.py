@@ -59,7 +59,7 @@ def _append(ops: list[BatchOp], op: BatchOp) -> None:
 
 
 def _batch_op(step: Step, *, is_float: bool) -> BatchOp:
-    """Build the batch operation of one step; ``is_float``: images are float in 0..1 at this step, else uint8."""
+    """Build the batch operation of one step; ``is_float``: whether images are float in 0..1 at this step, not uint8."""
     given, p = step.arguments, step.probability
     size = _pair(given.get("size", 0))
     fill = tuple(float(value) * 255 if is_float else float(int(value)) for value in _values(given.get("fill") or 0))
@@ -126,7 +126,7 @@ def _symmetric(value: Any) -> Any:
 
 
 def _jitter_range(value: Any, neutral: float) -> Pair | None:
-    """Return the range of a ColorJitter factor (neutral: 1) or hue shift (neutral: 0); None if it changes nothing."""
+    """Return the range of a ColorJitter factor (``neutral`` 1) or hue shift (``neutral`` 0); None: no change."""
     if value is None:
         return None
     if isinstance(value, list | tuple):

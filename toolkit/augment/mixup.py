@@ -16,7 +16,7 @@ from toolkit.data.sampling import hash64
 from toolkit.recipe.schema import AugmentConfig
 
 _MIXING_STREAM = 0x6D6978696E67
-"""Separates these random numbers from all others with the same seed ("mixing" in ASCII)."""
+"""Key constant that makes these random numbers independent of all others with the same seed ("mixing" in ASCII)."""
 
 
 def is_mixed(augment: AugmentConfig) -> bool:

@@ -29,7 +29,7 @@ def resizing_kernel() -> str:
 
 
 class Resize(v2.Resize):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's Resize, faster on color Pillow images."""
+    """torchvision's Resize, but faster for color Pillow images."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """See torchvision."""
@@ -39,7 +39,7 @@ class Resize(v2.Resize):  # type: ignore[misc]  # torchvision has no types
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
-    """torchvision's RandomResizedCrop with the same random numbers, faster on color Pillow images."""
+    """torchvision's RandomResizedCrop with the same random numbers, but faster for color Pillow images."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """See torchvision."""
@@ -56,7 +56,7 @@ def is_same_on_bytes(step: Any) -> bool:
 
 
 def resizes_bytes(step: Any) -> bool:
-    """Return whether the kernel can do this resize or RandomResizedCrop.
+    """Return whether PyTorch's uint8 kernel can do this resize or RandomResizedCrop.
 
     False without antialiasing, because Pillow always antialiases.
     """

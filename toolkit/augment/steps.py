@@ -33,7 +33,7 @@ class Step:
     """One step from an image to the model's input. Calling it applies it to one image."""
 
     name: str
-    """Class in torchvision.transforms.v2, or CenterCropOrPad, ResizeKeepRatio or auto_augment of timm."""
+    """Name of a class in torchvision.transforms.v2, or timm's CenterCropOrPad, ResizeKeepRatio or auto_augment."""
     arguments: dict[str, Any]
     """Arguments of that class with torchvision's types, including the defaults."""
     p: float
@@ -48,7 +48,7 @@ class Step:
         return self.on_image(image)
 
     def __repr__(self) -> str:
-        """Return the representation of the form for one image."""
+        """Return the representation of the callable that transforms one image."""
         return repr(self.on_image)
 
     @property
@@ -125,7 +125,7 @@ _POLICY_EXAMPLES = "examples: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, v0, 
 
 
 def policy_step(text: str, preprocessing: Preprocessing) -> Step:
-    """Build timm's RandAugment, AugMix or AutoAugment policy with the fill color and shifts of timm's own training.
+    """Build timm's RandAugment, AugMix or AutoAugment policy, with the fill color and translations that timm uses.
 
     Raises UserError for a policy that timm does not know.
     """
@@ -161,7 +161,7 @@ def policy_step(text: str, preprocessing: Preprocessing) -> Step:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Posterize like timm, whose largest magnitudes keep 0 bits: a black image, but an error since Pillow 13."""
+    """Posterize as timm does; 0 bits (its largest magnitudes) give a black image, which Pillow 13 rejects."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

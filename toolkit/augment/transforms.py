@@ -33,7 +33,7 @@ TENSOR_ONLY = frozenset({"GaussianNoise"})
 """Transforms that need a tensor; by default they are applied after scaling to 0..1."""
 
 CENTER_CROP = "center crop"
-"""Beginning of the fixed crop's description."""
+"""Beginning of the description of the preprocessing's center crop."""
 
 
 class ImageTransform:
@@ -47,9 +47,9 @@ class ImageTransform:
         self.fixed = tuple(step.fixed for step in takewhile(lambda step: step.fixed, steps) if step.fixed)
         """Descriptions of the leading deterministic steps."""
         self.base = min(len(self.fixed), base)
-        """Number of leading deterministic steps up to the resize, including the fixed crop if it is next."""
+        """Number of leading deterministic steps up to the resize, including the center crop if it comes next."""
         self.cropped = cropped
-        """Number of steps up to the crop or its replacement; they may be random."""
+        """Number of steps up to the crop, or the transform that replaces it; they may be random."""
         self.draws_from_python = any(step.name == "auto_augment" for step in steps)
         """Whether Python's and NumPy's random states must be seeded in addition to torch's."""
 
@@ -63,7 +63,7 @@ class ImageTransform:
         return tensor
 
     def apply(self, pixels: Pixels, count: int) -> Any:
-        """Apply the first ``count`` steps, random or not. Returns uint8 [h, w, C] if these are before ToImage."""
+        """Apply the first ``count`` steps, even random ones. Returns uint8 [h, w, C] if all are before ToImage."""
         result: Any = pixels
         for step in self.steps[:count]:
             result = _apply(step, result)
@@ -96,7 +96,7 @@ class UInt8Transform:
     def __call__(self, pixels: Pixels) -> Tensor:
         """Transform uint8 [h, w, C] to uint8 [h, w, C].
 
-        Raises UserError if the size is wrong and no remaining step changes it.
+        Raises UserError if the result has the wrong size and no remaining step changes it.
         """
         result = self.transform.apply(pixels, self.count)
         if self.is_all:
@@ -105,7 +105,7 @@ class UInt8Transform:
 
 
 def _apply(step: Step, image: Any) -> Any:
-    """Apply a step to uint8 [h, w, C], to a Pillow image or, from ToImage on, to a tensor.
+    """Apply a step to a uint8 array [h, w, C], to a Pillow image or, from ToImage on, to a tensor.
 
     An array remains one if the result is the same; other steps before ToImage need a Pillow image.
     """
@@ -148,12 +148,12 @@ def build_transform(split: str, augment: AugmentConfig, preprocessing: Preproces
 
 
 def resize_and_crop(preprocessing: Preprocessing) -> list[Step]:
-    """Return the fixed steps on Pillow images: antialiased resize, then center crop."""
+    """Return the preprocessing's steps on Pillow images: antialiased resize, then center crop."""
     return [*_resize(preprocessing), *_crop(preprocessing)]
 
 
 def makes_floats(transform: ImageTransform) -> bool:
-    """Return whether a transform only converts uint8 to float and normalizes."""
+    """Return whether a transform only converts uint8 to float and normalizes the result."""
     return [step.name for step in transform.steps] == ["ToImage", "ToDtype", "Normalize"]
 
 
@@ -199,7 +199,7 @@ def preserved_random_states() -> Iterator[None]:
 
 
 def _base(by_stage: dict[str, list[Step]], preprocessing: Preprocessing) -> int:
-    """Count the steps up to the resize, including the fixed crop if it comes next."""
+    """Count the steps up to the resize, including the center crop if it comes next."""
     count = len(by_stage.get("before_resize", []))
     if by_stage.get("resize_crop"):
         return count
@@ -221,7 +221,7 @@ def _resize_and_crop(split: str, by_stage: dict[str, list[Step]], preprocessing:
 
 
 def _resize(preprocessing: Preprocessing) -> list[Step]:
-    """Return the fixed antialiased resize, if any."""
+    """Return the preprocessing's antialiased resize as a list of one step; [] if there is none."""
     size, interpolation = preprocessing.resize, preprocessing.interpolation
     if size is None:
         return []
@@ -241,7 +241,7 @@ def _resize(preprocessing: Preprocessing) -> list[Step]:
 
 
 def _crop(preprocessing: Preprocessing) -> list[Step]:
-    """Return the fixed center crop, if any."""
+    """Return the preprocessing's center crop as a list of one step; [] if there is none."""
     if not preprocessing.crop:
         return []
     size, shown = preprocessing.image_size, f"{CENTER_CROP} {preprocessing.image_size}"

@@ -29,7 +29,7 @@ from toolkit.data.tensor_loader import as_tensor
 from toolkit.errors import RunFailed, UserError
 
 DECODERS = ("jpg", "libjpeg_turbo", "zlib", "webp")
-"""Libraries used by Pillow that may affect decoded pixels."""
+"""Pillow features (libraries) whose versions may affect decoded pixels."""
 
 SAMPLE = 16
 """Number of images decoded to estimate the size of a cache entry."""
@@ -37,13 +37,13 @@ SAMPLE = 16
 
 @dataclass(frozen=True, eq=False)
 class CachePartition:
-    """Images of a data set for which the same leading steps are precomputed."""
+    """Images of a data set that share their precomputed leading steps, and therefore a cache entry."""
 
     splits: tuple[str, ...]
     indices: IntArray
     """Indices into the data set of all images in these splits, ascending."""
     transform: ImageTransform
-    """Transform of one of the splits, which starts with these steps."""
+    """Transform of one of the splits; its leading steps are precomputed."""
     steps: int
     """Number of precomputed steps."""
 
@@ -111,14 +111,14 @@ def decode(images: ImageSource, part: CachePartition, index: int) -> Pixels:
 
 
 class DecodedBlock(NamedTuple):
-    """Result of a :class:`DecodingDataset`: the location of its images in the entry."""
+    """Result of a :class:`DecodingDataset`: where the decoded images are stored in the cache entry."""
 
     indices: IntArray
     """Indices of the images in the data set, int64 [n]."""
     offsets: IntArray
-    """Offsets of their pixels in the entry, in bytes, int64 [n]."""
+    """Offset of each image's pixels in the entry, in bytes, int64 [n]."""
     shapes: npt.NDArray[np.int32]
-    """Their heights, widths and channels, [n, 3]."""
+    """Height, width and channels of each image, [n, 3]."""
     block: BlockRange
 
 
@@ -144,7 +144,7 @@ class DecodingDataset(torch.utils.data.Dataset[Any]):
 
 
 def tables_of(decoded: list[DecodedBlock]) -> tuple[dict[str, npt.NDArray[Any]], list[BlockRange]]:
-    """Return an entry's tables (offsets [n] and shapes [n, 3], in ascending order of index) and its blocks."""
+    """Return an entry's arrays (offsets [n] and shapes [n, 3], in ascending order of image index) and its blocks."""
     indices = np.concatenate([one.indices for one in decoded])
     order = np.argsort(indices)
     tables = {

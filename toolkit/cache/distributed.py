@@ -25,14 +25,14 @@ from toolkit.locks import Lock
 from toolkit.training.context import TrainingContext
 
 Guard = Callable[[Any, int], Iterator[Any]]
-"""Wraps an iterable of batches so that all processes can agree to stop; the number is how often they check."""
+"""Wraps an iterable of batches so that all processes can agree to stop; the integer is the number of such checks."""
 Work = Generator[None, None, CacheEntry | None]
 """Generator that works in small steps and returns the resulting entry."""
 EntryBuilder = Callable[[CacheEntryWriter], Work]
-"""Writes an entry and publishes it."""
+"""Function that writes an entry and publishes it."""
 
 TURN_S = 0.5
-"""Seconds of work after which all processes check again whether to stop."""
+"""Seconds between checks of all processes whether to stop."""
 POLL_S = 0.2
 
 
@@ -43,7 +43,7 @@ class DistributedCache:
         self.setup, self.guard, self.root = setup, guard, cache_root()
         self.is_broken = False
         self.lock: Lock | None = None
-        """Build lock that this process holds."""
+        """Lock on building an entry, if this process holds one."""
 
     def find(self, name: str) -> CacheEntry | None:
         """Return an entry if every process finds it intact, else None. Collective."""
@@ -64,7 +64,7 @@ class DistributedCache:
             self._unlock()
 
     def store(self, name: str, fill: EntryBuilder, size: int) -> CacheEntry | None:
-        """Build an entry, under :meth:`claim`, by one process per machine or per shared folder; None if that fails.
+        """Build an entry in one process per machine or shared folder, within :meth:`claim`; return None if that fails.
 
         ``size`` is its approximate size in bytes. Collective.
         """
@@ -76,7 +76,7 @@ class DistributedCache:
         return bool(self.setup.accelerator.is_local_main_process)
 
     def _run_work(self, name: str, work: Work | None) -> CacheEntry | None:
-        """Run ``work`` on the processes that have any while the others wait; all can be stopped. Collective.
+        """Run ``work`` on the processes that have any while the others wait; a stop request ends it on all. Collective.
 
         Returns the resulting entry on every process of a machine whose main process has it.
         """

@@ -47,7 +47,7 @@ def tail_of(recipe: Recipe, transfer: Transfer) -> str | None:
 
 
 class Features:
-    """Inputs of the tail for whole splits. Methods are collective unless stated otherwise."""
+    """Inputs of the trainable tail for whole splits. Methods are collective unless stated otherwise."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Features:
         loader: Callable[[str, list[IntArray], int], EvaluationLoader],
         batched: dict[str, bool],
     ) -> None:
-        """``loader`` returns a loader of given batches of a split and view.
+        """``loader``: returns a loader for a split, a list of batches and the number of an augmented view.
 
         ``batched``: whether the images of each split are augmented in batches.
         """
@@ -83,7 +83,7 @@ class Features:
 
     @property
     def _used(self) -> list[str]:
-        """The splits whose features are needed in every epoch."""
+        """Names of the splits whose features are needed in every epoch."""
         return [split for split in ("train", "validation") if self.setup.has(split)]
 
     def views(self, split: str) -> list[int]:

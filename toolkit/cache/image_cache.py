@@ -34,7 +34,7 @@ BLOCK = 64
 
 
 class SplitImages:
-    """Sources of each split's images, and the number of transform steps already applied to them."""
+    """Source of each split's images (data set or cache), and the number of transform steps already applied to them."""
 
     def __init__(self, setup: TrainingContext, plans: dict[str, PreprocessingPlan]) -> None:
         """Start with the data set as the source of every image; :meth:`cache` changes that."""
@@ -65,7 +65,7 @@ class SplitImages:
         self.images, self.rows = {}, {}
 
     def _use_array(self, images: InMemoryImages) -> list[str]:
-        """Use the data set's own array for splits whose precomputed steps leave it unchanged; return the others."""
+        """Use the data set's in-memory array for splits whose precomputed steps change nothing; return the others."""
         splits = [
             split
             for split, plan in self.plans.items()
@@ -80,7 +80,7 @@ class SplitImages:
         return [split for split in self.plans if split not in splits]
 
     def _use_entry(self, cache: DistributedCache, part: CachePartition, passes: int) -> None:
-        """Read one partition from the cache, or build its entry if that pays off. Collective."""
+        """Read one partition's images from the cache, or build the cache entry if that pays off. Collective."""
         setup, splits, choice = self.setup, ", ".join(part.splits), self.setup.recipe.data.cache
         name = entry_name(part_key(setup.dataset.images, part))
         entry = cache.find(name)
@@ -135,7 +135,7 @@ class SplitImages:
         return tensor, self._storage_of_file(tensor.nbytes)
 
     def _storage_of_file(self, size: int) -> str:
-        """Return whether a mapped file stays in memory, which verifying its checksums has already loaded it into."""
+        """Describe where a mapped file of ``size`` bytes is read from: memory, if the page cache holds it, or disk."""
         fits = self.setup.recipe.data.cache != "disk" and size <= available_memory() * MEMORY_SHARE
         return "held in memory" if fits else "read from disk"
 

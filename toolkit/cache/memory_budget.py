@@ -36,7 +36,7 @@ def available_memory(system: Path = Path("/")) -> int:
 
 
 def _left_in(group: Path, limit: str, used: str, prefix: str) -> list[int]:
-    """Return the bytes left in a cgroup, counting file pages as free; [] if it sets no limit."""
+    """Return [bytes left] of a cgroup's limit, counting file pages as free; [] if it sets no limit."""
     try:
         left = int((group / limit).read_text(encoding="ascii")) - int((group / used).read_text(encoding="ascii"))
         pages = _numbers(group / "memory.stat")
@@ -46,7 +46,7 @@ def _left_in(group: Path, limit: str, used: str, prefix: str) -> list[int]:
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    """Parse lines of a name and a number."""
+    """Parse a file whose lines hold a name and a number."""
     lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
     return {line[0]: int(line[1]) for line in lines if len(line) > 1}
 
@@ -60,7 +60,7 @@ def free_disk(folder: Path) -> int:
 
 
 def device_memory(device: torch.device, local_processes: int) -> int:
-    """Return the free bytes on a device for one of the machine's processes: a GPU's, or a share of host memory."""
+    """Return the free bytes that one process may use: a GPU's free memory, or an equal share of free host memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory() // local_processes

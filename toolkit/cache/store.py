@@ -42,7 +42,7 @@ from toolkit.locks import Lock, acquire
 
 ByteArray = npt.NDArray[np.uint8]
 BlockRange = tuple[int, int, int]
-"""Offset and length in bytes, checksum."""
+"""One block of an entry's data: offset and length in bytes, checksum."""
 
 FORMAT = 2
 """Version of the layout of entries."""
@@ -97,7 +97,7 @@ class CacheEntry:
 def find_entry(root: Path, name: str) -> CacheEntry | None:
     """Return the entry of that name, or None, and update its time of last use. Raises CorruptCacheEntry.
 
-    Checks everything but the data itself, of which it checks the size; see :func:`verify`.
+    Checks everything except the content of the data, which :func:`verify` checks; the data's size is checked here.
     """
     entry = _read(root / name)
     if entry is None:
@@ -201,7 +201,7 @@ class CacheEntryWriter:
     def publish(
         self, facts: Mapping[str, Any], tables: Mapping[str, npt.NDArray[Any]], blocks: list[BlockRange]
     ) -> CacheEntry:
-        """Publish the entry; if another process has already done so, discard this one and use that. Raises OSError."""
+        """Publish the entry; if another process has already done so, use that entry instead. Raises OSError."""
         arrays: dict[str, Any] = {"blocks": np.array(blocks, dtype=np.int64), **tables}
         size = (self.folder / "data.bin").stat().st_size
         whole = {"format": FORMAT, "bytes": size, "made": time.time(), **facts}
@@ -261,7 +261,7 @@ def remove_leftovers(root: Path, name: str = "") -> int:
 
 @dataclass(frozen=True)
 class CacheEntryInfo:
-    """An entry as listed by `toolkit cache`, intact or not."""
+    """An entry as listed by `toolkit cache`; it may be damaged."""
 
     name: str
     kind: str
@@ -273,7 +273,7 @@ class CacheEntryInfo:
     """Description of the precomputed steps; for a damaged entry, the damage."""
     bytes: int
     used: float
-    """Time of last use, seconds since 1970."""
+    """Time of last use, in seconds since 1970."""
 
 
 def list_entries(root: Path) -> list[CacheEntryInfo]:
@@ -304,10 +304,10 @@ def list_entries(root: Path) -> list[CacheEntryInfo]:
 
 
 def clean(root: Path, unused_s: float = 0) -> tuple[int, int]:
-    """Remove entries unused for ``unused_s`` seconds and leftovers of killed processes; return the entries and bytes.
+    """Remove entries unused for ``unused_s`` seconds and leftovers of killed processes; return their number and bytes.
 
-    Nothing else in the folder is touched, nor entries being built. Processes that are reading an entry keep their map.
-    Raises OSError if an entry cannot be removed.
+    Entries that are being built, and all other files in the folder, are kept. Processes that are reading an entry keep
+    their map. Raises OSError if an entry cannot be removed.
     """
     unused = [one for one in list_entries(root) if time.time() - one.used >= unused_s]
     for one in unused:

@@ -249,7 +249,7 @@ def explain(
 def _subjects(
     run: Path, trained: TrainedModel, paths: list[str] | None, worst: int | None, data_root: Path | None
 ) -> tuple[list[CamInput], int]:
-    """Return the images to explain, and how many were requested."""
+    """Return the images to explain, and the number of images that were requested."""
     from toolkit.inference.explain import subjects_from_files, worst_mistakes
     from toolkit.inference.predict import collect
     from toolkit.runs import open_run

@@ -169,7 +169,7 @@ def _wait(done: SubmitResult) -> int:
 
 
 def _is_over(jobs: list[str]) -> bool:
-    """Return whether all jobs, and all tasks of arrays among them, have ended."""
+    """Return whether all of these jobs have ended, including all tasks of job arrays."""
     from toolkit.slurm.job_status import queue, tasks_of
 
     known = queue()

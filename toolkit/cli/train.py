@@ -114,7 +114,7 @@ def _recipe_path(recipe: str | None, resume: str | None) -> str:
 
 
 def show_outcome(run: Run, *, as_json: bool) -> None:
-    """Print the final table and the path of the run directory, or the summary as JSON, to stdout."""
+    """Print to stdout the final table and the path of the run directory, or the summary as JSON."""
     from toolkit.training.fit import closing_text
 
     if as_json:

@@ -18,7 +18,7 @@ Channels = tuple[float, ...]
 def channel_statistics(
     images: ImageSource, indices: npt.NDArray[np.int64], preprocessing: Preprocessing, threads: int | None = None
 ) -> tuple[Channels, Channels]:
-    """Return mean and population standard deviation of each channel over all pixels of the images, pixels in 0..1.
+    """Return each channel's mean and population standard deviation over all pixels, with values in 0..1.
 
     Images are resized and cropped according to ``preprocessing``, but not normalized. Pixels and sums are integers, so
     the result depends neither on the order of the images nor on the number of threads. Raises UnreadableImageError.

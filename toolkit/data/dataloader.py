@@ -36,7 +36,7 @@ _LEFT_TO_TRAINER = {
 }
 
 EVALUATION = -1
-"""Used instead of the epoch number in evaluation, so that every evaluation is the same."""
+"""Value used in place of the epoch number in evaluation, so that all evaluations are the same."""
 
 
 Finish = Callable[[Tensor, int, IntArray], Tensor]
@@ -99,7 +99,7 @@ class TrainLoader:
     """Loader of the training batches of one process."""
 
     def __init__(self, source: BatchSource, plan: SamplingPlan) -> None:
-        """``plan`` defines the order of the examples."""
+        """``plan``: defines the order of the examples."""
         if plan.size != len(source):
             raise ValueError(f"the plan is for {plan.size} images, the split has {len(source)}")
         self.source, self.plan = source, plan

@@ -20,7 +20,7 @@ class DatasetInfo:
     """Height and width of all images in pixels; None if they differ."""
     channels: int
     source: str
-    """Where the data come from."""
+    """Where the data come from (download, library, or files that the user provides)."""
     opener: str
     """Callable used by :func:`toolkit.data.datasets.open_dataset`: a function of the recipe's [data] table, or a class
     of torchvision with the attributes ``data``, ``targets`` and ``classes``."""

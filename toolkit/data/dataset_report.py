@@ -50,11 +50,11 @@ class Duplicates:
     """Groups of duplicate images, either with equal pixels or near-duplicates (rescaled, recompressed, cropped)."""
 
     across: dict[str, list[list[str]]]
-    """Groups of image names with members in both splits of a pair such as "train, test": leakage."""
+    """Groups of duplicates, as image names, that occur in two splits (leakage), by pair such as "train, test"."""
     within: dict[str, list[list[str]]]
-    """Groups of image names within one split, by split."""
+    """Groups of duplicates, as image names, within one split, by split."""
     contradicting: list[list[str]]
-    """Groups of image names with more than one class."""
+    """Groups of duplicates, as image names, that have more than one class."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class DatasetReport:
     preprocessing: Preprocessing
     """Preprocessing with the normalization that training will use."""
     counts: dict[str, Sizes]
-    """Images per class in each split, int64 [classes]."""
+    """Number of images of each class, int64 [classes], by split."""
     sizes: Sizes
     """Width and height of every readable image in pixels, int64 [n, 2]."""
     mean: tuple[float, ...]
@@ -171,7 +171,7 @@ def hash_images(dataset: Dataset, indices: Sizes) -> tuple[dict[int, ImageInfo],
 
 
 def find_duplicates(dataset: Dataset, splits: dict[str, Sizes], seen: dict[int, ImageInfo]) -> Duplicates:
-    """Find groups of images with equal pixels across splits, within a split and across classes."""
+    """Find groups of images with equal pixels: across splits, within a split, and across classes."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, found in seen.items():
         groups[found.pixels].append(index)
@@ -237,7 +237,7 @@ def _statistics(
 
 
 def _spread(values: Sizes) -> dict[str, float]:
-    """Return minimum, median, mean and maximum; empty without values."""
+    """Return minimum, median, mean and maximum; an empty result if there are no values."""
     if len(values) == 0:
         return {}
     return {
@@ -323,7 +323,7 @@ def _examples(groups: list[list[str]], sign: str) -> list[str]:
 
 
 def _first(items: list[str]) -> list[str]:
-    """Format the first items, one per line, and the number of the others."""
+    """Format the first items, one per line, and the number of further items."""
     more = [f"  ... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
     return [*(f"  {item}" for item in items[:SHOWN]), *more]
 

@@ -46,8 +46,8 @@ def read_layout(root: Path, class_folders: str = "auto", unread: Collection[str]
     """Find the images of a folder data set by split and class, with any of the usual folder names.
 
     ``class_folders`` defines which folders are classes: "top", those directly in the root or the split folder; "leaf",
-    every folder that contains images itself; "auto", the top ones if the layout allows no other interpretation. Folders
-    of splits in ``unread`` are not read and count as empty. Raises UserError for an ambiguous layout.
+    every folder that contains images itself; "auto", the same as "top" if the layout allows no other interpretation.
+    Folders of splits in ``unread`` are not read and count as empty. Raises UserError for an ambiguous layout.
     """
     root, notes = _unwrapped(root, lambda only: split_of(only) is not None)
     splits, more = _split_folders(root)
@@ -254,7 +254,7 @@ def _check_known(split: str, folder: Path, names: list[str], classes: list[str])
 
 
 def _shown(names: Iterable[str], end: str = "/") -> str:
-    """Format the first few names for a message."""
+    """Format the first few names for a message; ``end`` is appended to each."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(f"{name}{end}" for name in names[:SHOWN]) + more

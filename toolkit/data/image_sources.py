@@ -54,8 +54,11 @@ _FILE_FAULTS = {
     errno.EACCES: "not readable (permission denied)",
     errno.EPERM: "not readable (permission denied)",
 }
-"""Errors caused by the file itself. Others (too many open files, a failing disk) are caused by the system: skipping the
-image would hide them, and each process could skip different images."""
+"""Error numbers that are caused by the file itself.
+
+Others (too many open files, a failing disk) are caused by the system: skipping the image would hide them, and each
+process could skip different images.
+"""
 
 SAMPLED = 32
 """Number of images whose encoded bytes are hashed for the identity of a collection."""
@@ -63,8 +66,11 @@ SAMPLED = 32
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 
 BLOCKS_KEPT = 4
-"""Memory blocks of freed images that Pillow reuses. By default it returns them to the system, and the page faults of
-new blocks take a third of the time to decode a JPEG file."""
+"""Number of memory blocks of freed images that Pillow keeps for reuse.
+
+By default it returns them to the system, and the page faults of new blocks take a third of the time to decode a JPEG
+file.
+"""
 
 # Cached images are read-only memory maps; PyTorch warns that tensors made from them must not be written to.
 warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")

@@ -21,7 +21,7 @@ START = b"\xff\xd8\xff"
 
 
 def jpeg_decoder() -> str:
-    """Return the name and version of the decoder of ordinary JPEG files, for cache keys."""
+    """Return the name and version of the decoder that is used for ordinary JPEG files, for cache keys."""
     return "Pillow" if simplejpeg is None else f"simplejpeg {simplejpeg.__version__}"
 
 

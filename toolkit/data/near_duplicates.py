@@ -23,13 +23,13 @@ MOST_CROPS, MOST = 20_000, 60_000
 """Maximum number of images for the search for crops, and for rescaled images; the time grows quadratically."""
 COARSE, FINE = 6, 16
 SHARES = (1.0, 0.85, 0.7, 0.58, 0.48, 0.4)
-"""Widths and heights of the windows as fractions of the image's."""
+"""Widths and heights of the windows, as fractions of the image's width and height."""
 STRIDE = 0.2
 """Distance of neighboring windows as a fraction of their length."""
 ASPECT = 1.15
 """Maximum factor between the aspect ratios of a window and the image that it is compared with."""
 LIKELY, PROMISING = 0.9, 0.7
-"""Minimum correlation of a candidate window, and, at 16 x 16, of a window that is aligned."""
+"""Minimum correlation of a candidate window, and, at 16 x 16, of a window that is worth aligning."""
 KEPT = 6
 """Number of candidates per image that are examined further."""
 SAME, SAME_DETAIL, SAME_CROP, CROP = 0.9, 0.95, 0.8, 0.7
@@ -163,7 +163,7 @@ def _wholes(images: Floats) -> Floats:
 
 
 def _cells(images: Floats, boxes: Floats) -> Floats:
-    """Interpolate images [n, 64, 64] at the centers of the 16 x 16 cells of each one's window, [n, 16, 16]."""
+    """Interpolate images [n, 64, 64] at the centers of the 16 x 16 cells of each image's window, [n, 16, 16]."""
     centers = (np.arange(FINE, dtype=np.float32) + 0.5) / FINE
     y = np.clip(boxes[:, :1] + boxes[:, 2:3] * centers - 0.5, 0, SIDE - 1)
     x = np.clip(boxes[:, 1:2] + boxes[:, 3:] * centers - 0.5, 0, SIDE - 1)

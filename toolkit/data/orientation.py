@@ -16,7 +16,7 @@ TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""Transposition that makes an image upright, by its orientation tag; none for 1 and all other values."""
+"""Transposition that makes an image upright, by its orientation tag; no transposition for 1 and all other values."""
 
 _BACK = {**TURNS, 6: Transpose.ROTATE_90, 8: Transpose.ROTATE_270}
 """Inverse transpositions."""
@@ -26,9 +26,9 @@ _START_OF_SCAN, _APP1 = 0xDA, 0xE1
 
 
 def load_oriented(image: Image.Image, *, apply: bool) -> Image.Image:
-    """Decode an opened image and turn it upright according to its tag, or keep the pixels as they are stored.
+    """Decode an opened image and turn it upright according to its orientation tag, unless ``apply`` is false.
 
-    The tag is read from EXIF, else from XMP, in any format. Pillow itself turns only TIFF files when it decodes them.
+    The tag is read from EXIF, else from XMP, in any format. Pillow itself turns only TIFF files when decoding.
     """
     stored = _tag(image) if hasattr(image, "tag_v2") else 1
     image.load()

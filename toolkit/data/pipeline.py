@@ -1,4 +1,4 @@
-"""Preprocessing of a split: which steps run once per image, which per example, and which on whole batches.
+"""Choose which steps of a split's preprocessing run once per image, which once per example, and which on batches.
 
 The choice depends only on the recipe and the data set, not on caching, so a cache does not change any pixel.
 """
@@ -39,7 +39,7 @@ class PreprocessingPlan:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the first steps are deterministic, so that their result can be cached."""
+        """Whether the steps applied image by image are deterministic, so that their result can be cached."""
         return self.steps <= len(self.transform.fixed)
 
 

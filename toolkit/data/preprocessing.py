@@ -25,7 +25,7 @@ class Preprocessing:
     resize: int | tuple[int, int] | None
     """Short side (long side with ``border``), or (height, width), before the crop; None: no resize."""
     crop: bool
-    """Whether to center-crop to ``image_size`` after the resize."""
+    """Whether to take a center crop of ``image_size`` after the resize."""
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -28,7 +28,7 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 _MASK = 2**64 - 1
 _ORDER_STREAM = 0x6F72646572
-"""Separates the random numbers that determine the order from all others with the same seed ("order" in ASCII)."""
+"""Key constant that makes the order independent of all other random numbers with the same seed ("order" in ASCII)."""
 
 
 def hash64(*key: int) -> int:
@@ -88,7 +88,7 @@ def balanced_weights(labels: IntArray) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """One forward and backward pass of one process."""
+    """The examples of one forward and backward pass of one process."""
 
     step: int
     """Optimizer step within the epoch, from 0."""
@@ -104,7 +104,7 @@ class MicroBatch:
     partners: IntArray | None
     """For each own example, the index into ``positions`` of its mixing partner; None without mixing."""
     step_count: int
-    """Images in the whole optimizer step, over all accumulation steps and processes."""
+    """Number of images in the whole optimizer step, over all accumulation steps and processes."""
     replicated: bool
     """True if the accumulation step has fewer images than there are processes: every process then gets all of them."""
 
@@ -172,10 +172,10 @@ class SamplingPlan:
     """Everything that the training order depends on."""
 
     size: int
-    """Images of the training split."""
+    """Number of images in the training split."""
     seed: int
     batch_size: int
-    """Images per optimizer step, over all processes and accumulation steps."""
+    """Number of images per optimizer step, over all processes and accumulation steps."""
     grad_accum_steps: int = 1
     drop_last: bool = False
     world: int = 1

@@ -23,7 +23,7 @@ AUTO_TEST = 0.2
 """Default test fraction if the data set has no official list other than the training list."""
 
 _VALIDATION, _TEST = 1, 2
-"""Keys that separate the random numbers of the two draws."""
+"""Keys that make the random numbers of the test and the validation split independent of each other."""
 
 Mask = npt.NDArray[np.bool_]
 

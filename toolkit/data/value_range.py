@@ -34,7 +34,7 @@ LEAST_USED = 0.25
 """A range is assumed only if the largest value exceeds this fraction of its maximum."""
 
 _SIXTEEN_BITS = re.compile(r";16[BLN]$")
-"""End of Pillow's names for 16-bit samples. Of images with several channels Pillow keeps only the upper 8 bits."""
+"""Suffix of Pillow's raw modes with 16-bit samples. Of several channels, Pillow keeps only the upper 8 bits each."""
 
 
 class UnclearValues(ValueError):

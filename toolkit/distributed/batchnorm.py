@@ -78,7 +78,7 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
 
 
 def _is_summed_inexactly(x: Tensor) -> bool:
-    """Return whether PyTorch's CPU kernels sum ``x`` in float32 with an error larger than that of its values.
+    """Return whether PyTorch's CPU kernels sum ``x`` in float32 with an error above the rounding error of its values.
 
     For contiguous tensors [n, C, ...] they sum in float64. In bf16 the rounding error of the values is larger.
     """

@@ -49,7 +49,10 @@ def cgroups(system: Path = Path("/"), controller: str = "") -> list[Path]:
 
 
 def _quota(quota_file: Path, period_file: Path | None) -> list[float]:
-    """Return [CPUs] for a quota, [] without one. cgroup v2 has "quota period" in one file, with "max" for no limit."""
+    """Return a quota as [number of CPUs]; [] if there is none.
+
+    cgroup v2 has "quota period" in one file, with "max" for no limit.
+    """
     try:
         fields = quota_file.read_text(encoding="ascii").split()
         period = float(period_file.read_text(encoding="ascii") if period_file else fields[1])

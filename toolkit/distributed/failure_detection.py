@@ -27,7 +27,7 @@ from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import EXIT_FAILURE, EXIT_INTERRUPTED
 
 GRACE_S = 6.0
-"""Seconds that the main thread has to end by itself after another process has failed."""
+"""Seconds that the main thread has to end by itself after another process has failed; then the process is ended."""
 SEND_S = 1.0
 """Seconds to wait for a message to be sent; its receiver may be gone."""
 HEARTBEAT_S = 1.0
@@ -57,7 +57,7 @@ class FailureDetector:
         self.neighbors = sorted({(self.rank + 1) % self.world, (self.rank - 1) % self.world})
         self.stop, self.names = stop, names or {}
         self.failure_reported = threading.Event()
-        """Set once a process has failed and has printed why."""
+        """Set once any process has failed and has printed why."""
         self.lost: int | None = None
         """The rank that ended without reporting a failure, or is silent after a stop was requested."""
         self.is_silent = False
@@ -68,9 +68,9 @@ class FailureDetector:
         self.closing = threading.Event()
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         self.last_received = dict.fromkeys(self.neighbors, time.monotonic())
-        """Time of each neighbor's last message, without neighbors that have closed their detector."""
+        """Time of the last message from each neighbor whose detector is not closed."""
         self.silences: dict[int, float] = {}
-        """Seconds of each neighbor's silence that was printed and has not ended."""
+        """Silences, in seconds, that were reported and have not ended, by neighbor."""
         self.receivers = [threading.Thread(target=self._receive, args=(rank,), daemon=True) for rank in self.neighbors]
         self.heartbeats = threading.Thread(target=self._send_heartbeats, daemon=True)
         for thread in (*self.receivers, self.heartbeats):
@@ -130,7 +130,7 @@ class FailureDetector:
                 self._handle(kind, rank)
 
     def _handle(self, kind: int, rank: int) -> None:
-        """Handle a message and forward it, but only once, because it arrives from both sides."""
+        """Handle a message and forward it, unless it is a repetition: each arrives from both neighbors in the ring."""
         if kind == STOP:
             if not self.is_stopping:
                 self.is_stopping = True
@@ -172,7 +172,7 @@ class FailureDetector:
             sender.join(SEND_S)
 
     def _check_silence(self, neighbor: int, silence: float) -> None:
-        """Act on a neighbor's silence, in seconds."""
+        """Report a neighbor that has been silent for ``silence`` seconds; treat it as lost if a stop was requested."""
         if silence > SILENT_S and self.is_stopping:
             self._handle(SILENT, neighbor)
         elif silence > NOTICE_S and self.rank == (neighbor - 1) % self.world:  # one of its two neighbors reports
@@ -208,7 +208,7 @@ class FailureDetector:
 def start_failure_detector(
     stop: GracefulStop | None = None, names: dict[int, str] | None = None
 ) -> FailureDetector | None:
-    """Return the failure detector, or None for a single process; the first call creates it (a collective).
+    """Return this process's failure detector, or None for a single process; the first call creates it (a collective).
 
     ``stop``: once a stop is requested, silent processes are not waited for.
     """

@@ -23,14 +23,14 @@ MPI_VARIABLES = {
     "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),
     "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK"),
 }
-"""torchrun's variables and their names in Open MPI, MPICH (also Intel MPI) and MVAPICH2."""
+"""torchrun's environment variables, and the equivalents of Open MPI, MPICH (also Intel MPI) and MVAPICH2."""
 MPI_PORT = "29500"
-"""MASTER_PORT under mpirun, which sets none; also torchrun's default."""
+"""MASTER_PORT under mpirun, which does not set it; also torchrun's default."""
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Rank and rendezvous address of this process, from torchrun's environment variables."""
+    """Rank of this process and rendezvous address, from torchrun's environment variables."""
 
     rank: int
     world: int
@@ -146,7 +146,7 @@ def check_launch(train: TrainConfig) -> None:
 
 
 def _settings(train: TrainConfig, precision: str) -> list[tuple[str, str, object, str]]:
-    """Return the options of `accelerate launch` that the recipe determines: (option, Accelerate's default, value, key).
+    """Return the options of `accelerate launch` that the recipe determines: (option, its default, value, recipe key).
 
     ``precision``: what train.precision means on this machine.
     """
@@ -176,7 +176,7 @@ def _check_options(options: argparse.Namespace, train: TrainConfig) -> None:
 
 
 def check_environment(train: TrainConfig, precision: str) -> None:
-    """Raise UserError if Accelerate's environment variables contradict the recipe, also from a configuration file.
+    """Raise UserError if Accelerate's environment variables, which a configuration file may set, contradict the recipe.
 
     A variable with Accelerate's default is not compared, because Accelerate also sets it if the option was not given.
     DeepSpeed, FSDP and Megatron-LM are refused. ``precision``: what train.precision means on this machine.
@@ -237,7 +237,7 @@ def _requested_count(options: argparse.Namespace, name: str) -> int:
 
 
 def _configuration(options: argparse.Namespace) -> Any:
-    """Load the configuration file that `accelerate launch` has read; None without one."""
+    """Load the configuration file that `accelerate launch` has read; None if there is none."""
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
     # As in Accelerate, the default file is not read with --cpu.
@@ -339,6 +339,6 @@ def _commands_for(tasks: int, nodes_variable: str, prefix: str) -> str:
 
 
 def positive_number(name: str) -> int:
-    """Return a whole number from the environment, 0 if it is unset or not a number. Never raises."""
+    """Return a whole number from an environment variable, 0 if it is unset or not a number. Never raises."""
     text = os.environ.get(name, "")
     return int(text) if text.isascii() and text.isdigit() else 0

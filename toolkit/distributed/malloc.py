@@ -19,7 +19,7 @@ KEPT = 2**31 - 1
 """Free memory at the end of the heap that is not returned to the kernel, in bytes: mallopt's maximum, 2 GiB."""
 
 FROM_HEAP = 2**30
-"""Only blocks above this size, in bytes, are still mapped and unmapped individually."""
+"""Size in bytes above which blocks are still mapped and unmapped individually."""
 
 GROWTH = 64 * 2**20
 """Minimum number of bytes by which the heap grows."""

@@ -110,7 +110,7 @@ class StepConsensus:
     """Agreement of all processes, once per step, on whether to stop, to checkpoint, or to fail.
 
     Each step's flags are reduced in the background and read at the next step, over gloo in CPU memory, so that the GPU
-    is never waited for. All processes must call :meth:`exchange` equally often.
+    is never waited for. All processes must call :meth:`exchange` the same number of times.
     """
 
     def __init__(self, stop: GracefulStop) -> None:
@@ -123,7 +123,7 @@ class StepConsensus:
         self.pending: tuple[Any, torch.Tensor] | None = None
 
     def exchange(self, *, save: bool = False, non_finite: bool = False) -> tuple[bool, bool, bool]:
-        """Submit this step's flags; return the previous step's, each the logical OR over all processes.
+        """Submit this step's flags and return the previous step's, each combined by logical OR over all processes.
 
         The flags are: stop (requested), save, non_finite. A single process gets this step's flags.
         """
@@ -148,7 +148,7 @@ class StepConsensus:
     def stop_aware(self, batches: Iterable[Any], rounds: int) -> Iterator[Any]:
         """Yield ``batches``; raise StopTraining on all processes if a stop is requested on any of them (a collective).
 
-        The processes agree ``rounds`` times, which must be equal on all of them; numbers of batches may differ.
+        The processes check ``rounds`` times, which must be equal on all of them; their numbers of batches may differ.
         """
         waiting = iter(batches)
         for _ in range(rounds):

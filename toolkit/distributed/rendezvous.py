@@ -38,9 +38,9 @@ STORE_TIMEOUT = timedelta(minutes=30)
 """Time limit of requests to the store after joining; torch's default."""
 
 _stores: dict[tuple[str, int], Any] = {}
-"""Connections by address and port: another run in this Python process (a notebook) joins through the same store."""
+"""Connected stores by address and port: another run in this Python process (a notebook) joins through the same one."""
 _joins = itertools.count()
-"""Counts the runs of this Python process, so that they use different keys; equal on every rank."""
+"""Counts the runs of this Python process, so that each uses its own keys in the store; equal on every rank."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class _Joining(threading.Thread):
         """The ranks known to have joined."""
 
     def run(self) -> None:
-        """Join; the outcome is in ``error``."""
+        """Join the other processes; if that fails, store the exception in ``error``."""
         try:
             self._join()
         except (UserError, RunFailed) as error:
@@ -260,7 +260,7 @@ class _Joining(threading.Thread):
         return f"all {info.world} ranks have joined ({joined}{more}), but their connections are not complete"
 
     def ended(self) -> str | None:
-        """Name a process on this machine that has joined and ended since; None if there is none."""
+        """Describe a process on this machine that has joined and has ended since; None if there is none."""
         gone = next((rank for rank, member in self.members.items() if member.has_ended()), None)
         return None if gone is None else f"rank {gone} ({self.members[gone]})"
 

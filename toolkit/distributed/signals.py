@@ -81,7 +81,7 @@ class GracefulStop:
         (folder / STOP_FILE).unlink(missing_ok=True)
 
     def is_wanted(self) -> bool:
-        """Return whether a stop was requested, from any thread. Accesses the file system at most once per second."""
+        """Return whether a stop was requested, from any thread. Checks for the stop file at most once per second."""
         if not self.reason and self._wakeup is not None:
             with contextlib.suppress(OSError):  # nothing to read, or closed
                 arrived = [number for number in self._wakeup[0].recv(1024) if number in self._old]

@@ -1,4 +1,4 @@
-"""Estimates of the resources a recipe needs: images, steps, parameters, memory, FLOPs, time.
+"""Estimate the resources a recipe needs: images, steps, parameters, memory, FLOPs, time.
 
 Nothing is trained or downloaded.
 """
@@ -35,9 +35,9 @@ class DatasetCounts:
     native_size: int | None
     native_channels: int
     images: dict[str, int] | None
-    """By split; None if the data are not on this machine."""
+    """Number of images in each split; None if the data are not on this machine."""
     absent: str
-    """Why there are no counts; empty if there are."""
+    """Why the images could not be counted; "" if they were."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Throughput:
     """Throughput of an earlier run."""
 
     images_per_s: float
-    """Summed over all processes."""
+    """Images per second, summed over all processes."""
     run: str
     processes: int
     device: str
@@ -70,7 +70,7 @@ class ResourceEstimate:
 
     @property
     def micro_batch(self) -> int:
-        """Images per micro-batch of one process."""
+        """Number of images in a micro-batch of one process."""
         return self.recipe.train.batch_size // self.processes // self.recipe.train.grad_accum_steps
 
     @property
@@ -116,10 +116,10 @@ class ResourceEstimate:
 
 
 def plan(recipe: Recipe, processes: int = 1, classes: int | None = None) -> ResourceEstimate:
-    """Estimate a recipe for a number of processes. ``classes`` is needed if only missing data would determine it.
+    """Estimate a recipe for a number of processes.
 
-    Raises UserError for a batch size that is not divisible by the processes and accumulation steps, and for anything
-    that training would reject.
+    ``classes``: number of classes, needed only if it depends on data that are missing. Raises UserError for a batch
+    size that is not divisible by the processes and accumulation steps, and for anything that training would reject.
     """
     train = recipe.train
     check_batch_size(train.batch_size, processes, train.grad_accum_steps)
@@ -251,7 +251,7 @@ def _is_alike(one: Recipe, other: Recipe) -> bool:
 
 
 def _device(run: Run, kind: str) -> str:
-    """Return the device's model name if the run recorded it."""
+    """Return the name of the run's device (such as a GPU model) if the run recorded it, else ``kind``."""
     return str(run.environment.get("device", kind))
 
 

@@ -33,24 +33,24 @@ class StepCost:
     activations: int
     """Bytes kept for the backward pass, for one micro-batch, including copies of weights in lower precision."""
     forward_flops: float
-    """Floating point operations per image; a multiplication and an addition count as two."""
+    """Floating-point operations of the forward pass per image; a multiplication and an addition count as two."""
     training_flops: float
-    """Of forward and backward, per image."""
+    """Floating-point operations of the forward and backward pass per image."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each process's device."""
+    """Memory used on each process's device, in bytes."""
 
     weights: int
-    """Parameters and buffers, float32."""
+    """Model parameters and buffers, float32."""
     gradients: int
     optimizer: int
     average: int
     """Moving average of the weights (train.ema)."""
     activations: int
     images: int
-    """One micro-batch, float32."""
+    """Images of one micro-batch, float32."""
 
     @property
     def total(self) -> int:
@@ -76,7 +76,7 @@ def measure_step(
 
 
 def _run(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype | None) -> StepCost:
-    """Run forward and backward, counting operations and the tensors that autograd saves."""
+    """Run a forward and backward pass, counting operations and the bytes of the tensors that autograd saves."""
     state = _fresh_state(module)
     own = {_storage_key(tensor) for tensor in state.values()}
     kept: dict[int, Tensor] = {}
@@ -101,7 +101,7 @@ def _run(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return a context that counts floating point operations; one multiplication and one addition count as two.
+    """Return a context that counts floating-point operations; a multiplication and an addition count as two.
 
     PyTorch's counter ignores the groups of a convolution in the backward pass and so overstates depthwise convolutions.
     """
@@ -112,7 +112,7 @@ def flop_counter() -> FlopCounterMode:
 def _convolution_backward_flops(
     grad_output: Sequence[int], inputs: Sequence[int], weight: Sequence[int], *others: Any, **_: Any
 ) -> int:
-    """Count the operations of one forward pass for each of the two gradients (input, weight) that is computed.
+    """Count the operations of a convolution's backward pass: those of one forward pass per gradient (input, weight).
 
     Takes the shapes of the output gradient, input and weight, then the other arguments of aten::convolution_backward.
     """
@@ -122,7 +122,7 @@ def _convolution_backward_flops(
 
 
 def _fresh_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return tensors of the module's shapes on the CPU (fake ones in fake mode), leaving the module unchanged."""
+    """Return new parameters and buffers of the module's shapes on the CPU (fake tensors in fake mode)."""
     state: dict[str, Tensor] = {
         name: nn.Parameter(torch.zeros_like(tensor, device="cpu"), requires_grad=tensor.requires_grad)
         for name, tensor in module.named_parameters()

@@ -1,4 +1,4 @@
-"""Re-evaluation of a run's model on the run's own images, to reproduce the metrics of summary.json.
+"""Evaluate a run's model again on the run's own images, to reproduce the metrics of summary.json.
 
 The images are found by their names in split.json and evaluated in exactly the batches of the run's own evaluation,
 independently of the current number of processes, so all metrics are bitwise equal on the same kind of machine.
@@ -33,23 +33,23 @@ from toolkit.training.resume import check_recipe
 from toolkit.training.trained_model import TrainedModel, load_model
 
 PREFIXES = {"validation": "val_", "test": "test_"}
-"""Prefix of a split's metrics in summary.json, which has no metrics of training images without augmentation."""
+"""Prefix of each split's metrics in summary.json, which has none of training images without augmentation."""
 
 ROUNDING = {"no": 1e-5, "bf16": 2e-2, "fp16": 1e-2}
-"""Largest relative difference that another machine or order of summation can explain, by precision."""
+"""Largest relative difference that another machine or order of summation can cause, by precision."""
 
 
 @dataclass(frozen=True)
 class MetricComparison:
-    """The value of a metric now, and as recorded by the run."""
+    """The value of a metric as computed now and as recorded by the run."""
 
     model: str
-    """best or last."""
+    """Which model: best or last."""
     name: str
     evaluated: float
     recorded: float | None
     verdict: str
-    """equal, rounding, differs, or not recorded."""
+    """Result of the comparison: equal, rounding, differs, or not recorded."""
 
 
 @dataclass
@@ -216,7 +216,7 @@ def _compare(
 
 
 def _equal_rows(run: Run, found: EvalResult, classes: list[str]) -> int:
-    """Return the number of rows of predictions.csv with the same prediction as now."""
+    """Return the number of rows of predictions.csv whose prediction was reproduced."""
     rows, predicted = run.predictions(), [classes[int(index)] for index in found.predictions]
     if len(rows) != len(predicted):
         raise UnreadableFile(run.path / "predictions.csv", f"{len(rows)} rows of {len(predicted)} test images")
@@ -241,7 +241,7 @@ def load_last_model(run: Run, module: nn.Module, epoch: int) -> bool:
 
 
 def _notes(trained: TrainedModel, summary: dict[str, Any], accelerator: Accelerator) -> list[str]:
-    """Return notes that may explain differences."""
+    """Return notes on conditions, such as another device or precision, that may explain differences."""
     notes = [trained.caution] if trained.caution else []
     then = (summary.get("device"), summary.get("precision"))
     now = (accelerator.device.type, accelerator.mixed_precision)

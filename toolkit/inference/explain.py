@@ -64,7 +64,7 @@ class CamResult:
     heat: np.ndarray
     """Evidence for the prediction, scaled to a maximum of 1, float32 [H, W]."""
     heat_of_label: np.ndarray | None
-    """The same for the label, if it differs from the prediction."""
+    """Evidence for the label, likewise; None if the label is unknown or equals the prediction."""
 
 
 @dataclass(frozen=True)

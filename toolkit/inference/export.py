@@ -36,7 +36,7 @@ BATCHES = (1, 5, 26, 32)
 EPOCHS = ("best", "last")
 """Epochs whose weights can be exported: the selected one and the last one."""
 LIMIT = 1e-4
-"""Largest allowed absolute difference of a logit."""
+"""Largest allowed absolute difference between a logit of the exported and of the original model."""
 WEIGHTS, ONNX, PROGRAM = "model.safetensors", "model.onnx", "model.pt2"
 
 Compute = Callable[[Tensor], Tensor]
@@ -59,7 +59,7 @@ class ExportResult:
 
     folder: Path
     difference: float
-    """Largest absolute difference of a logit."""
+    """Largest absolute difference between a logit of the exported and of the original model."""
     images: str
     """Description of the images that were compared."""
     notes: list[str] = field(default_factory=list)
@@ -94,7 +94,7 @@ def export(path: Path, name: str, folder: Path | None = None, epoch: str = "best
 
 
 def _load_last(path: Path, trained: TrainedModel) -> None:
-    """Replace the best weights by those of the run's last epoch."""
+    """Replace the weights of ``trained`` by those of the run's last epoch."""
     if not (path / "recipe.toml").is_file():
         raise UserError(f"--epoch last: {path} is not a run directory; an exported folder contains only one model")
     run = open_run(path)
@@ -197,14 +197,14 @@ def _noise(trained: TrainedModel) -> Tensor:
 
 @torch.inference_mode()
 def _difference(trained: TrainedModel, compute: Compute, inputs: Tensor) -> float:
-    """Return the largest absolute difference of a logit over batches of several sizes."""
+    """Return the largest absolute difference of a logit between two models, over batches of several sizes."""
     found = [(trained.module(part) - compute(part)).abs().max() for part in inputs.split(list(BATCHES))]
     return float(torch.stack(found).max())
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the warnings of exporters, since the numerical check finds relevant problems."""
+    """Suppress exporters' warnings in this context, since the numerical check finds relevant problems."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

@@ -82,7 +82,7 @@ class FailedFile(NamedTuple):
     """A file that could not be predicted."""
 
     position: int
-    """Index in the list of paths."""
+    """Index of the file in the list of paths."""
     reason: str
 
 
@@ -96,7 +96,7 @@ class Predictions:
     ranking: npt.NDArray[np.int64]
     """Class indices by decreasing probability, [N, k]."""
     probabilities: npt.NDArray[np.float64]
-    """Their probabilities, [N, k]."""
+    """Probabilities of the classes in ``ranking``, [N, k]."""
     failed: list[FailedFile]
 
     def rows(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:

@@ -26,7 +26,7 @@ from toolkit.training.trained_model import TrainedModel, load_model
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]")
-"""Characters with a meaning in Markdown."""
+"""Characters with a special meaning in Markdown."""
 
 SPLITS = {"val": "validation", "test": "test"}
 """Names of the splits in the table of metrics, by metric prefix."""
@@ -42,7 +42,7 @@ class PublishResult:
     url: str | None
     """URL of the repository; None if it was not pushed."""
     why_not: str = ""
-    """Why it was not pushed; empty if it was."""
+    """Why the repository was not pushed; empty if it was."""
 
 
 def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, private: bool, push: bool) -> PublishResult:
@@ -162,7 +162,7 @@ def model_card(
 
 
 def _label(measure: str) -> str:
-    """Return a measure's label in model cards."""
+    """Return the label of a measure for model cards."""
     return {"loss": "cross-entropy", "accuracy": "top-1 accuracy"}.get(measure, MEASURES[measure].label)
 
 

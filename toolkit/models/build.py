@@ -46,7 +46,7 @@ class ModelBundle:
     heads: tuple[str, ...]
     """Dotted names of the last layers; more than one only for distilled transformers."""
     classifier: list[str]
-    """Dotted names of the fully connected modules, including the heads."""
+    """Dotted names of the modules that make up the classifier, including the heads."""
     stages: list[LayerGroup]
     """Layer groups from input to output. Every parameter is in exactly one; the last one is the head."""
     inputs: PretrainedInput | None
@@ -202,7 +202,7 @@ class _Builder:
         return WeightLoadReport([*notes, *loaded.notes], loaded.new)
 
     def _probe_and_key(self) -> DryForwardResult:
-        """Check that the model returns logits for images of this size, and key its dropout layers by example."""
+        """Check that the model returns logits for images of this size, and key its dropout masks by example."""
         found = self._probe()
         for make_keyable in (timm_models.use_plain_attention, timm_models.use_dropout_layer):
             if found.random and self.table.source == "timm":
@@ -251,7 +251,7 @@ def _file_state(table: ModelConfig, module: nn.Module, source: str) -> tuple[Sta
 
 
 def _classifier_parts(module: nn.Module, heads: tuple[str, ...]) -> list[str]:
-    """Return the fewest module names that make up the classifier.
+    """Return the names of the modules that make up the classifier, as few as possible.
 
     A normalization layer before the last layer (as in ConvNeXt) belongs to the backbone, whichever module holds it.
     """

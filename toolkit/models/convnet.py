@@ -1,4 +1,4 @@
-"""Plain ConvNets defined by the recipe: blocks of convolution, batch norm, pooling, activation, dropout; and a head."""
+"""ConvNets defined by the recipe: blocks of convolution, batch norm, pooling, activation and dropout, then a head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from toolkit.recipe.schema import ConvBlock, ConvNetConfig, HeadConfig
 
 
 class ConvNet(nn.Module):
-    """Sequence of blocks, a flatten and a head.
+    """ConvNet of a sequence of blocks, a flatten layer and a head.
 
     Parameters are named ``blocks.<i>.conv``, ``blocks.<i>.norm`` and ``head``. Raises UserError if the image is too
     small for a block.

@@ -21,7 +21,7 @@ class DryForwardResult:
 
     output: Any
     random: tuple[str, ...]
-    """Operations that drew random numbers outside the dropout layers that can be keyed."""
+    """Operations that drew random numbers, except in layers that :mod:`~toolkit.models.keyed_dropout` replaces."""
     used: tuple[str, ...]
     """Names of the parameters used, in the order of their first use."""
 
@@ -129,7 +129,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _is_settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a random operation has a fixed result: attention without dropout, or an empty uniform range."""
+    """Return whether a random operation has only one possible result: attention without dropout, an empty range."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     if "scaled_dot_product" in str(func):
         return not given.get("dropout_p", 0.0)

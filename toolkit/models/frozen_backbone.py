@@ -82,7 +82,7 @@ def _stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoRetu
 
 
 def _varies(layer: nn.Module) -> bool:
-    """Return whether a layer in training mode can give different outputs for the same example."""
+    """Return whether a layer in training mode can give different outputs for the same example (dropout, batch norm)."""
     return isinstance(layer, _BatchNorm) or drop_rate(layer) > 0.0
 
 

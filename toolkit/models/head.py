@@ -65,7 +65,7 @@ def build_head(table: HeadConfig, in_features: int, num_classes: int) -> nn.Modu
 
 
 def check_memory(weights: int, what: str) -> None:
-    """Raise UserError if this many float32 weights and their gradients do not fit in memory; no-op on the meta device.
+    """Raise UserError if ``weights`` float32 values and their gradients do not fit in memory; no-op on the meta device.
 
     The operating system may overcommit memory and kill the process when the memory is written to.
     """

@@ -27,8 +27,11 @@ _LEVELS = 2**16
 """Rates are rounded to multiples of 1/65536, so that one 32-bit hash serves two elements."""
 _FACTOR_1 = 0x7FEB352D
 _FACTOR_2 = 0x846CA68B - 2**32
-"""Factors of lowbias32 (Wellons, hash-prospector). Subtracting 2^32 from the second keeps products within int64, which
-must not overflow, and does not change their lowest 32 bits."""
+"""Multipliers of the integer hash lowbias32 (Wellons, hash-prospector).
+
+Subtracting 2^32 from the second keeps products within int64, which must not overflow, and does not change their lowest
+32 bits.
+"""
 
 
 class DropoutKeys:
@@ -38,7 +41,7 @@ class DropoutKeys:
         self.seed = seed
         self.keys: Tensor | None = None
         self.calls = [0] * layers
-        """Calls of each layer since the keys were set: a layer used twice draws two masks."""
+        """Number of calls of each layer since the keys were set: a layer used twice draws two masks."""
 
     def set_keys(self, keys: Tensor | None) -> None:
         """Set the keys before each training forward pass: int64 [n], one per example in batch order.
@@ -147,7 +150,7 @@ def _salt(seed: int, layer: int, call: int) -> tuple[int, int]:
 
 
 def drop_rate(layer: nn.Module) -> float:
-    """Return the drop probability of a dropout or stochastic depth layer, plain or keyed; 0 for other layers."""
+    """Return the drop probability of a dropout or stochastic depth layer, keyed or not; 0 for other layers."""
     if isinstance(layer, DropPath):
         return float(layer.drop_prob or 0.0)
     return float(layer.p) if isinstance(layer, (*DROPOUT_TYPES, KeyedDropout)) else 0.0  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ EXPANDED = frozenset({"features", "blocks", "stages", "layers", "trunk_output", 
 
 
 FEWEST = 2
-"""A timm grouping with at most this many groups is ignored."""
+"""If timm divides a model into at most this many groups, its division is ignored."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def find_stages(module: nn.Module, heads: tuple[str, ...], used: Sequence[str]) 
 
 @dataclass(frozen=True)
 class _Part:
-    """Parameters under one dotted prefix that belong to the same group of the library."""
+    """Parameters under one dotted prefix that the library (timm) puts into the same group."""
 
     prefix: str
     group: int
     is_small: bool
-    """Whether it holds only normalization, position or class token parameters, which form no group of their own."""
+    """Whether it has only normalization, position or class token parameters, which form no group of their own."""
     first: int
     last: int
     """Indices into ``used`` at which the part's first and last parameters are first used."""

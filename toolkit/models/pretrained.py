@@ -25,9 +25,9 @@ from toolkit.models.layer_groups import is_under
 StateDict = dict[str, Tensor]
 
 SHOWN = 4
-"""Maximum number of names listed in a message."""
+"""Maximum number of parameter names listed in a message."""
 WRAPPED_AS = ("state_dict", "model", "model_state_dict", "module")
-"""Usual checkpoint entries for the trained weights, in order of preference. Others hold averages or other models."""
+"""Usual names of the checkpoint entry with the trained weights, in order of preference."""
 METADATA = "toolkit"
 """Key in a .safetensors file's metadata that holds a digest of its tensors."""
 
@@ -39,7 +39,7 @@ class WeightLoadReport:
     notes: list[str]
     """Messages about what was kept, adapted and left out."""
     new: list[str]
-    """The modules that kept their random initialization."""
+    """Dotted names of the modules that kept their random initialization."""
 
 
 def is_file_reference(weights: str) -> bool:
@@ -119,7 +119,7 @@ def _choose_entry(path: Path, entries: list[str], key: str | None) -> str:
 
 
 def _is_state(content: Any) -> bool:
-    """Return whether ``content`` is a non-empty mapping from names to tensors."""
+    """Return whether ``content`` is a state dict: a non-empty mapping from names to tensors."""
     return isinstance(content, dict) and bool(content) and all(isinstance(value, Tensor) for value in content.values())
 
 

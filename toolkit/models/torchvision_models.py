@@ -86,7 +86,7 @@ def _enum(table: ModelConfig) -> Any:
 
 
 def _own_arguments(table: ModelConfig, channels: int, image_size: int) -> dict[str, Any]:
-    """Return the arguments that torchvision's builders add when loading weights, and any fixed input size."""
+    """Return the arguments that torchvision's builders add when loading weights, and the input size if it is fixed."""
     if table.name in ("inception_v3", "googlenet"):
         # The published weights were trained in TensorFlow with another normalization, which the module converts to.
         is_pretrained = table.weights != "none"

@@ -79,7 +79,7 @@ class LayerGroupSummary:
     """Peak learning rate; 0 if nothing in the group trains."""
     weight_decay: float
     batch_norm: str
-    """State of batch norm: trained, fixed, updated (frozen, but statistics follow the data); "-" if there is none."""
+    """State of batch norm: trained, fixed, or updated (frozen, but with new running statistics); "-" without any."""
 
 
 def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
@@ -167,7 +167,7 @@ def _check_stem(built: ModelBundle, transfer: Transfer) -> None:
 def _set_frozen_eval(module: nn.Module) -> None:
     """Recursively set fully frozen submodules to evaluation mode; ``module`` itself is not fully frozen.
 
-    A child without parameters, such as dropout, belongs to the next child that has some and gets the same mode.
+    A child without parameters, such as dropout, gets the mode of the next child that has parameters.
     """
     children = list(module.children())
     is_next_frozen = False
@@ -216,13 +216,13 @@ def param_groups(
 
 
 def _lr_scales(built: ModelBundle, table: TransferConfig) -> list[float]:
-    """Return the learning rate of each layer group as a multiple of optimizer.lr, input first."""
+    """Return the learning rate of each layer group as a multiple of optimizer.lr, from input to output."""
     below = len(built.stages) - 1
     return [*(table.backbone_lr * table.layer_decay ** (below - index) for index in range(below)), table.head_lr]
 
 
 def layer_group_table(transfer: Transfer, optimizer: OptimizerConfig) -> list[LayerGroupSummary]:
-    """Return one row per layer group, input first."""
+    """Return one row per layer group, from input to output."""
     scales = _lr_scales(transfer.built, transfer.table)
     return [_row(transfer, stage, scale, optimizer) for stage, scale in zip(transfer.stages, scales, strict=True)]
 
@@ -242,7 +242,7 @@ def _row(transfer: Transfer, stage: LayerGroup, lr_scale: float, optimizer: Opti
 
 
 def _batch_norm(module: nn.Module, stage: LayerGroup, table: TransferConfig) -> str:
-    """Return the state of the batch norm layers in a layer group; all states, comma-separated, if they differ."""
+    """Return the state of the batch norm layers in a layer group; if they differ, all states, comma-separated."""
     stage_trains = any(p.requires_grad for name, p in module.named_parameters() if stage.holds(name))
 
     def mode(layer: _BatchNorm) -> str:

@@ -15,9 +15,10 @@ FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 """A number from 0 to 1, excluding 1."""
 
 NAME_PATTERN = r"^[^\W_]([ .]?[\w+=,@-])*$"
-"""A name that is safe as a folder, W&B name and job name: letters, digits and ``_+=,@-``.
+"""Pattern of names that are safe as a folder, W&B name and job name: letters, digits and ``_+=,@-``.
 
-A space or dot is only allowed between two other characters, so neither ``..`` nor one at the end is possible."""
+A space or dot is only allowed between two other characters, so neither ``..`` nor one at the end is possible.
+"""
 
 NAME_LENGTH = 100
 
@@ -25,15 +26,15 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 SLURM_WORD = r"^[\w.,@+-]+$"
-"""Names of partitions, accounts and similar."""
+"""Pattern of names of SLURM partitions, accounts and similar."""
 
 SLURM_TIME = r"^(\d+|\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+(:[0-5]?\d(:[0-5]?\d)?)?)$"
-"""sbatch time limits: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+"""Pattern of sbatch time limits: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
 
 SLURM_FEATURES = r"^[\w.,:&|*()\[\]@+-]+$"
 SLURM_MEMORY = r"^\d+[KMGT]?$"
 SLURM_OPTION = r"^--[a-z][a-z-]*(=[\w.,:/@%+=&|*()\[\]-]+)?$"
-"""Options that need no quoting in an #SBATCH line: no quotation marks or spaces."""
+"""Pattern of options that need no quoting in an #SBATCH line: no quotation marks or spaces."""
 
 if TYPE_CHECKING:  # type checkers cannot evaluate a Literal of computed names
     EpochMetric = str

@@ -86,7 +86,7 @@ _POLICIES = {
     "v0r": r"(-mstd\d+(\.\d+)?)*",
     "3a": r"(-mstd\d+(\.\d+)?)*",
 }
-"""timm's policies and patterns of the options that each one accepts."""
+"""timm's augmentation policies, with a pattern of the options that each one accepts."""
 
 
 def model(recipe: Recipe) -> Iterator[Issue]:

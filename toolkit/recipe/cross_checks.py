@@ -215,7 +215,7 @@ def early_stopping(recipe: Recipe) -> Iterator[Issue]:
 
 
 def monitored_metrics(recipe: Recipe) -> Iterator[Issue]:
-    """Check that best_metric, schedule and early stopping use metrics that the run measures, in a meaningful way."""
+    """Check that best_metric, schedule and early stopping use metrics that the run measures and that are meaningful."""
     best_metric, plateau = recipe.train.best_metric, recipe.scheduler.name == "plateau"
     if best_metric == "last" and recipe.early_stopping.patience is not None:
         text = (
@@ -259,7 +259,7 @@ def disabled_splits(recipe: Recipe) -> Iterator[Issue]:
 
 
 def augment(recipe: Recipe) -> Iterator[Issue]:
-    """Warn about mixing probabilities without effect; check that the transforms support run_on."""
+    """Warn about mixup and CutMix settings without effect; check that the transforms can run where run_on says."""
     table = recipe.augment
     mixing = ("augment.mixup", "augment.cutmix")
     if table.mixup_prob != 1 and not (table.mixup or table.cutmix):
@@ -275,7 +275,7 @@ def augment(recipe: Recipe) -> Iterator[Issue]:
 
 
 def train(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the batch size is a multiple of grad_accum_steps; warn if rare classes are favored twice."""
+    """Check that grad_accum_steps divides the batch size; warn if both sampling and loss are weighted by class."""
     batch, parts = recipe.train.batch_size, recipe.train.grad_accum_steps
     if batch % parts:
         below, above = batch // parts * parts, (batch // parts + 1) * parts
@@ -330,6 +330,6 @@ RULES = (
 
 
 def check(recipe: Recipe) -> Iterator[Issue]:
-    """Yield all errors and warnings across the keys of a recipe whose tables are valid by themselves."""
+    """Yield the errors and warnings about combinations of keys, for a recipe whose tables are each valid."""
     for rule in RULES:
         yield from rule(recipe)

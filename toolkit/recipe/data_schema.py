@@ -1,4 +1,4 @@
-"""The tables [data] and [augment]: what is read, how it is split, preprocessed and augmented."""
+"""The tables [data] and [augment]: which images are read, and how they are split, preprocessed and augmented."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ class TransformConfig(BaseModel):
 
 
 class AugmentConfig(ConfigModel):
-    """Random image transforms per split, mixup, CutMix and label smoothing."""
+    """Random transforms for each split, mixup, CutMix and label smoothing."""
 
     train: list[TransformConfig] = Field([], description="Applied to training images, in this order.")
     validation: list[TransformConfig] = Field([], description="Applied to validation images.")

@@ -18,7 +18,7 @@ BATCHED = GEOMETRIC | COLOR | {"GaussianBlur", "Identity", "RandomErasing"}
 """Transforms that can be applied to a batch, if :func:`unsupported_on_gpu` accepts their arguments."""
 
 FIXED = frozenset({"CenterCrop", "Grayscale", "Identity", "Pad", "RGB", "Resize"})
-"""Transforms known to be deterministic; before the resize they are applied once, with it. Others may be random."""
+"""Transforms known to be deterministic: those before the resize are applied once per image. Others may be random."""
 
 
 def is_random(split: str, augment: AugmentConfig) -> bool:
@@ -30,7 +30,7 @@ def is_random(split: str, augment: AugmentConfig) -> bool:
 
 
 UP_TO_CROP = frozenset({"before_resize", "before_crop", "crop", "resize_crop"})
-"""Stages up to the crop."""
+"""Names of the augmentation stages up to the crop."""
 
 
 def unsupported_on_gpu(split: str, augment: AugmentConfig, *, after_crop: bool = False) -> str | None:

@@ -25,7 +25,7 @@ class LoadedRecipe:
 
     recipe: Recipe
     origins: dict[KeyPath, str]
-    """For each key of the resolved recipe: ``file:line``, ``--set`` or ``default``."""
+    """Origin of each key's value in the resolved recipe: ``file:line``, ``--set`` or ``default``."""
     warnings: list[Diagnostic]
 
     def annotated(self) -> str:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from toolkit.recipe.base import EPOCHS, PIXELS, Activation, ConfigModel, FractionBelowOne
 
 MOST_CHANNELS = 65_536
-"""Maximum number of channels of a convolution and maximum width of a hidden layer."""
+"""Maximum number of channels of a convolution, and maximum width of a hidden layer."""
 
 
 class HeadConfig(ConfigModel):

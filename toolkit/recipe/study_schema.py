@@ -31,13 +31,13 @@ from toolkit.recipe.base import (
 )
 
 MAX_RUNS = 200
-"""A study with more runs starts only if the user confirms."""
+"""A study with more runs than this starts only if the user confirms."""
 
 MOST_TRIALS = 10_000
 """Maximum number of configurations of a search."""
 
 ConfigOverrides = dict[str, Any]
-"""Recipe keys, nested as in a recipe; the leaves are as described by the field."""
+"""Recipe keys, nested as in a recipe; each field's description says what their values mean."""
 
 
 class PublishedMean(ConfigModel):
@@ -55,7 +55,7 @@ _METRICS = "Published metrics; accuracies as fractions. Over several runs: { mea
 
 
 class PublishedResults(ConfigModel):
-    """Published results of the runs with the given values."""
+    """Published results, and the recipe values of the runs that they apply to."""
 
     where: ConfigOverrides = Field({}, description="Recipe keys and the values that a run must have; {}: all runs.")
     metrics: PublishedMetrics = Field(description=_METRICS)
@@ -166,7 +166,7 @@ class Claim(ConfigModel):
 
 
 class StudyConfig(ConfigModel):
-    """What varies between the runs of a study. Forms are combined as rows x zip x grid x seeds."""
+    """What varies between the runs of a study. All combinations of rows x zip x grid x seeds are run."""
 
     description: str = Field("", description="One-line description of the study.")
     source: str = Field("", description="The publication and table that it reproduces.")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import tomli
 
 KeyPath = tuple[str | int, ...]
-"""Keys from the document root; array elements by index."""
+"""Path to a value: the keys from the document root, and indices of array elements."""
 
 
 class Span(NamedTuple):
@@ -86,7 +86,7 @@ class _Scanner:
         self.value(self.enter(table, parts, self.at))
 
     def enter(self, path: KeyPath, parts: list[tuple[str, int]], value: int) -> KeyPath:
-        """Record the positions of a key's parts; return the full path of the last, within the last array elements."""
+        """Record the positions of a dotted key's parts; return the full path of the last part, with array indices."""
         for name, at in parts[:-1]:
             path = (*path, name)
             self.spans.setdefault(path, Span(at, value))

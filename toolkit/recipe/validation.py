@@ -61,12 +61,12 @@ OTHER_NAMES = {
     "architecture": "name",
     "pretrained": "weights",
 }
-"""Names that other tools use for a key and that are too different from its name to be found by similarity."""
+"""Names that other tools use for a key, if they are too different from its name to be found by similarity."""
 
 
 @dataclass
 class ValidationResult:
-    """``recipe`` has placeholders at the ``untrusted`` paths; it is None if the values could not be repaired."""
+    """Validation result; ``recipe`` has placeholders at the ``untrusted`` paths, or is None if none could be built."""
 
     recipe: Recipe | None = None
     issues: list[Issue] = field(default_factory=list)
@@ -97,7 +97,7 @@ def validate(values: dict[str, Any]) -> ValidationResult:
 
 
 def _unsupported_values(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-    """Yield values that TOML allows but recipes do not.
+    """Yield an issue for each value that TOML allows but recipes do not.
 
     Not left to pydantic, since arguments of models and optimizers accept any type.
     """

@@ -22,7 +22,7 @@ MAX_SHOWN = 256
 DEFAULT_COUNT = 8
 """Default number of filters applied to an image."""
 TILE, GAP, NUMBER = 48, 6, 16
-"""Side of a drawn filter, space between filters, and height of the number above each filter, in pixels."""
+"""Side length of a drawn filter, space between filters, and height of the number above each filter, in pixels."""
 CELL = (TILE + GAP + NUMBER, TILE + GAP)
 """Height and width of a filter's cell, in pixels."""
 MAX_SIDE = 128
@@ -118,7 +118,7 @@ def choose(filters: ConvFilters, wanted: Sequence[int] = ()) -> tuple[list[int],
 
 
 def channel_products(weights: Floats, image: Floats) -> Floats:
-    """Filter each channel of an image [C, H, W] with its channel of the filter [C, h, w], stride 1, no padding.
+    """Filter each channel of an image [C, H, W] with the same channel of a filter [C, h, w]; stride 1, no padding.
 
     Returns float32 [C, H - h + 1, W - w + 1]; the sum over the channels is the filter's response.
     """
@@ -128,7 +128,7 @@ def channel_products(weights: Floats, image: Floats) -> Floats:
 
 
 def tinted(products: Floats) -> Floats:
-    """Convert the products of red, green and blue [3, H, W] to an image [H, W, 3] in 0..1, on one scale; gray is 0."""
+    """Convert the filtered red, green and blue channels [3, H, W] to an image [H, W, 3] in 0..1; 0 becomes gray."""
     limit = max(float(np.abs(products).max()), 1e-12)
     image: Floats = (0.5 + 0.5 * products / limit).transpose(1, 2, 0)
     return image

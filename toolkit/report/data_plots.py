@@ -16,7 +16,7 @@ from toolkit.report.plot_style import DPI, SKY, SPLIT_COLORS, columns_for, fitte
 from toolkit.report.prediction_metrics import Counts
 
 MAX_LABELED = 250
-"""Maximum number of classes with names; more are drawn as one outline without names."""
+"""Maximum number of classes whose names are shown; more classes are drawn as one outline without names."""
 
 TILE, GAP = 96, 8
 """Side of an image on a contact sheet, and the space around it, in pixels."""
@@ -86,7 +86,7 @@ def contact_sheet(
     scale: tuple[float, float],
     augmented: Sequence[Image.Image] = (),
 ) -> Figure:
-    """Draw one image per class: the file, the model's input in evaluation and, if given, an augmented training input.
+    """Draw per class one image as in its file, as model input in evaluation and, if given, as augmented training input.
 
     ``scale`` holds the input values shown as black and as white.
     """
@@ -117,7 +117,7 @@ def contact_sheet(
 
 
 def to_images(inputs: Sequence[npt.NDArray[np.float32]]) -> tuple[list[Image.Image], tuple[float, float]]:
-    """Convert a model's inputs, float [C, H, W], to images on one scale; also return the values of black and white."""
+    """Convert model inputs, float [C, H, W], to images on a common scale; also return the values of black and white."""
     low, high = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
     scale = 255 / max(high - low, 1e-9)
     pixels = [np.rint((x - low) * scale).astype(np.uint8).transpose(1, 2, 0) for x in inputs]

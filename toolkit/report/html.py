@@ -41,7 +41,7 @@ class HtmlCell:
 
 @dataclass(frozen=True)
 class HtmlRow:
-    """A row of a table; ``kind`` is its CSS class, by which the buttons filter."""
+    """A row of a table; ``kind`` is its CSS class, which the filter buttons use."""
 
     cells: Sequence[HtmlCell]
     kind: str = ""

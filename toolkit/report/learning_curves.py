@@ -47,7 +47,7 @@ def learning_rate_curve(data: RunData) -> Figure:
 
 
 def learning_rates(data: RunData) -> tuple[list[float], list[float]]:
-    """Return the learning rates logged at the start of and within epochs, as (completed epochs, learning rates)."""
+    """Return the logged learning rates, at the start of epochs and within, as (completed epochs, learning rates)."""
     begun = [(float(record["epoch"]) - 1, float(record["lr"])) for record in data.epochs if "lr" in record]
     within = [(float(record["epoch"]), float(record["lr"])) for record in data.steps if "lr" in record]
     found = sorted(begun + within)

@@ -26,7 +26,7 @@ BLUE, VERMILION, PURPLE = "#0072b2", "#d55e00", "#cc79a7"
 """Colors that remain distinguishable with color vision deficiencies (Okabe & Ito 2008)."""
 
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-"""Line colors, most visible on white first; without yellow, which is hardly visible."""
+"""Line colors, the most visible ones on white first; without yellow, which is hardly visible."""
 
 SPLIT_COLORS = {"train": BLUE, "validation": VERMILION, "test": GREEN}
 

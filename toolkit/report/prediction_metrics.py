@@ -90,7 +90,7 @@ class Calibration:
 
 
 def calibration(probabilities: Floats, correct: Sequence[bool] | npt.NDArray[np.bool_]) -> Calibration:
-    """Compute the calibration of the predicted class's probability: Naeini et al. (2015), Guo et al. (2017), eq. 3."""
+    """Compute how well the predicted class's probability is calibrated (Naeini et al. 2015; Guo et al. 2017, eq. 3)."""
     edges = np.linspace(0, 1, BINS + 1)
     bins = np.clip(np.ceil(probabilities * BINS).astype(np.int64) - 1, 0, BINS - 1)
     counts = np.bincount(bins, minlength=BINS)

@@ -17,7 +17,7 @@ from toolkit.recipe.toml_writer import toml_value
 from toolkit.report.html import HtmlCell, HtmlRow, HtmlTable, code, name
 
 OWN, BASE, UNCHANGED = "changed", "base", "default"
-"""Kinds of rows: set by the recipe itself or --set; inherited from the file it extends; left at the default."""
+"""Kinds of rows: value set by the recipe itself or --set; inherited from the file it extends; left at the default."""
 
 MAX_VALUES = 4
 """Maximum number of different values shown for one key."""

@@ -48,7 +48,7 @@ class Mistake:
     prediction: str
     probability: float
     image: Image.Image | None
-    """None if the image is not available."""
+    """The image; None if it is not available."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class TrainingSamples:
     classes: list[str]
     files: list[Image.Image]
     inputs: list[Image.Image]
-    """Model inputs in evaluation."""
+    """The images as the model receives them in evaluation."""
     augmented: list[Image.Image]
-    """Model inputs with the recipe's random augmentation; empty if it has none."""
+    """The images as the model receives them in training, with random augmentation; empty if the recipe has none."""
     scale: tuple[float, float]
-    """Values shown as black and white in the inputs."""
+    """Input values that are shown as black and as white."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class RunData:
 
     @property
     def best_epoch(self) -> int:
-        """The epoch of the selected model."""
+        """Number of the best epoch, whose model is selected."""
         if self.summary:
             return int(self.summary["best"]["epoch"])
         best_metric = self.recipe.train.best_metric if self.recipe else "val/accuracy"
@@ -140,7 +140,7 @@ class RunData:
 
     @property
     def last_epoch(self) -> int:
-        """The last completed epoch."""
+        """Number of the last completed epoch."""
         return int(self.epochs[-1]["epoch"])
 
     @property

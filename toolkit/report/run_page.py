@@ -35,7 +35,7 @@ SMALL_SIDE = 64
 """Images with sides of at most this number of pixels are embedded unchanged and enlarged for display."""
 
 SummaryCard = tuple[str, str, str]
-"""Name, value and further details of a metric."""
+"""Name, value and details of a metric that is shown at the top of the page."""
 
 
 def write_run_page(path: Path, data: RunData, svg: Mapping[str, str], files: Sequence[Path]) -> Path:
@@ -223,7 +223,7 @@ def _confusions(found: RunPredictions) -> HtmlTable:
 
 
 def _cells(found: RunPredictions) -> dict[str, Any]:
-    """Return the nonzero cells of the confusion matrix for the page's script."""
+    """Return the nonzero cells of the confusion matrix, for the page's script."""
     matrix = confusion_matrix(found)
     cells = [[int(row), int(column), int(matrix[row, column])] for row, column in np.argwhere(matrix)]
     return {"names": found.classes, "support": matrix.sum(1).tolist(), "cells": cells}

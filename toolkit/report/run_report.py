@@ -1,4 +1,4 @@
-"""Write a run's figures, for print, and its report, one HTML file, from its run directory."""
+"""Write a run's figures (for print) and its report (one HTML file), from its run directory."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def write_report(
 
 
 def _figures(data: RunData) -> dict[str, Callable[[], Figure]]:
-    """Return, by name, a function that draws each figure for which there is data."""
+    """Return the functions that draw figures, by figure name, for all figures for which there is data."""
     name = data.name
     figures: dict[str, Callable[[], Figure]] = {
         "loss": lambda: learning_curves(data, "loss"),
@@ -123,7 +123,10 @@ def _figures(data: RunData) -> dict[str, Callable[[], Figure]]:
 
 
 def load_images(data: RunData, data_root: Path | None, filters: Sequence[int]) -> None:
-    """Add to ``data`` what requires the data set. ``filters``: numbers, from 1, of filters to apply to an image."""
+    """Add to ``data`` everything that requires the data set's images.
+
+    ``filters``: numbers, from 1, of filters to apply to an image.
+    """
     images = data.try_load("images", lambda: _open(data, data_root))
     data.counts = data.try_load("images per class", lambda: _counts(data, images))
     data.mistakes = _mistakes(data, images)

@@ -1,4 +1,4 @@
-"""Write a study's figures, for print, and its report, one HTML file, from the study's folder."""
+"""Write a study's figures (for print) and its report (one HTML file), from the study's folder."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def reliability_figure(title: str, found: Calibration) -> Figure:
 
 
 def mistakes_figure(title: str, mistakes: Sequence[Mistake]) -> Figure:
-    """Draw the first mistakes, each with its image, true class, predicted class and probability."""
+    """Draw the first of the mistakes, each with its image, true class, predicted class and probability."""
     worst, cell = mistakes[:MISTAKES], (CAPTION + TILE, TILE + GAP)
     rows = -(-len(worst) // COLUMNS)
     sheet = np.full((rows * cell[0], COLUMNS * cell[1], 3), 255, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Publish a study as a W&B report, with its table, curves, comparison and notes, by W&B's own library."""
+"""Publish a study as a W&B report, with its table, curves, comparison and notes, using W&B's own library."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def _script(study: StudySpec, settings: JobSettings, path: Path, tasks: int, par
 
 
 def _left(folder: StudyDirectory) -> list[Run]:
-    """Return the unfinished runs of a list. Raises UserError if there are none."""
+    """Return the unfinished runs of a study with a fixed list of runs. Raises UserError if there are none."""
     runs = folder.runs
     left = [run for run in runs if not run.is_finished]
     if not left:
@@ -184,7 +184,7 @@ def cancel_array(path: Path) -> str:
 
 
 def headline(path: Path, jobs: Mapping[str, QueueEntry] | None) -> str | None:
-    """Summarize the state of a study's jobs in one line; None if it was not submitted."""
+    """Summarize the states of a study's jobs in one line; None if the study was not submitted."""
     record = array_record(path)
     if record is None:
         return None

@@ -77,7 +77,7 @@ class JobStatus:
     row: str | None = None
     """Name of the run's row in its study's table (several, joined by "; ", if rows share the run); else None."""
     seed: int | None = None
-    """The run's seed in its study."""
+    """Seed of the run in its study; else None."""
 
 
 class _Record(Shape):
@@ -317,7 +317,7 @@ def _without_slurm(run: Run) -> tuple[str, str]:
 
 
 def _progress(run: Run, starts: list[JobStart], entry: QueueEntry | None) -> str:
-    """Describe the remaining training time, at the speed since the last start, and the time until the time limit."""
+    """Describe the training time left (at the speed since the last start) and the time left until the time limit."""
     parts = []
     # environment.json is written when training begins, after all imports.
     environment = run.path / "environment.json"

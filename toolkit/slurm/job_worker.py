@@ -30,7 +30,7 @@ LOCK_WAIT_S = 180
 
 
 def work(run: Run) -> int:
-    """Train or resume, and record the outcome."""
+    """Train or resume the run, and record its exit status and message."""
     claim = None
     try:
         if is_first_process():
@@ -66,7 +66,7 @@ def work(run: Run) -> int:
 
 
 def note(run: Run, status: int, message: str) -> None:
-    """Record the outcome of rank 0, or of another rank that failed before it."""
+    """Record exit status and message of rank 0, or of another rank that failed before it."""
     job = SlurmJob(run)
     if is_first_process() or (status not in (EXIT_OK, Interrupted.exit_status) and job.outcome is None):
         job.record_exit(status, message)

@@ -28,7 +28,7 @@ SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 LOCAL_KINDS = ("tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "apfs", "zfs", "f2fs", "squashfs")
 """File system types that are local to one machine unless exported."""
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratch")
-"""Folders that are local to each machine."""
+"""Folders that are usually local to each machine."""
 
 
 class ClusterProfile(ConfigModel):

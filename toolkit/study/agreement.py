@@ -25,7 +25,7 @@ class Agreement:
     within: float | None
     """Fraction of the rows whose difference is at most twice the noise of one run; None if the noise is unknown."""
     noise: str
-    """Sources of the noise estimates, comma-separated: ``seeds``, ``published seeds``, ``test images``."""
+    """Sources of the estimates of the noise, comma-separated: ``seeds``, ``published seeds``, ``test images``."""
 
 
 def agreements(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[Agreement]:
@@ -54,7 +54,7 @@ def _agreement(column: str, rows: Sequence[ResultRow]) -> Agreement:
 
 
 def _noise(row: ResultRow, column: str) -> tuple[float, str] | None:
-    """Return the standard deviation of one run and its source; None if unknown.
+    """Return an estimate of the standard deviation between runs, and its source; None if unknown.
 
     An estimate from the number of images alone is a lower bound, since it ignores the variation between seeds.
     """

@@ -35,7 +35,7 @@ class SearchAssigner:
     def __init__(self, folder: StudyDirectory) -> None:
         self.folder = folder
         self._exhausted: tuple[BohbSearchConfig, list[RestoredTrial]] | None = None
-        """Settings and results of the last call that had nothing to assign; they need not be examined again."""
+        """Settings and results of the last call that found nothing to assign; equal ones need no new search."""
 
     @cached_property
     def study(self) -> StudySpec:

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 TrialState = Literal["training", "waiting", "ended", "failed"]
-"""training: assigned to a worker. waiting: has reached its budget and is not assigned. ended: nothing left to train."""
+"""training: assigned to a worker. waiting: has reached its budget, may be promoted. ended: nothing left to train."""
 
 MIN_TRIALS = 10
-"""A bracket needs more trials than this for a useful model of its own."""
+"""A bracket needs more trials than this for a useful model of the search space."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class BohbScheduler:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is being trained and nothing more will be proposed."""
+        """Whether no trial is being trained and no further trial will be proposed."""
         return not (self._is_training or self._may_propose or self._promotable() is not None)
 
     def restore(self, known: Iterable[RestoredTrial]) -> None:
@@ -141,7 +141,7 @@ class BohbScheduler:
                 tried.state = "waiting"
 
     def value(self, tried: Trial, budget: int | None = None) -> float | None:
-        """Return a trial's best value within ``budget`` epochs (None: all), as a run keeps its best epoch's model."""
+        """Return a trial's best value within ``budget`` epochs (None: all): a run keeps the model of its best epoch."""
         return (max if self.maximise else min)(tried.values[:budget], default=None)
 
     # -- successive halving, asynchronous (after Li et al. 2020, ASHA) -------------------------------------------------
@@ -238,7 +238,7 @@ class BohbScheduler:
         return optuna_study(self.space, trials, maximise=self.maximise, sampler=tpe_sampler(self.table, seed))
 
     def _measured(self, tried: Trial) -> TrialHistory:
-        """Convert a trial for Optuna, with its value at each budget that it has reached."""
+        """Convert a trial to the form for Optuna, with its value at each budget that it has reached."""
         values = {self.budgets[rung]: self._result(tried, rung) for rung in range(tried.bracket, tried.rung + 1)}
         known = {budget: value for budget, value in values.items() if value is not None}
         if tried.state == "failed":

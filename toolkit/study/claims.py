@@ -21,7 +21,7 @@ from toolkit.study.validation import in_group
 Outcome = Literal["reproduced", "not reproduced", "undecidable"]
 Interval = tuple[float, float]
 CorrectImages = Callable[[RunResult], dict[str, bool]]
-"""Function from a run to whether its prediction of each test image is correct; empty if they cannot be read."""
+"""Maps a run to an array of which test images it classified correctly; empty if predictions cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Contrast:
 
     than: str
     effect: float | None = None
-    """Difference of the groups' means; None if one group has no finished run."""
+    """Difference between the groups' means; None if one group has no finished run."""
     runs: str = ""
-    """The runs compared: ``3 pairs``, ``2 and 3 runs``, ``1 run each``."""
+    """Number of runs compared: ``3 pairs``, ``2 and 3 runs``, ``1 run each``."""
     over_seeds: Interval | None = None
     over_images: Interval | None = None
     refuting: Interval | None = None
@@ -206,7 +206,7 @@ def _verdict(claim: Claim, contrast: Contrast) -> Outcome:
 
 
 def build_claims_table(judged: Sequence[JudgedClaim], confidence: float) -> TextTable:
-    """Build the text table of verdicts."""
+    """Build the text table of the verdicts on a study's claims."""
     level = f"{confidence * 100:g} %"
     head = ["claim", "verdict", "column", "compared with", "effect", "runs", f"{level} over seeds",
             f"{level} over test images", "seeds to decide"]  # fmt: skip
@@ -234,7 +234,7 @@ def build_claims_table(judged: Sequence[JudgedClaim], confidence: float) -> Text
 
 
 def claim_records(judged: Sequence[JudgedClaim]) -> list[dict[str, object]]:
-    """Return the verdicts as records; effects and intervals are unscaled."""
+    """Return the verdicts as records; effects and intervals of accuracies are fractions, not percentages."""
     records: list[dict[str, object]] = []
     for one in judged:
         found = one.contrast

@@ -81,7 +81,7 @@ def _notes(found: Sequence[PairedComparison]) -> list[str]:
 
 
 def comparison_records(found: dict[str, PairedComparison]) -> dict[str, dict[str, object]]:
-    """Return the comparison as a record per metric."""
+    """Return the comparison as records, one per metric."""
     return {
         column: {
             "pairs": comparison.difference.n,

@@ -1,4 +1,4 @@
-"""Cost estimate of a study: its runs, how many are finished, and the cost of the others.
+"""Cost estimate of a study: its runs, how many are finished, and the cost of the unfinished ones.
 
 The cost of a run is epochs x training images x FLOPs per image. It is converted to time if a finished run provides the
 speed of this machine, with the same model and batch size or, scaled by the FLOPs, with different ones.
@@ -38,13 +38,13 @@ class RunCost:
     images: int | None
     """Training images per epoch; None if the data is not on this machine."""
     flops: float
-    """Floating point operations per image, forward and backward."""
+    """Floating-point operations per image, forward and backward."""
     seconds_per_image: float | None
     """Training time per image, measured on runs with the same model and batch size; None if there are none."""
 
     @property
-    def arithmetic(self) -> float | None:
-        """Floating point operations left; None if the number of images is unknown."""
+    def remaining_flops(self) -> float | None:
+        """Remaining floating-point operations; None if the number of images is unknown."""
         return None if self.images is None else self.epochs * self.images * self.flops
 
 
@@ -68,15 +68,15 @@ class StudyEstimate:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def left(self) -> list[EstimateRow]:
-        """Distinct runs that are not finished."""
+    def unfinished(self) -> list[EstimateRow]:
+        """The distinct runs that are not finished."""
         lines = {line.run.member.hash: line for line in self.lines if line.state != "finished"}
         return list(lines.values())
 
     @property
     def costs(self) -> list[RunCost]:
         """Costs of the unfinished runs, or of the rest of a search."""
-        return [line.cost for line in self.left] if self.search is None else [self.search]
+        return [line.cost for line in self.unfinished] if self.search is None else [self.search]
 
     @property
     def count(self) -> int:
@@ -84,9 +84,9 @@ class StudyEstimate:
         return len({line.run.member.hash for line in self.lines})
 
     @property
-    def arithmetic(self) -> float | None:
-        """Total floating point operations left; None if the number of images is unknown."""
-        each = [cost.arithmetic for cost in self.costs]
+    def remaining_flops(self) -> float | None:
+        """Remaining floating-point operations of all runs; None if the number of images is unknown."""
+        each = [cost.remaining_flops for cost in self.costs]
         return None if None in each else sum(each)  # type: ignore[arg-type]
 
     @property
@@ -94,7 +94,7 @@ class StudyEstimate:
         """Training time left in seconds, one run after another; None without a finished run that provides the speed."""
         costs = [line.cost for line in self.lines] if self.search is None else [self.search]
         measured = [cost for cost in costs if cost.seconds_per_image is not None]
-        if not measured or self.arithmetic is None:
+        if not measured or self.remaining_flops is None:
             return None
         per_flop = sum(c.seconds_per_image or 0.0 for c in measured) / sum(c.flops for c in measured)
         return sum(_seconds(cost, per_flop) for cost in self.costs)
@@ -105,9 +105,9 @@ class StudyEstimate:
             "study": self.study.name,
             "folder": str(self.study.folder),
             "runs": self.count,
-            "finished": self.count - len(self.left),
+            "finished": self.count - len(self.unfinished),
             "epochs_left": sum(cost.epochs for cost in self.costs),
-            "flops_left": self.arithmetic,
+            "flops_left": self.remaining_flops,
             "seconds_left": self.seconds,
             "members": [_line_json(line) for line in self.lines],
             "notes": self.notes,
@@ -229,9 +229,9 @@ def _count_text(found: StudyEstimate) -> str:
 def _cost_text(found: StudyEstimate) -> str:
     costs = found.costs
     epochs = sum(cost.epochs for cost in costs)
-    if not epochs and not found.left:
+    if not epochs and not found.unfinished:
         return "nothing is left to train"
-    work = found.arithmetic
+    work = found.remaining_flops
     text = f"to train: {epochs:,} epochs" if found.search else f"to train: {len(costs)} runs, {epochs:,} epochs"
     if work is not None:
         images = sum(cost.epochs * (cost.images or 0) for cost in costs)

@@ -53,7 +53,7 @@ class StudyRun:
     __pydantic_config__ = ConfigDict(strict=False)
 
     row: str
-    """Name of its table row: the row's own, or made of the varied values; shared by runs that differ only in seed."""
+    """Name of its table row, set in the file or made from the varied values; runs that differ only in seed share it."""
     seed: int
     changes: dict[str, Any]
     """Dotted keys that vary, with their values; the seed is not included."""
@@ -140,7 +140,7 @@ class StudyDirectory:
 
     @property
     def assumptions(self) -> dict[str, str]:
-        """The [assumptions] of the study's file: sources of the values of keys."""
+        """The [assumptions] of the study's file: the sources of values that the publication does not state."""
         return dict(self.record.get("assumptions", {}))
 
     @property

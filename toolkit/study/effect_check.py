@@ -149,7 +149,7 @@ class _EffectChecker:
     # -- search space -------------------------------------------------------------------------------------------------
 
     def check_space(self) -> None:
-        """Report each key that is active but has no effect for some combination of the space's choices."""
+        """Report each key of the search space that has no effect for some combination of choices."""
         space = self.study.space
         choices = [parameter for parameter in space.parameters if parameter.kind == "choice"]
         for context in _contexts(choices):
@@ -237,6 +237,6 @@ def _other_values(run: PlannedRun, key: str) -> list[Any]:
 
 
 def _source_table(run: PlannedRun, key: str) -> str:
-    """Return the table of [study] that sets a run's value: rows, grid, zip or space; empty if none does."""
+    """Return the table of [study] that sets this key for a run: rows, grid, zip or space; empty if none does."""
     key_path = run.changes[key].key_path if key in run.changes else ()
     return str(key_path[1]) if len(key_path) > 1 else ""

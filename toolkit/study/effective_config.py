@@ -53,7 +53,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 @dataclass(frozen=True)
 class Component:
-    """A component of a run: the recipe values it depends on, and a function that builds and describes it."""
+    """A component of a run: the recipe values that it depends on, and a function that builds and describes it."""
 
     depends: Callable[[Recipe], Any]
     """Returns plain values; components with equal values are equal and built only once."""

@@ -36,7 +36,7 @@ from toolkit.study.validation import check_claims, check_study
 
 STUDY: KeyPath = ("study",)
 NOT_COUNTED = ("recipe.seed", "expected_metrics.")
-"""Prefixes of keys that a row may set without counting as a changed recipe."""
+"""Prefixes of keys that do not change the experiment: [expected_metrics] also applies to rows that set only these."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class StudySpec:
         return self.run(RowNamer(self.space.parameters).plain(values), values, seed)
 
     def _source(self, key: str, value: LocatedValue) -> ConfigLayer:
-        """Return a change as an additional layer of the recipe, with its position in the study's file."""
+        """Return one changed value as an additional layer of the recipe, with its position in the study's file."""
         origin = self.merged.origin(value.key_path) or self.sources[-1]
         path, depth = tuple(key.split(".")), len(value.key_path)
         spans = {

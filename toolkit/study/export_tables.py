@@ -65,7 +65,7 @@ class StudyResults:
 
     @property
     def main(self) -> TextTable:
-        """The main table."""
+        """The main results table."""
         if self.trials:
             found = build_trial_table(self.trials, self.table, self.name, self.columns)
         else:
@@ -239,7 +239,7 @@ def write_tables(found: StudyResults, folder: Path) -> list[Path]:
 
 
 def run_records(results: Sequence[RunResult]) -> list[dict[str, object]]:
-    """Return a record for each run with its changes and all its metrics."""
+    """Return one record per run, with the values that the study varies and all metrics."""
     return [
         {
             "row": result.member.row,

@@ -22,7 +22,7 @@ from toolkit.study.search_space import (
 )
 
 MAX_COMBINATIONS = 100_000
-"""Maximum number of combinations; more are almost certainly a mistake and are rejected without enumeration."""
+"""Maximum number of combinations; more are almost certainly a mistake and are rejected without being enumerated."""
 
 MAX_LABEL_LENGTH = 40
 """Maximum length of a value in a row's name, in characters; a longer one is shown by its index."""

@@ -35,7 +35,7 @@ LOG_RATIO = 50.0
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric after each epoch, starting at the first."""
+    """A curve: a metric after each epoch, starting at the first."""
 
     name: str
     mean: Sequence[float]
@@ -49,7 +49,7 @@ class ParallelAxis:
 
     name: str
     positions: Sequence[float | None]
-    """Position of each line, from 0 to 1; None if the parameter is not active for it."""
+    """Position of each configuration's line on this axis, from 0 to 1; None if the parameter is not active for it."""
     ticks: Mapping[float, str]
 
 
@@ -155,7 +155,7 @@ def importance(shares: Mapping[str, float], title: str) -> Figure:
 
 
 def parallel_coordinates(axes_: Sequence[ParallelAxis], outcome: Sequence[float], metric: str, title: str) -> Figure:
-    """Plot one line per configuration through its parameter values, colored by ``outcome``, with the best on top."""
+    """Plot one line per configuration through its parameter values, colored by ``outcome``; the best is on top."""
     figure = Figure(figsize=(max(WIDTH, 1.3 * len(axes_) + 1), HEIGHT), layout="constrained")
     axes = figure.subplots()
     color = ScalarMappable(Normalize(min(outcome), max(outcome)), lightness_colormap())

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MIN_CONFIGURATIONS = 8
 """Minimum number of configurations for estimating the importance of parameters."""
 MAX_COLORINGS = 6
-"""Maximum number of keys by which curves are colored; each gives one figure."""
+"""Maximum number of keys for which a figure with curves colored by the key's value is drawn."""
 
 
 def draw(found: StudyResults, folder: Path, log: Callable[[str], None]) -> list[Path]:
@@ -189,7 +189,7 @@ class _ReplayedSearch(BohbScheduler):
 
 
 def space_of(found: StudyResults) -> SearchSpace:
-    """Return a search's space, without conditions; for other studies, the values that occur in their runs."""
+    """Return the space of a search, without conditions; for other studies, the values that occur in their runs."""
     if found.table.space:
         return SearchSpace(tuple(read_parameters(found.table.space)[0]), {})
     values: dict[str, list[Any]] = {}
@@ -201,7 +201,7 @@ def space_of(found: StudyResults) -> SearchSpace:
 
 
 def comparable(found: StudyResults) -> tuple[list[tuple[RunResult, float]], str]:
-    """Return the runs with comparable values, and a description of them.
+    """Return the runs whose values can be compared, with these values, and a description of them.
 
     For BOHB, the value is the best within the smallest budget, which all configurations have reached; those trained
     further are a biased selection.

@@ -84,7 +84,7 @@ def build_rows(results: Sequence[RunResult], table: StudyConfig, by: Sequence[st
 
 
 def best_row(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
-    """Return the row with the best mean of a validation metric; None if no finished run has the metric.
+    """Return the row with the best mean of a validation metric; None if no finished run has that metric.
 
     Ties in accuracy are broken by the validation loss, ties in loss by the accuracy, and remaining ties by order.
     """
@@ -254,7 +254,7 @@ def _count(row: ResultRow) -> str:
 
 
 def notes(rows: Sequence[ResultRow], table: StudyConfig, *, compared: bool, intervals: bool) -> list[str]:
-    """Return the notes below the table: number of finished runs, best row, spread, sources of published metrics."""
+    """Return the notes below the table: finished runs, best row, spread over seeds, sources of published metrics."""
     results = [result for row in rows for result in row.results]
     finished = [result for result in results if result.is_finished]
     found = [f"{len(finished)} of {len(results)} runs finished; only these are counted."]
@@ -301,7 +301,7 @@ def _about_spread(rows: Sequence[ResultRow], confidence: float, intervals: bool)
 
 
 def records(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[dict[str, object]]:
-    """Return one record per row; fractions are unscaled, and missing metrics are None."""
+    """Return one record per row; accuracies are fractions, not percentages, and missing metrics are None."""
     return [_record(row, columns) for row in rows]
 
 

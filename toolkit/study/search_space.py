@@ -122,7 +122,7 @@ class SearchSpace:
 
     parameters: tuple[SearchParameter, ...]
     base: Mapping[str, Any]
-    """Values of the recipe by dotted key, for conditions on keys that do not vary."""
+    """Values of the recipe by dotted key, used by conditions on keys that do not vary."""
 
     def configuration(self, choose: Callable[[SearchParameter], Any]) -> dict[str, Any]:
         """Build a configuration by calling ``choose`` for each active parameter, in order."""
@@ -204,7 +204,7 @@ def read_parameters(table: Mapping[str, Any]) -> tuple[list[SearchParameter], li
 
 
 def _parameter(leaf: Leaf) -> SearchParameter:
-    """Read one key of [study.space]. Raises UserError without the key's name."""
+    """Read one key of [study.space]. Raises UserError; its message does not name the key."""
     value = leaf.value
     if not isinstance(value, Mapping):
         last = leaf.key.rsplit(".", 1)[-1]

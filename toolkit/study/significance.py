@@ -65,7 +65,7 @@ class Welch:
 
 
 def welch(first: MeanWithInterval, second: MeanWithInterval) -> Welch | None:
-    """Perform Welch's t-test of two means; return None if either has a single run, or if neither varies."""
+    """Perform Welch's t-test of two means; return None if either sample has a single value, or if neither varies."""
     if first.std is None or second.std is None:
         return None
     a, b = first.std**2 / first.n, second.std**2 / second.n
@@ -136,7 +136,7 @@ class McNemar:
 
     @property
     def p(self) -> float:
-        """Two-sided p-value of the exact test (McNemar 1947), binomial over images that only one model has right."""
+        """Two-sided p-value of the exact test (McNemar 1947), binomial over the discordant images."""
         n = self.first_only + self.second_only
         return min(1.0, 2 * float(bdtr(min(self.first_only, self.second_only), n, 0.5)))
 

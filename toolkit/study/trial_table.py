@@ -17,7 +17,7 @@ class TrialResult:
     """One configuration of a search."""
 
     trial: int
-    """Index in the order of proposals, from 0."""
+    """Index of the trial in the order of proposals, from 0."""
     result: RunResult
     value: float | None
     """The search metric at the best epoch; None for a configuration that has not been trained yet."""
@@ -34,7 +34,7 @@ def search_metric(table: StudyConfig) -> str:
 
 
 def outcomes(results: Sequence[RunResult], table: StudyConfig) -> list[TrialResult]:
-    """Rank all configurations, best first: finished ones, then by epochs reached, then by value.
+    """Rank all configurations, best first: by whether they are finished, then by epochs reached, then by value.
 
     Values after few and after many epochs are not comparable, so finished configurations come before unfinished ones.
     Failed ones come last.

@@ -95,7 +95,7 @@ def _something_is_varied(table: StudyConfig, given: Mapping[str, Any]) -> Iterat
 
 
 def _metrics_have_images(table: StudyConfig, given: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[Issue]:
-    """Yield an issue for each metric in [study] whose split is empty in all runs."""
+    """Yield an issue for each metric named in [study] whose split is empty in all runs."""
     varied = {leaf.key for form in (table.grid, table.zip, table.space) for leaf in dotted_leaves(form, ())}
     varied |= {leaf.key for row in table.rows for leaf in dotted_leaves(row.set, ())}
     output = given.get("output", {})

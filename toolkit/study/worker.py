@@ -87,9 +87,9 @@ def worker_loop(
 ) -> int:
     """Train runs until the study is complete. Return the exit status: 0, or 3 if interrupted.
 
-    A worker of a search that finds no run asks the search for one. ``wait_for_others``: keep waiting while other
-    workers train the remaining runs, in case they die. ``before`` and ``after`` are called with each run; ``after``
-    also if the run failed, but not if it was interrupted.
+    A worker of a search that finds no run to train assigns itself a new one. ``wait_for_others``: keep waiting while
+    other workers train the remaining runs, in case they die. ``before`` and ``after`` are called with each run;
+    ``after`` also if the run failed, but not if it was interrupted.
     """
     search = SearchAssigner(folder)
     while not stop.is_wanted():
@@ -113,7 +113,7 @@ def worker_loop(
 
 
 def train_run(run: Run) -> bool:
-    """Train a claimed run in this process, to its end or its assigned epoch. Return False if it failed.
+    """Train a claimed run in this process, up to its last epoch or the assigned epoch. Return False if it failed.
 
     Errors are recorded in the run directory; only Interrupted is raised.
     """

@@ -51,7 +51,7 @@ class WorkerSlot:
 
     number: int
     devices: tuple[str, ...] = ()
-    """As in CUDA_VISIBLE_DEVICES; if empty, all GPUs of the machine, if any."""
+    """GPUs, named as in CUDA_VISIBLE_DEVICES; if empty, all GPUs of the machine, if any."""
     processes: int = 1
     """Number of processes per run."""
     gpu_share: float = 1.0
@@ -78,7 +78,7 @@ class WorkerPool:
     slots: Sequence[WorkerSlot]
     workers: dict[int, Worker] = field(default_factory=dict)
     deaths: dict[str, tuple[int, Any]] = field(default_factory=dict)
-    """For each run, how many times in a row its worker died, and the run's progress at the last death."""
+    """By run: how many times in a row its worker died, and the run's progress at the last death."""
     idle_deaths: int = 0
 
     def run(self, stop: GracefulStop, log: Callable[[str], None], on_tick: Callable[[], None] = lambda: None) -> int:

@@ -40,7 +40,7 @@ from toolkit.reading import Shape, UnreadableFile, read_json, require_file
 from toolkit.runs import sync_folder, write_atomically
 
 STEM = re.compile(r"\.?(\d{4,})-(\d{6,})[-.]")
-"""Epochs and steps at the beginning of a file name; temporary files start with a dot."""
+"""Pattern of the epochs and steps at the beginning of a checkpoint's file name; temporary files start with a dot."""
 FORMAT = 2
 """Version of the checkpoint format."""
 
@@ -56,7 +56,7 @@ class _File(Shape):
 
 
 class _Manifest(_File):
-    """The JSON manifest of a checkpoint."""
+    """Schema of the JSON manifest of a checkpoint."""
 
     file: str
     epoch: int = Field(ge=0)
@@ -104,7 +104,7 @@ def save_checkpoint(folder: Path, position: CheckpointStep, content: dict[str, A
 
 
 def find_latest(folder: Path, warn: Callable[[str], None], *, with_best: bool = False) -> Path | None:
-    """Return the file of the newest intact checkpoint, or None. Unusable ones are reported through ``warn``.
+    """Return the file of the newest intact checkpoint, or None. Unusable checkpoints are reported through ``warn``.
 
     ``with_best``: its best weights must be intact as well. Raises BestWeightsLost if only these are missing.
     """
@@ -186,7 +186,9 @@ def save_best(folder: Path, epoch: int, state: dict[str, torch.Tensor]) -> dict[
 
 
 def best_fault(folder: Path, epoch: int, facts: dict[str, Any] | None) -> str:
-    """Return what is wrong with the best weights of ``epoch``, "" if nothing. ``facts``: from :func:`save_best`.
+    """Return what is wrong with the saved weights of the best epoch; "" if nothing is.
+
+    ``facts``: from :func:`save_best`.
 
     If ``facts`` is None (a checkpoint of an earlier version), only a missing file is detected.
     """
@@ -295,7 +297,7 @@ def _examine_best(manifest_path: Path) -> tuple[Path, str]:
 
 
 def _file_fault(path: Path, size: int | None, sha256: str | None) -> str:
-    """Return how a file differs from the expected size and SHA-256, "" if it does not. Raises OSError."""
+    """Return how a file differs from the expected size and SHA-256; "" if it does not. Raises OSError."""
     found = path.stat().st_size
     if not path.is_file():
         return "not a regular file"

@@ -16,7 +16,7 @@ NOTE_EVERY_S = 0.5
 
 
 class Console:
-    """Output to stderr and log.txt. ``is_main``: False on all but the main process; these processes write nothing.
+    """Output to stderr and log.txt. ``is_main``: whether this is the main process; the others write nothing.
 
     If ``shows`` is False, messages are written to log.txt only.
     """
@@ -117,7 +117,7 @@ def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...], right: froze
 
 
 def epoch_line(record: dict[str, Any], epochs: int, *, best: bool, images_per_s: float) -> str:
-    """Format the log line of an epoch: learning rate, train and validation metrics (if any), speed, BEST if best."""
+    """Format an epoch's log line: learning rate, metrics of training and validation, speed, BEST for the best epoch."""
     validation = ""
     if "val/loss" in record:
         validation = f"  val loss {record['val/loss']:.4f} accuracy {record['val/accuracy']:.4f}"

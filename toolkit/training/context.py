@@ -39,7 +39,7 @@ class TrainingContext:
     display: Console
     dataset: Dataset
     splits: dict[str, np.ndarray]
-    """Dataset indices of "train", "validation" and "test", int64."""
+    """Indices into the data set of "train", "validation" and "test", int64."""
     preprocessing: Preprocessing
     built: ModelBundle
     transfer: Transfer
@@ -47,7 +47,7 @@ class TrainingContext:
     bad_images: list[str]
     """Unreadable images that were left out: name and reason of each."""
     drawn: str = ""
-    """Hash of the splits as the recipe draws them; ``splits`` may differ in a resumed run whose data changed."""
+    """Hash of the splits that the recipe gives; ``splits`` may differ from them in a resumed run whose data changed."""
 
     def labels(self, split: str) -> np.ndarray:
         """Return the class indices of a split's images, int64."""
@@ -60,7 +60,7 @@ class TrainingContext:
 
     @functools.cached_property
     def batches_key(self) -> list[str | int | bool]:
-        """Everything that determines an epoch's batches; a run resumes mid-epoch only if it is unchanged."""
+        """Everything that determines an epoch's batches; resuming within an epoch requires that it is unchanged."""
         train, seed = self.recipe.train, self.recipe.recipe.seed
         return [split_hash(self.dataset, self.splits), seed, train.batch_size, train.drop_last, train.sampling]
 
@@ -80,7 +80,7 @@ def build_context(
 ) -> TrainingContext:
     """Build everything (a collective). Raises UserError on all processes for problems that the user can fix.
 
-    ``settle``: called with the dataset and the splits that the recipe draws; returns the splits to use.
+    ``settle``: called with the data set and the splits that the recipe gives; returns the splits to use.
     """
     train, world = recipe.train, accelerator.num_processes
     data, dataset, splits, bad_images = _open_images(recipe, accelerator, display)
@@ -148,7 +148,7 @@ def _open_images(
 def _measure(
     accelerator: Accelerator, display: Console, dataset: Dataset, indices: np.ndarray, plain: Preprocessing
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of the training images, computed by the main process (a collective)."""
+    """Return channel means and standard deviations of training images, computed by the main process (a collective)."""
     values = None
     if accelerator.is_main_process:
         display.log(f"normalization: computing mean and std of {len(indices)} training images")
@@ -182,7 +182,7 @@ def _without_bad_images(
     splits: dict[str, np.ndarray],
     bad: list[tuple[int, str]],
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return the splits without unreadable images, and these with reasons.
+    """Return the splits without unreadable images, and a list of those images with reasons.
 
     Raises UserError unless data.on_bad_image is "skip", or if there are more of them than data.max_bad_fraction allows.
     """

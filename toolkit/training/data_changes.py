@@ -31,9 +31,9 @@ from toolkit.runs import Run, write_atomically
 Splits = dict[str, IntArray]
 
 SHOWN = 3
-"""Number of images named for each kind of difference."""
+"""Maximum number of images named for each kind of difference."""
 CHUNK = 1024
-"""Number of files that a thread stats at a time."""
+"""Number of files whose size and time a thread reads at a time."""
 
 
 class DataDifference:
@@ -76,7 +76,7 @@ class DataDifference:
         return "; ".join(part for part in parts if part) or "the same images are split differently"
 
     def check_outputs(self) -> None:
-        """Raise UserError if an output of the trained model would now refer to another class."""
+        """Raise UserError if, with the current classes, an output of the trained model would refer to another class."""
         then, now = self.classes, self.dataset.classes
         if len(then) != len(now) or any(then.index(c) != i for i, c in enumerate(now) if c in then):
             raise UserError(
@@ -87,7 +87,8 @@ class DataDifference:
     def kept_apart(self, trained: set[str], same_rules: bool) -> Splits:
         """Return the drawn splits with all ``trained`` images moved to train.
 
-        ``same_rules``: the recipe splits as before, so all other known images stay in their recorded split, too.
+        ``same_rules``: whether the recipe's splitting rules are unchanged; then all other known images keep their
+        split, too.
         """
         place = np.full(len(self.names), -1)
         for number, split in enumerate(SPLITS):
@@ -144,7 +145,7 @@ def write_file_facts(run: Run, dataset: Dataset, splits: Splits) -> None:
 
 
 class FileFacts:
-    """Size and modification time of recorded image files, as recorded and now."""
+    """Recorded and current size and modification time of a run's image files."""
 
     def __init__(
         self, names: list[str], images: EncodedSource, files: npt.NDArray[np.int64], sample: npt.NDArray[np.uint8]

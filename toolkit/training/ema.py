@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 RAMP_POWER = 2 / 3
-"""timm's ``warmup_power``: after n updates the average covers about the last n ** (2 / 3) updates."""
+"""Equal to timm's ``warmup_power``: after n updates the average covers about the last n ** (2 / 3) updates."""
 
 
 def decay_at(decay: float, update: int) -> float:
@@ -37,7 +37,7 @@ def short_run_warning(decay: float, updates: int) -> str | None:
 
 
 class ModelEma:
-    """EMA of every trainable parameter. Buffers stay the model's own: batch norm statistics already are averages."""
+    """EMA of every trainable parameter. Buffers are not averaged: batch norm statistics already are averages."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay

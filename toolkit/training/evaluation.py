@@ -87,7 +87,7 @@ def evaluate(
 
 
 class _ChunkedForward:
-    """Forward pass of a module, split into smaller chunks if the device runs out of memory.
+    """Forward pass of a module, with a batch divided into smaller chunks if the device runs out of memory.
 
     Splitting does not change the results, because the module is in evaluation mode.
     """
@@ -95,7 +95,7 @@ class _ChunkedForward:
     def __init__(self, module: nn.Module, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
         self.module, self.device, self.autocast_dtype = module, device, autocast_dtype
         self.most: int | None = None
-        """Number of examples that fit in memory at once, None until it ran out."""
+        """Number of examples that fit in memory at once; None until memory has run out."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Map inputs [n, ...] to logits [n, K]. Raises OutOfMemoryError if not even one example fits."""
@@ -112,7 +112,7 @@ class _ChunkedForward:
 
 
 def outcomes(logits: Tensor, targets: Tensor) -> Tensor:
-    """Map logits [n, K] and labels [n] to float64 [n, 5]: 1, loss, prediction, its probability, whether in top 5."""
+    """Map logits [n, K] and labels [n] to float64 [n, 5]: 1, loss, prediction, its probability, top-5 correctness."""
     losses = F.cross_entropy(logits, targets, reduction="none")
     probability, prediction = logits.softmax(1).max(1)
     top5 = logits.topk(min(5, logits.shape[1]), 1).indices.eq(targets[:, None]).any(1)

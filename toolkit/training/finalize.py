@@ -1,4 +1,4 @@
-"""The end of a run: verify the saved weights, evaluate on the test set once, write the summary last.
+"""End a run: verify the saved weights, evaluate on the test set once, and write the summary last.
 
 Without validation images, the saved weights are compared with those in memory instead. Without test images, there are
 no test metrics and no predictions.csv.
@@ -91,7 +91,7 @@ def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], E
 
 
 def _verify_equal(training: Trainer, written: nn.Module) -> None:
-    """Raise RunFailed unless the saved weights equal those in memory exactly; for runs without validation images."""
+    """Raise RunFailed unless the saved weights exactly equal those in memory; for runs without validation images."""
     with training.averaged_weights():
         trained = training.setup.built.module.state_dict()
         found = written.state_dict()

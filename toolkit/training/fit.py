@@ -122,7 +122,7 @@ def _new_run(recipe: Recipe, accelerator: Accelerator, origins: dict[str, Any] |
 
 @contextlib.contextmanager
 def _errors_logged(display: Console) -> Iterator[None]:
-    """Also write errors to log.txt, because the terminal that shows them may be closed."""
+    """Write errors that occur in this context to log.txt too, because the terminal that shows them may be closed."""
     try:
         yield
     except Interrupted as interrupted:
@@ -135,7 +135,7 @@ def _errors_logged(display: Console) -> Iterator[None]:
 
 
 def _log_startup(display: Console, called: float, began: float) -> float:
-    """Log and return the seconds from the start of the command to the first step."""
+    """Log and return the seconds from the start of the command (``began``) until training begins."""
     seconds = time.monotonic() - began
     imports = f", including {called - began:.1f} s of imports" if called > began else ""
     display.log(f"ready for the first step after {round(seconds, 2):.1f} s{imports}")
@@ -250,7 +250,7 @@ def _changes(run: Run, recipe: Recipe) -> list[tuple[tuple[str | int, ...], Any,
 
 @contextlib.contextmanager
 def _locked(run: Run, accelerator: Accelerator, display: Console) -> Iterator[None]:
-    """Lock the run directory; only the main process holds the lock, because only it writes there."""
+    """Lock the run directory in this context. Only the main process holds the lock, because only it writes there."""
     lock = main_only(accelerator, lambda: run.lock(display.log), share=False)
     try:
         yield

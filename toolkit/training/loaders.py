@@ -83,17 +83,17 @@ class DataLoaders:
     images: ImageLoaders
     train: TrainLoader
     features: Features | None
-    """Precomputed inputs of the tail, if only the tail is trained."""
+    """Precomputed inputs of the trainable tail, if the backbone is frozen and features are cached."""
     made: dict[str, tuple[EvaluationLoader, int]] = field(default_factory=dict)
 
     @property
     def tail(self) -> str | None:
-        """Name of the submodule that is trained on features; None if the whole module is trained on images."""
+        """Name of the submodule that is trained on cached features; None if the whole module is trained on images."""
         return None if self.features is None else self.features.tail
 
     @property
     def cached(self) -> list[str]:
-        """Descriptions of the computations whose results are cached."""
+        """Descriptions of what is cached."""
         return [*([] if self.features is None else [self.features.description]), *self.images.cached.descriptions]
 
     def evaluation(self, split: str) -> tuple[EvaluationLoader, int]:

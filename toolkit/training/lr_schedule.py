@@ -66,7 +66,7 @@ def _cosine_between(start: float, end: float, share: float) -> float:
 
 
 def gamma_of(table: SchedulerConfig) -> float:
-    """Return the recipe's gamma, or the schedule's default: 0.95 for exponential, otherwise 0.1."""
+    """Return the recipe's gamma, or the default of the schedule: 0.95 for exponential, otherwise 0.1."""
     if table.gamma is not None:
         return table.gamma
     return 0.95 if table.name == "exponential" else 0.1
@@ -75,8 +75,8 @@ def gamma_of(table: SchedulerConfig) -> float:
 def epoch_rank(record: dict[str, Any], best_metric: str) -> tuple[float, float]:
     """Return a sort key for epoch records by ``train.best_metric``, which orders the best epoch last.
 
-    Ties are broken by the validation loss, and those of val/loss by the validation accuracy. With ``last``, later
-    epochs are better. Missing metrics and NaN rank worst.
+    Ties are broken by the validation loss; ties in the validation loss itself, by the validation accuracy. With
+    ``last``, later epochs are better. Missing metrics and NaN rank worst.
     """
     if best_metric == "last":
         return float(record["epoch"]), 0.0

@@ -18,8 +18,8 @@ def build_optimizer(
     """Build the optimizer for ``groups``, each with its own lr and weight_decay.
 
     sgd, nag, adam and adamw are PyTorch's; all other names are timm's. Raises UserError for arguments that the
-    optimizer does not accept. ``later``: parameters that will be added during training. They are considered when
-    choosing the kernel, which must be safe for them and must not depend on where a run is resumed.
+    optimizer does not accept. ``later``: parameters that will be added during training. The choice of the kernel
+    considers them, too: it must be safe for them and must not depend on where a run is resumed.
     """
     arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.args.items()}
     if table.momentum is not None:

@@ -54,7 +54,7 @@ class Resumption:
     recipe_changed: bool = False
     """Whether the recipe differs from the checkpoint's (and this was allowed)."""
     files_known: bool = False
-    """Whether the stored sizes and times of the image files are still valid (main process)."""
+    """Whether the stored sizes and times of the image files are still valid; known to the main process only."""
     data_changed: bool = False
     """Whether the images or their splits differ from the checkpoint's (and this was allowed)."""
 
@@ -240,7 +240,7 @@ def stored_recipe(recipe: Recipe) -> str:
 
 
 def _validated(stored: str) -> Recipe:
-    """Parse a checkpoint's recipe; keys added since then get the behavior of the version that wrote it."""
+    """Parse a checkpoint's recipe; newer keys get values with the behavior of the version that wrote it."""
     try:
         content = json.loads(stored)
         update_recipe(content)
@@ -253,7 +253,7 @@ def _validated(stored: str) -> Recipe:
 
 
 def _plain_recipe(run: Run) -> dict[str, Any]:
-    """Return recipe.toml as written, without the defaults of keys added since."""
+    """Return recipe.toml as it was written, without the defaults of keys added to the schema since then."""
     with open(run.path / "recipe.toml", "rb") as file:
         return tomllib.load(file)
 
@@ -267,7 +267,7 @@ def accept_changes(trainer: Trainer) -> None:
     trainer.resumed_under_changes = (progress.epoch, progress.step)
     if progress.best is not None and trainer.setup.has("validation"):
         _validate_again(trainer, progress.best)
-    trainer.take_last_if_best()
+    trainer.stage_last_if_best()
     trainer.save(RunningMetrics.restored(progress.sums, trainer.accelerator) if progress.step else None)
 
 
@@ -302,5 +302,5 @@ def choose_best_again(trainer: Trainer) -> None:
     """
     progress = trainer.progress
     progress.best, trainer.writer.best_weights = None, None
-    trainer.take_last_if_best()
+    trainer.stage_last_if_best()
     trainer.display.log(f"the best epoch is chosen from epoch {progress.epochs_begun} onwards")

@@ -34,11 +34,11 @@ class RunWriter:
         self.length = 0
         """Length of metrics.jsonl in bytes."""
         self.digest = hashlib.sha256()
-        """SHA-256 of these bytes."""
+        """SHA-256 of the first ``length`` bytes of metrics.jsonl."""
         self.lines = b""
-        """Lines not yet written to metrics.jsonl."""
+        """Lines that have not been written to metrics.jsonl yet."""
         self.best: tuple[int, dict[str, Tensor]] | None = None
-        """Epoch and weights not yet written."""
+        """Best epoch and its weights, if they have not been written yet."""
         self.best_weights: dict[str, Any] | None = None
         """Size and SHA-256 of the best weights on disk, see :func:`toolkit.training.checkpoint.save_best`."""
 

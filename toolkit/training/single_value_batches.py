@@ -96,12 +96,12 @@ def _step_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
 
 
 def _is_affected(count: int, train: TrainConfig, world: int) -> bool:
-    """Return whether a batch norm sees a single image in a step of ``count``, split as in :func:`plan_epoch`."""
+    """Return whether a batch norm gets a single image in a step of ``count`` images (see :func:`plan_epoch`)."""
     return 1 in _seen_at_once(count, train, world)
 
 
 def _seen_at_once(count: int, train: TrainConfig, world: int) -> Iterator[int]:
-    """Yield the fewest images that a batch norm sees at once, for the smallest and largest micro-batch of a step."""
+    """Yield the fewest images that a batch norm gets at once, for a step's smallest and largest micro-batch."""
     parts = min(train.grad_accum_steps, count)
     for part in (count // parts, -(-count // parts)):
         # A micro-batch with fewer images than processes is replicated on each; synchronized batch norm sees all of it.

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainProgress:
-    """Training progress of a run; saved in every checkpoint."""
+    """Training progress of a run, saved in every checkpoint."""
 
     epoch: int = 0
-    """Completed epochs."""
+    """Number of completed epochs."""
     step: int = 0
-    """Completed steps of the current epoch."""
+    """Number of completed steps of the current epoch."""
     best: dict[str, Any] | None = None
     """Record in metrics.jsonl of the best epoch by train.best_metric."""
     last: dict[str, Any] | None = None
@@ -38,7 +38,7 @@ class TrainProgress:
     train_seconds: float = 0.0
     """Total time of training steps in seconds, including sessions before a resume."""
     train_images: int = 0
-    """Images trained on by all processes, including sessions before a resume."""
+    """Number of images trained on by all processes, including sessions before a resume."""
     sums: list[list[float]] = field(default_factory=list)
     """Running metrics of each process, see :meth:`toolkit.training.train_step.RunningMetrics.state`."""
 

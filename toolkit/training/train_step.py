@@ -36,7 +36,7 @@ class RunningMetrics:
 
     values: Tensor
     since_log: Tensor
-    """The same sums since the last logged step."""
+    """Sums since the last logged step, in the same order."""
 
     @classmethod
     def zero(cls, device: torch.device) -> RunningMetrics:
@@ -80,7 +80,7 @@ class RunningMetrics:
         return [*self.values.tolist(), *self.since_log.tolist()]
 
     def add_state(self, state: list[float]) -> None:
-        """Add sums that :meth:`state` returned."""
+        """Add sums returned by :meth:`state`."""
         self.values += torch.tensor(state[:3], dtype=torch.float64).to(self.values)
         self.since_log += torch.tensor(state[3:], dtype=torch.float64).to(self.since_log)
 
@@ -93,7 +93,7 @@ def _means(values: Tensor, accelerator: Accelerator) -> tuple[float, float]:
 
 
 class NonFiniteDetector:
-    """Detects the first step whose loss is not finite, without making the CPU wait for a GPU.
+    """Detector of the first step whose loss is not finite, which does not make the CPU wait for a GPU.
 
     On a GPU, each step's result is copied to the CPU asynchronously and read once it has arrived. Only if more than
     ``MOST`` results are pending is the oldest one waited for, which also limits how far the CPU runs ahead.
@@ -154,7 +154,7 @@ class TrainCallbacks:
     """Callbacks of :meth:`TrainStep.train_epoch`."""
 
     set_lr: Callable[[float], None]
-    """Called before each step with the epoch as a fraction, e.g. 2.5."""
+    """Called before each step with the fractional epoch, e.g. 2.5 in the middle of the third epoch."""
     after_step: Callable[[int, RunningMetrics], bool]
     """Called after each step with the number of completed steps; True ends the epoch early."""
     log_step: Callable[[int, float, float], None]

@@ -61,16 +61,16 @@ class TrainedModel:
     """A model in evaluation mode, with its preprocessing and classes."""
 
     module: nn.Module
-    """float32 [n, C, H, W] -> logits [n, K]."""
+    """Maps float32 [n, C, H, W] to logits [n, K]."""
     preprocessing: Preprocessing
     transforms: tuple[TransformConfig, ...]
     """The recipe's own transforms of test images, in addition to the preprocessing ([augment] test)."""
     classes: list[str]
     table: ModelConfig
     recipe: str
-    """Name of the recipe that trained it."""
+    """Name of the recipe that the model was trained with."""
     weights: Path
-    """File of the weights."""
+    """Path of the weights file."""
 
     @property
     def transform(self) -> ImageTransform:
@@ -111,7 +111,7 @@ def model_card(
 
 
 def load_model(path: str | os.PathLike[str]) -> TrainedModel:
-    """Load the model of a run directory, a run's ``checkpoints``, or any folder with model.json and weights.
+    """Load the model of a run directory, a run's ``checkpoints`` folder, or any folder with model.json and weights.
 
     Raises UserError if a file is missing or damaged, or if the two do not belong together.
     """

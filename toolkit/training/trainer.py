@@ -272,7 +272,7 @@ class Trainer:
         return RunFailed(f"{reason}; {self.kept_text()}. {ADVICE}")
 
     def kept_text(self) -> str:
-        """Return a phrase that names the checkpoint to resume from, for messages (a collective)."""
+        """Return a phrase for messages that names the checkpoint from which the run can be resumed (a collective)."""
         position = broadcast_object(self.writer.latest())
         if position is None:
             return "there is no checkpoint to resume from"
@@ -298,7 +298,7 @@ class Trainer:
             self.tracking.log(record, record["step"])
 
     def _with_progress(self, bar: ProgressBar, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield evaluation batches and advance the progress bar, assuming that all processes advance equally."""
+        """Yield evaluation batches and advance the progress bar, assuming that all processes are equally fast."""
         for batch in batches:
             yield batch
             bar.advance(len(batch[0]) * self.accelerator.num_processes)
@@ -391,8 +391,8 @@ class Trainer:
         self.progress.metrics_bytes = self.writer.length
         self.writer.save((self.progress.epoch, self.progress.step), checkpoint_content(self, processes))
 
-    def take_last_if_best(self) -> None:
-        """Stage the current weights as the best ones if they end an epoch that is the best under the current recipe."""
+    def stage_last_if_best(self) -> None:
+        """Stage the current weights as the best ones if the last epoch is the best under the current recipe."""
         progress = self.progress
         if progress.step == 0 and progress.last is not None and self._is_best(progress.last):
             progress.best = progress.last

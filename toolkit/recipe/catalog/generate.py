@@ -39,7 +39,7 @@ EXCLUDED_TRANSFORMS = {
     "Transform": "is the base of the other classes",
     "UniformTemporalSubsample": "is for videos",
 }
-"""Classes that cannot be used on single images in a recipe, and the reason, as text of the error message."""
+"""Transforms that a recipe cannot use on single images, each with the reason as text for an error message."""
 
 OWN_OPTIMIZER_KEYS = {"self", "params", "lr", "weight_decay", "momentum", "nesterov", "maximize", "differentiable"}
 """Arguments that other recipe keys set (lr, nag), or that would break training."""
@@ -73,7 +73,7 @@ def _release(version: str) -> str:
 
 
 def _layout(value: Any, depth: int = 0) -> str:
-    """Return JSON with one entry per line down to the third level, for readable diffs."""
+    """Format JSON with one entry per line down to the third level of nesting, for readable diffs."""
     if depth == 3 or not isinstance(value, dict | list) or not value:
         return json.dumps(value, separators=(",", ":"))
     if isinstance(value, list):
@@ -163,7 +163,7 @@ def _parameters(cls: type) -> Iterable[inspect.Parameter]:
 
 
 def _argument(parameter: inspect.Parameter) -> dict[str, Any]:
-    """Return the kinds of TOML values that an argument takes (empty: unknown), whether it is required, its default.
+    """Return the kinds of TOML values that an argument takes (empty: unknown), whether it is required, and its default.
 
     ``size`` defaults to data.image_size, so it is never required.
     """
