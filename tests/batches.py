@@ -61,9 +61,9 @@ def batched(table: AugmentConfig, preprocessing: Preprocessing, seed: int = 0, s
 
 
 def numbers(augment: GpuAugmentation, epoch: int, draws: Floats | Any) -> Floats:
-    """Return the uniform random numbers of a batch, [m, slots]."""
+    """Return the uniform random numbers of a batch, [m, n]."""
     return keyed_uniforms(
-        np.asarray(draws), sum(one.slots for one in augment.all), _AUGMENT_STREAM, augment.seed, epoch
+        np.asarray(draws), sum(one.random_count for one in augment.all), _AUGMENT_STREAM, augment.seed, epoch
     )
 
 
@@ -73,8 +73,8 @@ def one_by_one(augment: GpuAugmentation, image: Image.Image, u: Floats) -> Tenso
     All transforms are applied to Pillow images, one after the other, as in a data worker.
     """
     for one in augment.passes:
-        image = after(one, image, u[None, : one.slots])
-        u = u[one.slots :]
+        image = after(one, image, u[None, : one.random_count])
+        u = u[one.random_count :]
     pixels = functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
     if augment.erase is not None:
         plan = augment.erase.plan(u[None], (image.height, image.width))
@@ -92,11 +92,11 @@ def after(one: BatchOp, image: Any, u: Floats) -> Any:
         case CropFlipOp():
             start = 0
             for step in one.steps:
-                image = moved(step, image, u[:, start : start + step.slots], one.fill)
-                start += step.slots
+                image = moved(step, image, u[:, start : start + step.random_count], one.fill)
+                start += step.random_count
             return image
         case AffineOp():
-            own, flips = u[:, 1 : 1 + one.warp.slots], u[:, 1 + one.warp.slots :]
+            own, flips = u[:, 1 : 1 + one.warp.random_count], u[:, 1 + one.warp.random_count :]
             for number, flip in enumerate(one.before):
                 image = moved(flip, image, flips[:, number : number + 1], None)
             image = warped(one, image, own, size) if u[0, 0] < one.p else image

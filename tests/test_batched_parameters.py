@@ -23,8 +23,8 @@ SIZE = (40, 60)
 Sample = npt.NDArray[np.float64]
 
 
-def uniforms(slots: int, key: int = 0) -> Sample:
-    return keyed_uniforms(np.arange(N), slots, key)
+def uniforms(random_count: int, key: int = 0) -> Sample:
+    return keyed_uniforms(np.arange(N), random_count, key)
 
 
 def only_pass(**entry: Any) -> Any:

@@ -152,7 +152,7 @@ def test_a_single_image_is_accepted_only_if_its_range_is_unambiguous(tmp_path: P
     images = EncodedImages(ImageFiles(tmp_path, ["full.png", "twelve.png"]), 1)
     assert np.array_equal(images.load(0)[..., 0], np.rint(np.rint(RAMP * 65535) * 255 / 65535))
     with pytest.raises(
-        UnreadableImageError, match=r"twelve\.png: it has integer samples.* from 0 to 4095, and which value is white"
+        UnreadableImageError, match=r"twelve\.png: it has integer samples.* from 0 to 4095, and it is not known which"
     ):
         images.load(1)
 

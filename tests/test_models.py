@@ -485,7 +485,7 @@ def test_randomness_that_cannot_be_keyed_is_a_warning_that_says_what_is_lost(tab
     built = build_on_meta(table, 64)
     assert built.unkeyed
     (note,) = built.notes
-    assert note.startswith(f"warning: {table.name} draws random numbers that do not belong to single examples (aten.")
+    assert note.startswith(f"warning: {table.name} draws random numbers that do not depend on the example alone (aten.")
     assert "depend on the number of processes and on train.grad_accum_steps" in note
     assert "a run that is resumed on another number of processes differs" in note
     assert "use model.head.dropout" in note

@@ -249,7 +249,7 @@ def test_changed_data_are_refused_if_the_trained_images_are_unknown(recipe: Reci
     run = paused(recipe)
     remove(Path(recipe.data.root))
     (run.path / "split.json").write_text("{}")
-    with pytest.raises(UserError, match=r"split\.json, which lists the trained images, is missing or damaged"):
+    with pytest.raises(UserError, match=r"split\.json, which lists the training images, is missing or damaged"):
         resumed(run, allow_changes=True)
 
 
@@ -414,7 +414,7 @@ def test_unkeyed_random_numbers_are_a_warning_and_repeat_on_the_same_number_of_p
     run = resumed(paused(recipe))
     assert outcome(run) == outcome(fit(recipe, quiet=True))
     assert (
-        "warning: test_resnet draws random numbers that do not belong to single examples"
+        "warning: test_resnet draws random numbers that do not depend on the example alone"
         in (run.path / "log.txt").read_text()
     )
 

@@ -233,7 +233,7 @@ def test_whole_models_give_the_same_outputs_for_any_split_of_a_batch(model: obje
 
 
 def test_batch_mode_stochastic_depth_is_not_replaced() -> None:
-    """Its masks do not belong to single examples, which the model's notes state."""
+    """Its masks do not depend on the example alone, which the model's notes state."""
     model = nn.Sequential(StochasticDepth(0.5, "batch"), StochasticDepth(0.5, "row"))
     assert len(key_dropout_layers(model, 0).calls) == 1
     assert [type(layer) for layer in model] == [StochasticDepth, KeyedDropout]

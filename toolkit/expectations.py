@@ -66,7 +66,7 @@ def _not_comparable(recipe: Recipe, expected: Expectation, measured: float | Non
     if reason := different_conditions(recipe):
         return reason
     if expected.seeds and recipe.recipe.seed not in expected.seeds:
-        return f"stated for seed {', '.join(map(str, expected.seeds))}, this run has seed {recipe.recipe.seed}"
+        return f"stated for seed {', '.join(map(str, expected.seeds))}, but this run has seed {recipe.recipe.seed}"
     return ""
 
 

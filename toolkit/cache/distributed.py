@@ -145,7 +145,7 @@ class DistributedCache:
             free = free_disk(self.root)
             if size > free * DISK_SHARE:
                 where = f"the cache {folder_of(self.root)}, with {gib(free)} free"
-                self.setup.display.log(f"{gib(size)} do not fit into {where}: they are not cached")
+                self.setup.display.log(f"{gib(size)} do not fit into {where}, so they are not cached")
                 return None
             remove_leftovers(self.root, name)
             writer = CacheEntryWriter(self.root, name)

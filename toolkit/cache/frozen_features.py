@@ -103,7 +103,7 @@ class Features:
         need, free = one.numel() * 4 * images * local_processes(), available_memory()
         fits = need <= free * MEMORY_SHARE or not self.passes()
         if not all(gather_objects(fits)):
-            return f"its features need {gib(need)}, and {gib(free)} are free"
+            return f"its features need {gib(need)}, but only {gib(free)} are free"
         return ""
 
     def passes(self) -> int:

@@ -105,7 +105,7 @@ class SplitImages:
             setup.display.log(f"images of {splits} are not held on the device: {why}")
         if storage == "read from disk" and choice in ("memory", "device"):
             free = gib(available_memory())
-            setup.display.log(f"images are not held in memory: {gib(entry.size)} do not fit into {free}")
+            setup.display.log(f"images are not held in memory: {gib(entry.size)} needed, {free} free")
         for split in part.splits:
             self.images[split], self.done[split] = stored, part.steps
         details = f"{gib(entry.size)} in {folder_of(cache.root)}, {storage}"

@@ -70,7 +70,7 @@ def copy_to_device(tensor: Tensor, device: torch.device, local_processes: int) -
     """Return a copy on the device if it takes at most DEVICE_SHARE of its free memory, else the reason why not."""
     free = device_memory(device, local_processes)
     if tensor.nbytes > free * DEVICE_SHARE:
-        return f"{gib(tensor.nbytes)} do not fit into {gib(free)} free"
+        return f"{gib(tensor.nbytes)} needed, {gib(free)} free"
     try:
         return tensor.to(device, copy=True)
     except (torch.OutOfMemoryError, RuntimeError) as error:

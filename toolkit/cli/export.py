@@ -20,7 +20,8 @@ def export(
     run: ModelPath,
     style: Annotated[str, typer.Option("--format", metavar="FORMAT", help="onnx, torch-export, safetensors or timm.")],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Folder to write. Default: RUN/export/FORMAT.")
+        Path | None,
+        typer.Option("-o", "--out", metavar="FOLDER", help="Output folder. Default: RUN/export/FORMAT."),
     ] = None,
     epoch: Annotated[
         str, typer.Option(metavar="EPOCH", help="Weights to export: best (the selected epoch) or last (the last one).")
@@ -63,9 +64,9 @@ def publish(
         str, typer.Option("--license", metavar="ID", help="The Hub's license identifier: mit, apache-2.0, ...")
     ] = "unknown",
     private: Annotated[bool, typer.Option("--private", help="Visible only to you or your organization.")] = False,
-    no_push: Annotated[bool, typer.Option("--no-push", help="Only write the folder.")] = False,
+    no_push: Annotated[bool, typer.Option("--no-push", help="Write the folder without pushing it.")] = False,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Folder to write. Default: RUN/publish.")
+        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Output folder. Default: RUN/publish.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

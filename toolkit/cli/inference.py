@@ -88,7 +88,7 @@ def predict(
         str, typer.Option("--format", metavar="FORMAT", help="csv, json (one array) or jsonl (one object per line).")
     ] = "csv",
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE", help="File to write. Default: stdout.")
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Output file. Default: stdout.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     batch_size: Annotated[
@@ -208,7 +208,7 @@ def explain(
         typer.Option(min=1, metavar="N", help="Number of the run's worst mistakes on its test images. Default: 16."),
     ] = None,
     layer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Layer to explain. Default: the last with spatial maps.")
+        str | None, typer.Option(metavar="NAME", help="Default: the last layer with spatial maps.")
     ] = None,
     out: Annotated[
         Path | None,

@@ -162,10 +162,10 @@ def _with_comments(text: str, known: dict[str, tuple[Any, str]]) -> str:
 @command
 def diff(
     first: Annotated[
-        Path, typer.Argument(metavar="A", parser=chosen_run, help="Recipe, or run as for toolkit evaluate.")
+        Path, typer.Argument(metavar="A", parser=chosen_run, help="Recipe, or run (as for toolkit evaluate).")
     ],
     second: Annotated[
-        Path, typer.Argument(metavar="B", parser=chosen_run, help="Recipe, or run as for toolkit evaluate.")
+        Path, typer.Argument(metavar="B", parser=chosen_run, help="Recipe, or run (as for toolkit evaluate).")
     ],
     as_json: AsJson = False,
 ) -> None:

@@ -57,7 +57,7 @@ def table(
     options = TableOptions(_split_list(columns), _split_list(by), compare, intervals, sort, top)
     if len(studies) > 1:
         if by or compare or intervals or sort or top or figures:
-            raise UserError("with several studies, only --columns and --json have a meaning: no table of rows is shown")
+            raise UserError("with several studies, only --columns and --json can be used: no table of rows is shown")
         tables, content = overall([read_outcomes(StudyDirectory(study), options) for study in studies], options.columns)
         shown = "\n\n".join(text(part) for part in tables) or "no two rows can be compared with published metrics"
         print(json.dumps(content, indent=2, ensure_ascii=False) if as_json else shown)

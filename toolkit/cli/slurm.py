@@ -301,7 +301,7 @@ def _has_ended(path: Path) -> bool:
 def cancel(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN|STUDY", parser=chosen_run, help="Runs as for toolkit evaluate, or studies."),
+        typer.Argument(metavar="RUN|STUDY", parser=chosen_run, help="Runs (as for toolkit evaluate) or studies."),
     ],
     as_json: AsJson = False,
 ) -> None:

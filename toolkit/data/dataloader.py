@@ -101,7 +101,7 @@ class TrainLoader:
     def __init__(self, source: BatchSource, plan: SamplingPlan) -> None:
         """``plan``: defines the order of the examples."""
         if plan.size != len(source):
-            raise ValueError(f"the plan is for {plan.size} images, the split has {len(source)}")
+            raise ValueError(f"the plan is for {plan.size} images, but the split has {len(source)}")
         self.source, self.plan = source, plan
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:

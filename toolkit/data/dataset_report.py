@@ -185,12 +185,12 @@ def find_near_duplicates(
     indices = [index for index, found in seen.items() if found.thumbnail is not None]
     notes = []
     if len(indices) < len(seen):
-        notes.append(f"near-duplicates are not searched for among images with a side below {SMALLEST} pixels")
+        notes.append(f"images with a side below {SMALLEST} pixels were not checked for near-duplicates")
     if len(indices) > MOST:
-        notes.append(f"near-duplicates are not searched for among more than {MOST:,} images")
+        notes.append(f"there are more than {MOST:,} images, so near-duplicates were not searched for")
         indices = []
     elif len(indices) > MOST_CROPS:
-        notes.append(f"crops are not searched for among more than {MOST_CROPS:,} images, only similar whole images")
+        notes.append(f"there are more than {MOST_CROPS:,} images, so only whole images were compared, not crops")
     if len(indices) < 2:
         return _by_split(dataset, splits, []), notes
     aspects = np.array([seen[index].width / seen[index].height for index in indices], dtype=np.float32)

@@ -93,7 +93,7 @@ def _fetch(kind: Callable[..., Any], table: DataConfig) -> tuple[Any, Any]:
     except _UNREADABLE as error:
         if not table.download:
             raise UserError(
-                f"{table.dataset} is not in data.root = {table.root!r}, or is incomplete, and data.download is false; "
+                f"{table.dataset} is not in data.root = {table.root!r}, or is incomplete, but data.download is false; "
                 "run once with --set data.download=true and network access, or copy the files there"
             ) from error
     try:
@@ -103,8 +103,8 @@ def _fetch(kind: Callable[..., Any], table: DataConfig) -> tuple[Any, Any]:
             return read(download=True)
     except _UNREADABLE as error:
         raise UserError(
-            f"{table.dataset} is not in data.root = {table.root!r}, or damaged, and could not be downloaded: {error}; "
-            "remove what is there, or download it on a machine with a network and copy the folder, or set data.root "
+            f"{table.dataset} is not in data.root = {table.root!r}, or is damaged, and could not be downloaded: "
+            f"{error}; remove what is there, or download it on a machine with a network and copy the folder, or set data.root "
             "to where it is"
         ) from error
 

@@ -128,7 +128,7 @@ def choose_range(extents: list[Extent]) -> Range | None:
     if has_color:
         raise UserError(
             f"data.value_range cannot be determined: {whole.images} images have 16 bits per sample, with values up to "
-            f"about {whole.high:g} ({example}). Of 16-bit color images Pillow reads only the upper 8 bits, so that "
+            f"about {whole.high:g} ({example}). Pillow reads only the upper 8 bits of 16-bit color images, so "
             "these would be nearly black: convert them to 8 bits, or accept that with data.value_range = [0, 65535]"
         )
     raise UserError(
@@ -158,7 +158,7 @@ def to_bytes(image: Image.Image, kind: Kind, value_range: Range | None) -> Image
         if kind == "float" or whole.low < 0 or not LEAST_USED * WHITE_16 < whole.high <= WHITE_16:
             raise UnclearValues(
                 f"it has {kind} samples of more than 8 bits, with values from {whole.low:g} to {whole.high:g}, and "
-                "which value is white is not known; convert it to 8 bits"
+                "it is not known which value is white; convert it to 8 bits"
             )
         value_range = FULL
     if kind == "color":

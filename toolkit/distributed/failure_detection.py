@@ -179,7 +179,7 @@ class FailureDetector:
             if neighbor not in self.silences:
                 print(
                     f"warning: {self._name(neighbor)} has not answered for {silence:.0f} s: it is stopped, or its "
-                    "machine swaps or is cut off; the other processes wait for it",
+                    "machine is swapping or disconnected; the other processes wait for it",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
             self.silences[neighbor] = silence

@@ -112,7 +112,7 @@ def _number(name: str, lowest: int, highest: int | None, default: int) -> int:
         return default
     if name == "MASTER_PORT" and text == "0":
         raise UserError(
-            "MASTER_PORT = 0: the processes cannot find each other at a port that each chooses for itself. "
+            "MASTER_PORT = 0: each process would choose a port of its own, so they could not find each other. "
             "With torchrun, use --standalone instead of --master-port 0, or give a free port, e.g. --master-port 29501"
         )
     if not text.isascii() or not text.isdigit():

@@ -120,7 +120,7 @@ def subjects_from_files(trained: TrainedModel, paths: Sequence[str], log: Callab
 def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path | None = None) -> list[CamInput]:
     """Return the misclassified test images with the highest probabilities in predictions.csv, highest first."""
     if not run.has_test:
-        raise UserError(f"{run.path} has no test images, hence no mistakes to explain: give images")
+        raise UserError(f"{run.path} has no test images, so there are no mistakes to explain: give images")
     found = read_predictions(run, trained.classes)
     worst = found.worst(count)
     if not len(worst):

@@ -232,7 +232,7 @@ class _Builder:
         if not operations:
             return []
         return [
-            f"warning: {self.table.name} draws random numbers that do not belong to single examples "
+            f"warning: {self.table.name} draws random numbers that do not depend on the example alone "
             f"({', '.join(operations)}). The results depend on the number of processes and on "
             "train.grad_accum_steps, so a run that is resumed on another number of processes differs from one that is "
             "not interrupted. To avoid this, leave out dropout, drop rates and random positions (rope_*_coords) in "

@@ -72,8 +72,8 @@ def check_memory(weights: int, what: str) -> None:
     need = 2 * 4 * weights
     if torch.get_default_device().type != "meta" and need > (free := available_memory()):
         raise UserError(
-            f"{what} has {weights:,} weights, {gib(need)} with their gradients, and {gib(free)} of memory are free: "
-            "make it smaller"
+            f"{what} has {weights:,} weights, {gib(need)} with their gradients, but only {gib(free)} of memory are "
+            "free: make it smaller"
         )
 
 

@@ -93,7 +93,7 @@ def key_dropout_layers(module: nn.Module, seed: int) -> DropoutKeys:
     """Replace every dropout and stochastic depth layer of ``module`` in place. State dict names do not change.
 
     Layers are numbered in registration order, so a model gets the same masks on every machine and in every process.
-    Stochastic depth of whole batches stays as it is, because its masks do not belong to single examples.
+    Stochastic depth of whole batches stays as it is, because its masks do not depend on the example alone.
     """
     found = [(name, layer) for name, layer in module.named_modules(remove_duplicate=False) if can_be_keyed(layer)]
     state = DropoutKeys(seed, len(found))

@@ -254,7 +254,7 @@ def stages(recipe: Recipe) -> Iterator[Issue]:
             if entry.stage in ("crop", "resize_crop"):
                 if taken:
                     text = f"{dotted(taken)} already replaces the crop"
-                    yield error(path, text, related, hint="only one transform can")
+                    yield error(path, text, related, hint="only one transform can replace it")
                 taken = taken or path
 
 

@@ -283,7 +283,7 @@ def train(recipe: Recipe) -> Iterator[Issue]:
         text = f"{batch} is not divisible by train.grad_accum_steps = {parts}"
         yield error("train.batch_size", text, "train.grad_accum_steps", hint=hint)
     if recipe.train.sampling == "balanced" and recipe.train.class_weights == "balanced":
-        text = 'with sampling = "balanced" rare classes are favored twice'
+        text = 'train.sampling = "balanced" already corrects for rare classes: they get extra weight twice'
         yield warning("train.class_weights", text, "train.sampling")
 
 

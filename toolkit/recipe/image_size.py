@@ -34,6 +34,7 @@ def convnet_output_size(table: ConvNetConfig, image_size: int) -> int:
             if size < 1:
                 raise UserError(
                     f"image_size {image_size} is too small for [model.convnet]: only {before}x{before} pixels reach "
-                    f"the {layer} of block {number} of {len(table.blocks)}; use larger images, padding, or fewer pools"
+                    f"the {layer} of block {number} of {len(table.blocks)}; use larger images, padding, or "
+                    "fewer pooling layers"
                 )
     return size

@@ -154,7 +154,7 @@ class Claim(ConfigModel):
         "study.",
     )
     holds: bool = Field(
-        True, description="false: the publication claims that it is not better than the others by more than the margin."
+        True, description="false: the publication claims that the first group is not better by more than the margin."
     )
     margin: float = Field(0.0, ge=0, description="Minimum difference that is claimed.")
 

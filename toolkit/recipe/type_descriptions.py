@@ -28,7 +28,7 @@ PATTERNS = {
     "single spaces and dots between them, at most 100 characters",
     SLURM_WORD: "text of letters, digits and _.,@+-",
     SLURM_FEATURES: "text of letters, digits and _.,:&|*()[]@+-",
-    SLURM_MEMORY: "a size such as 64G (K, M, G or T; alone, megabytes)",
+    SLURM_MEMORY: "a size such as 64G (K, M, G or T; megabytes without a unit)",
     SLURM_TIME: "a time such as 90 (minutes), 4:00:00 or 2-12:00:00 (days-hours)",
     SLURM_OPTION: "an option of sbatch such as --exclusive or --mail-type=FAIL, without spaces or quotation marks",
 }

@@ -102,10 +102,10 @@ def reliability_figure(title: str, found: Calibration) -> Figure:
     left, width = found.edges[:-1], np.diff(found.edges)
     filled = found.counts > 0
     upper.bar(left[filled], found.accuracy[filled], width[filled], align="edge", color=BLUE, edgecolor="white",
-              linewidth=0.5, label="accuracy of the bin")  # fmt: skip
+              linewidth=0.5, label="accuracy in the bin")  # fmt: skip
     gap = (found.confidence - found.accuracy)[filled]
     upper.bar(left[filled], gap, width[filled], bottom=found.accuracy[filled], align="edge", color=ORANGE,
-              edgecolor="white", linewidth=0.5, alpha=0.75, label="gap to its confidence")  # fmt: skip
+              edgecolor="white", linewidth=0.5, alpha=0.75, label="gap to mean confidence")  # fmt: skip
     upper.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1.0, label="perfectly calibrated")
     upper.set_ylabel("accuracy")
     upper.set_ylim(0, 1)

@@ -101,7 +101,7 @@ def check_gpus() -> None:
     seen = torch.cuda.device_count()
     if asked and seen != asked and not os.environ.get("TOOLKIT_PRETENDED_GPUS"):
         raise UserError(
-            f"SLURM granted {asked} GPU(s) on {os.uname().nodename}, PyTorch {torch.__version__} sees {seen}: the "
+            f"SLURM granted {asked} GPU(s) on {os.uname().nodename}, but PyTorch {torch.__version__} sees {seen}: the "
             "driver and the PyTorch build may not match; run `toolkit doctor` on that node"
         )
 

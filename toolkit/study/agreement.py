@@ -96,7 +96,7 @@ def build_agreement_table(found: Sequence[Agreement]) -> TextTable:
         for one in found
     ]
     notes = [
-        "Rank correlation: Spearman's, of measured and published metrics over the rows that can be compared.",
+        "Rank correlation: Spearman's, between measured and published metrics, over the rows that can be compared.",
         "Within noise: fraction of rows that differ by at most two standard deviations of one run: over its seeds if "
         "it has several, else as published, else binomial over the images, which ignores the variation between seeds.",
     ]

@@ -151,7 +151,7 @@ def _paired(claim: Claim, name: str, differences: Sequence[float], levels: tuple
     found, wider = (estimate(differences, level) for level in levels)
     runs = f"{found.n} pairs"
     if not found.std:
-        return Contrast(name, found.mean, runs, reason="the differences do not vary")
+        return Contrast(name, found.mean, runs, reason="all differences are equal")
     needed = pairs_needed(found.mean - claim.margin, found.std, levels[0])
     return Contrast(name, found.mean, runs, found.interval, None, wider.interval, needed)
 
@@ -162,7 +162,7 @@ def _unpaired(
     a, b = estimate(one, levels[0]), estimate(other, levels[0])
     runs, test = f"{a.n} and {b.n} runs", welch(a, b)
     if test is None:
-        return Contrast(name, a.mean - b.mean, runs, reason="the values do not vary")
+        return Contrast(name, a.mean - b.mean, runs, reason="all values within each group are equal")
     spread = math.hypot(a.std or 0.0, b.std or 0.0)
     needed = pairs_needed(test.difference - claim.margin, spread, levels[0], samples=2)
     return Contrast(name, test.difference, runs, test.interval(levels[0]), None, test.interval(levels[1]), needed)

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from toolkit.training.trainer import Trainer
 
 ADVICE = (
-    "Restore the data that the run was trained with, start a new run, or add --allow-changes, which keeps the images "
-    "that were trained out of validation and test"
+    "Restore the data that the run was trained with, start a new run, or add --allow-changes, which keeps images "
+    "that were trained on out of the validation and test splits"
 )
 
 
@@ -121,7 +121,7 @@ class Resumption:
         if record is None:
             raise UserError(
                 f"the data or the splits of {self.run.path} have changed since its checkpoint was written, and "
-                "split.json, which lists the trained images, is missing or damaged. Start a new run"
+                "split.json, which lists the training images, is missing or damaged. Start a new run"
             )
         difference = DataDifference(record, dataset, drawn, self._classes(), files)
         if not self.allow_changes:
@@ -136,7 +136,7 @@ class Resumption:
         check_splits(dataset, splits, [name for name in SPLITS if len(drawn[name])])
         self.display.log(f"the data have changed since the checkpoint was written: {difference}")
         counts = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
-        self.display.log(f"trained images stay out of validation and test: now {counts}")
+        self.display.log(f"images that were trained on stay out of validation and test: now {counts}")
         return splits, True
 
     def _record(self, trained: str) -> dict[str, list[str]] | None:
