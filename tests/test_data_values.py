@@ -130,7 +130,7 @@ def test_an_unknown_range_is_refused_and_can_be_stated_in_the_recipe(
         settled(images)
     for part in (name, f"from {low:g} to {high:g}", "data.value_range = [BLACK, WHITE]"):
         assert part in str(caught.value)
-    with pytest.raises(UnreadableImageError, match="not known; convert it to 8 bits"):
+    with pytest.raises(UnreadableImageError, match="not known which value is white; convert it to 8 bits"):
         images.load(0)
     pixels = images.with_range((low, high)).load(0)[..., 0].astype(int)
     assert np.abs(pixels - GRAYS).max() <= (15 if factor == 9 else 1)

@@ -104,8 +104,8 @@ def _fetch(kind: Callable[..., Any], table: DataConfig) -> tuple[Any, Any]:
     except _UNREADABLE as error:
         raise UserError(
             f"{table.dataset} is not in data.root = {table.root!r}, or is damaged, and could not be downloaded: "
-            f"{error}; remove what is there, or download it on a machine with a network and copy the folder, or set data.root "
-            "to where it is"
+            f"{error}; remove what is there, or download it on a machine with a network and copy the folder, or "
+            "set data.root to where it is"
         ) from error
 
 
