@@ -18,11 +18,11 @@ from toolkit.report.plot_style import plot_style, save
 from toolkit.study.bohb import budgets
 from toolkit.study.directory import StudyDirectory
 from toolkit.study.expand import expand, read_study
-from toolkit.study.export_tables import StudyResults, TableOptions, read_outcomes
 from toolkit.study.plot_types import incumbent_curve
 from toolkit.study.plots import incumbents
 from toolkit.study.runner import run_study
 from toolkit.study.significance import compare
+from toolkit.study.study_results import StudyResults, TableOptions, read_outcomes
 from toolkit.study.text_table import TextTable, markdown
 from toolkit.study.worker_pool import slots_for
 

@@ -15,7 +15,6 @@ from study_folders import FakeRun, write_study
 from toolkit.recipe.study_schema import BohbSearchConfig
 from toolkit.study.bohb import BohbScheduler
 from toolkit.study.directory import StudyDirectory
-from toolkit.study.export_tables import StudyResults, TableOptions, read_outcomes
 from toolkit.study.plots import (
     comparable,
     incumbents,
@@ -24,6 +23,7 @@ from toolkit.study.plots import (
     training_order,
 )
 from toolkit.study.search_space import random_configurations, read_space
+from toolkit.study.study_results import StudyResults, TableOptions, read_outcomes
 
 SPACE: dict[str, Any] = {
     "optimizer": {

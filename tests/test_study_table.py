@@ -542,7 +542,8 @@ def test_showing_a_table_does_not_import_torch(tmp_path: Path) -> None:
 
     folder = seeded_study(tmp_path)
     code = (
-        "import sys; from toolkit.study.export_tables import *; from toolkit.study.directory import StudyDirectory; "
+        "import sys; from toolkit.study.export_tables import *; from toolkit.study.study_results import *; "
+        "from toolkit.study.directory import StudyDirectory; "
         f"from pathlib import Path; read_outcomes(StudyDirectory(Path({str(folder)!r})), TableOptions()); "
         "print([m for m in ('torch', 'optuna', 'matplotlib') if m in sys.modules])"
     )

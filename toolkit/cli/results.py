@@ -51,7 +51,8 @@ def table(
     Example: toolkit table runs/giunta-dropout
     """
     from toolkit.study.directory import StudyDirectory
-    from toolkit.study.export_tables import TableOptions, overall, read_outcomes, terminal_text, to_json, write_tables
+    from toolkit.study.export_tables import overall, terminal_text, to_json, write_tables
+    from toolkit.study.study_results import TableOptions, read_outcomes
     from toolkit.study.text_table import text
 
     options = TableOptions(_split_list(columns), _split_list(by), compare, intervals, sort, top)

@@ -93,8 +93,9 @@ def check_size(study: StudySpec, expansion: ExpandedStudy, *, yes: bool) -> None
 
 def _run(study: StudySpec, expansion: ExpandedStudy, parallel: int | None, *, retry: bool, as_json: bool) -> int:
     from toolkit.study.directory import StudyDirectory
-    from toolkit.study.export_tables import TableOptions, read_outcomes, terminal_text, to_json, write_tables
+    from toolkit.study.export_tables import terminal_text, to_json, write_tables
     from toolkit.study.runner import run_study
+    from toolkit.study.study_results import TableOptions, read_outcomes
     from toolkit.study.worker_pool import gpus, slots_for
 
     slots = slots_for(parallel, study.table.gpus_per_run, study.table.runs_per_gpu, gpus())

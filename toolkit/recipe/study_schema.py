@@ -199,3 +199,8 @@ class StudyConfig(ConfigModel):
     max_runs: int = Field(MAX_RUNS, ge=1, description="A study with more runs than this starts only with --yes.")
     gpus_per_run: int = Field(1, ge=1, description="GPUs per run, if there are any.")
     runs_per_gpu: int = Field(1, ge=1, description="Number of runs that share one GPU, for small models.")
+
+    @property
+    def metric(self) -> str:
+        """The metric that BOHB optimizes; for other studies, output.best_by."""
+        return self.bohb.metric if self.bohb else self.output.best_by

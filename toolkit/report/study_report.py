@@ -22,12 +22,12 @@ from toolkit.report.run_page import SummaryCard
 from toolkit.report.run_report import ReportResult, write_report
 from toolkit.runs import Run
 from toolkit.study.directory import FILE, StudyDirectory
-from toolkit.study.export_tables import StudyResults, TableOptions, read_outcomes
+from toolkit.study.epoch_tables import build_epoch_tables
+from toolkit.study.export_tables import agreement, judged_tables, main_table
 from toolkit.study.plots import study_figures
-from toolkit.study.results import RunResult
-from toolkit.study.results_table import best_row, short_value, title
+from toolkit.study.results import RunResult, best_row, short_value, varied_keys
+from toolkit.study.study_results import StudyResults, TableOptions, read_outcomes
 from toolkit.study.text_table import BEST, DECLINE, MINUS, TextTable
-from toolkit.study.trial_table import search_metric, varied_keys
 
 COLORS = ("blue", "vermilion", "green", "purple", "orange", "sky", "ink")
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
@@ -132,7 +132,7 @@ def _write_page(
         path,
         "study.html",
         {"charts": {key.replace("/", "-"): _chart(found, key) for key in CURVES}},
-        title=title(found.table, found.name),
+        title=found.title,
         subtitles=[
             *([f"Source: {found.table.source}"] if found.table.source else []),
             f"study {found.name} in {folder}",
@@ -140,9 +140,9 @@ def _write_page(
         recipe=_recipe(found.results, runs, missing),
         missing=missing,
         cards=list(_cards(found)),
-        table=html_table(found.main),
-        judged=[html_table(table) for table in found.judged],
-        by_epoch=[html_table(table) for table in found.by_epoch],
+        table=html_table(main_table(found)),
+        judged=[html_table(table) for table in judged_tables(agreement(found), found.claims, found.confidence)],
+        by_epoch=[html_table(table) for table in build_epoch_tables(found)],
         charts=[(key.replace("/", "-"), metric_of(key).label.capitalize()) for key in CURVES],
         drawn=[(Markup(svg), caption) for svg, caption in drawn],
         runs=_run_table(found, folder),
@@ -155,7 +155,7 @@ def _write_page(
 def _cards(found: StudyResults) -> Iterator[SummaryCard]:
     """Yield the summary cards of a study: its best row and its costs."""
     results, finished = found.results, [result for result in found.results if result.is_finished]
-    metric = metric_of(search_metric(found.table)).name
+    metric = metric_of(found.table.metric).name
     best = best_row(found.rows, metric)
     for key in dict.fromkeys((metric, metric.replace("val", "test", 1))):
         if best is not None and (estimate := best.metrics.get(key)) is not None:
@@ -190,7 +190,7 @@ def _cell(text: str) -> HtmlCell:
 
 def _run_table(found: StudyResults, folder: Path) -> HtmlTable:
     """Return a table with one row per run: progress, results and a link to its report."""
-    metric = search_metric(found.table)
+    metric = found.table.metric
     rows = []
     for result in found.results:
         cells = [

@@ -14,11 +14,10 @@ from toolkit.metrics import CURVES, metric_of
 from toolkit.reading import read_json
 from toolkit.report.plot_style import CYCLE
 from toolkit.runs import Run, write_atomically
-from toolkit.study.export_tables import StudyResults
-from toolkit.study.results import RunResult
-from toolkit.study.results_table import title
+from toolkit.study.export_tables import main_table
+from toolkit.study.results import RunResult, varied_keys
+from toolkit.study.study_results import StudyResults
 from toolkit.study.text_table import markdown
-from toolkit.study.trial_table import search_metric, varied_keys
 from toolkit.trackers import offline_reason
 from toolkit.wandb_sync import wandb_run_id
 
@@ -113,7 +112,7 @@ def _on_server(api: Any, project: Project, ids: Sequence[str]) -> set[str]:
 def _save(reports: Any, found: StudyResults, folder: Path, tracked: TrackedRuns, missing: list[str]) -> str:
     """Create or update the report, record it in the study's folder, and return its URL."""
     entity, project = next(iter(tracked))
-    name = " ".join(re.sub(UNSAFE, " ", title(found.table, found.name)).split())[:MAX_TITLE]
+    name = " ".join(re.sub(UNSAFE, " ", found.title).split())[:MAX_TITLE]
     report = reports.Report(entity=entity, project=project, title=name)
     report.description = f"{sum(map(len, tracked.values()))} runs of the study {found.name}"
     report.blocks = _blocks(reports, found, tracked, missing)
@@ -160,7 +159,7 @@ def _blocks(reports: Any, found: StudyResults, tracked: TrackedRuns, missing: Se
     ]
     return [
         reports.H1("Table"),
-        reports.MarkdownBlock(markdown(found.main)),
+        reports.MarkdownBlock(markdown(main_table(found))),
         reports.H1("Curves"),
         reports.PanelGrid(runsets=runsets, panels=curves),
         reports.H1("Comparison"),
@@ -185,7 +184,7 @@ def _runset(reports: Any, project: Project, runs: dict[str, RunResult], rows: Se
 
 
 def _comparison(reports: Any, found: StudyResults) -> list[Any]:
-    metric = metric_of(search_metric(found.table)).name
+    metric = metric_of(found.table.metric).name
     bars = [
         reports.BarPlot(
             title=f"Best epoch: {name.replace('_', ' ')}",

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toolkit.metrics import MEASURES, METRICS, SPLITS
-from toolkit.study.results_table import MISSING, ResultRow, number
-from toolkit.study.text_table import TextTable
+from toolkit.study.results import ResultRow
+from toolkit.study.text_table import MISSING, TextTable, number
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def build_agreement_table(found: Sequence[Agreement]) -> TextTable:
         [
             METRICS[one.metric].heading,
             str(one.rows),
-            MISSING if one.rank_correlation is None else number("val_loss", one.rank_correlation, signed=True),
+            number("val_loss", one.rank_correlation, signed=True),
             number(one.metric, one.mean_difference, mean=True),
             MISSING if one.within is None else f"{100 * one.within:.0f} %",
             one.noise or MISSING,

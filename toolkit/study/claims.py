@@ -12,10 +12,9 @@ from toolkit.metrics import METRICS, higher_is_better
 from toolkit.recipe.study_schema import Claim, StudyConfig
 from toolkit.study.directory import StudyDirectory
 from toolkit.study.results import RunResult
-from toolkit.study.results_table import MISSING, interval_text, number
 from toolkit.study.search_space import conditions
 from toolkit.study.significance import McNemar, estimate, pairs_needed, welch
-from toolkit.study.text_table import TextTable
+from toolkit.study.text_table import MISSING, TextTable, interval_text, number
 from toolkit.study.validation import in_group
 
 Outcome = Literal["reproduced", "not reproduced", "undecidable"]
@@ -213,7 +212,7 @@ def build_claims_table(judged: Sequence[JudgedClaim], confidence: float) -> Text
     rows, notes = [], []
     for one in judged:
         claim, found = one.claim, one.contrast
-        effect = MISSING if found.effect is None else number(claim.metric, found.effect, signed=True, mean=True)
+        effect = number(claim.metric, found.effect, signed=True, mean=True)
         needed = MISSING if found.needed is None or one.verdict != "undecidable" else str(found.needed)
         intervals = [interval_text(claim.metric, found.over_seeds), interval_text(claim.metric, found.over_images)]
         heading = METRICS[claim.metric].heading

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from toolkit.errors import UserError
 from toolkit.metrics import METRICS
-from toolkit.study.results_table import ResultRow, interval_text, nearest, number, p_value
+from toolkit.study.results import ResultRow, nearest
 from toolkit.study.significance import PairedComparison, compare
-from toolkit.study.text_table import MINUS, TextTable
+from toolkit.study.text_table import MINUS, TextTable, interval_text, number, p_value
 
 
 def compare_rows(

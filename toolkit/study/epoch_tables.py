@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 from toolkit.metrics import METRICS, higher_is_better, metric_of
 from toolkit.recipe.study_schema import StudyConfig
-from toolkit.study.results_table import MISSING, ResultRow, number, title
-from toolkit.study.text_table import BEST, DECLINE, TextTable
+from toolkit.study.results import ResultRow
+from toolkit.study.study_results import StudyResults
+from toolkit.study.text_table import BEST, DECLINE, MISSING, Column, TextTable, number
 
 ENDED = "x"
 """Shown for epochs after a run's last one."""
 
 
-def build_epoch_tables(
-    rows: Sequence[ResultRow], table: StudyConfig, name: str, metrics: Sequence[str]
-) -> list[TextTable]:
+def build_epoch_tables(found: StudyResults) -> list[TextTable]:
     """Build the per-epoch tables: for one metric, one with a column per row; for several, one per row of the study.
 
     Published metrics are shown in a second table, or in adjacent columns. Empty if no run is finished.
     """
-    done = [row for row in rows if row.finished]
+    metrics = epoch_metrics(found)
+    done = [row for row in found.rows if row.finished]
     if not done or not metrics:
         return []
-    if len(metrics) == 1:
-        return _metric_tables(rows, table, name, metrics[0])
-    return [_row_table(row, table, name, metrics) for row in done]
+    return _metric_tables(found, metrics[0]) if len(metrics) == 1 else [_row_table(found, row, metrics) for row in done]
 
 
-def epoch_metrics(rows: Sequence[ResultRow], table: StudyConfig) -> list[str]:
+def epoch_metrics(found: StudyResults) -> list[str]:
     """Return the metrics of the per-epoch tables: output.per_epoch and the published ones; empty without per_epoch."""
-    wanted = table.output.per_epoch
-    published = [metric for row in rows for result in row.results for metric in result.member.published_epochs]
-    return list(dict.fromkeys([*sorted(published), wanted])) if wanted else []
+    wanted = found.table.output.per_epoch
+    if not wanted or found.trials or found.options.by:
+        return []
+    published = [metric for result in found.results for metric in result.member.published_epochs]
+    return list(dict.fromkeys([*sorted(published), wanted]))
 
 
 def mean_by_epoch(row: ResultRow, metric: str) -> list[float]:
@@ -44,77 +43,69 @@ def mean_by_epoch(row: ResultRow, metric: str) -> list[float]:
     return [statistics.fmean(curve[i] for curve in curves if len(curve) > i) for i in range(length)]
 
 
-def _metric_tables(rows: Sequence[ResultRow], table: StudyConfig, name: str, metric: str) -> list[TextTable]:
-    columns = {row.name: mean_by_epoch(row, metric) for row in rows}
-    caption = f"{title(table, name)}: {metric_of(metric).heading} by epoch"
+def _metric_tables(found: StudyResults, metric: str) -> list[TextTable]:
+    rows, caption = found.rows, f"{found.title}: {metric_of(metric).heading} by epoch"
+    measured = {row.name: mean_by_epoch(row, metric) for row in rows}
     notes = _notes(rows, [row.name for row in rows if not row.finished])
-    test_accuracies = {
-        row.name: row.metrics["test_accuracy"].mean if "test_accuracy" in row.metrics else None for row in rows
-    }
-    tables = [_marked_table(caption, columns, metric, notes, test_accuracies)]
+    tables = [
+        _marked_table(caption, measured, metric, notes, {row.name: row.measured("test_accuracy") for row in rows})
+    ]
     published = {row.name: row.results[0].member.published_epochs.get(metric, []) for row in rows}
     if any(published.values()):
         test_accuracies = {row.name: row.published.get("test_accuracy") for row in rows}
-        tables.append(_marked_table(f"{caption}, as published", published, metric, _source(table), test_accuracies))
+        caption += ", as published"
+        tables.append(_marked_table(caption, published, metric, _source(found.table), test_accuracies))
     return tables
 
 
 def _marked_table(
     caption: str,
-    columns: dict[str, list[float]],
+    curves: Mapping[str, Sequence[float]],
     metric: str,
     notes: Sequence[str],
-    test_accuracies: dict[str, float | None],
+    test_accuracies: Mapping[str, float | None],
 ) -> TextTable:
     """Build a table with a column per row, marking its best epoch and a decline after it, and test accuracies below.
 
     ``test_accuracies`` is each row's test accuracy as a fraction; None if there is none.
     """
-    text_table = _text_table(caption, columns, [metric] * len(columns), notes)
-    cells = [list(line) for line in text_table.rows]
+    columns = _columns([(name, metric, curve) for name, curve in curves.items()])
     sign = 1 if higher_is_better(metric) else -1
-    for index, column in enumerate(columns.values(), 1):
-        if not column:
+    for (_, cells, _), curve in zip(columns[1:], curves.values(), strict=True):
+        if not curve:
             continue
-        best = max(range(len(column)), key=lambda epoch: sign * column[epoch])  # the first in case of ties
-        cells[best][index] = f"{BEST}{cells[best][index]}"
-        if best + 1 < len(column) and sign * column[best + 1] < sign * column[best]:
-            cells[best + 1][index] = f"{DECLINE}{cells[best + 1][index]}"
+        best = max(range(len(curve)), key=lambda epoch: sign * curve[epoch])  # the first in case of ties
+        cells[best] = f"{BEST}{cells[best]}"
+        if best + 1 < len(curve) and sign * curve[best + 1] < sign * curve[best]:
+            cells[best + 1] = f"{DECLINE}{cells[best + 1]}"
     if any(value is not None for value in test_accuracies.values()):
-        values = (test_accuracies[name] for name in columns)
-        line = [MISSING if value is None else number("test_accuracy", value) for value in values]
-        cells.append([METRICS["test_accuracy"].heading, *line])
+        last = [METRICS["test_accuracy"].heading, *(number("test_accuracy", test_accuracies[name]) for name in curves)]
+        for (_, cells, _), cell in zip(columns, last, strict=True):
+            cells.append(cell)
     legend = f"{BEST}: the best epoch of the column; {DECLINE}: the epoch after it, if it is worse."
-    return replace(text_table, rows=cells, notes=[legend, *notes])
+    return TextTable.of_columns(caption, columns, notes=[legend, *notes])
 
 
-def _row_table(row: ResultRow, table: StudyConfig, name: str, metrics: Sequence[str]) -> TextTable:
-    columns, column_metrics = {}, []
-    published = row.results[0].member.published_epochs
+def _row_table(found: StudyResults, row: ResultRow, metrics: Sequence[str]) -> TextTable:
+    curves, published = [], row.results[0].member.published_epochs
     for metric in metrics:
         heading = metric_of(metric).heading
-        columns[heading] = mean_by_epoch(row, metric)
-        column_metrics.append(metric)
+        curves.append((heading, metric, mean_by_epoch(row, metric)))
         if metric in published:
-            columns[f"{heading}, published"] = published[metric]
-            column_metrics.append(metric)
-    notes = [*_notes([row], []), *(_source(table) if published else [])]
-    return _text_table(f"{title(table, name)}: {row.name}, by epoch", columns, column_metrics, notes)
+            curves.append((f"{heading}, published", metric, published[metric]))
+    notes = [*_notes([row], []), *(_source(found.table) if published else [])]
+    return TextTable.of_columns(f"{found.title}: {row.name}, by epoch", _columns(curves), notes=notes)
 
 
-def _text_table(
-    caption: str, columns: dict[str, list[float]], metrics: Sequence[str], notes: Sequence[str]
-) -> TextTable:
-    length = max(len(column) for column in columns.values())
-    cells = [[str(epoch + 1), *(_cell(column, epoch, metric) for column, metric in zip(columns.values(), metrics,
-              strict=True))] for epoch in range(length)]  # fmt: skip
-    return TextTable(caption, ["epoch", *columns], cells, notes=notes)
-
-
-def _cell(column: Sequence[float], epoch: int, metric: str) -> str:
-    if not column:
-        return MISSING
-    return number(metric, column[epoch]) if epoch < len(column) else ENDED
+def _columns(curves: Sequence[tuple[str, str, Sequence[float]]]) -> list[Column]:
+    """Return a column of epochs and one for each curve, given as heading, metric and values."""
+    length = max(len(curve) for _, _, curve in curves)
+    columns = [Column("epoch", [str(epoch + 1) for epoch in range(length)], is_left=True)]
+    for heading, metric, curve in curves:
+        missing = ENDED if curve else MISSING
+        cells = [number(metric, value) for value in curve]
+        columns.append(Column(heading, [*cells, *[missing] * (length - len(curve))]))
+    return columns
 
 
 def _notes(rows: Sequence[ResultRow], missing: Sequence[str]) -> list[str]:

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from toolkit.metrics import CURVES, best_of, higher_is_better, metric_of
 from toolkit.study import plot_types
 from toolkit.study.bohb import BohbScheduler, budgets
-from toolkit.study.export_tables import StudyResults
 from toolkit.study.optuna_tpe import TrialHistory, optuna_study
 from toolkit.study.plot_types import Curve, ParallelAxis
-from toolkit.study.results import RunResult
-from toolkit.study.results_table import ResultRow, short_key, short_value, title
+from toolkit.study.results import ResultRow, RunResult, short_key, short_value, varied_keys
 from toolkit.study.search_space import SearchParameter, SearchSpace, read_parameters
-from toolkit.study.trial_table import search_metric, varied_keys
+from toolkit.study.study_results import StudyResults
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +60,7 @@ def row_curves(found: StudyResults) -> Iterator[tuple[str, Figure]]:
         if plotted:
             yield (
                 f"curves-{metric.replace('/', '-')}",
-                plot_types.curves(plotted, metric, title(found.table, found.name)),
+                plot_types.curves(plotted, metric, found.title),
             )
 
 
@@ -78,7 +76,7 @@ def curves_by_parameter(found: StudyResults) -> Iterator[tuple[str, Figure]]:
     """Yield the curves of all runs for the study's metric, colored by one parameter per figure."""
     results = [result for result in found.results if result.epochs and (found.trials or result.is_finished)]
     keys = varied_keys(results)
-    metric = search_metric(found.table)
+    metric = found.table.metric
     for key in keys[:MAX_COLORINGS]:
         with_it = [result for result in results if key in result.member.changes]
         values = [result.member.changes[key] for result in with_it]
@@ -86,7 +84,7 @@ def curves_by_parameter(found: StudyResults) -> Iterator[tuple[str, Figure]]:
             shown = values if plot_types.is_numeric(values) else [short_value(value) for value in values]
             plotted = list(zip(shown, (result.values(metric) for result in with_it), strict=True))
             is_log = _is_logarithmic(found, key, values)
-            figure = plot_types.colored_curves(plotted, metric, key, title(found.table, found.name), log=is_log)
+            figure = plot_types.colored_curves(plotted, metric, key, found.title, log=is_log)
             yield f"curves-by-{short_key(key, keys).replace('.', '-')}", figure
 
 
@@ -117,7 +115,7 @@ def level_plot(found: StudyResults) -> Iterator[tuple[str, Figure]]:
         [values[i] for i in order],
         _points([rows[i] for i in order], metric.replace("/", "_")),
         _points([rows[i] for i in order], metric.replace("val/", "test_")),
-        keys[0], metric, title(found.table, found.name), log=_is_logarithmic(found, keys[0], values),
+        keys[0], metric, found.title, log=_is_logarithmic(found, keys[0], values),
     )  # fmt: skip
     yield f"levels-{keys[0].rsplit('.', 1)[-1]}", figure
 
@@ -133,9 +131,9 @@ def _points(rows: Sequence[ResultRow], metric: str) -> list[tuple[float, float]]
 def best_against_cost(found: StudyResults) -> Iterator[tuple[str, Figure]]:
     """Yield the best value so far against the epochs trained."""
     points = incumbents(found)
-    metric = search_metric(found.table)
+    metric = found.table.metric
     if points:
-        yield "best-so-far", plot_types.incumbent_curve({found.name: points}, metric, title(found.table, found.name))
+        yield "best-so-far", plot_types.incumbent_curve({found.name: points}, metric, found.title)
 
 
 def incumbents(found: StudyResults) -> list[tuple[float, float]]:
@@ -143,7 +141,7 @@ def incumbents(found: StudyResults) -> list[tuple[float, float]]:
 
     Run directories do not record when an epoch was trained; the order is that of a single worker.
     """
-    metric = search_metric(found.table)
+    metric = found.table.metric
     best: float | None = None
     spent, points = 0, []
     for result, before, until in training_order(found):
@@ -157,7 +155,7 @@ def incumbents(found: StudyResults) -> list[tuple[float, float]]:
 
 def training_order(found: StudyResults) -> list[tuple[RunResult, int, int]]:
     """Return (run, epochs before, epochs after) for a search, in the order in which a single worker would train."""
-    results, metric = found.results, search_metric(found.table)
+    results, metric = found.results, found.table.metric
     if found.table.bohb is None:
         return [(result, 0, len(result.epochs)) for result in results]
     search = _ReplayedSearch(found, results)
@@ -206,7 +204,7 @@ def comparable(found: StudyResults) -> tuple[list[tuple[RunResult, float]], str]
     For BOHB, the value is the best within the smallest budget, which all configurations have reached; those trained
     further are a biased selection.
     """
-    metric, bohb = search_metric(found.table), found.table.bohb
+    metric, bohb = found.table.metric, found.table.bohb
     if bohb is None:
         limit, runs, what = None, [result for result in found.results if result.is_finished], "finished runs"
     else:
@@ -222,7 +220,7 @@ def importances(found: StudyResults) -> Iterator[tuple[str, Figure]]:
     runs, what = comparable(found)
     shares = parameter_importance(found, runs)
     if shares:
-        name = f"{title(found.table, found.name)}: {len(runs)} {what}"
+        name = f"{found.title}: {len(runs)} {what}"
         yield "importance", plot_types.importance(shares, name)
 
 
@@ -248,7 +246,7 @@ def _shares(found: StudyResults, runs: Sequence[tuple[RunResult, float]], keys: 
     if len(keys) < 2 or len({value for _, value in runs}) < 2:
         return {}
     trials = [TrialHistory(result.member.changes, {1: value}, "complete") for result, value in runs]
-    maximise = higher_is_better(search_metric(found.table))
+    maximise = higher_is_better(found.table.metric)
     study = optuna_study(space_of(found), trials, maximise=maximise, sampler=None)
     evaluator = FanovaImportanceEvaluator(n_trees=64, max_depth=64, seed=0)
     return dict(get_param_importances(study, evaluator=evaluator, params=keys))
@@ -266,10 +264,10 @@ def parallel(found: StudyResults) -> Iterator[tuple[str, Figure]]:
     keys = _varied(runs)
     if len(runs) < 3 or len(keys) < 2:
         return
-    metric = search_metric(found.table)
+    metric = found.table.metric
     parameters = {parameter.key: parameter for parameter in space_of(found).parameters}
     axes = [_axis(parameters[key], short_key(key, keys), [result for result, _ in runs]) for key in keys]
-    name = f"{title(found.table, found.name)}: {len(runs)} {what}"
+    name = f"{found.title}: {len(runs)} {what}"
     scale = metric_of(metric).measure.scale
     yield "parallel-coordinates", plot_types.parallel_coordinates(axes, [v * scale for _, v in runs], metric, name)
 

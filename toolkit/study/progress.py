@@ -54,7 +54,7 @@ class StudyProgress:
     def __init__(self, folder: StudyDirectory) -> None:
         self.folder = folder
         table = folder.table
-        self.metric = table.bohb.metric if table.bohb else table.output.best_by
+        self.metric = table.metric
         self.search_epochs = None if table.bohb is None else search_epochs(table.bohb)
         self.started = time.monotonic()
         self.epochs: dict[str, int] = {}

@@ -6,16 +6,28 @@ import csv
 import io
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from toolkit.metrics import metric_of
 from toolkit.recipe.diagnostics import printable
 
 DECLINE = "\N{DOWNWARDS ARROW}"
 """Marks the first value after a column's best one, if it is worse."""
-MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+MINUS, MISSING = "\N{MINUS SIGN}", "\N{EN DASH}"
+"""Sign of negative numbers, and what is shown in place of a missing value."""
 BEST = "*"
 """Marks the name of the best row where bold type is not available."""
+
+
+class Column(NamedTuple):
+    """A column of a table, as text."""
+
+    heading: str
+    cells: list[str]
+    is_left: bool = False
+    """Whether it is left-aligned, as names are; numbers are right-aligned."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +44,19 @@ class TextTable:
     left: frozenset[int] = frozenset({0})
     """Indices of left-aligned columns; all others are right-aligned."""
 
-    @property
-    def has_marks(self) -> bool:
-        """Whether any row is marked as best."""
-        return bool(self.marked)
+    @classmethod
+    def of_columns(
+        cls, title: str, columns: Sequence[Column], marked: Iterable[int] = (), notes: Sequence[str] = ()
+    ) -> TextTable:
+        """Build a table from its columns, which have the same number of cells."""
+        rows = list(zip(*(column.cells for column in columns), strict=True))
+        left = frozenset(index for index, column in enumerate(columns) if column.is_left)
+        return cls(title, [column.heading for column in columns], rows, frozenset(marked), notes, left)
 
 
 def text(table: TextTable) -> str:
     """Format a table for a terminal; columns are aligned even with wide characters."""
-    marks = [BEST if index in table.marked else " " for index in range(len(table.rows))] if table.has_marks else None
+    marks = [BEST if index in table.marked else " " for index in range(len(table.rows))] if table.marked else None
     lines = [[_line(cell) for cell in row] for row in (table.head, *table.rows)]
     if marks is not None:
         lines = [[f"{mark} {row[0]}", *row[1:]] for mark, row in zip([" ", *marks], lines, strict=True)]
@@ -55,11 +71,7 @@ def text(table: TextTable) -> str:
 def markdown(table: TextTable) -> str:
     """Format a table as GitHub Markdown; the best rows are bold."""
     ruler = [":---" if column in table.left else "---:" for column in range(len(table.head))]
-    body = [[_markdown(cell) for cell in row] for row in table.rows]
-    body = [
-        [f"**{cell}**" if cell else "" for cell in row] if index in table.marked else row
-        for index, row in enumerate(body)
-    ]
+    body = _escaped_rows(table, _markdown, "**{}**")
     lines = ["| " + " | ".join(row) + " |" for row in ([_markdown(cell) for cell in table.head], ruler, *body)]
     notes = [f"- {_markdown(note)}" for note in table.notes]
     return "\n".join([f"**{_markdown(table.title)}**", "", *lines, *(["", *notes] if notes else [])])
@@ -68,12 +80,7 @@ def markdown(table: TextTable) -> str:
 def latex(table: TextTable) -> str:
     """Format a table as a LaTeX table environment, which needs the booktabs package; the best rows are bold."""
     columns = "".join("l" if column in table.left else "r" for column in range(len(table.head)))
-    body = [[_latex(cell) for cell in row] for row in table.rows]
-    body = [
-        [rf"\textbf{{{cell}}}" if cell else "" for cell in row] if index in table.marked else row
-        for index, row in enumerate(body)
-    ]
-    lines = [" & ".join(row) + r" \\" for row in body]
+    lines = [" & ".join(row) + r" \\" for row in _escaped_rows(table, _latex, r"\textbf{{{}}}")]
     notes = [rf"\\ {{\footnotesize {_latex(note)}}}" for note in table.notes]
     return "\n".join(
         [
@@ -94,6 +101,15 @@ def latex(table: TextTable) -> str:
     )
 
 
+def _escaped_rows(table: TextTable, escape: Callable[[str], str], bold: str) -> list[list[str]]:
+    """Return the rows with escaped cells; those of the best rows are inserted into the format ``bold``."""
+    rows = [[escape(cell) for cell in row] for row in table.rows]
+    return [
+        [bold.format(cell) if cell else "" for cell in row] if index in table.marked else row
+        for index, row in enumerate(rows)
+    ]
+
+
 def csv_text(records: Sequence[Mapping[str, object]]) -> str:
     """Format records as CSV, with a column for each key in order of appearance and empty cells for None."""
     head = list(dict.fromkeys(key for record in records for key in record))
@@ -102,6 +118,28 @@ def csv_text(records: Sequence[Mapping[str, object]]) -> str:
     writer.writeheader()
     writer.writerows(records)
     return stream.getvalue()
+
+
+def number(metric: str, value: float | None, *, signed: bool = False, mean: bool = False) -> str:
+    """Format a metric, or a difference of two, for a cell; a mean of integers has one decimal."""
+    if value is None:
+        return MISSING
+    shown = metric_of(metric).measure
+    decimals = 1 if mean and not shown.decimals and value != int(value) else shown.decimals
+    return f"{value * shown.scale:{'+' if signed else ''},.{decimals}f}".replace("-", MINUS)
+
+
+def interval_text(metric: str, interval: tuple[float, float] | None, *, signed: bool = True) -> str:
+    """Format an interval of a metric, or of a difference of two, as a cell."""
+    if interval is None:
+        return MISSING
+    low, high = (number(metric, end, signed=signed, mean=True) for end in interval)
+    return f"[{low}, {high}]"
+
+
+def p_value(p: float | None) -> str:
+    """Format a p-value as a cell."""
+    return MISSING if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
 def width(line: str) -> int:
@@ -128,7 +166,7 @@ def _markdown(cell: str) -> str:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "±": r"$\pm$", MINUS: "$-$", DASH: "--", "\N{MULTIPLICATION SIGN}": r"$\times$",
+    "|": r"\textbar{}", "±": r"$\pm$", MINUS: "$-$", MISSING: "--", "\N{MULTIPLICATION SIGN}": r"$\times$",
     DECLINE: r"$\downarrow$",
     "[": "{[}", "]": "{]}",
 }  # fmt: skip
