@@ -4,6 +4,7 @@ one; metrics.jsonl is complete whatever happens."""
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import signal
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cli
 import pytest
 import wandb  # noqa: F401  (imported once before processes are forked, not in each)
 from accelerate.tracking import TensorBoardTracker
@@ -151,6 +153,17 @@ def test_only_the_main_process_tracks_and_the_config_is_the_recipe(tmp_path: Pat
     config = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in updates}
     assert config["optimizer.lr"] == run.recipe.optimizer.lr
     assert config["train.batch_size"] == 16, "the batch size of all processes, not of one"
+
+
+def test_a_tracker_whose_package_is_missing_is_an_error_that_names_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
+    outcome = cli.toolkit("train", write_recipe(tmp_path, MUCH), *tracked("tensorboard"))
+    assert (outcome.status, outcome.stdout) == (2, "")
+    assert outcome.stderr.endswith('tracking.trackers: "tensorboard" is not installed: pip install tensorboard\n')
+    assert list((tmp_path / "runs").iterdir()) == [], "before a run directory is created"
 
 
 # -- during training --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ thread, so that training does not wait for it. Any failure results in one warnin
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import os
 import queue
 import re
@@ -15,14 +16,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from accelerate import Accelerator
 
-from toolkit.errors import Interrupted, first_line
+from toolkit.errors import Interrupted, UserError, first_line
 from toolkit.recipe.schema import Recipe
 
 CONNECT_SECONDS = 3
@@ -35,8 +36,18 @@ LEAVE_SECONDS = FINISH_SECONDS + 0.5
 BACKLOG = 100_000
 """Maximum number of lines queued for a slow tracker; about 50 MB."""
 
+PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
+"""What to install for each tracker; its module has the tracker's name."""
+
 Call = Callable[[Any], None]
 """Function that performs an operation on one of Accelerate's trackers."""
+
+
+def require_packages(trackers: Sequence[str]) -> None:
+    """Raise UserError if the package of a tracker is not installed."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f'tracking.trackers: "{name}" is not installed: pip install {PACKAGES[name]}')
 
 
 class TrackerThread:

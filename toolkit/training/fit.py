@@ -33,7 +33,7 @@ from toolkit.errors import Interrupted, RunFailed, UserError
 from toolkit.expectations import check_expectations
 from toolkit.recipe import Recipe, diff, resolved_toml
 from toolkit.runs import Run, create_run, open_run, runs_of, write_atomically
-from toolkit.trackers import Tracking
+from toolkit.trackers import Tracking, require_packages
 from toolkit.training.console import Console, summary_table
 from toolkit.training.context import TrainingContext, build_context, describe
 from toolkit.training.data_changes import write_file_facts
@@ -170,8 +170,9 @@ def _training(
 def _join_processes(
     recipe: Recipe, stop: GracefulStop | None = None, *, quiet: bool = False
 ) -> tuple[Accelerator, Console]:
-    """Initialize distributed training, check the batch size against the process count, and log ranks and precision."""
+    """Initialize distributed training, check batch size and trackers, and log ranks and precision."""
     accelerator = init_accelerator(recipe.train, stop)
+    require_packages(recipe.tracking.trackers)
     check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.grad_accum_steps)
     display = Console(is_main=accelerator.is_main_process, shows=not quiet)
     if line := unused_tasks_line():
