@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import shutil
 import signal
 import socket
 import threading
@@ -19,13 +20,14 @@ import pytest
 import wandb  # noqa: F401  (imported once before processes are forked, not in each)
 from accelerate.tracking import TensorBoardTracker
 from distributed import free_port
+from mlflow import MlflowClient
 from test_train import wandb_records
-from trainers import EMA, MUCH, Trainers, at_call, only_run, write_recipe
+from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, write_recipe
 from wandb_server import KEY, WandbServer, logged_in_here, without_login
 
 import toolkit.trackers
 from toolkit.runs import Run
-from toolkit.trackers import BACKLOG, FINISH_SECONDS, LEAVE_SECONDS, TrackerThread, wandb_mode
+from toolkit.trackers import BACKLOG, FINISH_SECONDS, LEAVE_SECONDS, MLflowRun, TrackerThread, wandb_mode
 from toolkit.training.train_step import TrainStep
 
 pytestmark = pytest.mark.long
@@ -164,6 +166,105 @@ def test_a_tracker_whose_package_is_missing_is_an_error_that_names_what_to_insta
     assert (outcome.status, outcome.stdout) == (2, "")
     assert outcome.stderr.endswith('tracking.trackers: "tensorboard" is not installed: pip install tensorboard\n')
     assert list((tmp_path / "runs").iterdir()) == [], "before a run directory is created"
+
+
+# -- MLflow ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mlflow_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Train one epoch on two processes, into a database in the run directory."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    settings = ("train.epochs=1", "train.ema=0.5", "scheduler.warmup_epochs=0.5",
+                'tracking.project="digits"', 'tracking.tags=["a", "b"]', 'tracking.notes="a note"')  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        output = train(folder, *tracked("mlflow"), *(part for one in settings for part in ("--set", one)), world=2)
+    assert "warning" not in output
+    return only_run(folder)
+
+
+def mlflow_runs(client: MlflowClient, project: str) -> list[Any]:
+    return list(client.search_runs([client.get_experiment_by_name(project).experiment_id]))
+
+
+def mlflow_lines(client: MlflowClient, run_id: str) -> list[dict[str, float]]:
+    """Return what was logged, in the form of metrics.jsonl: what has the same step and time was one line."""
+    lines: dict[tuple[int, int], dict[str, float]] = {}
+    for key in client.get_run(run_id).data.metrics:
+        for one in client.get_metric_history(run_id, key):
+            if one.step:  # 0: the values of summary.json
+                lines.setdefault((one.step, one.timestamp), {})[key] = one.value
+    return [lines[key] for key in sorted(lines)]
+
+
+def test_mlflow_gets_params_metrics_and_summary_from_the_main_process(mlflow_run: Run) -> None:
+    client = MlflowClient(f"sqlite:///{mlflow_run.path}/mlflow.db")
+    (run,) = mlflow_runs(client, "digits")
+    assert mlflow_lines(client, run.info.run_id) == mlflow_run.metrics(), "each line once, though two processes trained"
+    assert run.data.metrics["best.test_accuracy"] == mlflow_run.summary["best"]["test_accuracy"]
+    assert run.data.params["optimizer.lr"] == "0.05"
+    assert run.data.params["train.batch_size"] == "16", "the batch size of all processes, not of one"
+    assert (run.info.run_name, run.info.status) == (f"small-{mlflow_run.id}", "FINISHED")
+    tags = {"toolkit.run": f"small-{mlflow_run.id}", "group": "small", "tags": "a, b", "mlflow.note.content": "a note"}
+    assert tags.items() <= run.data.tags.items()
+
+
+def kill_after_a_line_that_is_logged_again(rank: int) -> None:
+    """Kill the process at step 13, when MLflow has the sixth line, of step 11; the last checkpoint is of step 10."""
+    logged = threading.Event()
+    at_call(MLflowRun, "log", 6, logged.set, after=True)
+    at_call(TrainStep, "_update", 13, lambda: kill_self() if logged.wait(60) else None)
+
+
+def test_a_resumed_run_is_one_mlflow_run(
+    tmp_path: Path, mlflow_run: Run, metrics: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{mlflow_run.path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client, wanted = MlflowClient(uri), tracked("mlflow")
+    trainers = begin(tmp_path, *wanted, prepare=kill_after_a_line_that_is_logged_again)
+    assert trainers.wait() == [-signal.SIGKILL], trainers.text()
+    (run,) = mlflow_runs(client, "toolkit")
+    assert run.info.status == "RUNNING"
+    assert run.data.metrics["step"] == 11
+    stopped_at_step(tmp_path, 9, *wanted)
+    assert client.get_run(run.info.run_id).info.status == "KILLED"
+    assert "warning" not in train(tmp_path, *wanted)
+    (run,) = mlflow_runs(client, "toolkit")
+    assert run.info.status == "FINISHED"
+    assert only_run(tmp_path).metrics_file.read_bytes() == metrics
+    assert mlflow_lines(client, run.info.run_id) == only_run(tmp_path).metrics(), "each line once"
+    assert not (only_run(tmp_path).path / "mlflow.db").exists()
+
+
+def test_runs_of_one_process_have_their_own_databases(
+    tmp_path: Path, mlflow_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name, exit_code in (("one", 0), ("two", 3), ("two", 1)):  # the second is resumed, and fails
+        (tmp_path / name).mkdir(exist_ok=True)
+        if not (tmp_path / name / "mlflow.db").exists():
+            shutil.copy(mlflow_run.path / "mlflow.db", tmp_path / name)  # MLflow needs seconds to create one
+        tracker = MLflowRun(mlflow_run.recipe, tmp_path / name, name)
+        tracker.start()
+        tracker.end(exit_code)
+    for name, status in (("one", "FINISHED"), ("two", "FAILED")):
+        runs = mlflow_runs(MlflowClient(f"sqlite:///{tmp_path / name}/mlflow.db"), "digits")
+        found = {run.data.tags["toolkit.run"]: run.info.status for run in runs}
+        assert found == {name: status, f"small-{mlflow_run.id}": "FINISHED"}
+
+
+def test_an_absent_mlflow_server_is_one_warning_and_other_trackers_log(
+    tmp_path: Path, metrics: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    output = train(tmp_path, *tracked("mlflow", "wandb"))
+    assert output.count("warning: mlflow logging has stopped") == 1
+    run = only_run(tmp_path)
+    assert run.metrics_file.read_bytes() == metrics
+    assert history(run, "offline-run-*") == run.metrics()
 
 
 # -- during training --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""W&B and TensorBoard through Accelerate's trackers. metrics.jsonl is authoritative; trackers get a copy, if possible.
+"""W&B, TensorBoard and MLflow, through Accelerate's trackers. They get a copy of metrics.jsonl, which is authoritative.
 
 W&B is online if there is a login and its server responds, otherwise offline; it never prompts. Each tracker has its own
 thread, so that training does not wait for it. Any failure results in one warning, and training continues.
@@ -6,8 +6,10 @@ thread, so that training does not wait for it. Any failure results in one warnin
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.util
+import logging
 import os
 import queue
 import re
@@ -22,8 +24,9 @@ from typing import Any
 from urllib.parse import urlparse
 
 from accelerate import Accelerator
+from accelerate.tracking import MLflowTracker
 
-from toolkit.errors import Interrupted, UserError, first_line
+from toolkit.errors import EXIT_OK, Interrupted, UserError, first_line
 from toolkit.recipe.schema import Recipe
 
 CONNECT_SECONDS = 3
@@ -36,7 +39,7 @@ LEAVE_SECONDS = FINISH_SECONDS + 0.5
 BACKLOG = 100_000
 """Maximum number of lines queued for a slow tracker; about 50 MB."""
 
-PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
+PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow-skinny"}
 """What to install for each tracker; its module has the tracker's name."""
 
 Call = Callable[[Any], None]
@@ -108,13 +111,33 @@ class Tracking:
                 self.names.remove("wandb")
             elif why:
                 log(f"W&B is offline: {why}. To upload later: toolkit sync {folder}")
-        if self.names:
-            self._start(recipe, folder, run_id)
-
-    def _start(self, recipe: Recipe, folder: Path, run_id: str) -> None:
-        settings = wandb_settings(recipe, folder, run_id, self.wandb_mode)
         config = flatten(recipe.model_dump(mode="json", exclude_none=True))
-        self.accelerator.log_with = _tracker_types(self.names)
+        if set(self.names) - {"mlflow"}:
+            self._start(recipe, folder, run_id, config)
+        if "mlflow" in self.names:
+            self._start_mlflow(MLflowRun(recipe, folder, run_id), config)
+
+    def _start_mlflow(self, tracker: MLflowRun, config: dict[str, Any]) -> None:
+        """Start MLflow in its thread, because its client has a current run per thread.
+
+        Waits for at most ``INIT_SECONDS``: data workers should not be forked while the thread imports modules.
+        """
+        started = threading.Event()
+
+        def start(tracker: Any) -> None:
+            try:
+                tracker.start()
+                tracker.store_init_configuration(config)
+            finally:
+                started.set()
+
+        self.threads.append(TrackerThread(tracker, self.log_message))
+        self.threads[-1].submit(start)
+        started.wait(INIT_SECONDS)
+
+    def _start(self, recipe: Recipe, folder: Path, run_id: str, config: dict[str, Any]) -> None:
+        settings = wandb_settings(recipe, folder, run_id, self.wandb_mode)
+        self.accelerator.log_with = _tracker_types([name for name in self.names if name != "mlflow"])
         try:
             self._init(recipe, settings, config, folder)
         except Exception as error:  # whatever a tracker raises must not end a training run
@@ -163,10 +186,13 @@ class Tracking:
             thread.submit(lambda tracker: tracker.log(record, step=step))
 
     def summarize(self, metrics: dict[str, Any]) -> None:
-        """Add the run's final metrics to W&B's summary."""
+        """Add the run's final metrics to W&B's summary and to MLflow's metrics."""
+        flat = flatten(metrics)
         for thread in self.threads:
             if thread.tracker.name == "wandb":
-                thread.submit(lambda tracker: tracker.tracker.summary.update(flatten(metrics)))
+                thread.submit(lambda tracker: tracker.tracker.summary.update(flat))
+            elif thread.tracker.name == "mlflow":
+                thread.submit(lambda tracker: tracker.log(flat))
 
     def finish(self, exit_code: int) -> None:
         """Close the trackers with the run's exit status (0 done, 3 interrupted, else failed)."""
@@ -178,6 +204,9 @@ class Tracking:
 
 
 def _close(tracker: Any, exit_code: int) -> None:
+    if tracker.name == "mlflow":
+        tracker.end(exit_code)
+        return
     if tracker.name != "wandb":
         tracker.finish()
         return
@@ -188,6 +217,61 @@ def _close(tracker: Any, exit_code: int) -> None:
     except TimeoutError:
         run = Path(tracker.tracker.dir).parents[2]  # of RUN/wandb/run-TIME-ID/files
         raise TimeoutError(f"its server has not received everything; to upload the rest: toolkit sync {run}") from None
+
+
+class MLflowRun(MLflowTracker):  # type: ignore[misc]  # Accelerate's classes have no types
+    """Accelerate's MLflow tracker; a resumed run continues its MLflow run.
+
+    MLflow chooses the ids of its runs, so the run is found by its tag ``toolkit.run``. All methods must be called in
+    the same thread.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, run_id: str) -> None:
+        table = recipe.tracking
+        notes = table.notes or recipe.recipe.description
+        super().__init__(table.project, run_name=table.run_name or run_id, description=notes)
+        own = {"toolkit.run": run_id, "group": table.group or recipe.recipe.name, "tags": ", ".join(table.tags)}
+        self.tags: dict[str, str] = (self.tags or {}) | {key: value for key, value in own.items() if value}
+        self.database, self.key = folder.absolute() / "mlflow.db", run_id
+        self.params: set[str] = set()
+        self.last_steps: dict[str, int] = {}
+        """Params that the MLflow run has, and the last step of each of its metrics."""
+
+    def start(self) -> None:
+        """Start a run in ``MLFLOW_TRACKING_URI`` (default: a database in the run directory), or continue it."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for results
+        import mlflow
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(uri or f"sqlite:///{self.database}")
+        if not uri:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # set by MLflow; the next run has a database of its own
+        client = mlflow.MlflowClient()
+        with contextlib.suppress(mlflow.MlflowException):  # it exists; another run may create it at the same time
+            client.create_experiment(self.experiment_name)
+        experiment = client.get_experiment_by_name(self.experiment_name).experiment_id
+        for run in client.search_runs([experiment], f"tags.`toolkit.run` = '{self.key}'", max_results=1):
+            self.run_id, self.params = run.info.run_id, set(run.data.params)
+            for key in run.data.metrics:
+                self.last_steps[key] = max(one.step for one in client.get_metric_history(self.run_id, key))
+        super().start()
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Store params that the run does not have; MLflow allows no changes."""
+        super().store_init_configuration({key: value for key, value in values.items() if key not in self.params})
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Log the numbers in ``values``, except those of steps that were logged before the run was resumed."""
+        new = {key: value for key, value in values.items() if step is None or step > self.last_steps.get(key, -1)}
+        super().log({key: value for key, value in new.items() if isinstance(value, (int, float))}, step=step, **kwargs)
+
+    def end(self, exit_code: int) -> None:
+        """End the run as FINISHED, KILLED (interrupted) or FAILED."""
+        import mlflow
+
+        mlflow.end_run({EXIT_OK: "FINISHED", Interrupted.exit_status: "KILLED"}.get(exit_code, "FAILED"))
 
 
 def define_axes(run: Any) -> None:

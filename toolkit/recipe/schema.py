@@ -82,20 +82,22 @@ class ExperimentConfig(ConfigModel):
 
 
 class TrackingConfig(ConfigModel):
-    """Experiment trackers (W&B, TensorBoard). Logs in the run directory are always written."""
+    """Experiment trackers (W&B, TensorBoard, MLflow). Logs in the run directory are always written."""
 
-    trackers: list[Literal["wandb", "tensorboard"]] = Field(["wandb"], description="Trackers to log to; []: none.")
+    trackers: list[Literal["wandb", "tensorboard", "mlflow"]] = Field(
+        ["wandb"], description="Trackers to log to; []: none."
+    )
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto",
         description="W&B mode. auto: online if logged in and the server is reachable, else offline; the environment "
         "variable WANDB_MODE takes precedence over auto.",
     )
-    project: Name = Field("toolkit", description="W&B project.")
+    project: Name = Field("toolkit", description="W&B project or MLflow experiment.")
     entity: str | None = Field(None, description="W&B user or team; default: your own.")
-    group: str | None = Field(None, description="W&B group; default: the recipe's name.")
-    run_name: str | None = Field(None, description="W&B display name; default: recipe name and run id.")
-    tags: list[str] = Field([], description="W&B tags.")
-    notes: str = Field("", description="W&B notes.")
+    group: str | None = Field(None, description="W&B group, and MLflow tag `group`; default: the recipe's name.")
+    run_name: str | None = Field(None, description="Name that W&B and MLflow show; default: recipe name and run id.")
+    tags: list[str] = Field([], description="W&B tags; joined by commas in one MLflow tag.")
+    notes: str = Field("", description="W&B notes or MLflow description; default: the recipe's description.")
 
 
 class Expectation(ConfigModel):
