@@ -11,7 +11,7 @@
       figures/           SVG and PDF, for print; report.html: everything in one file
       checkpoints/       best.safetensors, model.json, and what is needed to resume
       log.txt            console output
-      wandb/ tensorboard/
+      wandb/ tensorboard/ mlflow.db
 
 Every file is written under a temporary name, synced to disk and renamed (metrics.jsonl and log.txt are appended to).
 """
