@@ -72,7 +72,7 @@ def compare(name: str, size: int, count: int, rounds: int) -> str:
     """Return one line of the table."""
     pillow = images_of(size, count)
     pixels = torch.stack([F.pil_to_tensor(image) for image in pillow]).contiguous(memory_format=torch.channels_last)
-    preprocessing = Preprocessing(3, size, None, False, "bilinear", (0.0,) * 3, (1.0,) * 3)
+    preprocessing = Preprocessing(3, (size, size), None, False, "bilinear", (0.0,) * 3, (1.0,) * 3)
     steps = build_transform("train", AugmentConfig.model_validate({"train": [ENTRIES[name]]}), preprocessing).steps
     augment = GpuAugmentation(steps, preprocessing, 0)
     op = augment.passes[-1]

@@ -24,7 +24,7 @@ def check_structure(built: ModelBundle, size: int) -> None:
     """Check heads, layer groups and optimizer groups; probing the model must leave all parameters unchanged."""
     module = built.module
     before = [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
-    used = probe(module, 3, size).used
+    used = probe(module, 3, (size, size)).used
     assert before == [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
     for head in built.heads:
         outputs = [p.shape[0] for p in module.get_submodule(head).parameters()]
@@ -61,9 +61,9 @@ def check_step(built: ModelBundle, size: int) -> None:
     groups = param_groups(built, TransferConfig(), OptimizerConfig(name="sgd", lr=0.01))
     optimizer = torch.optim.SGD(groups, lr=0.01)
     transfer.train_mode()
-    used = set(probe(built.module, 3, size).used)
+    used = set(probe(built.module, 3, (size, size)).used)
     device = next(built.module.parameters()).device
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     loss = nn.functional.cross_entropy(built.module(images), torch.tensor([0, 1], device=device))
     loss.backward()
     without = {name for name, p in built.module.named_parameters() if p.grad is None}
@@ -74,14 +74,14 @@ def check_step(built: ModelBundle, size: int) -> None:
 
 
 def trained(built: ModelBundle, table: ModelConfig, size: int) -> TrainedModel:
-    plain = Preprocessing(3, size, size, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    plain = Preprocessing(3, (size, size), size, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     return TrainedModel(built.module.eval(), plain, (), CLASSES, table, "none", Path("model.safetensors"))
 
 
 def check_explained(model: TrainedModel, built: ModelBundle) -> None:
     """Check that Grad-CAM chooses a layer in the second half of the network."""
     size = model.preprocessing.image_size
-    sample = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0))
+    sample = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for head in built.heads:  # some are initialized to zero, which makes all gradients zero
             for parameter in model.module.get_submodule(head).parameters():
@@ -104,6 +104,6 @@ def check_export(model: TrainedModel, folder: Path) -> None:
     _write_safetensors(model, folder)
     again = load_model(folder)
     size = model.preprocessing.image_size
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         torch.testing.assert_close(again.module(images), model.module(images))

@@ -49,7 +49,7 @@ def batch(images: list[Image.Image], *, channels_last: bool = True) -> Tensor:
 def augmentation(*train: Entry, size: int = 224, channels: int = 3, seed: int = 0, **values: Any) -> GpuAugmentation:
     """Return training augmentation for images of any size, with output in 0..1."""
     table = AugmentConfig.model_validate({"train": list(train), **values})
-    preprocessing = Preprocessing(channels, size, None, True, "bilinear", (0.0,) * channels, (1.0,) * channels)
+    preprocessing = Preprocessing(channels, (size, size), None, True, "bilinear", (0.0,) * channels, (1.0,) * channels)
     return batched(table, preprocessing, seed)
 
 

@@ -43,7 +43,7 @@ GRAY: Entry = {"name": "RandomGrayscale", "p": 0.5}
 BLUR: Entry = {"name": "GaussianBlur", "kernel_size": [5, 9], "sigma": [0.1, 2.0]}
 ERASE: Entry = {"name": "RandomErasing", "p": 0.7, "value": [124.0, 116.0, 104.0], "stage": "after_crop"}
 HALF = (0.5, 0.5, 0.5)
-SMALL = Preprocessing(3, 32, 32, True, "bilinear", HALF, HALF)
+SMALL = Preprocessing(3, (32, 32), 32, True, "bilinear", HALF, HALF)
 PAD: Entry = {"name": "Pad", "padding": [3, 1, 2, 6], "fill": 7}
 
 # Name: the transforms, the recipe's other keys, and whether every pixel must be equal.
@@ -156,7 +156,7 @@ def test_two_fused_warps_would_differ_from_torchvision(interpolation: str) -> No
 
 def test_without_randomness_pixels_equal_those_of_the_data_workers_bit_for_bit() -> None:
     images = photographs(6, 256, 300)
-    preprocessing = Preprocessing(3, 224, None, True, "bilinear", *NORMALIZATIONS["imagenet"])
+    preprocessing = Preprocessing(3, (224, 224), None, True, "bilinear", *NORMALIZATIONS["imagenet"])
     one_at_a_time = build_transform("train", AugmentConfig(), preprocessing)
     made = batched(AugmentConfig(), preprocessing)
     expected = torch.stack([one_at_a_time(image) for image in images])
@@ -169,7 +169,7 @@ def test_without_randomness_pixels_equal_those_of_the_data_workers_bit_for_bit()
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_each_split_has_its_own_transforms(split: str) -> None:
     table = AugmentConfig.model_validate({"train": [TURN], split: [{**FLIP, "p": 1.0}], "random_erasing": 1.0})
-    made = batched(table, Preprocessing(3, 32, None, True, "bilinear", (0.0,) * 3, (1.0,) * 3), 0, split)
+    made = batched(table, Preprocessing(3, (32, 32), None, True, "bilinear", (0.0,) * 3, (1.0,) * 3), 0, split)
     pixels = batch(photographs(3, 32, 32))
     assert torch.equal(made(pixels, 0, np.arange(3)), pixels.flip(3).float() * (1 / 255))
 
@@ -341,7 +341,7 @@ def test_a_policy_prevents_batched_augmentation() -> None:
 
 def test_fixed_transforms_before_the_resize_do_not_prevent_batched_augmentation() -> None:
     table = AugmentConfig.model_validate({"train": [{**PAD, "stage": "before_resize"}, FLIP]})
-    plan = plan_preprocessing("train", table, Preprocessing(3, 32, 40, True, "bilinear", HALF, HALF), 0, None)
+    plan = plan_preprocessing("train", table, Preprocessing(3, (32, 32), 40, True, "bilinear", HALF, HALF), 0, None)
     assert plan.batched is not None
     assert plan.steps == 3, "padding, resize and crop are applied to each image"
     assert plan.batched(batch(photographs(2, 32, 32)), 0, np.arange(2)).shape == (2, 3, 32, 32)
@@ -349,7 +349,7 @@ def test_fixed_transforms_before_the_resize_do_not_prevent_batched_augmentation(
 
 def test_images_padded_to_a_square_are_augmented_in_batches_too() -> None:
     """Weights of timm with crop_mode = "border": the long side is resized, the rest padded with the mean color."""
-    padded = Preprocessing(3, 32, 32, True, "bilinear", (0.0,) * 3, (1.0,) * 3, border=(10, 20, 30))
+    padded = Preprocessing(3, (32, 32), 32, True, "bilinear", (0.0,) * 3, (1.0,) * 3, border=(10, 20, 30))
     for entry in ({**FLIP, "p": 1.0}, {**FLIP, "p": 1.0, "stage": "before_crop"}):
         table = AugmentConfig.model_validate({"train": [entry]})
         plan = plan_preprocessing("train", table, padded, 0, 40)

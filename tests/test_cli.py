@@ -302,7 +302,7 @@ def test_show_prints_the_input_settings_that_the_weights_determine(name: str) ->
     shown = json.loads(toolkit("show", str(RECIPES / f"{name}.toml"), "--json").stdout)
     entries = {key: shown[f"data.{key}"] for key in ("image_size", "channels", "resize", "interpolation")}
     values = {key: entry.get("becomes", entry)["value"] for key, entry in entries.items()}
-    assert values == json.loads(json.dumps({key: getattr(trained, key) for key in values}))
+    assert values == json.loads(json.dumps({key: trained.to_dict()[key] for key in values}))
     if recipe.data.normalize == "auto":
         becomes = {"mean": list(trained.mean), "std": list(trained.std)}
         assert shown["data.normalize"]["becomes"]["value"] == becomes

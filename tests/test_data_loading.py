@@ -44,7 +44,7 @@ LABELS = np.arange(N + 5, dtype=np.int64) % 4
 INDICES = np.arange(N + 5, dtype=np.int64)[5:][
     ::-1
 ].copy()  # a split is not the whole data set, so positions are not indices
-PLAIN = Preprocessing(3, 8, None, True, "bilinear", (0.0,) * 3, (1.0,) * 3)
+PLAIN = Preprocessing(3, (8, 8), None, True, "bilinear", (0.0,) * 3, (1.0,) * 3)
 RANDOM = AugmentConfig.model_validate(
     {"train": [{"name": "RandomCrop", "padding": 2}, {"name": "ColorJitter", "hue": 0.5}], "auto_augment": "rand-m9"}
 )
@@ -238,7 +238,7 @@ def test_a_failing_transform_names_the_image_and_keeps_its_traceback(files: Enco
         list(of_files(files, workers, too_large))
     assert "Traceback" in caught.value.__notes__[0]
     wrong_size = build_transform(
-        "train", AugmentConfig(), Preprocessing(3, 9, None, False, "bilinear", *[(0.5,) * 3] * 2)
+        "train", AugmentConfig(), Preprocessing(3, (9, 9), None, False, "bilinear", *[(0.5,) * 3] * 2)
     )
     with pytest.raises(UserError, match=r"^augment.train, .*8 x 8 pixels .* but data.image_size is 9"):
         list(of_files(files, workers, wrong_size))
@@ -276,7 +276,7 @@ from toolkit.recipe.schema import AugmentConfig
 
 mode = sys.argv[1]
 images = InMemoryImages(np.zeros((64, 8, 8), np.uint8), "toy", 1)
-way = build_transform("train", AugmentConfig(), Preprocessing(1, 8, None, True, "bilinear", (0.0,), (1.0,)))
+way = build_transform("train", AugmentConfig(), Preprocessing(1, (8, 8), None, True, "bilinear", (0.0,), (1.0,)))
 labels = np.zeros(64, np.int64)
 source = WorkerBatches(SplitDataset(images, labels, np.arange(64), way, seed=0), 2, pin_memory=False)
 loader = TrainLoader(source, SamplingPlan(size=64, seed=0, batch_size=2))
@@ -399,7 +399,8 @@ def test_the_number_of_workers_follows_recipe_and_cpus(monkeypatch: pytest.Monke
 
 def test_real_images_are_loaded(caltech_subset: Path) -> None:
     data = open_dataset(DataConfig(dataset="caltech101", root=str(caltech_subset)))
-    way = build_transform("train", AugmentConfig(), Preprocessing(3, 64, 73, True, "bilinear", (0.5,) * 3, (0.5,) * 3))
+    preprocessing = Preprocessing(3, (64, 64), 73, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    way = build_transform("train", AugmentConfig(), preprocessing)
     split = SplitDataset(data.images, data.labels, data.lists["train"], way, seed=0)
     one = TrainLoader(WorkerBatches(split, 2, pin_memory=False), SamplingPlan(size=80, seed=0, batch_size=32))
     batches = [batch for _, batch in one.epoch(0)]

@@ -122,7 +122,7 @@ def test_a_jpeg_without_metadata_is_not_opened_twice(tmp_path: Path, monkeypatch
 
 def test_the_cache_key_depends_on_the_orientation_rule(tmp_path: Path) -> None:
     save(tmp_path / "a.jpg", 6)
-    preprocessing = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    preprocessing = Preprocessing(3, (32, 32), 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     part = CachePartition(("train",), np.arange(1), build_transform("train", AugmentConfig(), preprocessing), 1)
     keys = [
         part_key(EncodedImages(ImageFiles(tmp_path, ["a.jpg"]), 3, exif=exif), part) for exif in ("apply", "ignore")

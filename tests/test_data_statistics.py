@@ -18,7 +18,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (700, 6, 8, 3), dtype=np.uint
 
 
 def plain(channels: int, size: int, resize: int | None = None, crop: bool = False) -> Preprocessing:
-    return Preprocessing(channels, size, resize, crop, "bilinear", (0.0,) * channels, (1.0,) * channels)
+    return Preprocessing(channels, (size, size), resize, crop, "bilinear", (0.0,) * channels, (1.0,) * channels)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -24,9 +24,9 @@ from toolkit.recipe.gpu_support import FIXED
 from toolkit.recipe.schema import NORMALIZATIONS, AugmentConfig
 
 HALF = (0.5, 0.5, 0.5)
-CIFAR = Preprocessing(3, 32, 32, True, "bilinear", HALF, HALF)
-CALTECH = Preprocessing(3, 224, 256, True, "bilinear", *NORMALIZATIONS["imagenet"])
-SQUASHED = Preprocessing(3, 224, (256, 256), True, "bilinear", HALF, HALF)
+CIFAR = Preprocessing(3, (32, 32), 32, True, "bilinear", HALF, HALF)
+CALTECH = Preprocessing(3, (224, 224), 256, True, "bilinear", *NORMALIZATIONS["imagenet"])
+SQUASHED = Preprocessing(3, (224, 224), (256, 256), True, "bilinear", HALF, HALF)
 FLOAT = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
 
 Entry = dict[str, Any]
@@ -149,8 +149,8 @@ def test_transforms_of_murabito_equal_a_hand_written_compose(name: str) -> None:
     [
         CALTECH,
         SQUASHED,
-        Preprocessing(3, 300, 256, True, "bicubic", HALF, HALF),
-        Preprocessing(3, 64, None, True, "bilinear", HALF, HALF),
+        Preprocessing(3, (300, 300), 256, True, "bicubic", HALF, HALF),
+        Preprocessing(3, (64, 64), None, True, "bilinear", HALF, HALF),
     ],
 )
 def test_transforms_of_bytes_equal_those_of_the_pillow_image(
@@ -235,7 +235,7 @@ def test_timm_policies_give_the_same_images_as_timm(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original"])
 def test_timm_policies_accept_grayscale_images(policy: str) -> None:
-    gray = Preprocessing(1, 28, None, True, "bilinear", (0.3,), (0.2,))
+    gray = Preprocessing(1, (28, 28), None, True, "bilinear", (0.3,), (0.2,))
     transform = build_transform("train", AugmentConfig(auto_augment=policy), gray)
     for seed in range(40):
         random.seed(seed)
@@ -246,7 +246,7 @@ def test_timm_policies_accept_grayscale_images(policy: str) -> None:
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "RGB"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_converted_to_the_requested_channels(mode: str, channels: int) -> None:
-    one = Preprocessing(channels, 32, 32, True, "bilinear", (0.5,) * channels, (0.5,) * channels)
+    one = Preprocessing(channels, (32, 32), 32, True, "bilinear", (0.5,) * channels, (0.5,) * channels)
     result = build_transform("test", AugmentConfig(), one)(to_pixels(photograph().convert(mode), channels))
     assert (result.shape, result.dtype, type(result)) == ((channels, 32, 32), torch.float32, Tensor)
 
@@ -308,7 +308,7 @@ def test_the_largest_magnitudes_do_not_fail() -> None:
 
 
 def test_a_wrong_image_size_is_reported_with_the_expected_one() -> None:
-    uncropped = Preprocessing(3, 32, 32, False, "bilinear", HALF, HALF)
+    uncropped = Preprocessing(3, (32, 32), 32, False, "bilinear", HALF, HALF)
     transform = build_transform("test", AugmentConfig(), uncropped)
     assert transform(to_pixels(photograph(50, 50), 3)).shape == (3, 32, 32)
     with pytest.raises(UserError, match=r"32 x 64 pixels out of one of 50 x 100, but data.image_size is 32"):

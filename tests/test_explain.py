@@ -30,7 +30,7 @@ CLASSES = ["a", "b", "c"]
 
 
 def trained(module: nn.Module, table: ModelConfig, size: int) -> TrainedModel:
-    plain = Preprocessing(3, size, size, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    plain = Preprocessing(3, (size, size), size, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     return TrainedModel(module.eval(), plain, (), CLASSES, table, "none", Path("model.safetensors"))
 
 
@@ -87,7 +87,7 @@ def test_for_a_transformer_grad_cam_uses_the_patches_gradients_and_values() -> N
 
 def test_tokens_are_arranged_row_by_row_and_non_spatial_ones_are_kept() -> None:
     tokens = torch.arange(2 * 11 * 3.0).reshape(2, 11, 3)
-    layer = CamLayer("any", "tokens", prefix=2)
+    layer = CamLayer("any", "tokens", prefix=2, grid=(3, 3))
     maps = layer.to_maps(tokens)
     assert maps.shape == (2, 3, 3, 3)
     assert torch.equal(maps[1, :, 2, 0], tokens[1, 2 + 2 * 3 + 0])

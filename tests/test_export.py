@@ -103,7 +103,7 @@ def test_an_exported_model_computes_the_same_for_any_number_of_images(
     trained = load_model(run.path)
     for count in (1, 5):
         size, channels = trained.preprocessing.image_size, trained.preprocessing.channels
-        images = torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(count))
+        images = torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(count))
         with torch.inference_mode():
             difference = float((READERS[name](tmp_path / "out", images) - trained.module(images)).abs().max())
         assert difference <= 1e-4

@@ -379,7 +379,7 @@ def test_distilled_transformers_have_two_heads() -> None:
 def test_no_auxiliary_classifiers(name: str) -> None:
     built = build_on_meta(tv(name), 96)
     assert not [key for key, _ in built.module.named_parameters() if key.lower().startswith("aux")]
-    assert probe(built.module, 3, 96).output.shape == (2, 7)
+    assert probe(built.module, 3, (96, 96)).output.shape == (2, 7)
 
 
 def test_every_classifier_of_the_pretrained_configuration_is_a_head(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_a_dry_forward_pass_leaves_layers_shared_by_blocks_unchanged() -> None:
     before = [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     assert len({number for _, number in before}) < len(before)
-    probe(module, 3, 64)
+    probe(module, 3, (64, 64))
     assert [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)] == before
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.named_buffers())
     assert module(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
@@ -493,11 +493,11 @@ def test_randomness_that_cannot_be_keyed_is_a_warning_that_says_what_is_lost(tab
 
 def test_batch_mode_stochastic_depth_is_a_warning() -> None:
     module = torchvision.models.efficientnet_b0(weights=None, num_classes=7)
-    assert not probe(module, 3, 64).random
+    assert not probe(module, 3, (64, 64)).random
     for layer in module.modules():
         if isinstance(layer, StochasticDepth):
             layer.mode = "batch"
-    assert probe(module, 3, 64).random
+    assert probe(module, 3, (64, 64)).random
 
 
 # Errors

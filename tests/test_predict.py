@@ -224,7 +224,7 @@ def test_a_users_mistake_is_one_message(run: Run, tmp_path: Path, arguments: lis
 def test_a_model_that_checks_the_version_of_its_layers_is_loaded(tmp_path: Path) -> None:
     table = ModelConfig(source="torchvision", name="mnasnet0_5")
     module = build_model(table, 3, 3, 32).module
-    plain = Preprocessing(3, 32, 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    plain = Preprocessing(3, (32, 32), 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     (tmp_path / "model.json").write_text(json.dumps(model_card(table, ["a", "b", "c"], plain, (), "none")))
     safetensors.torch.save_file(module.state_dict(), tmp_path / "model.safetensors")
     images = torch.rand(2, 3, 32, 32)
@@ -235,7 +235,7 @@ def test_a_model_card_of_an_earlier_version_gives_a_convnet_with_biases(tmp_path
     layers = {"convnet": {"blocks": [{"channels": 4, "batch_norm": True}], "bias": True}, "head": {"bias": True}}
     table = ModelConfig.model_validate({"source": "toolkit", **layers})
     module = build_model(table, 3, 3, 8).module
-    plain = Preprocessing(3, 8, 8, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    plain = Preprocessing(3, (8, 8), 8, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     card = model_card(table, ["a", "b", "c"], plain, (), "none")
     del card["model"]["convnet"]["bias"], card["model"]["head"]["bias"]
     (tmp_path / "model.json").write_text(json.dumps(card))

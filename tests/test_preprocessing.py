@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 
@@ -19,7 +20,6 @@ from toolkit.augment import resize
 from toolkit.augment.transforms import build_transform
 from toolkit.data.image_sources import as_pixels, to_pixels
 from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing
-from toolkit.errors import UserError
 from toolkit.inference.export import _steps
 from toolkit.inference.timm_config import timm_config
 from toolkit.models.build import expected_input
@@ -90,7 +90,7 @@ def test_inputs_of_every_timm_tag_equal_timms_own() -> None:
         modes[config["crop_mode"]] += 1
         assert (height != width) == (tag in NO_SQUARE)
         geometry = (height, width, preprocessing.resize, preprocessing.crop_mode, preprocessing.interpolation)
-        if geometry not in tried and height == width:
+        if geometry not in tried:
             tried[geometry] = tag
             assert_same_inputs(resolved(preprocessing), create_transform(**config))
     assert modes["squash"] >= 131
@@ -153,11 +153,25 @@ def test_a_recipes_own_resize_replaces_the_crop_mode() -> None:
     assert (own.resize, own.border) == (72, None)
 
 
-def test_weights_for_images_that_are_not_square_need_an_image_size() -> None:
+def test_weights_for_images_that_are_not_square_give_inputs_of_their_shape() -> None:
     sapiens = weights("vit_base_patch16_sapiens2.fb")
-    with pytest.raises(UserError, match=r"trained on images of 1024x768 pixels \(height x width\)"):
-        resolved(sapiens)
+    assert resolved(sapiens).image_size == (1024, 768)
+    assert resolved(sapiens).resize == (1024, 768)
     assert resolved(sapiens, image_size=384).resize == (384, 384)
+
+
+@pytest.mark.usefixtures("pillow_resizes")
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [[112, 224], [196, 84]])
+def test_inputs_that_are_not_square_equal_timms_own(mode: str, size: list[int]) -> None:
+    """A wide and a tall input, from a wide and a tall image, in each crop mode."""
+    expected = PretrainedInput(224, 256, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), mode)
+    preprocessing = resolved(expected, image_size=size)
+    reference = create_transform(
+        (3, *size), crop_pct=0.875, crop_mode=mode, interpolation="bicubic", mean=expected.mean, std=expected.std
+    )
+    assert_same_inputs(preprocessing, reference)
+    assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
 
 
 @pytest.mark.parametrize("mode", ["squash", "border"])

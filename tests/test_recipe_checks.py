@@ -71,9 +71,9 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ["model.args={drop_path_rate=0.1}"],
     ),
     (
-        "error: data.image_size: must be given, since the weights were trained on 1024 x 768 pixels",
-        ['model.source="timm"', 'model.name="vit_base_patch16_sapiens2"', 'model.weights="fb"'],
-        ['model.source="timm"', 'model.name="vit_base_patch16_sapiens2"', 'model.weights="fb"', "data.image_size=384"],
+        "error: data.image_size: torchvision's vit_b_16 takes square images only, not 32 x 64 pixels",
+        ['model.name="vit_b_16"', "data.image_size=[32, 64]"],
+        ['model.name="vit_b_16"', "data.image_size=64"],
     ),
     (
         'error: augment.run_on: "device" does not support augment.train[0]: ElasticTransform',

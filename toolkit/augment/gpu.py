@@ -9,6 +9,7 @@ generators are sequential.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ from toolkit.data.preprocessing import Preprocessing
 from toolkit.data.sampling import GOLDEN_GAMMA, IntArray, finalize64, hash64
 from toolkit.data.tensor_rows import assign_rows, index_rows, memory_format
 from toolkit.errors import UserError
+from toolkit.recipe.image_size import as_value, size_text
 
 _AUGMENT_STREAM = 0x6175676D656E74
 """Key constant that makes these random numbers independent of all others with the same seed ("augment" in ASCII)."""
@@ -40,24 +42,24 @@ class GpuAugmentation:
         self.seed = seed
         self.size, self.channels = preprocessing.image_size, preprocessing.channels
         self.mean, self.std = (torch.tensor(values) for values in (preprocessing.mean, preprocessing.std))
-        self._row_mean, self._row_std = self.mean.repeat(self.size), self.std.repeat(self.size)
+        self._row_mean, self._row_std = self.mean.repeat(self.size[1]), self.std.repeat(self.size[1])
 
     def __call__(self, images: Tensor, epoch: int, draws: Tensor | IntArray) -> Tensor:
-        """Augment and normalize uint8 [m, C, h, w] to float32 [m, C, image_size, image_size] on the same device.
+        """Augment and normalize uint8 [m, C, h, w] to float32 [m, C, H, W] on the same device.
 
         ``draws``: int64 [m] on the CPU, see :meth:`toolkit.data.sampling.SamplingPlan.epoch`. The memory format
         (channels_last) is kept. There is no GPU synchronization. Each call has an overhead of some hundred
         microseconds, so combine small batches.
 
-        Raises UserError if the result does not have the size ``image_size``.
+        Raises UserError if the result does not have the model's input size.
         """
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != self.channels:
             raise ValueError(f"expected uint8 [m, {self.channels}, h, w], not {images.dtype} {list(images.shape)}")
         plans = self.plans(epoch, draws, (images.shape[2], images.shape[3]))
         tables = _on_device([plan.table for plan in plans], images.device)
-        shape = (len(images), self.channels, self.size, self.size)
+        shape = (len(images), self.channels, *self.size)
         made = torch.empty(shape, device=images.device, memory_format=memory_format(images))
-        count = len(images) if images.device.type != "cpu" else max(1, CHUNK // (self.channels * self.size**2))
+        count = len(images) if images.device.type != "cpu" else max(1, CHUNK // (self.channels * math.prod(self.size)))
         for start in range(0, len(images), count):
             part = slice(start, start + count)
             self._make(images[part], made[part], [plan.of(part) for plan in plans], [table[part] for table in tables])
@@ -71,10 +73,10 @@ class GpuAugmentation:
         for one, end in zip(self.all, np.cumsum(counts).tolist(), strict=True):
             plans.append(one.plan(u[:, end - one.random_count : end], size))
             size = plans[-1].size
-        if size != (self.size, self.size):
+        if size != self.size:
             raise UserError(
-                f"augment, data.resize and data.crop make images of {size[0]} x {size[1]} pixels, but data.image_size "
-                f"is {self.size}: set data.crop = 'center', or data.resize = [{self.size}, {self.size}]"
+                f"augment, data.resize and data.crop make images of {size_text(size)} pixels, but data.image_size is "
+                f"{as_value(self.size)}: set data.crop = 'center', or data.resize = {list(self.size)}"
             )
         return plans
 
@@ -91,7 +93,7 @@ class GpuAugmentation:
         made.copy_(images)
         if made.device.type == "cpu" and memory_format(made) is torch.channels_last:
             # Treat a row of pixels as one vector: broadcasting over only the three channels is ten times slower.
-            lines = made.permute(0, 2, 3, 1).view(-1, self.size * self.channels)
+            lines = made.permute(0, 2, 3, 1).view(-1, self.size[1] * self.channels)
             lines.mul_(1 / 255).sub_(self._row_mean).div_(self._row_std)
         else:
             mean, std = (values.to(made.device, non_blocking=True)[:, None, None] for values in (self.mean, self.std))

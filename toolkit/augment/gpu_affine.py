@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.augment.gpu_crop_flip import Floats, Indices, RandomFlip, SampledParams, Size, randint
+from toolkit.augment.gpu_crop_flip import Floats, Indices, RandomFlip, SampledParams, randint
+from toolkit.recipe.image_size import Size
 
 
 @dataclass(frozen=True)

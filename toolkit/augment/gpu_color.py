@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.augment.gpu_crop_flip import Floats, Indices, SampledParams, Size, randint
+from toolkit.augment.gpu_crop_flip import Floats, Indices, SampledParams, randint
 from toolkit.data.tensor_rows import assign_rows, index_rows
+from toolkit.recipe.image_size import Size
 
 ATTEMPTS = 10
 """Maximum number of rectangles that torchvision samples for random erasing before it leaves the image unchanged."""

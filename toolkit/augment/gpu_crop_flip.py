@@ -15,13 +15,11 @@ from torch import Tensor
 
 from toolkit.data.tensor_rows import memory_format
 from toolkit.errors import UserError
+from toolkit.recipe.image_size import Size
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
-Size = tuple[int, int]
-"""Height and width in pixels."""
-
 LARGE = 2**15
 """From this number of values per image, a CPU copies image by image with slices: indexing all at once is slower."""
 

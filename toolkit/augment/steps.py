@@ -21,6 +21,7 @@ from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.recipe.catalog import excluded_transforms
 from toolkit.recipe.gpu_support import FIXED
+from toolkit.recipe.image_size import Size
 from toolkit.recipe.schema import TransformConfig
 from toolkit.similar_names import did_you_mean
 
@@ -33,7 +34,7 @@ class Step:
     """One step from an image to the model's input. Calling it applies it to one image."""
 
     name: str
-    """Name of a class in torchvision.transforms.v2, or timm's CenterCropOrPad, ResizeKeepRatio or auto_augment."""
+    """Class in torchvision.transforms.v2, ResizeKeepRatio, or CenterCropOrPad or auto_augment of timm."""
     arguments: dict[str, Any]
     """Arguments of that class with torchvision's types, including the defaults."""
     p: float
@@ -68,7 +69,7 @@ def torchvision_step(name: str, *, apply_p: float = 1.0, fixed: str | None = Non
     return Step(name, complete.arguments, apply_p, on_image, fixed)
 
 
-def recipe_step(entry: TransformConfig, where: str, image_size: int) -> Step:
+def recipe_step(entry: TransformConfig, where: str, image_size: Size) -> Step:
     """Build one augmentation of the recipe; ``where`` names it in messages.
 
     Raises UserError for an unknown or excluded transform, and for arguments that it does not accept.
@@ -81,7 +82,7 @@ def recipe_step(entry: TransformConfig, where: str, image_size: int) -> Step:
         hint = did_you_mean(unknown[0], parameters, prefix="; ", otherwise=".")
         raise UserError(f"{where}: {entry.name} takes no {unknown[0]!r}{hint} It takes: {', '.join(parameters)}")
     if "size" in parameters and "size" not in arguments:
-        arguments["size"] = (image_size, image_size)
+        arguments["size"] = image_size
     is_fixed = entry.name in FIXED and entry.apply_p == 1
     fixed = f"{entry.name} {json.dumps(arguments, sort_keys=True, default=str)}" if is_fixed else None
     try:
@@ -134,7 +135,7 @@ def policy_step(text: str, preprocessing: Preprocessing) -> Step:
 
     fill = tuple(min(255, round(255 * mean)) for mean in preprocessing.mean)
     settings: dict[str, Any] = {
-        "translate_const": int(preprocessing.image_size * 0.45),
+        "translate_const": int(min(preprocessing.image_size) * 0.45),
         "img_mean": fill if len(fill) > 1 else fill[0],
         "interpolation": str_to_pil_interp(preprocessing.interpolation),
     }

@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
+from timm.data.transforms import CenterCropOrPad
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from toolkit.augment.resize import is_same_on_bytes, on_bytes
+from toolkit.augment.resize import ResizeKeepRatio, is_same_on_bytes, on_bytes
 from toolkit.augment.steps import Step, policy_step, recipe_step, torchvision_step
 from toolkit.data.image_sources import ImageSource, Pixels, as_image, as_pixels
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.recipe.gpu_support import is_random
+from toolkit.recipe.image_size import as_size, as_value, size_text
 from toolkit.recipe.schema import AugmentConfig
 
 TENSOR_ONLY = frozenset({"GaussianNoise"})
@@ -54,7 +55,7 @@ class ImageTransform:
         """Whether Python's and NumPy's random states must be seeded in addition to torch's."""
 
     def __call__(self, pixels: Pixels) -> Tensor:
-        """Transform uint8 [h, w, C] of any size to float32 [C, image_size, image_size].
+        """Transform uint8 [h, w, C] of any size to float32 [C, H, W] of the model's input size.
 
         Raises UserError if the result has another size.
         """
@@ -71,11 +72,11 @@ class ImageTransform:
 
     def check_size(self, given: Pixels, made: tuple[int, int]) -> None:
         """Raise UserError unless ``made``, the (height, width) after the transform of an image, is the model's size."""
-        if made != (self.size, self.size):
+        if made != self.size:
             raise UserError(
-                f"augment.{self.split}, data.resize and data.crop make an image of {made[0]} x {made[1]} pixels out of "
-                f"one of {given.shape[0]} x {given.shape[1]}, but data.image_size is {self.size}: "
-                f"set data.crop = 'center', or data.resize = [{self.size}, {self.size}]"
+                f"augment.{self.split}, data.resize and data.crop make an image of {size_text(made)} pixels out of "
+                f"one of {given.shape[0]} x {given.shape[1]}, but data.image_size is {as_value(self.size)}: "
+                f"set data.crop = 'center', or data.resize = {list(self.size)}"
             )
 
     def after(self, count: int) -> ImageTransform:
@@ -225,9 +226,11 @@ def _resize(preprocessing: Preprocessing) -> list[Step]:
     size, interpolation = preprocessing.resize, preprocessing.interpolation
     if size is None:
         return []
-    if preprocessing.border is not None:
-        keep = ResizeKeepRatio(size, longest=1.0, interpolation=interpolation)
-        return [Step("ResizeKeepRatio", {"size": size}, 1.0, keep, f"resize to long side {size}, {interpolation}")]
+    if preprocessing.border is not None or preprocessing.cover:
+        fit, box = preprocessing.border is not None, as_size(size)
+        shown = f"resize to {'fit into' if fit else 'cover'} {size_text(box)}, {interpolation}"
+        on_image = ResizeKeepRatio(box, fit=fit, interpolation=interpolation)
+        return [Step("ResizeKeepRatio", {"size": list(box)}, 1.0, on_image, shown)]
     shown = f"short side {size}" if isinstance(size, int) else f"{size[0]} x {size[1]}"
     return [
         torchvision_step(
@@ -244,7 +247,8 @@ def _crop(preprocessing: Preprocessing) -> list[Step]:
     """Return the preprocessing's center crop as a list of one step; [] if there is none."""
     if not preprocessing.crop:
         return []
-    size, shown = preprocessing.image_size, f"{CENTER_CROP} {preprocessing.image_size}"
+    size = list(preprocessing.image_size)
+    shown = f"{CENTER_CROP} {size[0] if size[0] == size[1] else size_text(preprocessing.image_size)}"
     if preprocessing.border is None:
         return [torchvision_step("CenterCrop", size=size, fixed=shown)]
     color = list(preprocessing.border)

@@ -8,6 +8,7 @@ The features are stored in the cache and shared by all runs with the same images
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ from toolkit.distributed.process import autocast_dtype, gather_objects, local_pr
 from toolkit.errors import RunFailed
 from toolkit.models.frozen_backbone import backbone_is_deterministic, find_frozen_backbone, prefix_features
 from toolkit.models.transfer import Transfer
+from toolkit.recipe.image_size import Size
 from toolkit.recipe.schema import Recipe
 from toolkit.training.context import TrainingContext
 from toolkit.training.evaluation import to_device
@@ -198,12 +200,12 @@ class Features:
         return placed if isinstance(placed, Tensor) else features
 
 
-def chunk_size(image_size: int) -> int:
+def chunk_size(image_size: Size) -> int:
     """Return the batch size for the frozen layers: the pixels of 64 images of 224 x 224, at most 256 images.
 
     The last bits of the features depend on it, so it must not depend on the recipe's batch size.
     """
-    return max(1, min(256, 64 * 224**2 // image_size**2))
+    return max(1, min(256, 64 * 224**2 // math.prod(image_size)))
 
 
 def _join(features: Tensor | None, count: int, device: torch.device) -> Tensor:

@@ -122,6 +122,7 @@ def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
     from toolkit.data.dataset_info import DATASETS
     from toolkit.data.preprocessing import resolve_channels, resolve_preprocessing
     from toolkit.recipe.catalog import weights_input
+    from toolkit.recipe.image_size import as_value
 
     model, dataset = recipe.model, DATASETS[recipe.data.dataset]
     is_pretrained, is_file = model.weights != "none", model.weights.startswith(("file:", "package:"))
@@ -141,12 +142,14 @@ def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
     native = weights if expected else "from the data set"
     usual = weights if expected else "default without pretrained weights"
     known = {
-        "image_size": (found.image_size, native),
+        "image_size": (as_value(found.image_size), native),
         "channels": (found.channels, native),
         "resize": (found.resize or "none", usual),
         "interpolation": (found.interpolation, usual),
         "normalize": ({"mean": list(found.mean), "std": list(found.std)}, usual),
     }
+    if found.cover:  # the recipe's [height, width] would stretch images
+        del known["resize"]
     return {key: value for key, value in known.items() if getattr(recipe.data, key) in (None, "auto")}
 
 

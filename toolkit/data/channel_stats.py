@@ -36,7 +36,7 @@ def channel_statistics(
         return counts.reshape(-1, 256)
 
     if threads is None:  # threads slow down the decoding of small images by half (measured)
-        threads = 1 if preprocessing.image_size <= SMALL_IMAGE else available_cpus()
+        threads = 1 if max(preprocessing.image_size) <= SMALL_IMAGE else available_cpus()
     chunks = np.array_split(indices, max(1, -(-len(indices) // 256)))
     with ThreadPoolExecutor(threads) as pool:
         counts = sum(pool.map(count_values, chunks), np.zeros((preprocessing.channels, 256), dtype=np.int64))

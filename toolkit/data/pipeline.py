@@ -98,7 +98,7 @@ class DevicePreprocessor:
         self.on_one_thread = beside_workers and device.type == "cpu"
 
     def __call__(self, pixels: Tensor, epoch: int, draws: IntArray) -> Tensor:
-        """Convert uint8 [m, h, w, c] to float32 [m, C, image_size, image_size]; grayscale is repeated if C is 3."""
+        """Convert uint8 [m, h, w, c] to float32 [m, C, H, W]; grayscale is repeated if C is 3."""
         with _one_thread() if self.on_one_thread else contextlib.nullcontext():
             images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             if images.shape[1] != self.batched.channels:

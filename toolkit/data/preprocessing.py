@@ -9,6 +9,7 @@ from typing import Any
 from toolkit.errors import UserError
 from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.earlier_versions import DEFAULTS
+from toolkit.recipe.image_size import Size, as_size, as_value
 from toolkit.recipe.schema import NORMALIZATIONS, DataConfig, NormalizeValues
 
 SMALL_IMAGE = 64
@@ -20,10 +21,11 @@ class Preprocessing:
     """The deterministic preprocessing steps from a decoded image to the model's input."""
 
     channels: int
-    image_size: int
+    image_size: Size
     """Height and width of the input in pixels."""
     resize: int | tuple[int, int] | None
-    """Short side (long side with ``border``), or (height, width), before the crop; None: no resize."""
+    """Short side, or (height, width), before the crop; None: no resize. With ``border``: long side, or the (height,
+    width) that images fit into."""
     crop: bool
     """Whether to take a center crop of ``image_size`` after the resize."""
     interpolation: str
@@ -35,10 +37,12 @@ class Preprocessing:
     """Values of black and white in files with more than 8 bits per sample; None: the training data had no such file."""
     border: tuple[int, ...] | None = None
     """Padding color, 0..255 per channel, of images whose long side becomes ``resize``; None: the short side does."""
+    cover: bool = False
+    """Whether images keep their aspect ratio and cover a ``resize`` of (height, width); if not, they are stretched."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-serializable dict for :meth:`from_dict`."""
-        return asdict(self)
+        """Return a JSON-serializable dict for :meth:`from_dict`; ``image_size`` is one number if it is square."""
+        return {**asdict(self), "image_size": as_value(self.image_size)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
@@ -46,7 +50,7 @@ class Preprocessing:
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in {**DEFAULTS["data",], **values}.items()
         }
-        return cls(**fields)
+        return cls(**{**fields, "image_size": as_size(fields["image_size"])})
 
 
 def resolve_channels(data: DataConfig, *, pretrained: bool) -> DataConfig:
@@ -75,38 +79,45 @@ def resolve_preprocessing(
     size is known, or the number of normalization values differs from the number of channels.
     """
     channels = data.channels or (3 if weights else native_channels)
-    size = data.image_size or (weights.image_size if weights else native_size)
-    if size is None:
+    wanted = data.image_size or (weights.size if weights else native_size)
+    if wanted is None:
         raise UserError("data.image_size must be given: neither the weights nor the data set define one")
-    if weights and weights.height and not data.image_size:
-        raise UserError(
-            f"data.image_size must be given: the weights were trained on images of {weights.height}x"
-            f"{weights.image_size} pixels (height x width), but inputs here are square; images are squashed to them"
-        )
-    resize: int | tuple[int, int] | None
+    size = as_size(wanted)
+    resize: int | Size | None
     border: tuple[int, ...] | None = None
     if data.resize == "none":
         resize = None
     elif isinstance(data.resize, list):
-        resize = (data.resize[0], data.resize[1])
+        resize = as_size(data.resize)
     elif data.resize is not None:
         resize = data.resize
-    elif weights:
-        side = round(weights.resize * size / weights.image_size)
-        resize = (side, side) if weights.crop_mode == "squash" else side
-        if weights.crop_mode == "border":
-            border = tuple(round(255 * value) for value in _as_channels(weights.mean, channels))
     else:
-        resize = size if size <= SMALL_IMAGE else round(size / 0.875)
+        resize = _default_resize(size, weights)
+        if weights and weights.crop_mode == "border":
+            border = tuple(round(255 * value) for value in _as_channels(weights.mean, channels))
+    cover = data.resize is None and isinstance(resize, tuple) and (not weights or weights.crop_mode == "center")
     interpolation = data.interpolation or (weights.interpolation if weights else "bilinear")
     zeros, ones = (0.0,) * channels, (1.0,) * channels
     crop = data.crop == "center"
-    plain = Preprocessing(channels, size, resize, crop, interpolation, zeros, ones, data.exif, data.known_range, border)
+    plain = Preprocessing(
+        channels, size, resize, crop, interpolation, zeros, ones, data.exif, data.known_range, border, cover
+    )
     mean, std = _normalization(data, weights, plain, measure)
     for values in (mean, std):
         if len(values) != channels:
             raise UserError(f"data.normalize: {len(values)} values for {channels} channels; give one value per channel")
     return replace(plain, mean=mean, std=std)
+
+
+def _default_resize(size: Size, weights: PretrainedInput | None) -> int | Size:
+    """Return the resize before a crop to ``size``, with the margin of the weights or ImageNet's: a number if square."""
+    if weights:
+        height, width = (round(weights.resize * side / weights.image_size) for side in size)
+        return (height, width) if weights.crop_mode == "squash" or height != width else height
+    if max(size) <= SMALL_IMAGE:
+        return size[0] if size[0] == size[1] else size
+    height, width = (round(side / 0.875) for side in size)
+    return height if height == width else (height, width)
 
 
 def _normalization(

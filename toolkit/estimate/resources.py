@@ -23,6 +23,7 @@ from toolkit.estimate.step_cost import Memory, StepCost, measure_memory, measure
 from toolkit.formatting import batch_split, duration, plural
 from toolkit.models.build import ModelBundle, build_model, expected_input
 from toolkit.models.transfer import Transfer, apply_transfer
+from toolkit.recipe.image_size import size_text
 from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.runs import Run, runs_of
 
@@ -94,7 +95,7 @@ class ResourceEstimate:
             "recipe": self.recipe.recipe.name,
             "images": self.contents.images,
             "classes": self.contents.classes,
-            "input": [self.preprocessing.channels, self.preprocessing.image_size, self.preprocessing.image_size],
+            "input": [self.preprocessing.channels, *self.preprocessing.image_size],
             "epochs": epochs,
             "steps_per_epoch": self.steps,
             "steps": self.steps * epochs if self.steps is not None else None,
@@ -127,8 +128,8 @@ def plan(recipe: Recipe, processes: int = 1, classes: int | None = None) -> Reso
     if contents.images:
         check_steps(contents.images["train"], train.batch_size, train.drop_last)
     preprocessing = _preprocessing(recipe, contents)
-    size = preprocessing.image_size
-    shape = (train.batch_size // processes // train.grad_accum_steps, preprocessing.channels, size, size)
+    images = train.batch_size // processes // train.grad_accum_steps
+    shape = (images, preprocessing.channels, *preprocessing.image_size)
     precision, notes = _precision(recipe)
     if contents.absent:
         notes.insert(0, f"images and steps are left out: {contents.absent}")
@@ -196,7 +197,7 @@ def _measure(
     """Build the model without weights and measure the cost of a step."""
 
     def build() -> tuple[ModelBundle, Transfer]:
-        built = build_model(recipe.model, classes, shape[1], shape[2], load_weights=False)
+        built = build_model(recipe.model, classes, shape[1], shape[2:], load_weights=False)
         transfer = apply_transfer(built, recipe.transfer)
         transfer.unfreeze_for_epoch(recipe.train.epochs)  # gradual: the final stage
         transfer.train_mode()
@@ -258,13 +259,13 @@ def _device(run: Run, kind: str) -> str:
 def plan_text(found: ResourceEstimate) -> str:
     """Format the estimate for a terminal."""
     recipe, train, contents = found.recipe, found.recipe.train, found.contents
-    size, memory = found.preprocessing.image_size, found.memory
+    memory = found.memory
     lines = [
         ("recipe", f"{recipe.recipe.name}: {recipe.model.source} {recipe.model.name}, weights {recipe.model.weights}, "
                    f"transfer {recipe.transfer.mode}"),
         ("images", ", ".join(f"{count:,} {split}" for split, count in (contents.images or {}).items()) or "unknown"),
         ("classes", f"{contents.classes}"),
-        ("input", f"{found.preprocessing.channels} x {size} x {size}"),
+        ("input", f"{found.preprocessing.channels} x {size_text(found.preprocessing.image_size)}"),
         ("steps", _steps_text(found)),
         ("batch", batch_split(train.batch_size, found.processes, train.grad_accum_steps)),
         ("parameters", f"{found.parameters:,}, of which {found.trainable:,} are trained"),

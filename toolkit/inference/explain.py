@@ -20,6 +20,7 @@ from toolkit.data.image_sources import UnreadableImageError
 from toolkit.errors import UserError, first_line
 from toolkit.inference.evaluate import split_images
 from toolkit.reading import UnreadableFile
+from toolkit.recipe.image_size import Size
 from toolkit.report.plot_style import plot_style, save, short
 from toolkit.report.run_data import read_predictions
 from toolkit.runs import Run
@@ -76,6 +77,8 @@ class CamLayer:
     """channels_first [n, C, h, w], channels_last [n, h, w, C] or tokens [n, prefix + h x w, C]."""
     prefix: int = 0
     """Number of leading non-spatial tokens (class token, registers)."""
+    grid: Size = (0, 0)
+    """Rows and columns of the tokens."""
 
     def to_maps(self, output: Tensor) -> Tensor:
         """Convert the layer's output to [n, C, h, w]."""
@@ -83,8 +86,7 @@ class CamLayer:
             return output
         if self.kind == "channels_last":
             return output.permute(0, 3, 1, 2)
-        side = math.isqrt(output.shape[1] - self.prefix)
-        maps: Tensor = output[:, self.prefix :].transpose(1, 2).unflatten(2, (side, side))
+        maps: Tensor = output[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
         return maps
 
     def from_maps(self, maps: Tensor, output: Tensor) -> Tensor:
@@ -149,8 +151,8 @@ def find_layer(trained: TrainedModel, sample: Tensor, wanted: str | None = None)
     module = trained.module
     score, outputs = _outputs(module, sample)
     if wanted is not None:
-        return _named(trained, wanted, outputs)
-    layers = [_as_layer(module, name, output) for name, output in outputs.items()]
+        return _named(trained, wanted, outputs, sample)
+    layers = [_as_layer(module, name, output, sample) for name, output in outputs.items()]
     candidates = [layer for layer in layers if layer is not None and _may_be_explained(module, layer.name)]
     tensors = [outputs[layer.name] for layer in candidates]
     gradients = torch.autograd.grad(score, tensors, allow_unused=True) if tensors else ()
@@ -185,21 +187,35 @@ def _outputs(module: nn.Module, sample: Tensor) -> tuple[Tensor, dict[str, Tenso
     }
 
 
-def _as_layer(module: nn.Module, name: str, output: Tensor) -> CamLayer | None:
-    """Return how the output for one image converts to square maps of more than 1x1; None if it does not."""
-    shape = tuple(output.shape)
-    if len(shape) == 4 and shape[0] == 1 and shape[2] == shape[3] > 1:
+def _as_layer(module: nn.Module, name: str, output: Tensor, sample: Tensor) -> CamLayer | None:
+    """Return how the output for one image converts to maps of the image's shape; None if it does not."""
+    shape, size = tuple(output.shape), (sample.shape[1], sample.shape[2])
+    if len(shape) == 4 and shape[0] == 1 and _is_grid((shape[2], shape[3]), size):
         return CamLayer(name, "channels_first")
-    if len(shape) == 4 and shape[0] == 1 and shape[1] == shape[2] > 1:
+    if len(shape) == 4 and shape[0] == 1 and _is_grid((shape[1], shape[2]), size):
         return CamLayer(name, "channels_last")
     if len(shape) == 3 and shape[0] == 1:
-        # Class tokens and registers come first. Try the number the model declares, then the fewest that leave a square.
+        # Class tokens and registers come first. Try the number the model declares, then the fewest that leave a grid.
         declared = int(getattr(module, "num_prefix_tokens", 0))
         for prefix in (declared, *range(MAX_PREFIX_TOKENS + 1)):
-            tokens = shape[1] - prefix
-            if tokens > 1 and math.isqrt(tokens) ** 2 == tokens:
-                return CamLayer(name, "tokens", prefix)
+            if grid := _token_grid(shape[1] - prefix, size):
+                return CamLayer(name, "tokens", prefix, grid)
     return None
+
+
+def _is_grid(grid: Size, image: Size) -> bool:
+    """Return whether maps of this size, more than 1x1, have the shape of the image: exactly if square, else rounded."""
+    if image[0] == image[1]:
+        return grid[0] == grid[1] > 1
+    scale = math.sqrt(math.prod(grid) / math.prod(image))
+    return math.prod(grid) > 1 and all(abs(side - scale * whole) <= 1 for side, whole in zip(grid, image, strict=True))
+
+
+def _token_grid(tokens: int, image: Size) -> Size | None:
+    """Return the rows and columns of tokens that cover the image; None if no grid has its shape."""
+    grids = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
+    found = [grid for grid in grids if _is_grid(grid, image)]
+    return min(found, key=lambda grid: abs(grid[0] * image[1] - grid[1] * image[0]), default=None)
 
 
 def _may_be_explained(module: nn.Module, name: str) -> bool:
@@ -212,14 +228,14 @@ def _may_be_explained(module: nn.Module, name: str) -> bool:
     return not isinstance(layer, SKIPPED) and not inside
 
 
-def _named(trained: TrainedModel, wanted: str, outputs: dict[str, Tensor]) -> CamLayer:
+def _named(trained: TrainedModel, wanted: str, outputs: dict[str, Tensor], sample: Tensor) -> CamLayer:
     if wanted not in outputs:
         last = f"; the last ones are {', '.join([*outputs][-6:])}"
         hint = did_you_mean(wanted, outputs, 3, prefix="; ", otherwise=last)
         raise UserError(
             f"--layer {wanted}: {trained.table.name} has no layer of this name that is called exactly once{hint}"
         )
-    layer = _as_layer(trained.module, wanted, outputs[wanted])
+    layer = _as_layer(trained.module, wanted, outputs[wanted], sample)
     if layer is None:
         raise UserError(
             f"--layer {wanted} returns {list(outputs[wanted].shape)} for one image; Grad-CAM needs maps larger than "

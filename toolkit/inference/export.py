@@ -25,6 +25,7 @@ from toolkit.errors import RunFailed, UserError, first_line
 from toolkit.inference.evaluate import load_last_model, split_images
 from toolkit.inference.timm_config import fits_timm, timm_config, transform_note
 from toolkit.models.pretrained import is_file_reference, pack_state
+from toolkit.recipe.image_size import size_text
 from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import open_run
 from toolkit.similar_names import did_you_mean
@@ -190,7 +191,7 @@ def images_to_compare(path: Path, trained: TrainedModel) -> tuple[Tensor, str]:
 def _noise(trained: TrainedModel) -> Tensor:
     """Return uniform noise in 0..1, normalized like images."""
     wanted = trained.preprocessing
-    shape = (IMAGES, wanted.channels, wanted.image_size, wanted.image_size)
+    shape = (IMAGES, wanted.channels, *wanted.image_size)
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (wanted.mean, wanted.std))
     return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) - mean) / std
 
@@ -220,9 +221,8 @@ def _quiet() -> Iterator[None]:
 def preprocessing_card(trained: TrainedModel) -> dict[str, Any]:
     """Return the content of preprocessing.json: everything that another program needs besides the model file."""
     wanted = trained.preprocessing
-    size = wanted.image_size
     return {
-        "input": {"name": "images", "type": "float32", "shape": ["batch", wanted.channels, size, size]},
+        "input": {"name": "images", "type": "float32", "shape": ["batch", wanted.channels, *wanted.image_size]},
         "output": {"name": "logits", "type": "float32", "shape": ["batch", len(trained.classes)]},
         "steps": _steps(trained),
         "torchvision.transforms.v2": [repr(step) for step in trained.transform.steps],
@@ -237,13 +237,15 @@ def _steps(trained: TrainedModel) -> list[str]:
     resize = wanted.resize
     which = "shorter" if wanted.border is None else "longer"
     side = f"the {which} side to {resize}" if isinstance(resize, int) else f"to {resize} (height, width)"
+    if isinstance(resize, tuple) and (wanted.cover or wanted.border is not None):
+        side = f"with the aspect ratio kept to {'cover' if wanted.cover else 'fit into'} {size_text(resize)}"
     padding = "" if wanted.border is None else f", padding smaller images with the color {list(wanted.border)}"
     return [
         f"decode to {'RGB' if wanted.channels == 3 else 'grayscale'}",
         *(["turn the image upright by its EXIF orientation"] if wanted.exif == "apply" else []),
         *([_scaling(wanted.value_range)] if wanted.value_range is not None else []),
         *([f"resize {side} pixels, {wanted.interpolation}, antialiased"] if resize is not None else []),
-        *([f"crop the center, {wanted.image_size} x {wanted.image_size} pixels{padding}"] if wanted.crop else []),
+        *([f"crop the center, {size_text(wanted.image_size)} pixels{padding}"] if wanted.crop else []),
         *(
             f"{entry.name} {entry.arguments or ''} (the recipe's own)".replace("  ", " ")
             for entry in trained.transforms

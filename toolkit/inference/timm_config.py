@@ -15,6 +15,7 @@ from PIL import Image
 
 from toolkit.data.image_sources import MODES, to_pixels
 from toolkit.errors import UserError
+from toolkit.recipe.image_size import as_value
 from toolkit.recipe.schema import ModelConfig
 from toolkit.training.trained_model import TrainedModel
 
@@ -27,11 +28,11 @@ def fits_timm(table: ModelConfig) -> bool:
 def timm_config(trained: TrainedModel) -> dict[str, Any]:
     """Return the content of config.json."""
     module, wanted, count = trained.module, trained.preprocessing, len(trained.classes)
-    size = wanted.image_size
     pretrained_cfg: dict[str, Any] = getattr(module, "pretrained_cfg", {})
-    is_squashed = wanted.resize is not None and not isinstance(wanted.resize, int)
+    is_squashed = isinstance(wanted.resize, tuple) and not wanted.cover and wanted.border is None
     mode = "squash" if is_squashed else "center" if wanted.border is None else "border"
-    side = wanted.resize[0] if isinstance(wanted.resize, tuple) else wanted.resize or size
+    size = min(wanted.image_size)
+    side = min(wanted.resize) if isinstance(wanted.resize, tuple) else wanted.resize or size
     return {
         "architecture": trained.table.name.partition(".")[0],
         "num_classes": count,
@@ -45,7 +46,7 @@ def timm_config(trained: TrainedModel) -> dict[str, Any]:
                 if pretrained_cfg.get(key)
             },
             "custom_load": False,
-            "input_size": [wanted.channels, size, size],
+            "input_size": [wanted.channels, *wanted.image_size],
             "interpolation": wanted.interpolation,
             "crop_pct": crop_share(size, side),
             "crop_mode": mode,
@@ -68,7 +69,7 @@ def _timm_arguments(trained: TrainedModel) -> dict[str, Any]:
     arguments = {**({} if wanted.channels == 3 else {"in_chans": wanted.channels}), **table.args}
     if not getattr(trained.module, "pretrained_cfg", {}).get("fixed_input_size"):
         return arguments
-    sized = {**arguments, "img_size": wanted.image_size}
+    sized = {**arguments, "img_size": as_value(wanted.image_size)}
     try:
         timm.create_model(table.name.partition(".")[0], **sized)
     except TypeError:  # the architecture has no img_size argument
@@ -80,8 +81,8 @@ def transform_note(trained: TrainedModel, folder: Path) -> str | None:
     """Return a note if timm's transform, created from config.json, differs from the run's on a test image."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
     timm_transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
-    size, mode = trained.preprocessing.image_size, MODES[trained.preprocessing.channels]
-    noise = np.random.default_rng(0).integers(0, 256, (size + 37, size + 11, 3), dtype=np.uint8)
+    (height, width), mode = trained.preprocessing.image_size, MODES[trained.preprocessing.channels]
+    noise = np.random.default_rng(0).integers(0, 256, (height + 37, width + 11, 3), dtype=np.uint8)
     image = Image.fromarray(noise).convert(mode)
     with contextlib.suppress(UserError):  # a run may accept only images of one size
         expected, actual = trained.transform(to_pixels(image, trained.preprocessing.channels)), timm_transform(image)

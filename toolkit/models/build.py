@@ -27,6 +27,7 @@ from toolkit.models.pretrained import (
 )
 from toolkit.models.unknown_names import check_arguments
 from toolkit.recipe.catalog import PretrainedInput
+from toolkit.recipe.image_size import Size, as_size
 from toolkit.recipe.schema import ModelConfig
 
 STEM = "conv1"
@@ -42,7 +43,7 @@ class ModelBundle:
     """A model ready for transfer and training."""
 
     module: nn.Module
-    """Maps [N, channels, image_size, image_size] to logits [N, num_classes]; parameters keep the library's names."""
+    """Maps [N, channels, height, width] to logits [N, num_classes]; parameters keep the library's names."""
     heads: tuple[str, ...]
     """Dotted names of the last layers; more than one only for distilled transformers."""
     classifier: list[str]
@@ -65,16 +66,16 @@ class ModelBundle:
 
 
 def build_model(
-    table: ModelConfig, num_classes: int, channels: int, image_size: int, *, load_weights: bool = True
+    table: ModelConfig, num_classes: int, channels: int, image_size: int | Size, *, load_weights: bool = True
 ) -> ModelBundle:
     """Build a recipe's model. Without ``load_weights``, build the architecture only: nothing is read or downloaded.
 
-    ``image_size`` is the height and width in pixels. Raises UserError for unknown names and arguments, for weights that
-    are missing or belong to another architecture, for an image size that the architecture does not accept, and for
-    models that PyTorch cannot build or that do not fit in memory.
+    ``image_size`` is the height and width in pixels, or one number for both. Raises UserError for unknown names and
+    arguments, for weights that are missing or belong to another architecture, for an image size that the architecture
+    does not accept, and for models that PyTorch cannot build or that do not fit in memory.
     """
     try:
-        return _Builder(table, num_classes, channels, image_size).build(load_weights)
+        return _Builder(table, num_classes, channels, as_size(image_size)).build(load_weights)
     except (RuntimeError, MemoryError, OverflowError) as error:
         raise UserError(f"{table.name} cannot be built as [model] describes it: {first_line(error)}") from error
 
@@ -90,7 +91,7 @@ def expected_input(table: ModelConfig) -> PretrainedInput | None:
 class _Builder:
     """Builds one model from the recipe's [model] table."""
 
-    def __init__(self, table: ModelConfig, num_classes: int, channels: int, image_size: int) -> None:
+    def __init__(self, table: ModelConfig, num_classes: int, channels: int, image_size: Size) -> None:
         self.table, self.library = table, LIBRARIES.get(table.source)
         self.num_classes, self.channels, self.image_size = num_classes, channels, image_size
         self.module: nn.Module
@@ -221,9 +222,9 @@ class _Builder:
             raise self._unfit_size(error) from None
 
     def _unfit_size(self, error: Exception) -> UserError:
-        size = self.image_size
+        height, width = self.image_size
         return UserError(
-            f"{self.table.name} cannot take images of {size}x{size} pixels (too small, or not a multiple of the "
+            f"{self.table.name} cannot take images of {height}x{width} pixels (too small, or not a multiple of the "
             f"required size); choose another data.image_size. The error was: {first_line(error)}"
         )
 

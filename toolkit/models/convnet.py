@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 from torch import Tensor, nn
 
 from toolkit.models.head import ACTIVATIONS, build_head, check_memory
-from toolkit.recipe.image_size import convnet_output_size
+from toolkit.recipe.image_size import Size, convnet_output_size
 from toolkit.recipe.schema import ConvBlock, ConvNetConfig, HeadConfig
 
 
@@ -19,7 +20,7 @@ class ConvNet(nn.Module):
     """
 
     def __init__(
-        self, table: ConvNetConfig, head: HeadConfig, num_classes: int, channels: int, image_size: int
+        self, table: ConvNetConfig, head: HeadConfig, num_classes: int, channels: int, image_size: Size
     ) -> None:
         super().__init__()
         self.blocks = nn.Sequential()
@@ -29,12 +30,12 @@ class ConvNet(nn.Module):
         for block in table.blocks:
             self.blocks.append(_build_block(table, block, channels))
             channels = block.channels
-        self.head = build_head(head, channels * size * size, num_classes)
+        self.head = build_head(head, channels * math.prod(size), num_classes)
         if table.init == "gaussian":
             _init_gaussian(self, table.init_std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [N, channels, image_size, image_size] to logits [N, num_classes]."""
+        """Map images [N, channels, height, width] to logits [N, num_classes]."""
         logits: Tensor = self.head(self.blocks(images).flatten(1))
         return logits
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from toolkit.models.keyed_dropout import can_be_keyed
+from toolkit.recipe.image_size import Size
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class DryForwardResult:
     """Names of the parameters used, in the order of their first use."""
 
 
-def probe(module: nn.Module, channels: int, image_size: int) -> DryForwardResult:
+def probe(module: nn.Module, channels: int, image_size: Size) -> DryForwardResult:
     """Run two images through the module in training mode, leaving its parameters, buffers and modes unchanged.
 
     Raises whatever the model raises for images of this size.
@@ -38,7 +39,7 @@ def probe(module: nn.Module, channels: int, image_size: int) -> DryForwardResult
         return _probe_on(torch.device("cpu"), module, channels, image_size)
 
 
-def input_shape(module: nn.Module, name: str, channels: int, image_size: int) -> tuple[int, ...]:
+def input_shape(module: nn.Module, name: str, channels: int, image_size: Size) -> tuple[int, ...]:
     """Return the shape of the input of submodule ``name``, without the batch dimension."""
     shapes: list[tuple[int, ...]] = []
     hook = module.get_submodule(name).register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[1:])))
@@ -53,8 +54,8 @@ def input_shape(module: nn.Module, name: str, channels: int, image_size: int) ->
     return shapes[0]
 
 
-def _probe_on(device: torch.device, module: nn.Module, channels: int, image_size: int) -> DryForwardResult:
-    images = torch.zeros(2, channels, image_size, image_size, device=device)
+def _probe_on(device: torch.device, module: nn.Module, channels: int, image_size: Size) -> DryForwardResult:
+    images = torch.zeros(2, channels, *image_size, device=device)
     with (
         torch.no_grad(),
         _training_without_dropout(module),

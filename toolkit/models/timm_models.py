@@ -20,13 +20,14 @@ from toolkit.models.layer_groups import is_under
 from toolkit.models.pretrained import StateDict, is_file_reference, map_efficientnet_lite
 from toolkit.models.unknown_names import unknown_name
 from toolkit.recipe.catalog import PretrainedInput
+from toolkit.recipe.image_size import Size, as_value
 from toolkit.recipe.schema import ModelConfig
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
 def construct(
-    table: ModelConfig, num_classes: int, channels: int, image_size: int
+    table: ModelConfig, num_classes: int, channels: int, image_size: Size
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Build the randomly initialized model with ``num_classes`` outputs; also return the names of its last layers."""
     arguments = {"num_classes": num_classes, "in_chans": channels, **_arguments(table, image_size)}
@@ -36,7 +37,7 @@ def construct(
     return module, _last_layers(module)
 
 
-def published_state(table: ModelConfig, module: nn.Module, image_size: int) -> StateDict:
+def published_state(table: ModelConfig, module: nn.Module, image_size: Size) -> StateDict:
     """Return the tag's weights as timm loads them, with the published classes and channels.
 
     They are read from the Hugging Face cache without network access, or else downloaded. Raises UserError if the tag
@@ -56,13 +57,13 @@ def published_state(table: ModelConfig, module: nn.Module, image_size: int) -> S
         raise _not_fetched(name, config, str(error)) from None
 
 
-def _arguments(table: ModelConfig, image_size: int) -> dict[str, Any]:
+def _arguments(table: ModelConfig, image_size: Size) -> dict[str, Any]:
     """Return the recipe's arguments, plus the image size for models with a fixed input size."""
     is_fixed = get_pretrained_cfg(_full_name(table)).fixed_input_size
-    return {**({"img_size": image_size} if is_fixed else {}), **table.args}
+    return {**({"img_size": as_value(image_size)} if is_fixed else {}), **table.args}
 
 
-def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: int) -> StateDict:
+def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: Size) -> StateDict:
     """Convert a file's names and position embeddings to those of ``module``."""
     if "_conv_stem.weight" in state and hasattr(module, "blocks"):
         if not table.name.startswith("tf_efficientnet_lite"):

@@ -14,6 +14,7 @@ from toolkit.errors import UserError, first_line
 from toolkit.models.pretrained import StateDict, map_densenet
 from toolkit.models.unknown_names import unknown_name
 from toolkit.recipe.catalog import PretrainedInput
+from toolkit.recipe.image_size import Size
 from toolkit.recipe.schema import ModelConfig
 
 AUXILIARY = ("AuxLogits", "aux1", "aux2")
@@ -21,7 +22,7 @@ AUXILIARY = ("AuxLogits", "aux1", "aux2")
 
 
 def construct(
-    table: ModelConfig, num_classes: int, channels: int, image_size: int
+    table: ModelConfig, num_classes: int, channels: int, image_size: Size
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Build the randomly initialized model with ``num_classes`` outputs; also return the name of its last layer."""
     known = torchvision.models.list_models(module=torchvision.models)
@@ -37,7 +38,7 @@ def construct(
     return module, (_last_layer(module, num_classes),)
 
 
-def published_state(table: ModelConfig, module: nn.Module, image_size: int) -> StateDict:
+def published_state(table: ModelConfig, module: nn.Module, image_size: Size) -> StateDict:
     """Return the weights of the enum member, from torch's cache or downloaded. Raises UserError if that fails."""
     weights = _enum(table)
     try:
@@ -51,7 +52,7 @@ def published_state(table: ModelConfig, module: nn.Module, image_size: int) -> S
     return adapt(table, module, state, image_size)
 
 
-def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: int) -> StateDict:
+def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: Size) -> StateDict:
     """Convert published names and position embeddings to those of ``module``."""
     state = map_densenet(state)
     position = "encoder.pos_embedding"
@@ -60,7 +61,7 @@ def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: i
         and position in state
         and (state[position].shape != module.encoder.pos_embedding.shape)
     )
-    return dict(interpolate_embeddings(image_size, module.patch_size, state)) if is_other_size else state
+    return dict(interpolate_embeddings(image_size[0], module.patch_size, state)) if is_other_size else state
 
 
 def inputs(table: ModelConfig) -> PretrainedInput:
@@ -85,7 +86,7 @@ def _enum(table: ModelConfig) -> Any:
     return members[table.weights]
 
 
-def _own_arguments(table: ModelConfig, channels: int, image_size: int) -> dict[str, Any]:
+def _own_arguments(table: ModelConfig, channels: int, image_size: Size) -> dict[str, Any]:
     """Return the arguments that torchvision's builders add when loading weights, and the input size if it is fixed."""
     if table.name in ("inception_v3", "googlenet"):
         # The published weights were trained in TensorFlow with another normalization, which the module converts to.
@@ -96,9 +97,9 @@ def _own_arguments(table: ModelConfig, channels: int, image_size: int) -> dict[s
             "transform_input": is_pretrained and channels == 3,
         }
     if table.name.startswith("vit_"):
-        return {"image_size": image_size}
+        return {"image_size": image_size[0]}  # square: other shapes are refused by the checks of the recipe
     if table.name.startswith("maxvit_"):
-        return {"input_size": (image_size, image_size)}
+        return {"input_size": image_size}
     return {}
 
 

@@ -14,7 +14,7 @@ from toolkit.recipe import catalog_checks
 from toolkit.recipe.catalog import weights_input
 from toolkit.recipe.diagnostics import Issue, error, warning
 from toolkit.recipe.gpu_support import is_random, unsupported_on_gpu
-from toolkit.recipe.image_size import convnet_output_size, input_size
+from toolkit.recipe.image_size import as_size, convnet_output_size, input_size, size_text
 from toolkit.recipe.schema import NORMALIZATIONS, NormalizeValues, Recipe, SchedulerConfig
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
@@ -86,22 +86,17 @@ def image_size(recipe: Recipe) -> Iterator[Issue]:
         text = f'must be given, since the images of "{data.dataset}" differ in size'
         related = ("data.dataset", "model.name", "model.weights")
         yield error("data.image_size", text, *related, hint="for example image_size = 224", at="table")
-    expected = weights_input(table.source, table.name, table.weights) if has_expected_size else None
-    if data.image_size is None and expected and expected.height:
-        text = (
-            f"must be given, since the weights were trained on {expected.height} x {expected.image_size} pixels "
-            "(height x width), but the model's input is square: images will be squashed"
-        )
-        hint = f"for example image_size = {expected.image_size}"
-        yield error("data.image_size", text, "model.name", "model.weights", hint=hint, at="table")
+    if size is not None and size[0] != size[1] and table.source == "torchvision" and table.name.startswith("vit_"):
+        text = f"torchvision's {table.name} takes square images only, not {size_text(size)} pixels"
+        yield error("data.image_size", text, "model.name", hint="use a square size, or a ViT of timm")
     # A split's transforms may determine its image size.
     is_plain = not (recipe.augment.train and recipe.augment.validation and recipe.augment.test)
-    if data.crop != "none" or data.resize in (None, "none") or size is None or not is_plain:
+    if data.crop != "none" or data.resize is None or data.resize == "none" or size is None or not is_plain:
         return
-    resized = data.resize if isinstance(data.resize, list) else [data.resize, data.resize]
-    if resized != [size, size]:
-        shown = " x ".join(map(str, resized)) if isinstance(data.resize, list) else f"a short side of {data.resize}"
-        text = f'with crop = "none" images would have {shown} pixels, but the model takes {size} x {size}'
+    resized = as_size(data.resize)
+    if resized != size:
+        shown = size_text(resized) if isinstance(data.resize, list) else f"a short side of {data.resize}"
+        text = f'with crop = "none" images would have {shown} pixels, but the model takes {size_text(size)}'
         yield error("data.resize", text, "data.crop", "data.image_size", hint='set crop = "center"')
 
 

@@ -17,6 +17,9 @@ else:
 ImageSize = Annotated[int, Field(ge=4, le=4096)]
 """Height or width of images, in pixels."""
 
+HeightWidth = Annotated[list[ImageSize], Field(min_length=2, max_length=2)]
+"""[height, width] of images, in pixels."""
+
 
 class SplitConfig(ConfigModel):
     """How images are split into training, validation and test sets. Depends on the recipe alone."""
@@ -95,17 +98,17 @@ class DataConfig(ConfigModel):
         "images are averaged to 1. Default: 3 with pretrained weights, else that of the data set "
         f"(1 for {', '.join(name for name, info in DATASETS.items() if info.channels == 1)}, 3 for the others).",
     )
-    image_size: ImageSize | None = Field(
+    image_size: ImageSize | HeightWidth | None = Field(
         None,
-        description="Height and width of the model's input. Default: the size that the pretrained weights expect, "
-        "else the data set's native size.",
+        description="Size of the model's input: one number for a square, or [height, width]. Default: the size that "
+        "the pretrained weights expect, else the data set's native size.",
         json_schema_extra=PIXELS,
     )
-    resize: ImageSize | Annotated[list[ImageSize], Field(min_length=2, max_length=2)] | Literal["none"] | None = Field(
+    resize: ImageSize | HeightWidth | Literal["none"] | None = Field(
         None,
         description="Size before the crop: length of the shorter side, or [height, width] regardless of aspect "
         "ratio, or none. Default: what the pretrained weights expect (some fix both sides, or fix the longer side "
-        "and pad the image), else image_size / 0.875 (small images: image_size).",
+        "and pad the image), else image_size / 0.875 (small images: image_size), with the aspect ratio kept.",
         json_schema_extra=PIXELS,
     )
     crop: Literal["center", "none"] = Field(

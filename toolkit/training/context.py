@@ -230,14 +230,14 @@ def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
     cells.append(("all", f"{total:,}", f"{trainable:,}", "", "", ""))
     header = ("part", "parameters", "trainable", "lr", "weight decay", "batch norm")
     counts = ", ".join(f"{len(setup.splits[name]):,} {name}" for name in SPLITS)
-    size = setup.preprocessing.image_size
+    height, width = setup.preprocessing.image_size
     lines = [
         f"model {recipe.model.source} {recipe.model.name}, weights {recipe.model.weights}, "
         f"transfer {recipe.transfer.mode}{module_text}",
         *(f"  {note}" for note in built.notes),
         table(cells, header, frozenset((1, 2, 3, 4))),
         f"images {counts}; {plural(len(setup.dataset.classes), 'class', 'classes')}; "
-        f"input {setup.preprocessing.channels}x{size}x{size}",
+        f"input {setup.preprocessing.channels}x{height}x{width}",
         f"batch size {batch_split(train.batch_size, setup.accelerator.num_processes, train.grad_accum_steps)}; "
         f"{plural(setup.steps, 'step')} per epoch, {plural(train.epochs, 'epoch')}",
         f"device {setup.accelerator.device}, precision {precision}",

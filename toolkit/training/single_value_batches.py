@@ -15,11 +15,12 @@ from toolkit.errors import UserError
 from toolkit.models.build import ModelBundle
 from toolkit.models.dry_forward import probe
 from toolkit.models.transfer import Transfer
+from toolkit.recipe.image_size import Size
 from toolkit.recipe.schema import TrainConfig
 
 
 def check_single_value_batches(
-    built: ModelBundle, transfer: Transfer, train: TrainConfig, images: int, world: int, channels: int, image_size: int
+    built: ModelBundle, transfer: Transfer, train: TrainConfig, images: int, world: int, channels: int, image_size: Size
 ) -> None:
     """Raise UserError if an epoch of ``images`` on ``world`` processes gives a batch norm one value per channel."""
     affected = [
@@ -48,7 +49,7 @@ def check_single_value_batches(
 
 
 def single_value_norms(
-    built: ModelBundle, transfer: Transfer, epochs: int, channels: int, image_size: int
+    built: ModelBundle, transfer: Transfer, epochs: int, channels: int, image_size: Size
 ) -> list[str]:
     """Return the names of batch norms that get one value per channel from an image in training, in model order.
 

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -34,11 +34,14 @@ WEIGHTS = ("best.safetensors", "model.safetensors")
 """Names of the weights file in a run and in a folder written by `toolkit export`."""
 
 
+_Side = Annotated[int, Field(ge=1, le=10_000)]
+
+
 class _Preprocessing(Shape):
     """Schema of ``preprocessing`` in model.json."""
 
     channels: Literal[1, 3]
-    image_size: int = Field(ge=1, le=10_000)
+    image_size: _Side | Annotated[list[_Side], Field(min_length=2, max_length=2)]
     resize: int | list[int] | None
     crop: bool
     interpolation: Literal["nearest", "bilinear", "bicubic"]

@@ -31,6 +31,11 @@ class PretrainedInput(NamedTuple):
     height: int | None = None
     """Height of an input that is not square, in pixels."""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input, in pixels."""
+        return self.height or self.image_size, self.image_size
+
 
 @cache
 def catalog() -> dict[str, Any]:

@@ -1,0 +1,156 @@
+"""Images as they are: inputs that are not square, from the recipe to prediction, export and explanation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from cli import toolkit
+from finished import CONVNET, train_on_files
+from torch import nn
+
+from toolkit.augment.transforms import build_transform
+from toolkit.data.pipeline import plan_preprocessing
+from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing
+from toolkit.errors import UserError
+from toolkit.inference.explain import CamLayer, find_layer, heat_maps
+from toolkit.models.build import build_model
+from toolkit.recipe.schema import AugmentConfig, DataConfig, ModelConfig
+from toolkit.runs import Run
+from toolkit.training.trained_model import TrainedModel, load_model
+
+pytestmark = pytest.mark.long
+
+FLIP = {"name": "RandomHorizontalFlip", "p": 1.0}
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def resolved(**data: object) -> Preprocessing:
+    table = DataConfig.model_validate({"dataset": "imagefolder", **data})
+    return resolve_preprocessing(table, None, None, 3, lambda plain: pytest.fail("nothing is to be measured"))
+
+
+def trained(module: nn.Module, size: tuple[int, int]) -> TrainedModel:
+    plain = Preprocessing(3, size, size, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    table = ModelConfig(source="timm", name="any")
+    return TrainedModel(module.eval(), plain, (), ["a", "b"], table, "none", Path("model.safetensors"))
+
+
+def shown(outcome: object) -> str:
+    return f"{outcome.stdout}\n{outcome.stderr}"  # type: ignore[attr-defined]
+
+
+# -- inputs that are not square ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run on inputs of 8 x 12 pixels, augmented in batches."""
+    folder = tmp_path_factory.mktemp("wide")
+    augment = 'augment.train=[{name="RandomHorizontalFlip"}, {name="RandomRotation", degrees=9}]'
+    return train_on_files(folder, CONVNET, "data.image_size=[8, 12]", augment, 'data.normalize="dataset"')
+
+
+def test_a_run_on_wide_inputs_is_evaluated_predicted_exported_and_explained(wide: Run, tmp_path: Path) -> None:
+    assert "input 3x8x12" in (wide.path / "log.txt").read_text()
+    evaluated = toolkit("evaluate", wide.path, "--json")
+    assert {m["verdict"] for m in json.loads(evaluated.stdout)["metrics"]["best"].values()} == {"equal"}
+    file = next((wide.path.parents[2] / "data" / "test").rglob("*.png"))
+    assert toolkit("predict", wide.path, file).status == 0
+    assert toolkit("export", wide.path, "--format", "safetensors", "-o", tmp_path / "out").status == 0
+    card = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
+    assert card["input"]["shape"] == ["batch", 3, 8, 12]
+    assert card["image_size"] == [8, 12]
+    assert load_model(tmp_path / "out").preprocessing.image_size == (8, 12)
+    outcome = toolkit("explain", wide.path, file, "-o", tmp_path / "maps")
+    assert outcome.status == 0, outcome.stderr
+    report = toolkit("report", wide.path)
+    assert report.status == 0, report.stderr
+
+
+def test_plan_states_the_shape_of_the_input(wide: Run) -> None:
+    outcome = toolkit("plan", wide.path.parents[2] / "recipe.toml", "--set", "data.image_size=[8, 12]", "--json")
+    assert json.loads(outcome.stdout)["input"] == [3, 8, 12]
+
+
+def test_images_are_scaled_to_cover_an_input_that_is_not_square() -> None:
+    """A tall image for a wide input: its full width is kept, and the crop leaves out pixels above and below."""
+    preprocessing = resolved(image_size=[20, 40], normalize="none")
+    image = np.zeros((60, 30, 3), dtype=np.uint8)
+    image[:, :15] = 255
+    made = build_transform("test", AugmentConfig(), preprocessing)(image)
+    assert made.shape == (3, 20, 40)
+    assert (made[:, :, :19] == 1).all()
+    assert (made[:, :, 21:] == 0).all()
+
+
+@pytest.mark.parametrize("size", [(24, 40), (40, 24)])
+def test_batches_of_inputs_that_are_not_square_equal_single_images(size: tuple[int, int]) -> None:
+    preprocessing = resolved(image_size=list(size), normalize="imagenet")
+    table = AugmentConfig.model_validate({"train": [FLIP, {"name": "CenterCrop"}]})
+    plan = plan_preprocessing("train", table, preprocessing, 0, None)
+    assert plan.batched is not None
+    images = [noise(50, 70), noise(90, 33)]
+    pixels = torch.stack([torch.from_numpy(plan.transform.apply(one, plan.steps).copy()) for one in images])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        batch = pixels.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+        made = plan.batched(batch, 0, np.arange(2))
+        assert torch.equal(made, torch.stack([plan.transform(one) for one in images]))
+        assert made.shape == (2, 3, *size)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "size"),
+    [("torchvision", "resnet18", (32, 64)), ("torchvision", "swin_t", (64, 96)), ("timm", "test_vit", (64, 96))],
+)
+def test_models_take_inputs_that_are_not_square(source: str, name: str, size: tuple[int, int]) -> None:
+    built = build_model(ModelConfig.model_validate({"source": source, "name": name}), 5, 3, size)
+    assert built.module.eval()(torch.zeros(1, 3, *size)).shape == (1, 5)
+
+
+def test_position_embeddings_of_a_file_are_interpolated_as_timm_does(tmp_path: Path) -> None:
+    square = timm.create_model("test_vit", num_classes=5, img_size=64)
+    torch.save(square.state_dict(), tmp_path / "w.pth")
+    table = ModelConfig(source="timm", name="test_vit", weights=f"file:{tmp_path / 'w.pth'}")
+    found = build_model(table, 5, 3, (64, 96)).module
+    config = {"file": str(tmp_path / "w.pth"), "num_classes": 5}
+    reference = timm.create_model(
+        "test_vit", num_classes=5, img_size=(64, 96), pretrained=True, pretrained_cfg_overlay=config
+    )
+    assert torch.equal(found.state_dict()["pos_embed"], reference.state_dict()["pos_embed"])
+
+
+def test_a_vit_of_torchvision_is_refused_other_shapes() -> None:
+    with pytest.raises(UserError, match="vit_b_16 cannot take images of 32x64 pixels"):
+        build_model(ModelConfig(source="torchvision", name="vit_b_16"), 5, 3, (32, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "grid"), [("test_vit", "tokens", (4, 6)), ("test_convnext", "channels_first", (2, 3))]
+)
+def test_maps_have_the_shape_of_an_input_that_is_not_square(name: str, kind: str, grid: tuple[int, int]) -> None:
+    module = timm.create_model(name, num_classes=2, **({"img_size": (64, 96)} if "vit" in name else {}))
+    model, inputs = trained(module, (64, 96)), torch.randn(1, 3, 64, 96)
+    layer = find_layer(model, inputs[0])
+    outputs: list[torch.Tensor] = []
+    with torch.no_grad():
+        handle = module.get_submodule(layer.name).register_forward_hook(lambda *a: outputs.append(layer.to_maps(a[2])))
+        module(inputs)
+        handle.remove()
+    assert (layer.kind, tuple(outputs[0].shape[2:])) == (kind, grid)
+    assert heat_maps(model, layer, inputs, torch.tensor([0])).shape == (1, 64, 96)
+
+
+def test_tokens_of_an_input_that_is_not_square_are_arranged_row_by_row() -> None:
+    tokens = torch.arange(2 * 7 * 3.0).reshape(2, 7, 3)
+    layer = CamLayer("any", "tokens", prefix=1, grid=(2, 3))
+    maps = layer.to_maps(tokens)
+    assert torch.equal(maps[1, :, 1, 0], tokens[1, 1 + 1 * 3 + 0])
+    assert torch.equal(layer.from_maps(maps, tokens), tokens)
