@@ -44,7 +44,7 @@ class BenchmarkResult:
     precision: str
     batch_size: int
     steps: int
-    """Steps per repetition."""
+    """Number of optimizer steps per repetition."""
     repeats: int
     data_images_per_s: float
     """Images per second when loading batches and copying them to the device, without training."""

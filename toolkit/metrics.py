@@ -53,7 +53,7 @@ class Metric:
     """Name in summary.json; for the training split, in metrics.jsonl."""
     split: str = ""
     model: Literal["best", "last", ""] = ""
-    """The model measured; empty for a cost of the run."""
+    """Which model of the run is measured; empty for a cost of the whole run, such as its duration."""
 
     @property
     def heading(self) -> str:

@@ -30,7 +30,7 @@ class RandomAffine:
     """Maximum shift as a fraction of width and height."""
     scale: tuple[float, float]
     shear: tuple[float, float, float, float]
-    """Range of degrees along x, then along y."""
+    """Range of the shear angle in degrees, along x and then along y."""
     center: tuple[float, float] | None
     """Center of rotation, x and y in pixels; None: the center of the image."""
     turn: int = 1

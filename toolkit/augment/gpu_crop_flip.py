@@ -96,7 +96,7 @@ class RandomCrop:
 
     size: Size
     padding: tuple[int, int, int, int]
-    """Left, right, top, bottom."""
+    """Padding in pixels: left, right, top, bottom."""
     pad_if_needed: bool
     mode: str
     """Padding mode: constant, edge, reflect or symmetric."""
@@ -167,7 +167,7 @@ class Pad:
     """torchvision's Pad."""
 
     padding: tuple[int, int, int, int]
-    """Left, right, top, bottom."""
+    """Padding in pixels: left, right, top, bottom."""
     mode: str
     random_count: int = 0
 

@@ -40,7 +40,7 @@ class Step:
     p: float
     """Probability of applying the step; the class's own argument ``p`` applies in addition."""
     on_image: Callable[[Any], Any]
-    """The step for one image."""
+    """Applies the step to one image."""
     fixed: str | None = None
     """Text that fully determines the effect on a Pillow image; None if the step may be random."""
 

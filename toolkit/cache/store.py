@@ -265,7 +265,7 @@ class CacheEntryInfo:
 
     name: str
     kind: str
-    """``images`` or ``features``."""
+    """Kind of the cached data: ``images`` or ``features``."""
     data: str
     """Name of the data set."""
     images: int

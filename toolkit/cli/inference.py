@@ -205,7 +205,7 @@ def explain(
     ] = None,
     worst: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Number of the run's worst mistakes on its test images. Default: 16."),
+        typer.Option(min=1, metavar="N", help="Explain the run's N worst mistakes on its test images. Default: 16."),
     ] = None,
     layer: Annotated[
         str | None, typer.Option(metavar="NAME", help="Default: the last layer with spatial maps.")

@@ -18,7 +18,8 @@ from toolkit.errors import UserError
 @command
 def table(
     studies: Annotated[
-        list[Path], typer.Argument(metavar="STUDY...", help="Folder of a study, or of several for their agreement.")
+        list[Path],
+        typer.Argument(metavar="STUDY...", help="Folder of a study. Several: compare all with publications."),
     ],
     columns: Annotated[
         str | None, typer.Option(metavar="METRICS", help="Metrics separated by commas, such as val_loss,test_accuracy.")

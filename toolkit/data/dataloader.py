@@ -48,22 +48,22 @@ class Batch(NamedTuple):
     """Examples of one micro-batch: first the process's own, then partners for mixup or CutMix."""
 
     images: Tensor
-    """float32 [m, C, H, W] (features: [m, ...])."""
+    """Model inputs, float32 [m, C, H, W] (features: [m, ...])."""
     labels: Tensor
-    """int64 [m]."""
+    """Class of each example, int64 [m]."""
     draws: Tensor
-    """int64 [m], see :meth:`toolkit.data.sampling.SamplingPlan.epoch`; keys all randomness of an example."""
+    """Key of each example's random numbers, int64 [m]: see :meth:`toolkit.data.sampling.SamplingPlan.epoch`."""
 
 
 class EvaluationBatch(NamedTuple):
     """One batch of an evaluation; over all processes each example of the split occurs exactly once."""
 
     positions: IntArray
-    """Positions in the split, int64 [m]."""
+    """Position of each example in the split, int64 [m]."""
     images: Tensor
-    """float32 [m, C, H, W] (features: [m, ...])."""
+    """Model inputs, float32 [m, C, H, W] (features: [m, ...])."""
     labels: Tensor
-    """int64 [m]."""
+    """Class of each example, int64 [m]."""
 
 
 class BatchRequest(NamedTuple):
@@ -72,7 +72,7 @@ class BatchRequest(NamedTuple):
     view: int
     """Number of the epoch or of the fixed view, or EVALUATION."""
     positions: IntArray
-    """Positions in the split, int64 [m]."""
+    """Position of each example in the split, int64 [m]."""
     keys: IntArray
     """Key of each example's augmentation within the view, int64 [m]."""
 

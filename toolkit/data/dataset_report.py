@@ -73,11 +73,11 @@ class DatasetReport:
     mean: tuple[float, ...]
     """Mean of each channel over the training images, pixels in 0..1."""
     std: tuple[float, ...]
-    """Standard deviation of each channel, likewise."""
+    """Standard deviation of each channel over the training images, pixels in 0..1."""
     unreadable: list[tuple[str, str]]
     """Name of each unreadable image, and the reason."""
     duplicates: Duplicates
-    """Images with equal pixels."""
+    """Groups of images with equal pixels."""
     near: Duplicates
     """Near-duplicates, without the groups in which all pixels are equal."""
     examples: dict[int, int]

@@ -42,7 +42,7 @@ class Dataset:
     """Class names, encoded by :func:`toolkit.filenames.encode_name`; a label is an index into them."""
     images: ImageSource
     labels: IntArray
-    """int64 [N]."""
+    """Class of each image, int64 [N]."""
     lists: dict[str, IntArray]
     """Official lists, int64 indices each: "train" always, "validation" and "test" if they exist."""
     native_size: int | None

@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     """The folder that paths are relative to."""
     classes: list[str]
     files: dict[str, dict[str, list[str]]]
-    """Sorted paths by split ("train" always) and class."""
+    """Sorted paths of the images, by split (always including "train") and class."""
     notes: list[str]
     """Notes for the log, one line each."""
 

@@ -132,7 +132,7 @@ class InMemoryImages:
         if channels == 1 and pixels.ndim == 4 and pixels.shape[3] > 1:
             pixels = np.stack([to_pixels(Image.fromarray(image), 1) for image in pixels])
         self.pixels = pixels if pixels.ndim == 4 else pixels[..., None]
-        """uint8 [N, H, W, 1 or channels]."""
+        """Pixels of all images, uint8 [N, H, W, 1 or channels]."""
 
     def __len__(self) -> int:
         return len(self.pixels)

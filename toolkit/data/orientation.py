@@ -19,7 +19,7 @@ TURNS = {
 """Transposition that makes an image upright, by its orientation tag; no transposition for 1 and all other values."""
 
 _BACK = {**TURNS, 6: Transpose.ROTATE_90, 8: Transpose.ROTATE_270}
-"""Inverse transpositions."""
+"""Inverse of each transposition in TURNS."""
 
 _START_OF_SCAN, _APP1 = 0xDA, 0xE1
 """JPEG markers of the pixel data and of the segment with EXIF or XMP."""

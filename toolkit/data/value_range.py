@@ -24,7 +24,7 @@ Range = tuple[float, float]
 """The values of black and of white."""
 
 DEPTHS = (8, 10, 12, 14, 16)
-"""Bits per sample of cameras and scanners."""
+"""Usual bit depths of cameras and scanners."""
 
 WHITE_16 = 65535
 FULL: Range = (0, WHITE_16)
@@ -49,7 +49,7 @@ class Extent:
     low: float
     high: float
     name: str
-    """The image with the largest value."""
+    """Name of the image with the largest value."""
     images: int = 1
 
 

@@ -63,7 +63,7 @@ class FailureDetector:
         self.is_silent = False
         """Whether the lost rank has not ended but is silent."""
         self.is_stopping = False
-        """A stop was requested from this or another process."""
+        """Whether a stop was requested from this or another process."""
         self.leaving: threading.Timer | None = None
         self.closing = threading.Event()
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=365))

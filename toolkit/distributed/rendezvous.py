@@ -205,7 +205,7 @@ class _Joining(threading.Thread):
     # -- the ranks ----------------------------------------------------------------------------------------------------
 
     def _register(self, registry: Any) -> None:
-        """Register this rank and wait for all others. A contradiction is stored, so that all ranks raise it."""
+        """Register this rank and wait for all others. If ranks disagree, the error is stored and all raise it."""
         info = self.info
         self.members[info.rank] = Peer(socket.gethostname(), os.getpid(), _namespace())
         entry = json.dumps(vars(self.members[info.rank]))

@@ -52,7 +52,7 @@ class CamInput:
     input: Tensor
     """Preprocessed image, float32 [C, H, W]."""
     label: int | None
-    """Class index, if known."""
+    """Index of the true class; None if unknown."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _is_settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a random operation has only one possible result: attention without dropout, an empty range."""
+    """Return whether a random operation has one possible result: attention without dropout, or a range of one value."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     if "scaled_dot_product" in str(func):
         return not given.get("dropout_p", 0.0)

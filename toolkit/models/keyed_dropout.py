@@ -20,7 +20,7 @@ from torchvision.ops import StochasticDepth
 from toolkit.data.sampling import GOLDEN_GAMMA, finalize64, hash64
 
 DROPOUT_TYPES: tuple[type[nn.Module], ...] = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, DropPath, StochasticDepth)
-"""Dropout and stochastic depth layers."""
+"""Types of dropout and stochastic depth layers that are replaced."""
 
 _MASK32 = 2**32 - 1
 _LEVELS = 2**16

@@ -177,7 +177,7 @@ def _read_safetensors(path: Path) -> StateDict:
 
 
 def pack_state(state: StateDict, **facts: Any) -> bytes:
-    """Serialize to the .safetensors format, with a digest of the tensors and ``facts`` (plain values) as metadata."""
+    """Serialize a state dict as .safetensors, with a digest of the tensors and ``facts`` (plain values) as metadata."""
     tensors: StateDict = {}
     storages: set[int] = set()
     for name, tensor in state.items():

@@ -145,7 +145,7 @@ def weights(recipe: Recipe) -> Iterator[Issue]:
             yield error("model.weights", text, "model.name", "model.source", hint=hint)
         elif table.weights not in (*known, "DEFAULT"):
             text = f"{table.name} has no weights {shown(table.weights)}"
-            listed = f'{table.name} has {", ".join(known[:12])}; DEFAULT is the first; or "none"'
+            listed = f'expected "none" or one of {", ".join(known[:12])} (DEFAULT is the first)'
             hint = did_you_mean(table.weights, known, otherwise=listed)
             yield error("model.weights", text, "model.name", "model.source", hint=hint)
 
@@ -232,7 +232,7 @@ def _unknown_name(kind: str, path: KeyPath, name: str, known: Iterable[str], exc
 def _unknown_argument(
     owner: str, path: KeyPath, known: Collection[str], name: KeyPath, keys: tuple[str, ...] = ()
 ) -> Issue:
-    """Return the issue for an argument that a transform or optimizer does not take; ``keys`` are also allowed there."""
+    """Return the issue for an argument that a transform or optimizer does not take; ``keys``: other allowed keys."""
     takes = f"{owner} takes {', '.join(known) or 'no arguments'}"
     hint = did_you_mean(str(path[-1]), [*known, *keys], otherwise=takes)
     message = f"{dotted(path[:-1])}: {owner} takes no argument {shown(str(path[-1]))}"

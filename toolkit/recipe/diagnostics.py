@@ -25,9 +25,9 @@ class Location:
     file: str
     """Path as given by the user, or ``--set``."""
     line: int
-    """Counted from 1."""
+    """Line number, counted from 1."""
     column: int
-    """Counted from 1, in characters."""
+    """Column number, counted from 1, in characters."""
     source_line: str
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class Issue:
     message: str
     path: KeyPath
     related: tuple[KeyPath, ...] = ()
-    """Other keys that it depends on."""
+    """Other keys that the issue depends on."""
     hint: str | None = None
     severity: Literal["error", "warning"] = "error"
     at: Literal["value", "key", "table"] = "value"

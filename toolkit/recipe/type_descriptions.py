@@ -32,7 +32,7 @@ PATTERNS = {
     SLURM_TIME: "a time such as 90 (minutes), 4:00:00 or 2-12:00:00 (days-hours)",
     SLURM_OPTION: "an option of sbatch such as --exclusive or --mail-type=FAIL, without spaces or quotation marks",
 }
-"""Descriptions of the patterns, for messages."""
+"""Descriptions of the schema's regular expressions, for messages."""
 
 
 def describe_type(annotation: Any, constraints: tuple[Any, ...] = ()) -> str:

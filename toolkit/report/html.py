@@ -30,7 +30,7 @@ class HtmlCell:
 
     text: str
     value: float | None = None
-    """Sort key; default: the text."""
+    """Sort key; None: sort by the text."""
     kind: Literal["", "name", "code"] = ""
     """Cells of kind ``name`` and ``code`` may be long and wrap at any character."""
     is_bar: bool = False

@@ -25,11 +25,11 @@ class RunPredictions:
     """Names of the images."""
     classes: list[str]
     labels: Ints
-    """True class, an index into ``classes``, [N]."""
+    """True class of each image, an index into ``classes``, [N]."""
     predictions: Ints
-    """Most probable class, [N]."""
+    """Most probable class of each image, [N]."""
     probabilities: Floats
-    """Probability of that class, 0..1, [N]."""
+    """Probability of the predicted class, 0..1, [N]."""
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:

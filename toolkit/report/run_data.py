@@ -36,7 +36,7 @@ class ConvFilters:
     before: npt.NDArray[np.float32]
     """Weights before training, [filters, channels, height, width]."""
     after: npt.NDArray[np.float32]
-    """Weights of the best epoch, same shape."""
+    """Weights of the best epoch, [filters, channels, height, width]."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FilterEffect:
     """An image to which single filters of the first convolution are applied."""
 
     filters: list[int]
-    """Indices of the filters."""
+    """Indices of the filters that are applied."""
     caption: str
     image: Image.Image
     input: npt.NDArray[np.float32]

@@ -42,9 +42,9 @@ class ClusterProfile(ConfigModel):
     variables: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
     """Environment variables exported before training; no secrets."""
     python: Annotated[str | None, Field(min_length=1)] = None
-    """Python interpreter of the job. Default: the interpreter that submits it."""
+    """Python interpreter of the job. Default: the one that runs `toolkit submit`."""
     container: Annotated[str, Field(pattern=r"^[^\n]*$")] = ""
-    """Command prefix of python, such as ``apptainer exec --nv image.sif``."""
+    """Command that runs python in a container, such as ``apptainer exec --nv image.sif``."""
     scratch: Annotated[str | None, Field(pattern=r'^[^\n"`]+$')] = None
     """Folder on each node; may contain $USER and the like. The job's TMPDIR is created there and removed at the end."""
     shared: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)

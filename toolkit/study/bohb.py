@@ -53,7 +53,7 @@ class RestoredTrial:
     until_epoch: int | None
     """The epoch to which the trial was to be trained; None: the largest budget."""
     values: Sequence[float] = ()
-    """The metric after each epoch so far, in order."""
+    """Value of the metric after each epoch so far, in order."""
     state: Literal["open", "ended", "failed"] = "open"
     """ended: the run finished, at the largest budget or by early stopping. failed: the run is not retried."""
 
@@ -66,10 +66,10 @@ class Trial:
     bracket: int
     changes: dict[str, Any]
     rung: int
-    """Index of the budget to which it is being trained, or was last trained."""
+    """Index of the budget up to which the trial is being trained, or was last trained."""
     state: TrialState = "training"
     values: list[float] = field(default_factory=list)
-    """The metric after each epoch so far."""
+    """Value of the metric after each epoch so far, in order."""
 
 
 class BohbScheduler:

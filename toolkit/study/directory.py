@@ -53,14 +53,14 @@ class StudyRun:
     __pydantic_config__ = ConfigDict(strict=False)
 
     row: str
-    """Name of its table row, set in the file or made from the varied values; runs that differ only in seed share it."""
+    """Name of the table row, set in the file or made from the varied values; runs that differ only in seed share it."""
     seed: int
     changes: dict[str, Any]
     """Dotted keys that vary, with their values; the seed is not included."""
     hash: str
     """Hash of its resolved recipe (:func:`toolkit.recipe.recipe_hash`); members with the same hash share one run."""
     run: Annotated[str | None, Field(pattern=f"^{RUN_ID.pattern}$")] = None
-    """Name of its run directory in the study's directory; None before it is created."""
+    """Name of the run directory in the study's directory; None before it is created."""
     published: dict[str, float] = field(default_factory=dict)
     """Published metrics of this run, or their means over several runs."""
     published_spread: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -46,7 +46,7 @@ class PlannedRun:
     member: StudyRun
     loaded: LoadedRecipe
     changes: ParameterSet
-    """The values that the study changes for it, with their positions in its file."""
+    """The values that the study changes for this run, with their positions in the study's file."""
 
     @property
     def recipe(self) -> Recipe:

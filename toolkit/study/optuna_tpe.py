@@ -26,7 +26,7 @@ class TrialHistory:
 
     changes: Mapping[str, Any]
     values: Mapping[int, float]
-    """The metric by number of epochs; may be empty."""
+    """Value of the metric by number of epochs trained; may be empty."""
     state: Literal["running", "cut short", "complete"]
 
 

@@ -31,7 +31,7 @@ class RunStatus:
     state: RunState
     epoch: int
     epochs: int
-    """Number of epochs in the recipe."""
+    """Number of epochs that the recipe sets."""
     value: float | None
     """Best value of the validation metric so far."""
     test_accuracy: float | None = None

@@ -80,7 +80,7 @@ class SearchParameter:
     """Dotted recipe key."""
     kind: Kind
     values: tuple[Any, ...]
-    """(lowest, highest), both inclusive; for a choice, its options."""
+    """Range (lowest, highest), both inclusive; for a choice, its options."""
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Conditions under which the key is active: the allowed values of other keys."""
     key_path: KeyPath = ()

@@ -19,13 +19,13 @@ class EvalResult:
     losses: np.ndarray
     """Cross-entropy of each example, float64 [N]."""
     predictions: np.ndarray
-    """Class with the highest probability, int64 [N]."""
+    """Class with the highest probability for each example, int64 [N]."""
     probabilities: np.ndarray
-    """Probability of that class, float64 [N]."""
+    """Probability of the predicted class, float64 [N]."""
     in_top5: np.ndarray
     """Whether the true class is among the five most probable ones, bool [N]."""
     labels: np.ndarray
-    """True class, int64 [N]."""
+    """True class of each example, int64 [N]."""
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Return the metrics of :data:`toolkit.metrics.MEASURES`, each name prefixed (e.g. with ``val/``).

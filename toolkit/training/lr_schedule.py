@@ -100,7 +100,7 @@ class MetricMonitor:
     """Whether ``min_delta`` is a fraction of the best value so far instead of an absolute difference."""
     best: float | None = None
     waited: int = 0
-    """Epochs since the last improvement."""
+    """Number of epochs since the last improvement."""
 
     def update(self, value: float) -> bool:
         """Record one epoch's value; return whether it improves on the best by more than ``min_delta``."""

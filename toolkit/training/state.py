@@ -31,7 +31,7 @@ class TrainProgress:
     best: dict[str, Any] | None = None
     """Record in metrics.jsonl of the best epoch by train.best_metric."""
     last: dict[str, Any] | None = None
-    """Record of the last completed epoch."""
+    """Record in metrics.jsonl of the last completed epoch."""
     stopped_early: bool = False
     metrics_bytes: int = 0
     """Length of metrics.jsonl in bytes."""

@@ -22,7 +22,7 @@ class PretrainedInput(NamedTuple):
     resize: int
     """Side length before the center crop, in pixels; ``crop_mode`` determines which side."""
     interpolation: str
-    """nearest, bilinear or bicubic."""
+    """Interpolation of the resize: nearest, bilinear or bicubic."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_mode: str = "center"

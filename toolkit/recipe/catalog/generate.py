@@ -18,7 +18,7 @@ EXCLUDED_TRANSFORMS = {
     "ConvertImageDtype": "changes the type, which the toolkit does itself",
     "CutMix": "mixes examples: use augment.cutmix",
     "FiveCrop": "makes several images from one",
-    "Lambda": "runs code, and a recipe is data",
+    "Lambda": "runs code, which a recipe must not contain",
     "LinearTransformation": "takes a matrix, which a recipe cannot hold",
     "MixUp": "mixes examples: use augment.mixup",
     "Normalize": "is done last by the toolkit: use data.normalize",
