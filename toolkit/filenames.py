@@ -22,7 +22,7 @@ from urllib.parse import unquote_to_bytes
 
 _FORMULA = "=+-@\uff1d\uff0b\uff0d\uff20"
 _UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode categories. Cs: bytes that are not UTF-8, which Python represents as surrogates in a str."""
+"""Unicode categories of unsafe characters. Cs: surrogates, by which Python represents bytes that are not UTF-8."""
 
 
 def encode_name(name: str) -> str:

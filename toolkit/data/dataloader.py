@@ -274,7 +274,7 @@ def worker_count(setting: int | str, images: ImageSource, local_processes: int) 
 
 
 def _as_is(batch: Any) -> Any:
-    """Collate function for a dataset that returns whole batches."""
+    """Collate function for a data set that returns whole batches."""
     return batch
 
 

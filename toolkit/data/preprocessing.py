@@ -36,7 +36,7 @@ class Preprocessing:
     value_range: tuple[float, float] | None = None
     """Values of black and white in files with more than 8 bits per sample; None: the training data had no such file."""
     border: tuple[int, ...] | None = None
-    """Padding color, 0..255 per channel, of images whose long side becomes ``resize``; None: the short side does."""
+    """Padding color, 0..255 per channel, if the long side becomes ``resize``; None if the short side does."""
     cover: bool = False
     """Whether images keep their aspect ratio and cover a ``resize`` of (height, width); if not, they are stretched."""
 

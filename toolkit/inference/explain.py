@@ -74,7 +74,7 @@ class CamLayer:
 
     name: str
     kind: str
-    """channels_first [n, C, h, w], channels_last [n, h, w, C] or tokens [n, prefix + h x w, C]."""
+    """Layout of the output: channels_first [n, C, h, w], channels_last [n, h, w, C], tokens [n, prefix + h x w, C]."""
     prefix: int = 0
     """Number of leading non-spatial tokens (class token, registers)."""
     grid: Size = (0, 0)

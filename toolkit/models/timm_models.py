@@ -64,7 +64,7 @@ def _arguments(table: ModelConfig, image_size: Size) -> dict[str, Any]:
 
 
 def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: Size) -> StateDict:
-    """Convert a file's names and position embeddings to those of ``module``."""
+    """Convert a file's parameter names and position embeddings to those of ``module``."""
     if "_conv_stem.weight" in state and hasattr(module, "blocks"):
         if not table.name.startswith("tf_efficientnet_lite"):
             raise UserError(

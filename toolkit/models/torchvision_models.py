@@ -53,7 +53,7 @@ def published_state(table: ModelConfig, module: nn.Module, image_size: Size) -> 
 
 
 def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: Size) -> StateDict:
-    """Convert published names and position embeddings to those of ``module``."""
+    """Convert published parameter names and position embeddings to those of ``module``."""
     state = map_densenet(state)
     position = "encoder.pos_embedding"
     is_other_size = (

@@ -248,7 +248,7 @@ def stages(recipe: Recipe) -> Iterator[Issue]:
         for index, entry in enumerate(entries):
             path, related = ("augment", split, index, "stage"), f"augment.{split}"
             if entry.name in TENSOR_ONLY and entry.stage not in (None, "tensor"):
-                yield error(path, f'{entry.name} needs a tensor, so stage = "tensor"', (*path[:-1], "name"))
+                yield error(path, f'{entry.name} needs a tensor: set stage = "tensor"', (*path[:-1], "name"))
             if entry.stage == "before_crop" and takes_both:
                 yield error(path, '"before_crop" is not possible if another entry has "resize_crop"', related)
             if entry.stage in ("crop", "resize_crop"):

@@ -36,7 +36,7 @@ class RunCost:
     epochs: int
     """Maximum number of epochs left to train."""
     images: int | None
-    """Training images per epoch; None if the data is not on this machine."""
+    """Number of training images per epoch; None if the data are not on this machine."""
     flops: float
     """Floating-point operations per image, forward and backward."""
     seconds_per_image: float | None

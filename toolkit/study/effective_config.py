@@ -2,7 +2,7 @@
 
 Two recipes with equal effective configurations train the same model on the same data in the same way, even if their
 texts differ. Models are built on PyTorch's meta device, which allocates no memory; optimizers take real steps on tiny
-parameters; schedules are evaluated. Weights are not loaded, and data is opened only if the recipes' [data] tables
+parameters; schedules are evaluated. Weights are not loaded, and data are opened only if the recipes' [data] tables
 differ.
 """
 

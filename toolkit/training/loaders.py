@@ -37,7 +37,7 @@ CachePolicy = Literal["all", "images", "none"]
 
 @dataclass
 class ImageLoaders:
-    """Image batches of each split, from the dataset or from the cache."""
+    """Image batches of each split, from the data set or from the cache."""
 
     setup: TrainingContext
     plans: dict[str, PreprocessingPlan]
