@@ -321,7 +321,7 @@ def test_both_ways_to_erase_give_the_same_result() -> None:
 def test_the_transform_that_prevents_batching_is_named(entry: Entry, expected: str) -> None:
     table = AugmentConfig.model_validate({"train": [FLIP, entry]})
     plan = plan_preprocessing("train", table, SMALL, 0, None)
-    assert plan.obstacle == expected
+    assert plan.why_not_batched == expected
 
 
 def test_the_recipe_decides_where_augmentation_runs() -> None:
@@ -335,7 +335,7 @@ def test_the_recipe_decides_where_augmentation_runs() -> None:
 def test_a_policy_prevents_batched_augmentation() -> None:
     table = AugmentConfig.model_validate({"auto_augment": "rand-m9"})
     plan = plan_preprocessing("train", table, SMALL, 0, None)
-    assert (plan.obstacle, plan.batched) == ("augment.auto_augment = 'rand-m9'", None)
+    assert (plan.why_not_batched, plan.batched) == ("augment.auto_augment = 'rand-m9'", None)
     assert plan_preprocessing("validation", table, SMALL, 0, None).batched is not None
 
 

@@ -263,7 +263,7 @@ def test_per_image_steps_end_with_the_crop(photographs: Path, crop: str) -> None
         setup, _ = setup_of(loads_recipe(ON_FILES + alone, settings), files_of(photographs), None)
         way = plan_preprocessing("train", setup.recipe.augment, setup.preprocessing, 0, None)
         assert way.batched is not None
-        assert way.obstacle.startswith("augment.train")
+        assert way.why_not_batched.startswith("augment.train")
         for cached in (False, True):
             assert_equal(by_workers, batches_of(setup, cached=cached)[0])
 
@@ -290,7 +290,7 @@ def test_all_steps_run_per_image_if_sizes_differ_or_a_step_needs_it(photographs:
     setup, _ = setup_of(loads_recipe(ON_FILES + more, ['data.crop="none"']), files_of(photographs), None)
     way = plan_preprocessing("train", setup.recipe.augment, setup.preprocessing, 0, None)
     assert way.batched is None
-    assert "have different sizes" in way.obstacle
+    assert "have different sizes" in way.why_not_batched
 
 
 def test_fixed_views_alternate_over_the_epochs(photographs: Path) -> None:

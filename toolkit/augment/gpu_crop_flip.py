@@ -209,7 +209,7 @@ class CropFlipOp:
         start = 0
         for step in self.steps:
             more = step.maps(u[:, start : start + step.random_count], (lines[0].shape[1], lines[1].shape[1]))
-            lines = [_follow(line, further) for line, further in zip(lines, more, strict=True)]
+            lines = [_compose(line, further) for line, further in zip(lines, more, strict=True)]
             start += step.random_count
         new = (lines[0].shape[1], lines[1].shape[1])
         if new == size:
@@ -246,7 +246,7 @@ def _gather(images: Tensor, rows: Tensor, columns: Tensor, fill: Tensor | None) 
     return taken if fill is None else torch.where(((rows < 0) | (columns < 0))[:, None], fill, taken)
 
 
-def _follow(first: Indices, second: Indices) -> Indices:
+def _compose(first: Indices, second: Indices) -> Indices:
     """Compose ``second`` (output -> intermediate) with ``first`` (intermediate -> input) per image, [m, n]."""
     through: Indices = np.take_along_axis(first, second.clip(min=0), 1)
     return np.where(second < 0, -1, through)

@@ -95,7 +95,7 @@ class Features:
             return [EVALUATION]
         return list(range(min(recipe.data.fixed_views or 1, recipe.train.epochs)))
 
-    def obstacle(self, sample: Tensor) -> str:
+    def why_not_cached(self, sample: Tensor) -> str:
         """Return why features cannot be cached ("" if they can): not deterministic on ``sample``, or too large."""
         module, tail, counts = self.setup.built.module, self.tail, self.setup.splits
         if not backbone_is_deterministic(module, tail, sample):
@@ -103,12 +103,12 @@ class Features:
         one = prefix_features(module, tail, sample[:1])
         images = sum(len(counts[split]) * len(self.views(split)) for split in counts)
         need, free = one.numel() * 4 * images * local_processes(), available_memory()
-        fits = need <= free * MEMORY_SHARE or not self.passes()
+        fits = need <= free * MEMORY_SHARE or not self.passes_needed()
         if not all(gather_objects(fits)):
             return f"its features need {gib(need)}, but only {gib(free)} are free"
         return ""
 
-    def passes(self) -> int:
+    def passes_needed(self) -> int:
         """Return the maximum number of passes over any split needed to fill missing cache entries.
 
         Not a collective: each process checks the cache on its own.

@@ -34,7 +34,7 @@ class PreprocessingPlan:
     """Computes model inputs from a uint8 batch of equal-sized images; None: ``transform`` does everything."""
     is_exact: bool
     """Whether ``batched`` gives the result of ``transform`` bit for bit, so that either may be used."""
-    obstacle: str
+    why_not_batched: str
     """Why random augmentations, or those up to the crop, cannot be applied to batches; "" if they can."""
 
     @property

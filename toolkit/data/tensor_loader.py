@@ -57,17 +57,17 @@ class TensorBatches:
     def _gather(self, request: BatchRequest) -> tuple[Tensor, Tensor]:
         """Return the rows [m, ...] of the requested view, and the labels int64 [m]."""
         rows, positions = self.views[request.view % len(self.views)], request.positions
-        taken = _taken(rows, positions if self.row_indices is None else self.row_indices[positions])
+        taken = _take_rows(rows, positions if self.row_indices is None else self.row_indices[positions])
         if self.runs_ahead:
             taken = taken.pin_memory().to(self.device, non_blocking=True)
-        return taken, _taken(self.labels, positions)
+        return taken, _take_rows(self.labels, positions)
 
     def close(self) -> None:
         """Release the tensors, which closes memory-mapped files."""
         self.views = []
 
 
-def _taken(rows: Tensor, row_indices: IntArray) -> Tensor:
+def _take_rows(rows: Tensor, row_indices: IntArray) -> Tensor:
     """Return the rows at ``row_indices``; a view without a copy if they are consecutive."""
     if len(row_indices) and (np.diff(row_indices) == 1).all():
         return rows[int(row_indices[0]) : int(row_indices[-1]) + 1]

@@ -130,12 +130,12 @@ class StepConsensus:
         stop = self.stop.is_wanted()
         if self.group is None:
             return stop, save, non_finite
-        agreed = self.settle()
+        agreed = self.wait()
         flags = torch.tensor([stop, save, non_finite], dtype=torch.int32)
         self.pending = (dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flags)
         return agreed
 
-    def settle(self) -> tuple[bool, bool, bool]:
+    def wait(self) -> tuple[bool, bool, bool]:
         """Wait for the pending reduction, if any, and return its flags."""
         if self.pending is None:
             return False, False, False
@@ -157,7 +157,7 @@ class StepConsensus:
                 yield batch
             if self.exchange()[0]:
                 raise StopTraining
-        if self.settle()[0]:
+        if self.wait()[0]:
             raise StopTraining
 
 

@@ -124,12 +124,12 @@ class _Recorder(TorchDispatchMode):
         for argument in tree_leaves((args, kwargs)):
             if id(argument) in self._unused:
                 self.used.append(self._unused.pop(id(argument)))
-        if torch.Tag.nondeterministic_seeded in func.tags and not _is_settled(func, args, kwargs):
+        if torch.Tag.nondeterministic_seeded in func.tags and not _has_fixed_result(func, args, kwargs):
             self.random.append(str(func))
         return func(*args, **kwargs)
 
 
-def _is_settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _has_fixed_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a random operation has one possible result: attention without dropout, or a range of one value."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     if "scaled_dot_product" in str(func):

@@ -113,8 +113,8 @@ def splits(recipe: Recipe) -> Iterator[Issue]:
         yield error(f"data.split.{key}", f"{asked} of {images[0]} images leaves no training images", "data.dataset")
     count = images[0]
     if not images[1]:
-        count -= _taken(0.2 if split.test == "auto" else split.test, count)
-    count -= count // 2 if split.method == "alternate" and split.validation else _taken(split.validation, count)
+        count -= _split_size(0.2 if split.test == "auto" else split.test, count)
+    count -= count // 2 if split.method == "alternate" and split.validation else _split_size(split.validation, count)
     if train.drop_last and 0 < count < train.batch_size:
         text = (
             f"{train.batch_size} is more than the {count} training images, and train.drop_last drops incomplete "
@@ -124,7 +124,7 @@ def splits(recipe: Recipe) -> Iterator[Issue]:
         yield error("train.batch_size", text, "train.drop_last", "data.dataset", hint=hint)
 
 
-def _taken(share: float, images: int) -> int:
+def _split_size(share: float, images: int) -> int:
     """Return the number of images for a fraction (0..1) or number, as toolkit.data.splits computes it."""
     return share if isinstance(share, int) else floor(share * images + 0.5)
 

@@ -35,7 +35,7 @@ from toolkit.study.search_space import (
 from toolkit.study.validation import check_claims, check_study
 
 STUDY: KeyPath = ("study",)
-NOT_COUNTED = ("recipe.seed", "expected_metrics.")
+NOT_A_CHANGE = ("recipe.seed", "expected_metrics.")
 """Prefixes of keys that do not change the experiment: [expected_metrics] also applies to rows that set only these."""
 
 
@@ -104,7 +104,7 @@ class StudySpec:
 
     def run(self, row: str, changes: ParameterSet, seed: LocatedValue | None = None) -> PlannedRun:
         """Build one run. Raises RecipeError."""
-        counted = {key: value.value for key, value in changes.items() if not key.startswith(NOT_COUNTED)}
+        counted = {key: value.value for key, value in changes.items() if not key.startswith(NOT_A_CHANGE)}
         layers = (self._source(key, value) for key, value in changes.items())
         sources = [*(_without(self.sources, "expected_metrics") if counted else self.sources), *layers]
         if seed is not None:

@@ -76,17 +76,17 @@ def build_context(
     display: Console,
     *,
     load_weights: bool = True,
-    settle: Callable[[Dataset, dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
+    choose_splits: Callable[[Dataset, dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
 ) -> TrainingContext:
     """Build everything (a collective). Raises UserError on all processes for problems that the user can fix.
 
-    ``settle``: called with the data set and the splits that the recipe gives; returns the splits to use.
+    ``choose_splits``: called with the data set and the splits that the recipe gives; returns the splits to use.
     """
     train, world = recipe.train, accelerator.num_processes
     data, dataset, splits, bad_images = _open_images(recipe, accelerator, display)
     drawn = split_hash(dataset, splits)
-    if settle is not None:
-        splits = settle(dataset, splits)
+    if choose_splits is not None:
+        splits = choose_splits(dataset, splits)
     count = len(splits["train"])
     check_steps(count, train.batch_size, train.drop_last)
     preprocessing = resolve_preprocessing(

@@ -81,8 +81,10 @@ def fit(
         if run is not None:
             stack.enter_context(_locked(run, accelerator, display))
             resumption = find_resumption(run, recipe, accelerator, display, allow_changes)
-        settle = None if resumption is None else resumption.settle
-        setup = build_context(recipe, accelerator, display, load_weights=resumption is None, settle=settle)
+        choose_splits = None if resumption is None else resumption.choose_splits
+        setup = build_context(
+            recipe, accelerator, display, load_weights=resumption is None, choose_splits=choose_splits
+        )
         if run is None:
             run = _new_run(recipe, accelerator, origins)
             stack.enter_context(_locked(run, accelerator, display))

@@ -138,13 +138,13 @@ def build_loaders(setup: TrainingContext, guard: Guard, cache_policy: CachePolic
     plans = {split: plan_preprocessing(split, *arguments) for split in SPLITS if setup.has(split)}
     for split, plan in plans.items():
         try_transform(plan.transform, images, int(setup.splits[split][0]))
-        if plan.obstacle and recipe.augment.run_on == "auto":
+        if plan.why_not_batched and recipe.augment.run_on == "auto":
             which = "augmented" if plan.batched is None else "augmented up to the crop"
-            setup.display.log(f"{split} images are {which} one by one, by data workers: {plan.obstacle}")
+            setup.display.log(f"{split} images are {which} one by one, by data workers: {plan.why_not_batched}")
     cache = DistributedCache(setup, guard) if cache_policy != "none" and recipe.data.cache != "off" else None
     source = ImageLoaders(setup, plans, SplitImages(setup, plans))
     features = _features(setup, source, cache, guard) if cache_policy == "all" else None
-    passes = recipe.train.epochs if features is None else features.passes()
+    passes = recipe.train.epochs if features is None else features.passes_needed()
     if cache is not None:
         source.cached.cache(cache, passes)
     sampling = _plan(setup)
@@ -173,7 +173,7 @@ def _features(
     transform, first = images.plans["train"].transform, setup.splits["train"][:2]
     two = [try_transform(transform, setup.dataset.images, int(i)) for i in first]
     setup.transfer.train_mode()
-    reason = features.obstacle(torch.stack(two).to(setup.accelerator.device))
+    reason = features.why_not_cached(torch.stack(two).to(setup.accelerator.device))
     if reason:
         setup.display.log(f"frozen features are not cached: {reason}")
         return None

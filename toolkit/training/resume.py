@@ -101,7 +101,7 @@ class Resumption:
             )
         self.display.log(f"warning: {path.name} is damaged ({fault})")
 
-    def settle(self, dataset: Dataset, drawn: Splits) -> Splits:
+    def choose_splits(self, dataset: Dataset, drawn: Splits) -> Splits:
         """Return the splits to train with (a collective). ``drawn``: those of the recipe with the current data.
 
         Raises UserError if data or splits differ from the checkpoint's, unless changes are allowed.

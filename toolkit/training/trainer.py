@@ -247,7 +247,7 @@ class Trainer:
 
     def _check_finite(self, epoch: int) -> None:
         """Raise RunFailed if the loss of any step so far was not finite (a collective)."""
-        self.consensus.settle()
+        self.consensus.wait()
         self._raise_if_nonfinite(epoch, gather_objects(self.train_step.finite.first_nonfinite_step(wait=True)))
 
     def _raise_if_nonfinite(self, epoch: int, steps: list[int | None]) -> None:
@@ -325,7 +325,7 @@ class Trainer:
 
     def _interrupt(self, sums: RunningMetrics) -> None:
         """Write a checkpoint and raise Interrupted (exit status 3)."""
-        self.consensus.settle()
+        self.consensus.wait()
         self.save(sums)
         raise Interrupted(self._stopped_message())
 
