@@ -33,7 +33,7 @@ CONNECT_SECONDS = 3
 INIT_SECONDS = 15
 OFFLINE_ATTEMPTS, OFFLINE_PAUSE_S = 10, 3.0
 FINISH_SECONDS = 7
-"""A run that is asked to stop must exit within 10 s. What has not been uploaded stays on disk for `toolkit sync`."""
+"""Seconds to wait for uploads at the end: a stopped run must exit within 10 s. `toolkit sync` can upload the rest."""
 LEAVE_SECONDS = FINISH_SECONDS + 0.5
 """Maximum number of seconds for closing all trackers, in case one hangs in its client."""
 BACKLOG = 100_000

@@ -34,7 +34,7 @@ class Step:
     """One step from an image to the model's input. Calling it applies it to one image."""
 
     name: str
-    """Class in torchvision.transforms.v2, ResizeKeepRatio, or CenterCropOrPad or auto_augment of timm."""
+    """Name of a class in torchvision.transforms.v2, ResizeKeepRatio, or timm's CenterCropOrPad or auto_augment."""
     arguments: dict[str, Any]
     """Arguments of that class with torchvision's types, including the defaults."""
     p: float

@@ -28,7 +28,7 @@ DEPTHS = (8, 10, 12, 14, 16)
 
 WHITE_16 = 65535
 FULL: Range = (0, WHITE_16)
-"""The whole range of 16 bits."""
+"""The whole 16-bit range, as the values of black and white."""
 
 LEAST_USED = 0.25
 """A range is assumed only if the largest value exceeds this fraction of its maximum."""
@@ -151,7 +151,8 @@ def to_bytes(image: Image.Image, kind: Kind, value_range: Range | None) -> Image
     """Convert a loaded image to 8 bits, mode L; an image of kind "color" is returned unchanged.
 
     ``value_range[0]`` becomes 0 and ``value_range[1]`` 255; values in between are rounded, values beyond are clipped.
-    If it is None, an image is accepted only if its values show that they are 16-bit. Raises UnclearValues otherwise.
+    If ``value_range`` is None, an image is accepted only if its values show that they are 16-bit. Raises UnclearValues
+    otherwise.
     """
     if value_range is None:
         whole = extent_of(image, kind, "")
