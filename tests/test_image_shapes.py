@@ -11,13 +11,18 @@ import timm
 import torch
 from cli import toolkit
 from finished import CONVNET, train_on_files
+from PIL import Image
+from timm.data import create_transform
 from torch import nn
 
+from toolkit.augment import resize
 from toolkit.augment.transforms import build_transform
+from toolkit.data.channel_stats import channel_statistics
+from toolkit.data.image_sources import InMemoryImages
 from toolkit.data.pipeline import plan_preprocessing
-from toolkit.data.preprocessing import Preprocessing, resolve_preprocessing
+from toolkit.data.preprocessing import Preprocessing, image_area, resolve_preprocessing
 from toolkit.errors import UserError
-from toolkit.inference.explain import CamLayer, find_layer, heat_maps
+from toolkit.inference.explain import CamLayer, explain, find_layer, heat_maps, subjects_from_files
 from toolkit.models.build import build_model
 from toolkit.recipe.schema import AugmentConfig, DataConfig, ModelConfig
 from toolkit.runs import Run
@@ -41,10 +46,6 @@ def trained(module: nn.Module, size: tuple[int, int]) -> TrainedModel:
     plain = Preprocessing(3, size, size, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     table = ModelConfig(source="timm", name="any")
     return TrainedModel(module.eval(), plain, (), ["a", "b"], table, "none", Path("model.safetensors"))
-
-
-def shown(outcome: object) -> str:
-    return f"{outcome.stdout}\n{outcome.stderr}"  # type: ignore[attr-defined]
 
 
 # -- inputs that are not square ---------------------------------------------------------------------------------------
@@ -154,3 +155,80 @@ def test_tokens_of_an_input_that_is_not_square_are_arranged_row_by_row() -> None
     maps = layer.to_maps(tokens)
     assert torch.equal(maps[1, :, 1, 0], tokens[1, 1 + 1 * 3 + 0])
     assert torch.equal(layer.from_maps(maps, tokens), tokens)
+
+
+# -- letterbox --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [[24, 24], [20, 37]])
+def test_letterboxed_inputs_equal_timms_border_mode(size: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resize, "resizing_kernel", lambda: "Pillow")
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
+    preprocessing = resolved(image_size=size, resize="letterbox", normalize={"mean": list(mean), "std": list(std)})
+    reference = create_transform(
+        (3, *size), crop_pct=1.0, crop_mode="border", interpolation="bilinear", mean=mean, std=std
+    )
+    for image in (noise(61, 150), noise(143, 64), noise(7, 9)):
+        made = build_transform("test", AugmentConfig(), preprocessing)(image)
+        torch.testing.assert_close(made, reference(Image.fromarray(image)), rtol=0, atol=1e-5)
+    assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
+
+
+@pytest.mark.parametrize(("image", "size"), [((30, 60), (20, 30)), ((61, 20), (24, 25)), ((5, 5), (9, 16))])
+def test_the_whole_image_is_visible_in_its_area_and_the_rest_is_the_fill(
+    image: tuple[int, int], size: tuple[int, int]
+) -> None:
+    color = [255, 0, 51]
+    preprocessing = resolved(image_size=list(size), resize="letterbox", fill=color, normalize="none")
+    made = build_transform("test", AugmentConfig(), preprocessing)(np.full((*image, 3), 102, dtype=np.uint8))
+    rows, columns = image_area(preprocessing, image)
+    is_image = torch.zeros(size, dtype=torch.bool)
+    is_image[rows, columns] = True
+    values = (made * 255).round().int()
+    assert (values[:, is_image] == 102).all()
+    assert (values[:, ~is_image] == torch.tensor(color)[:, None]).all()
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    assert height == size[0] or width == size[1]
+    assert abs(height / width - image[0] / image[1]) < 1 / min(height, width)
+
+
+def test_batches_of_letterboxed_images_equal_single_images() -> None:
+    preprocessing = resolved(image_size=[24, 40], resize="letterbox", normalize="imagenet")
+    plan = plan_preprocessing("train", AugmentConfig.model_validate({"train": [FLIP]}), preprocessing, 0, None)
+    assert plan.batched is not None
+    images = [noise(50, 70), noise(90, 33)]
+    pixels = torch.stack([torch.from_numpy(plan.transform.apply(one, plan.steps).copy()) for one in images])
+    made = plan.batched(pixels.permute(0, 3, 1, 2), 0, np.arange(2))
+    assert torch.equal(made, torch.stack([plan.transform(one) for one in images]))
+
+
+def test_the_default_fill_is_zero_for_the_model_and_is_not_part_of_the_measured_mean() -> None:
+    images = InMemoryImages(np.full((3, 10, 20, 3), 51, dtype=np.uint8), "gray", 3)
+    table = DataConfig.model_validate(
+        {"dataset": "imagefolder", "image_size": 20, "resize": "letterbox", "normalize": "dataset"}
+    )
+
+    def measure(plain: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        mean, _ = channel_statistics(images, np.arange(3), plain)
+        return mean, (1.0,) * 3
+
+    preprocessing = resolve_preprocessing(table, None, None, 3, measure)
+    assert preprocessing.mean == pytest.approx((0.2,) * 3)
+    made = build_transform("test", AugmentConfig(), preprocessing)(images.load(0))
+    assert made.abs().max() < 1e-6
+
+
+def test_explained_areas_leave_out_the_background(tmp_path: Path) -> None:
+    run = train_on_files(tmp_path, CONVNET, "data.image_size=[8, 14]", 'data.resize="letterbox"')
+    file = next((tmp_path / "data" / "test").rglob("*.png"))
+    trained = load_model(run.path)
+    (subject,) = subjects_from_files(trained, [str(file)], pytest.fail)
+    assert subject.area == (slice(0, 8), slice(3, 11))
+    (found,) = explain(trained, [subject], find_layer(trained, subject.input))
+    assert found.heat.shape == (8, 8)
+    assert found.heat.max() in (0, 1)
+    assert toolkit("explain", run.path, file, "-o", tmp_path / "maps").status == 0
+    assert toolkit("export", run.path, "--format", "safetensors", "-o", tmp_path / "out").status == 0
+    steps = json.loads((tmp_path / "out" / "preprocessing.json").read_text())["steps"]
+    assert any("with the aspect ratio kept to fit into 8 x 14" in step for step in steps)
+    assert any("padding smaller images with the color [128, 128, 128]" in step for step in steps)

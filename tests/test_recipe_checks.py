@@ -76,6 +76,21 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['model.name="vit_b_16"', "data.image_size=64"],
     ),
     (
+        'error: data.resize: "letterbox" pads images to image_size in place of the crop',
+        ['data.resize="letterbox"', 'data.crop="none"'],
+        ['data.resize="letterbox"'],
+    ),
+    (
+        "warning: data.fill: has no effect without resize",
+        ['data.fill="black"'],
+        ['data.fill="black"', 'data.resize="letterbox"'],
+    ),
+    (
+        "error: data.fill: 2 values for 3 channels",
+        ["data.fill=[0, 0]", 'data.resize="letterbox"', "data.channels=3"],
+        ["data.fill=[0, 0, 0]", 'data.resize="letterbox"', "data.channels=3"],
+    ),
+    (
         'error: augment.run_on: "device" does not support augment.train[0]: ElasticTransform',
         ['augment.run_on="device"', 'augment.train=[{name="ElasticTransform"}]'],
         ['augment.run_on="device"', 'augment.train=[{name="RandomRotation", degrees=3}]'],

@@ -95,6 +95,8 @@ WITH_EFFECT = {
     ),
     "versions": ("data.fixed_views = [1, 2]", ('augment.train=[{ name = "RandomRotation", degrees = 9 }]',)),
     "size": ("data.image_size = [8, 12]", ()),
+    "shape": ("data.image_size = [[8, 12], [12, 8]]", ()),
+    "background": ('data.fill = ["mean", "black"]', ('data.resize="letterbox"',)),
     "normalization": ('data.normalize = ["half", "none"]', ()),
     "split": ("data.split.seed = [0, 1]", ()),
     "share": ("data.split.validation = [0.2, 0.3]", ()),

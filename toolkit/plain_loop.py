@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data.transforms import ResizeKeepRatio
+from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
@@ -74,10 +74,13 @@ def transform_of(recipe: Recipe, preprocessing: Preprocessing, *, train: bool) -
         if preprocessing.resize is not None:
             size = preprocessing.resize if isinstance(preprocessing.resize, int) else list(preprocessing.resize)
             resize = v2.Resize(size, InterpolationMode(preprocessing.interpolation))
-            keep_ratio = ResizeKeepRatio(size, interpolation=preprocessing.interpolation)
-            steps.append(keep_ratio if preprocessing.cover else resize)
+            fits = preprocessing.border is not None
+            keep_ratio = ResizeKeepRatio(size, longest=float(fits), interpolation=preprocessing.interpolation)
+            steps.append(keep_ratio if preprocessing.cover or fits else resize)
         steps += by_stage.get("before_crop", [])
-        steps += by_stage.get("crop", [v2.CenterCrop(list(preprocessing.image_size))] if preprocessing.crop else [])
+        fill = 0 if preprocessing.border is None else list(preprocessing.border)
+        center = CenterCropOrPad(list(preprocessing.image_size), fill=fill)
+        steps += by_stage.get("crop", [center] if preprocessing.crop else [])
     steps += [*by_stage.get("after_crop", []), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     return v2.Compose([*steps, v2.Normalize(list(preprocessing.mean), list(preprocessing.std))])
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.transforms import CenterCropOrPad
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from toolkit.data.image_sources import Pixels, as_image, as_pixels
+from toolkit.data.preprocessing import scaled_size
 from toolkit.recipe.image_size import Size
 
 _FILTERS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, "bilinear", "bicubic")
@@ -61,8 +63,7 @@ class ResizeKeepRatio(Resize):
 
     def scaled(self, given: Size) -> list[int]:
         """Return the height and width of an image of size ``given`` after the resize."""
-        ratio = (max if self.fit else min)(side / wanted for side, wanted in zip(given, self.size, strict=True))
-        return [max(1, round(side / ratio)) for side in given]
+        return list(scaled_size(given, (self.size[0], self.size[1]), fit=self.fit))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """See torchvision."""
@@ -76,7 +77,7 @@ class ResizeKeepRatio(Resize):
 
 def is_same_on_bytes(step: Any) -> bool:
     """Return whether a step has the same result for a color image as uint8 array and as Pillow image."""
-    return isinstance(step, v2.CenterCrop) or resizes_bytes(step)
+    return isinstance(step, v2.CenterCrop | CenterCropOrPad) or resizes_bytes(step)
 
 
 def resizes_bytes(step: Any) -> bool:
@@ -89,7 +90,7 @@ def resizes_bytes(step: Any) -> bool:
 
 
 def on_bytes(step: Any, pixels: Pixels) -> Pixels:
-    """Apply a Resize, RandomResizedCrop or CenterCrop to uint8 [h, w, 3], without torchvision's dispatch overhead.
+    """Apply a Resize, RandomResizedCrop or center crop to uint8 [h, w, 3], without torchvision's dispatch overhead.
 
     A RandomResizedCrop draws the same random numbers from torch's generator as for a Pillow image.
     """
@@ -103,12 +104,28 @@ def on_bytes(step: Any, pixels: Pixels) -> Pixels:
         crop = pixels[top : top + box["height"], left : left + box["width"]]
         # The kernel would first split a window of a larger image into channels.
         return _resized(np.ascontiguousarray(crop), step.size, step.interpolation)
+    if isinstance(step, CenterCropOrPad):
+        return _center_crop_or_pad(pixels, step.size, step.fill)
     (height, width), (rows, columns) = pixels.shape[:2], step.size
     if height < rows or width < columns:
         padded: Pixels = functional.center_crop(as_tensor(pixels), step.size).permute(1, 2, 0).numpy()
         return padded
     top, left = round((height - rows) / 2), round((width - columns) / 2)
     return pixels[top : top + rows, left : left + columns]
+
+
+def _center_crop_or_pad(pixels: Pixels, size: Size, fill: Any) -> Pixels:
+    """Return the center of an image, on a background of color ``fill`` where the image is smaller than ``size``."""
+    made = np.empty((*size, pixels.shape[2]), dtype=np.uint8)
+    made[:] = np.asarray(fill, dtype=np.uint8)
+    source, target = [], []
+    for have, want in zip(pixels.shape[:2], size, strict=True):
+        count = min(have, want)
+        first, at = round(max(0, have - want) / 2), max(0, want - have) // 2  # rounded as in torchvision and timm
+        source.append(slice(first, first + count))
+        target.append(slice(at, at + count))
+    made[tuple(target)] = pixels[tuple(source)]
+    return made
 
 
 def as_tensor(pixels: Pixels) -> Tensor:

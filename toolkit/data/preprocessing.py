@@ -75,8 +75,9 @@ def resolve_preprocessing(
     """Resolve every value from the recipe, else from the weights, else from the data set.
 
     ``measure`` returns the training images' mean and standard deviation per channel (pixels in 0..1) for a
-    preprocessing without normalization; it is called only for ``normalize = "dataset"``. Raises UserError if no image
-    size is known, or the number of normalization values differs from the number of channels.
+    preprocessing without normalization; it is called only for ``normalize = "dataset"``. The background of letterboxed
+    images is not measured. Raises UserError if no image size is known, or the number of values of ``normalize`` or
+    ``fill`` differs from the number of channels.
     """
     channels = data.channels or (3 if weights else native_channels)
     wanted = data.image_size or (weights.size if weights else native_size)
@@ -87,6 +88,8 @@ def resolve_preprocessing(
     border: tuple[int, ...] | None = None
     if data.resize == "none":
         resize = None
+    elif data.resize == "letterbox":
+        resize, border = size, (0,) * channels
     elif isinstance(data.resize, list):
         resize = as_size(data.resize)
     elif data.resize is not None:
@@ -102,11 +105,38 @@ def resolve_preprocessing(
     plain = Preprocessing(
         channels, size, resize, crop, interpolation, zeros, ones, data.exif, data.known_range, border, cover
     )
-    mean, std = _normalization(data, weights, plain, measure)
-    for values in (mean, std):
-        if len(values) != channels:
-            raise UserError(f"data.normalize: {len(values)} values for {channels} channels; give one value per channel")
-    return replace(plain, mean=mean, std=std)
+    is_letterboxed = data.resize == "letterbox"
+    mean, std = _normalization(data, weights, replace(plain, crop=False) if is_letterboxed else plain, measure)
+    if is_letterboxed:
+        border = _fill_color(data.fill, mean)
+    for key, values in (("normalize", mean), ("normalize", std), ("fill", border)):
+        if values is not None and len(values) != channels:
+            raise UserError(f"data.{key}: {len(values)} values for {channels} channels; give one value per channel")
+    return replace(plain, mean=mean, std=std, border=border)
+
+
+def _fill_color(fill: str | list[int], mean: tuple[float, ...]) -> tuple[int, ...]:
+    """Return the background of letterboxed images, 0..255 per channel."""
+    if isinstance(fill, list):
+        return tuple(fill)
+    return tuple(0 if fill == "black" else min(255, max(0, round(255 * value))) for value in mean)
+
+
+def scaled_size(image: Size, box: Size, *, fit: bool) -> Size:
+    """Return the size of an image scaled to fit into a box, or else to cover it, with its aspect ratio kept."""
+    ratio = (max if fit else min)(side / wanted for side, wanted in zip(image, box, strict=True))
+    return max(1, round(image[0] / ratio)), max(1, round(image[1] / ratio))
+
+
+def image_area(preprocessing: Preprocessing, image: Size) -> tuple[slice, slice]:
+    """Return the rows and columns of the model's input that show an image of this size; the rest is its background."""
+    size, resize = preprocessing.image_size, preprocessing.resize
+    if preprocessing.border is None or resize is None or not preprocessing.crop:
+        return slice(0, size[0]), slice(0, size[1])
+    scaled = scaled_size(image, as_size(resize), fit=True)
+    starts = [max(0, (whole - side) // 2) for whole, side in zip(size, scaled, strict=True)]
+    rows, columns = (slice(at, at + min(side, n)) for at, side, n in zip(starts, scaled, size, strict=True))
+    return rows, columns
 
 
 def _default_resize(size: Size, weights: PretrainedInput | None) -> int | Size:

@@ -16,7 +16,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from toolkit.data.image_sources import UnreadableImageError
+from toolkit.data.image_sources import Pixels, UnreadableImageError
+from toolkit.data.preprocessing import image_area
 from toolkit.errors import UserError, first_line
 from toolkit.inference.evaluate import split_images
 from toolkit.reading import UnreadableFile
@@ -53,6 +54,8 @@ class CamInput:
     """Preprocessed image, float32 [C, H, W]."""
     label: int | None
     """Index of the true class; None if unknown."""
+    area: tuple[slice, slice] = (slice(None), slice(None))
+    """Rows and columns of the input that show the image; the rest is padding."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class CamResult:
     prediction: int
     probability: float
     heat: np.ndarray
-    """Evidence for the prediction, scaled to a maximum of 1, float32 [H, W]."""
+    """Evidence for the prediction in the image's area of the input, scaled to a maximum of 1, float32 [h, w]."""
     heat_of_label: np.ndarray | None
     """Evidence for the label, likewise; None if the label is unknown or equals the prediction."""
 
@@ -113,7 +116,8 @@ def subjects_from_files(trained: TrainedModel, paths: Sequence[str], log: Callab
     found = []
     for index in range(len(images)):
         try:
-            found.append(CamInput(images.name(index), transform(images.load(index)), None))
+            pixels = images.load(index)
+            found.append(CamInput(images.name(index), transform(pixels), None, _area(trained, pixels)))
         except (UnreadableImageError, UserError) as error:
             log(str(error) if isinstance(error, UnreadableImageError) else f"{images.name(index)}: {error}")
     return found
@@ -132,10 +136,18 @@ def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path 
     if unknown := next((found.names[row] for row in worst if found.names[row] not in index), None):
         raise UnreadableFile(run.path / "predictions.csv", f"{unknown} is not a test image of this run")
     transform = trained.transform
-    return [
-        CamInput(found.names[row], transform(dataset.images.load(index[found.names[row]])), int(found.labels[row]))
-        for row in worst
-    ]
+    subjects: list[CamInput] = []
+    for row in worst:
+        pixels = dataset.images.load(index[found.names[row]])
+        subjects.append(CamInput(found.names[row], transform(pixels), int(found.labels[row]), _area(trained, pixels)))
+    return subjects
+
+
+def _area(trained: TrainedModel, pixels: Pixels) -> tuple[slice, slice]:
+    """Return the part of the input that shows the image; all of it if the recipe's own transforms may move it."""
+    if trained.transforms:
+        return slice(None), slice(None)
+    return image_area(trained.preprocessing, (pixels.shape[0], pixels.shape[1]))
 
 
 # -- layer ------------------------------------------------------------------------------------------------------------
@@ -287,17 +299,17 @@ def explain(trained: TrainedModel, subjects: Sequence[CamInput], layer: CamLayer
             probabilities, predictions = trained.module(inputs).softmax(1).max(1)
         labels = torch.tensor([int(p) if s.label is None else s.label for s, p in zip(part, predictions, strict=True)])
         predictions = predictions.clone()
-        heat, of_label = (_scaled(heat_maps(trained, layer, inputs, classes)) for classes in (predictions, labels))
+        heat, of_label = (heat_maps(trained, layer, inputs, classes) for classes in (predictions, labels))
         for i, subject in enumerate(part):
             is_wrong = int(labels[i]) != int(predictions[i])
-            other = of_label[i] if is_wrong else None
-            found.append(CamResult(subject, int(predictions[i]), float(probabilities[i]), heat[i], other))
+            own, other = _scaled(heat[i][subject.area]), _scaled(of_label[i][subject.area]) if is_wrong else None
+            found.append(CamResult(subject, int(predictions[i]), float(probabilities[i]), own, other))
     return found
 
 
 def _scaled(heat: Tensor) -> np.ndarray:
-    """Divide each map by its maximum; a map of zeros stays zero."""
-    scaled: np.ndarray = (heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-12)).numpy()
+    """Divide a map by its maximum; a map of zeros stays zero."""
+    scaled: np.ndarray = (heat / heat.max().clamp_min(1e-12)).numpy()
     return scaled
 
 
@@ -327,7 +339,7 @@ def _figure(trained: TrainedModel, found: CamResult, layer: CamLayer) -> Figure:
     label = "" if subject.label is None else f"label: {short(classes[subject.label], 28)}\n"
     prediction = f"prediction: {short(classes[found.prediction], 28)}, {found.probability:.3f}"
     titles = [label + prediction, *(title for _, title in heats)]
-    image = _pixels(trained, subject.input)
+    image = _pixels(trained, subject.input)[subject.area]
     for panel, title in zip(axes, titles, strict=True):
         panel.imshow(image, cmap="gray", vmin=0, vmax=1)
         panel.set_title(title, fontsize=9, parse_math=False)

@@ -240,6 +240,8 @@ def _steps(trained: TrainedModel) -> list[str]:
     if isinstance(resize, tuple) and (wanted.cover or wanted.border is not None):
         side = f"with the aspect ratio kept to {'cover' if wanted.cover else 'fit into'} {size_text(resize)}"
     padding = "" if wanted.border is None else f", padding smaller images with the color {list(wanted.border)}"
+    if wanted.border is not None:
+        padding += "; above (and left of) a smaller image are the missing pixels divided by 2, rounded down"
     return [
         f"decode to {'RGB' if wanted.channels == 3 else 'grayscale'}",
         *(["turn the image upright by its EXIF orientation"] if wanted.exif == "apply" else []),

@@ -10,6 +10,7 @@ from typing import Any
 
 from toolkit.data.dataset_info import DATASETS
 from toolkit.errors import UserError
+from toolkit.formatting import plural
 from toolkit.recipe import catalog_checks
 from toolkit.recipe.catalog import weights_input
 from toolkit.recipe.diagnostics import Issue, error, warning
@@ -89,9 +90,17 @@ def image_size(recipe: Recipe) -> Iterator[Issue]:
     if size is not None and size[0] != size[1] and table.source == "torchvision" and table.name.startswith("vit_"):
         text = f"torchvision's {table.name} takes square images only, not {size_text(size)} pixels"
         yield error("data.image_size", text, "model.name", hint="use a square size, or a ViT of timm")
+    if data.resize == "letterbox" and data.crop == "none":
+        text = '"letterbox" pads images to image_size in place of the crop, so crop = "none" contradicts it'
+        yield error("data.resize", text, "data.crop", hint='set crop = "center"')
+    if data.fill != "mean" and data.resize != "letterbox":
+        yield warning("data.fill", 'has no effect without resize = "letterbox"', "data.resize", at="key")
+    if isinstance(data.fill, list) and len(data.fill) != channels_of(recipe):
+        text = f"{len(data.fill)} values for {plural(channels_of(recipe), 'channel')}"
+        yield error("data.fill", text, "data.channels", "data.dataset", hint="give one value per channel")
     # A split's transforms may determine its image size.
     is_plain = not (recipe.augment.train and recipe.augment.validation and recipe.augment.test)
-    if data.crop != "none" or data.resize is None or data.resize == "none" or size is None or not is_plain:
+    if data.crop != "none" or data.resize is None or isinstance(data.resize, str) or size is None or not is_plain:
         return
     resized = as_size(data.resize)
     if resized != size:

@@ -104,12 +104,18 @@ class DataConfig(ConfigModel):
         "the pretrained weights expect, else the data set's native size.",
         json_schema_extra=PIXELS,
     )
-    resize: ImageSize | HeightWidth | Literal["none"] | None = Field(
+    resize: ImageSize | HeightWidth | Literal["none", "letterbox"] | None = Field(
         None,
         description="Size before the crop: length of the shorter side, or [height, width] regardless of aspect "
-        "ratio, or none. Default: what the pretrained weights expect (some fix both sides, or fix the longer side "
-        "and pad the image), else image_size / 0.875 (small images: image_size), with the aspect ratio kept.",
+        "ratio, or none. letterbox: the whole image fits into image_size with its aspect ratio, centered on a "
+        "background of data.fill. Default: what the pretrained weights expect (some fix both sides, or fix the longer "
+        "side and pad the image), else image_size / 0.875 (small images: image_size), with the aspect ratio kept.",
         json_schema_extra=PIXELS,
+    )
+    fill: Literal["mean", "black"] | Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1)] = Field(
+        "mean",
+        description='Color of the background with resize = "letterbox". mean: the mean that normalize subtracts, so '
+        "that the background is about 0 in the model's input. black. Or a value from 0 to 255 for each channel.",
     )
     crop: Literal["center", "none"] = Field(
         "center",

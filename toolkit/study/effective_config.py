@@ -42,7 +42,7 @@ ASSUMED_CLASSES = 10
 NOT_BUILT = {"download", "workers", "cache", "on_bad_image", "max_bad_fraction"}
 """Keys of [data] that set how images are read, not which images or how they look."""
 
-APPEARANCE = {"channels", "image_size", "resize", "crop", "interpolation", "normalize", "exif", "value_range"}
+APPEARANCE = {"channels", "image_size", "resize", "fill", "crop", "interpolation", "normalize", "exif", "value_range"}
 """Keys of [data] that set how images look, not which images."""
 
 SHAPE = {"dataset", "root", "class_folders", "background_class", "channels", "image_size"}
