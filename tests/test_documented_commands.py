@@ -156,17 +156,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert study is not None
     (folder / "dropout.toml").write_text(study[1])
     digit_files(folder / "flowers")
-    recipe = re.search(r"`flowers.toml`:\n\n```toml\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
-    assert recipe is not None
-    offline = recipe[1]
-    for online, local in {  # pretrained weights need a network, and give the image size
-        'name = "resnet50"\nweights = "a1_in1k"': 'name = "test_resnet"',
-        'mode = "finetune"\nbackbone_lr = 0.1': 'mode = "scratch"\n',
-        "\n[augment]": "image_size = 16\n[augment]",
-    }.items():
-        assert online in offline
-        offline = offline.replace(online, local)
-    (folder / "flowers.toml").write_text(offline)
+    digits = [path.relative_to(folder / "flowers").as_posix() for path in (folder / "flowers").rglob("*.png")]
+    rows = [f"{path},{path.split('/')[1]}" for path in sorted(digits)]
+    (folder / "flowers" / "labels.csv").write_text("\n".join(["image,label", *rows]))
+    for name, page in (("flowers.toml", "tutorial.md"), ("labels.toml", "data.md")):
+        recipe = re.search(rf"`{name}`:\n\n```toml\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+        assert recipe is not None
+        offline = recipe[1]
+        for online, local in {  # pretrained weights need a network, and give the image size
+            'name = "resnet50"\nweights = "a1_in1k"': 'name = "test_resnet"',
+            'mode = "finetune"\nbackbone_lr = 0.1': 'mode = "scratch"\n',
+            "\n[augment]": "image_size = 16\n[augment]",
+        }.items():
+            assert online in offline
+            offline = offline.replace(online, local)
+        (folder / name).write_text(offline)
     return folder
 
 

@@ -81,8 +81,8 @@ def different_conditions(recipe: Recipe, stated: Recipe | None = None) -> str:
         return ""
     now, then = (dict(leaves(resolved_content(one))) for one in (recipe, stated))
     paths = [tuple(key.split(".")) for key in CONDITIONS]
-    if "imagefolder" in (recipe.data.dataset, stated.data.dataset):
-        paths.append(("data", "root"))
+    if {"imagefolder", "table"} & {recipe.data.dataset, stated.data.dataset}:
+        paths += [("data", "root"), ("data", "table")]
     changed = [path for path in paths if now.get(path) != then.get(path)]
     return ", ".join(f"{'.'.join(p)} is {now.get(p, 'unset')}, not {then.get(p, 'unset')}" for p in changed)
 

@@ -51,7 +51,7 @@ ABANDONED_S = 600
 
 DIGEST = hashlib.sha256().digest_size
 _PAGE = 4096
-_ENTRY = re.compile("(images|features)-[0-9a-f]{32}")
+_ENTRY = re.compile("(images|features|encoded)-[0-9a-f]{32}")
 _LEFTOVER = re.compile(rf"\.{_ENTRY.pattern}-\d+-[0-9a-f]{{8}}")
 _verified: dict[Path, tuple[int, int, int]] = {}
 """Data files verified by this process: inode, modification time in ns and size at that time."""
@@ -265,7 +265,7 @@ class CacheEntryInfo:
 
     name: str
     kind: str
-    """Kind of the cached data: ``images`` or ``features``."""
+    """Kind of the cached data: ``images``, ``features`` or ``encoded`` (images copied from a Parquet file)."""
     data: str
     """Name of the data set."""
     images: int

@@ -101,5 +101,15 @@ DATASETS = {
         source="data.root/[train|val|test/]<class>/<image>",
         opener="toolkit.data.datasets.open_imagefolder",
     ),
+    "table": DatasetInfo(
+        title="the author's own images",
+        description="your own images, listed in a CSV, TSV, JSON lines or Parquet file",
+        classes=None,
+        images=None,
+        size=None,
+        channels=3,
+        source="data.table, and the image files it names",
+        opener="toolkit.data.table_source.open_table",
+    ),
 }
 """Data sets by their name in ``data.dataset``."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from toolkit.data.dataset_info import DATASETS
 from toolkit.data.encoded_sources import EncodedSource, ImageFiles
@@ -41,8 +42,8 @@ class Dataset:
     classes: list[str]
     """Class names, encoded by :func:`toolkit.filenames.encode_name`; a label is an index into them."""
     images: ImageSource
-    labels: IntArray
-    """Class of each image, int64 [N]."""
+    labels: npt.NDArray[Any]
+    """Class of each image, int64 [N]; multi-label: uint8 [N, classes], 1 for each label of an image."""
     lists: dict[str, IntArray]
     """Official lists, int64 indices each: "train" always, "validation" and "test" if they exist."""
     native_size: int | None
@@ -50,6 +51,15 @@ class Dataset:
     native_channels: int
     notes: tuple[str, ...] = ()
     """Lines for the log: how the folders were read and what was left out."""
+    groups: IntArray | None = None
+    """Number of each image's group, int64 [N]; drawn splits never divide a group."""
+    weights: npt.NDArray[np.float64] | None = None
+    """Weight of each image in the training loss, [N]."""
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.labels.ndim == 2
 
 
 def open_dataset(table: DataConfig) -> Dataset:
@@ -193,7 +203,15 @@ def open_imagefolder(table: DataConfig) -> Dataset:
     return Dataset("imagefolder", layout.classes, images, np.concatenate(labels), lists, None, 3, notes)
 
 
-def encoded_images(source: EncodedSource, table: DataConfig) -> EncodedImages:
-    """Return the images of a source, decoded according to the recipe."""
-    advice = CANNOT_READ if table.on_bad_image == "error" else HAS_CHANGED
-    return EncodedImages(source, table.channels or 3, exif=table.exif, value_range=table.known_range, advice=advice)
+def encoded_images(
+    source: EncodedSource, table: DataConfig, origin: Callable[[int], str] | None = None
+) -> EncodedImages:
+    """Return the images of a source, decoded according to the recipe. ``origin``: see :class:`EncodedImages`."""
+    return EncodedImages(
+        source,
+        table.channels or 3,
+        exif=table.exif,
+        value_range=table.known_range,
+        advice=CANNOT_READ if table.on_bad_image == "error" else HAS_CHANGED,
+        origin=origin,
+    )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from toolkit.filenames import encode_name
 
@@ -59,13 +62,15 @@ class PackedStrings:
     A list of a million str would be copied into every worker process, page by page, as its reference counts change.
     """
 
-    def __init__(self, strings: Iterable[str]) -> None:
-        buffer, ends = bytearray(), [0]
+    def __init__(self, strings: Iterable[str] = ()) -> None:
+        self._buffer, self._ends = bytearray(), array("q", [0])
         for string in strings:
-            buffer += os.fsencode(string)
-            ends.append(len(buffer))
-        self._buffer = np.frombuffer(bytes(buffer), dtype=np.uint8)
-        self._ends = np.array(ends, dtype=np.int64)
+            self.append(string)
+
+    def append(self, string: str) -> None:
+        """Add a string at the end."""
+        self._buffer += os.fsencode(string)
+        self._ends.append(len(self._buffer))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -73,15 +78,16 @@ class PackedStrings:
     def __getitem__(self, i: int) -> str:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return os.fsdecode(self._buffer[self._ends[i] : self._ends[i + 1]].tobytes())
+        return os.fsdecode(bytes(self._buffer[self._ends[i] : self._ends[i + 1]]))
 
 
 class ImageFiles:
     """Image files below one folder; an :class:`EncodedSource`."""
 
-    def __init__(self, root: Path, paths: Iterable[str]) -> None:
+    def __init__(self, root: Path, paths: Iterable[str] | PackedStrings) -> None:
         """``paths`` are relative to ``root``."""
-        self.root, self._paths = str(root), PackedStrings(paths)
+        self.root = str(root)
+        self._paths = paths if isinstance(paths, PackedStrings) else PackedStrings(paths)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -110,3 +116,47 @@ class ImageFiles:
         """Return the file's size in bytes and its modification time in nanoseconds. Raises OSError."""
         state = os.stat(self.path(i))
         return state.st_size, state.st_mtime_ns
+
+
+class PackedImages:
+    """Encoded images stored end to end in one array of bytes, such as a memory-mapped file; an EncodedSource."""
+
+    def __init__(
+        self,
+        data: npt.NDArray[np.uint8],
+        ends: npt.NDArray[np.int64],
+        names: PackedStrings,
+        *,
+        location: str,
+        version: int,
+    ) -> None:
+        """``data``: uint8 [bytes]. ``ends``: where each image ends in it, int64 [N]; image 0 starts at 0.
+
+        ``names``: see :meth:`EncodedSource.name`, not encoded. ``location`` and ``version`` are those of all images.
+        """
+        self._data, self._ends, self._names = data, ends, names
+        self._location, self._version = location, version
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def _range(self, i: int) -> tuple[int, int]:
+        return int(self._ends[i - 1]) if i else 0, int(self._ends[i])
+
+    def open(self, i: int) -> BinaryIO:
+        """Return the bytes of image i as a file in memory."""
+        start, end = self._range(i)
+        return io.BytesIO(self._data[start:end].tobytes())
+
+    def name(self, i: int) -> str:
+        """Return the name of image i, encoded."""
+        return encode_name(self._names[i])
+
+    def location(self, i: int) -> str:
+        """Return the file that holds all images."""
+        return encode_name(self._location)
+
+    def size_and_version(self, i: int) -> tuple[int, int]:
+        """Return the number of bytes of image i, and the version of all images."""
+        start, end = self._range(i)
+        return end - start, self._version

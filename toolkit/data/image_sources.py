@@ -165,13 +165,15 @@ class EncodedImages:
         exif: str = "apply",
         value_range: Range | None = None,
         advice: str = "",
+        origin: Callable[[int], str] | None = None,
     ) -> None:
         """``exif``: "apply" or "ignore" the orientation tag of the files (:mod:`toolkit.data.orientation`).
 
         ``value_range``: black and white values of samples with more than 8 bits (:mod:`toolkit.data.value_range`).
-        ``advice``: appended to messages about unreadable images.
+        ``advice``: appended to messages about unreadable images. ``origin``: function that says where image i is
+        listed, such as "row 7 of labels.csv", for the same messages.
         """
-        self.source, self.channels = source, channels
+        self.source, self.channels, self.origin = source, channels, origin
         self.exif, self.value_range, self.advice = exif, value_range, advice
 
     def __len__(self) -> int:
@@ -259,7 +261,8 @@ class EncodedImages:
         number = error.errno if isinstance(error, OSError) else None  # Pillow's own OSErrors have none
         if isinstance(error, MemoryError) or (number is not None and number not in _FILE_FAULTS):
             return RunFailed(f"{self.source.location(i)} could not be read: {error or type(error).__name__}")
-        return UnreadableImageError(self.name(i), self._reason(error, number, i), self.advice)
+        reason = self._reason(error, number, i) + (f" ({self.origin(i)})" if self.origin else "")
+        return UnreadableImageError(self.name(i), reason, self.advice)
 
     def _reason(self, error: Exception, number: int | None, i: int) -> str:
         """Describe what is wrong with image i; ``number`` is the errno if the system refused to read it."""

@@ -16,7 +16,7 @@ from toolkit.recipe.catalog import weights_input
 from toolkit.recipe.diagnostics import Issue, error, warning
 from toolkit.recipe.gpu_support import is_random, unsupported_on_gpu
 from toolkit.recipe.image_size import as_size, convnet_output_size, input_size, size_text
-from toolkit.recipe.schema import NORMALIZATIONS, NormalizeValues, Recipe, SchedulerConfig
+from toolkit.recipe.schema import NORMALIZATIONS, DataConfig, NormalizeValues, Recipe, SchedulerConfig
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
 from toolkit.recipe.training_schema import SCHEDULE_KEYS
@@ -187,6 +187,23 @@ def data(recipe: Recipe) -> Iterator[Issue]:
         yield warning("data.background_class", no_effect, "data.dataset", at="key")
     if table.class_folders != "auto" and table.dataset != "imagefolder":
         yield warning("data.class_folders", no_effect, "data.dataset", at="key")
+    for key in ("table", "columns", "class_names", "label_separator") if table.dataset != "table" else ():
+        if getattr(table, key) != DataConfig.model_fields[key].default:
+            yield warning(f"data.{key}", no_effect, "data.dataset", at="key")
+    if table.dataset == "table":
+        yield from _table(table)
+
+
+def _table(table: DataConfig) -> Iterator[Issue]:
+    """Check that the table is given, and that its keys do not contradict one another."""
+    if table.table is None:
+        hint = 'for example table = "labels.csv"'
+        yield error("data.table", 'must be given with dataset = "table"', "data.dataset", hint=hint, at="table")
+    if isinstance(table.columns.label, list):
+        for key in ("label_separator", "class_names"):
+            if getattr(table, key) is not None:
+                text = "has no effect with several label columns, whose names are the classes"
+                yield warning(f"data.{key}", text, "data.columns.label", at="key")
 
 
 def scheduler(recipe: Recipe) -> Iterator[Issue]:
@@ -303,7 +320,8 @@ def labels(recipe: Recipe) -> Iterator[Issue]:
         if text is not None and not 1 <= len(text) <= longest:
             yield error(path, f"expected text of 1 to {longest} characters, found {len(text)}")
     found |= {("recipe", "description"): recipe.recipe.description, ("recipe", "run_root"): recipe.recipe.run_root}
-    found |= {("data", "root"): recipe.data.root, ("model", "weights"): recipe.model.weights}
+    found |= {("data", key): getattr(recipe.data, key) for key in ("root", "table")}
+    found |= {("model", "weights"): recipe.model.weights}
     for path, text in found.items():
         if text and any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in text):
             yield error(path, "line breaks and control characters are not allowed here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     DatasetName = str
 else:
     DatasetName = Literal[tuple(DATASETS)]
+
+ColumnName = Annotated[str, Field(min_length=1)]
 
 ImageSize = Annotated[int, Field(ge=4, le=4096)]
 """Height or width of images, in pixels."""
@@ -67,11 +70,58 @@ class NormalizeValues(ConfigModel):
     )
 
 
+class ColumnsConfig(ConfigModel):
+    """Names of a table's columns."""
+
+    image: ColumnName | None = Field(
+        None,
+        description="Paths of the image files, relative to data.root; or, in a Parquet file, the images themselves, as "
+        "bytes or {bytes, path}. Default: image; or path, file, filename or file_name, if only one of them is there.",
+    )
+    label: ColumnName | Annotated[list[ColumnName], Field(min_length=2)] = Field(
+        "label",
+        description="Class of each image, as a name or a number; multi-label: a list of names or numbers, text with "
+        "data.label_separator, or a list of columns that have 1 for each label of an image and 0 otherwise.",
+    )
+    split: ColumnName | None = Field(
+        None,
+        description="Split of each image: train, validation or test, or another usual name such as val. Without "
+        "it the splits are drawn.",
+    )
+    group: ColumnName | None = Field(
+        None, description="Group of each image, such as a patient: drawn splits never divide a group."
+    )
+    weight: ColumnName | None = Field(None, description="Weight of each image in the training loss, at least 0.")
+
+
 class DataConfig(ConfigModel):
     """Data set, split, preprocessing and caching."""
 
     dataset: DatasetName = Field(description="Name of the data set; `toolkit datasets` describes each.")
-    root: str = Field("data", min_length=1, description="Data folder; `digits` does not need one.")
+    root: str = Field(
+        "data",
+        min_length=1,
+        description="Data folder; `digits` does not need one. table: the paths of images are relative to it; "
+        "default: the table's own folder.",
+    )
+    table: str | None = Field(
+        None,
+        min_length=1,
+        description="table: file with one row per image, .csv, .tsv, .jsonl or .parquet, with its columns named in "
+        "[data.columns].",
+    )
+    columns: ColumnsConfig = Field(ColumnsConfig(), description="table: which columns are read.")
+    class_names: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=2)] | None = Field(
+        None,
+        description="table: names of the classes in their order, as a list or a text file with one per line; labels "
+        "are these names, or their indices from 0. Default: the labels that occur, sorted.",
+    )
+    label_separator: str | None = Field(
+        None,
+        min_length=1,
+        max_length=10,
+        description='table: separates the labels of an image, as in "cat;dog", and makes the data set multi-label.',
+    )
     download: bool = Field(True, description="Download the data if it is missing and a download is available.")
     split: SplitConfig = Field(
         SplitConfig(), description="How images are split into training, validation and test sets."
@@ -167,6 +217,15 @@ class DataConfig(ConfigModel):
         "fixed_views. Allows caching features of frozen layers despite augmentation. Default: a new random view "
         "every epoch.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _images_are_next_to_the_table(cls, values: Any) -> Any:
+        """Resolve the default of ``root``: the folder of the table."""
+        if not isinstance(values, dict) or values.get("dataset") != "table" or "root" in values:
+            return values
+        table = values.get("table")
+        return {**values, "root": os.path.dirname(table) or "."} if isinstance(table, str) else values
 
     @model_validator(mode="after")
     def _mean_and_std_have_equal_length(self) -> DataConfig:

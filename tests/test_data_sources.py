@@ -1,0 +1,165 @@
+"""The same images from every source give the same run as from folders: trained, killed and resumed, and used."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from cli import toolkit
+from finished import CONVNET, digit_files
+from pyarrow import parquet
+from trainers import Trainers, at_call, kill_self, outcome
+
+from toolkit.runs import Run, open_run
+from toolkit.training.train_step import TrainStep
+
+pytestmark = pytest.mark.long
+
+RECIPE = """
+[recipe]
+name = "small"
+run_root = {runs}
+
+[data]
+{data}
+image_size = 8
+workers = 0
+split = {{ validation = 0.2 }}
+
+[augment]
+train = [{{ name = "RandomAffine", degrees = 20 }}]
+
+[optimizer]
+name = "sgd"
+lr = 0.05
+
+[train]
+epochs = 2
+batch_size = 16
+precision = "no"
+
+[checkpoint]
+every_steps = 3
+
+[tracking]
+trackers = []
+"""
+
+Row = tuple[str, str, str]
+"""Path, class and split of an image."""
+
+
+def rows_of(images: Path) -> list[Row]:
+    """List images in the order in which folders are read."""
+    found = [(path.relative_to(images).as_posix(), path.parent.name) for path in sorted(images.rglob("*.png"))]
+    return sorted(((path, label, path.partition("/")[0]) for path, label in found), key=lambda row: row[2] != "train")
+
+
+def from_folder(images: Path, folder: Path) -> str:
+    return f'dataset = "imagefolder"\nroot = {json.dumps(str(images))}'
+
+
+def from_csv(images: Path, folder: Path) -> str:
+    with open(images / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "split"), *rows_of(images)])
+    return f'dataset = "table"\ntable = {json.dumps(str(images / "labels.csv"))}\ncolumns = {{ split = "split" }}'
+
+
+def from_json_lines(images: Path, folder: Path) -> str:
+    """Write labels as numbers, and the table outside of the folder of the images."""
+    lines = [json.dumps({"file": path, "digit": int(label), "part": part}) for path, label, part in rows_of(images)]
+    (folder / "labels.jsonl").write_text("\n".join(lines))
+    names = {"root": str(images), "table": str(folder / "labels.jsonl")}
+    keys = "\n".join(f"{key} = {json.dumps(value)}" for key, value in names.items())
+    return f'dataset = "table"\n{keys}\ncolumns = {{ label = "digit", split = "part" }}'
+
+
+def from_parquet(images: Path, folder: Path) -> str:
+    """Write the images into the table, with their paths as names."""
+    rows = rows_of(images)
+    table = pa.table({
+        "image": [{"bytes": (images / path).read_bytes(), "path": path} for path, _, _ in rows],
+        "label": [label for _, label, _ in rows],
+        "split": [split for _, _, split in rows],
+    })  # fmt: skip
+    parquet.write_table(table, folder / "images.parquet", row_group_size=50)
+    return f'dataset = "table"\ntable = {json.dumps(str(folder / "images.parquet"))}\ncolumns = {{ split = "split" }}'
+
+
+SOURCES: dict[str, Callable[[Path, Path], str]] = {
+    "csv": from_csv,
+    "json_lines": from_json_lines,
+    "parquet": from_parquet,
+}
+"""Functions of the folder of the images and one for other files, which return the recipe's lines in [data]."""
+
+
+def write_recipe(write_data: Callable[[Path, Path], str], images: Path, folder: Path) -> Path:
+    data, path = write_data(images, folder), folder / "recipe.toml"
+    path.write_text(RECIPE.format(runs=json.dumps(str(folder / "runs")), data=data) + CONVNET)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digit_files(tmp_path_factory.mktemp("digits") / "images")
+
+
+def train(processes: int, folder: Path, recipe: Path, *arguments: str, status: int = 0, **named: Any) -> Run:
+    trainers = Trainers(processes, folder, recipe, *arguments, **named)
+    assert trainers.wait()[0] == status, trainers.text()
+    (path,) = (folder / "runs" / "small").iterdir()
+    return open_run(path)
+
+
+@pytest.fixture(scope="module")
+def expected(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """Return the outcome of the run on folders, on one and on two processes."""
+    found = {}
+    for processes in (1, 2):
+        folder = tmp_path_factory.mktemp(f"folder-{processes}")
+        found[processes] = outcome(train(processes, folder, write_recipe(from_folder, images, folder)))
+    return found
+
+
+def same(run: Run, expected: dict[str, Any]) -> None:
+    """Compare everything but the recipe's hash, which differs with [data]."""
+    found = outcome(run)
+    assert found["metrics"] == expected["metrics"]
+    assert found["weights"] == expected["weights"]
+    assert found["predictions"] == expected["predictions"]
+
+
+def kill_at_step(step: int, rank: int) -> None:
+    at_call(TrainStep, "_update", step, kill_self)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_gives_the_same_run_as_folders(
+    source: str, images: Path, expected: dict[int, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = train(1, tmp_path, write_recipe(SOURCES[source], images, tmp_path))
+    same(run, expected[1])
+    evaluated = toolkit("evaluate", run.path)
+    assert "are the same" in evaluated.stdout, evaluated.stderr
+    predicted = toolkit("predict", run.path, images / "test")
+    rows = list(csv.DictReader(predicted.stdout.splitlines()))
+    assert [row["prediction"] for row in rows] == [row["prediction"] for row in run.predictions()]
+    reported = toolkit("report", run.path)
+    assert reported.status == 0, reported.stderr
+    assert "not available" not in reported.stderr
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_killed_run_continues_as_if_uninterrupted_on_two_processes(
+    source: str, images: Path, expected: dict[int, dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe = write_recipe(SOURCES[source], images, tmp_path)
+    killed = train(2, tmp_path, recipe, status=-9, prepare=partial(kill_at_step, 6))
+    same(train(2, tmp_path, recipe, "--resume", str(killed.path)), expected[2])

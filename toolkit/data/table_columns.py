@@ -1,0 +1,307 @@
+"""The columns of a table of labeled images: paths, labels, splits, groups and weights.
+
+Values are kept in flat arrays while the rows are read, so that a table of a million rows needs little memory.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from toolkit.data.encoded_sources import PackedStrings
+from toolkit.data.folder_layout import SPLIT_NAMES, split_of
+from toolkit.data.sampling import IntArray
+from toolkit.data.table_files import BadRow, Table
+from toolkit.errors import UserError
+from toolkit.formatting import plural
+from toolkit.recipe.data_schema import ColumnsConfig, DataConfig
+from toolkit.similar_names import did_you_mean
+
+PATH_COLUMNS = ("image", "path", "file", "filename", "file_name")
+"""Names of the column of images if data.columns.image is not set: the first, or the only one that is present."""
+
+SHOWN = 10
+"""Number of faulty rows shown in a message."""
+
+_INTEGER = re.compile(r"-?\d+")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The rows of a table, in their order."""
+
+    rows: npt.NDArray[np.int64]
+    """Row number of each example in messages, [N]."""
+    paths: PackedStrings
+    """Path of each image; empty if there is none."""
+    encoded: str | None
+    """Column that holds the bytes of the images; None: they are files."""
+    classes: list[str]
+    labels: npt.NDArray[Any]
+    """int64 [N]; multi-label: uint8 [N, classes], 1 for each label of an image."""
+    lists: dict[str, IntArray]
+    """Indices of each split; without a column of splits all are in "train"."""
+    groups: IntArray | None
+    """Number of each example's group, int64 [N]."""
+    weights: npt.NDArray[np.float64] | None
+    """[N], at least 0."""
+
+
+class RowFaults:
+    """Collects what is wrong with the rows of a table."""
+
+    def __init__(self, table: Path) -> None:
+        self.table, self.found = table, dict[int, str]()
+
+    def add(self, row: int, fault: str) -> None:
+        """Add a fault; only the first one of a row is kept."""
+        self.found.setdefault(row, fault)
+
+    def check(self) -> None:
+        """Raise UserError if there are faults: the first ten and their number."""
+        if not self.found:
+            return
+        shown = "; ".join(f"row {row}: {fault}" for row, fault in sorted(self.found.items())[:SHOWN])
+        more = f"; and {len(self.found) - SHOWN} more" if len(self.found) > SHOWN else ""
+        raise UserError(
+            f"{plural(len(self.found), 'row')} of {self.table} cannot be used: {shown}{more}. Correct or remove them"
+        )
+
+
+class _Column(Protocol):
+    def add(self, value: Any) -> None:
+        """Add the value of the next row. Raises ValueError, whose text says what is wrong."""
+
+
+class _Paths:
+    """The column of image paths, or, if it is ``encoded``, of images that may have a path."""
+
+    def __init__(self, encoded: bool) -> None:
+        self.encoded, self.strings, self.hashes = encoded, PackedStrings(), array("q")
+
+    def add(self, value: Any) -> None:
+        if not self.encoded and (not isinstance(value, str) or not value):
+            raise ValueError("no image path" if value in (None, "") else f"the image path {value!r} is not text")
+        if value is not None and "\0" in value:
+            raise ValueError("a null character in the image path")
+        self.strings.append(value or "")
+        self.hashes.append(hash(value))
+
+    def repeated(self) -> Iterator[tuple[int, int]]:
+        """Yield the index of each path that occurred before, and the index of its first occurrence."""
+        hashes = np.frombuffer(self.hashes, dtype=np.int64)
+        found, counts = np.unique(hashes, return_counts=True)
+        first: dict[str, int] = {}
+        for i in np.flatnonzero(np.isin(hashes, found[counts > 1])).tolist():
+            if (path := self.strings[i]) and first.setdefault(path, i) != i:
+                yield i, first[path]
+
+
+class _Codes:
+    """A column of names, numbered in the order of their first occurrence."""
+
+    def __init__(self, what: str, read: Callable[[str], str] = lambda text: text) -> None:
+        self.what, self.read, self.codes, self.values = what, read, dict[str, int](), array("q")
+
+    def code(self, value: Any) -> int:
+        """Return the number of a name, as text or a number."""
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        text = str(value).strip() if isinstance(value, str | int) else ""
+        if not text:
+            raise ValueError(f"no {self.what}" if value in (None, "") else f"the {self.what} {value!r} is not a name")
+        return self.codes.setdefault(self.read(text), len(self.codes))
+
+    def add(self, value: Any) -> None:
+        self.values.append(self.code(value))
+
+
+class _Labels(_Codes):
+    """A column of labels: one per row, or several in a list or text with a separator."""
+
+    def __init__(self, separator: str | None) -> None:
+        super().__init__("label")
+        self.separator, self.ends, self.is_multi = separator, array("q"), separator is not None
+
+    def add(self, value: Any) -> None:
+        if not self.ends and isinstance(value, list):
+            self.is_multi = True
+        if not self.is_multi:
+            super().add(value)
+        else:
+            if self.separator is not None and isinstance(value, str):
+                value = [part for part in value.split(self.separator) if part.strip()]
+            if not isinstance(value, list):
+                raise ValueError(f"the labels {value!r} are not a list")
+            self.values.extend([self.code(one) for one in value])
+        self.ends.append(len(self.values))
+
+
+class _Indicator:
+    """A column that has 1 for images with its label and 0 for the others."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.values = name, bytearray()
+
+    def add(self, value: Any) -> None:
+        text = value.strip() if isinstance(value, str) else value
+        if text not in (0, 1, "0", "1"):
+            raise ValueError(f"{self.name} is {value!r} instead of 0 or 1")
+        self.values.append(int(text))
+
+
+class _Weights:
+    def __init__(self) -> None:
+        self.values = array("d")
+
+    def add(self, value: Any) -> None:
+        try:
+            weight = float(value)
+        except (TypeError, ValueError):
+            weight = -1
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"the weight {value!r} is not a number of at least 0")
+        self.values.append(weight)
+
+
+def read_examples(table: Table, config: DataConfig) -> Examples:
+    """Read all rows of a table. Raises UserError for missing columns, and for all faulty rows at once."""
+    names = choose_columns(table, config.columns)
+    encoded = names["image"] in table.encoded
+    paths, rows, faults = _Paths(encoded), array("q"), RowFaults(table.path)
+    many = isinstance(config.columns.label, list)
+    labels = _Labels(config.label_separator)
+    indicators = [_Indicator(name) for name in config.columns.label] if many else []
+    splits, groups, weights = _Codes("split", _split_name), _Codes("group"), _Weights()
+    kept: dict[str, _Column] = {"split": splits, "group": groups, "weight": weights}
+    columns: list[_Column] = [paths, *indicators, *(kept[key] for key in kept if key in names)]
+    if not indicators:
+        columns.insert(1, labels)
+    wanted = [names["image"], *(config.columns.label if many else [names["label"]])]
+    for row, values in table.read([*wanted, *(names[key] for key in kept if key in names)]):
+        if isinstance(values, BadRow):
+            faults.add(row, values)
+            continue
+        rows.append(row)
+        for column, value in zip(columns, values, strict=True):
+            try:
+                column.add(value)
+            except ValueError as error:
+                faults.add(row, str(error))
+    faults.check()
+    if not rows:
+        raise UserError(f"{table.path} has no rows below the names of its columns")
+    for i, first in paths.repeated():
+        faults.add(rows[i], f"{paths.strings[i]} is also in row {rows[first]}")
+    row_numbers = np.frombuffer(rows, dtype=np.int64)
+    if indicators:
+        classes = list(config.columns.label)
+        array_of_labels: npt.NDArray[Any] = np.stack([np.frombuffer(c.values, np.uint8) for c in indicators], axis=1)
+    else:
+        classes, array_of_labels = _labels(labels, read_class_names(config.class_names), row_numbers, faults)
+    faults.check()
+    return Examples(
+        rows=row_numbers,
+        paths=paths.strings,
+        encoded=names["image"] if encoded else None,
+        classes=classes,
+        labels=array_of_labels,
+        lists=_lists(splits, table) if "split" in names else {"train": np.arange(len(rows))},
+        groups=np.frombuffer(groups.values, dtype=np.int64) if "group" in names else None,
+        weights=np.frombuffer(weights.values, dtype=np.float64) if "weight" in names else None,
+    )
+
+
+def choose_columns(table: Table, config: ColumnsConfig) -> dict[str, str]:
+    """Return the column of each key of [data.columns] that is in use; several label columns are left out.
+
+    Raises UserError if one is missing.
+    """
+    names = {"label": config.label, "split": config.split, "group": config.group, "weight": config.weight}
+    found = {key: [name] if isinstance(name, str) else name or [] for key, name in names.items()}
+    image = config.image
+    if image is None:
+        present = [name for name in PATH_COLUMNS if name in table.columns]
+        image = present[0] if len(present) == 1 else "image"
+    for key, wanted in {"image": [image], **found}.items():
+        for name in wanted:
+            if name not in table.columns:
+                raise UserError(
+                    f"{table.path} has no column {name!r}, only {', '.join(table.columns[:30])}; "
+                    f"data.columns.{key} says which column to read{did_you_mean(name, table.columns, prefix=': ')}"
+                )
+    return {"image": image, **{key: wanted[0] for key, wanted in found.items() if len(wanted) == 1}}
+
+
+def read_class_names(setting: str | list[str] | None) -> list[str] | None:
+    """Return the class names of data.class_names: a list, or the lines of a file. Raises UserError."""
+    if setting is None or isinstance(setting, list):
+        names = setting
+    else:
+        try:
+            text = Path(setting).read_text(encoding="utf-8-sig", errors="surrogateescape")
+        except OSError as error:
+            raise UserError(f"data.class_names = {setting!r} cannot be read: {error.strerror}") from None
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    if names is not None and len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"data.class_names has {repeated!r} more than once")
+    return names
+
+
+def _labels(
+    labels: _Labels, names: list[str] | None, rows: npt.NDArray[np.int64], faults: RowFaults
+) -> tuple[list[str], npt.NDArray[Any]]:
+    """Return the classes, and the labels as in :class:`Examples`; adds labels that are no class to ``faults``."""
+    found = list(labels.codes)
+    if names is None:
+        are_numbers = all(map(_INTEGER.fullmatch, found))
+        names = sorted(found, key=(lambda text: (int(text), text)) if are_numbers else None)
+    numbers = {name: i for i, name in enumerate(names)}
+    if not any(map(_INTEGER.fullmatch, names)):  # then integers are indices
+        numbers |= {str(i): i for i in range(len(names))}
+    index = np.array([numbers.get(text, -1) for text in found], dtype=np.int64)
+    codes, ends = np.frombuffer(labels.values, dtype=np.int64), np.frombuffer(labels.ends, dtype=np.int64)
+    values = index[codes]
+    for place in np.flatnonzero(values < 0):
+        row = rows[np.searchsorted(ends, place, side="right")]
+        faults.add(int(row), f"the label {found[codes[place]]!r} is not in data.class_names")
+    if not labels.is_multi:
+        return names, values
+    matrix = np.zeros((len(rows), len(names)), dtype=np.uint8)
+    matrix[np.repeat(np.arange(len(rows)), np.diff(ends, prepend=0)), values] = 1
+    return names, matrix
+
+
+def _split_name(text: str) -> str:
+    split = split_of(text)
+    if split is None:
+        known = "; ".join(", ".join(names) for names in SPLIT_NAMES.values())
+        raise ValueError(f"unknown split {text!r} (known: {known})")
+    return split
+
+
+def _lists(splits: _Codes, table: Table) -> dict[str, IntArray]:
+    """Return the indices of each split that the column names."""
+    codes = np.frombuffer(splits.values, dtype=np.int64)
+    if "train" not in splits.codes:
+        raise UserError(f"{table.path} has no training images: no row has the split train")
+    return {split: np.flatnonzero(codes == splits.codes[split]) for split in SPLIT_NAMES if split in splits.codes}
+
+
+def describe_columns(table: Table, config: ColumnsConfig) -> list[str]:
+    """Return notes for the log: which columns are read, and whether one looks like splits but is not used."""
+    labels = {"label": ", ".join(config.label)} if isinstance(config.label, list) else {}
+    used = {**choose_columns(table, config), **labels}
+    notes = [f"{table.path}: " + ", ".join(f"{key} from column {name!r}" for key, name in used.items())]
+    for name in table.columns if config.split is None else ():
+        if name.lower() == "split":
+            notes.append(f"column {name!r} is not used; data.columns.split = {name!r} would take the splits from it")
+    return notes

@@ -1,0 +1,186 @@
+"""Table files that are read row by row: CSV, TSV, JSON lines and Parquet.
+
+Rows are counted as the user's programs count them: in CSV and TSV files the header is row 1, as in a spreadsheet; in
+JSON lines and Parquet the first row is 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.formatting import plural
+
+FORMATS = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".ndjson": "JSON lines", ".parquet": "Parquet"}
+"""Formats by suffix."""
+
+BATCH = 8192
+"""Rows of a Parquet file that are converted at a time."""
+
+
+class BadRow(str):
+    """What is wrong with a row that has no values, such as one with too few fields."""
+
+
+RowValues = Sequence[Any] | BadRow
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that is read row by row."""
+
+    path: Path
+    columns: list[str]
+    read: Callable[[Sequence[str]], Iterator[tuple[int, RowValues]]]
+    """Function of columns that yields the number of each row and its values in these columns."""
+    encoded: frozenset[str] = frozenset()
+    """Columns that hold the bytes of images, as bytes or as {bytes, path}; :attr:`read` gives their path, or None."""
+
+
+def open_table_file(path: Path) -> Table:
+    """Open a table file; the suffix tells the format. Raises UserError if it cannot be read or has no columns."""
+    readers = {"CSV": _open_csv, "TSV": _open_csv, "JSON lines": _open_json_lines, "Parquet": _open_parquet}
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(f"data.table = {str(path)!r} must end in {', '.join(FORMATS)}, which tells its format")
+    if not path.is_file():
+        raise UserError(f"data.table = {str(path)!r} is not a file; paths are relative to the working directory")
+    try:
+        table = readers[kind](path)
+    except OSError as error:
+        raise UserError(f"data.table = {str(path)!r} cannot be read: {error.strerror or error}") from None
+    repeated = sorted({name for name in table.columns if table.columns.count(name) > 1})
+    if not table.columns or repeated:
+        found = f"has more than one column {repeated[0]!r}" if repeated else "is empty"
+        raise UserError(f"{path} {found}; each column needs its own name in the first row")
+    return table
+
+
+def _open_csv(path: Path) -> Table:
+    """Open a CSV or TSV file in UTF-8. A CSV file without a comma in its header may be separated by semicolons."""
+
+    def rows() -> Iterator[list[str]]:
+        # Bytes that are not UTF-8 become surrogates, as in Python's own paths, and stand for the same files.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            header = file.readline()
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if "," not in header and ";" in header else ","
+            file.seek(0)
+            reader = csv.reader(file, delimiter=delimiter)
+            try:
+                yield from reader
+            except csv.Error as error:
+                raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+
+    columns = [name.strip() for name in next(rows(), [])]
+
+    def read(wanted: Sequence[str]) -> Iterator[tuple[int, RowValues]]:
+        places = [columns.index(name) for name in wanted]
+        for number, row in enumerate(rows(), 1):
+            if number == 1 or not row:
+                continue
+            if len(row) == len(columns):
+                yield number, [row[place] for place in places]
+            else:
+                yield number, BadRow(f"{plural(len(row), 'field')}, but the header has {len(columns)}")
+
+    return Table(path, columns, read)
+
+
+def _open_json_lines(path: Path) -> Table:
+    """Open a file with one JSON object per line; the first one has all columns."""
+
+    def objects() -> Iterator[tuple[int, Any]]:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    found = json.loads(line)
+                except ValueError as error:
+                    found = BadRow(f"not JSON ({error})")
+                yield number, found if isinstance(found, dict | BadRow) else BadRow("not a JSON object")
+
+    _, first = next(objects(), (0, {}))
+    if isinstance(first, BadRow):
+        raise UserError(f"the first line of {path} is {first}; JSON lines need one object such as {{...}} per line")
+
+    def read(wanted: Sequence[str]) -> Iterator[tuple[int, RowValues]]:
+        for number, found in objects():
+            if isinstance(found, BadRow):
+                yield number, found
+            elif missing := [name for name in wanted if name not in found]:
+                yield number, BadRow(f"no {missing[0]!r}")
+            else:
+                yield number, [found[name] for name in wanted]
+
+    return Table(path, list(first), read)
+
+
+def _open_parquet(path: Path) -> Table:
+    """Open a Parquet file with pyarrow."""
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(
+            f"reading {path} needs pyarrow: install it with `pip install pyarrow`, or this toolkit's extra `parquet`"
+        ) from None
+
+    def is_encoded(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            return "bytes" in {field.name for field in kind}
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+    with _parquet_errors(path):
+        schema = parquet.read_schema(path)
+    encoded = frozenset(field.name for field in schema if is_encoded(field.type))
+    with_path = {n for n in encoded if pa.types.is_struct(schema.field(n).type) and "path" in _fields(schema.field(n))}
+
+    def values(batch: Any, name: str) -> list[Any]:
+        if name in with_path:
+            return list(batch.column(name).field("path").to_pylist())
+        return [None] * len(batch) if name in encoded else list(batch.column(name).to_pylist())
+
+    def read(wanted: Sequence[str]) -> Iterator[tuple[int, RowValues]]:
+        stored = [f"{name}.path" if name in with_path else name for name in wanted if name not in encoded - with_path]
+        number = 0
+        with _parquet_errors(path), parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(BATCH, columns=stored):
+                for row in zip(*(values(batch, name) for name in wanted), strict=True):
+                    number += 1
+                    yield number, row
+
+    return Table(path, list(schema.names), read, encoded)
+
+
+def read_encoded(path: Path, column: str) -> Iterator[list[bytes | None]]:
+    """Yield the images of a column of :attr:`Table.encoded`, a list for each batch of rows. Raises UserError."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    is_struct = pa.types.is_struct(parquet.read_schema(path).field(column).type)
+    with _parquet_errors(path), parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(64, columns=[f"{column}.bytes" if is_struct else column]):
+            values = batch.column(column)
+            yield (values.field("bytes") if is_struct else values).to_pylist()
+
+
+def _fields(field: Any) -> set[str]:
+    return {inner.name for inner in field.type}
+
+
+@contextlib.contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    """Turn pyarrow's exceptions into UserError."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a Parquet file, or is damaged: {error}") from error

@@ -1,0 +1,125 @@
+"""Data sets listed in a table: image paths, or images themselves in a Parquet file, with labels and more."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from toolkit.cache.store import (
+    CacheEntry,
+    CacheEntryWriter,
+    CorruptCacheEntry,
+    cache_root,
+    content_key,
+    find_entry,
+    remove_entry,
+    remove_leftovers,
+    verify,
+)
+from toolkit.data.datasets import Dataset, encoded_images
+from toolkit.data.encoded_sources import EncodedSource, ImageFiles, PackedImages, PackedStrings
+from toolkit.data.table_columns import Examples, RowFaults, describe_columns, read_examples
+from toolkit.data.table_files import Table, open_table_file, read_encoded
+from toolkit.errors import UserError
+from toolkit.locks import held
+from toolkit.recipe.schema import DataConfig
+
+
+@dataclass(frozen=True)
+class RowNumbers:
+    """Where each image is listed, for messages."""
+
+    table: str
+    rows: npt.NDArray[np.int64]
+
+    def __call__(self, i: int) -> str:
+        """Return, for example, "row 7 of labels.csv"."""
+        return f"row {self.rows[i]} of {self.table}"
+
+
+def open_table(config: DataConfig) -> Dataset:
+    """Open a table of labeled images. Raises UserError, naming all rows that cannot be used."""
+    table = open_table_file(Path(config.table or ""))
+    examples = read_examples(table, config)
+    if len(examples.classes) < 2:
+        raise UserError(f"{table.path} has only the class {examples.classes[0]!r}; a classifier needs two or more")
+    source = _embedded_images(table, examples) or ImageFiles(Path(config.root), examples.paths)
+    images = encoded_images(source, config, RowNumbers(table.path.name, examples.rows))
+    return Dataset(
+        name="table",
+        classes=examples.classes,
+        images=images,
+        labels=examples.labels,
+        lists=examples.lists,
+        native_size=None,
+        native_channels=3,
+        notes=tuple(describe_columns(table, config.columns)),
+        groups=examples.groups,
+        weights=examples.weights,
+    )
+
+
+def _embedded_images(table: Table, examples: Examples) -> EncodedSource | None:
+    """Return the images in the table's column of images; None if it holds only paths."""
+    if examples.encoded is None:
+        return None
+    entry = _copied_images(table, examples.encoded)
+    sizes = entry.tables["sizes"]
+    if (sizes < 0).all():
+        return None
+    faults = RowFaults(table.path)
+    for i in np.flatnonzero(sizes < 0):
+        faults.add(int(examples.rows[i]), f"no image in column {examples.encoded!r}")
+    faults.check()
+    paths = examples.paths
+    if not all(paths[i] for i in range(len(paths))):
+        paths = PackedStrings(f"{table.path.name}/{row}" for row in examples.rows)
+    version = table.path.stat().st_mtime_ns
+    return PackedImages(entry.data(), np.cumsum(sizes), paths, location=str(table.path), version=version)
+
+
+def _copied_images(table: Table, column: str) -> CacheEntry:
+    """Return the bytes of all images of a column, copied once to the cache folder, where each can be read alone.
+
+    Parquet compresses many rows together, so that reading one image from it means reading hundreds.
+    """
+    state, root = os.stat(table.path), cache_root()
+    facts = {"table": str(table.path.resolve()), "size": state.st_size, "time": state.st_mtime_ns, "column": column}
+    name = f"encoded-{content_key(facts)}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with held(root / f"{name}.lock"):
+            try:
+                entry = find_entry(root, name)
+                if entry is not None:
+                    for _ in verify(entry):
+                        pass
+                    return entry
+            except CorruptCacheEntry:
+                remove_entry(root / name)
+            remove_leftovers(root, name)
+            return _copy_images(table, column, CacheEntryWriter(root, name))
+    except OSError as error:
+        raise UserError(
+            f"the images of {table.path} could not be copied to the cache folder {root}: {error.strerror or error}; "
+            "TOOLKIT_CACHE names another folder"
+        ) from error
+
+
+def _copy_images(table: Table, column: str, writer: CacheEntryWriter) -> CacheEntry:
+    """Write the images of a column to a new entry: their bytes, and "sizes", int64 [N], -1 for a missing image."""
+    sizes: list[int] = []
+    blocks: list[Any] = []
+    try:
+        for images in read_encoded(table.path, column):
+            sizes += [-1 if image is None else len(image) for image in images]
+            blocks.append(writer.add(np.frombuffer(b"".join(image or b"" for image in images), dtype=np.uint8)))
+        facts = {"kind": "encoded", "data": table.path.name, "images": len(sizes), "what": f"column {column}"}
+        return writer.publish(facts, {"sizes": np.array(sizes, dtype=np.int64)}, blocks)
+    finally:
+        writer.discard()
