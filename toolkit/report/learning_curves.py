@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from toolkit.report.plot_style import BLUE, INK, SPLIT_COLORS, fitted, grid
+from toolkit.report.plot_style import BLUE, INK, SPLIT_COLORS, fitted, labeled_axes
 from toolkit.report.run_data import Record, RunData
 
 SIZE = (6.3, 3.6)
@@ -19,7 +17,7 @@ SIZE = (6.3, 3.6)
 def learning_curves(data: RunData, metric: Literal["loss", "accuracy"]) -> Figure:
     """Plot the training and validation metric of each epoch, and mark the best and the last epoch."""
     scale, label = (100.0, "accuracy (%)") if metric == "accuracy" else (1.0, "cross-entropy (nats)")
-    figure, axes = _empty("epoch", label)
+    figure, axes = labeled_axes("epoch", label, fitted(f"{data.name}: {metric}", SIZE[0] - 1), SIZE)
     for split, key, style in (("train", f"train/{metric}", "--"), ("validation", f"val/{metric}", "-")):
         xs, ys = points(data.epochs, key, scale)
         if xs:
@@ -29,20 +27,19 @@ def learning_curves(data: RunData, metric: Literal["loss", "accuracy"]) -> Figur
     if last != best:
         axes.axvline(last, color=INK, linewidth=1.0, linestyle=":", label=f"{data.end_label}: epoch {last}")
     axes.legend(loc="best")
-    axes.set_title(fitted(f"{data.name}: {metric}", SIZE[0] - 1), parse_math=False)
     return figure
 
 
 def learning_rate_curve(data: RunData) -> Figure:
     """Plot the learning rate over the completed epochs."""
-    figure, axes = _empty("completed epochs", "learning rate")
+    title = fitted(f"{data.name}: learning rate", SIZE[0] - 1)
+    figure, axes = labeled_axes("completed epochs", "learning rate", title, SIZE)
     xs, ys = learning_rates(data)
     axes.plot(xs, ys, color=BLUE, linewidth=1.6, **_markers(len(xs)))
     if data.decays_by_factors:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
-    axes.set_title(fitted(f"{data.name}: learning rate", SIZE[0] - 1), parse_math=False)
     return figure
 
 
@@ -52,16 +49,6 @@ def learning_rates(data: RunData) -> tuple[list[float], list[float]]:
     within = [(float(record["epoch"]), float(record["lr"])) for record in data.steps if "lr" in record]
     found = sorted(begun + within)
     return [x for x, _ in found], [y for _, y in found]
-
-
-def _empty(x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    grid(axes)
-    return figure, axes
 
 
 def points(epochs: Sequence[Record], key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:

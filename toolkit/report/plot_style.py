@@ -17,6 +17,7 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from toolkit.errors import UserError
 from toolkit.runs import write_atomically
@@ -120,6 +121,21 @@ def _bytes(figure: Figure, kind: str, **settings: Any) -> bytes:
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     figure.savefig(data, format=kind, dpi=DPI, metadata=metadata, **settings)
     return data.getvalue()
+
+
+def labeled_axes(
+    x: str, y: str, title: str, size: tuple[float, float], *, integers: bool = True
+) -> tuple[Figure, Axes]:
+    """Return a figure of ``size`` in inches and its labeled axes; ``integers``: x has ticks at integers only."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x, parse_math=False)
+    axes.set_ylabel(y)
+    axes.set_title(title, parse_math=False)
+    if integers:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    grid(axes)
+    return figure, axes
 
 
 def grid(axes: Axes, axis: str = "y") -> None:

@@ -14,10 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from toolkit.metrics import higher_is_better, metric_of
-from toolkit.report.plot_style import BLUE, CYCLE, INK, SKY, VERMILION, grid, short
+from toolkit.report.plot_style import BLUE, CYCLE, INK, SKY, VERMILION, labeled_axes, short
 
 WIDTH, HEIGHT = 6.3, 3.8
 """Size of a figure in inches; the width is that of a text column."""
@@ -60,22 +59,13 @@ def lightness_colormap() -> Colormap:
 
 def curves(curves: Sequence[Curve], metric: str, title: str) -> Figure:
     """Plot one curve per row of the study, with a band of one standard deviation if the row has several seeds."""
-    figure, axes = _epoch_axes(metric, title)
+    figure, axes = _axes("epoch", metric_of(metric).axis_label, title)
     scale = metric_of(metric).measure.scale
     shades = [lightness_colormap()(x) for x in np.linspace(0, 1, len(curves))] if len(curves) > len(CYCLE) else CYCLE
     for index, (curve, color) in enumerate(zip(curves, shades, strict=False)):
-        epochs = np.arange(1, len(curve.mean) + 1)
         mean = np.asarray(curve.mean) * scale
         dash = DASHES[index % len(DASHES)] if len(curves) > 1 else "-"
-        axes.plot(
-            epochs,
-            mean,
-            dash,
-            color=color,
-            linewidth=1.5,
-            label=short(curve.name, 40),
-            marker=_single_point_marker(curve.mean),
-        )
+        epochs = _plot_curve(axes, mean, dash, color=color, linewidth=1.5, label=short(curve.name, 40))
         if curve.std:
             std = np.asarray(curve.std) * scale
             axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
@@ -88,7 +78,7 @@ def colored_curves(
     curves: Sequence[tuple[Any, Sequence[float]]], metric: str, key: str, title: str, *, log: bool
 ) -> Figure:
     """Plot the curves of many runs, colored by a parameter; ``curves`` holds pairs of its value and the curve."""
-    figure, axes = _epoch_axes(metric, title)
+    figure, axes = _axes("epoch", metric_of(metric).axis_label, title)
     scale = metric_of(metric).measure.scale
     values = [value for value, _ in curves]
     color = _color_scale(values, log=log) if is_numeric(values) else None
@@ -97,10 +87,7 @@ def colored_curves(
         index = names.index(str(value))
         shade = color.to_rgba(value) if color else CYCLE[index % len(CYCLE)]
         dash = "-" if color else DASHES[index // len(CYCLE) % len(DASHES)]
-        epochs = range(1, len(curve) + 1)
-        axes.plot(
-            epochs, np.asarray(curve) * scale, dash, color=shade, linewidth=1.1, marker=_single_point_marker(curve)
-        )
+        _plot_curve(axes, np.asarray(curve) * scale, dash, color=shade, linewidth=1.1)
     if color:
         bar = figure.colorbar(color, ax=axes)
         if log and len(set(values)) <= TICKS:  # by default, Matplotlib labels only powers of ten
@@ -120,22 +107,17 @@ def levels(
     key: str, metric: str, title: str, *, log: bool,
 ) -> Figure:  # fmt: skip
     """Plot the best epoch's metric, as (mean, standard deviation) over the seeds, against the varied parameter."""
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    axes = figure.subplots()
-    scale = metric_of(metric).measure.scale
+    measure = metric_of(metric).measure
+    figure, axes = _axes(key, f"{measure.label} ({measure.unit})", title, integers=False)
     for points, name, color, mark in ((validation, "validation", BLUE, "o"), (test, "test", VERMILION, "s")):
         if not points:
             continue
-        mean, std = (np.asarray(column) * scale for column in zip(*points, strict=True))
+        mean, std = (np.asarray(column) * measure.scale for column in zip(*points, strict=True))
         axes.errorbar(values, mean, std if std.any() else None, color=color, marker=mark, markersize=4,
                       linewidth=1.4, capsize=3, label=name)  # fmt: skip
     if log:
         axes.set_xscale("log")
-    axes.set_xlabel(key, parse_math=False)
-    axes.set_ylabel(f"{metric_of(metric).measure.label} ({metric_of(metric).measure.unit})")
-    axes.set_title(textwrap.fill(title, TITLE_LINE), parse_math=False)
     axes.legend()
-    grid(axes)
     return figure
 
 
@@ -182,19 +164,14 @@ def incumbent_curve(
     searches: Mapping[str, Sequence[tuple[float, float]]], metric: str, title: str, *, cost: str = "epochs trained"
 ) -> Figure:
     """Plot the best value so far against the cost; ``searches`` holds a list of (cost, best value) per search."""
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes(cost, f"best {metric_of(metric).axis_label}", title, integers=False)
     scale = metric_of(metric).measure.scale
     for index, (name, points) in enumerate(searches.items()):
         spent, best = zip(*points, strict=True)
         axes.step(spent, np.asarray(best) * scale, DASHES[index // len(CYCLE) % len(DASHES)], where="post",
                   color=CYCLE[index % len(CYCLE)], linewidth=1.5, label=short(name, 40))  # fmt: skip
-    axes.set_xlabel(cost)
-    axes.set_ylabel(f"best {metric_of(metric).axis_label}")
-    axes.set_title(textwrap.fill(title, TITLE_LINE), parse_math=False)
     if len(searches) > 1:
         axes.legend()
-    grid(axes)
     return figure
 
 
@@ -219,20 +196,15 @@ def _set_title(figure: Figure, title: str) -> None:
     figure.suptitle(textwrap.fill(title, TITLE_LINE), fontsize=10, parse_math=False)
 
 
-def _epoch_axes(metric: str, title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(metric_of(metric).axis_label)
-    axes.set_title(textwrap.fill(title, TITLE_LINE), parse_math=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    grid(axes)
-    return figure, axes
+def _axes(x: str, y: str, title: str, *, integers: bool = True) -> tuple[Figure, Axes]:
+    return labeled_axes(x, y, textwrap.fill(title, TITLE_LINE), (WIDTH, HEIGHT), integers=integers)
 
 
-def _single_point_marker(curve: Sequence[float]) -> str | None:
-    """Return a marker for a curve of one point, which is otherwise invisible."""
-    return "o" if len(curve) == 1 else None
+def _plot_curve(axes: Axes, values: np.ndarray, dash: str, **style: Any) -> np.ndarray:
+    """Plot values by epoch, a single one with a marker, as it is otherwise invisible; return the epochs."""
+    epochs = np.arange(1, len(values) + 1)
+    axes.plot(epochs, values, dash, marker="o" if len(values) == 1 else None, **style)
+    return epochs
 
 
 def _legend(figure: Figure, axes: Axes, count: int) -> None:
