@@ -59,7 +59,7 @@ def bohb_study(path: Path, trials: int = 40) -> tuple[StudyResults, BohbSchedule
 
 
 def drawn(found: StudyResults) -> dict[str, Figure]:
-    return dict(study_figures(found))
+    return {drawn.name: drawn.figure for drawn in study_figures(found)}
 
 
 def dropout_study(path: Path) -> StudyResults:

@@ -129,15 +129,13 @@ def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def number(value: object, form: str = ".4f") -> HtmlCell:
-    """Return a cell with a number, or a dash if ``value`` is not a finite number."""
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    return HtmlCell(format(value, form), float(value)) if is_number else HtmlCell("-")  # type: ignore[arg-type]
-
-
 def metric_cell(metric: Metric, value: object) -> HtmlCell:
-    """Return a cell with the value of a metric."""
-    return share(value) if metric.measure.unit == "%" else number(value, f".{metric.measure.decimals}f")
+    """Return a cell with the value of a metric, or a dash if ``value`` is not a finite number."""
+    if metric.measure.unit == "%":
+        return share(value)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return HtmlCell("-")
+    return HtmlCell(f"{value:.{metric.measure.decimals}f}", float(value))
 
 
 def share(value: object, *, bar: bool = False) -> HtmlCell:

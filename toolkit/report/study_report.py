@@ -12,10 +12,10 @@ from markupsafe import Markup
 
 from toolkit.errors import UserError
 from toolkit.formatting import duration
-from toolkit.metrics import CURVES, METRICS, best_of, higher_is_better, metric_of
+from toolkit.metrics import CURVES, METRICS, higher_is_better, metric_of
 from toolkit.report.html import HtmlCell, HtmlRow, HtmlTable, integer, metric_cell, name, write_page
 from toolkit.report.learning_curves import points
-from toolkit.report.plot_style import CYCLE, page_svg, plot_style, save
+from toolkit.report.plot_style import page_svg, plot_style, save
 from toolkit.report.recipe_table import environment_table, recipe_table
 from toolkit.report.run_data import DAMAGE, Record, try_load
 from toolkit.report.run_page import SummaryCard
@@ -32,14 +32,6 @@ from toolkit.study.text_table import BEST, DECLINE, MINUS, TextTable
 COLORS = ("blue", "vermilion", "green", "purple", "orange", "sky", "ink")
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
 """Line styles of rows, which vary after the colors; there are 28 combinations."""
-
-LABELS = {
-    **{f"curves-{key.replace('/', '-')}": f"{metric_of(key).label.capitalize()} by epoch" for key in CURVES},
-    "best-so-far": "Best value so far against the epochs trained",
-    "parallel-coordinates": "Parameters and result of each run",
-    "importance": "Importance of the parameters",
-}
-"""Captions of figures on the page."""
 
 
 def write_study_report(
@@ -62,12 +54,12 @@ def write_study_report(
     drawn: list[tuple[str, str]] = []
     files: list[Path] = []
     with plot_style(log):
-        for name, figure in study_figures(found):
+        for name, figure, caption, has_color_scale in study_figures(found):
             if not figures_only:
-                drawn.append((page_svg(figure, _label(name), is_light=_has_scale(found, name)), _label(name)))
+                drawn.append((page_svg(figure, caption, is_light=has_color_scale), caption))
             files += save(figure, folder / "figures", name)
     # Failed runs are also named in the notes below the table.
-    missing = [f"{r.member.row}, seed {r.member.seed}: {r.failure_reason}" for r in found.results if r.failure_reason]
+    missing = [f"{r.title}: {r.failure_reason}" for r in found.results if r.failure_reason]
     if figures_only:
         return ReportResult(None, files, missing)
     page = _write_page(output or folder / "report.html", found, folder, drawn, files, missing)
@@ -86,19 +78,6 @@ def read_study(folder: Path) -> StudyResults:
             f"toolkit status {folder} shows their progress"
         )
     return found
-
-
-def _label(name: str) -> str:
-    """Return the accessible description of a figure."""
-    if name.startswith("curves-by-"):
-        return f"Curves of all runs by {name.removeprefix('curves-by-')}"
-    return LABELS.get(name) or f"Best epoch against {name.removeprefix('levels-')}"
-
-
-def _has_scale(found: StudyResults, name: str) -> bool:
-    """Return whether the figure uses a color scale from light to dark, which needs a white background."""
-    is_scale = name.startswith(("curves-by-", "parallel-"))
-    return is_scale or (name.startswith("curves-") and len(found.rows) > len(CYCLE))
 
 
 def _write_runs(found: StudyResults, folder: Path, data_root: Path | None, log: Callable[[str], None]) -> None:
@@ -198,7 +177,7 @@ def _run_table(found: StudyResults, folder: Path) -> HtmlTable:
             integer(result.member.seed),
             HtmlCell(result.state),
             integer(len(result.epochs)),
-            metric_cell(metric_of(metric), best_of(result.values(metric), metric)),
+            metric_cell(metric_of(metric), result.best(metric)),
             *(metric_cell(METRICS[key], result.metrics.get(key)) for key in ("test_accuracy", "seconds")),
             _link(result, folder),
         ]
@@ -254,10 +233,10 @@ def _chart(found: StudyResults, metric: str) -> dict[str, Any]:
     for result in found.results:
         xs, ys = points(result.epochs, metric, metric_of(metric).measure.scale)
         if xs:
-            row, index = result.member.row, rows.index(result.member.row)
+            index = rows.index(result.member.row)
             color, dash = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
             series.append({
-                "name": f"{row}, seed {result.member.seed}", "group": row, "x": xs,
+                "name": result.title, "group": result.member.row, "x": xs,
                 "y": [float(f"{y:.5g}") for y in ys], "color": f"var(--{color})", "dash": dash,
             })  # fmt: skip
     label, can_log = metric_of(metric).axis_label, not higher_is_better(metric)

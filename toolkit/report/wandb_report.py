@@ -139,11 +139,7 @@ def _existing_id(reports: Any, folder: Path, project: Project) -> str:
 def _blocks(reports: Any, found: StudyResults, tracked: TrackedRuns, missing: Sequence[str]) -> list[Any]:
     rows = list(dict.fromkeys(result.member.row for result in found.results))
     runsets = [_runset(reports, project, runs, rows) for project, runs in tracked.items()]
-    labels = {
-        run_id: f"{result.member.row}, seed {result.member.seed}"
-        for runs in tracked.values()
-        for run_id, result in runs.items()
-    }
+    labels = {run_id: result.title for runs in tracked.values() for run_id, result in runs.items()}
     captions = {**{metric: metric_of(metric).label.capitalize() for metric in CURVES}, "lr": "Learning rate"}
     curves = [
         reports.LinePlot(

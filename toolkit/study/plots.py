@@ -6,9 +6,10 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.metrics import CURVES, best_of, higher_is_better, metric_of
+from toolkit.report.plot_style import CYCLE, plot_style, save
 from toolkit.study import plot_types
 from toolkit.study.bohb import BohbScheduler, budgets
 from toolkit.study.optuna_tpe import TrialHistory, optuna_study
@@ -26,19 +27,28 @@ MAX_COLORINGS = 6
 """Maximum number of keys for which a figure with curves colored by the key's value is drawn."""
 
 
+class StudyFigure(NamedTuple):
+    """A figure of a study."""
+
+    name: str
+    """Name of its file, without the ending."""
+    figure: Figure
+    caption: str
+    has_color_scale: bool = False
+    """Whether colors range from light to dark, which needs a white background."""
+
+
 def draw(found: StudyResults, folder: Path, log: Callable[[str], None]) -> list[Path]:
     """Write all plots of a study to ``folder`` as SVG and PDF and return the paths. Raises UserError on failure."""
-    from toolkit.report.plot_style import plot_style, save
-
     paths: list[Path] = []
     with plot_style(log):
-        for name, figure in study_figures(found):
-            paths += save(figure, folder, name)
+        for drawn in study_figures(found):
+            paths += save(drawn.figure, folder, drawn.name)
     return paths
 
 
-def study_figures(found: StudyResults) -> Iterator[tuple[str, Figure]]:
-    """Yield the name and figure of each plot for which the study has results."""
+def study_figures(found: StudyResults) -> Iterator[StudyFigure]:
+    """Yield each figure for which the study has results."""
     if not found.trials:
         yield from row_curves(found)
     yield from curves_by_parameter(found)
@@ -52,16 +62,15 @@ def study_figures(found: StudyResults) -> Iterator[tuple[str, Figure]]:
 # -- curves -----------------------------------------------------------------------------------------------------------
 
 
-def row_curves(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+def row_curves(found: StudyResults) -> Iterator[StudyFigure]:
     """Yield one figure with all rows of the study for each of :data:`~toolkit.metrics.CURVES`."""
     for metric in CURVES:
         plotted = [_curve(row, metric) for row in found.rows if row.finished]
         plotted = [curve for curve in plotted if curve.mean]
         if plotted:
-            yield (
-                f"curves-{metric.replace('/', '-')}",
-                plot_types.curves(plotted, metric, found.title),
-            )
+            figure = plot_types.curves(plotted, metric, found.title)
+            caption = f"{metric_of(metric).label.capitalize()} by epoch"
+            yield StudyFigure(f"curves-{metric.replace('/', '-')}", figure, caption, len(found.rows) > len(CYCLE))
 
 
 def _curve(row: ResultRow, metric: str) -> Curve:
@@ -72,7 +81,7 @@ def _curve(row: ResultRow, metric: str) -> Curve:
     return Curve(row.name, [statistics.fmean(column) for column in columns], std)
 
 
-def curves_by_parameter(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+def curves_by_parameter(found: StudyResults) -> Iterator[StudyFigure]:
     """Yield the curves of all runs for the study's metric, colored by one parameter per figure."""
     results = [result for result in found.results if result.epochs and (found.trials or result.is_finished)]
     keys = varied_keys(results)
@@ -85,7 +94,8 @@ def curves_by_parameter(found: StudyResults) -> Iterator[tuple[str, Figure]]:
             plotted = list(zip(shown, (result.values(metric) for result in with_it), strict=True))
             is_log = _is_logarithmic(found, key, values)
             figure = plot_types.colored_curves(plotted, metric, key, found.title, log=is_log)
-            yield f"curves-by-{short_key(key, keys).replace('.', '-')}", figure
+            name = short_key(key, keys).replace(".", "-")
+            yield StudyFigure(f"curves-by-{name}", figure, f"Curves of all runs by {name}", has_color_scale=True)
 
 
 def _is_logarithmic(found: StudyResults, key: str, values: Sequence[Any]) -> bool:
@@ -100,7 +110,7 @@ def _is_logarithmic(found: StudyResults, key: str, values: Sequence[Any]) -> boo
     )
 
 
-def level_plot(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+def level_plot(found: StudyResults) -> Iterator[StudyFigure]:
     """Yield validation and test metrics against a numeric key, such as a dropout rate, if no other key varies."""
     rows = [row for row in found.rows if row.finished]
     keys = varied_keys([row.results[0] for row in rows])
@@ -117,7 +127,8 @@ def level_plot(found: StudyResults) -> Iterator[tuple[str, Figure]]:
         _points([rows[i] for i in order], metric.replace("val/", "test_")),
         keys[0], metric, found.title, log=_is_logarithmic(found, keys[0], values),
     )  # fmt: skip
-    yield f"levels-{keys[0].rsplit('.', 1)[-1]}", figure
+    name = keys[0].rsplit(".", 1)[-1]
+    yield StudyFigure(f"levels-{name}", figure, f"Best epoch against {name}")
 
 
 def _points(rows: Sequence[ResultRow], metric: str) -> list[tuple[float, float]]:
@@ -128,12 +139,13 @@ def _points(rows: Sequence[ResultRow], metric: str) -> list[tuple[float, float]]
 # -- searches ---------------------------------------------------------------------------------------------------------
 
 
-def best_against_cost(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+def best_against_cost(found: StudyResults) -> Iterator[StudyFigure]:
     """Yield the best value so far against the epochs trained."""
     points = incumbents(found)
     metric = found.table.metric
     if points:
-        yield "best-so-far", plot_types.incumbent_curve({found.name: points}, metric, found.title)
+        figure = plot_types.incumbent_curve({found.name: points}, metric, found.title)
+        yield StudyFigure("best-so-far", figure, "Best value so far against the epochs trained")
 
 
 def incumbents(found: StudyResults) -> list[tuple[float, float]]:
@@ -146,7 +158,7 @@ def incumbents(found: StudyResults) -> list[tuple[float, float]]:
     spent, points = 0, []
     for result, before, until in training_order(found):
         spent += until - before
-        candidates = [value for value in (best, best_of(result.values(metric)[:until], metric)) if value is not None]
+        candidates = [value for value in (best, result.best(metric, until)) if value is not None]
         best = best_of(candidates, metric)
         if best is not None:
             points.append((float(spent), best))
@@ -211,17 +223,17 @@ def comparable(found: StudyResults) -> tuple[list[tuple[RunResult, float]], str]
         limit = budgets(bohb.min_epochs, bohb.max_epochs, bohb.eta)[0]
         runs = [result for result in found.results if len(result.epochs) >= limit]
         what = f"configurations, within {limit} epochs"
-    values = [(result, best_of(result.values(metric)[:limit], metric)) for result in runs]
+    values = [(result, result.best(metric, limit)) for result in runs]
     return [(result, value) for result, value in values if value is not None], what
 
 
-def importances(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+def importances(found: StudyResults) -> Iterator[StudyFigure]:
     """Yield the plot of the parameters' importance."""
     runs, what = comparable(found)
     shares = parameter_importance(found, runs)
     if shares:
-        name = f"{found.title}: {len(runs)} {what}"
-        yield "importance", plot_types.importance(shares, name)
+        figure = plot_types.importance(shares, f"{found.title}: {len(runs)} {what}")
+        yield StudyFigure("importance", figure, "Importance of the parameters")
 
 
 def parameter_importance(found: StudyResults, runs: Sequence[tuple[RunResult, float]]) -> dict[str, float]:
@@ -258,7 +270,7 @@ def _varied(runs: Sequence[tuple[RunResult, float]]) -> list[str]:
     return [k for k in keys if len({repr(r.member.changes[k]) for r, _ in runs if k in r.member.changes}) > 1]
 
 
-def parallel(found: StudyResults) -> Iterator[tuple[str, Figure]]:
+def parallel(found: StudyResults) -> Iterator[StudyFigure]:
     """Yield a parallel coordinates plot of all runs with comparable values."""
     runs, what = comparable(found)
     keys = _varied(runs)
@@ -267,9 +279,9 @@ def parallel(found: StudyResults) -> Iterator[tuple[str, Figure]]:
     metric = found.table.metric
     parameters = {parameter.key: parameter for parameter in space_of(found).parameters}
     axes = [_axis(parameters[key], short_key(key, keys), [result for result, _ in runs]) for key in keys]
-    name = f"{found.title}: {len(runs)} {what}"
-    scale = metric_of(metric).measure.scale
-    yield "parallel-coordinates", plot_types.parallel_coordinates(axes, [v * scale for _, v in runs], metric, name)
+    outcome = [value * metric_of(metric).measure.scale for _, value in runs]
+    figure = plot_types.parallel_coordinates(axes, outcome, metric, f"{found.title}: {len(runs)} {what}")
+    yield StudyFigure("parallel-coordinates", figure, "Parameters and result of each run", has_color_scale=True)
 
 
 def _axis(parameter: SearchParameter, name: str, results: Sequence[RunResult]) -> ParallelAxis:

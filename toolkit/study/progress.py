@@ -7,45 +7,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.formatting import duration, plural
-from toolkit.metrics import best_of, higher_is_better
+from toolkit.metrics import higher_is_better
 from toolkit.runs import Run
 from toolkit.study.bohb import search_epochs
-from toolkit.study.directory import RunState, StudyDirectory, StudyRun, failure_of, state_of
+from toolkit.study.directory import RunState, StudyDirectory, StudyRun, state_of
+from toolkit.study.results import RunResult, read_result
 
 REFRESH_S = 1.0
 MAX_SHOWN = 16
 """Maximum number of running runs in the table."""
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """Status of one run."""
-
-    row: str
-    seed: int
-    state: RunState
-    epoch: int
-    epochs: int
-    """Number of epochs that the recipe sets."""
-    value: float | None
-    """Best value of the validation metric so far."""
-    test_accuracy: float | None = None
-    reason: str = ""
-
-    @property
-    def title(self) -> str:
-        """Row name and seed."""
-        return f"{self.row}, seed {self.seed}"
-
-    @property
-    def done(self) -> int:
-        """Number of epochs that need no further training."""
-        return self.epochs if self.state in ("finished", "failed") else self.epoch
 
 
 class StudyProgress:
@@ -57,66 +31,51 @@ class StudyProgress:
         self.metric = table.metric
         self.search_epochs = None if table.bohb is None else search_epochs(table.bohb)
         self.started = time.monotonic()
-        self.epochs: dict[str, int] = {}
-        self.known: dict[str, tuple[Any, RunStatus]] = {}
+        self.planned: dict[str, int] = {}
+        """Number of epochs in each run's recipe."""
+        self.known: dict[str, tuple[Any, RunResult]] = {}
         self.logged: dict[str, RunState] = {}
         self.live: Any = None
         runs = self.read()
         self.done_before, _ = self._epochs(runs)
-        self.logged = {name: status.state for name, status in runs.items()}
+        self.logged = {name: result.state for name, result in runs.items()}
 
-    def read(self) -> dict[str, RunStatus]:
-        """Return the status of all runs by directory name; unchanged runs are not reread."""
-        found = {}
+    def read(self) -> dict[str, RunResult]:
+        """Return the results of all runs by directory name; unchanged runs are not reread."""
+        found: dict[str, RunResult] = {}
         for member in self.folder.members:
             if member.run is not None and member.run not in found:
-                found[member.run] = self._status(member, Run(self.folder.path / member.run))
+                found[member.run] = self._read_run(member, Run(self.folder.path / member.run))
         return found
 
-    def _status(self, member: StudyRun, run: Run) -> RunStatus:
-        """Return a run's status from its files; a run with damaged files counts as failed."""
-        try:
-            return self._read_run(member, run)
-        except UserError as error:
-            reason = str(error).strip().splitlines()[0]
-            return RunStatus(member.row, member.seed, "failed", 0, self.epochs.get(run.id, 0), None, None, reason)
-
-    def _read_run(self, member: StudyRun, run: Run) -> RunStatus:
-        state = state_of(run)
+    def _read_run(self, member: StudyRun, run: Run) -> RunResult:
         size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
         known = self.known.get(run.id)
-        if known is not None and known[0] == (state, size):
+        if known is not None and known[0] == (state_of(run), size):
             return known[1]
-        if run.id not in self.epochs:
-            self.epochs[run.id] = run.recipe.train.epochs
-        records = run.epochs()
-        values = [float(record[self.metric]) for record in records if self.metric in record]
-        epoch = int(records[-1]["epoch"]) if records else 0
-        failure = failure_of(run) if state == "failed" else None
-        test = None
-        if state == "finished":
-            test = run.summary["best"].get("test_accuracy")
-        status = RunStatus(
-            member.row, member.seed, state, epoch, self.epochs[run.id], best_of(values, self.metric), test,
-            failure.line if failure else "",
-        )  # fmt: skip
-        self.known[run.id] = ((state, size), status)
-        return status
+        try:
+            if run.id not in self.planned:
+                self.planned[run.id] = run.recipe.train.epochs
+        except UserError as error:
+            return RunResult(member, "failed", failure_reason=str(error).strip().splitlines()[0])
+        result = read_result(self.folder, member)
+        self.known[run.id] = ((result.state, size), result)
+        return result
 
     def log_ended(self) -> None:
         """Log the runs that have ended since the last call, one line per run."""
         runs = self.read()
-        ended = {name: status.state for name, status in runs.items() if status.state in ("finished", "failed")}
+        ended = {name: result.state for name, result in runs.items() if result.state in ("finished", "failed")}
         new = [name for name, state in ended.items() if self.logged.get(name) != state]
         for number, name in enumerate(new, len(ended) - len(new) + 1):
             self.log(f"[{number}/{len(runs)}] {self._ended_line(runs[name])}")
-        self.logged = {name: status.state for name, status in runs.items()}
+        self.logged = {name: result.state for name, result in runs.items()}
 
-    def _ended_line(self, status: RunStatus) -> str:
-        if status.state == "failed":
-            return f"{status.title}: failed: {status.reason}"
-        test = "" if status.test_accuracy is None else f", test accuracy {status.test_accuracy:.4f}"
-        return f"{status.title}: {self.metric} {_number(status.value)}{test}, {plural(status.epoch, 'epoch')}"
+    def _ended_line(self, result: RunResult) -> str:
+        if result.state == "failed":
+            return f"{result.title}: failed: {result.failure_reason}"
+        test = f", test accuracy {result.metrics['test_accuracy']:.4f}" if "test_accuracy" in result.metrics else ""
+        return f"{result.title}: {self.metric} {self._value(result)}{test}, {plural(len(result.epochs), 'epoch')}"
 
     def log(self, text: str) -> None:
         """Print one line, above the live table if it is shown."""
@@ -125,33 +84,41 @@ class StudyProgress:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def headline(self, runs: dict[str, RunStatus]) -> str:
+    def headline(self, runs: dict[str, RunResult]) -> str:
         """Return a summary: runs by state, time left, best value so far."""
-        states = Counter(status.state for status in runs.values())
+        states = Counter(result.state for result in runs.values())
         counts = [f"{states[state]} {state}" for state in ("finished", "failed", "running", "paused") if states[state]]
         parts = [f"{len(runs)} runs: {', '.join(counts)}", *self._time_left(runs), *self._best(runs)]
         return "; ".join(parts)
 
-    def _time_left(self, runs: dict[str, RunStatus]) -> list[str]:
+    def _time_left(self, runs: dict[str, RunResult]) -> list[str]:
         done, total = self._epochs(runs)
         trained, spent = done - self.done_before, time.monotonic() - self.started
         if trained <= 0 or done >= total:
             return []
         return [f"{duration((total - done) * spent / trained)} left"]
 
-    def _epochs(self, runs: dict[str, RunStatus]) -> tuple[int, int]:
+    def _epochs(self, runs: dict[str, RunResult]) -> tuple[int, int]:
         """Return the number of epochs that need no further training, and the total number."""
         if self.search_epochs is not None:
-            return sum(status.epoch for status in runs.values()), self.search_epochs
-        return sum(status.done for status in runs.values()), sum(status.epochs for status in runs.values())
+            return sum(len(result.epochs) for result in runs.values()), self.search_epochs
+        planned = {name: self.planned.get(name, 0) for name in runs}
+        done = (
+            planned[name] if result.state in ("finished", "failed") else len(result.epochs)
+            for name, result in runs.items()
+        )
+        return sum(done), sum(planned.values())
 
-    def _best(self, runs: dict[str, RunStatus]) -> list[str]:
-        values = [(status.value, status) for status in runs.values() if status.value is not None]
+    def _best(self, runs: dict[str, RunResult]) -> list[str]:
+        values = {name: value for name, result in runs.items() if (value := result.best(self.metric)) is not None}
         if not values:
             return []
-        choose = max if higher_is_better(self.metric) else min
-        value, status = choose(values, key=lambda item: item[0])
-        return [f"best so far {self.metric} {_number(value)}: {status.title}"]
+        best = (max if higher_is_better(self.metric) else min)(values, key=lambda name: values[name])
+        return [f"best so far {self.metric} {self._value(runs[best])}: {runs[best].title}"]
+
+    def _value(self, result: RunResult) -> str:
+        value = result.best(self.metric)
+        return "-" if value is None else f"{value:.4f}"
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
@@ -180,13 +147,9 @@ class StudyProgress:
         table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
         for name, justify in (("running", "left"), ("epoch", "right"), (self.metric, "right")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        running = [status for status in runs.values() if status.state == "running"]
-        for status in running[:MAX_SHOWN]:
-            table.add_row(Text(status.title), f"{status.epoch}/{status.epochs}", _number(status.value))
+        running = [(name, result) for name, result in runs.items() if result.state == "running"]
+        for name, result in running[:MAX_SHOWN]:
+            table.add_row(Text(result.title), f"{len(result.epochs)}/{self.planned[name]}", self._value(result))
         if len(running) > MAX_SHOWN:
             table.add_row(f"and {len(running) - MAX_SHOWN} more", "", "")
         return Group(Text(self.headline(runs)), table)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

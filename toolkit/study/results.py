@@ -42,17 +42,27 @@ class RunResult:
         """Whether the run is finished; only finished runs enter the metrics of a row."""
         return self.state == "finished"
 
+    @property
+    def title(self) -> str:
+        """Row name and seed."""
+        return f"{self.member.row}, seed {self.member.seed}"
+
     def values(self, metric: str) -> list[float]:
         """Return a metric of metrics.jsonl after each epoch trained so far."""
         return [float(record[metric]) for record in self.epochs if metric in record]
 
+    def best(self, metric: str, until: int | None = None) -> float | None:
+        """Return the best value of a metric within ``until`` epochs (None: all); None if there is no value."""
+        return best_of(self.values(metric)[:until], metric)
+
 
 def read_results(folder: StudyDirectory) -> list[RunResult]:
     """Read the results of all members of a study, in table order."""
-    return [_result(folder, member) for member in folder.members]
+    return [read_result(folder, member) for member in folder.members]
 
 
-def _result(folder: StudyDirectory, member: StudyRun) -> RunResult:
+def read_result(folder: StudyDirectory, member: StudyRun) -> RunResult:
+    """Read the results of one member of a study; a run with damaged files counts as failed."""
     run = folder.run(member)
     try:
         state = folder.state(member)
@@ -235,7 +245,7 @@ def ranked_trials(results: Sequence[RunResult], metric: str) -> list[TrialResult
     Values after few and after many epochs are not comparable, so finished configurations come before unfinished ones.
     Failed ones come last.
     """
-    found = [TrialResult(i, r, best_of(r.values(metric), metric)) for i, r in enumerate(results)]
+    found = [TrialResult(i, r, r.best(metric)) for i, r in enumerate(results)]
     sign = -1 if higher_is_better(metric) else 1
 
     def rank(outcome: TrialResult) -> tuple[bool, bool, int, float]:

@@ -104,9 +104,7 @@ def _notes(found: StudyResults) -> list[str]:
     for note in dict.fromkeys(member.note for member in members.values() if member.note):
         notes.append(f"{'; '.join(name for name, member in members.items() if member.note == note)}: {note}")
     notes += [f"{name}: published in {m.source}." for name, m in members.items() if m.source not in ("", table.source)]
-    notes += [
-        f"{r.member.row}, seed {r.member.seed}: {r.state}: {r.failure_reason}" for r in results if r.failure_reason
-    ]
+    notes += [f"{r.title}: {r.state}: {r.failure_reason}" for r in results if r.failure_reason]
     notes += [
         line for row in rows for metric in found.columns for line in _against_several(row, metric, found.confidence)
     ]
