@@ -20,7 +20,7 @@ from toolkit.study.validation import in_group
 Outcome = Literal["reproduced", "not reproduced", "undecidable"]
 Interval = tuple[float, float]
 CorrectImages = Callable[[RunResult], dict[str, bool]]
-"""Maps a run to an array of which test images it classified correctly; empty if predictions cannot be read."""
+"""Maps a run to whether it classified each test image correctly, by path; empty if predictions cannot be read."""
 
 
 @dataclass(frozen=True)

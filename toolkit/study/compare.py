@@ -49,19 +49,18 @@ def build_comparison_table(found: dict[str, PairedComparison], first: str, secon
     """Build the text table of the comparison."""
     interval = f"{confidence * 100:g} % interval"
     head = ["metric", "pairs", "mean difference", interval, "t-test p", "permutation p"]
-    cells = [[METRICS[c].heading, *_cells(c, comparison)] for c, comparison in found.items()]
-    return TextTable(f"{first} {MINUS} {second}", head, cells, notes=_notes(list(found.values())))
-
-
-def _cells(column: str, comparison: PairedComparison) -> list[str]:
-    difference = comparison.difference
-    return [
-        str(difference.n),
-        number(column, difference.mean, signed=True, mean=True),
-        interval_text(column, difference.interval),
-        p_value(comparison.t_test),
-        p_value(comparison.exact),
+    cells = [
+        [
+            METRICS[column].heading,
+            str(comparison.difference.n),
+            number(column, comparison.difference.mean, signed=True, mean=True),
+            interval_text(column, comparison.difference.interval),
+            p_value(comparison.t_test),
+            p_value(comparison.exact),
+        ]
+        for column, comparison in found.items()
     ]
+    return TextTable(f"{first} {MINUS} {second}", head, cells, notes=_notes(list(found.values())))
 
 
 def _notes(found: Sequence[PairedComparison]) -> list[str]:

@@ -31,7 +31,6 @@ class RunResult:
     """The :data:`~toolkit.metrics.METRICS` that the run has; empty unless it is finished."""
     epochs: list[dict[str, Any]] = field(default_factory=list)
     """Records of the epochs trained so far, finished or not."""
-    stopped_early: bool = False
     images: dict[str, int] = field(default_factory=dict)
     """Number of images per split."""
     failure_reason: str = ""
@@ -78,7 +77,6 @@ def read_result(folder: StudyDirectory, member: StudyRun) -> RunResult:
             state,
             {name: value for name, metric in METRICS.items() if (value := metric.read(summary, epochs)) is not None},
             epochs,
-            bool(summary.get("stopped_early")),
             {str(name): int(count) for name, count in summary.get("images", {}).items()},
         )
     except UserError as fault:
@@ -110,8 +108,9 @@ class ResultRow:
     @property
     def published(self) -> dict[str, float]:
         """Published metrics; empty if the runs have different ones."""
-        first = self.results[0].member
-        return first.published if all(_same_published(result.member, first) for result in self.results) else {}
+        first, *others = (result.member for result in self.results)
+        values = (first.published, first.published_spread)
+        return first.published if all((one.published, one.published_spread) == values for one in others) else {}
 
     @property
     def not_comparable(self) -> str:
@@ -139,10 +138,6 @@ class ResultRow:
         if len(self.results) == 1:
             return next(iter(states), "")
         return ", ".join(f"{count} {state}" for state, count in states.items())
-
-
-def _same_published(one: StudyRun, other: StudyRun) -> bool:
-    return one.published == other.published and one.published_spread == other.published_spread
 
 
 def build_rows(results: Sequence[RunResult], table: StudyConfig, by: Sequence[str] = ()) -> list[ResultRow]:
