@@ -12,8 +12,18 @@ from typing import Any
 import pytest
 import torch
 from test_exact import assert_same_experiment
-from test_unkillable import undisturbed
-from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, outcome, write_recipe
+from trainers import (
+    EMA,
+    STATEFUL,
+    Trainers,
+    at_call,
+    kill_self,
+    only_run,
+    outcome,
+    uninterrupted,
+    uninterrupted_run,
+    write_recipe,
+)
 
 from toolkit.errors import UserError
 from toolkit.models.build import build_model
@@ -164,7 +174,7 @@ def test_a_checkpoint_that_contains_code_is_refused_without_running_it(tmp_path:
 
 def killed_run(folder: Path, world: int, count: int, *settings: str) -> Path:
     """Kill a run after ``count`` steps, seven per epoch; return its recipe."""
-    recipe = write_recipe(folder, MUCH)
+    recipe = write_recipe(folder, STATEFUL)
 
     def prepare(rank: int) -> None:
         at_call(TrainStep, "_update", count, kill_self)
@@ -179,7 +189,7 @@ def resume_run(folder: Path, world: int, *arguments: object) -> tuple[list[int],
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one_or_starts_over(tmp_path: Path) -> None:
-    plain = undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
+    plain = uninterrupted(1, STATEFUL, *EMA)
     for damaged, line in ((1, "is damaged (its checksum differs)"), (2, "the run starts over")):
         folder = tmp_path / str(damaged)
         killed_run(folder, 1, 14, *EMA)
@@ -226,9 +236,9 @@ def test_allowed_changes_that_do_not_fit_the_checkpoint_are_reported(
 
 
 def test_resuming_a_finished_or_missing_run_is_refused(tmp_path: Path) -> None:
-    undisturbed(tmp_path, 1, MUCH, *EMA)
-    assert "is finished" in resume_run(tmp_path, 1, "--resume", only_run(tmp_path).path)[1]
-    assert "no-such" in resume_run(tmp_path, 1, tmp_path / "recipe.toml", "--resume", tmp_path / "no-such")[1]
+    finished, recipe = uninterrupted_run(1, STATEFUL, *EMA), write_recipe(tmp_path, STATEFUL)
+    assert "is finished" in resume_run(tmp_path, 1, "--resume", finished.path)[1]
+    assert "no-such" in resume_run(tmp_path, 1, recipe, "--resume", tmp_path / "no-such")[1]
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
@@ -236,13 +246,13 @@ def test_another_number_of_processes_resumes_exactly_from_the_end_of_an_epoch(
     tmp_path: Path, before: int, after: int
 ) -> None:
     settings = (*EMA, "--set", "checkpoint.every_steps=0", "--set", "train.batch_size=18")
-    plain = undisturbed(tmp_path / "plain", 1, MUCH, *settings)
+    plain = uninterrupted_run(1, STATEFUL, *settings)
     killed_run(tmp_path / "killed", before, 16, *settings)
     statuses, text = resume_run(tmp_path / "killed", after, "--resume", only_run(tmp_path / "killed").path)
     assert statuses == [0] * after, text
     assert "resuming after epoch 2, step 0" in text
-    assert_same_experiment(parts_of(only_run(tmp_path / "plain")), parts_of(only_run(tmp_path / "killed")))
-    assert plain["summary"]["best"]["epoch"] == only_run(tmp_path / "killed").summary["best"]["epoch"]
+    assert_same_experiment(parts_of(plain), parts_of(only_run(tmp_path / "killed")))
+    assert plain.summary["best"]["epoch"] == only_run(tmp_path / "killed").summary["best"]["epoch"]
 
 
 def compile_without_a_compiler(rank: int) -> None:
@@ -262,7 +272,7 @@ def test_compiled_and_distributed_weights_have_the_names_of_plain_ones(
 ) -> None:
     """Weights are always loaded into the bare module, so equal names make all combinations compatible."""
     settings = (*EMA, "--set", f"train.compile={str(compiled).lower()}", "--set", "train.epochs=2")
-    recipe = write_recipe(tmp_path, MUCH)
+    recipe = write_recipe(tmp_path, STATEFUL)
     trainers = Trainers(world, tmp_path, recipe, *settings, prepare=compile_without_a_compiler)
     assert trainers.wait(250) == [0] * world, trainers.text()
     assert ("a graph was compiled" in trainers.text()) == compiled
@@ -283,7 +293,7 @@ def parts_of(run: Any) -> dict[str, Any]:
 def test_batch_norm_statistics_that_differ_between_processes_are_kept(tmp_path: Path) -> None:
     """Without synchronized batch norm, each process has its own statistics until an evaluation averages them."""
     settings = (*EMA, "--set", "train.sync_batch_norm=false")
-    plain = undisturbed(tmp_path / "plain", 2, MUCH, *settings)
+    plain = uninterrupted(2, STATEFUL, *settings)
     killed_run(tmp_path / "killed", 2, 8, *settings)
     statuses, text = resume_run(tmp_path / "killed", 2, "--resume", only_run(tmp_path / "killed").path)
     assert statuses == [0, 0], text

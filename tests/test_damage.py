@@ -18,8 +18,7 @@ from finished import CONVNET, train_on_files
 from studies import runs_of, study_folder, write_study
 from study_folders import FakeRun
 from study_folders import write_study as write_fake_study
-from test_unkillable import undisturbed
-from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, outcome, write_recipe
+from trainers import EMA, STATEFUL, Trainers, at_call, kill_self, only_run, outcome, uninterrupted, write_recipe
 
 from toolkit.errors import UserError
 from toolkit.reading import Shape, read_csv, read_json, read_json_lines
@@ -298,7 +297,7 @@ def test_if_a_manifest_is_damaged_the_checkpoint_before_it_is_used(
 
 
 def test_a_run_without_its_checkpoints_starts_over(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "run", MUCH)
+    recipe = write_recipe(tmp_path / "run", STATEFUL)
 
     def prepare(rank: int) -> None:
         at_call(TrainStep, "_update", 9, kill_self)
@@ -310,7 +309,7 @@ def test_a_run_without_its_checkpoints_starts_over(tmp_path: Path) -> None:
     again = Trainers(1, tmp_path / "run", "--resume", run.path)
     assert again.wait() == [0], again.text()
     assert f"{run.checkpoints} is missing: the run starts over" in again.text()
-    assert outcome(run) == undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
+    assert outcome(run) == uninterrupted(1, STATEFUL, *EMA)
 
 
 # -- studies ----------------------------------------------------------------------------------------------------------

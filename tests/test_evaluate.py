@@ -14,7 +14,7 @@ from cli import Outcome, toolkit
 from distributed import launch
 from finished import CONVNET, train, train_on_files
 from sklearn.metrics import accuracy_score, f1_score, recall_score
-from trainers import MUCH, Trainers, only_run, write_recipe
+from trainers import STATEFUL, Trainers, only_run, write_recipe
 
 from toolkit.metrics import MEASURES
 from toolkit.runs import Run
@@ -82,7 +82,7 @@ def test_several_processes_give_the_same_metrics_bit_for_bit(run: Run) -> None:
 
 
 def test_a_run_of_two_processes_is_reproduced_on_one_and_on_three(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, MUCH)
+    recipe = write_recipe(tmp_path, STATEFUL)
     trainers = Trainers(2, tmp_path, recipe, "--set", "train.epochs=2", "--set", "train.eval_batch_size=10")
     assert trainers.wait() == [0, 0], trainers.text()
     path = str(only_run(tmp_path).path)
@@ -170,7 +170,7 @@ def test_an_unknown_split_is_refused_with_the_nearest_name(run: Run) -> None:
 
 
 def test_runs_on_data_sets_in_memory_are_reproduced(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, MUCH)
+    recipe = write_recipe(tmp_path, STATEFUL)
     run = train(recipe, "train.epochs=2", "train.eval_batch_size=13")
     found = metrics(toolkit("evaluate", run.path, "--json"))
     assert set(found["best"]) == {f"test_{name}" for name in MEASURES}

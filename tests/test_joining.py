@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from distributed import free_port
-from trainers import MUCH, Trainers, after_seconds, at_call, kill_self, only_run, write_recipe
+from trainers import STATEFUL, Trainers, after_seconds, at_call, kill_self, only_run, write_recipe
 
 from toolkit.distributed import rendezvous
 from toolkit.distributed.launcher import ProcessInfo, read_process_info
@@ -102,7 +102,7 @@ def test_lists_of_ranks_are_abbreviated() -> None:
 
 
 def started(folder: Path, world: int, prepare: Callable[[int], None], *settings: str) -> Trainers:
-    return Trainers(world, folder, write_recipe(folder, MUCH), *settings, prepare=prepare)
+    return Trainers(world, folder, write_recipe(folder, STATEFUL), *settings, prepare=prepare)
 
 
 def statuses_and_output(

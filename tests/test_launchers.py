@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from distributed import launch
-from trainers import MUCH, Trainers, only_run, write_recipe
+from trainers import STATEFUL, Trainers, only_run, write_recipe
 
 from toolkit.distributed import failure_detection, launcher, precision
 from toolkit.distributed.launcher import check_environment, check_launch, read_process_info
@@ -234,7 +234,7 @@ def test_a_configuration_file_without_mixed_precision_is_accepted_with_a_note(
 
 
 def test_the_command_line_of_a_real_accelerate_launch_is_read(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, MUCH)
+    recipe = write_recipe(tmp_path, STATEFUL)
     command = [str(BIN / "accelerate"), "launch", "--num_processes", "2", "-m", "toolkit.train", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "accelerate launch was asked for 2 processes but started only this process" in done.stderr
@@ -261,7 +261,7 @@ def test_the_command_line_of_a_real_accelerate_launch_is_read(tmp_path: Path) ->
 def test_options_of_a_real_accelerate_launch_are_checked(
     tmp_path: Path, options: list[str], setting: str, message: str
 ) -> None:
-    recipe = write_recipe(tmp_path, MUCH)
+    recipe = write_recipe(tmp_path, STATEFUL)
     train_command = ["-m", "toolkit.train", str(recipe), "--set", setting]
     command = [str(BIN / "accelerate"), "launch", *options, *train_command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -328,7 +328,7 @@ def test_processes_of_mpirun_train_one_run_together(tmp_path: Path) -> None:
             del os.environ[name]
         os.environ.update(under_mpirun(MPI["Open MPI"], 2, rank, 2, rank), MASTER_PORT=port)
 
-    trainers = Trainers(2, tmp_path, write_recipe(tmp_path, MUCH), "--set", "train.epochs=2", prepare=prepare)
+    trainers = Trainers(2, tmp_path, write_recipe(tmp_path, STATEFUL), "--set", "train.epochs=2", prepare=prepare)
     assert trainers.wait() == [0, 0], trainers.text()
     assert only_run(tmp_path).summary["processes"] == 2
 
@@ -342,5 +342,5 @@ def dry_run_and_exit(recipe: str) -> tuple[bool, bool]:
 
 
 def test_a_dry_run_on_two_processes_ends_its_threads_and_process_group(tmp_path: Path) -> None:
-    recipe = str(write_recipe(tmp_path, MUCH))
+    recipe = str(write_recipe(tmp_path, STATEFUL))
     assert launch(2, dry_run_and_exit, recipe) == [(True, False), (True, False)]

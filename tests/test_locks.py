@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 from filelock import Timeout
-from test_unkillable import undisturbed
-from trainers import EMA, MUCH, Trainers, at_call, only_run, outcome, write_recipe
+from trainers import EMA, STATEFUL, Trainers, at_call, only_run, outcome, uninterrupted, write_recipe
 
 from toolkit import locks
 from toolkit.cache.store import try_lock
@@ -203,7 +202,7 @@ def test_a_lease_of_a_host_without_flock_is_respected_on_hosts_with_flock(
 @pytest.mark.usefixtures("no_flock")
 @pytest.mark.parametrize("no_flock", [errno.ENOSYS], indirect=True)
 def test_a_requeued_job_takes_over_the_run_of_a_dead_node(tmp_path: Path) -> None:
-    recipe, marker, folder = write_recipe(tmp_path / "job", MUCH), tmp_path / "there", tmp_path / "job"
+    recipe, marker, folder = write_recipe(tmp_path / "job", STATEFUL), tmp_path / "there", tmp_path / "job"
 
     def on_other_node(rank: int) -> None:
         socket.gethostname = lambda: "node7"
@@ -219,4 +218,4 @@ def test_a_requeued_job_takes_over_the_run_of_a_dead_node(tmp_path: Path) -> Non
     third = Trainers(1, folder / "third", "--resume", only_run(folder).path)
     assert third.wait() == [0], third.text()
     assert "to see whether its holder is alive" in third.text()
-    assert outcome(only_run(folder)) == undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
+    assert outcome(only_run(folder)) == uninterrupted(1, STATEFUL, *EMA)

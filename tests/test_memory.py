@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainers import EMA, MUCH, Trainers, write_recipe
+from trainers import EMA, STATEFUL, Trainers, write_recipe
 
 from toolkit.training.trainer import Trainer
 
@@ -35,7 +35,7 @@ def growth(folder: Path, epochs: int, workers: int) -> float:
     """Return the ratio of resident memory at the end to that after the warm-up."""
     settings = ("--set", f"train.epochs={epochs}", "--set", f"data.workers={workers}", "--set", 'data.cache="off"')
     prepare = functools.partial(record_memory, folder / "pages")
-    trainers = Trainers(1, folder, write_recipe(folder, MUCH), *EMA, *settings, prepare=prepare)
+    trainers = Trainers(1, folder, write_recipe(folder, STATEFUL), *EMA, *settings, prepare=prepare)
     assert trainers.wait(280) == [0], trainers.text()
     pages = [int(line) for line in (folder / "pages").read_text().split()]
     assert len(pages) == epochs

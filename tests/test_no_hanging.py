@@ -17,8 +17,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from test_unkillable import undisturbed
-from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, outcome, write_recipe
+from trainers import EMA, STATEFUL, Trainers, at_call, kill_self, only_run, outcome, uninterrupted, write_recipe
 
 import toolkit.data.dataloader
 import toolkit.runs
@@ -35,7 +34,7 @@ LIMIT_S = 30
 
 
 def statuses_and_output(
-    folder: Path, world: int, prepare: Callable[[int], None], *settings: str, text: str = MUCH
+    folder: Path, world: int, prepare: Callable[[int], None], *settings: str, text: str = STATEFUL
 ) -> tuple[list[int], str]:
     """Return exit statuses and output of trainers that must exit by themselves within the time limit."""
     settings = ("--set", f"train.batch_size={18 if world == 3 else 16}", *settings)
@@ -116,7 +115,7 @@ def with_a_stopped_rank(folder: Path, world: int, rank: int) -> Trainers:
     """Start trainers, one of which is suspended in its fifth step, after the checkpoint of the third."""
     settings = ("--set", f"train.batch_size={18 if world == 3 else 16}", *EMA)
     prepare = functools.partial(stop_self_at_step, 5, rank)
-    trainers = Trainers(world, folder, write_recipe(folder, MUCH), *settings, prepare=prepare)
+    trainers = Trainers(world, folder, write_recipe(folder, STATEFUL), *settings, prepare=prepare)
     stopped = psutil.Process(trainers.processes[rank].pid)
     trainers.wait_until(lambda: stopped.status() == psutil.STATUS_STOPPED)
     return trainers
@@ -145,7 +144,7 @@ def test_after_a_stop_request_an_unresponsive_process_is_named_and_not_waited_fo
     resumed = Trainers(world, tmp_path / "resumed", "--resume", run.path)
     assert resumed.wait() == [0] * world, resumed.text()
     assert "resuming after epoch 0, step 3" in resumed.text()
-    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA) if world == 2 else None
+    plain = uninterrupted(world, STATEFUL, *EMA) if world == 2 else None
     assert plain is None or outcome(run) == plain, "results are bit-identical for up to two processes"
     assert run.is_finished
 
@@ -161,7 +160,7 @@ def test_without_a_stop_request_an_unresponsive_process_is_named_and_waited_for(
     assert trainers.wait() == [0, 0], trainers.text()
     assert len(re.findall(warning, trainers.text())) == 1
     assert re.search(r"rank 1 \(\S+, process \d+\) responds again after \d+ s", trainers.text())
-    assert outcome(only_run(tmp_path)) == undisturbed(tmp_path / "plain", 2, MUCH, *EMA)
+    assert outcome(only_run(tmp_path)) == uninterrupted(2, STATEFUL, *EMA)
 
 
 def test_the_launcher_receives_the_error_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +271,7 @@ def full_disk(calls: range, rank: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_full_disk_is_a_warning_and_nothing_is_lost(tmp_path: Path, world: int) -> None:
-    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA)
+    plain = uninterrupted(world, STATEFUL, *EMA)
     statuses, text = statuses_and_output(tmp_path / "full", world, functools.partial(full_disk, range(4, 12)), *EMA)
     assert statuses == [0] * world, text
     assert "warning: a checkpoint could not be written in" in text
@@ -283,7 +282,7 @@ def test_a_full_disk_is_a_warning_and_nothing_is_lost(tmp_path: Path, world: int
 
 def test_a_full_disk_stops_the_run_if_the_recipe_says_so(tmp_path: Path) -> None:
     stop = ("--set", 'checkpoint.on_write_error="stop"')
-    plain = undisturbed(tmp_path / "plain", 2, MUCH, *EMA, *stop)
+    plain = uninterrupted(2, STATEFUL, *EMA, *stop)
     folder = tmp_path / "full"
     statuses, text = statuses_and_output(folder, 2, functools.partial(full_disk, range(9, 12)), *EMA, *stop)
     assert statuses == [1, 1], text
@@ -327,7 +326,7 @@ def test_a_run_root_that_cannot_be_written_is_reported_before_training(tmp_path:
 
 
 def test_a_second_trainer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, MUCH)
+    recipe = write_recipe(tmp_path, STATEFUL)
     workers = (*EMA, "--set", "data.workers=2", "--set", 'data.cache="off"')
     there = tmp_path / "there"
 

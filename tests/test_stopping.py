@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 from test_train import wandb_records
-from test_unkillable import undisturbed
-from trainers import EMA, FROZEN, MUCH, Trainers, at_call, only_run, outcome, write_recipe
+from trainers import EMA, FROZEN, STATEFUL, Trainers, at_call, only_run, outcome, uninterrupted, write_recipe
 
 import toolkit.training.evaluation
 from toolkit.cache import frozen_features
@@ -80,7 +79,7 @@ def by_signal(number: int, *ranks: int) -> Callable[[Trainers], None]:
 
 
 def test_each_signal_and_the_stop_file_stop_steps_and_evaluations(tmp_path: Path) -> None:
-    plain = undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
+    plain = uninterrupted(1, STATEFUL, *EMA)
     folder = tmp_path / "last"
 
     def stop_file(_: Trainers) -> None:
@@ -93,15 +92,15 @@ def test_each_signal_and_the_stop_file_stop_steps_and_evaluations(tmp_path: Path
         ("evaluation", 1, by_signal(signal.SIGUSR1), "SIGUSR1"),  # twice in the same phase
         ("step", 5, stop_file, "the file stop"),
     ):
-        assert f"stopped by {reason}" in stopped(folder, 1, MUCH, phase, count, request, *EMA).text()
+        assert f"stopped by {reason}" in stopped(folder, 1, STATEFUL, phase, count, request, *EMA).text()
     assert finished(folder, 1) == plain
     assert not (only_run(folder).path / "stop").exists()
 
 
 @pytest.mark.parametrize("phase", ["step", "evaluation"])
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path: Path, phase: str) -> None:
-    plain = undisturbed(tmp_path / "plain", 2, MUCH, *EMA)
-    stopped(tmp_path / "last", 2, MUCH, phase, 4, by_signal(signal.SIGTERM, 1), *EMA)
+    plain = uninterrupted(2, STATEFUL, *EMA)
+    stopped(tmp_path / "last", 2, STATEFUL, phase, 4, by_signal(signal.SIGTERM, 1), *EMA)
     assert finished(tmp_path / "last", 2) == plain
 
 
@@ -109,7 +108,7 @@ def test_a_run_can_be_stopped_while_frozen_features_are_computed(tmp_path: Path)
     folder = tmp_path / "last"
     trainers = stopped(folder, 1, FROZEN, "features", 3, by_signal(signal.SIGTERM))
     assert "stopped before training" in trainers.text()
-    assert finished(folder, 1) == undisturbed(tmp_path / "plain", 1, FROZEN)
+    assert finished(folder, 1) == uninterrupted(1, FROZEN)
 
 
 def test_data_workers_ignore_the_stop_signal(tmp_path: Path) -> None:
@@ -122,9 +121,9 @@ def test_data_workers_ignore_the_stop_signal(tmp_path: Path) -> None:
         for pid in pids:
             os.kill(int(pid or 0), signal.SIGTERM)
 
-    stopped(tmp_path / "last", 1, MUCH, "step", 4, whole_process_group, *EMA, *settings)
+    stopped(tmp_path / "last", 1, STATEFUL, "step", 4, whole_process_group, *EMA, *settings)
     kept = finished(tmp_path / "last", 1)
-    assert kept["weights"] == undisturbed(tmp_path / "plain", 1, MUCH, *EMA)["weights"]
+    assert kept["weights"] == uninterrupted(1, STATEFUL, *EMA)["weights"]
 
 
 def children(pid: int | None) -> list[int]:
@@ -139,7 +138,7 @@ def children(pid: int | None) -> list[int]:
 
 
 def test_a_second_sigint_ends_a_run_at_once_but_not_a_forwarded_first_one(tmp_path: Path) -> None:
-    recipe, there = write_recipe(tmp_path, MUCH), tmp_path / "there"
+    recipe, there = write_recipe(tmp_path, STATEFUL), tmp_path / "there"
 
     def slow_step(rank: int) -> None:
         at_call(TrainStep, "_update", 3, lambda: (there.touch(), time.sleep(8)))  # type: ignore[arg-type, func-returns-value]
@@ -167,7 +166,7 @@ def wandb_ids(folder: Path) -> Iterator[str]:
 
 def test_a_resumed_run_keeps_its_wandb_id(tmp_path: Path) -> None:
     tracked = ("--set", 'tracking.trackers=["wandb"]')
-    stopped(tmp_path, 1, MUCH, "step", 9, by_signal(signal.SIGTERM), *EMA, *tracked)
+    stopped(tmp_path, 1, STATEFUL, "step", 9, by_signal(signal.SIGTERM), *EMA, *tracked)
     finished(tmp_path, 1)
     run = only_run(tmp_path)
     fragments = sorted(path.name for path in run.path.glob("wandb/offline-run-*"))

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 from test_stopping import by_signal, finished, mark_at, stopped
-from test_unkillable import undisturbed
-from trainers import EMA, MUCH, RECIPE, Trainers, at_call, only_run, outcome, write_recipe
+from trainers import EMA, RECIPE, STATEFUL, Trainers, at_call, only_run, outcome, uninterrupted, write_recipe
 
 from toolkit.training.train_step import TrainStep
 
@@ -57,11 +56,11 @@ def epochs_in_log(folder: Path) -> int:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_output_to_a_closed_pipe_is_in_the_log(tmp_path: Path, world: int) -> None:
-    recipe = write_recipe(tmp_path / "alone", MUCH)
+    recipe = write_recipe(tmp_path / "alone", STATEFUL)
     trainers = Trainers(world, tmp_path / "alone", recipe, *EMA, prepare=without_reader)
     assert trainers.wait() == [0] * world
     assert trainers.text() == ""
-    assert outcome(only_run(tmp_path / "alone")) == undisturbed(tmp_path / "plain", world, MUCH, *EMA)
+    assert outcome(only_run(tmp_path / "alone")) == uninterrupted(world, STATEFUL, *EMA)
     assert epochs_in_log(tmp_path / "alone") == EPOCHS
     log = only_run(tmp_path / "alone").log_file.read_text()
     assert "test balanced accuracy" in log.splitlines()[-4], "the log ends with the table of results"
@@ -72,7 +71,7 @@ def test_an_error_with_a_closed_pipe_is_in_the_log(tmp_path: Path) -> None:
         without_reader(rank)
         at_call(TrainStep, "_update", 3, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
 
-    trainers = Trainers(1, tmp_path, write_recipe(tmp_path, MUCH), prepare=prepare)
+    trainers = Trainers(1, tmp_path, write_recipe(tmp_path, STATEFUL), prepare=prepare)
     assert trainers.wait() == [1]
     log = only_run(tmp_path).log_file.read_text()
     assert "Traceback" in log
@@ -100,7 +99,7 @@ def test_a_terminal_hangup_stops_the_run_with_a_checkpoint(tmp_path: Path, world
     master, slave = pty.openpty()
     folder, there = tmp_path / "hung", tmp_path / "there"
     prepare = on_terminal(master, slave, "step", there)
-    trainers = Trainers(world, folder, write_recipe(folder, MUCH), *EMA, prepare=prepare)
+    trainers = Trainers(world, folder, write_recipe(folder, STATEFUL), *EMA, prepare=prepare)
     os.close(slave)
     trainers.wait_until(there.exists)
     shown = os.read(master, 1 << 16)
@@ -108,7 +107,7 @@ def test_a_terminal_hangup_stops_the_run_with_a_checkpoint(tmp_path: Path, world
     os.close(master)  # the kernel sends SIGHUP, and every write fails from now on
     there.unlink()
     assert trainers.wait() == [0] * world
-    assert outcome(only_run(folder)) == undisturbed(tmp_path / "plain", world, MUCH, *EMA)
+    assert outcome(only_run(folder)) == uninterrupted(world, STATEFUL, *EMA)
     assert epochs_in_log(folder) == EPOCHS
 
 
@@ -118,16 +117,16 @@ def test_a_checkpoint_is_written_before_torchrun_kills_its_trainers_after_a_hang
     folder = tmp_path / "last"
     with monkeypatch.context() as patch:
         patch.setenv("TORCHELASTIC_RUN_ID", "none")
-        trainers = stopped(folder, 1, MUCH, "step", 4, by_signal(signal.SIGHUP), *EMA)
+        trainers = stopped(folder, 1, STATEFUL, "step", 4, by_signal(signal.SIGHUP), *EMA)
     assert "stopped by SIGHUP" in trainers.text()
     assert "stopped by SIGHUP" in only_run(folder).log_file.read_text().splitlines()[-1]
-    assert finished(folder, 1) == undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
+    assert finished(folder, 1) == uninterrupted(1, STATEFUL, *EMA)
 
 
 def write_short(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / "recipe.toml"
-    path.write_text((RECIPE + MUCH).format(root=folder / "runs").replace("epochs = 5", "epochs = 2"))
+    path.write_text((RECIPE + STATEFUL).format(root=folder / "runs").replace("epochs = 5", "epochs = 2"))
     return path
 
 

@@ -22,7 +22,7 @@ from accelerate.tracking import TensorBoardTracker
 from distributed import free_port
 from mlflow import MlflowClient
 from test_train import wandb_records
-from trainers import EMA, MUCH, Trainers, at_call, kill_self, only_run, write_recipe
+from trainers import EMA, STATEFUL, Trainers, at_call, kill_self, only_run, write_recipe
 from wandb_server import KEY, WandbServer, logged_in_here, without_login
 
 import toolkit.trackers
@@ -68,7 +68,7 @@ def tracked(*names: str) -> tuple[str, ...]:
 
 
 def begin(folder: Path, *settings: str, world: int = 1, prepare: Callable[[int], None] | None = None) -> Trainers:
-    return Trainers(world, folder, write_recipe(folder, MUCH), "--resume", "auto", *settings, prepare=prepare)
+    return Trainers(world, folder, write_recipe(folder, STATEFUL), "--resume", "auto", *settings, prepare=prepare)
 
 
 def train(folder: Path, *settings: str, world: int = 1, prepare: Callable[[int], None] | None = None) -> str:
@@ -162,7 +162,7 @@ def test_a_tracker_whose_package_is_missing_is_an_error_that_names_what_to_insta
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
-    outcome = cli.toolkit("train", write_recipe(tmp_path, MUCH), *tracked("tensorboard"))
+    outcome = cli.toolkit("train", write_recipe(tmp_path, STATEFUL), *tracked("tensorboard"))
     assert (outcome.status, outcome.stdout) == (2, "")
     assert outcome.stderr.endswith('tracking.trackers: "tensorboard" is not installed: pip install tensorboard\n')
     assert list((tmp_path / "runs").iterdir()) == [], "before a run directory is created"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -59,7 +63,7 @@ trackers = []
 
 """
 
-MUCH = """
+STATEFUL = """
 [augment]
 train = [{{ name = "RandomAffine", degrees = 20 }}]
 mixup = 0.4
@@ -84,7 +88,7 @@ patience = 0
 gamma = 0.5
 warmup_epochs = 1.0
 """
-"""Together with EMA below, settings with every kind of state that a checkpoint holds."""
+"""With the settings EMA below, a recipe with every kind of state that a checkpoint holds."""
 
 PRETRAINED = """
 [model]
@@ -108,7 +112,7 @@ unfreeze_at = [2, 4]
 """
 
 EMA = ("--set", "train.ema=0.9", "--set", "train.max_grad_norm=1.0", "--set", 'train.best_metric="val/loss"')
-"""For MUCH."""
+"""Settings for STATEFUL."""
 
 Prepare = Callable[[int], None]
 """Called in each process with its rank, before the command."""
@@ -214,6 +218,21 @@ def _trainer(rank: int, world: int, port: int, shown: Path, arguments: list[str]
     if prepare is not None:
         prepare(rank)
     app(["train", "--no-report", *arguments])
+
+
+@functools.cache
+def uninterrupted_run(world: int, text: str, *settings: str) -> Run:
+    """Train a recipe without interruption, once for all tests of this process that compare with it."""
+    folder = Path(tempfile.mkdtemp(prefix="toolkit-uninterrupted-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    trainers = Trainers(world, folder, write_recipe(folder, text), *settings)
+    assert trainers.wait() == [0] * world, trainers.text()
+    return only_run(folder)
+
+
+def uninterrupted(world: int, text: str, *settings: str) -> dict[str, Any]:
+    """Return :func:`outcome` of :func:`uninterrupted_run`."""
+    return outcome(uninterrupted_run(world, text, *settings))
 
 
 def at_call(owner: Any, name: str, count: int, act: Callable[[], None], *, after: bool = False) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from killing import ADAMW, Chains, Combination
-from trainers import FROZEN, GRADUAL, MUCH
+from trainers import FROZEN, GRADUAL, STATEFUL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -29,16 +29,16 @@ blocks = [{{ channels = 6, batch_norm = true, pool = 2, dropout = 0.1 }}, {{ cha
 """
 
 COMBINATIONS = (
-    Combination("mixup, EMA, plateau", 1, MUCH, EMA),
-    Combination("mixup, EMA, plateau on two", 2, MUCH, EMA),
-    Combination("bf16, AdamW", 1, MUCH, ('train.precision="bf16"', *EMA), optimizer=ADAMW),
-    Combination("bf16 and accumulation on two", 2, MUCH, ('train.precision="bf16"', "train.grad_accum_steps=2")),
-    Combination("checkpoint at every step", 1, MUCH, ("train.grad_accum_steps=2", "checkpoint.every_steps=1")),
+    Combination("mixup, EMA, plateau", 1, STATEFUL, EMA),
+    Combination("mixup, EMA, plateau on two", 2, STATEFUL, EMA),
+    Combination("bf16, AdamW", 1, STATEFUL, ('train.precision="bf16"', *EMA), optimizer=ADAMW),
+    Combination("bf16 and accumulation on two", 2, STATEFUL, ('train.precision="bf16"', "train.grad_accum_steps=2")),
+    Combination("checkpoint at every step", 1, STATEFUL, ("train.grad_accum_steps=2", "checkpoint.every_steps=1")),
     Combination("early stopping", 1, PLAIN,
                 ("optimizer.lr=0.2", "early_stopping.patience=2", 'early_stopping.metric="val/accuracy"'), 20),
     Combination("early stopping on two", 2, PLAIN,
                 ("optimizer.lr=0.2", "early_stopping.patience=2", 'early_stopping.metric="val/accuracy"'), 20),
-    Combination("files, no cache, two workers", 1, MUCH, ("data.workers=2", 'data.cache="off"'), 6, True),
+    Combination("files, no cache, two workers", 1, STATEFUL, ("data.workers=2", 'data.cache="off"'), 6, True),
     Combination("files, cache in memory on two", 2, PLAIN, ("data.workers=0", 'data.cache="memory"'), 8, True),
     Combination("files, cache on disk", 1, PLAIN, ("data.workers=0", 'data.cache="disk"'), 8, True),
     Combination("linear probe on cached features", 1, FROZEN, ("train.ema=0.9",)),
@@ -47,7 +47,8 @@ COMBINATIONS = (
                 ('train.best_metric="last"', "data.split.validation=0", "data.split.test=0")),
     Combination("drop_last, balanced sampling, class weights on two", 2, PLAIN,
                 ("train.drop_last=true", 'train.sampling="balanced"', 'train.class_weights="balanced"')),
-    Combination("checkpoints after epochs only, one kept", 1, MUCH, ("checkpoint.every_steps=0", "checkpoint.keep=1")),
+    Combination("checkpoints after epochs only, one kept", 1, STATEFUL,
+                ("checkpoint.every_steps=0", "checkpoint.keep=1")),
     Combination("batch norm per process, CutMix on two", 2, PLAIN,
                 ("train.sync_batch_norm=false", "augment.cutmix=1.0", "checkpoint.every_steps=2")),
     Combination("nag, one cycle", 1, PLAIN, ('optimizer.name="nag"', 'scheduler.name="one_cycle"')),

@@ -22,13 +22,14 @@ from trainers import (
     EMA,
     FROZEN,
     GRADUAL,
-    MUCH,
+    STATEFUL,
     Trainers,
     after_seconds,
     at_call,
     kill_self,
     only_run,
     outcome,
+    uninterrupted,
     write_recipe,
 )
 
@@ -53,13 +54,6 @@ STEPS = 7
 
 def epochs(count: int) -> tuple[str, str]:
     return "--set", f"train.epochs={count}"
-
-
-def undisturbed(folder: Path, world: int, text: str, *settings: str) -> dict[str, Any]:
-    recipe = write_recipe(folder, text)
-    trainers = Trainers(world, folder, recipe, *settings)
-    assert trainers.wait() == [0] * world, trainers.text()
-    return outcome(only_run(folder))
 
 
 # -- kills over the whole run -----------------------------------------------------------------------------------------
@@ -155,14 +149,14 @@ def survive(
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_killed_ten_times_gives_the_same_bytes(tmp_path: Path, world: int) -> None:
-    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA, *epochs(6))
-    assert survive(tmp_path / "killed", world, MUCH, 2 * len(KINDS), 6, world, *EMA) == plain
+    plain = uninterrupted(world, STATEFUL, *EMA, *epochs(6))
+    assert survive(tmp_path / "killed", world, STATEFUL, 2 * len(KINDS), 6, world, *EMA) == plain
 
 
 @pytest.mark.parametrize("text", [FROZEN, GRADUAL], ids=["frozen features", "gradual"])
 def test_killed_runs_with_frozen_features_or_gradual_unfreezing_give_the_same_bytes(tmp_path: Path, text: str) -> None:
     ema = ("--set", "train.ema=0.9")
-    plain = undisturbed(tmp_path / "plain", 1, text, *ema, *epochs(8))
+    plain = uninterrupted(1, text, *ema, *epochs(8))
     assert bool(plain["summary"]["cached"]) == (text is FROZEN)
     assert survive(tmp_path / "killed", 1, text, 5, 8, 5, *ema) == plain
 
@@ -172,8 +166,8 @@ def test_killed_runs_with_frozen_features_or_gradual_unfreezing_give_the_same_by
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (2, 2)])
 def test_a_run_killed_a_hundred_times_gives_the_same_bytes(tmp_path: Path, world: int, workers: int) -> None:
     settings = (*EMA, "--set", f"data.workers={workers}", "--set", f'data.cache="{"off" if workers else "auto"}"')
-    plain = undisturbed(tmp_path / "plain", world, MUCH, *settings, *epochs(60))
-    assert survive(tmp_path / "killed", world, MUCH, 100, 60, 10 + world + workers, *settings) == plain
+    plain = uninterrupted(world, STATEFUL, *settings, *epochs(60))
+    assert survive(tmp_path / "killed", world, STATEFUL, 100, 60, 10 + world + workers, *settings) == plain
 
 
 # -- kills at the beginning and at the end ----------------------------------------------------------------------------
@@ -216,9 +210,9 @@ def killed(world: int, folder: Path, recipe: Path, prepare: Callable[[int], None
 
 
 def test_killed_before_each_file_operation_at_the_start(tmp_path: Path) -> None:
-    plain = undisturbed(tmp_path / "plain", 1, MUCH, *EMA)
+    plain = uninterrupted(1, STATEFUL, *EMA)
     folder = tmp_path / "killed"
-    recipe = write_recipe(folder, MUCH)
+    recipe = write_recipe(folder, STATEFUL)
     for count in range(1, 13):  # four files, each with a sync, a rename and a sync of its folder
         trainers = killed(1, folder, recipe, functools.partial(kill_before_file_operation, count, None), *EMA)
         assert "run directory" not in trainers.text(), "the run has more than its first files"
@@ -230,9 +224,9 @@ def test_killed_before_each_file_operation_at_the_start(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_before_each_file_operation_at_the_end(tmp_path: Path, world: int) -> None:
-    plain = undisturbed(tmp_path / "plain", world, MUCH, *EMA)
+    plain = uninterrupted(world, STATEFUL, *EMA)
     folder, begin = tmp_path / "killed", (toolkit.training.finalize, "link_best")
-    recipe = write_recipe(folder, MUCH)
+    recipe = write_recipe(folder, STATEFUL)
     for count in itertools.count(1):
         killed(world, folder, recipe, functools.partial(kill_before_file_operation, count, begin), *EMA)
         if only_run(folder).is_finished:
@@ -246,7 +240,7 @@ def after_the_summary(rank: int) -> None:
 
 
 def test_a_run_killed_after_its_summary_is_finished_and_resume_auto_starts_another(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, MUCH)
+    recipe = write_recipe(tmp_path, STATEFUL)
     killed(1, tmp_path, recipe, after_the_summary, *EMA)
     first = only_run(tmp_path)
     log = first.log_file.read_text()
@@ -264,7 +258,7 @@ def test_a_requeued_job_with_a_finished_run_starts_no_other(
     tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    recipe = write_recipe(tmp_path, MUCH)
+    recipe = write_recipe(tmp_path, STATEFUL)
     killed(world, tmp_path, recipe, after_the_summary, *EMA)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     trainers = Trainers(world, tmp_path, recipe, "--resume", "auto", *EMA)
@@ -283,9 +277,9 @@ def test_a_requeued_job_with_a_finished_run_starts_no_other(
 
 def test_a_run_killed_after_closing_its_trackers_closes_them_again_when_resumed(tmp_path: Path) -> None:
     tracked = (*EMA, "--set", 'tracking.trackers=["tensorboard"]')
-    plain = undisturbed(tmp_path / "plain", 1, MUCH, *tracked)
+    plain = uninterrupted(1, STATEFUL, *tracked)
     folder = tmp_path / "killed"
-    recipe = write_recipe(folder, MUCH)
+    recipe = write_recipe(folder, STATEFUL)
     killed(1, folder, recipe, functools.partial(_kill_after, Tracking, "finish"), *tracked)
     assert not only_run(folder).is_finished
     trainers = Trainers(1, folder, recipe, "--resume", "auto", *tracked)
