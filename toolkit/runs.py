@@ -10,6 +10,7 @@
       origins.json       for each recipe key, where its value came from
       figures/           SVG and PDF, for print; report.html: everything in one file
       checkpoints/       best.safetensors, model.json, and what is needed to resume
+      evaluations/       metrics and predictions on other data sets (toolkit/evaluations.py)
       log.txt            console output
       wandb/ tensorboard/ mlflow.db
 
@@ -315,11 +316,7 @@ class Run:
 
     def write_predictions(self, rows: Iterable[Sequence[object]]) -> None:
         """Write predictions.csv: path, label, prediction, probability."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(PREDICTION_COLUMNS)
-        writer.writerows(rows)
-        self.write_text("predictions.csv", text.getvalue())
+        self.write_text("predictions.csv", predictions_csv(rows))
 
     def write_metrics(self, length: int, lines: bytes) -> int:
         """Truncate metrics.jsonl to ``length`` bytes, append ``lines``, and return its new length."""
@@ -340,6 +337,15 @@ class Run:
         """Delete incomplete files left by a killed trainer; call with the lock held."""
         for path in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
             path.unlink(missing_ok=True)
+
+
+def predictions_csv(rows: Iterable[Sequence[object]]) -> str:
+    """Format predictions, rows of :data:`PREDICTION_COLUMNS`, as CSV."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(PREDICTION_COLUMNS)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _is_fraction(text: str) -> bool:

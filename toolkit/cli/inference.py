@@ -39,19 +39,45 @@ def log(text: str) -> None:
 @command
 def evaluate(
     run: RunPath,
-    split: Annotated[str, typer.Option(metavar="SPLIT", help="test, validation or train.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="SPLIT", help="test, validation or train. Default: test; with --data all images."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE|FOLDER|TABLE",
+            help="Another labeled data set: a recipe's [data], class folders, or a table of paths and labels.",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --data: name of the evaluation. Default: that of the data."),
+    ] = None,
+    ignore_unknown_classes: Annotated[
+        bool, typer.Option(help="With --data: leave out images of classes that the model does not have.")
+    ] = False,
     data_root: DataRoot = None,
     as_json: AsJson = False,
 ) -> int:
-    """Evaluate a run's model again and compare with its summary.
+    """Evaluate a run's model again and compare with its summary, or evaluate it on another data set.
 
     Each metric that the run recorded for this split is recomputed and compared: equal, different by rounding, or
     different. Exit status 1 if one is different.
 
+    With --data, the model is evaluated on other images, whose classes are matched by name. Metrics and predictions are
+    written to RUN/evaluations/NAME, and the run's report shows them beside its own.
+
     Example: toolkit evaluate runs/quickstart/20260102-030405-abcd --split validation
+
+    Example: toolkit evaluate runs/quickstart --data photos/ --name photos
 
     On several processes: accelerate launch -m toolkit evaluate RUN
     """
+    if data is None and (name is not None or ignore_unknown_classes):
+        raise UserError("--name and --ignore-unknown-classes are for another data set: give it with --data")
+    if data is not None and data_root is not None:
+        raise UserError("--data-root is where the run's own images are; with --data, only the other data set is read")
     from toolkit.runs import open_run
 
     opened = open_run(run)
@@ -59,13 +85,20 @@ def evaluate(
     # torch is imported only here, once the run is known to be readable.
     from toolkit.distributed.context import distributed_context
     from toolkit.inference.evaluate import check_split, evaluate_run
+    from toolkit.inference.evaluate_data import evaluate_data
 
-    check_split(split)
+    check_split(split or "test")
     with distributed_context(recipe.train) as accelerator:
-        report = evaluate_run(opened, split, accelerator, data_root)
+        if data is not None:
+            settings = {"split": split, "name": name, "ignore_unknown_classes": ignore_unknown_classes}
+            found = evaluate_data(opened, data, accelerator, **settings)  # type: ignore[arg-type]
+            text, differs = found.json(opened) if as_json else found.text(opened), False
+        else:
+            report = evaluate_run(opened, split or "test", accelerator, data_root)
+            text, differs = report.json(opened) if as_json else report.text(), report.differs
         if accelerator.is_main_process:
-            print(report.json(opened) if as_json else report.text(), flush=True)
-    return EXIT_FAILURE if report.differs else EXIT_OK
+            print(text, flush=True)
+    return EXIT_FAILURE if differs else EXIT_OK
 
 
 @command

@@ -155,7 +155,7 @@ def evaluate_run(
     dataset, indices = split_images(run, split, trained, data_root)
     transform = build_transform(split, recipe.augment, trained.preprocessing)
     images = SplitDataset(dataset.images, dataset.labels, indices, transform, recipe.recipe.seed)
-    loader = _loader(run, images, summary.get("processes") or run.processes, accelerator)
+    loader = split_loader(run, images, summary.get("processes") or run.processes, accelerator)
     module, channels_last = trained.module.to(accelerator.device), recipe.train.channels_last
     if channels_last:
         module.to(memory_format=torch.channels_last)
@@ -183,7 +183,7 @@ def evaluate_run(
     return report
 
 
-def _loader(run: Run, images: SplitDataset, processes: int, accelerator: Accelerator) -> EvaluationLoader:
+def split_loader(run: Run, images: SplitDataset, processes: int, accelerator: Accelerator) -> EvaluationLoader:
     """Return a loader that distributes the batches of the run's own evaluation over the current processes."""
     recipe, count = run.recipe, len(images.indices)
     size = recipe.train.images_per_evaluation

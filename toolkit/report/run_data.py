@@ -12,6 +12,7 @@ from PIL import Image
 
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
+from toolkit.evaluations import Evaluation, evaluation_names, read_evaluation
 from toolkit.reading import UnreadableFile, read_json, require_file
 from toolkit.recipe import Recipe
 from toolkit.recipe.diagnostics import printable
@@ -103,6 +104,8 @@ class RunData:
     """The misclassified test images with the highest probabilities, highest first."""
     samples: TrainingSamples | None = None
     effect: FilterEffect | None = None
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """Evaluations of the best model on other data sets."""
     missing: list[str] = field(default_factory=list)
     """Messages about what cannot be shown, and why."""
 
@@ -197,6 +200,9 @@ def load_run_data(run: Run) -> RunData:
     data.origins = data.try_load("the origins of the recipe's values", lambda: run.origins) or {}
     if (data.summary is not None and run.has_test) or (run.path / "predictions.csv").exists():
         data.predictions = data.try_load("predictions", lambda: read_predictions(run, data.classes))
+    for name in evaluation_names(run):
+        found = data.try_load(f"evaluation {name}", lambda name=name: read_evaluation(run, name))  # type: ignore[misc]
+        data.evaluations += [] if found is None else [found]
     data.filters = data.try_load("filters of the first layer", lambda: _read_filters(run))
     return data
 

@@ -12,10 +12,22 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from toolkit.evaluations import Evaluation
 from toolkit.expectations import check_expectations
 from toolkit.formatting import duration, plural
 from toolkit.metrics import METRICS
-from toolkit.report.html import HtmlCell, HtmlRow, HtmlTable, integer, metric_cell, name, percent, share, write_page
+from toolkit.report.html import (
+    HtmlCell,
+    HtmlRow,
+    HtmlTable,
+    code,
+    integer,
+    metric_cell,
+    name,
+    percent,
+    share,
+    write_page,
+)
 from toolkit.report.learning_curves import learning_rates, points
 from toolkit.report.prediction_metrics import (
     Calibration,
@@ -52,6 +64,7 @@ def write_run_page(path: Path, data: RunData, svg: Mapping[str, str], files: Seq
         cards=list(_cards(data)),
         models=_models(data.summary),
         expectations=check_expectations(data.recipe, data.summary) if data.recipe and data.summary else [],
+        evaluations=_evaluations(data),
         charts=CHARTS,
         by_class=_by_class(found, data.counts) if found else None,
         confusions=_confusions(found) if found else None,
@@ -146,6 +159,38 @@ def _models(summary: Record | None) -> HtmlTable:
         values = [metric_cell(metric, found.get(metric.key)) for metric in metrics]
         rows.append(HtmlRow([HtmlCell(model), integer(found["epoch"]), *values], "best" if model == "best" else ""))
     return HtmlTable(["model", "epoch", *(metric.label for metric in metrics)], rows, range(1, len(metrics) + 2))
+
+
+def _evaluations(data: RunData) -> HtmlTable:
+    """Return a table of the best model's metrics on other data sets, below those on the run's own images."""
+    best = data.summary["best"] if data.summary else {}
+    own = next((split for split in ("test", "val") if f"{split}_accuracy" in best), None)
+    metrics = [metric for metric in METRICS.values() if metric.model == "best" and metric.split == (own or "test")]
+    keys = [metric.key.partition("_")[2] for metric in metrics]
+    rows, notes = [], []
+    if own is not None:
+        split = "test" if own == "test" else "validation"
+        images = (data.summary or {}).get("images", {}).get(split, 0)
+        values = [metric_cell(metric, best.get(metric.key)) for metric in metrics]
+        rows.append(HtmlRow([name(f"{split} images of the run"), code(""), integer(images), *values], "best"))
+    for each in data.evaluations:
+        source = f"{each.data} --split {each.split}" if each.split else each.data
+        values = [metric_cell(metric, each.metrics.get(key)) for metric, key in zip(metrics, keys, strict=True)]
+        rows.append(HtmlRow([name(each.name), code(source), integer(each.images), *values]))
+        notes += [f"{each.name}: {note}" for note in _evaluation_notes(data, each)]
+    head = ["data set", "source", "images", *(metric.measure.heading for metric in metrics)]
+    return HtmlTable(head, rows, range(2, len(head)), notes=notes)
+
+
+def _evaluation_notes(data: RunData, found: Evaluation) -> Iterator[str]:
+    if found.missing_classes:
+        yield f"no images of {len(found.missing_classes)} of the model's classes"
+    if found.unknown_classes:
+        images, classes = sum(found.unknown_classes.values()), plural(len(found.unknown_classes), "class", "classes")
+        yield f"without {plural(images, 'image')} of {classes} that the model does not have"
+    if data.summary is not None and found.epoch != data.best_epoch:
+        when = "before the run had finished" if found.epoch is None else f"with the model of epoch {found.epoch}"
+        yield f"evaluated {when}; the best one is now that of epoch {data.best_epoch}: evaluate it again"
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------

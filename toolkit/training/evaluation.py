@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,13 @@ class EvalResult:
             f"{prefix}balanced_accuracy": float((hits[present] / support[present]).mean()),
             f"{prefix}macro_f1": float((2 * hits[occurs] / (support + predicted)[occurs]).mean()),
         }
+
+    def rows(self, names: Sequence[str], classes: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
+        """Yield the rows of predictions.csv; ``names`` are those of the images."""
+        for name, label, prediction, probability in zip(
+            names, self.labels, self.predictions, self.probabilities, strict=True
+        ):
+            yield name, classes[int(label)], classes[int(prediction)], f"{np.float32(probability):.6g}"
 
 
 @torch.inference_mode()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import resource
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -39,7 +38,9 @@ def finish(training: Trainer) -> dict[str, Any]:
     summary = _summary(training, best, last)
     run = training.run
     if run is not None and test is not None and training.accelerator.is_main_process:
-        run.write_predictions(_prediction_rows(training, test))
+        dataset = training.setup.dataset
+        names = [dataset.images.name(int(index)) for index in training.setup.splits["test"]]
+        run.write_predictions(test.rows(names, dataset.classes))
     training.accelerator.wait_for_everyone()
     return summary
 
@@ -163,13 +164,3 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _prediction_rows(training: Trainer, test: EvalResult) -> list[tuple[str, str, str, str]]:
-    dataset = training.setup.dataset
-    names = (dataset.images.name(int(index)) for index in training.setup.splits["test"])
-    columns = zip(names, test.labels, test.predictions, test.probabilities, strict=True)
-    return [
-        (name, dataset.classes[int(label)], dataset.classes[int(prediction)], f"{np.float32(probability):.6g}")
-        for name, label, prediction, probability in columns
-    ]

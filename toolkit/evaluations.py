@@ -1,0 +1,102 @@
+"""Evaluations of a run's model on other data sets, as files of its run directory. Imports no torch.
+
+RUN/evaluations/<name>/
+  evaluation.json   the data, and the model's metrics on them
+  predictions.csv   path, label, prediction, probability of each image
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from toolkit.errors import UserError
+from toolkit.reading import Shape, read_json
+from toolkit.recipe.base import NAME_LENGTH, NAME_PATTERN
+from toolkit.runs import Run, predictions_csv, write_atomically
+
+Metrics = dict[str, float]
+
+
+class _Evaluation(Shape):
+    """Schema of evaluation.json."""
+
+    data: str
+    split: str | None
+    images: int = Field(ge=1)
+    metrics: Metrics
+    missing_classes: list[str]
+    unknown_classes: dict[str, int]
+    epoch: int | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of a run's best model on another data set."""
+
+    name: str
+    data: str
+    """The data set as named on the command line: a recipe, folder or table."""
+    split: str | None
+    """The split of the data set; None: all its images."""
+    images: int
+    metrics: Metrics
+    """Value of each of :data:`toolkit.metrics.MEASURES`, without a prefix."""
+    missing_classes: list[str]
+    """Classes of the model without an image."""
+    unknown_classes: dict[str, int]
+    """Classes that the model does not have, whose images were left out, and their numbers of images."""
+    epoch: int | None
+    """Epoch of the model; None if the run had not finished."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the files, relative to the run directory."""
+        return Path("evaluations", self.name)
+
+
+def check_name(run: Run, name: str, data: str, split: str | None) -> None:
+    """Raise UserError if an evaluation cannot have this name: it is no folder name, or that of another evaluation."""
+    if not re.match(NAME_PATTERN, name) or len(name) > NAME_LENGTH:
+        raise UserError(
+            f"{name!r} cannot be the name of a folder for the evaluation: choose one of letters, digits and _+=,@- "
+            f"with --name, of at most {NAME_LENGTH} characters"
+        )
+    path = run.path / "evaluations" / name / "evaluation.json"
+    if not path.exists():
+        return
+    found = read_json(path, _Evaluation)
+    if (found["data"], found["split"]) != (data, split):
+        other = found["data"] + (f" --split {found['split']}" if found["split"] else "")
+        raise UserError(f"{path.parent} holds the evaluation on --data {other}; choose another name with --name")
+
+
+def write_evaluation(run: Run, found: Evaluation, predictions: Iterable[Sequence[object]]) -> None:
+    """Write the files of an evaluation. Raises UserError if that fails."""
+    folder = run.path / found.folder
+    record: dict[str, Any] = asdict(found)
+    del record["name"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "predictions.csv", predictions_csv(predictions).encode())
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder / "evaluation.json", text.encode(errors="backslashreplace"))
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror}") from None
+
+
+def evaluation_names(run: Run) -> list[str]:
+    """Return the names of a run's evaluations, sorted."""
+    return sorted(path.parent.name for path in (run.path / "evaluations").glob("*/evaluation.json"))
+
+
+def read_evaluation(run: Run, name: str) -> Evaluation:
+    """Read an evaluation. Raises UserError if it is damaged."""
+    found = read_json(run.path / "evaluations" / name / "evaluation.json", _Evaluation)
+    return Evaluation(name, **{key: found[key] for key in _Evaluation.model_fields})

@@ -1,0 +1,251 @@
+"""Evaluate a run's model on another labeled data set, whose classes are found among the model's by their names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+
+from toolkit.data.dataloader import SplitDataset
+from toolkit.data.datasets import Dataset, open_dataset
+from toolkit.data.image_sources import check_images
+from toolkit.data.preprocessing import as_trained
+from toolkit.data.sampling import IntArray
+from toolkit.data.splits import split_dataset
+from toolkit.data.table_files import FORMATS
+from toolkit.distributed.cpu_count import available_cpus
+from toolkit.distributed.process import autocast_dtype, local_processes, main_first, main_only
+from toolkit.errors import UserError
+from toolkit.evaluations import Evaluation, check_name, write_evaluation
+from toolkit.formatting import plural
+from toolkit.inference.evaluate import split_loader
+from toolkit.metrics import MEASURES
+from toolkit.recipe import Recipe, load_recipe
+from toolkit.recipe.data_schema import ColumnsConfig, DataConfig
+from toolkit.recipe.resolve import with_defaults
+from toolkit.runs import Run
+from toolkit.similar_names import did_you_mean
+from toolkit.training.console import table
+from toolkit.training.evaluation import evaluate
+from toolkit.training.trained_model import TrainedModel, load_model
+
+SHOWN = 10
+"""Maximum number of class names in a message."""
+
+
+@dataclass(frozen=True)
+class DataEvaluation:
+    """Result of an evaluation on another data set."""
+
+    evaluation: Evaluation
+    own: tuple[str, dict[str, float]] | None
+    """Name and metrics, without a prefix, of the run's own test split, or of its validation split; None if the run
+    recorded neither."""
+    notes: list[str]
+
+    def text(self, run: Run) -> str:
+        """Format as a table of the metrics, beside those on the run's own images, and notes."""
+        found = self.evaluation
+        own, recorded = self.own or ("", {})
+        rows = [
+            (measure.label, f"{found.metrics[key]:.6g}", f"{recorded[key]:.6g}" if key in recorded else "-")
+            for key, measure in MEASURES.items()
+            if key in found.metrics
+        ]
+        header = ("metric", found.name, f"run's {own}")
+        if self.own is None:
+            rows, header = [row[:2] for row in rows], header[:2]  # type: ignore[misc, assignment]
+        part = f", split {found.split}" if found.split else ""
+        title = f"{found.data}{part}: {plural(found.images, 'image')}"
+        files = f"{run.path / found.folder}: evaluation.json, predictions.csv"
+        return "\n".join([title, table(rows, header, frozenset((1, 2))), *self.notes, files])
+
+    def json(self, run: Run) -> str:
+        """Format as JSON."""
+        own = {"split": self.own[0], "metrics": self.own[1]} if self.own else None
+        content = {"run": str(run.path), **asdict(self.evaluation), "own": own, "notes": self.notes}
+        return json.dumps(content, indent=2)
+
+
+def evaluate_data(
+    run: Run,
+    data: str,
+    accelerator: Accelerator,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    ignore_unknown_classes: bool = False,
+) -> DataEvaluation:
+    """Evaluate a run's best model on a data set and write the result to the run directory. Collective.
+
+    ``data``: a recipe, whose [data] is used, a folder or a table of images. ``split``: None evaluates all its images.
+    ``name``: folder below RUN/evaluations; None: named after ``data``. The images are preprocessed as the run's test
+    images, and evaluated in batches that do not depend on the number of processes.
+
+    Raises UserError for classes that the model does not have, unless their images are left out with
+    ``ignore_unknown_classes``.
+    """
+    path = Path(data).resolve()
+    name = name or "-".join(filter(None, (path.name if path.is_dir() else path.stem, split)))
+    check_name(run, name, data, split)
+    trained, recipe = load_model(run.path), run.recipe
+    config = data_config(data, recipe, split)
+    channels = trained.preprocessing.channels
+    config = as_trained(config, trained.preprocessing).model_copy(update={"channels": channels})
+    dataset = main_first(accelerator, lambda: open_dataset(config))
+    indices = _indices(dataset, config, split, draw=path.suffix == ".toml")
+    indices, labels, unknown = match_classes(dataset, indices, trained.classes, data, ignore=ignore_unknown_classes)
+    indices, notes = _readable(dataset, config, indices, accelerator)
+    images = SplitDataset(dataset.images, labels, indices, trained.transform, recipe.recipe.seed)
+    loader = split_loader(run, images, run.processes, accelerator)
+    module, channels_last = trained.module.to(accelerator.device), recipe.train.channels_last
+    try:
+        result = evaluate(
+            module,
+            loader,
+            labels[indices],
+            accelerator.device,
+            autocast_dtype=autocast_dtype(accelerator.mixed_precision),
+            channels_last=channels_last,
+        )
+    finally:
+        loader.close()
+    present = np.bincount(labels[indices], minlength=len(trained.classes)) > 0
+    missing = [each for each, is_present in zip(trained.classes, present, strict=True) if not is_present]
+    summary = run.summary if run.is_finished else None
+    found = Evaluation(
+        name=name,
+        data=data,
+        split=split,
+        images=len(indices),
+        metrics=result.metrics(""),
+        missing_classes=missing,
+        unknown_classes=unknown,
+        epoch=summary["best"]["epoch"] if summary else None,
+    )
+    names = [dataset.images.name(int(i)) for i in indices]
+    main_only(accelerator, lambda: write_evaluation(run, found, result.rows(names, trained.classes)), share=False)
+    notes += _notes(run, config, trained, found, names)
+    return DataEvaluation(found, own_metrics(summary["best"] if summary else {}), notes)
+
+
+def own_metrics(best: dict[str, float]) -> tuple[str, dict[str, float]] | None:
+    """Return the name of the run's test split, or else its validation split, and the best model's metrics on it."""
+    for split, prefix in (("test", "test_"), ("validation", "val_")):
+        found = {key: best[prefix + key] for key in MEASURES if prefix + key in best}
+        if found:
+            return split, found
+    return None
+
+
+def data_config(data: str, recipe: Recipe, split: str | None) -> DataConfig:
+    """Return the [data] table of a data set named on the command line; ``recipe`` is the run's.
+
+    A table is read with the columns of the run's own table, if it has one; its column of splits only for ``split``.
+    """
+    path = Path(data)
+    if path.suffix == ".toml":
+        return with_defaults(load_recipe(path)).data
+    if path.is_dir():
+        return DataConfig(dataset="imagefolder", root=data, class_folders=recipe.data.class_folders)
+    if path.suffix.lower() in FORMATS:
+        own = recipe.data.columns
+        columns = ColumnsConfig(image=own.image, label=own.label, split=(own.split or "split") if split else None)
+        return DataConfig(
+            dataset="table",
+            table=data,
+            root=str(path.parent),
+            columns=columns,
+            class_names=recipe.data.class_names,
+            label_separator=recipe.data.label_separator,
+        )
+    state = "is none of these" if path.exists() else "does not exist"
+    raise UserError(
+        f"--data {data} {state}: expected a recipe (.toml), whose [data] is used, a folder with one folder per class, "
+        f"or a table ({', '.join(FORMATS)})"
+    )
+
+
+def _indices(dataset: Dataset, config: DataConfig, split: str | None, *, draw: bool) -> IntArray:
+    """Return the indices of all images, or of a split: the data set's own, or with ``draw`` that of a recipe."""
+    if split is None:
+        return np.sort(np.concatenate(list(dataset.lists.values())))
+    splits = split_dataset(dataset, config) if draw else dataset.lists
+    if not len(splits.get(split, ())):
+        found = ", ".join(name for name in splits if len(splits[name]))
+        raise UserError(f"the data set has no {split} images, only {found}; without --split all are evaluated")
+    return splits[split]
+
+
+def match_classes(
+    dataset: Dataset, indices: IntArray, classes: list[str], data: str, *, ignore: bool
+) -> tuple[IntArray, IntArray, dict[str, int]]:
+    """Find the classes of a data set among the ``classes`` of a model, by name.
+
+    Returns the indices of the images to evaluate, the labels of all images of the data set as indices into ``classes``
+    (int64, -1 for an unknown class), and the numbers of images of unknown classes, which are left out. Raises UserError
+    if there are unknown classes and ``ignore`` is false, or if all are unknown.
+    """
+    if dataset.is_multi_label:
+        raise UserError(f"{data} has several labels per image, and the model was trained for one class per image")
+    known = {name: number for number, name in enumerate(classes)}
+    labels = np.array([known.get(name, -1) for name in dataset.classes], dtype=np.int64)[dataset.labels]
+    is_known = labels[indices] >= 0
+    counts = np.bincount(dataset.labels[indices[~is_known]], minlength=len(dataset.classes))
+    unknown = {dataset.classes[i]: int(counts[i]) for i in np.flatnonzero(counts)}
+    if not is_known.any():
+        raise UserError(
+            f"none of the classes of {data} is a class of the model, and they are matched by name: {_shown(unknown)}; "
+            f"the model has {_shown(classes)}"
+        )
+    if unknown and not ignore:
+        first = next(iter(unknown))
+        hint = did_you_mean(first, classes, prefix=f" (for {first}: ")
+        raise UserError(
+            f"{data} has {plural(len(unknown), 'class', 'classes')} that the model does not have: {_shown(unknown)}"
+            f"{hint and hint + ')'}. Rename them, or leave out their {plural(sum(unknown.values()), 'image')} with "
+            "--ignore-unknown-classes"
+        )
+    return indices[is_known], labels, unknown
+
+
+def _shown(names: list[str] | dict[str, int]) -> str:
+    shown = list(names)[:SHOWN]
+    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _readable(
+    dataset: Dataset, config: DataConfig, indices: IntArray, accelerator: Accelerator
+) -> tuple[IntArray, list[str]]:
+    """Return the indices without unreadable images, if data.on_bad_image allows to leave them out, and notes."""
+    decode, threads = config.on_bad_image == "skip", available_cpus(local_processes())
+    bad = main_only(accelerator, lambda: check_images(dataset.images, indices, decode=decode, threads=threads).bad)
+    if not bad:
+        return indices, []
+    named = "; ".join(f"{dataset.images.name(i)}: {reason}" for i, reason in bad[:5])
+    text = f"{len(bad)} of {plural(len(indices), 'image')} cannot be read: {named}{'; ...' if len(bad) > 5 else ''}"
+    if not decode:
+        raise UserError(f'{text}. Repair or remove them, or evaluate a recipe with data.on_bad_image = "skip"')
+    if len(bad) > config.max_bad_fraction * len(indices):
+        raise UserError(f"{text}: more than data.max_bad_fraction = {config.max_bad_fraction:g} allows")
+    return indices[~np.isin(indices, [i for i, _ in bad])], [f"left out: {text}"]
+
+
+def _notes(run: Run, config: DataConfig, trained: TrainedModel, found: Evaluation, names: list[str]) -> list[str]:
+    """Return notes on the classes and on what limits the comparison with the run's own metrics."""
+    notes = [trained.caution] if trained.caution else []
+    if found.missing_classes:
+        count = f"{len(found.missing_classes)} of the model's {len(trained.classes)} classes"
+        notes.append(f"no images of {count}: {_shown(found.missing_classes)}")
+    if found.unknown_classes:
+        images = plural(sum(found.unknown_classes.values()), "image")
+        notes.append(f"left out: {images} of classes that the model does not have: {_shown(found.unknown_classes)}")
+    own = run.recipe.data
+    if (config.dataset, config.root) == (own.dataset, own.root):
+        trained_on = len(set(run.split["train"]).intersection(names))
+        if trained_on:
+            notes.append(f"{trained_on} of these images are training images of the run")
+    return notes
