@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +11,33 @@ import pytest
 import timm
 import torch
 from cli import toolkit
-from finished import CONVNET, train_on_files
+from finished import CONVNET, TIMM, digit_files, train_on_files
 from PIL import Image
 from timm.data import create_transform
 from torch import nn
+from trainers import Trainers, at_call, kill_self
 
 from toolkit.augment import resize
 from toolkit.augment.transforms import build_transform
 from toolkit.data.channel_stats import channel_statistics
 from toolkit.data.image_sources import InMemoryImages
 from toolkit.data.pipeline import plan_preprocessing
-from toolkit.data.preprocessing import Preprocessing, image_area, resolve_preprocessing
+from toolkit.data.preprocessing import Preprocessing, image_area, resolve_preprocessing, stage_of
+from toolkit.distributed.process import init_accelerator
 from toolkit.errors import UserError
 from toolkit.inference.explain import CamLayer, explain, find_layer, heat_maps, subjects_from_files
-from toolkit.models.build import build_model
-from toolkit.recipe.schema import AugmentConfig, DataConfig, ModelConfig
-from toolkit.runs import Run
+from toolkit.models.build import build_model, check_sizes
+from toolkit.recipe.schema import AugmentConfig, DataConfig, ModelConfig, Recipe
+from toolkit.runs import Run, open_run
+from toolkit.training.console import Console
+from toolkit.training.context import build_context
+from toolkit.training.loaders import build_loaders
+from toolkit.training.train_step import TrainStep
 from toolkit.training.trained_model import TrainedModel, load_model
 
 pytestmark = pytest.mark.long
 
+FLIPPED = 'augment.train=[{name="RandomHorizontalFlip"}]'
 FLIP = {"name": "RandomHorizontalFlip", "p": 1.0}
 
 
@@ -232,3 +240,105 @@ def test_explained_areas_leave_out_the_background(tmp_path: Path) -> None:
     steps = json.loads((tmp_path / "out" / "preprocessing.json").read_text())["steps"]
     assert any("with the aspect ratio kept to fit into 8 x 14" in step for step in steps)
     assert any("padding smaller images with the color [128, 128, 128]" in step for step in steps)
+
+
+# -- sizes of evaluation and of training's stages ---------------------------------------------------------------------
+
+STAGES = ("data.image_size=24", "data.progressive_sizes=[16, [20, 24], 24]", "data.eval_image_size=32")
+
+
+def test_the_stage_of_an_epoch_divides_the_epochs_into_equal_parts() -> None:
+    assert [stage_of(epoch, 10, 3) for epoch in range(10)] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [stage_of(epoch, 4, 4) for epoch in range(4)] == [0, 1, 2, 3]
+    assert stage_of(10, 10, 3) == 2, "an epoch after the planned ones"
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose inputs have three sizes in training and a larger one in evaluation, read from the cache."""
+    folder = tmp_path_factory.mktemp("staged")
+    return train_on_files(folder, TIMM, *STAGES, FLIPPED, 'data.cache="memory"', epochs=3)
+
+
+def test_sizes_of_training_and_evaluation_are_used_and_stored(staged: Run, tmp_path: Path) -> None:
+    log = (staged.path / "log.txt").read_text()
+    assert "input 3x16x16, then 3x20x24, then 3x24x24 in training, 3x32x32 in evaluation" in log
+    for size in ("short side 16", "cover 20 x 24", "short side 24", "short side 32"):
+        assert f"(decode, resize to {size}" in log
+    trained = load_model(staged.path)
+    assert (trained.preprocessing.image_size, trained.train_size) == ((32, 32), (24, 24))
+    evaluated = toolkit("evaluate", staged.path, "--json")
+    assert {m["verdict"] for m in json.loads(evaluated.stdout)["metrics"]["best"].values()} == {"equal"}
+    assert toolkit("export", staged.path, "--format", "timm", "-o", tmp_path / "out").status == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+
+
+def test_stages_do_not_depend_on_the_cache(staged: Run, tmp_path: Path) -> None:
+    plain = train_on_files(tmp_path, TIMM, *STAGES, FLIPPED, 'data.cache="off"', epochs=3)
+    assert plain.best_weights.read_bytes() == staged.best_weights.read_bytes()
+    assert plain.metrics_file.read_bytes() == staged.metrics_file.read_bytes()
+
+
+def test_a_run_killed_within_a_stage_continues_as_if_it_had_not_been(staged: Run, tmp_path: Path) -> None:
+    shutil.copytree(staged.path.parents[2] / "data", tmp_path / "data")
+    recipe = tmp_path / "recipe.toml"
+    text = (staged.path.parents[2] / "recipe.toml").read_text()
+    recipe.write_text(text.replace(str(staged.path.parents[2]), str(tmp_path)))
+    overrides = [part for setting in (*STAGES, FLIPPED, 'data.cache="memory"') for part in ("--set", setting)]
+    steps = int(staged.epochs()[0]["step"])
+    killed = Trainers(1, tmp_path / "shown", recipe, *overrides, prepare=lambda _: kill_at(steps + 2))
+    assert killed.wait() == [-9], killed.text()
+    (path,) = (tmp_path / "runs" / "tiny").iterdir()
+    resumed = toolkit("train", "--resume", path, "--no-report")
+    assert resumed.status == 0, resumed.stderr
+    run = open_run(path)
+    assert run.best_weights.read_bytes() == staged.best_weights.read_bytes()
+    assert run.metrics_file.read_bytes() == staged.metrics_file.read_bytes()
+
+
+def kill_at(step: int) -> None:
+    at_call(TrainStep, "_update", step, kill_self)
+
+
+def test_each_stage_gives_the_batches_of_a_run_of_that_size(tmp_path: Path) -> None:
+    """The order of the examples and their augmentation are those of the same epoch without stages."""
+    digit_files(tmp_path / "data", train=2, test=2)
+    base = {"recipe": {"name": "any", "run_root": str(tmp_path)}, "model": {"source": "timm", "name": "test_resnet"},
+            "optimizer": {"name": "sgd", "lr": 0.1}, "tracking": {"trackers": []},
+            "train": {"epochs": 2, "batch_size": 8, "precision": "no"},
+            "augment": {"train": [{"name": "RandomHorizontalFlip"}]}}  # fmt: skip
+    data = {"dataset": "imagefolder", "root": str(tmp_path / "data"), "workers": 0, "cache": "off"}
+
+    def batches(epoch: int, **sizes: object) -> list[torch.Tensor]:
+        recipe = Recipe.model_validate({**base, "data": {**data, **sizes}})
+        setup = build_context(recipe, init_accelerator(recipe.train), Console(is_main=False))
+        loaders = build_loaders(setup, lambda items, rounds: items)
+        found = [batch.images for _, batch in loaders.train.epoch(epoch)]
+        loaders.close()
+        return found
+
+    for epoch, size in ((0, 16), (1, 24)):
+        staged = batches(epoch, image_size=24, progressive_sizes=[16, 24])
+        for one, other in zip(staged, batches(epoch, image_size=size), strict=True):
+            assert one.shape[2:] == (size, size)
+            assert torch.equal(one, other)
+
+
+def test_features_of_a_frozen_backbone_are_those_of_each_splits_size(tmp_path: Path) -> None:
+    """The recorded metrics come from cached features; `toolkit evaluate` computes them from images of 32 x 32."""
+    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "w.pth")
+    frozen = [f'model.weights="file:{tmp_path / "w.pth"}"', 'transfer.mode="linear_probe"']
+    run = train_on_files(tmp_path, TIMM, *frozen, "data.image_size=24", "data.eval_image_size=32")
+    assert "inputs of fc computed once" in run.summary["cached"][0]
+    evaluated = toolkit("evaluate", run.path, "--split", "validation", "--json")
+    verdicts = {m["verdict"] for m in json.loads(evaluated.stdout)["metrics"]["best"].values()}
+    assert verdicts <= {"equal", "rounding"}
+
+
+def test_a_vit_needs_embeddings_for_any_size_to_be_evaluated_at_another_one() -> None:
+    table = ModelConfig(source="timm", name="vit_tiny_patch16_224", args={"depth": 1})
+    with pytest.raises(UserError, match=r"does not take images of 96 x 96 pixels; .*dynamic_img_size = true"):
+        check_sizes(build_model(table, 3, 3, 64), table, 3, [(96, 96)])
+    dynamic = table.model_copy(update={"args": {"depth": 1, "dynamic_img_size": True}})
+    check_sizes(build_model(dynamic, 3, 3, 64), dynamic, 3, [(96, 96), (64, 96)])

@@ -81,6 +81,21 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['data.resize="letterbox"'],
     ),
     (
+        "error: data.progressive_sizes: the last size is 48 x 48, but it must be data.image_size, which is 64 x 64",
+        ['model.name="resnet18"', "data.image_size=64", "data.progressive_sizes=[32, 48]"],
+        ['model.name="resnet18"', "data.image_size=64", "data.progressive_sizes=[32, 64]"],
+    ),
+    (
+        "error: data.progressive_sizes: 3 sizes need at least 3 epochs",
+        ['model.name="resnet18"', "data.image_size=64", "data.progressive_sizes=[32, 48, 64]", "train.epochs=2"],
+        ['model.name="resnet18"', "data.image_size=64", "data.progressive_sizes=[32, 48, 64]"],
+    ),
+    (
+        "error: data.eval_image_size: the ConvNet takes inputs of one size only, 8 x 8",
+        [*CONVNET, "data.image_size=8", "data.eval_image_size=16"],
+        [*CONVNET, "data.image_size=8", "data.eval_image_size=8"],
+    ),
+    (
         "warning: data.fill: has no effect without resize",
         ['data.fill="black"'],
         ['data.fill="black"', 'data.resize="letterbox"'],

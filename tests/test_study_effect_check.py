@@ -96,6 +96,7 @@ WITH_EFFECT = {
     "versions": ("data.fixed_views = [1, 2]", ('augment.train=[{ name = "RandomRotation", degrees = 9 }]',)),
     "size": ("data.image_size = [8, 12]", ()),
     "shape": ("data.image_size = [[8, 12], [12, 8]]", ()),
+    "evaluation size": ("data.eval_image_size = [8, 9]", ()),
     "background": ('data.fill = ["mean", "black"]', ('data.resize="letterbox"',)),
     "normalization": ('data.normalize = ["half", "none"]', ()),
     "split": ("data.split.seed = [0, 1]", ()),

@@ -106,8 +106,10 @@ def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: flo
     """Benchmark a recipe on the processes started by a launcher. Collective.
 
     Images come from the cache if training would read them from there (it is built first if necessary). Cached features
-    are not used: every image passes through the whole model. Raises UserError if an epoch has no step.
+    are not used: every image passes through the whole model. Inputs have data.image_size, the last of progressive
+    sizes. Raises UserError if an epoch has no step.
     """
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"progressive_sizes": None})})
     accelerator = init_accelerator(recipe.train)
     display = Console(is_main=accelerator.is_main_process)
     setup = build_context(recipe, accelerator, display)

@@ -31,7 +31,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from toolkit.data.datasets import open_dataset
 from toolkit.data.image_sources import BLOCKS_KEPT, EncodedImages, as_image
-from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
+from toolkit.data.preprocessing import Preprocessing, eval_preprocessing, resolve_channels, resolve_preprocessing
 from toolkit.data.splits import split_dataset
 from toolkit.models.build import build_model, expected_input
 from toolkit.models.transfer import apply_transfer, param_groups
@@ -105,9 +105,10 @@ class PlainLoop:
         data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
         dataset = open_dataset(data)
         self.splits = split_dataset(dataset, recipe.data)
+        weights = expected_input(recipe.model)
         self.preprocessing = resolve_preprocessing(
             data,
-            expected_input(recipe.model),
+            weights,
             dataset.native_size,
             dataset.native_channels,
             lambda plain: ((0.5,) * plain.channels, (0.5,) * plain.channels),
@@ -121,9 +122,8 @@ class PlainLoop:
         self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.augment.label_smoothing)
         workers = max(1, len(os.sched_getaffinity(0)) - 1)
         train = ImageList(dataset, self.splits["train"], transform_of(recipe, self.preprocessing, train=True))
-        validation = ImageList(
-            dataset, self.splits["validation"], transform_of(recipe, self.preprocessing, train=False)
-        )
+        evaluated = eval_preprocessing(self.preprocessing, data, weights)
+        validation = ImageList(dataset, self.splits["validation"], transform_of(recipe, evaluated, train=False))
         common: dict[str, Any] = {
             "batch_size": recipe.train.batch_size,
             "num_workers": workers,

@@ -50,7 +50,7 @@ def feature_name(
         random = {"seed": recipe.recipe.seed, "view": view, "batched": batched}
     key = {
         "images": images,
-        "preprocessing": setup.preprocessing.to_dict(),
+        "preprocessing": setup.preprocessing_of(split).to_dict(),
         "augment": _augmentations(split, recipe.augment),
         "random": random,
         "frozen": frozen,

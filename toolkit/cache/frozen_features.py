@@ -43,6 +43,8 @@ def tail_of(recipe: Recipe, transfer: Transfer) -> str | None:
     augment = recipe.augment
     if recipe.data.cache == "off" or recipe.transfer.mode == "gradual" or augment.mixup or augment.cutmix:
         return None
+    if recipe.data.progressive_sizes:
+        return None
     if not is_deterministic("train", augment) and recipe.data.fixed_views is None:
         return None
     return find_frozen_backbone(transfer)
@@ -147,7 +149,7 @@ class Features:
         """
         setup, accelerator = self.setup, self.setup.accelerator
         count, world = len(setup.splits[split]), accelerator.num_processes
-        chunk = chunk_size(setup.preprocessing.image_size)
+        chunk = chunk_size(setup.preprocessing_of(split).image_size)
         chunks = [np.arange(start, min(start + chunk, count)) for start in range(0, count, chunk)]
         bounds = [len(chunks) * rank // world for rank in range(world + 1)]
         mine = chunks[bounds[accelerator.process_index] : bounds[accelerator.process_index + 1]]
@@ -180,7 +182,7 @@ class Features:
         fault = weights_hash(written, tail) != self.frozen["weights"]
         if not fault:
             split = self._used[-1]
-            used = self.made[split][0][: chunk_size(setup.preprocessing.image_size)].cpu()
+            used = self.made[split][0][: chunk_size(setup.preprocessing_of(split).image_size)].cpu()
             with contextlib.closing(self.loader(split, [np.arange(len(used))], self.views(split)[0])) as loader:
                 found = self._forward(written.eval(), next(iter(loader)).images)
             fault = not torch.allclose(found, used, rtol=1e-3, atol=1e-3 * float(used.abs().max()))

@@ -33,6 +33,11 @@ BLOCK = 64
 """Number of images that a worker decodes and writes at a time."""
 
 
+def split_of(name: str) -> str:
+    """Return the split of a name in a run's preprocessing plans: of "train at 128 x 128", "train"."""
+    return name.partition(" ")[0]
+
+
 class SplitImages:
     """Source of each split's images (data set or cache), and the number of transform steps already applied to them."""
 
@@ -56,7 +61,7 @@ class SplitImages:
         if isinstance(images, InMemoryImages):
             splits = self._use_array(images)
         transforms = {split: self.plans[split].transform for split in splits}
-        for part in parts(transforms, {split: self.setup.splits[split] for split in splits}):
+        for part in parts(transforms, {split: self.setup.splits[split_of(split)] for split in splits}):
             if not (isinstance(images, InMemoryImages) and leaves_images_unchanged(images, part.transform, part.steps)):
                 self._use_entry(cache, part, passes)
 

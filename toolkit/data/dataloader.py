@@ -119,6 +119,23 @@ class TrainLoader:
         self.source.close()
 
 
+class ProgressiveTrainLoader(TrainLoader):
+    """Loader of training batches whose source depends on the epoch; only one source is open at a time."""
+
+    def __init__(self, source_of: Callable[[str], BatchSource], stage_of: Callable[[int], str], plan: SamplingPlan):
+        """``source_of`` opens the source of a stage, ``stage_of`` returns the stage of an epoch (from 0)."""
+        self.source_of, self.stage_of, self.stage = source_of, stage_of, stage_of(0)
+        super().__init__(source_of(self.stage), plan)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, Batch]]:
+        """See :class:`TrainLoader`."""
+        stage = self.stage_of(epoch)
+        if stage != self.stage:
+            self.source.close()
+            self.source, self.stage = self.source_of(stage), stage
+        yield from super().epoch(epoch, first_step)
+
+
 class EvaluationLoader:
     """Loader of this process's share of a split, the same in every iteration.
 

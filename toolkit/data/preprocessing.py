@@ -84,21 +84,12 @@ def resolve_preprocessing(
     if wanted is None:
         raise UserError("data.image_size must be given: neither the weights nor the data set define one")
     size = as_size(wanted)
-    resize: int | Size | None
+    resize, cover = _resize(data, weights, size)
     border: tuple[int, ...] | None = None
-    if data.resize == "none":
-        resize = None
-    elif data.resize == "letterbox":
-        resize, border = size, (0,) * channels
-    elif isinstance(data.resize, list):
-        resize = as_size(data.resize)
-    elif data.resize is not None:
-        resize = data.resize
-    else:
-        resize = _default_resize(size, weights)
-        if weights and weights.crop_mode == "border":
-            border = tuple(round(255 * value) for value in _as_channels(weights.mean, channels))
-    cover = data.resize is None and isinstance(resize, tuple) and (not weights or weights.crop_mode == "center")
+    if data.resize == "letterbox":
+        border = (0,) * channels
+    elif data.resize is None and weights and weights.crop_mode == "border":
+        border = tuple(round(255 * value) for value in _as_channels(weights.mean, channels))
     interpolation = data.interpolation or (weights.interpolation if weights else "bilinear")
     zeros, ones = (0.0,) * channels, (1.0,) * channels
     crop = data.crop == "center"
@@ -137,6 +128,46 @@ def image_area(preprocessing: Preprocessing, image: Size) -> tuple[slice, slice]
     starts = [max(0, (whole - side) // 2) for whole, side in zip(size, scaled, strict=True)]
     rows, columns = (slice(at, at + min(side, n)) for at, side, n in zip(starts, scaled, size, strict=True))
     return rows, columns
+
+
+def eval_preprocessing(train: Preprocessing, data: DataConfig, weights: PretrainedInput | None) -> Preprocessing:
+    """Return the preprocessing of evaluation and prediction: that of training, unless ``eval_image_size`` is set."""
+    return _at_size(train, data, weights, as_size(data.eval_image_size)) if data.eval_image_size else train
+
+
+def training_stages(train: Preprocessing, data: DataConfig, weights: PretrainedInput | None) -> list[Preprocessing]:
+    """Return the preprocessing of each stage of ``progressive_sizes``; without it, one stage."""
+    sizes = data.progressive_sizes or [as_value(train.image_size)]
+    stages = [_at_size(train, data, weights, as_size(size)) for size in sizes]
+    if stages[-1].image_size != train.image_size:
+        raise UserError(
+            f"data.progressive_sizes ends with {sizes[-1]}, but the last size must be data.image_size, which is "
+            f"{as_value(train.image_size)}"
+        )
+    return stages
+
+
+def stage_of(epoch: int, epochs: int, stages: int) -> int:
+    """Return the stage of an epoch (both from 0): the run's epochs are divided into ``stages`` equal parts."""
+    return min(stages - 1, epoch * stages // epochs)
+
+
+def _at_size(known: Preprocessing, data: DataConfig, weights: PretrainedInput | None, size: Size) -> Preprocessing:
+    """Return a preprocessing for inputs of another size, with the same normalization."""
+    resize, cover = _resize(data, weights, size)
+    return replace(known, image_size=size, resize=resize, cover=cover)
+
+
+def _resize(data: DataConfig, weights: PretrainedInput | None, size: Size) -> tuple[int | Size | None, bool]:
+    """Return ``resize`` and ``cover`` of the preprocessing for inputs of this size."""
+    if data.resize == "none":
+        return None, False
+    if data.resize == "letterbox":
+        return size, False
+    if data.resize is not None:
+        return data.resize if isinstance(data.resize, int) else as_size(data.resize), False
+    resize = _default_resize(size, weights)
+    return resize, isinstance(resize, tuple) and (not weights or weights.crop_mode == "center")
 
 
 def _default_resize(size: Size, weights: PretrainedInput | None) -> int | Size:

@@ -14,14 +14,20 @@ import torch
 from toolkit.cache.frozen_features import tail_of
 from toolkit.data.dataset_info import DATASETS
 from toolkit.data.datasets import open_dataset
-from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
+from toolkit.data.preprocessing import (
+    Preprocessing,
+    eval_preprocessing,
+    resolve_channels,
+    resolve_preprocessing,
+    training_stages,
+)
 from toolkit.data.sampling import check_batch_size, check_steps, steps_per_epoch
 from toolkit.data.splits import split_dataset
 from toolkit.distributed.process import autocast_dtype
 from toolkit.errors import UserError
 from toolkit.estimate.step_cost import Memory, StepCost, measure_memory, measure_step
 from toolkit.formatting import batch_split, duration, plural
-from toolkit.models.build import ModelBundle, build_model, expected_input
+from toolkit.models.build import ModelBundle, build_model, check_sizes, expected_input
 from toolkit.models.transfer import Transfer, apply_transfer
 from toolkit.recipe.image_size import size_text
 from toolkit.recipe.schema import DataConfig, Recipe
@@ -128,12 +134,20 @@ def plan(recipe: Recipe, processes: int = 1, classes: int | None = None) -> Reso
     if contents.images:
         check_steps(contents.images["train"], train.batch_size, train.drop_last)
     preprocessing = _preprocessing(recipe, contents)
+    weights = expected_input(recipe.model)
+    sizes = [stage.image_size for stage in training_stages(preprocessing, recipe.data, weights)]
+    sizes.append(eval_preprocessing(preprocessing, recipe.data, weights).image_size)
     images = train.batch_size // processes // train.grad_accum_steps
     shape = (images, preprocessing.channels, *preprocessing.image_size)
     precision, notes = _precision(recipe)
     if contents.absent:
         notes.insert(0, f"images and steps are left out: {contents.absent}")
     built, transfer, step, measured_by = _measure(recipe, contents.classes, shape, autocast_dtype(precision))
+    others = sorted(set(sizes) - {preprocessing.image_size})
+    check_sizes(built, recipe.model, preprocessing.channels, others)
+    if others:
+        shown = ", ".join(map(size_text, others))
+        notes.append(f"memory and arithmetic are those of {size_text(preprocessing.image_size)}; also used: {shown}")
     notes += _transfer_notes(recipe, transfer)
     parameters = list(built.module.parameters())
     return ResourceEstimate(
@@ -243,7 +257,7 @@ def find_speed(recipe: Recipe) -> Throughput | None:
 def _is_alike(one: Recipe, other: Recipe) -> bool:
     tables = ("model", "transfer")
     keys = ("batch_size", "grad_accum_steps", "precision", "compile", "channels_last")
-    sizes = ("dataset", "image_size", "resize", "cache")
+    sizes = ("dataset", "image_size", "progressive_sizes", "resize", "cache")
     return (
         all(getattr(one, table) == getattr(other, table) for table in tables)
         and all(getattr(one.train, key) == getattr(other.train, key) for key in keys)

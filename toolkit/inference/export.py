@@ -287,7 +287,14 @@ def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
     """Write weights and model.json, which `toolkit predict` and `load_model` read."""
     _write_weights(trained, folder)
     config = portable(trained.table)
-    card = model_card(config, trained.classes, trained.preprocessing, trained.transforms, trained.recipe)
+    card = model_card(
+        config,
+        trained.classes,
+        trained.preprocessing,
+        trained.transforms,
+        trained.recipe,
+        trained.train_preprocessing,
+    )
     write_json(folder / "model.json", card)
 
 

@@ -69,7 +69,7 @@ def _timm_arguments(trained: TrainedModel) -> dict[str, Any]:
     arguments = {**({} if wanted.channels == 3 else {"in_chans": wanted.channels}), **table.args}
     if not getattr(trained.module, "pretrained_cfg", {}).get("fixed_input_size"):
         return arguments
-    sized = {**arguments, "img_size": as_value(wanted.image_size)}
+    sized = {**arguments, "img_size": as_value(trained.train_size)}
     try:
         timm.create_model(table.name.partition(".")[0], **sized)
     except TypeError:  # the architecture has no img_size argument

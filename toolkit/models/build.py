@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -27,7 +28,7 @@ from toolkit.models.pretrained import (
 )
 from toolkit.models.unknown_names import check_arguments
 from toolkit.recipe.catalog import PretrainedInput
-from toolkit.recipe.image_size import Size, as_size
+from toolkit.recipe.image_size import Size, as_size, size_text
 from toolkit.recipe.schema import ModelConfig
 
 STEM = "conv1"
@@ -78,6 +79,21 @@ def build_model(
         return _Builder(table, num_classes, channels, as_size(image_size)).build(load_weights)
     except (RuntimeError, MemoryError, OverflowError) as error:
         raise UserError(f"{table.name} cannot be built as [model] describes it: {first_line(error)}") from error
+
+
+def check_sizes(built: ModelBundle, table: ModelConfig, channels: int, sizes: Iterable[Size]) -> None:
+    """Raise UserError unless a model takes inputs of these sizes too, beside the one that it was built for."""
+    for size in sizes:
+        try:
+            probe(built.module, channels, size)
+        except Exception as error:
+            advice = ""
+            if table.source == "timm" and getattr(built.module, "pretrained_cfg", {}).get("fixed_input_size"):
+                advice = "; timm's ViTs accept other sizes with model.args = { dynamic_img_size = true }"
+            raise UserError(
+                f"{table.name}, built for data.image_size, does not take images of {size_text(size)} pixels{advice}; "
+                f"change data.eval_image_size or data.progressive_sizes. The error was: {first_line(error)}"
+            ) from None
 
 
 def expected_input(table: ModelConfig) -> PretrainedInput | None:

@@ -15,8 +15,8 @@ from toolkit.recipe import catalog_checks
 from toolkit.recipe.catalog import weights_input
 from toolkit.recipe.diagnostics import Issue, error, warning
 from toolkit.recipe.gpu_support import is_random, unsupported_on_gpu
-from toolkit.recipe.image_size import as_size, convnet_output_size, input_size, size_text
-from toolkit.recipe.schema import NORMALIZATIONS, DataConfig, NormalizeValues, Recipe, SchedulerConfig
+from toolkit.recipe.image_size import Size, as_size, convnet_output_size, input_size, size_text
+from toolkit.recipe.schema import NORMALIZATIONS, DataConfig, ModelConfig, NormalizeValues, Recipe, SchedulerConfig
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
 from toolkit.recipe.training_schema import SCHEDULE_KEYS
@@ -98,6 +98,7 @@ def image_size(recipe: Recipe) -> Iterator[Issue]:
     if isinstance(data.fill, list) and len(data.fill) != channels_of(recipe):
         text = f"{len(data.fill)} values for {plural(channels_of(recipe), 'channel')}"
         yield error("data.fill", text, "data.channels", "data.dataset", hint="give one value per channel")
+    yield from _other_sizes(recipe, size)
     # A split's transforms may determine its image size.
     is_plain = not (recipe.augment.train and recipe.augment.validation and recipe.augment.test)
     if data.crop != "none" or data.resize is None or isinstance(data.resize, str) or size is None or not is_plain:
@@ -107,6 +108,37 @@ def image_size(recipe: Recipe) -> Iterator[Issue]:
         shown = size_text(resized) if isinstance(data.resize, list) else f"a short side of {data.resize}"
         text = f'with crop = "none" images would have {shown} pixels, but the model takes {size_text(size)}'
         yield error("data.resize", text, "data.crop", "data.image_size", hint='set crop = "center"')
+
+
+def _other_sizes(recipe: Recipe, size: Size | None) -> Iterator[Issue]:
+    """Check the sizes of evaluation and of the stages of training, beside the input's ``size``."""
+    data, table = recipe.data, recipe.model
+    stages = [as_size(stage) for stage in data.progressive_sizes or ()]
+    if stages and size is not None and stages[-1] != size:
+        text = f"the last size is {size_text(stages[-1])}, but it must be data.image_size, which is {size_text(size)}"
+        yield error("data.progressive_sizes", text, "data.image_size", "model.weights")
+    if len(stages) > recipe.train.epochs:
+        text = f"{len(stages)} sizes need at least {len(stages)} epochs"
+        yield error("data.progressive_sizes", text, "train.epochs")
+    others = {"data.progressive_sizes": stages}
+    others["data.eval_image_size"] = [as_size(data.eval_image_size)] if data.eval_image_size else []
+    for key, sizes in others.items():
+        if size is not None and any(_has_other_shape(table, size, other) for other in sizes):
+            name = "the ConvNet" if table.source == "toolkit" else f"torchvision's {table.name}"
+            text = f"{name} takes inputs of one size only, {size_text(size)}"
+            yield error(key, text, "data.image_size", "model.name", hint="remove it, or choose another model")
+
+
+def _has_other_shape(table: ModelConfig, size: Size, other: Size) -> bool:
+    """Return whether a model for inputs of ``size`` is known not to take inputs of the ``other`` size."""
+    if table.source == "torchvision":
+        return size != other and table.name.startswith(("vit_", "maxvit_"))
+    if table.source != "toolkit" or table.convnet is None:
+        return False
+    try:
+        return convnet_output_size(table.convnet, size) != convnet_output_size(table.convnet, other)
+    except UserError:
+        return True
 
 
 def splits(recipe: Recipe) -> Iterator[Issue]:

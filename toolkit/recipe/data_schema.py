@@ -154,6 +154,18 @@ class DataConfig(ConfigModel):
         "the pretrained weights expect, else the data set's native size.",
         json_schema_extra=PIXELS,
     )
+    eval_image_size: ImageSize | HeightWidth | None = Field(
+        None,
+        description="Size of the input in validation, test and prediction, if it differs from that in training "
+        "(Touvron et al. 2019: larger, such as 224 after training with 176). Default: image_size.",
+        json_schema_extra=PIXELS,
+    )
+    progressive_sizes: Annotated[list[ImageSize | HeightWidth], Field(min_length=2, max_length=100)] | None = Field(
+        None,
+        description="Sizes of the input in training (Tan & Le 2021, EfficientNetV2), such as [128, 160, 192, 224]: the "
+        "epochs are divided into as many equal parts. The last one is image_size. Default: image_size in all epochs.",
+        json_schema_extra=PIXELS,
+    )
     resize: ImageSize | HeightWidth | Literal["none", "letterbox"] | None = Field(
         None,
         description="Size before the crop: length of the shorter side, or [height, width] regardless of aspect "

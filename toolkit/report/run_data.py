@@ -128,6 +128,12 @@ class RunData:
             raise UserError(f"{self.run.checkpoints / 'model.json'} has no preprocessing ({error})") from None
 
     @property
+    def train_preprocessing(self) -> Preprocessing:
+        """The preprocessing of the run's training images in its last epochs; raises as :attr:`preprocessing`."""
+        stored = self.card.get("train_preprocessing")
+        return Preprocessing.from_dict(stored) if isinstance(stored, dict) else self.preprocessing
+
+    @property
     def best_epoch(self) -> int:
         """Number of the best epoch, whose model is selected."""
         if self.summary:

@@ -203,7 +203,7 @@ def _samples(data: RunData, images: RunImages) -> TrainingSamples:
     if not files:
         raise UserError("no training image can be read")
     augment = data.recipe.augment if is_random("train", data.recipe.augment) else None
-    inputs = model_inputs(data.preprocessing, files.values())
-    inputs += model_inputs(data.preprocessing, files.values(), augment) if augment else []
+    inputs = model_inputs(data.train_preprocessing, files.values())
+    inputs += model_inputs(data.train_preprocessing, files.values(), augment) if augment else []
     shown, scale = to_images(inputs)
     return TrainingSamples([*files], [*files.values()], shown[: len(files)], shown[len(files) :], scale)

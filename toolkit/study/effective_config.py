@@ -23,7 +23,13 @@ from toolkit.augment.mixup import is_mixed
 from toolkit.augment.transforms import build_transform, is_deterministic
 from toolkit.data.dataset_info import DATASETS
 from toolkit.data.datasets import Dataset, open_dataset
-from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
+from toolkit.data.preprocessing import (
+    Preprocessing,
+    eval_preprocessing,
+    resolve_channels,
+    resolve_preprocessing,
+    training_stages,
+)
 from toolkit.data.splits import split_dataset, split_hash
 from toolkit.errors import UserError
 from toolkit.models.build import ModelBundle, build_model, expected_input
@@ -42,7 +48,10 @@ ASSUMED_CLASSES = 10
 NOT_BUILT = {"download", "workers", "cache", "on_bad_image", "max_bad_fraction"}
 """Keys of [data] that set how images are read, not which images or how they look."""
 
-APPEARANCE = {"channels", "image_size", "resize", "fill", "crop", "interpolation", "normalize", "exif", "value_range"}
+APPEARANCE = {
+    *("channels", "image_size", "eval_image_size", "progressive_sizes", "resize", "fill", "crop", "interpolation"),
+    *("normalize", "exif", "value_range"),
+}
 """Keys of [data] that set how images look, not which images."""
 
 SHAPE = {"dataset", "root", "class_folders", "background_class", "channels", "image_size"}
@@ -128,10 +137,12 @@ def _preprocessing(recipe: Recipe) -> Preprocessing:
 
 def _transforms(recipe: Recipe) -> Hashable:
     """Describe all steps from an image to the model's input, per split, and the mixing of images and labels."""
-    preprocessing = _preprocessing(recipe)
+    preprocessing, weights = _preprocessing(recipe), expected_input(recipe.model)
+    stages = [("train", stage) for stage in training_stages(preprocessing, recipe.data, weights)]
+    evaluated = eval_preprocessing(preprocessing, recipe.data, weights)
     found = [repr(preprocessing)]
-    for split in ("train", "validation", "test"):
-        steps = build_transform(split, recipe.augment, preprocessing).steps
+    for split, inputs in (*stages, ("validation", evaluated), ("test", evaluated)):
+        steps = build_transform(split, recipe.augment, inputs).steps
         found += [f"{step.p:g} {_ADDRESS.sub('', repr(step))}" for step in steps if step.probability]
     if not is_deterministic("train", recipe.augment):
         found.append(f"{recipe.data.fixed_views} versions")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,13 @@ from accelerate import Accelerator
 from toolkit.data.channel_stats import channel_statistics
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.image_sources import EncodedImages, ImageCheckResult, check_images
-from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
+from toolkit.data.preprocessing import (
+    Preprocessing,
+    eval_preprocessing,
+    resolve_channels,
+    resolve_preprocessing,
+    training_stages,
+)
 from toolkit.data.sampling import check_steps, steps_per_epoch
 from toolkit.data.splits import SPLITS, check_splits, describe_splits, split_dataset, split_hash
 from toolkit.data.value_range import choose_range, describe_range
@@ -21,7 +28,7 @@ from toolkit.distributed.cpu_count import available_cpus
 from toolkit.distributed.process import broadcast_object, local_processes, main_first
 from toolkit.errors import UserError
 from toolkit.formatting import batch_split, plural
-from toolkit.models.build import ModelBundle, build_model, expected_input
+from toolkit.models.build import ModelBundle, build_model, check_sizes, expected_input
 from toolkit.models.keyed_dropout import DropoutKeys, key_dropout_layers
 from toolkit.models.transfer import Transfer, apply_transfer, layer_group_table
 from toolkit.recipe.schema import DataConfig, Recipe
@@ -41,6 +48,9 @@ class TrainingContext:
     splits: dict[str, np.ndarray]
     """Indices into the data set of "train", "validation" and "test", int64."""
     preprocessing: Preprocessing
+    """Of evaluation and prediction; stored with the weights."""
+    stages: list[Preprocessing]
+    """Of training, one for each of data.progressive_sizes; the model is built for the last one."""
     built: ModelBundle
     transfer: Transfer
     stochastic: DropoutKeys
@@ -48,6 +58,10 @@ class TrainingContext:
     """Unreadable images that were left out: name and reason of each."""
     drawn: str = ""
     """Hash of the splits that the recipe gives; ``splits`` may differ from them in a resumed run whose data changed."""
+
+    def preprocessing_of(self, split: str) -> Preprocessing:
+        """Return the preprocessing of a split; of "train", the last stage's."""
+        return self.stages[-1] if split == "train" else self.preprocessing
 
     def labels(self, split: str) -> np.ndarray:
         """Return the class indices of a split's images, int64."""
@@ -89,14 +103,18 @@ def build_context(
         splits = choose_splits(dataset, splits)
     count = len(splits["train"])
     check_steps(count, train.batch_size, train.drop_last)
+    weights = expected_input(recipe.model)
     preprocessing = resolve_preprocessing(
         data,
-        expected_input(recipe.model),
+        weights,
         dataset.native_size,
         dataset.native_channels,
         lambda plain: _measure(accelerator, display, dataset, splits["train"], plain),
     )
+    stages = training_stages(preprocessing, data, weights)
+    evaluated = eval_preprocessing(preprocessing, data, weights)
     channels, size = preprocessing.channels, preprocessing.image_size
+    sizes = {stage.image_size for stage in stages}
 
     def build() -> ModelBundle:
         torch.manual_seed(recipe.recipe.seed)
@@ -104,7 +122,8 @@ def build_context(
 
     built = main_first(accelerator, build)  # weights are downloaded once
     transfer = apply_transfer(built, recipe.transfer)
-    check_single_value_batches(built, transfer, train, count, world, channels, size)
+    check_sizes(built, recipe.model, channels, sorted({*sizes, evaluated.image_size} - {size}))
+    check_single_value_batches(built, transfer, train, count, world, channels, min(sizes, key=math.prod))
     stochastic = key_dropout_layers(built.module, recipe.recipe.seed)
     setup = TrainingContext(
         recipe,
@@ -112,7 +131,8 @@ def build_context(
         display,
         dataset,
         splits,
-        preprocessing,
+        evaluated,
+        stages,
         built,
         transfer,
         stochastic,
@@ -230,14 +250,16 @@ def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
     cells.append(("all", f"{total:,}", f"{trainable:,}", "", "", ""))
     header = ("part", "parameters", "trainable", "lr", "weight decay", "batch norm")
     counts = ", ".join(f"{len(setup.splits[name]):,} {name}" for name in SPLITS)
-    height, width = setup.preprocessing.image_size
+    channels, sizes = setup.preprocessing.channels, list(dict.fromkeys(stage.image_size for stage in setup.stages))
+    inputs = ", then ".join(f"{channels}x{height}x{width}" for height, width in sizes)
+    if setup.preprocessing.image_size not in sizes or len(sizes) > 1:
+        inputs += f" in training, {'x'.join(map(str, (channels, *setup.preprocessing.image_size)))} in evaluation"
     lines = [
         f"model {recipe.model.source} {recipe.model.name}, weights {recipe.model.weights}, "
         f"transfer {recipe.transfer.mode}{module_text}",
         *(f"  {note}" for note in built.notes),
         table(cells, header, frozenset((1, 2, 3, 4))),
-        f"images {counts}; {plural(len(setup.dataset.classes), 'class', 'classes')}; "
-        f"input {setup.preprocessing.channels}x{height}x{width}",
+        f"images {counts}; {plural(len(setup.dataset.classes), 'class', 'classes')}; input {inputs}",
         f"batch size {batch_split(train.batch_size, setup.accelerator.num_processes, train.grad_accum_steps)}; "
         f"{plural(setup.steps, 'step')} per epoch, {plural(train.epochs, 'epoch')}",
         f"device {setup.accelerator.device}, precision {precision}",

@@ -303,6 +303,7 @@ def _write_initial_files(setup: TrainingContext, run: Run, resumption: Resumptio
         setup.preprocessing,
         setup.recipe.augment.test,
         setup.recipe.recipe.name,
+        setup.stages[-1],
     )
     run.write_json("checkpoints/model.json", card)
     if resumption is None:

@@ -12,21 +12,24 @@ from toolkit.augment.mixup import is_mixed
 from toolkit.augment.transforms import UInt8Transform, try_transform
 from toolkit.cache.distributed import DistributedCache, Guard
 from toolkit.cache.frozen_features import Features, tail_of
-from toolkit.cache.image_cache import SplitImages
+from toolkit.cache.image_cache import SplitImages, split_of
 from toolkit.data.dataloader import (
     EVALUATION,
     BatchSource,
     EvaluationLoader,
+    ProgressiveTrainLoader,
     SplitDataset,
     TrainLoader,
     WorkerBatches,
     worker_count,
 )
 from toolkit.data.pipeline import DevicePreprocessor, PreprocessingPlan, plan_preprocessing
+from toolkit.data.preprocessing import Preprocessing, stage_of
 from toolkit.data.sampling import IntArray, SamplingPlan, balanced_weights, plan_evaluation
 from toolkit.data.splits import SPLITS
 from toolkit.data.tensor_loader import TensorBatches
 from toolkit.distributed.process import local_processes
+from toolkit.recipe.image_size import size_text
 from toolkit.training.context import TrainingContext
 
 EVALUATION_ROWS, EVALUATION_BYTES = 4096, 64 * 2**20
@@ -41,11 +44,16 @@ class ImageLoaders:
 
     setup: TrainingContext
     plans: dict[str, PreprocessingPlan]
+    """By split. With progressive sizes training has several: "train at 128 x 128", ..., and "train", the last one."""
     cached: SplitImages
 
     def training(self, plan: SamplingPlan) -> TrainLoader:
         """Return the loader of training batches."""
-        return TrainLoader(self.batches("train"), plan)
+        stages, epochs = self.setup.stages, self.setup.recipe.train.epochs
+        if len(stages) == 1:
+            return TrainLoader(self.batches("train"), plan)
+        names = [stage_name(self.setup, stage) for stage in stages]
+        return ProgressiveTrainLoader(self.batches, lambda epoch: names[stage_of(epoch, epochs, len(names))], plan)
 
     def evaluation(self, split: str, batches: list[IntArray], view: int = EVALUATION) -> EvaluationLoader:
         """Return a loader of the given batches of a split; each batch is an array of positions in the split."""
@@ -54,13 +62,13 @@ class ImageLoaders:
     def batches(self, split: str, most_workers: int = sys.maxsize) -> BatchSource:
         """Return the source of a split's batches: from one tensor if the cache has one, else by data workers."""
         setup, plan = self.setup, self.plans[split]
-        device, indices = setup.accelerator.device, setup.splits[split]
+        device, indices = setup.accelerator.device, setup.splits[split_of(split)]
         channels_last = setup.recipe.train.channels_last
         if split in self.cached.rows:
             tensor, row_indices = self.cached.rows[split]
             on_device = DevicePreprocessor(plan, device, channels_last=channels_last)
             prefetch = device if device.type == "cuda" and tensor.device.type == "cpu" else None
-            return TensorBatches([tensor], setup.labels(split), row_indices[indices], on_device, prefetch)
+            return TensorBatches([tensor], setup.labels(split_of(split)), row_indices[indices], on_device, prefetch)
         workers = min(worker_count(setup.recipe.data.workers, setup.dataset.images, local_processes()), most_workers)
         done = self.cached.done[split]
         rest = plan.transform.after(done) if done else plan.transform
@@ -73,6 +81,13 @@ class ImageLoaders:
         images, seed = self.cached.images[split], setup.recipe.recipe.seed
         dataset = SplitDataset(images, setup.dataset.labels, indices, transform, seed)
         return WorkerBatches(dataset, workers, device.type == "cuda", finish)
+
+
+def stage_name(setup: TrainingContext, stage: Preprocessing) -> str:
+    """Return the name of the training images of one stage; "train" for the last one's size."""
+    if stage.image_size == setup.stages[-1].image_size:
+        return "train"
+    return f"train at {size_text(stage.image_size)}"
 
 
 @dataclass
@@ -134,17 +149,23 @@ def build_loaders(setup: TrainingContext, guard: Guard, cache_policy: CachePolic
     ``cache_policy``: what may be cached if the recipe allows it: "all" (images and features), "images" or "none".
     """
     recipe, images = setup.recipe, setup.dataset.images
-    arguments = recipe.augment, setup.preprocessing, recipe.recipe.seed, setup.dataset.native_size
-    plans = {split: plan_preprocessing(split, *arguments) for split in SPLITS if setup.has(split)}
+    inputs = {stage_name(setup, stage): stage for stage in setup.stages}
+    inputs |= {split: setup.preprocessing_of(split) for split in SPLITS if setup.has(split)}
+    plans = {
+        name: plan_preprocessing(
+            split_of(name), recipe.augment, preprocessing, recipe.recipe.seed, setup.dataset.native_size
+        )
+        for name, preprocessing in inputs.items()
+    }
     for split, plan in plans.items():
-        try_transform(plan.transform, images, int(setup.splits[split][0]))
+        try_transform(plan.transform, images, int(setup.splits[split_of(split)][0]))
         if plan.why_not_batched and recipe.augment.run_on == "auto":
             which = "augmented" if plan.batched is None else "augmented up to the crop"
             setup.display.log(f"{split} images are {which} one by one, by data workers: {plan.why_not_batched}")
     cache = DistributedCache(setup, guard) if cache_policy != "none" and recipe.data.cache != "off" else None
     source = ImageLoaders(setup, plans, SplitImages(setup, plans))
     features = _features(setup, source, cache, guard) if cache_policy == "all" else None
-    passes = recipe.train.epochs if features is None else features.passes_needed()
+    passes = recipe.train.epochs // len(setup.stages) if features is None else features.passes_needed()
     if cache is not None:
         source.cached.cache(cache, passes)
     sampling = _plan(setup)

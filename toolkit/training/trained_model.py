@@ -23,6 +23,7 @@ from toolkit.errors import UserError
 from toolkit.models.build import build_model
 from toolkit.reading import Shape, UnreadableFile, check_shape, read_json
 from toolkit.recipe.earlier_versions import update_model
+from toolkit.recipe.image_size import Size
 from toolkit.recipe.schema import AugmentConfig, ModelConfig, TransformConfig
 from toolkit.runs import Run
 from toolkit.training.checkpoint import finished_fault, load_weights
@@ -56,6 +57,7 @@ class _Card(Shape):
     model: dict[str, Any]
     classes: list[str] = Field(min_length=1)
     preprocessing: _Preprocessing
+    train_preprocessing: _Preprocessing | None = None
     transforms: list[dict[str, Any]] = Field([])
 
 
@@ -74,6 +76,13 @@ class TrainedModel:
     """Name of the recipe that the model was trained with."""
     weights: Path
     """Path of the weights file."""
+    train_preprocessing: Preprocessing | None = None
+    """Preprocessing of training images; None: the same."""
+
+    @property
+    def train_size(self) -> Size:
+        """Height and width of the inputs that the model was trained with and built for."""
+        return (self.train_preprocessing or self.preprocessing).image_size
 
     @property
     def transform(self) -> ImageTransform:
@@ -100,8 +109,13 @@ def model_card(
     preprocessing: Preprocessing,
     transforms: Sequence[TransformConfig],
     recipe_name: str,
+    train_preprocessing: Preprocessing | None = None,
 ) -> dict[str, Any]:
-    """Return the content of model.json, stored next to best.safetensors."""
+    """Return the content of model.json, stored next to best.safetensors.
+
+    ``train_preprocessing`` is included if it differs from ``preprocessing``.
+    """
+    differs = train_preprocessing != preprocessing
     return {
         "format": FORMAT,
         "toolkit_version": toolkit.__version__,
@@ -109,6 +123,7 @@ def model_card(
         "model": table.model_dump(mode="json"),
         "classes": classes,
         "preprocessing": preprocessing.to_dict(),
+        **({"train_preprocessing": train_preprocessing.to_dict()} if train_preprocessing and differs else {}),
         "transforms": [entry.model_dump(mode="json", exclude_none=True) for entry in transforms],
     }
 
@@ -126,6 +141,7 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
     check_shape(folder / "model.json", card, _Card)
     try:
         preprocessing = Preprocessing.from_dict(card["preprocessing"])
+        in_training = Preprocessing.from_dict(card.get("train_preprocessing") or card["preprocessing"])
         if not len(preprocessing.mean) == len(preprocessing.std) == preprocessing.channels or 0 in preprocessing.std:
             raise ValueError("preprocessing.mean and preprocessing.std do not fit the channels")
         update_model(card["model"])
@@ -134,7 +150,7 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
         recipe = str(card["recipe"])
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableFile(folder / "model.json", error) from None
-    size = preprocessing.image_size
+    size = in_training.image_size
     try:
         with torch.inference_mode(False):  # building a model uses autograd, and the caller may be in inference mode
             built = build_model(table, len(classes), preprocessing.channels, size, load_weights=False)
@@ -142,7 +158,8 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"{weights} does not belong to {folder / 'model.json'}: {error}") from None
     _check_finished(folder, weights, classes)
-    return TrainedModel(built.module.eval(), preprocessing, transforms, classes, table, recipe, weights)
+    module = built.module.eval()
+    return TrainedModel(module, preprocessing, transforms, classes, table, recipe, weights, in_training)
 
 
 def _check_finished(folder: Path, weights: Path, classes: list[str]) -> None:
