@@ -177,6 +177,9 @@ def test_splits_groups_and_weights_are_read(tmp_path: Path) -> None:
     assert {split: indices.tolist() for split, indices in data.lists.items()} == {"train": [0, 2], "validation": [1]}
     assert data.groups is not None
     assert data.groups.tolist() == [0, 1, 0]
+    table = written(tmp_path, "image,label,s,g\na.png,x,train,p1\nb.png,y,val,p1\nc.png,y,train,p2\n")
+    notes = opened(table, columns={"split": "s", "group": "g"}).notes
+    assert notes[1] == "1 group of the table in both train and validation"
     assert data.weights is not None
     assert data.weights.tolist() == [1, 0.5, 0]
     note = opened(written(tmp_path, "image,label,split\na.png,x,train\nb.png,y,train\n")).notes[1]

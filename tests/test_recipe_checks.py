@@ -389,6 +389,22 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ],
         [*CONVNET, 'data.dataset="digits"', "train.batch_size=899", "data.split.validation=899", "data.split.test=0"],
     ),
+    (  # the fold replaces the fifth for the test: 1797 - 899 - 90
+        "error: train.batch_size: 809 is more than the 808 training images",
+        [*CONVNET, 'data.dataset="digits"', "train.drop_last=true", "train.batch_size=809", "data.split.folds=2"],
+        [*CONVNET, 'data.dataset="digits"', "train.drop_last=true", "train.batch_size=808", "data.split.folds=2"],
+    ),
+    (
+        "error: data.split.fold: 5 is not one of the 5 folds, which are numbered from 0",
+        ["data.split.folds=5", "data.split.fold=5"],
+        ["data.split.folds=5", "data.split.fold=4"],
+    ),
+    ("error: data.split.fold: needs data.split.folds", ["data.split.fold=1"], ["data.split.fold=0"]),
+    (
+        "error: data.split.folds: with a fixed data.split.test the fold is the validation split",
+        ["data.split.folds=5", "data.split.test=0", "data.split.validation=0", 'train.best_metric="last"'],
+        ["data.split.folds=5", "data.split.validation=0", 'train.best_metric="last"'],
+    ),
     (
         "warning: train.class_weights",
         ['train.sampling="balanced"', 'train.class_weights="balanced"'],

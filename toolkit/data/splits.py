@@ -8,13 +8,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from toolkit.data.datasets import Dataset
 from toolkit.data.sampling import IntArray, keyed_permutation
+from toolkit.data.stratification import group_parts, iterative_stratification, label_pairs, stratified_folds
 from toolkit.errors import UserError
+from toolkit.formatting import plural
 from toolkit.recipe.schema import DataConfig, SplitConfig
 
 SPLITS = ("train", "validation", "test")
@@ -37,38 +40,40 @@ def split_dataset(dataset: Dataset, table: DataConfig) -> dict[str, IntArray]:
     not even for training, because its authors excluded those images from training.
 
     If ``split.validation`` or ``split.test`` is 0, that split is empty: nothing is drawn and an official list is not
-    used.
+    used. With ``split.folds`` one of the two is a fold (:func:`fold_split`). Drawn splits never divide a group.
 
     Raises UserError if another split, or the training images of a class, would be empty.
     """
     split, lists, labels = table.split, dataset.lists, dataset.labels
-    seed = split.seed
-    if not isinstance(seed, int):
+    if not isinstance(split.seed, int):
         raise ValueError('data.split.seed = "recipe.seed" must be resolved first: toolkit.recipe.resolve.with_defaults')
-    method = _method(dataset, split)
-    train = lists["train"]
+    method, fold = _method(dataset, split), fold_split(dataset, split)
+    train, nothing = lists["train"], np.array([], dtype=np.int64)
     test_share = test_fraction(dataset, split)
-    if test_share == 0:
-        test = np.array([], dtype=np.int64)
+    if fold == "test":
+        train, test = _take_fold(dataset, train, split, method, _TEST)
+    elif test_share == 0:
+        test = nothing
     elif "test" in lists:
         test = lists["test"]
     else:
         method_for_test = "random" if method == "random" else "stratified"
-        chosen = _choose(labels[train], method_for_test, test_share, "data.split.test", seed, _TEST)
-        train, test = train[~chosen], train[chosen]
-    if split.validation == 0:
-        validation = np.array([], dtype=np.int64)
+        train, test = _take(dataset, train, method_for_test, test_share, "data.split.test", split.seed, _TEST)
+    if fold == "validation":
+        train, validation = _take_fold(dataset, train, split, method, _VALIDATION)
+    elif split.validation == 0:
+        validation = nothing
     elif method == "official":
         validation = lists["validation"]
     else:
-        chosen = _choose(labels[train], method, split.validation, "data.split.validation", seed, _VALIDATION)
-        train, validation = train[~chosen], train[chosen]
+        key = "data.split.validation"
+        train, validation = _take(dataset, train, method, split.validation, key, split.seed, _VALIDATION)
     splits = {
         "train": _first_of_each_class(train, labels, table.images_per_class),
         "validation": _first_of_each_class(validation, labels, table.images_per_class),
         "test": _first_of_each_class(test, labels, table.test_images_per_class),
     }
-    shares = {"train": 1, "validation": split.validation, "test": test_share}
+    shares = {"train": 1, "validation": split.validation, "test": test_share or fold == "test"}
     check_splits(dataset, splits, [name for name in SPLITS if shares[name]])
     return splits
 
@@ -80,25 +85,49 @@ def test_fraction(dataset: Dataset, split: SplitConfig) -> float | int:
     return 0 if "validation" in dataset.lists and "test" not in dataset.lists else AUTO_TEST
 
 
+def fold_split(dataset: Dataset, split: SplitConfig) -> str | None:
+    """Return the split that is a fold: "test" if ``split.test`` is "auto" and there is no official test list.
+
+    Then the models of all folds together predict each training image once. Otherwise it is "validation"; None without
+    folds. Raises UserError if it is "validation" and ``split.validation`` is 0, or ``split.method`` is "official".
+    """
+    if split.folds is None:
+        return None
+    if split.test == "auto" and "test" not in dataset.lists:
+        return "test"
+    given = f"data.split.test = {split.test}" if split.test != "auto" else f"{dataset.name} has a test list of its own"
+    if split.validation == 0:
+        raise UserError(f"{given}, so the fold would be the validation split, but data.split.validation is 0")
+    if split.method == "official":
+        raise UserError(f"{given}, so the fold is the validation split: data.split.method cannot be 'official'")
+    return "validation"
+
+
 def describe_splits(dataset: Dataset, table: DataConfig) -> str:
     """Describe where the images of each split come from, in one line for the log."""
     split, method = table.split, _method(dataset, table.split)
-    share = test_fraction(dataset, split)
-    if split.validation == 0:
+    share, fold = test_fraction(dataset, split), fold_split(dataset, split)
+    groups = "" if dataset.groups is None else ", no group divided"
+    the_fold = f"fold {split.fold} of {split.folds} of the training images ({method}{groups})"
+    unused = "; its own validation list is not used" if "validation" in dataset.lists else ""
+    if fold == "validation":
+        validation = f"{the_fold}{unused}"
+    elif split.validation == 0:
         validation = "none (data.split.validation = 0)"
     elif method == "official":
         validation = "the data set's own list"
     else:
-        amount = "every second one" if method == "alternate" else f"{split.validation:g} ({method})"
-        unused = "; its own validation list is not used" if "validation" in dataset.lists else ""
+        amount = "every second one" if method == "alternate" else f"{split.validation:g} ({method}{groups})"
         validation = f"{amount} of the training images{unused}"
-    if share == 0:
+    if fold == "test":
+        test = the_fold
+    elif share == 0:
         why = "the data set has a validation list but no test list; data.split.test = 0.2 would draw one"
         test = f"none ({why if split.test == 'auto' else 'data.split.test = 0'})"
     elif "test" in dataset.lists:
         test = "the data set's own list"
     else:
-        test = f"{share:g} of the training images"
+        test = f"{share:g} of the training images{groups}"
     return f"splits: validation is {validation}; test is {test}"
 
 
@@ -110,7 +139,7 @@ def check_splits(dataset: Dataset, splits: dict[str, IntArray], needed: Sequence
                 f"the {name} split of {dataset.name} is empty: see data.split.validation, data.split.test "
                 f"({len(dataset.labels)} images in total)"
             )
-    counts = np.bincount(dataset.labels[splits["train"]], minlength=len(dataset.classes))
+    counts = _label_counts(dataset, splits["train"])
     missing = [dataset.classes[c] for c in np.flatnonzero(counts == 0)]
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
@@ -125,9 +154,10 @@ def split_hash(dataset: Dataset, splits: dict[str, IntArray]) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
         digest.update(f"{split}\0{len(splits[split])}\n".encode())
-        for i in splits[split]:
-            line = f"{dataset.images.name(int(i))}\0{dataset.classes[dataset.labels[i]]}\n"
-            digest.update(line.encode(errors="surrogateescape"))
+        for i in splits[split].tolist():
+            labels = np.flatnonzero(dataset.labels[i]) if dataset.is_multi_label else [dataset.labels[i]]
+            line = "\0".join([dataset.images.name(i), *(dataset.classes[label] for label in labels)])
+            digest.update(f"{line}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -135,7 +165,11 @@ def _method(dataset: Dataset, split: SplitConfig) -> str:
     """Resolve "auto" in ``split.method``. Raises UserError for "official" without an official validation list."""
     has_list = "validation" in dataset.lists
     if split.method == "auto":
-        return "official" if has_list else "stratified"
+        return "official" if has_list and fold_split(dataset, split) != "validation" else "stratified"
+    if split.method == "alternate" and dataset.groups is not None:
+        raise UserError(
+            "data.split.method = 'alternate' would divide groups (data.columns.group); allowed: stratified, random"
+        )
     if split.method == "official" and not has_list:
         raise UserError(
             f"data.split.method = 'official', but {dataset.name} has no validation list of its own; "
@@ -144,17 +178,42 @@ def _method(dataset: Dataset, split: SplitConfig) -> str:
     return split.method
 
 
-def _choose(labels: IntArray, method: str, share: float | int, key: str, seed: int, purpose: int) -> Mask:
-    """Choose which of n images to take out of training: bool [n]. Raises UserError if none or all would be taken."""
+def _take(
+    dataset: Dataset, train: IntArray, method: str, share: float | int, key: str, seed: int, purpose: int
+) -> tuple[IntArray, IntArray]:
+    """Return the indices that stay in training, and those that are taken out: a fraction or a number of ``train``.
+
+    The number is exact; with groups, or several labels per image, it may differ. Raises UserError if none or all would
+    be taken.
+    """
+    labels, n = dataset.labels[train], len(train)
+    count = n // 2 if method == "alternate" else share if isinstance(share, int) else math.floor(share * n + 0.5)
+    shares = [count / max(n, 1), 1 - count / max(n, 1)]
+    if method != "alternate" and not 0 < count < n:
+        chosen = np.full(n, count >= n)
+    elif dataset.groups is not None:
+        _check_groups(dataset, train, method, 2)
+        by = labels if method == "stratified" else None
+        chosen = group_parts(dataset.groups[train], by, shares, seed, purpose) == 0
+    elif method == "stratified" and dataset.is_multi_label:
+        chosen = iterative_stratification(labels, shares, seed, purpose) == 0
+    else:
+        chosen = _choose(labels, method, count, seed, purpose)
+    if not chosen.any() or chosen.all():
+        taken = int(chosen.sum()) if 0 < count < n else count
+        rule = "" if dataset.groups is None else ", and no group may be divided"
+        raise UserError(
+            f"{key} = {share} would take {taken} of {n} images: at least 1 must be taken, and 1 left for training{rule}"
+        )
+    return train[~chosen], train[chosen]
+
+
+def _choose(labels: IntArray, method: str, count: int, seed: int, purpose: int) -> Mask:
+    """Choose ``count`` of n images to take out of training: bool [n]."""
     n = len(labels)
     if method == "alternate":
         odd: Mask = np.arange(n) % 2 == 1
         return odd
-    count = share if isinstance(share, int) else math.floor(share * n + 0.5)
-    if not 0 < count < n:
-        raise UserError(
-            f"{key} = {share} would take {count} of {n} images: at least 1 must be taken, and 1 left for training"
-        )
     chosen = np.zeros(n, dtype=bool)
     if method == "random":
         chosen[keyed_permutation(n, seed, purpose)[:count]] = True
@@ -163,6 +222,64 @@ def _choose(labels: IntArray, method: str, share: float | int, key: str, seed: i
         members = np.flatnonzero(labels == label)
         chosen[members[keyed_permutation(len(members), seed, purpose, label)[:quota]]] = True
     return chosen
+
+
+def _take_fold(
+    dataset: Dataset, train: IntArray, split: SplitConfig, method: str, purpose: int
+) -> tuple[IntArray, IntArray]:
+    """Return the indices outside and inside of ``split.fold``. Raises UserError if a class has too few images."""
+    labels, n, folds = dataset.labels[train], len(train), split.folds or 1
+    key = (int(split.seed), purpose)
+    method = "stratified" if method == "official" else method
+    if folds > n:
+        raise UserError(f"data.split.folds = {folds} is more than the {n} training images")
+    if dataset.groups is not None:
+        _check_groups(dataset, train, method, folds)
+        by = labels if method == "stratified" else None
+        parts = group_parts(dataset.groups[train], by, [1 / folds] * folds, *key)
+    elif method == "alternate":
+        parts = np.arange(n) % folds
+    elif method == "random":
+        parts = np.argsort(keyed_permutation(n, *key)) % folds
+    elif dataset.is_multi_label:
+        parts = iterative_stratification(labels, [1 / folds] * folds, *key)
+    else:
+        counts = _label_counts(dataset, train)
+        small = np.flatnonzero((counts > 0) & (counts < folds))
+        if len(small):
+            name, count = dataset.classes[small[0]], plural(int(counts[small[0]]), "training image")
+            raise UserError(
+                f"data.split.folds = {folds}, but class {name} has {count}, so that some folds would have none; use "
+                "fewer folds, or data.split.method = 'random'"
+            )
+        parts = stratified_folds(labels, folds, *key)
+    return train[parts != split.fold], train[parts == split.fold]
+
+
+def _check_groups(dataset: Dataset, train: IntArray, method: str, needed: int) -> None:
+    """Raise UserError if the images of a class are in fewer groups than parts that need some of them."""
+    groups = dataset.groups
+    if method != "stratified" or groups is None:
+        return
+    examples, labels = label_pairs(dataset.labels[train])
+    pairs = np.unique(np.stack([groups[train][examples], labels], 1), axis=0)
+    counts = np.bincount(pairs[:, 1], minlength=len(dataset.classes))
+    short = np.flatnonzero((counts > 0) & (counts < needed))
+    if len(short):
+        image = dataset.images.name(int(train[examples[labels == short[0]][0]]))
+        where = "one group" if counts[short[0]] == 1 else f"{counts[short[0]]} groups"
+        parts = "training and evaluation" if needed == 2 else f"{needed} folds"
+        raise UserError(
+            f"all training images of class {dataset.classes[short[0]]} are in {where}, {image} for example, and no "
+            f"group may be divided between {parts}: add images of other groups, leave the class out, or set "
+            "data.split.method = 'random'"
+        )
+
+
+def _label_counts(dataset: Dataset, indices: IntArray) -> IntArray:
+    """Return the number of images with each label, int64 [classes]."""
+    _, labels = label_pairs(dataset.labels[indices])
+    return np.bincount(labels, minlength=len(dataset.classes))
 
 
 def _quotas(counts: IntArray, total: int) -> IntArray:
@@ -174,14 +291,17 @@ def _quotas(counts: IntArray, total: int) -> IntArray:
     return quotas
 
 
-def _first_of_each_class(indices: IntArray, labels: IntArray, limit: int | None) -> IntArray:
-    """Keep the first ``limit`` images of each class, in their order; None keeps all."""
+def _first_of_each_class(indices: IntArray, labels: npt.NDArray[Any], limit: int | None) -> IntArray:
+    """Keep the first ``limit`` images of each class, in their order; None keeps all.
+
+    Of images with several labels those are kept that are among the first with any of their labels.
+    """
     if limit is None:
         return indices
-    own = labels[indices]
+    examples, own = label_pairs(labels[indices])
     by_class = np.argsort(own, kind="stable")
     counts = np.bincount(own)
     starts = np.cumsum(counts) - counts
     rank_in_class = np.empty(len(own), dtype=np.int64)
     rank_in_class[by_class] = np.arange(len(own)) - starts[own[by_class]]
-    return indices[rank_in_class < limit]
+    return indices[np.unique(examples[rank_in_class < limit])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from toolkit.data.encoded_sources import EncodedSource, ImageFiles, PackedImages
 from toolkit.data.table_columns import Examples, RowFaults, describe_columns, read_examples
 from toolkit.data.table_files import Table, open_table_file, read_encoded
 from toolkit.errors import UserError
+from toolkit.formatting import plural
 from toolkit.locks import held
 from toolkit.recipe.schema import DataConfig
 
@@ -58,10 +60,22 @@ def open_table(config: DataConfig) -> Dataset:
         lists=examples.lists,
         native_size=None,
         native_channels=3,
-        notes=tuple(describe_columns(table, config.columns)),
+        notes=(*describe_columns(table, config.columns), *_divided_groups(examples)),
         groups=examples.groups,
         weights=examples.weights,
     )
+
+
+def _divided_groups(examples: Examples) -> list[str]:
+    """Return notes on groups that the table's own splits divide."""
+    notes = list[str]()
+    if examples.groups is None:
+        return notes
+    for one, other in combinations(examples.lists, 2):
+        both = np.intersect1d(examples.groups[examples.lists[one]], examples.groups[examples.lists[other]])
+        if len(both):
+            notes.append(f"{plural(len(both), 'group')} of the table in both {one} and {other}")
+    return notes
 
 
 def _embedded_images(table: Table, examples: Examples) -> EncodedSource | None:

@@ -144,18 +144,28 @@ def _has_other_shape(table: ModelConfig, size: Size, other: Size) -> bool:
 def splits(recipe: Recipe) -> Iterator[Issue]:
     """Check that the splits leave training images, and that drop_last leaves a step, if their number is known."""
     images, split, train = DATASETS[recipe.data.dataset].images, recipe.data.split, recipe.train
+    if split.folds is None and split.fold:
+        yield error("data.split.fold", "needs data.split.folds", hint="for example folds = 5", at="key")
+    elif split.folds is not None and split.fold >= split.folds:
+        text = f"{split.fold} is not one of the {split.folds} folds, which are numbered from 0"
+        yield error("data.split.fold", text, "data.split.folds", hint=f"set 0 to {split.folds - 1}")
+    if split.folds is not None and split.test != "auto" and split.validation == 0:
+        text = "with a fixed data.split.test the fold is the validation split, but data.split.validation is 0"
+        yield error("data.split.folds", text, "data.split.test", "data.split.validation", hint='set test = "auto"')
     if images is None:
         return
-    taken = {"validation": split.validation, "test": 0 if images[1] else split.test}
-    counts = {key: value for key, value in taken.items() if isinstance(value, int)}
+    test = 0 if images[1] else 0.2 if split.test == "auto" else split.test
+    shares = {"validation": split.validation, "test": test}
+    if split.folds is not None:
+        shares["test" if split.test == "auto" and not images[1] else "validation"] = 1 / split.folds
+    counts = {key: value for key, value in shares.items() if isinstance(value, int)}
     if sum(counts.values()) >= images[0]:
         asked = " and ".join(f"{count} for {key}" for key, count in counts.items() if count)
         key = max(counts, key=lambda name: counts[name])
         yield error(f"data.split.{key}", f"{asked} of {images[0]} images leaves no training images", "data.dataset")
-    count = images[0]
-    if not images[1]:
-        count -= _split_size(0.2 if split.test == "auto" else split.test, count)
-    count -= count // 2 if split.method == "alternate" and split.validation else _split_size(split.validation, count)
+    count = images[0] - _split_size(shares["test"], images[0])
+    is_alternate = split.method == "alternate" and split.validation and split.folds is None
+    count -= count // 2 if is_alternate else _split_size(shares["validation"], count)
     if train.drop_last and 0 < count < train.batch_size:
         text = (
             f"{train.batch_size} is more than the {count} training images, and train.drop_last drops incomplete "

@@ -30,8 +30,9 @@ class SplitConfig(ConfigModel):
     method: Literal["auto", "official", "stratified", "random", "alternate"] = Field(
         "auto",
         description="How the validation images are chosen. official: the data set's own validation list. stratified: "
-        "the same fraction of every class. random: uniformly at random. alternate: odd list positions are used for "
-        "validation, even ones for training. auto: official if the data set has one, else stratified.",
+        "the same fraction of every class (multi-label: iterative stratification). random: uniformly at random. "
+        "alternate: odd list positions are used for validation, even ones for training. auto: official if the data "
+        "set has one, else stratified.",
     )
     validation: FractionBelowOne | Annotated[int, Field(ge=0)] = Field(
         0.1,
@@ -44,6 +45,15 @@ class SplitConfig(ConfigModel):
         "list. 0: no test split; an official test list is not used either. auto: 0.2, but no test split if the data "
         "set has a validation list and no test list.",
     )
+    folds: int | None = Field(
+        None,
+        ge=2,
+        le=1000,
+        description="Number of folds for cross-validation: the training images are divided into that many parts of "
+        "equal size. With test = auto and no official test list, the fold is the test split, and validation images are "
+        "drawn from the other folds; else the fold is the validation split.",
+    )
+    fold: int = Field(0, ge=0, description="Number of this run's fold, from 0 to folds - 1.")
     seed: Seed | Literal["recipe.seed"] = Field(
         0,
         description="Seed of the split, independent of recipe.seed so that runs with different seeds share one "

@@ -1,0 +1,97 @@
+"""Division of examples into parts of given sizes, each with the same fraction of every label as far as possible.
+
+All randomness is keyed by the arguments ``key``; the results depend on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from toolkit.data.sampling import IntArray, keyed_permutation
+
+Labels = npt.NDArray[Any]
+"""int64 [n], one label per example; or uint8 [n, labels], 1 for each label of an example."""
+
+
+def label_pairs(labels: Labels) -> tuple[IntArray, IntArray]:
+    """Return an example's index and one of its labels, for every label of every example in order: int64 [pairs]."""
+    if labels.ndim == 1:
+        return np.arange(len(labels)), labels
+    examples, columns = np.nonzero(labels)
+    return examples, columns
+
+
+def stratified_folds(labels: IntArray, folds: int, *key: int) -> IntArray:
+    """Return the fold of each example, int64 [n]. Sizes, and the numbers of a class, differ by at most 1."""
+    order = keyed_permutation(len(labels), *key)
+    parts = np.empty(len(labels), dtype=np.int64)
+    parts[order[np.argsort(labels[order], kind="stable")]] = np.arange(len(labels)) % folds
+    return parts
+
+
+def iterative_stratification(labels: npt.NDArray[np.uint8], shares: Sequence[float], *key: int) -> IntArray:
+    """Return the part of each example of a multi-label data set, int64 [n] (Sechidis et al. 2011, algorithm 1).
+
+    ``shares``: the fraction of the examples in each part, whose sum is 1; sizes may differ from it by a few examples.
+    Labels are divided one after another, that with the fewest remaining examples first, and each of its examples goes
+    to the part that lacks most examples of the label, or, if several do, most examples.
+    """
+    fractions = np.array(shares)
+    totals = labels.sum(0, dtype=np.int64)
+    lacking = fractions[:, None] * totals
+    lacking_examples = fractions * len(labels)
+    order = keyed_permutation(len(labels), *key)
+    members = [order[labels[order, label] > 0] for label in range(labels.shape[1])]
+    parts, remaining = np.full(len(labels), -1, dtype=np.int64), totals.copy()
+    while remaining.any():
+        label = int(np.argmin(np.where(remaining > 0, remaining, len(labels) + 1)))
+        for i in members[label][parts[members[label]] < 0]:
+            wanted = np.flatnonzero(lacking[:, label] == lacking[:, label].max())
+            part = wanted[np.argmax(lacking_examples[wanted])]
+            own = np.flatnonzero(labels[i])
+            parts[i] = part
+            lacking[part, own] -= 1
+            lacking_examples[part] -= 1
+            remaining[own] -= 1
+    for i in order[parts[order] < 0]:
+        parts[i] = np.argmax(lacking_examples)
+        lacking_examples[parts[i]] -= 1
+    return parts
+
+
+def group_parts(groups: IntArray, labels: Labels | None, shares: Sequence[float], *key: int) -> IntArray:
+    """Return the part of each example, int64 [n], so that no group, int64 [n], is in two parts.
+
+    ``shares``: the fraction of the examples in each part, whose sum is 1. Large groups are placed first, each where it
+    adds least to the sum over parts and labels of (examples - expected)^2 / expected, relative to the label's number of
+    examples; the number of all examples counts as one more label. Without ``labels`` only that counts.
+    """
+    _, of_group = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(of_group)
+    examples, columns = label_pairs(labels) if labels is not None else (np.array([], np.int64), np.array([], np.int64))
+    everything = int(columns.max()) + 1 if len(columns) else 0
+    pairs, counts = np.unique(
+        np.stack([np.append(of_group[examples], of_group), np.append(columns, np.full(len(groups), everything))], 1),
+        axis=0,
+        return_counts=True,
+    )
+    starts = np.searchsorted(pairs[:, 0], np.arange(len(sizes) + 1))
+    totals = np.bincount(pairs[:, 1], weights=counts, minlength=everything + 1)
+    fractions = np.array(shares)[:, None]
+    found = np.zeros((len(shares), everything + 1))
+    placed = np.zeros(len(sizes), dtype=np.int64)
+    order = keyed_permutation(len(sizes), *key)
+    # Groups of similar size stay in random order, so that other keys give other parts.
+    for group in order[np.argsort(-np.floor(np.log2(sizes[order])), kind="stable")]:
+        own = slice(starts[group], starts[group + 1])
+        label, count = pairs[own, 1], counts[own]
+        excess = found[:, label] - fractions * totals[label]
+        change = ((2 * excess + count) * count / totals[label] ** 2).sum(1) / fractions[:, 0]
+        part = int(np.argmin(change))
+        placed[group] = part
+        found[part, label] += count
+    return placed[of_group]
