@@ -25,6 +25,7 @@ from study_folders import FakeRun, write_study
 from toolkit.cli.main import app
 from toolkit.data.dataset_info import DATASETS
 from toolkit.data.preprocessing import resolve_channels, resolve_preprocessing
+from toolkit.data.torchvision_info import TORCHVISION_SETS
 from toolkit.formatting import duration
 from toolkit.models.build import expected_input
 from toolkit.recipe import catalog, load_recipe
@@ -367,7 +368,10 @@ def test_transforms_and_optimizers() -> None:
 
 def test_datasets_are_those_of_the_schema_and_of_the_files() -> None:
     names = DataConfig.model_json_schema()["properties"]["dataset"]["enum"]
-    assert [line.split()[0] for line in toolkit("datasets").stdout.splitlines()] == names == list(DATASETS)
+    listed = [line.split()[0] for line in toolkit("datasets").stdout.splitlines()]
+    assert [name for name in listed if "/" not in name] == names == list(DATASETS)
+    assert [name.partition("/")[2] for name in listed if "/" in name] == list(TORCHVISION_SETS)
+    assert 'annotation_level = "variant"' in toolkit("datasets", "torchvision/FGVC").stdout
     from toolkit.data.datasets import open_dataset
 
     digits, facts = open_dataset(DataConfig(dataset="digits")), DATASETS["digits"]

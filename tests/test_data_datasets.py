@@ -220,7 +220,7 @@ def test_damaged_data_are_reported(tmp_path: Path) -> None:
     raw.mkdir(parents=True)
     for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (raw / f"{part}-ubyte").write_bytes(b"\0\0\x08\x01")
-    with pytest.raises(UserError, match=r"fashion_mnist is not in .*, or damaged"):
+    with pytest.raises(UserError, match=r"fashion_mnist is not in .*, or is damaged"):
         open_("fashion_mnist", tmp_path)
 
 

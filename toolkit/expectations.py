@@ -11,6 +11,8 @@ from toolkit.recipe.schema import Expectation, Recipe
 
 CONDITIONS = (
     "data.dataset",
+    "data.name",
+    "data.args",
     "data.class_folders",
     "data.background_class",
     "data.split.method",
@@ -83,6 +85,7 @@ def different_conditions(recipe: Recipe, stated: Recipe | None = None) -> str:
     paths = [tuple(key.split(".")) for key in CONDITIONS]
     if {"imagefolder", "table"} & {recipe.data.dataset, stated.data.dataset}:
         paths += [("data", "root"), ("data", "table")]
+    now[("data", "args")], then[("data", "args")] = recipe.data.args, stated.data.args
     changed = [path for path in paths if now.get(path) != then.get(path)]
     return ", ".join(f"{'.'.join(p)} is {now.get(p, 'unset')}, not {then.get(p, 'unset')}" for p in changed)
 

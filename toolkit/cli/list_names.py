@@ -113,19 +113,25 @@ def optimizers(pattern: Pattern = None, as_json: AsJson = False) -> None:
 def datasets(pattern: Pattern = None, as_json: AsJson = False) -> None:
     """List the data sets that a recipe can use.
 
-    Shows how each one is obtained.
+    Shows how each one is obtained. torchvision/NAME: dataset = "torchvision" with data.name = NAME, whose arguments
+    follow.
 
-    Example: toolkit datasets cifar
+    Example: toolkit datasets torchvision/
     """
     from dataclasses import asdict
 
-    from toolkit.data.dataset_info import DATASETS
+    from toolkit.data.dataset_info import DATASETS, info_of
+    from toolkit.recipe import catalog
 
-    names = matching(pattern, DATASETS, "data set")
-    found = [{"name": name, **asdict(DATASETS[name])} for name in names]
+    known = dict(DATASETS) | {f"torchvision/{name}": info_of("torchvision", name) for name in catalog.datasets()}
+    names = matching(pattern, known, "data set")
+    arguments = {f"torchvision/{name}": found for name, found in catalog.datasets().items()}
+    found = [{"name": name, **asdict(known[name])} for name in names]
     for entry in found:
-        del entry["opener"]
-    _show(found, [(name, DATASETS[name].description, DATASETS[name].source) for name in names], as_json)
+        del entry["opener"], entry["torchvision_class"]
+        entry["arguments"] = arguments.get(entry["name"], {})
+    rows = [(name, known[name].description, known[name].source, _arguments(arguments.get(name, {}))) for name in names]
+    _show(found, rows, as_json)
 
 
 def matching(pattern: str | None, known: Iterable[str], kind: str) -> list[str]:

@@ -119,12 +119,12 @@ def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
 
     Weights from a file are assumed to expect the same input as the architecture's default weights, as in training.
     """
-    from toolkit.data.dataset_info import DATASETS
+    from toolkit.data.dataset_info import info_of
     from toolkit.data.preprocessing import resolve_channels, resolve_preprocessing
     from toolkit.recipe.catalog import weights_input
     from toolkit.recipe.image_size import as_value
 
-    model, dataset = recipe.model, DATASETS[recipe.data.dataset]
+    model, dataset = recipe.model, info_of(recipe.data.dataset, recipe.data.name)
     is_pretrained, is_file = model.weights != "none", model.weights.startswith(("file:", "package:"))
     expected = None
     if is_pretrained and model.source != "toolkit":

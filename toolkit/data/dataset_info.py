@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from toolkit.data.torchvision_info import PROVIDED_BY_USER, TORCHVISION_SETS
+
 
 @dataclass(frozen=True)
 class DatasetInfo:
@@ -22,13 +24,16 @@ class DatasetInfo:
     source: str
     """Where the data come from (download, library, or files that the user provides)."""
     opener: str
-    """Callable used by :func:`toolkit.data.datasets.open_dataset`: a function of the recipe's [data] table, or a class
-    of torchvision with the attributes ``data``, ``targets`` and ``classes``."""
+    """Function of the recipe's [data] table that :func:`toolkit.data.datasets.open_dataset` calls."""
+    torchvision_class: str | None = None
+    """Name of the class in torchvision.datasets that reads it."""
 
     def class_count(self, *, background_class: bool) -> int | None:
         """Return the number of classes without opening the data set; None if it depends on the folders."""
         return self.classes if self.classes is None else self.classes + background_class
 
+
+_TORCHVISION = "toolkit.data.torchvision_sets.open_torchvision"
 
 DATASETS = {
     "digits": DatasetInfo(
@@ -49,7 +54,8 @@ DATASETS = {
         size=32,
         channels=3,
         source="downloaded to data.root (163 MiB)",
-        opener="torchvision.datasets.CIFAR10",
+        opener=_TORCHVISION,
+        torchvision_class="CIFAR10",
     ),
     "cifar100": DatasetInfo(
         title="CIFAR-100",
@@ -59,7 +65,8 @@ DATASETS = {
         size=32,
         channels=3,
         source="downloaded to data.root (161 MiB)",
-        opener="torchvision.datasets.CIFAR100",
+        opener=_TORCHVISION,
+        torchvision_class="CIFAR100",
     ),
     "fashion_mnist": DatasetInfo(
         title="Fashion-MNIST",
@@ -69,7 +76,8 @@ DATASETS = {
         size=28,
         channels=1,
         source="downloaded to data.root (30 MiB)",
-        opener="torchvision.datasets.FashionMNIST",
+        opener=_TORCHVISION,
+        torchvision_class="FashionMNIST",
     ),
     "kmnist": DatasetInfo(
         title="Kuzushiji-MNIST",
@@ -79,7 +87,8 @@ DATASETS = {
         size=28,
         channels=1,
         source="downloaded to data.root (21 MiB)",
-        opener="torchvision.datasets.KMNIST",
+        opener=_TORCHVISION,
+        torchvision_class="KMNIST",
     ),
     "caltech101": DatasetInfo(
         title="Caltech-101",
@@ -90,6 +99,16 @@ DATASETS = {
         channels=3,
         source="unpacked by you into data.root/caltech101, from https://doi.org/10.22002/D1.20086",
         opener="toolkit.data.datasets.open_caltech101",
+    ),
+    "torchvision": DatasetInfo(
+        title="a data set of torchvision",
+        description="the classification data set of torchvision that data.name names",
+        classes=None,
+        images=None,
+        size=None,
+        channels=3,
+        source="as torchvision expects it in data.root; `toolkit datasets torchvision/` lists them",
+        opener=_TORCHVISION,
     ),
     "imagefolder": DatasetInfo(
         title="the author's own images",
@@ -113,3 +132,21 @@ DATASETS = {
     ),
 }
 """Data sets by their name in ``data.dataset``."""
+
+
+def info_of(dataset: str, name: str | None) -> DatasetInfo:
+    """Return the record of a recipe's data set, from ``data.dataset`` and ``data.name``."""
+    general, found = DATASETS[dataset], TORCHVISION_SETS.get(name or "")
+    if dataset != "torchvision" or name is None or found is None:
+        return general
+    return DatasetInfo(
+        title=name,
+        description=found.description,
+        classes=found.classes,
+        images=None,
+        size=found.size,
+        channels=found.channels,
+        source="put into data.root by you" if name in PROVIDED_BY_USER else "downloaded to data.root",
+        opener=general.opener,
+        torchvision_class=name,
+    )

@@ -24,14 +24,10 @@ from toolkit.data.image_sources import CANNOT_READ, HAS_CHANGED, EncodedImages, 
 from toolkit.data.sampling import IntArray
 from toolkit.errors import UserError
 from toolkit.filenames import encode_name, escape_control_characters
-from toolkit.locks import held
 from toolkit.recipe.schema import DataConfig
 
 CALTECH_IMAGES, CALTECH_BACKGROUND = "101_ObjectCategories", "BACKGROUND_Google"
 CALTECH_SOURCE = "CaltechDATA (https://doi.org/10.22002/D1.20086, file caltech-101.zip)"
-
-_UNREADABLE = (RuntimeError, OSError, ValueError, AssertionError)
-"""Exceptions of torchvision's classes for missing, damaged or partly unpacked files, and for a failed download."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +60,7 @@ class Dataset:
 
 def open_dataset(table: DataConfig) -> Dataset:
     """Open the data set of a recipe. Raises UserError if it is missing or its folder layout is invalid."""
-    opener = pkgutil.resolve_name(DATASETS[table.dataset].opener)
-    dataset: Dataset = _open_torchvision(opener, table) if isinstance(opener, type) else opener(table)
+    dataset: Dataset = pkgutil.resolve_name(DATASETS[table.dataset].opener)(table)
     classes = [encode_name(name) for name in dataset.classes]
     return replace(dataset, classes=classes, notes=tuple(map(escape_control_characters, dataset.notes)))
 
@@ -79,44 +74,6 @@ def open_digits(table: DataConfig) -> Dataset:
     images = InMemoryImages(pixels, "digits", table.channels or 1)
     labels = digits.target.astype(np.int64)
     return Dataset("digits", [str(d) for d in range(10)], images, labels, {"train": np.arange(len(labels))}, 8, 1)
-
-
-def _open_torchvision(kind: Callable[..., Any], table: DataConfig) -> Dataset:
-    """Open a data set with a class of torchvision, which verifies checksums."""
-    train, test = _fetch(kind, table)
-    pixels = np.concatenate([np.asarray(train.data), np.asarray(test.data)])
-    labels = np.concatenate([np.asarray(train.targets), np.asarray(test.targets)]).astype(np.int64)
-    lists = {"train": np.arange(len(train)), "test": np.arange(len(train), len(labels))}
-    native_channels = 3 if pixels.ndim == 4 else 1
-    images = InMemoryImages(pixels, table.dataset, table.channels or native_channels)
-    return Dataset(table.dataset, list(train.classes), images, labels, lists, pixels.shape[1], native_channels)
-
-
-def _fetch(kind: Callable[..., Any], table: DataConfig) -> tuple[Any, Any]:
-    """Return torchvision's training and test sets, downloaded first if they are missing and ``download`` is true."""
-
-    def read(download: bool) -> tuple[Any, Any]:
-        return kind(table.root, train=True, download=download), kind(table.root, train=False, download=False)
-
-    try:
-        return read(download=False)
-    except _UNREADABLE as error:
-        if not table.download:
-            raise UserError(
-                f"{table.dataset} is not in data.root = {table.root!r}, or is incomplete, but data.download is false; "
-                "run once with --set data.download=true and network access, or copy the files there"
-            ) from error
-    try:
-        Path(table.root).mkdir(parents=True, exist_ok=True)
-        # Several processes may get here at once: one downloads, the others wait and then find the data.
-        with held(Path(table.root) / f".{table.dataset}.lock"):
-            return read(download=True)
-    except _UNREADABLE as error:
-        raise UserError(
-            f"{table.dataset} is not in data.root = {table.root!r}, or is damaged, and could not be downloaded: "
-            f"{error}; remove what is there, or download it on a machine with a network and copy the folder, or "
-            "set data.root to where it is"
-        ) from error
 
 
 def open_caltech101(table: DataConfig) -> Dataset:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from toolkit.cache.frozen_features import tail_of
-from toolkit.data.dataset_info import DATASETS
+from toolkit.data.dataset_info import info_of
 from toolkit.data.datasets import open_dataset
 from toolkit.data.preprocessing import (
     Preprocessing,
@@ -171,7 +171,7 @@ def _contents(data: DataConfig, classes: int | None) -> DatasetCounts:
     try:
         dataset = open_dataset(data.model_copy(update={"download": False}))
     except UserError as error:
-        facts = DATASETS[data.dataset]
+        facts = info_of(data.dataset, data.name)
         known = classes or facts.class_count(background_class=data.background_class)
         if known is None:
             message = f"{error}. Without the data the number of classes is not known: give it with --classes"

@@ -12,7 +12,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
 import toolkit
-from toolkit.data.dataset_info import DATASETS
+from toolkit.data.dataset_info import info_of
 from toolkit.errors import RunFailed, UserError, first_line
 from toolkit.inference.export import FORMATS, images_to_compare, new_folder, portable, write_checked
 from toolkit.inference.timm_config import fits_timm
@@ -145,7 +145,7 @@ def model_card(
         front_matter=_front_matter(trained, recipe, summary, title, license_id),
         title=title,
         architecture="A ConvNet that `recipe.toml` describes" if is_convnet else f"`{model.name}` of {model.source}",
-        info=DATASETS[recipe.data.dataset],
+        info=info_of(recipe.data.dataset, recipe.data.name),
         run=run,
         repo=repo,
         license_id=license_id,
@@ -171,7 +171,7 @@ def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any]
         EvalResult(
             task_type="image-classification",
             dataset_type=recipe.data.dataset,
-            dataset_name=DATASETS[recipe.data.dataset].title,
+            dataset_name=info_of(recipe.data.dataset, recipe.data.name).title,
             dataset_split="test",
             metric_type="accuracy",
             metric_name=_label(name),

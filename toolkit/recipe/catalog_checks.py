@@ -1,4 +1,4 @@
-"""Checks of names and arguments against the catalog: models, weights, transforms, optimizers and metrics."""
+"""Checks of names and arguments against the catalog: models, weights, data sets, transforms, optimizers, metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from toolkit.metrics import EXPECTED_METRICS
 from toolkit.recipe import catalog
 from toolkit.recipe.diagnostics import Issue, dotted, error, warning
-from toolkit.recipe.schema import Recipe, TransformConfig
+from toolkit.recipe.schema import Recipe
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
 from toolkit.recipe.type_descriptions import describe_value, shown
@@ -183,6 +183,20 @@ def optimizer(recipe: Recipe) -> Iterator[Issue]:
             yield error(path, f"expected {expected}, found {describe_value(value)}", "optimizer.name")
 
 
+def torchvision_dataset(recipe: Recipe) -> Iterator[Issue]:
+    """Check that the data set of torchvision exists and accepts its arguments."""
+    table, known = recipe.data, catalog.datasets()
+    if table.dataset != "torchvision":
+        return
+    if table.name is None:
+        hint = 'for example name = "OxfordIIITPet"; `toolkit datasets torchvision/` lists the known ones'
+        yield error("data.name", 'must be given with dataset = "torchvision"', "data.dataset", hint=hint, at="table")
+    elif table.name not in known:
+        yield _unknown_name("data set", ("data", "name"), table.name, known, catalog.excluded_datasets())
+    else:
+        yield from _arguments(table.name, table.args, known[table.name], ("data", "args"), ("data", "name"))
+
+
 def transforms(recipe: Recipe) -> Iterator[Issue]:
     """Check that each augmentation exists and accepts its arguments."""
     known = catalog.transforms()
@@ -190,28 +204,36 @@ def transforms(recipe: Recipe) -> Iterator[Issue]:
         for index, entry in enumerate(getattr(recipe.augment, split)):
             path: KeyPath = ("augment", split, index)
             if entry.name in known:
-                yield from _transform_arguments(entry, known[entry.name], path)
+                name, keys = (*path, "name"), ("apply_p", "stage")
+                yield from _arguments(entry.name, entry.arguments, known[entry.name], path, name, keys)
             else:
                 excluded = catalog.excluded_transforms()
                 yield _unknown_name("transform", (*path, "name"), entry.name, known, excluded)
 
 
-def _transform_arguments(entry: TransformConfig, known: dict[str, Any], path: KeyPath) -> Iterator[Issue]:
-    given, name = entry.arguments, (*path, "name")
+def _arguments(
+    owner: str,
+    given: dict[str, Any],
+    known: dict[str, Any],
+    path: KeyPath,
+    name: KeyPath,
+    keys: tuple[str, ...] = (),
+) -> Iterator[Issue]:
+    """Check the arguments of a transform or data set; ``keys`` are also allowed next to them."""
     for argument, value in given.items():
         if argument in known:
-            yield from _transform_argument(known[argument], value, (*path, argument), name)
+            yield from _argument(known[argument], value, (*path, argument), name)
         else:
-            issue = _unknown_argument(entry.name, (*path, argument), known, name, ("apply_p", "stage"))
-            is_old = argument == "at"
+            issue = _unknown_argument(owner, (*path, argument), known, name, keys)
+            is_old = argument == "at" and "stage" in keys
             yield replace(issue, hint=f"renamed to {dotted((*path, 'stage'))}") if is_old else issue
     missing = [key for key, info in known.items() if info["required"] and key not in given]
     if missing:
         hint = "give " + ", ".join(f"{key} = {_expected(known[key])}" for key in missing)
-        yield error(path, f"{entry.name} needs {' and '.join(missing)}", name, hint=hint)
+        yield error(path, f"{owner} needs {' and '.join(missing)}", name, hint=hint)
 
 
-def _transform_argument(info: dict[str, Any], value: Any, path: KeyPath, name: KeyPath) -> Iterator[Issue]:
+def _argument(info: dict[str, Any], value: Any, path: KeyPath, name: KeyPath) -> Iterator[Issue]:
     kind, kinds, choices = _kind(value), info["kinds"], info.get("choices", [])
     is_kind = not kinds or kind in kinds or (kind == "integer" and "number" in kinds)
     if not is_kind or (choices and value not in choices):
@@ -222,11 +244,15 @@ def _transform_argument(info: dict[str, Any], value: Any, path: KeyPath, name: K
 
 
 def _unknown_name(kind: str, path: KeyPath, name: str, known: Iterable[str], excluded: dict[str, str]) -> Issue:
-    """Return the issue for a transform or optimizer that a recipe cannot use."""
-    listed = LIST.format(f"{kind}s")
+    """Return the issue for a transform, optimizer or data set that a recipe cannot use."""
+    listed = LIST.format(f"{kind.replace(' ', '')}s")
     if name in excluded:
         return error(path, f"{name} {excluded[name]}", hint=listed)
-    return error(path, f"unknown {kind} {shown(name)}", hint=did_you_mean(name, known, 3, otherwise=listed))
+    return error(
+        path,
+        f"unknown {kind.replace('dataset', 'data set')} {shown(name)}",
+        hint=did_you_mean(name, known, 3, otherwise=listed),
+    )
 
 
 def _unknown_argument(

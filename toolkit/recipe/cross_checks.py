@@ -8,7 +8,7 @@ from itertools import pairwise
 from math import floor
 from typing import Any
 
-from toolkit.data.dataset_info import DATASETS
+from toolkit.data.dataset_info import info_of
 from toolkit.errors import UserError
 from toolkit.formatting import plural
 from toolkit.recipe import catalog_checks
@@ -143,7 +143,7 @@ def _has_other_shape(table: ModelConfig, size: Size, other: Size) -> bool:
 
 def splits(recipe: Recipe) -> Iterator[Issue]:
     """Check that the splits leave training images, and that drop_last leaves a step, if their number is known."""
-    images, split, train = DATASETS[recipe.data.dataset].images, recipe.data.split, recipe.train
+    images, split, train = info_of(recipe.data.dataset, recipe.data.name).images, recipe.data.split, recipe.train
     if split.folds is None and split.fold:
         yield error("data.split.fold", "needs data.split.folds", hint="for example folds = 5", at="key")
     elif split.folds is not None and split.fold >= split.folds:
@@ -184,7 +184,7 @@ def channels_of(recipe: Recipe) -> int:
     """Return the model's input channels: as set, else 3 with pretrained weights, else those of the data set."""
     if recipe.data.channels:
         return recipe.data.channels
-    return DATASETS[recipe.data.dataset].channels if recipe.model.weights == "none" else 3
+    return info_of(recipe.data.dataset, recipe.data.name).channels if recipe.model.weights == "none" else 3
 
 
 def normalization(recipe: Recipe) -> Iterator[Issue]:
@@ -231,6 +231,9 @@ def data(recipe: Recipe) -> Iterator[Issue]:
         yield warning("data.class_folders", no_effect, "data.dataset", at="key")
     for key in ("table", "columns", "class_names", "label_separator") if table.dataset != "table" else ():
         if getattr(table, key) != DataConfig.model_fields[key].default:
+            yield warning(f"data.{key}", no_effect, "data.dataset", at="key")
+    for key in ("name", "args") if table.dataset != "torchvision" else ():
+        if getattr(table, key):
             yield warning(f"data.{key}", no_effect, "data.dataset", at="key")
     if table.dataset == "table":
         yield from _table(table)
@@ -373,6 +376,7 @@ RULES = (
     catalog_checks.model,
     catalog_checks.weights,
     catalog_checks.optimizer,
+    catalog_checks.torchvision_dataset,
     catalog_checks.transforms,
     catalog_checks.stages,
     catalog_checks.auto_augment,

@@ -108,6 +108,17 @@ class DataConfig(ConfigModel):
     """Data set, split, preprocessing and caching."""
 
     dataset: DatasetName = Field(description="Name of the data set; `toolkit datasets` describes each.")
+    name: str | None = Field(
+        None,
+        min_length=1,
+        description="torchvision: class in torchvision.datasets, such as OxfordIIITPet.",
+    )
+    args: dict[str, Any] = Field(
+        {},
+        description='torchvision: arguments of the class, such as { annotation_level = "family" } of FGVCAircraft; '
+        "split (INaturalist: version) selects one of several training lists. `toolkit datasets torchvision/` lists "
+        "them.",
+    )
     root: str = Field(
         "data",
         min_length=1,

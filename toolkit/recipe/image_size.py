@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from toolkit.data.dataset_info import DATASETS
+from toolkit.data.dataset_info import info_of
 from toolkit.errors import UserError
 from toolkit.recipe.catalog import weights_input
 from toolkit.recipe.schema import ConvNetConfig, Recipe
@@ -34,7 +34,7 @@ def input_size(recipe: Recipe) -> Size | None:
     if data.image_size is not None:
         return as_size(data.image_size)
     if model.source == "toolkit" or model.weights == "none":
-        native = DATASETS[data.dataset].size
+        native = info_of(data.dataset, data.name).size
         return None if native is None else as_size(native)
     expected = weights_input(model.source, model.name, model.weights)
     return None if expected is None else expected.size

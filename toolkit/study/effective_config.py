@@ -21,7 +21,7 @@ from torch import nn
 
 from toolkit.augment.mixup import is_mixed
 from toolkit.augment.transforms import build_transform, is_deterministic
-from toolkit.data.dataset_info import DATASETS
+from toolkit.data.dataset_info import info_of
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.preprocessing import (
     Preprocessing,
@@ -116,7 +116,8 @@ def _images(recipe: Recipe) -> Hashable:
         dataset = _open(table)
         return split_hash(dataset, split_dataset(dataset, table))
     except UserError:
-        return _text([table.dataset, table.root, table.split, table.images_per_class, table.test_images_per_class])
+        named = [table.dataset, table.name, table.args, table.root]
+        return _text([*named, table.split, table.images_per_class, table.test_images_per_class])
 
 
 def _open(data: DataConfig) -> Dataset:
@@ -126,7 +127,7 @@ def _open(data: DataConfig) -> Dataset:
 def _preprocessing(recipe: Recipe) -> Preprocessing:
     """Return the preprocessing of training; channel means that would have to be computed from data are set to -1."""
     data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
-    facts = DATASETS[data.dataset]
+    facts = info_of(data.dataset, data.name)
     size, channels = facts.size, facts.channels
     if size is None and data.image_size is None and expected_input(recipe.model) is None:
         size = _open(data).native_size
@@ -186,7 +187,7 @@ def _network(recipe: Recipe) -> Hashable:
 
 def _classes(recipe: Recipe) -> int:
     """Return the number of classes; :data:`ASSUMED_CLASSES` if it cannot be determined without the missing data."""
-    known = DATASETS[recipe.data.dataset].class_count(background_class=recipe.data.background_class)
+    known = info_of(recipe.data.dataset, recipe.data.name).class_count(background_class=recipe.data.background_class)
     if known is not None:
         return known
     try:

@@ -83,6 +83,18 @@ def excluded_transforms() -> dict[str, str]:
     return reasons
 
 
+def datasets() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return torchvision's classification data sets by name; arguments are described as those of transforms."""
+    known: dict[str, dict[str, dict[str, Any]]] = catalog()["datasets"]
+    return known
+
+
+def excluded_datasets() -> dict[str, str]:
+    """Return the data sets of torchvision that a recipe cannot use, and why."""
+    reasons: dict[str, str] = catalog()["excluded_datasets"]
+    return reasons
+
+
 def optimizers() -> dict[str, dict[str, Any]]:
     """Return optimizers by name: ``args`` (with defaults), ``momentum`` (whether supported), ``description``."""
     known: dict[str, dict[str, Any]] = catalog()["optimizers"]

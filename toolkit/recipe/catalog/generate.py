@@ -6,9 +6,13 @@ import enum
 import inspect
 import json
 import math
+import re
 import typing
 from collections.abc import Iterable
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from toolkit.data.torchvision_info import TORCHVISION_SETS
 
 EXCLUDED_TRANSFORMS = {
     "ClampBoundingBoxes": "is for bounding boxes",
@@ -41,6 +45,54 @@ EXCLUDED_TRANSFORMS = {
 }
 """Transforms that a recipe cannot use on single images, each with the reason as text for an error message."""
 
+_DETECTION, _SEGMENTATION = "has boxes, not classes of images", "has classes of pixels, not of images"
+_CAPTIONS, _VIDEO = "has captions, not classes", "has videos"
+_FLOW, _STEREO = "is for optical flow", "is for stereo matching"
+EXCLUDED_DATASETS = {
+    "Caltech101": 'is data.dataset = "caltech101" here',
+    "CelebA": "has attributes and identities, not classes",
+    "Cityscapes": _SEGMENTATION,
+    "CocoCaptions": _CAPTIONS,
+    "CocoDetection": _DETECTION,
+    "DatasetFolder": 'is data.dataset = "imagefolder" here',
+    "FakeData": "has random images",
+    "Flickr30k": _CAPTIONS,
+    "Flickr8k": _CAPTIONS,
+    "HMDB51": _VIDEO,
+    "ImageFolder": 'is data.dataset = "imagefolder" here',
+    "Kinetics": _VIDEO,
+    "Kitti": _DETECTION,
+    "LFWPairs": "has pairs of faces, not classes",
+    "LFWPeople": "has no person in both its training and its test list",
+    "LSUN": "is a folder of LMDB databases, which this program does not read",
+    "LSUNClass": "is one class of LSUN",
+    "MovingMNIST": _VIDEO,
+    "PhotoTour": "has pairs of patches, not classes",
+    "SBDataset": _SEGMENTATION,
+    "SBU": _CAPTIONS,
+    "UCF101": _VIDEO,
+    "VOCDetection": _DETECTION,
+    "VOCSegmentation": _SEGMENTATION,
+    "VisionDataset": "is the base of the other classes",
+    "WIDERFace": _DETECTION,
+    "wrap_dataset_for_transforms_v2": "is a function",
+    **dict.fromkeys(("FlyingChairs", "FlyingThings3D", "HD1K", "KittiFlow", "Sintel"), _FLOW),
+    **dict.fromkeys(
+        (
+            *("CREStereo", "CarlaStereo", "ETH3DStereo", "FallingThingsStereo", "InStereo2k", "Kitti2012Stereo"),
+            *("Kitti2015Stereo", "Middlebury2014Stereo", "SceneFlowStereo", "SintelStereo"),
+        ),
+        _STEREO,
+    ),
+}
+"""Data sets of torchvision that a recipe cannot use, each with the reason as text for an error message."""
+
+OWN_DATASET_KEYS = {
+    *("root", "download", "train", "transform", "transforms", "target_transform", "loader", "is_valid_file"),
+    *("allow_empty", "extensions", "what", "compat"),
+}
+"""Arguments of torchvision's data sets that other recipe keys set, or that take code."""
+
 OWN_OPTIMIZER_KEYS = {"self", "params", "lr", "weight_decay", "momentum", "nesterov", "maximize", "differentiable"}
 """Arguments that other recipe keys set (lr, nag), or that would break training."""
 
@@ -61,6 +113,8 @@ def generate() -> str:
         "inputs": [json.loads(text) for text in inputs],
         "transforms": _transforms(EXCLUDED_TRANSFORMS),
         "excluded_transforms": EXCLUDED_TRANSFORMS,
+        "datasets": _datasets(),
+        "excluded_datasets": EXCLUDED_DATASETS,
         "optimizers": _optimizers(excluded_optimizers),
         "excluded_optimizers": excluded_optimizers,
     }
@@ -211,6 +265,46 @@ def _kinds(annotation: Any) -> set[str]:
     if typing.get_origin(annotation) is typing.Literal:
         found.add("text")
     return found - {"integer"} if "number" in found else found
+
+
+def _datasets() -> dict[str, dict[str, Any]]:
+    """Return the arguments of each classification data set of torchvision, its base classes' included."""
+    from torchvision import datasets
+
+    found = {}
+    for name in sorted(set(datasets.__all__) - set(EXCLUDED_DATASETS)):
+        cls = getattr(datasets, name)
+        own: dict[str, inspect.Parameter] = {}
+        for base in cls.__mro__:
+            for parameter in _parameters(base) if issubclass(base, datasets.VisionDataset) else ():
+                own.setdefault(parameter.name, parameter)
+        arguments = {key: _dataset_argument(cls, one) for key, one in own.items() if key not in OWN_DATASET_KEYS}
+        selector, lists = TORCHVISION_SETS[name].selector, TORCHVISION_SETS[name].lists
+        if selector in arguments:
+            first, *others = (training for training, _, _ in lists)
+            arguments[selector] |= {"default": first, "choices": [first, *others]}
+            if not others:
+                del arguments[selector]
+        found[name] = arguments
+    return found
+
+
+def _dataset_argument(cls: Any, parameter: inspect.Parameter) -> dict[str, Any]:
+    """Describe an argument; its choices are those that the class itself names when it refuses another value."""
+    argument = _argument(parameter)
+    if "text" not in argument["kinds"]:
+        return argument
+    argument["kinds"] = ["text"]  # a list asks for several labels per image
+    with TemporaryDirectory() as root:
+        try:
+            cls(root, **{parameter.name: "?"})
+        except ValueError as error:
+            listed = re.search(r"Valid values are \{(.*)\}", str(error))
+            choices = re.findall("'([^']*)'", listed[1]) if listed else []
+            argument["choices"] = [one for one in choices if one != "segmentation"]
+        except (RuntimeError, OSError):
+            pass  # the class opens its files first
+    return argument
 
 
 def _excluded_optimizers() -> dict[str, str]:
