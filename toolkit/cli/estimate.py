@@ -11,7 +11,7 @@ import typer
 
 from toolkit.cli.errors import command
 from toolkit.cli.options import AsJson, Overrides, RecipePath, load_recipe
-from toolkit.errors import EXIT_FAILURE, EXIT_OK
+from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 
 
 @command
@@ -47,10 +47,18 @@ def data(
         Path | None,
         typer.Option("-o", "--out", metavar="FOLDER", help="Folder of the figures. Default: data-report/RECIPE_NAME."),
     ] = None,
+    write_table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead, write the images, labels and splits to a table (.csv, .tsv, .jsonl, .parquet), and print "
+            "the [data] table that reads it.",
+        ),
+    ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Inspect a recipe's images.
+    """Inspect a recipe's images, or write them as a table.
 
     Reports counts per class and split, sizes, channel statistics, unreadable files and duplicates across splits, and
     draws a class histogram and a contact sheet with one image per class, raw and normalized.
@@ -58,6 +66,13 @@ def data(
     Example: toolkit data recipes/resnet50_caltech.toml --out figures
     """
     loaded = load_recipe(recipe, set_)
+    if write_table is not None:
+        from toolkit.data import table_writer
+
+        if out is not None or as_json:
+            raise UserError("--write-table cannot be combined with --out and --json: nothing is analyzed")
+        print(table_writer.write_table(loaded.recipe, write_table), end="")
+        return
     from toolkit.data.dataset_plots import draw
     from toolkit.data.dataset_report import analyze_dataset, report_text
 

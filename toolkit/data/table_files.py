@@ -122,15 +122,21 @@ def _open_json_lines(path: Path) -> Table:
     return Table(path, list(first), read)
 
 
-def _open_parquet(path: Path) -> Table:
-    """Open a Parquet file with pyarrow."""
+def require_pyarrow(path: Path) -> tuple[Any, Any]:
+    """Return the modules pyarrow and pyarrow.parquet. Raises UserError if pyarrow is not installed."""
     try:
-        import pyarrow as pa
+        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError(
-            f"reading {path} needs pyarrow: install it with `pip install pyarrow`, or this toolkit's extra `parquet`"
+            f"{path} needs pyarrow: install it with `pip install pyarrow`, or this toolkit's extra `parquet`"
         ) from None
+    return pyarrow, parquet
+
+
+def _open_parquet(path: Path) -> Table:
+    """Open a Parquet file with pyarrow."""
+    pa, parquet = require_pyarrow(path)
 
     def is_encoded(kind: Any) -> bool:
         if pa.types.is_struct(kind):
