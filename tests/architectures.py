@@ -15,6 +15,7 @@ from toolkit.models.dry_forward import probe
 from toolkit.models.layer_groups import is_under
 from toolkit.models.transfer import apply_transfer, param_groups
 from toolkit.recipe.schema import ModelConfig, OptimizerConfig, TransferConfig
+from toolkit.training.task import SingleLabel
 from toolkit.training.trained_model import TrainedModel, load_model
 
 CLASSES = ["a", "b", "c", "d", "e", "f", "g"]
@@ -75,7 +76,9 @@ def check_step(built: ModelBundle, size: int) -> None:
 
 def trained(built: ModelBundle, table: ModelConfig, size: int) -> TrainedModel:
     plain = Preprocessing(3, (size, size), size, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    return TrainedModel(built.module.eval(), plain, (), CLASSES, table, "none", Path("model.safetensors"))
+    return TrainedModel(
+        built.module.eval(), plain, (), CLASSES, SingleLabel(len(CLASSES)), table, "none", Path("model.safetensors")
+    )
 
 
 def check_explained(model: TrainedModel, built: ModelBundle) -> None:

@@ -13,7 +13,7 @@ from cli import Outcome, toolkit
 from distributed import launch
 from finished import CONVNET, train_on_files
 
-from toolkit.metrics import MEASURES
+from toolkit.metrics import measures_of
 from toolkit.report.run_data import load_run_data
 from toolkit.report.run_page import write_run_page
 from toolkit.runs import Run
@@ -49,7 +49,7 @@ def predictions(run: Run, name: str) -> list[list[str]]:
 
 def test_a_copy_of_the_test_images_gives_the_run_s_own_test_metrics(run: Run, images: Path) -> None:
     found = evaluation(toolkit("evaluate", run.path, "--data", images, "--json"))
-    own = {name: run.summary["best"][f"test_{name}"] for name in MEASURES}
+    own = {name: run.summary["best"][f"test_{name}"] for name in measures_of("single_label")}
     assert found["metrics"] == found["own"]["metrics"] == own
     assert (found["name"], found["images"], found["missing_classes"], found["notes"]) == ("photos", 50, [], [])
     own_rows = [list(row.values()) for row in run.predictions()]
@@ -59,7 +59,7 @@ def test_a_copy_of_the_test_images_gives_the_run_s_own_test_metrics(run: Run, im
 def test_a_recipe_gives_one_of_its_splits_or_all_its_images(run: Run, tmp_path: Path) -> None:
     recipe = run.path / "recipe.toml"
     found = evaluation(toolkit("evaluate", run.path, "--data", recipe, "--split", "validation", "--json"))
-    own = {name: run.summary["best"][f"val_{name}"] for name in MEASURES}
+    own = {name: run.summary["best"][f"val_{name}"] for name in measures_of("single_label")}
     assert (found["name"], found["metrics"]) == ("recipe-validation", own)
     found = evaluation(toolkit("evaluate", run.path, "--data", recipe, "--json"))
     assert found["images"] == sum(len(run.split[split]) for split in ("train", "validation", "test"))

@@ -17,6 +17,7 @@ from toolkit.recipe import load_recipe, loads_recipe
 from toolkit.training.checkpoint import load_weights
 from toolkit.training.evaluation import evaluate
 from toolkit.training.fit import fit  # imported before the processes are forked, so only once
+from toolkit.training.task import SingleLabel
 
 pytestmark = pytest.mark.long
 
@@ -180,8 +181,9 @@ def evaluated(count: int, batch_size: int) -> list[float]:
         (positions, inputs[positions], torch.from_numpy(labels[positions]))
         for positions in plan_evaluation(count, batch_size, world, rank)
     ]
-    outcome = evaluate(torch.nn.Identity(), batches, labels, torch.device("cpu"))
-    return [len(outcome.predictions), *outcome.predictions.tolist(), *outcome.metrics("").values()]
+    task = SingleLabel(6)
+    result = evaluate(torch.nn.Identity(), batches, labels, task, torch.device("cpu"))
+    return [len(result.outcomes), *result.outcomes.flatten().tolist(), *task.metrics(result, "").values()]
 
 
 def all_evaluations() -> list[list[float]]:

@@ -22,6 +22,7 @@ from toolkit.inference.explain import CamInput, CamLayer, explain, find_layer, h
 from toolkit.models.build import build_model
 from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import Run
+from toolkit.training.task import SingleLabel
 from toolkit.training.trained_model import TrainedModel
 
 pytestmark = pytest.mark.long
@@ -31,7 +32,9 @@ CLASSES = ["a", "b", "c"]
 
 def trained(module: nn.Module, table: ModelConfig, size: int) -> TrainedModel:
     plain = Preprocessing(3, (size, size), size, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    return TrainedModel(module.eval(), plain, (), CLASSES, table, "none", Path("model.safetensors"))
+    return TrainedModel(
+        module.eval(), plain, (), CLASSES, SingleLabel(len(CLASSES)), table, "none", Path("model.safetensors")
+    )
 
 
 def built(source: str, name: str, size: int = 64) -> TrainedModel:

@@ -32,6 +32,7 @@ from toolkit.runs import Run, open_run
 from toolkit.training.console import Console
 from toolkit.training.context import build_context
 from toolkit.training.loaders import build_loaders
+from toolkit.training.task import SingleLabel
 from toolkit.training.train_step import TrainStep
 from toolkit.training.trained_model import TrainedModel, load_model
 
@@ -53,7 +54,7 @@ def resolved(**data: object) -> Preprocessing:
 def trained(module: nn.Module, size: tuple[int, int]) -> TrainedModel:
     plain = Preprocessing(3, size, size, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
     table = ModelConfig(source="timm", name="any")
-    return TrainedModel(module.eval(), plain, (), ["a", "b"], table, "none", Path("model.safetensors"))
+    return TrainedModel(module.eval(), plain, (), ["a", "b"], SingleLabel(2), table, "none", Path("model.safetensors"))
 
 
 # -- inputs that are not square ---------------------------------------------------------------------------------------

@@ -18,12 +18,17 @@ from torch import Tensor, nn
 
 from toolkit.data.sampling import SamplingPlan
 from toolkit.models.keyed_dropout import DropoutKeys
-from toolkit.recipe.schema import AugmentConfig
+from toolkit.recipe.schema import AugmentConfig, TrainConfig
 from toolkit.training.ema import ModelEma, decay_at, short_run_warning
 from toolkit.training.losses import training_loss
+from toolkit.training.task import SingleLabel
 from toolkit.training.train_step import RunningMetrics, TrainCallbacks, TrainStep, TrainStepConfig, _means
 
 IMAGES, CLASSES = 400, 2
+
+
+def table(loss: Any) -> TrainConfig:
+    return TrainConfig(epochs=1, batch_size=40, loss=loss)
 
 
 # -- class weights ----------------------------------------------------------------------------------------------------
@@ -59,7 +64,7 @@ def gradient(mixing: AugmentConfig | None, *, smoothing: float = 0.0, weights: T
     module, accelerator = Constant(logits.clone()), Accelerator(cpu=True)
     steps = 10
     settings = TrainStepConfig(
-        seed=0, classes=CLASSES, loss=training_loss("cross_entropy", smoothing, weights),
+        seed=0, task=SingleLabel(CLASSES), loss=training_loss(table("cross_entropy"), smoothing, weights),
         augment=mixing or AugmentConfig(), max_grad_norm=None, channels_last=False, cuda_graphs=False,
         steps_per_epoch=steps, log_every=0,
     )  # fmt: skip
@@ -128,16 +133,16 @@ def test_binary_cross_entropy_equals_timm_s() -> None:
     logits, labels = torch.randn(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
     mixed = torch.rand(6, 5).softmax(1)
     for smoothing in (0.0, 0.1):
-        binary_loss = training_loss("bce", smoothing, None)
+        binary_loss = training_loss(table("bce"), smoothing, None)
         expected = BinaryCrossEntropy(smoothing=smoothing, reduction="none")(logits, labels)
         torch.testing.assert_close(binary_loss(logits, labels), expected.mean(1))
     dense = BinaryCrossEntropy(smoothing=0.0, reduction="none")(logits, mixed).mean(1)
-    torch.testing.assert_close(training_loss("bce", 0.0, None)(logits, mixed), dense)
+    torch.testing.assert_close(training_loss(table("bce"), 0.0, None)(logits, mixed), dense)
 
 
 def test_class_weights_apply_to_each_class_of_the_binary_cross_entropy() -> None:
     logits, labels, weights = torch.zeros(2, 2), torch.tensor([0, 1]), torch.tensor([0.5, 3.0])
-    found = training_loss("bce", 0.0, weights)(logits, labels)
+    found = training_loss(table("bce"), 0.0, weights)(logits, labels)
     torch.testing.assert_close(found, torch.full((2,), np.log(2.0) * 3.5 / 2))
 
 

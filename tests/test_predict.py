@@ -26,6 +26,7 @@ from toolkit.inference.predict import Predictions, collect, predict
 from toolkit.models.build import build_model
 from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import Run
+from toolkit.training.task import SingleLabel
 from toolkit.training.trained_model import load_model, model_card
 
 pytestmark = pytest.mark.long
@@ -225,7 +226,9 @@ def test_a_model_that_checks_the_version_of_its_layers_is_loaded(tmp_path: Path)
     table = ModelConfig(source="torchvision", name="mnasnet0_5")
     module = build_model(table, 3, 3, 32).module
     plain = Preprocessing(3, (32, 32), 32, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    (tmp_path / "model.json").write_text(json.dumps(model_card(table, ["a", "b", "c"], plain, (), "none")))
+    (tmp_path / "model.json").write_text(
+        json.dumps(model_card(table, ["a", "b", "c"], SingleLabel(3), plain, (), "none"))
+    )
     safetensors.torch.save_file(module.state_dict(), tmp_path / "model.safetensors")
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(load_model(tmp_path).module(images), module.eval()(images))
@@ -236,7 +239,7 @@ def test_a_model_card_of_an_earlier_version_gives_a_convnet_with_biases(tmp_path
     table = ModelConfig.model_validate({"source": "toolkit", **layers})
     module = build_model(table, 3, 3, 8).module
     plain = Preprocessing(3, (8, 8), 8, True, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    card = model_card(table, ["a", "b", "c"], plain, (), "none")
+    card = model_card(table, ["a", "b", "c"], SingleLabel(3), plain, (), "none")
     del card["model"]["convnet"]["bias"], card["model"]["head"]["bias"]
     (tmp_path / "model.json").write_text(json.dumps(card))
     safetensors.torch.save_file(module.state_dict(), tmp_path / "model.safetensors")

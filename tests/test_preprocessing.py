@@ -26,6 +26,7 @@ from toolkit.models.build import expected_input
 from toolkit.recipe import catalog
 from toolkit.recipe.catalog import PretrainedInput
 from toolkit.recipe.schema import AugmentConfig, DataConfig, ModelConfig
+from toolkit.training.task import SingleLabel
 from toolkit.training.trained_model import TrainedModel
 
 NO_SQUARE = {f"vit_{size}_patch16_sapiens2.fb" for size in ("base", "large", "huge", "giant", "5b")}
@@ -181,7 +182,7 @@ def test_the_crop_mode_is_exported_with_a_model(mode: str) -> None:
     assert Preprocessing.from_dict(preprocessing.to_dict()) == preprocessing
     table = ModelConfig(source="timm", name="test_resnet")
     module = timm.create_model("test_resnet", num_classes=2)
-    trained = TrainedModel(module, preprocessing, (), ["a", "b"], table, "none", None)  # type: ignore[arg-type]
+    trained = TrainedModel(module, preprocessing, (), ["a", "b"], SingleLabel(2), table, "none", None)  # type: ignore[arg-type]
     config = timm_config(trained)["pretrained_cfg"]
     assert config["crop_mode"] == mode
     reference = create_transform(**resolve_data_config(pretrained_cfg=config))

@@ -14,7 +14,7 @@ from cli import toolkit
 from finished import CONVNET, train
 from PIL import Image
 
-from toolkit.metrics import MEASURES
+from toolkit.metrics import measures_of
 from toolkit.recipe import loads_recipe
 from toolkit.report.run_data import load_run_data
 from toolkit.runs import Run, open_run
@@ -158,9 +158,9 @@ def test_without_validation_and_test_all_images_are_trained(bare: Run) -> None:
 
 def test_validation_or_test_alone_can_be_left_out(tmp_path: Path) -> None:
     no_validation = train(write(tmp_path), "data.split.validation=0", 'train.best_metric="last"').summary
-    assert set(no_validation["best"]) == {"epoch", *(f"test_{name}" for name in MEASURES)}
+    assert set(no_validation["best"]) == {"epoch", *(f"test_{name}" for name in measures_of("single_label"))}
     no_test = train(write(tmp_path), "data.split.test=0").summary
-    assert set(no_test["best"]) == {"epoch", *(f"val_{name}" for name in MEASURES)}
+    assert set(no_test["best"]) == {"epoch", *(f"val_{name}" for name in measures_of("single_label"))}
     assert no_test["images"]["test"] == 0
 
 

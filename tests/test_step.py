@@ -17,6 +17,7 @@ from toolkit.errors import UserError
 from toolkit.recipe.schema import OptimizerConfig, TrainConfig
 from toolkit.training.evaluation import evaluate
 from toolkit.training.optimizer import build_optimizer, load_state
+from toolkit.training.task import SingleLabel
 from toolkit.training.train_step import NonFiniteDetector
 
 NAN, INF = float("nan"), float("inf")
@@ -144,8 +145,9 @@ def evaluated(module: nn.Module) -> tuple[list[float], list[int]]:
     torch.manual_seed(1)
     images, labels = torch.randn(21, 6), torch.arange(21) % 3
     batches = [(np.arange(init_accelerator, min(init_accelerator + 8, 21)),) for init_accelerator in range(0, 21, 8)]
-    found = evaluate(module, ((b, images[b], labels[b]) for (b,) in batches), labels.numpy(), torch.device("cpu"))
-    return found.losses.tolist(), found.predictions.tolist()
+    parts, task = ((b, images[b], labels[b]) for (b,) in batches), SingleLabel(3)
+    found = evaluate(module, parts, labels.numpy(), task, torch.device("cpu"))
+    return found.outcomes[:, 0].tolist(), task.predictions(found).tolist()
 
 
 @pytest.mark.parametrize(("room", "sizes"), [(8, [8, 8, 5]), (3, [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1]), (1, None)])

@@ -2,7 +2,7 @@
 
 RUN/evaluations/<name>/
   evaluation.json   the data, and the model's metrics on them
-  predictions.csv   path, label, prediction, probability of each image
+  predictions.csv   label and prediction of each image, as in RUN/predictions.csv
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import Field
 from toolkit.errors import UserError
 from toolkit.reading import Shape, read_json
 from toolkit.recipe.base import NAME_LENGTH, NAME_PATTERN
-from toolkit.runs import Run, predictions_csv, write_atomically
+from toolkit.runs import Run, csv_text, write_atomically
 
 Metrics = dict[str, float]
 
@@ -77,14 +77,16 @@ def check_name(run: Run, name: str, data: str, split: str | None) -> None:
         raise UserError(f"{path.parent} holds the evaluation on --data {other}; choose another name with --name")
 
 
-def write_evaluation(run: Run, found: Evaluation, predictions: Iterable[Sequence[object]]) -> None:
-    """Write the files of an evaluation. Raises UserError if that fails."""
+def write_evaluation(
+    run: Run, found: Evaluation, columns: Sequence[str], predictions: Iterable[Sequence[object]]
+) -> None:
+    """Write the files of an evaluation; ``predictions`` are rows of ``columns``. Raises UserError if that fails."""
     folder = run.path / found.folder
     record: dict[str, Any] = asdict(found)
     del record["name"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "predictions.csv", predictions_csv(predictions).encode())
+        write_atomically(folder / "predictions.csv", csv_text(columns, predictions).encode())
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / "evaluation.json", text.encode(errors="backslashreplace"))
     except OSError as error:

@@ -14,6 +14,10 @@ SPLITS = {"train": ("training", "train"), "val": ("validation", "val."), "test":
 """Prefixes of metrics, with the split's full name and its name in column headings."""
 
 
+TASKS = ("single_label", "multi_label")
+"""Values of ``task.kind``."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """A measured quantity: how it is labeled and formatted, and which direction is better."""
@@ -29,6 +33,8 @@ class Measure:
     higher_is_better: bool = True
     splits: tuple[str, ...] = ("val", "test")
     """Splits on which the measure is computed."""
+    tasks: tuple[str, ...] = TASKS
+    """The kinds of task for which the measure is computed."""
     varies: bool = True
     """Whether the measure differs between runs of one recipe with different seeds."""
 
@@ -36,11 +42,15 @@ class Measure:
 MEASURES = {
     "loss": Measure("loss", "loss", "nats", 4, 1.0, higher_is_better=False, splits=tuple(SPLITS)),
     "accuracy": Measure("accuracy", "acc. %", splits=tuple(SPLITS)),
-    "top5_accuracy": Measure("top-5 accuracy", "top-5 acc. %"),
-    "balanced_accuracy": Measure("balanced accuracy", "balanced acc. %"),  # the mean recall over the classes
+    "top5_accuracy": Measure("top-5 accuracy", "top-5 acc. %", tasks=TASKS[:1]),
+    "balanced_accuracy": Measure("balanced accuracy", "balanced acc. %", tasks=TASKS[:1]),  # mean recall over classes
     "macro_f1": Measure("macro F1", "macro F1 %"),  # the mean F1 over the classes
+    "micro_f1": Measure("micro F1", "micro F1 %", tasks=TASKS[1:]),  # F1 of the decisions on all labels together
+    "map": Measure("mAP", "mAP %", tasks=TASKS[1:]),  # the mean over the labels of the average precision
+    "auroc": Measure("AUROC", "AUROC %", tasks=TASKS[1:]),  # mean over labels of the area under the ROC curve
 }
-"""Measures of a model on a split."""
+"""Measures of a model on a split; ``training/classification_metrics.py`` defines them. The accuracy of multi-label
+classification is the subset accuracy: the share of images whose labels are all predicted correctly."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,16 @@ CURVES = tuple(f"{split}/{name}" for split in ("train", "val") for name in ("los
 def metric_of(name: str) -> Metric:
     """Return a metric by its name in a table or, as ``val/accuracy``, in metrics.jsonl."""
     return METRICS[name.replace("/", "_")]
+
+
+def measures_of(task: str) -> dict[str, Measure]:
+    """Return the measures that are computed for a kind of task."""
+    return {name: measure for name, measure in MEASURES.items() if task in measure.tasks}
+
+
+def is_measured(name: str, task: str) -> bool:
+    """Return whether a metric is computed for a kind of task; costs of a run always are."""
+    return task in metric_of(name).measure.tasks
 
 
 def higher_is_better(name: str) -> bool:

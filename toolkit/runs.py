@@ -43,6 +43,10 @@ from toolkit.recipe import Recipe, load_recipe
 from toolkit.recipe.earlier_versions import update_metrics, update_summary
 
 PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
+LABEL_COLUMNS = ("path", "labels", "predictions")
+"""First columns of a multi-label predictions.csv, before one column for the probability of each label."""
+LABEL_SEPARATOR = ";"
+"""Separates labels in predictions.csv and in the output of `toolkit predict`."""
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 
 Number = float | None
@@ -67,6 +71,7 @@ class _Summary(Shape):
     last: _ModelMetrics
     train_loss: Number = None
     train_accuracy: Number = None
+    last_thresholds: list[float] | None = None
     epochs_run: int = Field(0, ge=0)
     stopped_early: bool = False
     parameters: int = Field(0, ge=0)
@@ -275,16 +280,28 @@ class Run:
         """Return the lines of metrics.jsonl written at the end of an epoch."""
         return [record for record in self.metrics() if "train/loss" in record]
 
-    def predictions(self) -> list[dict[str, str]]:
-        """Return the rows of predictions.csv, in the order of the data set."""
+    def predictions(self, classes: Sequence[str] | None = None) -> list[dict[str, str]]:
+        """Return the rows of predictions.csv, in the order of the data set; ``classes``: those of a multi-label run."""
         path = self.path / "predictions.csv"
         if not path.exists() and not self.has_test:
             raise UserError(f"{self.path} has no test images, so it has no predictions.csv (data.split.test)")
-        rows = read_csv(path, PREDICTION_COLUMNS)
+        if classes is None:
+            rows, numbers = read_csv(path, PREDICTION_COLUMNS), ["probability"]
+        else:
+            names = label_columns(classes)
+            rows, numbers = read_csv(path, names), names[len(LABEL_COLUMNS) :]
         for number, row in enumerate(rows, 1):
-            if not _is_fraction(row["probability"]):
-                raise UnreadableFile(path, f"row {number} has the probability {row['probability'][:20]!r}")
+            for column in numbers:
+                if not _is_fraction(row[column]):
+                    raise UnreadableFile(path, f"row {number} has the probability {row[column][:20]!r}")
         return rows
+
+    def correct_predictions(self) -> dict[str, bool]:
+        """Return whether each test image was classified correctly, by its name: all labels, if it has several."""
+        if self.recipe.task.kind == "single_label":
+            return {row["path"]: row["label"] == row["prediction"] for row in self.predictions()}
+        rows = self.predictions(self.model_card["classes"])
+        return {row["path"]: row["labels"] == row["predictions"] for row in rows}
 
     def lock(self, log: Callable[[str], None] = lambda line: None) -> Lock:
         """Acquire the run's write lock, held by one trainer at a time; see :mod:`toolkit.locks`.
@@ -314,9 +331,9 @@ class Run:
         """Write a text file of the run."""
         write_atomically(self.path / name, text.encode())
 
-    def write_predictions(self, rows: Iterable[Sequence[object]]) -> None:
-        """Write predictions.csv: path, label, prediction, probability."""
-        self.write_text("predictions.csv", predictions_csv(rows))
+    def write_predictions(self, rows: Iterable[Sequence[object]], columns: Sequence[str] = PREDICTION_COLUMNS) -> None:
+        """Write predictions.csv; ``columns`` of a multi-label run: :func:`label_columns`."""
+        self.write_text("predictions.csv", csv_text(columns, rows))
 
     def write_metrics(self, length: int, lines: bytes) -> int:
         """Truncate metrics.jsonl to ``length`` bytes, append ``lines``, and return its new length."""
@@ -339,13 +356,18 @@ class Run:
             path.unlink(missing_ok=True)
 
 
-def predictions_csv(rows: Iterable[Sequence[object]]) -> str:
-    """Format predictions, rows of :data:`PREDICTION_COLUMNS`, as CSV."""
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Format rows as CSV with a header."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(PREDICTION_COLUMNS)
+    writer.writerow(columns)
     writer.writerows(rows)
     return text.getvalue()
+
+
+def label_columns(classes: Sequence[str]) -> list[str]:
+    """Return the columns of a multi-label predictions.csv."""
+    return [*LABEL_COLUMNS, *(f"probability of {name}" for name in classes)]
 
 
 def _is_fraction(text: str) -> bool:

@@ -50,9 +50,11 @@ class Batch(NamedTuple):
     images: Tensor
     """Model inputs, float32 [m, C, H, W] (features: [m, ...])."""
     labels: Tensor
-    """Class of each example, int64 [m]."""
+    """Class of each example, int64 [m]; multi-label: 1 for each label of an example, uint8 [m, K]."""
     draws: Tensor
     """Key of each example's random numbers, int64 [m]: see :meth:`toolkit.data.sampling.SamplingPlan.epoch`."""
+    positions: Tensor
+    """Position of each example in the training split, int64 [m]."""
 
 
 class EvaluationBatch(NamedTuple):
@@ -63,7 +65,7 @@ class EvaluationBatch(NamedTuple):
     images: Tensor
     """Model inputs, float32 [m, C, H, W] (features: [m, ...])."""
     labels: Tensor
-    """Class of each example, int64 [m]."""
+    """Class of each example, int64 [m]; multi-label: 1 for each label of an example, uint8 [m, K]."""
 
 
 class BatchRequest(NamedTuple):
@@ -83,7 +85,7 @@ class BatchSource(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, requests: Sequence[BatchRequest]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield model inputs, float32 [m, ...], and labels, int64 [m], for each request, in order.
+        """Yield model inputs, float32 [m, ...], and labels, int64 [m] or uint8 [m, K], for each request, in order.
 
         Only one iteration is possible at a time. Raises UnreadableImageError for an unreadable file and RunFailed if
         the transforms fail on an image.
@@ -111,8 +113,8 @@ class TrainLoader:
         """
         view, steps = self.plan.view(epoch), list(self.plan.epoch(epoch, first_step))
         requests = [BatchRequest(view, at, self.plan.augmentation_ids(at, draws)) for _, at, draws in steps]
-        for (micro, _, draws), (images, labels) in zip(steps, self.source.batches(requests), strict=True):
-            yield micro, Batch(images, labels, torch.from_numpy(draws))
+        for (micro, at, draws), (images, labels) in zip(steps, self.source.batches(requests), strict=True):
+            yield micro, Batch(images, labels, torch.from_numpy(draws), torch.from_numpy(at))
 
     def close(self) -> None:
         """Close the source."""

@@ -57,6 +57,12 @@ class Dataset:
         """Whether an image may have several labels, or none."""
         return self.labels.ndim == 2
 
+    def class_counts(self, indices: IntArray) -> IntArray:
+        """Return the number of images of each class, or with each label, among those at ``indices``: int64 [K]."""
+        labels = self.labels[indices]
+        counts = labels.sum(0) if self.is_multi_label else np.bincount(labels, minlength=len(self.classes))
+        return counts.astype(np.int64)
+
 
 def open_dataset(table: DataConfig) -> Dataset:
     """Open the data set of a recipe. Raises UserError if it is missing or its folder layout is invalid."""

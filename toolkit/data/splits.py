@@ -139,7 +139,7 @@ def check_splits(dataset: Dataset, splits: dict[str, IntArray], needed: Sequence
                 f"the {name} split of {dataset.name} is empty: see data.split.validation, data.split.test "
                 f"({len(dataset.labels)} images in total)"
             )
-    counts = _label_counts(dataset, splits["train"])
+    counts = dataset.class_counts(splits["train"])
     missing = [dataset.classes[c] for c in np.flatnonzero(counts == 0)]
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
@@ -244,7 +244,7 @@ def _take_fold(
     elif dataset.is_multi_label:
         parts = iterative_stratification(labels, [1 / folds] * folds, *key)
     else:
-        counts = _label_counts(dataset, train)
+        counts = dataset.class_counts(train)
         small = np.flatnonzero((counts > 0) & (counts < folds))
         if len(small):
             name, count = dataset.classes[small[0]], plural(int(counts[small[0]]), "training image")
@@ -274,12 +274,6 @@ def _check_groups(dataset: Dataset, train: IntArray, method: str, needed: int) -
             f"group may be divided between {parts}: add images of other groups, leave the class out, or set "
             "data.split.method = 'random'"
         )
-
-
-def _label_counts(dataset: Dataset, indices: IntArray) -> IntArray:
-    """Return the number of images with each label, int64 [classes]."""
-    _, labels = label_pairs(dataset.labels[indices])
-    return np.bincount(labels, minlength=len(dataset.classes))
 
 
 def _quotas(counts: IntArray, total: int) -> IntArray:

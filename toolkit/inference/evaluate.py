@@ -28,8 +28,9 @@ from toolkit.runs import Run
 from toolkit.similar_names import did_you_mean
 from toolkit.training.checkpoint import find_latest, load_checkpoint
 from toolkit.training.console import table
-from toolkit.training.evaluation import EvalResult, evaluate
+from toolkit.training.evaluation import evaluate
 from toolkit.training.resume import check_recipe
+from toolkit.training.task import EvalResult, Task, task_from_dict
 from toolkit.training.trained_model import TrainedModel, load_model
 
 PREFIXES = {"validation": "val_", "test": "test_"}
@@ -156,25 +157,29 @@ def evaluate_run(
     transform = build_transform(split, recipe.augment, trained.preprocessing)
     images = SplitDataset(dataset.images, dataset.labels, indices, transform, recipe.recipe.seed)
     loader = split_loader(run, images, summary.get("processes") or run.processes, accelerator)
-    module, channels_last = trained.module.to(accelerator.device), recipe.train.channels_last
+    module, task, channels_last = trained.module.to(accelerator.device), trained.task, recipe.train.channels_last
     if channels_last:
         module.to(memory_format=torch.channels_last)
 
     def measure() -> EvalResult:
         dtype, labels = autocast_dtype(accelerator.mixed_precision), dataset.labels[indices]
-        return evaluate(module, loader, labels, accelerator.device, autocast_dtype=dtype, channels_last=channels_last)
+        return evaluate(
+            module, loader, labels, task, accelerator.device, autocast_dtype=dtype, channels_last=channels_last
+        )
 
     report = ReevaluationReport(split, len(indices))
     prefix = PREFIXES.get(split, f"{split}_")
     allowed = max(ROUNDING[accelerator.mixed_precision or "no"], ROUNDING[summary.get("precision") or "no"])
     try:
         best = measure()
-        report.metrics += _compare("best", best.metrics(prefix), summary.get("best", {}), allowed)
+        report.metrics += _compare("best", task.metrics(best, prefix), summary.get("best", {}), allowed)
         if split == "test" and summary:
-            report.predictions_equal = _equal_rows(run, best, trained.classes)
+            report.predictions_equal = _equal_rows(run, task, best, trained.classes)
         if summary and (epoch := summary["last"]["epoch"]) != summary["best"]["epoch"]:
             if load_last_model(run, module, epoch):
-                report.metrics += _compare("last", measure().metrics(prefix), summary["last"], allowed)
+                entry = task.to_dict() | {"thresholds": summary.get("last_thresholds")}
+                last_task = task_from_dict(entry, task.classes)
+                report.metrics += _compare("last", last_task.metrics(measure(), prefix), summary["last"], allowed)
             else:
                 report.notes.append(f"the last model was not evaluated: no intact checkpoint of epoch {epoch} is left")
     finally:
@@ -215,12 +220,14 @@ def _compare(
     return found
 
 
-def _equal_rows(run: Run, found: EvalResult, classes: list[str]) -> int:
+def _equal_rows(run: Run, task: Task, found: EvalResult, classes: list[str]) -> int:
     """Return the number of rows of predictions.csv whose prediction was reproduced."""
-    rows, predicted = run.predictions(), [classes[int(index)] for index in found.predictions]
-    if len(rows) != len(predicted):
-        raise UnreadableFile(run.path / "predictions.csv", f"{len(rows)} rows of {len(predicted)} test images")
-    return sum(row["prediction"] == now for row, now in zip(rows, predicted, strict=True))
+    column, names = ("prediction", None) if task.kind == "single_label" else ("predictions", classes)
+    rows = run.predictions(names)
+    if len(rows) != len(found.labels):
+        raise UnreadableFile(run.path / "predictions.csv", f"{len(rows)} rows of {len(found.labels)} test images")
+    now = task.prediction_rows(found, [row["path"] for row in rows], classes)
+    return sum(row[column] == cells[2] for row, cells in zip(rows, now, strict=True))
 
 
 def load_last_model(run: Run, module: nn.Module, epoch: int) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from accelerate import Accelerator
 
 from toolkit.data.dataloader import SplitDataset
@@ -30,6 +32,7 @@ from toolkit.runs import Run
 from toolkit.similar_names import did_you_mean
 from toolkit.training.console import table
 from toolkit.training.evaluation import evaluate
+from toolkit.training.task import check_labels
 from toolkit.training.trained_model import TrainedModel, load_model
 
 SHOWN = 10
@@ -97,7 +100,7 @@ def evaluate_data(
     config = as_trained(config, trained.preprocessing).model_copy(update={"channels": channels})
     dataset = main_first(accelerator, lambda: open_dataset(config))
     indices = _indices(dataset, config, split, draw=path.suffix == ".toml")
-    indices, labels, unknown = match_classes(dataset, indices, trained.classes, data, ignore=ignore_unknown_classes)
+    indices, labels, unknown = match_classes(dataset, indices, trained, data, ignore=ignore_unknown_classes)
     indices, notes = _readable(dataset, config, indices, accelerator)
     images = SplitDataset(dataset.images, labels, indices, trained.transform, recipe.recipe.seed)
     loader = split_loader(run, images, run.processes, accelerator)
@@ -107,27 +110,32 @@ def evaluate_data(
             module,
             loader,
             labels[indices],
+            trained.task,
             accelerator.device,
             autocast_dtype=autocast_dtype(accelerator.mixed_precision),
             channels_last=channels_last,
         )
     finally:
         loader.close()
-    present = np.bincount(labels[indices], minlength=len(trained.classes)) > 0
-    missing = [each for each, is_present in zip(trained.classes, present, strict=True) if not is_present]
+    counts = replace(dataset, classes=trained.classes, labels=labels).class_counts(indices)
+    missing = [each for each, count in zip(trained.classes, counts, strict=True) if not count]
     summary = run.summary if run.is_finished else None
     found = Evaluation(
         name=name,
         data=data,
         split=split,
         images=len(indices),
-        metrics=result.metrics(""),
+        metrics=trained.task.metrics(result, ""),
         missing_classes=missing,
         unknown_classes=unknown,
         epoch=summary["best"]["epoch"] if summary else None,
     )
     names = [dataset.images.name(int(i)) for i in indices]
-    main_only(accelerator, lambda: write_evaluation(run, found, result.rows(names, trained.classes)), share=False)
+    rows, columns = (
+        trained.task.prediction_rows(result, names, trained.classes),
+        trained.task.prediction_columns(trained.classes),
+    )
+    main_only(accelerator, lambda: write_evaluation(run, found, columns, rows), share=False)
     notes += _notes(run, config, trained, found, names)
     return DataEvaluation(found, own_metrics(summary["best"] if summary else {}), notes)
 
@@ -181,22 +189,29 @@ def _indices(dataset: Dataset, config: DataConfig, split: str | None, *, draw: b
 
 
 def match_classes(
-    dataset: Dataset, indices: IntArray, classes: list[str], data: str, *, ignore: bool
-) -> tuple[IntArray, IntArray, dict[str, int]]:
-    """Find the classes of a data set among the ``classes`` of a model, by name.
+    dataset: Dataset, indices: IntArray, trained: TrainedModel, data: str, *, ignore: bool
+) -> tuple[IntArray, npt.NDArray[Any], dict[str, int]]:
+    """Find the classes of a data set among those of a model, by name.
 
-    Returns the indices of the images to evaluate, the labels of all images of the data set as indices into ``classes``
-    (int64, -1 for an unknown class), and the numbers of images of unknown classes, which are left out. Raises UserError
-    if there are unknown classes and ``ignore`` is false, or if all are unknown.
+    Returns the indices of the images to evaluate, the labels of all images of the data set in terms of the model's
+    classes (-1 for an unknown class), and the numbers of images of unknown classes, which are left out. Of multi-label
+    images only the unknown labels are left out. Raises UserError if there are unknown classes and ``ignore`` is false,
+    or if all are unknown.
     """
-    if dataset.is_multi_label:
-        raise UserError(f"{data} has several labels per image, and the model was trained for one class per image")
+    check_labels(dataset, trained.task.kind)
+    classes = trained.classes
     known = {name: number for number, name in enumerate(classes)}
-    labels = np.array([known.get(name, -1) for name in dataset.classes], dtype=np.int64)[dataset.labels]
-    is_known = labels[indices] >= 0
-    counts = np.bincount(dataset.labels[indices[~is_known]], minlength=len(dataset.classes))
-    unknown = {dataset.classes[i]: int(counts[i]) for i in np.flatnonzero(counts)}
-    if not is_known.any():
+    places = np.array([known.get(name, -1) for name in dataset.classes], dtype=np.int64)
+    is_known = np.ones(len(indices), dtype=bool)
+    if dataset.is_multi_label:
+        labels = np.zeros((len(dataset.labels), len(classes)), dtype=np.uint8)
+        labels[:, places[places >= 0]] = dataset.labels[:, places >= 0]
+    else:
+        labels = places[dataset.labels]
+        is_known = labels[indices] >= 0
+    counts = dataset.class_counts(indices)
+    unknown = {name: int(counts[i]) for i, name in enumerate(dataset.classes) if places[i] < 0 and counts[i]}
+    if not (places[counts > 0] >= 0).any():
         raise UserError(
             f"none of the classes of {data} is a class of the model, and they are matched by name: {_shown(unknown)}; "
             f"the model has {_shown(classes)}"

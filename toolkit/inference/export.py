@@ -290,6 +290,7 @@ def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
     card = model_card(
         config,
         trained.classes,
+        trained.task,
         trained.preprocessing,
         trained.transforms,
         trained.recipe,

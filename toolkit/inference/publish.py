@@ -16,7 +16,7 @@ from toolkit.data.dataset_info import info_of
 from toolkit.errors import RunFailed, UserError, first_line
 from toolkit.inference.export import FORMATS, images_to_compare, new_folder, portable, write_checked
 from toolkit.inference.timm_config import fits_timm
-from toolkit.metrics import MEASURES
+from toolkit.metrics import MEASURES, measures_of
 from toolkit.models.pretrained import is_file_reference
 from toolkit.reading import UnreadableFile
 from toolkit.recipe import Recipe, resolved_toml
@@ -156,9 +156,13 @@ def model_card(
         classes=trained.classes,
         preprocessing=trained.preprocessing,
         weights=portable(model).weights,
-        measures={name: _label(name) for name in MEASURES},
+        measures={name: _label(name) for name in measures_of(trained.task.kind)},
         splits={key: name for key, name in SPLITS.items() if f"{key}_loss" in summary["best"]},
     )
+
+
+METRIC_TYPES = {"macro_f1": "f1", "micro_f1": "f1", "map": "average_precision", "auroc": "roc_auc"}
+"""The Hub's names of measures that are not accuracies."""
 
 
 def _label(measure: str) -> str:
@@ -173,11 +177,11 @@ def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any]
             dataset_type=recipe.data.dataset,
             dataset_name=info_of(recipe.data.dataset, recipe.data.name).title,
             dataset_split="test",
-            metric_type="accuracy",
+            metric_type=METRIC_TYPES.get(name, "accuracy"),
             metric_name=_label(name),
             metric_value=round(summary["best"][f"test_{name}"], 6),
         )
-        for name, measure in MEASURES.items()
+        for name, measure in measures_of(trained.task.kind).items()
         if measure.unit == "%" and f"test_{name}" in summary["best"]
     ]
     data = ModelCardData(

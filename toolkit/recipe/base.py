@@ -23,6 +23,7 @@ A space or dot is only allowed between two other characters, so neither ``..`` n
 NAME_LENGTH = 100
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 SLURM_WORD = r"^[\w.,@+-]+$"

@@ -11,7 +11,7 @@ from typing import Any
 from toolkit.data.dataset_info import info_of
 from toolkit.errors import UserError
 from toolkit.formatting import plural
-from toolkit.recipe import catalog_checks
+from toolkit.recipe import catalog_checks, task_checks
 from toolkit.recipe.catalog import weights_input
 from toolkit.recipe.diagnostics import Issue, error, warning
 from toolkit.recipe.gpu_support import is_random, unsupported_on_gpu
@@ -19,7 +19,7 @@ from toolkit.recipe.image_size import Size, as_size, convnet_output_size, input_
 from toolkit.recipe.schema import NORMALIZATIONS, DataConfig, ModelConfig, NormalizeValues, Recipe, SchedulerConfig
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
-from toolkit.recipe.training_schema import SCHEDULE_KEYS
+from toolkit.recipe.training_schema import LOSS_KEYS, SCHEDULE_KEYS
 
 LONGEST_LABEL = 128
 """W&B's limit for run names, groups and other labels, in characters."""
@@ -348,6 +348,10 @@ def train(recipe: Recipe) -> Iterator[Issue]:
         hint = f"for example batch_size = {f'{below} or ' if below else ''}{above}"
         text = f"{batch} is not divisible by train.grad_accum_steps = {parts}"
         yield error("train.batch_size", text, "train.grad_accum_steps", hint=hint)
+    for key, loss in LOSS_KEYS.items():
+        if recipe.train.loss != loss and key in recipe.train.loss_args.model_fields_set:
+            text = f"has no effect with train.loss = {toml_value(recipe.train.loss)}, only with {toml_value(loss)}"
+            yield warning(f"train.loss_args.{key}", text, "train.loss", at="key")
     if recipe.train.sampling == "balanced" and recipe.train.class_weights == "balanced":
         text = 'train.sampling = "balanced" already corrects for rare classes: they get extra weight twice'
         yield warning("train.class_weights", text, "train.sampling")
@@ -381,6 +385,7 @@ RULES = (
     catalog_checks.stages,
     catalog_checks.auto_augment,
     catalog_checks.expected_metrics,
+    task_checks.task,
     transfer,
     model,
     image_size,

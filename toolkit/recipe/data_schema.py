@@ -329,5 +329,7 @@ class AugmentConfig(ConfigModel):
         0.5, description="If both are enabled: fraction of mixed batches that use CutMix."
     )
     label_smoothing: FractionBelowOne = Field(
-        0.0, description="Probability mass distributed uniformly over all classes in the training loss."
+        0.0,
+        description="Probability mass distributed uniformly over all classes in the training loss. multi_label: the "
+        "targets 0 and 1 of each label become label_smoothing / 2 and 1 - label_smoothing / 2.",
     )

@@ -23,6 +23,7 @@ from toolkit.recipe.base import (
     SLURM_TIME,
     SLURM_WORD,
     ConfigModel,
+    Fraction,
     Name,
     Seed,
 )
@@ -79,6 +80,21 @@ class ExperimentConfig(ConfigModel):
         0, description="Seed of initialization, sample order and augmentation. The split has its own seed."
     )
     run_root: str = Field("runs", min_length=1, description="Folder in which run directories are created.")
+
+
+class TaskConfig(ConfigModel):
+    """The kind of classification."""
+
+    kind: Literal["single_label", "multi_label"] = Field(
+        "single_label",
+        description="single_label: each image has exactly one class. multi_label: any number of them; each is decided "
+        "by itself.",
+    )
+    threshold: Literal["validation"] | Fraction = Field(
+        "validation",
+        description="multi_label: a label is predicted if its probability is at least this. validation: for each label "
+        "the threshold with the highest F1 on the validation images.",
+    )
 
 
 class TrackingConfig(ConfigModel):
@@ -171,6 +187,14 @@ class SlurmConfig(ConfigModel):
     )
 
 
+MULTI_LABEL_TRAIN = {"loss": "bce", "best_metric": "val/map"}
+MULTI_LABEL_OUTPUT = {
+    "columns": ["train_loss", "val_loss", "val_map", "test_map", "test_micro_f1", "test_macro_f1", "epochs", "seconds"],
+    "best_by": "val/map",
+}
+"""Defaults of [train] and [study.output] with task.kind = "multi_label"."""
+
+
 class Recipe(ConfigModel):
     """A complete recipe."""
 
@@ -187,7 +211,26 @@ class Recipe(ConfigModel):
             return content
         return {**content, "transfer": {**transfer, "mode": "finetune"}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _multi_label_defaults(cls, content: Any) -> Any:
+        """With task.kind = "multi_label", default the loss and the metrics that select to those of multi-label."""
+        task = content.get("task") if isinstance(content, dict) else None
+        if not (isinstance(task, dict) and task.get("kind") == "multi_label"):
+            return content
+        found, study = dict(content), content.get("study")
+        if isinstance(content.get("train"), dict):
+            found["train"] = MULTI_LABEL_TRAIN | content["train"]
+        if isinstance(study, dict):
+            found["study"] = study = {"output": {}, **study}
+            if isinstance(study["output"], dict):
+                study["output"] = MULTI_LABEL_OUTPUT | study["output"]
+            if isinstance(study.get("bohb"), dict):
+                study["bohb"] = {"metric": MULTI_LABEL_OUTPUT["best_by"], **study["bohb"]}
+        return found
+
     recipe: ExperimentConfig
+    task: TaskConfig = TaskConfig()
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig

@@ -16,6 +16,7 @@ from toolkit.recipe.base import (
     Fraction,
     FractionBelowOne,
     Selection,
+    Weight,
 )
 
 
@@ -106,6 +107,32 @@ SCHEDULE_KEYS = {
 """The schedules that use each key; keys not listed apply to all schedules."""
 
 
+class LossConfig(ConfigModel):
+    """Arguments of the training loss."""
+
+    gamma: float = Field(
+        2.0, ge=0, le=20, description="focal: exponent; the larger it is, the less do easy examples count."
+    )
+    alpha: Fraction = Field(
+        0.25, description="focal: weight of the classes that are present; 1 - alpha is that of the others."
+    )
+    gamma_positive: float = Field(0.0, ge=0, le=20, description="asymmetric: exponent for the classes present.")
+    gamma_negative: float = Field(4.0, ge=0, le=20, description="asymmetric: exponent for the other classes.")
+    clip: FractionBelowOne = Field(
+        0.05, description="asymmetric: probabilities of the other classes are reduced by this, to 0 at the least."
+    )
+
+
+LOSS_KEYS = {
+    "gamma": "focal",
+    "alpha": "focal",
+    "gamma_positive": "asymmetric",
+    "gamma_negative": "asymmetric",
+    "clip": "asymmetric",
+}
+"""The loss that uses each key of [train.loss_args]."""
+
+
 class TrainConfig(ConfigModel):
     """Training loop: epochs, batch size, precision, model selection."""
 
@@ -132,9 +159,9 @@ class TrainConfig(ConfigModel):
     )
     best_metric: Selection = Field(
         "val/accuracy",
-        description="Metric that selects the best epoch, whose weights are kept (ties in accuracy are broken by "
-        "val/loss, ties in loss by val/accuracy, then the earlier epoch wins); or last: keep the last epoch's "
-        "weights.",
+        description="Metric that selects the best epoch, whose weights are kept (ties are broken by val/loss, ties in "
+        "loss by val/accuracy, then the earlier epoch wins); or last: keep the last epoch's weights. Default with "
+        "task.kind = multi_label: val/map.",
     )
     max_grad_norm: float | None = Field(
         None, gt=0, description="Clip the gradients to this total L2 norm. Default: no clipping."
@@ -147,15 +174,20 @@ class TrainConfig(ConfigModel):
         "saved in their place. It is warmed up from 0 (at step n it is at most 1 - n ** (-2/3), as in timm's "
         "ModelEmaV3).",
     )
-    loss: Literal["cross_entropy", "bce"] = Field(
+    loss: Literal["cross_entropy", "bce", "focal", "asymmetric"] = Field(
         "cross_entropy",
-        description="Training loss. bce: binary cross-entropy of each class, averaged over the classes (Wightman et "
-        "al. 2021, arXiv:2110.00476). The validation and test loss is the cross-entropy.",
+        description="Training loss. Default: cross_entropy, or bce with task.kind = multi_label. bce: binary "
+        "cross-entropy of each class, averaged over the classes (Wightman et al. 2021, arXiv:2110.00476). focal (Lin "
+        "et al. 2017, arXiv:1708.02002) and asymmetric (Ridnik et al. 2021, arXiv:2009.14119): the same with less "
+        "weight on easy examples. The validation and test loss is the cross-entropy; for multi_label the binary one.",
     )
-    class_weights: Literal["none", "balanced"] = Field(
+    loss_args: LossConfig = Field(LossConfig(), description="Arguments of the loss.")
+    class_weights: Literal["none", "balanced"] | list[Weight] | dict[str, Weight] = Field(
         "none",
-        description="balanced: weight the training loss by inverse class frequency; for mixed or smoothed targets "
-        "each class probability is weighted separately, as in torch's cross_entropy.",
+        description="balanced: weight the training loss by inverse class frequency (multi_label: for each label, so "
+        "that the images with and without it weigh the same). Or the weight of each class: a list in the order of the "
+        "classes, or by name, where classes that are not named have weight 1. For mixed or smoothed targets each class "
+        "probability is weighted separately, as in torch's cross_entropy.",
     )
     sampling: Literal["shuffle", "balanced"] = Field(
         "shuffle",

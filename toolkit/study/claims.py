@@ -56,7 +56,7 @@ def judge_claims(folder: StudyDirectory, table: StudyConfig, results: Sequence[R
     def correct(result: RunResult) -> dict[str, bool]:
         run = folder.run(result.member)
         try:
-            return {row["path"]: row["label"] == row["prediction"] for row in run.predictions()} if run else {}
+            return run.correct_predictions() if run else {}
         except (UserError, OSError):
             return {}
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from toolkit.distributed.batchnorm import replace_batch_norms
+from toolkit.errors import UserError
+from toolkit.filenames import encode_name
 from toolkit.models.transfer import param_groups
+from toolkit.similar_names import did_you_mean
 from toolkit.training.context import TrainingContext
 from toolkit.training.ema import ModelEma
 from toolkit.training.loaders import DataLoaders
-from toolkit.training.losses import training_loss
 from toolkit.training.optimizer import build_optimizer
 from toolkit.training.train_step import TrainStep, TrainStepConfig
 
@@ -43,14 +45,15 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
         network.compile(mode="reduce-overhead" if recipe.train.cuda_graphs else None)
     settings = TrainStepConfig(
         seed=recipe.recipe.seed,
-        classes=len(setup.dataset.classes),
-        loss=training_loss(recipe.train.loss, recipe.augment.label_smoothing, _class_weights(setup)),
+        task=setup.task,
+        loss=setup.task.loss(recipe, _tensor(setup, class_weights(setup))),
         augment=recipe.augment,
         max_grad_norm=recipe.train.max_grad_norm,
         channels_last=recipe.train.channels_last,
         cuda_graphs=recipe.train.cuda_graphs,
         steps_per_epoch=setup.steps,
         log_every=recipe.train.log_every,
+        example_weights=_tensor(setup, example_weights(setup)),
         has_unkeyed_randomness=bool(setup.built.unkeyed),
     )
     ema = None if recipe.train.ema is None else ModelEma(network, recipe.train.ema)
@@ -84,11 +87,37 @@ def _groups(setup: TrainingContext, epochs_begun: int) -> list[dict[str, Any]]:
     return groups
 
 
-def _class_weights(setup: TrainingContext) -> Tensor | None:
-    """Return inverse class frequencies with mean 1 over the training images; None if class weights are off."""
-    if setup.recipe.train.class_weights == "none":
+def _tensor(setup: TrainingContext, weights: np.ndarray | None) -> Tensor | None:
+    return None if weights is None else torch.tensor(weights, dtype=torch.float32, device=setup.accelerator.device)
+
+
+def class_weights(setup: TrainingContext) -> np.ndarray | None:
+    """Return the weights of the classes in the loss, as :func:`training_loss` expects them; None: all are equal.
+
+    Raises UserError if the recipe's weights do not fit the classes.
+    """
+    given, classes = setup.recipe.train.class_weights, setup.dataset.classes
+    if given == "none":
         return None
-    labels = setup.labels("train")
-    counts = np.bincount(labels, minlength=len(setup.dataset.classes))
-    weights = len(labels) / (len(counts) * counts)
-    return torch.tensor(weights, dtype=torch.float32, device=setup.accelerator.device)
+    if given == "balanced":
+        return setup.task.balanced_weights(setup.labels("train"))
+    if isinstance(given, list):
+        if len(given) != len(classes):
+            raise UserError(f"train.class_weights has {len(given)} values, but there are {len(classes)} classes")
+        return np.array(given)
+    named = {encode_name(name): weight for name, weight in given.items()}
+    if unknown := next((name for name in named if name not in classes), None):
+        hint = did_you_mean(unknown, classes, prefix="; ")
+        raise UserError(f"train.class_weights names {unknown!r}, which is not a class of the data set{hint}")
+    return np.array([named.get(name, 1.0) for name in classes])
+
+
+def example_weights(setup: TrainingContext) -> np.ndarray | None:
+    """Return the weights of the training images in the loss, with mean 1, [N]; None if the data set has none."""
+    if setup.dataset.weights is None:
+        return None
+    weights = setup.dataset.weights[setup.splits["train"]]
+    if not weights.sum() > 0:
+        raise UserError("all training images have weight 0: there is nothing to train on")
+    scaled: np.ndarray = weights / weights.mean()
+    return scaled

@@ -35,6 +35,7 @@ from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.training.console import Console, table
 from toolkit.training.ema import short_run_warning
 from toolkit.training.single_value_batches import check_single_value_batches
+from toolkit.training.task import Task, build_task, check_label_splits, check_labels
 
 
 @dataclass
@@ -45,6 +46,7 @@ class TrainingContext:
     accelerator: Accelerator
     display: Console
     dataset: Dataset
+    task: Task
     splits: dict[str, np.ndarray]
     """Indices into the data set of "train", "validation" and "test", int64."""
     preprocessing: Preprocessing
@@ -64,7 +66,7 @@ class TrainingContext:
         return self.stages[-1] if split == "train" else self.preprocessing
 
     def labels(self, split: str) -> np.ndarray:
-        """Return the class indices of a split's images, int64."""
+        """Return the labels of a split's images: class indices, int64 [n], or for multi-label uint8 [n, K]."""
         labels: np.ndarray = self.dataset.labels[self.splits[split]]
         return labels
 
@@ -130,6 +132,7 @@ def build_context(
         accelerator,
         display,
         dataset,
+        build_task(recipe.task, len(dataset.classes)),
         splits,
         evaluated,
         stages,
@@ -153,7 +156,10 @@ def _open_images(
     """
     data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     dataset = main_first(accelerator, lambda: open_dataset(data))
+    check_labels(dataset, recipe.task.kind)
     splits = split_dataset(dataset, recipe.data)
+    if dataset.is_multi_label:
+        check_label_splits(dataset, splits)
     for note in (*dataset.notes, describe_splits(dataset, recipe.data)):
         display.log(note)
     checked = _check_images(recipe, accelerator, dataset, splits)

@@ -7,6 +7,7 @@ no test metrics and no predictions.csv.
 from __future__ import annotations
 
 import resource
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import nn
 
 from toolkit.distributed.process import StopTraining, broadcast_object
 from toolkit.errors import Interrupted, RunFailed
+from toolkit.runs import Run, csv_text
 from toolkit.training.checkpoint import best_path, link_best
-from toolkit.training.evaluation import EvalResult
+from toolkit.training.task import EvalResult, Task
 from toolkit.training.trained_model import load_model
 from toolkit.training.trainer import Trainer
 
@@ -29,20 +31,16 @@ The order of summation differs between the two evaluations.
 def finish(training: Trainer) -> dict[str, Any]:
     """Evaluate the best and the last model on the test set, write predictions, return the summary (a collective)."""
     try:
-        best, last, test = _evaluate_both(training)
+        models = _evaluate_both(training)
     except StopTraining:
         raise Interrupted(
             f"stopped in the final evaluation; {training.kept_text()}. Resume with: toolkit train --resume "
             f"{training.run.path if training.run else ''}"
         ) from None
-    summary = _summary(training, best, last)
-    run = training.run
-    if run is not None and test is not None and training.accelerator.is_main_process:
-        dataset = training.setup.dataset
-        names = [dataset.images.name(int(index)) for index in training.setup.splits["test"]]
-        run.write_predictions(test.rows(names, dataset.classes))
+    if training.run is not None and training.accelerator.is_main_process:
+        _write_results(training, training.run, models)
     training.accelerator.wait_for_everyone()
-    return summary
+    return _summary(training, models)
 
 
 def write_summary(training: Trainer, summary: dict[str, Any]) -> None:
@@ -52,11 +50,21 @@ def write_summary(training: Trainer, summary: dict[str, Any]) -> None:
     training.accelerator.wait_for_everyone()
 
 
-def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], EvalResult | None]:
-    """Return the metrics of the best model (from its file) and the last one (from memory), and the test result.
+@dataclass(frozen=True)
+class _FinalModels:
+    """Metrics of the best and the last model, and what the best one predicts."""
 
-    The test result is the best model's, and None for a run without test images.
-    """
+    best: dict[str, Any]
+    last: dict[str, Any]
+    task: Task
+    """The task with the thresholds of the best model."""
+    last_task: Task
+    test: EvalResult | None
+    """Results of the best model; None for a run without test images."""
+
+
+def _evaluate_both(training: Trainer) -> _FinalModels:
+    """Evaluate the best model (from its file) and the last one (from memory)."""
     progress, run = training.progress, training.run
     assert progress.best is not None
     assert progress.last is not None
@@ -79,16 +87,23 @@ def _evaluate_both(training: Trainer) -> tuple[dict[str, Any], dict[str, Any], E
     if features is not None:
         features.check_backbone(written)
     network = written if features is None else written.get_submodule(features.tail)
+    task = training.setup.task
     if training.setup.has("validation"):
-        _verify(training, training.evaluate_network(network, "validation"))
+        validated = training.evaluate_network(network, "validation")
+        task = task.with_thresholds_of(validated)
+        _verify(training, task, validated)
     else:
         _verify_equal(training, written)
     has_test = training.setup.has("test")
     test = training.evaluate_network(network, "test") if has_test else None
-    best = _model_metrics(progress.best, test)
+    best = _model_metrics(progress.best, task, test)
     if progress.best["epoch"] == progress.last["epoch"]:
-        return best, dict(best), test
-    return best, _model_metrics(progress.last, training.evaluate("test") if has_test else None), test
+        return _FinalModels(best, dict(best), task, task, test)
+    last_task = training.setup.task
+    if last_task.is_tuned:
+        last_task = last_task.with_thresholds_of(training.evaluate("validation"))
+    last = _model_metrics(progress.last, last_task, training.evaluate("test") if has_test else None)
+    return _FinalModels(best, last, task, last_task, test)
 
 
 def _verify_equal(training: Trainer, written: nn.Module) -> None:
@@ -105,15 +120,15 @@ def _verify_equal(training: Trainer, written: nn.Module) -> None:
     training.display.log("best.safetensors read again: it holds the weights of the last epoch")
 
 
-def _verify(training: Trainer, again: EvalResult) -> None:
+def _verify(training: Trainer, task: Task, again: EvalResult) -> None:
     """Raise RunFailed unless the saved weights reproduce the validation metrics logged for their epoch."""
     logged = training.progress.best
     assert logged is not None
-    measured = again.metrics("val/")
+    measured = task.metrics(again, "val/")
     allowed = TOLERANCE[training.accelerator.mixed_precision or "no"]
     off = abs(measured["val/loss"] - logged["val/loss"]) / max(abs(logged["val/loss"]), 1e-6)
     right = abs(measured["val/accuracy"] - logged["val/accuracy"]) * len(again.labels)
-    if off > allowed or right > 1 + allowed * len(again.labels):
+    if off > allowed or ("accuracy" in task.reproduced and right > 1 + allowed * len(again.labels)):
         raise RunFailed(
             f"best.safetensors gives validation loss {measured['val/loss']:.6f} and accuracy "
             f"{measured['val/accuracy']:.4f}, but {logged['val/loss']:.6f} and "
@@ -126,18 +141,37 @@ def _verify(training: Trainer, again: EvalResult) -> None:
     )
 
 
-def _model_metrics(record: dict[str, Any], test: EvalResult | None) -> dict[str, Any]:
+def _model_metrics(record: dict[str, Any], task: Task, test: EvalResult | None) -> dict[str, Any]:
     """Return summary.json's entry for one model; ``test`` is None without test images."""
     validation = {key.replace("/", "_"): value for key, value in record.items() if key.startswith("val/")}
-    return {"epoch": record["epoch"], **validation, **({} if test is None else test.metrics("test_"))}
+    return {"epoch": record["epoch"], **validation, **({} if test is None else task.metrics(test, "test_"))}
 
 
-def _summary(training: Trainer, best: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+def _write_results(training: Trainer, run: Run, models: _FinalModels) -> None:
+    """Write the chosen thresholds to model.json, and predictions.csv and class_metrics.csv of the test images."""
+    task, test, dataset = models.task, models.test, training.setup.dataset
+    if task.is_tuned:
+        run.write_json("checkpoints/model.json", run.model_card | {"task": task.to_dict()})
+    if test is None:
+        return
+    names = [dataset.images.name(int(index)) for index in training.setup.splits["test"]]
+    rows = task.prediction_rows(test, names, dataset.classes)
+    run.write_predictions(rows, task.prediction_columns(dataset.classes))
+    of_class, others = task.class_metrics(test)
+    shares = {"precision": of_class.precision, "recall": of_class.recall, "f1": of_class.f1, **others}
+    columns = zip(dataset.classes, of_class.support.tolist(), *shares.values(), strict=True)
+    texts = ((name, support, *(f"{value:.9g}" for value in values)) for name, support, *values in columns)
+    run.write_text("class_metrics.csv", csv_text(("class", "support", *shares), texts))
+
+
+def _summary(training: Trainer, models: _FinalModels) -> dict[str, Any]:
     progress, setup = training.progress, training.setup
     parameters = list(setup.built.module.parameters())
+    thresholds = models.last_task.to_dict().get("thresholds")
     return {
-        "best": best,
-        "last": last,
+        "best": models.best,
+        "last": models.last,
+        **({} if thresholds is None else {"last_thresholds": thresholds}),
         "train_loss": progress.last["train/loss"] if progress.last else None,
         "train_accuracy": progress.last["train/accuracy"] if progress.last else None,
         "epochs_run": progress.epoch,

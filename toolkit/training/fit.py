@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 from accelerate import Accelerator
 from torch import nn
@@ -285,11 +284,10 @@ def _write_initial_files(setup: TrainingContext, run: Run, resumption: Resumptio
     if resumption is None or diff(run.recipe, setup.recipe):
         run.write_text("recipe.toml", resolved_toml(setup.recipe))
     run.write_json("environment.json", describe_environment(setup.accelerator))
-    count = len(setup.dataset.classes)
     split = {
         "hash": split_hash(setup.dataset, setup.splits),
         "left_out": setup.bad_images,
-        "images_per_class": {name: np.bincount(setup.labels(name), minlength=count).tolist() for name in SPLITS},
+        "images_per_class": {name: setup.dataset.class_counts(setup.splits[name]).tolist() for name in SPLITS},
         **names,
     }
     if resumption is not None and resumption.data_changed:
@@ -300,6 +298,7 @@ def _write_initial_files(setup: TrainingContext, run: Run, resumption: Resumptio
     card = model_card(
         setup.recipe.model,
         setup.dataset.classes,
+        setup.task,
         setup.preprocessing,
         setup.recipe.augment.test,
         setup.recipe.recipe.name,

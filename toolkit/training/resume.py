@@ -33,6 +33,7 @@ from toolkit.training.data_changes import DataDifference, FileFacts, Splits
 from toolkit.training.train_step import RunningMetrics
 
 if TYPE_CHECKING:
+    from toolkit.training.task import EvalResult
     from toolkit.training.trainer import Trainer
 
 ADVICE = (
@@ -274,14 +275,14 @@ def accept_changes(trainer: Trainer) -> None:
 def _validate_again(trainer: Trainer, best: dict[str, Any]) -> None:
     """Validate the best and the last epoch again with the changes, so that later epochs compare with them."""
     progress, module = trainer.progress, trainer.setup.built.module
-    now = trainer.evaluate("validation").metrics("val/") if progress.step == 0 else {}
+    now = _metrics(trainer, trainer.evaluate("validation")) if progress.step == 0 else {}
     if progress.step == 0 and best["epoch"] == progress.epoch:
         validated = best | now
     else:
         assert trainer.run is not None
         state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         module.load_state_dict(load_weights(best_path(trainer.run.checkpoints, best["epoch"])))
-        validated = best | trainer.evaluate_network(trainer.train_step.network, "validation").metrics("val/")
+        validated = best | _metrics(trainer, trainer.evaluate_network(trainer.train_step.network, "validation"))
         module.load_state_dict(state)
     if progress.last is not None and progress.step == 0:
         progress.last = progress.last | now
@@ -293,6 +294,10 @@ def _validate_again(trainer: Trainer, best: dict[str, Any]) -> None:
             f"loss {validated['val/loss']:.4f} and accuracy {validated['val/accuracy']:.4f}; "
             "the count of epochs without improvement restarts"
         )
+
+
+def _metrics(trainer: Trainer, validated: EvalResult) -> dict[str, float]:
+    return trainer.setup.task.with_thresholds_of(validated).metrics(validated, "val/")
 
 
 def choose_best_again(trainer: Trainer) -> None:

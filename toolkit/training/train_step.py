@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from toolkit.recipe.schema import AugmentConfig
 from toolkit.training.ema import ModelEma
 from toolkit.training.evaluation import to_device
 from toolkit.training.losses import Loss
+from toolkit.training.task import Task
 
 
 @dataclass
@@ -136,7 +136,7 @@ class TrainStepConfig:
     """The recipe values that a training step uses."""
 
     seed: int
-    classes: int
+    task: Task
     loss: Loss
     augment: AugmentConfig
     """Settings of mixup and CutMix."""
@@ -145,6 +145,8 @@ class TrainStepConfig:
     cuda_graphs: bool
     steps_per_epoch: int
     log_every: int
+    example_weights: Tensor | None = None
+    """Weight of the loss of each training image, float32 [N]; None: all 1."""
     has_unkeyed_randomness: bool = False
     """Whether the model draws random numbers outside its dropout layers."""
 
@@ -209,10 +211,17 @@ class TrainStep:
         inputs = to_device(batch.images, accelerator.device, settings.channels_last)
         labels = batch.labels.to(accelerator.device, non_blocking=True)
         targets: Tensor = labels[: micro.own]
+        weights = None
+        if settings.example_weights is not None:
+            weights = settings.example_weights[batch.positions.to(accelerator.device, non_blocking=True)]
         if micro.partners is not None:
-            soft = F.one_hot(labels, settings.classes).to(inputs.dtype)
+            soft = settings.task.soft_targets(labels).to(inputs.dtype)
+            if weights is not None:  # a mixed image has the weights of both, in the same shares
+                soft = torch.cat([soft, weights[:, None].to(soft.dtype)], 1)
             key = (settings.seed, epoch, micro.step)
             inputs, targets = mix(inputs, soft, micro.partners, micro.own, settings.augment, key)
+            if weights is not None:
+                targets, weights = targets[:, :-1], targets[:, -1]
         if self.stochastic.calls:
             keys = example_keys(settings.seed, epoch, np.asarray(batch.draws[: micro.own]))
             self.stochastic.set_keys(torch.from_numpy(keys).to(accelerator.device, non_blocking=True))
@@ -226,10 +235,12 @@ class TrainStep:
         with contextlib.nullcontext() if micro.is_last else accelerator.no_sync(self.wrapped):
             logits = self.wrapped(inputs[: micro.own])
             losses = settings.loss(logits, targets)
+            if weights is not None:
+                losses = losses * weights[: micro.own]
             # DDP averages gradients over processes; scaling by their number gives the sum.
             scale = (1 if alone else accelerator.num_processes) / micro.step_count
             accelerator.backward(losses.sum() * scale)
-        right = logits.detach().argmax(1) == labels[: micro.own]
+        right = settings.task.is_correct(logits.detach(), labels[: micro.own])
         return losses.detach(), right
 
     def _update(self, number: int) -> None:

@@ -27,6 +27,7 @@ from toolkit.recipe.image_size import Size
 from toolkit.recipe.schema import AugmentConfig, ModelConfig, TransformConfig
 from toolkit.runs import Run
 from toolkit.training.checkpoint import finished_fault, load_weights
+from toolkit.training.task import Task, task_from_dict
 
 FORMAT = 1
 """Version of model.json."""
@@ -50,12 +51,20 @@ class _Preprocessing(Shape):
     std: list[float]
 
 
+class _TaskEntry(Shape):
+    """Schema of ``task`` in model.json, which versions without multi-label classification did not write."""
+
+    kind: Literal["single_label", "multi_label"]
+    thresholds: list[Annotated[float, Field(ge=0, le=1)]] | None = None
+
+
 class _Card(Shape):
     """Schema of model.json."""
 
     recipe: str
     model: dict[str, Any]
     classes: list[str] = Field(min_length=1)
+    task: _TaskEntry | None = None
     preprocessing: _Preprocessing
     train_preprocessing: _Preprocessing | None = None
     transforms: list[dict[str, Any]] = Field([])
@@ -71,6 +80,8 @@ class TrainedModel:
     transforms: tuple[TransformConfig, ...]
     """The recipe's own transforms of test images, in addition to the preprocessing ([augment] test)."""
     classes: list[str]
+    task: Task
+    """Kind of classification; for multi-label with the threshold of each label."""
     table: ModelConfig
     recipe: str
     """Name of the recipe that the model was trained with."""
@@ -106,6 +117,7 @@ class TrainedModel:
 def model_card(
     table: ModelConfig,
     classes: list[str],
+    task: Task,
     preprocessing: Preprocessing,
     transforms: Sequence[TransformConfig],
     recipe_name: str,
@@ -122,6 +134,7 @@ def model_card(
         "recipe": recipe_name,
         "model": table.model_dump(mode="json"),
         "classes": classes,
+        "task": task.to_dict(),
         "preprocessing": preprocessing.to_dict(),
         **({"train_preprocessing": train_preprocessing.to_dict()} if train_preprocessing and differs else {}),
         "transforms": [entry.model_dump(mode="json", exclude_none=True) for entry in transforms],
@@ -147,7 +160,7 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
         update_model(card["model"])
         table, classes = ModelConfig.model_validate(card["model"]), list(card["classes"])
         transforms = tuple(TransformConfig.model_validate(entry) for entry in card.get("transforms", []))
-        recipe = str(card["recipe"])
+        task, recipe = task_from_dict(card.get("task"), len(classes)), str(card["recipe"])
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableFile(folder / "model.json", error) from None
     size = in_training.image_size
@@ -159,7 +172,7 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
         raise UserError(f"{weights} does not belong to {folder / 'model.json'}: {error}") from None
     _check_finished(folder, weights, classes)
     module = built.module.eval()
-    return TrainedModel(module, preprocessing, transforms, classes, table, recipe, weights, in_training)
+    return TrainedModel(module, preprocessing, transforms, classes, task, table, recipe, weights, in_training)
 
 
 def _check_finished(folder: Path, weights: Path, classes: list[str]) -> None:

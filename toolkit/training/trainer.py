@@ -29,7 +29,7 @@ from toolkit.training.build_trainer import build_train_step, place_model, unfree
 from toolkit.training.checkpoint import CheckpointStep, first_not_finite
 from toolkit.training.console import ProgressBar, epoch_line
 from toolkit.training.context import TrainingContext
-from toolkit.training.evaluation import EvalResult, evaluate
+from toolkit.training.evaluation import evaluate
 from toolkit.training.loaders import CachePolicy, DataLoaders, build_loaders
 from toolkit.training.lr_schedule import MetricMonitor, ReduceLROnPlateau, epoch_rank, learning_rate
 from toolkit.training.resume import choose_best_again
@@ -42,6 +42,7 @@ from toolkit.training.state import (
     restore_rest,
     state_tensors,
 )
+from toolkit.training.task import EvalResult
 from toolkit.training.train_step import RunningMetrics, TrainCallbacks
 
 ADVICE = "Try a smaller optimizer.lr, train.max_grad_norm, or scheduler.warmup_epochs"
@@ -127,7 +128,8 @@ class Trainer:
         }
         try:
             if self.setup.has("validation"):
-                record |= self.evaluate("validation").metrics("val/")
+                validated = self.evaluate("validation")
+                record |= self.setup.task.with_thresholds_of(validated).metrics(validated, "val/")
             else:
                 self._average_statistics()
         except StopTraining:
@@ -196,6 +198,7 @@ class Trainer:
                 network,
                 self._with_progress(bar, self.consensus.stop_aware(loader, rounds)),
                 labels,
+                self.setup.task,
                 self.accelerator.device,
                 autocast_dtype=autocast_dtype(self.accelerator.mixed_precision),
                 channels_last=self.recipe.train.channels_last,

@@ -1,0 +1,58 @@
+"""Checks that a recipe's loss, sampling, thresholds and metrics suit its kind of task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from toolkit.metrics import EXPECTED_METRICS, is_measured, measures_of, metric_of
+from toolkit.recipe.diagnostics import Issue, error, warning
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.toml_positions import KeyPath
+from toolkit.recipe.toml_writer import toml_value
+
+
+def task(recipe: Recipe) -> Iterator[Issue]:
+    """Check that loss, sampling, thresholds and all metrics suit the kind of task."""
+    kind, table = recipe.task.kind, recipe.train
+    here = f"task.kind = {toml_value(kind)}"
+    if kind == "single_label":
+        if recipe.task.threshold != "validation":
+            yield warning("task.threshold", f"has no effect with {here}", "task.kind", at="key")
+    else:
+        if table.loss == "cross_entropy":
+            text = f"it is for images of exactly one class, but {here}"
+            yield error("train.loss", text, "task.kind", hint='set "bce", "focal" or "asymmetric"')
+        if table.sampling == "balanced":
+            text = f"an image with several labels belongs to no single class to balance ({here})"
+            yield error("train.sampling", text, "task.kind", hint='set train.class_weights = "balanced"')
+        if recipe.task.threshold == "validation" and recipe.data.split.validation == 0:
+            text = "the thresholds are chosen on validation images, but data.split.validation is 0"
+            hint = "set task.threshold = 0.5"
+            yield error("task.threshold", text, "data.split.validation", hint=hint, at="table")
+    for key, name in _metrics_of(recipe):
+        if not is_measured(name, kind):
+            text = f"{metric_of(name).measure.label} is not measured with {here}"
+            yield error(key, text, "task.kind", hint=f"measured are {', '.join(measures_of(kind))}")
+
+
+def _metrics_of(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Yield every metric that a recipe names, with its key."""
+    if recipe.train.best_metric != "last":
+        yield ("train", "best_metric"), recipe.train.best_metric
+    yield ("scheduler", "metric"), recipe.scheduler.metric
+    yield ("early_stopping", "metric"), recipe.early_stopping.metric
+    for name in recipe.expected_metrics:
+        if name in EXPECTED_METRICS:  # another check reports unknown ones
+            yield ("expected_metrics", name), EXPECTED_METRICS[name].name
+    if recipe.study is None:
+        return
+    output = recipe.study.output
+    yield ("study", "output", "best_by"), output.best_by
+    if output.per_epoch is not None:
+        yield ("study", "output", "per_epoch"), output.per_epoch
+    for index, name in enumerate(output.columns):
+        yield ("study", "output", "columns", index), name
+    for index, claim in enumerate(recipe.study.claims):
+        yield ("study", "claims", index, "metric"), claim.metric
+    if recipe.study.bohb is not None:
+        yield ("study", "bohb", "metric"), recipe.study.bohb.metric

@@ -1,0 +1,172 @@
+"""Metrics of single-label and multi-label classification, with NumPy; scikit-learn gives the same values.
+
+A label is *present* in an image or *absent* from it. A threshold decides: a label whose score is at least the threshold
+is predicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+DEFAULT_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """Precision, recall, F1 and support of each class or label, [K]; 0 where the denominator is 0."""
+
+    precision: Floats
+    """Correct predictions of the class divided by all predictions of it."""
+    recall: Floats
+    """Correct predictions of the class divided by its images."""
+    f1: Floats
+    """Harmonic mean of precision and recall."""
+    support: Ints
+    """Number of images of the class."""
+    predicted: Ints
+    """Number of images for which the class is predicted."""
+
+    @classmethod
+    def of_counts(cls, hits: Ints, support: Ints, predicted: Ints) -> ClassMetrics:
+        """Compute the metrics from the number of correct predictions, of images and of predictions of each class."""
+        f1 = _ratio(2 * hits, support + predicted)
+        return cls(_ratio(hits, predicted), _ratio(hits, support), f1, support, predicted)
+
+
+def _ratio(numerator: Ints, denominator: Ints) -> Floats:
+    out = np.zeros(len(denominator))
+    found: Floats = np.divide(numerator, denominator, out=out, where=denominator > 0)
+    return found
+
+
+def single_label_class_metrics(labels: Ints, predictions: Ints, classes: int) -> ClassMetrics:
+    """Return the metrics of each class; ``labels`` and ``predictions`` are class indices, [N]."""
+    hits, support, predicted = (
+        np.bincount(values, minlength=classes) for values in (labels[labels == predictions], labels, predictions)
+    )
+    return ClassMetrics.of_counts(hits, support, predicted)
+
+
+def multi_label_class_metrics(labels: npt.NDArray[np.uint8], predictions: Bools) -> ClassMetrics:
+    """Return the metrics of each label; ``labels`` and ``predictions`` are 1 for present labels, [N, K]."""
+    present = labels.astype(bool)
+    hits, support, predicted = (np.count_nonzero(mask, 0) for mask in (present & predictions, present, predictions))
+    return ClassMetrics.of_counts(hits, support, predicted)
+
+
+@dataclass(frozen=True)
+class RankingCurve:
+    """Images of one label, ranked by decreasing score: what is found at each threshold."""
+
+    thresholds: Floats
+    """The distinct scores, decreasing, [n]."""
+    hits: Ints
+    """Images with at least that score in which the label is present, [n]."""
+    retrieved: Ints
+    """Images with at least that score, [n]."""
+
+    @property
+    def positives(self) -> int:
+        """Number of images in which the label is present."""
+        return int(self.hits[-1])
+
+    @property
+    def precision(self) -> Floats:
+        """Precision at each threshold."""
+        found: Floats = self.hits / self.retrieved
+        return found
+
+    @property
+    def recall(self) -> Floats:
+        """Recall at each threshold; the label must be present in an image."""
+        found: Floats = self.hits / self.positives
+        return found
+
+    @property
+    def average_precision(self) -> float:
+        """Average precision, 0..1: the mean precision weighted by the increase in recall; the label must be present.
+
+        No interpolation, as in scikit-learn's average_precision_score.
+        """
+        return float(np.sum(np.diff(self.recall, prepend=0.0) * self.precision))
+
+    @property
+    def auroc(self) -> float:
+        """Area under the ROC curve, 0..1; the label must be present in some images and absent from others."""
+        misses = self.retrieved - self.hits
+        true_rate, false_rate = self.hits / self.positives, misses / misses[-1]
+        return float(np.trapezoid(np.append(0.0, true_rate), np.append(0.0, false_rate)))
+
+    @property
+    def best_threshold(self) -> float:
+        """Threshold with the highest F1, the highest such one; 0.5 if the label is never present.
+
+        It is in the middle between two scores, so that rounding does not change the predictions. Lipton et al. 2014,
+        "Optimal thresholding of classifiers to maximize F1 measure".
+        """
+        if not self.positives:
+            return DEFAULT_THRESHOLD
+        best = int(np.argmax(2 * self.hits / (self.retrieved + self.positives)))
+        below = self.thresholds[best + 1] if best + 1 < len(self.thresholds) else 0.0
+        return float((self.thresholds[best] + below) / 2)
+
+
+def ranking_curve(present: npt.NDArray[np.generic], scores: npt.NDArray[np.floating]) -> RankingCurve:
+    """Return the curve of one label; ``present`` is 1 where it is present, [N], ``scores`` are in 0..1, [N]."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order].astype(np.float64)
+    last_of_equals = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+    hits = np.cumsum(present[order].astype(np.int64))[last_of_equals]
+    return RankingCurve(ranked[last_of_equals], hits, last_of_equals + 1)
+
+
+def ranking_curves(labels: npt.NDArray[np.uint8], scores: npt.NDArray[np.floating]) -> list[RankingCurve]:
+    """Return the curve of each label; ``labels`` and ``scores`` are [N, K]."""
+    return [ranking_curve(labels[:, k], scores[:, k]) for k in range(labels.shape[1])]
+
+
+def single_label_metrics(labels: Ints, predictions: Ints, in_top5: Bools, classes: int) -> dict[str, float]:
+    """Return the metrics of class indices [N]: accuracy, top-5 and balanced accuracy, macro F1.
+
+    Balanced accuracy is the mean recall over the classes that occur; macro F1 the mean F1 over the classes that occur
+    or are predicted, as in scikit-learn.
+    """
+    of_class = single_label_class_metrics(labels, predictions, classes)
+    return {
+        "accuracy": float((predictions == labels).mean()),
+        "top5_accuracy": float(in_top5.mean()),
+        "balanced_accuracy": float(of_class.recall[of_class.support > 0].mean()),
+        "macro_f1": float(of_class.f1[of_class.support + of_class.predicted > 0].mean()),
+    }
+
+
+def multi_label_metrics(
+    labels: npt.NDArray[np.uint8], scores: npt.NDArray[np.floating], thresholds: Floats
+) -> dict[str, float]:
+    """Return the metrics of labels [N, K] with scores [N, K] and the thresholds [K] that decide.
+
+    accuracy is the subset accuracy: the share of images whose labels are all predicted correctly. map is the mean
+    average precision over the labels that are present in an image; auroc the mean over the labels that are present in
+    some images and absent from others. macro_f1 is the mean F1 over all labels, micro_f1 the F1 of all decisions
+    together. Undefined metrics are left out.
+    """
+    predictions = scores >= thresholds
+    of_label = multi_label_class_metrics(labels, predictions)
+    curves = ranking_curves(labels, scores)
+    hits, decisions = np.count_nonzero(predictions & (labels == 1)), of_label.support.sum() + of_label.predicted.sum()
+    found = {
+        "accuracy": float((predictions == labels).all(1).mean()),
+        "macro_f1": float(of_label.f1.mean()),
+        "micro_f1": float(2 * hits / decisions) if decisions else 0.0,
+    }
+    precisions = [curve.average_precision for curve in curves if curve.positives]
+    areas = [curve.auroc for curve in curves if 0 < curve.positives < len(labels)]
+    found |= {"map": float(np.mean(precisions))} if precisions else {}
+    return found | ({"auroc": float(np.mean(areas))} if areas else {})

@@ -1,0 +1,270 @@
+"""The two kinds of classification: everything in training and evaluation that differs between them.
+
+:class:`SingleLabel`: each image has exactly one class. :class:`MultiLabel`: an image has any number of labels, and each
+is decided by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolkit.data.datasets import Dataset
+from toolkit.errors import UserError
+from toolkit.recipe.schema import Recipe, TaskConfig
+from toolkit.runs import LABEL_SEPARATOR, PREDICTION_COLUMNS, label_columns
+from toolkit.training.classification_metrics import (
+    DEFAULT_THRESHOLD,
+    ClassMetrics,
+    Floats,
+    multi_label_class_metrics,
+    multi_label_metrics,
+    ranking_curves,
+    single_label_class_metrics,
+    single_label_metrics,
+)
+from toolkit.training.losses import Loss, training_loss
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Results on one split, in the split's order; the same on every process. A task interprets them."""
+
+    outcomes: npt.NDArray[np.float32]
+    """One row per example, as :meth:`SingleLabel.outcomes` returns them, [N, columns]."""
+    labels: npt.NDArray[Any]
+    """Class indices, int64 [N]; multi-label: 1 for present labels, uint8 [N, K]."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the examples."""
+        return float(self.outcomes[:, 0].astype(np.float64).mean())
+
+
+@dataclass(frozen=True)
+class SingleLabel:
+    """Each image has exactly one of ``classes`` classes."""
+
+    classes: int
+    is_tuned: Literal[False] = False
+    """There are no thresholds to choose."""
+    kind: Literal["single_label"] = "single_label"
+    reproduced: tuple[str, ...] = ("loss", "accuracy")
+    """Metrics that the saved weights must reproduce up to rounding."""
+
+    @property
+    def width(self) -> int:
+        """Number of columns of :meth:`outcomes`."""
+        return 4
+
+    def loss(self, recipe: Recipe, class_weights: Tensor | None) -> Loss:
+        """Return the recipe's training loss; ``class_weights`` as :meth:`balanced_weights` returns them."""
+        return training_loss(recipe.train, recipe.augment.label_smoothing, class_weights)
+
+    def balanced_weights(self, labels: npt.NDArray[Any]) -> Floats:
+        """Return weights of the classes, [K], proportional to inverse frequency and with mean 1 over the images."""
+        counts = np.bincount(labels, minlength=self.classes)
+        weights: Floats = len(labels) / (self.classes * counts)
+        return weights
+
+    def soft_targets(self, labels: Tensor) -> Tensor:
+        """Return the targets of labels as probabilities, [n, K]."""
+        return F.one_hot(labels, self.classes)
+
+    def is_correct(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return which predictions are correct, bool [n]."""
+        return logits.argmax(1) == labels
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probability of each class, [n, K]."""
+        return logits.softmax(1)
+
+    def outcomes(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return loss, prediction, its probability and whether the class is among the top 5: float32 [n, 4]."""
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        probability, prediction = logits.softmax(1).max(1)
+        top5 = logits.topk(min(5, logits.shape[1]), 1).indices.eq(labels[:, None]).any(1)
+        return torch.stack([losses, prediction.float(), probability, top5.float()], 1)
+
+    def with_thresholds_of(self, result: EvalResult) -> SingleLabel:
+        """Return this task: the most probable class is the prediction, without thresholds."""
+        return self
+
+    def predictions(self, result: EvalResult) -> npt.NDArray[np.int64]:
+        """Return the predicted classes, [N]."""
+        return result.outcomes[:, 1].astype(np.int64)
+
+    def metrics(self, result: EvalResult, prefix: str) -> dict[str, float]:
+        """Return the metrics of :data:`toolkit.metrics.MEASURES`, each name prefixed (e.g. with ``val/``)."""
+        in_top5 = result.outcomes[:, 3].astype(bool)
+        found = single_label_metrics(result.labels, self.predictions(result), in_top5, self.classes)
+        return {f"{prefix}{name}": value for name, value in {"loss": result.loss, **found}.items()}
+
+    def class_metrics(self, result: EvalResult) -> tuple[ClassMetrics, dict[str, Floats]]:
+        """Return the metrics of each class, and other columns of class_metrics.csv."""
+        return single_label_class_metrics(result.labels, self.predictions(result), self.classes), {}
+
+    def prediction_columns(self, classes: list[str]) -> Sequence[str]:
+        """Return the columns of predictions.csv."""
+        return PREDICTION_COLUMNS
+
+    def prediction_rows(
+        self, result: EvalResult, names: Sequence[str], classes: list[str]
+    ) -> Iterator[tuple[str, ...]]:
+        """Yield the rows of predictions.csv; ``names`` are those of the images."""
+        columns = zip(names, result.labels, self.predictions(result), result.outcomes[:, 2], strict=True)
+        for name, label, prediction, probability in columns:
+            yield name, classes[int(label)], classes[int(prediction)], f"{probability:.6g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of model.json."""
+        return {"kind": self.kind}
+
+
+@dataclass(frozen=True)
+class MultiLabel:
+    """Each image has any number of ``classes`` labels."""
+
+    classes: int
+    thresholds: Floats = field(repr=False)
+    """Smallest probability with which a label is predicted, 0..1, [K]."""
+    is_tuned: bool = False
+    """Whether the thresholds are chosen on validation images."""
+    kind: Literal["multi_label"] = "multi_label"
+    reproduced: tuple[str, ...] = ("loss",)
+    """Not the accuracy: rounding of a score may change the threshold and with it many predictions."""
+
+    @property
+    def width(self) -> int:
+        """Number of columns of :meth:`outcomes`."""
+        return 1 + self.classes
+
+    def loss(self, recipe: Recipe, class_weights: Tensor | None) -> Loss:
+        """Return the recipe's training loss; ``class_weights`` as :meth:`balanced_weights` returns them."""
+        return training_loss(recipe.train, recipe.augment.label_smoothing, class_weights, multi_label=True)
+
+    def balanced_weights(self, labels: npt.NDArray[Any]) -> Floats:
+        """Return weights of absent and of present labels, [2, K]: n / (2 n_absent) and n / (2 n_present)."""
+        present = labels.sum(0, dtype=np.int64)
+        counts = np.stack([len(labels) - present, present])
+        weights: Floats = len(labels) / (2 * np.maximum(counts, 1))
+        return weights
+
+    def soft_targets(self, labels: Tensor) -> Tensor:
+        """Return the targets of labels as probabilities, [n, K]."""
+        return labels
+
+    def is_correct(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return for which examples all labels are predicted correctly, with thresholds of 0.5: bool [n]."""
+        return ((logits >= 0) == labels.bool()).all(1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probability of each label, [n, K]."""
+        return logits.sigmoid()
+
+    def outcomes(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss, the mean binary cross-entropy of the labels, and their probabilities: float32 [n, 1 + K]."""
+        losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(1)
+        return torch.cat([losses[:, None], logits.sigmoid()], 1)
+
+    def with_thresholds_of(self, result: EvalResult) -> MultiLabel:
+        """Return the task with thresholds chosen on a result of the validation images, unless they are fixed."""
+        if not self.is_tuned:
+            return self
+        curves = ranking_curves(result.labels, result.outcomes[:, 1:])
+        return replace(self, thresholds=np.array([curve.best_threshold for curve in curves]))
+
+    def predictions(self, result: EvalResult) -> npt.NDArray[np.bool_]:
+        """Return the predicted labels, bool [N, K]."""
+        found: npt.NDArray[np.bool_] = result.outcomes[:, 1:] >= self.thresholds
+        return found
+
+    def metrics(self, result: EvalResult, prefix: str) -> dict[str, float]:
+        """Return the metrics of :data:`toolkit.metrics.MEASURES`, each name prefixed (e.g. with ``val/``)."""
+        found = multi_label_metrics(result.labels, result.outcomes[:, 1:], self.thresholds)
+        return {f"{prefix}{name}": value for name, value in {"loss": result.loss, **found}.items()}
+
+    def class_metrics(self, result: EvalResult) -> tuple[ClassMetrics, dict[str, Floats]]:
+        """Return the metrics of each label, and other columns of class_metrics.csv; NaN for what is undefined."""
+        curves = ranking_curves(result.labels, result.outcomes[:, 1:])
+        precisions = [curve.average_precision if curve.positives else np.nan for curve in curves]
+        areas = [curve.auroc if 0 < curve.positives < len(result.labels) else np.nan for curve in curves]
+        others = {"average_precision": np.array(precisions), "auroc": np.array(areas), "threshold": self.thresholds}
+        return multi_label_class_metrics(result.labels, self.predictions(result)), others
+
+    def prediction_columns(self, classes: list[str]) -> Sequence[str]:
+        """Return the columns of predictions.csv."""
+        return label_columns(classes)
+
+    def prediction_rows(
+        self, result: EvalResult, names: Sequence[str], classes: list[str]
+    ) -> Iterator[tuple[str, ...]]:
+        """Yield the rows of predictions.csv: name of the image, labels, predictions, all probabilities."""
+        columns = zip(names, result.labels, self.predictions(result), result.outcomes[:, 1:], strict=True)
+        for name, labels, found, scores in columns:
+            texts = (LABEL_SEPARATOR.join(classes[k] for k in np.flatnonzero(mask)) for mask in (labels, found))
+            yield (name, *texts, *(f"{score:.9g}" for score in scores))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of model.json."""
+        return {"kind": self.kind, "thresholds": self.thresholds.tolist()}
+
+
+Task = SingleLabel | MultiLabel
+
+
+def build_task(table: TaskConfig, classes: int) -> Task:
+    """Return a recipe's task; thresholds that are chosen on validation images are 0.5 until then."""
+    if table.kind == "single_label":
+        return SingleLabel(classes)
+    is_tuned = table.threshold == "validation"
+    threshold = DEFAULT_THRESHOLD if is_tuned else float(table.threshold)
+    return MultiLabel(classes, np.full(classes, threshold), is_tuned)
+
+
+def task_from_dict(entry: dict[str, Any] | None, classes: int) -> Task:
+    """Return the task of a trained model from its entry in model.json; None: written before there were tasks.
+
+    Raises ValueError if the entry is damaged.
+    """
+    if entry is None or entry["kind"] == "single_label":
+        return SingleLabel(classes)
+    thresholds = np.array(entry["thresholds"], dtype=np.float64)
+    if thresholds.shape != (classes,):
+        raise ValueError(f"task.thresholds has {thresholds.size} values for {classes} classes")
+    return MultiLabel(classes, thresholds)
+
+
+def check_labels(dataset: Dataset, kind: str) -> None:
+    """Raise UserError if a data set's labels are not those of the kind of task."""
+    if dataset.is_multi_label == (kind == "multi_label"):
+        if dataset.is_multi_label and (name := next((c for c in dataset.classes if LABEL_SEPARATOR in c), None)):
+            raise UserError(f"the label {name!r} contains {LABEL_SEPARATOR!r}, which separates the labels in files")
+        return
+    if dataset.is_multi_label:
+        raise UserError(
+            f"images of {dataset.name} have any number of labels, but task.kind is {kind!r}: set task.kind = "
+            '"multi_label", or give each image exactly one label'
+        )
+    raise UserError(
+        f"images of {dataset.name} have exactly one class each, but task.kind is {kind!r}: set task.kind = "
+        '"single_label", or give a data set whose images have several labels'
+    )
+
+
+def check_label_splits(dataset: Dataset, splits: dict[str, npt.NDArray[np.int64]]) -> None:
+    """Raise UserError if the metrics of a multi-label split would be undefined: no label varies over its images."""
+    for name, indices in splits.items():
+        counts = dataset.labels[indices].sum(0, dtype=np.int64)
+        if len(indices) and not ((counts > 0) & (counts < len(indices))).any():
+            raise UserError(
+                f"no label is present in some of the {len(indices)} {name} images and absent from others, so that mAP "
+                "and AUROC are undefined; use more images, or another split"
+            )
