@@ -65,10 +65,14 @@ def from_folder(images: Path, folder: Path) -> str:
     return f'dataset = "imagefolder"\nroot = {json.dumps(str(images))}'
 
 
+def csv_table(rows: list[Row], folder: Path) -> str:
+    with open(folder / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "split"), *rows])
+    return f'dataset = "table"\ntable = {json.dumps(str(folder / "labels.csv"))}\ncolumns = {{ split = "split" }}'
+
+
 def from_csv(images: Path, folder: Path) -> str:
-    with open(images / "labels.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("path", "label", "split"), *rows_of(images)])
-    return f'dataset = "table"\ntable = {json.dumps(str(images / "labels.csv"))}\ncolumns = {{ split = "split" }}'
+    return csv_table(rows_of(images), images)
 
 
 def from_json_lines(images: Path, folder: Path) -> str:
@@ -80,9 +84,8 @@ def from_json_lines(images: Path, folder: Path) -> str:
     return f'dataset = "table"\n{keys}\ncolumns = {{ label = "digit", split = "part" }}'
 
 
-def from_parquet(images: Path, folder: Path) -> str:
+def parquet_table(rows: list[Row], images: Path, folder: Path) -> str:
     """Write the images into the table, with their paths as names."""
-    rows = rows_of(images)
     table = pa.table({
         "image": [{"bytes": (images / path).read_bytes(), "path": path} for path, _, _ in rows],
         "label": [label for _, label, _ in rows],
@@ -90,6 +93,10 @@ def from_parquet(images: Path, folder: Path) -> str:
     })  # fmt: skip
     parquet.write_table(table, folder / "images.parquet", row_group_size=50)
     return f'dataset = "table"\ntable = {json.dumps(str(folder / "images.parquet"))}\ncolumns = {{ split = "split" }}'
+
+
+def from_parquet(images: Path, folder: Path) -> str:
+    return parquet_table(rows_of(images), images, folder)
 
 
 def from_torchvision(images: Path, folder: Path) -> str:
@@ -170,6 +177,28 @@ def test_a_source_gives_the_same_run_as_folders(
     reported = toolkit("report", run.path)
     assert reported.status == 0, reported.stderr
     assert "not available" not in reported.stderr
+
+
+def test_photographs_give_the_same_run_from_their_folder_and_tables(caltech_subset: Path, tmp_path: Path) -> None:
+    """Compare Caltech-101 with its official lists, a CSV file, and a Parquet file with the bytes of the photographs."""
+    home = caltech_subset / "caltech101"
+    photographs = home / "101_ObjectCategories"
+    listed = [(path, split) for split in ("train", "test") for path in (home / f"{split}.txt").read_text().split()]
+    rows = [(path, path.partition("/")[0], split) for path, split in listed if (photographs / path).is_file()]
+    data = {
+        "folder": f'dataset = "caltech101"\nroot = {json.dumps(str(caltech_subset))}',
+        "csv": csv_table(rows, photographs),
+        "parquet": parquet_table(rows, photographs, tmp_path),
+    }
+    found = {}
+    for source, lines in data.items():
+        (tmp_path / source).mkdir()
+        recipe = write_recipe(lambda images, folder, lines=lines: lines, photographs, tmp_path / source)
+        settings = ["--set", "data.image_size=16", "--set", "train.epochs=1"]
+        run = toolkit("train", recipe, "--no-report", *settings)
+        assert run.status == 0, run.stderr
+        found[source] = outcome(open_run(run.stdout.splitlines()[-1]))
+        same(open_run(run.stdout.splitlines()[-1]), found["folder"])
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -218,8 +218,9 @@ def _choose(labels: IntArray, method: str, count: int, seed: int, purpose: int) 
     if method == "random":
         chosen[keyed_permutation(n, seed, purpose)[:count]] = True
         return chosen
-    for label, quota in enumerate(_quotas(np.bincount(labels), count)):
-        members = np.flatnonzero(labels == label)
+    counts = np.bincount(labels)
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    for label, (members, quota) in enumerate(zip(by_class, _quotas(counts, count), strict=True)):
         chosen[members[keyed_permutation(len(members), seed, purpose, label)[:quota]]] = True
     return chosen
 

@@ -74,21 +74,22 @@ def group_parts(groups: IntArray, labels: Labels | None, shares: Sequence[float]
     sizes = np.bincount(of_group)
     examples, columns = label_pairs(labels) if labels is not None else (np.array([], np.int64), np.array([], np.int64))
     everything = int(columns.max()) + 1 if len(columns) else 0
-    pairs, counts = np.unique(
-        np.stack([np.append(of_group[examples], of_group), np.append(columns, np.full(len(groups), everything))], 1),
-        axis=0,
-        return_counts=True,
-    )
-    starts = np.searchsorted(pairs[:, 0], np.arange(len(sizes) + 1))
-    totals = np.bincount(pairs[:, 1], weights=counts, minlength=everything + 1)
+    width = everything + 1  # pairs of group and label as one number, which sorts faster
+    pairs, counts = np.unique(of_group[examples] * width + columns, return_counts=True)
+    pairs = np.append(pairs, np.arange(len(sizes)) * width + everything)
+    counts = np.append(counts, sizes)
+    order = np.argsort(pairs, kind="stable")
+    of_pair, label_of_pair, counts = pairs[order] // width, pairs[order] % width, counts[order]
+    starts = np.searchsorted(of_pair, np.arange(len(sizes) + 1))
+    totals = np.bincount(label_of_pair, weights=counts, minlength=width)
     fractions = np.array(shares)[:, None]
-    found = np.zeros((len(shares), everything + 1))
+    found = np.zeros((len(shares), width))
     placed = np.zeros(len(sizes), dtype=np.int64)
     order = keyed_permutation(len(sizes), *key)
     # Groups of similar size stay in random order, so that other keys give other parts.
     for group in order[np.argsort(-np.floor(np.log2(sizes[order])), kind="stable")]:
         own = slice(starts[group], starts[group + 1])
-        label, count = pairs[own, 1], counts[own]
+        label, count = label_of_pair[own], counts[own]
         excess = found[:, label] - fractions * totals[label]
         change = ((2 * excess + count) * count / totals[label] ** 2).sum(1) / fractions[:, 0]
         part = int(np.argmin(change))
