@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tarfile
@@ -58,6 +59,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run files with long tests first, and of these the ones on a cluster, so that all workers end at the same time."""
     long = {item.path for item in items if item.get_closest_marker("long")}
     items.sort(key=lambda item: (item.path not in long, "slurm" not in item.path.name))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the objects of imported modules out of garbage collections, which studies request after every run.
+
+    There are half a million of them, and in forked processes each collection would copy their pages.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -152,7 +152,7 @@ SLOW = (
     "xception41p",
 )
 """More than 20 million parameters, or slow to build: in the sample only if they are in RISKY."""
-SAMPLE = 22
+SAMPLE = 18
 """Number of sampled architectures; the slow tests cover all small ones."""
 
 

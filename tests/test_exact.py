@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def trained(root: Path, batch_norm: bool, settings: tuple[str, ...]) -> dict[str
     return {"epochs": run.epochs(), "summary": run.summary, "predictions": run.predictions(), "weights": weights}
 
 
+@functools.cache
 def run_with(tmp_path: Path, world: int, batch_norm: bool, *settings: str) -> dict[str, Any]:
     # Fork for one process too, so that the test's own process has no Accelerate state.
     return launch(world, trained, tmp_path / f"{world}-{len(settings)}-{hash(settings)}", batch_norm, settings)[0]

@@ -1,4 +1,7 @@
-"""Training gives the same metrics with every launcher, each a real command with its own processes."""
+"""Training gives the same metrics with every launcher as in one process; each is a real command with two processes.
+
+test_cli.py and the README's first command, which CI executes, start `python -m toolkit.train` as a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from cli import toolkit
 
-from toolkit.runs import Run, open_run
+from toolkit.runs import open_run
 
 pytestmark = pytest.mark.long
 
@@ -19,17 +23,16 @@ REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 CONFIGURATIONS = sorted((REPOSITORY / "launch").glob("*.yaml"))
 LAUNCHERS = {
-    "python": ([sys.executable, "-m", "toolkit.train"], 1),
-    "accelerate": (
-        [str(BIN / "accelerate"), "launch", "--config_file", str(REPOSITORY / "launch" / "cpu.yaml"), "-m",
-         "toolkit.train"],
-        2,
-    ),
-    "torchrun": ([str(BIN / "torchrun"), "--nproc-per-node", "2", "--no-python", str(BIN / "toolkit"), "train"], 2),
+    "accelerate": [
+        str(BIN / "accelerate"), "launch", "--config_file", str(REPOSITORY / "launch" / "cpu.yaml"), "-m",
+        "toolkit.train",
+    ],
+    "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--no-python", str(BIN / "toolkit"), "train"],
 }  # fmt: skip
 
 
-def started(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def arguments_for(tmp_path: Path) -> list[str]:
+    """Return a short training of the quickstart recipe."""
     settings = {
         "recipe.run_root": str(tmp_path),
         "train.epochs": 1,
@@ -41,26 +44,34 @@ def started(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess[s
         # AdamW would amplify rounding errors.
         "optimizer.name": "sgd",
     }
-    arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     recipe = str(REPOSITORY / "recipes" / "quickstart.toml")
+    return [
+        recipe,
+        "--no-report",
+        *(p for key, value in settings.items() for p in ("--set", f"{key}={json.dumps(value)}")),
+    ]
+
+
+def started(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-    return subprocess.run(
-        [*command, recipe, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240
-    )
+    command = [*command, *arguments_for(tmp_path)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
 
 
 def test_every_launcher_gives_the_same_metrics(tmp_path: Path) -> None:
-    runs: dict[str, Run] = {}
-    for name, (command, processes) in LAUNCHERS.items():
+    alone = toolkit("train", *arguments_for(tmp_path))
+    assert alone.status == 0, alone.stderr
+    assert "rank 0 of 1 on " in alone.stderr
+    expected = open_run(alone.stdout.strip().splitlines()[-1])
+    assert expected.environment["processes"] == 1
+    for name, command in LAUNCHERS.items():
         done = started(command, tmp_path)
         assert done.returncode == 0, done.stderr
-        runs[name] = open_run(done.stdout.strip().splitlines()[-1])
-        for rank in range(processes):
-            assert f"rank {rank} of {processes} on " in done.stderr, "start-up names every process"
-        assert runs[name].environment["processes"] == processes
-    first_epochs = {name: run.epochs()[0] for name, run in runs.items()}
-    for name in ("accelerate", "torchrun"):
-        assert first_epochs[name] == pytest.approx(first_epochs["python"], rel=1e-5)
+        run = open_run(done.stdout.strip().splitlines()[-1])
+        for rank in range(2):
+            assert f"rank {rank} of 2 on " in done.stderr, "start-up names every process"
+        assert run.environment["processes"] == 2
+        assert run.epochs()[0] == pytest.approx(expected.epochs()[0], rel=1e-5), name
 
 
 def test_accelerate_reads_the_shipped_configurations() -> None:

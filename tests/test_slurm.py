@@ -273,6 +273,29 @@ def test_a_job_without_an_outcome_gets_its_state_from_queue_and_lock() -> None:
     lock.release()
 
 
+@pytest.mark.parametrize(
+    ("answer", "state", "detail"),
+    [
+        ("echo FAILED", "failed", "FAILED: the last words"),
+        ("echo 'CANCELLED by 0'", "cancelled", ""),
+        ("echo slurmdbd is down >&2; exit 1", "failed", "the last words"),
+    ],
+)
+def test_sacct_gives_the_state_of_a_job_that_squeue_no_longer_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, state: str, detail: str
+) -> None:
+    sacct = tmp_path / "bin" / "sacct"
+    sacct.parent.mkdir()
+    sacct.write_text(f'#!/bin/sh\ncase "$*" in *--jobs=7*) {answer} ;; esac\n')
+    sacct.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sacct.parent), prepend=os.pathsep)
+    run = a_run()
+    SlurmJob(run).log.write_text("the last words\n")
+    found = state_of(run, {})
+    assert found.state == state
+    assert detail in found.detail
+
+
 def test_each_run_of_an_array_is_assigned_once() -> None:
     folder = StudyDirectory(Path("runs/quickstart"))
     runs = [a_run(f"20260102-030405-000{index}", "30", folder.path) for index in range(4)]

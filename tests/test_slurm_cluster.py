@@ -72,19 +72,8 @@ def early(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Submit all independent jobs at once, to use the whole machine; return their folder."""
     work_dir = tmp_path_factory.mktemp("early")
     with contextlib.chdir(work_dir), pytest.MonkeyPatch.context() as patch:
-        for seed, name in enumerate(("left", "right")):
-            options = (
-                "--processes-per-node",
-                "2",
-                "--cpus-per-task",
-                "2",
-                "--set",
-                'slurm.options=["--nodelist=node1"]',
-            )
-            submit(write(name, epochs=2, recipe=f"seed = {seed}"), *options)
-        text = submit(write("two-nodes"), "--nodes", "2", "--cpus-per-task", "2")
+        text = submit(write("two-nodes"), "--nodes", "2", "--gpus-per-node", "1", "--cpus-per-task", "3")
         Path("two-nodes.txt").write_text(text)
-        submit(write("gpus", epochs=1), "--gpus-per-node", "1", "--cpus-per-task", "3")
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         Path("by-hand.txt").write_text(
             sbatch("--cpus-per-task=1", f"{REPOSITORY}/slurm/train.sbatch", write("by-hand", epochs=1), PATH=path)
@@ -113,7 +102,11 @@ def among(early: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return early
 
 
-def test_two_jobs_run_on_one_node_at_once(among: Path) -> None:
+@pytest.mark.cluster
+def test_two_jobs_run_on_one_node_at_once(work_dir: Path) -> None:
+    options = ("--processes-per-node", "2", "--cpus-per-task", "2", "--set", 'slurm.options=["--nodelist=node1"]')
+    for seed, name in enumerate(("left", "right")):
+        submit(write(name, epochs=2, recipe=f"seed = {seed}"), *options)
     runs = [submitted(name) for name in ("left", "right")]
     for run in runs:
         wait_for(run, "finished")
@@ -177,7 +170,7 @@ def test_a_job_gets_the_profiles_modules_container_scratch_folder_and_variables(
 
 
 def test_a_job_uses_the_cpus_and_gpus_that_slurm_granted_or_refuses(among: Path) -> None:
-    run = submitted("gpus")
+    run = submitted("two-nodes")
     script, other = SlurmJob(run).script.read_text(), Run(among / "other")
     # Submit the same script by hand with other options, as if SLURM had granted another number.
     text = script.replace(str(run.path), str(other.path)).replace("exec $container", "env; exec true $container")
@@ -190,13 +183,12 @@ def test_a_job_uses_the_cpus_and_gpus_that_slurm_granted_or_refuses(among: Path)
     assert outcome is not None
     assert outcome[0] == 2
     assert outcome[1] in log_of(other).splitlines()  # srun prints lines of its own before or after
-    assert status_of(sbatch("--nodes=2", "other.sbatch")) == 2
-    assert "asked for 1 node(s), SLURM gave 2" in log_of(other)
+    assert status_of(sbatch("--nodes=1", "other.sbatch")) == 2
+    assert "asked for 2 node(s), SLURM gave 1" in log_of(other)
     assert status_of(sbatch("other.sbatch", OMP_NUM_THREADS="")) == 0
     granted = dict(line.split("=", 1) for line in log_of(other).splitlines() if re.match(r"[A-Z_]+=", line))
     assert granted["TOOLKIT_GPUS"] == granted["SLURM_GPUS_ON_NODE"] == "1"
     assert granted["SLURM_CPUS_PER_TASK"] == granted["OMP_NUM_THREADS"] == "3"
-    wait_for(run, "finished")
 
 
 def test_a_setup_line_or_scratch_folder_that_fails_ends_the_job(work_dir: Path) -> None:
@@ -282,28 +274,34 @@ def test_a_requeued_job_ends_bit_identical(
     assert set(parts) == {f"requeued-{run.id}"}
 
 
-def test_a_cancelled_job_or_one_at_its_restart_limit_is_not_requeued(work_dir: Path) -> None:
-    submit(write("cancelled", epochs=1000), "--set", 'slurm.options=["--nodelist=node1"]')
-    options = ("--processes-per-node", "2", "--cpus-per-task", "2", "--set", 'slurm.options=["--nodelist=node2"]')
-    submit(write("limited", epochs=1000), "--max-restarts", "0", *options)
-    cancelled, limited = submitted("cancelled"), submitted("limited")
-    # The signal reaches launcher and trainers while they are still starting.
-    wait_until(lambda: len(trainers(limited)) > 0, lambda: log_of(limited))
-    subprocess.run(["scancel", "--signal=TERM", number_of(limited)], check=True)
+def test_a_cancelled_job_is_not_requeued(work_dir: Path) -> None:
+    submit(write("cancelled", epochs=1000))
+    cancelled = submitted("cancelled")
     wait_for_epoch(cancelled, 1)
     shown = json.loads(toolkit("status", str(cancelled.path), "--json").stdout)
     assert [row["state"] for row in shown] == ["running"]
     assert all(row["epoch"] >= 1 and row["epochs"] == 1000 and "time limit in" in row["detail"] for row in shown)
     assert toolkit("cancel", str(cancelled.path)).status == 0
-    wait_for_end(number_of(cancelled), number_of(limited))
+    wait_for_end(number_of(cancelled))
     assert state_of(cancelled, queue()).state == "cancelled"
-    assert state_of(limited, queue()).state == "interrupted"
-    assert "max_restarts = 0" in toolkit("logs", str(limited.path)).stdout
-    assert "Traceback" not in log_of(limited)
-    assert len(SlurmJob(cancelled).starts) == len(SlurmJob(limited).starts) == 1
+    assert len(SlurmJob(cancelled).starts) == 1
     outcome = toolkit("cancel", str(cancelled.path))
     assert outcome.status == 2
     assert "has already ended" in outcome.stderr
+
+
+@pytest.mark.cluster
+def test_a_job_at_its_restart_limit_is_not_requeued(work_dir: Path) -> None:
+    submit(write("limited", epochs=1000), "--max-restarts", "0", "--processes-per-node", "2", "--cpus-per-task", "2")
+    run = submitted("limited")
+    # The signal reaches launcher and trainers while they are still starting.
+    wait_until(lambda: len(trainers(run)) > 0, lambda: log_of(run))
+    subprocess.run(["scancel", "--signal=TERM", number_of(run)], check=True)
+    wait_for_end(number_of(run))
+    assert state_of(run, queue()).state == "interrupted"
+    assert "max_restarts = 0" in toolkit("logs", str(run.path)).stdout
+    assert "Traceback" not in log_of(run)
+    assert len(SlurmJob(run).starts) == 1
 
 
 def test_a_job_that_sbatch_rejects_leaves_no_files(work_dir: Path) -> None:
