@@ -186,6 +186,7 @@ PLACEHOLDERS = {
     r"\bPATH\.\.\.": "flowers/test/0",
     r"\[PATH\.\.\.\]": "",
     r"\bPATH\b": "RUN",
+    r"\bscans\b": "flowers/test",
     r"\bPATTERN\b": "a",
     r"\bCOMMAND\b": "train",
     r"\blist\|clean\b": "list",

@@ -7,6 +7,7 @@ import io
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,9 +230,12 @@ def test_memory_does_not_grow_from_run_to_run(tmp_path: Path) -> None:
     assert tensors[1:] == [tensors[1]] * 4
 
 
-def test_the_live_table_shows_progress_time_left_and_the_best_so_far(tmp_path: Path) -> None:
+def test_the_live_table_shows_progress_time_left_and_the_best_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rich.console import Console
 
+    from toolkit.study import progress as progress_module
     from toolkit.study.directory import claim
     from toolkit.study.expand import expand, read_study
     from toolkit.study.init import init_study, study_lock
@@ -247,7 +251,8 @@ def test_the_live_table_shows_progress_time_left_and_the_best_so_far(tmp_path: P
         for epoch, value in ((1, 0.5), (2, 0.75), (3, 0.625))
     ]
     first.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    progress.started -= 30  # three of eight epochs took 30 seconds
+    # Three of eight epochs took 30 seconds.
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: progress.started + 30))
     held = claim(first)
     assert held is not None
     console = Console(record=True, width=120, file=io.StringIO())
