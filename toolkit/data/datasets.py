@@ -6,19 +6,22 @@ random.
 
 from __future__ import annotations
 
+import os
 import pkgutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from toolkit.data.archives import ArchiveImages, find_archive, forget_archives
 from toolkit.data.dataset_info import DATASETS
-from toolkit.data.encoded_sources import EncodedSource, ImageFiles
-from toolkit.data.folder_layout import read_layout
+from toolkit.data.encoded_sources import EncodedSource, ImageFiles, JoinedImages
+from toolkit.data.folder_layout import Layout, read_layout
 from toolkit.data.folder_walk import FolderWalk
 from toolkit.data.image_sources import CANNOT_READ, HAS_CHANGED, EncodedImages, ImageSource, InMemoryImages
 from toolkit.data.sampling import IntArray
@@ -84,7 +87,7 @@ def open_digits(table: DataConfig) -> Dataset:
 
 def open_caltech101(table: DataConfig) -> Dataset:
     """Open Caltech-101 (Li et al. 2022), with the lists train.txt and test.txt next to the images, if they exist."""
-    folder = _caltech_folder(Path(table.root))
+    folder = _caltech_folder(Path(table.root_folder))
     walk = FolderWalk(folder / CALTECH_IMAGES)
     folders = walk.above_classes("").folders
     if table.background_class and CALTECH_BACKGROUND not in folders:
@@ -145,25 +148,55 @@ def _caltech_list(folder: Path, name: str, present: dict[str, list[str]], backgr
 
 
 def open_imagefolder(table: DataConfig) -> Dataset:
-    """Open a folder of images with one subfolder per class, in a folder per split or directly in the root."""
-    root = Path(table.root)
-    if not root.is_dir():
-        raise UserError(f"data.root = {table.root!r} is not a folder; dataset = 'imagefolder' reads images from it")
+    """Open folders of images with one subfolder per class, in a folder per split or directly in the root.
+
+    A root may be a zip or tar file that contains these folders. Images of several roots are joined; their names then
+    begin with the root's.
+    """
+    roots = table.roots
     unread = [split for split in ("validation", "test") if getattr(table.split, split) == 0]
-    layout = read_layout(root, table.class_folders, unread)
-    index = {name: label for label, name in enumerate(layout.classes)}
-    paths: list[str] = []
+    layouts = [_layout(root, table, unread) for root in roots]
+    classes = sorted({name for layout in layouts for name in layout.classes})
+    index = {name: label for label, name in enumerate(classes)}
+    sources: dict[str, EncodedSource] = {}
     labels: list[IntArray] = []
-    lists: dict[str, IntArray] = {}
-    for split, classes in layout.files.items():
-        start = len(paths)
-        for name, files in classes.items():
-            paths += files
-            labels.append(np.full(len(files), index[name], dtype=np.int64))
-        lists[split] = np.arange(start, len(paths))
-    images = encoded_images(ImageFiles(layout.root, paths), table)
-    notes = tuple(layout.notes)
-    return Dataset("imagefolder", layout.classes, images, np.concatenate(labels), lists, None, 3, notes)
+    lists: dict[str, list[IntArray]] = {}
+    notes: list[str] = []
+    count = 0
+    for root, layout in zip(root_names(roots), layouts, strict=True):
+        paths: list[str] = []
+        for split, found in layout.files.items():
+            start = count + len(paths)
+            for name, files in found.items():
+                paths += files
+                labels.append(np.full(len(files), index[name], dtype=np.int64))
+            lists.setdefault(split, []).append(np.arange(start, count + len(paths)))
+        count += len(paths)
+        archive = find_archive(layout.root)
+        sources[root] = ImageFiles(layout.root, paths) if archive is None else ArchiveImages(*archive, paths)
+        notes += layout.notes
+    forget_archives()
+    images = encoded_images(next(iter(sources.values())) if len(sources) == 1 else JoinedImages(sources), table)
+    joined = {split: np.concatenate(parts) for split, parts in lists.items()}
+    return Dataset("imagefolder", classes, images, np.concatenate(labels), joined, None, 3, tuple(notes))
+
+
+def _layout(root: str, table: DataConfig, unread: list[str]) -> Layout:
+    if not Path(root).is_dir() and find_archive(root) is None:
+        raise UserError(f"data.root = {root!r} is not a folder; dataset = 'imagefolder' reads images from it")
+    return read_layout(Path(root), table.class_folders, unread)
+
+
+def root_names(roots: Sequence[str]) -> list[str]:
+    """Return what the names of each root's images begin with: as many of its last folders as tell all roots apart."""
+    parts = [Path(os.path.realpath(root)).parts for root in roots]
+    for one, other in permutations(range(len(roots)), 2):
+        if parts[one][: len(parts[other])] == parts[other]:
+            raise UserError(f"data.root: {roots[one]} is in {roots[other]}, so that its images would be used twice")
+    parts = [Path(os.path.abspath(root)).parts for root in roots]
+    counts = range(1, max(map(len, parts)) + 1)
+    names = (["/".join(part[-count:]) for part in parts] for count in counts)
+    return next(found for found in names if len(set(found)) == len(found))
 
 
 def encoded_images(

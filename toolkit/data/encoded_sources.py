@@ -7,7 +7,7 @@ import io
 import os
 import stat
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -160,3 +160,40 @@ class PackedImages:
         """Return the number of bytes of image i, and the version of all images."""
         start, end = self._range(i)
         return end - start, self._version
+
+
+class JoinedImages:
+    """The images of several sources, one after the other; an EncodedSource."""
+
+    def __init__(self, sources: Mapping[str, EncodedSource]) -> None:
+        """``sources``: by the prefix of their names."""
+        self._prefixes, self._sources = [encode_name(prefix) for prefix in sources], list(sources.values())
+        self._ends = np.cumsum([len(source) for source in self._sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """Return the number of the source of image i, and its number there."""
+        at = int(np.searchsorted(self._ends, i, side="right"))
+        return at, i - (int(self._ends[at - 1]) if at else 0)
+
+    def open(self, i: int) -> BinaryIO:
+        """Open image i in its source."""
+        at, own = self._place(i)
+        return self._sources[at].open(own)
+
+    def name(self, i: int) -> str:
+        """Return the prefix of the source of image i and its name there."""
+        at, own = self._place(i)
+        return f"{self._prefixes[at]}/{self._sources[at].name(own)}"
+
+    def location(self, i: int) -> str:
+        """Return where the source stores image i."""
+        at, own = self._place(i)
+        return self._sources[at].location(own)
+
+    def size_and_version(self, i: int) -> tuple[int, int]:
+        """Return size and version of image i in its source."""
+        at, own = self._place(i)
+        return self._sources[at].size_and_version(own)

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from toolkit.data.archives import find_archive
 from toolkit.errors import UserError
 
 IMAGE_SUFFIXES = (
@@ -48,25 +49,28 @@ def list_folder(path: str | Path) -> FolderListing:
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 _sort_in(entry, found)
+    except NotADirectoryError as error:
+        if (within := find_archive(path)) is None:
+            raise UserError(f"the folder {path} cannot be read: {error.strerror}") from None
+        archive, folder = within
+        for name, kind in sorted(archive.folders[folder].items()):
+            if not _leave_out_hidden(name, kind == "folder", found):
+                _add(name, kind == "folder", kind == "file", found)
     except OSError as error:
         raise UserError(f"the folder {path} cannot be read: {error.strerror}") from None
     return found
 
 
 def _sort_in(entry: os.DirEntry[str], found: FolderListing) -> None:
-    """Add one entry to a listing."""
-    name, is_image = entry.name, entry.name.lower().endswith(IMAGE_SUFFIXES)
-    if name.startswith(".") or name in _JUNK:
-        if entry.is_dir(follow_symlinks=False):
-            found.left_out.append(("hidden folder", name))
-        elif is_image:
-            found.left_out.append(("hidden file", name))
+    """Add one entry of a folder to its listing."""
+    name = entry.name
+    if _leave_out_hidden(name, entry.is_dir(follow_symlinks=False), found):
         return
     if entry.is_symlink():
         try:
             mode = entry.stat().st_mode
         except OSError as error:
-            if not is_image:
+            if not _is_image(name):
                 raise UserError(
                     f"the link {entry.path} leads to {os.readlink(entry.path)}, which cannot be opened "
                     f"({error.strerror}): correct or remove the link"
@@ -76,14 +80,34 @@ def _sort_in(entry: os.DirEntry[str], found: FolderListing) -> None:
         found.links.update([name] if is_folder else [])
     else:
         is_folder, is_file = entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False)
+    _add(name, is_folder, is_file, found)
+
+
+def _leave_out_hidden(name: str, is_folder: bool, found: FolderListing) -> bool:
+    """Return whether an entry is hidden, or created by a system; it is then left out of the listing."""
+    if not name.startswith(".") and name not in _JUNK:
+        return False
+    if is_folder:
+        found.left_out.append(("hidden folder", name))
+    elif _is_image(name):
+        found.left_out.append(("hidden file", name))
+    return True
+
+
+def _add(name: str, is_folder: bool, is_file: bool, found: FolderListing) -> None:
+    """Add a visible entry to a listing; neither folder nor file: a special file."""
     if is_folder:
         found.folders.append(name)
     elif not is_file:
         found.left_out.append(("special file", name))
-    elif is_image:
+    elif _is_image(name):
         found.images.append(name)
     else:
         found.left_out.append((f"{Path(name).suffix.lower()} file".strip(), name))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 class FolderWalk:
@@ -189,9 +213,17 @@ class FolderWalk:
 
 
 def identity(folder: str | Path) -> tuple[int, int]:
-    """Return the device and inode of a folder. Raises UserError if it cannot be read."""
+    """Return the device and inode of a folder. Raises UserError if it cannot be read.
+
+    For a folder in an archive: two numbers that no other folder has.
+    """
     try:
         state = os.stat(folder)
+    except NotADirectoryError as error:
+        if (within := find_archive(folder)) is None:
+            raise UserError(f"the folder {folder} cannot be read: {error.strerror}") from None
+        archive, inner = within
+        return -os.stat(archive.path).st_ino, archive.numbers[inner]
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be read: {error.strerror}") from None
     return state.st_dev, state.st_ino

@@ -50,7 +50,7 @@ def open_table(config: DataConfig) -> Dataset:
     examples = read_examples(table, config)
     if len(examples.classes) < 2:
         raise UserError(f"{table.path} has only the class {examples.classes[0]!r}; a classifier needs two or more")
-    source = _embedded_images(table, examples) or ImageFiles(Path(config.root), examples.paths)
+    source = _embedded_images(table, examples) or ImageFiles(Path(config.root_folder), examples.paths)
     images = encoded_images(source, config, RowNumbers(table.path.name, examples.rows))
     return Dataset(
         name="table",

@@ -122,7 +122,7 @@ def open_torchvision(table: DataConfig) -> Dataset:
 def _joined(images: list[Images], name: str, table: DataConfig) -> ImageSource:
     """Return the images of all lists as one collection."""
     if isinstance(images[0], list):
-        root = os.path.expanduser(table.root)
+        root = os.path.expanduser(table.root_folder)
         paths = [os.path.relpath(path, root) for one in images if isinstance(one, list) for path in one]
         if len(set(paths)) < len(paths):
             raise UserError(f"{name}: two of its lists contain the same image")
@@ -141,7 +141,7 @@ def _fetch(name: str, table: DataConfig) -> dict[str, Any]:
     """Return torchvision's object for each split, downloaded first if data are missing and ``download`` is true."""
     from torchvision import datasets
 
-    kind, root = getattr(datasets, name), Path(table.root).expanduser()
+    kind, root = getattr(datasets, name), Path(table.root_folder).expanduser()
     shown = table.dataset if table.dataset != "torchvision" else name
     lock = root / f".{shown}.lock"
     accepted = {key for base in kind.__mro__[:-1] for key in inspect.signature(base.__init__).parameters}
@@ -167,7 +167,7 @@ def _fetch(name: str, table: DataConfig) -> dict[str, Any]:
         with held(lock) if alone else nullcontext():
             return read(download=False)
     except Exception as error:  # damaged files raise nearly anything
-        missing = f"{shown} is not in data.root = {table.root!r}, or is incomplete"
+        missing = f"{shown} is not in data.root = {table.root_folder!r}, or is incomplete"
         if "download" not in accepted:
             text = f"{missing} ({first_line(error)}), and torchvision cannot download it: {advice}"
             raise UserError(text) from error
@@ -183,7 +183,7 @@ def _fetch(name: str, table: DataConfig) -> dict[str, Any]:
             return read(download=True)
     except Exception as error:
         raise UserError(
-            f"{shown} is not in data.root = {table.root!r}, or is damaged, and could not be downloaded: "
+            f"{shown} is not in data.root = {table.root_folder!r}, or is damaged, and could not be downloaded: "
             f"{first_line(error)}; remove what is there, or download it on a machine with a network and copy the "
             "folder, or set data.root to where it is"
         ) from error

@@ -157,7 +157,7 @@ def data_config(data: str, recipe: Recipe, split: str | None) -> DataConfig:
     path = Path(data)
     if path.suffix == ".toml":
         return with_defaults(load_recipe(path)).data
-    if path.is_dir():
+    if path.is_dir() or path.suffix.lower() in (".zip", ".tar"):
         return DataConfig(dataset="imagefolder", root=data, class_folders=recipe.data.class_folders)
     if path.suffix.lower() in FORMATS:
         own = recipe.data.columns
@@ -172,8 +172,8 @@ def data_config(data: str, recipe: Recipe, split: str | None) -> DataConfig:
         )
     state = "is none of these" if path.exists() else "does not exist"
     raise UserError(
-        f"--data {data} {state}: expected a recipe (.toml), whose [data] is used, a folder with one folder per class, "
-        f"or a table ({', '.join(FORMATS)})"
+        f"--data {data} {state}: expected a recipe (.toml), whose [data] is used, a folder, zip or tar file "
+        f"with one folder per class, or a table ({', '.join(FORMATS)})"
     )
 
 
@@ -259,7 +259,7 @@ def _notes(run: Run, config: DataConfig, trained: TrainedModel, found: Evaluatio
         images = plural(sum(found.unknown_classes.values()), "image")
         notes.append(f"left out: {images} of classes that the model does not have: {_shown(found.unknown_classes)}")
     own = run.recipe.data
-    if (config.dataset, config.root) == (own.dataset, own.root):
+    if (config.dataset, config.name, config.root) == (own.dataset, own.name, own.root):
         trained_on = len(set(run.split["train"]).intersection(names))
         if trained_on:
             notes.append(f"{trained_on} of these images are training images of the run")

@@ -225,6 +225,11 @@ def data(recipe: Recipe) -> Iterator[Issue]:
         text = "has no effect, since training images are not augmented randomly: all views are the same"
         yield warning("data.fixed_views", text, "augment.train", at="key")
     no_effect = f'has no effect with dataset = "{table.dataset}"'
+    if not isinstance(table.root, str) and table.dataset != "imagefolder":
+        text = f'several folders are for dataset = "imagefolder", not "{table.dataset}"'
+        yield error("data.root", text, "data.dataset")
+    if len(set(table.roots)) < len(table.roots):
+        yield error("data.root", "a folder is listed twice")
     if table.background_class and table.dataset != "caltech101":
         yield warning("data.background_class", no_effect, "data.dataset", at="key")
     if table.class_folders != "auto" and table.dataset != "imagefolder":
@@ -369,7 +374,10 @@ def labels(recipe: Recipe) -> Iterator[Issue]:
         if text is not None and not 1 <= len(text) <= longest:
             yield error(path, f"expected text of 1 to {longest} characters, found {len(text)}")
     found |= {("recipe", "description"): recipe.recipe.description, ("recipe", "run_root"): recipe.recipe.run_root}
-    found |= {("data", key): getattr(recipe.data, key) for key in ("root", "table")}
+    roots = recipe.data.root
+    found |= {("data", "root"): roots} if isinstance(roots, str) else {}
+    found |= {("data", "root", at): root for at, root in enumerate(roots)} if isinstance(roots, list) else {}
+    found |= {("data", "table"): recipe.data.table}
     found |= {("model", "weights"): recipe.model.weights}
     for path, text in found.items():
         if text and any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in text):

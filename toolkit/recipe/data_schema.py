@@ -20,6 +20,9 @@ ColumnName = Annotated[str, Field(min_length=1)]
 ImageSize = Annotated[int, Field(ge=4, le=4096)]
 """Height or width of images, in pixels."""
 
+Root = Annotated[str, Field(min_length=1)]
+"""Path of a folder, or of a zip or tar file."""
+
 HeightWidth = Annotated[list[ImageSize], Field(min_length=2, max_length=2)]
 """[height, width] of images, in pixels."""
 
@@ -119,11 +122,11 @@ class DataConfig(ConfigModel):
         "split (INaturalist: version) selects one of several training lists. `toolkit datasets torchvision/` lists "
         "them.",
     )
-    root: str = Field(
+    root: Root | Annotated[list[Root], Field(min_length=1)] = Field(
         "data",
-        min_length=1,
-        description="Data folder; `digits` does not need one. table: the paths of images are relative to it; "
-        "default: the table's own folder.",
+        description="Data folder; `digits` does not need one. imagefolder: also a zip file, a tar file without "
+        "compression, or a list of folders and such files, whose images are joined. table: the paths of images are "
+        "relative to it; default: the table's own folder.",
     )
     table: str | None = Field(
         None,
@@ -271,6 +274,16 @@ class DataConfig(ConfigModel):
         if self.value_range != "auto" and not self.value_range[0] < self.value_range[1]:
             raise ValueError("value_range: the first value, of black, must be smaller than the second, of white")
         return self
+
+    @property
+    def roots(self) -> list[str]:
+        """``root`` as a list."""
+        return [self.root] if isinstance(self.root, str) else self.root
+
+    @property
+    def root_folder(self) -> str:
+        """The only root of a data set that cannot have several."""
+        return self.roots[0]
 
     @property
     def known_range(self) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from toolkit.data.datasets import Dataset, open_dataset
+from toolkit.data.datasets import Dataset, open_dataset, root_names
 from toolkit.data.image_sources import UnreadableImageError, as_image, to_pixels
 from toolkit.data.preprocessing import Preprocessing, as_trained, resolve_channels
 from toolkit.errors import UserError
@@ -51,12 +51,12 @@ def open_run_images(
     """Open a run's data set without downloading anything.
 
     The images are decoded according to ``preprocessing``; None: according to the recipe. ``data_root`` overrides the
-    recipe's data.root. Raises UserError if the images are missing or, unless ``classes`` is empty, if the classes have
-    changed.
+    recipe's data.root; if that is a list, it is the folder that holds all of them. Raises UserError if the images are
+    missing or, unless ``classes`` is empty, if the classes have changed.
     """
     config = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     config = config if preprocessing is None else as_trained(config, preprocessing)
-    config = config.model_copy(update={"download": False, "root": str(data_root or config.root)})
+    config = config.model_copy(update={"download": False, "root": _moved(config.root, data_root)})
     dataset = open_dataset(config)
     if classes and dataset.classes != list(classes):
         raise UserError(
@@ -64,6 +64,13 @@ def open_run_images(
             f"trained on ({len(classes)}): {_first_difference(dataset.classes, classes)}"
         )
     return RunImages(dataset, {dataset.images.name(i): i for i in range(len(dataset.images))})
+
+
+def _moved(root: str | list[str], data_root: Path | None) -> str | list[str]:
+    """Return the recipe's root or roots; ``data_root`` is used in its place, or holds all of them."""
+    if data_root is None:
+        return root
+    return str(data_root) if isinstance(root, str) else [str(data_root / name) for name in root_names(root)]
 
 
 def _first_difference(now: Sequence[str], then: Sequence[str]) -> str:
