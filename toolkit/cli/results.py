@@ -29,7 +29,7 @@ def table(
         typer.Option(metavar="KEYS", help="Recipe keys separated by commas; one row for each of their values."),
     ] = None,
     compare: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="ROW ROW", help="Compare two rows over the same seeds.")
+        tuple[str, str] | None, typer.Option(metavar="ROW ROW", help="Compare two rows over the same seeds and folds.")
     ] = None,
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Show confidence intervals instead of standard deviations.")
@@ -40,14 +40,20 @@ def table(
     top: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Show only the N best rows by --sort or output.best_by.")
     ] = None,
+    out_of_fold: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write the test predictions of all folds to a CSV file: each image once."
+        ),
+    ] = None,
     figures: Annotated[bool, typer.Option("--figures", help="Also draw figures, SVG and PDF.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print a study's results table.
 
-    Shows mean and standard deviation over seeds next to published metrics, and marks the best row by validation. Also
-    writes table.csv, table.md, table.tex and runs.csv to the folder. With several studies, prints the agreement of all
-    their rows with the published metrics, and the verdicts on all their claims.
+    Shows mean and standard deviation over seeds and folds next to published metrics, and marks the best row by
+    validation. Also writes table.csv, table.md, table.tex and runs.csv to the folder. With several studies, prints the
+    agreement of all their rows with the published metrics, and the verdicts on all their claims.
 
     Example: toolkit table runs/giunta-dropout
     """
@@ -58,7 +64,7 @@ def table(
 
     options = TableOptions(_split_list(columns), _split_list(by), compare, intervals, sort, top)
     if len(studies) > 1:
-        if by or compare or intervals or sort or top or figures:
+        if by or compare or intervals or sort or top or figures or out_of_fold:
             raise UserError("with several studies, only --columns and --json can be used: no table of rows is shown")
         tables, content = overall([read_outcomes(StudyDirectory(study), options) for study in studies], options.columns)
         shown = "\n\n".join(text(part) for part in tables) or "no two rows can be compared with published metrics"
@@ -71,6 +77,10 @@ def table(
         write_tables(replace(found, options=replace(options, sort=None, top=None)), study)  # the files hold all rows
     except UserError as error:  # a study in a read-only folder can still be printed
         print(f"warning: {error}", file=sys.stderr)
+    if out_of_fold is not None:
+        from toolkit.study.out_of_fold import write_out_of_fold
+
+        print(f"{out_of_fold}: {write_out_of_fold(StudyDirectory(study), out_of_fold):,} predictions", file=sys.stderr)
     if figures:
         from toolkit.study.plots import draw
 

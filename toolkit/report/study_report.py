@@ -21,7 +21,7 @@ from toolkit.report.run_data import DAMAGE, Record, try_load
 from toolkit.report.run_page import SummaryCard
 from toolkit.report.run_report import ReportResult, write_report
 from toolkit.runs import Run
-from toolkit.study.directory import FILE, StudyDirectory
+from toolkit.study.directory import FILE, FOLD, StudyDirectory
 from toolkit.study.epoch_tables import build_epoch_tables
 from toolkit.study.export_tables import agreement, judged_tables, main_table
 from toolkit.study.plots import study_figures
@@ -210,7 +210,8 @@ def _recipe(results: Sequence[RunResult], runs: Sequence[Run], missing: list[str
     for result in results:
         for key, value in {**result.member.changes, "recipe.seed": result.member.seed}.items():
             values.setdefault(key, {})[short_value(value)] = None
-    varied = {key: [*values[key]] for key in ("recipe.seed", *varied_keys(results)) if len(values.get(key, ())) > 1}
+    keys = ("recipe.seed", FOLD, *varied_keys(results))
+    varied = {key: [*values[key]] for key in keys if len(values.get(key, ())) > 1}
     return recipe_table(recipe, origins, varied)
 
 

@@ -99,7 +99,7 @@ def _others(claim: Claim, results: Sequence[RunResult]) -> list[tuple[str, list[
 
 
 def _values(claim: Claim, runs: Sequence[RunResult]) -> dict[tuple[Any, ...], float]:
-    """Return the metric of finished runs by pairing key: the seed and, for groups defined by keys, other varied keys.
+    """Return the metric of finished runs by pairing key: seed, fold and, for groups defined by keys, other varied keys.
 
     Values are negated if lower is better.
     """
@@ -107,7 +107,8 @@ def _values(claim: Claim, runs: Sequence[RunResult]) -> dict[tuple[Any, ...], fl
     for run in runs:
         keys = set() if isinstance(claim.better, str) else {*conditions(claim.better), *conditions(_keys(claim.than))}
         changes = run.member.changes.items() if keys else ()
-        pair = (run.member.seed, *sorted((key, repr(value)) for key, value in changes if key not in keys))
+        others = sorted((key, repr(value)) for key, value in changes if key not in keys)
+        pair = (run.member.seed, run.member.fold, *others)
         if claim.metric in run.metrics:
             found[pair] = run.metrics[claim.metric] * (1 if higher_is_better(claim.metric) else -1)
     return found

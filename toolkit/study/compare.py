@@ -14,18 +14,18 @@ from toolkit.study.text_table import MINUS, TextTable, interval_text, number, p_
 def compare_rows(
     rows: Sequence[ResultRow], first: str, second: str, columns: Sequence[str], confidence: float
 ) -> dict[str, PairedComparison]:
-    """Compare two rows: first minus second for each metric, over the seeds for which both have a finished run.
+    """Compare two rows: first minus second for each metric, over the seeds and folds of which both have a finished run.
 
-    Raises UserError if a row is unknown or they have no seed in common.
+    Raises UserError if a row is unknown or they have no seed and fold in common.
     """
     one, other = _row(rows, first), _row(rows, second)
-    a, b = _by_seed(one), _by_seed(other)
-    seeds = [seed for seed in a if seed in b]
-    if not seeds:
+    a, b = _by_seed_and_fold(one), _by_seed_and_fold(other)
+    shared = [pair for pair in a if pair in b]
+    if not shared:
         raise UserError(f"--compare: {first!r} and {second!r} have no finished runs with the same seed")
     found = {}
     for column in columns:
-        pairs = [(a[s][column], b[s][column]) for s in seeds if column in a[s] and column in b[s]]
+        pairs = [(a[s][column], b[s][column]) for s in shared if column in a[s] and column in b[s]]
         if pairs and METRICS[column].measure.varies:
             found[column] = compare([x for x, _ in pairs], [y for _, y in pairs], confidence)
     return found
@@ -38,11 +38,11 @@ def _row(rows: Sequence[ResultRow], name: str) -> ResultRow:
     return found
 
 
-def _by_seed(row: ResultRow) -> dict[int, dict[str, float]]:
-    seeds = [result.member.seed for result in row.finished]
-    if len(set(seeds)) != len(seeds):
+def _by_seed_and_fold(row: ResultRow) -> dict[tuple[int, int | None], dict[str, float]]:
+    found = {(result.member.seed, result.member.fold): result.metrics for result in row.finished}
+    if len(found) < len(row.finished):
         raise UserError(f"--compare {row.name!r}: the row has several runs of one seed; compare without --by")
-    return {result.member.seed: result.metrics for result in row.finished}
+    return found
 
 
 def build_comparison_table(found: dict[str, PairedComparison], first: str, second: str, confidence: float) -> TextTable:

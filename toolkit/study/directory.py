@@ -37,6 +37,9 @@ RunState = Literal["missing", "paused", "running", "finished", "failed"]
 FORMAT = 1
 """Version of the format of study.json."""
 
+FOLD = "data.split.fold"
+"""Key that varies within a row of the table, as the seed does, if it is in [study.grid] or [study.zip]."""
+
 FILE = "study.json"
 STUDY_COPY = "study.toml"
 CLAIM = ".claim"
@@ -53,7 +56,8 @@ class StudyRun:
     __pydantic_config__ = ConfigDict(strict=False)
 
     row: str
-    """Name of the table row, set in the file or made from the varied values; runs that differ only in seed share it."""
+    """Name of the table row, set in the file or made from the varied values; runs that differ only in seed
+    and fold share it."""
     seed: int
     changes: dict[str, Any]
     """Dotted keys that vary, with their values; the seed is not included."""
@@ -70,6 +74,11 @@ class StudyRun:
     note: str = ""
     not_comparable: str = ""
     """Why the run's metrics cannot be compared with the published ones; empty if they can."""
+
+    @property
+    def fold(self) -> int | None:
+        """Fold of the run; None if the study does not vary it."""
+        return self.changes.get(FOLD)
 
 
 class _Study(Shape):

@@ -21,7 +21,7 @@ from toolkit.recipe.schema import Recipe
 from toolkit.recipe.study_schema import PublishedMean, PublishedMetrics, PublishedResults, StudyConfig, StudyRow
 from toolkit.recipe.toml_positions import KeyPath, Span
 from toolkit.recipe.validation import validate
-from toolkit.study.directory import StudyRun
+from toolkit.study.directory import FOLD, StudyRun
 from toolkit.study.grid import ParameterSet, RowNamer, nested, products, read_variables, zipped
 from toolkit.study.search_space import (
     LocatedValue,
@@ -243,7 +243,7 @@ def _rows(study: StudySpec) -> Iterator[tuple[StudyRow | None, str, ParameterSet
         return
     grid, _ = read_variables(study.table.grid, (*STUDY, "grid"))
     zip_, _ = read_variables(study.table.zip, (*STUDY, "zip"))
-    names = RowNamer([*zip_, *grid])
+    names = RowNamer(variable for variable in (*zip_, *grid) if variable.key != FOLD)
     for row, changes in _row_changes(study.table):
         for step in zipped(zip_):
             fixed = study.base_values | {key: value.value for key, value in (changes | step).items()}

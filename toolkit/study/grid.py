@@ -111,8 +111,12 @@ class RowNamer:
         }
 
     def of(self, combination: ParameterSet) -> str:
-        """Return the name of a combination, such as ``adamw, lr 0.01``; for a ``name`` key only the value is shown."""
-        return ", ".join(self._part(key, self._value(key, value)) for key, value in combination.items())
+        """Return the name of a combination, such as ``adamw, lr 0.01``; for a ``name`` key only the value is shown.
+
+        Keys that are not among the variables are left out.
+        """
+        shown = {key: value for key, value in combination.items() if key in self.variables}
+        return ", ".join(self._part(key, self._value(key, value)) for key, value in shown.items())
 
     def plain(self, combination: ParameterSet) -> str:
         """Return the name of a combination whose values do not come from a list."""

@@ -15,7 +15,7 @@ from toolkit.errors import UserError
 from toolkit.metrics import METRICS, best_of, higher_is_better
 from toolkit.recipe.study_schema import StudyConfig
 from toolkit.similar_names import did_you_mean
-from toolkit.study.directory import RunState, StudyDirectory, StudyRun, failure_of
+from toolkit.study.directory import FOLD, RunState, StudyDirectory, StudyRun, failure_of
 from toolkit.study.grid import label
 from toolkit.study.significance import MeanWithInterval, estimate
 from toolkit.study.text_table import MISSING
@@ -43,8 +43,9 @@ class RunResult:
 
     @property
     def title(self) -> str:
-        """Row name and seed."""
-        return f"{self.member.row}, seed {self.member.seed}"
+        """Row name, seed and fold."""
+        fold = "" if self.member.fold is None else f", fold {self.member.fold}"
+        return f"{self.member.row}, seed {self.member.seed}{fold}"
 
     def values(self, metric: str) -> list[float]:
         """Return a metric of metrics.jsonl after each epoch trained so far."""
@@ -92,7 +93,7 @@ def read_result(folder: StudyDirectory, member: StudyRun) -> RunResult:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A row of the table: runs that differ only in their seeds (or were grouped by keys), and their metrics."""
+    """A row of the table: runs that differ only in seed and fold (or were grouped by keys), and their metrics."""
 
     name: str
     results: Sequence[RunResult]
@@ -253,5 +254,5 @@ def ranked_trials(results: Sequence[RunResult], metric: str) -> list[TrialResult
 
 
 def varied_keys(results: Sequence[RunResult]) -> list[str]:
-    """Return the keys set by any configuration, in order of appearance."""
-    return list(dict.fromkeys(key for result in results for key in result.member.changes))
+    """Return the keys set by any configuration, in order of appearance, without that of the fold."""
+    return list(dict.fromkeys(key for result in results for key in result.member.changes if key != FOLD))

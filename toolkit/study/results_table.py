@@ -131,6 +131,11 @@ def _about_spread(rows: Sequence[ResultRow], confidence: float, intervals: bool)
     if least == 1:
         which = "Rows with one run" if most > 1 else "One run per row"
         found.append(f"{which}: the spread over seeds is not known, so differences may be due to chance.")
+    if any(len({result.member.fold for result in row.finished}) > 1 for row in rows):
+        found.append(
+            "The runs of a row have different folds. Their training images overlap, so intervals are too narrow and p "
+            "values too small (Nadeau and Bengio 2003)."
+        )
     return found
 
 

@@ -10,7 +10,7 @@ from toolkit.recipe.diagnostics import Issue
 from toolkit.recipe.study_schema import StudyConfig
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.similar_names import did_you_mean
-from toolkit.study.directory import StudyRun
+from toolkit.study.directory import FOLD, StudyRun
 from toolkit.study.grid import MAX_COMBINATIONS, count_products, read_variables, uneven
 from toolkit.study.search_space import (
     RANGES,
@@ -156,6 +156,9 @@ def _keys_are_varied_once(table: StudyConfig, variables: list[SearchParameter]) 
     key_paths = [(v.key, v.key_path) for v in variables]
     key_paths += [(leaf.key, leaf.key_path) for leaf in dotted_leaves(table.space, ("study", "space"), RANGES)]
     for key, key_path in key_paths:
+        if key == FOLD and key_path[1] == "space":
+            text = f"{key} cannot be searched for: set one fold for all runs, or vary it in study.grid"
+            yield Issue(text, key_path, at="key")
         if key in FIXED:
             yield Issue(f"{key} cannot vary: {FIXED[key]}", key_path, at="key")
         yield from _belongs_to_a_run(key, key_path)
