@@ -18,7 +18,11 @@ from finished import CONVNET, digit_files
 from pyarrow import parquet
 from trainers import Trainers, at_call, kill_self, outcome
 
+from toolkit.data.dataset_report import analyze_dataset
+from toolkit.errors import UserError
+from toolkit.recipe import load_recipe
 from toolkit.runs import Run, open_run
+from toolkit.training.fit import fit
 from toolkit.training.train_step import TrainStep
 
 pytestmark = pytest.mark.long
@@ -228,3 +232,45 @@ def test_a_killed_run_continues_as_if_uninterrupted_on_two_processes(
     recipe = write_recipe(SOURCES[source], images, tmp_path)
     killed = train(2, tmp_path, recipe, status=-9, prepare=partial(kill_at_step, 6))
     same(train(2, tmp_path, recipe, "--resume", str(killed.path)), expected[2])
+
+
+def test_a_table_whose_rows_changed_is_not_resumed_from(images: Path, tmp_path: Path) -> None:
+    """A changed label, and a Parquet file with another image, are found and named."""
+    rows = rows_of(images)
+    for kind in ("csv", "parquet"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        data = csv_table(rows, folder) if kind == "csv" else parquet_table(rows, images, folder)
+        if kind == "csv":
+            data += f"\nroot = {json.dumps(str(images))}"
+        recipe = load_recipe(write_recipe(lambda images, folder, data=data: data, images, folder))
+        run = fit(recipe, until=1, quiet=True)
+        path, _, split = rows[5]
+        if kind == "csv":
+            csv_table([*rows[:5], (path, "9", split), *rows[6:]], folder)
+            expected = "the same images are split differently"
+        else:
+            changed = tmp_path / "images"
+            shutil.copytree(images, changed)
+            (changed / path).write_bytes((images / rows[6][0]).read_bytes())
+            parquet_table(rows, changed, folder)
+            expected = f"1 file(s) replaced: {path}"
+        with pytest.raises(UserError, match=re.escape(expected)):
+            fit(recipe, resume=run.path, quiet=True)
+
+
+def test_bad_rows_are_left_out_and_duplicates_found_in_a_table(images: Path, tmp_path: Path) -> None:
+    rows = [row for row in rows_of(images) if row[2] == "train"]
+    contents = [(images / path).read_bytes() for path, _, _ in rows]
+    contents[3], contents[60] = contents[3][:40], contents[12]
+    table = pa.table({"image": contents, "label": [label for _, label, _ in rows]})
+    parquet.write_table(table, tmp_path / "images.parquet")
+    data = f'dataset = "table"\ntable = {json.dumps(str(tmp_path / "images.parquet"))}\non_bad_image = "skip"'
+    data += "\nmax_bad_fraction = 0.1"
+    recipe = load_recipe(write_recipe(lambda images, folder: data, images, tmp_path))
+    run = fit(recipe, quiet=True)
+    (left_out,) = run.split["left_out"]
+    assert re.fullmatch(r"images\.parquet/4: .*\(row 4 of images\.parquet\)", left_out)
+    found = analyze_dataset(recipe, lambda line: None)
+    assert found.unreadable[0][0] == "images.parquet/4"
+    assert found.duplicates.contradicting == [["images.parquet/13", "images.parquet/61"]]

@@ -126,16 +126,17 @@ class PackedImages:
         data: npt.NDArray[np.uint8],
         ends: npt.NDArray[np.int64],
         names: PackedStrings,
+        versions: npt.NDArray[np.int64],
         *,
         location: str,
-        version: int,
     ) -> None:
         """``data``: uint8 [bytes]. ``ends``: where each image ends in it, int64 [N]; image 0 starts at 0.
 
-        ``names``: see :meth:`EncodedSource.name`, not encoded. ``location`` and ``version`` are those of all images.
+        ``names``: see :meth:`EncodedSource.name`, not encoded. ``versions``, int64 [N]: see
+        :meth:`EncodedSource.size_and_version`. ``location``: the file that holds all images.
         """
         self._data, self._ends, self._names = data, ends, names
-        self._location, self._version = location, version
+        self._versions, self._location = versions, location
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -157,9 +158,9 @@ class PackedImages:
         return encode_name(self._location)
 
     def size_and_version(self, i: int) -> tuple[int, int]:
-        """Return the number of bytes of image i, and the version of all images."""
+        """Return the number of bytes of image i, and its version."""
         start, end = self._range(i)
-        return end - start, self._version
+        return end - start, int(self._versions[i])
 
 
 class JoinedImages:

@@ -6,13 +6,14 @@ JSON lines and Parquet the first row is 1.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from toolkit.errors import UserError
 from toolkit.formatting import plural
@@ -66,8 +67,7 @@ def _open_csv(path: Path) -> Table:
     """Open a CSV or TSV file in UTF-8. A CSV file without a comma in its header may be separated by semicolons."""
 
     def rows() -> Iterator[list[str]]:
-        # Bytes that are not UTF-8 become surrogates, as in Python's own paths, and stand for the same files.
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with _open_text(path) as file:
             header = file.readline()
             delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if "," not in header and ";" in header else ","
             file.seek(0)
@@ -92,11 +92,22 @@ def _open_csv(path: Path) -> Table:
     return Table(path, columns, read)
 
 
+def _open_text(path: Path) -> TextIO:
+    """Open a file in UTF-8 with its own line ends. Raises UserError for UTF-16, which some programs write.
+
+    Bytes that are not UTF-8 become surrogates, as in Python's own paths, and stand for the same files.
+    """
+    with open(path, "rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path} is text in UTF-16; save it as UTF-8")
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
 def _open_json_lines(path: Path) -> Table:
     """Open a file with one JSON object per line; the first one has all columns."""
 
     def objects() -> Iterator[tuple[int, Any]]:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        with _open_text(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue

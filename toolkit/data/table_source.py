@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from itertools import combinations
@@ -30,6 +31,10 @@ from toolkit.errors import UserError
 from toolkit.formatting import plural
 from toolkit.locks import held
 from toolkit.recipe.schema import DataConfig
+
+
+FORMAT = 1
+"""Version of the copies of images in the cache folder."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,7 @@ def _embedded_images(table: Table, examples: Examples) -> EncodedSource | None:
     paths = examples.paths
     if not all(paths[i] for i in range(len(paths))):
         paths = PackedStrings(f"{table.path.name}/{row}" for row in examples.rows)
-    version = table.path.stat().st_mtime_ns
-    return PackedImages(entry.data(), np.cumsum(sizes), paths, location=str(table.path), version=version)
+    return PackedImages(entry.data(), np.cumsum(sizes), paths, entry.tables["digests"], location=str(table.path))
 
 
 def _copied_images(table: Table, column: str) -> CacheEntry:
@@ -104,7 +108,7 @@ def _copied_images(table: Table, column: str) -> CacheEntry:
     """
     state, root = os.stat(table.path), cache_root()
     facts = {"table": str(table.path.resolve()), "size": state.st_size, "time": state.st_mtime_ns, "column": column}
-    name = f"encoded-{content_key(facts)}"
+    name = f"encoded-{content_key({**facts, 'format': FORMAT})}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         with held(root / f"{name}.lock"):
@@ -126,14 +130,20 @@ def _copied_images(table: Table, column: str) -> CacheEntry:
 
 
 def _copy_images(table: Table, column: str, writer: CacheEntryWriter) -> CacheEntry:
-    """Write the images of a column to a new entry: their bytes, and "sizes", int64 [N], -1 for a missing image."""
+    """Write the images of a column to a new entry.
+
+    It has their bytes, "sizes", int64 [N], -1 for a missing image, and "digests", int64 [N], a hash of each one's bytes.
+    """
     sizes: list[int] = []
+    digests: list[bytes] = []
     blocks: list[Any] = []
     try:
         for images in read_encoded(table.path, column):
             sizes += [-1 if image is None else len(image) for image in images]
+            digests += [hashlib.blake2b(image or b"", digest_size=8).digest() for image in images]
             blocks.append(writer.add(np.frombuffer(b"".join(image or b"" for image in images), dtype=np.uint8)))
         facts = {"kind": "encoded", "data": table.path.name, "images": len(sizes), "what": f"column {column}"}
-        return writer.publish(facts, {"sizes": np.array(sizes, dtype=np.int64)}, blocks)
+        tables = {"sizes": np.array(sizes, dtype=np.int64), "digests": np.frombuffer(b"".join(digests), dtype=np.int64)}
+        return writer.publish(facts, tables, blocks)
     finally:
         writer.discard()
