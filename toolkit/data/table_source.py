@@ -32,7 +32,6 @@ from toolkit.formatting import plural
 from toolkit.locks import held
 from toolkit.recipe.schema import DataConfig
 
-
 FORMAT = 1
 """Version of the copies of images in the cache folder."""
 
@@ -132,7 +131,7 @@ def _copied_images(table: Table, column: str) -> CacheEntry:
 def _copy_images(table: Table, column: str, writer: CacheEntryWriter) -> CacheEntry:
     """Write the images of a column to a new entry.
 
-    It has their bytes, "sizes", int64 [N], -1 for a missing image, and "digests", int64 [N], a hash of each one's bytes.
+    It has their bytes, "sizes", int64 [N], -1 for a missing image, and "digests", int64 [N], a hash of the bytes of each.
     """
     sizes: list[int] = []
     digests: list[bytes] = []
