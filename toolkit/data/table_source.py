@@ -131,7 +131,7 @@ def _copied_images(table: Table, column: str) -> CacheEntry:
 def _copy_images(table: Table, column: str, writer: CacheEntryWriter) -> CacheEntry:
     """Write the images of a column to a new entry.
 
-    It has their bytes, "sizes", int64 [N], -1 for a missing image, and "digests", int64 [N], a hash of the bytes of each.
+    It has their bytes, "sizes", int64 [N], -1 for a missing image, and "digests", int64 [N], hashes of their bytes.
     """
     sizes: list[int] = []
     digests: list[bytes] = []

@@ -2,8 +2,8 @@
 
 The names and classes of each split's images are compared, and the size and modification time of image files. If the
 modification time of every file differs, the data were copied: then sizes are compared, and the content of up to 32
-files. In such a copy, a file replaced by one of the same size is detected only if it is one of the 32. Images that are not
-files have a digest instead of a modification time.
+files. In such a copy, a file replaced by one of the same size is detected only if it is one of the 32. Images that are
+not files have a digest instead of a modification time.
 """
 
 from __future__ import annotations
