@@ -456,13 +456,14 @@ def test_images_of_all_formats_are_read(tmp_path: Path) -> None:
     assert collect([str(tmp_path)], bytes) == [str(tmp_path / data.images.name(i)) for i in range(len(data.images))]
 
 
-def test_the_suffixes_are_those_that_pillow_decodes_without_other_programs() -> None:
+def test_the_suffixes_are_arrays_and_those_that_pillow_decodes_without_other_programs() -> None:
     Image.init()
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     videos, programs = {".mpg", ".mpeg"}, {".eps", ".ps"}  # not decoded; PostScript, run by Ghostscript
     without_decoder = {".bufr", ".grib", ".h5", ".hdf", ".emf", ".wmf"}
     by_reader_of_jpeg = {".mpo"}
-    assert set(IMAGE_SUFFIXES) == (readable | by_reader_of_jpeg) - videos - programs - without_decoder
+    pillow = (readable | by_reader_of_jpeg) - videos - programs - without_decoder
+    assert set(IMAGE_SUFFIXES) == pillow | {".npy"}
     assert len(IMAGE_SUFFIXES) == len(set(IMAGE_SUFFIXES))
 
 

@@ -13,6 +13,7 @@ from cli import toolkit
 from finished import CONVNET, ON_FILES, train
 from PIL import Image
 
+from toolkit.data.image_sources import to_shown
 from toolkit.report.run_data import load_run_data
 from toolkit.report.run_images import open_run_images
 from toolkit.runs import Run
@@ -95,8 +96,9 @@ def test_the_report_shows_images_upright(run: Run, turned: Path) -> None:
     for label in ("0", "1"):
         names = [name for name in run.split["train"] if name.startswith(f"{label}/")]
         for name in names:
-            image = pictures.load(name)
-            assert image is not None
+            pixels = pictures.load(name)
+            assert pixels is not None
+            image = to_shown(pixels)
             expected = shape(int(label), int(Path(name).stem)) * 255
             assert np.abs(np.asarray(image.convert("L")).astype(float) - expected).mean() < 8, name
 

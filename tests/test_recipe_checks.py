@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from toolkit.recipe import RecipeError, loads_recipe
-from toolkit.recipe.cross_checks import RULES, channels_of, check
+from toolkit.recipe.cross_checks import RULES, check
+from toolkit.recipe.input_checks import channels_of
 from toolkit.recipe.schema import NORMALIZATIONS, Recipe
 
 BASE = """\

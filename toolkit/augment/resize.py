@@ -80,6 +80,11 @@ def is_same_on_bytes(step: Any) -> bool:
     return isinstance(step, v2.CenterCrop | CenterCropOrPad) or resizes_bytes(step)
 
 
+def has_bytes_form(step: Any) -> bool:
+    """Return whether :func:`on_bytes` can apply a step to any number of channels."""
+    return isinstance(step.on_image, v2.CenterCrop | CenterCropOrPad | Resize)
+
+
 def resizes_bytes(step: Any) -> bool:
     """Return whether PyTorch's uint8 kernel can do this resize or RandomResizedCrop.
 
@@ -90,7 +95,7 @@ def resizes_bytes(step: Any) -> bool:
 
 
 def on_bytes(step: Any, pixels: Pixels) -> Pixels:
-    """Apply a Resize, RandomResizedCrop or center crop to uint8 [h, w, 3], without torchvision's dispatch overhead.
+    """Apply a Resize, RandomResizedCrop or center crop to uint8 [h, w, C], without torchvision's dispatch overhead.
 
     A RandomResizedCrop draws the same random numbers from torch's generator as for a Pillow image.
     """
@@ -129,7 +134,7 @@ def _center_crop_or_pad(pixels: Pixels, size: Size, fill: Any) -> Pixels:
 
 
 def as_tensor(pixels: Pixels) -> Tensor:
-    """View uint8 [h, w, 3] as [3, h, w], channels last in memory."""
+    """View uint8 [h, w, C] as [C, h, w], channels last in memory."""
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -139,4 +144,4 @@ def _is_color(image: Any) -> bool:
 
 def _resized(pixels: Pixels, size: Any, interpolation: Any, max_size: int | None = None) -> Pixels:
     resized: Tensor = functional.resize(as_tensor(pixels), size, interpolation, max_size, antialias=True)
-    return resized.permute(1, 2, 0).numpy()
+    return resized.permute(1, 2, 0).contiguous().numpy()

@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 from timm.data.transforms import CenterCropOrPad
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 
-from toolkit.augment.resize import ResizeKeepRatio, is_same_on_bytes, on_bytes
+from toolkit.augment.resize import ResizeKeepRatio, as_tensor, has_bytes_form, is_same_on_bytes, on_bytes
 from toolkit.augment.steps import Step, policy_step, recipe_step, torchvision_step
-from toolkit.data.image_sources import ImageSource, Pixels, as_image, as_pixels
+from toolkit.data.image_sources import MODES, ImageSource, Pixels, as_image, as_pixels
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.recipe.gpu_support import is_random
@@ -68,6 +69,8 @@ class ImageTransform:
         result: Any = pixels
         for step in self.steps[:count]:
             result = _apply(step, result)
+        if isinstance(result, Tensor) and not any(step.name == "ToImage" for step in self.steps[:count]):
+            return result.as_subclass(Tensor).permute(1, 2, 0).contiguous().numpy()
         return as_pixels(result) if isinstance(result, Image.Image) else result
 
     def check_size(self, given: Pixels, made: tuple[int, int]) -> None:
@@ -106,15 +109,17 @@ class UInt8Transform:
 
 
 def _apply(step: Step, image: Any) -> Any:
-    """Apply a step to a uint8 array [h, w, C], to a Pillow image or, from ToImage on, to a tensor.
+    """Apply a step to uint8 [h, w, C], to a Pillow image or, from ToImage on, to a tensor.
 
-    An array remains one if the result is the same; other steps before ToImage need a Pillow image.
+    An array remains one if the result is the same; other steps before ToImage need a Pillow image, or a tensor if the
+    number of channels is neither 1 nor 3.
     """
     if isinstance(image, np.ndarray):
-        if image.shape[2] == 3 and is_same_on_bytes(step.on_image):
+        channels = image.shape[2]
+        if (channels == 3 and is_same_on_bytes(step.on_image)) or (channels not in MODES and has_bytes_form(step)):
             return on_bytes(step.on_image, image)
         if step.name != "ToImage":
-            image = as_image(image)
+            image = as_image(image) if channels in MODES else tv_tensors.Image(as_tensor(image))
     return step.on_image(image)
 
 

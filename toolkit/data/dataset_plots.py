@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from toolkit.augment.transforms import build_transform
 from toolkit.data.dataset_report import DatasetReport
-from toolkit.data.image_sources import as_image
+from toolkit.data.image_sources import to_shown
 from toolkit.recipe.schema import AugmentConfig
 from toolkit.report import data_plots
 from toolkit.report.plot_style import plot_style, save
@@ -52,5 +52,5 @@ def contact_sheet(report: DatasetReport) -> Figure:
     transform = build_transform("test", AugmentConfig(), report.preprocessing)
     inputs, scale = data_plots.to_images([transform(pixels).numpy() for pixels in raw])
     return data_plots.contact_sheet(
-        title, [report.classes[label] for label in labels], [as_image(pixels) for pixels in raw], inputs, scale
+        title, [report.classes[label] for label in labels], [to_shown(pixels) for pixels in raw], inputs, scale
     )

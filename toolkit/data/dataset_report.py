@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from toolkit.data.channel_stats import channel_statistics
 from toolkit.data.datasets import Dataset, open_dataset
-from toolkit.data.image_sources import EncodedImages, UnreadableImageError, as_image, check_images
+from toolkit.data.image_sources import EncodedImages, UnreadableImageError, check_images, to_shown
 from toolkit.data.near_duplicates import MOST, MOST_CROPS, SMALLEST, near_pairs, thumbnail
 from toolkit.data.near_duplicates import groups as connected
 from toolkit.data.preprocessing import Preprocessing, resolve_channels, resolve_preprocessing
@@ -159,7 +159,7 @@ def hash_images(dataset: Dataset, indices: Sizes) -> tuple[dict[int, ImageInfo],
         except UnreadableImageError as error:
             return error.reason
         height, width, channels = pixels.shape
-        small = thumbnail(as_image(pixels)) if min(height, width) >= SMALLEST else None
+        small = thumbnail(to_shown(pixels)) if min(height, width) >= SMALLEST else None
         digest = hashlib.blake2b(f"{width} {height} {channels} ".encode() + pixels.tobytes(), digest_size=16)
         return ImageInfo(width, height, small, digest.digest())
 

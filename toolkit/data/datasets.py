@@ -208,6 +208,7 @@ def encoded_images(
         table.channels or 3,
         exif=table.exif,
         value_range=table.known_range,
+        page=table.page,
         advice=CANNOT_READ if table.on_bad_image == "error" else HAS_CHANGED,
         origin=origin,
     )

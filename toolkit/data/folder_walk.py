@@ -16,9 +16,9 @@ IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".icb", ".vda", ".vst", ".qoi"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".pcx", ".dcx", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".ico", ".icns"),
     *(".cur", ".dds", ".blp", ".ftc", ".ftu", ".psd", ".xbm", ".xpm", ".msp", ".im", ".gbr", ".pxr", ".pcd"),
-    *(".fits", ".fit", ".fli", ".flc", ".iim"),
+    *(".fits", ".fit", ".fli", ".flc", ".iim", ".npy"),
 )
-"""Case-insensitive suffixes of image files: all formats that Pillow decodes without plugins."""
+"""Case-insensitive suffixes of image files: all formats that Pillow decodes without plugins, and NumPy arrays."""
 
 FORMATS = f"({', '.join(IMAGE_SUFFIXES[:6])} or another format that Pillow reads)"
 """Description of the formats for messages."""

@@ -1,7 +1,7 @@
 """Collections of images that are cheap to share between processes: one array, or encoded images with a flat index.
 
-A decoded image is a uint8 array [h, w, C] everywhere, with 1 (gray) or 3 channels. Only steps that need a Pillow image
-convert it.
+A decoded image is a uint8 array [h, w, C] everywhere. Only steps that need a Pillow image convert it, which is possible
+with 1 (gray) or 3 channels.
 """
 
 from __future__ import annotations
@@ -14,28 +14,45 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from toolkit.data.array_images import (
+    NUMPY,
+    Page,
+    Values,
+    WrongLayout,
+    check_header,
+    existing_page,
+    is_tiff,
+    read_values,
+    with_channels,
+    wrong_channels,
+)
 from toolkit.data.encoded_sources import EncodedSource, read_bytes
 from toolkit.data.jpeg_decoding import decode_jpeg
 from toolkit.data.orientation import jpeg_turn, load_oriented
 from toolkit.data.value_range import (
     FULL,
+    LEAST_USED,
+    WHITE_16,
     Extent,
     Range,
     UnclearValues,
     extent_of,
+    extent_of_values,
+    is_planar,
     joined,
     sample_kind,
     states_maximum,
     to_bytes,
+    values_to_bytes,
 )
 from toolkit.distributed.cpu_count import available_cpus
-from toolkit.errors import RunFailed
+from toolkit.errors import RunFailed, UserError
 from toolkit.filenames import escape_control_characters
 
 Pixels = npt.NDArray[np.uint8]
@@ -164,17 +181,19 @@ class EncodedImages:
         *,
         exif: str = "apply",
         value_range: Range | None = None,
+        page: Page = 0,
         advice: str = "",
         origin: Callable[[int], str] | None = None,
     ) -> None:
         """``exif``: "apply" or "ignore" the orientation tag of the files (:mod:`toolkit.data.orientation`).
 
         ``value_range``: black and white values of samples with more than 8 bits (:mod:`toolkit.data.value_range`).
-        ``advice``: appended to messages about unreadable images. ``origin``: function that says where image i is
-        listed, such as "row 7 of labels.csv", for the same messages.
+        ``page``: which page of each file, or "channels" (:mod:`toolkit.data.array_images`). ``advice``: appended to
+        messages about unreadable images. ``origin``: function that says where image i is listed, such as "row 7 of
+        labels.csv", for the same messages.
         """
         self.source, self.channels, self.origin = source, channels, origin
-        self.exif, self.value_range, self.advice = exif, value_range, advice
+        self.exif, self.value_range, self.page, self.advice = exif, value_range, page, advice
 
     def __len__(self) -> int:
         return len(self.source)
@@ -193,21 +212,61 @@ class EncodedImages:
         """Read and decode image i. Raises UnreadableImageError for a missing, empty, truncated or non-image file."""
         try:
             data = read_bytes(self.source, i)
-            pixels = decode_jpeg(data) if self.channels == 3 else None
+            pixels = decode_jpeg(data) if self.channels == 3 and self.page == 0 else None
             if pixels is None:
-                return self._decoded_by_pillow(data)
+                return self._decoded(data)
             turn = jpeg_turn(data) if self.exif == "apply" else None
             return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+        except UserError:  # a missing package
+            raise
         except Exception as error:  # a damaged file can make a decoder raise nearly anything
             raise self._fault(error, i) from error
 
-    def _decoded_by_pillow(self, data: bytes) -> Pixels:
-        with Image.open(io.BytesIO(data)) as image:
+    def _decoded(self, data: bytes) -> Pixels:
+        image = self._opened(io.BytesIO(data))
+        if image is None:
+            return with_channels(values_to_bytes(self._values(data), self.value_range), self.channels)
+        with image:
             kind, value_range = sample_kind(image), FULL if states_maximum(image) else self.value_range
             upright = load_oriented(image, apply=self.exif == "apply")
             if kind is not None:
                 upright = to_bytes(upright, kind, value_range)
             return to_pixels(upright, self.channels)
+
+    def _values(self, data: bytes) -> Values:
+        return read_values(data, self.channels, self.page, apply_exif=self.exif == "apply")
+
+    def _opened(self, file: BinaryIO) -> Image.Image | None:
+        """Open an image with Pillow, at the wanted page; None if :func:`read_values` has to decode it."""
+        start = file.read(len(NUMPY))
+        file.seek(0)
+        if start == NUMPY:
+            return None
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError:
+            if is_tiff(start):
+                return None
+            raise
+        if self._exceeds_pillow(image):
+            return None
+        if self.page != 0:
+            pages = getattr(image, "n_frames", 1)
+            if self.page == "channels" and pages > 1:
+                raise WrongLayout(f'only of TIFF files data.page = "channels" can be read, not of {image.format}')
+            image.seek(existing_page(0 if self.page == "channels" else self.page, pages))
+        return image
+
+    def _exceeds_pillow(self, image: Image.Image) -> bool:
+        """Return whether Pillow would lose channels or bits of a TIFF or PNG file that is opened but not loaded."""
+        kind = sample_kind(image)
+        if image.format not in ("TIFF", "PNG"):
+            return False
+        if kind == "color":
+            return is_planar(image) or self.channels not in MODES or self.value_range not in (None, FULL)
+        if image.format == "PNG":
+            return False
+        return self.page == "channels" or (self.channels not in MODES and len(image.getbands()) != self.channels)
 
     def identity(self, indices: npt.NDArray[np.int64]) -> str:
         """Return the SHA-256 of names, sizes, versions (modification times), and the bytes of a sample of the images.
@@ -215,7 +274,9 @@ class EncodedImages:
         The location of the folder is not included: a copy with the same modification times has the same identity.
         Raises UnreadableImageError.
         """
-        digest = hashlib.sha256(f"{len(indices)} {MODES[self.channels]} {self.exif} {self.value_range}".encode())
+        page = f" page {self.page}" if self.page != 0 else ""
+        mode = MODES.get(self.channels, f"{self.channels} channels")
+        digest = hashlib.sha256(f"{len(indices)} {mode} {self.exif} {self.value_range}{page}".encode())
         sampled = set(np.linspace(0, len(indices) - 1, min(SAMPLED, len(indices)), dtype=np.int64).tolist())
         for number, i in enumerate(indices.tolist()):
             try:
@@ -238,20 +299,44 @@ class EncodedImages:
         such an image is always decoded.
         """
         try:
-            with self.source.open(i) as file, Image.open(file) as image:
-                end = {"JPEG": JPEG_END, "PNG": PNG_END}.get(image.format or "", b"")
-                is_settled = self.value_range is not None or states_maximum(image)
-                kind = None if is_settled else sample_kind(image)
-                if kind is not None:
-                    image.load()
-                    return extent_of(image, kind, self.name(i))
-                file.seek(-len(end), os.SEEK_END)
-                is_whole = file.read() == end
+            with self.source.open(i) as file:
+                image = self._opened(file)
+                if image is None:
+                    return self._check_values(file, i, decode=decode)
+                with image:
+                    end = {"JPEG": JPEG_END, "PNG": PNG_END}.get(image.format or "", b"")
+                    is_settled = self.value_range is not None or states_maximum(image)
+                    kind = None if is_settled else sample_kind(image)
+                    if kind is not None:
+                        image.load()
+                        found = extent_of(image, kind, self.name(i))
+                        is_dark = kind == "color" and found.high <= LEAST_USED * WHITE_16
+                        exceeds = is_dark and image.format in ("PNG", "TIFF")
+                        return self._check_values(file, i, decode=decode) if exceeds else found
+                    file.seek(-len(end), os.SEEK_END)
+                    is_whole = file.read() == end
+        except UserError:
+            raise
         except Exception as error:
             raise self._fault(error, i) from error
         if decode or not is_whole:
             self.load(i)
         return None
+
+    def _check_values(self, file: BinaryIO, i: int, *, decode: bool) -> Extent | None:
+        """Check an image that :func:`read_values` decodes; return its extent as :meth:`check` does."""
+        file.seek(0)
+        if file.read(len(NUMPY)) == NUMPY and not decode:
+            file.seek(0)
+            kind = check_header(file, self.channels, self.page)
+            if self.value_range is not None or kind in (np.uint8, np.bool_):
+                return None
+        file.seek(0)
+        values = self._values(file.read())
+        with_channels(np.zeros((1, 1, values.shape[2]), dtype=np.uint8), self.channels)
+        if self.value_range is not None or values.dtype in (np.uint8, np.bool_):
+            return None
+        return extent_of_values(values, self.name(i))
 
     def _fault(self, error: Exception, i: int) -> RunFailed:
         """Return the exception for a file that could not be read.
@@ -268,7 +353,7 @@ class EncodedImages:
         """Describe what is wrong with image i; ``number`` is the errno if the system refused to read it."""
         if number in _FILE_FAULTS:
             return _FILE_FAULTS[number]
-        if isinstance(error, UnclearValues):
+        if isinstance(error, UnclearValues | WrongLayout):
             return str(error)
         if self.source.size_and_version(i)[0] == 0:
             return "an empty file"
@@ -288,11 +373,18 @@ def as_pixels(image: Image.Image) -> Pixels:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def to_pixels(image: Image.Image, channels: int) -> Pixels:
-    """Decode fully and convert to 1 or 3 channels, uint8 [h, w, channels]: palettes are resolved and alpha is dropped.
+def to_shown(pixels: Pixels) -> Image.Image:
+    """Return a Pillow image of uint8 [h, w, C]: the first three channels as colors, or the first one as gray."""
+    return as_image(np.ascontiguousarray(pixels[..., : 3 if pixels.shape[2] >= 3 else 1]))
 
-    Color becomes grayscale with the usual luma weights (0.299, 0.587, 0.114). Samples with more than 8 bits are
-    accepted only if their values show that they are 16-bit (:func:`toolkit.data.value_range.to_bytes`).
+
+def to_pixels(image: Image.Image, channels: int) -> Pixels:
+    """Decode fully and convert to uint8 [h, w, channels].
+
+    For 1 or 3 channels, palettes are resolved and alpha is dropped; color becomes grayscale with the usual luma weights
+    (0.299, 0.587, 0.114). Other numbers must be the image's own, including alpha; raises WrongLayout if they are not.
+    Samples with more than 8 bits are accepted only if their values show that they are 16-bit
+    (:func:`toolkit.data.value_range.to_bytes`).
     """
     kind = sample_kind(image)
     image.load()
@@ -300,6 +392,10 @@ def to_pixels(image: Image.Image, channels: int) -> Pixels:
         image = to_bytes(image, kind, None)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns if such an image is converted to RGB directly
+    if channels not in MODES:
+        if len(image.getbands()) != channels:
+            raise wrong_channels(len(image.getbands()), channels)
+        return as_pixels(image)
     return as_pixels(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
 
 

@@ -30,9 +30,9 @@ def load_oriented(image: Image.Image, *, apply: bool) -> Image.Image:
 
     The tag is read from EXIF, else from XMP, in any format. Pillow itself turns only TIFF files when decoding.
     """
-    stored = _tag(image) if hasattr(image, "tag_v2") else 1
+    stored = orientation_of(image) if hasattr(image, "tag_v2") else 1
     image.load()
-    left = _tag(image)
+    left = orientation_of(image)
     if apply:
         return image.transpose(TURNS[left]) if left in TURNS else image
     return image.transpose(_BACK[stored]) if stored in TURNS and left not in TURNS else image
@@ -43,10 +43,10 @@ def jpeg_turn(data: bytes) -> Transpose | None:
     if not _has_metadata(data):
         return None
     with Image.open(io.BytesIO(data)) as image:
-        return TURNS.get(_tag(image))
+        return TURNS.get(orientation_of(image))
 
 
-def _tag(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """Return the orientation tag; 1 if there is none or the metadata cannot be read."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)

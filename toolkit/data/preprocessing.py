@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from toolkit.errors import UserError
 from toolkit.recipe.catalog import PretrainedInput
@@ -37,6 +37,8 @@ class Preprocessing:
     """Values of black and white in files with more than 8 bits per sample; None: the training data had no such file."""
     border: tuple[int, ...] | None = None
     """Padding color, 0..255 per channel, if the long side becomes ``resize``; None if the short side does."""
+    page: int | Literal["channels"] = 0
+    """Page of files with several pages, from 0, or "channels": the pages are the channels."""
     cover: bool = False
     """Whether images keep their aspect ratio and cover a ``resize`` of (height, width); if not, they are stretched."""
 
@@ -59,10 +61,10 @@ def resolve_channels(data: DataConfig, *, pretrained: bool) -> DataConfig:
 
 
 def as_trained(data: DataConfig, preprocessing: Preprocessing) -> DataConfig:
-    """Return ``data`` with the ``exif`` and ``value_range`` that a trained model was trained with."""
+    """Return ``data`` with the ``exif``, ``value_range`` and ``page`` that a trained model was trained with."""
     found = preprocessing.value_range
     value_range = "auto" if found is None else list(found)
-    return data.model_copy(update={"exif": preprocessing.exif, "value_range": value_range})
+    return data.model_copy(update={"exif": preprocessing.exif, "value_range": value_range, "page": preprocessing.page})
 
 
 def resolve_preprocessing(
@@ -94,7 +96,7 @@ def resolve_preprocessing(
     zeros, ones = (0.0,) * channels, (1.0,) * channels
     crop = data.crop == "center"
     plain = Preprocessing(
-        channels, size, resize, crop, interpolation, zeros, ones, data.exif, data.known_range, border, cover
+        channels, size, resize, crop, interpolation, zeros, ones, data.exif, data.known_range, border, data.page, cover
     )
     is_letterboxed = data.resize == "letterbox"
     mean, std = _normalization(data, weights, replace(plain, crop=False) if is_letterboxed else plain, measure)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from toolkit.errors import UserError
@@ -63,7 +64,18 @@ def sample_kind(image: Image.Image) -> Kind | None:
         names = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if any(isinstance(name, str) and _SIXTEEN_BITS.search(name) for name in names):
             return "color"
+    if is_planar(image):
+        return "color"
     return None
+
+
+def is_planar(image: Image.Image) -> bool:
+    """Return whether a TIFF file that is not loaded yet stores its channels one after the other with 16 bits each.
+
+    Pillow misreads such files.
+    """
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(284) == 2 and max(tags.get(258, (8,))) > 8
 
 
 def states_maximum(image: Image.Image) -> bool:
@@ -81,9 +93,14 @@ def extent_of(image: Image.Image, kind: Kind, name: str) -> Extent:
         if image.getbands()[-1] in ("A", "a"):  # alpha is not a color
             pixels = pixels[..., :-1]
         return Extent(kind, 257.0 * int(pixels.min()), 257.0 * int(pixels.max()), name)
-    values = np.asarray(image)
+    return replace(extent_of_values(np.asarray(image), name), kind=kind)
+
+
+def extent_of_values(values: npt.NDArray[Any], name: str) -> Extent:
+    """Return the smallest and largest value of an array. Raises UnclearValues for NaN and infinity."""
     if not np.isfinite(values).all():
         raise UnclearValues("it has values that are not finite (NaN or infinity)")
+    kind: Kind = "float" if values.dtype.kind == "f" else "integer"
     return Extent(kind, float(values.min()), float(values.max()), name)
 
 
@@ -117,20 +134,13 @@ def choose_range(extents: list[Extent]) -> Range | None:
             "or to one kind"
         )
     whole = joined(replace(one, kind=extents[0].kind) for one in extents)[0]
-    has_color = any(one.kind == "color" for one in extents)
     chosen: Range = (0.0, 1.0)
     if whole.kind != "float":
         chosen = (0, next((2**bits - 1 for bits in DEPTHS if whole.high < 2**bits), 65535))
     is_known = chosen[0] <= whole.low and LEAST_USED * chosen[1] < whole.high <= chosen[1]
-    if is_known and not (has_color and chosen != FULL):
+    if is_known:
         return chosen
     example = f"{whole.name} has the largest"
-    if has_color:
-        raise UserError(
-            f"data.value_range cannot be determined: {whole.images} images have 16 bits per sample, with values up to "
-            f"about {whole.high:g} ({example}). Pillow reads only the upper 8 bits of 16-bit color images, so "
-            "these would be nearly black: convert them to 8 bits, or accept that with data.value_range = [0, 65535]"
-        )
     raise UserError(
         f"data.value_range cannot be determined: {whole.images} images have {whole.kind} samples of more than 8 bits, "
         f"with values from {whole.low:g} to {whole.high:g} ({example}), and their files do not state which value is "
@@ -155,22 +165,31 @@ def to_bytes(image: Image.Image, kind: Kind, value_range: Range | None) -> Image
     otherwise.
     """
     if value_range is None:
-        whole = extent_of(image, kind, "")
-        if kind == "float" or whole.low < 0 or not LEAST_USED * WHITE_16 < whole.high <= WHITE_16:
-            raise UnclearValues(
-                f"it has {kind} samples of more than 8 bits, with values from {whole.low:g} to {whole.high:g}, and "
-                "it is not known which value is white; convert it to 8 bits"
-            )
-        value_range = FULL
+        value_range = _assumed_range(extent_of(image, kind, ""))
     if kind == "color":
-        if value_range != FULL:
-            raise UnclearValues(
-                "it has 16-bit color samples, of which only the upper 8 bits can be read, and data.value_range is "
-                f"[{value_range[0]:g}, {value_range[1]:g}]; convert it to 8 bits"
-            )
         return image
-    values = np.asarray(image).astype(np.float64)
+    return Image.fromarray(values_to_bytes(np.asarray(image), value_range))
+
+
+def values_to_bytes(values: npt.NDArray[Any], value_range: Range | None) -> npt.NDArray[np.uint8]:
+    """Convert an array of any real type to uint8, as :func:`to_bytes` does; uint8 stays, and true becomes 255."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    low, high = _assumed_range(extent_of_values(values, "")) if value_range is None else value_range
+    values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise UnclearValues("it has values that are not finite (NaN or infinity)")
-    low, high = value_range
-    return Image.fromarray(np.rint((values - low) * 255 / (high - low)).clip(0, 255).astype(np.uint8))
+    scaled: npt.NDArray[np.uint8] = np.rint((values - low) * 255 / (high - low)).clip(0, 255).astype(np.uint8)
+    return scaled
+
+
+def _assumed_range(whole: Extent) -> Range:
+    """Return the range of one image whose data set has none. Raises UnclearValues unless its values need 16 bits."""
+    if whole.kind == "float" or whole.low < 0 or not LEAST_USED * WHITE_16 < whole.high <= WHITE_16:
+        raise UnclearValues(
+            f"it has {whole.kind} samples of more than 8 bits, with values from {whole.low:g} to {whole.high:g}, and "
+            "it is not known which value is white; convert it to 8 bits"
+        )
+    return FULL

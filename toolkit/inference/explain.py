@@ -352,12 +352,12 @@ def _figure(trained: TrainedModel, found: CamResult, layer: CamLayer) -> Figure:
 
 
 def _pixels(trained: TrainedModel, inputs: Tensor) -> np.ndarray:
-    """Undo the normalization of an input: values 0..1, [H, W, C], or [H, W] for grayscale."""
+    """Undo the normalization: values 0..1, [H, W, 3] of the first three channels, or [H, W] of the first one."""
     mean, std = (
         torch.tensor(values).reshape(-1, 1, 1) for values in (trained.preprocessing.mean, trained.preprocessing.std)
     )
     image: np.ndarray = (inputs * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-    return image[:, :, 0] if image.shape[2] == 1 else image
+    return image[:, :, :3] if image.shape[2] >= 3 else image[:, :, 0]
 
 
 def explain_run(

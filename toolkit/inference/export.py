@@ -40,6 +40,9 @@ LIMIT = 1e-4
 """Largest allowed absolute difference between a logit of the exported and of the original model."""
 WEIGHTS, ONNX, PROGRAM = "model.safetensors", "model.onnx", "model.pt2"
 
+DECODED = {1: "grayscale", 3: "RGB"}
+"""Descriptions of decoded images by number of channels."""
+
 Compute = Callable[[Tensor], Tensor]
 """Maps images, float32 [n, C, H, W], to logits [n, K]."""
 
@@ -243,7 +246,8 @@ def _steps(trained: TrainedModel) -> list[str]:
     if wanted.border is not None:
         padding += "; above (and left of) a smaller image are the missing pixels divided by 2, rounded down"
     return [
-        f"decode to {'RGB' if wanted.channels == 3 else 'grayscale'}",
+        *_page(wanted.page),
+        f"decode to {DECODED.get(wanted.channels, f'all {wanted.channels} channels')}, 8 bits per channel",
         *(["turn the image upright by its EXIF orientation"] if wanted.exif == "apply" else []),
         *([_scaling(wanted.value_range)] if wanted.value_range is not None else []),
         *([f"resize {side} pixels, {wanted.interpolation}, antialiased"] if resize is not None else []),
@@ -255,6 +259,12 @@ def _steps(trained: TrainedModel) -> list[str]:
         "divide by 255",
         f"subtract the mean {list(wanted.mean)} and divide by the standard deviation {list(wanted.std)}, per channel",
     ]
+
+
+def _page(page: int | str) -> list[str]:
+    if page == "channels":
+        return ["take the pages of a TIFF file as the channels of one image"]
+    return [f"take page {page} of the file, counted from 0"] if page else []
 
 
 def _scaling(value_range: tuple[float, float]) -> str:

@@ -79,6 +79,9 @@ def _timm_arguments(trained: TrainedModel) -> dict[str, Any]:
 
 def transform_note(trained: TrainedModel, folder: Path) -> str | None:
     """Return a note if timm's transform, created from config.json, differs from the run's on a test image."""
+    differs = "timm's own transform, created from config.json, differs from the run's: use preprocessing.json"
+    if trained.preprocessing.channels not in MODES:  # timm's transforms are for Pillow images
+        return differs
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
     timm_transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
     (height, width), mode = trained.preprocessing.image_size, MODES[trained.preprocessing.channels]
@@ -91,4 +94,4 @@ def transform_note(trained: TrainedModel, folder: Path) -> str | None:
             trained.preprocessing.std
         ):
             return None
-    return "timm's own transform, created from config.json, differs from the run's: use preprocessing.json"
+    return differs

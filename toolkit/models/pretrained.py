@@ -264,7 +264,13 @@ def _adapt_first_convolution(module: nn.Module, own: StateDict, state: StateDict
         return []
     from timm.models import adapt_input_conv
 
-    state[name] = adapt_input_conv(model_shape[1], state[name])
+    try:
+        state[name] = adapt_input_conv(model_shape[1], state[name])
+    except NotImplementedError:
+        raise UserError(
+            f"{name} of the weights has {file_shape[1]} input channels, which cannot be adapted to {model_shape[1]}: "
+            "set data.channels = 3 or 1, or model.weights = 'none'"
+        ) from None
     return [f"{name}: adapted from {file_shape[1]} input channels to {model_shape[1]}"]
 
 

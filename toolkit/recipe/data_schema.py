@@ -17,6 +17,9 @@ else:
 
 ColumnName = Annotated[str, Field(min_length=1)]
 
+MAX_CHANNELS = 32
+"""Largest number of input channels."""
+
 ImageSize = Annotated[int, Field(ge=4, le=4096)]
 """Height or width of images, in pixels."""
 
@@ -76,10 +79,12 @@ class NormalizeValues(ConfigModel):
     """Explicit normalization constants."""
 
     mean: list[Annotated[float, Field(ge=-10, le=10)]] = Field(
-        min_length=1, max_length=4, description="Mean of each channel, for pixel values in 0..1."
+        min_length=1, max_length=MAX_CHANNELS, description="Mean of each channel, for pixel values in 0..1."
     )
     std: list[Annotated[float, Field(ge=1e-4, le=1e4)]] = Field(
-        min_length=1, max_length=4, description="Standard deviation of each channel, for pixel values in 0..1."
+        min_length=1,
+        max_length=MAX_CHANNELS,
+        description="Standard deviation of each channel, for pixel values in 0..1.",
     )
 
 
@@ -166,10 +171,11 @@ class DataConfig(ConfigModel):
         'path, such as "a/abbey". auto: top, but a class folder whose images are all in subfolders is an error.',
     )
     background_class: bool = Field(False, description="caltech101: keep BACKGROUND_Google as a class.")
-    channels: Literal[1, 3] | None = Field(
+    channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] | None = Field(
         None,
         description="Number of input channels of the model. Grayscale images are repeated to fill 3 channels, color "
-        "images are averaged to 1. Default: 3 with pretrained weights, else that of the data set "
+        "images are averaged to 1; any other number must be that of the images (TIFF, .npy; 4: RGBA). Default: 3 with "
+        "pretrained weights, else that of the data set "
         f"(1 for {', '.join(name for name, info in DATASETS.items() if info.channels == 1)}, 3 for the others).",
     )
     image_size: ImageSize | HeightWidth | None = Field(
@@ -220,6 +226,11 @@ class DataConfig(ConfigModel):
         "apply",
         description="EXIF orientation tag of image files. apply: rotate images upright, as viewers do. ignore: keep "
         "pixels as stored, as torchvision and timm do.",
+    )
+    page: Annotated[int, Field(ge=0, le=9999)] | Literal["channels"] = Field(
+        0,
+        description="Page of files with several pages (TIFF, GIF, ...), from 0. channels: the pages of a TIFF file are "
+        "the channels of one image.",
     )
     value_range: Annotated[list[float], Field(min_length=2, max_length=2)] | Literal["auto"] = Field(
         "auto",

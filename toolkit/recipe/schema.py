@@ -28,6 +28,7 @@ from toolkit.recipe.base import (
     Seed,
 )
 from toolkit.recipe.data_schema import (
+    MAX_CHANNELS,
     NORMALIZATIONS,
     AugmentConfig,
     DataConfig,
@@ -67,6 +68,7 @@ __all__ = [
     "TrainConfig",
     "TransferConfig",
     "TransformConfig",
+    "MAX_CHANNELS",
     "NORMALIZATIONS",
 ]
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from toolkit.data.image_sources import to_shown
 from toolkit.formatting import plural
 from toolkit.report.plot_style import DPI, SKY, SPLIT_COLORS, columns_for, fitted, grid, short
 from toolkit.report.prediction_metrics import Counts
@@ -117,11 +118,14 @@ def contact_sheet(
 
 
 def to_images(inputs: Sequence[npt.NDArray[np.float32]]) -> tuple[list[Image.Image], tuple[float, float]]:
-    """Convert model inputs, float [C, H, W], to images on a common scale; also return the values of black and white."""
+    """Convert model inputs, float [C, H, W], to images on a common scale; also return the values of black and white.
+
+    Of more than three channels the first three are shown as colors, of two the first one.
+    """
     low, high = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
     scale = 255 / max(high - low, 1e-9)
     pixels = [np.rint((x - low) * scale).astype(np.uint8).transpose(1, 2, 0) for x in inputs]
-    return [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p).convert("RGB") for p in pixels], (low, high)
+    return [to_shown(image).convert("RGB") for image in pixels], (low, high)
 
 
 def paste(sheet: npt.NDArray[np.uint8], image: Image.Image, top: int, left: int, side: int = TILE) -> None:

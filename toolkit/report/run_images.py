@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from toolkit.data.datasets import Dataset, open_dataset, root_names
-from toolkit.data.image_sources import UnreadableImageError, as_image, to_pixels
+from toolkit.data.image_sources import Pixels, UnreadableImageError
 from toolkit.data.preprocessing import Preprocessing, as_trained, resolve_channels
 from toolkit.errors import UserError
 from toolkit.recipe import Recipe
@@ -27,10 +26,10 @@ class RunImages:
     index: dict[str, int]
     """Index of each image in the data set, by name."""
 
-    def load(self, name: str) -> Image.Image | None:
+    def load(self, name: str) -> Pixels | None:
         """Return an image, or None if it is missing or damaged."""
         try:
-            return as_image(self.dataset.images.load(self.index[name]))
+            return self.dataset.images.load(self.index[name])
         except (KeyError, UnreadableImageError):
             return None
 
@@ -79,7 +78,7 @@ def _first_difference(now: Sequence[str], then: Sequence[str]) -> str:
 
 
 def model_inputs(
-    preprocessing: Preprocessing, images: Iterable[Image.Image], augment: AugmentConfig | None = None
+    preprocessing: Preprocessing, images: Iterable[Pixels], augment: AugmentConfig | None = None
 ) -> list[npt.NDArray[np.float32]]:
     """Return images as the model's inputs, float32 [C, H, W]: as in evaluation, or with ``augment`` as in training.
 
@@ -96,5 +95,5 @@ def model_inputs(
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)
-            found.append(transform(to_pixels(image, preprocessing.channels)).numpy())
+            found.append(transform(image).numpy())
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from toolkit.data.image_sources import to_shown
 from toolkit.errors import UserError
 from toolkit.recipe.diagnostics import printable
 from toolkit.recipe.gpu_support import is_random
@@ -169,7 +170,7 @@ def _mistakes(data: RunData, images: RunImages | None) -> list[Mistake]:
             found.classes[found.labels[i]],
             found.classes[found.predictions[i]],
             float(found.probabilities[i]),
-            images.load(found.names[i]) if images else None,
+            to_shown(pixels) if images and (pixels := images.load(found.names[i])) is not None else None,
         )
         for i in found.worst(MAX_MISTAKES)
     ]
@@ -185,9 +186,9 @@ def _filter_effect(data: RunData, images: RunImages, wanted: Sequence[int]) -> F
     chosen, description = choose(data.filters, wanted)
     names = data.predictions.names if data.predictions else data.split.get("test", [])
     for name in names or [*data.split.get("validation", []), *data.split.get("train", [])]:
-        if (image := images.load(name)) is not None:
+        if (pixels := images.load(name)) is not None:
             caption = f"{description.capitalize()}, on {name}: orange is negative, purple positive."
-            return FilterEffect(chosen, caption, image, model_inputs(data.preprocessing, [image])[0])
+            return FilterEffect(chosen, caption, to_shown(pixels), model_inputs(data.preprocessing, [pixels])[0])
     raise UserError("no image can be read")
 
 
@@ -206,4 +207,5 @@ def _samples(data: RunData, images: RunImages) -> TrainingSamples:
     inputs = model_inputs(data.train_preprocessing, files.values())
     inputs += model_inputs(data.train_preprocessing, files.values(), augment) if augment else []
     shown, scale = to_images(inputs)
-    return TrainingSamples([*files], [*files.values()], shown[: len(files)], shown[len(files) :], scale)
+    raw = [to_shown(pixels) for pixels in files.values()]
+    return TrainingSamples([*files], raw, shown[: len(files)], shown[len(files) :], scale)

@@ -50,7 +50,7 @@ NOT_BUILT = {"download", "workers", "cache", "on_bad_image", "max_bad_fraction"}
 
 APPEARANCE = {
     *("channels", "image_size", "eval_image_size", "progressive_sizes", "resize", "fill", "crop", "interpolation"),
-    *("normalize", "exif", "value_range"),
+    *("normalize", "exif", "value_range", "page"),
 }
 """Keys of [data] that set how images look, not which images."""
 

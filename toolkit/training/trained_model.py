@@ -24,7 +24,7 @@ from toolkit.models.build import build_model
 from toolkit.reading import Shape, UnreadableFile, check_shape, read_json
 from toolkit.recipe.earlier_versions import update_model
 from toolkit.recipe.image_size import Size
-from toolkit.recipe.schema import AugmentConfig, ModelConfig, TransformConfig
+from toolkit.recipe.schema import MAX_CHANNELS, AugmentConfig, ModelConfig, TransformConfig
 from toolkit.runs import Run
 from toolkit.training.checkpoint import finished_fault, load_weights
 from toolkit.training.task import Task, task_from_dict
@@ -42,7 +42,7 @@ _Side = Annotated[int, Field(ge=1, le=10_000)]
 class _Preprocessing(Shape):
     """Schema of ``preprocessing`` in model.json."""
 
-    channels: Literal[1, 3]
+    channels: int = Field(ge=1, le=MAX_CHANNELS)
     image_size: _Side | Annotated[list[_Side], Field(min_length=2, max_length=2)]
     resize: int | list[int] | None
     crop: bool
@@ -104,7 +104,9 @@ class TrainedModel:
         """Return a reader that decodes image files as the run did; pass its ``load(i)`` to :attr:`transform`."""
         wanted = self.preprocessing
         source = ImageFiles(Path(), paths)
-        return EncodedImages(source, wanted.channels, exif=wanted.exif, value_range=wanted.value_range)
+        return EncodedImages(
+            source, wanted.channels, exif=wanted.exif, value_range=wanted.value_range, page=wanted.page
+        )
 
     @property
     def caution(self) -> str | None:
