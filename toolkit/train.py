@@ -5,13 +5,12 @@ from __future__ import annotations
 import typer
 
 from toolkit.cli.train import train
-from toolkit.terminal import escape_unknown_characters, open_closed_streams
+from toolkit.startup import prepare_process
 
 
 def main() -> None:
     """Run `python -m toolkit.train`."""
-    open_closed_streams()
-    escape_unknown_characters()
+    prepare_process()
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(train)
     app()

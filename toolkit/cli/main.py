@@ -25,7 +25,7 @@ from toolkit.cli.slurm import cancel, logs, status, submit
 from toolkit.cli.study import study
 from toolkit.cli.train import train
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
-from toolkit.terminal import escape_unknown_characters, open_closed_streams
+from toolkit.startup import prepare_process
 
 
 def _print_version(is_given: bool) -> None:
@@ -86,8 +86,7 @@ def check(run: RunPath, as_json: AsJson = False) -> int:
 
 def main() -> None:
     """Run the `toolkit` command."""
-    open_closed_streams()
-    escape_unknown_characters()
+    prepare_process()
     app()
 
 

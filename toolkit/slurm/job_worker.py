@@ -22,8 +22,9 @@ from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted, RunFailed, UserEr
 from toolkit.locks import Lock, acquire
 from toolkit.runs import Run, open_run
 from toolkit.slurm.job_status import SlurmJob
+from toolkit.startup import prepare_process
 from toolkit.study.directory import CLAIM, clear_failure, is_of_study, record_failure
-from toolkit.terminal import open_closed_streams, outliving_terminal
+from toolkit.terminal import outliving_terminal
 
 LOCK_WAIT_S = 180
 """Seconds to wait for the run's lock: a job restarted after a node failure may overlap with its old processes."""
@@ -127,7 +128,7 @@ def train_run(run: str) -> None:
 
 def main() -> None:
     """Run `python -m toolkit.slurm.job_worker RUN`."""
-    open_closed_streams()
+    prepare_process()
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(train_run)
     app()

@@ -17,8 +17,8 @@ from pathlib import Path
 from toolkit.distributed.signals import STOP_FILE, GracefulStop
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, Interrupted
 from toolkit.runs import Run, open_run
+from toolkit.startup import prepare_process
 from toolkit.study.directory import clear_failure, failure_of, record_failure, target_epoch
-from toolkit.terminal import open_closed_streams
 
 OUTPUT = "launcher.txt"
 """File in the run directory with the output of the launcher and its processes."""
@@ -87,7 +87,7 @@ def main() -> None:
     """Entry point of `python -m toolkit.study.torchrun RUN [EPOCH]`."""
     from toolkit.error_handling import run_with_error_handling
 
-    open_closed_streams()
+    prepare_process()
     until = int(sys.argv[2]) if len(sys.argv) > 2 else None
     status = run_with_error_handling(lambda: train_worker_main(Path(sys.argv[1]), until))
     sys.stdout.flush()
