@@ -7,8 +7,8 @@ import gc
 from toolkit.terminal import escape_unknown_characters, open_closed_streams
 
 COLLECT_AFTER = 50_000
-"""New objects between two garbage collections. With Python's default of 700, collections take about 14 % of the CPU time in
-which torch, torchvision and timm are imported."""
+"""New objects between two garbage collections. With Python's default of 700, collections take about 14 % of the CPU
+time in which torch, torchvision and timm are imported."""
 
 
 def prepare_process() -> None:
