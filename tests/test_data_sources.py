@@ -11,16 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from cli import toolkit
 from finished import CONVNET, digit_files
+from PIL import Image
 from pyarrow import parquet
 from trainers import Trainers, at_call, kill_self, outcome
 
 from toolkit.data.dataset_report import analyze_dataset
 from toolkit.errors import UserError
 from toolkit.recipe import load_recipe
+from toolkit.report.run_data import load_run_data
+from toolkit.report.run_images import open_run_images
 from toolkit.runs import Run, open_run
 from toolkit.training.fit import fit
 from toolkit.training.train_step import TrainStep
@@ -198,6 +202,15 @@ def test_a_source_gives_the_same_run_as_folders(
     predicted = toolkit("predict", run.path, images / "test")
     rows = list(csv.DictReader(predicted.stdout.splitlines()))
     assert [row["prediction"] for row in rows] == [row["prediction"] for row in run.predictions()]
+    shown = load_run_data(run)  # a report takes its images from here; figures are the same for all sources
+    pictures = open_run_images(run.recipe, shown.preprocessing, shown.classes)
+    for row in run.predictions():
+        content = images.joinpath(*Path(row["path"]).parts[-3:]).with_suffix(".png")  # split, class, file
+        assert np.array_equal(np.asarray(pictures.load(row["path"]).convert("L")), np.asarray(Image.open(content)))
+
+
+def test_a_report_shows_the_images_of_a_table(images: Path, tmp_path: Path) -> None:
+    run = train(1, tmp_path, write_recipe(from_parquet, images, tmp_path))
     reported = toolkit("report", run.path)
     assert reported.status == 0, reported.stderr
     assert "not available" not in reported.stderr
