@@ -86,6 +86,7 @@ def test_the_command_counts_across_and_within_splits_with_and_without_the_same_c
         "across_splits": {"train, validation": [], "train, test": [leaked], "validation, test": []},
         "within_splits": {"train": [small], "validation": [], "test": []},
         "of_more_than_one_class": [leaked],
+        "across_groups": [],
     }
     assert found["duplicates"]["within_splits"]["validation"] == [["val/a/0.png", "val/a/equal.bmp"]]
     outcome = toolkit(*command)

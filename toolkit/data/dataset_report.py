@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.data.channel_stats import channel_statistics
+from toolkit.data.dataset_statistics import (
+    GroupStatistics,
+    LabelStatistics,
+    group_statistics,
+    label_statistics,
+    stored_format,
+)
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.image_sources import EncodedImages, UnreadableImageError, check_images, to_shown
 from toolkit.data.near_duplicates import MOST, MOST_CROPS, SMALLEST, near_pairs, thumbnail
@@ -43,6 +50,8 @@ class ImageInfo:
     """Grayscale thumbnail, uint8 [64, 64]; None if the image is too small to be compared with others."""
     pixels: bytes
     """Hash of size and decoded pixels, independent of the file's name and metadata."""
+    stored: str
+    """Format of the file, channels and bits per sample."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,9 @@ class Duplicates:
     within: dict[str, list[list[str]]]
     """Groups of duplicates, as image names, within one split, by split."""
     contradicting: list[list[str]]
-    """Groups of duplicates, as image names, that have more than one class."""
+    """Groups of duplicates, as image names, that have more than one class, or other labels."""
+    across_groups: list[list[str]]
+    """Groups of duplicates, as image names, that are in several groups of the data set (data.columns.group)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,8 @@ class DatasetReport:
     """Number of images of each class, int64 [classes], by split."""
     sizes: Sizes
     """Width and height of every readable image in pixels, int64 [n, 2]."""
+    stored: dict[str, int]
+    """Number of readable images by format of the file, channels and bits per sample, most frequent first."""
     mean: tuple[float, ...]
     """Mean of each channel over the training images, pixels in 0..1."""
     std: tuple[float, ...]
@@ -82,6 +95,9 @@ class DatasetReport:
     """Near-duplicates, without the groups in which all pixels are equal."""
     examples: dict[int, int]
     """Index of the first readable training image of each class, by class."""
+    labels: LabelStatistics | None = None
+    """None if each image has one class."""
+    groups: GroupStatistics | None = None
     notes: tuple[str, ...] = ()
     """Notes on how the folders were read, what was left out, and where the splits come from."""
 
@@ -104,6 +120,9 @@ class DatasetReport:
             },
             "width": width,
             "height": height,
+            "stored": self.stored,
+            **(self.labels.to_json(self.classes) if self.labels else {}),
+            **({"groups": asdict(self.groups)} if self.groups else {}),
             "sizes": {f"{w}x{h}": count for (w, h), count in _common_sizes(self.sizes)},
             "mean": list(self.mean),
             "std": list(self.std),
@@ -140,12 +159,15 @@ def analyze_dataset(recipe: Recipe, log: Callable[[str], None]) -> DatasetReport
         preprocessing=preprocessing,
         counts={split: np.bincount(labels[splits[split]], minlength=classes) for split in SPLITS},
         sizes=np.array([(found.width, found.height) for found in seen.values()], dtype=np.int64).reshape(-1, 2),
+        stored=dict(Counter(found.stored for found in seen.values()).most_common()),
         mean=mean,
         std=std,
         unreadable=unreadable,
         duplicates=find_duplicates(dataset, readable, seen),
         near=near,
         examples=examples,
+        labels=label_statistics(dataset.labels[used]) if dataset.is_multi_label else None,
+        groups=None if dataset.groups is None else group_statistics(dataset.groups, splits),
         notes=(*dataset.notes, describe_splits(dataset, data), *searched),
     )
 
@@ -161,7 +183,7 @@ def hash_images(dataset: Dataset, indices: Sizes) -> tuple[dict[int, ImageInfo],
         height, width, channels = pixels.shape
         small = thumbnail(to_shown(pixels)) if min(height, width) >= SMALLEST else None
         digest = hashlib.blake2b(f"{width} {height} {channels} ".encode() + pixels.tobytes(), digest_size=16)
-        return ImageInfo(width, height, small, digest.digest())
+        return ImageInfo(width, height, small, digest.digest(), stored_format(dataset, index))
 
     numbers = [int(i) for i in indices]
     with ThreadPoolExecutor(available_cpus()) as pool:  # decoders and hashes release the interpreter lock
@@ -203,7 +225,7 @@ def _by_split(dataset: Dataset, splits: dict[str, Sizes], groups: list[list[int]
     split_of = {int(index): split for split in SPLITS for index in splits[split]}
     across: dict[str, list[list[str]]] = {f"{one}, {other}": [] for one, other in combinations(SPLITS, 2)}
     within: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
-    contradicting = []
+    contradicting, across_groups = [], []
     for members in groups:
         names = {index: dataset.images.name(index) for index in members}
         inside = {split: [names[i] for i in members if split_of[i] == split] for split in SPLITS}
@@ -215,7 +237,9 @@ def _by_split(dataset: Dataset, splits: dict[str, Sizes], groups: list[list[int]
                 across[f"{one}, {other}"].append([*inside[one], *inside[other]])
         if len({int(dataset.labels[i]) for i in members}) > 1:
             contradicting.append(list(names.values()))
-    return Duplicates(across, within, contradicting)
+        if dataset.groups is not None and len(set(dataset.groups[members].tolist())) > 1:
+            across_groups.append(list(names.values()))
+    return Duplicates(across, within, contradicting, across_groups)
 
 
 def _statistics(
@@ -258,6 +282,7 @@ def _groups_json(found: Duplicates) -> dict[str, Any]:
         "across_splits": _printable(found.across),
         "within_splits": _printable(found.within),
         "of_more_than_one_class": _printable({"": found.contradicting})[""],
+        "across_groups": _printable({"": found.across_groups})[""],
     }
 
 
@@ -275,8 +300,11 @@ def report_text(report: DatasetReport) -> str:
         "images     " + ", ".join(f"{total[split]} {split}" for split in SPLITS),
         *(f"note       {note}" for note in report.notes),
         *_class_lines(report),
+        *(report.labels.lines(report.classes, SHOWN) if report.labels else []),
+        *(report.groups.lines() if report.groups else []),
         *(f"{side:<10} {_spread_text(values[side])} pixels" for side in ("width", "height") if values[side]),
         "sizes      " + ", ".join(f"{size} ({count:,})" for size, count in values["sizes"].items()),
+        "stored as  " + "; ".join(f"{kind} ({count:,})" for kind, count in report.stored.items()),
         f"mean       {_values(report.mean)}",
         f"std        {_values(report.std)}  (training images, resized and cropped, pixels in 0..1)",
         f"normalized with mean {_values(report.preprocessing.mean)}, std {_values(report.preprocessing.std)}",
@@ -313,6 +341,9 @@ def _duplicate_lines(found: Duplicates, near: Duplicates) -> list[str]:
         if duplicates.contradicting:
             what = f"labels     {len(duplicates.contradicting)} {subject} of more than one class"
             lines += [what, *_examples(duplicates.contradicting, sign)]
+        if duplicates.across_groups:
+            what = f"groups     {len(duplicates.across_groups)} {subject} in more than one group"
+            lines += [what, *_examples(duplicates.across_groups, sign)]
     if not any(found.across.values()):
         lines.append("leakage    none: no two splits share an image with equal pixels")
     return lines
