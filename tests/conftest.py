@@ -13,6 +13,7 @@ from pathlib import Path
 # Set before torch or wandb are imported anywhere; every process that a test starts inherits it.
 os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true", HF_HUB_OFFLINE="1")
 os.environ["TOOLKIT_CACHE"] = tempfile.mkdtemp(prefix="toolkit-cache-")  # for fixtures that tests share
+os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["TOOLKIT_CACHE"], "huggingface")
 
 import pytest
 import torch

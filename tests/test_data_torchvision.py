@@ -74,7 +74,8 @@ def test_images_and_labels_are_those_of_torchvision(name: str, tmp_path: Path, m
     assert facts.size is None or name == "RenderedSST2" or first[:2] == (facts.size, facts.size)
     assert data.native_channels == facts.channels
     assert len({data.images.name(i) for i in range(len(data.images))}) == len(data.labels)
-    split_dataset(data, table(name, tmp_path).model_copy())
+    split_dataset(data, table(name, tmp_path))
+    assert open_(name, tmp_path).images.load(0).shape[2] == facts.channels
     assert not check_images(data.images, np.arange(len(data.images)), decode=True).bad
 
 

@@ -110,6 +110,16 @@ DATASETS = {
         source="as torchvision expects it in data.root; `toolkit datasets torchvision/` lists them",
         opener=_TORCHVISION,
     ),
+    "huggingface": DatasetInfo(
+        title="a data set of Hugging Face",
+        description="a data set of the library `datasets`: a folder, one saved to disk, or one of the hub",
+        classes=None,
+        images=None,
+        size=None,
+        channels=3,
+        source="data.name, downloaded from the hub to the library's cache if it is no folder",
+        opener="toolkit.data.huggingface_source.open_huggingface",
+    ),
     "imagefolder": DatasetInfo(
         title="the author's own images",
         description="your own images, one folder per class",

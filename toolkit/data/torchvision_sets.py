@@ -115,6 +115,7 @@ def open_torchvision(table: DataConfig) -> Dataset:
     unused = [name for number, name in enumerate(names or ()) if number not in used]
     notes = (f"left out of the classes, because no image has them: {', '.join(unused)}",) if unused else ()
     facts = TORCHVISION_SETS[kind]
+    table = table.model_copy(update={"channels": table.channels or facts.channels})
     source = _joined(list(images.values()), name, table)
     return Dataset(name, classes, source, labels.astype(np.int64), lists, facts.size, facts.channels, notes)
 
@@ -131,7 +132,7 @@ def _joined(images: list[Images], name: str, table: DataConfig) -> ImageSource:
         files = [path for one in images if isinstance(one, HDF5Images) for path in one.paths]
         return encoded_images(HDF5Images(files, first.key), table)
     pixels = np.concatenate([np.asarray(one) for one in images]) if len(images) > 1 else np.asarray(images[0])
-    return InMemoryImages(pixels, name, table.channels or (3 if pixels.ndim == 4 else 1))
+    return InMemoryImages(pixels, name, table.channels or 3)
 
 
 # -- finding the files ------------------------------------------------------------------------------------------------

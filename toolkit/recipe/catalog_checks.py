@@ -65,6 +65,12 @@ OWN_OPTIMIZER_KEYS = {key: f"optimizer.{key}" for key in ("lr", "momentum", "wei
     "nesterov": 'optimizer.name = "nag"'
 }
 
+LOAD_DATASET: dict[str, dict[str, Any]] = {
+    **{key: {"kinds": ["text"], "required": False} for key in ("name", "revision", "data_dir", "split")},
+    "data_files": {"kinds": [], "required": False},
+}
+"""Arguments of load_dataset of Hugging Face's `datasets` that a recipe can give, described as those of transforms."""
+
 TENSOR_ONLY = ("GaussianNoise",)
 """Transforms that do not work on Pillow images."""
 
@@ -195,6 +201,17 @@ def torchvision_dataset(recipe: Recipe) -> Iterator[Issue]:
         yield _unknown_name("data set", ("data", "name"), table.name, known, catalog.excluded_datasets())
     else:
         yield from _arguments(table.name, table.args, known[table.name], ("data", "args"), ("data", "name"))
+
+
+def huggingface_dataset(recipe: Recipe) -> Iterator[Issue]:
+    """Check that a data set of Hugging Face is named, and the arguments of load_dataset."""
+    table = recipe.data
+    if table.dataset != "huggingface":
+        return
+    if table.name is None:
+        hint = 'a folder, or the name of a data set of the hub, for example name = "ylecun/mnist"'
+        yield error("data.name", 'must be given with dataset = "huggingface"', "data.dataset", hint=hint, at="table")
+    yield from _arguments("load_dataset", table.args, LOAD_DATASET, ("data", "args"), ("data", "dataset"))
 
 
 def transforms(recipe: Recipe) -> Iterator[Issue]:

@@ -131,11 +131,10 @@ def data(recipe: Recipe) -> Iterator[Issue]:
         yield warning("data.background_class", no_effect, "data.dataset", at="key")
     if table.class_folders != "auto" and table.dataset != "imagefolder":
         yield warning("data.class_folders", no_effect, "data.dataset", at="key")
-    for key in ("table", "columns", "class_names", "label_separator") if table.dataset != "table" else ():
-        if getattr(table, key) != DataConfig.model_fields[key].default:
-            yield warning(f"data.{key}", no_effect, "data.dataset", at="key")
-    for key in ("name", "args") if table.dataset != "torchvision" else ():
-        if getattr(table, key):
+    users = {"table": ("table",), **dict.fromkeys(("name", "args"), ("torchvision", "huggingface"))}
+    users |= dict.fromkeys(("columns", "class_names", "label_separator"), ("table", "huggingface"))
+    for key, names in users.items():
+        if table.dataset not in names and getattr(table, key) != DataConfig.model_fields[key].default:
             yield warning(f"data.{key}", no_effect, "data.dataset", at="key")
     if table.dataset == "table":
         yield from _table(table)
@@ -286,6 +285,7 @@ RULES = (
     catalog_checks.weights,
     catalog_checks.optimizer,
     catalog_checks.torchvision_dataset,
+    catalog_checks.huggingface_dataset,
     catalog_checks.transforms,
     catalog_checks.stages,
     catalog_checks.auto_augment,

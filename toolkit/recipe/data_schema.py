@@ -119,13 +119,16 @@ class DataConfig(ConfigModel):
     name: str | None = Field(
         None,
         min_length=1,
-        description="torchvision: class in torchvision.datasets, such as OxfordIIITPet.",
+        description="torchvision: class in torchvision.datasets, such as OxfordIIITPet. huggingface: a folder that the "
+        "library `datasets` reads (images with metadata.csv, Parquet, Arrow, saved by save_to_disk), or the name of a "
+        "data set of the hub, such as ylecun/mnist.",
     )
     args: dict[str, Any] = Field(
         {},
         description='torchvision: arguments of the class, such as { annotation_level = "family" } of FGVCAircraft; '
         "split (INaturalist: version) selects one of several training lists. `toolkit datasets torchvision/` lists "
-        "them.",
+        "them. huggingface: arguments of load_dataset: name (of a configuration), revision, data_dir, data_files, "
+        "split.",
     )
     root: Root | Annotated[list[Root], Field(min_length=1)] = Field(
         "data",

@@ -55,7 +55,8 @@ def open_run_images(
     """
     config = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     config = config if preprocessing is None else as_trained(config, preprocessing)
-    config = config.model_copy(update={"download": False, "root": _moved(config.root, data_root)})
+    moved = {"name": str(data_root)} if data_root and config.dataset == "huggingface" else {}
+    config = config.model_copy(update={"download": False, "root": _moved(config.root, data_root), **moved})
     dataset = open_dataset(config)
     if classes and dataset.classes != list(classes):
         raise UserError(

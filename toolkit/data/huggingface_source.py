@@ -1,0 +1,288 @@
+"""Data sets of the library `datasets` of Hugging Face: a folder, a data set saved to disk, or one of the hub.
+
+Images are not decoded by the library: their files are read where they are, and images that are stored in its Arrow
+files, which it maps into memory, are read from there.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from toolkit.data.datasets import Dataset, encoded_images
+from toolkit.data.encoded_sources import EncodedSource, ImageFiles
+from toolkit.data.folder_layout import split_of
+from toolkit.data.table_columns import read_examples
+from toolkit.data.table_files import RowValues, Table
+from toolkit.errors import UserError, first_line
+from toolkit.filenames import encode_name
+from toolkit.recipe.schema import DataConfig
+
+_SPLIT = "the data set's own split"
+"""Name of the column that :func:`_read` adds."""
+
+
+class ArrowImages:
+    """Encoded images in the Arrow files of a data set, by split; an EncodedSource."""
+
+    def __init__(self, parts: dict[str, Any], column: str) -> None:
+        """``parts``: a ``datasets.Dataset`` for each split. ``column``: of bytes, or of {bytes, path}."""
+        self._splits, self._parts = list(parts), [_arrow(part, [column]) for part in parts.values()]
+        self._ends = np.cumsum([len(part) for part in self._parts])
+        files = [file["filename"] for part in self._parts for file in part.cache_files]
+        self._location = files[0] if files else "memory"
+        self._version = max((os.stat(file).st_mtime_ns for file in files), default=0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """Return the number of the split of image i, and its row there."""
+        at = int(np.searchsorted(self._ends, i, side="right"))
+        return at, i - (int(self._ends[at - 1]) if at else 0)
+
+    def _bytes(self, i: int) -> bytes:
+        at, row = self._place(i)
+        (value,) = self._parts[at][row].column(0).to_pylist()
+        found: bytes = value["bytes"] if isinstance(value, dict) else value
+        return found
+
+    def open(self, i: int) -> BinaryIO:
+        """Return the bytes of image i as a file in memory."""
+        return io.BytesIO(self._bytes(i))
+
+    def name(self, i: int) -> str:
+        """Return the split of image i and its row there from 0, such as "train/17"."""
+        at, row = self._place(i)
+        return f"{self._splits[at]}/{row}"
+
+    def location(self, i: int) -> str:
+        """Return a file of the data set, and the name of image i."""
+        return encode_name(f"{self._location}, {self.name(i)}")
+
+    def size_and_version(self, i: int) -> tuple[int, int]:
+        """Return the number of bytes of image i, and when the files of the data set were changed."""
+        return len(self._bytes(i)), self._version
+
+
+def open_huggingface(config: DataConfig) -> Dataset:
+    """Open a data set with the library `datasets`. Raises UserError, naming rows that cannot be used."""
+    name = str(config.name)
+    parts, notes = _splits(_load(name, config), name, config)
+    features = parts["train"].features
+    image, label = _image_column(features, name, config), _label_column(features, name, config)
+    for split in ("validation", "test"):
+        if split in parts and isinstance(label, str) and _has_no_labels(parts[split], label):
+            del parts[split]
+            notes.append(f"the {split} split of {name} has no labels and is not used")
+    columns = config.columns
+    if columns.split is not None and len(parts) > 1:
+        raise UserError(f"{name} has its own splits ({', '.join(parts)}): remove data.columns.split")
+    found = {"image": image, "label": label, "split": columns.split or _SPLIT}
+    names = _names(features[label]) if isinstance(label, str) else None
+    update = {"columns": columns.model_copy(update=found), "class_names": config.class_names or names}
+    reader = partial(_read, parts, image, names if config.class_names is None else None)
+    table = Table(Path(name), [*features, _SPLIT], reader, frozenset([image]))
+    examples = read_examples(table, config.model_copy(update=update))
+    if len(examples.classes) < 2:
+        raise UserError(f"{name} has only the class {examples.classes[0]!r}; a classifier needs two or more")
+    return Dataset(
+        name=name,
+        classes=examples.classes,
+        images=encoded_images(_source(parts, image, name), config),
+        labels=examples.labels,
+        lists=examples.lists,
+        native_size=None,
+        native_channels=3,
+        notes=(f"{name}: image from column {image!r}, label from column {label!r}", *notes),
+        groups=examples.groups,
+        weights=examples.weights,
+    )
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+
+def _load(name: str, config: DataConfig) -> Any:
+    """Return the library's Dataset or DatasetDict."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            'dataset = "huggingface" needs the library `datasets`: install it with `pip install datasets`, or this '
+            "toolkit's extra `huggingface`"
+        ) from None
+
+    datasets.disable_progress_bars()
+    folder = Path(name)
+    is_saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if is_saved and config.args:
+        raise UserError(f"{name} was saved with save_to_disk, which has no arguments: remove data.args")
+    try:
+        if is_saved:
+            return datasets.load_from_disk(name)
+        with _offline(datasets.config, not config.download):
+            return datasets.load_dataset(name, **config.args)
+    except Exception as error:  # the library raises nearly anything
+        if folder.is_dir():
+            raise UserError(f"the data set in {name} cannot be read: {first_line(error)}") from error
+        hint = "" if config.download else "; data.download is false, so that only its cache was searched"
+        raise UserError(
+            f"data.name = {name!r} is neither a folder nor a data set of the Hugging Face hub that can be read: "
+            f"{first_line(error)}{hint}"
+        ) from error
+
+
+@contextmanager
+def _offline(settings: Any, is_offline: bool) -> Iterator[None]:
+    """Keep the library from using the network."""
+    before = settings.HF_HUB_OFFLINE
+    settings.HF_HUB_OFFLINE = before or is_offline
+    try:
+        yield
+    finally:
+        settings.HF_HUB_OFFLINE = before
+
+
+def _splits(found: Any, name: str, config: DataConfig) -> tuple[dict[str, Any], list[str]]:
+    """Return the splits that the recipe uses, and notes for the log."""
+    own = found if isinstance(found, dict) else {"train": found}
+    if len(own) == 1:
+        return {"train": next(iter(own.values()))}, []
+    notes, parts = [], dict[str, Any]()
+    for split in ("train", "validation", "test"):
+        named = [key for key in own if split_of(key) == split]
+        if len(named) > 1:
+            raise UserError(f"{name} has several splits for {split}: {', '.join(named)}; choose by data.args.split")
+        if named and (split == "train" or getattr(config.split, split) != 0):
+            parts[split] = own[named[0]]
+    unused = [key for key in own if split_of(key) is None]
+    if unused:
+        notes.append(f"not used, because their names are not those of splits: {', '.join(unused)}")
+    if "train" not in parts:
+        raise UserError(f"{name} has no training split, only {', '.join(own)}; data.args.split can name the one to use")
+    return parts, notes
+
+
+# -- columns ----------------------------------------------------------------------------------------------------------
+
+
+def _image_column(features: Any, name: str, config: DataConfig) -> str:
+    """Return the column that holds the images."""
+    found = [key for key, feature in features.items() if _is_image(feature)]
+    wanted = config.columns.image or ("image" if "image" in found else found[0] if len(found) == 1 else None)
+    if wanted is None:
+        has = (
+            f"several columns of images ({', '.join(found)})"
+            if found
+            else f"no column of images, only {_shown(features)}"
+        )
+        raise UserError(f"{name} has {has}{': name one in data.columns.image' if found else ''}")
+    if wanted not in found:
+        state = f"holds no images, but {features[wanted]}" if wanted in features else f"is not among {_shown(features)}"
+        raise UserError(f"{name}: the column {wanted!r} {state}; see data.columns.image")
+    return wanted
+
+
+def _is_image(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= feature.keys()
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def _label_column(features: Any, name: str, config: DataConfig) -> str | list[str]:
+    """Return the column of labels, or several columns. Raises UserError if they are no classes."""
+    wanted = config.columns.label
+    if wanted == "label" and "label" not in features:
+        found = [key for key, feature in features.items() if _names(feature) is not None]
+        if len(found) != 1:
+            columns = ", ".join(found) or _shown(features)
+            raise UserError(f"{name} has no column 'label', only {columns}: name one in data.columns.label")
+        wanted = found[0]
+    for key in [wanted] if isinstance(wanted, str) else wanted:
+        if key not in features:
+            raise UserError(f"{name} has no column {key!r}, only {_shown(features)}; see data.columns.label")
+        feature = getattr(features[key], "feature", features[key])
+        kind = getattr(feature, "dtype", None)
+        if isinstance(kind, str) and kind.startswith(("float", "double", "decimal")):
+            raise UserError(f"{name}: the column {key!r} holds {kind} numbers, as for regression, and not classes")
+        if not isinstance(kind, str) or not kind.startswith(("int", "uint", "string", "large_string", "bool")):
+            raise UserError(f"{name}: the column {key!r} holds {feature}, and not classes; see data.columns.label")
+    return wanted
+
+
+def _names(feature: Any) -> list[str] | None:
+    """Return the names of the classes that a column states, as a label or a list of labels per image."""
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    return list(names) if isinstance(names, list) else None
+
+
+def _shown(features: Any) -> str:
+    return ", ".join(list(features)[:30])
+
+
+def _arrow(part: Any, columns: Sequence[str]) -> Any:
+    """Return a data set with only these columns, which gives tables of pyarrow."""
+    return part.select_columns(list(columns)).with_format("arrow")
+
+
+def _has_no_labels(part: Any, label: str) -> bool:
+    """Return whether no row has a label; the hub's data sets often have -1 in their test split."""
+    tables = _arrow(part, [label]).iter(batch_size=8192)
+    return all(value in (None, -1) for table in tables for value in table.column(0).to_pylist())
+
+
+def _read(
+    parts: dict[str, Any], image: str, names: list[str] | None, wanted: Sequence[str]
+) -> Iterator[tuple[int, RowValues]]:
+    """Yield the rows of all splits, numbered from 1; ``names``: of the classes that integers in the data stand for.
+
+    The image is None, since images are read later.
+    """
+
+    def named(value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(one) for one in value]
+        return names[value] if names is not None and isinstance(value, int) and 0 <= value < len(names) else value
+
+    number = 0
+    for split, part in parts.items():
+        stored = [key for key in wanted if key not in (image, _SPLIT)]
+        labeled = {key for key in stored if _names(part.features[key]) is not None}
+        for table in _arrow(part, stored).iter(batch_size=8192):
+            for row in table.to_pylist():
+                number += 1
+                values = {key: named(value) if key in labeled else value for key, value in row.items()}
+                yield number, [split if key == _SPLIT else values.get(key) for key in wanted]
+
+
+def _source(parts: dict[str, Any], column: str, name: str) -> EncodedSource:
+    """Return the images: files if no row holds bytes, else the rows' bytes."""
+    import pyarrow.compute as pc
+
+    paths: list[str | None] = []
+    missing = 0
+    for part in parts.values():
+        for table in _arrow(part, [column]).iter(batch_size=8192):
+            values = table.column(0)
+            is_struct = hasattr(values.type, "fields")
+            missing += (pc.struct_field(values, "bytes") if is_struct else values).null_count
+            paths += pc.struct_field(values, "path").to_pylist() if is_struct else [None] * len(values)
+    if not missing:
+        return ArrowImages(parts, column)
+    if missing < len(paths) or None in paths:
+        raise UserError(f"{name}: {missing} of {len(paths)} rows have no image in column {column!r}")
+    files = [os.path.abspath(str(path)) for path in paths]
+    root = os.path.abspath(name)
+    if not all(file.startswith(f"{root}{os.sep}") for file in files):
+        root = os.path.commonpath([os.path.dirname(file) for file in files])
+    return ImageFiles(Path(root), [os.path.relpath(file, root) for file in files])
