@@ -39,8 +39,11 @@ def test_folds_are_no_part_of_the_names_of_rows(tmp_path: Path) -> None:
         rows = [(row, seed, fold) for row in ("lr 0.1", "lr 0.2") for seed in (0, 1) for fold in range(FOLDS)]
         assert sorted(found) == rows
         assert len({run.member.hash for run in runs}) == 12
-    (row,) = {run.member.row for run in expand(read_study(write(tmp_path, grid(**{FOLD: [0, 1]})))).runs}
+    path = write(tmp_path, grid(**{FOLD: [0, 1]}))
+    (row,) = {run.member.row for run in expand(read_study(path)).runs}
     assert row == "small"
+    outcome = toolkit("study", path, "--plan")
+    assert outcome.stdout.splitlines()[4].split(maxsplit=5)[-1] == "data.split.fold = 0 | 1"
 
 
 def test_a_fold_that_does_not_exist_or_is_searched_for_is_refused(tmp_path: Path) -> None:

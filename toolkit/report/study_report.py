@@ -173,7 +173,7 @@ def _run_table(found: StudyResults, folder: Path) -> HtmlTable:
     rows = []
     for result in found.results:
         cells = [
-            name(result.member.row),
+            name(result.member.row + ("" if result.member.fold is None else f", fold {result.member.fold}")),
             integer(result.member.seed),
             HtmlCell(result.state),
             integer(len(result.epochs)),

@@ -209,7 +209,9 @@ def _rows_text(found: StudyEstimate) -> str:
 
 def _row_cells(name: str, lines: Sequence[EstimateRow]) -> tuple[str, ...]:
     first = lines[0]
-    changes = ", ".join(f"{key} = {toml_value(value)}" for key, value in first.run.member.changes.items())
+    values = {key: dict.fromkeys(toml_value(line.run.member.changes.get(key)) for line in lines)
+              for key in first.run.member.changes}  # fmt: skip
+    changes = ", ".join(f"{key} = {' | '.join(found)}" for key, found in values.items())
     if len(changes) > MAX_CHANGES_LENGTH:
         changes = changes[: MAX_CHANGES_LENGTH - 3] + "..."
     finished = sum(line.state == "finished" for line in lines)
