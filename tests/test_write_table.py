@@ -14,6 +14,8 @@ from PIL import Image
 from trainers import outcome
 
 from toolkit.data.datasets import open_dataset
+from toolkit.data.encoded_sources import read_bytes
+from toolkit.data.image_sources import EncodedImages
 from toolkit.data.splits import split_dataset, split_hash
 from toolkit.data.table_writer import write_table
 from toolkit.recipe import Recipe, load_recipe, loads_recipe
@@ -85,6 +87,22 @@ def test_images_in_memory_are_stored_in_parquet(tmp_path: Path, monkeypatch: pyt
     run_root = ("--set", f"recipe.run_root={json.dumps(str(tmp_path / 'runs'))}")
     expected, found = outcome(trained(DIGITS, *run_root)), outcome(trained(table, *run_root))
     assert found["metrics"] == expected["metrics"]
+
+
+def test_images_in_a_zip_file_are_stored_in_parquet_unchanged(recipe: Path, tmp_path: Path) -> None:
+    archive = shutil.make_archive(str(tmp_path / "images"), "zip", load_recipe(recipe).data.root)
+    root = [f"data.root={json.dumps(archive)}"]
+    refused = toolkit("data", recipe, "--set", *root, "--write-table", tmp_path / "new.csv")
+    assert refused.status == 2
+    assert "are not single files" in refused.stderr
+    outcome = toolkit("data", recipe, "--set", *root, "--write-table", tmp_path / "new.parquet")
+    found = load_recipe(reading(outcome, recipe, tmp_path))
+    assert contents(found) == contents(load_recipe(recipe, root))
+    stored, files = (open_dataset(each.data).images for each in (found, load_recipe(recipe)))
+    assert isinstance(stored, EncodedImages)
+    assert isinstance(files, EncodedImages)
+    by_name = {files.name(i): read_bytes(files.source, i) for i in range(len(files))}
+    assert all(read_bytes(stored.source, i) == by_name[stored.name(i)] for i in range(len(stored)))
 
 
 def test_a_table_is_written_again_with_its_groups_and_weights(tmp_path: Path) -> None:
